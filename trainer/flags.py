@@ -1,0 +1,135 @@
+"""The command line, generated from the dataclasses of `settings`: a flag cannot drift from its field."""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from trainer.errors import UserError
+from trainer.settings import GROUPS, MODES, PRESETS, Settings, base, resolve
+
+TITLES = {
+    "model": "model",
+    "lora": "LoRA (with --mode lora)",
+    "data": "data",
+    "train": "training",
+    "engine": "engine",
+    "output": "output",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for: the settings of the run, and what to do with them."""
+
+    settings: Settings
+    given: Mapping[str, Mapping[str, Any]]  #: the flags that were given, {group: {field: value}}
+    resume: str | None  #: None, `latest`, `best` or `step-N`
+    allow_change: tuple[str, ...]  #: settings that may differ from those of the run that is resumed
+    dry_run: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError instead of printing usage: one line, once, is printed by the caller."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def read(arguments: Sequence[str] | None = None) -> Request:
+    """The request of a command line; UserError on any mistake, SystemExit(0) after --help."""
+    given = vars(parser().parse_args(sys.argv[1:] if arguments is None else list(arguments)))
+    values: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    overridden = []
+    for name, group in GROUPS.items():
+        for field in _fields(group):
+            key = f"{name}.{field.name}"
+            if key in given:
+                values[name][field.name] = given[key]
+                overridden.append(field.metadata["flag"])
+    return Request(
+        settings=resolve(given["mode"], given["preset"], values, tuple(overridden)),
+        given=values,
+        resume=given["resume"],
+        allow_change=tuple(name.replace("-", "_") for names in given["allow_change"] for name in names.split(",")),
+        dry_run=given["dry_run"],
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; a setting that was not given is absent from its result, so a preset can be told from a flag."""
+    top = _Parser(
+        prog="deepspeed launch/train.py",
+        description="Fine-tune GPT-2 through DeepSpeed ZeRO: every weight (full) or LoRA adapters (lora).",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        allow_abbrev=False,
+    )
+    run = top.add_argument_group("run")
+    run.add_argument("--mode", required=True, choices=MODES, help="train every weight, or LoRA adapters")
+    run.add_argument(
+        "--preset", choices=PRESETS, default="demo",
+        help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s (default: demo)",
+    )  # fmt: skip
+    run.add_argument(
+        "--resume", nargs="?", const="latest", metavar="step-N|best",
+        help="go on from the run folder's newest whole checkpoint, or from the one named",
+    )  # fmt: skip
+    run.add_argument(
+        "--allow-change", action="append", default=[], metavar="NAME",
+        help="with --resume: let this setting differ from the first part of the run; recorded (for instance lr)",
+    )  # fmt: skip
+    run.add_argument("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
+    run.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the launcher passes it; LOCAL_RANK says the same
+    for name, group in GROUPS.items():
+        section = top.add_argument_group(TITLES[name])
+        for field in _fields(group):
+            _add(section, name, field)
+    return top
+
+
+def _fields(group: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(group) if "flag" in field.metadata]
+
+
+def _add(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
+    meta = field.metadata
+    common = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
+    if field.type is bool:  # the only kind of switch: a default of True that a --no-... flag turns off
+        section.add_argument(meta["flag"], action="store_false", help=meta["help"], **common)
+        return
+    kind = _parse_type(field.type)
+    section.add_argument(
+        meta["flag"], type=kind, choices=meta["choices"] or None, help=f"{meta['help']}{_default(group, field)}",
+        metavar=None if meta["choices"] else _METAVARS.get(kind, "NAMES"), **common,
+    )  # fmt: skip
+
+
+def _parse_type(annotation: Any) -> Any:
+    """The function that reads one argument of a field's type."""
+    if isinstance(annotation, types.UnionType):  # X | None
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    return {int: int, float: float, str: str}.get(annotation, _names)
+
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _default(group: str, field: dataclasses.Field[Any]) -> str:
+    """The default as `--help` prints it, with the unit; both presets where they differ."""
+    unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
+    presets = {name: base(name).get(group, {}).get(field.name, field.default) for name in PRESETS}
+    if field.default is None or field.default == ():
+        return f" [{unit.strip()}]" if unit else ""
+    if presets["demo"] == presets["card"]:
+        return f" (default: {presets['demo']}{unit})"
+    return f" (default: demo {presets['demo']}, card {presets['card']}{unit})"

@@ -1,0 +1,103 @@
+"""The rows a run leaves in metrics.jsonl, and reading them back.
+
+One JSON object a line, `kind` first. `epoch` is the fraction of the training set seen, `samples` the examples,
+`tokens` the tokens fed (padding left out); losses are nats per counted token; `time` is seconds since the run began.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One optimizer step: the token mean of its loss over the global batch, and the gradient norm before clipping."""
+
+    step: int
+    epoch: float
+    samples: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """One pass over the whole validation set; `eval_tokens` is the number of tokens the loss is the mean of."""
+
+    step: int
+    epoch: float
+    samples: int
+    tokens: int
+    loss: float
+    perplexity: float
+    eval_tokens: int
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """The token mean of the training loss over one epoch, as the weights moved."""
+
+    epoch: float
+    train_loss: float
+    step: int
+    samples: int
+    tokens: int
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRecord:
+    """Something that happened: `event` is its name, `message` one line for people, `facts` the rest."""
+
+    event: str
+    step: int
+    message: str
+    time: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+Record = StepRecord | EvalRecord | EpochRecord | EventRecord
+KINDS: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord, "event": EventRecord}
+_KIND_OF = {cls: kind for kind, cls in KINDS.items()}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinity where that overflows a float."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def to_line(record: Record) -> str:
+    """One JSON line without its newline. NaN and infinity are refused (ValueError): they must be an event's text."""
+    return json.dumps({"kind": _KIND_OF[type(record)], **asdict(record)}, allow_nan=False)
+
+
+def from_line(line: str) -> Record:
+    """The record of one line; ValueError where it is not one. Unknown fields are left out, for later versions."""
+    row = json.loads(line)
+    cls: Any = KINDS.get(str(row.get("kind"))) if isinstance(row, dict) else None
+    if cls is None:
+        raise ValueError(f"not a record: {line[:80]!r}")
+    try:
+        return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
+    except TypeError as problem:
+        raise ValueError(f"not a whole record: {line[:80]!r}") from problem
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The records of a metrics.jsonl in order; a last line cut off by a kill is left out, a broken one within raises."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # rows are written newline last: this one was not finished
+            try:
+                yield from_line(line.decode())
+            except ValueError as problem:
+                raise ValueError(f"{path}, line {number}: {problem}") from problem
