@@ -1,0 +1,491 @@
+"""Settings + ZeRO file -> DeepSpeed's dict -> engine: the only door to deepspeed.
+
+DeepSpeed divides weights, gradients and optimizer state over the ranks; the numbers are ours. The optimizer is
+torch's AdamW under every stage, the schedule stays out of DeepSpeed's dict, the loss is divided by the tokens of the
+global batch before the first backward, and the engine never counts micro-batches for us. bf16 is autocast over
+float32 weights, so that every stage does the same arithmetic.
+"""
+
+import hashlib
+import json
+import math
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.data import MicroBatch
+from trainer.errors import RunFailed, UserError
+from trainer.loss import TokenLoss
+from trainer.model import Model
+from trainer.settings import DS_NAMES, Batch, TrainSettings
+
+T = TypeVar("T")
+
+DS_FOLDER = Path(__file__).parent.parent / "ds_configs"
+STATE_SHARE = 0.25  # of a device's memory; model state beyond it is worth dividing further
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+PREPARE_TIMEOUT = timedelta(hours=24)  # one rank tokenises while the others wait
+
+
+# --- the ranks ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of a run and what each computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    threads: int  #: of the processor, per rank
+    host: Any  #: group for Python objects, patient; None where there is one rank
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host)
+        return values
+
+    def once(self, make: Callable[[], T], *, per_node: bool = False) -> T:
+        """What `make` returns on rank 0 (on each node's first rank), for everybody; its errors are everybody's too."""
+        leader = self.local_rank == 0 if per_node else self.rank == 0
+        value, problem = None, None
+        if leader:
+            try:
+                value = make()
+            except (UserError, RunFailed) as error:
+                problem = error
+            except BaseException as error:
+                self.gather((None, RunFailed(f"rank {self.rank}: {type(error).__name__}: {error}")))
+                raise
+        answers = self.gather((value, problem))
+        for _, failed in answers:
+            if failed is not None:
+                raise failed
+        return answers[self.rank - self.local_rank if per_node else 0][0]  # type: ignore[return-value]
+
+    @property
+    def nodes(self) -> int:
+        """Machines taking part, each with the same number of ranks."""
+        return self.size // self.local_size
+
+
+def start_world(device: str | None = None) -> World:
+    """Join the other ranks; `deepspeed`, `torchrun` and plain `python` all come through here.
+
+    Without a launcher there is one rank. GPUs speak NCCL, processors gloo.
+    """
+    # The launchers set these; without one a run is its own world on a port that is free.
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_size} ranks on a machine with {torch.cuda.device_count()} GPUs: start at most one rank a GPU"
+        )
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = _deepspeed()
+    if not on_gpu:
+        # Collectives over shared memory are compiled at first use, need a compiler, leave files in /dev/shm when
+        # killed, and ZeRO never calls them: an empty list of operators switches the attempt off.
+        vars(import_module("deepspeed.ops"))["__compatible_ops__"] = {}
+    threads = _threads(local_size)
+    torch.set_num_threads(threads)
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            verbose=False,
+            auto_mpi_discovery=False,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    host = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if size > 1 else None
+    where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return World(
+        rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=where, threads=threads, host=host
+    )  # fmt: skip
+
+
+def leave_world() -> None:
+    """Leave the process group; without it a finished rank may abort at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _deepspeed() -> Any:
+    import deepspeed
+
+    return deepspeed
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _threads(local_size: int) -> int:
+    """Threads for one rank: what the user set, else this rank's share of the cores it may use."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return int(os.environ["OMP_NUM_THREADS"])
+    return max(1, len(os.sched_getaffinity(0)) // local_size)
+
+
+# --- DeepSpeed's dict --------------------------------------------------------------------------------------------
+
+_OURS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
+    "fp16", "bf16", "torch_autocast", "gradient_clipping", "managed_gradient_accumulation", "steps_per_print",
+    "wandb", "tensorboard", "csv_monitor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+_THEIRS = (
+    "zero_optimization", "communication_data_type", "comms_logger", "prescale_gradients", "gradient_predivide_factor",
+    "wall_clock_breakdown", "aio",
+)  # fmt: skip
+_NEVER = {
+    "prescale_gradients": "it scales the gradients, which are already the mean over the global batch",
+    "gradient_predivide_factor": "it scales the gradients, which are already the mean over the global batch",
+    "round_robin_gradients": "it returns other parameters' values when the full state is read for a checkpoint",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroFile:
+    """A ZeRO file that was read and checked."""
+
+    name: str
+    content: dict[str, Any]
+    reason: str
+
+    @property
+    def stage(self) -> int:
+        """0 to 3."""
+        return int(self.content["zero_optimization"].get("stage", 0))
+
+    @property
+    def offload(self) -> bool:
+        """Whether optimizer state or weights live in the host's memory."""
+        zero = self.content["zero_optimization"]
+        return any(zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
+
+
+def read_zero_file(name: str, reason: str = "asked for") -> ZeroFile:
+    """One of `ds_configs/` by name, or a path; UserError names the file and the key for anything unknown or doubled."""
+    path = DS_FOLDER / f"{name}.json" if name in DS_NAMES else Path(name)
+    if not path.is_file():
+        raise UserError(f"--ds-config {name}: no such file; pass {', '.join(DS_NAMES)} or a path to a JSON file")
+    try:
+        content = json.loads(path.read_text(), object_pairs_hook=_no_doubles)
+    except ValueError as problem:
+        raise UserError(f"--ds-config {path}: not JSON: {problem}") from problem
+    _check_keys(path, content)
+    return ZeroFile(name=name if name in DS_NAMES else path.stem, content=content, reason=reason)
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    doubled = {key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1}
+    if doubled:
+        raise ValueError(f"key {sorted(doubled)[0]} stands there twice")
+    return dict(pairs)
+
+
+def _check_keys(path: Path, content: Any) -> None:
+    if not isinstance(content, dict) or not isinstance(content.get("zero_optimization"), dict):
+        raise UserError(f"--ds-config {path}: expected an object with the key zero_optimization")
+    for key, where, value in _walk(content):
+        if value == "auto":
+            raise UserError(f'--ds-config {path}: {where} is "auto"; give a value, nothing here fills it in')
+        if key in _NEVER:
+            raise UserError(f"--ds-config {path}: {where} is refused: {_NEVER[key]}")
+    for key in content:
+        if key in _OURS:
+            raise UserError(f"--ds-config {path}: {key} comes from the flags, not from this file; take it out")
+        if key not in _THEIRS:
+            raise UserError(
+                f"--ds-config {path}: unknown key {key}; known are {', '.join(k for k in _THEIRS if k not in _NEVER)}"
+            )
+    _deepspeed()
+    zero_config = import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    zero = content["zero_optimization"]
+    unknown = [key for key in zero if key not in zero_config.model_fields]
+    if unknown:
+        raise UserError(f"--ds-config {path}: unknown key zero_optimization.{unknown[0]}")
+    try:
+        zero_config(**zero)
+    except ValueError as problem:  # pydantic's: several lines, the second and third say where and what
+        detail = " ".join(line.strip() for line in str(problem).splitlines()[1:3])
+        raise UserError(f"--ds-config {path}: zero_optimization.{detail}") from problem
+    stage = zero.get("stage", 0)
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise UserError(f"--ds-config {path}: zero_optimization.{key}.device {device}: expected cpu or none")
+        if device == "cpu" and stage < least:
+            raise UserError(f"--ds-config {path}: zero_optimization.{key} needs stage {least} or more, not {stage}")
+
+
+def _walk(value: Any, where: str = "") -> Iterator[tuple[str, str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            path = f"{where}.{key}" if where else key
+            yield key, path, inner
+            yield from _walk(inner, path)
+
+
+def choose_zero_file(*, trainable: int, parameters: int, ranks: int, memory: int | None, precision: str) -> ZeroFile:
+    """The ZeRO file where the user named none, and why.
+
+    State per rank of mixed precision by stage (the ZeRO paper, arXiv 1910.02054, section 3, with float32 weights and
+    gradients): 4 bytes x weights, and for what trains 4 gradient + 8 optimizer (+ 4 master copy from stage 1 on).
+    """
+    frozen = parameters - trainable
+    whole = 4 * frozen + 16 * trainable
+    divided = {1: 4 * frozen + trainable * (8 + 12 / ranks), 2: 4 * frozen + trainable * (4 + 16 / ranks)}
+
+    def fits(size: float) -> bool:
+        return memory is None or size <= STATE_SHARE * memory
+
+    if ranks == 1 and precision != "fp16":
+        if fits(whole):
+            return read_zero_file("zero0", "one rank: there is nothing to divide")
+        return read_zero_file(
+            "zero2_offload", f"one rank, and {whole / 2**30:.1f} GiB of model state: the optimizer's moves to the host"
+        )
+    if fits(divided[1]):
+        return read_zero_file("zero1", "optimizer state is divided over the ranks at no extra communication")
+    if fits(divided[2]):
+        return read_zero_file(
+            "zero2", f"{whole / 2**30:.1f} GiB of model state: gradients and optimizer state are divided"
+        )
+    return read_zero_file("zero3", f"{whole / 2**30:.1f} GiB of model state: weights are divided too")
+
+
+def deepspeed_dict(zero: ZeroFile, *, batch: Batch, clip: float, precision: str) -> dict[str, Any]:
+    """DeepSpeed's whole configuration, pure: the ZeRO file and what the settings say; no key comes from both."""
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": batch.micro,
+        "gradient_accumulation_steps": 1,  # never divides: the loss is already divided by the global batch's tokens
+        "managed_gradient_accumulation": False,  # step() is the boundary, also after a short last group
+        "gradient_clipping": clip if zero.stage else 0.0,  # left out means 1.0; stage 0 is clipped where it is measured
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if zero.stage:
+        # Otherwise offload wants DeepSpeed's own Adam, other numbers and a compiler.
+        ours |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    if precision == "fp16":
+        ours["fp16"] = {"enabled": True}
+    return {**zero.content, **ours}
+
+
+# --- the engine --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one optimizer step did: the norm of the global gradient before clipping, and whether it was applied."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class NotFinite(Exception):
+    """The global gradient of a step is NaN or infinite; the weights are still those before the step."""
+
+
+class Engine:
+    """The model on its ranks: accumulate micro-batches, step, evaluate, read and write the full state."""
+
+    def __init__(self, world: World, model: Model, config: Mapping[str, Any], train: TrainSettings, precision: str):
+        self.world = world
+        self.model = model
+        self.seed = train.seed
+        self.clip = train.clip
+        self.precision = precision
+        self._grad_norm: Tensor | None = None
+        self._stage = int(config["zero_optimization"].get("stage", 0))
+        loss = TokenLoss(model.causal, torch.bfloat16 if precision == "bf16" else None).to(world.device)
+        named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
+        self.trainable: dict[str, nn.Parameter] = dict(named)
+        optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.epsilon,
+            weight_decay=train.weight_decay, fused=True,
+        )  # fmt: skip
+        if self._stage == 0:
+            optimizer.register_step_pre_hook(lambda *_: self._measure_and_clip())
+        self.deepspeed, self.optimizer, _, _ = _deepspeed().initialize(
+            model=loss, optimizer=optimizer, config=dict(config), dist_init_required=False
+        )
+        self.deepspeed.train()
+
+    def accumulate(self, micro: MicroBatch, *, step: int, counted: int) -> Tensor:
+        """Forward and backward of one micro-batch; returns its summed loss, float64 on the device.
+
+        `counted`: targets of the whole global batch. Dropout depends on seed, step and the rows' place in the
+        global batch, not on the rank: a resumed run, or one on other ranks, draws the same masks.
+        """
+        torch.manual_seed(_dropout_seed(self.seed, step, micro.index))
+        rows = self.deepspeed(*self._to_device(micro))
+        loss = rows.sum() * (self.world.size / counted)  # the ranks' gradients are averaged
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        return rows.detach().double().sum()
+
+    def step(self, lr: float) -> Step:
+        """Reduce, measure, clip, update. Raises NotFinite, with the weights untouched, unless fp16 may skip."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self.deepspeed.skipped_steps
+        self.deepspeed.step()
+        norm = float(
+            self._grad_norm
+            if self._stage == 0 and self._grad_norm is not None
+            else self.deepspeed.get_global_grad_norm()
+        )
+        skipped = self.deepspeed.skipped_steps > skipped_before
+        if self.precision != "fp16" and (skipped or not math.isfinite(norm)):
+            raise NotFinite(f"gradient norm {norm}")
+        return Step(grad_norm=norm, skipped=skipped)
+
+    def total(self, sums: list[Tensor], stop: bool) -> tuple[float, bool]:
+        """(exact sum of everybody's micro-batch sums, whether anybody wants to stop): the same on every rank."""
+        mine = torch.stack([*sums, torch.tensor(float(stop), dtype=torch.float64, device=self.world.device)])
+        everybody = mine
+        if self.world.size > 1:
+            everybody = mine.new_empty(self.world.size * len(mine))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch is renaming the function
+                dist.all_gather_into_tensor(everybody, mine)
+        table = everybody.view(self.world.size, -1).tolist()
+        values = [value for row in table for value in row[:-1]]
+        total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+        return total, any(row[-1] for row in table)
+
+    @torch.no_grad()
+    def evaluate(self, micro: MicroBatch) -> list[float]:
+        """Summed loss of each row, without dropout."""
+        self.deepspeed.eval()
+        rows = self.deepspeed(*self._to_device(micro))
+        self.deepspeed.train()
+        return rows.double().tolist()
+
+    def _to_device(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        ids, labels = torch.from_numpy(micro.input_ids), torch.from_numpy(micro.labels)
+        return ids.to(self.world.device, non_blocking=True), labels.to(self.world.device, non_blocking=True)
+
+    def _measure_and_clip(self) -> None:
+        """Stage 0 only: the gradients are reduced and whole here. The formula of torch's clip_grad_norm_."""
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        self._grad_norm = nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(self._grad_norm):
+            raise NotFinite(f"gradient norm {float(self._grad_norm)}")
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(self.trainable.values(), self.clip, self._grad_norm)
+
+    # --- full state, the same under every stage and number of ranks ---
+
+    def full_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 tensor) of every trained weight and its two moments, one at a time; all ranks must iterate."""
+        fragments = import_module("deepspeed.utils.tensor_fragment")
+        for name, parameter in self.trainable.items():
+            if self._stage == 0:
+                state = self.optimizer.state[parameter]
+                yield f"weight/{name}", parameter.detach()
+                yield f"exp_avg/{name}", state["exp_avg"]
+                yield f"exp_avg_sq/{name}", state["exp_avg_sq"]
+            else:
+                yield f"weight/{name}", fragments.safe_get_full_fp32_param(parameter)
+                yield f"exp_avg/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg")
+                yield f"exp_avg_sq/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg_sq")
+
+    def load_moments(self, read: Callable[[str], Tensor], steps: int) -> None:
+        """Set AdamW's two moments and its count of steps; the weights were in the model before the engine was made."""
+        inner = self.optimizer if self._stage == 0 else self.optimizer.optimizer
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                inner.state[flat] = {
+                    "step": torch.tensor(float(steps), device=flat.device),
+                    "exp_avg": torch.zeros_like(flat),
+                    "exp_avg_sq": torch.zeros_like(flat),
+                }
+        for name, parameter in self.trainable.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                self._set_moment(parameter, key, read(f"{key}/{name}"))
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self._stage == 0:
+            self.optimizer.state[parameter][key].copy_(value)
+        elif self._stage == 3:
+            fragments = import_module("deepspeed.utils.tensor_fragment")
+            size = parameter.ds_tensor.ds_numel  # this rank's share, the last one padded
+            flat = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+            mine = flat[size * self.world.rank : size * (self.world.rank + 1)]
+            fragments.safe_set_local_optimizer_state(parameter, mine, key)
+        elif parameter._hp_mapping is not None:  # None: another rank has all of it
+            mapping = parameter._hp_mapping
+            whole, mine = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+            flat = self._flat_partition(parameter)
+            state = self.optimizer.optimizer.state[flat][key]
+            state.narrow(0, whole.start, whole.numel).copy_(value.flatten().narrow(0, mine.start, mine.numel))
+
+    def _flat_partition(self, parameter: nn.Parameter) -> Tensor:
+        for group, flat in zip(
+            self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups, strict=True
+        ):
+            if any(member is parameter for member in group):
+                return flat
+        raise AssertionError("every trained parameter is in one of ZeRO's groups")
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor on the CPU) of every trained weight in the names of `model.module`; all ranks must iterate."""
+        for name, parameter in self.trainable.items():
+            if self._stage == 3:
+                with _deepspeed().zero.GatheredParameters([parameter]):
+                    yield name, parameter.detach().float().cpu().clone()
+            else:
+                yield name, parameter.detach().float().cpu()
+
+
+def _dropout_seed(seed: int, step: int, index: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()[:8], "little") >> 1
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None for a processor, where state is not what runs out."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the GPU allocator's peak, or the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself, not by emulation."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
