@@ -1,0 +1,289 @@
+"""Save, list, load: whole or not at all, and the same file whatever the ZeRO stage and the number of ranks.
+
+A checkpoint is a folder `step-NNNNNN` with `state.safetensors` (of each *trained* weight its float32 value and
+AdamW's two moments: 12 bytes a parameter) and `state.json` (where the run stood, and a checksum of the other file).
+It is written under another name, flushed and renamed, so a folder with the right name is whole. Dropout, data order
+and learning rate are functions of seed and step, so nothing else has to be kept.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from trainer.data import MicroBatch
+from trainer.engine import Engine, World
+from trainer.errors import RunFailed, UserError
+
+FORMAT = 1
+STATE, ABOUT = "state.safetensors", "state.json"
+_PIECE = 2**24  # bytes hashed and written at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The lowest validation loss so far and where it was."""
+
+    step: int
+    epoch: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands: all that is not a function of its settings and its step."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    epoch_nll: float = 0.0  #: summed training loss of the epoch so far, nats
+    epoch_counted: int = 0  #: targets it is the sum over
+    seconds: float = 0.0  #: since the run began, pauses between stop and resume left out
+    val_loss: float | None = None  #: of the newest evaluation
+    val_step: int = -1  #: the step of that evaluation
+    best: Best | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One whole checkpoint on disk."""
+
+    folder: Path
+    about: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.about["progress"]["step"])
+
+    @property
+    def val_loss(self) -> float | None:
+        """Validation loss of exactly these weights, where they were evaluated."""
+        progress = self.about["progress"]
+        return progress["val_loss"] if progress["val_step"] == progress["step"] else None
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stood."""
+        values = dict(self.about["progress"])
+        best = values.pop("best")
+        return Progress(**values, best=Best(**best) if best else None)
+
+    def verify(self) -> None:
+        """UserError where the state file is missing, cut off or changed since it was written."""
+        path = self.folder / STATE
+        try:
+            size, digest = path.stat().st_size, _sha256(path)
+        except OSError as problem:
+            raise UserError(f"checkpoint {self.folder}: cannot read {STATE}: {problem.strerror}; {_ELSE}") from problem
+        if size != self.about["bytes"]:
+            raise UserError(f"checkpoint {self.folder}: {STATE} has {size} bytes of {self.about['bytes']}; {_ELSE}")
+        if digest != self.about["sha256"]:
+            raise UserError(f"checkpoint {self.folder}: {STATE} was changed since it was written (checksum); {_ELSE}")
+
+    def reader(self, device: torch.device) -> Callable[[str], Tensor]:
+        """A function from a state's name to its tensor on `device`, read one at a time."""
+        file = safe_open(self.folder / STATE, framework="pt", device=str(device))
+        return file.get_tensor
+
+    def names(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every trained weight in it."""
+        with safe_open(self.folder / STATE, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith("weight/")]  # noqa: SIM118  # not a mapping
+            return {key.removeprefix("weight/"): tuple(file.get_slice(key).get_shape()) for key in keys}
+
+
+_ELSE = "pass --resume step-N to take another"
+
+
+def find(folder: Path) -> list[Checkpoint]:
+    """The whole checkpoints under `folder`, oldest first. Half-written ones have other names and are not seen."""
+    found = []
+    for path in folder.glob("step-*"):
+        if re.fullmatch(r"step-\d{6,}", path.name):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                about = json.loads((path / ABOUT).read_text())
+                if about["format"] == FORMAT:
+                    found.append(Checkpoint(folder=path, about=about))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest validation loss of its own weights; the earliest of equals."""
+    evaluated = [c for c in checkpoints if c.val_loss is not None]
+    return min(evaluated, key=lambda c: (c.val_loss, c.step)) if evaluated else None
+
+
+def choose(folder: Path, which: str) -> Checkpoint:
+    """The checkpoint that `--resume latest|best|step-N` names, its checksum verified.
+
+    `latest` falls back to the newest one that is whole; the ones named are taken or refused.
+    """
+    checkpoints = find(folder)
+    have = ", ".join(c.folder.name for c in checkpoints) or "none"
+    if which == "latest":
+        problems = []
+        for checkpoint in reversed(checkpoints):
+            try:
+                checkpoint.verify()
+                return checkpoint
+            except UserError as problem:
+                problems.append(str(problem))
+        raise UserError(
+            problems[0] if problems else f"--resume: no whole checkpoint in {folder}; start anew with another --out"
+        )
+    if which == "best":
+        chosen = best_of(checkpoints)
+    else:
+        number = re.fullmatch(r"step-(\d+)", which)
+        chosen = next((c for c in checkpoints if number and c.step == int(number[1])), None)
+    if chosen is None:
+        raise UserError(f"--resume {which}: not in {folder}; whole checkpoints there: {have}")
+    chosen.verify()
+    return chosen
+
+
+class Checkpoints:
+    """The checkpoints of one run: saves into `folder` and keeps the newest `keep` and the best."""
+
+    def __init__(self, folder: Path, world: World, *, keep: int, identity: Mapping[str, Any]):
+        self.folder = folder
+        self.world = world
+        self.keep = keep
+        self.identity = dict(identity)  # of which run and model this is the state, written into each
+
+    def save(self, engine: Engine, progress: Progress) -> Path:
+        """Write a checkpoint; all ranks must call. RunFailed on every rank where it cannot be written."""
+        final = self.folder / f"step-{progress.step:06d}"
+        problem = None
+        if self.world.rank == 0:
+            problem = self._write(engine, progress, final)
+        else:
+            for _ in engine.full_state():  # the gathering needs everybody
+                pass
+        problem = self.world.gather(problem)[0]
+        if problem is not None:
+            raise RunFailed(f"checkpoint {final} not written: {problem}; the checkpoints before it are whole")
+        return final
+
+    def _write(self, engine: Engine, progress: Progress, final: Path) -> str | None:
+        temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        states = engine.full_state()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.folder)
+            temporary.mkdir()
+            size, digest = _write_state(temporary / STATE, engine, states)
+            about = {
+                "format": FORMAT, **self.identity, "progress": asdict(progress), "bytes": size, "sha256": digest,
+            }  # fmt: skip
+            _write_text(temporary / ABOUT, json.dumps(about, indent=1))
+            _sync(temporary)
+            if (
+                final.exists()
+            ):  # a resumed run passes the same step again: the old one leaves only when the new is whole
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync(self.folder)
+            self._delete_old()
+            return None
+        except OSError as error:
+            for _ in states:  # the other ranks are still gathering
+                pass
+            shutil.rmtree(temporary, ignore_errors=True)
+            return str(error.strerror or error)
+
+    def _delete_old(self) -> None:
+        checkpoints = find(self.folder)
+        best = best_of(checkpoints)
+        for checkpoint in checkpoints[: -self.keep]:
+            if best is None or checkpoint.step != best.step:
+                # Renamed first: a folder that is half deleted must not look whole.
+                doomed = checkpoint.folder.rename(self.folder / f".{checkpoint.folder.name}.deleted.tmp")
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def dump_batch(self, step: int, micros: list[MicroBatch]) -> None:
+        """Keep this rank's rows of a step whose numbers were not finite, to reproduce it."""
+        path = self.folder.parent / f"not-finite-step-{step}-rank-{self.world.rank}.npz"
+        arrays = {f"{name}_{n}": getattr(m, name) for n, m in enumerate(micros) for name in ("input_ids", "labels")}
+        with contextlib.suppress(OSError):  # a full disk must not hide the loss that was not finite
+            np.savez_compressed(path, **arrays)
+
+
+def _write_state(path: Path, engine: Engine, states: Any) -> tuple[int, str]:
+    """Stream the safetensors file, one gathered tensor at a time; returns (bytes, sha256)."""
+    header, offset = {}, 0
+    for name, parameter in engine.trainable.items():
+        shape = list(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 a weight's own shape is empty
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            size = 4 * int(np.prod(shape, dtype=np.int64))
+            header[f"{kind}/{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        _put(file, digest, struct.pack("<Q", len(text)) + text)
+        for name, tensor in states:
+            assert name in header, name
+            data = tensor.detach().to("cpu", torch.float32).contiguous().view(-1).numpy()
+            _put(file, digest, memoryview(data).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell(), digest.hexdigest()
+
+
+def _put(file: IO[bytes], digest: Any, data: Any) -> None:
+    for start in range(0, len(data), _PIECE):
+        digest.update(data[start : start + _PIECE])
+        file.write(data[start : start + _PIECE])
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(".step-*.tmp"):  # of a save or a deletion that was killed
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
+    """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another model's."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    kept = checkpoint.names()
+    if {name: tuple(p.shape) for name, p in trained.items()} != kept:
+        odd = sorted(set(trained) ^ set(kept)) or [n for n, p in trained.items() if tuple(p.shape) != kept[n]]
+        raise UserError(f"checkpoint {checkpoint.folder} is of another model: {odd[0]} and {len(odd) - 1} more differ")
+    read = checkpoint.reader(torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(read(f"weight/{name}"))

@@ -1,0 +1,43 @@
+"""Keeps what libraries say to their developers from the user of this program."""
+
+import logging
+import os
+import warnings
+
+ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",  # the bar over the weights that transformers loads asks none of the above
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # gloo and the process groups, from C++
+}
+LOGGERS = ("DeepSpeed", "bitsandbytes.backends.cpu.ops", "torch.distributed.run")
+WARNINGS = (  # starts of messages, as patterns
+    r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated",  # torch 2.13, from within DeepSpeed
+    r".*is_gradient_checkpointing.* is deprecated",  # transformers 5, from within peft and DeepSpeed
+    r"fan_in_fan_out is set to False but the target module is `Conv1D`",  # peft, which then sets it itself
+    r"Using non-full backward hooks|.*backward hook.*will be missing some grad_input",  # torch, from DeepSpeed's hooks
+)
+
+
+def quiet() -> None:
+    """Silence the noise that is known; call it before torch, deepspeed, transformers or peft are imported.
+
+    Warnings that are not listed are still shown, and a variable that the user has set is left as it is
+    (TRANSFORMERS_VERBOSITY=info brings its messages back).
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        if _errors_only not in logger.filters:
+            logger.addFilter(_errors_only)  # a level would be set back when the library is imported
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _errors_only(row: logging.LogRecord) -> bool:
+    return row.levelno >= logging.ERROR

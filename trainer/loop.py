@@ -1,0 +1,168 @@
+"""The steps and the evaluations of one run, as a stream of records.
+
+Knows no mode, no rank, no file and no sink: it draws micro-batches, has the engine accumulate and step, sums loss and
+tokens over the global batch, divides once and yields what happened.
+"""
+
+import math
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainer.checkpoint import Best, Checkpoints, Progress
+from trainer.data import Prepared, Rows, epoch_order, eval_batches, step_batches, step_counts
+from trainer.engine import Engine, NotFinite
+from trainer.errors import RunFailed
+from trainer.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
+from trainer.schedule import learning_rate
+from trainer.settings import Batch, Settings
+
+PAD_ID = 0  # any id will do: padded positions are neither counted nor looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How far and in which strides: what the loop needs of a plan."""
+
+    settings: Settings
+    batch: Batch
+    total_steps: int
+    steps_per_epoch: int
+
+    def due(self, every: str, step: int) -> bool:
+        """Whether something done `every` N steps, every epoch or never is due after `step`; always at the end."""
+        if step == self.total_steps:
+            return True
+        stride = {"epoch": self.steps_per_epoch, "never": self.total_steps}.get(every) or int(every)
+        return step % stride == 0
+
+
+def train(
+    engine: Engine,
+    data: Prepared,
+    course: Course,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    interrupted: Callable[[], bool],
+) -> Generator[Record, None, Progress]:
+    """Run from `progress` to the last step and return where it ended. Raises RunFailed, after saving the last finite state, on NaN or infinity."""
+    train_settings, output = course.settings.train, course.settings.output
+    clock = Clock(progress.seconds)
+    if progress.step == 0:
+        progress, record = _evaluate(engine, data, course, progress, clock)
+        yield record
+    saved = progress.step
+    order, order_epoch = None, -1
+    while progress.step < course.total_steps:
+        epoch, place = divmod(progress.step, course.steps_per_epoch)
+        if order is None or order_epoch != epoch:
+            order, order_epoch = _order(data.train, course, epoch), epoch
+        micros = step_batches(data.train, order, place, course.batch, engine.world.rank, PAD_ID)
+        examples, tokens, counted = step_counts(data.train, order, place, course.batch.global_batch)
+        rate = learning_rate(
+            progress.step, peak=train_settings.lr, warmup=train_settings.warmup_steps, total=course.total_steps
+        )
+        began = time.perf_counter()
+        sums = [engine.accumulate(micro, step=progress.step, counted=counted) for micro in micros]
+        nll, stop = engine.total(sums, interrupted())
+        try:
+            if not math.isfinite(nll):
+                raise NotFinite(f"loss {nll}")
+            done = engine.step(rate)
+        except NotFinite as problem:
+            checkpoints.dump_batch(progress.step + 1, micros)
+            if progress.step > saved:
+                checkpoints.save(engine, progress)
+            message = f"step {progress.step + 1}: {problem}; the weights are those after step {progress.step}"
+            rows = order[place * course.batch.global_batch :][:examples].tolist()
+            yield EventRecord(
+                event="not_finite", step=progress.step + 1, message=message, time=clock(), facts={"rows": rows}
+            )
+            raise RunFailed(f"{message}; a lower --lr or --precision fp32 may help") from problem
+
+        progress = replace(
+            progress, step=progress.step + 1, samples=progress.samples + examples, tokens=progress.tokens + tokens,
+            epoch_nll=progress.epoch_nll + nll, epoch_counted=progress.epoch_counted + counted, seconds=clock(),
+        )  # fmt: skip
+        at = position(progress, course, len(data.train))
+        yield StepRecord(
+            **at, loss=nll / counted, lr=rate, grad_norm=done.grad_norm,
+            tokens_per_second=tokens / (time.perf_counter() - began),
+        ) if not done.skipped else EventRecord(
+            event="skipped_step", step=progress.step, time=clock(),
+            message=f"step {progress.step}: gradient overflow in fp16, the update was skipped and the loss scale lowered",
+        )  # fmt: skip
+        if course.due(output.eval_every, progress.step):
+            progress, record = _evaluate(engine, data, course, progress, clock)
+            yield record
+        if progress.step % course.steps_per_epoch == 0 or progress.step == course.total_steps:
+            yield EpochRecord(**at | {"time": clock()}, train_loss=progress.epoch_nll / progress.epoch_counted)
+            progress = replace(progress, epoch_nll=0.0, epoch_counted=0)
+        if stop or course.due(output.save_every, progress.step):
+            progress = replace(progress, seconds=clock())
+            checkpoints.save(engine, progress)
+            saved = progress.step
+        if stop and progress.step < course.total_steps:
+            message = f"stopped by a signal after step {progress.step}; --resume goes on from there"
+            yield EventRecord(event="interrupted", step=progress.step, message=message, time=clock())
+            return progress
+    return progress
+
+
+def evaluate(engine: Engine, rows: Rows, eval_batch: int) -> tuple[float, int]:
+    """(token mean of the loss over all `rows`, targets it is the mean of): one number, however the rows are spread.
+
+    Each row's sum is kept apart and all are added exactly (`math.fsum`), so neither ranks nor order can move it.
+    """
+    world = engine.world
+    sums = [
+        nll
+        for micro in eval_batches(rows, eval_batch, world.rank, world.size, PAD_ID)
+        for nll in engine.evaluate(micro)
+    ]
+    counted = int(rows.counted().sum())
+    return math.fsum(nll for part in world.gather(sums) for nll in part) / counted, counted
+
+
+class Clock:
+    """Seconds since the run began, going on from where a resumed run stood."""
+
+    def __init__(self, before: float):
+        self.start = time.perf_counter() - before
+
+    def __call__(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self.start
+
+
+def _order(rows: Rows, course: Course, epoch: int):  # type: ignore[no-untyped-def]
+    settings = course.settings
+    return epoch_order(
+        rows, seed=settings.train.seed, epoch=epoch, global_batch=course.batch.global_batch,
+        shuffle=settings.data.shuffle, by_length=settings.data.objective == "completion",
+    )  # fmt: skip
+
+
+def position(progress: Progress, course: Course, examples: int) -> dict[str, Any]:
+    """The columns that every record shares; `epoch` is the number of passes done, as a fraction."""
+    epochs, steps = divmod(progress.step, course.steps_per_epoch)
+    share = min(steps * course.batch.global_batch, examples) / examples
+    return {
+        "step": progress.step, "epoch": epochs + share, "samples": progress.samples, "tokens": progress.tokens,
+        "time": progress.seconds,
+    }  # fmt: skip
+
+
+def _evaluate(
+    engine: Engine, data: Prepared, course: Course, progress: Progress, clock: Clock
+) -> tuple[Progress, EvalRecord]:
+    loss, counted = evaluate(engine, data.val, course.settings.train.eval_batch)
+    if not math.isfinite(loss):
+        raise RunFailed(f"validation loss {loss} after step {progress.step}: the weights are no longer finite")
+    at = position(progress, course, len(data.train)) | {"time": clock()}
+    record = EvalRecord(**at, loss=loss, perplexity=perplexity(loss), eval_tokens=counted)
+    best = progress.best
+    if best is None or loss < best.loss:
+        best = Best(step=progress.step, epoch=record.epoch, loss=loss)
+    return replace(progress, val_loss=loss, val_step=progress.step, best=best), record
