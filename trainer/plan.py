@@ -1,0 +1,212 @@
+"""Everything that is decided before the first step: what `--dry-run` prints and run.json keeps."""
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import engine, reference
+from trainer.data import Prepared
+from trainer.engine import World, ZeroFile
+from trainer.errors import UserError
+from trainer.loop import Course
+from trainer.model import load_config, positions
+from trainer.settings import Settings
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run before it starts."""
+
+    settings: Settings
+    world: World
+    course: Course
+    zero: ZeroFile
+    precision: str
+    deepspeed: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    dropout: float
+
+    def lines(self) -> list[tuple[str, str]]:
+        """The plan as (what, value) for people."""
+        model, course, settings = self.model, self.course, self.settings
+        train, val = self.data["train"], self.data["val"]
+        rows = "blocks" if settings.data.objective == "blocks" else "rows"
+        peak = f"{settings.train.lr:g}, linear to 0" + (
+            f" after {settings.train.warmup_steps} warm-up steps" if settings.train.warmup_steps else ", no warm-up"
+        )
+        lines = [
+            ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
+            ("overridden", " ".join(settings.overridden) or "nothing"),
+            ("model", f"{model['name']}, {model['init']}: {model['parameters']:,} parameters"),
+            ("trainable", f"{model['trainable']:,} ({100 * model['share']:.2f}%)" + _targets(model)),
+            (
+                "data",
+                f"{self.data['source']}: {train['examples']:,} {rows} of at most {settings.data.block_size} tokens, {train['tokens']:,} tokens",
+            ),
+            (
+                "validation",
+                f"{val['examples']:,} {rows}, {val['counted_tokens']:,} counted tokens ({self.data['split']})",
+            ),
+            ("batch", str(course.batch)),
+            ("steps", f"{course.steps_per_epoch:,} per epoch, {course.total_steps:,} in all"),
+            ("learning rate", peak),
+            ("ZeRO file", f"{self.zero.name}: {self.zero.reason}"),
+            ("precision", f"{self.precision} on {self.world.size} x {_device_name(self.world.device)}"),
+            ("output", f"{settings.run_folder}"),
+        ]
+        return lines + [("note", notice) for notice in self.data.get("notices", [])]
+
+    def as_json(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
+        """The content of run.json."""
+        settings = self.settings
+        return {
+            "format": 1,
+            "run_id": run_id,
+            "name": settings.run_name,
+            "mode": settings.mode,
+            "preset": settings.preset,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "settings": settings.as_dict(),
+            "overridden": list(settings.overridden),
+            "resolved": self.resolved(),
+            "deepspeed": self.deepspeed,
+            "data": self.data,
+            "model": self.model,
+            "not_comparable_with_card": self.not_comparable(),
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "git": _git(),
+            "hardware": _hardware(self.world),
+            "wandb": wandb,
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        """What was derived or chosen."""
+        world, course, settings = self.world, self.course, self.settings
+        return {
+            "lr": settings.train.lr,
+            "precision": self.precision,
+            "ds_config": self.zero.name,
+            "ds_reason": self.zero.reason,
+            "ranks": world.size,
+            "nodes": world.nodes,
+            "device": world.device.type,
+            "backend": "nccl" if world.device.type == "cuda" else "gloo",
+            "threads_per_rank": world.threads,
+            "micro_batch": course.batch.micro,
+            "accumulation": course.batch.accumulation,
+            "global_batch": course.batch.global_batch,
+            "steps_per_epoch": course.steps_per_epoch,
+            "total_steps": course.total_steps,
+            "dropout": self.dropout,
+        }
+
+    def not_comparable(self) -> list[str]:
+        """Why the losses cannot be held against the card's."""
+        return reference.why_not_comparable(
+            data=self.data["source"], vocabulary=self.data["vocabulary"], block_size=self.settings.data.block_size,
+            objective=self.settings.data.objective, model=self.settings.model.model,
+            examples=self.data["train"]["examples"],
+        )  # fmt: skip
+
+
+def check_early(settings: Settings, world: World) -> None:
+    """What can be refused before data and model are touched: batch sum, precision, ZeRO file, device."""
+    settings.train.batch(world.size)
+    if settings.engine.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
+    if settings.engine.ds_config is not None:
+        zero = engine.read_zero_file(settings.engine.ds_config)
+        if zero.stage == 0 and settings.engine.precision == "fp16":
+            raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
+    limit = positions(load_config(settings.model))
+    if limit is not None and settings.data.block_size > limit:
+        raise UserError(f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {limit} tokens")
+
+
+def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str, Any], config: Any) -> Plan:
+    """The plan of a run, from its settings, its data and its model's facts (`trainer.model`)."""
+    vocabulary = data.facts["vocabulary"]
+    if vocabulary > config.vocab_size:
+        raise UserError(
+            f"--model {settings.model.model}: it has {config.vocab_size:,} token ids, the data uses up to {vocabulary:,}; "
+            "pass a model that goes with the tokenizer"
+        )
+    batch = settings.train.batch(world.size)
+    precision = settings.engine.precision or ("bf16" if engine.has_bf16(world.device) else "fp32")
+    zero = (
+        engine.read_zero_file(settings.engine.ds_config)
+        if settings.engine.ds_config
+        else engine.choose_zero_file(
+            trainable=model["trainable"], parameters=model["parameters"], ranks=world.size,
+            memory=engine.device_memory(world.device), precision=precision,
+        )
+    )  # fmt: skip
+    examples = len(data.train)
+    course = Course(
+        settings=settings, batch=batch, total_steps=settings.train.total_steps(examples),
+        steps_per_epoch=settings.train.steps_per_epoch(examples),
+    )  # fmt: skip
+    return Plan(
+        settings=settings, world=world, course=course, zero=zero, precision=precision,
+        deepspeed=engine.deepspeed_dict(zero, batch=batch, clip=settings.train.clip, precision=precision),
+        model=model, data=data.facts, dropout=float(getattr(config, "resid_pdrop", 0.0)),
+    )  # fmt: skip
+
+
+def _targets(model: dict[str, Any]) -> str:
+    return f", adapters on {', '.join(model['lora_targets'])}" if model["lora_targets"] else ", every weight"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def ask(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _hardware(world: World) -> dict[str, Any]:
+    gpu = world.device.type == "cuda"
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name(world.device) if gpu else None,
+        "gpus": world.size if gpu else 0,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,312 @@
+"""One run, wired: the only file that knows all the others."""
+
+import json
+import os
+import secrets
+import signal
+import string
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer import checkpoint, export, log, records
+from trainer.checkpoint import Checkpoint, Checkpoints, Progress
+from trainer.data import Prepared, load, prepare
+from trainer.engine import Engine, World, leave_world, peak_memory, start_world
+from trainer.errors import RunFailed, UserError
+from trainer.flags import Request
+from trainer.loop import PAD_ID, position, train
+from trainer.model import Model, build, load_config, save_base
+from trainer.plan import Plan, check_early, make_plan
+from trainer.records import EventRecord, Record
+from trainer.settings import Settings, merge, scientific
+
+
+def run(request: Request) -> int:
+    """Do what was asked; returns the exit code. UserError and RunFailed are raised on every rank alike."""
+    stop = Stop()
+    world = start_world()
+    try:
+        settings, before = world.once(lambda: open_folder(request))
+        world.once(lambda: check_early(settings, world))
+        folder = Path(settings.run_folder)
+        data = _data(settings, world)
+        model = build(settings, on_meta=request.dry_run, hashed=world.rank == 0)
+        plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
+        if request.dry_run:
+            if world.rank == 0:
+                log.show_plan(plan.lines())
+            return 0
+        point = world.once(lambda: _checkpoint(folder, request.resume, model)) if before else None
+        about = world.once(lambda: _begin(folder, plan, before, request))
+        engine, progress = _engine(plan, model, point)
+        return _train(plan, data, model, engine, progress, about, point, stop, request)
+    finally:
+        leave_world()
+
+
+def open_folder(request: Request) -> tuple[Settings, dict[str, Any] | None]:
+    """The settings of the run and, where one is resumed, its run.json; UserError where the run folder is not as asked."""
+    settings = request.settings
+    folder = Path(settings.run_folder)
+    if request.resume is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: pass --resume to go on with that run, or another --out")
+        return settings, None
+    try:
+        before = json.loads((folder / "run.json").read_text())
+    except FileNotFoundError as problem:
+        raise UserError(f"--resume: no run in {folder} (no run.json there); name its folder with --out") from problem
+    except (OSError, ValueError) as problem:
+        raise UserError(f"--resume: cannot read {folder / 'run.json'}: {problem}") from problem
+    stored = Settings.from_dict(before["settings"])
+    if stored.mode != settings.mode:
+        raise UserError(
+            f"--mode {settings.mode}: the run in {folder} is --mode {stored.mode}; a mode cannot change on resume"
+        )
+    given = {**request.given, "output": {**request.given["output"], "out": settings.run_folder}}
+    return merge(stored, given, settings.overridden), before
+
+
+def _data(settings: Settings, world: World) -> Prepared:
+    """Tokenised once by one rank of each node, then mapped by all."""
+
+    def say(line: str) -> None:
+        if world.rank == 0:
+            print(line, flush=True)
+
+    def make() -> Path:
+        return prepare(
+            settings.data, model=settings.model.model, global_batch=settings.train.global_batch, say=say
+        ).folder
+
+    return load(world.once(make, per_node=True))
+
+
+def _checkpoint(folder: Path, which: str | None, model: Model) -> Checkpoint | None:
+    """The checkpoint to go on from; None where the run ended before its first one and may begin again."""
+    if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
+        return None
+    point = checkpoint.choose(folder / "checkpoints", which or "latest")
+    if point.about["base"] != model.facts["fingerprint"]:
+        raise UserError(
+            f"checkpoint {point.folder} is of a run on another base model ({point.about['base']}, here {model.facts['fingerprint']})"
+        )
+    return point
+
+
+def _begin(folder: Path, plan: Plan, before: Mapping[str, Any] | None, request: Request) -> dict[str, Any]:
+    """Check what a resume may not change, or write run.json; returns the run's description."""
+    if before is not None:
+        refuse_changes(before, plan, request.allow_change)
+        return dict(before)
+    run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+    output = plan.settings.output
+    wandb = {
+        "id": run_id,
+        "project": output.wandb_project,
+        "group": log.run_group(plan.data["source"]),
+        "mode": log.wandb_mode(output.wandb),
+    }
+    about = plan.as_json(run_id=run_id, wandb=wandb)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".run.json.tmp"
+        temporary.write_text(json.dumps(about, indent=1) + "\n")
+        temporary.replace(folder / "run.json")
+        if plan.settings.mode == "lora" and plan.settings.model.init == "random":
+            save_base(plan.settings, folder / "base")  # nobody else has these weights; an adapter is nothing without
+    except OSError as problem:
+        raise UserError(
+            f"{folder}: cannot write there: {problem.strerror}; name another folder with --out"
+        ) from problem
+    return about
+
+
+def refuse_changes(before: Mapping[str, Any], plan: Plan, allowed: tuple[str, ...]) -> dict[str, list[Any]]:
+    """{name: [then, now]} of what changed and was allowed; UserError for the first change that was not."""
+    then = scientific(Settings.from_dict(before["settings"]))
+    now = scientific(plan.settings)
+    then |= {"data": before["data"]["fingerprint"], "precision": before["resolved"]["precision"]}
+    now |= {"data": plan.data["fingerprint"], "precision": plan.precision}
+    unknown = [name for name in allowed if name not in now]
+    if unknown:
+        raise UserError(f"--allow-change {unknown[0]}: expected one of {', '.join(sorted(now))}")
+    changed = {name: [then[name], now[name]] for name in now if then.get(name) != now[name]}
+    for name, (old, new) in changed.items():
+        if name not in allowed:
+            raise UserError(
+                f"--resume: {name} is {new} and was {old} when the run began; put it back, or say --allow-change {name} as well"
+            )
+    return changed
+
+
+def _engine(plan: Plan, model: Model, point: Checkpoint | None) -> tuple[Engine, Progress]:
+    """The engine, at its start or where the checkpoint stood."""
+    if point is not None:
+        checkpoint.load_weights(point, model.module)
+    engine = Engine(plan.world, model, plan.deepspeed, plan.settings.train, plan.precision)
+    if point is None:
+        return engine, Progress()
+    engine.load_moments(point.reader(plan.world.device), point.step)
+    return engine, point.progress
+
+
+def _train(
+    plan: Plan, data: Prepared, model: Model, engine: Engine, progress: Progress, about: dict[str, Any],
+    point: Checkpoint | None, stop: "Stop", request: Request,
+) -> int:  # fmt: skip
+    """From the first record to the finished event; whatever happens, the sinks are closed with the exit code."""
+    folder = Path(plan.settings.run_folder)
+    sinks = Sinks(plan, folder, about, progress, resumed=request.resume is not None)
+    saver = Checkpoints(
+        folder / "checkpoints", plan.world, keep=plan.settings.output.keep,
+        identity={"run_id": about["run_id"], "mode": plan.settings.mode, "base": model.facts["fingerprint"]},
+    )  # fmt: skip
+    code = 1
+    try:
+        if request.resume is not None:
+            sinks.write(_resumed(plan, about, point, progress, sinks.dropped, request))
+        progress = sinks.take(train(engine, data, plan.course, progress, saver, stop.asked))
+        if progress.step < plan.course.total_steps:
+            code = 128 + stop.signal
+            return code
+        _finish(plan, data, model, engine, progress, about, sinks, folder)
+        code = 0
+        return code
+    finally:
+        sinks.close(code)
+
+
+def _resumed(
+    plan: Plan, about: Mapping[str, Any], point: Checkpoint | None, progress: Progress, dropped: int, request: Request
+) -> EventRecord:  # fmt: skip
+    changed = refuse_changes(about, plan, request.allow_change)
+    where = point.folder.name if point else "the start: the run had no checkpoint"
+    message = f"resumed from {where}" + (f", {dropped} rows after it cut off" if dropped else "")
+    message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changed.items())
+    facts = {"checkpoint": where, "rows_cut": dropped, "changed": changed, "resolved": plan.resolved()}
+    return EventRecord(event="resumed", step=progress.step, message=message, time=progress.seconds, facts=facts)
+
+
+def _finish(
+    plan: Plan, data: Prepared, model: Model, engine: Engine, progress: Progress, about: dict[str, Any],
+    sinks: "Sinks", folder: Path,
+) -> None:  # fmt: skip
+    """Export, load the export again, and say how it went."""
+    began = time.perf_counter()
+    world, settings = plan.world, plan.settings
+    recorded = progress.val_loss
+    assert recorded is not None, "the last step is always evaluated"
+    ids = _fixed_rows(data)
+    logits = export.check_logits(model.module, ids, world.device)
+    weights = dict(engine.whole_weights())
+    peak = max(world.gather(peak_memory(world.device)))
+
+    def make() -> export.Check:
+        export.save_folder(folder / "model", model, weights.items(), base=export.base_of(model, folder),
+            tokenizer=settings.model.model if plan.data["tokenizer"] else None,
+        )
+        check = export.check_folder(
+            folder / "model", data=data.folder, recorded_loss=recorded, eval_batch=settings.train.eval_batch,
+            device=world.device.type, precision=plan.precision, threads=world.threads, logits=(ids, logits),
+            vocabulary_tied=model.tied,
+        )  # fmt: skip
+        export.write_card(folder / "model", about, records.read(folder / "metrics.jsonl"), check)
+        return check
+
+    check = world.once(make)
+    place = position(progress, plan.course, len(data.train))
+    seconds = progress.seconds + time.perf_counter() - began
+    facts: dict[str, Any] = {
+        "wall_seconds": seconds,
+        "device_hours": seconds * world.size / 3600,
+        "peak_memory_bytes": peak,
+        "checkpoint_bytes": _size(max((folder / "checkpoints").glob("step-*"), default=None)),
+        "export_bytes": _size(folder / "model"),
+        "best": vars(progress.best) if progress.best else None,
+        "final": {"step": progress.step, "epoch": place["epoch"], "loss": recorded},
+        "export": check.line(),
+    }
+    message = f"finished after {progress.step} steps; {folder / 'model'} {check.line()}"
+    sinks.write(EventRecord(event="finished", step=progress.step, message=message, time=seconds, facts=facts))
+    if check.problems:
+        raise RunFailed(f"{folder / 'model'}: {check.line()}; checkpoints and records are whole")
+
+
+def _fixed_rows(data: Prepared):  # type: ignore[no-untyped-def]
+    """Token ids [1 or 2, width] of the first validation rows, as they are fed."""
+    from trainer.data import eval_batches
+
+    return next(eval_batches(data.val, 2, 0, 1, PAD_ID)).input_ids
+
+
+def _size(folder: Path | None) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder and folder.exists() else 0
+
+
+class Sinks:
+    """Where the records go: on rank 0 to metrics.jsonl, the terminal and W&B; nowhere on the others."""
+
+    def __init__(self, plan: Plan, folder: Path, about: dict[str, Any], progress: Progress, *, resumed: bool):
+        self.plan = plan
+        self.folder = folder
+        self.sinks: list[log.Sink] = []
+        self.dropped = 0
+        if plan.world.rank != 0:
+            return
+        log.show_plan(plan.lines())
+        rows = folder / "metrics.jsonl"
+        if resumed and rows.exists():
+            self.dropped = log.rewind(rows, progress.step if progress.step else -1)
+        course = plan.course
+        bar = log.Progress(course.total_steps, course.total_steps / course.steps_per_epoch)
+        self.sinks = [
+            log.JsonlSink(rows, resume=resumed),
+            bar,
+            log.start_wandb(about, folder, resumed=resumed, say=bar.say),
+        ]
+
+    def write(self, record: Record) -> None:
+        """Hand a record to every sink."""
+        for sink in self.sinks:
+            sink.write(record)
+
+    def take(self, stream: Generator[Record, None, Progress]) -> Progress:
+        """Write every record of the stream; returns what it returned."""
+        while True:
+            try:
+                record = next(stream)
+            except StopIteration as end:
+                return end.value
+            self.write(record)
+
+    def close(self, exit_code: int) -> None:
+        """Close every sink, then show the table of a run that ended well."""
+        for sink in self.sinks:
+            sink.close(exit_code)
+        if self.sinks and exit_code == 0:
+            log.show_end(records.read(self.folder / "metrics.jsonl"), self.plan.not_comparable())
+
+
+class Stop:
+    """SIGINT and SIGTERM ask for the end after the step in hand; a second one, later, ends the process at once."""
+
+    GRACE = 2.0  # seconds; a launcher passes Ctrl-C on to ranks that the terminal has already signalled
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._when = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._catch)
+
+    def _catch(self, number: int, _frame: object) -> None:
+        if self.signal and time.monotonic() - self._when > self.GRACE:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self._when = number, time.monotonic()
+
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return bool(self.signal)
