@@ -1,0 +1,105 @@
+"""Many small runs in one group of ranks: engine and loop without export, for the invariance and resume matrices."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer import flags
+from trainer.checkpoint import Checkpoints, Progress
+from trainer.data import load
+from trainer.engine import Engine, leave_world, start_world
+from trainer.loop import train
+from trainer.model import build, load_config
+from trainer.plan import make_plan
+from trainer.records import to_line
+
+
+def run_cells(jobs: list[dict[str, Any]]) -> int:
+    """Run each job `{name, flags, data, out}`: its records go to out/name.jsonl, its final weights to out/name.npz."""
+    world = start_world()
+    try:
+        for job in jobs:
+            settings = flags.read(job["flags"]).settings
+            data = load(Path(job["data"]))
+            model = build(settings)
+            plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
+            engine = Engine(world, model, plan.deepspeed, settings.train, plan.precision)
+            out = Path(job["out"])
+            saver = Checkpoints(out / f"{job['name']}-checkpoints", world, keep=99, identity={"base": "test"})
+            records = list(train(engine, data, plan.course, Progress(), saver, lambda: False))
+            weights = {name: tensor.numpy().copy() for name, tensor in engine.whole_weights()}
+            if world.rank == 0:
+                (out / f"{job['name']}.jsonl").write_text("".join(to_line(r) + "\n" for r in records))
+                np.savez(out / f"{job['name']}.npz", **weights)
+    finally:
+        leave_world()
+    return 0
+
+
+def read_cell(out: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """(rows, weights) of a cell."""
+    rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    return rows, dict(np.load(out / f"{name}.npz"))
+
+
+def reference(arguments: list[str], data_folder: Path) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """The same run as a plain PyTorch loop in one process: no DeepSpeed, no micro-batches, no code of the loop's.
+
+    Each step feeds the whole global batch as one padded batch through the model's own logits. Returns
+    (rows of step and evaluation losses and gradient norms, final weights).
+    """
+    from trainer.data import epoch_order
+
+    settings = flags.read(arguments).settings
+    data = load(data_folder)
+    model = build(settings)
+    train_settings, module = settings.train, model.module
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    adam = torch.optim.AdamW(trained.values(), lr=train_settings.lr, weight_decay=train_settings.weight_decay, eps=1e-8)
+    per_epoch = -(-len(data.train) // train_settings.global_batch)
+    total = train_settings.max_steps or round(train_settings.epochs * per_epoch)
+    rows: list[dict[str, float]] = []
+
+    def nll(indices: np.ndarray, side: Any) -> tuple[torch.Tensor, int]:
+        width = max(len(side.row(i)) for i in indices)
+        ids = torch.zeros(len(indices), width, dtype=torch.long)
+        counts = torch.zeros(len(indices), width, dtype=torch.bool)
+        for n, i in enumerate(indices):
+            row = side.row(i)
+            ids[n, : len(row)] = torch.from_numpy(row)
+            counts[n, int(side.first[i]) : len(row)] = True
+        logits = module(input_ids=ids, use_cache=False).logits
+        picked = torch.log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
+        return -(picked * counts[:, 1:]).sum(), int(counts[:, 1:].sum())
+
+    def evaluate() -> None:
+        module.eval()
+        with torch.no_grad():
+            parts = [nll(np.array([i]), data.val) for i in range(len(data.val))]
+        rows.append({"kind": "eval", "loss": sum(p[0].item() for p in parts) / sum(p[1] for p in parts)})
+        module.train()
+
+    evaluate()
+    module.train()
+    for step in range(total):
+        epoch, place = divmod(step, per_epoch)
+        order = epoch_order(
+            data.train, seed=train_settings.seed, epoch=epoch, global_batch=train_settings.global_batch,
+            shuffle=settings.data.shuffle, by_length=settings.data.objective == "completion",
+        )  # fmt: skip
+        batch = order[place * train_settings.global_batch : (place + 1) * train_settings.global_batch]
+        summed, counted = nll(batch, data.train)
+        loss = summed / counted
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), train_settings.clip)
+        for group in adam.param_groups:
+            group["lr"] = train_settings.lr * (total - step) / total
+        adam.step()
+        adam.zero_grad()
+        rows.append({"kind": "step", "loss": loss.item(), "grad_norm": float(norm)})
+        if (step + 1) % per_epoch == 0 or step + 1 == total:
+            evaluate()
+    return rows, {name: p.detach().numpy().copy() for name, p in trained.items()}

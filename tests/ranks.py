@@ -1,0 +1,84 @@
+"""Real ranks for tests: processes that join one gloo group and run `trainer.run.run`, as a launcher would start them.
+
+They are forked from a server that has imported the heavy packages once, so a run costs seconds. The same code runs
+under the real `deepspeed` command in test_launch.py.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["trainer.run", "trainer.verify", "deepspeed", "peft", "wandb", "ranks"])
+TIMEOUT = 240  # seconds; a healthy run takes 2 to 10
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+
+
+def _work(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(environ)
+    with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            code = target(*args)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    os._exit(code or 0)
+
+
+def on_ranks(size: int, target: Callable[..., Any], *args: Any, log: Path, env: Mapping[str, str] | None = None) -> int:
+    """Call `target(*args)` on `size` ranks; returns the largest exit code, all output goes to `log`."""
+    port = free_port()
+    workers = [
+        CONTEXT.Process(target=_work, args=({**environment(rank, size, port), **(env or {})}, str(log), target, args))
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join(TIMEOUT)
+        assert all(worker.exitcode is not None for worker in workers), f"a rank hangs:\n{log.read_text()}"
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+    return max(abs(worker.exitcode or 0) for worker in workers)
+
+
+def command(arguments: list[str]) -> int:
+    """What launch/train.py does, in this process."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
+    import train as entry
+
+    sys.argv = ["train.py", *arguments]
+    return entry.main()
+
+
+def train(
+    arguments: list[str], *, out: Path, ranks: int = 1, env: Mapping[str, str] | None = None, ok: bool = True
+) -> str:
+    """Run `train.py` with these flags on so many ranks into `out`; returns its output, asserts its success if `ok`."""
+    log = out.parent / f"{out.name}.log"
+    code = on_ranks(ranks, command, [*arguments, "--out", str(out)], log=log, env=env)
+    output = log.read_text()
+    assert not ok or code == 0, output
+    return output
