@@ -12,6 +12,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 VOCABULARY = 97
+END = "<|endoftext|>"
 
 
 @pytest.fixture(scope="session")
@@ -24,34 +25,49 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(shelf: Path) -> str:
-    """A folder with a random GPT-2 of two layers, without dropout; weights large enough for a gradient worth clipping."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    """A folder with a random GPT-2 of two layers, without dropout, and a tokenizer of one token a word.
 
-    torch.manual_seed(0)
+    Its weights are large enough for a gradient worth clipping.
+    """
+    return make_tiny(shelf / "tiny", dropout=0.0)
+
+
+def make_tiny(folder: Path, *, dropout: float, seed: int = 0) -> str:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(shelf / "tiny")
-    return str(shelf / "tiny")
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({END: 0, **{f"w{n}": n for n in range(1, VOCABULARY)}}, unk_token=END))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, bos_token=END).save_pretrained(folder)
+    return str(folder)
 
 
-def write_ids(path: Path, *, rows: int, seed: int, length: tuple[int, int]) -> str:
-    """A JSONL of token ids with a pattern to learn: every row counts upwards from its start, with noise."""
+def write_records(path: Path, *, rows: int, seed: int) -> str:
+    """A JSONL of prompts and completions with a pattern to learn: words count upwards, with noise."""
     dice = random.Random(seed)
     with open(path, "w") as file:
         for _ in range(rows):
-            size, start = dice.randint(*length), dice.randrange(1, VOCABULARY)
-            ids = [1 + (start + n + dice.randrange(2)) % (VOCABULARY - 1) for n in range(size)]
-            file.write(json.dumps({"input_ids": ids}) + "\n")
+            size, cut, start = dice.randint(8, 18), dice.randint(2, 6), dice.randrange(1, VOCABULARY)
+            words = [f"w{1 + (start + n + dice.randrange(2)) % (VOCABULARY - 1)}" for n in range(size)]
+            record = {"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:])}
+            file.write(json.dumps(record) + "\n")
     return str(path)
 
 
 @pytest.fixture(scope="session")
-def ids(shelf: Path) -> tuple[str, str]:
-    """(training, validation) files of token ids; blocks of 16 give 21 examples: batches of 4 leave a ragged one."""
+def records(shelf: Path) -> tuple[str, str]:
+    """(training, validation) files; 21 blocks of 16 tokens, or 25 rows: batches of 6 leave a ragged one."""
     return (
-        write_ids(shelf / "train.jsonl", rows=28, seed=1, length=(6, 18)),
-        write_ids(shelf / "val.jsonl", rows=9, seed=2, length=(6, 18)),
+        write_records(shelf / "train.jsonl", rows=25, seed=1),
+        write_records(shelf / "val.jsonl", rows=9, seed=2),
     )
+
+
+TEMPLATES = ["--prompt", "{prompt}", "--completion", "{completion}"]

@@ -1,10 +1,10 @@
 """One run, one set of numbers: whatever the ranks, micro-batches, accumulation and ZeRO stage.
 
-Every cell is held against a plain PyTorch loop (`cells.reference`). The bounds are rounding: float32 has 2^-24 = 6e-8
-relative error an operation, the summation order differs between a batch fed whole and fed in parts, and AdamW divides by
-sqrt(v), which magnifies a difference of the gradient where v is small; so losses are held to 2e-6 relative over the
-steps, gradient norms to 1e-5, weights to 2e-5 of the largest weight. The keys' biases are left out: softmax does not
-see them, so their gradient is nothing but rounding, which AdamW then scales up to whole steps.
+Every cell is held against a plain PyTorch loop (`cells.reference`). The bounds are rounding. Float32 has 2^-24 = 6e-8
+relative error an operation, and a batch fed whole is summed in another order than in parts: losses are held to 2e-6
+relative over the steps, gradient norms to 1e-5. AdamW divides the gradient by its own size, so where a gradient is
+nearly nothing its rounding is scaled up: weights are held to a twentieth of one AdamW step (lr). The keys' biases are
+left out: softmax does not see them, their gradient is nothing but rounding.
 """
 
 import itertools
@@ -13,17 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cells import read_cell, reference, run_cells
+from conftest import TEMPLATES
 from ranks import on_ranks
 
 from trainer import flags
 from trainer.data import prepare
 from trainer.settings import DS_NAMES
 
-LOSS, NORM, WEIGHTS = 2e-6, 1e-5, 2e-5
+LOSS, NORM, WEIGHTS = 2e-6, 1e-5, 0.05
+RATE = 3e-3
 BATCH = 6  # divides by 1, 2 and 3 ranks
-STEPS = 9  # two epochs and a half of 21 blocks: 4 steps an epoch, the last of 3 blocks
+STEPS = 9  # two epochs and more: the last step of an epoch has fewer examples
 
-ALL = list(itertools.product((1, 2, 3), ("micro", "accumulate"), DS_NAMES, ("full", "lora"), ("blocks", "completion")))
+Cell = tuple[int, str, str, str, str]
+ALL: list[Cell] = list(
+    itertools.product((1, 2, 3), ("micro", "accumulate"), DS_NAMES, ("full", "lora"), ("blocks", "completion"))
+)
 # The default run takes each value of each axis, ragged steps and unequal token counts with every stage.
 SAMPLE = [
     (1, "accumulate", "zero0", "full", "blocks"),
@@ -42,19 +47,20 @@ SAMPLE = [
 
 
 @pytest.fixture(scope="module")
-def prepared(tiny: str, ids: tuple[str, str], shelf: Path) -> dict[str, Path]:
+def prepared(tiny: str, records: tuple[str, str], shelf: Path) -> dict[str, Path]:
     folders = {}
     for objective in ("blocks", "completion"):
-        settings = flags.read(arguments(tiny, ids, "full", objective)).settings
+        settings = flags.read(arguments(tiny, records, "full", objective)).settings
         folders[objective] = prepare(settings.data, model=tiny, global_batch=BATCH).folder
     return folders
 
 
-def arguments(tiny: str, ids: tuple[str, str], mode: str, objective: str) -> list[str]:
+def arguments(tiny: str, records: tuple[str, str], mode: str, objective: str) -> list[str]:
     size = "16" if objective == "blocks" else "32"
-    words = f"--model {tiny} --data {ids[0]} --val-data {ids[1]} --objective {objective} --block-size {size}"
-    words += f" --mode {mode} --lr 3e-3 --clip 1.0 --global-batch {BATCH} --eval-batch 4 --max-steps {STEPS} --save-every never"
-    return words.split()
+    words = f"--model {tiny} --data {records[0]} --val-data {records[1]} --objective {objective} --block-size {size}"
+    words += f" --mode {mode} --lr {RATE} --clip 1.0 --global-batch {BATCH} --eval-batch 4 --max-steps {STEPS}"
+    words += " --save-every never"
+    return [*words.split(), *TEMPLATES]
 
 
 def seen(name: str, weight: np.ndarray) -> np.ndarray:
@@ -62,9 +68,15 @@ def seen(name: str, weight: np.ndarray) -> np.ndarray:
     return np.delete(weight, np.s_[len(weight) // 3 : 2 * len(weight) // 3]) if name.endswith("c_attn.bias") else weight
 
 
-def check(cells: list[tuple[int, str, str, str, str]], tiny: str, ids: tuple[str, str], prepared: dict[str, Path], out: Path) -> None:
+def check(
+    cells: list[tuple[int, str, str, str, str]],
+    tiny: str,
+    records: tuple[str, str],
+    prepared: dict[str, Path],
+    out: Path,
+) -> None:
     references = {
-        (mode, objective): reference(arguments(tiny, ids, mode, objective), prepared[objective])
+        (mode, objective): reference(arguments(tiny, records, mode, objective), prepared[objective])
         for mode, objective in sorted({cell[3:] for cell in cells})
     }
     for ranks in sorted({cell[0] for cell in cells}):
@@ -73,7 +85,7 @@ def check(cells: list[tuple[int, str, str, str, str]], tiny: str, ids: tuple[str
             if cell[0] == ranks:
                 _, split, zero, mode, objective = cell
                 micro = BATCH // ranks if split == "micro" else 1
-                words = [*arguments(tiny, ids, mode, objective), "--ds-config", zero, "--micro-batch", str(micro)]
+                words = [*arguments(tiny, records, mode, objective), "--ds-config", zero, "--micro-batch", str(micro)]
                 name = "-".join(map(str, cell))
                 jobs.append({"name": name, "flags": words, "data": str(prepared[objective]), "out": str(out)})
         log = out / f"{ranks}.log"
@@ -85,21 +97,22 @@ def check(cells: list[tuple[int, str, str, str, str]], tiny: str, ids: tuple[str
         rows = [row for row in rows if row["kind"] in ("step", "eval")]
         assert [row["kind"] for row in rows] == [row["kind"] for row in expected], cell
         loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(rows, expected, strict=True))
-        norm = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(rows, expected, strict=True) if "grad_norm" in b)
+        norm = max(
+            abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(rows, expected, strict=True) if "grad_norm" in b
+        )
         assert set(weights) == set(final), cell
-        largest = max(np.abs(value).max() for value in final.values())
-        moved = max(np.abs(seen(name, weights[name]) - seen(name, final[name])).max() for name in final) / largest
+        moved = max(np.abs(seen(name, weights[name]) - seen(name, final[name])).max() for name in final) / RATE
         print(*cell, f"loss {loss:.1e} norm {norm:.1e} weights {moved:.1e}")
         if not (loss <= LOSS and norm <= NORM and moved <= WEIGHTS):
             wrong.append((cell, loss, norm, moved))
     assert not wrong
 
 
-def test_a_sample_of_cells_equals_the_plain_loop(tiny, ids, prepared, tmp_path):
-    check(SAMPLE, tiny, ids, prepared, tmp_path)
+def test_a_sample_of_cells_equals_the_plain_loop(tiny, records, prepared, tmp_path):
+    check(SAMPLE, tiny, records, prepared, tmp_path)
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
-def test_every_cell_equals_the_plain_loop(tiny, ids, prepared, tmp_path):
-    check(ALL, tiny, ids, prepared, tmp_path)
+def test_every_cell_equals_the_plain_loop(tiny, records, prepared, tmp_path):
+    check(ALL, tiny, records, prepared, tmp_path)

@@ -1,7 +1,7 @@
 """Sources -> text -> token ids -> one rank's micro-batches. Importing this loads neither torch nor a tokenizer."""
 
 from trainer.data.batches import MicroBatch, epoch_order, eval_batches, step_batches, step_counts
-from trainer.data.prepare import Prepared, load, prepare
+from trainer.data.prepared import Prepared, load, prepare
 from trainer.data.rows import Rows
 from trainer.data.tokens import load_tokenizer
 

@@ -53,7 +53,7 @@ def read(folder: Path) -> tuple[dict[str, Any], Rows, Rows]:
             )
             for side in ("train", "val")
         ]
-    except (OSError, KeyError, TypeError) as problem:
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
         raise ValueError(f"{folder} is not prepared data ({problem})") from problem
     return stored, sides[0], sides[1]
 

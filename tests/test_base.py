@@ -1,0 +1,163 @@
+"""The embedded base model: small, loadable, honest about how it was made, and a stranger to the demo data."""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trainer import base
+from trainer.base.text import KINDS, documents
+from trainer.data.acled import completion_of, prompt_of
+from trainer.data.demo import DEMO_RECORDS, Dice, events, world
+
+FOLDER = Path(base.__file__).parent
+MOST_BYTES = 4_000_000  # what the repository takes
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+def demo_texts(n: int = DEMO_RECORDS) -> list[str]:
+    plain = [{name: str(value) for name, value in event.items()} for event in events(n)]
+    return [prompt_of(event) + completion_of(event["notes"]) for event in plain]
+
+
+def mean_loss(model: Any, ids: list[int], block: int = 256) -> float:
+    """Nats per token over whole blocks of `ids`."""
+    rows = torch.tensor(ids[: len(ids) // block * block]).view(-1, block)
+    with torch.no_grad():
+        return float(model(rows, labels=rows).loss)
+
+
+def test_the_folder_is_small_enough_for_the_repository() -> None:
+    sizes = {file.name: file.stat().st_size for file in FOLDER.iterdir() if file.is_file()}
+    assert sum(sizes.values()) <= MOST_BYTES, sizes
+
+
+def test_it_has_about_two_million_tied_weights_and_gpt2s_dropout(model: Any) -> None:
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    # 12 d^2 + 13 d a layer, 2 d at the end, and the two embeddings, with width d = 160
+    expected = 5 * (12 * 160**2 + 13 * 160) + 2 * 160 + (2048 + 256) * 160
+    assert sum(weight.numel() for weight in model.parameters()) == expected
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    config = model.config
+    assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) == (0.1, 0.1, 0.1)
+    assert config.activation_function == "gelu_new"
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_tokenizer_and_model_agree(model: Any, tokenizer: Any) -> None:
+    assert len(tokenizer) == model.config.vocab_size == 2048
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == model.config.eos_token_id == 0
+    assert tokenizer.pad_token is None  # as GPT-2's
+    assert tokenizer("<|endoftext|>").input_ids == [0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Hello  world\n\ttab ", "Z\u00fcrich, \u5317\u4eac \u0645\u0631", "\U0001f600 e\u0301 \x00\x07\x7f \u2028", ""],
+)
+def test_any_text_comes_back_from_the_tokenizer(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_every_kind_of_character_comes_back_from_the_tokenizer(tokenizer: Any) -> None:
+    valid = [code for code in range(1, 0x110000, 37) if not 0xD800 <= code < 0xE000]
+    text = "".join(map(chr, valid))
+    assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_transformers_reads_the_tokenizer_as_it_was_trained(tokenizer: Any) -> None:
+    raw = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    for text in demo_texts(50):
+        assert tokenizer(text).input_ids == raw.encode(text).ids
+
+
+def test_its_text_is_the_same_everywhere_and_of_every_kind() -> None:
+    first = list(itertools.islice(documents(3), 50))
+    assert first == list(itertools.islice(documents(3), 50))
+    assert first != list(itertools.islice(documents(4), 50))
+    for kind, _ in KINDS:
+        assert len(kind(Dice(1)).split()) > 3
+
+
+def test_its_text_shares_no_line_and_no_name_with_the_demo_data() -> None:
+    seen = list(itertools.islice(documents(2_000_001), 20_000))  # the first training shard of seed 1 begins so
+    lines = {line.strip() for text in seen for line in text.splitlines()}
+    demo = {line.strip() for text in demo_texts() for line in text.splitlines()}
+    assert not lines & demo
+    words = {word.strip(".,:;()") for text in seen for word in text.split()}
+    countries, sources = world()
+    places = {place for country in countries for pair in country.places for place in pair}
+    names = {country.name for country in countries} | places | {source.split()[0] for source in sources}
+    assert not words & names
+
+
+def test_on_demo_text_it_is_far_better_than_a_guess_but_leaves_much_to_learn(model: Any, tokenizer: Any) -> None:
+    texts = demo_texts(60)
+    ids = [token for text in texts for token in [*tokenizer(text).input_ids, 0]]
+    loss = mean_loss(model, ids[: 16 * 256])
+    assert math.isfinite(loss)
+    assert loss < 0.7 * math.log(2048)  # a uniform guess costs log(vocabulary)
+    assert loss > 1.5
+
+
+def test_its_card_says_how_it_was_made() -> None:
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for said in ("python launch/make_base.py", "--seed", "validation loss", "license: mit", "tokens", "hardware"):
+        assert said in card
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    path = FOLDER.parents[1] / "launch" / "make_base.py"
+    spec = importlib.util.spec_from_file_location("make_base", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_trains_and_saves_a_folder_that_loads(script: ModuleType, tmp_path: Path) -> None:
+    tokenizer = script.train_tokenizer(seed=1, count=1500)
+    job = (tokenizer.to_str(), 7, 20 * script.BLOCK)
+    train, val = script.make_shard(job), script.make_shard((tokenizer.to_str(), 8, 2 * script.BLOCK))
+    assert np.array_equal(train, script.make_shard(job))
+    model = script.new_model(seed=1)
+    options = argparse.Namespace(steps=6, batch=2, lr=3e-3, seed=1)
+    before = math.log(script.VOCABULARY)
+    result = script.fit(model, train, val, options, "cpu")
+    assert result["val"] < before
+    script.save(model, tokenizer, tmp_path)
+    (tmp_path / "README.md").write_text(script.card(argparse.Namespace(**vars(options), tokens=5120), result, 1, "cpu"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert json.loads((tmp_path / "config.json").read_text())["resid_pdrop"] == 0.1
+    for name, weight in model.float().state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    assert AutoTokenizer.from_pretrained(tmp_path)("On 5 March").input_ids == tokenizer.encode("On 5 March").ids
+
+
+def test_the_rate_warms_up_and_falls_to_zero(script: ModuleType) -> None:
+    rates = [script.learning_rate(step, 200, 1.0) for step in range(200)]
+    assert rates.index(max(rates)) in (9, 10)  # a twentieth of the steps
+    assert rates[0] == 0.1
+    assert rates[-1] < 1e-3

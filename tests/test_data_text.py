@@ -1,0 +1,180 @@
+"""One record becomes prompt and completion: templates, ACLED exports of every kind, a text column, token ids."""
+
+import datetime
+import subprocess
+import sys
+
+import pytest
+
+from trainer.data import acled
+from trainer.data.text import BadRecord, choose_form, parse_template, token_ids
+from trainer.errors import UserError
+from trainer.settings import DataSettings
+
+OLD = {
+    "EVENT_ID_CNTY": "1ALG", "EVENT_DATE": "18-December-2019", "YEAR": 2019, "EVENT_TYPE": "Protests",
+    "SUB_EVENT_TYPE": "Peaceful protest", "ACTOR1": "Protesters (Algeria)", "INTER1": 6, "ACTOR2": None, "INTER2": 0,
+    "COUNTRY": "Algeria", "LOCATION": "Bejaia", "FATALITIES": 0, "SOURCE": "A; B",
+    "NOTES": "On 18 December 2019, students met in Bejaia.",
+}  # fmt: skip
+NEW = {
+    "event_id_cnty": "1ALG", "event_date": "2019-12-18", "year": "2019", "disorder_type": "Demonstrations",
+    "event_type": "Protests", "sub_event_type": "Peaceful protest", "actor1": "Protesters (Algeria)",
+    "assoc_actor_1": "", "inter1": "Protesters", "actor2": "", "inter2": "", "civilian_targeting": "",
+    "country": "Algeria", "location": "Bejaia", "source": "A; B", "fatalities": 0.0, "tags": "crowd size=no report",
+    "notes": "On 18 December 2019, students met in Bejaia.", "timestamp": "1577145600",
+}  # fmt: skip
+
+
+def form(columns, **settings):
+    return choose_form(columns, DataSettings(**{"data": "d.csv", "block_size": 64, **settings}), "d.csv")
+
+
+def test_templates_fill_columns_and_halve_doubled_braces():
+    chosen = form(["mr", "a b", "ref"], prompt="{{{mr}}} {a b}:", completion=" {ref}")
+    assert chosen.render({"mr": "x{y}", "a b": 3, "ref": "z"}) == ("{x{y}} 3:", " z")
+    assert chosen.columns == ("mr", "a b", "ref")
+
+
+@pytest.mark.parametrize("template", ["{mr", "mr}", "{}", "a { b", "{{mr}"])
+def test_a_stray_brace_is_refused_with_its_place(template):
+    with pytest.raises(UserError, match=r"--prompt .* brace stands alone at character \d"):
+        parse_template(template, "--prompt")
+
+
+def test_an_unknown_column_is_refused_with_those_that_exist():
+    with pytest.raises(UserError, match=r"--completion: d\.csv has no column 'reff'; its columns are mr, ref"):
+        form(["mr", "ref"], prompt="{mr}", completion="{reff}")
+
+
+def test_a_completion_must_name_a_column():
+    with pytest.raises(UserError, match="--completion 'done': names no column"):
+        form(["mr"], completion="done")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"), (0.5, "0.5"), (datetime.date(2022, 1, 5), "2022-01-05"),
+        (datetime.datetime(2022, 1, 5), "2022-01-05"), (datetime.datetime(2022, 1, 5, 6), "2022-01-05 06:00:00"),
+    ],
+)  # fmt: skip
+def test_numbers_and_dates_are_written_as_in_a_csv_file(value, text):
+    assert form(["v"], completion="{v}").render({"v": value}) == ("", text)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (None, "null or empty"), (float("nan"), "null or empty"), ([1], "holds a list"), ({}, "holds a dict"),
+        (b"x", "holds a bytes"), ("a\ud800", "half a character"),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_no_text_is_refused_by_column(value, problem):
+    with pytest.raises(BadRecord, match=f"column 'v'.*{problem}"):
+        form(["v", "w"], prompt="{v}", completion="{w}").render({"v": value, "w": "x"})
+
+
+def test_a_missing_key_and_an_empty_completion_are_refused():
+    chosen = form(["v", "w"], prompt="{v}", completion="{w}")
+    with pytest.raises(BadRecord, match="column 'v' is missing"):
+        chosen.render({"w": "x"})
+    with pytest.raises(BadRecord, match="--completion is empty"):
+        chosen.render({"v": "x", "w": " "})
+    assert chosen.render({"v": "", "w": "x"}) == ("", "x")  # an empty text is a text; a CSV file cannot spell it
+
+
+def test_old_and_new_acled_exports_of_one_event_become_the_same_text():
+    assert acled.is_acled(OLD)
+    assert acled.is_acled(NEW)
+    prompt, completion = form(list(OLD)).render(OLD)
+    assert form(list(NEW)).render(NEW) == (prompt, completion)
+    assert prompt == (
+        "Date: 18 December 2019\nType: Protests\nSub-type: Peaceful protest\nActor 1: Protesters (Algeria)\n"
+        "Inter 1: Protesters\nCountry: Algeria\nLocation: Bejaia\nFatalities: 0\nSource: A; B\nNotes:"
+    )
+    assert completion == " On 18 December 2019, students met in Bejaia."
+
+
+@pytest.mark.parametrize("key", [str.title, str.upper, lambda name: f" {name.replace('_', ' ')} "])
+def test_acled_columns_are_known_in_any_case(key):
+    event = {key(name): value for name, value in NEW.items()}
+    assert form(list(event)).render(event) == form(list(NEW)).render(NEW)
+
+
+@pytest.mark.parametrize("gone", ["event_date", "sub_event_type", "actor1", "fatalities", "location"])
+def test_acled_columns_may_be_missing_and_leave_their_line_out(gone):
+    event = {name: value for name, value in NEW.items() if name != gone}
+    whole = form(list(NEW)).render(NEW)[0].splitlines()
+    fewer = form(list(event)).render(event)[0].splitlines()
+    assert len(fewer) == len(whole) - 1
+    assert f"{acled.FIELDS[gone]}:" not in "\n".join(fewer)
+
+
+def test_acled_notes_are_needed():
+    with pytest.raises(BadRecord, match="column 'notes' is null or empty"):
+        form(list(NEW)).render({**NEW, "notes": None})
+
+
+@pytest.mark.parametrize(
+    "date",
+    ["5-January-2022", "05-January-2022", "2022-01-05", "5 January 2022", "5 jan 2022", "2022-01-05T00:00:00"],
+)
+def test_all_spellings_of_a_date_become_one(date):
+    assert acled.plain_date(date) == "5 January 2022"
+
+
+@pytest.mark.parametrize("date", ["05/01/2022", "2022-02-30", "5 Janvier 2022", "2022", ""])
+def test_what_is_no_such_date_is_not_guessed(date):
+    assert acled.plain_date(date) is None
+    assert acled.field_text("event_date", date) == date
+
+
+@pytest.mark.parametrize(
+    ("inter", "name"),
+    [
+        ("1", "State Forces"), ("1.0", "State Forces"), ("State forces", "State Forces"),
+        ("Rebel group", "Rebel Groups"), ("0", ""), ("External/Other forces", "External/Other Forces"), 
+        ("42", "42"),
+    ],
+)  # fmt: skip
+def test_inter_codes_and_names_become_one_spelling(inter, name):
+    assert acled.inter_name(inter) == name
+
+
+def test_a_text_column_is_taken_as_it_is():
+    assert form(["text", "other"]).render({"text": " a\n"}) == ("", " a\n")
+
+
+def test_templates_go_before_token_ids_before_acled_before_text():
+    columns = ["input_ids", "text", *NEW]
+    assert form(columns, completion="{notes}").name == "template"
+    assert form(columns).name == "input_ids"
+    assert form(columns[1:]).name == "acled"
+    assert form(["text"]).name == "text"
+
+
+def test_unknown_columns_are_refused_with_the_flags_that_help():
+    with pytest.raises(UserError, match=r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"):
+        form(["mr", "ref"])
+
+
+@pytest.mark.parametrize("columns", [["text"], ["input_ids"], ["mr", "ref"]])
+def test_the_completion_objective_needs_a_completion(columns):
+    with pytest.raises(UserError, match=r"--objective completion needs .*--completion"):
+        form(columns, objective="completion")
+
+
+@pytest.mark.parametrize(
+    "ids", [None, "1 2", 7, [], [1, None], [1.0, 2.0], [-1], [True], [[1]], [2**31]]
+)  # fmt: skip
+def test_token_ids_must_be_whole_numbers(ids):
+    with pytest.raises(BadRecord, match="column 'input_ids'"):
+        token_ids({"input_ids": ids})
+
+
+def test_importing_the_room_loads_nothing_heavy():
+    heavy = ["torch", "datasets", "transformers", "tokenizers", "pandas", "pyarrow", "huggingface_hub"]
+    code = f"import sys, trainer.data; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

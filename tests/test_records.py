@@ -1,0 +1,108 @@
+"""metrics.jsonl: every row comes back as it was written, and damage is never read as data."""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from trainer.records import (
+    KINDS,
+    EpochRecord,
+    EvalRecord,
+    EventRecord,
+    Record,
+    StepRecord,
+    from_line,
+    perplexity,
+    read,
+    to_line,
+)
+
+STEP = StepRecord(
+    step=7,
+    epoch=0.1,
+    samples=56,
+    tokens=14_336,
+    loss=0.1 + 0.2,
+    lr=3e-5,
+    grad_norm=1e-300,
+    tokens_per_second=1e6,
+    time=1.5,
+)
+EVAL = EvalRecord(
+    step=7, epoch=1 / 3, samples=56, tokens=14_336, loss=2.0, perplexity=math.exp(2), eval_tokens=99, time=2.0
+)
+EPOCH = EpochRecord(epoch=1.0, train_loss=2.5, step=70, samples=560, tokens=143_360, time=3.0)
+EVENT = EventRecord(
+    event="skipped", step=7, message='schräg, "quoted"\nand broken', time=4.0, facts={"scale": [1, None]}
+)
+
+
+@pytest.mark.parametrize("record", [STEP, EVAL, EPOCH, EVENT])
+def test_a_row_is_one_line_and_comes_back_equal_to_the_last_bit(record: Record) -> None:
+    line = to_line(record)
+    assert "\n" not in line
+    assert from_line(line) == record
+
+
+def test_the_fields_of_the_rows_are_the_contract() -> None:
+    """The names that metrics.jsonl promises to its readers, `kind` first."""
+    assert list(json.loads(to_line(STEP))) == [
+        "kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "time",
+    ]  # fmt: skip
+    assert {"step", "epoch", "samples", "tokens", "loss", "perplexity", "eval_tokens"} <= set(json.loads(to_line(EVAL)))
+    assert {"epoch", "train_loss"} <= set(json.loads(to_line(EPOCH)))
+    assert {
+        kind: json.loads(to_line(record))["kind"]
+        for kind, record in zip(KINDS, [STEP, EVAL, EPOCH, EVENT], strict=True)
+    } == {kind: kind for kind in KINDS}
+
+
+def test_every_row_of_a_curve_carries_all_three_axes() -> None:
+    for kind in (StepRecord, EvalRecord, EpochRecord):
+        assert {"step", "epoch", "samples", "tokens"} <= {field.name for field in fields(kind)}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_line(EpochRecord(epoch=1.0, train_loss=bad, step=1, samples=1, tokens=1, time=0.0))
+
+
+def test_a_field_of_a_later_version_is_left_out() -> None:
+    assert from_line(to_line(EPOCH)[:-1] + ', "invented": 1}') == EPOCH
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{", "[]", "3", "null", '{"kind": "later"}', '{"step": 1}', '{"kind": "epoch", "epoch": 1.0}']
+)
+def test_what_is_no_record_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"not a record|not a whole record|Expecting"):
+        from_line(line)
+
+
+def test_a_file_reads_back_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(to_line(record) + "\n" for record in (EVAL, STEP, EPOCH, EVENT)))
+    assert list(read(path)) == [EVAL, STEP, EPOCH, EVENT]
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out_whatever_it_holds(tmp_path: Path) -> None:
+    path, whole = tmp_path / "metrics.jsonl", (to_line(STEP) + "\n").encode()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole + whole[:cut])
+        assert list(read(path)) == [STEP]
+
+
+def test_a_broken_line_within_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((to_line(STEP) + "\n" + "half\n" + to_line(STEP) + "\n").encode())
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
+        list(read(path))
+
+
+def test_perplexity_is_the_exponential_and_never_overflows() -> None:
+    assert perplexity(0.9414) == pytest.approx(2.564, abs=5e-4)  # the card's last row
+    assert perplexity(1e4) == math.inf

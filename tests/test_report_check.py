@@ -1,0 +1,125 @@
+"""Checks for CI: what holds passes, what does not fails, what cannot be told is neither, and a typo is a mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import facts, like_the_card, make
+
+from trainer.errors import UserError
+from trainer.report.check import check_runs, exit_code, parse
+from trainer.report.runs import Run, read_folder
+
+CARD = {0: 4.0, 1: 1.2262, 2: 1.0048, 3: 0.9414}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return read_folder(make(tmp_path / "run", losses={0: 4.0, 1: 1.5, 2: 1.0, 3: 1.2}))
+
+
+def outcome(run: Run, check: str, tolerance: float = 0.0) -> str:
+    return check_runs([check], [run], tolerance)[0].outcome
+
+
+@pytest.mark.parametrize(
+    ("check", "passes"),
+    [
+        ("val_loss<=1.0@epoch 2", True),
+        ("val_loss<1.0@epoch 2", False),
+        ("val_loss <= 0.999 @ epoch 2", False),
+        ("val_loss<=1.0", False),
+        ("val_loss==1.2", True),
+        ("val_loss>=1.2@step 90", True),
+        ("val_loss<=1.5@step 30", True),
+        ("best_val_loss<=1.0", True),
+        ("perplexity<3.33", True),
+        ("perplexity<3.32", False),
+        ("train_loss<=2.3@epoch 2", True),
+        ("train_loss<=2.2@epoch 2", False),
+        ("train_loss>3.9@step 1", True),
+        ("grad_norm<=1.2@step 7", True),
+        ("lr<=1e-3@step 1", True),
+        ("improvement>=3", True),
+        ("wall_seconds<=100", True),
+        ("peak_memory_bytes<1e9", False),
+        ("trainable_parameters==2000000", True),
+        ("val_loss<=9@epoch 7", False),
+        ("val_loss<=9@epoch 1.5", False),
+        ("val_loss<=9@step 31", False),
+    ],
+)
+def test_a_condition_holds_or_not(run: Run, check: str, passes: bool) -> None:
+    assert outcome(run, check) == ("passed" if passes else "failed")
+
+
+def test_the_tolerance_widens_the_limit_on_its_own_side(run: Run) -> None:
+    assert outcome(run, "val_loss<=0.99@epoch 2", 0.02) == "passed"
+    assert outcome(run, "val_loss<=0.97@epoch 2", 0.02) == "failed"
+    assert outcome(run, "val_loss>=1.01@epoch 2", 0.02) == "passed"
+    assert outcome(run, "val_loss==1.01@epoch 2", 0.02) == "passed"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "val_los<=1",
+        "val_loss=1",
+        "val_loss<=",
+        "val_loss<=one",
+        "val_loss<=nan",
+        "val_loss<=1@epoch",
+        "val_loss<=1@epok 2",
+        "val_loss<=1@epoch two",
+        "best_val_loss<=1@epoch 2",
+        "cards",
+        "",
+        "val_loss<=1@epoch -1",
+        "val_loss<=1 val_loss<=2",
+    ],
+)
+def test_a_typo_is_a_mistake_and_not_a_pass(text: str) -> None:
+    with pytest.raises(UserError, match="--check"):
+        parse(text)
+
+
+def test_an_unfinished_run_has_no_final_value_but_its_epochs_stand(tmp_path: Path) -> None:
+    going = read_folder(make(tmp_path / "going", finished=False))
+    assert outcome(going, "val_loss<=9") == "failed"
+    assert outcome(going, "best_val_loss<=9") == "failed"
+    assert outcome(going, "val_loss<=9@epoch 1") == "passed"
+
+
+def card_run(tmp_path: Path, losses: Any, **how: Any) -> Run:
+    return read_folder(make(tmp_path / "card", facts_of=like_the_card("lora"), losses=losses, every=5000, **how))
+
+
+def test_the_card_is_matched_at_its_own_numbers(tmp_path: Path) -> None:
+    result = check_runs(["card"], [card_run(tmp_path, CARD)], 0.0)[0]
+    assert result.outcome == "passed"
+    assert "unknown of the card" in result.why
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_each_epoch_over_the_card_fails_unless_within_the_tolerance(tmp_path: Path, epoch: int) -> None:
+    run = card_run(tmp_path, {**CARD, epoch: CARD[epoch] + 0.001})
+    assert outcome(run, "card") == "failed"
+    assert outcome(run, "card", 0.0011) == "passed"
+
+
+def test_a_missing_epoch_fails(tmp_path: Path) -> None:
+    result = check_runs(["card"], [card_run(tmp_path, {0: 4.0, 1: 0.5, 3: 0.5})], 0.0)[0]
+    assert (result.outcome, result.why) == ("failed", "no evaluation at epoch 2")
+
+
+def test_other_data_is_not_comparable_however_low_its_loss(tmp_path: Path) -> None:
+    low = read_folder(make(tmp_path / "low", facts_of=facts(), losses={0: 1.0, 1: 0.1, 2: 0.1, 3: 0.1}))
+    assert outcome(low, "card") == "not comparable"
+
+
+def test_exit_codes(tmp_path: Path, run: Run) -> None:
+    assert exit_code(check_runs(["val_loss<9"], [run], 0)) == 0
+    assert exit_code(check_runs(["val_loss<9", "val_loss<0"], [run], 0)) == 1
+    assert exit_code(check_runs(["card", "val_loss<9"], [run], 0)) == 3
+    assert exit_code(check_runs(["card", "val_loss<0"], [run], 0)) == 1
+    assert exit_code([]) == 0

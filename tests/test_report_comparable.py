@@ -1,0 +1,145 @@
+"""What may be held against what: each fact that must agree, what is unknown, and the card with its gaps."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import facts, like_the_card, rows, write
+
+from trainer import reference
+from trainer.report import seeds
+from trainer.report.comparable import MUST_AGREE, together, why_not, why_not_card
+from trainer.report.comparable import facts as facts_of
+from trainer.report.runs import Run, read_folder
+from trainer.report.seeds import Spread, difference, groups, t_quantile
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    count = iter(range(100))
+
+    def build(mode: str = "full", like_card: bool = False, **given: Any) -> Run:
+        made = like_the_card if like_card else facts
+        return read_folder(write(tmp_path / str(next(count)), made(mode, **given), rows(made(mode), every=5000)))
+
+    return build
+
+
+def test_full_and_lora_on_the_same_data_are_comparable(run: Any) -> None:
+    assert why_not(run("full"), run("lora")) == []
+
+
+@pytest.mark.parametrize(("name", "path"), MUST_AGREE.items())
+def test_each_fact_that_must_agree_keeps_two_runs_apart(run: Any, name: str, path: str) -> None:
+    other = run("lora", **{path.replace(".", "__"): "another"})
+    assert [reason.startswith(f"other {name} (") for reason in why_not(run("full"), other)] == [True]
+    assert [[member.mode for member in members] for members in together([run("full"), other])] == [["full"], ["lora"]]
+
+
+@pytest.mark.parametrize(("name", "path"), MUST_AGREE.items())
+def test_a_fact_that_neither_run_tells_is_not_an_agreement(run: Any, name: str, path: str) -> None:
+    unknown = {path.replace(".", "__"): None}
+    reasons = why_not(run("full", **unknown), run("lora", **unknown))
+    assert reasons == ([] if name == "tokenizer" else [f"{name} unknown"])  # rows that came as token ids have none
+
+
+def test_a_tokenizer_against_token_ids_is_another_tokenizer(run: Any) -> None:
+    assert why_not(run("full"), run("lora", data__tokenizer=None)) == ["other tokenizer (one came as token ids)"]
+
+
+def test_a_run_is_comparable_with_the_card_only_when_all_that_is_known_of_it_agrees(run: Any) -> None:
+    assert why_not_card(run("full", like_card=True)) == []
+    assert why_not_card(run("lora", like_card=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("data__vocabulary", 50_258, "other tokenizer ("),
+        ("data__block_size", 512, "other rows ("),
+        ("data__objective", "completion", "other rows ("),
+        ("model__name", "gpt2-medium", "other base model ("),
+        ("model__parameters", 124_000_000, "other base model ("),
+        ("settings__model__init", "random", "other base model ("),
+        ("data__train__examples", 13_243, "other data ("),
+        ("data__vocabulary", None, "vocabulary of the run unknown"),
+        ("data__train__examples", None, "examples of the run unknown"),
+    ],
+)
+def test_each_known_difference_from_the_card_is_a_reason(run: Any, path: str, value: Any, reason: str) -> None:
+    got = why_not_card(run("full", like_card=True, **{path: value}))
+    assert len(got) == 1
+    assert got[0].startswith(reason)
+
+
+def test_what_is_unknown_of_the_card_is_always_listed() -> None:
+    told = reference.why_not_comparable(
+        data="x", vocabulary=50_257, block_size=1024, objective="blocks", model="gpt2", examples=13_242
+    )
+    assert told == [reference.UNKNOWN]
+    assert all(name in reference.UNKNOWN for name in reference.UNKNOWN_DATA)
+
+
+def test_every_setting_and_data_fact_is_in_the_table_and_only_the_different_are_marked(run: Any) -> None:
+    found = {
+        fact.name: fact
+        for fact in facts_of([[run("full", seed=1), run("full", seed=2)], [run("lora")]], with_card=True)
+    }
+    content = facts("full")
+    for group, kept in content["settings"].items():
+        for name in kept if isinstance(kept, dict) else ():
+            assert f"settings.{group}.{name}" in found
+    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(found)
+    assert not found["settings.train.lr"].same
+    assert found["settings.train.lr"].values == (3e-5, 5e-4, 5e-3)
+    assert found["settings.train.seed"].values == (42, (1, 2), 42)
+    assert not found["settings.train.seed"].same
+    assert found["data.fingerprint"].same
+    assert found["data.fingerprint"].known == (False, True, True)  # nobody knows the card's
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_group(run: Any) -> None:
+    found = groups(
+        [
+            run("lora", seed=1),
+            run("full", seed=1),
+            run("full", seed=2),
+            run("lora", seed=2),
+            run("lora", resolved__lr=1e-3),
+        ]
+    )
+    assert [(group.label, len(group.runs)) for group in found] == [
+        ("full", 2),
+        ("LoRA (lr 0.005)", 2),
+        ("LoRA (lr 0.001)", 1),
+    ]
+
+
+def test_runs_of_which_too_little_is_known_join_no_group(run: Any) -> None:
+    found = groups([run("full", seed=1, data__fingerprint=None), run("full", seed=2, data__fingerprint=None)])
+    assert [len(group.runs) for group in found] == [1, 1]
+
+
+@pytest.mark.parametrize(  # the 97.5 % points of Student's t as printed in any statistics table
+    ("freedom", "point"), [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042), (120, 1.980), (1e6, 1.960)]
+)
+def test_the_t_quantile_is_that_of_the_tables(freedom: float, point: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(point, abs=6e-4)
+
+
+def test_welchs_interval_against_a_worked_example() -> None:
+    a = seeds.spread([20.0, 22.0, 19.0, 21.0])  # mean 20.5, variance 5/3
+    b = seeds.spread([25.0, 27.0, 26.0])  # mean 26, variance 1
+    assert a is not None
+    assert b is not None
+    got = difference(a, b)
+    # by hand: se^2 = 5/12 + 1/3 = 0.75; df = 0.5625 / ((5/12)^2/3 + (1/3)^2/2) = 4.959; t(0.975; 4.959) = 2.577
+    assert got.difference == -5.5
+    assert got.high == pytest.approx(-5.5 + 2.577 * 0.75**0.5, abs=2e-3)
+    assert got.exceeds
+
+
+def test_one_seed_leaves_the_spread_unknown_and_equal_values_leave_none() -> None:
+    assert difference(Spread(1.0, None, 1), Spread(2.0, 0.1, 3)).exceeds is None
+    assert difference(Spread(1.0, 0.0, 2), Spread(1.0, 0.0, 2)).exceeds is False
+    assert difference(Spread(1.0, 0.0, 2), Spread(2.0, 0.0, 2)).exceeds is True

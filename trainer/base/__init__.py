@@ -1,0 +1,5 @@
+"""The small GPT-2 that this project pretrained itself, `demo-base`, and the text it was pretrained on."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
