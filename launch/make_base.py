@@ -128,7 +128,8 @@ def fit(
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=device == "cuda")
     draw = torch.Generator(device).manual_seed(options.seed)
     offsets = torch.arange(BLOCK, device=device)
-    started, losses = time.time(), []
+    losses = torch.zeros(options.steps, device=device)  # read late, so that a GPU never waits; one tensor, because a
+    started = time.time()  # small one kept from each step would fragment the heap between the large ones that go
     for step in range(options.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, options.lr)
@@ -138,11 +139,11 @@ def fit(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.detach())  # read late, so that the GPU never waits
+        losses[step] = loss.detach()
         if (step + 1) % max(1, options.steps // 10) == 0:
-            seen = f"train {losses[-1].item():.4f}  val {mean_loss(model, val_rows):.4f}"
+            seen = f"train {losses[step].item():.4f}  val {mean_loss(model, val_rows):.4f}"
             print(f"step {step + 1}/{options.steps}  {seen}  {time.time() - started:.0f} s", flush=True)
-    last = torch.stack(losses[-max(1, options.steps // 20) :]).mean().item()
+    last = losses[-max(1, options.steps // 20) :].mean().item()
     return {"train": last, "val": mean_loss(model, val_rows), "seconds": time.time() - started}
 
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-DEMO_RECORDS = 1000  #: events in the embedded data set
+DEMO_RECORDS = 400  #: events in the embedded data set
 DEMO_SEED = 2022  #: its seed
 
 STATE, REBELS, MILITIA, COMMUNAL, RIOTERS, PROTESTERS, CIVILIANS, EXTERNAL = range(1, 9)  # ACLED's inter codes; 0: none
