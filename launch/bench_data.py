@@ -7,7 +7,6 @@ resident memory above the start. Prepared data is as large on disk as it has to 
 import argparse
 import itertools
 import resource
-import sys
 import tempfile
 import threading
 import time
@@ -90,4 +89,4 @@ def resident() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,7 +18,8 @@ def main() -> int:
 
         return run(request)
     except (UserError, RunFailed) as problem:
-        if os.environ.get("RANK", "0") == "0":
+        told = problem.told if problem.told is not None else os.environ.get("RANK", "0") != "0"
+        if not told:
             print(f"error: {problem}", file=sys.stderr)
         return 2 if isinstance(problem, UserError) else 1
 

@@ -1,24 +1,39 @@
 """Many small runs in one group of ranks: engine and loop without export, for the invariance and resume matrices."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ranks import on_ranks
 
 from trainer import flags
-from trainer.checkpoint import Checkpoints, Progress
-from trainer.data import load
-from trainer.engine import Engine, leave_world, start_world
-from trainer.loop import train
+from trainer.checkpoint import Checkpoints, choose
+from trainer.data import Rows, load
+from trainer.engine import leave_world, start_world
+from trainer.loop import evaluate, train
 from trainer.model import build, load_config
 from trainer.plan import make_plan
 from trainer.records import to_line
+from trainer.run import _engine
+
+AT_ONCE = 20  # jobs of one group of ranks; each takes a second or less on a quiet machine
+
+
+def on_cells(ranks: int, jobs: list[dict[str, Any]], log: Path, target: Callable[..., int] | None = None) -> None:
+    """Do the jobs in groups of ranks, each small enough to tell a slow machine from a rank that hangs."""
+    for start in range(0, len(jobs), AT_ONCE):
+        code = on_ranks(ranks, target or run_cells, jobs[start : start + AT_ONCE], log=log)
+        assert code == 0, log.read_text()[-4000:]
 
 
 def run_cells(jobs: list[dict[str, Any]]) -> int:
-    """Run each job `{name, flags, data, out}`: its records go to out/name.jsonl, its final weights to out/name.npz."""
+    """Run each job `{name, flags, data, out}`: its records go to out/name.jsonl, its final weights to out/name.npz.
+
+    With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks.
+    """
     world = start_world()
     try:
         for job in jobs:
@@ -26,10 +41,12 @@ def run_cells(jobs: list[dict[str, Any]]) -> int:
             data = load(Path(job["data"]))
             model = build(settings)
             plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
-            engine = Engine(world, model, plan.deepspeed, settings.train, plan.precision)
             out = Path(job["out"])
+            name, step = job.get("resume", (None, None))
+            point = choose(out / f"{name}-checkpoints", f"step-{step}") if name else None
+            engine, progress = _engine(plan, model, point)
             saver = Checkpoints(out / f"{job['name']}-checkpoints", world, keep=99, identity={"base": "test"})
-            records = list(train(engine, data, plan.course, Progress(), saver, lambda: False))
+            records = list(train(engine, data, plan.course, progress, saver, lambda: False))
             weights = {name: tensor.numpy().copy() for name, tensor in engine.whole_weights()}
             if world.rank == 0:
                 (out / f"{job['name']}.jsonl").write_text("".join(to_line(r) + "\n" for r in records))
@@ -37,6 +54,38 @@ def run_cells(jobs: list[dict[str, Any]]) -> int:
     finally:
         leave_world()
     return 0
+
+
+def evaluate_cells(jobs: list[dict[str, Any]]) -> int:
+    """Evaluate each job's fresh model with every batch size of `batches`, on the rows as they are and turned round.
+
+    The losses go to out/name.json as {batch size: [as they are, turned round]}.
+    """
+    world = start_world()
+    try:
+        for job in jobs:
+            settings = flags.read(job["flags"]).settings
+            data = load(Path(job["data"]))
+            model = build(settings)
+            plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
+            engine, _ = _engine(plan, model, None)
+            sides = (data.val, turned_round(data.val))
+            losses = {batch: [evaluate(engine, side, batch)[0] for side in sides] for batch in job["batches"]}
+            if world.rank == 0:
+                (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(losses))
+    finally:
+        leave_world()
+    return 0
+
+
+def turned_round(rows: Rows) -> Rows:
+    """The same rows, last one first."""
+    texts = [rows.row(i) for i in reversed(range(len(rows)))]
+    return Rows(
+        ids=np.concatenate(texts),
+        offsets=np.cumsum([0, *map(len, texts)]),
+        first=np.ascontiguousarray(rows.first[::-1]),
+    )
 
 
 def read_cell(out: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:

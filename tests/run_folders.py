@@ -100,7 +100,7 @@ def facts(mode: str = "full", *, seed: int = 42, preset: str = "demo", **given: 
 
 
 def like_the_card(mode: str = "full", **given: Any) -> dict[str, Any]:
-    """A run of which all that is known of the card agrees: 13,242 blocks of 1,024, GPT-2 and its vocabulary, 3 epochs."""
+    """A run of which all that is known of the card agrees: 13,242 blocks of 1,024, GPT-2, its vocabulary, 3 epochs."""
     same = {
         "data__source": "export.csv",
         "data__vocabulary": 50_257,
@@ -134,7 +134,7 @@ def rows(
     wall_seconds: float = 100.0,
     peak_memory_bytes: int = 1_000_000_000,
 ) -> list[Record]:
-    """The records of `run`: a step row every `every` steps, evaluations at step 0 and each epoch (`losses` by epoch if given)."""
+    """The records of `run`: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`)."""
     per_epoch, batch = run["resolved"]["steps_per_epoch"], run["resolved"]["global_batch"]
     block, peak = run["data"]["block_size"], run["resolved"]["lr"]
     total = per_epoch * epochs
@@ -187,7 +187,7 @@ def rows(
             "checkpoint_bytes": 24_000_000,
             "export_bytes": 8_000_000,
             "best": best and {"step": best.step, "epoch": best.epoch, "loss": best.loss},
-            "final": evals and {"step": evals[-1].step, "epoch": evals[-1].epoch, "loss": evals[-1].loss} or None,
+            "final": (evals and {"step": evals[-1].step, "epoch": evals[-1].epoch, "loss": evals[-1].loss}) or None,
         }
         records.append(EventRecord(event="finished", step=total, message="done", time=wall_seconds, facts=ended))
     return records

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cells import read_cell, reference, run_cells
+from cells import on_cells, read_cell, reference
 from conftest import TEMPLATES
-from ranks import on_ranks
+from safetensors.numpy import load_file
 
 from trainer import flags
 from trainer.data import prepare
@@ -89,7 +89,7 @@ def check(
                 name = "-".join(map(str, cell))
                 jobs.append({"name": name, "flags": words, "data": str(prepared[objective]), "out": str(out)})
         log = out / f"{ranks}.log"
-        assert on_ranks(ranks, run_cells, jobs, log=log) == 0, log.read_text()[-4000:]
+        on_cells(ranks, jobs, log)
     wrong = []
     for cell in cells:
         rows, weights = read_cell(out, "-".join(map(str, cell)))
@@ -110,6 +110,26 @@ def check(
 
 def test_a_sample_of_cells_equals_the_plain_loop(tiny, records, prepared, tmp_path):
     check(SAMPLE, tiny, records, prepared, tmp_path)
+
+
+def test_the_norm_is_reported_before_clipping_under_every_stage(tiny, records, prepared, tmp_path):
+    """AdamW's first moment after one step is a tenth of the clipped gradient, so it shows what clipping left."""
+    clip = 0.01
+    words = [*arguments(tiny, records, "full", "blocks"), "--clip", str(clip), "--max-steps", "1", "--micro-batch", "1"]
+    (_, expected, _), _ = reference(words, prepared["blocks"])
+    jobs = [
+        {"name": zero, "flags": [*words, "--ds-config", zero], "data": str(prepared["blocks"]), "out": str(tmp_path)}
+        for zero in DS_NAMES
+    ]
+    on_cells(2, jobs, tmp_path / "log")
+    assert expected["grad_norm"] > 100 * clip
+    for zero in DS_NAMES:
+        (step,) = [row for row in read_cell(tmp_path, zero)[0] if row["kind"] == "step"]
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=NORM), zero
+        state = load_file(tmp_path / f"{zero}-checkpoints/step-000001/state.safetensors")
+        moments = [value.astype(np.float64) for name, value in state.items() if name.startswith("exp_avg/")]
+        left = sum((value**2).sum() for value in moments) ** 0.5 / (1 - 0.9)
+        assert left == pytest.approx(clip, rel=1e-5), zero
 
 
 @pytest.mark.sweep

@@ -14,7 +14,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +51,8 @@ class Progress:
     epoch_nll: float = 0.0  #: summed training loss of the epoch so far, nats
     epoch_counted: int = 0  #: targets it is the sum over
     seconds: float = 0.0  #: since the run began, pauses between stop and resume left out
+    skipped: int = 0  #: steps whose update fp16 left out; AdamW has not counted them
+    pending: bool = True  #: the evaluation and the epoch's row that may be due after this step are still to come
     val_loss: float | None = None  #: of the newest evaluation
     val_step: int = -1  #: the step of that evaluation
     best: Best | None = None
@@ -62,6 +64,7 @@ class Checkpoint:
 
     folder: Path
     about: dict[str, Any]
+    passed_over: tuple[str, ...] = ()  #: why newer ones were not taken
 
     @property
     def step(self) -> int:
@@ -82,7 +85,9 @@ class Checkpoint:
         return Progress(**values, best=Best(**best) if best else None)
 
     def verify(self) -> None:
-        """UserError where the state file is missing, cut off or changed since it was written."""
+        """UserError where one of its files is missing, cut off or changed since it was written."""
+        if self.about.get("self") != _own_digest(self.about):
+            raise UserError(f"checkpoint {self.folder}: {ABOUT} was changed since it was written (checksum); {_ELSE}")
         path = self.folder / STATE
         try:
             size, digest = path.stat().st_size, _sha256(path)
@@ -111,13 +116,16 @@ _ELSE = "pass --resume step-N to take another"
 def find(folder: Path) -> list[Checkpoint]:
     """The whole checkpoints under `folder`, oldest first. Half-written ones have other names and are not seen."""
     found = []
-    for path in folder.glob("step-*"):
-        if re.fullmatch(r"step-\d{6,}", path.name):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                about = json.loads((path / ABOUT).read_text())
-                if about["format"] == FORMAT:
-                    found.append(Checkpoint(folder=path, about=about))
+    for path in _folders(folder):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            about = json.loads((path / ABOUT).read_text())
+            if about["format"] == FORMAT and f"step-{about['progress']['step']:06d}" == path.name:
+                found.append(Checkpoint(folder=path, about=about))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
 
 
 def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
@@ -134,25 +142,34 @@ def choose(folder: Path, which: str) -> Checkpoint:
     checkpoints = find(folder)
     have = ", ".join(c.folder.name for c in checkpoints) or "none"
     if which == "latest":
-        problems = []
-        for checkpoint in reversed(checkpoints):
-            try:
-                checkpoint.verify()
-                return checkpoint
-            except UserError as problem:
-                problems.append(str(problem))
-        raise UserError(
-            problems[0] if problems else f"--resume: no whole checkpoint in {folder}; start anew with another --out"
-        )
+        return _newest(folder, checkpoints)
     if which == "best":
         chosen = best_of(checkpoints)
     else:
         number = re.fullmatch(r"step-(\d+)", which)
         chosen = next((c for c in checkpoints if number and c.step == int(number[1])), None)
     if chosen is None:
-        raise UserError(f"--resume {which}: not in {folder}; whole checkpoints there: {have}")
+        damaged = "damaged" if (folder / which).is_dir() else "not"
+        raise UserError(f"--resume {which}: {damaged} in {folder}; whole checkpoints there: {have}")
     chosen.verify()
     return chosen
+
+
+def _newest(folder: Path, checkpoints: list[Checkpoint]) -> Checkpoint:
+    known = {checkpoint.folder.name: checkpoint for checkpoint in checkpoints}
+    problems: list[str] = []
+    for path in sorted(_folders(folder), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
+        if path.name not in known:
+            problems.append(f"checkpoint {path}: {ABOUT} is missing or damaged")
+            continue
+        try:
+            known[path.name].verify()
+        except UserError as problem:
+            problems.append(str(problem).removesuffix(f"; {_ELSE}"))
+        else:
+            return replace(known[path.name], passed_over=tuple(problems))
+    why = f" ({problems[0]})" if problems else ""
+    raise UserError(f"--resume: no whole checkpoint in {folder}{why}; start anew with another --out")
 
 
 class Checkpoints:
@@ -178,6 +195,20 @@ class Checkpoints:
             raise RunFailed(f"checkpoint {final} not written: {problem}; the checkpoints before it are whole")
         return final
 
+    def amend(self, progress: Progress) -> None:
+        """Let the checkpoint of this step, which holds the same weights, say where the run stands now; all must call."""
+        path, problem = self.folder / f"step-{progress.step:06d}" / ABOUT, None
+        if self.world.rank == 0:
+            try:
+                temporary = path.with_name(f".{ABOUT}.tmp")
+                write_text(temporary, _about_text(json.loads(path.read_text()), progress))
+                temporary.replace(path)
+            except OSError as error:
+                problem = str(error.strerror or error)
+        problem = self.world.gather(problem)[0]
+        if problem is not None:
+            raise RunFailed(f"{path} not written: {problem}; the checkpoint is whole as it was")
+
     def _write(self, engine: Engine, progress: Progress, final: Path) -> str | None:
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
         states = engine.full_state()
@@ -186,15 +217,11 @@ class Checkpoints:
             _remove_leftovers(self.folder)
             temporary.mkdir()
             size, digest = _write_state(temporary / STATE, engine, states)
-            about = {
-                "format": FORMAT, **self.identity, "progress": asdict(progress), "bytes": size, "sha256": digest,
-            }  # fmt: skip
-            _write_text(temporary / ABOUT, json.dumps(about, indent=1))
+            about = {"format": FORMAT, **self.identity, "bytes": size, "sha256": digest}
+            write_text(temporary / ABOUT, _about_text(about, progress))
             _sync(temporary)
-            if (
-                final.exists()
-            ):  # a resumed run passes the same step again: the old one leaves only when the new is whole
-                shutil.rmtree(final)
+            if final.exists():
+                _delete(final)
             temporary.rename(final)
             _sync(self.folder)
             self._delete_old()
@@ -210,9 +237,7 @@ class Checkpoints:
         best = best_of(checkpoints)
         for checkpoint in checkpoints[: -self.keep]:
             if best is None or checkpoint.step != best.step:
-                # Renamed first: a folder that is half deleted must not look whole.
-                doomed = checkpoint.folder.rename(self.folder / f".{checkpoint.folder.name}.deleted.tmp")
-                shutil.rmtree(doomed, ignore_errors=True)
+                _delete(checkpoint.folder)
 
     def dump_batch(self, step: int, micros: list[MicroBatch]) -> None:
         """Keep this rank's rows of a step whose numbers were not finite, to reproduce it."""
@@ -251,7 +276,18 @@ def _put(file: IO[bytes], digest: Any, data: Any) -> None:
         file.write(data[start : start + _PIECE])
 
 
-def _write_text(path: Path, text: str) -> None:
+def _about_text(about: Mapping[str, Any], progress: Progress) -> str:
+    about = {**about, "progress": asdict(progress)}
+    return json.dumps({**about, "self": _own_digest(about)}, indent=1)
+
+
+def _own_digest(about: Mapping[str, Any]) -> str:
+    rest = {key: about[key] for key in sorted(about) if key != "self"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file and hand it to the disk."""
     with open(path, "w") as file:
         file.write(text)
         file.flush()
@@ -264,6 +300,27 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _delete(folder: Path) -> None:
+    # Renamed first: a folder that is half deleted must not look whole.
+    doomed = folder.rename(folder.parent / f".{folder.name}.deleted.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints after `step`, whole or damaged: a run that goes on from there takes another course.
+
+    Left there they would pass for the newest of the run, be kept in place of its own, and be resumed from.
+    RunFailed where they cannot be deleted.
+    """
+    try:
+        _remove_leftovers(folder)
+        for path in sorted(folder.glob("step-*"), reverse=True):  # newest first: a kill leaves no gap
+            if path.name.removeprefix("step-").isdigit() and int(path.name.removeprefix("step-")) > step:
+                _delete(path)
+    except OSError as problem:
+        raise RunFailed(f"{folder}: cannot delete the checkpoints after step {step}: {problem.strerror}") from problem
 
 
 def _remove_leftovers(folder: Path) -> None:

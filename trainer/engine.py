@@ -27,13 +27,14 @@ from trainer.data import MicroBatch
 from trainer.errors import RunFailed, UserError
 from trainer.loss import TokenLoss
 from trainer.model import Model
-from trainer.settings import DS_NAMES, Batch, TrainSettings
+from trainer.settings import DS_NAMES, HANG_TIMEOUT_MOST, Batch, TrainSettings
+from trainer.watch import Board
 
 T = TypeVar("T")
 
 DS_FOLDER = Path(__file__).parent.parent / "ds_configs"
 STATE_SHARE = 0.25  # of a device's memory; model state beyond it is worth dividing further
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(seconds=HANG_TIMEOUT_MOST)  # that of the groups which DeepSpeed makes for itself
 PREPARE_TIMEOUT = timedelta(hours=24)  # one rank tokenises while the others wait
 
 
@@ -51,6 +52,7 @@ class World:
     device: torch.device
     threads: int  #: of the processor, per rank
     host: Any  #: group for Python objects, patient; None where there is one rank
+    board: Board  #: what the ranks know of one another while they wait
 
     def gather(self, value: T) -> list[T]:
         """Everybody's value, in the order of ranks, on every rank."""
@@ -99,7 +101,7 @@ def start_world(device: str | None = None) -> World:
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    if on_gpu and local_rank >= torch.cuda.device_count():
+    if on_gpu and local_size > torch.cuda.device_count():  # of all of them, so that every rank knows
         raise UserError(
             f"{local_size} ranks on a machine with {torch.cuda.device_count()} GPUs: start at most one rank a GPU"
         )
@@ -125,8 +127,26 @@ def start_world(device: str | None = None) -> World:
     host = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if size > 1 else None
     where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return World(
-        rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=where, threads=threads, host=host
+        rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=where, threads=threads, host=host,
+        board=Board(rank, size, _store(rank, host) if size > 1 else None),
     )  # fmt: skip
+
+
+def _store(rank: int, host: Any) -> dist.TCPStore:
+    """A key-value store on rank 0, apart from the launcher's: that one may go first."""
+    address = os.environ["MASTER_ADDR"]
+    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    port = [store.port if store else 0]
+    dist.broadcast_object_list(port, 0, group=host)
+    return store or dist.TCPStore(address, port[0], is_master=False, wait_for_workers=False)
+
+
+def lost_peer(problem: BaseException) -> bool:
+    """Whether a collective failed because another rank is no longer there, as gloo and NCCL put it."""
+    if isinstance(problem, dist.DistError):
+        return True
+    words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
+    return isinstance(problem, RuntimeError) and any(word in str(problem) for word in words)
 
 
 def leave_world() -> None:
@@ -189,7 +209,9 @@ class ZeroFile:
     def offload(self) -> bool:
         """Whether optimizer state or weights live in the host's memory."""
         zero = self.content["zero_optimization"]
-        return any(zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
+        return any(
+            (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
+        )
 
 
 def read_zero_file(name: str, reason: str = "asked for") -> ZeroFile:
@@ -230,9 +252,13 @@ def _check_keys(path: Path, content: Any) -> None:
     _deepspeed()
     zero_config = import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
     zero = content["zero_optimization"]
-    unknown = [key for key in zero if key not in zero_config.model_fields]
-    if unknown:
-        raise UserError(f"--ds-config {path}: unknown key zero_optimization.{unknown[0]}")
+    fields = zero_config.model_fields  # their documented names are the aliases, but both are taken
+    names = {field.alias: name for name, field in fields.items() if field.alias} | {name: name for name in fields}
+    for key in zero:
+        if key not in names:
+            raise UserError(f"--ds-config {path}: unknown key zero_optimization.{key}")
+        if [names[other] for other in zero if other in names].count(names[key]) > 1:
+            raise UserError(f"--ds-config {path}: zero_optimization.{key} stands there twice, under two of its names")
     try:
         zero_config(**zero)
     except ValueError as problem:  # pydantic's: several lines, the second and third say where and what
@@ -347,6 +373,7 @@ class Engine:
         `counted`: targets of the whole global batch. Dropout depends on seed, step and the rows' place in the
         global batch, not on the rank: a resumed run, or one on other ranks, draws the same masks.
         """
+        self.world.board.beat()
         torch.manual_seed(_dropout_seed(self.seed, step, micro.index))
         rows = self.deepspeed(*self._to_device(micro))
         loss = rows.sum() * (self.world.size / counted)  # the ranks' gradients are averaged
@@ -355,6 +382,7 @@ class Engine:
 
     def step(self, lr: float) -> Step:
         """Reduce, measure, clip, update. Raises NotFinite, with the weights untouched, unless fp16 may skip."""
+        self.world.board.beat()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self.deepspeed.skipped_steps
@@ -371,6 +399,7 @@ class Engine:
 
     def total(self, sums: list[Tensor], stop: bool) -> tuple[float, bool]:
         """(exact sum of everybody's micro-batch sums, whether anybody wants to stop): the same on every rank."""
+        self.world.board.beat()
         mine = torch.stack([*sums, torch.tensor(float(stop), dtype=torch.float64, device=self.world.device)])
         everybody = mine
         if self.world.size > 1:
@@ -386,6 +415,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, micro: MicroBatch) -> list[float]:
         """Summed loss of each row, without dropout."""
+        self.world.board.beat()
         self.deepspeed.eval()
         rows = self.deepspeed(*self._to_device(micro))
         self.deepspeed.train()
@@ -410,6 +440,7 @@ class Engine:
         """(name, float32 tensor) of every trained weight and its two moments, one at a time; all ranks must iterate."""
         fragments = import_module("deepspeed.utils.tensor_fragment")
         for name, parameter in self.trainable.items():
+            self.world.board.beat()
             if self._stage == 0:
                 state = self.optimizer.state[parameter]
                 yield f"weight/{name}", parameter.detach()
@@ -423,13 +454,15 @@ class Engine:
     def load_moments(self, read: Callable[[str], Tensor], steps: int) -> None:
         """Set AdamW's two moments and its count of steps; the weights were in the model before the engine was made."""
         inner = self.optimizer if self._stage == 0 else self.optimizer.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                inner.state[flat] = {
-                    "step": torch.tensor(float(steps), device=flat.device),
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
+        held = [flat for group in inner.param_groups for flat in group["params"]]
+        if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
+            held = self.optimizer.fp32_partitioned_groups_flat
+        for flat in held:
+            inner.state[flat] = {
+                "step": torch.tensor(float(steps), device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
         for name, parameter in self.trainable.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 self._set_moment(parameter, key, read(f"{key}/{name}"))

@@ -4,6 +4,10 @@
 class UserError(Exception):
     """A mistake in a flag, a file or the environment; its text says what, where and what would be accepted."""
 
+    told: bool | None = None  #: whether another rank says it; None: not asked, rank 0 does
+
 
 class RunFailed(Exception):
     """The run cannot go on (a loss that is not a number, a full disk); what was written so far stays."""
+
+    told: bool | None = None  #: as above

@@ -61,7 +61,7 @@ def read(arguments: Sequence[str] | None = None) -> Request:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser; a setting that was not given is absent from its result, so a preset can be told from a flag."""
+    """The argument parser; a setting not given is absent from its result, so presets can be told."""
     top = _Parser(
         prog="deepspeed launch/train.py",
         description="Fine-tune GPT-2 through DeepSpeed ZeRO: every weight (full) or LoRA adapters (lora).",
@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--mode", required=True, choices=MODES, help="train every weight, or LoRA adapters")
     run.add_argument(
         "--preset", choices=PRESETS, default="demo",
-        help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s (default: demo)",
+        help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s "
+        "(default: demo)",
     )  # fmt: skip
     run.add_argument(
         "--resume", nargs="?", const="latest", metavar="step-N|best",

@@ -46,15 +46,18 @@ def train(
     checkpoints: Checkpoints,
     interrupted: Callable[[], bool],
 ) -> Generator[Record, None, Progress]:
-    """Run from `progress` to the last step and return where it ended. Raises RunFailed, after saving the last finite state, on NaN or infinity."""
+    """Run from `progress` to the last step, or to an interruption, and return where it ended.
+
+    Raises RunFailed, after saving the last finite state, on NaN or infinity.
+    """
     train_settings, output = course.settings.train, course.settings.output
     clock = Clock(progress.seconds)
-    if progress.step == 0:
-        progress, record = _evaluate(engine, data, course, progress, clock)
-        yield record
-    saved = progress.step
-    order, order_epoch = None, -1
-    while progress.step < course.total_steps:
+    order, order_epoch, stop, saved = None, -1, False, progress.step
+    if progress.pending:  # a run that begins is evaluated first; one that was stopped had no time for what was due
+        progress, stop = yield from _due(engine, data, course, progress, clock, interrupted)
+        if progress.step and not stop:
+            checkpoints.amend(progress)
+    while progress.step < course.total_steps and not stop:
         epoch, place = divmod(progress.step, course.steps_per_epoch)
         if order is None or order_epoch != epoch:
             order, order_epoch = _order(data.train, course, epoch), epoch
@@ -79,48 +82,76 @@ def train(
             yield EventRecord(
                 event="not_finite", step=progress.step + 1, message=message, time=clock(), facts={"rows": rows}
             )
-            raise RunFailed(f"{message}; a lower --lr or --precision fp32 may help") from problem
+            raise RunFailed(f"{message}; {_LOWER}") from problem
 
         progress = replace(
             progress, step=progress.step + 1, samples=progress.samples + examples, tokens=progress.tokens + tokens,
             epoch_nll=progress.epoch_nll + nll, epoch_counted=progress.epoch_counted + counted, seconds=clock(),
+            skipped=progress.skipped + done.skipped, pending=True,
         )  # fmt: skip
-        at = position(progress, course, len(data.train))
         yield StepRecord(
-            **at, loss=nll / counted, lr=rate, grad_norm=done.grad_norm,
+            **position(progress, course, len(data.train)), loss=nll / counted, lr=rate, grad_norm=done.grad_norm,
             tokens_per_second=tokens / (time.perf_counter() - began),
         ) if not done.skipped else EventRecord(
             event="skipped_step", step=progress.step, time=clock(),
-            message=f"step {progress.step}: gradient overflow in fp16, the update was skipped and the loss scale lowered",
+            message=f"step {progress.step}: gradient overflow in fp16, update skipped and loss scale lowered",
         )  # fmt: skip
-        if course.due(output.eval_every, progress.step):
-            progress, record = _evaluate(engine, data, course, progress, clock)
-            yield record
-        if progress.step % course.steps_per_epoch == 0 or progress.step == course.total_steps:
-            yield EpochRecord(**at | {"time": clock()}, train_loss=progress.epoch_nll / progress.epoch_counted)
-            progress = replace(progress, epoch_nll=0.0, epoch_counted=0)
+        if not stop:
+            progress, stop = yield from _due(engine, data, course, progress, clock, interrupted)
         if stop or course.due(output.save_every, progress.step):
             progress = replace(progress, seconds=clock())
             checkpoints.save(engine, progress)
             saved = progress.step
-        if stop and progress.step < course.total_steps:
-            message = f"stopped by a signal after step {progress.step}; --resume goes on from there"
-            yield EventRecord(event="interrupted", step=progress.step, message=message, time=clock())
-            return progress
+    if stop:
+        message = f"stopped by a signal after step {progress.step}; --resume goes on from there"
+        yield EventRecord(event="interrupted", step=progress.step, message=message, time=clock())
     return progress
 
 
-def evaluate(engine: Engine, rows: Rows, eval_batch: int) -> tuple[float, int]:
+_LOWER = "a lower --lr or --precision fp32 may help"
+
+
+def _due(
+    engine: Engine, data: Prepared, course: Course, progress: Progress, clock: "Clock", interrupted: Callable[[], bool]
+) -> Generator[Record, None, tuple[Progress, bool]]:
+    """Evaluation and the epoch's row, where due after a step. Returns (progress, whether the run is to stop first)."""
+    if course.due(course.settings.output.eval_every, progress.step):
+        try:
+            progress, record = _evaluate(engine, data, course, progress, clock, interrupted)
+        except Interrupted:
+            return progress, True
+        except NotFinite as problem:
+            message = f"evaluation after step {progress.step}: {problem}; the checkpoints before it are whole"
+            yield EventRecord(event="not_finite", step=progress.step, message=message, time=clock())
+            raise RunFailed(f"{message}; {_LOWER}") from problem
+        yield record
+    ended = progress.step % course.steps_per_epoch == 0
+    if progress.step and (ended or progress.step == course.total_steps):
+        at = position(progress, course, len(data.train)) | {"time": clock()}
+        yield EpochRecord(**at, train_loss=progress.epoch_nll / progress.epoch_counted)
+        if ended:  # else a longer schedule may go on within the epoch
+            progress = replace(progress, epoch_nll=0.0, epoch_counted=0)
+    return replace(progress, pending=False), False
+
+
+class Interrupted(Exception):
+    """An evaluation was given up because the run is to stop."""
+
+
+def evaluate(
+    engine: Engine, rows: Rows, eval_batch: int, interrupted: Callable[[], bool] = lambda: False
+) -> tuple[float, int]:
     """(token mean of the loss over all `rows`, targets it is the mean of): one number, however the rows are spread.
 
     Each row's sum is kept apart and all are added exactly (`math.fsum`), so neither ranks nor order can move it.
+    Raises Interrupted, on all ranks alike, where any of them is to stop.
     """
     world = engine.world
-    sums = [
-        nll
-        for micro in eval_batches(rows, eval_batch, world.rank, world.size, PAD_ID)
-        for nll in engine.evaluate(micro)
-    ]
+    sums: list[float] = []
+    for micro in eval_batches(rows, eval_batch, world.rank, world.size, PAD_ID):
+        if any(world.gather(interrupted())):
+            raise Interrupted
+        sums += engine.evaluate(micro)
     counted = int(rows.counted().sum())
     return math.fsum(nll for part in world.gather(sums) for nll in part) / counted, counted
 
@@ -155,11 +186,11 @@ def position(progress: Progress, course: Course, examples: int) -> dict[str, Any
 
 
 def _evaluate(
-    engine: Engine, data: Prepared, course: Course, progress: Progress, clock: Clock
+    engine: Engine, data: Prepared, course: Course, progress: Progress, clock: Clock, interrupted: Callable[[], bool]
 ) -> tuple[Progress, EvalRecord]:
-    loss, counted = evaluate(engine, data.val, course.settings.train.eval_batch)
+    loss, counted = evaluate(engine, data.val, course.settings.train.eval_batch, interrupted)
     if not math.isfinite(loss):
-        raise RunFailed(f"validation loss {loss} after step {progress.step}: the weights are no longer finite")
+        raise NotFinite(f"validation loss {loss}")
     at = position(progress, course, len(data.train)) | {"time": clock()}
     record = EvalRecord(**at, loss=loss, perplexity=perplexity(loss), eval_tokens=counted)
     best = progress.best

@@ -32,13 +32,15 @@ class Model:
     @property
     def tied(self) -> bool:
         """Whether input and output embeddings are one tensor."""
-        return bool(self.causal.config.tie_word_embeddings)
+        output = self.causal.get_output_embeddings()
+        return output is not None and output.weight is self.causal.get_input_embeddings().weight
 
 
 def build(settings: Settings, *, on_meta: bool = False, hashed: bool = True) -> Model:
     """The model of the settings in float32, with only what the mode trains requiring gradients.
 
-    `on_meta`: shapes without memory or weights, for counting; `hashed`: with the fingerprint of the weights. UserError where the model or a target is not there.
+    `on_meta`: shapes without memory or weights, for counting; `hashed`: with the fingerprint of the
+    weights. UserError where the model or a target is not there.
     """
     config = load_config(settings.model)
     with torch.device("meta" if on_meta else "cpu"):
@@ -47,7 +49,6 @@ def build(settings: Settings, *, on_meta: bool = False, hashed: bool = True) -> 
         causal = (
             AutoModelForCausalLM.from_config(config, dtype=torch.float32) if random else _pretrained(settings.model)
         )
-        causal.config.use_cache = False
         facts = {
             "name": settings.model.model,
             "init": settings.model.init,
@@ -146,6 +147,11 @@ def _adapted(causal: PreTrainedModel, settings: LoraSettings, targets: list[str]
         fan_in_fan_out=transposed,  # Conv1D keeps its weight as [in, out]
     )
     return get_peft_model(causal, config)
+
+
+def merge_adapters(model: Model) -> Any:
+    """The plain causal LM with the adapters folded into its weights; `model` is used up. All weights in float32."""
+    return model.module.merge_and_unload(safe_merge=True)  # safe: refuses weights that are not finite
 
 
 def fingerprint(causal: nn.Module) -> str:

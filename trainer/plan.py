@@ -52,7 +52,8 @@ class Plan:
             ("trainable", f"{model['trainable']:,} ({100 * model['share']:.2f}%)" + _targets(model)),
             (
                 "data",
-                f"{self.data['source']}: {train['examples']:,} {rows} of at most {settings.data.block_size} tokens, {train['tokens']:,} tokens",
+                f"{self.data['source']}: {train['examples']:,} {rows} of at most {settings.data.block_size} tokens, "
+                f"{train['tokens']:,} tokens",
             ),
             (
                 "validation",
@@ -140,8 +141,8 @@ def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str,
     vocabulary = data.facts["vocabulary"]
     if vocabulary > config.vocab_size:
         raise UserError(
-            f"--model {settings.model.model}: it has {config.vocab_size:,} token ids, the data uses up to {vocabulary:,}; "
-            "pass a model that goes with the tokenizer"
+            f"--model {settings.model.model}: it has {config.vocab_size:,} token ids, the data uses up to "
+            f"{vocabulary:,}; pass a model that goes with the tokenizer"
         )
     batch = settings.train.batch(world.size)
     precision = settings.engine.precision or ("bf16" if engine.has_bf16(world.device) else "fp32")

@@ -92,7 +92,7 @@ def from_line(line: str) -> Record:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a metrics.jsonl in order; a last line cut off by a kill is left out, a broken one within raises."""
+    """The records of a metrics.jsonl in order; a last line that a kill cut off is left out, a broken one raises."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):

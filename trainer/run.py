@@ -1,9 +1,7 @@
 """One run, wired: the only file that knows all the others."""
 
 import json
-import os
 import secrets
-import signal
 import string
 import time
 from collections.abc import Generator, Mapping
@@ -13,45 +11,63 @@ from typing import Any
 from trainer import checkpoint, export, log, records
 from trainer.checkpoint import Checkpoint, Checkpoints, Progress
 from trainer.data import Prepared, load, prepare
-from trainer.engine import Engine, World, leave_world, peak_memory, start_world
+from trainer.engine import Engine, World, leave_world, lost_peer, peak_memory, start_world
 from trainer.errors import RunFailed, UserError
 from trainer.flags import Request
-from trainer.loop import PAD_ID, position, train
+from trainer.loop import position, train
 from trainer.model import Model, build, load_config, save_base
 from trainer.plan import Plan, check_early, make_plan
 from trainer.records import EventRecord, Record
 from trainer.settings import Settings, merge, scientific
+from trainer.watch import RESUME, Stop
+
+ABOUT_TMP = ".run.json.tmp"
+LOST = f"another rank of this run ended without a word (killed, or out of memory?); {RESUME}"
 
 
 def run(request: Request) -> int:
-    """Do what was asked; returns the exit code. UserError and RunFailed are raised on every rank alike."""
+    """Do what was asked; returns the exit code. Where one rank fails all do, and one of them says why."""
     stop = Stop()
     world = start_world()
     try:
-        settings, before = world.once(lambda: open_folder(request))
-        world.once(lambda: check_early(settings, world))
-        folder = Path(settings.run_folder)
-        data = _data(settings, world)
-        model = build(settings, on_meta=request.dry_run, hashed=world.rank == 0)
-        plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
-        if request.dry_run:
-            if world.rank == 0:
-                log.show_plan(plan.lines())
-            return 0
-        point = world.once(lambda: _checkpoint(folder, request.resume, model)) if before else None
-        about = world.once(lambda: _begin(folder, plan, before, request))
-        engine, progress = _engine(plan, model, point)
-        return _train(plan, data, model, engine, progress, about, point, stop, request)
+        return _run(request, world, stop)
+    except Exception as problem:
+        failed = RunFailed(LOST) if lost_peer(problem) else problem
+        speaks = world.board.last_word()
+        if isinstance(failed, (UserError, RunFailed)):  # anything else is a mistake of ours, with its traceback
+            failed.told = not speaks
+        world.board.close(failed=True)
+        raise failed from problem.__cause__
     finally:
+        world.board.close()
         leave_world()
 
 
+def _run(request: Request, world: World, stop: Stop) -> int:
+    settings, before = world.once(lambda: open_folder(request))
+    world.once(lambda: check_early(settings, world))
+    folder = Path(settings.run_folder)
+    data = _data(settings, world)
+    model = build(settings, on_meta=request.dry_run, hashed=world.rank == 0)
+    plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
+    if request.dry_run:
+        if world.rank == 0:
+            log.show_plan(plan.lines())
+        return 0
+    point = world.once(lambda: _checkpoint(folder, request.resume, model)) if before else None
+    about = world.once(lambda: _begin(folder, plan, before, request))
+    engine, progress = _engine(plan, model, point)
+    return _train(plan, data, model, engine, progress, about, point, stop, request)
+
+
 def open_folder(request: Request) -> tuple[Settings, dict[str, Any] | None]:
-    """The settings of the run and, where one is resumed, its run.json; UserError where the run folder is not as asked."""
+    """The settings of the run and, where one is resumed, its run.json; UserError where the folder is not as asked."""
     settings = request.settings
     folder = Path(settings.run_folder)
     if request.resume is None:
-        if folder.is_dir() and any(folder.iterdir()):
+        if request.allow_change:
+            raise UserError(f"--allow-change {request.allow_change[0]}: goes with --resume; a new run may have any")
+        if folder.is_dir() and any(path.name != ABOUT_TMP for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty: pass --resume to go on with that run, or another --out")
         return settings, None
     try:
@@ -60,7 +76,7 @@ def open_folder(request: Request) -> tuple[Settings, dict[str, Any] | None]:
         raise UserError(f"--resume: no run in {folder} (no run.json there); name its folder with --out") from problem
     except (OSError, ValueError) as problem:
         raise UserError(f"--resume: cannot read {folder / 'run.json'}: {problem}") from problem
-    stored = Settings.from_dict(before["settings"])
+    stored = Settings.from_dict(before.get("resumed", before)["settings"])
     if stored.mode != settings.mode:
         raise UserError(
             f"--mode {settings.mode}: the run in {folder} is --mode {stored.mode}; a mode cannot change on resume"
@@ -91,16 +107,20 @@ def _checkpoint(folder: Path, which: str | None, model: Model) -> Checkpoint | N
     point = checkpoint.choose(folder / "checkpoints", which or "latest")
     if point.about["base"] != model.facts["fingerprint"]:
         raise UserError(
-            f"checkpoint {point.folder} is of a run on another base model ({point.about['base']}, here {model.facts['fingerprint']})"
+            f"checkpoint {point.folder} is of a run on another base model ({point.about['base']}, "
+            f"here {model.facts['fingerprint']})"
         )
     return point
 
 
 def _begin(folder: Path, plan: Plan, before: Mapping[str, Any] | None, request: Request) -> dict[str, Any]:
-    """Check what a resume may not change, or write run.json; returns the run's description."""
+    """Check what a resume may not change, and write run.json; returns the run's description."""
     if before is not None:
-        refuse_changes(before, plan, request.allow_change)
-        return dict(before)
+        changed = refuse_changes(before, plan, request.allow_change)
+        resumed = {"settings": plan.settings.as_dict(), "changed": changed}
+        about = {**before, "resumed": resumed}  # `settings` stay those it began with; the next resume takes these
+        _write_about(folder, about, plan.settings)
+        return about
     run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
     output = plan.settings.output
     wandb = {
@@ -110,36 +130,46 @@ def _begin(folder: Path, plan: Plan, before: Mapping[str, Any] | None, request: 
         "mode": log.wandb_mode(output.wandb),
     }
     about = plan.as_json(run_id=run_id, wandb=wandb)
+    _write_about(folder, about, plan.settings)
+    return about
+
+
+def _write_about(folder: Path, about: Mapping[str, Any], settings: Settings) -> None:
+    """Put run.json there, whole or not at all, and what an adapter stands on where nobody else has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".run.json.tmp"
-        temporary.write_text(json.dumps(about, indent=1) + "\n")
+        temporary = folder / ABOUT_TMP
+        checkpoint.write_text(temporary, json.dumps(about, indent=1) + "\n")
         temporary.replace(folder / "run.json")
-        if plan.settings.mode == "lora" and plan.settings.model.init == "random":
-            save_base(plan.settings, folder / "base")  # nobody else has these weights; an adapter is nothing without
+        if settings.mode == "lora" and settings.model.init == "random":
+            save_base(settings, folder / "base")  # again on resume: a kill may have cut it off
     except OSError as problem:
         raise UserError(
             f"{folder}: cannot write there: {problem.strerror}; name another folder with --out"
         ) from problem
-    return about
 
 
 def refuse_changes(before: Mapping[str, Any], plan: Plan, allowed: tuple[str, ...]) -> dict[str, list[Any]]:
-    """{name: [then, now]} of what changed and was allowed; UserError for the first change that was not."""
-    then = scientific(Settings.from_dict(before["settings"]))
-    now = scientific(plan.settings)
-    then |= {"data": before["data"]["fingerprint"], "precision": before["resolved"]["precision"]}
-    now |= {"data": plan.data["fingerprint"], "precision": plan.precision}
+    """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume.
+
+    UserError for the first change since the run last went on that was not allowed.
+    """
+    began = scientific(Settings.from_dict(before["settings"]))
+    began |= {"data": before["data"]["fingerprint"], "precision": before["resolved"]["precision"]}
+    resumed = before.get("resumed", {"settings": before["settings"], "changed": {}})
+    then = scientific(Settings.from_dict(resumed["settings"]))
+    then |= {name: resumed["changed"].get(name, [began[name]])[-1] for name in ("data", "precision")}
+    now = scientific(plan.settings) | {"data": plan.data["fingerprint"], "precision": plan.precision}
     unknown = [name for name in allowed if name not in now]
     if unknown:
         raise UserError(f"--allow-change {unknown[0]}: expected one of {', '.join(sorted(now))}")
-    changed = {name: [then[name], now[name]] for name in now if then.get(name) != now[name]}
-    for name, (old, new) in changed.items():
-        if name not in allowed:
+    for name in now:
+        if now[name] != then[name] and name not in allowed:
             raise UserError(
-                f"--resume: {name} is {new} and was {old} when the run began; put it back, or say --allow-change {name} as well"
+                f"--resume: {name} is {now[name]} and was {then[name]} in this run; "
+                f"put it back, or say --allow-change {name} as well"
             )
-    return changed
+    return {name: [began[name], now[name]] for name in now if now[name] != began[name]}
 
 
 def _engine(plan: Plan, model: Model, point: Checkpoint | None) -> tuple[Engine, Progress]:
@@ -149,16 +179,18 @@ def _engine(plan: Plan, model: Model, point: Checkpoint | None) -> tuple[Engine,
     engine = Engine(plan.world, model, plan.deepspeed, plan.settings.train, plan.precision)
     if point is None:
         return engine, Progress()
-    engine.load_moments(point.reader(plan.world.device), point.step)
+    engine.load_moments(point.reader(plan.world.device), point.step - point.progress.skipped)
     return engine, point.progress
 
 
 def _train(
     plan: Plan, data: Prepared, model: Model, engine: Engine, progress: Progress, about: dict[str, Any],
-    point: Checkpoint | None, stop: "Stop", request: Request,
+    point: Checkpoint | None, stop: Stop, request: Request,
 ) -> int:  # fmt: skip
     """From the first record to the finished event; whatever happens, the sinks are closed with the exit code."""
     folder = Path(plan.settings.run_folder)
+    if request.resume is not None:  # before later rows go: after a kill in between rows are cut then, none is missing
+        plan.world.once(lambda: checkpoint.drop_after(folder / "checkpoints", progress.step))
     sinks = Sinks(plan, folder, about, progress, resumed=request.resume is not None)
     saver = Checkpoints(
         folder / "checkpoints", plan.world, keep=plan.settings.output.keep,
@@ -168,9 +200,11 @@ def _train(
     try:
         if request.resume is not None:
             sinks.write(_resumed(plan, about, point, progress, sinks.dropped, request))
-        progress = sinks.take(train(engine, data, plan.course, progress, saver, stop.asked))
-        if progress.step < plan.course.total_steps:
-            code = 128 + stop.signal
+        with stop.deferred(), plan.world.board.watched(plan.settings.engine.hang_timeout):
+            progress = sinks.take(train(engine, data, plan.course, progress, saver, stop.asked))
+        signalled = max(plan.world.gather(stop.signal))
+        if progress.pending or signalled:
+            code = 128 + signalled
             return code
         _finish(plan, data, model, engine, progress, about, sinks, folder)
         code = 0
@@ -182,9 +216,10 @@ def _train(
 def _resumed(
     plan: Plan, about: Mapping[str, Any], point: Checkpoint | None, progress: Progress, dropped: int, request: Request
 ) -> EventRecord:  # fmt: skip
-    changed = refuse_changes(about, plan, request.allow_change)
+    changed = about["resumed"]["changed"]
     where = point.folder.name if point else "the start: the run had no checkpoint"
     message = f"resumed from {where}" + (f", {dropped} rows after it cut off" if dropped else "")
+    message += "".join(f"; passed over: {problem}" for problem in (point.passed_over if point else ()))
     message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changed.items())
     facts = {"checkpoint": where, "rows_cut": dropped, "changed": changed, "resolved": plan.resolved()}
     return EventRecord(event="resumed", step=progress.step, message=message, time=progress.seconds, facts=facts)
@@ -199,22 +234,23 @@ def _finish(
     world, settings = plan.world, plan.settings
     recorded = progress.val_loss
     assert recorded is not None, "the last step is always evaluated"
-    ids = _fixed_rows(data)
+    ids = export.fixed_rows(data)
     logits = export.check_logits(model.module, ids, world.device)
-    weights = dict(engine.whole_weights())
+    weights = export.gathered(engine.whole_weights(), keep=world.rank == 0)
     peak = max(world.gather(peak_memory(world.device)))
 
     def make() -> export.Check:
-        export.save_folder(folder / "model", model, weights.items(), base=export.base_of(model, folder),
-            tokenizer=settings.model.model if plan.data["tokenizer"] else None,
-        )
-        check = export.check_folder(
-            folder / "model", data=data.folder, recorded_loss=recorded, eval_batch=settings.train.eval_batch,
-            device=world.device.type, precision=plan.precision, threads=world.threads, logits=(ids, logits),
-            vocabulary_tied=model.tied,
+        expected = export.Expected(
+            input_ids=ids, logits=logits, tied=model.tied, loss=recorded, data=data.folder,
+            eval_batch=settings.train.eval_batch, device=world.device.type, precision=plan.precision,
+            threads=world.threads, half=plan.precision == "fp16",
         )  # fmt: skip
-        export.write_card(folder / "model", about, records.read(folder / "metrics.jsonl"), check)
-        return check
+        rows = list(records.read(folder / "metrics.jsonl"))
+        return export.export(
+            folder / "model", model.module, weights, base=export.base_of(model, folder),
+            tokenizer=settings.model.model if plan.data["tokenizer"] else None, expected=expected,
+            card=lambda check: export.card_text(about, rows, check, step=progress.step),
+        )  # fmt: skip
 
     check = world.once(make)
     place = position(progress, plan.course, len(data.train))
@@ -235,13 +271,6 @@ def _finish(
         raise RunFailed(f"{folder / 'model'}: {check.line()}; checkpoints and records are whole")
 
 
-def _fixed_rows(data: Prepared):  # type: ignore[no-untyped-def]
-    """Token ids [1 or 2, width] of the first validation rows, as they are fed."""
-    from trainer.data import eval_batches
-
-    return next(eval_batches(data.val, 2, 0, 1, PAD_ID)).input_ids
-
-
 def _size(folder: Path | None) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder and folder.exists() else 0
 
@@ -259,7 +288,7 @@ class Sinks:
         log.show_plan(plan.lines())
         rows = folder / "metrics.jsonl"
         if resumed and rows.exists():
-            self.dropped = log.rewind(rows, progress.step if progress.step else -1)
+            self.dropped = log.rewind(rows, progress.step if progress.step else -1, pending=progress.pending)
         course = plan.course
         bar = log.Progress(course.total_steps, course.total_steps / course.steps_per_epoch)
         self.sinks = [
@@ -288,25 +317,3 @@ class Sinks:
             sink.close(exit_code)
         if self.sinks and exit_code == 0:
             log.show_end(records.read(self.folder / "metrics.jsonl"), self.plan.not_comparable())
-
-
-class Stop:
-    """SIGINT and SIGTERM ask for the end after the step in hand; a second one, later, ends the process at once."""
-
-    GRACE = 2.0  # seconds; a launcher passes Ctrl-C on to ranks that the terminal has already signalled
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._when = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._catch)
-
-    def _catch(self, number: int, _frame: object) -> None:
-        if self.signal and time.monotonic() - self._when > self.GRACE:
-            os._exit(128 + number)
-        if not self.signal:
-            self.signal, self._when = number, time.monotonic()
-
-    def asked(self) -> bool:
-        """Whether a signal came."""
-        return bool(self.signal)

@@ -18,6 +18,7 @@ MODES = ("full", "lora")
 PRESETS = ("demo", "card")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DS_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+HANG_TIMEOUT_MOST = 1800  # seconds; the groups that DeepSpeed makes for itself give up then, and cannot be told
 LORA_RATE_FACTOR = 10.0  # the best LoRA rate is about 10x the best full rate ("LoRA Without Regret", 2025)
 DEMO_MODEL = "demo-base"  # the small GPT-2 that this project ships, see trainer/base/README.md
 DEMO_DATA = "acled-demo"  # the synthetic events of trainer/data/demo.py
@@ -116,7 +117,8 @@ class DataSettings:
         require(self.block_size >= 2, "--block-size", self.block_size, "2 tokens or more")
         if self.prompt is not None and self.completion is None:
             raise UserError(
-                "--prompt without --completion: say with --completion which text is to be learnt, for instance --completion '{notes}'"
+                "--prompt without --completion: say with --completion which text is to be learnt, "
+                "for instance --completion '{notes}'"
             )
 
 
@@ -174,13 +176,14 @@ class TrainSettings:
             fewer = max(n for n in range(1, ranks + 1) if self.global_batch % n == 0)
             raise UserError(
                 f"--global-batch {self.global_batch}: {self.global_batch} examples / {ranks} ranks is not whole; "
-                f"use {fewer} rank{'s' if fewer > 1 else ''}, or pass --global-batch {math.ceil(self.global_batch / ranks) * ranks}"
+                f"use {_ranks(fewer)}, or pass --global-batch {math.ceil(self.global_batch / ranks) * ranks}"
             )
         micro = self.micro_batch or self.global_batch // ranks
         if self.global_batch % (micro * ranks):
             raise UserError(
-                f"--global-batch {self.global_batch}: {self.global_batch} is not micro-batch {micro} x {ranks} ranks x a whole "
-                f"accumulation (one pass is {micro * ranks}); pass --micro-batch or --global-batch so that it divides"
+                f"--global-batch {self.global_batch}: {self.global_batch} is not micro-batch {micro} x {_ranks(ranks)} "
+                f"x a whole accumulation (one pass is {micro * ranks}); pass --micro-batch or --global-batch "
+                "so that it divides"
             )
         return Batch(micro=micro, accumulation=self.global_batch // (micro * ranks), ranks=ranks)
 
@@ -207,7 +210,12 @@ class Batch:
         return self.micro * self.accumulation * self.ranks
 
     def __str__(self) -> str:
-        return f"{self.micro} micro-batch x {self.accumulation} accumulation x {self.ranks} rank{'s' if self.ranks > 1 else ''} = {self.global_batch} global batch"
+        parts = f"{self.micro} micro-batch x {self.accumulation} accumulation x {_ranks(self.ranks)}"
+        return f"{parts} = {self.global_batch} global batch"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,9 +233,21 @@ class EngineSettings:
         help="arithmetic of forward and backward; left out: bf16 on a GPU that has it, else fp32",
         choices=PRECISIONS,
     )
+    hang_timeout: float = setting(
+        600.0,
+        flag="--hang-timeout",
+        help="end the run where no rank moves for so long, and name who hangs",
+        unit="seconds",
+    )
 
     def __post_init__(self) -> None:
         require(self.precision in (None, *PRECISIONS), "--precision", self.precision, "fp32, bf16 or fp16")
+        require(
+            5 <= self.hang_timeout <= HANG_TIMEOUT_MOST,
+            "--hang-timeout",
+            self.hang_timeout,
+            f"seconds from 5 to {HANG_TIMEOUT_MOST}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from trainer.errors import RunFailed, UserError
-from trainer.records import EventRecord, Record, from_line, to_line
+from trainer.records import EpochRecord, EvalRecord, EventRecord, Record, from_line, to_line
 
 
 class JsonlSink:
@@ -52,8 +52,10 @@ class JsonlSink:
             os.close(file)
 
 
-def rewind(path: Path, step: int) -> int:
+def rewind(path: Path, step: int, *, pending: bool = False) -> int:
     """Drop the rows after `step` (and an earlier end of the run), so that a resumed run continues them; how many went.
+
+    `pending`: what is due after the step is still to come, so its evaluation and epoch rows go too.
 
     A run killed between two checkpoints leaves rows of steps that will be done again. The file is replaced
     whole or not at all. A line within it that is no record is a UserError.
@@ -68,7 +70,9 @@ def rewind(path: Path, step: int) -> int:
                 record = from_line(line.decode())
             except ValueError as problem:
                 raise UserError(f"{path}, line {number}: {problem}; cannot resume from a damaged file") from problem
-            if record.step > step or (isinstance(record, EventRecord) and record.event == "finished"):
+            ended = isinstance(record, EventRecord) and record.event == "finished"
+            again = pending and record.step == step and isinstance(record, EvalRecord | EpochRecord)
+            if record.step > step or ended or again:
                 dropped += 1
             else:
                 kept.append(line)

@@ -79,6 +79,7 @@ SCATTER = Plot(
         np.array([float(run.fact("model.trainable") or np.nan)]),
         np.array([run.best["loss"] if run.best else np.nan]),
     ),
+    scatter=True,
 )
 
 

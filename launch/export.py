@@ -1,0 +1,64 @@
+"""Export a run's checkpoint as a checked Hugging Face folder: `python launch/export.py runs/lora --merge`.
+
+Exit code 0: exported, reloaded and equal; 1: the check failed; 2: a mistake in what was asked.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    own = _Parser(
+        prog="export.py",
+        description="Write a checkpoint of a run as a folder in Hugging Face's form, load it again in a fresh process "
+        "and hold it against the trained model; the result stands in the folder's model card.",
+        epilog="Exit code: 0 exported and checked, 1 the check failed, 2 a mistake in what was asked.",
+    )
+    own.add_argument("run", type=Path, metavar="RUN", help="a run folder, for instance runs/lora-acled-demo")
+    own.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="step-N|best|latest",
+        help="which of the run's checkpoints (default: latest)",
+    )
+    own.add_argument(
+        "--merge", action="store_true", help="fold the adapters of a LoRA run into the weights of a plain model"
+    )
+    own.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the folder goes; it must be empty or not there yet "
+        "(default: RUN/export-step-N, with --merge RUN/merged-step-N)",
+    )
+    return own
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and do what was asked; a mistake is one line on stderr."""
+    given = parser().parse_args(arguments)
+    from trainer.errors import RunFailed, UserError
+    from trainer.log import quiet
+
+    quiet()  # before the libraries it silences are imported
+    from trainer.export.command import run
+
+    try:
+        return run(given.run, which=given.checkpoint, merge=given.merge, out=given.out)
+    except (UserError, RunFailed) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2 if isinstance(problem, UserError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""What test_export.py does on real ranks: many exports in one group, and runs whose export is broken on purpose."""
+
+import subprocess
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ranks
+import torch
+from torch import Tensor
+
+from trainer import export, flags, verify
+from trainer.checkpoint import Checkpoints, Progress
+from trainer.data import load
+from trainer.engine import Engine, leave_world, start_world
+from trainer.export import check, folder
+from trainer.loop import train
+from trainer.model import build, load_config
+from trainer.plan import make_plan
+
+
+def export_all(jobs: list[dict[str, Any]]) -> int:
+    """For each job `{name, flags, data, out}`: train, gather, rank 0 writes the folder out/name and its facts."""
+    world = start_world()
+    try:
+        for job in jobs:
+            settings = flags.read(job["flags"]).settings
+            data, out = load(Path(job["data"])), Path(job["out"])
+            model = build(settings)
+            plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
+            engine = Engine(world, model, plan.deepspeed, settings.train, plan.precision)
+            saver = Checkpoints(out / f"{job['name']}-checkpoints", world, keep=1, identity={"base": "test"})
+            records = list(train(engine, data, plan.course, Progress(), saver, lambda: False))
+            ids = export.fixed_rows(data)
+            logits = export.check_logits(model.module, ids, world.device)
+            alive = Alive()
+            weights = export.gathered(alive.watch(engine.whole_weights()), keep=world.rank == 0)
+            most = world.gather(alive.most)
+            if world.rank == 0:
+                (out / job["name"]).mkdir()
+                export.save_folder(
+                    out / job["name"], model.module, weights, base=export.base_of(model, out),
+                    tokenizer=settings.model.model,
+                )  # fmt: skip
+                loss = [r.loss for r in records if hasattr(r, "eval_tokens")][-1]
+                np.savez(
+                    out / f"{job['name']}.npz", ids=ids, logits=logits, loss=loss, alive=most, count=len(weights),
+                    tied=model.tied,
+                )  # fmt: skip
+    finally:
+        leave_world()
+    return 0
+
+
+class Alive:
+    """Counts how many tensors of a stream are alive at one time."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self.seen: list[Any] = []
+
+    def watch(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream:
+            self.seen.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            self.most = max(self.most, sum(ref() is not None for ref in self.seen))
+
+
+def in_this_process(job: Path) -> "subprocess.CompletedProcess[str]":
+    """Stands for `check._fresh_process` where a test is about what comes of the answer; saves ten seconds."""
+    import json
+
+    try:
+        answer = verify.verify(json.loads(job.read_text()))
+    except Exception as problem:
+        return subprocess.CompletedProcess([], 1, stdout="", stderr=f"Traceback\n{problem}")
+    return subprocess.CompletedProcess([], 0, stdout=json.dumps(answer), stderr="")
+
+
+def quick(arguments: list[str]) -> int:
+    """A whole run that checks its export in the same process."""
+    check._fresh_process = in_this_process
+    return ranks.command(arguments)
+
+
+def broken(arguments: list[str], how: str) -> int:
+    """A whole run whose export goes wrong in the way `how`."""
+    honest = folder.save_folder
+
+    def save(place: Path, module: Any, weights: dict[str, Tensor], **rest: Any) -> None:
+        honest(place, module, BREAK[how](weights), **rest)
+
+    folder.save_folder = save
+    return quick(arguments)
+
+
+def _transpose(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: w.T.contiguous() if n.endswith("h.0.attn.c_proj.weight") else w for n, w in weights.items()}
+
+
+def _forget(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: torch.zeros_like(w) if ".lora_B." in n else w for n, w in weights.items()}
+
+
+BREAK = {"transposed": _transpose, "zeroed": _forget}

@@ -1,0 +1,278 @@
+"""kill -9, at any moment and at every stage of a save: the next --resume goes on from the newest whole checkpoint.
+
+Real processes, really killed. After each: nothing of the run is left running, every rank that was not killed has ended
+with a non-zero code within 60 s, metrics.jsonl is whole rows, and the run that goes on leaves the rows of a run that
+was never killed. `kill_many.py` does the same at hundreds of random moments.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import TEMPLATES
+from group import ENDS, Group, die, relatives, rows, science, steps_done
+from ranks import free_port, on_ranks, train
+from test_launch import BIN, TRAIN
+
+from trainer.checkpoint import Checkpoints, Progress, choose, drop_after
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def words(tiny: str, records: tuple[str, str]) -> list[str]:
+    text = f"--mode full --model {tiny} --data {records[0]} --val-data {records[1]} --block-size 16 --global-batch 6"
+    text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --keep 2 --ds-config zero2"
+    return [*text.split(), *TEMPLATES]
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of the run that nobody kills."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(words, out=out, ranks=2)
+    return science(out)
+
+
+def goes_on(words: list[str], out: Path, whole: list[dict[str, Any]]) -> None:
+    """--resume ends well and leaves the rows of the whole run, none twice and none missing."""
+    before = rows(out) if (out / "metrics.jsonl").exists() else []
+    output = train([*words, "--resume"], out=out, ranks=2)
+    assert science(out) == whole
+    assert rows(out)[-1]["event"] == "finished", output
+    points = [row["message"] for row in rows(out) if row.get("event") == "resumed"]
+    assert len(points) == 1, points
+    assert not list(out.rglob("*.tmp")), "leftovers of the killed run"
+    newest = max((row["step"] // 2 * 2 for row in before), default=0)
+    assert any(f"step-{step:06d}" in points[0] for step in (newest, newest - 2)) or newest < 4, (points, newest)
+
+
+# --- one save, killed at every line ------------------------------------------------------------------------------
+
+SAVING = {"_write", "_write_state", "_put", "_about_text", "write_text", "_sync", "_delete_old", "_delete"}
+
+
+def stub(value: float) -> Any:
+    """What `Checkpoints.save` asks of an engine, with one weight and its moments of this value."""
+    weight = torch.full((3, 5), value)
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    return SimpleNamespace(trainable={"w": weight}, full_state=lambda: ((f"{kind}/w", weight) for kind in kinds))
+
+
+def save_and_die(folder: Path, line: int) -> None:
+    """Save step 3 into a folder that has 1 and 2; at the `line`-th line of checkpoint.py that a save executes, die."""
+    done = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal done
+        if Path(frame.f_code.co_filename).name != "checkpoint.py" or frame.f_code.co_name not in SAVING:
+            return None
+        if event == "line":
+            done += 1
+            if done == line:
+                die()
+        return trace
+
+    sys.settrace(trace)
+    save(folder, 3)
+
+
+def save(folder: Path, step: int) -> None:
+    alone: Any = SimpleNamespace(rank=0, gather=lambda value: [value])
+    saver = Checkpoints(folder, alone, keep=2, identity={"base": "test"})
+    saver.save(stub(float(step)), Progress(step=step, pending=False))
+
+
+def die_at_every_line(folder: Path) -> int:
+    """In folder/N: a save killed at its N-th line, in a process of its own; the last one is not killed any more."""
+    for step in (1, 2):
+        save(folder / "before", step)
+    for line in range(1, 1000):
+        shutil.copytree(folder / "before", folder / str(line))
+        child = os.fork()
+        if child == 0:
+            save_and_die(folder / str(line), line)
+            os._exit(0)
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            return 0
+    return 1
+
+
+def test_a_save_killed_at_any_of_its_lines_leaves_the_last_good_one_in_force(tmp_path):
+    assert on_ranks(1, die_at_every_line, tmp_path, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    taken = []
+    for line in range(1, len(list(tmp_path.glob("[0-9]*"))) + 1):
+        point = choose(tmp_path / str(line), "latest")  # its checksums are verified
+        assert torch.equal(point.reader(torch.device("cpu"))("weight/w"), torch.full((3, 5), float(point.step))), line
+        assert not point.passed_over, "nothing half-written bears the name of a checkpoint"
+        taken.append(point.step)
+        drop_after(tmp_path / str(line), point.step)  # what a resume does first
+        assert not [path.name for path in (tmp_path / str(line)).iterdir() if path.name.startswith(".")], line
+    assert len(taken) > 60
+    assert taken == sorted(taken), "the new one is in force from one moment on"
+    assert (taken[0], taken[-1]) == (2, 3)
+    print(f"{len(taken) - 1} kills in a save: {taken.count(2)} left the old checkpoint in force, the rest the new one")
+
+
+# --- a rank, all ranks -------------------------------------------------------------------------------------------
+
+
+def at_call(rank: int, who: int, module: str, name: str, number: int, action: Any = die) -> None:
+    """In rank `who`, do `action` in the place of the `number`-th call of `module.name` (or module.class.name)."""
+    if rank != who:
+        return
+    owner: Any = __import__(module, fromlist=["x"])
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    kept, calls = getattr(owner, last), 0
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            action()
+        return kept(*args, **kwargs)
+
+    setattr(owner, last, faulty)
+
+
+@pytest.mark.parametrize(
+    ("who", "module", "name", "number"),
+    [
+        (0, "trainer.engine", "Engine.accumulate", 6),
+        (1, "trainer.engine", "Engine.step", 5),
+        (1, "trainer.engine", "Engine.evaluate", 3),
+        (0, "trainer.checkpoint", "_put", 40),  # within the tensors of the first save
+        (1, "trainer.checkpoint", "Checkpoints.save", 2),
+        (0, "trainer.checkpoint", "_sync", 3),
+        (0, "trainer.export", "export", 1),
+    ],
+)  # fmt: skip
+def test_a_killed_rank_ends_the_run_and_loses_nothing(who, module, name, number, words, whole, tmp_path):
+    out = tmp_path / "run"
+    fault = partial(at_call, who=who, module=module, name=name, number=number)
+    group = Group(words, out=out, fault=fault)
+    codes = group.wait()
+    assert codes[who] == -signal.SIGKILL, group.output
+    assert codes[1 - who] == 1
+    assert len(group.errors) == 1, group.output
+    assert "another rank of this run ended without a word" in group.errors[0]
+    assert not relatives(str(out)), "nothing stays running"
+    goes_on(words, out, whole)
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_all_ranks_killed_at_once(step, words, whole, tmp_path):
+    out = tmp_path / "run"
+    group = Group(words, out=out)
+    group.until(lambda: steps_done(out) >= step)
+    group.signal(signal.SIGKILL)
+    assert group.wait() == [-signal.SIGKILL] * 2
+    assert not relatives(str(out))
+    goes_on(words, out, whole)
+
+
+def test_a_kill_before_the_first_row_can_be_begun_again(words, whole, tmp_path):
+    """run.json is written and no more; and, one moment earlier, half of run.json."""
+    out = tmp_path / "run"
+    Group(words, out=out, fault=partial(at_call, who=0, module="trainer.log", name="show_plan", number=1)).wait()
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+    goes_on(words, out, whole)
+
+    out = tmp_path / "half"
+    out.mkdir()
+    (out / ".run.json.tmp").write_text('{"format": 1, "run_')
+    train(words, out=out, ranks=2)  # no --resume: there is no run yet
+    assert science(out) == whole
+
+
+# --- the launcher ------------------------------------------------------------------------------------------------
+
+
+def launched(launcher: str) -> list[str]:
+    port = str(free_port())
+    if launcher == "deepspeed":
+        return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port]
+    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_killed_launcher_takes_its_ranks_along_and_they_save_first(launcher, words, tmp_path):
+    """SIGKILL to the `deepspeed` command leaves a second launcher and its ranks without anybody who waits for them."""
+    out = tmp_path / "run"
+    long = [*words, "--max-steps", "100000", "--eval-every", "never", "--save-every", "never"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [*launched(launcher), TRAIN, *long, "--out", str(out)], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            env=environ, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_for(lambda: steps_done(out) >= 3, 120, tmp_path / "log")
+        process.kill()
+        process.wait(10)
+        wait_for(lambda: not relatives(str(out)), ENDS, tmp_path / "log")
+    finally:
+        for pid in relatives(str(out)):
+            os.kill(pid, signal.SIGKILL)
+    output = (tmp_path / "log").read_text()
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert "launcher" in errors[0]
+    assert "Traceback" not in output
+    last = rows(out)[-1]
+    assert last["event"] == "interrupted", output
+    assert (out / "checkpoints" / f"step-{last['step']:06d}").is_dir(), "the step in hand ended and was saved"
+
+
+def wait_for(ready: Any, seconds: float, log: Path) -> None:
+    import time
+
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+
+
+def test_a_rank_that_no_launcher_started_ends_with_nobody(monkeypatch):
+    """A run under nohup outlives its shell; one whose `deepspeed` is gone before it began does not begin."""
+    from trainer.watch import launchers
+
+    assert launchers({}) == []
+    assert launchers({"RANK": "0", "WORLD_SIZE": "1"}) == []
+    assert [there() for _, there in launchers({"TORCHELASTIC_RUN_ID": "none"})] == [True]
+    monkeypatch.setattr(sys, "argv", [f"/nowhere/{hashlib.sha256(b'no process names it').hexdigest()}.py"])
+    import psutil
+
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["/sbin/init"])
+    assert [there() for _, there in launchers({"CROSS_SIZE": "1"})] == [True, False]
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["python", "/usr/bin/deepspeed", "train.py"])
+    assert [there() for _, there in launchers({"CROSS_SIZE": "1"})] == [True, True]
+
+
+def test_a_stopped_run_that_is_killed_before_it_amends_repeats_no_row(words, whole, tmp_path):
+    """The checkpoint of a signal has the evaluation of its step still to come: killed after its row, it is made again."""
+    out = tmp_path / "run"
+    stop = partial(at_call, who=1, module="trainer.engine", name="Engine.accumulate", number=3,
+                   action=partial(die, signal.SIGTERM))  # fmt: skip
+    assert Group(words, out=out, fault=stop).wait() == [143, 143]
+    about = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert about["progress"]["pending"], "step 3 has an evaluation due"
+    assert [row["kind"] for row in rows(out) if row["step"] == 3] == ["step", "event"]
+    kill = partial(at_call, who=0, module="trainer.checkpoint", name="Checkpoints.amend", number=1)
+    Group([*words, "--resume"], out=out, fault=kill).wait()
+    assert [row["kind"] for row in rows(out) if row["step"] == 3] == ["step", "event", "event", "eval"]
+    train([*words, "--resume"], out=out, ranks=2)
+    assert science(out) == whole

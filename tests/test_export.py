@@ -1,0 +1,445 @@
+"""What is exported is what was trained: from every ZeRO stage, reloaded by plain transformers or peft, and said so.
+
+A whole run, its export loaded again in a fresh process; the same from the command line with `launch/export.py`; and
+what happens where the folder is not the model that was trained.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TEMPLATES
+from exports import broken, export_all, in_this_process, quick
+from ranks import on_ranks, train
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from trainer import export, flags, verify
+from trainer.data import prepare
+from trainer.export import check
+from trainer.export.card import is_hub_id, short
+
+# Without these a small model's weights stay gathered after a step, and a wrong export is right by luck.
+STRICT = {
+    "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+}  # fmt: skip
+
+
+def words(model: str, records: tuple[str, str], mode: str, *more: str) -> list[str]:
+    line = f"--mode {mode} --model {model} --data {records[0]} --val-data {records[1]} --block-size 16 --lr 3e-3"
+    return [*line.split(), "--global-batch", "6", "--eval-batch", "4", *TEMPLATES, *more]
+
+
+@pytest.fixture(scope="module")
+def strict(shelf: Path) -> dict[str, str]:
+    """ZeRO-3 files in which no weight stays gathered."""
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    files = {"zero3": STRICT, "zero3_offload": STRICT | offload}
+    for name, content in files.items():
+        (shelf / f"strict_{name}.json").write_text(json.dumps({"zero_optimization": content}))
+    return {name: str(shelf / f"strict_{name}.json") for name in files}
+
+
+@pytest.fixture(scope="module")
+def full(tiny: str, records: tuple[str, str], shelf: Path) -> Path:
+    """A full run with checkpoints at 2, 4 and 6, of which 2 and 6 were not and were evaluated: 3 and 6."""
+    more = "--max-steps 6 --eval-every 3 --save-every 2 --keep 9 --ds-config zero0"
+    train(words(tiny, records, "full", *more.split()), out=shelf / "full")
+    return shelf / "full"
+
+
+@pytest.fixture(scope="module")
+def lora(tiny: str, records: tuple[str, str], strict: dict[str, str], shelf: Path) -> Path:
+    """A LoRA run on a random base on two ranks under ZeRO-3."""
+    more = f"--max-steps 4 --init random --ds-config {strict['zero3']} --lora-rank 2"
+    train(words(tiny, records, "lora", *more.split()), out=shelf / "lora", ranks=2)
+    return shelf / "lora"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """launch/export.py in this process; returns (exit code, what it printed)."""
+    spec = importlib.util.spec_from_file_location("export_command", Path(__file__).parent.parent / "launch/export.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(check, "_fresh_process", in_this_process)
+    disable_progress_bar()  # the command's own `quiet` comes too late in this process
+
+    def call(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        code = module.main(list(arguments))
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return call
+
+
+def finished(run: Path) -> dict[str, Any]:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def difference(model: Any, other: Any) -> float:
+    ids = torch.arange(1, 33)[None]
+    with torch.no_grad():
+        return float((model.eval()(ids).logits - other.eval()(ids).logits).abs().max())
+
+
+# --- whole runs ---
+
+
+def test_a_full_run_leaves_a_plain_folder_that_answers_as_the_trained_model(full: Path):
+    row = finished(full)
+    assert row["event"] == "finished"
+    assert "model reloaded and checked: logits differ by at most 0.0e+00" in row["message"]
+    model = AutoModelForCausalLM.from_pretrained(full / "model")
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.transformer.wte.weight
+    stored = load_file(full / "model" / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    config = json.loads((full / "model" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert config.get("use_cache", True), "training without a cache must not slow the user's generation"
+    assert AutoTokenizer.from_pretrained(full / "model")("w3 w4")["input_ids"] == [3, 4]
+
+
+def test_nothing_unfinished_stays_beside_the_folder(full: Path, lora: Path):
+    assert not list(full.glob(".*")) + list(lora.glob(".*"))
+    assert {path.stat().st_mode & 0o777 for path in (lora / "model").iterdir()} == {
+        (lora / "model" / "README.md").stat().st_mode & 0o777
+    }
+
+
+def test_a_lora_run_under_zero3_leaves_an_adapter_that_learnt_something(lora: Path):
+    from peft import AutoPeftModelForCausalLM
+
+    assert "model reloaded and checked" in finished(lora)["message"]
+    stored = load_file(lora / "model" / "adapter_model.safetensors")
+    assert len(stored) == 2 * 2 * 4  # A and B of two layers' c_attn, c_proj, c_fc, c_proj
+    assert all(tensor.numel() and tensor.any() and tensor.dtype == torch.float32 for tensor in stored.values())
+    model = AutoPeftModelForCausalLM.from_pretrained(lora / "model")
+    base = AutoModelForCausalLM.from_pretrained(lora / "base")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert difference(model, base) > 1e-3
+
+
+def test_an_adapter_on_random_weights_keeps_its_base_and_says_so(lora: Path):
+    said = json.loads((lora / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(said) == (lora / "base").resolve()
+    assert "kept only in the folder `base` of the run" in (lora / "model" / "README.md").read_text()
+
+
+# --- every ZeRO stage ---
+
+
+def test_every_zero_stage_exports_what_it_trained_and_holds_one_copy_of_it(tiny, records, strict, shelf, tmp_path):
+    data = prepare(flags.read(words(tiny, records, "full")).settings.data, model=tiny, global_batch=6).folder
+    zeros = {"zero1": "zero1", "zero2": "zero2", **strict}
+    jobs = [
+        {"name": f"{mode}-{zero}", "data": str(data), "out": str(tmp_path),
+         "flags": words(tiny, records, mode, "--max-steps", "2", "--save-every", "never", "--ds-config", path)}
+        for zero, path in zeros.items() for mode in ("full", "lora")
+    ]  # fmt: skip
+    assert on_ranks(2, export_all, jobs, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-4000:]
+    for job in jobs:
+        known = dict(np.load(tmp_path / f"{job['name']}.npz"))
+        expected = expect(known["ids"], known["logits"], tied=True, data=data, loss=float(known["loss"]))
+        answer = judged(tmp_path / job["name"], expected, tmp_path)
+        assert answer.problems == (), job["name"]
+        kept, passed = known["alive"]
+        assert kept <= known["count"], "rank 0 holds each tensor once"
+        # ZeRO 1 and 2 keep all weights on every rank anyway: nothing is gathered, so nothing is copied.
+        assert passed <= 2 or "zero3" not in job["name"], f"{job['name']}: the other rank let go of each"
+
+
+def expect(ids: np.ndarray, logits: np.ndarray, *, tied: bool, data: Path | None, loss: float | None, **more: Any):
+    return export.Expected(
+        input_ids=ids, logits=logits, tied=tied, loss=loss, data=data, eval_batch=4, device="cpu", precision="fp32",
+        threads=1, **more,
+    )  # fmt: skip
+
+
+def judged(folder: Path, expected: export.Expected, scratch: Path) -> export.Check:
+    """The check of a folder, made in this process."""
+    np.savez(scratch / "logits.npz", input_ids=expected.input_ids, logits=expected.logits)
+    job = {
+        "folder": str(folder), "logits": str(scratch / "logits.npz"), "data": str(expected.data or ""),
+        "eval_batch": 4, "device": "cpu", "precision": "fp32", "threads": 1,
+    }  # fmt: skip
+    return export.judge(verify.verify(job), expected)
+
+
+# --- other models ---
+
+
+@pytest.mark.parametrize(("family", "mode"), [("llama", "lora"), ("gpt_neox", "full")])
+def test_other_causal_models_train_and_export(family, mode, tiny, records, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    shape = {
+        "vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+    model.save_pretrained(tmp_path / family)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny) / name, tmp_path / family)
+    flags = words(str(tmp_path / family), records, mode, "--max-steps", "3", "--out", str(tmp_path / "run"))
+    assert on_ranks(1, quick, flags, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-4000:]
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "reloaded and checked" in finished(tmp_path / "run")["message"]
+    assert "two tensors" in (tmp_path / "run" / "model" / "README.md").read_text(), "its embeddings were never tied"
+    if mode == "lora":
+        names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+        assert about["model"]["lora_targets"] == names
+
+
+# --- the command ---
+
+
+def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora, command, monkeypatch):
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.undo()  # one real fresh process from the command too
+    code, said = command(str(lora), "--merge")
+    assert code == 0, said
+    folder = lora / "merged-step-000004"
+    assert f"-> {folder}: reloaded and checked" in said
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(merged).__name__ == "GPT2LMHeadModel"
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    stored = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert not any("lora" in name for name in stored)
+    assert stored["transformer.h.0.attn.c_attn.weight"].shape == (16, 48)  # Conv1D: [in, out]
+    adapted = AutoPeftModelForCausalLM.from_pretrained(lora / "model")
+    assert difference(merged, adapted) < 1e-4  # float32 rounding of W + BA against Wx + BAx; logits up to 30
+    card = (folder / "README.md").read_text()
+    assert "one tensor, stored once after the adapters were folded in" in card
+    assert front_matter(folder)["library_name"] == "transformers"
+    assert (lora / "model" / "adapter_model.safetensors").exists(), "the run's own export stays"
+
+
+def test_merging_that_unties_the_embeddings_is_said(lora, command, monkeypatch, tmp_path):
+    from trainer.export import command as room
+
+    def untie(model: Any) -> Any:
+        merged = model.module.merge_and_unload()
+        merged.config.tie_word_embeddings = False
+        merged.lm_head.weight = torch.nn.Parameter(merged.lm_head.weight.detach().clone())
+        return merged
+
+    monkeypatch.setattr(room, "merge_adapters", untie)
+    code, said = command(str(lora), "--merge", "--out", str(tmp_path / "untied"))
+    assert code == 1
+    assert "input and output embeddings are no longer tied" in said
+
+
+def test_an_evaluated_checkpoint_is_held_to_its_recorded_loss(full, command, tmp_path):
+    code, said = command(str(full), "--checkpoint", "best", "--out", str(tmp_path / "best"))
+    assert code == 0, said
+    rows = [json.loads(line) for line in (full / "metrics.jsonl").read_text().splitlines()]
+    loss = {row["step"]: row["loss"] for row in rows if row["kind"] == "eval"}
+    assert f"validation loss {loss[6]:.6f} (recorded {loss[6]:.6f})" in said
+    last = load_file(full / "model" / "model.safetensors")
+    again = load_file(tmp_path / "best" / "model.safetensors")
+    assert all(torch.equal(last[name], again[name]) for name in last), "step 6 is the run's last and best"
+    assert front_matter(tmp_path / "best")["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(
+        loss[6]
+    )
+
+
+def test_a_checkpoint_that_was_not_evaluated_says_so_and_its_card_ends_there(full, command):
+    code, said = command(str(full), "--checkpoint", "step-4")
+    assert code == 0, said
+    assert f"-> {full / 'export-step-000004'}" in said
+    assert "(none was recorded)" in said
+    card = (full / "export-step-000004" / "README.md").read_text()
+    assert "after step 4 of 6" in card
+    assert "| 3 |" in card
+    assert "| 6 |" not in card
+
+
+def test_where_the_data_are_gone_the_loss_is_left_out_with_its_reason(lora, command, tmp_path):
+    run = tmp_path / "moved"
+    shutil.copytree(lora, run)
+    about = json.loads((run / "run.json").read_text())
+    about["settings"]["data"]["data"] = str(tmp_path / "gone.jsonl")
+    (run / "run.json").write_text(json.dumps(about))
+    code, said = command(str(run))
+    assert code == 0, said
+    assert "logits differ by at most 0.0e+00" in said
+    card = (run / "export-step-000004" / "README.md").read_text()
+    assert "validation loss not evaluated again (the data of the run are not there any more)" in card
+    assert str(tmp_path) not in card
+
+
+def test_mistakes_are_one_line_and_exit_2(full, lora, command, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "run.json").write_text("{}")
+    broken = tmp_path / "broken"
+    shutil.copytree(full, broken)
+    state = broken / "checkpoints" / "step-000006" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    for arguments, expected in (
+        ([str(tmp_path / "none")], "no run.json there"),
+        ([str(tmp_path / "odd")], "cannot be read as a run's"),
+        ([str(full), "--merge"], "--merge: "),
+        ([str(full), "--checkpoint", "last"], "--checkpoint last: expected step-N, best or latest"),
+        ([str(full), "--checkpoint", "step-5"], "whole checkpoints there: step-000002, step-000004, step-000006"),
+        ([str(broken), "--checkpoint", "step-6"], "pass --checkpoint step-N to take another"),
+        ([str(full), "--out", str(tmp_path / "mine")], "not empty"),
+        ([str(full), "--out", str(full / "model")], "not empty"),
+    ):
+        code, said = command(*arguments)
+        assert (code, said.count("\n")) == (2, 1), said
+        assert said.startswith("error: ")
+        assert expected in said
+        assert "--resume" not in said
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    with pytest.raises(SystemExit) as ended:
+        command("--merge")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: RUN (--help lists the flags)\n"
+
+
+def test_another_base_under_the_adapters_is_refused(lora, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(lora, run)
+    stored = load_file(run / "base" / "model.safetensors")
+    stored["transformer.wpe.weight"] += 1
+    save_file(stored, run / "base" / "model.safetensors", metadata={"format": "pt"})
+    code, said = command(str(run))
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "trained on another base model" in said
+
+
+# --- what is caught ---
+
+
+@pytest.mark.parametrize(
+    ("mode", "how", "said"),
+    [("full", "transposed", "logits differ by"), ("lora", "zeroed", "every adapter's B is zero: nothing was learnt")],
+)
+def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, said, tiny, records, tmp_path):
+    flags = words(tiny, records, mode, "--max-steps", "2", "--out", str(tmp_path / "run"))
+    assert on_ranks(1, broken, flags, how, log=tmp_path / "log") == 1
+    errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "CHECK FAILED" in errors[0]
+    assert said in errors[0]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "CHECK FAILED" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda w: w | {"lm_head.weight": w["transformer.wte.weight"].clone()}, "the tied embedding is stored 2 times"),
+        (lambda w: {n: t.half() for n, t in w.items()}, "stored as F16, its config says float32"),
+        (lambda w: w | {"transformer.ln_f.bias": w["transformer.ln_f.bias"] + 1e-3}, "logits differ by"),
+    ],
+    ids=["doubled", "half", "moved"],
+)
+def test_harm_done_to_a_folder_is_found(harm, said, full, tmp_path):
+    ids = np.arange(1, 17)[None]
+    honest = AutoModelForCausalLM.from_pretrained(full / "model")
+    expected = expect(ids, export.check_logits(honest, ids, torch.device("cpu")), tied=True, data=None, loss=None)
+    shutil.copytree(full / "model", tmp_path / "model")
+    assert judged(tmp_path / "model", expected, tmp_path).problems == ()
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file(harm(weights), tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert said in " ".join(judged(tmp_path / "model", expected, tmp_path).problems)
+
+
+def test_another_validation_loss_is_found(full, tiny, records):
+    answer = {
+        "tensors": 1, "empty": [], "adapters": 0, "adapters_moved": 0, "stored_dtypes": ["F32"], "dtype": "float32",
+        "said_dtype": "float32", "tied": True, "embedding_copies": 1, "logits_difference": 0.0, "loss": 2.00001,
+    }  # fmt: skip
+    expected = expect(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=full, loss=2.0)
+    assert export.judge(answer, expected).problems == ("validation loss 2.000010, recorded 2.000000",)
+    assert export.judge(answer | {"loss": 2.000001}, expected).problems == ()
+    assert export.judge(answer | {"logits_difference": float("nan")}, expected).problems != ()
+
+
+def test_a_folder_that_cannot_be_loaded_is_a_finding_not_a_crash(full, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "_fresh_process", in_this_process)
+    found = export.check_folder(tmp_path, expect(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=None, loss=None))
+    assert len(found.problems) == 1
+    assert found.line().startswith("CHECK FAILED: it could not be loaded again (exit code 1): ")
+
+
+def test_a_half_precision_module_is_still_stored_and_said_as_float32(full, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(full / "model")
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    export.save_folder(tmp_path, model.half(), weights, base=None, tokenizer=None)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    assert load_file(tmp_path / "model.safetensors")["transformer.ln_f.bias"].dtype == torch.float32
+
+
+def test_the_fresh_process_ends_when_the_one_that_asked_is_gone(tmp_path):
+    os.mkfifo(tmp_path / "job")  # nobody will ever write to it
+    place = Path(__file__).parent.parent
+    line = [sys.executable, "-m", "trainer.verify", str(tmp_path / "job")]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, cwd=place) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=120) == 1
+
+
+# --- the model card ---
+
+
+def test_the_card_is_in_the_hubs_form(full, lora):
+    from huggingface_hub import ModelCard
+
+    for folder, library in ((full / "model", "transformers"), (lora / "model", "peft")):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == library
+        assert card.data.pipeline_tag == "text-generation"
+        assert {result.metric_type for result in card.data.eval_results} == {"loss", "perplexity"}
+        assert "base_model" not in front_matter(folder), "a folder is no hub id, and random weights are nobody's"
+        for part in ("### Training hyperparameters", "### Training results", "gpt2-acled-t2s", "reloaded and checked"):
+            assert part in card.text
+        assert str(Path(folder).parents[1]) not in card.content, "no path of this machine"
+
+
+def test_a_base_of_the_hub_is_named(full):
+    about = json.loads((full / "run.json").read_text())
+    about["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
+    text = export.card_text(about, [], export.Check(), step=6)
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
+    about["model"]["init"] = "random"
+    assert "base_model" not in export.card_text(about, [], export.Check(), step=6)
+
+
+def test_names_of_the_hub_and_paths_are_told_apart(tmp_path):
+    assert is_hub_id("gpt2")
+    assert is_hub_id("openai-community/gpt2")
+    assert not is_hub_id("demo-base")
+    assert not is_hub_id(str(tmp_path))
+    assert not is_hub_id("./models/gpt2")
+    assert short("/data/secret/events.csv") == "events.csv"
+    assert short("org/name") == "org/name"

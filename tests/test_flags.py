@@ -1,0 +1,133 @@
+"""The command line: the flags of the contract, each made of its field, with presets told from what was given."""
+
+import dataclasses
+
+import pytest
+
+from trainer import flags
+from trainer.errors import UserError
+from trainer.settings import GROUPS
+
+# The names are a contract with the user; those of `run` are no settings.
+CONTRACT = [
+    "--mode", "--preset", "--model", "--init", "--data", "--val-data", "--val-fraction", "--prompt",
+    "--completion", "--objective", "--block-size", "--epochs", "--max-steps", "--global-batch", "--micro-batch",
+    "--eval-batch", "--lr", "--warmup-steps", "--weight-decay", "--clip", "--seed", "--no-shuffle",
+    "--precision", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--ds-config",
+    "--eval-every", "--save-every", "--keep", "--resume", "--out", "--wandb", "--wandb-project", "--run-name",
+    "--dry-run", "--local_rank",
+]  # fmt: skip
+OF_THE_RUN = {"--mode", "--preset", "--resume", "--allow-change", "--dry-run", "--local_rank", "--help"}
+
+# A value of each flag that no preset has, as typed and as read.
+VALUES = {
+    "--model": ("m", "m"), "--init": ("random", "random"), "--lora-rank": ("4", 4), "--lora-alpha": ("3", 3.0),
+    "--lora-dropout": ("0.5", 0.5), "--lora-targets": ("a, b", ("a", "b")), "--data": ("d.csv", "d.csv"),
+    "--val-data": ("v.csv", "v.csv"), "--val-fraction": ("0.2", 0.2), "--prompt": ("{p}", "{p}"),
+    "--completion": ("{c}", "{c}"), "--objective": ("completion", "completion"), "--block-size": ("77", 77),
+    "--no-shuffle": (None, False), "--epochs": ("1.5", 1.5), "--max-steps": ("9", 9), "--global-batch": ("10", 10),
+    "--micro-batch": ("5", 5), "--eval-batch": ("7", 7), "--lr": ("1e-3", 1e-3), "--warmup-steps": ("3", 3),
+    "--weight-decay": ("0.1", 0.1), "--clip": ("0", 0.0), "--seed": ("1", 1), "--ds-config": ("zero3", "zero3"),
+    "--precision": ("bf16", "bf16"), "--hang-timeout": ("60", 60.0), "--eval-every": ("5", "5"),
+    "--save-every": ("never", "never"), "--keep": ("3", 3), "--out": ("o", "o"), "--wandb": ("disabled", "disabled"),
+    "--wandb-project": ("p", "p"), "--run-name": ("n", "n"),
+}  # fmt: skip
+FIELDS = {
+    field.metadata["flag"]: (name, field.name)
+    for name, group in GROUPS.items() for field in dataclasses.fields(group) if "flag" in field.metadata
+}  # fmt: skip
+
+
+def options() -> set[str]:
+    return {option for action in flags.parser()._actions for option in action.option_strings} - {"-h"}
+
+
+def test_every_flag_of_the_contract_is_there():
+    assert set(CONTRACT) <= options()
+
+
+def test_every_flag_is_a_field_or_tells_what_to_do():
+    assert options() == set(FIELDS) | OF_THE_RUN
+
+
+def test_only_the_constants_of_the_optimizer_have_no_flag():
+    without = {f.name for group in GROUPS.values() for f in dataclasses.fields(group)} - {n for _, n in FIELDS.values()}
+    assert without == {"beta1", "beta2", "epsilon"}
+
+
+@pytest.mark.parametrize("flag", sorted(FIELDS))
+def test_each_flag_sets_its_field_and_is_known_as_given(flag):
+    typed, expected = VALUES[flag]
+    more = ["--completion", "{c}"] if flag == "--prompt" else []
+    request = flags.read(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])])
+    group, field = FIELDS[flag]
+    assert getattr(getattr(request.settings, group), field) == expected
+    assert request.given[group][field] == expected
+    assert flag in request.settings.overridden
+    assert len(request.settings.overridden) == 1 + bool(more)
+
+
+def test_nothing_given_is_nothing_overridden():
+    request = flags.read(["--mode", "full"])
+    assert request.settings.overridden == ()
+    assert not any(request.given.values())
+    assert (request.settings.preset, request.resume, request.dry_run) == ("demo", None, False)
+    assert request.allow_change == ()
+
+
+def test_a_flag_with_the_presets_own_value_still_counts_as_given():
+    lr = flags.read(["--mode", "full", "--preset", "card"]).settings.train.lr
+    request = flags.read(["--mode", "lora", "--preset", "card", "--lr", str(lr)])
+    assert request.settings.overridden == ("--lr",)
+    assert request.settings.train.lr == lr, "and the mode does not change it"
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], None), (["--resume"], "latest"), (["--resume", "best"], "best")])
+def test_resume_takes_a_checkpoint_or_the_newest(words, expected):
+    assert flags.read(["--mode", "full", *words]).resume == expected
+
+
+def test_allowed_changes_may_be_joined_repeated_and_written_as_flags():
+    words = ["--allow-change", "lr,global-batch", "--allow-change", "max_steps"]
+    assert flags.read(["--mode", "full", "--resume", *words]).allow_change == ("lr", "global_batch", "max_steps")
+
+
+def test_the_launchers_rank_is_accepted_and_changes_nothing():
+    with_rank = flags.read(["--local_rank=1", "--mode", "full"])
+    assert with_rank.settings == flags.read(["--mode", "full"]).settings
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--mode"),
+        (["--mode", "qlora"], "qlora"),
+        (["--mode", "full", "--learning-rate", "1"], "--learning-rate"),
+        (["--mode", "full", "--lr"], "--lr"),
+        (["--mode", "full", "--lr", "fast"], "fast"),
+        (["--mode", "full", "--max-steps", "1.5"], "1.5"),
+        (["--mode", "full", "--block", "9"], "--block"),
+        (["--mode", "full", "--precision", "tf32"], "tf32"),
+        (["--mode", "full", "--seed", "-1"], "--seed -1"),
+        (["--mode", "full", "stray"], "stray"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(words, said):
+    with pytest.raises(UserError) as caught:
+        flags.read(words)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_shows_groups_units_and_both_presets_defaults(capsys):
+    with pytest.raises(SystemExit) as ended:
+        flags.read(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for title in flags.TITLES.values():
+        assert f"{title}:" in text
+    assert "(default: demo 256, card 1024 tokens)" in text
+    assert "card 3e-05)" in text
+    assert "(default: 3.0)" in text
+    assert all(flag in text for flag in CONTRACT if flag != "--local_rank")
+    assert "local_rank" not in text, "it is the launcher's, not the user's"

@@ -1,0 +1,128 @@
+"""Summed negative log-likelihood: in pieces as whole, padding left out, in bf16 close to float32."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from trainer import loss
+from trainer.data.batches import IGNORED
+from trainer.loss import TokenLoss
+
+WIDTH = 20
+
+
+@pytest.fixture
+def causal(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny)
+
+
+def rows(count: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of unequal length, padded on the right, of which the first few tokens do not count."""
+    dice = np.random.default_rng(seed)
+    ids = torch.from_numpy(dice.integers(1, 97, (count, WIDTH)))
+    labels = ids.clone()
+    for n in range(count):
+        labels[n, :n] = IGNORED
+        labels[n, WIDTH - 4 * n :] = IGNORED
+    return ids, labels
+
+
+def by_hand(causal, ids, labels) -> list[float]:
+    """The sums of each row from the definition, token by token."""
+    sums = []
+    for row, wanted in zip(ids, labels, strict=True):
+        chances = torch.log_softmax(causal(row[None]).logits[0], -1)
+        sums.append(-sum(float(chances[at - 1, row[at]]) for at in range(1, WIDTH) if wanted[at] != IGNORED))
+    return sums
+
+
+def gradients(module: TokenLoss, ids, labels) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    module.zero_grad()
+    sums = module(ids, labels)
+    sums.sum().backward()
+    return sums.detach(), [p.grad.clone() for p in module.parameters()]
+
+
+def test_each_row_sums_its_counted_tokens(causal):
+    ids, labels = rows()
+    sums = TokenLoss(causal, None)(ids, labels)
+    assert sums.shape == (3,)
+    assert sums.dtype == torch.float32
+    assert sums.tolist() == pytest.approx(by_hand(causal, ids, labels), rel=1e-5)
+
+
+def test_the_sum_is_that_of_hugging_faces_own_loss(causal):
+    ids, labels = rows()
+    with torch.no_grad():
+        theirs = causal(ids, labels=labels).loss * (labels[:, 1:] != IGNORED).sum()
+        assert float(TokenLoss(causal, None)(ids, labels).sum()) == pytest.approx(float(theirs), rel=1e-6)
+
+
+@pytest.mark.parametrize("positions", [1, 7, 19, 57])
+def test_pieces_of_any_size_give_the_whole_loss_and_its_gradients(causal, monkeypatch, positions):
+    module = TokenLoss(causal, None)
+    ids, labels = rows()
+    whole, expected = gradients(module, ids, labels)
+    calls = []
+    honest = functional.cross_entropy
+    monkeypatch.setattr(loss, "LARGEST_LOGITS", positions * 4 * 97)
+    monkeypatch.setattr(loss.functional, "cross_entropy", lambda *a, **k: calls.append(len(a[0])) or honest(*a, **k))
+    sums, found = gradients(module, ids, labels)
+    assert max(calls) <= positions, "never more logits at one time"
+    assert sum(calls) >= 3 * (WIDTH - 1)
+    torch.testing.assert_close(sums, whole, rtol=1e-6, atol=0)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # another order of float32 sums
+
+
+def test_pieces_without_gradients_too(causal, monkeypatch):
+    module = TokenLoss(causal, None)
+    ids, labels = rows()
+    with torch.no_grad():
+        whole = module(ids, labels)
+        monkeypatch.setattr(loss, "LARGEST_LOGITS", 5 * 4 * 97)
+        torch.testing.assert_close(module(ids, labels), whole, rtol=1e-6, atol=0)
+
+
+def test_padding_is_neither_counted_nor_looked_at(causal):
+    module = TokenLoss(causal, None)
+    ids, labels = rows()
+    other = ids.clone()
+    other[2, WIDTH - 8 :] = 5
+    assert torch.equal(module(other, labels)[2], module(ids, labels)[2])
+    alone = module(ids[2:, : WIDTH - 8], labels[2:, : WIDTH - 8])
+    torch.testing.assert_close(alone[0], module(ids, labels)[2], rtol=1e-6, atol=0)
+
+
+def test_a_row_of_nothing_but_padding_is_zero_and_moves_nothing(causal):
+    module = TokenLoss(causal, None)
+    sums, found = gradients(module, torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), IGNORED))
+    assert sums.tolist() == [0.0]
+    assert all(not gradient.any() for gradient in found)
+
+
+def test_a_token_of_padding_id_counts_where_it_ends_a_text(causal):
+    ids, labels = rows(1)
+    ids[0, -1] = labels[0, -1] = 0  # the end-of-text token, which also pads
+    shorter = labels.clone()
+    shorter[0, -1] = IGNORED
+    module = TokenLoss(causal, None)
+    assert float(module(ids, labels)) > float(module(ids, shorter)) + 1e-3
+
+
+def test_bf16_is_close_and_is_not_float32(causal):
+    ids, labels = rows()
+    exact, close = TokenLoss(causal, None)(ids, labels), TokenLoss(causal, torch.bfloat16)(ids, labels)
+    assert close.dtype == torch.float32
+    torch.testing.assert_close(close, exact, rtol=2e-2, atol=0)  # 8 bits of mantissa: 2^-8 an operation
+    assert not torch.equal(close, exact)
+    assert all(p.dtype == torch.float32 for p in causal.parameters())
+
+
+def test_other_models_go_through_their_own_logits():
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    causal = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=97, **shape))
+    ids, labels = rows()
+    assert TokenLoss(causal, None)(ids, labels).tolist() == pytest.approx(by_hand(causal, ids, labels), rel=1e-5)

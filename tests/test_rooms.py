@@ -1,0 +1,117 @@
+"""How the rooms stand to one another: imports go one way, each outside package has one door, light rooms stay light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "trainer"
+
+#: From the bottom up. A room imports only rooms of lower lines; those on one line do not know one another.
+ORDER = [
+    {"errors"},
+    {"settings", "reference", "schedule", "records", "watch"},
+    {"flags"},
+    {"data"},
+    {"base"},
+    {"model"},
+    {"loss"},
+    {"engine"},
+    {"checkpoint"},
+    {"loop"},
+    {"plan", "log"},
+    {"export", "verify"},
+    {"report"},
+    {"run"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+#: Where an outside package may be imported.
+DOORS = {
+    "deepspeed": {"engine"},
+    "peft": {"model", "verify"},  # the checker loads a folder as its user would
+    "datasets": {"data"},
+    "wandb": {"log", "report"},
+    "wandb_workspaces": {"report"},
+    "matplotlib": {"report"},
+}
+LIGHT = ["errors", "settings", "reference", "schedule", "records", "flags", "watch", "report", "report.command"]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def sources() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports, anywhere in it, also by import_module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module"):
+            assert isinstance(node.args[0], ast.Constant), f"{path}: a computed import"
+            yield str(node.args[0].value)
+
+
+def test_every_room_has_its_place_in_the_order():
+    assert {room_of(path) for path in sources()} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "trainer" and len(parts) > 1 and parts[1] != room:
+            assert LEVEL[parts[1]] < LEVEL[room], f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("package", sorted(DOORS))
+def test_an_outside_package_comes_in_by_its_door(package):
+    rooms = {room_of(path) for path in sources() for name in imported(path) if name.split(".")[0] == package}
+    assert rooms
+    assert rooms <= DOORS[package]
+
+
+def test_the_loop_knows_no_sink_no_mode_and_no_file():
+    names = {name.split(".")[1] for name in imported(PACKAGE / "loop.py") if name.startswith("trainer.")}
+    assert names <= {"checkpoint", "data", "engine", "errors", "records", "schedule", "settings"}
+    code = (PACKAGE / "loop.py").read_text()
+    assert not any(word in code for word in ("print(", "wandb", "open(", "argparse", ".rank ==", "lora"))
+
+
+def test_only_the_launcher_imports_the_run():
+    users = [p for p in [*sources(), *(ROOT / "launch").glob("*.py")] if "trainer.run.run" in set(imported(p))]
+    assert [path.name for path in users] == ["train.py"]
+
+
+def test_there_is_no_room_for_odds_and_ends():
+    names = {path.stem for path in sources()}
+    assert not names & {"utils", "util", "common", "helpers", "misc", "base_trainer"}
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_a_light_room_loads_without_torch(room):
+    """A report is made, and a mistake is found, on a machine that has none of the heavy packages."""
+    heavy = ("torch", "transformers", "deepspeed", "peft", "datasets", "wandb", "matplotlib", "safetensors")
+    line = f"import sys, trainer.{room}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_launchers_load_nothing_heavy_before_they_have_read_their_flags():
+    """So that --help answers at once, and libraries are silenced before they are imported."""
+    for name in ("train", "compare", "export"):
+        line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == "False", done.stdout + done.stderr

@@ -1,0 +1,239 @@
+"""Every number of a run: the presets, what a mode may change, the checks, the batch sum, and reading settings back."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from trainer import reference, settings
+from trainer.errors import UserError
+from trainer.settings import GROUPS, LORA_RATE_FACTOR, PRESETS, Settings, merge, resolve, scientific
+
+
+def flat(wanted: Settings) -> dict[str, object]:
+    return {f"{g}.{name}": value for g in GROUPS for name, value in wanted.as_dict()[g].items()}
+
+
+# --- presets and modes ---
+
+
+def test_the_card_preset_is_exactly_what_the_card_published():
+    card = resolve("full", "card", {})
+    published = dict(reference.SETTINGS)
+    for name in ("schedule", "optimizer", "dropout", "trainable_parameters"):  # the program's and the model's
+        published.pop(name)
+    assert card.mode == published.pop("mode")
+    assert card.model.model == published.pop("model")
+    assert {name: getattr(card.train, name) for name in published} == published
+    assert (card.data.objective, card.data.block_size) == ("blocks", 1024)
+    assert card.model.init == "pretrained"
+    assert card.train.max_steps is None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_modes_differ_in_the_learning_rate_and_in_nothing_else(preset):
+    """This is the fairness of the comparison: a new difference must be argued for here."""
+    full, lora = (flat(resolve(mode, preset, {})) for mode in ("full", "lora"))
+    assert {name for name in full if full[name] != lora[name]} == {"train.lr"}
+    assert lora["train.lr"] == LORA_RATE_FACTOR * full["train.lr"]
+    assert LORA_RATE_FACTOR == 10.0
+
+
+@pytest.mark.parametrize("mode", settings.MODES)
+def test_a_rate_that_was_given_is_taken_in_every_mode(mode):
+    assert resolve(mode, "card", {"train": {"lr": 1e-4}}).train.lr == 1e-4
+
+
+def test_lora_defaults_are_rank_8_alpha_16_without_dropout_on_every_layer():
+    lora = resolve("lora", "demo", {}).lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (8, 16.0, 0.0, ())
+
+
+def test_what_was_given_wins_over_the_preset_and_leaves_the_rest():
+    base, given = flat(resolve("full", "card", {})), flat(resolve("full", "card", {"train": {"seed": 7}}))
+    assert {name for name in base if base[name] != given[name]} == {"train.seed"}
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve("full", "demo", {}).train.lr = 1.0  # type: ignore[misc]
+
+
+# --- the batch sum ---
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro", "ranks", "expected"),
+    [
+        (8, None, 1, (8, 1)), (8, None, 2, (4, 1)), (8, 2, 2, (2, 2)), (6, 1, 3, (1, 2)), (2, None, 2, (1, 1)),
+        (2, 1, 1, (1, 2)), (1, None, 1, (1, 1)),
+    ],
+)  # fmt: skip
+def test_the_accumulation_is_what_makes_the_sum_whole(global_batch, micro, ranks, expected):
+    train = resolve("full", "demo", {"train": {"global_batch": global_batch, "micro_batch": micro}}).train
+    batch = train.batch(ranks)
+    assert (batch.micro, batch.accumulation) == expected
+    assert batch.micro * batch.accumulation * batch.ranks == batch.global_batch == global_batch
+
+
+def test_the_sum_reads_as_one():
+    assert str(resolve("full", "card", {}).train.batch(2)) == (
+        "1 micro-batch x 1 accumulation x 2 ranks = 2 global batch"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "said"),
+    [
+        ({}, 3, ("2 examples / 3 ranks is not whole", "use 2 ranks", "--global-batch 3")),
+        ({}, 8, ("2 examples / 8 ranks is not whole", "use 2 ranks", "--global-batch 8")),
+        ({"global_batch": 7}, 2, ("7 examples / 2 ranks is not whole", "use 1 rank,", "--global-batch 8")),
+        ({"global_batch": 8, "micro_batch": 3}, 1, ("8 is not micro-batch 3 x 1 ranks", "one pass is 3")),
+        ({"global_batch": 8, "micro_batch": 8}, 2, ("8 is not micro-batch 8 x 2 ranks", "one pass is 16")),
+    ],
+)
+def test_a_remainder_is_an_error_that_prints_the_sum_and_the_remedy(given, ranks, said):
+    with pytest.raises(UserError) as caught:
+        resolve("full", "card", {"train": given}).train.batch(ranks)
+    for part in said:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_remedy_of_the_error_works():
+    assert resolve("full", "card", {"train": {"global_batch": 3}}).train.batch(3).micro == 1
+
+
+def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
+    train = resolve("full", "card", {}).train
+    for examples in reference.EXAMPLES_PER_EPOCH:
+        assert train.steps_per_epoch(examples) == reference.STEPS_PER_EPOCH
+        assert train.total_steps(examples) == reference.CURVE[-1].step
+    assert resolve("full", "card", {"train": {"epochs": 0.5}}).train.total_steps(7) == 2  # half of 4 steps
+    assert resolve("full", "card", {"train": {"max_steps": 5}}).train.total_steps(10_000) == 5
+
+
+# --- checks ---
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "flag"),
+    [
+        ("model", "init", "scratch", "--init"),
+        ("lora", "rank", 0, "--lora-rank"),
+        ("lora", "alpha", 0.0, "--lora-alpha"),
+        ("lora", "dropout", 1.0, "--lora-dropout"),
+        ("lora", "targets", ("c_attn", ""), "--lora-targets"),
+        ("data", "data", "", "--data"),
+        ("data", "val_fraction", 0.0, "--val-fraction"),
+        ("data", "val_fraction", 1.0, "--val-fraction"),
+        ("data", "objective", "chat", "--objective"),
+        ("data", "block_size", 1, "--block-size"),
+        ("data", "prompt", "{x}", "--prompt"),
+        ("train", "epochs", 0.0, "--epochs"),
+        ("train", "epochs", math.inf, "--epochs"),
+        ("train", "epochs", math.nan, "--epochs"),
+        ("train", "max_steps", 0, "--max-steps"),
+        ("train", "global_batch", 0, "--global-batch"),
+        ("train", "micro_batch", 0, "--micro-batch"),
+        ("train", "eval_batch", 0, "--eval-batch"),
+        ("train", "lr", 0.0, "--lr"),
+        ("train", "lr", -1.0, "--lr"),
+        ("train", "lr", math.nan, "--lr"),
+        ("train", "warmup_steps", -1, "--warmup-steps"),
+        ("train", "weight_decay", -0.1, "--weight-decay"),
+        ("train", "clip", -1.0, "--clip"),
+        ("train", "clip", math.nan, "--clip"),
+        ("train", "seed", -1, "--seed"),
+        ("train", "seed", 2**32, "--seed"),
+        ("engine", "precision", "tf32", "--precision"),
+        ("output", "eval_every", "0", "--eval-every"),
+        ("output", "eval_every", "often", "--eval-every"),
+        ("output", "save_every", "-3", "--save-every"),
+        ("output", "keep", 0, "--keep"),
+        ("output", "wandb", "on", "--wandb"),
+        ("output", "run_name", "a/b", "--run-name"),
+        ("output", "run_name", "", "--run-name"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_names_flag_and_value_in_one_line(group, field, value, flag):
+    with pytest.raises(UserError) as caught:
+        resolve("full", "demo", {group: {field: value}})
+    message = str(caught.value)
+    assert message.startswith(flag)
+    assert "\n" not in message
+    assert "expected" in message or "say with" in message
+
+
+def test_an_unknown_mode_or_preset_says_what_there_is():
+    with pytest.raises(UserError, match="--mode qlora: expected full or lora"):
+        resolve("qlora", "demo", {})
+    with pytest.raises(UserError, match="--preset gpt3: expected demo or card"):
+        resolve("full", "gpt3", {})
+
+
+# --- names and folders ---
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("acled-demo", "lora-acled-demo"),
+        ("/some/where/events 2024.csv", "lora-events-2024"),
+        ("some/folder/", "lora-folder"),
+        ("parts/*.jsonl", "lora-data"),
+        ("org/data-set", "lora-data-set"),
+    ],
+)
+def test_a_run_is_named_by_mode_and_data_and_lies_under_runs(data, expected):
+    wanted = resolve("lora", "demo", {"data": {"data": data}})
+    assert wanted.run_name == expected
+    assert wanted.run_folder == f"runs/{expected}"
+
+
+def test_a_name_and_a_folder_that_were_given_are_taken():
+    assert resolve("lora", "demo", {"output": {"run_name": "a.1"}}).run_folder == "runs/a.1"
+    assert resolve("lora", "demo", {"output": {"run_name": "a.1", "out": "/x"}}).run_folder == "/x"
+
+
+# --- back from run.json, and on resume ---
+
+
+@pytest.mark.parametrize("mode", settings.MODES)
+def test_settings_come_back_from_json_as_they_were(mode):
+    given = {"lora": {"targets": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"shuffle": False}}
+    wanted = resolve(mode, "card", given, ("--lr", "--no-shuffle"))
+    assert Settings.from_dict(json.loads(json.dumps(wanted.as_dict()))) == wanted
+
+
+def test_flags_given_on_resume_go_over_those_of_the_run():
+    began = resolve("lora", "card", {"train": {"lr": 1e-4}}, ("--lr",))
+    now = merge(began, {"train": {"eval_batch": 9}}, ("--eval-batch",))
+    assert now.train.eval_batch == 9
+    assert now.train.lr == 1e-4, "the preset does not come back over what the run began with"
+    assert now.overridden == ("--lr", "--eval-batch")
+    assert merge(began, {}, ()) == began
+
+
+def test_what_is_merged_is_checked_too():
+    with pytest.raises(UserError, match="--lr -1"):
+        merge(resolve("full", "card", {}), {"train": {"lr": -1.0}}, ("--lr",))
+
+
+def test_what_may_not_change_is_all_that_the_numbers_are_a_function_of():
+    names = set(scientific(resolve("lora", "card", {})))
+    assert {
+        "lr",
+        "seed",
+        "global_batch",
+        "epochs",
+        "max_steps",
+        "rank",
+        "alpha",
+        "targets",
+        "model",
+        "objective",
+    } <= names
+    assert not {"micro_batch", "eval_batch", "ds_config", "out", "keep", "wandb"} & names
+    assert "rank" not in scientific(resolve("full", "card", {})), "a full run has no adapters"

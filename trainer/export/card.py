@@ -1,0 +1,147 @@
+"""The model card of an exported folder, in the Hub's form."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer import reference
+from trainer.export.check import Check
+from trainer.records import EpochRecord, EvalRecord, Record, perplexity
+from trainer.settings import DEMO_MODEL
+
+PACKAGES = ("torch", "transformers", "deepspeed", "peft")
+
+
+def card_text(
+    run: Mapping[str, Any], records: Iterable[Record], check: Check, *, step: int, merged: bool = False
+) -> str:
+    """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
+
+    `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in.
+    """
+    rows = [r for r in records if r.step <= step]
+    lines = [
+        *_front_matter(run, check, merged), "",
+        f"# {run['name']}", "",
+        _what(run, step, merged), "",
+        f"Exported weights: {check.line()}.{_ties(check, merged)}", "",
+        "## Training procedure", "",
+        "### Training hyperparameters", "",
+        "| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in _settings(run)), "",
+        "### Training results", "",
+        "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|", *_table(rows), "",
+        "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved.", "",
+        "### Compared with", "",
+        f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
+        f"its three epochs): not comparable, for these reasons: {_reasons(run)}.", "",
+        "### Framework versions", "",
+        *(f"- {name} {run['versions'][name]}" for name in PACKAGES if run["versions"].get(name)), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _front_matter(run: Mapping[str, Any], check: Check, merged: bool) -> list[str]:
+    """YAML between dashes, as the Hub reads it; every value is JSON, which YAML contains."""
+    adapter = run["mode"] == "lora" and not merged
+    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    if run["model"]["init"] == "pretrained" and is_hub_id(run["model"]["name"]):
+        head["base_model"] = run["model"]["name"]
+        head["base_model_relation"] = "adapter" if adapter else "finetune"
+    head["tags"] = [_family(run["model"]["class"]), run["mode"], "deepspeed", *(["lora-merged"] if merged else [])]
+    if check.loss is not None:
+        metrics = [("loss", "validation loss", check.loss), ("perplexity", "perplexity", perplexity(check.loss))]
+        source = short(run["data"]["source"])
+        head["model-index"] = [{"name": run["name"], "results": [{
+            "task": {"type": "text-generation"},
+            "dataset": {"name": source, "type": source, "split": "validation"},
+            "metrics": [{"type": kind, "name": name, "value": value} for kind, name, value in metrics],
+        }]}]  # fmt: skip
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"]
+
+
+def _family(name: str) -> str:
+    """The architecture by the name of its class: gpt2 of GPT2LMHeadModel."""
+    return re.sub(r"(LMHeadModel|ForCausalLM)$", "", name).lower()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one of the Hub's: neither a folder here nor the embedded one."""
+    if name == DEMO_MODEL or Path(name).exists():
+        return False
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
+
+
+def short(name: str) -> str:
+    """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business."""
+    return name if is_hub_id(name) else Path(name).name or name
+
+
+def _what(run: Mapping[str, Any], step: int, merged: bool) -> str:
+    model, lora, total = run["model"], run["settings"]["lora"], run["resolved"]["total_steps"]
+    how = "every weight" if run["mode"] == "full" else (
+        f"LoRA adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(model['lora_targets'])}"
+    )  # fmt: skip
+    start = "" if model["init"] == "pretrained" else ", from random weights,"
+    return (
+        f"`{short(model['name'])}`{start} fine-tuned on `{short(run['data']['source'])}` "
+        f"({how}: {model['trainable']:,} of "
+        f"{model['parameters']:,} parameters, {100 * model['share']:.2f}%), after step {step:,} of {total:,}."
+        + (" The adapters are folded into the weights: this is a plain model." if merged else "")
+        + (_where_base(run) if run["mode"] == "lora" and not merged else "")
+    )
+
+
+def _ties(check: Check, merged: bool) -> str:
+    if check.tied is None:
+        return ""
+    after = " after the adapters were folded in" if merged else ""
+    return f" Input and output embeddings are {'one tensor, stored once' if check.tied else 'two tensors'}{after}."
+
+
+def _where_base(run: Mapping[str, Any]) -> str:
+    if run["model"]["init"] == "random":
+        return " Its base is random weights, kept only in the folder `base` of the run; it is nothing without them."
+    return ""
+
+
+def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    settings, resolved, data = run["settings"], run["resolved"], run["data"]
+    train = settings["train"]
+    betas = f"betas ({train['beta1']}, {train['beta2']})"
+    batch = (
+        f"{resolved['micro_batch']} micro-batch x {resolved['accumulation']} accumulation x {resolved['ranks']} ranks"
+    )
+    counts = f"{data['train']['examples']:,} for training, {data['val']['examples']:,} for validation"
+    epochs = resolved["total_steps"] / resolved["steps_per_epoch"]
+    return [
+        ("learning rate", f"{train['lr']:g}, linear to 0, {train['warmup_steps']} warm-up steps"),
+        ("optimizer", f"AdamW, {betas}, epsilon {train['epsilon']:g}, weight decay {train['weight_decay']:g}"),
+        ("gradient clipping", f"{train['clip']:g}" if train["clip"] else "off"),
+        ("batch", f"{batch} = {resolved['global_batch']} examples a step"),
+        ("epochs", f"{epochs:.4g} ({resolved['total_steps']:,} steps, {resolved['steps_per_epoch']:,} an epoch)"),
+        ("seed", f"{train['seed']}"),
+        ("dropout", f"{resolved['dropout']:g}"),
+        ("precision", resolved["precision"]),
+        ("ZeRO file", resolved["ds_config"]),
+        ("rows", f"{settings['data']['objective']} of at most {settings['data']['block_size']} tokens, {counts}"),
+        ("data fingerprint", f"`{data['fingerprint'][:16]}`"),
+    ]
+
+
+def _reasons(run: Mapping[str, Any]) -> str:
+    reasons = "; ".join(run["not_comparable_with_card"])
+    for name in (run["data"]["source"], run["model"]["name"]):
+        reasons = reasons.replace(name, short(name))
+    return reasons
+
+
+def _table(records: list[Record]) -> list[str]:
+    """A line for each evaluation, with the train loss where an epoch ended; of one step evaluated twice the later."""
+    means = {r.step: f" {r.train_loss:.4f}" for r in records if isinstance(r, EpochRecord)}
+    evals = {r.step: r for r in records if isinstance(r, EvalRecord)}
+    return [
+        f"| {r.epoch:.4g} | {step:,} |{means.get(step, '')} | {r.loss:.4f} | {perplexity(r.loss):.3f} |"
+        for step, r in sorted(evals.items())
+    ]
