@@ -1,5 +1,6 @@
 """Real ranks of a real run that can be killed, frozen and waited for, with a fault put into one of them if asked."""
 
+import importlib
 import json
 import os
 import signal
@@ -27,7 +28,12 @@ class Group:
         self.processes = [
             CONTEXT.Process(
                 target=_work,
-                args=(environment(rank, ranks, port), str(self.log), _begin, (fault, rank, [*arguments, "--out", str(out)])),
+                args=(
+                    environment(rank, ranks, port),
+                    str(self.log),
+                    _begin,
+                    (fault, rank, [*arguments, "--out", str(out)]),
+                ),
             )
             for rank in range(ranks)
         ]  # fmt: skip
@@ -120,3 +126,23 @@ def relatives(text: str) -> list[int]:
 def die(number: int = signal.SIGKILL) -> None:
     """What a fault does."""
     os.kill(os.getpid(), number)
+
+
+def at_call(rank: int, who: int, module: str, name: str, number: int | range, action: Callable[[], Any] = die) -> None:
+    """A fault: in rank `who`, do `action` before the `number`-th call (or calls) of a function or method."""
+    if rank != who:
+        return
+    owner: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    kept, calls = getattr(owner, last), 0
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number or (isinstance(number, range) and calls in number):
+            action()
+        return kept(*args, **kwargs)
+
+    setattr(owner, last, faulty)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEMPLATES
-from group import ENDS, Group, die, relatives, rows, science, steps_done
+from group import ENDS, Group, at_call, die, relatives, rows, science, steps_done
 from ranks import free_port, on_ranks, train
 from test_launch import BIN, TRAIN
 
@@ -125,26 +125,6 @@ def test_a_save_killed_at_any_of_its_lines_leaves_the_last_good_one_in_force(tmp
 
 
 # --- a rank, all ranks -------------------------------------------------------------------------------------------
-
-
-def at_call(rank: int, who: int, module: str, name: str, number: int, action: Any = die) -> None:
-    """In rank `who`, do `action` in the place of the `number`-th call of `module.name` (or module.class.name)."""
-    if rank != who:
-        return
-    owner: Any = __import__(module, fromlist=["x"])
-    *path, last = name.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    kept, calls = getattr(owner, last), 0
-
-    def faulty(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            action()
-        return kept(*args, **kwargs)
-
-    setattr(owner, last, faulty)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +243,7 @@ def test_a_rank_that_no_launcher_started_ends_with_nobody(monkeypatch):
 
 
 def test_a_stopped_run_that_is_killed_before_it_amends_repeats_no_row(words, whole, tmp_path):
-    """The checkpoint of a signal has the evaluation of its step still to come: killed after its row, it is made again."""
+    """A signal's checkpoint has the evaluation of its step still to come: killed after its row, it is made again."""
     out = tmp_path / "run"
     stop = partial(at_call, who=1, module="trainer.engine", name="Engine.accumulate", number=3,
                    action=partial(die, signal.SIGTERM))  # fmt: skip

@@ -16,7 +16,7 @@ TRAIN = str(ROOT / "launch" / "train.py")
 BIN = Path(sys.executable).parent
 
 
-def launch(launcher: list[str], *flags: str, cwd: Path, seconds: int = 150) -> tuple[int, str]:
+def launch(launcher: list[str], *flags: str, cwd: Path, seconds: int = 240) -> tuple[int, str]:
     """(exit code, output) of a launcher on launch/train.py; whatever hangs is killed with all that it started."""
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environ |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{environ['PATH']}"}

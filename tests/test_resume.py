@@ -223,6 +223,7 @@ def copy(ended: Path, to: Path) -> Path:
 def test_resume_takes_everything_from_the_run_folder(ended, tmp_path):
     folder = copy(ended, tmp_path / "again")
     first = about(folder)
+    (folder / "checkpoints/step-000099").mkdir()  # damaged, and later than where the run goes on
     train(["--mode", "lora", "--resume", "step-3", "--keep", "2"], out=folder, ranks=2, env={"WANDB_MODE": "offline"})
 
     before, after = rows_of(ended), rows_of(folder)

@@ -89,7 +89,7 @@ def test_the_sum_reads_as_one():
         ({}, 3, ("2 examples / 3 ranks is not whole", "use 2 ranks", "--global-batch 3")),
         ({}, 8, ("2 examples / 8 ranks is not whole", "use 2 ranks", "--global-batch 8")),
         ({"global_batch": 7}, 2, ("7 examples / 2 ranks is not whole", "use 1 rank,", "--global-batch 8")),
-        ({"global_batch": 8, "micro_batch": 3}, 1, ("8 is not micro-batch 3 x 1 ranks", "one pass is 3")),
+        ({"global_batch": 8, "micro_batch": 3}, 1, ("8 is not micro-batch 3 x 1 rank ", "one pass is 3")),
         ({"global_batch": 8, "micro_batch": 8}, 2, ("8 is not micro-batch 8 x 2 ranks", "one pass is 16")),
     ],
 )

@@ -196,7 +196,7 @@ class Checkpoints:
         return final
 
     def amend(self, progress: Progress) -> None:
-        """Let the checkpoint of this step, which holds the same weights, say where the run stands now; all must call."""
+        """Let the checkpoint of this step, which holds the same weights, say where the run stands; all must call."""
         path, problem = self.folder / f"step-{progress.step:06d}" / ABOUT, None
         if self.world.rank == 0:
             try:
@@ -334,7 +334,7 @@ def _sha256(path: Path) -> str:
 
 
 def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
-    """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another model's."""
+    """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another's."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     kept = checkpoint.names()
     if {name: tuple(p.shape) for name, p in trained.items()} != kept:

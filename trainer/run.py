@@ -19,10 +19,9 @@ from trainer.model import Model, build, load_config, save_base
 from trainer.plan import Plan, check_early, make_plan
 from trainer.records import EventRecord, Record
 from trainer.settings import Settings, merge, scientific
-from trainer.watch import RESUME, Stop
+from trainer.watch import LOST, Stop
 
 ABOUT_TMP = ".run.json.tmp"
-LOST = f"another rank of this run ended without a word (killed, or out of memory?); {RESUME}"
 
 
 def run(request: Request) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 TICK = 1.0  # seconds between two looks
 LAST = 30.0  # seconds that a run without a launcher gets to end its step and save; launchers kill after as many
 RESUME = "--resume goes on from the newest checkpoint"
+LOST = f"another rank of this run ended without a word (killed, or out of memory?); {RESUME}"
 LEFT = 5.0  # seconds that a rank gets to end by itself when another has failed
 
 
@@ -137,6 +138,7 @@ class Board:
         self._beats = self._ticks = 0
         self._closed = threading.Event()
         self._failed_at: int | None = None  # the tick at which another rank's failure was learnt of
+        self._spoken = self._asked = False  # whether that rank says why; whether this one failed itself
         self._patience = 0.0  # seconds; 0: nobody is watched
         self._rows: list[tuple[int, int, bool, str]] = []
         self._moved = self._answered = 0  # ticks
@@ -166,9 +168,12 @@ class Board:
         """Whether this rank, which has failed, is the one to say why: the first of all to ask."""
         if self._store is None:
             return True
+        if self._spoken:
+            return False
+        self._asked = True
         number = within(2.0, lambda: self._store.add("failed", 1))
         # Rank 0 is gone without a word, and nobody can be asked: one rank speaks for all that were left.
-        return self._failed_at is None and (number == 1 if number is not None else self.rank <= 1)
+        return number == 1 if number is not None else self.rank <= 1
 
     def close(self, *, failed: bool = False) -> None:
         """This rank leaves. Where the run has failed, rank 0 waits until all the others know, 3 s at most."""
@@ -200,8 +205,8 @@ class Board:
                     if row[1] != old[1]:
                         self._moved = self._ticks
                 self._rows = rows
-                if self._failed_at is None and self._store.add("failed", 0):
-                    self._failed_at = self._ticks
+                if not self._asked and not self._spoken and self._store.add("failed", 0):
+                    self._failed_at, self._spoken = self._ticks, True
                     self._store.add("failed", 1)  # this rank knows
         except Exception:  # rank 0 is gone, and the board with it
             self._failed_at = self._ticks
@@ -210,6 +215,8 @@ class Board:
         while not self._closed.wait(TICK):
             self._ticks += 1
             if self._failed_at is not None and (self._ticks - self._failed_at) * TICK > LEFT:
+                if not self._spoken and not self._asked and self.rank == 1:
+                    say(LOST)
                 os._exit(1)  # the main thread waits for those who have left
             if self._patience and self._rows and (self._ticks - self._moved) * TICK > self._patience:
                 self._give_up()

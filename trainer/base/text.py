@@ -58,7 +58,35 @@ depth route platform gate zone climate diet habitat language currency crop signa
 season keeper rank score title""".split()
 ONSETS = "b bl br c ch d dr f fl g gl gr h j k kr l m n p pl pr qu r s sh sk sl st t th tr v w y z".split()
 VOWELS = "a a a e e e i i o o u ai au ea ee ie oa oo ou".split()
-CODAS = ["", "", "", "b", "ck", "d", "ff", "g", "l", "ll", "m", "mp", "n", "nd", "ng", "nt", "p", "r", "rk", "rn", "s", "sh", "ss", "st", "t", "th", "x"]
+CODAS = [
+    "",
+    "",
+    "",
+    "b",
+    "ck",
+    "d",
+    "ff",
+    "g",
+    "l",
+    "ll",
+    "m",
+    "mp",
+    "n",
+    "nd",
+    "ng",
+    "nt",
+    "p",
+    "r",
+    "rk",
+    "rn",
+    "s",
+    "sh",
+    "ss",
+    "st",
+    "t",
+    "th",
+    "x",
+]
 
 # Records: {field: kind of value}, then what is said of them. <field> is replaced by the value above it.
 DOMAINS: tuple[tuple[dict[str, str], tuple[str, ...]], ...] = (
@@ -109,7 +137,13 @@ def date(dice: Dice) -> str:
     style = dice.below(8)
     if style == 0:
         return f"{year}-{month + 1:02d}-{day:02d}"
-    return f"{MONTHS[month]} {day}, {year}" if style == 1 else f"{day:02d} {MONTHS[month]} {year}" if style == 2 else f"{day} {MONTHS[month]} {year}"
+    return (
+        f"{MONTHS[month]} {day}, {year}"
+        if style == 1
+        else f"{day:02d} {MONTHS[month]} {year}"
+        if style == 2
+        else f"{day} {MONTHS[month]} {year}"
+    )
 
 
 def number(dice: Dice) -> str:
@@ -173,16 +207,27 @@ def table(dice: Dice) -> str:
 def story(dice: Dice) -> str:
     """A few sentences about one person of a trade and a thing, which come back."""
     who, what, town = fill(dice, "[{a} |]{p}"), fill(dice, "[{a} |]{n}"), invented(dice)
-    lines = [fill(dice, f"[On {date(dice)}, a|Once a|Last week, a|In {town}, a] {who} {{v}} a {what} {PLACE}[ {WHEN}|].")]
+    lines = [
+        fill(dice, f"[On {date(dice)}, a|Once a|Last week, a|In {town}, a] {who} {{v}} a {what} {PLACE}[ {WHEN}|].")
+    ]
     for _ in range(1 + dice.below(6)):
-        other = dice.phrase("[The|A|Another|Some|Several|Members of the|A group of|{number}]").replace("{number}", number(dice))
-        lines.append(fill(dice, dice.pick((
-            f"The {who} [{{d}} |]{{v}} the {what}[ and {{v}} it|]{'.' if dice.below(2) else f' {WHEN}.'}",
-            f"{other} [{{a}} |][{{p}}s|{{n}}s|people] [were {{v}}|{{v}} the {{n}}|came to {town}|left {town}|were seen {PLACE}] [{WHEN}|to ask for the {what}|with a {{n}}|without a {{n}}|because of the {{n}}].",
-            f"There [was a|were no] {{n}}[s|] {PLACE}[, and the {what} was {{a}}|].",
-            f"[It was|The {what} is|The {{n}} had been] {{a}}[ and {{a}}|, but {{a}}|] [in|near] {town}.",
-            f'"[Where is|Who {{v}}|I {{v}}|We want|Do not touch] the {what}[?|!]" [said|asked|called] the {who}.',
-        ))))
+        other = dice.phrase("[The|A|Another|Some|Several|Members of the|A group of|{number}]").replace(
+            "{number}", number(dice)
+        )
+        lines.append(
+            fill(
+                dice,
+                dice.pick(
+                    (
+                        f"The {who} [{{d}} |]{{v}} the {what}[ and {{v}} it|]{'.' if dice.below(2) else f' {WHEN}.'}",
+                        f"{other} [{{a}} |][{{p}}s|{{n}}s|people] [were {{v}}|{{v}} the {{n}}|came to {town}|left {town}|were seen {PLACE}] [{WHEN}|to ask for the {what}|with a {{n}}|without a {{n}}|because of the {{n}}].",
+                        f"There [was a|were no] {{n}}[s|] {PLACE}[, and the {what} was {{a}}|].",
+                        f"[It was|The {what} is|The {{n}} had been] {{a}}[ and {{a}}|, but {{a}}|] [in|near] {town}.",
+                        f'"[Where is|Who {{v}}|I {{v}}|We want|Do not touch] the {what}[?|!]" [said|asked|called] the {who}.',
+                    )
+                ),
+            )
+        )
     return " ".join(lines)
 
 
@@ -190,7 +235,10 @@ def recipe(dice: Dice) -> str:
     """Ingredients with amounts, and steps that use them."""
     things = list(dict.fromkeys(dice.pick(NOUNS) for _ in range(3 + dice.below(4))))
     amounts = [f"{number(dice)} {dice.pick(UNITS)} {thing}" for thing in things]
-    steps = [fill(dice, f"[Add|Wash|Cut|Boil|Mix in|Dry|Weigh|Cover] the {thing}[ {{d}}|][ for {number(dice)} minutes|]") for thing in things]
+    steps = [
+        fill(dice, f"[Add|Wash|Cut|Boil|Mix in|Dry|Weigh|Cover] the {thing}[ {{d}}|][ for {number(dice)} minutes|]")
+        for thing in things
+    ]
     return fill(dice, "{a} {n} with {n}").capitalize() + "\n- " + "\n- ".join(amounts) + "\n" + ". ".join(steps) + "."
 
 
@@ -204,13 +252,20 @@ def sums(dice: Dice) -> str:
         start, pace = dice.below(1000), 1 + dice.below(10)
         return ", ".join(str(start + pace * i) for i in range(5 + dice.below(15)))
     words = [dice.pick(NOUNS) if kind == 2 else invented(dice) for _ in range(3 + dice.below(7))]
-    return f"[{', '.join(words)}]\n" + ("in order" if kind == 2 else "again") + f": {', '.join(sorted(words) if kind == 2 else words)}"
+    return (
+        f"[{', '.join(words)}]\n"
+        + ("in order" if kind == 2 else "again")
+        + f": {', '.join(sorted(words) if kind == 2 else words)}"
+    )
 
 
 def timetable(dice: Dice) -> str:
     """Lines of times, places and numbers."""
     places = [invented(dice) for _ in range(2 + dice.below(3))]
-    lines = [f"{VALUES['time'](dice)} {dice.pick(places)} - {dice.pick(places)} ({number(dice)})" for _ in range(4 + dice.below(6))]
+    lines = [
+        f"{VALUES['time'](dice)} {dice.pick(places)} - {dice.pick(places)} ({number(dice)})"
+        for _ in range(4 + dice.below(6))
+    ]
     return f"From {places[0]} to {places[1]}, {date(dice)}\n" + "\n".join(lines)
 
 

@@ -44,7 +44,17 @@ TYPES: dict[str, tuple[float, float, float, dict[str, int]]] = {
 }  # fmt: skip
 
 # (lowest, highest, weight) of fatalities where there are any: a heavy tail
-FATALITIES = ((1, 1, 43), (2, 2, 16), (3, 3, 11), (4, 5, 10), (6, 10, 11), (11, 19, 6), (20, 40, 2.2), (41, 80, 0.6), (81, 170, 0.2))
+FATALITIES = (
+    (1, 1, 43),
+    (2, 2, 16),
+    (3, 3, 11),
+    (4, 5, 10),
+    (6, 10, 11),
+    (11, 19, 6),
+    (20, 40, 2.2),
+    (41, 80, 0.6),
+    (81, 170, 0.2),
+)
 
 LABELS = {
     "Looting/property destruction": "Property destruction",
@@ -128,12 +138,28 @@ NOTES: dict[str, tuple[str, ...]] = {
     "Other": ("{one} [handed out leaflets|imposed a curfew|closed a road] {where}",),
 }  # fmt: skip
 DEAD = (
-    "[At least {n}|{n}] [people|persons] were [killed|reported killed].", "{n} fatalities.", "{n} [people|persons] [died|lost their lives].",
+    "[At least {n}|{n}] [people|persons] were [killed|reported killed].",
+    "{n} fatalities.",
+    "{n} [people|persons] [died|lost their lives].",
     "The [event|violence] left {n} dead.",
 )
-ONE_DEAD = ("[At least 1|1] person was [killed|reported killed].", "1 fatality.", "1 [person|victim] died.", "The [event|violence] left 1 dead.")
-UNCOUNTED = ("[Several|Some] people were killed.", "There were [deaths|fatalities] among those present.", "Fatalities were reported.")
-UNHURT = ("No fatalities were reported.", "There were no [injuries or fatalities|casualties].", "No casualties.", "Casualties unknown.")
+ONE_DEAD = (
+    "[At least 1|1] person was [killed|reported killed].",
+    "1 fatality.",
+    "1 [person|victim] died.",
+    "The [event|violence] left 1 dead.",
+)
+UNCOUNTED = (
+    "[Several|Some] people were killed.",
+    "There were [deaths|fatalities] among those present.",
+    "Fatalities were reported.",
+)
+UNHURT = (
+    "No fatalities were reported.",
+    "There were no [injuries or fatalities|casualties].",
+    "No casualties.",
+    "Casualties unknown.",
+)
 # said of some events between what happened and who died; {admin1}, {country} and {one} are the record's own
 CONTEXT: dict[str, tuple[str, ...]] = {
     "Protests": (
@@ -274,7 +300,9 @@ def _ending(dice: Dice, fatalities: int) -> str:
     """A last sentence on fatalities, with the digit in 57 % of the notes that have any, or nothing."""
     if fatalities:
         counted = ONE_DEAD if fatalities == 1 else DEAD
-        return " " + dice.phrase(dice.pick(counted if dice.random() < 0.55 else UNCOUNTED)).replace("{n}", str(fatalities))
+        return " " + dice.phrase(dice.pick(counted if dice.random() < 0.55 else UNCOUNTED)).replace(
+            "{n}", str(fatalities)
+        )
     return " " + dice.phrase(dice.pick(UNHURT)) if dice.random() < 0.3 else ""
 
 
@@ -289,7 +317,9 @@ def _note(dice: Dice, row: dict[str, str | int], one: str, two: str, near: str) 
     """The free text of one event; every field it speaks of is the row's own."""
     kind = str(row["sub_event_type"])
     fields = {"one": dice.phrase(one), "two": dice.phrase(two), "number": str(2 + dice.below(14))}
-    fields["where"] = dice.phrase("[in|in|in|near|in the town of|in the village of] {location}[| ({admin1})| ({admin1}, {near})]").format(near=near, **row)
+    fields["where"] = dice.phrase(
+        "[in|in|in|near|in the town of|in the village of] {location}[| ({admin1})| ({admin1}, {near})]"
+    ).format(near=near, **row)
     labelled = kind in LABELS and dice.random() < 0.86
     opening = f"{LABELS[kind]}: On" if labelled else "Around" if dice.random() < 0.053 else "On"
     told = " ".join(dice.phrase(dice.pick(NOTES[kind])).format(**fields).split())
@@ -308,7 +338,9 @@ def _event(dice: Dice, index: int) -> dict[str, str | int]:
     _, zero, alone, kinds = TYPES[event_type]
     sub_event_type = dice.weighted(tuple(kinds.items()))
     # an intervention needs someone who intervenes; the other protests make up for the share of lone actors
-    paired = sub_event_type.startswith(("Protest with", "Excessive")) or dice.random() >= (0.93 if event_type == "Protests" else alone)
+    paired = sub_event_type.startswith(("Protest with", "Excessive")) or dice.random() >= (
+        0.93 if event_type == "Protests" else alone
+    )
     first, second = (dice.weighted(side) for side in SIDES[event_type])
     actor1, one = dice.pick(country.actors[first])
     others = [actor for actor in country.actors[second] if actor[0] != actor1]
@@ -330,7 +362,9 @@ def _event(dice: Dice, index: int) -> dict[str, str | int]:
         "location": location,
         "source": "; ".join(dict.fromkeys(dice.pick(sources) for _ in range(1 + (dice.random() < 0.25)))),
         "notes": "",
-        "fatalities": _fatalities(dice, 0.0 if sub_event_type == "Excessive force against protesters" and dice.random() < 0.4 else zero),
+        "fatalities": _fatalities(
+            dice, 0.0 if sub_event_type == "Excessive force against protesters" and dice.random() < 0.4 else zero
+        ),
     }
     row["notes"] = _note(dice, row, one, two, country.name)
     return row
