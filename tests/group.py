@@ -22,21 +22,16 @@ class Group:
     """`train.py` with these flags on `ranks` processes; `fault(rank)` is called in each of them before it begins."""
 
     def __init__(self, arguments: list[str], *, out: Path, ranks: int = 2, fault: Callable[[int], None] | None = None):
-        self.out, self.log = out, out.parent / f"{out.name}-{time.monotonic_ns()}.log"
+        self.out = out
+        self.log = Path(os.environ["TRAINER_CACHE"]).parent / f"group-{time.monotonic_ns()}.log"  # not on a full disk
         self.log.touch()
-        port = free_port()
+        port, words = free_port(), [*arguments, "--out", str(out)]
         self.processes = [
             CONTEXT.Process(
-                target=_work,
-                args=(
-                    environment(rank, ranks, port),
-                    str(self.log),
-                    _begin,
-                    (fault, rank, [*arguments, "--out", str(out)]),
-                ),
+                target=_work, args=(environment(rank, ranks, port), str(self.log), _begin, (fault, rank, words))
             )
             for rank in range(ranks)
-        ]  # fmt: skip
+        ]
         for process in self.processes:
             process.start()
 

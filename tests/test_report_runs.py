@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from run_folders import facts, make, rows, val_loss, write
 
-from trainer.records import StepRecord
+from trainer.records import EventRecord, StepRecord
 from trainer.report.gather import gather
 from trainer.report.runs import Unreadable, read_folder
 
@@ -78,6 +78,22 @@ def test_an_unfinished_run_is_going_while_its_rows_are_fresh_and_stopped_after(t
     got = read_folder(folder)
     assert got.state == "stopped"
     assert got.notes == ("stopped before its end (step 90 of 90); left out of the verdict",)
+
+
+@pytest.mark.parametrize("event", ["interrupted", "not_finite"])
+def test_a_run_that_said_that_it_ended_is_not_still_going(tmp_path: Path, event: str) -> None:
+    run = facts()
+    before = [record for record in rows(run, finished=False) if record.step <= 40]
+    last = EventRecord(event=event, step=40, message="what happened", time=40.0)
+    got = read_folder(write(tmp_path / "run", run, [*before, last]))
+    assert got.notes == ("stopped before its end (step 40 of 90): what happened; left out of the verdict",)
+
+
+def test_a_row_without_its_step_costs_no_other_row(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "loss": 1.0}\n')
+    assert read_folder(folder).steps["step"].tolist() == list(range(1, 91))
 
 
 def test_zero_evaluations_are_said(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The comparison and Weights & Biases: runs read back, the Report and the card, by the real client in processes."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranks
+from conftest import TEMPLATES
 from fake_wandb import ENTITY, FakeWandb, child_env
 from run_folders import facts, make, rows, write
 
@@ -233,17 +236,69 @@ def test_without_a_login_nothing_is_asked(tmp_path: Path) -> None:
     assert "to read it from W&B, run `wandb login` or set WANDB_API_KEY first" in done.stderr
 
 
+SAVE = """
+import sys
+from pathlib import Path
+from trainer.report.comparison import compare
+from trainer.report.gather import gather
+from trainer.report.wandb_report import save
+found = compare(*gather(["full", "lora"]))
+for folder in ("comparison", "comparison", "elsewhere"):  # the second is found by its note, the third by its title
+    Path(folder).mkdir(exist_ok=True)
+    print(save(found, sys.argv[1], "p", Path(folder)))
+"""
+
+
 def test_the_report_is_saved_once_and_updated_after(server: FakeWandb, tmp_path: Path) -> None:
     make(tmp_path / "full")
     make(tmp_path / "lora", "lora")
-    for arguments in ((), (), ("--out", "elsewhere")):  # the second by its note, the third by its title
-        done = compare_py(tmp_path, server, "full", "lora", "--wandb-report", f"{ENTITY}/p", *arguments)
-        assert done.returncode == 0, done.stderr
-        assert f"W&B Report: {server.url}/{ENTITY}/p/reports/" in done.stdout
+    env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", SAVE, ENTITY], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    (address,) = set(done.stdout.splitlines())
+    assert address.startswith(f"{server.url}/{ENTITY}/p/reports/")
     assert server.operations.count("upsertView") == 3
     (view,) = server.views.values()
     assert (view["displayName"], view["type"], view["projectName"]) == ("Full against LoRA, acled-demo", "runs", "p")
     check_spec(view["spec"])
+
+
+def test_real_runs_are_compared_sent_and_reported(
+    server: FakeWandb, tiny: str, records: tuple[str, str], tmp_path: Path
+) -> None:
+    """Both modes trained for real and offline, compared from folder and W&B file, sent with the card, and reported."""
+    for mode in ("full", "lora"):
+        words = f"--mode {mode} --model {tiny} --data {records[0]} --val-data {records[1]} --objective completion"
+        words += " --block-size 32 --global-batch 4 --epochs 2 --save-every never --lr 1e-2 --wandb offline"
+        ranks.train([*words.split(), *TEMPLATES], out=tmp_path / mode, env={"WANDB_MODE": "offline"})
+    card = compare_py(tmp_path, None, "--log-card", "gpt2-full-vs-lora")
+    assert card.returncode == 0, card.stderr
+    folders = {mode: next((tmp_path / mode / "wandb").glob("offline-run-*")) for mode in ("full", "lora")}
+    (sent,) = tmp_path.glob("runs/card/*/wandb/offline-run-*")
+    sync = [sys.executable, "-m", "wandb", "sync", *map(str, folders.values()), str(sent)]
+    env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
+    synced = subprocess.run(sync, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert "ERROR" not in synced.stdout + synced.stderr
+    runs, problems = gather([str(tmp_path / "full"), str(folders["lora"])])
+    assert [(run.mode, run.state) for run in runs] == [("full", "finished"), ("lora", "finished")]
+    assert problems == []
+    for run in runs:
+        there = server.runs[run.run_id]
+        losses = {row["_step"]: row["val/loss"] for row in there.history if "val/loss" in row}
+        assert losses == pytest.approx(dict(zip(run.evals["step"], run.evals["loss"], strict=True)))
+        assert all({"epoch", "samples", "tokens"} <= set(row) for row in there.history)
+        assert there.metrics()["train/*"]["axis"] == there.metrics()["val/*"]["axis"] == "epoch"
+        assert there.values()["mode"] == run.mode
+    assert {run.project for run in server.runs.values()} == {"gpt2-full-vs-lora"}
+    check_card(server)
+    done = compare_py(tmp_path, server, "full", folders["lora"], "--wandb-report", f"{ENTITY}/gpt2-full-vs-lora")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"LoRA .*full.*comparable with the card: other data, other tokenizer", done.stdout)
+    (view,) = server.views.values()
+    (grid,) = (block for block in view["spec"]["blocks"] if block["type"] == "panel-grid")
+    assert set(grid["metadata"]["customRunColors"]) >= {run.run_id for run in runs} | {CARD_ID}
 
 
 def test_the_spec_is_written_without_any_network(server: FakeWandb, tmp_path: Path) -> None:
@@ -334,22 +389,12 @@ def check_card(server: FakeWandb) -> None:
     assert run.values()["unknown"] == list(reference.UNKNOWN_DATA)
 
 
-def test_the_card_is_logged_once_offline_and_can_be_sent(server: FakeWandb, tmp_path: Path) -> None:
+def test_the_card_is_logged_once_offline(tmp_path: Path) -> None:
     first, again = (compare_py(tmp_path, None, "--log-card", "p") for _ in range(2))
     assert [done.returncode for done in (first, again)] == [0, 0], first.stderr
     assert "logged offline, send it with `wandb sync" in first.stdout
     assert "already logged" in again.stdout
-    (folder,) = (tmp_path / "runs" / "card").glob("p/wandb/offline-run-*")
-    sync = subprocess.run(
-        [sys.executable, "-m", "wandb", "sync", str(folder)],
-        env=child_env(HOME=str(tmp_path), **server.env(tmp_path)),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "ERROR" not in sync.stdout + sync.stderr
-    check_card(server)
+    assert len(list((tmp_path / "runs" / "card").glob("p/wandb/offline-run-*"))) == 1
 
 
 def test_a_comparison_of_runs_from_both_places_is_one_comparison(offline: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ Series = dict[str, NDArray[np.float64]]
 STEP_FIELDS = tuple(f.name for f in dataclasses.fields(StepRecord))
 EVAL_FIELDS = tuple(f.name for f in dataclasses.fields(EvalRecord))
 EPOCH_FIELDS = tuple(f.name for f in dataclasses.fields(EpochRecord))
+ENDS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
 STILL_GOING_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
 _NOT_A_STEP = b'\n{"kind": "e'  # how the rows of evaluations, epochs and events start
 
@@ -103,6 +104,8 @@ def _number(value: Any) -> float:
 
 def in_order(rows: Series) -> Series:
     """The rows that stand: one that a later row steps back behind was done again after a resume, and is left out."""
+    if not np.all(np.isfinite(rows["step"])):
+        rows = {name: column[np.isfinite(rows["step"])] for name, column in rows.items()}
     step = rows["step"]
     if len(step) < 2 or bool(np.all(np.diff(step) > 0)):
         return rows
@@ -151,7 +154,8 @@ def build(
     if not len(steps["step"]) and not len(evals["step"]):
         raise Unreadable("no metrics: neither a step nor an evaluation was written")
     end = next((event.get("facts") or {} for event in reversed(events) if event.get("event") == "finished"), None)
-    state = "finished" if end is not None else "going" if age < STILL_GOING_SECONDS else "stopped"
+    ended = bool(events) and events[-1].get("event") in ENDS
+    state = "finished" if end is not None else "stopped" if ended or age > STILL_GOING_SECONDS else "going"
     run = Run(
         source=source,
         run_id=str(run_id or facts.get("run_id") or source),
@@ -176,7 +180,7 @@ def _what_is_missing(run: Run, events: list[Mapping[str, Any]]) -> list[str]:
         total = run.fact("resolved.total_steps")
         where = f"step {last:,.0f}" + (f" of {total:,}" if total else "")
         what = "still going" if run.state == "going" else "stopped before its end"
-        why = next((f": {event.get('message')}" for event in reversed(events) if event.get("event") == "failed"), "")
+        why = f": {events[-1].get('message')}" if events and events[-1].get("event") in ENDS else ""
         notes.append(f"{what} ({where}){why}; left out of the verdict")
     if run.best is None:
         notes.append("no evaluation after step 0: no validation loss to compare")
@@ -205,8 +209,9 @@ def _parse(content: bytes) -> tuple[Series, list[dict[str, Any]], list[str]]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):  # rows are written newline last
         notes.append("its last row was cut off and is left out")
-    steps = _fast_columns(whole)
-    rows, broken = _slow_rows(whole.split(b"\n") if steps is None else _other_lines(whole))
+    others = _other_lines(whole)
+    steps = _fast_columns(whole, len(others))
+    rows, broken = _slow_rows(whole.split(b"\n") if steps is None else others)
     if broken:
         notes.append(
             f"{broken} row{'s' if broken > 1 else ''} could not be read and {'are' if broken > 1 else 'is'} left out"
@@ -227,8 +232,8 @@ def _other_lines(content: bytes) -> list[bytes]:
     return lines
 
 
-def _fast_columns(content: bytes) -> Series | None:
-    """Columns of the step rows, about five times as fast as `json`; None where a row is not well-formed."""
+def _fast_columns(content: bytes, others: int) -> Series | None:
+    """Columns of the step rows, about five times as fast as `json`; None unless all but `others` rows are such."""
     if not content:
         return series([], STEP_FIELDS)
     import pyarrow
@@ -244,7 +249,7 @@ def _fast_columns(content: bytes) -> Series | None:
     except pyarrow.ArrowInvalid:
         return None
     kinds = pyarrow.compute.index_in(table["kind"], pyarrow.array(["step", "eval", "epoch", "event"])).to_numpy()
-    if not np.all(np.isfinite(kinds)) or len(kinds) - np.sum(kinds == 0) != len(_other_lines(content)):
+    if not np.all(np.isfinite(kinds)) or len(kinds) - np.sum(kinds == 0) != others:
         return None
     return {name: table[name].to_numpy().astype(np.float64, copy=False)[kinds == 0] for name in STEP_FIELDS}
 

@@ -43,10 +43,10 @@ def read_offline(source: str, files: list[Path]) -> Run:
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    name, ended, torn = "", False, False
+    name, exit_code, torn = "", None, False
     for file in files:
         reader = RecordReader(file)
-        ended = False
+        exit_code = None
         for record in reader:
             kind = record.WhichOneof("record_type")
             if kind == "history":
@@ -59,13 +59,13 @@ def read_offline(source: str, files: list[Path]) -> Run:
             elif kind == "summary":
                 _merge(summary, record.summary.update)
             elif kind == "exit":
-                ended = record.exit.exit_code == 0
+                exit_code = record.exit.exit_code
         torn = torn or reader.torn
     if not config and not rows:
         raise Unreadable("the .wandb file holds no run (a killed process leaves it empty)")
-    age = time.time() - max(file.stat().st_mtime for file in files)
+    age = math.inf if exit_code else time.time() - max(file.stat().st_mtime for file in files)
     notes = ["the end of its .wandb file was cut off and is left out"] if torn else []
-    return from_rows(source, ids[0], name, config, rows, summary, finished=ended, age=age, notes=notes)
+    return from_rows(source, ids[0], name, config, rows, summary, finished=exit_code == 0, age=age, notes=notes)
 
 
 def read_online(path: str) -> Run:

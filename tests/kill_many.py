@@ -1,0 +1,203 @@
+"""Kill a tiny run at random moments, again and again: `python tests/kill_many.py --kills 200`.
+
+Each start is killed (kill -9 of one rank or of all; with --launcher of the launcher alone) at a moment drawn from its
+whole length, one in four while a checkpoint is being written, and is then resumed, until it has come to its end; then
+the next run begins. After each kill nothing of the run may be left running after 60 s, no survivor may end with exit
+code 0, and metrics.jsonl must be whole rows; at the end of each run its rows must be those of a run nobody killed.
+Prints kills tried, resumes that worked, rows lost (missing, doubled or different at the end; must be 0), and rows done
+again because they came after the newest checkpoint. Exit code 1 where anything of this failed.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import TEMPLATES, make_tiny, write_records
+from group import ENDS, Group, events, relatives, rows, science
+from ranks import free_port
+
+STEPS = 24
+
+
+def main() -> int:
+    """Kill until the number is reached, then let the last run come to its end."""
+    given = arguments()
+    dice = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        os.environ["TRAINER_CACHE"] = str(folder / "cache")
+        words = flags(folder)
+        expected, length = uninterrupted(words, folder / "whole", given)
+        print(f"a whole run: {len(expected)} rows in {length:.1f} s", flush=True)
+        count: Counter[str] = Counter()
+        while count["tried"] < given.kills:
+            out = folder / f"run-{count['runs']}"
+            one_run(words, out, given, dice, length, count)
+            count["runs"] += 1
+            count["rows lost"] += difference(science(out), expected)
+            count["rows again"] += sum(event["facts"]["rows_cut"] for event in events(out, "resumed"))
+            count["from the start"] += sum("the start" in event["message"] for event in events(out, "resumed"))
+            shutil.rmtree(out)
+            print(dict(count), flush=True)
+    print(
+        f"kills tried {count['tried']} (in a save {count['in a save']}, of one rank {count['one']}, of all {count['all']}, "
+        f"of the launcher {count['launcher']}), resumes that worked {count['resumed']}, runs brought to their end "
+        f"{count['runs']}, rows lost {count['rows lost']}, rows done again {count['rows again']}, longest end of a "
+        f"killed run {count['longest ms'] / 1000:.1f} s"
+    )
+    return 0 if count["resumed"] == count["tried"] and not count["rows lost"] else 1
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), help="left out: processes without a launcher")
+    return parser.parse_args()
+
+
+def flags(folder: Path) -> list[str]:
+    """A model and a run so small that starting takes longer than all steps."""
+    tiny = make_tiny(folder / "tiny", dropout=0.1)
+    data = write_records(folder / "train.jsonl", rows=25, seed=1), write_records(folder / "val.jsonl", rows=9, seed=2)
+    text = f"--mode full --model {tiny} --data {data[0]} --val-data {data[1]} --block-size 16 --global-batch 6"
+    text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --keep 2 --ds-config zero2"
+    return [*text.split(), *TEMPLATES]
+
+
+def uninterrupted(words: list[str], out: Path, given: argparse.Namespace) -> tuple[list[dict[str, Any]], float]:
+    """(rows, seconds) of the run that nobody kills; the second of two, as the first one prepares the data."""
+    for _ in range(2):
+        shutil.rmtree(out, ignore_errors=True)
+        began = time.monotonic()
+        start = started(words, out, given)
+        assert start.wait(300) == 0, start.output
+    return science(out), time.monotonic() - began
+
+
+def one_run(
+    words: list[str], out: Path, given: argparse.Namespace, dice: random.Random, length: float, count: Counter[str]
+) -> None:
+    """One run from its beginning to its end, killed at random moments in between."""
+    while True:
+        begun = (out / "run.json").exists()
+        start = started([*words, "--resume"] if begun else words, out, given)
+        in_a_save = count["tried"] < given.kills and dice.random() < 0.25
+        moment = dice.uniform(0, length) if count["tried"] < given.kills else 300.0
+        end = time.monotonic() + moment
+        while start.alive() and time.monotonic() < end and not (in_a_save and list(out.glob("checkpoints/.*.tmp"))):
+            time.sleep(0.0005)
+        if not start.alive():
+            code = start.wait(ENDS)
+            assert code == 0, f"a run that was not killed ended with {code}:\n{start.output}"
+            return
+        if in_a_save:
+            time.sleep(dice.uniform(0, 0.004))
+        target = start.kill(dice)
+        killed = time.monotonic()
+        code = start.wait(ENDS)
+        took = time.monotonic() - killed
+        if code == 0 and events(out, "finished"):
+            return  # it was over before the signal came
+        count["tried"] += 1
+        count[target] += 1
+        count["in a save"] += bool(list(out.glob("checkpoints/.*.tmp")))
+        count["longest ms"] = max(count["longest ms"], int(1000 * took))
+        assert code != 0, "a killed run must not look like one that ended well"
+        assert "Traceback" not in start.output, start.output
+        assert not relatives(str(out)), "something stays running"
+        if (out / "metrics.jsonl").exists():
+            rows(out)
+        count["resumed"] += 1  # proven by the next start, or by the assertion above
+
+
+class Ranks(Group):
+    """Ranks without a launcher."""
+
+    def alive(self) -> bool:
+        """Whether all are running."""
+        return all(process.is_alive() for process in self.processes)
+
+    def kill(self, dice: random.Random) -> str:
+        """Kill one or all."""
+        ranks = range(len(self.processes))
+        chosen = dice.choice([*([rank] for rank in ranks), list(ranks)])
+        for rank in chosen:
+            self.processes[rank].kill()
+        return "one" if len(chosen) < len(ranks) else "all"
+
+    def wait(self, seconds: float = ENDS) -> Any:
+        """The largest exit code."""
+        return max(abs(code) for code in super().wait(seconds)) if self.processes else 0
+
+
+class Launched:
+    """The same under a launcher."""
+
+    def __init__(self, command: list[str], out: Path):
+        self.out, self.log = out, out.parent / f"{out.name}.log"
+        root = str(Path(__file__).parent.parent)
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": root}
+        environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ, start_new_session=True
+            )
+
+    @property
+    def output(self) -> str:
+        """What was printed."""
+        return self.log.read_text()
+
+    def alive(self) -> bool:
+        """Whether the launcher is running."""
+        return self.process.poll() is None
+
+    def kill(self, dice: random.Random) -> str:
+        """Kill the launcher alone; the ranks are left to themselves."""
+        self.process.send_signal(signal.SIGKILL)
+        return "launcher"
+
+    def wait(self, seconds: float = ENDS) -> int:
+        """The launcher's exit code, once all that it started is gone too."""
+        end = time.monotonic() + seconds
+        code = self.process.wait(seconds)
+        while relatives(str(self.out)):
+            if time.monotonic() > end:
+                for pid in relatives(str(self.out)):
+                    os.kill(pid, signal.SIGKILL)
+                raise AssertionError(f"ranks stay running:\n{self.output}")
+            time.sleep(0.1)
+        return abs(code)
+
+
+def started(words: list[str], out: Path, given: argparse.Namespace) -> Any:
+    """A run that has just been started."""
+    if given.launcher is None:
+        return Ranks(words, out=out, ranks=given.ranks)
+    script = str(Path(__file__).parent.parent / "launch" / "train.py")
+    count = "--num_gpus" if given.launcher == "deepspeed" else "--nproc_per_node"
+    launcher = [str(Path(sys.executable).parent / given.launcher), count, str(given.ranks)]
+    return Launched([*launcher, "--master_port", str(free_port()), script, *words, "--out", str(out)], out)
+
+
+def difference(mine: list[dict[str, Any]], expected: list[dict[str, Any]]) -> int:
+    """Rows that are missing, too many or different."""
+    return abs(len(mine) - len(expected)) + sum(a != b for a, b in zip(mine, expected, strict=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
