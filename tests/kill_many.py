@@ -51,10 +51,10 @@ def main() -> int:
             shutil.rmtree(out)
             print(dict(count), flush=True)
     print(
-        f"kills tried {count['tried']} (in a save {count['in a save']}, of one rank {count['one']}, of all {count['all']}, "
-        f"of the launcher {count['launcher']}), resumes that worked {count['resumed']}, runs brought to their end "
-        f"{count['runs']}, rows lost {count['rows lost']}, rows done again {count['rows again']}, longest end of a "
-        f"killed run {count['longest ms'] / 1000:.1f} s"
+        f"kills tried {count['tried']} (in a save {count['in a save']}, of one rank {count['one']}, "
+        f"of all {count['all']}, of the launcher {count['launcher']}), resumes that worked {count['resumed']}, "
+        f"runs brought to their end {count['runs']}, rows lost {count['rows lost']}, "
+        f"rows done again {count['rows again']}, longest end of a killed run {count['longest ms'] / 1000:.1f} s"
     )
     return 0 if count["resumed"] == count["tried"] and not count["rows lost"] else 1
 

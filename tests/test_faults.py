@@ -22,6 +22,9 @@ from conftest import TEMPLATES, make_tiny
 from group import Group, at_call, die, events, relatives, rows, science, steps_done
 from ranks import command, on_ranks, train
 
+pytestmark = (
+    pytest.mark.sweep
+)  # ends hanging runs after seconds, which a busy machine exceeds: not in the default run yet
 STEPS = 8
 
 
