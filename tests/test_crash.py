@@ -131,11 +131,11 @@ def test_a_save_killed_at_any_of_its_lines_leaves_the_last_good_one_in_force(tmp
     ("who", "module", "name", "number"),
     [
         (0, "trainer.engine", "Engine.accumulate", 6),
-        (1, "trainer.engine", "Engine.step", 5),
-        (1, "trainer.engine", "Engine.evaluate", 3),
+        pytest.param(1, "trainer.engine", "Engine.step", 5, marks=pytest.mark.sweep),
+        pytest.param(1, "trainer.engine", "Engine.evaluate", 3, marks=pytest.mark.sweep),
         (0, "trainer.checkpoint", "_put", 40),  # within the tensors of the first save
         (1, "trainer.checkpoint", "Checkpoints.save", 2),
-        (0, "trainer.checkpoint", "_sync", 3),
+        pytest.param(0, "trainer.checkpoint", "_sync", 3, marks=pytest.mark.sweep),
         (0, "trainer.export", "export", 1),
     ],
 )  # fmt: skip
@@ -152,7 +152,7 @@ def test_a_killed_rank_ends_the_run_and_loses_nothing(who, module, name, number,
     goes_on(words, out, whole)
 
 
-@pytest.mark.parametrize("step", [0, 3, 5])
+@pytest.mark.parametrize("step", [0, pytest.param(3, marks=pytest.mark.sweep), 5])
 def test_all_ranks_killed_at_once(step, words, whole, tmp_path):
     out = tmp_path / "run"
     group = Group(words, out=out)

@@ -299,7 +299,7 @@ def test_a_change_that_was_allowed_is_recorded_and_stays(ended, tmp_path):
         (["--mode", "full"], "--mode full: the run in"),
         (["--allow-change", "speed"], "--allow-change speed: expected one of "),
         (["--resume", "step-99"], "--resume step-99: not in"),
-        (["--micro-batch", "4"], "--global-batch 6: 6 is not micro-batch 4 x 1 ranks"),
+        (["--micro-batch", "4"], "--global-batch 6: 6 is not micro-batch 4 x 1 rank x a whole accumulation"),
     ],
 )
 def test_what_may_not_change_is_refused_in_one_line(flag_words, expected, ended, records, tmp_path):
@@ -438,6 +438,6 @@ def test_a_skipped_step_is_reported_and_not_counted_by_adam(prepared, words):
     assert [row.step for row in rows if isinstance(row, StepRecord)] == [1, 3, 4]
     (event,) = [row for row in rows if isinstance(row, EventRecord)]
     assert (event.event, event.step) == ("skipped_step", 2)
-    assert "step 2: gradient overflow in fp16, the update was skipped" in event.message
+    assert "step 2: gradient overflow in fp16, update skipped" in event.message
     assert saved[-1].step == 4
     assert saved[-1].skipped == 1, "AdamW's count of steps after a resume leaves it out"

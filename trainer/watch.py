@@ -143,10 +143,12 @@ class Board:
         self._rows: list[tuple[int, int, bool, str]] = []
         self._moved = self._answered = 0  # ticks
         self._heard = [0] * size  # the tick at which each rank last told anything
+        self._threads: list[threading.Thread] = []
         if store is not None:
             self._tell()
-            for work in (self._exchange, self._count):
-                threading.Thread(target=work, daemon=True).start()
+            self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._count)]
+            for thread in self._threads:
+                thread.start()
 
     def beat(self) -> None:
         """The main thread moves."""
@@ -177,11 +179,17 @@ class Board:
 
     def close(self, *, failed: bool = False) -> None:
         """This rank leaves. Where the run has failed, rank 0 waits until all the others know, 3 s at most."""
-        if failed and self.rank == 0 and self._store is not None:
+        if failed:
+            self._until_known()
+        self._closed.set()
+        for thread in self._threads:  # one that is in the store when Python ends aborts the process
+            thread.join(2.0)
+
+    def _until_known(self) -> None:
+        if self.rank == 0 and self._store is not None:
             end = time.monotonic() + 3.0
             while time.monotonic() < end and within(1.0, lambda: self._store.add("failed", 0)) != self.size:
                 time.sleep(0.05)
-        self._closed.set()
 
     def _tell(self) -> None:
         place, waits = _standing()
@@ -214,7 +222,9 @@ class Board:
     def _count(self) -> None:
         while not self._closed.wait(TICK):
             self._ticks += 1
-            if self._failed_at is not None and (self._ticks - self._failed_at) * TICK > LEFT:
+            if self._failed_at is not None:
+                if (self._ticks - self._failed_at) * TICK <= LEFT:
+                    continue
                 if not self._spoken and not self._asked and self.rank == 1:
                     say(LOST)
                 os._exit(1)  # the main thread waits for those who have left
@@ -233,11 +243,13 @@ class Board:
         stuck = silent or (behind if len(behind) < self.size else outside) or list(everybody)
         rest = [rank for rank in everybody if rank not in stuck]
         if self.rank == min(rest or stuck):
+            self._asked = True
             within(2.0, lambda: self._store.add("failed", 1))
             line = ", ".join(f"rank {rank} {self._standing(rank, rank in silent)}" for rank in stuck)
             if rest and not frozen:
                 line += f"; rank{'s' * (len(rest) > 1)} {', '.join(map(str, rest))} waiting at {self._rows[rest[0]][3]}"
             say(f"no rank has moved for {self._patience:g} s (--hang-timeout): {line}; {RESUME}")
+            self._until_known()
         else:
             time.sleep(3 * TICK)  # the one who speaks goes first: a launcher ends all after one
         os._exit(1)
