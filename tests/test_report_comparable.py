@@ -143,3 +143,13 @@ def test_one_seed_leaves_the_spread_unknown_and_equal_values_leave_none() -> Non
     assert difference(Spread(1.0, None, 1), Spread(2.0, 0.1, 3)).exceeds is None
     assert difference(Spread(1.0, 0.0, 2), Spread(1.0, 0.0, 2)).exceeds is False
     assert difference(Spread(1.0, 0.0, 2), Spread(2.0, 0.0, 2)).exceeds is True
+
+
+def test_data_that_a_resume_changed_keep_a_run_apart_and_any_change_is_said(run: Any) -> None:
+    mixed = run("lora", resumed={"settings": {}, "changed": {"data": ["aa", "bb"], "lr": [3e-4, 1e-4]}})
+    assert why_not(run("full"), mixed) == [f"data of {mixed.name} changed on resume"]
+    assert why_not_card(run("lora", like_card=True, resumed={"changed": {"data": ["aa", "bb"]}})) == [
+        "data changed on resume"
+    ]
+    assert "lr was changed on resume, from 0.0003 to 0.0001" in mixed.notes
+    assert why_not(run("full"), run("lora", resumed={"changed": {"lr": [3e-4, 1e-4]}})) == []

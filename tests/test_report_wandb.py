@@ -139,30 +139,17 @@ def test_a_torn_or_foreign_file_is_said(offline: Path, tmp_path: Path) -> None:
         read_offline("x", [tmp_path / "run-a.wandb", tmp_path / "run-b.wandb"])
 
 
-def test_run_json_logged_whole_or_flat_gives_the_same_facts() -> None:
+def test_run_json_comes_back_whole_from_the_config() -> None:
     from trainer.log.names import wandb_config
 
     content = json.loads(json.dumps(facts("lora")))
-    assert run_facts(content) == content
-    flat = run_facts(json.loads(json.dumps(wandb_config(content))))
-    for path, value in comparable.flatten(content):
-        if path.startswith(
-            (
-                "settings.train.",
-                "settings.lora.rank",
-                "resolved.",
-                "data.fingerprint",
-                "data.split",
-                "model.",
-                "hardware.",
-            )
-        ):
-            got: Any = flat
-            for key in path.split("."):
-                got = got[key]
-            assert got == value or path in ("settings.train.micro_batch",), (
-                path
-            )  # what it came to replaces what was asked
+    config = json.loads(json.dumps(wandb_config(content)))
+    assert run_facts(config) == content
+    assert config["lr"] == content["resolved"]["lr"], "and flat, for W&B's columns"
+    with pytest.raises(Unreadable, match="another program"):
+        run_facts({"lr": 1e-3})
+    with pytest.raises(Unreadable, match="the card itself"):
+        run_facts({"mode": "card"})
 
 
 def test_paths_and_nesting() -> None:

@@ -58,7 +58,7 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
 def wandb_config(run: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the run that run.json describes: one flat name per fact, so that any of them can be a column.
 
-    Settings keep the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch
+    `run` holds run.json whole beside them: what a comparison reads back, wherever the run's folder is. Settings keep the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch
     sum, the precision) replaces what was asked for.
     """
     settings = dict(run["settings"])
@@ -74,7 +74,7 @@ def wandb_config(run: Mapping[str, Any]) -> dict[str, Any]:
     config.update(_model_facts(run["model"]))
     config.update({"deepspeed": run["deepspeed"], "versions": run["versions"], "hardware": run["hardware"]})
     config["git_commit"] = (run.get("git") or {}).get("commit")
-    return config
+    return config | {"run": dict(run)}
 
 
 def _data_facts(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer import reference
-from trainer.report.runs import Run
+from trainer.report.runs import Run, changed_on_resume
 
 #: what must agree before two losses may be held against one another, by its name for people
 MUST_AGREE = {
@@ -28,6 +28,7 @@ _NOT_FACTS = (
     "wandb",
     "overridden",
     "settings.overridden",
+    "resumed.settings",
 )
 
 
@@ -37,7 +38,7 @@ def why_not(a: Run, b: Run) -> list[str]:
     A fact that a run does not tell is a reason, too. The tokenizer alone may be absent on both sides: rows that
     came as token ids have none, and are the same where the data are.
     """
-    reasons = []
+    reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in changed_on_resume(run)]
     for name, path in MUST_AGREE.items():
         ours, theirs = a.fact(path), b.fact(path)
         if ours is None and theirs is None and name != "tokenizer":
@@ -60,6 +61,8 @@ def comparable(a: Run, b: Run) -> bool:
 
 def why_not_card(run: Run) -> list[str]:
     """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN`."""
+    if "data" in changed_on_resume(run):
+        return ["data changed on resume"]
     facts = {name: run.fact(path) for name, path in _CARD_FACTS.items()}
     missing = [name for name, value in facts.items() if value is None]
     if missing:

@@ -172,6 +172,11 @@ def build(
     return dataclasses.replace(run, notes=(*run.notes, *_what_is_missing(run, events)))
 
 
+def changed_on_resume(run: Run) -> Mapping[str, Any]:
+    """{setting or `data`: [when the run began, now]} of what a resume was allowed to change."""
+    return run.fact("resumed.changed") or {}
+
+
 def _what_is_missing(run: Run, events: list[Mapping[str, Any]]) -> list[str]:
     """One line for each thing that keeps this run from being compared in full."""
     notes = []
@@ -182,6 +187,10 @@ def _what_is_missing(run: Run, events: list[Mapping[str, Any]]) -> list[str]:
         what = "still going" if run.state == "going" else "stopped before its end"
         why = f": {events[-1].get('message')}" if events and events[-1].get("event") in ENDS else ""
         notes.append(f"{what} ({where}){why}; left out of the verdict")
+    notes += [
+        f"{name} was changed on resume, from {old} to {new}"
+        for name, (old, new) in sorted(changed_on_resume(run).items())
+    ]
     if run.best is None:
         notes.append("no evaluation after step 0: no validation loss to compare")
     elif run.base_loss is None:

@@ -161,64 +161,13 @@ def nested(flat: Mapping[str, Any], separator: str) -> dict[str, Any]:
 
 
 def run_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """run.json again from a W&B config: as it is where it was logged whole, else from one flat name per fact."""
-    if isinstance(config.get("settings"), Mapping) and isinstance(config.get("data"), Mapping):
-        return dict(config)
-    import dataclasses
-
-    from trainer.settings import GROUPS
-
-    def chosen(names: Iterable[str], prefix: str = "") -> dict[str, Any]:
-        return {name: config[prefix + name] for name in names if prefix + name in config}
-
-    groups = {
-        group: chosen((f.name for f in dataclasses.fields(kind)), "lora_" if group == "lora" else "")
-        for group, kind in GROUPS.items()
-    }
-    counts = ("records", "examples", "tokens", "counted_tokens")
-    data = {
-        "source": config.get("data_source", config.get("data")),
-        **chosen(("fingerprint", "train_fingerprint", "val_fingerprint", "split"), "data_"),
-        **chosen(("tokenizer", "vocabulary", "objective", "block_size")),
-        **{side: chosen(counts, f"{side}_") for side in ("train", "val")},
-    }
-    model = {
-        "name": config.get("model"),
-        "class": config.get("model_class"),
-        "fingerprint": config.get("model_fingerprint"),
-        "parameters": config.get("parameters"),
-        "trainable": config.get("trainable_parameters"),
-        "share": config.get("trainable_share"),
-        "lora_targets": config.get("lora_targets") or [],
-    }
-    resolved = chosen(
-        (
-            "lr",
-            "precision",
-            "ds_config",
-            "ds_reason",
-            "ranks",
-            "nodes",
-            "device",
-            "backend",
-            "micro_batch",
-            "accumulation",
-            "global_batch",
-            "steps_per_epoch",
-            "total_steps",
-            "threads_per_rank",
-            "dropout",
-        )
-    )
-    commit = config.get("git_commit")
-    return {
-        **chosen(("mode", "preset", "overridden", "deepspeed", "versions", "hardware")),
-        "settings": {"mode": config.get("mode"), "preset": config.get("preset"), **groups},
-        "resolved": resolved,
-        "data": data,
-        "model": model,
-        "git": {"commit": commit} if commit else None,
-    }
+    """run.json again, from the W&B config that carries it; Unreadable where another program logged the run."""
+    facts = config.get("run")
+    if isinstance(facts, Mapping) and "settings" in facts:
+        return dict(facts)
+    if config.get("mode") == "card":
+        raise Unreadable("is the card itself, which every comparison holds already")
+    raise Unreadable("was logged by another program: its W&B config has no `run`")
 
 
 def is_wandb_path(text: str) -> bool:
