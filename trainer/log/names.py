@@ -58,8 +58,9 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
 def wandb_config(run: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the run that run.json describes: one flat name per fact, so that any of them can be a column.
 
-    `run` holds run.json whole beside them: what a comparison reads back, wherever the run's folder is. Settings keep the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch
-    sum, the precision) replaces what was asked for.
+    `run` holds run.json whole beside them: what a comparison reads back, wherever the run's folder is. Settings keep
+    the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch sum, the precision)
+    replaces what was asked for.
     """
     settings = dict(run["settings"])
     config: dict[str, Any] = {"mode": run["mode"], "preset": run["preset"]}
