@@ -37,6 +37,7 @@ DOORS = {
     "datasets": {"data"},
     "wandb": {"log", "report"},
     "wandb_workspaces": {"report"},
+    "trackio": {"log"},
     "matplotlib": {"report"},
 }
 LIGHT = ["errors", "settings", "reference", "schedule", "records", "flags", "watch", "report", "report.command"]

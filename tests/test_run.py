@@ -20,6 +20,7 @@ def left(request, tiny, records, tmp_path_factory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("run") / request.param
     words = f"--mode {request.param} --model {tiny} --data {records[0]} --val-data {records[1]} --objective completion"
     words += " --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2 --eval-every 3 --wandb offline --lr 1e-2"
+    words += " --also tensorboard"
     output = train([*words.split(), *TEMPLATES], out=out, ranks=2, env={"WANDB_MODE": "offline"})
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     about = json.loads((out / "run.json").read_text())
@@ -65,6 +66,16 @@ def test_the_epoch_row_is_the_token_mean_of_its_steps(left, tiny):
         losses = [step["loss"] for step in of(left, "step")[7 * number : 7 * number + 7]]
         mean = sum(loss * n for loss, n in zip(losses, counted, strict=True)) / sum(counted)
         assert row["train_loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_a_second_sink_has_the_same_rows_from_one_rank(left):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert len(list((left["out"] / "tensorboard").iterdir())) == 1
+    losses = EventAccumulator(str(left["out"] / "tensorboard")).Reload().Scalars("val/loss")
+    assert [(row.step, row.value) for row in losses] == [
+        (row["step"], pytest.approx(row["loss"], rel=1e-7)) for row in of(left, "eval")
+    ]
 
 
 def test_run_json_says_what_was_decided(left):

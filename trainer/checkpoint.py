@@ -84,19 +84,20 @@ class Checkpoint:
         best = values.pop("best")
         return Progress(**values, best=Best(**best) if best else None)
 
-    def verify(self) -> None:
-        """UserError where one of its files is missing, cut off or changed since it was written."""
+    def problem(self) -> str | None:
+        """Which of its files is missing, cut off or changed since it was written; None where it is whole."""
         if self.about.get("self") != _own_digest(self.about):
-            raise UserError(f"checkpoint {self.folder}: {ABOUT} was changed since it was written (checksum); {_ELSE}")
+            return f"checkpoint {self.folder}: {ABOUT} was changed since it was written (checksum)"
         path = self.folder / STATE
         try:
             size, digest = path.stat().st_size, _sha256(path)
-        except OSError as problem:
-            raise UserError(f"checkpoint {self.folder}: cannot read {STATE}: {problem.strerror}; {_ELSE}") from problem
+        except OSError as error:
+            return f"checkpoint {self.folder}: cannot read {STATE}: {error.strerror}"
         if size != self.about["bytes"]:
-            raise UserError(f"checkpoint {self.folder}: {STATE} has {size} bytes of {self.about['bytes']}; {_ELSE}")
+            return f"checkpoint {self.folder}: {STATE} has {size} bytes of {self.about['bytes']}"
         if digest != self.about["sha256"]:
-            raise UserError(f"checkpoint {self.folder}: {STATE} was changed since it was written (checksum); {_ELSE}")
+            return f"checkpoint {self.folder}: {STATE} was changed since it was written (checksum)"
+        return None
 
     def reader(self, device: torch.device) -> Callable[[str], Tensor]:
         """A function from a state's name to its tensor on `device`, read one at a time."""
@@ -108,9 +109,6 @@ class Checkpoint:
         with safe_open(self.folder / STATE, framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith("weight/")]  # noqa: SIM118  # not a mapping
             return {key.removeprefix("weight/"): tuple(file.get_slice(key).get_shape()) for key in keys}
-
-
-_ELSE = "pass --resume step-N to take another"
 
 
 def find(folder: Path) -> list[Checkpoint]:
@@ -134,15 +132,15 @@ def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     return min(evaluated, key=lambda c: (c.val_loss, c.step)) if evaluated else None
 
 
-def choose(folder: Path, which: str) -> Checkpoint:
-    """The checkpoint that `--resume latest|best|step-N` names, its checksum verified.
+def choose(folder: Path, which: str, *, flag: str = "--resume") -> Checkpoint:
+    """The checkpoint that `flag` names as latest, best or step-N, its checksum verified.
 
     `latest` falls back to the newest one that is whole; the ones named are taken or refused.
     """
     checkpoints = find(folder)
     have = ", ".join(c.folder.name for c in checkpoints) or "none"
     if which == "latest":
-        return _newest(folder, checkpoints)
+        return _newest(folder, checkpoints, flag)
     if which == "best":
         chosen = best_of(checkpoints)
     else:
@@ -150,26 +148,24 @@ def choose(folder: Path, which: str) -> Checkpoint:
         chosen = next((c for c in checkpoints if number and c.step == int(number[1])), None)
     if chosen is None:
         damaged = "damaged" if (folder / which).is_dir() else "not"
-        raise UserError(f"--resume {which}: {damaged} in {folder}; whole checkpoints there: {have}")
-    chosen.verify()
+        raise UserError(f"{flag} {which}: {damaged} in {folder}; whole checkpoints there: {have}")
+    if problem := chosen.problem():
+        raise UserError(f"{problem}; pass {flag} step-N to take another of {have}")
     return chosen
 
 
-def _newest(folder: Path, checkpoints: list[Checkpoint]) -> Checkpoint:
+def _newest(folder: Path, checkpoints: list[Checkpoint], flag: str) -> Checkpoint:
     known = {checkpoint.folder.name: checkpoint for checkpoint in checkpoints}
     problems: list[str] = []
     for path in sorted(_folders(folder), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
         if path.name not in known:
             problems.append(f"checkpoint {path}: {ABOUT} is missing or damaged")
-            continue
-        try:
-            known[path.name].verify()
-        except UserError as problem:
-            problems.append(str(problem).removesuffix(f"; {_ELSE}"))
+        elif problem := known[path.name].problem():
+            problems.append(problem)
         else:
             return replace(known[path.name], passed_over=tuple(problems))
     why = f" ({problems[0]})" if problems else ""
-    raise UserError(f"--resume: no whole checkpoint in {folder}{why}; start anew with another --out")
+    raise UserError(f"{flag}: no whole checkpoint in {folder}{why}; train anew, with another --out")
 
 
 class Checkpoints:

@@ -45,6 +45,7 @@ def run(request: Request) -> int:
 def _run(request: Request, world: World, stop: Stop) -> int:
     settings, before = world.once(lambda: open_folder(request))
     world.once(lambda: check_early(settings, world))
+    world.once(lambda: log.check_also(settings.output.also))
     folder = Path(settings.run_folder)
     data = _data(settings, world)
     model = build(settings, on_meta=request.dry_run, hashed=world.rank == 0)
@@ -294,6 +295,9 @@ class Sinks:
             log.JsonlSink(rows, resume=resumed),
             bar,
             log.start_wandb(about, folder, resumed=resumed, say=bar.say),
+            *log.start_also(
+                plan.settings.output.also, about, folder, after=progress.step if resumed else -1, say=bar.say
+            ),
         ]
 
     def write(self, record: Record) -> None:

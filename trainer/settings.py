@@ -17,6 +17,7 @@ from trainer.errors import UserError
 MODES = ("full", "lora")
 PRESETS = ("demo", "card")
 PRECISIONS = ("fp32", "bf16", "fp16")
+ALSO = ("tensorboard", "trackio")  # second sinks, each behind an extra of its name
 DS_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 HANG_TIMEOUT_MOST = 1800  # seconds; the groups that DeepSpeed makes for itself give up then, and cannot be told
 LORA_RATE_FACTOR = 10.0  # the best LoRA rate is about 10x the best full rate ("LoRA Without Regret", 2025)
@@ -272,6 +273,9 @@ class OutputSettings:
         "gpt2-full-vs-lora", flag="--wandb-project", help="project that the runs to be compared share"
     )
     run_name: str | None = setting(None, flag="--run-name", help="left out: <mode>-<data>")
+    also: tuple[str, ...] = setting(
+        (), flag="--also", help=f"second sinks of the same rows, comma separated: {', '.join(ALSO)}"
+    )
 
     def __post_init__(self) -> None:
         _check_every("--eval-every", self.eval_every)
@@ -287,6 +291,8 @@ class OutputSettings:
             name,
             "letters, digits and . _ + - only",
         )
+        for name in self.also:
+            require(name in ALSO, "--also", name, " or ".join(ALSO))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,15 +337,11 @@ class Settings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that `as_dict` wrote (JSON turns tuples into lists)."""
-        groups = {name: kind(**values[name]) for name, kind in GROUPS.items() if name != "lora"}
-        lora = dict(values["lora"], targets=tuple(values["lora"]["targets"]))
-        return cls(
-            mode=values["mode"],
-            preset=values["preset"],
-            overridden=tuple(values["overridden"]),
-            lora=LoraSettings(**lora),
-            **groups,
-        )
+        groups = {
+            name: kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()})
+            for name, kind in GROUPS.items()
+        }
+        return cls(mode=values["mode"], preset=values["preset"], overridden=tuple(values["overridden"]), **groups)
 
 
 GROUPS: dict[str, Any] = {

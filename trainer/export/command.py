@@ -66,14 +66,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path, which: str) -> Checkpoint:
-    """The checkpoint that was asked for, verified; the same words as on resume, under this command's flag."""
+    """The checkpoint that was asked for, verified."""
     if which not in ("latest", "best") and not re.fullmatch(r"step-\d+", which):
         raise UserError(f"--checkpoint {which}: expected step-N, best or latest")
-    try:
-        return checkpoint.choose(folder / "checkpoints", which)
-    except UserError as problem:
-        said = str(problem).replace("--resume:", "--checkpoint latest:").replace("--resume", "--checkpoint")
-        raise UserError(said.replace("; start anew with another --out", "")) from problem
+    return checkpoint.choose(folder / "checkpoints", which, flag="--checkpoint")
 
 
 def _place(folder: Path, point: Checkpoint, merge: bool, out: Path | None) -> Path:

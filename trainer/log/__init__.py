@@ -1,4 +1,4 @@
-"""Records -> progress, metrics.jsonl and Weights & Biases; rank 0 only.
+"""Records -> progress, metrics.jsonl, Weights & Biases and second sinks; rank 0 only.
 
 A sink is anything with `write(record)` and `close(exit_code)`; the loop yields records and `run` hands each one
 to every sink. Importing this package is cheap: wandb and rich are imported where they are first used.
@@ -6,6 +6,7 @@ to every sink. Importing this package is cheap: wandb and rich are imported wher
 
 from typing import Protocol
 
+from trainer.log.also import check_also, start_also
 from trainer.log.jsonl import JsonlSink, rewind
 from trainer.log.names import AXES, COLUMNS, METRICS, card_row, run_group, run_tags, wandb_config, wandb_row
 from trainer.log.progress import Progress
@@ -35,6 +36,7 @@ __all__ = [
     "Sink",
     "WandbSink",
     "card_row",
+    "check_also",
     "end_rows",
     "quiet",
     "rewind",
@@ -42,6 +44,7 @@ __all__ = [
     "run_tags",
     "show_end",
     "show_plan",
+    "start_also",
     "start_wandb",
     "wandb_config",
     "wandb_mode",
