@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cells import on_cells, read_cell
+from cells import on_cells, read_cell, run_cells
 from conftest import TEMPLATES, make_tiny
 from ranks import command, on_ranks, train
 from test_invariance import BATCH, LOSS, NORM, RATE, WEIGHTS, seen
@@ -324,6 +324,47 @@ def test_allow_change_goes_with_resume_only(words, tmp_path):
         open_folder(request)
 
 
+def fp16_cells(jobs: list[dict[str, Any]]) -> int:
+    """`run_cells` in fp16 on a processor, which computes in it slowly; DeepSpeed asks only whether it is fast.
+
+    The loss scale begins so high that the first steps overflow, and grows after four good ones.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    from trainer import engine
+
+    kind = type(get_accelerator())
+    kind.is_fp16_supported = lambda self: True
+    kind.supported_dtypes = lambda self: [torch.float, torch.bfloat16, torch.half]
+    made = engine.deepspeed_dict
+    high = {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 4, "hysteresis": 1}
+    engine.deepspeed_dict = lambda *args, **given: made(*args, **given) | {"fp16": high}
+    return run_cells(jobs)
+
+
+@pytest.mark.parametrize("zero", ["zero1", pytest.param("zero2", marks=pytest.mark.sweep), "zero3"])
+def test_fp16_goes_on_with_its_float32_weights_and_its_loss_scale(zero, words, prepared, tmp_path):
+    """A resume that began anew with the scale would skip steps again, one from halved weights would drift."""
+    base = ["--mode", "full", *words, "--precision", "fp16", "--ds-config", zero, "--max-steps", "48"]
+    common = {"data": str(prepared), "out": str(tmp_path)}
+    jobs = [
+        {"name": "whole", "flags": [*base, "--save-every", "30"], **common},
+        {"name": "again", "flags": base, "resume": ["whole", 30], **common},
+    ]
+    on_cells(1, jobs, tmp_path / "log", fp16_cells)
+    whole, weights = read_cell(tmp_path, "whole")
+    again, resumed = read_cell(tmp_path, "again")
+    skipped = [row["step"] for row in whole if row.get("event") == "skipped_step"]
+    assert min(skipped) == 1
+    assert max(skipped) > 30, "so that the place within the window shows"
+    assert [row["step"] for row in again if row.get("event") == "skipped_step"] == [n for n in skipped if n > 30]
+    assert [row["loss"] for row in again if row["kind"] == "step"] == [
+        row["loss"] for row in whole if row["kind"] == "step" and row["step"] > 30
+    ]
+    assert all(np.array_equal(weights[name], resumed[name]) for name in weights)
+
+
 # --- what a checkpoint holds, and which are kept ---------------------------------------------------------------------
 
 
@@ -349,6 +390,9 @@ class FakeEngine:
 
     def __init__(self, step: int):
         self.trainable = {"w": torch.full((3,), float(step))}
+
+    def loss_scale(self):
+        return None
 
     def full_state(self):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):

@@ -214,6 +214,8 @@ class Checkpoints:
             temporary.mkdir()
             size, digest = _write_state(temporary / STATE, engine, states)
             about = {"format": FORMAT, **self.identity, "bytes": size, "sha256": digest}
+            if (scale := engine.loss_scale()) is not None:
+                about["loss_scale"] = scale
             write_text(temporary / ABOUT, _about_text(about, progress))
             _sync(temporary)
             if final.exists():

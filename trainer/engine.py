@@ -451,8 +451,17 @@ class Engine:
                 yield f"exp_avg/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg")
                 yield f"exp_avg_sq/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg_sq")
 
-    def load_moments(self, read: Callable[[str], Tensor], steps: int) -> None:
-        """Set AdamW's two moments and its count of steps; the weights were in the model before the engine was made."""
+    def loss_scale(self) -> dict[str, Any] | None:
+        """Where fp16's dynamic loss scale stands; None in other precisions, where nothing is scaled."""
+        if self.precision != "fp16":
+            return None
+        return {name: getattr(self.optimizer.loss_scaler, name) for name in _LOSS_SCALE}
+
+    def load_state(self, read: Callable[[str], Tensor], steps: int, loss_scale: Mapping[str, Any] | None) -> None:
+        """Set AdamW's two moments and its count of steps, and what fp16 keeps beside its halved weights.
+
+        The weights were in the model before the engine was made.
+        """
         inner = self.optimizer if self._stage == 0 else self.optimizer.optimizer
         held = [flat for group in inner.param_groups for flat in group["params"]]
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
@@ -466,6 +475,11 @@ class Engine:
         for name, parameter in self.trainable.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 self._set_moment(parameter, key, read(f"{key}/{name}"))
+            if self.precision == "fp16":  # its float32 copy was made from the weights after they were halved
+                fragments = import_module("deepspeed.utils.tensor_fragment")
+                fragments.safe_set_full_fp32_param(parameter, read(f"weight/{name}"))
+        for key, value in (loss_scale or {}).items():
+            setattr(self.optimizer.loss_scaler, key, value)
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._stage == 0:
@@ -499,6 +513,9 @@ class Engine:
                     yield name, parameter.detach().float().cpu().clone()
             else:
                 yield name, parameter.detach().float().cpu()
+
+
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
 
 
 def _dropout_seed(seed: int, step: int, index: int) -> int:

@@ -179,7 +179,9 @@ def _engine(plan: Plan, model: Model, point: Checkpoint | None) -> tuple[Engine,
     engine = Engine(plan.world, model, plan.deepspeed, plan.settings.train, plan.precision)
     if point is None:
         return engine, Progress()
-    engine.load_moments(point.reader(plan.world.device), point.step - point.progress.skipped)
+    engine.load_state(
+        point.reader(plan.world.device), point.step - point.progress.skipped, point.about.get("loss_scale")
+    )
     return engine, point.progress
 
 
