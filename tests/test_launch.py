@@ -48,7 +48,7 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in rows if row["kind"] in ("step", "eval")]
 
 
-@pytest.mark.sweep  # three launchers one after another; on a busy machine they outlast their limits
+@pytest.mark.slow
 def test_deepspeed_torchrun_and_python_start_the_same_run(small, tmp_path):
     launchers = {
         "deepspeed": deepspeed(2),

@@ -171,9 +171,8 @@ def server() -> Iterator[FakeWandb]:
 def compare_py(
     folder: Path, server: FakeWandb | None, *arguments: object, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    env = child_env(
-        HOME=str(folder), MPLCONFIGDIR=str(folder / "mpl"), **(server.env(folder) if server else {}), **variables
-    )
+    own = {"HOME": str(folder), "TRAINER_CACHE": str(folder / "cache"), "MPLCONFIGDIR": str(folder / "mpl")}
+    env = child_env(**{**own, **(server.env(folder) if server else {}), **variables})
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         cwd=folder,
@@ -263,7 +262,7 @@ def test_real_runs_are_compared_sent_and_reported(
     card = compare_py(tmp_path, None, "--log-card", "gpt2-full-vs-lora")
     assert card.returncode == 0, card.stderr
     folders = {mode: next((tmp_path / mode / "wandb").glob("offline-run-*")) for mode in ("full", "lora")}
-    (sent,) = tmp_path.glob("runs/card/*/wandb/offline-run-*")
+    (sent,) = tmp_path.glob("cache/card/*/wandb/offline-run-*")
     sync = [sys.executable, "-m", "wandb", "sync", *map(str, folders.values()), str(sent)]
     env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
     synced = subprocess.run(sync, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
@@ -351,7 +350,7 @@ def test_the_card_is_logged_once_online(server: FakeWandb, tmp_path: Path) -> No
     elsewhere = subprocess.run(
         [sys.executable, str(SCRIPT), "--log-card", f"{ENTITY}/p"],
         cwd=tmp_path / "other",
-        env=child_env(HOME=str(tmp_path), **server.env(tmp_path)),
+        env=child_env(HOME=str(tmp_path), TRAINER_CACHE=str(tmp_path / "elsewhere"), **server.env(tmp_path)),
         capture_output=True,
         text=True,
         timeout=120,
@@ -377,11 +376,13 @@ def check_card(server: FakeWandb) -> None:
 
 
 def test_the_card_is_logged_once_offline(tmp_path: Path) -> None:
-    first, again = (compare_py(tmp_path, None, "--log-card", "p") for _ in range(2))
+    (tmp_path / "other").mkdir()
+    home = {"TRAINER_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    first, again = (compare_py(tmp_path / place, None, "--log-card", "p", **home) for place in ("", "other"))
     assert [done.returncode for done in (first, again)] == [0, 0], first.stderr
     assert "logged offline, send it with `wandb sync" in first.stdout
     assert "already logged" in again.stdout
-    assert len(list((tmp_path / "runs" / "card").glob("p/wandb/offline-run-*"))) == 1
+    assert len(list((tmp_path / "cache" / "card").glob("p/wandb/offline-run-*"))) == 1
 
 
 def test_a_comparison_of_runs_from_both_places_is_one_comparison(offline: Path, tmp_path: Path) -> None:

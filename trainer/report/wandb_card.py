@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from trainer import reference
+from trainer.data import cache
 from trainer.errors import UserError
 
 CARD_ID = f"card-{reference.NAME}"
-FOLDER = Path("runs/card")  # one place for all comparisons, so that the card is not logged from two
 
 
-def log_card(target: str, folder: Path = FOLDER) -> str:
+def log_card(target: str) -> str:
     """Log the card to PROJECT or ENTITY/PROJECT, online where logged in, else offline; what was done, in one line.
 
-    A card that is there already, in `folder` or on the server, is left as it is: `wandb sync` would double its rows.
+    It lies in the user's cache folder, one place for every folder that is worked in. A card that is there already,
+    or on the server, is left as it is: `wandb sync` from two places would double its rows.
     """
     entity, _, project = target.rpartition("/")
-    home = folder / target.replace("/", "-")
+    home = cache.root() / "card" / target.replace("/", "-")
     before = sorted((home / "wandb").glob(f"*run-*-{CARD_ID}"))
     if before:
         return f"the card is already logged for {target}: {before[0]}"
