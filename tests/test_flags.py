@@ -31,7 +31,7 @@ VALUES = {
     "--precision": ("bf16", "bf16"), "--hang-timeout": ("60", 60.0), "--eval-every": ("5", "5"),
     "--save-every": ("never", "never"), "--keep": ("3", 3), "--out": ("o", "o"), "--wandb": ("disabled", "disabled"),
     "--wandb-project": ("p", "p"), "--run-name": ("n", "n"),
-    "--also": ("tensorboard,trackio", ("tensorboard", "trackio")),
+    "--also": ("tensorboard,trackio", ("tensorboard", "trackio")), "--profile": ("5", 5),
 }  # fmt: skip
 FIELDS = {
     field.metadata["flag"]: (name, field.name)

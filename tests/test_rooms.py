@@ -26,7 +26,7 @@ ORDER = [
     {"plan", "log"},
     {"export", "verify"},
     {"report"},
-    {"run"},
+    {"run", "bench"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
@@ -112,7 +112,7 @@ def test_a_light_room_loads_without_torch(room):
 
 def test_the_launchers_load_nothing_heavy_before_they_have_read_their_flags():
     """So that --help answers at once, and libraries are silenced before they are imported."""
-    for name in ("train", "compare", "export"):
+    for name in ("train", "compare", "export", "bench"):
         line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == "False", done.stdout + done.stderr

@@ -20,7 +20,7 @@ def left(request, tiny, records, tmp_path_factory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("run") / request.param
     words = f"--mode {request.param} --model {tiny} --data {records[0]} --val-data {records[1]} --objective completion"
     words += " --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2 --eval-every 3 --wandb offline --lr 1e-2"
-    words += " --also tensorboard"
+    words += " --also tensorboard --profile 2"
     output = train([*words.split(), *TEMPLATES], out=out, ranks=2, env={"WANDB_MODE": "offline"})
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     about = json.loads((out / "run.json").read_text())
@@ -76,6 +76,16 @@ def test_a_second_sink_has_the_same_rows_from_one_rank(left):
     assert [(row.step, row.value) for row in losses] == [
         (row["step"], pytest.approx(row["loss"], rel=1e-7)) for row in of(left, "eval")
     ]
+
+
+def test_a_profile_has_its_trace_and_its_ten_largest_operations(left):
+    import gzip
+
+    trace = json.loads(gzip.decompress((left["out"] / "profile" / "trace.json.gz").read_bytes()))
+    assert any("matmul" in event.get("name", "") or "addmm" in event.get("name", "") for event in trace["traceEvents"])
+    lines = (left["out"] / "profile" / "top.md").read_text().splitlines()
+    assert len(lines) == 2 + 10
+    assert "profile of 2 steps in" in left["output"]
 
 
 def test_run_json_says_what_was_decided(left):

@@ -301,6 +301,8 @@ class Sinks:
                 plan.settings.output.also, about, folder, after=progress.step if resumed else -1, say=bar.say
             ),
         ]
+        if plan.settings.output.profile:
+            self.sinks.append(log.ProfileSink(folder, plan.settings.output.profile, bar.say))
 
     def write(self, record: Record) -> None:
         """Hand a record to every sink."""

@@ -276,6 +276,9 @@ class OutputSettings:
     also: tuple[str, ...] = setting(
         (), flag="--also", help=f"second sinks of the same rows, comma separated: {', '.join(ALSO)}"
     )
+    profile: int | None = setting(
+        None, flag="--profile", help="profile so many steps of rank 0 into OUT/profile", unit="steps"
+    )
 
     def __post_init__(self) -> None:
         _check_every("--eval-every", self.eval_every)
@@ -291,6 +294,7 @@ class OutputSettings:
             name,
             "letters, digits and . _ + - only",
         )
+        require(self.profile is None or self.profile >= 1, "--profile", self.profile, "a whole number from 1")
         for name in self.also:
             require(name in ALSO, "--also", name, " or ".join(ALSO))
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from trainer.log.also import check_also, start_also
 from trainer.log.jsonl import JsonlSink, rewind
 from trainer.log.names import AXES, COLUMNS, METRICS, card_row, run_group, run_tags, wandb_config, wandb_row
+from trainer.log.profile import ProfileSink
 from trainer.log.progress import Progress
 from trainer.log.quiet import quiet
 from trainer.log.tables import EndRow, end_rows, show_end, show_plan
@@ -32,6 +33,7 @@ __all__ = [
     "METRICS",
     "EndRow",
     "JsonlSink",
+    "ProfileSink",
     "Progress",
     "Sink",
     "WandbSink",
