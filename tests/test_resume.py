@@ -350,6 +350,9 @@ class FakeEngine:
     def __init__(self, step: int):
         self.trainable = {"w": torch.full((3,), float(step))}
 
+    def layout(self):
+        return [(f"{kind}/w", torch.float32, (3,)) for kind in ("weight", "exp_avg", "exp_avg_sq")]
+
     def full_state(self):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             yield f"{kind}/w", self.trainable["w"]
