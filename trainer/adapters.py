@@ -80,6 +80,8 @@ def adapt(causal: PreTrainedModel, settings: LoraSettings, names: list[str]) -> 
         isinstance(layer, Conv1D) and any(name == t or name.endswith(f".{t}") for t in names)
         for name, layer in causal.named_modules()
     )
+    if settings.adapter == "pissa":
+        _check_rank(causal, settings.rank, names)
     on_meta = next(causal.parameters()).device.type == "meta"
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -96,6 +98,15 @@ def adapt(causal: PreTrainedModel, settings: LoraSettings, names: list[str]) -> 
     for parameter in _beside(causal, settings.train_also):
         parameter.requires_grad_(True)
     return module
+
+
+def _check_rank(causal: PreTrainedModel, rank: int, names: list[str]) -> None:
+    """UserError where a layer has fewer singular vectors than pissa is to take."""
+    for name, layer in causal.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in names):
+            most = min(layer.weight.shape)
+            if rank > most:
+                raise UserError(f"--lora-rank {rank}: pissa on {name} expects {most} or less, the rank of its weight")
 
 
 def _beside(causal: PreTrainedModel, kinds: tuple[str, ...]) -> list[nn.Parameter]:

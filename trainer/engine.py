@@ -447,6 +447,11 @@ class Engine:
         The moments are float32, or 8-bit codes followed by their scales.
         """
         fragments = import_module("deepspeed.utils.tensor_fragment")
+        if self._stage in (1, 2):
+            # DeepSpeed links weights to their state once, after the first group's first step: the state of the other
+            # groups (LoRA+ has two) is not there yet.
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.trainable.items():
             self.world.board.beat()
             if self._stage == 0:
