@@ -33,7 +33,8 @@ def wide(tiny: str, shelf: Path) -> str:
 
 @pytest.fixture(scope="module")
 def words(wide: str, records: tuple[str, str]) -> list[str]:
-    text = f"--mode lora --model {wide} --data {records[0]} --val-data {records[1]} --block-size 16 --lr 0.003 --lora-rank {RANK}"
+    text = f"--mode lora --model {wide} --data {records[0]} --val-data {records[1]} --block-size 16"
+    text += f" --lr 0.003 --lora-rank {RANK}"
     text += f" --global-batch 6 --eval-batch 4 --max-steps {STEPS} --eval-every 2 --save-every 1 --keep 99"
     return [*text.split(), *TEMPLATES]
 
@@ -86,5 +87,9 @@ def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(words, 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_every_combination(optim, words, prepared, tmp_path):
-    methods = [(a, q, optim) for a, q in itertools.product(ADAPTERS, QUANTS) if not (a == "pissa" and q)]
+    methods = [
+        (a, q, optim)
+        for a, q in itertools.product(ADAPTERS, QUANTS)
+        if not ((a == "pissa" and q) or (a == "dora" and q == "int8"))
+    ]
     all_hold(tmp_path, prepared, words, methods)

@@ -89,7 +89,8 @@ def build(
     facts["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     facts["share"] = facts["trainable"] / facts["parameters"]
     model = Model(
-        module=module, causal=causal, facts=facts, start=adapters.start_of(module, settings.lora),
+        module=module, causal=causal, facts=facts,
+        start={} if on_meta else adapters.start_of(module, settings.lora),
         packed=settings.model if settings.model.quant else None, b_ratio=settings.lora.plus_ratio,
     )  # fmt: skip
     if settings.train.optim in EIGHT_BIT:

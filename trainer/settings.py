@@ -417,6 +417,8 @@ def _check_together(settings: Settings) -> None:
         raise UserError(
             f"--quant {quant}: pissa changes the base by less than {quant} rounds; expected lora, dora or rslora"
         )
+    if quant == "int8" and lora.adapter == "dora":
+        raise UserError("--quant int8: dora takes the norms of its layers, by which peft loses their scales; use nf4")
     if quant and "bias" in lora.train_also:
         raise UserError(f"--train-also bias: bitsandbytes rounds the biases of {quant} layers; leave one of them out")
     if quant and settings.engine.precision == "fp16":
