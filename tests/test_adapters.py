@@ -180,6 +180,26 @@ def test_a_packed_base_is_held_in_fewer_bytes(tiny):
     assert facts["double"]["frozen_bytes"] < facts["nf4"]["frozen_bytes"]
 
 
+def test_an_int8_row_does_not_see_the_rows_beside_it(tiny):
+    """So a loss does not depend on the micro-batch; with LLM.int8()'s own threshold it does."""
+    built = build(settings(tiny, "lora", "--quant", "int8"))
+    ids = torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(0))
+
+    def apart() -> float:
+        with torch.no_grad():
+            together, alone = (
+                torch.cat([built.module.eval()(input_ids=part, use_cache=False).logits for part in parts])
+                for parts in ((ids,), ids.split(1))
+            )
+        return float((together - alone).abs().max())
+
+    assert apart() < 1e-4
+    for layer in built.module.modules():
+        if type(layer).__module__.startswith("bitsandbytes") and hasattr(layer, "state"):
+            layer.state.threshold = 2.0
+    assert apart() > 1e-3
+
+
 def test_four_bit_layers_keep_one_arithmetic(tiny, monkeypatch):
     """Else on processors with AVX512-BF16 bitsandbytes computes in bf16, without a gradient, after an evaluation."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
