@@ -12,7 +12,7 @@ from ranks import on_ranks
 from trainer import flags
 from trainer.checkpoint import Checkpoints, choose
 from trainer.data import Rows, load
-from trainer.engine import leave_world, start_world
+from trainer.engine import World, leave_world, start_world
 from trainer.loop import evaluate, train
 from trainer.model import build, load_config
 from trainer.plan import make_plan
@@ -37,23 +37,28 @@ def run_cells(jobs: list[dict[str, Any]]) -> int:
     world = start_world()
     try:
         for job in jobs:
-            settings = flags.read(job["flags"]).settings
-            data = load(Path(job["data"]))
-            model = build(settings)
-            plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
-            out = Path(job["out"])
-            name, step = job.get("resume", (None, None))
-            point = choose(out / f"{name}-checkpoints", f"step-{step}") if name else None
-            engine, progress = _engine(plan, model, point)
-            saver = Checkpoints(out / f"{job['name']}-checkpoints", world, keep=99, identity={"base": "test"})
-            records = list(train(engine, data, plan.course, progress, saver, lambda: False))
-            weights = {name: tensor.numpy().copy() for name, tensor in engine.whole_weights()}
-            if world.rank == 0:
-                (out / f"{job['name']}.jsonl").write_text("".join(to_line(r) + "\n" for r in records))
-                np.savez(out / f"{job['name']}.npz", **weights)
+            run_cell(world, job)
     finally:
         leave_world()
     return 0
+
+
+def run_cell(world: World, job: dict[str, Any]) -> None:
+    """One job of `run_cells`."""
+    settings = flags.read(job["flags"]).settings
+    data = load(Path(job["data"]))
+    model = build(settings, device=world.device)
+    plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
+    out = Path(job["out"])
+    name, step = job.get("resume", (None, None))
+    point = choose(out / f"{name}-checkpoints", f"step-{step}") if name else None
+    engine, progress = _engine(plan, model, point)
+    saver = Checkpoints(out / f"{job['name']}-checkpoints", world, keep=99, identity={"base": "test"})
+    records = list(train(engine, data, plan.course, progress, saver, lambda: False))
+    weights = {name: tensor.numpy().copy() for name, tensor in engine.whole_weights()}
+    if world.rank == 0:
+        (out / f"{job['name']}.jsonl").write_text("".join(to_line(r) + "\n" for r in records))
+        np.savez(out / f"{job['name']}.npz", **weights)
 
 
 def evaluate_cells(jobs: list[dict[str, Any]]) -> int:

@@ -32,14 +32,14 @@ def tiny(shelf: Path) -> str:
     return make_tiny(shelf / "tiny", dropout=0.0)
 
 
-def make_tiny(folder: Path, *, dropout: float, seed: int = 0) -> str:
+def make_tiny(folder: Path, *, dropout: float, seed: int = 0, width: int = 16) -> str:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3,
+        vocab_size=VOCABULARY, n_positions=32, n_embd=width, n_layer=2, n_head=2, initializer_range=1.2 / width**0.5,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)

@@ -7,6 +7,7 @@ what happens where the folder is not the model that was trained.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,16 @@ def difference(model: Any, other: Any) -> float:
     ids = torch.arange(1, 33)[None]
     with torch.no_grad():
         return float((model.eval()(ids).logits - other.eval()(ids).logits).abs().max())
+
+
+@pytest.fixture(scope="module")
+def packed(tiny: str, records: tuple[str, str], shelf: Path) -> Path:
+    """A LoRA run on a base in 4 bits, with moments in 8."""
+    more = "--max-steps 4 --quant nf4 --quant-double --optim adamw8bit"
+    line = words(tiny, records, "lora", *more.split())
+    log = shelf / "packed.log"
+    assert on_ranks(1, quick, [*line, "--out", str(shelf / "packed")], log=log) == 0, log.read_text()
+    return shelf / "packed"
 
 
 # --- whole runs ---
@@ -443,3 +454,42 @@ def test_names_of_the_hub_and_paths_are_told_apart(tmp_path):
     assert not is_hub_id("./models/gpt2")
     assert short("/data/secret/events.csv") == "events.csv"
     assert short("org/name") == "org/name"
+
+
+# --- a packed base ---
+
+
+def test_a_run_on_a_packed_base_says_so_everywhere(packed: Path):
+    facts = finished(packed)["facts"]
+    run = json.loads((packed / "run.json").read_text())
+    assert "reloaded and checked: logits differ by at most 0.0e+00" in facts["export"]
+    trainable = run["model"]["trainable"]
+    assert facts["optimizer_bytes"] == 8 * trainable, "every tensor of this model is under 4,096 elements"
+    assert run["model"]["kept_in_32_bits"]["kept_parameters"] == trainable
+    plan = (packed.parent / "packed.log").read_text()
+    assert "base in nf4, scales in 8 bits: " in plan
+    assert "adamw8bit: 16 of 16 trained tensors (100% of the parameters)" in plan
+    assert run["resolved"]["ds_reason"] == "--optim adamw8bit is not divided"
+    card = (packed / "model" / "README.md").read_text()
+    assert "It was trained on the base in nf4, its scales in 8 bits" in card
+    assert run["model"]["fingerprint"] in card
+    assert f"| optimizer state | {8 * trainable:,} bytes on a rank |" in card
+    assert "| base | nf4, double |" in card
+    about = json.loads((packed / "model" / "base_quantization.json").read_text())
+    assert about["fingerprint"] == run["model"]["fingerprint"]
+
+
+def test_its_checkpoint_is_exported_and_merged_onto_the_whole_base(packed: Path, command: Any):
+    code, said = command(str(packed))
+    assert code == 0, said
+    assert "logits differ by at most 0.0e+00" in said
+    code, said = command(str(packed), "--merge")
+    assert code == 0, said
+    recorded = finished(packed)["facts"]["final"]["loss"]
+    merged = re.search(r"validation loss ([\d.]+) on the quantised base, ([\d.]+) merged onto the float32 one", said)
+    assert merged is not None, said
+    assert float(merged[1]) == pytest.approx(recorded, abs=1e-6)
+    assert abs(float(merged[2]) - recorded) > 1e-5, "4 bits are not float32"
+    folder = packed / "merged-step-000004"
+    assert merged[0] in (folder / "README.md").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "GPT2LMHeadModel"

@@ -31,7 +31,9 @@ VALUES = {
     "--precision": ("bf16", "bf16"), "--hang-timeout": ("60", 60.0), "--eval-every": ("5", "5"),
     "--save-every": ("never", "never"), "--keep": ("3", 3), "--out": ("o", "o"), "--wandb": ("disabled", "disabled"),
     "--wandb-project": ("p", "p"), "--run-name": ("n", "n"),
-    "--also": ("tensorboard,trackio", ("tensorboard", "trackio")), "--profile": ("5", 5),
+    "--also": ("tensorboard,trackio", ("tensorboard", "trackio")), "--profile": ("5", 5), "--adapter": ("dora", "dora"),
+    "--lora-plus-ratio": ("16", 16.0), "--train-also": ("wte,bias", ("wte", "bias")), "--quant": ("nf4", "nf4"),
+    "--quant-double": (None, True), "--optim": ("adamw", "adamw"), "--checkpoint-activations": (None, True),
 }  # fmt: skip
 FIELDS = {
     field.metadata["flag"]: (name, field.name)
@@ -59,7 +61,7 @@ def test_only_the_constants_of_the_optimizer_have_no_flag():
 @pytest.mark.parametrize("flag", sorted(FIELDS))
 def test_each_flag_sets_its_field_and_is_known_as_given(flag):
     typed, expected = VALUES[flag]
-    more = ["--completion", "{c}"] if flag == "--prompt" else []
+    more = {"--prompt": ["--completion", "{c}"], "--quant-double": ["--quant", "nf4"]}.get(flag, [])
     request = flags.read(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])])
     group, field = FIELDS[flag]
     assert getattr(getattr(request.settings, group), field) == expected

@@ -14,8 +14,9 @@ from conftest import make_tiny
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from trainer import flags, model
+from trainer.adapters import targets as lora_targets
 from trainer.errors import UserError
-from trainer.model import build, fingerprint, load_config, lora_targets, merge_adapters, positions
+from trainer.model import build, fingerprint, load_config, merge_adapters, positions
 from trainer.settings import LoraSettings, ModelSettings, Settings
 
 D, LAYERS = 768, 12  # GPT-2 124M

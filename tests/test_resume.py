@@ -394,6 +394,9 @@ class FakeEngine:
     def loss_scale(self):
         return None
 
+    def layout(self):
+        return [(f"{kind}/w", torch.float32, (3,)) for kind in ("weight", "exp_avg", "exp_avg_sq")]
+
     def full_state(self):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             yield f"{kind}/w", self.trainable["w"]

@@ -18,6 +18,7 @@ ORDER = [
     {"flags"},
     {"data"},
     {"base"},
+    {"adapters", "optim", "quant"},
     {"model"},
     {"loss"},
     {"engine"},
@@ -33,7 +34,8 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 #: Where an outside package may be imported.
 DOORS = {
     "deepspeed": {"engine"},
-    "peft": {"model", "verify"},  # the checker loads a folder as its user would
+    "peft": {"adapters", "verify"},  # the checker loads a folder as its user would
+    "bitsandbytes": {"optim", "quant"},
     "datasets": {"data"},
     "wandb": {"log", "report"},
     "wandb_workspaces": {"report"},

@@ -1,8 +1,8 @@
 """Settings + ZeRO file -> DeepSpeed's dict -> engine: the only door to deepspeed.
 
-DeepSpeed divides weights, gradients and optimizer state over the ranks; the numbers are ours. The optimizer is
-torch's AdamW under every stage, the schedule stays out of DeepSpeed's dict, the loss is divided by the tokens of the
-global batch before the first backward, and the engine never counts micro-batches for us. bf16 is autocast over
+DeepSpeed divides weights, gradients and optimizer state over the ranks; the numbers are ours. The optimizer is ours
+under every stage (`trainer.optim`), the schedule stays out of DeepSpeed's dict, the loss is divided by the tokens of
+the global batch before the first backward, and the engine never counts micro-batches for us. bf16 is autocast over
 float32 weights, so that every stage does the same arithmetic.
 """
 
@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainer import optim, quant
 from trainer.data import MicroBatch
 from trainer.errors import RunFailed, UserError
 from trainer.loss import TokenLoss
 from trainer.model import Model
-from trainer.settings import DS_NAMES, HANG_TIMEOUT_MOST, Batch, TrainSettings
+from trainer.settings import DS_NAMES, EIGHT_BIT, HANG_TIMEOUT_MOST, Batch, TrainSettings
 from trainer.watch import Board
 
 T = TypeVar("T")
@@ -351,15 +352,19 @@ class Engine:
         self.seed = train.seed
         self.clip = train.clip
         self.precision = precision
+        self.eight_bit = train.optim in EIGHT_BIT
         self._grad_norm: Tensor | None = None
         self._stage = int(config["zero_optimization"].get("stage", 0))
+        quant.compute_in(model.module, torch.bfloat16 if precision == "bf16" else torch.float32)
         loss = TokenLoss(model.causal, torch.bfloat16 if precision == "bf16" else None).to(world.device)
         named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
         self.trainable: dict[str, nn.Parameter] = dict(named)
-        optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.epsilon,
-            weight_decay=train.weight_decay, fused=True,
-        )  # fmt: skip
+        ratios = {model.rate_of(name): None for name in self.trainable}  # a set in order: alike on every rank
+        groups = [
+            {"params": [p for n, p in named if model.rate_of(n) == ratio], "lr": train.lr * ratio, "lr_ratio": ratio}
+            for ratio in ratios
+        ]
+        optimizer = optim.make(groups, train, whole=model.embeddings)
         if self._stage == 0:
             optimizer.register_step_pre_hook(lambda *_: self._measure_and_clip())
         self.deepspeed, self.optimizer, _, _ = _deepspeed().initialize(
@@ -384,7 +389,7 @@ class Engine:
         """Reduce, measure, clip, update. Raises NotFinite, with the weights untouched, unless fp16 may skip."""
         self.world.board.beat()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         skipped_before = self.deepspeed.skipped_steps
         self.deepspeed.step()
         norm = float(
@@ -437,19 +442,42 @@ class Engine:
     # --- full state, the same under every stage and number of ranks ---
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 tensor) of every trained weight and its two moments, one at a time; all ranks must iterate."""
+        """(name, tensor) of every trained weight (float32) and its two moments, one at a time; all ranks must iterate.
+
+        The moments are float32, or 8-bit codes followed by their scales.
+        """
         fragments = import_module("deepspeed.utils.tensor_fragment")
+        if self._stage in (1, 2):
+            # DeepSpeed links weights to their state once, after the first group's first step: the state of the other
+            # groups (LoRA+ has two) is not there yet.
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.trainable.items():
             self.world.board.beat()
             if self._stage == 0:
-                state = self.optimizer.state[parameter]
                 yield f"weight/{name}", parameter.detach()
-                yield f"exp_avg/{name}", state["exp_avg"]
-                yield f"exp_avg_sq/{name}", state["exp_avg_sq"]
+                for kind, tensor in optim.state_of(self.optimizer.state[parameter]):
+                    yield f"{kind}/{name}", tensor
             else:
                 yield f"weight/{name}", fragments.safe_get_full_fp32_param(parameter)
                 yield f"exp_avg/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg")
                 yield f"exp_avg_sq/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg_sq")
+
+    def layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, shape) of all that `full_state` yields, in its order, without gathering anything."""
+        for name, parameter in self.trainable.items():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 its own shape is empty
+            yield f"weight/{name}", torch.float32, shape
+            if self._stage == 0:
+                for kind, tensor in optim.state_of(self.optimizer.state[parameter]):
+                    yield f"{kind}/{name}", tensor.dtype, tuple(tensor.shape)
+            else:
+                for kind in optim.KINDS:
+                    yield f"{kind}/{name}", torch.float32, shape
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state on this rank."""
+        return optim.state_bytes(self.optimizer if self._stage == 0 else self.optimizer.optimizer)
 
     def loss_scale(self) -> dict[str, Any] | None:
         """Where fp16's dynamic loss scale stands; None in other precisions, where nothing is scaled."""
@@ -460,8 +488,12 @@ class Engine:
     def load_state(self, read: Callable[[str], Tensor], steps: int, loss_scale: Mapping[str, Any] | None) -> None:
         """Set AdamW's two moments and its count of steps, and what fp16 keeps beside its halved weights.
 
-        The weights were in the model before the engine was made.
+        The weights were in the model before the engine was made. UserError where the moments are of an optimizer
+        that holds them otherwise.
         """
+        if self.eight_bit:
+            self._load_codes(read, steps)
+            return
         inner = self.optimizer if self._stage == 0 else self.optimizer.optimizer
         held = [flat for group in inner.param_groups for flat in group["params"]]
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
@@ -474,12 +506,25 @@ class Engine:
             }
         for name, parameter in self.trainable.items():
             for key in ("exp_avg", "exp_avg_sq"):
-                self._set_moment(parameter, key, read(f"{key}/{name}"))
+                value = read(f"{key}/{name}")
+                if value.dtype != torch.float32:
+                    raise UserError(_OTHER_OPTIMIZER)
+                self._set_moment(parameter, key, value)
             if self.precision == "fp16":  # its float32 copy was made from the weights after they were halved
                 fragments = import_module("deepspeed.utils.tensor_fragment")
                 fragments.safe_set_full_fp32_param(parameter, read(f"weight/{name}"))
         for key, value in (loss_scale or {}).items():
             setattr(self.optimizer.loss_scaler, key, value)
+
+    def _load_codes(self, read: Callable[[str], Tensor], steps: int) -> None:
+        for name, parameter in self.trainable.items():
+            state = self.optimizer.state[parameter]
+            state["step"] = steps
+            for kind, tensor in optim.state_of(state):
+                value = read(f"{kind}/{name}")
+                if value.dtype != tensor.dtype:
+                    raise UserError(_OTHER_OPTIMIZER)
+                tensor.copy_(value)
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._stage == 0:
@@ -516,6 +561,9 @@ class Engine:
 
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
+_OTHER_OPTIMIZER = (
+    "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; expected the one it had"
+)
 
 
 def _dropout_seed(seed: int, step: int, index: int) -> int:

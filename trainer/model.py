@@ -1,19 +1,19 @@
-"""The base model and its adapters: the only room that asks which mode a run has, and the only door to peft."""
+"""The base model and what is trained of it: the only room that asks which mode a run has."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from trainer import adapters, optim, quant
 from trainer.base import FOLDER
 from trainer.data import hub
 from trainer.errors import UserError
-from trainer.settings import DEMO_MODEL, LoraSettings, ModelSettings, Settings
+from trainer.settings import DEMO_MODEL, EIGHT_BIT, ModelSettings, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,23 @@ class Model:
     module: Any
     causal: PreTrainedModel
     facts: dict[str, Any]  #: the `model` block of run.json
+    start: dict[str, Tensor] = field(default_factory=dict)  #: of pissa: the adapters before the first step
+    packed: ModelSettings | None = None  #: the settings by which its base was quantised
+    b_ratio: float = 1.0  #: LoRA+: rate of the B matrices over that of all else
+
+    def rate_of(self, name: str) -> float:
+        """By what the learning rate of a trained weight is multiplied."""
+        return self.b_ratio if ".lora_B." in name else 1.0
+
+    @property
+    def packing(self) -> dict[str, Any] | None:
+        """How transformers packs the base in the same way; None for a base in float32."""
+        return quant.as_transformers_says_it(self.packed, self.module) if self.packed else None
+
+    @property
+    def embeddings(self) -> list[nn.Parameter]:
+        """The weights of every embedding layer."""
+        return [layer.weight for layer in self.causal.modules() if isinstance(layer, nn.Embedding)]
 
     @property
     def is_adapter(self) -> bool:
@@ -36,11 +53,14 @@ class Model:
         return output is not None and output.weight is self.causal.get_input_embeddings().weight
 
 
-def build(settings: Settings, *, on_meta: bool = False, hashed: bool = True) -> Model:
+def build(
+    settings: Settings, *, on_meta: bool = False, hashed: bool = True, device: torch.device | None = None
+) -> Model:  # fmt: skip
     """The model of the settings in float32, with only what the mode trains requiring gradients.
 
-    `on_meta`: shapes without memory or weights, for counting; `hashed`: with the fingerprint of the
-    weights. UserError where the model or a target is not there.
+    `on_meta`: shapes without memory or weights, for counting; `hashed`: with the fingerprint of the weights before
+    any adapter or packing; `device`: where a quantised base is packed and stays, each rank's own. UserError where the
+    model or a target is not there.
     """
     config = load_config(settings.model)
     with torch.device("meta" if on_meta else "cpu"):
@@ -59,13 +79,25 @@ def build(settings: Settings, *, on_meta: bool = False, hashed: bool = True) -> 
         }
         module: Any = causal
         if settings.mode == "lora":
-            targets = lora_targets(causal, settings.lora)
-            facts["lora_targets"] = targets
+            targets = facts["lora_targets"] = adapters.targets(causal, settings.lora)
+            if settings.model.quant and not on_meta:
+                quant.quantize(causal, settings.model, device or torch.device("cpu"))
             torch.manual_seed(settings.train.seed)  # the adapters do not depend on how the base was made
-            module = _adapted(causal, settings.lora, targets)
+            module = adapters.adapt(causal, settings.lora, targets)
+        if settings.engine.checkpoint_activations:  # the other kind gives the first block's adapters no gradient
+            causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     facts["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     facts["share"] = facts["trainable"] / facts["parameters"]
-    return Model(module=module, causal=causal, facts=facts)
+    model = Model(
+        module=module, causal=causal, facts=facts,
+        start={} if on_meta else adapters.start_of(module, settings.lora),
+        packed=settings.model if settings.model.quant else None, b_ratio=settings.lora.plus_ratio,
+    )  # fmt: skip
+    if settings.train.optim in EIGHT_BIT:
+        facts["kept_in_32_bits"] = optim.kept_in_32_bits(module.named_parameters(), model.embeddings)
+    if settings.model.quant and not on_meta:
+        facts["frozen_bytes"] = quant.held_bytes(module)
+    return model
 
 
 def save_base(settings: Settings, folder: Path) -> None:
@@ -113,45 +145,9 @@ def positions(config: Any) -> int | None:
     return getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
 
 
-def lora_targets(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
-    """The layers to adapt: those asked for, each of which must match, or every Conv1D and Linear but the output layer.
-
-    Names are those that peft takes: a layer's name or the end of it, `c_attn` or `mlp.c_proj`.
-    """
-    output = causal.get_output_embeddings()
-    layers = {
-        name: layer
-        for name, layer in causal.named_modules()
-        if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output
-    }
-    endings = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    for target in settings.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            raise UserError(f"--lora-targets {target}: matches no layer; this model has {', '.join(endings)}")
-    return list(settings.targets) or endings
-
-
-def _adapted(causal: PreTrainedModel, settings: LoraSettings, targets: list[str]) -> Any:
-    from peft import LoraConfig, TaskType, get_peft_model  # imports bitsandbytes: only where it is needed
-
-    transposed = any(
-        isinstance(layer, Conv1D) and any(name == t or name.endswith(f".{t}") for t in targets)
-        for name, layer in causal.named_modules()
-    )
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # peft divides it by r; a float is as good
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        fan_in_fan_out=transposed,  # Conv1D keeps its weight as [in, out]
-    )
-    return get_peft_model(causal, config)
-
-
 def merge_adapters(model: Model) -> Any:
-    """The plain causal LM with the adapters folded into its weights; `model` is used up. All weights in float32."""
-    return model.module.merge_and_unload(safe_merge=True)  # safe: refuses weights that are not finite
+    """The plain causal LM with the adapters folded into its weights; `model` is used up."""
+    return adapters.merged(model.module)
 
 
 def fingerprint(causal: nn.Module) -> str:

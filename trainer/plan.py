@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from trainer import engine, reference
+from trainer import engine, optim, reference
 from trainer.data import Prepared
 from trainer.engine import World, ZeroFile
 from trainer.errors import UserError
 from trainer.loop import Course
 from trainer.model import load_config, positions
-from trainer.settings import Settings
+from trainer.settings import EIGHT_BIT, Settings
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
 
@@ -49,7 +49,7 @@ class Plan:
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
             ("overridden", " ".join(settings.overridden) or "nothing"),
             ("model", f"{model['name']}, {model['init']}: {model['parameters']:,} parameters"),
-            ("trainable", f"{model['trainable']:,} ({100 * model['share']:.2f}%)" + _targets(model)),
+            ("trainable", f"{model['trainable']:,} ({100 * model['share']:.2f}%)" + _targets(settings, model)),
             (
                 "data",
                 f"{self.data['source']}: {train['examples']:,} {rows} of at most {settings.data.block_size} tokens, "
@@ -66,7 +66,7 @@ class Plan:
             ("precision", f"{self.precision} on {self.world.size} x {_device_name(self.world.device)}"),
             ("output", f"{settings.run_folder}"),
         ]
-        return lines + [("note", notice) for notice in self.data.get("notices", [])]
+        return lines + [("note", notice) for notice in (*self.data.get("notices", []), *_notes(settings, model))]
 
     def as_json(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
@@ -125,15 +125,38 @@ class Plan:
 def check_early(settings: Settings, world: World) -> None:
     """What can be refused before data and model are touched: batch sum, precision, ZeRO file, device."""
     settings.train.batch(world.size)
+    optim.refuse_early(settings.train, stage=None, on_cpu=world.device.type == "cpu")
     if settings.engine.precision == "fp16" and world.device.type == "cpu":
         raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
     if settings.engine.ds_config is not None:
         zero = engine.read_zero_file(settings.engine.ds_config)
+        _refuse_stage(settings, zero)
         if zero.stage == 0 and settings.engine.precision == "fp16":
             raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
     limit = positions(load_config(settings.model))
     if limit is not None and settings.data.block_size > limit:
         raise UserError(f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {limit} tokens")
+
+
+def _refuse_stage(settings: Settings, zero: ZeroFile) -> None:
+    """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
+    optim.refuse_early(settings.train, stage=zero.stage, on_cpu=False)
+    if zero.stage == 3 and settings.model.quant == "int8":
+        raise UserError(
+            "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "
+            "expected --ds-config zero0, zero1 or zero2, or --quant nf4"
+        )
+
+
+def _zero_file(settings: Settings, world: World, model: dict[str, Any], precision: str) -> ZeroFile:
+    if settings.engine.ds_config:
+        return engine.read_zero_file(settings.engine.ds_config)
+    if settings.train.optim in EIGHT_BIT:
+        return engine.read_zero_file("zero0", f"--optim {settings.train.optim} is not divided")
+    return engine.choose_zero_file(
+        trainable=model["trainable"], parameters=model["parameters"], ranks=world.size,
+        memory=engine.device_memory(world.device), precision=precision,
+    )  # fmt: skip
 
 
 def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str, Any], config: Any) -> Plan:
@@ -146,14 +169,8 @@ def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str,
         )
     batch = settings.train.batch(world.size)
     precision = settings.engine.precision or ("bf16" if engine.has_bf16(world.device) else "fp32")
-    zero = (
-        engine.read_zero_file(settings.engine.ds_config)
-        if settings.engine.ds_config
-        else engine.choose_zero_file(
-            trainable=model["trainable"], parameters=model["parameters"], ranks=world.size,
-            memory=engine.device_memory(world.device), precision=precision,
-        )
-    )  # fmt: skip
+    zero = _zero_file(settings, world, model, precision)
+    _refuse_stage(settings, zero)
     examples = len(data.train)
     course = Course(
         settings=settings, batch=batch, total_steps=settings.train.total_steps(examples),
@@ -166,8 +183,32 @@ def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str,
     )  # fmt: skip
 
 
-def _targets(model: dict[str, Any]) -> str:
-    return f", adapters on {', '.join(model['lora_targets'])}" if model["lora_targets"] else ", every weight"
+def _targets(settings: Settings, model: dict[str, Any]) -> str:
+    if not model["lora_targets"]:
+        return ", every weight"
+    kind = "" if settings.lora.adapter == "lora" else f"{settings.lora.adapter} "
+    also = f", and {', '.join(settings.lora.train_also)}" if settings.lora.train_also else ""
+    return f", {kind}adapters on {', '.join(model['lora_targets'])}{also}"
+
+
+def _notes(settings: Settings, model: dict[str, Any]) -> list[str]:
+    """What the adapters, the packing and the optimizer mean for this model, where that is worth a line."""
+    notes = []
+    if settings.mode == "lora" and settings.lora.plus_ratio != 1:
+        notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
+    if settings.model.quant:
+        double = ", scales in 8 bits" if settings.model.quant_double else ""
+        held = f": {model['frozen_bytes'] / 2**20:,.1f} MiB of frozen weights" if "frozen_bytes" in model else ""
+        notes.append(f"base in {settings.model.quant}{double}{held}; in float32 {model['parameters'] / 2**18:,.1f} MiB")
+    kept = model.get("kept_in_32_bits")
+    if kept and kept["kept_tensors"]:
+        share = kept["kept_parameters"] / kept["parameters"]
+        notes.append(
+            f"{settings.train.optim}: {kept['kept_tensors']} of {kept['tensors']} trained tensors ({share:.0%} of the "
+            f"parameters) are embeddings or under {optim.SMALLEST:,} elements: their moments stay in 32 bits and "
+            "nothing is saved"
+        )
+    return notes
 
 
 def _device_name(device: torch.device) -> str:

@@ -48,7 +48,7 @@ def _run(request: Request, world: World, stop: Stop) -> int:
     world.once(lambda: log.check_also(settings.output.also))
     folder = Path(settings.run_folder)
     data = _data(settings, world)
-    model = build(settings, on_meta=request.dry_run, hashed=world.rank == 0)
+    model = build(settings, on_meta=request.dry_run, hashed=world.rank == 0, device=world.device)
     plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
     if request.dry_run:
         if world.rank == 0:
@@ -240,6 +240,7 @@ def _finish(
     logits = export.check_logits(model.module, ids, world.device)
     weights = export.gathered(engine.whole_weights(), keep=world.rank == 0)
     peak = max(world.gather(peak_memory(world.device)))
+    state_bytes = max(world.gather(engine.optimizer_bytes()))
 
     def make() -> export.Check:
         expected = export.Expected(
@@ -251,7 +252,7 @@ def _finish(
         return export.export(
             folder / "model", model.module, weights, base=export.base_of(model, folder),
             tokenizer=settings.model.model if plan.data["tokenizer"] else None, expected=expected,
-            card=lambda check: export.card_text(about, rows, check, step=progress.step),
+            card=lambda check: export.card_text(about, rows, check, step=progress.step, optimizer_bytes=state_bytes),
         )  # fmt: skip
 
     check = world.once(make)
@@ -261,6 +262,7 @@ def _finish(
         "wall_seconds": seconds,
         "device_hours": seconds * world.size / 3600,
         "peak_memory_bytes": peak,
+        "optimizer_bytes": state_bytes,
         "checkpoint_bytes": _size(max((folder / "checkpoints").glob("step-*"), default=None)),
         "export_bytes": _size(folder / "model"),
         "best": vars(progress.best) if progress.best else None,

@@ -18,6 +18,11 @@ MODES = ("full", "lora")
 PRESETS = ("demo", "card")
 PRECISIONS = ("fp32", "bf16", "fp16")
 ALSO = ("tensorboard", "trackio")  # second sinks, each behind an extra of its name
+ADAPTERS = ("lora", "dora", "rslora", "pissa")
+BESIDE = ("wte", "lm_head", "layernorm", "bias")  # what may be trained beside the adapters
+QUANTS = ("nf4", "fp4", "int8")
+OPTIMS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
+EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
 DS_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 HANG_TIMEOUT_MOST = 1800  # seconds; the groups that DeepSpeed makes for itself give up then, and cannot be told
 LORA_RATE_FACTOR = 10.0  # the best LoRA rate is about 10x the best full rate ("LoRA Without Regret", 2025)
@@ -58,9 +63,19 @@ class ModelSettings:
         help="start from its weights, or from random ones",
         choices=("pretrained", "random"),
     )
+    quant: str | None = setting(
+        None,
+        flag="--quant",
+        help="with --mode lora: hold the frozen layers in 4 bits (nf4, fp4) or 8 (int8); left out: in float32",
+        choices=QUANTS,
+    )
+    quant_double: bool = setting(False, flag="--quant-double", help="with nf4 and fp4: hold their scales in 8 bits too")
 
     def __post_init__(self) -> None:
         require(self.init in ("pretrained", "random"), "--init", self.init, "pretrained or random")
+        require(self.quant in (None, *QUANTS), "--quant", self.quant, ", ".join(QUANTS))
+        if self.quant_double and self.quant not in ("nf4", "fp4"):
+            raise UserError("--quant-double: expected with --quant nf4 or fp4, whose scales it is about")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +88,23 @@ class LoraSettings:
     targets: tuple[str, ...] = setting(
         (),
         flag="--lora-targets",
-        help="layers to adapt, by name, comma separated; left out: every Conv1D and Linear but the output layer",
+        help="layers to adapt, comma separated: attention, mlp, all, a layer's name or its end, or a pattern "
+        "(*.h.0.*); left out: all, that is every Conv1D and Linear but the output layer",
+    )
+    adapter: str = setting(
+        "lora",
+        flag="--adapter",
+        help="lora; dora: magnitude and direction apart; rslora: scaled by alpha / sqrt(rank); "
+        "pissa: begins with the base's largest singular vectors",
+        choices=ADAPTERS,
+    )
+    plus_ratio: float = setting(
+        1.0, flag="--lora-plus-ratio", help="LoRA+: learning rate of the B matrices over that of all else"
+    )
+    train_also: tuple[str, ...] = setting(
+        (),
+        flag="--train-also",
+        help=f"weights of the base to train beside the adapters, comma separated: {', '.join(BESIDE)}",
     )
 
     def __post_init__(self) -> None:
@@ -81,6 +112,10 @@ class LoraSettings:
         require(self.alpha > 0, "--lora-alpha", self.alpha, "a number above 0")
         require(0 <= self.dropout < 1, "--lora-dropout", self.dropout, "a probability from 0 up to 1")
         require(all(self.targets), "--lora-targets", ",".join(self.targets), "layer names separated by commas")
+        require(self.adapter in ADAPTERS, "--adapter", self.adapter, ", ".join(ADAPTERS))
+        require(0 < self.plus_ratio < math.inf, "--lora-plus-ratio", self.plus_ratio, "a number above 0")
+        for name in self.train_also:
+            require(name in BESIDE, "--train-also", name, ", ".join(BESIDE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +185,13 @@ class TrainSettings:
     weight_decay: float = setting(0.0, flag="--weight-decay", help="AdamW's decoupled weight decay")
     clip: float = setting(1.0, flag="--clip", help="largest norm of the global gradient; 0: no clipping")
     seed: int = setting(42, flag="--seed", help="seed of initial weights, data order and dropout")
+    optim: str = setting(
+        "adamw_fused",
+        flag="--optim",
+        help="adamw_fused: torch's AdamW in one kernel; adamw: its plain one, same formula, other rounding; "
+        "adamw8bit, paged_adamw8bit: bitsandbytes', moments in 8 bits, not divided by ZeRO",
+        choices=OPTIMS,
+    )
     beta1: float = 0.9  #: AdamW's decay of the first moment
     beta2: float = 0.999  #: AdamW's decay of the second moment
     epsilon: float = 1e-8  #: AdamW's epsilon
@@ -170,6 +212,7 @@ class TrainSettings:
         require(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "0 or a number above it")
         require(0 <= self.clip < math.inf, "--clip", self.clip, "0 (off) or a number above it")
         require(0 <= self.seed < 2**32, "--seed", self.seed, "a whole number from 0 to 4294967295")
+        require(self.optim in OPTIMS, "--optim", self.optim, ", ".join(OPTIMS))
 
     def batch(self, ranks: int) -> "Batch":
         """How the global batch is divided over `ranks`; a remainder is an error that prints the sum."""
@@ -240,6 +283,11 @@ class EngineSettings:
         help="end the run where no rank moves for so long, and name who hangs",
         unit="seconds",
     )
+    checkpoint_activations: bool = setting(
+        False,
+        flag="--checkpoint-activations",
+        help="keep each block's input only and compute it again in backward: less memory, a third more work",
+    )
 
     def __post_init__(self) -> None:
         require(self.precision in (None, *PRECISIONS), "--precision", self.precision, "fp32, bf16 or fp16")
@@ -272,7 +320,7 @@ class OutputSettings:
     wandb_project: str = setting(
         "gpt2-full-vs-lora", flag="--wandb-project", help="project that the runs to be compared share"
     )
-    run_name: str | None = setting(None, flag="--run-name", help="left out: <mode>-<data>")
+    run_name: str | None = setting(None, flag="--run-name", help="left out: <mode or adapter>-<data>")
     also: tuple[str, ...] = setting(
         (), flag="--also", help=f"second sinks of the same rows, comma separated: {', '.join(ALSO)}"
     )
@@ -316,10 +364,17 @@ class Settings:
     def __post_init__(self) -> None:
         require(self.mode in MODES, "--mode", self.mode, "full or lora")
         require(self.preset in PRESETS, "--preset", self.preset, "demo or card")
+        _check_together(self)
+
+    @property
+    def method(self) -> str:
+        """What is trained on what, in one word: `full`, the adapter's name, or `lora-nf4` on a quantised base."""
+        name = self.mode if self.mode == "full" else self.lora.adapter
+        return f"{name}-{self.model.quant}" if self.model.quant else name
 
     @property
     def run_name(self) -> str:
-        """The name of the run: given, or made of mode and data."""
+        """The name of the run: given, or made of method and data."""
         if self.output.run_name:
             return self.output.run_name
         where = (
@@ -327,7 +382,7 @@ class Settings:
             if glob.has_magic(self.data.data)
             else re.sub(r"\.\w+$", "", self.data.data.rstrip("/").rsplit("/", 1)[-1])
         )
-        return f"{self.mode}-{re.sub(r'[^A-Za-z0-9_.+-]', '-', where) or 'data'}"[:128]
+        return f"{self.method}-{re.sub(r'[^A-Za-z0-9_.+-]', '-', where) or 'data'}"[:128]
 
     @property
     def run_folder(self) -> str:
@@ -346,6 +401,33 @@ class Settings:
             for name, kind in GROUPS.items()
         }
         return cls(mode=values["mode"], preset=values["preset"], overridden=tuple(values["overridden"]), **groups)
+
+
+def _check_together(settings: Settings) -> None:
+    """Refuse what is right alone but not together; what depends on the ZeRO stage is refused in `trainer.plan`."""
+    lora, quant = settings.lora, settings.model.quant
+    if settings.train.optim in EIGHT_BIT and settings.engine.precision == "fp16":
+        raise UserError(f"--optim {settings.train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
+    if settings.mode == "full":
+        if quant:
+            raise UserError(f"--quant {quant}: a quantised weight has no gradient; expected --mode lora")
+        for flag, value, off in (
+            ("--adapter", lora.adapter, "lora"), ("--lora-plus-ratio", lora.plus_ratio, 1.0),
+            ("--train-also", ",".join(lora.train_also), ""),
+        ):  # fmt: skip
+            if value != off:
+                raise UserError(f"{flag} {value}: is about adapters; expected --mode lora")
+        return
+    if quant and lora.adapter == "pissa":
+        raise UserError(
+            f"--quant {quant}: pissa changes the base by less than {quant} rounds; expected lora, dora or rslora"
+        )
+    if quant == "int8" and lora.adapter == "dora":
+        raise UserError("--quant int8: dora takes the norms of its layers, by which peft loses their scales; use nf4")
+    if quant and "bias" in lora.train_also:
+        raise UserError(f"--train-also bias: bitsandbytes rounds the biases of {quant} layers; leave one of them out")
+    if quant and settings.engine.precision == "fp16":
+        raise UserError(f"--precision fp16: rounds the packed weights of --quant {quant}; expected bf16 or fp32")
 
 
 GROUPS: dict[str, Any] = {

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer import quant
 from trainer.data import eval_batches, load
 
 
@@ -31,11 +32,11 @@ def main(job_file: str) -> None:
 def verify(job: Mapping[str, Any]) -> dict[str, Any]:
     """The facts about a job's folder: what is stored in it, and what the model in it answers."""
     folder = Path(job["folder"])
-    model = load_folder(folder).to(job["device"]).eval()
+    model = load_folder(folder, job["device"]).eval()
     shared = embedding_names(model)
     answer = stored(folder, shared)
     answer["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    answer["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    answer["dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     kept = np.load(job["logits"])
     with torch.no_grad():
         logits = model(torch.from_numpy(kept["input_ids"]).to(job["device"]), use_cache=False).logits
@@ -44,15 +45,32 @@ def verify(job: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def load_folder(folder: Path) -> Any:
-    """The model of an exported folder: an adapter on its base in float32, or a plain one as its config says."""
+def load_folder(folder: Path, device: str) -> Any:
+    """The model of an exported folder: an adapter on its base in float32 or packed, or a plain one as its config says.
+
+    A packed base is packed again by transformers from the untouched weights, on the device it computes on.
+    """
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        packing = folder / "base_quantization.json"
+        if packing.exists():
+            return _on_packed_base(folder, json.loads(packing.read_text())["quantization_config"], device)
+        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).to(device)
+
+
+def _on_packed_base(folder: Path, packing: dict[str, Any], device: str) -> Any:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import BitsAndBytesConfig
+
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**packing), device_map={"": device}
+    )
+    quant.keep_honest(model)
+    return model
 
 
 def embedding_names(model: Any) -> set[str]:

@@ -15,21 +15,25 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
 def card_text(
-    run: Mapping[str, Any], records: Iterable[Record], check: Check, *, step: int, merged: bool = False
-) -> str:
+    run: Mapping[str, Any], records: Iterable[Record], check: Check, *, step: int, merged: bool = False,
+    change: str = "", optimizer_bytes: int | None = None,
+) -> str:  # fmt: skip
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
-    `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in.
+    `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in;
+    `change`: what merging onto another base than the one trained on did to the loss; `optimizer_bytes`: of the largest
+    rank, where it is known.
     """
     rows = [r for r in records if r.step <= step]
     lines = [
         *_front_matter(run, check, merged), "",
         f"# {run['name']}", "",
         _what(run, step, merged), "",
-        f"Exported weights: {check.line()}.{_ties(check, merged)}", "",
+        f"Exported weights: {check.line()}{change}.{_ties(check, merged)}", "",
         "## Training procedure", "",
         "### Training hyperparameters", "",
-        "| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in _settings(run)), "",
+        "| setting | value |", "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _settings(run, optimizer_bytes)), "",
         "### Training results", "",
         "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|", *_table(rows), "",
         "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved.", "",
@@ -81,7 +85,8 @@ def short(name: str) -> str:
 def _what(run: Mapping[str, Any], step: int, merged: bool) -> str:
     model, lora, total = run["model"], run["settings"]["lora"], run["resolved"]["total_steps"]
     how = "every weight" if run["mode"] == "full" else (
-        f"LoRA adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(model['lora_targets'])}"
+        f"{_KINDS[lora.get('adapter', 'lora')]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, "
+        f"on {', '.join(model['lora_targets'])}{_also(lora)}"
     )  # fmt: skip
     start = "" if model["init"] == "pretrained" else ", from random weights,"
     return (
@@ -93,6 +98,13 @@ def _what(run: Mapping[str, Any], step: int, merged: bool) -> str:
     )
 
 
+_KINDS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rank-stabilised LoRA", "pissa": "PiSSA"}
+
+
+def _also(lora: Mapping[str, Any]) -> str:
+    return f", and the base's own {', '.join(lora['train_also'])}" if lora.get("train_also") else ""
+
+
 def _ties(check: Check, merged: bool) -> str:
     if check.tied is None:
         return ""
@@ -101,12 +113,22 @@ def _ties(check: Check, merged: bool) -> str:
 
 
 def _where_base(run: Mapping[str, Any]) -> str:
+    said, quant = "", run["settings"]["model"].get("quant")
     if run["model"]["init"] == "random":
-        return " Its base is random weights, kept only in the folder `base` of the run; it is nothing without them."
-    return ""
+        said = " Its base is random weights, kept only in the folder `base` of the run; it is nothing without them."
+    if quant:
+        double = ", its scales in 8 bits" if run["settings"]["model"]["quant_double"] else ""
+        said += (
+            f" It was trained on the base in {quant}{double} (weights before that: fingerprint "
+            f"`{run['model']['fingerprint']}`); `base_quantization.json` holds the arguments of transformers' "
+            "`BitsAndBytesConfig` that pack it again. On the float32 base it answers otherwise."
+        )
+    if run["settings"]["lora"].get("adapter") == "pissa":
+        said += " PiSSA's start is taken off again: this is an ordinary LoRA adapter of twice the rank."
+    return said
 
 
-def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _settings(run: Mapping[str, Any], optimizer_bytes: int | None) -> list[tuple[str, str]]:
     settings, resolved, data = run["settings"], run["resolved"], run["data"]
     train = settings["train"]
     betas = f"betas ({train['beta1']}, {train['beta2']})"
@@ -117,7 +139,13 @@ def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     epochs = resolved["total_steps"] / resolved["steps_per_epoch"]
     return [
         ("learning rate", f"{train['lr']:g}, linear to 0, {train['warmup_steps']} warm-up steps"),
-        ("optimizer", f"AdamW, {betas}, epsilon {train['epsilon']:g}, weight decay {train['weight_decay']:g}"),
+        (
+            "optimizer",
+            f"{_OPTIMS[train.get('optim', 'adamw_fused')]}, {betas}, epsilon {train['epsilon']:g}, "
+            f"weight decay {train['weight_decay']:g}",
+        ),
+        *([("optimizer state", f"{optimizer_bytes:,} bytes on a rank")] if optimizer_bytes is not None else []),
+        *_adapter_settings(settings),
         ("gradient clipping", f"{train['clip']:g}" if train["clip"] else "off"),
         ("batch", f"{batch} = {resolved['global_batch']} examples a step"),
         ("epochs", f"{epochs:.4g} ({resolved['total_steps']:,} steps, {resolved['steps_per_epoch']:,} an epoch)"),
@@ -128,6 +156,24 @@ def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{settings['data']['objective']} of at most {settings['data']['block_size']} tokens, {counts}"),
         ("data fingerprint", f"`{data['fingerprint'][:16]}`"),
     ]
+
+
+_OPTIMS = {
+    "adamw_fused": "AdamW", "adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits",
+    "paged_adamw8bit": "paged AdamW with moments in 8 bits",
+}  # fmt: skip
+
+
+def _adapter_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The rows that only some runs have."""
+    rows = []
+    if settings["mode"] == "lora" and settings["lora"].get("plus_ratio", 1) != 1:
+        rows.append(("LoRA+", f"B matrices at {settings['lora']['plus_ratio']:g} times the learning rate"))
+    if settings["model"].get("quant"):
+        rows.append(("base", settings["model"]["quant"] + (", double" if settings["model"]["quant_double"] else "")))
+    if settings["engine"].get("checkpoint_activations"):
+        rows.append(("activations", "computed again in backward"))
+    return rows
 
 
 def _reasons(run: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import checkpoint, records
+from trainer import checkpoint, quant, records
 from trainer.checkpoint import Checkpoint
 from trainer.data import Prepared, prepare
 from trainer.errors import RunFailed, UserError
@@ -30,25 +30,36 @@ def run(folder: Path, *, which: str = "latest", merge: bool = False, out: Path |
         raise UserError(f"--merge: {folder} is a run of --mode {settings.mode}; it has no adapters to merge")
     point = _checkpoint(folder, which)
     final = _place(folder, point, merge, out)
-    model = _model(folder, settings, point, about)
+    model = _model(folder, settings, point, about, unpacked=merge)
     data, no_data = _data(settings, about)
-    expected = _expected(model, settings, point, about, data, no_data)
+    moved = merge and bool(settings.model.quant)  # onto weights other than those the adapters were trained on
+    expected = _expected(model, settings, point, about, data, no_data, moved=moved)
     module = merge_adapters(model) if merge else model.module
     trained = {n: p.detach() for n, p in module.named_parameters() if merge or p.requires_grad}
     rows = _records(folder)
 
     def card(check: Check) -> str:
-        return card_text(about, rows, check, step=point.step, merged=merge)
+        return card_text(about, rows, check, step=point.step, merged=merge, change=_change(check, point, moved))
 
     check = export(
         final, module, trained, base=None if merge else base_of(model, folder),
         tokenizer=settings.model.model if about["data"]["tokenizer"] else None, expected=expected, card=card,
     )  # fmt: skip
-    line = f"{point.folder.name} of {folder} -> {final}: {check.line()}"
+    line = f"{point.folder.name} of {folder} -> {final}: {check.line()}{_change(check, point, moved)}"
     if check.problems:
         raise RunFailed(line)
     print(line)
     return 0
+
+
+def _change(check: Check, point: Checkpoint, moved: bool) -> str:
+    """Half a sentence about what merging onto the float32 base did to the validation loss; "" where it is the same."""
+    if not moved:
+        return ""
+    if check.loss is None or point.val_loss is None:
+        return "; merged onto the float32 base: how its validation loss changed by that is not known"
+    change = f"{point.val_loss:.6f} on the quantised base, {check.loss:.6f} merged onto the float32 one"
+    return f"; validation loss {change} ({check.loss - point.val_loss:+.6f})"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -81,15 +92,19 @@ def _place(folder: Path, point: Checkpoint, merge: bool, out: Path | None) -> Pa
     return out.absolute()
 
 
-def _model(folder: Path, settings: Settings, point: Checkpoint, about: dict[str, Any]) -> Model:
-    """The model as it stood at the checkpoint, on one device, in evaluation mode."""
+def _model(folder: Path, settings: Settings, point: Checkpoint, about: dict[str, Any], *, unpacked: bool) -> Model:
+    """The model as it stood at the checkpoint, on one device, in evaluation mode; `unpacked`: on the float32 base."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kept = folder / "base"
     source = settings.model
     if settings.mode == "full":  # every weight is in the checkpoint: the base's own are not needed
         source = dataclasses.replace(source, init="random")
     elif kept.is_dir():
         source = dataclasses.replace(source, model=str(kept), init="pretrained")
-    model = build(dataclasses.replace(settings, model=source), hashed=settings.mode == "lora")
+    if unpacked:
+        source = dataclasses.replace(source, quant=None, quant_double=False)
+    model = build(dataclasses.replace(settings, model=source), hashed=settings.mode == "lora", device=device)
+    quant.compute_in(model.module, torch.bfloat16 if about["resolved"]["precision"] == "bf16" else torch.float32)
     if settings.mode == "lora" and model.facts["fingerprint"] != about["model"]["fingerprint"]:
         raise UserError(
             f"{folder}: its adapters were trained on another base model than {location(source.model)} is now "
@@ -98,7 +113,7 @@ def _model(folder: Path, settings: Settings, point: Checkpoint, about: dict[str,
     if point.about["base"] != about["model"]["fingerprint"]:
         raise UserError(f"checkpoint {point.folder} is of a run on another base model than {folder / 'run.json'} says")
     checkpoint.load_weights(point, model.module)
-    model.module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.module.to(device).eval()
     return model
 
 
@@ -118,12 +133,14 @@ def _data(settings: Settings, about: dict[str, Any]) -> tuple[Prepared | None, s
 
 
 def _expected(
-    model: Model, settings: Settings, point: Checkpoint, about: dict[str, Any], data: Prepared | None, no_data: str
+    model: Model, settings: Settings, point: Checkpoint, about: dict[str, Any], data: Prepared | None, no_data: str,
+    *, moved: bool,
 ) -> Expected:  # fmt: skip
     device = next(model.module.parameters()).device
     ids = fixed_rows(data) if data is not None else _made_up_rows(model)
     return Expected(
-        input_ids=ids, logits=check_logits(model.module, ids, device), tied=model.tied, loss=point.val_loss,
+        input_ids=ids, logits=check_logits(model.module, ids, device), tied=model.tied,
+        loss=None if moved else point.val_loss,
         data=data.folder if data is not None else None, no_data=no_data, eval_batch=settings.train.eval_batch,
         device=device.type, precision=about["resolved"]["precision"], threads=torch.get_num_threads(),
         elsewhere=about["resolved"]["device"] != device.type,

@@ -5,18 +5,31 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from trainer import adapters
 from trainer.data import load_tokenizer
 from trainer.errors import RunFailed
 from trainer.export.check import Check, Expected, check_folder
 from trainer.model import Model, location
 
 CARD = "README.md"
+PACKING = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What an adapter is an adapter of."""
+
+    place: str  #: hub id or folder of the untouched weights
+    start: Mapping[str, Tensor] = field(default_factory=dict)  #: what pissa took out of them, as adapters
+    packing: Mapping[str, Any] | None = None  #: arguments of transformers' BitsAndBytesConfig, None for float32
+    fingerprint: str | None = None  #: of the untouched weights (`trainer.model.fingerprint`)
 
 
 def gathered(weights: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
@@ -29,7 +42,7 @@ def gathered(weights: Iterable[tuple[str, Tensor]], *, keep: bool) -> dict[str, 
 
 
 def export(
-    final: Path, module: Any, weights: Mapping[str, Tensor], *, base: str | None, tokenizer: str | None,
+    final: Path, module: Any, weights: Mapping[str, Tensor], *, base: Base | None, tokenizer: str | None,
     expected: Expected, card: Callable[[Check], str],
 ) -> Check:  # fmt: skip
     """Write the folder, load it again in a fresh process, write what came out into its card, and give it its name.
@@ -47,18 +60,20 @@ def export(
 
 
 def save_folder(
-    folder: Path, module: Any, weights: Mapping[str, Tensor], *, base: str | None, tokenizer: str | None
+    folder: Path, module: Any, weights: Mapping[str, Tensor], *, base: Base | None, tokenizer: str | None
 ) -> None:
     """Write weights (in the names of `module`, float32) and tokenizer into an existing folder.
 
-    Without `base`: a folder that AutoModelForCausalLM loads, tied weights stored once; with it (a hub id or folder):
-    an adapter that peft loads onto it. `tokenizer`: the model it comes from, None for data of token ids.
+    Without `base`: a folder that AutoModelForCausalLM loads, tied weights stored once; with it: an adapter that peft
+    loads onto it, and beside a packed base a file that says how it was packed. `tokenizer`: the model it comes from,
+    None for data of token ids.
     """
     if base is not None:
-        for config in module.peft_config.values():
-            config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-        # Embeddings are never adapted; `auto` would ask the hub whether the vocabulary has grown.
-        module.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
+        place = str(Path(base.place).resolve()) if Path(base.place).is_dir() else base.place
+        adapters.save(folder, module, weights, base.start, place)
+        if base.packing:
+            about = {"base": place, "fingerprint": base.fingerprint, "quantization_config": base.packing}
+            (folder / PACKING).write_text(json.dumps(about, indent=2) + "\n")
     else:
         module.save_pretrained(folder, state_dict=dict(weights))
         _say_float32(folder / "config.json")
@@ -66,12 +81,13 @@ def save_folder(
         load_tokenizer(tokenizer).save_pretrained(folder)
 
 
-def base_of(model: Model, run_folder: Path) -> str | None:
-    """Where an adapter finds its base: the hub id or folder, or the random weights that the run kept; else None."""
+def base_of(model: Model, run_folder: Path) -> Base | None:
+    """What an adapter stands on: the hub id or folder, or the random weights that the run kept; else None."""
     if not model.is_adapter:
         return None
     kept = run_folder / "base"
-    return str(kept) if kept.is_dir() else location(model.facts["name"])
+    place = str(kept) if kept.is_dir() else location(model.facts["name"])
+    return Base(place=place, start=model.start, packing=model.packing, fingerprint=model.facts["fingerprint"])
 
 
 def _say_float32(path: Path) -> None:
