@@ -57,9 +57,15 @@ class ModelSettings:
         help="start from its weights, or from random ones",
         choices=("pretrained", "random"),
     )
+    dropout: float | None = setting(
+        None, flag="--dropout", help="every dropout of the model (GPT-2 has three); left out: the model's own"
+    )
 
     def __post_init__(self) -> None:
         require(self.init in ("pretrained", "random"), "--init", self.init, "pretrained or random")
+        require(
+            self.dropout is None or 0 <= self.dropout < 1, "--dropout", self.dropout, "a probability from 0 up to 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +155,12 @@ class TrainSettings:
     weight_decay: float = setting(0.0, flag="--weight-decay", help="AdamW's decoupled weight decay")
     clip: float = setting(1.0, flag="--clip", help="largest norm of the global gradient; 0: no clipping")
     seed: int = setting(42, flag="--seed", help="seed of initial weights, data order and dropout")
+    early_stop: str | None = setting(
+        None,
+        flag="--early-stop",
+        help="PATIENCE or PATIENCE:MIN_DELTA: end the run after so many evaluations in a row whose validation loss is "
+        "not more than MIN_DELTA below the lowest before them",
+    )
     beta1: float = 0.9  #: AdamW's decay of the first moment
     beta2: float = 0.999  #: AdamW's decay of the second moment
     epsilon: float = 1e-8  #: AdamW's epsilon
@@ -169,6 +181,19 @@ class TrainSettings:
         require(0 <= self.weight_decay < math.inf, "--weight-decay", self.weight_decay, "0 or a number above it")
         require(0 <= self.clip < math.inf, "--clip", self.clip, "0 (off) or a number above it")
         require(0 <= self.seed < 2**32, "--seed", self.seed, "a whole number from 0 to 4294967295")
+        found = re.fullmatch(r"([1-9]\d*)(?::(\d+\.?\d*(?:e-?\d+)?))?", self.early_stop or "1")
+        accepted = "PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01"
+        require(found is not None, "--early-stop", self.early_stop, accepted)
+
+    @property
+    def patience(self) -> int | None:
+        """Evaluations in a row without a lower loss after which the run ends; None: it goes on to its last step."""
+        return int(self.early_stop.partition(":")[0]) if self.early_stop else None
+
+    @property
+    def min_delta(self) -> float:
+        """By how much a validation loss must lie below the lowest before it, in nats, to count as lower."""
+        return float((self.early_stop or "").partition(":")[2] or 0)
 
     def batch(self, ranks: int) -> "Batch":
         """How the global batch is divided over `ranks`; a remainder is an error that prints the sum."""
@@ -272,6 +297,13 @@ class OutputSettings:
         "gpt2-full-vs-lora", flag="--wandb-project", help="project that the runs to be compared share"
     )
     run_name: str | None = setting(None, flag="--run-name", help="left out: <mode>-<data>")
+    export: str = setting(
+        "last",
+        flag="--export",
+        help="weights that go into the exported folder: of the last step, or of the checkpoint with the lowest "
+        "validation loss (then one is saved at each evaluation that is the lowest so far)",
+        choices=("last", "best"),
+    )
 
     def __post_init__(self) -> None:
         _check_every("--eval-every", self.eval_every)
@@ -287,6 +319,7 @@ class OutputSettings:
             name,
             "letters, digits and . _ + - only",
         )
+        require(self.export in ("last", "best"), "--export", self.export, "last or best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +339,11 @@ class Settings:
     def __post_init__(self) -> None:
         require(self.mode in MODES, "--mode", self.mode, "full or lora")
         require(self.preset in PRESETS, "--preset", self.preset, "demo or card")
+        if self.train.early_stop and self.output.eval_every == "never":
+            raise UserError(
+                f"--early-stop {self.train.early_stop} with --eval-every never: there is no evaluation to stop at; "
+                "pass --eval-every epoch or a number of steps"
+            )
 
     @property
     def run_name(self) -> str:
@@ -408,10 +446,9 @@ _FREE = (
 
 def scientific(settings: Settings) -> dict[str, Any]:
     """What may not change when a run is resumed, by field name: all that its numbers are a function of."""
-    groups = ("model", "data", "train", *(("lora",) if settings.mode == "lora" else ()))
-    return {
-        name: value
-        for group in groups
-        for name, value in dataclasses.asdict(getattr(settings, group)).items()
-        if f"{group}.{name}" not in _FREE
-    }
+    found: dict[str, Any] = {}
+    for group in ("model", "data", "train", *(("lora",) if settings.mode == "lora" else ())):
+        for name, value in dataclasses.asdict(getattr(settings, group)).items():
+            if f"{group}.{name}" not in _FREE:
+                found[f"{group}_{name}" if name in found else name] = value  # lora_dropout beside dropout
+    return found

@@ -15,17 +15,19 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
 def card_text(
-    run: Mapping[str, Any], records: Iterable[Record], check: Check, *, step: int, merged: bool = False
-) -> str:
+    run: Mapping[str, Any], records: Iterable[Record], check: Check, *, step: int, merged: bool = False,
+    chosen: str = "",
+) -> str:  # fmt: skip
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
-    `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in.
+    `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in;
+    `chosen`: a sentence on why these weights and not the last.
     """
     rows = [r for r in records if r.step <= step]
     lines = [
         *_front_matter(run, check, merged), "",
         f"# {run['name']}", "",
-        _what(run, step, merged), "",
+        _what(run, step, merged) + (f" {chosen}" if chosen else ""), "",
         f"Exported weights: {check.line()}.{_ties(check, merged)}", "",
         "## Training procedure", "",
         "### Training hyperparameters", "",

@@ -30,7 +30,7 @@ def run(folder: Path, *, which: str = "latest", merge: bool = False, out: Path |
         raise UserError(f"--merge: {folder} is a run of --mode {settings.mode}; it has no adapters to merge")
     point = _checkpoint(folder, which)
     final = _place(folder, point, merge, out)
-    model = _model(folder, settings, point, about)
+    model = model_at(folder, settings, point, about)
     data, no_data = _data(settings, about)
     expected = _expected(model, settings, point, about, data, no_data)
     module = merge_adapters(model) if merge else model.module
@@ -85,7 +85,7 @@ def _place(folder: Path, point: Checkpoint, merge: bool, out: Path | None) -> Pa
     return out.absolute()
 
 
-def _model(folder: Path, settings: Settings, point: Checkpoint, about: dict[str, Any]) -> Model:
+def model_at(folder: Path, settings: Settings, point: Checkpoint, about: dict[str, Any]) -> Model:
     """The model as it stood at the checkpoint, on one device, in evaluation mode."""
     kept = folder / "base"
     source = settings.model

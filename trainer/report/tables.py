@@ -181,7 +181,7 @@ def _run_row(run: Run) -> tuple[Cell, ...]:
         Cell(run.name, run.name),
         Cell(run.run_id, run.run_id),
         Cell(run.mode, MODE_NAMES[run.mode]),
-        Cell(run.state, run.state),
+        Cell(run.state, run.state + (" (early stop)" if run.end.get("early_stop") else "")),
         number(run.fact("model.trainable")),
         Cell(share, NOT_TOLD if share is None else percent(share)),
         size(run.end.get("peak_memory_bytes")),
