@@ -15,7 +15,7 @@ CONTRACT = [
     "--eval-batch", "--lr", "--warmup-steps", "--weight-decay", "--clip", "--seed", "--no-shuffle",
     "--precision", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--ds-config",
     "--eval-every", "--save-every", "--keep", "--resume", "--out", "--wandb", "--wandb-project", "--run-name",
-    "--dry-run", "--local_rank",
+    "--dry-run", "--local_rank", "--early-stop", "--dropout", "--export", "--samples", "--metrics",
 ]  # fmt: skip
 OF_THE_RUN = {"--mode", "--preset", "--resume", "--allow-change", "--dry-run", "--local_rank", "--help"}
 
@@ -30,7 +30,8 @@ VALUES = {
     "--weight-decay": ("0.1", 0.1), "--clip": ("0", 0.0), "--seed": ("1", 1), "--ds-config": ("zero3", "zero3"),
     "--precision": ("bf16", "bf16"), "--hang-timeout": ("60", 60.0), "--eval-every": ("5", "5"),
     "--save-every": ("never", "never"), "--keep": ("3", 3), "--out": ("o", "o"), "--wandb": ("disabled", "disabled"),
-    "--wandb-project": ("p", "p"), "--run-name": ("n", "n"),
+    "--wandb-project": ("p", "p"), "--run-name": ("n", "n"), "--dropout": ("0.3", 0.3),
+    "--early-stop": ("2:0.1", "2:0.1"), "--export": ("best", "best"), "--samples": ("5", 5), "--metrics": (None, True),
 }  # fmt: skip
 FIELDS = {
     field.metadata["flag"]: (name, field.name)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "trainer"
 ORDER = [
     {"errors"},
     {"settings", "reference", "schedule", "records", "watch"},
-    {"flags"},
+    {"flags", "diagnosis"},
     {"data"},
     {"base"},
     {"model"},
@@ -23,7 +23,7 @@ ORDER = [
     {"engine"},
     {"checkpoint"},
     {"loop"},
-    {"plan", "log"},
+    {"plan", "log", "observe"},
     {"export", "verify"},
     {"report"},
     {"run"},
@@ -39,7 +39,18 @@ DOORS = {
     "wandb_workspaces": {"report"},
     "matplotlib": {"report"},
 }
-LIGHT = ["errors", "settings", "reference", "schedule", "records", "flags", "watch", "report", "report.command"]
+LIGHT = [
+    "errors",
+    "settings",
+    "reference",
+    "schedule",
+    "records",
+    "diagnosis",
+    "flags",
+    "watch",
+    "report",
+    "report.command",
+]
 
 
 def room_of(path: Path) -> str:

@@ -54,8 +54,11 @@ def train(
     progress: Progress,
     checkpoints: Checkpoints,
     interrupted: Callable[[], bool],
+    drew: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[Record, None, Progress]:
     """Run from `progress` to the last step, or to an interruption, and return where it ended.
+
+    `drew` is told how long each step's rows took to be drawn.
 
     Raises RunFailed, after saving the last finite state, on NaN or infinity.
     """
@@ -67,6 +70,7 @@ def train(
         if progress.step and not stop:
             checkpoints.amend(progress)
     while not (stop or course.ended(progress)):
+        asked = time.perf_counter()
         epoch, place = divmod(progress.step, course.steps_per_epoch)
         if order is None or order_epoch != epoch:
             order, order_epoch = _order(data.train, course, epoch), epoch
@@ -76,6 +80,7 @@ def train(
             progress.step, peak=train_settings.lr, warmup=train_settings.warmup_steps, total=course.total_steps
         )
         began = time.perf_counter()
+        drew(began - asked)
         sums = [engine.accumulate(micro, step=progress.step, counted=counted) for micro in micros]
         nll, stop = engine.total(sums, interrupted())
         try:

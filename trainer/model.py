@@ -41,6 +41,11 @@ class Model:
         output = self.causal.get_output_embeddings()
         return output is not None and output.weight is self.causal.get_input_embeddings().weight
 
+    @property
+    def starting_at_zero(self) -> tuple[str, ...]:
+        """Names of the trained weights that are zero until the first update: the B of each adapter."""
+        return tuple(name for name, p in self.module.named_parameters() if p.requires_grad and ".lora_B." in name)
+
 
 def build(settings: Settings, *, on_meta: bool = False, hashed: bool = True) -> Model:
     """The model of the settings in float32, with only what the mode trains requiring gradients.

@@ -202,6 +202,7 @@ def _hardware(world: World) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name(world.device) if gpu else None,
         "gpus": world.size if gpu else 0,
+        "gpus_here": torch.cuda.device_count(),
     }
 
 

@@ -4,18 +4,20 @@ import json
 import secrets
 import string
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint, export, log, records
 from trainer.checkpoint import Checkpoint, Checkpoints, Progress
 from trainer.data import Prepared, load, prepare
+from trainer.diagnosis import Facts
 from trainer.engine import Engine, World, leave_world, lost_peer, peak_memory, start_world
 from trainer.errors import RunFailed, UserError
 from trainer.flags import Request
 from trainer.loop import position, train
 from trainer.model import Model, build, load_config, save_base
+from trainer.observe import Observer
 from trainer.plan import Plan, check_early, make_plan
 from trainer.records import EventRecord, Record
 from trainer.settings import Settings, merge, scientific
@@ -199,8 +201,12 @@ def _train(
     try:
         if request.resume is not None:
             sinks.write(_resumed(plan, about, point, progress, sinks.dropped, request))
+        observer = Observer(engine, Facts.of({**about, "resolved": plan.resolved()}), sinks.kept())
+        for event in observer.begin(progress.step, progress.seconds):
+            sinks.write(event)
         with stop.deferred(), plan.world.board.watched(plan.settings.engine.hang_timeout):
-            progress = sinks.take(train(engine, data, plan.course, progress, saver, stop.asked))
+            stream = train(engine, data, plan.course, progress, saver, stop.asked, observer.drew)
+            progress = sinks.take(stream, observer)
         signalled = max(plan.world.gather(stop.signal))
         if progress.pending or signalled:
             code = 128 + signalled
@@ -332,14 +338,23 @@ class Sinks:
         for sink in self.sinks:
             sink.write(record)
 
-    def take(self, stream: Generator[Record, None, Progress]) -> Progress:
-        """Write every record of the stream; returns what it returned."""
+    def kept(self) -> Iterator[Record]:
+        """The rows that an earlier process left, on rank 0."""
+        if self.sinks:
+            yield from records.read(self.folder / "metrics.jsonl")
+
+    def take(self, stream: Generator[Record, None, Progress], observer: Observer) -> Progress:
+        """Write every record of the stream, and what the observer adds; returns what the stream returned."""
         while True:
             try:
                 record = next(stream)
             except StopIteration as end:
                 return end.value
+            began = time.perf_counter()
             self.write(record)
+            observer.wrote(began)
+            for event in observer.after(record):
+                self.write(event)
 
     def close(self, exit_code: int) -> None:
         """Close every sink, then show the table of a run that ended well."""

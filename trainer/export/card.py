@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer import reference
 from trainer.export.check import Check
-from trainer.records import EpochRecord, EvalRecord, Record, perplexity
+from trainer.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
 from trainer.settings import DEMO_MODEL
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
@@ -23,7 +23,8 @@ def card_text(
     `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in;
     `chosen`: a sentence on why these weights and not the last.
     """
-    rows = [r for r in records if r.step <= step]
+    everything = list(records)
+    rows = [r for r in everything if r.step <= step]
     lines = [
         *_front_matter(run, check, merged), "",
         f"# {run['name']}", "",
@@ -38,6 +39,7 @@ def card_text(
         "### Compared with", "",
         f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
         f"its three epochs): not comparable, for these reasons: {_reasons(run)}.", "",
+        *_diagnosis(everything),
         "### Framework versions", "",
         *(f"- {name} {run['versions'][name]}" for name in PACKAGES if run["versions"].get(name)), "",
     ]  # fmt: skip
@@ -130,6 +132,15 @@ def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{settings['data']['objective']} of at most {settings['data']['block_size']} tokens, {counts}"),
         ("data fingerprint", f"`{data['fingerprint'][:16]}`"),
     ]
+
+
+def _diagnosis(records: list[Record]) -> list[str]:
+    """What the run noticed of itself, over its whole length; nothing where all was well."""
+    said = [r for r in records if isinstance(r, EventRecord) and r.event == "diagnosis"]
+    if not said:
+        return []
+    return ["### Diagnosis", "", "What the run noticed of itself:", "",
+            *(f"- step {event.step:,}: {event.message}" for event in said), ""]  # fmt: skip
 
 
 def _reasons(run: Mapping[str, Any]) -> str:

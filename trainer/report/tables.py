@@ -220,6 +220,16 @@ def _card_run_row(keys: list[str]) -> tuple[Cell, ...]:
     return tuple(told.get(key, Cell(None, "unknown")) for key in keys)
 
 
+def diagnosis(groups: Sequence[Group]) -> Table:
+    """What each run noticed of itself while it ran."""
+    columns = {"run": "run", "step": "at step", "finding": "what it noticed, the likely cause, and what to try"}
+    rows = tuple(
+        (Cell(run.name, run.name), number(step), Cell(line, line))
+        for group in groups for run in group.runs for step, line in run.findings
+    )  # fmt: skip
+    return Table("Diagnosis", columns, rows)
+
+
 def same_and_different(groups: Sequence[Group], with_card: bool) -> tuple[Table, Table]:
     """Every setting and fact: those that differ, and those that are the same; the columns are groups and the card."""
     found = facts([group.runs for group in groups], with_card)
