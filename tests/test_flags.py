@@ -15,7 +15,7 @@ CONTRACT = [
     "--eval-batch", "--lr", "--warmup-steps", "--weight-decay", "--clip", "--seed", "--no-shuffle",
     "--precision", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--ds-config",
     "--eval-every", "--save-every", "--keep", "--resume", "--out", "--wandb", "--wandb-project", "--run-name",
-    "--dry-run", "--local_rank",
+    "--dry-run", "--local_rank", "--early-stop", "--dropout", "--export", "--samples", "--metrics",
 ]  # fmt: skip
 OF_THE_RUN = {"--mode", "--preset", "--resume", "--allow-change", "--dry-run", "--local_rank", "--help"}
 
@@ -34,6 +34,8 @@ VALUES = {
     "--also": ("tensorboard,trackio", ("tensorboard", "trackio")), "--profile": ("5", 5), "--adapter": ("dora", "dora"),
     "--lora-plus-ratio": ("16", 16.0), "--train-also": ("wte,bias", ("wte", "bias")), "--quant": ("nf4", "nf4"),
     "--quant-double": (None, True), "--optim": ("adamw", "adamw"), "--checkpoint-activations": (None, True),
+    "--dropout": ("0.3", 0.3),
+    "--early-stop": ("2:0.1", "2:0.1"), "--export": ("best", "best"), "--samples": ("5", 5), "--metrics": (None, True),
 }  # fmt: skip
 FIELDS = {
     field.metadata["flag"]: (name, field.name)

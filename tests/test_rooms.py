@@ -15,7 +15,7 @@ PACKAGE = ROOT / "trainer"
 ORDER = [
     {"errors"},
     {"settings", "reference", "schedule", "records", "watch"},
-    {"flags"},
+    {"flags", "diagnosis"},
     {"data"},
     {"base"},
     {"adapters", "optim", "quant"},
@@ -24,7 +24,7 @@ ORDER = [
     {"engine"},
     {"checkpoint"},
     {"loop"},
-    {"plan", "log"},
+    {"plan", "log", "observe"},
     {"export", "verify"},
     {"report"},
     {"run", "bench"},
@@ -42,7 +42,18 @@ DOORS = {
     "trackio": {"log"},
     "matplotlib": {"report"},
 }
-LIGHT = ["errors", "settings", "reference", "schedule", "records", "flags", "watch", "report", "report.command"]
+LIGHT = [
+    "errors",
+    "settings",
+    "reference",
+    "schedule",
+    "records",
+    "diagnosis",
+    "flags",
+    "watch",
+    "report",
+    "report.command",
+]
 
 
 def room_of(path: Path) -> str:

@@ -58,6 +58,8 @@ class Progress:
     val_loss: float | None = None  #: of the newest evaluation
     val_step: int = -1  #: the step of that evaluation
     best: Best | None = None
+    mark: float | None = None  #: validation loss that an evaluation must beat, by --early-stop's MIN_DELTA
+    stale: int = 0  #: evaluations in a row that did not
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ import json
 import math
 import os
 import socket
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -353,6 +354,7 @@ class Engine:
         self.clip = train.clip
         self.precision = precision
         self.eight_bit = train.optim in EIGHT_BIT
+        self.waited = 0.0  # seconds until the device had done what it was asked for
         self._grad_norm: Tensor | None = None
         self._stage = int(config["zero_optimization"].get("stage", 0))
         quant.compute_in(model.module, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -412,7 +414,9 @@ class Engine:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch is renaming the function
                 dist.all_gather_into_tensor(everybody, mine)
-        table = everybody.view(self.world.size, -1).tolist()
+        began = time.perf_counter()
+        table = everybody.view(self.world.size, -1).tolist()  # the first time that a step needs the device's answer
+        self.waited += time.perf_counter() - began
         values = [value for row in table for value in row[:-1]]
         total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
         return total, any(row[-1] for row in table)
@@ -438,6 +442,11 @@ class Engine:
             raise NotFinite(f"gradient norm {float(self._grad_norm)}")
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.trainable.values(), self.clip, self._grad_norm)
+
+    def largest(self, names: Iterable[str]) -> float:
+        """The largest entry, by size, of these trained weights over all ranks; all ranks must call."""
+        mine = [getattr(self.trainable[name], "ds_tensor", self.trainable[name]).detach() for name in names]
+        return max(self.world.gather(max((float(part.abs().max()) for part in mine if part.numel()), default=0.0)))
 
     # --- full state, the same under every stage and number of ranks ---
 

@@ -37,6 +37,15 @@ class Course:
         stride = {"epoch": self.steps_per_epoch, "never": self.total_steps}.get(every) or int(every)
         return step % stride == 0
 
+    def out_of_patience(self, progress: Progress) -> bool:
+        """Whether the validation loss has not fallen for as many evaluations as --early-stop allows."""
+        patience = self.settings.train.patience
+        return patience is not None and progress.stale >= patience
+
+    def ended(self, progress: Progress) -> bool:
+        """Whether this was the last step, and nothing that is due after it is still to come."""
+        return not progress.pending and (progress.step >= self.total_steps or self.out_of_patience(progress))
+
 
 def train(
     engine: Engine,
@@ -45,8 +54,11 @@ def train(
     progress: Progress,
     checkpoints: Checkpoints,
     interrupted: Callable[[], bool],
+    drew: Callable[[float], None] = lambda seconds: None,
 ) -> Generator[Record, None, Progress]:
     """Run from `progress` to the last step, or to an interruption, and return where it ended.
+
+    `drew` is told how long each step's rows took to be drawn.
 
     Raises RunFailed, after saving the last finite state, on NaN or infinity.
     """
@@ -57,7 +69,8 @@ def train(
         progress, stop = yield from _due(engine, data, course, progress, clock, interrupted)
         if progress.step and not stop:
             checkpoints.amend(progress)
-    while progress.step < course.total_steps and not stop:
+    while not (stop or course.ended(progress)):
+        asked = time.perf_counter()
         epoch, place = divmod(progress.step, course.steps_per_epoch)
         if order is None or order_epoch != epoch:
             order, order_epoch = _order(data.train, course, epoch), epoch
@@ -67,6 +80,7 @@ def train(
             progress.step, peak=train_settings.lr, warmup=train_settings.warmup_steps, total=course.total_steps
         )
         began = time.perf_counter()
+        drew(began - asked)
         sums = [engine.accumulate(micro, step=progress.step, counted=counted) for micro in micros]
         nll, stop = engine.total(sums, interrupted())
         try:
@@ -98,7 +112,8 @@ def train(
         )  # fmt: skip
         if not stop:
             progress, stop = yield from _due(engine, data, course, progress, clock, interrupted)
-        if stop or course.due(output.save_every, progress.step):
+        lowest = output.export == "best" and progress.best is not None and progress.best.step == progress.step
+        if stop or lowest or course.ended(progress) or course.due(output.save_every, progress.step):
             progress = replace(progress, seconds=clock())
             checkpoints.save(engine, progress)
             saved = progress.step
@@ -126,12 +141,27 @@ def _due(
             raise RunFailed(f"{message}; {_LOWER}") from problem
         yield record
     ended = progress.step % course.steps_per_epoch == 0
-    if progress.step and (ended or progress.step == course.total_steps):
+    early = course.out_of_patience(progress) and progress.step < course.total_steps
+    if progress.step and (ended or early or progress.step == course.total_steps):
         at = position(progress, course, len(data.train)) | {"time": clock()}
         yield EpochRecord(**at, train_loss=progress.epoch_nll / progress.epoch_counted)
         if ended:  # else a longer schedule may go on within the epoch
             progress = replace(progress, epoch_nll=0.0, epoch_counted=0)
+    if early:
+        yield _early_stop(course, progress, clock())
     return replace(progress, pending=False), False
+
+
+def _early_stop(course: Course, progress: Progress, seconds: float) -> EventRecord:
+    rule, best = course.settings.train, progress.best
+    assert best is not None, "evaluated"
+    more = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
+    message = (
+        f"stopped early after step {progress.step} of {course.total_steps}: {progress.stale} evaluations in a row did "
+        f"not lower the validation loss{more} (best {best.loss:.4f} at step {best.step})"
+    )
+    facts = {"patience": rule.patience, "min_delta": rule.min_delta, "stale": progress.stale, "best": vars(best)}
+    return EventRecord(event="early_stop", step=progress.step, message=message, time=seconds, facts=facts)
 
 
 class Interrupted(Exception):
@@ -196,4 +226,6 @@ def _evaluate(
     best = progress.best
     if best is None or loss < best.loss:
         best = Best(step=progress.step, epoch=record.epoch, loss=loss)
+    fell = progress.mark is None or loss < progress.mark - course.settings.train.min_delta
+    progress = replace(progress, mark=loss if fell else progress.mark, stale=0 if fell else progress.stale + 1)
     return replace(progress, val_loss=loss, val_step=progress.step, best=best), record

@@ -15,6 +15,12 @@ from trainer.data import hub
 from trainer.errors import UserError
 from trainer.settings import DEMO_MODEL, EIGHT_BIT, ModelSettings, Settings
 
+#: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
+DROPOUTS = (
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "embed_dropout", "resid_dropout",
+    "hidden_dropout", "dropout", "activation_dropout",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -52,6 +58,11 @@ class Model:
         output = self.causal.get_output_embeddings()
         return output is not None and output.weight is self.causal.get_input_embeddings().weight
 
+    @property
+    def starting_at_zero(self) -> tuple[str, ...]:
+        """Names of the trained weights that are zero until the first update: the B of each adapter."""
+        return tuple(name for name, p in self.module.named_parameters() if p.requires_grad and ".lora_B." in name)
+
 
 def build(
     settings: Settings, *, on_meta: bool = False, hashed: bool = True, device: torch.device | None = None
@@ -67,7 +78,9 @@ def build(
         torch.manual_seed(settings.train.seed)
         random = on_meta or settings.model.init == "random"
         causal = (
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32) if random else _pretrained(settings.model)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            if random
+            else _pretrained(settings.model, config)
         )
         facts = {
             "name": settings.model.model,
@@ -109,11 +122,30 @@ def save_base(settings: Settings, folder: Path) -> None:
 def load_config(settings: ModelSettings) -> Any:
     """The configuration of the model, from its folder or the hub; random `gpt2` needs neither."""
     if settings.model == "gpt2" and settings.init == "random" and not Path("gpt2").exists():
-        return GPT2Config()  # the published shape; the class's defaults are GPT-2's
-    try:
-        return AutoConfig.from_pretrained(**_where(settings.model))
-    except (OSError, ValueError, KeyError) as problem:
-        raise UserError(_not_found(settings.model, "config.json")) from problem
+        config: Any = GPT2Config()  # the published shape; the class's defaults are GPT-2's
+    else:
+        try:
+            config = AutoConfig.from_pretrained(**_where(settings.model))
+        except (OSError, ValueError, KeyError) as problem:
+            raise UserError(_not_found(settings.model, "config.json")) from problem
+    return config if settings.dropout is None else _with_dropout(config, settings)
+
+
+def _with_dropout(config: Any, settings: ModelSettings) -> Any:
+    fields = dropouts(config)
+    if not fields:
+        raise UserError(
+            f"--dropout {settings.dropout:g}: {settings.model} ({config.model_type}) has no dropout to set; "
+            f"leave it out, or use a model whose config has one of {', '.join(DROPOUTS)}"
+        )
+    for name in fields:
+        setattr(config, name, settings.dropout)
+    return config
+
+
+def dropouts(config: Any) -> dict[str, float]:
+    """{field: probability} of the dropouts that a model's config has while it is trained as a language model."""
+    return {name: float(getattr(config, name)) for name in DROPOUTS if getattr(config, name, None) is not None}
 
 
 def location(model: str) -> str:
@@ -127,9 +159,9 @@ def _where(model: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": place, "local_files_only": Path(place).is_dir() or not hub.reachable()}
 
 
-def _pretrained(settings: ModelSettings) -> PreTrainedModel:
+def _pretrained(settings: ModelSettings, config: Any) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(**_where(settings.model), dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(**_where(settings.model), config=config, dtype=torch.float32)
     except (OSError, ValueError) as problem:
         raise UserError(_not_found(settings.model, "weights")) from problem
 

@@ -17,7 +17,7 @@ from trainer.data import Prepared
 from trainer.engine import World, ZeroFile
 from trainer.errors import UserError
 from trainer.loop import Course
-from trainer.model import load_config, positions
+from trainer.model import dropouts, load_config, positions
 from trainer.settings import EIGHT_BIT, Settings
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
@@ -179,7 +179,7 @@ def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str,
     return Plan(
         settings=settings, world=world, course=course, zero=zero, precision=precision,
         deepspeed=engine.deepspeed_dict(zero, batch=batch, clip=settings.train.clip, precision=precision),
-        model=model, data=data.facts, dropout=float(getattr(config, "resid_pdrop", 0.0)),
+        model=model, data=data.facts, dropout=max(dropouts(config).values(), default=0.0),
     )  # fmt: skip
 
 
@@ -243,6 +243,7 @@ def _hardware(world: World) -> dict[str, Any]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name(world.device) if gpu else None,
         "gpus": world.size if gpu else 0,
+        "gpus_here": torch.cuda.device_count(),
     }
 
 

@@ -4,18 +4,20 @@ import json
 import secrets
 import string
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint, export, log, records
 from trainer.checkpoint import Checkpoint, Checkpoints, Progress
 from trainer.data import Prepared, load, prepare
+from trainer.diagnosis import Facts
 from trainer.engine import Engine, World, leave_world, lost_peer, peak_memory, start_world
 from trainer.errors import RunFailed, UserError
 from trainer.flags import Request
 from trainer.loop import position, train
 from trainer.model import Model, build, load_config, save_base
+from trainer.observe import Observer
 from trainer.plan import Plan, check_early, make_plan
 from trainer.records import EventRecord, Record
 from trainer.settings import Settings, merge, scientific
@@ -202,8 +204,12 @@ def _train(
     try:
         if request.resume is not None:
             sinks.write(_resumed(plan, about, point, progress, sinks.dropped, request))
+        observer = Observer(engine, Facts.of({**about, "resolved": plan.resolved()}), sinks.kept())
+        for event in observer.begin(progress.step, progress.seconds):
+            sinks.write(event)
         with stop.deferred(), plan.world.board.watched(plan.settings.engine.hang_timeout):
-            progress = sinks.take(train(engine, data, plan.course, progress, saver, stop.asked))
+            stream = train(engine, data, plan.course, progress, saver, stop.asked, observer.drew)
+            progress = sinks.take(stream, observer)
         signalled = max(plan.world.gather(stop.signal))
         if progress.pending or signalled:
             code = 128 + signalled
@@ -234,25 +240,36 @@ def _finish(
     """Export, load the export again, and say how it went."""
     began = time.perf_counter()
     world, settings = plan.world, plan.settings
-    recorded = progress.val_loss
-    assert recorded is not None, "the last step is always evaluated"
+    final = progress.val_loss
+    assert final is not None, "the last step is always evaluated"
+    best = world.once(lambda: _best(settings, folder, progress))
     ids = export.fixed_rows(data)
     logits = export.check_logits(model.module, ids, world.device)
-    weights = export.gathered(engine.whole_weights(), keep=world.rank == 0)
+    weights = export.gathered(engine.whole_weights(), keep=world.rank == 0 and best is None)
     peak = max(world.gather(peak_memory(world.device)))
     state_bytes = max(world.gather(engine.optimizer_bytes()))
+    exported: dict[str, Any] = {"which": settings.output.export, "step": best.step if best else progress.step,
+                "loss": best.val_loss if best else final}  # fmt: skip
 
     def make() -> export.Check:
+        source, kept, answers = model, weights, logits
+        if best is not None:  # the engine holds the last weights: the best are read back, in a model of their own
+            source = export.model_at(folder, settings, best, about)
+            kept = {name: p.detach().cpu() for name, p in source.module.named_parameters() if p.requires_grad}
+            answers = export.check_logits(source.module, ids, world.device)
         expected = export.Expected(
-            input_ids=ids, logits=logits, tied=model.tied, loss=recorded, data=data.folder,
+            input_ids=ids, logits=answers, tied=model.tied, loss=exported["loss"], data=data.folder,
             eval_batch=settings.train.eval_batch, device=world.device.type, precision=plan.precision,
-            threads=world.threads, half=plan.precision == "fp16",
+            threads=world.threads, half=plan.precision == "fp16" and best is None,
         )  # fmt: skip
         rows = list(records.read(folder / "metrics.jsonl"))
         return export.export(
-            folder / "model", model.module, weights, base=export.base_of(model, folder),
+            folder / "model", source.module, kept, base=export.base_of(model, folder),
             tokenizer=settings.model.model if plan.data["tokenizer"] else None, expected=expected,
-            card=lambda check: export.card_text(about, rows, check, step=progress.step, optimizer_bytes=state_bytes),
+            card=lambda check: export.card_text(
+                about, rows, check, step=exported["step"], optimizer_bytes=state_bytes,
+                chosen=_chosen(exported, progress),
+            ),
         )  # fmt: skip
 
     check = world.once(make)
@@ -266,13 +283,34 @@ def _finish(
         "checkpoint_bytes": _size(max((folder / "checkpoints").glob("step-*"), default=None)),
         "export_bytes": _size(folder / "model"),
         "best": vars(progress.best) if progress.best else None,
-        "final": {"step": progress.step, "epoch": place["epoch"], "loss": recorded},
+        "final": {"step": progress.step, "epoch": place["epoch"], "loss": final},
+        "early_stop": plan.course.out_of_patience(progress) and progress.step < plan.course.total_steps,
+        "exported": exported,
         "export": check.line(),
     }
-    message = f"finished after {progress.step} steps; {folder / 'model'} {check.line()}"
+    which = f" holds step {best.step}, the best" if best else ""
+    message = f"finished after {progress.step} steps; {folder / 'model'}{which} {check.line()}"
     sinks.write(EventRecord(event="finished", step=progress.step, message=message, time=seconds, facts=facts))
     if check.problems:
         raise RunFailed(f"{folder / 'model'}: {check.line()}; checkpoints and records are whole")
+
+
+def _best(settings: Settings, folder: Path, progress: Progress) -> Checkpoint | None:
+    """The checkpoint to export with --export best; None: the weights at hand, which are the best or were asked for."""
+    if settings.output.export == "last":
+        return None
+    best = checkpoint.choose(folder / "checkpoints", "best")
+    return best if best.step != progress.step else None
+
+
+def _chosen(exported: Mapping[str, Any], progress: Progress) -> str:
+    """What the model card says of the choice of the weights; empty for the last ones, which need no word."""
+    if exported["which"] == "last":
+        return ""
+    return (
+        f"These are the weights with the lowest validation loss ({exported['loss']:.4f}) of those that were saved; "
+        f"training went on to step {progress.step:,}."
+    )
 
 
 def _size(folder: Path | None) -> int:
@@ -311,14 +349,23 @@ class Sinks:
         for sink in self.sinks:
             sink.write(record)
 
-    def take(self, stream: Generator[Record, None, Progress]) -> Progress:
-        """Write every record of the stream; returns what it returned."""
+    def kept(self) -> Iterator[Record]:
+        """The rows that an earlier process left, on rank 0."""
+        if self.sinks:
+            yield from records.read(self.folder / "metrics.jsonl")
+
+    def take(self, stream: Generator[Record, None, Progress], observer: Observer) -> Progress:
+        """Write every record of the stream, and what the observer adds; returns what the stream returned."""
         while True:
             try:
                 record = next(stream)
             except StopIteration as end:
                 return end.value
+            began = time.perf_counter()
             self.write(record)
+            observer.wrote(began)
+            for event in observer.after(record):
+                self.write(event)
 
     def close(self, exit_code: int) -> None:
         """Close every sink, then show the table of a run that ended well."""

@@ -70,12 +70,18 @@ class ModelSettings:
         choices=QUANTS,
     )
     quant_double: bool = setting(False, flag="--quant-double", help="with nf4 and fp4: hold their scales in 8 bits too")
+    dropout: float | None = setting(
+        None, flag="--dropout", help="every dropout of the model (GPT-2 has three); left out: the model's own"
+    )
 
     def __post_init__(self) -> None:
         require(self.init in ("pretrained", "random"), "--init", self.init, "pretrained or random")
         require(self.quant in (None, *QUANTS), "--quant", self.quant, ", ".join(QUANTS))
         if self.quant_double and self.quant not in ("nf4", "fp4"):
             raise UserError("--quant-double: expected with --quant nf4 or fp4, whose scales it is about")
+        require(
+            self.dropout is None or 0 <= self.dropout < 1, "--dropout", self.dropout, "a probability from 0 up to 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +198,12 @@ class TrainSettings:
         "adamw8bit, paged_adamw8bit: bitsandbytes', moments in 8 bits, not divided by ZeRO",
         choices=OPTIMS,
     )
+    early_stop: str | None = setting(
+        None,
+        flag="--early-stop",
+        help="PATIENCE or PATIENCE:MIN_DELTA: end the run after so many evaluations in a row whose validation loss is "
+        "not more than MIN_DELTA below the lowest before them",
+    )
     beta1: float = 0.9  #: AdamW's decay of the first moment
     beta2: float = 0.999  #: AdamW's decay of the second moment
     epsilon: float = 1e-8  #: AdamW's epsilon
@@ -213,6 +225,19 @@ class TrainSettings:
         require(0 <= self.clip < math.inf, "--clip", self.clip, "0 (off) or a number above it")
         require(0 <= self.seed < 2**32, "--seed", self.seed, "a whole number from 0 to 4294967295")
         require(self.optim in OPTIMS, "--optim", self.optim, ", ".join(OPTIMS))
+        found = re.fullmatch(r"([1-9]\d*)(?::(\d+\.?\d*(?:e-?\d+)?))?", self.early_stop or "1")
+        accepted = "PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01"
+        require(found is not None, "--early-stop", self.early_stop, accepted)
+
+    @property
+    def patience(self) -> int | None:
+        """Evaluations in a row without a lower loss after which the run ends; None: it goes on to its last step."""
+        return int(self.early_stop.partition(":")[0]) if self.early_stop else None
+
+    @property
+    def min_delta(self) -> float:
+        """By how much a validation loss must lie below the lowest before it, in nats, to count as lower."""
+        return float((self.early_stop or "").partition(":")[2] or 0)
 
     def batch(self, ranks: int) -> "Batch":
         """How the global batch is divided over `ranks`; a remainder is an error that prints the sum."""
@@ -327,6 +352,13 @@ class OutputSettings:
     profile: int | None = setting(
         None, flag="--profile", help="profile so many steps of rank 0 into OUT/profile", unit="steps"
     )
+    export: str = setting(
+        "last",
+        flag="--export",
+        help="weights that go into the exported folder: of the last step, or of the checkpoint with the lowest "
+        "validation loss (then one is saved at each evaluation that is the lowest so far)",
+        choices=("last", "best"),
+    )
 
     def __post_init__(self) -> None:
         _check_every("--eval-every", self.eval_every)
@@ -345,6 +377,7 @@ class OutputSettings:
         require(self.profile is None or self.profile >= 1, "--profile", self.profile, "a whole number from 1")
         for name in self.also:
             require(name in ALSO, "--also", name, " or ".join(ALSO))
+        require(self.export in ("last", "best"), "--export", self.export, "last or best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,6 +398,11 @@ class Settings:
         require(self.mode in MODES, "--mode", self.mode, "full or lora")
         require(self.preset in PRESETS, "--preset", self.preset, "demo or card")
         _check_together(self)
+        if self.train.early_stop and self.output.eval_every == "never":
+            raise UserError(
+                f"--early-stop {self.train.early_stop} with --eval-every never: there is no evaluation to stop at; "
+                "pass --eval-every epoch or a number of steps"
+            )
 
     @property
     def method(self) -> str:
@@ -496,10 +534,9 @@ _FREE = (
 
 def scientific(settings: Settings) -> dict[str, Any]:
     """What may not change when a run is resumed, by field name: all that its numbers are a function of."""
-    groups = ("model", "data", "train", *(("lora",) if settings.mode == "lora" else ()))
-    return {
-        name: value
-        for group in groups
-        for name, value in dataclasses.asdict(getattr(settings, group)).items()
-        if f"{group}.{name}" not in _FREE
-    }
+    found: dict[str, Any] = {}
+    for group in ("model", "data", "train", *(("lora",) if settings.mode == "lora" else ())):
+        for name, value in dataclasses.asdict(getattr(settings, group)).items():
+            if f"{group}.{name}" not in _FREE:
+                found[f"{group}_{name}" if name in found else name] = value  # lora_dropout beside dropout
+    return found

@@ -46,10 +46,6 @@ def make(variant: Variant, world: World) -> Bench:
     """Build model and data of a variant: random token ids, so that nothing has to be fetched."""
     settings = flags.read(_flags(variant)).settings
     model = build(settings, hashed=False)
-    if variant.dropout is not None:
-        for module in model.module.modules():
-            if isinstance(module, torch.nn.Dropout) and "lora" not in type(module).__name__.lower():
-                module.p = variant.dropout
     vocabulary = model.causal.config.vocab_size
     sides = [_rows(batches * variant.batch, vocabulary, variant) for batches in (variant.steps, EVAL_BATCHES)]
     facts = {"vocabulary": vocabulary, "fingerprint": "random", "notices": []}
@@ -64,6 +60,7 @@ def _flags(variant: Variant) -> list[str]:
     words += f" --global-batch {variant.batch} --eval-batch {variant.batch} --max-steps {variant.steps}"
     words += f" --precision {variant.precision} --eval-every never --save-every never"
     words += " --init random" if variant.model == "gpt2" else ""
+    words += f" --dropout {variant.dropout}" if variant.dropout is not None else ""
     return [*words.split(), *(["--ds-config", variant.zero] if variant.zero else [])]
 
 

@@ -2,6 +2,7 @@
 
 from trainer.export.card import card_text
 from trainer.export.check import Check, Expected, check_folder, check_logits, fixed_rows, judge
+from trainer.export.command import model_at
 from trainer.export.folder import base_of, export, gathered, save_folder
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "fixed_rows",
     "gathered",
     "judge",
+    "model_at",
     "save_folder",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer import reference
 from trainer.export.check import Check
-from trainer.records import EpochRecord, EvalRecord, Record, perplexity
+from trainer.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
 from trainer.settings import DEMO_MODEL
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
@@ -16,19 +16,20 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 def card_text(
     run: Mapping[str, Any], records: Iterable[Record], check: Check, *, step: int, merged: bool = False,
-    change: str = "", optimizer_bytes: int | None = None,
+    change: str = "", optimizer_bytes: int | None = None, chosen: str = "",
 ) -> str:  # fmt: skip
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
     `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in;
     `change`: what merging onto another base than the one trained on did to the loss; `optimizer_bytes`: of the largest
-    rank, where it is known.
+    rank, where it is known; `chosen`: a sentence on why these weights and not the last.
     """
-    rows = [r for r in records if r.step <= step]
+    everything = list(records)
+    rows = [r for r in everything if r.step <= step]
     lines = [
         *_front_matter(run, check, merged), "",
         f"# {run['name']}", "",
-        _what(run, step, merged), "",
+        _what(run, step, merged) + (f" {chosen}" if chosen else ""), "",
         f"Exported weights: {check.line()}{change}.{_ties(check, merged)}", "",
         "## Training procedure", "",
         "### Training hyperparameters", "",
@@ -40,6 +41,7 @@ def card_text(
         "### Compared with", "",
         f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
         f"its three epochs): not comparable, for these reasons: {_reasons(run)}.", "",
+        *_diagnosis(everything),
         "### Framework versions", "",
         *(f"- {name} {run['versions'][name]}" for name in PACKAGES if run["versions"].get(name)), "",
     ]  # fmt: skip
@@ -174,6 +176,15 @@ def _adapter_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     if settings["engine"].get("checkpoint_activations"):
         rows.append(("activations", "computed again in backward"))
     return rows
+
+
+def _diagnosis(records: list[Record]) -> list[str]:
+    """What the run noticed of itself, over its whole length; nothing where all was well."""
+    said = [r for r in records if isinstance(r, EventRecord) and r.event == "diagnosis"]
+    if not said:
+        return []
+    return ["### Diagnosis", "", "What the run noticed of itself:", "",
+            *(f"- step {event.step:,}: {event.message}" for event in said), ""]  # fmt: skip
 
 
 def _reasons(run: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def run(folder: Path, *, which: str = "latest", merge: bool = False, out: Path |
         raise UserError(f"--merge: {folder} is a run of --mode {settings.mode}; it has no adapters to merge")
     point = _checkpoint(folder, which)
     final = _place(folder, point, merge, out)
-    model = _model(folder, settings, point, about, unpacked=merge)
+    model = model_at(folder, settings, point, about, unpacked=merge)
     data, no_data = _data(settings, about)
     moved = merge and bool(settings.model.quant)  # onto weights other than those the adapters were trained on
     expected = _expected(model, settings, point, about, data, no_data, moved=moved)
@@ -92,7 +92,9 @@ def _place(folder: Path, point: Checkpoint, merge: bool, out: Path | None) -> Pa
     return out.absolute()
 
 
-def _model(folder: Path, settings: Settings, point: Checkpoint, about: dict[str, Any], *, unpacked: bool) -> Model:
+def model_at(
+    folder: Path, settings: Settings, point: Checkpoint, about: dict[str, Any], *, unpacked: bool = False
+) -> Model:
     """The model as it stood at the checkpoint, on one device, in evaluation mode; `unpacked`: on the float32 base."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kept = folder / "base"

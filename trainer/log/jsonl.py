@@ -6,6 +6,8 @@ from pathlib import Path
 from trainer.errors import RunFailed, UserError
 from trainer.records import EpochRecord, EvalRecord, EventRecord, Record, from_line, to_line
 
+AFTER_EVALUATION = ("early_stop", "diagnosis", "samples")  # events that an evaluation brings; they come again with it
+
 
 class JsonlSink:
     """Appends records to `path`; with `resume` a file that already holds rows is continued, else it is refused.
@@ -71,7 +73,10 @@ def rewind(path: Path, step: int, *, pending: bool = False) -> int:
             except ValueError as problem:
                 raise UserError(f"{path}, line {number}: {problem}; cannot resume from a damaged file") from problem
             ended = isinstance(record, EventRecord) and record.event == "finished"
-            again = pending and record.step == step and isinstance(record, EvalRecord | EpochRecord)
+            due = isinstance(record, EvalRecord | EpochRecord) or (
+                isinstance(record, EventRecord) and record.event in AFTER_EVALUATION
+            )
+            again = pending and record.step == step and due
             if record.step > step or ended or again:
                 dropped += 1
             else:

@@ -52,6 +52,8 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
     """What an event adds to the summary: the facts of the end of the run, else the event's own message."""
     if record.event == "finished":
         return dict(_flat(record.facts))
+    if record.event == "diagnosis":  # several of them may be true
+        return {f"event/diagnosis/{record.facts['code']}": record.message}
     return {f"event/{record.event}": record.message}
 
 

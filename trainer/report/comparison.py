@@ -12,7 +12,7 @@ from trainer.report.comparable import MUST_AGREE, facts, short, together, why_no
 from trainer.report.gather import Problem
 from trainer.report.runs import Run
 from trainer.report.seeds import Group, groups
-from trainer.report.tables import Table, by_epoch, by_run, same_and_different
+from trainer.report.tables import Table, by_epoch, by_run, diagnosis, same_and_different
 from trainer.report.verdict import Verdict, judge
 
 
@@ -29,6 +29,7 @@ class Comparison:
     by_run: Table
     different: Table
     same: Table
+    diagnosis: Table
 
     @property
     def runs(self) -> list[Run]:
@@ -50,6 +51,7 @@ def compare(runs: Sequence[Run], problems: Sequence[Problem] = (), with_card: bo
         by_run=by_run(found, with_card),
         different=different,
         same=same,
+        diagnosis=diagnosis(found),
     )
 
 
@@ -113,6 +115,7 @@ def as_json(comparison: Comparison, checks: Sequence[dict[str, Any]] = ()) -> di
         ],
         "by_epoch": comparison.by_epoch.records(),
         "by_run": comparison.by_run.records(),
+        "diagnosis": comparison.diagnosis.records(),
         "facts": {
             fact.name: {
                 "same": fact.same,

@@ -94,6 +94,7 @@ def page(comparison: "Comparison") -> str:
             _table(comparison.by_epoch, modes, heading=1),
             f"<h2>{by_run.title}</h2>",
             _table(by_run, modes),
+            *_optional(comparison.diagnosis, modes),
             "<h2>Same and different</h2>",
             _list(comparison.comparable),
             _details(comparison.different, modes, is_open=True),
@@ -106,6 +107,10 @@ def page(comparison: "Comparison") -> str:
             "",
         ]
     )
+
+
+def _optional(content: Table, modes: dict[str, str]) -> list[str]:
+    return [f"<h2>{content.title}</h2>", _table(content, modes)] if content.rows else []
 
 
 def _list(lines: tuple[str, ...]) -> str:

@@ -42,6 +42,7 @@ class Run:
     epochs: Series
     end: Mapping[str, Any] = field(default_factory=dict)  #: the facts of the `finished` event
     state: str = "finished"  #: finished, going or stopped
+    findings: tuple[tuple[int, str], ...] = ()  #: (step, line) of what the run noticed of itself
     notes: tuple[str, ...] = ()
 
     @property
@@ -167,6 +168,11 @@ def build(
         epochs=in_order(epochs),
         end=end or {},
         state=state,
+        findings=tuple(
+            (int(event.get("step") or 0), str(event.get("message")))
+            for event in events
+            if event.get("event") == "diagnosis"
+        ),
         notes=tuple(notes),
     )
     return dataclasses.replace(run, notes=(*run.notes, *_what_is_missing(run, events)))

@@ -182,7 +182,7 @@ def _run_row(run: Run) -> tuple[Cell, ...]:
         Cell(run.name, run.name),
         Cell(run.run_id, run.run_id),
         Cell(run.mode, MODE_NAMES[run.mode]),
-        Cell(run.state, run.state),
+        Cell(run.state, run.state + (" (early stop)" if run.end.get("early_stop") else "")),
         number(run.fact("model.trainable")),
         Cell(share, NOT_TOLD if share is None else percent(share)),
         size(run.end.get("peak_memory_bytes")),
@@ -220,6 +220,16 @@ def _card_run_row(keys: list[str]) -> tuple[Cell, ...]:
         "run_id": Cell(None, reference.NAME),
     }
     return tuple(told.get(key, Cell(None, "unknown")) for key in keys)
+
+
+def diagnosis(groups: Sequence[Group]) -> Table:
+    """What each run noticed of itself while it ran."""
+    columns = {"run": "run", "step": "at step", "finding": "what it noticed, the likely cause, and what to try"}
+    rows = tuple(
+        (Cell(run.name, run.name), number(step), Cell(line, line))
+        for group in groups for run in group.runs for step, line in run.findings
+    )  # fmt: skip
+    return Table("Diagnosis", columns, rows)
 
 
 def same_and_different(groups: Sequence[Group], with_card: bool) -> tuple[Table, Table]:

@@ -123,7 +123,7 @@ def from_rows(
         steps=series(_pick(rows, _STEP_KEYS, start), STEP_FIELDS),
         evals=series(_pick(rows, _EVAL_KEYS, start), EVAL_FIELDS),
         epochs=series(_pick(rows, _EPOCH_KEYS, start), EPOCH_FIELDS),
-        events=[ended] if finished else [],
+        events=[*_findings(summary), *([ended] if finished else [])],
         notes=list(notes),
         age=age,
     )
@@ -139,6 +139,12 @@ def _pick(rows: Iterable[Mapping[str, Any]], keys: Mapping[str, str], start: flo
                 **{axis: row.get(axis) for axis in _AXES},
                 **found,
             }
+
+
+def _findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the run noticed of itself; the summary keeps no step of it."""
+    said = nested({key: value for key, value in summary.items() if key.startswith("event/diagnosis/")}, "/")
+    return [{"event": "diagnosis", "message": line} for line in said.get("event", {}).get("diagnosis", {}).values()]
 
 
 def _end_facts(summary: Mapping[str, Any]) -> dict[str, Any]:

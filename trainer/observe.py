@@ -1,0 +1,41 @@
+"""What is done beside the loop at each of its records: find out what is wrong with the run. All ranks take part."""
+
+import time
+from collections.abc import Iterable
+
+from trainer.diagnosis import Diagnosis, Facts
+from trainer.engine import Engine
+from trainer.records import EvalRecord, EventRecord, Record
+
+
+class Observer:
+    """Looks at each record of the loop and adds events. Changes no number: it draws nothing and trains nothing."""
+
+    def __init__(self, engine: Engine, facts: Facts, earlier: Iterable[Record] = ()):
+        self.engine = engine
+        self.diagnosis = Diagnosis(facts)
+        self.untold = self.diagnosis.replay(earlier)  # what a process that was killed had no time to say
+        self._adapters = engine.model.starting_at_zero
+        self._device = 0.0
+
+    def begin(self, step: int, seconds: float) -> list[EventRecord]:
+        """What is to be said before the first record."""
+        return [finding.record(step, seconds) for finding in self.untold]
+
+    def after(self, record: Record) -> list[EventRecord]:
+        """What follows a record, in order; only rank 0's is written, but every rank must ask."""
+        waited, self._device = self.engine.waited - self._device, self.engine.waited
+        self.diagnosis.spend("device", waited)
+        found = self.diagnosis.take(record)
+        if isinstance(record, EvalRecord) and record.step and self._adapters:
+            found += self.diagnosis.adapter(self.engine.largest(self._adapters))
+            self._adapters = ()  # what has moved once is not zero again
+        return [finding.record(record.step, record.time) for finding in found]
+
+    def drew(self, seconds: float) -> None:
+        """The loop waited so long for its rows."""
+        self.diagnosis.spend("data", seconds)
+
+    def wrote(self, began: float) -> None:
+        """Records were written since `began`, a reading of `time.perf_counter`."""
+        self.diagnosis.spend("logging", time.perf_counter() - began)
