@@ -14,7 +14,7 @@ PACKAGE = ROOT / "trainer"
 #: From the bottom up. A room imports only rooms of lower lines; those on one line do not know one another.
 ORDER = [
     {"errors"},
-    {"settings", "reference", "schedule", "records", "watch"},
+    {"settings", "reference", "schedule", "records", "watch", "memory"},
     {"flags"},
     {"data"},
     {"base"},
@@ -26,6 +26,7 @@ ORDER = [
     {"plan", "log"},
     {"export", "verify"},
     {"report"},
+    {"doctor"},
     {"run"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
@@ -39,7 +40,18 @@ DOORS = {
     "wandb_workspaces": {"report"},
     "matplotlib": {"report"},
 }
-LIGHT = ["errors", "settings", "reference", "schedule", "records", "flags", "watch", "report", "report.command"]
+LIGHT = [
+    "errors",
+    "settings",
+    "reference",
+    "schedule",
+    "records",
+    "flags",
+    "watch",
+    "memory",
+    "report",
+    "report.command",
+]
 
 
 def room_of(path: Path) -> str:
@@ -111,7 +123,7 @@ def test_a_light_room_loads_without_torch(room):
 
 def test_the_launchers_load_nothing_heavy_before_they_have_read_their_flags():
     """So that --help answers at once, and libraries are silenced before they are imported."""
-    for name in ("train", "compare", "export"):
+    for name in ("train", "compare", "export", "doctor"):
         line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == "False", done.stdout + done.stderr

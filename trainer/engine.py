@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from trainer.data import MicroBatch
 from trainer.errors import RunFailed, UserError
 from trainer.loss import TokenLoss
+from trainer.memory import Counts, state
 from trainer.model import Model
 from trainer.settings import DS_NAMES, HANG_TIMEOUT_MOST, Batch, TrainSettings
 from trainer.watch import Board
@@ -97,7 +98,7 @@ def start_world(device: str | None = None) -> World:
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
@@ -132,6 +133,25 @@ def start_world(device: str | None = None) -> World:
     )  # fmt: skip
 
 
+def planned_world(ranks: int, device: str | None = None) -> World:
+    """The world that a run on `ranks` ranks of this machine would have, without joining anybody: for a plan only."""
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    where = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    return World(
+        rank=0, size=ranks, local_rank=0, local_size=ranks, device=where, threads=_threads(ranks), host=None,
+        board=Board(0, ranks, None),
+    )  # fmt: skip
+
+
+def forwarded_variables() -> tuple[str, ...]:
+    """Beginnings of the environment variables that `deepspeed` hands on to other machines."""
+    runner = import_module("deepspeed.launcher.runner")
+    accelerator = import_module("deepspeed.accelerator").get_accelerator()
+    return (*runner.EXPORT_ENVS, *accelerator.export_envs())
+
+
 def _store(rank: int, host: Any) -> dist.TCPStore:
     """A key-value store on rank 0, apart from the launcher's: that one may go first."""
     address = os.environ["MASTER_ADDR"]
@@ -161,7 +181,8 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -208,10 +229,20 @@ class ZeroFile:
     @property
     def offload(self) -> bool:
         """Whether optimizer state or weights live in the host's memory."""
-        zero = self.content["zero_optimization"]
-        return any(
-            (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
-        )
+        return self.optimizer_on_host or self.weights_on_host
+
+    @property
+    def optimizer_on_host(self) -> bool:
+        """Whether the optimizer's state lives in the host's memory."""
+        return self._device("offload_optimizer") != "none"
+
+    @property
+    def weights_on_host(self) -> bool:
+        """Whether the weights do, between the moments when a layer needs them."""
+        return self._device("offload_param") != "none"
+
+    def _device(self, key: str) -> str:
+        return str((self.content["zero_optimization"].get(key) or {}).get("device", "none"))
 
 
 def read_zero_file(name: str, reason: str = "asked for") -> ZeroFile:
@@ -281,28 +312,25 @@ def _walk(value: Any, where: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _walk(inner, path)
 
 
-def choose_zero_file(*, trainable: int, parameters: int, ranks: int, memory: int | None, precision: str) -> ZeroFile:
-    """The ZeRO file where the user named none, and why.
+def choose_zero_file(*, counts: Counts, ranks: int, memory: int | None, precision: str) -> ZeroFile:
+    """The ZeRO file where the user named none, and why: by the state per rank of `trainer.memory`."""
 
-    State per rank of mixed precision by stage (the ZeRO paper, arXiv 1910.02054, section 3, with float32 weights and
-    gradients): 4 bytes x weights, and for what trains 4 gradient + 8 optimizer (+ 4 master copy from stage 1 on).
-    """
-    frozen = parameters - trainable
-    whole = 4 * frozen + 16 * trainable
-    divided = {1: 4 * frozen + trainable * (8 + 12 / ranks), 2: 4 * frozen + trainable * (4 + 16 / ranks)}
+    def held(stage: int) -> float:
+        return state(counts, stage=stage, ranks=ranks, precision=precision).total
 
     def fits(size: float) -> bool:
         return memory is None or size <= STATE_SHARE * memory
 
+    whole = held(0)
     if ranks == 1 and precision != "fp16":
         if fits(whole):
             return read_zero_file("zero0", "one rank: there is nothing to divide")
         return read_zero_file(
             "zero2_offload", f"one rank, and {whole / 2**30:.1f} GiB of model state: the optimizer's moves to the host"
         )
-    if fits(divided[1]):
+    if fits(held(1)):
         return read_zero_file("zero1", "optimizer state is divided over the ranks at no extra communication")
-    if fits(divided[2]):
+    if fits(held(2)):
         return read_zero_file(
             "zero2", f"{whole / 2**30:.1f} GiB of model state: gradients and optimizer state are divided"
         )

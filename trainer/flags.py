@@ -60,6 +60,21 @@ def read(arguments: Sequence[str] | None = None) -> Request:
     )
 
 
+def words(request: Request, **instead: Mapping[str, Any]) -> list[str]:
+    """A command line with the request's mode, preset and given settings, those of `instead` (by group) over them."""
+    line = ["--mode", request.settings.mode, "--preset", request.settings.preset]
+    for name, group in GROUPS.items():
+        values = {**request.given.get(name, {}), **instead.get(name, {})}
+        for field in _fields(group):
+            if field.name in values:
+                value = values[field.name]
+                if field.type is bool:
+                    line += [] if value else [field.metadata["flag"]]
+                else:
+                    line += [field.metadata["flag"], ",".join(value) if isinstance(value, tuple) else str(value)]
+    return line
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser; a setting not given is absent from its result, so presets can be told."""
     top = _Parser(

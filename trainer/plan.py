@@ -17,6 +17,7 @@ from trainer.data import Prepared
 from trainer.engine import World, ZeroFile
 from trainer.errors import UserError
 from trainer.loop import Course
+from trainer.memory import Counts
 from trainer.model import load_config, positions
 from trainer.settings import Settings
 
@@ -150,8 +151,7 @@ def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str,
         engine.read_zero_file(settings.engine.ds_config)
         if settings.engine.ds_config
         else engine.choose_zero_file(
-            trainable=model["trainable"], parameters=model["parameters"], ranks=world.size,
-            memory=engine.device_memory(world.device), precision=precision,
+            counts=Counts.of(model), ranks=world.size, memory=engine.device_memory(world.device), precision=precision,
         )
     )  # fmt: skip
     examples = len(data.train)
