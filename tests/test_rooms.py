@@ -24,8 +24,9 @@ ORDER = [
     {"checkpoint"},
     {"loop"},
     {"plan", "log"},
-    {"export", "verify"},
+    {"export", "verify", "footprint"},
     {"report"},
+    {"find"},
     {"doctor"},
     {"run"},
 ]

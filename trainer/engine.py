@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from trainer.data import MicroBatch
 from trainer.errors import RunFailed, UserError
 from trainer.loss import TokenLoss
-from trainer.memory import Counts, state
+from trainer.memory import Counts
+from trainer.memory import state as model_state
 from trainer.model import Model
 from trainer.settings import DS_NAMES, HANG_TIMEOUT_MOST, Batch, TrainSettings
 from trainer.watch import Board
@@ -316,7 +317,7 @@ def choose_zero_file(*, counts: Counts, ranks: int, memory: int | None, precisio
     """The ZeRO file where the user named none, and why: by the state per rank of `trainer.memory`."""
 
     def held(stage: int) -> float:
-        return state(counts, stage=stage, ranks=ranks, precision=precision).total
+        return model_state(counts, stage=stage, ranks=ranks, precision=precision).total
 
     def fits(size: float) -> bool:
         return memory is None or size <= STATE_SHARE * memory
@@ -462,6 +463,73 @@ class Engine:
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.trainable.values(), self.clip, self._grad_norm)
 
+    # --- a copy of this rank's part of the state ---
+
+    def remember(self) -> Callable[[], None]:
+        """Copy to the host all that a step changes; the function returned restores it bit for bit. All ranks call both.
+
+        Between the two only whole steps may be taken: gradients are not kept.
+        """
+        inner = self._inner()
+        tensors = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in self._held()]
+        states = {
+            flat: {
+                key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
+            for flat, state in inner.state.items()
+        }
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        counters = {name: getattr(self.deepspeed, name) for name in _COUNTERS}
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        scale = dict(vars(scaler)) if hasattr(scaler, "__dict__") else {}
+
+        @torch.no_grad()
+        def restore() -> None:
+            for tensor, kept in tensors:
+                tensor.detach().copy_(kept)
+            for flat in [flat for flat in inner.state if flat not in states]:
+                for value in inner.state[flat].values():  # not taken away, DeepSpeed points to them: AdamW begins at 0
+                    value.zero_()
+            for flat, state in states.items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        inner.state[flat][key].copy_(value)
+                    else:
+                        inner.state[flat][key] = value
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for name, count in counters.items():
+                setattr(self.deepspeed, name, count)
+            if scale:
+                vars(scaler).update(scale)
+            if self._stage == 0:
+                for parameter in self.trainable.values():  # of a step that was refused
+                    parameter.grad = None
+            if self._stage == 3:
+                self._gather_anew()
+
+        return restore
+
+    def _inner(self) -> Any:
+        """torch's optimizer."""
+        return self.optimizer if self._stage == 0 else self.optimizer.optimizer
+
+    def _held(self) -> list[Tensor]:
+        """Weights as this rank holds them, and ZeRO's float32 copies of its share."""
+        if self._stage == 3:
+            return [p.ds_tensor for p in self.trainable.values()] + list(self.optimizer.fp32_partitioned_groups_flat)
+        own = [p.data for p in self.trainable.values()]
+        return own if self._stage == 0 else own + list(self.optimizer.single_partition_of_fp32_groups)
+
+    def _gather_anew(self) -> None:
+        """Let go of weights that ZeRO-3 still holds whole, and put together those that it always holds."""
+        whole = [p for p in self.trainable.values() if p.ds_status.name == "AVAILABLE"]
+        if whole:
+            whole[0].partition(whole, has_been_updated=False)
+        lasting = [p for p in self.optimizer.persistent_parameters if p.ds_status.name != "AVAILABLE"]
+        if lasting:
+            lasting[0].all_gather(lasting)
+
     # --- full state, the same under every stage and number of ranks ---
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -481,7 +549,7 @@ class Engine:
 
     def load_moments(self, read: Callable[[str], Tensor], steps: int) -> None:
         """Set AdamW's two moments and its count of steps; the weights were in the model before the engine was made."""
-        inner = self.optimizer if self._stage == 0 else self.optimizer.optimizer
+        inner = self._inner()
         held = [flat for group in inner.param_groups for flat in group["params"]]
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
             held = self.optimizer.fp32_partitioned_groups_flat
@@ -527,6 +595,9 @@ class Engine:
                     yield name, parameter.detach().float().cpu().clone()
             else:
                 yield name, parameter.detach().float().cpu()
+
+
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def _dropout_seed(seed: int, step: int, index: int) -> int:

@@ -16,6 +16,7 @@ from trainer.doctor import plan as plan_checks
 from trainer.doctor.checks import ERROR, LEVELS, OK, Check, fine, guarded, size
 from trainer.doctor.rehearsal import Rehearsal, costs
 from trainer.engine import planned_world
+from trainer.find import LEFT
 from trainer.flags import Request
 from trainer.log.progress import console
 from trainer.model import Model, build, load_config
@@ -133,7 +134,7 @@ def _near(folder: Path) -> Path:
 
 def _folder(folder: str, *, resumed: bool) -> Check:
     path = Path(folder)
-    if not resumed and path.is_dir() and any(path.iterdir()):
+    if not resumed and path.is_dir() and any(one.name not in LEFT for one in path.iterdir()):
         return Check(
             level=ERROR, what="run folder", found=f"{folder} is not empty",
             remedy="another --out, or --resume to go on with that run",

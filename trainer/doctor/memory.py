@@ -4,19 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
-from trainer import engine, memory
 from trainer.doctor.checks import ERROR, WARNING, Check, fine, judged, size
 from trainer.engine import ZeroFile, read_zero_file
-from trainer.loss import LARGEST_LOGITS
-from trainer.memory import Counts, Estimate, Load, Shape
+from trainer.footprint import available, estimate, free_host, load_of, needed
+from trainer.memory import Estimate, Load, Shape
 from trainer.model import load_config
 from trainer.plan import Plan
 from trainer.settings import DS_NAMES
 
 TIGHT = 0.9  # of the memory; above it the allocator's gaps may not fit
-PROGRAM = 700 * 2**20  # bytes; what a rank on a processor holds before it has a model: Python, torch, DeepSpeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,32 +36,6 @@ class Row:
         }  # fmt: skip
 
 
-def load_of(plan: Plan, width: int, *, micro: int | None = None) -> Load:
-    """What a rank of the plan feeds in one forward; `width`: tokens of the longest row."""
-    settings, lora = plan.settings, plan.settings.mode == "lora"
-    micro = micro or plan.course.batch.micro
-    return Load(
-        rows=micro, width=width, accumulation=plan.course.batch.global_batch // (micro * plan.world.size),
-        precision=plan.precision, gpu=plan.world.device.type == "cuda", dropout=plan.dropout,
-        adapter_rank=settings.lora.rank if lora else 0, adapter_dropout=settings.lora.dropout,
-        adapted=tuple(plan.model["lora_targets"]), largest_logits=LARGEST_LOGITS,
-    )  # fmt: skip
-
-
-def estimate(plan: Plan, zero: ZeroFile, load: Load) -> Estimate:
-    """The formula's answer for a rank of this plan under a ZeRO file."""
-    return memory.estimate(
-        Shape.of(load_config(plan.settings.model)), Counts.of(plan.model), load, stage=zero.stage,
-        ranks=plan.world.size, optimizer_on_host=zero.optimizer_on_host, weights_on_host=zero.weights_on_host,
-    )  # fmt: skip
-
-
-def available(plan: Plan) -> float:
-    """Bytes that one rank may use: its GPU's, or its share of the memory that is free now."""
-    whole = engine.device_memory(plan.world.device)
-    return float(whole) if whole is not None else psutil.virtual_memory().available / plan.world.local_size
-
-
 def rows(plan: Plan, width: int) -> list[Row]:
     """Every ZeRO file of this program, and the plan's own where that is another."""
     files = [read_zero_file(name) for name in DS_NAMES]
@@ -75,10 +45,8 @@ def rows(plan: Plan, width: int) -> list[Row]:
 
 def _row(plan: Plan, zero: ZeroFile, load: Load, limit: float) -> Row:
     made = estimate(plan, zero, load)
-    gpu = load.gpu
-    device = made.peak + (memory.CONTEXT if gpu else PROGRAM + made.state.host)
-    host = made.state.host if gpu else 0.0
-    fits = device <= limit and host <= psutil.virtual_memory().available / plan.world.local_size
+    device, host = needed(plan, made)
+    fits = device <= limit and host <= free_host(plan)
     return Row(name=zero.name, chosen=zero.name == plan.zero.name, estimate=made, device=device, host=host, fits=fits)
 
 
