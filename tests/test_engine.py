@@ -16,6 +16,7 @@ from ranks import on_ranks
 from trainer import engine, flags
 from trainer.engine import choose_zero_file, deepspeed_dict, read_zero_file
 from trainer.errors import UserError
+from trainer.memory import Counts
 from trainer.settings import DS_NAMES, Batch
 
 GIB = 2**30
@@ -153,14 +154,15 @@ def test_no_key_comes_from_both_sides_and_the_file_is_left_as_it_is(name, precis
     ],
 )
 def test_the_choice_follows_the_state_that_a_rank_would_hold(ranks, memory, trainable, expected):
-    chosen = choose_zero_file(trainable=trainable, parameters=GPT2, ranks=ranks, memory=memory, precision="bf16")
+    counts = Counts(frozen=GPT2 if trainable == ADAPTERS else GPT2 - trainable, trainable=trainable)
+    chosen = choose_zero_file(counts=counts, ranks=ranks, memory=memory, precision="bf16")
     assert chosen.name == expected
     assert chosen.reason
     assert chosen.reason != "asked for"
 
 
 def test_fp16_never_gets_stage_0_which_has_no_loss_scale():
-    assert choose_zero_file(trainable=GPT2, parameters=GPT2, ranks=1, memory=None, precision="fp16").stage == 1
+    assert choose_zero_file(counts=Counts(frozen=0, trainable=GPT2), ranks=1, memory=None, precision="fp16").stage == 1
 
 
 # --- what we rely on inside DeepSpeed: an upgrade that moves it shows here ---

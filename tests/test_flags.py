@@ -17,7 +17,17 @@ CONTRACT = [
     "--eval-every", "--save-every", "--keep", "--resume", "--out", "--wandb", "--wandb-project", "--run-name",
     "--dry-run", "--local_rank", "--early-stop", "--dropout", "--export", "--samples", "--metrics",
 ]  # fmt: skip
-OF_THE_RUN = {"--mode", "--preset", "--resume", "--allow-change", "--dry-run", "--local_rank", "--help"}
+OF_THE_RUN = {
+    "--mode",
+    "--preset",
+    "--resume",
+    "--allow-change",
+    "--dry-run",
+    "--find-lr",
+    "--find-batch",
+    "--local_rank",
+    "--help",
+}
 
 # A value of each flag that no preset has, as typed and as read.
 VALUES = {

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "trainer"
 #: From the bottom up. A room imports only rooms of lower lines; those on one line do not know one another.
 ORDER = [
     {"errors"},
-    {"settings", "reference", "schedule", "records", "watch"},
+    {"settings", "reference", "schedule", "records", "watch", "memory"},
     {"flags", "diagnosis"},
     {"data"},
     {"base"},
@@ -25,9 +25,11 @@ ORDER = [
     {"checkpoint"},
     {"loop"},
     {"plan", "log", "observe"},
-    {"export", "verify"},
+    {"export", "verify", "footprint"},
     {"report"},
-    {"run", "bench"},
+    {"find", "bench"},
+    {"doctor"},
+    {"run"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
@@ -51,6 +53,7 @@ LIGHT = [
     "diagnosis",
     "flags",
     "watch",
+    "memory",
     "report",
     "report.command",
 ]
@@ -125,7 +128,7 @@ def test_a_light_room_loads_without_torch(room):
 
 def test_the_launchers_load_nothing_heavy_before_they_have_read_their_flags():
     """So that --help answers at once, and libraries are silenced before they are imported."""
-    for name in ("train", "compare", "export", "bench"):
+    for name in ("train", "compare", "export", "bench", "doctor"):
         line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == "False", done.stdout + done.stderr

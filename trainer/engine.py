@@ -28,6 +28,8 @@ from trainer import optim, quant
 from trainer.data import MicroBatch
 from trainer.errors import RunFailed, UserError
 from trainer.loss import TokenLoss
+from trainer.memory import Counts
+from trainer.memory import state as model_state
 from trainer.model import Model
 from trainer.settings import DS_NAMES, EIGHT_BIT, HANG_TIMEOUT_MOST, Batch, TrainSettings
 from trainer.watch import Board
@@ -99,7 +101,7 @@ def start_world(device: str | None = None) -> World:
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
@@ -134,6 +136,25 @@ def start_world(device: str | None = None) -> World:
     )  # fmt: skip
 
 
+def planned_world(ranks: int, device: str | None = None) -> World:
+    """The world that a run on `ranks` ranks of this machine would have, without joining anybody: for a plan only."""
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    where = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    return World(
+        rank=0, size=ranks, local_rank=0, local_size=ranks, device=where, threads=_threads(ranks), host=None,
+        board=Board(0, ranks, None),
+    )  # fmt: skip
+
+
+def forwarded_variables() -> tuple[str, ...]:
+    """Beginnings of the environment variables that `deepspeed` hands on to other machines."""
+    runner = import_module("deepspeed.launcher.runner")
+    accelerator = import_module("deepspeed.accelerator").get_accelerator()
+    return (*runner.EXPORT_ENVS, *accelerator.export_envs())
+
+
 def _store(rank: int, host: Any) -> dist.TCPStore:
     """A key-value store on rank 0, apart from the launcher's: that one may go first."""
     address = os.environ["MASTER_ADDR"]
@@ -163,7 +184,8 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -210,10 +232,20 @@ class ZeroFile:
     @property
     def offload(self) -> bool:
         """Whether optimizer state or weights live in the host's memory."""
-        zero = self.content["zero_optimization"]
-        return any(
-            (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
-        )
+        return self.optimizer_on_host or self.weights_on_host
+
+    @property
+    def optimizer_on_host(self) -> bool:
+        """Whether the optimizer's state lives in the host's memory."""
+        return self._device("offload_optimizer") != "none"
+
+    @property
+    def weights_on_host(self) -> bool:
+        """Whether the weights do, between the moments when a layer needs them."""
+        return self._device("offload_param") != "none"
+
+    def _device(self, key: str) -> str:
+        return str((self.content["zero_optimization"].get(key) or {}).get("device", "none"))
 
 
 def read_zero_file(name: str, reason: str = "asked for") -> ZeroFile:
@@ -283,28 +315,25 @@ def _walk(value: Any, where: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _walk(inner, path)
 
 
-def choose_zero_file(*, trainable: int, parameters: int, ranks: int, memory: int | None, precision: str) -> ZeroFile:
-    """The ZeRO file where the user named none, and why.
+def choose_zero_file(*, counts: Counts, ranks: int, memory: int | None, precision: str) -> ZeroFile:
+    """The ZeRO file where the user named none, and why: by the state per rank of `trainer.memory`."""
 
-    State per rank of mixed precision by stage (the ZeRO paper, arXiv 1910.02054, section 3, with float32 weights and
-    gradients): 4 bytes x weights, and for what trains 4 gradient + 8 optimizer (+ 4 master copy from stage 1 on).
-    """
-    frozen = parameters - trainable
-    whole = 4 * frozen + 16 * trainable
-    divided = {1: 4 * frozen + trainable * (8 + 12 / ranks), 2: 4 * frozen + trainable * (4 + 16 / ranks)}
+    def held(stage: int) -> float:
+        return model_state(counts, stage=stage, ranks=ranks, precision=precision).total
 
     def fits(size: float) -> bool:
         return memory is None or size <= STATE_SHARE * memory
 
+    whole = held(0)
     if ranks == 1 and precision != "fp16":
         if fits(whole):
             return read_zero_file("zero0", "one rank: there is nothing to divide")
         return read_zero_file(
             "zero2_offload", f"one rank, and {whole / 2**30:.1f} GiB of model state: the optimizer's moves to the host"
         )
-    if fits(divided[1]):
+    if fits(held(1)):
         return read_zero_file("zero1", "optimizer state is divided over the ranks at no extra communication")
-    if fits(divided[2]):
+    if fits(held(2)):
         return read_zero_file(
             "zero2", f"{whole / 2**30:.1f} GiB of model state: gradients and optimizer state are divided"
         )
@@ -448,6 +477,73 @@ class Engine:
         mine = [getattr(self.trainable[name], "ds_tensor", self.trainable[name]).detach() for name in names]
         return max(self.world.gather(max((float(part.abs().max()) for part in mine if part.numel()), default=0.0)))
 
+    # --- a copy of this rank's part of the state ---
+
+    def remember(self) -> Callable[[], None]:
+        """Copy to the host all that a step changes; the function returned restores it bit for bit. All ranks call both.
+
+        Between the two only whole steps may be taken: gradients are not kept.
+        """
+        inner = self._inner()
+        tensors = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in self._held()]
+        states = {
+            flat: {
+                key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
+            for flat, state in inner.state.items()
+        }
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        counters = {name: getattr(self.deepspeed, name) for name in _COUNTERS}
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        scale = dict(vars(scaler)) if hasattr(scaler, "__dict__") else {}
+
+        @torch.no_grad()
+        def restore() -> None:
+            for tensor, kept in tensors:
+                tensor.detach().copy_(kept)
+            for flat in [flat for flat in inner.state if flat not in states]:
+                for value in inner.state[flat].values():  # not taken away, DeepSpeed points to them: AdamW begins at 0
+                    value.zero_()
+            for flat, state in states.items():
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        inner.state[flat][key].copy_(value)
+                    else:
+                        inner.state[flat][key] = value
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for name, count in counters.items():
+                setattr(self.deepspeed, name, count)
+            if scale:
+                vars(scaler).update(scale)
+            if self._stage == 0:
+                for parameter in self.trainable.values():  # of a step that was refused
+                    parameter.grad = None
+            if self._stage == 3:
+                self._gather_anew()
+
+        return restore
+
+    def _inner(self) -> Any:
+        """torch's optimizer."""
+        return self.optimizer if self._stage == 0 else self.optimizer.optimizer
+
+    def _held(self) -> list[Tensor]:
+        """Weights as this rank holds them, and ZeRO's float32 copies of its share."""
+        if self._stage == 3:
+            return [p.ds_tensor for p in self.trainable.values()] + list(self.optimizer.fp32_partitioned_groups_flat)
+        own = [p.data for p in self.trainable.values()]
+        return own if self._stage == 0 else own + list(self.optimizer.single_partition_of_fp32_groups)
+
+    def _gather_anew(self) -> None:
+        """Let go of weights that ZeRO-3 still holds whole, and put together those that it always holds."""
+        whole = [p for p in self.trainable.values() if p.ds_status.name == "AVAILABLE"]
+        if whole:
+            whole[0].partition(whole, has_been_updated=False)
+        lasting = [p for p in self.optimizer.persistent_parameters if p.ds_status.name != "AVAILABLE"]
+        if lasting:
+            lasting[0].all_gather(lasting)
+
     # --- full state, the same under every stage and number of ranks ---
 
     def full_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -486,7 +582,7 @@ class Engine:
 
     def optimizer_bytes(self) -> int:
         """Bytes of the optimizer's state on this rank."""
-        return optim.state_bytes(self.optimizer if self._stage == 0 else self.optimizer.optimizer)
+        return optim.state_bytes(self._inner())
 
     def loss_scale(self) -> dict[str, Any] | None:
         """Where fp16's dynamic loss scale stands; None in other precisions, where nothing is scaled."""
@@ -503,7 +599,7 @@ class Engine:
         if self.eight_bit:
             self._load_codes(read, steps)
             return
-        inner = self.optimizer if self._stage == 0 else self.optimizer.optimizer
+        inner = self._inner()
         held = [flat for group in inner.param_groups for flat in group["params"]]
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
             held = self.optimizer.fp32_partitioned_groups_flat
@@ -573,6 +669,7 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis") 
 _OTHER_OPTIMIZER = (
     "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; expected the one it had"
 )
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def _dropout_seed(seed: int, step: int, index: int) -> int:

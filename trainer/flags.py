@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from trainer.errors import UserError
-from trainer.settings import GROUPS, MODES, PRESETS, Settings, base, resolve
+from trainer.settings import GROUPS, LORA_RATE_FACTOR, MODES, PRESETS, Settings, base, resolve
 
 TITLES = {
     "model": "model",
@@ -23,6 +24,35 @@ TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class LrRange:
+    """The sweep of `--find-lr`."""
+
+    start: float
+    end: float
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        if not (0 < self.start < self.end < math.inf and self.steps >= 20):
+            raise UserError(
+                f"--find-lr {self.start:g}:{self.end:g}:{self.steps}: expected START:END or START:END:STEPS with "
+                "0 < START < END and 20 steps or more"
+            )
+
+    @classmethod
+    def read(cls, text: str, mode: str) -> "LrRange":
+        """From START:END[:STEPS]; `default`: from far too low to far too high, for LoRA ten times higher."""
+        if text == "default":
+            factor = LORA_RATE_FACTOR if mode == "lora" else 1.0
+            return cls(start=1e-7 * factor, end=1.0 * factor)
+        try:
+            start, end, *rest = text.split(":")
+            (steps,) = rest or ["100"]
+            return cls(start=float(start), end=float(end), steps=int(steps))
+        except ValueError:
+            raise UserError(f"--find-lr {text}: expected START:END or START:END:STEPS, for instance 1e-6:1") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the user asked for: the settings of the run, and what to do with them."""
 
@@ -31,6 +61,13 @@ class Request:
     resume: str | None  #: None, `latest`, `best` or `step-N`
     allow_change: tuple[str, ...]  #: settings that may differ from those of the run that is resumed
     dry_run: bool
+    find_lr: LrRange | None = None  #: a range test instead of the run
+    find_batch: bool = False  #: trials of micro-batches instead of the run
+
+    @property
+    def finds(self) -> bool:
+        """Whether something is to be found rather than trained."""
+        return self.find_lr is not None or self.find_batch
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,13 +88,38 @@ def read(arguments: Sequence[str] | None = None) -> Request:
             if key in given:
                 values[name][field.name] = given[key]
                 overridden.append(field.metadata["flag"])
+    _check_one(given)
     return Request(
         settings=resolve(given["mode"], given["preset"], values, tuple(overridden)),
         given=values,
         resume=given["resume"],
         allow_change=tuple(name.replace("-", "_") for names in given["allow_change"] for name in names.split(",")),
         dry_run=given["dry_run"],
+        find_lr=LrRange.read(given["find_lr"], given["mode"]) if given["find_lr"] else None,
+        find_batch=given["find_batch"],
     )
+
+
+def _check_one(given: Mapping[str, Any]) -> None:
+    """UserError where more than one thing is asked for."""
+    asked = [f"--{name.replace('_', '-')}" for name in ("find_lr", "find_batch", "dry_run", "resume") if given[name]]
+    if len(asked) > 1 and asked[0] != "--dry-run":
+        raise UserError(f"{asked[0]} and {asked[1]}: one at a time")
+
+
+def words(request: Request, **instead: Mapping[str, Any]) -> list[str]:
+    """A command line with the request's mode, preset and given settings, those of `instead` (by group) over them."""
+    line = ["--mode", request.settings.mode, "--preset", request.settings.preset]
+    for name, group in GROUPS.items():
+        values = {**request.given.get(name, {}), **instead.get(name, {})}
+        for field in _fields(group):
+            if field.name in values:
+                value = values[field.name]
+                if field.type is bool:
+                    line += [] if value else [field.metadata["flag"]]
+                else:
+                    line += [field.metadata["flag"], ",".join(value) if isinstance(value, tuple) else str(value)]
+    return line
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,6 +146,15 @@ def parser() -> argparse.ArgumentParser:
         help="with --resume: let this setting differ from the first part of the run; recorded (for instance lr)",
     )  # fmt: skip
     run.add_argument("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
+    run.add_argument(
+        "--find-lr", nargs="?", const="default", metavar="START:END[:STEPS]",
+        help="suggest a learning rate by a range test, train nothing (default: 1e-7:1, with --mode lora 1e-6:10, "
+        "in 100 steps)",
+    )  # fmt: skip
+    run.add_argument(
+        "--find-batch", action="store_true",
+        help="try micro-batches for this global batch, suggest the fastest that fits, train nothing",
+    )  # fmt: skip
     run.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the launcher passes it; LOCAL_RANK says the same

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from trainer import adapters, optim, quant
 from trainer.base import FOLDER
@@ -189,3 +190,12 @@ def fingerprint(causal: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def adapted_layers(model: Model) -> list[tuple[str, bool]]:
+    """(name, whether its weight lies as [in, out]) of every layer with an adapter; [] with --mode full."""
+    return [
+        (name, isinstance(layer.base_layer, Conv1D))
+        for name, layer in model.module.named_modules()
+        if hasattr(layer, "lora_A") and hasattr(layer, "base_layer")
+    ]

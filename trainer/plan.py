@@ -17,6 +17,7 @@ from trainer.data import Prepared
 from trainer.engine import World, ZeroFile
 from trainer.errors import UserError
 from trainer.loop import Course
+from trainer.memory import Counts
 from trainer.model import dropouts, load_config, positions
 from trainer.settings import EIGHT_BIT, Settings
 
@@ -154,8 +155,7 @@ def _zero_file(settings: Settings, world: World, model: dict[str, Any], precisio
     if settings.train.optim in EIGHT_BIT:
         return engine.read_zero_file("zero0", f"--optim {settings.train.optim} is not divided")
     return engine.choose_zero_file(
-        trainable=model["trainable"], parameters=model["parameters"], ranks=world.size,
-        memory=engine.device_memory(world.device), precision=precision,
+        counts=Counts.of(model), ranks=world.size, memory=engine.device_memory(world.device), precision=precision,
     )  # fmt: skip
 
 

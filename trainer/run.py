@@ -14,6 +14,9 @@ from trainer.data import Prepared, load, prepare
 from trainer.diagnosis import Facts
 from trainer.engine import Engine, World, leave_world, lost_peer, peak_memory, start_world
 from trainer.errors import RunFailed, UserError
+from trainer.find import LEFT
+from trainer.find.batch import find_batch
+from trainer.find.lr import find_lr
 from trainer.flags import Request
 from trainer.loop import position, train
 from trainer.model import Model, build, load_config, save_base
@@ -50,16 +53,29 @@ def _run(request: Request, world: World, stop: Stop) -> int:
     world.once(lambda: log.check_also(settings.output.also))
     folder = Path(settings.run_folder)
     data = _data(settings, world)
-    model = build(settings, on_meta=request.dry_run, hashed=world.rank == 0, device=world.device)
+    on_meta = request.dry_run or request.find_batch
+    model = build(settings, on_meta=on_meta, hashed=world.rank == 0, device=world.device)
     plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
     if request.dry_run:
         if world.rank == 0:
             log.show_plan(plan.lines())
         return 0
+    if request.finds:
+        return _find(request, plan, data, model)
     point = world.once(lambda: _checkpoint(folder, request.resume, model)) if before else None
     about = world.once(lambda: _begin(folder, plan, before, request))
     engine, progress = _engine(plan, model, point)
     return _train(plan, data, model, engine, progress, about, point, stop, request)
+
+
+def _find(request: Request, plan: Plan, data: Prepared, model: Model) -> int:
+    """Trials instead of the run; the exit code."""
+    if plan.world.rank == 0:
+        log.show_plan(plan.lines())
+    with plan.world.board.watched(plan.settings.engine.hang_timeout):
+        if request.find_lr is not None:
+            return find_lr(request.find_lr, plan, data, _engine(plan, model, None)[0])
+        return find_batch(plan, data)
 
 
 def open_folder(request: Request) -> tuple[Settings, dict[str, Any] | None]:
@@ -69,7 +85,9 @@ def open_folder(request: Request) -> tuple[Settings, dict[str, Any] | None]:
     if request.resume is None:
         if request.allow_change:
             raise UserError(f"--allow-change {request.allow_change[0]}: goes with --resume; a new run may have any")
-        if folder.is_dir() and any(path.name != ABOUT_TMP for path in folder.iterdir()):
+        if request.finds:  # they only put their own files beside whatever is there
+            return settings, None
+        if folder.is_dir() and any(path.name not in (ABOUT_TMP, *LEFT) for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty: pass --resume to go on with that run, or another --out")
         return settings, None
     try:

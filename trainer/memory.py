@@ -1,0 +1,203 @@
+"""Bytes that one rank needs, by formula, before anything runs: pure, no torch.
+
+State: the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 3), with weights and gradients in float32, which is
+how this program trains (bf16 is autocast; only fp16 holds half weights). Activations: counted as in Korthikanti et al.
+(arXiv 2205.05198, section 4) for GPT-2's block as transformers computes it, where the activation function alone keeps
+four tensors of the inner width. tests/test_memory.py holds both against what autograd keeps and a process grows by.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+MAX_LIVE = 10**9  # elements; DeepSpeed's stage3_max_live_parameters, up to which gathered weights stay gathered
+REDUCE_BUCKET = 5 * 10**8  # elements; DeepSpeed's reduce_bucket_size
+CONTEXT = 600 * 2**20  # bytes; what CUDA's context, NCCL and cuBLAS take of a GPU beside the tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Weights by what training does to them; tied ones are counted once."""
+
+    frozen: int
+    trainable: int
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "Counts":
+        """From the `model` block of run.json, where `parameters` are those of the base, without adapters."""
+        trainable, parameters = facts["trainable"], facts["parameters"]
+        adapters = bool(facts["lora_targets"])
+        return cls(frozen=parameters if adapters else parameters - trainable, trainable=trainable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Bytes of what lives from step to step on one rank; `host` is what offload keeps in the host's memory instead."""
+
+    weights: float
+    gradients: float
+    optimizer: float  #: AdamW's two moments, and the float32 copy that ZeRO 1 to 3 keep of the weights
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def state(
+    counts: Counts, *, stage: int, ranks: int, precision: str = "fp32", optimizer_on_host: bool = False,
+    weights_on_host: bool = False,
+) -> State:  # fmt: skip
+    """State per rank: stage 1 divides the optimizer's, 2 the gradients too, 3 the weights too, frozen ones as well."""
+    size = 2 if precision == "fp16" else 4
+    frozen, trained = counts.frozen, counts.trainable
+    weights = size * (frozen + trained) / (ranks if stage == 3 else 1)
+    gradients = size * trained / (ranks if stage >= 2 else 1)
+    optimizer = (8 * trained) if stage == 0 else 12 * trained / ranks
+    host = 0.0
+    if optimizer_on_host:  # DeepSpeed keeps the divided gradients beside the optimizer
+        host += optimizer + 4 * trained / ranks
+        optimizer, gradients = 0.0, (0.0 if stage >= 2 else gradients)
+    if weights_on_host:
+        host, weights = host + weights, 0.0
+    return State(weights=weights, gradients=gradients, optimizer=optimizer, host=host)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What the size of a causal LM's activations depends on."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    vocabulary: int
+    exact: bool  #: whether the formula was made for this model: GPT-2; others come out as if they were one
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """From a Hugging Face configuration, whichever of the usual names it has."""
+        hidden = _first(config, "hidden_size", "n_embd", "d_model")
+        return cls(
+            layers=_first(config, "num_hidden_layers", "n_layer", "num_layers"),
+            hidden=hidden,
+            inner=_first(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
+            heads=_first(config, "num_attention_heads", "n_head", "num_heads"),
+            vocabulary=config.vocab_size,
+            exact=config.model_type == "gpt2",
+        )
+
+
+def _first(config: Any, *names: str, default: int = 1) -> int:
+    found = (getattr(config, name, None) for name in names)
+    return next((int(value) for value in found if value is not None), default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one rank feeds in one forward, and how it is computed."""
+
+    rows: int  #: the micro-batch
+    width: int  #: tokens of its longest row
+    accumulation: int = 1
+    precision: str = "fp32"
+    gpu: bool = False
+    dropout: float = 0.0
+    adapter_rank: int = 0  #: 0: every weight trains
+    adapter_dropout: float = 0.0
+    adapted: tuple[str, ...] = ()  #: the layers with adapters
+    largest_logits: int = 2**27  #: bytes of float32 logits held at one time (`loss.LARGEST_LOGITS`)
+
+
+#: In units of the hidden and of the inner width: the inputs of GPT-2's four matrix products, by the layer's name.
+_INPUTS = {"c_attn": (1, 0), "c_fc": (1, 0), "mlp.c_proj": (0, 1)}  # attention keeps that of attn.c_proj itself
+_LAYERS = 4
+
+
+def activations(shape: Shape, load: Load) -> float:
+    """Bytes that one forward leaves for its backward, without logits.
+
+    Per token and block, in float32: the inputs of the two layer norms (2 h), of the products (2 h + inner), queries,
+    keys and values (3 h), the attention's output (h) and four tensors of the activation function (4 inner). Under bf16
+    autocast the products' are 2 bytes an element; on a GPU the activation function is raised to float32 by its power.
+    """
+    half = load.precision != "fp32"
+    size = 2 if half else 4
+    h, inner, tokens = shape.hidden, shape.inner, load.rows * load.width
+    block = (2 * 4 + 4 * size) * h  # layer norms' inputs; q, k, v and attention's output
+    block += inner * (16 if not half or (load.gpu and load.precision == "bf16") else 8)
+    block += sum(
+        size * (a * h + b * inner) for name, (a, b) in _INPUTS.items()
+        if not load.adapter_rank or _is_adapted(name, load.adapted)
+    )  # fmt: skip
+    if load.precision == "fp16":
+        block -= 2 * 2 * h  # layer norms' inputs are half as well
+    block += 16 + (4 * shape.heads)  # means and deviations; the attention's sums
+    mask = 1 if load.gpu else 4  # processors keep masks as floats, and have no fast attention with dropout
+    if load.dropout:
+        block += 2 * mask * h + (0 if load.gpu else 3 * size * shape.heads * load.width)
+    if load.adapter_rank:
+        block += _LAYERS * size * load.adapter_rank
+        if load.adapter_dropout:
+            block += (3 * h + inner) * mask + (h if load.adapted else 0) * size
+    ends = 2 * size * h  # the last layer norm's input, the output layer's
+    casts = 2 * shape.layers * (4 * h * h + 2 * h * inner) if load.precision == "bf16" else 0
+    return tokens * (shape.layers * block + ends) + casts
+
+
+def _is_adapted(name: str, adapted: tuple[str, ...]) -> bool:
+    return any(name == target or name.endswith(f".{target}") or target.endswith(name) for target in adapted)
+
+
+def logits(shape: Shape, load: Load) -> float:
+    """Bytes at the start of the backward: log-probabilities, their gradient and that of the logits, float32.
+
+    GPT-2's are made and dropped in pieces of `largest_logits` bytes; other models return theirs whole.
+    """
+    whole = 4.0 * load.rows * (load.width - 1) * shape.vocabulary
+    return 3 * (min(whole, load.largest_logits) if shape.exact else whole)
+
+
+def working(shape: Shape, load: Load) -> float:
+    """Bytes of the passing results of one block's backward: a few tensors of the inner width."""
+    return 3 * 4.0 * load.rows * load.width * shape.inner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes of one rank by what they are for; `gathered` are weights that ZeRO-3 puts together for a pass."""
+
+    state: State
+    activations: float
+    logits: float
+    gathered: float
+    passes: float  #: the most that forward and backward hold beside weights and optimizer
+    update: float  #: the most that the step holds beside them
+
+    @property
+    def peak(self) -> float:
+        """The largest sum at one time: gradients are not there yet when the activations are at their most."""
+        return self.state.weights + self.state.optimizer + max(self.passes, self.update)
+
+
+def estimate(
+    shape: Shape, counts: Counts, load: Load, *, stage: int, ranks: int, optimizer_on_host: bool = False,
+    weights_on_host: bool = False,
+) -> Estimate:  # fmt: skip
+    """The memory of one rank while it trains, without what the program itself takes (see CONTEXT for a GPU)."""
+    held = state(
+        counts, stage=stage, ranks=ranks, precision=load.precision, optimizer_on_host=optimizer_on_host,
+        weights_on_host=weights_on_host,
+    )  # fmt: skip
+    size = 2 if load.precision == "fp16" else 4
+    kept, top = activations(shape, load), logits(shape, load)
+    gathered = size * min(counts.frozen + counts.trainable, MAX_LIVE) if stage == 3 else 0.0
+    # Of earlier micro-batches, or what the first layers of the backward leave: the embedding's is as large as any.
+    gradients = held.gradients if load.accumulation > 1 or stage == 3 else 0.0  # ZeRO-3 keeps its share's buffer
+    head = 0.0 if load.adapter_rank else size * shape.vocabulary * shape.hidden
+    passes = gathered + kept + gradients + max(top, head + working(shape, load))
+    flat = size * min(counts.trainable, REDUCE_BUCKET)  # gradients are laid end to end for the reduction or the step
+    update = held.gradients + (flat / ranks if stage else flat)
+    return Estimate(
+        state=held, activations=kept, logits=top, gathered=gathered, passes=passes, update=update,
+    )  # fmt: skip
