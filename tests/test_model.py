@@ -235,3 +235,23 @@ def test_weights_are_float32_whatever_the_folder_holds(tiny, tmp_path):
     built = build(settings(str(tmp_path / "half"), "full"))
     assert {p.dtype for p in built.module.parameters()} == {torch.float32}
     assert Path(tiny, "model.safetensors").stat().st_size > (tmp_path / "half" / "model.safetensors").stat().st_size
+
+
+def test_the_activation_is_transformers_own_in_one_kernel(tiny):
+    """The same formula: outputs and gradients differ by rounding only, and the exported configuration is untouched."""
+    from transformers.activations import NewGELUActivation
+
+    model = build(flags.read(["--mode", "full", "--model", tiny]).settings)
+    kinds = {type(m).__name__ for m in model.causal.modules()}
+    assert "GELU" in kinds
+    assert "NewGELUActivation" not in kinds
+    assert model.causal.config.activation_function == "gelu_new"
+    x = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    answers = []
+    for activation in (NewGELUActivation(), next(m for m in model.causal.modules() if isinstance(m, torch.nn.GELU))):
+        given = x.clone().requires_grad_()
+        out = activation(given)
+        out.sum().backward()
+        answers.append((out.detach(), given.grad))
+    for theirs, ours in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

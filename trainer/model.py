@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from trainer import adapters, optim, quant
@@ -83,6 +84,7 @@ def build(
             if random
             else _pretrained(settings.model, config)
         )
+        _one_kernel_activations(causal)
         facts = {
             "name": settings.model.model,
             "init": settings.model.init,
@@ -112,6 +114,18 @@ def build(
     if settings.model.quant and not on_meta:
         facts["frozen_bytes"] = quant.held_bytes(module)
     return model
+
+
+def _one_kernel_activations(causal: nn.Module) -> None:
+    """Compute GPT-2's activation (the tanh form of GELU, Hendrycks and Gimpel, arXiv 1606.08415) in one kernel.
+
+    transformers writes the same formula as eight operations, which read and write the widest tensors of a block over
+    and over and keep four of them for backward instead of one. The configuration stays as it is.
+    """
+    for module in list(causal.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def save_base(settings: Settings, folder: Path) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
-from trainer import engine, flags
+from trainer import adapters, engine, flags
 from trainer.bench.variants import Variant
 from trainer.checkpoint import Progress
 from trainer.data import Prepared, Rows
@@ -45,7 +46,7 @@ class Bench:
 def make(variant: Variant, world: World) -> Bench:
     """Build model and data of a variant: random token ids, so that nothing has to be fetched."""
     settings = flags.read(_flags(variant)).settings
-    model = build(settings, hashed=False)
+    model = build(settings, hashed=False) if variant.program == "ours" else _untouched(settings)
     vocabulary = model.causal.config.vocab_size
     sides = [_rows(batches * variant.batch, vocabulary, variant) for batches in (variant.steps, EVAL_BATCHES)]
     facts = {"vocabulary": vocabulary, "fingerprint": "random", "notices": []}
@@ -53,6 +54,17 @@ def make(variant: Variant, world: World) -> Bench:
         train=sides[0], val=sides[1], facts=facts, val_texts=(), pad_id=0, folder=Path("none"),
     )  # fmt: skip
     return Bench(variant=variant, settings=settings, world=world, data=data, model=model)
+
+
+def _untouched(settings: Settings) -> Model:
+    """The model as transformers and peft make it, for the other programs."""
+    torch.manual_seed(settings.train.seed)
+    causal = AutoModelForCausalLM.from_config(load_config(settings.model), dtype=torch.float32)
+    parameters = sum(p.numel() for p in causal.parameters())
+    lora = settings.mode == "lora"
+    module = adapters.adapt(causal, settings.lora, adapters.targets(causal, settings.lora)) if lora else causal
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return Model(module=module, causal=causal, facts={"parameters": parameters, "trainable": trainable})
 
 
 def _flags(variant: Variant) -> list[str]:
