@@ -40,14 +40,15 @@ def by_hand(causal, ids, labels) -> list[float]:
 
 def gradients(module: TokenLoss, ids, labels) -> tuple[torch.Tensor, list[torch.Tensor]]:
     module.zero_grad()
-    sums = module(ids, labels)
-    sums.sum().backward()
-    return sums.detach(), [p.grad.clone() for p in module.parameters()]
+    total, sums = module(ids, labels)
+    total.backward()
+    return sums, [p.grad.clone() for p in module.parameters()]
 
 
 def test_each_row_sums_its_counted_tokens(causal):
     ids, labels = rows()
-    sums = TokenLoss(causal, None)(ids, labels)
+    total, sums = TokenLoss(causal, None)(ids, labels)
+    assert total.item() == pytest.approx(sums.sum().item(), rel=1e-6)
     assert sums.shape == (3,)
     assert sums.dtype == torch.float32
     assert sums.tolist() == pytest.approx(by_hand(causal, ids, labels), rel=1e-5)
@@ -57,33 +58,66 @@ def test_the_sum_is_that_of_hugging_faces_own_loss(causal):
     ids, labels = rows()
     with torch.no_grad():
         theirs = causal(ids, labels=labels).loss * (labels[:, 1:] != IGNORED).sum()
-        assert float(TokenLoss(causal, None)(ids, labels).sum()) == pytest.approx(float(theirs), rel=1e-6)
+        assert float(TokenLoss(causal, None)(ids, labels)[0]) == pytest.approx(float(theirs), rel=1e-6)
 
 
-@pytest.mark.parametrize("positions", [1, 7, 19, 57])
-def test_pieces_of_any_size_give_the_whole_loss_and_its_gradients(causal, monkeypatch, positions):
+@pytest.mark.parametrize("whole_layer", [True, False])
+@pytest.mark.parametrize("positions", [1, 7, 19])
+def test_pieces_of_any_size_give_the_whole_loss_and_its_gradients(causal, monkeypatch, positions, whole_layer):
+    """Also where the output layer is not a plain one (ZeRO-3 divides it), and its logits are made twice."""
     module = TokenLoss(causal, None)
     ids, labels = rows()
     whole, expected = gradients(module, ids, labels)
     calls = []
-    honest = functional.cross_entropy
+    honest = torch.log_softmax if whole_layer else functional.cross_entropy
+    spy = lambda *a, **k: calls.append(len(a[0])) or honest(*a, **k)  # noqa: E731
+    monkeypatch.setattr(*((loss.torch, "log_softmax") if whole_layer else (loss.functional, "cross_entropy")), spy)
     monkeypatch.setattr(loss, "LARGEST_LOGITS", positions * 4 * 97)
-    monkeypatch.setattr(loss.functional, "cross_entropy", lambda *a, **k: calls.append(len(a[0])) or honest(*a, **k))
+    if not whole_layer:
+        causal.lm_head.weight.ds_id = 0
     sums, found = gradients(module, ids, labels)
     assert max(calls) <= positions, "never more logits at one time"
-    assert sum(calls) >= 3 * (WIDTH - 1)
+    assert sum(calls) == 3 * (WIDTH - 1) * (1 if whole_layer else 2)
     torch.testing.assert_close(sums, whole, rtol=1e-6, atol=0)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # another order of float32 sums
+
+
+def test_pieces_in_bf16_are_as_close_as_the_whole(causal, monkeypatch):
+    ids, labels = rows()
+    _, exact = gradients(TokenLoss(causal, None), ids, labels)
+    _, whole = gradients(TokenLoss(causal, torch.bfloat16), ids, labels)
+    monkeypatch.setattr(loss, "LARGEST_LOGITS", 7 * 4 * 97)
+    _, pieces = gradients(TokenLoss(causal, torch.bfloat16), ids, labels)
+
+    def error(found):
+        return sum(float((a - b).norm() ** 2) for a, b in zip(found, exact, strict=True)) ** 0.5
+
+    assert error(pieces) < 1.1 * error(whole)
+
+
+def test_a_frozen_output_layer_gets_no_gradient_and_passes_the_same_one_on(causal, monkeypatch):
+    """As with LoRA: what is below it learns all the same."""
+    causal.lm_head.weight.requires_grad_(False)
+    trained = causal.transformer.h[1].mlp.c_fc.weight
+    ids, labels = rows()
+    found = []
+    for largest in (2**27, 7 * 4 * 97):
+        monkeypatch.setattr(loss, "LARGEST_LOGITS", largest)
+        trained.grad = None
+        TokenLoss(causal, None)(ids, labels)[0].mul(0.25).backward()
+        found.append(trained.grad.clone())
+    assert causal.lm_head.weight.grad is None
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_pieces_without_gradients_too(causal, monkeypatch):
     module = TokenLoss(causal, None)
     ids, labels = rows()
     with torch.no_grad():
-        whole = module(ids, labels)
+        _, whole = module(ids, labels)
         monkeypatch.setattr(loss, "LARGEST_LOGITS", 5 * 4 * 97)
-        torch.testing.assert_close(module(ids, labels), whole, rtol=1e-6, atol=0)
+        torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
 
 
 def test_padding_is_neither_counted_nor_looked_at(causal):
@@ -91,9 +125,9 @@ def test_padding_is_neither_counted_nor_looked_at(causal):
     ids, labels = rows()
     other = ids.clone()
     other[2, WIDTH - 8 :] = 5
-    assert torch.equal(module(other, labels)[2], module(ids, labels)[2])
-    alone = module(ids[2:, : WIDTH - 8], labels[2:, : WIDTH - 8])
-    torch.testing.assert_close(alone[0], module(ids, labels)[2], rtol=1e-6, atol=0)
+    assert torch.equal(module(other, labels)[1][2], module(ids, labels)[1][2])
+    _, alone = module(ids[2:, : WIDTH - 8], labels[2:, : WIDTH - 8])
+    torch.testing.assert_close(alone[0], module(ids, labels)[1][2], rtol=1e-6, atol=0)
 
 
 def test_a_row_of_nothing_but_padding_is_zero_and_moves_nothing(causal):
@@ -109,12 +143,12 @@ def test_a_token_of_padding_id_counts_where_it_ends_a_text(causal):
     shorter = labels.clone()
     shorter[0, -1] = IGNORED
     module = TokenLoss(causal, None)
-    assert float(module(ids, labels)) > float(module(ids, shorter)) + 1e-3
+    assert float(module(ids, labels)[0]) > float(module(ids, shorter)[0]) + 1e-3
 
 
 def test_bf16_is_close_and_is_not_float32(causal):
     ids, labels = rows()
-    exact, close = TokenLoss(causal, None)(ids, labels), TokenLoss(causal, torch.bfloat16)(ids, labels)
+    exact, close = (TokenLoss(causal, dtype)(ids, labels)[1] for dtype in (None, torch.bfloat16))
     assert close.dtype == torch.float32
     torch.testing.assert_close(close, exact, rtol=2e-2, atol=0)  # 8 bits of mantissa: 2^-8 an operation
     assert not torch.equal(close, exact)
@@ -125,4 +159,4 @@ def test_other_models_go_through_their_own_logits():
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     causal = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=97, **shape))
     ids, labels = rows()
-    assert TokenLoss(causal, None)(ids, labels).tolist() == pytest.approx(by_hand(causal, ids, labels), rel=1e-5)
+    assert TokenLoss(causal, None)(ids, labels)[1].tolist() == pytest.approx(by_hand(causal, ids, labels), rel=1e-5)

@@ -411,10 +411,10 @@ class Engine:
         """
         self.world.board.beat()
         torch.manual_seed(_dropout_seed(self.seed, step, micro.index))
-        rows = self.deepspeed(*self._to_device(micro))
-        loss = rows.sum() * (self.world.size / counted)  # the ranks' gradients are averaged
+        total, rows = self.deepspeed(*self._to_device(micro))
+        loss = total * (self.world.size / counted)  # the ranks' gradients are averaged
         self.deepspeed.backward(loss, scale_wrt_gas=False)
-        return rows.detach().double().sum()
+        return rows.double().sum()
 
     def step(self, lr: float) -> Step:
         """Reduce, measure, clip, update. Raises NotFinite, with the weights untouched, unless fp16 may skip."""
@@ -455,7 +455,7 @@ class Engine:
         """Summed loss of each row, without dropout."""
         self.world.board.beat()
         self.deepspeed.eval()
-        rows = self.deepspeed(*self._to_device(micro))
+        _, rows = self.deepspeed(*self._to_device(micro))
         self.deepspeed.train()
         return rows.double().tolist()
 

@@ -5,9 +5,11 @@ so the loss does not depend on how rows are spread over micro-batches and ranks.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -17,18 +19,19 @@ LARGEST_LOGITS = 2**27  # bytes of float32 logits at one time; above it they are
 
 
 class TokenLoss(nn.Module):
-    """A causal LM as a function from rows to the summed negative log-likelihood of each row, in float32."""
+    """A causal LM as a function from rows to their summed negative log-likelihood, in float32."""
 
     def __init__(self, causal: PreTrainedModel, autocast: torch.dtype | None):
         super().__init__()
         self.causal = causal
         self.autocast = autocast
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Ids and labels [rows, width] (labels not shifted, -100 where not counted) -> [rows] sums in nats.
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and labels [rows, width] (labels not shifted, -100 where not counted) -> (sum [], sums of rows [rows]).
 
-        No attention mask: rows are padded on the right only, where a causal model cannot look; and with a mask
-        or a cache the packed rows of newer models would silently attend otherwise.
+        In nats; the sum has a gradient, the rows' have none. No attention mask: rows are padded on the right only,
+        where a causal model cannot look; and with a mask or a cache the packed rows of newer models would silently
+        attend otherwise.
         """
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
         precision = torch.autocast(input_ids.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
@@ -36,26 +39,90 @@ class TokenLoss(nn.Module):
             targets = labels[:, 1:].reshape(-1)
             if self.causal.config.model_type != "gpt2":  # others may scale or cap their logits: ask the model itself
                 logits = self.causal(input_ids=input_ids, use_cache=False).logits[:, :-1]
-                return _nll(logits.flatten(0, 1), targets).view(len(labels), -1).sum(1)
-            hidden = self.causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-            return self._head_nll(hidden.flatten(0, 1), targets).view(len(labels), -1).sum(1)
+                nll = _nll(logits.flatten(0, 1), targets)
+                total = nll.sum()
+            else:
+                hidden = self.causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
+                total, nll = self._head(hidden.flatten(0, 1), targets)
+            return total, nll.detach().view(len(labels), -1).sum(1)
 
-    def _head_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Hidden states [positions, d], targets [positions] -> nll [positions]; 0 where not counted."""
+    def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [positions, d], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
+        head = self.causal.get_output_embeddings()
         piece = LARGEST_LOGITS // (4 * self.causal.config.vocab_size)
         if len(targets) <= piece:
-            return self._piece_nll(hidden, targets)
-        return torch.cat(
+            nll = _nll(head(hidden), targets)
+            return nll.sum(), nll
+        if torch.is_grad_enabled() and _plain(head) and hidden.dtype != torch.float16:
+            total, nll = _HeadLoss.apply(hidden, head.weight, targets, piece)
+            return total, nll
+        nll = torch.cat(
             [
-                checkpoint(self._piece_nll, h, t, use_reentrant=False)
+                checkpoint(_piece_nll, head, h, t, use_reentrant=False)
                 if torch.is_grad_enabled()
-                else self._piece_nll(h, t)
+                else _piece_nll(head, h, t)
                 for h, t in zip(hidden.split(piece), targets.split(piece), strict=True)
             ]
         )
+        return nll.sum(), nll
 
-    def _piece_nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return _nll(self.causal.get_output_embeddings()(hidden), targets)
+
+class _HeadLoss(torch.autograd.Function):
+    """The summed loss over the output layer's logits, piece by piece, each with its gradients while it is there.
+
+    The gradient of the sum to the logits is softmax - one-hot, whatever comes after: so no logits have to be kept or
+    made a second time, which would be a quarter of the layer's work. It holds one float32 gradient of the layer's
+    weight instead (where that is trained). Under fp16 the small softmax values would vanish unscaled: not used there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, piece: int) -> tuple[Tensor, Tensor]:
+        """Hidden [positions, d], weight [vocabulary, d], targets [positions] -> (sum [], nll [positions])."""
+        device = hidden.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            states, matrix = hidden.to(low), weight.to(low)
+            to_hidden = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+            to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            nll = hidden.new_zeros(len(targets), dtype=torch.float32)
+            for start in range(0, len(targets), piece):
+                part = slice(start, start + piece)
+                wanted = targets[part]
+                counted = wanted != IGNORED
+                at = wanted.clamp(min=0)[:, None]
+                logs = torch.log_softmax((states[part] @ matrix.T).float(), dim=1)
+                nll[part] = -logs.gather(1, at)[:, 0] * counted
+                slope = logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1])).mul_(counted[:, None]).to(low)
+                if to_hidden is not None:
+                    torch.mm(slope, matrix, out=to_hidden[part])
+                if to_weight is not None:
+                    to_weight += slope.T @ states[part]
+        ctx.mark_non_differentiable(nll)
+        ctx.dtype, ctx.slopes = hidden.dtype, (to_hidden, to_weight)
+        return nll.sum(), nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """The kept gradients times that of the sum."""
+        to_hidden, to_weight = ctx.slopes
+        ctx.slopes = None
+        return (
+            to_hidden.to(ctx.dtype) * by if to_hidden is not None else None,
+            to_weight.mul_(by) if to_weight is not None else None,
+            None,
+            None,
+        )
+
+
+def _plain(head: nn.Module) -> bool:
+    """Whether the output layer is a matrix product and nothing else, with its weight at hand: not under ZeRO-3."""
+    weight = getattr(head, "weight", None)
+    return type(head) is nn.Linear and head.bias is None and not hasattr(weight, "ds_id")
+
+
+def _piece_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return _nll(head(hidden), targets)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
