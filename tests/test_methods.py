@@ -92,7 +92,8 @@ def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(words, 
 
 WAYS = {
     "plus": "--lora-plus-ratio 8 --train-also wte,layernorm,bias",
-    "packed": "--quant nf4 --quant-double --adapter dora",
+    "packed": "--quant nf4 --quant-double --adapter rslora",
+    "dora": "--adapter dora --lora-dropout 0.1",
     "int8": "--quant int8 --adapter rslora",
     "again": "--checkpoint-activations --adapter pissa --train-also lm_head --lora-dropout 0.1",
     "codes": "--optim adamw8bit",

@@ -141,6 +141,11 @@ def check_early(settings: Settings, world: World) -> None:
 def _refuse_stage(settings: Settings, zero: ZeroFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
     optim.refuse_early(settings.train, stage=zero.stage, on_cpu=False)
+    if zero.stage == 3 and settings.model.quant and settings.lora.adapter == "dora":
+        raise UserError(
+            f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
+            "--ds-config zero0, zero1 or zero2, or another --adapter"
+        )
     if zero.stage == 3 and settings.model.quant == "int8":
         raise UserError(
             "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "
