@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cells import on_cells, read_cell
+from cells import on_cells, read_cell, run_cells
 from conftest import TEMPLATES, make_tiny
 from methods import STOP, prove, read_proof
+from ranks import on_ranks
 from test_export import STRICT
 from test_invariance import LOSS
 
@@ -86,6 +87,9 @@ def all_hold(out: Path, prepared: str, words: list[str], methods: list[tuple[str
 
 def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(words, prepared, tmp_path):
     all_hold(tmp_path, prepared, words, LATIN)
+    other = job(tmp_path, prepared, words, "other", "--optim", "adamw") | {"resume": ["lora-None-adamw8bit", STOP]}
+    assert on_ranks(1, run_cells, [other], log=tmp_path / "other.log") == 1
+    assert "the checkpoint holds the moments of another kind of --optim" in (tmp_path / "other.log").read_text()
 
 
 # --- on several ranks, under every ZeRO stage ---

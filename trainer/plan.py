@@ -66,7 +66,10 @@ class Plan:
             ("precision", f"{self.precision} on {self.world.size} x {_device_name(self.world.device)}"),
             ("output", f"{settings.run_folder}"),
         ]
-        return lines + [("note", notice) for notice in (*self.data.get("notices", []), *_notes(settings, model))]
+        notes = [*self.data.get("notices", []), *_notes(settings, model)]
+        if settings.train.optim == "paged_adamw8bit" and self.world.device.type == "cpu":
+            notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")
+        return lines + [("note", notice) for notice in notes]
 
     def as_json(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
