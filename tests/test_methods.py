@@ -102,7 +102,7 @@ WAYS = {
     "again": "--checkpoint-activations --adapter pissa --train-also lm_head --lora-dropout 0.1",
     "codes": "--optim adamw8bit",
 }
-FIRST = [("plus", "zero0"), ("plus", "zero2"), ("plus", "strict"), ("packed", "strict"), ("codes", "zero0")]
+FIRST = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict"), ("codes", "zero0")]
 
 
 def ways_hold(out: Path, prepared: str, words: list[str], strict: str, chosen: list[tuple[str, str]]) -> None:
