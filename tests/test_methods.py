@@ -23,6 +23,7 @@ from trainer.export.check import LOGITS_BOUND
 from trainer.settings import DS_NAMES
 
 STEPS = 5
+AT_ONCE = 4  # jobs of one group of ranks: each runs, resumes and is exported
 ADAPTERS = ("lora", "dora", "rslora", "pissa")
 QUANTS = (None, "nf4", "fp4", "int8")
 OPTIMS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
@@ -80,7 +81,8 @@ def holds(out: Path, name: str) -> dict[str, Any]:
 
 def all_hold(out: Path, prepared: str, words: list[str], methods: list[tuple[str, str | None, str]]) -> None:
     jobs = [job(out, prepared, words, "-".join(map(str, m)), *method(*m)) for m in methods]
-    on_cells(1, jobs, out / "log", prove)
+    for start in range(0, len(jobs), AT_ONCE):
+        on_cells(1, jobs[start : start + AT_ONCE], out / "log", prove)
     for one in jobs:
         holds(out, one["name"])
 
@@ -109,7 +111,8 @@ def ways_hold(out: Path, prepared: str, words: list[str], strict: str, chosen: l
     """Every promise of `holds`, and the same losses under each ZeRO file within the bounds of test_invariance.py."""
     more = {z: ["--micro-batch", "1", "--ds-config", strict if z == "strict" else z] for _, z in chosen}
     jobs = [job(out, prepared, words, f"{way}-{zero}", *WAYS[way].split(), *more[zero]) for way, zero in chosen]
-    on_cells(2, jobs, out / "log", prove)
+    for start in range(0, len(jobs), AT_ONCE):
+        on_cells(2, jobs[start : start + AT_ONCE], out / "log", prove)
     for way, zero in chosen:
         holds(out, f"{way}-{zero}")
         losses, first = (
