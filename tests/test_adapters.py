@@ -305,6 +305,7 @@ def test_what_does_not_go_together_is_refused(mode, words, said):
     ("words", "stage", "said"),
     [
         ("--quant int8", 3, "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy"),
+        ("--quant nf4 --adapter dora", 3, "--quant nf4: dora reads whole packed weights, which ZeRO 3 has divided"),
         ("--optim adamw8bit", 1, "--optim adamw8bit: not under ZeRO 1, which joins all tensors"),
         ("--optim paged_adamw8bit", 3, "--optim paged_adamw8bit: not under ZeRO 3"),
     ],

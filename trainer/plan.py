@@ -67,7 +67,10 @@ class Plan:
             ("precision", f"{self.precision} on {self.world.size} x {_device_name(self.world.device)}"),
             ("output", f"{settings.run_folder}"),
         ]
-        return lines + [("note", notice) for notice in (*self.data.get("notices", []), *_notes(settings, model))]
+        notes = [*self.data.get("notices", []), *_notes(settings, model)]
+        if settings.train.optim == "paged_adamw8bit" and self.world.device.type == "cpu":
+            notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")
+        return lines + [("note", notice) for notice in notes]
 
     def as_json(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
@@ -142,6 +145,11 @@ def check_early(settings: Settings, world: World) -> None:
 def _refuse_stage(settings: Settings, zero: ZeroFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
     optim.refuse_early(settings.train, stage=zero.stage, on_cpu=False)
+    if zero.stage == 3 and settings.model.quant and settings.lora.adapter == "dora":
+        raise UserError(
+            f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
+            "--ds-config zero0, zero1 or zero2, or another --adapter"
+        )
     if zero.stage == 3 and settings.model.quant == "int8":
         raise UserError(
             "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "

@@ -39,7 +39,10 @@ def run(folder: Path, *, which: str = "latest", merge: bool = False, out: Path |
     rows = _records(folder)
 
     def card(check: Check) -> str:
-        return card_text(about, rows, check, step=point.step, merged=merge, change=_change(check, point, moved))
+        return card_text(
+            about, rows, check, step=point.step, merged=merge, change=_change(check, point, moved),
+            optimizer_bytes=_optimizer_bytes(rows),
+        )  # fmt: skip
 
     check = export(
         final, module, trained, base=None if merge else base_of(model, folder),
@@ -50,6 +53,12 @@ def run(folder: Path, *, which: str = "latest", merge: bool = False, out: Path |
         raise RunFailed(line)
     print(line)
     return 0
+
+
+def _optimizer_bytes(rows: list[records.Record]) -> int | None:
+    """What the run measured at its end; None where it has not ended, or is of an older program."""
+    ends = [row for row in rows if isinstance(row, records.EventRecord) and row.event == "finished"]
+    return ends[-1].facts.get("optimizer_bytes") if ends else None
 
 
 def _change(check: Check, point: Checkpoint, moved: bool) -> str:

@@ -14,10 +14,16 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # the bar over the weights that transformers loads asks none of the above
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # gloo and the process groups, from C++
 }
-LOGGERS = ("DeepSpeed", "bitsandbytes.backends.cpu.ops", "torch.distributed.run")
+LOGGERS = (
+    "DeepSpeed", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch.distributed.run",
+)  # fmt: skip
 WARNINGS = (  # starts of messages, as patterns
     r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated",  # torch 2.13, from within DeepSpeed
     r".*is_gradient_checkpointing.* is deprecated",  # transformers 5, from within peft and DeepSpeed
+    r".*gradient_checkpointing_enable.* is deprecated",  # its new name is not in the older ones that we allow
+    r"MatMul8bitLt: inputs will be cast",  # bitsandbytes 0.49, at every layer
+    r"_check_is_size will be removed",  # torch, from within bitsandbytes
+    r"Paged optimizers are not supported on CPU",  # bitsandbytes; the plan says so
     r"fan_in_fan_out is set to False but the target module is `Conv1D`",  # peft, which then sets it itself
     r"Using non-full backward hooks|.*backward hook.*will be missing some grad_input",  # torch, from DeepSpeed's hooks
 )

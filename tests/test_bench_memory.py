@@ -1,0 +1,43 @@
+"""The benchmark's measurements of one way, on the tiny shape."""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+from ranks import on_ranks
+
+
+def bench() -> ModuleType:
+    path = Path(__file__).parent.parent / "launch" / "bench_memory.py"
+    spec = importlib.util.spec_from_file_location("bench_memory", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(way: str, folder: str) -> int:
+    module = bench()
+    options: argparse.Namespace = module.parser().parse_args(["--steps", "8"])
+    (Path(folder) / "scratch").mkdir(parents=True)
+    found = module.measure(module.WAYS[way], options, Path(folder) / "scratch")
+    (Path(folder) / "found.json").write_text(json.dumps(found))
+    return 0
+
+
+def test_a_way_is_measured_whole_and_told_in_a_row(tmp_path):
+    log = tmp_path / "log"
+    assert on_ranks(1, measure, "nf4 + lora", str(tmp_path), log=log) == 0, log.read_text()[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    width = 64
+    assert found["trainable"] == 2 * 8 * (4 + 2 + 5 + 5) * width
+    assert 8 * found["trainable"] <= found["optimizer_bytes"] <= 8 * found["trainable"] + 1000
+    assert found["checkpoint_bytes"] > 12 * found["trainable"]
+    assert found["loss"] < found["before"]
+    assert found["tokens_per_second"] > 0
+    row = bench().told(found)
+    assert row[0] == f"{found['trainable']:,}"
+    assert len(row) == len(bench().COLUMNS)
