@@ -18,11 +18,11 @@ ORDER = [
     {"flags", "diagnosis"},
     {"data"},
     {"base"},
-    {"model"},
+    {"model", "textscores"},
     {"loss"},
     {"engine"},
     {"checkpoint"},
-    {"loop"},
+    {"loop", "samples"},
     {"plan", "log", "observe"},
     {"export", "verify"},
     {"report"},
@@ -38,6 +38,8 @@ DOORS = {
     "wandb": {"log", "report"},
     "wandb_workspaces": {"report"},
     "matplotlib": {"report"},
+    "sacrebleu": {"textscores"},
+    "rouge_score": {"textscores"},
 }
 LIGHT = [
     "errors",

@@ -101,8 +101,9 @@ def _fields(group: Any) -> list[dataclasses.Field[Any]]:
 def _add(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
     meta = field.metadata
     common = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
-    if field.type is bool:  # the only kind of switch: a default of True that a --no-... flag turns off
-        section.add_argument(meta["flag"], action="store_false", help=meta["help"], **common)
+    if field.type is bool:  # a switch: given, it is the other way round
+        action = "store_false" if field.default else "store_true"
+        section.add_argument(meta["flag"], action=action, help=meta["help"], **common)
         return
     kind = _parse_type(field.type)
     section.add_argument(
