@@ -72,16 +72,17 @@ PROMPT = "Date: 5 January 2022\nLocation: Kanu\nFatalities: {}\nNotes:"
         ("3", "On 15 January 2022 in Kanuri. 13 people were killed.", (0, 0, 0)),
         ("3", "On 5 January 2022, 3 men protested in Kanu. Several people were killed.", (1, 1, 0)),
         ("3", "On 5 January 2022 in Kanu.", (1, 1, 0)),
-        ("0", "On 5 January 2022 in Kanu. No fatalities were reported.", (1, 1, 1)),
-        ("0", "On 5 January 2022 in Kanu.", (1, 1, 1)),
-        ("0", "On 5 January 2022 in Kanu. 2 people were killed.", (1, 1, 0)),
+        ("0", "On 5 January 2022 in Kanu. No fatalities were reported.", (1, 1, None)),
+        ("0", "On 5 January 2022 in Kanu.", (1, 1, None)),
+        ("0", "On 5 January 2022 in Kanu. 2 people were killed.", (1, 1, None)),
         ("1200", "On 5 January 2022 in Kanu. At least 1,200 people died.", (1, 1, 1)),
         ("1", "On 5 January 2022 in Kanu. 1,200 people died.", (1, 1, 0)),
     ],
 )
 def test_what_a_note_must_repeat(number, note, right):
     found = acled_scores([note], [PROMPT.format(number)])
-    assert (found["date"], found["place"], found["fatalities"]) == right
+    assert (found["date"], found["place"], found.get("fatalities")) == right
+    assert found.get("invented_deaths") == (None if int(number) else "killed" in note)
 
 
 def test_a_field_that_no_prompt_has_is_no_score():

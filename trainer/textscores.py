@@ -43,10 +43,15 @@ def text_scores(completions: Sequence[str], references: Sequence[str]) -> dict[s
 
 
 def acled_scores(notes: Sequence[str], prompts: Sequence[str]) -> dict[str, float]:
-    """The shares of notes that repeat their prompt's date, place and fatalities right; a field that no prompt has is
-    left out."""
+    """Of notes, the shares that repeat their prompt's date, place and fatalities right, and that invent deaths.
+
+    A note of an event without fatalities has none to repeat: there `invented_deaths` says how many tell of some. What
+    no prompt has is left out.
+    """
     events = [fields(prompt) for prompt in prompts]
-    rules: dict[str, Any] = {"date": _repeats("Date"), "place": _repeats("Location"), "fatalities": _deaths}
+    rules: dict[str, Any] = {
+        "date": _repeats("Date"), "place": _repeats("Location"), "fatalities": _deaths, "invented_deaths": _invented,
+    }  # fmt: skip
     shares = {}
     for name, rule in rules.items():
         marks = [rule(note, event) for note, event in zip(notes, events, strict=True)]
@@ -71,13 +76,25 @@ def _repeats(label: str) -> Any:
 
 
 def _deaths(note: str, event: Mapping[str, str]) -> bool | None:
-    """Right where a sentence on deaths has the number, in digits or words; of 0 where no sentence tells of any."""
-    wanted = event.get("Fatalities", "")
-    if not wanted.isdigit():
+    """Right where a sentence on deaths has the number, in digits or words."""
+    number = _number(event)
+    if not number:
         return None
-    number = int(wanted)
-    told = [sentence for sentence in re.split(r"(?<=[.;!?])\s", note) if _DEATH.search(sentence)]
-    if number == 0:
-        return all(_NONE.search(sentence) for sentence in told)
     spelt = f"{number}|{number:,}" + (f"|{_WORDS[number]}" if number < len(_WORDS) else "")
-    return any(re.search(rf"(?<![\w,.])(?:{spelt})(?![\w]|[,.]\d)", sentence, re.IGNORECASE) for sentence in told)
+    return any(
+        re.search(rf"(?<![\w,.])(?:{spelt})(?![\w]|[,.]\d)", sentence, re.IGNORECASE) for sentence in _told(note)
+    )
+
+
+def _invented(note: str, event: Mapping[str, str]) -> bool | None:
+    return None if _number(event) != 0 else any(not _NONE.search(sentence) for sentence in _told(note))
+
+
+def _number(event: Mapping[str, str]) -> int | None:
+    told = event.get("Fatalities", "")
+    return int(told) if told.isdigit() else None
+
+
+def _told(note: str) -> list[str]:
+    """The sentences on deaths."""
+    return [sentence for sentence in re.split(r"(?<=[.;!?])\s", note) if _DEATH.search(sentence)]

@@ -262,6 +262,7 @@ def scores(groups: Sequence[Group]) -> Table:
 SCORES = {
     "exact_match": "exact match", "bleu": "BLEU (0-100)", "chrf": "chrF (0-100)", "rouge_l": "ROUGE-L",
     "date": "date right", "place": "place right", "fatalities": "fatalities right",
+    "invented_deaths": "deaths invented", "reference/invented_deaths": "deaths beyond the record in references",
     "reference/date": "date in references", "reference/place": "place in references",
     "reference/fatalities": "fatalities in references",
 }  # fmt: skip
