@@ -45,6 +45,7 @@ class Observer:
             found += self.diagnosis.adapter(self.engine.largest(self._adapters))
             self._adapters = ()  # what has moved once is not zero again
         sample = self.sampler.take(record) if self.sampler and isinstance(record, EvalRecord) else None
+        self.diagnosis.spend("evaluation", sample.facts["seconds"] if sample else 0.0)
         events = [finding.record(record.step, record.time) for finding in found]
         return [*([sample] if sample else []), *events]
 

@@ -35,7 +35,8 @@ def card_text(
         "| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in _settings(run)), "",
         "### Training results", "",
         "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|", *_table(rows), "",
-        "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved.", "",
+        "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved."
+        + _early(everything), "",
         "### Compared with", "",
         f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
         f"its three epochs): not comparable, for these reasons: {_reasons(run)}.", "",
@@ -132,6 +133,11 @@ def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rows", f"{settings['data']['objective']} of at most {settings['data']['block_size']} tokens, {counts}"),
         ("data fingerprint", f"`{data['fingerprint'][:16]}`"),
     ]
+
+
+def _early(records: list[Record]) -> str:
+    stops = [r for r in records if isinstance(r, EventRecord) and r.event == "early_stop"]
+    return f" The run {stops[-1].message}." if stops else ""
 
 
 def _diagnosis(records: list[Record]) -> list[str]:
