@@ -265,8 +265,11 @@ def test_scores_of_acled_notes_beside_those_of_their_references(tmp_path):
         return [encode(completion)["input_ids"] for _, completion in data.val_texts]
 
     model = SimpleNamespace(causal=SimpleNamespace(config=load_config(settings.model)))
-    engine: Any = SimpleNamespace(complete=perfect, model=model)
+    engine: Any = SimpleNamespace(complete=perfect, model=model, can_be_whole=lambda: True)
     record = EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=1.0, eval_tokens=1, time=1.0)
+    full: Any = SimpleNamespace(model=model, can_be_whole=lambda: False)
+    assert Sampler(full, data, settings).take(record) is None
+    assert "does not fit" in Sampler(full, data, settings).why_not
     event = Sampler(engine, data, settings).take(record)
     assert event is not None
     scores = event.facts["scores"]

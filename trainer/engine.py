@@ -454,6 +454,14 @@ class Engine:
         self.deepspeed.train()
         return made
 
+    def can_be_whole(self) -> bool:
+        """Whether every rank has room for all weights beside what it holds; all ranks must call. Half of what is free
+        is left to the work on them."""
+        if self._stage < 3 or self.world.device.type != "cuda":
+            return True
+        size = sum(p.ds_numel * p.element_size() for p in self.deepspeed.module.parameters())
+        return all(self.world.gather(size < torch.cuda.mem_get_info(self.world.device)[0] / 2))
+
     def _whole_model(self) -> contextlib.AbstractContextManager[Any]:
         if self._stage < 3:
             return contextlib.nullcontext()

@@ -23,7 +23,11 @@ class Observer:
 
     def begin(self, step: int, seconds: float) -> list[EventRecord]:
         """What is to be said before the first record."""
-        return [finding.record(step, seconds) for finding in self.untold]
+        events = [finding.record(step, seconds) for finding in self.untold]
+        if self.sampler and self.sampler.why_not:
+            message = f"no samples: {self.sampler.why_not}"
+            events.append(EventRecord(event="samples_off", step=step, message=message, time=seconds))
+        return events
 
     @property
     def sample_seconds(self) -> float:

@@ -52,12 +52,15 @@ class Sampler:
         self.engine, self.settings, self.seconds = engine, settings, 0.0
         self.acled = data.facts["form"] == "acled"
         self.prompts: list[Prompt] = []
+        self.why_not = ""  #: why none are made although they were asked for
         if not wanted(settings) or data.facts["tokenizer"] is None:
             return
         self.tokenizer = load_tokenizer(settings.model.model)
         room = positions(engine.model.causal.config)
         prompts = make_prompts(data, self.tokenizer, room)
         self.prompts = prompts if settings.output.metrics else prompts[: settings.output.samples]
+        if self.prompts and not engine.can_be_whole():
+            self.prompts, self.why_not = [], "the whole model does not fit on one rank beside its share of ZeRO-3"
         self.most = min(LONGEST, BEYOND + max((prompt.length for prompt in self.prompts), default=0))
         if room is not None and self.prompts:
             self.most = min(self.most, room - max(len(prompt.ids) for prompt in self.prompts))
