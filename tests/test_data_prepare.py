@@ -17,7 +17,7 @@ from trainer.data import cache as store
 from trainer.data.make import in_validation
 from trainer.data.prepared import load, prepare
 from trainer.errors import UserError
-from trainer.settings import DataSettings
+from trainer.settings import MOST_SAMPLES, DataSettings
 
 END = 0  # <|endoftext|> of the tokenizer that the samples train
 PAIRS = [{"mr": f"Town {i}", "ref": f"On {i} January people met in Town {i}."} for i in range(60)]
@@ -194,7 +194,7 @@ def test_given_validation_data_are_taken_whole_and_overlap_is_said(tmp_path, mad
 def test_validation_pairs_are_kept_for_samples(tmp_path, made):
     prepared = made(samples.write_csv(tmp_path / "a.csv", PAIRS), **TEMPLATES)
     expected = [(f"{p['mr']}:", f" {p['ref']}") for p in PAIRS if in_validation(f"{p['mr']}:", 0.1)]
-    assert list(prepared.val_texts) == expected[:8]
+    assert list(prepared.val_texts) == expected[:MOST_SAMPLES]
 
 
 def test_too_little_data_is_refused_with_a_remedy(tmp_path, made):

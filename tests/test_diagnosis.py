@@ -27,6 +27,7 @@ from trainer.diagnosis.trend import Line, Mean, welch
 from trainer.engine import leave_world, start_world
 from trainer.errors import RunFailed
 from trainer.export import Check, card_text
+from trainer.log.names import wandb_config, wandb_summary
 from trainer.loop import train
 from trainer.model import build, load_config
 from trainer.observe import Observer
@@ -34,6 +35,7 @@ from trainer.plan import make_plan
 from trainer.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.report.comparison import compare, write
 from trainer.report.gather import gather
+from trainer.report.wandb_runs import from_rows
 from trainer.run import _engine
 
 # --- the statistics --------------------------------------------------------------------------------------------------
@@ -358,8 +360,9 @@ def healthy(runs: int) -> dict[str, tuple[str, str, str]]:
 
 
 def test_healthy_runs_say_nothing(lines, tmp_path):
-    """Four of the twenty, one of each mode and objective; `-m sweep` runs them all."""
-    found = watched(tmp_path, lines, healthy(4))
+    """Two of the twenty, every weight on blocks and adapters on completions; `-m sweep` runs them all."""
+    jobs = healthy(20)
+    found = watched(tmp_path, lines, {name: jobs[name] for name in ("healthy-0", "healthy-3")})
     assert {name: [f["code"] for f in findings] for name, findings in found.items() if findings} == {}
 
 
@@ -409,6 +412,12 @@ def test_the_comparison_and_the_model_card_show_what_runs_noticed(tmp_path):
         text = (tmp_path / "out" / page).read_text()
         assert "Diagnosis" in text
         assert "each of the last 50 steps was clipped" in text
+    kept = wandb_summary(event)
+    assert kept == {"event/diagnosis/always_clipped": event.message}
+    history = [{"_step": 0, "val/loss": 2.0, "epoch": 0.0}]
+    config = wandb_config(run_facts("full"))
+    run = from_rows("w", "id", "name", config, history, {**kept, "wall_seconds": 1.0}, finished=True, age=0.0)
+    assert run.findings == ((0, event.message),), "from W&B, too, where the summary keeps no step"
     about = run_facts("full", model__init="pretrained", not_comparable_with_card=[])
     card = card_text(about, [event], Check(), step=720)
     assert "### Diagnosis" in card

@@ -199,6 +199,7 @@ def test_what_is_exported_is_the_best_checkpoint_and_all_records_say_which(overf
     card = (overfitted / "model" / "README.md").read_text()
     assert f"after step {best['step']:,} of" in card
     assert f"training went on to step {end['step']}." in card
+    assert f"The run stopped early after step {end['step']} of" in card
     assert json.loads((overfitted / "run.json").read_text())["settings"]["output"]["export"] == "best"
 
 

@@ -19,11 +19,11 @@ ORDER = [
     {"data"},
     {"base"},
     {"adapters", "optim", "quant"},
-    {"model"},
+    {"model", "textscores"},
     {"loss"},
     {"engine"},
     {"checkpoint"},
-    {"loop"},
+    {"loop", "samples"},
     {"plan", "log", "observe"},
     {"export", "verify", "footprint"},
     {"report"},
@@ -43,6 +43,8 @@ DOORS = {
     "wandb_workspaces": {"report"},
     "trackio": {"log"},
     "matplotlib": {"report"},
+    "sacrebleu": {"textscores"},
+    "rouge_score": {"textscores"},
 }
 LIGHT = [
     "errors",

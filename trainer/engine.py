@@ -6,6 +6,7 @@ the global batch before the first backward, and the engine never counts micro-ba
 float32 weights, so that every stage does the same arithmetic.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from trainer import optim, quant
 from trainer.data import MicroBatch
@@ -471,6 +473,52 @@ class Engine:
             raise NotFinite(f"gradient norm {float(self._grad_norm)}")
         if self.clip:
             nn.utils.clip_grads_with_norm_(self.trainable.values(), self.clip, self._grad_norm)
+
+    @torch.no_grad()
+    def complete(self, prompts: Sequence[Sequence[int]], most: int, end: int) -> list[list[int]] | None:
+        """Greedy continuations of token ids on rank 0, None on the others; all ranks must call.
+
+        Each is at most `most` tokens, without the token `end` at which it stops. One batch, padded on the left, on one
+        rank: so no number of ranks changes a text. ZeRO-3 gathers the weights once, for all tokens.
+        """
+        self.world.board.beat()
+        self.deepspeed.eval()
+        with self._whole_model():
+            made = self._greedy(prompts, most, end) if self.world.rank == 0 else None
+        self.deepspeed.train()
+        return made
+
+    def can_be_whole(self) -> bool:
+        """Whether every rank has room for all weights beside what it holds; all ranks must call. Half of what is free
+        is left to the work on them."""
+        if self._stage < 3 or self.world.device.type != "cuda":
+            return True
+        size = sum(p.ds_numel * p.element_size() for p in self.deepspeed.module.parameters())
+        return all(self.world.gather(size < torch.cuda.mem_get_info(self.world.device)[0] / 2))
+
+    def _whole_model(self) -> contextlib.AbstractContextManager[Any]:
+        if self._stage < 3:
+            return contextlib.nullcontext()
+        return import_module("deepspeed.runtime.zero").unwrap_model_for_generation(self.deepspeed)
+
+    def _greedy(self, prompts: Sequence[Sequence[int]], most: int, end: int) -> list[list[int]]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[end] * (width - len(one)) + list(one) for one in prompts], device=self.world.device)
+        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=self.world.device)
+        greedy = GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=most, eos_token_id=end, pad_token_id=end, use_cache=True
+        )
+        half = self.precision == "bf16"
+        with torch.autocast(self.world.device.type, torch.bfloat16) if half else contextlib.nullcontext():
+            whole = self.model.causal.generate(
+                input_ids=ids, attention_mask=mask, logits_processor=[self._beat], generation_config=greedy
+            )
+        made = whole[:, width:].tolist()
+        return [one[: one.index(end)] if end in one else one for one in made]
+
+    def _beat(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self.world.board.beat()  # the other ranks wait
+        return scores
 
     def largest(self, names: Iterable[str]) -> float:
         """The largest entry, by size, of these trained weights over all ranks; all ranks must call."""

@@ -172,7 +172,7 @@ def _fields(group: Any) -> list[dataclasses.Field[Any]]:
 def _add(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
     meta = field.metadata
     common = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
-    if field.type is bool:  # a switch: turns round its default, so those that are on have a --no-... flag
+    if field.type is bool:  # a switch: given, it is the other way round
         action = "store_false" if field.default else "store_true"
         section.add_argument(meta["flag"], action=action, help=meta["help"], **common)
         return

@@ -1,26 +1,44 @@
-"""What is done beside the loop at each of its records: find out what is wrong with the run. All ranks take part."""
+"""What is done beside the loop at each of its records: samples, and what is wrong with the run. All ranks take part."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from trainer.diagnosis import Diagnosis, Facts
 from trainer.engine import Engine
 from trainer.records import EvalRecord, EventRecord, Record
+from trainer.samples import Sampler
 
 
 class Observer:
     """Looks at each record of the loop and adds events. Changes no number: it draws nothing and trains nothing."""
 
-    def __init__(self, engine: Engine, facts: Facts, earlier: Iterable[Record] = ()):
+    def __init__(self, engine: Engine, facts: Facts, sampler: Sampler | None = None, earlier: Iterable[Record] = ()):
         self.engine = engine
         self.diagnosis = Diagnosis(facts)
-        self.untold = self.diagnosis.replay(earlier)  # what a process that was killed had no time to say
+        self.sampler = sampler
+        self._earlier = 0.0  # seconds that an earlier process took for samples
+        self.untold = self.diagnosis.replay(self._counted(earlier))  # what a process that was killed did not say
         self._adapters = engine.model.starting_at_zero
         self._device = 0.0
 
     def begin(self, step: int, seconds: float) -> list[EventRecord]:
         """What is to be said before the first record."""
-        return [finding.record(step, seconds) for finding in self.untold]
+        events = [finding.record(step, seconds) for finding in self.untold]
+        if self.sampler and self.sampler.why_not:
+            message = f"no samples: {self.sampler.why_not}"
+            events.append(EventRecord(event="samples_off", step=step, message=message, time=seconds))
+        return events
+
+    @property
+    def sample_seconds(self) -> float:
+        """What the samples of the whole run took."""
+        return self._earlier + (self.sampler.seconds if self.sampler else 0.0)
+
+    def _counted(self, earlier: Iterable[Record]) -> Iterator[Record]:
+        for record in earlier:
+            if isinstance(record, EventRecord) and record.event == "samples":
+                self._earlier += record.facts["seconds"]
+            yield record
 
     def after(self, record: Record) -> list[EventRecord]:
         """What follows a record, in order; only rank 0's is written, but every rank must ask."""
@@ -30,7 +48,10 @@ class Observer:
         if isinstance(record, EvalRecord) and record.step and self._adapters:
             found += self.diagnosis.adapter(self.engine.largest(self._adapters))
             self._adapters = ()  # what has moved once is not zero again
-        return [finding.record(record.step, record.time) for finding in found]
+        sample = self.sampler.take(record) if self.sampler and isinstance(record, EvalRecord) else None
+        self.diagnosis.spend("evaluation", sample.facts["seconds"] if sample else 0.0)
+        events = [finding.record(record.step, record.time) for finding in found]
+        return [*([sample] if sample else []), *events]
 
     def drew(self, seconds: float) -> None:
         """The loop waited so long for its rows."""

@@ -20,6 +20,7 @@ from trainer.loop import Course
 from trainer.memory import Counts
 from trainer.model import dropouts, load_config, positions
 from trainer.settings import EIGHT_BIT, Settings
+from trainer.textscores import check_installed
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
 
@@ -130,6 +131,8 @@ def check_early(settings: Settings, world: World) -> None:
     """What can be refused before data and model are touched: batch sum, precision, ZeRO file, device."""
     settings.train.batch(world.size)
     optim.refuse_early(settings.train, stage=None, on_cpu=world.device.type == "cpu")
+    if settings.output.metrics:
+        check_installed()
     if settings.engine.precision == "fp16" and world.device.type == "cpu":
         raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
     if settings.engine.ds_config is not None:

@@ -23,6 +23,7 @@ from trainer.model import Model, build, load_config, save_base
 from trainer.observe import Observer
 from trainer.plan import Plan, check_early, make_plan
 from trainer.records import EventRecord, Record
+from trainer.samples import Sampler, check_data
 from trainer.settings import Settings, merge, scientific
 from trainer.watch import LOST, Stop
 
@@ -53,6 +54,7 @@ def _run(request: Request, world: World, stop: Stop) -> int:
     world.once(lambda: log.check_also(settings.output.also))
     folder = Path(settings.run_folder)
     data = _data(settings, world)
+    check_data(settings, data)
     on_meta = request.dry_run or request.find_batch
     model = build(settings, on_meta=on_meta, hashed=world.rank == 0, device=world.device)
     plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
@@ -222,7 +224,8 @@ def _train(
     try:
         if request.resume is not None:
             sinks.write(_resumed(plan, about, point, progress, sinks.dropped, request))
-        observer = Observer(engine, Facts.of({**about, "resolved": plan.resolved()}), sinks.kept())
+        facts = Facts.of({**about, "resolved": plan.resolved()})
+        observer = Observer(engine, facts, Sampler(engine, data, plan.settings), sinks.kept())
         for event in observer.begin(progress.step, progress.seconds):
             sinks.write(event)
         with stop.deferred(), plan.world.board.watched(plan.settings.engine.hang_timeout):
@@ -232,7 +235,7 @@ def _train(
         if progress.pending or signalled:
             code = 128 + signalled
             return code
-        _finish(plan, data, model, engine, progress, about, sinks, folder)
+        _finish(plan, data, model, engine, progress, about, sinks, folder, observer.sample_seconds)
         code = 0
         return code
     finally:
@@ -253,7 +256,7 @@ def _resumed(
 
 def _finish(
     plan: Plan, data: Prepared, model: Model, engine: Engine, progress: Progress, about: dict[str, Any],
-    sinks: "Sinks", folder: Path,
+    sinks: "Sinks", folder: Path, sample_seconds: float,
 ) -> None:  # fmt: skip
     """Export, load the export again, and say how it went."""
     began = time.perf_counter()
@@ -296,6 +299,7 @@ def _finish(
     facts: dict[str, Any] = {
         "wall_seconds": seconds,
         "device_hours": seconds * world.size / 3600,
+        "sample_seconds": sample_seconds,
         "peak_memory_bytes": peak,
         "optimizer_bytes": state_bytes,
         "checkpoint_bytes": _size(max((folder / "checkpoints").glob("step-*"), default=None)),

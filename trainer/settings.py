@@ -25,6 +25,7 @@ OPTIMS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
 EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
 DS_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 HANG_TIMEOUT_MOST = 1800  # seconds; the groups that DeepSpeed makes for itself give up then, and cannot be told
+MOST_SAMPLES = 32  # validation texts that prepared data keep, and that --metrics scores
 LORA_RATE_FACTOR = 10.0  # the best LoRA rate is about 10x the best full rate ("LoRA Without Regret", 2025)
 DEMO_MODEL = "demo-base"  # the small GPT-2 that this project ships, see trainer/base/README.md
 DEMO_DATA = "acled-demo"  # the synthetic events of trainer/data/demo.py
@@ -359,6 +360,15 @@ class OutputSettings:
         "validation loss (then one is saved at each evaluation that is the lowest so far)",
         choices=("last", "best"),
     )
+    samples: int = setting(
+        2, flag="--samples", help=f"validation prompts completed at each evaluation, at most {MOST_SAMPLES}; 0: none"
+    )
+    metrics: bool = setting(
+        False,
+        flag="--metrics",
+        help="score completions of validation prompts at each evaluation: exact match, BLEU, chrF, ROUGE-L; of ACLED "
+        "data also date, place and fatalities",
+    )
 
     def __post_init__(self) -> None:
         _check_every("--eval-every", self.eval_every)
@@ -378,6 +388,9 @@ class OutputSettings:
         for name in self.also:
             require(name in ALSO, "--also", name, " or ".join(ALSO))
         require(self.export in ("last", "best"), "--export", self.export, "last or best")
+        require(
+            0 <= self.samples <= MOST_SAMPLES, "--samples", self.samples, f"a whole number from 0 to {MOST_SAMPLES}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

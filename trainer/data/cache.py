@@ -14,7 +14,7 @@ from typing import Any
 from trainer.data.rows import Rows, read_rows, row_files
 from trainer.errors import UserError
 
-FORMAT = 1  # of the folder and of the texts; a change of either makes every earlier folder another one
+FORMAT = 2  # of the folder and of the texts; a change of either makes every earlier folder another one
 FACTS = "facts.json"
 ABANDONED = 24 * 3600.0  # seconds after which an unfinished folder is taken for that of a killed run
 

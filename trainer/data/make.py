@@ -17,11 +17,11 @@ from trainer.data.scan import FileFacts, changed
 from trainer.data.sources import Source
 from trainer.data.text import BadRecord, Form
 from trainer.errors import UserError
-from trainer.settings import DataSettings
+from trainer.settings import MOST_SAMPLES, DataSettings
 
 Say = Callable[[str], None]
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
-SHOWN, SHOWN_CHARACTERS = 8, 4000  # validation pairs kept for samples, and how long one may be
+SHOWN_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 SAY_EVERY = 5.0  # seconds
 
 
@@ -191,7 +191,7 @@ class Maker:
         sides = ["val" if self._is_val(one, item) else "train" for item in batch]
         for item, side in zip(batch, sides, strict=True):
             shown = item.ids is None and len(item.prompt) + len(item.completion) <= SHOWN_CHARACTERS
-            if side == "val" and shown and len(self.val_texts) < SHOWN:
+            if side == "val" and shown and len(self.val_texts) < MOST_SAMPLES:
                 self.val_texts.append((item.prompt, item.completion))
         if self.settings.objective == "completion":
             self._write_rows(one, batch, sides, packers)

@@ -66,7 +66,7 @@ class Speed:
             return None
         return Finding(
             code="much_evaluation",
-            seen=f"{share:.0%} of {whole:.0f} s went into evaluations",
+            seen=f"{share:.0%} of {whole:.0f} s went into evaluations and their samples",
             cause=f"they are frequent (--eval-every {self.facts.eval_every}) or their batches small",
             remedy=f"--eval-batch {2 * self.facts.eval_batch}"
             if self.facts.eval_every == "epoch"

@@ -37,7 +37,8 @@ def card_text(
         *(f"| {name} | {value} |" for name, value in _settings(run, optimizer_bytes)), "",
         "### Training results", "",
         "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|", *_table(rows), "",
-        "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved.", "",
+        "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved."
+        + _early(everything), "",
         "### Compared with", "",
         f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
         f"its three epochs): not comparable, for these reasons: {_reasons(run)}.", "",
@@ -176,6 +177,11 @@ def _adapter_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     if settings["engine"].get("checkpoint_activations"):
         rows.append(("activations", "computed again in backward"))
     return rows
+
+
+def _early(records: list[Record]) -> str:
+    stops = [r for r in records if isinstance(r, EventRecord) and r.event == "early_stop"]
+    return f" The run {stops[-1].message}." if stops else ""
 
 
 def _diagnosis(records: list[Record]) -> list[str]:

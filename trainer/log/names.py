@@ -15,6 +15,7 @@ AXES = ("epoch", "samples", "tokens")
 METRICS = (  # (pattern, x axis, what the summary keeps)
     ("train/*", "epoch", None),
     ("val/*", "epoch", "min,last"),
+    ("sample/*", "epoch", None),
 )
 COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field of the record}
     StepRecord: {
@@ -35,6 +36,13 @@ def wandb_row(record: Record) -> dict[str, float]:
         return {}
     fields = {**{axis: axis for axis in AXES}, **COLUMNS[type(record)]}
     return {name: getattr(record, field) for name, field in fields.items()}
+
+
+def sample_row(record: EventRecord) -> dict[str, float]:
+    """The history row of the scores of an evaluation's samples; {} where none were asked for."""
+    scores = record.facts.get("scores") or {}
+    axes = {axis: record.facts[axis] for axis in AXES}
+    return {**axes, **{f"sample/{name}": score for name, score in scores.items()}}
 
 
 def card_row(row: CardRow) -> dict[str, float]:

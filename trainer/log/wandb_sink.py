@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.errors import UserError
-from trainer.log.names import AXES, METRICS, run_tags, wandb_config, wandb_row, wandb_summary
+from trainer.log.names import AXES, METRICS, run_tags, sample_row, wandb_config, wandb_row, wandb_summary
 from trainer.records import EventRecord, Record
 
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")  # old and new name of the public server
@@ -165,7 +165,10 @@ class WandbSink:
         if self._run is None:
             return
         try:
-            if isinstance(record, EventRecord):
+            if isinstance(record, EventRecord) and record.event == "samples":
+                if record.step > self._after:
+                    self._run.log({**sample_row(record), "sample/texts": _table(record)}, step=record.step)
+            elif isinstance(record, EventRecord):
                 self._run.summary.update(wandb_summary(record))
             elif record.step > self._after:
                 self._run.log(wandb_row(record), step=record.step)
@@ -188,6 +191,17 @@ class WandbSink:
         self._run = None
         _teardown()
         self._say(f"W&B stopped working ({_one_line(problem)}); going on without it, metrics.jsonl has every row")
+
+
+def _table(record: EventRecord) -> Any:
+    """The samples of one evaluation as a table of W&B."""
+    import wandb
+
+    columns = ["step", "epoch", "prompt", "reference", "completion"]
+    rows = [
+        [record.step, record.facts["epoch"], *(text[name] for name in columns[2:])] for text in record.facts["texts"]
+    ]
+    return wandb.Table(columns=columns, data=rows)
 
 
 def _teardown() -> None:

@@ -12,7 +12,7 @@ from trainer.report.comparable import MUST_AGREE, facts, short, together, why_no
 from trainer.report.gather import Problem
 from trainer.report.runs import Run
 from trainer.report.seeds import Group, groups
-from trainer.report.tables import Table, by_epoch, by_run, diagnosis, same_and_different
+from trainer.report.tables import Table, by_epoch, by_run, diagnosis, same_and_different, samples, scores
 from trainer.report.verdict import Verdict, judge
 
 
@@ -30,6 +30,8 @@ class Comparison:
     different: Table
     same: Table
     diagnosis: Table
+    scores: Table
+    samples: Table
 
     @property
     def runs(self) -> list[Run]:
@@ -52,6 +54,8 @@ def compare(runs: Sequence[Run], problems: Sequence[Problem] = (), with_card: bo
         different=different,
         same=same,
         diagnosis=diagnosis(found),
+        scores=scores(found),
+        samples=samples(found),
     )
 
 
@@ -116,6 +120,8 @@ def as_json(comparison: Comparison, checks: Sequence[dict[str, Any]] = ()) -> di
         "by_epoch": comparison.by_epoch.records(),
         "by_run": comparison.by_run.records(),
         "diagnosis": comparison.diagnosis.records(),
+        "scores": comparison.scores.records(),
+        "samples": comparison.samples.records(),
         "facts": {
             fact.name: {
                 "same": fact.same,

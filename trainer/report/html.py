@@ -95,6 +95,8 @@ def page(comparison: "Comparison") -> str:
             f"<h2>{by_run.title}</h2>",
             _table(by_run, modes),
             *_optional(comparison.diagnosis, modes),
+            *_optional(comparison.scores, modes),
+            *_optional(comparison.samples, modes),
             "<h2>Same and different</h2>",
             _list(comparison.comparable),
             _details(comparison.different, modes, is_open=True),

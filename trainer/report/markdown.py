@@ -24,8 +24,9 @@ def page(comparison: "Comparison") -> str:
         f"## {comparison.by_run.title}",
         runs_table(comparison),
     ]
-    if comparison.diagnosis.rows:
-        parts += [f"## {comparison.diagnosis.title}", table(comparison.diagnosis)]
+    for optional in (comparison.diagnosis, comparison.scores, comparison.samples):
+        if optional.rows:
+            parts += [f"## {optional.title}", table(optional)]
     parts += ["## Same and different", "\n".join(f"- {escape(line)}" for line in comparison.comparable)]
     parts += [f"### {comparison.different.title}", table(comparison.different)]
     parts += [

@@ -43,6 +43,7 @@ class Run:
     end: Mapping[str, Any] = field(default_factory=dict)  #: the facts of the `finished` event
     state: str = "finished"  #: finished, going or stopped
     findings: tuple[tuple[int, str], ...] = ()  #: (step, line) of what the run noticed of itself
+    samples: tuple[Mapping[str, Any], ...] = ()  #: of each evaluation: epoch, texts, and scores where asked for
     notes: tuple[str, ...] = ()
 
     @property
@@ -173,6 +174,7 @@ def build(
             for event in events
             if event.get("event") == "diagnosis"
         ),
+        samples=tuple(event.get("facts") or {} for event in events if event.get("event") == "samples"),
         notes=tuple(notes),
     )
     return dataclasses.replace(run, notes=(*run.notes, *_what_is_missing(run, events)))

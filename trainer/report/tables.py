@@ -15,6 +15,7 @@ from trainer.report.verdict import percent
 
 CARD = "card"
 NOT_TOLD = "-"  # what a cell shows that has no value
+MOST_TEXT = 300  # characters of a text in a cell
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,59 @@ def _card_run_row(keys: list[str]) -> tuple[Cell, ...]:
         "run_id": Cell(None, reference.NAME),
     }
     return tuple(told.get(key, Cell(None, "unknown")) for key in keys)
+
+
+def samples(groups: Sequence[Group]) -> Table:
+    """The prompts that were completed at each evaluation: the first and the last completion beside the reference."""
+    columns = {"run": "run", "prompt": "prompt", "reference": "reference", "first": "at first", "last": "at last"}
+    rows = []
+    for run in (run for group in groups for run in group.runs if run.samples):
+        first, last = run.samples[0], run.samples[-1]
+        for before, after in zip(first.get("texts", ()), last.get("texts", ()), strict=False):
+            cells = [_text(after["prompt"]), _text(after["reference"])]
+            cells += [
+                _text(f"(epoch {one['epoch']:.4g}) {text['completion']}")
+                for one, text in ((first, before), (last, after))
+            ]
+            rows.append((Cell(run.name, run.name), *cells))
+    notes = ("Completed greedily, the likeliest token each time.",)
+    return Table("Samples", columns, tuple(rows), notes if rows else ())
+
+
+def scores(groups: Sequence[Group]) -> Table:
+    """What --metrics found at the last evaluation of each run that asked for it."""
+    scored = [
+        (run, run.samples[-1])
+        for group in groups
+        for run in group.runs
+        if run.samples and run.samples[-1].get("scores")
+    ]
+    names = list(dict.fromkeys(name for _, told in scored for name in told["scores"]))
+    columns = {"run": "run", "epoch": "epoch", "texts": "texts", **{name: SCORES.get(name, name) for name in names}}
+    rows = tuple(
+        (
+            Cell(run.name, run.name), Cell(told["epoch"], f"{told['epoch']:.4g}"), number(told.get("scored")),
+            *(loss(told["scores"].get(name)) for name in names),
+        )
+        for run, told in scored
+    )  # fmt: skip
+    return Table("Completions against their references", columns, rows)
+
+
+#: headings of the scores
+SCORES = {
+    "exact_match": "exact match", "bleu": "BLEU (0-100)", "chrf": "chrF (0-100)", "rouge_l": "ROUGE-L",
+    "date": "date right", "place": "place right", "fatalities": "fatalities right",
+    "invented_deaths": "deaths invented", "reference/invented_deaths": "deaths beyond the record in references",
+    "reference/date": "date in references", "reference/place": "place in references",
+    "reference/fatalities": "fatalities in references",
+}  # fmt: skip
+
+
+def _text(text: str) -> Cell:
+    """A text on one line, cut where it is very long."""
+    line = " ".join(str(text).split())
+    return Cell(text, line if len(line) <= MOST_TEXT else line[: MOST_TEXT - 1] + "…")
 
 
 def diagnosis(groups: Sequence[Group]) -> Table:
