@@ -36,7 +36,7 @@ def test_the_rates_are_spaced_evenly_in_their_logarithm():
 
 def test_smoothing_is_fastais_formula():
     """avg_n = beta avg + (1 - beta) loss, divided by 1 - beta^n: of a constant it is the constant from the start."""
-    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smooth([3.0] * 5, beta=0.9) == pytest.approx([3.0] * 5)
     assert smooth([1.0, 2.0], beta=0.5) == pytest.approx([1.0, (0.5 * 0.5 + 0.5 * 2.0) / 0.75])
 
 
