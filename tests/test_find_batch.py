@@ -121,7 +121,7 @@ WAITS = "told(1); told(2); time.sleep(600)"  # in a collective with one who is g
     [
         ("told(1); told(2); os._exit(77)", "out of memory on rank 1"),
         ("told(1); told(2); os.kill(os.getpid(), 9)", "killed by the system"),
-        ("told(1); told(2); print('boom: no such thing'); os._exit(1)", None),
+        ("told(1); told(2); print('boom: no such thing', flush=True); os._exit(1)", None),
     ],
 )
 def test_one_rank_that_ends_is_seen_by_all_and_none_hangs(tiny, records, tmp_path, ends, said):

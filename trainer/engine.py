@@ -424,7 +424,13 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         skipped_before = self.deepspeed.skipped_steps
-        self.deepspeed.step()
+        try:
+            self.deepspeed.step()
+        except NotFinite:  # stage 0; the others clear up themselves
+            self.deepspeed._running_engine_step = False  # else every later backward would reduce, as a step's does
+            for parameter in self.trainable.values():
+                parameter.grad = None
+            raise
         norm = float(
             self._grad_norm
             if self._stage == 0 and self._grad_norm is not None
@@ -564,9 +570,6 @@ class Engine:
                 setattr(self.deepspeed, name, count)
             if scale:
                 vars(scaler).update(scale)
-            if self._stage == 0:
-                for parameter in self.trainable.values():  # of a step that was refused
-                    parameter.grad = None
             if self._stage == 3:
                 self._gather_anew()
 

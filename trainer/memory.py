@@ -135,7 +135,7 @@ def activations(shape: Shape, load: Load) -> float:
     block += 16 + (4 * shape.heads)  # means and deviations; the attention's sums
     mask = 1 if load.gpu else 4  # processors keep masks as floats, and have no fast attention with dropout
     if load.dropout:
-        block += 2 * mask * h + (0 if load.gpu else 3 * size * shape.heads * load.width)
+        block += 2 * mask * h + (0 if load.gpu else 3 * 4 * shape.heads * load.width)
     if load.adapter_rank:
         block += _LAYERS * size * load.adapter_rank
         if load.adapter_dropout:

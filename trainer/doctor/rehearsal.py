@@ -180,9 +180,9 @@ def _sample(request: Request, plan: Plan, data: Prepared, folder: Path) -> dict[
         with open(path, "w") as file:
             for located in sources.records(source):
                 line = json.dumps(located.record, default=str)
-                left -= len(line)
                 if typed is not None or left < most["val"]:
                     file.write(line + "\n")
+                left -= len(line)
                 if left < 0:
                     break
         given["data" if side == "train" else "val_data"] = str(path)

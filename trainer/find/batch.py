@@ -88,7 +88,7 @@ def try_sizes(plan: Plan, data: Path, sizes: Sequence[int]) -> list[Tried]:
         return done
     short = [rank for rank, end in enumerate(ends) if end == OUT_OF_MEMORY or end in KILLED]
     if not short:
-        rank = next((rank for rank, end in enumerate(ends) if end != 0), 0)
+        rank = next((rank for rank, end in enumerate(ends) if end), 0)  # None: ended here, because of another
         raise RunFailed(f"--find-batch: micro-batch {sizes[len(done)]} failed on rank {rank}: {outputs[rank]}")
     micro = sizes[len(done)]
     why = "out of memory" if ends[short[0]] == OUT_OF_MEMORY else "killed by the system, most likely for its memory"

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SMOOTHING = 0.9  # fastai has 0.98, which looks 50 steps back: half of a test of 100 steps
+LAG = 0.1  # share of the sweep that smoothing looks back; fastai's 0.98 looks 50 steps back, half of a sweep of 100
 CALM = 0.1  # share of the sweep, its lowest rates, that says where the loss stands and how much it jumps
 RISEN = 0.25  # share of the loss at the start above it that counts as diverging
 FALLEN = 0.02  # share of it below it that counts as learning
@@ -33,7 +33,12 @@ def rates(start: float, end: float, steps: int) -> list[float]:
     return [start * (end / start) ** (n / (steps - 1)) for n in range(steps)]
 
 
-def smooth(losses: Sequence[float], beta: float = SMOOTHING) -> list[float]:
+def smoothing(steps: int) -> float:
+    """The weight of what came before, for a sweep of so many steps: 0.9 for 100."""
+    return max(0.5, 1 - 1 / (LAG * steps))
+
+
+def smooth(losses: Sequence[float], beta: float) -> list[float]:
     """The exponential mean of what came so far, without the pull of its start at zero (fastai's; Adam's correction)."""
     mean, means = 0.0, []
     for n, loss in enumerate(losses, start=1):
@@ -51,7 +56,8 @@ def calm(losses: Sequence[float], steps: int) -> tuple[float, float]:
     jumps = [b - a for a, b in itertools.pairwise(first)]
     noise = statistics.stdev(jumps) / math.sqrt(2) if len(jumps) > 1 else 0.0
     few = max(3, len(first) // 2)
-    return statistics.fmean(first[:few]), noise * math.sqrt((1 - SMOOTHING) / (1 + SMOOTHING) + 1 / few)
+    beta = smoothing(steps)
+    return statistics.fmean(first[:few]), noise * math.sqrt((1 - beta) / (1 + beta) + 1 / few)
 
 
 def _few(steps: int) -> int:
@@ -67,7 +73,7 @@ def diverged(losses: Sequence[float], steps: int) -> bool:
     if len(losses) <= _few(steps):
         return False
     start, error = calm(losses, steps)
-    return smooth(losses)[-1] > start + max(RISEN * start, JUMPS * error)
+    return smooth(losses, smoothing(steps))[-1] > start + max(RISEN * start, JUMPS * error)
 
 
 def judge(tried: Sequence[float], losses: Sequence[float], steps: int) -> Verdict:
@@ -80,7 +86,7 @@ def judge(tried: Sequence[float], losses: Sequence[float], steps: int) -> Verdic
             suggestion=None, lowest=None, steepest=None,
             warning=f"the loss diverges from the start: begin lower than {tried[0]:g}",
         )  # fmt: skip
-    means = smooth(finite)
+    means = smooth(finite, smoothing(steps))
     start, error = calm(finite, steps)
     best = min(range(few - 1, len(means)), key=means.__getitem__)
     fallen = start - means[best] > max(FALLEN * start, JUMPS * error)

@@ -8,7 +8,7 @@ from trainer.checkpoint import write_text
 from trainer.data import Prepared, epoch_order, step_batches, step_counts
 from trainer.engine import Engine, NotFinite
 from trainer.errors import UserError
-from trainer.find.curve import Verdict, diverged, judge, rates, smooth
+from trainer.find.curve import Verdict, diverged, judge, rates, smooth, smoothing
 from trainer.flags import LrRange
 from trainer.loop import PAD_ID, Course
 from trainer.plan import Plan
@@ -71,7 +71,8 @@ def _tell(wanted: LrRange, plan: Plan, tried: list[float], losses: list[float]) 
     finite = [loss for loss in losses if math.isfinite(loss)]
     content = {
         "format": 1, "mode": settings.mode, "range": [wanted.start, wanted.end], "steps": wanted.steps, "lr": tried,
-        "loss": [loss if math.isfinite(loss) else None for loss in losses], "smoothed": smooth(finite),
+        "loss": [loss if math.isfinite(loss) else None for loss in losses],
+        "smoothed": smooth(finite, smoothing(wanted.steps)),
         "suggestion": verdict.suggestion, "lowest": verdict.lowest, "steepest": verdict.steepest,
         "warning": verdict.warning, "settings": settings.as_dict(), "resolved": plan.resolved(),
         "data": plan.data["fingerprint"],

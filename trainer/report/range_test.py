@@ -19,12 +19,13 @@ def draw_range_test(
         figure = Figure(figsize=(1.4 * SIZE[0], 1.2 * SIZE[1]), facecolor="white", dpi=PNG_DPI, layout="constrained")
         axis = figure.subplots()
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the page's style draws no formulas
         axis.plot(rates, losses, ".", color=INK, alpha=0.3, markersize=4)
         axis.plot(rates, smoothed, "-", color=COLOURS[mode], linewidth=2)
         if smoothed:
-            low, first = min(smoothed), smoothed[0]
+            low, first = min(*smoothed, *losses), smoothed[0]
             room = max(first - low, 0.1 * first)
-            axis.set_ylim(low - 0.3 * room, first + 0.8 * room)  # what diverges leaves the picture
+            axis.set_ylim(low - 0.1 * room, first + 0.8 * room)  # what diverges leaves the picture
         if suggestion is not None:
             axis.axvline(suggestion, color=INK, linestyle="--", linewidth=1)
             axis.annotate(
