@@ -63,12 +63,14 @@ def kept_by_autograd(layers: int, *, dropout: float, adapters: tuple[str, ...], 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from trainer.loss import TokenLoss
+    from trainer.model import one_kernel_activations
 
     config = GPT2Config(
         vocab_size=101, n_positions=WIDTH, n_embd=64, n_layer=layers, n_head=4, resid_pdrop=dropout, embd_pdrop=dropout,
         attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     causal = GPT2LMHeadModel(config).train()
+    one_kernel_activations(causal)
     if adapters:
         get_peft_model(causal, LoraConfig(r=4, target_modules=list(adapters), fan_in_fan_out=True))
     loss = TokenLoss(causal, torch.bfloat16 if bf16 else None).train()
@@ -82,7 +84,7 @@ def kept_by_autograd(layers: int, *, dropout: float, adapters: tuple[str, ...], 
 
     ids = torch.zeros(ROWS, WIDTH, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(ids, ids).sum()
+        _total, _ = loss(ids, ids)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -94,7 +96,7 @@ EVERY = ("c_attn", "c_fc", "c_proj")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("adapters", [(), EVERY, ("c_attn",)])
 def test_a_block_keeps_what_autograd_keeps(adapters, dropout, bf16):
-    """The difference of three layers and two is one block; within 6%: LoRA under autocast casts its input once more."""
+    """To the byte; the difference of three layers and two is one block."""
     precision = "bf16" if bf16 else "fp32"
     load = Load(
         rows=ROWS,
@@ -108,9 +110,7 @@ def test_a_block_keeps_what_autograd_keeps(adapters, dropout, bf16):
     formula = activations(three, load) - activations(two, load)
     kept = (kept_by_autograd(n, dropout=dropout, adapters=adapters, bf16=bf16) for n in (3, 2))
     seen = next(kept) - next(kept)
-    assert formula == pytest.approx(seen, rel=0.06)
-    if not adapters and not bf16:
-        assert formula == pytest.approx(seen, rel=0.005)
+    assert formula == seen
 
 
 def test_logits_are_bounded_for_gpt2_and_whole_for_others():
@@ -126,14 +126,16 @@ def test_logits_are_bounded_for_gpt2_and_whole_for_others():
 def test_what_was_measured_on_a_gpu(rows, adapters, seen):
     """GiB at the peak, measured on one H100 (torch 2.11): GPT-2 124M, eager, bf16 autocast, dropout 0.1, T=1024, AdamW.
 
-    Those programs make whole logits and do not divide; adapters of rank 8.
+    Those programs make whole logits and do not divide; adapters of rank 8. Their activation function keeps four float32
+    tensors of the inner width (on a GPU its power is raised out of bf16), ours one in bf16.
     """
     load = Load(
         rows=rows, width=1024, precision="bf16", gpu=True, dropout=0.1, adapter_rank=8 if adapters else 0,
         adapted=adapters, largest_logits=10**12,
     )  # fmt: skip
     counts = Counts(frozen=GPT2, trainable=294_912) if adapters else Counts(frozen=0, trainable=GPT2)
-    assert estimate(SHAPE, counts, load, stage=0, ranks=1).peak / GIB == pytest.approx(seen, rel=0.15)
+    more = (4 * 4 - 2) * SHAPE.inner * SHAPE.layers * rows * 1024
+    assert (estimate(SHAPE, counts, load, stage=0, ranks=1).peak + more) / GIB == pytest.approx(seen, rel=0.15)
 
 
 # --- a process that trains ---

@@ -2,8 +2,8 @@
 
 State: the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 3), with weights and gradients in float32, which is
 how this program trains (bf16 is autocast; only fp16 holds half weights). Activations: counted as in Korthikanti et al.
-(arXiv 2205.05198, section 4) for GPT-2's block as transformers computes it, where the activation function alone keeps
-four tensors of the inner width. tests/test_memory.py holds both against what autograd keeps and a process grows by.
+(arXiv 2205.05198, section 4) for GPT-2's block with its activation function in one kernel (`trainer.model`).
+tests/test_memory.py holds both against what autograd keeps and a process grows by.
 """
 
 from dataclasses import dataclass
@@ -109,40 +109,51 @@ class Load:
     largest_logits: int = 2**27  #: bytes of float32 logits held at one time (`loss.LARGEST_LOGITS`)
 
 
-#: In units of the hidden and of the inner width: the inputs of GPT-2's four matrix products, by the layer's name.
-_INPUTS = {"c_attn": (1, 0), "c_fc": (1, 0), "mlp.c_proj": (0, 1)}  # attention keeps that of attn.c_proj itself
-_LAYERS = 4
+#: GPT-2's four matrix products by their layers' names: inputs and outputs in units of (the hidden, the inner width).
+_PRODUCTS = {
+    "attn.c_attn": ((1, 0), (3, 0)), "attn.c_proj": ((1, 0), (1, 0)),
+    "mlp.c_fc": ((1, 0), (0, 1)), "mlp.c_proj": ((0, 1), (1, 0)),
+}  # fmt: skip
 
 
 def activations(shape: Shape, load: Load) -> float:
     """Bytes that one forward leaves for its backward, without logits.
 
-    Per token and block, in float32: the inputs of the two layer norms (2 h), of the products (2 h + inner), queries,
-    keys and values (3 h), the attention's output (h) and four tensors of the activation function (4 inner). Under bf16
-    autocast the products' are 2 bytes an element; on a GPU the activation function is raised to float32 by its power.
+    Per token and block, in float32: the inputs of the two layer norms (2 h) and of the products whose weight or adapter
+    trains (3 h + inner), queries, keys and values (3 h) and the activation function's input (inner). Under autocast all
+    but the layer norms' are 2 bytes an element. Attention in one kernel keeps its output, which is the next product's
+    input too; processors have no such kernel with dropout, and keep its probabilities instead.
     """
     half = load.precision != "fp32"
     size = 2 if half else 4
     h, inner, tokens = shape.hidden, shape.inner, load.rows * load.width
-    block = (2 * 4 + 4 * size) * h  # layer norms' inputs; q, k, v and attention's output
-    block += inner * (16 if not half or (load.gpu and load.precision == "bf16") else 8)
-    block += sum(
-        size * (a * h + b * inner) for name, (a, b) in _INPUTS.items()
-        if not load.adapter_rank or _is_adapted(name, load.adapted)
-    )  # fmt: skip
-    if load.precision == "fp16":
-        block -= 2 * 2 * h  # layer norms' inputs are half as well
-    block += 16 + (4 * shape.heads)  # means and deviations; the attention's sums
-    mask = 1 if load.gpu else 4  # processors keep masks as floats, and have no fast attention with dropout
+    one_kernel = load.gpu or not load.dropout
+    adapted = [name for name in _PRODUCTS if load.adapter_rank and _is_adapted(name, load.adapted)]
+    trained = adapted if load.adapter_rank else list(_PRODUCTS)
+    block = (2 if load.precision == "fp16" else 4) * 2 * h  # layer norms' inputs
+    block += (size if one_kernel else 4) * 3 * h + size * inner  # q, k, v; the activation function's input
+    block += sum(size * _width(_PRODUCTS[name][0], shape) for name in trained)
+    if one_kernel and ("attn.c_proj" not in trained or (half and load.adapter_rank)):  # adapters cast a copy
+        block += size * h
+    block += 16 + (4 * shape.heads if one_kernel else 0)  # means and deviations; the attention's sums
+    mask = 1 if load.gpu else size  # processors keep masks as numbers
     if load.dropout:
-        block += 2 * mask * h + (0 if load.gpu else 3 * 4 * shape.heads * load.width)
+        block += 2 * mask * h + (0 if one_kernel else 3 * 4 * shape.heads * load.width)
+    casts = 2 * shape.layers * (4 * h * h + 2 * h * inner) if load.precision == "bf16" else 0
     if load.adapter_rank:
-        block += _LAYERS * size * load.adapter_rank
+        block += len(adapted) * size * load.adapter_rank
+        ends_of = [
+            _width(inputs, shape) + _width(outputs, shape) for inputs, outputs in (_PRODUCTS[name] for name in adapted)
+        ]
+        casts += 2 * shape.layers * load.adapter_rank * sum(ends_of) if load.precision == "bf16" else 0
         if load.adapter_dropout:
             block += (3 * h + inner) * mask + (h if load.adapted else 0) * size
     ends = 2 * size * h  # the last layer norm's input, the output layer's
-    casts = 2 * shape.layers * (4 * h * h + 2 * h * inner) if load.precision == "bf16" else 0
     return tokens * (shape.layers * block + ends) + casts
+
+
+def _width(parts: tuple[int, int], shape: Shape) -> int:
+    return parts[0] * shape.hidden + parts[1] * shape.inner
 
 
 def _is_adapted(name: str, adapted: tuple[str, ...]) -> bool:
@@ -154,8 +165,16 @@ def logits(shape: Shape, load: Load) -> float:
 
     GPT-2's are made and dropped in pieces of `largest_logits` bytes; other models return theirs whole.
     """
-    whole = 4.0 * load.rows * (load.width - 1) * shape.vocabulary
-    return 3 * (min(whole, load.largest_logits) if shape.exact else whole)
+    return 3 * (load.largest_logits if in_pieces(shape, load) else _whole_logits(shape, load))
+
+
+def in_pieces(shape: Shape, load: Load) -> bool:
+    """Whether the logits are made and dropped piece by piece (`trainer.loss`)."""
+    return shape.exact and _whole_logits(shape, load) > load.largest_logits
+
+
+def _whole_logits(shape: Shape, load: Load) -> float:
+    return 4.0 * load.rows * (load.width - 1) * shape.vocabulary
 
 
 def working(shape: Shape, load: Load) -> float:
@@ -195,7 +214,8 @@ def estimate(
     # Of earlier micro-batches, or what the first layers of the backward leave: the embedding's is as large as any.
     gradients = held.gradients if load.accumulation > 1 or stage == 3 else 0.0  # ZeRO-3 keeps its share's buffer
     head = 0.0 if load.adapter_rank else size * shape.vocabulary * shape.hidden
-    passes = gathered + kept + gradients + max(top, head + working(shape, load))
+    early = head if in_pieces(shape, load) and stage < 3 and load.precision != "fp16" else 0.0  # made with the loss
+    passes = gathered + kept + gradients + max(early + top, head + working(shape, load))
     flat = size * min(counts.trainable, REDUCE_BUCKET)  # gradients are laid end to end for the reduction or the step
     update = held.gradients + (flat / ranks if stage else flat)
     return Estimate(

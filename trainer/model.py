@@ -84,7 +84,7 @@ def build(
             if random
             else _pretrained(settings.model, config)
         )
-        _one_kernel_activations(causal)
+        one_kernel_activations(causal)
         facts = {
             "name": settings.model.model,
             "init": settings.model.init,
@@ -116,7 +116,7 @@ def build(
     return model
 
 
-def _one_kernel_activations(causal: nn.Module) -> None:
+def one_kernel_activations(causal: nn.Module) -> None:
     """Compute GPT-2's activation (the tanh form of GELU, Hendrycks and Gimpel, arXiv 1606.08415) in one kernel.
 
     transformers writes the same formula as eight operations, which read and write the widest tensors of a block over
