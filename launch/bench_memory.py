@@ -114,7 +114,7 @@ def measure(way: str, options: argparse.Namespace, scratch: Path) -> dict[str, A
         speeds = [r.tokens_per_second for r in records if isinstance(r, StepRecord)]
         return {
             "trainable": model.facts["trainable"],
-            "optimizer_bytes": running.optimizer_bytes(),
+            "optimizer_bytes": running.state.optimizer_bytes(),
             "peak_bytes": engine.peak_memory(world.device) - start,
             "checkpoint_bytes": sum(path.stat().st_size for path in (scratch / "checkpoints").rglob("*.*")),
             "tokens_per_second": statistics.median(speeds[1:] or speeds),

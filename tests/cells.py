@@ -55,7 +55,7 @@ def run_cell(world: World, job: dict[str, Any]) -> None:
     engine, progress = _engine(plan, model, point)
     saver = Checkpoints(out / f"{job['name']}-checkpoints", world, keep=99, identity={"base": "test"})
     records = list(train(engine, data, plan.course, progress, saver, lambda: False))
-    weights = {name: tensor.numpy().copy() for name, tensor in engine.whole_weights()}
+    weights = {name: tensor.numpy().copy() for name, tensor in engine.state.whole_weights()}
     if world.rank == 0:
         (out / f"{job['name']}.jsonl").write_text("".join(to_line(r) + "\n" for r in records))
         np.savez(out / f"{job['name']}.npz", **weights)

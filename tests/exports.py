@@ -36,7 +36,7 @@ def export_all(jobs: list[dict[str, Any]]) -> int:
             ids = export.fixed_rows(data)
             logits = export.check_logits(model.module, ids, world.device)
             alive = Alive()
-            weights = export.gathered(alive.watch(engine.whole_weights()), keep=world.rank == 0)
+            weights = export.gathered(alive.watch(engine.state.whole_weights()), keep=world.rank == 0)
             most = world.gather(alive.most)
             if world.rank == 0:
                 (out / job["name"]).mkdir()

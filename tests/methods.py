@@ -45,8 +45,8 @@ def _exported(job: dict[str, Any], world: Any) -> dict[str, Any]:
     loss, _ = evaluate(engine, data.val, settings.train.eval_batch)
     ids = export.fixed_rows(data)
     logits = export.check_logits(model.module, ids, world.device)
-    weights = export.gathered(engine.whole_weights(), keep=world.rank == 0)
-    optimizer_bytes = engine.optimizer_bytes()
+    weights = export.gathered(engine.state.whole_weights(), keep=world.rank == 0)
+    optimizer_bytes = engine.state.optimizer_bytes()
     if world.rank:
         return {}
     folder = out / f"{job['name']}-folder"

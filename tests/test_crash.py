@@ -66,7 +66,11 @@ def stub(value: float) -> Any:
     """What `Checkpoints.save` asks of an engine, with one weight and its moments of this value."""
     weight = torch.full((3, 5), value)
     kinds = ("weight", "exp_avg", "exp_avg_sq")
-    return SimpleNamespace(trainable={"w": weight}, full_state=lambda: ((f"{kind}/w", weight) for kind in kinds))
+    state = SimpleNamespace(
+        full=lambda: ((f"{kind}/w", weight) for kind in kinds),
+        layout=lambda: ((f"{kind}/w", torch.float32, (3, 5)) for kind in kinds), loss_scale=lambda: None,
+    )  # fmt: skip
+    return SimpleNamespace(trainable={"w": weight}, state=state)
 
 
 def save_and_die(folder: Path, line: int) -> None:

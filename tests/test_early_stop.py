@@ -1,6 +1,7 @@
 """Early stopping, dropout and the choice of the exported weights: when a run ends, and with which weights."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,11 +53,8 @@ class Still:
     def accumulate(self, micro: Any, *, step: int, counted: int) -> float:
         return 1.0
 
-    def total(self, sums: list[float], stop: bool) -> tuple[float, bool]:
-        return sum(sums), stop
-
-    def step(self, rate: float) -> Step:
-        return Step(grad_norm=1.0, skipped=False)
+    def step(self, rate: float, sums: list[float], *, stop: bool) -> Step:
+        return Step(nll=sum(sums), grad_norm=1.0, skipped=False, stop=stop)
 
 
 def watched(
@@ -195,7 +193,10 @@ def test_what_is_exported_is_the_best_checkpoint_and_all_records_say_which(overf
     best = min((row for row in rows(overfitted) if row["kind"] == "eval"), key=lambda row: row["loss"])
     assert best["step"] < end["step"]
     assert end["facts"]["exported"] == {"which": "best", "step": best["step"], "loss": best["loss"]}
-    assert f"validation loss {best['loss']:.6f} (recorded {best['loss']:.6f})" in end["facts"]["export"]
+    found = re.search(r"validation loss (\S+) \(recorded (\S+)\)", end["facts"]["export"])
+    assert found is not None
+    assert found[2] == f"{best['loss']:.6f}"
+    assert float(found[1]) == pytest.approx(best["loss"], rel=1e-6), "what the export is held to"
     card = (overfitted / "model" / "README.md").read_text()
     assert f"after step {best['step']:,} of" in card
     assert f"training went on to step {end['step']}." in card
@@ -244,7 +245,7 @@ def test_dropout_sets_all_three_of_gpt2_and_the_plan_says_so(words, prepared):
     config = load_config(settings.model)
     assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0.25, 0.25, 0.25)
     world: Any = SimpleNamespace(size=1, nodes=1, threads=1, device=SimpleNamespace(type="cpu"))
-    model = {"trainable": 1, "parameters": 1, "name": "x"}
+    model = {"trainable": 1, "parameters": 1, "name": "x", "lora_targets": []}
     plan = make_plan(settings, world, load(prepared), model, config)
     assert plan.resolved()["dropout"] == 0.25, "the fact by which the comparison tells runs apart"
     own = flags.read(["--mode", "full", *words]).settings

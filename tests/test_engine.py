@@ -15,6 +15,7 @@ from ranks import on_ranks
 
 from trainer import engine, flags
 from trainer.engine import choose_zero_file, deepspeed_dict, read_zero_file
+from trainer.engine import zero as zero_file
 from trainer.errors import UserError
 from trainer.memory import Counts
 from trainer.settings import DS_NAMES, Batch
@@ -99,7 +100,7 @@ def test_a_mistake_is_one_line_that_names_file_and_key(content, said, tmp_path):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("key", engine._OURS)
+@pytest.mark.parametrize("key", zero_file._OURS)
 def test_a_key_that_the_settings_decide_is_refused_by_name(key, tmp_path):
     path = write(tmp_path, zero(stage=1) | {key: 1})
     with pytest.raises(UserError, match=f"{key} comes from the flags, not from this file; take it out"):
@@ -125,7 +126,7 @@ def test_no_key_comes_from_both_sides_and_the_file_is_left_as_it_is(name, precis
     batch = Batch(micro=4, accumulation=3, ranks=2)
     made = deepspeed_dict(read, batch=batch, clip=0.5, precision=precision)
     ours = set(made) - set(read.content)
-    assert ours <= set(engine._OURS) | {"wall_clock_breakdown"}
+    assert ours <= set(zero_file._OURS) | {"wall_clock_breakdown"}
     assert {key: made[key] for key in read.content} == read.content
     assert made["train_micro_batch_size_per_gpu"] == 4
     assert made["gradient_accumulation_steps"] == 1, "the loss is divided once, by us"

@@ -138,10 +138,10 @@ def after_a_sweep(jobs: list[dict[str, Any]]) -> int:
             data, model = load(Path(job["data"])), build(settings)
             plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
             engine, _ = _engine(plan, model, None)
-            to_the_start = engine.remember()
+            to_the_start = engine.state.remember()
             sweep(engine, data, plan.course, [1e-3, 1e-3])  # so that there are moments
             before = whole(engine)
-            restore = engine.remember()
+            restore = engine.state.remember()
             losses = sweep(engine, data, plan.course, rates(1e-3, 1e5, 20))
             moved = whole(engine)
             restore()
@@ -164,7 +164,7 @@ def after_a_sweep(jobs: list[dict[str, Any]]) -> int:
 
 def whole(engine: Any) -> dict[str, bytes]:
     """Every trained weight and moment, whole, as bytes."""
-    return {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in engine.full_state()}
+    return {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in engine.state.full()}
 
 
 def science(path: Path) -> list[dict[str, Any]]:

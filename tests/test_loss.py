@@ -1,5 +1,7 @@
 """Summed negative log-likelihood: in pieces as whole, padding left out, in bf16 close to float32."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,79 @@ def test_pieces_without_gradients_too(causal, monkeypatch):
         _, whole = module(ids, labels)
         monkeypatch.setattr(loss, "LARGEST_LOGITS", 5 * 4 * 97)
         torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("positions", [7, 1000])
+def test_as_a_gpu_does_it_over_an_even_vocabulary_nothing_else_comes_out(causal, monkeypatch, positions):
+    """97 words become 128 in the product: the loss, its gradients and an evaluation are those of the 97."""
+    module = TokenLoss(causal, None)
+    ids, labels = rows()
+    whole, expected = gradients(module, ids, labels)
+    seen = []
+    honest = loss._even
+    monkeypatch.setattr(loss, "FUSED_ON", ("cpu",))
+    monkeypatch.setattr(loss, "LARGEST_LOGITS", positions * 4 * 97)
+    monkeypatch.setattr(loss, "_even", lambda matrix: seen.append(honest(matrix)) or seen[-1])
+    sums, found = gradients(module, ids, labels)
+    assert [len(matrix) for matrix in seen] == [128]
+    torch.testing.assert_close(sums, whole, rtol=1e-6, atol=0)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
+
+
+def test_the_form_for_a_compiler_is_the_same_function():
+    dice = torch.Generator().manual_seed(0)
+    logits, targets = 4 * torch.randn(9, 31, generator=dice), torch.tensor([0, 30, IGNORED, 4, 4, 7, IGNORED, 1, 2])
+    for one, other in zip(loss._slopes(logits, targets), loss._slopes_for_compiler(logits, targets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a processor needs a C++ compiler")
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_compiled_blocks_give_the_same_loss_and_gradients(causal, monkeypatch, autocast):
+    """Within the rounding of fused operations; rows of another shape stay eager, and the training goes on in both."""
+    from torch._dynamo.utils import counters
+
+    module = TokenLoss(causal, autocast)
+    ids, labels = rows()
+    whole, expected = gradients(module, ids, labels)
+    monkeypatch.setattr(loss, "LARGEST_LOGITS", 7 * 4 * 97)
+    module.compile_for({tuple(ids.shape)})
+    before = counters["stats"]["unique_graphs"]
+    sums, found = gradients(module, ids, labels)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > before
+    again, _ = gradients(module, ids, labels)
+    assert module.told == []
+    assert torch.equal(again, sums)
+    torch.testing.assert_close(sums, whole, rtol=1e-5 if autocast is None else 2e-2, atol=0)
+    if autocast is None:
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    module(ids[:1], labels[:1])
+    assert counters["stats"]["unique_graphs"] == compiled, "neither the second call nor another shape compiles anew"
+
+
+def test_where_compiling_fails_it_is_said_once_and_the_steps_are_eager(causal, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    module = TokenLoss(causal, None)
+    ids, labels = rows()
+    whole, _ = gradients(module, ids, labels)
+
+    def broken(*_, **__):
+        raise BackendCompilerFailed(None, RuntimeError("no compiler\nhere"), None)
+
+    monkeypatch.setattr(loss.torch, "compile", lambda *_, **__: broken)
+    module.compile_for({tuple(ids.shape)})
+    for _ in range(2):
+        assert torch.equal(gradients(module, ids, labels)[0], whole)
+    (line,) = module.told
+    assert line.startswith("steps are not compiled: ")
+    assert "no compiler here" in line
 
 
 def test_padding_is_neither_counted_nor_looked_at(causal):

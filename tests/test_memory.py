@@ -162,10 +162,10 @@ zero, batch = read_zero_file(settings.engine.ds_config), settings.train.batch(1)
 engine = Engine(world, model, deepspeed_dict(zero, batch=batch, clip=1.0, precision="fp32"), settings.train, "fp32")
 width = settings.data.block_size
 for step in range(2):
-    for _ in range(batch.accumulation):
-        ids = np.random.default_rng(step).integers(0, config.vocab_size, (batch.micro, width))
-        engine.accumulate(MicroBatch(input_ids=ids, labels=ids, tokens=ids.size, index=0), step=step, counted=ids.size)
-    engine.step(1e-4)
+    ids = np.random.default_rng(step).integers(0, config.vocab_size, (batch.micro, width))
+    micro = MicroBatch(input_ids=ids, labels=ids, tokens=ids.size, index=0)
+    sums = [engine.accumulate(micro, step=step, counted=ids.size) for _ in range(batch.accumulation)]
+    engine.step(1e-4, sums)
 lora = settings.mode == "lora"
 load = Load(
     rows=batch.micro, width=width, accumulation=batch.accumulation, adapter_rank=settings.lora.rank if lora else 0,

@@ -386,10 +386,11 @@ def test_a_checkpoint_holds_twelve_bytes_per_trained_weight(ended, whole):
 
 
 class FakeEngine:
-    """One weight on one rank; each step's value is its number."""
+    """One weight on one rank, and its own state; each step's value is its number."""
 
     def __init__(self, step: int):
         self.trainable = {"w": torch.full((3,), float(step))}
+        self.state = self
 
     def loss_scale(self):
         return None
@@ -397,7 +398,7 @@ class FakeEngine:
     def layout(self):
         return [(f"{kind}/w", torch.float32, (3,)) for kind in ("weight", "exp_avg", "exp_avg_sq")]
 
-    def full_state(self):
+    def full(self):
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             yield f"{kind}/w", self.trainable["w"]
 
@@ -465,15 +466,13 @@ def test_a_skipped_step_is_reported_and_not_counted_by_adam(prepared, words):
         def accumulate(self, micro, *, step, counted):
             return torch.tensor(1.0, dtype=torch.float64)
 
-        def total(self, sums, stop):
-            return float(sum(sums)), stop
-
-        def step(self, rate):
+        def step(self, rate, sums, *, stop):
             self.steps = getattr(self, "steps", 0) + 1
-            return Step(grad_norm=math.inf if self.steps == 2 else 1.0, skipped=self.steps == 2)
+            skipped = self.steps == 2
+            return Step(nll=float(sum(sums)), grad_norm=math.inf if skipped else 1.0, skipped=skipped, stop=stop)
 
         def evaluate(self, micro):
-            return [1.0] * len(micro.input_ids)
+            return torch.ones(len(micro.input_ids), dtype=torch.float64)
 
     settings = flags.read(["--mode", "full", *words, "--max-steps", "4", "--save-every", "never"]).settings
     data = load(prepared)

@@ -143,7 +143,7 @@ def complete_cells(jobs: list[dict[str, Any]]) -> int:
             counts = [len(gathered), len(fetched)]
             again = engine.complete(job["prompts"], MOST, 0)
             stage3.GatheredParameters.__enter__, PartitionedParameterCoordinator.fetch_sub_module = entered, fetch
-            weights = {name: value for name, value in engine.whole_weights()}
+            weights = {name: value for name, value in engine.state.whole_weights()}
             if world.rank == 0:
                 assert made == again
                 plain = build(settings).module.eval()

@@ -188,7 +188,7 @@ class Checkpoints:
         if self.world.rank == 0:
             problem = self._write(engine, progress, final)
         else:
-            for _ in engine.full_state():  # the gathering needs everybody
+            for _ in engine.state.full():  # the gathering needs everybody
                 pass
         problem = self.world.gather(problem)[0]
         if problem is not None:
@@ -211,14 +211,14 @@ class Checkpoints:
 
     def _write(self, engine: Engine, progress: Progress, final: Path) -> str | None:
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        states = engine.full_state()
+        states = engine.state.full()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(self.folder)
             temporary.mkdir()
             size, digest = _write_state(temporary / STATE, engine, states)
             about = {"format": FORMAT, **self.identity, "bytes": size, "sha256": digest}
-            if (scale := engine.loss_scale()) is not None:
+            if (scale := engine.state.loss_scale()) is not None:
                 about["loss_scale"] = scale
             write_text(temporary / ABOUT, _about_text(about, progress))
             _sync(temporary)
@@ -252,7 +252,7 @@ class Checkpoints:
 def _write_state(path: Path, engine: Engine, states: Any) -> tuple[int, str]:
     """Stream the safetensors file, one gathered tensor at a time; returns (bytes, sha256)."""
     header, offset = {}, 0
-    for name, dtype, shape in engine.layout():
+    for name, dtype, shape in engine.state.layout():
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size

@@ -82,11 +82,8 @@ def train(
         began = time.perf_counter()
         drew(began - asked)
         sums = [engine.accumulate(micro, step=progress.step, counted=counted) for micro in micros]
-        nll, stop = engine.total(sums, interrupted())
         try:
-            if not math.isfinite(nll):
-                raise NotFinite(f"loss {nll}")
-            done = engine.step(rate)
+            done = engine.step(rate, sums, stop=interrupted())
         except NotFinite as problem:
             checkpoints.dump_batch(progress.step + 1, micros)
             if progress.step > saved:
@@ -98,13 +95,14 @@ def train(
             )
             raise RunFailed(f"{message}; {_LOWER}") from problem
 
+        stop = done.stop
         progress = replace(
             progress, step=progress.step + 1, samples=progress.samples + examples, tokens=progress.tokens + tokens,
-            epoch_nll=progress.epoch_nll + nll, epoch_counted=progress.epoch_counted + counted, seconds=clock(),
+            epoch_nll=progress.epoch_nll + done.nll, epoch_counted=progress.epoch_counted + counted, seconds=clock(),
             skipped=progress.skipped + done.skipped, pending=True,
         )  # fmt: skip
         yield StepRecord(
-            **position(progress, course, len(data.train)), loss=nll / counted, lr=rate, grad_norm=done.grad_norm,
+            **position(progress, course, len(data.train)), loss=done.nll / counted, lr=rate, grad_norm=done.grad_norm,
             tokens_per_second=tokens / (time.perf_counter() - began),
         ) if not done.skipped else EventRecord(
             event="skipped_step", step=progress.step, time=clock(),
@@ -177,13 +175,14 @@ def evaluate(
     Raises Interrupted, on all ranks alike, where any of them is to stop.
     """
     world = engine.world
-    sums: list[float] = []
+    sums = []  # on the device: nobody waits for one batch before the next has begun
     for micro in eval_batches(rows, eval_batch, world.rank, world.size, PAD_ID):
         if any(world.gather(interrupted())):
             raise Interrupted
-        sums += engine.evaluate(micro)
+        sums.append(engine.evaluate(micro))
+    mine = [nll for part in sums for nll in part.tolist()]
     counted = int(rows.counted().sum())
-    return math.fsum(nll for part in world.gather(sums) for nll in part) / counted, counted
+    return math.fsum(nll for part in world.gather(mine) for nll in part) / counted, counted
 
 
 class Clock:

@@ -16,6 +16,10 @@ from transformers import PreTrainedModel
 
 IGNORED = -100  # label of a position that is not counted, as in Hugging Face's models
 LARGEST_LOGITS = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in pieces
+EVEN = 64  # on a GPU the product runs over a vocabulary that is a multiple of it: its matrix units want aligned rows
+FUSED_ON = (
+    "cuda",
+)  # where the output layer and the loss are always one step of the backward; else if logits are large
 
 
 class TokenLoss(nn.Module):
@@ -25,6 +29,29 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.causal = causal
         self.autocast = autocast
+        self.told: list[str] = []  #: one line where compiling failed
+        self._shapes: set[tuple[int, ...]] = set()
+        self._blocks: Any = None
+        self._compiled_slopes: Any = None
+
+    def compile_for(self, shapes: set[tuple[int, ...]]) -> None:
+        """Compile for ids of these shapes, at their first use; all others stay eager, as do ends of an epoch."""
+        self._shapes = shapes
+        self._blocks = torch.compile(self.causal.base_model.forward, dynamic=False)
+        self._compiled_slopes = torch.compile(_slopes_for_compiler, dynamic=False)
+
+    def _hidden(self, input_ids: Tensor) -> tuple[Tensor, Any]:
+        """(last hidden states, the function for the slopes), compiled where that was asked for this shape."""
+        if self._blocks is not None and tuple(input_ids.shape) in self._shapes:
+            from torch._dynamo.exc import TorchDynamoException  # takes a second: only where it is needed
+
+            try:
+                hidden = self._blocks(input_ids=input_ids, use_cache=False).last_hidden_state
+                return hidden, self._compiled_slopes
+            except TorchDynamoException as problem:  # no compiler here, or a model that it does not understand
+                self._blocks = None
+                self.told.append(f"steps are not compiled: {' '.join(str(problem).split())[:200]}")
+        return self.causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state, _slopes
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and labels [rows, width] (labels not shifted, -100 where not counted) -> (sum [], sums of rows [rows]).
@@ -42,19 +69,21 @@ class TokenLoss(nn.Module):
                 nll = _nll(logits.flatten(0, 1), targets)
                 total = nll.sum()
             else:
-                hidden = self.causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-                total, nll = self._head(hidden.flatten(0, 1), targets)
+                hidden, slopes = self._hidden(input_ids)
+                total, nll = self._head(hidden[:, :-1].flatten(0, 1), targets, slopes)
             return total, nll.detach().view(len(labels), -1).sum(1)
 
-    def _head(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _head(self, hidden: Tensor, targets: Tensor, slopes: Any) -> tuple[Tensor, Tensor]:
         """Hidden states [positions, d], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
         head = self.causal.get_output_embeddings()
         piece = LARGEST_LOGITS // (4 * self.causal.config.vocab_size)
-        if len(targets) <= piece:
+        always = hidden.device.type in FUSED_ON
+        if len(targets) <= piece and not always:
             nll = _nll(head(hidden), targets)
             return nll.sum(), nll
-        if torch.is_grad_enabled() and _plain(head) and hidden.dtype != torch.float16:
-            total, nll = _HeadLoss.apply(hidden, head.weight, targets, piece)
+        if _plain(head) and hidden.dtype != torch.float16 and (torch.is_grad_enabled() or always):
+            made = slopes if torch.is_grad_enabled() else None
+            total, nll = _HeadLoss.apply(hidden, head.weight, targets, piece, made)
             return total, nll
         nll = torch.cat(
             [
@@ -76,34 +105,41 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, piece: int) -> tuple[Tensor, Tensor]:
-        """Hidden [positions, d], weight [vocabulary, d], targets [positions] -> (sum [], nll [positions])."""
-        device = hidden.device.type
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, piece: int, slopes: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden [positions, d], weight [vocabulary, d], targets [positions] -> (sum [], nll [positions]).
+
+        `slopes`: what gives the gradients to logits; None: there are none to be had.
+        """
+        device, words = hidden.device.type, len(weight)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            states, matrix = hidden.to(low), weight.to(low)
-            to_hidden = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-            to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            states, matrix = hidden.to(low), _even(weight.to(low)) if device in FUSED_ON else weight.to(low)
+            to_hidden = torch.empty_like(states) if slopes and ctx.needs_input_grad[0] else None
+            to_weight = torch.zeros_like(weight, dtype=torch.float32) if slopes and ctx.needs_input_grad[1] else None
             nll = hidden.new_zeros(len(targets), dtype=torch.float32)
             for start in range(0, len(targets), piece):
                 part = slice(start, start + piece)
-                wanted = targets[part]
-                counted = wanted != IGNORED
-                at = wanted.clamp(min=0)[:, None]
-                logs = torch.log_softmax((states[part] @ matrix.T).float(), dim=1)
-                nll[part] = -logs.gather(1, at)[:, 0] * counted
-                slope = logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1])).mul_(counted[:, None]).to(low)
+                logits = states[part] @ matrix.T
+                if slopes is None:
+                    nll[part] = _nll(logits[:, :words], targets[part])
+                    continue
+                nll[part], slope = slopes(logits[:, :words], targets[part])
+                if len(matrix) > words:  # beyond the vocabulary the logits are nothing, and so are their slopes
+                    logits[:, :words] = slope
+                    slope = logits
                 if to_hidden is not None:
                     torch.mm(slope, matrix, out=to_hidden[part])
                 if to_weight is not None:
-                    to_weight += slope.T @ states[part]
+                    to_weight += (slope.T @ states[part])[:words]
         ctx.mark_non_differentiable(nll)
         ctx.dtype, ctx.slopes = hidden.dtype, (to_hidden, to_weight)
         return nll.sum(), nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, by: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """The kept gradients times that of the sum."""
         to_hidden, to_weight = ctx.slopes
         ctx.slopes = None
@@ -112,7 +148,31 @@ class _HeadLoss(torch.autograd.Function):
             to_weight.mul_(by) if to_weight is not None else None,
             None,
             None,
+            None,
         )
+
+
+def _even(matrix: Tensor) -> Tensor:
+    """With rows of nothing below, so that their number is a multiple of EVEN."""
+    return functional.pad(matrix, (0, 0, 0, -len(matrix) % EVEN))
+
+
+def _slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [n, vocabulary], targets [n] -> (nll [n] in float32, the sum's gradient to the logits, in their type)."""
+    counted, at = targets != IGNORED, targets.clamp(min=0)[:, None]
+    logs = torch.log_softmax(logits.float(), dim=1)
+    nll = -logs.gather(1, at)[:, 0] * counted
+    slope = logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1])).mul_(counted[:, None])
+    return nll, slope.to(logits.dtype)
+
+
+def _slopes_for_compiler(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without writing over anything: a compiler makes one pass of it."""
+    counted, at = targets != IGNORED, targets.clamp(min=0)[:, None]
+    logs = torch.log_softmax(logits.float(), dim=1)
+    nll = -logs.gather(1, at)[:, 0] * counted
+    hot = torch.arange(logits.shape[1], device=logits.device)[None] == at
+    return nll, ((logs.exp() - hot.float()) * counted[:, None]).to(logits.dtype)
 
 
 def _plain(head: nn.Module) -> bool:

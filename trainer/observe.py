@@ -20,6 +20,7 @@ class Observer:
         self.untold = self.diagnosis.replay(self._counted(earlier))  # what a process that was killed did not say
         self._adapters = engine.model.starting_at_zero
         self._device = 0.0
+        self._told = 0  # of the engine's notices
 
     def begin(self, step: int, seconds: float) -> list[EventRecord]:
         """What is to be said before the first record."""
@@ -51,6 +52,8 @@ class Observer:
         sample = self.sampler.take(record) if self.sampler and isinstance(record, EvalRecord) else None
         self.diagnosis.spend("evaluation", sample.facts["seconds"] if sample else 0.0)
         events = [finding.record(record.step, record.time) for finding in found]
+        notices, self._told = self.engine.notices[self._told :], len(self.engine.notices)
+        events += [EventRecord(event="eager", step=record.step, message=n, time=record.time) for n in notices]
         return [*([sample] if sample else []), *events]
 
     def drew(self, seconds: float) -> None:

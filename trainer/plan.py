@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.loop import Course
 from trainer.memory import Counts
 from trainer.model import dropouts, load_config, positions
-from trainer.settings import EIGHT_BIT, Settings
+from trainer.settings import COMPILE_FROM, EIGHT_BIT, Settings
 from trainer.textscores import check_installed
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
@@ -38,6 +38,24 @@ class Plan:
     model: dict[str, Any]
     data: dict[str, Any]
     dropout: float
+    compiled: bool
+
+    @property
+    def direct(self) -> bool:
+        """Whether gradients go past DeepSpeed's hooks, which this plan does not need."""
+        return engine.goes_direct(self.deepspeed, size=self.world.size, precision=self.precision)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether forward and backward are to be recorded as CUDA graphs."""
+        plain = not (self.settings.model.quant or self.settings.engine.checkpoint_activations)
+        return self.world.device.type == "cuda" and self.direct and plain
+
+    @property
+    def shapes(self) -> set[tuple[int, ...]]:
+        """Shapes [rows, tokens] of micro-batches that are compiled for; the ragged ends are not."""
+        width = self.settings.data.block_size
+        return {(self.course.batch.micro, width), (self.settings.train.eval_batch, width)} if self.compiled else set()
 
     def lines(self) -> list[tuple[str, str]]:
         """The plan as (what, value) for people."""
@@ -65,6 +83,7 @@ class Plan:
             ("steps", f"{course.steps_per_epoch:,} per epoch, {course.total_steps:,} in all"),
             ("learning rate", peak),
             ("ZeRO file", f"{self.zero.name}: {self.zero.reason}"),
+            ("steps run", self._way()),
             ("precision", f"{self.precision} on {self.world.size} x {_device_name(self.world.device)}"),
             ("output", f"{settings.run_folder}"),
         ]
@@ -97,6 +116,10 @@ class Plan:
             "wandb": wandb,
         }
 
+    def _way(self) -> str:
+        way = "directly, past DeepSpeed's hooks" if self.direct else "through DeepSpeed"
+        return way + ", compiled" * self.compiled + ", recorded as CUDA graphs" * self.recorded
+
     def resolved(self) -> dict[str, Any]:
         """What was derived or chosen."""
         world, course, settings = self.world, self.course, self.settings
@@ -116,6 +139,9 @@ class Plan:
             "steps_per_epoch": course.steps_per_epoch,
             "total_steps": course.total_steps,
             "dropout": self.dropout,
+            "direct": self.direct,
+            "compiled": self.compiled,
+            "recorded": self.recorded,
         }
 
     def not_comparable(self) -> list[str]:
@@ -189,9 +215,30 @@ def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str,
     )  # fmt: skip
     return Plan(
         settings=settings, world=world, course=course, zero=zero, precision=precision,
+        compiled=_compiled(settings, world, course, zero),
         deepspeed=engine.deepspeed_dict(zero, batch=batch, clip=settings.train.clip, precision=precision),
         model=model, data=data.facts, dropout=max(dropouts(config).values(), default=0.0),
     )  # fmt: skip
+
+
+def _compiled(settings: Settings, world: World, course: Course, zero: ZeroFile) -> bool:
+    """Whether steps are compiled. UserError where that was asked for and cannot be."""
+    asked = settings.engine.compile
+    if asked == "off":
+        return False
+    why = (
+        "rows of many lengths would each be compiled; expected --objective blocks"
+        if settings.data.objective != "blocks"
+        else "not under ZeRO 3, which brings each layer's weights together by hooks; expected zero0, zero1 or zero2"
+        if zero.stage == 3
+        else "not with --quant" if settings.model.quant
+        else "not with --checkpoint-activations" if settings.engine.checkpoint_activations
+        else ""
+    )  # fmt: skip
+    if asked == "on" and why:
+        raise UserError(f"--compile on: {why}")
+    tokens = course.total_steps * course.batch.global_batch // world.size * settings.data.block_size
+    return not why and (asked == "on" or (world.device.type == "cuda" and tokens >= COMPILE_FROM))
 
 
 def _targets(settings: Settings, model: dict[str, Any]) -> str:

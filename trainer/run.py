@@ -198,10 +198,12 @@ def _engine(plan: Plan, model: Model, point: Checkpoint | None) -> tuple[Engine,
     """The engine, at its start or where the checkpoint stood."""
     if point is not None:
         checkpoint.load_weights(point, model.module)
-    engine = Engine(plan.world, model, plan.deepspeed, plan.settings.train, plan.precision)
+    engine = Engine(
+        plan.world, model, plan.deepspeed, plan.settings.train, plan.precision, compiled=plan.shapes
+    )  # fmt: skip
     if point is None:
         return engine, Progress()
-    engine.load_state(
+    engine.state.load(
         point.reader(plan.world.device), point.step - point.progress.skipped, point.about.get("loss_scale")
     )
     return engine, point.progress
@@ -266,9 +268,9 @@ def _finish(
     best = world.once(lambda: _best(settings, folder, progress))
     ids = export.fixed_rows(data)
     logits = export.check_logits(model.module, ids, world.device)
-    weights = export.gathered(engine.whole_weights(), keep=world.rank == 0 and best is None)
+    weights = export.gathered(engine.state.whole_weights(), keep=world.rank == 0 and best is None)
     peak = max(world.gather(peak_memory(world.device)))
-    state_bytes = max(world.gather(engine.optimizer_bytes()))
+    state_bytes = max(world.gather(engine.state.optimizer_bytes()))
     exported: dict[str, Any] = {"which": settings.output.export, "step": best.step if best else progress.step,
                 "loss": best.val_loss if best else final}  # fmt: skip
 

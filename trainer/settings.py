@@ -23,6 +23,8 @@ BESIDE = ("wte", "lm_head", "layernorm", "bias")  # what may be trained beside t
 QUANTS = ("nf4", "fp4", "int8")
 OPTIMS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
 EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
+COMPILES = ("auto", "on", "off")
+COMPILE_FROM = 20_000_000  # tokens of a rank; by estimate a GPU's gain is then as long as compiling takes
 DS_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 HANG_TIMEOUT_MOST = 1800  # seconds; the groups that DeepSpeed makes for itself give up then, and cannot be told
 MOST_SAMPLES = 32  # validation texts that prepared data keep, and that --metrics scores
@@ -309,6 +311,13 @@ class EngineSettings:
         help="end the run where no rank moves for so long, and name who hangs",
         unit="seconds",
     )
+    compile: str = setting(
+        "auto",
+        flag="--compile",
+        help="compile forward and backward: faster steps after half a minute or more of compiling, other dropout "
+        "masks; auto: on a GPU in a long run of blocks",
+        choices=COMPILES,
+    )
     checkpoint_activations: bool = setting(
         False,
         flag="--checkpoint-activations",
@@ -317,6 +326,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         require(self.precision in (None, *PRECISIONS), "--precision", self.precision, "fp32, bf16 or fp16")
+        require(self.compile in COMPILES, "--compile", self.compile, ", ".join(COMPILES))
         require(
             5 <= self.hang_timeout <= HANG_TIMEOUT_MOST,
             "--hang-timeout",

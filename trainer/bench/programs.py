@@ -85,7 +85,9 @@ def _rows(number: int, vocabulary: int, variant: Variant) -> Rows:
 def ours(bench: Bench) -> tuple[Iterator[None], Engine]:
     """Our own loop and engine, without sinks and checkpoints; also the engine, for evaluation."""
     plan = make_plan(bench.settings, bench.world, bench.data, bench.model.facts, load_config(bench.settings.model))
-    made = Engine(bench.world, bench.model, plan.deepspeed, bench.settings.train, plan.precision)
+    made = Engine(
+        bench.world, bench.model, plan.deepspeed, bench.settings.train, plan.precision, compiled=plan.shapes
+    )  # fmt: skip
     nowhere: Any = SimpleNamespace(save=lambda *_: None)
 
     def steps() -> Iterator[None]:

@@ -19,7 +19,7 @@ SHOWN = 10  # lines while it runs
 
 def find_lr(wanted: LrRange, plan: Plan, data: Prepared, engine: Engine) -> int:
     """Sweep, restore, say, and leave find-lr.json and find-lr.png in the run folder. 0, also without a suggestion."""
-    restore = engine.remember()
+    restore = engine.state.remember()
     tried = rates(wanted.start, wanted.end, wanted.steps)
     try:
         losses = sweep(engine, data, plan.course, tried)
@@ -50,12 +50,11 @@ def sweep(engine: Engine, data: Prepared, course: Course, tried: list[float]) ->
         micros = step_batches(data.train, order, place, course.batch, engine.world.rank, PAD_ID)
         _, _, counted = step_counts(data.train, order, place, course.batch.global_batch)
         sums = [engine.accumulate(micro, step=step, counted=counted) for micro in micros]
-        nll, _ = engine.total(sums, False)
-        losses.append(nll / counted)
         try:
-            engine.step(rate)  # also where the loss is no number: what the backward left must not stay
+            losses.append(engine.step(rate, sums).nll / counted)
         except NotFinite:
-            losses[-1] = math.nan
+            losses.append(math.nan)
+            engine.drop()
         if diverged(losses, len(tried)):
             break
         if engine.world.rank == 0 and (step + 1) % max(1, len(tried) // SHOWN) == 0:
