@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import TEMPLATES
-from group import Group, at_call, die, events, relatives, rows, science, steps_done
+from group import Group, at_call, die, events, relatives, science, steps_done, told
 from ranks import train
 
 PATIENCE = ["--hang-timeout", "8"]
@@ -68,7 +68,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(words, run, tmp
     group.signal(signal.SIGTERM)
     assert group.wait() == [143, 143]
     assert time.monotonic() - began < 7
-    assert [row["kind"] for row in rows(out) if row["step"] == 3] == ["step", "event"]
+    assert told(out, 3) == ["step", "interrupted"]
     train([*words, "--resume"], out=out, ranks=2)  # which makes the evaluation that was given up
     assert science(out) == science(run)
 
