@@ -111,7 +111,7 @@ def events(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 def told(out: Path, step: int) -> list[str]:
-    """Kinds and events of a step's rows; what a run noticed of its own slowness is left out, it depends on the clock."""
+    """Kinds and events of a step's rows, without what a run noticed of its own speed: that depends on the clock."""
     names = [row.get("event", row["kind"]) for row in rows(out) if row["step"] == step]
     return [name for name in names if name != "diagnosis"]
 
