@@ -266,7 +266,7 @@ def last_rank(out: Path) -> int:
 @contextlib.contextmanager
 def running(launcher: str, words: list[str], out: Path, **env: str) -> Iterator[tuple[Any, Path]]:
     """(launcher's process, log) of a long run past its third step; in the end nothing of it is left."""
-    long = [*words, "--max-steps", "100000", "--eval-every", "never", "--save-every", "never"]
+    long = [*words, "--max-steps", "5000", "--eval-every", "never", "--save-every", "never"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     environ |= {"GROUP_OUT": str(out), **env}
     log = out.with_suffix(".log")

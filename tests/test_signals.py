@@ -107,7 +107,7 @@ def lose_launcher(rank: int, gone: Path) -> None:
 
 def test_whoever_sees_first_that_the_launcher_is_gone_it_is_said_once(words, tmp_path):
     out, gone = tmp_path / "run", tmp_path / "gone"
-    long = [*words, "--max-steps", "100000", "--eval-every", "never", "--save-every", "never"]
+    long = [*words, "--max-steps", "5000", "--eval-every", "never", "--save-every", "never"]
     group = Group(long, out=out, fault=partial(lose_launcher, gone=gone))
     group.until(lambda: steps_done(out) >= 1)
     gone.touch()
