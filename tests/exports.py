@@ -1,5 +1,6 @@
 """What test_export.py does on real ranks: many exports in one group, and runs whose export is broken on purpose."""
 
+import os
 import subprocess
 import weakref
 from collections.abc import Iterator
@@ -83,6 +84,19 @@ def in_this_process(job: Path) -> "subprocess.CompletedProcess[str]":
 def quick(arguments: list[str]) -> int:
     """A whole run that checks its export in the same process."""
     check._fresh_process = in_this_process
+    return ranks.command(arguments)
+
+
+def counted(arguments: list[str], place: str) -> int:
+    """A whole run of which each rank writes down how many gathered tensors it kept."""
+    honest = export.gathered
+
+    def gathered(weights: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
+        kept = honest(weights, keep=keep)
+        (Path(place) / f"kept-{os.environ['RANK']}").write_text(str(len(kept)))
+        return kept
+
+    export.gathered = gathered
     return ranks.command(arguments)
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,24 @@ ENDS = 60  # seconds after which a run that lost a rank must be gone
 class Group:
     """`train.py` with these flags on `ranks` processes; `fault(rank)` is called in each of them before it begins."""
 
-    def __init__(self, arguments: list[str], *, out: Path, ranks: int = 2, fault: Callable[[int], None] | None = None):
+    def __init__(
+        self, arguments: list[str], *, out: Path, ranks: int = 2, fault: Callable[[int], None] | None = None,
+        env: Mapping[str, str] | None = None,
+    ):  # fmt: skip
         self.out = out
         self.log = Path(os.environ["TRAINER_CACHE"]).parent / f"group-{time.monotonic_ns()}.log"  # not on a full disk
         self.log.touch()
         port, words = free_port(), [*arguments, "--out", str(out)]
+        mark = {"GROUP_OUT": str(out)}  # by it `relatives` knows the programs that a rank starts
         self.processes = [
             CONTEXT.Process(
-                target=_work, args=(environment(rank, ranks, port), str(self.log), _begin, (fault, rank, words))
+                target=_work,
+                args=(
+                    {**environment(rank, ranks, port), **mark, **(env or {})},
+                    str(self.log),
+                    _begin,
+                    (fault, rank, words),
+                ),
             )
             for rank in range(ranks)
         ]
@@ -98,6 +108,12 @@ def science(out: Path) -> list[dict[str, Any]]:
 def events(out: Path, name: str) -> list[dict[str, Any]]:
     """The events of that name."""
     return [row for row in rows(out) if row["kind"] == "event" and row["event"] == name]
+
+
+def told(out: Path, step: int) -> list[str]:
+    """Kinds and events of a step's rows, without what a run noticed of its own speed: that depends on the clock."""
+    names = [row.get("event", row["kind"]) for row in rows(out) if row["step"] == step]
+    return [name for name in names if name != "diagnosis"]
 
 
 def steps_done(out: Path) -> int:

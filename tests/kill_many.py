@@ -1,8 +1,9 @@
 """Kill a tiny run at random moments, again and again: `python tests/kill_many.py --kills 200`.
 
-Each start is killed (kill -9 of one rank or of all; with --launcher of the launcher alone) at a moment drawn from all
-its steps and the beginning of its export, one in four while a checkpoint is being written, and is then resumed, until
-it has come to its end; then the next run begins. After each kill nothing of the run may be left running after 60 s, no
+Each start is killed (kill -9 of one rank or of all; with --launcher of the launcher alone) and then resumed, until it
+has come to its end; then the next run begins. One in eight is killed while it starts; the others at any moment of one
+of their next five steps, within an accumulation window, an evaluation or the export at the end too, and half of these
+as soon as a checkpoint is being written. After each kill nothing of the run may be left running after 60 s, no
 survivor may end with exit code 0, and metrics.jsonl must be whole rows; at the end of each run its rows must be those
 of a run nobody killed. Prints kills tried, resumes that worked, rows lost (missing, doubled or different at the end;
 must be 0), and rows done again because they came after the newest checkpoint. Exit code 1 where anything failed.
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +41,12 @@ def main() -> int:
         folder = Path(place)
         os.environ["TRAINER_CACHE"] = str(folder / "cache")
         words = flags(folder)
-        expected, length = uninterrupted(words, folder / "whole", given)
-        print(f"a run that nobody kills: {len(expected)} rows, its steps are done after {length:.1f} s", flush=True)
+        expected, pace = uninterrupted(words, folder / "whole", given)
+        print(f"a run that nobody kills: {len(expected)} rows; {pace}", flush=True)
         count: Counter[str] = Counter()
         while count["tried"] < given.kills:
             out = folder / f"run-{count['runs']}"
-            one_run(words, out, given, dice, length, count)
+            one_run(words, out, given, dice, pace, count)
             count["runs"] += 1
             count["rows lost"] += difference(science(out), expected)
             count["rows again"] += sum(event["facts"]["rows_cut"] for event in events(out, "resumed"))
@@ -74,47 +77,62 @@ def flags(folder: Path) -> list[str]:
     tiny = make_tiny(folder / "tiny", dropout=0.1)
     data = write_records(folder / "train.jsonl", rows=25, seed=1), write_records(folder / "val.jsonl", rows=9, seed=2)
     text = f"--mode full --model {tiny} --data {data[0]} --val-data {data[1]} --block-size 16 --global-batch 6"
-    text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --keep 2 --ds-config zero2"
+    text += f" --micro-batch 1 --max-steps {STEPS} --eval-every 3 --save-every 2 --keep 2 --ds-config zero2"
     return [*text.split(), *TEMPLATES]
 
 
-def uninterrupted(words: list[str], out: Path, given: argparse.Namespace) -> tuple[list[dict[str, Any]], float]:
-    """(rows, seconds to its last step) of the run that nobody kills; the second of two: the first prepares the data."""
-    trained = 0.0
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a run that nobody kills: until its first row, of one step, and from its last step to its end."""
+
+    start: float
+    step: float
+    export: float
+
+
+def uninterrupted(words: list[str], out: Path, given: argparse.Namespace) -> tuple[list[dict[str, Any]], Pace]:
+    """(rows, pace) of the run that nobody kills; the second of two: the first prepares the data."""
     for _ in range(2):
         shutil.rmtree(out, ignore_errors=True)
         began = time.monotonic()
+        first, last = began, began
         start = started(words, out, given)
         while start.alive():
             time.sleep(0.01)
-            if steps_done(out) < STEPS:
-                trained = time.monotonic() - began
+            done, now = steps_done(out), time.monotonic()
+            first, last = (now if done < 0 else first), (now if done < STEPS else last)
         assert start.wait(300) == 0, start.output
-    return science(out), trained
+    return science(out), Pace(first - began, (last - first) / STEPS, time.monotonic() - last)
 
 
 def one_run(
-    words: list[str], out: Path, given: argparse.Namespace, dice: random.Random, length: float, count: Counter[str]
+    words: list[str], out: Path, given: argparse.Namespace, dice: random.Random, pace: Pace, count: Counter[str]
 ) -> None:
     """One run from its beginning to its end, killed at random moments in between."""
     unproven = 0  # kills since a start was last seen to go on
     while True:
         begun = (out / "run.json").exists()
+        before, done = starts(out), max(0, steps_done(out))
         start = started([*words, "--resume"] if begun else words, out, given)
-        spared = count["tried"] >= given.kills or (steps_done(out) == STEPS and dice.random() < 0.5)
-        moment = 300.0 if spared else dice.uniform(0, 1.3 * length)
-        in_a_save = not spared and dice.random() < 0.25
-        end = time.monotonic() + moment
-        while start.alive() and time.monotonic() < end and not (in_a_save and list(out.glob("checkpoints/.*.tmp"))):
-            time.sleep(0.0005)
+        spared = count["tried"] >= given.kills or (done == STEPS and dice.random() < 0.5)
+        if spared:
+            wait(start, 300, lambda: False)
+        elif dice.random() < 1 / 8:
+            wait(start, dice.uniform(0, pace.start), lambda: False)
+        else:
+            target = min(done + dice.randrange(6), STEPS)
+            wait(start, 300, lambda: starts(out) > before and steps_done(out) >= target)  # noqa: B023  # called now
+            if dice.random() < 1 / 2:
+                wait(start, pace.export, lambda: any(out.glob("checkpoints/.*.tmp")))
+                wait(start, dice.uniform(0, 0.004), lambda: False)
+            else:
+                wait(start, dice.uniform(0, pace.export if target == STEPS else pace.step), lambda: False)
         if not start.alive():
             code = start.wait(ENDS)
             assert code == 0, f"a run that was not killed ended with {code}:\n{start.output}"
             count["resumed"] += unproven
             return
-        if in_a_save:
-            time.sleep(dice.uniform(0, 0.004))
-        target = start.kill(dice)
+        who = start.kill(dice)
         killed = time.monotonic()
         code = start.wait(ENDS)
         took = time.monotonic() - killed
@@ -123,7 +141,7 @@ def one_run(
         if code == 0 and events(out, "finished"):
             return  # it was over before the signal came
         count["tried"] += 1
-        count[target] += 1
+        count[who] += 1
         count["in a save"] += bool(list(out.glob("checkpoints/.*.tmp")))
         count["longest ms"] = max(count["longest ms"], int(1000 * took))
         assert code != 0, "a killed run must not look like one that ended well"
@@ -132,6 +150,18 @@ def one_run(
         if (out / "metrics.jsonl").exists():
             rows(out)
         unproven += 1
+
+
+def starts(out: Path) -> int:
+    """How often the run has come to its first row so far."""
+    return (steps_done(out) >= 0) + len(events(out, "resumed")) if (out / "metrics.jsonl").exists() else 0
+
+
+def wait(start: Any, seconds: float, ready: Callable[[], bool]) -> None:
+    """Until it is ready, the time is over, or one of the processes has ended."""
+    end = time.monotonic() + seconds
+    while start.alive() and time.monotonic() < end and not ready():
+        time.sleep(0.0005)
 
 
 class Ranks(Group):

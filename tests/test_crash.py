@@ -5,6 +5,7 @@ with a non-zero code within 60 s, metrics.jsonl is whole rows, and the run that 
 was never killed. `kill_many.py` does the same at hundreds of random moments.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,19 +23,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEMPLATES
-from group import ENDS, Group, at_call, die, relatives, rows, science, steps_done
+from group import ENDS, Group, at_call, die, relatives, rows, science, steps_done, told
 from ranks import free_port, on_ranks, train
 from test_launch import BIN, TRAIN
 
 from trainer.checkpoint import Checkpoints, Progress, choose, drop_after
 
 STEPS = 8
+INSIDE = (
+    8  # a call of `Engine.accumulate` inside a window: each step has three on each rank, this is the second of step 3
+)
 
 
 @pytest.fixture(scope="module")
 def words(tiny: str, records: tuple[str, str]) -> list[str]:
     text = f"--mode full --model {tiny} --data {records[0]} --val-data {records[1]} --block-size 16 --global-batch 6"
-    text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --keep 2 --ds-config zero2"
+    text += f" --micro-batch 1 --max-steps {STEPS} --eval-every 3 --save-every 2 --keep 2 --ds-config zero2"
     return [*text.split(), *TEMPLATES]
 
 
@@ -134,7 +140,7 @@ def test_a_save_killed_at_any_of_its_lines_leaves_the_last_good_one_in_force(tmp
 @pytest.mark.parametrize(
     ("who", "module", "name", "number"),
     [
-        (0, "trainer.engine", "Engine.accumulate", 6),
+        (0, "trainer.engine", "Engine.accumulate", INSIDE),
         pytest.param(1, "trainer.engine", "Engine.step", 5, marks=pytest.mark.sweep),
         pytest.param(1, "trainer.engine", "Engine.evaluate", 3, marks=pytest.mark.sweep),
         (0, "trainer.checkpoint", "_put", 40),  # within the tensors of the first save
@@ -167,6 +173,23 @@ def test_all_ranks_killed_at_once(step, words, whole, tmp_path):
     goes_on(words, out, whole)
 
 
+def test_what_a_killed_rank_had_started_ends_with_it(words, whole, tmp_path):
+    """The process that checks the export, and the W&B service: nobody else would end them."""
+    out = tmp_path / "run"
+    group = Group(words, out=out, env={"WANDB_MODE": "offline"})
+    group.until(lambda: steps_done(out) == STEPS and started(out, "trainer.verify") and started(out, "wandb-core"))
+    group.signal(signal.SIGKILL, 0)
+    assert group.wait() == [-signal.SIGKILL, 1]
+    wait_for(lambda: not relatives(str(out)), ENDS, group.log)
+    goes_on(words, out, whole)
+
+
+def started(out: Path, program: str) -> bool:
+    """Whether a program with this name runs that a rank of this run has started."""
+    lines = (Path(f"/proc/{pid}/cmdline") for pid in relatives(str(out)))
+    return any(program in line.read_text() for line in lines if line.exists())
+
+
 def test_a_kill_before_the_first_row_can_be_begun_again(words, whole, tmp_path):
     """run.json is written and no more; and, one moment earlier, half of run.json."""
     out = tmp_path / "run"
@@ -196,22 +219,11 @@ def launched(launcher: str) -> list[str]:
 def test_a_killed_launcher_takes_its_ranks_along_and_they_save_first(launcher, words, tmp_path):
     """SIGKILL to the `deepspeed` command leaves a second launcher and its ranks without anybody who waits for them."""
     out = tmp_path / "run"
-    long = [*words, "--max-steps", "100000", "--eval-every", "never", "--save-every", "never"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [*launched(launcher), TRAIN, *long, "--out", str(out)], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-            env=environ, start_new_session=True,
-        )  # fmt: skip
-    try:
-        wait_for(lambda: steps_done(out) >= 3, 120, tmp_path / "log")
+    with running(launcher, words, out) as (process, log):
         process.kill()
         process.wait(10)
-        wait_for(lambda: not relatives(str(out)), ENDS, tmp_path / "log")
-    finally:
-        for pid in relatives(str(out)):
-            os.kill(pid, signal.SIGKILL)
-    output = (tmp_path / "log").read_text()
+        wait_for(lambda: not relatives(str(out)), ENDS, log)
+    output = log.read_text()
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, output
     assert "launcher" in errors[0]
@@ -221,9 +233,63 @@ def test_a_killed_launcher_takes_its_ranks_along_and_they_save_first(launcher, w
     assert (out / "checkpoints" / f"step-{last['step']:06d}").is_dir(), "the step in hand ended and was saved"
 
 
-def wait_for(ready: Any, seconds: float, log: Path) -> None:
-    import time
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "whom", "code"),
+    [
+        (signal.SIGINT, "all", -signal.SIGINT),  # Ctrl-C, which a shell calls 130
+        (signal.SIGTERM, "a rank", 143),
+        pytest.param(signal.SIGTERM, "all", -signal.SIGTERM, marks=pytest.mark.sweep),
+        pytest.param(signal.SIGINT, "a rank", 130, marks=pytest.mark.sweep),
+        pytest.param(signal.SIGTERM, "the command", -signal.SIGTERM, marks=pytest.mark.sweep),
+    ],
+)
+def test_a_signal_under_the_deepspeed_launcher_saves_first(number, whom, code, words, tmp_path):
+    """It signals the ranks once more in its own order, the W&B service of each before the rank."""
+    out = tmp_path / "run"
+    with running("deepspeed", words, out, WANDB_MODE="offline") as (process, log):
+        if whom == "all":
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid if whom == "the command" else last_rank(out), number)
+        assert process.wait(ENDS) == code, log.read_text()
+        wait_for(lambda: not relatives(str(out)), ENDS, log)
+    last = rows(out)[-1]
+    assert last["event"] == "interrupted", log.read_text()
+    assert (out / "checkpoints" / f"step-{last['step']:06d}").is_dir(), "the step in hand ended and was saved"
+    assert choose(out / "checkpoints", "latest").step == last["step"]
 
+
+def last_rank(out: Path) -> int:
+    """Process id of the last rank that the `deepspeed` command started into `out`."""
+    lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in relatives(str(out))}
+    (found,) = [pid for pid, line in lines.items() if "--local_rank=1" in line and "launcher" not in line]
+    return found
+
+
+@contextlib.contextmanager
+def running(launcher: str, words: list[str], out: Path, **env: str) -> Iterator[tuple[Any, Path]]:
+    """(launcher's process, log) of a long run past its third step; in the end nothing of it is left."""
+    long = [*words, "--max-steps", "5000", "--eval-every", "never", "--save-every", "never"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environ |= {"GROUP_OUT": str(out), **env}
+    log = out.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*launched(launcher), TRAIN, *long, "--out", str(out)], stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+            env=environ, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_for(lambda: steps_done(out) >= 3, 120, log)
+        yield process, log
+    finally:
+        for pid in relatives(str(out)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def wait_for(ready: Any, seconds: float, log: Path) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, log.read_text()
@@ -247,16 +313,19 @@ def test_a_rank_that_no_launcher_started_ends_with_nobody(monkeypatch):
 
 
 def test_a_stopped_run_that_is_killed_before_it_amends_repeats_no_row(words, whole, tmp_path):
-    """A signal's checkpoint has the evaluation of its step still to come: killed after its row, it is made again."""
+    """A signal's checkpoint has the evaluation of its step still to come: killed after its row, it is made again.
+
+    The signal comes inside an accumulation window: the whole of the step in hand is done, and nothing of the next.
+    """
     out = tmp_path / "run"
-    stop = partial(at_call, who=1, module="trainer.engine", name="Engine.accumulate", number=3,
+    stop = partial(at_call, who=1, module="trainer.engine", name="Engine.accumulate", number=INSIDE,
                    action=partial(die, signal.SIGTERM))  # fmt: skip
     assert Group(words, out=out, fault=stop).wait() == [143, 143]
     about = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())
     assert about["progress"]["pending"], "step 3 has an evaluation due"
-    assert [row["kind"] for row in rows(out) if row["step"] == 3] == ["step", "event"]
+    assert told(out, 3) == ["step", "interrupted"]
     kill = partial(at_call, who=0, module="trainer.checkpoint", name="Checkpoints.amend", number=1)
     Group([*words, "--resume"], out=out, fault=kill).wait()
-    assert [row["kind"] for row in rows(out) if row["step"] == 3] == ["step", "event", "event", "eval"]
+    assert told(out, 3) == ["step", "interrupted", "resumed", "eval"]
     train([*words, "--resume"], out=out, ranks=2)
     assert science(out) == whole

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import TEMPLATES
-from exports import broken, export_all, in_this_process, quick
+from exports import broken, counted, export_all, in_this_process, quick
 from ranks import on_ranks, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,7 +64,8 @@ def full(tiny: str, records: tuple[str, str], shelf: Path) -> Path:
 def lora(tiny: str, records: tuple[str, str], strict: dict[str, str], shelf: Path) -> Path:
     """A LoRA run on a random base on two ranks under ZeRO-3."""
     more = f"--max-steps 4 --init random --ds-config {strict['zero3']} --lora-rank 2"
-    train(words(tiny, records, "lora", *more.split()), out=shelf / "lora", ranks=2)
+    line = [*words(tiny, records, "lora", *more.split()), "--out", str(shelf / "lora")]
+    assert on_ranks(2, counted, line, str(shelf), log=shelf / "lora.log") == 0, (shelf / "lora.log").read_text()
     return shelf / "lora"
 
 
@@ -144,6 +145,7 @@ def test_a_lora_run_under_zero3_leaves_an_adapter_that_learnt_something(lora: Pa
     assert "model reloaded and checked" in finished(lora)["message"]
     stored = load_file(lora / "model" / "adapter_model.safetensors")
     assert len(stored) == 2 * 2 * 4  # A and B of two layers' c_attn, c_proj, c_fc, c_proj
+    assert [(lora.parent / f"kept-{rank}").read_text() for rank in range(2)] == ["16", "0"], "a copy on rank 0 only"
     assert all(tensor.numel() and tensor.any() and tensor.dtype == torch.float32 for tensor in stored.values())
     model = AutoPeftModelForCausalLM.from_pretrained(lora / "model")
     base = AutoModelForCausalLM.from_pretrained(lora / "base")

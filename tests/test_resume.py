@@ -4,6 +4,8 @@ Bitwise on the same ranks, ZeRO file and micro-batch, dropout included: its mask
 place in the global batch (`Engine.accumulate`), data order and rate are functions of the step, and weights and AdamW's
 moments come back in float32 as they were. On other ranks or under another ZeRO file sums are taken in another order:
 there the bounds of test_invariance.py hold.
+
+`pytest tests/test_resume.py -m sweep -n 0 -s -k every` prints every resume and every move with its largest differences.
 """
 
 import itertools

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import TEMPLATES
-from group import Group, at_call, die, events, relatives, rows, science, steps_done
+from group import Group, at_call, die, events, relatives, science, steps_done, told
 from ranks import train
 
 PATIENCE = ["--hang-timeout", "8"]
@@ -68,7 +68,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(words, run, tmp
     group.signal(signal.SIGTERM)
     assert group.wait() == [143, 143]
     assert time.monotonic() - began < 7
-    assert [row["kind"] for row in rows(out) if row["step"] == 3] == ["step", "event"]
+    assert told(out, 3) == ["step", "interrupted"]
     train([*words, "--resume"], out=out, ranks=2)  # which makes the evaluation that was given up
     assert science(out) == science(run)
 
@@ -94,6 +94,26 @@ def test_a_signal_before_the_first_step_ends_the_process_as_always(words, tmp_pa
     group.signal(signal.SIGTERM)
     assert group.wait(10) == [-signal.SIGTERM] * 2
     assert not (tmp_path / "run").exists()
+
+
+def lose_launcher(rank: int, gone: Path) -> None:
+    """A launcher that is gone when the file is there; only rank 1 looks in time."""
+    from trainer import watch
+
+    watch.launchers = lambda environ: [(12345, lambda: not gone.exists())]
+    if rank == 0:
+        watch.TICK = 300.0
+
+
+def test_whoever_sees_first_that_the_launcher_is_gone_it_is_said_once(words, tmp_path):
+    out, gone = tmp_path / "run", tmp_path / "gone"
+    long = [*words, "--max-steps", "5000", "--eval-every", "never", "--save-every", "never"]
+    group = Group(long, out=out, fault=partial(lose_launcher, gone=gone))
+    group.until(lambda: steps_done(out) >= 1)
+    gone.touch()
+    assert group.wait() == [143, 143], group.output
+    assert group.errors == ["error: the launcher (process 12345) is gone; this run ends with the step in hand"]
+    assert len(events(out, "interrupted")) == len(checkpoints(out)) == 1
 
 
 # --- ranks that hang or fail alone -------------------------------------------------------------------------------

@@ -241,12 +241,20 @@ class Checkpoints:
             if best is None or checkpoint.step != best.step:
                 _delete(checkpoint.folder)
 
-    def dump_batch(self, step: int, micros: list[MicroBatch]) -> None:
-        """Keep this rank's rows of a step whose numbers were not finite, to reproduce it."""
-        path = self.folder.parent / f"not-finite-step-{step}-rank-{self.world.rank}.npz"
-        arrays = {f"{name}_{n}": getattr(m, name) for n, m in enumerate(micros) for name in ("input_ids", "labels")}
-        with contextlib.suppress(OSError):  # a full disk must not hide the loss that was not finite
+    def dump_batch(self, step: int, micros: list[MicroBatch]) -> str:
+        """Keep this rank's rows of a step whose numbers were not finite, to reproduce it; returns the files' name.
+
+        Of micro-batch n `input_ids_n`, `labels_n`, and the `index_n` that with seed and step draws its dropout masks.
+        """
+        name = f"not-finite-step-{step}-rank-*.npz"
+        path = self.folder.parent / name.replace("*", str(self.world.rank))
+        kinds = ("input_ids", "labels", "index")
+        arrays = {f"{kind}_{n}": getattr(micro, kind) for n, micro in enumerate(micros) for kind in kinds}
+        try:
             np.savez_compressed(path, **arrays)
+        except OSError:  # a full disk must not hide the loss that was not finite
+            return "no file, the disk is full"
+        return name
 
 
 def _write_state(path: Path, engine: Engine, states: Any) -> tuple[int, str]:

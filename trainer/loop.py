@@ -85,10 +85,11 @@ def train(
         try:
             done = engine.step(rate, sums, stop=interrupted())
         except NotFinite as problem:
-            checkpoints.dump_batch(progress.step + 1, micros)
+            dump = checkpoints.dump_batch(progress.step + 1, micros)
             if progress.step > saved:
                 checkpoints.save(engine, progress)
             message = f"step {progress.step + 1}: {problem}; the weights are those after step {progress.step}"
+            message += f", the rows are in {dump}"
             rows = order[place * course.batch.global_batch :][:examples].tolist()
             yield EventRecord(
                 event="not_finite", step=progress.step + 1, message=message, time=clock(), facts={"rows": rows}

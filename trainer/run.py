@@ -233,6 +233,7 @@ def _train(
         with stop.deferred(), plan.world.board.watched(plan.settings.engine.hang_timeout):
             stream = train(engine, data, plan.course, progress, saver, stop.asked, observer.drew)
             progress = sinks.take(stream, observer)
+            stop.look_up()  # another rank may have been the first to see that the launcher is gone
         signalled = max(plan.world.gather(stop.signal))
         if progress.pending or signalled:
             code = 128 + signalled

@@ -43,6 +43,8 @@ class Stop:
         self.signal = 0
         self._when = 0.0
         self._deferred = False
+        self._gone = 0.0  # when the launcher was found to be gone
+        self._lock = threading.Lock()
         self._quiet = environ.get("RANK", "0") != "0"
         self._above = launchers(environ)
         reader, writer = os.pipe()
@@ -69,20 +71,28 @@ class Stop:
         """Whether a signal came, or the launcher is gone."""
         return bool(self.signal)
 
+    def look_up(self) -> bool:
+        """Whether the launcher is found to be gone, for the first time: the run is then asked to end, and told why."""
+        with self._lock:
+            lost = None if self._gone else next((pid for pid, there in self._above if not there()), None)
+            if lost is None:
+                return False
+            self._gone = time.monotonic()
+            if self.signal:  # one that went to all of them
+                return False
+            self.signal = signal.SIGTERM
+            if not self._quiet:
+                say(f"the launcher (process {lost}) is gone; this run ends with the step in hand")
+            return True
+
     def _look(self, reader: int) -> None:
-        gone = 0.0
         while True:
             if select.select([reader], [], [], TICK)[0]:
                 for number in os.read(reader, 64):
                     self._catch(number)
-            if not gone and (lost := next((pid for pid, there in self._above if not there()), None)):
-                gone = time.monotonic()
-                if not self._quiet:
-                    say(f"the launcher (process {lost}) is gone; this run ends with the step in hand")
-                if not self._deferred:
-                    os._exit(128 + signal.SIGTERM)
-                self.signal = self.signal or signal.SIGTERM
-            if gone and time.monotonic() - gone > LAST:
+            if self.look_up() and not self._deferred:
+                os._exit(128 + signal.SIGTERM)
+            if self._gone and time.monotonic() - self._gone > LAST:
                 os._exit(128 + signal.SIGTERM)
 
     def _catch(self, number: int) -> None:

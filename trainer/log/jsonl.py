@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row a line, on disk before the next step begins."""
+"""metrics.jsonl: one row a line, handed to the system before the next step begins, to the disk at the end."""
 
 import os
 from pathlib import Path
