@@ -129,8 +129,10 @@ def settings_of(objective: str, block: int = 32) -> Any:
     return flags.read(["--mode", "full", "--objective", objective, "--block-size", str(block)]).settings
 
 
-def test_sound_data_are_ok():
-    found = list(data_checks.check(settings_of("completion"), prepared(texts(600, 1), texts(200, 2))))
+@pytest.mark.parametrize("block", [32, 1024])
+def test_sound_data_are_ok(block):
+    """Whatever room a row has: rows are padded to the longest beside them, not to the block size."""
+    found = list(data_checks.check(settings_of("completion", block), prepared(texts(600, 1), texts(200, 2))))
     assert set(levels(found).values()) == {"ok"}, [one for one in found if one.level != "ok"]
     assert any(one.found == "one notice" for one in found)
 
@@ -321,11 +323,26 @@ def test_json_holds_everything_and_the_exit_code_counts_errors(tiny, records, tm
     assert [one["what"] for one in json.loads(printed)["checks"] if one["level"] == "error"] == ["run folder"]
 
 
-def test_a_batch_sum_that_does_not_divide_is_an_error_with_the_sum(tiny, records, capsys):
-    words = f"--mode full --model {tiny} --data {records[0]} --global-batch 5"
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--global-batch 5", "5 examples / 2 ranks is not whole"),
+        ("--out {file}/run", "cannot write there: Not a directory"),
+        ("--wandb online", "--wandb online: not logged in"),
+    ],
+)
+def test_what_the_run_would_refuse_is_an_error_before_data_are_read(
+    more, said, tiny, records, capsys, tmp_path, monkeypatch
+):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no login of whoever runs the tests
+    (tmp_path / "file").touch()
+    words = f"--mode full --model {tiny} --data missing.csv --block-size 16 {more.format(file=tmp_path / 'file')}"
     code, printed = run([*words.split(), *TEMPLATES], capsys, ranks=2, as_json=False)
     assert code == 1
-    assert "5 examples / 2 ranks is not whole" in printed
+    assert said in printed
+    assert "1 errors" in printed
 
 
 def test_sizes_are_written_for_people():

@@ -71,7 +71,8 @@ def test_a_sweep_that_blows_up_ends_early():
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        ([4.0 - 0.01 * n for n in range(STEPS)], "does not diverge"),
+        ([4.0 - 0.01 * n for n in range(STEPS)], "does not rise again"),
+        ([4.0 - 0.02 * min(n, 90) + 0.02 * max(0, n - 90) for n in range(STEPS)], "does not rise again"),
         ([4.0 + 0.01 * (-1) ** n for n in range(STEPS)], "neither falls nor rises"),
         ([4.0 + 0.2 * max(0, n - 12) for n in range(30)], "begin lower"),
         ([4.0, math.nan], "diverges from the start"),
@@ -81,7 +82,20 @@ def test_a_sweep_that_blows_up_ends_early():
 def test_a_range_that_is_too_small_is_named(losses, said):
     verdict = judge(rates(1e-7, 1.0, STEPS)[: len(losses)], losses, STEPS)
     assert said in verdict.warning
-    assert (verdict.suggestion is None) == (said != "does not diverge")
+    assert (verdict.suggestion is None) == (said != "does not rise again")
+
+
+def test_a_loss_that_settles_below_its_start_after_the_lowest_has_shown_enough():
+    """As the demo's does: from 7 down to 4.5 at half the range, then up to 6 and no further."""
+    for seed in range(5):
+        dice = random.Random(seed)
+        levels = [7.0] * 30 + [7.0 - 0.125 * n for n in range(20)] + [6.0] * 50
+        losses = [level + dice.gauss(0, 0.1) for level in levels]
+        assert not diverged(losses, STEPS)
+        tried = rates(1e-6, 10.0, STEPS)
+        verdict = judge(tried, losses, STEPS)
+        assert verdict.warning == "", seed
+        assert tried[40] / 10 < verdict.suggestion < tried[60] / 10
 
 
 def test_noise_alone_is_no_divergence_and_no_fall():

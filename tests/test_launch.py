@@ -91,13 +91,16 @@ def test_a_mistake_is_one_line_once_and_exit_code_2(small, tmp_path):
         (["--mode", "full", "--precision", "fp16"], ["--precision fp16"]),
         (["--mode", "full", "--resume"], ["--resume", "no run"]),
         (["--mode", "full", "--wandb", "online"], ["--wandb online"]),
+        (["--mode", "full", "--out", "file/run"], ["file/run: cannot write there", "--out"]),
     ],
 )
 def test_each_mistake_names_its_flag(flags, words, tmp_path, monkeypatch):
+    """And is found before data are looked for: there are none."""
+    (tmp_path / "file").write_text("")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no login of whoever runs the tests
-    code, output = launch([sys.executable], *flags, cwd=tmp_path)
+    code, output = launch([sys.executable], *flags, "--data", "missing.csv", cwd=tmp_path)
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2, output
     assert len(lines) == 1, output

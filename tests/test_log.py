@@ -166,6 +166,15 @@ def test_a_plain_line_says_where_how_and_how_long() -> None:
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize(
+    ("epochs", "told"), [(3.0, "3"), (2.5, "2.5"), (40 / 375, "0.11"), (1 + 1 / 3, "1.33"), (0.003, "0.003")]
+)
+def test_the_length_of_a_run_in_epochs_is_short(epochs: float, told: str) -> None:
+    stream = io.StringIO()
+    log.Progress(100, epochs, stream=stream).write(step_row(1))
+    assert f"epoch 0.03/{told}  loss" in stream.getvalue()
+
+
 def test_the_last_row_is_shown_when_a_run_ends_early() -> None:
     lines = shown([step_row(1), step_row(2), step_row(3)], [0.0, 1.0, 2.0])
     assert [line[:10] for line in lines] == ["step   1/1", "step   3/1"]

@@ -47,7 +47,7 @@ def test_the_unknown_stays_a_reason_where_all_that_is_known_agrees() -> None:
         ({"examples": 240}, "other data (export.csv: 240 examples"),
         ({"vocabulary": 4096}, "other tokenizer (4,096 tokens"),
         ({"block_size": 256}, "other rows (blocks of 256 tokens"),
-        ({"objective": "completion"}, "other rows (completion of 1024 tokens"),
+        ({"objective": "completion"}, "other rows (completions of at most 1,024 tokens"),
         ({"model": "some/where/demo-base/"}, "other base model (demo-base"),
     ],
 )

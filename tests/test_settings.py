@@ -123,6 +123,7 @@ def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
         ("model", "init", "scratch", "--init"),
         ("lora", "rank", 0, "--lora-rank"),
         ("lora", "alpha", 0.0, "--lora-alpha"),
+        ("lora", "alpha", math.inf, "--lora-alpha"),
         ("lora", "dropout", 1.0, "--lora-dropout"),
         ("lora", "targets", ("c_attn", ""), "--lora-targets"),
         ("data", "data", "", "--data"),

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ from trainer.engine import World, ZeroFile
 from trainer.errors import UserError
 from trainer.loop import Course
 from trainer.memory import Counts
-from trainer.model import dropouts, load_config, positions
+from trainer.model import build, dropouts, load_config, positions
 from trainer.settings import COMPILE_FROM, EIGHT_BIT, Settings
 from trainer.textscores import check_installed
 
@@ -154,8 +155,9 @@ class Plan:
 
 
 def check_early(settings: Settings, world: World) -> None:
-    """What can be refused before data and model are touched: batch sum, precision, ZeRO file, device."""
+    """What can be refused before data and weights are touched: batch sum, ZeRO file, device, targets, output."""
     settings.train.batch(world.size)
+    _check_writable(Path(settings.run_folder))
     optim.refuse_early(settings.train, stage=None, on_cpu=world.device.type == "cpu")
     if settings.output.metrics:
         check_installed()
@@ -169,6 +171,19 @@ def check_early(settings: Settings, world: World) -> None:
     limit = positions(load_config(settings.model))
     if limit is not None and settings.data.block_size > limit:
         raise UserError(f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {limit} tokens")
+    if settings.mode == "lora":
+        build(settings, on_meta=True)  # its targets and ranks are checked there, without weights
+
+
+def _check_writable(folder: Path) -> None:
+    """UserError where nothing can be written to the run folder, or to the nearest folder above it that is there."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".writable-", dir=place).cleanup()
+    except OSError as problem:
+        raise UserError(
+            f"{folder}: cannot write there: {problem.strerror}; name another folder with --out"
+        ) from problem
 
 
 def _refuse_stage(settings: Settings, zero: ZeroFile) -> None:

@@ -59,7 +59,8 @@ def disagreements(
     if vocabulary != KNOWN_DATA["vocabulary"]:
         reasons.append(f"other tokenizer ({vocabulary:,} tokens, the card's has 50,257)")
     if objective != KNOWN_DATA["objective"] or block_size != KNOWN_DATA["block_size"]:
-        reasons.append(f"other rows ({objective} of {block_size} tokens, the card's are blocks of 1,024)")
+        rows = "blocks of" if objective == "blocks" else "completions of at most"
+        reasons.append(f"other rows ({rows} {block_size:,} tokens, the card's are blocks of 1,024)")
     name = model.rstrip("/").rsplit("/", 1)[-1]
     if name != SETTINGS["model"]:
         reasons.append(f"other base model ({name}, the card's is gpt2)")

@@ -51,7 +51,7 @@ def run(request: Request) -> int:
 def _run(request: Request, world: World, stop: Stop) -> int:
     settings, before = world.once(lambda: open_folder(request))
     world.once(lambda: check_early(settings, world))
-    world.once(lambda: log.check_also(settings.output.also))
+    world.once(lambda: log.check(settings.output))
     folder = Path(settings.run_folder)
     data = _data(settings, world)
     check_data(settings, data)

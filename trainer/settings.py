@@ -118,7 +118,7 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "--lora-rank", self.rank, "a whole number from 1")
-        require(self.alpha > 0, "--lora-alpha", self.alpha, "a number above 0")
+        require(0 < self.alpha < math.inf, "--lora-alpha", self.alpha, "a number above 0")
         require(0 <= self.dropout < 1, "--lora-dropout", self.dropout, "a probability from 0 up to 1")
         require(all(self.targets), "--lora-targets", ",".join(self.targets), "layer names separated by commas")
         require(self.adapter in ADAPTERS, "--adapter", self.adapter, ", ".join(ADAPTERS))
@@ -205,7 +205,7 @@ class TrainSettings:
         None,
         flag="--early-stop",
         help="PATIENCE or PATIENCE:MIN_DELTA: end the run after so many evaluations in a row whose validation loss is "
-        "not more than MIN_DELTA below the lowest before them",
+        "not more than MIN_DELTA nats below the lowest before them; left out: never",
     )
     beta1: float = 0.9  #: AdamW's decay of the first moment
     beta2: float = 0.999  #: AdamW's decay of the second moment

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trainer import log
 from trainer.data import Prepared, prepare
 from trainer.doctor import data as data_checks
 from trainer.doctor import environment
@@ -59,6 +60,7 @@ class Doctor:
         settings = self.request.settings
         world = planned_world(self.ranks)
         check_early(settings, world)
+        log.check(settings.output)
         yield fine("settings", " ".join(settings.overridden) or "nothing overridden")
         yield _folder(settings.run_folder, resumed=self.request.resume is not None)
 

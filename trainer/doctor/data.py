@@ -47,11 +47,7 @@ def lengths(settings: Settings, data: Prepared) -> Check:
     if settings.data.objective == "blocks":
         return fine("lengths", f"every block has {settings.data.block_size} tokens")
     low, middle, high, top = (int(value) for value in np.quantile(sizes, [0, 0.5, 0.95, 1], method="nearest"))
-    return judged(
-        settings.data.block_size >= 4 * top, WARNING, "lengths",
-        f"shortest {low}, median {middle}, 95% within {high}, longest {top} tokens",
-        f"nothing is wrong, but --block-size {top} would do",
-    )  # fmt: skip
+    return fine("lengths", f"shortest {low}, median {middle}, 95% within {high}, longest {top} tokens")
 
 
 def left_out(settings: Settings, data: Prepared) -> Iterator[Check]:

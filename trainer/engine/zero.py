@@ -107,11 +107,12 @@ def _check_keys(path: Path, content: Any) -> None:
             raise UserError(f"--ds-config {path}: unknown key zero_optimization.{key}")
         if [names[other] for other in zero if other in names].count(names[key]) > 1:
             raise UserError(f"--ds-config {path}: zero_optimization.{key} stands there twice, under two of its names")
+    if zero.get("stage", 0) not in range(4):
+        raise UserError(f"--ds-config {path}: zero_optimization.stage {zero['stage']}: expected 0, 1, 2 or 3")
     try:
         zero_config(**zero)
-    except ValueError as problem:  # pydantic's: several lines, the second and third say where and what
-        detail = " ".join(line.strip() for line in str(problem).splitlines()[1:3])
-        raise UserError(f"--ds-config {path}: zero_optimization.{detail}") from problem
+    except ValueError as problem:  # pydantic's
+        raise UserError(f"--ds-config {path}: {_first(problem)}") from problem
     stage = zero.get("stage", 0)
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(key) or {}).get("device", "none")
@@ -119,6 +120,16 @@ def _check_keys(path: Path, content: Any) -> None:
             raise UserError(f"--ds-config {path}: zero_optimization.{key}.device {device}: expected cpu or none")
         if device == "cpu" and stage < least:
             raise UserError(f"--ds-config {path}: zero_optimization.{key} needs stage {least} or more, not {stage}")
+
+
+def _first(problem: Any) -> str:
+    """The first thing that DeepSpeed's own check of its keys complains of: where, the value, what is expected."""
+    found = problem.errors()[0]
+    where = ".".join(map(str, ("zero_optimization", *found["loc"])))
+    if found["type"] == "extra_forbidden":
+        return f"unknown key {where}"
+    value = "" if isinstance(found["input"], dict) else f" {json.dumps(found['input'])}"
+    return f"{where}{value}: {found['msg'][:1].lower()}{found['msg'][1:]}"
 
 
 def _walk(value: Any, where: str = "") -> Iterator[tuple[str, str, Any]]:

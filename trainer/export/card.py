@@ -136,7 +136,8 @@ def _settings(run: Mapping[str, Any], optimizer_bytes: int | None) -> list[tuple
     train = settings["train"]
     betas = f"betas ({train['beta1']}, {train['beta2']})"
     batch = (
-        f"{resolved['micro_batch']} micro-batch x {resolved['accumulation']} accumulation x {resolved['ranks']} ranks"
+        f"{resolved['micro_batch']} micro-batch x {resolved['accumulation']} accumulation x {resolved['ranks']} "
+        f"rank{'s' * (resolved['ranks'] > 1)}"
     )
     counts = f"{data['train']['examples']:,} for training, {data['val']['examples']:,} for validation"
     epochs = resolved["total_steps"] / resolved["steps_per_epoch"]

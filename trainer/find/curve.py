@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 LAG = 0.1  # share of the sweep that smoothing looks back; fastai's 0.98 looks 50 steps back, half of a sweep of 100
 CALM = 0.1  # share of the sweep, its lowest rates, that says where the loss stands and how much it jumps
-RISEN = 0.25  # share of the loss at the start above it that counts as diverging
+RISEN = 0.25  # share of the loss at the start above it that counts as diverging; of its fall, as having risen again
 FALLEN = 0.02  # share of it below it that counts as learning
 JUMPS = 4.0  # standard errors that a rise or a fall must have as well
 
@@ -99,8 +99,11 @@ def judge(tried: Sequence[float], losses: Sequence[float], steps: int) -> Verdic
         return Verdict(suggestion=None, lowest=None, steepest=None, warning=said)
     steepest = min(range(few, best + 1), key=lambda n: means[n] - means[n - 1], default=best)
     warning = ""
-    if not blown:
-        warning = f"the loss does not diverge up to {tried[len(finite) - 1]:g}: end higher, the best rate may lie above"
+    # A small model's loss need not climb above where it began: it settles where the weights say nothing any more.
+    risen = means[-1] - means[best] > max(RISEN * (start - means[best]), JUMPS * error)
+    if not (blown or risen):
+        top = tried[len(finite) - 1]
+        warning = f"the loss does not rise again up to {top:g}: end higher, the best rate may lie above"
     elif best < 2 * few:
         warning = f"the loss is at its lowest close to the start of the range: begin lower than {tried[0]:g}"
     return Verdict(

@@ -15,6 +15,7 @@ from trainer.log.quiet import quiet
 from trainer.log.tables import EndRow, end_rows, show_end, show_plan
 from trainer.log.wandb_sink import WandbSink, start_wandb, wandb_mode
 from trainer.records import Record
+from trainer.settings import OutputSettings
 
 
 class Sink(Protocol):
@@ -25,6 +26,12 @@ class Sink(Protocol):
 
     def close(self, exit_code: int) -> None:
         """The run is over; 0 is success."""
+
+
+def check(output: OutputSettings) -> None:
+    """UserError where a sink that was asked for cannot work: its package or, for W&B online, the login is missing."""
+    check_also(output.also)
+    wandb_mode(output.wandb)
 
 
 __all__ = [
@@ -38,6 +45,7 @@ __all__ = [
     "Sink",
     "WandbSink",
     "card_row",
+    "check",
     "check_also",
     "end_rows",
     "quiet",

@@ -46,14 +46,14 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream or sys.stdout
-        self._total, self._epochs, self._interval, self._clock = total, epochs, interval, clock
+        self._total, self._epochs, self._interval, self._clock = total, _length(epochs), interval, clock
         self._start: tuple[int, float] | None = None  # step and time of the first row, for the time left
         self._shown = -interval  # when the last plain line was printed
         self._held: str | None = None  # a row that was too early to print; the last one is printed at the end
         self._bar: Any = None
         self._task: Any = None
         if is_terminal(self._stream):
-            self._bar, self._task = _bar(self._stream, total, epochs)
+            self._bar, self._task = _bar(self._stream, total, self._epochs)
             self._bar.start()
 
     def write(self, record: Record) -> None:
@@ -119,7 +119,7 @@ class Progress:
     def _place(self, kind: str, record: Record) -> str:
         """Where the run is: 'step  12/926  epoch 0.04/3'."""
         width = len(str(self._total))
-        epoch = "" if isinstance(record, EventRecord) else f"  epoch {_epoch(record.epoch)}/{self._epochs:g}"
+        epoch = "" if isinstance(record, EventRecord) else f"  epoch {_epoch(record.epoch)}/{self._epochs}"
         return f"{kind} {record.step:>{width}}/{self._total}{epoch}"
 
     def _stop_showing(self) -> None:
@@ -133,7 +133,7 @@ class Progress:
         self._stream = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the run
 
 
-def _bar(stream: TextIO, total: int, epochs: float) -> tuple[Any, Any]:
+def _bar(stream: TextIO, total: int, epochs: str) -> tuple[Any, Any]:
     """The bar and its task: one line that fits in 80 columns."""
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
@@ -143,7 +143,7 @@ def _bar(stream: TextIO, total: int, epochs: float) -> tuple[Any, Any]:
         return TextColumn(form, table_column=Column(no_wrap=True))
 
     bar = Bar(
-        text(f"epoch {{task.fields[epoch]}}/{epochs:g}"),
+        text(f"epoch {{task.fields[epoch]}}/{epochs}"),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
         text("{task.completed}/{task.total}"),
         text("loss [bold]{task.fields[loss]}[/bold]"),
@@ -167,6 +167,11 @@ def clock_time(seconds: float) -> str:
 
 def _epoch(epoch: float) -> str:
     return f"{epoch:.2f}"
+
+
+def _length(epochs: float) -> str:
+    """The epochs of a whole run: 3, 2.5, 0.11, 0.003."""
+    return f"{round(epochs, 2):g}" if epochs >= 1 else f"{epochs:.2g}"
 
 
 def _short(value: float) -> str:
