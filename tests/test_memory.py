@@ -133,7 +133,8 @@ def test_a_block_keeps_what_autograd_keeps(adapters, dropout, bf16):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_packed_block_keeps_no_copy_of_its_weights(kind, bf16):
     """To the byte, but for nf4 in bf16, where a few tensors of 512 bytes come and go."""
-    load = Load(rows=ROWS, width=WIDTH, precision="bf16" if bf16 else "fp32", adapter_rank=4, adapted=EVERY, packed=kind)
+    precision = "bf16" if bf16 else "fp32"
+    load = Load(rows=ROWS, width=WIDTH, precision=precision, adapter_rank=4, adapted=EVERY, packed=kind)
     three, two = (Shape(layers=n, hidden=64, inner=256, heads=4, vocabulary=101, exact=True) for n in (3, 2))
     kept = (kept_by_autograd(n, dropout=0.0, adapters=EVERY, bf16=bf16, packed=kind) for n in (3, 2))
     formula, seen = activations(three, load) - activations(two, load), next(kept) - next(kept)

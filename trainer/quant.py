@@ -109,9 +109,7 @@ def will_hold_bytes(model: nn.Module, output: nn.Module | None, settings: ModelS
         if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output
     }
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return sum(
-        _packed_bytes(p.numel(), packed[id(p)], settings) if id(p) in packed else p.numel() * 4 for p in frozen
-    )
+    return sum(_packed_bytes(p.numel(), packed[id(p)], settings) if id(p) in packed else p.numel() * 4 for p in frozen)
 
 
 def _packed_bytes(elements: int, rows: int, settings: ModelSettings) -> int:
