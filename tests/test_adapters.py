@@ -180,6 +180,16 @@ def test_a_packed_base_is_held_in_fewer_bytes(tiny):
     assert facts["double"]["frozen_bytes"] < facts["nf4"]["frozen_bytes"]
 
 
+@pytest.mark.parametrize("of", ["tiny", "llama"])
+@pytest.mark.parametrize(
+    "words", ["--quant nf4", "--quant fp4 --quant-double", "--quant int8", "--quant nf4 --train-also wte,layernorm"]
+)
+def test_its_bytes_are_known_before_it_is_packed(of, words, request):
+    """So a plan without weights chooses a ZeRO file, and a micro-batch, by what the base will be."""
+    wanted = settings(request.getfixturevalue(of), "lora", *words.split())
+    assert build(wanted, on_meta=True).facts["frozen_bytes"] == build(wanted).facts["frozen_bytes"]
+
+
 def test_an_int8_row_does_not_see_the_rows_beside_it(tiny):
     """So a loss does not depend on the micro-batch; with LLM.int8()'s own threshold it does."""
     built = build(settings(tiny, "lora", "--quant", "int8"))

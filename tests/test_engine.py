@@ -165,6 +165,12 @@ def test_the_choice_follows_the_state_that_a_rank_would_hold(ranks, memory, trai
     assert chosen.reason != "asked for"
 
 
+def test_a_packed_base_is_not_taken_for_a_whole_one():
+    whole, packed = (Counts(frozen=1_557_611_200, trainable=9_830_400, packed_bytes=b) for b in (None, 1_100_000_000))
+    chosen = [choose_zero_file(counts=c, ranks=1, memory=16 * GIB, precision="bf16").name for c in (whole, packed)]
+    assert chosen == ["zero2_offload", "zero0"]
+
+
 def test_fp16_never_gets_stage_0_which_has_no_loss_scale():
     assert choose_zero_file(counts=Counts(frozen=0, trainable=GPT2), ranks=1, memory=None, precision="fp16").stage == 1
 

@@ -54,16 +54,29 @@ def test_counts_take_adapters_as_weights_beside_the_base():
     assert (full.frozen, full.trainable) == (0, 1000)
 
 
+def test_a_packed_base_counts_as_it_is_held():
+    """Embeddings and norms of it in float32, so by bytes and not by elements."""
+    counts = Counts.of({"parameters": 1000, "trainable": 10, "lora_targets": ["c_attn"], "frozen_bytes": 700})
+    assert state(counts, stage=0, ranks=4).weights == 700 + 4 * 10
+    assert state(counts, stage=3, ranks=4).weights == (700 + 4 * 10) / 4
+    load = Load(rows=2, width=32, adapter_rank=8, packed="nf4")
+    assert estimate(SHAPE, counts, load, stage=3, ranks=4).gathered == 700 + 4 * 10
+
+
 # --- activations and logits ---
 
 
-def kept_by_autograd(layers: int, *, dropout: float, adapters: tuple[str, ...], bf16: bool) -> int:
+def kept_by_autograd(
+    layers: int, *, dropout: float, adapters: tuple[str, ...], bf16: bool, packed: str | None = None
+) -> int:
     """Bytes of the distinct tensors that one forward of TokenLoss keeps for its backward, weights left out."""
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from trainer.loss import TokenLoss
     from trainer.model import one_kernel_activations
+    from trainer.quant import compute_in, quantize
+    from trainer.settings import ModelSettings
 
     config = GPT2Config(
         vocab_size=101, n_positions=WIDTH, n_embd=64, n_layer=layers, n_head=4, resid_pdrop=dropout, embd_pdrop=dropout,
@@ -71,6 +84,9 @@ def kept_by_autograd(layers: int, *, dropout: float, adapters: tuple[str, ...], 
     )  # fmt: skip
     causal = GPT2LMHeadModel(config).train()
     one_kernel_activations(causal)
+    if packed:
+        quantize(causal, ModelSettings(model="", quant=packed), torch.device("cpu"))
+        compute_in(causal, torch.bfloat16 if bf16 else torch.float32)
     if adapters:
         get_peft_model(causal, LoraConfig(r=4, target_modules=list(adapters), fan_in_fan_out=True))
     loss = TokenLoss(causal, torch.bfloat16 if bf16 else None).train()
@@ -111,6 +127,18 @@ def test_a_block_keeps_what_autograd_keeps(adapters, dropout, bf16):
     kept = (kept_by_autograd(n, dropout=dropout, adapters=adapters, bf16=bf16) for n in (3, 2))
     seen = next(kept) - next(kept)
     assert formula == seen
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_packed_block_keeps_no_copy_of_its_weights(kind, bf16):
+    """To the byte, but for nf4 in bf16, where a few tensors of 512 bytes come and go."""
+    precision = "bf16" if bf16 else "fp32"
+    load = Load(rows=ROWS, width=WIDTH, precision=precision, adapter_rank=4, adapted=EVERY, packed=kind)
+    three, two = (Shape(layers=n, hidden=64, inner=256, heads=4, vocabulary=101, exact=True) for n in (3, 2))
+    kept = (kept_by_autograd(n, dropout=0.0, adapters=EVERY, bf16=bf16, packed=kind) for n in (3, 2))
+    formula, seen = activations(three, load) - activations(two, load), next(kept) - next(kept)
+    assert formula == (pytest.approx(seen, rel=0.02) if kind == "nf4" and bf16 else seen)
 
 
 def test_logits_are_bounded_for_gpt2_and_whole_for_others():

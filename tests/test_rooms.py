@@ -27,7 +27,7 @@ ORDER = [
     {"plan", "log", "observe"},
     {"export", "verify", "footprint"},
     {"report"},
-    {"find", "bench"},
+    {"find", "bench", "study"},
     {"doctor"},
     {"run"},
 ]
@@ -58,6 +58,7 @@ LIGHT = [
     "memory",
     "report",
     "report.command",
+    "study",
 ]
 
 
@@ -130,7 +131,7 @@ def test_a_light_room_loads_without_torch(room):
 
 def test_the_launchers_load_nothing_heavy_before_they_have_read_their_flags():
     """So that --help answers at once, and libraries are silenced before they are imported."""
-    for name in ("train", "compare", "export", "bench", "doctor"):
+    for name in ("train", "compare", "export", "bench", "doctor", "study"):
         line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == "False", done.stdout + done.stderr

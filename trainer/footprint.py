@@ -20,7 +20,8 @@ def load_of(plan: Plan, width: int, micro: int | None = None) -> Load:
         rows=micro, width=width, accumulation=plan.course.batch.global_batch // (micro * plan.world.size),
         precision=plan.precision, gpu=plan.world.device.type == "cuda", dropout=plan.dropout,
         adapter_rank=settings.lora.rank if lora else 0, adapter_dropout=settings.lora.dropout,
-        adapted=tuple(plan.model["lora_targets"]), largest_logits=LARGEST_LOGITS,
+        adapted=tuple(plan.model["lora_targets"]), packed=settings.model.quant,
+        largest_logits=LARGEST_LOGITS,
     )  # fmt: skip
 
 
@@ -36,7 +37,8 @@ def needed(plan: Plan, made: Estimate) -> tuple[float, float]:
     """(bytes on the device, bytes of the host's memory beside them): on a processor all is one."""
     if plan.world.device.type == "cuda":
         return made.peak + memory.CONTEXT, made.state.host
-    return made.peak + made.state.host + PROGRAM, 0.0
+    built = 4.0 * plan.model["parameters"]  # in float32 before it is packed, in the same memory
+    return max(made.peak + made.state.host, built) + PROGRAM, 0.0
 
 
 def available(plan: Plan) -> float:

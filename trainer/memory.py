@@ -20,13 +20,21 @@ class Counts:
 
     frozen: int
     trainable: int
+    packed_bytes: int | None = None  #: of the frozen ones as a quantised base holds them; None: they are not packed
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> "Counts":
         """From the `model` block of run.json, where `parameters` are those of the base, without adapters."""
         trainable, parameters = facts["trainable"], facts["parameters"]
         adapters = bool(facts["lora_targets"])
-        return cls(frozen=parameters if adapters else parameters - trainable, trainable=trainable)
+        return cls(
+            frozen=parameters if adapters else parameters - trainable, trainable=trainable,
+            packed_bytes=facts.get("frozen_bytes"),
+        )  # fmt: skip
+
+    def weight_bytes(self, size: int) -> int:
+        """Of all weights, with `size` bytes for each that is not packed."""
+        return (size * self.frozen if self.packed_bytes is None else self.packed_bytes) + size * self.trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +58,8 @@ def state(
 ) -> State:  # fmt: skip
     """State per rank: stage 1 divides the optimizer's, 2 the gradients too, 3 the weights too, frozen ones as well."""
     size = 2 if precision == "fp16" else 4
-    frozen, trained = counts.frozen, counts.trainable
-    weights = size * (frozen + trained) / (ranks if stage == 3 else 1)
+    trained = counts.trainable
+    weights = counts.weight_bytes(size) / (ranks if stage == 3 else 1)
     gradients = size * trained / (ranks if stage >= 2 else 1)
     optimizer = (8 * trained) if stage == 0 else 12 * trained / ranks
     host = 0.0
@@ -106,6 +114,7 @@ class Load:
     adapter_rank: int = 0  #: 0: every weight trains
     adapter_dropout: float = 0.0
     adapted: tuple[str, ...] = ()  #: the layers with adapters
+    packed: str | None = None  #: how the blocks' frozen weights are: each is unpacked when needed, none is kept so
     largest_logits: int = 2**27  #: bytes of float32 logits held at one time (`loss.LARGEST_LOGITS`)
 
 
@@ -131,7 +140,8 @@ def activations(shape: Shape, load: Load) -> float:
     adapted = [name for name in _PRODUCTS if load.adapter_rank and _is_adapted(name, load.adapted)]
     trained = adapted if load.adapter_rank else list(_PRODUCTS)
     block = (2 if load.precision == "fp16" else 4) * 2 * h  # layer norms' inputs
-    block += (size if one_kernel else 4) * 3 * h + size * inner  # q, k, v; the activation function's input
+    answers = 4 if load.packed in ("nf4", "fp4") else size  # those layers answer in the type of a layer norm
+    block += (size if one_kernel else 4) * 3 * h + answers * inner  # q, k, v; the activation function's input
     block += sum(size * _width(_PRODUCTS[name][0], shape) for name in trained)
     if one_kernel and ("attn.c_proj" not in trained or (half and load.adapter_rank)):  # adapters cast a copy
         block += size * h
@@ -139,7 +149,7 @@ def activations(shape: Shape, load: Load) -> float:
     mask = 1 if load.gpu else size  # processors keep masks as numbers
     if load.dropout:
         block += 2 * mask * h + (0 if one_kernel else 3 * 4 * shape.heads * load.width)
-    casts = 2 * shape.layers * (4 * h * h + 2 * h * inner) if load.precision == "bf16" else 0
+    casts = 2 * shape.layers * (4 * h * h + 2 * h * inner) if load.precision == "bf16" and not load.packed else 0
     if load.adapter_rank:
         block += len(adapted) * size * load.adapter_rank
         ends_of = [
@@ -210,7 +220,7 @@ def estimate(
     )  # fmt: skip
     size = 2 if load.precision == "fp16" else 4
     kept, top = activations(shape, load), logits(shape, load)
-    gathered = size * min(counts.frozen + counts.trainable, MAX_LIVE) if stage == 3 else 0.0
+    gathered = min(counts.weight_bytes(size), size * MAX_LIVE) if stage == 3 else 0.0
     # Of earlier micro-batches, or what the first layers of the backward leave: the embedding's is as large as any.
     gradients = held.gradients if load.accumulation > 1 or stage == 3 else 0.0  # ZeRO-3 keeps its share's buffer
     head = 0.0 if load.adapter_rank else size * shape.vocabulary * shape.hidden

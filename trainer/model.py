@@ -111,8 +111,11 @@ def build(
     )  # fmt: skip
     if settings.train.optim in EIGHT_BIT:
         facts["kept_in_32_bits"] = optim.kept_in_32_bits(module.named_parameters(), model.embeddings)
-    if settings.model.quant and not on_meta:
-        facts["frozen_bytes"] = quant.held_bytes(module)
+    if settings.model.quant:
+        output = causal.get_output_embeddings()
+        facts["frozen_bytes"] = (
+            quant.will_hold_bytes(module, output, settings.model) if on_meta else quant.held_bytes(module)
+        )
     return model
 
 

@@ -271,8 +271,10 @@ def _notes(settings: Settings, model: dict[str, Any]) -> list[str]:
         notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
     if settings.model.quant:
         double = ", scales in 8 bits" if settings.model.quant_double else ""
-        held = f": {model['frozen_bytes'] / 2**20:,.1f} MiB of frozen weights" if "frozen_bytes" in model else ""
-        notes.append(f"base in {settings.model.quant}{double}{held}; in float32 {model['parameters'] / 2**18:,.1f} MiB")
+        notes.append(
+            f"base in {settings.model.quant}{double}: {model['frozen_bytes'] / 2**20:,.1f} MiB of frozen weights; "
+            f"in float32 {model['parameters'] / 2**18:,.1f} MiB"
+        )
     kept = model.get("kept_in_32_bits")
     if kept and kept["kept_tensors"]:
         share = kept["kept_parameters"] / kept["parameters"]

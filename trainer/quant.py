@@ -101,6 +101,29 @@ def held_bytes(model: nn.Module) -> int:
     return total
 
 
+def will_hold_bytes(model: nn.Module, output: nn.Module | None, settings: ModelSettings) -> int:
+    """What `held_bytes` will be of a model that is not packed yet, from the shapes of its weights alone."""
+    packed = {
+        id(layer.weight): layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+        for layer in model.modules()
+        if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output
+    }
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return sum(_packed_bytes(p.numel(), packed[id(p)], settings) if id(p) in packed else p.numel() * 4 for p in frozen)
+
+
+def _packed_bytes(elements: int, rows: int, settings: ModelSettings) -> int:
+    """Of one weight: int8 has a float32 scale for each row, the 4-bit kinds one for each block of 64 elements.
+
+    Packed doubly, those scales are bytes with a float32 scale for each 256 of them.
+    """
+    if settings.quant == "int8":
+        return elements + 4 * rows
+    blocks = -(-elements // 64)
+    scales = blocks + 4 * -(-blocks // 256) if settings.quant_double else 4 * blocks
+    return -(-elements // 2) + scales
+
+
 def as_transformers_says_it(settings: ModelSettings, model: nn.Module) -> dict[str, Any]:
     """The arguments of transformers' BitsAndBytesConfig that pack a base as `model`'s is."""
     if settings.quant == "int8":
