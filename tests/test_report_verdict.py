@@ -49,7 +49,10 @@ def test_share_parameters_time_and_memory_by_hand(run: Any) -> None:
     )
     pair = got.numbers["pairs"][0]
     assert (pair["share"], pair["parameters"], pair["time"], pair["memory"]) == (0.75, 0.0095, 0.61, 0.43)
-    assert "is not known" in got.details[0]  # one seed a side
+    assert got.details[1:] == (  # one seed a side
+        "Whether the difference exceeds the spread between seeds is not known: "
+        "it takes two different seeds or more on both sides.",
+    )
 
 
 def test_several_seeds_are_grouped_and_the_difference_is_held_against_their_spread(run: Any) -> None:
@@ -73,8 +76,12 @@ def test_the_same_seed_twice_is_no_spread(run: Any) -> None:
 
 def test_of_several_lora_settings_the_best_is_told_and_all_are_in_the_numbers(run: Any) -> None:
     got = verdict(run("full", [4.0, 2.0]), run("lora", [4.0, 3.0]), run("lora", [4.0, 2.5], resolved__lr=1e-3))
-    assert got.sentence.startswith("The best of 2 LoRA settings (lr 0.001) reached 75.0%")
+    assert got.sentence.startswith("The best of 2 LoRA settings (lr 0.001) reached 75.0% of full's improvement")
     assert [pair["share"] for pair in got.numbers["pairs"]] == [0.75, 0.5]
+    fulls = [run("full", [4.0, 3.0]), run("full", [4.0, 2.0], resolved__lr=1e-4)]
+    assert verdict(*fulls, run("lora", [4.0, 2.5])).sentence.startswith(
+        "LoRA reached 75.0% of the improvement of the best of 2 full settings (lr 0.0001)"
+    )
 
 
 def test_no_improvement_gives_no_share(run: Any) -> None:
@@ -105,6 +112,8 @@ def test_cost_is_compared_only_on_the_same_hardware_and_ranks(run: Any) -> None:
     assert "1.00x its memory; time not compared (1 epochs against 2)" in longer.sentence
     zero = verdict(full, run("lora", [4.0, 2.5], resolved__ds_config="zero2"))
     assert "ZeRO file zero2 against zero0" in zero.details[1]
+    threads = verdict(full, run("lora", [4.0, 2.5], resolved__threads_per_rank=1))
+    assert "measured with different settings: threads per rank 1 against 2" in threads.details[1]
 
 
 def test_incomparable_runs_get_no_number_across_the_gap(run: Any) -> None:
@@ -121,6 +130,22 @@ def test_one_mode_alone_says_so(run: Any) -> None:
     assert verdict(run("lora", [4.0, 2.5])).sentence == (
         "LoRA improved on its base (4.0000 -> 2.5000 at best); there is no finished full run to compare with."
     )
+
+
+def test_two_data_sets_are_two_verdicts_in_one_sentence(run: Any) -> None:
+    runs = [
+        run(mode, losses, **other)
+        for mode, losses in (("full", [4.0, 2.0]), ("lora", [4.0, 2.5]))
+        for other in ({}, {"data__source": "e2e.csv", "data__fingerprint": "e2e", "run_id": f"{mode}e2e"})
+    ]
+    got = verdict(*runs, with_card=True)
+    assert "LoRA (acled-demo) reached 75.0% of the improvement of full (acled-demo)" in got.sentence
+    assert "; LoRA (e2e.csv) reached 75.0% of the improvement of full (e2e.csv)" in got.sentence
+    assert "; none is comparable with the card: other data, " in got.sentence
+    assert [(pair["full"], pair["lora"]) for pair in got.numbers["pairs"]] == [
+        ("full (acled-demo)", "LoRA (acled-demo)"),
+        ("full (e2e.csv)", "LoRA (e2e.csv)"),
+    ], "a number across the gap"
 
 
 def test_unfinished_runs_do_not_count(run: Any) -> None:

@@ -105,14 +105,19 @@ def show(comparison: Comparison, results: Sequence[Result]) -> None:
     if plain:
         console.width = 160  # nobody to fit: whole columns are better
     short = _short(comparison.by_epoch, SHORT)
-    table = RichTable(box=box.MARKDOWN if plain else box.SIMPLE_HEAD, pad_edge=not plain)
+    table = RichTable(box=box.MARKDOWN if plain else box.SIMPLE_HEAD)
     for i, heading in enumerate(short.columns.values()):
         table.add_column(heading, justify="left" if i == 1 else "right", no_wrap=True)
     for row in short.rows:
         table.add_row(*(cell.text for cell in row), style="dim" if row[1].text == "card" else None)
-    console.print(table, markup=False) if len(short.rows) <= 40 else console.print(
-        f"{len(short.rows)} rows by epoch: see the report"
-    )
+    if len(short.rows) > 40:
+        console.print(f"{len(short.rows)} rows by epoch: see the report")
+    elif plain:
+        with console.capture() as drawn:
+            console.print(table, markup=False)
+        print(drawn.get().strip(" \n") + "\n")
+    else:
+        console.print(table, markup=False)
     console.print(comparison.verdict.sentence, markup=False, soft_wrap=True, style=None if plain else "bold")
     for line in comparison.comparable:
         console.print(f"- {line}", markup=False, soft_wrap=True)

@@ -29,7 +29,9 @@ _NOT_FACTS = (
     "overridden",
     "settings.overridden",
     "resumed.settings",
+    "not_comparable_with_card",  # said of each run, in words
 )
+NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 
 
 def why_not(a: Run, b: Run) -> list[str]:
@@ -153,14 +155,25 @@ CARD_FACTS = {
 
 def facts(columns: Sequence[Sequence[Run]], with_card: bool) -> list[Fact]:
     """Every setting and data fact: one value a column of runs (a tuple of them where they differ), the card's first."""
-    flat = [[dict(flatten(run.facts)) for run in runs] for runs in columns]
+    flat = [[_used(run) for run in runs] for runs in columns]
     names = dict.fromkeys(name for runs in flat for run in runs for name in run)
     return [_fact(name, flat, with_card) for name in sorted(names, key=_place)]
 
 
+def _used(run: Run) -> dict[str, Any]:
+    """The facts of a run by dotted path; LoRA settings, which run.json always has, only where they were used."""
+    found = dict(flatten(run.facts))
+    return {name: NOT_USED if run.mode == "full" and _of_lora(name) else value for name, value in found.items()}
+
+
+def _of_lora(name: str) -> bool:
+    return name.startswith("settings.lora.") or name == "model.lora_targets"
+
+
 def _fact(name: str, columns: Sequence[Sequence[Mapping[str, Any]]], with_card: bool) -> Fact:
-    values: list[Any] = [CARD_FACTS.get(name)] if with_card else []
-    known = [name in CARD_FACTS] if with_card else []
+    cards = NOT_USED if _of_lora(name) else CARD_FACTS.get(name)
+    values: list[Any] = [cards] if with_card else []
+    known = [cards is not None] if with_card else []
     for runs in columns:
         told = [run[name] for run in runs if name in run]
         alike = all(value == told[0] for value in told)
@@ -169,11 +182,13 @@ def _fact(name: str, columns: Sequence[Sequence[Mapping[str, Any]]], with_card: 
     return Fact(name, tuple(values), tuple(known))
 
 
-def _place(name: str) -> tuple[int, int]:
-    """Settings first, then what they came to, the data, the model, and the machine last."""
+def _place(name: str) -> int:
+    """Settings first, then what they came to, the data, the model, the machine, and where the output went last."""
     order = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
     head = name.split(".", 1)[0]
-    return (order.index(head) if head in order else len(order), 0)
+    if name.startswith("settings.output."):
+        return len(order) + 1
+    return order.index(head) if head in order else len(order)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

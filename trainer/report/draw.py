@@ -1,8 +1,10 @@
 """How one plot is drawn: its lines, its ticks, and each line's name at its end, none over another."""
 
+import itertools
+import statistics
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +23,10 @@ COLOURS = {"full": "#0072b2", "lora": "#d55e00", "card": "#767676"}  # light gro
 DASHES: dict[str, Any] = {"full": "-", "lora": (0, (5, 2)), "card": (0, (2, 1.6))}
 MOST_POINTS = 300  # of one line
 ALL_POINTS = 4_000  # of one plot
-MOST_LABELS = 8
 LETTER = 0.078  # inches that a letter of a label takes at most
+LINE = 0.055  # of the height of an axis: what a line of a label takes
+FROM_LINE = 8.0  # points between the end of a line and its label
+NEAR = 0.03  # of the height of an axis: a label further from its line is joined to it by a thin stroke
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -39,19 +43,31 @@ class Plot:
     card: Curve | None = None
     log_y: bool = False
     markers: bool = False
+    says_end: bool = False  #: whether the name of a line says the value that it ends at
     scatter: bool = False
+
+
+@dataclass(frozen=True)
+class Label:
+    """A text beside the point (across, height), in data; across None is the right edge, where lines end."""
+
+    height: float
+    text: str
+    colour: str
+    across: float | None = None
+
+    @property
+    def tall(self) -> float:
+        """The room it takes, as a share of its axis."""
+        return LINE * (self.text.count("\n") + 1) + 0.015
 
 
 @dataclass
 class Drawn:
-    """An axis and the labels that still want a place: (height in data, text, colour), and where across.
-
-    `across` is a label's place in data, by its text; one that has none goes to the right edge, where lines end.
-    """
+    """An axis and the labels that still want a place."""
 
     axis: "Axes"
-    labels: list[tuple[float, str, str]]
-    across: dict[str, float] = field(default_factory=dict)
+    labels: list[Label]
 
 
 def draw(axis: "Axes", plot: Plot, groups: Sequence[Group], with_card: bool) -> Drawn:
@@ -61,11 +77,11 @@ def draw(axis: "Axes", plot: Plot, groups: Sequence[Group], with_card: bool) -> 
     axis.set_ylabel(plot.y_label)
     if plot.scatter:
         return _draw_scatter(axis, plot, groups, with_card)
-    labels: list[tuple[float, str, str]] = []
+    labels: list[Label] = []
     count = sum(len(group.runs) for group in groups)
     points = max(40, min(MOST_POINTS, ALL_POINTS // max(1, count)))
     for group in groups:
-        ends = []
+        ends: list[tuple[float, float]] = []
         for run in group.runs:
             x, y = thin(*plot.curve(run), points)
             if not len(x):
@@ -80,13 +96,17 @@ def draw(axis: "Axes", plot: Plot, groups: Sequence[Group], with_card: bool) -> 
                 marker="o" if plot.markers and len(x) <= 30 else None,
                 markersize=3,
             )
-            ends.append(float(y[-1]))
+            ends.append((float(x[-1]), float(y[-1])))
         if ends:
+            height = float(np.mean([y for _, y in ends]))
             name = group.label + (f", n = {len(ends)}" if len(group.runs) > 1 else "")
-            labels.append((float(np.mean(ends)), _folded(name), COLOURS[group.mode]))
+            if plot.says_end and len({round(x, 6) for x, _ in ends}) == 1:  # else it were a mean of different places
+                name += f": {height:.4f}"
+            labels.append(Label(height, _folded(name), COLOURS[group.mode]))
     if with_card and plot.card is not None:
         axis.plot(*plot.card, color=COLOURS["card"], linestyle=DASHES["card"], linewidth=1.6, marker="s", markersize=3)
-        labels.append((float(plot.card[1][-1]), _card_label(groups), COLOURS["card"]))
+        height = float(plot.card[1][-1])
+        labels.append(Label(height, _card_label(groups, height if plot.says_end else None), COLOURS["card"]))
     if plot.log_y and _wide_range(axis):
         axis.set_yscale("log")
     _ticks(axis, plot)
@@ -116,18 +136,25 @@ def _ticks(axis: "Axes", plot: Plot) -> None:
 
 
 def _plain_numbers(axis: "Axes") -> None:
+    """Numbers as people write them: 2.5, 425k, and 3e-4 where all are small; each is short, for its room is fixed."""
     from matplotlib.ticker import FuncFormatter
 
-    axis.yaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:,.6g}k")
-    )
+    small = max(map(abs, axis.get_ylim())) < 0.01
+
+    def text(value: float, _: object) -> str:
+        if small and value:
+            digits, exponent = f"{value:.2e}".split("e")
+            return f"{float(digits):g}e{int(exponent)}"
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:,.6g}k"
+
+    axis.yaxis.set_major_formatter(FuncFormatter(text))
 
 
 def _draw_scatter(axis: "Axes", plot: Plot, groups: Sequence[Group], with_card: bool) -> Drawn:
     """One point a run, with the name of its group beside it."""
     from matplotlib.ticker import EngFormatter, NullFormatter
 
-    places: list[tuple[float, float, str, str]] = []
+    labels: list[Label] = []
     for group in groups:
         xs, ys = zip(*((float(x[0]), float(y[0])) for x, y in map(plot.curve, group.runs)), strict=True)
         axis.plot(
@@ -139,18 +166,17 @@ def _draw_scatter(axis: "Axes", plot: Plot, groups: Sequence[Group], with_card: 
             color=COLOURS[group.mode],
         )
         if np.isfinite(ys[0]) and np.isfinite(xs[0]):
-            places.append((float(np.nanmean(xs)), float(np.nanmean(ys)), _folded(group.label), COLOURS[group.mode]))
+            labels.append(Label(float(np.nanmean(ys)), _folded(group.label), COLOURS[group.mode], float(np.nanmax(xs))))
     if with_card:
         x, y = float(reference.SETTINGS["trainable_parameters"]), reference.CURVE[-1].val_loss  # type: ignore[arg-type]
         axis.plot([x], [y], linestyle="none", marker="s", markersize=6, color=COLOURS["card"])
-        places.append((x, y, _card_label(groups), COLOURS["card"]))
+        labels.append(Label(y, _card_label(groups), COLOURS["card"], x))
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.margins(x=0.12, y=0.15)
     _plain_numbers(axis)
-    labels = _few([(y, label, colour) for _, y, label, colour in places], groups)
-    return Drawn(axis, labels, {label: x for x, _, label, _ in places} if len(labels) == len(places) else {})
+    return Drawn(axis, _few(labels, groups, room=0.6))  # among the points more would hide them
 
 
 def _folded(label: str) -> str:
@@ -158,23 +184,29 @@ def _folded(label: str) -> str:
     return textwrap.fill(label, 17, break_on_hyphens=False, max_lines=4)
 
 
-def _card_label(groups: Sequence[Group]) -> str:
+def _card_label(groups: Sequence[Group], end: float | None = None) -> str:
     apart = all(why_not_card(run) for group in groups for run in group.runs)
-    return "card (not\ncomparable)" if apart else "card"
+    return "card" + ("" if end is None else f": {end:.4f}") + (",\nnot comparable" if apart else "")
 
 
-def _few(labels: list[tuple[float, str, str]], groups: Sequence[Group]) -> list[tuple[float, str, str]]:
-    """The labels; one a mode where there are too many to read."""
-    if len(labels) <= MOST_LABELS:
+def _few(labels: list[Label], groups: Sequence[Group], room: float = 1.0) -> list[Label]:
+    """The labels; one a mode, at its rightmost point, where all of them would take more than `room` of the height."""
+    if sum(label.tall for label in labels) <= room:
         return labels
     merged = []
     for mode, colour in COLOURS.items():
-        heights = [height for height, _, its in labels if its == colour]
-        if heights:
-            count = sum(len(group.runs) for group in groups if group.mode == mode)
-            merged.append(
-                (float(np.mean(heights)), f"{MODE_NAMES[mode]}, {count} runs" if mode in MODE_NAMES else "card", colour)
+        its = [label for label in labels if label.colour == colour]
+        if mode not in MODE_NAMES or len(its) < 2:
+            merged += its
+            continue
+        count = sum(len(group.runs) for group in groups if group.mode == mode)
+        height = float(np.mean([label.height for label in its]))
+        last = max(its, key=lambda label: label.across or 0.0)
+        merged.append(
+            Label(
+                height if last.across is None else last.height, f"{MODE_NAMES[mode]}, {count} runs", colour, last.across
             )
+        )
     return merged
 
 
@@ -186,69 +218,97 @@ def finish(figure: "Figure", drawn: Sequence[Drawn], columns: int) -> None:
     """
     wide, high = figure.get_size_inches()
     rows = -(-len(drawn) // columns)
-    longest = max((len(line) for one in drawn for _, text, _ in one.labels for line in text.split("\n")), default=0)
-    right = 0.15 + LETTER * longest
-    top, bottom, left = (0.3 if columns > 1 else 0.1), 0.5, 0.72
+    longest = max((len(line) for one in drawn for label in one.labels for line in label.text.split("\n")), default=0)
+    right = FROM_LINE / 72 + 0.05 + LETTER * longest
+    top, bottom, left = (0.3 if columns > 1 else 0.1), 0.5, 0.8
     for i, one in enumerate(drawn):
         row, column = divmod(i, columns)
         x, y = column * wide / columns + left, (rows - 1 - row) * high / rows + bottom
         size = (wide / columns - left - right, high / rows - top - bottom)
         one.axis.set_position((x / wide, y / high, size[0] / wide, size[1] / high))
-    _place_labels(drawn)
-
-
-def _place_labels(drawn: Sequence[Drawn]) -> None:
-    """The labels, pushed apart so that none overlaps another."""
     for one in drawn:
-        if not one.labels:
-            continue
-        one.axis.margins(x=0.02) if one.axis.get_xscale() == "linear" else None
-        low, high = one.axis.get_ylim()
-        scale = one.axis.yaxis.get_transform().transform
-        bottom, top = (float(scale(np.array([edge]))[0]) for edge in (low, high))
-        one.axis.set_ylim(low, high)
-        ordered = sorted(one.labels)
-        lines = [text.count("\n") + 1 for _, text, _ in ordered]
-        wanted = [(float(scale(np.array([height]))[0]) - bottom) / (top - bottom) for height, _, _ in ordered]
-        for (_, text, colour), at in zip(ordered, spaced(wanted, [0.065 * n for n in lines]), strict=True):
-            across = one.across.get(text)
-            place = (
-                (1.0, at)
-                if across is None
-                else (float((one.axis.transScale + one.axis.transLimits).transform((across, low))[0]), at)
-            )
-            one.axis.annotate(
-                text,
-                place,
-                xycoords="axes fraction",
-                xytext=(7, 0),
-                textcoords="offset points",
-                va="center",
-                ha="left",
-                color=colour,
-                fontsize=8.5,
-                fontweight="bold",
-                annotation_clip=False,
-            )
+        _place_labels(one, wide)
+
+
+def _place_labels(one: Drawn, wide: float) -> None:
+    """Write the labels, those beside one another pushed apart so that none overlaps another; `wide`: the figure's."""
+    axis = one.axis
+    if axis.get_xscale() == "linear":
+        axis.margins(x=0.02)
+    right, (low, high) = axis.get_xlim()[1], axis.get_ylim()
+    axis.set_ylim(low, high)  # no text moves it
+    inches = wide * axis.get_position().width
+    gap = FROM_LINE / 72 / inches
+    places = axis.transData + axis.transAxes.inverted()
+    points = [places.transform((right if label.across is None else label.across, label.height)) for label in one.labels]
+    widths = [gap + LETTER * max(map(len, label.text.split("\n"))) / inches for label in one.labels]
+    for beside in _columns([float(x) for x, _ in points], widths):
+        beside.sort(key=lambda i: float(points[i][1]))
+        heights = spaced([float(points[i][1]) for i in beside], [one.labels[i].tall for i in beside])
+        for i, height in zip(beside, heights, strict=True):
+            x, y = (float(place) for place in points[i])
+            _write(axis, one.labels[i], (x, y), (x + gap, height))
+
+
+def _write(axis: "Axes", label: Label, point: tuple[float, float], place: tuple[float, float]) -> None:
+    """The label at `place`, joined to its `point` by a stroke where it is not beside it; both as shares of the axis."""
+    stroke = {
+        "arrowstyle": "-",
+        "color": label.colour,
+        "linewidth": 0.6,
+        "relpos": (0, 0.5),
+        "patchA": None,
+        "shrinkA": 0,
+        "shrinkB": 1,
+    }
+    axis.annotate(
+        label.text,
+        point,
+        xycoords="axes fraction",
+        xytext=place,
+        textcoords="axes fraction",
+        va="center",
+        ha="left",
+        color=label.colour,
+        fontsize=8.5,
+        fontweight="bold",
+        annotation_clip=False,
+        arrowprops=stroke if abs(place[1] - point[1]) > NEAR else None,
+    )
+
+
+def _columns(lefts: Sequence[float], widths: Sequence[float]) -> Iterator[list[int]]:
+    """The labels in sets that lie side by side, from left to right: those of one set could overlap."""
+    found: list[int] = []
+    edge = 0.0
+    for i in sorted(range(len(lefts)), key=lambda i: lefts[i]):
+        if found and lefts[i] >= edge:
+            yield found
+            found = []
+        edge = lefts[i] + widths[i] if not found else max(edge, lefts[i] + widths[i])
+        found.append(i)
+    if found:
+        yield found
 
 
 def spaced(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Places from low to high, as near to the wanted ones (ascending) as heights allow, within 0..1 if they fit."""
-    places = list(wanted)
-    for _ in range(50):
-        moved = False
-        for i in range(len(places) - 1):
-            room = (heights[i] + heights[i + 1]) / 2
-            lacking = room - (places[i + 1] - places[i])
-            if lacking > 1e-6:
-                places[i] -= lacking / 2
-                places[i + 1] += lacking / 2
-                moved = True
-        if not moved:
-            break
-    shift = max(0.0, -places[0]) if places else 0.0
-    over = max(0.0, places[-1] - 1.0) if places else 0.0
-    return [place + shift - (over if not shift else 0.0) for place in places]
+    """Places from low to high, as near to the wanted ones (ascending) as heights allow, within 0..1 if they fit.
+
+    The least squares answer: neighbours that would overlap move as one around the mean of what they want.
+    """
+    rooms = [(a + b) / 2 for a, b in itertools.pairwise(heights)]
+    below = [sum(rooms[:i]) for i in range(len(wanted))]  # how far each is above the lowest where all touch
+    blocks: list[list[float]] = []
+    for want, room in zip(wanted, below, strict=True):
+        blocks.append([want - room])
+        while len(blocks) > 1 and statistics.fmean(blocks[-2]) > statistics.fmean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    low = heights[0] / 2 if heights else 0.0
+    high = 1 - heights[-1] / 2 - below[-1] if heights else 0.0
+    if high < low:  # they do not fit: as much too much above as below
+        low = high = (low + high) / 2
+    lowest = [min(max(statistics.fmean(block), low), high) for block in blocks for _ in block]
+    return [place + room for place, room in zip(lowest, below, strict=True)]
 
 
 def thin(x: NDArray[np.float64], y: NDArray[np.float64], points: int) -> Curve:

@@ -31,6 +31,7 @@ ul { padding-left: 1.2rem; }
   border-left: 4px solid var(--full);
   border-radius: 4px; max-width: none; overflow-wrap: anywhere; }
 .quiet { color: var(--quiet); font-size: .92rem; overflow-wrap: anywhere; }
+.notes p { margin: .4rem 0 0; }
 .warn { background: var(--warn-ground); border-left: 4px solid var(--warn); border-radius: 4px;
   padding: .6rem 1.1rem; overflow-wrap: anywhere; }
 .warn h2 { margin: 0; font-size: 1rem; color: var(--warn); }
@@ -43,6 +44,7 @@ td.wide { white-space: normal; min-width: 11rem; max-width: 30rem; overflow-wrap
 tr:last-child > * { border-bottom: 0; }
 thead th { background: var(--raised); font-weight: 600; }
 th:first-child { position: sticky; left: 0; background: var(--ground); font-weight: 500; }
+tbody th:not(.number) { min-width: 14rem; }
 thead th:first-child { background: var(--raised); }
 .number { text-align: right; }
 tr.starts > * { border-top: 2px solid var(--faint); }
@@ -53,11 +55,19 @@ summary { cursor: pointer; padding: .3rem 0; font-weight: 600; }
 summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--full); outline-offset: 2px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.6rem 2rem; }
 figure { margin: 0; min-width: 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 40rem; }
+figure svg { display: block; width: 100%; height: auto; max-width: 36rem; }
 figcaption { font-weight: 600; margin-bottom: .3rem; }
 @media (max-width: 40rem) { body { padding-top: 1rem; } .verdict { font-size: 1.08rem; }
   th, td { padding: .35rem .55rem; } td.wide, tbody th { white-space: normal; }
-  tbody th:not(.number) { min-width: 7rem; max-width: 9.5rem; overflow-wrap: anywhere; } }
+  tbody th:not(.number) { min-width: 7rem; max-width: 9.5rem; overflow-wrap: anywhere; }
+  .epochs tr { display: flex; } .epochs tr > * { flex: 0 0 5.2rem; }  /* the losses first, beside the names */
+  .epochs tr > :nth-child(1) { flex-basis: 3.7rem; } .epochs tr > :nth-child(2) { flex-basis: 7.2rem;
+    white-space: normal; position: sticky; left: 3.7rem; background: var(--ground); }
+  .epochs thead tr > :nth-child(2) { background: var(--raised); }
+  .epochs tr > :nth-child(n+5) { flex-basis: 9rem; }
+  .epochs tr > :nth-child(3), .epochs tr > :nth-child(4) { order: 2; }
+  .epochs tr > :nth-child(4) { flex-basis: 8.2rem; }
+  .epochs tr > :nth-child(5), .epochs tr > :nth-child(n+7) { order: 1; } }
 @media print { .scroll { overflow: visible; } }
 """
 
@@ -91,7 +101,7 @@ def page(comparison: "Comparison") -> str:
             _list(comparison.verdict.details),
             _problems(comparison),
             f"<h2>{comparison.by_epoch.title}</h2>",
-            _table(comparison.by_epoch, modes, heading=1),
+            _table(comparison.by_epoch, modes, heading=1, style="epochs"),
             f"<h2>{by_run.title}</h2>",
             _table(by_run, modes),
             *_optional(comparison.diagnosis, modes),
@@ -132,8 +142,8 @@ def _details(content: Table, modes: dict[str, str], *, is_open: bool) -> str:
     return f"<details{' open' if is_open else ''}><summary>{escape(content.title)} ({count})</summary>{inner}</details>"
 
 
-def _table(content: Table, modes: dict[str, str], heading: int = 0) -> str:
-    """A table that scrolls by itself; `heading` is the column whose cells name their row."""
+def _table(content: Table, modes: dict[str, str], heading: int = 0, style: str = "") -> str:
+    """A table that scrolls by itself; `heading` is the column whose cells name their row, `style` its class."""
     headings = list(content.columns.values())
     right = [
         all(_is_number(row[i].text) or row[i].text == "unknown" for row in content.rows) for i in range(len(headings))
@@ -155,10 +165,11 @@ def _table(content: Table, modes: dict[str, str], heading: int = 0) -> str:
         starts = heading and before is not None and before != row[0].value
         body.append(f"<tr{_class(starts and 'starts')}>{''.join(cells)}</tr>")
         before = row[0].value
-    notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in content.notes)
+    notes = "".join(f"<p>{escape(note)}</p>" for note in content.notes)
+    notes = notes and f'<div class="quiet notes">{notes}</div>'
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(content.title)}">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{notes}"
+        f"<table{_class(style)}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{notes}"
     )
 
 

@@ -41,8 +41,8 @@ def pair_up(full: Group, loras: Sequence[Group]) -> list[Pair]:
     return sorted(found, key=lambda pair: pair.lora_best.mean)
 
 
-def classes(groups: Sequence[Group]) -> list[tuple[Group, list[Group]]]:
-    """For each set of comparable groups that has both modes: its best full group, and its LoRA groups."""
+def classes(groups: Sequence[Group]) -> list[tuple[list[Group], list[Group]]]:
+    """For each set of comparable groups that has both modes: its full groups, the best first, and its LoRA groups."""
     sets: list[list[Group]] = []
     for group in groups:
         home = next((members for members in sets if not why_not(members[0].runs[0], group.runs[0])), None)
@@ -55,7 +55,7 @@ def classes(groups: Sequence[Group]) -> list[tuple[Group, list[Group]]]:
         fulls = [group for group in members if group.mode == "full"]
         loras = [group for group in members if group.mode == "lora"]
         if fulls and loras:
-            both.append((min(fulls, key=lambda group: best_loss(group).mean), loras))
+            both.append((sorted(fulls, key=lambda group: best_loss(group).mean), loras))
     return both
 
 

@@ -5,6 +5,7 @@ dashed, and each line says its name at its end. Lines of many steps are drawn as
 """
 
 import io
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from trainer.report.seeds import Group
 INK, FAINT = "#222223", "#dadadb"
 VARIABLES = {**{colour: f"--{name}" for name, colour in COLOURS.items()}, INK: "--ink", FAINT: "--faint"}
 PNG_DPI = 120
-SIZE = (4.9, 3.5)  # inches of one plot, so that its text is still legible on a phone
+SIZE = (4.5, 3.4)  # inches of one plot, so that its text is still legible on a phone
 
 
 def _steps(x: str, y: str) -> Callable[[Run], Curve]:
@@ -43,6 +44,7 @@ PLOTS = (
         lambda run: (run.evals["epoch"], run.evals["loss"]),
         card=_card_curve("val_loss"),
         markers=True,
+        says_end=True,
     ),
     Plot(
         "train_loss",
@@ -124,6 +126,8 @@ def svgs(groups: Sequence[Group], with_card: bool) -> dict[str, tuple[Plot, str]
 def _style() -> Any:
     import matplotlib
 
+    # on a new machine it says that it looks through the fonts: no word of ours, and nothing to act on
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     return matplotlib.rc_context(
         {
             "svg.fonttype": "none",

@@ -1,5 +1,6 @@
 """The tables of the comparison: one row an epoch and group, one row a run, one row a setting. Values stay numbers."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from trainer.report.verdict import percent
 CARD = "card"
 NOT_TOLD = "-"  # what a cell shows that has no value
 MOST_TEXT = 300  # characters of a text in a cell
+HASH_LETTERS = 12  # of a fingerprint in a cell; comparison.json has it whole
 
 
 @dataclass(frozen=True)
@@ -298,21 +300,25 @@ def same_and_different(groups: Sequence[Group], with_card: bool) -> tuple[Table,
 
 def _fact_row(fact: Fact) -> tuple[Cell, ...]:
     cells = [
-        Cell(value, _fact_text(value) if known else "unknown")
+        Cell(value, _fact_text(fact.name, value) if known else "unknown")
         for value, known in zip(fact.values, fact.known, strict=True)
     ]
     return (Cell(fact.name, fact.name), *cells)
 
 
-def _fact_text(value: Any) -> str:
+def _fact_text(name: str, value: Any) -> str:
     if isinstance(value, tuple):
-        return " | ".join(_fact_text(one) for one in value)
+        return " | ".join(_fact_text(name, one) for one in value)
     if isinstance(value, list):
-        return ", ".join(map(_fact_text, value)) or "none"
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
+        return ", ".join(_fact_text(name, one) for one in value) or "none"
+    if value is None:
+        return "left out" if name.startswith("settings.") else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int) and abs(value) >= 10_000:
         return f"{value:,}"
+    if isinstance(value, str) and len(value) > HASH_LETTERS and re.fullmatch(r"[0-9a-f]{32,}", value):
+        return f"{value[:HASH_LETTERS]}…"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

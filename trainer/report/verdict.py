@@ -8,7 +8,7 @@ from typing import Any
 from trainer import reference
 from trainer.report.comparable import short, why_not, why_not_card
 from trainer.report.pairs import Pair, best_loss, card_difference, classes, improvement, pair_up
-from trainer.report.seeds import RULE, Group, Spread
+from trainer.report.seeds import MODE_NAMES, RULE, Group, Spread
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,24 @@ def judge(groups: Sequence[Group], with_card: bool) -> Verdict:
             "No run is finished and evaluated, so there is nothing to compare yet.",
             numbers={"pairs": [], "not_counted": left_out},
         )
-    pairs = [pair_up(full, loras) for full, loras in classes(counted)]
-    clauses = [_pair_clause(found) for found in pairs] or [_no_pair(counted)]
+    both = classes(counted)
+    pairs = [pair_up(fulls[0], loras) for fulls, loras in both]
+    clauses = [_pair_clause(found, len(fulls)) for found, (fulls, _) in zip(pairs, both, strict=True)]
+    clauses = clauses or [_no_pair(counted)]
     shown = [group for found in pairs for group in (found[0].full, found[0].lora)] or counted
     if with_card:
         clauses += _card_clauses(shown)
     sentence = "; ".join(clause for clause in [*clauses, unfinished] if clause)
-    details = [line for found in pairs for line in _details(found)]
-    if any(found[0].gap.exceeds is not None for found in pairs):
-        details.append(RULE)
-    numbers = {"pairs": [_numbers(pair) for found in pairs for pair in found], "not_counted": left_out}
+    flat = [pair for found in pairs for pair in found]
+    details = [line for pair in flat for line in _details(pair)] + _spread_lines(flat)
+    numbers = {"pairs": [_numbers(pair) for pair in flat], "not_counted": left_out}
     return Verdict(sentence[0].upper() + sentence[1:] + ".", tuple(details), numbers)
 
 
-def _pair_clause(found: Sequence[Pair]) -> str:
-    """LoRA against full: of several LoRA groups, the best one."""
+def _pair_clause(found: Sequence[Pair], fulls: int) -> str:
+    """LoRA against full: of several groups of a mode (`fulls` is the number of full ones), the best."""
     pair = found[0]
-    name, other = pair.lora.label, pair.full.label
-    if len(found) > 1:
-        name = f"the best of {len(found)} LoRA settings{name.removeprefix('LoRA')}"
+    name, other = _best_of(len(found), pair.lora), _best_of(fulls, pair.full)
     cost = _cost(pair)
     spread_text = (
         ""
@@ -66,7 +65,14 @@ def _pair_clause(found: Sequence[Pair]) -> str:
         return f"{name} and {other} ended at a {losses}{spread_text}; {why}; LoRA ran with {cost}"
     if pair.lora_gain is not None and pair.lora_gain.mean <= 0:
         return f"{name} did not improve on its base where {other} did ({losses}){spread_text}, with {cost}"
-    return f"{name} reached {pair.share:.1%} of {other}'s improvement ({losses}{spread_text}) with {cost}"
+    whose = f"{other}'s improvement" if other == "full" else f"the improvement of {other}"
+    return f"{name} reached {pair.share:.1%} of {whose} ({losses}{spread_text}) with {cost}"
+
+
+def _best_of(count: int, group: Group) -> str:
+    """The name of a group that was the best of `count` of its mode."""
+    mode = MODE_NAMES[group.mode]
+    return group.label if count == 1 else f"the best of {count} {mode} settings{group.label.removeprefix(mode)}"
 
 
 def _cost(pair: Pair) -> str:
@@ -126,9 +132,9 @@ def _card_clauses(groups: Sequence[Group]) -> list[str]:
             who = (
                 names[0] + " is not"
                 if len(names) == 1
-                else "neither is"
-                if len(names) == 2 == len(groups)
-                else " and ".join(names) + " are not"
+                else ("neither is" if len(names) == 2 else "none is")
+                if len(names) == len(groups)
+                else ", ".join(names[:-1]) + " and " + names[-1] + " are not"
             )
             clauses.append(f"{who} comparable with the card: {', '.join(reasons)}")
         else:
@@ -148,24 +154,29 @@ def _against_card(group: Group) -> str:
     return f"{group.label} ended {where} the card's {last.val_loss:.4f} at epoch {last.epoch}"
 
 
-def _details(found: Sequence[Pair]) -> list[str]:
-    lines = []
-    for pair in found:
-        full, lora = _with_spread(pair.full_best), _with_spread(pair.lora_best)
-        text = f"{pair.lora.label} against {pair.full.label}: best validation loss {lora} against {full}, "
-        text += f"difference {pair.gap.difference:+.4f} nats per token"
-        if pair.gap.low is not None and pair.gap.high is not None:
-            verb = "exceeds" if pair.gap.exceeds else "does not exceed"
-            text += (
-                f" (95 % interval {pair.gap.low:+.4f} to {pair.gap.high:+.4f}), which {verb} the spread between seeds"
-            )
-        else:
-            text += "; whether that exceeds the spread between seeds is not known: "
-            text += "it takes two different seeds or more on both sides"
-        if pair.full_gain and pair.lora_gain and not pair.no_share:
-            text += f". Improvement on the base: {pair.lora_gain.mean:.4f} against {pair.full_gain.mean:.4f}"
-        lines.append(text + ".")
-        lines += _conditions(pair)
+def _details(pair: Pair) -> list[str]:
+    """The numbers behind the verdict on a pair, and under which conditions its cost was measured."""
+    full, lora = _with_spread(pair.full_best), _with_spread(pair.lora_best)
+    text = f"{pair.lora.label} against {pair.full.label}: best validation loss {lora} against {full}, "
+    text += f"difference {pair.gap.difference:+.4f} nats per token"
+    if pair.gap.low is not None and pair.gap.high is not None:
+        verb = "exceeds" if pair.gap.exceeds else "does not exceed"
+        text += f" (95 % interval {pair.gap.low:+.4f} to {pair.gap.high:+.4f}), which {verb} the spread between seeds"
+    if pair.full_gain and pair.lora_gain and not pair.no_share:
+        text += f". Improvement on the base: {pair.lora_gain.mean:.4f} against {pair.full_gain.mean:.4f}"
+    return [text + ".", *_conditions(pair)]
+
+
+def _spread_lines(pairs: Sequence[Pair]) -> list[str]:
+    """How a difference is held against the spread between seeds, and for which pairs that is not known."""
+    unknown = [pair.lora.label for pair in pairs if pair.gap.exceeds is None]
+    lines = [RULE] if len(unknown) < len(pairs) else []
+    if unknown:
+        whose = f" for {', '.join(unknown)}" if lines else ""
+        lines.append(
+            f"Whether the difference exceeds the spread between seeds is not known{whose}: "
+            "it takes two different seeds or more on both sides."
+        )
     return lines
 
 
@@ -179,6 +190,7 @@ def _conditions(pair: Pair) -> list[str]:
         "precision": "resolved.precision",
         "ZeRO file": "resolved.ds_config",
         "block length": "data.block_size",
+        "threads per rank": "resolved.threads_per_rank",
     }
     other = [
         f"{name} {a.fact(path)} against {b.fact(path)}" for name, path in paths.items() if a.fact(path) != b.fact(path)
