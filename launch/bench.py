@@ -22,7 +22,11 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
     add("--block-size", type=int, default=1024, metavar="N", help="tokens of a block (default: 1024)")
-    add("--precision", choices=("fp32", "bf16", "fp16"), help="left out: bf16 on a GPU, fp32 on a processor")
+    add(
+        "--precision", type=_names, metavar="NAMES",
+        help="fp32, bf16, fp16; peers take the first (default: bf16 on a GPU, fp32 on a processor)",
+    )  # fmt: skip
+    add("--compile", type=_names, default=["off"], metavar="NAMES", help="on, off: of ours (default: off)")
     add("--device", choices=("cpu", "cuda"), help="left out: the GPU where there is one")
     add("--dropout", type=float, metavar="P", help="left out: the model's own")
     add("--windows", type=int, default=5, metavar="N", help="timed windows of a variant and round (default: 5)")
@@ -55,11 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
         device = given.device or ("cuda" if _has_gpu() else "cpu")
         common = {
             "model": given.model, "block_size": given.block_size, "device": device, "dropout": given.dropout,
-            "precision": given.precision or ("bf16" if device == "cuda" else "fp32"),
             "windows": given.windows, "window": given.window, "warmup": given.warmup,
         }  # fmt: skip
         chosen = variants(
             modes=given.modes, batches=given.batches, zero=given.ds, against=given.against, ranks=given.ranks,
+            precisions=given.precision or ["bf16" if device == "cuda" else "fp32"], compiles=given.compile,
             common=common,
         )  # fmt: skip
         return run(chosen, rounds=given.rounds, out=given.out)

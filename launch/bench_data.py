@@ -1,7 +1,8 @@
-"""Measure what preparing a large text file costs: `python launch/bench_data.py --megabytes 2048`.
+"""Measure what preparing large text files costs: `python launch/bench_data.py --megabytes 3,30,300`.
 
-Makes a text file of that size from a seed, tokenises and packs it as a run would, and prints the rate and the largest
-resident memory above the start. Prepared data is as large on disk as it has to be; memory must not grow with it.
+Makes a text file of each size from a seed, tokenises and packs it as a run would, and prints one line of a Markdown
+table for each: the rate, the largest resident memory above the start, and what an epoch's order and a resumed run's
+way back to its rows take. Prepared data is as large on disk as it has to be; memory must not grow with it.
 """
 
 import argparse
@@ -14,32 +15,44 @@ from pathlib import Path
 
 from trainer import flags
 from trainer.base.text import documents
-from trainer.data import prepare
+from trainer.data import epoch_order, load, prepare
+
+HEAD = "| text | tokens | prepare | rate | memory above the start | order of an epoch | rows of a resumed run |"
 
 
 def main() -> None:
     """Make, prepare, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=256, help="size of the text file (default: 256)")
+    parser.add_argument("--megabytes", default="256", metavar="N,N", help="sizes of the text files (default: 256)")
     parser.add_argument("--model", default="demo-base", help="whose tokenizer (default: demo-base)")
     options = parser.parse_args()
+    print(HEAD + "\n|--:|--:|--:|--:|--:|--:|--:|", flush=True)
+    for megabytes in map(int, options.megabytes.split(",")):
+        print(measure(megabytes, options.model), flush=True)
+
+
+def measure(megabytes: int, model: str) -> str:
+    """The line of a text file of that size."""
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
-        write_text(text, options.megabytes * 10**6)
-        settings = flags.read(["--mode", "full", "--data", str(text), "--model", options.model]).settings
-        prepare_small(Path(scratch), options.model)  # the libraries are in memory before the count starts
+        write_text(text, megabytes * 10**6)
+        settings = flags.read(["--mode", "full", "--data", str(text), "--model", model]).settings
+        prepare_small(Path(scratch), model)  # the libraries are in memory before the count starts
         watch = Watch()
         began = time.perf_counter()
-        ready = prepare(settings.data, model=options.model, global_batch=8, cache=Path(scratch) / "cache")
+        ready = prepare(settings.data, model=model, global_batch=8, cache=Path(scratch) / "cache")
         seconds = time.perf_counter() - began
         growth = watch.stop()
         began = time.perf_counter()
-        prepare(settings.data, model=options.model, global_batch=8, cache=Path(scratch) / "cache")
+        rows = load(prepare(settings.data, model=model, global_batch=8, cache=Path(scratch) / "cache").folder).train
         again = time.perf_counter() - began
+        began = time.perf_counter()
+        epoch_order(rows, seed=42, epoch=1, global_batch=8, shuffle=True, by_length=False)
+        order = time.perf_counter() - began
     tokens = ready.facts["train"]["tokens"] + ready.facts["val"]["tokens"]
-    print(
-        f"{options.megabytes} MB of text, {tokens:,} tokens: {seconds:.0f} s, {options.megabytes / seconds:.2f} MB/s, "
-        f"resident memory at most {growth / 2**20:.0f} MiB above the start; from the cache {again:.1f} s"
+    return (
+        f"| {megabytes:,} MB | {tokens:,} | {seconds:.1f} s | {megabytes / seconds:.2f} MB/s | "
+        f"{growth / 2**20:.0f} MiB | {1000 * order:.1f} ms | {again:.2f} s |"
     )
 
 

@@ -23,10 +23,20 @@ def test_ours_comes_first_and_peers_run_on_one_rank():
     )  # fmt: skip
     full = [one.name for one in found if one.mode == "full"]
     assert full == [
-        "ours zero0", "ours zero2", "ours zero0 2 ranks", "ours zero2 2 ranks", "hf", "hf-deepspeed zero0",
-        "hf-deepspeed zero2",
+        "ours zero0 fp32", "ours zero2 fp32", "ours zero0 2 ranks fp32", "ours zero2 2 ranks fp32", "hf fp32",
+        "hf-deepspeed zero0 fp32", "hf-deepspeed zero2 fp32",
     ]  # fmt: skip
     assert len(set(found)) == len(found) == 14
+
+
+def test_ours_runs_in_every_precision_and_peers_in_the_first():
+    found = variants(
+        modes=["full"], batches=[2], zero=["zero0"], against=["hf"], ranks=[1], precisions=["fp32", "bf16"],
+        compiles=["off", "on"], common=COMMON,
+    )  # fmt: skip
+    assert [one.name for one in found] == [
+        "ours zero0 fp32", "ours zero0 fp32 compiled", "ours zero0 bf16", "ours zero0 bf16 compiled", "hf fp32"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -70,8 +80,8 @@ def test_speed_is_ours_over_theirs_round_by_round():
 
 def test_a_variant_that_failed_says_so_in_its_line():
     facts = {
-        "model": "m", "block_size": 8, "precision": "fp32", "hardware": "h", "threads": 1, "versions": {"torch": "2"},
-        "rounds": 1, "steps": "1", "ceiling_flops": 1e12,
+        "model": "m", "block_size": 8, "hardware": "h", "threads": 1, "versions": {"torch": "2"},
+        "rounds": 1, "steps": "1", "ceiling_flops": 1e12, "ceiling_precision": "fp32",
     }  # fmt: skip
     row = {**Variant(program="hf", mode="full", batch=2, zero=None).as_dict(), "name": "hf", "problem": "failed: why"}
     line = next(line for line in markdown([row], facts).splitlines() if "failed" in line)
@@ -89,7 +99,7 @@ def test_a_tiny_call_measures_ours_and_a_plain_loop(tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     content = json.loads((tmp_path / "bench.json").read_text())
     ours, plain = content["rows"]
-    assert (ours["name"], plain["name"]) == ("ours zero0", "plain")
+    assert (ours["name"], plain["name"]) == ("ours zero0 fp32", "plain fp32")
     for row in (ours, plain):
         assert len(row["windows"][0]) == 2
         assert row["tokens_per_second"] == pytest.approx(32 / row["step"])
@@ -97,5 +107,5 @@ def test_a_tiny_call_measures_ours_and_a_plain_loop(tmp_path):
         assert row["peak_memory"] > 2**26
     assert ours["eval_over_training"] > 0
     assert content["facts"]["ceiling_flops"] > 1e6
-    assert "| lora | 2 | ours zero0 |" in (tmp_path / "bench.md").read_text()
+    assert "| lora | 2 | ours zero0 fp32 |" in (tmp_path / "bench.md").read_text()
     assert "round 1/1" in done.stdout

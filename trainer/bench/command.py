@@ -24,6 +24,17 @@ LIMIT = 3600.0  # seconds for one variant
 def run(chosen: Sequence[Variant], *, rounds: int, out: Path) -> int:
     """Measure all variants `rounds` times in turn, write and print the table; 1 where a variant failed."""
     out.mkdir(parents=True, exist_ok=True)
+    rows, top = measured(chosen, rounds=rounds)
+    facts = _facts(chosen[0], rounds, top)
+    text = markdown(rows, facts)
+    (out / "bench.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+    (out / "bench.md").write_text(text)
+    print(f"\n{text}\n{out / 'bench.json'} has every window")
+    return int(any(row["problem"] for row in rows))
+
+
+def measured(chosen: Sequence[Variant], *, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(a row for each variant, the ceiling): each measured `rounds` times, in turn, in processes of its own."""
     results: dict[Variant, list[dict[str, Any]]] = {variant: [] for variant in chosen}
     failed: dict[Variant, str] = {}
     top = _ask("ceiling", chosen[0])
@@ -42,12 +53,7 @@ def run(chosen: Sequence[Variant], *, rounds: int, out: Path) -> int:
             print(f"round {turn + 1}/{rounds}  {label}: {said}  ({time.monotonic() - began:.0f} s)", flush=True)
     rows = [_row(variant, results[variant], top["flops"], failed.get(variant)) for variant in chosen]
     compare(rows)
-    facts = _facts(chosen[0], rounds, top)
-    text = markdown(rows, facts)
-    (out / "bench.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    (out / "bench.md").write_text(text)
-    print(f"\n{text}\n{out / 'bench.json'} has every window")
-    return 1 if failed else 0
+    return rows, top
 
 
 def _ask(kind: str, variant: Variant) -> dict[str, Any]:
@@ -125,8 +131,8 @@ def _facts(variant: Variant, rounds: int, top: Mapping[str, Any]) -> dict[str, A
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "model": variant.model,
         "block_size": variant.block_size,
-        "precision": variant.precision,
         "ceiling_flops": top["flops"],
+        "ceiling_precision": variant.precision,
         "rounds": rounds,
         "steps": f"{variant.windows} windows of {variant.window} steps after {variant.warmup}",
     }
@@ -149,7 +155,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str
     """The table and where it was measured, in Markdown."""
     packages = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     lines = [
-        f"{facts['model']}, blocks of {facts['block_size']} tokens, {facts['precision']}, {facts['hardware']}, "
+        f"{facts['model']}, blocks of {facts['block_size']} tokens, {facts['hardware']}, "
         f"{facts['threads']} threads; {packages}; {facts['rounds']} rounds in alternation, {facts['steps']}.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
@@ -158,8 +164,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str
         "",
         "ms/step: median over all windows; spread: of the rounds' medians; speed: tokens/s over the first line of the "
         "same mode and batch, median (least-most) of the rounds; FLOP share: of "
-        f"{facts['ceiling_flops'] / 1e12:.3g} TFLOP/s, a matrix product measured in the same call; input: share of a "
-        "step to draw its rows; eval: tokens/s of evaluation over training.",
+        f"{facts['ceiling_flops'] / 1e12:.3g} TFLOP/s, a {facts['ceiling_precision']} matrix product measured in the "
+        "same call; input: share of a step to draw its rows; eval: tokens/s of evaluation over training.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -27,7 +27,7 @@ from trainer.loop import train
 from trainer.model import Model, build, load_config
 from trainer.plan import make_plan
 from trainer.records import StepRecord
-from trainer.settings import Settings
+from trainer.settings import DEMO_MODEL, Settings
 
 EVAL_BATCHES = 4  # that the validation set is long
 
@@ -71,7 +71,9 @@ def _flags(variant: Variant) -> list[str]:
     words = f"--mode {variant.mode} --preset card --model {variant.model} --block-size {variant.block_size}"
     words += f" --global-batch {variant.batch} --eval-batch {variant.batch} --max-steps {variant.steps}"
     words += f" --precision {variant.precision} --eval-every never --save-every never"
-    words += " --init random" if variant.model == "gpt2" else ""
+    words += f" --compile {variant.compile}"
+    bare = variant.model == "gpt2" or not list(Path(variant.model).glob("*.safetensors"))  # a shape without weights
+    words += " --init random" if bare and variant.model != DEMO_MODEL else ""
     words += f" --dropout {variant.dropout}" if variant.dropout is not None else ""
     return [*words.split(), *(["--ds-config", variant.zero] if variant.zero else [])]
 

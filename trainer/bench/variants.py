@@ -1,12 +1,13 @@
 """What is measured: one program at one setting; needs no torch."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.settings import DS_NAMES, MODES
+from trainer.settings import DS_NAMES, MODES, PRECISIONS
 
 PEERS = {
     "plain": "a plain PyTorch loop: the model's own loss, clip, fused AdamW",
@@ -30,6 +31,7 @@ class Variant:
     precision: str = "fp32"
     device: str = "cpu"
     dropout: float | None = None  #: None: the model's own
+    compile: str = "off"  #: of ours: whether its steps are compiled
     windows: int = 5  #: timed windows
     window: int = 4  #: steps of one window
     warmup: int = 3  #: steps before the first window
@@ -37,8 +39,8 @@ class Variant:
     @property
     def name(self) -> str:
         """As the table prints it."""
-        parts = [self.program, self.zero, f"{self.ranks} ranks" if self.ranks > 1 else None]
-        return " ".join(part for part in parts if part)
+        parts = [self.program, self.zero, f"{self.ranks} ranks" if self.ranks > 1 else None, self.precision]
+        return " ".join(part for part in (*parts, "compiled" if self.compile == "on" else None) if part)
 
     @property
     def steps(self) -> int:
@@ -57,9 +59,14 @@ class Variant:
 
 def variants(
     *, modes: Sequence[str], batches: Sequence[int], zero: Sequence[str], against: Sequence[str], ranks: Sequence[int],
-    common: Mapping[str, Any],
+    precisions: Sequence[str] = ("fp32",), compiles: Sequence[str] = ("off",), common: Mapping[str, Any],
 ) -> list[Variant]:  # fmt: skip
-    """Every combination, ours first within each mode and batch; peers run on one rank. UserError on a wrong name."""
+    """Every combination, ours first within each mode and batch. UserError on a wrong name.
+
+    Peers run on one rank and in the first precision.
+    """
+    _known("--precision", precisions, PRECISIONS)
+    _known("--compile", compiles, ("on", "off"))
     _known("--modes", modes, MODES)
     _known("--ds", zero, DS_NAMES)
     _known("--against", against, tuple(PEERS))
@@ -72,13 +79,18 @@ def variants(
             if uneven := [n for n in ranks if batch % n]:
                 raise UserError(f"--batches {batch}: does not divide over {uneven[0]} ranks")
             found += [
-                Variant(program="ours", mode=mode, batch=batch, zero=name, ranks=n, **common)
-                for n in ranks
-                for name in zero
-            ]
+                Variant(
+                    program="ours", mode=mode, batch=batch, zero=name, ranks=n, precision=precision, compile=compiled,
+                    **common,
+                )
+                for precision, n, name, compiled in itertools.product(precisions, ranks, zero, compiles)
+            ]  # fmt: skip
             for program in against:
                 files = zero if program == "hf-deepspeed" else [None]
-                found += [Variant(program=program, mode=mode, batch=batch, zero=name, **common) for name in files]
+                found += [
+                    Variant(program=program, mode=mode, batch=batch, zero=name, precision=precisions[0], **common)
+                    for name in files
+                ]
     return found
 
 

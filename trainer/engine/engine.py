@@ -124,7 +124,8 @@ class Engine:
 
     def _everybody(self, sums: Sequence[Tensor], stop: bool) -> Tensor:
         """One row a rank, on the device: its micro-batches' sums and whether it wants to stop."""
-        mine = torch.stack([*sums, torch.tensor(float(stop), dtype=torch.float64, device=self.world.device)])
+        asked = torch.full((), float(stop), dtype=torch.float64, device=self.world.device)  # a copy would wait
+        mine = torch.stack([*sums, asked])
         everybody = mine
         if self.world.size > 1:
             everybody = mine.new_empty(self.world.size * len(mine))

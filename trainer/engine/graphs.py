@@ -91,7 +91,8 @@ class Recorded:
         self.ids, self.labels = torch.zeros_like(like), torch.zeros_like(like)
         self.share = torch.ones((), device=like.device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # Of this thread: NCCL's own thread may ask the device how it stands meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.rows = work(self.ids, self.labels, self.share)
         self.pool = self.graph.pool()
 

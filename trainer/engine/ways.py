@@ -200,6 +200,6 @@ def goes_direct(config: Mapping[str, Any], *, size: int, precision: str) -> bool
     zero = config["zero_optimization"]
     stage = int(zero.get("stage", 0))
     asked = {key for key, value in config.items() if value}
-    return (
+    return stage == 0 or (  # where DeepSpeed divides nothing there is nothing for it to do
         precision != "fp16" and stage <= (2 if size == 1 else 1) and set(zero) <= _NOTHING_MORE and not asked & _THEIRS
     )

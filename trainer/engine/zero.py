@@ -114,6 +114,9 @@ def _check_keys(path: Path, content: Any) -> None:
     except ValueError as problem:  # pydantic's
         raise UserError(f"--ds-config {path}: {_first(problem)}") from problem
     stage = zero.get("stage", 0)
+    for key in content:
+        if stage == 0 and key != "zero_optimization":
+            raise UserError(f"--ds-config {path}: {key} is without effect under stage 0; take it out, or use stage 1")
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):

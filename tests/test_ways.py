@@ -1,0 +1,144 @@
+"""The two ways of a gradient leave the same numbers, and neither lets one that is not finite touch the weights."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cells import on_cells, read_cell, run_cells
+from test_invariance import LOSS, NORM, RATE, WEIGHTS, arguments, seen
+
+from trainer.engine import goes_direct, read_zero_file
+from trainer.engine.zero import deepspeed_dict
+from trainer.settings import DS_NAMES, Batch
+
+
+def config(name: str, **more: Any) -> dict[str, Any]:
+    batch = Batch(micro=1, accumulation=1, ranks=1)
+    return {**deepspeed_dict(read_zero_file(name), batch=batch, clip=1.0, precision="fp32"), **more}
+
+
+def test_which_files_need_nothing_of_deepspeeds_hooks():
+    direct = {
+        size: [name for name in DS_NAMES if goes_direct(config(name), size=size, precision="fp32")] for size in (1, 2)
+    }
+    assert direct == {1: ["zero0", "zero1", "zero2"], 2: ["zero0", "zero1"]}
+    assert not goes_direct(config("zero1"), size=1, precision="fp16"), "the loss scale is DeepSpeed's"
+    assert not goes_direct(config("zero1", communication_data_type="bf16"), size=2, precision="fp32")
+    assert goes_direct(config("zero0", wall_clock_breakdown=True), size=4, precision="fp32"), "there is no other way"
+    more = {"stage": 1, "parameter_alignment": True}
+    assert not goes_direct(config("zero1", zero_optimization=more), size=2, precision="fp32"), "a key it does not know"
+
+
+def through_deepspeed(jobs: list[dict[str, Any]]) -> int:
+    """`cells.run_cells`, all of it by DeepSpeed's own forward, backward and step."""
+    from trainer.engine import engine
+
+    engine.goes_direct = lambda *_, **__: False  # type: ignore[assignment]
+    return run_cells(jobs)
+
+
+def guarded(jobs: list[dict[str, Any]]) -> int:
+    """`cells.run_cells` with the device's own guard, as on a GPU."""
+    from trainer.engine.ways import Direct
+
+    honest = Direct.__init__
+
+    def init(self: Any, *given: Any) -> None:
+        honest(self, *given)
+        self.guarded = True
+
+    Direct.__init__ = init  # type: ignore[method-assign]
+    return run_cells(jobs)
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny: str, records: tuple[str, str], shelf: Path) -> Path:
+    from trainer import flags
+    from trainer.data import prepare
+
+    settings = flags.read(arguments(tiny, records, "full", "completion")).settings
+    return prepare(settings.data, model=tiny, global_batch=6).folder
+
+
+@pytest.mark.parametrize("other", [through_deepspeed, guarded])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_way_gives_the_numbers_of_the_direct_one(ranks, other, tiny, records, prepared, tmp_path):
+    cells = {
+        f"{zero}-{mode}": [
+            *arguments(tiny, records, mode, "completion"), "--ds-config", zero, "--micro-batch", "1",
+            *(["--lora-plus-ratio", "4"] if mode == "lora" else []),
+        ]
+        for zero in (("zero0", "zero1") if other is guarded else ("zero1",)) for mode in ("full", "lora")
+    }  # fmt: skip
+    for out, target in ((tmp_path / "direct", run_cells), (tmp_path / "other", other)):
+        out.mkdir()
+        jobs = [{"name": name, "flags": words, "data": str(prepared), "out": str(out)} for name, words in cells.items()]
+        on_cells(ranks, jobs, out / "log", target)
+    for name in cells:
+        rows, weights = read_cell(tmp_path / "direct", name)
+        others, final = read_cell(tmp_path / "other", name)
+        steps = [(a, b) for a, b in zip(rows, others, strict=True) if a["kind"] == "step"]
+        assert len(steps) == 9
+        assert max(abs(a["loss"] / b["loss"] - 1) for a, b in steps) <= LOSS, name
+        assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in steps) <= NORM, name
+        assert max(np.abs(seen(key, weights[key]) - seen(key, final[key])).max() for key in final) <= WEIGHTS * RATE * 4
+
+
+def refuses(jobs: list[dict[str, Any]]) -> int:
+    """On a rank: a step whose gradient is not finite on rank 0 raises everywhere and changes nothing."""
+    from trainer import flags
+    from trainer.data import load, step_batches, step_counts
+    from trainer.engine import Engine, NotFinite, leave_world, start_world
+    from trainer.model import build, load_config
+    from trainer.plan import make_plan
+
+    world = start_world()
+    for job in jobs:
+        settings, data = flags.read(job["flags"]).settings, load(Path(job["data"]))
+        model = build(settings)
+        plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
+        engine = Engine(world, model, plan.deepspeed, settings.train, plan.precision)
+        engine.way.guarded = job["guarded"]
+        told = []
+        for number in range(4):
+            order = np.arange(len(data.train))
+            micros = step_batches(data.train, order, number % 3, plan.course.batch, world.rank, 0)
+            counted = step_counts(data.train, order, number % 3, 6)[2]
+            bad = number == 2
+            hook = next(iter(engine.trainable.values())).register_hook(
+                lambda gradient, bad=bad: gradient * (math.inf if bad and world.rank == 0 else 1.0)
+            )
+            before = {name: tensor.clone() for name, tensor in engine.state.full()} if bad else {}
+            sums = [engine.accumulate(micro, step=number, counted=counted) for micro in micros]
+            hook.remove()
+            try:
+                engine.step(1e-3, sums)
+                told.append("taken")
+            except NotFinite as problem:
+                engine.drop()
+                after = dict(engine.state.full())
+                same = all(bool((after[name] == value).all()) for name, value in before.items())
+                told.append(f"{str(problem).split()[0]} {same}")
+        assert told == ["taken", "taken", "gradient True", "taken"], (job["name"], told)
+        if world.rank == 0:
+            (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(told))
+    leave_world()
+    return 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_and_the_next_step_is_taken(
+    ranks, tiny, records, prepared, tmp_path
+):
+    jobs = [
+        {
+            "name": f"{zero}-{by}", "guarded": by == "device", "data": str(prepared), "out": str(tmp_path),
+            "flags": [*arguments(tiny, records, "full", "completion"), "--ds-config", zero],
+        }
+        for zero in ("zero0", "zero1") for by in ("device", "host")
+    ]  # fmt: skip
+    on_cells(ranks, jobs, tmp_path / "log", refuses)
+    assert len(list(tmp_path.glob("*.json"))) == 4
