@@ -86,7 +86,7 @@ def test_documented_names_of_stage_3_are_taken(tmp_path):
         ('{"zero_optimization": ', "not JSON"),
         ("", "not JSON"),
         (zero(stage=0, offload_optimizer={"device": "cpu"}), "offload_optimizer needs stage 1 or more, not 0"),
-        (zero(stage=0) | {"communication_data_type": "fp32"}, "communication_data_type is without effect under stage 0"),
+        (zero(stage=0) | {"aio": {}}, "aio is without effect under stage 0"),
         (zero(stage=2, offload_param={"device": "cpu"}), "offload_param needs stage 3 or more, not 2"),
         (zero(stage=3, offload_param={"device": "nvme"}), "offload_param.device nvme: expected cpu or none"),
         (zero(stage=1, round_robin_gradients=True), "zero_optimization.round_robin_gradients is refused"),
