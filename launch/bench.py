@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dropout", type=float, metavar="P", help="left out: the model's own")
     add("--windows", type=int, default=5, metavar="N", help="timed windows of a variant and round (default: 5)")
     add("--window", type=int, default=4, metavar="N", help="steps of a window (default: 4)")
-    add("--warmup", type=int, default=3, metavar="N", help="steps before the first window (default: 3)")
+    add("--warmup", type=int, metavar="N", help="steps before the first window (default: 3, on a GPU 10)")
     add("--rounds", type=int, default=3, metavar="N", help="times that all variants run in turn (default: 3)")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="where the table goes (default: bench)")
     return own
@@ -53,10 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     from trainer.errors import RunFailed, UserError
 
     try:
+        device = given.device or ("cuda" if _has_gpu() else "cpu")
+        given.warmup = (10 if device == "cuda" else 3) if given.warmup is None else given.warmup
         for name in ("windows", "window", "warmup", "rounds"):
             if getattr(given, name) < 1:
                 raise UserError(f"--{name} {getattr(given, name)}: expected a whole number from 1")
-        device = given.device or ("cuda" if _has_gpu() else "cpu")
         common = {
             "model": given.model, "block_size": given.block_size, "device": device, "dropout": given.dropout,
             "windows": given.windows, "window": given.window, "warmup": given.warmup,

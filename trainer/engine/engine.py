@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from trainer import optim, quant
 from trainer.data import MicroBatch
-from trainer.engine.graphs import Graphs
+from trainer.engine.graphs import WARM, Graphs
 from trainer.engine.state import State
 from trainer.engine.ways import Direct, NotFinite, ThroughDeepSpeed, goes_direct
 from trainer.engine.world import World
@@ -82,6 +82,11 @@ class Engine:
         """Whether forward and backward may be recorded: what packed weights and recomputed blocks do may not."""
         again = getattr(model.causal, "is_gradient_checkpointing", False)
         return self.world.device.type == "cuda" and isinstance(self.way, Direct) and not model.packed and not again
+
+    @property
+    def warm_steps(self) -> int:
+        """Steps after which the following ones take as long as all later ones."""
+        return WARM + 2 if self._graphs else 1
 
     @property
     def notices(self) -> list[str]:

@@ -23,7 +23,7 @@ from trainer.settings import Batch, Settings
 
 OUT_OF_MEMORY = 77  # the exit code that says so
 PASSES = 4  # micro-batches of one trial step; a step of more is reckoned from their mean
-REPEATS = 2  # timed steps, after one that warms up and shows whether it fits
+REPEATS = 2  # timed steps, after those that warm up and show whether it fits
 
 
 def main(job_file: str) -> int:
@@ -62,13 +62,13 @@ def measure(engine: Engine, rows: Rows, batch: Batch) -> dict[str, Any]:
     if gpu:
         torch.cuda.reset_peak_memory_stats(engine.world.device)
     taken = []
-    for _ in range(1 + REPEATS):
+    for _ in range(engine.warm_steps + REPEATS):
         began = _now(gpu)
         sums = [engine.accumulate(micro, step=0, counted=counted) for micro in micros]
         passed = _now(gpu)
         engine.step(0.0, sums)
         taken.append((passed - began) / len(micros) * batch.accumulation + _now(gpu) - passed)
-    return {"seconds": min(taken[1:]), "tokens": tokens, "peak": peak_memory(engine.world.device)}
+    return {"seconds": min(taken[-REPEATS:]), "tokens": tokens, "peak": peak_memory(engine.world.device)}
 
 
 def _now(gpu: bool) -> float:
