@@ -297,7 +297,7 @@ def wait_for(ready: Any, seconds: float, log: Path) -> None:
 
 
 def test_a_rank_that_no_launcher_started_ends_with_nobody(monkeypatch):
-    """A run under nohup outlives its shell; one whose `deepspeed` is gone before it began does not begin."""
+    """A run under nohup outlives its shell; one whose launcher is gone before it began does not begin."""
     from trainer.watch import launchers
 
     assert launchers({}) == []
@@ -308,6 +308,7 @@ def test_a_rank_that_no_launcher_started_ends_with_nobody(monkeypatch):
 
     monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["/sbin/init"])
     assert [there() for _, there in launchers({"CROSS_SIZE": "1"})] == [True, False]
+    assert [there() for _, there in launchers({"TORCHELASTIC_RUN_ID": "none"})] == [False]
     monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["python", "/usr/bin/deepspeed", "train.py"])
     assert [there() for _, there in launchers({"CROSS_SIZE": "1"})] == [True, True]
 

@@ -14,16 +14,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 
-from trainer import quant
-from trainer.data import eval_batches, load
+def _end_with_parent() -> None:
+    """Nobody writes to our input: it ends when the process that asked has ended, and then nobody wants the answer."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":  # before the imports that take seconds, on a busy machine minutes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from trainer import quant  # noqa: E402
+from trainer.data import eval_batches, load  # noqa: E402
 
 
 def main(job_file: str) -> None:
     """Verify the folder that the job names; prints the answer as JSON."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads(Path(job_file).read_text())
     torch.set_num_threads(job["threads"])
     print(json.dumps(verify(job)))
@@ -122,12 +131,6 @@ def validation_loss(model: Any, job: Mapping[str, Any]) -> float:
         nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none")
         sums.append(nll.double().sum().item())
     return math.fsum(sums) / int(rows.counted().sum())
-
-
-def _end_with_parent() -> None:
-    """Nobody writes to our input: it ends when the process that asked has ended, and then nobody wants the answer."""
-    os.read(0, 1)
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -109,20 +109,21 @@ def launchers(environ: Mapping[str, str]) -> list[tuple[int, Callable[[], bool]]
 
     torchrun starts the ranks itself; `deepspeed` starts a second launcher, which then outlives it.
     """
-    direct = os.getppid()
+    direct, script = os.getppid(), Path(sys.argv[0]).name
     if "TORCHELASTIC_RUN_ID" in environ:
-        return [(direct, lambda: os.getppid() == direct)]
+        # One killed before this rank began has left its place to a process that is not Python.
+        alive = any(word in _words(direct) for word in ("torch", "python", script))
+        return [(direct, lambda: alive and os.getppid() == direct)]
     if "CROSS_SIZE" not in environ:
         return []
     import psutil
 
     try:
         first = psutil.Process(direct).ppid()
-        words = " ".join(psutil.Process(first).cmdline())
     except psutil.Error:
-        first, words = 0, ""
+        first = 0
     # A `deepspeed` killed before this rank began has left its place to a process that knows nothing of the script.
-    begun = "deepspeed" in words or Path(sys.argv[0]).name in words
+    begun = any(word in _words(first) for word in ("deepspeed", script))
 
     def there() -> bool:
         try:
@@ -131,6 +132,16 @@ def launchers(environ: Mapping[str, str]) -> list[tuple[int, Callable[[], bool]]
             return False
 
     return [(direct, lambda: os.getppid() == direct), (first, there)]
+
+
+def _words(pid: int) -> str:
+    """The command line of a process; "" where it is not to be seen."""
+    import psutil
+
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return ""
 
 
 # --- the other ranks ---------------------------------------------------------------------------------------------
