@@ -116,6 +116,17 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(run: Any) -> None:
     ]
 
 
+def test_a_label_leaves_out_what_the_name_of_the_data_tells(run: Any) -> None:
+    other = {"data__source": "e2e.csv", "data__fingerprint": "ff"}
+    rows = {"settings__data__objective": "completion", "data__objective": "completion"}
+    assert [group.label for group in groups([run(), run(**other, **rows)])] == ["full (acled-demo)", "full (e2e.csv)"]
+    assert [group.label for group in groups([run(), run(**rows), run(**other)])] == [
+        "full (acled-demo, blocks)",
+        "full (acled-demo, completion)",
+        "full (e2e.csv, blocks)",
+    ]
+
+
 def test_runs_of_which_too_little_is_known_join_no_group(run: Any) -> None:
     found = groups([run("full", seed=1, data__fingerprint=None), run("full", seed=2, data__fingerprint=None)])
     assert [len(group.runs) for group in found] == [1, 1]

@@ -60,9 +60,9 @@ figcaption { font-weight: 600; margin-bottom: .3rem; }
 @media (max-width: 40rem) { body { padding-top: 1rem; } .verdict { font-size: 1.08rem; }
   th, td { padding: .35rem .55rem; } td.wide, tbody th { white-space: normal; }
   tbody th:not(.number) { min-width: 7rem; max-width: 9.5rem; overflow-wrap: anywhere; }
-  .epochs tr { display: flex; } .epochs tr > * { flex: 0 0 5.2rem; }  /* the losses first, beside the names */
-  .epochs tr > :nth-child(1) { flex-basis: 3.7rem; } .epochs tr > :nth-child(2) { flex-basis: 7.2rem;
-    white-space: normal; position: sticky; left: 3.7rem; background: var(--ground); }
+  .epochs tr { display: flex; } .epochs tr > * { flex: 0 0 5.2rem; min-width: 0; }  /* the losses first */
+  .epochs tr > :nth-child(1) { flex-basis: 4.3rem; } .epochs tr > :nth-child(2) { flex-basis: 7.2rem;
+    white-space: normal; position: sticky; left: 4.3rem; background: var(--ground); }
   .epochs thead tr > :nth-child(2) { background: var(--raised); }
   .epochs tr > :nth-child(n+5) { flex-basis: 9rem; }
   .epochs tr > :nth-child(3), .epochs tr > :nth-child(4) { order: 2; }

@@ -173,11 +173,11 @@ def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
     """A label of each group: its mode, with what tells it apart from the other groups of that mode."""
     labels = []
     for group in members:
-        others = [other for other in members if other[0].mode == group[0].mode]
+        others = [other[0] for other in members if other[0].mode == group[0].mode]
         parts = []
         for path, text in _LABELS:
-            values = {repr(other[0].fact(path)) for other in others}
-            if len(values) > 1 and group[0].fact(path) is not None:
+            values = {repr(other.fact(path)) for other in others}
+            if len(values) > 1 and group[0].fact(path) is not None and not _goes_with_data(path, others):
                 parts.append(text(group[0].fact(path)))
         mode = MODE_NAMES[group[0].mode]
         labels.append(f"{mode} ({', '.join(parts[:4])})" if parts else mode)
@@ -185,3 +185,10 @@ def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
         label if labels.count(label) == 1 else f"{label}: {group[0].name}"
         for label, group in zip(labels, members, strict=True)
     ]
+
+
+def _goes_with_data(path: str, runs: Sequence[Run]) -> bool:
+    """Whether this is about the rows and the name of the data, which a label has before it, tells it already."""
+    pairs = {(run.fact("data.source"), repr(run.fact(path))) for run in runs}
+    sources = {source for source, _ in pairs}
+    return path in ("settings.data.objective", "settings.data.block_size") and 1 < len(sources) == len(pairs)
