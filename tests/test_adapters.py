@@ -339,6 +339,11 @@ def test_the_plan_says_where_an_8_bit_optimizer_saves_nothing():
     assert full["kept_parameters"] == WTE + 1024 * D + BIASES + NORMS - LAYERS * 2 * D - D
 
 
+def test_flags_of_adapters_are_said_to_do_nothing_with_every_weight():
+    assert _notes(gpt2("full", "--lora-rank", "4"), {}) == ["--lora-rank: of no effect with --mode full"]
+    assert _notes(gpt2("lora", "--lora-rank", "4"), {}) == []
+
+
 def test_runs_are_named_by_what_they_train():
     def name(*words: str) -> str:
         return settings("gpt2", *words).run_name

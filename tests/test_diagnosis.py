@@ -220,6 +220,11 @@ def test_a_short_run_is_not_told_to_be_faster():
     assert codes(known(), run_rows(seconds=0.2), spending("data", 0.1)) == {}, "40 seconds"
 
 
+def test_the_one_evaluation_that_every_run_has_is_not_too_many():
+    assert codes(known(), run_rows(steps=4, seconds=20, eval_every=4, eval_seconds=90)) == {}
+    assert set(codes(known(), run_rows(steps=8, seconds=20, eval_every=4, eval_seconds=90))) == {"much_evaluation"}
+
+
 def test_overfitting_says_since_when_and_for_how_long():
     found = codes(known(), by_heart())
     evidence = found["overfitting"].evidence

@@ -100,7 +100,8 @@ def test_a_run_ends_after_so_many_evaluations_without_a_lower_loss(
     best = min(losses[:evaluations])
     assert (event.event, event.step, event.facts["stale"]) == ("early_stop", last, int(rule[0]))
     assert event.facts["best"]["loss"] == best
-    assert f"stopped early after step {last} of 20" in event.message
+    count = "1 evaluation" if rule == "1" else f"{rule[0]} evaluations in a row"
+    assert f"stopped early after step {last} of 20: {count} did not lower" in event.message
     assert [at.step for at in saved] == [last], "the last state is saved, as at any end"
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,20 @@ def test_the_fastest_is_taken_not_the_largest():
     assert fastest([tried(1, 100), tried(2, 180), tried(4, 184)]).micro == 2, "as fast, with less memory"
     assert fastest([tried(1, 100), tried(2, 180), tried(4, 200)]).micro == 4
     assert fastest([Tried(micro=1, accumulation=1, fits=False)]) is None
+
+
+@pytest.mark.parametrize(
+    ("largest", "said"),
+    [
+        (150, "--micro-batch 2: 180 tokens/s, +20% against 4, the largest that fits"),
+        (181, "--micro-batch 2: 180 tokens/s, in less memory and as fast as 4, the largest that fits"),
+        (200, "--micro-batch 4: 200 tokens/s"),
+    ],
+)
+def test_the_suggestion_says_what_it_is_better_at(largest, said):
+    sizes = [tried(1, 100), tried(2, 180), tried(4, largest)]
+    told = batch.lines(SimpleNamespace(dropout=0.0), sizes, fastest(sizes), "")
+    assert [line for line in told if line.startswith("suggestion")] == [f"suggestion     {said}"]
 
 
 @pytest.mark.parametrize(

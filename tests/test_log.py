@@ -180,6 +180,13 @@ def test_the_last_row_is_shown_when_a_run_ends_early() -> None:
     assert [line[:10] for line in lines] == ["step   1/1", "step   3/1"]
 
 
+@pytest.mark.parametrize("event", ["early_stop", "interrupted", "not_finite"])
+def test_the_last_row_stands_before_the_word_that_ends_the_run(event: str) -> None:
+    end = EventRecord(event=event, step=2, message="the end", time=1.0)
+    lines = shown([step_row(1), step_row(2), end], [0.0, 1.0, 2.0])
+    assert [line[:8] for line in lines] == ["step   1", "step   2", "the end"]
+
+
 def test_evaluations_means_and_events_are_always_shown() -> None:
     event = EventRecord(event="skipped", step=2, message="step 2 was skipped [overflow]", time=1.0)
     lines = shown([eval_row(0, 0.0, 3.0), mean_row(2, 1.0, 2.0), event], [0.0, 0.1, 0.2])

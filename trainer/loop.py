@@ -155,9 +155,10 @@ def _early_stop(course: Course, progress: Progress, seconds: float) -> EventReco
     rule, best = course.settings.train, progress.best
     assert best is not None, "evaluated"
     more = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
+    stale = "1 evaluation" if progress.stale == 1 else f"{progress.stale} evaluations in a row"
     message = (
-        f"stopped early after step {progress.step} of {course.total_steps}: {progress.stale} evaluations in a row did "
-        f"not lower the validation loss{more} (best {best.loss:.4f} at step {best.step})"
+        f"stopped early after step {progress.step} of {course.total_steps}: {stale} did not lower "
+        f"the validation loss{more} (best {best.loss:.4f} at step {best.step})"
     )
     facts = {"patience": rule.patience, "min_delta": rule.min_delta, "stale": progress.stale, "best": vars(best)}
     return EventRecord(event="early_stop", step=progress.step, message=message, time=seconds, facts=facts)

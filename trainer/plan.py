@@ -267,6 +267,9 @@ def _targets(settings: Settings, model: dict[str, Any]) -> str:
 def _notes(settings: Settings, model: dict[str, Any]) -> list[str]:
     """What the adapters, the packing and the optimizer mean for this model, where that is worth a line."""
     notes = []
+    idle = [flag for flag in settings.overridden if flag.startswith("--lora-")] if settings.mode == "full" else []
+    if idle:
+        notes.append(f"{', '.join(idle)}: of no effect with --mode full")
     if settings.mode == "lora" and settings.lora.plus_ratio != 1:
         notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
     if settings.model.quant:

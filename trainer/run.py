@@ -313,7 +313,7 @@ def _finish(
         "exported": exported,
         "export": check.line(),
     }
-    which = f" holds step {best.step}, the best" if best else ""
+    which = f" holds step {best.step}, the best," if best else ""
     message = f"finished after {progress.step} steps; {folder / 'model'}{which} {check.line()}"
     sinks.write(EventRecord(event="finished", step=progress.step, message=message, time=seconds, facts=facts))
     if check.problems:

@@ -38,6 +38,7 @@ class Diagnosis:
         found = self._learning(record)
         if isinstance(record, EvalRecord) and self._last is not None:
             self.speed.spend("evaluation", record.time - self._last)
+            self.speed.evaluations += 1
         self.speed.steps += isinstance(record, StepRecord)
         self._last = record.time
         return self._new([*found, *self.speed.look(record.time)])

@@ -17,6 +17,7 @@ class Speed:
     spent: dict[str, float] = field(default_factory=dict)
     began: float | None = None  # time of the first row of this process
     steps: int = 0
+    evaluations: int = 0  #: after the one before the first step
 
     def spend(self, what: str, seconds: float) -> None:
         """Count seconds that went by."""
@@ -62,7 +63,7 @@ class Speed:
         )
 
     def _evaluation(self, share: float, whole: float) -> Finding | None:
-        if share < EVALUATION:
+        if share < EVALUATION or self.evaluations < 2:  # one is that of the last step, which every run has
             return None
         return Finding(
             code="much_evaluation",

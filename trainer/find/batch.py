@@ -20,7 +20,7 @@ from trainer.checkpoint import write_text
 from trainer.data import Prepared
 from trainer.engine import free_port
 from trainer.errors import RunFailed, UserError
-from trainer.find.sizes import Tried, candidates, fastest, next_sizes
+from trainer.find.sizes import EQUAL, Tried, candidates, fastest, next_sizes
 from trainer.find.trial import OUT_OF_MEMORY
 from trainer.footprint import estimate, free_host, load_of, needed
 from trainer.plan import Plan
@@ -201,8 +201,9 @@ def lines(plan: Plan, tried: Sequence[Tried], best: Tried | None, budget: str) -
     if best is not None:
         largest = max((one for one in tried if one.fits), key=lambda one: one.micro)
         gain = best.tokens_per_second / largest.tokens_per_second - 1
-        than = f", {gain:+.0%} against {largest.micro}, the largest that fits" if largest is not best else ""
-        told.append(f"suggestion     --micro-batch {best.micro}: {best.tokens_per_second:,.0f} tokens/s{than}")
+        than = f"{gain:+.0%} against" if abs(gain) > EQUAL else "in less memory and as fast as"
+        beside = f", {than} {largest.micro}, the largest that fits" if largest is not best else ""
+        told.append(f"suggestion     --micro-batch {best.micro}: {best.tokens_per_second:,.0f} tokens/s{beside}")
         if plan.dropout:
             told.append("note           another micro-batch draws other dropout masks; all else stays the same run")
     return told

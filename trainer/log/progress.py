@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 5.0
+LAST_WORDS = ("early_stop", "interrupted", "not_finite", "finished")  # events after which no step follows
 
 
 def console(stream: TextIO | None = None) -> "Console":
@@ -66,6 +67,8 @@ class Progress:
         elif isinstance(record, EpochRecord):
             self.say(f"{self._place('mean', record)}  train loss {record.train_loss:.4f} over the epoch")
         elif record.message:
+            if record.event in LAST_WORDS:
+                self._show_held()
             self.say(record.message)
 
     def say(self, line: str) -> None:
@@ -80,12 +83,15 @@ class Progress:
 
     def close(self, exit_code: int) -> None:
         """Print the row that was held back and let go of the bar; a second call does nothing."""
-        if self._held is not None:
-            self.say(self._held)
-            self._held = None
+        self._show_held()
         if self._bar is not None:
             bar, self._bar = self._bar, None
             bar.stop()
+
+    def _show_held(self) -> None:
+        if self._held is not None:
+            self.say(self._held)
+            self._held = None
 
     def _step(self, record: StepRecord) -> None:
         now = self._clock()
