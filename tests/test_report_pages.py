@@ -168,6 +168,28 @@ def test_only_the_different_settings_are_open(tmp_path: Path) -> None:
     assert re.findall(r"<details( open)?><summary>([A-Za-z]+)", html) == [(" open", "Different"), ("", "Same")]
 
 
+def test_on_a_phone_the_validation_loss_stands_beside_the_names(tmp_path: Path) -> None:
+    """The style moves columns by their number, so each must be where the style thinks it is."""
+    found = comparison(tmp_path, facts("full"), facts("lora"))
+    write(found, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count('<table class="epochs">') == 1
+    assert list(found.by_epoch.columns)[:6] == ["epoch", "run", "step", "examples", "train_loss", "val_loss"]
+    moved = dict.fromkeys((3, 4), "2") | dict.fromkeys((5, "n+7"), "1")  # the sixth is left, right after the names
+    for child, order in moved.items():
+        assert re.search(rf"\.epochs tr > :nth-child\({re.escape(str(child))}\)[^{{}}]*{{ order: {order}; }}", html), (
+            child
+        )
+
+
+def test_a_fingerprint_is_short_on_the_page_and_whole_in_the_json(tmp_path: Path) -> None:
+    content = facts("full", data__fingerprint="0123456789ab" + "cdef" * 13)
+    files = {path.name: path.read_text("latin-1") for path in write(comparison(tmp_path, content), tmp_path / "out")}
+    assert "cdef" * 13 in files["comparison.json"]
+    assert "0123456789ab" in files["report.md"]
+    assert "0123456789ab" + "cdef" not in files["report.md"] + files["report.html"]
+
+
 def test_what_was_wrong_is_on_the_page(tmp_path: Path) -> None:
     good, going = make(tmp_path / "good"), make(tmp_path / "going", "lora", finished=False)
     found = compare(*gather([str(good), str(going), str(tmp_path / "no where")]))

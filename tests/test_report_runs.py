@@ -145,3 +145,9 @@ def test_runs_of_one_name_are_told_apart_by_their_id(tmp_path: Path) -> None:
     folders = [make(tmp_path / run_id, facts_of=facts(run_id=run_id)) for run_id in ("aaaa0001", "bbbb0002")]
     runs, _ = gather([str(folder) for folder in folders])
     assert [run.name for run in runs] == ["full-s42 (aaaa0001)", "full-s42 (bbbb0002)"]
+
+
+def test_seeds_of_one_name_are_told_apart_by_their_seed(tmp_path: Path) -> None:
+    folders = [make(tmp_path / str(seed), facts_of=facts(seed=seed, name="full")) for seed in (1, 2)]
+    runs, _ = gather([str(folder) for folder in folders])
+    assert [run.name for run in runs] == ["full (seed 1)", "full (seed 2)"]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trainer.report.runs import Run, Unreadable, read_folder
 
@@ -57,9 +58,19 @@ def read(source: str) -> Run:
 
 
 def with_own_names(runs: list[Run]) -> list[Run]:
-    """The runs, those that share a name told apart by their id."""
-    names = [run.name for run in runs]
-    return [
-        dataclasses.replace(run, name=f"{run.name} ({run.run_id})") if names.count(run.name) > 1 else run
-        for run in runs
-    ]
+    """The runs, those that share a name told apart by their seed, or by their id where a seed is there twice."""
+    seeds: dict[str, list[Any]] = {}
+    for run in runs:
+        seeds.setdefault(run.name, []).append(run.fact("settings.train.seed"))
+
+    def own(run: Run) -> str:
+        same = seeds[run.name]
+        if len(same) == 1:
+            return run.name
+        return (
+            f"{run.name} (seed {run.fact('settings.train.seed')})"
+            if len(set(same)) == len(same)
+            else (f"{run.name} ({run.run_id})")
+        )
+
+    return [dataclasses.replace(run, name=own(run)) for run in runs]
