@@ -474,6 +474,7 @@ def test_a_run_on_a_packed_base_says_so_everywhere(packed: Path):
     assert "It was trained on the base in nf4, its scales in 8 bits" in card
     assert run["model"]["fingerprint"] in card
     assert f"| optimizer state | {8 * trainable:,} bytes on a rank |" in card
+    assert f"| peak memory | {facts['peak_memory_bytes']:,} bytes on a rank |" in card
     assert "| base | nf4, double |" in card
     about = json.loads((packed / "model" / "base_quantization.json").read_text())
     assert about["fingerprint"] == run["model"]["fingerprint"]
