@@ -58,20 +58,27 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             print(json.dumps(measure(WAYS[options.one], options, Path(scratch))), flush=True)
         return 0
-    rows = []
-    for way in options.ways.split(";"):
+    wanted = options.ways.split(";")
+    for way in wanted:
         if way not in WAYS:
             print(f"error: --ways {way}: expected some of {'; '.join(WAYS)}", file=sys.stderr)
             return 2
+    rows: list[list[str]] = []
+    last: dict[str, Any] = {}
+    for way in wanted:
         done = subprocess.run([sys.executable, __file__, *words, "--one", way], capture_output=True, text=True)
         if done.returncode:
             rows.append([way, *["-"] * (len(COLUMNS) - 1), (done.stderr.strip().splitlines() or ["?"])[-1]])
             continue
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        last = found = json.loads(done.stdout.strip().splitlines()[-1])
         rows.append([way, *told(found)])
         print(f"{way}: {found}", file=sys.stderr, flush=True)
     print("| way | " + " | ".join(COLUMNS) + " |\n|---|" + "--:|" * len(COLUMNS))
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    if last:
+        what = options.model or f"{options.shape}'s shape with random weights"
+        size = f"{options.steps} steps of {options.micro_batch} rows of {options.block_size} tokens"
+        print(f"\n{what}, {size}, {last['precision']}, on {last['device']} with torch {last['torch']}")
     return 0
 
 
@@ -92,6 +99,7 @@ def measure(way: str, options: argparse.Namespace, scratch: Path) -> dict[str, A
     from trainer.engine import Engine, leave_world, start_world
     from trainer.loop import Course, train
     from trainer.model import build
+    from trainer.plan import cpu_name
     from trainer.records import EvalRecord, StepRecord
     from trainer.settings import LORA_RATE_FACTOR
 
@@ -111,6 +119,7 @@ def measure(way: str, options: argparse.Namespace, scratch: Path) -> dict[str, A
         course = Course(settings=settings, batch=batch, total_steps=options.steps, steps_per_epoch=options.steps)
         saver = Checkpoints(scratch / "checkpoints", world, keep=1, identity={})
         records = list(train(running, data, course, Progress(), saver, lambda: False))
+        threads = f"{world.threads} thread{'s' if world.threads > 1 else ''}"
         speeds = [r.tokens_per_second for r in records if isinstance(r, StepRecord)]
         return {
             "trainable": model.facts["trainable"],
@@ -121,7 +130,8 @@ def measure(way: str, options: argparse.Namespace, scratch: Path) -> dict[str, A
             "loss": [r.loss for r in records if isinstance(r, EvalRecord)][-1],
             "before": next(r.loss for r in records if isinstance(r, EvalRecord)),
             "precision": precision,
-            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU",
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else f"{cpu_name()} ({threads})",
+            "torch": torch.__version__,
         }
     finally:
         leave_world()

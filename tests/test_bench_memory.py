@@ -8,6 +8,8 @@ from types import ModuleType
 
 from ranks import on_ranks
 
+from trainer import flags
+
 
 def bench() -> ModuleType:
     path = Path(__file__).parent.parent / "launch" / "bench_memory.py"
@@ -28,6 +30,18 @@ def measure(way: str, folder: str) -> int:
     return 0
 
 
+def test_every_way_is_one_that_the_program_takes():
+    for way in bench().WAYS.values():
+        assert flags.read(way.split()).settings.mode == way.split()[1]
+
+
+def test_a_way_that_there_is_not_is_found_before_any_is_measured(capsys):
+    assert bench().main(["--ways", "full;lara"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: --ways lara: expected some of full; full, adamw8bit")
+    assert (said.err.count("\n"), said.out) == (1, "")
+
+
 def test_a_way_is_measured_whole_and_told_in_a_row(tmp_path):
     log = tmp_path / "log"
     assert on_ranks(1, measure, "nf4 + lora", str(tmp_path), log=log) == 0, log.read_text()[-3000:]
@@ -38,6 +52,7 @@ def test_a_way_is_measured_whole_and_told_in_a_row(tmp_path):
     assert found["checkpoint_bytes"] > 12 * found["trainable"]
     assert found["loss"] < found["before"]
     assert found["tokens_per_second"] > 0
+    assert "thread" in found["device"], "a table names its hardware"
     row = bench().told(found)
     assert row[0] == f"{found['trainable']:,}"
     assert len(row) == len(bench().COLUMNS)

@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_while_saving(words, run, tmp_path):
 
 def test_a_disk_that_fills_up_while_logging(words, tmp_path):
     """From step 7 on no page is left: the rows still fill the last one (4 KiB), and one of them fits only in part."""
-    flags = [*words, "--max-steps", "12", "--eval-every", "1", "--save-every", "6"]
+    flags = [*words, "--max-steps", "12", "--eval-every", "1", "--save-every", "6", "--samples", "0"]
     with mounted(tmp_path / "disk", "size=4m") as disk:
         out = disk / "run"
         full = partial(

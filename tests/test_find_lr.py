@@ -144,7 +144,7 @@ def arguments(tiny: str, records: tuple[str, str], mode: str) -> list[str]:
 
 
 def after_a_sweep(jobs: list[dict[str, Any]]) -> int:
-    """`cells.run_cells` with a sweep before each run, to rates at which nothing is left of the model."""
+    """`cells.run_cells` with a sweep before each run, to rates at which no number is left of the model."""
     world = start_world()
     try:
         for job in jobs:
@@ -156,7 +156,7 @@ def after_a_sweep(jobs: list[dict[str, Any]]) -> int:
             sweep(engine, data, plan.course, [1e-3, 1e-3])  # so that there are moments
             before = whole(engine)
             restore = engine.state.remember()
-            losses = sweep(engine, data, plan.course, rates(1e-3, 1e5, 20))
+            losses = sweep(engine, data, plan.course, rates(1e-3, 1e30, 20))
             moved = whole(engine)
             restore()
             after = whole(engine)

@@ -44,6 +44,7 @@ VALUES = {
     "--also": ("tensorboard,trackio", ("tensorboard", "trackio")), "--profile": ("5", 5), "--adapter": ("dora", "dora"),
     "--lora-plus-ratio": ("16", 16.0), "--train-also": ("wte,bias", ("wte", "bias")), "--quant": ("nf4", "nf4"),
     "--quant-double": (None, True), "--optim": ("adamw", "adamw"), "--checkpoint-activations": (None, True),
+    "--compile": ("on", "on"),
     "--dropout": ("0.3", 0.3),
     "--early-stop": ("2:0.1", "2:0.1"), "--export": ("best", "best"), "--samples": ("5", 5), "--metrics": (None, True),
 }  # fmt: skip

@@ -114,12 +114,16 @@ def test_a_frozen_output_layer_gets_no_gradient_and_passes_the_same_one_on(causa
 
 
 def test_pieces_without_gradients_too(causal, monkeypatch):
+    """As in an evaluation."""
     module = TokenLoss(causal, None)
     ids, labels = rows()
+    sizes = []
+    causal.lm_head.register_forward_hook(lambda _layer, _given, logits: sizes.append(logits.numel() * 4))
     with torch.no_grad():
         _, whole = module(ids, labels)
         monkeypatch.setattr(loss, "LARGEST_LOGITS", 5 * 4 * 97)
         torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
+    assert sizes == [57 * 4 * 97, *[5 * 4 * 97] * 11, 2 * 4 * 97], "bytes of logits at one time"
 
 
 @pytest.mark.parametrize("positions", [7, 1000])

@@ -141,6 +141,16 @@ def test_a_packed_block_keeps_no_copy_of_its_weights(kind, bf16):
     assert formula == (pytest.approx(seen, rel=0.02) if kind == "nf4" and bf16 else seen)
 
 
+def test_blocks_that_are_computed_again_keep_their_inputs_and_one_of_them_all():
+    """LoRA on GPT-2 124M in bf16, two rows of 1,024 tokens: 12 inputs of 768 numbers in float32 for each token."""
+    usual = Load(rows=2, width=1024, precision="bf16", gpu=True, adapter_rank=8, adapted=EVERY)
+    none, one = (Shape(**{**vars(SHAPE), "layers": n}) for n in (0, 1))
+    block = activations(one, usual) - activations(none, usual)
+    again = activations(SHAPE, Load(**{**vars(usual), "again": True}))
+    assert again == activations(none, usual) + block + 12 * 4 * 768 * 2048
+    assert again < activations(SHAPE, usual) / 3
+
+
 def test_logits_are_bounded_for_gpt2_and_whole_for_others():
     load = Load(rows=16, width=1024)
     assert logits(SHAPE, load) == 3 * 2**27
@@ -197,7 +207,7 @@ for step in range(2):
 lora = settings.mode == "lora"
 load = Load(
     rows=batch.micro, width=width, accumulation=batch.accumulation, adapter_rank=settings.lora.rank if lora else 0,
-    adapted=tuple(model.facts["lora_targets"]),
+    adapted=tuple(model.facts["lora_targets"]), again=settings.engine.checkpoint_activations,
 )
 made = estimate(Shape.of(config), Counts.of(model.facts), load, stage=zero.stage, ranks=1)
 print(json.dumps({"grown": resident("VmHWM") - before, "formula": made.peak}))
@@ -224,11 +234,11 @@ def some_tens_of_megabytes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def holds(model: str, mode: str, zero: str, micro: int) -> None:
+def holds(model: str, mode: str, zero: str, micro: int, *more: str) -> None:
     words = f"--mode {mode} --model {model} --init random --ds-config {zero} --block-size 256 --global-batch 4"
     words = words.replace("--global-batch 4", f"--global-batch {max(4, micro)} --micro-batch {micro}")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *words.split()], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", PROGRAM, *words.split(), *more], capture_output=True, text=True, timeout=300,
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", **MALLOC},
     )  # fmt: skip
@@ -248,3 +258,9 @@ def test_a_process_grows_by_what_the_formula_says(some_tens_of_megabytes, mode, 
 @pytest.mark.parametrize(("mode", "zero", "micro"), MORE)
 def test_so_it_does_under_the_other_files(some_tens_of_megabytes, mode, zero, micro):
     holds(some_tens_of_megabytes, mode, zero, micro)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_so_it_does_where_activations_are_computed_again(some_tens_of_megabytes, mode):
+    holds(some_tens_of_megabytes, mode, "zero0", 16, "--checkpoint-activations")

@@ -98,11 +98,11 @@ def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(words, 
 
 WAYS = {
     "plus": "--lora-plus-ratio 8 --train-also wte,layernorm,bias",
-    "packed": "--quant nf4 --quant-double --adapter rslora",
+    "packed": "--quant nf4 --quant-double --adapter rslora --checkpoint-activations --train-also wte,layernorm",
     "dora": "--adapter dora --lora-dropout 0.1",
-    "int8": "--quant int8 --adapter rslora",
+    "int8": "--quant int8 --adapter rslora --checkpoint-activations --train-also lm_head",
     "again": "--checkpoint-activations --adapter pissa --train-also lm_head --lora-dropout 0.1",
-    "codes": "--optim adamw8bit",
+    "codes": "--optim adamw8bit --lora-plus-ratio 8 --train-also wte",
 }
 FIRST = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict"), ("codes", "zero0")]
 

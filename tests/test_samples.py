@@ -93,7 +93,7 @@ def test_a_field_that_no_prompt_has_is_no_score():
 def test_metrics_without_their_packages_are_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setattr(textscores, "find_spec", lambda name: None if name == "rouge_score" else object())
     settings = flags.read(["--mode", "full", "--metrics", "--data", "nowhere.csv"]).settings
-    world: Any = SimpleNamespace(size=1)
+    world: Any = SimpleNamespace(size=1, device=SimpleNamespace(type="cpu"))
     with pytest.raises(UserError, match=r"--metrics: needs rouge_score, which is not installed; pip install"):
         check_early(settings, world)
 

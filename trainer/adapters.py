@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -110,17 +110,30 @@ def _check_rank(causal: PreTrainedModel, rank: int, names: list[str]) -> None:
 
 
 def _beside(causal: PreTrainedModel, kinds: tuple[str, ...]) -> list[nn.Parameter]:
-    """The base's own weights that are trained beside the adapters; tied ones are one tensor and count once."""
+    """The base's own weights that are trained beside the adapters; tied ones are one tensor and count once.
+
+    UserError for a kind of which the model has none.
+    """
     chosen: list[nn.Parameter] = []
-    if "wte" in kinds:
-        chosen += causal.get_input_embeddings().parameters()
-    if "lm_head" in kinds:
-        chosen += causal.get_output_embeddings().parameters()
-    if "layernorm" in kinds:
-        chosen += [p for m in causal.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(False)]
-    if "bias" in kinds:
-        chosen += [p for name, p in causal.named_parameters() if name.endswith(".bias") and ".lora_" not in name]
+    for kind in kinds:
+        found = list(_of_kind(causal, kind))
+        if not found:
+            raise UserError(f"--train-also {kind}: this model has none; leave it out")
+        chosen += found
     return chosen
+
+
+def _of_kind(causal: PreTrainedModel, kind: str) -> Iterator[nn.Parameter]:
+    if kind == "wte":
+        yield from causal.get_input_embeddings().parameters()
+    elif kind == "lm_head":
+        yield from causal.get_output_embeddings().parameters()
+    elif kind == "layernorm":
+        for module in causal.modules():
+            if "norm" in type(module).__name__.lower():
+                yield from module.parameters(recurse=False)
+    else:
+        yield from (p for name, p in causal.named_parameters() if name.endswith(".bias") and ".lora_" not in name)
 
 
 def start_of(module: Any, settings: LoraSettings) -> dict[str, Tensor]:

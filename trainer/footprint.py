@@ -21,7 +21,7 @@ def load_of(plan: Plan, width: int, micro: int | None = None) -> Load:
         precision=plan.precision, gpu=plan.world.device.type == "cuda", dropout=plan.dropout,
         adapter_rank=settings.lora.rank if lora else 0, adapter_dropout=settings.lora.dropout,
         adapted=tuple(plan.model["lora_targets"]), packed=settings.model.quant,
-        largest_logits=LARGEST_LOGITS,
+        again=settings.engine.checkpoint_activations, largest_logits=LARGEST_LOGITS,
     )  # fmt: skip
 
 

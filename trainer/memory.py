@@ -115,6 +115,7 @@ class Load:
     adapter_dropout: float = 0.0
     adapted: tuple[str, ...] = ()  #: the layers with adapters
     packed: str | None = None  #: how the blocks' frozen weights are: each is unpacked when needed, none is kept so
+    again: bool = False  #: whether each block keeps its input only and is computed again for its backward
     largest_logits: int = 2**27  #: bytes of float32 logits held at one time (`loss.LARGEST_LOGITS`)
 
 
@@ -159,6 +160,9 @@ def activations(shape: Shape, load: Load) -> float:
         if load.adapter_dropout:
             block += (3 * h + inner) * mask + (h if load.adapted else 0) * size
     ends = 2 * size * h  # the last layer norm's input, the output layer's
+    if load.again:  # the inputs, and one block whole; autocast keeps copies of trained weights all the same
+        entry = (2 if load.precision == "fp16" else 4) * h
+        return tokens * (shape.layers * entry + block + ends) + (casts / shape.layers if load.adapter_rank else casts)
     return tokens * (shape.layers * block + ends) + casts
 
 

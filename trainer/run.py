@@ -270,8 +270,10 @@ def _finish(
     ids = export.fixed_rows(data)
     logits = export.check_logits(model.module, ids, world.device)
     weights = export.gathered(engine.state.whole_weights(), keep=world.rank == 0 and best is None)
-    peak = max(world.gather(peak_memory(world.device)))
-    state_bytes = max(world.gather(engine.state.optimizer_bytes()))
+    measured = {
+        "peak_memory_bytes": max(world.gather(peak_memory(world.device))),
+        "optimizer_bytes": max(world.gather(engine.state.optimizer_bytes())),
+    }
     exported: dict[str, Any] = {"which": settings.output.export, "step": best.step if best else progress.step,
                 "loss": best.val_loss if best else final}  # fmt: skip
 
@@ -291,7 +293,7 @@ def _finish(
             folder / "model", source.module, kept, base=export.base_of(model, folder),
             tokenizer=settings.model.model if plan.data["tokenizer"] else None, expected=expected,
             card=lambda check: export.card_text(
-                about, rows, check, step=exported["step"], optimizer_bytes=state_bytes,
+                about, rows, check, step=exported["step"], measured=measured,
                 chosen=_chosen(exported, progress),
             ),
         )  # fmt: skip
@@ -303,8 +305,7 @@ def _finish(
         "wall_seconds": seconds,
         "device_hours": seconds * world.size / 3600,
         "sample_seconds": sample_seconds,
-        "peak_memory_bytes": peak,
-        "optimizer_bytes": state_bytes,
+        **measured,
         "checkpoint_bytes": _size(max((folder / "checkpoints").glob("step-*"), default=None)),
         "export_bytes": _size(folder / "model"),
         "best": vars(progress.best) if progress.best else None,

@@ -60,7 +60,7 @@ def check(plan: Plan, table: list[Row]) -> Iterator[Check]:
     remedy = (
         f"--ds-config {fitting[0]} would fit"
         if fitting
-        else "lower --micro-batch, or take --mode lora or a smaller model"
+        else "lower --micro-batch, pass --checkpoint-activations, or take --mode lora or a smaller model"
     )
     if not chosen.fits:
         yield Check(level=ERROR, what="memory", found=found, remedy=f"{remedy}; --micro-batch 1 needs the least")

@@ -16,13 +16,13 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 def card_text(
     run: Mapping[str, Any], records: Iterable[Record], check: Check, *, step: int, merged: bool = False,
-    change: str = "", optimizer_bytes: int | None = None, chosen: str = "",
+    change: str = "", measured: Mapping[str, Any] | None = None, chosen: str = "",
 ) -> str:  # fmt: skip
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
     `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in;
-    `change`: what merging onto another base than the one trained on did to the loss; `optimizer_bytes`: of the largest
-    rank, where it is known; `chosen`: a sentence on why these weights and not the last.
+    `change`: what merging onto another base than the one trained on did to the loss; `measured`: may hold
+    `optimizer_bytes` and `peak_memory_bytes`, of the largest rank; `chosen`: why these weights and not the last.
     """
     everything = list(records)
     rows = [r for r in everything if r.step <= step]
@@ -34,7 +34,7 @@ def card_text(
         "## Training procedure", "",
         "### Training hyperparameters", "",
         "| setting | value |", "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _settings(run, optimizer_bytes)), "",
+        *(f"| {name} | {value} |" for name, value in _settings(run, measured or {})), "",
         "### Training results", "",
         "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|", *_table(rows), "",
         "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved."
@@ -131,7 +131,7 @@ def _where_base(run: Mapping[str, Any]) -> str:
     return said
 
 
-def _settings(run: Mapping[str, Any], optimizer_bytes: int | None) -> list[tuple[str, str]]:
+def _settings(run: Mapping[str, Any], measured: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, resolved, data = run["settings"], run["resolved"], run["data"]
     train = settings["train"]
     betas = f"betas ({train['beta1']}, {train['beta2']})"
@@ -148,7 +148,7 @@ def _settings(run: Mapping[str, Any], optimizer_bytes: int | None) -> list[tuple
             f"{_OPTIMS[train.get('optim', 'adamw_fused')]}, {betas}, epsilon {train['epsilon']:g}, "
             f"weight decay {train['weight_decay']:g}",
         ),
-        *([("optimizer state", f"{optimizer_bytes:,} bytes on a rank")] if optimizer_bytes is not None else []),
+        *((name, f"{measured[key]:,} bytes on a rank") for key, name in _MEASURED.items() if key in measured),
         *_adapter_settings(settings),
         ("gradient clipping", f"{train['clip']:g}" if train["clip"] else "off"),
         ("batch", f"{batch} = {resolved['global_batch']} examples a step"),
@@ -162,6 +162,7 @@ def _settings(run: Mapping[str, Any], optimizer_bytes: int | None) -> list[tuple
     ]
 
 
+_MEASURED = {"optimizer_bytes": "optimizer state", "peak_memory_bytes": "peak memory"}
 _OPTIMS = {
     "adamw_fused": "AdamW", "adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits",
     "paged_adamw8bit": "paged AdamW with moments in 8 bits",

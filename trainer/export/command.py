@@ -41,7 +41,7 @@ def run(folder: Path, *, which: str = "latest", merge: bool = False, out: Path |
     def card(check: Check) -> str:
         return card_text(
             about, rows, check, step=point.step, merged=merge, change=_change(check, point, moved),
-            optimizer_bytes=_optimizer_bytes(rows),
+            measured=_measured(rows),
         )  # fmt: skip
 
     check = export(
@@ -55,10 +55,10 @@ def run(folder: Path, *, which: str = "latest", merge: bool = False, out: Path |
     return 0
 
 
-def _optimizer_bytes(rows: list[records.Record]) -> int | None:
-    """What the run measured at its end; None where it has not ended, or is of an older program."""
+def _measured(rows: list[records.Record]) -> dict[str, Any]:
+    """What the run measured at its end; {} where it has not ended."""
     ends = [row for row in rows if isinstance(row, records.EventRecord) and row.event == "finished"]
-    return ends[-1].facts.get("optimizer_bytes") if ends else None
+    return ends[-1].facts if ends else {}
 
 
 def _change(check: Check, point: Checkpoint, moved: bool) -> str:
