@@ -116,7 +116,7 @@ def packed(tiny: str, records: tuple[str, str], shelf: Path) -> Path:
 # --- whole runs ---
 
 
-def difference(said: str) -> float:
+def difference_told(said: str) -> float:
     """The largest difference of logits that a line tells: transformers' own activation rounds otherwise than ours."""
     found = re.search(r"logits differ by at most (\S+?)[,;]", said)
     assert found is not None, said
@@ -127,7 +127,7 @@ def test_a_full_run_leaves_a_plain_folder_that_answers_as_the_trained_model(full
     row = finished(full)
     assert row["event"] == "finished"
     assert "model reloaded and checked: logits differ by at most " in row["message"]
-    assert difference(row["message"]) <= 1e-5
+    assert difference_told(row["message"]) <= 1e-5
     model = AutoModelForCausalLM.from_pretrained(full / "model")
     assert model.dtype == torch.float32
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -307,7 +307,7 @@ def test_where_the_data_are_gone_the_loss_is_left_out_with_its_reason(lora, comm
     (run / "run.json").write_text(json.dumps(about))
     code, said = command(str(run))
     assert code == 0, said
-    assert difference(said) <= 1e-5
+    assert difference_told(said) <= 1e-5
     card = (run / "export-step-000004" / "README.md").read_text()
     assert "validation loss not evaluated again (the data of the run are not there any more)" in card
     assert str(tmp_path) not in card
@@ -475,7 +475,7 @@ def test_a_run_on_a_packed_base_says_so_everywhere(packed: Path):
     facts = finished(packed)["facts"]
     run = json.loads((packed / "run.json").read_text())
     assert facts["export"].startswith("reloaded and checked: ")
-    assert difference(facts["export"]) <= 1e-5
+    assert difference_told(facts["export"]) <= 1e-5
     trainable = run["model"]["trainable"]
     assert facts["optimizer_bytes"] == 8 * trainable, "every tensor of this model is under 4,096 elements"
     assert run["model"]["kept_in_32_bits"]["kept_parameters"] == trainable
@@ -496,7 +496,7 @@ def test_a_run_on_a_packed_base_says_so_everywhere(packed: Path):
 def test_its_checkpoint_is_exported_and_merged_onto_the_whole_base(packed: Path, command: Any):
     code, said = command(str(packed))
     assert code == 0, said
-    assert difference(said) <= 1e-5
+    assert difference_told(said) <= 1e-5
     code, said = command(str(packed), "--merge")
     assert code == 0, said
     recorded = finished(packed)["facts"]["final"]["loss"]
