@@ -323,6 +323,6 @@ def test_a_stopped_run_that_is_killed_before_it_amends_repeats_no_row(words, who
     assert told(out, 3) == ["step", "interrupted"]
     kill = partial(at_call, who=0, module="trainer.checkpoint", name="Checkpoints.amend", number=1)
     Group([*words, "--resume"], out=out, fault=kill).wait()
-    assert told(out, 3) == ["step", "interrupted", "resumed", "eval"]
+    assert told(out, 3) == ["step", "interrupted", "resumed", "eval", "samples"]
     train([*words, "--resume"], out=out, ranks=2)
     assert science(out) == whole
