@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_while_logging(words, tmp_path):
     with mounted(tmp_path / "disk", "size=4m") as disk:
         out = disk / "run"
         full = partial(
-            at_call, who=0, module="trainer.log", name="JsonlSink.write", number=15, action=partial(fill, disk, 0)
+            at_call, who=0, module="trainer.engine", name="Engine.accumulate", number=7, action=partial(fill, disk, 0)
         )
         group = Group(flags, out=out, fault=full)
         assert group.wait() == [1, 1]
