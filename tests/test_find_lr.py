@@ -156,7 +156,7 @@ def after_a_sweep(jobs: list[dict[str, Any]]) -> int:
             sweep(engine, data, plan.course, [1e-3, 1e-3])  # so that there are moments
             before = whole(engine)
             restore = engine.state.remember()
-            losses = sweep(engine, data, plan.course, rates(1e-3, 1e30, 20))
+            losses = sweep(engine, data, plan.course, [*rates(1e-3, 1e5, 20), *[1e30] * 4])
             moved = whole(engine)
             restore()
             after = whole(engine)
@@ -217,7 +217,7 @@ def leaves_no_trace(cells: list[tuple[int, str, str]], tiny: str, records: tuple
         assert told["moved"] > 0.9, f"{name}: the sweep does train"
         assert told["restored"], name
         assert told["same"], f"{name}: every rank sees the loss of the global batch"
-        assert len(told["losses"]) < 20, f"{name}: it ends where the loss diverges"
+        assert len(told["losses"]) < 24, f"{name}: it ends where the loss diverges"
         assert science(plain / f"{name}.jsonl") == science(swept / f"{name}.jsonl"), name
         last = [(out / f"{name}-checkpoints" / "step-000007" / "state.safetensors") for out in (plain, swept)]
         assert last[0].read_bytes() == last[1].read_bytes(), f"{name}: weights and moments at the end of the run"
