@@ -235,24 +235,28 @@ def test_a_killed_launcher_takes_its_ranks_along_and_they_save_first(launcher, w
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "whom", "code"),
+    ("number", "whom", "codes"),
     [
-        (signal.SIGINT, "all", -signal.SIGINT),  # Ctrl-C, which a shell calls 130
-        (signal.SIGTERM, "a rank", 143),
-        pytest.param(signal.SIGTERM, "all", -signal.SIGTERM, marks=pytest.mark.sweep),
-        pytest.param(signal.SIGINT, "a rank", 130, marks=pytest.mark.sweep),
-        pytest.param(signal.SIGTERM, "the command", -signal.SIGTERM, marks=pytest.mark.sweep),
+        (signal.SIGINT, "all", {-signal.SIGINT, 1}),  # Ctrl-C
+        (signal.SIGTERM, "a rank", {143}),
+        pytest.param(signal.SIGTERM, "all", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),
+        pytest.param(signal.SIGINT, "a rank", {130}, marks=pytest.mark.sweep),
+        pytest.param(signal.SIGTERM, "the command", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),
     ],
 )
-def test_a_signal_under_the_deepspeed_launcher_saves_first(number, whom, code, words, tmp_path):
-    """It signals the ranks once more in its own order, the W&B service of each before the rank."""
+def test_a_signal_under_the_deepspeed_launcher_saves_first(number, whom, codes, words, tmp_path):
+    """It signals the ranks once more in its own order, the W&B service of each before the rank.
+
+    A rank's code is passed on. Where both of DeepSpeed's processes are signalled, its own code is by the signal, or 1
+    where the inner one, which ends with 1, is waited for first.
+    """
     out = tmp_path / "run"
     with running("deepspeed", words, out, WANDB_MODE="offline") as (process, log):
         if whom == "all":
             os.killpg(process.pid, number)
         else:
             os.kill(process.pid if whom == "the command" else last_rank(out), number)
-        assert process.wait(ENDS) == code, log.read_text()
+        assert process.wait(ENDS) in codes, log.read_text()
         wait_for(lambda: not relatives(str(out)), ENDS, log)
     last = rows(out)[-1]
     assert last["event"] == "interrupted", log.read_text()

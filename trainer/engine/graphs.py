@@ -77,7 +77,7 @@ class Graphs:
             self._recorded[key] = Recorded(work, ids, self._pool)
         except RuntimeError as problem:  # an operation that waits for the device, or not enough memory
             self._gradients = before
-            self.told.append(f"steps are not recorded as CUDA graphs: {str(problem).splitlines()[0]}")
+            self.told.append(f"steps are not recorded as CUDA graphs: {str(problem).partition(chr(10))[0]}")
             return None
         torch.cuda.empty_cache()  # what the eager calls used is of no more use
         self._pool = self._recorded[key].pool
