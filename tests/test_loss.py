@@ -155,7 +155,7 @@ def test_the_form_for_a_compiler_is_the_same_function():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a processor needs a C++ compiler")
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, pytest.param(torch.bfloat16, marks=pytest.mark.sweep)])
 def test_compiled_blocks_give_the_same_loss_and_gradients(causal, monkeypatch, autocast):
     """Within the rounding of fused operations; rows of another shape stay eager, and the training goes on in both."""
     from torch._dynamo.utils import counters
