@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,13 @@ import pytest
 from cells import on_cells, read_cell, run_cells
 from test_invariance import LOSS, NORM, RATE, WEIGHTS, arguments, seen
 
+from trainer import flags
 from trainer.engine import goes_direct, read_zero_file
 from trainer.engine.zero import deepspeed_dict
-from trainer.settings import DS_NAMES, Batch
+from trainer.errors import UserError
+from trainer.loop import Course
+from trainer.plan import _compiled, _refuse_stage
+from trainer.settings import DS_NAMES, Batch, why_not_compiled
 
 
 def config(name: str, **more: Any) -> dict[str, Any]:
@@ -30,6 +35,39 @@ def test_which_files_need_nothing_of_deepspeeds_hooks():
     assert goes_direct(config("zero0", wall_clock_breakdown=True), size=4, precision="fp32"), "there is no other way"
     more = {"stage": 1, "parameter_alignment": True}
     assert not goes_direct(config("zero1", zero_optimization=more), size=2, precision="fp32"), "a key it does not know"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--objective completion --prompt {a} --completion {b}", "expected --objective blocks"),
+        ("--quant nf4", "not with --quant"),
+        ("--checkpoint-activations", "not with --checkpoint-activations"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_with_the_flags_and_left_out_by_itself(words, said):
+    with pytest.raises(UserError, match=f"--compile on: .*{said}"):
+        flags.read(["--mode", "lora", *words.split(), "--compile", "on"])
+    assert why_not_compiled(flags.read(["--mode", "lora", *words.split()]).settings)
+
+
+def test_compiling_is_chosen_for_long_runs_of_blocks_on_a_gpu():
+    def chosen(*words: str, steps: int, device: str = "cuda", zero: str = "zero0") -> bool:
+        settings = flags.read(["--mode", "full", "--preset", "card", *words]).settings
+        batch = settings.train.batch(1)
+        course = Course(settings=settings, batch=batch, total_steps=steps, steps_per_epoch=steps)
+        world: Any = SimpleNamespace(size=1, device=SimpleNamespace(type=device))
+        return _compiled(settings, world, course, read_zero_file(zero))
+
+    assert chosen(steps=19_863), "the card's run"
+    assert not chosen(steps=2_000)
+    assert not chosen(steps=19_863, device="cpu")
+    assert not chosen(steps=19_863, zero="zero3")
+    assert not chosen("--compile", "off", steps=19_863)
+    assert chosen("--compile", "on", steps=1, device="cpu")
+    on = flags.read(["--mode", "full", "--compile", "on"]).settings
+    with pytest.raises(UserError, match="--compile on: not under ZeRO 3"):
+        _refuse_stage(on, read_zero_file("zero3"))
 
 
 def through_deepspeed(jobs: list[dict[str, Any]]) -> int:
@@ -56,7 +94,6 @@ def guarded(jobs: list[dict[str, Any]]) -> int:
 
 @pytest.fixture(scope="module")
 def prepared(tiny: str, records: tuple[str, str], shelf: Path) -> Path:
-    from trainer import flags
     from trainer.data import prepare
 
     settings = flags.read(arguments(tiny, records, "full", "completion")).settings
@@ -89,7 +126,6 @@ def test_every_way_gives_the_numbers_of_the_direct_one(ranks, other, tiny, recor
 
 def refuses(jobs: list[dict[str, Any]]) -> int:
     """On a rank: a step whose gradient is not finite on rank 0 raises everywhere and changes nothing."""
-    from trainer import flags
     from trainer.data import load, step_batches, step_counts
     from trainer.engine import Engine, NotFinite, leave_world, start_world
     from trainer.model import build, load_config

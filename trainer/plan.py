@@ -20,7 +20,7 @@ from trainer.errors import UserError
 from trainer.loop import Course
 from trainer.memory import Counts
 from trainer.model import build, dropouts, load_config, positions
-from trainer.settings import COMPILE_FROM, EIGHT_BIT, Settings
+from trainer.settings import COMPILE_FROM, EIGHT_BIT, Settings, why_not_compiled
 from trainer.textscores import check_installed
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
@@ -189,6 +189,11 @@ def _check_writable(folder: Path) -> None:
 def _refuse_stage(settings: Settings, zero: ZeroFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
     optim.refuse_early(settings.train, stage=zero.stage, on_cpu=False)
+    if zero.stage == 3 and settings.engine.compile == "on":
+        raise UserError(
+            "--compile on: not under ZeRO 3, which brings each layer's weights together by hooks; expected zero0, "
+            "zero1 or zero2"
+        )
     if zero.stage == 3 and settings.model.quant and settings.lora.adapter == "dora":
         raise UserError(
             f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
@@ -237,23 +242,11 @@ def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str,
 
 
 def _compiled(settings: Settings, world: World, course: Course, zero: ZeroFile) -> bool:
-    """Whether steps are compiled. UserError where that was asked for and cannot be."""
-    asked = settings.engine.compile
-    if asked == "off":
+    """Whether steps are compiled: where that was asked for, or in a run on a GPU that is long enough."""
+    if settings.engine.compile == "off" or why_not_compiled(settings) or zero.stage == 3:
         return False
-    why = (
-        "rows of many lengths would each be compiled; expected --objective blocks"
-        if settings.data.objective != "blocks"
-        else "not under ZeRO 3, which brings each layer's weights together by hooks; expected zero0, zero1 or zero2"
-        if zero.stage == 3
-        else "not with --quant" if settings.model.quant
-        else "not with --checkpoint-activations" if settings.engine.checkpoint_activations
-        else ""
-    )  # fmt: skip
-    if asked == "on" and why:
-        raise UserError(f"--compile on: {why}")
     tokens = course.total_steps * course.batch.global_batch // world.size * settings.data.block_size
-    return not why and (asked == "on" or (world.device.type == "cuda" and tokens >= COMPILE_FROM))
+    return settings.engine.compile == "on" or (world.device.type == "cuda" and tokens >= COMPILE_FROM)
 
 
 def _targets(settings: Settings, model: dict[str, Any]) -> str:

@@ -464,9 +464,20 @@ class Settings:
         return cls(mode=values["mode"], preset=values["preset"], overridden=tuple(values["overridden"]), **groups)
 
 
+def why_not_compiled(settings: Settings) -> str:
+    """Why steps of these settings cannot be compiled; empty where they can."""
+    if settings.data.objective != "blocks":
+        return "rows of many lengths would each be compiled; expected --objective blocks"
+    if settings.model.quant:
+        return "not with --quant"
+    return "not with --checkpoint-activations" if settings.engine.checkpoint_activations else ""
+
+
 def _check_together(settings: Settings) -> None:
     """Refuse what is right alone but not together; what depends on the ZeRO stage is refused in `trainer.plan`."""
     lora, quant = settings.lora, settings.model.quant
+    if settings.engine.compile == "on" and (why := why_not_compiled(settings)):
+        raise UserError(f"--compile on: {why}")
     if settings.train.optim in EIGHT_BIT and settings.engine.precision == "fp16":
         raise UserError(f"--optim {settings.train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
     if settings.mode == "full":
