@@ -79,10 +79,50 @@ def test_pieces_of_any_size_give_the_whole_loss_and_its_gradients(causal, monkey
         causal.lm_head.weight.ds_id = 0
     sums, found = gradients(module, ids, labels)
     assert max(calls) <= positions, "never more logits at one time"
-    assert sum(calls) == 3 * (WIDTH - 1) * (1 if whole_layer else 2)
+    assert sum(calls) == 3 * WIDTH * (1 if whole_layer else 2)
     torch.testing.assert_close(sums, whole, rtol=1e-6, atol=0)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # another order of float32 sums
+
+
+def of_hugging_face(causal, ids, labels) -> list[torch.Tensor]:
+    """The gradients of the model's own loss, as a sum."""
+    causal.zero_grad()
+    (causal(ids, labels=labels).loss * (labels[:, 1:] != IGNORED).sum()).backward()
+    return [p.grad.clone() for p in causal.parameters()]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("positions", [7, 1000])
+def test_the_gradients_are_those_of_hugging_faces_own_loss(causal, monkeypatch, positions, tied):
+    """Of the embedding, too, which gets some from the output layer and some from its rows; twice adds twice as much."""
+    if not tied:
+        causal.config.tie_word_embeddings = False
+        causal.lm_head.weight = torch.nn.Parameter(causal.lm_head.weight.detach().clone())
+    monkeypatch.setattr(loss, "LARGEST_LOGITS", positions * 4 * 97)
+    ids, labels = rows()
+    ids[0, 3:9] = ids[1, 3:9] = 5  # a token that comes again and again
+    module = TokenLoss(causal, None)
+    expected = of_hugging_face(causal, ids, labels)
+    _, found = gradients(module, ids, labels)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    module(ids, labels)[0].backward()
+    for parameter, once in zip(module.parameters(), found, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * once, rtol=1e-6, atol=1e-6)
+
+
+def test_a_tied_embedding_makes_one_gradient_and_not_two(causal):
+    """The rows' are added where the output layer's lie: no second tensor of the vocabulary's size, no sum of two."""
+    ids, labels = rows()
+    total, _ = TokenLoss(causal, None)(ids, labels)
+    with torch.profiler.profile(record_shapes=True) as seen:
+        total.backward()
+    table = [event for event in seen.events() if event.input_shapes and [97, 16] in event.input_shapes]
+    names = {event.name for event in table}
+    assert "aten::index_add_" in names
+    assert not names & {"aten::add", "aten::add_", "aten::embedding_dense_backward"}, names
 
 
 def test_pieces_in_bf16_are_as_close_as_the_whole(causal, monkeypatch):
@@ -118,39 +158,30 @@ def test_pieces_without_gradients_too(causal, monkeypatch):
     module = TokenLoss(causal, None)
     ids, labels = rows()
     sizes = []
-    causal.lm_head.register_forward_hook(lambda _layer, _given, logits: sizes.append(logits.numel() * 4))
+    honest = loss._nll
+    monkeypatch.setattr(loss, "_nll", lambda logits, at: sizes.append(tuple(logits.shape)) or honest(logits, at))
     with torch.no_grad():
         _, whole = module(ids, labels)
-        monkeypatch.setattr(loss, "LARGEST_LOGITS", 5 * 4 * 97)
+        monkeypatch.setattr(loss, "LARGEST_LOGITS", 7 * 4 * 97)
         torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
-    assert sizes == [57 * 4 * 97, *[5 * 4 * 97] * 11, 2 * 4 * 97], "bytes of logits at one time"
+    assert sizes == [(60, 97), *[(7, 97)] * 8, (4, 97)], "logits at one time"
 
 
-@pytest.mark.parametrize("positions", [7, 1000])
-def test_as_a_gpu_does_it_over_an_even_vocabulary_nothing_else_comes_out(causal, monkeypatch, positions):
-    """97 words become 128 in the product: the loss, its gradients and an evaluation are those of the 97."""
-    module = TokenLoss(causal, None)
-    ids, labels = rows()
-    whole, expected = gradients(module, ids, labels)
-    seen = []
-    honest = loss._even
-    monkeypatch.setattr(loss, "FUSED_ON", ("cpu",))
-    monkeypatch.setattr(loss, "LARGEST_LOGITS", positions * 4 * 97)
-    monkeypatch.setattr(loss, "_even", lambda matrix: seen.append(honest(matrix)) or seen[-1])
-    sums, found = gradients(module, ids, labels)
-    assert [len(matrix) for matrix in seen] == [128]
-    torch.testing.assert_close(sums, whole, rtol=1e-6, atol=0)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
+def test_logits_lie_in_aligned_rows(causal, monkeypatch):
+    """97 words in rows of 128: a processor's product with odd rows takes nearly twice as long."""
+    strides = []
+    honest = loss._slopes
+    monkeypatch.setattr(loss, "_slopes", lambda logits, at: strides.append(logits.stride()) or honest(logits, at))
+    TokenLoss(causal, None)(*rows())
+    assert strides == [(128, 1)]
 
 
 def test_the_form_for_a_compiler_is_the_same_function():
     dice = torch.Generator().manual_seed(0)
     logits, targets = 4 * torch.randn(9, 31, generator=dice), torch.tensor([0, 30, IGNORED, 4, 4, 7, IGNORED, 1, 2])
-    for one, other in zip(loss._slopes(logits, targets), loss._slopes_for_compiler(logits, targets), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    sums, slopes = loss._slopes_for_compiler(logits, targets)
+    torch.testing.assert_close(loss._slopes(logits, targets), sums, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits, slopes, rtol=1e-6, atol=1e-7)  # they stand in the place of the logits
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def kept_by_autograd(
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from trainer.dropout import install
     from trainer.loss import TokenLoss
     from trainer.model import one_kernel_activations
     from trainer.quant import compute_in, quantize
@@ -89,6 +90,7 @@ def kept_by_autograd(
         compute_in(causal, torch.bfloat16 if bf16 else torch.float32)
     if adapters:
         get_peft_model(causal, LoraConfig(r=4, target_modules=list(adapters), fan_in_fan_out=True))
+    install(causal, causal)
     loss = TokenLoss(causal, torch.bfloat16 if bf16 else None).train()
     weights = {p.untyped_storage().data_ptr() for p in loss.parameters()}
     kept: dict[int, Any] = {}
@@ -104,7 +106,7 @@ def kept_by_autograd(
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-ROWS, WIDTH = 2, 32
+ROWS, WIDTH = 2, 160  # not a whole number of the attention's blocks
 EVERY = ("c_attn", "c_fc", "c_proj")
 
 
@@ -184,10 +186,11 @@ import numpy as np, torch, peft
 from transformers import GPT2Config
 from trainer import flags
 from trainer.data import MicroBatch
-from trainer.engine import Engine, deepspeed_dict, leave_world, read_zero_file, start_world
+from trainer.engine import Engine, deepspeed_dict, engine as room, leave_world, read_zero_file, start_world
 from trainer.memory import Counts, Load, Shape, estimate
 from trainer.model import build, load_config
 
+room.keep_freed_memory = lambda: None  # what tensors need, not what the C library keeps of it
 def resident(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 

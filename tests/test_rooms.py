@@ -20,7 +20,7 @@ ORDER = [
     {"base"},
     {"adapters", "optim", "quant"},
     {"model", "textscores"},
-    {"loss"},
+    {"loss", "dropout"},
     {"engine"},
     {"checkpoint"},
     {"loop", "samples"},

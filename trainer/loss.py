@@ -16,10 +16,8 @@ from transformers import PreTrainedModel
 
 IGNORED = -100  # label of a position that is not counted, as in Hugging Face's models
 LARGEST_LOGITS = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in pieces
-EVEN = 64  # on a GPU the product runs over a vocabulary that is a multiple of it: its matrix units want aligned rows
-FUSED_ON = (
-    "cuda",
-)  # where the output layer and the loss are always one step of the backward; else if logits are large
+EVEN = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
+ROWS = 16  # of logits that a processor works on at one time: they stay in its cache
 
 
 class TokenLoss(nn.Module):
@@ -38,20 +36,27 @@ class TokenLoss(nn.Module):
         """Compile for ids of these shapes, at their first use; all others stay eager, as do ends of an epoch."""
         self._shapes = shapes
         self._blocks = torch.compile(self.causal.base_model.forward, dynamic=False)
-        self._compiled_slopes = torch.compile(_slopes_for_compiler, dynamic=False)
+        compiled = torch.compile(_slopes_for_compiler, dynamic=False)
 
-    def _hidden(self, input_ids: Tensor) -> tuple[Tensor, Any]:
+        def slopes(logits: Tensor, targets: Tensor) -> Tensor:
+            nll, made = compiled(logits, targets)
+            logits.copy_(made)
+            return nll
+
+        self._compiled_slopes = slopes
+
+    def _hidden(self, **ids: Tensor) -> tuple[Tensor, Any]:
         """(last hidden states, the function for the slopes), compiled where that was asked for this shape."""
-        if self._blocks is not None and tuple(input_ids.shape) in self._shapes:
+        if self._blocks is not None and tuple(next(iter(ids.values())).shape[:2]) in self._shapes:
             from torch._dynamo.exc import TorchDynamoException  # takes a second: only where it is needed
 
             try:
-                hidden = self._blocks(input_ids=input_ids, use_cache=False).last_hidden_state
+                hidden = self._blocks(**ids, use_cache=False).last_hidden_state
                 return hidden, self._compiled_slopes
             except TorchDynamoException as problem:  # no compiler here, or a model that it does not understand
                 self._blocks = None
                 self.told.append(f"steps are not compiled: {' '.join(str(problem).split())[:200]}")
-        return self.causal.base_model(input_ids=input_ids, use_cache=False).last_hidden_state, _slopes
+        return self.causal.base_model(**ids, use_cache=False).last_hidden_state, _slopes
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and labels [rows, width] (labels not shifted, -100 where not counted) -> (sum [], sums of rows [rows]).
@@ -63,37 +68,41 @@ class TokenLoss(nn.Module):
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
         precision = torch.autocast(input_ids.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with precision:
-            targets = labels[:, 1:].reshape(-1)
-            if self.causal.config.model_type != "gpt2":  # others may scale or cap their logits: ask the model itself
-                logits = self.causal(input_ids=input_ids, use_cache=False).logits[:, :-1]
+            targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # the last has no next token
+            if self.causal.config.model_type == "gpt2":
+                total, nll = self._from_hidden(input_ids, targets)
+            else:  # others may scale or cap their logits: ask the model itself
+                logits = self.causal(input_ids=input_ids, use_cache=False).logits
                 nll = _nll(logits.flatten(0, 1), targets)
                 total = nll.sum()
-            else:
-                hidden, slopes = self._hidden(input_ids)
-                total, nll = self._head(hidden[:, :-1].flatten(0, 1), targets, slopes)
             return total, nll.detach().view(len(labels), -1).sum(1)
 
-    def _head(self, hidden: Tensor, targets: Tensor, slopes: Any) -> tuple[Tensor, Tensor]:
-        """Hidden states [positions, d], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
-        head = self.causal.get_output_embeddings()
+    def _from_hidden(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
+        head, words = self.causal.get_output_embeddings(), self.causal.get_input_embeddings()
         piece = LARGEST_LOGITS // (4 * self.causal.config.vocab_size)
-        always = hidden.device.type in FUSED_ON
-        if len(targets) <= piece and not always:
-            nll = _nll(head(hidden), targets)
+        learns = torch.is_grad_enabled()
+        if not _plain(head) or head.weight.dtype == torch.float16:
+            hidden = self._hidden(input_ids=input_ids)[0].flatten(0, 1)
+            nll = torch.cat(
+                [
+                    checkpoint(_piece_nll, head, h, t, use_reentrant=False)
+                    if learns and len(targets) > piece
+                    else _piece_nll(head, h, t)
+                    for h, t in zip(hidden.split(piece), targets.split(piece), strict=True)
+                ]
+            )
             return nll.sum(), nll
-        if _plain(head) and hidden.dtype != torch.float16 and (torch.is_grad_enabled() or always):
-            made = slopes if torch.is_grad_enabled() else None
-            total, nll = _HeadLoss.apply(hidden, head.weight, targets, piece, made)
-            return total, nll
-        nll = torch.cat(
-            [
-                checkpoint(_piece_nll, head, h, t, use_reentrant=False)
-                if torch.is_grad_enabled()
-                else _piece_nll(head, h, t)
-                for h, t in zip(hidden.split(piece), targets.split(piece), strict=True)
-            ]
+        shared: list[Tensor] | None = None
+        if learns and type(words) is nn.Embedding and words.weight is head.weight and words.weight.requires_grad:
+            shared = []
+            hidden, slopes = self._hidden(inputs_embeds=_LookUp.apply(words.weight, input_ids, shared))
+        else:
+            hidden, slopes = self._hidden(input_ids=input_ids)
+        total, nll = _HeadLoss.apply(
+            hidden.flatten(0, 1), head.weight, targets, piece, slopes if learns else None, shared
         )
-        return nll.sum(), nll
+        return total, nll
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -106,73 +115,111 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, piece: int, slopes: Any
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, piece: int, slopes: Any, shared: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """Hidden [positions, d], weight [vocabulary, d], targets [positions] -> (sum [], nll [positions]).
 
-        `slopes`: what gives the gradients to logits; None: there are none to be had.
+        `slopes`: what puts their gradients in the place of logits; None: there are none to be had. `shared`: where the
+        weight's gradient is left for `_LookUp`; None: it is returned.
         """
         device, words = hidden.device.type, len(weight)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            states, matrix = hidden.to(low), _even(weight.to(low)) if device in FUSED_ON else weight.to(low)
+            states, matrix = hidden.to(low), weight.to(low)
+            if device == "cuda":  # its products want an even width too: beyond the vocabulary logits and slopes are 0
+                matrix = functional.pad(matrix, (0, 0, 0, -words % EVEN))
+            counted = (targets != IGNORED).to(low)[:, None]
             to_hidden = torch.empty_like(states) if slopes and ctx.needs_input_grad[0] else None
-            to_weight = torch.zeros_like(weight, dtype=torch.float32) if slopes and ctx.needs_input_grad[1] else None
+            to_weight = torch.empty_like(weight, dtype=torch.float32) if slopes and ctx.needs_input_grad[1] else None
             nll = hidden.new_zeros(len(targets), dtype=torch.float32)
+            room = states.new_empty(min(piece, len(targets)), words + -words % EVEN)
             for start in range(0, len(targets), piece):
                 part = slice(start, start + piece)
-                logits = states[part] @ matrix.T
+                filled = room[: len(targets[part])]
+                logits = filled[:, :words]
+                torch.mm(states[part], matrix.T, out=filled[:, : len(matrix)])
                 if slopes is None:
-                    nll[part] = _nll(logits[:, :words], targets[part])
+                    nll[part] = _nll(logits, targets[part])
                     continue
-                nll[part], slope = slopes(logits[:, :words], targets[part])
-                if len(matrix) > words:  # beyond the vocabulary the logits are nothing, and so are their slopes
-                    logits[:, :words] = slope
-                    slope = logits
+                nll[part] = slopes(logits, targets[part])
+                slope = filled[:, : len(matrix)]
                 if to_hidden is not None:
-                    torch.mm(slope, matrix, out=to_hidden[part])
+                    torch.mm(slope, matrix, out=to_hidden[part]).mul_(counted[part])
                 if to_weight is not None:
-                    to_weight += (slope.T @ states[part])[:words]
+                    _add_product(to_weight, logits.T, states[part] * counted[part], first=not start)
         ctx.mark_non_differentiable(nll)
-        ctx.dtype, ctx.slopes = hidden.dtype, (to_hidden, to_weight)
+        ctx.dtype, ctx.slopes, ctx.shared = hidden.dtype, (to_hidden, to_weight), shared
         return nll.sum(), nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, by: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """The kept gradients times that of the sum."""
         to_hidden, to_weight = ctx.slopes
         ctx.slopes = None
-        return (
-            to_hidden.to(ctx.dtype) * by if to_hidden is not None else None,
-            to_weight.mul_(by) if to_weight is not None else None,
-            None,
-            None,
-            None,
-        )
+        if to_weight is not None:
+            to_weight.mul_(by)
+            if ctx.shared is not None:
+                ctx.shared.append(to_weight)
+                to_weight = None
+        return to_hidden.to(ctx.dtype) * by if to_hidden is not None else None, to_weight, None, None, None, None
 
 
-def _even(matrix: Tensor) -> Tensor:
-    """With rows of nothing below, so that their number is a multiple of EVEN."""
-    return functional.pad(matrix, (0, 0, 0, -len(matrix) % EVEN))
+class _LookUp(torch.autograd.Function):
+    """Rows of a tied embedding, whose gradients are added into that of the output layer, where most of it comes from.
+
+    Apart, they would be a second gradient of the weight's size, nearly all of it zeros, and a sum of the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, shared: list[Tensor]) -> Tensor:
+        """Weight [vocabulary, d], ids [rows, width] -> [rows, width, d]."""
+        ctx.save_for_backward(ids)
+        ctx.shared = shared
+        return functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by: Tensor) -> tuple[Tensor, None, None]:
+        """The weight's whole gradient: `_HeadLoss`, whose input this is, has run before."""
+        whole = ctx.shared.pop()
+        ids, rows = ctx.saved_tensors[0].flatten(), by.flatten(0, 1).to(whole.dtype)
+        if whole.device.type == "cpu":  # in order there; a GPU's index_add_ adds in any
+            return whole.index_add_(0, ids, rows), None, None
+        return whole.index_put_((ids,), rows, accumulate=True), None, None
 
 
-def _slopes(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [n, vocabulary], targets [n] -> (nll [n] in float32, the sum's gradient to the logits, in their type)."""
-    counted, at = targets != IGNORED, targets.clamp(min=0)[:, None]
-    logs = torch.log_softmax(logits.float(), dim=1)
-    nll = -logs.gather(1, at)[:, 0] * counted
-    slope = logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1])).mul_(counted[:, None])
-    return nll, slope.to(logits.dtype)
+def _add_product(to: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """to += left @ right, in the type of `to` (a `first` product takes its place)."""
+    if left.dtype != to.dtype:
+        made = left @ right
+        to.copy_(made) if first else to.add_(made)
+    elif first:
+        torch.mm(left, right, out=to)
+    else:
+        to.addmm_(left, right)
+
+
+def _slopes(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits [n, vocabulary], targets [n] -> nll [n] in float32, 0 where not counted.
+
+    In the place of the logits stands then the gradient of each row's nll as if it were counted: softmax - one-hot.
+    """
+    nll, rows = [], ROWS if logits.device.type == "cpu" else len(logits)
+    for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+        at = wanted.clamp(min=0)[:, None]
+        logs = torch.log_softmax(part.float(), dim=1)
+        nll.append(-logs.gather(1, at)[:, 0] * (wanted != IGNORED))
+        part.copy_(logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1])))
+    return torch.cat(nll)
 
 
 def _slopes_for_compiler(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without writing over anything: a compiler makes one pass of it."""
-    counted, at = targets != IGNORED, targets.clamp(min=0)[:, None]
+    """(nll, gradients) of the same without writing over anything: a compiler makes one pass of it."""
+    at = targets.clamp(min=0)[:, None]
     logs = torch.log_softmax(logits.float(), dim=1)
-    nll = -logs.gather(1, at)[:, 0] * counted
     hot = torch.arange(logits.shape[1], device=logits.device)[None] == at
-    return nll, ((logs.exp() - hot.float()) * counted[:, None]).to(logits.dtype)
+    return -logs.gather(1, at)[:, 0] * (targets != IGNORED), (logs.exp() - hot.float()).to(logits.dtype)
 
 
 def _plain(head: nn.Module) -> bool:

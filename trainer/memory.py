@@ -11,6 +11,7 @@ from typing import Any
 
 MAX_LIVE = 10**9  # elements; DeepSpeed's stage3_max_live_parameters, up to which gathered weights stay gathered
 REDUCE_BUCKET = 5 * 10**8  # elements; DeepSpeed's reduce_bucket_size
+QUERIES = 64  # of a block of the attention on processors (`dropout.BLOCK`)
 CONTEXT = 600 * 2**20  # bytes; what CUDA's context, NCCL and cuBLAS take of a GPU beside the tensors
 
 
@@ -132,24 +133,23 @@ def activations(shape: Shape, load: Load) -> float:
     Per token and block, in float32: the inputs of the two layer norms (2 h) and of the products whose weight or adapter
     trains (3 h + inner), queries, keys and values (3 h) and the activation function's input (inner). Under autocast all
     but the layer norms' are 2 bytes an element. Attention in one kernel keeps its output, which is the next product's
-    input too; processors have no such kernel with dropout, and keep its probabilities instead.
+    input too; on processors, with dropout, its probabilities and masks besides (`trainer.dropout`).
     """
     half = load.precision != "fp32"
     size = 2 if half else 4
     h, inner, tokens = shape.hidden, shape.inner, load.rows * load.width
-    one_kernel = load.gpu or not load.dropout
+    by_blocks = bool(load.dropout) and not load.gpu
     adapted = [name for name in _PRODUCTS if load.adapter_rank and _is_adapted(name, load.adapted)]
     trained = adapted if load.adapter_rank else list(_PRODUCTS)
     block = (2 if load.precision == "fp16" else 4) * 2 * h  # layer norms' inputs
     answers = 4 if load.packed in ("nf4", "fp4") else size  # those layers answer in the type of a layer norm
-    block += (size if one_kernel else 4) * 3 * h + answers * inner  # q, k, v; the activation function's input
+    block += size * 3 * h + answers * inner  # q, k, v; the activation function's input
     block += sum(size * _width(_PRODUCTS[name][0], shape) for name in trained)
-    if one_kernel and ("attn.c_proj" not in trained or (half and load.adapter_rank)):  # adapters cast a copy
+    if "attn.c_proj" not in trained or (half and load.adapter_rank):  # adapters cast a copy
         block += size * h
-    block += 16 + (4 * shape.heads if one_kernel else 0)  # means and deviations; the attention's sums
-    mask = 1 if load.gpu else size  # processors keep masks as numbers
+    block += 16 + (0 if by_blocks else 4 * shape.heads)  # means and deviations; the attention's sums
     if load.dropout:
-        block += 2 * mask * h + (0 if one_kernel else 3 * 4 * shape.heads * load.width)
+        block += 2 * h + ((size + 1) * shape.heads * _seen(load.width) if by_blocks else 0)
     casts = 2 * shape.layers * (4 * h * h + 2 * h * inner) if load.precision == "bf16" and not load.packed else 0
     if load.adapter_rank:
         block += len(adapted) * size * load.adapter_rank
@@ -158,12 +158,18 @@ def activations(shape: Shape, load: Load) -> float:
         ]
         casts += 2 * shape.layers * load.adapter_rank * sum(ends_of) if load.precision == "bf16" else 0
         if load.adapter_dropout:
-            block += (3 * h + inner) * mask + (h if load.adapted else 0) * size
+            block += (3 * h + inner) + (h if load.adapted else 0) * size
     ends = 2 * size * h  # the last layer norm's input, the output layer's
     if load.again:  # the inputs, and one block whole; autocast keeps copies of trained weights all the same
         entry = (2 if load.precision == "fp16" else 4) * h
         return tokens * (shape.layers * entry + block + ends) + (casts / shape.layers if load.adapter_rank else casts)
     return tokens * (shape.layers * block + ends) + casts
+
+
+def _seen(width: int) -> float:
+    """Keys of a token, on average, in an attention that goes by blocks of QUERIES."""
+    starts = range(0, width, QUERIES)
+    return sum((min(start + QUERIES, width) - start) * min(start + QUERIES, width) for start in starts) / width
 
 
 def _width(parts: tuple[int, int], shape: Shape) -> int:

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from trainer import optim, quant
+from trainer import dropout, optim, quant
 from trainer.data import MicroBatch
 from trainer.engine.graphs import WARM, Graphs
 from trainer.engine.state import State
 from trainer.engine.ways import Direct, NotFinite, ThroughDeepSpeed, goes_direct
-from trainer.engine.world import World
+from trainer.engine.world import World, keep_freed_memory
 from trainer.loss import TokenLoss
 from trainer.model import Model
 from trainer.settings import EIGHT_BIT, TrainSettings
@@ -50,6 +50,10 @@ class Engine:
         self.precision = precision
         self.waited = 0.0  # seconds until the device had done what it was asked for
         self._stage = int(config["zero_optimization"].get("stage", 0))
+        if world.device.type == "cpu":
+            keep_freed_memory()
+            if not compiled:  # a compiler has its own
+                dropout.install(model.module, model.causal)
         quant.compute_in(model.module, torch.bfloat16 if precision == "bf16" else torch.float32)
         self._loss = TokenLoss(model.causal, torch.bfloat16 if precision == "bf16" else None).to(world.device)
         named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from trainer.engine.shared import Shared
 from trainer.engine.world import World
 from trainer.loss import TokenLoss
 
 PIECE = 2**20  # elements of a flat gradient whose squares are summed in float32 before float64 takes over
+
 
 
 class NotFinite(Exception):
@@ -86,8 +88,16 @@ class Direct:
         if self.zero:
             for hook in self.zero._grad_acc_hooks:
                 hook.remove()
+        alike = all(parameter.dtype == torch.float32 for parameter in self.trained)
+        self.shared = Shared.of(world, self._widest()) if alike else None
         #: torch's fused AdamW divides by a scale and leaves an update out on the device's word: nobody has to wait
-        self.guarded = world.device.type == "cuda" and bool(self.optimizer.defaults.get("fused"))
+        self.guarded = bool(self.optimizer.defaults.get("fused"))
+
+    def _widest(self) -> int:
+        """Elements of the longest flat gradient that is brought together at one time."""
+        if self.zero is None:
+            return sum(parameter.numel() for parameter in self.trained)
+        return max((flat.numel() for flat in self.zero.bit16_groups_flat), default=0)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's summed loss, for evaluation."""
@@ -131,11 +141,12 @@ class Direct:
     def _reduced_whole(self) -> list[Tensor]:
         """Stage 0: every weight's gradient, summed over the ranks."""
         gradients = [p.grad for p in self.trained if p.grad is not None]
-        if self.world.size > 1:
+        if self.shared is not None:
+            self.shared.all_reduce(gradients)
+        elif self.world.size > 1:
             flat = _flatten_dense_tensors(gradients)
             dist.all_reduce(flat)
-            for gradient, whole in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
-                gradient.copy_(whole)
+            torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
         return gradients
 
     def _reduced_parts(self) -> list[Tensor]:
@@ -144,9 +155,14 @@ class Direct:
         for group, weights, part in zip(self.zero.bit16_groups, self.zero.bit16_groups_flat, parts, strict=True):
             gradients = [p.grad for p in group]
             padding = weights.numel() - sum(gradient.numel() for gradient in gradients)
-            flat = _flatten_dense_tensors([*gradients, weights.new_zeros(padding)])
+            if padding:
+                gradients.append(weights.new_zeros(padding))
             for parameter in group:
                 parameter.grad = None
+            if self.shared is not None:
+                part.grad = self.shared.reduce_scatter(gradients)
+                continue
+            flat = _flatten_dense_tensors(gradients)
             if self.world.size > 1:
                 mine = flat.new_empty(part.numel())
                 with warnings.catch_warnings():
@@ -185,7 +201,9 @@ class Direct:
         ):  # fmt: skip
             mine = shares[self.world.rank]
             mine.copy_(part)
-            if self.world.size > 1:
+            if self.shared is not None:
+                self.shared.all_gather(flat, mine)
+            elif self.world.size > 1:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)
                     dist.all_gather_into_tensor(flat, mine)
