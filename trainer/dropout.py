@@ -25,7 +25,7 @@ def install(module: nn.Module, causal: PreTrainedModel) -> None:
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout and child.p > 0:
-                setattr(parent, name, Dropout(child.p))
+                setattr(parent, name, Dropout(child.p).train(child.training))
     config: Any = causal.config
     if config.model_type == "gpt2" and config.attn_pdrop > 0 and config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, attention_of_transformers)
@@ -46,7 +46,7 @@ class Dropout(nn.Dropout):
 def keep(shape: torch.Size, probability: float) -> Tensor:
     """True for elements that stay, each dropped with the `probability`, rounded to 1 / LEVELS."""
     number = shape.numel()
-    bits = torch.empty(-(-number // 4), dtype=torch.int64).random_(-(2**63), None)  # type: ignore[arg-type]
+    bits = torch.empty(-(-number // 4), dtype=torch.int64).random_(-(2**63), None)
     lanes = bits.view(torch.int16)[:number].view(shape)
     dropped = round(probability * LEVELS)
     return lanes >= dropped - LEVELS // 2 if dropped < LEVELS else torch.zeros(shape, dtype=torch.bool)

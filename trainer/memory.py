@@ -141,7 +141,7 @@ def activations(shape: Shape, load: Load) -> float:
     by_blocks = bool(load.dropout) and not load.gpu
     adapted = [name for name in _PRODUCTS if load.adapter_rank and _is_adapted(name, load.adapted)]
     trained = adapted if load.adapter_rank else list(_PRODUCTS)
-    block = (2 if load.precision == "fp16" else 4) * 2 * h  # layer norms' inputs
+    block: float = (2 if load.precision == "fp16" else 4) * 2 * h  # layer norms' inputs
     answers = 4 if load.packed in ("nf4", "fp4") else size  # those layers answer in the type of a layer norm
     block += size * 3 * h + answers * inner  # q, k, v; the activation function's input
     block += sum(size * _width(_PRODUCTS[name][0], shape) for name in trained)

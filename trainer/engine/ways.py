@@ -21,7 +21,6 @@ from trainer.loss import TokenLoss
 PIECE = 2**20  # elements of a flat gradient whose squares are summed in float32 before float64 takes over
 
 
-
 class NotFinite(Exception):
     """The loss or the global gradient of a step is NaN or infinite; the weights are still those before the step."""
 
