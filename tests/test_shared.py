@@ -49,8 +49,6 @@ def sums() -> int:
         shared.all_gather(whole, part)
         assert torch.equal(whole, flat)
     assert not list(Path("/dev/shm").glob("*gradients*"))
-    held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    assert not [name for name in held if "gradients" in name], "the map is enough"
     leave_world()
     return 0
 

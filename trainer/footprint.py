@@ -1,5 +1,7 @@
 """What a plan needs of a device's memory by formula (`trainer.memory`), and what there is."""
 
+from dataclasses import replace
+
 import psutil
 
 from trainer import engine, memory
@@ -27,6 +29,8 @@ def load_of(plan: Plan, width: int, micro: int | None = None) -> Load:
 
 def estimate(plan: Plan, zero: ZeroFile, load: Load) -> Estimate:
     """The formula's answer for a rank of this plan under a ZeRO file."""
+    lora = plan.settings.lora.adapter != "dora" and load.adapter_rank and not load.packed
+    load = replace(load, halves=bool(lora and load.precision == "bf16" and zero.stage < 3))
     return memory.estimate(
         Shape.of(load_config(plan.settings.model)), Counts.of(plan.model), load, stage=zero.stage,
         ranks=plan.world.size, optimizer_on_host=zero.optimizer_on_host, weights_on_host=zero.weights_on_host,

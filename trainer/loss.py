@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 IGNORED = -100  # label of a position that is not counted, as in Hugging Face's models
 LARGEST_LOGITS = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in pieces
+FROZEN = 2  # times smaller are the pieces before an output layer that does not train
 EVEN = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
 ROWS = 16  # of logits that a processor works on at one time: they stay in its cache
 
@@ -80,8 +81,7 @@ class TokenLoss(nn.Module):
     def _from_hidden(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
         head, words = self.causal.get_output_embeddings(), self.causal.get_input_embeddings()
-        piece = LARGEST_LOGITS // (4 * self.causal.config.vocab_size)
-        learns = torch.is_grad_enabled()
+        piece, learns = LARGEST_LOGITS // (4 * self.causal.config.vocab_size), torch.is_grad_enabled()
         if not _plain(head) or head.weight.dtype == torch.float16:
             hidden = self._hidden(input_ids=input_ids)[0].flatten(0, 1)
             nll = torch.cat(
@@ -93,6 +93,8 @@ class TokenLoss(nn.Module):
                 ]
             )
             return nll.sum(), nll
+        if not head.weight.requires_grad:  # more pieces cost little where none adds to the weight's gradient
+            piece = max(1, piece // FROZEN)
         shared: list[Tensor] | None = None
         if learns and type(words) is nn.Embedding and words.weight is head.weight and words.weight.requires_grad:
             shared = []
@@ -125,9 +127,7 @@ class _HeadLoss(torch.autograd.Function):
         device, words = hidden.device.type, len(weight)
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            states, matrix = hidden.to(low), weight.to(low)
-            if device == "cuda":  # its products want an even width too: beyond the vocabulary logits and slopes are 0
-                matrix = functional.pad(matrix, (0, 0, 0, -words % EVEN))
+            states, matrix = hidden.to(low), weight.to(low) if device == "cpu" else _even(weight, low)
             counted = (targets != IGNORED).to(low)[:, None]
             to_hidden = torch.empty_like(states) if slopes and ctx.needs_input_grad[0] else None
             to_weight = torch.empty_like(weight, dtype=torch.float32) if slopes and ctx.needs_input_grad[1] else None
@@ -189,6 +189,14 @@ class _LookUp(torch.autograd.Function):
         return whole.index_put_((ids,), rows, accumulate=True), None, None
 
 
+def _even(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy with rows of nothing below: a GPU's products want an even width, beyond the words logits are then 0."""
+    matrix = weight.new_empty((len(weight) + -len(weight) % EVEN, weight.shape[1]), dtype=dtype)
+    matrix[: len(weight)].copy_(weight)
+    matrix[len(weight) :] = 0
+    return matrix
+
+
 def _add_product(to: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """to += left @ right, in the type of `to` (a `first` product takes its place)."""
     if left.dtype != to.dtype:
@@ -208,7 +216,7 @@ def _slopes(logits: Tensor, targets: Tensor) -> Tensor:
     nll, rows = [], ROWS if logits.device.type == "cpu" else len(logits)
     for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
         at = wanted.clamp(min=0)[:, None]
-        logs = torch.log_softmax(part.float(), dim=1)
+        logs = torch.log_softmax(part, dim=1, dtype=torch.float32)
         nll.append(-logs.gather(1, at)[:, 0] * (wanted != IGNORED))
         part.copy_(logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1])))
     return torch.cat(nll)
@@ -217,7 +225,7 @@ def _slopes(logits: Tensor, targets: Tensor) -> Tensor:
 def _slopes_for_compiler(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(nll, gradients) of the same without writing over anything: a compiler makes one pass of it."""
     at = targets.clamp(min=0)[:, None]
-    logs = torch.log_softmax(logits.float(), dim=1)
+    logs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
     hot = torch.arange(logits.shape[1], device=logits.device)[None] == at
     return -logs.gather(1, at)[:, 0] * (targets != IGNORED), (logs.exp() - hot.float()).to(logits.dtype)
 

@@ -6,11 +6,12 @@ how this program trains (bf16 is autocast; only fp16 holds half weights). Activa
 tests/test_memory.py holds both against what autograd keeps and a process grows by.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MAX_LIVE = 10**9  # elements; DeepSpeed's stage3_max_live_parameters, up to which gathered weights stay gathered
 REDUCE_BUCKET = 5 * 10**8  # elements; DeepSpeed's reduce_bucket_size
+FROZEN = 2  # times smaller are the pieces of logits before a frozen output layer (`loss.FROZEN`)
 QUERIES = 64  # of a block of the attention on processors (`dropout.BLOCK`)
 CONTEXT = 600 * 2**20  # bytes; what CUDA's context, NCCL and cuBLAS take of a GPU beside the tensors
 
@@ -116,6 +117,7 @@ class Load:
     adapter_dropout: float = 0.0
     adapted: tuple[str, ...] = ()  #: the layers with adapters
     packed: str | None = None  #: how the blocks' frozen weights are: each is unpacked when needed, none is kept so
+    halves: bool = False  #: whether frozen weights are held in bfloat16 (`engine.halves`)
     again: bool = False  #: whether each block keeps its input only and is computed again for its backward
     largest_logits: int = 2**27  #: bytes of float32 logits held at one time (`loss.LARGEST_LOGITS`)
 
@@ -150,7 +152,7 @@ def activations(shape: Shape, load: Load) -> float:
     block += 16 + (0 if by_blocks else 4 * shape.heads)  # means and deviations; the attention's sums
     if load.dropout:
         block += 2 * h + ((size + 1) * shape.heads * _seen(load.width) if by_blocks else 0)
-    casts = 2 * shape.layers * (4 * h * h + 2 * h * inner) if load.precision == "bf16" and not load.packed else 0
+    casts = 2 * _products(shape) if load.precision == "bf16" and not (load.packed or load.halves) else 0
     if load.adapter_rank:
         block += len(adapted) * size * load.adapter_rank
         ends_of = [
@@ -164,6 +166,11 @@ def activations(shape: Shape, load: Load) -> float:
         entry = (2 if load.precision == "fp16" else 4) * h
         return tokens * (shape.layers * entry + block + ends) + (casts / shape.layers if load.adapter_rank else casts)
     return tokens * (shape.layers * block + ends) + casts
+
+
+def _products(shape: Shape) -> int:
+    """Weights of the blocks' matrix products."""
+    return shape.layers * (4 * shape.hidden**2 + 2 * shape.hidden * shape.inner)
 
 
 def _seen(width: int) -> float:
@@ -180,21 +187,28 @@ def _is_adapted(name: str, adapted: tuple[str, ...]) -> bool:
     return any(name == target or name.endswith(f".{target}") or target.endswith(name) for target in adapted)
 
 
-def logits(shape: Shape, load: Load) -> float:
-    """Bytes at the start of the backward: log-probabilities, their gradient and that of the logits, float32.
+def logits(shape: Shape, load: Load, *, fused: bool = True) -> float:
+    """Bytes at the start of the backward: logits, on a GPU their log-probabilities, the output layer as it is used.
 
-    GPT-2's are made and dropped in pieces of `largest_logits` bytes; other models return theirs whole.
+    GPT-2's are made and dropped in pieces of `largest_logits` bytes, smaller before a frozen layer, and gradients take
+    their place. Not `fused` (fp16, ZeRO-3), they are three times there: logits, log-probabilities, gradients. Other
+    models return theirs whole.
     """
-    return 3 * (load.largest_logits if in_pieces(shape, load) else _whole_logits(shape, load))
-
-
-def in_pieces(shape: Shape, load: Load) -> bool:
-    """Whether the logits are made and dropped piece by piece (`trainer.loss`)."""
-    return shape.exact and _whole_logits(shape, load) > load.largest_logits
+    whole = _whole_logits(shape, load)
+    if not shape.exact:
+        return 3 * whole
+    if not fused:
+        return 3 * min(whole, load.largest_logits)
+    size, at_once = (
+        4 if load.precision == "fp32" else 2,
+        min(whole, load.largest_logits / (FROZEN if load.adapter_rank else 1)),
+    )
+    copied = size * shape.vocabulary * shape.hidden if load.gpu or size == 2 else 0
+    return at_once * (size + (4 if load.gpu else 0)) / 4 + copied
 
 
 def _whole_logits(shape: Shape, load: Load) -> float:
-    return 4.0 * load.rows * (load.width - 1) * shape.vocabulary
+    return 4.0 * load.rows * load.width * shape.vocabulary
 
 
 def working(shape: Shape, load: Load) -> float:
@@ -228,13 +242,17 @@ def estimate(
         counts, stage=stage, ranks=ranks, precision=load.precision, optimizer_on_host=optimizer_on_host,
         weights_on_host=weights_on_host,
     )  # fmt: skip
-    size = 2 if load.precision == "fp16" else 4
-    kept, top = activations(shape, load), logits(shape, load)
+    if load.halves:  # on a GPU in place of the whole ones, which a host keeps; on a processor both are there
+        blocks = _products(shape)
+        moved = 4 * blocks if load.gpu else 0
+        held = replace(held, weights=held.weights + 2 * blocks - moved, host=held.host + moved)
+    size, fused = 2 if load.precision == "fp16" else 4, stage < 3 and load.precision != "fp16"
+    kept, top = activations(shape, load), logits(shape, load, fused=fused)
     gathered = min(counts.weight_bytes(size), size * MAX_LIVE) if stage == 3 else 0.0
     # Of earlier micro-batches, or what the first layers of the backward leave: the embedding's is as large as any.
     gradients = held.gradients if load.accumulation > 1 or stage == 3 else 0.0  # ZeRO-3 keeps its share's buffer
     head = 0.0 if load.adapter_rank else size * shape.vocabulary * shape.hidden
-    early = head if in_pieces(shape, load) and stage < 3 and load.precision != "fp16" else 0.0  # made with the loss
+    early = head if fused and shape.exact else 0.0  # made with the loss
     passes = gathered + kept + gradients + max(early + top, head + working(shape, load))
     flat = size * min(counts.trainable, REDUCE_BUCKET)  # gradients are laid end to end for the reduction or the step
     update = held.gradients + (flat / ranks if stage else flat)

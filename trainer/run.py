@@ -268,6 +268,7 @@ def _finish(
     assert final is not None, "the last step is always evaluated"
     best = world.once(lambda: _best(settings, folder, progress))
     ids = export.fixed_rows(data)
+    engine.put_back()
     logits = export.check_logits(model.module, ids, world.device)
     weights = export.gathered(engine.state.whole_weights(), keep=world.rank == 0 and best is None)
     measured = {

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from trainer import dropout, optim, quant
 from trainer.data import MicroBatch
 from trainer.engine.graphs import WARM, Graphs
+from trainer.engine.halves import Halves
 from trainer.engine.state import State
 from trainer.engine.ways import Direct, NotFinite, ThroughDeepSpeed, goes_direct
 from trainer.engine.world import World, keep_freed_memory
@@ -80,6 +81,11 @@ class Engine:
         )  # fmt: skip
         if compiled:
             self._loss.compile_for(set(compiled))
+        self._halves = (
+            Halves(model, keep=world.rank == 0)
+            if precision == "bf16" and self._stage < 3 and model.is_adapter and not model.packed
+            else None
+        )
         self._graphs = Graphs(self._loss, list(self.trainable.values())) if self._records(model) else None
 
     def _records(self, model: Model) -> bool:
@@ -126,6 +132,14 @@ class Engine:
         if not (math.isfinite(norm) or self.precision == "fp16"):
             raise NotFinite(f"gradient norm {norm}")
         return Step(nll=nll, grad_norm=norm, skipped=done.skipped, stop=wanted)
+
+    def put_back(self) -> None:
+        """After the last step: give the frozen base its float32 back, for readers outside autocast.
+
+        On rank 0; the others' is only of that type. Nothing may be trained or evaluated here afterwards.
+        """
+        if self._halves is not None:
+            self._halves.put_back()
 
     def drop(self) -> None:
         """Let no gradient stay after a refused step. The state may be worthless then: for those who restore it."""
