@@ -29,8 +29,10 @@ def load_of(plan: Plan, width: int, micro: int | None = None) -> Load:
 
 def estimate(plan: Plan, zero: ZeroFile, load: Load) -> Estimate:
     """The formula's answer for a rank of this plan under a ZeRO file."""
-    lora = plan.settings.lora.adapter != "dora" and load.adapter_rank and not load.packed
-    load = replace(load, halves=bool(lora and load.precision == "bf16" and zero.stage < 3))
+    halves = engine.holds_halves(
+        precision=load.precision, stage=zero.stage, adapters=bool(load.adapter_rank), packed=load.packed is not None
+    )  # fmt: skip
+    load = replace(load, halves=halves and plan.settings.lora.adapter != "dora")
     return memory.estimate(
         Shape.of(load_config(plan.settings.model)), Counts.of(plan.model), load, stage=zero.stage,
         ranks=plan.world.size, optimizer_on_host=zero.optimizer_on_host, weights_on_host=zero.weights_on_host,

@@ -53,6 +53,19 @@ class Plan:
         return self.world.device.type == "cuda" and self.direct and plain
 
     @property
+    def by_blocks(self) -> bool:
+        """Whether dropout, and GPT-2's attention with it, are this program's own: on a processor, not compiled."""
+        return self.world.device.type == "cpu" and self.dropout > 0 and not self.compiled
+
+    @property
+    def halved(self) -> bool:
+        """Whether the frozen base is held in bfloat16."""
+        return engine.holds_halves(
+            precision=self.precision, stage=self.zero.stage, adapters=self.settings.mode == "lora",
+            packed=self.settings.model.quant is not None,
+        )  # fmt: skip
+
+    @property
     def shapes(self) -> set[tuple[int, ...]]:
         """Shapes [rows, tokens] of micro-batches that are compiled for; the ragged ends are not."""
         width = self.settings.data.block_size
@@ -119,7 +132,8 @@ class Plan:
 
     def _way(self) -> str:
         way = "directly, past DeepSpeed's hooks" if self.direct else "through DeepSpeed"
-        return way + ", compiled" * self.compiled + ", recorded as CUDA graphs" * self.recorded
+        way += ", compiled" * self.compiled + ", recorded as CUDA graphs" * self.recorded
+        return way + ", dropout by blocks" * self.by_blocks + ", the frozen base in bfloat16" * self.halved
 
     def resolved(self) -> dict[str, Any]:
         """What was derived or chosen."""
@@ -143,6 +157,8 @@ class Plan:
             "direct": self.direct,
             "compiled": self.compiled,
             "recorded": self.recorded,
+            "dropout_by_blocks": self.by_blocks,
+            "base_in_bf16": self.halved,
         }
 
     def not_comparable(self) -> list[str]:

@@ -7,6 +7,7 @@ float32 weights, so that every stage does the same arithmetic.
 """
 
 from trainer.engine.engine import Engine, Step
+from trainer.engine.halves import holds_halves
 from trainer.engine.ways import NotFinite, goes_direct
 from trainer.engine.world import (
     World,
@@ -36,6 +37,7 @@ __all__ = [
     "free_port",
     "goes_direct",
     "has_bf16",
+    "holds_halves",
     "leave_world",
     "lost_peer",
     "peak_memory",

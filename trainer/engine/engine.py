@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from trainer import dropout, optim, quant
 from trainer.data import MicroBatch
 from trainer.engine.graphs import WARM, Graphs
-from trainer.engine.halves import Halves
+from trainer.engine.halves import Halves, holds_halves
 from trainer.engine.state import State
 from trainer.engine.ways import Direct, NotFinite, ThroughDeepSpeed, goes_direct
 from trainer.engine.world import World, keep_freed_memory
@@ -83,7 +83,9 @@ class Engine:
             self._loss.compile_for(set(compiled))
         self._halves = (
             Halves(model, keep=world.rank == 0)
-            if precision == "bf16" and self._stage < 3 and model.is_adapter and not model.packed
+            if holds_halves(
+                precision=precision, stage=self._stage, adapters=model.is_adapter, packed=model.packed is not None
+            )
             else None
         )
         self._graphs = Graphs(self._loss, list(self.trainable.values())) if self._records(model) else None

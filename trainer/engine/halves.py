@@ -11,6 +11,11 @@ from transformers.pytorch_utils import Conv1D
 from trainer.model import Model
 
 
+def holds_halves(*, precision: str, stage: int, adapters: bool, packed: bool) -> bool:
+    """Whether a run's frozen base is held so: under ZeRO-3 it is divided in float32, a packed one is smaller still."""
+    return precision == "bf16" and stage < 3 and adapters and not packed
+
+
 class Halves:
     """The float32 weights of a frozen base beside their halves in the model; in host memory, of one rank."""
 
