@@ -135,10 +135,15 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 
 def on_gpu(
-    shelf: Any, *, words: str, recorded: bool, compiled: bool = False, steps: int = 50, dropout: float = 0.0
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """(losses and gradient norms, final weights) of so many steps of a small GPT-2 on this GPU, alone."""
-    from trainer import flags
+    shelf: Any, *, words: str, recorded: bool, compiled: bool = False, steps: int = 50, dropout: float = 0.0,
+    resumed_after: int | None = None, device: str = "cuda",
+) -> tuple[list[float], dict[str, torch.Tensor]]:  # fmt: skip
+    """(losses and gradient norms, final weights) of so many steps of a small GPT-2 on this GPU, alone.
+
+    `resumed_after`: a step after which another engine goes on from a checkpoint.
+    """
+    from trainer import checkpoint, flags
+    from trainer.checkpoint import Checkpoints, Progress
     from trainer.data import MicroBatch
     from trainer.engine import Engine, deepspeed_dict, leave_world, read_zero_file, start_world
     from trainer.model import build
@@ -146,14 +151,18 @@ def on_gpu(
     folder = make_tiny(shelf / f"gpu-{dropout}", dropout=dropout, width=64)
     settings = flags.read(f"--model {folder} --data unused --global-batch 4 {words}".split()).settings
     precision, zero = settings.engine.precision or "fp32", read_zero_file(settings.engine.ds_config or "zero0")
-    world = start_world("cuda")
+    world = start_world(device)
     batch = settings.train.batch(1)
     config = deepspeed_dict(zero, batch=batch, clip=1.0, precision=precision)
     shapes = {(batch.micro, WIDTH)} if compiled else set()
-    engine = Engine(world, build(settings, device=world.device), config, settings.train, precision, compiled=shapes)
-    if not recorded:
-        engine._graphs = None
-    found = []
+
+    def started(model: Any) -> Engine:
+        engine = Engine(world, model, config, settings.train, precision, compiled=shapes)
+        if not recorded:
+            engine._graphs = None
+        return engine
+
+    engine, found = started(build(settings, device=world.device)), []
     for number in range(steps):
         micros = []
         for n in range(batch.accumulation):
@@ -163,6 +172,14 @@ def on_gpu(
         sums = [engine.accumulate(one, step=number, counted=counted) for one in micros]
         done = engine.step(1e-3, sums)
         found += [done.nll / counted, done.grad_norm]
+        if number + 1 == resumed_after:
+            kept = shelf / f"gpu-{dropout}-{precision}-checkpoints"
+            saver = Checkpoints(kept, world, keep=1, identity={"base": "test"})
+            saver.save(engine, Progress(step=resumed_after))
+            point, model = checkpoint.choose(kept, "latest"), build(settings, device=world.device)
+            checkpoint.load_weights(point, model.module)
+            engine = started(model)
+            engine.state.load(point.reader(world.device), point.step, point.about.get("loss_scale"))
     assert engine.notices == []
     weights = {name: tensor.clone() for name, tensor in engine.state.whole_weights()}
     leave_world()
@@ -186,6 +203,20 @@ def test_replayed_dropout_draws_the_eager_masks(shelf, mark):
     eagerly, _ = on_gpu(shelf, words=words, recorded=False, dropout=0.1)
     replayed, _ = on_gpu(shelf, words=words, recorded=True, dropout=0.1)
     assert replayed == pytest.approx(eagerly, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_resume_across_a_recording_goes_on_as_if_nothing_had_been(shelf, mode, precision, bound, device):
+    """The steps after it are eager until they are recorded anew; without recording there is not even a last bit."""
+    words = f"--mode {mode} --precision {precision} --ds-config zero0"
+    there = {"words": words, "recorded": device == "cuda", "dropout": 0.1, "steps": 20, "device": device}
+    straight, weights = on_gpu(shelf, **there)
+    resumed, found = on_gpu(shelf, **there, resumed_after=11)
+    assert resumed == pytest.approx(straight, rel=bound if device == "cuda" else 0)
+    if device == "cpu":
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])

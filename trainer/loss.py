@@ -5,6 +5,7 @@ so the loss does not depend on how rows are spread over micro-batches and ranks.
 """
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ IGNORED = -100  # label of a position that is not counted, as in Hugging Face's 
 LARGEST_LOGITS = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in pieces
 FROZEN = 2  # times smaller are the pieces before an output layer that does not train
 EVEN = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
-ROWS = 16  # of logits that a processor works on at one time: they stay in its cache
+CACHED = 2**20  # logits that a processor works on at one time: they stay in its cache
 
 
 class TokenLoss(nn.Module):
@@ -95,6 +96,7 @@ class TokenLoss(nn.Module):
             return nll.sum(), nll
         if not head.weight.requires_grad:  # more pieces cost little where none adds to the weight's gradient
             piece = max(1, piece // FROZEN)
+        piece = math.ceil(len(targets) / math.ceil(len(targets) / piece))  # all alike: a small last one costs as much
         shared: list[Tensor] | None = None
         if learns and type(words) is nn.Embedding and words.weight is head.weight and words.weight.requires_grad:
             shared = []
@@ -213,12 +215,15 @@ def _slopes(logits: Tensor, targets: Tensor) -> Tensor:
 
     In the place of the logits stands then the gradient of each row's nll as if it were counted: softmax - one-hot.
     """
-    nll, rows = [], ROWS if logits.device.type == "cpu" else len(logits)
+    nll, rows = [], max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
         at = wanted.clamp(min=0)[:, None]
         logs = torch.log_softmax(part, dim=1, dtype=torch.float32)
         nll.append(-logs.gather(1, at)[:, 0] * (wanted != IGNORED))
-        part.copy_(logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1])))
+        place = part if part.dtype == torch.float32 else logs
+        torch.exp(logs, out=place).scatter_add_(1, at, -torch.ones_like(logs[:, :1]))
+        if place is not part:
+            part.copy_(place)
     return torch.cat(nll)
 
 
