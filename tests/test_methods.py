@@ -104,11 +104,15 @@ WAYS = {
     "again": "--checkpoint-activations --adapter pissa --train-also lm_head --lora-dropout 0.1",
     "codes": "--optim adamw8bit --lora-plus-ratio 8 --train-also wte",
 }
+CODES = 1e-4
 FIRST = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict"), ("codes", "zero0")]
 
 
 def ways_hold(out: Path, prepared: str, words: list[str], strict: str, chosen: list[tuple[str, str]]) -> None:
-    """Every promise of `holds`, and the same losses under each ZeRO file within the bounds of test_invariance.py."""
+    """Every promise of `holds`, and the same losses under each ZeRO file within the bounds of test_invariance.py.
+
+    Layers in int8 round what goes into them to 8 bits too: there a last bit can turn into another code.
+    """
     more = {z: ["--micro-batch", "1", "--ds-config", strict if z == "strict" else z] for _, z in chosen}
     jobs = [job(out, prepared, words, f"{way}-{zero}", *WAYS[way].split(), *more[zero]) for way, zero in chosen]
     for start in range(0, len(jobs), AT_ONCE):
@@ -119,7 +123,7 @@ def ways_hold(out: Path, prepared: str, words: list[str], strict: str, chosen: l
             [row["loss"] for row in read_proof(out, name)[0] if "loss" in row]
             for name in (f"{way}-{zero}", next(f"{w}-{z}" for w, z in chosen if w == way))
         )
-        assert losses == pytest.approx(first, rel=LOSS), (way, zero)
+        assert losses == pytest.approx(first, rel=CODES if way == "int8" else LOSS), (way, zero)
 
 
 @pytest.fixture(scope="module")
