@@ -4,12 +4,14 @@ Without a GPU a recording is stood in for by one that runs the recorded work at 
 The last tests need a GPU and hold replays against eager steps there.
 """
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny
+from ranks import on_ranks
 from transformers import AutoModelForCausalLM
 
 from trainer.engine import graphs
@@ -134,11 +136,25 @@ def test_where_recording_fails_it_is_said_once_and_all_goes_on_eagerly(module, m
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def on_gpu(
-    shelf: Any, *, words: str, recorded: bool, compiled: bool = False, steps: int = 50, dropout: float = 0.0,
-    resumed_after: int | None = None, device: str = "cuda",
+def on_gpu(shelf: Any, **job: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What `take_steps` returns, in a process of its own: one joins its ranks once."""
+    folder = make_tiny(shelf / f"gpu-{job.get('dropout', 0.0)}", dropout=job.get("dropout", 0.0), width=64)
+    out = shelf / f"{len(list(shelf.glob('*.steps')))}.steps"
+    env = {"DS_ACCELERATOR": job.setdefault("device", "cuda")}
+    log = out.with_suffix(".log")
+    assert on_ranks(1, written, str(folder), str(out), job, log=log, env=env) == 0, log.read_text()[-3000:]
+    return torch.load(out)
+
+
+def written(folder: str, out: str, job: dict[str, Any]) -> None:
+    torch.save(take_steps(Path(folder), Path(out), **job), out)
+
+
+def take_steps(
+    folder: Path, out: Path, *, words: str, recorded: bool, device: str, compiled: bool = False, steps: int = 50,
+    dropout: float = 0.0, resumed_after: int | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:  # fmt: skip
-    """(losses and gradient norms, final weights) of so many steps of a small GPT-2 on this GPU, alone.
+    """(losses and gradient norms, final weights) of so many steps of a small GPT-2, alone.
 
     `resumed_after`: a step after which another engine goes on from a checkpoint.
     """
@@ -148,7 +164,6 @@ def on_gpu(
     from trainer.engine import Engine, deepspeed_dict, leave_world, read_zero_file, start_world
     from trainer.model import build
 
-    folder = make_tiny(shelf / f"gpu-{dropout}", dropout=dropout, width=64)
     settings = flags.read(f"--model {folder} --data unused --global-batch 4 {words}".split()).settings
     precision, zero = settings.engine.precision or "fp32", read_zero_file(settings.engine.ds_config or "zero0")
     world = start_world(device)
@@ -173,7 +188,7 @@ def on_gpu(
         done = engine.step(1e-3, sums)
         found += [done.nll / counted, done.grad_norm]
         if number + 1 == resumed_after:
-            kept = shelf / f"gpu-{dropout}-{precision}-checkpoints"
+            kept = out.with_suffix(".checkpoints")
             saver = Checkpoints(kept, world, keep=1, identity={"base": "test"})
             saver.save(engine, Progress(step=resumed_after))
             point, model = checkpoint.choose(kept, "latest"), build(settings, device=world.device)

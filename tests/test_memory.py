@@ -180,6 +180,14 @@ def test_frozen_weights_in_half_are_counted_where_they_are():
         assert usual.activations - made.activations == 2 * products, "the copies that autocast would keep"
 
 
+def test_what_the_formula_repeats_of_rooms_that_need_torch_is_what_they_have():
+    from trainer import dropout, loss, memory
+
+    assert memory.QUERIES == dropout.BLOCK
+    assert memory.FROZEN == loss.FROZEN
+    assert Load(rows=1, width=1).largest_logits == loss.LARGEST_LOGITS
+
+
 def test_the_targets_of_memory_on_a_gpu_by_the_formula():
     """GPT-2 124M, 1,024 tokens, bf16, AdamW: what a run of the defaults is to need at most, GiB."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from trainer.engine import leave_world, start_world
+from trainer.engine import leave_world, planned_world, start_world
 from trainer.engine.shared import Shared
 from trainer.engine.world import World
 
@@ -75,6 +75,4 @@ def test_where_one_rank_cannot_see_the_memory_all_go_without(tmp_path):
 
 
 def test_one_rank_needs_none():
-    world = start_world()
-    assert Shared.of(world, 10) is None
-    leave_world()
+    assert Shared.of(planned_world(1, "cpu"), 10) is None
