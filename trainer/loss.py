@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 IGNORED = -100  # label of a position that is not counted, as in Hugging Face's models
 LARGEST_LOGITS = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in pieces
-FROZEN = 2  # times smaller are the pieces before an output layer that does not train
+FROZEN = 2  # times smaller are the pieces before an output layer that does not train, on a GPU, where it costs little
 EVEN = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
 CACHED = 2**20  # logits that a processor works on at one time: they stay in its cache
 
@@ -94,7 +94,7 @@ class TokenLoss(nn.Module):
                 ]
             )
             return nll.sum(), nll
-        if not head.weight.requires_grad:  # more pieces cost little where none adds to the weight's gradient
+        if not head.weight.requires_grad and targets.device.type == "cuda":  # none adds to the weight's gradient
             piece = max(1, piece // FROZEN)
         piece = math.ceil(len(targets) / math.ceil(len(targets) / piece))  # all alike: a small last one costs as much
         shared: list[Tensor] | None = None

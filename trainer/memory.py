@@ -201,7 +201,7 @@ def logits(shape: Shape, load: Load, *, fused: bool = True) -> float:
         return 3 * min(whole, load.largest_logits)
     size, at_once = (
         4 if load.precision == "fp32" else 2,
-        min(whole, load.largest_logits / (FROZEN if load.adapter_rank else 1)),
+        min(whole, load.largest_logits / (FROZEN if load.adapter_rank and load.gpu else 1)),
     )
     copied = size * shape.vocabulary * shape.hidden if load.gpu or size == 2 else 0
     return at_once * (size + (4 if load.gpu else 0)) / 4 + copied
