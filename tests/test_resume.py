@@ -463,15 +463,16 @@ def test_a_skipped_step_is_reported_and_not_counted_by_adam(prepared, words):
     """fp16 may leave out an update where the loss scale was too high; it needs a GPU, so the engine is a fake."""
 
     class Skipping:
-        world = ALONE
+        world, lags = ALONE, False
 
         def accumulate(self, micro, *, step, counted):
             return torch.tensor(1.0, dtype=torch.float64)
 
-        def step(self, rate, sums, *, stop):
+        def ask(self, rate, sums, *, stop):
             self.steps = getattr(self, "steps", 0) + 1
             skipped = self.steps == 2
-            return Step(nll=float(sum(sums)), grad_norm=math.inf if skipped else 1.0, skipped=skipped, stop=stop)
+            done = Step(nll=float(sum(sums)), grad_norm=math.inf if skipped else 1.0, skipped=skipped, stop=stop)
+            return lambda: done
 
         def evaluate(self, micro):
             return torch.ones(len(micro.input_ids), dtype=torch.float64)

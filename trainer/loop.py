@@ -1,7 +1,8 @@
 """The steps and the evaluations of one run, as a stream of records.
 
 Knows no mode, no rank, no file and no sink: it draws micro-batches, has the engine accumulate and step, sums loss and
-tokens over the global batch, divides once and yields what happened.
+tokens over the global batch, divides once and yields what happened. Where the device is not to wait, the next step is
+asked for before this one's numbers are read.
 """
 
 import math
@@ -11,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.checkpoint import Best, Checkpoints, Progress
-from trainer.data import Prepared, Rows, epoch_order, eval_batches, step_batches, step_counts
-from trainer.engine import Engine, NotFinite
+from trainer.data import MicroBatch, Prepared, Rows, epoch_order, eval_batches, step_batches, step_counts
+from trainer.engine import Engine, NotFinite, Step
 from trainer.errors import RunFailed
 from trainer.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
 from trainer.schedule import learning_rate
@@ -36,6 +37,12 @@ class Course:
             return True
         stride = {"epoch": self.steps_per_epoch, "never": self.total_steps}.get(every) or int(every)
         return step % stride == 0
+
+    def quiet(self, step: int) -> bool:
+        """Whether nothing is due after `step`: no evaluation, no checkpoint, no end."""
+        output = self.settings.output
+        ends = step % self.steps_per_epoch == 0
+        return not (ends or self.due(output.eval_every, step) or self.due(output.save_every, step))
 
     def out_of_patience(self, progress: Progress) -> bool:
         """Whether the validation loss has not fallen for as many evaluations as --early-stop allows."""
@@ -62,53 +69,48 @@ def train(
 
     Raises RunFailed, after saving the last finite state, on NaN or infinity.
     """
-    train_settings, output = course.settings.train, course.settings.output
+    output = course.settings.output
     clock = Clock(progress.seconds)
-    order, order_epoch, stop, saved = None, -1, False, progress.step
+    asker = Asker(engine, data, course, interrupted, drew)
+    ahead, stop, saved = None, False, progress.step
     if progress.pending:  # a run that begins is evaluated first; one that was stopped had no time for what was due
         progress, stop = yield from _due(engine, data, course, progress, clock, interrupted)
         if progress.step and not stop:
             checkpoints.amend(progress)
-    while not (stop or course.ended(progress)):
-        asked = time.perf_counter()
-        epoch, place = divmod(progress.step, course.steps_per_epoch)
-        if order is None or order_epoch != epoch:
-            order, order_epoch = _order(data.train, course, epoch), epoch
-        micros = step_batches(data.train, order, place, course.batch, engine.world.rank, PAD_ID)
-        examples, tokens, counted = step_counts(data.train, order, place, course.batch.global_batch)
-        rate = learning_rate(
-            progress.step, peak=train_settings.lr, warmup=train_settings.warmup_steps, total=course.total_steps
-        )
-        began = time.perf_counter()
-        drew(began - asked)
-        sums = [engine.accumulate(micro, step=progress.step, counted=counted) for micro in micros]
+    while not ((stop and ahead is None) or course.ended(progress)):
+        asked = ahead or asker.ask(progress.step)
+        wants = engine.lags and not stop and course.quiet(progress.step + 1)
+        ahead = asker.ask(progress.step + 1) if wants else None
         try:
-            done = engine.step(rate, sums, stop=interrupted())
+            done = asked.told()
         except NotFinite as problem:
-            dump = checkpoints.dump_batch(progress.step + 1, micros)
+            dump = checkpoints.dump_batch(progress.step + 1, asked.micros)
             if progress.step > saved:
                 checkpoints.save(engine, progress)
             message = f"step {progress.step + 1}: {problem}; the weights are those after step {progress.step}"
             message += f", the rows are in {dump}"
-            rows = order[place * course.batch.global_batch :][:examples].tolist()
             yield EventRecord(
-                event="not_finite", step=progress.step + 1, message=message, time=clock(), facts={"rows": rows}
+                event="not_finite", step=progress.step + 1, message=message, time=clock(), facts={"rows": asked.rows}
             )
             raise RunFailed(f"{message}; {_LOWER}") from problem
 
-        stop = done.stop
+        stop = stop or done.stop
         progress = replace(
-            progress, step=progress.step + 1, samples=progress.samples + examples, tokens=progress.tokens + tokens,
-            epoch_nll=progress.epoch_nll + done.nll, epoch_counted=progress.epoch_counted + counted, seconds=clock(),
+            progress, step=progress.step + 1, samples=progress.samples + len(asked.rows),
+            tokens=progress.tokens + asked.tokens, epoch_nll=progress.epoch_nll + done.nll,
+            epoch_counted=progress.epoch_counted + asked.counted, seconds=clock(),
             skipped=progress.skipped + done.skipped, pending=True,
         )  # fmt: skip
         yield StepRecord(
-            **position(progress, course, len(data.train)), loss=done.nll / counted, lr=rate, grad_norm=done.grad_norm,
-            tokens_per_second=tokens / (time.perf_counter() - began),
+            **position(progress, course, len(data.train)), loss=done.nll / asked.counted, lr=asked.rate,
+            grad_norm=done.grad_norm, tokens_per_second=asked.tokens / asker.lap(asked),
         ) if not done.skipped else EventRecord(
             event="skipped_step", step=progress.step, time=clock(),
             message=f"step {progress.step}: gradient overflow in fp16, update skipped and loss scale lowered",
         )  # fmt: skip
+        if ahead is not None:  # nothing is due, and the weights are no longer those after this step
+            progress = replace(progress, pending=False)
+            continue
         if not stop:
             progress, stop = yield from _due(engine, data, course, progress, clock, interrupted)
         lowest = output.export == "best" and progress.best is not None and progress.best.step == progress.step
@@ -120,6 +122,64 @@ def train(
         message = f"stopped by a signal after step {progress.step}; --resume goes on from there"
         yield EventRecord(event="interrupted", step=progress.step, message=message, time=clock())
     return progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A step that the engine has been asked for."""
+
+    micros: list[MicroBatch]  #: this rank's
+    rows: list[int]  #: of the whole global batch
+    tokens: int
+    counted: int  #: targets among them
+    rate: float
+    began: float
+    told: Callable[[], Step]  #: waits for it; raises NotFinite
+
+
+class Asker:
+    """Draws a step's rows and has the engine begin with it."""
+
+    def __init__(
+        self, engine: Engine, data: Prepared, course: Course, interrupted: Callable[[], bool],
+        drew: Callable[[float], None],
+    ):  # fmt: skip
+        self.engine, self.data, self.course, self.interrupted, self.drew = engine, data, course, interrupted, drew
+        self._order: Any = None
+        self._epoch = -1
+        self._ended = 0.0
+
+    def ask(self, step: int) -> Asked:
+        """The step after `step` others."""
+        asked = time.perf_counter()
+        course, batch, rule = self.course, self.course.batch, self.course.settings.train
+        epoch, place = divmod(step, course.steps_per_epoch)
+        if self._order is None or self._epoch != epoch:
+            self._order, self._epoch = _order(self.data.train, course, epoch), epoch
+        micros = step_batches(self.data.train, self._order, place, batch, self.engine.world.rank, PAD_ID)
+        examples, tokens, counted = step_counts(self.data.train, self._order, place, batch.global_batch)
+        rate = learning_rate(step, peak=rule.lr, warmup=rule.warmup_steps, total=course.total_steps)
+        began = time.perf_counter()
+        self.drew(began - asked)
+        sums = [self.engine.accumulate(micro, step=step, counted=counted) for micro in micros]
+        try:
+            told = self.engine.ask(rate, sums, stop=self.interrupted())
+        except NotFinite as problem:
+            told = _raising(problem)
+        rows = self._order[place * batch.global_batch :][:examples].tolist()
+        return Asked(micros=micros, rows=rows, tokens=tokens, counted=counted, rate=rate, began=began, told=told)
+
+    def lap(self, asked: Asked) -> float:
+        """Seconds that a step took which has just been told of: since it began, or since the one before it ended."""
+        began, self._ended = max(asked.began, self._ended), time.perf_counter()
+        return self._ended - began
+
+
+def _raising(problem: NotFinite) -> Callable[[], Step]:
+    def told() -> Step:
+        raise problem
+
+    return told
 
 
 _LOWER = "a lower --lr or --precision fp32 may help"

@@ -5,7 +5,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -118,22 +118,38 @@ class Engine:
         rows = self._graphs.backward(*given) if self._graphs else None
         return (self.way.backward(*given) if rows is None else rows).double().sum()
 
+    @property
+    def lags(self) -> bool:
+        """Whether a step may be asked for before the numbers of the one before it are read, so that none waits.
+
+        Where one was not finite the device leaves out what follows, too.
+        """
+        return self.way.guarded and self.world.device.type == "cuda"
+
     def step(self, lr: float, sums: Sequence[Tensor], *, stop: bool = False) -> Step:
         """Reduce, measure, clip, update. Raises NotFinite, with the weights untouched, unless fp16 may skip.
 
         `sums`: what `accumulate` returned for this rank's micro-batches; `stop`: whether this rank wants to stop.
         """
+        return self.ask(lr, sums, stop=stop)()
+
+    def ask(self, lr: float, sums: Sequence[Tensor], *, stop: bool = False) -> Callable[[], Step]:
+        """Ask for such a step; what is returned waits until it is done and tells of it, or raises."""
         self.world.board.beat()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         everybody = self._everybody(sums, stop)
         read = None if self.way.guarded else self._read(everybody)
         done = self.way.update(torch.isfinite(everybody).all())
-        nll, wanted = read or self._read(everybody)
-        norm = float(done.grad_norm)
-        if not (math.isfinite(norm) or self.precision == "fp16"):
-            raise NotFinite(f"gradient norm {norm}")
-        return Step(nll=nll, grad_norm=norm, skipped=done.skipped, stop=wanted)
+
+        def told() -> Step:
+            nll, wanted = read or self._read(everybody)
+            norm = float(done.grad_norm)
+            if not (math.isfinite(norm) or self.precision == "fp16"):
+                raise NotFinite(f"gradient norm {norm}")
+            return Step(nll=nll, grad_norm=norm, skipped=done.skipped, stop=wanted)
+
+        return told
 
     def put_back(self) -> None:
         """After the last step: give the frozen base its float32 back, for readers outside autocast.

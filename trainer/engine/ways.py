@@ -91,6 +91,7 @@ class Direct:
         self.shared = Shared.of(world, self._widest()) if alike else None
         #: torch's fused AdamW divides by a scale and leaves an update out on the device's word: nobody has to wait
         self.guarded = bool(self.optimizer.defaults.get("fused"))
+        self._broken = torch.zeros((), device=world.device)  # one after an update that was left out: no other follows
 
     def _widest(self) -> int:
         """Elements of the longest flat gradient that is brought together at one time."""
@@ -112,7 +113,8 @@ class Direct:
         """Reduce, measure, clip and update.
 
         Where the gradient or what `sound` (a truth on the device) speaks of is not finite, the weights stay: NotFinite
-        is raised, or, `guarded`, the device leaves the update out and the caller sees it in the numbers.
+        is raised, or, `guarded`, the device leaves out the update and all that follow until `drop`, which the caller
+        sees in the numbers.
         """
         for parameter in self.trained:
             if parameter.grad is None:  # not in this forward; the other stages take it for zero, too
@@ -126,11 +128,15 @@ class Direct:
             if self.zero is not None:
                 self._spread()
         finally:
-            self.drop()
+            self._clear()
         return Update(grad_norm=norm)
 
     def drop(self) -> None:
-        """Let no gradient stay."""
+        """Let no gradient stay, and take updates again after one that was left out."""
+        self._clear()
+        self._broken = torch.zeros_like(self._broken)
+
+    def _clear(self) -> None:
         for parameter in self.trained:
             parameter.grad = None
         if self.zero is not None:
@@ -184,7 +190,8 @@ class Direct:
     def _apply(self, held: list[Tensor], norm: Tensor, sound: Tensor) -> None:
         """Clip by the formula of torch's clip_grad_norm_, and update."""
         if self.guarded:
-            self.optimizer.found_inf = (~(sound & torch.isfinite(norm))).float()
+            self._broken = torch.maximum(self._broken, (~(sound & torch.isfinite(norm))).float())
+            self.optimizer.found_inf = self._broken
             self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0) if self.clip else None
         elif self.clip:
             torch._foreach_mul_(held, (self.clip / (norm + 1e-6)).clamp(max=1.0))
