@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,12 +50,13 @@ class Still:
     """An engine that does nothing; what the evaluations say is put in the place of `loop.evaluate`."""
 
     world: Any = SimpleNamespace(rank=0, size=1, gather=lambda value: [value])
+    lags = False
 
     def accumulate(self, micro: Any, *, step: int, counted: int) -> float:
         return 1.0
 
-    def step(self, rate: float, sums: list[float], *, stop: bool) -> Step:
-        return Step(nll=sum(sums), grad_norm=1.0, skipped=False, stop=stop)
+    def ask(self, rate: float, sums: list[float], *, stop: bool) -> Callable[[], Step]:
+        return lambda: Step(nll=sum(sums), grad_norm=1.0, skipped=False, stop=stop)
 
 
 def watched(
