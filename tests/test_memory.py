@@ -204,6 +204,20 @@ def test_the_targets_of_memory_on_a_gpu_by_the_formula():
     assert peak(16, 0) <= 9
 
 
+def test_gpt2_xl_on_an_nf4_base_fits_into_six_gib_by_the_formula():
+    """1.5 billion weights; four bits and a doubly quantised scale of about one byte for each block of 64."""
+    shape = Shape(layers=48, hidden=1600, inner=6400, heads=25, vocabulary=50257, exact=True)
+    whole, products = 1_557_611_200, 48 * 12 * 1600**2
+    packed = products // 2 + products // 64 + 4 * (whole - products)
+    load = Load(
+        rows=1, width=1024, precision="bf16", gpu=True, dropout=0.1, adapter_rank=8, packed="nf4",
+        adapted=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    )  # fmt: skip
+    trained = 48 * 8 * ((1600 + 4800) + (1600 + 1600) + 2 * (1600 + 6400))  # rank times in plus out of each product
+    counts = Counts(frozen=whole, trainable=trained, packed_bytes=packed)
+    assert 4 < estimate(shape, counts, load, stage=0, ranks=1).peak / GIB < 6
+
+
 @pytest.mark.parametrize(
     ("rows", "adapters", "seen"),
     [(2, (), 4.39), (16, (), 23.1), (2, ("c_attn",), 3.26)],  # DeepSpeed ZeRO-0, Trainer, Trainer with peft
