@@ -188,6 +188,20 @@ def test_what_the_formula_repeats_of_rooms_that_need_torch_is_what_they_have():
     assert Load(rows=1, width=1).largest_logits == loss.LARGEST_LOGITS
 
 
+def test_ranks_of_one_processor_hold_a_row_of_the_table_that_they_sum_through():
+    """Of every trained weight, from the first step on; on GPUs and from ZeRO 2 on there is no such table."""
+    counts = Counts(frozen=0, trainable=GPT2)
+
+    def row(*, stage: int, ranks: int, **more: Any) -> float:
+        return estimate(SHAPE, counts, Load(rows=2, width=256, **more), stage=stage, ranks=ranks).row
+
+    assert row(stage=0, ranks=2) == row(stage=1, ranks=2) == 4 * GPT2
+    assert row(stage=0, ranks=1) == row(stage=2, ranks=2) == row(stage=0, ranks=2, gpu=True) == 0
+    made = estimate(SHAPE, counts, Load(rows=2, width=256), stage=0, ranks=2)
+    assert made.peak == made.state.weights + made.state.optimizer + 4 * GPT2 + max(made.passes, made.update)
+    assert made.update == made.state.gradients, "they are read from where they lie"
+
+
 def test_the_targets_of_memory_on_a_gpu_by_the_formula():
     """GPT-2 124M, 1,024 tokens, bf16, AdamW: what a run of the defaults is to need at most, GiB."""
 

@@ -199,10 +199,8 @@ def logits(shape: Shape, load: Load, *, fused: bool = True) -> float:
         return 3 * whole
     if not fused:
         return 3 * min(whole, load.largest_logits)
-    size, at_once = (
-        4 if load.precision == "fp32" else 2,
-        min(whole, load.largest_logits / (FROZEN if load.adapter_rank and load.gpu else 1)),
-    )
+    size = 4 if load.precision == "fp32" else 2
+    at_once = min(whole, load.largest_logits / (FROZEN if load.adapter_rank and load.gpu else 1))
     copied = size * shape.vocabulary * shape.hidden if load.gpu or size == 2 else 0
     return at_once * (size + (4 if load.gpu else 0)) / 4 + copied
 
@@ -226,11 +224,12 @@ class Estimate:
     gathered: float
     passes: float  #: the most that forward and backward hold beside weights and optimizer
     update: float  #: the most that the step holds beside them
+    row: float  #: of the table through which a machine's processor ranks sum gradients (`engine.shared`), always there
 
     @property
     def peak(self) -> float:
         """The largest sum at one time: gradients are not there yet when the activations are at their most."""
-        return self.state.weights + self.state.optimizer + max(self.passes, self.update)
+        return self.state.weights + self.state.optimizer + self.row + max(self.passes, self.update)
 
 
 def estimate(
@@ -246,7 +245,8 @@ def estimate(
         blocks = _products(shape)
         moved = 4 * blocks if load.gpu else 0
         held = replace(held, weights=held.weights + 2 * blocks - moved, host=held.host + moved)
-    size, fused = 2 if load.precision == "fp16" else 4, stage < 3 and load.precision != "fp16"
+    size = 2 if load.precision == "fp16" else 4
+    fused = stage < 3 and load.precision != "fp16"
     kept, top = activations(shape, load), logits(shape, load, fused=fused)
     gathered = min(counts.weight_bytes(size), size * MAX_LIVE) if stage == 3 else 0.0
     # Of earlier micro-batches, or what the first layers of the backward leave: the embedding's is as large as any.
@@ -255,7 +255,8 @@ def estimate(
     early = head if fused and shape.exact else 0.0  # made with the loss
     passes = gathered + kept + gradients + max(early + top, head + working(shape, load))
     flat = size * min(counts.trainable, REDUCE_BUCKET)  # gradients are laid end to end for the reduction or the step
-    update = held.gradients + (flat / ranks if stage else flat)
+    row = 4.0 * counts.trainable if ranks > 1 and stage < 2 and not load.gpu and load.precision != "fp16" else 0.0
+    update = held.gradients + (flat / ranks if stage else 0.0 if row else flat)
     return Estimate(
-        state=held, activations=kept, logits=top, gathered=gathered, passes=passes, update=update,
+        state=held, activations=kept, logits=top, gathered=gathered, passes=passes, update=update, row=row,
     )  # fmt: skip
