@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,34 @@ def test_what_we_read_of_its_engines_and_parameters_is_there(tiny, records, tmp_
     data = prepare(flags.read(arguments).settings.data, model=tiny, global_batch=2).folder
     log = tmp_path / "log"
     assert on_ranks(1, attributes, arguments, str(data), log=log) == 0, log.read_text()
+
+
+def ends(arguments: list[str], data: str) -> int:
+    """On a rank: the finalizer of an engine, which imports nothing."""
+    from trainer.data import load
+    from trainer.model import build, load_config
+    from trainer.plan import make_plan
+
+    world = engine.start_world()
+    rows = load(Path(data))
+    for name in ("zero0", "zero1", "zero3"):
+        settings = flags.read([*arguments, "--ds-config", name]).settings
+        model = build(settings)
+        plan = make_plan(settings, world, rows, model.facts, load_config(settings.model))
+        made = engine.Engine(world, model, plan.deepspeed, settings.train, plan.precision)
+        known = set(sys.modules)
+        made.deepspeed.__del__()
+        assert set(sys.modules) == known, set(sys.modules) - known
+    engine.leave_world()
+    return 0
+
+
+def test_an_engine_that_the_garbage_collector_ends_does_not_import(tiny, records, tmp_path):
+    # In the middle of another import that would make the other one fail: KeyError in importlib, up to Python 3.12.
+    from trainer.data import prepare
+
+    line = f"--mode full --model {tiny} --data {records[0]} --val-data {records[1]} --block-size 16 --global-batch 2"
+    arguments = [*line.split(), *TEMPLATES]
+    data = prepare(flags.read(arguments).settings.data, model=tiny, global_batch=2).folder
+    log = tmp_path / "log"
+    assert on_ranks(1, ends, arguments, str(data), log=log) == 0, log.read_text()
