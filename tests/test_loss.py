@@ -158,13 +158,13 @@ def test_pieces_without_gradients_too(causal, monkeypatch):
     module = TokenLoss(causal, None)
     ids, labels = rows()
     sizes = []
-    honest = loss._nll
-    monkeypatch.setattr(loss, "_nll", lambda logits, at: sizes.append(tuple(logits.shape)) or honest(logits, at))
+    honest = loss._losses
+    monkeypatch.setattr(loss, "_losses", lambda logits, at: sizes.append(tuple(logits.shape)) or honest(logits, at))
     with torch.no_grad():
         _, whole = module(ids, labels)
         monkeypatch.setattr(loss, "LARGEST_LOGITS", 7 * 4 * 97)
         torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
-    assert sizes == [(60, 97), *[(7, 97)] * 8, (4, 97)], "logits at one time"
+    assert sizes == [(60, 128), *[(7, 128)] * 8, (4, 128)], "logits at one time, in rows of 128"
 
 
 def test_logits_lie_in_aligned_rows(causal, monkeypatch):

@@ -44,12 +44,16 @@ class Dropout(nn.Dropout):
 
 
 def keep(shape: torch.Size, probability: float) -> Tensor:
-    """True for elements that stay, each dropped with the `probability`, rounded to 1 / LEVELS."""
+    """1 for elements that stay, 0 for those that are dropped: with the `probability`, rounded to 1 / LEVELS.
+
+    In bytes and not truths: torch makes and multiplies by those with vector instructions, twice as fast.
+    """
     number = shape.numel()
     bits = torch.empty(-(-number // 4), dtype=torch.int64).random_(-(2**63), None)
     lanes = bits.view(torch.int16)[:number].view(shape)
     dropped = round(probability * LEVELS)
-    return lanes >= dropped - LEVELS // 2 if dropped < LEVELS else torch.zeros(shape, dtype=torch.bool)
+    stay = torch.zeros(shape, dtype=torch.uint8)
+    return torch.ge(lanes, dropped - LEVELS // 2, out=stay) if dropped < LEVELS else stay
 
 
 def scale(probability: float) -> float:

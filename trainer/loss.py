@@ -6,6 +6,7 @@ so the loss does not depend on how rows are spread over micro-batches and ranks.
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Hidden [positions, d], weight [vocabulary, d], targets [positions] -> (sum [], nll [positions]).
 
-        `slopes`: what puts their gradients in the place of logits; None: there are none to be had. `shared`: where the
+        `slopes`: what puts their gradients in the place of logits; None: none are wanted. `shared`: where the
         weight's gradient is left for `_LookUp`; None: it is returned.
         """
         device, words = hidden.device.type, len(weight)
@@ -137,18 +138,14 @@ class _HeadLoss(torch.autograd.Function):
             room = states.new_empty(min(piece, len(targets)), words + -words % EVEN)
             for start in range(0, len(targets), piece):
                 part = slice(start, start + piece)
-                filled = room[: len(targets[part])]
-                logits = filled[:, :words]
-                torch.mm(states[part], matrix.T, out=filled[:, : len(matrix)])
-                if slopes is None:
-                    nll[part] = _nll(logits, targets[part])
-                    continue
-                nll[part] = slopes(logits, targets[part])
-                slope = filled[:, : len(matrix)]
+                logits = room[: len(targets[part])]
+                torch.mm(states[part], matrix.T, out=logits[:, : len(matrix)])
+                logits[:, words:] = -torch.inf  # of no word: their chances and slopes are 0
+                nll[part] = (slopes or _losses)(logits, targets[part])
                 if to_hidden is not None:
-                    torch.mm(slope, matrix, out=to_hidden[part]).mul_(counted[part])
+                    torch.mm(logits[:, : len(matrix)], matrix, out=to_hidden[part]).mul_(counted[part])
                 if to_weight is not None:
-                    _add_product(to_weight, logits.T, states[part] * counted[part], first=not start)
+                    _add_product(to_weight, logits[:, :words].T, states[part] * counted[part], first=not start)
         ctx.mark_non_differentiable(nll)
         ctx.dtype, ctx.slopes, ctx.shared = hidden.dtype, (to_hidden, to_weight), shared
         return nll.sum(), nll
@@ -215,16 +212,39 @@ def _slopes(logits: Tensor, targets: Tensor) -> Tensor:
 
     In the place of the logits stands then the gradient of each row's nll as if it were counted: softmax - one-hot.
     """
-    nll, rows = [], max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+    nll = []
+    for part, wanted in _rows(logits, targets):
+        logs = _log_softmax(part)
+        nll.append(_picked(logs, wanted))
         at = wanted.clamp(min=0)[:, None]
-        logs = torch.log_softmax(part, dim=1, dtype=torch.float32)
-        nll.append(-logs.gather(1, at)[:, 0] * (wanted != IGNORED))
-        place = part if part.dtype == torch.float32 else logs
-        torch.exp(logs, out=place).scatter_add_(1, at, -torch.ones_like(logs[:, :1]))
-        if place is not part:
-            part.copy_(place)
+        logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1]))
+        if logs is not part:
+            part.copy_(logs)
     return torch.cat(nll)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same numbers without gradients; what stands in the place of the logits is then of no use."""
+    return torch.cat([_picked(_log_softmax(part), wanted) for part, wanted in _rows(logits, targets)])
+
+
+def _rows(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """So many of them at a time that a processor keeps them in its cache from one operation to the next."""
+    rows = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return zip(logits.split(rows), targets.split(rows), strict=True)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """In float32; on a processor in the place of logits that are of that type."""
+    if logits.device.type != "cpu":  # one kernel that reads other types itself
+        return torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    logs = logits.float()
+    return torch.log_softmax(logs, dim=1, out=logs)
+
+
+def _picked(logs: Tensor, targets: Tensor) -> Tensor:
+    """Minus what stands at the targets, 0 where not counted."""
+    return -logs.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets != IGNORED)
 
 
 def _slopes_for_compiler(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
