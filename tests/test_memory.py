@@ -68,12 +68,14 @@ def test_a_packed_base_counts_as_it_is_held():
 
 
 def kept_by_autograd(
-    layers: int, *, dropout: float, adapters: tuple[str, ...], bf16: bool, packed: str | None = None
-) -> int:
+    layers: int, *, dropout: float, adapters: tuple[str, ...], bf16: bool, packed: str | None = None,
+    fused: bool = False,
+) -> int:  # fmt: skip
     """Bytes of the distinct tensors that one forward of TokenLoss keeps for its backward, weights left out."""
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from trainer import lowrank
     from trainer.dropout import install
     from trainer.loss import TokenLoss
     from trainer.model import one_kernel_activations
@@ -91,6 +93,8 @@ def kept_by_autograd(
         compute_in(causal, torch.bfloat16 if bf16 else torch.float32)
     if adapters:
         get_peft_model(causal, LoraConfig(r=4, target_modules=list(adapters), fan_in_fan_out=True))
+        if fused:
+            lowrank.install(causal)
     install(causal, causal)
     loss = TokenLoss(causal, torch.bfloat16 if bf16 else None).train()
     weights = {p.untyped_storage().data_ptr() for p in loss.parameters()}
@@ -113,8 +117,10 @@ EVERY = ("c_attn", "c_fc", "c_proj")
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("adapters", [(), EVERY, ("c_attn",)])
-def test_a_block_keeps_what_autograd_keeps(adapters, dropout, bf16):
+@pytest.mark.parametrize(
+    ("adapters", "fused"), [((), False), (EVERY, False), (("c_attn",), False), (EVERY, True), (("c_attn",), True)]
+)
+def test_a_block_keeps_what_autograd_keeps(adapters, fused, dropout, bf16):
     """To the byte; the difference of three layers and two is one block."""
     precision = "bf16" if bf16 else "fp32"
     load = Load(
@@ -124,10 +130,11 @@ def test_a_block_keeps_what_autograd_keeps(adapters, dropout, bf16):
         dropout=dropout,
         adapter_rank=4 if adapters else 0,
         adapted=adapters,
+        lowrank=fused,
     )
     three, two = (Shape(layers=n, hidden=64, inner=256, heads=4, vocabulary=101, exact=True) for n in (3, 2))
     formula = activations(three, load) - activations(two, load)
-    kept = (kept_by_autograd(n, dropout=dropout, adapters=adapters, bf16=bf16) for n in (3, 2))
+    kept = (kept_by_autograd(n, dropout=dropout, adapters=adapters, bf16=bf16, fused=fused) for n in (3, 2))
     seen = next(kept) - next(kept)
     assert formula == seen
 
@@ -208,7 +215,7 @@ def test_the_targets_of_memory_on_a_gpu_by_the_formula():
     def peak(rows: int, rank: int) -> float:
         load = Load(
             rows=rows, width=1024, precision="bf16", gpu=True, dropout=0.1, adapter_rank=rank,
-            adapted=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), halves=bool(rank),
+            adapted=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), halves=bool(rank), lowrank=bool(rank),
         )  # fmt: skip
         counts = Counts(frozen=GPT2, trainable=1_179_648) if rank else Counts(frozen=0, trainable=GPT2)
         return estimate(SHAPE, counts, load, stage=0, ranks=1).peak / GIB

@@ -32,7 +32,9 @@ def estimate(plan: Plan, zero: ZeroFile, load: Load) -> Estimate:
     halves = engine.holds_halves(
         precision=load.precision, stage=zero.stage, adapters=bool(load.adapter_rank), packed=load.packed is not None
     )  # fmt: skip
-    load = replace(load, halves=halves and plan.settings.lora.adapter != "dora")
+    load = replace(
+        load, halves=halves and plan.settings.lora.adapter != "dora", lowrank=plan.fuses_adapters(zero.stage)
+    )
     return memory.estimate(
         Shape.of(load_config(plan.settings.model)), Counts.of(plan.model), load, stage=zero.stage,
         ranks=plan.world.size, optimizer_on_host=zero.optimizer_on_host, weights_on_host=zero.weights_on_host,

@@ -116,6 +116,7 @@ class Load:
     adapter_rank: int = 0  #: 0: every weight trains
     adapter_dropout: float = 0.0
     adapted: tuple[str, ...] = ()  #: the layers with adapters
+    lowrank: bool = False  #: whether an adapter is one operation with its layer (`trainer.lowrank`)
     packed: str | None = None  #: how the blocks' frozen weights are: each is unpacked when needed, none is kept so
     halves: bool = False  #: whether frozen weights are held in bfloat16 (`engine.halves`)
     again: bool = False  #: whether each block keeps its input only and is computed again for its backward
@@ -147,18 +148,21 @@ def activations(shape: Shape, load: Load) -> float:
     answers = 4 if load.packed in ("nf4", "fp4") else size  # those layers answer in the type of a layer norm
     block += size * 3 * h + answers * inner  # q, k, v; the activation function's input
     block += sum(size * _width(_PRODUCTS[name][0], shape) for name in trained)
-    if "attn.c_proj" not in trained or (half and load.adapter_rank):  # adapters cast a copy
+    if "attn.c_proj" not in trained or (half and load.adapter_rank and not load.lowrank):  # peft casts a copy
         block += size * h
     block += 16 + (0 if by_blocks else 4 * shape.heads)  # means and deviations; the attention's sums
     if load.dropout:
         block += 2 * h + ((size + 1) * shape.heads * _seen(load.width) if by_blocks else 0)
-    casts = 2 * _products(shape) if load.precision == "bf16" and not (load.packed or load.halves) else 0
+    casts = 0
+    if load.precision == "bf16" and not (load.packed or load.halves):
+        copied = [ends for name, ends in _PRODUCTS.items() if not (load.lowrank and name in adapted)]  # once for all
+        casts = 2 * shape.layers * sum(_width(inputs, shape) * _width(outputs, shape) for inputs, outputs in copied)
     if load.adapter_rank:
-        block += len(adapted) * size * load.adapter_rank
-        ends_of = [
-            _width(inputs, shape) + _width(outputs, shape) for inputs, outputs in (_PRODUCTS[name] for name in adapted)
-        ]
-        casts += 2 * shape.layers * load.adapter_rank * sum(ends_of) if load.precision == "bf16" else 0
+        bias = load.lowrank and not load.gpu  # one more column
+        block += len(adapted) * size * (load.adapter_rank + bias)
+        wide, out = (sum(_width(_PRODUCTS[name][end], shape) for name in adapted) for end in (0, 1))
+        pair = 2 * (wide + out) if load.precision == "bf16" else size * wide * load.lowrank  # A times the scaling
+        casts += shape.layers * load.adapter_rank * pair
         if load.adapter_dropout:
             block += (3 * h + inner) + (h if load.adapted else 0) * size
     ends = 2 * size * h  # the last layer norm's input, the output layer's

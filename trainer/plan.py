@@ -65,6 +65,12 @@ class Plan:
             packed=self.settings.model.quant is not None,
         )  # fmt: skip
 
+    def fuses_adapters(self, stage: int) -> bool:
+        """Whether, under a stage of ZeRO, an adapter is one operation with its layer (`trainer.lowrank`)."""
+        settings, lora = self.settings, self.settings.lora
+        plain = lora.adapter != "dora" and not lora.dropout and settings.model.quant is None
+        return settings.mode == "lora" and plain and stage < 3 and not self.compiled
+
     @property
     def shapes(self) -> set[tuple[int, ...]]:
         """Shapes [rows, tokens] of micro-batches that are compiled for; the ragged ends are not."""
@@ -133,6 +139,7 @@ class Plan:
     def _way(self) -> str:
         way = "directly, past DeepSpeed's hooks" if self.direct else "through DeepSpeed"
         way += ", compiled" * self.compiled + ", recorded as CUDA graphs" * self.recorded
+        way += ", adapters fused with their layers" * self.fuses_adapters(self.zero.stage)
         return way + ", dropout by blocks" * self.by_blocks + ", the frozen base in bfloat16" * self.halved
 
     def resolved(self) -> dict[str, Any]:
@@ -157,6 +164,7 @@ class Plan:
             "direct": self.direct,
             "compiled": self.compiled,
             "recorded": self.recorded,
+            "adapters_fused": self.fuses_adapters(self.zero.stage),
             "dropout_by_blocks": self.by_blocks,
             "base_in_bf16": self.halved,
         }

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from trainer import dropout, optim, quant
+from trainer import dropout, lowrank, optim, quant
 from trainer.data import MicroBatch
 from trainer.engine.graphs import WARM, Graphs
 from trainer.engine.halves import Halves, holds_halves
@@ -55,6 +55,8 @@ class Engine:
             keep_freed_memory()
             if not compiled:  # a compiler has its own
                 dropout.install(model.module, model.causal)
+        if not compiled and self._stage < 3 and model.is_adapter:
+            lowrank.install(model.module)
         quant.compute_in(model.module, torch.bfloat16 if precision == "bf16" else torch.float32)
         self._loss = TokenLoss(model.causal, torch.bfloat16 if precision == "bf16" else None).to(world.device)
         named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
