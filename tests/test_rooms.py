@@ -20,7 +20,7 @@ ORDER = [
     {"base"},
     {"adapters", "optim", "quant"},
     {"model", "textscores"},
-    {"loss", "dropout"},
+    {"loss", "dropout", "lowrank"},
     {"engine"},
     {"checkpoint"},
     {"loop", "samples"},

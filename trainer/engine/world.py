@@ -23,10 +23,6 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(seconds=HANG_TIMEOUT_MOST)  # that of the groups which DeepSpeed makes for itself
 PREPARE_TIMEOUT = timedelta(hours=24)  # one rank tokenises while the others wait
 
-# What the finalizer of DeepSpeed's engine imports. The garbage collector may call it in the middle of another import,
-# which then fails with a KeyError (importlib, up to Python 3.12); what has been imported before is only looked up.
-_IMPORTED_AT_THE_END = ("deepspeed.module_inject.auto_ep_comm", "deepspeed.utils.pin_memory")
-
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -95,9 +91,11 @@ def start_world(device: str | None = None) -> World:
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = import_module("deepspeed")
-    for name in _IMPORTED_AT_THE_END:
-        with contextlib.suppress(ImportError):
-            import_module(name)
+    # The finalizer of DeepSpeed's engine imports these. The garbage collector may call it in the middle of another
+    # import, which then fails with a KeyError (importlib, up to Python 3.12); what is there already is only looked up.
+    with contextlib.suppress(ImportError):
+        import_module("deepspeed.module_inject.auto_ep_comm")
+        import_module("deepspeed.utils.pin_memory")
     if not on_gpu:
         # Collectives over shared memory are compiled at first use, need a compiler, leave files in /dev/shm when
         # killed, and ZeRO never calls them: an empty list of operators switches the attempt off.
