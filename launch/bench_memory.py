@@ -8,7 +8,6 @@ noise, so a loss says whether a way learns, not how good it is.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -109,7 +108,7 @@ def measure(way: str, options: argparse.Namespace, scratch: Path) -> dict[str, A
         settings = flags.read([*way.split(), *base_flags(options, scratch), "--lr", str(rate)]).settings
         optim.refuse_early(settings.train, stage=0, on_cpu=world.device.type == "cpu")
         precision = options.precision or ("bf16" if engine.has_bf16(world.device) else "fp32")
-        start = 0 if world.device.type == "cuda" else resident()
+        start = 0 if world.device.type == "cuda" else engine.peak_memory(world.device)
         data = rows_to_learn(options, vocabulary(options))
         model = build(settings, hashed=False, device=world.device)
         batch = settings.train.batch(1)
@@ -177,11 +176,6 @@ def rows_to_learn(options: argparse.Namespace, words: int) -> Any:
 
     train, val = side(options.micro_batch * options.steps), side(4)
     return Prepared(folder=Path(), facts={}, train=train, val=val, val_texts=(), pad_id=0)
-
-
-def resident() -> int:
-    """Bytes: the largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -285,3 +286,11 @@ def test_an_engine_that_the_garbage_collector_ends_does_not_import(tiny, records
     data = prepare(flags.read(arguments).settings.data, model=tiny, global_batch=2).folder
     log = tmp_path / "log"
     assert on_ranks(1, ends, arguments, str(data), log=log) == 0, log.read_text()
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it():
+    ballast = torch.ones(3 * 2**28)  # 3 GiB
+    ask = "import torch; from trainer.engine import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=True)
+    assert 2**26 < int(done.stdout) < 2**31
+    assert engine.peak_memory(torch.device("cpu")) > ballast.nbytes

@@ -4,11 +4,13 @@ import contextlib
 import ctypes
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -200,9 +202,13 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the GPU allocator's peak, or the largest resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    try:  # Linux's own count: that of getrusage begins with the size of the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def has_bf16(device: torch.device) -> bool:
