@@ -76,7 +76,7 @@ class _Adapted(torch.autograd.Function):
                 to_x = torch.mm(by, weight.T.to(by.dtype)).addmm_(to_inner, down).view(shape).to(dtype)
             to_bias = by.sum(0) if ctx.needs_input_grad[2] else None
             to_a = torch.mm(to_inner.T, rows).to(ctx.dtypes[0]) * ctx.scaling
-            to_b = torch.mm(inner[:, : up.shape[1]].T, by).T.to(
-                ctx.dtypes[1]
-            )  # the other way round takes twice as long
+            to_b = torch.mm(inner[:, : up.shape[1]].T, by)  # the other way round it takes twice as long
+            # Laid out as the weight is: an optimizer of one kernel takes no other, and graphs hand it over as it is.
+            to_b = to_b.to(ctx.dtypes[1]).T.contiguous()
         return to_x, None, to_bias, to_a, to_b, None
