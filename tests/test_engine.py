@@ -174,6 +174,19 @@ def test_a_packed_base_is_not_taken_for_a_whole_one():
     assert chosen == ["zero2_offload", "zero0"]
 
 
+def test_ranks_of_one_processor_divide_nothing_for_they_hold_it_in_common():
+    whole = Counts(frozen=0, trainable=GPT2)
+    chosen = [
+        choose_zero_file(counts=whole, ranks=2, memory=None, precision=precision, in_common=True)
+        for precision in ("fp32", "bf16", "fp16")
+    ]
+    assert [file.name for file in chosen] == ["zero0", "zero0", "zero1"]
+    assert "in common" in chosen[0].reason
+    assert engine.planned_world(2, "cpu").is_one_processor
+    assert not engine.planned_world(1, "cpu").is_one_processor
+    assert not dataclasses.replace(engine.planned_world(4, "cpu"), local_size=2).is_one_processor, "of two machines"
+
+
 def test_fp16_never_gets_stage_0_which_has_no_loss_scale():
     assert choose_zero_file(counts=Counts(frozen=0, trainable=GPT2), ranks=1, memory=None, precision="fp16").stage == 1
 

@@ -260,6 +260,9 @@ def estimate(
     passes = gathered + kept + gradients + max(early + top, head + working(shape, load))
     flat = size * min(counts.trainable, REDUCE_BUCKET)  # gradients are laid end to end for the reduction or the step
     row = 4.0 * counts.trainable if ranks > 1 and stage < 2 and not load.gpu and load.precision != "fp16" else 0.0
+    if row and not stage:  # of a weight all ranks but its owner write a gradient, which the owner reads
+        row *= 2 * (ranks - 1) / ranks
+        held = replace(held, optimizer=held.optimizer / ranks)
     update = held.gradients + (flat / ranks if stage else 0.0 if row else flat)
     return Estimate(
         state=held, activations=kept, logits=top, gathered=gathered, passes=passes, update=update, row=row,

@@ -58,6 +58,12 @@ class Plan:
         return self.world.device.type == "cpu" and self.dropout > 0 and not self.compiled
 
     @property
+    def in_common(self) -> bool:
+        """Whether the ranks of one processor hold weights and moments once and divide the update."""
+        float32 = self.precision != "fp16" and self.settings.train.optim not in EIGHT_BIT
+        return self.world.is_one_processor and self.zero.stage == 0 and float32
+
+    @property
     def halved(self) -> bool:
         """Whether the frozen base is held in bfloat16."""
         return engine.holds_halves(
@@ -139,6 +145,7 @@ class Plan:
     def _way(self) -> str:
         way = "directly, past DeepSpeed's hooks" if self.direct else "through DeepSpeed"
         way += ", compiled" * self.compiled + ", recorded as CUDA graphs" * self.recorded
+        way += ", state in common" * self.in_common
         way += ", adapters fused with their layers" * self.fuses_adapters(self.zero.stage)
         return way + ", dropout by blocks" * self.by_blocks + ", the frozen base in bfloat16" * self.halved
 
@@ -164,6 +171,7 @@ class Plan:
             "direct": self.direct,
             "compiled": self.compiled,
             "recorded": self.recorded,
+            "state_in_common": self.in_common,
             "adapters_fused": self.fuses_adapters(self.zero.stage),
             "dropout_by_blocks": self.by_blocks,
             "base_in_bf16": self.halved,
@@ -237,6 +245,7 @@ def _zero_file(settings: Settings, world: World, model: dict[str, Any], precisio
         return engine.read_zero_file("zero0", f"--optim {settings.train.optim} is not divided")
     return engine.choose_zero_file(
         counts=Counts.of(model), ranks=world.size, memory=engine.device_memory(world.device), precision=precision,
+        in_common=world.is_one_processor,
     )  # fmt: skip
 
 

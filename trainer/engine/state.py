@@ -161,11 +161,13 @@ class State:
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
             held = self.optimizer.fp32_partitioned_groups_flat
         for flat in held:
-            inner.state[flat] = {
-                "step": torch.tensor(float(steps), device=flat.device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
+            if flat not in inner.state:  # else in memory that ranks have in common
+                inner.state[flat] = {
+                    "step": torch.zeros((), device=flat.device),
+                    "exp_avg": torch.zeros_like(flat),
+                    "exp_avg_sq": torch.zeros_like(flat),
+                }
+            inner.state[flat]["step"].fill_(steps)
         for name, parameter in self.trainable.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 value = read(f"{key}/{name}")

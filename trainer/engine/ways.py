@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from trainer.engine.shared import Shared
+from trainer.engine.shared import Common, Shared
 from trainer.engine.world import World
 from trainer.loss import TokenLoss
 
@@ -88,7 +88,9 @@ class Direct:
             for hook in self.zero._grad_acc_hooks:
                 hook.remove()
         alike = all(parameter.dtype == torch.float32 for parameter in self.trained)
-        self.shared = Shared.of(world, self._widest()) if alike else None
+        divides = self.zero is None and type(self.optimizer) is torch.optim.AdamW
+        self.common = Common.of(world, self.optimizer, self.trained) if alike and divides else None
+        self.shared = Shared.of(world, self._widest()) if alike and not self.common else None
         #: torch's fused AdamW divides by a scale and leaves an update out on the device's word: nobody has to wait
         self.guarded = bool(self.optimizer.defaults.get("fused"))
         self._broken = torch.zeros((), device=world.device)  # one after an update that was left out: no other follows
@@ -127,6 +129,8 @@ class Direct:
             self._apply(held, norm, sound)
             if self.zero is not None:
                 self._spread()
+            if self.common is not None:
+                self.common.wait()
         finally:
             self._clear()
         return Update(grad_norm=norm)
@@ -144,8 +148,14 @@ class Direct:
                 part.grad = None
 
     def _reduced_whole(self) -> list[Tensor]:
-        """Stage 0: every weight's gradient, summed over the ranks."""
+        """Stage 0: every weight's gradient, summed over the ranks; of `common` ones those that this rank updates."""
         gradients = [p.grad for p in self.trained if p.grad is not None]
+        if self.common is not None:
+            held = self.common.reduce(gradients)
+            for number, parameter in enumerate(self.trained):
+                if not self.common.owns(number):
+                    parameter.grad = None  # an optimizer leaves it alone
+            return held
         if self.shared is not None:
             self.shared.all_reduce(gradients)
         elif self.world.size > 1:
@@ -179,10 +189,11 @@ class Direct:
 
     def _norm(self, held: list[Tensor]) -> Tensor:
         """Of the whole gradient, 0-dimensional float32 on the device."""
-        if self.zero is None:
+        if self.zero is None and self.common is None:
             return nn.utils.get_total_norm(held)
-        pieces = [piece for gradient in held for piece in gradient.split(PIECE)]
-        square = torch.stack(torch._foreach_norm(pieces)).double().square().sum()
+        pieces = [piece for gradient in held for piece in gradient.flatten().split(PIECE)]
+        norms = torch.stack(torch._foreach_norm(pieces)) if pieces else torch.zeros(0, device=self.world.device)
+        square = norms.double().square().sum()
         if self.world.size > 1:
             dist.all_reduce(square)
         return square.sqrt().float()

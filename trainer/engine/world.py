@@ -66,6 +66,12 @@ class World:
         return answers[self.rank - self.local_rank if per_node else 0][0]  # type: ignore[return-value]
 
     @property
+    def is_one_processor(self) -> bool:
+        """Whether several ranks share the processor of one machine, whose memory all of them can see."""
+        here = self.device.type == "cpu" and self.local_size == self.size > 1
+        return here and hasattr(os, "memfd_create")
+
+    @property
     def nodes(self) -> int:
         """Machines taking part, each with the same number of ranks."""
         return self.size // self.local_size

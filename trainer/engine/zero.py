@@ -143,8 +143,13 @@ def _walk(value: Any, where: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _walk(inner, path)
 
 
-def choose_zero_file(*, counts: Counts, ranks: int, memory: int | None, precision: str) -> ZeroFile:
-    """The ZeRO file where the user named none, and why: by the state per rank of `trainer.memory`."""
+def choose_zero_file(
+    *, counts: Counts, ranks: int, memory: int | None, precision: str, in_common: bool = False
+) -> ZeroFile:  # fmt: skip
+    """The ZeRO file where the user named none, and why: by the state per rank of `trainer.memory`.
+
+    `in_common`: whether the ranks are of one processor, which holds the state of stage 0 once for all of them.
+    """
 
     def held(stage: int) -> float:
         return model_state(counts, stage=stage, ranks=ranks, precision=precision).total
@@ -159,6 +164,8 @@ def choose_zero_file(*, counts: Counts, ranks: int, memory: int | None, precisio
         return read_zero_file(
             "zero2_offload", f"one rank, and {whole / 2**30:.1f} GiB of model state: the optimizer's moves to the host"
         )
+    if in_common and precision != "fp16":
+        return read_zero_file("zero0", "ranks of one processor hold the state in common and divide the update")
     if fits(held(1)):
         return read_zero_file("zero1", "optimizer state is divided over the ranks at no extra communication")
     if fits(held(2)):
