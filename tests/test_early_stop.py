@@ -19,7 +19,7 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig
 from trainer import checkpoint, flags, loop
 from trainer.checkpoint import Progress
 from trainer.data import load, prepare
-from trainer.engine import Step
+from trainer.engine import Step, planned_world
 from trainer.errors import UserError
 from trainer.log import rewind
 from trainer.loop import Course
@@ -247,7 +247,7 @@ def test_dropout_sets_all_three_of_gpt2_and_the_plan_says_so(words, prepared):
     settings = flags.read(["--mode", "full", *words, "--dropout", "0.25"]).settings
     config = load_config(settings.model)
     assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0.25, 0.25, 0.25)
-    world: Any = SimpleNamespace(size=1, nodes=1, threads=1, device=SimpleNamespace(type="cpu"))
+    world = planned_world(1, "cpu")
     model = {"trainable": 1, "parameters": 1, "name": "x", "lora_targets": []}
     plan = make_plan(settings, world, load(prepared), model, config)
     assert plan.resolved()["dropout"] == 0.25, "the fact by which the comparison tells runs apart"

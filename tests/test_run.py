@@ -95,7 +95,8 @@ def test_run_json_says_what_was_decided(left):
     assert about["resolved"]["ranks"] == 2
     assert about["resolved"]["accumulation"] == 2
     assert about["resolved"]["total_steps"] == 14
-    assert about["deepspeed"]["zero_optimization"] == {"stage": 1}
+    assert about["deepspeed"]["zero_optimization"] == {"stage": 0}
+    assert about["resolved"]["state_in_common"]
     assert about["data"]["train"]["records"] == 25
     assert about["data"]["val"]["examples"] == 9
     assert len(about["data"]["fingerprint"]) >= 16
