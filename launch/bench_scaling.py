@@ -51,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
             for width, block, ranks in _grid(given):
                 chosen.append(
                     Variant(
-                        program="ours", mode="full", batch=max(ranks, given.tokens // block), zero="zero1" if ranks > 1
-                        else "zero0", ranks=ranks, model=_shape(Path(scratch), width), block_size=block,
-                        device=given.device, dropout=0.1, windows=given.windows, window=1, warmup=1,
+                        program="ours", mode="full", batch=max(ranks, given.tokens // block), zero=None, ranks=ranks,
+                        model=_shape(Path(scratch), width), block_size=block, device=given.device, dropout=0.1,
+                        windows=given.windows, window=1, warmup=1,
                     )
                 )  # fmt: skip
             rows, _ = measured(chosen, rounds=given.rounds)

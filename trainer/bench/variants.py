@@ -24,7 +24,7 @@ class Variant:
     program: str  #: ours, or one of PEERS
     mode: str
     batch: int  #: examples per step over all ranks
-    zero: str | None  #: the ZeRO file; None for programs that have none
+    zero: str | None  #: the ZeRO file; None: the program's own choice
     ranks: int = 1
     model: str = "gpt2"
     block_size: int = 1024

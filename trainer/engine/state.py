@@ -59,6 +59,7 @@ class State:
 
         @torch.no_grad()
         def restore() -> None:
+            self.world.gather(None)  # ranks of one processor have the weights in common: nobody may still read them
             for tensor, kept in tensors:
                 tensor.detach().copy_(kept)
             for flat in [flat for flat in inner.state if flat not in states]:
