@@ -217,9 +217,10 @@ def _slopes(logits: Tensor, targets: Tensor) -> Tensor:
         logs = _log_softmax(part)
         nll.append(_picked(logs, wanted))
         at = wanted.clamp(min=0)[:, None]
-        logs.exp_().scatter_add_(1, at, -torch.ones_like(logs[:, :1]))
-        if logs is not part:
-            part.copy_(logs)
+        place = part if part.dtype == torch.float32 else logs
+        torch.exp(logs, out=place).scatter_add_(1, at, -torch.ones_like(logs[:, :1]))
+        if place is not part:
+            part.copy_(place)
     return torch.cat(nll)
 
 
