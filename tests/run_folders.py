@@ -50,6 +50,7 @@ def facts(mode: str = "full", *, seed: int = 42, preset: str = "demo", **given: 
             "total_steps": 3 * steps,
             "threads_per_rank": 2,
             "dropout": 0.1,
+            "adapters_fused": mode == "lora",
         },
         "deepspeed": {"train_batch_size": 8, "zero_optimization": {"stage": 0}},
         "data": {

@@ -97,6 +97,7 @@ def test_every_setting_and_data_fact_is_in_the_table_and_only_the_different_are_
     assert found["data.fingerprint"].same
     assert found["data.fingerprint"].known == (False, True, True)  # nobody knows the card's
     assert found["settings.lora.rank"].values == ("not used", "not used", 8)  # run.json of a full run has it, too
+    assert found["resolved.adapters_fused"].values[1:] == ("not used", True)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(run: Any) -> None:

@@ -167,7 +167,8 @@ def _used(run: Run) -> dict[str, Any]:
 
 
 def _of_lora(name: str) -> bool:
-    return name.startswith("settings.lora.") or name == "model.lora_targets"
+    others = ("model.lora_targets", "resolved.adapters_fused", "resolved.base_in_bf16")
+    return name.startswith("settings.lora.") or name in others
 
 
 def _fact(name: str, columns: Sequence[Sequence[Mapping[str, Any]]], with_card: bool) -> Fact:
