@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -232,19 +233,25 @@ def test_initialize_and_backward_take_the_arguments_we_pass():
     )
 
 
-def attributes(arguments: list[str], data: str) -> int:
-    """On a rank: what the engine reads of DeepSpeed's objects under stages 1 and 3."""
+def engines(arguments: list[str], data: str, names: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """On a rank: (name, world, engine) under each of these ZeRO files."""
     from trainer.data import load
     from trainer.model import build, load_config
     from trainer.plan import make_plan
 
     world = engine.start_world()
     rows = load(Path(data))
-    for name in ("zero1", "zero3"):
+    for name in names:
         settings = flags.read([*arguments, "--ds-config", name]).settings
         model = build(settings)
         plan = make_plan(settings, world, rows, model.facts, load_config(settings.model))
-        made = engine.Engine(world, model, plan.deepspeed, settings.train, plan.precision)
+        yield name, world, engine.Engine(world, model, plan.deepspeed, settings.train, plan.precision)
+    engine.leave_world()
+
+
+def attributes(arguments: list[str], data: str) -> int:
+    """On a rank: what the engine reads of DeepSpeed's objects under stages 1 and 3."""
+    for name, world, made in engines(arguments, data, ("zero1", "zero3")):
         assert made.deepspeed.skipped_steps == 0
         assert callable(made.deepspeed.get_global_grad_norm)
         first = next(iter(made.trainable.values()))
@@ -256,49 +263,38 @@ def attributes(arguments: list[str], data: str) -> int:
             assert first.ds_tensor.ds_numel * world.size >= first.ds_numel
             assert tuple(first.ds_shape) != tuple(first.shape)
             assert made.optimizer.fp32_partitioned_groups_flat
-    engine.leave_world()
     return 0
-
-
-def test_what_we_read_of_its_engines_and_parameters_is_there(tiny, records, tmp_path):
-    from trainer.data import prepare
-
-    line = f"--mode full --model {tiny} --data {records[0]} --val-data {records[1]} --block-size 16 --global-batch 2"
-    arguments = [*line.split(), *TEMPLATES]
-    data = prepare(flags.read(arguments).settings.data, model=tiny, global_batch=2).folder
-    log = tmp_path / "log"
-    assert on_ranks(1, attributes, arguments, str(data), log=log) == 0, log.read_text()
 
 
 def ends(arguments: list[str], data: str) -> int:
     """On a rank: the finalizer of an engine, which imports nothing."""
-    from trainer.data import load
-    from trainer.model import build, load_config
-    from trainer.plan import make_plan
-
-    world = engine.start_world()
-    rows = load(Path(data))
-    for name in ("zero0", "zero1", "zero3"):
-        settings = flags.read([*arguments, "--ds-config", name]).settings
-        model = build(settings)
-        plan = make_plan(settings, world, rows, model.facts, load_config(settings.model))
-        made = engine.Engine(world, model, plan.deepspeed, settings.train, plan.precision)
+    ended = []
+    for name, _, made in engines(arguments, data, ("zero0", "zero1", "zero3")):
         known = set(sys.modules)
         made.deepspeed.__del__()
         assert set(sys.modules) == known, set(sys.modules) - known
-    engine.leave_world()
+        ended.append(name)
+    assert len(ended) == 3
     return 0
 
 
-def test_an_engine_that_the_garbage_collector_ends_does_not_import(tiny, records, tmp_path):
-    # In the middle of another import that would make the other one fail: KeyError in importlib, up to Python 3.12.
+def alone(target: Callable[..., int], tiny: str, records: tuple[str, str], log: Path) -> None:
+    """`target(arguments, data)` on one rank."""
     from trainer.data import prepare
 
     line = f"--mode full --model {tiny} --data {records[0]} --val-data {records[1]} --block-size 16 --global-batch 2"
     arguments = [*line.split(), *TEMPLATES]
     data = prepare(flags.read(arguments).settings.data, model=tiny, global_batch=2).folder
-    log = tmp_path / "log"
-    assert on_ranks(1, ends, arguments, str(data), log=log) == 0, log.read_text()
+    assert on_ranks(1, target, arguments, str(data), log=log) == 0, log.read_text()
+
+
+def test_what_we_read_of_its_engines_and_parameters_is_there(tiny, records, tmp_path):
+    alone(attributes, tiny, records, tmp_path / "log")
+
+
+def test_an_engine_that_the_garbage_collector_ends_does_not_import(tiny, records, tmp_path):
+    # In the middle of another import that would make the other one fail: KeyError in importlib, up to Python 3.12.
+    alone(ends, tiny, records, tmp_path / "log")
 
 
 def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it():

@@ -200,12 +200,16 @@ def test_ranks_of_one_processor_hold_a_row_of_the_table_that_they_sum_through():
     counts = Counts(frozen=0, trainable=GPT2)
 
     def row(*, stage: int, ranks: int, **more: Any) -> float:
-        return estimate(SHAPE, counts, Load(rows=2, width=256, **more), stage=stage, ranks=ranks).row
+        load = Load(rows=2, width=256, one_processor=ranks > 1 and not more, **more)
+        return estimate(SHAPE, counts, load, stage=stage, ranks=ranks).row
 
     assert row(stage=0, ranks=2) == row(stage=1, ranks=2) == 4 * GPT2
     assert row(stage=0, ranks=4) == 6 * GPT2, "three others' of a quarter, its own of three quarters"
     assert row(stage=0, ranks=1) == row(stage=2, ranks=2) == row(stage=0, ranks=2, gpu=True) == 0
-    made = estimate(SHAPE, counts, Load(rows=2, width=256), stage=0, ranks=2)
+    apart = estimate(SHAPE, counts, Load(rows=2, width=256), stage=0, ranks=2)
+    assert apart.row == 0, "each on a machine of its own"
+    assert apart.state.optimizer == 8 * GPT2
+    made = estimate(SHAPE, counts, Load(rows=2, width=256, one_processor=True), stage=0, ranks=2)
     assert made.peak == made.state.weights + made.state.optimizer + 4 * GPT2 + max(made.passes, made.update)
     assert made.update == made.state.gradients, "they are read from where they lie"
     assert made.state.optimizer == 4 * GPT2, "each rank touches the moments of its half"

@@ -20,7 +20,8 @@ def load_of(plan: Plan, width: int, micro: int | None = None) -> Load:
     micro = micro or plan.course.batch.micro
     return Load(
         rows=micro, width=width, accumulation=plan.course.batch.global_batch // (micro * plan.world.size),
-        precision=plan.precision, gpu=plan.world.device.type == "cuda", dropout=plan.dropout,
+        precision=plan.precision, gpu=plan.world.device.type == "cuda", one_processor=plan.world.is_one_processor,
+        dropout=plan.dropout,
         adapter_rank=settings.lora.rank if lora else 0, adapter_dropout=settings.lora.dropout,
         adapted=tuple(plan.model["lora_targets"]), packed=settings.model.quant,
         again=settings.engine.checkpoint_activations, largest_logits=LARGEST_LOGITS,

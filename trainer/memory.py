@@ -112,6 +112,7 @@ class Load:
     accumulation: int = 1
     precision: str = "fp32"
     gpu: bool = False
+    one_processor: bool = False  #: whether the ranks are several of one machine's processor (`engine.shared`)
     dropout: float = 0.0
     adapter_rank: int = 0  #: 0: every weight trains
     adapter_dropout: float = 0.0
@@ -259,7 +260,7 @@ def estimate(
     early = head if fused and shape.exact else 0.0  # made with the loss
     passes = gathered + kept + gradients + max(early + top, head + working(shape, load))
     flat = size * min(counts.trainable, REDUCE_BUCKET)  # gradients are laid end to end for the reduction or the step
-    row = 4.0 * counts.trainable if ranks > 1 and stage < 2 and not load.gpu and load.precision != "fp16" else 0.0
+    row = 4.0 * counts.trainable if load.one_processor and stage < 2 and load.precision != "fp16" else 0.0
     if row and not stage:  # of a weight all ranks but its owner write a gradient, which the owner reads
         row *= 2 * (ranks - 1) / ranks
         held = replace(held, optimizer=held.optimizer / ranks)

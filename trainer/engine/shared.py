@@ -25,8 +25,8 @@ class Common:
     """
 
     def __init__(self, world: World, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], memory: Tensor):
-        """Move weights and moments into `memory`: zeros for a row of gradients a rank, for the three, for the steps."""
-        lines = [-(-parameter.numel() // LINE) * LINE for parameter in trained]
+        """Move weights and moments into `memory`: zeros for each rank's gradients, the three, and counts of steps."""
+        lines = _lines(trained)
         *rows, weights, first, second, steps = memory.split([sum(lines)] * (world.size + 3) + [len(trained)])
         self.owner = owners(lines, world.size)
         self.rank = world.rank
@@ -42,8 +42,7 @@ class Common:
     @classmethod
     def of(cls, world: World, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]) -> "Common | None":
         """None, on all ranks alike, where they have no memory in common."""
-        width = sum(-(-parameter.numel() // LINE) * LINE for parameter in trained)
-        memory = in_common(world, (world.size + 3) * width + len(trained))
+        memory = in_common(world, (world.size + 3) * sum(_lines(trained)) + len(trained))
         return None if memory is None else cls(world, optimizer, trained, memory)
 
     @staticmethod
@@ -70,6 +69,11 @@ class Common:
     def wait(self) -> None:
         """Until all ranks have updated what they own."""
         dist.barrier()
+
+
+def _lines(trained: Sequence[nn.Parameter]) -> list[int]:
+    """Elements that each takes, to the end of its last cache line."""
+    return [-(-parameter.numel() // LINE) * LINE for parameter in trained]
 
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
