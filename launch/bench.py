@@ -48,9 +48,9 @@ def _numbers(text: str) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print; a mistake is one line on stderr and exit code 2, a variant that failed is 1."""
     given = parser().parse_args(arguments)
-    from trainer.bench.command import run
-    from trainer.bench.variants import variants
-    from trainer.errors import RunFailed, UserError
+    from trainer.config.errors import RunFailed, UserError
+    from trainer.tools.bench.bench_cli import run
+    from trainer.tools.bench.configs import variants
 
     try:
         device = given.device or ("cuda" if _has_gpu() else "cpu")

@@ -13,9 +13,10 @@ import threading
 import time
 from pathlib import Path
 
-from trainer import flags
-from trainer.base.text import documents
-from trainer.data import epoch_order, load, prepare
+from trainer.config import cli
+from trainer.data.dataset import load, prepare
+from trainer.data.sampler import epoch_order
+from trainer.model.demo.text import documents
 
 HEAD = "| text | tokens | prepare | rate | memory above the start | order of an epoch | rows of a resumed run |"
 
@@ -36,7 +37,7 @@ def measure(megabytes: int, model: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
         write_text(text, megabytes * 10**6)
-        settings = flags.read(["--mode", "full", "--data", str(text), "--model", model]).settings
+        settings = cli.read(["--mode", "full", "--data", str(text), "--model", model]).settings
         prepare_small(Path(scratch), model)  # the libraries are in memory before the count starts
         watch = Watch()
         began = time.perf_counter()
@@ -72,7 +73,7 @@ def prepare_small(scratch: Path, model: str) -> None:
     """One small preparation, for what it imports."""
     small = scratch / "small.txt"
     write_text(small, 300_000)
-    settings = flags.read(["--mode", "full", "--data", str(small), "--model", model]).settings
+    settings = cli.read(["--mode", "full", "--data", str(small), "--model", model]).settings
     prepare(settings.data, model=model, global_batch=1, cache=scratch / "small-cache")
 
 

@@ -15,6 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from trainer.distributed.deepspeed_config import deepspeed_dict, read_zero_file
+from trainer.distributed.process_group import has_bf16, peak_memory
+
 SHAPES = {  # width, layers, heads, vocabulary, longest row
     "tiny": (64, 2, 2, 512, 128),
     "gpt2": (768, 12, 12, 50_257, 1024),
@@ -93,27 +96,29 @@ def measure(way: str, options: argparse.Namespace, scratch: Path) -> dict[str, A
     import peft  # noqa: F401
     import torch
 
-    from trainer import engine, flags, optim
-    from trainer.checkpoint import Checkpoints, Progress
-    from trainer.engine import Engine, leave_world, start_world
-    from trainer.loop import Course, train
-    from trainer.model import build
-    from trainer.plan import cpu_name
-    from trainer.records import EvalRecord, StepRecord
-    from trainer.settings import LORA_RATE_FACTOR
+    from trainer.config import cli
+    from trainer.config.schema import LORA_RATE_FACTOR
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import leave_world, start_world
+    from trainer.model import optimizer
+    from trainer.model.build import build
+    from trainer.tracking.records import EvalRecord, StepRecord
+    from trainer.training.checkpoint import Checkpoints, Progress
+    from trainer.training.loop import Course, train
+    from trainer.training.run_plan import cpu_name
 
     world = start_world()
     try:
         rate = RATE * (LORA_RATE_FACTOR if "--mode lora" in way else 1)
-        settings = flags.read([*way.split(), *base_flags(options, scratch), "--lr", str(rate)]).settings
-        optim.refuse_early(settings.train, stage=0, on_cpu=world.device.type == "cpu")
-        precision = options.precision or ("bf16" if engine.has_bf16(world.device) else "fp32")
-        start = 0 if world.device.type == "cuda" else engine.peak_memory(world.device)
+        settings = cli.read([*way.split(), *base_flags(options, scratch), "--lr", str(rate)]).settings
+        optimizer.refuse_early(settings.train, stage=0, on_cpu=world.device.type == "cpu")
+        precision = options.precision or ("bf16" if has_bf16(world.device) else "fp32")
+        start = 0 if world.device.type == "cuda" else peak_memory(world.device)
         data = rows_to_learn(options, vocabulary(options))
         model = build(settings, hashed=False, device=world.device)
         batch = settings.train.batch(1)
-        zero = engine.read_zero_file("zero0")
-        config = engine.deepspeed_dict(zero, batch=batch, clip=settings.train.clip, precision=precision)
+        zero = read_zero_file("zero0")
+        config = deepspeed_dict(zero, batch=batch, clip=settings.train.clip, precision=precision)
         running = Engine(world, model, config, settings.train, precision)
         course = Course(settings=settings, batch=batch, total_steps=options.steps, steps_per_epoch=options.steps)
         saver = Checkpoints(scratch / "checkpoints", world, keep=1, identity={})
@@ -123,7 +128,7 @@ def measure(way: str, options: argparse.Namespace, scratch: Path) -> dict[str, A
         return {
             "trainable": model.facts["trainable"],
             "optimizer_bytes": running.state.optimizer_bytes(),
-            "peak_bytes": engine.peak_memory(world.device) - start,
+            "peak_bytes": peak_memory(world.device) - start,
             "checkpoint_bytes": sum(path.stat().st_size for path in (scratch / "checkpoints").rglob("*.*")),
             "tokens_per_second": statistics.median(speeds[1:] or speeds),
             "loss": [r.loss for r in records if isinstance(r, EvalRecord)][-1],
@@ -164,7 +169,8 @@ def rows_to_learn(options: argparse.Namespace, words: int) -> Any:
     """Training and validation rows whose ids count upwards from a random start, two steps at a time now and then."""
     import numpy as np
 
-    from trainer.data import Prepared, Rows
+    from trainer.data.dataset import Prepared
+    from trainer.data.token_dataset import Rows
 
     dice = np.random.default_rng(0)
 

@@ -1,7 +1,7 @@
 """Measure how the cost of a token grows with ranks, block length and model size, and model more GPUs than are here.
 
 `python launch/bench_scaling.py` prints Markdown tables: measured ones on this machine, each variant in processes of its
-own and in alternation; and one of 8 and 64 GPUs by the formula of `trainer.bench.scaling`, from the time of a step that
+own and in alternation; and one of 8 and 64 GPUs by the formula of `trainer.tools.bench.comm_model`, from the time of a step that
 is given with --step-ms.
 """
 
@@ -40,9 +40,9 @@ def _numbers(text: str) -> list[int]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; 1 where a variant failed."""
     given = parser().parse_args(arguments)
-    from trainer.bench.command import measured
-    from trainer.bench.scaling import table
-    from trainer.bench.variants import Variant
+    from trainer.tools.bench.bench_cli import measured
+    from trainer.tools.bench.comm_model import table
+    from trainer.tools.bench.configs import Variant
 
     failed = 0
     if not given.only_model:

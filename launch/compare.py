@@ -62,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
     given = parser().parse_args(arguments)
-    from trainer.errors import UserError
-    from trainer.report.command import run
+    from trainer.config.errors import UserError
+    from trainer.report.compare_cli import run
 
     try:
         return run(given)

@@ -37,18 +37,18 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and look; a mistake is one line on stderr."""
     own, rest = parser().parse_known_args(arguments)
-    from trainer.errors import UserError
-    from trainer.flags import read
+    from trainer.config.cli import read
+    from trainer.config.errors import UserError
 
     try:
         request = read(rest)
         if own.ranks is not None and own.ranks < 1:
             raise UserError(f"--ranks {own.ranks}: expected a whole number from 1")
         environ = dict(os.environ)
-        from trainer.log import quiet
+        from trainer.tracking.silence import quiet
 
         quiet()  # before the libraries it silences are imported
-        from trainer.doctor.command import run
+        from trainer.tools.doctor.doctor_cli import run
 
         return run(
             request, environ=environ, ranks=own.ranks, as_json=own.json, rehearse=not own.no_rehearsal, limit=own.limit

@@ -47,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
     given = parser().parse_args(arguments)
-    from trainer.errors import RunFailed, UserError
-    from trainer.log import quiet
+    from trainer.config.errors import RunFailed, UserError
+    from trainer.tracking.silence import quiet
 
     quiet()  # before the libraries it silences are imported
-    from trainer.export.command import run
+    from trainer.export.export_cli import run
 
     try:
         return run(given.run, which=given.checkpoint, merge=given.merge, out=given.out)

@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run, compare, print; a mistake is one line on stderr."""
     given, passed = parser().parse_known_args(arguments)
-    from trainer import study
-    from trainer.errors import UserError
+    from trainer.config.errors import UserError
+    from trainer.tools.study import study
 
     try:
         if given.at_once < 1:
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _numbers(flag: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
     """The numbers of a comma-separated list; UserError where one is none, or not above 0."""
-    from trainer.errors import UserError
+    from trainer.config.errors import UserError
 
     try:
         found = tuple(kind(part) for part in text.split(","))

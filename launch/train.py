@@ -6,12 +6,12 @@ import sys
 
 def main() -> int:
     """Parse, run, and turn a mistake into one line: exit code 2 for the user's, 1 for a run that failed."""
-    from trainer.errors import RunFailed, UserError
-    from trainer.flags import read
+    from trainer.config.cli import read
+    from trainer.config.errors import RunFailed, UserError
 
     try:
         request = read()
-        from trainer.log import quiet
+        from trainer.tracking.silence import quiet
 
         quiet()  # before the libraries it silences are imported
         from trainer.run import run

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from ranks import on_ranks
 
-from trainer import flags
-from trainer.checkpoint import Checkpoints, choose
-from trainer.data import Rows, load
-from trainer.engine import World, leave_world, start_world
-from trainer.loop import evaluate, train
-from trainer.model import build, load_config
-from trainer.plan import make_plan
-from trainer.records import to_line
+from trainer.config import cli
+from trainer.data.dataset import load
+from trainer.data.token_dataset import Rows
+from trainer.distributed.process_group import World, leave_world, start_world
+from trainer.model.build import build, load_config
 from trainer.run import _engine
+from trainer.tracking.records import to_line
+from trainer.training.checkpoint import Checkpoints, choose
+from trainer.training.loop import evaluate, train
+from trainer.training.run_plan import make_plan
 
 AT_ONCE = 20  # jobs of one group of ranks; each takes a second or less on a quiet machine
 
@@ -45,7 +46,7 @@ def run_cells(jobs: list[dict[str, Any]]) -> int:
 
 def run_cell(world: World, job: dict[str, Any]) -> None:
     """One job of `run_cells`."""
-    settings = flags.read(job["flags"]).settings
+    settings = cli.read(job["flags"]).settings
     data = load(Path(job["data"]))
     model = build(settings, device=world.device)
     plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
@@ -69,7 +70,7 @@ def evaluate_cells(jobs: list[dict[str, Any]]) -> int:
     world = start_world()
     try:
         for job in jobs:
-            settings = flags.read(job["flags"]).settings
+            settings = cli.read(job["flags"]).settings
             data = load(Path(job["data"]))
             model = build(settings)
             plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
@@ -105,9 +106,9 @@ def reference(arguments: list[str], data_folder: Path) -> tuple[list[dict[str, f
     Each step feeds the whole global batch as one padded batch through the model's own logits. Returns
     (rows of step and evaluation losses and gradient norms, final weights).
     """
-    from trainer.data import epoch_order
+    from trainer.data.sampler import epoch_order
 
-    settings = flags.read(arguments).settings
+    settings = cli.read(arguments).settings
     data = load(data_folder)
     model = build(settings)
     train_settings, module = settings.train, model.module

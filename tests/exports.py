@@ -12,14 +12,18 @@ import ranks
 import torch
 from torch import Tensor
 
-from trainer import export, flags, verify
-from trainer.checkpoint import Checkpoints, Progress
-from trainer.data import load
-from trainer.engine import Engine, leave_world, start_world
-from trainer.export import check, folder
-from trainer.loop import train
-from trainer.model import build, load_config
-from trainer.plan import make_plan
+from trainer import run
+from trainer.config import cli
+from trainer.data.dataset import load
+from trainer.distributed.engine import Engine
+from trainer.distributed.process_group import leave_world, start_world
+from trainer.export import folder, verify, verify_worker
+from trainer.export.folder import base_of, gathered, save_folder
+from trainer.export.verify import check_logits, fixed_rows
+from trainer.model.build import build, load_config
+from trainer.training.checkpoint import Checkpoints, Progress
+from trainer.training.loop import train
+from trainer.training.run_plan import make_plan
 
 
 def export_all(jobs: list[dict[str, Any]]) -> int:
@@ -27,22 +31,22 @@ def export_all(jobs: list[dict[str, Any]]) -> int:
     world = start_world()
     try:
         for job in jobs:
-            settings = flags.read(job["flags"]).settings
+            settings = cli.read(job["flags"]).settings
             data, out = load(Path(job["data"])), Path(job["out"])
             model = build(settings)
             plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
             engine = Engine(world, model, plan.deepspeed, settings.train, plan.precision)
             saver = Checkpoints(out / f"{job['name']}-checkpoints", world, keep=1, identity={"base": "test"})
             records = list(train(engine, data, plan.course, Progress(), saver, lambda: False))
-            ids = export.fixed_rows(data)
-            logits = export.check_logits(model.module, ids, world.device)
+            ids = fixed_rows(data)
+            logits = check_logits(model.module, ids, world.device)
             alive = Alive()
-            weights = export.gathered(alive.watch(engine.state.whole_weights()), keep=world.rank == 0)
+            weights = gathered(alive.watch(engine.state.whole_weights()), keep=world.rank == 0)
             most = world.gather(alive.most)
             if world.rank == 0:
                 (out / job["name"]).mkdir()
-                export.save_folder(
-                    out / job["name"], model.module, weights, base=export.base_of(model, out),
+                save_folder(
+                    out / job["name"], model.module, weights, base=base_of(model, out),
                     tokenizer=settings.model.model,
                 )  # fmt: skip
                 loss = [r.loss for r in records if hasattr(r, "eval_tokens")][-1]
@@ -75,7 +79,7 @@ def in_this_process(job: Path) -> "subprocess.CompletedProcess[str]":
     import json
 
     try:
-        answer = verify.verify(json.loads(job.read_text()))
+        answer = verify_worker.verify(json.loads(job.read_text()))
     except Exception as problem:
         return subprocess.CompletedProcess([], 1, stdout="", stderr=f"Traceback\n{problem}")
     return subprocess.CompletedProcess([], 0, stdout=json.dumps(answer), stderr="")
@@ -83,20 +87,20 @@ def in_this_process(job: Path) -> "subprocess.CompletedProcess[str]":
 
 def quick(arguments: list[str]) -> int:
     """A whole run that checks its export in the same process."""
-    check._fresh_process = in_this_process
+    verify._fresh_process = in_this_process
     return ranks.command(arguments)
 
 
 def counted(arguments: list[str], place: str) -> int:
     """A whole run of which each rank writes down how many gathered tensors it kept."""
-    honest = export.gathered
+    honest = run.gathered
 
     def gathered(weights: Iterator[tuple[str, Tensor]], *, keep: bool) -> dict[str, Tensor]:
         kept = honest(weights, keep=keep)
         (Path(place) / f"kept-{os.environ['RANK']}").write_text(str(len(kept)))
         return kept
 
-    export.gathered = gathered
+    run.gathered = gathered
     return ranks.command(arguments)
 
 

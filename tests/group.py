@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ranks import CONTEXT, _work, command, environment, free_port
 
-from trainer.log import quiet
+from trainer.tracking.silence import quiet
 
 quiet()  # before the ranks' server imports torch: its store says on stderr that a killed rank is gone
 ENDS = 60  # seconds after which a run that lost a rank must be gone

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 from cells import read_cell, run_cell
 
-from trainer import export, flags, verify
-from trainer.checkpoint import choose
-from trainer.data import load
-from trainer.engine import leave_world, start_world
-from trainer.loop import evaluate
-from trainer.model import build, load_config
-from trainer.plan import make_plan
+from trainer.config import cli
+from trainer.data.dataset import load
+from trainer.distributed.process_group import leave_world, start_world
+from trainer.export import verify_worker
+from trainer.export.folder import base_of, gathered, save_folder
+from trainer.export.verify import check_logits, fixed_rows
+from trainer.model.build import build, load_config
 from trainer.run import _engine
+from trainer.training.checkpoint import choose
+from trainer.training.loop import evaluate
+from trainer.training.run_plan import make_plan
 
 STOP = 2  # the step after which the run is stopped
 
@@ -36,25 +39,25 @@ def prove(jobs: list[dict[str, Any]]) -> int:
 
 def _exported(job: dict[str, Any], world: Any) -> dict[str, Any]:
     """The facts about the folder of the last checkpoint, with what the trained model itself answered."""
-    settings, out = flags.read(job["flags"]).settings, Path(job["out"])
+    settings, out = cli.read(job["flags"]).settings, Path(job["out"])
     data = load(Path(job["data"]))
     model = build(settings, device=world.device)
     plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
     point = choose(out / f"{job['name']}-checkpoints", "latest")
     engine, progress = _engine(plan, model, point)
     loss, _ = evaluate(engine, data.val, settings.train.eval_batch)
-    ids = export.fixed_rows(data)
-    logits = export.check_logits(model.module, ids, world.device)
-    weights = export.gathered(engine.state.whole_weights(), keep=world.rank == 0)
+    ids = fixed_rows(data)
+    logits = check_logits(model.module, ids, world.device)
+    weights = gathered(engine.state.whole_weights(), keep=world.rank == 0)
     optimizer_bytes = engine.state.optimizer_bytes()
     if world.rank:
         return {}
     folder = out / f"{job['name']}-folder"
     folder.mkdir()
-    base = export.base_of(model, out)
-    export.save_folder(folder, model.module, weights, base=base, tokenizer=None)
+    base = base_of(model, out)
+    save_folder(folder, model.module, weights, base=base, tokenizer=None)
     np.savez(out / f"{job['name']}-logits.npz", input_ids=ids, logits=logits)
-    answer = verify.verify({
+    answer = verify_worker.verify({
         "folder": str(folder), "logits": str(out / f"{job['name']}-logits.npz"), "data": job["data"],
         "eval_batch": settings.train.eval_batch, "device": "cpu", "precision": "fp32",
     })  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["trainer.run", "trainer.verify", "deepspeed", "peft", "wandb", "ranks"])
+CONTEXT.set_forkserver_preload(["trainer.run", "trainer.export.verify_worker", "deepspeed", "peft", "wandb", "ranks"])
 TIMEOUT = 240  # seconds; a healthy run takes 2 to 10
 
 

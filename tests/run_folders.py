@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer import settings
-from trainer.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
-from trainer.schedule import learning_rate
+from trainer.config import schema
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
+from trainer.training.lr_schedule import learning_rate
 
 EXAMPLES = 240
 BLOCK = 256
@@ -20,7 +20,7 @@ FLOOR = {"full": 2.0, "lora": 2.1}
 
 def facts(mode: str = "full", *, seed: int = 42, preset: str = "demo", **given: Any) -> dict[str, Any]:
     """The content of a run.json of `mode`; `given` replaces nested values, with dots as `__`: data__vocabulary=9."""
-    chosen = settings.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
+    chosen = schema.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
     steps = math.ceil(EXAMPLES / chosen.train.global_batch)
     total = 2_000_000
     trainable = total if mode == "full" else 19_000

@@ -17,12 +17,14 @@ from test_model import LAYERS, LLAMA, NEOX, D, gpt2, settings, tiny_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trainer import adapters, export, optim, quant, verify
-from trainer.adapters import targets
-from trainer.errors import UserError
-from trainer.model import build, merge_adapters, one_kernel_activations
-from trainer.plan import _notes, _refuse_stage
-from trainer.settings import LoraSettings, Settings
+from trainer.config.errors import UserError
+from trainer.config.schema import LoraSettings, Settings
+from trainer.export import verify_worker
+from trainer.export.folder import base_of, save_folder
+from trainer.model import lora, optimizer, quantization
+from trainer.model.build import build, merge_adapters, one_kernel_activations
+from trainer.model.lora import targets
+from trainer.training.run_plan import _notes, _refuse_stage
 
 LORA = LAYERS * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D))
 OUTPUTS = LAYERS * (3 * D + D + 4 * D + D)
@@ -222,7 +224,7 @@ def test_four_bit_layers_keep_one_arithmetic(tiny, monkeypatch):
     """Else on processors with AVX512-BF16 bitsandbytes computes in bf16, without a gradient, after an evaluation."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     built = build(settings(tiny, "lora", "--quant", "nf4"))
-    layers = list(quant._four_bit(built.module))
+    layers = list(quantization._four_bit(built.module))
     assert len(layers) == 8
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
@@ -245,8 +247,8 @@ def saved(built: Any, folder: Path) -> Any:
     """The model of the exported folder, loaded as its user would."""
     folder.mkdir(exist_ok=True)
     weights = {n: p.detach() for n, p in built.module.named_parameters() if p.requires_grad}
-    export.save_folder(folder, built.module, weights, base=export.base_of(built, folder), tokenizer=None)
-    return SimpleNamespace(module=verify.load_folder(folder, "cpu"), causal=None)
+    save_folder(folder, built.module, weights, base=base_of(built, folder), tokenizer=None)
+    return SimpleNamespace(module=verify_worker.load_folder(folder, "cpu"), causal=None)
 
 
 @pytest.mark.parametrize("of", ["tiny", "llama"])
@@ -361,13 +363,13 @@ def test_the_state_of_an_8_bit_optimizer_is_measured(kind):
     """Two bytes a weight, a float32 scale for 256 of each moment, and two tables of 256 codes that all share."""
     packed, embedding, small = (nn.Parameter(torch.ones(n)) for n in (8192, 4096, 4095))
     train = gpt2("full", "--optim", kind).train
-    optimizer = optim.make([{"params": [packed, embedding, small]}], train, whole=[embedding])
+    adamw = optimizer.make([{"params": [packed, embedding, small]}], train, whole=[embedding])
     expected = 2 * (8192 + 4 * 8192 // 256) + 8 * (4096 + 4095) + 2 * 4 * 256
-    assert optim.state_bytes(optimizer) == expected
+    assert optimizer.state_bytes(adamw) == expected
     for weight in (packed, embedding, small):
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    assert optim.state_bytes(optimizer) == expected
+    assert optimizer.state_bytes(adamw) == expected
     assert all(bool((weight < 1).all()) for weight in (packed, embedding, small))
 
 
@@ -410,4 +412,4 @@ def test_activations_computed_again_change_no_gradient(tiny, words):
 
 
 def test_start_is_kept_for_pissa_only(tiny):
-    assert adapters.start_of(build(settings(tiny)).module, LoraSettings()) == {}
+    assert lora.start_of(build(settings(tiny)).module, LoraSettings()) == {}

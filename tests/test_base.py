@@ -1,12 +1,10 @@
 """The embedded base model: small, loadable, honest about how it was made, and a stranger to the demo data."""
 
 import argparse
-import importlib.util
 import itertools
 import json
 import math
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer import base
-from trainer.base.text import KINDS, documents
 from trainer.data.acled import completion_of, prompt_of
 from trainer.data.demo import DEMO_RECORDS, Dice, events, world
+from trainer.model.demo import pretrain
+from trainer.model.demo.files import FOLDER
+from trainer.model.demo.text import KINDS, documents
 
-FOLDER = Path(base.__file__).parent
 MOST_BYTES = 4_000_000  # what the repository takes
 
 
@@ -124,33 +122,31 @@ def test_it_knows_its_own_kind_of_text_and_has_much_to_learn_on_the_demos(model:
 
 def test_its_card_says_how_it_was_made() -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    for said in ("python launch/make_base.py", "--seed", "validation loss", "license: mit", "tokens", "hardware"):
+    for said in (
+        "python -m trainer.model.demo.pretrain",
+        "--seed",
+        "validation loss",
+        "license: mit",
+        "tokens",
+        "hardware",
+    ):
         assert said in card
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = FOLDER.parents[1] / "launch" / "make_base.py"
-    spec = importlib.util.spec_from_file_location("make_base", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_trains_and_saves_a_folder_that_loads(script: ModuleType, tmp_path: Path) -> None:
-    tokenizer = script.train_tokenizer(seed=1, count=1500)
-    job = (tokenizer.to_str(), 7, 20 * script.BLOCK)
-    train, val = script.make_shard(job), script.make_shard((tokenizer.to_str(), 8, 2 * script.BLOCK))
-    assert np.array_equal(train, script.make_shard(job))
-    model = script.new_model(seed=1)
+def test_the_script_trains_and_saves_a_folder_that_loads(tmp_path: Path) -> None:
+    tokenizer = pretrain.train_tokenizer(seed=1, count=1500)
+    job = (tokenizer.to_str(), 7, 20 * pretrain.BLOCK)
+    train, val = pretrain.make_shard(job), pretrain.make_shard((tokenizer.to_str(), 8, 2 * pretrain.BLOCK))
+    assert np.array_equal(train, pretrain.make_shard(job))
+    model = pretrain.new_model(seed=1)
     options = argparse.Namespace(steps=6, batch=2, lr=3e-3, seed=1)
-    before = math.log(script.VOCABULARY)
-    result = script.fit(model, train, val, options, "cpu")
+    before = math.log(pretrain.VOCABULARY)
+    result = pretrain.fit(model, train, val, options, "cpu")
     assert result["val"] < before
-    script.save(model, tokenizer, tmp_path)
-    (tmp_path / "README.md").write_text(script.card(argparse.Namespace(**vars(options), tokens=5120), result, 1, "cpu"))
+    pretrain.save(model, tokenizer, tmp_path)
+    (tmp_path / "README.md").write_text(
+        pretrain.card(argparse.Namespace(**vars(options), tokens=5120), result, 1, "cpu")
+    )
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert json.loads((tmp_path / "config.json").read_text())["resid_pdrop"] == 0.1
     for name, weight in model.float().state_dict().items():
@@ -158,8 +154,8 @@ def test_the_script_trains_and_saves_a_folder_that_loads(script: ModuleType, tmp
     assert AutoTokenizer.from_pretrained(tmp_path)("On 5 March").input_ids == tokenizer.encode("On 5 March").ids
 
 
-def test_the_rate_warms_up_and_falls_to_zero(script: ModuleType) -> None:
-    rates = [script.learning_rate(step, 200, 1.0) for step in range(200)]
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [pretrain.learning_rate(step, 200, 1.0) for step in range(200)]
     assert rates.index(max(rates)) in (9, 10)  # a twentieth of the steps
     assert rates[0] == 0.1
     assert rates[-1] < 1e-3

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from trainer.bench.command import compare, markdown
-from trainer.bench.variants import Variant, flops_per_token, variants
-from trainer.errors import UserError
+from trainer.config.errors import UserError
+from trainer.tools.bench.bench_cli import compare, markdown
+from trainer.tools.bench.configs import Variant, flops_per_token, variants
 
 ROOT = Path(__file__).parent.parent
 COMMON: dict[str, Any] = {"model": "demo-base", "block_size": 32}

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from ranks import on_ranks
 
-from trainer import flags
+from trainer.config import cli
 
 
 def bench() -> ModuleType:
@@ -32,7 +32,7 @@ def measure(way: str, folder: str) -> int:
 
 def test_every_way_is_one_that_the_program_takes():
     for way in bench().WAYS.values():
-        assert flags.read(way.split()).settings.mode == way.split()[1]
+        assert cli.read(way.split()).settings.mode == way.split()[1]
 
 
 def test_a_way_that_there_is_not_is_found_before_any_is_measured(capsys):

@@ -147,7 +147,7 @@ def test_it_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['compare.py', 'gone']; sys.path.insert(0, 'launch');"
         "import compare; code = compare.main();"
-        "import trainer.report.command, trainer.report.comparison, trainer.report.check;"
+        "import trainer.report.compare_cli, trainer.report.comparison, trainer.report.assertions;"
         "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'matplotlib', 'wandb', 'pyarrow'};"
         "heavy &= set(sys.modules);"
         "assert code == 2 and not heavy, (code, heavy)"

@@ -27,7 +27,7 @@ from group import ENDS, Group, at_call, die, relatives, rows, science, steps_don
 from ranks import free_port, on_ranks, train
 from test_launch import BIN, TRAIN
 
-from trainer.checkpoint import Checkpoints, Progress, choose, drop_after
+from trainer.training.checkpoint import Checkpoints, Progress, choose, drop_after
 
 STEPS = 8
 INSIDE = (
@@ -140,13 +140,13 @@ def test_a_save_killed_at_any_of_its_lines_leaves_the_last_good_one_in_force(tmp
 @pytest.mark.parametrize(
     ("who", "module", "name", "number"),
     [
-        (0, "trainer.engine", "Engine.accumulate", INSIDE),
-        pytest.param(1, "trainer.engine", "Engine.step", 5, marks=pytest.mark.sweep),
-        pytest.param(1, "trainer.engine", "Engine.evaluate", 3, marks=pytest.mark.sweep),
-        (0, "trainer.checkpoint", "_put", 40),  # within the tensors of the first save
-        (1, "trainer.checkpoint", "Checkpoints.save", 2),
-        pytest.param(0, "trainer.checkpoint", "_sync", 3, marks=pytest.mark.sweep),
-        (0, "trainer.export", "export", 1),
+        (0, "trainer.distributed.engine", "Engine.accumulate", INSIDE),
+        pytest.param(1, "trainer.distributed.engine", "Engine.step", 5, marks=pytest.mark.sweep),
+        pytest.param(1, "trainer.distributed.engine", "Engine.evaluate", 3, marks=pytest.mark.sweep),
+        (0, "trainer.training.checkpoint", "_put", 40),  # within the tensors of the first save
+        (1, "trainer.training.checkpoint", "Checkpoints.save", 2),
+        pytest.param(0, "trainer.training.checkpoint", "_sync", 3, marks=pytest.mark.sweep),
+        (0, "trainer.run", "export", 1),
     ],
 )  # fmt: skip
 def test_a_killed_rank_ends_the_run_and_loses_nothing(who, module, name, number, words, whole, tmp_path):
@@ -177,7 +177,9 @@ def test_what_a_killed_rank_had_started_ends_with_it(words, whole, tmp_path):
     """The process that checks the export, and the W&B service: nobody else would end them."""
     out = tmp_path / "run"
     group = Group(words, out=out, env={"WANDB_MODE": "offline"})
-    group.until(lambda: steps_done(out) == STEPS and started(out, "trainer.verify") and started(out, "wandb-core"))
+    group.until(
+        lambda: steps_done(out) == STEPS and started(out, "trainer.export.verify_worker") and started(out, "wandb-core")
+    )
     group.signal(signal.SIGKILL, 0)
     assert group.wait() == [-signal.SIGKILL, 1]
     wait_for(lambda: not relatives(str(out)), ENDS, group.log)
@@ -193,7 +195,7 @@ def started(out: Path, program: str) -> bool:
 def test_a_kill_before_the_first_row_can_be_begun_again(words, whole, tmp_path):
     """run.json is written and no more; and, one moment earlier, half of run.json."""
     out = tmp_path / "run"
-    Group(words, out=out, fault=partial(at_call, who=0, module="trainer.log", name="show_plan", number=1)).wait()
+    Group(words, out=out, fault=partial(at_call, who=0, module="trainer.run", name="show_plan", number=1)).wait()
     assert [path.name for path in out.iterdir()] == ["run.json"]
     goes_on(words, out, whole)
 
@@ -302,7 +304,7 @@ def wait_for(ready: Any, seconds: float, log: Path) -> None:
 
 def test_a_rank_that_no_launcher_started_ends_with_nobody(monkeypatch):
     """A run under nohup outlives its shell; one whose launcher is gone before it began does not begin."""
-    from trainer.watch import launchers
+    from trainer.distributed.watchdog import launchers
 
     assert launchers({}) == []
     assert launchers({"RANK": "0", "WORLD_SIZE": "1"}) == []
@@ -323,13 +325,13 @@ def test_a_stopped_run_that_is_killed_before_it_amends_repeats_no_row(words, who
     The signal comes inside an accumulation window: the whole of the step in hand is done, and nothing of the next.
     """
     out = tmp_path / "run"
-    stop = partial(at_call, who=1, module="trainer.engine", name="Engine.accumulate", number=INSIDE,
+    stop = partial(at_call, who=1, module="trainer.distributed.engine", name="Engine.accumulate", number=INSIDE,
                    action=partial(die, signal.SIGTERM))  # fmt: skip
     assert Group(words, out=out, fault=stop).wait() == [143, 143]
     about = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())
     assert about["progress"]["pending"], "step 3 has an evaluation due"
     assert told(out, 3) == ["step", "interrupted"]
-    kill = partial(at_call, who=0, module="trainer.checkpoint", name="Checkpoints.amend", number=1)
+    kill = partial(at_call, who=0, module="trainer.training.checkpoint", name="Checkpoints.amend", number=1)
     Group([*words, "--resume"], out=out, fault=kill).wait()
     assert told(out, 3) == ["step", "interrupted", "resumed", "eval", "samples"]
     train([*words, "--resume"], out=out, ranks=2)

@@ -21,8 +21,8 @@ import pytest
 from cells import on_cells, read_cell
 from conftest import TEMPLATES, make_tiny, write_records
 
-from trainer import flags
-from trainer.data import prepare
+from trainer.config import cli
+from trainer.data.dataset import prepare
 
 CURVES = Path(__file__).parent / "curves"
 BOUND = {"loss": 1e-6, "train_loss": 1e-6, "grad_norm": 1e-5}  # relative
@@ -57,7 +57,7 @@ def curves(out: Path) -> dict[str, dict[str, Any]]:
     jobs, made = [], {}
     for name, words in RUNS.items():
         typed = [*f"--model {model} --data {files[0]} --val-data {files[1]} {words} {COMMON}".split(), *TEMPLATES]
-        folder = prepare(flags.read(typed).settings.data, model=model, global_batch=4).folder
+        folder = prepare(cli.read(typed).settings.data, model=model, global_batch=4).folder
         jobs.append({"name": name, "flags": typed, "data": str(folder), "out": str(out)})
     on_cells(1, jobs, out / "log")
     kept = ("kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "eval_tokens", "train_loss")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from trainer.data.batches import IGNORED, WINDOW, epoch_order, eval_batches, step_batches, step_counts
-from trainer.data.rows import Rows
-from trainer.settings import Batch
+from trainer.config.schema import Batch
+from trainer.data.sampler import IGNORED, WINDOW, epoch_order, eval_batches, step_batches, step_counts
+from trainer.data.token_dataset import Rows
 
 EOS = 9  # the end-of-text token of these rows, and their padding, as with GPT-2
 

@@ -13,11 +13,11 @@ import data_samples as samples
 import numpy as np
 import pytest
 
+from trainer.config.errors import UserError
+from trainer.config.schema import MOST_SAMPLES, DataSettings
 from trainer.data import cache as store
-from trainer.data.make import in_validation
-from trainer.data.prepared import load, prepare
-from trainer.errors import UserError
-from trainer.settings import MOST_SAMPLES, DataSettings
+from trainer.data.dataset import load, prepare
+from trainer.data.preprocess import in_validation
 
 END = 0  # <|endoftext|> of the tokenizer that the samples train
 PAIRS = [{"mr": f"Town {i}", "ref": f"On {i} January people met in Town {i}."} for i in range(60)]
@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(model):
-    from trainer.data import load_tokenizer
+    from trainer.data.tokenizer import load_tokenizer
 
     return load_tokenizer(model)
 
@@ -213,7 +213,7 @@ def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_pat
     def too_early(*args):
         raise AssertionError("tokenised before all records were checked")
 
-    monkeypatch.setattr("trainer.data.tokens.encode", too_early)
+    monkeypatch.setattr("trainer.data.tokenizer.encode", too_early)
     file = samples.write_jsonl(tmp_path / "a.jsonl", [*PAIRS, {"mr": "x", "ref": None}])
     with pytest.raises(UserError, match="line 61: column 'ref'"):
         made(file, **TEMPLATES)
@@ -222,7 +222,7 @@ def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_pat
 def test_the_same_contents_are_prepared_once_whatever_they_are_called(tmp_path, made, monkeypatch):
     file = samples.write_csv(tmp_path / "a.csv", PAIRS)
     first = made(file, **TEMPLATES)
-    monkeypatch.setattr("trainer.data.prepared.Maker", None)  # making them again would fail
+    monkeypatch.setattr("trainer.data.dataset.Maker", None)  # making them again would fail
     shutil.copy(file, tmp_path / "b.csv")
     again = made(tmp_path / "b.csv", **TEMPLATES)
     assert again.folder == first.folder
@@ -242,7 +242,7 @@ def test_other_contents_tokenizer_or_settings_are_prepared_again(tmp_path, made,
     folders.append(made(file, block_size=31, **TEMPLATES).folder)
     folders.append(made(file, val_fraction=0.2, **TEMPLATES).folder)
     folders.append(made(file, objective="completion", **TEMPLATES).folder)
-    from trainer.data import load_tokenizer
+    from trainer.data.tokenizer import load_tokenizer
 
     other = load_tokenizer(model)
     other.add_tokens(["January"])
@@ -281,14 +281,15 @@ def test_a_folder_that_is_not_whole_is_made_again(tmp_path, made, damage):
 SLOW = """
 import sys, time
 from pathlib import Path
-from trainer.data import pack, prepare
-from trainer.settings import DataSettings
-whole = pack.Packer.close
+from trainer.config.schema import DataSettings
+from trainer.data.dataset import prepare
+from trainer.data.packing import Packer
+whole = Packer.close
 def close(self):
     print("writing", flush=True)
     time.sleep(60)
     return whole(self)
-pack.Packer.close = close
+Packer.close = close
 data, model, cache = sys.argv[1:]
 settings = DataSettings(data=data, block_size=32, prompt="{mr}:", completion=" {ref}")
 prepare(settings, model=model, global_batch=2, cache=Path(cache))

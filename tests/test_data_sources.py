@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trainer.data import arrow, hub, scan, sources
-from trainer.data.prepared import prepare
-from trainer.errors import UserError
-from trainer.settings import DataSettings
+from trainer.config.errors import UserError
+from trainer.config.schema import DataSettings
+from trainer.data import hf_hub, hf_readers, sources, validate_files
+from trainer.data.dataset import prepare
 
 PAIRS = [{"mr": f"name[{i}], area[a, b]", "ref": f'It is "{i}".'} for i in range(40)]
 
@@ -181,7 +181,7 @@ def test_a_character_cut_off_at_the_end_is_named(refused, tmp_path):
 
 
 def test_a_line_too_long_to_hold_is_refused(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(scan, "LONGEST_LINE", 2**20)
+    monkeypatch.setattr(validate_files, "LONGEST_LINE", 2**20)
     (tmp_path / "a.txt").write_text("short\n" + "x" * (3 * 2**20))
     assert "a.txt, line 2: longer than 1 MB" in refused("a.txt", **TEXT)
 
@@ -211,27 +211,27 @@ def test_a_file_that_changes_while_it_is_read_is_refused(refused, tmp_path, monk
 
 def test_a_file_that_is_only_touched_is_not_refused(tmp_path):
     source = sources.find(str(samples.write_csv(tmp_path / "a.csv", PAIRS)))
-    facts = scan.scan(source, tmp_path)
+    facts = validate_files.scan(source, tmp_path)
     os.utime(tmp_path / "a.csv", (1, 1))
-    assert scan.changed(source, facts) is None
+    assert validate_files.changed(source, facts) is None
     (tmp_path / "a.csv").unlink()
-    assert "changed while it was read" in str(scan.changed(source, facts))
+    assert "changed while it was read" in str(validate_files.changed(source, facts))
 
 
 def test_what_is_remembered_of_a_file_never_stands_for_other_contents(tmp_path, monkeypatch):
-    monkeypatch.setattr(scan, "SETTLED", -1.0)
+    monkeypatch.setattr(validate_files, "SETTLED", -1.0)
     path = samples.write_csv(tmp_path / "a.csv", PAIRS)
     source = sources.find(str(path))
-    before, stat = scan.scan(source, tmp_path / "cache"), path.stat()
-    assert scan.scan(source, tmp_path / "cache") == before
+    before, stat = validate_files.scan(source, tmp_path / "cache"), path.stat()
+    assert validate_files.scan(source, tmp_path / "cache") == before
     path.write_bytes(path.read_bytes().replace(b"name[7]", b"name[8]"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time
-    assert scan.scan(source, tmp_path / "cache")[0].sha256 != before[0].sha256
+    assert validate_files.scan(source, tmp_path / "cache")[0].sha256 != before[0].sha256
 
 
 def test_a_young_file_is_not_remembered(tmp_path):
     source = sources.find(str(samples.write_csv(tmp_path / "a.csv", PAIRS)))
-    scan.scan(source, tmp_path / "cache")
+    validate_files.scan(source, tmp_path / "cache")
     assert not list(tmp_path.glob("cache/files/*"))
 
 
@@ -249,7 +249,7 @@ def test_the_hub_is_asked_whether_it_answers_before_it_is_waited_for(monkeypatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port, where nothing listens
     began = time.monotonic()
-    assert not hub.reachable()
+    assert not hf_hub.reachable()
     assert time.monotonic() - began < 5
 
 
@@ -264,7 +264,7 @@ def test_a_hub_data_set_gives_the_split_of_the_flag(monkeypatch, flag, split):
         }
     )
     stand_in = SimpleNamespace(load_dataset=lambda name: splits, config=SimpleNamespace(HF_HUB_OFFLINE=False))
-    monkeypatch.setattr(hub, "library", lambda: stand_in)  # the hub itself cannot be asked in a test
+    monkeypatch.setattr(hf_hub, "library", lambda: stand_in)  # the hub itself cannot be asked in a test
     source = sources.find("some/name", flag)
     assert [record["text"] for _, _, record in sources.records(source)] == [f"{split} {i}" for i in range(3)]
     assert source.place(None, 2) == "some/name, row 2"
@@ -273,5 +273,5 @@ def test_a_hub_data_set_gives_the_split_of_the_flag(monkeypatch, flag, split):
 def test_the_library_is_silent(tmp_path, capfd):
     (tmp_path / "a.csv").write_text("a\n1\n")
     assert read(tmp_path / "a.csv") == [{"a": "1"}]
-    assert arrow.library().logging.get_verbosity() > 40
+    assert hf_readers.library().logging.get_verbosity() > 40
     assert capfd.readouterr() == ("", "")

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
+from trainer.config.errors import UserError
+from trainer.config.schema import DataSettings
 from trainer.data import acled
-from trainer.data.text import BadRecord, choose_form, parse_template, token_ids
-from trainer.errors import UserError
-from trainer.settings import DataSettings
+from trainer.data.formats import BadRecord, choose_form, parse_template, token_ids
 
 OLD = {
     "EVENT_ID_CNTY": "1ALG", "EVENT_DATE": "18-December-2019", "YEAR": 2019, "EVENT_TYPE": "Protests",

@@ -7,9 +7,9 @@ import data_samples as samples
 import numpy as np
 import pytest
 
-from trainer.data import tokens
-from trainer.data.tokens import encode, fingerprint, load_tokenizer, split_long
-from trainer.errors import UserError
+from trainer.config.errors import UserError
+from trainer.data import tokenizer
+from trainer.data.tokenizer import encode, load_tokenizer, split_long, tokenizer_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +72,20 @@ def test_an_unknown_hub_id_without_a_network_is_one_line_that_names_the_folder_f
 
 
 def test_the_embedded_model_is_a_folder_of_the_package():
-    assert tokens.model_folder("demo-base").endswith("trainer/base")
-    assert tokens.model_folder("gpt2") == "gpt2"
+    assert tokenizer.model_folder("demo-base").endswith("trainer/model/demo")
+    assert tokenizer.model_folder("gpt2") == "gpt2"
 
 
 def test_the_fingerprint_follows_contents_and_not_place_or_use(folder, tmp_path):
     first = load_tokenizer(str(folder))
-    before = fingerprint(first)
+    before = tokenizer_fingerprint(first)
     first(["a", "b c d"], padding=True, truncation=True, max_length=2)
-    assert fingerprint(first) == before
+    assert tokenizer_fingerprint(first) == before
     first.save_pretrained(tmp_path)
     again = load_tokenizer(str(tmp_path))
-    assert fingerprint(again) == before
+    assert tokenizer_fingerprint(again) == before
     again.add_tokens(["newword"])
-    assert fingerprint(again) != before
+    assert tokenizer_fingerprint(again) != before
 
 
 def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_truncation(folder):
@@ -98,18 +98,18 @@ def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_trunca
 
 
 def test_a_long_text_in_pieces_gives_the_same_ids(folder, monkeypatch):
-    monkeypatch.setattr(tokens, "LONG_TEXT", 50)
-    monkeypatch.setattr(tokens, "ONE_CALL", 120)
-    tokenizer = load_tokenizer(str(folder))
+    monkeypatch.setattr(tokenizer, "LONG_TEXT", 50)
+    monkeypatch.setattr(tokenizer, "ONE_CALL", 120)
+    loaded = load_tokenizer(str(folder))
     text = "On 5 January 2022,  people met: in\n Town 7 . " * 40
     assert len(split_long(text)) > 10
     assert "".join(split_long(text)) == text
     short = "met in Town 7"
-    found = encode(tokenizer, [short, text, short])
-    assert found[1].tolist() == tokenizer(text)["input_ids"]
-    assert found[0].tolist() == found[2].tolist() == tokenizer(short)["input_ids"]
+    found = encode(loaded, [short, text, short])
+    assert found[1].tolist() == loaded(text)["input_ids"]
+    assert found[0].tolist() == found[2].tolist() == loaded(short)["input_ids"]
 
 
 def test_a_long_text_without_blanks_stays_whole(monkeypatch):
-    monkeypatch.setattr(tokens, "LONG_TEXT", 5)
+    monkeypatch.setattr(tokenizer, "LONG_TEXT", 5)
     assert split_long("abcdefghijkl") == ["abcdefghijkl"]

@@ -19,24 +19,26 @@ from ranks import train as train_on_ranks
 from run_folders import facts as run_facts
 from run_folders import make
 
-from trainer import flags
-from trainer.checkpoint import Checkpoints
-from trainer.data import load, prepare
-from trainer.diagnosis import BY_THE_CLOCK, TOPICS, Diagnosis, Facts
-from trainer.diagnosis.trend import Line, Mean, welch
-from trainer.engine import leave_world, start_world
-from trainer.errors import RunFailed
-from trainer.export import Check, card_text
-from trainer.log.names import wandb_config, wandb_summary
-from trainer.loop import train
-from trainer.model import build, load_config
-from trainer.observe import Observer
-from trainer.plan import make_plan
-from trainer.records import EvalRecord, EventRecord, Record, StepRecord
+from trainer.config import cli
+from trainer.config.errors import RunFailed
+from trainer.data.dataset import load, prepare
+from trainer.distributed.process_group import leave_world, start_world
+from trainer.export.model_card import card_text
+from trainer.export.verify import Check
+from trainer.model.build import build, load_config
 from trainer.report.comparison import compare, write
-from trainer.report.gather import gather
+from trainer.report.load import gather
 from trainer.report.wandb_runs import from_rows
 from trainer.run import _engine
+from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
+from trainer.tracking.wandb_keys import wandb_config, wandb_summary
+from trainer.training.callbacks import Observer
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.diagnostics.monitor import Diagnosis
+from trainer.training.diagnostics.online_stats import Line, Mean, welch
+from trainer.training.diagnostics.types import BY_THE_CLOCK, TOPICS, Facts
+from trainer.training.loop import train
+from trainer.training.run_plan import make_plan
 
 # --- the statistics --------------------------------------------------------------------------------------------------
 
@@ -278,7 +280,7 @@ def watch_cells(jobs: list[dict[str, Any]]) -> int:
     world = start_world()
     try:
         for job in jobs:
-            settings = flags.read(job["flags"]).settings
+            settings = cli.read(job["flags"]).settings
             data = load(Path(job["data"]))
             model = build(settings)
             plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
@@ -315,7 +317,7 @@ def lines(tiny: str, shelf: Path) -> dict[str, tuple[list[str], str]]:
         for objective in ("blocks", "completion"):
             text = f"--model {tiny} --data {path} --val-data {val} --block-size 24 --eval-batch 20 --global-batch 8"
             words = [*f"{text} --objective {objective} --save-every never".split(), *TEMPLATES]
-            settings = flags.read(["--mode", "full", *words]).settings
+            settings = cli.read(["--mode", "full", *words]).settings
             folder = prepare(settings.data, model=tiny, global_batch=8).folder
             found[f"{name}-{objective}"] = (words, str(folder))
     return found

@@ -12,18 +12,16 @@ import numpy as np
 import pytest
 from conftest import TEMPLATES
 
-from trainer import flags
-from trainer.data import Prepared, Rows, load, prepare
-from trainer.doctor import command, environment, rehearsal
-from trainer.doctor import data as data_checks
-from trainer.doctor import memory as memory_checks
-from trainer.doctor import plan as plan_checks
-from trainer.doctor.checks import Check, guarded, size
-from trainer.engine import planned_world
-from trainer.errors import UserError
-from trainer.model import build, load_config
-from trainer.plan import make_plan
-from trainer.settings import DS_NAMES
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import DS_NAMES
+from trainer.data.dataset import Prepared, load, prepare
+from trainer.data.token_dataset import Rows
+from trainer.distributed.process_group import planned_world
+from trainer.model.build import build, load_config
+from trainer.tools.doctor import data_checks, doctor_cli, environment_checks, memory_checks, plan_checks, smoke_test
+from trainer.tools.doctor.check_result import Check, guarded, size
+from trainer.training.run_plan import make_plan
 
 
 def levels(checks: Any) -> dict[str, str]:
@@ -41,20 +39,22 @@ def levels(checks: Any) -> dict[str, str]:
 def test_versions_are_held_against_the_installed_ranges():
     import torch
 
-    good = environment.packages((">=3.11", ["torch>=2", "numpy", "pytest>=99; extra == 'test'"]))
+    good = environment_checks.packages((">=3.11", ["torch>=2", "numpy", "pytest>=99; extra == 'test'"]))
     assert levels(good) == {"packages": "ok"}
-    bad = list(environment.packages((">=3.99", [f"torch<{torch.__version__.split('+')[0]}", "no-such-package>=1"])))
+    bad = list(
+        environment_checks.packages((">=3.99", [f"torch<{torch.__version__.split('+')[0]}", "no-such-package>=1"]))
+    )
     assert levels(bad) == {"Python": "error", "torch": "error", "no-such-package": "error", "packages": "ok"}
     assert any("pip install 'no-such-package>=1'" in one.remedy for one in bad)
-    assert levels(environment.packages(None)) == {"packages": "warning"}
-    assert environment._requirements() is not None, "the ranges come from the installed package"
+    assert levels(environment_checks.packages(None)) == {"packages": "warning"}
+    assert environment_checks._requirements() is not None, "the ranges come from the installed package"
 
 
 def test_a_port_in_use_is_named_and_a_free_one_offered():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        found = environment.port(taken.getsockname()[1])
+        found = environment_checks.port(taken.getsockname()[1])
     assert found.level == "warning"
     assert "--master_port" in found.remedy
 
@@ -63,38 +63,38 @@ def test_variables_are_named_but_never_shown(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     environ = {"HF_TOKEN": "secret", "NCCL_DEBUG": "INFO", "PYTHONPATH": "x", "WANDB_API_KEY": "secret", "EDITOR": "vi"}
-    alone, many = (environment.variables(environ, several) for several in (False, True))
+    alone, many = (environment_checks.variables(environ, several) for several in (False, True))
     assert (alone.level, many.level) == ("ok", "warning")
     assert "HF_TOKEN, WANDB_API_KEY" in many.found, "NCCL_ and PYTHON are forwarded, EDITOR changes nothing"
     assert "secret" not in many.found
     (tmp_path / ".deepspeed_env").write_text("HF_TOKEN=secret\nWANDB_API_KEY=secret\n")
-    assert environment.variables(environ, True).level == "ok"
+    assert environment_checks.variables(environ, True).level == "ok"
 
 
 def test_builds_leftovers_and_addresses(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert levels(environment.builds()) == {"op builds": "ok"}
+    assert levels(environment_checks.builds()) == {"op builds": "ok"}
     (tmp_path / "py311" / "cpu_adam").mkdir(parents=True)
     (tmp_path / "py311" / "cpu_adam" / "lock").touch()
-    assert levels(environment.builds()) == {"op builds": "warning"}
+    assert levels(environment_checks.builds()) == {"op builds": "warning"}
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
-    assert levels(environment.builds()) == {"op builds": "warning"}
-    assert not list(environment.leftovers(tmp_path))
+    assert levels(environment_checks.builds()) == {"op builds": "warning"}
+    assert not list(environment_checks.leftovers(tmp_path))
     (tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0").write_bytes(b"1")
-    assert levels(environment.leftovers(tmp_path)) == {"/dev/shm": "warning"}
-    assert levels(environment.addresses({"MASTER_ADDR": "no-such-host.invalid"})) == {"MASTER_ADDR": "error"}
-    assert levels(environment.addresses({"MASTER_ADDR": "127.0.0.1"})) == {"MASTER_ADDR": "ok"}
+    assert levels(environment_checks.leftovers(tmp_path)) == {"/dev/shm": "warning"}
+    assert levels(environment_checks.addresses({"MASTER_ADDR": "no-such-host.invalid"})) == {"MASTER_ADDR": "error"}
+    assert levels(environment_checks.addresses({"MASTER_ADDR": "127.0.0.1"})) == {"MASTER_ADDR": "ok"}
 
 
 def test_threads_are_held_against_the_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert environment.threads(cores).level == "ok"
-    assert environment.threads(cores + 1).level == "warning"
+    assert environment_checks.threads(cores).level == "ok"
+    assert environment_checks.threads(cores + 1).level == "warning"
     monkeypatch.setenv("OMP_NUM_THREADS", str(cores + 1))
-    assert environment.threads(1).remedy == f"OMP_NUM_THREADS={cores}"
+    assert environment_checks.threads(1).remedy == f"OMP_NUM_THREADS={cores}"
 
 
 # --- data ---
@@ -126,7 +126,7 @@ def texts(count: int, stride: int, length: int = 30) -> list[list[int]]:
 
 
 def settings_of(objective: str, block: int = 32) -> Any:
-    return flags.read(["--mode", "full", "--objective", objective, "--block-size", str(block)]).settings
+    return cli.read(["--mode", "full", "--objective", objective, "--block-size", str(block)]).settings
 
 
 @pytest.mark.parametrize("block", [32, 1024])
@@ -171,7 +171,7 @@ def test_texts_are_found_again_inside_blocks():
 def visit(tiny: str, records: tuple[str, str]) -> dict[str, Any]:
     words = f"--mode lora --model {tiny} --data {records[0]} --val-data {records[1]} --objective completion"
     words += " --block-size 32 --global-batch 4"
-    request = flags.read([*words.split(), *TEMPLATES])
+    request = cli.read([*words.split(), *TEMPLATES])
     settings = request.settings
     data = load(prepare(settings.data, model=tiny, global_batch=4).folder)
     model = build(settings, on_meta=True)
@@ -246,9 +246,9 @@ def test_the_rehearsal_says_what_failed(visit, fault, tmp_path, monkeypatch):
     line, expected = FAULTS[fault]
     script = tmp_path / "train.py"
     script.write_text(FAKE.replace("FAULT", line))
-    monkeypatch.setattr(rehearsal, "LAUNCH", script)
+    monkeypatch.setattr(smoke_test, "LAUNCH", script)
     limit = 3 if fault == "slow" else 60
-    played = rehearsal.Rehearsal(visit["request"], visit["plan"], visit["data"], limit=limit, near=tmp_path / "near")
+    played = smoke_test.Rehearsal(visit["request"], visit["plan"], visit["data"], limit=limit, near=tmp_path / "near")
     checks = list(played.check())
     found = levels(checks)
     assert {what: found[what] for what in expected} == expected, checks
@@ -258,10 +258,10 @@ def test_the_rehearsal_says_what_failed(visit, fault, tmp_path, monkeypatch):
         assert "--lr: no" in checks[0].found
     if fault == "sound":
         assert played.measured.step == pytest.approx(2.0), "10 tokens at 5 a second, the first step left out"
-        costs = {one.what: one for one in rehearsal.costs(visit["plan"], visit["data"], played.measured, 7.0)}
+        costs = {one.what: one for one in smoke_test.costs(visit["plan"], visit["data"], played.measured, 7.0)}
         assert "steps of 2.00 s" in costs["time"].found
         assert costs["disk"].level == "ok"
-        assert rehearsal.room(tmp_path, replace(played.measured, checkpoint=2**60), 2).level == "error"
+        assert smoke_test.room(tmp_path, replace(played.measured, checkpoint=2**60), 2).level == "error"
 
 
 def test_large_data_are_sampled_in_their_own_form(tmp_path, shelf, tiny):
@@ -269,16 +269,16 @@ def test_large_data_are_sampled_in_their_own_form(tmp_path, shelf, tiny):
 
     path = write_records(tmp_path / "large.jsonl", rows=4000, seed=3)
     words = f"--mode full --model {tiny} --data {path} --objective completion --block-size 32 --global-batch 2"
-    request = flags.read([*words.split(), *TEMPLATES])
+    request = cli.read([*words.split(), *TEMPLATES])
     data = load(prepare(request.settings.data, model=tiny, global_batch=2).folder)
     model = build(request.settings, on_meta=True)
     plan = make_plan(request.settings, planned_world(1), data, model.facts, load_config(request.settings.model))
-    given = rehearsal._sample(request, plan, data, tmp_path)["data"]
+    given = smoke_test._sample(request, plan, data, tmp_path)["data"]
     lines = {side: Path(given[side]).read_text().splitlines() for side in ("data", "val_data")}
     assert 8 <= len(lines["data"]) < 400, "4 steps of 2, and not much more"
     assert 1 <= len(lines["val_data"]) < 400
     assert not set(lines["data"]) & set(lines["val_data"])
-    again = flags.read(flags.words(request, data=given)).settings
+    again = cli.read(cli.words(request, data=given)).settings
     assert prepare(again.data, model=tiny, global_batch=2).facts["train"]["examples"] >= 8
 
 
@@ -296,8 +296,8 @@ def test_a_mistake_becomes_a_check():
 
 
 def run(words: list[str], capsys: Any, **more: Any) -> tuple[int, str]:
-    code = command.run(
-        flags.read(words),
+    code = doctor_cli.run(
+        cli.read(words),
         environ={},
         ranks=more.pop("ranks", 1),
         rehearse=False,
@@ -351,8 +351,8 @@ def test_sizes_are_written_for_people():
 
 def test_words_give_the_request_back():
     line = ["--mode", "lora", "--lr", "0.001", "--lora-targets", "c_attn,c_fc", "--no-shuffle", "--out", "a b"]
-    request = flags.read(line)
-    again = flags.read(flags.words(request, train={"max_steps": 4}))
+    request = cli.read(line)
+    again = cli.read(cli.words(request, train={"max_steps": 4}))
     assert again.settings.train.max_steps == 4
     assert again.settings.lora.targets == ("c_attn", "c_fc")
     assert not again.settings.data.shuffle
@@ -364,8 +364,8 @@ def test_words_give_the_request_back():
 def test_a_real_rehearsal(tiny, records, tmp_path, ranks, capsys):
     words = f"--mode lora --model {tiny} --data {records[0]} --val-data {records[1]} --objective completion"
     words += f" --block-size 32 --global-batch 4 --out {tmp_path}/run"
-    code = command.run(
-        flags.read([*words.split(), *TEMPLATES]), environ={}, ranks=ranks, rehearse=True, limit=400.0, as_json=True
+    code = doctor_cli.run(
+        cli.read([*words.split(), *TEMPLATES]), environ={}, ranks=ranks, rehearse=True, limit=400.0, as_json=True
     )
     told = json.loads(capsys.readouterr().out)
     assert code == 0, [one for one in told["checks"] if one["level"] == "error"]

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from trainer import dropout
-from trainer.adapters import adapt
-from trainer.dropout import BLOCK, LEVELS, Dropout, attention, install, keep, scale
-from trainer.loss import TokenLoss
-from trainer.settings import LoraSettings
+from trainer.config.schema import LoraSettings
+from trainer.kernels import cpu_attention
+from trainer.kernels.cpu_attention import BLOCK, LEVELS, Dropout, attention, install, keep, scale
+from trainer.kernels.linear_cross_entropy import TokenLoss
+from trainer.model.lora import adapt
 
 MANY = 4 * 10**6
 
@@ -83,7 +83,7 @@ def by_definition(query, key, value, scaling: float, masks: list[torch.Tensor], 
 def test_the_attention_and_its_gradients_are_those_of_the_definition(monkeypatch, width, probability):
     torch.manual_seed(width)
     masks: list[torch.Tensor] = []
-    monkeypatch.setattr(dropout, "keep", lambda *given: masks.append(keep(*given)) or masks[-1])
+    monkeypatch.setattr(cpu_attention, "keep", lambda *given: masks.append(keep(*given)) or masks[-1])
     given = [torch.randn(2, width, 3, 16, requires_grad=True) for _ in range(3)]
     heads = [one.transpose(1, 2) for one in given]  # as they come out of the layer before
     by = torch.randn(2, 3, width, 16)
@@ -103,7 +103,7 @@ def test_in_bf16_it_is_nearly_as_exact_as_torchs_own_kernel_without_dropout(monk
     """Outputs and gradients against float64: scores and softmax are not rounded, what goes into a product is."""
     torch.manual_seed(0)
     masks: list[torch.Tensor] = []
-    monkeypatch.setattr(dropout, "keep", lambda *given: masks.append(keep(*given)) or masks[-1])
+    monkeypatch.setattr(cpu_attention, "keep", lambda *given: masks.append(keep(*given)) or masks[-1])
     given = [(3 * torch.randn(2, 3, 200, 32)).bfloat16().requires_grad_() for _ in range(3)]
     by = torch.randn(2, 3, 200, 32).bfloat16()
 
@@ -158,8 +158,8 @@ def test_every_dropout_of_a_model_is_replaced_and_its_mean_gradient_stays(causal
 
 def test_the_attention_is_called_in_training_and_not_in_evaluation(causal, monkeypatch):
     calls = []
-    honest = dropout.attention
-    monkeypatch.setattr(dropout, "attention", lambda *given: calls.append(given[-1]) or honest(*given))
+    honest = cpu_attention.attention
+    monkeypatch.setattr(cpu_attention, "attention", lambda *given: calls.append(given[-1]) or honest(*given))
     ids = torch.arange(60).view(2, 30)
     causal.eval()
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_the_dropout_of_adapters_is_replaced_too_and_what_is_saved_stays_as_it_w
     assert causal.config.to_dict() == told
     module.save_pretrained(tmp_path)
     causal.config.save_pretrained(tmp_path)
-    assert dropout.NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
+    assert cpu_attention.NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
 
 
 def test_other_models_and_models_without_dropout_keep_their_attention(tiny):

@@ -16,19 +16,21 @@ from ranks import command, on_ranks, train
 from test_invariance import BATCH
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
-from trainer import checkpoint, flags, loop
-from trainer.checkpoint import Progress
-from trainer.data import load, prepare
-from trainer.engine import Step, planned_world
-from trainer.errors import UserError
-from trainer.log import rewind
-from trainer.loop import Course
-from trainer.model import load_config
-from trainer.plan import make_plan
-from trainer.records import EpochRecord, EvalRecord, EventRecord, to_line
-from trainer.report.runs import read_folder
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import Settings, scientific
+from trainer.data.dataset import load, prepare
+from trainer.distributed.engine import Step
+from trainer.distributed.process_group import planned_world
+from trainer.model.build import load_config
+from trainer.report.run_data import read_folder
 from trainer.run import open_folder
-from trainer.settings import Settings, scientific
+from trainer.tracking.jsonl import rewind
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, to_line
+from trainer.training import checkpoint, loop
+from trainer.training.checkpoint import Progress
+from trainer.training.loop import Course
+from trainer.training.run_plan import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def words(tiny: str, records: tuple[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(words: list[str], tiny: str) -> Path:
-    settings = flags.read(["--mode", "full", *words]).settings
+    settings = cli.read(["--mode", "full", *words]).settings
     return prepare(settings.data, model=tiny, global_batch=BATCH).folder
 
 
@@ -66,7 +68,7 @@ def watched(
     """(records, saved states) of a run of up to 20 steps, 4 an epoch, whose evaluations give `losses` in turn."""
     left = iter(losses)
     monkeypatch.setattr(loop, "evaluate", lambda *_: (next(left), 1))
-    settings = flags.read(["--mode", "full", *words, "--max-steps", "20", "--save-every", "never", *more]).settings
+    settings = cli.read(["--mode", "full", *words, "--max-steps", "20", "--save-every", "never", *more]).settings
     course = Course(settings=settings, batch=settings.train.batch(1), total_steps=20, steps_per_epoch=4)
     saved: list[Progress] = []
     saver: Any = SimpleNamespace(save=lambda _, at: saved.append(at), amend=lambda at: saved.append(at))
@@ -235,39 +237,39 @@ def test_a_run_resumed_at_its_stop_ends_there_and_a_change_of_the_rule_is_refuse
 @pytest.mark.parametrize("rule", ["0", "-1", "x", "2:", "2:-1", "2:x", "1.5", "2:nan"])
 def test_a_rule_that_is_none_is_refused(rule):
     with pytest.raises(UserError, match=r"--early-stop .*: expected PATIENCE"):
-        flags.read(["--mode", "full", f"--early-stop={rule}"])
+        cli.read(["--mode", "full", f"--early-stop={rule}"])
 
 
 def test_a_rule_without_evaluations_is_refused():
     with pytest.raises(UserError, match="--eval-every never: there is no evaluation to stop at"):
-        flags.read(["--mode", "full", "--early-stop", "2", "--eval-every", "never"])
+        cli.read(["--mode", "full", "--early-stop", "2", "--eval-every", "never"])
 
 
 def test_dropout_sets_all_three_of_gpt2_and_the_plan_says_so(words, prepared):
-    settings = flags.read(["--mode", "full", *words, "--dropout", "0.25"]).settings
+    settings = cli.read(["--mode", "full", *words, "--dropout", "0.25"]).settings
     config = load_config(settings.model)
     assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0.25, 0.25, 0.25)
     world = planned_world(1, "cpu")
     model = {"trainable": 1, "parameters": 1, "name": "x", "lora_targets": []}
     plan = make_plan(settings, world, load(prepared), model, config)
     assert plan.resolved()["dropout"] == 0.25, "the fact by which the comparison tells runs apart"
-    own = flags.read(["--mode", "full", *words]).settings
+    own = cli.read(["--mode", "full", *words]).settings
     assert make_plan(own, world, load(prepared), model, load_config(own.model)).resolved()["dropout"] == 0.0
 
 
 def test_dropout_of_other_models_goes_where_their_config_has_it_or_is_refused(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    settings = flags.read(["--mode", "full", "--model", str(tmp_path / "llama"), "--dropout", "0.1"]).settings
+    settings = cli.read(["--mode", "full", "--model", str(tmp_path / "llama"), "--dropout", "0.1"]).settings
     assert load_config(settings.model).attention_dropout == 0.1
     MambaConfig().save_pretrained(tmp_path / "mamba")
-    settings = flags.read(["--mode", "full", "--model", str(tmp_path / "mamba"), "--dropout", "0.1"]).settings
+    settings = cli.read(["--mode", "full", "--model", str(tmp_path / "mamba"), "--dropout", "0.1"]).settings
     with pytest.raises(UserError, match=r"--dropout 0.1: .*\(mamba\) has no dropout to set"):
         load_config(settings.model)
     assert GPT2Config().resid_pdrop == 0.1, "the class is left alone"
 
 
 def test_a_change_of_dropout_is_refused_on_resume_apart_from_that_of_the_adapters():
-    settings = flags.read(["--mode", "lora", "--dropout", "0.2", "--lora-dropout", "0.3"]).settings
+    settings = cli.read(["--mode", "lora", "--dropout", "0.2", "--lora-dropout", "0.3"]).settings
     kept = scientific(settings)
     assert (kept["dropout"], kept["lora_dropout"]) == (0.2, 0.3)
 
@@ -277,4 +279,4 @@ def test_a_run_from_before_these_settings_is_still_read(overfitted):
     del values["model"]["dropout"], values["train"]["early_stop"], values["output"]["export"]
     old = Settings.from_dict(values)
     assert (old.model.dropout, old.train.patience, old.output.export) == (None, None, "last")
-    assert open_folder(flags.read(["--mode", "full", "--resume", "--out", str(overfitted)]))[1]
+    assert open_folder(cli.read(["--mode", "full", "--resume", "--out", str(overfitted)]))[1]

@@ -16,12 +16,14 @@ import torch
 from conftest import TEMPLATES
 from ranks import on_ranks
 
-from trainer import engine, flags
-from trainer.engine import choose_zero_file, deepspeed_dict, read_zero_file
-from trainer.engine import zero as zero_file
-from trainer.errors import UserError
-from trainer.memory import Counts
-from trainer.settings import DS_NAMES, Batch
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import DS_NAMES, Batch
+from trainer.distributed import deepspeed_config as zero_file
+from trainer.distributed.deepspeed_config import DS_FOLDER, choose_zero_file, deepspeed_dict, read_zero_file
+from trainer.distributed.engine import Engine
+from trainer.distributed.memory_estimate import Counts
+from trainer.distributed.process_group import leave_world, peak_memory, planned_world, start_world
 
 GIB = 2**30
 GPT2, ADAPTERS = 124_439_808, 1_179_648  # parameters of the card's model, and of its default adapters
@@ -50,7 +52,7 @@ def test_every_shipped_file_is_accepted_and_holds_zero_only(name):
 
 
 def test_the_names_are_the_files():
-    assert {path.stem for path in engine.DS_FOLDER.glob("*.json")} == set(DS_NAMES)
+    assert {path.stem for path in DS_FOLDER.glob("*.json")} == set(DS_NAMES)
 
 
 # --- a file of the user's ---
@@ -183,9 +185,9 @@ def test_ranks_of_one_processor_divide_nothing_for_they_hold_it_in_common():
     ]
     assert [file.name for file in chosen] == ["zero0", "zero0", "zero1"]
     assert "in common" in chosen[0].reason
-    assert engine.planned_world(2, "cpu").is_one_processor
-    assert not engine.planned_world(1, "cpu").is_one_processor
-    assert not dataclasses.replace(engine.planned_world(4, "cpu"), local_size=2).is_one_processor, "of two machines"
+    assert planned_world(2, "cpu").is_one_processor
+    assert not planned_world(1, "cpu").is_one_processor
+    assert not dataclasses.replace(planned_world(4, "cpu"), local_size=2).is_one_processor, "of two machines"
 
 
 def test_fp16_never_gets_stage_0_which_has_no_loss_scale():
@@ -235,18 +237,18 @@ def test_initialize_and_backward_take_the_arguments_we_pass():
 
 def engines(arguments: list[str], data: str, names: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
     """On a rank: (name, world, engine) under each of these ZeRO files."""
-    from trainer.data import load
-    from trainer.model import build, load_config
-    from trainer.plan import make_plan
+    from trainer.data.dataset import load
+    from trainer.model.build import build, load_config
+    from trainer.training.run_plan import make_plan
 
-    world = engine.start_world()
+    world = start_world()
     rows = load(Path(data))
     for name in names:
-        settings = flags.read([*arguments, "--ds-config", name]).settings
+        settings = cli.read([*arguments, "--ds-config", name]).settings
         model = build(settings)
         plan = make_plan(settings, world, rows, model.facts, load_config(settings.model))
-        yield name, world, engine.Engine(world, model, plan.deepspeed, settings.train, plan.precision)
-    engine.leave_world()
+        yield name, world, Engine(world, model, plan.deepspeed, settings.train, plan.precision)
+    leave_world()
 
 
 def attributes(arguments: list[str], data: str) -> int:
@@ -280,11 +282,11 @@ def ends(arguments: list[str], data: str) -> int:
 
 def alone(target: Callable[..., int], tiny: str, records: tuple[str, str], log: Path) -> None:
     """`target(arguments, data)` on one rank."""
-    from trainer.data import prepare
+    from trainer.data.dataset import prepare
 
     line = f"--mode full --model {tiny} --data {records[0]} --val-data {records[1]} --block-size 16 --global-batch 2"
     arguments = [*line.split(), *TEMPLATES]
-    data = prepare(flags.read(arguments).settings.data, model=tiny, global_batch=2).folder
+    data = prepare(cli.read(arguments).settings.data, model=tiny, global_batch=2).folder
     assert on_ranks(1, target, arguments, str(data), log=log) == 0, log.read_text()
 
 
@@ -299,7 +301,7 @@ def test_an_engine_that_the_garbage_collector_ends_does_not_import(tiny, records
 
 def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it():
     ballast = torch.ones(3 * 2**28)  # 3 GiB
-    ask = "import torch; from trainer.engine import peak_memory; print(peak_memory(torch.device('cpu')))"
+    ask = "import torch; from trainer.distributed.process_group import peak_memory; print(peak_memory(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=True)
     assert 2**26 < int(done.stdout) < 2**31
-    assert engine.peak_memory(torch.device("cpu")) > ballast.nbytes
+    assert peak_memory(torch.device("cpu")) > ballast.nbytes

@@ -12,8 +12,8 @@ import pytest
 from cells import evaluate_cells, on_cells, reference
 from conftest import TEMPLATES, make_tiny
 
-from trainer import flags
-from trainer.data import load, prepare
+from trainer.config import cli
+from trainer.data.dataset import load, prepare
 
 BOUND = 2e-7  # relative; seen: 0 with blocks, 3e-8 with completions
 MODES, OBJECTIVES = ("full", "lora"), ("blocks", "completion")
@@ -38,7 +38,7 @@ def test_it_is_one_number(dropped, tiny, records, tmp_path):
     names = {(r, z, m, o): f"{r}-{z}-{m}-{o}" for r in zeros for z in zeros[r] for m in MODES for o in OBJECTIVES}
     folders = {}
     for objective in OBJECTIVES:
-        settings = flags.read(arguments(dropped, records, "full", objective)).settings
+        settings = cli.read(arguments(dropped, records, "full", objective)).settings
         folders[objective] = prepare(settings.data, model=dropped, global_batch=6).folder
     for ranks in zeros:
         jobs = [
@@ -69,7 +69,7 @@ def test_it_is_one_number(dropped, tiny, records, tmp_path):
 
 def test_evaluating_more_often_changes_no_step(dropped, records, tmp_path):
     words = arguments(dropped, records, "full", "blocks")
-    folder = prepare(flags.read(words).settings.data, model=dropped, global_batch=6).folder
+    folder = prepare(cli.read(words).settings.data, model=dropped, global_batch=6).folder
     jobs = [
         {
             "name": every, "data": str(folder), "out": str(tmp_path),

@@ -22,13 +22,15 @@ from conftest import TEMPLATES
 from exports import broken, counted, export_all, in_this_process, quick
 from ranks import on_ranks, train
 from safetensors.torch import load_file, save_file
+from trainer.trainer.export.folder import save_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from trainer import export, flags, verify
-from trainer.data import prepare
-from trainer.export import check
-from trainer.export.card import is_hub_id, short
+from trainer.config import cli
+from trainer.data.dataset import prepare
+from trainer.export import verify, verify_worker
+from trainer.export.model_card import card_text, is_hub_id, short
+from trainer.export.verify import Check, Expected, check_folder, check_logits, judge
 
 # Without these a small model's weights stay gathered after a step, and a wrong export is right by luck.
 STRICT = {
@@ -77,7 +79,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(check, "_fresh_process", in_this_process)
+    monkeypatch.setattr(verify, "_fresh_process", in_this_process)
     disable_progress_bar()  # the command's own `quiet` comes too late in this process
 
     def call(*arguments: str) -> tuple[int, str]:
@@ -171,7 +173,7 @@ def test_an_adapter_on_random_weights_keeps_its_base_and_says_so(lora: Path):
 
 
 def test_every_zero_stage_exports_what_it_trained_and_holds_one_copy_of_it(tiny, records, strict, shelf, tmp_path):
-    data = prepare(flags.read(words(tiny, records, "full")).settings.data, model=tiny, global_batch=6).folder
+    data = prepare(cli.read(words(tiny, records, "full")).settings.data, model=tiny, global_batch=6).folder
     zeros = {"zero1": "zero1", "zero2": "zero2", **strict}
     jobs = [
         {"name": f"{mode}-{zero}", "data": str(data), "out": str(tmp_path),
@@ -191,20 +193,20 @@ def test_every_zero_stage_exports_what_it_trained_and_holds_one_copy_of_it(tiny,
 
 
 def expect(ids: np.ndarray, logits: np.ndarray, *, tied: bool, data: Path | None, loss: float | None, **more: Any):
-    return export.Expected(
+    return Expected(
         input_ids=ids, logits=logits, tied=tied, loss=loss, data=data, eval_batch=4, device="cpu", precision="fp32",
         threads=1, **more,
     )  # fmt: skip
 
 
-def judged(folder: Path, expected: export.Expected, scratch: Path) -> export.Check:
+def judged(folder: Path, expected: Expected, scratch: Path) -> Check:
     """The check of a folder, made in this process."""
     np.savez(scratch / "logits.npz", input_ids=expected.input_ids, logits=expected.logits)
     job = {
         "folder": str(folder), "logits": str(scratch / "logits.npz"), "data": str(expected.data or ""),
         "eval_batch": 4, "device": "cpu", "precision": "fp32", "threads": 1,
     }  # fmt: skip
-    return export.judge(verify.verify(job), expected)
+    return judge(verify_worker.verify(job), expected)
 
 
 # --- other models ---
@@ -260,7 +262,7 @@ def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora, command, 
 
 
 def test_merging_that_unties_the_embeddings_is_said(lora, command, monkeypatch, tmp_path):
-    from trainer.export import command as room
+    from trainer.export import export_cli as room
 
     def untie(model: Any) -> Any:
         merged = model.module.merge_and_unload()
@@ -386,7 +388,7 @@ def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, sai
 def test_harm_done_to_a_folder_is_found(harm, said, full, tmp_path):
     ids = np.arange(1, 17)[None]
     honest = AutoModelForCausalLM.from_pretrained(full / "model")
-    expected = expect(ids, export.check_logits(honest, ids, torch.device("cpu")), tied=True, data=None, loss=None)
+    expected = expect(ids, check_logits(honest, ids, torch.device("cpu")), tied=True, data=None, loss=None)
     shutil.copytree(full / "model", tmp_path / "model")
     assert judged(tmp_path / "model", expected, tmp_path).problems == ()
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -400,14 +402,14 @@ def test_another_validation_loss_is_found(full, tiny, records):
         "said_dtype": "float32", "tied": True, "embedding_copies": 1, "logits_difference": 0.0, "loss": 2.00001,
     }  # fmt: skip
     expected = expect(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=full, loss=2.0)
-    assert export.judge(answer, expected).problems == ("validation loss 2.000010, recorded 2.000000",)
-    assert export.judge(answer | {"loss": 2.000001}, expected).problems == ()
-    assert export.judge(answer | {"logits_difference": float("nan")}, expected).problems != ()
+    assert judge(answer, expected).problems == ("validation loss 2.000010, recorded 2.000000",)
+    assert judge(answer | {"loss": 2.000001}, expected).problems == ()
+    assert judge(answer | {"logits_difference": float("nan")}, expected).problems != ()
 
 
 def test_a_folder_that_cannot_be_loaded_is_a_finding_not_a_crash(full, tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "_fresh_process", in_this_process)
-    found = export.check_folder(tmp_path, expect(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=None, loss=None))
+    monkeypatch.setattr(verify, "_fresh_process", in_this_process)
+    found = check_folder(tmp_path, expect(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=None, loss=None))
     assert len(found.problems) == 1
     assert found.line().startswith("CHECK FAILED: it could not be loaded again (exit code 1): ")
 
@@ -415,7 +417,7 @@ def test_a_folder_that_cannot_be_loaded_is_a_finding_not_a_crash(full, tmp_path,
 def test_a_half_precision_module_is_still_stored_and_said_as_float32(full, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(full / "model")
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    export.save_folder(tmp_path, model.half(), weights, base=None, tokenizer=None)
+    save_folder(tmp_path, model.half(), weights, base=None, tokenizer=None)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
     assert load_file(tmp_path / "model.safetensors")["transformer.ln_f.bias"].dtype == torch.float32
 
@@ -424,7 +426,7 @@ def test_the_fresh_process_ends_when_the_one_that_asked_is_gone(tmp_path):
     """At once: not only when it has imported what it needs, which can take minutes on a busy machine."""
     (tmp_path / "torch.py").write_text("import time; time.sleep(300)")
     place = [str(tmp_path), str(Path(__file__).parent.parent)]
-    line = [sys.executable, "-m", "trainer.verify", str(tmp_path / "job")]
+    line = [sys.executable, "-m", "trainer.export.verify_worker", str(tmp_path / "job")]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(place)}
     with subprocess.Popen(line, stdin=subprocess.PIPE, cwd=tmp_path, env=environ) as process:
         assert process.stdin is not None
@@ -452,10 +454,10 @@ def test_the_card_is_in_the_hubs_form(full, lora):
 def test_a_base_of_the_hub_is_named(full):
     about = json.loads((full / "run.json").read_text())
     about["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
-    text = export.card_text(about, [], export.Check(), step=6)
+    text = card_text(about, [], Check(), step=6)
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
     about["model"]["init"] = "random"
-    assert "base_model" not in export.card_text(about, [], export.Check(), step=6)
+    assert "base_model" not in card_text(about, [], Check(), step=6)
 
 
 def test_names_of_the_hub_and_paths_are_told_apart(tmp_path):

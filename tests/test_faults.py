@@ -22,8 +22,8 @@ from group import Group, at_call, events, rows, science, steps_done
 from ranks import train
 from transformers import AutoModelForCausalLM
 
-from trainer.checkpoint import choose, load_weights
-from trainer.errors import UserError
+from trainer.config.errors import UserError
+from trainer.training.checkpoint import choose, load_weights
 
 STEPS = 8
 
@@ -85,7 +85,7 @@ def test_a_disk_that_fills_up_while_saving(words, run, tmp_path):
     """A checkpoint of this model takes 110 kB: there is room for one and a half."""
     with mounted(tmp_path / "disk", "size=4m") as disk:
         out = disk / "run"
-        full = partial(at_call, who=0, module="trainer.checkpoint", name="Checkpoints.save", number=2,
+        full = partial(at_call, who=0, module="trainer.training.checkpoint", name="Checkpoints.save", number=2,
                        action=partial(fill, disk, 65536))  # fmt: skip
         group = Group(words, out=out, fault=full)
         assert group.wait() == [1, 1]
@@ -106,7 +106,12 @@ def test_a_disk_that_fills_up_while_logging(words, tmp_path):
     with mounted(tmp_path / "disk", "size=4m") as disk:
         out = disk / "run"
         full = partial(
-            at_call, who=0, module="trainer.engine", name="Engine.accumulate", number=7, action=partial(fill, disk, 0)
+            at_call,
+            who=0,
+            module="trainer.distributed.engine",
+            name="Engine.accumulate",
+            number=7,
+            action=partial(fill, disk, 0),
         )
         group = Group(flags, out=out, fault=full)
         assert group.wait() == [1, 1]
@@ -231,7 +236,7 @@ def poison(rank: int, step: int, where: str, value: float) -> None:
     """On rank 1, from this step on: a loss that is not finite, or a finite loss with gradients that are not."""
     if rank != 1:
         return
-    from trainer.engine import Engine
+    from trainer.distributed.engine import Engine
 
     accumulate = Engine.accumulate
 

@@ -11,14 +11,14 @@ import pytest
 from conftest import TEMPLATES
 from ranks import on_ranks, train
 
-from trainer import flags
-from trainer.data import load, prepare
-from trainer.engine import leave_world, start_world
-from trainer.errors import RunFailed
-from trainer.find import batch, trial
-from trainer.find.sizes import Tried, candidates, fastest, ladder, next_sizes
-from trainer.model import build, load_config
-from trainer.plan import make_plan
+from trainer.config import cli
+from trainer.config.errors import RunFailed
+from trainer.data.dataset import load, prepare
+from trainer.distributed.process_group import leave_world, start_world
+from trainer.model.build import build, load_config
+from trainer.tools.finders import batch_finder, batch_size_worker
+from trainer.tools.finders.batch_sizes import Tried, candidates, fastest, ladder, next_sizes
+from trainer.training.run_plan import make_plan
 
 # --- what to try, pure ---
 
@@ -71,7 +71,7 @@ def test_the_fastest_is_taken_not_the_largest():
 )
 def test_the_suggestion_says_what_it_is_better_at(largest, said):
     sizes = [tried(1, 100), tried(2, 180), tried(4, largest)]
-    told = batch.lines(SimpleNamespace(dropout=0.0), sizes, fastest(sizes), "")
+    told = batch_finder.lines(SimpleNamespace(dropout=0.0), sizes, fastest(sizes), "")
     assert [line for line in told if line.startswith("suggestion")] == [f"suggestion     {said}"]
 
 
@@ -84,7 +84,7 @@ def test_the_suggestion_says_what_it_is_better_at(largest, said):
     ],
 )  # fmt: skip
 def test_running_out_of_memory_is_told_from_other_errors(problem, is_one):
-    assert trial.out_of_memory(problem) == is_one
+    assert batch_size_worker.out_of_memory(problem) == is_one
 
 
 # --- on real ranks ---
@@ -97,7 +97,7 @@ def arguments(tiny: str, records: tuple[str, str], *more: str) -> list[str]:
 
 
 def plan_of(words: list[str], world: Any) -> tuple[Any, Any]:
-    settings = flags.read(words).settings
+    settings = cli.read(words).settings
     data = load(prepare(settings.data, model=settings.model.model, global_batch=8).folder)
     model = build(settings, on_meta=True)
     return make_plan(settings, world, data, model.facts, load_config(settings.model)), data
@@ -108,10 +108,10 @@ def processes(words: list[str], out: str, scripts: list[str]) -> int:
     world = start_world()
     try:
         plan, data = plan_of(words, world)
-        batch.COMMAND = (sys.executable, "-S", "-c", _FAKE + scripts[world.rank])  # type: ignore[assignment]
-        batch.GRACE = 0.5
+        batch_finder.COMMAND = (sys.executable, "-S", "-c", _FAKE + scripts[world.rank])  # type: ignore[assignment]
+        batch_finder.GRACE = 0.5
         try:
-            result: Any = [vars(one) for one in batch.try_sizes(plan, data.folder, [1, 2, 4])]
+            result: Any = [vars(one) for one in batch_finder.try_sizes(plan, data.folder, [1, 2, 4])]
         except RunFailed as problem:
             result = str(problem)
         Path(f"{out}-{world.rank}").write_text(json.dumps(result))
@@ -141,7 +141,7 @@ WAITS = "told(1); told(2); time.sleep(600)"  # in a collective with one who is g
 )
 def test_one_rank_that_ends_is_seen_by_all_and_none_hangs(tiny, records, tmp_path, ends, said):
     words = arguments(tiny, records)
-    prepare(flags.read(words).settings.data, model=tiny, global_batch=8)
+    prepare(cli.read(words).settings.data, model=tiny, global_batch=8)
     log = tmp_path / "log"
     assert on_ranks(2, processes, words, str(tmp_path / "result"), [WAITS, ends], log=log) == 0, log.read_text()
     results = [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(2)]
@@ -176,16 +176,18 @@ def test_what_the_formula_puts_over_the_budget_is_not_tried(tiny, records, shelf
         plan, _ = plan_of(arguments(tiny, records), world)
     finally:
         leave_world()
-    monkeypatch.setattr(batch, "free_host", lambda plan: 2**40)
-    assert batch.within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
-    monkeypatch.setattr(batch, "needed", lambda plan, made: (made.activations, 0.0))
-    two, four = (batch.estimate(plan, plan.zero, batch.load_of(plan, 32, micro)).activations for micro in (2, 4))
-    monkeypatch.setattr(batch, "free_host", lambda plan: (two + four) / 2 / batch.BUDGET)
-    sizes, said = batch.within_budget(plan, [1, 2, 4, 8], 32)
+    monkeypatch.setattr(batch_finder, "free_host", lambda plan: 2**40)
+    assert batch_finder.within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
+    monkeypatch.setattr(batch_finder, "needed", lambda plan, made: (made.activations, 0.0))
+    two, four = (
+        batch_finder.estimate(plan, plan.zero, batch_finder.load_of(plan, 32, micro)).activations for micro in (2, 4)
+    )
+    monkeypatch.setattr(batch_finder, "free_host", lambda plan: (two + four) / 2 / batch_finder.BUDGET)
+    sizes, said = batch_finder.within_budget(plan, [1, 2, 4, 8], 32)
     assert sizes == [1, 2]
     assert "not tried: 4 and above" in said
     gpu = replace(plan, world=replace(plan.world, device=__import__("torch").device("cuda", 0)))
-    assert batch.within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
+    assert batch_finder.within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
 
 
 OOM = """
@@ -206,7 +208,7 @@ sys.exit(trial.main(sys.argv[1]))
 def with_oom(words: list[str]) -> int:
     from ranks import command
 
-    batch.COMMAND = (sys.executable, "-c", OOM.format(tests=str(Path(__file__).parent)))  # type: ignore[assignment]
+    batch_finder.COMMAND = (sys.executable, "-c", OOM.format(tests=str(Path(__file__).parent)))  # type: ignore[assignment]
     return command(words)
 
 

@@ -11,17 +11,18 @@ from cells import on_cells, run_cells
 from conftest import TEMPLATES
 from ranks import train
 
-from trainer import flags, loop
-from trainer.checkpoint import Checkpoints, Progress
-from trainer.data import load, prepare
-from trainer.engine import leave_world, start_world
-from trainer.errors import UserError
-from trainer.find.curve import diverged, judge, rates, smooth
-from trainer.find.lr import sweep
-from trainer.model import build, load_config
-from trainer.plan import make_plan
-from trainer.records import to_line
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.data.dataset import load, prepare
+from trainer.distributed.process_group import leave_world, start_world
+from trainer.model.build import build, load_config
 from trainer.run import _engine
+from trainer.tools.finders.lr_curve import diverged, judge, rates, smooth
+from trainer.tools.finders.lr_finder import sweep
+from trainer.tracking.records import to_line
+from trainer.training import loop
+from trainer.training.checkpoint import Checkpoints, Progress
+from trainer.training.run_plan import make_plan
 
 STEPS = 100
 
@@ -110,23 +111,23 @@ def test_noise_alone_is_no_divergence_and_no_fall():
 
 
 def test_the_range_is_read_and_its_default_goes_with_the_mode():
-    given = flags.read(["--mode", "full", "--find-lr", "1e-5:1e-1:50"]).find_lr
+    given = cli.read(["--mode", "full", "--find-lr", "1e-5:1e-1:50"]).find_lr
     assert (given.start, given.end, given.steps) == (1e-5, 1e-1, 50)
-    full, lora = (flags.read(["--mode", mode, "--find-lr"]).find_lr for mode in ("full", "lora"))
+    full, lora = (cli.read(["--mode", mode, "--find-lr"]).find_lr for mode in ("full", "lora"))
     assert (lora.start, lora.end) == pytest.approx((10 * full.start, 10 * full.end))
-    assert flags.read(["--mode", "full"]).find_lr is None
+    assert cli.read(["--mode", "full"]).find_lr is None
 
 
 @pytest.mark.parametrize("words", ["1", "1:0.1", "0:1", "a:b", "1e-5:1:3", "1:2:3:4", "1e-5:inf"])
 def test_a_wrong_range_is_one_line(words):
     with pytest.raises(UserError, match="--find-lr"):
-        flags.read(["--mode", "full", "--find-lr", words])
+        cli.read(["--mode", "full", "--find-lr", words])
 
 
 @pytest.mark.parametrize("other", ["--find-batch", "--dry-run", "--resume"])
 def test_one_thing_at_a_time(other):
     with pytest.raises(UserError, match="one at a time"):
-        flags.read(["--mode", "full", "--find-lr", other])
+        cli.read(["--mode", "full", "--find-lr", other])
 
 
 # --- on real ranks ---
@@ -148,7 +149,7 @@ def after_a_sweep(jobs: list[dict[str, Any]]) -> int:
     world = start_world()
     try:
         for job in jobs:
-            settings = flags.read(job["flags"]).settings
+            settings = cli.read(job["flags"]).settings
             data, model = load(Path(job["data"])), build(settings)
             plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
             engine, _ = _engine(plan, model, None)
@@ -196,7 +197,7 @@ def test_so_it_is_under_the_other_files(tiny, records, tmp_path):
 
 
 def leaves_no_trace(cells: list[tuple[int, str, str]], tiny: str, records: tuple[str, str], tmp_path: Path) -> None:
-    settings = flags.read(arguments(tiny, records, "full")).settings
+    settings = cli.read(arguments(tiny, records, "full")).settings
     folder = prepare(settings.data, model=tiny, global_batch=6).folder
     plain, swept = tmp_path / "plain", tmp_path / "swept"
     for out, target in ((plain, run_cells), (swept, after_a_sweep)):

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from trainer import flags
-from trainer.errors import UserError
-from trainer.settings import GROUPS
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import GROUPS
 
 # The names are a contract with the user; those of `run` are no settings.
 CONTRACT = [
@@ -55,7 +55,7 @@ FIELDS = {
 
 
 def options() -> set[str]:
-    return {option for action in flags.parser()._actions for option in action.option_strings} - {"-h"}
+    return {option for action in cli.parser()._actions for option in action.option_strings} - {"-h"}
 
 
 def test_every_flag_of_the_contract_is_there():
@@ -75,7 +75,7 @@ def test_only_the_constants_of_the_optimizer_have_no_flag():
 def test_each_flag_sets_its_field_and_is_known_as_given(flag):
     typed, expected = VALUES[flag]
     more = {"--prompt": ["--completion", "{c}"], "--quant-double": ["--quant", "nf4"]}.get(flag, [])
-    request = flags.read(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])])
+    request = cli.read(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])])
     group, field = FIELDS[flag]
     assert getattr(getattr(request.settings, group), field) == expected
     assert request.given[group][field] == expected
@@ -84,7 +84,7 @@ def test_each_flag_sets_its_field_and_is_known_as_given(flag):
 
 
 def test_nothing_given_is_nothing_overridden():
-    request = flags.read(["--mode", "full"])
+    request = cli.read(["--mode", "full"])
     assert request.settings.overridden == ()
     assert not any(request.given.values())
     assert (request.settings.preset, request.resume, request.dry_run) == ("demo", None, False)
@@ -92,25 +92,25 @@ def test_nothing_given_is_nothing_overridden():
 
 
 def test_a_flag_with_the_presets_own_value_still_counts_as_given():
-    lr = flags.read(["--mode", "full", "--preset", "card"]).settings.train.lr
-    request = flags.read(["--mode", "lora", "--preset", "card", "--lr", str(lr)])
+    lr = cli.read(["--mode", "full", "--preset", "card"]).settings.train.lr
+    request = cli.read(["--mode", "lora", "--preset", "card", "--lr", str(lr)])
     assert request.settings.overridden == ("--lr",)
     assert request.settings.train.lr == lr, "and the mode does not change it"
 
 
 @pytest.mark.parametrize(("words", "expected"), [([], None), (["--resume"], "latest"), (["--resume", "best"], "best")])
 def test_resume_takes_a_checkpoint_or_the_newest(words, expected):
-    assert flags.read(["--mode", "full", *words]).resume == expected
+    assert cli.read(["--mode", "full", *words]).resume == expected
 
 
 def test_allowed_changes_may_be_joined_repeated_and_written_as_flags():
     words = ["--allow-change", "lr,global-batch", "--allow-change", "max_steps"]
-    assert flags.read(["--mode", "full", "--resume", *words]).allow_change == ("lr", "global_batch", "max_steps")
+    assert cli.read(["--mode", "full", "--resume", *words]).allow_change == ("lr", "global_batch", "max_steps")
 
 
 def test_the_launchers_rank_is_accepted_and_changes_nothing():
-    with_rank = flags.read(["--local_rank=1", "--mode", "full"])
-    assert with_rank.settings == flags.read(["--mode", "full"]).settings
+    with_rank = cli.read(["--local_rank=1", "--mode", "full"])
+    assert with_rank.settings == cli.read(["--mode", "full"]).settings
 
 
 @pytest.mark.parametrize(
@@ -130,17 +130,17 @@ def test_the_launchers_rank_is_accepted_and_changes_nothing():
 )
 def test_a_mistake_is_one_line_that_names_it(words, said):
     with pytest.raises(UserError) as caught:
-        flags.read(words)
+        cli.read(words)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_help_shows_groups_units_and_both_presets_defaults(capsys):
     with pytest.raises(SystemExit) as ended:
-        flags.read(["--help"])
+        cli.read(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for title in flags.TITLES.values():
+    for title in cli.TITLES.values():
         assert f"{title}:" in text
     assert "(default: demo 256, card 1024 tokens)" in text
     assert "card 3e-05)" in text

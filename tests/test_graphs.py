@@ -14,9 +14,9 @@ from conftest import make_tiny
 from ranks import on_ranks
 from transformers import AutoModelForCausalLM
 
-from trainer.engine import graphs
-from trainer.engine.graphs import Graphs
-from trainer.loss import TokenLoss
+from trainer.distributed import cuda_graphs
+from trainer.distributed.cuda_graphs import Graphs
+from trainer.kernels.linear_cross_entropy import TokenLoss
 
 WIDTH = 16
 
@@ -48,7 +48,7 @@ class Replayed:
 
 @pytest.fixture
 def module(tiny: str, monkeypatch: pytest.MonkeyPatch) -> TokenLoss:
-    monkeypatch.setattr(graphs, "Recorded", Replayed)
+    monkeypatch.setattr(cuda_graphs, "Recorded", Replayed)
     monkeypatch.setattr(Replayed, "made", [])
     monkeypatch.setattr(Replayed, "broken", False)
     return TokenLoss(AutoModelForCausalLM.from_pretrained(tiny), None)
@@ -84,7 +84,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 
 def test_a_shape_is_recorded_after_it_was_warm_and_every_step_has_its_own_gradients(module):
     made = Graphs(module, list(module.parameters()))
-    for number in range(graphs.WARM + 3):
+    for number in range(cuda_graphs.WARM + 3):
         micros = [micro(2, 10 * number), micro(2, 10 * number + 1)]
         same(step(made, module, micros), eager(module, micros))
     first, more = Replayed.made
@@ -96,7 +96,7 @@ def test_a_shape_is_recorded_after_it_was_warm_and_every_step_has_its_own_gradie
 @pytest.mark.parametrize("ragged", [[2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
 def test_a_ragged_step_between_recorded_ones_is_right_and_so_is_the_next(module, ragged):
     made = Graphs(module, list(module.parameters()))
-    for number, shape in enumerate([[2, 2]] * (graphs.WARM + 2) + [ragged] + [[2, 2]] * 2):
+    for number, shape in enumerate([[2, 2]] * (cuda_graphs.WARM + 2) + [ragged] + [[2, 2]] * 2):
         micros = [micro(rows, 100 * number + n) for n, rows in enumerate(shape)]
         same(step(made, module, micros), eager(module, micros))
     assert len(Replayed.made) == 2
@@ -104,20 +104,20 @@ def test_a_ragged_step_between_recorded_ones_is_right_and_so_is_the_next(module,
 
 def test_only_so_many_shapes_are_recorded(module):
     made = Graphs(module, list(module.parameters()))
-    for rows in range(1, graphs.MOST + 3):
-        for number in range(graphs.WARM + 2):
+    for rows in range(1, cuda_graphs.MOST + 3):
+        for number in range(cuda_graphs.WARM + 2):
             micros = [micro(rows, number)]
             same(step(made, module, micros), eager(module, micros))
-    assert len(Replayed.made) == graphs.MOST
+    assert len(Replayed.made) == cuda_graphs.MOST
 
 
 def test_evaluations_are_recorded_apart(module):
     made = Graphs(module, list(module.parameters()))
     with torch.no_grad():
-        for number in range(graphs.WARM + 2):
+        for number in range(cuda_graphs.WARM + 2):
             ids = micro(3, number)
             rows = made.forward(ids, ids)
-            assert (rows is None) == (number < graphs.WARM)
+            assert (rows is None) == (number < cuda_graphs.WARM)
             if rows is not None:
                 assert torch.equal(rows, module(ids, ids)[1])
 
@@ -125,7 +125,7 @@ def test_evaluations_are_recorded_apart(module):
 def test_where_recording_fails_it_is_said_once_and_all_goes_on_eagerly(module, monkeypatch):
     monkeypatch.setattr(Replayed, "broken", True)
     made = Graphs(module, list(module.parameters()))
-    for number in range(graphs.WARM + 3):
+    for number in range(cuda_graphs.WARM + 3):
         micros = [micro(2, number)]
         same(step(made, module, micros), eager(module, micros))
     assert made.told == ["steps are not recorded as CUDA graphs: operation not permitted when stream is capturing"]
@@ -158,13 +158,16 @@ def take_steps(
 
     `resumed_after`: a step after which another engine goes on from a checkpoint.
     """
-    from trainer import checkpoint, flags
-    from trainer.checkpoint import Checkpoints, Progress
-    from trainer.data import MicroBatch
-    from trainer.engine import Engine, deepspeed_dict, leave_world, read_zero_file, start_world
-    from trainer.model import build
+    from trainer.config import cli
+    from trainer.data.sampler import MicroBatch
+    from trainer.distributed.deepspeed_config import deepspeed_dict, read_zero_file
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import leave_world, start_world
+    from trainer.model.build import build
+    from trainer.training import checkpoint
+    from trainer.training.checkpoint import Checkpoints, Progress
 
-    settings = flags.read(f"--model {folder} --data unused --global-batch 4 {words}".split()).settings
+    settings = cli.read(f"--model {folder} --data unused --global-batch 4 {words}".split()).settings
     precision, zero = settings.engine.precision or "fp32", read_zero_file(settings.engine.ds_config or "zero0")
     world = start_world(device)
     batch = settings.train.batch(1)

@@ -11,14 +11,14 @@ from test_ways import arguments, prepared  # noqa: F401
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trainer import flags
-from trainer.engine import engine as room
-from trainer.engine.halves import Halves
-from trainer.model import build
+from trainer.config import cli
+from trainer.distributed import engine as room
+from trainer.distributed.frozen_bf16 import Halves
+from trainer.model.build import build
 
 
 def settings(tiny: str, records: tuple[str, str], *more: str) -> Any:
-    return flags.read([*arguments(tiny, records, "lora", "completion"), *more]).settings
+    return cli.read([*arguments(tiny, records, "lora", "completion"), *more]).settings
 
 
 def test_only_frozen_weights_that_go_into_products_are_halved_and_all_come_back(tiny, records):
@@ -55,17 +55,19 @@ def test_dora_takes_norms_of_its_weights_so_they_stay(tiny, records):
 
 def losses(jobs: list[dict[str, Any]]) -> int:
     """On a rank: step losses, gradient norms and an evaluation, in bf16, with the base as the job says."""
-    from trainer.data import load, step_batches, step_counts
-    from trainer.engine import Engine, leave_world, start_world
-    from trainer.loop import evaluate
-    from trainer.model import load_config
-    from trainer.plan import make_plan
+    from trainer.data.dataset import load
+    from trainer.data.sampler import step_batches, step_counts
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import leave_world, start_world
+    from trainer.model.build import load_config
+    from trainer.training.loop import evaluate
+    from trainer.training.run_plan import make_plan
 
     world = start_world()
     for job in jobs:
         if not job["halves"]:
             room.Halves = lambda *_, **__: None  # type: ignore[assignment, misc]
-        chosen, data = flags.read(job["flags"]).settings, load(Path(job["data"]))
+        chosen, data = cli.read(job["flags"]).settings, load(Path(job["data"]))
         model = build(chosen)
         plan = make_plan(chosen, world, data, model.facts, load_config(chosen.model))
         engine = Engine(world, model, plan.deepspeed, chosen.train, plan.precision)

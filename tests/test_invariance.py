@@ -19,9 +19,9 @@ from cells import on_cells, read_cell, reference
 from conftest import TEMPLATES
 from safetensors.numpy import load_file
 
-from trainer import flags
-from trainer.data import prepare
-from trainer.settings import DS_NAMES
+from trainer.config import cli
+from trainer.config.schema import DS_NAMES
+from trainer.data.dataset import prepare
 
 LOSS, NORM, WEIGHTS = 2e-6, 1e-5, 0.05
 RATE = 3e-3
@@ -53,7 +53,7 @@ SAMPLE = [
 def prepared(tiny: str, records: tuple[str, str], shelf: Path) -> dict[str, Path]:
     folders = {}
     for objective in ("blocks", "completion"):
-        settings = flags.read(arguments(tiny, records, "full", objective)).settings
+        settings = cli.read(arguments(tiny, records, "full", objective)).settings
         folders[objective] = prepare(settings.data, model=tiny, global_batch=BATCH).folder
     return folders
 

@@ -12,16 +12,18 @@ from cells import on_cells, read_cell, run_cell, run_cells
 from safetensors.torch import load_file
 from test_ways import arguments, prepared  # noqa: F401
 
-from trainer import checkpoint, flags
-from trainer.checkpoint import Checkpoints, Progress
-from trainer.data import load
-from trainer.engine import Engine, leave_world, start_world
-from trainer.errors import RunFailed
-from trainer.loop import train
-from trainer.model import build, load_config
-from trainer.plan import make_plan
-from trainer.records import EvalRecord, EventRecord, StepRecord
+from trainer.config import cli
+from trainer.config.errors import RunFailed
+from trainer.data.dataset import load
+from trainer.distributed.engine import Engine
+from trainer.distributed.process_group import leave_world, start_world
+from trainer.model.build import build, load_config
 from trainer.run import _engine
+from trainer.tracking.records import EvalRecord, EventRecord, StepRecord
+from trainer.training import checkpoint
+from trainer.training.checkpoint import Checkpoints, Progress
+from trainer.training.loop import train
+from trainer.training.run_plan import make_plan
 
 Told = list[tuple[str, int]]
 
@@ -81,7 +83,7 @@ def test_every_record_and_the_weights_are_those_of_a_run_that_waits(ranks, tiny,
 
 
 def begun(job: dict[str, Any], world: Any) -> tuple[Any, ...]:
-    settings, data = flags.read(job["flags"]).settings, load(Path(job["data"]))
+    settings, data = cli.read(job["flags"]).settings, load(Path(job["data"]))
     model = build(settings)
     plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
     engine, progress = _engine(plan, model, None)

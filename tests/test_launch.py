@@ -133,8 +133,8 @@ def test_a_dry_run_says_what_would_happen_and_trains_nothing(small, tmp_path):
 
 
 def test_the_card_splits_over_two_ranks_at_most():
-    from trainer.errors import UserError
-    from trainer.flags import read
+    from trainer.config.cli import read
+    from trainer.config.errors import UserError
 
     card = read(["--mode", "full", "--preset", "card"]).settings.train
     assert str(card.batch(2)) == "1 micro-batch x 1 accumulation x 2 ranks = 2 global batch"

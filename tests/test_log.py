@@ -16,20 +16,12 @@ import pytest
 from fake_wandb import child_env
 from run_folders import facts, rows
 
-from trainer import log
-from trainer.errors import RunFailed, UserError
-from trainer.log.progress import clock_time
-from trainer.records import (
-    EpochRecord,
-    EvalRecord,
-    EventRecord,
-    Record,
-    StepRecord,
-    perplexity,
-    read,
-    to_line,
-)
-from trainer.reference import CURVE
+from trainer.config.errors import RunFailed, UserError
+from trainer.config.reference import CURVE
+from trainer.tracking.console import Progress, clock_time
+from trainer.tracking.jsonl import JsonlSink, rewind
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, read, to_line
+from trainer.tracking.summary import end_rows, show_end, show_plan
 
 ROWS = rows(facts("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
 LAST = 90
@@ -57,7 +49,7 @@ def mean_row(step: int, epoch: float, loss: float) -> EpochRecord:
 
 def test_each_row_is_on_disk_before_the_next(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = log.JsonlSink(path)
+    sink = JsonlSink(path)
     for number, record in enumerate(ROWS, start=1):
         sink.write(record)
         assert path.read_bytes().count(b"\n") == number
@@ -70,8 +62,8 @@ def test_a_file_with_rows_is_refused_unless_resumed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(to_line(ROWS[0]) + "\n" + to_line(ROWS[1])[:30])  # the last row was cut off by a kill
     with pytest.raises(UserError, match="already holds the rows of a run: pass --resume"):
-        log.JsonlSink(path)
-    sink = log.JsonlSink(path, resume=True)
+        JsonlSink(path)
+    sink = JsonlSink(path, resume=True)
     sink.write(ROWS[1])
     sink.close(0)
     assert list(read(path)) == ROWS[:2]
@@ -81,15 +73,15 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint(tmp_path: Path) -> No
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(to_line(record) + "\n" for record in ROWS) + '{"kind"')
     kept = [record for record in ROWS if record.step <= 60]
-    assert log.rewind(path, 60) == len(ROWS) - len(kept) + 1
+    assert rewind(path, 60) == len(ROWS) - len(kept) + 1
     assert list(read(path)) == kept
-    assert log.rewind(path, 60) == 0
+    assert rewind(path, 60) == 0
 
 
 def test_a_finished_run_that_goes_on_is_no_longer_finished(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(to_line(record) + "\n" for record in ROWS))
-    assert log.rewind(path, LAST) == 1
+    assert rewind(path, LAST) == 1
     assert list(read(path)) == ROWS[:-1]
 
 
@@ -97,11 +89,11 @@ def test_a_damaged_file_is_not_resumed_from(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(to_line(ROWS[0]) + "\nhalf\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
-        log.rewind(path, 60)
+        rewind(path, 60)
 
 
 def test_nan_is_refused_and_leaves_no_row(tmp_path: Path) -> None:
-    sink = log.JsonlSink(tmp_path / "metrics.jsonl")
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="not JSON compliant"):
         sink.write(step_row(1, loss=float("nan")))
     sink.close(1)
@@ -110,17 +102,17 @@ def test_nan_is_refused_and_leaves_no_row(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_and_a_full_disk_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"cannot write .*metrics\.jsonl: No such file or directory"):
-        log.JsonlSink(tmp_path / "nowhere" / "metrics.jsonl")
+        JsonlSink(tmp_path / "nowhere" / "metrics.jsonl")
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
-    sink = log.JsonlSink(Path("/dev/full"))
+    sink = JsonlSink(Path("/dev/full"))
     with pytest.raises(RunFailed, match="cannot write /dev/full: No space left on device"):
         sink.write(ROWS[0])
 
 
 def test_a_row_that_fits_only_in_part_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = log.JsonlSink(path)
+    sink = JsonlSink(path)
     sink.write(ROWS[0])
     whole = os.write
     monkeypatch.setattr(os, "write", lambda file, line: whole(file, line[:10]))
@@ -146,7 +138,7 @@ class Clock:
 
 def shown(records: list[Record], seconds: list[float], total: int = 100) -> list[str]:
     stream, clock = io.StringIO(), Clock()
-    progress = log.Progress(total, 3.0, stream=stream, interval=5.0, clock=clock)
+    progress = Progress(total, 3.0, stream=stream, interval=5.0, clock=clock)
     for record, now in zip(records, seconds, strict=True):
         clock.now = now
         progress.write(record)
@@ -171,7 +163,7 @@ def test_a_plain_line_says_where_how_and_how_long() -> None:
 )
 def test_the_length_of_a_run_in_epochs_is_short(epochs: float, told: str) -> None:
     stream = io.StringIO()
-    log.Progress(100, epochs, stream=stream).write(step_row(1))
+    Progress(100, epochs, stream=stream).write(step_row(1))
     assert f"epoch 0.03/{told}  loss" in stream.getvalue()
 
 
@@ -203,8 +195,8 @@ def test_times_read_as_clocks() -> None:
 
 def test_a_closed_pipe_ends_the_showing_and_not_the_run(tmp_path: Path) -> None:
     code = (
-        "import time; from run_folders import facts, rows; from trainer import log\n"
-        "progress = log.Progress(90, 3.0, interval=0.0)\n"
+        "import time; from run_folders import facts, rows; from trainer.tracking.console import Progress\n"
+        "progress = Progress(90, 3.0, interval=0.0)\n"
         "for record in rows(facts()):\n    progress.write(record); time.sleep(0.002)\n"
         "progress.close(0); open('done', 'w').close()"
     )
@@ -285,7 +277,7 @@ def strip_escapes(text: str) -> str:
 
 
 def test_the_table_pairs_epochs_with_the_card() -> None:
-    table = log.end_rows(ROWS)
+    table = end_rows(ROWS)
     assert [row.epoch for row in table] == [0, 1, 2, 3]
     assert table[0].train_loss is None
     assert table[0].val_loss is not None
@@ -298,7 +290,7 @@ def test_the_table_pairs_epochs_with_the_card() -> None:
 def test_evaluations_within_an_epoch_are_left_out_but_the_last() -> None:
     evals = [eval_row(step, step / 10, 3.0 - step / 10) for step in (0, 4, 8, 12, 16)]
     means = [mean_row(10, 0.1 + 0.2 + 0.7, 2.0)]  # a whole epoch but for rounding
-    table = log.end_rows([*evals, *means])
+    table = end_rows([*evals, *means])
     assert [(row.epoch, row.train_loss, row.val_loss) for row in table] == [
         (0, None, 3.0),
         (1, 2.0, None),
@@ -309,19 +301,19 @@ def test_evaluations_within_an_epoch_are_left_out_but_the_last() -> None:
 
 
 def test_the_later_of_two_evaluations_of_an_epoch_counts() -> None:
-    assert [row.val_loss for row in log.end_rows([eval_row(10, 1.0, 2.0), eval_row(10, 1.0, 1.5)])] == [1.5]
+    assert [row.val_loss for row in end_rows([eval_row(10, 1.0, 2.0), eval_row(10, 1.0, 1.5)])] == [1.5]
 
 
 def test_no_record_is_no_row_and_no_error() -> None:
     stream = io.StringIO()
-    log.show_end([], [], stream=stream)
-    assert log.end_rows([]) == []
+    show_end([], [], stream=stream)
+    assert end_rows([]) == []
     assert "epoch" in stream.getvalue()
 
 
 def test_the_end_is_shown_in_plain_characters_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    log.show_end(
+    show_end(
         [eval_row(0, 0.0, 3.0), eval_row(10, 1.0, 2.0), mean_row(10, 1.0, 2.5)],
         ["other data", "unknown"],
         stream=stream,
@@ -341,7 +333,7 @@ def test_fifty_epochs_stay_readable_and_keep_what_matters() -> None:
     for epoch in range(51):
         records.append(eval_row(epoch * 10, float(epoch), 3.0 - epoch / 20 if epoch < 38 else 2.0 + epoch / 20))
     stream = io.StringIO()
-    log.show_end(records, [], stream=stream)
+    show_end(records, [], stream=stream)
     epochs = [line.split("|")[1].strip() for line in stream.getvalue().splitlines()[2:] if line.startswith("|")]
     assert len(epochs) == 24
     assert {"0", "1", "2", "3", "37", "50"} <= set(epochs)
@@ -350,7 +342,7 @@ def test_fifty_epochs_stay_readable_and_keep_what_matters() -> None:
 
 def test_the_plan_is_aligned() -> None:
     stream = io.StringIO()
-    log.show_plan([("model", "demo-base [tiny]"), ("batch", "8"), ("ZeRO file", "zero1: two ranks")], stream=stream)
+    show_plan([("model", "demo-base [tiny]"), ("batch", "8"), ("ZeRO file", "zero1: two ranks")], stream=stream)
     assert stream.getvalue() == "model      demo-base [tiny]\nbatch      8\nZeRO file  zero1: two ranks\n"
 
 
@@ -358,7 +350,7 @@ def test_the_plan_is_aligned() -> None:
 
 
 def test_the_package_imports_neither_torch_nor_wandb_nor_rich() -> None:
-    code = "import sys, trainer.log; print([name for name in ('torch', 'wandb', 'rich') if name in sys.modules])"
+    code = "import sys, trainer.tracking.loggers; print([name for name in ('torch', 'wandb', 'rich') if name in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], env=child_env(), capture_output=True, text=True).stdout == "[]\n"
     )

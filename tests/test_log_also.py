@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from run_folders import facts, rows
 
-from trainer import log
-from trainer.errors import UserError
-from trainer.log.also import GuardedSink
-from trainer.records import EventRecord, Record
+from trainer.config.errors import UserError
+from trainer.tracking.extra_loggers import GuardedSink, check_also, start_also
+from trainer.tracking.records import EventRecord, Record
+from trainer.tracking.wandb_keys import AXES, wandb_row
 
 RUN = facts("lora")
 ROWS = rows(RUN)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -19,7 +19,7 @@ WANTED = {
     (name, row.step): value
     for row in ROWS
     if not isinstance(row, EventRecord)
-    for name, value in log.wandb_row(row).items()
+    for name, value in wandb_row(row).items()
 }
 
 
@@ -33,8 +33,8 @@ def write(sinks: list[GuardedSink], some: list[Record]) -> None:
 
 def in_two_parts(name: str, folder: Path, said: list[str]) -> None:
     """A run that is killed after step 40, with its newest checkpoint at step 30, and then resumed."""
-    write(log.start_also([name], RUN, folder, after=-1, say=said.append), [row for row in ROWS if row.step <= 40])
-    write(log.start_also([name], RUN, folder, after=30, say=said.append), [row for row in ROWS if row.step > 30])
+    write(start_also([name], RUN, folder, after=-1, say=said.append), [row for row in ROWS if row.step <= 40])
+    write(start_also([name], RUN, folder, after=30, say=said.append), [row for row in ROWS if row.step > 30])
 
 
 def test_tensorboard_has_every_row_once_also_after_a_resume(tmp_path):
@@ -48,7 +48,7 @@ def test_tensorboard_has_every_row_once_also_after_a_resume(tmp_path):
         for event in events.Scalars(name):
             got.setdefault((name, event.step), []).append(event.value)
     assert {key: values[-1] for key, values in got.items()} == pytest.approx(WANTED, rel=1e-7), "in float32"
-    assert all(len(values) == 1 for (name, _), values in got.items() if name not in log.AXES)
+    assert all(len(values) == 1 for (name, _), values in got.items() if name not in AXES)
     assert "tensorboard --logdir" in said[0]
     assert len(said) == 2, "nothing went wrong"
 
@@ -69,7 +69,7 @@ def test_trackio_has_every_row_once_also_after_a_resume(tmp_path, monkeypatch):
         for name, value in json.loads(text).items():
             got.setdefault((name, step), []).append(value)
     assert {key: values[-1] for key, values in got.items() if key in WANTED} == WANTED
-    assert all(len(values) == 1 for (name, _), values in got.items() if name not in log.AXES)
+    assert all(len(values) == 1 for (name, _), values in got.items() if name not in AXES)
     assert "trackio show" in said[0]
     assert len(said) == 2, said
 
@@ -92,7 +92,7 @@ def test_a_sink_that_fails_is_said_once_and_left_out():
 
 
 def test_a_sink_that_is_not_installed_is_one_line(monkeypatch):
-    log.check_also(["tensorboard", "trackio"])
-    monkeypatch.setattr("trainer.log.also.find_spec", lambda name: None)
+    check_also(["tensorboard", "trackio"])
+    monkeypatch.setattr("trainer.tracking.extra_loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--also trackio: it is not installed; pip install -e '\.\[trackio\]'"):
-        log.check_also(["trackio"])
+        check_also(["trackio"])

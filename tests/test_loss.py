@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trainer import loss
-from trainer.data.batches import IGNORED
-from trainer.loss import TokenLoss
+from trainer.data.sampler import IGNORED
+from trainer.kernels import linear_cross_entropy
+from trainer.kernels.linear_cross_entropy import TokenLoss
 
 WIDTH = 20
 
@@ -73,8 +73,15 @@ def test_pieces_of_any_size_give_the_whole_loss_and_its_gradients(causal, monkey
     calls = []
     honest = torch.log_softmax if whole_layer else functional.cross_entropy
     spy = lambda *a, **k: calls.append(len(a[0])) or honest(*a, **k)  # noqa: E731
-    monkeypatch.setattr(*((loss.torch, "log_softmax") if whole_layer else (loss.functional, "cross_entropy")), spy)
-    monkeypatch.setattr(loss, "LARGEST_LOGITS", positions * 4 * 97)
+    monkeypatch.setattr(
+        *(
+            (linear_cross_entropy.torch, "log_softmax")
+            if whole_layer
+            else (linear_cross_entropy.functional, "cross_entropy")
+        ),
+        spy,
+    )
+    monkeypatch.setattr(linear_cross_entropy, "LARGEST_LOGITS", positions * 4 * 97)
     if not whole_layer:
         causal.lm_head.weight.ds_id = 0
     sums, found = gradients(module, ids, labels)
@@ -99,7 +106,7 @@ def test_the_gradients_are_those_of_hugging_faces_own_loss(causal, monkeypatch, 
     if not tied:
         causal.config.tie_word_embeddings = False
         causal.lm_head.weight = torch.nn.Parameter(causal.lm_head.weight.detach().clone())
-    monkeypatch.setattr(loss, "LARGEST_LOGITS", positions * 4 * 97)
+    monkeypatch.setattr(linear_cross_entropy, "LARGEST_LOGITS", positions * 4 * 97)
     ids, labels = rows()
     ids[0, 3:9] = ids[1, 3:9] = 5  # a token that comes again and again
     module = TokenLoss(causal, None)
@@ -129,7 +136,7 @@ def test_pieces_in_bf16_are_as_close_as_the_whole(causal, monkeypatch):
     ids, labels = rows()
     _, exact = gradients(TokenLoss(causal, None), ids, labels)
     _, whole = gradients(TokenLoss(causal, torch.bfloat16), ids, labels)
-    monkeypatch.setattr(loss, "LARGEST_LOGITS", 7 * 4 * 97)
+    monkeypatch.setattr(linear_cross_entropy, "LARGEST_LOGITS", 7 * 4 * 97)
     _, pieces = gradients(TokenLoss(causal, torch.bfloat16), ids, labels)
 
     def error(found):
@@ -145,7 +152,7 @@ def test_a_frozen_output_layer_gets_no_gradient_and_passes_the_same_one_on(causa
     ids, labels = rows()
     found = []
     for largest in (2**27, 7 * 4 * 97):
-        monkeypatch.setattr(loss, "LARGEST_LOGITS", largest)
+        monkeypatch.setattr(linear_cross_entropy, "LARGEST_LOGITS", largest)
         trained.grad = None
         TokenLoss(causal, None)(ids, labels)[0].mul(0.25).backward()
         found.append(trained.grad.clone())
@@ -158,11 +165,13 @@ def test_pieces_without_gradients_too(causal, monkeypatch):
     module = TokenLoss(causal, None)
     ids, labels = rows()
     sizes = []
-    honest = loss._losses
-    monkeypatch.setattr(loss, "_losses", lambda logits, at: sizes.append(tuple(logits.shape)) or honest(logits, at))
+    honest = linear_cross_entropy._losses
+    monkeypatch.setattr(
+        linear_cross_entropy, "_losses", lambda logits, at: sizes.append(tuple(logits.shape)) or honest(logits, at)
+    )
     with torch.no_grad():
         _, whole = module(ids, labels)
-        monkeypatch.setattr(loss, "LARGEST_LOGITS", 7 * 4 * 97)
+        monkeypatch.setattr(linear_cross_entropy, "LARGEST_LOGITS", 7 * 4 * 97)
         torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
     assert sizes == [(60, 128), *[(7, 128)] * 8, (4, 128)], "logits at one time, in rows of 128"
 
@@ -170,8 +179,10 @@ def test_pieces_without_gradients_too(causal, monkeypatch):
 def test_logits_lie_in_aligned_rows(causal, monkeypatch):
     """97 words in rows of 128: a processor's product with odd rows takes nearly twice as long."""
     strides = []
-    honest = loss._slopes
-    monkeypatch.setattr(loss, "_slopes", lambda logits, at: strides.append(logits.stride()) or honest(logits, at))
+    honest = linear_cross_entropy._slopes
+    monkeypatch.setattr(
+        linear_cross_entropy, "_slopes", lambda logits, at: strides.append(logits.stride()) or honest(logits, at)
+    )
     TokenLoss(causal, None)(*rows())
     assert strides == [(128, 1)]
 
@@ -179,8 +190,8 @@ def test_logits_lie_in_aligned_rows(causal, monkeypatch):
 def test_the_form_for_a_compiler_is_the_same_function():
     dice = torch.Generator().manual_seed(0)
     logits, targets = 4 * torch.randn(9, 31, generator=dice), torch.tensor([0, 30, IGNORED, 4, 4, 7, IGNORED, 1, 2])
-    sums, slopes = loss._slopes_for_compiler(logits, targets)
-    torch.testing.assert_close(loss._slopes(logits, targets), sums, rtol=1e-6, atol=1e-7)
+    sums, slopes = linear_cross_entropy._slopes_for_compiler(logits, targets)
+    torch.testing.assert_close(linear_cross_entropy._slopes(logits, targets), sums, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(logits, slopes, rtol=1e-6, atol=1e-7)  # they stand in the place of the logits
 
 
@@ -194,7 +205,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(causal, monkeypatch, a
     module = TokenLoss(causal, autocast)
     ids, labels = rows()
     whole, expected = gradients(module, ids, labels)
-    monkeypatch.setattr(loss, "LARGEST_LOGITS", 7 * 4 * 97)
+    monkeypatch.setattr(linear_cross_entropy, "LARGEST_LOGITS", 7 * 4 * 97)
     module.compile_for({tuple(ids.shape)})
     before = counters["stats"]["unique_graphs"]
     sums, found = gradients(module, ids, labels)
@@ -221,7 +232,7 @@ def test_where_compiling_fails_it_is_said_once_and_the_steps_are_eager(causal, m
     def broken(*_, **__):
         raise BackendCompilerFailed(None, RuntimeError("no compiler\nhere"), None)
 
-    monkeypatch.setattr(loss.torch, "compile", lambda *_, **__: broken)
+    monkeypatch.setattr(linear_cross_entropy.torch, "compile", lambda *_, **__: broken)
     module.compile_for({tuple(ids.shape)})
     for _ in range(2):
         assert torch.equal(gradients(module, ids, labels)[0], whole)

@@ -11,10 +11,11 @@ from test_ways import arguments, prepared  # noqa: F401
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainer import flags, lowrank
-from trainer.adapters import adapt, merged
-from trainer.model import build
-from trainer.settings import LoraSettings
+from trainer.config import cli
+from trainer.config.schema import LoraSettings
+from trainer.kernels import fused_lora
+from trainer.model.build import build
+from trainer.model.lora import adapt, merged, plain_layers
 
 
 class Two(nn.Module):
@@ -65,7 +66,7 @@ def test_output_and_gradients_are_pefts(bias, train_bias, learns):
     model = adapted(bias=bias, train_bias=train_bias).double()
     x = torch.randn(2, 20, 64, dtype=torch.float64, requires_grad=learns)
     before = results(model, x)
-    lowrank.install(model)
+    fused_lora.install(plain_layers(model))
     for one, other in zip(results(model, x), before, strict=True):
         assert one.dtype == other.dtype
         assert one.is_contiguous(), "fused AdamW takes gradients that lie as their weights do"
@@ -86,7 +87,7 @@ def test_under_autocast_it_is_as_near_to_float64_as_pefts():
 
     types: list[list[torch.dtype]] = []
     theirs = errors()
-    lowrank.install(model)
+    fused_lora.install(plain_layers(model))
     for one, other in zip(errors(), theirs, strict=True):
         assert one < 1.25 * other
     assert types[0] == types[1]
@@ -95,9 +96,9 @@ def test_under_autocast_it_is_as_near_to_float64_as_pefts():
 def test_a_gpus_form_gives_the_same_numbers(monkeypatch):
     """The bias added by the layer's own product: the branch that a processor does not take."""
     model, x = adapted().double(), torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
-    lowrank.install(model)
+    fused_lora.install(plain_layers(model))
     before = results(model, x)
-    monkeypatch.setattr(lowrank, "BIAS_AS_A_COLUMN", "none")
+    monkeypatch.setattr(fused_lora, "BIAS_AS_A_COLUMN", "none")
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         after = results(model, x)
@@ -108,11 +109,11 @@ def test_a_gpus_form_gives_the_same_numbers(monkeypatch):
 
 
 def test_adapters_that_are_switched_off_or_merged_count_no_second_time(tiny):
-    module = build(flags.read(["--mode", "lora", "--model", tiny]).settings).module
+    module = build(cli.read(["--mode", "lora", "--model", tiny]).settings).module
     for parameter in (p for name, p in module.named_parameters() if ".lora_B." in name):
         nn.init.normal_(parameter)
     ids, plain = torch.arange(20).view(2, 10), copy.deepcopy(module)
-    lowrank.install(module)
+    fused_lora.install(plain_layers(module))
     with torch.no_grad():
         with module.disable_adapter(), plain.disable_adapter():
             assert torch.equal(module(ids).logits, plain(ids).logits)
@@ -130,9 +131,9 @@ def fused(module: nn.Module) -> set[str]:
 
 def test_what_is_more_than_this_formula_stays_pefts(tiny):
     def model(**more: Any) -> nn.Module:
-        causal = build(flags.read(["--mode", "full", "--model", tiny]).settings).causal
+        causal = build(cli.read(["--mode", "full", "--model", tiny]).settings).causal
         module: nn.Module = adapt(causal, LoraSettings(**more), ["c_attn"])
-        lowrank.install(module)
+        fused_lora.install(plain_layers(module))
         return module
 
     assert len(fused(model())) == len(fused(model(adapter="rslora"))) == len(fused(model(adapter="pissa"))) == 2
@@ -142,14 +143,15 @@ def test_what_is_more_than_this_formula_stays_pefts(tiny):
 
 def check_claims(jobs: list[dict[str, Any]]) -> int:
     """On a rank: an engine fuses what the plan says that it does, and nothing where it says nothing."""
-    from trainer.data import load
-    from trainer.engine import Engine, leave_world, start_world
-    from trainer.model import load_config
-    from trainer.plan import make_plan
+    from trainer.data.dataset import load
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import leave_world, start_world
+    from trainer.model.build import load_config
+    from trainer.training.run_plan import make_plan
 
     world = start_world()
     for job in jobs:
-        settings, data = flags.read(job["flags"]).settings, load(Path(job["data"]))
+        settings, data = cli.read(job["flags"]).settings, load(Path(job["data"]))
         model = build(settings)
         plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
         Engine(world, model, plan.deepspeed, settings.train, plan.precision, compiled=plan.shapes)

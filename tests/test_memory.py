@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.memory import Counts, Load, Shape, activations, estimate, logits, state
+from trainer.distributed.memory_estimate import Counts, Load, Shape, activations, estimate, logits, state
 
 GPT2 = 124_439_808
 SHAPE = Shape(layers=12, hidden=768, inner=3072, heads=12, vocabulary=50257, exact=True)
@@ -75,12 +75,13 @@ def kept_by_autograd(
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from trainer import lowrank
-    from trainer.dropout import install
-    from trainer.loss import TokenLoss
-    from trainer.model import one_kernel_activations
-    from trainer.quant import compute_in, quantize
-    from trainer.settings import ModelSettings
+    from trainer.config.schema import ModelSettings
+    from trainer.kernels import fused_lora
+    from trainer.kernels.cpu_attention import install
+    from trainer.kernels.linear_cross_entropy import TokenLoss
+    from trainer.model.build import one_kernel_activations
+    from trainer.model.lora import plain_layers
+    from trainer.model.quantization import compute_in, quantize
 
     config = GPT2Config(
         vocab_size=101, n_positions=WIDTH, n_embd=64, n_layer=layers, n_head=4, resid_pdrop=dropout, embd_pdrop=dropout,
@@ -94,7 +95,7 @@ def kept_by_autograd(
     if adapters:
         get_peft_model(causal, LoraConfig(r=4, target_modules=list(adapters), fan_in_fan_out=True))
         if fused:
-            lowrank.install(causal)
+            fused_lora.install(plain_layers(causal))
     install(causal, causal)
     loss = TokenLoss(causal, torch.bfloat16 if bf16 else None).train()
     weights = {p.untyped_storage().data_ptr() for p in loss.parameters()}
@@ -188,11 +189,12 @@ def test_frozen_weights_in_half_are_counted_where_they_are():
 
 
 def test_what_the_formula_repeats_of_rooms_that_need_torch_is_what_they_have():
-    from trainer import dropout, loss, memory
+    from trainer.distributed import memory_estimate
+    from trainer.kernels import cpu_attention, linear_cross_entropy
 
-    assert memory.QUERIES == dropout.BLOCK
-    assert memory.FROZEN == loss.FROZEN
-    assert Load(rows=1, width=1).largest_logits == loss.LARGEST_LOGITS
+    assert memory_estimate.QUERIES == cpu_attention.BLOCK
+    assert memory_estimate.FROZEN == linear_cross_entropy.FROZEN
+    assert Load(rows=1, width=1).largest_logits == linear_cross_entropy.LARGEST_LOGITS
 
 
 def test_ranks_of_one_processor_hold_a_row_of_the_table_that_they_sum_through():

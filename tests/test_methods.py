@@ -17,10 +17,10 @@ from ranks import on_ranks
 from test_export import STRICT
 from test_invariance import LOSS
 
-from trainer import flags
-from trainer.data import prepare
-from trainer.export.check import LOGITS_BOUND
-from trainer.settings import DS_NAMES
+from trainer.config import cli
+from trainer.config.schema import DS_NAMES
+from trainer.data.dataset import prepare
+from trainer.export.verify import LOGITS_BOUND
 
 STEPS = 5
 AT_ONCE = 4  # jobs of one group of ranks: each runs, resumes and is exported
@@ -48,7 +48,7 @@ def words(wide: str, records: tuple[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(words: list[str], wide: str) -> str:
-    return str(prepare(flags.read(words).settings.data, model=wide, global_batch=6).folder)
+    return str(prepare(cli.read(words).settings.data, model=wide, global_batch=6).folder)
 
 
 def job(out: Path, prepared: str, words: list[str], name: str, *more: str) -> dict[str, Any]:

@@ -13,17 +13,17 @@ import torch
 from conftest import make_tiny
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from trainer import flags, model
-from trainer.adapters import targets as lora_targets
-from trainer.errors import UserError
-from trainer.model import build, fingerprint, load_config, merge_adapters, positions
-from trainer.settings import LoraSettings, ModelSettings, Settings
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import LoraSettings, ModelSettings, Settings
+from trainer.model.build import Model, build, fingerprint, load_config, merge_adapters, positions, save_base
+from trainer.model.lora import targets as lora_targets
 
 D, LAYERS = 768, 12  # GPT-2 124M
 
 
 def settings(folder: str, mode: str = "lora", *more: str) -> Settings:
-    return flags.read(["--mode", mode, "--model", folder, *more]).settings
+    return cli.read(["--mode", mode, "--model", folder, *more]).settings
 
 
 def gpt2(mode: str = "lora", *more: str) -> Settings:
@@ -186,7 +186,7 @@ def test_the_fingerprint_sees_every_weight(tiny):
 
 def test_the_kept_random_base_is_the_one_that_was_built(tiny, tmp_path):
     wanted = settings(tiny, "lora", "--init", "random")
-    model.save_base(wanted, tmp_path / "base")
+    save_base(wanted, tmp_path / "base")
     assert build(settings(str(tmp_path / "base"))).facts["fingerprint"] == build(wanted).facts["fingerprint"]
 
 
@@ -198,7 +198,7 @@ def test_training_leaves_the_cache_of_generation_on(tiny):
 
 
 def test_tied_is_what_the_tensors_say():
-    llama = model.Model(module=None, causal=tiny_of(LLAMA), facts={})
+    llama = Model(module=None, causal=tiny_of(LLAMA), facts={})
     assert not llama.tied
     assert build(gpt2("full"), on_meta=True).tied
 
@@ -241,7 +241,7 @@ def test_the_activation_is_transformers_own_in_one_kernel(tiny):
     """The same formula: outputs and gradients differ by rounding only, and the exported configuration is untouched."""
     from transformers.activations import NewGELUActivation
 
-    model = build(flags.read(["--mode", "full", "--model", tiny]).settings)
+    model = build(cli.read(["--mode", "full", "--model", tiny]).settings)
     kinds = {type(m).__name__ for m in model.causal.modules()}
     assert "GELU" in kinds
     assert "NewGELUActivation" not in kinds

@@ -15,8 +15,8 @@ import pytest
 from cells import on_cells, read_cell
 from conftest import TEMPLATES, make_tiny
 
-from trainer import flags, reference
-from trainer.data import load, prepare
+from trainer.config import cli, reference
+from trainer.data.dataset import load, prepare
 
 LOSS, NORM, EVAL = 1e-5, 1e-4, 1e-6  # relative, over all 60 steps; wider than rounding, far below a wrong setting
 STEPS = 60  # five epochs and a half of 21 blocks, 2 a step: the last step of each epoch has one
@@ -67,7 +67,7 @@ def hugging_face(model: str, data: Path, out: Path, **changed: Any) -> list[dict
 
 @pytest.fixture(scope="module")
 def blocks(tiny: str, records: tuple[str, str]) -> Path:
-    return prepare(flags.read(ours(tiny, records)).settings.data, model=tiny, global_batch=2).folder
+    return prepare(cli.read(ours(tiny, records)).settings.data, model=tiny, global_batch=2).folder
 
 
 def cells(out: Path, data: Path, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:

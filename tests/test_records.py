@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.records import (
+from trainer.tracking.records import (
     KINDS,
     EpochRecord,
     EvalRecord,

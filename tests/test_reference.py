@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from trainer import reference, settings
-from trainer.reference import CURVE, why_not_comparable
+from trainer.config import reference, schema
+from trainer.config.reference import CURVE, why_not_comparable
 
 SAME = {
     "data": "export.csv", "vocabulary": 50_257, "block_size": 1024, "objective": "blocks", "model": "gpt2",
@@ -25,7 +25,7 @@ def test_the_curve_is_the_published_one_at_whole_epochs() -> None:
 
 
 def test_the_card_preset_is_the_card() -> None:
-    preset = settings.resolve("full", "card", {})
+    preset = schema.resolve("full", "card", {})
     for name in ("lr", "global_batch", "eval_batch", "seed", "beta1", "beta2", "epsilon", "epochs", "warmup_steps",
                  "weight_decay", "clip"):  # fmt: skip
         assert getattr(preset.train, name) == reference.SETTINGS[name], name

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from run_folders import facts, like_the_card, make
 
-from trainer.errors import UserError
-from trainer.report.check import check_runs, exit_code, parse
-from trainer.report.runs import Run, read_folder
+from trainer.config.errors import UserError
+from trainer.report.assertions import check_runs, exit_code, parse
+from trainer.report.run_data import Run, read_folder
 
 CARD = {0: 4.0, 1: 1.2262, 2: 1.0048, 3: 0.9414}
 

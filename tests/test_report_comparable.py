@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from run_folders import facts, like_the_card, rows, write
 
-from trainer import reference
-from trainer.report import seeds
-from trainer.report.comparable import MUST_AGREE, together, why_not, why_not_card
-from trainer.report.comparable import facts as facts_of
-from trainer.report.runs import Run, read_folder
-from trainer.report.seeds import Spread, difference, groups, t_quantile
+from trainer.config import reference
+from trainer.report import paired_interval
+from trainer.report.comparability import MUST_AGREE, together, why_not, why_not_card
+from trainer.report.comparability import facts as facts_of
+from trainer.report.paired_interval import Spread, difference, groups, t_quantile
+from trainer.report.run_data import Run, read_folder
 
 
 @pytest.fixture
@@ -141,8 +141,8 @@ def test_the_t_quantile_is_that_of_the_tables(freedom: float, point: float) -> N
 
 
 def test_welchs_interval_against_a_worked_example() -> None:
-    a = seeds.spread([20.0, 22.0, 19.0, 21.0])  # mean 20.5, variance 5/3
-    b = seeds.spread([25.0, 27.0, 26.0])  # mean 26, variance 1
+    a = paired_interval.spread([20.0, 22.0, 19.0, 21.0])  # mean 20.5, variance 5/3
+    b = paired_interval.spread([25.0, 27.0, 26.0])  # mean 26, variance 1
     assert a is not None
     assert b is not None
     got = difference(a, b)

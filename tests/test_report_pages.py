@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from run_folders import facts, like_the_card, make
 
-from trainer import reference
-from trainer.report import draw, markdown, plots
+from trainer.config import reference
+from trainer.report import markdown, plot_axes, plots
 from trainer.report.comparison import Comparison, as_json, compare, write
-from trainer.report.gather import gather
+from trainer.report.load import gather
 from trainer.report.tables import duration, size
 
 
@@ -205,7 +205,7 @@ def test_a_mode_has_one_colour_and_dash_everywhere(tmp_path: Path) -> None:
     found = comparison(tmp_path, facts("full"), facts("lora"))
     for plot in plots.PLOTS:
         axis = Figure().subplots()
-        draw.draw(axis, plot, found.groups, with_card=True)
+        plot_axes.draw(axis, plot, found.groups, with_card=True)
         drawn = [(line.get_color(), line.get_linestyle()) for line in axis.get_lines()]
         expected = [("#0072b2", "-"), ("#d55e00", "--")] + ([("#767676", "--")] if plot.card is not None else [])
         assert drawn == expected, plot.name
@@ -214,18 +214,18 @@ def test_a_mode_has_one_colour_and_dash_everywhere(tmp_path: Path) -> None:
 
 
 def test_labels_never_overlap_and_stay_near_their_lines() -> None:
-    places = draw.spaced([0.5, 0.5, 0.51, 0.9], [0.1] * 4)
+    places = plot_axes.spaced([0.5, 0.5, 0.51, 0.9], [0.1] * 4)
     assert all(b - a >= 0.1 - 1e-3 for a, b in itertools.pairwise(places))
     assert places[3] == pytest.approx(0.9, abs=0.01)
     assert max(abs(a - 0.5) for a in places[:3]) < 0.12
-    low = draw.spaced([0.0, 0.0], [0.1, 0.1])
+    low = plot_axes.spaced([0.0, 0.0], [0.1, 0.1])
     assert low[0] >= -1e-9
     assert low[1] - low[0] >= 0.1 - 1e-6
-    high = draw.spaced([0.99, 1.0, 1.0], [0.1, 0.2, 0.1])
+    high = plot_axes.spaced([0.99, 1.0, 1.0], [0.1, 0.2, 0.1])
     assert high == pytest.approx([0.65, 0.8, 0.95])  # the topmost ends at the top
 
 
-def placed(comparison: Comparison, plot: draw.Plot) -> list[Any]:
+def placed(comparison: Comparison, plot: plot_axes.Plot) -> list[Any]:
     """The labels of one plot as they are written, each with its box in pixels and the point it speaks of."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -234,7 +234,7 @@ def placed(comparison: Comparison, plot: draw.Plot) -> list[Any]:
     with plots._style():
         figure = Figure(figsize=plots.SIZE)
         axis = figure.subplots()
-        draw.finish(figure, [draw.draw(axis, plot, comparison.groups, comparison.with_card)], columns=1)
+        plot_axes.finish(figure, [plot_axes.draw(axis, plot, comparison.groups, comparison.with_card)], columns=1)
         FigureCanvasAgg(figure).draw()
     boxes = [(text, Text.get_window_extent(text), axis.transAxes.transform(text.xy)) for text in axis.texts]
     return [figure.bbox, axis.yaxis.label.get_window_extent(), *boxes]
@@ -270,12 +270,12 @@ def test_the_validation_loss_says_its_last_value_at_the_end_of_its_line(tmp_path
 
 def test_thinning_keeps_the_mean_and_leaves_short_curves_alone() -> None:
     x = np.arange(20_000.0)
-    few_x, few_y = draw.thin(x, np.sin(x) + 1, 300)
+    few_x, few_y = plot_axes.thin(x, np.sin(x) + 1, 300)
     assert len(few_x) == 300
     assert few_y.mean() == pytest.approx((np.sin(x) + 1).mean(), abs=1e-2)
     assert np.all(np.diff(few_x) > 0)
-    np.testing.assert_array_equal(draw.thin(x[:200], x[:200], 300)[1], x[:200])
-    assert len(draw.thin(x[:3], np.array([1.0, np.nan, 2.0]), 300)[0]) == 2
+    np.testing.assert_array_equal(plot_axes.thin(x[:200], x[:200], 300)[1], x[:200])
+    assert len(plot_axes.thin(x[:3], np.array([1.0, np.nan, 2.0]), 300)[0]) == 2
 
 
 def test_an_unevaluated_run_is_still_drawn_and_written(tmp_path: Path) -> None:

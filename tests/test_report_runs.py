@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from run_folders import facts, make, rows, val_loss, write
 
-from trainer.records import EventRecord, StepRecord
-from trainer.report.gather import gather
-from trainer.report.runs import Unreadable, read_folder
+from trainer.report.load import gather
+from trainer.report.run_data import Unreadable, read_folder
+from trainer.tracking.records import EventRecord, StepRecord
 
 
 def test_rows_and_facts_come_back_as_they_were_written(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from run_folders import facts, like_the_card, make
 
-from trainer.report.runs import Run, read_folder
-from trainer.report.seeds import groups
+from trainer.report.paired_interval import groups
+from trainer.report.run_data import Run, read_folder
 from trainer.report.verdict import Verdict, judge, percent
 
 

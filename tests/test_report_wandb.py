@@ -15,12 +15,12 @@ from conftest import TEMPLATES
 from fake_wandb import ENTITY, FakeWandb, child_env
 from run_folders import facts, make, rows, write
 
-from trainer import reference
-from trainer.report import comparable
+from trainer.config import reference
+from trainer.report import comparability
 from trainer.report.comparison import compare
-from trainer.report.gather import gather
-from trainer.report.runs import Run, Unreadable, read_folder
-from trainer.report.wandb_card import CARD_ID
+from trainer.report.load import gather
+from trainer.report.run_data import Run, Unreadable, read_folder
+from trainer.report.wandb_reference import CARD_ID
 from trainer.report.wandb_runs import is_wandb_path, nested, read_offline, run_facts
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "compare.py"
@@ -81,7 +81,7 @@ def test_an_offline_folder_reads_as_the_run_folder_does(offline: Path, tmp_path:
     same_rows(ours, theirs)
     assert (theirs.run_id, theirs.name, theirs.mode, theirs.state) == (ours.run_id, ours.name, ours.mode, "finished")
     assert theirs.end == ours.end
-    assert comparable.why_not(ours, theirs) == []
+    assert comparability.why_not(ours, theirs) == []
     for path in (
         "model.trainable",
         "model.share",
@@ -97,7 +97,7 @@ def test_an_offline_folder_reads_as_the_run_folder_does(offline: Path, tmp_path:
         "resolved.steps_per_epoch",
     ):
         assert theirs.fact(path) == ours.fact(path), path
-    assert comparable.why_not_card(theirs) == comparable.why_not_card(ours)
+    assert comparability.why_not_card(theirs) == comparability.why_not_card(ours)
 
 
 def test_our_reader_sees_the_rows_that_wandbs_own_tool_sees(offline: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_torn_or_foreign_file_is_said(offline: Path, tmp_path: Path) -> None:
 
 
 def test_run_json_comes_back_whole_from_the_config() -> None:
-    from trainer.log.names import wandb_config
+    from trainer.tracking.wandb_keys import wandb_config
 
     content = json.loads(json.dumps(facts("lora")))
     config = json.loads(json.dumps(wandb_config(content)))
@@ -187,7 +187,7 @@ def test_a_run_on_the_server_reads_as_its_run_folder_does(server: FakeWandb, tmp
     content = facts("lora")
     train(tmp_path / "run", content, mode="online", **server.env(tmp_path))
     code = (
-        "import json, sys; from trainer.report.gather import gather; (run,), problems = gather([sys.argv[1]]);"
+        "import json, sys; from trainer.report.load import gather; (run,), problems = gather([sys.argv[1]]);"
         "print(json.dumps([run.run_id, run.state, run.mode, run.evals['loss'].tolist(), run.steps['loss'].tolist(),"
         "problems, dict(run.facts), dict(run.end)]))"
     )

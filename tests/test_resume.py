@@ -26,15 +26,16 @@ from conftest import TEMPLATES, make_tiny
 from ranks import command, on_ranks, train
 from test_invariance import BATCH, LOSS, NORM, RATE, WEIGHTS, seen
 
-from trainer import checkpoint, flags, loop
-from trainer.checkpoint import Best, Checkpoints, Progress
-from trainer.data import load, prepare
-from trainer.engine import Step
-from trainer.errors import RunFailed, UserError
-from trainer.loop import Course
-from trainer.records import EventRecord, StepRecord
+from trainer.config import cli
+from trainer.config.errors import RunFailed, UserError
+from trainer.config.schema import DS_NAMES
+from trainer.data.dataset import load, prepare
+from trainer.distributed.engine import Step
 from trainer.run import open_folder
-from trainer.settings import DS_NAMES
+from trainer.tracking.records import EventRecord, StepRecord
+from trainer.training import checkpoint, loop
+from trainer.training.checkpoint import Best, Checkpoints, Progress
+from trainer.training.loop import Course
 
 STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
 MODES = ("full", "lora")
@@ -55,7 +56,7 @@ def words(dropped: str, records: tuple[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(words: list[str], dropped: str) -> Path:
-    settings = flags.read(["--mode", "full", *words]).settings
+    settings = cli.read(["--mode", "full", *words]).settings
     return prepare(settings.data, model=dropped, global_batch=BATCH).folder
 
 
@@ -321,7 +322,7 @@ def test_what_may_not_change_is_refused_in_one_line(flag_words, expected, ended,
 
 
 def test_allow_change_goes_with_resume_only(words, tmp_path):
-    request = flags.read(["--mode", "full", *words, "--allow-change", "lr", "--out", str(tmp_path / "new")])
+    request = cli.read(["--mode", "full", *words, "--allow-change", "lr", "--out", str(tmp_path / "new")])
     with pytest.raises(UserError, match="--allow-change lr: goes with --resume"):
         open_folder(request)
 
@@ -334,14 +335,14 @@ def fp16_cells(jobs: list[dict[str, Any]]) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.accelerator import get_accelerator
 
-    from trainer import engine
+    from trainer.distributed.deepspeed_config import deepspeed_dict
 
     kind = type(get_accelerator())
     kind.is_fp16_supported = lambda self: True
     kind.supported_dtypes = lambda self: [torch.float, torch.bfloat16, torch.half]
-    made = engine.deepspeed_dict
+    made = deepspeed_dict
     high = {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 4, "hysteresis": 1}
-    engine.deepspeed_dict = lambda *args, **given: made(*args, **given) | {"fp16": high}
+    deepspeed_dict = lambda *args, **given: made(*args, **given) | {"fp16": high}
     return run_cells(jobs)
 
 
@@ -477,7 +478,7 @@ def test_a_skipped_step_is_reported_and_not_counted_by_adam(prepared, words):
         def evaluate(self, micro):
             return torch.ones(len(micro.input_ids), dtype=torch.float64)
 
-    settings = flags.read(["--mode", "full", *words, "--max-steps", "4", "--save-every", "never"]).settings
+    settings = cli.read(["--mode", "full", *words, "--max-steps", "4", "--save-every", "never"]).settings
     data = load(prepared)
     course = Course(settings=settings, batch=settings.train.batch(1), total_steps=4, steps_per_epoch=4)
     saved: list[Progress] = []

@@ -10,8 +10,8 @@ import pytest
 from conftest import TEMPLATES
 from ranks import train
 
-from trainer.loop import Course
-from trainer.settings import Batch, Settings
+from trainer.config.schema import Batch, Settings
+from trainer.training.loop import Course
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -54,7 +54,8 @@ def test_it_is_evaluated_at_the_start_when_due_and_at_the_end(left):
 
 
 def test_the_epoch_row_is_the_token_mean_of_its_steps(left, tiny):
-    from trainer.data import epoch_order, load, prepare, step_counts
+    from trainer.data.dataset import load, prepare
+    from trainer.data.sampler import epoch_order, step_counts
 
     epochs = of(left, "epoch")
     assert [row["epoch"] for row in epochs] == [1.0, 2.0]
@@ -143,7 +144,7 @@ def test_the_terminal_shows_one_voice_and_the_table(left):
 
 
 def course(every: str, total: int = 10) -> Course:
-    from trainer.flags import read
+    from trainer.config.cli import read
 
     settings = read(["--mode", "full", "--eval-every", every]).settings
     return Course(

@@ -14,20 +14,22 @@ from conftest import TEMPLATES, write_records
 from group import events, science
 from ranks import train
 
-from trainer import flags, textscores
-from trainer.data import load, load_tokenizer, prepare
-from trainer.engine import leave_world, start_world
-from trainer.errors import UserError
-from trainer.log.wandb_sink import WandbSink
-from trainer.model import build, load_config
-from trainer.plan import check_early, make_plan
-from trainer.records import EvalRecord, EventRecord
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import DEMO_MODEL, MOST_SAMPLES
+from trainer.data.dataset import load, prepare
+from trainer.data.tokenizer import load_tokenizer
+from trainer.distributed.process_group import leave_world, start_world
+from trainer.model.build import build, load_config
 from trainer.report.comparison import compare, write
-from trainer.report.gather import gather
+from trainer.report.load import gather
 from trainer.run import _engine
-from trainer.samples import Sampler, check_data, make_prompts
-from trainer.settings import DEMO_MODEL, MOST_SAMPLES
-from trainer.textscores import acled_scores, fields, text_scores
+from trainer.tracking.records import EvalRecord, EventRecord
+from trainer.tracking.wandb_logger import WandbSink
+from trainer.training import text_metrics
+from trainer.training.generation import Sampler, check_data, make_prompts
+from trainer.training.run_plan import check_early, make_plan
+from trainer.training.text_metrics import acled_scores, fields, text_scores
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def words(tiny: str, records: tuple[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def prepared(words: list[str], tiny: str) -> Path:
-    settings = flags.read(["--mode", "full", *words]).settings
+    settings = cli.read(["--mode", "full", *words]).settings
     return prepare(settings.data, model=tiny, global_batch=6).folder
 
 
@@ -91,8 +93,8 @@ def test_a_field_that_no_prompt_has_is_no_score():
 
 
 def test_metrics_without_their_packages_are_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr(textscores, "find_spec", lambda name: None if name == "rouge_score" else object())
-    settings = flags.read(["--mode", "full", "--metrics", "--data", "nowhere.csv"]).settings
+    monkeypatch.setattr(text_metrics, "find_spec", lambda name: None if name == "rouge_score" else object())
+    settings = cli.read(["--mode", "full", "--metrics", "--data", "nowhere.csv"]).settings
     world: Any = SimpleNamespace(size=1, device=SimpleNamespace(type="cpu"))
     with pytest.raises(UserError, match=r"--metrics: needs rouge_score, which is not installed; pip install"):
         check_early(settings, world)
@@ -102,7 +104,7 @@ def test_metrics_of_texts_without_prompts_are_refused(tiny, tmp_path):
     path = tmp_path / "plain.jsonl"
     path.write_text("".join(json.dumps({"text": f"w{n} w{n + 1} " * 9}) + "\n" for n in range(1, 60)))
     given = f"--mode full --metrics --model {tiny} --data {path} --block-size 16 --val-fraction 0.3"
-    settings = flags.read(given.split()).settings
+    settings = cli.read(given.split()).settings
     data = prepare(settings.data, model=tiny, global_batch=8)
     with pytest.raises(UserError, match=r"--metrics: .*plain.jsonl has no prompts to complete"):
         check_data(settings, data)
@@ -128,7 +130,7 @@ def complete_cells(jobs: list[dict[str, Any]]) -> int:
     entered, fetch = stage3.GatheredParameters.__enter__, PartitionedParameterCoordinator.fetch_sub_module
     try:
         for job in jobs:
-            settings = flags.read(job["flags"]).settings
+            settings = cli.read(job["flags"]).settings
             data = load(Path(job["data"]))
             model = build(settings)
             plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
@@ -257,7 +259,7 @@ def test_scores_of_acled_notes_beside_those_of_their_references(tmp_path):
     given = (
         f"--mode full --metrics --model {DEMO_MODEL} --data {path} --block-size 64 --global-batch 2 --val-fraction 0.4"
     )
-    settings = flags.read(given.split()).settings
+    settings = cli.read(given.split()).settings
     data = prepare(settings.data, model=DEMO_MODEL, global_batch=2)
     encode = load_tokenizer(DEMO_MODEL)
 
@@ -281,12 +283,12 @@ def test_scores_of_acled_notes_beside_those_of_their_references(tmp_path):
 
 def test_prepared_data_keep_as_many_texts_as_can_be_asked_for(tiny, tmp_path):
     path = write_records(tmp_path / "many.jsonl", rows=150, seed=5)
-    settings = flags.read(
+    settings = cli.read(
         ["--mode", "full", "--model", tiny, "--data", path, "--val-fraction", "0.4", *TEMPLATES]
     ).settings
     assert len(prepare(settings.data, model=tiny, global_batch=2).val_texts) == MOST_SAMPLES
     with pytest.raises(UserError, match=f"--samples 33: expected a whole number from 0 to {MOST_SAMPLES}"):
-        flags.read(["--mode", "full", "--samples", "33"])
+        cli.read(["--mode", "full", "--samples", "33"])
 
 
 def test_the_sink_hands_weights_and_biases_a_table_and_the_scores():

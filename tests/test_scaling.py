@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.bench.scaling import NETWORK, NVLINK, Cluster, bytes_moved, step_seconds, table
+from trainer.tools.bench.comm_model import NETWORK, NVLINK, Cluster, bytes_moved, step_seconds, table
 
 ROOT = Path(__file__).parent.parent
 GPT2 = 124_439_808

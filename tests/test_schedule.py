@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.schedule import learning_rate
+from trainer.training.lr_schedule import learning_rate
 
 CARD = {"peak": 3e-5, "warmup": 0, "total": 19_863}  # the card's rate and its 3 x 6,621 steps
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from trainer import reference, settings
-from trainer.errors import UserError
-from trainer.settings import GROUPS, LORA_RATE_FACTOR, PRESETS, Settings, merge, resolve, scientific
+from trainer.config import reference, schema
+from trainer.config.errors import UserError
+from trainer.config.schema import GROUPS, LORA_RATE_FACTOR, PRESETS, Settings, merge, resolve, scientific
 
 
 def flat(wanted: Settings) -> dict[str, object]:
@@ -40,7 +40,7 @@ def test_the_modes_differ_in_the_learning_rate_and_in_nothing_else(preset):
     assert LORA_RATE_FACTOR == 10.0
 
 
-@pytest.mark.parametrize("mode", settings.MODES)
+@pytest.mark.parametrize("mode", schema.MODES)
 def test_a_rate_that_was_given_is_taken_in_every_mode(mode):
     assert resolve(mode, "card", {"train": {"lr": 1e-4}}).train.lr == 1e-4
 
@@ -201,7 +201,7 @@ def test_a_name_and_a_folder_that_were_given_are_taken():
 # --- back from run.json, and on resume ---
 
 
-@pytest.mark.parametrize("mode", settings.MODES)
+@pytest.mark.parametrize("mode", schema.MODES)
 def test_settings_come_back_from_json_as_they_were(mode):
     given = {"lora": {"targets": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"shuffle": False}}
     wanted = resolve(mode, "card", given, ("--lr", "--no-shuffle"))

@@ -9,9 +9,8 @@ import torch
 from ranks import on_ranks
 from test_ways import arguments, prepared  # noqa: F401
 
-from trainer.engine import leave_world, planned_world, start_world
-from trainer.engine.shared import Common, Shared, owners
-from trainer.engine.world import World
+from trainer.distributed.process_group import World, leave_world, planned_world, start_world
+from trainer.distributed.shared import Common, Shared, owners
 
 SHAPES = [(3, 5), (1,), (7, 2, 2), (1001,)]
 
@@ -147,15 +146,15 @@ def test_every_weight_has_one_owner_and_ranks_have_like_loads():
 
 def held_once(arguments: list[str], data: str) -> int:
     """On a rank: a weight that one rank writes is what the other reads; and a loaded state stays in common."""
-    from trainer import flags
-    from trainer.data import load
-    from trainer.engine import Engine
-    from trainer.model import build, load_config
-    from trainer.plan import make_plan
+    from trainer.config import cli
+    from trainer.data.dataset import load
+    from trainer.distributed.engine import Engine
+    from trainer.model.build import build, load_config
+    from trainer.training.run_plan import make_plan
 
     world = start_world()
     for more, expected in (([], True), (["--ds-config", "zero1"], False), (["--optim", "adamw8bit"], False)):
-        settings, rows = flags.read([*arguments, *more]).settings, load(Path(data))
+        settings, rows = cli.read([*arguments, *more]).settings, load(Path(data))
         model = build(settings)
         plan = make_plan(settings, world, rows, model.facts, load_config(settings.model))
         engine = Engine(world, model, plan.deepspeed, settings.train, plan.precision)

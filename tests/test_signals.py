@@ -61,7 +61,7 @@ def test_a_signal_ends_the_step_in_hand_saves_and_goes_on_later(number, to, code
 
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(words, run, tmp_path):
     out = tmp_path / "run"
-    slow = partial(at_call, who=0, module="trainer.engine", name="Engine.evaluate", number=range(5, 9),
+    slow = partial(at_call, who=0, module="trainer.distributed.engine", name="Engine.evaluate", number=range(5, 9),
                    action=partial(time.sleep, 2.5))  # fmt: skip
     group = Group([*words, "--eval-batch", "1"], out=out, fault=slow)  # 4 batches on each rank, 2.5 s each at step 3
     group.until(lambda: steps_done(out) >= 3)
@@ -76,7 +76,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(words, run, tmp
 
 def test_a_second_signal_stops_at_once(words, tmp_path):
     out = tmp_path / "run"
-    group = Group(words, out=out, fault=partial(at_call, who=1, module="trainer.engine", name="Engine.accumulate",
+    group = Group(words, out=out, fault=partial(at_call, who=1, module="trainer.distributed.engine", name="Engine.accumulate",
                                                 number=4, action=partial(time.sleep, 60)))  # fmt: skip
     group.until(lambda: steps_done(out) >= 3)
     group.signal(signal.SIGTERM)  # rank 0 is in a collective, where Python runs no handler
@@ -99,11 +99,11 @@ def test_a_signal_before_the_first_step_ends_the_process_as_always(words, tmp_pa
 
 def lose_launcher(rank: int, gone: Path) -> None:
     """A launcher that is gone when the file is there; only rank 1 looks in time."""
-    from trainer import watch
+    from trainer.distributed import watchdog
 
-    watch.launchers = lambda environ: [(12345, lambda: not gone.exists())]
+    watchdog.launchers = lambda environ: [(12345, lambda: not gone.exists())]
     if rank == 0:
-        watch.TICK = 300.0
+        watchdog.TICK = 300.0
 
 
 def test_whoever_sees_first_that_the_launcher_is_gone_it_is_said_once(words, tmp_path):
@@ -123,7 +123,7 @@ def test_whoever_sees_first_that_the_launcher_is_gone_it_is_said_once(words, tmp
 @pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.sweep), 1])
 def test_a_rank_that_hangs_is_named(who, words, tmp_path):
     out = tmp_path / "run"
-    hang = partial(at_call, who=who, module="trainer.engine", name="Engine.accumulate", number=4,
+    hang = partial(at_call, who=who, module="trainer.distributed.engine", name="Engine.accumulate", number=4,
                    action=partial(time.sleep, 300))  # fmt: skip
     group = Group([*words, *PATIENCE], out=out, ranks=3, fault=hang)
     assert group.wait() == [1, 1, 1]
@@ -154,7 +154,7 @@ def test_a_frozen_rank_is_named(who, words, tmp_path):
 def test_slow_is_not_hanging(words, run, tmp_path):
     """A rank that saves for longer than the time-out moves all the same; the others wait for it."""
     out = tmp_path / "run"
-    slow = partial(at_call, who=0, module="trainer.checkpoint", name="_put", number=range(1, 21),
+    slow = partial(at_call, who=0, module="trainer.training.checkpoint", name="_put", number=range(1, 21),
                    action=partial(time.sleep, 0.5))  # fmt: skip
     group = Group([*words, *PATIENCE], out=out, fault=slow)
     assert group.wait(120) == [0, 0], group.output
@@ -162,7 +162,7 @@ def test_slow_is_not_hanging(words, run, tmp_path):
 
 
 def fail(kind: str) -> None:
-    from trainer.errors import RunFailed
+    from trainer.config.errors import RunFailed
 
     if kind == "bug":
         raise ZeroDivisionError("of ours")
@@ -173,7 +173,7 @@ def fail(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["failure", "bug"])
 def test_an_error_on_one_rank_ends_all_and_is_said_once(who, kind, words, tmp_path):
     out = tmp_path / "run"
-    fault = partial(at_call, who=who, module="trainer.engine", name="Engine.accumulate", number=4,
+    fault = partial(at_call, who=who, module="trainer.distributed.engine", name="Engine.accumulate", number=4,
                     action=partial(fail, kind))  # fmt: skip
     group = Group(words, out=out, ranks=3, fault=fault)
     assert group.wait() == [1, 1, 1], group.output
@@ -189,10 +189,12 @@ def test_an_error_on_one_rank_ends_all_and_is_said_once(who, kind, words, tmp_pa
 def test_a_rank_that_waits_outside_of_gloo_ends_too(words, tmp_path):
     """As with NCCL, which does not notice that another rank is gone: here the wait is a sleep that nothing ends."""
     out = tmp_path / "run"
-    waiting = partial(at_call, who=1, module="trainer.engine", name="Engine.accumulate", number=4,
+    waiting = partial(at_call, who=1, module="trainer.distributed.engine", name="Engine.accumulate", number=4,
                       action=partial(time.sleep, 300))  # fmt: skip
     for other in (partial(die, signal.SIGKILL), partial(fail, "failure")):
-        failing = partial(at_call, who=0, module="trainer.engine", name="Engine.accumulate", number=4, action=other)
+        failing = partial(
+            at_call, who=0, module="trainer.distributed.engine", name="Engine.accumulate", number=4, action=other
+        )
         group = Group(words, out=tmp_path / f"run-{other.func.__name__}", fault=partial(both, waiting, failing))
         began = time.monotonic()
         codes = group.wait()

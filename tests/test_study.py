@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from run_folders import facts, make
 
-from trainer import study
-from trainer.errors import UserError
+from trainer.config.errors import UserError
+from trainer.tools.study import study
 
 ROOT = Path(__file__).parent.parent
 USUAL: dict[str, Any] = {

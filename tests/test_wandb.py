@@ -18,11 +18,11 @@ import pytest
 from fake_wandb import API_KEY, FakeWandb, child_env
 from run_folders import facts, rows
 
-from trainer import log
-from trainer.errors import UserError
-from trainer.log.wandb_sink import WandbSink
-from trainer.records import EvalRecord, EventRecord, Record
-from trainer.reference import CURVE
+from trainer.config.errors import UserError
+from trainer.config.reference import CURVE
+from trainer.tracking.records import EvalRecord, EventRecord, Record
+from trainer.tracking.wandb_keys import AXES, card_row, run_group, run_tags, wandb_config, wandb_row
+from trainer.tracking.wandb_logger import WandbSink, start_wandb, wandb_mode
 
 RUN = facts("lora")
 ROWS = rows(RUN)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -34,31 +34,31 @@ LAST = 90
 
 def test_every_row_carries_the_three_axes() -> None:
     for record in ROWS[:-1]:
-        row = log.wandb_row(record)
-        assert [row[axis] for axis in log.AXES] == [record.epoch, record.samples, record.tokens]  # type: ignore[union-attr]
+        row = wandb_row(record)
+        assert [row[axis] for axis in AXES] == [record.epoch, record.samples, record.tokens]  # type: ignore[union-attr]
         assert len(row) > 3
-        assert all(name in log.AXES or name.split("/")[0] in ("train", "val") for name in row)
-    assert log.wandb_row(ROWS[-1]) == {}
+        assert all(name in AXES or name.split("/")[0] in ("train", "val") for name in row)
+    assert wandb_row(ROWS[-1]) == {}
 
 
 def test_the_card_uses_the_names_of_our_rows() -> None:
-    ours = {name for record in ROWS for name in log.wandb_row(record)}
-    assert set(log.card_row(CURVE[0])) <= ours
-    assert log.card_row(CURVE[2])["val/loss"] == 0.9414  # the card's training table
+    ours = {name for record in ROWS for name in wandb_row(record)}
+    assert set(card_row(CURVE[0])) <= ours
+    assert card_row(CURVE[2])["val/loss"] == 0.9414  # the card's training table
 
 
 def test_the_config_holds_what_was_resolved_and_adapters_only_in_lora_mode() -> None:
-    config = log.wandb_config(facts("lora", resolved__lr=7.0))
+    config = wandb_config(facts("lora", resolved__lr=7.0))
     assert (config["mode"], config["lr"], config["micro_batch"], config["global_batch"]) == ("lora", 7.0, 8, 8)
     assert (config["lora_rank"], config["lora_targets"]) == (8, ["c_attn", "c_fc"])
     assert (config["trainable_parameters"], config["train_examples"], config["seed"]) == (19_000, 240, 42)
-    assert not [name for name in log.wandb_config(facts("full")) if name.startswith("lora")]
+    assert not [name for name in wandb_config(facts("full")) if name.startswith("lora")]
     json.dumps(config, allow_nan=False)
 
 
 def test_group_and_tags_name_the_data_and_fit() -> None:
-    assert log.run_group("exports/acled 2024.csv") == "full-vs-lora-acled-2024"
-    assert log.run_tags("full", "some/models/gpt2", "a" * 100) == ["full", "gpt2", "a" * 64]
+    assert run_group("exports/acled 2024.csv") == "full-vs-lora-acled-2024"
+    assert run_tags("full", "some/models/gpt2", "a" * 100) == ["full", "gpt2", "a" * 64]
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_the_mode_is_the_flag_then_the_variable_then_the_login(
     flag: str | None, variables: dict[str, str], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert log.wandb_mode(flag, {"HOME": str(tmp_path), **variables}) == mode
+    assert wandb_mode(flag, {"HOME": str(tmp_path), **variables}) == mode
 
 
 def test_online_without_a_login_is_one_line_and_not_a_prompt(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--wandb online: not logged in; run `wandb login`"):
-        log.wandb_mode("online", {"HOME": str(tmp_path)})
+        wandb_mode("online", {"HOME": str(tmp_path)})
 
 
 def test_a_login_is_found_in_netrc_for_the_server_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,21 +92,21 @@ def test_a_login_is_found_in_netrc_for_the_server_in_use(tmp_path: Path, monkeyp
     home = {"HOME": str(tmp_path)}
     (tmp_path / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {API_KEY}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert log.wandb_mode(None, home) == "online"
-    assert log.wandb_mode(None, {**home, "WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+    assert wandb_mode(None, home) == "online"
+    assert wandb_mode(None, {**home, "WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
     (tmp_path / "other").write_text("machine wandb.example.org login user password " + API_KEY)
     (tmp_path / "other").chmod(0o600)
     other = {**home, "WANDB_BASE_URL": "https://wandb.example.org", "NETRC": str(tmp_path / "other")}
-    assert log.wandb_mode(None, other) == "online"
+    assert wandb_mode(None, other) == "online"
     (tmp_path / ".netrc").write_text("machine\nmachine machine")  # broken: nobody is logged in
-    assert log.wandb_mode(None, home) == "offline"
+    assert wandb_mode(None, home) == "offline"
 
 
 def test_the_offline_switch_of_wandb_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".config" / "wandb").mkdir(parents=True)
     (tmp_path / ".config" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
-    assert log.wandb_mode(None, {"HOME": str(tmp_path), "WANDB_API_KEY": API_KEY}) == "offline"
+    assert wandb_mode(None, {"HOME": str(tmp_path), "WANDB_API_KEY": API_KEY}) == "offline"
 
 
 # Weights & Biases: a failure never stops a run
@@ -142,7 +142,7 @@ def test_a_client_that_cannot_be_imported_is_said_and_forgotten(
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     said: list[str] = []
-    sink = log.start_wandb(RUN, tmp_path, say=said.append)
+    sink = start_wandb(RUN, tmp_path, say=said.append)
     sink.write(ROWS[0])
     sink.close(0)
     assert len(said) == 1
@@ -152,14 +152,14 @@ def test_a_client_that_cannot_be_imported_is_said_and_forgotten(
 def test_disabled_says_nothing_and_imports_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     before = set(sys.modules)
-    log.start_wandb(facts("full", wandb__mode="disabled"), tmp_path, say=said.append).close(0)
+    start_wandb(facts("full", wandb__mode="disabled"), tmp_path, say=said.append).close(0)
     assert said == []
     assert "wandb" not in set(sys.modules) - before
     assert not list(tmp_path.iterdir())
 
 
 def test_a_setting_that_an_older_client_lacks_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.log import wandb_sink
+    from trainer.tracking import wandb_logger
 
     class Old:
         class Settings:
@@ -172,7 +172,9 @@ def test_a_setting_that_an_older_client_lacks_is_left_out(tmp_path: Path, monkey
         def init(**given: Any) -> dict[str, Any]:
             return given
 
-    given = wandb_sink._init(Old, RUN, tmp_path, "offline", True, {"init_timeout": 1.0, "finish_timeout_raises": True})
+    given = wandb_logger._init(
+        Old, RUN, tmp_path, "offline", True, {"init_timeout": 1.0, "finish_timeout_raises": True}
+    )
     assert given["id"] == RUN["run_id"]
     assert given["resume"] == "allow"
     assert given["mode"] == "offline"
@@ -265,7 +267,7 @@ def merged(records: list[Record]) -> dict[int, dict[str, float]]:
     history: dict[int, dict[str, float]] = {}
     for record in records:
         if not isinstance(record, EventRecord):
-            history.setdefault(record.step, {}).update(log.wandb_row(record))
+            history.setdefault(record.step, {}).update(wandb_row(record))
     return history
 
 

@@ -11,13 +11,13 @@ import pytest
 from cells import on_cells, read_cell, run_cells
 from test_invariance import LOSS, NORM, RATE, WEIGHTS, arguments, seen
 
-from trainer import flags
-from trainer.engine import goes_direct, read_zero_file
-from trainer.engine.zero import deepspeed_dict
-from trainer.errors import UserError
-from trainer.loop import Course
-from trainer.plan import _compiled, _refuse_stage
-from trainer.settings import DS_NAMES, Batch, why_not_compiled
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import DS_NAMES, Batch, why_not_compiled
+from trainer.distributed.deepspeed_config import deepspeed_dict, read_zero_file
+from trainer.distributed.steppers import goes_direct
+from trainer.training.loop import Course
+from trainer.training.run_plan import _compiled, _refuse_stage
 
 
 def config(name: str, **more: Any) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def test_which_files_need_nothing_of_deepspeeds_hooks():
 )
 def test_what_cannot_be_compiled_is_refused_with_the_flags_and_left_out_by_itself(words, said):
     with pytest.raises(UserError, match=f"--compile on: .*{said}"):
-        flags.read(["--mode", "lora", *words.split(), "--compile", "on"])
-    assert why_not_compiled(flags.read(["--mode", "lora", *words.split()]).settings)
+        cli.read(["--mode", "lora", *words.split(), "--compile", "on"])
+    assert why_not_compiled(cli.read(["--mode", "lora", *words.split()]).settings)
 
 
 def test_compiling_is_chosen_for_long_runs_of_blocks_on_a_gpu():
     def chosen(*words: str, steps: int, device: str = "cuda", zero: str = "zero0") -> bool:
-        settings = flags.read(["--mode", "full", "--preset", "card", *words]).settings
+        settings = cli.read(["--mode", "full", "--preset", "card", *words]).settings
         batch = settings.train.batch(1)
         course = Course(settings=settings, batch=batch, total_steps=steps, steps_per_epoch=steps)
         world: Any = SimpleNamespace(size=1, device=SimpleNamespace(type=device))
@@ -65,14 +65,14 @@ def test_compiling_is_chosen_for_long_runs_of_blocks_on_a_gpu():
     assert not chosen(steps=19_863, zero="zero3")
     assert not chosen("--compile", "off", steps=19_863)
     assert chosen("--compile", "on", steps=1, device="cpu")
-    on = flags.read(["--mode", "full", "--compile", "on"]).settings
+    on = cli.read(["--mode", "full", "--compile", "on"]).settings
     with pytest.raises(UserError, match="--compile on: not under ZeRO 3"):
         _refuse_stage(on, read_zero_file("zero3"))
 
 
 def through_deepspeed(jobs: list[dict[str, Any]]) -> int:
     """`cells.run_cells`, all of it by DeepSpeed's own forward, backward and step."""
-    from trainer.engine import engine
+    from trainer.distributed import engine
 
     engine.goes_direct = lambda *_, **__: False  # type: ignore[assignment]
     return run_cells(jobs)
@@ -80,7 +80,7 @@ def through_deepspeed(jobs: list[dict[str, Any]]) -> int:
 
 def unguarded(jobs: list[dict[str, Any]]) -> int:
     """`cells.run_cells` with a look at the numbers before every update, as with an optimizer that has no guard."""
-    from trainer.engine.ways import Direct
+    from trainer.distributed.steppers import Direct
 
     honest = Direct.__init__
 
@@ -95,9 +95,9 @@ def unguarded(jobs: list[dict[str, Any]]) -> int:
 
 @pytest.fixture(scope="module")
 def prepared(tiny: str, records: tuple[str, str], shelf: Path) -> Path:
-    from trainer.data import prepare
+    from trainer.data.dataset import prepare
 
-    settings = flags.read(arguments(tiny, records, "full", "completion")).settings
+    settings = cli.read(arguments(tiny, records, "full", "completion")).settings
     return prepare(settings.data, model=tiny, global_batch=6).folder
 
 
@@ -127,14 +127,17 @@ def test_every_way_gives_the_numbers_of_the_direct_one(ranks, other, tiny, recor
 
 def refuses(jobs: list[dict[str, Any]]) -> int:
     """On a rank: a step whose gradient is not finite on rank 0 raises everywhere and changes nothing."""
-    from trainer.data import load, step_batches, step_counts
-    from trainer.engine import Engine, NotFinite, leave_world, start_world
-    from trainer.model import build, load_config
-    from trainer.plan import make_plan
+    from trainer.data.dataset import load
+    from trainer.data.sampler import step_batches, step_counts
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import leave_world, start_world
+    from trainer.distributed.steppers import NotFinite
+    from trainer.model.build import build, load_config
+    from trainer.training.run_plan import make_plan
 
     world = start_world()
     for job in jobs:
-        settings, data = flags.read(job["flags"]).settings, load(Path(job["data"]))
+        settings, data = cli.read(job["flags"]).settings, load(Path(job["data"]))
         model = build(settings)
         plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
         engine = Engine(world, model, plan.deepspeed, settings.train, plan.precision)

@@ -8,24 +8,38 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, export, log, records
-from trainer.checkpoint import Checkpoint, Checkpoints, Progress
-from trainer.data import Prepared, load, prepare
-from trainer.diagnosis import Facts
-from trainer.engine import Engine, World, leave_world, lost_peer, peak_memory, start_world
-from trainer.errors import RunFailed, UserError
-from trainer.find import LEFT
-from trainer.find.batch import find_batch
-from trainer.find.lr import find_lr
-from trainer.flags import Request
-from trainer.loop import position, train
-from trainer.model import Model, build, load_config, save_base
-from trainer.observe import Observer
-from trainer.plan import Plan, check_early, make_plan
-from trainer.records import EventRecord, Record
-from trainer.samples import Sampler, check_data
-from trainer.settings import Settings, merge, scientific
-from trainer.watch import LOST, Stop
+from trainer.config.cli import Request
+from trainer.config.errors import RunFailed, UserError
+from trainer.config.schema import Settings, merge, scientific
+from trainer.data.dataset import Prepared, load, prepare
+from trainer.distributed.engine import Engine
+from trainer.distributed.process_group import World, leave_world, lost_peer, peak_memory, start_world
+from trainer.distributed.watchdog import LOST, Stop
+from trainer.export.export_cli import model_at
+from trainer.export.folder import base_of, export, gathered
+from trainer.export.model_card import card_text
+from trainer.export.verify import Check, Expected, check_logits, fixed_rows
+from trainer.model.build import Model, build, load_config, save_base
+from trainer.tools.finders.batch_finder import find_batch
+from trainer.tools.finders.files import LEFT
+from trainer.tools.finders.lr_finder import find_lr
+from trainer.tracking import records
+from trainer.tracking.console import Progress as ProgressBar
+from trainer.tracking.extra_loggers import start_also
+from trainer.tracking.jsonl import JsonlSink, rewind
+from trainer.tracking.loggers import Sink, check
+from trainer.tracking.profiler import ProfileSink
+from trainer.tracking.records import EventRecord, Record
+from trainer.tracking.summary import show_end, show_plan
+from trainer.tracking.wandb_keys import run_group
+from trainer.tracking.wandb_logger import start_wandb, wandb_mode
+from trainer.training import checkpoint
+from trainer.training.callbacks import Observer
+from trainer.training.checkpoint import Checkpoint, Checkpoints, Progress
+from trainer.training.diagnostics.types import Facts
+from trainer.training.generation import Sampler, check_data
+from trainer.training.loop import position, train
+from trainer.training.run_plan import Plan, check_early, make_plan
 
 ABOUT_TMP = ".run.json.tmp"
 
@@ -51,7 +65,7 @@ def run(request: Request) -> int:
 def _run(request: Request, world: World, stop: Stop) -> int:
     settings, before = world.once(lambda: open_folder(request))
     world.once(lambda: check_early(settings, world))
-    world.once(lambda: log.check(settings.output))
+    world.once(lambda: check(settings.output))
     folder = Path(settings.run_folder)
     data = _data(settings, world)
     check_data(settings, data)
@@ -60,7 +74,7 @@ def _run(request: Request, world: World, stop: Stop) -> int:
     plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
     if request.dry_run:
         if world.rank == 0:
-            log.show_plan(plan.lines())
+            show_plan(plan.lines())
         return 0
     if request.finds:
         return _find(request, plan, data, model)
@@ -73,7 +87,7 @@ def _run(request: Request, world: World, stop: Stop) -> int:
 def _find(request: Request, plan: Plan, data: Prepared, model: Model) -> int:
     """Trials instead of the run; the exit code."""
     if plan.world.rank == 0:
-        log.show_plan(plan.lines())
+        show_plan(plan.lines())
     with plan.world.board.watched(plan.settings.engine.hang_timeout):
         if request.find_lr is not None:
             return find_lr(request.find_lr, plan, data, _engine(plan, model, None)[0])
@@ -148,8 +162,8 @@ def _begin(folder: Path, plan: Plan, before: Mapping[str, Any] | None, request: 
     wandb = {
         "id": run_id,
         "project": output.wandb_project,
-        "group": log.run_group(plan.data["source"]),
-        "mode": log.wandb_mode(output.wandb),
+        "group": run_group(plan.data["source"]),
+        "mode": wandb_mode(output.wandb),
     }
     about = plan.as_json(run_id=run_id, wandb=wandb)
     _write_about(folder, about, plan.settings)
@@ -267,10 +281,10 @@ def _finish(
     final = progress.val_loss
     assert final is not None, "the last step is always evaluated"
     best = world.once(lambda: _best(settings, folder, progress))
-    ids = export.fixed_rows(data)
+    ids = fixed_rows(data)
     engine.put_back()
-    logits = export.check_logits(model.module, ids, world.device)
-    weights = export.gathered(engine.state.whole_weights(), keep=world.rank == 0 and best is None)
+    logits = check_logits(model.module, ids, world.device)
+    weights = gathered(engine.state.whole_weights(), keep=world.rank == 0 and best is None)
     measured = {
         "peak_memory_bytes": max(world.gather(peak_memory(world.device))),
         "optimizer_bytes": max(world.gather(engine.state.optimizer_bytes())),
@@ -278,22 +292,22 @@ def _finish(
     exported: dict[str, Any] = {"which": settings.output.export, "step": best.step if best else progress.step,
                 "loss": best.val_loss if best else final}  # fmt: skip
 
-    def make() -> export.Check:
+    def make() -> Check:
         source, kept, answers = model, weights, logits
         if best is not None:  # the engine holds the last weights: the best are read back, in a model of their own
-            source = export.model_at(folder, settings, best, about)
+            source = model_at(folder, settings, best, about)
             kept = {name: p.detach().cpu() for name, p in source.module.named_parameters() if p.requires_grad}
-            answers = export.check_logits(source.module, ids, world.device)
-        expected = export.Expected(
+            answers = check_logits(source.module, ids, world.device)
+        expected = Expected(
             input_ids=ids, logits=answers, tied=model.tied, loss=exported["loss"], data=data.folder,
             eval_batch=settings.train.eval_batch, device=world.device.type, precision=plan.precision,
             threads=world.threads, half=plan.precision == "fp16" and best is None,
         )  # fmt: skip
         rows = list(records.read(folder / "metrics.jsonl"))
-        return export.export(
-            folder / "model", source.module, kept, base=export.base_of(model, folder),
+        return export(
+            folder / "model", source.module, kept, base=base_of(model, folder),
             tokenizer=settings.model.model if plan.data["tokenizer"] else None, expected=expected,
-            card=lambda check: export.card_text(
+            card=lambda check: card_text(
                 about, rows, check, step=exported["step"], measured=measured,
                 chosen=_chosen(exported, progress),
             ),
@@ -350,26 +364,24 @@ class Sinks:
     def __init__(self, plan: Plan, folder: Path, about: dict[str, Any], progress: Progress, *, resumed: bool):
         self.plan = plan
         self.folder = folder
-        self.sinks: list[log.Sink] = []
+        self.sinks: list[Sink] = []
         self.dropped = 0
         if plan.world.rank != 0:
             return
-        log.show_plan(plan.lines())
+        show_plan(plan.lines())
         rows = folder / "metrics.jsonl"
         if resumed and rows.exists():
-            self.dropped = log.rewind(rows, progress.step if progress.step else -1, pending=progress.pending)
+            self.dropped = rewind(rows, progress.step if progress.step else -1, pending=progress.pending)
         course = plan.course
-        bar = log.Progress(course.total_steps, course.total_steps / course.steps_per_epoch)
+        bar = ProgressBar(course.total_steps, course.total_steps / course.steps_per_epoch)
         self.sinks = [
-            log.JsonlSink(rows, resume=resumed),
+            JsonlSink(rows, resume=resumed),
             bar,
-            log.start_wandb(about, folder, resumed=resumed, say=bar.say),
-            *log.start_also(
-                plan.settings.output.also, about, folder, after=progress.step if resumed else -1, say=bar.say
-            ),
+            start_wandb(about, folder, resumed=resumed, say=bar.say),
+            *start_also(plan.settings.output.also, about, folder, after=progress.step if resumed else -1, say=bar.say),
         ]
         if plan.settings.output.profile:
-            self.sinks.append(log.ProfileSink(folder, plan.settings.output.profile, bar.say))
+            self.sinks.append(ProfileSink(folder, plan.settings.output.profile, bar.say))
 
     def write(self, record: Record) -> None:
         """Hand a record to every sink."""
@@ -399,4 +411,4 @@ class Sinks:
         for sink in self.sinks:
             sink.close(exit_code)
         if self.sinks and exit_code == 0:
-            log.show_end(records.read(self.folder / "metrics.jsonl"), self.plan.not_comparable())
+            show_end(records.read(self.folder / "metrics.jsonl"), self.plan.not_comparable())

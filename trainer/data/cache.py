@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.data.rows import Rows, read_rows, row_files
-from trainer.errors import UserError
+from trainer.config.errors import UserError
+from trainer.data.token_dataset import Rows, read_rows, row_files
 
 FORMAT = 2  # of the folder and of the texts; a change of either makes every earlier folder another one
 FACTS = "facts.json"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.data import arrow, demo, hub
-from trainer.errors import UserError
-from trainer.settings import DEMO_DATA
+from trainer.config.errors import UserError
+from trainer.config.schema import DEMO_DATA
+from trainer.data import demo, hf_hub, hf_readers
 
 KINDS = {
     ".csv": "CSV", ".tsv": "TSV", ".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON",
@@ -74,7 +74,7 @@ def find(typed: str, flag: str = "--data") -> Source:
         raise UserError(
             f"{flag} {typed}: no such file or folder; expected {ACCEPTED}, a folder or glob of them, or a hub id"
         )
-    dataset, copies = hub.data_set(flag, typed)
+    dataset, copies = hf_hub.data_set(flag, typed)
     return Source(flag, typed, "hub", copies, dataset)
 
 
@@ -153,17 +153,17 @@ def _file_records(source: Source, file: Path, wanted: Sequence[str] | None, cach
         yield from _json_list(source, file)
     elif source.kind == "JSON":
         # read as lines, because inferred types would turn dates into timestamps and differ from file to file
-        for _, number, row in _rows(source, file, arrow.stream(file, "text", cache, encoding="utf-8-sig")):
+        for _, number, row in _rows(source, file, hf_readers.stream(file, "text", cache, encoding="utf-8-sig")):
             if row["text"].strip():
                 yield Located(file, number, _json_object(source, file, number, row["text"]))
     elif source.kind == "text":
-        yield from _rows(source, file, arrow.stream(file, "text", cache, encoding="utf-8-sig"))
+        yield from _rows(source, file, hf_readers.stream(file, "text", cache, encoding="utf-8-sig"))
     elif source.kind == "Parquet":
         names = [name for name in file_columns(source, file) if wanted is None or name in wanted]
-        yield from _rows(source, file, arrow.stream(file, "parquet", cache, columns=names))
+        yield from _rows(source, file, hf_readers.stream(file, "parquet", cache, columns=names))
     else:
         names = list(file_columns(source, file))
-        for _, number, row in _rows(source, file, arrow.stream_csv(file, names, delimiter(source.kind), cache)):
+        for _, number, row in _rows(source, file, hf_readers.stream_csv(file, names, delimiter(source.kind), cache)):
             yield Located(file, number, {name: value or None for name, value in row.items()})
 
 

@@ -12,11 +12,11 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer import adapters
-from trainer.data import load_tokenizer
-from trainer.errors import RunFailed
-from trainer.export.check import Check, Expected, check_folder
-from trainer.model import Model, location
+from trainer.config.errors import RunFailed
+from trainer.data.tokenizer import load_tokenizer
+from trainer.export.verify import Check, Expected, check_folder
+from trainer.model import lora
+from trainer.model.build import Model, location
 
 CARD = "README.md"
 PACKING = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how
@@ -70,7 +70,7 @@ def save_folder(
     """
     if base is not None:
         place = str(Path(base.place).resolve()) if Path(base.place).is_dir() else base.place
-        adapters.save(folder, module, weights, base.start, place)
+        lora.save(folder, module, weights, base.start, place)
         if base.packing:
             about = {"base": place, "fingerprint": base.fingerprint, "quantization_config": base.packing}
             (folder / PACKING).write_text(json.dumps(about, indent=2) + "\n")

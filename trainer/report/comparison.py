@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer import reference
-from trainer.errors import UserError
-from trainer.report.comparable import MUST_AGREE, facts, short, together, why_not, why_not_card
-from trainer.report.gather import Problem
-from trainer.report.runs import Run
-from trainer.report.seeds import Group, groups
+from trainer.config import reference
+from trainer.config.errors import UserError
+from trainer.report.comparability import MUST_AGREE, facts, short, together, why_not, why_not_card
+from trainer.report.load import Problem
+from trainer.report.paired_interval import Group, groups
+from trainer.report.run_data import Run
 from trainer.report.tables import Table, by_epoch, by_run, diagnosis, same_and_different, samples, scores
 from trainer.report.verdict import Verdict, judge
 

@@ -4,7 +4,7 @@ import re
 from html import escape
 from typing import TYPE_CHECKING
 
-from trainer.report import draw, plots
+from trainer.report import plot_axes, plots
 from trainer.report.markdown import MOST_ACROSS, _is_number
 from trainer.report.tables import CARD, Table
 
@@ -190,6 +190,6 @@ def _mode(modes: dict[str, str], name: str) -> str:
 def _plots(comparison: "Comparison") -> str:
     drawn = plots.svgs(comparison.groups, comparison.with_card)
     figures = [f"<figure><figcaption>{escape(plot.title)}</figcaption>{svg}</figure>" for plot, svg in drawn.values()]
-    note = draw.bin_note(comparison.groups)
+    note = plot_axes.bin_note(comparison.groups)
     key = "Full is drawn solid, LoRA dashed" + (", the card dashed and grey." if comparison.with_card else ".")
     return f'<p class="quiet">{key} {escape(note)}</p><div class="plots">{"".join(figures)}</div>'

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from trainer import reference
-from trainer.report.draw import COLOURS, Curve, Plot, draw, finish
-from trainer.report.runs import Run
-from trainer.report.seeds import Group
+from trainer.config import reference
+from trainer.report.paired_interval import Group
+from trainer.report.plot_axes import COLOURS, Curve, Plot, draw, finish
+from trainer.report.run_data import Run
 
 #: every colour a figure may hold, and the CSS variable that takes its place in the HTML
 INK, FAINT = "#222223", "#dadadb"

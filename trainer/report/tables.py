@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer import reference
-from trainer.report.comparable import Fact, facts, why_not_card
-from trainer.report.pairs import card_difference
-from trainer.report.runs import Run, Series
-from trainer.report.seeds import MODE_NAMES, Group, Spread, spread
+from trainer.config import reference
+from trainer.report.comparability import Fact, facts, why_not_card
+from trainer.report.full_vs_lora import card_difference
+from trainer.report.paired_interval import MODE_NAMES, Group, Spread, spread
+from trainer.report.run_data import Run, Series
 from trainer.report.verdict import percent
 
 CARD = "card"

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer import reference
-from trainer.report.comparable import short, why_not, why_not_card
-from trainer.report.pairs import Pair, best_loss, card_difference, classes, improvement, pair_up
-from trainer.report.seeds import MODE_NAMES, RULE, Group, Spread
+from trainer.config import reference
+from trainer.report.comparability import short, why_not, why_not_card
+from trainer.report.full_vs_lora import Pair, best_loss, card_difference, classes, improvement, pair_up
+from trainer.report.paired_interval import MODE_NAMES, RULE, Group, Spread
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainer.report.runs import Unreadable
+from trainer.report.run_data import Unreadable
 
 _BLOCK = 32_768
 _HEADER = b":W&B"

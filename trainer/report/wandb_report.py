@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import UserError
+from trainer.config.errors import UserError
 from trainer.report import markdown
-from trainer.report.draw import COLOURS
-from trainer.report.wandb_card import CARD_ID
+from trainer.report.plot_axes import COLOURS
+from trainer.report.wandb_reference import CARD_ID
 
 if TYPE_CHECKING:
     from trainer.report.comparison import Comparison
@@ -58,7 +58,7 @@ def save(comparison: "Comparison", entity: str, project: str, folder: Path) -> s
 
 def check_can_save() -> None:
     """Refuse before any slow work where nothing could be sent: nobody is logged in, or W&B is switched off."""
-    from trainer.log.wandb_sink import logged_in
+    from trainer.tracking.wandb_logger import logged_in
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         raise UserError(
@@ -105,7 +105,7 @@ def _saved_before(entity: str, project: str, title: str, folder: Path) -> str | 
 
 def title(comparison: "Comparison") -> str:
     """The title, which is the same each time the same data are compared."""
-    from trainer.log.names import data_name
+    from trainer.tracking.wandb_keys import data_name
 
     sources = {data_name(str(run.fact("data.source"))) for run in comparison.runs}
     return ("Full against LoRA" + (f", {sources.pop()}" if len(sources) == 1 else ""))[:128]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.report.runs import EPOCH_FIELDS, EVAL_FIELDS, STEP_FIELDS, Run, Unreadable, build, series
+from trainer.report.run_data import EPOCH_FIELDS, EVAL_FIELDS, STEP_FIELDS, Run, Unreadable, build, series
 from trainer.report.wandb_file import RecordReader
 
 API_SECONDS = 30  # a server that answers no request in this time is taken for dead
@@ -70,7 +70,7 @@ def read_offline(source: str, files: list[Path]) -> Run:
 
 def read_online(path: str) -> Run:
     """The run at entity/project/run_id on the server; Unreadable where it cannot be had. Asks for no login."""
-    from trainer.log.wandb_sink import logged_in
+    from trainer.tracking.wandb_logger import logged_in
 
     if not logged_in():
         raise Unreadable("no such folder; and to read it from W&B, run `wandb login` or set WANDB_API_KEY first")

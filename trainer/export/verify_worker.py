@@ -1,0 +1,138 @@
+"""An exported folder, loaded by plain transformers or peft in a process of its own: `python -m trainer.export.verify_worker JOB`.
+
+Shares no model code with the training: what it says of the folder is what a user of the folder will see. Reads a job
+(folder, logits of the trained model, prepared data, device, precision), prints one JSON object of facts; what they
+are worth is judged by `trainer.export.verify`.
+"""
+
+import json
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def _end_with_parent() -> None:
+    """Nobody writes to our input: it ends when the process that asked has ended, and then nobody wants the answer."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":  # before the imports that take seconds, on a busy machine minutes
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from trainer.data.dataset import load  # noqa: E402
+from trainer.data.sampler import eval_batches  # noqa: E402
+from trainer.model import quantization  # noqa: E402
+
+
+def main(job_file: str) -> None:
+    """Verify the folder that the job names; prints the answer as JSON."""
+    job = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(job["threads"])
+    print(json.dumps(verify(job)))
+
+
+def verify(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts about a job's folder: what is stored in it, and what the model in it answers."""
+    folder = Path(job["folder"])
+    model = load_folder(folder, job["device"]).eval()
+    shared = embedding_names(model)
+    answer = stored(folder, shared)
+    answer["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    answer["dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    kept = np.load(job["logits"])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(kept["input_ids"]).to(job["device"]), use_cache=False).logits
+    answer["logits_difference"] = float(np.abs(logits.float().cpu().numpy() - kept["logits"]).max())
+    answer["loss"] = validation_loss(model, job) if job["data"] else None
+    return answer
+
+
+def load_folder(folder: Path, device: str) -> Any:
+    """The model of an exported folder: an adapter on its base in float32 or packed, or a plain one as its config says.
+
+    A packed base is packed again by transformers from the untouched weights, on the device it computes on.
+    """
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        packing = folder / "base_quantization.json"
+        if packing.exists():
+            return _on_packed_base(folder, json.loads(packing.read_text())["quantization_config"], device)
+        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).to(device)
+
+
+def _on_packed_base(folder: Path, packing: dict[str, Any], device: str) -> Any:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import BitsAndBytesConfig
+
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**packing), device_map={"": device}
+    )
+    quantization.keep_honest(model)
+    return model
+
+
+def embedding_names(model: Any) -> set[str]:
+    """All the names under which the input embedding could be stored."""
+    embedding = model.get_input_embeddings().weight
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
+
+
+def stored(folder: Path, embedding: set[str]) -> dict[str, Any]:
+    """Facts about the stored tensors themselves, read one at a time."""
+    config = folder / "config.json"
+    facts: dict[str, Any] = {
+        "tensors": 0, "empty": [], "adapters": 0, "adapters_moved": 0, "embedding_copies": 0,
+        "said_dtype": json.loads(config.read_text()).get("dtype") if config.exists() else None,
+    }  # fmt: skip
+    dtypes = set()
+    for name, piece, read in _tensors(folder):
+        facts["tensors"] += 1
+        facts["embedding_copies"] += name in embedding
+        dtypes.add(piece.get_dtype())
+        if 0 in piece.get_shape():
+            facts["empty"].append(name)
+        if ".lora_B." in name:
+            facts["adapters"] += 1
+            facts["adapters_moved"] += bool(read(name).any())
+    return facts | {"stored_dtypes": sorted(dtypes)}
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any, Any]]:
+    """(name, what the file says of it, a function that reads it) of every tensor in the folder."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                yield name, file.get_slice(name), file.get_tensor
+
+
+@torch.no_grad()
+def validation_loss(model: Any, job: Mapping[str, Any]) -> float:
+    """Token mean of the loss over the prepared validation rows, nats."""
+    rows = load(Path(job["data"])).val
+    sums = []
+    for micro in eval_batches(rows, job["eval_batch"], 0, 1, 0):
+        labels = torch.from_numpy(micro.labels)[:, 1:].flatten().to(job["device"])
+        with torch.autocast(job["device"], torch.bfloat16, enabled=job["precision"] == "bf16"):
+            logits = model(torch.from_numpy(micro.input_ids).to(job["device"]), use_cache=False).logits[:, :-1]
+        # Vocabulary last: over another dimension torch sums the softmax less exactly, 1e-6 of the loss.
+        nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none")
+        sums.append(nll.double().sum().item())
+    return math.fsum(sums) / int(rows.counted().sum())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,194 @@
+"""Progress of a run in one voice: a bar on a terminal, plain lines every few seconds where there is none."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 5.0
+LAST_WORDS = ("early_stop", "interrupted", "not_finite", "finished")  # events after which no step follows
+
+
+def console(stream: TextIO | None = None) -> "Console":
+    """A rich console on `stream` (left out: stdout); colours only on a terminal, and none under NO_COLOR."""
+    from rich.console import Console
+
+    stream = stream or sys.stdout
+    return Console(file=stream, force_terminal=is_terminal(stream), highlight=False)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a bar can be drawn there: a terminal, and not a dumb one."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+class Progress:
+    """A sink that shows where a run is; `say` puts a line above the bar.
+
+    `total` is the number of steps of the whole run, `epochs` its length in epochs. Rows of evaluations, epochs and
+    events are always shown, of steps the first, the last and one every `interval` seconds by `clock`. Output that
+    nobody can take any more (a closed pipe) ends the showing, not the run.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        epochs: float,
+        *,
+        stream: TextIO | None = None,
+        interval: float = SECONDS_BETWEEN_LINES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream or sys.stdout
+        self._total, self._epochs, self._interval, self._clock = total, _length(epochs), interval, clock
+        self._start: tuple[int, float] | None = None  # step and time of the first row, for the time left
+        self._shown = -interval  # when the last plain line was printed
+        self._held: str | None = None  # a row that was too early to print; the last one is printed at the end
+        self._bar: Any = None
+        self._task: Any = None
+        if is_terminal(self._stream):
+            self._bar, self._task = _bar(self._stream, total, self._epochs)
+            self._bar.start()
+
+    def write(self, record: Record) -> None:
+        """Show one record."""
+        if isinstance(record, StepRecord):
+            self._step(record)
+        elif isinstance(record, EvalRecord):
+            losses = f"validation loss {record.loss:.4f}  perplexity {_short(record.perplexity)}"
+            self.say(f"{self._place('eval', record)}  {losses}")
+        elif isinstance(record, EpochRecord):
+            self.say(f"{self._place('mean', record)}  train loss {record.train_loss:.4f} over the epoch")
+        elif record.message:
+            if record.event in LAST_WORDS:
+                self._show_held()
+            self.say(record.message)
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar where there is one."""
+        try:
+            if self._bar is not None:
+                self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, file=self._stream, flush=True)
+        except (OSError, ValueError):  # a closed pipe or a closed file
+            self._stop_showing()
+
+    def close(self, exit_code: int) -> None:
+        """Print the row that was held back and let go of the bar; a second call does nothing."""
+        self._show_held()
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            bar.stop()
+
+    def _show_held(self) -> None:
+        if self._held is not None:
+            self.say(self._held)
+            self._held = None
+
+    def _step(self, record: StepRecord) -> None:
+        now = self._clock()
+        left = self._time_left(record.step, now)
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=record.step, epoch=_epoch(record.epoch), loss=f"{record.loss:.4f}",
+                lr=f"{record.lr:.1e}", speed=_short(record.tokens_per_second), left=left,
+                refresh=record.step >= self._total,
+            )  # fmt: skip
+            return
+        line = (
+            f"{self._place('step', record)}  loss {record.loss:.4f}  lr {record.lr:.1e}"
+            f"  {_short(record.tokens_per_second)} tok/s  {left} left"
+        )
+        if now - self._shown >= self._interval or record.step >= self._total:
+            self._shown, self._held = now, None
+            self.say(line)
+        else:
+            self._held = line
+
+    def _time_left(self, step: int, now: float) -> str:
+        """Hours, minutes and seconds to the last step at the mean speed of this process, `?` at its first step."""
+        if self._start is None:
+            self._start = (step, now)
+        first, began = self._start
+        if step <= first:
+            return "0:00" if step >= self._total else "?"
+        return clock_time((now - began) / (step - first) * max(0, self._total - step))
+
+    def _place(self, kind: str, record: Record) -> str:
+        """Where the run is: 'step  12/926  epoch 0.04/3'."""
+        width = len(str(self._total))
+        epoch = "" if isinstance(record, EventRecord) else f"  epoch {_epoch(record.epoch)}/{self._epochs}"
+        return f"{kind} {record.step:>{width}}/{self._total}{epoch}"
+
+    def _stop_showing(self) -> None:
+        """Write into nothing from here on; Python would fail at exit on a closed stdout otherwise."""
+        if self._bar is not None:
+            bar, self._bar = self._bar, None
+            with contextlib.suppress(OSError, ValueError):
+                bar.stop()
+        if self._stream is sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        self._stream = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the run
+
+
+def _bar(stream: TextIO, total: int, epochs: str) -> tuple[Any, Any]:
+    """The bar and its task: one line that fits in 80 columns."""
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    def text(form: str) -> TextColumn:
+        return TextColumn(form, table_column=Column(no_wrap=True))
+
+    bar = Bar(
+        text(f"epoch {{task.fields[epoch]}}/{epochs}"),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+        text("{task.completed}/{task.total}"),
+        text("loss [bold]{task.fields[loss]}[/bold]"),
+        text("lr {task.fields[lr]}"),
+        text("{task.fields[speed]} tok/s"),
+        text("{task.fields[left]} left"),
+        console=console(stream),
+        expand=True,
+        refresh_per_second=4,
+    )
+    task = bar.add_task("", total=total, epoch="0.00", loss="-", lr="-", speed="-", left="?")
+    return bar, task
+
+
+def clock_time(seconds: float) -> str:
+    """0:07, 12:30 or 5:42:10."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
+
+
+def _epoch(epoch: float) -> str:
+    return f"{epoch:.2f}"
+
+
+def _length(epochs: float) -> str:
+    """The epochs of a whole run: 3, 2.5, 0.11, 0.003."""
+    return f"{round(epochs, 2):g}" if epochs >= 1 else f"{epochs:.2g}"
+
+
+def _short(value: float) -> str:
+    """At most five characters for a count or a perplexity: 3.41, 24.9, 950, 12.3k, 1.2M."""
+    if value < 10:
+        return f"{value:.2f}"
+    if value < 100:
+        return f"{value:.1f}"
+    if value < 1e4:
+        return f"{value:.0f}"
+    for unit, size in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
+        if value < size * 1e3:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0e}" if value < float("inf") else "inf"

@@ -1,0 +1,28 @@
+"""Records -> progress, metrics.jsonl, Weights & Biases and second sinks; rank 0 only.
+
+A sink is anything with `write(record)` and `close(exit_code)`; the loop yields records and `run` hands each one
+to every sink. Importing this package is cheap: wandb and rich are imported where they are first used.
+"""
+
+from typing import Protocol
+
+from trainer.config.schema import OutputSettings
+from trainer.tracking.extra_loggers import check_also
+from trainer.tracking.records import Record
+from trainer.tracking.wandb_logger import wandb_mode
+
+
+class Sink(Protocol):
+    """What takes the records of a run, in order."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+
+    def close(self, exit_code: int) -> None:
+        """The run is over; 0 is success."""
+
+
+def check(output: OutputSettings) -> None:
+    """UserError where a sink that was asked for cannot work: its package or, for W&B online, the login is missing."""
+    check_also(output.also)
+    wandb_mode(output.wandb)

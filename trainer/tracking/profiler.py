@@ -1,0 +1,71 @@
+"""`--profile STEPS`: torch's profiler over some steps of a normal run; a trace file and a table of the ten largest."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer.tracking.records import Record, StepRecord
+
+SKIPPED = 3  # steps before it begins: the first ones allocate and compile
+LARGEST = 10
+
+
+class ProfileSink:
+    """Profiles rank 0 from step 4 of this start on, for `steps` steps, and writes OUT/profile/.
+
+    trace.json.gz opens in Perfetto or chrome://tracing; top.md holds the operations that took the most time of
+    their own. It changes no number, but the profiled steps take longer.
+    """
+
+    def __init__(self, folder: Path, steps: int, say: Callable[[str], None]) -> None:
+        self._folder, self._steps, self._say = folder / "profile", steps, say
+        self._seen = 0
+        self._profiler: Any = None
+
+    def write(self, record: Record) -> None:
+        """Begin or end after a step."""
+        if isinstance(record, StepRecord):
+            self._seen += 1
+            if self._seen == SKIPPED:
+                self._begin()
+            elif self._seen == SKIPPED + self._steps:
+                self._end()
+
+    def close(self, exit_code: int) -> None:
+        """End, where the run was shorter than what was asked for; a second call does nothing."""
+        if self._profiler is not None:
+            self._end()
+        elif self._seen < SKIPPED:
+            self._say(f"--profile: the run ended before its step {SKIPPED + 1}, nothing was profiled")
+            self._seen = SKIPPED
+
+    def _begin(self) -> None:
+        from torch.profiler import profile
+
+        self._profiler = profile()  # of the processor, and of the GPU where there is one
+        self._profiler.start()
+
+    def _end(self) -> None:
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        table = top_table(profiler.key_averages(), min(self._seen - SKIPPED, self._steps))
+        (self._folder / "top.md").write_text(table)
+        self._say(f"profile of {min(self._seen - SKIPPED, self._steps)} steps in {self._folder}:\n{table.rstrip()}")
+
+
+def top_table(averages: Any, steps: int) -> str:
+    """The LARGEST operations of a profile by their own time, as Markdown; times in milliseconds per step."""
+    on_gpu = any(row.self_device_time_total > 0 for row in averages)
+
+    def own(row: Any) -> float:
+        return float(row.self_device_time_total if on_gpu else row.self_cpu_time_total)
+
+    total = sum(map(own, averages)) or 1.0
+    lines = [f"| operation | calls/step | {'GPU' if on_gpu else 'CPU'} ms/step | share |", "|---|--:|--:|--:|"]
+    for row in sorted(averages, key=own, reverse=True)[:LARGEST]:
+        share = f"{100 * own(row) / total:.1f}%"
+        name = row.key.replace("|", "\\|")
+        lines.append(f"| {name[:60]} | {row.count / steps:.1f} | {own(row) / 1000 / steps:.2f} | {share} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,131 @@
+"""What is called how on Weights & Biases: the one place that knows; needs neither wandb nor torch.
+
+Runs with different batches line up by epoch because every row carries all three x axes (`AXES`) and because
+`METRICS` binds the curves to the epoch.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config.reference import CardRow
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
+
+AXES = ("epoch", "samples", "tokens")
+METRICS = (  # (pattern, x axis, what the summary keeps)
+    ("train/*", "epoch", None),
+    ("val/*", "epoch", "min,last"),
+    ("sample/*", "epoch", None),
+)
+COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field of the record}
+    StepRecord: {
+        "train/loss": "loss",
+        "train/lr": "lr",
+        "train/grad_norm": "grad_norm",
+        "train/tokens_per_second": "tokens_per_second",
+    },
+    EvalRecord: {"val/loss": "loss", "val/perplexity": "perplexity"},
+    EpochRecord: {"train/loss_epoch": "train_loss"},
+}
+TAG_LENGTH = 64  # a longer tag makes wandb.init raise
+
+
+def wandb_row(record: Record) -> dict[str, float]:
+    """The history row of a record, without its step; {} for an event, which goes to the summary instead."""
+    if isinstance(record, EventRecord):
+        return {}
+    fields = {**{axis: axis for axis in AXES}, **COLUMNS[type(record)]}
+    return {name: getattr(record, field) for name, field in fields.items()}
+
+
+def sample_row(record: EventRecord) -> dict[str, float]:
+    """The history row of the scores of an evaluation's samples; {} where none were asked for."""
+    scores = record.facts.get("scores") or {}
+    axes = {axis: record.facts[axis] for axis in AXES}
+    return {**axes, **{f"sample/{name}": score for name, score in scores.items()}}
+
+
+def card_row(row: CardRow) -> dict[str, float]:
+    """The same names for one line of the card's table; its samples and tokens are not known and left out."""
+    return {
+        "epoch": float(row.epoch),
+        "train/loss": row.train_loss,
+        "train/loss_epoch": row.train_loss,
+        "val/loss": row.val_loss,
+        "val/perplexity": row.perplexity,
+    }
+
+
+def wandb_summary(record: EventRecord) -> dict[str, Any]:
+    """What an event adds to the summary: the facts of the end of the run, else the event's own message."""
+    if record.event == "finished":
+        return dict(_flat(record.facts))
+    if record.event == "diagnosis":  # several of them may be true
+        return {f"event/diagnosis/{record.facts['code']}": record.message}
+    return {f"event/{record.event}": record.message}
+
+
+def wandb_config(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the run that run.json describes: one flat name per fact, so that any of them can be a column.
+
+    `run` holds run.json whole beside them: what a comparison reads back, wherever the run's folder is. Settings keep
+    the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch sum, the precision)
+    replaces what was asked for.
+    """
+    settings = dict(run["settings"])
+    config: dict[str, Any] = {"mode": run["mode"], "preset": run["preset"]}
+    config["overridden"] = list(run.get("overridden", ()))
+    for group in ("model", "data", "train", "engine"):
+        config.update(settings[group])
+    if run["mode"] == "lora":
+        config.update({f"lora_{name}": value for name, value in settings["lora"].items() if name != "targets"})
+        config["lora_targets"] = list(run["model"].get("lora_targets") or ())
+    config.update(run["resolved"])
+    config.update(_data_facts(run["data"]))
+    config.update(_model_facts(run["model"]))
+    config.update({"deepspeed": run["deepspeed"], "versions": run["versions"], "hardware": run["hardware"]})
+    config["git_commit"] = (run.get("git") or {}).get("commit")
+    return config | {"run": dict(run)}
+
+
+def _data_facts(data: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("fingerprint", "train_fingerprint", "val_fingerprint", "split")
+    facts = {f"data_{name}": data.get(name) for name in names}
+    facts.update({"tokenizer": data.get("tokenizer"), "vocabulary": data.get("vocabulary")})
+    for side in ("train", "val"):
+        facts.update({f"{side}_{name}": count for name, count in data.get(side, {}).items()})
+    return facts
+
+
+def _model_facts(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model_class": model.get("class"),
+        "model_fingerprint": model.get("fingerprint"),
+        "parameters": model.get("parameters"),
+        "trainable_parameters": model.get("trainable"),
+        "trainable_share": model.get("share"),
+    }
+
+
+def data_name(source: str) -> str:
+    """The short name of a data source: the last part of a path or hub id, without its ending."""
+    last = re.sub(r"\.\w+$", "", source.rstrip("/").rsplit("/", 1)[-1])
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", last).strip("-") or "data"
+
+
+def run_group(source: str) -> str:
+    """The group in which the runs of one comparison meet."""
+    return f"full-vs-lora-{data_name(source)}"[:128]
+
+
+def run_tags(mode: str, model: str, source: str) -> list[str]:
+    """Mode, model and data as tags, cut to the length that W&B takes."""
+    return list(dict.fromkeys(tag[:TAG_LENGTH] for tag in (mode, data_name(model), data_name(source))))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested facts as (a/b/c, value) pairs."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        pairs += _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return pairs

@@ -1,0 +1,243 @@
+"""One run on Weights & Biases: never a prompt, never a hang, and never the reason why training stops."""
+
+import configparser
+import contextlib
+import json
+import netrc
+import os
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from trainer.config.errors import UserError
+from trainer.tracking.records import EventRecord, Record
+from trainer.tracking.wandb_keys import AXES, METRICS, run_tags, sample_row, wandb_config, wandb_row, wandb_summary
+
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")  # old and new name of the public server
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+INIT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
+FINISH_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
+
+
+def wandb_mode(flag: str | None, env: Mapping[str, str] = os.environ) -> str:
+    """online, offline or disabled: the flag, else WANDB_MODE, else online where logged in, else offline.
+
+    Looks at the environment and at files only, so it asks nobody and needs no wandb. Online on demand of the
+    flag without a login is a UserError, as wandb would ask for a key.
+    """
+    if flag == "online" and not logged_in(env):
+        raise UserError("--wandb online: not logged in; run `wandb login`, set WANDB_API_KEY, or pass --wandb offline")
+    if flag is not None:
+        return flag
+    wanted = MODES.get(env.get("WANDB_MODE", "").lower()) or MODES.get(_settings_entry("mode", env).lower())
+    if wanted in ("offline", "disabled"):
+        return wanted
+    return "online" if logged_in(env) else "offline"
+
+
+def logged_in(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether wandb would find a key without asking: in the environment or in the netrc file."""
+    if env.get("WANDB_API_KEY") or env.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(env.get("WANDB_BASE_URL") or _settings_entry("base_url", env)).netloc
+    home = Path(env.get("HOME") or Path.home())
+    for path in [Path(env["NETRC"]).expanduser()] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]:
+        try:
+            entries = netrc.netrc(path)
+        except (OSError, netrc.NetrcParseError):
+            continue
+        return any(entries.hosts.get(name, ("", "", ""))[2] for name in ([host] if host else HOSTS))
+    return False
+
+
+def _settings_entry(name: str, env: Mapping[str, str]) -> str:
+    """An entry of wandb's settings files (`wandb offline` and `wandb login --host` write them), '' without one."""
+    home = Path(env.get("WANDB_CONFIG_DIR") or Path(env.get("HOME") or Path.home()) / ".config" / "wandb")
+    found = ""
+    for path in (home / "settings", Path("wandb") / "settings"):
+        parser = configparser.ConfigParser(interpolation=None)
+        try:
+            parser.read(path)
+        except (OSError, configparser.Error, UnicodeDecodeError):
+            continue
+        found = parser.get("default", name, fallback=found)
+    return found
+
+
+def prepare_environment(folder: Path, mode: str) -> None:
+    """Set what wandb reads from the environment when it is imported; everything it writes goes into the run folder.
+
+    WANDB_MODE must be set before the import: given to init alone, an offline run still looks up a host name.
+    """
+    home = folder.resolve() / "wandb" / "home"
+    os.environ["WANDB_MODE"] = mode
+    os.environ.pop("WANDB_SERVICE", None)  # the service of a parent process would keep our rows to itself
+    os.environ.setdefault("WANDB_SILENT", "true")  # one voice: what matters is said by us
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_CACHE_DIR", str(home / "cache"))
+    os.environ.setdefault("WANDB_DATA_DIR", str(home / "data"))
+    if mode == "offline":  # online it holds the user's own server and entity
+        os.environ.setdefault("WANDB_CONFIG_DIR", str(home / "config"))
+
+
+def start_wandb(
+    run: Mapping[str, Any],
+    folder: Path,
+    *,
+    resumed: bool = False,
+    say: Callable[[str], None] = print,
+    init_seconds: float = INIT_SECONDS,
+    finish_seconds: float = FINISH_SECONDS,
+) -> "WandbSink":
+    """The sink of the run that `run` (run.json) describes, in the mode that run["wandb"]["mode"] names.
+
+    A server that does not answer makes the run an offline one; any other trouble is said once and leaves a
+    sink that takes records and does nothing.
+    """
+    mode = run["wandb"]["mode"]
+    if mode == "disabled":
+        return WandbSink(None, say)
+    wanted = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
+    try:
+        prepare_environment(folder, mode)
+        import wandb
+
+        try:
+            started = _init(wandb, run, folder, mode, resumed, wanted)
+        except Exception as problem:
+            if mode != "online":
+                raise
+            say(f"W&B: no connection ({_one_line(problem)}); going on offline")
+            _teardown()  # the failed start still holds the id
+            prepare_environment(folder, mode := "offline")
+            started = _init(wandb, run, folder, mode, resumed, wanted)
+        for axis in AXES:
+            started.define_metric(axis, hidden=True)
+        for pattern, axis, summary in METRICS:
+            started.define_metric(pattern, step_metric=axis, summary=summary)
+        say(_where(started, mode))
+        return WandbSink(started, say, after=_last_step(wandb, folder, run["run_id"]) if resumed else -1)
+    except Exception as problem:  # whatever happens in there, it must not cost the run
+        say(f"W&B: not available ({_one_line(problem)}); going on without it, metrics.jsonl has every row")
+        return WandbSink(None, say)
+
+
+def _init(
+    wandb: Any, run: Mapping[str, Any], folder: Path, mode: str, resumed: bool, wanted: Mapping[str, float]
+) -> Any:
+    """wandb.init for this run; a setting that the installed version does not know is left out."""
+    settings: dict[str, Any] = {
+        **wanted,
+        "console": "off",
+        "disable_code": True,
+        "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
+    }
+    known = wandb.Settings.model_fields
+    return wandb.init(
+        project=run["wandb"]["project"],
+        id=run["run_id"],
+        resume="allow" if resumed else None,
+        name=run["name"],
+        group=run["wandb"]["group"],
+        job_type="train",
+        tags=run_tags(run["mode"], run["model"]["name"], run["data"]["source"]),
+        config=wandb_config(run),
+        dir=str(folder.resolve()),
+        mode=mode,
+        settings=wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
+    )
+
+
+class WandbSink:
+    """Hands records to a wandb run (None: takes them and does nothing); the first failure is said and ends it.
+
+    `after`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows up
+    to it are left out; a resumed run repeats them number by number anyway.
+    """
+
+    def __init__(self, run: Any, say: Callable[[str], None], after: int = -1) -> None:
+        self._run, self._say, self._after = run, say, after
+
+    def write(self, record: Record) -> None:
+        """Log one record; never raises."""
+        if self._run is None:
+            return
+        try:
+            if isinstance(record, EventRecord) and record.event == "samples":
+                if record.step > self._after:
+                    self._run.log({**sample_row(record), "sample/texts": _table(record)}, step=record.step)
+            elif isinstance(record, EventRecord):
+                self._run.summary.update(wandb_summary(record))
+            elif record.step > self._after:
+                self._run.log(wandb_row(record), step=record.step)
+        except Exception as problem:
+            self._give_up(problem)
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run within the finish timeout; never raises, a second call does nothing."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            self._say(f"W&B: the server did not take everything in time; send the rest with {_sync(run)}")
+        except Exception as problem:
+            self._give_up(problem)
+
+    def _give_up(self, problem: Exception) -> None:
+        self._run = None
+        _teardown()
+        self._say(f"W&B stopped working ({_one_line(problem)}); going on without it, metrics.jsonl has every row")
+
+
+def _table(record: EventRecord) -> Any:
+    """The samples of one evaluation as a table of W&B."""
+    import wandb
+
+    columns = ["step", "epoch", "prompt", "reference", "completion"]
+    rows = [
+        [record.step, record.facts["epoch"], *(text[name] for name in columns[2:])] for text in record.facts["texts"]
+    ]
+    return wandb.Table(columns=columns, data=rows)
+
+
+def _teardown() -> None:
+    """End wandb's service process now: at exit it would print a traceback where that process is already dead."""
+    with contextlib.suppress(Exception):
+        import wandb
+
+        wandb.teardown()
+
+
+def _where(run: Any, mode: str) -> str:
+    """One line on where to find the run."""
+    if mode == "online":
+        return f"W&B: {run.url}"
+    return f"W&B: offline, send it later with {_sync(run)}"
+
+
+def _sync(run: Any) -> str:
+    """The command that sends what lies on disk."""
+    return f"`wandb sync {os.path.relpath(run.settings.sync_dir)}`"
+
+
+def _last_step(wandb: Any, folder: Path, run_id: str) -> int:
+    """The last step that earlier processes logged under this id, read from their files; -1 without any."""
+    core = str(Path(wandb.__file__).parent / "bin" / "wandb-core")
+    last = -1
+    for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
+        command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(path), str(path.parent)]
+        try:
+            lines = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.splitlines()
+            records = [json.loads(line) for line in lines if '"_step"' in line]
+            last = max([last, *(record["history"]["item"]["_step"] for record in records if "history" in record)])
+        except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
+            continue  # an empty or foreign file holds no step
+    return last
+
+
+def _one_line(problem: BaseException) -> str:
+    return (" ".join(str(problem).split()) or type(problem).__name__)[:120]
