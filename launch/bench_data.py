@@ -35,25 +35,27 @@ def main() -> None:
 def measure(megabytes: int, model: str) -> str:
     """The line of a text file of that size."""
     with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch) / "text.txt"
-        write_text(text, megabytes * 10**6)
-        settings = cli.read(["--mode", "full", "--data", str(text), "--model", model]).settings
+        text_path = Path(scratch) / "text.txt"
+        write_text(text_path, megabytes * 10**6)
+        settings = cli.parse_args(["--mode", "full", "--data", str(text_path), "--model", model]).settings
         prepare_small(Path(scratch), model)  # the libraries are in memory before the count starts
-        watch = Watch()
-        began = time.perf_counter()
-        ready = prepare(settings.data, model=model, global_batch=8, cache=Path(scratch) / "cache")
-        seconds = time.perf_counter() - began
-        growth = watch.stop()
-        began = time.perf_counter()
-        rows = load(prepare(settings.data, model=model, global_batch=8, cache=Path(scratch) / "cache").folder).train
-        again = time.perf_counter() - began
-        began = time.perf_counter()
-        epoch_order(rows, seed=42, epoch=1, global_batch=8, shuffle=True, by_length=False)
-        order = time.perf_counter() - began
-    tokens = ready.facts["train"]["tokens"] + ready.facts["val"]["tokens"]
+        memory_sampler = PeakMemorySampler()
+        start_time = time.perf_counter()
+        prepared_data = prepare(settings.data, model=model, global_batch=8, cache=Path(scratch) / "cache")
+        elapsed_seconds = time.perf_counter() - start_time
+        growth_bytes = memory_sampler.stop()
+        start_time = time.perf_counter()
+        train_rows = load(
+            prepare(settings.data, model=model, global_batch=8, cache=Path(scratch) / "cache").folder
+        ).train
+        reload_seconds = time.perf_counter() - start_time
+        start_time = time.perf_counter()
+        epoch_order(train_rows, seed=42, epoch=1, global_batch=8, shuffle=True, group_by_length=False)
+        order_seconds = time.perf_counter() - start_time
+    tokens = prepared_data.metadata["train"]["tokens"] + prepared_data.metadata["val"]["tokens"]
     return (
-        f"| {megabytes:,} MB | {tokens:,} | {seconds:.1f} s | {megabytes / seconds:.2f} MB/s | "
-        f"{growth / 2**20:.0f} MiB | {1000 * order:.1f} ms | {again:.2f} s |"
+        f"| {megabytes:,} MB | {tokens:,} | {elapsed_seconds:.1f} s | {megabytes / elapsed_seconds:.2f} MB/s | "
+        f"{growth_bytes / 2**20:.0f} MiB | {1000 * order_seconds:.1f} ms | {reload_seconds:.2f} s |"
     )
 
 
@@ -61,43 +63,43 @@ def write_text(path: Path, size: int) -> None:
     """A text file of about `size` bytes, one record a line."""
     lines = [document.replace("\n", " ") for document in itertools.islice(documents(7), 20_000)]
     with open(path, "w") as file:
-        number = 0
+        line_number = 0
         while file.tell() < size:
             # numbered, so that no record stands there twice
-            file.writelines(f"{number + n} {line}\n" for n, line in enumerate(lines[:2000]))
-            number += 2000
+            file.writelines(f"{line_number + n} {line}\n" for n, line in enumerate(lines[:2000]))
+            line_number += 2000
             lines = lines[2000:] + lines[:2000]
 
 
 def prepare_small(scratch: Path, model: str) -> None:
     """One small preparation, for what it imports."""
-    small = scratch / "small.txt"
-    write_text(small, 300_000)
-    settings = cli.read(["--mode", "full", "--data", str(small), "--model", model]).settings
+    small_path = scratch / "small.txt"
+    write_text(small_path, 300_000)
+    settings = cli.parse_args(["--mode", "full", "--data", str(small_path), "--model", model]).settings
     prepare(settings.data, model=model, global_batch=1, cache=scratch / "small-cache")
 
 
-class Watch:
+class PeakMemorySampler:
     """The largest resident memory of this process since it was made, sampled ten times a second."""
 
     def __init__(self) -> None:
-        self.start = self.most = resident()
-        self.stopped = threading.Event()
+        self.start_bytes = self.peak_bytes = resident_bytes()
+        self.stop_event = threading.Event()
         self.thread = threading.Thread(target=self._sample, daemon=True)
         self.thread.start()
 
     def _sample(self) -> None:
-        while not self.stopped.wait(0.1):
-            self.most = max(self.most, resident())
+        while not self.stop_event.wait(0.1):
+            self.peak_bytes = max(self.peak_bytes, resident_bytes())
 
     def stop(self) -> int:
         """Bytes above the start."""
-        self.stopped.set()
+        self.stop_event.set()
         self.thread.join()
-        return self.most - self.start
+        return self.peak_bytes - self.start_bytes
 
 
-def resident() -> int:
+def resident_bytes() -> int:
     """Bytes of memory that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 

@@ -9,30 +9,30 @@ import sys
 from pathlib import Path
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another and with the card; "
         "writes report.html, report.md, curves.png, curves.svg and comparison.json.",
         epilog="Exit code: 0 done, 1 a check failed, 2 a mistake in what was asked, "
         "3 a check could not be made because the run is not comparable.",
     )
-    own.add_argument(
+    parser.add_argument(
         "runs",
         nargs="*",
         metavar="RUN",
         help="a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B",
     )
-    own.add_argument(
-        "--out",
+    parser.add_argument(
+        "--output-dir",
         type=Path,
         default=Path("comparison"),
         metavar="DIR",
         help="where the report goes (default: comparison)",
     )
-    own.add_argument("--no-card", action="store_true", help="leave the card out")
-    own.add_argument(
+    parser.add_argument("--no-card", action="store_true", help="leave the card out")
+    parser.add_argument(
         "--check",
         action="append",
         default=[],
@@ -40,35 +40,35 @@ def parser() -> argparse.ArgumentParser:
         help="'val_loss<=1.0048@epoch 2' (every run must hold it), or `card`: each epoch at or under the card's; "
         "may be given more than once",
     )
-    own.add_argument(
+    parser.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
         metavar="X",
         help="widens the limit of each check, in its unit (default: 0)",
     )
-    own.add_argument(
+    parser.add_argument(
         "--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; a second time updates it"
     )
-    own.add_argument(
+    parser.add_argument(
         "--wandb-report-json", type=Path, metavar="FILE", help="write that report's spec to FILE, without any network"
     )
-    own.add_argument(
+    parser.add_argument(
         "--log-card", metavar="[ENTITY/]PROJECT", help="log the card as a W&B run of its own, once per project"
     )
-    return own
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
-    given = parser().parse_args(arguments)
+    args = build_parser().parse_args(argv)
     from trainer.config.errors import UserError
-    from trainer.report.compare_cli import run
+    from trainer.report.compare_cli import run_comparison
 
     try:
-        return run(given)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        return run_comparison(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

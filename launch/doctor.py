@@ -8,9 +8,9 @@ import os
 import sys
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The doctor's own flags; all others are those of train.py."""
-    own = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="doctor.py",
         usage="doctor.py --mode full|lora [--ranks N] [--json] [--no-rehearsal] [--limit SECONDS] [flags of train.py]",
         description="Check environment, data, model, batch sum and memory of a run before it starts, and rehearse it "
@@ -19,42 +19,49 @@ def parser() -> argparse.ArgumentParser:
         "python launch/train.py --help lists the flags of the run.",
         allow_abbrev=False,
     )
-    own.add_argument(
+    parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)"
     )
-    own.add_argument("--json", action="store_true", help="print one JSON object instead")
-    own.add_argument("--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it")
-    own.add_argument(
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it"
+    )
+    parser.add_argument(
         "--limit",
         type=float,
         default=600.0,
         metavar="SECONDS",
         help="give the rehearsal up after so long (default: 600)",
     )
-    return own
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse and look; a mistake is one line on stderr."""
-    own, rest = parser().parse_known_args(arguments)
-    from trainer.config.cli import read
+    args, run_argv = build_parser().parse_known_args(argv)
+    from trainer.config.cli import parse_args
     from trainer.config.errors import UserError
 
     try:
-        request = read(rest)
-        if own.ranks is not None and own.ranks < 1:
-            raise UserError(f"--ranks {own.ranks}: expected a whole number from 1")
+        cli_args = parse_args(run_argv)
+        if args.ranks is not None and args.ranks < 1:
+            raise UserError(f"--ranks {args.ranks}: expected a whole number from 1")
         environ = dict(os.environ)
-        from trainer.tracking.silence import quiet
+        from trainer.tracking.silence import silence_libraries
 
-        quiet()  # before the libraries it silences are imported
-        from trainer.tools.doctor.doctor_cli import run
+        silence_libraries()  # before the libraries it silences are imported
+        from trainer.tools.doctor.doctor_cli import run_doctor
 
-        return run(
-            request, environ=environ, ranks=own.ranks, as_json=own.json, rehearse=not own.no_rehearsal, limit=own.limit
+        return run_doctor(
+            cli_args,
+            environ=environ,
+            world_size=args.ranks,
+            as_json=args.json,
+            run_smoke_test=not args.no_rehearsal,
+            limit_seconds=args.limit,
         )
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 

@@ -16,48 +16,50 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = _Parser(
+    parser = _Parser(
         prog="export.py",
         description="Write a checkpoint of a run as a folder in Hugging Face's form, load it again in a fresh process "
         "and hold it against the trained model; the result stands in the folder's model card.",
         epilog="Exit code: 0 exported and checked, 1 the check failed, 2 a mistake in what was asked.",
     )
-    own.add_argument("run", type=Path, metavar="RUN", help="a run folder, for instance runs/lora-acled-demo")
-    own.add_argument(
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, for instance runs/lora-acled-demo")
+    parser.add_argument(
         "--checkpoint",
         default="latest",
         metavar="step-N|best|latest",
         help="which of the run's checkpoints (default: latest)",
     )
-    own.add_argument(
+    parser.add_argument(
         "--merge", action="store_true", help="fold the adapters of a LoRA run into the weights of a plain model"
     )
-    own.add_argument(
-        "--out",
+    parser.add_argument(
+        "--output-dir",
         type=Path,
         metavar="DIR",
         help="where the folder goes; it must be empty or not there yet "
         "(default: RUN/export-step-N, with --merge RUN/merged-step-N)",
     )
-    return own
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
-    given = parser().parse_args(arguments)
-    from trainer.config.errors import RunFailed, UserError
-    from trainer.tracking.silence import quiet
+    args = build_parser().parse_args(argv)
+    from trainer.config.errors import TrainingError, UserError
+    from trainer.tracking.silence import silence_libraries
 
-    quiet()  # before the libraries it silences are imported
-    from trainer.export.export_cli import run
+    silence_libraries()  # before the libraries it silences are imported
+    from trainer.export.export_cli import export_checkpoint
 
     try:
-        return run(given.run, which=given.checkpoint, merge=given.merge, out=given.out)
-    except (UserError, RunFailed) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2 if isinstance(problem, UserError) else 1
+        return export_checkpoint(
+            args.run, checkpoint_name=args.checkpoint, merge=args.merge, output_dir=args.output_dir
+        )
+    except (UserError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
 
 
 if __name__ == "__main__":

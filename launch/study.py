@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The command line; what it does not know is for launch/train.py."""
-    own = argparse.ArgumentParser(prog="study.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = own.add_argument
+    parser = argparse.ArgumentParser(prog="study.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
     add(
-        "--out",
+        "--output-dir",
         type=Path,
         default=Path("study"),
         metavar="DIR",
         help="folder of the runs and the report (default: study)",
     )
-    add("--at-once", type=int, default=1, metavar="N", help="runs side by side, which share the cores (default: 1)")
+    add("--workers", type=int, default=1, metavar="N", help="runs side by side, which share the cores (default: 1)")
     add(
-        "--ways", default="full,lora,dora,rslora,lora-nf4", metavar="NAMES",
+        "--methods", default="full,lora,dora,rslora,lora-nf4", metavar="NAMES",
         help="of full, lora, dora, rslora, pissa, lora-nf4, lora-int8 (default: full,lora,dora,rslora,lora-nf4)",
     )  # fmt: skip
     add("--seeds", default="1,2,3", metavar="N,N", help="default: 1,2,3")
@@ -38,55 +38,55 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--lora-factors", default="3,10,30,100", metavar="X,X", help="rates of lora, likewise (default: 3,10,30,100)")
     add("--other-factors", default="10", metavar="X,X", help="rates of the other adapters, likewise (default: 10)")
-    return own
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, run, compare, print; a mistake is one line on stderr."""
-    given, passed = parser().parse_known_args(arguments)
+    args, train_argv = build_parser().parse_known_args(argv)
     from trainer.config.errors import UserError
     from trainer.tools.study import study
 
     try:
-        if given.at_once < 1:
-            raise UserError(f"--at-once {given.at_once}: expected a whole number from 1")
-        grid = study.Grid(
-            families=tuple(given.ways.split(",")), seeds=_numbers("--seeds", given.seeds, int),
-            ranks=_numbers("--ranks", given.ranks, int),
-            full_factors=_numbers("--full-factors", given.full_factors, float),
-            lora_factors=_numbers("--lora-factors", given.lora_factors, float),
-            other_factors=_numbers("--other-factors", given.other_factors, float),
+        if args.workers < 1:
+            raise UserError(f"--workers {args.workers}: expected a whole number from 1")
+        search_space = study.SearchSpace(
+            methods=tuple(args.methods.split(",")), seeds=_parse_numbers("--seeds", args.seeds, int),
+            lora_ranks=_parse_numbers("--ranks", args.ranks, int),
+            full_factors=_parse_numbers("--full-factors", args.full_factors, float),
+            lora_factors=_parse_numbers("--lora-factors", args.lora_factors, float),
+            other_factors=_parse_numbers("--other-factors", args.other_factors, float),
         )  # fmt: skip
-        made = study.trials(grid, given.out, passed)
-        failed = study.carry_out(made, given.at_once, lambda line: print(line, flush=True))
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        study_runs = study.build_runs(search_space, args.output_dir, train_argv)
+        failures = study.execute_runs(study_runs, args.workers, lambda line: print(line, flush=True))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    folders = [trial.folder for trial in made]
-    found = study.read(folders)
-    if found:
-        done = [str(run.source) for group in found for run in group.runs]
-        compare = [sys.executable, str(Path(__file__).parent / "compare.py"), *done, "--no-card"]
-        subprocess.run([*compare, "--out", str(given.out / "comparison")], check=False)
-        text = "\n".join(study.table(found))
-        (given.out / "study.md").write_text(text + "\n")
-        print(text)
-    for line in failed:
+    folders = [study_run.folder for study_run in study_runs]
+    seed_groups = study.read_groups(folders)
+    if seed_groups:
+        run_dirs = [str(run.source) for group in seed_groups for run in group.runs]
+        compare_command = [sys.executable, str(Path(__file__).parent / "compare.py"), *run_dirs, "--no-card"]
+        subprocess.run([*compare_command, "--output-dir", str(args.output_dir / "comparison")], check=False)
+        table_text = "\n".join(study.markdown_table(seed_groups))
+        (args.output_dir / "study.md").write_text(table_text + "\n")
+        print(table_text)
+    for line in failures:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failures else 0
 
 
-def _numbers(flag: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+def _parse_numbers(flag: str, text: str, number_type: Callable[[str], Any]) -> tuple[Any, ...]:
     """The numbers of a comma-separated list; UserError where one is none, or not above 0."""
     from trainer.config.errors import UserError
 
     try:
-        found = tuple(kind(part) for part in text.split(","))
+        numbers = tuple(number_type(part) for part in text.split(","))
     except ValueError:
-        found = ()
-    if not found or min(found) <= 0:
+        numbers = ()
+    if not numbers or min(numbers) <= 0:
         raise UserError(f"{flag} {text}: expected numbers above 0 separated by commas")
-    return found
+    return numbers
 
 
 if __name__ == "__main__":

@@ -6,22 +6,26 @@ import sys
 
 def main() -> int:
     """Parse, run, and turn a mistake into one line: exit code 2 for the user's, 1 for a run that failed."""
-    from trainer.config.cli import read
-    from trainer.config.errors import RunFailed, UserError
+    from trainer.config.cli import parse_args
+    from trainer.config.errors import TrainingError, UserError
 
     try:
-        request = read()
-        from trainer.tracking.silence import quiet
+        cli_args = parse_args()
+        from trainer.tracking.silence import silence_libraries
 
-        quiet()  # before the libraries it silences are imported
+        silence_libraries()  # before the libraries it silences are imported
         from trainer.run import run
 
-        return run(request)
-    except (UserError, RunFailed) as problem:
-        told = problem.told if problem.told is not None else os.environ.get("RANK", "0") != "0"
-        if not told:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2 if isinstance(problem, UserError) else 1
+        return run(cli_args)
+    except (UserError, TrainingError) as error:
+        is_reported = (
+            error.is_reported_elsewhere
+            if error.is_reported_elsewhere is not None
+            else os.environ.get("RANK", "0") != "0"
+        )
+        if not is_reported:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ def make_tokenizer(folder: Path) -> Path:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    trained = ByteLevelBPETokenizer()
+    tokenizer = ByteLevelBPETokenizer()
     texts = [" ".join(str(value) for value in event.values()) for event in EVENTS]
-    trained.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=end, pad_token=end).save_pretrained(folder)
+    tokenizer.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
+    eos_token = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token=eos_token, pad_token=eos_token
+    ).save_pretrained(folder)
     return folder
 
 

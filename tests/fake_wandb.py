@@ -2,12 +2,12 @@
 
 It takes what wandb-core 0.31 sends (runs, history, summaries, files, artifacts, reports) and keeps it to be looked
 at; it answers no more than the client needs to go on. It knows nothing of the real server's rules: it shows what
-*we* send. Whatever it does not know lands in `unknown`, so that a new version of the client is noticed.
+*we* send. Whatever it does not know lands in `unknown_requests`, so that a new version of the client is noticed.
 
     with FakeWandb() as server:
         subprocess.run([...], env=child_env(**server.env(tmp_path)))
         assert server.runs["abcd1234"].history[-1]["val/loss"] == 1.0
-        assert not server.unknown
+        assert not server.unknown_requests
 """
 
 import gzip
@@ -27,16 +27,21 @@ from urllib.parse import unquote, urlsplit
 
 ENTITY = "tester"
 API_KEY = "local-" + "f" * 40  # the client looks at the form of a key only
-TIME = "2026-01-01T00:00:00Z"
+TIMESTAMP = "2026-01-01T00:00:00Z"
 
 Json = dict[str, Any]
 
 
 def child_env(**variables: str) -> dict[str, str]:
     """The environment of a child process: this project, one thread, and none of the caller's own W&B."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    tests = Path(__file__).parent
-    return {**kept, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1", **variables}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    tests_dir = Path(__file__).parent
+    return {
+        **inherited,
+        "PYTHONPATH": f"{tests_dir.parent}{os.pathsep}{tests_dir}",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
 
 
 @dataclass
@@ -50,28 +55,28 @@ class FakeRun:
     config: Json = field(default_factory=dict)  #: {key: {"value": ...}}, with the client's own under "_wandb"
     summary: Json = field(default_factory=dict)
     history: list[Json] = field(default_factory=list)
-    system: list[Json] = field(default_factory=list)
+    system_metrics: list[Json] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     exit_code: int | None = None
 
-    def values(self) -> Json:
+    def config_values(self) -> Json:
         """The config as the user set it: {key: value}."""
         return {key: entry["value"] for key, entry in self.config.items() if key != "_wandb"}
 
-    def metrics(self) -> dict[str, Json]:
+    def metric_definitions(self) -> dict[str, Json]:
         """What define_metric said, {name or pattern: {"axis": ..., "summary": [numbers]}}.
 
         The client packs it into config._wandb.value.m, keyed by field numbers of its own protocol (1 name,
         2 pattern, 5 place of the x axis in this list counted from 1, 7 what the summary keeps).
         """
-        rows = self.config.get("_wandb", {}).get("value", {}).get("m", [])
-        names = [row.get("1") or row.get("2") for row in rows]
+        definitions = self.config.get("_wandb", {}).get("value", {}).get("m", [])
+        names = [definition.get("1") or definition.get("2") for definition in definitions]
         return {
-            name: {"axis": names[row["5"] - 1] if row.get("5") else None, "summary": row.get("7")}
-            for name, row in zip(names, rows, strict=True)
+            name: {"axis": names[definition["5"] - 1] if definition.get("5") else None, "summary": definition.get("7")}
+            for name, definition in zip(names, definitions, strict=True)
         }
 
-    def bucket(self) -> Json:
+    def to_graphql(self) -> Json:
         """The run as GraphQL answers name it."""
         return {
             "id": f"id-{self.name}",
@@ -84,19 +89,19 @@ class FakeRun:
             "summaryMetrics": json.dumps(self.summary),
             "wandbConfig": json.dumps({"t": 1}),
             "historyLineCount": len(self.history),
-            "historyTail": _tail(self.history),
-            "eventsLineCount": len(self.system),
-            "eventsTail": _tail(self.system),
+            "historyTail": _last_row(self.history),
+            "eventsLineCount": len(self.system_metrics),
+            "eventsTail": _last_row(self.system_metrics),
             "logLineCount": 0,
-            "project": _project(self.entity, self.project),
+            "project": _project_response(self.entity, self.project),
         }
 
 
-def _tail(rows: list[Json]) -> str:
+def _last_row(rows: list[Json]) -> str:
     return json.dumps([json.dumps(row) for row in rows[-1:]])
 
 
-def _project(entity: str, name: str) -> Json:
+def _project_response(entity: str, name: str) -> Json:
     return {
         "__typename": "Project",
         "id": f"id-{name}",
@@ -107,14 +112,15 @@ def _project(entity: str, name: str) -> Json:
         "description": None,
         "access": "PRIVATE",
         "views": "{}",
-        "createdAt": TIME,
+        "createdAt": TIMESTAMP,
         "isBenchmark": False,
         "user": None,
     }
 
 
 class FakeWandb:
-    """The server; what it was sent: `runs`, `views` (reports) and `artifacts` by id, `operations` in order, `unknown`.
+    """The server; what it was sent: `runs`, `views` (reports) and `artifacts` by id, `operations` in order,
+    `unknown_requests`.
 
     `connections` counts all that were opened, whatever was asked on them.
     """
@@ -125,7 +131,7 @@ class FakeWandb:
         self.views: dict[str, Json] = {}
         self.artifacts: dict[str, Json] = {}
         self.operations: list[str] = []
-        self.unknown: list[str] = []
+        self.unknown_requests: list[str] = []
         self.connections = 0
         self._lock = threading.Lock()
         self._http = _Server(self)
@@ -135,7 +141,7 @@ class FakeWandb:
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
         self._http.shutdown()
         self._http.server_close()
 
@@ -153,7 +159,7 @@ class FakeWandb:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Json]:
+    def respond(self, method: str, path: str, body: bytes) -> tuple[int, Json]:
         """Status and JSON for one request."""
         with self._lock:
             path = urlsplit(path).path
@@ -163,9 +169,9 @@ class FakeWandb:
                 entity, project, name = map(unquote, stream.groups())
                 return 200, self._stream(self.run(entity, project, name), json.loads(body))
             if method == "PUT" and (upload := re.fullmatch(r"/upload/(run|artifact)/([^/]+)/(.+)", path)):
-                kind, owner, name = map(unquote, upload.groups())
-                return 200, self._upload(kind, owner, name, body)
-            self.unknown.append(f"{method} {path}")
+                owner_type, owner, name = map(unquote, upload.groups())
+                return 200, self._upload(owner_type, owner, name, body)
+            self.unknown_requests.append(f"{method} {path}")
             return 404, {"error": "not known to the stand-in"}
 
     def _graphql(self, request: Json) -> Json:
@@ -174,7 +180,7 @@ class FakeWandb:
         name = request.get("operationName") or (match.group(1) if match else "")
         self.operations.append(name)
         if name not in OPERATIONS:
-            self.unknown.append(name)
+            self.unknown_requests.append(name)
             return {}
         return OPERATIONS[name](self, variables)
 
@@ -185,15 +191,15 @@ class FakeWandb:
             if file == "wandb-history.jsonl":
                 run.history[start:] = [json.loads(line) for line in lines]
             elif file == "wandb-events.jsonl":
-                run.system[start:] = [json.loads(line) for line in lines]
+                run.system_metrics[start:] = [json.loads(line) for line in lines]
             elif file == "wandb-summary.json" and lines:
                 run.summary = json.loads(lines[-1])
         if message.get("complete"):
             run.exit_code = message.get("exitcode")
         return {"exitcode": None, "limits": {}}
 
-    def _upload(self, kind: str, owner: str, name: str, body: bytes) -> Json:
-        files = self.runs[owner].files if kind == "run" else self.artifacts[owner]["content"]
+    def _upload(self, owner_type: str, owner: str, name: str, body: bytes) -> Json:
+        files = self.runs[owner].files if owner_type == "run" else self.artifacts[owner]["content"]
         files[name] = body
         return {}
 
@@ -203,52 +209,54 @@ class FakeWandb:
         self.projects.add((entity, project))
         return self.runs.setdefault(name, FakeRun(entity, project, name))
 
-    def upload_url(self, kind: str, owner: str, name: str) -> str:
+    def upload_url(self, owner_type: str, owner: str, name: str) -> str:
         """Where the client may put a file."""
-        return f"{self.url}/upload/{kind}/{owner}/{name}"
+        return f"{self.url}/upload/{owner_type}/{owner}/{name}"
 
 
-def _viewer(server: FakeWandb, given: Json) -> Json:
+def _get_viewer(server: FakeWandb, variables: Json) -> Json:
     team = {"node": {"id": "id-entity", "name": ENTITY}}
     viewer = {"id": "id-user", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "tester@localhost"}
     return {"viewer": {**viewer, "admin": False, "flags": "{}", "apiKeys": {"edges": []}, "teams": {"edges": [team]}}}
 
 
-def _resume_status(server: FakeWandb, given: Json) -> Json:
-    run = server.runs.get(given["name"])
-    project = _project(given.get("entity") or ENTITY, given.get("project") or "uncategorized")
-    return {"model": {**project, "bucket": run.bucket() if run else None}}
+def _get_resume_status(server: FakeWandb, variables: Json) -> Json:
+    run = server.runs.get(variables["name"])
+    project = _project_response(variables.get("entity") or ENTITY, variables.get("project") or "uncategorized")
+    return {"model": {**project, "bucket": run.to_graphql() if run else None}}
 
 
-def _upsert_run(server: FakeWandb, given: Json) -> Json:
-    inserted = given["name"] not in server.runs
-    run = server.run(given.get("entity"), given.get("project"), given["name"])
-    if given.get("config"):
-        run.config = json.loads(given["config"])
-    run.fields.update({key: value for key, value in given.items() if value is not None and key != "config"})
-    return {"upsertBucket": {"bucket": run.bucket(), "inserted": inserted}}
+def _upsert_run(server: FakeWandb, variables: Json) -> Json:
+    is_new = variables["name"] not in server.runs
+    run = server.run(variables.get("entity"), variables.get("project"), variables["name"])
+    if variables.get("config"):
+        run.config = json.loads(variables["config"])
+    run.fields.update({key: value for key, value in variables.items() if value is not None and key != "config"})
+    return {"upsertBucket": {"bucket": run.to_graphql(), "inserted": is_new}}
 
 
-def _run_files(server: FakeWandb, given: Json) -> Json:
-    files = [{"name": name, "uploadUrl": server.upload_url("run", given["run"], name)} for name in given["files"]]
-    return {"createRunFiles": {"runID": f"id-{given['run']}", "uploadHeaders": [], "files": files}}
+def _create_run_files(server: FakeWandb, variables: Json) -> Json:
+    files = [
+        {"name": name, "uploadUrl": server.upload_url("run", variables["run"], name)} for name in variables["files"]
+    ]
+    return {"createRunFiles": {"runID": f"id-{variables['run']}", "uploadHeaders": [], "files": files}}
 
 
-def _create_artifact(server: FakeWandb, given: Json) -> Json:
+def _create_artifact(server: FakeWandb, variables: Json) -> Json:
     name = f"artifact-{len(server.artifacts)}"
-    server.artifacts[name] = {**given["input"], "state": "PENDING", "content": {}}
-    sequence = {"id": f"sequence-{name}", "latestArtifact": None}
-    return {"createArtifact": {"artifact": {"id": name, "state": "PENDING", "artifactSequence": sequence}}}
+    server.artifacts[name] = {**variables["input"], "state": "PENDING", "content": {}}
+    artifact_sequence = {"id": f"sequence-{name}", "latestArtifact": None}
+    return {"createArtifact": {"artifact": {"id": name, "state": "PENDING", "artifactSequence": artifact_sequence}}}
 
 
-def _manifest(server: FakeWandb, owner: str) -> Json:
+def _manifest_response(server: FakeWandb, owner: str) -> Json:
     url = server.upload_url("artifact", owner, "manifest.json")
     return {"artifactManifest": {"id": f"manifest-{owner}", "file": {"id": "f", "uploadUrl": url, "uploadHeaders": []}}}
 
 
-def _artifact_files(server: FakeWandb, given: Json) -> Json:
+def _create_artifact_files(server: FakeWandb, variables: Json) -> Json:
     edges = []
-    for file in given["input"]["artifactFiles"]:
+    for file in variables["input"]["artifactFiles"]:
         owner, name = file["artifactID"], file["name"]
         url = server.upload_url("artifact", owner, name)
         target: Json = {"uploadUrl": url, "uploadHeaders": [], "uploadMultipartUrls": None}
@@ -256,135 +264,154 @@ def _artifact_files(server: FakeWandb, given: Json) -> Json:
     return {"createArtifactFiles": {"files": {"edges": edges}}}
 
 
-def _commit_artifact(server: FakeWandb, given: Json) -> Json:
-    artifact = server.artifacts[given["artifactID"]]
+def _commit_artifact(server: FakeWandb, variables: Json) -> Json:
+    artifact = server.artifacts[variables["artifactID"]]
     artifact["state"] = "COMMITTED"
-    return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": artifact["digest"]}}}
+    return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": artifact["digest"]}}}
 
 
-def _client_artifact(server: FakeWandb, given: Json) -> Json:
-    found = [name for name, kept in server.artifacts.items() if kept.get("clientID") == given["clientID"]]
-    return {"clientIDMapping": {"serverID": found[0]} if found else None}
+def _get_artifact_by_client_id(server: FakeWandb, variables: Json) -> Json:
+    artifact_ids = [
+        name for name, artifact in server.artifacts.items() if artifact.get("clientID") == variables["clientID"]
+    ]
+    return {"clientIDMapping": {"serverID": artifact_ids[0]} if artifact_ids else None}
 
 
-def _known_project(server: FakeWandb, given: Json) -> Json:
-    entity, name = given["entityName"], given["projectName"]
-    return {"project": _project(entity, name) if (entity, name) in server.projects else None}
+def _get_project(server: FakeWandb, variables: Json) -> Json:
+    entity, name = variables["entityName"], variables["projectName"]
+    return {"project": _project_response(entity, name) if (entity, name) in server.projects else None}
 
 
-def _list_projects(server: FakeWandb, given: Json) -> Json:
-    edges = [{"node": _project(*known)} for known in sorted(server.projects) if known[0] == given["entity"]]
+def _list_projects(server: FakeWandb, variables: Json) -> Json:
+    edges = [
+        {"node": _project_response(*project)}
+        for project in sorted(server.projects)
+        if project[0] == variables["entity"]
+    ]
     page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
     return {"models": {"pageInfo": page, "edges": edges}}
 
 
-def _create_project(server: FakeWandb, given: Json) -> Json:
-    wanted = given["input"]
-    key = (wanted.get("entityName") or wanted.get("entity_name") or ENTITY, wanted["name"])
+def _create_project(server: FakeWandb, variables: Json) -> Json:
+    project_input = variables["input"]
+    key = (project_input.get("entityName") or project_input.get("entity_name") or ENTITY, project_input["name"])
     server.projects.add(key)
-    return {"result": {"project": _project(*key), "model": _project(*key), "inserted": True}}
+    return {"result": {"project": _project_response(*key), "model": _project_response(*key), "inserted": True}}
 
 
-def _view(view: Json) -> Json:
+def _view_response(view: Json) -> Json:
     """A report as GraphQL answers name it."""
-    shown = {key: view.get(key) for key in ("id", "type", "name", "displayName", "description")}
-    project = _project(view.get("entityName") or ENTITY, view["projectName"])
-    return {**shown, "spec": json.dumps(view["spec"]), "project": project, "createdAt": TIME, "updatedAt": TIME}
+    fields = {key: view.get(key) for key in ("id", "type", "name", "displayName", "description")}
+    project = _project_response(view.get("entityName") or ENTITY, view["projectName"])
+    return {
+        **fields,
+        "spec": json.dumps(view["spec"]),
+        "project": project,
+        "createdAt": TIMESTAMP,
+        "updatedAt": TIMESTAMP,
+    }
 
 
-def _save_view(server: FakeWandb, given: Json) -> Json:
-    name = given.get("id") or f"view-{len(server.views)}"
-    inserted = name not in server.views
-    server.views[name] = {**given, "id": name, "spec": json.loads(given["spec"])}
-    return {"upsertView": {"inserted": inserted, "view": _view(server.views[name])}}
+def _save_view(server: FakeWandb, variables: Json) -> Json:
+    name = variables.get("id") or f"view-{len(server.views)}"
+    is_new = name not in server.views
+    server.views[name] = {**variables, "id": name, "spec": json.loads(variables["spec"])}
+    return {"upsertView": {"inserted": is_new, "view": _view_response(server.views[name])}}
 
 
-def _list_views(server: FakeWandb, given: Json) -> Json:
-    wanted = [view for view in server.views.values() if view["projectName"] == given["project"]]
-    edges = [{"node": {**_view(view), "user": None}, "cursor": view["id"]} for view in wanted]
+def _list_views(server: FakeWandb, variables: Json) -> Json:
+    views = [view for view in server.views.values() if view["projectName"] == variables["project"]]
+    edges = [{"node": {**_view_response(view), "user": None}, "cursor": view["id"]} for view in views]
     return {"project": {"allViews": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}}
 
 
-def _stored_run(server: FakeWandb, given: Json) -> FakeRun | None:
-    run = server.runs.get(given.get("name") or given.get("run") or given.get("runName") or "")
-    return run if run and run.project == given["project"] else None
+def _find_run(server: FakeWandb, variables: Json) -> FakeRun | None:
+    run = server.runs.get(variables.get("name") or variables.get("run") or variables.get("runName") or "")
+    return run if run and run.project == variables["project"] else None
 
 
-def _read_run(server: FakeWandb, given: Json) -> Json:
+def _read_run(server: FakeWandb, variables: Json) -> Json:
     """A run as wandb.Api().run() reads it."""
-    run = _stored_run(server, given)
+    run = _find_run(server, variables)
     if run is None:
         return {"project": {"run": None}}
     state = {None: "running", 0: "finished"}.get(run.exit_code, "failed")
-    last = max((row["_step"] for row in run.history), default=-1)
-    person = {"name": ENTITY, "username": ENTITY}
-    own = {"group": run.fields.get("groupName"), "jobType": run.fields.get("jobType"), "state": state, "user": person}
-    rest = {
+    last_step = max((row["_step"] for row in run.history), default=-1)
+    user = {"name": ENTITY, "username": ENTITY}
+    run_fields = {
+        "group": run.fields.get("groupName"),
+        "jobType": run.fields.get("jobType"),
+        "state": state,
+        "user": user,
+    }
+    constant_fields = {
         "commit": None,
         "readOnly": False,
-        "createdAt": TIME,
-        "heartbeatAt": TIME,
+        "createdAt": TIMESTAMP,
+        "heartbeatAt": TIMESTAMP,
         "notes": None,
         "systemMetrics": "{}",
     }
     return {
         "project": {
             "run": {
-                **run.bucket(),
-                **own,
-                **rest,
+                **run.to_graphql(),
+                **run_fields,
+                **constant_fields,
                 "projectId": "1",
-                "historyKeys": {"lastStep": last, "sets": [], "keys": {}},
+                "historyKeys": {"lastStep": last_step, "sets": [], "keys": {}},
             }
         }
     }
 
 
-def _history_page(server: FakeWandb, given: Json) -> Json:
-    run = _stored_run(server, given)
-    rows = [row for row in run.history if given["minStep"] <= row["_step"] < given["maxStep"]] if run else []
-    return {"project": {"run": {"history": [json.dumps(row) for row in rows[: given["pageSize"]]]}}}
+def _get_history_page(server: FakeWandb, variables: Json) -> Json:
+    run = _find_run(server, variables)
+    rows = [row for row in run.history if variables["minStep"] <= row["_step"] < variables["maxStep"]] if run else []
+    return {"project": {"run": {"history": [json.dumps(row) for row in rows[: variables["pageSize"]]]}}}
 
 
-def _no_parquet(server: FakeWandb, given: Json) -> Json:
-    run = _stored_run(server, given)
+def _get_parquet_history(server: FakeWandb, variables: Json) -> Json:
+    run = _find_run(server, variables)
     return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": run.history if run else []}}}}
 
 
 OPERATIONS: dict[str, Callable[[FakeWandb, Json], Json]] = {
     # every start
-    "Viewer": _viewer,
-    "ServerFeaturesQuery": lambda server, given: {"serverInfo": {"features": []}},
-    "OrganizationCoreWeaveOrganizationID": lambda server, given: {"entity": {"organization": None}},
+    "Viewer": _get_viewer,
+    "ServerFeaturesQuery": lambda server, variables: {"serverInfo": {"features": []}},
+    "OrganizationCoreWeaveOrganizationID": lambda server, variables: {"entity": {"organization": None}},
     # runs
-    "RunResumeStatus": _resume_status,
+    "RunResumeStatus": _get_resume_status,
     "UpsertBucket": _upsert_run,
-    "CreateRunFiles": _run_files,
-    "MarkRunFilesUploaded": lambda server, given: {"markRunFilesUploaded": {"success": True}},
-    "RunState": lambda server, given: {"project": {"run": {"id": f"id-{given['run']}", "state": "running"}}},
+    "CreateRunFiles": _create_run_files,
+    "MarkRunFilesUploaded": lambda server, variables: {"markRunFilesUploaded": {"success": True}},
+    "RunState": lambda server, variables: {"project": {"run": {"id": f"id-{variables['run']}", "state": "running"}}},
     # artifacts: an empty answer to CreateArtifact would make the client panic
     "CreateArtifact": _create_artifact,
-    "CreateArtifactManifest": lambda server, given: {"createArtifactManifest": _manifest(server, given["artifactID"])},
-    "UpdateArtifactManifest": lambda server, given: {
-        "updateArtifactManifest": _manifest(server, given["artifactManifestID"].removeprefix("manifest-"))
+    "CreateArtifactManifest": lambda server, variables: {
+        "createArtifactManifest": _manifest_response(server, variables["artifactID"])
     },
-    "CreateArtifactFiles": _artifact_files,
+    "UpdateArtifactManifest": lambda server, variables: {
+        "updateArtifactManifest": _manifest_response(server, variables["artifactManifestID"].removeprefix("manifest-"))
+    },
+    "CreateArtifactFiles": _create_artifact_files,
     "CommitArtifact": _commit_artifact,
-    "ClientIDMapping": _client_artifact,
-    "XXHashDigestsEnabled": lambda server, given: {"entity": {"xxhashDigestsEnabled": False}},
-    "FetchArtifactDigestAlgorithm": lambda server, given: {"project": None},
+    "ClientIDMapping": _get_artifact_by_client_id,
+    "XXHashDigestsEnabled": lambda server, variables: {"entity": {"xxhashDigestsEnabled": False}},
+    "FetchArtifactDigestAlgorithm": lambda server, variables: {"project": None},
     # runs read back
     "Run": _read_run,
     "RunHistoryKeys": _read_run,
-    "RunParquetHistory": _no_parquet,
-    "HistoryPage": _history_page,
+    "RunParquetHistory": _get_parquet_history,
+    "HistoryPage": _get_history_page,
     # reports
     "ProjectViews": _list_views,
-    "ProjectInternalId": _known_project,
+    "ProjectInternalId": _get_project,
     "GetProjects": _list_projects,
     "CreateProject": _create_project,
     "upsertView": _save_view,
-    "SpecificReport": lambda server, given: {"view": _view(server.views[given["reportId"]])},
+    "SpecificReport": lambda server, variables: {"view": _view_response(server.views[variables["reportId"]])},
 }
 
 
@@ -393,7 +420,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(self, fake: FakeWandb) -> None:
-        super().__init__(("127.0.0.1", 0), _handler(fake))
+        super().__init__(("127.0.0.1", 0), _make_handler(fake))
         self._fake = fake
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
@@ -407,13 +434,13 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def _handler(server: FakeWandb) -> type[BaseHTTPRequestHandler]:
+def _make_handler(server: FakeWandb) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            status, answer = server.answer(self.command, self.path, self._body())
-            content = json.dumps(answer).encode()
+            status, response = server.respond(self.command, self.path, self._body())
+            content = json.dumps(response).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))

@@ -26,43 +26,51 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import TEMPLATES, make_tiny, write_records
-from group import ENDS, Group, events, relatives, rows, science, steps_done
-from ranks import free_port
+from conftest import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
+from group import (
+    EXIT_TIMEOUT_SECONDS,
+    RankProcesses,
+    find_processes,
+    last_logged_step,
+    read_events,
+    read_records,
+    read_reproducible_records,
+)
+from ranks import find_free_port
 
-STEPS = 24
+NUM_STEPS = 24
 
 
 def main() -> int:
     """Kill until the number is reached, then let the last run come to its end."""
-    given = arguments()
-    dice = random.Random(given.seed)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    args = parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as temp_dir:
+        folder = Path(temp_dir)
         os.environ["TRAINER_CACHE"] = str(folder / "cache")
-        words = flags(folder)
-        expected, pace = uninterrupted(words, folder / "whole", given)
-        print(f"a run that nobody kills: {len(expected)} rows; {pace}", flush=True)
-        count: Counter[str] = Counter()
-        while count["tried"] < given.kills:
-            out = folder / f"run-{count['runs']}"
-            one_run(words, out, given, dice, pace, count)
-            count["runs"] += 1
-            count["rows lost"] += difference(science(out), expected)
-            count["rows again"] += sum(event["facts"]["rows_cut"] for event in events(out, "resumed"))
-            count["from the start"] += sum("the start" in event["message"] for event in events(out, "resumed"))
+        argv = make_argv(folder)
+        expected_records, timings = run_uninterrupted(argv, folder / "whole", args)
+        print(f"a run that nobody kills: {len(expected_records)} rows; {timings}", flush=True)
+        counts: Counter[str] = Counter()
+        while counts["tried"] < args.kills:
+            out = folder / f"run-{counts['runs']}"
+            run_with_kills(argv, out, args, rng, timings, counts)
+            counts["runs"] += 1
+            counts["rows lost"] += count_differences(read_reproducible_records(out), expected_records)
+            counts["rows again"] += sum(event["facts"]["rows_cut"] for event in read_events(out, "resumed"))
+            counts["from the start"] += sum("the start" in event["message"] for event in read_events(out, "resumed"))
             shutil.rmtree(out)
-            print(dict(count), flush=True)
+            print(dict(counts), flush=True)
     print(
-        f"kills tried {count['tried']} (in a save {count['in a save']}, of one rank {count['one']}, "
-        f"of all {count['all']}, of the launcher {count['launcher']}), resumes that worked {count['resumed']}, "
-        f"runs brought to their end {count['runs']}, rows lost {count['rows lost']}, "
-        f"rows done again {count['rows again']}, longest end of a killed run {count['longest ms'] / 1000:.1f} s"
+        f"kills tried {counts['tried']} (in a save {counts['in a save']}, of one rank {counts['one']}, "
+        f"of all {counts['all']}, of the launcher {counts['launcher']}), resumes that worked {counts['resumed']}, "
+        f"runs brought to their end {counts['runs']}, rows lost {counts['rows lost']}, "
+        f"rows done again {counts['rows again']}, longest end of a killed run {counts['longest ms'] / 1000:.1f} s"
     )
-    return 0 if count["resumed"] == count["tried"] and not count["rows lost"] else 1
+    return 0 if counts["resumed"] == counts["tried"] and not counts["rows lost"] else 1
 
 
-def arguments() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
@@ -72,119 +80,133 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def flags(folder: Path) -> list[str]:
+def make_argv(folder: Path) -> list[str]:
     """A model and a run so small that starting takes longer than all steps."""
-    tiny = make_tiny(folder / "tiny", dropout=0.1)
-    data = write_records(folder / "train.jsonl", rows=25, seed=1), write_records(folder / "val.jsonl", rows=9, seed=2)
-    text = f"--mode full --model {tiny} --data {data[0]} --val-data {data[1]} --block-size 16 --global-batch 6"
-    text += f" --micro-batch 1 --max-steps {STEPS} --eval-every 3 --save-every 2 --keep 2 --ds-config zero2"
-    return [*text.split(), *TEMPLATES]
+    tiny_model = make_tiny_gpt2(folder / "tiny", dropout=0.1)
+    data_files = (
+        write_records(folder / "train.jsonl", num_records=25, seed=1),
+        write_records(folder / "val.jsonl", num_records=9, seed=2),
+    )
+    text = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 6"
+    text += (
+        f" --micro-batch 1 --max-steps {NUM_STEPS} --eval-every 3 --save-every 2 --save-total-limit 2 --ds-config zero2"
+    )
+    return [*text.split(), *TEMPLATE_FLAGS]
 
 
 @dataclass(frozen=True)
-class Pace:
+class RunTimings:
     """Seconds of a run that nobody kills: until its first row, of one step, and from its last step to its end."""
 
-    start: float
-    step: float
-    export: float
+    start_seconds: float
+    step_seconds: float
+    export_seconds: float
 
 
-def uninterrupted(words: list[str], out: Path, given: argparse.Namespace) -> tuple[list[dict[str, Any]], Pace]:
+def run_uninterrupted(argv: list[str], out: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], RunTimings]:
     """(rows, pace) of the run that nobody kills; the second of two: the first prepares the data."""
     for _ in range(2):
         shutil.rmtree(out, ignore_errors=True)
-        began = time.monotonic()
-        first, last = began, began
-        start = started(words, out, given)
-        while start.alive():
+        start_time = time.monotonic()
+        first_step_time, last_step_time = start_time, start_time
+        run = start_run(argv, out, args)
+        while run.alive():
             time.sleep(0.01)
-            done, now = steps_done(out), time.monotonic()
-            first, last = (now if done < 0 else first), (now if done < STEPS else last)
-        assert start.wait(300) == 0, start.output
-    return science(out), Pace(first - began, (last - first) / STEPS, time.monotonic() - last)
+            num_steps, now = last_logged_step(out), time.monotonic()
+            first_step_time, last_step_time = (
+                (now if num_steps < 0 else first_step_time),
+                (now if num_steps < NUM_STEPS else last_step_time),
+            )
+        assert run.wait(300) == 0, run.output
+    return read_reproducible_records(out), RunTimings(
+        first_step_time - start_time, (last_step_time - first_step_time) / NUM_STEPS, time.monotonic() - last_step_time
+    )
 
 
-def one_run(
-    words: list[str], out: Path, given: argparse.Namespace, dice: random.Random, pace: Pace, count: Counter[str]
+def run_with_kills(
+    argv: list[str], out: Path, args: argparse.Namespace, rng: random.Random, timings: RunTimings, counts: Counter[str]
 ) -> None:
     """One run from its beginning to its end, killed at random moments in between."""
-    unproven = 0  # kills since a start was last seen to go on
+    unconfirmed_kills = 0  # kills since a start was last seen to go on
     while True:
-        begun = (out / "run.json").exists()
-        before, done = starts(out), max(0, steps_done(out))
-        start = started([*words, "--resume"] if begun else words, out, given)
-        spared = count["tried"] >= given.kills or (done == STEPS and dice.random() < 0.5)
-        if spared:
-            wait(start, 300, lambda: False)
-        elif dice.random() < 1 / 8:
-            wait(start, dice.uniform(0, pace.start), lambda: False)
+        has_started = (out / "run.json").exists()
+        starts_before, num_steps = count_starts(out), max(0, last_logged_step(out))
+        run = start_run([*argv, "--resume"] if has_started else argv, out, args)
+        is_spared = counts["tried"] >= args.kills or (num_steps == NUM_STEPS and rng.random() < 0.5)
+        if is_spared:
+            wait_for(run, 300, lambda: False)
+        elif rng.random() < 1 / 8:
+            wait_for(run, rng.uniform(0, timings.start_seconds), lambda: False)
         else:
-            target = min(done + dice.randrange(6), STEPS)
-            wait(start, 300, lambda: starts(out) > before and steps_done(out) >= target)  # noqa: B023  # called now
-            if dice.random() < 1 / 2:
-                wait(start, pace.export, lambda: any(out.glob("checkpoints/.*.tmp")))
-                wait(start, dice.uniform(0, 0.004), lambda: False)
+            target_step = min(num_steps + rng.randrange(6), NUM_STEPS)
+            wait_for(run, 300, lambda: count_starts(out) > starts_before and last_logged_step(out) >= target_step)  # noqa: B023  # called now
+            if rng.random() < 1 / 2:
+                wait_for(run, timings.export_seconds, lambda: any(out.glob("checkpoints/.*.tmp")))
+                wait_for(run, rng.uniform(0, 0.004), lambda: False)
             else:
-                wait(start, dice.uniform(0, pace.export if target == STEPS else pace.step), lambda: False)
-        if not start.alive():
-            code = start.wait(ENDS)
-            assert code == 0, f"a run that was not killed ended with {code}:\n{start.output}"
-            count["resumed"] += unproven
+                wait_for(
+                    run,
+                    rng.uniform(0, timings.export_seconds if target_step == NUM_STEPS else timings.step_seconds),
+                    lambda: False,
+                )
+        if not run.alive():
+            exit_code = run.wait(EXIT_TIMEOUT_SECONDS)
+            assert exit_code == 0, f"a run that was not killed ended with {exit_code}:\n{run.output}"
+            counts["resumed"] += unconfirmed_kills
             return
-        who = start.kill(dice)
-        killed = time.monotonic()
-        code = start.wait(ENDS)
-        took = time.monotonic() - killed
-        if "resumed from" in start.output or "eval  0/" in start.output:
-            count["resumed"], unproven = count["resumed"] + unproven, 0
-        if code == 0 and events(out, "finished"):
+        victim = run.kill(rng)
+        kill_time = time.monotonic()
+        exit_code = run.wait(EXIT_TIMEOUT_SECONDS)
+        exit_seconds = time.monotonic() - kill_time
+        if "resumed from" in run.output or "eval  0/" in run.output:
+            counts["resumed"], unconfirmed_kills = counts["resumed"] + unconfirmed_kills, 0
+        if exit_code == 0 and read_events(out, "finished"):
             return  # it was over before the signal came
-        count["tried"] += 1
-        count[who] += 1
-        count["in a save"] += bool(list(out.glob("checkpoints/.*.tmp")))
-        count["longest ms"] = max(count["longest ms"], int(1000 * took))
-        assert code != 0, "a killed run must not look like one that ended well"
-        assert "Traceback" not in start.output, start.output
-        assert not relatives(str(out)), "something stays running"
+        counts["tried"] += 1
+        counts[victim] += 1
+        counts["in a save"] += bool(list(out.glob("checkpoints/.*.tmp")))
+        counts["longest ms"] = max(counts["longest ms"], int(1000 * exit_seconds))
+        assert exit_code != 0, "a killed run must not look like one that ended well"
+        assert "Traceback" not in run.output, run.output
+        assert not find_processes(str(out)), "something stays running"
         if (out / "metrics.jsonl").exists():
-            rows(out)
-        unproven += 1
+            read_records(out)
+        unconfirmed_kills += 1
 
 
-def starts(out: Path) -> int:
+def count_starts(out: Path) -> int:
     """How often the run has come to its first row so far."""
-    return (steps_done(out) >= 0) + len(events(out, "resumed")) if (out / "metrics.jsonl").exists() else 0
+    return (last_logged_step(out) >= 0) + len(read_events(out, "resumed")) if (out / "metrics.jsonl").exists() else 0
 
 
-def wait(start: Any, seconds: float, ready: Callable[[], bool]) -> None:
+def wait_for(run: Any, timeout_seconds: float, is_ready: Callable[[], bool]) -> None:
     """Until it is ready, the time is over, or one of the processes has ended."""
-    end = time.monotonic() + seconds
-    while start.alive() and time.monotonic() < end and not ready():
+    deadline = time.monotonic() + timeout_seconds
+    while run.alive() and time.monotonic() < deadline and not is_ready():
         time.sleep(0.0005)
 
 
-class Ranks(Group):
+class DirectRun(RankProcesses):
     """Ranks without a launcher."""
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether all are running."""
         return all(process.is_alive() for process in self.processes)
 
-    def kill(self, dice: random.Random) -> str:
+    def kill(self, rng: random.Random) -> str:
         """Kill one or all; all while they are still meeting: without a launcher a dead rank is like a late one then."""
         ranks = range(len(self.processes))
-        chosen = dice.choice([*([rank] for rank in ranks), list(ranks)]) if self.output else list(ranks)
-        for rank in chosen:
+        victims = rng.choice([*([rank] for rank in ranks), list(ranks)]) if self.output else list(ranks)
+        for rank in victims:
             self.processes[rank].kill()
-        return "one" if len(chosen) < len(ranks) else "all"
+        return "one" if len(victims) < len(ranks) else "all"
 
-    def wait(self, seconds: float = ENDS) -> Any:
+    def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> Any:
         """The largest exit code."""
-        return max(abs(code) for code in super().wait(seconds)) if self.processes else 0
+        return max(abs(code) for code in super().wait(timeout_seconds)) if self.processes else 0
 
 
-class Launched:
+class LaunchedRun:
     """The same under a launcher."""
 
     def __init__(self, command: list[str], out: Path):
@@ -202,41 +224,43 @@ class Launched:
         """What was printed."""
         return self.log.read_text()
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the launcher is running."""
         return self.process.poll() is None
 
-    def kill(self, dice: random.Random) -> str:
+    def kill(self, rng: random.Random) -> str:
         """Kill the launcher alone; the ranks are left to themselves."""
         self.process.send_signal(signal.SIGKILL)
         return "launcher"
 
-    def wait(self, seconds: float = ENDS) -> int:
+    def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> int:
         """The launcher's exit code, once all that it started is gone too."""
-        end = time.monotonic() + seconds
-        code = self.process.wait(seconds)
-        while relatives(str(self.out)):
-            if time.monotonic() > end:
-                for pid in relatives(str(self.out)):
+        deadline = time.monotonic() + timeout_seconds
+        exit_code = self.process.wait(timeout_seconds)
+        while find_processes(str(self.out)):
+            if time.monotonic() > deadline:
+                for pid in find_processes(str(self.out)):
                     os.kill(pid, signal.SIGKILL)
                 raise AssertionError(f"ranks stay running:\n{self.output}")
             time.sleep(0.1)
-        return abs(code)
+        return abs(exit_code)
 
 
-def started(words: list[str], out: Path, given: argparse.Namespace) -> Any:
+def start_run(argv: list[str], out: Path, args: argparse.Namespace) -> Any:
     """A run that has just been started."""
-    if given.launcher is None:
-        return Ranks(words, out=out, ranks=given.ranks)
+    if args.launcher is None:
+        return DirectRun(argv, out=out, world_size=args.ranks)
     script = str(Path(__file__).parent.parent / "launch" / "train.py")
-    count = "--num_gpus" if given.launcher == "deepspeed" else "--nproc_per_node"
-    launcher = [str(Path(sys.executable).parent / given.launcher), count, str(given.ranks)]
-    return Launched([*launcher, "--master_port", str(free_port()), script, *words, "--out", str(out)], out)
+    num_ranks_flag = "--num_gpus" if args.launcher == "deepspeed" else "--nproc_per_node"
+    launcher = [str(Path(sys.executable).parent / args.launcher), num_ranks_flag, str(args.ranks)]
+    return LaunchedRun(
+        [*launcher, "--master_port", str(find_free_port()), script, *argv, "--output-dir", str(out)], out
+    )
 
 
-def difference(mine: list[dict[str, Any]], expected: list[dict[str, Any]]) -> int:
+def count_differences(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> int:
     """Rows that are missing, too many or different."""
-    return abs(len(mine) - len(expected)) + sum(a != b for a, b in zip(mine, expected, strict=False))
+    return abs(len(actual) - len(expected)) + sum(a != b for a, b in zip(actual, expected, strict=False))
 
 
 if __name__ == "__main__":

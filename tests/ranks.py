@@ -14,48 +14,58 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["trainer.run", "trainer.export.verify_worker", "deepspeed", "peft", "wandb", "ranks"])
-TIMEOUT = 240  # seconds; a healthy run takes 2 to 10
+MP_CONTEXT = multiprocessing.get_context("forkserver")
+MP_CONTEXT.set_forkserver_preload(
+    ["trainer.run", "trainer.export.verify_worker", "deepspeed", "peft", "wandb", "ranks"]
+)
+TIMEOUT_SECONDS = 240  # seconds; a healthy run takes 2 to 10
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def find_free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
+def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
 
 
-def _work(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(environ)
-    with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with (
+        open(log, "a", buffering=1) as log_file,
+        contextlib.redirect_stdout(log_file),
+        contextlib.redirect_stderr(log_file),
+    ):
         try:
-            code = target(*args)
+            exit_code = target(*args)
         except BaseException:
             traceback.print_exc()
-            code = 1
-    os._exit(code or 0)
+            exit_code = 1
+    os._exit(exit_code or 0)
 
 
-def on_ranks(size: int, target: Callable[..., Any], *args: Any, log: Path, env: Mapping[str, str] | None = None) -> int:
+def run_on_ranks(
+    world_size: int, target: Callable[..., Any], *args: Any, log: Path, env: Mapping[str, str] | None = None
+) -> int:
     """Call `target(*args)` on `size` ranks; returns the largest exit code, all output goes to `log`."""
-    port = free_port()
+    port = find_free_port()
     workers = [
-        CONTEXT.Process(target=_work, args=({**environment(rank, size, port), **(env or {})}, str(log), target, args))
-        for rank in range(size)
+        MP_CONTEXT.Process(
+            target=_run_worker, args=({**make_environ(rank, world_size, port), **(env or {})}, str(log), target, args)
+        )
+        for rank in range(world_size)
     ]
     for worker in workers:
         worker.start()
     try:
         for worker in workers:
-            worker.join(TIMEOUT)
+            worker.join(TIMEOUT_SECONDS)
         assert all(worker.exitcode is not None for worker in workers), f"a rank hangs:\n{log.read_text()}"
     finally:
         for worker in workers:
@@ -64,21 +74,21 @@ def on_ranks(size: int, target: Callable[..., Any], *args: Any, log: Path, env: 
     return max(abs(worker.exitcode or 0) for worker in workers)
 
 
-def command(arguments: list[str]) -> int:
+def run_train_script(argv: list[str]) -> int:
     """What launch/train.py does, in this process."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
     import train as entry
 
-    sys.argv = ["train.py", *arguments]
+    sys.argv = ["train.py", *argv]
     return entry.main()
 
 
 def train(
-    arguments: list[str], *, out: Path, ranks: int = 1, env: Mapping[str, str] | None = None, ok: bool = True
+    flags: list[str], *, out: Path, world_size: int = 1, env: Mapping[str, str] | None = None, check: bool = True
 ) -> str:
     """Run `train.py` with these flags on so many ranks into `out`; returns its output, asserts its success if `ok`."""
     log = out.parent / f"{out.name}.log"
-    code = on_ranks(ranks, command, [*arguments, "--out", str(out)], log=log, env=env)
+    exit_code = run_on_ranks(world_size, run_train_script, [*flags, "--output-dir", str(out)], log=log, env=env)
     output = log.read_text()
-    assert not ok or code == 0, output
+    assert not check or exit_code == 0, output
     return output

@@ -11,20 +11,20 @@ from trainer.config import schema
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
 from trainer.training.lr_schedule import learning_rate
 
-EXAMPLES = 240
-BLOCK = 256
+NUM_EXAMPLES = 240
+BLOCK_SIZE = 256
 #: where the invented validation loss starts, and the floor it falls to by mode
-BASE_LOSS = 4.0
-FLOOR = {"full": 2.0, "lora": 2.1}
+INITIAL_LOSS = 4.0
+LOSS_FLOOR = {"full": 2.0, "lora": 2.1}
 
 
-def facts(mode: str = "full", *, seed: int = 42, preset: str = "demo", **given: Any) -> dict[str, Any]:
+def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
     """The content of a run.json of `mode`; `given` replaces nested values, with dots as `__`: data__vocabulary=9."""
-    chosen = schema.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
-    steps = math.ceil(EXAMPLES / chosen.train.global_batch)
-    total = 2_000_000
-    trainable = total if mode == "full" else 19_000
-    run = {
+    settings = schema.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
+    steps_per_epoch = math.ceil(NUM_EXAMPLES / settings.train.global_batch)
+    num_params = 2_000_000
+    num_trainable = num_params if mode == "full" else 19_000
+    metadata = {
         "format": 1,
         "run_id": f"{mode}{seed:04d}",
         "name": f"{mode}-s{seed}",
@@ -32,10 +32,10 @@ def facts(mode: str = "full", *, seed: int = 42, preset: str = "demo", **given: 
         "preset": preset,
         "started": "2026-01-02T03:04:05+00:00",
         "command": ["launch/train.py", "--mode", mode],
-        "settings": chosen.as_dict(),
+        "settings": settings.as_dict(),
         "overridden": ["--seed"],
         "resolved": {
-            "lr": chosen.train.lr,
+            "lr": settings.train.lr,
             "precision": "fp32",
             "ds_config": "zero0",
             "ds_reason": "one rank",
@@ -46,8 +46,8 @@ def facts(mode: str = "full", *, seed: int = 42, preset: str = "demo", **given: 
             "micro_batch": 8,
             "accumulation": 1,
             "global_batch": 8,
-            "steps_per_epoch": steps,
-            "total_steps": 3 * steps,
+            "steps_per_epoch": steps_per_epoch,
+            "total_steps": 3 * steps_per_epoch,
             "threads_per_rank": 2,
             "dropout": 0.1,
             "adapters_fused": mode == "lora",
@@ -62,22 +62,22 @@ def facts(mode: str = "full", *, seed: int = 42, preset: str = "demo", **given: 
             "tokenizer": "c1" * 8,
             "vocabulary": 4096,
             "objective": "blocks",
-            "block_size": BLOCK,
+            "block_size": BLOCK_SIZE,
             "train": {
                 "records": 900,
-                "examples": EXAMPLES,
-                "tokens": EXAMPLES * BLOCK,
-                "counted_tokens": EXAMPLES * (BLOCK - 1),
+                "examples": NUM_EXAMPLES,
+                "tokens": NUM_EXAMPLES * BLOCK_SIZE,
+                "counted_tokens": NUM_EXAMPLES * (BLOCK_SIZE - 1),
             },
-            "val": {"records": 100, "examples": 27, "tokens": 27 * BLOCK, "counted_tokens": 27 * (BLOCK - 1)},
+            "val": {"records": 100, "examples": 27, "tokens": 27 * BLOCK_SIZE, "counted_tokens": 27 * (BLOCK_SIZE - 1)},
             "notices": ["41 tail tokens dropped"],
         },
         "model": {
             "name": "demo-base",
             "class": "GPT2LMHeadModel",
-            "parameters": total,
-            "trainable": trainable,
-            "share": trainable / total,
+            "parameters": num_params,
+            "trainable": num_trainable,
+            "share": num_trainable / num_params,
             "fingerprint": "e1" * 8,
             "lora_targets": ["c_attn", "c_fc"] if mode == "lora" else [],
         },
@@ -91,18 +91,18 @@ def facts(mode: str = "full", *, seed: int = 42, preset: str = "demo", **given: 
             "mode": "offline",
         },
     }
-    for path, value in given.items():
-        where: dict[str, Any] = run
-        *groups, last = path.split("__")
-        for group in groups:
-            where = where[group]
-        where[last] = value
-    return run
+    for path, value in overrides.items():
+        section: dict[str, Any] = metadata
+        *sections, key = path.split("__")
+        for section_name in sections:
+            section = section[section_name]
+        section[key] = value
+    return metadata
 
 
-def like_the_card(mode: str = "full", **given: Any) -> dict[str, Any]:
+def make_reference_like_metadata(mode: str = "full", **overrides: Any) -> dict[str, Any]:
     """A run of which all that is known of the card agrees: 13,242 blocks of 1,024, GPT-2, its vocabulary, 3 epochs."""
-    same = {
+    reference_values = {
         "data__source": "export.csv",
         "data__vocabulary": 50_257,
         "data__block_size": 1024,
@@ -113,21 +113,21 @@ def like_the_card(mode: str = "full", **given: Any) -> dict[str, Any]:
         "resolved__total_steps": 19_863,
         "resolved__global_batch": 2,
     }
-    run = facts(mode, preset="card", **{**same, **given})
-    run["data"]["train"]["examples"] = given.get("data__train__examples", 13_242)
-    return run
+    metadata = make_metadata(mode, preset="card", **{**reference_values, **overrides})
+    metadata["data"]["train"]["examples"] = overrides.get("data__train__examples", 13_242)
+    return metadata
 
 
-def val_loss(epoch: float, floor: float, base: float = BASE_LOSS) -> float:
+def synthetic_val_loss(epoch: float, floor: float, initial_loss: float = INITIAL_LOSS) -> float:
     """An invented curve: from `base` towards `floor`."""
-    return floor + (base - floor) * math.exp(-1.5 * epoch)
+    return floor + (initial_loss - floor) * math.exp(-1.5 * epoch)
 
 
-def rows(
-    run: Mapping[str, Any],
+def make_records(
+    metadata: Mapping[str, Any],
     *,
     floor: float | None = None,
-    base: float = BASE_LOSS,
+    base: float = INITIAL_LOSS,
     losses: Mapping[float, float] | None = None,
     epochs: int = 3,
     every: int = 1,
@@ -136,52 +136,59 @@ def rows(
     peak_memory_bytes: int = 1_000_000_000,
 ) -> list[Record]:
     """The records of `run`: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`)."""
-    per_epoch, batch = run["resolved"]["steps_per_epoch"], run["resolved"]["global_batch"]
-    block, peak = run["data"]["block_size"], run["resolved"]["lr"]
-    total = per_epoch * epochs
-    floor = FLOOR[run["mode"]] if floor is None else floor
-    seconds = wall_seconds / total
+    steps_per_epoch, global_batch = metadata["resolved"]["steps_per_epoch"], metadata["resolved"]["global_batch"]
+    block_size, peak_lr = metadata["data"]["block_size"], metadata["resolved"]["lr"]
+    total_steps = steps_per_epoch * epochs
+    floor = LOSS_FLOOR[metadata["mode"]] if floor is None else floor
+    step_seconds = wall_seconds / total_steps
 
-    def seen(step: int) -> dict[str, Any]:
-        samples = step * batch
+    def record_axes(step: int) -> dict[str, Any]:
+        samples = step * global_batch
         return {
             "step": step,
-            "epoch": step / per_epoch,
+            "epoch": step / steps_per_epoch,
             "samples": samples,
-            "tokens": samples * block,
-            "time": step * seconds,
+            "tokens": samples * block_size,
+            "time": step * step_seconds,
         }
 
-    def evaluation(step: int) -> EvalRecord:
-        epoch = step / per_epoch
-        loss = losses[epoch] if losses is not None else val_loss(epoch, floor, base)
+    def make_eval_record(step: int) -> EvalRecord:
+        epoch = step / steps_per_epoch
+        loss = losses[epoch] if losses is not None else synthetic_val_loss(epoch, floor, base)
         return EvalRecord(
-            **seen(step), loss=loss, perplexity=perplexity(loss), eval_tokens=run["data"]["val"]["counted_tokens"]
+            **record_axes(step),
+            loss=loss,
+            perplexity=perplexity(loss),
+            eval_tokens=metadata["data"]["val"]["counted_tokens"],
         )
 
-    records: list[Record] = [evaluation(0)] if losses is None or 0 in losses else []
-    for step in range(1, total + 1):
-        if step % every == 0 or step == total:
-            loss = val_loss(step / per_epoch, floor, base) + 0.05 * math.sin(step)
-            rate = learning_rate(step - 1, peak=peak, warmup=0, total=total)
+    records: list[Record] = [make_eval_record(0)] if losses is None or 0 in losses else []
+    for step in range(1, total_steps + 1):
+        if step % every == 0 or step == total_steps:
+            loss = synthetic_val_loss(step / steps_per_epoch, floor, base) + 0.05 * math.sin(step)
+            lr = learning_rate(step - 1, peak_lr=peak_lr, warmup_steps=0, total_steps=total_steps)
             records.append(
                 StepRecord(
-                    **seen(step),
+                    **record_axes(step),
                     loss=loss,
-                    lr=rate,
+                    lr=lr,
                     grad_norm=1 + 0.2 * math.cos(step),
-                    tokens_per_second=batch * block / seconds,
+                    tokens_per_second=global_batch * block_size / step_seconds,
                 )
             )
-        if step % per_epoch == 0:
-            epoch = step // per_epoch
-            records.append(EpochRecord(**{**seen(step), "epoch": epoch}, train_loss=val_loss(epoch - 0.5, floor, base)))
+        if step % steps_per_epoch == 0:
+            epoch = step // steps_per_epoch
+            records.append(
+                EpochRecord(
+                    **{**record_axes(step), "epoch": epoch}, train_loss=synthetic_val_loss(epoch - 0.5, floor, base)
+                )
+            )
             if losses is None or epoch in losses:
-                records.append(evaluation(step))
+                records.append(make_eval_record(step))
     if finished:
         evals = [record for record in records if isinstance(record, EvalRecord)]
         best = min(evals, key=lambda record: record.loss, default=None)
-        ended = {
+        summary = {
             "wall_seconds": wall_seconds,
             "device_hours": wall_seconds / 3600,
             "peak_memory_bytes": peak_memory_bytes,
@@ -190,21 +197,28 @@ def rows(
             "best": best and {"step": best.step, "epoch": best.epoch, "loss": best.loss},
             "final": (evals and {"step": evals[-1].step, "epoch": evals[-1].epoch, "loss": evals[-1].loss}) or None,
         }
-        records.append(EventRecord(event="finished", step=total, message="done", time=wall_seconds, facts=ended))
+        records.append(
+            EventRecord(event="finished", step=total_steps, message="done", time=wall_seconds, facts=summary)
+        )
     return records
 
 
-def write(folder: Path, run: Mapping[str, Any], records: list[Record]) -> Path:
+def write_run_folder(folder: Path, metadata: Mapping[str, Any], records: list[Record]) -> Path:
     """The run folder with both files; returns it."""
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "run.json").write_text(json.dumps(metadata))
     (folder / "metrics.jsonl").write_text("".join(to_line(record) + "\n" for record in records))
     return folder
 
 
-def make(
-    folder: Path, mode: str = "full", *, seed: int = 42, facts_of: Mapping[str, Any] | None = None, **how: Any
+def make_run_folder(
+    folder: Path,
+    mode: str = "full",
+    *,
+    seed: int = 42,
+    metadata: Mapping[str, Any] | None = None,
+    **record_options: Any,
 ) -> Path:
     """A run folder of `mode` in one call; `how` goes to `rows`."""
-    run = copy.deepcopy(dict(facts_of)) if facts_of is not None else facts(mode, seed=seed)
-    return write(folder, run, rows(run, **how))
+    run_metadata = copy.deepcopy(dict(metadata)) if metadata is not None else make_metadata(mode, seed=seed)
+    return write_run_folder(folder, run_metadata, make_records(run_metadata, **record_options))

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from fake_wandb import child_env
-from run_folders import facts, like_the_card, make
+from run_folders import make_metadata, make_reference_like_metadata, make_run_folder
 
 SCRIPT = Path(__file__).parents[1] / "launch" / "compare.py"
 
 
-MEASURED = """
+MEASURE_USAGE_CODE = """
 import atexit, json, resource, runpy, sys
 def leave():
     used = resource.getrusage(resource.RUSAGE_SELF)  # its ru_maxrss begins with that of the process that started this
@@ -30,11 +30,11 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def compare(folder: Path, *arguments: object, usage: Path | None = None) -> "subprocess.CompletedProcess[str]":
+def run_compare_script(folder: Path, *args: object, usage: Path | None = None) -> "subprocess.CompletedProcess[str]":
     """A process of its own, as people start it; what it used is left in `usage`."""
     env = child_env(HOME=str(folder), MPLCONFIGDIR=str(folder / "mpl"))
     return subprocess.run(
-        [sys.executable, *(["-c", MEASURED, str(usage)] if usage else []), str(SCRIPT), *map(str, arguments)],
+        [sys.executable, *(["-c", MEASURE_USAGE_CODE, str(usage)] if usage else []), str(SCRIPT), *map(str, args)],
         cwd=folder,
         env=env,
         capture_output=True,
@@ -59,9 +59,9 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Callable[..., int]) -> None:
-    make(tmp_path / "full")
-    make(tmp_path / "lora", "lora", wall_seconds=61.0, peak_memory_bytes=430_000_000)
-    done = compare(tmp_path, "full", "lora")
+    make_run_folder(tmp_path / "full")
+    make_run_folder(tmp_path / "lora", "lora", wall_seconds=61.0, peak_memory_bytes=430_000_000)
+    done = run_compare_script(tmp_path, "full", "lora")
     assert (done.returncode, done.stderr) == (0, "")
     assert "LoRA reached 95.0% of full's improvement" in done.stdout
     assert "0.95% of its trainable parameters, 0.61x its time and 0.43x its memory" in done.stdout
@@ -70,26 +70,26 @@ def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Ca
     assert "report: comparison/report.html" in done.stdout
     names = {path.name for path in (tmp_path / "comparison").iterdir()}
     assert names == {"report.html", "report.md", "curves.png", "curves.svg", "comparison.json"}
-    assert main("full", "lora", "--out", "x/y") == 0
+    assert main("full", "lora", "--output-dir", "x/y") == 0
     for name in names - {"curves.png"}:
         assert (tmp_path / "x" / "y" / name).read_text() == (tmp_path / "comparison" / name).read_text(), (
             "the same runs, another report"
         )
 
 
-def test_checks_decide_the_exit_code(
+def test_compare_checks_decide_the_exit_code(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(tmp_path / "demo", losses={0: 4.0, 1: 3.0, 2: 2.0, 3: 1.5})
-    make(
+    make_run_folder(tmp_path / "demo", losses={0: 4.0, 1: 3.0, 2: 2.0, 3: 1.5})
+    make_run_folder(
         tmp_path / "card",
-        facts_of=like_the_card(run_id="likecard"),
+        metadata=make_reference_like_metadata(run_id="likecard"),
         losses={0: 4.0, 1: 1.2, 2: 1.0, 3: 0.9},
         every=5000,
     )
-    make(
+    make_run_folder(
         tmp_path / "over",
-        facts_of=like_the_card(run_id="overcard"),
+        metadata=make_reference_like_metadata(run_id="overcard"),
         losses={0: 4.0, 1: 1.2, 2: 1.01, 3: 0.9},
         every=5000,
     )
@@ -115,14 +115,14 @@ def test_checks_decide_the_exit_code(
         (["full", "--tolerance", "-1"], "--tolerance -1.0: expected 0 or a number above it"),
         (["full", "--wandb-report", "project"], "--wandb-report project: expected ENTITY/PROJECT"),
         (["full", "--wandb-report", "e/p"], "--wandb-report: not logged in"),
-        (["full", "--out", "full/run.json"], "--out full/run.json: cannot write there"),
+        (["full", "--output-dir", "full/run.json"], "--output-dir full/run.json: cannot write there"),
         (["--log-card", "a/b/c"], "--log-card a/b/c: expected PROJECT or ENTITY/PROJECT"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
+def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    make(tmp_path / "full")
+    make_run_folder(tmp_path / "full")
     assert main(*arguments) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -130,11 +130,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not (tmp_path / "comparison").exists(), "slow work before the mistake was found"
 
 
-def test_a_broken_run_is_said_and_fails_a_check_while_the_others_are_compared(
+def test_a_broken_run_is_reported_and_fails_a_check_while_the_others_are_compared(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(tmp_path / "full")
-    make(tmp_path / "lora", "lora")
+    make_run_folder(tmp_path / "full")
+    make_run_folder(tmp_path / "lora", "lora")
     (tmp_path / "lora" / "metrics.jsonl").write_text("")
     assert main("full", "lora") == 0
     said = capsys.readouterr()
@@ -143,7 +143,7 @@ def test_a_broken_run_is_said_and_fails_a_check_while_the_others_are_compared(
     assert main("full", "lora", "--check", "val_loss<9") == 1
 
 
-def test_it_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> None:
+def test_compare_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> None:
     code = (
         "import sys; sys.argv = ['compare.py', 'gone']; sys.path.insert(0, 'launch');"
         "import compare; code = compare.main();"
@@ -166,7 +166,7 @@ def test_it_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> None:
 
 
 def test_a_whole_comparison_needs_no_torch(tmp_path: Path) -> None:
-    make(tmp_path / "full")
+    make_run_folder(tmp_path / "full")
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import compare; code = compare.main(['full']);"
         "assert code == 0 and not {'torch', 'transformers', 'wandb'} & set(sys.modules), code"
@@ -185,17 +185,19 @@ def test_a_whole_comparison_needs_no_torch(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fifty_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(tmp_path: Path) -> None:
     """One set of rows is made and linked into all folders, so that making them does not take longer than reading."""
-    content = facts("full", resolved__steps_per_epoch=6_667, resolved__total_steps=20_001)
-    lines = (make(tmp_path / "run0", facts_of=content) / "metrics.jsonl").read_bytes()
+    content = make_metadata("full", resolved__steps_per_epoch=6_667, resolved__total_steps=20_001)
+    lines = (make_run_folder(tmp_path / "run0", metadata=content) / "metrics.jsonl").read_bytes()
     for n in range(1, 50):
         mode: Any = ("full", "lora")[n % 2]
         folder = tmp_path / f"run{n}"
         folder.mkdir()
-        given = facts(mode, seed=n, run_id=f"run{n:05d}", resolved__steps_per_epoch=6_667, resolved__total_steps=20_001)
+        given = make_metadata(
+            mode, seed=n, run_id=f"run{n:05d}", resolved__steps_per_epoch=6_667, resolved__total_steps=20_001
+        )
         (folder / "run.json").write_text(json.dumps(given))
         os.link(tmp_path / "run0" / "metrics.jsonl", folder / "metrics.jsonl")
     assert len(lines) > 4e6
-    done = compare(tmp_path, *(f"run{n}" for n in range(50)), usage=tmp_path / "usage.json")
+    done = run_compare_script(tmp_path, *(f"run{n}" for n in range(50)), usage=tmp_path / "usage.json")
     assert done.returncode == 0, done.stderr
     used = json.loads((tmp_path / "usage.json").read_text())
     assert used["seconds"] < 20  # of the processor; 8 were measured, under 10 s of time where two cores are free

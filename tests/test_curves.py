@@ -18,26 +18,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cells import on_cells, read_cell
-from conftest import TEMPLATES, make_tiny, write_records
+from cells import launch_jobs, read_job_result
+from conftest import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
 
 from trainer.config import cli
 from trainer.data.dataset import prepare
 
 CURVES = Path(__file__).parent / "curves"
-BOUND = {"loss": 1e-6, "train_loss": 1e-6, "grad_norm": 1e-5}  # relative
+RELATIVE_TOLERANCE = {"loss": 1e-6, "train_loss": 1e-6, "grad_norm": 1e-5}  # relative
 RUNS = {
-    "full": "--mode full --objective blocks --block-size 16 --lr 1e-3 --clip 1.0",
-    "lora": "--mode lora --objective completion --block-size 32 --lr 1e-2 --clip 1.0 --weight-decay 0.1",
+    "full": "--mode full --objective blocks --block-size 16 --lr 1e-3 --max-grad-norm 1.0",
+    "lora": "--mode lora --objective completion --block-size 32 --lr 1e-2 --max-grad-norm 1.0 --weight-decay 0.1",
 }
-COMMON = "--global-batch 4 --micro-batch 2 --eval-batch 4 --max-steps 10 --eval-every 5 --save-every never --seed 7"
+COMMON_FLAGS = (
+    "--global-batch 4 --micro-batch 2 --eval-batch 4 --max-steps 10 --eval-every 5 --save-every never --seed 7"
+)
 
 
 def make_model(folder: Path) -> str:
     """The tiny model with weights from numpy's raw Philox stream, which never changes."""
     from safetensors.torch import load_file, save_file
 
-    make_tiny(folder, dropout=0.0)
+    make_tiny_gpt2(folder, dropout=0.0)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     stream = np.random.Philox(np.random.SeedSequence([7]))
@@ -50,58 +52,64 @@ def make_model(folder: Path) -> str:
     return str(folder)
 
 
-def curves(out: Path) -> dict[str, dict[str, Any]]:
+def compute_curves(out: Path) -> dict[str, dict[str, Any]]:
     """{name: {flags, rows}} of both runs, one rank."""
     model = make_model(out / "base")
-    files = [write_records(out / "train.jsonl", rows=14, seed=5), write_records(out / "val.jsonl", rows=5, seed=6)]
-    jobs, made = [], {}
-    for name, words in RUNS.items():
-        typed = [*f"--model {model} --data {files[0]} --val-data {files[1]} {words} {COMMON}".split(), *TEMPLATES]
-        folder = prepare(cli.read(typed).settings.data, model=model, global_batch=4).folder
-        jobs.append({"name": name, "flags": typed, "data": str(folder), "out": str(out)})
-    on_cells(1, jobs, out / "log")
-    kept = ("kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "eval_tokens", "train_loss")
-    for name, words in RUNS.items():
-        rows = [{key: row[key] for key in kept if key in row} for row in read_cell(out, name)[0]]
-        made[name] = {"flags": f"{words} {COMMON}", "rows": rows}
-    return made
+    files = [
+        write_records(out / "train.jsonl", num_records=14, seed=5),
+        write_records(out / "val.jsonl", num_records=5, seed=6),
+    ]
+    jobs, results = [], {}
+    for name, flags in RUNS.items():
+        argv = [
+            *f"--model {model} --data {files[0]} --val-data {files[1]} {flags} {COMMON_FLAGS}".split(),
+            *TEMPLATE_FLAGS,
+        ]
+        folder = prepare(cli.parse_args(argv).settings.data, model=model, global_batch=4).folder
+        jobs.append({"name": name, "flags": argv, "data": str(folder), "out": str(out)})
+    launch_jobs(1, jobs, out / "log")
+    columns = ("kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "eval_tokens", "train_loss")
+    for name, flags in RUNS.items():
+        records = [{key: row[key] for key in columns if key in row} for row in read_job_result(out, name)[0]]
+        results[name] = {"flags": f"{flags} {COMMON_FLAGS}", "rows": records}
+    return results
 
 
 @pytest.fixture(scope="module")
-def made(shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    return curves(tmp_path_factory.mktemp("curves"))
+def computed_curves(session_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return compute_curves(tmp_path_factory.mktemp("curves"))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_refactor_leaves_the_curve_unchanged(name, made):
+def test_the_committed_loss_curves_are_unchanged(name, computed_curves):
     committed = json.loads((CURVES / f"{name}.json").read_text())
-    assert made[name]["flags"] == committed["flags"], "the curve is of other settings: make it anew"
-    worst = dict.fromkeys(BOUND, 0.0)
-    for now, then in zip(made[name]["rows"], committed["rows"], strict=True):
+    assert computed_curves[name]["flags"] == committed["flags"], "the curve is of other settings: make it anew"
+    worst = dict.fromkeys(RELATIVE_TOLERANCE, 0.0)
+    for now, then in zip(computed_curves[name]["rows"], committed["rows"], strict=True):
         assert now.keys() == then.keys()
         for key, value in now.items():
-            if key in BOUND:
+            if key in RELATIVE_TOLERANCE:
                 worst[key] = max(worst[key], abs(value / then[key] - 1))
             else:  # places, counts and rates have no rounding of sums in them
                 assert value == then[key], (now["kind"], now["step"], key)
     print(f"{name}: largest relative differences {worst}")
-    assert all(worst[key] <= BOUND[key] for key in BOUND), worst
+    assert all(worst[key] <= RELATIVE_TOLERANCE[key] for key in RELATIVE_TOLERANCE), worst
 
 
-def test_the_curves_say_enough_to_notice_a_change():
+def test_the_committed_loss_curves_would_show_a_change():
     for name in RUNS:
         rows = json.loads((CURVES / f"{name}.json").read_text())["rows"]
         steps = [row for row in rows if row["kind"] == "step"]
         assert [row["step"] for row in steps] == list(range(1, 11))
         evals = [row["loss"] for row in rows if row["kind"] == "eval"]
         assert len(evals) == 3
-        assert evals[-1] < evals[0] * (1 - 1000 * BOUND["loss"]), "it learns"
+        assert evals[-1] < evals[0] * (1 - 1000 * RELATIVE_TOLERANCE["loss"]), "it learns"
         assert all(row["grad_norm"] > 1 for row in steps[:3]), "clipping is at work"
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        for name, curve in curves(Path(scratch)).items():
+        for name, curve in compute_curves(Path(scratch)).items():
             rows = ",\n  ".join(json.dumps(row) for row in curve["rows"])
             text = f'{{\n "flags": {json.dumps(curve["flags"])},\n "rows": [\n  {rows}\n ]\n}}\n'
             (CURVES / f"{name}.json").write_text(text)

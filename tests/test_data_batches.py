@@ -3,58 +3,60 @@
 import numpy as np
 import pytest
 
-from trainer.config.schema import Batch
-from trainer.data.sampler import IGNORED, WINDOW, epoch_order, eval_batches, step_batches, step_counts
-from trainer.data.token_dataset import Rows
+from trainer.config.schema import BatchConfig
+from trainer.data.sampler import IGNORE_INDEX, SORT_WINDOW_BATCHES, epoch_order, eval_batches, step_batches, step_counts
+from trainer.data.token_dataset import TokenDataset
 
 EOS = 9  # the end-of-text token of these rows, and their padding, as with GPT-2
 
 
-def made(lengths, first=None):
+def make_dataset(lengths, first=None):
     """Rows of the given lengths with distinct ids (from 10), each ending with EOS; `first` counts from position 1."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(10, 10 + offsets[-1], dtype=np.uint16)
     ids[offsets[1:] - 1] = EOS
-    return Rows(ids=ids, offsets=offsets, first=np.asarray(first or [1] * len(lengths), dtype=np.int32))
+    return TokenDataset(ids=ids, offsets=offsets, first_target=np.asarray(first or [1] * len(lengths), dtype=np.int32))
 
 
-def order_of(rows, **changes):
+def make_order(dataset, **overrides):
     return epoch_order(
-        rows, **{"seed": 1, "epoch": 0, "global_batch": 4, "shuffle": True, "by_length": False, **changes}
+        dataset, **{"seed": 1, "epoch": 0, "global_batch": 4, "shuffle": True, "group_by_length": False, **overrides}
     )
 
 
 @pytest.mark.parametrize("by_length", [False, True])
 @pytest.mark.parametrize("n", [1, 3, 4, 23, 600])
 def test_every_example_stands_once_in_an_epoch(n, by_length):
-    order = order_of(made([2 + i % 7 for i in range(n)]), by_length=by_length)
+    order = make_order(make_dataset([2 + i % 7 for i in range(n)]), group_by_length=by_length)
     assert order.dtype == np.int64
     assert sorted(order) == list(range(n))
 
 
-def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
-    rows = made([4] * 50)
-    first = order_of(rows)
-    np.testing.assert_array_equal(first, order_of(rows))
-    assert (first != order_of(rows, epoch=1)).any()
-    assert (first != order_of(rows, seed=2)).any()
+def test_the_epoch_order_depends_on_seed_and_epoch_and_nothing_else():
+    rows = make_dataset([4] * 50)
+    first = make_order(rows)
+    np.testing.assert_array_equal(first, make_order(rows))
+    assert (first != make_order(rows, epoch=1)).any()
+    assert (first != make_order(rows, seed=2)).any()
     # frozen on purpose: another order would change every committed loss curve (numpy keeps raw streams stable)
-    assert order_of(made([4] * 8)).tolist() == FROZEN
+    assert make_order(make_dataset([4] * 8)).tolist() == EXPECTED_ORDER
 
 
-FROZEN = [2, 0, 1, 4, 5, 6, 7, 3]  # what epoch_order gave when it was written, seed 1, epoch 0
+EXPECTED_ORDER = [2, 0, 1, 4, 5, 6, 7, 3]  # what epoch_order gave when it was written, seed 1, epoch 0
 
 
 def test_without_shuffling_the_order_is_that_of_the_data():
-    rows = made([5, 2, 4, 3])
+    rows = make_dataset([5, 2, 4, 3])
     assert (
-        order_of(rows, shuffle=False).tolist() == order_of(rows, shuffle=False, by_length=True).tolist() == [0, 1, 2, 3]
+        make_order(rows, shuffle=False).tolist()
+        == make_order(rows, shuffle=False, group_by_length=True).tolist()
+        == [0, 1, 2, 3]
     )
 
 
-def test_rows_of_like_length_stand_together_and_the_batches_are_shuffled():
+def test_examples_of_like_length_share_a_batch_and_batches_are_shuffled():
     rng = np.random.default_rng(0)
-    rows = made(rng.integers(2, 100, size=4 * WINDOW * 2 + 3).tolist())
+    rows = make_dataset(rng.integers(2, 100, size=4 * SORT_WINDOW_BATCHES * 2 + 3).tolist())
     lengths = rows.lengths()
 
     def padding(order):
@@ -62,9 +64,9 @@ def test_rows_of_like_length_stand_together_and_the_batches_are_shuffled():
             4 * lengths[order[i : i + 4]].max() - lengths[order[i : i + 4]].sum() for i in range(0, len(order), 4)
         )
 
-    grouped = order_of(rows, by_length=True)
-    assert padding(grouped) < padding(order_of(rows)) / 5
-    longest = [lengths[grouped[i : i + 4]].max() for i in range(0, 4 * WINDOW, 4)]
+    grouped = make_order(rows, group_by_length=True)
+    assert padding(grouped) < padding(make_order(rows)) / 5
+    longest = [lengths[grouped[i : i + 4]].max() for i in range(0, 4 * SORT_WINDOW_BATCHES, 4)]
     assert longest != sorted(longest)
     assert len(grouped) % 4 == 3  # the ragged batch is last, and of rows of any length
 
@@ -74,16 +76,16 @@ def test_rows_of_like_length_stand_together_and_the_batches_are_shuffled():
 )
 @pytest.mark.parametrize("n", [6, 12, 13, 17, 5])
 def test_the_ranks_share_out_every_step_exactly(n, ranks, micro, accumulation):
-    rows = made([3 + i % 4 for i in range(n)])
-    batch = Batch(micro=micro, accumulation=accumulation, ranks=ranks)
-    order = order_of(rows, global_batch=6)
+    rows = make_dataset([3 + i % 4 for i in range(n)])
+    batch = BatchConfig(micro_batch_size=micro, gradient_accumulation_steps=accumulation, world_size=ranks)
+    order = make_order(rows, global_batch=6)
     seen = []
     for step in range(-(-n // 6)):
         shares = [step_batches(rows, order, step, batch, rank, EOS) for rank in range(ranks)]
         assert {len(share) for share in shares} == {accumulation}
         in_order = [shares[rank][j] for j in range(accumulation) for rank in range(ranks)]
         step_rows = [
-            ids[labels != IGNORED].tolist()
+            ids[labels != IGNORE_INDEX].tolist()
             for one in in_order
             for ids, labels in zip(one.input_ids, one.labels, strict=True)
         ]
@@ -92,57 +94,65 @@ def test_the_ranks_share_out_every_step_exactly(n, ranks, micro, accumulation):
         examples, tokens, counted = step_counts(rows, order, step, 6)
         assert examples == len(step_rows)
         assert tokens == sum(one.tokens for one in in_order)
-        assert counted == sum(int((one.labels != IGNORED).sum()) for one in in_order)
+        assert counted == sum(int((one.labels != IGNORE_INDEX).sum()) for one in in_order)
     # the global batch is the same list of rows in the same order, however it is cut
     assert seen == [rows.row(i)[1:].tolist() for i in order]
 
 
 def test_an_empty_micro_batch_is_one_masked_row():
-    rows = made([4])
-    empty = step_batches(rows, order_of(rows), 0, Batch(micro=1, accumulation=1, ranks=2), 1, EOS)[0]
+    rows = make_dataset([4])
+    empty = step_batches(
+        rows, make_order(rows), 0, BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=2), 1, EOS
+    )[0]
     assert empty.input_ids.shape == empty.labels.shape == (1, 2)
-    assert (empty.labels == IGNORED).all()
+    assert (empty.labels == IGNORE_INDEX).all()
     assert empty.tokens == 0
 
 
 def test_padding_is_masked_by_position_and_the_end_of_text_token_counts():
-    rows = made([5, 3], first=[2, 1])
-    one = step_batches(rows, np.arange(2), 0, Batch(micro=2, accumulation=1, ranks=1), 0, EOS)[0]
+    rows = make_dataset([5, 3], first=[2, 1])
+    one = step_batches(
+        rows, np.arange(2), 0, BatchConfig(micro_batch_size=2, gradient_accumulation_steps=1, world_size=1), 0, EOS
+    )[0]
     assert one.input_ids.tolist() == [[10, 11, 12, 13, EOS], [15, 16, EOS, EOS, EOS]]
     assert one.labels.tolist() == [
-        [IGNORED, IGNORED, 12, 13, EOS],
-        [IGNORED, 16, EOS, IGNORED, IGNORED],  # the same token counts at position 2 and not behind it
+        [IGNORE_INDEX, IGNORE_INDEX, 12, 13, EOS],
+        [IGNORE_INDEX, 16, EOS, IGNORE_INDEX, IGNORE_INDEX],  # the same token counts at position 2 and not behind it
     ]
     assert one.input_ids.dtype == one.labels.dtype == np.int64
     assert one.tokens == 8
 
 
-def test_index_is_the_place_of_the_first_row_in_the_run():
-    rows = made([3] * 10)
-    batch = Batch(micro=1, accumulation=2, ranks=2)
-    found = [one.index for rank in (0, 1) for one in step_batches(rows, np.arange(10), 1, batch, rank, EOS, before=100)]
+def test_the_index_of_a_micro_batch_is_the_position_of_its_first_row_in_the_run():
+    rows = make_dataset([3] * 10)
+    batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=2, world_size=2)
+    found = [
+        one.index
+        for rank in (0, 1)
+        for one in step_batches(rows, np.arange(10), 1, batch, rank, EOS, examples_before=100)
+    ]
     assert found == [104, 106, 105, 107]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("eval_batch", [1, 2, 5, 40])
 def test_evaluation_sees_every_row_once_and_every_rank_does_as_many_forwards(ranks, eval_batch):
-    rows = made([3 + i % 6 for i in range(11)])
+    rows = make_dataset([3 + i % 6 for i in range(11)])
     shares = [list(eval_batches(rows, eval_batch, rank, ranks, EOS)) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     seen = sorted(
-        ids[labels != IGNORED].tolist()
+        ids[labels != IGNORE_INDEX].tolist()
         for share in shares
         for one in share
         for ids, labels in zip(one.input_ids, one.labels, strict=True)
-        if (labels != IGNORED).any()
+        if (labels != IGNORE_INDEX).any()
     )
     assert seen == sorted(rows.row(i)[1:].tolist() for i in range(11))
     assert shares[0][0].input_ids.shape[1] == 8  # the longest row comes first, so that memory runs out at once or never
 
 
-def test_rows_say_what_they_hold():
-    rows = made([5, 3], first=[2, 1])
+def test_a_token_dataset_reports_its_length_and_target_tokens():
+    rows = make_dataset([5, 3], first=[2, 1])
     assert len(rows) == 2
     assert rows.lengths().tolist() == [5, 3]
-    assert rows.counted().tolist() == [3, 2]
+    assert rows.num_target_tokens().tolist() == [3, 2]

@@ -25,29 +25,29 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(tmp_path, model, monkeypatch):
+def refusal_message(tmp_path, model, monkeypatch):
     """Prepare `data` in the folder of the test and return the one line it is refused with."""
     monkeypatch.chdir(tmp_path)
 
-    def line(data, **settings):
+    def prepare_refused(data, **settings):
         options = {"block_size": 16, "prompt": "{mr}", "completion": "{ref}", **settings}
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as error_info:
             prepare(DataSettings(data=data, **options), model=model, global_batch=2, cache=tmp_path / "cache")
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error_info.value)
         assert not list((tmp_path / "cache").glob("prepared/*"))
-        return str(caught.value)
+        return str(error_info.value)
 
-    return line
-
-
-TEXT = {"prompt": None, "completion": None}
+    return prepare_refused
 
 
-def read(typed):
-    return [record for _, _, record in sources.records(sources.find(str(typed)))]
+NO_TEMPLATES = {"prompt": None, "completion": None}
 
 
-def test_every_format_gives_the_same_records(tmp_path):
+def read_records(path):
+    return [record for _, _, record in sources.records(sources.find(str(path)))]
+
+
+def test_every_file_format_gives_the_same_records(tmp_path):
     files = [
         samples.write_csv(tmp_path / "a.csv", PAIRS),
         samples.write_csv(tmp_path / "a.tsv", PAIRS, "\t"),
@@ -57,17 +57,17 @@ def test_every_format_gives_the_same_records(tmp_path):
     ]
     files[-1].write_text(json.dumps(PAIRS, indent=2))
     for file in files:
-        assert read(file) == PAIRS, file.name
+        assert read_records(file) == PAIRS, file.name
 
 
 def test_a_text_file_holds_a_record_a_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffone é\r\ntwo\n\nthree".encode())
-    assert [record["text"] for record in read(tmp_path / "a.txt")] == ["one é", "two", "", "three"]
+    assert [record["text"] for record in read_records(tmp_path / "a.txt")] == ["one é", "two", "", "three"]
 
 
-def test_cells_are_text_as_written(tmp_path):
+def test_csv_cells_are_read_as_written(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf,b,c\n007,NA,"x\n""y"""\n\n1.50,,null\n')
-    assert read(tmp_path / "a.csv") == [
+    assert read_records(tmp_path / "a.csv") == [
         {"column 1": "007", "b": "NA", "c": 'x\n"y"'},
         {"column 1": "1.50", "b": None, "c": "null"},
     ]
@@ -75,13 +75,13 @@ def test_cells_are_text_as_written(tmp_path):
 
 def test_dates_in_json_stay_as_written_and_rows_may_differ(tmp_path):
     rows = [{"d": "2022-01-05", "n": 1}, {"d": 5, "x": [1]}, {"n": None}]
-    assert read(samples.write_jsonl(tmp_path / "a.jsonl", rows)) == rows
+    assert read_records(samples.write_jsonl(tmp_path / "a.jsonl", rows)) == rows
 
 
 def test_a_json_list_is_read_piece_by_piece(tmp_path):
     rows = [{"i": i, "text": "[{]}" * 50_000} for i in range(12)]  # 2.4 MB, more than is read at once
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert read(tmp_path / "a.json") == rows
+    assert read_records(tmp_path / "a.json") == rows
 
 
 def test_a_folder_and_a_glob_are_read_in_order_of_names(tmp_path):
@@ -91,33 +91,33 @@ def test_a_folder_and_a_glob_are_read_in_order_of_names(tmp_path):
         samples.write_csv(folder / name, [{"text": name}])
     (folder / "README.md").write_text("not data")
     (folder / ".hidden.csv").write_text("not,data\n")
-    assert [row["text"] for row in read(folder)] == ["a.csv", "b.csv"]
-    assert [row["text"] for row in read(tmp_path / "a*" / "[ab].csv")] == ["a.csv", "b.csv"]
+    assert [row["text"] for row in read_records(folder)] == ["a.csv", "b.csv"]
+    assert [row["text"] for row in read_records(tmp_path / "a*" / "[ab].csv")] == ["a.csv", "b.csv"]
 
 
-def test_missing_things_are_named(refused, tmp_path):
-    assert "--data no.csv: no such file" in refused("no.csv")
-    assert "--data ./no: no such file or folder" in refused("./no")
-    assert "--data no*.csv: no file matches" in refused("no*.csv")
+def test_missing_data_files_are_named(refusal_message, tmp_path):
+    assert "--data no.csv: no such file" in refusal_message("no.csv")
+    assert "--data ./no: no such file or folder" in refusal_message("./no")
+    assert "--data no*.csv: no file matches" in refusal_message("no*.csv")
     (tmp_path / "empty").mkdir()
-    assert "--data empty: the folder holds no data file" in refused("empty")
+    assert "--data empty: the folder holds no data file" in refusal_message("empty")
     samples.write_csv(tmp_path / "a.csv", PAIRS)
-    assert "--val-data no.csv: no such file" in refused("a.csv", val_data="no.csv")
+    assert "--val-data no.csv: no such file" in refusal_message("a.csv", val_data="no.csv")
 
 
-def test_unknown_endings_and_mixed_kinds_are_refused(refused, tmp_path):
+def test_unknown_file_extensions_and_mixed_formats_are_refused(refusal_message, tmp_path):
     (tmp_path / "a.xlsx").write_bytes(b"x")
-    assert "--data a.xlsx: the ending '.xlsx' is not known; expected a CSV" in refused("a.xlsx")
+    assert "--data a.xlsx: the ending '.xlsx' is not known; expected a CSV" in refusal_message("a.xlsx")
     samples.write_csv(tmp_path / "a.csv", PAIRS)
     samples.write_jsonl(tmp_path / "b.jsonl", PAIRS)
-    line = refused(".")
+    line = refusal_message(".")
     assert "several kinds of data: CSV (a.csv), JSON (b.jsonl)" in line
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.txt"])
-def test_an_empty_file_is_refused(refused, tmp_path, name):
+def test_an_empty_file_is_refused(refusal_message, tmp_path, name):
     (tmp_path / name).touch()
-    assert f"--data {name}: the file is empty" in refused(name)
+    assert f"--data {name}: the file is empty" in refusal_message(name)
 
 
 @pytest.mark.parametrize(
@@ -144,59 +144,61 @@ def test_an_empty_file_is_refused(refused, tmp_path, name):
         ("a.parquet", "no parquet at all", "a.parquet: not a whole Parquet file"),
     ],
 )  # fmt: skip
-def test_bad_content_is_named_by_file_and_row(refused, tmp_path, name, content, problem):
+def test_bad_content_is_named_by_file_and_row(refusal_message, tmp_path, name, content, problem):
     (tmp_path / name).write_text(content)
-    assert problem in refused(name)
+    assert problem in refusal_message(name)
 
 
-def test_a_null_or_a_list_in_parquet_is_named_by_row(refused, tmp_path):
+def test_a_null_or_a_list_in_parquet_is_named_by_row(refusal_message, tmp_path):
     samples.write_parquet(tmp_path / "a.parquet", [*PAIRS, {"mr": "x", "ref": None}])
-    assert "a.parquet, row 41: column 'ref' is null" in refused("a.parquet")
+    assert "a.parquet, row 41: column 'ref' is null" in refusal_message("a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"mr": [], "ref": []}), tmp_path / "c.parquet")
-    assert "c.parquet: has columns but no row" in refused("c.parquet")
+    assert "c.parquet: has columns but no row" in refusal_message("c.parquet")
     samples.write_parquet(tmp_path / "b.parquet", [{"mr": "x", "ref": [1]}])
-    assert "b.parquet, row 1: column 'ref' holds a list" in refused("b.parquet")
+    assert "b.parquet, row 1: column 'ref' holds a list" in refusal_message("b.parquet")
 
 
-def test_an_unknown_column_is_named_in_the_first_file_and_in_the_second(refused, tmp_path):
+def test_an_unknown_column_is_named_in_the_first_file_and_in_the_second(refusal_message, tmp_path):
     samples.write_csv(tmp_path / "a.csv", PAIRS)
-    line = refused("a.csv", prompt="{name}")
+    line = refusal_message("a.csv", prompt="{name}")
     assert line == "--prompt: --data a.csv has no column 'name'; its columns are mr, ref"
     samples.write_csv(tmp_path / "b.csv", [{"mr": "x", "text": "y"}])
-    assert "b.csv, row 1 (line 2): column 'ref' is missing" in refused("*.csv")
+    assert "b.csv, row 1 (line 2): column 'ref' is missing" in refusal_message("*.csv")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
 @pytest.mark.parametrize("lines", [2, 60_000])
-def test_bytes_that_are_not_utf8_are_named_by_line(refused, tmp_path, name, lines):
+def test_bytes_that_are_not_utf8_are_named_by_line(refusal_message, tmp_path, name, lines):
     row = {"a.txt": "é" * 20, "a.csv": "é,é", "a.jsonl": '{"text": "é"}'}[name].encode() + b"\n"
     head = b"text,b\n" if name == "a.csv" else row
     (tmp_path / name).write_bytes(head + row * (lines - 2) + row.replace("é".encode(), b"\xe9", 1) + row)
-    assert f"{name}, line {lines}: not UTF-8 (byte 0xe9); save the file as UTF-8" in refused(name, **TEXT)
+    assert f"{name}, line {lines}: not UTF-8 (byte 0xe9); save the file as UTF-8" in refusal_message(
+        name, **NO_TEMPLATES
+    )
 
 
-def test_a_character_cut_off_at_the_end_is_named(refused, tmp_path):
+def test_a_character_cut_off_at_the_end_is_named(refusal_message, tmp_path):
     (tmp_path / "a.txt").write_bytes("one\ntwo é".encode()[:-1])
-    assert "a.txt, line 2: not UTF-8 (byte 0xc3)" in refused("a.txt", **TEXT)
+    assert "a.txt, line 2: not UTF-8 (byte 0xc3)" in refusal_message("a.txt", **NO_TEMPLATES)
 
 
-def test_a_line_too_long_to_hold_is_refused(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(validate_files, "LONGEST_LINE", 2**20)
+def test_a_line_too_long_to_hold_is_refused(refusal_message, tmp_path, monkeypatch):
+    monkeypatch.setattr(validate_files, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "a.txt").write_text("short\n" + "x" * (3 * 2**20))
-    assert "a.txt, line 2: longer than 1 MB" in refused("a.txt", **TEXT)
+    assert "a.txt, line 2: longer than 1 MB" in refusal_message("a.txt", **NO_TEMPLATES)
 
 
-def test_a_packed_file_is_refused(refused, tmp_path):
+def test_a_compressed_file_is_refused(refusal_message, tmp_path):
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"mr,ref\n1,2\n"))
-    assert "the ending '.gz' is not known" in refused("a.csv.gz")
+    assert "the ending '.gz' is not known" in refusal_message("a.csv.gz")
 
 
-def test_blank_texts_only_are_refused(refused, tmp_path):
+def test_blank_texts_only_are_refused(refusal_message, tmp_path):
     (tmp_path / "a.txt").write_text("\n  \n\n")
-    assert "a.txt: holds blank lines only" in refused("a.txt", **TEXT)
+    assert "a.txt: holds blank lines only" in refusal_message("a.txt", **NO_TEMPLATES)
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(refused, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_is_refused(refusal_message, tmp_path, monkeypatch):
     file = samples.write_csv(tmp_path / "a.csv", PAIRS)
     whole = sources.records
 
@@ -206,20 +208,20 @@ def test_a_file_that_changes_while_it_is_read_is_refused(refused, tmp_path, monk
             opened.write("more,rows\n")
 
     monkeypatch.setattr(sources, "records", growing)
-    assert "--data a.csv: the file changed while it was read" in refused("a.csv")
+    assert "--data a.csv: the file changed while it was read" in refusal_message("a.csv")
 
 
 def test_a_file_that_is_only_touched_is_not_refused(tmp_path):
     source = sources.find(str(samples.write_csv(tmp_path / "a.csv", PAIRS)))
     facts = validate_files.scan(source, tmp_path)
     os.utime(tmp_path / "a.csv", (1, 1))
-    assert validate_files.changed(source, facts) is None
+    assert validate_files.find_change(source, facts) is None
     (tmp_path / "a.csv").unlink()
-    assert "changed while it was read" in str(validate_files.changed(source, facts))
+    assert "changed while it was read" in str(validate_files.find_change(source, facts))
 
 
-def test_what_is_remembered_of_a_file_never_stands_for_other_contents(tmp_path, monkeypatch):
-    monkeypatch.setattr(validate_files, "SETTLED", -1.0)
+def test_a_cached_file_hash_never_stands_for_other_contents(tmp_path, monkeypatch):
+    monkeypatch.setattr(validate_files, "SETTLE_SECONDS", -1.0)
     path = samples.write_csv(tmp_path / "a.csv", PAIRS)
     source = sources.find(str(path))
     before, stat = validate_files.scan(source, tmp_path / "cache"), path.stat()
@@ -229,16 +231,16 @@ def test_what_is_remembered_of_a_file_never_stands_for_other_contents(tmp_path, 
     assert validate_files.scan(source, tmp_path / "cache")[0].sha256 != before[0].sha256
 
 
-def test_a_young_file_is_not_remembered(tmp_path):
+def test_the_hash_of_a_recently_changed_file_is_not_cached(tmp_path):
     source = sources.find(str(samples.write_csv(tmp_path / "a.csv", PAIRS)))
     validate_files.scan(source, tmp_path / "cache")
     assert not list(tmp_path.glob("cache/files/*"))
 
 
-def test_the_hub_out_of_reach_is_one_line_that_names_the_file_flag(refused, monkeypatch):
+def test_the_hub_out_of_reach_is_one_line_that_names_the_file_flag(refusal_message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     began = time.monotonic()
-    line = refused("nobody/nothing-of-that-name")
+    line = refusal_message("nobody/nothing-of-that-name")
     assert time.monotonic() - began < 20
     assert "no such file or folder here" in line
     assert "hub cannot be reached; give --data a file, a folder or acled-demo" in line
@@ -249,7 +251,7 @@ def test_the_hub_is_asked_whether_it_answers_before_it_is_waited_for(monkeypatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port, where nothing listens
     began = time.monotonic()
-    assert not hf_hub.reachable()
+    assert not hf_hub.is_reachable()
     assert time.monotonic() - began < 5
 
 
@@ -264,14 +266,14 @@ def test_a_hub_data_set_gives_the_split_of_the_flag(monkeypatch, flag, split):
         }
     )
     stand_in = SimpleNamespace(load_dataset=lambda name: splits, config=SimpleNamespace(HF_HUB_OFFLINE=False))
-    monkeypatch.setattr(hf_hub, "library", lambda: stand_in)  # the hub itself cannot be asked in a test
+    monkeypatch.setattr(hf_hub, "import_datasets", lambda: stand_in)  # the hub itself cannot be asked in a test
     source = sources.find("some/name", flag)
     assert [record["text"] for _, _, record in sources.records(source)] == [f"{split} {i}" for i in range(3)]
-    assert source.place(None, 2) == "some/name, row 2"
+    assert source.locate(None, 2) == "some/name, row 2"
 
 
-def test_the_library_is_silent(tmp_path, capfd):
+def test_reading_from_the_hub_prints_nothing(tmp_path, capfd):
     (tmp_path / "a.csv").write_text("a\n1\n")
-    assert read(tmp_path / "a.csv") == [{"a": "1"}]
-    assert hf_readers.library().logging.get_verbosity() > 40
+    assert read_records(tmp_path / "a.csv") == [{"a": "1"}]
+    assert hf_readers.import_datasets().logging.get_verbosity() > 40
     assert capfd.readouterr() == ("", "")

@@ -9,15 +9,15 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import acled
-from trainer.data.formats import BadRecord, choose_form, parse_template, token_ids
+from trainer.data.formats import RecordError, choose_format, parse_template, parse_token_ids
 
-OLD = {
+OLD_EXPORT = {
     "EVENT_ID_CNTY": "1ALG", "EVENT_DATE": "18-December-2019", "YEAR": 2019, "EVENT_TYPE": "Protests",
     "SUB_EVENT_TYPE": "Peaceful protest", "ACTOR1": "Protesters (Algeria)", "INTER1": 6, "ACTOR2": None, "INTER2": 0,
     "COUNTRY": "Algeria", "LOCATION": "Bejaia", "FATALITIES": 0, "SOURCE": "A; B",
     "NOTES": "On 18 December 2019, students met in Bejaia.",
 }  # fmt: skip
-NEW = {
+NEW_EXPORT = {
     "event_id_cnty": "1ALG", "event_date": "2019-12-18", "year": "2019", "disorder_type": "Demonstrations",
     "event_type": "Protests", "sub_event_type": "Peaceful protest", "actor1": "Protesters (Algeria)",
     "assoc_actor_1": "", "inter1": "Protesters", "actor2": "", "inter2": "", "civilian_targeting": "",
@@ -26,12 +26,12 @@ NEW = {
 }  # fmt: skip
 
 
-def form(columns, **settings):
-    return choose_form(columns, DataSettings(**{"data": "d.csv", "block_size": 64, **settings}), "d.csv")
+def format_of(columns, **settings):
+    return choose_format(columns, DataSettings(**{"data": "d.csv", "block_size": 64, **settings}), "d.csv")
 
 
 def test_templates_fill_columns_and_halve_doubled_braces():
-    chosen = form(["mr", "a b", "ref"], prompt="{{{mr}}} {a b}:", completion=" {ref}")
+    chosen = format_of(["mr", "a b", "ref"], prompt="{{{mr}}} {a b}:", completion=" {ref}")
     assert chosen.render({"mr": "x{y}", "a b": 3, "ref": "z"}) == ("{x{y}} 3:", " z")
     assert chosen.columns == ("mr", "a b", "ref")
 
@@ -44,12 +44,12 @@ def test_a_stray_brace_is_refused_with_its_place(template):
 
 def test_an_unknown_column_is_refused_with_those_that_exist():
     with pytest.raises(UserError, match=r"--completion: d\.csv has no column 'reff'; its columns are mr, ref"):
-        form(["mr", "ref"], prompt="{mr}", completion="{reff}")
+        format_of(["mr", "ref"], prompt="{mr}", completion="{reff}")
 
 
 def test_a_completion_must_name_a_column():
     with pytest.raises(UserError, match="--completion 'done': names no column"):
-        form(["mr"], completion="done")
+        format_of(["mr"], completion="done")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_completion_must_name_a_column():
     ],
 )  # fmt: skip
 def test_numbers_and_dates_are_written_as_in_a_csv_file(value, text):
-    assert form(["v"], completion="{v}").render({"v": value}) == ("", text)
+    assert format_of(["v"], completion="{v}").render({"v": value}) == ("", text)
 
 
 @pytest.mark.parametrize(
@@ -70,25 +70,25 @@ def test_numbers_and_dates_are_written_as_in_a_csv_file(value, text):
         (b"x", "holds a bytes"), ("a\ud800", "half a character"),
     ],
 )  # fmt: skip
-def test_a_value_that_is_no_text_is_refused_by_column(value, problem):
-    with pytest.raises(BadRecord, match=f"column 'v'.*{problem}"):
-        form(["v", "w"], prompt="{v}", completion="{w}").render({"v": value, "w": "x"})
+def test_a_value_that_is_no_text_is_refused_with_its_column(value, problem):
+    with pytest.raises(RecordError, match=f"column 'v'.*{problem}"):
+        format_of(["v", "w"], prompt="{v}", completion="{w}").render({"v": value, "w": "x"})
 
 
 def test_a_missing_key_and_an_empty_completion_are_refused():
-    chosen = form(["v", "w"], prompt="{v}", completion="{w}")
-    with pytest.raises(BadRecord, match="column 'v' is missing"):
+    chosen = format_of(["v", "w"], prompt="{v}", completion="{w}")
+    with pytest.raises(RecordError, match="column 'v' is missing"):
         chosen.render({"w": "x"})
-    with pytest.raises(BadRecord, match="--completion is empty"):
+    with pytest.raises(RecordError, match="--completion is empty"):
         chosen.render({"v": "x", "w": " "})
     assert chosen.render({"v": "", "w": "x"}) == ("", "x")  # an empty text is a text; a CSV file cannot spell it
 
 
 def test_old_and_new_acled_exports_of_one_event_become_the_same_text():
-    assert acled.is_acled(OLD)
-    assert acled.is_acled(NEW)
-    prompt, completion = form(list(OLD)).render(OLD)
-    assert form(list(NEW)).render(NEW) == (prompt, completion)
+    assert acled.is_acled(OLD_EXPORT)
+    assert acled.is_acled(NEW_EXPORT)
+    prompt, completion = format_of(list(OLD_EXPORT)).render(OLD_EXPORT)
+    assert format_of(list(NEW_EXPORT)).render(NEW_EXPORT) == (prompt, completion)
     assert prompt == (
         "Date: 18 December 2019\nType: Protests\nSub-type: Peaceful protest\nActor 1: Protesters (Algeria)\n"
         "Inter 1: Protesters\nCountry: Algeria\nLocation: Bejaia\nFatalities: 0\nSource: A; B\nNotes:"
@@ -98,22 +98,22 @@ def test_old_and_new_acled_exports_of_one_event_become_the_same_text():
 
 @pytest.mark.parametrize("key", [str.title, str.upper, lambda name: f" {name.replace('_', ' ')} "])
 def test_acled_columns_are_known_in_any_case(key):
-    event = {key(name): value for name, value in NEW.items()}
-    assert form(list(event)).render(event) == form(list(NEW)).render(NEW)
+    event = {key(name): value for name, value in NEW_EXPORT.items()}
+    assert format_of(list(event)).render(event) == format_of(list(NEW_EXPORT)).render(NEW_EXPORT)
 
 
 @pytest.mark.parametrize("gone", ["event_date", "sub_event_type", "actor1", "fatalities", "location"])
 def test_acled_columns_may_be_missing_and_leave_their_line_out(gone):
-    event = {name: value for name, value in NEW.items() if name != gone}
-    whole = form(list(NEW)).render(NEW)[0].splitlines()
-    fewer = form(list(event)).render(event)[0].splitlines()
+    event = {name: value for name, value in NEW_EXPORT.items() if name != gone}
+    whole = format_of(list(NEW_EXPORT)).render(NEW_EXPORT)[0].splitlines()
+    fewer = format_of(list(event)).render(event)[0].splitlines()
     assert len(fewer) == len(whole) - 1
     assert f"{acled.FIELDS[gone]}:" not in "\n".join(fewer)
 
 
 def test_acled_notes_are_needed():
-    with pytest.raises(BadRecord, match="column 'notes' is null or empty"):
-        form(list(NEW)).render({**NEW, "notes": None})
+    with pytest.raises(RecordError, match="column 'notes' is null or empty"):
+        format_of(list(NEW_EXPORT)).render({**NEW_EXPORT, "notes": None})
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_acled_notes_are_needed():
     ["5-January-2022", "05-January-2022", "2022-01-05", "5 January 2022", "5 jan 2022", "2022-01-05T00:00:00"],
 )
 def test_all_spellings_of_a_date_become_one(date):
-    assert acled.plain_date(date) == "5 January 2022"
+    assert acled.format_date(date) == "5 January 2022"
 
 
 @pytest.mark.parametrize("date", ["05/01/2022", "2022-02-30", "5 Janvier 2022", "2022", ""])
-def test_what_is_no_such_date_is_not_guessed(date):
-    assert acled.plain_date(date) is None
-    assert acled.field_text("event_date", date) == date
+def test_an_unknown_spelling_of_a_date_is_left_unchanged(date):
+    assert acled.format_date(date) is None
+    assert acled.format_field("event_date", date) == date
 
 
 @pytest.mark.parametrize(
@@ -142,38 +142,38 @@ def test_inter_codes_and_names_become_one_spelling(inter, name):
     assert acled.inter_name(inter) == name
 
 
-def test_a_text_column_is_taken_as_it_is():
-    assert form(["text", "other"]).render({"text": " a\n"}) == ("", " a\n")
+def test_a_text_column_is_used_unchanged():
+    assert format_of(["text", "other"]).render({"text": " a\n"}) == ("", " a\n")
 
 
 def test_templates_go_before_token_ids_before_acled_before_text():
-    columns = ["input_ids", "text", *NEW]
-    assert form(columns, completion="{notes}").name == "template"
-    assert form(columns).name == "input_ids"
-    assert form(columns[1:]).name == "acled"
-    assert form(["text"]).name == "text"
+    columns = ["input_ids", "text", *NEW_EXPORT]
+    assert format_of(columns, completion="{notes}").name == "template"
+    assert format_of(columns).name == "input_ids"
+    assert format_of(columns[1:]).name == "acled"
+    assert format_of(["text"]).name == "text"
 
 
-def test_unknown_columns_are_refused_with_the_flags_that_help():
+def test_unknown_columns_are_refused_and_the_flags_for_templates_named():
     with pytest.raises(UserError, match=r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"):
-        form(["mr", "ref"])
+        format_of(["mr", "ref"])
 
 
 @pytest.mark.parametrize("columns", [["text"], ["input_ids"], ["mr", "ref"]])
 def test_the_completion_objective_needs_a_completion(columns):
     with pytest.raises(UserError, match=r"--objective completion needs .*--completion"):
-        form(columns, objective="completion")
+        format_of(columns, objective="completion")
 
 
 @pytest.mark.parametrize(
     "ids", [None, "1 2", 7, [], [1, None], [1.0, 2.0], [-1], [True], [[1]], [2**31]]
 )  # fmt: skip
 def test_token_ids_must_be_whole_numbers(ids):
-    with pytest.raises(BadRecord, match="column 'input_ids'"):
-        token_ids({"input_ids": ids})
+    with pytest.raises(RecordError, match="column 'input_ids'"):
+        parse_token_ids({"input_ids": ids})
 
 
-def test_importing_the_room_loads_nothing_heavy():
+def test_importing_the_data_package_loads_nothing_heavy():
     heavy = ["torch", "datasets", "transformers", "tokenizers", "pandas", "pyarrow", "huggingface_hub"]
     code = f"import sys, trainer.data; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

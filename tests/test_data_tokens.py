@@ -13,23 +13,23 @@ from trainer.data.tokenizer import encode, load_tokenizer, split_long, tokenizer
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def tokenizer_dir(tmp_path_factory):
     return samples.make_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def bare(folder, tmp_path_factory):
+def vocab_and_merges_dir(tokenizer_dir, tmp_path_factory):
     """GPT-2's two files alone, as they come in packages that carry its vocabulary."""
-    made = tmp_path_factory.mktemp("bare")
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    (made / "vocab.json").write_text(json.dumps(model["vocab"]))
+    out_dir = tmp_path_factory.mktemp("bare")
+    model = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
+    (out_dir / "vocab.json").write_text(json.dumps(model["vocab"]))
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    (made / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
-    return made
+    (out_dir / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
+    return out_dir
 
 
-def test_a_folder_of_vocabulary_and_merges_gives_the_whole_tokenizer(folder, bare):
-    whole, two_files = load_tokenizer(str(folder)), load_tokenizer(str(bare))
+def test_a_folder_of_vocabulary_and_merges_gives_the_whole_tokenizer(tokenizer_dir, vocab_and_merges_dir):
+    whole, two_files = load_tokenizer(str(tokenizer_dir)), load_tokenizer(str(vocab_and_merges_dir))
     assert len(two_files) == len(whole) == 400
     text = "On 5 January 2022, people met in Town 7."
     assert two_files(text)["input_ids"] == whole(text)["input_ids"]
@@ -43,10 +43,10 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "none"))
 
 
-def test_a_vocabulary_that_was_read_in_part_is_refused(bare, tmp_path, monkeypatch):
+def test_a_vocabulary_that_was_read_in_part_is_refused(vocab_and_merges_dir, tmp_path, monkeypatch):
     from transformers import GPT2TokenizerFast
 
-    for file in bare.iterdir():
+    for file in vocab_and_merges_dir.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     almost_empty = GPT2TokenizerFast()  # what giving the two files to the constructor comes to in transformers 5
     monkeypatch.setattr(GPT2TokenizerFast, "from_pretrained", lambda *args, **options: almost_empty)
@@ -54,10 +54,10 @@ def test_a_vocabulary_that_was_read_in_part_is_refused(bare, tmp_path, monkeypat
         load_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_without_an_end_of_text_token_is_refused(folder, tmp_path):
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(tokenizer_dir, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_dir / "tokenizer.json")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no end-of-text token"):
         load_tokenizer(str(tmp_path))
 
@@ -76,8 +76,8 @@ def test_the_embedded_model_is_a_folder_of_the_package():
     assert tokenizer.model_folder("gpt2") == "gpt2"
 
 
-def test_the_fingerprint_follows_contents_and_not_place_or_use(folder, tmp_path):
-    first = load_tokenizer(str(folder))
+def test_the_fingerprint_follows_contents_and_not_place_or_use(tokenizer_dir, tmp_path):
+    first = load_tokenizer(str(tokenizer_dir))
     before = tokenizer_fingerprint(first)
     first(["a", "b c d"], padding=True, truncation=True, max_length=2)
     assert tokenizer_fingerprint(first) == before
@@ -88,8 +88,8 @@ def test_the_fingerprint_follows_contents_and_not_place_or_use(folder, tmp_path)
     assert tokenizer_fingerprint(again) != before
 
 
-def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_truncation(folder):
-    tokenizer = load_tokenizer(str(folder))
+def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_truncation(tokenizer_dir):
+    tokenizer = load_tokenizer(str(tokenizer_dir))
     texts = ["On 5 January", "", " é\n", "x" * 3000]
     tokenizer(texts[:1], padding="max_length", truncation=True, max_length=2)  # settings that stay behind in it
     found = encode(tokenizer, texts)
@@ -97,10 +97,10 @@ def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_trunca
     assert all(ids.dtype == np.uint32 for ids in found)
 
 
-def test_a_long_text_in_pieces_gives_the_same_ids(folder, monkeypatch):
-    monkeypatch.setattr(tokenizer, "LONG_TEXT", 50)
-    monkeypatch.setattr(tokenizer, "ONE_CALL", 120)
-    loaded = load_tokenizer(str(folder))
+def test_a_long_text_encoded_in_pieces_gives_the_same_ids(tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_TEXT_CHARACTERS", 50)
+    monkeypatch.setattr(tokenizer, "MAX_CALL_CHARACTERS", 120)
+    loaded = load_tokenizer(str(tokenizer_dir))
     text = "On 5 January 2022,  people met: in\n Town 7 . " * 40
     assert len(split_long(text)) > 10
     assert "".join(split_long(text)) == text
@@ -111,5 +111,5 @@ def test_a_long_text_in_pieces_gives_the_same_ids(folder, monkeypatch):
 
 
 def test_a_long_text_without_blanks_stays_whole(monkeypatch):
-    monkeypatch.setattr(tokenizer, "LONG_TEXT", 5)
+    monkeypatch.setattr(tokenizer, "MAX_TEXT_CHARACTERS", 5)
     assert split_long("abcdefghijkl") == ["abcdefghijkl"]

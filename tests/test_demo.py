@@ -10,23 +10,33 @@ from collections import Counter
 import pytest
 
 from trainer.data import demo
-from trainer.data.acled import is_acled, prompt_of
-from trainer.data.demo import DEMO_RECORDS, DEMO_SEED, LABELS, MONTHS, NOTES, TYPES, Dice, events, world
+from trainer.data.acled import format_prompt, is_acled
+from trainer.data.demo import (
+    DEMO_RECORDS,
+    DEMO_SEED,
+    EVENT_TYPES,
+    LABELS,
+    MONTHS,
+    NOTE_TEMPLATES,
+    Rng,
+    events,
+    invented_world,
+)
 
 Row = dict[str, str | int]
-SAMPLE = 8000  # three standard errors of a share of one half are then 1.7 points
+NUM_ROWS = 8000  # three standard errors of a share of one half are then 1.7 points
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return list(events(SAMPLE, seed=5))
+    return list(events(NUM_ROWS, seed=5))
 
 
-def share(rows: list[Row], of: object) -> float:
-    return sum(1 for row in rows if of(row)) / len(rows)  # type: ignore[operator]
+def fraction(rows: list[Row], predicate: object) -> float:
+    return sum(1 for row in rows if predicate(row)) / len(rows)  # type: ignore[operator]
 
 
-def text(row: Row, column: str) -> str:
+def column_text(row: Row, column: str) -> str:
     return str(row[column])
 
 
@@ -34,20 +44,20 @@ def text(row: Row, column: str) -> str:
 DIGEST = "7b67b1dd0070688bc0d38305ccbca638080481c57559568a5ee6569fe700171d"
 
 
-def test_the_same_seed_gives_the_same_rows_on_every_platform_and_version() -> None:
+def test_the_same_seed_gives_the_same_demo_data_on_every_platform_and_version() -> None:
     found = json.dumps(list(events(50, seed=1)), ensure_ascii=True)
     assert hashlib.sha256(found.encode()).hexdigest() == DIGEST
 
 
-def test_fewer_events_are_the_first_of_more_and_seeds_differ() -> None:
+def test_a_shorter_demo_data_set_is_a_prefix_of_a_longer_one_and_seeds_differ() -> None:
     assert list(events(5, seed=3)) == list(events(20, seed=3))[:5]
     assert list(events(5, seed=3)) != list(events(5, seed=4))
 
 
-def test_the_dice_use_no_method_whose_sequence_python_may_change() -> None:
+def test_the_demo_rng_uses_no_method_whose_sequence_python_may_change() -> None:
     """Python keeps only the sequence of random() (documentation of `random`, "Notes on Reproducibility")."""
-    assert Dice(0).random() == 0.8444218515250481  # random.Random(0).random() of CPython 3.11
-    assert vars(Dice(0)).keys() == {"random"}
+    assert Rng(0).random() == 0.8444218515250481  # random.Random(0).random() of CPython 3.11
+    assert vars(Rng(0)).keys() == {"random"}
 
 
 # Shares of public rows: event types, empty second actors and fatalities of Africa 2018-2022, phrasing of 2022 notes.
@@ -59,48 +69,50 @@ def test_the_dice_use_no_method_whose_sequence_python_may_change() -> None:
     ],
 )  # fmt: skip
 def test_event_types_are_as_frequent_as_in_real_exports(rows: list[Row], event_type: str, expected: float) -> None:
-    assert share(rows, lambda row: row["event_type"] == event_type) == pytest.approx(expected, abs=0.017)
+    assert fraction(rows, lambda row: row["event_type"] == event_type) == pytest.approx(expected, abs=0.017)
 
 
 def test_second_actors_are_missing_as_often_as_in_real_exports(rows: list[Row]) -> None:
-    assert share(rows, lambda row: not row["actor2"]) == pytest.approx(0.315, abs=0.02)
+    assert fraction(rows, lambda row: not row["actor2"]) == pytest.approx(0.315, abs=0.02)
     assert all((row["inter2"] == 0) == (row["actor2"] == "") for row in rows)
 
 
 def test_fatalities_are_mostly_none_with_a_heavy_tail(rows: list[Row]) -> None:
     counts = sorted(int(row["fatalities"]) for row in rows)
-    assert share(rows, lambda row: row["fatalities"] == 0) == pytest.approx(0.703, abs=0.02)
-    assert sum(counts) / SAMPLE == pytest.approx(1.28, abs=0.35)
-    assert counts[int(0.9 * SAMPLE)] in (2, 3, 4)
-    assert 14 <= counts[int(0.99 * SAMPLE)] <= 24
+    assert fraction(rows, lambda row: row["fatalities"] == 0) == pytest.approx(0.703, abs=0.02)
+    assert sum(counts) / NUM_ROWS == pytest.approx(1.28, abs=0.35)
+    assert counts[int(0.9 * NUM_ROWS)] in (2, 3, 4)
+    assert 14 <= counts[int(0.99 * NUM_ROWS)] <= 24
     assert 60 < counts[-1] <= 170
 
 
 def test_notes_open_and_end_as_real_ones(rows: list[Row]) -> None:
-    notes = [text(row, "notes") for row in rows]
-    assert sum(note.startswith("On ") for note in notes) / SAMPLE == pytest.approx(0.895, abs=0.015)
-    assert sum(note.startswith("Around ") for note in notes) / SAMPLE == pytest.approx(0.05, abs=0.015)
-    labelled = sum(note.startswith(tuple(f"{label}: On " for label in LABELS.values())) for note in notes) / SAMPLE
+    notes = [column_text(row, "notes") for row in rows]
+    assert sum(note.startswith("On ") for note in notes) / NUM_ROWS == pytest.approx(0.895, abs=0.015)
+    assert sum(note.startswith("Around ") for note in notes) / NUM_ROWS == pytest.approx(0.05, abs=0.015)
+    labelled = sum(note.startswith(tuple(f"{label}: On " for label in LABELS.values())) for note in notes) / NUM_ROWS
     assert labelled == pytest.approx(0.055, abs=0.015)
-    assert sum(note.endswith("]") and " [size=" in note for note in notes) / SAMPLE == pytest.approx(0.59, abs=0.02)
+    assert sum(note.endswith("]") and " [size=" in note for note in notes) / NUM_ROWS == pytest.approx(0.59, abs=0.02)
 
 
 def test_every_note_repeats_the_date_and_the_location_of_its_record(rows: list[Row]) -> None:
     for row in rows:
-        opening = re.match(r"(?:[A-Z][a-z -]+: )?(?:On|Around) (\d+ \w+ \d{4}), ", text(row, "notes"))
+        opening = re.match(r"(?:[A-Z][a-z -]+: )?(?:On|Around) (\d+ \w+ \d{4}), ", column_text(row, "notes"))
         assert opening is not None
         assert opening[1] == row["event_date"]
-        assert re.search(rf"\b{row['location']}\b", text(row, "notes"))
+        assert re.search(rf"\b{row['location']}\b", column_text(row, "notes"))
 
 
 def test_over_half_of_the_notes_repeat_the_digit_of_their_fatalities(rows: list[Row]) -> None:
     deadly = [row for row in rows if row["fatalities"]]
-    repeated = share(deadly, lambda row: text(row, "fatalities") in re.findall(r"\d+", row["notes"].partition(",")[2]))
+    repeated = fraction(
+        deadly, lambda row: column_text(row, "fatalities") in re.findall(r"\d+", row["notes"].partition(",")[2])
+    )
     assert repeated == pytest.approx(0.57, abs=0.04)
 
 
 def test_notes_are_finished_sentences(rows: list[Row]) -> None:
-    for note in (text(row, "notes") for row in rows):
+    for note in (column_text(row, "notes") for row in rows):
         assert not re.search(r"[{}|]|  |\.\.| [.,]|\[(?!size=)", note), note
         assert not re.search(r"[.:] [a-z]", note), note
         assert re.search(r"\.( \[size=[^]]+\])?$", note), note
@@ -111,31 +123,31 @@ def test_no_name_stands_in_a_note_that_its_record_does_not_hold(rows: list[Row])
     plain = {*MONTHS, "On", "Around", "IED", "Liberation", "Front", *" ".join(LABELS.values()).split()}
     for row in rows:
         known = {word for column, value in row.items() if column != "notes" for word in re.findall(r"\w+", str(value))}
-        inside = re.findall(r"(?<![.:] )(?<!^)\b[A-Z]\w+", text(row, "notes"))
-        assert set(inside) <= plain | known, text(row, "notes")
+        inside = re.findall(r"(?<![.:] )(?<!^)\b[A-Z]\w+", column_text(row, "notes"))
+        assert set(inside) <= plain | known, column_text(row, "notes")
 
 
 def test_columns_hold_only_the_invented_world_and_the_codebook(rows: list[Row]) -> None:
-    countries, sources = world()
+    countries, sources = invented_world()
     by_name = {country.name: country for country in countries}
     for row in rows:
-        country = by_name[text(row, "country")]
+        country = by_name[column_text(row, "country")]
         assert (row["location"], row["admin1"]) in country.places
         assert row["region"] == country.region
         assert (row["actor1"]) in {name for name, _ in country.actors[int(row["inter1"])]}
         assert not row["actor2"] or row["actor2"] in {name for name, _ in country.actors[int(row["inter2"])]}
-        assert set(text(row, "source").split("; ")) <= set(sources)
-        assert text(row, "event_date").endswith(f" {row['year']}")
-        assert row["sub_event_type"] in TYPES[text(row, "event_type")][3]
+        assert set(column_text(row, "source").split("; ")) <= set(sources)
+        assert column_text(row, "event_date").endswith(f" {row['year']}")
+        assert row["sub_event_type"] in EVENT_TYPES[column_text(row, "event_type")][3]
 
 
 def test_every_sub_event_type_has_phrases_and_is_drawn(rows: list[Row]) -> None:
-    kinds = {kind for _, _, _, weights in TYPES.values() for kind in weights}
-    assert set(NOTES) == kinds
+    kinds = {kind for _, _, _, weights in EVENT_TYPES.values() for kind in weights}
+    assert set(NOTE_TEMPLATES) == kinds
     assert {row["sub_event_type"] for row in rows} == kinds
 
 
-def test_there_is_something_to_learn_but_notes_are_not_the_same_again() -> None:
+def test_demo_data_have_patterns_and_no_repeated_note() -> None:
     embedded = list(events(DEMO_RECORDS, DEMO_SEED))
     assert len({row["notes"] for row in embedded}) == DEMO_RECORDS
     assert len({row["event_id_cnty"] for row in embedded}) == DEMO_RECORDS
@@ -143,15 +155,15 @@ def test_there_is_something_to_learn_but_notes_are_not_the_same_again() -> None:
     assert Counter(row["country"] for row in embedded).most_common(1)[0][1] < DEMO_RECORDS / 2
 
 
-def test_the_rows_are_taken_for_an_export() -> None:
+def test_demo_data_are_recognised_as_an_acled_export() -> None:
     row = next(events(1))
     assert is_acled(row)
-    prompt = prompt_of({name: str(value) for name, value in row.items()})
+    prompt = format_prompt({name: str(value) for name, value in row.items()})
     assert f"Date: {row['event_date']}\n" in prompt
     assert f"Location: {row['location']}\n" in prompt
 
 
-def test_the_generator_needs_nothing_but_python() -> None:
+def test_the_demo_generator_needs_nothing_but_python() -> None:
     """Its file alone: what else the package of its neighbours imports is theirs."""
     heavy = "{'torch', 'numpy', 'datasets', 'transformers', 'trainer'}"
     code = f"import runpy, sys; runpy.run_path({demo.__file__!r}); sys.exit(bool({heavy} & sys.modules.keys()))"

@@ -10,49 +10,59 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trainer.config.schema import LoraSettings
 from trainer.kernels import cpu_attention
-from trainer.kernels.cpu_attention import BLOCK, LEVELS, Dropout, attention, install, keep, scale
-from trainer.kernels.linear_cross_entropy import TokenLoss
-from trainer.model.lora import adapt
+from trainer.kernels.cpu_attention import (
+    BLOCK_SIZE,
+    NUM_LEVELS,
+    Dropout,
+    blockwise_attention,
+    dropout_scale,
+    install,
+    sample_keep_mask,
+)
+from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model.lora import add_adapters
 
-MANY = 4 * 10**6
+NUM_ELEMENTS = 4 * 10**6
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.003])
-def test_elements_stay_with_the_wanted_odds_in_each_of_the_four_lanes(probability):
+def test_dropout_keeps_elements_with_its_probability_in_each_of_the_four_lanes(probability):
     """Within five standard deviations; and a lane says nothing about the next."""
     torch.manual_seed(0)
-    stay = keep(torch.Size([MANY // 4, 4]), probability).double()
-    rounded = round(probability * LEVELS) / LEVELS
-    spread = math.sqrt(rounded * (1 - rounded) / (MANY // 4))
+    stay = sample_keep_mask(torch.Size([NUM_ELEMENTS // 4, 4]), probability).double()
+    rounded = round(probability * NUM_LEVELS) / NUM_LEVELS
+    spread = math.sqrt(rounded * (1 - rounded) / (NUM_ELEMENTS // 4))
     assert ((stay.mean(0) - (1 - rounded)).abs() < 5 * spread).all()
     correlation = torch.corrcoef(stay.T) - torch.eye(4)
-    assert correlation.abs().max() < 5 / math.sqrt(MANY // 4)
+    assert correlation.abs().max() < 5 / math.sqrt(NUM_ELEMENTS // 4)
 
 
-def test_the_rounding_of_a_probability_is_small_and_its_scale_is_exact():
-    assert abs(round(0.1 * LEVELS) / LEVELS - 0.1) < 1 / LEVELS
+def test_the_rounding_of_a_dropout_probability_is_small_and_its_scale_is_exact():
+    assert abs(round(0.1 * NUM_LEVELS) / NUM_LEVELS - 0.1) < 1 / NUM_LEVELS
     for probability in (0.1, 0.5, 0.003):
-        assert scale(probability) * (1 - round(probability * LEVELS) / LEVELS) == pytest.approx(1, rel=1e-15)
-    assert scale(1.0) == 0.0
-    assert not keep(torch.Size([7]), 1.0).any()
-    assert keep(torch.Size([7]), 0.0).all()
+        assert dropout_scale(probability) * (1 - round(probability * NUM_LEVELS) / NUM_LEVELS) == pytest.approx(
+            1, rel=1e-15
+        )
+    assert dropout_scale(1.0) == 0.0
+    assert not sample_keep_mask(torch.Size([7]), 1.0).any()
+    assert sample_keep_mask(torch.Size([7]), 0.0).all()
 
 
-def test_the_seed_gives_the_masks_and_threads_have_no_part_in_it():
+def test_dropout_masks_depend_on_the_seed_and_not_on_the_threads():
     made, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
             torch.manual_seed(5)
-            made += [keep(torch.Size([1000, 333]), 0.1)]
-        other = keep(torch.Size([1000, 333]), 0.1)
+            made += [sample_keep_mask(torch.Size([1000, 333]), 0.1)]
+        other = sample_keep_mask(torch.Size([1000, 333]), 0.1)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*made)
     assert not torch.equal(made[0], other)
 
 
-def test_the_layer_drops_scales_and_passes_gradients_through_the_same_mask():
+def test_the_dropout_layer_scales_and_passes_gradients_through_the_same_mask():
     layer, given = Dropout(0.25), torch.randn(50, 40, requires_grad=True)
     made = layer(given)
     made.backward(torch.ones_like(made))
@@ -64,33 +74,37 @@ def test_the_layer_drops_scales_and_passes_gradients_through_the_same_mask():
     assert layer(given) is given
 
 
-def by_definition(query, key, value, scaling: float, masks: list[torch.Tensor], probability: float) -> torch.Tensor:
+def attention_by_definition(
+    query, key, value, scaling: float, masks: list[torch.Tensor], probability: float
+) -> torch.Tensor:
     """All pairs at once in float64, with the masks that the blocks drew."""
     width = query.shape[2]
     scores = query.double() @ key.double().transpose(2, 3) * scaling
-    chances = scores.masked_fill(torch.ones(width, width).triu(1).bool(), -torch.inf).softmax(3)
-    stay = torch.zeros_like(chances)
+    probs = scores.masked_fill(torch.ones(width, width).triu(1).bool(), -torch.inf).softmax(3)
+    keep_mask = torch.zeros_like(probs)
     start = 0
     for mask in masks:
         end = start + mask.shape[1]
-        stay[:, :, start:end, : mask.shape[2]] = mask.view(*query.shape[:2], *mask.shape[1:])
+        keep_mask[:, :, start:end, : mask.shape[2]] = mask.view(*query.shape[:2], *mask.shape[1:])
         start = end
-    return (chances * stay * scale(probability)) @ value.double()
+    return (probs * keep_mask * dropout_scale(probability)) @ value.double()
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.0])
-@pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK, 2 * BLOCK, 3 * BLOCK + 7])
-def test_the_attention_and_its_gradients_are_those_of_the_definition(monkeypatch, width, probability):
+@pytest.mark.parametrize("width", [1, BLOCK_SIZE - 1, BLOCK_SIZE, 2 * BLOCK_SIZE, 3 * BLOCK_SIZE + 7])
+def test_blockwise_attention_and_its_gradients_are_those_of_the_definition(monkeypatch, width, probability):
     torch.manual_seed(width)
     masks: list[torch.Tensor] = []
-    monkeypatch.setattr(cpu_attention, "keep", lambda *given: masks.append(keep(*given)) or masks[-1])
+    monkeypatch.setattr(
+        cpu_attention, "sample_keep_mask", lambda *given: masks.append(sample_keep_mask(*given)) or masks[-1]
+    )
     given = [torch.randn(2, width, 3, 16, requires_grad=True) for _ in range(3)]
     heads = [one.transpose(1, 2) for one in given]  # as they come out of the layer before
     by = torch.randn(2, 3, width, 16)
-    made = attention(*heads, 0.25, probability)
+    made = blockwise_attention(*heads, 0.25, probability)
     found = torch.autograd.grad(made, given, by)
-    expected = by_definition(*heads, 0.25, masks, probability)
-    assert len(masks) == -(-width // BLOCK)
+    expected = attention_by_definition(*heads, 0.25, masks, probability)
+    assert len(masks) == -(-width // BLOCK_SIZE)
     torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-6)
     wanted = torch.autograd.grad(expected, given, by.double())
     for one, other in zip(found, wanted, strict=True):
@@ -99,11 +113,13 @@ def test_the_attention_and_its_gradients_are_those_of_the_definition(monkeypatch
         torch.testing.assert_close(made, functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.25))
 
 
-def test_in_bf16_it_is_nearly_as_exact_as_torchs_own_kernel_without_dropout(monkeypatch):
+def test_attention_in_bf16_is_nearly_as_exact_as_torchs_own_kernel_without_dropout(monkeypatch):
     """Outputs and gradients against float64: scores and softmax are not rounded, what goes into a product is."""
     torch.manual_seed(0)
     masks: list[torch.Tensor] = []
-    monkeypatch.setattr(cpu_attention, "keep", lambda *given: masks.append(keep(*given)) or masks[-1])
+    monkeypatch.setattr(
+        cpu_attention, "sample_keep_mask", lambda *given: masks.append(sample_keep_mask(*given)) or masks[-1]
+    )
     given = [(3 * torch.randn(2, 3, 200, 32)).bfloat16().requires_grad_() for _ in range(3)]
     by = torch.randn(2, 3, 200, 32).bfloat16()
 
@@ -113,26 +129,26 @@ def test_in_bf16_it_is_nearly_as_exact_as_torchs_own_kernel_without_dropout(monk
         return [float((one.double() - other).norm() / other.norm()) for one, other in pairs]
 
     with torch.autocast("cpu", torch.bfloat16):
-        made = attention(*given, 32**-0.5, 0.1)
+        made = blockwise_attention(*given, 32**-0.5, 0.1)
     assert made.dtype == torch.bfloat16
-    found = errors(made, by_definition(*given, 32**-0.5, masks, 0.1))
+    found = errors(made, attention_by_definition(*given, 32**-0.5, masks, 0.1))
     torchs = functional.scaled_dot_product_attention(*given, is_causal=True)
     whole = [torch.ones_like(mask) for mask in masks]
-    for one, other in zip(found, errors(torchs, by_definition(*given, 32**-0.5, whole, 0.0)), strict=True):
+    for one, other in zip(found, errors(torchs, attention_by_definition(*given, 32**-0.5, whole, 0.0)), strict=True):
         assert one < 3 * other
 
 
 @pytest.fixture
-def causal(tiny):
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
+def causal(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
     return model.train()
 
 
-def gradients(causal, seed: int) -> list[torch.Tensor]:
+def compute_gradients(causal, seed: int) -> list[torch.Tensor]:
     torch.manual_seed(seed)
     causal.zero_grad()
     ids = torch.arange(90).view(3, 30)
-    TokenLoss(causal, None)(ids, ids)[0].backward()
+    CausalLMLoss(causal, None)(ids, ids)[0].backward()
     return [p.grad.clone() for p in causal.parameters() if p.requires_grad]
 
 
@@ -141,7 +157,9 @@ def test_every_dropout_of_a_model_is_replaced_and_its_mean_gradient_stays(causal
     seeds = range(400)
 
     def sample() -> torch.Tensor:
-        return torch.stack([torch.cat([g.flatten()[:40] for g in gradients(causal, seed)]) for seed in seeds]).double()
+        return torch.stack(
+            [torch.cat([g.flatten()[:40] for g in compute_gradients(causal, seed)]) for seed in seeds]
+        ).double()
 
     theirs = sample()
     install(causal, causal)
@@ -156,10 +174,10 @@ def test_every_dropout_of_a_model_is_replaced_and_its_mean_gradient_stays(causal
     assert 0.8 < float(ours.var(0).mean() / theirs.var(0).mean()) < 1.25
 
 
-def test_the_attention_is_called_in_training_and_not_in_evaluation(causal, monkeypatch):
+def test_blockwise_attention_is_called_in_training_and_not_in_evaluation(causal, monkeypatch):
     calls = []
-    honest = cpu_attention.attention
-    monkeypatch.setattr(cpu_attention, "attention", lambda *given: calls.append(given[-1]) or honest(*given))
+    honest = cpu_attention.blockwise_attention
+    monkeypatch.setattr(cpu_attention, "blockwise_attention", lambda *given: calls.append(given[-1]) or honest(*given))
     ids = torch.arange(60).view(2, 30)
     causal.eval()
     with torch.no_grad():
@@ -172,20 +190,20 @@ def test_the_attention_is_called_in_training_and_not_in_evaluation(causal, monke
     assert short.shape == (2, 8)
     assert calls == []
     causal.train()
-    gradients(causal, 0)
+    compute_gradients(causal, 0)
     assert calls == [0.1, 0.1], "once in each of the two layers"
 
 
-def test_blocks_that_are_computed_again_draw_the_same_masks(causal):
+def test_activation_checkpointing_draws_the_same_dropout_masks(causal):
     install(causal, causal)
-    once = gradients(causal, 3)
+    once = compute_gradients(causal, 3)
     causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for one, other in zip(once, gradients(causal, 3), strict=True):
+    for one, other in zip(once, compute_gradients(causal, 3), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def test_the_dropout_of_adapters_is_replaced_too_and_what_is_saved_stays_as_it_was(causal, tmp_path):
-    module = adapt(causal, LoraSettings(dropout=0.2), ["c_attn"])
+    module = add_adapters(causal, LoraSettings(dropout=0.2), ["c_attn"])
     names, told = set(module.state_dict()), causal.config.to_dict()
     install(module, causal)
     assert {layer.p for layer in module.modules() if type(layer) is Dropout} == {0.1, 0.2}
@@ -194,13 +212,13 @@ def test_the_dropout_of_adapters_is_replaced_too_and_what_is_saved_stays_as_it_w
     assert causal.config.to_dict() == told
     module.save_pretrained(tmp_path)
     causal.config.save_pretrained(tmp_path)
-    assert cpu_attention.NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
+    assert cpu_attention.ATTENTION_NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))
 
 
-def test_other_models_and_models_without_dropout_keep_their_attention(tiny):
+def test_other_models_and_models_without_dropout_keep_their_attention(tiny_model):
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=97, attention_dropout=0.1, **shape))
-    none = AutoModelForCausalLM.from_pretrained(tiny, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    none = AutoModelForCausalLM.from_pretrained(tiny_model, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
     for causal in (llama, none):
         install(causal, causal)
         assert causal.config._attn_implementation == "sdpa"

@@ -12,12 +12,13 @@ from trainer.config.schema import GROUPS
 CONTRACT = [
     "--mode", "--preset", "--model", "--init", "--data", "--val-data", "--val-fraction", "--prompt",
     "--completion", "--objective", "--block-size", "--epochs", "--max-steps", "--global-batch", "--micro-batch",
-    "--eval-batch", "--lr", "--warmup-steps", "--weight-decay", "--clip", "--seed", "--no-shuffle",
-    "--precision", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-targets", "--ds-config",
-    "--eval-every", "--save-every", "--keep", "--resume", "--out", "--wandb", "--wandb-project", "--run-name",
-    "--dry-run", "--local_rank", "--early-stop", "--dropout", "--export", "--samples", "--metrics",
+    "--eval-batch", "--lr", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--seed", "--no-shuffle",
+    "--precision", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-target-modules", "--ds-config",
+    "--eval-every", "--save-every", "--save-total-limit", "--resume", "--output-dir", "--wandb", "--wandb-project",
+    "--run-name",
+    "--dry-run", "--local_rank", "--early-stop", "--dropout", "--export", "--num-samples", "--score-samples",
 ]  # fmt: skip
-OF_THE_RUN = {
+FLAGS_WITHOUT_FIELD = {
     "--mode",
     "--preset",
     "--resume",
@@ -32,21 +33,25 @@ OF_THE_RUN = {
 # A value of each flag that no preset has, as typed and as read.
 VALUES = {
     "--model": ("m", "m"), "--init": ("random", "random"), "--lora-rank": ("4", 4), "--lora-alpha": ("3", 3.0),
-    "--lora-dropout": ("0.5", 0.5), "--lora-targets": ("a, b", ("a", "b")), "--data": ("d.csv", "d.csv"),
+    "--lora-dropout": ("0.5", 0.5), "--lora-target-modules": ("a, b", ("a", "b")), "--data": ("d.csv", "d.csv"),
     "--val-data": ("v.csv", "v.csv"), "--val-fraction": ("0.2", 0.2), "--prompt": ("{p}", "{p}"),
     "--completion": ("{c}", "{c}"), "--objective": ("completion", "completion"), "--block-size": ("77", 77),
     "--no-shuffle": (None, False), "--epochs": ("1.5", 1.5), "--max-steps": ("9", 9), "--global-batch": ("10", 10),
     "--micro-batch": ("5", 5), "--eval-batch": ("7", 7), "--lr": ("1e-3", 1e-3), "--warmup-steps": ("3", 3),
-    "--weight-decay": ("0.1", 0.1), "--clip": ("0", 0.0), "--seed": ("1", 1), "--ds-config": ("zero3", "zero3"),
+    "--weight-decay": ("0.1", 0.1), "--max-grad-norm": ("0", 0.0), "--seed": ("1", 1),
+    "--ds-config": ("zero3", "zero3"),
     "--precision": ("bf16", "bf16"), "--hang-timeout": ("60", 60.0), "--eval-every": ("5", "5"),
-    "--save-every": ("never", "never"), "--keep": ("3", 3), "--out": ("o", "o"), "--wandb": ("disabled", "disabled"),
+    "--save-every": ("never", "never"), "--save-total-limit": ("3", 3), "--output-dir": ("o", "o"),
+    "--wandb": ("disabled", "disabled"),
     "--wandb-project": ("p", "p"), "--run-name": ("n", "n"),
-    "--also": ("tensorboard,trackio", ("tensorboard", "trackio")), "--profile": ("5", 5), "--adapter": ("dora", "dora"),
-    "--lora-plus-ratio": ("16", 16.0), "--train-also": ("wte,bias", ("wte", "bias")), "--quant": ("nf4", "nf4"),
-    "--quant-double": (None, True), "--optim": ("adamw", "adamw"), "--checkpoint-activations": (None, True),
+    "--report-to": ("tensorboard,trackio", ("tensorboard", "trackio")), "--profile": ("5", 5),
+    "--adapter": ("dora", "dora"),
+    "--lora-plus-ratio": ("16", 16.0), "--modules-to-save": ("wte,bias", ("wte", "bias")), "--quant": ("nf4", "nf4"),
+    "--quant-double": (None, True), "--optim": ("adamw", "adamw"), "--activation-checkpointing": (None, True),
     "--compile": ("on", "on"),
     "--dropout": ("0.3", 0.3),
-    "--early-stop": ("2:0.1", "2:0.1"), "--export": ("best", "best"), "--samples": ("5", 5), "--metrics": (None, True),
+    "--early-stop": ("2:0.1", "2:0.1"), "--export": ("best", "best"), "--num-samples": ("5", 5),
+    "--score-samples": (None, True),
 }  # fmt: skip
 FIELDS = {
     field.metadata["flag"]: (name, field.name)
@@ -54,16 +59,16 @@ FIELDS = {
 }  # fmt: skip
 
 
-def options() -> set[str]:
-    return {option for action in cli.parser()._actions for option in action.option_strings} - {"-h"}
+def list_flags() -> set[str]:
+    return {option for action in cli.build_parser()._actions for option in action.option_strings} - {"-h"}
 
 
-def test_every_flag_of_the_contract_is_there():
-    assert set(CONTRACT) <= options()
+def test_every_flag_of_the_contract_exists():
+    assert set(CONTRACT) <= list_flags()
 
 
-def test_every_flag_is_a_field_or_tells_what_to_do():
-    assert options() == set(FIELDS) | OF_THE_RUN
+def test_every_flag_is_a_settings_field_or_a_command():
+    assert list_flags() == set(FIELDS) | FLAGS_WITHOUT_FIELD
 
 
 def test_only_the_constants_of_the_optimizer_have_no_flag():
@@ -72,45 +77,45 @@ def test_only_the_constants_of_the_optimizer_have_no_flag():
 
 
 @pytest.mark.parametrize("flag", sorted(FIELDS))
-def test_each_flag_sets_its_field_and_is_known_as_given(flag):
+def test_each_flag_sets_its_field_and_is_recorded_as_overridden(flag):
     typed, expected = VALUES[flag]
     more = {"--prompt": ["--completion", "{c}"], "--quant-double": ["--quant", "nf4"]}.get(flag, [])
-    request = cli.read(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])])
+    request = cli.parse_args(["--mode", "lora", *more, flag, *([typed] if typed is not None else [])])
     group, field = FIELDS[flag]
     assert getattr(getattr(request.settings, group), field) == expected
-    assert request.given[group][field] == expected
+    assert request.overrides[group][field] == expected
     assert flag in request.settings.overridden
     assert len(request.settings.overridden) == 1 + bool(more)
 
 
-def test_nothing_given_is_nothing_overridden():
-    request = cli.read(["--mode", "full"])
+def test_no_flags_override_nothing():
+    request = cli.parse_args(["--mode", "full"])
     assert request.settings.overridden == ()
-    assert not any(request.given.values())
+    assert not any(request.overrides.values())
     assert (request.settings.preset, request.resume, request.dry_run) == ("demo", None, False)
     assert request.allow_change == ()
 
 
-def test_a_flag_with_the_presets_own_value_still_counts_as_given():
-    lr = cli.read(["--mode", "full", "--preset", "card"]).settings.train.lr
-    request = cli.read(["--mode", "lora", "--preset", "card", "--lr", str(lr)])
+def test_a_flag_with_the_presets_own_value_still_counts_as_overridden():
+    lr = cli.parse_args(["--mode", "full", "--preset", "card"]).settings.train.lr
+    request = cli.parse_args(["--mode", "lora", "--preset", "card", "--lr", str(lr)])
     assert request.settings.overridden == ("--lr",)
     assert request.settings.train.lr == lr, "and the mode does not change it"
 
 
 @pytest.mark.parametrize(("words", "expected"), [([], None), (["--resume"], "latest"), (["--resume", "best"], "best")])
 def test_resume_takes_a_checkpoint_or_the_newest(words, expected):
-    assert cli.read(["--mode", "full", *words]).resume == expected
+    assert cli.parse_args(["--mode", "full", *words]).resume == expected
 
 
 def test_allowed_changes_may_be_joined_repeated_and_written_as_flags():
     words = ["--allow-change", "lr,global-batch", "--allow-change", "max_steps"]
-    assert cli.read(["--mode", "full", "--resume", *words]).allow_change == ("lr", "global_batch", "max_steps")
+    assert cli.parse_args(["--mode", "full", "--resume", *words]).allow_change == ("lr", "global_batch", "max_steps")
 
 
 def test_the_launchers_rank_is_accepted_and_changes_nothing():
-    with_rank = cli.read(["--local_rank=1", "--mode", "full"])
-    assert with_rank.settings == cli.read(["--mode", "full"]).settings
+    with_rank = cli.parse_args(["--local_rank=1", "--mode", "full"])
+    assert with_rank.settings == cli.parse_args(["--mode", "full"]).settings
 
 
 @pytest.mark.parametrize(
@@ -128,16 +133,16 @@ def test_the_launchers_rank_is_accepted_and_changes_nothing():
         (["--mode", "full", "stray"], "stray"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(words, said):
+def test_a_mistake_in_the_flags_is_one_line_that_names_it(words, said):
     with pytest.raises(UserError) as caught:
-        cli.read(words)
+        cli.parse_args(words)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_help_shows_groups_units_and_both_presets_defaults(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.read(["--help"])
+        cli.parse_args(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for title in cli.TITLES.values():

@@ -8,71 +8,78 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cells import on_cells, read_cell, run_cell, run_cells
+from cells import launch_jobs, read_job_result, run_job, run_jobs
 from safetensors.torch import load_file
-from test_ways import arguments, prepared  # noqa: F401
+from test_ways import data_dir, make_argv  # noqa: F401
 
 from trainer.config import cli
-from trainer.config.errors import RunFailed
+from trainer.config.errors import TrainingError
 from trainer.data.dataset import load
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import leave_world, start_world
-from trainer.model.build import build, load_config
-from trainer.run import _engine
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.model.build import build_model, load_config
+from trainer.run import build_engine
 from trainer.tracking.records import EvalRecord, EventRecord, StepRecord
 from trainer.training import checkpoint
-from trainer.training.checkpoint import Checkpoints, Progress
+from trainer.training.checkpoint import CheckpointManager, TrainState
 from trainer.training.loop import train
 from trainer.training.run_plan import make_plan
 
-Told = list[tuple[str, int]]
+CallLog = list[tuple[str, int]]
 
 
-def lagging(told: Told) -> None:
+def keep_steps_in_flight(call_log: CallLog) -> None:
     """From here on every engine lags; in `told` stands in which order steps are asked for and read."""
-    honest = Engine.ask
+    original = Engine.launch_step
 
-    def ask(self: Any, *given: Any, **named: Any) -> Any:
-        number = sum(what == "asked" for what, _ in told)
-        told.append(("asked", number))
-        answer = honest(self, *given, **named)
-        return lambda: told.append(("read", number)) or answer()
+    def launch_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        index = sum(event == "asked" for event, _ in call_log)
+        call_log.append(("asked", index))
+        result = original(self, *args, **kwargs)
+        return lambda: call_log.append(("read", index)) or result()
 
-    Engine.ask = ask  # type: ignore[method-assign]
-    Engine.lags = property(lambda self: self.way.guarded)  # type: ignore[assignment, method-assign]
+    Engine.launch_step = launch_step  # type: ignore[method-assign]
+    Engine.supports_steps_in_flight = property(lambda self: self.stepper.supports_on_device_skip)  # type: ignore[assignment, method-assign]
 
 
-def run_lagging(jobs: list[dict[str, Any]]) -> int:
-    told: Told = []
-    lagging(told)
-    world = start_world()
+def run_jobs_in_flight(jobs: list[dict[str, Any]]) -> int:
+    call_log: CallLog = []
+    keep_steps_in_flight(call_log)
+    dist_context = init_distributed()
     for job in jobs:
-        del told[:]
-        run_cell(world, job)
-        order = [number for what, number in told if what == "read"]
+        del call_log[:]
+        run_job(dist_context, job)
+        order = [number for event, number in call_log if event == "read"]
         assert order == sorted(order), "in their order"
-        assert [n for what, n in told if what == "asked"] == order, "each once"
-        assert told[:3] == [("asked", 0), ("asked", 1), ("read", 0)], "the second before the first is read"
-    leave_world()
+        assert [n for event, n in call_log if event == "asked"] == order, "each once"
+        assert call_log[:3] == [("asked", 0), ("asked", 1), ("read", 0)], "the second before the first is read"
+    destroy_process_group()
     return 0
 
 
-def words(tiny: str, records: tuple[str, str], *more: str) -> list[str]:
-    return [*arguments(tiny, records, "full", "completion"), "--micro-batch", "1", *more]
+def completion_argv(tiny_model: str, data_files: tuple[str, str], *flags: str) -> list[str]:
+    return [*make_argv(tiny_model, data_files, "full", "completion"), "--micro-batch", "1", *flags]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_record_and_the_weights_are_those_of_a_run_that_waits(ranks, tiny, records, prepared, tmp_path):  # noqa: F811
+def test_steps_in_flight_give_the_records_and_weights_of_a_run_that_waits(
+    ranks,
+    tiny_model,
+    data_files,
+    data_dir,
+    tmp_path,
+):
     cells = {
-        f"{zero}-{every}": words(tiny, records, "--ds-config", zero, "--eval-every", every, "--save-every", "5")
+        f"{zero}-{every}": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", every, "--save-every",
+            "5")
         for zero in ("zero0", "zero1") for every in ("2", "epoch")
     }  # fmt: skip
-    for out, target in ((tmp_path / "waits", run_cells), (tmp_path / "lags", run_lagging)):
+    for out, target in ((tmp_path / "waits", run_jobs), (tmp_path / "lags", run_jobs_in_flight)):
         out.mkdir()
-        jobs = [{"name": name, "flags": flag, "data": str(prepared), "out": str(out)} for name, flag in cells.items()]
-        on_cells(ranks, jobs, out / "log", target)
+        jobs = [{"name": name, "flags": flag, "data": str(data_dir), "out": str(out)} for name, flag in cells.items()]
+        launch_jobs(ranks, jobs, out / "log", target)
     for name in cells:
-        (rows, weights), (others, final) = (read_cell(tmp_path / out, name) for out in ("waits", "lags"))
+        (rows, weights), (others, final) = (read_job_result(tmp_path / out, name) for out in ("waits", "lags"))
         clock = ("time", "tokens_per_second")
         assert [{k: v for k, v in row.items() if k not in clock} for row in others] == [
             {k: v for k, v in row.items() if k not in clock} for row in rows
@@ -82,110 +89,139 @@ def test_every_record_and_the_weights_are_those_of_a_run_that_waits(ranks, tiny,
         assert all(row["tokens_per_second"] > 0 for row in others if row["kind"] == "step")
 
 
-def begun(job: dict[str, Any], world: Any) -> tuple[Any, ...]:
-    settings, data = cli.read(job["flags"]).settings, load(Path(job["data"]))
-    model = build(settings)
-    plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
-    engine, progress = _engine(plan, model, None)
-    saver = Checkpoints(Path(job["out"]) / job["name"], world, keep=99, identity={"base": "test"})
-    return engine, data, plan.course, progress, saver
+def prepare_job(job: dict[str, Any], dist_context: Any) -> tuple[Any, ...]:
+    settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
+    model = build_model(settings)
+    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    engine, state = build_engine(plan, model, None)
+    checkpoint_manager = CheckpointManager(
+        Path(job["out"]) / job["name"], dist_context, save_total_limit=99, identity={"base": "test"}
+    )
+    return engine, data, plan.schedule, state, checkpoint_manager
 
 
-def breaks(jobs: list[dict[str, Any]]) -> int:
+def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
     """On a rank: the numbers of the job's step are not finite; the one after it is asked for already."""
-    told: Told = []
-    lagging(told)
-    honest = Engine.accumulate
-    world = start_world()
+    call_log: CallLog = []
+    keep_steps_in_flight(call_log)
+    original = Engine.forward_backward
+    dist_context = init_distributed()
     for job in jobs:
-        del told[:]
-        bad = job["bad"] - 1
+        del call_log[:]
+        bad_step = job["bad"] - 1
 
-        def accumulate(self: Any, micro: Any, *, step: int, counted: int, bad: int = bad) -> Any:
-            made = honest(self, micro, step=step, counted=counted)
-            return made * math.nan if step == bad and world.rank == 0 else made
+        def forward_backward(
+            self: Any, micro_batch: Any, *, step: int, num_target_tokens: int, bad_step: int = bad_step
+        ) -> Any:
+            loss_sum = original(self, micro_batch, step=step, num_target_tokens=num_target_tokens)
+            return loss_sum * math.nan if step == bad_step and dist_context.rank == 0 else loss_sum
 
-        Engine.accumulate = accumulate  # type: ignore[method-assign]
-        engine, data, course, progress, saver = begun(job, world)
-        seen = []
-        with pytest.raises(RunFailed, match=f"step {job['bad']}: loss nan; the weights are those after step {bad},"):
-            seen += list(iter_all(train(engine, data, course, progress, saver, lambda: False), seen))
-        steps = [row.step for row in seen if isinstance(row, StepRecord)]
-        assert steps == list(range(1, bad + 1))
-        assert isinstance(seen[-1], EventRecord)
-        assert seen[-1].event == "not_finite"
-        if world.rank == 0:
-            final = {name: tensor.numpy().copy() for name, tensor in engine.state.whole_weights()}
-            np.savez(Path(job["out"]) / f"{job['name']}.npz", **final)
-            (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps({"told": told}))
+        Engine.forward_backward = forward_backward  # type: ignore[method-assign]
+        engine, data, schedule, state, checkpoint_manager = prepare_job(job, dist_context)
+        records = []
+        with pytest.raises(
+            TrainingError, match=f"step {job['bad']}: loss nan; the weights are those after step {bad_step},"
+        ):
+            records += list(
+                collect_records(train(engine, data, schedule, state, checkpoint_manager, lambda: False), records)
+            )
+        steps = [row.step for row in records if isinstance(row, StepRecord)]
+        assert steps == list(range(1, bad_step + 1))
+        assert isinstance(records[-1], EventRecord)
+        assert records[-1].event == "not_finite"
+        if dist_context.rank == 0:
+            weights = {name: tensor.numpy().copy() for name, tensor in engine.state.gather_weights()}
+            np.savez(Path(job["out"]) / f"{job['name']}.npz", **weights)
+            (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps({"told": call_log}))
         else:
-            list(engine.state.whole_weights())
-    leave_world()
+            list(engine.state.gather_weights())
+    destroy_process_group()
     return 0
 
 
-def iter_all(stream: Any, seen: list[Any]) -> Any:
+def collect_records(stream: Any, records: list[Any]) -> Any:
     """Everything that comes, kept even where the stream then raises."""
     for record in stream:
-        seen.append(record)
+        records.append(record)
     return ()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_that_is_not_finite_is_found_late_and_has_moved_nothing(ranks, tiny, records, prepared, tmp_path):  # noqa: F811
+def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
+    ranks,
+    tiny_model,
+    data_files,
+    data_dir,
+    tmp_path,
+):
     """Neither has the one that was asked for after it: weights and the checkpoint are those before the bad one."""
     flag = ("--eval-every", "never", "--save-every", "never")
     jobs = [
-        {"name": f"{zero}-{bad}", "bad": bad, "data": str(prepared), "out": str(tmp_path),
-         "flags": words(tiny, records, "--ds-config", zero, *flag)}
+        {"name": f"{zero}-{bad}", "bad": bad, "data": str(data_dir), "out": str(tmp_path),
+         "flags": completion_argv(tiny_model, data_files, "--ds-config", zero, *flag)}
         for zero in ("zero0", "zero1") for bad in (2, 4)
     ]  # fmt: skip
-    on_cells(ranks, jobs, tmp_path / "log", breaks)
+    launch_jobs(ranks, jobs, tmp_path / "log", run_non_finite_jobs)
     every = [
-        {"name": zero, "data": str(prepared), "out": str(tmp_path),
-         "flags": words(tiny, records, "--ds-config", zero, "--eval-every", "never", "--save-every", "1")}
+        {"name": zero, "data": str(data_dir), "out": str(tmp_path),
+         "flags": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", "never", "--save-every", "1")}
         for zero in ("zero0", "zero1")
     ]  # fmt: skip
-    on_cells(ranks, every, tmp_path / "log")
+    launch_jobs(ranks, every, tmp_path / "log")
     for job in jobs:
         before, zero = job["bad"] - 1, job["name"].partition("-")[0]
         told = json.loads((tmp_path / f"{job['name']}.json").read_text())["told"]
         asked = max(number for what, number in told if what == "asked")
         assert asked == job["bad"], "one more, counted from zero"
         good = load_file(
-            checkpoint.choose(tmp_path / f"{zero}-checkpoints", f"step-{before}").folder / checkpoint.STATE
+            checkpoint.resolve_checkpoint(tmp_path / f"{zero}-checkpoints", f"step-{before}").folder
+            / checkpoint.STATE_FILE
         )
-        found = load_file(checkpoint.choose(tmp_path / job["name"], "latest").folder / checkpoint.STATE)
+        found = load_file(
+            checkpoint.resolve_checkpoint(tmp_path / job["name"], "latest").folder / checkpoint.STATE_FILE
+        )
         assert good.keys() == found.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in good.items())
 
 
-def stops(jobs: list[dict[str, Any]]) -> int:
+def run_stopped_jobs(jobs: list[dict[str, Any]]) -> int:
     """On a rank: a signal comes while the fourth step is asked for."""
-    told: Told = []
-    lagging(told)
-    world = start_world()
+    call_log: CallLog = []
+    keep_steps_in_flight(call_log)
+    dist_context = init_distributed()
     for job in jobs:
-        del told[:]
-        engine, data, course, progress, saver = begun(job, world)
-        stream = train(engine, data, course, progress, saver, lambda: sum(what == "asked" for what, _ in told) >= 4)
-        rows = []
+        del call_log[:]
+        engine, data, schedule, state, checkpoint_manager = prepare_job(job, dist_context)
+        stream = train(
+            engine,
+            data,
+            schedule,
+            state,
+            checkpoint_manager,
+            lambda: sum(event == "asked" for event, _ in call_log) >= 4,
+        )
+        records = []
         while True:
             try:
-                rows.append(next(stream))
-            except StopIteration as end:
-                last: Progress = end.value
+                records.append(next(stream))
+            except StopIteration as stop:
+                last_state: TrainState = stop.value
                 break
-        steps = [row.step for row in rows if isinstance(row, StepRecord)]
-        assert steps == list(range(1, last.step + 1))
-        assert len(steps) == sum(what == "asked" for what, _ in told), "what was asked for is told of"
-        assert rows[-1].event == "interrupted"
-        assert not [row for row in rows if isinstance(row, EvalRecord) and row.step]
-        assert checkpoint.choose(saver.folder, "latest").step == last.step < 9
-    leave_world()
+        steps = [row.step for row in records if isinstance(row, StepRecord)]
+        assert steps == list(range(1, last_state.step + 1))
+        assert len(steps) == sum(event == "asked" for event, _ in call_log), "what was asked for is told of"
+        assert records[-1].event == "interrupted"
+        assert not [row for row in records if isinstance(row, EvalRecord) and row.step]
+        assert checkpoint.resolve_checkpoint(checkpoint_manager.folder, "latest").step == last_state.step < 9
+    destroy_process_group()
     return 0
 
 
-def test_a_stop_waits_for_what_was_asked_for_and_saves_that(tiny, records, prepared, tmp_path):  # noqa: F811
-    flag = words(tiny, records, "--eval-every", "never", "--save-every", "never")
-    on_cells(2, [{"name": "one", "flags": flag, "data": str(prepared), "out": str(tmp_path)}], tmp_path / "log", stops)
+def test_a_stop_waits_for_the_step_in_flight_and_saves_it(tiny_model, data_files, data_dir, tmp_path):  # noqa: F811
+    flag = completion_argv(tiny_model, data_files, "--eval-every", "never", "--save-every", "never")
+    launch_jobs(
+        2,
+        [{"name": "one", "flags": flag, "data": str(data_dir), "out": str(tmp_path)}],
+        tmp_path / "log",
+        run_stopped_jobs,
+    )

@@ -12,25 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cells import on_cells, read_cell
-from conftest import TEMPLATES, make_tiny
+from cells import launch_jobs, read_job_result
+from conftest import TEMPLATE_FLAGS, make_tiny_gpt2
 
 from trainer.config import cli, reference
 from trainer.data.dataset import load, prepare
 
-LOSS, NORM, EVAL = 1e-5, 1e-4, 1e-6  # relative, over all 60 steps; wider than rounding, far below a wrong setting
+LOSS_TOLERANCE, NORM_TOLERANCE, EVAL_TOLERANCE = (
+    1e-5,
+    1e-4,
+    1e-6,
+)  # relative, over all 60 steps; wider than rounding, far below a wrong setting
 STEPS = 60  # five epochs and a half of 21 blocks, 2 a step: the last step of each epoch has one
 CARD = reference.SETTINGS
 SEEDS = (1, 2, 3, 4, 5)
 
 
-def ours(model: str, records: tuple[str, str], *more: str) -> list[str]:
+def card_argv(model: str, data_files: tuple[str, str], *extra_flags: str) -> list[str]:
     """Flags of the card preset on the tiny model and data."""
-    words = f"--mode full --preset card --model {model} --data {records[0]} --val-data {records[1]} --block-size 16"
-    return [*f"{words} --no-shuffle --max-steps {STEPS} --save-every never".split(), *TEMPLATES, *more]
+    flags = (
+        f"--mode full --preset card --model {model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16"
+    )
+    return [*f"{flags} --no-shuffle --max-steps {STEPS} --save-every never".split(), *TEMPLATE_FLAGS, *extra_flags]
 
 
-def hugging_face(model: str, data: Path, out: Path, **changed: Any) -> list[dict[str, float]]:
+def run_hugging_face_trainer(model: str, data: Path, out: Path, **overrides: Any) -> list[dict[str, float]]:
     """The log of a real Trainer with the card's numbers on the blocks of `data`: a row per step and evaluation."""
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -51,7 +57,7 @@ def hugging_face(model: str, data: Path, out: Path, **changed: Any) -> list[dict
     }  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(out), max_steps=STEPS, logging_steps=1, logging_first_step=True, eval_strategy="epoch",
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, **{**numbers, **changed},
+        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, **{**numbers, **overrides},
     )  # fmt: skip
     prepared = load(data)
     torch.set_num_threads(1)  # the model is so small that a second one only waits
@@ -66,22 +72,28 @@ def hugging_face(model: str, data: Path, out: Path, **changed: Any) -> list[dict
 
 
 @pytest.fixture(scope="module")
-def blocks(tiny: str, records: tuple[str, str]) -> Path:
-    return prepare(cli.read(ours(tiny, records)).settings.data, model=tiny, global_batch=2).folder
+def data_dir(tiny_model: str, data_files: tuple[str, str]) -> Path:
+    return prepare(
+        cli.parse_args(card_argv(tiny_model, data_files)).settings.data, model=tiny_model, global_batch=2
+    ).folder
 
 
-def cells(out: Path, data: Path, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+def train_runs(out: Path, data: Path, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
     """{name: rows} of runs of ours on one rank."""
-    work = [{"name": name, "flags": words, "data": str(data), "out": str(out)} for name, words in jobs.items()]
-    on_cells(1, work, out / "log")
-    return {name: read_cell(out, name)[0] for name in jobs}
+    rank_jobs = [{"name": name, "flags": argv, "data": str(data), "out": str(out)} for name, argv in jobs.items()]
+    launch_jobs(1, rank_jobs, out / "log")
+    return {name: read_job_result(out, name)[0] for name in jobs}
 
 
-def test_the_card_preset_follows_the_trainer_step_by_step(tiny, records, blocks, tmp_path):
+def test_the_card_preset_follows_hugging_faces_trainer_step_by_step(tiny_model, data_files, data_dir, tmp_path):
     faster = ["--lr", "1e-3"]  # the weights move thirty times as far, so that more than the start is compared
-    rows = cells(tmp_path, blocks, {"card": ours(tiny, records), "faster": ours(tiny, records, *faster)})
+    rows = train_runs(
+        tmp_path,
+        data_dir,
+        {"card": card_argv(tiny_model, data_files), "faster": card_argv(tiny_model, data_files, *faster)},
+    )
     for name, changed in (("card", {}), ("faster", {"learning_rate": 1e-3})):
-        log = hugging_face(tiny, blocks, tmp_path, **changed)
+        log = run_hugging_face_trainer(tiny_model, data_dir, tmp_path, **changed)
         theirs = [row for row in log if "loss" in row]
         steps = [row for row in rows[name] if row["kind"] == "step"]
         assert [row["step"] for row in theirs] == [row["step"] for row in steps] == list(range(1, STEPS + 1))
@@ -95,14 +107,16 @@ def test_the_card_preset_follows_the_trainer_step_by_step(tiny, records, blocks,
         print(f"{name}: loss {loss:.1e} norm {norm:.1e} eval {final:.1e}; {steps[0]['loss']} -> {steps[-1]['loss']}")
         assert [a["lr"] for a, _ in pairs] == [b["learning_rate"] for _, b in pairs]
         assert [a["epoch"] for a, _ in pairs[10::11]] == [b["epoch"] for _, b in pairs[10::11]] == [1, 2, 3, 4, 5]
-        assert loss <= LOSS
-        assert norm <= NORM
-        assert final <= EVAL
+        assert loss <= LOSS_TOLERANCE
+        assert norm <= NORM_TOLERANCE
+        assert final <= EVAL_TOLERANCE
         assert max(row["grad_norm"] for row in steps) > 1, "clipping at 1.0 was at work"
 
 
 @pytest.mark.slow
-def test_with_dropout_the_final_losses_have_one_distribution(tiny, records, blocks, tmp_path):
+def test_with_dropout_final_losses_have_the_distribution_of_hugging_faces_trainer(
+    tiny_model, data_files, data_dir, tmp_path
+):
     """Two-sided exact permutation test on the difference of means, five seeds against five, rejected at p < 0.01.
 
     Only 2 of the 252 ways to split ten values are as extreme as complete separation (p = 0.0079), so this level asks
@@ -110,15 +124,15 @@ def test_with_dropout_the_final_losses_have_one_distribution(tiny, records, bloc
     cases, one of 4 (here 0.12 nats) in 96, one of 5 in 99.5. The control, a run without dropout, is 11 away in the
     training loss; in the validation loss, where no dropout is, it cannot be told apart after so few steps.
     """
-    model = make_tiny(tmp_path / "dropped", dropout=CARD["dropout"])
+    model = make_tiny_gpt2(tmp_path / "dropped", dropout=CARD["dropout"])
     rate = ("--lr", "1e-3")
-    jobs = {f"seed{seed}": ours(model, records, *rate, "--seed", str(seed)) for seed in SEEDS}
-    rows = cells(tmp_path, blocks, jobs | {"without": ours(tiny, records, *rate)})
-    logs = [hugging_face(model, blocks, tmp_path, learning_rate=1e-3, seed=seed) for seed in SEEDS]
+    jobs = {f"seed{seed}": card_argv(model, data_files, *rate, "--seed", str(seed)) for seed in SEEDS}
+    rows = train_runs(tmp_path, data_dir, jobs | {"without": card_argv(tiny_model, data_files, *rate)})
+    logs = [run_hugging_face_trainer(model, data_dir, tmp_path, learning_rate=1e-3, seed=seed) for seed in SEEDS]
     for kind in ("train", "val"):
-        theirs = [final(log, kind, "loss", "eval_loss") for log in logs]
-        mine = [final(rows[name], kind, "train_loss", "loss") for name in jobs]
-        without = final(rows["without"], kind, "train_loss", "loss")
+        theirs = [final_loss(log, kind, "loss", "eval_loss") for log in logs]
+        mine = [final_loss(rows[name], kind, "train_loss", "loss") for name in jobs]
+        without = final_loss(rows["without"], kind, "train_loss", "loss")
         spread = statistics.stdev(theirs)
         p, control = permutation_test(mine, theirs), permutation_test([without] * 5, theirs)
         print(
@@ -130,7 +144,7 @@ def test_with_dropout_the_final_losses_have_one_distribution(tiny, records, bloc
             assert control < 0.01, "the test would not notice that dropout is off"
 
 
-def test_the_power_of_that_test_is_the_one_stated():
+def test_the_power_of_the_dropout_parity_test_is_the_one_stated():
     for shift, share in ((0, 2 / 252), (3, 0.77), (4, 0.96), (5, 0.995), (11, 1.0)):
         assert power(shift) == pytest.approx(share, abs=0.005), shift
     apart = permutation_test([1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0])
@@ -141,34 +155,34 @@ def test_the_power_of_that_test_is_the_one_stated():
 def power(shift: float, size: int = 5) -> float:
     """Probability that two samples of normal values, `shift` standard deviations apart, are completely separated."""
 
-    def below(x: float) -> float:
+    def normal_cdf(x: float) -> float:
         return (1 + math.erf(x / math.sqrt(2))) / 2
 
     total, width = 0.0, 0.01
     for n in range(-1000, 2001):  # over the extreme value x of the first sample that is nearest to the second
         x = n * width
         density = size * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-        lower = below(x) ** (size - 1) * (1 - below(x - shift)) ** size  # the first sample under the second
-        upper = (1 - below(x)) ** (size - 1) * below(x - shift) ** size
+        lower = normal_cdf(x) ** (size - 1) * (1 - normal_cdf(x - shift)) ** size  # the first sample under the second
+        upper = (1 - normal_cdf(x)) ** (size - 1) * normal_cdf(x - shift) ** size
         total += width * density * (lower + upper)
     return total
 
 
-def final(rows: list[dict[str, Any]], kind: str, train: str, val: str) -> float:
+def final_loss(rows: list[dict[str, Any]], kind: str, train: str, val: str) -> float:
     """The mean training loss of the last whole epoch (steps 45 to 55), or the last validation loss."""
     if kind == "val":
         return [row[val] for row in rows if val in row and row.get("kind", "eval") == "eval"][-1]
     return statistics.mean(row["loss"] for row in rows if "grad_norm" in row and 45 <= row["step"] <= 55)
 
 
-def permutation_test(one: list[float], other: list[float]) -> float:
+def permutation_test(sample_a: list[float], sample_b: list[float]) -> float:
     """Share of all splits of the values whose means are at least as far apart as those of these two samples."""
-    values = [*one, *other]
+    values = [*sample_a, *sample_b]
     total = sum(values)
 
-    def apart(part: tuple[float, ...]) -> float:
-        return abs(sum(part) / len(one) - (total - sum(part)) / len(other))
+    def mean_distance(sample: tuple[float, ...]) -> float:
+        return abs(sum(sample) / len(sample_a) - (total - sum(sample)) / len(sample_b))
 
-    found = apart(tuple(one))
-    splits = [apart(part) for part in itertools.combinations(values, len(one))]
-    return sum(split >= found * (1 - 1e-9) for split in splits) / len(splits)
+    observed = mean_distance(tuple(sample_a))
+    splits = [mean_distance(part) for part in itertools.combinations(values, len(sample_a))]
+    return sum(split >= observed * (1 - 1e-9) for split in splits) / len(splits)

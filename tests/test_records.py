@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer.tracking.records import (
-    KINDS,
+    RECORD_CLASSES,
     EpochRecord,
     EvalRecord,
     EventRecord,
@@ -16,7 +16,7 @@ from trainer.tracking.records import (
     StepRecord,
     from_line,
     perplexity,
-    read,
+    read_records,
     to_line,
 )
 
@@ -41,13 +41,13 @@ EVENT = EventRecord(
 
 
 @pytest.mark.parametrize("record", [STEP, EVAL, EPOCH, EVENT])
-def test_a_row_is_one_line_and_comes_back_equal_to_the_last_bit(record: Record) -> None:
+def test_a_record_is_one_line_and_comes_back_equal_to_the_last_bit(record: Record) -> None:
     line = to_line(record)
     assert "\n" not in line
     assert from_line(line) == record
 
 
-def test_the_fields_of_the_rows_are_the_contract() -> None:
+def test_the_fields_of_the_records_are_the_contract() -> None:
     """The names that metrics.jsonl promises to its readers, `kind` first."""
     assert list(json.loads(to_line(STEP))) == [
         "kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "time",
@@ -56,51 +56,51 @@ def test_the_fields_of_the_rows_are_the_contract() -> None:
     assert {"epoch", "train_loss"} <= set(json.loads(to_line(EPOCH)))
     assert {
         kind: json.loads(to_line(record))["kind"]
-        for kind, record in zip(KINDS, [STEP, EVAL, EPOCH, EVENT], strict=True)
-    } == {kind: kind for kind in KINDS}
+        for kind, record in zip(RECORD_CLASSES, [STEP, EVAL, EPOCH, EVENT], strict=True)
+    } == {kind: kind for kind in RECORD_CLASSES}
 
 
-def test_every_row_of_a_curve_carries_all_three_axes() -> None:
+def test_every_record_of_a_curve_has_all_three_axes() -> None:
     for kind in (StepRecord, EvalRecord, EpochRecord):
         assert {"step", "epoch", "samples", "tokens"} <= {field.name for field in fields(kind)}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_no_number_is_refused(bad: float) -> None:
+def test_a_record_with_a_non_finite_loss_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_line(EpochRecord(epoch=1.0, train_loss=bad, step=1, samples=1, tokens=1, time=0.0))
 
 
-def test_a_field_of_a_later_version_is_left_out() -> None:
+def test_a_record_field_of_a_later_version_is_ignored() -> None:
     assert from_line(to_line(EPOCH)[:-1] + ', "invented": 1}') == EPOCH
 
 
 @pytest.mark.parametrize(
     "line", ["", "{", "[]", "3", "null", '{"kind": "later"}', '{"step": 1}', '{"kind": "epoch", "epoch": 1.0}']
 )
-def test_what_is_no_record_is_refused(line: str) -> None:
+def test_a_line_that_is_no_record_is_refused(line: str) -> None:
     with pytest.raises(ValueError, match=r"not a record|not a whole record|Expecting"):
         from_line(line)
 
 
-def test_a_file_reads_back_in_order(tmp_path: Path) -> None:
+def test_a_metrics_file_reads_back_in_order(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(to_line(record) + "\n" for record in (EVAL, STEP, EPOCH, EVENT)))
-    assert list(read(path)) == [EVAL, STEP, EPOCH, EVENT]
+    assert list(read_records(path)) == [EVAL, STEP, EPOCH, EVENT]
 
 
-def test_a_last_line_cut_off_by_a_kill_is_left_out_whatever_it_holds(tmp_path: Path) -> None:
+def test_a_last_metrics_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
     path, whole = tmp_path / "metrics.jsonl", (to_line(STEP) + "\n").encode()
     for cut in range(1, len(whole)):
         path.write_bytes(whole + whole[:cut])
-        assert list(read(path)) == [STEP]
+        assert list(read_records(path)) == [STEP]
 
 
-def test_a_broken_line_within_names_file_and_line(tmp_path: Path) -> None:
+def test_a_broken_line_within_a_metrics_file_is_refused_with_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes((to_line(STEP) + "\n" + "half\n" + to_line(STEP) + "\n").encode())
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: "):
-        list(read(path))
+        list(read_records(path))
 
 
 def test_perplexity_is_the_exponential_and_never_overflows() -> None:

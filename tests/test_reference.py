@@ -7,7 +7,7 @@ import pytest
 from trainer.config import reference, schema
 from trainer.config.reference import CURVE, why_not_comparable
 
-SAME = {
+REFERENCE_FACTS = {
     "data": "export.csv", "vocabulary": 50_257, "block_size": 1024, "objective": "blocks", "model": "gpt2",
     "examples": 13_242,
 }  # fmt: skip
@@ -18,7 +18,7 @@ def test_the_published_perplexities_are_those_of_the_published_losses() -> None:
         assert row.perplexity == pytest.approx(math.exp(row.val_loss), abs=6e-4)  # printed with three digits
 
 
-def test_the_curve_is_the_published_one_at_whole_epochs() -> None:
+def test_the_reference_curve_is_the_published_one_at_whole_epochs() -> None:
     assert [row.val_loss for row in CURVE] == [1.2262, 1.0048, 0.9414]  # the card's training table
     assert [row.step for row in CURVE] == [row.epoch * reference.STEPS_PER_EPOCH for row in CURVE]
     assert {math.ceil(n / reference.SETTINGS["global_batch"]) for n in reference.EXAMPLES_PER_EPOCH} == {6_621}
@@ -27,15 +27,15 @@ def test_the_curve_is_the_published_one_at_whole_epochs() -> None:
 def test_the_card_preset_is_the_card() -> None:
     preset = schema.resolve("full", "card", {})
     for name in ("lr", "global_batch", "eval_batch", "seed", "beta1", "beta2", "epsilon", "epochs", "warmup_steps",
-                 "weight_decay", "clip"):  # fmt: skip
+                 "weight_decay", "max_grad_norm"):  # fmt: skip
         assert getattr(preset.train, name) == reference.SETTINGS[name], name
     assert preset.model.model == reference.SETTINGS["model"]
     assert preset.data.block_size == reference.KNOWN_DATA["block_size"]
     assert preset.data.objective == reference.KNOWN_DATA["objective"]
 
 
-def test_the_unknown_stays_a_reason_where_all_that_is_known_agrees() -> None:
-    (reason,) = why_not_comparable(**SAME)
+def test_unknown_facts_of_the_reference_stay_a_reason_where_all_known_ones_agree() -> None:
+    (reason,) = why_not_comparable(**REFERENCE_FACTS)
     assert reason.startswith("unknown of the card: ")
     assert "data set" in reason
     assert "split" in reason
@@ -51,11 +51,11 @@ def test_the_unknown_stays_a_reason_where_all_that_is_known_agrees() -> None:
         ({"model": "some/where/demo-base/"}, "other base model (demo-base"),
     ],
 )
-def test_each_known_difference_is_named_with_its_numbers(changed: dict[str, object], named: str) -> None:
-    reasons = why_not_comparable(**{**SAME, **changed})
+def test_each_difference_from_the_reference_is_named_with_its_numbers(changed: dict[str, object], named: str) -> None:
+    reasons = why_not_comparable(**{**REFERENCE_FACTS, **changed})
     assert len(reasons) == 2
     assert reasons[0].startswith(named)
 
 
-def test_a_folder_named_gpt2_and_the_shorter_epoch_are_no_difference() -> None:
-    assert len(why_not_comparable(**{**SAME, "model": "models/gpt2/", "examples": 13_241})) == 1
+def test_a_folder_named_gpt2_and_a_shorter_epoch_are_no_difference_from_the_reference() -> None:
+    assert len(why_not_comparable(**{**REFERENCE_FACTS, "model": "models/gpt2/", "examples": 13_241})) == 1

@@ -4,22 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import facts, like_the_card, make
+from run_folders import make_metadata, make_reference_like_metadata, make_run_folder
 
 from trainer.config.errors import UserError
-from trainer.report.assertions import check_runs, exit_code, parse
-from trainer.report.run_data import Run, read_folder
+from trainer.report.assertions import check_runs, exit_code, parse_condition
+from trainer.report.run_data import RunData, read_folder
 
-CARD = {0: 4.0, 1: 1.2262, 2: 1.0048, 3: 0.9414}
+REFERENCE_LOSSES = {0: 4.0, 1: 1.2262, 2: 1.0048, 3: 0.9414}
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return read_folder(make(tmp_path / "run", losses={0: 4.0, 1: 1.5, 2: 1.0, 3: 1.2}))
+def run_data(tmp_path: Path) -> RunData:
+    return read_folder(make_run_folder(tmp_path / "run", losses={0: 4.0, 1: 1.5, 2: 1.0, 3: 1.2}))
 
 
-def outcome(run: Run, check: str, tolerance: float = 0.0) -> str:
-    return check_runs([check], [run], tolerance)[0].outcome
+def check_outcome(run_data: RunData, check: str, tolerance: float = 0.0) -> str:
+    return check_runs([check], [run_data], tolerance)[0].outcome
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def outcome(run: Run, check: str, tolerance: float = 0.0) -> str:
         ("val_loss<=9@step 31", False),
     ],
 )
-def test_a_condition_holds_or_not(run: Run, check: str, passes: bool) -> None:
-    assert outcome(run, check) == ("passed" if passes else "failed")
+def test_an_assertion_on_a_run_passes_or_fails(run_data: RunData, check: str, passes: bool) -> None:
+    assert check_outcome(run_data, check) == ("passed" if passes else "failed")
 
 
-def test_the_tolerance_widens_the_limit_on_its_own_side(run: Run) -> None:
-    assert outcome(run, "val_loss<=0.99@epoch 2", 0.02) == "passed"
-    assert outcome(run, "val_loss<=0.97@epoch 2", 0.02) == "failed"
-    assert outcome(run, "val_loss>=1.01@epoch 2", 0.02) == "passed"
-    assert outcome(run, "val_loss==1.01@epoch 2", 0.02) == "passed"
+def test_the_tolerance_widens_the_limit_of_an_assertion_on_its_own_side(run_data: RunData) -> None:
+    assert check_outcome(run_data, "val_loss<=0.99@epoch 2", 0.02) == "passed"
+    assert check_outcome(run_data, "val_loss<=0.97@epoch 2", 0.02) == "failed"
+    assert check_outcome(run_data, "val_loss>=1.01@epoch 2", 0.02) == "passed"
+    assert check_outcome(run_data, "val_loss==1.01@epoch 2", 0.02) == "passed"
 
 
 @pytest.mark.parametrize(
@@ -78,48 +78,56 @@ def test_the_tolerance_widens_the_limit_on_its_own_side(run: Run) -> None:
         "val_loss<=1 val_loss<=2",
     ],
 )
-def test_a_typo_is_a_mistake_and_not_a_pass(text: str) -> None:
+def test_a_typo_in_an_assertion_is_an_error_and_not_a_pass(text: str) -> None:
     with pytest.raises(UserError, match="--check"):
-        parse(text)
+        parse_condition(text)
 
 
 def test_an_unfinished_run_has_no_final_value_but_its_epochs_stand(tmp_path: Path) -> None:
-    going = read_folder(make(tmp_path / "going", finished=False))
-    assert outcome(going, "val_loss<=9") == "failed"
-    assert outcome(going, "best_val_loss<=9") == "failed"
-    assert outcome(going, "val_loss<=9@epoch 1") == "passed"
+    going = read_folder(make_run_folder(tmp_path / "going", finished=False))
+    assert check_outcome(going, "val_loss<=9") == "failed"
+    assert check_outcome(going, "best_val_loss<=9") == "failed"
+    assert check_outcome(going, "val_loss<=9@epoch 1") == "passed"
 
 
-def card_run(tmp_path: Path, losses: Any, **how: Any) -> Run:
-    return read_folder(make(tmp_path / "card", facts_of=like_the_card("lora"), losses=losses, every=5000, **how))
+def make_reference_like_run(tmp_path: Path, losses: Any, **options: Any) -> RunData:
+    return read_folder(
+        make_run_folder(
+            tmp_path / "card", metadata=make_reference_like_metadata("lora"), losses=losses, every=5000, **options
+        )
+    )
 
 
-def test_the_card_is_matched_at_its_own_numbers(tmp_path: Path) -> None:
-    result = check_runs(["card"], [card_run(tmp_path, CARD)], 0.0)[0]
+def test_the_card_assertion_passes_at_the_reference_losses(tmp_path: Path) -> None:
+    result = check_runs(["card"], [make_reference_like_run(tmp_path, REFERENCE_LOSSES)], 0.0)[0]
     assert result.outcome == "passed"
     assert "unknown of the card" in result.why
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_each_epoch_over_the_card_fails_unless_within_the_tolerance(tmp_path: Path, epoch: int) -> None:
-    run = card_run(tmp_path, {**CARD, epoch: CARD[epoch] + 0.001})
-    assert outcome(run, "card") == "failed"
-    assert outcome(run, "card", 0.0011) == "passed"
+def test_each_epoch_over_the_reference_fails_the_card_assertion_unless_within_the_tolerance(
+    tmp_path: Path, epoch: int
+) -> None:
+    run = make_reference_like_run(tmp_path, {**REFERENCE_LOSSES, epoch: REFERENCE_LOSSES[epoch] + 0.001})
+    assert check_outcome(run, "card") == "failed"
+    assert check_outcome(run, "card", 0.0011) == "passed"
 
 
-def test_a_missing_epoch_fails(tmp_path: Path) -> None:
-    result = check_runs(["card"], [card_run(tmp_path, {0: 4.0, 1: 0.5, 3: 0.5})], 0.0)[0]
+def test_a_missing_epoch_fails_the_card_assertion(tmp_path: Path) -> None:
+    result = check_runs(["card"], [make_reference_like_run(tmp_path, {0: 4.0, 1: 0.5, 3: 0.5})], 0.0)[0]
     assert (result.outcome, result.why) == ("failed", "no evaluation at epoch 2")
 
 
-def test_other_data_is_not_comparable_however_low_its_loss(tmp_path: Path) -> None:
-    low = read_folder(make(tmp_path / "low", facts_of=facts(), losses={0: 1.0, 1: 0.1, 2: 0.1, 3: 0.1}))
-    assert outcome(low, "card") == "not comparable"
+def test_a_run_on_other_data_is_not_comparable_with_the_reference_however_low_its_loss(tmp_path: Path) -> None:
+    low = read_folder(
+        make_run_folder(tmp_path / "low", metadata=make_metadata(), losses={0: 1.0, 1: 0.1, 2: 0.1, 3: 0.1})
+    )
+    assert check_outcome(low, "card") == "not comparable"
 
 
-def test_exit_codes(tmp_path: Path, run: Run) -> None:
-    assert exit_code(check_runs(["val_loss<9"], [run], 0)) == 0
-    assert exit_code(check_runs(["val_loss<9", "val_loss<0"], [run], 0)) == 1
-    assert exit_code(check_runs(["card", "val_loss<9"], [run], 0)) == 3
-    assert exit_code(check_runs(["card", "val_loss<0"], [run], 0)) == 1
+def test_assertions_decide_the_exit_code(tmp_path: Path, run_data: RunData) -> None:
+    assert exit_code(check_runs(["val_loss<9"], [run_data], 0)) == 0
+    assert exit_code(check_runs(["val_loss<9", "val_loss<0"], [run_data], 0)) == 1
+    assert exit_code(check_runs(["card", "val_loss<9"], [run_data], 0)) == 3
+    assert exit_code(check_runs(["card", "val_loss<0"], [run_data], 0)) == 1
     assert exit_code([]) == 0

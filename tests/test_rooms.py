@@ -40,7 +40,7 @@ DOORS = {
     "sacrebleu": {"training/text_metrics"},
     "rouge_score": {"training/text_metrics"},
 }
-LIGHT = [
+TORCH_FREE = [
     "config.cli",
     "config.reference",
     "tracking.records",
@@ -57,11 +57,11 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def sources() -> list[Path]:
+def list_source_files() -> list[Path]:
     return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
 
 
-def imported(path: Path) -> Iterator[str]:
+def iter_imports(path: Path) -> Iterator[str]:
     """The dotted names that a file imports, anywhere in it, also by import_module."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -74,23 +74,23 @@ def imported(path: Path) -> Iterator[str]:
             yield str(node.args[0].value)
 
 
-def test_every_room_has_its_place_in_the_order():
-    assert {room_of(path) for path in sources()} == set(LEVEL)
+def test_every_package_has_a_level_in_the_import_order():
+    assert {room_of(path) for path in list_source_files()} == set(LEVEL)
     assert all(not path.read_text() for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", list_source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
     room = room_of(path)
-    for name in imported(path):
+    for name in iter_imports(path):
         parts = name.split(".")
         if parts[0] == "trainer" and len(parts) > 1 and parts[1] != room:
             assert LEVEL[parts[1]] < LEVEL[room], f"{room} imports {name}"
 
 
 @pytest.mark.parametrize("package", sorted(DOORS))
-def test_an_outside_package_comes_in_by_its_door(package):
-    users = [path for path in sources() if package in {name.split(".")[0] for name in imported(path)}]
+def test_an_outside_package_is_imported_only_where_allowed(package):
+    users = [path for path in list_source_files() if package in {name.split(".")[0] for name in iter_imports(path)}]
     doors = {door for path in users for door in (room_of(path), str(path.relative_to(PACKAGE).with_suffix("")))}
     assert users
     assert all(
@@ -98,25 +98,29 @@ def test_an_outside_package_comes_in_by_its_door(package):
     ), doors
 
 
-def test_the_loop_knows_no_sink_no_mode_and_no_file():
+def test_the_loop_knows_no_logger_no_mode_and_no_file():
     path = PACKAGE / "training" / "loop.py"
-    assert not any(name.startswith(("trainer.tracking.", "wandb")) for name in imported(path) if ".records" not in name)
+    assert not any(
+        name.startswith(("trainer.tracking.", "wandb")) for name in iter_imports(path) if ".records" not in name
+    )
     code = path.read_text()
     assert not any(word in code for word in ("print(", "wandb", "open(", "argparse", ".rank ==", "lora"))
 
 
-def test_only_the_launcher_imports_the_run():
-    users = [p for p in [*sources(), *(ROOT / "launch").glob("*.py")] if "trainer.run.run" in set(imported(p))]
+def test_only_the_launcher_imports_trainer_run():
+    users = [
+        p for p in [*list_source_files(), *(ROOT / "launch").glob("*.py")] if "trainer.run.run" in set(iter_imports(p))
+    ]
     assert [path.name for path in users] == ["train.py"]
 
 
-def test_there_is_no_room_for_odds_and_ends():
-    names = {path.stem for path in sources()}
+def test_there_is_no_utils_or_common_module():
+    names = {path.stem for path in list_source_files()}
     assert not names & {"utils", "util", "common", "helpers", "misc", "base_trainer"}
 
 
-@pytest.mark.parametrize("room", LIGHT)
-def test_a_light_room_loads_without_torch(room):
+@pytest.mark.parametrize("room", TORCH_FREE)
+def test_a_torch_free_package_loads_without_torch(room):
     """A report is made, and a mistake is found, on a machine that has none of the heavy packages."""
     heavy = ("torch", "transformers", "deepspeed", "peft", "datasets", "wandb", "matplotlib", "safetensors")
     line = f"import sys, trainer.{room}; print([name for name in {heavy} if name in sys.modules])"
@@ -124,7 +128,7 @@ def test_a_light_room_loads_without_torch(room):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_the_launchers_load_nothing_heavy_before_they_have_read_their_flags():
+def test_launch_scripts_load_nothing_heavy_before_parsing_flags():
     """So that --help answers at once, and libraries are silenced before they are imported."""
     for name in ("train", "compare", "export", "bench", "doctor", "study"):
         line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"

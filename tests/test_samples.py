@@ -9,45 +9,45 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cells import on_cells
-from conftest import TEMPLATES, write_records
-from group import events, science
+from cells import launch_jobs
+from conftest import TEMPLATE_FLAGS, write_records
+from group import read_events, read_reproducible_records
 from ranks import train
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.schema import DEMO_MODEL, MOST_SAMPLES
+from trainer.config.schema import DEMO_MODEL, MAX_NUM_SAMPLES
 from trainer.data.dataset import load, prepare
 from trainer.data.tokenizer import load_tokenizer
-from trainer.distributed.process_group import leave_world, start_world
-from trainer.model.build import build, load_config
-from trainer.report.comparison import compare, write
-from trainer.report.load import gather
-from trainer.run import _engine
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.model.build import build_model, load_config
+from trainer.report.comparison import compare, write_report
+from trainer.report.load import load_runs
+from trainer.run import build_engine
 from trainer.tracking.records import EvalRecord, EventRecord
-from trainer.tracking.wandb_logger import WandbSink
+from trainer.tracking.wandb_logger import WandbLogger
 from trainer.training import text_metrics
-from trainer.training.generation import Sampler, check_data, make_prompts
-from trainer.training.run_plan import check_early, make_plan
-from trainer.training.text_metrics import acled_scores, fields, text_scores
+from trainer.training.generation import GenerationEvaluator, check_prompts_available, make_prompts
+from trainer.training.run_plan import make_plan, validate_early
+from trainer.training.text_metrics import acled_scores, parse_fields, text_scores
 
 
 @pytest.fixture(scope="module")
-def words(tiny: str, records: tuple[str, str]) -> list[str]:
-    text = f"--model {tiny} --data {records[0]} --val-data {records[1]} --block-size 24 --eval-batch 4"
-    return [*f"{text} --global-batch 6 --objective completion --lr 0.003".split(), *TEMPLATES]
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    text = f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 24 --eval-batch 4"
+    return [*f"{text} --global-batch 6 --objective completion --lr 0.003".split(), *TEMPLATE_FLAGS]
 
 
 @pytest.fixture(scope="module")
-def prepared(words: list[str], tiny: str) -> Path:
-    settings = cli.read(["--mode", "full", *words]).settings
-    return prepare(settings.data, model=tiny, global_batch=6).folder
+def data_dir(argv: list[str], tiny_model: str) -> Path:
+    settings = cli.parse_args(["--mode", "full", *argv]).settings
+    return prepare(settings.data, model=tiny_model, global_batch=6).folder
 
 
 # --- the scores ------------------------------------------------------------------------------------------------------
 
 
-def test_scores_of_texts_that_are_their_references_and_of_texts_that_share_nothing():
+def test_text_metrics_of_identical_and_of_disjoint_texts():
     texts = ["the cat sat on the mat", "five dogs ran home together"]
     assert text_scores(texts, [f" {text} " for text in texts]) == pytest.approx(
         {"exact_match": 1.0, "bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0}
@@ -81,96 +81,109 @@ PROMPT = "Date: 5 January 2022\nLocation: Kanu\nFatalities: {}\nNotes:"
         ("1", "On 5 January 2022 in Kanu. 1,200 people died.", (1, 1, 0)),
     ],
 )
-def test_what_a_note_must_repeat(number, note, right):
+def test_acled_field_scores_count_the_fields_that_a_note_repeats(number, note, right):
     found = acled_scores([note], [PROMPT.format(number)])
     assert (found["date"], found["place"], found.get("fatalities")) == right
     assert found.get("invented_deaths") == (None if int(number) else "killed" in note)
 
 
-def test_a_field_that_no_prompt_has_is_no_score():
-    assert fields("Location: Kanu\nOdd: x\nNotes:") == {"Location": "Kanu"}
+def test_an_acled_field_that_no_prompt_has_gives_no_score():
+    assert parse_fields("Location: Kanu\nOdd: x\nNotes:") == {"Location": "Kanu"}
     assert acled_scores(["in Kanu", "in Oslo"], ["Location: Kanu\nNotes:", "Location: Kanu\nNotes:"]) == {"place": 0.5}
 
 
-def test_metrics_without_their_packages_are_refused_before_anything_is_read(monkeypatch):
+def test_text_metrics_without_their_packages_are_refused_before_data_are_read(monkeypatch):
     monkeypatch.setattr(text_metrics, "find_spec", lambda name: None if name == "rouge_score" else object())
-    settings = cli.read(["--mode", "full", "--metrics", "--data", "nowhere.csv"]).settings
-    world: Any = SimpleNamespace(size=1, device=SimpleNamespace(type="cpu"))
-    with pytest.raises(UserError, match=r"--metrics: needs rouge_score, which is not installed; pip install"):
-        check_early(settings, world)
+    settings = cli.parse_args(["--mode", "full", "--score-samples", "--data", "nowhere.csv"]).settings
+    world: Any = SimpleNamespace(world_size=1, device=SimpleNamespace(type="cpu"))
+    with pytest.raises(UserError, match=r"--score-samples: needs rouge_score, which is not installed; pip install"):
+        validate_early(settings, world)
 
 
-def test_metrics_of_texts_without_prompts_are_refused(tiny, tmp_path):
+def test_text_metrics_for_data_without_prompts_are_refused(tiny_model, tmp_path):
     path = tmp_path / "plain.jsonl"
     path.write_text("".join(json.dumps({"text": f"w{n} w{n + 1} " * 9}) + "\n" for n in range(1, 60)))
-    given = f"--mode full --metrics --model {tiny} --data {path} --block-size 16 --val-fraction 0.3"
-    settings = cli.read(given.split()).settings
-    data = prepare(settings.data, model=tiny, global_batch=8)
-    with pytest.raises(UserError, match=r"--metrics: .*plain.jsonl has no prompts to complete"):
-        check_data(settings, data)
-    prompts = make_prompts(data, load_tokenizer(tiny), 32)
+    given = f"--mode full --score-samples --model {tiny_model} --data {path} --block-size 16 --val-fraction 0.3"
+    settings = cli.parse_args(given.split()).settings
+    data = prepare(settings.data, model=tiny_model, global_batch=8)
+    with pytest.raises(UserError, match=r"--score-samples: .*plain.jsonl has no prompts to complete"):
+        check_prompts_available(settings, data)
+    prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
     assert prompts, "but a text's own opening is a prompt for a sample"
     for prompt, (_, text) in zip(prompts, data.val_texts, strict=False):
         assert f"{prompt.text} {prompt.reference}".split() == text.split()
-    assert make_prompts(data, load_tokenizer(tiny), 12) == [], "9 tokens of prompt leave no room among 12"
+    assert make_prompts(data, load_tokenizer(tiny_model), 12) == [], "9 tokens of prompt leave no room among 12"
 
 
 # --- completions -----------------------------------------------------------------------------------------------------
 
-MOST = 7
+MAX_NEW_TOKENS = 7
 
 
-def complete_cells(jobs: list[dict[str, Any]]) -> int:
+def generate_jobs(jobs: list[dict[str, Any]]) -> int:
     """Complete each job's prompts by the engine, before and after a step; out/name.json has both and the gatherings."""
     from deepspeed.runtime.zero import stage3
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    world = start_world()
+    dist_context = init_distributed()
     gathered, fetched = [], []
-    entered, fetch = stage3.GatheredParameters.__enter__, PartitionedParameterCoordinator.fetch_sub_module
+    original_enter, original_fetch = (
+        stage3.GatheredParameters.__enter__,
+        PartitionedParameterCoordinator.fetch_sub_module,
+    )
     try:
         for job in jobs:
-            settings = cli.read(job["flags"]).settings
+            settings = cli.parse_args(job["flags"]).settings
             data = load(Path(job["data"]))
-            model = build(settings)
-            plan = make_plan(settings, world, data, model.facts, load_config(settings.model))
-            engine, _ = _engine(plan, model, None)
-            for parameter in engine.trainable.values():  # the same on all ranks; adapters say something, too
+            model = build_model(settings)
+            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+            engine, _ = build_engine(plan, model, None)
+            for parameter in engine.trainable_params.values():  # the same on all ranks; adapters say something, too
                 with stage3.GatheredParameters([parameter], modifier_rank=0) if job["zero3"] else torch.no_grad():
                     torch.manual_seed(parameter.numel() if not job["zero3"] else parameter.ds_numel)
                     parameter.data += 0.1 * torch.randn(parameter.shape)
-            stage3.GatheredParameters.__enter__ = lambda self: (gathered.append(1), entered(self))[1]
-            PartitionedParameterCoordinator.fetch_sub_module = lambda *a, **k: (fetched.append(1), fetch(*a, **k))[1]
-            made = engine.complete(job["prompts"], MOST, 0)
+            stage3.GatheredParameters.__enter__ = lambda self: (gathered.append(1), original_enter(self))[1]
+            PartitionedParameterCoordinator.fetch_sub_module = lambda *a, **k: (
+                fetched.append(1),
+                original_fetch(*a, **k),
+            )[1]
+            completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, 0)
             counts = [len(gathered), len(fetched)]
-            again = engine.complete(job["prompts"], MOST, 0)
-            stage3.GatheredParameters.__enter__, PartitionedParameterCoordinator.fetch_sub_module = entered, fetch
-            weights = {name: value for name, value in engine.state.whole_weights()}
-            if world.rank == 0:
-                assert made == again
-                plain = build(settings).module.eval()
+            repeated_completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, 0)
+            stage3.GatheredParameters.__enter__, PartitionedParameterCoordinator.fetch_sub_module = (
+                original_enter,
+                original_fetch,
+            )
+            weights = {name: value for name, value in engine.state.gather_weights()}
+            if dist_context.rank == 0:
+                assert completions == repeated_completions
+                plain_model = build_model(settings).module.eval()
                 with torch.no_grad():
-                    for name, parameter in plain.named_parameters():
+                    for name, parameter in plain_model.named_parameters():
                         if name in weights:
                             parameter.copy_(weights[name])
-                told = {"made": made, "plain": [naive(plain, one) for one in job["prompts"]], "counts": counts}
-                (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(told))
+                result = {
+                    "made": completions,
+                    "plain": [generate_token_by_token(plain_model, prompt) for prompt in job["prompts"]],
+                    "counts": counts,
+                }
+                (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(result))
             else:
-                assert made is None
+                assert completions is None
     finally:
-        leave_world()
+        destroy_process_group()
     return 0
 
 
 @torch.no_grad()
-def naive(module: Any, prompt: list[int]) -> list[int]:
+def generate_token_by_token(module: Any, prompt: list[int]) -> list[int]:
     """One prompt, one token at a time, from the logits of the whole row."""
     ids = list(prompt)
-    for _ in range(MOST):
-        following = int(module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-        if following == 0:
+    for _ in range(MAX_NEW_TOKENS):
+        next_token = int(module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if next_token == 0:
             break
-        ids.append(following)
+        ids.append(next_token)
     return ids[len(prompt) :]
 
 
@@ -178,16 +191,16 @@ PROMPTS = [[5, 6, 7], [40], [3, 9, 27, 81, 50, 53, 60, 8]]
 
 
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero3")])
-def test_completions_are_the_likeliest_tokens_one_by_one(ranks, zero, words, prepared, tmp_path):
+def test_greedy_generation_equals_token_by_token_argmax(ranks, zero, argv, data_dir, tmp_path):
     """Batched, cached and padded, with every weight and with adapters; ZeRO-3 gathers once for all tokens."""
     jobs = [
         {
-            "name": mode, "flags": ["--mode", mode, *words, "--ds-config", zero], "data": str(prepared),
+            "name": mode, "flags": ["--mode", mode, *argv, "--ds-config", zero], "data": str(data_dir),
             "out": str(tmp_path), "prompts": PROMPTS, "zero3": zero == "zero3",
         }
         for mode in ("full", "lora")
     ]  # fmt: skip
-    on_cells(ranks, jobs, tmp_path / "log", target=complete_cells)
+    launch_jobs(ranks, jobs, tmp_path / "log", target=generate_jobs)
     for mode in ("full", "lora"):
         told = json.loads((tmp_path / f"{mode}.json").read_text())
         assert told["made"] == told["plain"]
@@ -196,29 +209,32 @@ def test_completions_are_the_likeliest_tokens_one_by_one(ranks, zero, words, pre
 
 
 @pytest.fixture(scope="module")
-def both(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def sampled_and_plain_runs(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same run under ZeRO-3 with samples and scores, and without any."""
     out = tmp_path_factory.mktemp("sampled")
-    more = ["--max-steps", "5", "--eval-every", "2", "--dropout", "0.1", "--ds-config", "zero3"]
-    for name, flag in (("with", ["--samples", "3", "--metrics"]), ("without", ["--samples", "0"])):
-        train(["--mode", "full", *words, *more, *flag], out=out / name)
+    flags = ["--max-steps", "5", "--eval-every", "2", "--dropout", "0.1", "--ds-config", "zero3"]
+    for name, sample_flags in (
+        ("with", ["--num-samples", "3", "--score-samples"]),
+        ("without", ["--num-samples", "0"]),
+    ):
+        train(["--mode", "full", *argv, *flags, *sample_flags], out=out / name)
     return out / "with", out / "without"
 
 
-def test_samples_change_no_other_number(both):
-    sampled, bare = both
-    assert science(sampled) == science(bare)
+def test_generating_samples_changes_no_other_number(sampled_and_plain_runs):
+    sampled, bare = sampled_and_plain_runs
+    assert read_reproducible_records(sampled) == read_reproducible_records(bare)
     for name in ("model.safetensors", "config.json"):
         assert (sampled / "model" / name).read_bytes() == (bare / "model" / name).read_bytes()
-    assert events(bare, "samples") == []
-    assert events(bare, "finished")[0]["facts"]["sample_seconds"] == 0
+    assert read_events(bare, "samples") == []
+    assert read_events(bare, "finished")[0]["facts"]["sample_seconds"] == 0
 
 
-def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(both, records):
-    sampled, _ = both
-    made = events(sampled, "samples")
+def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_and_plain_runs, data_files):
+    sampled, _ = sampled_and_plain_runs
+    made = read_events(sampled, "samples")
     assert [event["step"] for event in made] == [0, 2, 4, 5]
-    told = [json.loads(line) for line in Path(records[1]).read_text().splitlines()]
+    told = [json.loads(line) for line in Path(data_files[1]).read_text().splitlines()]
     for event in made:
         facts = event["facts"]
         assert [text["prompt"] for text in facts["texts"]] == [record["prompt"] for record in told[:3]]
@@ -227,15 +243,15 @@ def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(both, rec
         assert set(facts["scores"]) == {"exact_match", "bleu", "chrf", "rouge_l"}
         assert "exact_match" in event["message"]
     seconds = sum(event["facts"]["seconds"] for event in made)
-    assert events(sampled, "finished")[0]["facts"]["sample_seconds"] == pytest.approx(seconds)
+    assert read_events(sampled, "finished")[0]["facts"]["sample_seconds"] == pytest.approx(seconds)
 
 
-def test_the_report_shows_the_last_samples_beside_the_first(both, tmp_path):
-    runs, _ = gather([str(both[0]), str(both[1])])
+def test_the_report_shows_the_last_samples_beside_the_first(sampled_and_plain_runs, tmp_path):
+    runs, _ = load_runs([str(sampled_and_plain_runs[0]), str(sampled_and_plain_runs[1])])
     comparison = compare(runs)
-    write(comparison, tmp_path)
+    write_report(comparison, tmp_path)
     shown = json.loads((tmp_path / "comparison.json").read_text())
-    made = events(both[0], "samples")
+    made = read_events(sampled_and_plain_runs[0], "samples")
     assert [row["last"] for row in shown["samples"]] == [
         f"(epoch {made[-1]['facts']['epoch']:.4g}) {text['completion']}" for text in made[-1]["facts"]["texts"]
     ]
@@ -245,7 +261,7 @@ def test_the_report_shows_the_last_samples_beside_the_first(both, tmp_path):
         assert "Completions against their references" in (tmp_path / page).read_text()
 
 
-def test_scores_of_acled_notes_beside_those_of_their_references(tmp_path):
+def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
     """A sampler whose model says the reference: everything is right that is right in the references."""
     path = tmp_path / "events.csv"
     with open(path, "w", newline="") as file:
@@ -256,10 +272,8 @@ def test_scores_of_acled_notes_beside_those_of_their_references(tmp_path):
             table.writerow(
                 [f"2022-01-{n:02d}", "Battles", "A", "Kanu", n, f"On {n} January 2022, in Kanu, A came. {deaths}"]
             )
-    given = (
-        f"--mode full --metrics --model {DEMO_MODEL} --data {path} --block-size 64 --global-batch 2 --val-fraction 0.4"
-    )
-    settings = cli.read(given.split()).settings
+    given = f"--mode full --score-samples --model {DEMO_MODEL} --data {path} --block-size 64 --global-batch 2 --val-fraction 0.4"
+    settings = cli.parse_args(given.split()).settings
     data = prepare(settings.data, model=DEMO_MODEL, global_batch=2)
     encode = load_tokenizer(DEMO_MODEL)
 
@@ -267,12 +281,12 @@ def test_scores_of_acled_notes_beside_those_of_their_references(tmp_path):
         return [encode(completion)["input_ids"] for _, completion in data.val_texts]
 
     model = SimpleNamespace(causal=SimpleNamespace(config=load_config(settings.model)))
-    engine: Any = SimpleNamespace(complete=perfect, model=model, can_be_whole=lambda: True)
+    engine: Any = SimpleNamespace(generate=perfect, model=model, fits_unsharded=lambda: True)
     record = EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=1.0, eval_tokens=1, time=1.0)
-    full: Any = SimpleNamespace(model=model, can_be_whole=lambda: False)
-    assert Sampler(full, data, settings).take(record) is None
-    assert "does not fit" in Sampler(full, data, settings).why_not
-    event = Sampler(engine, data, settings).take(record)
+    full: Any = SimpleNamespace(model=model, fits_unsharded=lambda: False)
+    assert GenerationEvaluator(full, data, settings).evaluate(record) is None
+    assert "does not fit" in GenerationEvaluator(full, data, settings).disabled_reason
+    event = GenerationEvaluator(engine, data, settings).evaluate(record)
     assert event is not None
     scores = event.facts["scores"]
     counted = np.mean([" killed" in text and "People" not in text for _, text in data.val_texts])
@@ -281,24 +295,24 @@ def test_scores_of_acled_notes_beside_those_of_their_references(tmp_path):
     assert 0 < counted < 1
 
 
-def test_prepared_data_keep_as_many_texts_as_can_be_asked_for(tiny, tmp_path):
-    path = write_records(tmp_path / "many.jsonl", rows=150, seed=5)
-    settings = cli.read(
-        ["--mode", "full", "--model", tiny, "--data", path, "--val-fraction", "0.4", *TEMPLATES]
+def test_prepared_data_store_as_many_prompts_as_num_samples_allows(tiny_model, tmp_path):
+    path = write_records(tmp_path / "many.jsonl", num_records=150, seed=5)
+    settings = cli.parse_args(
+        ["--mode", "full", "--model", tiny_model, "--data", path, "--val-fraction", "0.4", *TEMPLATE_FLAGS]
     ).settings
-    assert len(prepare(settings.data, model=tiny, global_batch=2).val_texts) == MOST_SAMPLES
-    with pytest.raises(UserError, match=f"--samples 33: expected a whole number from 0 to {MOST_SAMPLES}"):
-        cli.read(["--mode", "full", "--samples", "33"])
+    assert len(prepare(settings.data, model=tiny_model, global_batch=2).val_texts) == MAX_NUM_SAMPLES
+    with pytest.raises(UserError, match=f"--num-samples 33: expected a whole number from 0 to {MAX_NUM_SAMPLES}"):
+        cli.parse_args(["--mode", "full", "--num-samples", "33"])
 
 
-def test_the_sink_hands_weights_and_biases_a_table_and_the_scores():
+def test_the_wandb_logger_logs_a_sample_table_and_the_scores():
     logged: list[tuple[dict[str, Any], int]] = []
     run: Any = SimpleNamespace(log=lambda row, step: logged.append((row, step)), summary={}, finish=lambda **_: None)
-    sink = WandbSink(run, pytest.fail, after=1)
+    sink = WandbLogger(run, pytest.fail, last_logged_step=1)
     text = {"prompt": "p", "reference": "r", "completion": "c"}
     facts = {"epoch": 0.5, "samples": 4, "tokens": 9, "seconds": 0.1, "texts": [text], "scores": {"chrf": 12.5}}
     for step in (1, 2):
-        sink.write(EventRecord(event="samples", step=step, message="", time=1.0, facts=facts))
+        sink.log(EventRecord(event="samples", step=step, message="", time=1.0, facts=facts))
     ((row, step),) = logged
     assert step == 2, "step 1 was logged by the process before"
     assert (row["sample/chrf"], row["epoch"], row["samples"]) == (12.5, 0.5, 4)

@@ -8,11 +8,19 @@ import pytest
 
 from trainer.config import reference, schema
 from trainer.config.errors import UserError
-from trainer.config.schema import GROUPS, LORA_RATE_FACTOR, PRESETS, Settings, merge, resolve, scientific
+from trainer.config.schema import (
+    GROUPS,
+    LORA_LR_FACTOR,
+    PRESETS,
+    Settings,
+    apply_overrides,
+    fields_fixed_on_resume,
+    resolve,
+)
 
 
-def flat(wanted: Settings) -> dict[str, object]:
-    return {f"{g}.{name}": value for g in GROUPS for name, value in wanted.as_dict()[g].items()}
+def flatten_settings(settings: Settings) -> dict[str, object]:
+    return {f"{g}.{name}": value for g in GROUPS for name, value in settings.as_dict()[g].items()}
 
 
 # --- presets and modes ---
@@ -32,26 +40,29 @@ def test_the_card_preset_is_exactly_what_the_card_published():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_modes_differ_in_the_learning_rate_and_in_nothing_else(preset):
+def test_full_and_lora_settings_differ_in_the_learning_rate_and_in_nothing_else(preset):
     """This is the fairness of the comparison: a new difference must be argued for here."""
-    full, lora = (flat(resolve(mode, preset, {})) for mode in ("full", "lora"))
+    full, lora = (flatten_settings(resolve(mode, preset, {})) for mode in ("full", "lora"))
     assert {name for name in full if full[name] != lora[name]} == {"train.lr"}
-    assert lora["train.lr"] == LORA_RATE_FACTOR * full["train.lr"]
-    assert LORA_RATE_FACTOR == 10.0
+    assert lora["train.lr"] == LORA_LR_FACTOR * full["train.lr"]
+    assert LORA_LR_FACTOR == 10.0
 
 
 @pytest.mark.parametrize("mode", schema.MODES)
-def test_a_rate_that_was_given_is_taken_in_every_mode(mode):
+def test_an_explicit_learning_rate_overrides_the_default_of_every_mode(mode):
     assert resolve(mode, "card", {"train": {"lr": 1e-4}}).train.lr == 1e-4
 
 
 def test_lora_defaults_are_rank_8_alpha_16_without_dropout_on_every_layer():
     lora = resolve("lora", "demo", {}).lora
-    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (8, 16.0, 0.0, ())
+    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (8, 16.0, 0.0, ())
 
 
-def test_what_was_given_wins_over_the_preset_and_leaves_the_rest():
-    base, given = flat(resolve("full", "card", {})), flat(resolve("full", "card", {"train": {"seed": 7}}))
+def test_overrides_win_over_the_preset_and_leave_the_rest():
+    base, given = (
+        flatten_settings(resolve("full", "card", {})),
+        flatten_settings(resolve("full", "card", {"train": {"seed": 7}})),
+    )
     assert {name for name in base if base[name] != given[name]} == {"train.seed"}
 
 
@@ -70,14 +81,18 @@ def test_settings_are_frozen():
         (2, 1, 1, (1, 2)), (1, None, 1, (1, 1)),
     ],
 )  # fmt: skip
-def test_the_accumulation_is_what_makes_the_sum_whole(global_batch, micro, ranks, expected):
+def test_gradient_accumulation_is_global_batch_over_micro_batch_and_ranks(global_batch, micro, ranks, expected):
     train = resolve("full", "demo", {"train": {"global_batch": global_batch, "micro_batch": micro}}).train
     batch = train.batch(ranks)
-    assert (batch.micro, batch.accumulation) == expected
-    assert batch.micro * batch.accumulation * batch.ranks == batch.global_batch == global_batch
+    assert (batch.micro_batch_size, batch.gradient_accumulation_steps) == expected
+    assert (
+        batch.micro_batch_size * batch.gradient_accumulation_steps * batch.world_size
+        == batch.global_batch
+        == global_batch
+    )
 
 
-def test_the_sum_reads_as_one():
+def test_a_batch_config_prints_as_a_product():
     assert str(resolve("full", "card", {}).train.batch(2)) == (
         "1 micro-batch x 1 accumulation x 2 ranks = 2 global batch"
     )
@@ -93,7 +108,7 @@ def test_the_sum_reads_as_one():
         ({"global_batch": 8, "micro_batch": 8}, 2, ("8 is not micro-batch 8 x 2 ranks", "one pass is 16")),
     ],
 )
-def test_a_remainder_is_an_error_that_prints_the_sum_and_the_remedy(given, ranks, said):
+def test_an_indivisible_global_batch_is_an_error_with_the_product_and_the_remedy(given, ranks, said):
     with pytest.raises(UserError) as caught:
         resolve("full", "card", {"train": given}).train.batch(ranks)
     for part in said:
@@ -101,8 +116,8 @@ def test_a_remainder_is_an_error_that_prints_the_sum_and_the_remedy(given, ranks
     assert "\n" not in str(caught.value)
 
 
-def test_the_remedy_of_the_error_works():
-    assert resolve("full", "card", {"train": {"global_batch": 3}}).train.batch(3).micro == 1
+def test_the_remedy_for_an_indivisible_global_batch_works():
+    assert resolve("full", "card", {"train": {"global_batch": 3}}).train.batch(3).micro_batch_size == 1
 
 
 def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
@@ -125,7 +140,7 @@ def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
         ("lora", "alpha", 0.0, "--lora-alpha"),
         ("lora", "alpha", math.inf, "--lora-alpha"),
         ("lora", "dropout", 1.0, "--lora-dropout"),
-        ("lora", "targets", ("c_attn", ""), "--lora-targets"),
+        ("lora", "target_modules", ("c_attn", ""), "--lora-target-modules"),
         ("data", "data", "", "--data"),
         ("data", "val_fraction", 0.0, "--val-fraction"),
         ("data", "val_fraction", 1.0, "--val-fraction"),
@@ -144,15 +159,15 @@ def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
         ("train", "lr", math.nan, "--lr"),
         ("train", "warmup_steps", -1, "--warmup-steps"),
         ("train", "weight_decay", -0.1, "--weight-decay"),
-        ("train", "clip", -1.0, "--clip"),
-        ("train", "clip", math.nan, "--clip"),
+        ("train", "max_grad_norm", -1.0, "--max-grad-norm"),
+        ("train", "max_grad_norm", math.nan, "--max-grad-norm"),
         ("train", "seed", -1, "--seed"),
         ("train", "seed", 2**32, "--seed"),
         ("engine", "precision", "tf32", "--precision"),
         ("output", "eval_every", "0", "--eval-every"),
         ("output", "eval_every", "often", "--eval-every"),
         ("output", "save_every", "-3", "--save-every"),
-        ("output", "keep", 0, "--keep"),
+        ("output", "save_total_limit", 0, "--save-total-limit"),
         ("output", "wandb", "on", "--wandb"),
         ("output", "run_name", "a/b", "--run-name"),
         ("output", "run_name", "", "--run-name"),
@@ -167,7 +182,7 @@ def test_a_value_out_of_range_names_flag_and_value_in_one_line(group, field, val
     assert "expected" in message or "say with" in message
 
 
-def test_an_unknown_mode_or_preset_says_what_there_is():
+def test_an_unknown_mode_or_preset_is_refused_with_the_choices():
     with pytest.raises(UserError, match="--mode qlora: expected full or lora"):
         resolve("qlora", "demo", {})
     with pytest.raises(UserError, match="--preset gpt3: expected demo or card"):
@@ -193,9 +208,9 @@ def test_a_run_is_named_by_mode_and_data_and_lies_under_runs(data, expected):
     assert wanted.run_folder == f"runs/{expected}"
 
 
-def test_a_name_and_a_folder_that_were_given_are_taken():
+def test_an_explicit_run_name_and_output_dir_are_used():
     assert resolve("lora", "demo", {"output": {"run_name": "a.1"}}).run_folder == "runs/a.1"
-    assert resolve("lora", "demo", {"output": {"run_name": "a.1", "out": "/x"}}).run_folder == "/x"
+    assert resolve("lora", "demo", {"output": {"run_name": "a.1", "output_dir": "/x"}}).run_folder == "/x"
 
 
 # --- back from run.json, and on resume ---
@@ -203,27 +218,27 @@ def test_a_name_and_a_folder_that_were_given_are_taken():
 
 @pytest.mark.parametrize("mode", schema.MODES)
 def test_settings_come_back_from_json_as_they_were(mode):
-    given = {"lora": {"targets": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"shuffle": False}}
+    given = {"lora": {"target_modules": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"shuffle": False}}
     wanted = resolve(mode, "card", given, ("--lr", "--no-shuffle"))
     assert Settings.from_dict(json.loads(json.dumps(wanted.as_dict()))) == wanted
 
 
-def test_flags_given_on_resume_go_over_those_of_the_run():
+def test_flags_on_resume_override_those_of_the_run():
     began = resolve("lora", "card", {"train": {"lr": 1e-4}}, ("--lr",))
-    now = merge(began, {"train": {"eval_batch": 9}}, ("--eval-batch",))
+    now = apply_overrides(began, {"train": {"eval_batch": 9}}, ("--eval-batch",))
     assert now.train.eval_batch == 9
     assert now.train.lr == 1e-4, "the preset does not come back over what the run began with"
     assert now.overridden == ("--lr", "--eval-batch")
-    assert merge(began, {}, ()) == began
+    assert apply_overrides(began, {}, ()) == began
 
 
-def test_what_is_merged_is_checked_too():
+def test_settings_with_overrides_are_validated_too():
     with pytest.raises(UserError, match="--lr -1"):
-        merge(resolve("full", "card", {}), {"train": {"lr": -1.0}}, ("--lr",))
+        apply_overrides(resolve("full", "card", {}), {"train": {"lr": -1.0}}, ("--lr",))
 
 
-def test_what_may_not_change_is_all_that_the_numbers_are_a_function_of():
-    names = set(scientific(resolve("lora", "card", {})))
+def test_the_fields_fixed_on_resume_are_all_that_the_numbers_depend_on():
+    names = set(fields_fixed_on_resume(resolve("lora", "card", {})))
     assert {
         "lr",
         "seed",
@@ -232,9 +247,9 @@ def test_what_may_not_change_is_all_that_the_numbers_are_a_function_of():
         "max_steps",
         "rank",
         "alpha",
-        "targets",
+        "target_modules",
         "model",
         "objective",
     } <= names
-    assert not {"micro_batch", "eval_batch", "ds_config", "out", "keep", "wandb"} & names
-    assert "rank" not in scientific(resolve("full", "card", {})), "a full run has no adapters"
+    assert not {"micro_batch", "eval_batch", "ds_config", "output_dir", "save_total_limit", "wandb"} & names
+    assert "rank" not in fields_fixed_on_resume(resolve("full", "card", {})), "a full run has no adapters"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from trainer.config.errors import UserError
-from trainer.config.schema import GROUPS, LORA_RATE_FACTOR, MODES, PRESETS, Settings, base, resolve
+from trainer.config.schema import GROUPS, LORA_LR_FACTOR, MODES, PRESETS, Settings, preset_defaults, resolve
 
 TITLES = {
     "model": "model",
@@ -24,7 +24,7 @@ TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LrRange:
+class LRRange:
     """The sweep of `--find-lr`."""
 
     start: float
@@ -39,10 +39,10 @@ class LrRange:
             )
 
     @classmethod
-    def read(cls, text: str, mode: str) -> "LrRange":
+    def parse(cls, text: str, mode: str) -> "LRRange":
         """From START:END[:STEPS]; `default`: from far too low to far too high, for LoRA ten times higher."""
         if text == "default":
-            factor = LORA_RATE_FACTOR if mode == "lora" else 1.0
+            factor = LORA_LR_FACTOR if mode == "lora" else 1.0
             return cls(start=1e-7 * factor, end=1.0 * factor)
         try:
             start, end, *rest = text.split(":")
@@ -53,19 +53,19 @@ class LrRange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class CliArgs:
     """What the user asked for: the settings of the run, and what to do with them."""
 
     settings: Settings
-    given: Mapping[str, Mapping[str, Any]]  #: the flags that were given, {group: {field: value}}
+    overrides: Mapping[str, Mapping[str, Any]]  #: the flags that were given, {group: {field: value}}
     resume: str | None  #: None, `latest`, `best` or `step-N`
     allow_change: tuple[str, ...]  #: settings that may differ from those of the run that is resumed
     dry_run: bool
-    find_lr: LrRange | None = None  #: a range test instead of the run
+    find_lr: LRRange | None = None  #: a range test instead of the run
     find_batch: bool = False  #: trials of micro-batches instead of the run
 
     @property
-    def finds(self) -> bool:
+    def runs_finder(self) -> bool:
         """Whether something is to be found rather than trained."""
         return self.find_lr is not None or self.find_batch
 
@@ -77,109 +77,110 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def read(arguments: Sequence[str] | None = None) -> Request:
+def parse_args(argv: Sequence[str] | None = None) -> CliArgs:
     """The request of a command line; UserError on any mistake, SystemExit(0) after --help."""
-    given = vars(parser().parse_args(sys.argv[1:] if arguments is None else list(arguments)))
-    values: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
-    overridden = []
+    args = vars(build_parser().parse_args(sys.argv[1:] if argv is None else list(argv)))
+    overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    overridden_flags = []
     for name, group in GROUPS.items():
-        for field in _fields(group):
+        for field in _flag_fields(group):
             key = f"{name}.{field.name}"
-            if key in given:
-                values[name][field.name] = given[key]
-                overridden.append(field.metadata["flag"])
-    _check_one(given)
-    return Request(
-        settings=resolve(given["mode"], given["preset"], values, tuple(overridden)),
-        given=values,
-        resume=given["resume"],
-        allow_change=tuple(name.replace("-", "_") for names in given["allow_change"] for name in names.split(",")),
-        dry_run=given["dry_run"],
-        find_lr=LrRange.read(given["find_lr"], given["mode"]) if given["find_lr"] else None,
-        find_batch=given["find_batch"],
+            if key in args:
+                overrides[name][field.name] = args[key]
+                overridden_flags.append(field.metadata["flag"])
+    _check_exclusive(args)
+    return CliArgs(
+        settings=resolve(args["mode"], args["preset"], overrides, tuple(overridden_flags)),
+        overrides=overrides,
+        resume=args["resume"],
+        allow_change=tuple(name.replace("-", "_") for names in args["allow_change"] for name in names.split(",")),
+        dry_run=args["dry_run"],
+        find_lr=LRRange.parse(args["find_lr"], args["mode"]) if args["find_lr"] else None,
+        find_batch=args["find_batch"],
     )
 
 
-def _check_one(given: Mapping[str, Any]) -> None:
+def _check_exclusive(args: Mapping[str, Any]) -> None:
     """UserError where more than one thing is asked for."""
-    asked = [f"--{name.replace('_', '-')}" for name in ("find_lr", "find_batch", "dry_run", "resume") if given[name]]
-    if len(asked) > 1 and asked[0] != "--dry-run":
-        raise UserError(f"{asked[0]} and {asked[1]}: one at a time")
+    actions = [f"--{name.replace('_', '-')}" for name in ("find_lr", "find_batch", "dry_run", "resume") if args[name]]
+    if len(actions) > 1 and actions[0] != "--dry-run":
+        raise UserError(f"{actions[0]} and {actions[1]}: one at a time")
 
 
-def words(request: Request, **instead: Mapping[str, Any]) -> list[str]:
+def to_argv(cli_args: CliArgs, **replacements: Mapping[str, Any]) -> list[str]:
     """A command line with the request's mode, preset and given settings, those of `instead` (by group) over them."""
-    line = ["--mode", request.settings.mode, "--preset", request.settings.preset]
+    argv = ["--mode", cli_args.settings.mode, "--preset", cli_args.settings.preset]
     for name, group in GROUPS.items():
-        values = {**request.given.get(name, {}), **instead.get(name, {})}
-        for field in _fields(group):
+        values = {**cli_args.overrides.get(name, {}), **replacements.get(name, {})}
+        for field in _flag_fields(group):
             if field.name in values:
                 value = values[field.name]
                 if field.type is bool:
-                    line += [] if value else [field.metadata["flag"]]
+                    argv += [] if value else [field.metadata["flag"]]
                 else:
-                    line += [field.metadata["flag"], ",".join(value) if isinstance(value, tuple) else str(value)]
-    return line
+                    argv += [field.metadata["flag"], ",".join(value) if isinstance(value, tuple) else str(value)]
+    return argv
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The argument parser; a setting not given is absent from its result, so presets can be told."""
-    top = _Parser(
+    parser = _Parser(
         prog="deepspeed launch/train.py",
         description="Fine-tune GPT-2 through DeepSpeed ZeRO: every weight (full) or LoRA adapters (lora).",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
-    run = top.add_argument_group("run")
-    run.add_argument("--mode", required=True, choices=MODES, help="train every weight, or LoRA adapters")
-    run.add_argument(
+    run_flags = parser.add_argument_group("run")
+    run_flags.add_argument("--mode", required=True, choices=MODES, help="train every weight, or LoRA adapters")
+    run_flags.add_argument(
         "--preset", choices=PRESETS, default="demo",
         help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s "
         "(default: demo)",
     )  # fmt: skip
-    run.add_argument(
+    run_flags.add_argument(
         "--resume", nargs="?", const="latest", metavar="step-N|best",
         help="go on from the run folder's newest whole checkpoint, or from the one named",
     )  # fmt: skip
-    run.add_argument(
+    run_flags.add_argument(
         "--allow-change", action="append", default=[], metavar="NAME",
         help="with --resume: let this setting differ from the first part of the run; recorded (for instance lr)",
     )  # fmt: skip
-    run.add_argument("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
-    run.add_argument(
+    run_flags.add_argument("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
+    run_flags.add_argument(
         "--find-lr", nargs="?", const="default", metavar="START:END[:STEPS]",
         help="suggest a learning rate by a range test, train nothing (default: 1e-7:1, with --mode lora 1e-6:10, "
         "in 100 steps)",
     )  # fmt: skip
-    run.add_argument(
+    run_flags.add_argument(
         "--find-batch", action="store_true",
         help="try micro-batches for this global batch, suggest the fastest that fits, train nothing",
     )  # fmt: skip
-    run.add_argument(
+    run_flags.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the launcher passes it; LOCAL_RANK says the same
     for name, group in GROUPS.items():
-        section = top.add_argument_group(TITLES[name])
-        for field in _fields(group):
-            _add(section, name, field)
-    return top
+        section = parser.add_argument_group(TITLES[name])
+        for field in _flag_fields(group):
+            _add_flag(section, name, field)
+    return parser
 
 
-def _fields(group: Any) -> list[dataclasses.Field[Any]]:
+def _flag_fields(group: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(group) if "flag" in field.metadata]
 
 
-def _add(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
+def _add_flag(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
     meta = field.metadata
     common = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
     if field.type is bool:  # a switch: given, it is the other way round
         action = "store_false" if field.default else "store_true"
         section.add_argument(meta["flag"], action=action, help=meta["help"], **common)
         return
-    kind = _parse_type(field.type)
+    value_type = _parse_type(field.type)
     section.add_argument(
-        meta["flag"], type=kind, choices=meta["choices"] or None, help=f"{meta['help']}{_default(group, field)}",
-        metavar=None if meta["choices"] else _METAVARS.get(kind, "NAMES"), **common,
+        meta["flag"], type=value_type, choices=meta["choices"] or None,
+        help=f"{meta['help']}{_default_text(group, field)}",
+        metavar=None if meta["choices"] else _METAVARS.get(value_type, "NAMES"), **common,
     )  # fmt: skip
 
 
@@ -187,20 +188,20 @@ def _parse_type(annotation: Any) -> Any:
     """The function that reads one argument of a field's type."""
     if isinstance(annotation, types.UnionType):  # X | None
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    return {int: int, float: float, str: str}.get(annotation, _names)
+    return {int: int, float: float, str: str}.get(annotation, _split_names)
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def _default(group: str, field: dataclasses.Field[Any]) -> str:
+def _default_text(group: str, field: dataclasses.Field[Any]) -> str:
     """The default as `--help` prints it, with the unit; both presets where they differ."""
     unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
-    presets = {name: base(name).get(group, {}).get(field.name, field.default) for name in PRESETS}
+    presets = {name: preset_defaults(name).get(group, {}).get(field.name, field.default) for name in PRESETS}
     if field.default is None or field.default == ():
         return f" [{unit.strip()}]" if unit else ""
     if presets["demo"] == presets["card"]:

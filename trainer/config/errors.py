@@ -4,10 +4,10 @@
 class UserError(Exception):
     """A mistake in a flag, a file or the environment; its text says what, where and what would be accepted."""
 
-    told: bool | None = None  #: whether another rank says it; None: not asked, rank 0 does
+    is_reported_elsewhere: bool | None = None  #: whether another rank says it; None: not asked, rank 0 does
 
 
-class RunFailed(Exception):
+class TrainingError(Exception):
     """The run cannot go on (a loss that is not a number, a full disk); what was written so far stays."""
 
-    told: bool | None = None  #: as above
+    is_reported_elsewhere: bool | None = None  #: as above

@@ -6,7 +6,7 @@ NAME = "gpt2-acled-t2s"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CardRow:
+class ReferenceRow:
     """One line of the card's training table; losses in nats per token."""
 
     epoch: int
@@ -17,25 +17,25 @@ class CardRow:
 
 
 CURVE = (
-    CardRow(epoch=1, step=6_621, train_loss=1.2978, val_loss=1.2262, perplexity=3.408),
-    CardRow(epoch=2, step=13_242, train_loss=1.0378, val_loss=1.0048, perplexity=2.731),
-    CardRow(epoch=3, step=19_863, train_loss=0.9537, val_loss=0.9414, perplexity=2.564),
+    ReferenceRow(epoch=1, step=6_621, train_loss=1.2978, val_loss=1.2262, perplexity=3.408),
+    ReferenceRow(epoch=2, step=13_242, train_loss=1.0378, val_loss=1.0048, perplexity=2.731),
+    ReferenceRow(epoch=3, step=19_863, train_loss=0.9537, val_loss=0.9414, perplexity=2.564),
 )
 
 #: What the card states, under the names that run.json uses; "program" marks defaults of the program that made it.
 SETTINGS = {
     "lr": 3e-5, "global_batch": 2, "eval_batch": 2, "seed": 42, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8,
-    "epochs": 3.0, "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0, "clip": 1.0, "dropout": 0.1,
+    "epochs": 3.0, "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "dropout": 0.1,
     "optimizer": "AdamW", "mode": "full", "model": "gpt2", "trainable_parameters": 124_439_808,
 }  # fmt: skip
-FROM_THE_PROGRAM = ("warmup_steps", "weight_decay", "clip", "dropout", "optimizer")
+PROGRAM_DEFAULTS = ("warmup_steps", "weight_decay", "max_grad_norm", "dropout", "optimizer")
 
 STEPS_PER_EPOCH = 6_621
 EXAMPLES_PER_EPOCH = (13_241, 13_242)  # 6,621 steps of 2 examples; the last step may have held one
 KNOWN_DATA = {"objective": "blocks", "block_size": 1024, "vocabulary": 50_257}
 UNKNOWN_DATA = ("data set", "text format of a record", "split", "validation set", "exact tokenizer files")
 
-UNKNOWN = "unknown of the card: " + ", ".join(UNKNOWN_DATA)
+UNKNOWN_REASON = "unknown of the card: " + ", ".join(UNKNOWN_DATA)
 
 
 def disagreements(
@@ -59,8 +59,8 @@ def disagreements(
     if vocabulary != KNOWN_DATA["vocabulary"]:
         reasons.append(f"other tokenizer ({vocabulary:,} tokens, the card's has 50,257)")
     if objective != KNOWN_DATA["objective"] or block_size != KNOWN_DATA["block_size"]:
-        rows = "blocks of" if objective == "blocks" else "completions of at most"
-        reasons.append(f"other rows ({rows} {block_size:,} tokens, the card's are blocks of 1,024)")
+        row_kind = "blocks of" if objective == "blocks" else "completions of at most"
+        reasons.append(f"other rows ({row_kind} {block_size:,} tokens, the card's are blocks of 1,024)")
     name = model.rstrip("/").rsplit("/", 1)[-1]
     if name != SETTINGS["model"]:
         reasons.append(f"other base model ({name}, the card's is gpt2)")
@@ -80,7 +80,7 @@ def why_not_comparable(
 
     The card names neither its data set nor its split, so "unknown" remains even where all that is known agrees.
     """
-    known = disagreements(
+    reasons = disagreements(
         data=data, vocabulary=vocabulary, block_size=block_size, objective=objective, model=model, examples=examples
     )
-    return [*known, UNKNOWN]
+    return [*reasons, UNKNOWN_REASON]

@@ -27,7 +27,7 @@ FIELDS = {
 NOTES = "notes"
 
 #: Old exports hold the code, newer ones a text in one of several spellings.
-INTER = {
+INTER_NAMES = {
     1: "State Forces",
     2: "Rebel Groups",
     3: "Political Militias",
@@ -37,7 +37,7 @@ INTER = {
     7: "Civilians",
     8: "External/Other Forces",
 }
-_INTER_BY_TEXT = {name.casefold().rstrip("s"): name for name in INTER.values()}
+_INTER_BY_TEXT = {name.casefold().rstrip("s"): name for name in INTER_NAMES.values()}
 
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
@@ -49,31 +49,31 @@ _MONTH_NUMBERS = {name[:length].casefold(): n for n, name in enumerate(MONTHS, 1
 @functools.lru_cache(maxsize=4096)
 def column_names(columns: tuple[str, ...]) -> Mapping[str, str]:
     """{ACLED's name: the name in this export} of the columns we use; of two spellings of one name the first."""
-    found: dict[str, str] = {}
+    columns_by_name: dict[str, str] = {}
     for column in columns:
         name = re.sub(r"[\s_]+", "_", column.strip().lower())
         if name in FIELDS or name == NOTES:
-            found.setdefault(name, column)
-    return found
+            columns_by_name.setdefault(name, column)
+    return columns_by_name
 
 
 def is_acled(columns: Iterable[str]) -> bool:
     """Whether a table looks like an export: it has notes, and at least two of the columns that only events have."""
-    found = column_names(tuple(columns))
-    events = ("event_date", "event_type", "sub_event_type", "actor1", "inter1", "fatalities")
-    return NOTES in found and sum(name in found for name in events) >= 2
+    columns_by_name = column_names(tuple(columns))
+    event_columns = ("event_date", "event_type", "sub_event_type", "actor1", "inter1", "fatalities")
+    return NOTES in columns_by_name and sum(name in columns_by_name for name in event_columns) >= 2
 
 
 @functools.lru_cache(maxsize=8192)
-def plain_date(text: str) -> str | None:
+def format_date(text: str) -> str | None:
     """`5 January 2022` for `2022-01-05`, `05-January-2022` or `5 January 2022`; None where it is no such date.
 
     This spelling, because most notes begin with it: a model can copy it.
     """
-    if found := re.fullmatch(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[T ].*)?", text):
-        year, month, day = (int(part) for part in found.groups())
-    elif found := re.fullmatch(r"(\d{1,2})[-\s]+([A-Za-z]+)\.?[-\s,]+(\d{4})", text):
-        year, month, day = int(found[3]), _MONTH_NUMBERS.get(found[2].casefold(), 0), int(found[1])
+    if match := re.fullmatch(r"(\d{4})-(\d{1,2})-(\d{1,2})(?:[T ].*)?", text):
+        year, month, day = (int(part) for part in match.groups())
+    elif match := re.fullmatch(r"(\d{1,2})[-\s]+([A-Za-z]+)\.?[-\s,]+(\d{4})", text):
+        year, month, day = int(match[3]), _MONTH_NUMBERS.get(match[2].casefold(), 0), int(match[1])
     else:
         return None
     try:
@@ -83,35 +83,35 @@ def plain_date(text: str) -> str | None:
     return f"{date.day} {MONTHS[date.month - 1]} {date.year}"
 
 
-def _whole(text: str) -> str:
+def _strip_decimal(text: str) -> str:
     """`3` for `3.0`: a column with gaps comes out of many programs as floats."""
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
 
 
 def inter_name(text: str) -> str:
     """The name of an inter code or of its newer spellings; empty for 0, which means that there is no actor."""
-    code = _whole(text)
+    code = _strip_decimal(text)
     if code.isdigit():
-        return "" if int(code) == 0 else INTER.get(int(code), code)
+        return "" if int(code) == 0 else INTER_NAMES.get(int(code), code)
     return _INTER_BY_TEXT.get(text.casefold().rstrip("s"), text)
 
 
-def field_text(name: str, text: str) -> str:
+def format_field(name: str, text: str) -> str:
     """The text of a field as the prompt shows it; a date that is not understood stands as it was written."""
     text = " ".join(text.split())
     if name == "event_date":
-        return plain_date(text) or text
+        return format_date(text) or text
     if name in ("inter1", "inter2"):
         return inter_name(text)
-    return _whole(text) if name == "fatalities" else text
+    return _strip_decimal(text) if name == "fatalities" else text
 
 
-def prompt_of(event: Mapping[str, Any]) -> str:
+def format_prompt(event: Mapping[str, Any]) -> str:
     """The structured fields under ACLED's names (values are text) as labelled lines; empty fields are left out."""
-    lines = [(label, field_text(name, event[name])) for name, label in FIELDS.items() if event.get(name)]
+    lines = [(label, format_field(name, event[name])) for name, label in FIELDS.items() if event.get(name)]
     return "".join(f"{label}: {text}\n" for label, text in lines if text) + "Notes:"
 
 
-def completion_of(notes: str) -> str:
+def format_completion(notes: str) -> str:
     """The notes as what follows the prompt: with the blank that begins a word for GPT-2's tokenizer."""
     return " " + notes.strip()

@@ -12,114 +12,116 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.data.token_dataset import Rows, read_rows, row_files
+from trainer.data.token_dataset import TokenDataset, array_files, load_token_dataset
 
-FORMAT = 2  # of the folder and of the texts; a change of either makes every earlier folder another one
-FACTS = "facts.json"
-ABANDONED = 24 * 3600.0  # seconds after which an unfinished folder is taken for that of a killed run
+FORMAT_VERSION = 2  # of the folder and of the texts; a change of either makes every earlier folder another one
+MANIFEST_FILE = "facts.json"
+ABANDONED_AFTER_SECONDS = 24 * 3600.0  # seconds after which an unfinished folder is taken for that of a killed run
 
 
-def root(given: Path | None = None) -> Path:
-    """The cache folder: given, TRAINER_CACHE, or gpt2-full-vs-lora under the user's cache folder; made if missing."""
-    named = os.environ.get("TRAINER_CACHE")
-    users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = given or (Path(named).expanduser() if named else Path(users) / "gpt2-full-vs-lora")
+def resolve_cache_dir(override: Path | None = None) -> Path:
+    """The cache folder: `override`, TRAINER_CACHE or gpt2-full-vs-lora under the user's cache folder; made here."""
+    env_cache_dir = os.environ.get("TRAINER_CACHE")
+    user_cache_root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache_dir = override or (
+        Path(env_cache_dir).expanduser() if env_cache_dir else Path(user_cache_root) / "gpt2-full-vs-lora"
+    )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise _no_room(folder, problem) from None
-    return folder.absolute()
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _write_error(cache_dir, error) from None
+    return cache_dir.absolute()
 
 
-def key_of(parts: dict[str, Any]) -> str:
+def cache_key(key_parts: dict[str, Any]) -> str:
     """The name of the folder for what decides its contents."""
-    told = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
+    content = json.dumps({"format": FORMAT_VERSION, **key_parts}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def read(folder: Path) -> tuple[dict[str, Any], Rows, Rows]:
-    """(stored facts, train rows, validation rows); ValueError where the folder is not whole."""
+def read(folder: Path) -> tuple[dict[str, Any], TokenDataset, TokenDataset]:
+    """(manifest, train dataset, validation dataset); ValueError where the folder is not whole."""
     try:
-        stored = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        if stored["format"] != FORMAT:
-            raise ValueError(f"{folder} has format {stored['format']}, not {FORMAT}")
-        sides = [
-            read_rows(
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT_VERSION:
+            raise ValueError(f"{folder} has format {manifest['format']}, not {FORMAT_VERSION}")
+        datasets = [
+            load_token_dataset(
                 folder,
-                side,
-                dtype=stored["dtype"],
-                rows=stored["facts"][side]["examples"],
-                tokens=stored["facts"][side]["tokens"],
+                split,
+                dtype=manifest["dtype"],
+                num_rows=manifest["facts"][split]["examples"],
+                num_tokens=manifest["facts"][split]["tokens"],
             )
-            for side in ("train", "val")
+            for split in ("train", "val")
         ]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
-        raise ValueError(f"{folder} is not prepared data ({problem})") from problem
-    return stored, sides[0], sides[1]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is not prepared data ({error})") from error
+    return manifest, datasets[0], datasets[1]
 
 
-def build(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Have `fill` write a new folder and return its facts; it gets its name only when all of it is on the disk.
+def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]]) -> None:
+    """Have `write_contents` fill a new folder and return its manifest; the folder is named once all is on the disk.
 
     Several may build the same folder at once: the first to finish names it, the others throw theirs away.
     """
-    _sweep(folder)
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    _remove_abandoned(folder)
+    temp_folder = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        unfinished.mkdir(parents=True)
-        stored = {"format": FORMAT, **fill(unfinished)}
-        (unfinished / FACTS).write_text(json.dumps(stored, indent=1), encoding="utf-8")
+        temp_folder.mkdir(parents=True)
+        manifest = {"format": FORMAT_VERSION, **write_contents(temp_folder)}
+        (temp_folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for file in (
-            *row_files(unfinished, "train").values(),
-            *row_files(unfinished, "val").values(),
-            unfinished / FACTS,
+            *array_files(temp_folder, "train").values(),
+            *array_files(temp_folder, "val").values(),
+            temp_folder / MANIFEST_FILE,
         ):
-            _sync(file)
-        _sync(unfinished)
-        _name(unfinished, folder)
-        _sync(folder.parent)
-    except OSError as problem:
-        raise _no_room(folder.parent, problem) from problem
+            _fsync(file)
+        _fsync(temp_folder)
+        _rename_into_place(temp_folder, folder)
+        _fsync(folder.parent)
+    except OSError as error:
+        raise _write_error(folder.parent, error) from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temp_folder, ignore_errors=True)
 
 
-def _name(unfinished: Path, folder: Path) -> None:
+def _rename_into_place(temp_folder: Path, folder: Path) -> None:
     for _ in range(3):
         try:
-            return os.rename(unfinished, folder)
+            return os.rename(temp_folder, folder)
         except OSError:
             if not folder.exists():
                 raise
         with contextlib.suppress(ValueError):
             read(folder)
             return None  # another run was first
-        broken = folder.with_name(f"{folder.name}.broken-{uuid.uuid4().hex[:8]}")
+        broken_folder = folder.with_name(f"{folder.name}.broken-{uuid.uuid4().hex[:8]}")
         with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, broken)
-        shutil.rmtree(broken, ignore_errors=True)
+            os.rename(folder, broken_folder)
+        shutil.rmtree(broken_folder, ignore_errors=True)
     raise OSError(f"{folder} is rewritten by another program")
 
 
-def _sweep(folder: Path) -> None:
+def _remove_abandoned(folder: Path) -> None:
     """Remove what killed runs left of this folder; a young one may still be written."""
-    for left in folder.parent.glob(f"{folder.name}.*-*"):
+    for leftover in folder.parent.glob(f"{folder.name}.*-*"):
         with contextlib.suppress(OSError):
-            newest = max(file.stat().st_mtime for file in (left, *left.iterdir()))
-            if time.time() - newest > ABANDONED:
-                shutil.rmtree(left, ignore_errors=True)
+            newest_mtime = max(file.stat().st_mtime for file in (leftover, *leftover.iterdir()))
+            if time.time() - newest_mtime > ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    file_descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(file_descriptor)
     finally:
-        os.close(number)
+        os.close(file_descriptor)
 
 
-def _no_room(folder: Path, problem: OSError) -> UserError:
+def _write_error(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"{folder}: prepared data cannot be written ({problem.strerror or problem}); make room, or name another folder "
+        f"{folder}: prepared data cannot be written ({error.strerror or error}); make room, or name another folder "
         "by the environment variable TRAINER_CACHE"
     )

@@ -11,75 +11,76 @@ from urllib.parse import urlsplit
 
 from trainer.config.errors import UserError
 from trainer.config.schema import DEMO_DATA
-from trainer.data.hf_readers import library
+from trainer.data.hf_readers import import_datasets
 
 
-def reachable(seconds: float = 3.0) -> bool:
+def is_reachable(timeout_seconds: float = 3.0) -> bool:
     """Whether the hub answers; asked first because its libraries try for half a minute before they give up."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the proxy knows
     address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    answers: list[bool] = []
+    successes: list[bool] = []
 
-    def ask() -> None:
+    def connect() -> None:
         with (
             contextlib.suppress(OSError),
             socket.create_connection(
-                (address.hostname or "", address.port or (80 if address.scheme == "http" else 443)), timeout=seconds
+                (address.hostname or "", address.port or (80 if address.scheme == "http" else 443)),
+                timeout=timeout_seconds,
             ),
         ):
-            answers.append(True)
+            successes.append(True)
 
-    asking = threading.Thread(target=ask, daemon=True)  # looking up the name has no time limit of its own
-    asking.start()
-    asking.join(2 * seconds)
-    return bool(answers)
+    thread = threading.Thread(target=connect, daemon=True)  # looking up the name has no time limit of its own
+    thread.start()
+    thread.join(2 * timeout_seconds)
+    return bool(successes)
 
 
 @contextlib.contextmanager
-def _offline(on: bool) -> Iterator[None]:
+def _offline_mode(is_offline: bool) -> Iterator[None]:
     """Have the hub's libraries look at local copies only."""
     import huggingface_hub.constants as hub
 
-    config = library().config
-    before = hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before[0] or on, before[1] or on
+    config = import_datasets().config
+    previous = hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = previous[0] or is_offline, previous[1] or is_offline
     try:
         yield
     finally:
-        hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+        hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = previous
 
 
-def data_set(flag: str, typed: str) -> tuple[Any, tuple[Path, ...]]:
+def load_hub_dataset(flag: str, repo_id: str) -> tuple[Any, tuple[Path, ...]]:
     """A data set of the hub and the files that hold it here: its train split, for --val-data its validation split.
 
     A local copy does where the hub cannot be reached; UserError where there is neither, or no such split.
     """
-    datasets = library()
-    online = reachable()
+    datasets = import_datasets()
+    is_online = is_reachable()
     try:
-        with _offline(not online):
-            splits = datasets.load_dataset(typed)
-    except Exception as problem:  # the hub's libraries raise many kinds, some of them from other packages
-        if not online:
+        with _offline_mode(not is_online):
+            splits = datasets.load_dataset(repo_id)
+    except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages
+        if not is_online:
             raise UserError(
-                f"{flag} {typed}: no such file or folder here, no local copy of a hub data set of that name, and the "
+                f"{flag} {repo_id}: no such file or folder here, no local copy of a hub data set of that name, and the "
                 f"hub cannot be reached; give {flag} a file, a folder or {DEMO_DATA}"
             ) from None
-        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{flag} {typed}: no such file or folder here, and the hub says: {first[:200]}; give {flag} a file, a "
+            f"{flag} {repo_id}: no such file or folder here, and the hub says: {reason[:200]}; give {flag} a file, a "
             "folder or the id of a data set that can be read"
         ) from None
-    wanted = ("validation", "train") if flag == "--val-data" else ("train",)
-    name = next((split for split in wanted if split in splits), None)
-    if name is None:
+    split_names = ("validation", "train") if flag == "--val-data" else ("train",)
+    split_name = next((split for split in split_names if split in splits), None)
+    if split_name is None:
         raise UserError(
-            f"{flag} {typed}: the data set has no split `train`, only {', '.join(splits)}; download one as a file"
+            f"{flag} {repo_id}: the data set has no split `train`, only {', '.join(splits)}; download one as a file"
         )
-    if not len(splits[name]):
-        raise UserError(f"{flag} {typed}: the data set is empty; expected at least one record")
-    copies = sorted({Path(part["filename"]) for part in splits[name].cache_files})
-    return splits[name], tuple(copies)
+    if not len(splits[split_name]):
+        raise UserError(f"{flag} {repo_id}: the data set is empty; expected at least one record")
+    cache_files = sorted({Path(cache_file["filename"]) for cache_file in splits[split_name].cache_files})
+    return splits[split_name], tuple(cache_files)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def library() -> Any:
+def import_datasets() -> Any:
     """`datasets`, without its progress bars and log lines: we say what there is to say."""
     import datasets
 
@@ -18,19 +18,21 @@ def library() -> Any:
     return datasets
 
 
-def stream(file: Path, builder: str, cache: Path | None, **options: Any) -> Any:
+def stream_file(file: Path, builder: str, cache: Path | None, **options: Any) -> Any:
     """A stream over one local file; only lock files are left in the cache."""
-    folder = str(cache / "datasets") if cache else None
+    cache_dir = str(cache / "datasets") if cache else None
     # the name is taken for a pattern, so its own brackets and stars must be escaped
     files = [glob.escape(str(file.absolute()))]
-    return library().load_dataset(builder, data_files=files, split="train", streaming=True, cache_dir=folder, **options)
+    return import_datasets().load_dataset(
+        builder, data_files=files, split="train", streaming=True, cache_dir=cache_dir, **options
+    )
 
 
 def stream_csv(file: Path, names: list[str], delimiter: str, cache: Path | None) -> Any:
     """Every cell as text, also `NA` (Namibia) and numbers: what is written is what is read."""
-    datasets = library()
+    datasets = import_datasets()
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return stream(
+    return stream_file(
         file, "csv", cache, sep=delimiter, column_names=names, header=0, features=features, index_col=False,
         keep_default_na=False, encoding="utf-8-sig",
     )  # fmt: skip

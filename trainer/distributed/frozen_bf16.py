@@ -8,47 +8,47 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainer.model.build import Model
+from trainer.model.build import TrainableModel
 
 
-def holds_halves(*, precision: str, stage: int, adapters: bool, packed: bool) -> bool:
+def should_cast_frozen_weights(*, precision: str, stage: int, has_adapters: bool, is_quantized: bool) -> bool:
     """Whether a run's frozen base is held so: under ZeRO-3 it is divided in float32, a packed one is smaller still."""
-    return precision == "bf16" and stage < 3 and adapters and not packed
+    return precision == "bf16" and stage < 3 and has_adapters and not is_quantized
 
 
-class Halves:
+class FrozenWeightCast:
     """The float32 weights of a frozen base beside their halves in the model; in host memory, of one rank."""
 
-    def __init__(self, model: Model, *, keep: bool):
-        """Round every frozen weight that only goes into products; `keep` what it was, on the host."""
-        self.layers = list(_layers(model))
-        self.whole: list[Tensor] = []
+    def __init__(self, model: TrainableModel, *, keep_fp32_copy: bool):
+        """Round every frozen weight that only goes into products; `keep_fp32_copy` what it was, on the host."""
+        self.layers = list(_castable_layers(model))
+        self.fp32_weights: list[Tensor] = []
         for layer in self.layers:
-            if keep:
-                self.whole.append(layer.weight.detach().cpu())
+            if keep_fp32_copy:
+                self.fp32_weights.append(layer.weight.detach().cpu())
             layer.weight.data = layer.weight.detach().to(torch.bfloat16)
 
-    def put_back(self) -> None:
+    def restore_fp32(self) -> None:
         """Float32 again: as it was where that was kept, else of the same rounded values."""
-        for number, layer in enumerate(self.layers):
-            whole = self.whole[number] if self.whole else layer.weight.detach().float()
-            layer.weight.data = whole.to(layer.weight.device)
-        self.layers, self.whole = [], []
+        for index, layer in enumerate(self.layers):
+            weight = self.fp32_weights[index] if self.fp32_weights else layer.weight.detach().float()
+            layer.weight.data = weight.to(layer.weight.device)
+        self.layers, self.fp32_weights = [], []
 
 
-def _layers(model: Model) -> list[nn.Module]:
+def _castable_layers(model: TrainableModel) -> list[nn.Module]:
     """Layers with a frozen weight, but the output layer, whose weight may be the embedding's, and those of DoRA,
     which takes its norms."""
-    output = model.causal.get_output_embeddings()
-    normed = {
+    output_layer = model.causal.get_output_embeddings()
+    dora_layers = {
         layer.base_layer for layer in model.module.modules() if len(getattr(layer, "lora_magnitude_vector", None) or ())
     }
     return [
         layer
         for layer in model.module.modules()
         if type(layer) in (Conv1D, nn.Linear)
-        and layer is not output
-        and layer not in normed
+        and layer is not output_layer
+        and layer not in dora_layers
         and not layer.weight.requires_grad
         and layer.weight.dtype == torch.float32
     ]

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.distributed.process_group import World
+from trainer.distributed.process_group import DistContext
 
 LINE = 16  # elements of a cache line; weights begin with one, as products want them aligned
 
@@ -24,11 +24,13 @@ class Common:
     whole. Nobody may read weights while they are updated: `reduce` and `wait` are where the ranks meet.
     """
 
-    def __init__(self, world: World, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], memory: Tensor):
+    def __init__(
+        self, world: DistContext, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter], memory: Tensor
+    ):
         """Move weights and moments into `memory`: zeros for each rank's gradients, the three, and counts of steps."""
         lines = _lines(trained)
-        *rows, weights, first, second, steps = memory.split([sum(lines)] * (world.size + 3) + [len(trained)])
-        self.owner = owners(lines, world.size)
+        *rows, weights, first, second, steps = memory.split([sum(lines)] * (world.world_size + 3) + [len(trained)])
+        self.owner = owners(lines, world.world_size)
         self.rank = world.rank
         self.rows = [self._views(row, lines, trained) for row in rows]
         places = zip(*(self._views(part, lines, trained) for part in (weights, first, second)), strict=True)
@@ -40,9 +42,11 @@ class Common:
         dist.barrier()
 
     @classmethod
-    def of(cls, world: World, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]) -> "Common | None":
+    def of(
+        cls, world: DistContext, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]
+    ) -> "Common | None":
         """None, on all ranks alike, where they have no memory in common."""
-        memory = in_common(world, (world.size + 3) * sum(_lines(trained)) + len(trained))
+        memory = in_common(world, (world.world_size + 3) * sum(_lines(trained)) + len(trained))
         return None if memory is None else cls(world, optimizer, trained, memory)
 
     @staticmethod
@@ -88,14 +92,14 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
 class Shared:
     """A table of float32 with a row for each rank; every method is a collective."""
 
-    def __init__(self, world: World, table: Tensor):
-        self.rank, self.size, self.table = world.rank, world.size, table
+    def __init__(self, world: DistContext, table: Tensor):
+        self.rank, self.size, self.table = world.rank, world.world_size, table
 
     @classmethod
-    def of(cls, world: World, elements: int) -> "Shared | None":
+    def of(cls, world: DistContext, elements: int) -> "Shared | None":
         """A table that is `elements` wide; None, on all ranks alike, where they have no memory in common."""
-        memory = in_common(world, max(1, elements) * world.size)
-        return None if memory is None else cls(world, memory.view(world.size, -1))
+        memory = in_common(world, max(1, elements) * world.world_size)
+        return None if memory is None else cls(world, memory.view(world.world_size, -1))
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Put the sum over the ranks in the place of each of the tensors."""
@@ -137,12 +141,12 @@ class Shared:
         return row[self.rank * part : (self.rank + 1) * part]
 
 
-def in_common(world: World, elements: int) -> Tensor | None:
+def in_common(world: DistContext, elements: int) -> Tensor | None:
     """So many float32 zeros that all ranks see; None, on all ranks alike, where there is no such memory.
 
     It has no name in any file system, so nothing is left of it however the processes end.
     """
-    if not world.is_one_processor:
+    if not world.is_single_node_cpu:
         return None
     length, made = elements * 4, -1
     try:
@@ -151,14 +155,14 @@ def in_common(world: World, elements: int) -> Tensor | None:
             os.ftruncate(made, length)
     except OSError:
         made = -1
-    process, handle = world.gather((os.getpid(), made))[0]
+    process, handle = world.all_gather_object((os.getpid(), made))[0]
     opened, memory = -1, None
     try:
         opened = os.open(f"/proc/{process}/fd/{handle}", os.O_RDWR)
         memory = mmap.mmap(opened, length)
     except OSError:  # rank 0 has none, or the system does not let others see it
         pass
-    everybody = all(world.gather(memory is not None))
+    everybody = all(world.all_gather_object(memory is not None))
     for descriptor in (made, opened):
         if descriptor >= 0:
             os.close(descriptor)

@@ -12,99 +12,111 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.errors import UserError
-from trainer.distributed.process_group import World
+from trainer.distributed.process_group import DistContext
 from trainer.model import optimizer
 
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
-_OTHER_OPTIMIZER = (
+_LOSS_SCALER_FIELDS = (
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)  # of DeepSpeed's DynamicLossScaler
+_OPTIMIZER_MISMATCH = (
     "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; expected the one it had"
 )
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
-class State:
+class EngineState:
     """What a step changes: the trained weights and what the optimizer keeps of them."""
 
     def __init__(
-        self, world: World, deepspeed: Any, trainable: Mapping[str, nn.Parameter], *, stage: int, precision: str,
-        eight_bit: bool,
+        self, dist_context: DistContext, deepspeed_engine: Any, trainable_params: Mapping[str, nn.Parameter], *,
+        stage: int, precision: str,
+        uses_8bit_optimizer: bool,
     ):  # fmt: skip
-        self.world = world
-        self.deepspeed = deepspeed
-        self.optimizer = deepspeed.optimizer  # DeepSpeed's around ours, but under stage 0
-        self.trainable = trainable
+        self.dist_context = dist_context
+        self.deepspeed_engine = deepspeed_engine
+        self.optimizer = deepspeed_engine.optimizer  # DeepSpeed's around ours, but under stage 0
+        self.trainable_params = trainable_params
         self.precision = precision
-        self.eight_bit = eight_bit
+        self.uses_8bit_optimizer = uses_8bit_optimizer
         self._stage = stage
 
     # --- a copy of this rank's part of the state ---
 
-    def remember(self) -> Callable[[], None]:
+    def snapshot(self) -> Callable[[], None]:
         """Copy to the host all that a step changes; the function returned restores it bit for bit. All ranks call both.
 
         Between the two only whole steps may be taken: gradients are not kept.
         """
-        inner = self._inner()
-        tensors = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in self._held()]
-        states = {
+        torch_optimizer = self._torch_optimizer()
+        tensor_copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in self._local_tensors()]
+        saved_states = {
             flat: {
                 key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in state.items()
             }
-            for flat, state in inner.state.items()
+            for flat, state in torch_optimizer.state.items()
         }
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        counters = {name: getattr(self.deepspeed, name) for name in _COUNTERS}
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        counters = {name: getattr(self.deepspeed_engine, name) for name in _COUNTERS}
         scaler = getattr(self.optimizer, "loss_scaler", None)
-        scale = dict(vars(scaler)) if hasattr(scaler, "__dict__") else {}
+        scaler_state = dict(vars(scaler)) if hasattr(scaler, "__dict__") else {}
 
         @torch.no_grad()
         def restore() -> None:
-            self.world.gather(None)  # ranks of one processor have the weights in common: nobody may still read them
-            for tensor, kept in tensors:
-                tensor.detach().copy_(kept)
-            for flat in [flat for flat in inner.state if flat not in states]:
-                for value in inner.state[flat].values():  # not taken away, DeepSpeed points to them: AdamW begins at 0
+            self.dist_context.all_gather_object(
+                None
+            )  # ranks of one processor have the weights in common: nobody may still read them
+            for tensor, saved in tensor_copies:
+                tensor.detach().copy_(saved)
+            for flat in [flat for flat in torch_optimizer.state if flat not in saved_states]:
+                for value in torch_optimizer.state[
+                    flat
+                ].values():  # not taken away, DeepSpeed points to them: AdamW begins at 0
                     value.zero_()
-            for flat, state in states.items():
+            for flat, state in saved_states.items():
                 for key, value in state.items():
                     if isinstance(value, Tensor):
-                        inner.state[flat][key].copy_(value)
+                        torch_optimizer.state[flat][key].copy_(value)
                     else:
-                        inner.state[flat][key] = value
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+                        torch_optimizer.state[flat][key] = value
+            for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
             for name, count in counters.items():
-                setattr(self.deepspeed, name, count)
-            if scale:
-                vars(scaler).update(scale)
+                setattr(self.deepspeed_engine, name, count)
+            if scaler_state:
+                vars(scaler).update(scaler_state)
             if self._stage == 3:
-                self._gather_anew()
+                self._repartition()
 
         return restore
 
-    def _inner(self) -> Any:
+    def _torch_optimizer(self) -> Any:
         """torch's optimizer."""
         return self.optimizer if self._stage == 0 else self.optimizer.optimizer
 
-    def _held(self) -> list[Tensor]:
+    def _local_tensors(self) -> list[Tensor]:
         """Weights as this rank holds them, and ZeRO's float32 copies of its share."""
         if self._stage == 3:
-            return [p.ds_tensor for p in self.trainable.values()] + list(self.optimizer.fp32_partitioned_groups_flat)
-        own = [p.data for p in self.trainable.values()]
-        return own if self._stage == 0 else own + list(self.optimizer.single_partition_of_fp32_groups)
+            return [p.ds_tensor for p in self.trainable_params.values()] + list(
+                self.optimizer.fp32_partitioned_groups_flat
+            )
+        weights = [p.data for p in self.trainable_params.values()]
+        return weights if self._stage == 0 else weights + list(self.optimizer.single_partition_of_fp32_groups)
 
-    def _gather_anew(self) -> None:
+    def _repartition(self) -> None:
         """Let go of weights that ZeRO-3 still holds whole, and put together those that it always holds."""
-        whole = [p for p in self.trainable.values() if p.ds_status.name == "AVAILABLE"]
-        if whole:
-            whole[0].partition(whole, has_been_updated=False)
-        lasting = [p for p in self.optimizer.persistent_parameters if p.ds_status.name != "AVAILABLE"]
-        if lasting:
-            lasting[0].all_gather(lasting)
+        gathered = [p for p in self.trainable_params.values() if p.ds_status.name == "AVAILABLE"]
+        if gathered:
+            gathered[0].partition(gathered, has_been_updated=False)
+        persistent = [p for p in self.optimizer.persistent_parameters if p.ds_status.name != "AVAILABLE"]
+        if persistent:
+            persistent[0].all_gather(persistent)
 
     # --- full state, the same under every stage and number of ranks ---
 
-    def full(self) -> Iterator[tuple[str, Tensor]]:
+    def iter_state_dict(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every trained weight (float32) and its two moments, one at a time; all ranks must iterate.
 
         The moments are float32, or 8-bit codes followed by their scales.
@@ -115,80 +127,82 @@ class State:
             # groups (LoRA+ has two) is not there yet.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.trainable.items():
-            self.world.board.beat()
+        for name, parameter in self.trainable_params.items():
+            self.dist_context.watchdog.heartbeat()
             if self._stage == 0:
                 yield f"weight/{name}", parameter.detach()
-                for kind, tensor in optimizer.state_of(self.optimizer.state[parameter]):
-                    yield f"{kind}/{name}", tensor
+                for state_key, tensor in optimizer.iter_named_state(self.optimizer.state[parameter]):
+                    yield f"{state_key}/{name}", tensor
             else:
                 yield f"weight/{name}", fragments.safe_get_full_fp32_param(parameter)
                 yield f"exp_avg/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg")
                 yield f"exp_avg_sq/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg_sq")
 
-    def layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, shape) of all that `full` yields, in its order, without gathering anything."""
-        for name, parameter in self.trainable.items():
+    def state_dict_layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, shape) of all that `iter_state_dict` yields, in its order, without gathering anything."""
+        for name, parameter in self.trainable_params.items():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 its own shape is empty
             yield f"weight/{name}", torch.float32, shape
             if self._stage == 0:
-                for kind, tensor in optimizer.state_of(self.optimizer.state[parameter]):
-                    yield f"{kind}/{name}", tensor.dtype, tuple(tensor.shape)
+                for state_key, tensor in optimizer.iter_named_state(self.optimizer.state[parameter]):
+                    yield f"{state_key}/{name}", tensor.dtype, tuple(tensor.shape)
             else:
-                for kind in optimizer.KINDS:
-                    yield f"{kind}/{name}", torch.float32, shape
+                for state_key in optimizer.MOMENTS:
+                    yield f"{state_key}/{name}", torch.float32, shape
 
     def optimizer_bytes(self) -> int:
         """Bytes of the optimizer's state on this rank."""
-        return optimizer.state_bytes(self._inner())
+        return optimizer.count_state_bytes(self._torch_optimizer())
 
     def loss_scale(self) -> dict[str, Any] | None:
         """Where fp16's dynamic loss scale stands; None in other precisions, where nothing is scaled."""
         if self.precision != "fp16":
             return None
-        return {name: getattr(self.optimizer.loss_scaler, name) for name in _LOSS_SCALE}
+        return {name: getattr(self.optimizer.loss_scaler, name) for name in _LOSS_SCALER_FIELDS}
 
-    def load(self, read: Callable[[str], Tensor], steps: int, loss_scale: Mapping[str, Any] | None) -> None:
+    def load_state_dict(
+        self, read_tensor: Callable[[str], Tensor], num_steps: int, loss_scale: Mapping[str, Any] | None
+    ) -> None:
         """Set AdamW's two moments and its count of steps, and what fp16 keeps beside its halved weights.
 
         The weights were in the model before the engine was made. UserError where the moments are of an optimizer
         that holds them otherwise.
         """
-        if self.eight_bit:
-            self._load_codes(read, steps)
+        if self.uses_8bit_optimizer:
+            self._load_8bit_states(read_tensor, num_steps)
             return
-        inner = self._inner()
-        held = [flat for group in inner.param_groups for flat in group["params"]]
+        torch_optimizer = self._torch_optimizer()
+        flat_params = [flat for group in torch_optimizer.param_groups for flat in group["params"]]
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
-            held = self.optimizer.fp32_partitioned_groups_flat
-        for flat in held:
-            if flat not in inner.state:  # else in memory that ranks have in common
-                inner.state[flat] = {
+            flat_params = self.optimizer.fp32_partitioned_groups_flat
+        for flat in flat_params:
+            if flat not in torch_optimizer.state:  # else in memory that ranks have in common
+                torch_optimizer.state[flat] = {
                     "step": torch.zeros((), device=flat.device),
                     "exp_avg": torch.zeros_like(flat),
                     "exp_avg_sq": torch.zeros_like(flat),
                 }
-            inner.state[flat]["step"].fill_(steps)
-        for name, parameter in self.trainable.items():
+            torch_optimizer.state[flat]["step"].fill_(num_steps)
+        for name, parameter in self.trainable_params.items():
             for key in ("exp_avg", "exp_avg_sq"):
-                value = read(f"{key}/{name}")
+                value = read_tensor(f"{key}/{name}")
                 if value.dtype != torch.float32:
-                    raise UserError(_OTHER_OPTIMIZER)
+                    raise UserError(_OPTIMIZER_MISMATCH)
                 self._set_moment(parameter, key, value)
             if self.precision == "fp16":  # its float32 copy was made from the weights after they were halved
                 fragments = import_module("deepspeed.utils.tensor_fragment")
-                fragments.safe_set_full_fp32_param(parameter, read(f"weight/{name}"))
+                fragments.safe_set_full_fp32_param(parameter, read_tensor(f"weight/{name}"))
         for key, value in (loss_scale or {}).items():
             setattr(self.optimizer.loss_scaler, key, value)
 
-    def _load_codes(self, read: Callable[[str], Tensor], steps: int) -> None:
-        for name, parameter in self.trainable.items():
+    def _load_8bit_states(self, read_tensor: Callable[[str], Tensor], num_steps: int) -> None:
+        for name, parameter in self.trainable_params.items():
             state = self.optimizer.state[parameter]
-            state["step"] = steps
-            for kind, tensor in optimizer.state_of(state):
-                value = read(f"{kind}/{name}")
+            state["step"] = num_steps
+            for state_key, tensor in optimizer.iter_named_state(state):
+                value = read_tensor(f"{state_key}/{name}")
                 if value.dtype != tensor.dtype:
-                    raise UserError(_OTHER_OPTIMIZER)
+                    raise UserError(_OPTIMIZER_MISMATCH)
                 tensor.copy_(value)
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
@@ -196,16 +210,20 @@ class State:
             self.optimizer.state[parameter][key].copy_(value)
         elif self._stage == 3:
             fragments = import_module("deepspeed.utils.tensor_fragment")
-            size = parameter.ds_tensor.ds_numel  # this rank's share, the last one padded
-            flat = torch.nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
-            mine = flat[size * self.world.rank : size * (self.world.rank + 1)]
-            fragments.safe_set_local_optimizer_state(parameter, mine, key)
+            shard_size = parameter.ds_tensor.ds_numel  # this rank's share, the last one padded
+            flat = torch.nn.functional.pad(
+                value.flatten(), (0, shard_size * self.dist_context.world_size - value.numel())
+            )
+            local = flat[shard_size * self.dist_context.rank : shard_size * (self.dist_context.rank + 1)]
+            fragments.safe_set_local_optimizer_state(parameter, local, key)
         elif parameter._hp_mapping is not None:  # None: another rank has all of it
             mapping = parameter._hp_mapping
-            whole, mine = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+            full_fragment, local = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
             flat = self._flat_partition(parameter)
             state = self.optimizer.optimizer.state[flat][key]
-            state.narrow(0, whole.start, whole.numel).copy_(value.flatten().narrow(0, mine.start, mine.numel))
+            state.narrow(0, full_fragment.start, full_fragment.numel).copy_(
+                value.flatten().narrow(0, local.start, local.numel)
+            )
 
     def _flat_partition(self, parameter: nn.Parameter) -> Tensor:
         for group, flat in zip(
@@ -215,9 +233,9 @@ class State:
                 return flat
         raise AssertionError("every trained parameter is in one of ZeRO's groups")
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def gather_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor on the CPU) of every trained weight in the names of `model.module`; all ranks must iterate."""
-        for name, parameter in self.trainable.items():
+        for name, parameter in self.trainable_params.items():
             if self._stage == 3:
                 with import_module("deepspeed").zero.GatheredParameters([parameter]):
                     yield name, parameter.detach().float().cpu().clone()

@@ -14,60 +14,65 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from trainer.distributed.process_group import World
+from trainer.distributed.process_group import DistContext
 from trainer.distributed.shared import Common, Shared
-from trainer.kernels.linear_cross_entropy import TokenLoss
+from trainer.kernels.linear_cross_entropy import CausalLMLoss
 
-PIECE = 2**20  # elements of a flat gradient whose squares are summed in float32 before float64 takes over
+NORM_CHUNK = 2**20  # elements of a flat gradient whose squares are summed in float32 before float64 takes over
 
 
-class NotFinite(Exception):
+class NonFiniteError(Exception):
     """The loss or the global gradient of a step is NaN or infinite; the weights are still those before the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Update:
+class OptimizerStepResult:
     """What became of a step: the norm of the global gradient before clipping, and whether fp16 left the update out."""
 
     grad_norm: Tensor | float
-    skipped: bool = False
+    was_skipped: bool = False
 
 
-class ThroughDeepSpeed:
+class DeepSpeedStepper:
     """ZeRO 2 and 3, offload and fp16: DeepSpeed's own forward, backward and step."""
 
-    guarded = False
+    supports_on_device_skip = False
 
-    def __init__(self, engine: Any, precision: str):
-        self.engine = engine
+    def __init__(self, deepspeed_engine: Any, precision: str):
+        self.deepspeed_engine = deepspeed_engine
         self.precision = precision
-        self.parts = engine.world_size  #: what the ranks' gradients are divided by when they are brought together
+        self.grad_divisor = (
+            deepspeed_engine.world_size
+        )  #: what the ranks' gradients are divided by when they are brought together
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's summed loss, for evaluation."""
-        return self.engine(ids, labels)[1]
+        return self.deepspeed_engine(ids, labels)[1]
 
-    def backward(self, ids: Tensor, labels: Tensor, share: float) -> Tensor:
-        """Add the gradient of the micro-batch's summed loss times `share`; returns each row's sum."""
-        total, rows = self.engine(ids, labels)
-        self.engine.backward(total * share, scale_wrt_gas=False)
-        return rows
+    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
+        """Add the gradient of the micro-batch's summed loss times `loss_weight`; returns each row's sum."""
+        loss_sum, row_losses = self.deepspeed_engine(ids, labels)
+        self.deepspeed_engine.backward(loss_sum * loss_weight, scale_wrt_gas=False)
+        return row_losses
 
-    def update(self, sound: Tensor) -> Update:
-        """Reduce, measure, clip and update. Raises NotFinite, with the weights untouched, unless fp16 may skip."""
-        before = self.engine.skipped_steps
-        self.engine.step()
-        norm, skipped = float(self.engine.get_global_grad_norm()), self.engine.skipped_steps > before
-        if self.precision != "fp16" and (skipped or not math.isfinite(norm)):
-            raise NotFinite(f"gradient norm {norm}")
-        return Update(grad_norm=norm, skipped=skipped)
+    def optimizer_step(self, all_finite: Tensor) -> OptimizerStepResult:
+        """Reduce, measure, clip and update. Raises NonFiniteError, with the weights untouched, unless fp16 may skip."""
+        previous_skipped_steps = self.deepspeed_engine.skipped_steps
+        self.deepspeed_engine.step()
+        grad_norm, was_skipped = (
+            float(self.deepspeed_engine.get_global_grad_norm()),
+            self.deepspeed_engine.skipped_steps > previous_skipped_steps,
+        )
+        if self.precision != "fp16" and (was_skipped or not math.isfinite(grad_norm)):
+            raise NonFiniteError(f"gradient norm {grad_norm}")
+        return OptimizerStepResult(grad_norm=grad_norm, was_skipped=was_skipped)
 
-    def drop(self) -> None:
+    def discard_step(self) -> None:
         """Let no gradient stay. Weights and moments may be worthless afterwards."""
-        self.engine.step()
+        self.deepspeed_engine.step()
 
 
-class Direct:
+class NativeStepper:
     """ZeRO 0 and 1, and 2 on one rank: one backward, one reduction, one norm, one update.
 
     DeepSpeed looks after each weight apart: a hook in the backward, a copy into a bucket, a norm, two walks over all
@@ -75,166 +80,189 @@ class Direct:
     flat buffers hold weights and moments, only the gradient's way into them is this class's.
     """
 
-    parts = 1  # the ranks' gradients are summed
+    grad_divisor = 1  # the ranks' gradients are summed
 
-    def __init__(self, world: World, engine: Any, loss: TokenLoss, trained: Sequence[nn.Parameter], clip: float):
-        self.world = world
-        self.loss = loss
-        self.clip = clip
-        self.trained = list(trained)
-        self.zero: Any = engine.optimizer if engine.zero_optimization() else None
-        self.optimizer: Any = self.zero.optimizer if self.zero else engine.optimizer
-        if self.zero:
-            for hook in self.zero._grad_acc_hooks:
+    def __init__(
+        self,
+        dist_context: DistContext,
+        deepspeed_engine: Any,
+        loss_module: CausalLMLoss,
+        trainable_params: Sequence[nn.Parameter],
+        max_grad_norm: float,
+    ):
+        self.dist_context = dist_context
+        self.loss_module = loss_module
+        self.max_grad_norm = max_grad_norm
+        self.trainable_params = list(trainable_params)
+        self.zero_optimizer: Any = deepspeed_engine.optimizer if deepspeed_engine.zero_optimization() else None
+        self.optimizer: Any = self.zero_optimizer.optimizer if self.zero_optimizer else deepspeed_engine.optimizer
+        if self.zero_optimizer:
+            for hook in self.zero_optimizer._grad_acc_hooks:
                 hook.remove()
-        alike = all(parameter.dtype == torch.float32 for parameter in self.trained)
-        divides = self.zero is None and type(self.optimizer) is torch.optim.AdamW
-        self.common = Common.of(world, self.optimizer, self.trained) if alike and divides else None
-        self.shared = Shared.of(world, self._widest()) if alike and not self.common else None
+        is_all_float32 = all(parameter.dtype == torch.float32 for parameter in self.trainable_params)
+        is_unsharded_adamw = self.zero_optimizer is None and type(self.optimizer) is torch.optim.AdamW
+        self.common = (
+            Common.of(dist_context, self.optimizer, self.trainable_params)
+            if is_all_float32 and is_unsharded_adamw
+            else None
+        )
+        self.shared = (
+            Shared.of(dist_context, self._max_flat_grad_numel()) if is_all_float32 and not self.common else None
+        )
         #: torch's fused AdamW divides by a scale and leaves an update out on the device's word: nobody has to wait
-        self.guarded = bool(self.optimizer.defaults.get("fused"))
-        self._broken = torch.zeros((), device=world.device)  # one after an update that was left out: no other follows
+        self.supports_on_device_skip = bool(self.optimizer.defaults.get("fused"))
+        self._found_inf = torch.zeros(
+            (), device=dist_context.device
+        )  # one after an update that was left out: no other follows
 
-    def _widest(self) -> int:
+    def _max_flat_grad_numel(self) -> int:
         """Elements of the longest flat gradient that is brought together at one time."""
-        if self.zero is None:
-            return sum(parameter.numel() for parameter in self.trained)
-        return max((flat.numel() for flat in self.zero.bit16_groups_flat), default=0)
+        if self.zero_optimizer is None:
+            return sum(parameter.numel() for parameter in self.trainable_params)
+        return max((flat.numel() for flat in self.zero_optimizer.bit16_groups_flat), default=0)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's summed loss, for evaluation."""
-        return self.loss(ids, labels)[1]
+        return self.loss_module(ids, labels)[1]
 
-    def backward(self, ids: Tensor, labels: Tensor, share: float) -> Tensor:
-        """Add the gradient of the micro-batch's summed loss times `share`; returns each row's sum."""
-        total, rows = self.loss(ids, labels)
-        (total * share).backward()
-        return rows
+    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
+        """Add the gradient of the micro-batch's summed loss times `loss_weight`; returns each row's sum."""
+        loss_sum, row_losses = self.loss_module(ids, labels)
+        (loss_sum * loss_weight).backward()
+        return row_losses
 
-    def update(self, sound: Tensor) -> Update:
+    def optimizer_step(self, all_finite: Tensor) -> OptimizerStepResult:
         """Reduce, measure, clip and update.
 
-        Where the gradient or what `sound` (a truth on the device) speaks of is not finite, the weights stay: NotFinite
-        is raised, or, `guarded`, the device leaves out the update and all that follow until `drop`, which the caller
-        sees in the numbers.
+        Where the gradient or what `all_finite` (a truth on the device) speaks of is not finite, the weights stay:
+        NonFiniteError is raised, or, `supports_on_device_skip`, the device leaves out the update and all that follow
+        until `discard_step`, which the caller sees in the numbers.
         """
-        for parameter in self.trained:
+        for parameter in self.trainable_params:
             if parameter.grad is None:  # not in this forward; the other stages take it for zero, too
                 parameter.grad = torch.zeros_like(parameter)
         try:
-            held = self._reduced_whole() if self.zero is None else self._reduced_parts()
-            norm = self._norm(held)
-            if not self.guarded and not torch.isfinite(norm):
-                raise NotFinite(f"gradient norm {float(norm)}")
-            self._apply(held, norm, sound)
-            if self.zero is not None:
-                self._spread()
+            grads = self._all_reduce_grads() if self.zero_optimizer is None else self._reduce_scatter_grads()
+            grad_norm = self._grad_norm(grads)
+            if not self.supports_on_device_skip and not torch.isfinite(grad_norm):
+                raise NonFiniteError(f"gradient norm {float(grad_norm)}")
+            self._clip_and_step(grads, grad_norm, all_finite)
+            if self.zero_optimizer is not None:
+                self._all_gather_params()
             if self.common is not None:
                 self.common.wait()
         finally:
-            self._clear()
-        return Update(grad_norm=norm)
+            self._clear_grads()
+        return OptimizerStepResult(grad_norm=grad_norm)
 
-    def drop(self) -> None:
+    def discard_step(self) -> None:
         """Let no gradient stay, and take updates again after one that was left out."""
-        self._clear()
-        self._broken = torch.zeros_like(self._broken)
+        self._clear_grads()
+        self._found_inf = torch.zeros_like(self._found_inf)
 
-    def _clear(self) -> None:
-        for parameter in self.trained:
+    def _clear_grads(self) -> None:
+        for parameter in self.trainable_params:
             parameter.grad = None
-        if self.zero is not None:
-            for part in self.zero.single_partition_of_fp32_groups:
-                part.grad = None
+        if self.zero_optimizer is not None:
+            for partition in self.zero_optimizer.single_partition_of_fp32_groups:
+                partition.grad = None
 
-    def _reduced_whole(self) -> list[Tensor]:
+    def _all_reduce_grads(self) -> list[Tensor]:
         """Stage 0: every weight's gradient, summed over the ranks; of `common` ones those that this rank updates."""
-        gradients = [p.grad for p in self.trained if p.grad is not None]
+        grads = [p.grad for p in self.trainable_params if p.grad is not None]
         if self.common is not None:
-            held = self.common.reduce(gradients)
-            for number, parameter in enumerate(self.trained):
-                if not self.common.owns(number):
+            owned_grads = self.common.reduce(grads)
+            for index, parameter in enumerate(self.trainable_params):
+                if not self.common.owns(index):
                     parameter.grad = None  # an optimizer leaves it alone
-            return held
+            return owned_grads
         if self.shared is not None:
-            self.shared.all_reduce(gradients)
-        elif self.world.size > 1:
-            flat = _flatten_dense_tensors(gradients)
+            self.shared.all_reduce(grads)
+        elif self.dist_context.world_size > 1:
+            flat = _flatten_dense_tensors(grads)
             dist.all_reduce(flat)
-            torch._foreach_copy_(gradients, list(_unflatten_dense_tensors(flat, gradients)))
-        return gradients
+            torch._foreach_copy_(grads, list(_unflatten_dense_tensors(flat, grads)))
+        return grads
 
-    def _reduced_parts(self) -> list[Tensor]:
+    def _reduce_scatter_grads(self) -> list[Tensor]:
         """Stages 1 and 2: this rank's share of each group's gradient, summed over the ranks."""
-        parts = self.zero.single_partition_of_fp32_groups
-        for group, weights, part in zip(self.zero.bit16_groups, self.zero.bit16_groups_flat, parts, strict=True):
-            gradients = [p.grad for p in group]
-            padding = weights.numel() - sum(gradient.numel() for gradient in gradients)
+        partitions = self.zero_optimizer.single_partition_of_fp32_groups
+        for group, flat_weights, partition in zip(
+            self.zero_optimizer.bit16_groups, self.zero_optimizer.bit16_groups_flat, partitions, strict=True
+        ):
+            grads = [p.grad for p in group]
+            padding = flat_weights.numel() - sum(grad.numel() for grad in grads)
             if padding:
-                gradients.append(weights.new_zeros(padding))
+                grads.append(flat_weights.new_zeros(padding))
             for parameter in group:
                 parameter.grad = None
             if self.shared is not None:
-                part.grad = self.shared.reduce_scatter(gradients)
+                partition.grad = self.shared.reduce_scatter(grads)
                 continue
-            flat = _flatten_dense_tensors(gradients)
-            if self.world.size > 1:
-                mine = flat.new_empty(part.numel())
+            flat = _flatten_dense_tensors(grads)
+            if self.dist_context.world_size > 1:
+                shard = flat.new_empty(partition.numel())
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)  # torch is renaming the function
-                    dist.reduce_scatter_tensor(mine, flat)
-                flat = mine
-            part.grad = flat
-        return [part.grad for part in parts]
+                    dist.reduce_scatter_tensor(shard, flat)
+                flat = shard
+            partition.grad = flat
+        return [partition.grad for partition in partitions]
 
-    def _norm(self, held: list[Tensor]) -> Tensor:
+    def _grad_norm(self, grads: list[Tensor]) -> Tensor:
         """Of the whole gradient, 0-dimensional float32 on the device."""
-        if self.zero is None and self.common is None:
-            return nn.utils.get_total_norm(held)
-        pieces = [piece for gradient in held for piece in gradient.flatten().split(PIECE)]
-        norms = torch.stack(torch._foreach_norm(pieces)) if pieces else torch.zeros(0, device=self.world.device)
+        if self.zero_optimizer is None and self.common is None:
+            return nn.utils.get_total_norm(grads)
+        chunks = [chunk for grad in grads for chunk in grad.flatten().split(NORM_CHUNK)]
+        norms = torch.stack(torch._foreach_norm(chunks)) if chunks else torch.zeros(0, device=self.dist_context.device)
         square = norms.double().square().sum()
-        if self.world.size > 1:
+        if self.dist_context.world_size > 1:
             dist.all_reduce(square)
         return square.sqrt().float()
 
-    def _apply(self, held: list[Tensor], norm: Tensor, sound: Tensor) -> None:
+    def _clip_and_step(self, grads: list[Tensor], grad_norm: Tensor, all_finite: Tensor) -> None:
         """Clip by the formula of torch's clip_grad_norm_, and update."""
-        if self.guarded:
-            self._broken = torch.maximum(self._broken, (~(sound & torch.isfinite(norm))).float())
-            self.optimizer.found_inf = self._broken
-            self.optimizer.grad_scale = ((norm + 1e-6) / self.clip).clamp(min=1.0) if self.clip else None
-        elif self.clip:
-            torch._foreach_mul_(held, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+        if self.supports_on_device_skip:
+            self._found_inf = torch.maximum(self._found_inf, (~(all_finite & torch.isfinite(grad_norm))).float())
+            self.optimizer.found_inf = self._found_inf
+            self.optimizer.grad_scale = (
+                ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) if self.max_grad_norm else None
+            )
+        elif self.max_grad_norm:
+            torch._foreach_mul_(grads, (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
 
     @torch.no_grad()
-    def _spread(self) -> None:
+    def _all_gather_params(self) -> None:
         """Stages 1 and 2: give every rank the weights that this one has updated."""
-        zero = self.zero
-        for flat, shares, part in zip(
-            zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups, zero.single_partition_of_fp32_groups,
+        zero_optimizer = self.zero_optimizer
+        for flat, shards, partition in zip(
+            zero_optimizer.bit16_groups_flat, zero_optimizer.parallel_partitioned_bit16_groups,
+            zero_optimizer.single_partition_of_fp32_groups,
             strict=True,
         ):  # fmt: skip
-            mine = shares[self.world.rank]
-            mine.copy_(part)
+            local_shard = shards[self.dist_context.rank]
+            local_shard.copy_(partition)
             if self.shared is not None:
-                self.shared.all_gather(flat, mine)
-            elif self.world.size > 1:
+                self.shared.all_gather(flat, local_shard)
+            elif self.dist_context.world_size > 1:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)
-                    dist.all_gather_into_tensor(flat, mine)
+                    dist.all_gather_into_tensor(flat, local_shard)
 
 
-_NOTHING_MORE = {"stage", "reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "overlap_comm"}
-_THEIRS = {"communication_data_type", "comms_logger", "wall_clock_breakdown"}
+_NATIVE_ZERO_KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "overlap_comm"}
+_DEEPSPEED_ONLY_KEYS = {"communication_data_type", "comms_logger", "wall_clock_breakdown"}
 
 
-def goes_direct(config: Mapping[str, Any], *, size: int, precision: str) -> bool:
-    """Whether DeepSpeed's dict asks for nothing that `Direct` does not do, on `size` ranks."""
-    zero = config["zero_optimization"]
-    stage = int(zero.get("stage", 0))
-    asked = {key for key, value in config.items() if value}
+def supports_native_stepper(deepspeed_config: Mapping[str, Any], *, world_size: int, precision: str) -> bool:
+    """Whether DeepSpeed's dict asks for nothing that `NativeStepper` does not do, on `world_size` ranks."""
+    zero_config = deepspeed_config["zero_optimization"]
+    stage = int(zero_config.get("stage", 0))
+    enabled_keys = {key for key, value in deepspeed_config.items() if value}
     return stage == 0 or (  # where DeepSpeed divides nothing there is nothing for it to do
-        precision != "fp16" and stage <= (2 if size == 1 else 1) and set(zero) <= _NOTHING_MORE and not asked & _THEIRS
+        precision != "fp16"
+        and stage <= (2 if world_size == 1 else 1)
+        and set(zero_config) <= _NATIVE_ZERO_KEYS
+        and not enabled_keys & _DEEPSPEED_ONLY_KEYS
     )

@@ -8,15 +8,16 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.config.schema import DEMO_MODEL
-from trainer.export.verify import Check
+from trainer.export.verify import VerificationResult
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
-def card_text(
-    run: Mapping[str, Any], records: Iterable[Record], check: Check, *, step: int, merged: bool = False,
-    change: str = "", measured: Mapping[str, Any] | None = None, chosen: str = "",
+def render_model_card(
+    metadata: Mapping[str, Any], records: Iterable[Record], verification: VerificationResult, *, step: int,
+    is_merged: bool = False,
+    loss_change: str = "", measurements: Mapping[str, Any] | None = None, choice_reason: str = "",
 ) -> str:  # fmt: skip
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
@@ -24,53 +25,66 @@ def card_text(
     `change`: what merging onto another base than the one trained on did to the loss; `measured`: may hold
     `optimizer_bytes` and `peak_memory_bytes`, of the largest rank; `chosen`: why these weights and not the last.
     """
-    everything = list(records)
-    rows = [r for r in everything if r.step <= step]
+    all_records = list(records)
+    records_until_step = [r for r in all_records if r.step <= step]
     lines = [
-        *_front_matter(run, check, merged), "",
-        f"# {run['name']}", "",
-        _what(run, step, merged) + (f" {chosen}" if chosen else ""), "",
-        f"Exported weights: {check.line()}{change}.{_ties(check, merged)}", "",
+        *_front_matter(metadata, verification, is_merged), "",
+        f"# {metadata['name']}", "",
+        _describe_model(metadata, step, is_merged) + (f" {choice_reason}" if choice_reason else ""), "",
+        f"Exported weights: {verification.summary()}{loss_change}.{_describe_embedding_tying(verification, is_merged)}",
+        "",
         "## Training procedure", "",
         "### Training hyperparameters", "",
         "| setting | value |", "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _settings(run, measured or {})), "",
+        *(f"| {name} | {value} |" for name, value in _hyperparameters(metadata, measurements or {})), "",
         "### Training results", "",
-        "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|", *_table(rows), "",
+        "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|",
+        *_results_table(records_until_step), "",
         "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved."
-        + _early(everything), "",
+        + _describe_early_stop(all_records), "",
         "### Compared with", "",
         f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
-        f"its three epochs): not comparable, for these reasons: {_reasons(run)}.", "",
-        *_diagnosis(everything),
+        f"its three epochs): not comparable, for these reasons: {_incomparability_reasons(metadata)}.", "",
+        *_diagnostics_section(all_records),
         "### Framework versions", "",
-        *(f"- {name} {run['versions'][name]}" for name in PACKAGES if run["versions"].get(name)), "",
+        *(f"- {name} {metadata['versions'][name]}" for name in PACKAGES if metadata["versions"].get(name)), "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _front_matter(run: Mapping[str, Any], check: Check, merged: bool) -> list[str]:
+def _front_matter(metadata: Mapping[str, Any], verification: VerificationResult, is_merged: bool) -> list[str]:
     """YAML between dashes, as the Hub reads it; every value is JSON, which YAML contains."""
-    adapter = run["mode"] == "lora" and not merged
-    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    if run["model"]["init"] == "pretrained" and is_hub_id(run["model"]["name"]):
-        head["base_model"] = run["model"]["name"]
-        head["base_model_relation"] = "adapter" if adapter else "finetune"
-    head["tags"] = [_family(run["model"]["class"]), run["mode"], "deepspeed", *(["lora-merged"] if merged else [])]
-    if check.loss is not None:
-        metrics = [("loss", "validation loss", check.loss), ("perplexity", "perplexity", perplexity(check.loss))]
-        source = short(run["data"]["source"])
-        head["model-index"] = [{"name": run["name"], "results": [{
+    is_adapter = metadata["mode"] == "lora" and not is_merged
+    front_matter: dict[str, Any] = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    if metadata["model"]["init"] == "pretrained" and is_hub_id(metadata["model"]["name"]):
+        front_matter["base_model"] = metadata["model"]["name"]
+        front_matter["base_model_relation"] = "adapter" if is_adapter else "finetune"
+    front_matter["tags"] = [
+        _architecture(metadata["model"]["class"]),
+        metadata["mode"],
+        "deepspeed",
+        *(["lora-merged"] if is_merged else []),
+    ]
+    if verification.loss is not None:
+        metrics = [
+            ("loss", "validation loss", verification.loss),
+            ("perplexity", "perplexity", perplexity(verification.loss)),
+        ]
+        source = public_name(metadata["data"]["source"])
+        front_matter["model-index"] = [{"name": metadata["name"], "results": [{
             "task": {"type": "text-generation"},
             "dataset": {"name": source, "type": source, "split": "validation"},
             "metrics": [{"type": kind, "name": name, "value": value} for kind, name, value in metrics],
         }]}]  # fmt: skip
-    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"]
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front_matter.items()), "---"]
 
 
-def _family(name: str) -> str:
+def _architecture(class_name: str) -> str:
     """The architecture by the name of its class: gpt2 of GPT2LMHeadModel."""
-    return re.sub(r"(LMHeadModel|ForCausalLM)$", "", name).lower()
+    return re.sub(r"(LMHeadModel|ForCausalLM)$", "", class_name).lower()
 
 
 def is_hub_id(name: str) -> bool:
@@ -80,59 +94,59 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
 
 
-def short(name: str) -> str:
+def public_name(name: str) -> str:
     """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business."""
     return name if is_hub_id(name) else Path(name).name or name
 
 
-def _what(run: Mapping[str, Any], step: int, merged: bool) -> str:
-    model, lora, total = run["model"], run["settings"]["lora"], run["resolved"]["total_steps"]
-    how = "every weight" if run["mode"] == "full" else (
-        f"{_KINDS[lora.get('adapter', 'lora')]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, "
-        f"on {', '.join(model['lora_targets'])}{_also(lora)}"
+def _describe_model(metadata: Mapping[str, Any], step: int, is_merged: bool) -> str:
+    model, lora, total_steps = metadata["model"], metadata["settings"]["lora"], metadata["resolved"]["total_steps"]
+    method = "every weight" if metadata["mode"] == "full" else (
+        f"{_ADAPTER_NAMES[lora.get('adapter', 'lora')]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, "
+        f"on {', '.join(model['lora_targets'])}{_describe_modules_to_save(lora)}"
     )  # fmt: skip
-    start = "" if model["init"] == "pretrained" else ", from random weights,"
+    initialization = "" if model["init"] == "pretrained" else ", from random weights,"
     return (
-        f"`{short(model['name'])}`{start} fine-tuned on `{short(run['data']['source'])}` "
-        f"({how}: {model['trainable']:,} of "
-        f"{model['parameters']:,} parameters, {100 * model['share']:.2f}%), after step {step:,} of {total:,}."
-        + (" The adapters are folded into the weights: this is a plain model." if merged else "")
-        + (_where_base(run) if run["mode"] == "lora" and not merged else "")
+        f"`{public_name(model['name'])}`{initialization} fine-tuned on `{public_name(metadata['data']['source'])}` "
+        f"({method}: {model['trainable']:,} of "
+        f"{model['parameters']:,} parameters, {100 * model['share']:.2f}%), after step {step:,} of {total_steps:,}."
+        + (" The adapters are folded into the weights: this is a plain model." if is_merged else "")
+        + (_describe_base(metadata) if metadata["mode"] == "lora" and not is_merged else "")
     )
 
 
-_KINDS = {"lora": "LoRA", "dora": "DoRA", "rslora": "rank-stabilised LoRA", "pissa": "PiSSA"}
+_ADAPTER_NAMES = {"lora": "LoRA", "dora": "DoRA", "rslora": "rank-stabilised LoRA", "pissa": "PiSSA"}
 
 
-def _also(lora: Mapping[str, Any]) -> str:
-    return f", and the base's own {', '.join(lora['train_also'])}" if lora.get("train_also") else ""
+def _describe_modules_to_save(lora: Mapping[str, Any]) -> str:
+    return f", and the base's own {', '.join(lora['modules_to_save'])}" if lora.get("modules_to_save") else ""
 
 
-def _ties(check: Check, merged: bool) -> str:
-    if check.tied is None:
+def _describe_embedding_tying(verification: VerificationResult, is_merged: bool) -> str:
+    if verification.is_tied is None:
         return ""
-    after = " after the adapters were folded in" if merged else ""
-    return f" Input and output embeddings are {'one tensor, stored once' if check.tied else 'two tensors'}{after}."
+    suffix = " after the adapters were folded in" if is_merged else ""
+    return f" Input and output embeddings are {'one tensor, stored once' if verification.is_tied else 'two tensors'}{suffix}."
 
 
-def _where_base(run: Mapping[str, Any]) -> str:
-    said, quant = "", run["settings"]["model"].get("quant")
-    if run["model"]["init"] == "random":
-        said = " Its base is random weights, kept only in the folder `base` of the run; it is nothing without them."
+def _describe_base(metadata: Mapping[str, Any]) -> str:
+    text, quant = "", metadata["settings"]["model"].get("quant")
+    if metadata["model"]["init"] == "random":
+        text = " Its base is random weights, kept only in the folder `base` of the run; it is nothing without them."
     if quant:
-        double = ", its scales in 8 bits" if run["settings"]["model"]["quant_double"] else ""
-        said += (
+        double = ", its scales in 8 bits" if metadata["settings"]["model"]["quant_double"] else ""
+        text += (
             f" It was trained on the base in {quant}{double} (weights before that: fingerprint "
-            f"`{run['model']['fingerprint']}`); `base_quantization.json` holds the arguments of transformers' "
+            f"`{metadata['model']['fingerprint']}`); `base_quantization.json` holds the arguments of transformers' "
             "`BitsAndBytesConfig` that pack it again. On the float32 base it answers otherwise."
         )
-    if run["settings"]["lora"].get("adapter") == "pissa":
-        said += " PiSSA's start is taken off again: this is an ordinary LoRA adapter of twice the rank."
-    return said
+    if metadata["settings"]["lora"].get("adapter") == "pissa":
+        text += " PiSSA's start is taken off again: this is an ordinary LoRA adapter of twice the rank."
+    return text
 
 
-def _settings(run: Mapping[str, Any], measured: Mapping[str, Any]) -> list[tuple[str, str]]:
-    settings, resolved, data = run["settings"], run["resolved"], run["data"]
+def _hyperparameters(metadata: Mapping[str, Any], measurements: Mapping[str, Any]) -> list[tuple[str, str]]:
+    settings, resolved, data = metadata["settings"], metadata["resolved"], metadata["data"]
     train = settings["train"]
     betas = f"betas ({train['beta1']}, {train['beta2']})"
     batch = (
@@ -145,12 +159,16 @@ def _settings(run: Mapping[str, Any], measured: Mapping[str, Any]) -> list[tuple
         ("learning rate", f"{train['lr']:g}, linear to 0, {train['warmup_steps']} warm-up steps"),
         (
             "optimizer",
-            f"{_OPTIMS[train.get('optim', 'adamw_fused')]}, {betas}, epsilon {train['epsilon']:g}, "
+            f"{_OPTIMIZER_NAMES[train.get('optim', 'adamw_fused')]}, {betas}, epsilon {train['epsilon']:g}, "
             f"weight decay {train['weight_decay']:g}",
         ),
-        *((name, f"{measured[key]:,} bytes on a rank") for key, name in _MEASURED.items() if key in measured),
-        *_adapter_settings(settings),
-        ("gradient clipping", f"{train['clip']:g}" if train["clip"] else "off"),
+        *(
+            (name, f"{measurements[key]:,} bytes on a rank")
+            for key, name in _MEASUREMENT_NAMES.items()
+            if key in measurements
+        ),
+        *_optional_hyperparameters(settings),
+        ("gradient clipping", f"{train['max_grad_norm']:g}" if train["max_grad_norm"] else "off"),
         ("batch", f"{batch} = {resolved['global_batch']} examples a step"),
         ("epochs", f"{epochs:.4g} ({resolved['total_steps']:,} steps, {resolved['steps_per_epoch']:,} an epoch)"),
         ("seed", f"{train['seed']}"),
@@ -162,51 +180,51 @@ def _settings(run: Mapping[str, Any], measured: Mapping[str, Any]) -> list[tuple
     ]
 
 
-_MEASURED = {"optimizer_bytes": "optimizer state", "peak_memory_bytes": "peak memory"}
-_OPTIMS = {
+_MEASUREMENT_NAMES = {"optimizer_bytes": "optimizer state", "peak_memory_bytes": "peak memory"}
+_OPTIMIZER_NAMES = {
     "adamw_fused": "AdamW", "adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits",
     "paged_adamw8bit": "paged AdamW with moments in 8 bits",
 }  # fmt: skip
 
 
-def _adapter_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _optional_hyperparameters(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows that only some runs have."""
     rows = []
     if settings["mode"] == "lora" and settings["lora"].get("plus_ratio", 1) != 1:
         rows.append(("LoRA+", f"B matrices at {settings['lora']['plus_ratio']:g} times the learning rate"))
     if settings["model"].get("quant"):
         rows.append(("base", settings["model"]["quant"] + (", double" if settings["model"]["quant_double"] else "")))
-    if settings["engine"].get("checkpoint_activations"):
+    if settings["engine"].get("activation_checkpointing"):
         rows.append(("activations", "computed again in backward"))
     return rows
 
 
-def _early(records: list[Record]) -> str:
-    stops = [r for r in records if isinstance(r, EventRecord) and r.event == "early_stop"]
-    return f" The run {stops[-1].message}." if stops else ""
+def _describe_early_stop(records: list[Record]) -> str:
+    stop_events = [r for r in records if isinstance(r, EventRecord) and r.event == "early_stop"]
+    return f" The run {stop_events[-1].message}." if stop_events else ""
 
 
-def _diagnosis(records: list[Record]) -> list[str]:
+def _diagnostics_section(records: list[Record]) -> list[str]:
     """What the run noticed of itself, over its whole length; nothing where all was well."""
-    said = [r for r in records if isinstance(r, EventRecord) and r.event == "diagnosis"]
-    if not said:
+    diagnosis_events = [r for r in records if isinstance(r, EventRecord) and r.event == "diagnosis"]
+    if not diagnosis_events:
         return []
     return ["### Diagnosis", "", "What the run noticed of itself:", "",
-            *(f"- step {event.step:,}: {event.message}" for event in said), ""]  # fmt: skip
+            *(f"- step {event.step:,}: {event.message}" for event in diagnosis_events), ""]  # fmt: skip
 
 
-def _reasons(run: Mapping[str, Any]) -> str:
-    reasons = "; ".join(run["not_comparable_with_card"])
-    for name in (run["data"]["source"], run["model"]["name"]):
-        reasons = reasons.replace(name, short(name))
+def _incomparability_reasons(metadata: Mapping[str, Any]) -> str:
+    reasons = "; ".join(metadata["not_comparable_with_card"])
+    for name in (metadata["data"]["source"], metadata["model"]["name"]):
+        reasons = reasons.replace(name, public_name(name))
     return reasons
 
 
-def _table(records: list[Record]) -> list[str]:
+def _results_table(records: list[Record]) -> list[str]:
     """A line for each evaluation, with the train loss where an epoch ended; of one step evaluated twice the later."""
-    means = {r.step: f" {r.train_loss:.4f}" for r in records if isinstance(r, EpochRecord)}
+    train_losses = {r.step: f" {r.train_loss:.4f}" for r in records if isinstance(r, EpochRecord)}
     evals = {r.step: r for r in records if isinstance(r, EvalRecord)}
     return [
-        f"| {r.epoch:.4g} | {step:,} |{means.get(step, '')} | {r.loss:.4f} | {perplexity(r.loss):.3f} |"
+        f"| {r.epoch:.4g} | {step:,} |{train_losses.get(step, '')} | {r.loss:.4f} | {perplexity(r.loss):.3f} |"
         for step, r in sorted(evals.items())
     ]

@@ -1,4 +1,5 @@
-"""An exported folder, loaded by plain transformers or peft in a process of its own: `python -m trainer.export.verify_worker JOB`.
+"""An exported folder, loaded by plain transformers or peft in a process of its own: `python -m
+trainer.export.verify_worker JOB`.
 
 Shares no model code with the training: what it says of the folder is what a user of the folder will see. Reads a job
 (folder, logits of the trained model, prepared data, device, precision), prints one JSON object of facts; what they
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """Nobody writes to our input: it ends when the process that asked has ended, and then nobody wants the answer."""
     os.read(0, 1)
     os._exit(1)
 
 
 if __name__ == "__main__":  # before the imports that take seconds, on a busy machine minutes
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -43,15 +44,15 @@ def verify(job: Mapping[str, Any]) -> dict[str, Any]:
     """The facts about a job's folder: what is stored in it, and what the model in it answers."""
     folder = Path(job["folder"])
     model = load_folder(folder, job["device"]).eval()
-    shared = embedding_names(model)
-    answer = stored(folder, shared)
+    embedding_keys = embedding_names(model)
+    answer = inspect_tensors(folder, embedding_keys)
     answer["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     answer["dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    kept = np.load(job["logits"])
+    reference = np.load(job["logits"])
     with torch.no_grad():
-        logits = model(torch.from_numpy(kept["input_ids"]).to(job["device"]), use_cache=False).logits
-    answer["logits_difference"] = float(np.abs(logits.float().cpu().numpy() - kept["logits"]).max())
-    answer["loss"] = validation_loss(model, job) if job["data"] else None
+        logits = model(torch.from_numpy(reference["input_ids"]).to(job["device"]), use_cache=False).logits
+    answer["logits_difference"] = float(np.abs(logits.float().cpu().numpy() - reference["logits"]).max())
+    answer["loss"] = compute_validation_loss(model, job) if job["data"] else None
     return answer
 
 
@@ -63,23 +64,28 @@ def load_folder(folder: Path, device: str) -> Any:
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        packing = folder / "base_quantization.json"
-        if packing.exists():
-            return _on_packed_base(folder, json.loads(packing.read_text())["quantization_config"], device)
+        quantization_file = folder / "base_quantization.json"
+        if quantization_file.exists():
+            return _load_on_quantized_base(
+                folder, json.loads(quantization_file.read_text())["quantization_config"], device
+            )
         return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder).to(device)
 
 
-def _on_packed_base(folder: Path, packing: dict[str, Any], device: str) -> Any:
+def _load_on_quantized_base(folder: Path, quantization_config: dict[str, Any], device: str) -> Any:
     from peft import AutoPeftModelForCausalLM
     from transformers import BitsAndBytesConfig
 
     model = AutoPeftModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=BitsAndBytesConfig(**packing), device_map={"": device}
+        folder,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(**quantization_config),
+        device_map={"": device},
     )
-    quantization.keep_honest(model)
+    quantization.disable_avx512_repacking(model)
     return model
 
 
@@ -89,27 +95,27 @@ def embedding_names(model: Any) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
 
 
-def stored(folder: Path, embedding: set[str]) -> dict[str, Any]:
+def inspect_tensors(folder: Path, embedding_keys: set[str]) -> dict[str, Any]:
     """Facts about the stored tensors themselves, read one at a time."""
     config = folder / "config.json"
-    facts: dict[str, Any] = {
+    tensor_info: dict[str, Any] = {
         "tensors": 0, "empty": [], "adapters": 0, "adapters_moved": 0, "embedding_copies": 0,
         "said_dtype": json.loads(config.read_text()).get("dtype") if config.exists() else None,
     }  # fmt: skip
     dtypes = set()
-    for name, piece, read in _tensors(folder):
-        facts["tensors"] += 1
-        facts["embedding_copies"] += name in embedding
-        dtypes.add(piece.get_dtype())
-        if 0 in piece.get_shape():
-            facts["empty"].append(name)
+    for name, tensor_slice, read_tensor in _iter_tensors(folder):
+        tensor_info["tensors"] += 1
+        tensor_info["embedding_copies"] += name in embedding_keys
+        dtypes.add(tensor_slice.get_dtype())
+        if 0 in tensor_slice.get_shape():
+            tensor_info["empty"].append(name)
         if ".lora_B." in name:
-            facts["adapters"] += 1
-            facts["adapters_moved"] += bool(read(name).any())
-    return facts | {"stored_dtypes": sorted(dtypes)}
+            tensor_info["adapters"] += 1
+            tensor_info["adapters_moved"] += bool(read_tensor(name).any())
+    return tensor_info | {"stored_dtypes": sorted(dtypes)}
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Any, Any]]:
+def _iter_tensors(folder: Path) -> Iterator[tuple[str, Any, Any]]:
     """(name, what the file says of it, a function that reads it) of every tensor in the folder."""
     from safetensors import safe_open
 
@@ -120,18 +126,18 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any, Any]]:
 
 
 @torch.no_grad()
-def validation_loss(model: Any, job: Mapping[str, Any]) -> float:
+def compute_validation_loss(model: Any, job: Mapping[str, Any]) -> float:
     """Token mean of the loss over the prepared validation rows, nats."""
-    rows = load(Path(job["data"])).val
-    sums = []
-    for micro in eval_batches(rows, job["eval_batch"], 0, 1, 0):
-        labels = torch.from_numpy(micro.labels)[:, 1:].flatten().to(job["device"])
+    dataset = load(Path(job["data"])).val
+    loss_sums = []
+    for micro_batch in eval_batches(dataset, job["eval_batch"], 0, 1, 0):
+        labels = torch.from_numpy(micro_batch.labels)[:, 1:].flatten().to(job["device"])
         with torch.autocast(job["device"], torch.bfloat16, enabled=job["precision"] == "bf16"):
-            logits = model(torch.from_numpy(micro.input_ids).to(job["device"]), use_cache=False).logits[:, :-1]
+            logits = model(torch.from_numpy(micro_batch.input_ids).to(job["device"]), use_cache=False).logits[:, :-1]
         # Vocabulary last: over another dimension torch sums the softmax less exactly, 1e-6 of the loss.
         nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none")
-        sums.append(nll.double().sum().item())
-    return math.fsum(sums) / int(rows.counted().sum())
+        loss_sums.append(nll.double().sum().item())
+    return math.fsum(loss_sums) / int(dataset.num_target_tokens().sum())
 
 
 if __name__ == "__main__":

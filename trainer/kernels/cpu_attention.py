@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-LEVELS = 2**16  # a probability is rounded to a multiple of one over it: 0.1 to 0.100006
-BLOCK = 64  # queries of one block of the attention: what it makes stays in the cache
-NAME = "blockwise_dropout"  # of the attention among transformers' own
+NUM_LEVELS = 2**16  # a probability is rounded to a multiple of one over it: 0.1 to 0.100006
+BLOCK_SIZE = 64  # queries of one block of the attention: what it makes stays in the cache
+ATTENTION_NAME = "blockwise_dropout"  # of the attention among transformers' own
 
 
 def install(module: nn.Module, causal: PreTrainedModel) -> None:
@@ -28,106 +28,112 @@ def install(module: nn.Module, causal: PreTrainedModel) -> None:
                 setattr(parent, name, Dropout(child.p).train(child.training))
     config: Any = causal.config
     if config.model_type == "gpt2" and config.attn_pdrop > 0 and config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, attention_of_transformers)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        causal.set_attn_implementation(NAME)
+        AttentionInterface.register(ATTENTION_NAME, blockwise_attention_forward)
+        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+        causal.set_attn_implementation(ATTENTION_NAME)
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` with the masks of `keep`."""
+    """`nn.Dropout` with the masks of `sample_keep_mask`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape; the identity in evaluation."""
         if not self.training:
             return input
-        return (input * keep(input.shape, self.p)).mul_(scale(self.p))
+        return (input * sample_keep_mask(input.shape, self.p)).mul_(dropout_scale(self.p))
 
 
-def keep(shape: torch.Size, probability: float) -> Tensor:
-    """1 for elements that stay, 0 for those that are dropped: with the `probability`, rounded to 1 / LEVELS.
+def sample_keep_mask(shape: torch.Size, probability: float) -> Tensor:
+    """1 for elements that stay, 0 for those that are dropped: with the `probability`, rounded to 1 / NUM_LEVELS.
 
     In bytes and not truths: torch makes and multiplies by those with vector instructions, twice as fast.
     """
-    number = shape.numel()
-    bits = torch.empty(-(-number // 4), dtype=torch.int64).random_(-(2**63), None)
-    lanes = bits.view(torch.int16)[:number].view(shape)
-    dropped = round(probability * LEVELS)
-    stay = torch.zeros(shape, dtype=torch.uint8)
-    return torch.ge(lanes, dropped - LEVELS // 2, out=stay) if dropped < LEVELS else stay
+    num_elements = shape.numel()
+    random_bits = torch.empty(-(-num_elements // 4), dtype=torch.int64).random_(-(2**63), None)
+    random_int16 = random_bits.view(torch.int16)[:num_elements].view(shape)
+    num_dropped_levels = round(probability * NUM_LEVELS)
+    keep_mask = torch.zeros(shape, dtype=torch.uint8)
+    return (
+        torch.ge(random_int16, num_dropped_levels - NUM_LEVELS // 2, out=keep_mask)
+        if num_dropped_levels < NUM_LEVELS
+        else keep_mask
+    )
 
 
-def scale(probability: float) -> float:
+def dropout_scale(probability: float) -> float:
     """By what the elements that stay are multiplied, so that the mean stays."""
-    dropped = round(probability * LEVELS)
-    return LEVELS / (LEVELS - dropped) if dropped < LEVELS else 0.0
+    num_dropped_levels = round(probability * NUM_LEVELS)
+    return NUM_LEVELS / (NUM_LEVELS - num_dropped_levels) if num_dropped_levels < NUM_LEVELS else 0.0
 
 
-def attention_of_transformers(
+def blockwise_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float, dropout: float = 0.0, **more: Any,
+    scaling: float, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The form in which transformers calls an attention: [rows, heads, width, d] -> [rows, width, heads, d]."""
     if not dropout or attention_mask is not None or query.shape != key.shape:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    return attention(query, key, value, scaling, dropout).transpose(1, 2), None
+    return blockwise_attention(query, key, value, scaling, dropout).transpose(1, 2), None
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, probability: float) -> Tensor:
+def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout_p: float) -> Tensor:
     """Causal attention with dropout of its probabilities, all [rows, heads, width, d].
 
     Scores and softmax in float32 whatever the inputs are; the products with probabilities in the inputs' type.
     """
-    made: Tensor = _Attention.apply(query, key, value, scaling, probability)
-    return made
+    output: Tensor = BlockwiseAttention.apply(query, key, value, scaling, dropout_p)
+    return output
 
 
-class _Attention(torch.autograd.Function):
+class BlockwiseAttention(torch.autograd.Function):
     """By blocks of queries; the sum over probabilities times their gradients is taken from the output, as in
     FlashAttention (Dao et al., arXiv 2205.14135, appendix B.4), so only probabilities and masks are kept."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, probability: float) -> Tensor:
-        rows, heads, width, size = value.shape
-        q, k, v = (given.reshape(-1, width, size) for given in (query, key, value))
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout_p: float) -> Tensor:
+        """query, key, value [rows, heads, width, size] -> the same shape."""
+        batch_size, num_heads, seq_len, head_dim = value.shape
+        q, k, v = (tensor.reshape(-1, seq_len, head_dim) for tensor in (query, key, value))
         # Laid out as the next layer reads it, which then needs no copy of its own.
-        out = value.new_empty(rows, width, heads, size).transpose(1, 2)
-        kept: list[Tensor] = []
+        output = value.new_empty(batch_size, seq_len, num_heads, head_dim).transpose(1, 2)
+        saved: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
             queries, keys = q.float() * scaling, k.float()
-            unseen = torch.full((BLOCK, BLOCK), -torch.inf).triu_(1)
-            for start, end in _blocks(width):
+            causal_mask = torch.full((BLOCK_SIZE, BLOCK_SIZE), -torch.inf).triu_(1)
+            for start, end in _block_ranges(seq_len):
                 scores = torch.bmm(queries[:, start:end], keys[:, :end].transpose(1, 2))
-                scores[:, :, start:] += unseen[: end - start, : end - start]
-                chances = torch.softmax(scores, dim=2).to(v.dtype)
-                stay = keep(chances.shape, probability)
-                made = torch.bmm(chances * stay, v[:, :end]).mul_(scale(probability))
-                out[:, :, start:end] = made.view(rows, heads, end - start, size)
-                kept += [chances, stay]
-        ctx.save_for_backward(q, k, v, out, *kept)
-        ctx.numbers = scaling, scale(probability)
-        return out
+                scores[:, :, start:] += causal_mask[: end - start, : end - start]
+                probs = torch.softmax(scores, dim=2).to(v.dtype)
+                keep_mask = sample_keep_mask(probs.shape, dropout_p)
+                block_output = torch.bmm(probs * keep_mask, v[:, :end]).mul_(dropout_scale(dropout_p))
+                output[:, :, start:end] = block_output.view(batch_size, num_heads, end - start, head_dim)
+                saved += [probs, keep_mask]
+        ctx.save_for_backward(q, k, v, output, *saved)
+        ctx.scales = scaling, dropout_scale(dropout_p)
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, *kept = ctx.saved_tensors
-        scaling, larger = ctx.numbers
-        to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Gradients of the inputs of `forward`, in its order."""
+        q, k, v, output, *saved = ctx.saved_tensors
+        scaling, keep_scale = ctx.scales
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         with torch.autocast("cpu", enabled=False):
-            sums = (by.float() * out).sum(3).view(len(q), -1, 1)
-            by = (by * larger).reshape(q.shape)
-            for number, (start, end) in enumerate(_blocks(q.shape[1])):
-                chances, stay = kept[2 * number : 2 * number + 2]
-                to_v[:, :end] += torch.bmm((chances * stay).transpose(1, 2), by[:, start:end])
-                slope = torch.bmm(by[:, start:end], v[:, :end].transpose(1, 2)).mul_(stay).float()
-                slope = slope.sub_(sums[:, start:end]).mul_(chances).to(v.dtype)
-                to_q[:, start:end] = torch.bmm(slope, k[:, :end]).mul_(scaling)
-                to_k[:, :end] += torch.bmm(slope.transpose(1, 2), q[:, start:end])
-            to_k.mul_(scaling)
-        return to_q.view(out.shape), to_k.view(out.shape), to_v.view(out.shape), None, None
+            delta = (grad_output.float() * output).sum(3).view(len(q), -1, 1)
+            grad_output = (grad_output * keep_scale).reshape(q.shape)
+            for block_index, (start, end) in enumerate(_block_ranges(q.shape[1])):
+                probs, keep_mask = saved[2 * block_index : 2 * block_index + 2]
+                grad_v[:, :end] += torch.bmm((probs * keep_mask).transpose(1, 2), grad_output[:, start:end])
+                grad_scores = torch.bmm(grad_output[:, start:end], v[:, :end].transpose(1, 2)).mul_(keep_mask).float()
+                grad_scores = grad_scores.sub_(delta[:, start:end]).mul_(probs).to(v.dtype)
+                grad_q[:, start:end] = torch.bmm(grad_scores, k[:, :end]).mul_(scaling)
+                grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, start:end])
+            grad_k.mul_(scaling)
+        return grad_q.view(output.shape), grad_k.view(output.shape), grad_v.view(output.shape), None, None
 
 
-def _blocks(width: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, width)) for start in range(0, width, BLOCK)]
+def _block_ranges(seq_len: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK_SIZE, seq_len)) for start in range(0, seq_len, BLOCK_SIZE)]

@@ -14,67 +14,83 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-BIAS_AS_A_COLUMN = "cpu"  # where: a GPU's product adds a bias itself, and wants an even inner dimension
+BIAS_COLUMN_DEVICE = "cpu"  # where: a GPU's product adds a bias itself, and wants an even inner dimension
 
 
 def install(layers: Iterable[Any]) -> None:
-    """Compute so these layers of peft, whose formula is this one (`trainer.model.lora.plain_layers`)."""
+    """Compute so these layers of peft, whose formula is this one (`trainer.model.lora.find_fusable_layers`)."""
     for layer in layers:
-        layer.forward = MethodType(_forward(layer.forward), layer)
+        layer.forward = MethodType(_make_forward(layer.forward), layer)
 
 
-def _forward(pefts: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _make_forward(peft_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(layer: Any, x: Tensor) -> Tensor:
         if layer.disable_adapters or layer.merged:
-            return pefts(x)
-        base, (name,) = layer.base_layer, layer.active_adapters
-        weight = base.weight if isinstance(base, Conv1D) else base.weight.T
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        made: Tensor = _Adapted.apply(x, weight, base.bias, a, b, layer.scaling[name])
-        return made
+            return peft_forward(x)
+        base_layer, (adapter_name,) = layer.base_layer, layer.active_adapters
+        weight = base_layer.weight if isinstance(base_layer, Conv1D) else base_layer.weight.T
+        lora_a, lora_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        output: Tensor = FusedLoRALinear.apply(x, weight, base_layer.bias, lora_a, lora_b, layer.scaling[adapter_name])
+        return output
 
     return forward
 
 
-class _Adapted(torch.autograd.Function):
+class FusedLoRALinear(torch.autograd.Function):
     """Under autocast all products are in its type, as they are for peft."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
         """x [..., in], weight [in, out], bias [out], a [r, in], b [out, r] -> [..., out]."""
         device = x.device.type
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            rows, down, up = x.flatten(0, -2).to(low), (a * scaling).to(low), b.to(low)
-            matrix = weight.to(low)
-            if bias is None or device != BIAS_AS_A_COLUMN:
-                inner = torch.mm(rows, down.T)
-                made = torch.mm(rows, matrix) if bias is None else torch.addmm(bias.to(low), rows, matrix)
-                made.addmm_(inner, up.T)
+            inputs, down, up = (
+                x.flatten(0, -2).to(compute_dtype),
+                (lora_a * scaling).to(compute_dtype),
+                lora_b.to(compute_dtype),
+            )
+            base_weight = weight.to(compute_dtype)
+            if bias is None or device != BIAS_COLUMN_DEVICE:
+                low_rank = torch.mm(inputs, down.T)
+                output = (
+                    torch.mm(inputs, base_weight)
+                    if bias is None
+                    else torch.addmm(bias.to(compute_dtype), inputs, base_weight)
+                )
+                output.addmm_(low_rank, up.T)
             else:
-                inner = rows.new_ones(len(rows), len(a) + 1)
-                torch.mm(rows, down.T, out=inner[:, :-1])
-                made = torch.mm(rows, matrix).addmm_(inner, torch.cat((up, bias.to(low)[:, None]), dim=1).T)
-        ctx.save_for_backward(rows, inner, weight, down, up)
-        ctx.x, ctx.scaling, ctx.dtypes = (x.shape, x.dtype), scaling, (a.dtype, b.dtype)
-        return made.view(*x.shape[:-1], -1)
+                low_rank = inputs.new_ones(len(inputs), len(lora_a) + 1)
+                torch.mm(inputs, down.T, out=low_rank[:, :-1])
+                output = torch.mm(inputs, base_weight).addmm_(
+                    low_rank, torch.cat((up, bias.to(compute_dtype)[:, None]), dim=1).T
+                )
+        ctx.save_for_backward(inputs, low_rank, weight, down, up)
+        ctx.x_shape_dtype, ctx.scaling, ctx.dtypes = (x.shape, x.dtype), scaling, (lora_a.dtype, lora_b.dtype)
+        return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor, Tensor, None]:
-        rows, inner, weight, down, up = ctx.saved_tensors
-        shape, dtype = ctx.x
-        with torch.autocast(by.device.type, enabled=False):
-            by = by.flatten(0, -2).to(rows.dtype)
-            to_inner = torch.mm(by, up)
-            to_x = None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor, Tensor, None]:
+        """Gradients of the inputs of `forward`, in its order."""
+        inputs, low_rank, weight, down, up = ctx.saved_tensors
+        shape, dtype = ctx.x_shape_dtype
+        with torch.autocast(grad_output.device.type, enabled=False):
+            grad_output = grad_output.flatten(0, -2).to(inputs.dtype)
+            grad_low_rank = torch.mm(grad_output, up)
+            grad_x = None
             if ctx.needs_input_grad[0]:
-                to_x = torch.mm(by, weight.T.to(by.dtype)).addmm_(to_inner, down).view(shape).to(dtype)
-            to_bias = by.sum(0) if ctx.needs_input_grad[2] else None
-            to_a = torch.mm(to_inner.T, rows).to(ctx.dtypes[0]) * ctx.scaling
-            to_b = torch.mm(inner[:, : up.shape[1]].T, by)  # the other way round it takes twice as long
+                grad_x = (
+                    torch.mm(grad_output, weight.T.to(grad_output.dtype))
+                    .addmm_(grad_low_rank, down)
+                    .view(shape)
+                    .to(dtype)
+                )
+            grad_bias = grad_output.sum(0) if ctx.needs_input_grad[2] else None
+            grad_a = torch.mm(grad_low_rank.T, inputs).to(ctx.dtypes[0]) * ctx.scaling
+            grad_b = torch.mm(low_rank[:, : up.shape[1]].T, grad_output)  # the other way round it takes twice as long
             # Laid out as the weight is: an optimizer of one kernel takes no other, and graphs hand it over as it is.
-            to_b = to_b.to(ctx.dtypes[1]).T.contiguous()
-        return to_x, None, to_bias, to_a, to_b, None
+            grad_b = grad_b.to(ctx.dtypes[1]).T.contiguous()
+        return grad_x, None, grad_bias, grad_a, grad_b, None

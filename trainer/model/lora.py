@@ -16,119 +16,125 @@ from transformers.pytorch_utils import Conv1D
 from trainer.config.errors import UserError
 from trainer.config.schema import LoraSettings
 
-KINDS = ("attention", "mlp", "all")
+TARGET_GROUPS = ("attention", "mlp", "all")
 
 
 # --- which layers ---
 
 
-def targets(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
+def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> list[str]:
     """The layers to adapt as peft takes them: the shortest ends of names that mean these layers and no other.
 
-    Each of `settings.targets` must match: a kind, a layer's name or the end of it (`mlp.c_proj`), or a pattern of
-    whole names. Left out: every Conv1D and Linear but the output layer. UserError for one that matches nothing.
+    Each of `settings.target_modules` must match: a kind, a layer's name or the end of it (`mlp.c_proj`), or a pattern
+    of whole names. Left out: every Conv1D and Linear but the output layer. UserError for one that matches nothing.
     """
-    output = causal.get_output_embeddings()
-    layers = [n for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and m is not output]
-    chosen: set[str] = set()
-    for target in settings.targets or ("all",):
-        found = {name for name in layers if _matches(name, target)}
-        if not found:
-            endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
-            raise UserError(f"--lora-targets {target}: matches no layer; this model has {endings}")
-        chosen |= found
-    return sorted({_shortest_end(name, chosen, layers) for name in chosen})
+    output_layer = causal.get_output_embeddings()
+    layer_names = [n for n, m in causal.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and m is not output_layer]
+    selected: set[str] = set()
+    for target in settings.target_modules or ("all",):
+        matches = {name for name in layer_names if _matches(name, target)}
+        if not matches:
+            suffixes = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layer_names}))
+            raise UserError(f"--lora-target-modules {target}: matches no layer; this model has {suffixes}")
+        selected |= matches
+    return sorted({_shortest_suffix(name, selected, layer_names) for name in selected})
 
 
 def _matches(name: str, target: str) -> bool:
     if target == "all":
         return True
-    if target in KINDS:  # a block's layers are those of its attention and, all others, of its MLP
-        attention = any(re.search("attn|attention", part) for part in name.split(".")[:-1])
-        return _in_block(name) and attention == (target == "attention")
+    if target in TARGET_GROUPS:  # a block's layers are those of its attention and, all others, of its MLP
+        is_attention = any(re.search("attn|attention", part) for part in name.split(".")[:-1])
+        return _is_in_block(name) and is_attention == (target == "attention")
     if "*" in target or "?" in target:
         return fnmatchcase(name, target)
     return name == target or name.endswith(f".{target}")
 
 
-def _in_block(name: str) -> bool:
+def _is_in_block(name: str) -> bool:
     """Whether a layer is in one of the numbered blocks."""
     return any(part.isdigit() for part in name.split("."))
 
 
-def _shortest_end(name: str, chosen: set[str], layers: list[str]) -> str:
+def _shortest_suffix(name: str, selected: set[str], layer_names: list[str]) -> str:
     parts = name.split(".")
     for start in range(len(parts) - 1, -1, -1):
-        end = ".".join(parts[start:])
-        if all(other in chosen for other in layers if other == end or other.endswith(f".{end}")):
-            return end
+        suffix = ".".join(parts[start:])
+        if all(
+            layer_name in selected
+            for layer_name in layer_names
+            if layer_name == suffix or layer_name.endswith(f".{suffix}")
+        ):
+            return suffix
     return name
 
 
 # --- adapting ---
 
 
-def adapt(causal: PreTrainedModel, settings: LoraSettings, names: list[str]) -> Any:
-    """The peft model around `causal`, whose own weights are frozen but for those of `train_also`.
+def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules: list[str]) -> Any:
+    """The peft model around `causal`, whose own weights are frozen but for those of `modules_to_save`.
 
     pissa moves the largest singular vectors of each layer's weight from the base into its adapter
     (Meng et al., arXiv 2404.02948); the others begin as the identity.
     """
     from peft import LoraConfig, TaskType, get_peft_model  # imports bitsandbytes: only where it is needed
 
-    transposed = any(
-        isinstance(layer, Conv1D) and any(name == t or name.endswith(f".{t}") for t in names)
+    fan_in_fan_out = any(
+        isinstance(layer, Conv1D) and any(name == target or name.endswith(f".{target}") for target in target_modules)
         for name, layer in causal.named_modules()
     )
     if settings.adapter == "pissa":
-        _check_rank(causal, settings.rank, names)
+        _check_rank(causal, settings.rank, target_modules)
     on_meta = next(causal.parameters()).device.type == "meta"
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
         lora_alpha=settings.alpha,  # peft divides it by r; a float is as good
         lora_dropout=settings.dropout,
-        target_modules=names,
-        fan_in_fan_out=transposed,  # Conv1D keeps its weight as [in, out]
+        target_modules=target_modules,
+        fan_in_fan_out=fan_in_fan_out,  # Conv1D keeps its weight as [in, out]
         use_dora=settings.adapter == "dora",
         use_rslora=settings.adapter == "rslora",
         init_lora_weights="pissa" if settings.adapter == "pissa" and not on_meta else True,
     )
     module = get_peft_model(causal, config)
-    for parameter in _beside(causal, settings.train_also):
+    for parameter in _find_extra_parameters(causal, settings.modules_to_save):
         parameter.requires_grad_(True)
     return module
 
 
-def _check_rank(causal: PreTrainedModel, rank: int, names: list[str]) -> None:
+def _check_rank(causal: PreTrainedModel, lora_rank: int, target_modules: list[str]) -> None:
     """UserError where a layer has fewer singular vectors than pissa is to take."""
     for name, layer in causal.named_modules():
-        if any(name == target or name.endswith(f".{target}") for target in names):
-            most = min(layer.weight.shape)
-            if rank > most:
-                raise UserError(f"--lora-rank {rank}: pissa on {name} expects {most} or less, the rank of its weight")
+        if any(name == target or name.endswith(f".{target}") for target in target_modules):
+            max_rank = min(layer.weight.shape)
+            if lora_rank > max_rank:
+                raise UserError(
+                    f"--lora-rank {lora_rank}: pissa on {name} expects {max_rank} or less, the rank of its weight"
+                )
 
 
-def _beside(causal: PreTrainedModel, kinds: tuple[str, ...]) -> list[nn.Parameter]:
+def _find_extra_parameters(causal: PreTrainedModel, groups: tuple[str, ...]) -> list[nn.Parameter]:
     """The base's own weights that are trained beside the adapters; tied ones are one tensor and count once.
 
     UserError for a kind of which the model has none.
     """
-    chosen: list[nn.Parameter] = []
-    for kind in kinds:
-        found = list(_of_kind(causal, kind))
-        if not found:
-            raise UserError(f"--train-also {kind}: this model has none; leave it out")
-        chosen += found
-    return chosen
+    parameters: list[nn.Parameter] = []
+    for group in groups:
+        group_parameters = list(_iter_group_parameters(causal, group))
+        if not group_parameters:
+            raise UserError(f"--modules-to-save {group}: this model has none; leave it out")
+        parameters += group_parameters
+    return parameters
 
 
-def _of_kind(causal: PreTrainedModel, kind: str) -> Iterator[nn.Parameter]:
-    if kind == "wte":
+def _iter_group_parameters(causal: PreTrainedModel, group: str) -> Iterator[nn.Parameter]:
+    if group == "wte":
         yield from causal.get_input_embeddings().parameters()
-    elif kind == "lm_head":
+    elif group == "lm_head":
         yield from causal.get_output_embeddings().parameters()
-    elif kind == "layernorm":
+    elif group == "layernorm":
         for module in causal.modules():
             if "norm" in type(module).__name__.lower():
                 yield from module.parameters(recurse=False)
@@ -136,7 +142,7 @@ def _of_kind(causal: PreTrainedModel, kind: str) -> Iterator[nn.Parameter]:
         yield from (p for name, p in causal.named_parameters() if name.endswith(".bias") and ".lora_" not in name)
 
 
-def plain_layers(module: Any) -> list[Any]:
+def find_fusable_layers(module: Any) -> list[Any]:
     """The adapted layers of a peft model that are a frozen matrix product and a low-rank one, and nothing else."""
     from peft.tuners.lora import Linear
 
@@ -147,11 +153,11 @@ def plain_layers(module: Any) -> list[Any]:
         and not layer.lora_variant  # dora
         and type(layer.base_layer) in (Conv1D, nn.Linear)
         and not layer.base_layer.weight.requires_grad
-        and all(type(drop) is nn.Identity for drop in layer.lora_dropout.values())
+        and all(type(dropout) is nn.Identity for dropout in layer.lora_dropout.values())
     ]
 
 
-def start_of(module: Any, settings: LoraSettings) -> dict[str, Tensor]:
+def copy_initial_adapter(module: Any, settings: LoraSettings) -> dict[str, Tensor]:
     """{name: copy on the CPU} of pissa's adapters before the first step; {} for the others, which begin at nothing.
 
     The base lacks what they hold, so an adapter for the untouched base must take them off again.
@@ -168,27 +174,35 @@ def start_of(module: Any, settings: LoraSettings) -> dict[str, Tensor]:
 # --- leaving the run ---
 
 
-def merged(module: Any) -> Any:
+def merge_and_unload(module: Any) -> Any:
     """The plain causal LM with the adapters folded into its weights; `module` is used up. All weights in float32."""
     return module.merge_and_unload(safe_merge=True)  # safe: refuses weights that are not finite
 
 
-def save(folder: Path, module: Any, weights: Mapping[str, Tensor], start: Mapping[str, Tensor], base: str) -> None:
+def save_adapter(
+    folder: Path,
+    module: Any,
+    weights: Mapping[str, Tensor],
+    initial_adapter: Mapping[str, Tensor],
+    base_name_or_path: str,
+) -> None:
     """Write an adapter that plain peft loads onto the untouched base. `weights`: the trained ones, by `module`'s names.
 
     What was trained of the base itself stands in the same file under its own name, and peft puts it there; tied
     weights are stored once. pissa's become an ordinary adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
     """
     config = copy.deepcopy(module.peft_config["default"])
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path = base_name_or_path
     config.inference_mode = True
-    kept = dict(weights)
-    if start:
+    adapter_weights = dict(weights)
+    if initial_adapter:
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        for name, before in start.items():
-            now = kept[name].cpu()
-            kept[name] = torch.cat((now, before)) if ".lora_A." in name else torch.cat((now, -before), dim=1)
+        for name, initial in initial_adapter.items():
+            current = adapter_weights[name].cpu()
+            adapter_weights[name] = (
+                torch.cat((current, initial)) if ".lora_A." in name else torch.cat((current, -initial), dim=1)
+            )
     config.init_lora_weights = True  # the file holds the whole adapter: nothing is to be made from the base
     config.save_pretrained(folder)
-    tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in kept.items()}
+    tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in adapter_weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

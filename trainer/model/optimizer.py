@@ -12,45 +12,47 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.errors import UserError
-from trainer.config.schema import EIGHT_BIT, TrainSettings
+from trainer.config.schema import EIGHT_BIT_OPTIMIZERS, TrainSettings
 
-SMALLEST = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in 32 bits
-KINDS = ("exp_avg", "exp_avg_sq")  #: the two moments, as torch and the checkpoints call them
-_CODES = {"exp_avg": ("state1", "absmax1"), "exp_avg_sq": ("state2", "absmax2")}  # as bitsandbytes calls them
+MIN_8BIT_SIZE = 4096  # elements; bitsandbytes keeps the moments of smaller tensors in 32 bits
+MOMENTS = ("exp_avg", "exp_avg_sq")  #: the two moments, as torch and the checkpoints call them
+_BNB_STATE_KEYS = {"exp_avg": ("state1", "absmax1"), "exp_avg_sq": ("state2", "absmax2")}  # as bitsandbytes calls them
 
 
-def make(
-    groups: list[dict[str, Any]], settings: TrainSettings, *, whole: Iterable[nn.Parameter] = ()
+def build_optimizer(
+    param_groups: list[dict[str, Any]], settings: TrainSettings, *, fp32_state_params: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
-    """The optimizer over parameter groups; `whole`: weights whose moments stay in 32 bits under the 8-bit forms."""
-    common: dict[str, Any] = {
+    """The optimizer over parameter groups; `fp32_state_params`: weights whose moments stay in 32 bits under the 8-bit
+    forms."""
+    adamw_kwargs: dict[str, Any] = {
         "lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon,
         "weight_decay": settings.weight_decay,
     }  # fmt: skip
-    if settings.optim not in EIGHT_BIT:
-        return torch.optim.AdamW(groups, **common, fused=settings.optim == "adamw_fused")
+    if settings.optim not in EIGHT_BIT_OPTIMIZERS:
+        return torch.optim.AdamW(param_groups, **adamw_kwargs, fused=settings.optim == "adamw_fused")
     import bitsandbytes as bnb  # takes seconds: only where it is needed
 
-    kind = bnb.optim.PagedAdamW8bit if settings.optim == "paged_adamw8bit" else bnb.optim.AdamW8bit
-    optimizer = kind(groups, **common)
-    in_32_bits = {id(parameter) for parameter in whole}
-    for number, group in enumerate(optimizer.param_groups):
-        for place, parameter in enumerate(group["params"]):
-            if id(parameter) in in_32_bits:
-                zeros = [optimizer.get_state_buffer(parameter, dtype=torch.float32) for _ in KINDS]
+    optimizer_class = bnb.optim.PagedAdamW8bit if settings.optim == "paged_adamw8bit" else bnb.optim.AdamW8bit
+    optimizer = optimizer_class(param_groups, **adamw_kwargs)
+    fp32_state_ids = {id(parameter) for parameter in fp32_state_params}
+    for group_index, group in enumerate(optimizer.param_groups):
+        for param_index, parameter in enumerate(group["params"]):
+            if id(parameter) in fp32_state_ids:
+                zeros = [optimizer.get_state_buffer(parameter, dtype=torch.float32) for _ in MOMENTS]
                 optimizer.state[parameter] = {"step": 0, "state1": zeros[0], "state2": zeros[1]}
             else:
-                optimizer.init_state(group, parameter, number, place)
+                optimizer.init_state(group, parameter, group_index, param_index)
     return optimizer
 
 
-def refuse_early(settings: TrainSettings, *, stage: int | None, on_cpu: bool) -> None:
-    """UserError where an 8-bit form cannot work: `stage` of ZeRO, None where it is not chosen yet."""
-    if settings.optim not in EIGHT_BIT:
+def check_8bit_supported(settings: TrainSettings, *, zero_stage: int | None, on_cpu: bool) -> None:
+    """UserError where an 8-bit form cannot work: `zero_stage` of ZeRO, None where it is not chosen yet."""
+    if settings.optim not in EIGHT_BIT_OPTIMIZERS:
         return
-    if stage:
+    if zero_stage:
         raise UserError(
-            f"--optim {settings.optim}: not under ZeRO {stage}, which joins all tensors and cuts them by rank, so the "
+            f"--optim {settings.optim}: not under ZeRO {zero_stage}, which joins all tensors and cuts them by rank, "
+            "so the "
             "8-bit blocks and every number would depend on how many ranks there are; expected --ds-config zero0"
         )
     if on_cpu and tuple(int(part) for part in version("bitsandbytes").split(".")[:2]) < (0, 50):
@@ -60,30 +62,33 @@ def refuse_early(settings: TrainSettings, *, stage: int | None, on_cpu: bool) ->
         )
 
 
-def kept_in_32_bits(named: Iterable[tuple[str, nn.Parameter]], embeddings: Iterable[nn.Parameter]) -> dict[str, int]:
+def count_fp32_state(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], embeddings: Iterable[nn.Parameter]
+) -> dict[str, int]:
     """Of the trained weights those whose moments an 8-bit form keeps in 32 bits, where nothing is saved."""
-    whole = {id(parameter) for parameter in embeddings}
-    trained = [p for _, p in named if p.requires_grad]
-    kept = [p for p in trained if id(p) in whole or p.numel() < SMALLEST]
+    fp32_state_ids = {id(parameter) for parameter in embeddings}
+    trainable = [p for _, p in named_parameters if p.requires_grad]
+    fp32_state_params = [p for p in trainable if id(p) in fp32_state_ids or p.numel() < MIN_8BIT_SIZE]
     return {
-        "tensors": len(trained), "kept_tensors": len(kept), "kept_parameters": sum(p.numel() for p in kept),
-        "parameters": sum(p.numel() for p in trained),
+        "tensors": len(trainable), "kept_tensors": len(fp32_state_params),
+        "kept_parameters": sum(p.numel() for p in fp32_state_params),
+        "parameters": sum(p.numel() for p in trainable),
     }  # fmt: skip
 
 
-def state_of(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def iter_named_state(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one weight's state, by the names of a checkpoint: the moments, and the scales of 8-bit ones."""
-    for kind in KINDS:
-        if kind in state:
-            yield kind, state[kind]
+    for moment in MOMENTS:
+        if moment in state:
+            yield moment, state[moment]
             continue
-        codes, scales = _CODES[kind]
-        yield kind, state[codes]
-        if scales in state:
-            yield f"{kind}.absmax", state[scales]
+        codes_key, scales_key = _BNB_STATE_KEYS[moment]
+        yield moment, state[codes_key]
+        if scales_key in state:
+            yield f"{moment}.absmax", state[scales_key]
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all state tensors on this rank; what several weights share (the 8-bit codes' values) counts once."""
     tensors = {t.data_ptr(): t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)}
     return sum(t.numel() * t.element_size() for t in tensors.values())

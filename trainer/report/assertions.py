@@ -8,8 +8,8 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import UserError
-from trainer.report.comparability import why_not_card
-from trainer.report.run_data import Run, Series
+from trainer.report.comparability import reference_blockers
+from trainer.report.run_data import RunData, Series
 
 PASSED, FAILED, NOT_COMPARABLE = "passed", "failed", "not comparable"
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -20,7 +20,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "==": operator.eq,
 }
 #: metrics that have a value at a place: which records hold it, and in which column
-PLACED = {
+SERIES_METRICS = {
     "val_loss": ("evals", "loss"),
     "perplexity": ("evals", "perplexity"),
     "train_loss": ("epochs", "train_loss"),
@@ -29,16 +29,18 @@ PLACED = {
     "tokens_per_second": ("steps", "tokens_per_second"),
 }
 #: metrics of a whole run
-WHOLE: dict[str, Callable[[Run], Any]] = {
-    "best_val_loss": lambda run: run.best and run.best["loss"],
-    "improvement": lambda run: run.base_loss - run.best["loss"] if run.best and run.base_loss is not None else None,
-    "wall_seconds": lambda run: run.end.get("wall_seconds"),
-    "peak_memory_bytes": lambda run: run.end.get("peak_memory_bytes"),
-    "trainable_parameters": lambda run: run.fact("model.trainable"),
+RUN_METRICS: dict[str, Callable[[RunData], Any]] = {
+    "best_val_loss": lambda run: run.best_eval and run.best_eval["loss"],
+    "improvement": lambda run: (
+        run.initial_loss - run.best_eval["loss"] if run.best_eval and run.initial_loss is not None else None
+    ),
+    "wall_seconds": lambda run: run.summary.get("wall_seconds"),
+    "peak_memory_bytes": lambda run: run.summary.get("peak_memory_bytes"),
+    "trainable_parameters": lambda run: run.get("model.trainable"),
 }
-_FORM = re.compile(
+_CONDITION_PATTERN = re.compile(
     r"\s*(?P<metric>[a-z_]+)\s*(?P<op><=|>=|==|<|>)\s*(?P<limit>[^@\s]+)\s*"
-    r"(?:@\s*(?P<axis>epoch|step)\s+(?P<place>\S+)\s*)?"
+    r"(?:@\s*(?P<axis>epoch|step)\s+(?P<axis_value>\S+)\s*)?"
 )
 
 
@@ -51,11 +53,11 @@ class Condition:
     op: str
     limit: float
     axis: str | None
-    place: float
+    axis_value: float
 
 
 @dataclass(frozen=True)
-class Result:
+class AssertionResult:
     """What a check found for one run."""
 
     check: str
@@ -67,27 +69,29 @@ class Result:
         return f"check {self.check}: {self.run}: {self.outcome} ({self.why})"
 
 
-def parse(text: str) -> Condition | None:
+def parse_condition(text: str) -> Condition | None:
     """The condition that `text` states; None for `card`. A UserError says what would be accepted."""
     if text.strip() == "card":
         return None
-    match = _FORM.fullmatch(text)
-    form = "expected METRIC OP NUMBER, for instance 'val_loss<=1.0048@epoch 2' (@epoch N or @step N), or card"
+    match = _CONDITION_PATTERN.fullmatch(text)
+    expected_format = (
+        "expected METRIC OP NUMBER, for instance 'val_loss<=1.0048@epoch 2' (@epoch N or @step N), or card"
+    )
     if match is None:
-        raise UserError(f"--check {text!r}: {form}")
+        raise UserError(f"--check {text!r}: {expected_format}")
     metric = match["metric"]
-    if metric not in PLACED and metric not in WHOLE:
-        raise UserError(f"--check {text!r}: no metric {metric}; there are {', '.join([*PLACED, *WHOLE])}")
-    if match["axis"] and metric in WHOLE:
+    if metric not in SERIES_METRICS and metric not in RUN_METRICS:
+        raise UserError(f"--check {text!r}: no metric {metric}; there are {', '.join([*SERIES_METRICS, *RUN_METRICS])}")
+    if match["axis"] and metric in RUN_METRICS:
         raise UserError(f"--check {text!r}: {metric} is of a whole run and takes no @{match['axis']}")
-    limit = _number(match["limit"], text)
-    place = _number(match["place"], text) if match["axis"] else 0.0
-    if place < 0:
+    limit = _parse_number(match["limit"], text)
+    axis_value = _parse_number(match["axis_value"], text) if match["axis"] else 0.0
+    if axis_value < 0:
         raise UserError(f"--check {text!r}: expected an {match['axis']} from 0")
-    return Condition(text, metric, match["op"], limit, match["axis"], place)
+    return Condition(text, metric, match["op"], limit, match["axis"], axis_value)
 
 
-def _number(text: str, check: str) -> float:
+def _parse_number(text: str, check: str) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -97,78 +101,82 @@ def _number(text: str, check: str) -> float:
     return number
 
 
-def check_runs(texts: Sequence[str], runs: Sequence[Run], tolerance: float) -> list[Result]:
+def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) -> list[AssertionResult]:
     """Each condition on each run; `tolerance` widens a limit, in the unit of its metric."""
     results = []
     for text in texts:
-        condition = parse(text)
+        condition = parse_condition(text)
         for run in runs:
-            outcome, why = _card(run, tolerance) if condition is None else _holds(condition, run, tolerance)
-            results.append(Result(text.strip(), run.name, outcome, why))
+            outcome, reason = (
+                _check_against_reference(run, tolerance)
+                if condition is None
+                else _check_condition(condition, run, tolerance)
+            )
+            results.append(AssertionResult(text.strip(), run.name, outcome, reason))
     return results
 
 
-def exit_code(results: Sequence[Result]) -> int:
+def exit_code(results: Sequence[AssertionResult]) -> int:
     """0 where all passed, 1 where one failed, 3 where none failed and one was not comparable."""
     outcomes = {result.outcome for result in results}
     return 1 if FAILED in outcomes else 3 if NOT_COMPARABLE in outcomes else 0
 
 
-def _holds(condition: Condition, run: Run, tolerance: float) -> tuple[str, str]:
-    value, where = _value(condition, run)
+def _check_condition(condition: Condition, run: RunData, tolerance: float) -> tuple[str, str]:
+    value, detail = _find_value(condition, run)
     if value is None:
-        return FAILED, where
+        return FAILED, detail
     sign = {"<": 1, ">": -1}.get(condition.op[0])
     if sign is None:
-        ok = abs(value - condition.limit) <= tolerance
+        is_satisfied = abs(value - condition.limit) <= tolerance
     else:
-        ok = OPERATORS[condition.op](value, condition.limit + sign * tolerance)
-    text = f"{value:.6g} {where}" + (f", tolerance {tolerance:g}" if tolerance else "")
-    return (PASSED if ok else FAILED), text
+        is_satisfied = OPERATORS[condition.op](value, condition.limit + sign * tolerance)
+    text = f"{value:.6g} {detail}" + (f", tolerance {tolerance:g}" if tolerance else "")
+    return (PASSED if is_satisfied else FAILED), text
 
 
-def _value(condition: Condition, run: Run) -> tuple[float | None, str]:
+def _find_value(condition: Condition, run: RunData) -> tuple[float | None, str]:
     """The value and where it was found, or None and why there is none."""
-    if condition.axis is None and not run.finished:
+    if condition.axis is None and not run.is_finished:
         return None, f"the run is not finished ({run.state}), so it has no final value"
-    if condition.metric in WHOLE:
-        value = WHOLE[condition.metric](run)
+    if condition.metric in RUN_METRICS:
+        value = RUN_METRICS[condition.metric](run)
         return (
             (None, f"the run does not tell its {condition.metric}") if value is None else (float(value), "over the run")
         )
-    kind, column = PLACED[condition.metric]
+    series_name, column = SERIES_METRICS[condition.metric]
     if condition.metric == "train_loss" and condition.axis == "step":
-        kind, column = "steps", "loss"  # the mean of an epoch has no step of its own
-    rows: Series = getattr(run, kind)
-    at = _row(condition, run, rows)
-    if at is None or rows[column][at] != rows[column][at]:
-        place = f"at {condition.axis} {condition.place:g}" if condition.axis else "at the end"
-        return None, f"no {condition.metric} {place}"
-    return float(rows[column][at]), f"at epoch {rows['epoch'][at]:g}, step {rows['step'][at]:.0f}"
+        series_name, column = "steps", "loss"  # the mean of an epoch has no step of its own
+    series: Series = getattr(run, series_name)
+    index = _find_row_index(condition, run, series)
+    if index is None or series[column][index] != series[column][index]:
+        location = f"at {condition.axis} {condition.axis_value:g}" if condition.axis else "at the end"
+        return None, f"no {condition.metric} {location}"
+    return float(series[column][index]), f"at epoch {series['epoch'][index]:g}, step {series['step'][index]:.0f}"
 
 
-def _row(condition: Condition, run: Run, rows: Series) -> int | None:
+def _find_row_index(condition: Condition, run: RunData, series: Series) -> int | None:
     if condition.axis == "epoch":
-        return run.at_epoch(rows, condition.place)
+        return run.index_at_epoch(series, condition.axis_value)
     if condition.axis == "step":
-        found = (rows["step"] == condition.place).nonzero()[0]
-        return int(found[0]) if len(found) else None
-    return len(rows["step"]) - 1 if len(rows["step"]) else None
+        matches = (series["step"] == condition.axis_value).nonzero()[0]
+        return int(matches[0]) if len(matches) else None
+    return len(series["step"]) - 1 if len(series["step"]) else None
 
 
-def _card(run: Run, tolerance: float) -> tuple[str, str]:
+def _check_against_reference(run: RunData, tolerance: float) -> tuple[str, str]:
     """Whether each epoch's validation loss is at or under the card's."""
-    reasons = why_not_card(run)
+    reasons = reference_blockers(run)
     if reasons:
         return NOT_COMPARABLE, "; ".join(reasons)
-    over, told = [], []
+    failed_epochs, comparisons = [], []
     for row in reference.CURVE:
-        at = run.at_epoch(run.evals, row.epoch)
-        if at is None:
+        index = run.index_at_epoch(run.evals, row.epoch)
+        if index is None:
             return FAILED, f"no evaluation at epoch {row.epoch}"
-        value = float(run.evals["loss"][at])
-        told.append(f"epoch {row.epoch}: {value:.4f} against {row.val_loss:.4f}")
+        value = float(run.evals["loss"][index])
+        comparisons.append(f"epoch {row.epoch}: {value:.4f} against {row.val_loss:.4f}")
         if not value <= row.val_loss + tolerance:
-            over.append(row.epoch)
-    text = ", ".join(told) + f", tolerance {tolerance:g}; {reference.UNKNOWN}"
-    return (FAILED, f"over at epoch {', '.join(map(str, over))}: {text}") if over else (PASSED, text)
+            failed_epochs.append(row.epoch)
+    text = ", ".join(comparisons) + f", tolerance {tolerance:g}; {reference.UNKNOWN_REASON}"
+    return (FAILED, f"over at epoch {', '.join(map(str, failed_epochs))}: {text}") if failed_epochs else (PASSED, text)

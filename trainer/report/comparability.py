@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import reference
-from trainer.report.run_data import Run, changed_on_resume
+from trainer.report.run_data import RunData, changed_on_resume
 
 #: what must agree before two losses may be held against one another, by its name for people
-MUST_AGREE = {
+COMPARABILITY_KEYS = {
     "data": "data.fingerprint",
     "split": "data.split",
     "tokenizer": "data.tokenizer",
@@ -17,7 +17,7 @@ MUST_AGREE = {
     "validation set": "data.val_fingerprint",
 }
 #: facts of run.json that differ between any two runs and say nothing of what was compared
-_NOT_FACTS = (
+_IGNORED_METADATA = (
     "format",
     "run_id",
     "name",
@@ -34,47 +34,47 @@ _NOT_FACTS = (
 NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 
 
-def why_not(a: Run, b: Run) -> list[str]:
+def comparison_blockers(a: RunData, b: RunData) -> list[str]:
     """The reasons by which the losses of two runs cannot be compared; empty where they can.
 
     A fact that a run does not tell is a reason, too. The tokenizer alone may be absent on both sides: rows that
     came as token ids have none, and are the same where the data are.
     """
     reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in changed_on_resume(run)]
-    for name, path in MUST_AGREE.items():
-        ours, theirs = a.fact(path), b.fact(path)
-        if ours is None and theirs is None and name != "tokenizer":
+    for name, path in COMPARABILITY_KEYS.items():
+        value_a, value_b = a.get(path), b.get(path)
+        if value_a is None and value_b is None and name != "tokenizer":
             reasons.append(f"{name} unknown")
-        elif (ours is None) != (theirs is None):
+        elif (value_a is None) != (value_b is None):
             reasons.append(
-                f"{name} unknown of {(a if ours is None else b).name}"
+                f"{name} unknown of {(a if value_a is None else b).name}"
                 if name != "tokenizer"
                 else "other tokenizer (one came as token ids)"
             )
-        elif ours != theirs:
-            reasons.append(f"other {name} ({_short(ours)} against {_short(theirs)})")
+        elif value_a != value_b:
+            reasons.append(f"other {name} ({_truncate(value_a)} against {_truncate(value_b)})")
     return reasons
 
 
-def comparable(a: Run, b: Run) -> bool:
+def is_comparable(a: RunData, b: RunData) -> bool:
     """Whether the losses of two runs may be held against one another."""
-    return not why_not(a, b)
+    return not comparison_blockers(a, b)
 
 
-def why_not_card(run: Run) -> list[str]:
+def reference_blockers(run: RunData) -> list[str]:
     """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN`."""
     if "data" in changed_on_resume(run):
         return ["data changed on resume"]
-    facts = {name: run.fact(path) for name, path in _CARD_FACTS.items()}
-    missing = [name for name, value in facts.items() if value is None]
+    known_values = {name: run.get(path) for name, path in _REFERENCE_CHECK_PATHS.items()}
+    missing = [name for name, value in known_values.items() if value is None]
     if missing:
         return [f"{' and '.join(missing)} of the run unknown"]
     return reference.disagreements(
-        **facts, init=run.fact("settings.model.init") or "pretrained", parameters=run.fact("model.parameters")
+        **known_values, init=run.get("settings.model.init") or "pretrained", parameters=run.get("model.parameters")
     )
 
 
-_CARD_FACTS = {
+_REFERENCE_CHECK_PATHS = {
     "data": "data.source",
     "vocabulary": "data.vocabulary",
     "block_size": "data.block_size",
@@ -84,40 +84,42 @@ _CARD_FACTS = {
 }
 
 
-def short(reason: str) -> str:
+def shorten_reason(reason: str) -> str:
     """A reason without its details: `other data (e2e: ...)` -> `other data`."""
     return reason.split(" (", 1)[0]
 
 
-def together(runs: Sequence[Run]) -> list[list[Run]]:
+def comparable_sets(runs: Sequence[RunData]) -> list[list[RunData]]:
     """The runs in sets within which each is comparable with each, in the order of their first run."""
-    sets: list[list[Run]] = []
+    sets: list[list[RunData]] = []
     for run in runs:
-        home = next((members for members in sets if all(comparable(run, other) for other in members)), None)
-        if home is None:
+        matching_set = next(
+            (members for members in sets if all(is_comparable(run, member) for member in members)), None
+        )
+        if matching_set is None:
             sets.append([run])
         else:
-            home.append(run)
+            matching_set.append(run)
     return sets
 
 
 @dataclass(frozen=True)
-class Fact:
+class MetadataField:
     """One setting or fact and its value in each column: None where unknown, a tuple where a column's runs differ."""
 
     name: str
     values: tuple[Any, ...]
-    known: tuple[bool, ...]
+    is_known: tuple[bool, ...]
 
     @property
-    def same(self) -> bool:
+    def is_same(self) -> bool:
         """Whether all columns that know it agree."""
-        told = [value for value, known in zip(self.values, self.known, strict=True) if known]
-        return all(value == told[0] and not isinstance(value, tuple) for value in told)
+        known_values = [value for value, is_known in zip(self.values, self.is_known, strict=True) if is_known]
+        return all(value == known_values[0] and not isinstance(value, tuple) for value in known_values)
 
 
 #: what the card states, by our names for it
-CARD_FACTS = {
+REFERENCE_METADATA = {
     "settings.mode": "full",
     "settings.model.init": "pretrained",
     "model.name": "gpt2",
@@ -145,7 +147,7 @@ CARD_FACTS = {
             "epochs",
             "warmup_steps",
             "weight_decay",
-            "clip",
+            "max_grad_norm",
         )
     },
     "settings.data.objective": "blocks",
@@ -153,50 +155,52 @@ CARD_FACTS = {
 }
 
 
-def facts(columns: Sequence[Sequence[Run]], with_card: bool) -> list[Fact]:
+def compare_metadata(columns: Sequence[Sequence[RunData]], with_reference: bool) -> list[MetadataField]:
     """Every setting and data fact: one value a column of runs (a tuple of them where they differ), the card's first."""
-    flat = [[_used(run) for run in runs] for runs in columns]
-    names = dict.fromkeys(name for runs in flat for run in runs for name in run)
-    return [_fact(name, flat, with_card) for name in sorted(names, key=_place)]
+    flat_columns = [[_used_metadata(run) for run in runs] for runs in columns]
+    names = dict.fromkeys(name for runs in flat_columns for run in runs for name in run)
+    return [_compare_field(name, flat_columns, with_reference) for name in sorted(names, key=_section_order)]
 
 
-def _used(run: Run) -> dict[str, Any]:
+def _used_metadata(run: RunData) -> dict[str, Any]:
     """The facts of a run by dotted path; LoRA settings, which run.json always has, only where they were used."""
-    found = dict(flatten(run.facts))
-    return {name: NOT_USED if run.mode == "full" and _of_lora(name) else value for name, value in found.items()}
+    metadata = dict(flatten(run.metadata))
+    return {
+        name: NOT_USED if run.mode == "full" and _is_lora_field(name) else value for name, value in metadata.items()
+    }
 
 
-def _of_lora(name: str) -> bool:
-    others = ("model.lora_targets", "resolved.adapters_fused", "resolved.base_in_bf16")
-    return name.startswith("settings.lora.") or name in others
+def _is_lora_field(name: str) -> bool:
+    lora_paths = ("model.lora_targets", "resolved.adapters_fused", "resolved.base_in_bf16")
+    return name.startswith("settings.lora.") or name in lora_paths
 
 
-def _fact(name: str, columns: Sequence[Sequence[Mapping[str, Any]]], with_card: bool) -> Fact:
-    cards = NOT_USED if _of_lora(name) else CARD_FACTS.get(name)
-    values: list[Any] = [cards] if with_card else []
-    known = [cards is not None] if with_card else []
+def _compare_field(name: str, columns: Sequence[Sequence[Mapping[str, Any]]], with_reference: bool) -> MetadataField:
+    reference_value = NOT_USED if _is_lora_field(name) else REFERENCE_METADATA.get(name)
+    values: list[Any] = [reference_value] if with_reference else []
+    is_known = [reference_value is not None] if with_reference else []
     for runs in columns:
-        told = [run[name] for run in runs if name in run]
-        alike = all(value == told[0] for value in told)
-        values.append((told[0] if alike else tuple(told)) if told else None)
-        known.append(bool(told))
-    return Fact(name, tuple(values), tuple(known))
+        run_values = [run[name] for run in runs if name in run]
+        is_uniform = all(value == run_values[0] for value in run_values)
+        values.append((run_values[0] if is_uniform else tuple(run_values)) if run_values else None)
+        is_known.append(bool(run_values))
+    return MetadataField(name, tuple(values), tuple(is_known))
 
 
-def _place(name: str) -> int:
+def _section_order(name: str) -> int:
     """Settings first, then what they came to, the data, the model, the machine, and where the output went last."""
-    order = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
-    head = name.split(".", 1)[0]
+    sections = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
+    section = name.split(".", 1)[0]
     if name.startswith("settings.output."):
-        return len(order) + 1
-    return order.index(head) if head in order else len(order)
+        return len(sections) + 1
+    return sections.index(section) if section in sections else len(sections)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested facts as (dotted path, value); lists are one value."""
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if path in _NOT_FACTS:
+        if path in _IGNORED_METADATA:
             continue
         if isinstance(value, Mapping):
             yield from flatten(value, path + ".")
@@ -204,6 +208,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield path, value
 
 
-def _short(value: Any) -> str:
+def _truncate(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else text[:12] + "..."

@@ -5,8 +5,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from trainer.report import plot_axes, plots
-from trainer.report.markdown import MOST_ACROSS, _is_number
-from trainer.report.tables import CARD, Table
+from trainer.report.markdown import MAX_SIDE_BY_SIDE, _is_number
+from trainer.report.tables import REFERENCE_LABEL, Table
 
 if TYPE_CHECKING:
     from trainer.report.comparison import Comparison
@@ -72,17 +72,17 @@ figcaption { font-weight: 600; margin-bottom: .3rem; }
 """
 
 
-def page(comparison: "Comparison") -> str:
+def render(comparison: "Comparison") -> str:
     """report.html."""
-    title = "Full against LoRA" + (" against the card" if comparison.with_card else "")
-    names = [group.label for group in comparison.groups]
+    title = "Full against LoRA" + (" against the card" if comparison.with_reference else "")
+    group_labels = [group.label for group in comparison.groups]
     modes = {
         **{run.name: run.mode for run in comparison.runs},
         **{group.label: group.mode for group in comparison.groups},
-        CARD: "card",
+        REFERENCE_LABEL: "card",
     }
     by_run = comparison.by_run
-    by_run = by_run.turned() if len(by_run.rows) <= MOST_ACROSS else by_run
+    by_run = by_run.transpose() if len(by_run.rows) <= MAX_SIDE_BY_SIDE else by_run
     return "\n".join(
         [
             "<!doctype html>",
@@ -91,28 +91,28 @@ def page(comparison: "Comparison") -> str:
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',
-            f"<title>{escape(title)}: {escape(', '.join(names[:4]))}</title>",
+            f"<title>{escape(title)}: {escape(', '.join(group_labels[:4]))}</title>",
             f"<style>{STYLE}</style>",
             "</head>",
             "<body>",
             "<main>",
             f"<h1>{title}</h1>",
             f'<p class="verdict">{escape(comparison.verdict.sentence)}</p>',
-            _list(comparison.verdict.details),
-            _problems(comparison),
+            _render_list(comparison.verdict.details),
+            _render_problems(comparison),
             f"<h2>{comparison.by_epoch.title}</h2>",
-            _table(comparison.by_epoch, modes, heading=1, style="epochs"),
+            _render_table(comparison.by_epoch, modes, last_heading_column=1, css_class="epochs"),
             f"<h2>{by_run.title}</h2>",
-            _table(by_run, modes),
-            *_optional(comparison.diagnosis, modes),
-            *_optional(comparison.scores, modes),
-            *_optional(comparison.samples, modes),
+            _render_table(by_run, modes),
+            *_optional_section(comparison.diagnostics, modes),
+            *_optional_section(comparison.scores, modes),
+            *_optional_section(comparison.generations, modes),
             "<h2>Same and different</h2>",
-            _list(comparison.comparable),
-            _details(comparison.different, modes, is_open=True),
-            _details(comparison.same, modes, is_open=False),
+            _render_list(comparison.comparability_notes),
+            _render_details(comparison.differing_settings, modes, is_open=True),
+            _render_details(comparison.shared_settings, modes, is_open=False),
             "<h2>Curves</h2>",
-            _plots(comparison),
+            _render_plots(comparison),
             "</main>",
             "</body>",
             "</html>",
@@ -121,75 +121,77 @@ def page(comparison: "Comparison") -> str:
     )
 
 
-def _optional(content: Table, modes: dict[str, str]) -> list[str]:
-    return [f"<h2>{content.title}</h2>", _table(content, modes)] if content.rows else []
+def _optional_section(table: Table, modes: dict[str, str]) -> list[str]:
+    return [f"<h2>{table.title}</h2>", _render_table(table, modes)] if table.rows else []
 
 
-def _list(lines: tuple[str, ...]) -> str:
+def _render_list(lines: tuple[str, ...]) -> str:
     return '<ul class="quiet">' + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
-def _problems(comparison: "Comparison") -> str:
+def _render_problems(comparison: "Comparison") -> str:
     if not comparison.problems:
         return ""
     lines = "".join(f"<li>{escape(str(problem))}</li>" for problem in comparison.problems)
     return f'<section class="warn"><h2>Not as it should be</h2><ul>{lines}</ul></section>'
 
 
-def _details(content: Table, modes: dict[str, str], *, is_open: bool) -> str:
-    count = len(content.rows)
-    inner = _table(content, modes) if count else "<p>(nothing)</p>"
-    return f"<details{' open' if is_open else ''}><summary>{escape(content.title)} ({count})</summary>{inner}</details>"
+def _render_details(table: Table, modes: dict[str, str], *, is_open: bool) -> str:
+    num_rows = len(table.rows)
+    body = _render_table(table, modes) if num_rows else "<p>(nothing)</p>"
+    return f"<details{' open' if is_open else ''}><summary>{escape(table.title)} ({num_rows})</summary>{body}</details>"
 
 
-def _table(content: Table, modes: dict[str, str], heading: int = 0, style: str = "") -> str:
-    """A table that scrolls by itself; `heading` is the column whose cells name their row, `style` its class."""
-    headings = list(content.columns.values())
-    right = [
-        all(_is_number(row[i].text) or row[i].text == "unknown" for row in content.rows) for i in range(len(headings))
+def _render_table(table: Table, modes: dict[str, str], last_heading_column: int = 0, css_class: str = "") -> str:
+    """A table that scrolls by itself; cells up to `last_heading_column` name their row."""
+    headings = list(table.columns.values())
+    numeric = [
+        all(_is_number(row[i].text) or row[i].text == "unknown" for row in table.rows) for i in range(len(headings))
     ]
-    head = "".join(
-        f'<th scope="col"{_class(right[i] and "number", _mode(modes, name))}>{escape(name)}</th>'
+    header_cells = "".join(
+        f'<th scope="col"{_class_attribute(numeric[i] and "number", _mode_class(modes, name))}>{escape(name)}</th>'
         for i, name in enumerate(headings)
     )
-    body, before = [], None
-    for row in content.rows:
+    body_rows, previous_value = [], None
+    for row in table.rows:
         cells = []
         for i, cell in enumerate(row):
-            wide = len(cell.text) > 34
+            is_wide = len(cell.text) > 34
             tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
-            mode = _mode(modes, str(cell.value)) if i <= heading else ""
+            mode_class = _mode_class(modes, str(cell.value)) if i <= last_heading_column else ""
             cells.append(
-                f"<{tag}{scope}{_class(right[i] and 'number', wide and 'wide', mode)}>{_breakable(cell.text)}</{tag}>"
+                f"<{tag}{scope}{_class_attribute(numeric[i] and 'number', is_wide and 'wide', mode_class)}>{_add_break_hints(cell.text)}</{tag}>"
             )
-        starts = heading and before is not None and before != row[0].value
-        body.append(f"<tr{_class(starts and 'starts')}>{''.join(cells)}</tr>")
-        before = row[0].value
-    notes = "".join(f"<p>{escape(note)}</p>" for note in content.notes)
+        is_group_start = last_heading_column and previous_value is not None and previous_value != row[0].value
+        body_rows.append(f"<tr{_class_attribute(is_group_start and 'starts')}>{''.join(cells)}</tr>")
+        previous_value = row[0].value
+    notes = "".join(f"<p>{escape(note)}</p>" for note in table.notes)
     notes = notes and f'<div class="quiet notes">{notes}</div>'
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(content.title)}">'
-        f"<table{_class(style)}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>{notes}"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
+        f"<table{_class_attribute(css_class)}><thead><tr>{header_cells}</tr></thead><tbody>{''.join(body_rows)}</tbody></table></div>{notes}"
     )
 
 
-def _breakable(text: str) -> str:
+def _add_break_hints(text: str) -> str:
     """Escaped text that may be broken within a dotted name."""
     return re.sub(r"(?<=[a-z])([._])(?=[a-z])", r"\1<wbr>", escape(text))
 
 
-def _class(*names: object) -> str:
-    given = [name for name in names if isinstance(name, str) and name]
-    return f' class="{" ".join(given)}"' if given else ""
+def _class_attribute(*names: object) -> str:
+    class_names = [name for name in names if isinstance(name, str) and name]
+    return f' class="{" ".join(class_names)}"' if class_names else ""
 
 
-def _mode(modes: dict[str, str], name: str) -> str:
+def _mode_class(modes: dict[str, str], name: str) -> str:
     return f"key {modes[name]}" if name in modes else ""
 
 
-def _plots(comparison: "Comparison") -> str:
-    drawn = plots.svgs(comparison.groups, comparison.with_card)
-    figures = [f"<figure><figcaption>{escape(plot.title)}</figcaption>{svg}</figure>" for plot, svg in drawn.values()]
+def _render_plots(comparison: "Comparison") -> str:
+    svgs_by_name = plots.render_svgs(comparison.groups, comparison.with_reference)
+    figures = [
+        f"<figure><figcaption>{escape(plot.title)}</figcaption>{svg}</figure>" for plot, svg in svgs_by_name.values()
+    ]
     note = plot_axes.bin_note(comparison.groups)
-    key = "Full is drawn solid, LoRA dashed" + (", the card dashed and grey." if comparison.with_card else ".")
-    return f'<p class="quiet">{key} {escape(note)}</p><div class="plots">{"".join(figures)}</div>'
+    legend = "Full is drawn solid, LoRA dashed" + (", the card dashed and grey." if comparison.with_reference else ".")
+    return f'<p class="quiet">{legend} {escape(note)}</p><div class="plots">{"".join(figures)}</div>'

@@ -4,32 +4,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.report.plot_axes import COLOURS
-from trainer.report.plots import INK, PNG_DPI, SIZE, _style
+from trainer.report.plots import PLOT_SIZE_INCHES, PNG_DPI, TEXT_COLOUR, plot_style
 
 
-def draw_range_test(
-    path: Path, *, mode: str, rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float],
-    suggestion: float | None, name: str,
+def plot_lr_range_test(
+    path: Path, *, mode: str, lrs: Sequence[float], losses: Sequence[float], smoothed_losses: Sequence[float],
+    suggested_lr: float | None, name: str,
 ) -> None:  # fmt: skip
     """Write a PNG: losses of the steps as dots, smoothed as a line, the suggested rate as an upright line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with _style():
-        figure = Figure(figsize=(1.4 * SIZE[0], 1.2 * SIZE[1]), facecolor="white", dpi=PNG_DPI, layout="constrained")
+    with plot_style():
+        figure = Figure(
+            figsize=(1.4 * PLOT_SIZE_INCHES[0], 1.2 * PLOT_SIZE_INCHES[1]),
+            facecolor="white",
+            dpi=PNG_DPI,
+            layout="constrained",
+        )
         axis = figure.subplots()
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the page's style draws no formulas
-        axis.plot(rates, losses, ".", color=INK, alpha=0.3, markersize=4)
-        axis.plot(rates, smoothed, "-", color=COLOURS[mode], linewidth=2)
-        if smoothed:
-            low, first = min(*smoothed, *losses), smoothed[0]
-            room = max(first - low, 0.1 * first)
-            axis.set_ylim(low - 0.1 * room, first + 0.8 * room)  # what diverges leaves the picture
-        if suggestion is not None:
-            axis.axvline(suggestion, color=INK, linestyle="--", linewidth=1)
+        axis.plot(lrs, losses, ".", color=TEXT_COLOUR, alpha=0.3, markersize=4)
+        axis.plot(lrs, smoothed_losses, "-", color=COLOURS[mode], linewidth=2)
+        if smoothed_losses:
+            min_loss, first_loss = min(*smoothed_losses, *losses), smoothed_losses[0]
+            loss_range = max(first_loss - min_loss, 0.1 * first_loss)
+            axis.set_ylim(
+                min_loss - 0.1 * loss_range, first_loss + 0.8 * loss_range
+            )  # what diverges leaves the picture
+        if suggested_lr is not None:
+            axis.axvline(suggested_lr, color=TEXT_COLOUR, linestyle="--", linewidth=1)
             axis.annotate(
-                f" {suggestion:g}", (suggestion, 0.02), xycoords=("data", "axes fraction"), color=INK, va="bottom"
+                f" {suggested_lr:g}",
+                (suggested_lr, 0.02),
+                xycoords=("data", "axes fraction"),
+                color=TEXT_COLOUR,
+                va="bottom",
             )
         axis.set(
             title=f"Learning-rate range test: {name}", xlabel="learning rate", ylabel="train loss (nats per token)"

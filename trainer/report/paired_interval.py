@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.report.comparability import MUST_AGREE, comparable, flatten
-from trainer.report.run_data import Run
+from trainer.report.comparability import COMPARABILITY_KEYS, flatten, is_comparable
+from trainer.report.run_data import RunData
 
 MODE_NAMES = {"full": "full", "lora": "LoRA"}
-CONFIDENCE = 0.95
-RULE = (
+CONFIDENCE_LEVEL = 0.95
+WELCH_RULE = (
     "A difference exceeds the spread between seeds when the 95 % interval of Welch's t test around it, "
     "difference ± t · sqrt(sd₁²/n₁ + sd₂²/n₂), does not hold zero; t has the Welch-Satterthwaite degrees of freedom. "
     "It needs two seeds or more on both sides. ± in a table is one sample standard deviation."
 )
 #: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
-_NOT_TOLD_APART = (
+_IGNORED_SETTINGS = (
     "settings.train.seed",
     "settings.train.micro_batch",
     "settings.train.eval_batch",
@@ -28,8 +28,8 @@ _NOT_TOLD_APART = (
     "settings.model.model",
     "settings.engine.precision",
 )
-_ALSO_TOLD_APART = (
-    *MUST_AGREE.values(),
+_GROUPING_PATHS = (
+    *COMPARABILITY_KEYS.values(),
     "mode",
     "model.name",
     "resolved.lr",
@@ -40,7 +40,7 @@ _ALSO_TOLD_APART = (
     "resolved.micro_batch",
 )
 #: what a label says of a group when its mode alone does not name it: path and how it reads
-_LABELS: tuple[tuple[str, Callable[[Any], str]], ...] = (
+_LABEL_FORMATS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("data.source", lambda value: str(value).rstrip("/").rsplit("/", 1)[-1]),
     ("model.name", lambda value: str(value).rstrip("/").rsplit("/", 1)[-1]),
     ("settings.lora.adapter", str),
@@ -50,8 +50,8 @@ _LABELS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("settings.lora.rank", lambda value: f"rank {value}"),
     ("settings.lora.alpha", lambda value: f"alpha {value:g}"),
     ("settings.lora.plus_ratio", lambda value: f"LoRA+ {value:g}"),
-    ("settings.lora.targets", lambda value: f"on {'+'.join(value) or 'all'}"),
-    ("settings.lora.train_also", lambda value: f"and {'+'.join(value)}" if value else "adapters only"),
+    ("settings.lora.target_modules", lambda value: f"on {'+'.join(value) or 'all'}"),
+    ("settings.lora.modules_to_save", lambda value: f"and {'+'.join(value)}" if value else "adapters only"),
     ("settings.train.global_batch", lambda value: f"batch {value}"),
     ("settings.train.epochs", lambda value: f"{value:g} epochs"),
     ("settings.data.block_size", lambda value: f"block {value}"),
@@ -63,21 +63,21 @@ _LABELS: tuple[tuple[str, Callable[[Any], str]], ...] = (
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """Runs of one mode that differ in nothing but the seed."""
 
     label: str
     mode: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunData, ...]
 
     @property
-    def finished(self) -> tuple[Run, ...]:
+    def finished_runs(self) -> tuple[RunData, ...]:
         """The runs that came to their own end and were evaluated: those that a verdict may count."""
-        return tuple(run for run in self.runs if run.finished and run.best is not None)
+        return tuple(run for run in self.runs if run.is_finished and run.best_eval is not None)
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanStd:
     """Mean, sample standard deviation (None for fewer than two values) and number of values."""
 
     mean: float
@@ -86,7 +86,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Difference:
+class MeanDifference:
     """A difference of two means with its interval; `exceeds` is None where the spread is not known."""
 
     difference: float
@@ -95,57 +95,57 @@ class Difference:
     exceeds: bool | None
 
 
-def groups(runs: Sequence[Run]) -> list[Group]:
+def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
     """The runs by what they have in common, full ones first, in the order they were given."""
-    found: dict[tuple[Any, ...], list[Run]] = {}
+    runs_by_key: dict[tuple[Any, ...], list[RunData]] = {}
     for run in runs:
-        found.setdefault(_key(run), []).append(run)
-    members = sorted(found.values(), key=lambda group: group[0].mode)
-    labels = _labels(members)
-    return [Group(label, group[0].mode, tuple(group)) for label, group in zip(labels, members, strict=True)]
+        runs_by_key.setdefault(_grouping_key(run), []).append(run)
+    run_groups = sorted(runs_by_key.values(), key=lambda group: group[0].mode)
+    labels = _make_labels(run_groups)
+    return [SeedGroup(label, group[0].mode, tuple(group)) for label, group in zip(labels, run_groups, strict=True)]
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def mean_std(values: Sequence[float]) -> MeanStd | None:
     """The spread of `values`; None without any."""
     if not values:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return MeanStd(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def difference(a: Spread, b: Spread) -> Difference:
+def welch_difference(a: MeanStd, b: MeanStd) -> MeanDifference:
     """a - b with Welch's interval (B. L. Welch, Biometrika 34, 1947); without two values a side there is none."""
     gap = a.mean - b.mean
     if a.sd is None or b.sd is None:
-        return Difference(gap, None, None, None)
-    va, vb = a.sd**2 / a.n, b.sd**2 / b.n
-    if va + vb == 0:
-        return Difference(gap, gap, gap, gap != 0)
-    freedom = (va + vb) ** 2 / (va**2 / (a.n - 1) + vb**2 / (b.n - 1))
-    half = t_quantile((1 + CONFIDENCE) / 2, freedom) * math.sqrt(va + vb)
-    return Difference(gap, gap - half, gap + half, abs(gap) > half)
+        return MeanDifference(gap, None, None, None)
+    var_a, var_b = a.sd**2 / a.n, b.sd**2 / b.n
+    if var_a + var_b == 0:
+        return MeanDifference(gap, gap, gap, gap != 0)
+    degrees_of_freedom = (var_a + var_b) ** 2 / (var_a**2 / (a.n - 1) + var_b**2 / (b.n - 1))
+    half_width = t_quantile((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom) * math.sqrt(var_a + var_b)
+    return MeanDifference(gap, gap - half_width, gap + half_width, abs(gap) > half_width)
 
 
-def t_quantile(p: float, freedom: float) -> float:
+def t_quantile(p: float, degrees_of_freedom: float) -> float:
     """The p-quantile (p > 0.5) of Student's t, by halving an interval around it."""
     low, high = 0.0, 1.0
-    while _t_cdf(high, freedom) < p:
+    while _t_cdf(high, degrees_of_freedom) < p:
         high *= 2
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, freedom) < p else (low, middle)
+        low, high = (middle, high) if _t_cdf(middle, degrees_of_freedom) < p else (low, middle)
     return (low + high) / 2
 
 
-def _t_cdf(t: float, freedom: float) -> float:
-    return 1 - _beta(freedom / (freedom + t * t), freedom / 2, 0.5) / 2
+def _t_cdf(t: float, degrees_of_freedom: float) -> float:
+    return 1 - _regularized_beta(degrees_of_freedom / (degrees_of_freedom + t * t), degrees_of_freedom / 2, 0.5) / 2
 
 
-def _beta(x: float, a: float, b: float) -> float:
+def _regularized_beta(x: float, a: float, b: float) -> float:
     """The regularised incomplete beta function, by its continued fraction (NIST DLMF 8.17.22) where that is quick."""
     if x <= 0 or x >= 1:
         return float(x >= 1)
     if x > (a + 1) / (a + b + 2):
-        return 1 - _beta(1 - x, b, a)
+        return 1 - _regularized_beta(1 - x, b, a)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
     value = 1.0
     for m in range(200, 0, -1):  # from the tail of the fraction to its head
@@ -155,40 +155,40 @@ def _beta(x: float, a: float, b: float) -> float:
     return front / (1 + -(a + b) * x / (a + 1) / value)
 
 
-def _key(run: Run) -> tuple[Any, ...]:
-    settings = run.fact("settings") or {}
-    told = {f"settings.{name}": value for name, value in flatten(settings)}
-    kept = [
+def _grouping_key(run: RunData) -> tuple[Any, ...]:
+    settings = run.get("settings") or {}
+    values_by_path = {f"settings.{name}": value for name, value in flatten(settings)}
+    compared_values = [
         (name, repr(value))
-        for name, value in sorted(told.items())
-        if name not in _NOT_TOLD_APART and not name.startswith(("settings.output.", "settings.overridden"))
+        for name, value in sorted(values_by_path.items())
+        if name not in _IGNORED_SETTINGS and not name.startswith(("settings.output.", "settings.overridden"))
     ]
     identity = (
-        () if settings and comparable(run, run) else (run.run_id,)
+        () if settings and is_comparable(run, run) else (run.run_id,)
     )  # of which too little is known to join it to others
-    return (run.mode, *kept, *(repr(run.fact(path)) for path in _ALSO_TOLD_APART), *identity)
+    return (run.mode, *compared_values, *(repr(run.get(path)) for path in _GROUPING_PATHS), *identity)
 
 
-def _labels(members: Sequence[Sequence[Run]]) -> list[str]:
+def _make_labels(run_groups: Sequence[Sequence[RunData]]) -> list[str]:
     """A label of each group: its mode, with what tells it apart from the other groups of that mode."""
     labels = []
-    for group in members:
-        others = [other[0] for other in members if other[0].mode == group[0].mode]
+    for group in run_groups:
+        first_runs = [other_group[0] for other_group in run_groups if other_group[0].mode == group[0].mode]
         parts = []
-        for path, text in _LABELS:
-            values = {repr(other.fact(path)) for other in others}
-            if len(values) > 1 and group[0].fact(path) is not None and not _goes_with_data(path, others):
-                parts.append(text(group[0].fact(path)))
-        mode = MODE_NAMES[group[0].mode]
-        labels.append(f"{mode} ({', '.join(parts[:4])})" if parts else mode)
+        for path, format_value in _LABEL_FORMATS:
+            values = {repr(run.get(path)) for run in first_runs}
+            if len(values) > 1 and group[0].get(path) is not None and not _is_implied_by_data(path, first_runs):
+                parts.append(format_value(group[0].get(path)))
+        mode_name = MODE_NAMES[group[0].mode]
+        labels.append(f"{mode_name} ({', '.join(parts[:4])})" if parts else mode_name)
     return [
         label if labels.count(label) == 1 else f"{label}: {group[0].name}"
-        for label, group in zip(labels, members, strict=True)
+        for label, group in zip(labels, run_groups, strict=True)
     ]
 
 
-def _goes_with_data(path: str, runs: Sequence[Run]) -> bool:
+def _is_implied_by_data(path: str, runs: Sequence[RunData]) -> bool:
     """Whether this is about the rows and the name of the data, which a label has before it, tells it already."""
-    pairs = {(run.fact("data.source"), repr(run.fact(path))) for run in runs}
+    pairs = {(run.get("data.source"), repr(run.get(path))) for run in runs}
     sources = {source for source, _ in pairs}
     return path in ("settings.data.objective", "settings.data.block_size") and 1 < len(sources) == len(pairs)

@@ -14,116 +14,123 @@ from typing import Any
 import numpy as np
 
 from trainer.config import reference
-from trainer.report.paired_interval import Group
-from trainer.report.plot_axes import COLOURS, Curve, Plot, draw, finish
-from trainer.report.run_data import Run
+from trainer.report.paired_interval import SeedGroup
+from trainer.report.plot_axes import COLOURS, Curve, PlotSpec, draw_plot, finish_layout
+from trainer.report.run_data import RunData
 
 #: every colour a figure may hold, and the CSS variable that takes its place in the HTML
-INK, FAINT = "#222223", "#dadadb"
-VARIABLES = {**{colour: f"--{name}" for name, colour in COLOURS.items()}, INK: "--ink", FAINT: "--faint"}
+TEXT_COLOUR, GRID_COLOUR = "#222223", "#dadadb"
+CSS_VARIABLES = {
+    **{colour: f"--{name}" for name, colour in COLOURS.items()},
+    TEXT_COLOUR: "--ink",
+    GRID_COLOUR: "--faint",
+}
 PNG_DPI = 120
-SIZE = (4.5, 3.4)  # inches of one plot, so that its text is still legible on a phone
+PLOT_SIZE_INCHES = (4.5, 3.4)  # inches of one plot, so that its text is still legible on a phone
 
 
-def _steps(x: str, y: str) -> Callable[[Run], Curve]:
+def _step_curve(x: str, y: str) -> Callable[[RunData], Curve]:
     return lambda run: (run.steps[x], run.steps[y])
 
 
-def _card_curve(column: str) -> Curve:
+def _reference_curve(column: str) -> Curve:
     return np.array([float(row.epoch) for row in reference.CURVE]), np.array(
         [getattr(row, column) for row in reference.CURVE]
     )
 
 
-PLOTS = (
-    Plot(
+LINE_PLOTS = (
+    PlotSpec(
         "val_loss",
         "Validation loss by epoch",
         "epoch",
         "validation loss (nats per token)",
         lambda run: (run.evals["epoch"], run.evals["loss"]),
-        card=_card_curve("val_loss"),
-        markers=True,
-        says_end=True,
+        reference_curve=_reference_curve("val_loss"),
+        has_markers=True,
+        shows_end_value=True,
     ),
-    Plot(
+    PlotSpec(
         "train_loss",
         "Train loss by epoch",
         "epoch",
         "train loss (nats per token)",
-        _steps("epoch", "loss"),
-        card=_card_curve("train_loss"),
+        _step_curve("epoch", "loss"),
+        reference_curve=_reference_curve("train_loss"),
     ),
-    Plot(
+    PlotSpec(
         "train_loss_tokens",
         "Train loss by tokens",
         "tokens seen",
         "train loss (nats per token)",
-        _steps("tokens", "loss"),
+        _step_curve("tokens", "loss"),
     ),
-    Plot("lr", "Learning rate", "epoch", "learning rate", _steps("epoch", "lr")),
-    Plot(
+    PlotSpec("lr", "Learning rate", "epoch", "learning rate", _step_curve("epoch", "lr")),
+    PlotSpec(
         "grad_norm",
         "Gradient norm before clipping",
         "epoch",
         "L2 norm of the gradient",
-        _steps("epoch", "grad_norm"),
+        _step_curve("epoch", "grad_norm"),
         log_y=True,
     ),
-    Plot("tokens_per_second", "Speed", "epoch", "tokens per second", _steps("epoch", "tokens_per_second")),
+    PlotSpec("tokens_per_second", "Speed", "epoch", "tokens per second", _step_curve("epoch", "tokens_per_second")),
 )
-SCATTER = Plot(
+SCATTER_PLOT = PlotSpec(
     "parameters",
     "Best validation loss by trainable parameters",
     "trainable parameters",
     "best validation loss (nats per token)",
     lambda run: (
-        np.array([float(run.fact("model.trainable") or np.nan)]),
-        np.array([run.best["loss"] if run.best else np.nan]),
+        np.array([float(run.get("model.trainable") or np.nan)]),
+        np.array([run.best_eval["loss"] if run.best_eval else np.nan]),
     ),
-    scatter=True,
+    is_scatter=True,
 )
 
 
-def save_page(groups: Sequence[Group], with_card: bool, folder: Path) -> None:
+def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:
     """Write curves.png and curves.svg: all plots on one page, on white."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with _style():
-        plots = (*PLOTS, SCATTER)
-        figure = Figure(figsize=(2 * SIZE[0], (len(plots) + 1) // 2 * SIZE[1]), facecolor="white")
+    with plot_style():
+        plots = (*LINE_PLOTS, SCATTER_PLOT)
+        figure = Figure(
+            figsize=(2 * PLOT_SIZE_INCHES[0], (len(plots) + 1) // 2 * PLOT_SIZE_INCHES[1]), facecolor="white"
+        )
         axes = figure.subplots((len(plots) + 1) // 2, 2).ravel()
-        drawn = [draw(axis, plot, groups, with_card) for axis, plot in zip(axes, plots, strict=False)]
+        layouts = [draw_plot(axis, plot, groups, with_reference) for axis, plot in zip(axes, plots, strict=False)]
         for axis in axes[len(plots) :]:
             axis.set_axis_off()
-        finish(figure, drawn, columns=2)
-        FigureCanvasSVG(figure).print_svg(folder / "curves.svg", metadata={"Date": None})
+        finish_layout(figure, layouts, num_columns=2)
+        FigureCanvasSVG(figure).print_svg(output_dir / "curves.svg", metadata={"Date": None})
         figure.set_dpi(PNG_DPI)
-        FigureCanvasAgg(figure).print_png(folder / "curves.png")
+        FigureCanvasAgg(figure).print_png(output_dir / "curves.png")
 
 
-def svgs(groups: Sequence[Group], with_card: bool) -> dict[str, tuple[Plot, str]]:
+def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> dict[str, tuple[PlotSpec, str]]:
     """Each plot as SVG text for one HTML page: its colours are CSS variables, its ids its own."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    result = {}
-    with _style():
-        for plot in (*PLOTS, SCATTER):
-            figure = Figure(figsize=SIZE, facecolor="none")
+    svgs_by_name = {}
+    with plot_style():
+        for plot in (*LINE_PLOTS, SCATTER_PLOT):
+            figure = Figure(figsize=PLOT_SIZE_INCHES, facecolor="none")
             axis = figure.subplots()
-            drawn = draw(axis, plot, groups, with_card)
+            layout = draw_plot(axis, plot, groups, with_reference)
             axis.set_title("")  # the page has it as a heading
-            finish(figure, [drawn], columns=1)
-            text = io.StringIO()
-            FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
-            result[plot.name] = (plot, _for_page(text.getvalue(), plot))
-    return result
+            finish_layout(figure, [layout], num_columns=1)
+            buffer = io.StringIO()
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+            svgs_by_name[plot.name] = (plot, _adapt_svg_for_html(buffer.getvalue(), plot))
+    return svgs_by_name
 
 
-def _style() -> Any:
+def plot_style() -> Any:
+    """matplotlib's settings for every plot, as a context."""
     import matplotlib
 
     # on a new machine it says that it looks through the fonts: no word of ours, and nothing to act on
@@ -137,13 +144,13 @@ def _style() -> Any:
             "font.family": "sans-serif",
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "axes.edgecolor": INK,
-            "axes.labelcolor": INK,
-            "text.color": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
+            "axes.edgecolor": TEXT_COLOUR,
+            "axes.labelcolor": TEXT_COLOUR,
+            "text.color": TEXT_COLOUR,
+            "xtick.color": TEXT_COLOUR,
+            "ytick.color": TEXT_COLOUR,
             "axes.facecolor": "none",
-            "grid.color": FAINT,
+            "grid.color": GRID_COLOUR,
             "axes.grid": True,
             "axes.axisbelow": True,
             "grid.linewidth": 0.6,
@@ -156,7 +163,7 @@ def _style() -> Any:
     )
 
 
-def _for_page(svg: str, plot: Plot) -> str:
+def _adapt_svg_for_html(svg: str, plot: PlotSpec) -> str:
     """The <svg> element alone, scaled by its container, with CSS variables for colours and ids that no other has."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(
@@ -171,6 +178,6 @@ def _for_page(svg: str, plot: Plot) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{plot.name}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
-    for colour, variable in VARIABLES.items():
+    for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg

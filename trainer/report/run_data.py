@@ -19,240 +19,248 @@ Series = dict[str, NDArray[np.float64]]
 STEP_FIELDS = tuple(f.name for f in dataclasses.fields(StepRecord))
 EVAL_FIELDS = tuple(f.name for f in dataclasses.fields(EvalRecord))
 EPOCH_FIELDS = tuple(f.name for f in dataclasses.fields(EpochRecord))
-ENDS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
-STILL_GOING_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
-_NOT_A_STEP = b'\n{"kind": "e'  # how the rows of evaluations, epochs and events start
+STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
+RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
+_OTHER_ROW_PREFIX = b'\n{"kind": "e'  # how the rows of evaluations, epochs and events start
 
 
-class Unreadable(Exception):
+class RunReadError(Exception):
     """This run cannot be read; its text says why in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run: what it was (`facts`, the content of run.json), what it left, and what is wrong with it (`notes`)."""
+class RunData:
+    """One run: what it was (`metadata`, the content of run.json), what it left, and what is wrong with it (`notes`)."""
 
     source: str  #: as the user gave it
     run_id: str
     name: str
     mode: str
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     steps: Series
     evals: Series
     epochs: Series
-    end: Mapping[str, Any] = field(default_factory=dict)  #: the facts of the `finished` event
+    summary: Mapping[str, Any] = field(default_factory=dict)  #: the facts of the `finished` event
     state: str = "finished"  #: finished, going or stopped
-    findings: tuple[tuple[int, str], ...] = ()  #: (step, line) of what the run noticed of itself
-    samples: tuple[Mapping[str, Any], ...] = ()  #: of each evaluation: epoch, texts, and scores where asked for
+    diagnostics: tuple[tuple[int, str], ...] = ()  #: (step, line) of what the run noticed of itself
+    generations: tuple[Mapping[str, Any], ...] = ()  #: of each evaluation: epoch, texts, and scores where asked for
     notes: tuple[str, ...] = ()
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the run came to its own end."""
         return self.state == "finished"
 
-    def fact(self, path: str) -> Any:
+    def get(self, path: str) -> Any:
         """The value at a dotted path of run.json, None where there is none."""
-        value: Any = self.facts
+        value: Any = self.metadata
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return value
 
     @property
-    def base_loss(self) -> float | None:
+    def initial_loss(self) -> float | None:
         """Validation loss before the first step, in nats per token."""
-        at = np.flatnonzero(self.evals["step"] == 0)
-        return float(self.evals["loss"][at[0]]) if len(at) else None
+        indices = np.flatnonzero(self.evals["step"] == 0)
+        return float(self.evals["loss"][indices[0]]) if len(indices) else None
 
     @property
-    def best(self) -> dict[str, float] | None:
+    def best_eval(self) -> dict[str, float] | None:
         """Step, epoch and loss of the lowest validation loss after step 0."""
-        trained = np.flatnonzero((self.evals["step"] > 0) & np.isfinite(self.evals["loss"]))
-        if not len(trained):
+        trained_indices = np.flatnonzero((self.evals["step"] > 0) & np.isfinite(self.evals["loss"]))
+        if not len(trained_indices):
             return None
-        at = trained[np.argmin(self.evals["loss"][trained])]
-        return {name: float(self.evals[name][at]) for name in ("step", "epoch", "loss")}
+        best_index = trained_indices[np.argmin(self.evals["loss"][trained_indices])]
+        return {name: float(self.evals[name][best_index]) for name in ("step", "epoch", "loss")}
 
     @property
-    def final(self) -> dict[str, float] | None:
+    def final_eval(self) -> dict[str, float] | None:
         """Step, epoch and loss of the last evaluation after step 0."""
         if not len(self.evals["step"]) or self.evals["step"][-1] == 0:
             return None
         return {name: float(self.evals[name][-1]) for name in ("step", "epoch", "loss")}
 
-    def at_epoch(self, series: Series, epoch: float) -> int | None:
+    def index_at_epoch(self, series: Series, epoch: float) -> int | None:
         """The row of `series` nearest to `epoch`, None where none lies within half a step of it."""
         if not len(series["epoch"]):
             return None
-        per_epoch = self.fact("resolved.steps_per_epoch")
-        near = 0.5 / per_epoch if per_epoch else 1e-3
-        at = int(np.argmin(np.abs(series["epoch"] - epoch)))
-        return at if abs(series["epoch"][at] - epoch) <= near else None
+        steps_per_epoch = self.get("resolved.steps_per_epoch")
+        max_distance = 0.5 / steps_per_epoch if steps_per_epoch else 1e-3
+        index = int(np.argmin(np.abs(series["epoch"] - epoch)))
+        return index if abs(series["epoch"][index] - epoch) <= max_distance else None
 
 
-def series(rows: Iterable[Mapping[str, Any]], fields: tuple[str, ...]) -> Series:
+def to_series(rows: Iterable[Mapping[str, Any]], column_names: tuple[str, ...]) -> Series:
     """Columns of `rows`; what a row lacks, or is no number, becomes NaN."""
-    table = [[_number(row.get(name)) for name in fields] for row in rows]
-    columns = np.array(table, dtype=np.float64).reshape(len(table), len(fields)).T
-    return {name: np.ascontiguousarray(column) for name, column in zip(fields, columns, strict=True)}
+    table = [[_to_float(row.get(name)) for name in column_names] for row in rows]
+    columns = np.array(table, dtype=np.float64).reshape(len(table), len(column_names)).T
+    return {name: np.ascontiguousarray(column) for name, column in zip(column_names, columns, strict=True)}
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
         return np.nan
 
 
-def in_order(rows: Series) -> Series:
+def drop_superseded_rows(series: Series) -> Series:
     """The rows that stand: one that a later row steps back behind was done again after a resume, and is left out."""
-    if not np.all(np.isfinite(rows["step"])):
-        rows = {name: column[np.isfinite(rows["step"])] for name, column in rows.items()}
-    step = rows["step"]
+    if not np.all(np.isfinite(series["step"])):
+        series = {name: column[np.isfinite(series["step"])] for name, column in series.items()}
+    step = series["step"]
     if len(step) < 2 or bool(np.all(np.diff(step) > 0)):
-        return rows
-    later = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)
-    return {name: column[step < later] for name, column in rows.items()}
+        return series
+    min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)
+    return {name: column[step < min_later_step] for name, column in series.items()}
 
 
-def read_folder(folder: Path) -> Run:
-    """The run of a run folder; Unreadable where settings or rows are missing."""
-    facts = _read_facts(folder / "run.json")
-    metrics = folder / "metrics.jsonl"
+def read_folder(folder: Path) -> RunData:
+    """The run of a run folder; RunReadError where settings or rows are missing."""
+    metadata = _read_metadata(folder / "run.json")
+    metrics_path = folder / "metrics.jsonl"
     try:
-        content = metrics.read_bytes()
-        age = time.time() - metrics.stat().st_mtime
-    except OSError as problem:
-        raise Unreadable(f"no metrics: cannot read metrics.jsonl ({problem.strerror})") from problem
-    steps, others, notes = _parse(content)
-    return build(
+        content = metrics_path.read_bytes()
+        age_seconds = time.time() - metrics_path.stat().st_mtime
+    except OSError as error:
+        raise RunReadError(f"no metrics: cannot read metrics.jsonl ({error.strerror})") from error
+    steps, other_rows, notes = _parse_metrics(content)
+    return build_run(
         source=str(folder),
-        facts=facts,
+        metadata=metadata,
         notes=notes,
-        age=age,
+        age_seconds=age_seconds,
         steps=steps,
-        evals=series((row for row in others if row["kind"] == "eval"), EVAL_FIELDS),
-        epochs=series((row for row in others if row["kind"] == "epoch"), EPOCH_FIELDS),
-        events=[row for row in others if row["kind"] == "event"],
+        evals=to_series((row for row in other_rows if row["kind"] == "eval"), EVAL_FIELDS),
+        epochs=to_series((row for row in other_rows if row["kind"] == "epoch"), EPOCH_FIELDS),
+        events=[row for row in other_rows if row["kind"] == "event"],
     )
 
 
-def build(
+def build_run(
     *,
     source: str,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     steps: Series,
     evals: Series,
     epochs: Series,
     events: list[Mapping[str, Any]],
     notes: list[str],
-    age: float,
+    age_seconds: float,
     run_id: str | None = None,
-) -> Run:
-    """A Run from its parts, with what is missing said in its notes; Unreadable where there is no row at all."""
-    mode = facts.get("mode")
+) -> RunData:
+    """A RunData from its parts, with what is missing said in its notes; RunReadError where there is no row at all."""
+    mode = metadata.get("mode")
     if mode not in ("full", "lora"):
-        raise Unreadable(f"mode {mode!r} in its settings: expected full or lora")
+        raise RunReadError(f"mode {mode!r} in its settings: expected full or lora")
     if not len(steps["step"]) and not len(evals["step"]):
-        raise Unreadable("no metrics: neither a step nor an evaluation was written")
-    end = next((event.get("facts") or {} for event in reversed(events) if event.get("event") == "finished"), None)
-    ended = bool(events) and events[-1].get("event") in ENDS
-    state = "finished" if end is not None else "stopped" if ended or age > STILL_GOING_SECONDS else "going"
-    run = Run(
+        raise RunReadError("no metrics: neither a step nor an evaluation was written")
+    summary = next((event.get("facts") or {} for event in reversed(events) if event.get("event") == "finished"), None)
+    was_stopped = bool(events) and events[-1].get("event") in STOP_EVENTS
+    state = (
+        "finished"
+        if summary is not None
+        else "stopped"
+        if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS
+        else "going"
+    )
+    run = RunData(
         source=source,
-        run_id=str(run_id or facts.get("run_id") or source),
-        name=str(facts.get("name") or source),
+        run_id=str(run_id or metadata.get("run_id") or source),
+        name=str(metadata.get("name") or source),
         mode=mode,
-        facts=facts,
-        steps=in_order(steps),
-        evals=in_order(evals),
-        epochs=in_order(epochs),
-        end=end or {},
+        metadata=metadata,
+        steps=drop_superseded_rows(steps),
+        evals=drop_superseded_rows(evals),
+        epochs=drop_superseded_rows(epochs),
+        summary=summary or {},
         state=state,
-        findings=tuple(
+        diagnostics=tuple(
             (int(event.get("step") or 0), str(event.get("message")))
             for event in events
             if event.get("event") == "diagnosis"
         ),
-        samples=tuple(event.get("facts") or {} for event in events if event.get("event") == "samples"),
+        generations=tuple(event.get("facts") or {} for event in events if event.get("event") == "samples"),
         notes=tuple(notes),
     )
-    return dataclasses.replace(run, notes=(*run.notes, *_what_is_missing(run, events)))
+    return dataclasses.replace(run, notes=(*run.notes, *_missing_data_notes(run, events)))
 
 
-def changed_on_resume(run: Run) -> Mapping[str, Any]:
+def changed_on_resume(run: RunData) -> Mapping[str, Any]:
     """{setting or `data`: [when the run began, now]} of what a resume was allowed to change."""
-    return run.fact("resumed.changed") or {}
+    return run.get("resumed.changed") or {}
 
 
-def _what_is_missing(run: Run, events: list[Mapping[str, Any]]) -> list[str]:
+def _missing_data_notes(run: RunData, events: list[Mapping[str, Any]]) -> list[str]:
     """One line for each thing that keeps this run from being compared in full."""
     notes = []
-    if not run.finished:
-        last = max((float(rows["step"][-1]) for rows in (run.steps, run.evals) if len(rows["step"])), default=0.0)
-        total = run.fact("resolved.total_steps")
-        where = f"step {last:,.0f}" + (f" of {total:,}" if total else "")
-        what = "still going" if run.state == "going" else "stopped before its end"
-        why = f": {events[-1].get('message')}" if events and events[-1].get("event") in ENDS else ""
-        notes.append(f"{what} ({where}){why}; left out of the verdict")
+    if not run.is_finished:
+        last_step = max(
+            (float(series["step"][-1]) for series in (run.steps, run.evals) if len(series["step"])), default=0.0
+        )
+        total_steps = run.get("resolved.total_steps")
+        progress = f"step {last_step:,.0f}" + (f" of {total_steps:,}" if total_steps else "")
+        status = "still going" if run.state == "going" else "stopped before its end"
+        reason = f": {events[-1].get('message')}" if events and events[-1].get("event") in STOP_EVENTS else ""
+        notes.append(f"{status} ({progress}){reason}; left out of the verdict")
     notes += [
         f"{name} was changed on resume, from {old} to {new}"
         for name, (old, new) in sorted(changed_on_resume(run).items())
     ]
-    if run.best is None:
+    if run.best_eval is None:
         notes.append("no evaluation after step 0: no validation loss to compare")
-    elif run.base_loss is None:
+    elif run.initial_loss is None:
         notes.append("no evaluation at step 0: how far it improved on its base is unknown")
     return notes
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_bytes())
-    except OSError as problem:
-        raise Unreadable(
-            f"cannot read run.json ({problem.strerror}), so neither mode nor settings are known"
-        ) from problem
-    except ValueError as problem:
-        raise Unreadable(f"run.json is not whole JSON ({problem})") from problem
-    if not isinstance(facts, dict):
-        raise Unreadable("run.json is not a JSON object")
-    return facts
+        metadata = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RunReadError(
+            f"cannot read run.json ({error.strerror}), so neither mode nor settings are known"
+        ) from error
+    except ValueError as error:
+        raise RunReadError(f"run.json is not whole JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise RunReadError("run.json is not a JSON object")
+    return metadata
 
 
-def _parse(content: bytes) -> tuple[Series, list[dict[str, Any]], list[str]]:
+def _parse_metrics(content: bytes) -> tuple[Series, list[dict[str, Any]], list[str]]:
     """Step columns, the other rows, and notes on what could not be read."""
     notes = []
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):  # rows are written newline last
+    complete_content = content[: content.rfind(b"\n") + 1]
+    if len(complete_content) < len(content):  # rows are written newline last
         notes.append("its last row was cut off and is left out")
-    others = _other_lines(whole)
-    steps = _fast_columns(whole, len(others))
-    rows, broken = _slow_rows(whole.split(b"\n") if steps is None else others)
-    if broken:
+    other_lines = _find_other_lines(complete_content)
+    steps = _parse_steps_with_arrow(complete_content, len(other_lines))
+    rows, num_bad = _parse_lines(complete_content.split(b"\n") if steps is None else other_lines)
+    if num_bad:
         notes.append(
-            f"{broken} row{'s' if broken > 1 else ''} could not be read and {'are' if broken > 1 else 'is'} left out"
+            f"{num_bad} row{'s' if num_bad > 1 else ''} could not be read and {'are' if num_bad > 1 else 'is'} left out"
         )
     if steps is None:
-        steps = series((row for row in rows if row["kind"] == "step"), STEP_FIELDS)
+        steps = to_series((row for row in rows if row["kind"] == "step"), STEP_FIELDS)
     return steps, rows, notes
 
 
-def _other_lines(content: bytes) -> list[bytes]:
+def _find_other_lines(content: bytes) -> list[bytes]:
     """The lines that are no step rows, found without looking at each line."""
     content = b"\n" + content
-    lines, start = [], content.find(_NOT_A_STEP)
+    lines, start = [], content.find(_OTHER_ROW_PREFIX)
     while start >= 0:
         end = content.find(b"\n", start + 1)
         lines.append(content[start + 1 : end])
-        start = content.find(_NOT_A_STEP, end)
+        start = content.find(_OTHER_ROW_PREFIX, end)
     return lines
 
 
-def _fast_columns(content: bytes, others: int) -> Series | None:
-    """Columns of the step rows, about five times as fast as `json`; None unless all but `others` rows are such."""
+def _parse_steps_with_arrow(content: bytes, num_other_rows: int) -> Series | None:
+    """Columns of the step rows, about five times as fast as `json`; None unless all but `num_other_rows` are."""
     if not content:
-        return series([], STEP_FIELDS)
+        return to_series([], STEP_FIELDS)
     import pyarrow
     import pyarrow.compute
     import pyarrow.json
@@ -266,24 +274,24 @@ def _fast_columns(content: bytes, others: int) -> Series | None:
     except pyarrow.ArrowInvalid:
         return None
     kinds = pyarrow.compute.index_in(table["kind"], pyarrow.array(["step", "eval", "epoch", "event"])).to_numpy()
-    if not np.all(np.isfinite(kinds)) or len(kinds) - np.sum(kinds == 0) != others:
+    if not np.all(np.isfinite(kinds)) or len(kinds) - np.sum(kinds == 0) != num_other_rows:
         return None
     return {name: table[name].to_numpy().astype(np.float64, copy=False)[kinds == 0] for name in STEP_FIELDS}
 
 
-def _slow_rows(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
+def _parse_lines(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
     """The rows that can be read, one by one, and the number of those that cannot."""
-    rows, broken = [], 0
+    rows, num_bad = [], 0
     for line in lines:
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError:
-            broken += 1
+            num_bad += 1
             continue
         if isinstance(row, dict) and row.get("kind") in ("step", "eval", "epoch", "event"):
             rows.append(row)
         else:
-            broken += 1
-    return rows, broken
+            num_bad += 1
+    return rows, num_bad

@@ -9,38 +9,36 @@ from trainer.config import reference
 from trainer.config.errors import UserError
 from trainer.data import cache
 
-CARD_ID = f"card-{reference.NAME}"
+REFERENCE_RUN_ID = f"card-{reference.NAME}"
 
 
-def log_card(target: str) -> str:
+def log_reference(target: str) -> str:
     """Log the card to PROJECT or ENTITY/PROJECT, online where logged in, else offline; what was done, in one line.
 
     It lies in the user's cache folder, one place for every folder that is worked in. A card that is there already,
     or on the server, is left as it is: `wandb sync` from two places would double its rows.
     """
     entity, _, project = target.rpartition("/")
-    home = cache.root() / "card" / target.replace("/", "-")
-    before = sorted((home / "wandb").glob(f"*run-*-{CARD_ID}"))
-    if before:
-        return f"the card is already logged for {target}: {before[0]}"
+    log_dir = cache.resolve_cache_dir() / "card" / target.replace("/", "-")
+    existing_runs = sorted((log_dir / "wandb").glob(f"*run-*-{REFERENCE_RUN_ID}"))
+    if existing_runs:
+        return f"the card is already logged for {target}: {existing_runs[0]}"
     from trainer.tracking.wandb_logger import prepare_environment, wandb_mode
 
     mode = wandb_mode(None)
     if mode == "disabled":
         raise UserError("--log-card: WANDB_MODE is disabled; unset it or set it to offline")
-    home.mkdir(parents=True, exist_ok=True)
-    prepare_environment(home, mode)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    prepare_environment(log_dir, mode)
     import wandb
 
-    if mode == "online" and _on_server(wandb, entity, project):
-        return f"the card is already logged in {target}, under the id {CARD_ID}"
+    if mode == "online" and _exists_on_server(wandb, entity, project):
+        return f"the card is already logged in {target}, under the id {REFERENCE_RUN_ID}"
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            sync_dir = _log(wandb, entity or None, project, home, mode)
-    except Exception as problem:
-        raise UserError(
-            f"--log-card {target}: W&B did not take it ({' '.join(str(problem).split())[:200]})"
-        ) from problem
+            sync_dir = _log_run(wandb, entity or None, project, log_dir, mode)
+    except Exception as error:
+        raise UserError(f"--log-card {target}: W&B did not take it ({' '.join(str(error).split())[:200]})") from error
     return (
         f"the card is logged in {target}"
         if mode == "online"
@@ -48,27 +46,27 @@ def log_card(target: str) -> str:
     )
 
 
-def _on_server(wandb: Any, entity: str, project: str) -> bool:
+def _exists_on_server(wandb: Any, entity: str, project: str) -> bool:
     """Whether the project has the card's run already."""
     try:
-        wandb.Api(timeout=30).run("/".join(part for part in (entity, project, CARD_ID) if part))
+        wandb.Api(timeout=30).run("/".join(part for part in (entity, project, REFERENCE_RUN_ID) if part))
     except Exception:  # the client says "not found" in several ways; what else is wrong shows when logging
         return False
     return True
 
 
-def _log(wandb: Any, entity: str | None, project: str, home: Path, mode: str) -> str:
-    from trainer.tracking.wandb_keys import AXES, METRICS, card_row
+def _log_run(wandb: Any, entity: str | None, project: str, log_dir: Path, mode: str) -> str:
+    from trainer.tracking.wandb_keys import AXES, METRICS, reference_row
 
     run = wandb.init(
         entity=entity,
         project=project,
-        id=CARD_ID,
+        id=REFERENCE_RUN_ID,
         name=f"card {reference.NAME}",
         job_type="reference",
         tags=["card", "gpt2"],
-        config=_config(),
-        dir=str(home),
+        config=_build_config(),
+        dir=str(log_dir),
         mode=mode,
         reinit="create_new",
         settings=wandb.Settings(
@@ -88,21 +86,21 @@ def _log(wandb: Any, entity: str | None, project: str, home: Path, mode: str) ->
     for pattern, axis, summary in METRICS:
         run.define_metric(pattern, step_metric=axis, summary=summary)
     for row in reference.CURVE:
-        run.log(card_row(row), step=row.step)
-    place = str(run.settings.sync_dir)
+        run.log(reference_row(row), step=row.step)
+    sync_dir = str(run.settings.sync_dir)
     run.finish(exit_code=0)
-    return place
+    return sync_dir
 
 
-def _config() -> dict[str, Any]:
+def _build_config() -> dict[str, Any]:
     """What the card states, under the names that the config of a run has, and what it leaves unsaid."""
-    stated = {name: value for name, value in reference.SETTINGS.items() if name != "mode"}
+    settings = {name: value for name, value in reference.SETTINGS.items() if name != "mode"}
     return {
         "mode": "card",
         "source": f"model card {reference.NAME}",
-        **stated,
+        **settings,
         **reference.KNOWN_DATA,
         "steps_per_epoch": reference.STEPS_PER_EPOCH,
-        "from_its_program": list(reference.FROM_THE_PROGRAM),
+        "from_its_program": list(reference.PROGRAM_DEFAULTS),
         "unknown": list(reference.UNKNOWN_DATA),
     }

@@ -12,11 +12,11 @@ from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Recor
 if TYPE_CHECKING:
     from rich.console import Console
 
-SECONDS_BETWEEN_LINES = 5.0
-LAST_WORDS = ("early_stop", "interrupted", "not_finite", "finished")  # events after which no step follows
+LINE_INTERVAL_SECONDS = 5.0
+FINAL_EVENTS = ("early_stop", "interrupted", "not_finite", "finished")  # events after which no step follows
 
 
-def console(stream: TextIO | None = None) -> "Console":
+def make_console(stream: TextIO | None = None) -> "Console":
     """A rich console on `stream` (left out: stdout); colours only on a terminal, and none under NO_COLOR."""
     from rich.console import Console
 
@@ -29,7 +29,7 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
-class Progress:
+class ProgressBar:
     """A sink that shows where a run is; `say` puts a line above the bar.
 
     `total` is the number of steps of the whole run, `epochs` its length in epochs. Rows of evaluations, epochs and
@@ -39,36 +39,41 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
-        epochs: float,
+        total_steps: int,
+        num_epochs: float,
         *,
         stream: TextIO | None = None,
-        interval: float = SECONDS_BETWEEN_LINES,
+        interval: float = LINE_INTERVAL_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream or sys.stdout
-        self._total, self._epochs, self._interval, self._clock = total, _length(epochs), interval, clock
+        self._total_steps, self._epochs_text, self._interval, self._clock = (
+            total_steps,
+            _format_num_epochs(num_epochs),
+            interval,
+            clock,
+        )
         self._start: tuple[int, float] | None = None  # step and time of the first row, for the time left
-        self._shown = -interval  # when the last plain line was printed
-        self._held: str | None = None  # a row that was too early to print; the last one is printed at the end
+        self._last_print_time = -interval  # when the last plain line was printed
+        self._pending_line: str | None = None  # a row that was too early to print; the last one is printed at the end
         self._bar: Any = None
         self._task: Any = None
         if is_terminal(self._stream):
-            self._bar, self._task = _bar(self._stream, total, self._epochs)
+            self._bar, self._task = _bar(self._stream, total_steps, self._epochs_text)
             self._bar.start()
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """Show one record."""
         if isinstance(record, StepRecord):
-            self._step(record)
+            self._show_step(record)
         elif isinstance(record, EvalRecord):
-            losses = f"validation loss {record.loss:.4f}  perplexity {_short(record.perplexity)}"
-            self.say(f"{self._place('eval', record)}  {losses}")
+            losses = f"validation loss {record.loss:.4f}  perplexity {_format_short(record.perplexity)}"
+            self.say(f"{self._position('eval', record)}  {losses}")
         elif isinstance(record, EpochRecord):
-            self.say(f"{self._place('mean', record)}  train loss {record.train_loss:.4f} over the epoch")
+            self.say(f"{self._position('mean', record)}  train loss {record.train_loss:.4f} over the epoch")
         elif record.message:
-            if record.event in LAST_WORDS:
-                self._show_held()
+            if record.event in FINAL_EVENTS:
+                self._flush_pending_line()
             self.say(record.message)
 
     def say(self, line: str) -> None:
@@ -83,50 +88,50 @@ class Progress:
 
     def close(self, exit_code: int) -> None:
         """Print the row that was held back and let go of the bar; a second call does nothing."""
-        self._show_held()
+        self._flush_pending_line()
         if self._bar is not None:
             bar, self._bar = self._bar, None
             bar.stop()
 
-    def _show_held(self) -> None:
-        if self._held is not None:
-            self.say(self._held)
-            self._held = None
+    def _flush_pending_line(self) -> None:
+        if self._pending_line is not None:
+            self.say(self._pending_line)
+            self._pending_line = None
 
-    def _step(self, record: StepRecord) -> None:
+    def _show_step(self, record: StepRecord) -> None:
         now = self._clock()
-        left = self._time_left(record.step, now)
+        time_left = self._time_left(record.step, now)
         if self._bar is not None:
             self._bar.update(
-                self._task, completed=record.step, epoch=_epoch(record.epoch), loss=f"{record.loss:.4f}",
-                lr=f"{record.lr:.1e}", speed=_short(record.tokens_per_second), left=left,
-                refresh=record.step >= self._total,
+                self._task, completed=record.step, epoch=_format_epoch(record.epoch), loss=f"{record.loss:.4f}",
+                lr=f"{record.lr:.1e}", speed=_format_short(record.tokens_per_second), left=time_left,
+                refresh=record.step >= self._total_steps,
             )  # fmt: skip
             return
         line = (
-            f"{self._place('step', record)}  loss {record.loss:.4f}  lr {record.lr:.1e}"
-            f"  {_short(record.tokens_per_second)} tok/s  {left} left"
+            f"{self._position('step', record)}  loss {record.loss:.4f}  lr {record.lr:.1e}"
+            f"  {_format_short(record.tokens_per_second)} tok/s  {time_left} left"
         )
-        if now - self._shown >= self._interval or record.step >= self._total:
-            self._shown, self._held = now, None
+        if now - self._last_print_time >= self._interval or record.step >= self._total_steps:
+            self._last_print_time, self._pending_line = now, None
             self.say(line)
         else:
-            self._held = line
+            self._pending_line = line
 
     def _time_left(self, step: int, now: float) -> str:
         """Hours, minutes and seconds to the last step at the mean speed of this process, `?` at its first step."""
         if self._start is None:
             self._start = (step, now)
-        first, began = self._start
-        if step <= first:
-            return "0:00" if step >= self._total else "?"
-        return clock_time((now - began) / (step - first) * max(0, self._total - step))
+        first_step, start_time = self._start
+        if step <= first_step:
+            return "0:00" if step >= self._total_steps else "?"
+        return format_duration((now - start_time) / (step - first_step) * max(0, self._total_steps - step))
 
-    def _place(self, kind: str, record: Record) -> str:
+    def _position(self, label: str, record: Record) -> str:
         """Where the run is: 'step  12/926  epoch 0.04/3'."""
-        width = len(str(self._total))
-        epoch = "" if isinstance(record, EventRecord) else f"  epoch {_epoch(record.epoch)}/{self._epochs}"
-        return f"{kind} {record.step:>{width}}/{self._total}{epoch}"
+        width = len(str(self._total_steps))
+        epoch = "" if isinstance(record, EventRecord) else f"  epoch {_format_epoch(record.epoch)}/{self._epochs_text}"
+        return f"{label} {record.step:>{width}}/{self._total_steps}{epoch}"
 
     def _stop_showing(self) -> None:
         """Write into nothing from here on; Python would fail at exit on a closed stdout otherwise."""
@@ -145,8 +150,8 @@ def _bar(stream: TextIO, total: int, epochs: str) -> tuple[Any, Any]:
     from rich.progress import Progress as Bar
     from rich.table import Column
 
-    def text(form: str) -> TextColumn:
-        return TextColumn(form, table_column=Column(no_wrap=True))
+    def text(template: str) -> TextColumn:
+        return TextColumn(template, table_column=Column(no_wrap=True))
 
     bar = Bar(
         text(f"epoch {{task.fields[epoch]}}/{epochs}"),
@@ -156,7 +161,7 @@ def _bar(stream: TextIO, total: int, epochs: str) -> tuple[Any, Any]:
         text("lr {task.fields[lr]}"),
         text("{task.fields[speed]} tok/s"),
         text("{task.fields[left]} left"),
-        console=console(stream),
+        console=make_console(stream),
         expand=True,
         refresh_per_second=4,
     )
@@ -164,23 +169,23 @@ def _bar(stream: TextIO, total: int, epochs: str) -> tuple[Any, Any]:
     return bar, task
 
 
-def clock_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """0:07, 12:30 or 5:42:10."""
     minutes, second = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
 
 
-def _epoch(epoch: float) -> str:
+def _format_epoch(epoch: float) -> str:
     return f"{epoch:.2f}"
 
 
-def _length(epochs: float) -> str:
+def _format_num_epochs(epochs: float) -> str:
     """The epochs of a whole run: 3, 2.5, 0.11, 0.003."""
     return f"{round(epochs, 2):g}" if epochs >= 1 else f"{epochs:.2g}"
 
 
-def _short(value: float) -> str:
+def _format_short(value: float) -> str:
     """At most five characters for a count or a perplexity: 3.41, 24.9, 950, 12.3k, 1.2M."""
     if value < 10:
         return f"{value:.2f}"

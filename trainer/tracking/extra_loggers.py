@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,76 +14,80 @@ from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.wandb_keys import wandb_config, wandb_row
 
 
-class Writer(Protocol):
+class ExtraLogger(Protocol):
     """What the second sinks have in common."""
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """Take one record that is no event."""
 
     def close(self) -> None:
         """The run is over."""
 
 
-def check_also(names: Sequence[str]) -> None:
+def check_extra_loggers(names: Sequence[str]) -> None:
     """UserError where the package of a second sink is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise UserError(f"--also {name}: it is not installed; pip install -e '.[{name}]'")
+            raise UserError(f"--report-to {name}: it is not installed; pip install -e '.[{name}]'")
 
 
-def start_also(
-    names: Sequence[str], run: Mapping[str, Any], folder: Path, *, after: int, say: Callable[[str], None]
-) -> list["GuardedSink"]:
+def start_extra_loggers(
+    names: Sequence[str], metadata: Mapping[str, Any], folder: Path, *, resume_step: int, say: Callable[[str], None]
+) -> list["FailSafeLogger"]:
     """A sink for each name. `after`: the step that a resumed run goes on from, -1 where it begins."""
-    kinds: dict[str, Callable[..., Writer]] = {"tensorboard": TensorBoardWriter, "trackio": TrackioWriter}
-    return [GuardedSink(name, lambda kind=kinds[name]: kind(run, folder, after, say), say) for name in names]  # type: ignore[misc]
+    logger_classes: dict[str, Callable[..., ExtraLogger]] = {"tensorboard": TensorBoardLogger, "trackio": TrackioLogger}
+    return [
+        FailSafeLogger(name, partial(logger_classes[name], metadata, folder, resume_step, say), say) for name in names
+    ]
 
 
-class GuardedSink:
+class FailSafeLogger:
     """Hands records to a writer; the first failure is said and ends it, for training goes on without it."""
 
-    def __init__(self, name: str, start: Callable[[], Writer], say: Callable[[str], None]) -> None:
+    def __init__(self, name: str, start: Callable[[], ExtraLogger], say: Callable[[str], None]) -> None:
         self._name, self._say = name, say
-        self._writer: Writer | None = None
-        self._guard(lambda: setattr(self, "_writer", start()))
+        self._logger: ExtraLogger | None = None
+        self._guard(lambda: setattr(self, "_logger", start()))
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """Log one record; never raises. Events are for people and stay in metrics.jsonl."""
-        writer = self._writer
-        if writer is not None and not isinstance(record, EventRecord):
-            self._guard(lambda: writer.write(record))
+        logger = self._logger
+        if logger is not None and not isinstance(record, EventRecord):
+            self._guard(lambda: logger.log(record))
 
     def close(self, exit_code: int) -> None:
         """Hand over what is still held; never raises, a second call does nothing."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            self._guard(writer.close)
+        logger, self._logger = self._logger, None
+        if logger is not None:
+            self._guard(logger.close)
 
-    def _guard(self, act: Callable[[], object]) -> None:
+    def _guard(self, action: Callable[[], object]) -> None:
         try:
-            act()
-        except Exception as problem:
-            self._writer = None
-            why = " ".join(str(problem).split())[:120] or type(problem).__name__
-            self._say(f"{self._name} stopped working ({why}); going on without it, metrics.jsonl has every row")
+            action()
+        except Exception as error:
+            self._logger = None
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            self._say(f"{self._name} stopped working ({reason}); going on without it, metrics.jsonl has every row")
 
 
-class TensorBoardWriter:
+class TensorBoardLogger:
     """Event files in OUT/tensorboard; the x axis is the step, and epoch, samples and tokens are curves of their own."""
 
-    def __init__(self, run: Mapping[str, Any], folder: Path, after: int, say: Callable[[str], None]) -> None:
+    def __init__(self, metadata: Mapping[str, Any], folder: Path, resume_step: int, say: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        place = folder / "tensorboard"
+        log_dir = folder / "tensorboard"
         # what an earlier process logged after the checkpoint is taken back by TensorBoard itself
-        self._writer = SummaryWriter(str(place), purge_step=after + 1 if after >= 0 else None, flush_secs=5)
-        if after < 0:
-            config = {name: value for name, value in wandb_config(run).items() if name != "run"}
+        self._writer = SummaryWriter(
+            str(log_dir), purge_step=resume_step + 1 if resume_step >= 0 else None, flush_secs=5
+        )
+        if resume_step < 0:
+            config = {name: value for name, value in wandb_config(metadata).items() if name != "run"}
             lines = "\n".join(f"| {name} | {value} |" for name, value in config.items())
             self._writer.add_text("config", f"| setting | value |\n|---|---|\n{lines}", 0)
-        say(f"TensorBoard: `tensorboard --logdir {os.path.relpath(place)}`")
+        say(f"TensorBoard: `tensorboard --logdir {os.path.relpath(log_dir)}`")
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """Every value of the row as a scalar at its step."""
         for name, value in wandb_row(record).items():
             self._writer.add_scalar(name, value, record.step)  # float32: only this form is taken back after a resume
@@ -92,24 +97,27 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-class TrackioWriter:
+class TrackioLogger:
     """Trackio's own store on this machine (or where its own variables say), in the project that W&B would use."""
 
-    def __init__(self, run: Mapping[str, Any], folder: Path, after: int, say: Callable[[str], None]) -> None:
+    def __init__(self, metadata: Mapping[str, Any], folder: Path, resume_step: int, say: Callable[[str], None]) -> None:
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
-        project, name = run["wandb"]["project"], f"{run['name']}-{run['run_id']}"  # it finds a run by its name only
-        self._after = -1
-        if after >= 0:  # rows cannot be taken back; a resumed run repeats them number by number
-            last = SQLiteStorage.get_max_step_for_run(project, name)
-            self._after = -1 if last is None else int(last)
+        project, name = (
+            metadata["wandb"]["project"],
+            f"{metadata['name']}-{metadata['run_id']}",
+        )  # it finds a run by its name only
+        self._last_logged_step = -1
+        if resume_step >= 0:  # rows cannot be taken back; a resumed run repeats them number by number
+            last_step = SQLiteStorage.get_max_step_for_run(project, name)
+            self._last_logged_step = -1 if last_step is None else int(last_step)
         with contextlib.redirect_stdout(io.StringIO()):  # one voice: what matters is said by us
             self._run = trackio.init(
                 project=project,
                 name=name,
-                group=run["wandb"]["group"],
-                config=wandb_config(run),
+                group=metadata["wandb"]["group"],
+                config=wandb_config(metadata),
                 embed=False,
                 resume="allow",
                 auto_log_gpu=False,
@@ -117,9 +125,9 @@ class TrackioWriter:
             )
         say(f"Trackio: `trackio show --project {project}`")
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """The row at its step; one that an earlier process logged is left out."""
-        if record.step > self._after:
+        if record.step > self._last_logged_step:
             self._run.log(wandb_row(record), step=record.step)
 
     def close(self) -> None:

@@ -7,22 +7,22 @@ to every sink. Importing this package is cheap: wandb and rich are imported wher
 from typing import Protocol
 
 from trainer.config.schema import OutputSettings
-from trainer.tracking.extra_loggers import check_also
+from trainer.tracking.extra_loggers import check_extra_loggers
 from trainer.tracking.records import Record
 from trainer.tracking.wandb_logger import wandb_mode
 
 
-class Sink(Protocol):
+class RecordLogger(Protocol):
     """What takes the records of a run, in order."""
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """Take one record."""
 
     def close(self, exit_code: int) -> None:
         """The run is over; 0 is success."""
 
 
-def check(output: OutputSettings) -> None:
+def check_loggers(output: OutputSettings) -> None:
     """UserError where a sink that was asked for cannot work: its package or, for W&B online, the login is missing."""
-    check_also(output.also)
+    check_extra_loggers(output.report_to)
     wandb_mode(output.wandb)

@@ -6,38 +6,38 @@ from typing import Any
 
 from trainer.tracking.records import Record, StepRecord
 
-SKIPPED = 3  # steps before it begins: the first ones allocate and compile
-LARGEST = 10
+NUM_WARMUP_STEPS = 3  # steps before it begins: the first ones allocate and compile
+NUM_TOP_OPERATIONS = 10
 
 
-class ProfileSink:
+class ProfileLogger:
     """Profiles rank 0 from step 4 of this start on, for `steps` steps, and writes OUT/profile/.
 
     trace.json.gz opens in Perfetto or chrome://tracing; top.md holds the operations that took the most time of
     their own. It changes no number, but the profiled steps take longer.
     """
 
-    def __init__(self, folder: Path, steps: int, say: Callable[[str], None]) -> None:
-        self._folder, self._steps, self._say = folder / "profile", steps, say
-        self._seen = 0
+    def __init__(self, folder: Path, num_steps: int, say: Callable[[str], None]) -> None:
+        self._folder, self._num_steps, self._say = folder / "profile", num_steps, say
+        self._num_steps_seen = 0
         self._profiler: Any = None
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """Begin or end after a step."""
         if isinstance(record, StepRecord):
-            self._seen += 1
-            if self._seen == SKIPPED:
+            self._num_steps_seen += 1
+            if self._num_steps_seen == NUM_WARMUP_STEPS:
                 self._begin()
-            elif self._seen == SKIPPED + self._steps:
+            elif self._num_steps_seen == NUM_WARMUP_STEPS + self._num_steps:
                 self._end()
 
     def close(self, exit_code: int) -> None:
         """End, where the run was shorter than what was asked for; a second call does nothing."""
         if self._profiler is not None:
             self._end()
-        elif self._seen < SKIPPED:
-            self._say(f"--profile: the run ended before its step {SKIPPED + 1}, nothing was profiled")
-            self._seen = SKIPPED
+        elif self._num_steps_seen < NUM_WARMUP_STEPS:
+            self._say(f"--profile: the run ended before its step {NUM_WARMUP_STEPS + 1}, nothing was profiled")
+            self._num_steps_seen = NUM_WARMUP_STEPS
 
     def _begin(self) -> None:
         from torch.profiler import profile
@@ -50,22 +50,27 @@ class ProfileSink:
         profiler.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
-        table = top_table(profiler.key_averages(), min(self._seen - SKIPPED, self._steps))
+        table = top_table(profiler.key_averages(), min(self._num_steps_seen - NUM_WARMUP_STEPS, self._num_steps))
         (self._folder / "top.md").write_text(table)
-        self._say(f"profile of {min(self._seen - SKIPPED, self._steps)} steps in {self._folder}:\n{table.rstrip()}")
+        self._say(
+            f"profile of {min(self._num_steps_seen - NUM_WARMUP_STEPS, self._num_steps)} steps in "
+            f"{self._folder}:\n{table.rstrip()}"
+        )
 
 
-def top_table(averages: Any, steps: int) -> str:
+def top_table(averages: Any, num_steps: int) -> str:
     """The LARGEST operations of a profile by their own time, as Markdown; times in milliseconds per step."""
     on_gpu = any(row.self_device_time_total > 0 for row in averages)
 
-    def own(row: Any) -> float:
+    def self_time(row: Any) -> float:
         return float(row.self_device_time_total if on_gpu else row.self_cpu_time_total)
 
-    total = sum(map(own, averages)) or 1.0
+    total = sum(map(self_time, averages)) or 1.0
     lines = [f"| operation | calls/step | {'GPU' if on_gpu else 'CPU'} ms/step | share |", "|---|--:|--:|--:|"]
-    for row in sorted(averages, key=own, reverse=True)[:LARGEST]:
-        share = f"{100 * own(row) / total:.1f}%"
+    for row in sorted(averages, key=self_time, reverse=True)[:NUM_TOP_OPERATIONS]:
+        share = f"{100 * self_time(row) / total:.1f}%"
         name = row.key.replace("|", "\\|")
-        lines.append(f"| {name[:60]} | {row.count / steps:.1f} | {own(row) / 1000 / steps:.2f} | {share} |")
+        lines.append(
+            f"| {name[:60]} | {row.count / num_steps:.1f} | {self_time(row) / 1000 / num_steps:.2f} | {share} |"
+        )
     return "\n".join(lines) + "\n"

@@ -65,8 +65,8 @@ class EventRecord:
 
 
 Record = StepRecord | EvalRecord | EpochRecord | EventRecord
-KINDS: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord, "event": EventRecord}
-_KIND_OF = {cls: kind for kind, cls in KINDS.items()}
+RECORD_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord, "event": EventRecord}
+_RECORD_KINDS = {cls: kind for kind, cls in RECORD_CLASSES.items()}
 
 
 def perplexity(loss: float) -> float:
@@ -76,28 +76,28 @@ def perplexity(loss: float) -> float:
 
 def to_line(record: Record) -> str:
     """One JSON line without its newline. NaN and infinity are refused (ValueError): they must be an event's text."""
-    return json.dumps({"kind": _KIND_OF[type(record)], **asdict(record)}, allow_nan=False)
+    return json.dumps({"kind": _RECORD_KINDS[type(record)], **asdict(record)}, allow_nan=False)
 
 
 def from_line(line: str) -> Record:
     """The record of one line; ValueError where it is not one. Unknown fields are left out, for later versions."""
     row = json.loads(line)
-    cls: Any = KINDS.get(str(row.get("kind"))) if isinstance(row, dict) else None
+    cls: Any = RECORD_CLASSES.get(str(row.get("kind"))) if isinstance(row, dict) else None
     if cls is None:
         raise ValueError(f"not a record: {line[:80]!r}")
     try:
         return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
-    except TypeError as problem:
-        raise ValueError(f"not a whole record: {line[:80]!r}") from problem
+    except TypeError as error:
+        raise ValueError(f"not a whole record: {line[:80]!r}") from error
 
 
-def read(path: Path) -> Iterator[Record]:
+def read_records(path: Path) -> Iterator[Record]:
     """The records of a metrics.jsonl in order; a last line that a kill cut off is left out, a broken one raises."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for line_number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return  # rows are written newline last: this one was not finished
             try:
                 yield from_line(line.decode())
-            except ValueError as problem:
-                raise ValueError(f"{path}, line {number}: {problem}") from problem
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line_number}: {error}") from error

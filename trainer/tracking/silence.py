@@ -14,10 +14,10 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",  # the bar over the weights that transformers loads asks none of the above
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # gloo and the process groups, from C++
 }
-LOGGERS = (
+NOISY_LOGGERS = (
     "DeepSpeed", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch.distributed.run",
 )  # fmt: skip
-WARNINGS = (  # starts of messages, as patterns
+IGNORED_WARNINGS = (  # starts of messages, as patterns
     r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated",  # torch 2.13, from within DeepSpeed
     r".*is_gradient_checkpointing.* is deprecated",  # transformers 5, from within peft and DeepSpeed
     r".*gradient_checkpointing_enable.* is deprecated",  # its new name is not in the older ones that we allow
@@ -30,7 +30,7 @@ WARNINGS = (  # starts of messages, as patterns
 )
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Silence the noise that is known; call it before torch, deepspeed, transformers or peft are imported.
 
     Warnings that are not listed are still shown, and a variable that the user has set is left as it is
@@ -38,13 +38,13 @@ def quiet() -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in LOGGERS:
+    for name in NOISY_LOGGERS:
         logger = logging.getLogger(name)
         if _errors_only not in logger.filters:
             logger.addFilter(_errors_only)  # a level would be set back when the library is imported
-    for message in WARNINGS:
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _errors_only(row: logging.LogRecord) -> bool:
-    return row.levelno >= logging.ERROR
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

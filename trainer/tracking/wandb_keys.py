@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.reference import CardRow
+from trainer.config.reference import ReferenceRow
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
 
 AXES = ("epoch", "samples", "tokens")
@@ -45,7 +45,7 @@ def sample_row(record: EventRecord) -> dict[str, float]:
     return {**axes, **{f"sample/{name}": score for name, score in scores.items()}}
 
 
-def card_row(row: CardRow) -> dict[str, float]:
+def reference_row(row: ReferenceRow) -> dict[str, float]:
     """The same names for one line of the card's table; its samples and tokens are not known and left out."""
     return {
         "epoch": float(row.epoch),
@@ -59,45 +59,47 @@ def card_row(row: CardRow) -> dict[str, float]:
 def wandb_summary(record: EventRecord) -> dict[str, Any]:
     """What an event adds to the summary: the facts of the end of the run, else the event's own message."""
     if record.event == "finished":
-        return dict(_flat(record.facts))
+        return dict(_flatten(record.facts))
     if record.event == "diagnosis":  # several of them may be true
         return {f"event/diagnosis/{record.facts['code']}": record.message}
     return {f"event/{record.event}": record.message}
 
 
-def wandb_config(run: Mapping[str, Any]) -> dict[str, Any]:
+def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the run that run.json describes: one flat name per fact, so that any of them can be a column.
 
     `run` holds run.json whole beside them: what a comparison reads back, wherever the run's folder is. Settings keep
     the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch sum, the precision)
     replaces what was asked for.
     """
-    settings = dict(run["settings"])
-    config: dict[str, Any] = {"mode": run["mode"], "preset": run["preset"]}
-    config["overridden"] = list(run.get("overridden", ()))
+    settings = dict(metadata["settings"])
+    config: dict[str, Any] = {"mode": metadata["mode"], "preset": metadata["preset"]}
+    config["overridden"] = list(metadata.get("overridden", ()))
     for group in ("model", "data", "train", "engine"):
         config.update(settings[group])
-    if run["mode"] == "lora":
-        config.update({f"lora_{name}": value for name, value in settings["lora"].items() if name != "targets"})
-        config["lora_targets"] = list(run["model"].get("lora_targets") or ())
-    config.update(run["resolved"])
-    config.update(_data_facts(run["data"]))
-    config.update(_model_facts(run["model"]))
-    config.update({"deepspeed": run["deepspeed"], "versions": run["versions"], "hardware": run["hardware"]})
-    config["git_commit"] = (run.get("git") or {}).get("commit")
-    return config | {"run": dict(run)}
+    if metadata["mode"] == "lora":
+        config.update({f"lora_{name}": value for name, value in settings["lora"].items() if name != "target_modules"})
+        config["lora_targets"] = list(metadata["model"].get("lora_targets") or ())
+    config.update(metadata["resolved"])
+    config.update(_data_config(metadata["data"]))
+    config.update(_model_config(metadata["model"]))
+    config.update(
+        {"deepspeed": metadata["deepspeed"], "versions": metadata["versions"], "hardware": metadata["hardware"]}
+    )
+    config["git_commit"] = (metadata.get("git") or {}).get("commit")
+    return config | {"run": dict(metadata)}
 
 
-def _data_facts(data: Mapping[str, Any]) -> dict[str, Any]:
+def _data_config(data: Mapping[str, Any]) -> dict[str, Any]:
     names = ("fingerprint", "train_fingerprint", "val_fingerprint", "split")
-    facts = {f"data_{name}": data.get(name) for name in names}
-    facts.update({"tokenizer": data.get("tokenizer"), "vocabulary": data.get("vocabulary")})
+    config = {f"data_{name}": data.get(name) for name in names}
+    config.update({"tokenizer": data.get("tokenizer"), "vocabulary": data.get("vocabulary")})
     for side in ("train", "val"):
-        facts.update({f"{side}_{name}": count for name, count in data.get(side, {}).items()})
-    return facts
+        config.update({f"{side}_{name}": count for name, count in data.get(side, {}).items()})
+    return config
 
 
-def _model_facts(model: Mapping[str, Any]) -> dict[str, Any]:
+def _model_config(model: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model_class": model.get("class"),
         "model_fingerprint": model.get("fingerprint"),
@@ -109,8 +111,8 @@ def _model_facts(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def data_name(source: str) -> str:
     """The short name of a data source: the last part of a path or hub id, without its ending."""
-    last = re.sub(r"\.\w+$", "", source.rstrip("/").rsplit("/", 1)[-1])
-    return re.sub(r"[^A-Za-z0-9_.+-]", "-", last).strip("-") or "data"
+    stem = re.sub(r"\.\w+$", "", source.rstrip("/").rsplit("/", 1)[-1])
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", stem).strip("-") or "data"
 
 
 def run_group(source: str) -> str:
@@ -123,9 +125,9 @@ def run_tags(mode: str, model: str, source: str) -> list[str]:
     return list(dict.fromkeys(tag[:TAG_LENGTH] for tag in (mode, data_name(model), data_name(source))))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested facts as (a/b/c, value) pairs."""
     pairs: list[tuple[str, Any]] = []
     for name, value in values.items():
-        pairs += _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(prefix + name, value)]
+        pairs += _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(prefix + name, value)]
     return pairs

@@ -15,10 +15,14 @@ from trainer.config.errors import UserError
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.wandb_keys import AXES, METRICS, run_tags, sample_row, wandb_config, wandb_row, wandb_summary
 
-HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")  # old and new name of the public server
-MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-INIT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
-FINISH_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
+PUBLIC_HOSTS = (
+    "api.wandb.ai",
+    "api.forge.coreweave.com",
+    "forge.coreweave.com",
+)  # old and new name of the public server
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
+FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
 
 
 def wandb_mode(flag: str | None, env: Mapping[str, str] = os.environ) -> str:
@@ -27,17 +31,19 @@ def wandb_mode(flag: str | None, env: Mapping[str, str] = os.environ) -> str:
     Looks at the environment and at files only, so it asks nobody and needs no wandb. Online on demand of the
     flag without a login is a UserError, as wandb would ask for a key.
     """
-    if flag == "online" and not logged_in(env):
+    if flag == "online" and not is_logged_in(env):
         raise UserError("--wandb online: not logged in; run `wandb login`, set WANDB_API_KEY, or pass --wandb offline")
     if flag is not None:
         return flag
-    wanted = MODES.get(env.get("WANDB_MODE", "").lower()) or MODES.get(_settings_entry("mode", env).lower())
-    if wanted in ("offline", "disabled"):
-        return wanted
-    return "online" if logged_in(env) else "offline"
+    requested_mode = WANDB_MODES.get(env.get("WANDB_MODE", "").lower()) or WANDB_MODES.get(
+        _settings_entry("mode", env).lower()
+    )
+    if requested_mode in ("offline", "disabled"):
+        return requested_mode
+    return "online" if is_logged_in(env) else "offline"
 
 
-def logged_in(env: Mapping[str, str] = os.environ) -> bool:
+def is_logged_in(env: Mapping[str, str] = os.environ) -> bool:
     """Whether wandb would find a key without asking: in the environment or in the netrc file."""
     if env.get("WANDB_API_KEY") or env.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
@@ -48,22 +54,22 @@ def logged_in(env: Mapping[str, str] = os.environ) -> bool:
             entries = netrc.netrc(path)
         except (OSError, netrc.NetrcParseError):
             continue
-        return any(entries.hosts.get(name, ("", "", ""))[2] for name in ([host] if host else HOSTS))
+        return any(entries.hosts.get(name, ("", "", ""))[2] for name in ([host] if host else PUBLIC_HOSTS))
     return False
 
 
 def _settings_entry(name: str, env: Mapping[str, str]) -> str:
     """An entry of wandb's settings files (`wandb offline` and `wandb login --host` write them), '' without one."""
-    home = Path(env.get("WANDB_CONFIG_DIR") or Path(env.get("HOME") or Path.home()) / ".config" / "wandb")
-    found = ""
-    for path in (home / "settings", Path("wandb") / "settings"):
+    config_dir = Path(env.get("WANDB_CONFIG_DIR") or Path(env.get("HOME") or Path.home()) / ".config" / "wandb")
+    value = ""
+    for path in (config_dir / "settings", Path("wandb") / "settings"):
         parser = configparser.ConfigParser(interpolation=None)
         try:
             parser.read(path)
         except (OSError, configparser.Error, UnicodeDecodeError):
             continue
-        found = parser.get("default", name, fallback=found)
-    return found
+        value = parser.get("default", name, fallback=value)
+    return value
 
 
 def prepare_environment(folder: Path, mode: str) -> None:
@@ -83,97 +89,99 @@ def prepare_environment(folder: Path, mode: str) -> None:
 
 
 def start_wandb(
-    run: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     folder: Path,
     *,
-    resumed: bool = False,
+    is_resumed: bool = False,
     say: Callable[[str], None] = print,
-    init_seconds: float = INIT_SECONDS,
-    finish_seconds: float = FINISH_SECONDS,
-) -> "WandbSink":
+    init_seconds: float = INIT_TIMEOUT_SECONDS,
+    finish_seconds: float = FINISH_TIMEOUT_SECONDS,
+) -> "WandbLogger":
     """The sink of the run that `run` (run.json) describes, in the mode that run["wandb"]["mode"] names.
 
     A server that does not answer makes the run an offline one; any other trouble is said once and leaves a
     sink that takes records and does nothing.
     """
-    mode = run["wandb"]["mode"]
+    mode = metadata["wandb"]["mode"]
     if mode == "disabled":
-        return WandbSink(None, say)
-    wanted = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
+        return WandbLogger(None, say)
+    timeouts = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
     try:
         prepare_environment(folder, mode)
         import wandb
 
         try:
-            started = _init(wandb, run, folder, mode, resumed, wanted)
-        except Exception as problem:
+            wandb_run = _init(wandb, metadata, folder, mode, is_resumed, timeouts)
+        except Exception as error:
             if mode != "online":
                 raise
-            say(f"W&B: no connection ({_one_line(problem)}); going on offline")
+            say(f"W&B: no connection ({_one_line(error)}); going on offline")
             _teardown()  # the failed start still holds the id
             prepare_environment(folder, mode := "offline")
-            started = _init(wandb, run, folder, mode, resumed, wanted)
+            wandb_run = _init(wandb, metadata, folder, mode, is_resumed, timeouts)
         for axis in AXES:
-            started.define_metric(axis, hidden=True)
+            wandb_run.define_metric(axis, hidden=True)
         for pattern, axis, summary in METRICS:
-            started.define_metric(pattern, step_metric=axis, summary=summary)
-        say(_where(started, mode))
-        return WandbSink(started, say, after=_last_step(wandb, folder, run["run_id"]) if resumed else -1)
-    except Exception as problem:  # whatever happens in there, it must not cost the run
-        say(f"W&B: not available ({_one_line(problem)}); going on without it, metrics.jsonl has every row")
-        return WandbSink(None, say)
+            wandb_run.define_metric(pattern, step_metric=axis, summary=summary)
+        say(_run_location(wandb_run, mode))
+        return WandbLogger(
+            wandb_run, say, last_logged_step=_last_step(wandb, folder, metadata["run_id"]) if is_resumed else -1
+        )
+    except Exception as error:  # whatever happens in there, it must not cost the run
+        say(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
+        return WandbLogger(None, say)
 
 
 def _init(
-    wandb: Any, run: Mapping[str, Any], folder: Path, mode: str, resumed: bool, wanted: Mapping[str, float]
+    wandb: Any, metadata: Mapping[str, Any], folder: Path, mode: str, is_resumed: bool, timeouts: Mapping[str, float]
 ) -> Any:
     """wandb.init for this run; a setting that the installed version does not know is left out."""
     settings: dict[str, Any] = {
-        **wanted,
+        **timeouts,
         "console": "off",
         "disable_code": True,
         "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
     }
-    known = wandb.Settings.model_fields
+    supported_settings = wandb.Settings.model_fields
     return wandb.init(
-        project=run["wandb"]["project"],
-        id=run["run_id"],
-        resume="allow" if resumed else None,
-        name=run["name"],
-        group=run["wandb"]["group"],
+        project=metadata["wandb"]["project"],
+        id=metadata["run_id"],
+        resume="allow" if is_resumed else None,
+        name=metadata["name"],
+        group=metadata["wandb"]["group"],
         job_type="train",
-        tags=run_tags(run["mode"], run["model"]["name"], run["data"]["source"]),
-        config=wandb_config(run),
+        tags=run_tags(metadata["mode"], metadata["model"]["name"], metadata["data"]["source"]),
+        config=wandb_config(metadata),
         dir=str(folder.resolve()),
         mode=mode,
-        settings=wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
+        settings=wandb.Settings(**{name: value for name, value in settings.items() if name in supported_settings}),
     )
 
 
-class WandbSink:
+class WandbLogger:
     """Hands records to a wandb run (None: takes them and does nothing); the first failure is said and ends it.
 
     `after`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows up
     to it are left out; a resumed run repeats them number by number anyway.
     """
 
-    def __init__(self, run: Any, say: Callable[[str], None], after: int = -1) -> None:
-        self._run, self._say, self._after = run, say, after
+    def __init__(self, run: Any, say: Callable[[str], None], last_logged_step: int = -1) -> None:
+        self._run, self._say, self._last_logged_step = run, say, last_logged_step
 
-    def write(self, record: Record) -> None:
+    def log(self, record: Record) -> None:
         """Log one record; never raises."""
         if self._run is None:
             return
         try:
             if isinstance(record, EventRecord) and record.event == "samples":
-                if record.step > self._after:
-                    self._run.log({**sample_row(record), "sample/texts": _table(record)}, step=record.step)
+                if record.step > self._last_logged_step:
+                    self._run.log({**sample_row(record), "sample/texts": _samples_table(record)}, step=record.step)
             elif isinstance(record, EventRecord):
                 self._run.summary.update(wandb_summary(record))
-            elif record.step > self._after:
+            elif record.step > self._last_logged_step:
                 self._run.log(wandb_row(record), step=record.step)
-        except Exception as problem:
-            self._give_up(problem)
+        except Exception as error:
+            self._give_up(error)
 
     def close(self, exit_code: int) -> None:
         """Finish the run within the finish timeout; never raises, a second call does nothing."""
@@ -183,17 +191,17 @@ class WandbSink:
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:
-            self._say(f"W&B: the server did not take everything in time; send the rest with {_sync(run)}")
-        except Exception as problem:
-            self._give_up(problem)
+            self._say(f"W&B: the server did not take everything in time; send the rest with {_sync_command(run)}")
+        except Exception as error:
+            self._give_up(error)
 
-    def _give_up(self, problem: Exception) -> None:
+    def _give_up(self, error: Exception) -> None:
         self._run = None
         _teardown()
-        self._say(f"W&B stopped working ({_one_line(problem)}); going on without it, metrics.jsonl has every row")
+        self._say(f"W&B stopped working ({_one_line(error)}); going on without it, metrics.jsonl has every row")
 
 
-def _table(record: EventRecord) -> Any:
+def _samples_table(record: EventRecord) -> Any:
     """The samples of one evaluation as a table of W&B."""
     import wandb
 
@@ -212,14 +220,14 @@ def _teardown() -> None:
         wandb.teardown()
 
 
-def _where(run: Any, mode: str) -> str:
+def _run_location(run: Any, mode: str) -> str:
     """One line on where to find the run."""
     if mode == "online":
         return f"W&B: {run.url}"
-    return f"W&B: offline, send it later with {_sync(run)}"
+    return f"W&B: offline, send it later with {_sync_command(run)}"
 
 
-def _sync(run: Any) -> str:
+def _sync_command(run: Any) -> str:
     """The command that sends what lies on disk."""
     return f"`wandb sync {os.path.relpath(run.settings.sync_dir)}`"
 
@@ -227,17 +235,19 @@ def _sync(run: Any) -> str:
 def _last_step(wandb: Any, folder: Path, run_id: str) -> int:
     """The last step that earlier processes logged under this id, read from their files; -1 without any."""
     core = str(Path(wandb.__file__).parent / "bin" / "wandb-core")
-    last = -1
+    last_step = -1
     for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
         command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(path), str(path.parent)]
         try:
             lines = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.splitlines()
             records = [json.loads(line) for line in lines if '"_step"' in line]
-            last = max([last, *(record["history"]["item"]["_step"] for record in records if "history" in record)])
+            last_step = max(
+                [last_step, *(record["history"]["item"]["_step"] for record in records if "history" in record)]
+            )
         except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
             continue  # an empty or foreign file holds no step
-    return last
+    return last_step
 
 
-def _one_line(problem: BaseException) -> str:
-    return (" ".join(str(problem).split()) or type(problem).__name__)[:120]
+def _one_line(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]

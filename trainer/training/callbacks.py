@@ -5,62 +5,79 @@ from collections.abc import Iterable, Iterator
 
 from trainer.distributed.engine import Engine
 from trainer.tracking.records import EvalRecord, EventRecord, Record
-from trainer.training.diagnostics.monitor import Diagnosis
-from trainer.training.diagnostics.types import Facts
-from trainer.training.generation import Sampler
+from trainer.training.diagnostics.monitor import DiagnosticsMonitor
+from trainer.training.diagnostics.types import RunInfo
+from trainer.training.generation import GenerationEvaluator
 
 
-class Observer:
+class Callbacks:
     """Looks at each record of the loop and adds events. Changes no number: it draws nothing and trains nothing."""
 
-    def __init__(self, engine: Engine, facts: Facts, sampler: Sampler | None = None, earlier: Iterable[Record] = ()):
+    def __init__(
+        self,
+        engine: Engine,
+        run_info: RunInfo,
+        generation_evaluator: GenerationEvaluator | None = None,
+        previous_records: Iterable[Record] = (),
+    ):
         self.engine = engine
-        self.diagnosis = Diagnosis(facts)
-        self.sampler = sampler
-        self._earlier = 0.0  # seconds that an earlier process took for samples
-        self.untold = self.diagnosis.replay(self._counted(earlier))  # what a process that was killed did not say
-        self._adapters = engine.model.starting_at_zero
-        self._device = 0.0
-        self._told = 0  # of the engine's notices
+        self.diagnostics = DiagnosticsMonitor(run_info)
+        self.generation_evaluator = generation_evaluator
+        self._previous_sample_seconds = 0.0  # seconds that an earlier process took for samples
+        self.unreported = self.diagnostics.replay(
+            self._count_sample_seconds(previous_records)
+        )  # what a process that was killed did not say
+        self._lora_b_names = engine.model.lora_b_names
+        self._device_wait_seconds = 0.0
+        self._num_notices = 0  # of the engine's notices
 
-    def begin(self, step: int, seconds: float) -> list[EventRecord]:
+    def on_train_begin(self, step: int, elapsed_seconds: float) -> list[EventRecord]:
         """What is to be said before the first record."""
-        events = [finding.record(step, seconds) for finding in self.untold]
-        if self.sampler and self.sampler.why_not:
-            message = f"no samples: {self.sampler.why_not}"
-            events.append(EventRecord(event="samples_off", step=step, message=message, time=seconds))
+        events = [diagnostic.to_record(step, elapsed_seconds) for diagnostic in self.unreported]
+        if self.generation_evaluator and self.generation_evaluator.disabled_reason:
+            message = f"no samples: {self.generation_evaluator.disabled_reason}"
+            events.append(EventRecord(event="samples_off", step=step, message=message, time=elapsed_seconds))
         return events
 
     @property
     def sample_seconds(self) -> float:
         """What the samples of the whole run took."""
-        return self._earlier + (self.sampler.seconds if self.sampler else 0.0)
+        return self._previous_sample_seconds + (
+            self.generation_evaluator.elapsed_seconds if self.generation_evaluator else 0.0
+        )
 
-    def _counted(self, earlier: Iterable[Record]) -> Iterator[Record]:
-        for record in earlier:
+    def _count_sample_seconds(self, previous_records: Iterable[Record]) -> Iterator[Record]:
+        for record in previous_records:
             if isinstance(record, EventRecord) and record.event == "samples":
-                self._earlier += record.facts["seconds"]
+                self._previous_sample_seconds += record.facts["seconds"]
             yield record
 
-    def after(self, record: Record) -> list[EventRecord]:
+    def on_record(self, record: Record) -> list[EventRecord]:
         """What follows a record, in order; only rank 0's is written, but every rank must ask."""
-        waited, self._device = self.engine.waited - self._device, self.engine.waited
-        self.diagnosis.spend("device", waited)
-        found = self.diagnosis.take(record)
-        if isinstance(record, EvalRecord) and record.step and self._adapters:
-            found += self.diagnosis.adapter(self.engine.largest(self._adapters))
-            self._adapters = ()  # what has moved once is not zero again
-        sample = self.sampler.take(record) if self.sampler and isinstance(record, EvalRecord) else None
-        self.diagnosis.spend("evaluation", sample.facts["seconds"] if sample else 0.0)
-        events = [finding.record(record.step, record.time) for finding in found]
-        notices, self._told = self.engine.notices[self._told :], len(self.engine.notices)
+        device_wait_seconds, self._device_wait_seconds = (
+            self.engine.device_wait_seconds - self._device_wait_seconds,
+            self.engine.device_wait_seconds,
+        )
+        self.diagnostics.add_time("device", device_wait_seconds)
+        diagnostics = self.diagnostics.on_record(record)
+        if isinstance(record, EvalRecord) and record.step and self._lora_b_names:
+            diagnostics += self.diagnostics.check_adapter(self.engine.max_abs(self._lora_b_names))
+            self._lora_b_names = ()  # what has moved once is not zero again
+        sample_event = (
+            self.generation_evaluator.evaluate(record)
+            if self.generation_evaluator and isinstance(record, EvalRecord)
+            else None
+        )
+        self.diagnostics.add_time("evaluation", sample_event.facts["seconds"] if sample_event else 0.0)
+        events = [diagnostic.to_record(record.step, record.time) for diagnostic in diagnostics]
+        notices, self._num_notices = self.engine.notices[self._num_notices :], len(self.engine.notices)
         events += [EventRecord(event="eager", step=record.step, message=n, time=record.time) for n in notices]
-        return [*([sample] if sample else []), *events]
+        return [*([sample_event] if sample_event else []), *events]
 
-    def drew(self, seconds: float) -> None:
+    def add_data_time(self, seconds: float) -> None:
         """The loop waited so long for its rows."""
-        self.diagnosis.spend("data", seconds)
+        self.diagnostics.add_time("data", seconds)
 
-    def wrote(self, began: float) -> None:
-        """Records were written since `began`, a reading of `time.perf_counter`."""
-        self.diagnosis.spend("logging", time.perf_counter() - began)
+    def add_logging_time(self, start_time: float) -> None:
+        """Records were written since `start_time`, a reading of `time.perf_counter`."""
+        self.diagnostics.add_time("logging", time.perf_counter() - start_time)

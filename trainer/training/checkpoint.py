@@ -24,19 +24,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from trainer.config.errors import RunFailed, UserError
+from trainer.config.errors import TrainingError, UserError
 from trainer.data.sampler import MicroBatch
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import World
+from trainer.distributed.process_group import DistContext
 
-FORMAT = 1
-STATE, ABOUT = "state.safetensors", "state.json"
+FORMAT_VERSION = 1
+STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
-_PIECE = 2**24  # bytes hashed and written at a time
+_CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Best:
+class BestCheckpoint:
     """The lowest validation loss so far and where it was."""
 
     step: int
@@ -45,22 +45,22 @@ class Best:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class TrainState:
     """Where a run stands: all that is not a function of its settings and its step."""
 
     step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    epoch_nll: float = 0.0  #: summed training loss of the epoch so far, nats
-    epoch_counted: int = 0  #: targets it is the sum over
-    seconds: float = 0.0  #: since the run began, pauses between stop and resume left out
-    skipped: int = 0  #: steps whose update fp16 left out; AdamW has not counted them
-    pending: bool = True  #: the evaluation and the epoch's row that may be due after this step are still to come
+    examples_seen: int = 0
+    tokens_seen: int = 0
+    epoch_loss_sum: float = 0.0  #: summed training loss of the epoch so far, nats
+    epoch_target_tokens: int = 0  #: targets it is the sum over
+    elapsed_seconds: float = 0.0  #: since the run began, pauses between stop and resume left out
+    skipped_steps: int = 0  #: steps whose update fp16 left out; AdamW has not counted them
+    eval_pending: bool = True  #: the evaluation and the epoch's row that may be due after this step are still to come
     val_loss: float | None = None  #: of the newest evaluation
     val_step: int = -1  #: the step of that evaluation
-    best: Best | None = None
-    mark: float | None = None  #: validation loss that an evaluation must beat, by --early-stop's MIN_DELTA
-    stale: int = 0  #: evaluations in a row that did not
+    best: BestCheckpoint | None = None
+    best_for_patience: float | None = None  #: validation loss that an evaluation must beat, by --early-stop's MIN_DELTA
+    evals_without_improvement: int = 0  #: evaluations in a row that did not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,189 +68,197 @@ class Checkpoint:
     """One whole checkpoint on disk."""
 
     folder: Path
-    about: dict[str, Any]
-    passed_over: tuple[str, ...] = ()  #: why newer ones were not taken
+    metadata: dict[str, Any]
+    skipped_reasons: tuple[str, ...] = ()  #: why newer ones were not taken
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return int(self.about["progress"]["step"])
+        return int(self.metadata["progress"]["step"])
 
     @property
     def val_loss(self) -> float | None:
         """Validation loss of exactly these weights, where they were evaluated."""
-        progress = self.about["progress"]
-        return progress["val_loss"] if progress["val_step"] == progress["step"] else None
+        values = self.metadata["progress"]
+        return values["val_loss"] if values["val_step"] == values["step"] else None
 
     @property
-    def progress(self) -> Progress:
+    def train_state(self) -> TrainState:
         """Where the run stood."""
-        values = dict(self.about["progress"])
+        values = dict(self.metadata["progress"])
         best = values.pop("best")
-        return Progress(**values, best=Best(**best) if best else None)
+        return TrainState(**values, best=BestCheckpoint(**best) if best else None)
 
-    def problem(self) -> str | None:
+    def find_damage(self) -> str | None:
         """Which of its files is missing, cut off or changed since it was written; None where it is whole."""
-        if self.about.get("self") != _own_digest(self.about):
-            return f"checkpoint {self.folder}: {ABOUT} was changed since it was written (checksum)"
-        path = self.folder / STATE
+        if self.metadata.get("self") != _metadata_digest(self.metadata):
+            return f"checkpoint {self.folder}: {METADATA_FILE} was changed since it was written (checksum)"
+        path = self.folder / STATE_FILE
         try:
             size, digest = path.stat().st_size, _sha256(path)
         except OSError as error:
-            return f"checkpoint {self.folder}: cannot read {STATE}: {error.strerror}"
-        if size != self.about["bytes"]:
-            return f"checkpoint {self.folder}: {STATE} has {size} bytes of {self.about['bytes']}"
-        if digest != self.about["sha256"]:
-            return f"checkpoint {self.folder}: {STATE} was changed since it was written (checksum)"
+            return f"checkpoint {self.folder}: cannot read {STATE_FILE}: {error.strerror}"
+        if size != self.metadata["bytes"]:
+            return f"checkpoint {self.folder}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
+        if digest != self.metadata["sha256"]:
+            return f"checkpoint {self.folder}: {STATE_FILE} was changed since it was written (checksum)"
         return None
 
-    def reader(self, device: torch.device) -> Callable[[str], Tensor]:
+    def tensor_reader(self, device: torch.device) -> Callable[[str], Tensor]:
         """A function from a state's name to its tensor on `device`, read one at a time."""
-        file = safe_open(self.folder / STATE, framework="pt", device=str(device))
+        file = safe_open(self.folder / STATE_FILE, framework="pt", device=str(device))
         return file.get_tensor
 
-    def names(self) -> dict[str, tuple[int, ...]]:
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every trained weight in it."""
-        with safe_open(self.folder / STATE, framework="pt") as file:
+        with safe_open(self.folder / STATE_FILE, framework="pt") as file:
             keys = [key for key in file.keys() if key.startswith("weight/")]  # noqa: SIM118  # not a mapping
             return {key.removeprefix("weight/"): tuple(file.get_slice(key).get_shape()) for key in keys}
 
 
-def find(folder: Path) -> list[Checkpoint]:
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The whole checkpoints under `folder`, oldest first. Half-written ones have other names and are not seen."""
-    found = []
-    for path in _folders(folder):
+    checkpoints = []
+    for path in _checkpoint_folders(folder):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            about = json.loads((path / ABOUT).read_text())
-            if about["format"] == FORMAT and f"step-{about['progress']['step']:06d}" == path.name:
-                found.append(Checkpoint(folder=path, about=about))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+            metadata = json.loads((path / METADATA_FILE).read_text())
+            if metadata["format"] == FORMAT_VERSION and f"step-{metadata['progress']['step']:06d}" == path.name:
+                checkpoints.append(Checkpoint(folder=path, metadata=metadata))
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
-def _folders(folder: Path) -> list[Path]:
+def _checkpoint_folders(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
 
 
-def best_of(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest validation loss of its own weights; the earliest of equals."""
     evaluated = [c for c in checkpoints if c.val_loss is not None]
     return min(evaluated, key=lambda c: (c.val_loss, c.step)) if evaluated else None
 
 
-def choose(folder: Path, which: str, *, flag: str = "--resume") -> Checkpoint:
+def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> Checkpoint:
     """The checkpoint that `flag` names as latest, best or step-N, its checksum verified.
 
     `latest` falls back to the newest one that is whole; the ones named are taken or refused.
     """
-    checkpoints = find(folder)
-    have = ", ".join(c.folder.name for c in checkpoints) or "none"
+    checkpoints = list_checkpoints(folder)
+    available = ", ".join(c.folder.name for c in checkpoints) or "none"
     if which == "latest":
-        return _newest(folder, checkpoints, flag)
+        return _newest_intact(folder, checkpoints, flag)
     if which == "best":
-        chosen = best_of(checkpoints)
+        selected = best_checkpoint(checkpoints)
     else:
-        number = re.fullmatch(r"step-(\d+)", which)
-        chosen = next((c for c in checkpoints if number and c.step == int(number[1])), None)
-    if chosen is None:
-        damaged = "damaged" if (folder / which).is_dir() else "not"
-        raise UserError(f"{flag} {which}: {damaged} in {folder}; whole checkpoints there: {have}")
-    if problem := chosen.problem():
-        raise UserError(f"{problem}; pass {flag} step-N to take another of {have}")
-    return chosen
+        match = re.fullmatch(r"step-(\d+)", which)
+        selected = next((c for c in checkpoints if match and c.step == int(match[1])), None)
+    if selected is None:
+        status = "damaged" if (folder / which).is_dir() else "not"
+        raise UserError(f"{flag} {which}: {status} in {folder}; whole checkpoints there: {available}")
+    if damage := selected.find_damage():
+        raise UserError(f"{damage}; pass {flag} step-N to take another of {available}")
+    return selected
 
 
-def _newest(folder: Path, checkpoints: list[Checkpoint], flag: str) -> Checkpoint:
-    known = {checkpoint.folder.name: checkpoint for checkpoint in checkpoints}
-    problems: list[str] = []
-    for path in sorted(_folders(folder), key=lambda path: int(path.name.removeprefix("step-")), reverse=True):
-        if path.name not in known:
-            problems.append(f"checkpoint {path}: {ABOUT} is missing or damaged")
-        elif problem := known[path.name].problem():
-            problems.append(problem)
+def _newest_intact(folder: Path, checkpoints: list[Checkpoint], flag: str) -> Checkpoint:
+    by_name = {checkpoint.folder.name: checkpoint for checkpoint in checkpoints}
+    reasons: list[str] = []
+    for path in sorted(
+        _checkpoint_folders(folder), key=lambda path: int(path.name.removeprefix("step-")), reverse=True
+    ):
+        if path.name not in by_name:
+            reasons.append(f"checkpoint {path}: {METADATA_FILE} is missing or damaged")
+        elif damage := by_name[path.name].find_damage():
+            reasons.append(damage)
         else:
-            return replace(known[path.name], passed_over=tuple(problems))
-    why = f" ({problems[0]})" if problems else ""
-    raise UserError(f"{flag}: no whole checkpoint in {folder}{why}; train anew, with another --out")
+            return replace(by_name[path.name], skipped_reasons=tuple(reasons))
+    detail = f" ({reasons[0]})" if reasons else ""
+    raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
 
 
-class Checkpoints:
-    """The checkpoints of one run: saves into `folder` and keeps the newest `keep` and the best."""
+class CheckpointManager:
+    """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best."""
 
-    def __init__(self, folder: Path, world: World, *, keep: int, identity: Mapping[str, Any]):
+    def __init__(self, folder: Path, dist_context: DistContext, *, save_total_limit: int, identity: Mapping[str, Any]):
         self.folder = folder
-        self.world = world
-        self.keep = keep
+        self.dist_context = dist_context
+        self.save_total_limit = save_total_limit
         self.identity = dict(identity)  # of which run and model this is the state, written into each
 
-    def save(self, engine: Engine, progress: Progress) -> Path:
-        """Write a checkpoint; all ranks must call. RunFailed on every rank where it cannot be written."""
-        final = self.folder / f"step-{progress.step:06d}"
-        problem = None
-        if self.world.rank == 0:
-            problem = self._write(engine, progress, final)
+    def save(self, engine: Engine, state: TrainState) -> Path:
+        """Write a checkpoint; all ranks must call. TrainingError on every rank where it cannot be written."""
+        target = self.folder / f"step-{state.step:06d}"
+        error_message = None
+        if self.dist_context.rank == 0:
+            error_message = self._write_checkpoint(engine, state, target)
         else:
-            for _ in engine.state.full():  # the gathering needs everybody
+            for _ in engine.state.iter_state_dict():  # the gathering needs everybody
                 pass
-        problem = self.world.gather(problem)[0]
-        if problem is not None:
-            raise RunFailed(f"checkpoint {final} not written: {problem}; the checkpoints before it are whole")
-        return final
+        error_message = self.dist_context.all_gather_object(error_message)[0]
+        if error_message is not None:
+            raise TrainingError(
+                f"checkpoint {target} not written: {error_message}; the checkpoints before it are whole"
+            )
+        return target
 
-    def amend(self, progress: Progress) -> None:
+    def update_train_state(self, state: TrainState) -> None:
         """Let the checkpoint of this step, which holds the same weights, say where the run stands; all must call."""
-        path, problem = self.folder / f"step-{progress.step:06d}" / ABOUT, None
-        if self.world.rank == 0:
+        path, error_message = self.folder / f"step-{state.step:06d}" / METADATA_FILE, None
+        if self.dist_context.rank == 0:
             try:
-                temporary = path.with_name(f".{ABOUT}.tmp")
-                write_text(temporary, _about_text(json.loads(path.read_text()), progress))
-                temporary.replace(path)
+                temp_path = path.with_name(f".{METADATA_FILE}.tmp")
+                write_text(temp_path, _format_metadata(json.loads(path.read_text()), state))
+                temp_path.replace(path)
             except OSError as error:
-                problem = str(error.strerror or error)
-        problem = self.world.gather(problem)[0]
-        if problem is not None:
-            raise RunFailed(f"{path} not written: {problem}; the checkpoint is whole as it was")
+                error_message = str(error.strerror or error)
+        error_message = self.dist_context.all_gather_object(error_message)[0]
+        if error_message is not None:
+            raise TrainingError(f"{path} not written: {error_message}; the checkpoint is whole as it was")
 
-    def _write(self, engine: Engine, progress: Progress, final: Path) -> str | None:
-        temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        states = engine.state.full()
+    def _write_checkpoint(self, engine: Engine, state: TrainState, target: Path) -> str | None:
+        temp_folder = self.folder / f".{target.name}.{os.getpid()}.tmp"
+        tensors = engine.state.iter_state_dict()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.folder)
-            temporary.mkdir()
-            size, digest = _write_state(temporary / STATE, engine, states)
-            about = {"format": FORMAT, **self.identity, "bytes": size, "sha256": digest}
-            if (scale := engine.state.loss_scale()) is not None:
-                about["loss_scale"] = scale
-            write_text(temporary / ABOUT, _about_text(about, progress))
-            _sync(temporary)
-            if final.exists():
-                _delete(final)
-            temporary.rename(final)
-            _sync(self.folder)
+            _remove_temporary(self.folder)
+            temp_folder.mkdir()
+            size, digest = _write_safetensors(temp_folder / STATE_FILE, engine, tensors)
+            metadata = {"format": FORMAT_VERSION, **self.identity, "bytes": size, "sha256": digest}
+            if (loss_scale := engine.state.loss_scale()) is not None:
+                metadata["loss_scale"] = loss_scale
+            write_text(temp_folder / METADATA_FILE, _format_metadata(metadata, state))
+            _fsync_folder(temp_folder)
+            if target.exists():
+                _delete_folder(target)
+            temp_folder.rename(target)
+            _fsync_folder(self.folder)
             self._delete_old()
             return None
         except OSError as error:
-            for _ in states:  # the other ranks are still gathering
+            for _ in tensors:  # the other ranks are still gathering
                 pass
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temp_folder, ignore_errors=True)
             return str(error.strerror or error)
 
     def _delete_old(self) -> None:
-        checkpoints = find(self.folder)
-        best = best_of(checkpoints)
-        for checkpoint in checkpoints[: -self.keep]:
+        checkpoints = list_checkpoints(self.folder)
+        best = best_checkpoint(checkpoints)
+        for checkpoint in checkpoints[: -self.save_total_limit]:
             if best is None or checkpoint.step != best.step:
-                _delete(checkpoint.folder)
+                _delete_folder(checkpoint.folder)
 
-    def dump_batch(self, step: int, micros: list[MicroBatch]) -> str:
+    def dump_batch(self, step: int, micro_batches: list[MicroBatch]) -> str:
         """Keep this rank's rows of a step whose numbers were not finite, to reproduce it; returns the files' name.
 
         Of micro-batch n `input_ids_n`, `labels_n`, and the `index_n` that with seed and step draws its dropout masks.
         """
         name = f"not-finite-step-{step}-rank-*.npz"
-        path = self.folder.parent / name.replace("*", str(self.world.rank))
-        kinds = ("input_ids", "labels", "index")
-        arrays = {f"{kind}_{n}": getattr(micro, kind) for n, micro in enumerate(micros) for kind in kinds}
+        path = self.folder.parent / name.replace("*", str(self.dist_context.rank))
+        fields = ("input_ids", "labels", "index")
+        arrays = {
+            f"{field}_{n}": getattr(micro_batch, field)
+            for n, micro_batch in enumerate(micro_batches)
+            for field in fields
+        }
         try:
             np.savez_compressed(path, **arrays)
         except OSError:  # a full disk must not hide the loss that was not finite
@@ -258,10 +266,10 @@ class Checkpoints:
         return name
 
 
-def _write_state(path: Path, engine: Engine, states: Any) -> tuple[int, str]:
+def _write_safetensors(path: Path, engine: Engine, tensors: Any) -> tuple[int, str]:
     """Stream the safetensors file, one gathered tensor at a time; returns (bytes, sha256)."""
     header, offset = {}, 0
-    for name, dtype, shape in engine.state.layout():
+    for name, dtype, shape in engine.state.state_dict_layout():
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
@@ -269,30 +277,30 @@ def _write_state(path: Path, engine: Engine, states: Any) -> tuple[int, str]:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        _put(file, digest, struct.pack("<Q", len(text)) + text)
-        for name, tensor in states:
+        _write_chunks(file, digest, struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors:
             assert header[name]["dtype"] == _DTYPES[tensor.dtype], name
             data = tensor.detach().cpu().contiguous().view(-1).numpy()
-            _put(file, digest, memoryview(data).cast("B"))
+            _write_chunks(file, digest, memoryview(data).cast("B"))
         file.flush()
         os.fsync(file.fileno())
         return file.tell(), digest.hexdigest()
 
 
-def _put(file: IO[bytes], digest: Any, data: Any) -> None:
-    for start in range(0, len(data), _PIECE):
-        digest.update(data[start : start + _PIECE])
-        file.write(data[start : start + _PIECE])
+def _write_chunks(file: IO[bytes], digest: Any, data: Any) -> None:
+    for start in range(0, len(data), _CHUNK_BYTES):
+        digest.update(data[start : start + _CHUNK_BYTES])
+        file.write(data[start : start + _CHUNK_BYTES])
 
 
-def _about_text(about: Mapping[str, Any], progress: Progress) -> str:
-    about = {**about, "progress": asdict(progress)}
-    return json.dumps({**about, "self": _own_digest(about)}, indent=1)
+def _format_metadata(metadata: Mapping[str, Any], state: TrainState) -> str:
+    metadata = {**metadata, "progress": asdict(state)}
+    return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
 
 
-def _own_digest(about: Mapping[str, Any]) -> str:
-    rest = {key: about[key] for key in sorted(about) if key != "self"}
-    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+def _metadata_digest(metadata: Mapping[str, Any]) -> str:
+    hashed = {key: metadata[key] for key in sorted(metadata) if key != "self"}
+    return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -303,36 +311,36 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(fd)
     finally:
-        os.close(handle)
+        os.close(fd)
 
 
-def _delete(folder: Path) -> None:
+def _delete_folder(folder: Path) -> None:
     # Renamed first: a folder that is half deleted must not look whole.
-    doomed = folder.rename(folder.parent / f".{folder.name}.deleted.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
+    trash = folder.rename(folder.parent / f".{folder.name}.deleted.tmp")
+    shutil.rmtree(trash, ignore_errors=True)
 
 
-def drop_after(folder: Path, step: int) -> None:
+def delete_checkpoints_after(folder: Path, step: int) -> None:
     """Delete the checkpoints after `step`, whole or damaged: a run that goes on from there takes another course.
 
     Left there they would pass for the newest of the run, be kept in place of its own, and be resumed from.
-    RunFailed where they cannot be deleted.
+    TrainingError where they cannot be deleted.
     """
     try:
-        _remove_leftovers(folder)
+        _remove_temporary(folder)
         for path in sorted(folder.glob("step-*"), reverse=True):  # newest first: a kill leaves no gap
             if path.name.removeprefix("step-").isdigit() and int(path.name.removeprefix("step-")) > step:
-                _delete(path)
-    except OSError as problem:
-        raise RunFailed(f"{folder}: cannot delete the checkpoints after step {step}: {problem.strerror}") from problem
+                _delete_folder(path)
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot delete the checkpoints after step {step}: {error.strerror}") from error
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_temporary(folder: Path) -> None:
     for path in folder.glob(".step-*.tmp"):  # of a save or a deletion that was killed
         shutil.rmtree(path, ignore_errors=True)
 
@@ -344,12 +352,16 @@ def _sha256(path: Path) -> str:
 
 def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
     """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another's."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    kept = checkpoint.names()
-    if {name: tuple(p.shape) for name, p in trained.items()} != kept:
-        odd = sorted(set(trained) ^ set(kept)) or [n for n, p in trained.items() if tuple(p.shape) != kept[n]]
-        raise UserError(f"checkpoint {checkpoint.folder} is of another model: {odd[0]} and {len(odd) - 1} more differ")
-    read = checkpoint.reader(torch.device("cpu"))
+    trainable_params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    saved_shapes = checkpoint.weight_shapes()
+    if {name: tuple(p.shape) for name, p in trainable_params.items()} != saved_shapes:
+        mismatched = sorted(set(trainable_params) ^ set(saved_shapes)) or [
+            n for n, p in trainable_params.items() if tuple(p.shape) != saved_shapes[n]
+        ]
+        raise UserError(
+            f"checkpoint {checkpoint.folder} is of another model: {mismatched[0]} and {len(mismatched) - 1} more differ"
+        )
+    read_tensor = checkpoint.tensor_reader(torch.device("cpu"))
     with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(read(f"weight/{name}"))
+        for name, parameter in trainable_params.items():
+            parameter.copy_(read_tensor(f"weight/{name}"))

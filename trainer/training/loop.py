@@ -11,285 +11,340 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainer.config.errors import RunFailed
-from trainer.config.schema import Batch, Settings
-from trainer.data.dataset import Prepared
+from trainer.config.errors import TrainingError
+from trainer.config.schema import BatchConfig, Settings
+from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import MicroBatch, epoch_order, eval_batches, step_batches, step_counts
-from trainer.data.token_dataset import Rows
-from trainer.distributed.engine import Engine, Step
-from trainer.distributed.steppers import NotFinite
+from trainer.data.token_dataset import TokenDataset
+from trainer.distributed.engine import Engine, StepResult
+from trainer.distributed.steppers import NonFiniteError
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
-from trainer.training.checkpoint import Best, Checkpoints, Progress
+from trainer.training.checkpoint import BestCheckpoint, CheckpointManager, TrainState
 from trainer.training.lr_schedule import learning_rate
 
 PAD_ID = 0  # any id will do: padded positions are neither counted nor looked at
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class TrainSchedule:
     """How far and in which strides: what the loop needs of a plan."""
 
     settings: Settings
-    batch: Batch
+    batch: BatchConfig
     total_steps: int
     steps_per_epoch: int
 
-    def due(self, every: str, step: int) -> bool:
+    def is_due(self, every: str, step: int) -> bool:
         """Whether something done `every` N steps, every epoch or never is due after `step`; always at the end."""
         if step == self.total_steps:
             return True
         stride = {"epoch": self.steps_per_epoch, "never": self.total_steps}.get(every) or int(every)
         return step % stride == 0
 
-    def quiet(self, step: int) -> bool:
+    def no_boundary_at(self, step: int) -> bool:
         """Whether nothing is due after `step`: no evaluation, no checkpoint, no end."""
         output = self.settings.output
-        ends = step % self.steps_per_epoch == 0
-        return not (ends or self.due(output.eval_every, step) or self.due(output.save_every, step))
+        is_epoch_end = step % self.steps_per_epoch == 0
+        return not (is_epoch_end or self.is_due(output.eval_every, step) or self.is_due(output.save_every, step))
 
-    def out_of_patience(self, progress: Progress) -> bool:
+    def early_stopping_triggered(self, state: TrainState) -> bool:
         """Whether the validation loss has not fallen for as many evaluations as --early-stop allows."""
         patience = self.settings.train.patience
-        return patience is not None and progress.stale >= patience
+        return patience is not None and state.evals_without_improvement >= patience
 
-    def ended(self, progress: Progress) -> bool:
+    def is_done(self, state: TrainState) -> bool:
         """Whether this was the last step, and nothing that is due after it is still to come."""
-        return not progress.pending and (progress.step >= self.total_steps or self.out_of_patience(progress))
+        return not state.eval_pending and (state.step >= self.total_steps or self.early_stopping_triggered(state))
 
 
 def train(
     engine: Engine,
-    data: Prepared,
-    course: Course,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    interrupted: Callable[[], bool],
-    drew: Callable[[float], None] = lambda seconds: None,
-) -> Generator[Record, None, Progress]:
-    """Run from `progress` to the last step, or to an interruption, and return where it ended.
+    data: PreparedDataset,
+    schedule: TrainSchedule,
+    state: TrainState,
+    checkpoint_manager: CheckpointManager,
+    should_stop: Callable[[], bool],
+    add_data_time: Callable[[float], None] = lambda seconds: None,
+) -> Generator[Record, None, TrainState]:
+    """Run from `state` to the last step, or to an interruption, and return where it ended.
 
-    `drew` is told how long each step's rows took to be drawn.
+    `add_data_time` is told how long each step's rows took to be drawn.
 
-    Raises RunFailed, after saving the last finite state, on NaN or infinity.
+    Raises TrainingError, after saving the last finite state, on NaN or infinity.
     """
-    output = course.settings.output
-    clock = Clock(progress.seconds)
-    asker = Asker(engine, data, course, interrupted, drew)
-    ahead, stop, saved = None, False, progress.step
-    if progress.pending:  # a run that begins is evaluated first; one that was stopped had no time for what was due
-        progress, stop = yield from _due(engine, data, course, progress, clock, interrupted)
-        if progress.step and not stop:
-            checkpoints.amend(progress)
-    while not ((stop and ahead is None) or course.ended(progress)):
-        asked = ahead or asker.ask(progress.step)
-        wants = engine.lags and not stop and course.quiet(progress.step + 1)
-        ahead = asker.ask(progress.step + 1) if wants else None
+    output = schedule.settings.output
+    stopwatch = Stopwatch(state.elapsed_seconds)
+    launcher = StepLauncher(engine, data, schedule, should_stop, add_data_time)
+    next_step, stop_requested, last_saved_step = None, False, state.step
+    if state.eval_pending:  # a run that begins is evaluated first; one that was stopped had no time for what was due
+        state, stop_requested = yield from _run_due_actions(engine, data, schedule, state, stopwatch, should_stop)
+        if state.step and not stop_requested:
+            checkpoint_manager.update_train_state(state)
+    while not ((stop_requested and next_step is None) or schedule.is_done(state)):
+        in_flight = next_step or launcher.launch(state.step)
+        should_launch_next = (
+            engine.supports_steps_in_flight and not stop_requested and schedule.no_boundary_at(state.step + 1)
+        )
+        next_step = launcher.launch(state.step + 1) if should_launch_next else None
         try:
-            done = asked.told()
-        except NotFinite as problem:
-            dump = checkpoints.dump_batch(progress.step + 1, asked.micros)
-            if progress.step > saved:
-                checkpoints.save(engine, progress)
-            message = f"step {progress.step + 1}: {problem}; the weights are those after step {progress.step}"
-            message += f", the rows are in {dump}"
+            result = in_flight.wait()
+        except NonFiniteError as error:
+            dump_name = checkpoint_manager.dump_batch(state.step + 1, in_flight.micro_batches)
+            if state.step > last_saved_step:
+                checkpoint_manager.save(engine, state)
+            message = f"step {state.step + 1}: {error}; the weights are those after step {state.step}"
+            message += f", the rows are in {dump_name}"
             yield EventRecord(
-                event="not_finite", step=progress.step + 1, message=message, time=clock(), facts={"rows": asked.rows}
+                event="not_finite",
+                step=state.step + 1,
+                message=message,
+                time=stopwatch(),
+                facts={"rows": in_flight.row_indices},
             )
-            raise RunFailed(f"{message}; {_LOWER}") from problem
+            raise TrainingError(f"{message}; {_NON_FINITE_HINT}") from error
 
-        stop = stop or done.stop
-        progress = replace(
-            progress, step=progress.step + 1, samples=progress.samples + len(asked.rows),
-            tokens=progress.tokens + asked.tokens, epoch_nll=progress.epoch_nll + done.nll,
-            epoch_counted=progress.epoch_counted + asked.counted, seconds=clock(),
-            skipped=progress.skipped + done.skipped, pending=True,
+        stop_requested = stop_requested or result.stop_requested
+        state = replace(
+            state, step=state.step + 1, examples_seen=state.examples_seen + len(in_flight.row_indices),
+            tokens_seen=state.tokens_seen + in_flight.num_tokens, epoch_loss_sum=state.epoch_loss_sum + result.loss_sum,
+            epoch_target_tokens=state.epoch_target_tokens + in_flight.num_target_tokens, elapsed_seconds=stopwatch(),
+            skipped_steps=state.skipped_steps + result.was_skipped, eval_pending=True,
         )  # fmt: skip
         yield StepRecord(
-            **position(progress, course, len(data.train)), loss=done.nll / asked.counted, lr=asked.rate,
-            grad_norm=done.grad_norm, tokens_per_second=asked.tokens / asker.lap(asked),
-        ) if not done.skipped else EventRecord(
-            event="skipped_step", step=progress.step, time=clock(),
-            message=f"step {progress.step}: gradient overflow in fp16, update skipped and loss scale lowered",
+            **record_axes(state, schedule, len(data.train)), loss=result.loss_sum / in_flight.num_target_tokens,
+            lr=in_flight.lr,
+            grad_norm=result.grad_norm, tokens_per_second=in_flight.num_tokens / launcher.lap_seconds(in_flight),
+        ) if not result.was_skipped else EventRecord(
+            event="skipped_step", step=state.step, time=stopwatch(),
+            message=f"step {state.step}: gradient overflow in fp16, update skipped and loss scale lowered",
         )  # fmt: skip
-        if ahead is not None:  # nothing is due, and the weights are no longer those after this step
-            progress = replace(progress, pending=False)
+        if next_step is not None:  # nothing is due, and the weights are no longer those after this step
+            state = replace(state, eval_pending=False)
             continue
-        if not stop:
-            progress, stop = yield from _due(engine, data, course, progress, clock, interrupted)
-        lowest = output.export == "best" and progress.best is not None and progress.best.step == progress.step
-        if stop or lowest or course.ended(progress) or course.due(output.save_every, progress.step):
-            progress = replace(progress, seconds=clock())
-            checkpoints.save(engine, progress)
-            saved = progress.step
-    if stop:
-        message = f"stopped by a signal after step {progress.step}; --resume goes on from there"
-        yield EventRecord(event="interrupted", step=progress.step, message=message, time=clock())
-    return progress
+        if not stop_requested:
+            state, stop_requested = yield from _run_due_actions(engine, data, schedule, state, stopwatch, should_stop)
+        is_best = output.export == "best" and state.best is not None and state.best.step == state.step
+        if stop_requested or is_best or schedule.is_done(state) or schedule.is_due(output.save_every, state.step):
+            state = replace(state, elapsed_seconds=stopwatch())
+            checkpoint_manager.save(engine, state)
+            last_saved_step = state.step
+    if stop_requested:
+        message = f"stopped by a signal after step {state.step}; --resume goes on from there"
+        yield EventRecord(event="interrupted", step=state.step, message=message, time=stopwatch())
+    return state
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class StepInFlight:
     """A step that the engine has been asked for."""
 
-    micros: list[MicroBatch]  #: this rank's
-    rows: list[int]  #: of the whole global batch
-    tokens: int
-    counted: int  #: targets among them
-    rate: float
-    began: float
-    told: Callable[[], Step]  #: waits for it; raises NotFinite
+    micro_batches: list[MicroBatch]  #: this rank's
+    row_indices: list[int]  #: of the whole global batch
+    num_tokens: int
+    num_target_tokens: int  #: targets among them
+    lr: float
+    start_time: float
+    wait: Callable[[], StepResult]  #: waits for it; raises NonFiniteError
 
 
-class Asker:
+class StepLauncher:
     """Draws a step's rows and has the engine begin with it."""
 
     def __init__(
-        self, engine: Engine, data: Prepared, course: Course, interrupted: Callable[[], bool],
-        drew: Callable[[float], None],
+        self, engine: Engine, data: PreparedDataset, schedule: TrainSchedule, should_stop: Callable[[], bool],
+        add_data_time: Callable[[float], None],
     ):  # fmt: skip
-        self.engine, self.data, self.course, self.interrupted, self.drew = engine, data, course, interrupted, drew
-        self._order: Any = None
+        self.engine, self.data, self.schedule, self.should_stop, self.add_data_time = (
+            engine,
+            data,
+            schedule,
+            should_stop,
+            add_data_time,
+        )
+        self._permutation: Any = None
         self._epoch = -1
-        self._ended = 0.0
+        self._last_end_time = 0.0
 
-    def ask(self, step: int) -> Asked:
+    def launch(self, step: int) -> StepInFlight:
         """The step after `step` others."""
-        asked = time.perf_counter()
-        course, batch, rule = self.course, self.course.batch, self.course.settings.train
-        epoch, place = divmod(step, course.steps_per_epoch)
-        if self._order is None or self._epoch != epoch:
-            self._order, self._epoch = _order(self.data.train, course, epoch), epoch
-        micros = step_batches(self.data.train, self._order, place, batch, self.engine.world.rank, PAD_ID)
-        examples, tokens, counted = step_counts(self.data.train, self._order, place, batch.global_batch)
-        rate = learning_rate(step, peak=rule.lr, warmup=rule.warmup_steps, total=course.total_steps)
-        began = time.perf_counter()
-        self.drew(began - asked)
-        sums = [self.engine.accumulate(micro, step=step, counted=counted) for micro in micros]
+        draw_start_time = time.perf_counter()
+        schedule, batch, train_settings = self.schedule, self.schedule.batch, self.schedule.settings.train
+        epoch, step_in_epoch = divmod(step, schedule.steps_per_epoch)
+        if self._permutation is None or self._epoch != epoch:
+            self._permutation, self._epoch = _epoch_permutation(self.data.train, schedule, epoch), epoch
+        micro_batches = step_batches(
+            self.data.train, self._permutation, step_in_epoch, batch, self.engine.dist_context.rank, PAD_ID
+        )
+        num_examples, num_tokens, num_target_tokens = step_counts(
+            self.data.train, self._permutation, step_in_epoch, batch.global_batch
+        )
+        lr = learning_rate(
+            step, peak_lr=train_settings.lr, warmup_steps=train_settings.warmup_steps, total_steps=schedule.total_steps
+        )
+        start_time = time.perf_counter()
+        self.add_data_time(start_time - draw_start_time)
+        loss_sums = [
+            self.engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens)
+            for micro_batch in micro_batches
+        ]
         try:
-            told = self.engine.ask(rate, sums, stop=self.interrupted())
-        except NotFinite as problem:
-            told = _raising(problem)
-        rows = self._order[place * batch.global_batch :][:examples].tolist()
-        return Asked(micros=micros, rows=rows, tokens=tokens, counted=counted, rate=rate, began=began, told=told)
+            wait = self.engine.launch_step(lr, loss_sums, should_stop=self.should_stop())
+        except NonFiniteError as error:
+            wait = _deferred_error(error)
+        row_indices = self._permutation[step_in_epoch * batch.global_batch :][:num_examples].tolist()
+        return StepInFlight(
+            micro_batches=micro_batches,
+            row_indices=row_indices,
+            num_tokens=num_tokens,
+            num_target_tokens=num_target_tokens,
+            lr=lr,
+            start_time=start_time,
+            wait=wait,
+        )
 
-    def lap(self, asked: Asked) -> float:
+    def lap_seconds(self, in_flight: StepInFlight) -> float:
         """Seconds that a step took which has just been told of: since it began, or since the one before it ended."""
-        began, self._ended = max(asked.began, self._ended), time.perf_counter()
-        return self._ended - began
+        start_time, self._last_end_time = max(in_flight.start_time, self._last_end_time), time.perf_counter()
+        return self._last_end_time - start_time
 
 
-def _raising(problem: NotFinite) -> Callable[[], Step]:
-    def told() -> Step:
-        raise problem
+def _deferred_error(error: NonFiniteError) -> Callable[[], StepResult]:
+    def wait() -> StepResult:
+        raise error
 
-    return told
-
-
-_LOWER = "a lower --lr or --precision fp32 may help"
+    return wait
 
 
-def _due(
-    engine: Engine, data: Prepared, course: Course, progress: Progress, clock: "Clock", interrupted: Callable[[], bool]
-) -> Generator[Record, None, tuple[Progress, bool]]:
-    """Evaluation and the epoch's row, where due after a step. Returns (progress, whether the run is to stop first)."""
-    if course.due(course.settings.output.eval_every, progress.step):
+_NON_FINITE_HINT = "a lower --lr or --precision fp32 may help"
+
+
+def _run_due_actions(
+    engine: Engine,
+    data: PreparedDataset,
+    schedule: TrainSchedule,
+    state: TrainState,
+    stopwatch: "Stopwatch",
+    should_stop: Callable[[], bool],
+) -> Generator[Record, None, tuple[TrainState, bool]]:
+    """Evaluation and the epoch's row, where due after a step. Returns (state, whether the run is to stop first)."""
+    if schedule.is_due(schedule.settings.output.eval_every, state.step):
         try:
-            progress, record = _evaluate(engine, data, course, progress, clock, interrupted)
-        except Interrupted:
-            return progress, True
-        except NotFinite as problem:
-            message = f"evaluation after step {progress.step}: {problem}; the checkpoints before it are whole"
-            yield EventRecord(event="not_finite", step=progress.step, message=message, time=clock())
-            raise RunFailed(f"{message}; {_LOWER}") from problem
+            state, record = _evaluate(engine, data, schedule, state, stopwatch, should_stop)
+        except StopRequested:
+            return state, True
+        except NonFiniteError as error:
+            message = f"evaluation after step {state.step}: {error}; the checkpoints before it are whole"
+            yield EventRecord(event="not_finite", step=state.step, message=message, time=stopwatch())
+            raise TrainingError(f"{message}; {_NON_FINITE_HINT}") from error
         yield record
-    ended = progress.step % course.steps_per_epoch == 0
-    early = course.out_of_patience(progress) and progress.step < course.total_steps
-    if progress.step and (ended or early or progress.step == course.total_steps):
-        at = position(progress, course, len(data.train)) | {"time": clock()}
-        yield EpochRecord(**at, train_loss=progress.epoch_nll / progress.epoch_counted)
-        if ended:  # else a longer schedule may go on within the epoch
-            progress = replace(progress, epoch_nll=0.0, epoch_counted=0)
-    if early:
-        yield _early_stop(course, progress, clock())
-    return replace(progress, pending=False), False
+    is_epoch_end = state.step % schedule.steps_per_epoch == 0
+    is_early_stop = schedule.early_stopping_triggered(state) and state.step < schedule.total_steps
+    if state.step and (is_epoch_end or is_early_stop or state.step == schedule.total_steps):
+        axes = record_axes(state, schedule, len(data.train)) | {"time": stopwatch()}
+        yield EpochRecord(**axes, train_loss=state.epoch_loss_sum / state.epoch_target_tokens)
+        if is_epoch_end:  # else a longer schedule may go on within the epoch
+            state = replace(state, epoch_loss_sum=0.0, epoch_target_tokens=0)
+    if is_early_stop:
+        yield _early_stop_event(schedule, state, stopwatch())
+    return replace(state, eval_pending=False), False
 
 
-def _early_stop(course: Course, progress: Progress, seconds: float) -> EventRecord:
-    rule, best = course.settings.train, progress.best
+def _early_stop_event(schedule: TrainSchedule, state: TrainState, elapsed_seconds: float) -> EventRecord:
+    train_settings, best = schedule.settings.train, state.best
     assert best is not None, "evaluated"
-    more = f" by more than {rule.min_delta:g}" if rule.min_delta else ""
-    stale = "1 evaluation" if progress.stale == 1 else f"{progress.stale} evaluations in a row"
-    message = (
-        f"stopped early after step {progress.step} of {course.total_steps}: {stale} did not lower "
-        f"the validation loss{more} (best {best.loss:.4f} at step {best.step})"
+    margin = f" by more than {train_settings.min_delta:g}" if train_settings.min_delta else ""
+    evaluations = (
+        "1 evaluation"
+        if state.evals_without_improvement == 1
+        else f"{state.evals_without_improvement} evaluations in a row"
     )
-    facts = {"patience": rule.patience, "min_delta": rule.min_delta, "stale": progress.stale, "best": vars(best)}
-    return EventRecord(event="early_stop", step=progress.step, message=message, time=seconds, facts=facts)
+    message = (
+        f"stopped early after step {state.step} of {schedule.total_steps}: {evaluations} did not lower "
+        f"the validation loss{margin} (best {best.loss:.4f} at step {best.step})"
+    )
+    details = {
+        "patience": train_settings.patience,
+        "min_delta": train_settings.min_delta,
+        "stale": state.evals_without_improvement,
+        "best": vars(best),
+    }
+    return EventRecord(event="early_stop", step=state.step, message=message, time=elapsed_seconds, facts=details)
 
 
-class Interrupted(Exception):
+class StopRequested(Exception):
     """An evaluation was given up because the run is to stop."""
 
 
 def evaluate(
-    engine: Engine, rows: Rows, eval_batch: int, interrupted: Callable[[], bool] = lambda: False
+    engine: Engine, dataset: TokenDataset, eval_batch_size: int, should_stop: Callable[[], bool] = lambda: False
 ) -> tuple[float, int]:
-    """(token mean of the loss over all `rows`, targets it is the mean of): one number, however the rows are spread.
+    """(token mean of the loss over all `dataset`, targets it is the mean of): one number, however the rows are spread.
 
     Each row's sum is kept apart and all are added exactly (`math.fsum`), so neither ranks nor order can move it.
-    Raises Interrupted, on all ranks alike, where any of them is to stop.
+    Raises StopRequested, on all ranks alike, where any of them is to stop.
     """
-    world = engine.world
-    sums = []  # on the device: nobody waits for one batch before the next has begun
-    for micro in eval_batches(rows, eval_batch, world.rank, world.size, PAD_ID):
-        if any(world.gather(interrupted())):
-            raise Interrupted
-        sums.append(engine.evaluate(micro))
-    mine = [nll for part in sums for nll in part.tolist()]
-    counted = int(rows.counted().sum())
-    return math.fsum(nll for part in world.gather(mine) for nll in part) / counted, counted
+    dist_context = engine.dist_context
+    batch_losses = []  # on the device: nobody waits for one batch before the next has begun
+    for micro_batch in eval_batches(dataset, eval_batch_size, dist_context.rank, dist_context.world_size, PAD_ID):
+        if any(dist_context.all_gather_object(should_stop())):
+            raise StopRequested
+        batch_losses.append(engine.evaluate(micro_batch))
+    local_losses = [loss for losses in batch_losses for loss in losses.tolist()]
+    num_target_tokens = int(dataset.num_target_tokens().sum())
+    return math.fsum(
+        loss for losses in dist_context.all_gather_object(local_losses) for loss in losses
+    ) / num_target_tokens, num_target_tokens
 
 
-class Clock:
+class Stopwatch:
     """Seconds since the run began, going on from where a resumed run stood."""
 
-    def __init__(self, before: float):
-        self.start = time.perf_counter() - before
+    def __init__(self, elapsed_seconds: float):
+        self.start_time = time.perf_counter() - elapsed_seconds
 
     def __call__(self) -> float:
         """Seconds so far."""
-        return time.perf_counter() - self.start
+        return time.perf_counter() - self.start_time
 
 
-def _order(rows: Rows, course: Course, epoch: int):  # type: ignore[no-untyped-def]
-    settings = course.settings
+def _epoch_permutation(dataset: TokenDataset, schedule: TrainSchedule, epoch: int):  # type: ignore[no-untyped-def]
+    settings = schedule.settings
     return epoch_order(
-        rows, seed=settings.train.seed, epoch=epoch, global_batch=course.batch.global_batch,
-        shuffle=settings.data.shuffle, by_length=settings.data.objective == "completion",
+        dataset, seed=settings.train.seed, epoch=epoch, global_batch=schedule.batch.global_batch,
+        shuffle=settings.data.shuffle, group_by_length=settings.data.objective == "completion",
     )  # fmt: skip
 
 
-def position(progress: Progress, course: Course, examples: int) -> dict[str, Any]:
+def record_axes(state: TrainState, schedule: TrainSchedule, num_examples: int) -> dict[str, Any]:
     """The columns that every record shares; `epoch` is the number of passes done, as a fraction."""
-    epochs, steps = divmod(progress.step, course.steps_per_epoch)
-    share = min(steps * course.batch.global_batch, examples) / examples
+    epochs, steps = divmod(state.step, schedule.steps_per_epoch)
+    fraction = min(steps * schedule.batch.global_batch, num_examples) / num_examples
     return {
-        "step": progress.step, "epoch": epochs + share, "samples": progress.samples, "tokens": progress.tokens,
-        "time": progress.seconds,
+        "step": state.step, "epoch": epochs + fraction, "samples": state.examples_seen, "tokens": state.tokens_seen,
+        "time": state.elapsed_seconds,
     }  # fmt: skip
 
 
 def _evaluate(
-    engine: Engine, data: Prepared, course: Course, progress: Progress, clock: Clock, interrupted: Callable[[], bool]
-) -> tuple[Progress, EvalRecord]:
-    loss, counted = evaluate(engine, data.val, course.settings.train.eval_batch, interrupted)
+    engine: Engine,
+    data: PreparedDataset,
+    schedule: TrainSchedule,
+    state: TrainState,
+    stopwatch: Stopwatch,
+    should_stop: Callable[[], bool],
+) -> tuple[TrainState, EvalRecord]:
+    loss, num_target_tokens = evaluate(engine, data.val, schedule.settings.train.eval_batch, should_stop)
     if not math.isfinite(loss):
-        raise NotFinite(f"validation loss {loss}")
-    at = position(progress, course, len(data.train)) | {"time": clock()}
-    record = EvalRecord(**at, loss=loss, perplexity=perplexity(loss), eval_tokens=counted)
-    best = progress.best
+        raise NonFiniteError(f"validation loss {loss}")
+    axes = record_axes(state, schedule, len(data.train)) | {"time": stopwatch()}
+    record = EvalRecord(**axes, loss=loss, perplexity=perplexity(loss), eval_tokens=num_target_tokens)
+    best = state.best
     if best is None or loss < best.loss:
-        best = Best(step=progress.step, epoch=record.epoch, loss=loss)
-    fell = progress.mark is None or loss < progress.mark - course.settings.train.min_delta
-    progress = replace(progress, mark=loss if fell else progress.mark, stale=0 if fell else progress.stale + 1)
-    return replace(progress, val_loss=loss, val_step=progress.step, best=best), record
+        best = BestCheckpoint(step=state.step, epoch=record.epoch, loss=loss)
+    has_improved = state.best_for_patience is None or loss < state.best_for_patience - schedule.settings.train.min_delta
+    state = replace(
+        state,
+        best_for_patience=loss if has_improved else state.best_for_patience,
+        evals_without_improvement=0 if has_improved else state.evals_without_improvement + 1,
+    )
+    return replace(state, val_loss=loss, val_step=state.step, best=best), record

@@ -15,114 +15,133 @@ import torch
 
 from trainer.config import reference
 from trainer.config.errors import UserError
-from trainer.config.schema import COMPILE_FROM, EIGHT_BIT, Settings, why_not_compiled
-from trainer.data.dataset import Prepared
-from trainer.distributed.deepspeed_config import ZeroFile, choose_zero_file, deepspeed_dict, read_zero_file
-from trainer.distributed.frozen_bf16 import holds_halves
-from trainer.distributed.memory_estimate import Counts
-from trainer.distributed.process_group import World, device_memory, has_bf16
-from trainer.distributed.steppers import goes_direct
+from trainer.config.schema import COMPILE_FROM, EIGHT_BIT_OPTIMIZERS, Settings, compile_blocker
+from trainer.data.dataset import PreparedDataset
+from trainer.distributed.deepspeed_config import (
+    DeepSpeedFile,
+    build_deepspeed_config,
+    choose_deepspeed_file,
+    read_deepspeed_file,
+)
+from trainer.distributed.frozen_bf16 import should_cast_frozen_weights
+from trainer.distributed.memory_estimate import ParamCounts
+from trainer.distributed.process_group import DistContext, device_memory_bytes, supports_bf16
+from trainer.distributed.steppers import supports_native_stepper
 from trainer.model import optimizer
-from trainer.model.build import build, dropouts, load_config, positions
-from trainer.training.loop import Course
+from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
+from trainer.training.loop import TrainSchedule
 from trainer.training.text_metrics import check_installed
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """A run before it starts."""
 
     settings: Settings
-    world: World
-    course: Course
-    zero: ZeroFile
+    dist_context: DistContext
+    schedule: TrainSchedule
+    deepspeed_file: DeepSpeedFile
     precision: str
-    deepspeed: dict[str, Any]
-    model: dict[str, Any]
-    data: dict[str, Any]
+    deepspeed_config: dict[str, Any]
+    model_info: dict[str, Any]
+    data_info: dict[str, Any]
     dropout: float
-    compiled: bool
+    is_compiled: bool
 
     @property
-    def direct(self) -> bool:
+    def uses_native_stepper(self) -> bool:
         """Whether gradients go past DeepSpeed's hooks, which this plan does not need."""
-        return goes_direct(self.deepspeed, size=self.world.size, precision=self.precision)
+        return supports_native_stepper(
+            self.deepspeed_config, world_size=self.dist_context.world_size, precision=self.precision
+        )
 
     @property
-    def recorded(self) -> bool:
+    def uses_cuda_graphs(self) -> bool:
         """Whether forward and backward are to be recorded as CUDA graphs."""
-        plain = not (self.settings.model.quant or self.settings.engine.checkpoint_activations)
-        return self.world.device.type == "cuda" and self.direct and plain
+        is_capturable = not (self.settings.model.quant or self.settings.engine.activation_checkpointing)
+        return self.dist_context.device.type == "cuda" and self.uses_native_stepper and is_capturable
 
     @property
-    def by_blocks(self) -> bool:
+    def uses_blockwise_attention(self) -> bool:
         """Whether dropout, and GPT-2's attention with it, are this program's own: on a processor, not compiled."""
-        return self.world.device.type == "cpu" and self.dropout > 0 and not self.compiled
+        return self.dist_context.device.type == "cpu" and self.dropout > 0 and not self.is_compiled
 
     @property
     def in_common(self) -> bool:
         """Whether the ranks of one processor hold weights and moments once and divide the update."""
-        float32 = self.precision != "fp16" and self.settings.train.optim not in EIGHT_BIT
-        return self.world.is_one_processor and self.zero.stage == 0 and float32
+        is_float32 = self.precision != "fp16" and self.settings.train.optim not in EIGHT_BIT_OPTIMIZERS
+        return self.dist_context.is_single_node_cpu and self.deepspeed_file.stage == 0 and is_float32
 
     @property
-    def halved(self) -> bool:
+    def has_bf16_frozen_weights(self) -> bool:
         """Whether the frozen base is held in bfloat16."""
-        return holds_halves(
-            precision=self.precision, stage=self.zero.stage, adapters=self.settings.mode == "lora",
-            packed=self.settings.model.quant is not None,
+        return should_cast_frozen_weights(
+            precision=self.precision, stage=self.deepspeed_file.stage, has_adapters=self.settings.mode == "lora",
+            is_quantized=self.settings.model.quant is not None,
         )  # fmt: skip
 
-    def fuses_adapters(self, stage: int) -> bool:
+    def uses_fused_lora(self, stage: int) -> bool:
         """Whether, under a stage of ZeRO, an adapter is one operation with its layer (`trainer.kernels.fused_lora`)."""
         settings, lora = self.settings, self.settings.lora
-        plain = lora.adapter != "dora" and not lora.dropout and settings.model.quant is None
-        return settings.mode == "lora" and plain and stage < 3 and not self.compiled
+        is_plain_lora = lora.adapter != "dora" and not lora.dropout and settings.model.quant is None
+        return settings.mode == "lora" and is_plain_lora and stage < 3 and not self.is_compiled
 
     @property
-    def shapes(self) -> set[tuple[int, ...]]:
+    def compiled_shapes(self) -> set[tuple[int, ...]]:
         """Shapes [rows, tokens] of micro-batches that are compiled for; the ragged ends are not."""
-        width = self.settings.data.block_size
-        return {(self.course.batch.micro, width), (self.settings.train.eval_batch, width)} if self.compiled else set()
+        block_size = self.settings.data.block_size
+        return (
+            {(self.schedule.batch.micro_batch_size, block_size), (self.settings.train.eval_batch, block_size)}
+            if self.is_compiled
+            else set()
+        )
 
-    def lines(self) -> list[tuple[str, str]]:
+    def summary_lines(self) -> list[tuple[str, str]]:
         """The plan as (what, value) for people."""
-        model, course, settings = self.model, self.course, self.settings
-        train, val = self.data["train"], self.data["val"]
-        rows = "blocks" if settings.data.objective == "blocks" else "rows"
-        peak = f"{settings.train.lr:g}, linear to 0" + (
+        model_info, schedule, settings = self.model_info, self.schedule, self.settings
+        train, val = self.data_info["train"], self.data_info["val"]
+        unit = "blocks" if settings.data.objective == "blocks" else "rows"
+        lr_text = f"{settings.train.lr:g}, linear to 0" + (
             f" after {settings.train.warmup_steps} warm-up steps" if settings.train.warmup_steps else ", no warm-up"
         )
         lines = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
             ("overridden", " ".join(settings.overridden) or "nothing"),
-            ("model", f"{model['name']}, {model['init']}: {model['parameters']:,} parameters"),
-            ("trainable", f"{model['trainable']:,} ({100 * model['share']:.2f}%)" + _targets(settings, model)),
+            ("model", f"{model_info['name']}, {model_info['init']}: {model_info['parameters']:,} parameters"),
+            (
+                "trainable",
+                f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%)"
+                + _describe_targets(settings, model_info),
+            ),
             (
                 "data",
-                f"{self.data['source']}: {train['examples']:,} {rows} of at most {settings.data.block_size} tokens, "
+                f"{self.data_info['source']}: {train['examples']:,} {unit} of at most {settings.data.block_size} "
+                "tokens, "
                 f"{train['tokens']:,} tokens",
             ),
             (
                 "validation",
-                f"{val['examples']:,} {rows}, {val['counted_tokens']:,} counted tokens ({self.data['split']})",
+                f"{val['examples']:,} {unit}, {val['counted_tokens']:,} counted tokens ({self.data_info['split']})",
             ),
-            ("batch", str(course.batch)),
-            ("steps", f"{course.steps_per_epoch:,} per epoch, {course.total_steps:,} in all"),
-            ("learning rate", peak),
-            ("ZeRO file", f"{self.zero.name}: {self.zero.reason}"),
-            ("steps run", self._way()),
-            ("precision", f"{self.precision} on {self.world.size} x {_device_name(self.world.device)}"),
+            ("batch", str(schedule.batch)),
+            ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
+            ("learning rate", lr_text),
+            ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
+            ("steps run", self._describe_execution()),
+            (
+                "precision",
+                f"{self.precision} on {self.dist_context.world_size} x {_device_name(self.dist_context.device)}",
+            ),
             ("output", f"{settings.run_folder}"),
         ]
-        notes = [*self.data.get("notices", []), *_notes(settings, model)]
-        if settings.train.optim == "paged_adamw8bit" and self.world.device.type == "cpu":
+        notes = [*self.data_info.get("notices", []), *_collect_notes(settings, model_info)]
+        if settings.train.optim == "paged_adamw8bit" and self.dist_context.device.type == "cpu":
             notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")
-        return lines + [("note", notice) for notice in notes]
+        return lines + [("note", note) for note in notes]
 
-    def as_json(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
+    def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
         settings = self.settings
         return {
@@ -136,184 +155,208 @@ class Plan:
             "settings": settings.as_dict(),
             "overridden": list(settings.overridden),
             "resolved": self.resolved(),
-            "deepspeed": self.deepspeed,
-            "data": self.data,
-            "model": self.model,
-            "not_comparable_with_card": self.not_comparable(),
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-            "git": _git(),
-            "hardware": _hardware(self.world),
+            "deepspeed": self.deepspeed_config,
+            "data": self.data_info,
+            "model": self.model_info,
+            "not_comparable_with_card": self.incomparable_reasons(),
+            "versions": {"python": platform.python_version(), **{name: _package_version(name) for name in PACKAGES}},
+            "git": _git_state(),
+            "hardware": _describe_hardware(self.dist_context),
             "wandb": wandb,
         }
 
-    def _way(self) -> str:
-        way = "directly, past DeepSpeed's hooks" if self.direct else "through DeepSpeed"
-        way += ", compiled" * self.compiled + ", recorded as CUDA graphs" * self.recorded
-        way += ", state in common" * self.in_common
-        way += ", adapters fused with their layers" * self.fuses_adapters(self.zero.stage)
-        return way + ", dropout by blocks" * self.by_blocks + ", the frozen base in bfloat16" * self.halved
+    def _describe_execution(self) -> str:
+        text = "directly, past DeepSpeed's hooks" if self.uses_native_stepper else "through DeepSpeed"
+        text += ", compiled" * self.is_compiled + ", recorded as CUDA graphs" * self.uses_cuda_graphs
+        text += ", state in common" * self.in_common
+        text += ", adapters fused with their layers" * self.uses_fused_lora(self.deepspeed_file.stage)
+        return (
+            text
+            + ", dropout by blocks" * self.uses_blockwise_attention
+            + ", the frozen base in bfloat16" * self.has_bf16_frozen_weights
+        )
 
     def resolved(self) -> dict[str, Any]:
         """What was derived or chosen."""
-        world, course, settings = self.world, self.course, self.settings
+        dist_context, schedule, settings = self.dist_context, self.schedule, self.settings
         return {
             "lr": settings.train.lr,
             "precision": self.precision,
-            "ds_config": self.zero.name,
-            "ds_reason": self.zero.reason,
-            "ranks": world.size,
-            "nodes": world.nodes,
-            "device": world.device.type,
-            "backend": "nccl" if world.device.type == "cuda" else "gloo",
-            "threads_per_rank": world.threads,
-            "micro_batch": course.batch.micro,
-            "accumulation": course.batch.accumulation,
-            "global_batch": course.batch.global_batch,
-            "steps_per_epoch": course.steps_per_epoch,
-            "total_steps": course.total_steps,
+            "ds_config": self.deepspeed_file.name,
+            "ds_reason": self.deepspeed_file.reason,
+            "ranks": dist_context.world_size,
+            "nodes": dist_context.num_nodes,
+            "device": dist_context.device.type,
+            "backend": "nccl" if dist_context.device.type == "cuda" else "gloo",
+            "threads_per_rank": dist_context.num_threads,
+            "micro_batch": schedule.batch.micro_batch_size,
+            "accumulation": schedule.batch.gradient_accumulation_steps,
+            "global_batch": schedule.batch.global_batch,
+            "steps_per_epoch": schedule.steps_per_epoch,
+            "total_steps": schedule.total_steps,
             "dropout": self.dropout,
-            "direct": self.direct,
-            "compiled": self.compiled,
-            "recorded": self.recorded,
+            "direct": self.uses_native_stepper,
+            "compiled": self.is_compiled,
+            "recorded": self.uses_cuda_graphs,
             "state_in_common": self.in_common,
-            "adapters_fused": self.fuses_adapters(self.zero.stage),
-            "dropout_by_blocks": self.by_blocks,
-            "base_in_bf16": self.halved,
+            "adapters_fused": self.uses_fused_lora(self.deepspeed_file.stage),
+            "dropout_by_blocks": self.uses_blockwise_attention,
+            "base_in_bf16": self.has_bf16_frozen_weights,
         }
 
-    def not_comparable(self) -> list[str]:
+    def incomparable_reasons(self) -> list[str]:
         """Why the losses cannot be held against the card's."""
         return reference.why_not_comparable(
-            data=self.data["source"], vocabulary=self.data["vocabulary"], block_size=self.settings.data.block_size,
+            data=self.data_info["source"], vocabulary=self.data_info["vocabulary"],
+            block_size=self.settings.data.block_size,
             objective=self.settings.data.objective, model=self.settings.model.model,
-            examples=self.data["train"]["examples"],
+            examples=self.data_info["train"]["examples"],
         )  # fmt: skip
 
 
-def check_early(settings: Settings, world: World) -> None:
+def validate_early(settings: Settings, dist_context: DistContext) -> None:
     """What can be refused before data and weights are touched: batch sum, ZeRO file, device, targets, output."""
-    settings.train.batch(world.size)
+    settings.train.batch(dist_context.world_size)
     _check_writable(Path(settings.run_folder))
-    optimizer.refuse_early(settings.train, stage=None, on_cpu=world.device.type == "cpu")
-    if settings.output.metrics:
+    optimizer.check_8bit_supported(settings.train, zero_stage=None, on_cpu=dist_context.device.type == "cpu")
+    if settings.output.score_samples:
         check_installed()
-    if settings.engine.precision == "fp16" and world.device.type == "cpu":
+    if settings.engine.precision == "fp16" and dist_context.device.type == "cpu":
         raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
     if settings.engine.ds_config is not None:
-        zero = read_zero_file(settings.engine.ds_config)
-        _refuse_stage(settings, zero)
-        if zero.stage == 0 and settings.engine.precision == "fp16":
+        deepspeed_file = read_deepspeed_file(settings.engine.ds_config)
+        _validate_stage(settings, deepspeed_file)
+        if deepspeed_file.stage == 0 and settings.engine.precision == "fp16":
             raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
-    limit = positions(load_config(settings.model))
-    if limit is not None and settings.data.block_size > limit:
-        raise UserError(f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {limit} tokens")
+    max_positions = get_max_positions(load_config(settings.model))
+    if max_positions is not None and settings.data.block_size > max_positions:
+        raise UserError(
+            f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {max_positions} tokens"
+        )
     if settings.mode == "lora":
-        build(settings, on_meta=True)  # its targets and ranks are checked there, without weights
+        build_model(settings, on_meta=True)  # its targets and ranks are checked there, without weights
 
 
 def _check_writable(folder: Path) -> None:
     """UserError where nothing can be written to the run folder, or to the nearest folder above it that is there."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing_folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        tempfile.TemporaryDirectory(prefix=".writable-", dir=place).cleanup()
-    except OSError as problem:
+        tempfile.TemporaryDirectory(prefix=".writable-", dir=existing_folder).cleanup()
+    except OSError as error:
         raise UserError(
-            f"{folder}: cannot write there: {problem.strerror}; name another folder with --out"
-        ) from problem
+            f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        ) from error
 
 
-def _refuse_stage(settings: Settings, zero: ZeroFile) -> None:
+def _validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
-    optimizer.refuse_early(settings.train, stage=zero.stage, on_cpu=False)
-    if zero.stage == 3 and settings.engine.compile == "on":
+    optimizer.check_8bit_supported(settings.train, zero_stage=deepspeed_file.stage, on_cpu=False)
+    if deepspeed_file.stage == 3 and settings.engine.execution == "on":
         raise UserError(
             "--compile on: not under ZeRO 3, which brings each layer's weights together by hooks; expected zero0, "
             "zero1 or zero2"
         )
-    if zero.stage == 3 and settings.model.quant and settings.lora.adapter == "dora":
+    if deepspeed_file.stage == 3 and settings.model.quant and settings.lora.adapter == "dora":
         raise UserError(
             f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
             "--ds-config zero0, zero1 or zero2, or another --adapter"
         )
-    if zero.stage == 3 and settings.model.quant == "int8":
+    if deepspeed_file.stage == 3 and settings.model.quant == "int8":
         raise UserError(
             "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "
             "expected --ds-config zero0, zero1 or zero2, or --quant nf4"
         )
 
 
-def _zero_file(settings: Settings, world: World, model: dict[str, Any], precision: str) -> ZeroFile:
+def _choose_deepspeed_file(
+    settings: Settings, dist_context: DistContext, model_info: dict[str, Any], precision: str
+) -> DeepSpeedFile:
     if settings.engine.ds_config:
-        return read_zero_file(settings.engine.ds_config)
-    if settings.train.optim in EIGHT_BIT:
-        return read_zero_file("zero0", f"--optim {settings.train.optim} is not divided")
-    return choose_zero_file(
-        counts=Counts.of(model), ranks=world.size, memory=device_memory(world.device), precision=precision,
-        in_common=world.is_one_processor,
+        return read_deepspeed_file(settings.engine.ds_config)
+    if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
+        return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not divided")
+    return choose_deepspeed_file(
+        counts=ParamCounts.from_model_info(model_info), world_size=dist_context.world_size,
+        device_memory_bytes=device_memory_bytes(dist_context.device), precision=precision,
+        in_common=dist_context.is_single_node_cpu,
     )  # fmt: skip
 
 
-def make_plan(settings: Settings, world: World, data: Prepared, model: dict[str, Any], config: Any) -> Plan:
+def make_plan(
+    settings: Settings, dist_context: DistContext, data: PreparedDataset, model_info: dict[str, Any], model_config: Any
+) -> RunPlan:
     """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
-    vocabulary = data.facts["vocabulary"]
-    if vocabulary > config.vocab_size:
+    vocab_size = data.metadata["vocabulary"]
+    if vocab_size > model_config.vocab_size:
         raise UserError(
-            f"--model {settings.model.model}: it has {config.vocab_size:,} token ids, the data uses up to "
-            f"{vocabulary:,}; pass a model that goes with the tokenizer"
+            f"--model {settings.model.model}: it has {model_config.vocab_size:,} token ids, the data uses up to "
+            f"{vocab_size:,}; pass a model that goes with the tokenizer"
         )
-    batch = settings.train.batch(world.size)
-    precision = settings.engine.precision or ("bf16" if has_bf16(world.device) else "fp32")
-    zero = _zero_file(settings, world, model, precision)
-    _refuse_stage(settings, zero)
-    examples = len(data.train)
-    course = Course(
-        settings=settings, batch=batch, total_steps=settings.train.total_steps(examples),
-        steps_per_epoch=settings.train.steps_per_epoch(examples),
+    batch = settings.train.batch(dist_context.world_size)
+    precision = settings.engine.precision or ("bf16" if supports_bf16(dist_context.device) else "fp32")
+    deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision)
+    _validate_stage(settings, deepspeed_file)
+    num_examples = len(data.train)
+    schedule = TrainSchedule(
+        settings=settings, batch=batch, total_steps=settings.train.total_steps(num_examples),
+        steps_per_epoch=settings.train.steps_per_epoch(num_examples),
     )  # fmt: skip
-    return Plan(
-        settings=settings, world=world, course=course, zero=zero, precision=precision,
-        compiled=_compiled(settings, world, course, zero),
-        deepspeed=deepspeed_dict(zero, batch=batch, clip=settings.train.clip, precision=precision),
-        model=model, data=data.facts, dropout=max(dropouts(config).values(), default=0.0),
+    return RunPlan(
+        settings=settings, dist_context=dist_context, schedule=schedule, deepspeed_file=deepspeed_file,
+        precision=precision,
+        is_compiled=_should_compile(settings, dist_context, schedule, deepspeed_file),
+        deepspeed_config=build_deepspeed_config(deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm,
+            precision=precision),
+        model_info=model_info, data_info=data.metadata,
+        dropout=max(get_dropout_probabilities(model_config).values(), default=0.0),
     )  # fmt: skip
 
 
-def _compiled(settings: Settings, world: World, course: Course, zero: ZeroFile) -> bool:
+def _should_compile(
+    settings: Settings, dist_context: DistContext, schedule: TrainSchedule, deepspeed_file: DeepSpeedFile
+) -> bool:
     """Whether steps are compiled: where that was asked for, or in a run on a GPU that is long enough."""
-    if settings.engine.compile == "off" or why_not_compiled(settings) or zero.stage == 3:
+    if settings.engine.execution == "off" or compile_blocker(settings) or deepspeed_file.stage == 3:
         return False
-    tokens = course.total_steps * course.batch.global_batch // world.size * settings.data.block_size
-    return settings.engine.compile == "on" or (world.device.type == "cuda" and tokens >= COMPILE_FROM)
+    num_tokens = (
+        schedule.total_steps * schedule.batch.global_batch // dist_context.world_size * settings.data.block_size
+    )
+    return settings.engine.execution == "on" or (dist_context.device.type == "cuda" and num_tokens >= COMPILE_FROM)
 
 
-def _targets(settings: Settings, model: dict[str, Any]) -> str:
-    if not model["lora_targets"]:
+def _describe_targets(settings: Settings, model_info: dict[str, Any]) -> str:
+    if not model_info["lora_targets"]:
         return ", every weight"
-    kind = "" if settings.lora.adapter == "lora" else f"{settings.lora.adapter} "
-    also = f", and {', '.join(settings.lora.train_also)}" if settings.lora.train_also else ""
-    return f", {kind}adapters on {', '.join(model['lora_targets'])}{also}"
+    adapter = "" if settings.lora.adapter == "lora" else f"{settings.lora.adapter} "
+    saved_modules = f", and {', '.join(settings.lora.modules_to_save)}" if settings.lora.modules_to_save else ""
+    return f", {adapter}adapters on {', '.join(model_info['lora_targets'])}{saved_modules}"
 
 
-def _notes(settings: Settings, model: dict[str, Any]) -> list[str]:
+def _collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     """What the adapters, the packing and the optimizer mean for this model, where that is worth a line."""
     notes = []
-    idle = [flag for flag in settings.overridden if flag.startswith("--lora-")] if settings.mode == "full" else []
-    if idle:
-        notes.append(f"{', '.join(idle)}: of no effect with --mode full")
+    ignored_flags = (
+        [flag for flag in settings.overridden if flag.startswith("--lora-")] if settings.mode == "full" else []
+    )
+    if ignored_flags:
+        notes.append(f"{', '.join(ignored_flags)}: of no effect with --mode full")
     if settings.mode == "lora" and settings.lora.plus_ratio != 1:
         notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
     if settings.model.quant:
-        double = ", scales in 8 bits" if settings.model.quant_double else ""
+        double_quant = ", scales in 8 bits" if settings.model.quant_double else ""
         notes.append(
-            f"base in {settings.model.quant}{double}: {model['frozen_bytes'] / 2**20:,.1f} MiB of frozen weights; "
-            f"in float32 {model['parameters'] / 2**18:,.1f} MiB"
+            f"base in {settings.model.quant}{double_quant}: {model_info['frozen_bytes'] / 2**20:,.1f} MiB of frozen "
+            "weights; "
+            f"in float32 {model_info['parameters'] / 2**18:,.1f} MiB"
         )
-    kept = model.get("kept_in_32_bits")
-    if kept and kept["kept_tensors"]:
-        share = kept["kept_parameters"] / kept["parameters"]
+    fp32_moments = model_info.get("kept_in_32_bits")
+    if fp32_moments and fp32_moments["kept_tensors"]:
+        fraction = fp32_moments["kept_parameters"] / fp32_moments["parameters"]
         notes.append(
-            f"{settings.train.optim}: {kept['kept_tensors']} of {kept['tensors']} trained tensors ({share:.0%} of the "
-            f"parameters) are embeddings or under {optimizer.SMALLEST:,} elements: their moments stay in 32 bits and "
+            f"{settings.train.optim}: {fp32_moments['kept_tensors']} of {fp32_moments['tensors']} trained tensors "
+            f"({fraction:.0%} of the "
+            f"parameters) are embeddings or under {optimizer.MIN_8BIT_SIZE:,} elements: their moments stay in 32 bits "
+            "and "
             "nothing is saved"
         )
     return notes
@@ -323,34 +366,36 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def _version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _git() -> dict[str, Any] | None:
+def _git_state() -> dict[str, Any] | None:
     """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
-    here = Path(__file__).parents[1]
+    package_dir = Path(__file__).parents[1]
 
-    def ask(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+    def run_git(*argv: str) -> str:
+        return subprocess.run(
+            ["git", *argv], cwd=package_dir, capture_output=True, text=True, check=True, timeout=10
+        ).stdout
 
     try:
-        return {"commit": ask("rev-parse", "HEAD").strip(), "dirty": bool(ask("status", "--porcelain").strip())}
+        return {"commit": run_git("rev-parse", "HEAD").strip(), "dirty": bool(run_git("status", "--porcelain").strip())}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _hardware(world: World) -> dict[str, Any]:
-    gpu = world.device.type == "cuda"
+def _describe_hardware(dist_context: DistContext) -> dict[str, Any]:
+    is_gpu = dist_context.device.type == "cuda"
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name(world.device) if gpu else None,
-        "gpus": world.size if gpu else 0,
+        "gpu": torch.cuda.get_device_name(dist_context.device) if is_gpu else None,
+        "gpus": dist_context.world_size if is_gpu else 0,
         "gpus_here": torch.cuda.device_count(),
     }
 

@@ -1,4 +1,4 @@
-# ruff: noqa: E501, SIM905 - tables of words and phrases read better unbroken
+# ruff: noqa: SIM905 - tables of words and phrases read better unbroken
 """The text on which the embedded base model is pretrained: many kinds of made-up English, from a seed.
 
 It is meant to teach what fine-tuning takes for granted (spelling, grammar, numbers and dates, and above all to copy
@@ -9,10 +9,10 @@ copied from anywhere and no person is named. A document is one string without th
 import re
 from collections.abc import Callable, Iterator
 
-from trainer.data.demo import MONTHS, Dice
+from trainer.data.demo import MONTHS, Rng
 
-NOUNS = """apple arch ash attic axe badge bag bakery ball banner barn barrel basin basket bay bean bed bell bench bicycle
-blanket boat bolt bone book boot bottle bowl box branch bread brick bridge broom brush bucket building bulb bush
+NOUNS = """apple arch ash attic axe badge bag bakery ball banner barn barrel basin basket bay bean bed bell bench
+bicycle blanket boat bolt bone book boot bottle bowl box branch bread brick bridge broom brush bucket building bulb bush
 button cabin cable cake canal candle canoe cap carpet cart castle cave cellar chain chair chalk chart cheese chest
 chimney church circle city clay cliff clock cloth cloud coat coin collar comb copper corn corner cottage cotton
 council counter cow crane crate creek crown cup curtain cushion dam desk dish ditch dock door drawer drum dust eagle
@@ -30,32 +30,32 @@ song soup spade spoon spring square stable stage stair stamp star station steam 
 street string sugar sun table tailor tank tea tent thread tile timber tin tool torch tower town toy track train tray
 tree trench truck tunnel turtle umbrella valley van vase vehicle village vine violin wagon wall watch water wave wax
 weapon well whale wheat wheel whistle wind window wire wolf wood wool worker workshop yard""".split()
-ADJECTIVES = """amber ancient armed big black blue bold brass brave bright broad broken brown busy calm careful cheap clean clear
-clever cold common cool curved damp dark deep dry dusty early eastern empty even fair famous fast flat fresh frozen
-full gentle giant golden grand green grey happy hard heavy hidden hollow honest hot huge idle iron large late lazy
-light local lonely long loud low lucky main mild military modern narrow neat new noisy northern old open orange pale
-patient peaceful plain polite poor pretty proud public purple quick quiet rapid rare red rich ripe rough round rusty
-sad safe salty sharp shiny short silent silver simple slow small smooth soft solid southern spare square steady
-steep sticky still strange strong sunny sweet tall tame thick thin tiny tired unidentified unknown useful violent
+ADJECTIVES = """amber ancient armed big black blue bold brass brave bright broad broken brown busy calm careful cheap
+clean clear clever cold common cool curved damp dark deep dry dusty early eastern empty even fair famous fast flat
+fresh frozen full gentle giant golden grand green grey happy hard heavy hidden hollow honest hot huge idle iron large
+late lazy light local lonely long loud low lucky main mild military modern narrow neat new noisy northern old open
+orange pale patient peaceful plain polite poor pretty proud public purple quick quiet rapid rare red rich ripe rough
+round rusty sad safe salty sharp shiny short silent silver simple slow small smooth soft solid southern spare square
+steady steep sticky still strange strong sunny sweet tall tame thick thin tiny tired unidentified unknown useful violent
 warm weak western wet white wide wild wise wooden yellow young""".split()
-VERBS = """admired arranged attacked avoided borrowed bought broke brought built buried called captured carried carved caught
-chased checked cleaned closed collected copied counted covered crossed cut delivered described destroyed discovered
-divided dragged drew dropped emptied entered established examined exchanged filled finished fixed followed forgot
-found gathered guarded held hid invited joined kept left lifted lit loaded locked looked lost made marked measured
-mended missed moved named noticed opened ordered packed painted passed picked placed planted polished pressed
+VERBS = """admired arranged attacked avoided borrowed bought broke brought built buried called captured carried carved
+caught chased checked cleaned closed collected copied counted covered crossed cut delivered described destroyed
+discovered divided dragged drew dropped emptied entered established examined exchanged filled finished fixed followed
+forgot found gathered guarded held hid invited joined kept left lifted lit loaded locked looked lost made marked
+measured mended missed moved named noticed opened ordered packed painted passed picked placed planted polished pressed
 protected provided pulled pushed raised reached released removed repaired replaced reported returned rolled sent set
 shared showed shut sold sorted spilled stacked started stole stopped stored supported threw tied took touched traded
 turned used visited washed watched weighed wrapped""".split()
-PEOPLE = """baker builder captain carpenter cook driver engineer farmer fisher gardener guard guide judge librarian mechanic
-miller miner nurse officer painter pilot plumber porter potter printer sailor scientist shepherd shopkeeper smith
-soldier student tailor teacher trader traveller villager visitor watchman weaver writer""".split()
+PEOPLE = """baker builder captain carpenter cook driver engineer farmer fisher gardener guard guide judge librarian
+mechanic miller miner nurse officer painter pilot plumber porter potter printer sailor scientist shepherd shopkeeper
+smith soldier student tailor teacher trader traveller villager visitor watchman weaver writer""".split()
 ADVERBS = "again almost alone always carefully early gently late never often once quickly quietly slowly soon suddenly twice".split()
 WHEN = "[in the morning|in the evening|at night|at noon|after lunch|before dawn|after the rain|during the storm|for several hours|all day|every week|on the way home]"
 PLACE = "[in|near|behind|beside|in front of|outside|at] the [{a} |]{n}"
 UNITS = "mm cm m km g kg t ml l s min h days pieces boxes litres metres pounds degrees percent".split()
-TOPICS = """colour material shape owner status category model size weight price code shelf label origin grade batch speed height
-depth route platform gate zone climate diet habitat language currency crop signal channel voltage capacity pressure
-season keeper rank score title""".split()
+TOPICS = """colour material shape owner status category model size weight price code shelf label origin grade batch
+speed height depth route platform gate zone climate diet habitat language currency crop signal channel voltage capacity
+pressure season keeper rank score title""".split()
 ONSETS = "b bl br c ch d dr f fl g gl gr h j k kr l m n p pl pr qu r s sh sk sl st t th tr v w y z".split()
 VOWELS = "a a a e e e i i o o u ai au ea ee ie oa oo ou".split()
 CODAS = [
@@ -90,51 +90,98 @@ CODAS = [
 
 # Records: {field: kind of value}, then what is said of them. <field> is replaced by the value above it.
 DOMAINS: tuple[tuple[dict[str, str], tuple[str, ...]], ...] = (
-    ({"Parcel": "code", "Sent": "date", "From": "name", "To": "name", "Weight": "measure", "Content": "thing", "Carrier": "firm"},
-     ("[On <Sent>, |]<Carrier> [took|shipped|sent] parcel <Parcel> [of <Weight> |]from <From> to <To>.", "The parcel holds <Content>.",
+    ({"Parcel": "code", "Sent": "date", "From": "name", "To": "name", "Weight": "measure", "Content": "thing",
+        "Carrier": "firm"},
+     ("[On <Sent>, |]<Carrier> [took|shipped|sent] parcel <Parcel> [of <Weight> |]from <From> to <To>.", "The parcel "
+                                                                                                         "holds <Content>.",
       "Parcel <Parcel> [left|was sent from] <From> on <Sent>[ and weighs <Weight>|].")),
-    ({"Object": "thing", "Acquired": "date", "Found": "name", "Museum": "firm", "Age": "number", "Condition": "adjective"},
-     ("On <Acquired>, <Museum> [acquired|bought|was given] <Object> found [in|near] <Found>.", "<Object> from <Found> is <Age> years old and in <Condition> condition.",
+    ({"Object": "thing", "Acquired": "date", "Found": "name", "Museum": "firm", "Age": "number",
+        "Condition": "adjective"},
+     ("On <Acquired>, <Museum> [acquired|bought|was given] <Object> found [in|near] <Found>.", "<Object> from <Found> "
+                                                                                               "is <Age> years old "
+                                                                                               "and in <Condition> "
+                                                                                               "condition.",
       "Around <Acquired>, <Object> came to <Museum>.")),
     ({"Train": "code", "Departs": "time", "Arrives": "time", "From": "name", "To": "name", "Platform": "number"},
-     ("Train <Train> leaves <From> at <Departs> from platform <Platform> and [reaches|arrives in] <To> at <Arrives>.", "The train to <To> is <Train>.")),
-    ({"Match day": "date", "Home": "name", "Guests": "name", "Score": "score", "Ground": "firm", "Spectators": "number"},
-     ("On <Match day>, <Home> [met|played|hosted] <Guests> at <Ground>.", "The score was <Score>.", "<Spectators> people saw <Home> play <Guests>[, which ended <Score>|].")),
-    ({"Station": "name", "Measured": "date", "Temperature": "measure", "Rain": "measure", "Wind": "adjective", "Region": "region"},
-     ("On <Measured>, the station in <Station> (<Region>) measured <Temperature> and <Rain> of rain.", "The wind in <Station> was <Wind>.", "Weather for <Station>, <Measured>: wind <Wind>, rain <Rain>.")),
+     ("Train <Train> leaves <From> at <Departs> from platform <Platform> and [reaches|arrives in] <To> at <Arrives>.",
+     "The train to <To> is <Train>.")),
+    ({"Match day": "date", "Home": "name", "Guests": "name", "Score": "score", "Ground": "firm",
+        "Spectators": "number"},
+     ("On <Match day>, <Home> [met|played|hosted] <Guests> at <Ground>.", "The score was <Score>.", "<Spectators> "
+                                                                                                    "people saw "
+                                                                                                    "<Home> play "
+                                                                                                    "<Guests>[, which "
+                                                                                                    "ended <Score>|].")),
+    ({"Station": "name", "Measured": "date", "Temperature": "measure", "Rain": "measure", "Wind": "adjective",
+        "Region": "region"},
+     ("On <Measured>, the station in <Station> (<Region>) measured <Temperature> and <Rain> of rain.", "The wind in "
+                                                                                                       "<Station> was "
+                                                                                                       "<Wind>.",
+                                                                                                       "Weather for "
+                                                                                                       "<Station>, "
+                                                                                                       "<Measured>: "
+                                                                                                       "wind <Wind>, "
+                                                                                                       "rain <Rain>.")),
     ({"Product": "thing", "Maker": "firm", "Price": "price", "Stock": "number", "Colour": "adjective", "Code": "code"},
-     ("<Maker> sells <Product> for <Price>.", "There are <Stock> left in stock[ (code <Code>)|].", "[The <Colour> one|<Product>] costs <Price> and is made by <Maker>.")),
-    ({"Animal": "name", "Lives in": "region", "Eats": "nouns", "Length": "measure", "First seen": "date", "Seen by": "people"},
-     ("The <Animal> lives in <Lives in> and eats <Eats>.", "On <First seen>, <Seen by> [saw|found|described] the first <Animal> in <Lives in>.", "A <Animal> grows to <Length>.")),
-    ({"Machine": "code", "Site": "name", "Checked": "date", "Checked by": "people", "Fault": "fault", "Hours": "number"},
-     ("On <Checked>, <Checked by> [checked|examined|stopped] machine <Machine> in <Site>: <Fault>.", "[No faults were reported.|The fault was repaired.|]", "<Machine> in <Site> ran for <Hours> hours before <Fault>.")),
-    ({"Town": "name", "Province": "region", "Country": "name", "People": "number", "Known for": "nouns", "Founded": "number"},
-     ("<Town> (<Province>, <Country>) is a town of <People> people, known for <Known for>.", "It was founded in <Founded>.", "<Town> lies in <Province>, in the [north|south|east|west] of <Country>.")),
+     ("<Maker> sells <Product> for <Price>.", "There are <Stock> left in stock[ (code <Code>)|].", "[The <Colour> "
+                                                                                                   "one|<Product>] "
+                                                                                                   "costs <Price> and "
+                                                                                                   "is made by "
+                                                                                                   "<Maker>.")),
+    ({"Animal": "name", "Lives in": "region", "Eats": "nouns", "Length": "measure", "First seen": "date",
+        "Seen by": "people"},
+     ("The <Animal> lives in <Lives in> and eats <Eats>.", "On <First seen>, <Seen by> [saw|found|described] the "
+                                                           "first <Animal> in <Lives in>.", "A <Animal> grows to "
+                                                                                            "<Length>.")),
+    ({"Machine": "code", "Site": "name", "Checked": "date", "Checked by": "people", "Fault": "fault",
+        "Hours": "number"},
+     ("On <Checked>, <Checked by> [checked|examined|stopped] machine <Machine> in <Site>: <Fault>.", "[No faults were "
+                                                                                                     "reported.|The "
+                                                                                                     "fault was "
+                                                                                                     "repaired.|]",
+                                                                                                     "<Machine> in "
+                                                                                                     "<Site> ran for "
+                                                                                                     "<Hours> hours "
+                                                                                                     "before <Fault>.")),
+    ({"Town": "name", "Province": "region", "Country": "name", "People": "number", "Known for": "nouns",
+        "Founded": "number"},
+     ("<Town> (<Province>, <Country>) is a town of <People> people, known for <Known for>.", "It was founded in "
+                                                                                             "<Founded>.",
+                                                                                             "<Town> lies in "
+                                                                                             "<Province>, in the "
+                                                                                             "[north|south|east|west] "
+                                                                                             "of <Country>.")),
     ({"Event": "thing", "Day": "date", "Held in": "name", "Held by": "firm", "Guests": "number", "Report": "firm"},
-     ("On <Day>, <Held by> [held|opened|staged] a show of <Event> in the town of <Held in>.", "At least <Guests> people came.", "<Report> reported on <Day> from <Held in> that <Guests> people [came|were there].")),
+     ("On <Day>, <Held by> [held|opened|staged] a show of <Event> in the town of <Held in>.", "At least <Guests> "
+                                                                                              "people came.",
+                                                                                              "<Report> reported on "
+                                                                                              "<Day> from <Held in> "
+                                                                                              "that <Guests> people "
+                                                                                              "[came|were there].")),
 )  # fmt: skip
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeio])")  # a apple -> an apple
 PLURAL = re.compile(r"(s|x|ch|sh)s\b")  # boxs -> boxes
 
 
-def invented(dice: Dice) -> str:
+def invent_name(rng: Rng) -> str:
     """A capitalised word that may not exist, of two to four syllables."""
-    syllables = [dice.pick(ONSETS) + dice.pick(VOWELS) for _ in range(2 + dice.below(3))]
-    return ("".join(syllables) + dice.pick(CODAS)).capitalize()
+    syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(2 + rng.randrange(3))]
+    return ("".join(syllables) + rng.choice(CODAS)).capitalize()
 
 
-def fill(dice: Dice, template: str) -> str:
-    """The template with its choices made and `{n}` noun, `{a}` adjective, `{v}` verb, `{p}` person, `{d}` adverb filled in."""
-    words = {"n": NOUNS, "a": ADJECTIVES, "v": VERBS, "p": PEOPLE, "d": ADVERBS}
-    parts = dice.phrase(template).split("{")
-    text = parts[0] + "".join(dice.pick(words[part[0]]) + part[2:] for part in parts[1:])
+def fill_template(rng: Rng, template: str) -> str:
+    """The template with its choices made and `{n}` noun, `{a}` adjective, `{v}` verb, `{p}` person, `{d}` adverb
+    filled in."""
+    word_lists = {"n": NOUNS, "a": ADJECTIVES, "v": VERBS, "p": PEOPLE, "d": ADVERBS}
+    parts = rng.expand(template).split("{")
+    text = parts[0] + "".join(rng.choice(word_lists[part[0]]) + part[2:] for part in parts[1:])
     return ARTICLE.sub(r"\1n ", PLURAL.sub(r"\1es", text))
 
 
-def date(dice: Dice) -> str:
+def make_date(rng: Rng) -> str:
     """A day in one of four spellings, mostly `5 March 1987`."""
-    day, month, year = 1 + dice.below(31), dice.below(12), 1900 + dice.below(200)
-    style = dice.below(8)
+    day, month, year = 1 + rng.randrange(31), rng.randrange(12), 1900 + rng.randrange(200)
+    style = rng.randrange(8)
     if style == 0:
         return f"{year}-{month + 1:02d}-{day:02d}"
     return (
@@ -146,84 +193,97 @@ def date(dice: Dice) -> str:
     )
 
 
-def number(dice: Dice) -> str:
+def make_number(rng: Rng) -> str:
     """A whole number of one to four digits."""
-    return str(dice.below((10, 20, 100, 1000, 10000)[dice.below(5)]))
+    return str(rng.randrange((10, 20, 100, 1000, 10000)[rng.randrange(5)]))
 
 
-VALUES: dict[str, Callable[[Dice], str]] = {
-    "name": invented,
-    "region": lambda dice: fill(dice, "[Northern|Southern|Western|Eastern|Upper|Lower|New|] ").lstrip() + invented(dice),
-    "firm": lambda dice: invented(dice) + fill(dice, " [Works|Museum|Transport|Society|School|Stadium|Mills|& Co|Gazette|Radio|Group|Union|Club|Office of {a} Things|Front Street House]"),
-    "date": date,
-    "time": lambda dice: f"{dice.below(24):02d}:{dice.below(60):02d}",
-    "number": number,
-    "measure": lambda dice: f"{number(dice)} {dice.pick(UNITS)}",
-    "price": lambda dice: f"${number(dice)}.{dice.below(100):02d}",
-    "score": lambda dice: f"{dice.below(6)}-{dice.below(6)}",
-    "code": lambda dice: invented(dice)[:3].upper() + str(dice.below(100000)),
-    "adjective": lambda dice: dice.pick(ADJECTIVES),
-    "thing": lambda dice: fill(dice, "a [{a} |]{n}[ of {n}|/{n}|]"),
-    "nouns": lambda dice: fill(dice, "{n} and {n}"),
-    "people": lambda dice: fill(dice, "[a {p}|two {p}s|a group of {p}s|the {p}s of ]").replace("of ", "of " + invented(dice)) if dice.below(2) else fill(dice, "{p}s"),
-    "fault": lambda dice: fill(dice, "[the {n} was broken|the {n} turned {a}|{n} in the {n}|no fault]"),
+VALUE_GENERATORS: dict[str, Callable[[Rng], str]] = {
+    "name": invent_name,
+    "region": lambda rng: fill_template(rng,
+        "[Northern|Southern|Western|Eastern|Upper|Lower|New|] ").lstrip() + invent_name(rng),
+    "firm": lambda rng: invent_name(rng) + fill_template(rng,
+        " [Works|Museum|Transport|Society|School|Stadium|Mills|& Co|Gazette|Radio|Group|Union|Club|Office of {a} "
+        "Things|Front Street House]"),
+    "date": make_date,
+    "time": lambda rng: f"{rng.randrange(24):02d}:{rng.randrange(60):02d}",
+    "number": make_number,
+    "measure": lambda rng: f"{make_number(rng)} {rng.choice(UNITS)}",
+    "price": lambda rng: f"${make_number(rng)}.{rng.randrange(100):02d}",
+    "score": lambda rng: f"{rng.randrange(6)}-{rng.randrange(6)}",
+    "code": lambda rng: invent_name(rng)[:3].upper() + str(rng.randrange(100000)),
+    "adjective": lambda rng: rng.choice(ADJECTIVES),
+    "thing": lambda rng: fill_template(rng, "a [{a} |]{n}[ of {n}|/{n}|]"),
+    "nouns": lambda rng: fill_template(rng, "{n} and {n}"),
+    "people": lambda rng: fill_template(rng, "[a {p}|two {p}s|a group of {p}s|the {p}s of ]").replace("of ",
+        "of " + invent_name(rng)) if rng.randrange(2) else fill_template(rng, "{p}s"),
+    "fault": lambda rng: fill_template(rng, "[the {n} was broken|the {n} turned {a}|{n} in the {n}|no fault]"),
 }  # fmt: skip
 
 
-def _rows(dice: Dice, record: dict[str, str]) -> str:
+def _format_record(rng: Rng, record: dict[str, str]) -> str:
     """The record as text, in one of five layouts."""
-    between, end = dice.pick(((": ", "\n"), (": ", "\n"), (" = ", "\n"), (": ", "; "), ("=", " | ")))
-    lower = dice.below(3) == 0
-    return end.join(f"{name.lower() if lower else name}{between}{value}" for name, value in record.items())
+    separator, line_end = rng.choice(((": ", "\n"), (": ", "\n"), (" = ", "\n"), (": ", "; "), ("=", " | ")))
+    is_lower = rng.randrange(3) == 0
+    return line_end.join(f"{name.lower() if is_lower else name}{separator}{value}" for name, value in record.items())
 
 
-def _order(dice: Dice, items: list[str]) -> list[str]:
-    return [item for _, item in sorted((dice.random(), item) for item in items)]
+def _shuffled(rng: Rng, items: list[str]) -> list[str]:
+    return [item for _, item in sorted((rng.random(), item) for item in items)]
 
 
-def described(dice: Dice) -> str:
+def make_described_record(rng: Rng) -> str:
     """A record of some domain, and sentences that repeat its fields."""
-    fields, said = dice.pick(DOMAINS)
-    names = _order(dice, list(fields)) if dice.below(2) else list(fields)
-    record = {name: VALUES[fields[name]](dice) for name in names}
-    text = dice.phrase(" ".join(_order(dice, list(said))[: 1 + dice.below(3)]))
+    fields, templates = rng.choice(DOMAINS)
+    names = _shuffled(rng, list(fields)) if rng.randrange(2) else list(fields)
+    record = {name: VALUE_GENERATORS[fields[name]](rng) for name in names}
+    text = rng.expand(" ".join(_shuffled(rng, list(templates))[: 1 + rng.randrange(3)]))
     for name, value in record.items():
         text = text.replace(f"<{name}>", value)
-    shown = {name: value for name, value in record.items() if dice.below(12)}
-    title = dice.pick(("", "", "Summary: ", "Text: ", "In words: "))
-    return f"{_rows(dice, shown)}\n{title}{text[:1].upper()}{text[1:]}"
+    shown_fields = {name: value for name, value in record.items() if rng.randrange(12)}
+    title = rng.choice(("", "", "Summary: ", "Text: ", "In words: "))
+    return f"{_format_record(rng, shown_fields)}\n{title}{text[:1].upper()}{text[1:]}"
 
 
-def table(dice: Dice) -> str:
+def make_table(rng: Rng) -> str:
     """A record of arbitrary fields and values, and questions or sentences about them."""
-    names = list(dict.fromkeys(dice.pick(TOPICS) for _ in range(3 + dice.below(6))))
-    kinds = list(VALUES)
-    record = {name.capitalize(): VALUES[dice.pick(kinds)](dice) for name in names}
-    form = dice.pick(("The {} is {}.", "Q: {}? A: {}", "{} {}", "It has {} {}.", "the {} ({}),", "{}: {}"))
-    asked = _order(dice, list(record))[: 1 + dice.below(len(record))]
-    return f"{_rows(dice, record)}\n" + " ".join(form.format(name.lower(), record[name]) for name in asked)
+    names = list(dict.fromkeys(rng.choice(TOPICS) for _ in range(3 + rng.randrange(6))))
+    value_kinds = list(VALUE_GENERATORS)
+    record = {name.capitalize(): VALUE_GENERATORS[rng.choice(value_kinds)](rng) for name in names}
+    template = rng.choice(("The {} is {}.", "Q: {}? A: {}", "{} {}", "It has {} {}.", "the {} ({}),", "{}: {}"))
+    queried_names = _shuffled(rng, list(record))[: 1 + rng.randrange(len(record))]
+    return f"{_format_record(rng, record)}\n" + " ".join(
+        template.format(name.lower(), record[name]) for name in queried_names
+    )
 
 
-def story(dice: Dice) -> str:
+def make_story(rng: Rng) -> str:
     """A few sentences about one person of a trade and a thing, which come back."""
-    who, what, town = fill(dice, "[{a} |]{p}"), fill(dice, "[{a} |]{n}"), invented(dice)
+    person, thing, town = fill_template(rng, "[{a} |]{p}"), fill_template(rng, "[{a} |]{n}"), invent_name(rng)
     lines = [
-        fill(dice, f"[On {date(dice)}, a|Once a|Last week, a|In {town}, a] {who} {{v}} a {what} {PLACE}[ {WHEN}|].")
+        fill_template(
+            rng,
+            f"[On {make_date(rng)}, a|Once a|Last week, a|In {town}, a] {person} {{v}} a {thing} {PLACE}[ {WHEN}|].",
+        )
     ]
-    for _ in range(1 + dice.below(6)):
-        other = dice.phrase("[The|A|Another|Some|Several|Members of the|A group of|{number}]").replace(
-            "{number}", number(dice)
+    for _ in range(1 + rng.randrange(6)):
+        subject = rng.expand("[The|A|Another|Some|Several|Members of the|A group of|{number}]").replace(
+            "{number}", make_number(rng)
         )
         lines.append(
-            fill(
-                dice,
-                dice.pick(
+            fill_template(
+                rng,
+                rng.choice(
                     (
-                        f"The {who} [{{d}} |]{{v}} the {what}[ and {{v}} it|]{'.' if dice.below(2) else f' {WHEN}.'}",
-                        f"{other} [{{a}} |][{{p}}s|{{n}}s|people] [were {{v}}|{{v}} the {{n}}|came to {town}|left {town}|were seen {PLACE}] [{WHEN}|to ask for the {what}|with a {{n}}|without a {{n}}|because of the {{n}}].",
-                        f"There [was a|were no] {{n}}[s|] {PLACE}[, and the {what} was {{a}}|].",
-                        f"[It was|The {what} is|The {{n}} had been] {{a}}[ and {{a}}|, but {{a}}|] [in|near] {town}.",
-                        f'"[Where is|Who {{v}}|I {{v}}|We want|Do not touch] the {what}[?|!]" [said|asked|called] the {who}.',
+                        f"The {person} [{{d}} |]{{v}} the {thing}[ and {{v}} "
+                        f"it|]{'.' if rng.randrange(2) else f' {WHEN}.'}",
+                        f"{subject} [{{a}} |][{{p}}s|{{n}}s|people] [were {{v}}|{{v}} the {{n}}|came to {town}|left "
+                        f"{town}|were seen {PLACE}] [{WHEN}|to ask for the {thing}|with a {{n}}|without a "
+                        f"{{n}}|because of the {{n}}].",
+                        f"There [was a|were no] {{n}}[s|] {PLACE}[, and the {thing} was {{a}}|].",
+                        f"[It was|The {thing} is|The {{n}} had been] {{a}}[ and {{a}}|, but {{a}}|] [in|near] {town}.",
+                        f'"[Where is|Who {{v}}|I {{v}}|We want|Do not touch] the {thing}[?|!]" [said|asked|called] '
+                        f"the {person}.",
                     )
                 ),
             )
@@ -231,65 +291,84 @@ def story(dice: Dice) -> str:
     return " ".join(lines)
 
 
-def recipe(dice: Dice) -> str:
+def make_recipe(rng: Rng) -> str:
     """Ingredients with amounts, and steps that use them."""
-    things = list(dict.fromkeys(dice.pick(NOUNS) for _ in range(3 + dice.below(4))))
-    amounts = [f"{number(dice)} {dice.pick(UNITS)} {thing}" for thing in things]
+    things = list(dict.fromkeys(rng.choice(NOUNS) for _ in range(3 + rng.randrange(4))))
+    amounts = [f"{make_number(rng)} {rng.choice(UNITS)} {thing}" for thing in things]
     steps = [
-        fill(dice, f"[Add|Wash|Cut|Boil|Mix in|Dry|Weigh|Cover] the {thing}[ {{d}}|][ for {number(dice)} minutes|]")
+        fill_template(
+            rng, f"[Add|Wash|Cut|Boil|Mix in|Dry|Weigh|Cover] the {thing}[ {{d}}|][ for {make_number(rng)} minutes|]"
+        )
         for thing in things
     ]
-    return fill(dice, "{a} {n} with {n}").capitalize() + "\n- " + "\n- ".join(amounts) + "\n" + ". ".join(steps) + "."
-
-
-def sums(dice: Dice) -> str:
-    """Lines of small sums, counting, or sorting."""
-    kind = dice.below(4)
-    if kind == 0:
-        pairs = [(dice.below(100), dice.below(100)) for _ in range(3 + dice.below(6))]
-        return "\n".join(f"{a} + {b} = {a + b}" for a, b in pairs)
-    if kind == 1:
-        start, pace = dice.below(1000), 1 + dice.below(10)
-        return ", ".join(str(start + pace * i) for i in range(5 + dice.below(15)))
-    words = [dice.pick(NOUNS) if kind == 2 else invented(dice) for _ in range(3 + dice.below(7))]
     return (
-        f"[{', '.join(words)}]\n"
-        + ("in order" if kind == 2 else "again")
-        + f": {', '.join(sorted(words) if kind == 2 else words)}"
+        fill_template(rng, "{a} {n} with {n}").capitalize()
+        + "\n- "
+        + "\n- ".join(amounts)
+        + "\n"
+        + ". ".join(steps)
+        + "."
     )
 
 
-def timetable(dice: Dice) -> str:
+def make_sums(rng: Rng) -> str:
+    """Lines of small sums, counting, or sorting."""
+    task = rng.randrange(4)
+    if task == 0:
+        pairs = [(rng.randrange(100), rng.randrange(100)) for _ in range(3 + rng.randrange(6))]
+        return "\n".join(f"{a} + {b} = {a + b}" for a, b in pairs)
+    if task == 1:
+        start, increment = rng.randrange(1000), 1 + rng.randrange(10)
+        return ", ".join(str(start + increment * i) for i in range(5 + rng.randrange(15)))
+    words = [rng.choice(NOUNS) if task == 2 else invent_name(rng) for _ in range(3 + rng.randrange(7))]
+    return (
+        f"[{', '.join(words)}]\n"
+        + ("in order" if task == 2 else "again")
+        + f": {', '.join(sorted(words) if task == 2 else words)}"
+    )
+
+
+def make_timetable(rng: Rng) -> str:
     """Lines of times, places and numbers."""
-    places = [invented(dice) for _ in range(2 + dice.below(3))]
+    places = [invent_name(rng) for _ in range(2 + rng.randrange(3))]
     lines = [
-        f"{VALUES['time'](dice)} {dice.pick(places)} - {dice.pick(places)} ({number(dice)})"
-        for _ in range(4 + dice.below(6))
+        f"{VALUE_GENERATORS['time'](rng)} {rng.choice(places)} - {rng.choice(places)} ({make_number(rng)})"
+        for _ in range(4 + rng.randrange(6))
     ]
-    return f"From {places[0]} to {places[1]}, {date(dice)}\n" + "\n".join(lines)
+    return f"From {places[0]} to {places[1]}, {make_date(rng)}\n" + "\n".join(lines)
 
 
-def news(dice: Dice) -> str:
+def make_news(rng: Rng) -> str:
     """A short report on weather, trade or building work in one place."""
-    town, region, day, price = invented(dice), VALUES["region"](dice), date(dice), VALUES["price"](dice)
+    town, region, day, price = (
+        invent_name(rng),
+        VALUE_GENERATORS["region"](rng),
+        make_date(rng),
+        VALUE_GENERATORS["price"](rng),
+    )
     opening = f"[{town}, {day}: |On {day}, in {town} ({region}), |In the town of {town}, |Around {day}, near {town}, ]"
-    text = dice.phrase(opening) + " ".join(fill(dice, dice.pick((
-        f"[heavy rain|a storm|snow|fog|a flood|a fire|strong wind] [damaged|closed|covered|reached] [the {{n}}|several {{n}}s|{number(dice)} houses|the main road][ {WHEN}|].",
-        f"[workers|{{p}}s|residents|students|members of the {region} {{n}} club] [opened|repaired|{{v}}] [a new|the {{a}}] {{n}} [for {price}|{PLACE}].",
-        f"the price of {{n}}s [rose|fell] to {price}, [because of the {{n}}|according to the {{n}} office|the highest of the year].",
-        f"[no injuries|no losses|{number(dice)} cases|a loss of {price}] [were|was] reported [in {town}|from {region}|by the {{p}}s].",
-        f"the council of {town} [agreed on|signed|refused|asked for] a {{a}} {{n}} [and|or] {number(dice)} {{n}}s.",
-    ))) for _ in range(1 + dice.below(4)))  # fmt: skip
-    return re.sub(r"(^|\. )([a-z])", lambda found: found[1] + found[2].upper(), text)
+    text = rng.expand(opening) + " ".join(fill_template(rng, rng.choice((
+        f"[heavy rain|a storm|snow|fog|a flood|a fire|strong wind] [damaged|closed|covered|reached] [the "
+        f"{{n}}|several {{n}}s|{make_number(rng)} houses|the main road][ {WHEN}|].",
+        f"[workers|{{p}}s|residents|students|members of the {region} {{n}} club] [opened|repaired|{{v}}] [a new|the "
+        f"{{a}}] {{n}} [for {price}|{PLACE}].",
+        f"the price of {{n}}s [rose|fell] to {price}, [because of the {{n}}|according to the {{n}} office|the highest "
+        "of the year].",
+        f"[no injuries|no losses|{make_number(rng)} cases|a loss of {price}] [were|was] reported [in {town}|from "
+        f"{region}|by the {{p}}s].",
+        f"the council of {town} [agreed on|signed|refused|asked for] a {{a}} {{n}} [and|or] {make_number(rng)} {{n}}s.",
+    ))) for _ in range(1 + rng.randrange(4)))  # fmt: skip
+    return re.sub(r"(^|\. )([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 
-KINDS: tuple[tuple[Callable[[Dice], str], float], ...] = (
-    (described, 34), (table, 14), (story, 18), (news, 16), (recipe, 5), (sums, 5), (timetable, 4),
+DOCUMENT_TYPES: tuple[tuple[Callable[[Rng], str], float], ...] = (
+    (make_described_record, 34), (make_table, 14), (make_story, 18), (make_news, 16), (make_recipe, 5), (make_sums, 5),
+    (make_timetable, 4),
 )  # fmt: skip
 
 
 def documents(seed: int) -> Iterator[str]:
     """An endless stream of documents; the same seed gives the same stream everywhere."""
-    dice = Dice(seed)
+    rng = Rng(seed)
     while True:
-        yield dice.weighted(KINDS)(dice)
+        yield rng.weighted_choice(DOCUMENT_TYPES)(rng)

@@ -8,62 +8,84 @@ counted as hidden behind the arithmetic, so the model errs to the slow side.
 
 from dataclasses import dataclass
 
-NVLINK = 450e9  # bytes/s each way between the GPUs of an H100 node, as its maker states it
-NETWORK = 50e9  # bytes/s of one 400 Gbit/s port a GPU between nodes
-NODE = 8  # GPUs
+NVLINK_BYTES_PER_SECOND = 450e9  # bytes/s each way between the GPUs of an H100 node, as its maker states it
+NETWORK_BYTES_PER_SECOND = 50e9  # bytes/s of one 400 Gbit/s port a GPU between nodes
+GPUS_PER_NODE = 8  # GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """Ranks and the links between them, bytes/s a rank."""
 
-    ranks: int
-    node: int = NODE
-    inside: float = NVLINK
-    between: float = NETWORK
+    world_size: int
+    gpus_per_node: int = GPUS_PER_NODE
+    intra_node_bandwidth: float = NVLINK_BYTES_PER_SECOND
+    inter_node_bandwidth: float = NETWORK_BYTES_PER_SECOND
 
     @property
-    def link(self) -> float:
+    def bandwidth(self) -> float:
         """Of the ring's slowest part."""
-        return self.inside if self.ranks <= self.node else self.between
+        return self.intra_node_bandwidth if self.world_size <= self.gpus_per_node else self.inter_node_bandwidth
 
 
-def bytes_moved(*, stage: int, trained: int, frozen: int, ranks: int, accumulation: int = 1) -> float:
+def bytes_moved(
+    *, stage: int, num_trainable: int, num_frozen: int, world_size: int, gradient_accumulation_steps: int = 1
+) -> float:
     """Bytes that one rank sends in a step, float32: gradients of the trained weights, and weights where divided.
 
     Stage 0 reduces and spreads the gradients, 1 and 2 reduce them and spread the weights: the same number. Stage 2
     reduces after every micro-batch. Stage 3 gathers all weights, frozen ones too, for each forward and backward.
     """
-    share = 4 * (ranks - 1) / ranks
+    bytes_per_weight = 4 * (world_size - 1) / world_size
     if stage < 2:
-        return share * 2 * trained
+        return bytes_per_weight * 2 * num_trainable
     if stage == 2:
-        return share * trained * (accumulation + 1)
-    return share * (accumulation * (trained + 2 * (trained + frozen)))
+        return bytes_per_weight * num_trainable * (gradient_accumulation_steps + 1)
+    return bytes_per_weight * (gradient_accumulation_steps * (num_trainable + 2 * (num_trainable + num_frozen)))
 
 
 def step_seconds(
-    *, compute: float, stage: int, trained: int, frozen: int, cluster: Cluster, accumulation: int = 1
+    *,
+    compute_seconds: float,
+    stage: int,
+    num_trainable: int,
+    num_frozen: int,
+    cluster: Cluster,
+    gradient_accumulation_steps: int = 1,
 ) -> float:
     """Seconds of a step in which each rank computes for `compute` seconds."""
-    moved = bytes_moved(
-        stage=stage, trained=trained, frozen=frozen, ranks=cluster.ranks, accumulation=accumulation
+    num_bytes = bytes_moved(
+        stage=stage, num_trainable=num_trainable, num_frozen=num_frozen, world_size=cluster.world_size,
+        gradient_accumulation_steps=gradient_accumulation_steps
     )  # fmt: skip
-    return compute + moved / cluster.link
+    return compute_seconds + num_bytes / cluster.bandwidth
 
 
-def table(*, compute: float, tokens: int, trained: int, frozen: int, ranks: tuple[int, ...] = (1, 8, 64)) -> str:
+def scaling_table(
+    *,
+    compute_seconds: float,
+    num_tokens: int,
+    num_trainable: int,
+    num_frozen: int,
+    world_sizes: tuple[int, ...] = (1, 8, 64),
+) -> str:
     """Markdown: cost of a token against ranks, where each rank computes `compute` seconds on `tokens` of its own."""
     lines = [
         "| GPUs | " + " | ".join(f"zero{stage}: bytes, efficiency" for stage in (1, 3)) + " |", "|--:|--:|--:|",
     ]  # fmt: skip
-    for n in ranks:
+    for world_size in world_sizes:
         cells = []
         for stage in (1, 3):
-            moved = bytes_moved(stage=stage, trained=trained, frozen=frozen, ranks=n)
+            num_bytes = bytes_moved(
+                stage=stage, num_trainable=num_trainable, num_frozen=num_frozen, world_size=world_size
+            )
             seconds = step_seconds(
-                compute=compute, stage=stage, trained=trained, frozen=frozen, cluster=Cluster(ranks=n)
+                compute_seconds=compute_seconds, stage=stage, num_trainable=num_trainable, num_frozen=num_frozen,
+                cluster=Cluster(world_size=world_size)
             )  # fmt: skip
-            cells.append(f"{moved / 1e9:.2f} GB, {compute / seconds:.0%} ({n * tokens / seconds:,.0f} tokens/s)")
-        lines.append(f"| {n} | " + " | ".join(cells) + " |")
+            cells.append(
+                f"{num_bytes / 1e9:.2f} GB, {compute_seconds / seconds:.0%} ({world_size * num_tokens / seconds:,.0f} "
+                "tokens/s)"
+            )
+        lines.append(f"| {world_size} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

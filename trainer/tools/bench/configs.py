@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.config.schema import DS_NAMES, MODES, PRECISIONS
+from trainer.config.schema import DS_CONFIG_NAMES, MODES, PRECISIONS
 
 PEERS = {
     "plain": "a plain PyTorch loop: the model's own loss, clip, fused AdamW",
@@ -18,93 +18,110 @@ PEERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class BenchmarkConfig:
     """One line of the table."""
 
     program: str  #: ours, or one of PEERS
     mode: str
-    batch: int  #: examples per step over all ranks
-    zero: str | None  #: the ZeRO file; None: the program's own choice
-    ranks: int = 1
+    global_batch: int  #: examples per step over all ranks
+    ds_config: str | None  #: the ZeRO file; None: the program's own choice
+    world_size: int = 1
     model: str = "gpt2"
     block_size: int = 1024
     precision: str = "fp32"
     device: str = "cpu"
     dropout: float | None = None  #: None: the model's own
     compile: str = "off"  #: of ours: whether its steps are compiled
-    windows: int = 5  #: timed windows
-    window: int = 4  #: steps of one window
-    warmup: int = 3  #: steps before the first window
+    num_windows: int = 5  #: timed windows
+    steps_per_window: int = 4  #: steps of one window
+    warmup_steps: int = 3  #: steps before the first window
 
     @property
     def name(self) -> str:
         """As the table prints it."""
-        parts = [self.program, self.zero, f"{self.ranks} ranks" if self.ranks > 1 else None, self.precision]
+        parts = [
+            self.program,
+            self.ds_config,
+            f"{self.world_size} ranks" if self.world_size > 1 else None,
+            self.precision,
+        ]
         return " ".join(part for part in (*parts, "compiled" if self.compile == "on" else None) if part)
 
     @property
     def steps(self) -> int:
         """Optimizer steps that it runs."""
-        return self.warmup + self.windows * self.window
+        return self.warmup_steps + self.num_windows * self.steps_per_window
 
     @property
     def tokens(self) -> int:
         """Tokens of one step."""
-        return self.batch * self.block_size
+        return self.global_batch * self.block_size
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a job or a result file."""
         return dataclasses.asdict(self)
 
 
-def variants(
-    *, modes: Sequence[str], batches: Sequence[int], zero: Sequence[str], against: Sequence[str], ranks: Sequence[int],
-    precisions: Sequence[str] = ("fp32",), compiles: Sequence[str] = ("off",), common: Mapping[str, Any],
-) -> list[Variant]:  # fmt: skip
+def build_configs(
+    *, modes: Sequence[str], global_batches: Sequence[int], ds_configs: Sequence[str], peers: Sequence[str],
+    world_sizes: Sequence[int],
+    precisions: Sequence[str] = ("fp32",), compile_modes: Sequence[str] = ("off",), common_fields: Mapping[str, Any],
+) -> list[BenchmarkConfig]:  # fmt: skip
     """Every combination, ours first within each mode and batch. UserError on a wrong name.
 
     Peers run on one rank and in the first precision.
     """
-    _known("--precision", precisions, PRECISIONS)
-    _known("--compile", compiles, ("on", "off"))
-    _known("--modes", modes, MODES)
-    _known("--ds", zero, DS_NAMES)
-    _known("--against", against, tuple(PEERS))
-    for number in (*batches, *ranks):
+    _check_names("--precision", precisions, PRECISIONS)
+    _check_names("--compile", compile_modes, ("on", "off"))
+    _check_names("--modes", modes, MODES)
+    _check_names("--ds", ds_configs, DS_CONFIG_NAMES)
+    _check_names("--against", peers, tuple(PEERS))
+    for number in (*global_batches, *world_sizes):
         if number < 1:
             raise UserError(f"--batches and --ranks: expected whole numbers from 1, got {number}")
-    found = []
+    configs = []
     for mode in modes:
-        for batch in batches:
-            if uneven := [n for n in ranks if batch % n]:
-                raise UserError(f"--batches {batch}: does not divide over {uneven[0]} ranks")
-            found += [
-                Variant(
-                    program="ours", mode=mode, batch=batch, zero=name, ranks=n, precision=precision, compile=compiled,
-                    **common,
+        for global_batch in global_batches:
+            if indivisible_sizes := [n for n in world_sizes if global_batch % n]:
+                raise UserError(f"--batches {global_batch}: does not divide over {indivisible_sizes[0]} ranks")
+            configs += [
+                BenchmarkConfig(
+                    program="ours", mode=mode, global_batch=global_batch, ds_config=ds_config, world_size=world_size,
+                    precision=precision, compile=compile_mode,
+                    **common_fields,
                 )
-                for precision, n, name, compiled in itertools.product(precisions, ranks, zero, compiles)
+                for precision, world_size, ds_config,
+                compile_mode in itertools.product(precisions, world_sizes, ds_configs, compile_modes)
             ]  # fmt: skip
-            for program in against:
-                files = zero if program == "hf-deepspeed" else [None]
-                found += [
-                    Variant(program=program, mode=mode, batch=batch, zero=name, precision=precisions[0], **common)
-                    for name in files
+            for program in peers:
+                ds_config_names = ds_configs if program == "hf-deepspeed" else [None]
+                configs += [
+                    BenchmarkConfig(
+                        program=program,
+                        mode=mode,
+                        global_batch=global_batch,
+                        ds_config=ds_config,
+                        precision=precisions[0],
+                        **common_fields,
+                    )
+                    for ds_config in ds_config_names
                 ]
-    return found
+    return configs
 
 
-def _known(flag: str, given: Sequence[str], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise UserError(f"{flag} {name}: expected {', '.join(known)}")
+def _check_names(flag: str, names: Sequence[str], allowed_names: Sequence[str]) -> None:
+    for name in names:
+        if name not in allowed_names:
+            raise UserError(f"{flag} {name}: expected {', '.join(allowed_names)}")
 
 
-def flops_per_token(*, mode: str, parameters: int, trainable: int, layers: int, width: int, block_size: int) -> float:
+def flops_per_token(
+    *, mode: str, num_parameters: int, num_trainable: int, num_layers: int, hidden_size: int, block_size: int
+) -> float:
     """Floating-point operations that one token of training needs: PaLM, appendix B (arXiv 2204.02311).
 
     Every weight: 6 N + 12 L d T, for forward, and backward to activations and weights. With frozen weights the third
     of it that makes their gradients falls away: 4 N + 6 N_trainable + 12 L d T.
     """
-    attention = 12 * layers * width * block_size
-    return (6 * parameters if mode == "full" else 4 * parameters + 6 * trainable) + attention
+    attention = 12 * num_layers * hidden_size * block_size
+    return (6 * num_parameters if mode == "full" else 4 * num_parameters + 6 * num_trainable) + attention

@@ -20,170 +20,190 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config import cli
 from trainer.config.schema import DEMO_MODEL, Settings
-from trainer.data.dataset import Prepared
-from trainer.data.token_dataset import Rows
-from trainer.distributed.deepspeed_config import read_zero_file
+from trainer.data.dataset import PreparedDataset
+from trainer.data.token_dataset import TokenDataset
+from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import World
+from trainer.distributed.process_group import DistContext
 from trainer.model import lora
-from trainer.model.build import Model, build, load_config
-from trainer.tools.bench.configs import Variant
+from trainer.model.build import TrainableModel, build_model, load_config
+from trainer.tools.bench.configs import BenchmarkConfig
 from trainer.tracking.records import StepRecord
-from trainer.training.checkpoint import Progress
+from trainer.training.checkpoint import TrainState
 from trainer.training.loop import train
 from trainer.training.run_plan import make_plan
 
-EVAL_BATCHES = 4  # that the validation set is long
+NUM_EVAL_BATCHES = 4  # that the validation set is long
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class BenchmarkSetup:
     """What every program gets: the settings, token ids from a seed, the ranks, and the model once it is built."""
 
-    variant: Variant
+    config: BenchmarkConfig
     settings: Settings
-    world: World
-    data: Prepared
-    model: Model
+    dist_context: DistContext
+    data: PreparedDataset
+    model: TrainableModel
 
 
-def make(variant: Variant, world: World) -> Bench:
+def build_setup(config: BenchmarkConfig, dist_context: DistContext) -> BenchmarkSetup:
     """Build model and data of a variant: random token ids, so that nothing has to be fetched."""
-    settings = cli.read(_flags(variant)).settings
-    model = build(settings, hashed=False) if variant.program == "ours" else _untouched(settings)
-    vocabulary = model.causal.config.vocab_size
-    sides = [_rows(batches * variant.batch, vocabulary, variant) for batches in (variant.steps, EVAL_BATCHES)]
-    facts = {"vocabulary": vocabulary, "fingerprint": "random", "notices": []}
-    data = Prepared(
-        train=sides[0], val=sides[1], facts=facts, val_texts=(), pad_id=0, folder=Path("none"),
+    settings = cli.parse_args(_to_argv(config)).settings
+    model = build_model(settings, with_fingerprint=False) if config.program == "ours" else _build_plain_model(settings)
+    vocab_size = model.causal.config.vocab_size
+    datasets = [
+        _random_dataset(num_batches * config.global_batch, vocab_size, config)
+        for num_batches in (config.steps, NUM_EVAL_BATCHES)
+    ]
+    data_metadata = {"vocabulary": vocab_size, "fingerprint": "random", "notices": []}
+    data = PreparedDataset(
+        train=datasets[0], val=datasets[1], metadata=data_metadata, val_texts=(), pad_id=0, folder=Path("none"),
     )  # fmt: skip
-    return Bench(variant=variant, settings=settings, world=world, data=data, model=model)
+    return BenchmarkSetup(config=config, settings=settings, dist_context=dist_context, data=data, model=model)
 
 
-def _untouched(settings: Settings) -> Model:
+def _build_plain_model(settings: Settings) -> TrainableModel:
     """The model as transformers and peft make it, for the other programs."""
     torch.manual_seed(settings.train.seed)
     causal = AutoModelForCausalLM.from_config(load_config(settings.model), dtype=torch.float32)
-    parameters = sum(p.numel() for p in causal.parameters())
+    num_parameters = sum(p.numel() for p in causal.parameters())
     has_adapters = settings.mode == "lora"
-    module = lora.adapt(causal, settings.lora, lora.targets(causal, settings.lora)) if has_adapters else causal
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Model(module=module, causal=causal, facts={"parameters": parameters, "trainable": trainable})
+    module = (
+        lora.add_adapters(causal, settings.lora, lora.resolve_target_modules(causal, settings.lora))
+        if has_adapters
+        else causal
+    )
+    num_trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return TrainableModel(
+        module=module, causal=causal, metadata={"parameters": num_parameters, "trainable": num_trainable}
+    )
 
 
-def _flags(variant: Variant) -> list[str]:
-    words = f"--mode {variant.mode} --preset card --model {variant.model} --block-size {variant.block_size}"
-    words += f" --global-batch {variant.batch} --eval-batch {variant.batch} --max-steps {variant.steps}"
-    words += f" --precision {variant.precision} --eval-every never --save-every never"
-    words += f" --compile {variant.compile}"
-    bare = variant.model == "gpt2" or not list(Path(variant.model).glob("*.safetensors"))  # a shape without weights
-    words += " --init random" if bare and variant.model != DEMO_MODEL else ""
-    words += f" --dropout {variant.dropout}" if variant.dropout is not None else ""
-    return [*words.split(), *(["--ds-config", variant.zero] if variant.zero else [])]
+def _to_argv(config: BenchmarkConfig) -> list[str]:
+    flags = f"--mode {config.mode} --preset card --model {config.model} --block-size {config.block_size}"
+    flags += f" --global-batch {config.global_batch} --eval-batch {config.global_batch} --max-steps {config.steps}"
+    flags += f" --precision {config.precision} --eval-every never --save-every never"
+    flags += f" --compile {config.compile}"
+    has_no_weights = config.model == "gpt2" or not list(
+        Path(config.model).glob("*.safetensors")
+    )  # a shape without weights
+    flags += " --init random" if has_no_weights and config.model != DEMO_MODEL else ""
+    flags += f" --dropout {config.dropout}" if config.dropout is not None else ""
+    return [*flags.split(), *(["--ds-config", config.ds_config] if config.ds_config else [])]
 
 
-def _rows(number: int, vocabulary: int, variant: Variant) -> Rows:
-    ids = np.random.default_rng(number).integers(0, vocabulary, number * variant.block_size, dtype=np.uint32)
-    offsets = np.arange(number + 1, dtype=np.int64) * variant.block_size
-    return Rows(ids=ids, offsets=offsets, first=np.ones(number, dtype=np.int32))
+def _random_dataset(num_rows: int, vocab_size: int, config: BenchmarkConfig) -> TokenDataset:
+    ids = np.random.default_rng(num_rows).integers(0, vocab_size, num_rows * config.block_size, dtype=np.uint32)
+    offsets = np.arange(num_rows + 1, dtype=np.int64) * config.block_size
+    return TokenDataset(ids=ids, offsets=offsets, first_target=np.ones(num_rows, dtype=np.int32))
 
 
-def ours(bench: Bench) -> tuple[Iterator[None], Engine]:
+def run_ours(setup: BenchmarkSetup) -> tuple[Iterator[None], Engine]:
     """Our own loop and engine, without sinks and checkpoints; also the engine, for evaluation."""
-    plan = make_plan(bench.settings, bench.world, bench.data, bench.model.facts, load_config(bench.settings.model))
-    made = Engine(
-        bench.world, bench.model, plan.deepspeed, bench.settings.train, plan.precision, compiled=plan.shapes
+    plan = make_plan(
+        setup.settings, setup.dist_context, setup.data, setup.model.metadata, load_config(setup.settings.model)
+    )
+    engine = Engine(
+        setup.dist_context, setup.model, plan.deepspeed_config, setup.settings.train, plan.precision,
+        compiled_shapes=plan.compiled_shapes
     )  # fmt: skip
-    nowhere: Any = SimpleNamespace(save=lambda *_: None)
+    null_checkpoint_manager: Any = SimpleNamespace(save=lambda *_: None)
 
     def steps() -> Iterator[None]:
-        progress = Progress(pending=False)  # no evaluation before the first step
-        for record in train(made, bench.data, plan.course, progress, nowhere, lambda: False):
+        state = TrainState(eval_pending=False)  # no evaluation before the first step
+        for record in train(engine, setup.data, plan.schedule, state, null_checkpoint_manager, lambda: False):
             if isinstance(record, StepRecord):
                 yield
 
-    return steps(), made
+    return steps(), engine
 
 
-def plain(bench: Bench) -> Iterator[None]:
+def run_plain(setup: BenchmarkSetup) -> Iterator[None]:
     """What one writes by hand: the model's own loss on full logits, clip_grad_norm_, torch's fused AdamW."""
-    variant, device, numbers = bench.variant, bench.world.device, bench.settings.train
-    module = bench.model.module.to(device).train()
-    trained = [p for p in module.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=numbers.lr, eps=numbers.epsilon, weight_decay=0.0, fused=True)
-    autocast = variant.precision == "bf16"
-    for step in range(variant.steps):
-        ids = _batch(bench, step).to(device)
-        with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+    config, device, train_settings = setup.config, setup.dist_context.device, setup.settings.train
+    module = setup.model.module.to(device).train()
+    trainable_params = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable_params, lr=train_settings.lr, eps=train_settings.epsilon, weight_decay=0.0, fused=True
+    )
+    uses_autocast = config.precision == "bf16"
+    for step in range(config.steps):
+        ids = _batch_input_ids(setup, step).to(device)
+        with torch.autocast(device.type, torch.bfloat16) if uses_autocast else contextlib.nullcontext():
             loss = module(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, numbers.clip)
-        adam.step()
-        adam.zero_grad()
+        torch.nn.utils.clip_grad_norm_(trainable_params, train_settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
         yield
 
 
-def _batch(bench: Bench, step: int) -> torch.Tensor:
-    rows = range(step * bench.variant.batch, (step + 1) * bench.variant.batch)
-    return torch.from_numpy(np.stack([bench.data.train.row(i) for i in rows]))
+def _batch_input_ids(setup: BenchmarkSetup, step: int) -> torch.Tensor:
+    row_indices = range(step * setup.config.global_batch, (step + 1) * setup.config.global_batch)
+    return torch.from_numpy(np.stack([setup.data.train.row(i) for i in row_indices]))
 
 
-def hugging_face(bench: Bench) -> Iterator[None]:
+def run_hf_trainer(setup: BenchmarkSetup) -> Iterator[None]:
     """`transformers.Trainer` with its defaults and the same numbers; compiled or through DeepSpeed where asked.
 
     The Trainer calls us, we are called for the next step: it runs in a thread of its own, one step at a time.
     """
-    go: queue.Queue[bool] = queue.Queue()
-    done: queue.Queue[BaseException | None] = queue.Queue()
+    go_queue: queue.Queue[bool] = queue.Queue()
+    done_queue: queue.Queue[BaseException | None] = queue.Queue()
 
     def pause() -> None:
-        done.put(None)
-        go.get()
+        done_queue.put(None)
+        go_queue.get()
 
-    def run() -> None:
+    def run_trainer() -> None:
         try:
-            go.get()
+            go_queue.get()
             with tempfile.TemporaryDirectory() as scratch:
-                _trainer(bench, scratch, pause).train()
-            done.put(StopIteration())
-        except BaseException as problem:
-            done.put(problem)
+                _build_trainer(setup, scratch, pause).train()
+            done_queue.put(StopIteration())
+        except BaseException as error:
+            done_queue.put(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run_trainer, daemon=True).start()
     while True:
-        go.put(True)
-        problem = done.get()
-        if isinstance(problem, StopIteration):
+        go_queue.put(True)
+        error = done_queue.get()
+        if isinstance(error, StopIteration):
             return
-        if problem is not None:
-            raise problem
+        if error is not None:
+            raise error
         yield
 
 
-def _trainer(bench: Bench, scratch: str, after_step: Callable[[], object]) -> Any:
+def _build_trainer(setup: BenchmarkSetup, scratch: str, after_step: Callable[[], object]) -> Any:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    variant, numbers = bench.variant, bench.settings.train
-    rows = [{"input_ids": row, "labels": row} for row in map(bench.data.train.row, range(len(bench.data.train)))]
+    config, train_settings = setup.config, setup.settings.train
+    examples = [
+        {"input_ids": input_ids, "labels": input_ids}
+        for input_ids in map(setup.data.train.row, range(len(setup.data.train)))
+    ]
 
     class AfterStep(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             after_step()
 
-    deepspeed = None
-    if variant.program == "hf-deepspeed":
-        deepspeed = {
-            **read_zero_file(variant.zero or "zero2").content,
-            "train_micro_batch_size_per_gpu": variant.batch, "gradient_clipping": numbers.clip,
+    deepspeed_config = None
+    if config.program == "hf-deepspeed":
+        deepspeed_config = {
+            **read_deepspeed_file(config.ds_config or "zero2").content,
+            "train_micro_batch_size_per_gpu": config.global_batch, "gradient_clipping": train_settings.max_grad_norm,
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": variant.precision == "bf16"},
+            "bf16": {"enabled": config.precision == "bf16"},
         }  # fmt: skip
-    arguments = TrainingArguments(
-        output_dir=scratch, max_steps=variant.steps, per_device_train_batch_size=variant.batch,
-        learning_rate=numbers.lr, lr_scheduler_type="linear", max_grad_norm=numbers.clip, weight_decay=0.0,
-        bf16=variant.precision == "bf16", use_cpu=variant.device == "cpu",
-        torch_compile=variant.program == "hf-compile",
-        deepspeed=deepspeed, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+    training_args = TrainingArguments(
+        output_dir=scratch, max_steps=config.steps, per_device_train_batch_size=config.global_batch,
+        learning_rate=train_settings.lr, lr_scheduler_type="linear", max_grad_norm=train_settings.max_grad_norm,
+        weight_decay=0.0,
+        bf16=config.precision == "bf16", use_cpu=config.device == "cpu",
+        torch_compile=config.program == "hf-compile",
+        deepspeed=deepspeed_config, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_num_workers=0,
     )  # fmt: skip
-    return Trainer(model=bench.model.module, args=arguments, train_dataset=rows, callbacks=[AfterStep()])
+    return Trainer(model=setup.model.module, args=training_args, train_dataset=examples, callbacks=[AfterStep()])

@@ -1,4 +1,5 @@
-"""One rank of one variant, or the ceiling: `python -m trainer.tools.bench.worker JOB`, which writes its result as JSON."""
+"""One rank of one variant, or the ceiling: `python -m trainer.tools.bench.worker JOB`, which writes its result as
+JSON."""
 
 import json
 import statistics
@@ -12,122 +13,129 @@ import torch
 
 from trainer.data.sampler import epoch_order, step_batches
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import leave_world, peak_memory, start_world
+from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.tools.bench import runners
-from trainer.tools.bench.configs import Variant, flops_per_token
-from trainer.tracking.silence import quiet
+from trainer.tools.bench.configs import BenchmarkConfig, flops_per_token
+from trainer.tracking.silence import silence_libraries
 from trainer.training.loop import evaluate
 
 
 def main(job_file: str) -> None:
     """Do the job that the file names and write its result beside it."""
-    quiet()
+    silence_libraries()
     job = json.loads(Path(job_file).read_text())
-    variant = Variant(**job["variant"])
-    result = ceiling(variant) if job["kind"] == "ceiling" else measure(variant)
+    config = BenchmarkConfig(**job["variant"])
+    result = measure_ceiling(config) if job["kind"] == "ceiling" else measure(config)
     if result is not None:
         Path(job["result"]).write_text(json.dumps(result))
 
 
-def measure(variant: Variant) -> dict[str, Any] | None:
+def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
     """The times of a variant, in seconds, and what else it used; None on the ranks that do not speak."""
-    world = start_world(variant.device)
+    dist_context = init_distributed(config.device)
     try:
-        torch.set_num_threads(world.threads)
-        began = time.perf_counter()
-        bench = runners.make(variant, world)
-        made: Engine | None = None
-        if variant.program == "ours":
-            steps, made = runners.ours(bench)
+        torch.set_num_threads(dist_context.num_threads)
+        start_time = time.perf_counter()
+        setup = runners.build_setup(config, dist_context)
+        engine: Engine | None = None
+        if config.program == "ours":
+            steps, engine = runners.run_ours(setup)
         else:
-            steps = {"plain": runners.plain}.get(variant.program, runners.hugging_face)(bench)
-        windows, first = timed(steps, variant, _waiter(world.device))
+            steps = {"plain": runners.run_plain}.get(config.program, runners.run_hf_trainer)(setup)
+        window_seconds, first_step_time = time_windows(steps, config, _synchronizer(dist_context.device))
         result = {
-            "windows": windows,
-            "first_step": first - began,
-            "peak_memory": max(world.gather(peak_memory(world.device))),
-            "input": _input_seconds(bench),
-            "eval": _eval_seconds(bench, made) if made is not None else None,
-            "threads": world.threads,
-            "flops_per_token": _flops(bench),
+            "windows": window_seconds,
+            "first_step": first_step_time - start_time,
+            "peak_memory": max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device))),
+            "input": _input_seconds(setup),
+            "eval": _eval_seconds(setup, engine) if engine is not None else None,
+            "threads": dist_context.num_threads,
+            "flops_per_token": _flops(setup),
         }
-        return result if world.rank == 0 else None
+        return result if dist_context.rank == 0 else None
     finally:
-        leave_world()
+        destroy_process_group()
 
 
-def timed(steps: Iterator[None], variant: Variant, wait: Callable[[], None]) -> tuple[list[float], float]:
+def time_windows(
+    steps: Iterator[None], config: BenchmarkConfig, synchronize: Callable[[], None]
+) -> tuple[list[float], float]:
     """(seconds per step of each window, when the first step was done). `wait`: until the device has caught up."""
-    first = 0.0
-    for number in range(variant.warmup):
+    first_step_time = 0.0
+    for step in range(config.warmup_steps):
         next(steps)
-        if not number:
-            wait()
-            first = time.perf_counter()
-    windows = []
-    for _ in range(variant.windows):
-        wait()
-        began = time.perf_counter()
-        for _ in range(variant.window):
+        if not step:
+            synchronize()
+            first_step_time = time.perf_counter()
+    window_seconds = []
+    for _ in range(config.num_windows):
+        synchronize()
+        start_time = time.perf_counter()
+        for _ in range(config.steps_per_window):
             next(steps)
-        wait()
-        windows.append((time.perf_counter() - began) / variant.window)
-    return windows, first
+        synchronize()
+        window_seconds.append((time.perf_counter() - start_time) / config.steps_per_window)
+    return window_seconds, first_step_time
 
 
-def _waiter(device: torch.device) -> Callable[[], None]:
+def _synchronizer(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def _input_seconds(bench: runners.Bench) -> float:
+def _input_seconds(setup: runners.BenchmarkSetup) -> float:
     """Seconds to draw one step's micro-batches, measured apart."""
-    data, batch = bench.data.train, bench.settings.train.batch(bench.world.size)
-    order = epoch_order(data, seed=42, epoch=0, global_batch=batch.global_batch, shuffle=True, by_length=False)
+    data, batch = setup.data.train, setup.settings.train.batch(setup.dist_context.world_size)
+    order = epoch_order(data, seed=42, epoch=0, global_batch=batch.global_batch, shuffle=True, group_by_length=False)
     times = []
-    for step in range(min(20, bench.variant.steps)):
-        began = time.perf_counter()
-        step_batches(data, order, step, batch, bench.world.rank, 0)
-        times.append(time.perf_counter() - began)
+    for step in range(min(20, setup.config.steps)):
+        start_time = time.perf_counter()
+        step_batches(data, order, step, batch, setup.dist_context.rank, 0)
+        times.append(time.perf_counter() - start_time)
     return statistics.median(times)
 
 
-def _eval_seconds(bench: runners.Bench, made: Engine) -> float:
+def _eval_seconds(setup: runners.BenchmarkSetup, engine: Engine) -> float:
     """Seconds per evaluated token, over all ranks; a first pass warms up."""
-    wait = _waiter(bench.world.device)
-    evaluate(made, bench.data.val, bench.variant.batch)
-    wait()
-    began = time.perf_counter()
-    evaluate(made, bench.data.val, bench.variant.batch)
-    wait()
-    return (time.perf_counter() - began) / int(bench.data.val.lengths().sum())
+    synchronize = _synchronizer(setup.dist_context.device)
+    evaluate(engine, setup.data.val, setup.config.global_batch)
+    synchronize()
+    start_time = time.perf_counter()
+    evaluate(engine, setup.data.val, setup.config.global_batch)
+    synchronize()
+    return (time.perf_counter() - start_time) / int(setup.data.val.lengths().sum())
 
 
-def _flops(bench: runners.Bench) -> float:
-    config, facts = bench.model.causal.config, bench.model.facts
+def _flops(setup: runners.BenchmarkSetup) -> float:
+    model_config, model_metadata = setup.model.causal.config, setup.model.metadata
     return flops_per_token(
-        mode=bench.variant.mode, parameters=facts["parameters"], trainable=facts["trainable"],
-        layers=config.num_hidden_layers, width=config.hidden_size, block_size=bench.variant.block_size,
+        mode=setup.config.mode, num_parameters=model_metadata["parameters"], num_trainable=model_metadata["trainable"],
+        num_layers=model_config.num_hidden_layers, hidden_size=model_config.hidden_size,
+        block_size=setup.config.block_size,
     )  # fmt: skip
 
 
-def ceiling(variant: Variant) -> dict[str, Any]:
+def measure_ceiling(config: BenchmarkConfig) -> dict[str, Any]:
     """The rate of one large matrix product in the variant's precision: what arithmetic can reach here, FLOP/s."""
-    size = 8192 if variant.device == "cuda" else 1024
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(variant.precision, torch.float32)
-    world = start_world(variant.device)
-    torch.set_num_threads(world.threads)
-    a, b = (torch.randn(size, size, dtype=dtype, device=world.device) for _ in range(2))
-    wait = _waiter(world.device)
+    matrix_size = 8192 if config.device == "cuda" else 1024
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    dist_context = init_distributed(config.device)
+    torch.set_num_threads(dist_context.num_threads)
+    a, b = (torch.randn(matrix_size, matrix_size, dtype=dtype, device=dist_context.device) for _ in range(2))
+    synchronize = _synchronizer(dist_context.device)
     times = []
     for _ in range(12):
-        wait()
-        began = time.perf_counter()
+        synchronize()
+        start_time = time.perf_counter()
         a @ b
-        wait()
-        times.append(time.perf_counter() - began)
-    name = torch.cuda.get_device_name() if variant.device == "cuda" else None
-    leave_world()
-    return {"flops": 2 * size**3 / statistics.median(times[2:]), "gpu": name, "threads": world.threads}
+        synchronize()
+        times.append(time.perf_counter() - start_time)
+    gpu_name = torch.cuda.get_device_name() if config.device == "cuda" else None
+    destroy_process_group()
+    return {
+        "flops": 2 * matrix_size**3 / statistics.median(times[2:]),
+        "gpu": gpu_name,
+        "threads": dist_context.num_threads,
+    }
 
 
 if __name__ == "__main__":

@@ -10,43 +10,45 @@ LEVELS = (OK, WARNING, ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class CheckResult:
     """One thing that was looked at: how it stands, what was found, and what to do about it (empty where nothing)."""
 
     level: str
-    what: str
-    found: str
+    name: str
+    message: str
     remedy: str = ""
 
     def __post_init__(self) -> None:
         assert self.level in LEVELS, self.level
 
 
-def fine(what: str, found: str) -> Check:
+def ok_result(name: str, message: str) -> CheckResult:
     """Nothing to do."""
-    return Check(level=OK, what=what, found=found)
+    return CheckResult(level=OK, name=name, message=message)
 
 
-def judged(bad: bool, level: str, what: str, found: str, remedy: str) -> Check:
+def make_result(is_bad: bool, level: str, name: str, message: str, remedy: str) -> CheckResult:
     """`level` with its remedy where it is bad, else ok without."""
-    return Check(level=level, what=what, found=found, remedy=remedy) if bad else fine(what, found)
+    return CheckResult(level=level, name=name, message=message, remedy=remedy) if is_bad else ok_result(name, message)
 
 
-def guarded(what: str, make: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+def catch_user_errors(name: str, run_checks: Callable[[], Iterable[CheckResult]]) -> Iterator[CheckResult]:
     """The checks of `make`; a mistake of the user's that stops it becomes an error among them."""
     try:
-        yield from make()
-    except UserError as problem:
-        said, _, remedy = str(problem).partition("; ")
-        yield Check(level=ERROR, what=what, found=said, remedy=remedy)
+        yield from run_checks()
+    except UserError as error:
+        message, _, remedy = str(error).partition("; ")
+        yield CheckResult(level=ERROR, name=name, message=message, remedy=remedy)
 
 
-def size(count: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes for people: 812 MiB, 3.4 GiB."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
+def join_names(names: Iterable[str], max_shown: int = 6) -> str:
     """Names with commas, the first few of many."""
-    every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    all_names = list(names)
+    return ", ".join(all_names[:max_shown]) + (
+        f" and {len(all_names) - max_shown} more" if len(all_names) > max_shown else ""
+    )

@@ -8,138 +8,147 @@ from typing import Any
 
 import torch
 
-from trainer.config.cli import Request
-from trainer.data.dataset import Prepared, prepare
-from trainer.distributed.process_group import planned_world
-from trainer.model.build import Model, build, load_config
+from trainer.config.cli import CliArgs
+from trainer.data.dataset import PreparedDataset, prepare
+from trainer.distributed.process_group import simulated_context
+from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
-from trainer.tools.doctor.check_result import ERROR, LEVELS, OK, Check, fine, guarded, size
-from trainer.tools.doctor.smoke_test import Rehearsal, costs
-from trainer.tools.finders.files import LEFT
-from trainer.tracking.console import console
-from trainer.tracking.loggers import check
-from trainer.training.run_plan import Plan, check_early, make_plan
+from trainer.tools.doctor.check_result import ERROR, LEVELS, OK, CheckResult, catch_user_errors, format_bytes, ok_result
+from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
+from trainer.tools.finders.files import FINDER_FILES
+from trainer.tracking.console import make_console
+from trainer.tracking.loggers import check_loggers
+from trainer.training.run_plan import RunPlan, make_plan, validate_early
 
 COLOURS = {OK: "green", "warning": "yellow", ERROR: "red bold"}
-COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "peak")
+MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "peak")
 
 
-class Doctor:
+class DoctorReport:
     """One visit: collects the checks of each section and shows them as they come."""
 
-    def __init__(self, request: Request, *, ranks: int, quiet: bool):
-        self.request = request
-        self.ranks = ranks
-        self.console = None if quiet else console()
-        self.found: list[tuple[str, Check]] = []
-        self.plan: Plan | None = None
-        self.model: Model | None = None
-        self.data: Prepared | None = None
-        self.table: list[memory_checks.Row] = []
+    def __init__(self, cli_args: CliArgs, *, world_size: int, quiet: bool):
+        self.cli_args = cli_args
+        self.world_size = world_size
+        self.console = None if quiet else make_console()
+        self.results: list[tuple[str, CheckResult]] = []
+        self.plan: RunPlan | None = None
+        self.model: TrainableModel | None = None
+        self.data: PreparedDataset | None = None
+        self.memory_table: list[memory_checks.MemoryEstimateRow] = []
 
-    def section(self, title: str, checks: Iterable[Check]) -> None:
+    def add_section(self, title: str, checks: Iterable[CheckResult]) -> None:
         """Take the checks of a section, one at a time; a mistake of the user's becomes one of them."""
-        self.show(f"\n[bold]{title}[/bold]")
-        for one in guarded(title, lambda: checks):
-            self.found.append((title, one))
-            colour = COLOURS[one.level]
-            self.show(f"  [{colour}]{one.level:<8}[/{colour}] {one.what:<13} {_plain(one.found)}")
-            if one.remedy:
-                self.show(f"  {'':<8} {'remedy':<13} {_plain(one.remedy)}")
+        self.print_line(f"\n[bold]{title}[/bold]")
+        for result in catch_user_errors(title, lambda: checks):
+            self.results.append((title, result))
+            colour = COLOURS[result.level]
+            self.print_line(
+                f"  [{colour}]{result.level:<8}[/{colour}] {result.name:<13} {_escape_markup(result.message)}"
+            )
+            if result.remedy:
+                self.print_line(f"  {'':<8} {'remedy':<13} {_escape_markup(result.remedy)}")
 
-    def show(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line, unless only JSON is asked for."""
         if self.console is not None:
             self.console.print(line, soft_wrap=True)
 
-    def decide(self) -> Iterable[Check]:
+    def resolve_run(self) -> Iterable[CheckResult]:
         """Settings, data and model of the run, as train.py would resolve them."""
-        settings = self.request.settings
-        world = planned_world(self.ranks)
-        check_early(settings, world)
-        check(settings.output)
-        yield fine("settings", " ".join(settings.overridden) or "nothing overridden")
-        yield _folder(settings.run_folder, resumed=self.request.resume is not None)
+        settings = self.cli_args.settings
+        dist_context = simulated_context(self.world_size)
+        validate_early(settings, dist_context)
+        check_loggers(settings.output)
+        yield ok_result("settings", " ".join(settings.overridden) or "nothing overridden")
+        yield _check_run_folder(settings.run_folder, is_resumed=self.cli_args.resume is not None)
 
-        def say(line: str) -> None:
+        def log(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
         self.data = prepare(
-            settings.data, model=settings.model.model, global_batch=settings.train.global_batch, say=say
+            settings.data, model=settings.model.model, global_batch=settings.train.global_batch, log=log
         )
-        yield fine("data", f"{self.data.facts['source']}: read and tokenised")
-        self.model = build(settings, on_meta=True)
-        self.plan = make_plan(settings, world, self.data, self.model.facts, load_config(settings.model))
-        yield fine("plan", f"{self.plan.settings.run_name} on {self.ranks} rank{'s' * (self.ranks > 1)}")
+        yield ok_result("data", f"{self.data.metadata['source']}: read and tokenised")
+        self.model = build_model(settings, on_meta=True)
+        self.plan = make_plan(settings, dist_context, self.data, self.model.metadata, load_config(settings.model))
+        yield ok_result("plan", f"{self.plan.settings.run_name} on {self.world_size} rank{'s' * (self.world_size > 1)}")
 
-    def show_memory(self) -> None:
+    def print_memory_table(self) -> None:
         """The table of ZeRO files; the chosen one is marked."""
-        self.show("\n  per rank       " + " ".join(f"{name:>11}" for name in COLUMNS))
-        for row in self.table:
+        self.print_line("\n  per rank       " + " ".join(f"{name:>11}" for name in MEMORY_COLUMNS))
+        for row in self.memory_table:
             values = row.as_json()
-            cells = " ".join(f"{size(values[name]):>11}" for name in COLUMNS)
-            host = f"  {size(row.host)} of the host's" if row.host else ""
-            mark = "  <- chosen" if row.chosen else ""
-            self.show(f"  {row.name:<14} {cells}{host}{'' if row.fits else '  does not fit'}{mark}")
+            cells = " ".join(f"{format_bytes(values[name]):>11}" for name in MEMORY_COLUMNS)
+            host_note = f"  {format_bytes(row.host_bytes)} of the host's" if row.host_bytes else ""
+            mark = "  <- chosen" if row.is_chosen else ""
+            self.print_line(f"  {row.name:<14} {cells}{host_note}{'' if row.fits else '  does not fit'}{mark}")
 
-    def as_json(self, estimates: dict[str, Any]) -> dict[str, Any]:
+    def as_json(self, measured_cost: dict[str, Any]) -> dict[str, Any]:
         """Everything for machines."""
         return {
             "format": 1,
-            "plan": dict(self.plan.lines()) if self.plan else None,
-            "checks": [{"section": section, **vars(one)} for section, one in self.found],
-            "memory": [row.as_json() for row in self.table],
-            "measured": estimates,
-            **{level: sum(one.level == level for _, one in self.found) for level in LEVELS},
+            "plan": dict(self.plan.summary_lines()) if self.plan else None,
+            "checks": [{"section": section, **vars(result)} for section, result in self.results],
+            "memory": [row.as_json() for row in self.memory_table],
+            "measured": measured_cost,
+            **{level: sum(result.level == level for _, result in self.results) for level in LEVELS},
         }
 
 
-def run(
-    request: Request, *, environ: Mapping[str, str], ranks: int | None, as_json: bool, rehearse: bool, limit: float
+def run_doctor(
+    cli_args: CliArgs, *, environ: Mapping[str, str], world_size: int | None, as_json: bool, run_smoke_test: bool,
+    limit_seconds: float
 ) -> int:  # fmt: skip
     """All sections; 0, or 1 where there was an error."""
-    ranks = ranks or (torch.cuda.device_count() if torch.cuda.is_available() else 1)
-    doctor = Doctor(request, ranks=ranks, quiet=as_json)
-    doctor.section("environment", environment_checks.check(ranks, environ))
-    doctor.section("run", doctor.decide())
-    measured: dict[str, Any] = {}
-    plan, model, data = doctor.plan, doctor.model, doctor.data
+    world_size = world_size or (torch.cuda.device_count() if torch.cuda.is_available() else 1)
+    report = DoctorReport(cli_args, world_size=world_size, quiet=as_json)
+    report.add_section("environment", environment_checks.check_environment(world_size, environ))
+    report.add_section("run", report.resolve_run())
+    measured_cost: dict[str, Any] = {}
+    plan, model, data = report.plan, report.model, report.data
     if plan is not None and model is not None and data is not None:
-        doctor.section("data", data_checks.check(plan.settings, data))
-        doctor.section("model", plan_checks.check_model(plan, model))
-        doctor.section("steps", plan_checks.check_course(plan))
-        doctor.table = memory_checks.rows(plan, int(data.train.lengths().max()))
-        doctor.section("memory, by formula", memory_checks.check(plan, doctor.table))
-        doctor.show_memory()
-        chosen = next(row for row in doctor.table if row.chosen)
-        if rehearse and chosen.fits:
-            rehearsal = Rehearsal(request, plan, data, limit=limit, near=_near(Path(plan.settings.run_folder)))
-            doctor.section("rehearsal", rehearsal.check())
-            if rehearsal.measured is not None:
-                doctor.section("cost", costs(plan, data, rehearsal.measured, chosen.device))
-                measured = vars(rehearsal.measured)
-    result = doctor.as_json(measured)
+        report.add_section("data", data_checks.check_data(plan.settings, data))
+        report.add_section("model", plan_checks.check_model(plan, model))
+        report.add_section("steps", plan_checks.check_schedule(plan))
+        report.memory_table = memory_checks.build_memory_table(plan, int(data.train.lengths().max()))
+        report.add_section("memory, by formula", memory_checks.check_memory(plan, report.memory_table))
+        report.print_memory_table()
+        chosen_row = next(row for row in report.memory_table if row.is_chosen)
+        if run_smoke_test and chosen_row.fits:
+            smoke_test = SmokeTest(
+                cli_args,
+                plan,
+                data,
+                limit_seconds=limit_seconds,
+                parent_folder=_existing_parent(Path(plan.settings.run_folder)),
+            )
+            report.add_section("rehearsal", smoke_test.run_checks())
+            if smoke_test.cost is not None:
+                report.add_section("cost", estimate_costs(plan, data, smoke_test.cost, chosen_row.device_bytes))
+                measured_cost = vars(smoke_test.cost)
+    result = report.as_json(measured_cost)
     if as_json:
         print(json.dumps(result, indent=1))
     else:
-        doctor.show(f"\n{result[OK]} ok, {result['warning']} warnings, {result[ERROR]} errors")
+        report.print_line(f"\n{result[OK]} ok, {result['warning']} warnings, {result[ERROR]} errors")
     return 1 if result[ERROR] else 0
 
 
-def _near(folder: Path) -> Path:
+def _existing_parent(folder: Path) -> Path:
     """Where the rehearsal's files go: on the disk of the run folder, which is what will be filled."""
-    return next(place for place in folder.absolute().parents if place.exists())
+    return next(parent for parent in folder.absolute().parents if parent.exists())
 
 
-def _folder(folder: str, *, resumed: bool) -> Check:
+def _check_run_folder(folder: str, *, is_resumed: bool) -> CheckResult:
     path = Path(folder)
-    if not resumed and path.is_dir() and any(one.name not in LEFT for one in path.iterdir()):
-        return Check(
-            level=ERROR, what="run folder", found=f"{folder} is not empty",
-            remedy="another --out, or --resume to go on with that run",
+    if not is_resumed and path.is_dir() and any(entry.name not in FINDER_FILES for entry in path.iterdir()):
+        return CheckResult(
+            level=ERROR, name="run folder", message=f"{folder} is not empty",
+            remedy="another --output-dir, or --resume to go on with that run",
         )  # fmt: skip
-    return fine("run folder", folder)
+    return ok_result("run folder", folder)
 
 
-def _plain(text: str) -> str:
+def _escape_markup(text: str) -> str:
     return text.replace("[", r"\[")

@@ -13,221 +13,240 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from trainer.distributed.process_group import forwarded_variables, free_port, has_bf16
-from trainer.tools.doctor.check_result import ERROR, OK, WARNING, Check, fine, judged, listed, size
+from trainer.distributed.process_group import find_free_port, forwarded_env_prefixes, supports_bf16
+from trainer.tools.doctor.check_result import (
+    ERROR,
+    OK,
+    WARNING,
+    CheckResult,
+    format_bytes,
+    join_names,
+    make_result,
+    ok_result,
+)
 
 DISTRIBUTION = "gpt2-full-vs-lora"
 LAUNCHER_PORT = 29500  # of `deepspeed` and `torchrun`, where none is named
-LEAST_SHM = 2**30  # bytes; NCCL's buffers between the GPUs of one machine, some 10 MB a pair
+MIN_SHM_BYTES = 2**30  # bytes; NCCL's buffers between the GPUs of one machine, some 10 MB a pair
 HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default: where it is, `deepspeed` starts on several machines
 #: Variables that change what a run does, by their beginnings; `deepspeed` forwards only those that it lists.
-MATTER = (
+RELEVANT_VARIABLE_PREFIXES = (
     "HF_", "HUGGING", "TRANSFORMERS_", "WANDB_", "TRAINER_", "CUDA_", "OMP_", "MKL_", "TORCH", "TOKENIZERS_", "GLOO_",
     "XDG_CACHE_HOME", "DS_", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "no_proxy",
 )  # fmt: skip
 
 
-def check(ranks: int, environ: Mapping[str, str]) -> Iterator[Check]:
+def check_environment(world_size: int, environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Everything that can be said before data and model are looked at; `environ`: as the user set it."""
-    yield from packages(_requirements())
-    yield from devices(ranks)
-    yield backends(ranks)
-    yield from builds()
-    yield shared_memory(ranks)
-    yield from leftovers(Path("/dev/shm"))
-    yield port()
-    yield from addresses(environ)
-    yield threads(ranks)
-    yield variables(environ, HOSTFILE.exists())
+    yield from check_packages(_requirements())
+    yield from check_devices(world_size)
+    yield check_backends(world_size)
+    yield from check_op_builds()
+    yield check_shared_memory(world_size)
+    yield from check_leftover_buffers(Path("/dev/shm"))
+    yield check_port()
+    yield from check_master_address(environ)
+    yield check_threads(world_size)
+    yield check_forwarded_variables(environ, HOSTFILE.exists())
 
 
 def _requirements() -> tuple[str, list[str]] | None:
     """(range of Python, requirements) of this program as it was installed; None where it was not."""
     try:
-        about = metadata.metadata(DISTRIBUTION)
+        package_metadata = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return None
-    return str(about["Requires-Python"] or ""), metadata.requires(DISTRIBUTION) or []
+    return str(package_metadata["Requires-Python"] or ""), metadata.requires(DISTRIBUTION) or []
 
 
-def packages(required: tuple[str, list[str]] | None) -> Iterator[Check]:
+def check_packages(requirements: tuple[str, list[str]] | None) -> Iterator[CheckResult]:
     """Whether each package is there, in the range that this program was installed with."""
-    if required is None:
-        yield Check(
-            level=WARNING, what="packages", found=f"{DISTRIBUTION} is not installed, so its ranges are not known",
+    if requirements is None:
+        yield CheckResult(
+            level=WARNING, name="packages", message=f"{DISTRIBUTION} is not installed, so its ranges are not known",
             remedy="pip install -e . in its folder",
         )  # fmt: skip
         return
-    python, needs = required
-    if platform.python_version() not in SpecifierSet(python):
-        yield Check(
-            level=ERROR, what="Python", found=f"{platform.python_version()}, supported is {python}",
+    python_range, requirement_lines = requirements
+    if platform.python_version() not in SpecifierSet(python_range):
+        yield CheckResult(
+            level=ERROR, name="Python", message=f"{platform.python_version()}, supported is {python_range}",
             remedy="make a virtual environment with such a Python",
         )  # fmt: skip
-    good = [f"Python {platform.python_version()}"]
-    for need in map(Requirement, needs):
-        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+    satisfied_packages = [f"Python {platform.python_version()}"]
+    for requirement in map(Requirement, requirement_lines):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            version = metadata.version(need.name)
+            version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             version = "missing"
-        if version != "missing" and need.specifier.contains(version, prereleases=True):
-            good.append(f"{need.name} {version}")
+        if version != "missing" and requirement.specifier.contains(version, prereleases=True):
+            satisfied_packages.append(f"{requirement.name} {version}")
         else:
-            remedy = f"pip install '{need.name}{need.specifier}'"
-            yield Check(
-                level=ERROR, what=need.name, found=f"{version}, supported is {need.specifier or 'any'}", remedy=remedy
+            remedy = f"pip install '{requirement.name}{requirement.specifier}'"
+            yield CheckResult(
+                level=ERROR,
+                name=requirement.name,
+                message=f"{version}, supported is {requirement.specifier or 'any'}",
+                remedy=remedy,
             )
-    yield fine("packages", f"{listed(good, 20)}: in the supported ranges")
+    yield ok_result("packages", f"{join_names(satisfied_packages, 20)}: in the supported ranges")
 
 
-def devices(ranks: int) -> Iterator[Check]:
+def check_devices(world_size: int) -> Iterator[CheckResult]:
     """GPUs, whether each rank has one and all are alike, and bf16."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-        yield judged(
-            driver and not hidden, WARNING, "GPUs",
-            f"{'torch sees none though a driver is there' if driver else 'none'}: "
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not num_gpus:
+        has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+        are_gpus_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        yield make_result(
+            has_driver and not are_gpus_hidden, WARNING, "GPUs",
+            f"{'torch sees none though a driver is there' if has_driver else 'none'}: "
             f"runs on {len(os.sched_getaffinity(0))} processor cores",
             "install the CUDA build of torch that the driver takes (nvidia-smi names the newest)",
         )  # fmt: skip
         return
-    named = [torch.cuda.get_device_properties(number) for number in range(count)]
-    found = listed(f"{gpu.name} {size(gpu.total_memory)}" for gpu in named)
-    yield judged(
-        ranks > count,
+    gpus = [torch.cuda.get_device_properties(number) for number in range(num_gpus)]
+    message = join_names(f"{gpu.name} {format_bytes(gpu.total_memory)}" for gpu in gpus)
+    yield make_result(
+        world_size > num_gpus,
         ERROR,
         "GPUs",
-        f"{found} for {ranks} ranks",
-        f"start at most {count}: deepspeed --num_gpus {count}",
+        f"{message} for {world_size} ranks",
+        f"start at most {num_gpus}: deepspeed --num_gpus {num_gpus}",
     )
-    if len({(gpu.name, gpu.total_memory) for gpu in named[:ranks]}) > 1:
-        yield Check(
-            level=WARNING, what="GPUs", found="they are not alike: each step waits for the slowest",
+    if len({(gpu.name, gpu.total_memory) for gpu in gpus[:world_size]}) > 1:
+        yield CheckResult(
+            level=WARNING, name="GPUs", message="they are not alike: each step waits for the slowest",
             remedy="choose equal ones with CUDA_VISIBLE_DEVICES",
         )  # fmt: skip
-    bf16 = has_bf16(torch.device("cuda", 0))
-    yield judged(
-        not bf16, WARNING, "bf16", f"{named[0].name} {'computes in it' if bf16 else 'does not: fp32, much slower'}",
+    is_bf16_supported = supports_bf16(torch.device("cuda", 0))
+    yield make_result(
+        not is_bf16_supported, WARNING, "bf16", f"{gpus[0].name} {'computes in it' if is_bf16_supported else 'does not: fp32, much slower'}",
         "--precision fp16 --ds-config zero1, or a newer GPU",
     )  # fmt: skip
 
 
-def backends(ranks: int) -> Check:
+def check_backends(world_size: int) -> CheckResult:
     """What the ranks would speak with one another."""
-    gpu = torch.cuda.is_available()
-    there = {"nccl": dist.is_nccl_available() or not gpu, "gloo": dist.is_gloo_available()}
-    missing = [name for name, is_there in there.items() if not is_there]
-    found = f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} and gloo" if gpu and not missing else "gloo"
-    return judged(
-        bool(missing), ERROR if ranks > 1 or "gloo" in missing else WARNING, "backends",
-        f"this torch has no {', '.join(missing)}" if missing else found,
+    has_gpu = torch.cuda.is_available()
+    availability = {"nccl": dist.is_nccl_available() or not has_gpu, "gloo": dist.is_gloo_available()}
+    missing = [name for name, is_available in availability.items() if not is_available]
+    message = f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} and gloo" if has_gpu and not missing else "gloo"
+    return make_result(
+        bool(missing), ERROR if world_size > 1 or "gloo" in missing else WARNING, "backends",
+        f"this torch has no {', '.join(missing)}" if missing else message,
         "install a torch with it (the official wheels have it)",
     )  # fmt: skip
 
 
-def builds() -> Iterator[Check]:
+def check_op_builds() -> Iterator[CheckResult]:
     """Compiled operators: this program needs none, but a build that was killed can hold up others for ever."""
-    yield fine("op builds", "none needed: the optimizer is torch's, also with offload")
+    yield ok_result("op builds", "none needed: the optimizer is torch's, also with offload")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     locks = sorted(root.glob("**/lock")) if root.is_dir() else []
     if locks:
-        yield Check(
-            level=WARNING, what="op builds", found=f"{len(locks)} unfinished or running builds ({locks[0].parent})",
-            remedy=f"if none runs, delete {listed(map(str, locks), 2)}: whoever wants these ops waits for ever",
+        yield CheckResult(
+            level=WARNING, name="op builds", message=f"{len(locks)} unfinished or running builds ({locks[0].parent})",
+            remedy=f"if none runs, delete {join_names(map(str, locks), 2)}: whoever wants these ops waits for ever",
         )  # fmt: skip
     if any(
         part.strip()[-1:].isalpha() for part in os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
     ):
-        yield Check(
-            level=WARNING, what="op builds", found="TORCH_CUDA_ARCH_LIST has a letter: DeepSpeed's builder refuses it",
+        yield CheckResult(
+            level=WARNING, name="op builds", message="TORCH_CUDA_ARCH_LIST has a letter: DeepSpeed's builder refuses it",
             remedy="write 9.0 for 9.0a, or unset it",
         )  # fmt: skip
 
 
-def shared_memory(ranks: int, folder: Path = Path("/dev/shm")) -> Check:
+def check_shared_memory(world_size: int, folder: Path = Path("/dev/shm")) -> CheckResult:
     """/dev/shm, through which NCCL's ranks of one machine talk."""
     if not folder.is_dir():
-        return fine("/dev/shm", "not there")
-    free = shutil.disk_usage(folder).free
-    many = ranks > 1 and torch.cuda.is_available()
-    return judged(
-        many and free < LEAST_SHM, WARNING, "/dev/shm", f"{size(free)} free", "docker run --shm-size=2g (or --ipc=host)"
+        return ok_result("/dev/shm", "not there")
+    free_bytes = shutil.disk_usage(folder).free
+    is_multi_gpu = world_size > 1 and torch.cuda.is_available()
+    return make_result(
+        is_multi_gpu and free_bytes < MIN_SHM_BYTES,
+        WARNING,
+        "/dev/shm",
+        f"{format_bytes(free_bytes)} free",
+        "docker run --shm-size=2g (or --ipc=host)",
     )
 
 
-def leftovers(folder: Path) -> Iterator[Check]:
+def check_leftover_buffers(folder: Path) -> Iterator[CheckResult]:
     """Shared memory that earlier DeepSpeed runs left behind."""
-    left = sorted(folder.glob("deepspeed_allreduce_buffer_*")) if folder.is_dir() else []
-    if left:
-        yield Check(
-            level=WARNING, what="/dev/shm", found=f"{len(left)} buffers of earlier runs of other DeepSpeed programs, "
-            f"{size(sum(path.stat().st_size for path in left))}",
+    buffers = sorted(folder.glob("deepspeed_allreduce_buffer_*")) if folder.is_dir() else []
+    if buffers:
+        yield CheckResult(
+            level=WARNING, name="/dev/shm", message=f"{len(buffers)} buffers of earlier runs of other DeepSpeed programs, "
+            f"{format_bytes(sum(path.stat().st_size for path in buffers))}",
             remedy=f"when none of them runs: rm {folder}/deepspeed_allreduce_buffer_*",
         )  # fmt: skip
 
 
-def port(number: int = LAUNCHER_PORT) -> Check:
+def check_port(port: int = LAUNCHER_PORT) -> CheckResult:
     """Whether the port that the launchers take where none is named is free."""
     with socket.socket() as probe:
         try:
-            probe.bind(("", number))
-            return fine("port", f"{number} is free")
+            probe.bind(("", port))
+            return ok_result("port", f"{port} is free")
         except OSError:
-            free = free_port()
-    return Check(
-        level=WARNING, what="port", found=f"{number}, the launchers' own, is in use",
-        remedy=f"deepspeed --master_port {free} ... (MASTER_PORT in the environment is not looked at)",
+            suggested_port = find_free_port()
+    return CheckResult(
+        level=WARNING, name="port", message=f"{port}, the launchers' own, is in use",
+        remedy=f"deepspeed --master_port {suggested_port} ... (MASTER_PORT in the environment is not looked at)",
     )  # fmt: skip
 
 
-def addresses(environ: Mapping[str, str]) -> Iterator[Check]:
+def check_master_address(environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Whether the host that the ranks would meet at has an address."""
     host = environ.get("MASTER_ADDR")
     if host:
         try:
             socket.getaddrinfo(host, None)
-            yield fine("MASTER_ADDR", f"{host} has an address")
-        except OSError as problem:
-            yield Check(
-                level=ERROR, what="MASTER_ADDR", found=f"{host}: {problem.strerror or problem}",
+            yield ok_result("MASTER_ADDR", f"{host} has an address")
+        except OSError as error:
+            yield CheckResult(
+                level=ERROR, name="MASTER_ADDR", message=f"{host}: {error.strerror or error}",
                 remedy="unset it, or name the first machine of the run",
             )  # fmt: skip
 
 
-def threads(ranks: int) -> Check:
+def check_threads(world_size: int) -> CheckResult:
     """Threads of all ranks against the cores there are."""
-    cores, told = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
-    each = int(told) if told.isdigit() else max(1, cores // ranks)
-    return judged(
-        each * ranks > cores, WARNING, "threads", f"{each} a rank x {ranks} = {each * ranks} on {cores} cores",
-        f"OMP_NUM_THREADS={max(1, cores // ranks)}" if ranks <= cores else f"at most {cores} ranks on a processor",
+    num_cores, omp_num_threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
+    threads_per_rank = int(omp_num_threads) if omp_num_threads.isdigit() else max(1, num_cores // world_size)
+    return make_result(
+        threads_per_rank * world_size > num_cores, WARNING, "threads", f"{threads_per_rank} a rank x {world_size} = {threads_per_rank * world_size} on {num_cores} cores",
+        f"OMP_NUM_THREADS={max(1, num_cores // world_size)}" if world_size <= num_cores else f"at most {num_cores} "
+                                                                                             "ranks on a processor",
     )  # fmt: skip
 
 
-def variables(environ: Mapping[str, str], several_machines: bool) -> Check:
+def check_forwarded_variables(environ: Mapping[str, str], is_multi_node: bool) -> CheckResult:
     """Variables set here that `deepspeed` would not hand to other machines; names only, their values may be secret."""
-    forwarded = forwarded_variables()
-    written = set(_written(Path.home() / ".deepspeed_env")) | set(_written(Path(".deepspeed_env")))
-    lost = [
+    forwarded_prefixes = forwarded_env_prefixes()
+    file_variables = set(_read_variable_names(Path.home() / ".deepspeed_env")) | set(
+        _read_variable_names(Path(".deepspeed_env"))
+    )
+    unforwarded_names = [
         name for name in sorted(environ)
-        if name.startswith(MATTER) and not name.startswith(tuple(forwarded)) and name not in written
+        if name.startswith(RELEVANT_VARIABLE_PREFIXES) and not name.startswith(tuple(forwarded_prefixes)) and name not in file_variables
     ]  # fmt: skip
-    if not lost:
-        return fine("variables", "none is set that other machines would miss")
-    return Check(
-        level=WARNING if several_machines else OK,
-        what="variables", found=f"not forwarded to other machines: {listed(lost)}"
-        + ("" if several_machines else " (of no matter on one)"),
-        remedy="write NAME=value lines into ~/.deepspeed_env" if several_machines else "",
+    if not unforwarded_names:
+        return ok_result("variables", "none is set that other machines would miss")
+    return CheckResult(
+        level=WARNING if is_multi_node else OK,
+        name="variables", message=f"not forwarded to other machines: {join_names(unforwarded_names)}"
+        + ("" if is_multi_node else " (of no matter on one)"),
+        remedy="write NAME=value lines into ~/.deepspeed_env" if is_multi_node else "",
     )  # fmt: skip
 
 
-def _written(path: Path) -> Iterable[str]:
+def _read_variable_names(path: Path) -> Iterable[str]:
     try:
         return [line.split("=", 1)[0].strip() for line in path.read_text().splitlines() if "=" in line]
     except OSError:

@@ -3,75 +3,79 @@
 import math
 from collections.abc import Iterator
 
-from trainer.model.build import Model, adapted_layers, positions
-from trainer.tools.doctor.check_result import WARNING, Check, fine, judged
-from trainer.training.run_plan import Plan
+from trainer.model.build import TrainableModel, get_max_positions, list_adapted_layers
+from trainer.tools.doctor.check_result import WARNING, CheckResult, make_result, ok_result
+from trainer.training.run_plan import RunPlan
 
-FEW_STEPS = 20  # in all; fewer say nothing of a learning rate
-MANY_PASSES = 8  # micro-batches of one or two rows a step: the device is kept busy with little
+MIN_STEPS = 20  # in all; fewer say nothing of a learning rate
+MANY_ACCUMULATION_STEPS = 8  # micro-batches of one or two rows a step: the device is kept busy with little
 
 
-def check_model(plan: Plan, model: Model) -> Iterator[Check]:
+def check_model(plan: RunPlan, model: TrainableModel) -> Iterator[CheckResult]:
     """Targets, tied weights, share of what trains, Conv1D."""
-    facts, config = plan.model, model.causal.config
-    yield fine("model", f"{facts['class']}, {facts['parameters']:,} parameters")
-    limit = positions(config)
-    width = plan.settings.data.block_size
-    yield fine(
-        "positions", f"rows of at most {width} tokens, the model takes {f'{limit:,}' if limit else 'any number'}"
+    model_metadata, config = plan.model_info, model.causal.config
+    yield ok_result("model", f"{model_metadata['class']}, {model_metadata['parameters']:,} parameters")
+    max_length = get_max_positions(config)
+    block_size = plan.settings.data.block_size
+    yield ok_result(
+        "positions",
+        f"rows of at most {block_size} tokens, the model takes {f'{max_length:,}' if max_length else 'any number'}",
     )
-    told = bool(getattr(config, "tie_word_embeddings", False))
-    yield judged(
-        told != model.tied, WARNING, "tied weights",
-        f"{'input and output embeddings are one' if model.tied else 'input and output embeddings are two'}"
-        + ("" if told == model.tied else f", its configuration says {'one' if told else 'two'}"),
+    config_says_tied = bool(getattr(config, "tie_word_embeddings", False))
+    yield make_result(
+        config_says_tied != model.has_tied_embeddings, WARNING, "tied weights",
+        f"{'input and output embeddings are one' if model.has_tied_embeddings else 'input and output embeddings are two'}"
+        + ("" if config_says_tied == model.has_tied_embeddings else f", its configuration says "
+                                                                    f"{'one' if config_says_tied else 'two'}"),
         "see that its weights were saved as its configuration says",
     )  # fmt: skip
-    layers = adapted_layers(model)
-    if layers:
-        conv = sum(transposed for _, transposed in layers)
-        yield fine("LoRA targets", f"{len(layers)} layers: {', '.join(facts['lora_targets'])}")
-        yield judged(
-            0 < conv < len(layers), WARNING, "Conv1D",
-            f"{conv} of the {len(layers)} adapted layers keep their weight as [in, out]"
-            + (", as fan_in_fan_out tells peft" if conv else ""),
+    lora_layers = list_adapted_layers(model)
+    if lora_layers:
+        num_conv1d = sum(is_transposed for _, is_transposed in lora_layers)
+        yield ok_result("LoRA targets", f"{len(lora_layers)} layers: {', '.join(model_metadata['lora_targets'])}")
+        yield make_result(
+            0 < num_conv1d < len(lora_layers), WARNING, "Conv1D",
+            f"{num_conv1d} of the {len(lora_layers)} adapted layers keep their weight as [in, out]"
+            + (", as fan_in_fan_out tells peft" if num_conv1d else ""),
             "layers of both kinds: peft takes one setting and corrects it for each, look at its warnings",
         )  # fmt: skip
-    share = facts["trainable"] / facts["parameters"]
-    yield judged(
-        bool(layers) and share > 0.5, WARNING, "trainable", f"{facts['trainable']:,} weights ({share:.2%})",
+    trainable_share = model_metadata["trainable"] / model_metadata["parameters"]
+    yield make_result(
+        bool(lora_layers) and trainable_share > 0.5, WARNING, "trainable", f"{model_metadata['trainable']:,} weights "
+                                                                           f"({trainable_share:.2%})",
         "adapters as large as the model save nothing: lower --lora-rank",
     )  # fmt: skip
 
 
-def check_course(plan: Plan) -> Iterator[Check]:
+def check_schedule(plan: RunPlan) -> Iterator[CheckResult]:
     """The batch sum, the number of steps, the ragged step at an epoch's end, warm-up."""
-    course, settings = plan.course, plan.settings
-    batch, examples = course.batch, plan.data["train"]["examples"]
-    yield judged(
-        batch.micro <= 2 and batch.accumulation >= MANY_PASSES, WARNING, "batch", str(batch),
+    schedule, settings = plan.schedule, plan.settings
+    batch, num_examples = schedule.batch, plan.data_info["train"]["examples"]
+    yield make_result(
+        batch.micro_batch_size <= 2 and batch.gradient_accumulation_steps >= MANY_ACCUMULATION_STEPS, WARNING, "batch",
+        str(batch),
         "a larger --micro-batch is faster where it fits: try --find-batch",
     )  # fmt: skip
-    ragged = examples % batch.global_batch
-    tail = f"; the last of an epoch has {ragged} examples" if ragged else ""
-    yield judged(
-        course.total_steps < FEW_STEPS, WARNING, "steps",
-        f"{course.steps_per_epoch:,} an epoch, {course.total_steps:,} in all{tail}",
+    last_batch_size = num_examples % batch.global_batch
+    tail = f"; the last of an epoch has {last_batch_size} examples" if last_batch_size else ""
+    yield make_result(
+        schedule.total_steps < MIN_STEPS, WARNING, "steps",
+        f"{schedule.steps_per_epoch:,} an epoch, {schedule.total_steps:,} in all{tail}",
         "more --epochs, more data or a smaller --global-batch",
     )  # fmt: skip
-    warmup = settings.train.warmup_steps
-    after = f" after {warmup} warm-up steps of {course.total_steps}" if warmup else ""
-    yield judged(
-        warmup >= course.total_steps, WARNING, "learning rate", f"{settings.train.lr:g} at its peak{after}",
+    warmup_steps = settings.train.warmup_steps
+    warmup_note = f" after {warmup_steps} warm-up steps of {schedule.total_steps}" if warmup_steps else ""
+    yield make_result(
+        warmup_steps >= schedule.total_steps, WARNING, "learning rate", f"{settings.train.lr:g} at its peak{warmup_note}",
         "the peak is never reached: lower --warmup-steps",
     )  # fmt: skip
-    strides = {"--eval-every": settings.output.eval_every, "--save-every": settings.output.save_every}
-    for flag, every in strides.items():
-        if not every.isdigit() or int(every) <= course.total_steps:
+    intervals = {"--eval-every": settings.output.eval_every, "--save-every": settings.output.save_every}
+    for flag, interval in intervals.items():
+        if not interval.isdigit() or int(interval) <= schedule.total_steps:
             continue
-        yield Check(
-            level=WARNING, what=flag, found=f"{every}, the run has {course.total_steps} steps: only at the end",
-            remedy=f"{flag} {max(1, math.ceil(course.total_steps / 4))}, or epoch",
+        yield CheckResult(
+            level=WARNING, name=flag, message=f"{interval}, the run has {schedule.total_steps} steps: only at the end",
+            remedy=f"{flag} {max(1, math.ceil(schedule.total_steps / 4))}, or epoch",
         )  # fmt: skip
-    yield fine("ZeRO file", f"{plan.zero.name}: {plan.zero.reason}")
-    yield fine("precision", plan.precision)
+    yield ok_result("ZeRO file", f"{plan.deepspeed_file.name}: {plan.deepspeed_file.reason}")
+    yield ok_result("precision", plan.precision)

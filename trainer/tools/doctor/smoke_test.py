@@ -18,235 +18,286 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.cli import Request, words
+from trainer.config.cli import CliArgs, to_argv
 from trainer.data import sources
-from trainer.data.dataset import Prepared
-from trainer.tools.doctor.check_result import ERROR, WARNING, Check, fine, judged, size
-from trainer.training.run_plan import Plan
+from trainer.data.dataset import PreparedDataset
+from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, make_result, ok_result
+from trainer.training.run_plan import RunPlan
 
-LAUNCH = Path(__file__).parents[3] / "launch" / "train.py"
-STEPS, SAVED = 4, 2
-LARGE = 20  # times the tokens of the rehearsed steps: data beyond it are sampled
-CHARACTERS = 12  # of text for a token, more than any tokenizer takes on the mean
-SAME = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
+TRAIN_SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
+NUM_STEPS, SAVE_STEP = 4, 2
+LARGE_DATA_FACTOR = 20  # times the tokens of the rehearsed steps: data beyond it are sampled
+CHARACTERS_PER_TOKEN = 12  # of text for a token, more than any tokenizer takes on the mean
+RESUME_LOSS_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Cost:
     """What a rehearsal took: seconds of a step and of the evaluation of one counted token, bytes."""
 
-    step: float
-    around: float  #: seconds before the first step and after the last evaluation: imports, model, export
-    eval_token: float
-    checkpoint: int
-    export: int
-    peak: int
+    step_seconds: float
+    overhead_seconds: float  #: seconds before the first step and after the last evaluation: imports, model, export
+    eval_seconds_per_token: float
+    checkpoint_bytes: int
+    export_bytes: int
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class RunOutcome:
     """One start of the program: its exit code (None: it took too long), its rows and its last words."""
 
-    code: int | None
-    rows: list[dict[str, Any]]
+    exit_code: int | None
+    records: list[dict[str, Any]]
     output: str
-    seconds: float
+    elapsed_seconds: float
 
-    def of(self, kind: str, event: str = "") -> list[dict[str, Any]]:
+    def select_records(self, kind: str, event: str = "") -> list[dict[str, Any]]:
         """The rows of a kind, of an event where one is named."""
-        return [row for row in self.rows if row["kind"] == kind and (not event or row.get("event") == event)]
+        return [
+            record for record in self.records if record["kind"] == kind and (not event or record.get("event") == event)
+        ]
 
     @property
-    def why(self) -> str:
+    def failure_reason(self) -> str:
         """The line that says why it failed, the last one where none does."""
         lines = [line for line in self.output.splitlines() if line.strip()]
-        said = [line for line in lines if line.startswith("error: ") or "Error" in line]
-        return (said or lines or ["no output"])[-1].removeprefix("error: ")[:300]
+        error_lines = [line for line in lines if line.startswith("error: ") or "Error" in line]
+        return (error_lines or lines or ["no output"])[-1].removeprefix("error: ")[:300]
 
 
-class Rehearsal:
+class SmokeTest:
     """Both parts of a rehearsal, in a temporary folder; `limit`: seconds for all of it."""
 
-    def __init__(self, request: Request, plan: Plan, data: Prepared, *, limit: float, near: Path):
-        self.request, self.plan, self.data = request, plan, data
-        self.end = time.monotonic() + limit
-        self.limit = limit
-        self.near = near
-        self.measured: Measured | None = None
+    def __init__(
+        self, cli_args: CliArgs, plan: RunPlan, data: PreparedDataset, *, limit_seconds: float, parent_folder: Path
+    ):
+        self.cli_args, self.plan, self.data = cli_args, plan, data
+        self.deadline = time.monotonic() + limit_seconds
+        self.limit_seconds = limit_seconds
+        self.parent_folder = parent_folder
+        self.cost: Cost | None = None
 
-    def check(self) -> Iterator[Check]:
+    def run_checks(self) -> Iterator[CheckResult]:
         """Do it all; stops at the first part that fails."""
-        self.near.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=self.near) as place:
-            folder = Path(place)
-            given = _sample(self.request, self.plan, self.data, folder)
-            out = folder / "run"
-            first = self._start(out, given)
-            yield from self._judge_first(first, sampled="data" in given)
-            if first.code != 0:
+        self.parent_folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=self.parent_folder) as temporary_folder:
+            folder = Path(temporary_folder)
+            overrides = _sample_overrides(self.cli_args, self.plan, self.data, folder)
+            run_folder = folder / "run"
+            first_run = self._run_training(run_folder, overrides)
+            yield from self._check_first_run(first_run, is_sampled="data" in overrides)
+            if first_run.exit_code != 0:
                 return
-            self.measured = _measure(first)
-            again = self._start(out, given, "--resume", f"step-{SAVED}")
-            yield from self._judge_again(first, again)
+            self.cost = _measure_cost(first_run)
+            resumed_run = self._run_training(run_folder, overrides, "--resume", f"step-{SAVE_STEP}")
+            yield from self._check_resumed_run(first_run, resumed_run)
 
-    def _start(self, out: Path, given: Mapping[str, Mapping[str, Any]], *more: str) -> Part:
-        ranks = self.plan.world.size
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        train = {**given.get("train", {}), "max_steps": STEPS, "warmup_steps": 0}
-        output = {
-            "out": str(out), "eval_every": "never", "save_every": str(SAVED), "keep": 3, "wandb": "disabled",
+    def _run_training(
+        self, run_folder: Path, overrides: Mapping[str, Mapping[str, Any]], *extra_argv: str
+    ) -> RunOutcome:
+        world_size = self.plan.dist_context.world_size
+        launcher_argv = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}"] if world_size > 1 else []
+        train_overrides = {**overrides.get("train", {}), "max_steps": NUM_STEPS, "warmup_steps": 0}
+        output_overrides = {
+            "output_dir": str(run_folder), "eval_every": "never", "save_every": str(SAVE_STEP), "save_total_limit": 3,
+            "wandb": "disabled",
             "run_name": "rehearsal",
         }  # fmt: skip
-        line = words(self.request, data=given.get("data", {}), train=train, output=output)
-        began = time.monotonic()
-        with open(out.parent / "output", "w+") as said:
+        argv = to_argv(self.cli_args, data=overrides.get("data", {}), train=train_overrides, output=output_overrides)
+        start_time = time.monotonic()
+        with open(run_folder.parent / "output", "w+") as log_file:
             process = subprocess.Popen(
-                [sys.executable, *launcher, str(LAUNCH), *line, *more], stdout=said, stderr=subprocess.STDOUT,
+                [sys.executable, *launcher_argv, str(TRAIN_SCRIPT), *argv, *extra_argv], stdout=log_file,
+                stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": f"{LAUNCH.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+                env={**os.environ,
+                    "PYTHONPATH": f"{TRAIN_SCRIPT.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
             )  # fmt: skip
             try:
-                code: int | None = process.wait(max(1.0, self.end - time.monotonic()))
+                exit_code: int | None = process.wait(max(1.0, self.deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                code = None
+                exit_code = None
             finally:
-                _end(process)
-            said.seek(0)
-            text = said.read()
-        return Part(code=code, rows=_rows(out / "metrics.jsonl"), output=text, seconds=time.monotonic() - began)
+                _terminate(process)
+            log_file.seek(0)
+            text = log_file.read()
+        return RunOutcome(
+            exit_code=exit_code,
+            records=_read_records(run_folder / "metrics.jsonl"),
+            output=text,
+            elapsed_seconds=time.monotonic() - start_time,
+        )
 
-    def _judge_first(self, part: Part, *, sampled: bool) -> Iterator[Check]:
-        done = len(part.of("step"))
-        on = " on a sample of the data" if sampled else ""
-        if part.code is None:
-            yield Check(
-                level=WARNING, what="rehearsal", found=f"{done} of {STEPS} steps in {self.limit:.0f} s, given up{on}",
+    def _check_first_run(self, outcome: RunOutcome, *, is_sampled: bool) -> Iterator[CheckResult]:
+        num_steps_done = len(outcome.select_records("step"))
+        sample_note = " on a sample of the data" if is_sampled else ""
+        if outcome.exit_code is None:
+            yield CheckResult(
+                level=WARNING, name="rehearsal", message=f"{num_steps_done} of {NUM_STEPS} steps in {self.limit_seconds:.0f} s, given up{sample_note}",
                 remedy="give it more with --limit SECONDS, or rehearse with fewer examples a step (--global-batch)",
             )  # fmt: skip
             return
-        if part.code != 0:
-            yield Check(
-                level=ERROR, what="rehearsal", found=f"failed after {done} steps: {part.why}",
+        if outcome.exit_code != 0:
+            yield CheckResult(
+                level=ERROR, name="rehearsal", message=f"failed after {num_steps_done} steps: {outcome.failure_reason}",
                 remedy="the run itself would fail like this",
             )  # fmt: skip
             return
-        losses = [row["loss"] for row in part.of("step")]
-        told = f"{STEPS} steps{on} in {part.seconds:.0f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}"
-        yield fine("train", told)
-        evals = part.of("eval")
-        yield fine("evaluate", f"validation loss {evals[0]['loss']:.4f} before, {evals[-1]['loss']:.4f} after")
-        finished = part.of("event", "finished")[-1]
-        yield fine("save", f"checkpoint of {size(finished['checkpoint_bytes'])}")
-        yield fine("export", f"{size(finished['export_bytes'])}, {finished['export']}")
+        losses = [record["loss"] for record in outcome.select_records("step")]
+        message = f"{NUM_STEPS} steps{sample_note} in {outcome.elapsed_seconds:.0f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}"
+        yield ok_result("train", message)
+        evals = outcome.select_records("eval")
+        yield ok_result("evaluate", f"validation loss {evals[0]['loss']:.4f} before, {evals[-1]['loss']:.4f} after")
+        finished_record = outcome.select_records("event", "finished")[-1]
+        yield ok_result("save", f"checkpoint of {format_bytes(finished_record['checkpoint_bytes'])}")
+        yield ok_result("export", f"{format_bytes(finished_record['export_bytes'])}, {finished_record['export']}")
 
-    def _judge_again(self, first: Part, again: Part) -> Iterator[Check]:
-        if again.code is None:
-            yield Check(
-                level=WARNING, what="resume", found=f"not done within {self.limit:.0f} s", remedy="--limit SECONDS"
+    def _check_resumed_run(self, first_run: RunOutcome, resumed_run: RunOutcome) -> Iterator[CheckResult]:
+        if resumed_run.exit_code is None:
+            yield CheckResult(
+                level=WARNING,
+                name="resume",
+                message=f"not done within {self.limit_seconds:.0f} s",
+                remedy="--limit SECONDS",
             )
             return
-        if again.code != 0:
-            yield Check(
-                level=ERROR, what="resume", found=f"failed: {again.why}", remedy="a stopped run could not go on"
+        if resumed_run.exit_code != 0:
+            yield CheckResult(
+                level=ERROR,
+                name="resume",
+                message=f"failed: {resumed_run.failure_reason}",
+                remedy="a stopped run could not go on",
             )
             return
-        before, after = (
-            [row["loss"] for row in part.of("step")[SAVED:]] + [row["loss"] for row in part.of("eval")[-1:]]
-            for part in (first, again)
+        expected_losses, resumed_losses = (
+            [record["loss"] for record in outcome.select_records("step")[SAVE_STEP:]]
+            + [record["loss"] for record in outcome.select_records("eval")[-1:]]
+            for outcome in (first_run, resumed_run)
         )
-        worst = max((abs(a / b - 1) for a, b in zip(after, before, strict=True)), default=1.0)
-        same = "bit for bit the same" if before == after else f"the same within {worst:.0e}"
-        yield judged(
-            worst > SAME, ERROR, "resume", f"from step {SAVED}: losses {same}",
+        max_difference = max(
+            (abs(a / b - 1) for a, b in zip(resumed_losses, expected_losses, strict=True)), default=1.0
+        )
+        agreement = (
+            "bit for bit the same" if expected_losses == resumed_losses else f"the same within {max_difference:.0e}"
+        )
+        yield make_result(
+            max_difference > RESUME_LOSS_TOLERANCE, ERROR, "resume", f"from step {SAVE_STEP}: losses {agreement}",
             "a resumed run would not be the run that was stopped; report this with the flags",
         )  # fmt: skip
 
 
-def _sample(request: Request, plan: Plan, data: Prepared, folder: Path) -> dict[str, dict[str, Any]]:
+def _sample_overrides(
+    cli_args: CliArgs, plan: RunPlan, data: PreparedDataset, folder: Path
+) -> dict[str, dict[str, Any]]:
     """The settings that put a sample in place of large data; {} where they are small enough as they are."""
     settings = plan.settings
-    need = STEPS * plan.course.batch.global_batch * settings.data.block_size
-    tokens = data.facts["train"]["tokens"] + data.facts["val"]["tokens"]
-    form = data.facts["form"]
-    if tokens <= LARGE * need or form == "input_ids":
+    num_tokens_needed = NUM_STEPS * plan.schedule.batch.global_batch * settings.data.block_size
+    num_tokens = data.metadata["train"]["tokens"] + data.metadata["val"]["tokens"]
+    record_format = data.metadata["form"]
+    if num_tokens <= LARGE_DATA_FACTOR * num_tokens_needed or record_format == "input_ids":
         return {}
-    most = {"train": 2 * CHARACTERS * need, "val": CHARACTERS * need // STEPS}
-    given = {}
-    for side, typed, flag in (("train", settings.data.data, "--data"), ("val", settings.data.val_data, "--val-data")):
-        path = folder / f"{side}.jsonl"
-        source = sources.find(typed or settings.data.data, flag)
-        left = most[side]
-        if typed is None:
-            left += most["train"]  # the validation sample is what follows that of training
+    max_characters = {
+        "train": 2 * CHARACTERS_PER_TOKEN * num_tokens_needed,
+        "val": CHARACTERS_PER_TOKEN * num_tokens_needed // NUM_STEPS,
+    }
+    overrides = {}
+    for split, argument, flag in (
+        ("train", settings.data.data, "--data"),
+        ("val", settings.data.val_data, "--val-data"),
+    ):
+        path = folder / f"{split}.jsonl"
+        source = sources.find(argument or settings.data.data, flag)
+        characters_left = max_characters[split]
+        if argument is None:
+            characters_left += max_characters["train"]  # the validation sample is what follows that of training
         with open(path, "w") as file:
-            for located in sources.records(source):
-                line = json.dumps(located.record, default=str)
-                if typed is not None or left < most["val"]:
+            for sourced_record in sources.records(source):
+                line = json.dumps(sourced_record.record, default=str)
+                if argument is not None or characters_left < max_characters["val"]:
                     file.write(line + "\n")
-                left -= len(line)
-                if left < 0:
+                characters_left -= len(line)
+                if characters_left < 0:
                     break
-        given["data" if side == "train" else "val_data"] = str(path)
-    return {"data": given}
+        overrides["data" if split == "train" else "val_data"] = str(path)
+    return {"data": overrides}
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _terminate(process: "subprocess.Popen[bytes]") -> None:
     """End the program and its ranks: asked first, so that launchers take their ranks with them."""
-    for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
+    for signal_number, timeout_seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
         try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
+            os.killpg(process.pid, signal_number)
+            process.wait(timeout_seconds)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:
             continue
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_records(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_bytes()
     except OSError:
         return []
-    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
-    return [{**row, **(row.get("facts") or {})} for row in rows]
+    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+    return [{**record, **(record.get("facts") or {})} for record in records]
 
 
-def _measure(part: Part) -> Measured:
-    steps, evals, finished = part.of("step"), part.of("eval"), part.of("event", "finished")[-1]
+def _measure_cost(outcome: RunOutcome) -> Cost:
+    steps, evals, finished_record = (
+        outcome.select_records("step"),
+        outcome.select_records("eval"),
+        outcome.select_records("event", "finished")[-1],
+    )
     # The first step warms up; the time of the first evaluation is all that was before it.
-    spans = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in itertools.pairwise(steps)]
-    return Measured(
-        step=sum(spans) / len(spans), around=part.seconds - evals[-1]["time"],
-        eval_token=evals[0]["time"] / evals[0]["eval_tokens"], checkpoint=finished["checkpoint_bytes"],
-        export=finished["export_bytes"], peak=finished["peak_memory_bytes"],
+    step_times = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in itertools.pairwise(steps)]
+    return Cost(
+        step_seconds=sum(step_times) / len(step_times), overhead_seconds=outcome.elapsed_seconds - evals[-1]["time"],
+        eval_seconds_per_token=evals[0]["time"] / evals[0]["eval_tokens"],
+        checkpoint_bytes=finished_record["checkpoint_bytes"],
+        export_bytes=finished_record["export_bytes"], peak_memory_bytes=finished_record["peak_memory_bytes"],
     )  # fmt: skip
 
 
-def costs(plan: Plan, data: Prepared, measured: Measured, expected: float) -> Iterator[Check]:
+def estimate_costs(plan: RunPlan, data: PreparedDataset, cost: Cost, estimated_bytes: float) -> Iterator[CheckResult]:
     """Time and disk of the whole run, from what the rehearsal took; its memory beside the `expected` bytes."""
-    course, output = plan.course, plan.settings.output
-    evaluations = 1 + sum(course.due(output.eval_every, n) for n in range(1, course.total_steps + 1))
-    evaluation = measured.eval_token * data.facts["val"]["counted_tokens"]
-    seconds = course.total_steps * measured.step + evaluations * evaluation + measured.around
-    yield fine(
-        "time", f"about {span(seconds)}: {course.total_steps:,} steps of {measured.step:.2f} s, "
-        f"{evaluations} evaluations of {evaluation:.1f} s, {measured.around:.0f} s around them",
+    schedule, output_settings = plan.schedule, plan.settings.output
+    num_evaluations = 1 + sum(
+        schedule.is_due(output_settings.eval_every, n) for n in range(1, schedule.total_steps + 1)
+    )
+    evaluation_seconds = cost.eval_seconds_per_token * data.metadata["val"]["counted_tokens"]
+    total_seconds = (
+        schedule.total_steps * cost.step_seconds + num_evaluations * evaluation_seconds + cost.overhead_seconds
+    )
+    yield ok_result(
+        "time", f"about {format_duration(total_seconds)}: {schedule.total_steps:,} steps of {cost.step_seconds:.2f} s, "
+        f"{num_evaluations} evaluations of {evaluation_seconds:.1f} s, {cost.overhead_seconds:.0f} s around them",
     )  # fmt: skip
-    yield fine("memory", f"{size(measured.peak)} at most on a rank in the rehearsal, {size(expected)} by formula")
-    yield room(Path(plan.settings.run_folder), measured, output.keep)
+    yield ok_result(
+        "memory",
+        f"{format_bytes(cost.peak_memory_bytes)} at most on a rank in the rehearsal, {format_bytes(estimated_bytes)} "
+        "by formula",
+    )
+    yield check_disk_space(Path(plan.settings.run_folder), cost, output_settings.save_total_limit)
 
 
-def room(folder: Path, measured: Measured, keep: int) -> Check:
+def check_disk_space(folder: Path, cost: Cost, save_total_limit: int) -> CheckResult:
     """Whether the disk has room for the checkpoints that are kept, one being written, and the export."""
-    need = (keep + 2) * measured.checkpoint + 2 * measured.export  # the best one and the one that is being written
-    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
-    return judged(
-        free < need, ERROR, "disk", f"{size(need)} at most ({keep + 2} checkpoints of {size(measured.checkpoint)}, "
-        f"export {size(measured.export)}), {size(free)} free", "--keep fewer, or --out on another disk",
+    needed_bytes = (
+        save_total_limit + 2
+    ) * cost.checkpoint_bytes + 2 * cost.export_bytes  # the best one and the one that is being written
+    free_bytes = shutil.disk_usage(
+        next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    ).free
+    return make_result(
+        free_bytes < needed_bytes, ERROR, "disk", f"{format_bytes(needed_bytes)} at most ({save_total_limit + 2} checkpoints of {format_bytes(cost.checkpoint_bytes)}, "
+        f"export {format_bytes(cost.export_bytes)}), {format_bytes(free_bytes)} free", "--save-total-limit fewer, or "
+                                                                                       "--output-dir on another disk",
     )  # fmt: skip
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds for people: 40 s, 12 min, 3.5 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -1,6 +1,7 @@
 """`--find-batch`: the fastest micro-batch that fits, for the same global batch, by real steps of the longest rows.
 
-Each rank starts a process of its own for the trials (`trainer.tools.finders.batch_size_worker`) and watches it. One rank's process that runs
+Each rank starts a process of its own for the trials (`trainer.tools.finders.batch_size_worker`) and watches it. One
+rank's process that runs
 out of memory leaves the others waiting in a collective: the parents tell one another through their own group, and end
 all of them.
 """
@@ -16,87 +17,114 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import RunFailed, UserError
-from trainer.data.dataset import Prepared
-from trainer.distributed.process_group import free_port
-from trainer.tools.finders.batch_size_worker import OUT_OF_MEMORY
-from trainer.tools.finders.batch_sizes import EQUAL, Tried, candidates, fastest, next_sizes
+from trainer.config.errors import TrainingError, UserError
+from trainer.data.dataset import PreparedDataset
+from trainer.distributed.process_group import find_free_port
+from trainer.tools.finders.batch_size_worker import OUT_OF_MEMORY_EXIT_CODE
+from trainer.tools.finders.batch_sizes import EQUAL_SPEED_SHARE, TrialResult, candidate_sizes, fastest, next_sizes
 from trainer.training.checkpoint import write_text
-from trainer.training.memory_check import estimate, free_host, load_of, needed
-from trainer.training.run_plan import Plan
+from trainer.training.memory_check import build_workload, estimate_plan, free_host_bytes, required_bytes
+from trainer.training.run_plan import RunPlan
 
-BUDGET = 0.8  # of the memory that is free; on a processor what is beyond is taken from other programs, not refused
-TICK = 0.2  # seconds between two looks at the process
-GRACE = 3.0  # seconds that the other ranks' processes get to say why they ended
-COMMAND = (sys.executable, "-m", "trainer.tools.finders.batch_size_worker")
-KILLED = (-9, 137)  # by the system, which is how a processor's memory runs out
+MEMORY_BUDGET_SHARE = (
+    0.8  # of the memory that is free; on a processor what is beyond is taken from other programs, not refused
+)
+POLL_SECONDS = 0.2  # seconds between two looks at the process
+GRACE_SECONDS = 3.0  # seconds that the other ranks' processes get to say why they ended
+WORKER_COMMAND = (sys.executable, "-m", "trainer.tools.finders.batch_size_worker")
+OOM_KILL_EXIT_CODES = (-9, 137)  # by the system, which is how a processor's memory runs out
 
 
-def find_batch(plan: Plan, data: Prepared) -> int:
-    """Try, say, and leave find-batch.json in the run folder; 0, or RunFailed where no micro-batch fits."""
-    width = int(data.train.lengths().max())
-    sizes = candidates(plan.course.batch.global_batch, plan.world.size)
-    sizes, budget = within_budget(plan, sizes, width)
-    tried: dict[int, Tried] = {}
-    while todo := next_sizes(sizes, {micro: one.fits for micro, one in tried.items()}):
-        if plan.world.rank == 0:
-            print(f"trying micro-batch {', '.join(map(str, todo))} ...", flush=True)
-        tried |= {one.micro: one for one in try_sizes(plan, data.folder, todo)}
-    result = sorted(tried.values(), key=lambda one: one.micro)
-    plan.world.once(lambda: _tell(plan, result, width, budget))
+def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
+    """Try, say, and leave find-batch.json in the run folder; 0, or TrainingError where no micro-batch fits."""
+    row_length = int(data.train.lengths().max())
+    sizes = candidate_sizes(plan.schedule.batch.global_batch, plan.dist_context.world_size)
+    sizes, budget = sizes_within_budget(plan, sizes, row_length)
+    trials: dict[int, TrialResult] = {}
+    while sizes_to_try := next_sizes(
+        sizes, {micro_batch_size: trial.fits for micro_batch_size, trial in trials.items()}
+    ):
+        if plan.dist_context.rank == 0:
+            print(f"trying micro-batch {', '.join(map(str, sizes_to_try))} ...", flush=True)
+        trials |= {trial.micro_batch_size: trial for trial in run_trials(plan, data.folder, sizes_to_try)}
+    sorted_trials = sorted(trials.values(), key=lambda trial: trial.micro_batch_size)
+    plan.dist_context.on_rank_zero(lambda: _report(plan, sorted_trials, row_length, budget))
     return 0
 
 
-def within_budget(plan: Plan, sizes: Sequence[int], width: int) -> tuple[list[int], str]:
+def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) -> tuple[list[int], str]:
     """(sizes that may be tried, what was left out and why): on a processor by the formula, on a GPU all of them."""
-    if plan.world.device.type == "cuda":
+    if plan.dist_context.device.type == "cuda":
         return list(sizes), ""
-    limit = min(plan.world.gather(BUDGET * free_host(plan)))
-    wanted = {micro: needed(plan, estimate(plan, plan.zero, load_of(plan, width, micro)))[0] for micro in sizes}
-    good = [micro for micro in sizes if wanted[micro] <= limit]
-    said = f"budget {limit / 2**30:.1f} GiB a rank ({BUDGET:.0%} of the free memory)"
-    if len(good) < len(sizes):
-        over = next(micro for micro in sizes if wanted[micro] > limit)
-        said += f"; not tried: {over} and above, {wanted[over] / 2**30:.1f} GiB by formula"
-    return good, said
+    limit_bytes = min(plan.dist_context.all_gather_object(MEMORY_BUDGET_SHARE * free_host_bytes(plan)))
+    bytes_by_size = {
+        micro_batch_size: required_bytes(
+            plan, estimate_plan(plan, plan.deepspeed_file, build_workload(plan, row_length, micro_batch_size))
+        )[0]
+        for micro_batch_size in sizes
+    }
+    fitting_sizes = [micro_batch_size for micro_batch_size in sizes if bytes_by_size[micro_batch_size] <= limit_bytes]
+    budget_note = f"budget {limit_bytes / 2**30:.1f} GiB a rank ({MEMORY_BUDGET_SHARE:.0%} of the free memory)"
+    if len(fitting_sizes) < len(sizes):
+        first_over_budget = next(
+            micro_batch_size for micro_batch_size in sizes if bytes_by_size[micro_batch_size] > limit_bytes
+        )
+        budget_note += (
+            f"; not tried: {first_over_budget} and above, {bytes_by_size[first_over_budget] / 2**30:.1f} GiB by formula"
+        )
+    return fitting_sizes, budget_note
 
 
-def try_sizes(plan: Plan, data: Path, sizes: Sequence[int]) -> list[Tried]:
+def run_trials(plan: RunPlan, data_folder: Path, sizes: Sequence[int]) -> list[TrialResult]:
     """Run one group of processes over the sizes, ascending, up to the first that does not fit; the same on all ranks.
 
-    RunFailed where it ends for another reason than memory.
+    TrainingError where it ends for another reason than memory.
     """
-    world = plan.world
-    port = world.once(free_port)
+    dist_context = plan.dist_context
+    port = dist_context.on_rank_zero(find_free_port)
     folder = Path(tempfile.mkdtemp(prefix="find-batch-"))
     try:
         job = {
-            "settings": plan.settings.as_dict(), "data": str(data),
-            "deepspeed": plan.deepspeed, "precision": plan.precision, "sizes": list(sizes),
+            "settings": plan.settings.as_dict(), "data": str(data_folder),
+            "deepspeed": plan.deepspeed_config, "precision": plan.precision, "sizes": list(sizes),
             "answer": str(folder / "answer"),
         }  # fmt: skip
         write_text(folder / "job.json", json.dumps(job))
-        code, output = _watch(plan, folder, port)
-        ends = world.gather(code)
-        answers = world.gather(_answers(folder / f"answer-{world.rank}"))
-        outputs = world.gather(output)
+        exit_code, output = _watch_worker(plan, folder, port)
+        exit_codes = dist_context.all_gather_object(exit_code)
+        answers = dist_context.all_gather_object(_read_answers(folder / f"answer-{dist_context.rank}"))
+        outputs = dist_context.all_gather_object(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    done = [_merge(plan, micro, [answer[micro] for answer in answers])
-            for micro in sizes if all(micro in answer for answer in answers)]  # fmt: skip
-    if len(done) == len(sizes):
-        return done
-    short = [rank for rank, end in enumerate(ends) if end == OUT_OF_MEMORY or end in KILLED]
-    if not short:
-        rank = next((rank for rank, end in enumerate(ends) if end), 0)  # None: ended here, because of another
-        raise RunFailed(f"--find-batch: micro-batch {sizes[len(done)]} failed on rank {rank}: {outputs[rank]}")
-    micro = sizes[len(done)]
-    why = "out of memory" if ends[short[0]] == OUT_OF_MEMORY else "killed by the system, most likely for its memory"
-    accumulation = plan.course.batch.global_batch // (micro * world.size)
-    return [*done, Tried(micro=micro, accumulation=accumulation, fits=False, why=f"{why} on rank {short[0]}")]
+    trials = [_merge_ranks(plan, micro_batch_size, [answer[micro_batch_size] for answer in answers])
+            for micro_batch_size in sizes if all(micro_batch_size in answer for answer in answers)]  # fmt: skip
+    if len(trials) == len(sizes):
+        return trials
+    oom_ranks = [
+        rank for rank, code in enumerate(exit_codes) if code == OUT_OF_MEMORY_EXIT_CODE or code in OOM_KILL_EXIT_CODES
+    ]
+    if not oom_ranks:
+        rank = next((rank for rank, code in enumerate(exit_codes) if code), 0)  # None: ended here, because of another
+        raise TrainingError(f"--find-batch: micro-batch {sizes[len(trials)]} failed on rank {rank}: {outputs[rank]}")
+    micro_batch_size = sizes[len(trials)]
+    failure_reason = (
+        "out of memory"
+        if exit_codes[oom_ranks[0]] == OUT_OF_MEMORY_EXIT_CODE
+        else "killed by the system, most likely for its memory"
+    )
+    gradient_accumulation_steps = plan.schedule.batch.global_batch // (micro_batch_size * dist_context.world_size)
+    return [
+        *trials,
+        TrialResult(
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            fits=False,
+            failure_reason=f"{failure_reason} on rank {oom_ranks[0]}",
+        ),
+    ]
 
 
-def _watch(plan: Plan, folder: Path, port: int) -> tuple[int | None, str]:
+def _watch_worker(plan: RunPlan, folder: Path, port: int) -> tuple[int | None, str]:
     """(exit code of this rank's process, None where it was ended here; its last line). All ranks return together."""
     root = str(Path(__file__).parents[3])
     environ = {
@@ -105,105 +133,120 @@ def _watch(plan: Plan, folder: Path, port: int) -> tuple[int | None, str]:
         "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the processes meet on a port of their own
-    with open(folder / "output", "w+") as said:
+    with open(folder / "output", "w+") as log_file:
         process = subprocess.Popen(
-            [*COMMAND, str(folder / "job.json")],
+            [*WORKER_COMMAND, str(folder / "job.json")],
             stdin=subprocess.PIPE,
-            stdout=said,
+            stdout=log_file,
             stderr=subprocess.STDOUT,
             env=environ,
         )
         failed_at: float | None = None
-        size, moved = -1, time.monotonic()
+        answer_size, last_progress_time = -1, time.monotonic()
         try:
             while True:
-                plan.world.board.beat()
-                codes = plan.world.gather(process.poll())
-                if all(code is not None for code in codes):
+                plan.dist_context.watchdog.heartbeat()
+                exit_codes = plan.dist_context.all_gather_object(process.poll())
+                if all(code is not None for code in exit_codes):
                     break
-                if any(code not in (None, 0) for code in codes):
+                if any(code not in (None, 0) for code in exit_codes):
                     failed_at = failed_at or time.monotonic()
-                if (now := _size(folder, plan.world.rank)) != size:
-                    size, moved = now, time.monotonic()
-                late = time.monotonic() - moved > plan.settings.engine.hang_timeout
-                over = failed_at is not None and time.monotonic() - failed_at > GRACE
-                if any(plan.world.gather(late or over)):  # all at once, or one would leave while another still asks
+                if (new_size := _answer_size(folder, plan.dist_context.rank)) != answer_size:
+                    answer_size, last_progress_time = new_size, time.monotonic()
+                is_hung = time.monotonic() - last_progress_time > plan.settings.engine.hang_timeout
+                is_grace_over = failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS
+                if any(
+                    plan.dist_context.all_gather_object(is_hung or is_grace_over)
+                ):  # all at once, or one would leave while another still asks
                     break
-                time.sleep(TICK)
-            code = process.poll()
+                time.sleep(POLL_SECONDS)
+            exit_code = process.poll()
         finally:
             process.kill()
             process.wait()
-        said.seek(0)
-        lines = [line.strip() for line in said.read().splitlines() if line.strip()]
-    return code, (lines or ["no output"])[-1][:300]
+        log_file.seek(0)
+        output_lines = [line.strip() for line in log_file.read().splitlines() if line.strip()]
+    return exit_code, (output_lines or ["no output"])[-1][:300]
 
 
-def _size(folder: Path, rank: int) -> int:
-    answer = folder / f"answer-{rank}"
-    return answer.stat().st_size if answer.exists() else 0
+def _answer_size(folder: Path, rank: int) -> int:
+    answer_file = folder / f"answer-{rank}"
+    return answer_file.stat().st_size if answer_file.exists() else 0
 
 
-def _answers(path: Path) -> dict[int, dict[str, Any]]:
+def _read_answers(path: Path) -> dict[int, dict[str, Any]]:
     try:
         lines = path.read_text().splitlines(keepends=True)
     except OSError:
         return {}
-    return {row["micro"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
+    return {row["micro_batch_size"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 
-def _merge(plan: Plan, micro: int, rows: list[dict[str, Any]]) -> Tried:
+def _merge_ranks(plan: RunPlan, micro_batch_size: int, answers: list[dict[str, Any]]) -> TrialResult:
     """One size on all ranks: the slowest one's seconds, the largest one's bytes."""
-    seconds = max(row["seconds"] for row in rows)
-    return Tried(
-        micro=micro, accumulation=plan.course.batch.global_batch // (micro * plan.world.size), fits=True,
-        seconds=seconds, tokens_per_second=rows[0]["tokens"] / seconds, peak=max(row["peak"] for row in rows),
+    step_seconds = max(answer["seconds"] for answer in answers)
+    return TrialResult(
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=plan.schedule.batch.global_batch // (micro_batch_size * plan.dist_context.world_size), fits=True,
+        step_seconds=step_seconds, tokens_per_second=answers[0]["tokens"] / step_seconds,
+        peak_memory_bytes=max(answer["peak_memory_bytes"] for answer in answers),
     )  # fmt: skip
 
 
-def _tell(plan: Plan, tried: list[Tried], width: int, budget: str) -> None:
-    best = fastest(tried)
+def _report(plan: RunPlan, trials: list[TrialResult], row_length: int, budget: str) -> None:
+    best_trial = fastest(trials)
     folder = Path(plan.settings.run_folder)
     content = {
-        "format": 1, "mode": plan.settings.mode, "global_batch": plan.course.batch.global_batch, "width": width,
-        "tried": [vars(one) for one in tried], "suggestion": best.micro if best else None, "budget": budget,
-        "settings": plan.settings.as_dict(), "resolved": plan.resolved(), "data": plan.data["fingerprint"],
+        "format": 1, "mode": plan.settings.mode, "global_batch": plan.schedule.batch.global_batch, "width": row_length,
+        "tried": [vars(trial) for trial in trials], "suggestion": best_trial.micro_batch_size if best_trial else None,
+        "budget": budget,
+        "settings": plan.settings.as_dict(), "resolved": plan.resolved(), "data": plan.data_info["fingerprint"],
     }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "find-batch.json", json.dumps(content, indent=1) + "\n")
-    except OSError as problem:
+    except OSError as error:
         raise UserError(
-            f"{folder}: cannot write there: {problem.strerror}; name another folder with --out"
-        ) from problem
-    for line in lines(plan, tried, best, budget):
+            f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        ) from error
+    for line in format_lines(plan, trials, best_trial, budget):
         print(line, flush=True)
-    if best is None:
-        raise RunFailed(
+    if best_trial is None:
+        raise TrainingError(
             "--find-batch: not even the smallest micro-batch fits; --ds-config zero3 or zero2_offload, --mode lora "
             "or a shorter --block-size need less"
         )
     print(f"numbers        {folder / 'find-batch.json'}; nothing was trained", flush=True)
 
 
-def lines(plan: Plan, tried: Sequence[Tried], best: Tried | None, budget: str) -> list[str]:
+def format_lines(
+    plan: RunPlan, trials: Sequence[TrialResult], best_trial: TrialResult | None, budget: str
+) -> list[str]:
     """The table and the suggestion for people."""
-    told = ["", "micro-batch  accumulation  ms per step    tokens/s  memory of a rank"]
-    for one in tried:
-        row = f"{one.micro:>11}  {one.accumulation:>12}  "
-        told.append(
-            row + f"{1000 * one.seconds:>11,.0f}  {one.tokens_per_second:>10,.0f}  {one.peak / 2**30:.2f} GiB"
-            if one.fits
-            else row + f"does not fit: {one.why}"
+    lines = ["", "micro-batch  accumulation  ms per step    tokens/s  memory of a rank"]
+    for trial in trials:
+        row = f"{trial.micro_batch_size:>11}  {trial.gradient_accumulation_steps:>12}  "
+        lines.append(
+            row
+            + f"{1000 * trial.step_seconds:>11,.0f}  {trial.tokens_per_second:>10,.0f}  {trial.peak_memory_bytes / 2**30:.2f} GiB"
+            if trial.fits
+            else row + f"does not fit: {trial.failure_reason}"
         )
     if budget:
-        told.append(budget)
-    if best is not None:
-        largest = max((one for one in tried if one.fits), key=lambda one: one.micro)
-        gain = best.tokens_per_second / largest.tokens_per_second - 1
-        than = f"{gain:+.0%} against" if abs(gain) > EQUAL else "in less memory and as fast as"
-        beside = f", {than} {largest.micro}, the largest that fits" if largest is not best else ""
-        told.append(f"suggestion     --micro-batch {best.micro}: {best.tokens_per_second:,.0f} tokens/s{beside}")
+        lines.append(budget)
+    if best_trial is not None:
+        largest_fitting = max((trial for trial in trials if trial.fits), key=lambda trial: trial.micro_batch_size)
+        gain = best_trial.tokens_per_second / largest_fitting.tokens_per_second - 1
+        comparison = f"{gain:+.0%} against" if abs(gain) > EQUAL_SPEED_SHARE else "in less memory and as fast as"
+        comparison_note = (
+            f", {comparison} {largest_fitting.micro_batch_size}, the largest that fits"
+            if largest_fitting is not best_trial
+            else ""
+        )
+        lines.append(
+            f"suggestion     --micro-batch {best_trial.micro_batch_size}: {best_trial.tokens_per_second:,.0f} "
+            f"tokens/s{comparison_note}"
+        )
         if plan.dropout:
-            told.append("note           another micro-batch draws other dropout masks; all else stays the same run")
-    return told
+            lines.append("note           another micro-batch draws other dropout masks; all else stays the same run")
+    return lines

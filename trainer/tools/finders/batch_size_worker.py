@@ -1,4 +1,5 @@
-"""One rank of a trial: `python -m trainer.tools.finders.batch_size_worker JOB` takes real steps of growing micro-batches.
+"""One rank of a trial: `python -m trainer.tools.finders.batch_size_worker JOB` takes real steps of growing
+micro-batches.
 
 A process of its own, because nothing can be said of the ranks after one of them ran out of memory in the middle of a
 collective: all are ended, and the parents, which hold no model, go on.
@@ -15,83 +16,114 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.config.schema import Batch, Settings
+from trainer.config.schema import BatchConfig, Settings
 from trainer.data.dataset import load
 from trainer.data.sampler import step_batches, step_counts
-from trainer.data.token_dataset import Rows
+from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import leave_world, peak_memory, start_world
-from trainer.model.build import build
+from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.model.build import build_model
 from trainer.training.loop import PAD_ID
 
-OUT_OF_MEMORY = 77  # the exit code that says so
-PASSES = 4  # micro-batches of one trial step; a step of more is reckoned from their mean
-REPEATS = 2  # timed steps, after those that warm up and show whether it fits
+OUT_OF_MEMORY_EXIT_CODE = 77  # the exit code that says so
+MAX_MICRO_BATCHES = 4  # micro-batches of one trial step; a step of more is reckoned from their mean
+NUM_TIMED_STEPS = 2  # timed steps, after those that warm up and show whether it fits
 
 
 def main(job_file: str) -> int:
     """Try the job's sizes in order; one JSON line each goes to the job's answer. Returns the exit code."""
     job = json.loads(Path(job_file).read_text())
-    world = start_world()
+    dist_context = init_distributed()
     settings = Settings.from_dict(job["settings"])
-    rows = load(Path(job["data"])).train
+    dataset = load(Path(job["data"])).train
     try:
-        engine = Engine(world, build(settings, hashed=False), job["deepspeed"], settings.train, job["precision"])
-        with open(f"{job['answer']}-{world.rank}", "a", buffering=1) as answer:
-            for micro in job["sizes"]:
-                accumulation = settings.train.global_batch // (micro * world.size)
-                told = measure(engine, rows, Batch(micro=micro, accumulation=accumulation, ranks=world.size))
-                answer.write(json.dumps({"micro": micro, **told}) + "\n")
+        engine = Engine(
+            dist_context,
+            build_model(settings, with_fingerprint=False),
+            job["deepspeed"],
+            settings.train,
+            job["precision"],
+        )
+        with open(f"{job['answer']}-{dist_context.rank}", "a", buffering=1) as answer_file:
+            for micro_batch_size in job["sizes"]:
+                gradient_accumulation_steps = settings.train.global_batch // (
+                    micro_batch_size * dist_context.world_size
+                )
+                measurements = measure_step(
+                    engine,
+                    dataset,
+                    BatchConfig(
+                        micro_batch_size=micro_batch_size,
+                        gradient_accumulation_steps=gradient_accumulation_steps,
+                        world_size=dist_context.world_size,
+                    ),
+                )
+                answer_file.write(json.dumps({"micro_batch_size": micro_batch_size, **measurements}) + "\n")
         return 0
-    except (RuntimeError, MemoryError) as problem:
-        if not out_of_memory(problem):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        print(f"out of memory: {problem}", flush=True)
-        os._exit(OUT_OF_MEMORY)  # at once: leaving a group waits for the others
+        print(f"out of memory: {error}", flush=True)
+        os._exit(OUT_OF_MEMORY_EXIT_CODE)  # at once: leaving a group waits for the others
     finally:
-        world.board.close()
-        leave_world()
+        dist_context.watchdog.close()
+        destroy_process_group()
 
 
-def measure(engine: Engine, rows: Rows, batch: Batch) -> dict[str, Any]:
+def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> dict[str, Any]:
     """Seconds, tokens and peak bytes of a step of this micro-batch over the longest rows; the weights stay.
 
     `seconds` is that of the whole step: accumulation x the mean of the passes taken + the update.
     """
-    longest = np.argsort(-rows.lengths(), kind="stable").astype(np.int64)[: batch.global_batch]
-    micros = step_batches(rows, longest, 0, batch, engine.world.rank, PAD_ID)[:PASSES]
-    _, tokens, counted = step_counts(rows, longest, 0, batch.global_batch)
-    gpu = engine.world.device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats(engine.world.device)
-    taken = []
-    for _ in range(engine.warm_steps + REPEATS):
-        began = _now(gpu)
-        sums = [engine.accumulate(micro, step=0, counted=counted) for micro in micros]
-        passed = _now(gpu)
-        engine.step(0.0, sums)
-        taken.append((passed - began) / len(micros) * batch.accumulation + _now(gpu) - passed)
-    return {"seconds": min(taken[-REPEATS:]), "tokens": tokens, "peak": peak_memory(engine.world.device)}
+    longest_indices = np.argsort(-dataset.lengths(), kind="stable").astype(np.int64)[: batch.global_batch]
+    micro_batches = step_batches(dataset, longest_indices, 0, batch, engine.dist_context.rank, PAD_ID)[
+        :MAX_MICRO_BATCHES
+    ]
+    _, num_tokens, num_target_tokens = step_counts(dataset, longest_indices, 0, batch.global_batch)
+    is_gpu = engine.dist_context.device.type == "cuda"
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats(engine.dist_context.device)
+    step_times = []
+    for _ in range(engine.num_warmup_steps + NUM_TIMED_STEPS):
+        start_time = _synchronized_time(is_gpu)
+        loss_sums = [
+            engine.forward_backward(micro_batch, step=0, num_target_tokens=num_target_tokens)
+            for micro_batch in micro_batches
+        ]
+        backward_end_time = _synchronized_time(is_gpu)
+        engine.step(0.0, loss_sums)
+        step_times.append(
+            (backward_end_time - start_time) / len(micro_batches) * batch.gradient_accumulation_steps
+            + _synchronized_time(is_gpu)
+            - backward_end_time
+        )
+    return {
+        "seconds": min(step_times[-NUM_TIMED_STEPS:]),
+        "tokens": num_tokens,
+        "peak_memory_bytes": peak_memory_bytes(engine.dist_context.device),
+    }
 
 
-def _now(gpu: bool) -> float:
-    if gpu:
+def _synchronized_time(is_gpu: bool) -> float:
+    if is_gpu:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def out_of_memory(problem: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is that memory ran out, as torch's allocators and libraries put it."""
-    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
-    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(word in str(problem) for word in words)
+    messages = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        message in str(error) for message in messages
+    )
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Nobody writes to our input: it ends when the rank that asked has ended."""
     os.read(0, 1)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     sys.exit(main(sys.argv[1]))

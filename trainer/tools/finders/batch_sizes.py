@@ -3,51 +3,58 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-EQUAL = 0.03  # of the speed; within it two sizes are as fast, and the smaller one needs less memory
+EQUAL_SPEED_SHARE = 0.03  # of the speed; within it two sizes are as fast, and the smaller one needs less memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class TrialResult:
     """One micro-batch as it ran: a whole step of the global batch, or why there is none."""
 
-    micro: int
-    accumulation: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
     fits: bool
-    why: str = ""  #: why it does not fit
-    seconds: float = 0.0  #: of one step
+    failure_reason: str = ""  #: why it does not fit
+    step_seconds: float = 0.0  #: of one step
     tokens_per_second: float = 0.0
-    peak: int = 0  #: bytes on the rank that needs most
+    peak_memory_bytes: int = 0  #: bytes on the rank that needs most
 
 
-def candidates(global_batch: int, ranks: int) -> list[int]:
+def candidate_sizes(global_batch: int, world_size: int) -> list[int]:
     """Every micro-batch that leaves the global batch as it is: the divisors of a rank's share, ascending."""
-    share = global_batch // ranks
-    return [micro for micro in range(1, share + 1) if share % micro == 0]
+    examples_per_rank = global_batch // world_size
+    return [size for size in range(1, examples_per_rank + 1) if examples_per_rank % size == 0]
 
 
 def ladder(sizes: Sequence[int]) -> list[int]:
     """The sizes to climb: each at least twice the one before, and the largest."""
-    steps: list[int] = []
-    for micro in sizes:
-        if not steps or micro >= 2 * steps[-1] or micro == sizes[-1]:
-            steps.append(micro)
-    return steps
+    ladder_sizes: list[int] = []
+    for size in sizes:
+        if not ladder_sizes or size >= 2 * ladder_sizes[-1] or size == sizes[-1]:
+            ladder_sizes.append(size)
+    return ladder_sizes
 
 
-def next_sizes(sizes: Sequence[int], fits: Mapping[int, bool]) -> list[int]:
+def next_sizes(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> list[int]:
     """What to try after what is known: up the ladder until one does not fit, then halving the gap; [] at the end."""
-    good = max((micro for micro, fitted in fits.items() if fitted), default=0)
-    bad = min((micro for micro, fitted in fits.items() if not fitted), default=None)
-    if bad is None:
-        return ladder([micro for micro in sizes if micro > good])
-    between = [micro for micro in sizes if good < micro < bad]
-    return [between[len(between) // 2]] if between else []
+    largest_fitting = max((size for size, is_fitting in fits_by_size.items() if is_fitting), default=0)
+    smallest_failing = min((size for size, is_fitting in fits_by_size.items() if not is_fitting), default=None)
+    if smallest_failing is None:
+        return ladder([size for size in sizes if size > largest_fitting])
+    sizes_between = [size for size in sizes if largest_fitting < size < smallest_failing]
+    return [sizes_between[len(sizes_between) // 2]] if sizes_between else []
 
 
-def fastest(tried: Sequence[Tried]) -> Tried | None:
+def fastest(trials: Sequence[TrialResult]) -> TrialResult | None:
     """The one with the most tokens per second; of those within EQUAL of it the smallest."""
-    fitting = [one for one in tried if one.fits]
-    if not fitting:
+    fitting_trials = [trial for trial in trials if trial.fits]
+    if not fitting_trials:
         return None
-    most = max(one.tokens_per_second for one in fitting)
-    return min((one for one in fitting if one.tokens_per_second >= (1 - EQUAL) * most), key=lambda one: one.micro)
+    max_tokens_per_second = max(trial.tokens_per_second for trial in fitting_trials)
+    return min(
+        (
+            trial
+            for trial in fitting_trials
+            if trial.tokens_per_second >= (1 - EQUAL_SPEED_SHARE) * max_tokens_per_second
+        ),
+        key=lambda trial: trial.micro_batch_size,
+    )

@@ -4,106 +4,110 @@ import json
 import math
 from pathlib import Path
 
-from trainer.config.cli import LrRange
+from trainer.config.cli import LRRange
 from trainer.config.errors import UserError
-from trainer.data.dataset import Prepared
+from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import epoch_order, step_batches, step_counts
 from trainer.distributed.engine import Engine
-from trainer.distributed.steppers import NotFinite
-from trainer.report.lr_range_plot import draw_range_test
-from trainer.tools.finders.lr_curve import Verdict, diverged, judge, rates, smooth, smoothing
+from trainer.distributed.steppers import NonFiniteError
+from trainer.report.lr_range_plot import plot_lr_range_test
+from trainer.tools.finders.lr_curve import LRSuggestion, geometric_lrs, has_diverged, smooth, smoothing_beta, suggest_lr
 from trainer.training.checkpoint import write_text
-from trainer.training.loop import PAD_ID, Course
-from trainer.training.run_plan import Plan
+from trainer.training.loop import PAD_ID, TrainSchedule
+from trainer.training.run_plan import RunPlan
 
-SHOWN = 10  # lines while it runs
+NUM_PROGRESS_LINES = 10  # lines while it runs
 
 
-def find_lr(wanted: LrRange, plan: Plan, data: Prepared, engine: Engine) -> int:
+def find_lr(lr_range: LRRange, plan: RunPlan, data: PreparedDataset, engine: Engine) -> int:
     """Sweep, restore, say, and leave find-lr.json and find-lr.png in the run folder. 0, also without a suggestion."""
-    restore = engine.state.remember()
-    tried = rates(wanted.start, wanted.end, wanted.steps)
+    restore = engine.state.snapshot()
+    lrs = geometric_lrs(lr_range.start, lr_range.end, lr_range.steps)
     try:
-        losses = sweep(engine, data, plan.course, tried)
+        losses = sweep(engine, data, plan.schedule, lrs)
     finally:
         restore()
-    plan.world.once(lambda: _tell(wanted, plan, tried[: len(losses)], losses))
+    plan.dist_context.on_rank_zero(lambda: _report(lr_range, plan, lrs[: len(losses)], losses))
     return 0
 
 
-def sweep(engine: Engine, data: Prepared, course: Course, tried: list[float]) -> list[float]:
+def sweep(engine: Engine, data: PreparedDataset, schedule: TrainSchedule, lrs: list[float]) -> list[float]:
     """The loss of each step, the token mean over its global batch *before* its update; ends where it diverges.
 
     The steps are those of a run: same order, same batches, same dropout; only the rates are others. Every rank sees the
     same numbers, so all end at the same step.
     """
-    settings, losses = course.settings, []
+    settings, losses = schedule.settings, []
     order, order_epoch = None, -1
-    for step, rate in enumerate(tried):
-        epoch, place = divmod(step, course.steps_per_epoch)
+    for step, lr in enumerate(lrs):
+        epoch, step_in_epoch = divmod(step, schedule.steps_per_epoch)
         if order is None or order_epoch != epoch:
             order, order_epoch = (
                 epoch_order(
-                    data.train, seed=settings.train.seed, epoch=epoch, global_batch=course.batch.global_batch,
-                    shuffle=settings.data.shuffle, by_length=settings.data.objective == "completion",
+                    data.train, seed=settings.train.seed, epoch=epoch, global_batch=schedule.batch.global_batch,
+                    shuffle=settings.data.shuffle, group_by_length=settings.data.objective == "completion",
                 ),
                 epoch,
             )  # fmt: skip
-        micros = step_batches(data.train, order, place, course.batch, engine.world.rank, PAD_ID)
-        _, _, counted = step_counts(data.train, order, place, course.batch.global_batch)
-        sums = [engine.accumulate(micro, step=step, counted=counted) for micro in micros]
+        micro_batches = step_batches(data.train, order, step_in_epoch, schedule.batch, engine.dist_context.rank, PAD_ID)
+        _, _, num_target_tokens = step_counts(data.train, order, step_in_epoch, schedule.batch.global_batch)
+        loss_sums = [
+            engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens)
+            for micro_batch in micro_batches
+        ]
         try:
-            losses.append(engine.step(rate, sums).nll / counted)
-        except NotFinite:
+            losses.append(engine.step(lr, loss_sums).loss_sum / num_target_tokens)
+        except NonFiniteError:
             losses.append(math.nan)
-            engine.drop()
-        if diverged(losses, len(tried)):
+            engine.discard_step()
+        if has_diverged(losses, len(lrs)):
             break
-        if engine.world.rank == 0 and (step + 1) % max(1, len(tried) // SHOWN) == 0:
-            print(f"step {step + 1}/{len(tried)}  lr {rate:.1e}  loss {losses[-1]:.4f}", flush=True)
+        if engine.dist_context.rank == 0 and (step + 1) % max(1, len(lrs) // NUM_PROGRESS_LINES) == 0:
+            print(f"step {step + 1}/{len(lrs)}  lr {lr:.1e}  loss {losses[-1]:.4f}", flush=True)
     return losses
 
 
-def _tell(wanted: LrRange, plan: Plan, tried: list[float], losses: list[float]) -> None:
+def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[float]) -> None:
     """On one rank: the verdict in words, as JSON and as a picture."""
     settings = plan.settings
-    verdict = judge(tried, losses, wanted.steps)
+    suggestion = suggest_lr(lrs, losses, lr_range.steps)
     folder = Path(settings.run_folder)
-    finite = [loss for loss in losses if math.isfinite(loss)]
+    finite_losses = [loss for loss in losses if math.isfinite(loss)]
     content = {
-        "format": 1, "mode": settings.mode, "range": [wanted.start, wanted.end], "steps": wanted.steps, "lr": tried,
+        "format": 1, "mode": settings.mode, "range": [lr_range.start, lr_range.end], "steps": lr_range.steps, "lr": lrs,
         "loss": [loss if math.isfinite(loss) else None for loss in losses],
-        "smoothed": smooth(finite, smoothing(wanted.steps)),
-        "suggestion": verdict.suggestion, "lowest": verdict.lowest, "steepest": verdict.steepest,
-        "warning": verdict.warning, "settings": settings.as_dict(), "resolved": plan.resolved(),
-        "data": plan.data["fingerprint"],
+        "smoothed": smooth(finite_losses, smoothing_beta(lr_range.steps)),
+        "suggestion": suggestion.lr, "lowest": suggestion.lr_at_lowest_loss, "steepest": suggestion.lr_at_steepest_fall,
+        "warning": suggestion.warning, "settings": settings.as_dict(), "resolved": plan.resolved(),
+        "data": plan.data_info["fingerprint"],
     }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "find-lr.json", json.dumps(content, indent=1) + "\n")
-        draw_range_test(
-            folder / "find-lr.png", mode=settings.mode, rates=tried[: len(finite)], losses=finite,
-            smoothed=content["smoothed"], suggestion=verdict.suggestion, name=settings.run_name,
+        plot_lr_range_test(
+            folder / "find-lr.png", mode=settings.mode, lrs=lrs[: len(finite_losses)], losses=finite_losses,
+            smoothed_losses=content["smoothed"], suggested_lr=suggestion.lr, name=settings.run_name,
         )  # fmt: skip
-    except OSError as problem:
+    except OSError as error:
         raise UserError(
-            f"{folder}: cannot write there: {problem.strerror}; name another folder with --out"
-        ) from problem
-    for line in lines(verdict, settings.mode, settings.train.lr):
+            f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        ) from error
+    for line in format_lines(suggestion, settings.mode, settings.train.lr):
         print(line, flush=True)
     print(f"plot           {folder / 'find-lr.png'}, numbers in find-lr.json; nothing was trained", flush=True)
 
 
-def lines(verdict: Verdict, mode: str, lr: float) -> list[str]:
+def format_lines(suggestion: LRSuggestion, mode: str, lr: float) -> list[str]:
     """The verdict for people."""
-    told = []
-    if verdict.suggestion is not None:
-        told.append(
-            f"suggestion     --lr {verdict.suggestion:g} for --mode {mode} (a tenth of {verdict.lowest:.1e}, where the "
-            f"loss is lowest; it falls fastest at {verdict.steepest:.1e}; these settings have {lr:g})"
+    lines = []
+    if suggestion.lr is not None:
+        lines.append(
+            f"suggestion     --lr {suggestion.lr:g} for --mode {mode} (a tenth of {suggestion.lr_at_lowest_loss:.1e}, "
+            "where the "
+            f"loss is lowest; it falls fastest at {suggestion.lr_at_steepest_fall:.1e}; these settings have {lr:g})"
         )
     else:
-        told.append("suggestion     none")
-    if verdict.warning:
-        told.append(f"range          {verdict.warning}: --find-lr START:END")
-    return told
+        lines.append("suggestion     none")
+    if suggestion.warning:
+        lines.append(f"range          {suggestion.warning}: --find-lr START:END")
+    return lines

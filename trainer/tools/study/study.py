@@ -11,13 +11,13 @@ from pathlib import Path
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.schema import Settings, scientific
+from trainer.config.schema import Settings, fields_fixed_on_resume
 from trainer.report.full_vs_lora import best_loss
-from trainer.report.paired_interval import Group, Spread, difference, groups
-from trainer.report.run_data import Run, Unreadable, read_folder
+from trainer.report.paired_interval import MeanStd, SeedGroup, group_by_seed, welch_difference
+from trainer.report.run_data import RunData, RunReadError, read_folder
 
-LAUNCH = Path(__file__).parents[3] / "launch"
-FAMILIES = {
+LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
+METHODS = {
     "full": ("--mode", "full"),
     "lora": ("--mode", "lora"),
     "dora": ("--mode", "lora", "--adapter", "dora"),
@@ -26,27 +26,36 @@ FAMILIES = {
     "lora-nf4": ("--mode", "lora", "--quant", "nf4"),
     "lora-int8": ("--mode", "lora", "--quant", "int8"),
 }
-OWN = ("--mode", "--adapter", "--quant", "--seed", "--out", "--run-name", "--resume", "--lora-rank")  # set per trial
-COMMON = ("--samples", "0", "--save-every", "never")  # what the passed flags may override
+RESERVED_FLAGS = (
+    "--mode",
+    "--adapter",
+    "--quant",
+    "--seed",
+    "--output-dir",
+    "--run-name",
+    "--resume",
+    "--lora-rank",
+)  # set per trial
+DEFAULT_ARGV = ("--num-samples", "0", "--save-every", "never")  # what the passed flags may override
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class SearchSpace:
     """Which trials there are. Factors multiply full training's learning rate: --lr, or that of the preset."""
 
-    families: tuple[str, ...]
+    methods: tuple[str, ...]
     seeds: tuple[int, ...]
-    ranks: tuple[int, ...]  #: of `lora`; the other adapters take the first
+    lora_ranks: tuple[int, ...]  #: of `lora`; the other adapters take the first
     full_factors: tuple[float, ...]
     lora_factors: tuple[float, ...]  #: of `lora`
     other_factors: tuple[float, ...]  #: of the other adapters
 
     def __post_init__(self) -> None:
-        for family in self.families:
-            if family not in FAMILIES:
-                raise UserError(f"--ways {family}: expected some of {', '.join(FAMILIES)}")
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"--methods {method}: expected some of {', '.join(METHODS)}")
         for flag, values in (
-            ("--ways", self.families), ("--seeds", self.seeds), ("--ranks", self.ranks),
+            ("--methods", self.methods), ("--seeds", self.seeds), ("--ranks", self.lora_ranks),
             ("--full-factors", self.full_factors), ("--lora-factors", self.lora_factors),
             ("--other-factors", self.other_factors),
         ):  # fmt: skip
@@ -55,179 +64,201 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class StudyRun:
     """One run of launch/train.py."""
 
     name: str  #: of its folder and its run
     folder: Path
-    words: tuple[str, ...]  #: its flags
+    argv: tuple[str, ...]  #: its flags
 
     @property
     def settings(self) -> Settings:
         """What the flags come to; UserError on a mistake in them."""
-        return cli.read(self.words).settings
+        return cli.parse_args(self.argv).settings
 
 
-def trials(grid: Grid, out: Path, passed: Sequence[str]) -> list[Trial]:
+def build_runs(search_space: SearchSpace, output_dir: Path, extra_argv: Sequence[str]) -> list[StudyRun]:
     """Every trial, one seed after the other, so that what is done after a while is a whole grid of fewer seeds."""
-    for word in passed:
-        if word.partition("=")[0] in OWN:
-            raise UserError(f"{word}: the study sets it for each of its runs; expected other flags of launch/train.py")
-    rate = cli.read(["--mode", "full", *passed]).settings.train.lr
-    made = [
-        _trial(family, rank, factor * rate, seed, out, passed)
-        for seed in grid.seeds
-        for family in grid.families
-        for rank in {"full": (None,), "lora": grid.ranks}.get(family, grid.ranks[:1])
-        for factor in {"full": grid.full_factors, "lora": grid.lora_factors}.get(family, grid.other_factors)
+    for argument in extra_argv:
+        if argument.partition("=")[0] in RESERVED_FLAGS:
+            raise UserError(
+                f"{argument}: the study sets it for each of its runs; expected other flags of launch/train.py"
+            )
+    base_lr = cli.parse_args(["--mode", "full", *extra_argv]).settings.train.lr
+    study_runs = [
+        _build_run(method, lora_rank, factor * base_lr, seed, output_dir, extra_argv)
+        for seed in search_space.seeds
+        for method in search_space.methods
+        for lora_rank in {"full": (None,), "lora": search_space.lora_ranks}.get(method, search_space.lora_ranks[:1])
+        for factor in {"full": search_space.full_factors, "lora": search_space.lora_factors}.get(
+            method, search_space.other_factors
+        )
     ]
-    for trial in made:
-        _ = trial.settings  # a mistake is found before the first of them runs
-    return made
+    for study_run in study_runs:
+        _ = study_run.settings  # a mistake is found before the first of them runs
+    return study_runs
 
 
-def _trial(family: str, rank: int | None, rate: float, seed: int, out: Path, passed: Sequence[str]) -> Trial:
-    name = "-".join([family, *([f"r{rank}"] if rank else []), f"lr{rate:.3g}", f"s{seed}"])
-    ranked = ["--lora-rank", str(rank)] if rank else []
-    words = [*FAMILIES[family], *COMMON, *passed, *ranked, "--lr", f"{rate:.6g}", "--seed", str(seed)]
-    folder = out / name
-    return Trial(name=name, folder=folder, words=(*words, "--out", str(folder), "--run-name", name))
+def _build_run(
+    method: str, lora_rank: int | None, lr: float, seed: int, output_dir: Path, extra_argv: Sequence[str]
+) -> StudyRun:
+    name = "-".join([method, *([f"r{lora_rank}"] if lora_rank else []), f"lr{lr:.3g}", f"s{seed}"])
+    rank_argv = ["--lora-rank", str(lora_rank)] if lora_rank else []
+    argv = [*METHODS[method], *DEFAULT_ARGV, *extra_argv, *rank_argv, "--lr", f"{lr:.6g}", "--seed", str(seed)]
+    folder = output_dir / name
+    return StudyRun(name=name, folder=folder, argv=(*argv, "--output-dir", str(folder), "--run-name", name))
 
 
 # --- running ---
 
 
-def carry_out(made: Sequence[Trial], at_once: int, say: Callable[[str], None]) -> list[str]:
+def execute_runs(study_runs: Sequence[StudyRun], workers: int, log: Callable[[str], None]) -> list[str]:
     """Run those that are not finished, `at_once` side by side; returns one line for each that failed.
 
     A trial that was cut off is gone on with. UserError, before any of them runs, where a folder holds another run.
     """
-    waiting = [trial for trial in made if not _finished(trial)]
-    say(f"{len(made)} runs, {len(made) - len(waiting)} of them finished before")
-    threads = str(max(1, len(os.sched_getaffinity(0)) // at_once))
-    env = {"OMP_NUM_THREADS": threads, **os.environ}
+    pending_runs = [study_run for study_run in study_runs if not _is_finished(study_run)]
+    log(f"{len(study_runs)} runs, {len(study_runs) - len(pending_runs)} of them finished before")
+    num_threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    env = {"OMP_NUM_THREADS": num_threads, **os.environ}
 
-    def work(trial: Trial) -> str | None:
-        again = ["--resume"] if (trial.folder / "run.json").exists() else []
-        command = [sys.executable, str(LAUNCH / "train.py"), *trial.words, *again]
-        done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode == 0:
-            say(_told(trial))
+    def execute(study_run: StudyRun) -> str | None:
+        resume_argv = ["--resume"] if (study_run.folder / "run.json").exists() else []
+        command = [sys.executable, str(LAUNCH_FOLDER / "train.py"), *study_run.argv, *resume_argv]
+        process = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if process.returncode == 0:
+            log(_describe_result(study_run))
             return None
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        say(f"{trial.name}: failed: {last}")
-        return f"{trial.name}: {last}"
+        last_line = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        log(f"{study_run.name}: failed: {last_line}")
+        return f"{study_run.name}: {last_line}"
 
-    with ThreadPoolExecutor(at_once) as pool:
-        return [line for line in pool.map(work, waiting) if line]
+    with ThreadPoolExecutor(workers) as pool:
+        return [line for line in pool.map(execute, pending_runs) if line]
 
 
-def _finished(trial: Trial) -> bool:
+def _is_finished(study_run: StudyRun) -> bool:
     """Whether the folder holds this very trial, finished; UserError where it holds another."""
     try:
-        stored = json.loads((trial.folder / "run.json").read_text())["settings"]
+        stored_settings = json.loads((study_run.folder / "run.json").read_text())["settings"]
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError) as problem:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{trial.folder}: its run.json cannot be read ({problem}); name another folder with --out"
+            f"{study_run.folder}: its run.json cannot be read ({error}); name another folder with --output-dir"
         ) from None
-    before, now = (scientific(one) | {"data": one.data.data, "val_data": one.data.val_data}
-                   for one in (Settings.from_dict(stored), trial.settings))  # fmt: skip
-    for name in now:
-        if before.get(name) != now[name]:
+    stored_fields, current_fields = (fields_fixed_on_resume(settings) | {"data": settings.data.data,
+        "val_data": settings.data.val_data}
+                   for settings in (Settings.from_dict(stored_settings), study_run.settings))  # fmt: skip
+    for name in current_fields:
+        if stored_fields.get(name) != current_fields[name]:
             raise UserError(
-                f"{trial.folder} holds a run with {name} {before.get(name)}, now it is {now[name]}; "
-                "name another folder with --out"
+                f"{study_run.folder} holds a run with {name} {stored_fields.get(name)}, now it is "
+                f"{current_fields[name]}; "
+                "name another folder with --output-dir"
             )
-    run = _read(trial.folder)
-    return run is not None and run.finished
+    run = _try_read(study_run.folder)
+    return run is not None and run.is_finished
 
 
-def _read(folder: Path) -> Run | None:
+def _try_read(folder: Path) -> RunData | None:
     try:
         return read_folder(folder)
-    except Unreadable:
+    except RunReadError:
         return None
 
 
-def _told(trial: Trial) -> str:
-    run = _read(trial.folder)
-    return f"{trial.name}: validation loss {run.best['loss']:.4f}" if run and run.best else f"{trial.name}: done"
+def _describe_result(study_run: StudyRun) -> str:
+    run = _try_read(study_run.folder)
+    return (
+        f"{study_run.name}: validation loss {run.best_eval['loss']:.4f}"
+        if run and run.best_eval
+        else f"{study_run.name}: done"
+    )
 
 
 # --- the table ---
 
 
-def read(folders: Iterable[Path]) -> list[Group]:
+def read_groups(folders: Iterable[Path]) -> list[SeedGroup]:
     """The finished runs of these folders by what they have in common, the seed apart."""
-    found = groups([run for folder in folders if (run := _read(folder)) is not None and run.finished and run.best])
-    return sorted(found, key=lambda group: (*_place(group), _rate(group)))
+    method_groups = group_by_seed(
+        [run for folder in folders if (run := _try_read(folder)) is not None and run.is_finished and run.best_eval]
+    )
+    return sorted(method_groups, key=lambda group: (*_sort_key(group), _lr(group)))
 
 
-def _place(group: Group) -> tuple[int, int]:
-    return list(FAMILIES).index(family) if (family := _family(group)) in FAMILIES else len(FAMILIES), _rank(group) or 0
+def _sort_key(group: SeedGroup) -> tuple[int, int]:
+    return list(METHODS).index(method) if (method := _method_name(group)) in METHODS else len(METHODS), _lora_rank(
+        group
+    ) or 0
 
 
-def _family(group: Group) -> str:
+def _method_name(group: SeedGroup) -> str:
     run = group.runs[0]
-    name = "full" if run.mode == "full" else str(run.fact("settings.lora.adapter"))
-    return f"{name}-{run.fact('settings.model.quant')}" if run.fact("settings.model.quant") else name
+    name = "full" if run.mode == "full" else str(run.get("settings.lora.adapter"))
+    return f"{name}-{run.get('settings.model.quant')}" if run.get("settings.model.quant") else name
 
 
-def _rank(group: Group) -> int | None:
-    return None if group.mode == "full" else int(group.runs[0].fact("settings.lora.rank"))
+def _lora_rank(group: SeedGroup) -> int | None:
+    return None if group.mode == "full" else int(group.runs[0].get("settings.lora.rank"))
 
 
-def _rate(group: Group) -> float:
-    return float(group.runs[0].fact("resolved.lr"))
+def _lr(group: SeedGroup) -> float:
+    return float(group.runs[0].get("resolved.lr"))
 
 
-def best_of(found: Sequence[Group]) -> dict[str, Group]:
+def best_by_method(method_groups: Sequence[SeedGroup]) -> dict[str, SeedGroup]:
     """{family: its group with the lowest mean validation loss}."""
-    best: dict[str, Group] = {}
-    for group in sorted(found, key=lambda group: best_loss(group).mean):
-        best.setdefault(_family(group), group)
+    best: dict[str, SeedGroup] = {}
+    for group in sorted(method_groups, key=lambda group: best_loss(group).mean):
+        best.setdefault(_method_name(group), group)
     return best
 
 
-def table(found: Sequence[Group]) -> list[str]:
+def markdown_table(method_groups: Sequence[SeedGroup]) -> list[str]:
     """The lines of a Markdown table, the best of each family in bold, and what is to be known beside it."""
-    best = best_of(found)
+    best = best_by_method(method_groups)
     full = best_loss(best["full"]) if "full" in best else None
     lines = [
         "| way | rank | learning rate | trainable | validation loss | seeds | to the best full |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for group in found:
-        loss, bold = best_loss(group), "**" if best[_family(group)] is group else ""
+    for group in method_groups:
+        loss, bold = best_loss(group), "**" if best[_method_name(group)] is group else ""
         cells = [
-            f"{bold}{_family(group)}{bold}", str(_rank(group) or "-"), f"{_rate(group):.3g}",
-            f"{group.runs[0].fact('model.trainable'):,}", f"{bold}{_spread(loss)}{bold}", str(loss.n),
-            _gap(loss, full),
+            f"{bold}{_method_name(group)}{bold}", str(_lora_rank(group) or "-"), f"{_lr(group):.3g}",
+            f"{group.runs[0].get('model.trainable'):,}", f"{bold}{_format_loss(loss)}{bold}", str(loss.n),
+            _format_gap(loss, full),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, "", *_edges(found, best)]
+    return [*lines, "", *_edge_notes(method_groups, best)]
 
 
-def _spread(loss: Spread) -> str:
+def _format_loss(loss: MeanStd) -> str:
     return f"{loss.mean:.4f}" + (f" ± {loss.sd:.4f}" if loss.sd is not None else "")
 
 
-def _gap(loss: Spread, full: Spread | None) -> str:
-    """The difference to the best full, with a star where it exceeds the spread between seeds (`report.seeds.RULE`)."""
+def _format_gap(loss: MeanStd, full: MeanStd | None) -> str:
+    """The difference to the best full, with a star where it exceeds the spread between seeds (`WELCH_RULE`)."""
     if full is None or loss == full:
         return "-"
-    gap = difference(loss, full)
-    return f"{gap.difference:+.4f}" + ("*" if gap.exceeds else "")
+    mean_difference = welch_difference(loss, full)
+    return f"{mean_difference.difference:+.4f}" + ("*" if mean_difference.exceeds else "")
 
 
-def _edges(found: Sequence[Group], best: dict[str, Group]) -> list[str]:
+def _edge_notes(method_groups: Sequence[SeedGroup], best: dict[str, SeedGroup]) -> list[str]:
     """A line for each family whose best rate is the smallest or the largest of those that were tried."""
     lines = ["± is one sample standard deviation over seeds; * a difference that exceeds the spread between seeds."]
-    for family, group in best.items():
-        rates = sorted({_rate(other) for other in found if _family(other) == family and _rank(other) == _rank(group)})
-        if len(rates) > 1 and _rate(group) in (rates[0], rates[-1]):
-            side = "smallest" if _rate(group) == rates[0] else "largest"
-            lines.append(f"{family}: {_rate(group):.3g} is the {side} rate tried; a better one may lie beyond it.")
+    for method, group in best.items():
+        lrs = sorted(
+            {
+                _lr(candidate)
+                for candidate in method_groups
+                if _method_name(candidate) == method and _lora_rank(candidate) == _lora_rank(group)
+            }
+        )
+        if len(lrs) > 1 and _lr(group) in (lrs[0], lrs[-1]):
+            side = "smallest" if _lr(group) == lrs[0] else "largest"
+            lines.append(f"{method}: {_lr(group):.3g} is the {side} rate tried; a better one may lie beyond it.")
     return lines

@@ -6,263 +6,302 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from trainer.tracking.records import EvalRecord, StepRecord
-from trainer.training.diagnostics.online_stats import Line, Mean, welch
-from trainer.training.diagnostics.types import Facts, Finding
+from trainer.training.diagnostics.online_stats import MeanEstimate, OnlineLinearRegression, welch_t
+from trainer.training.diagnostics.types import Diagnostic, RunInfo
 
-WINDOW = 20  # steps whose mean stands for the loss "now"
+WINDOW_STEPS = 20  # steps whose mean stands for the loss "now"
 FLAT_STEPS, FLAT_SHARE = 50, 0.1  # a trend is looked for after so many steps, and this share of the run
-FLAT_T = -2.0  # one-sided 2.3%: a slope that is no further below zero is not told from noise
-FELL = 0.01  # a validation loss that fell by this share shows that the run learns
+FLAT_MAX_T = -2.0  # one-sided 2.3%: a slope that is no further below zero is not told from noise
+MIN_VAL_DROP = 0.01  # a validation loss that fell by this share shows that the run learns
 TINY_STEPS = 10  # steps over which rate and gradient must be next to nothing
-ROUNDING = 2**-24 * 0.02  # half the spacing of float32 at 0.02, the standard deviation of GPT-2's initial weights
-MASKED = 0.9
-CLIPPED_STEPS, CLIPPED_TIMES = 50, 10.0
-RISE, RISE_ERRORS = 0.1, 6.0
-GENERALISATION_LOSS, FELL_ERRORS = 0.01, 2.0
-HALVINGS, OVERFLOW_STEPS = 17, 100
+MIN_EFFECTIVE_LR = (
+    2**-24 * 0.02
+)  # half the spacing of float32 at 0.02, the standard deviation of GPT-2's initial weights
+MAX_MASKED_SHARE = 0.9
+CLIPPED_STEPS, MIN_CLIPPED_RATIO = 50, 10.0
+MIN_RISE, RISE_STD_ERRORS = 0.1, 6.0
+GENERALISATION_LOSS, FALL_STD_ERRORS = 0.01, 2.0
+NUM_HALVINGS, OVERFLOW_STEPS = 17, 100
 
 
 @dataclass
-class Learning:
+class LossRules:
     """What the rules remember of the records so far; of each length of run the same amount, evaluations aside."""
 
-    facts: Facts
-    line: Line = field(default_factory=Line)
-    rate: float = 0.0  # the highest so far
-    recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=CLIPPED_STEPS))
-    lowest: Mean | None = None  # of the windows so far
-    evals: list[EvalRecord] = field(default_factory=list)
-    means: list[Mean] = field(default_factory=list)  # training loss between two evaluations
-    between: list[float] = field(default_factory=list)  # the step losses since the last one
-    skipped: deque[int] = field(default_factory=lambda: deque(maxlen=HALVINGS + 1))
+    run_info: RunInfo
+    loss_trend: OnlineLinearRegression = field(default_factory=OnlineLinearRegression)
+    max_lr: float = 0.0  # the highest so far
+    recent_steps: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=CLIPPED_STEPS))
+    lowest_window: MeanEstimate | None = None  # of the windows so far
+    eval_records: list[EvalRecord] = field(default_factory=list)
+    train_loss_means: list[MeanEstimate] = field(default_factory=list)  # training loss between two evaluations
+    losses_since_eval: list[float] = field(default_factory=list)  # the step losses since the last one
+    skipped_steps: deque[int] = field(default_factory=lambda: deque(maxlen=NUM_HALVINGS + 1))
 
-    def step(self, row: StepRecord) -> list[Finding | None]:
+    def on_step(self, record: StepRecord) -> list[Diagnostic | None]:
         """What one more step shows."""
-        self.line.add(row.step, row.loss)
-        self.rate = max(self.rate, row.lr)
-        self.recent.append(row)
-        self.between.append(row.loss)
-        found = [self.masked(), self.no_rate(), self.no_gradient(), self.always_clipped(), self.rising(), self.flat()]
-        if self.line.n % WINDOW == 0:
-            now = self.window()
-            self.lowest = now if self.lowest is None or now.value < self.lowest.value else self.lowest
-        return found
+        self.loss_trend.add(record.step, record.loss)
+        self.max_lr = max(self.max_lr, record.lr)
+        self.recent_steps.append(record)
+        self.losses_since_eval.append(record.loss)
+        diagnostics = [
+            self.check_masked_labels(),
+            self.check_no_rate(),
+            self.check_no_gradient(),
+            self.check_always_clipped(),
+            self.check_rising(),
+            self.check_flat_loss(),
+        ]
+        if self.loss_trend.n % WINDOW_STEPS == 0:
+            window_mean = self.compute_window_mean()
+            self.lowest_window = (
+                window_mean
+                if self.lowest_window is None or window_mean.value < self.lowest_window.value
+                else self.lowest_window
+            )
+        return diagnostics
 
-    def evaluation(self, row: EvalRecord) -> list[Finding | None]:
+    def on_eval(self, record: EvalRecord) -> list[Diagnostic | None]:
         """What one more evaluation shows."""
-        if self.evals and self.between:
-            one = Mean(self.between[0], self.line.noise)
-            self.means.append(Mean.of(self.between) if len(self.between) > 1 else one)
-        self.between = []
-        self.evals.append(row)
-        return [self.worse(), self.overfitting()]
+        if self.eval_records and self.losses_since_eval:
+            single_loss = MeanEstimate(self.losses_since_eval[0], self.loss_trend.residual_variance)
+            self.train_loss_means.append(
+                MeanEstimate.from_values(self.losses_since_eval) if len(self.losses_since_eval) > 1 else single_loss
+            )
+        self.losses_since_eval = []
+        self.eval_records.append(record)
+        return [self.check_worse_than_start(), self.check_overfitting()]
 
-    def window(self) -> Mean:
-        """The mean loss of the last WINDOW steps."""
-        return Mean.of(row.loss for row in list(self.recent)[-WINDOW:])
+    def compute_window_mean(self) -> MeanEstimate:
+        """The mean loss of the last WINDOW_STEPS steps."""
+        return MeanEstimate.from_values(row.loss for row in list(self.recent_steps)[-WINDOW_STEPS:])
 
-    def flat(self) -> Finding | None:
-        """The loss does not fall: its slope over all steps so far is not told from noise (`Line.t`).
+    def check_flat_loss(self) -> Diagnostic | None:
+        """The loss does not fall: its slope over all steps so far is not told from noise
+        (`OnlineLinearRegression.t_statistic`).
 
         Looked at when enough steps are done, at every doubling of that, and at the last step. The fall that this can
         tell in n steps is about 2 sd sqrt(12 / n): 0.05 nats at the card's 10% of 19,863 steps with sd 0.3.
         """
-        first = max(FLAT_STEPS, math.ceil(FLAT_SHARE * self.facts.total_steps))
-        n, last = self.line.n, self.recent[-1].step >= self.facts.total_steps
-        doubled = n >= first and n % first == 0 and (n // first).bit_count() == 1
-        if not (doubled or (last and n >= WINDOW)) or self.line.t <= FLAT_T or self._validation_fell():
+        first_check_step = max(FLAT_STEPS, math.ceil(FLAT_SHARE * self.run_info.total_steps))
+        n, is_last_step = self.loss_trend.n, self.recent_steps[-1].step >= self.run_info.total_steps
+        is_doubled = n >= first_check_step and n % first_check_step == 0 and (n // first_check_step).bit_count() == 1
+        if (
+            not (is_doubled or (is_last_step and n >= WINDOW_STEPS))
+            or self.loss_trend.t_statistic <= FLAT_MAX_T
+            or self._has_val_loss_fallen()
+        ):
             return None
-        rows = list(self.recent)
-        higher = len(self.evals) > 1 and self.evals[-1].loss > self.evals[0].loss * (1 + FELL)
-        lr = self.facts.lr
-        return Finding(
+        recent_steps = list(self.recent_steps)
+        has_risen = len(self.eval_records) > 1 and self.eval_records[-1].loss > self.eval_records[0].loss * (
+            1 + MIN_VAL_DROP
+        )
+        lr = self.run_info.lr
+        return Diagnostic(
             code="flat_loss",
             seen=f"in {n} steps the training loss has no fall that stands out of its noise "
-            f"(slope {self.line.slope:+.1e} a step, t {self.line.t:+.1f}, mean {self.line.y:.4f})",
-            cause=f"the learning rate {lr:g} is too {'high' if higher else 'low'}",
-            remedy=f"--lr {lr / 10 if higher else lr * 10:g}",
-            evidence={"steps": n, "slope": self.line.slope, "t": _finite(self.line.t), "mean": self.line.y,
-                      "recent": fmean(row.loss for row in rows[-WINDOW:])},
+            f"(slope {self.loss_trend.slope:+.1e} a step, t {self.loss_trend.t_statistic:+.1f}, mean "
+            f"{self.loss_trend.mean_y:.4f})",
+            cause=f"the learning rate {lr:g} is too {'high' if has_risen else 'low'}",
+            remedy=f"--lr {lr / 10 if has_risen else lr * 10:g}",
+            evidence={"steps": n, "slope": self.loss_trend.slope, "t": _finite_or_none(self.loss_trend.t_statistic),
+            "mean": self.loss_trend.mean_y,
+                      "recent": fmean(row.loss for row in recent_steps[-WINDOW_STEPS:])},
         )  # fmt: skip
 
-    def _validation_fell(self) -> bool:
-        return len(self.evals) > 1 and min(row.loss for row in self.evals[1:]) < self.evals[0].loss * (1 - FELL)
+    def _has_val_loss_fallen(self) -> bool:
+        return len(self.eval_records) > 1 and min(row.loss for row in self.eval_records[1:]) < self.eval_records[
+            0
+        ].loss * (1 - MIN_VAL_DROP)
 
-    def no_gradient(self) -> Finding | None:
+    def check_no_gradient(self) -> Diagnostic | None:
         """The gradient's root mean square is under AdamW's epsilon.
 
         Adam moves a weight by lr g / (|g| + epsilon) (Kingma and Ba 2015, algorithm 1): under epsilon less than half
         of the rate is left of it. The norm over the square root of the number of weights is that mean.
         """
-        rows = list(self.recent)[-TINY_STEPS:]
-        norm = median(row.grad_norm for row in rows)
-        rms = norm / math.sqrt(self.facts.trainable)
-        if len(rows) < TINY_STEPS or rms >= self.facts.epsilon:
+        recent_steps = list(self.recent_steps)[-TINY_STEPS:]
+        norm = median(row.grad_norm for row in recent_steps)
+        rms = norm / math.sqrt(self.run_info.num_trainable_params)
+        if len(recent_steps) < TINY_STEPS or rms >= self.run_info.epsilon:
             return None
-        half = self.facts.precision == "fp16"
-        return Finding(
+        is_fp16 = self.run_info.precision == "fp16"
+        return Diagnostic(
             code="no_gradient",
             seen=f"the gradient of the last {TINY_STEPS} steps is next to nothing "
-            f"(norm {norm:.1e} over {self.facts.trainable:,} weights: below AdamW's epsilon {self.facts.epsilon:g})",
-            cause="gradients underflow in fp16" if half else "what counts in the loss hardly depends on what trains",
-            remedy="--precision bf16" if half else "--lora-targets with layers that matter" if self.facts.mode == "lora"
+            f"(norm {norm:.1e} over {self.run_info.num_trainable_params:,} weights: below AdamW's epsilon "
+            f"{self.run_info.epsilon:g})",
+            cause="gradients underflow in fp16" if is_fp16 else "what counts in the loss hardly depends on what trains",
+            remedy="--precision bf16" if is_fp16 else "--lora-target-modules with layers that matter" if self.run_info.mode == "lora"
             else "--objective blocks, where every token counts",
-            evidence={"grad_norm": norm, "rms": rms, "epsilon": self.facts.epsilon},
+            evidence={"grad_norm": norm, "rms": rms, "epsilon": self.run_info.epsilon},
         )  # fmt: skip
 
-    def no_rate(self) -> Finding | None:
+    def check_no_rate(self) -> Diagnostic | None:
         """The learning rate never rose above what float32 loses: a step of the rate is rounded away at 0.02."""
-        highest, steps = self.rate, self.line.n
-        if steps < TINY_STEPS or highest > ROUNDING:
+        max_lr, num_steps = self.max_lr, self.loss_trend.n
+        if num_steps < TINY_STEPS or max_lr > MIN_EFFECTIVE_LR:
             return None
-        warming = self.facts.warmup_steps > self.recent[-1].step
-        return Finding(
+        is_warming_up = self.run_info.warmup_steps > self.recent_steps[-1].step
+        return Diagnostic(
             code="no_rate",
-            seen=f"the learning rate was at most {highest:.1e} in {steps} steps, less than weights can hold",
-            cause=f"warm-up takes {self.facts.warmup_steps:,} steps" if warming else "--lr is too small",
-            remedy="--warmup-steps 0" if warming else "--lr 3e-5",
-            evidence={"lr": highest, "rounding": ROUNDING},
+            seen=f"the learning rate was at most {max_lr:.1e} in {num_steps} steps, less than weights can hold",
+            cause=f"warm-up takes {self.run_info.warmup_steps:,} steps" if is_warming_up else "--lr is too small",
+            remedy="--warmup-steps 0" if is_warming_up else "--lr 3e-5",
+            evidence={"lr": max_lr, "rounding": MIN_EFFECTIVE_LR},
         )
 
-    def masked(self) -> Finding | None:
+    def check_masked_labels(self) -> Diagnostic | None:
         """Nine of ten training tokens do not count in the loss, so most of the work teaches nothing."""
-        share = 1 - self.facts.counted_share
-        if share < MASKED:
+        masked_share = 1 - self.run_info.target_token_share
+        if masked_share < MAX_MASKED_SHARE:
             return None
-        return Finding(
+        return Diagnostic(
             code="masked_labels",
-            seen=f"{share:.1%} of the training tokens do not count in the loss",
+            seen=f"{masked_share:.1%} of the training tokens do not count in the loss",
             cause="prompts are long and completions short",
             remedy="--objective blocks, or a shorter --prompt",
-            evidence={"masked_share": share},
+            evidence={"masked_share": masked_share},
         )
 
-    def always_clipped(self) -> Finding | None:
-        """Each of the last steps was clipped, to a tenth and less: the norm of most is CLIPPED_TIMES the limit."""
-        rows, clip = self.recent, self.facts.clip
-        if not clip or len(rows) < CLIPPED_STEPS or min(row.grad_norm for row in rows) <= clip:
+    def check_always_clipped(self) -> Diagnostic | None:
+        """Each of the last steps was clipped, to a tenth and less: the norm of most is MIN_CLIPPED_RATIO times the
+        limit."""
+        recent_steps, max_grad_norm = self.recent_steps, self.run_info.max_grad_norm
+        if (
+            not max_grad_norm
+            or len(recent_steps) < CLIPPED_STEPS
+            or min(row.grad_norm for row in recent_steps) <= max_grad_norm
+        ):
             return None
-        norm = median(row.grad_norm for row in rows)
-        if norm < CLIPPED_TIMES * clip:
+        norm = median(row.grad_norm for row in recent_steps)
+        if norm < MIN_CLIPPED_RATIO * max_grad_norm:
             return None
-        return Finding(
+        return Diagnostic(
             code="always_clipped",
-            seen=f"each of the last {len(rows)} steps was clipped (median gradient norm {norm:.3g}, limit {clip:g})",
+            seen=f"each of the last {len(recent_steps)} steps was clipped (median gradient norm {norm:.3g}, limit {max_grad_norm:g})",
             cause="the limit is far below this model's gradients, so that only their direction is left",
-            remedy=f"--clip {float(f'{norm:.1g}'):g}",
-            evidence={"grad_norm": norm, "clip": clip, "steps": len(rows)},
+            remedy=f"--max-grad-norm {float(f'{norm:.1g}'):g}",
+            evidence={"grad_norm": norm, "clip": max_grad_norm, "steps": len(recent_steps)},
         )
 
-    def rising(self) -> Finding | None:
+    def check_rising(self) -> Diagnostic | None:
         """The loss has risen: the mean of the last window lies a tenth and six standard errors above the lowest one.
 
         Six, because of many windows the lowest is low by luck: two normal means differ by more once in 10^9 times.
         """
-        if self.lowest is None or self.line.n < 2 * WINDOW:
+        if self.lowest_window is None or self.loss_trend.n < 2 * WINDOW_STEPS:
             return None
-        now = self.window()
-        errors = welch(now, self.lowest)
-        if now.value < self.lowest.value * (1 + RISE) or errors < RISE_ERRORS:
+        window_mean = self.compute_window_mean()
+        std_errors = welch_t(window_mean, self.lowest_window)
+        if window_mean.value < self.lowest_window.value * (1 + MIN_RISE) or std_errors < RISE_STD_ERRORS:
             return None
-        return Finding(
+        return Diagnostic(
             code="diverging",
-            seen=f"the training loss rose to {now.value:.4f}, a mean of {WINDOW} steps, from {self.lowest.value:.4f} "
-            f"at its lowest ({min(errors, 999):.0f} standard errors)",
-            cause=f"the learning rate {self.facts.lr:g} is too high",
-            remedy=f"--lr {self.facts.lr / 3:.1g}",
-            evidence={"now": now.value, "lowest": self.lowest.value, "errors": _finite(errors)},
+            seen=f"the training loss rose to {window_mean.value:.4f}, a mean of {WINDOW_STEPS} steps, from {self.lowest_window.value:.4f} "
+            f"at its lowest ({min(std_errors, 999):.0f} standard errors)",
+            cause=f"the learning rate {self.run_info.lr:g} is too high",
+            remedy=f"--lr {self.run_info.lr / 3:.1g}",
+            evidence={
+                "now": window_mean.value,
+                "lowest": self.lowest_window.value,
+                "errors": _finite_or_none(std_errors),
+            },
         )
 
-    def worse(self) -> Finding | None:
+    def check_worse_than_start(self) -> Diagnostic | None:
         """The model is worse than before it was trained, on the validation and on the training rows, by a tenth."""
-        first, now = self.evals[0], self.evals[-1]
-        if first.step or not self.means:
+        first_eval, last_eval = self.eval_records[0], self.eval_records[-1]
+        if first_eval.step or not self.train_loss_means:
             return None
-        train = self.means[-1].value
-        if min(now.loss, train) < first.loss * (1 + RISE):
+        train_loss = self.train_loss_means[-1].value
+        if min(last_eval.loss, train_loss) < first_eval.loss * (1 + MIN_RISE):
             return None
-        return Finding(
+        return Diagnostic(
             code="diverging",
-            seen=f"the model is worse than before training: validation loss {first.loss:.4f} -> {now.loss:.4f}, "
-            f"training loss {train:.4f}",
-            cause=f"the learning rate {self.facts.lr:g} is too high",
-            remedy=f"--lr {self.facts.lr / 3:.1g}",
-            evidence={"before": first.loss, "now": now.loss, "train": train},
+            seen=f"the model is worse than before training: validation loss {first_eval.loss:.4f} -> {last_eval.loss:.4f}, "
+            f"training loss {train_loss:.4f}",
+            cause=f"the learning rate {self.run_info.lr:g} is too high",
+            remedy=f"--lr {self.run_info.lr / 3:.1g}",
+            evidence={"before": first_eval.loss, "now": last_eval.loss, "train": train_loss},
         )
 
-    def not_finite(self, step: int, message: str) -> Finding:
+    def on_non_finite(self, step: int, message: str) -> Diagnostic:
         """The loss or the gradient is no number any more."""
-        return Finding(
+        return Diagnostic(
             code="diverging",
             seen=message.split(";", 1)[0],
-            cause=f"the learning rate {self.facts.lr:g} is too high"
-            + (f" for {self.facts.precision}" if self.facts.precision != "fp32" else ""),
-            remedy=f"--lr {self.facts.lr / 3:.1g}",
+            cause=f"the learning rate {self.run_info.lr:g} is too high"
+            + (f" for {self.run_info.precision}" if self.run_info.precision != "fp32" else ""),
+            remedy=f"--lr {self.run_info.lr / 3:.1g}",
             evidence={"step": step},
         )
 
-    def overfitting(self) -> Finding | None:
+    def check_overfitting(self) -> Diagnostic | None:
         """The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell.
 
         Fell: by two standard errors, from the stretch before the lowest evaluation to the last one.
         The first is the generalisation loss GL of Prechelt, "Early stopping - but when?" (1998), equation 1, with
         his smallest threshold; the second tells it from diverging.
         """
-        now = self.evals[-1]
-        at = min(range(len(self.evals)), key=lambda i: self.evals[i].loss)
-        best, since = self.evals[at], self.evals[at + 1 :]
-        loss = now.loss / best.loss - 1
-        long = len(since) >= 2 or now.epoch - best.epoch >= 1 - 1e-6
-        if loss < GENERALISATION_LOSS or not long or len(self.means) < 2:
+        last_eval = self.eval_records[-1]
+        best_index = min(range(len(self.eval_records)), key=lambda i: self.eval_records[i].loss)
+        best_eval, later_evals = self.eval_records[best_index], self.eval_records[best_index + 1 :]
+        generalization_loss = last_eval.loss / best_eval.loss - 1
+        is_sustained = len(later_evals) >= 2 or last_eval.epoch - best_eval.epoch >= 1 - 1e-6
+        if generalization_loss < GENERALISATION_LOSS or not is_sustained or len(self.train_loss_means) < 2:
             return None
-        before, last = self.means[max(0, at - 1)], self.means[-1]
-        if welch(before, last) < FELL_ERRORS or last.value > self.evals[0].loss:
+        mean_before, mean_after = self.train_loss_means[max(0, best_index - 1)], self.train_loss_means[-1]
+        if welch_t(mean_before, mean_after) < FALL_STD_ERRORS or mean_after.value > self.eval_records[0].loss:
             return None
-        epochs = now.epoch - best.epoch
-        remedy = f"--dropout {min(0.5, self.facts.dropout + 0.1):.2g}" if self.facts.early_stop else (
-            f"--early-stop {max(1, len(since) - 1)} --export best"
+        num_epochs = last_eval.epoch - best_eval.epoch
+        remedy = f"--dropout {min(0.5, self.run_info.dropout + 0.1):.2g}" if self.run_info.has_early_stopping else (
+            f"--early-stop {max(1, len(later_evals) - 1)} --export best"
         )  # fmt: skip
-        return Finding(
+        return Diagnostic(
             code="overfitting",
-            seen=f"the validation loss rose for {epochs:.3g} epochs, since epoch {best.epoch:.4g} (step {best.step}): "
-            f"{best.loss:.4f} -> {now.loss:.4f}, while the training loss fell: {before.value:.4f} -> {last.value:.4f}",
+            seen=f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best_eval.epoch:.4g} (step {best_eval.step}): "
+            f"{best_eval.loss:.4f} -> {last_eval.loss:.4f}, while the training loss fell: {mean_before.value:.4f} -> "
+            f"{mean_after.value:.4f}",
             cause="the model learns the training rows by heart",
             remedy=remedy,
-            evidence={"since_epoch": best.epoch, "since_step": best.step, "epochs": epochs, "evaluations": len(since),
-                      "best": best.loss, "now": now.loss, "train_before": before.value, "train_now": last.value},
+            evidence={"since_epoch": best_eval.epoch, "since_step": best_eval.step, "epochs": num_epochs,
+                "evaluations": len(later_evals),
+                      "best": best_eval.loss, "now": last_eval.loss, "train_before": mean_before.value,
+                      "train_now": mean_after.value},
         )  # fmt: skip
 
-    def overflow(self, step: int) -> Finding | None:
+    def on_skipped_step(self, step: int) -> Diagnostic | None:
         """More updates were left out than a loss scale needs to come down: from 2^16, its start, to 1 it is halved 16
         times, the first overflow only counts (DeepSpeed's hysteresis of 2), and it grows once in 1,000 good steps.
         """
-        self.skipped.append(step)
-        if len(self.skipped) <= HALVINGS or step - self.skipped[0] >= OVERFLOW_STEPS:
+        self.skipped_steps.append(step)
+        if len(self.skipped_steps) <= NUM_HALVINGS or step - self.skipped_steps[0] >= OVERFLOW_STEPS:
             return None
-        return Finding(
+        return Diagnostic(
             code="overflow",
-            seen=f"{len(self.skipped)} updates of the last {step - self.skipped[0] + 1} steps were left out",
+            seen=f"{len(self.skipped_steps)} updates of the last {step - self.skipped_steps[0] + 1} steps were left out",
             cause="gradients overflow in fp16 at every loss scale",
             remedy="--precision bf16",
-            evidence={"skipped": len(self.skipped), "steps": step - self.skipped[0] + 1},
+            evidence={"skipped": len(self.skipped_steps), "steps": step - self.skipped_steps[0] + 1},
         )
 
-    def adapter(self, largest: float) -> Finding | None:
+    def check_adapter(self, max_abs_b: float) -> Diagnostic | None:
         """Every B of the adapters is still zero, as it began: the adapted model is the base.
 
-        `largest`: the largest entry of any B by size. AdamW moves each weight with a gradient by about the rate
+        `max_abs_b`: the largest entry of any B by size. AdamW moves each weight with a gradient by about the rate
         from its first step, so it is never zero by chance.
         """
-        if largest:
+        if max_abs_b:
             return None
-        return Finding(
+        return Diagnostic(
             code="adapter_still_zero",
             seen="every B of the LoRA adapters is still zero: the model is the base model",
             cause="no gradient reaches the adapters, or no update was applied",
-            remedy="--lora-targets with layers that the model uses",
-            evidence={"largest_b": largest},
+            remedy="--lora-target-modules with layers that the model uses",
+            evidence={"largest_b": max_abs_b},
         )
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None

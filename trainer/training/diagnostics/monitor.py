@@ -7,63 +7,63 @@ nothing twice.
 from collections.abc import Iterable
 
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
-from trainer.training.diagnostics.loss_rules import Learning
-from trainer.training.diagnostics.throughput_rules import Speed
-from trainer.training.diagnostics.types import Facts, Finding
+from trainer.training.diagnostics.loss_rules import LossRules
+from trainer.training.diagnostics.throughput_rules import ThroughputRules
+from trainer.training.diagnostics.types import Diagnostic, RunInfo
 
 
-class Diagnosis:
+class DiagnosticsMonitor:
     """Takes the records of a run in order and gives back what is new to say."""
 
-    def __init__(self, facts: Facts):
-        self.learning = Learning(facts)
-        self.speed = Speed(facts)
-        self.said: set[str] = set()
-        self._last: float | None = None  # time of the row before
+    def __init__(self, run_info: RunInfo):
+        self.loss_rules = LossRules(run_info)
+        self.throughput_rules = ThroughputRules(run_info)
+        self.reported_codes: set[str] = set()
+        self._previous_time: float | None = None  # time of the row before
 
-    def replay(self, records: Iterable[Record]) -> list[Finding]:
+    def replay(self, records: Iterable[Record]) -> list[Diagnostic]:
         """Take the rows that an earlier process left; returns what it had no time to say. Their times do not count."""
-        found: list[Finding] = []
+        diagnostics: list[Diagnostic] = []
         for record in records:
             if isinstance(record, EventRecord) and record.event == "diagnosis":
-                self.said.add(record.facts["code"])
+                self.reported_codes.add(record.facts["code"])
             else:
-                found += filter(None, self._learning(record))
-        return self._new(found)
+                diagnostics += filter(None, self._apply_loss_rules(record))
+        return self._select_new(diagnostics)
 
-    def take(self, record: Record) -> list[Finding]:
+    def on_record(self, record: Record) -> list[Diagnostic]:
         """What one more record of the loop shows."""
-        found = self._learning(record)
-        if isinstance(record, EvalRecord) and self._last is not None:
-            self.speed.spend("evaluation", record.time - self._last)
-            self.speed.evaluations += 1
-        self.speed.steps += isinstance(record, StepRecord)
-        self._last = record.time
-        return self._new([*found, *self.speed.look(record.time)])
+        diagnostics = self._apply_loss_rules(record)
+        if isinstance(record, EvalRecord) and self._previous_time is not None:
+            self.throughput_rules.add_time("evaluation", record.time - self._previous_time)
+            self.throughput_rules.num_evaluations += 1
+        self.throughput_rules.num_steps += isinstance(record, StepRecord)
+        self._previous_time = record.time
+        return self._select_new([*diagnostics, *self.throughput_rules.check(record.time)])
 
-    def adapter(self, largest: float) -> list[Finding]:
+    def check_adapter(self, max_abs_b: float) -> list[Diagnostic]:
         """What the largest entry of the adapters' B, measured after a step, shows."""
-        return self._new([self.learning.adapter(largest)])
+        return self._select_new([self.loss_rules.check_adapter(max_abs_b)])
 
-    def spend(self, what: str, seconds: float) -> None:
+    def add_time(self, category: str, seconds: float) -> None:
         """Count seconds that the loop or the sinks spent on `data`, `device` or `logging`."""
-        self.speed.spend(what, seconds)
+        self.throughput_rules.add_time(category, seconds)
 
-    def _learning(self, record: Record) -> list[Finding | None]:
+    def _apply_loss_rules(self, record: Record) -> list[Diagnostic | None]:
         if isinstance(record, StepRecord):
-            return self.learning.step(record)
+            return self.loss_rules.on_step(record)
         if isinstance(record, EvalRecord):
-            return self.learning.evaluation(record)
+            return self.loss_rules.on_eval(record)
         if isinstance(record, EventRecord) and record.event == "skipped_step":
-            return [self.learning.overflow(record.step)]
+            return [self.loss_rules.on_skipped_step(record.step)]
         if isinstance(record, EventRecord) and record.event == "not_finite":
-            return [self.learning.not_finite(record.step, record.message)]
+            return [self.loss_rules.on_non_finite(record.step, record.message)]
         return []
 
-    def _new(self, found: Iterable[Finding | None]) -> list[Finding]:
-        new = []
-        for finding in found:
-            if finding is not None and finding.code not in self.said:
-                self.said.add(finding.code)
-                new.append(finding)
-        return new
+    def _select_new(self, diagnostics: Iterable[Diagnostic | None]) -> list[Diagnostic]:
+        new_diagnostics = []
+        for diagnostic in diagnostics:
+            if diagnostic is not None and diagnostic.code not in self.reported_codes:
+                self.reported_codes.add(diagnostic.code)
+                new_diagnostics.append(diagnostic)
+        return new_diagnostics

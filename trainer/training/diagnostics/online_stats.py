@@ -7,65 +7,69 @@ from statistics import fmean, variance
 
 
 @dataclass
-class Line:
+class OnlineLinearRegression:
     """A straight line through (x, y) by least squares, from running sums."""
 
     n: int = 0
-    x: float = 0.0  #: mean
-    y: float = 0.0  #: mean
-    xx: float = 0.0  #: sum of squared deviations
-    yy: float = 0.0
-    xy: float = 0.0
+    mean_x: float = 0.0  #: mean
+    mean_y: float = 0.0  #: mean
+    sum_xx: float = 0.0  #: sum of squared deviations
+    sum_yy: float = 0.0
+    sum_xy: float = 0.0
 
     def add(self, x: float, y: float) -> None:
         """Take one more point; the update of mean and deviations is Welford's (Technometrics 4, 1962)."""
         self.n += 1
-        before_x, before_y = x - self.x, y - self.y
-        self.x += before_x / self.n
-        self.y += before_y / self.n
-        self.xx += before_x * (x - self.x)
-        self.yy += before_y * (y - self.y)
-        self.xy += before_x * (y - self.y)
+        delta_x, delta_y = x - self.mean_x, y - self.mean_y
+        self.mean_x += delta_x / self.n
+        self.mean_y += delta_y / self.n
+        self.sum_xx += delta_x * (x - self.mean_x)
+        self.sum_yy += delta_y * (y - self.mean_y)
+        self.sum_xy += delta_x * (y - self.mean_y)
 
     @property
     def slope(self) -> float:
         """Change of y for one x; 0 where it is not determined."""
-        return self.xy / self.xx if self.xx else 0.0
+        return self.sum_xy / self.sum_xx if self.sum_xx else 0.0
 
     @property
-    def noise(self) -> float:
+    def residual_variance(self) -> float:
         """The variance of y around the line."""
-        residual = self.yy - (self.xy**2 / self.xx if self.xx else 0.0)
+        residual = self.sum_yy - (self.sum_xy**2 / self.sum_xx if self.sum_xx else 0.0)
         return max(0.0, residual) / max(1, self.n - 2)
 
     @property
-    def t(self) -> float:
+    def t_statistic(self) -> float:
         """The slope over its own standard error, sqrt(noise / sum of squares of x).
 
         Draper and Smith, Applied Regression Analysis, chapter 1. It answers how far the trend stands out of the noise
         around it; 0 where there are too few points, infinite where there is no noise at all.
         """
-        if self.n < 3 or not self.xx:
+        if self.n < 3 or not self.sum_xx:
             return 0.0
-        error = math.sqrt(self.noise / self.xx)
-        return self.slope / error if error else math.copysign(math.inf, self.slope) if self.slope else 0.0
+        std_error = math.sqrt(self.residual_variance / self.sum_xx)
+        return self.slope / std_error if std_error else math.copysign(math.inf, self.slope) if self.slope else 0.0
 
 
 @dataclass(frozen=True)
-class Mean:
+class MeanEstimate:
     """The mean of some values and the variance of that mean."""
 
     value: float
     variance: float
 
     @classmethod
-    def of(cls, values: Iterable[float]) -> "Mean":
+    def from_values(cls, values: Iterable[float]) -> "MeanEstimate":
         """Of two values or more."""
         values = list(values)
         return cls(fmean(values), variance(values) / len(values))
 
 
-def welch(a: Mean, b: Mean) -> float:
+def welch_t(a: MeanEstimate, b: MeanEstimate) -> float:
     """By how many standard errors `a` lies above `b`, each with its own variance (Welch, Biometrika 34, 1947)."""
-    error = math.sqrt(a.variance + b.variance)
-    return (a.value - b.value) / error if error else math.copysign(math.inf, a.value - b.value) * (a.value != b.value)
+    std_error = math.sqrt(a.variance + b.variance)
+    return (
+        (a.value - b.value) / std_error
+        if std_error
+        else math.copysign(math.inf, a.value - b.value) * (a.value != b.value)
+    )

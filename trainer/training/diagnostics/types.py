@@ -24,11 +24,11 @@ TOPICS = {
     "unused_ranks": "too slow",
 }
 #: those that a clock decides: another machine, or a resumed run, may see others
-BY_THE_CLOCK = tuple(code for code, topic in TOPICS.items() if topic == "too slow")
+TIMING_CODES = tuple(code for code, topic in TOPICS.items() if topic == "too slow")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Diagnostic:
     """Something that is wrong with a run: how it was seen, what it likely comes from, and the flag that may help."""
 
     code: str
@@ -42,54 +42,55 @@ class Finding:
         """What it means for the user."""
         return TOPICS[self.code]
 
-    def record(self, step: int, time: float) -> EventRecord:
+    def to_record(self, step: int, time: float) -> EventRecord:
         """The event that keeps it; its message is the one line for the console."""
         message = f"{self.topic}: {self.seen}; likely cause: {self.cause}; try {self.remedy}"
-        facts = {
+        details = {
             "code": self.code, "topic": self.topic, "seen": self.seen, "cause": self.cause, "remedy": self.remedy,
             "evidence": self.evidence,
         }  # fmt: skip
-        return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=facts)
+        return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=details)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class RunInfo:
     """What the rules must know of a run; all of it stands in run.json."""
 
     mode: str
     lr: float
     warmup_steps: int
-    clip: float
+    max_grad_norm: float
     epsilon: float
     dropout: float
-    trainable: int
+    num_trainable_params: int
     total_steps: int
-    early_stop: bool
+    has_early_stopping: bool
     eval_every: str
     precision: str
     device: str
-    ranks: int
-    nodes: int
-    micro_batch: int
-    eval_batch: int
-    val_examples: int
-    counted_share: float  #: of the training tokens, those that count in the loss
-    wandb: str  #: online, offline or disabled
-    gpus_here: int  #: that this machine has, used or not
+    world_size: int
+    num_nodes: int
+    micro_batch_size: int
+    eval_batch_size: int
+    num_val_examples: int
+    target_token_share: float  #: of the training tokens, those that count in the loss
+    wandb_mode: str  #: online, offline or disabled
+    num_local_gpus: int  #: that this machine has, used or not
 
     @classmethod
-    def of(cls, run: Mapping[str, Any]) -> "Facts":
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "RunInfo":
         """The facts in the content of a run.json; of a resumed run as it goes on."""
-        resolved, data = run["resolved"], run["data"]
-        settings = run.get("resumed", run)["settings"]
+        resolved, data = metadata["resolved"], metadata["data"]
+        settings = metadata.get("resumed", metadata)["settings"]
         train = settings["train"]
         return cls(
-            mode=run["mode"], lr=train["lr"], warmup_steps=train["warmup_steps"], clip=train["clip"],
-            epsilon=train["epsilon"], dropout=resolved["dropout"], trainable=run["model"]["trainable"],
-            total_steps=resolved["total_steps"], early_stop=bool(train.get("early_stop")),
+            mode=metadata["mode"], lr=train["lr"], warmup_steps=train["warmup_steps"],
+            max_grad_norm=train["max_grad_norm"],
+            epsilon=train["epsilon"], dropout=resolved["dropout"], num_trainable_params=metadata["model"]["trainable"],
+            total_steps=resolved["total_steps"], has_early_stopping=bool(train.get("early_stop")),
             eval_every=settings["output"]["eval_every"], precision=resolved["precision"], device=resolved["device"],
-            ranks=resolved["ranks"], nodes=resolved["nodes"], micro_batch=resolved["micro_batch"],
-            eval_batch=train["eval_batch"], val_examples=data["val"]["examples"],
-            counted_share=data["train"]["counted_tokens"] / max(1, data["train"]["tokens"]),
-            wandb=run["wandb"]["mode"], gpus_here=run["hardware"].get("gpus_here") or 0,
+            world_size=resolved["ranks"], num_nodes=resolved["nodes"], micro_batch_size=resolved["micro_batch"],
+            eval_batch_size=train["eval_batch"], num_val_examples=data["val"]["examples"],
+            target_token_share=data["train"]["counted_tokens"] / max(1, data["train"]["tokens"]),
+            wandb_mode=metadata["wandb"]["mode"], num_local_gpus=metadata["hardware"].get("gpus_here") or 0,
         )  # fmt: skip
