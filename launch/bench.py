@@ -32,7 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", type=_split_names, metavar="NAMES",
         help="fp32, bf16, fp16; peers take the first (default: bf16 on a GPU, fp32 on a processor)",
     )  # fmt: skip
-    add("--compile", type=_split_names, default=["off"], metavar="NAMES", help="on, off: of ours (default: off)")
+    add(
+        "--execution", type=_split_names, default=["auto"], metavar="NAMES",
+        help="of ours: auto, eager, graphs, compile (default: auto)",
+    )  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="left out: the GPU where there is one")
     add("--dropout", type=float, metavar="P", help="left out: the model's own")
     add("--windows", type=int, default=5, metavar="N", help="timed windows of a variant and round (default: 5)")
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         configs = build_configs(
             modes=args.modes, global_batches=args.batches, ds_configs=args.ds, peers=args.against,
             world_sizes=args.ranks,
-            precisions=args.precision or ["bf16" if device == "cuda" else "fp32"], compile_modes=args.compile,
+            precisions=args.precision or ["bf16" if device == "cuda" else "fp32"], executions=args.execution,
             common_fields=common,
         )  # fmt: skip
         return run_benchmarks(configs, rounds=args.rounds, output_dir=args.output_dir)

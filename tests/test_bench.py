@@ -34,10 +34,10 @@ def test_bench_runs_this_trainer_in_every_precision_and_peers_in_the_first():
     found = build_configs(
         modes=["full"], global_batches=[2], ds_configs=["zero0"], peers=["hf"], world_sizes=[1],
         precisions=["fp32", "bf16"],
-        compile_modes=["off", "on"], common_fields=COMMON,
+        executions=["auto", "compile"], common_fields=COMMON,
     )  # fmt: skip
     assert [one.name for one in found] == [
-        "ours zero0 fp32", "ours zero0 fp32 compiled", "ours zero0 bf16", "ours zero0 bf16 compiled", "hf fp32"
+        "ours zero0 fp32", "ours zero0 fp32 compile", "ours zero0 bf16", "ours zero0 bf16 compile", "hf fp32"
     ]  # fmt: skip
 
 

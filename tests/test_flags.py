@@ -48,7 +48,7 @@ VALUES = {
     "--adapter": ("dora", "dora"),
     "--lora-plus-ratio": ("16", 16.0), "--modules-to-save": ("wte,bias", ("wte", "bias")), "--quant": ("nf4", "nf4"),
     "--quant-double": (None, True), "--optim": ("adamw", "adamw"), "--activation-checkpointing": (None, True),
-    "--compile": ("on", "on"),
+    "--execution": ("eager", "eager"),
     "--dropout": ("0.3", 0.3),
     "--early-stop": ("2:0.1", "2:0.1"), "--export": ("best", "best"), "--num-samples": ("5", 5),
     "--score-samples": (None, True),

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,9 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.schema import DS_CONFIG_NAMES, BatchConfig, compile_blocker
 from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
+from trainer.distributed.process_group import simulated_context
 from trainer.distributed.steppers import supports_native_stepper
-from trainer.training.loop import TrainSchedule
-from trainer.training.run_plan import _should_compile, _validate_stage
+from trainer.training.run_plan import _validate_stage, validate_early
 
 
 def make_deepspeed_config(name: str, **extra_keys: Any) -> dict[str, Any]:
@@ -69,28 +68,24 @@ def test_the_native_stepper_is_chosen_for_zero_files_without_deepspeed_hooks():
     ],
 )
 def test_settings_that_cannot_be_compiled_are_refused_with_the_flags_or_run_uncompiled(words, said):
-    with pytest.raises(UserError, match=f"--compile on: .*{said}"):
-        cli.parse_args(["--mode", "lora", *words.split(), "--compile", "on"])
+    with pytest.raises(UserError, match=f"--execution compile: .*{said}"):
+        cli.parse_args(["--mode", "lora", *words.split(), "--execution", "compile"])
     assert compile_blocker(cli.parse_args(["--mode", "lora", *words.split()]).settings)
 
 
-def test_compilation_is_chosen_for_long_runs_of_blocks_on_a_gpu():
-    def chosen(*words: str, steps: int, device: str = "cuda", zero: str = "zero0") -> bool:
-        settings = cli.parse_args(["--mode", "full", "--preset", "card", *words]).settings
-        batch = settings.train.batch(1)
-        course = TrainSchedule(settings=settings, batch=batch, total_steps=steps, steps_per_epoch=steps)
-        world: Any = SimpleNamespace(world_size=1, device=SimpleNamespace(type=device))
-        return _should_compile(settings, world, course, read_deepspeed_file(zero))
+def test_graphs_need_a_gpu_and_settings_that_can_be_recorded():
+    for words in ("--quant nf4", "--activation-checkpointing"):
+        with pytest.raises(UserError, match="--execution graphs: not with"):
+            cli.parse_args(["--mode", "lora", *words.split(), "--execution", "graphs"])
+    graphs = cli.parse_args(["--mode", "full", "--execution", "graphs"]).settings
+    with pytest.raises(UserError, match="--execution graphs: CUDA graphs need a GPU; expected auto, eager or compile"):
+        validate_early(graphs, simulated_context(1, "cpu"))
 
-    assert chosen(steps=19_863), "the card's run"
-    assert not chosen(steps=2_000)
-    assert not chosen(steps=19_863, device="cpu")
-    assert not chosen(steps=19_863, zero="zero3")
-    assert not chosen("--compile", "off", steps=19_863)
-    assert chosen("--compile", "on", steps=1, device="cpu")
-    on = cli.parse_args(["--mode", "full", "--compile", "on"]).settings
-    with pytest.raises(UserError, match="--compile on: not under ZeRO 3"):
-        _validate_stage(on, read_deepspeed_file("zero3"))
+
+def test_compilation_is_refused_under_zero_3():
+    compiled = cli.parse_args(["--mode", "full", "--execution", "compile"]).settings
+    with pytest.raises(UserError, match="--execution compile: not under ZeRO 3"):
+        _validate_stage(compiled, read_deepspeed_file("zero3"))
 
 
 def run_through_deepspeed(jobs: list[dict[str, Any]]) -> int:

@@ -23,8 +23,7 @@ MODULES_TO_SAVE = ("wte", "lm_head", "layernorm", "bias")  # what may be trained
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 OPTIMIZERS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
 EIGHT_BIT_OPTIMIZERS = ("adamw8bit", "paged_adamw8bit")
-COMPILES = ("auto", "on", "off")
-COMPILE_FROM = 20_000_000  # tokens of a rank; by estimate a GPU's gain is then as long as compiling takes
+EXECUTIONS = ("auto", "eager", "graphs", "compile")
 DS_CONFIG_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 MAX_HANG_TIMEOUT_SECONDS = 1800  # seconds; the groups that DeepSpeed makes for itself give up then, and cannot be told
 MAX_NUM_SAMPLES = 32  # validation texts that prepared data keep, and that --score-samples scores
@@ -300,8 +299,9 @@ class BatchConfig:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def __str__(self) -> str:
-        parts = f"{self.micro_batch_size} micro-batch x {self.gradient_accumulation_steps} accumulation x {_format_ranks(self.world_size)}"
-        return f"{parts} = {self.global_batch} global batch"
+        accumulation = f"{self.gradient_accumulation_steps} accumulation"
+        product = f"{self.micro_batch_size} micro-batch x {accumulation} x {_format_ranks(self.world_size)}"
+        return f"{product} = {self.global_batch} global batch"
 
 
 def _format_ranks(count: int) -> str:
@@ -331,10 +331,11 @@ class EngineSettings:
     )
     execution: str = option(
         "auto",
-        flag="--compile",
-        help="compile forward and backward: faster steps after half a minute or more of compiling, other dropout "
-        "masks; auto: on a GPU in a long run of blocks",
-        choices=COMPILES,
+        flag="--execution",
+        help="eager: operation by operation; graphs: recorded as CUDA graphs; compile: torch.compile, faster steps "
+        "after half a minute or more of compiling, other dropout masks; auto: graphs where they can be recorded, "
+        "else eager",
+        choices=EXECUTIONS,
     )
     activation_checkpointing: bool = option(
         False,
@@ -344,7 +345,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         check_range(self.precision in (None, *PRECISIONS), "--precision", self.precision, "fp32, bf16 or fp16")
-        check_range(self.execution in COMPILES, "--compile", self.execution, ", ".join(COMPILES))
+        check_range(self.execution in EXECUTIONS, "--execution", self.execution, ", ".join(EXECUTIONS))
         check_range(
             5 <= self.hang_timeout <= MAX_HANG_TIMEOUT_SECONDS,
             "--hang-timeout",
@@ -491,6 +492,11 @@ def compile_blocker(settings: Settings) -> str:
     """Why steps of these settings cannot be compiled; empty where they can."""
     if settings.data.objective != "blocks":
         return "rows of many lengths would each be compiled; expected --objective blocks"
+    return graph_blocker(settings)
+
+
+def graph_blocker(settings: Settings) -> str:
+    """Why steps of these settings cannot be recorded as CUDA graphs; empty where they can."""
     if settings.model.quant:
         return "not with --quant"
     return "not with --activation-checkpointing" if settings.engine.activation_checkpointing else ""
@@ -500,8 +506,10 @@ def validate_combinations(settings: Settings) -> None:
     """Refuse what is right alone but not together; what depends on the ZeRO stage is refused in
     `trainer.training.run_plan`."""
     lora, quant = settings.lora, settings.model.quant
-    if settings.engine.execution == "on" and (blocker := compile_blocker(settings)):
-        raise UserError(f"--compile on: {blocker}")
+    if settings.engine.execution == "compile" and (blocker := compile_blocker(settings)):
+        raise UserError(f"--execution compile: {blocker}")
+    if settings.engine.execution == "graphs" and (blocker := graph_blocker(settings)):
+        raise UserError(f"--execution graphs: {blocker}")
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS and settings.engine.precision == "fp16":
         raise UserError(f"--optim {settings.train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
     if settings.mode == "full":

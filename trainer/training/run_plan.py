@@ -15,7 +15,7 @@ import torch
 
 from trainer.config import reference
 from trainer.config.errors import UserError
-from trainer.config.schema import COMPILE_FROM, EIGHT_BIT_OPTIMIZERS, Settings, compile_blocker
+from trainer.config.schema import EIGHT_BIT_OPTIMIZERS, Settings, graph_blocker
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.deepspeed_config import (
     DeepSpeedFile,
@@ -60,7 +60,7 @@ class RunPlan:
     @property
     def uses_cuda_graphs(self) -> bool:
         """Whether forward and backward are to be recorded as CUDA graphs."""
-        is_capturable = not (self.settings.model.quant or self.settings.engine.activation_checkpointing)
+        is_capturable = self.settings.engine.execution != "eager" and not graph_blocker(self.settings)
         return self.dist_context.device.type == "cuda" and self.uses_native_stepper and is_capturable
 
     @property
@@ -221,6 +221,8 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
     optimizer.check_8bit_supported(settings.train, zero_stage=None, on_cpu=dist_context.device.type == "cpu")
     if settings.output.score_samples:
         check_installed()
+    if settings.engine.execution == "graphs" and dist_context.device.type == "cpu":
+        raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto, eager or compile")
     if settings.engine.precision == "fp16" and dist_context.device.type == "cpu":
         raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
     if settings.engine.ds_config is not None:
@@ -251,10 +253,10 @@ def _check_writable(folder: Path) -> None:
 def _validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
     optimizer.check_8bit_supported(settings.train, zero_stage=deepspeed_file.stage, on_cpu=False)
-    if deepspeed_file.stage == 3 and settings.engine.execution == "on":
+    if deepspeed_file.stage == 3 and settings.engine.execution == "compile":
         raise UserError(
-            "--compile on: not under ZeRO 3, which brings each layer's weights together by hooks; expected zero0, "
-            "zero1 or zero2"
+            "--execution compile: not under ZeRO 3, which brings each layer's weights together by hooks; expected "
+            "zero0, zero1 or zero2"
         )
     if deepspeed_file.stage == 3 and settings.model.quant and settings.lora.adapter == "dora":
         raise UserError(
@@ -304,24 +306,12 @@ def make_plan(
     return RunPlan(
         settings=settings, dist_context=dist_context, schedule=schedule, deepspeed_file=deepspeed_file,
         precision=precision,
-        is_compiled=_should_compile(settings, dist_context, schedule, deepspeed_file),
+        is_compiled=settings.engine.execution == "compile",
         deepspeed_config=build_deepspeed_config(deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm,
             precision=precision),
         model_info=model_info, data_info=data.metadata,
         dropout=max(get_dropout_probabilities(model_config).values(), default=0.0),
     )  # fmt: skip
-
-
-def _should_compile(
-    settings: Settings, dist_context: DistContext, schedule: TrainSchedule, deepspeed_file: DeepSpeedFile
-) -> bool:
-    """Whether steps are compiled: where that was asked for, or in a run on a GPU that is long enough."""
-    if settings.engine.execution == "off" or compile_blocker(settings) or deepspeed_file.stage == 3:
-        return False
-    num_tokens = (
-        schedule.total_steps * schedule.batch.global_batch // dist_context.world_size * settings.data.block_size
-    )
-    return settings.engine.execution == "on" or (dist_context.device.type == "cuda" and num_tokens >= COMPILE_FROM)
 
 
 def _describe_targets(settings: Settings, model_info: dict[str, Any]) -> str:

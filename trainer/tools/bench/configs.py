@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.config.schema import DS_CONFIG_NAMES, MODES, PRECISIONS
+from trainer.config.schema import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
 
 PEERS = {
     "plain": "a plain PyTorch loop: the model's own loss, clip, fused AdamW",
@@ -31,7 +31,7 @@ class BenchmarkConfig:
     precision: str = "fp32"
     device: str = "cpu"
     dropout: float | None = None  #: None: the model's own
-    compile: str = "off"  #: of ours: whether its steps are compiled
+    execution: str = "auto"  #: of ours: how its steps run (`--execution`)
     num_windows: int = 5  #: timed windows
     steps_per_window: int = 4  #: steps of one window
     warmup_steps: int = 3  #: steps before the first window
@@ -45,7 +45,7 @@ class BenchmarkConfig:
             f"{self.world_size} ranks" if self.world_size > 1 else None,
             self.precision,
         ]
-        return " ".join(part for part in (*parts, "compiled" if self.compile == "on" else None) if part)
+        return " ".join(part for part in (*parts, self.execution if self.execution != "auto" else None) if part)
 
     @property
     def steps(self) -> int:
@@ -65,14 +65,14 @@ class BenchmarkConfig:
 def build_configs(
     *, modes: Sequence[str], global_batches: Sequence[int], ds_configs: Sequence[str], peers: Sequence[str],
     world_sizes: Sequence[int],
-    precisions: Sequence[str] = ("fp32",), compile_modes: Sequence[str] = ("off",), common_fields: Mapping[str, Any],
+    precisions: Sequence[str] = ("fp32",), executions: Sequence[str] = ("auto",), common_fields: Mapping[str, Any],
 ) -> list[BenchmarkConfig]:  # fmt: skip
     """Every combination, ours first within each mode and batch. UserError on a wrong name.
 
     Peers run on one rank and in the first precision.
     """
     _check_names("--precision", precisions, PRECISIONS)
-    _check_names("--compile", compile_modes, ("on", "off"))
+    _check_names("--execution", executions, EXECUTIONS)
     _check_names("--modes", modes, MODES)
     _check_names("--ds", ds_configs, DS_CONFIG_NAMES)
     _check_names("--against", peers, tuple(PEERS))
@@ -87,11 +87,11 @@ def build_configs(
             configs += [
                 BenchmarkConfig(
                     program="ours", mode=mode, global_batch=global_batch, ds_config=ds_config, world_size=world_size,
-                    precision=precision, compile=compile_mode,
+                    precision=precision, execution=execution,
                     **common_fields,
                 )
                 for precision, world_size, ds_config,
-                compile_mode in itertools.product(precisions, world_sizes, ds_configs, compile_modes)
+                execution in itertools.product(precisions, world_sizes, ds_configs, executions)
             ]  # fmt: skip
             for program in peers:
                 ds_config_names = ds_configs if program == "hf-deepspeed" else [None]

@@ -84,7 +84,7 @@ def _to_argv(config: BenchmarkConfig) -> list[str]:
     flags = f"--mode {config.mode} --preset card --model {config.model} --block-size {config.block_size}"
     flags += f" --global-batch {config.global_batch} --eval-batch {config.global_batch} --max-steps {config.steps}"
     flags += f" --precision {config.precision} --eval-every never --save-every never"
-    flags += f" --compile {config.compile}"
+    flags += f" --execution {config.execution}"
     has_no_weights = config.model == "gpt2" or not list(
         Path(config.model).glob("*.safetensors")
     )  # a shape without weights
