@@ -87,7 +87,10 @@ def make_argv(folder: Path) -> list[str]:
         write_records(folder / "train.jsonl", num_records=25, seed=1),
         write_records(folder / "val.jsonl", num_records=9, seed=2),
     )
-    text = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 6"
+    text = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 6"
+    )
     text += (
         f" --micro-batch 1 --max-steps {NUM_STEPS} --eval-every 3 --save-every 2 --save-total-limit 2 --ds-config zero2"
     )

@@ -46,7 +46,10 @@ MID_ACCUMULATION_CALL = 8
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 6"
+    text = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 6"
+    )
     text += f" --micro-batch 1 --max-steps {STEPS} --eval-every 3 --save-every 2 --save-total-limit 2 --ds-config zero2"
     return [*text.split(), *TEMPLATE_FLAGS]
 

@@ -421,7 +421,10 @@ def test_twenty_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
 
 def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume(tiny_model, data_files, tmp_path):
     """Through the real program: record, console, model card, report; the resumed run has the rows of the whole one."""
-    text = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 6"
+    text = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 6"
+    )
     words = [
         *f"{text} --lr 0.001 --max-grad-norm 1e-4 --max-steps 54 --eval-every 27 --save-every 27".split(),
         *TEMPLATE_FLAGS,

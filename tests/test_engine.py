@@ -310,7 +310,10 @@ def run_on_one_rank(target: Callable[..., int], tiny_model: str, data_files: tup
     """`target(arguments, data)` on one rank."""
     from trainer.data.dataset import prepare
 
-    flags = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 2"
+    flags = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 2"
+    )
     argv = [*flags.split(), *TEMPLATE_FLAGS]
     data = prepare(cli.parse_args(argv).settings.data, model=tiny_model, global_batch=2).folder
     assert run_on_ranks(1, target, argv, str(data), log=log) == 0, log.read_text()
@@ -327,7 +330,10 @@ def test_an_engine_that_the_garbage_collector_ends_does_not_import(tiny_model, d
 
 def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it():
     ballast = torch.ones(3 * 2**28)  # 3 GiB
-    ask = "import torch; from trainer.distributed.process_group import peak_memory_bytes; print(peak_memory_bytes(torch.device('cpu')))"
+    ask = (
+        "import torch; from trainer.distributed.process_group import peak_memory_bytes; "
+        "print(peak_memory_bytes(torch.device('cpu')))"
+    )
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=True)
     assert 2**26 < int(done.stdout) < 2**31
     assert peak_memory_bytes(torch.device("cpu")) > ballast.nbytes

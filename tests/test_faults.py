@@ -30,7 +30,10 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 6"
+    text = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 6"
+    )
     text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero2"
     return [*text.split(), *TEMPLATE_FLAGS]
 

@@ -60,8 +60,14 @@ def data_dirs(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -
 
 def make_argv(tiny_model: str, data_files: tuple[str, str], mode: str, objective: str) -> list[str]:
     block_size = "16" if objective == "blocks" else "32"
-    flags = f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective {objective} --block-size {block_size}"
-    flags += f" --mode {mode} --lr {LEARNING_RATE} --max-grad-norm 1.0 --global-batch {GLOBAL_BATCH} --eval-batch 4 --max-steps {STEPS}"
+    flags = (
+        f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective {objective} "
+        f"--block-size {block_size}"
+    )
+    flags += (
+        f" --mode {mode} --lr {LEARNING_RATE} --max-grad-norm 1.0 --global-batch {GLOBAL_BATCH} --eval-batch 4 "
+        f"--max-steps {STEPS}"
+    )
     flags += " --save-every never"
     return [*flags.split(), *TEMPLATE_FLAGS]
 

@@ -66,12 +66,12 @@ def test_steps_in_flight_give_the_records_and_weights_of_a_run_that_waits(
     ranks,
     tiny_model,
     data_files,
-    data_dir,
+    data_dir,  # noqa: F811
     tmp_path,
 ):
     cells = {
-        f"{zero}-{every}": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", every, "--save-every",
-            "5")
+        f"{zero}-{every}": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", every,
+            "--save-every", "5")
         for zero in ("zero0", "zero1") for every in ("2", "epoch")
     }  # fmt: skip
     for out, target in ((tmp_path / "waits", run_jobs), (tmp_path / "lags", run_jobs_in_flight)):
@@ -151,7 +151,7 @@ def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
     ranks,
     tiny_model,
     data_files,
-    data_dir,
+    data_dir,  # noqa: F811
     tmp_path,
 ):
     """Neither has the one that was asked for after it: weights and the checkpoint are those before the bad one."""
@@ -164,7 +164,8 @@ def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
     launch_jobs(ranks, jobs, tmp_path / "log", run_non_finite_jobs)
     every = [
         {"name": zero, "data": str(data_dir), "out": str(tmp_path),
-         "flags": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", "never", "--save-every", "1")}
+         "flags": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", "never",
+             "--save-every", "1")}
         for zero in ("zero0", "zero1")
     ]  # fmt: skip
     launch_jobs(ranks, every, tmp_path / "log")

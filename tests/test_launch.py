@@ -39,7 +39,10 @@ def deepspeed_argv(num_ranks: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    flags = f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 4 --max-steps 3"
+    flags = (
+        f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 4 "
+        "--max-steps 3"
+    )
     return [*flags.split(), *TEMPLATE_FLAGS]
 
 

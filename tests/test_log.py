@@ -367,7 +367,10 @@ def test_the_printed_plan_is_aligned() -> None:
 
 
 def test_the_tracking_package_imports_neither_torch_nor_wandb_nor_rich() -> None:
-    code = "import sys, trainer.tracking.loggers; print([name for name in ('torch', 'wandb', 'rich') if name in sys.modules])"
+    code = (
+        "import sys, trainer.tracking.loggers; print([name for name in ('torch', 'wandb', 'rich') if name in "
+        "sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], env=child_env(), capture_output=True, text=True).stdout == "[]\n"
     )

@@ -274,7 +274,10 @@ def test_real_runs_are_synced_compared_and_reported(
 ) -> None:
     """Both modes trained for real and offline, compared from folder and W&B file, sent with the card, and reported."""
     for mode in ("full", "lora"):
-        words = f"--mode {mode} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
+        words = (
+            f"--mode {mode} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective "
+            "completion"
+        )
         words += " --block-size 32 --global-batch 4 --epochs 2 --save-every never --lr 1e-2 --wandb offline"
         ranks.train([*words.split(), *TEMPLATE_FLAGS], out=tmp_path / mode, env={"WANDB_MODE": "offline"})
     card = run_compare_script(tmp_path, None, "--log-card", "gpt2-full-vs-lora")

@@ -56,8 +56,14 @@ def dropout_model(tiny_model: str, session_dir: Path) -> str:
 
 @pytest.fixture(scope="module")
 def argv(dropout_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--model {dropout_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --lr {LEARNING_RATE}"
-    text += f" --global-batch {GLOBAL_BATCH} --eval-batch 4 --max-steps {STEPS} --eval-every 2 --save-every 1 --save-total-limit 99"
+    text = (
+        f"--model {dropout_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --lr "
+        f"{LEARNING_RATE}"
+    )
+    text += (
+        f" --global-batch {GLOBAL_BATCH} --eval-batch 4 --max-steps {STEPS} --eval-every 2 --save-every 1 "
+        "--save-total-limit 99"
+    )
     return [*text.split(), *TEMPLATE_FLAGS]
 
 

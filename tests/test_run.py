@@ -18,7 +18,10 @@ from trainer.training.loop import TrainSchedule
 def finished_run(request, tiny_model, data_files, tmp_path_factory) -> dict[str, Any]:
     """A finished run: two epochs in steps of 4 examples over 2 ranks, with accumulation, evaluated within the epoch."""
     out = tmp_path_factory.mktemp("run") / request.param
-    flags = f"--mode {request.param} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
+    flags = (
+        f"--mode {request.param} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} "
+        "--objective completion"
+    )
     flags += " --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2 --eval-every 3 --wandb offline --lr 1e-2"
     flags += " --report-to tensorboard --profile 2"
     output = train([*flags.split(), *TEMPLATE_FLAGS], out=out, world_size=2, env={"WANDB_MODE": "offline"})

@@ -272,7 +272,10 @@ def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
             table.writerow(
                 [f"2022-01-{n:02d}", "Battles", "A", "Kanu", n, f"On {n} January 2022, in Kanu, A came. {deaths}"]
             )
-    given = f"--mode full --score-samples --model {DEMO_MODEL} --data {path} --block-size 64 --global-batch 2 --val-fraction 0.4"
+    given = (
+        f"--mode full --score-samples --model {DEMO_MODEL} --data {path} --block-size 64 --global-batch 2 "
+        "--val-fraction 0.4"
+    )
     settings = cli.parse_args(given.split()).settings
     data = prepare(settings.data, model=DEMO_MODEL, global_batch=2)
     encode = load_tokenizer(DEMO_MODEL)

@@ -90,7 +90,8 @@ DEMAND = (
 )
 NOTE_TEMPLATES: dict[str, tuple[str, ...]] = {
     "Peaceful protest": (
-        "{one} [gathered|staged a protest|held a peaceful rally|demonstrated|marched] {where} [" + CAUSE + "|" + DEMAND + "]",
+        "{one} [gathered|staged a protest|held a peaceful rally|demonstrated|marched] {where} "
+        "[" + CAUSE + "|" + DEMAND + "]",
         "[dozens of|hundreds of|a group of|] {one} [held a sit-in|blocked the main road|assembled in front of the "
         "[town hall|prefecture|court|hospital]] {where} [" + CAUSE + "|" + DEMAND + "]",
     ),
@@ -105,7 +106,8 @@ NOTE_TEMPLATES: dict[str, tuple[str, ...]] = {
         "{two} [opened fire on|fired live rounds at] {one} who demonstrated {where} " + CAUSE,
     ),
     "Violent demonstration": (
-        "{one} [burned tyres|threw stones|set up barricades|looted shops] {where} [" + CAUSE + "|" + DEMAND + "]. [{two} responded with tear gas|{two} were called to the scene]",
+        "{one} [burned tyres|threw stones|set up barricades|looted shops] {where} "
+        "[" + CAUSE + "|" + DEMAND + "]. [{two} responded with tear gas|{two} were called to the scene]",
         "a demonstration {where} [" + CAUSE + "] turned violent as {one} [clashed with|threw stones at] {two}. "
                                               "[{number} people were wounded|Several vehicles were damaged]",
     ),
@@ -375,7 +377,10 @@ def _note(rng: Rng, event: dict[str, str | int], actor1_text: str, actor2_text: 
     if rng.random() < 0.55:
         context = rng.expand(rng.choice(CONTEXT_TEMPLATES[str(event["event_type"])]))
         text += " " + context.format(number=2 + rng.randrange(14), admin1=event["admin1"], country=country_name)
-    return f"{opening} {event['event_date']}, {text}{_ending(rng, int(event['fatalities']))}{_size_suffix(rng, str(event['event_type']))}"
+    return (
+        f"{opening} {event['event_date']}, "
+        f"{text}{_ending(rng, int(event['fatalities']))}{_size_suffix(rng, str(event['event_type']))}"
+    )
 
 
 def _event(rng: Rng, index: int) -> dict[str, str | int]:

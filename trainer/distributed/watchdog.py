@@ -295,7 +295,10 @@ class Watchdog:
             call_with_timeout(2.0, lambda: self._store.add("failed", 1))
             message = ", ".join(f"rank {rank} {self._describe_rank(rank, rank in silent_ranks)}" for rank in hung_ranks)
             if waiting_ranks and not is_store_frozen:
-                message += f"; rank{'s' * (len(waiting_ranks) > 1)} {', '.join(map(str, waiting_ranks))} waiting at {self._rank_states[waiting_ranks[0]][3]}"
+                message += (
+                    f"; rank{'s' * (len(waiting_ranks) > 1)} {', '.join(map(str, waiting_ranks))} waiting at "
+                    f"{self._rank_states[waiting_ranks[0]][3]}"
+                )
             print_error(
                 f"no rank has moved for {self._hang_timeout_seconds:g} s (--hang-timeout): {message}; {RESUME_HINT}"
             )

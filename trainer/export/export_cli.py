@@ -59,7 +59,10 @@ def export_checkpoint(
         tokenizer=settings.model.model if metadata["data"]["tokenizer"] else None, reference_outputs=reference_outputs,
         render_card=render_card,
     )  # fmt: skip
-    summary = f"{source_checkpoint.folder.name} of {run_folder} -> {destination}: {verification.summary()}{_describe_loss_change(verification, source_checkpoint, is_base_dequantized)}"
+    summary = (
+        f"{source_checkpoint.folder.name} of {run_folder} -> {destination}: "
+        f"{verification.summary()}{_describe_loss_change(verification, source_checkpoint, is_base_dequantized)}"
+    )
     if verification.problems:
         raise TrainingError(summary)
     print(summary)

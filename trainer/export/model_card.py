@@ -126,7 +126,10 @@ def _describe_embedding_tying(verification: VerificationResult, is_merged: bool)
     if verification.is_tied is None:
         return ""
     suffix = " after the adapters were folded in" if is_merged else ""
-    return f" Input and output embeddings are {'one tensor, stored once' if verification.is_tied else 'two tensors'}{suffix}."
+    return (
+        " Input and output embeddings are "
+        f"{'one tensor, stored once' if verification.is_tied else 'two tensors'}{suffix}."
+    )
 
 
 def _describe_base(metadata: Mapping[str, Any]) -> str:

@@ -65,7 +65,10 @@ class VerificationResult:
             return "CHECK FAILED: " + "; ".join(self.problems)
         verdict = "reloaded and checked" if not self.problems else "CHECK FAILED: " + "; ".join(self.problems)
         scale = f" (the largest is {self.max_abs_logit:.1f})" if self.max_logits_difference > LOGITS_BOUND else ""
-        return f"{verdict}: logits differ by at most {self.max_logits_difference:.1e}{scale}, {self._describe_losses()}, {self.dtype}"
+        return (
+            f"{verdict}: logits differ by at most {self.max_logits_difference:.1e}{scale}, "
+            f"{self._describe_losses()}, {self.dtype}"
+        )
 
     def _describe_losses(self) -> str:
         if self.loss is None:

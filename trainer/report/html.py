@@ -160,7 +160,8 @@ def _render_table(table: Table, modes: dict[str, str], last_heading_column: int 
             tag, scope = ("th", ' scope="row"') if i == 0 else ("td", "")
             mode_class = _mode_class(modes, str(cell.value)) if i <= last_heading_column else ""
             cells.append(
-                f"<{tag}{scope}{_class_attribute(numeric[i] and 'number', is_wide and 'wide', mode_class)}>{_add_break_hints(cell.text)}</{tag}>"
+                f"<{tag}{scope}{_class_attribute(numeric[i] and 'number', is_wide and 'wide', mode_class)}>"
+                f"{_add_break_hints(cell.text)}</{tag}>"
             )
         is_group_start = last_heading_column and previous_value is not None and previous_value != row[0].value
         body_rows.append(f"<tr{_class_attribute(is_group_start and 'starts')}>{''.join(cells)}</tr>")

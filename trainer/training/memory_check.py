@@ -25,7 +25,8 @@ def build_workload(plan: RunPlan, sequence_length: int, micro_batch_size: int | 
     micro_batch_size = micro_batch_size or plan.schedule.batch.micro_batch_size
     return Workload(
         micro_batch_size=micro_batch_size, sequence_length=sequence_length,
-        gradient_accumulation_steps=plan.schedule.batch.global_batch // (micro_batch_size * plan.dist_context.world_size),
+        gradient_accumulation_steps=plan.schedule.batch.global_batch
+        // (micro_batch_size * plan.dist_context.world_size),
         precision=plan.precision, is_gpu=plan.dist_context.device.type == "cuda",
         is_single_node_cpu=plan.dist_context.is_single_node_cpu,
         dropout=plan.dropout,

@@ -172,7 +172,10 @@ def model_card(options: argparse.Namespace, metrics: dict[str, float], num_param
     cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     hardware = torch.cuda.get_device_name() if device == "cuda" else cpu
     size_flags = f"--steps {options.steps} --batch {options.batch} --tokens {options.tokens}"
-    command = f"python -m trainer.model.demo.pretrain --out trainer/model/demo {size_flags} --lr {options.lr:g} --seed {options.seed}"
+    command = (
+        f"python -m trainer.model.demo.pretrain --out trainer/model/demo {size_flags} --lr {options.lr:g} "
+        f"--seed {options.seed}"
+    )
     training = (
         f"{options.steps:,} steps of {options.batch} rows = {options.steps * options.batch * BLOCK_SIZE:,} tokens"
     )

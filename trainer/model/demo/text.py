@@ -49,8 +49,13 @@ turned used visited washed watched weighed wrapped""".split()
 PEOPLE = """baker builder captain carpenter cook driver engineer farmer fisher gardener guard guide judge librarian
 mechanic miller miner nurse officer painter pilot plumber porter potter printer sailor scientist shepherd shopkeeper
 smith soldier student tailor teacher trader traveller villager visitor watchman weaver writer""".split()
-ADVERBS = "again almost alone always carefully early gently late never often once quickly quietly slowly soon suddenly twice".split()
-WHEN = "[in the morning|in the evening|at night|at noon|after lunch|before dawn|after the rain|during the storm|for several hours|all day|every week|on the way home]"
+ADVERBS = (
+    "again almost alone always carefully early gently late never often once quickly quietly slowly soon suddenly twice"
+).split()
+WHEN = (
+    "[in the morning|in the evening|at night|at noon|after lunch|before dawn|after the rain|during the storm|for "
+    "several hours|all day|every week|on the way home]"
+)
 PLACE = "[in|near|behind|beside|in front of|outside|at] the [{a} |]{n}"
 UNITS = "mm cm m km g kg t ml l s min h days pieces boxes litres metres pounds degrees percent".split()
 TOPICS = """colour material shape owner status category model size weight price code shelf label origin grade batch
@@ -93,14 +98,14 @@ DOMAINS: tuple[tuple[dict[str, str], tuple[str, ...]], ...] = (
     ({"Parcel": "code", "Sent": "date", "From": "name", "To": "name", "Weight": "measure", "Content": "thing",
         "Carrier": "firm"},
      ("[On <Sent>, |]<Carrier> [took|shipped|sent] parcel <Parcel> [of <Weight> |]from <From> to <To>.", "The parcel "
-                                                                                                         "holds <Content>.",
+      "holds <Content>.",
       "Parcel <Parcel> [left|was sent from] <From> on <Sent>[ and weighs <Weight>|].")),
     ({"Object": "thing", "Acquired": "date", "Found": "name", "Museum": "firm", "Age": "number",
         "Condition": "adjective"},
      ("On <Acquired>, <Museum> [acquired|bought|was given] <Object> found [in|near] <Found>.", "<Object> from <Found> "
-                                                                                               "is <Age> years old "
-                                                                                               "and in <Condition> "
-                                                                                               "condition.",
+      "is <Age> years old "
+      "and in <Condition> "
+      "condition.",
       "Around <Acquired>, <Object> came to <Museum>.")),
     ({"Train": "code", "Departs": "time", "Arrives": "time", "From": "name", "To": "name", "Platform": "number"},
      ("Train <Train> leaves <From> at <Departs> from platform <Platform> and [reaches|arrives in] <To> at <Arrives>.",
@@ -108,56 +113,56 @@ DOMAINS: tuple[tuple[dict[str, str], tuple[str, ...]], ...] = (
     ({"Match day": "date", "Home": "name", "Guests": "name", "Score": "score", "Ground": "firm",
         "Spectators": "number"},
      ("On <Match day>, <Home> [met|played|hosted] <Guests> at <Ground>.", "The score was <Score>.", "<Spectators> "
-                                                                                                    "people saw "
-                                                                                                    "<Home> play "
-                                                                                                    "<Guests>[, which "
-                                                                                                    "ended <Score>|].")),
+      "people saw "
+      "<Home> play "
+      "<Guests>[, which "
+      "ended <Score>|].")),
     ({"Station": "name", "Measured": "date", "Temperature": "measure", "Rain": "measure", "Wind": "adjective",
         "Region": "region"},
      ("On <Measured>, the station in <Station> (<Region>) measured <Temperature> and <Rain> of rain.", "The wind in "
-                                                                                                       "<Station> was "
-                                                                                                       "<Wind>.",
-                                                                                                       "Weather for "
-                                                                                                       "<Station>, "
-                                                                                                       "<Measured>: "
-                                                                                                       "wind <Wind>, "
-                                                                                                       "rain <Rain>.")),
+      "<Station> was "
+      "<Wind>.",
+      "Weather for "
+      "<Station>, "
+      "<Measured>: "
+      "wind <Wind>, "
+      "rain <Rain>.")),
     ({"Product": "thing", "Maker": "firm", "Price": "price", "Stock": "number", "Colour": "adjective", "Code": "code"},
      ("<Maker> sells <Product> for <Price>.", "There are <Stock> left in stock[ (code <Code>)|].", "[The <Colour> "
-                                                                                                   "one|<Product>] "
-                                                                                                   "costs <Price> and "
-                                                                                                   "is made by "
-                                                                                                   "<Maker>.")),
+      "one|<Product>] "
+      "costs <Price> and "
+      "is made by "
+      "<Maker>.")),
     ({"Animal": "name", "Lives in": "region", "Eats": "nouns", "Length": "measure", "First seen": "date",
         "Seen by": "people"},
      ("The <Animal> lives in <Lives in> and eats <Eats>.", "On <First seen>, <Seen by> [saw|found|described] the "
-                                                           "first <Animal> in <Lives in>.", "A <Animal> grows to "
-                                                                                            "<Length>.")),
+      "first <Animal> in <Lives in>.", "A <Animal> grows to "
+      "<Length>.")),
     ({"Machine": "code", "Site": "name", "Checked": "date", "Checked by": "people", "Fault": "fault",
         "Hours": "number"},
      ("On <Checked>, <Checked by> [checked|examined|stopped] machine <Machine> in <Site>: <Fault>.", "[No faults were "
-                                                                                                     "reported.|The "
-                                                                                                     "fault was "
-                                                                                                     "repaired.|]",
-                                                                                                     "<Machine> in "
-                                                                                                     "<Site> ran for "
-                                                                                                     "<Hours> hours "
-                                                                                                     "before <Fault>.")),
+      "reported.|The "
+      "fault was "
+      "repaired.|]",
+      "<Machine> in "
+      "<Site> ran for "
+      "<Hours> hours "
+      "before <Fault>.")),
     ({"Town": "name", "Province": "region", "Country": "name", "People": "number", "Known for": "nouns",
         "Founded": "number"},
      ("<Town> (<Province>, <Country>) is a town of <People> people, known for <Known for>.", "It was founded in "
-                                                                                             "<Founded>.",
-                                                                                             "<Town> lies in "
-                                                                                             "<Province>, in the "
-                                                                                             "[north|south|east|west] "
-                                                                                             "of <Country>.")),
+      "<Founded>.",
+      "<Town> lies in "
+      "<Province>, in the "
+      "[north|south|east|west] "
+      "of <Country>.")),
     ({"Event": "thing", "Day": "date", "Held in": "name", "Held by": "firm", "Guests": "number", "Report": "firm"},
      ("On <Day>, <Held by> [held|opened|staged] a show of <Event> in the town of <Held in>.", "At least <Guests> "
-                                                                                              "people came.",
-                                                                                              "<Report> reported on "
-                                                                                              "<Day> from <Held in> "
-                                                                                              "that <Guests> people "
-                                                                                              "[came|were there].")),
+      "people came.",
+      "<Report> reported on "
+      "<Day> from <Held in> "
+      "that <Guests> people "
+      "[came|were there].")),
 )  # fmt: skip
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeio])")  # a apple -> an apple
 PLURAL = re.compile(r"(s|x|ch|sh)s\b")  # boxs -> boxes

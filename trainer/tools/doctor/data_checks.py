@@ -68,7 +68,8 @@ def check_dropped_records(settings: Settings, data: PreparedDataset) -> Iterator
         if num_dropped:
             share = num_dropped / split_metadata["records"]
             yield make_result(
-                share > MAX_DROPPED_SHARE, WARNING, "too long", f"{split}: {num_dropped:,} of {split_metadata['records']:,} records "
+                share > MAX_DROPPED_SHARE, WARNING, "too long", f"{split}: {num_dropped:,} of "
+                    f"{split_metadata['records']:,} records "
                 f"({share:.1%}) are longer than {settings.data.block_size} tokens and left out", "raise --block-size",
             )  # fmt: skip
 
@@ -118,7 +119,8 @@ def check_loss_mask(settings: Settings, data: PreparedDataset) -> Iterator[Check
     num_tokens, target_counts = int(data.train.lengths().sum()), data.train.num_target_tokens()
     target_share = int(target_counts.sum()) / num_tokens
     yield make_result(
-        target_share < MIN_TARGET_SHARE, WARNING, "masked", f"{1 - target_share:.1%} of the training tokens are not counted in the loss",
+        target_share < MIN_TARGET_SHARE, WARNING, "masked", f"{1 - target_share:.1%} of the training tokens are not "
+            "counted in the loss",
         "shorten the prompt, or train on whole texts with --objective blocks",
     )  # fmt: skip
     num_empty = int((target_counts <= 0).sum())
@@ -139,6 +141,7 @@ def check_vocabulary_coverage(data: PreparedDataset) -> Iterator[CheckResult]:
     unseen_share = float((~is_seen[val_ids]).mean()) if len(val_ids) else 0.0
     yield ok_result("coverage", f"{int(is_seen.sum()):,} of {vocab_size:,} token ids occur in the training data")
     yield make_result(
-        unseen_share > MAX_UNSEEN_SHARE, WARNING, "coverage", f"{unseen_share:.2%} of the validation tokens never occur in training",
+        unseen_share > MAX_UNSEEN_SHARE, WARNING, "coverage", f"{unseen_share:.2%} of the validation tokens never "
+            "occur in training",
         "more training data, or a split that holds the same kinds of text on both sides",
     )  # fmt: skip

@@ -124,7 +124,8 @@ def check_devices(world_size: int) -> Iterator[CheckResult]:
         )  # fmt: skip
     is_bf16_supported = supports_bf16(torch.device("cuda", 0))
     yield make_result(
-        not is_bf16_supported, WARNING, "bf16", f"{gpus[0].name} {'computes in it' if is_bf16_supported else 'does not: fp32, much slower'}",
+        not is_bf16_supported, WARNING, "bf16", f"{gpus[0].name} "
+            f"{'computes in it' if is_bf16_supported else 'does not: fp32, much slower'}",
         "--precision fp16 --ds-config zero1, or a newer GPU",
     )  # fmt: skip
 
@@ -156,7 +157,8 @@ def check_op_builds() -> Iterator[CheckResult]:
         part.strip()[-1:].isalpha() for part in os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
     ):
         yield CheckResult(
-            level=WARNING, name="op builds", message="TORCH_CUDA_ARCH_LIST has a letter: DeepSpeed's builder refuses it",
+            level=WARNING, name="op builds", message="TORCH_CUDA_ARCH_LIST has a letter: DeepSpeed's builder refuses "
+                "it",
             remedy="write 9.0 for 9.0a, or unset it",
         )  # fmt: skip
 
@@ -181,7 +183,8 @@ def check_leftover_buffers(folder: Path) -> Iterator[CheckResult]:
     buffers = sorted(folder.glob("deepspeed_allreduce_buffer_*")) if folder.is_dir() else []
     if buffers:
         yield CheckResult(
-            level=WARNING, name="/dev/shm", message=f"{len(buffers)} buffers of earlier runs of other DeepSpeed programs, "
+            level=WARNING, name="/dev/shm", message=f"{len(buffers)} buffers of earlier runs of other DeepSpeed "
+                "programs, "
             f"{format_bytes(sum(path.stat().st_size for path in buffers))}",
             remedy=f"when none of them runs: rm {folder}/deepspeed_allreduce_buffer_*",
         )  # fmt: skip
@@ -220,7 +223,8 @@ def check_threads(world_size: int) -> CheckResult:
     num_cores, omp_num_threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
     threads_per_rank = int(omp_num_threads) if omp_num_threads.isdigit() else max(1, num_cores // world_size)
     return make_result(
-        threads_per_rank * world_size > num_cores, WARNING, "threads", f"{threads_per_rank} a rank x {world_size} = {threads_per_rank * world_size} on {num_cores} cores",
+        threads_per_rank * world_size > num_cores, WARNING, "threads", f"{threads_per_rank} a rank x {world_size} = "
+            f"{threads_per_rank * world_size} on {num_cores} cores",
         f"OMP_NUM_THREADS={max(1, num_cores // world_size)}" if world_size <= num_cores else f"at most {num_cores} "
                                                                                              "ranks on a processor",
     )  # fmt: skip
@@ -234,7 +238,8 @@ def check_forwarded_variables(environ: Mapping[str, str], is_multi_node: bool) -
     )
     unforwarded_names = [
         name for name in sorted(environ)
-        if name.startswith(RELEVANT_VARIABLE_PREFIXES) and not name.startswith(tuple(forwarded_prefixes)) and name not in file_variables
+        if name.startswith(RELEVANT_VARIABLE_PREFIXES)
+        and not name.startswith(tuple(forwarded_prefixes)) and name not in file_variables
     ]  # fmt: skip
     if not unforwarded_names:
         return ok_result("variables", "none is set that other machines would miss")

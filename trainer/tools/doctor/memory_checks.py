@@ -79,7 +79,10 @@ def check_memory(plan: RunPlan, table: list[MemoryEstimateRow]) -> Iterator[Chec
         if plan.dist_context.device.type == "cuda"
         else f"free memory for each of {plan.dist_context.local_world_size}"
     )
-    message = f"{chosen_row.name}: {format_bytes(chosen_row.device_bytes)} at most, {format_bytes(limit_bytes)} {capacity_name}"
+    message = (
+        f"{chosen_row.name}: {format_bytes(chosen_row.device_bytes)} at most, {format_bytes(limit_bytes)} "
+        f"{capacity_name}"
+    )
     fitting_names = [row.name for row in table if row.fits]
     remedy = (
         f"--ds-config {fitting_names[0]} would fit"

@@ -24,7 +24,7 @@ def check_model(plan: RunPlan, model: TrainableModel) -> Iterator[CheckResult]:
     config_says_tied = bool(getattr(config, "tie_word_embeddings", False))
     yield make_result(
         config_says_tied != model.has_tied_embeddings, WARNING, "tied weights",
-        f"{'input and output embeddings are one' if model.has_tied_embeddings else 'input and output embeddings are two'}"
+        f"input and output embeddings are {'one' if model.has_tied_embeddings else 'two'}"
         + ("" if config_says_tied == model.has_tied_embeddings else f", its configuration says "
                                                                     f"{'one' if config_says_tied else 'two'}"),
         "see that its weights were saved as its configuration says",
@@ -66,7 +66,8 @@ def check_schedule(plan: RunPlan) -> Iterator[CheckResult]:
     warmup_steps = settings.train.warmup_steps
     warmup_note = f" after {warmup_steps} warm-up steps of {schedule.total_steps}" if warmup_steps else ""
     yield make_result(
-        warmup_steps >= schedule.total_steps, WARNING, "learning rate", f"{settings.train.lr:g} at its peak{warmup_note}",
+        warmup_steps >= schedule.total_steps, WARNING, "learning rate", f"{settings.train.lr:g} at its "
+            f"peak{warmup_note}",
         "the peak is never reached: lower --warmup-steps",
     )  # fmt: skip
     intervals = {"--eval-every": settings.output.eval_every, "--save-every": settings.output.save_every}

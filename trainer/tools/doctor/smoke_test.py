@@ -134,7 +134,8 @@ class SmokeTest:
         sample_note = " on a sample of the data" if is_sampled else ""
         if outcome.exit_code is None:
             yield CheckResult(
-                level=WARNING, name="rehearsal", message=f"{num_steps_done} of {NUM_STEPS} steps in {self.limit_seconds:.0f} s, given up{sample_note}",
+                level=WARNING, name="rehearsal", message=f"{num_steps_done} of {NUM_STEPS} steps in "
+                    f"{self.limit_seconds:.0f} s, given up{sample_note}",
                 remedy="give it more with --limit SECONDS, or rehearse with fewer examples a step (--global-batch)",
             )  # fmt: skip
             return
@@ -145,7 +146,10 @@ class SmokeTest:
             )  # fmt: skip
             return
         losses = [record["loss"] for record in outcome.select_records("step")]
-        message = f"{NUM_STEPS} steps{sample_note} in {outcome.elapsed_seconds:.0f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}"
+        message = (
+            f"{NUM_STEPS} steps{sample_note} in {outcome.elapsed_seconds:.0f} s, loss {losses[0]:.4f} to "
+            f"{losses[-1]:.4f}"
+        )
         yield ok_result("train", message)
         evals = outcome.select_records("eval")
         yield ok_result("evaluate", f"validation loss {evals[0]['loss']:.4f} before, {evals[-1]['loss']:.4f} after")
@@ -291,7 +295,8 @@ def check_disk_space(folder: Path, cost: Cost, save_total_limit: int) -> CheckRe
         next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     ).free
     return make_result(
-        free_bytes < needed_bytes, ERROR, "disk", f"{format_bytes(needed_bytes)} at most ({save_total_limit + 2} checkpoints of {format_bytes(cost.checkpoint_bytes)}, "
+        free_bytes < needed_bytes, ERROR, "disk", f"{format_bytes(needed_bytes)} at most ({save_total_limit + 2} "
+            f"checkpoints of {format_bytes(cost.checkpoint_bytes)}, "
         f"export {format_bytes(cost.export_bytes)}), {format_bytes(free_bytes)} free", "--save-total-limit fewer, or "
                                                                                        "--output-dir on another disk",
     )  # fmt: skip

@@ -187,7 +187,9 @@ def _merge_ranks(plan: RunPlan, micro_batch_size: int, answers: list[dict[str, A
     step_seconds = max(answer["seconds"] for answer in answers)
     return TrialResult(
         micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=plan.schedule.batch.global_batch // (micro_batch_size * plan.dist_context.world_size), fits=True,
+        gradient_accumulation_steps=plan.schedule.batch.global_batch
+        // (micro_batch_size * plan.dist_context.world_size),
+        fits=True,
         step_seconds=step_seconds, tokens_per_second=answers[0]["tokens"] / step_seconds,
         peak_memory_bytes=max(answer["peak_memory_bytes"] for answer in answers),
     )  # fmt: skip
@@ -227,8 +229,8 @@ def format_lines(
     for trial in trials:
         row = f"{trial.micro_batch_size:>11}  {trial.gradient_accumulation_steps:>12}  "
         lines.append(
-            row
-            + f"{1000 * trial.step_seconds:>11,.0f}  {trial.tokens_per_second:>10,.0f}  {trial.peak_memory_bytes / 2**30:.2f} GiB"
+            row + f"{1000 * trial.step_seconds:>11,.0f}  {trial.tokens_per_second:>10,.0f}  "
+            f"{trial.peak_memory_bytes / 2**30:.2f} GiB"
             if trial.fits
             else row + f"does not fit: {trial.failure_reason}"
         )

@@ -132,7 +132,8 @@ class LossRules:
             f"(norm {norm:.1e} over {self.run_info.num_trainable_params:,} weights: below AdamW's epsilon "
             f"{self.run_info.epsilon:g})",
             cause="gradients underflow in fp16" if is_fp16 else "what counts in the loss hardly depends on what trains",
-            remedy="--precision bf16" if is_fp16 else "--lora-target-modules with layers that matter" if self.run_info.mode == "lora"
+            remedy="--precision bf16" if is_fp16 else "--lora-target-modules with layers that "
+                "matter" if self.run_info.mode == "lora"
             else "--objective blocks, where every token counts",
             evidence={"grad_norm": norm, "rms": rms, "epsilon": self.run_info.epsilon},
         )  # fmt: skip
@@ -179,7 +180,8 @@ class LossRules:
             return None
         return Diagnostic(
             code="always_clipped",
-            seen=f"each of the last {len(recent_steps)} steps was clipped (median gradient norm {norm:.3g}, limit {max_grad_norm:g})",
+            seen=f"each of the last {len(recent_steps)} steps was clipped (median gradient norm {norm:.3g}, limit "
+            f"{max_grad_norm:g})",
             cause="the limit is far below this model's gradients, so that only their direction is left",
             remedy=f"--max-grad-norm {float(f'{norm:.1g}'):g}",
             evidence={"grad_norm": norm, "clip": max_grad_norm, "steps": len(recent_steps)},
@@ -198,7 +200,8 @@ class LossRules:
             return None
         return Diagnostic(
             code="diverging",
-            seen=f"the training loss rose to {window_mean.value:.4f}, a mean of {WINDOW_STEPS} steps, from {self.lowest_window.value:.4f} "
+            seen=f"the training loss rose to {window_mean.value:.4f}, a mean of {WINDOW_STEPS} steps, from "
+            f"{self.lowest_window.value:.4f} "
             f"at its lowest ({min(std_errors, 999):.0f} standard errors)",
             cause=f"the learning rate {self.run_info.lr:g} is too high",
             remedy=f"--lr {self.run_info.lr / 3:.1g}",
@@ -219,7 +222,8 @@ class LossRules:
             return None
         return Diagnostic(
             code="diverging",
-            seen=f"the model is worse than before training: validation loss {first_eval.loss:.4f} -> {last_eval.loss:.4f}, "
+            seen=f"the model is worse than before training: validation loss {first_eval.loss:.4f} -> "
+            f"{last_eval.loss:.4f}, "
             f"training loss {train_loss:.4f}",
             cause=f"the learning rate {self.run_info.lr:g} is too high",
             remedy=f"--lr {self.run_info.lr / 3:.1g}",
@@ -260,7 +264,8 @@ class LossRules:
         )  # fmt: skip
         return Diagnostic(
             code="overfitting",
-            seen=f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best_eval.epoch:.4g} (step {best_eval.step}): "
+            seen=f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best_eval.epoch:.4g} (step "
+                f"{best_eval.step}): "
             f"{best_eval.loss:.4f} -> {last_eval.loss:.4f}, while the training loss fell: {mean_before.value:.4f} -> "
             f"{mean_after.value:.4f}",
             cause="the model learns the training rows by heart",
@@ -280,7 +285,8 @@ class LossRules:
             return None
         return Diagnostic(
             code="overflow",
-            seen=f"{len(self.skipped_steps)} updates of the last {step - self.skipped_steps[0] + 1} steps were left out",
+            seen=f"{len(self.skipped_steps)} updates of the last {step - self.skipped_steps[0] + 1} steps were left "
+            "out",
             cause="gradients overflow in fp16 at every loss scale",
             remedy="--precision bf16",
             evidence={"skipped": len(self.skipped_steps), "steps": step - self.skipped_steps[0] + 1},

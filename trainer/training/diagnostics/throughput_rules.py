@@ -108,7 +108,8 @@ class ThroughputRules:
             return None
         return Diagnostic(
             code="unused_ranks",
-            seen=f"{run_info.num_val_examples} validation examples in batches of {run_info.eval_batch_size} keep {num_busy_ranks} of "
+            seen=f"{run_info.num_val_examples} validation examples in batches of {run_info.eval_batch_size} keep "
+            f"{num_busy_ranks} of "
             f"{run_info.world_size} ranks busy in an evaluation",
             cause="the evaluation batch is too large",
             remedy=f"--eval-batch {max(1, run_info.num_val_examples // run_info.world_size)}",
