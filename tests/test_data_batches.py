@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from trainer.config.schema import BatchConfig
-from trainer.data.sampler import IGNORE_INDEX, SORT_WINDOW_BATCHES, epoch_order, eval_batches, step_batches, step_counts
+from trainer.data.sampler import (
+    IGNORE_INDEX,
+    PAD_ID,
+    SORT_WINDOW_BATCHES,
+    TrainBatches,
+    epoch_order,
+    eval_batches,
+    step_batches,
+    step_counts,
+)
 from trainer.data.token_dataset import TokenDataset
 
 EOS = 9  # the end-of-text token of these rows, and their padding, as with GPT-2
@@ -123,15 +132,34 @@ def test_padding_is_masked_by_position_and_the_end_of_text_token_counts():
     assert one.tokens == 8
 
 
-def test_the_index_of_a_micro_batch_is_the_position_of_its_first_row_in_the_run():
+def test_the_index_of_a_micro_batch_is_the_position_of_its_first_row_in_the_epoch():
     rows = make_dataset([3] * 10)
     batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=2, world_size=2)
-    found = [
-        one.index
-        for rank in (0, 1)
-        for one in step_batches(rows, np.arange(10), 1, batch, rank, EOS, examples_before=100)
-    ]
-    assert found == [104, 106, 105, 107]
+    found = [one.index for rank in (0, 1) for one in step_batches(rows, np.arange(10), 1, batch, rank, EOS)]
+    assert found == [4, 6, 5, 7]
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_train_batches_draw_every_step_of_every_epoch_in_the_sampler_s_order(rank, by_length):
+    dataset = make_dataset([2 + i % 7 for i in range(11)])
+    batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=2, world_size=2)
+    batches = TrainBatches(dataset=dataset, batch_config=batch, seed=1, rank=rank, shuffle=True, by_length=by_length)
+    drawn = list(batches(0, 7))  # two epochs of three steps, the last of each with three examples, and a step more
+    assert [(b.step, b.epoch, b.step_in_epoch) for b in drawn] == [(step, step // 3, step % 3) for step in range(7)]
+    for epoch in (0, 1):
+        order = make_order(dataset, epoch=epoch, group_by_length=by_length)
+        assert [i for b in drawn if b.epoch == epoch for i in b.example_ids] == order.tolist()
+        for b in drawn[3 * epoch : 3 * epoch + 3]:
+            expected = step_batches(dataset, order, b.step_in_epoch, batch, rank, PAD_ID)
+            assert [(m.input_ids.tolist(), m.labels.tolist(), m.index) for m in b.micro_batches] == [
+                (m.input_ids.tolist(), m.labels.tolist(), m.index) for m in expected
+            ]
+            counts = step_counts(dataset, order, b.step_in_epoch, 4)
+            assert (len(b.example_ids), b.num_tokens, b.num_target_tokens) == counts
+    resumed = next(iter(batches(5, 6)))  # drawn backwards in the same object, and without what came before it
+    assert resumed.example_ids == drawn[5].example_ids
+    assert batches.wait_seconds > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -4,8 +4,10 @@ Nothing here knows how many ranks there are until a step is cut up, so the examp
 every number of ranks, micro-batch and accumulation.
 """
 
+import math
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from trainer.config.schema import BatchConfig
 from trainer.data.token_dataset import Int64, TokenDataset
 
 IGNORE_INDEX = -100  # the label that Hugging Face models and torch's cross-entropy leave out
+PAD_ID = 0  # any id will do: padded positions are neither counted nor attended to
 SORT_WINDOW_BATCHES = 64  # number of global batches among which rows of like length are brought together
 
 
@@ -21,14 +24,27 @@ class MicroBatch:
     """What one rank feeds in one forward.
 
     input_ids, labels: int64 [rows, width]; labels are not shifted, IGNORE_INDEX where a token does not count.
-    tokens: tokens in it that are not padding. index: place of its first row in the run, counted in examples;
-    the same for the same examples, so that random numbers can be seeded by it.
+    tokens: tokens in it that are not padding. index: place of its first row in the epoch, counted in examples;
+    the same for every number of ranks, so that dropout can be seeded by it and the step.
     """
 
     input_ids: Int64
     labels: Int64
     tokens: int
     index: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GlobalBatch:
+    """The examples of one optimizer step, and this rank's share of them."""
+
+    step: int  #: steps before it in the run
+    epoch: int  #: from 0
+    step_in_epoch: int  #: from 0
+    example_ids: list[int]  #: rows of the data set, of the whole global batch
+    micro_batches: list[MicroBatch]  #: this rank's
+    num_tokens: int  #: of the whole global batch, without padding
+    num_target_tokens: int  #: tokens among them that count in the loss
 
 
 def _permutation(n: int, *key: int) -> Int64:
@@ -95,22 +111,17 @@ def step_batches(
     batch: BatchConfig,
     rank: int,
     pad_id: int,
-    *,
-    examples_before: int = 0,
 ) -> list[MicroBatch]:
     """The micro-batches of `rank` in a step, always `batch.gradient_accumulation_steps` of them.
 
     Micro-batch j of rank r holds rows [(j * ranks + r) * micro : + micro] of the global batch. In the ragged last
-    step of an epoch they hold fewer rows, or a masked one. `examples_before`: examples of the run before this epoch,
-    added to every `index`.
+    step of an epoch they hold fewer rows, or a masked one.
     """
     start = step_in_epoch * batch.global_batch
     batch_indices = order[start : start + batch.global_batch]
     offsets = [(j * batch.world_size + rank) * batch.micro_batch_size for j in range(batch.gradient_accumulation_steps)]
     return [
-        collate(
-            dataset, batch_indices[offset : offset + batch.micro_batch_size], pad_id, examples_before + start + offset
-        )
+        collate(dataset, batch_indices[offset : offset + batch.micro_batch_size], pad_id, start + offset)
         for offset in offsets
     ]
 
@@ -120,6 +131,49 @@ def step_counts(dataset: TokenDataset, order: Int64, step_in_epoch: int, global_
     indices = order[step_in_epoch * global_batch : (step_in_epoch + 1) * global_batch]
     lengths = dataset.offsets[indices + 1] - dataset.offsets[indices]
     return len(indices), int(lengths.sum()), int((lengths - dataset.first_target[indices]).sum())
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainBatches:
+    """The global batches of a run, step by step across its epochs; `wait_seconds` is the time spent drawing rows."""
+
+    dataset: TokenDataset
+    batch_config: BatchConfig
+    seed: int
+    rank: int
+    shuffle: bool
+    by_length: bool  #: bring rows of like length together, see `epoch_order`
+    wait_seconds: float = field(default=0.0, init=False)
+    _order: tuple[int, Int64] | None = field(default=None, init=False)  # of the epoch drawn from last
+
+    def __call__(self, start_step: int, stop_step: int) -> Iterator[GlobalBatch]:
+        """The batches after `start_step` steps, up to and without `stop_step`; each is drawn when it is asked for."""
+        for step in range(start_step, stop_step):
+            start_time = time.perf_counter()
+            batch = self._draw(step)
+            self.wait_seconds += time.perf_counter() - start_time
+            yield batch
+
+    def _draw(self, step: int) -> GlobalBatch:
+        global_batch = self.batch_config.global_batch
+        epoch, step_in_epoch = divmod(step, math.ceil(len(self.dataset) / global_batch))
+        order = self._epoch_order(epoch)
+        _, num_tokens, num_target_tokens = step_counts(self.dataset, order, step_in_epoch, global_batch)
+        return GlobalBatch(
+            step=step, epoch=epoch, step_in_epoch=step_in_epoch,
+            example_ids=order[step_in_epoch * global_batch :][:global_batch].tolist(),
+            micro_batches=step_batches(self.dataset, order, step_in_epoch, self.batch_config, self.rank, PAD_ID),
+            num_tokens=num_tokens, num_target_tokens=num_target_tokens,
+        )  # fmt: skip
+
+    def _epoch_order(self, epoch: int) -> Int64:
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(
+                self.dataset, seed=self.seed, epoch=epoch, global_batch=self.batch_config.global_batch,
+                shuffle=self.shuffle, group_by_length=self.by_length,
+            )  # fmt: skip
+            self._order = epoch, order
+        return self._order[1]
 
 
 def eval_batches(
