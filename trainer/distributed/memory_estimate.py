@@ -3,7 +3,7 @@
 State: the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 3), with weights and gradients in float32, which is
 how this program trains (bf16 is autocast; only fp16 holds half weights). Activations: counted as in Korthikanti et al.
 (arXiv 2205.05198, section 4) for GPT-2's block with its activation function in one kernel (`trainer.model.build`).
-tests/test_memory.py holds both against what autograd keeps and a process grows by.
+tests/unit/distributed/test_memory_estimate.py holds both against what autograd keeps and a process grows by.
 """
 
 from dataclasses import dataclass, replace

@@ -1,7 +1,7 @@
 """The state of a run on its ranks: weights and moments read whole, set from a checkpoint, copied and restored.
 
 The same names and tensors under every ZeRO stage and number of ranks. What DeepSpeed has no public way to tell is
-read where it keeps it; tests/test_engine.py holds those names.
+read where it keeps it; tests/distributed/test_engine.py holds those names.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,0 +1,248 @@
+"""`--find-batch`: real steps of growing micro-batches for one global batch; out of memory on one rank ends no other."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.launch_ranks import run_on_ranks, train
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+
+from trainer.config import cli
+from trainer.config.errors import TrainingError
+from trainer.data.dataset import load, prepare
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.model.build import build_model, load_config
+from trainer.tools.finders import batch_finder, batch_size_worker
+from trainer.tools.finders.batch_sizes import TrialResult, candidate_sizes, fastest, ladder, next_sizes
+from trainer.training.run_plan import make_plan
+
+# --- what to try, pure ---
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "ranks", "expected"), [(8, 1, [1, 2, 4, 8]), (12, 2, [1, 2, 3, 6]), (7, 1, [1, 7]), (4, 4, [1])]
+)
+def test_every_micro_batch_size_keeps_the_global_batch(global_batch, ranks, expected):
+    assert candidate_sizes(global_batch, ranks) == expected
+
+
+def test_the_batch_sizes_to_try_double_and_end_at_the_largest():
+    assert ladder([1, 2, 3, 4, 6, 8, 12, 24]) == [1, 2, 4, 8, 24]
+    assert ladder([1, 7]) == [1, 7]
+
+
+@pytest.mark.parametrize("most", range(13))
+def test_the_batch_search_finds_the_largest_size_that_fits(most):
+    """Whatever fits, in a few groups of processes, each of which ends at its first failure."""
+    sizes, known, groups = candidate_sizes(360, 1), {}, 0
+    while todo := next_sizes(sizes, known):
+        groups += 1
+        for size in todo:
+            known[size] = size <= most
+            if not known[size]:
+                break
+    largest = max((size for size in sizes if size <= most), default=None)
+    assert max((size for size, fits in known.items() if fits), default=None) == largest
+    assert groups <= 4
+
+
+def make_trial_result(micro_batch_size: int, tokens_per_second: float) -> TrialResult:
+    return TrialResult(
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=1,
+        fits=True,
+        step_seconds=1.0,
+        tokens_per_second=tokens_per_second,
+    )
+
+
+def test_the_batch_search_suggests_the_fastest_size_not_the_largest():
+    assert (
+        fastest([make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, 150)]).micro_batch_size == 2
+    )
+    assert (
+        fastest([make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, 184)]).micro_batch_size == 2
+    ), "as fast, with less memory"
+    assert (
+        fastest([make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, 200)]).micro_batch_size == 4
+    )
+    assert fastest([TrialResult(micro_batch_size=1, gradient_accumulation_steps=1, fits=False)]) is None
+
+
+@pytest.mark.parametrize(
+    ("largest", "said"),
+    [
+        (150, "--micro-batch 2: 180 tokens/s, +20% against 4, the largest that fits"),
+        (181, "--micro-batch 2: 180 tokens/s, in less memory and as fast as 4, the largest that fits"),
+        (200, "--micro-batch 4: 200 tokens/s"),
+    ],
+)
+def test_the_batch_size_suggestion_says_what_improves(largest, said):
+    sizes = [make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, largest)]
+    told = batch_finder.format_lines(SimpleNamespace(dropout=0.0), sizes, fastest(sizes), "")
+    assert [line for line in told if line.startswith("suggestion")] == [f"suggestion     {said}"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "is_one"),
+    [
+        (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True), (RuntimeError("Connection closed by peer"), False),
+    ],
+)  # fmt: skip
+def test_running_out_of_memory_is_told_from_other_errors(problem, is_one):
+    assert batch_size_worker.is_out_of_memory(problem) == is_one
+
+
+# --- on real ranks ---
+
+
+def make_argv(tiny_model: str, data_files: tuple[str, str], *extra_flags: str) -> list[str]:
+    flags = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
+    flags += " --block-size 32 --global-batch 8 --wandb disabled"
+    return [*flags.split(), *TEMPLATE_FLAGS, *extra_flags]
+
+
+def make_plan_and_data(argv: list[str], dist_context: Any) -> tuple[Any, Any]:
+    settings = cli.parse_args(argv).settings
+    data = load(prepare(settings.data, model=settings.model.model, global_batch=8).folder)
+    model = build_model(settings, on_meta=True)
+    return make_plan(settings, dist_context, data, model.metadata, load_config(settings.model)), data
+
+
+def try_fake_sizes(argv: list[str], out: str, scripts: list[str]) -> int:
+    """`try_sizes` with, in place of the real trial, a Python line for each rank; what came out goes to out-rank."""
+    dist_context = init_distributed()
+    try:
+        plan, data = make_plan_and_data(argv, dist_context)
+        batch_finder.WORKER_COMMAND = (sys.executable, "-S", "-c", _FAKE_TRIAL_CODE + scripts[dist_context.rank])  # type: ignore[assignment]
+        batch_finder.GRACE_SECONDS = 0.5
+        try:
+            result: Any = [vars(trial_result) for trial_result in batch_finder.run_trials(plan, data.folder, [1, 2, 4])]
+        except TrainingError as error:
+            result = str(error)
+        Path(f"{out}-{dist_context.rank}").write_text(json.dumps(result))
+    finally:
+        dist_context.watchdog.close()
+        destroy_process_group()
+    return 0
+
+
+_FAKE_TRIAL_CODE = """
+import json, os, sys, time
+job = json.loads(open(sys.argv[1]).read())
+def report_trial(micro):
+    with open(job["answer"] + "-" + os.environ["RANK"], "a") as file:
+        file.write(json.dumps({"micro_batch_size": micro, "seconds": 0.5, "tokens": 100, "peak_memory_bytes": 7}) +
+        chr(10))
+"""
+WAITS = "report_trial(1); report_trial(2); time.sleep(600)"  # in a collective with one who is gone
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ("report_trial(1); report_trial(2); os._exit(77)", "out of memory on rank 1"),
+        ("report_trial(1); report_trial(2); os.kill(os.getpid(), 9)", "killed by the system"),
+        ("report_trial(1); report_trial(2); print('boom: no such thing', flush=True); os._exit(1)", None),
+    ],
+)
+def test_a_batch_trial_whose_rank_ends_is_seen_by_all_ranks(tiny_model, data_files, tmp_path, ends, said):
+    words = make_argv(tiny_model, data_files)
+    prepare(cli.parse_args(words).settings.data, model=tiny_model, global_batch=8)
+    log = tmp_path / "log"
+    assert run_on_ranks(2, try_fake_sizes, words, str(tmp_path / "result"), [WAITS, ends], log=log) == 0, (
+        log.read_text()
+    )
+    results = [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(2)]
+    assert results[0] == results[1]
+    if said is None:
+        assert "micro-batch 4 failed on rank 1: boom: no such thing" in results[0]
+        return
+    assert [(one["micro_batch_size"], one["gradient_accumulation_steps"], one["fits"]) for one in results[0]] == [
+        (1, 4, True), (2, 2, True), (4, 1, False)
+    ]  # fmt: skip
+    assert said in results[0][-1]["failure_reason"]
+    assert results[0][0]["tokens_per_second"] == 200
+
+
+def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_files, tmp_path):
+    out = tmp_path / "run"
+    output = train([*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", "zero2"], out=out)
+    found = json.loads((out / "find-batch.json").read_text())
+    assert [(one["micro_batch_size"], one["gradient_accumulation_steps"]) for one in found["tried"]] == [
+        (1, 8),
+        (2, 4),
+        (4, 2),
+        (8, 1),
+    ]
+    assert all(one["fits"] and one["tokens_per_second"] > 0 for one in found["tried"])
+    best = max(found["tried"], key=lambda one: one["tokens_per_second"])["tokens_per_second"]
+    chosen = next(one for one in found["tried"] if one["micro_batch_size"] == found["suggestion"])
+    assert chosen["tokens_per_second"] >= 0.97 * best
+    assert f"--micro-batch {found['suggestion']}" in output
+    assert "80% of the free memory" in output, "the budget on a processor is said"
+    assert sorted(path.name for path in out.iterdir()) == ["find-batch.json"], "nothing was trained"
+
+
+def test_find_batch_skips_sizes_that_the_formula_puts_over_the_budget(tiny_model, data_files, session_dir, monkeypatch):
+    world = init_distributed()
+    try:
+        plan, _ = make_plan_and_data(make_argv(tiny_model, data_files), world)
+    finally:
+        destroy_process_group()
+    monkeypatch.setattr(batch_finder, "free_host_bytes", lambda plan: 2**40)
+    assert batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
+    monkeypatch.setattr(batch_finder, "required_bytes", lambda plan, made: (made.activations, 0.0))
+    two, four = (
+        batch_finder.estimate_plan(plan, plan.deepspeed_file, batch_finder.build_workload(plan, 32, micro)).activations
+        for micro in (2, 4)
+    )
+    monkeypatch.setattr(
+        batch_finder, "free_host_bytes", lambda plan: (two + four) / 2 / batch_finder.MEMORY_BUDGET_SHARE
+    )
+    sizes, said = batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)
+    assert sizes == [1, 2]
+    assert "not tried: 4 and above" in said
+    gpu = replace(plan, dist_context=replace(plan.dist_context, device=__import__("torch").device("cuda", 0)))
+    assert batch_finder.sizes_within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
+
+
+OOM_TRIAL_CODE = """
+import sys
+sys.path.insert(0, {tests!r})
+from trainer.distributed.engine import Engine
+from trainer.tools.finders import batch_size_worker
+kept = Engine.forward_backward
+def forward_backward(self, micro, **rest):
+    if self.dist_context.rank == 1 and len(micro.input_ids) >= 4:
+        raise RuntimeError("CUDA out of memory (made up by the test)")
+    return kept(self, micro, **rest)
+Engine.forward_backward = forward_backward
+sys.exit(batch_size_worker.main(sys.argv[1]))
+"""
+
+
+def train_with_oom(argv: list[str]) -> int:
+    from helpers.launch_ranks import run_train_script
+
+    batch_finder.WORKER_COMMAND = (sys.executable, "-c", OOM_TRIAL_CODE.format(tests=str(Path(__file__).parents[1])))  # type: ignore[assignment]
+    return run_train_script(argv)
+
+
+@pytest.mark.sweep  # two real groups of processes: their imports take half a minute on one core
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_find_batch_survives_a_rank_that_runs_out_of_memory(tiny_model, data_files, tmp_path, zero):
+    out = tmp_path / "run"
+    words = [*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", zero, "--output-dir", str(out)]
+    log = tmp_path / "log"
+    assert run_on_ranks(2, train_with_oom, words, log=log) == 0, log.read_text()
+    found = json.loads((out / "find-batch.json").read_text())
+    assert [(one["micro_batch_size"], one["fits"]) for one in found["tried"]] == [(1, True), (2, True), (4, False)]
+    assert "out of memory on rank 1" in found["tried"][-1]["failure_reason"]
+    assert found["suggestion"] in (1, 2)

@@ -1,0 +1,270 @@
+"""Steps recorded as graphs: which are, what they leave in the gradients, and what happens where recording fails.
+
+Without a GPU a recording is stood in for by one that runs the recorded work at each replay, into the same addresses.
+The last tests need a GPU and hold replays against eager steps there.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from helpers.launch_ranks import run_on_ranks
+from helpers.tiny_inputs import make_tiny_gpt2
+from transformers import AutoModelForCausalLM
+
+from trainer.distributed import cuda_graphs
+from trainer.distributed.cuda_graphs import CUDAGraphRunner
+from trainer.kernels.linear_cross_entropy import CausalLMLoss
+
+WIDTH = 16
+
+
+class FakeCapturedGraph:
+    """What `CapturedGraph` is on a GPU: inputs and outputs stay where they are, the work is done at each replay."""
+
+    instances: ClassVar[list["FakeCapturedGraph"]] = []
+    fails_to_capture = False
+
+    def __init__(self, fn: Any, example_ids: torch.Tensor, pool: Any):
+        if FakeCapturedGraph.fails_to_capture:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        self.fn, self.pool, self.num_replays = fn, "pool", 0
+        self.ids, self.labels, self.loss_weight = (
+            torch.zeros_like(example_ids),
+            torch.zeros_like(example_ids),
+            torch.ones(()),
+        )
+        with pytest.MonkeyPatch.context() as patch:  # a recording runs the Python once, and changes nothing yet
+            patch.setattr(torch, "_foreach_add_", lambda *_: None)
+            patch.setattr(torch, "_foreach_copy_", lambda *_: None)
+            fn(self.ids, self.labels, self.loss_weight)
+        FakeCapturedGraph.instances.append(self)
+
+    def replay(self, ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
+        self.ids.copy_(ids)
+        self.labels.copy_(labels)
+        self.loss_weight.fill_(loss_weight)
+        self.num_replays += 1
+        return self.fn(self.ids, self.labels, self.loss_weight)
+
+
+@pytest.fixture
+def loss_module(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> CausalLMLoss:
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", FakeCapturedGraph)
+    monkeypatch.setattr(FakeCapturedGraph, "instances", [])
+    monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", False)
+    return CausalLMLoss(AutoModelForCausalLM.from_pretrained(tiny_model), None)
+
+
+def make_micro_batch(rows: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(1, 97, (rows, WIDTH)))
+
+
+def eager_gradients(loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients of a step of these micro-batches."""
+    for parameter in loss_module.parameters():
+        parameter.grad = None
+    for ids in micro_batches:
+        (loss_module(ids, ids)[0] * 0.5).backward()
+    return [p.grad.clone() for p in loss_module.parameters() if p.grad is not None]
+
+
+def graph_gradients(
+    graph_runner: CUDAGraphRunner, loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The same through the graphs, eager where they do not take a micro-batch."""
+    for parameter in loss_module.parameters():
+        parameter.grad = None
+    for ids in micro_batches:
+        if graph_runner.backward(ids, ids, 0.5) is None:
+            (loss_module(ids, ids)[0] * 0.5).backward()
+    return [p.grad.clone() for p in loss_module.parameters() if p.grad is not None]
+
+
+def assert_all_close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for gradient, expected_gradient in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradients(loss_module):
+    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
+        micros = [make_micro_batch(2, 10 * number), make_micro_batch(2, 10 * number + 1)]
+        assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
+    first, more = FakeCapturedGraph.instances
+    assert first.num_replays == 3
+    assert more.num_replays == 3, "the second micro-batch of a step adds to the first"
+    assert made.notices == []
+
+
+@pytest.mark.parametrize("ragged", [[2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
+def test_a_ragged_step_between_captured_ones_and_the_next_have_the_eager_gradients(loss_module, ragged):
+    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    for number, shape in enumerate([[2, 2]] * (cuda_graphs.NUM_WARMUP_CALLS + 2) + [ragged] + [[2, 2]] * 2):
+        micros = [make_micro_batch(rows, 100 * number + n) for n, rows in enumerate(shape)]
+        assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
+    assert len(FakeCapturedGraph.instances) == 2
+
+
+def test_at_most_max_graphs_shapes_are_captured(loss_module):
+    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    for rows in range(1, cuda_graphs.MAX_GRAPHS + 3):
+        for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
+            micros = [make_micro_batch(rows, number)]
+            assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
+    assert len(FakeCapturedGraph.instances) == cuda_graphs.MAX_GRAPHS
+
+
+def test_evaluations_have_captured_graphs_of_their_own(loss_module):
+    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    with torch.no_grad():
+        for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
+            ids = make_micro_batch(3, number)
+            rows = made.forward(ids, ids)
+            assert (rows is None) == (number < cuda_graphs.NUM_WARMUP_CALLS)
+            if rows is not None:
+                assert torch.equal(rows, loss_module(ids, ids)[1])
+
+
+def test_a_failed_capture_is_reported_once_and_steps_go_on_eagerly(loss_module, monkeypatch):
+    monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", True)
+    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
+        micros = [make_micro_batch(2, number)]
+        assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
+    assert made.notices == ["steps are not recorded as CUDA graphs: operation not permitted when stream is capturing"]
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def take_steps_on_gpu(session_dir: Any, **job: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What `take_steps` returns, in a process of its own: one joins its ranks once."""
+    folder = make_tiny_gpt2(
+        session_dir / f"gpu-{job.get('dropout', 0.0)}", dropout=job.get("dropout", 0.0), hidden_size=64
+    )
+    out = session_dir / f"{len(list(session_dir.glob('*.steps')))}.steps"
+    env = {"DS_ACCELERATOR": job.setdefault("device", "cuda")}
+    log = out.with_suffix(".log")
+    assert run_on_ranks(1, save_steps, str(folder), str(out), job, log=log, env=env) == 0, log.read_text()[-3000:]
+    return torch.load(out)
+
+
+def save_steps(folder: str, out: str, job: dict[str, Any]) -> None:
+    torch.save(take_steps(Path(folder), Path(out), **job), out)
+
+
+def take_steps(
+    folder: Path, out: Path, *, words: str, recorded: bool, device: str, compiled: bool = False, steps: int = 50,
+    dropout: float = 0.0, resumed_after: int | None = None,
+) -> tuple[list[float], dict[str, torch.Tensor]]:  # fmt: skip
+    """(losses and gradient norms, final weights) of so many steps of a small GPT-2, alone.
+
+    `resumed_after`: a step after which another engine goes on from a checkpoint.
+    """
+    from trainer.config import cli
+    from trainer.data.sampler import MicroBatch
+    from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import destroy_process_group, init_distributed
+    from trainer.model.build import build_model
+    from trainer.training import checkpoint
+    from trainer.training.checkpoint import CheckpointManager, TrainState
+
+    settings = cli.parse_args(f"--model {folder} --data unused --global-batch 4 {words}".split()).settings
+    precision, zero_file = (
+        settings.engine.precision or "fp32",
+        read_deepspeed_file(settings.engine.ds_config or "zero0"),
+    )
+    dist_context = init_distributed(device)
+    batch = settings.train.batch(1)
+    config = build_deepspeed_config(zero_file, batch=batch, max_grad_norm=1.0, precision=precision)
+    shapes = {(batch.micro_batch_size, WIDTH)} if compiled else set()
+
+    def make_engine(model: Any) -> Engine:
+        engine = Engine(dist_context, model, config, settings.train, precision, compiled_shapes=shapes)
+        if not recorded:
+            engine._graph_runner = None
+        return engine
+
+    engine, losses_and_norms = make_engine(build_model(settings, device=dist_context.device)), []
+    for step in range(steps):
+        micro_batches = []
+        for n in range(batch.gradient_accumulation_steps):
+            ids = make_micro_batch(batch.micro_batch_size, 100 * step + n).numpy()
+            micro_batches.append(MicroBatch(input_ids=ids, labels=ids, tokens=ids.size, index=4 * step + n))
+        num_target_tokens = 4 * (WIDTH - 1)
+        sums = [
+            engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens)
+            for micro_batch in micro_batches
+        ]
+        step_result = engine.step(1e-3, sums)
+        losses_and_norms += [step_result.loss_sum / num_target_tokens, step_result.grad_norm]
+        if step + 1 == resumed_after:
+            checkpoint_dir = out.with_suffix(".checkpoints")
+            checkpoint_manager = CheckpointManager(
+                checkpoint_dir, dist_context, save_total_limit=1, identity={"base": "test"}
+            )
+            checkpoint_manager.save(engine, TrainState(step=resumed_after))
+            saved_checkpoint, model = (
+                checkpoint.resolve_checkpoint(checkpoint_dir, "latest"),
+                build_model(settings, device=dist_context.device),
+            )
+            checkpoint.load_weights(saved_checkpoint, model.module)
+            engine = make_engine(model)
+            engine.state.load_state_dict(
+                saved_checkpoint.tensor_reader(dist_context.device),
+                saved_checkpoint.step,
+                saved_checkpoint.metadata.get("loss_scale"),
+            )
+    assert engine.notices == []
+    weights = {name: tensor.clone() for name, tensor in engine.state.gather_weights()}
+    destroy_process_group()
+    return losses_and_norms, weights
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize("more", ["--mode full", "--mode lora", "--mode full --micro-batch 2"])
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
+def test_fifty_replayed_steps_are_the_eager_ones(session_dir, zero, precision, bound, more, mark):
+    words = f"{more} --precision {precision} --ds-config {zero}"
+    eagerly, _ = take_steps_on_gpu(session_dir, words=words, recorded=False)
+    replayed, _ = take_steps_on_gpu(session_dir, words=words, recorded=True)
+    assert replayed == pytest.approx(eagerly, rel=bound)
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
+def test_replayed_dropout_draws_the_eager_masks(session_dir, mark):
+    words = "--mode full --precision fp32 --ds-config zero0"
+    eagerly, _ = take_steps_on_gpu(session_dir, words=words, recorded=False, dropout=0.1)
+    replayed, _ = take_steps_on_gpu(session_dir, words=words, recorded=True, dropout=0.1)
+    assert replayed == pytest.approx(eagerly, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_resume_with_captured_steps_gives_the_numbers_of_the_uninterrupted_run(
+    session_dir, mode, precision, bound, device
+):
+    """The steps after it are eager until they are recorded anew; without recording there is not even a last bit."""
+    words = f"--mode {mode} --precision {precision} --ds-config zero0"
+    there = {"words": words, "recorded": device == "cuda", "dropout": 0.1, "steps": 20, "device": device}
+    straight, weights = take_steps_on_gpu(session_dir, **there)
+    resumed, found = take_steps_on_gpu(session_dir, **there, resumed_after=11)
+    assert resumed == pytest.approx(straight, rel=bound if device == "cuda" else 0)
+    if device == "cpu":
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
+def test_fifty_compiled_and_replayed_steps_are_the_eager_ones(session_dir, mark):
+    words = "--mode full --precision fp32 --ds-config zero0"
+    eagerly, _ = take_steps_on_gpu(session_dir, words=words, recorded=False)
+    compiled, _ = take_steps_on_gpu(session_dir, words=words, recorded=True, compiled=True)
+    assert compiled == pytest.approx(eagerly, rel=1e-4)

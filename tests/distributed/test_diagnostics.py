@@ -1,0 +1,477 @@
+"""What a run notices of itself: each finding fires when it should, made by a fault, and none on healthy runs.
+
+The faults are real where a small model can have them; what needs a GPU or minutes of time is made of rows.
+"""
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.fake_runs import make_metadata as make_run_metadata
+from helpers.fake_runs import make_run_folder
+from helpers.launch_ranks import train as train_on_ranks
+from helpers.matrix import launch_jobs
+from helpers.process_groups import read_events, read_records, read_reproducible_records
+from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
+
+from trainer.config import cli
+from trainer.config.errors import TrainingError
+from trainer.data.dataset import load, prepare
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.export.model_card import render_model_card
+from trainer.export.verify import VerificationResult
+from trainer.model.build import build_model, load_config
+from trainer.report.comparison import compare, write_report
+from trainer.report.load import load_runs
+from trainer.report.wandb_runs import build_run_from_rows
+from trainer.run import build_engine
+from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
+from trainer.tracking.wandb_keys import wandb_config, wandb_summary
+from trainer.training.callbacks import Callbacks
+from trainer.training.checkpoint import CheckpointManager
+from trainer.training.diagnostics.monitor import DiagnosticsMonitor
+from trainer.training.diagnostics.online_stats import MeanEstimate, OnlineLinearRegression, welch_t
+from trainer.training.diagnostics.types import TIMING_CODES, TOPICS, RunInfo
+from trainer.training.loop import train
+from trainer.training.run_plan import make_plan
+
+# --- the statistics --------------------------------------------------------------------------------------------------
+
+
+def test_the_slope_and_its_t_are_those_of_the_textbook():
+    """x 1..5, y 2 4 5 4 5: slope 0.6, residual 2.4, so its standard error is sqrt(0.8 / 10), worked out by hand."""
+    line = OnlineLinearRegression()
+    for x, y in enumerate([2, 4, 5, 4, 5], start=1):
+        line.add(x, y)
+    assert line.slope == pytest.approx(0.6)
+    assert line.t_statistic == pytest.approx(0.6 / math.sqrt(0.08))
+    flat = OnlineLinearRegression()
+    assert flat.t_statistic == 0.0
+    for x in range(4):
+        flat.add(x, 1.0)
+    assert flat.t_statistic == 0.0
+
+
+def test_welchs_distance_is_in_standard_errors_of_the_difference():
+    a, b = MeanEstimate.from_values([1, 2, 3]), MeanEstimate.from_values([4, 6])
+    assert (a.value, a.variance, b.variance) == (2, pytest.approx(1 / 3), pytest.approx(1))
+    assert welch_t(a, b) == pytest.approx(-3 / math.sqrt(4 / 3))
+
+
+# --- rows as a run would leave them ----------------------------------------------------------------------------------
+
+STEPS = 200
+
+
+def make_run_info(**overrides: Any) -> RunInfo:
+    """The facts of a full run of STEPS steps on one CPU rank; `changes` replace some."""
+    metadata = make_run_metadata("full", resolved__total_steps=STEPS, hardware__gpus_here=0)
+    return RunInfo(**{**vars(RunInfo.from_metadata(metadata)), **overrides})
+
+
+def healthy_loss(step: int) -> float:
+    return 2.0 + 2.0 * math.exp(-step / 40)
+
+
+def make_run_records(
+    *, seed: int = 0, steps: int = STEPS, loss: Callable[[int], float] = healthy_loss,
+    val: Callable[[int], float] = healthy_loss, noise: float = 0.1, norm: float = 0.8, lr: float = 5e-4,
+    seconds: float = 0.1, eval_every: int = 50, eval_seconds: float = 1.0,
+) -> Iterator[Record]:  # fmt: skip
+    """Steps with noise of this standard deviation, of so many seconds; evaluations in between; 50 steps an epoch."""
+    rng, clock = random.Random(seed), 0.0
+
+    def record_axes(step: int) -> dict[str, Any]:
+        return {"step": step, "epoch": step / 50, "samples": step, "tokens": step, "time": clock}
+
+    def make_eval_record(step: int) -> EvalRecord:
+        return EvalRecord(**record_axes(step), loss=val(step), perplexity=1.0, eval_tokens=1)
+
+    yield make_eval_record(0)
+    for step in range(1, steps + 1):
+        clock += seconds
+        yield StepRecord(
+            **record_axes(step), loss=loss(step) + rng.gauss(0, noise), lr=lr * (1 - (step - 1) / STEPS),
+            grad_norm=norm * rng.uniform(0.7, 1.4), tokens_per_second=1.0,
+        )  # fmt: skip
+        if step % eval_every == 0:
+            clock += eval_seconds
+            yield make_eval_record(step)
+
+
+def diagnose(
+    run_info: RunInfo, stream: Any, spend: Callable[[DiagnosticsMonitor], None] = lambda _: None
+) -> dict[str, Any]:
+    """{code: finding} of a stream of records; `spend` counts times after each."""
+    diagnosis, diagnostics = DiagnosticsMonitor(run_info), {}
+    for record in stream:
+        spend(diagnosis)
+        for diagnostic in diagnosis.on_record(record):
+            assert diagnostic.code not in diagnostics, "said once"
+            diagnostics[diagnostic.code] = diagnostic
+    return diagnostics
+
+
+def add_time(what: str, seconds: float) -> Callable[[DiagnosticsMonitor], None]:
+    return lambda diagnosis: diagnosis.add_time(what, seconds)
+
+
+def make_skipped_steps(every: int) -> list[EventRecord]:
+    return [EventRecord(event="skipped_step", step=step, message="", time=0.0) for step in range(1, 60, every)]
+
+
+Fault = tuple[str, dict[str, Any], Callable[[], Any], Callable[[DiagnosticsMonitor], None], str]
+
+
+def make_fault(
+    code: str, remedy: str, stream: Callable[[], Any] = make_run_records,
+    spend: Callable[[DiagnosticsMonitor], None] = lambda _: None,
+    **facts: Any,
+) -> Fault:  # fmt: skip
+    """The code to be found, with a word of its remedy, in these rows of a run with these facts."""
+    return code, facts, stream, spend, remedy
+
+
+def memorizing_run() -> Iterator[Record]:
+    return make_run_records(val=lambda step: 4 - step / 50 if step <= 100 else 2 + (step - 100) / 500)
+
+
+def exploding_loss(step: int) -> float:
+    return healthy_loss(step) * (1 + max(0, step - 120) / 80)
+
+
+def flat_loss_run(val_rise: float = 0.0) -> Callable[[], Iterator[Record]]:
+    return lambda: make_run_records(loss=lambda _: 4.0, val=lambda step: 4.0 + val_rise * min(step, 30), eval_every=25)
+
+
+def nan_loss_run() -> list[Record]:
+    message = "step 10: loss nan; the weights are those after step 9"
+    return [*make_run_records(steps=9), EventRecord(event="not_finite", step=10, message=message, time=1.0)]
+
+
+def slow_run(**options: Any) -> Callable[[], Iterator[Record]]:
+    return lambda: make_run_records(seconds=1.0, **options)
+
+
+FAULTS = {
+    "flat": make_fault("flat_loss", "--lr 1e-08", flat_loss_run(), lr=1e-9),
+    "flat and worse": make_fault("flat_loss", "--lr 0.01", flat_loss_run(val_rise=0.01), lr=0.1),
+    "no gradient": make_fault("no_gradient", "--objective blocks", lambda: make_run_records(norm=1e-6)),
+    "fp16 underflow": make_fault(
+        "no_gradient", "--precision bf16", lambda: make_run_records(norm=0.0), precision="fp16"
+    ),
+    "no rate": make_fault("no_rate", "--lr", lambda: make_run_records(lr=1e-12)),
+    "long warm-up": make_fault("no_rate", "--warmup-steps 0", lambda: make_run_records(lr=1e-12), warmup_steps=10**9),
+    "masked": make_fault("masked_labels", "--prompt", target_token_share=0.05),
+    "clipped": make_fault("always_clipped", "--max-grad-norm 0.", max_grad_norm=0.01),
+    "rising": make_fault("diverging", "--lr 0.0002", lambda: make_run_records(loss=exploding_loss)),
+    "worse than before": make_fault(
+        "diverging",
+        "--lr 0.0002",
+        lambda: make_run_records(loss=lambda step: 9 - step / 100, val=lambda step: 4 + min(step, 100) / 50),
+        lr=5e-4,
+    ),
+    "not finite": make_fault("diverging", "--lr 0.0002", nan_loss_run, precision="bf16"),
+    "by heart": make_fault("overfitting", "--early-stop 1 --export best", memorizing_run),
+    "by heart, stopping": make_fault(
+        "overfitting", "--dropout 0.2", memorizing_run, has_early_stopping=True, dropout=0.1
+    ),
+    "overflow": make_fault("overflow", "--precision bf16", lambda: make_skipped_steps(3), precision="fp16"),
+    "data": make_fault("waiting_for_data", "TRAINER_CACHE", slow_run(), add_time("data", 0.3)),
+    "logging": make_fault("slow_logging", "--wandb offline", slow_run(), add_time("logging", 0.3), wandb_mode="online"),
+    "evaluation": make_fault(
+        "much_evaluation", "--eval-every epoch", slow_run(eval_every=10, eval_seconds=30), eval_every="10"
+    ),
+    "python": make_fault("python_bound", "--micro-batch 16", slow_run(), add_time("device", 0.01), device="cuda"),
+    "gpus": make_fault(
+        "unused_ranks", "--num_gpus 8", slow_run(), add_time("device", 0.5), device="cuda", num_local_gpus=8
+    ),
+    "idle ranks": make_fault(
+        "unused_ranks",
+        "--eval-batch 5",
+        slow_run(eval_seconds=10),
+        world_size=4,
+        num_val_examples=20,
+        eval_batch_size=16,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_diagnosed_once_and_nothing_else_is(name):
+    code, facts, stream, spend, remedy = FAULTS[name]
+    found = diagnose(make_run_info(**facts), stream(), spend)
+    assert set(found) == {code}
+    finding = found[code]
+    assert remedy in finding.remedy
+    assert finding.cause
+    assert all(value is not None for value in finding.evidence.values())
+    line = finding.to_record(7, 1.5)
+    assert line.message.startswith(f"{TOPICS[code]}: {finding.seen}; likely cause: ")
+    json.dumps(line.facts, allow_nan=False)
+
+
+def test_every_diagnostic_code_has_a_fault_in_the_tests():
+    assert {fault[0] for fault in FAULTS.values()} | {"adapter_still_zero"} == set(TOPICS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_records_of_a_healthy_run_give_no_diagnostic(seed):
+    """Noisy, slow enough to be timed, with the ups and downs of an evaluation that stands still."""
+    dice = random.Random(seed)
+    facts = make_run_info(
+        **dice.choice([{}, {"device": "cuda"}, {"world_size": 2, "precision": "bf16", "max_grad_norm": 0.5}])
+    )
+    stream = make_run_records(
+        seed=seed, noise=dice.uniform(0.02, 0.4), norm=dice.uniform(0.3, 3), seconds=dice.uniform(0.1, 2),
+        val=lambda step: healthy_loss(step) + dice.gauss(0, 0.003), eval_every=dice.choice([10, 25, 50]),
+    )  # fmt: skip
+    assert diagnose(facts, stream, add_time("device", 0.5)) == {}
+    first = [EventRecord(event="skipped_step", step=step, message="", time=0.0) for step in (1, 2, 3, 4, 5, 40)]
+    assert diagnose(make_run_info(precision="fp16"), first) == {}, "a loss scale on its way down"
+
+
+def test_a_short_run_gets_no_throughput_diagnostic():
+    assert diagnose(make_run_info(), make_run_records(seconds=0.2), add_time("data", 0.1)) == {}, "40 seconds"
+
+
+def test_the_last_evaluation_alone_is_not_diagnosed_as_too_many():
+    assert diagnose(make_run_info(), make_run_records(steps=4, seconds=20, eval_every=4, eval_seconds=90)) == {}
+    assert set(diagnose(make_run_info(), make_run_records(steps=8, seconds=20, eval_every=4, eval_seconds=90))) == {
+        "much_evaluation"
+    }
+
+
+def test_the_overfitting_diagnostic_says_since_when_and_for_how_long():
+    found = diagnose(make_run_info(), memorizing_run())
+    evidence = found["overfitting"].evidence
+    assert (evidence["since_step"], evidence["since_epoch"], evidence["epochs"]) == (100, 2.0, 1.0)
+    assert "rose for 1 epochs, since epoch 2 (step 100): 2.0000 -> 2.1000" in found["overfitting"].seen
+
+
+def test_a_diagnostic_is_reported_once_across_a_resume():
+    """Wherever the run is cut, both parts together say what the whole one says; rows are all that is handed on."""
+    stream = list(make_run_records(loss=exploding_loss, norm=30.0))
+    whole = diagnose(make_run_info(), stream)
+    assert set(whole) == {"diverging", "always_clipped"}
+    for cut in range(0, len(stream), 7):
+        written: list[Record] = []
+        first = DiagnosticsMonitor(make_run_info())
+        for record in stream[:cut]:
+            written += [record, *(f.to_record(record.step, record.time) for f in first.on_record(record))]
+        second = DiagnosticsMonitor(make_run_info())
+        assert second.replay(written) == []
+        found = [finding for record in stream[cut:] for finding in second.on_record(record)]
+        assert [*first.reported_codes, *(f.code for f in found)] == [
+            *first.reported_codes,
+            *(c for c in whole if c not in first.reported_codes),
+        ]
+        assert all(finding == whole[finding.code] for finding in found)
+    lost = DiagnosticsMonitor(make_run_info())
+    assert {f.code for f in lost.replay(stream)} == set(whole), "killed between a row and its finding"
+
+
+# --- real runs -------------------------------------------------------------------------------------------------------
+
+
+def _scale_gradients(engine: Any) -> None:
+    for parameter in engine.trainable_params.values():
+        parameter.register_hook(lambda gradient: gradient * 1e-12)
+
+
+def _disable_update(engine: Any) -> None:
+    step = engine.optimizer.step
+
+    def step_without_lr() -> None:
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        step()
+
+    engine.optimizer.step = step_without_lr
+
+
+INJECT = {"scaled_gradients": _scale_gradients, "no_update": _disable_update}
+
+
+def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
+    """Run each job `{name, flags, data, out, fault}` with an observer beside it; out/name.json lists the findings."""
+    dist_context = init_distributed()
+    try:
+        for job in jobs:
+            settings = cli.parse_args(job["flags"]).settings
+            data = load(Path(job["data"]))
+            model = build_model(settings)
+            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+            engine, state = build_engine(plan, model, None)
+            INJECT.get(job.get("fault", ""), lambda _: None)(engine)
+            out = Path(job["out"])
+            checkpoint_manager = CheckpointManager(
+                out / f"{job['name']}-checkpoints", dist_context, save_total_limit=1, identity={"base": "test"}
+            )
+            metadata = plan.to_metadata(run_id="x", wandb={"mode": "disabled"})
+            callbacks = Callbacks(engine, RunInfo.from_metadata(metadata))
+            diagnostics = []
+            try:
+                for record in train(
+                    engine, data, plan.schedule, state, checkpoint_manager, lambda: False, callbacks.add_data_time
+                ):
+                    diagnostics += [event.facts for event in callbacks.on_record(record)]
+            except TrainingError:
+                pass
+            (out / f"{job['name']}.json").write_text(json.dumps(diagnostics))
+    finally:
+        destroy_process_group()
+    return 0
+
+
+@pytest.fixture(scope="module")
+def prepared_data(tiny_model: str, session_dir: Path) -> dict[str, tuple[list[str], str]]:
+    """{data: (flags, prepared folder)}: many rows, few, and long prompts before short completions."""
+    paths = {}
+    for name, count in (("many", 200), ("few", 25)):
+        paths[name] = write_records(session_dir / f"diagnosed-{name}.jsonl", num_records=count, seed=3)
+    masked = [{"prompt": "w1 " * 20, "completion": f" w{n % 90 + 1}"} for n in range(200)]
+    (session_dir / "diagnosed-masked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in masked))
+    paths["masked"] = str(session_dir / "diagnosed-masked.jsonl")
+    val = write_records(session_dir / "diagnosed-val.jsonl", num_records=40, seed=4)
+    prepared = {}
+    for name, path in paths.items():
+        for objective in ("blocks", "completion"):
+            text = (
+                f"--model {tiny_model} --data {path} --val-data {val} --block-size 24 --eval-batch 20 --global-batch 8"
+            )
+            argv = [*f"{text} --objective {objective} --save-every never".split(), *TEMPLATE_FLAGS]
+            settings = cli.parse_args(["--mode", "full", *argv]).settings
+            folder = prepare(settings.data, model=tiny_model, global_batch=8).folder
+            prepared[f"{name}-{objective}"] = (argv, str(folder))
+    return prepared
+
+
+def diagnose_real_runs(
+    out: Path, prepared_data: Any, jobs: dict[str, tuple[str, str, str]]
+) -> dict[str, list[dict[str, Any]]]:
+    """{name: findings} of real runs on one rank; a job is (data, flags, fault)."""
+    rank_jobs = []
+    for name, (data, flags, fault) in jobs.items():
+        argv, folder = prepared_data[data]
+        rank_jobs.append(
+            {"name": name, "flags": [*flags.split(), *argv], "data": folder, "out": str(out), "fault": fault}
+        )
+    launch_jobs(1, rank_jobs, out / "log", target=diagnose_jobs)
+    return {name: json.loads((out / f"{name}.json").read_text()) for name in jobs}
+
+
+REAL_FAULTS = {
+    "flat_loss": ("many-blocks", "--mode full --lr 1e-7 --max-steps 60 --eval-every 20", ""),
+    "no_rate": ("many-blocks", "--mode full --lr 1e-10 --max-steps 20", ""),
+    "no_gradient": ("many-blocks", "--mode full --lr 3e-3 --max-steps 12", "scaled_gradients"),
+    "adapter_still_zero": ("many-blocks", "--mode lora --lr 3e-3 --max-steps 6 --eval-every 3", "no_update"),
+    "always_clipped": ("many-blocks", "--mode full --lr 3e-3 --max-grad-norm 1e-3 --max-steps 52", ""),
+    "masked_labels": ("masked-completion", "--mode full --lr 3e-3 --max-steps 2", ""),
+    "diverging": ("many-blocks", "--mode full --lr 3 --max-steps 80", ""),
+    "overfitting": ("few-blocks", "--mode full --lr 0.02 --epochs 25 --eval-every epoch", ""),
+}
+
+
+#: what is as true of a run with that fault
+ALSO_VALID_CODES = {
+    "no_rate": {"flat_loss"},
+    "no_gradient": {"flat_loss"},
+    "diverging": {"always_clipped", "flat_loss"},
+}
+
+
+def test_real_runs_with_a_fault_are_diagnosed(prepared_data, tmp_path):
+    found = diagnose_real_runs(tmp_path, prepared_data, REAL_FAULTS)
+    for code, findings in found.items():
+        assert code in [finding["code"] for finding in findings], (code, findings)
+        assert {finding["code"] for finding in findings} <= {code, *ALSO_VALID_CODES.get(code, ())}, findings
+
+
+def make_healthy_runs(num_runs: int) -> dict[str, tuple[str, str, str]]:
+    jobs = {}
+    for seed in range(num_runs):
+        mode, objective = ("full", "lora")[seed % 2], ("blocks", "completion")[seed // 2 % 2]
+        flags = f"--mode {mode} --seed {seed} --lr {(0.003, 0.02)[seed % 2]} --max-steps 60 --eval-every epoch"
+        flags += f" --micro-batch {(8, 4, 2)[seed % 3]} --warmup-steps {(0, 5)[seed % 5 == 0]}"
+        jobs[f"healthy-{seed}"] = (f"many-{objective}", flags, "")
+    return jobs
+
+
+def test_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
+    """Two of the twenty, every weight on blocks and adapters on completions; `-m sweep` runs them all."""
+    jobs = make_healthy_runs(20)
+    found = diagnose_real_runs(tmp_path, prepared_data, {name: jobs[name] for name in ("healthy-0", "healthy-3")})
+    assert {name: [f["code"] for f in findings] for name, findings in found.items() if findings} == {}
+
+
+@pytest.mark.sweep
+def test_twenty_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
+    found = diagnose_real_runs(tmp_path, prepared_data, make_healthy_runs(20))
+    assert {name: [f["code"] for f in findings] for name, findings in found.items() if findings} == {}
+
+
+# --- where it is shown -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume(tiny_model, data_files, tmp_path):
+    """Through the real program: record, console, model card, report; the resumed run has the rows of the whole one."""
+    text = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 6"
+    )
+    words = [
+        *f"{text} --lr 0.001 --max-grad-norm 1e-4 --max-steps 54 --eval-every 27 --save-every 27".split(),
+        *TEMPLATE_FLAGS,
+    ]
+    out = tmp_path / "whole"
+    output = train_on_ranks(words, out=out)
+    (event,) = read_events(out, "diagnosis")
+    assert event["facts"]["code"] == "always_clipped"
+    assert event["step"] == 50
+    assert output.count("not learning: each of the last 50 steps was clipped") == 1
+    assert f"- step 50: {event['message']}" in (out / "model" / "README.md").read_text()
+
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    train_on_ranks(["--mode", "full", "--resume", "step-27"], out=again)
+    assert read_reproducible_records(again) == read_reproducible_records(out)
+    (repeated,) = read_events(again, "diagnosis")
+    assert repeated["facts"] == event["facts"], "of steps on both sides of the resume"
+    assert repeated["step"] == 50
+    assert not [row for row in read_records(again) if row.get("facts", {}).get("code") in TIMING_CODES]
+
+
+def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path):
+    folder = make_run_folder(tmp_path / "run")
+    event = next(iter(diagnose(make_run_info(max_grad_norm=0.01), make_run_records()).values())).to_record(50, 5.0)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "event", **vars(event)}) + "\n")
+    runs, problems = load_runs([str(folder)])
+    assert runs[0].is_finished
+    assert not problems
+    comparison = compare(runs)
+    write_report(comparison, tmp_path / "out")
+    assert event.message in json.loads((tmp_path / "out" / "comparison.json").read_text())["diagnosis"][0]["finding"]
+    for page in ("report.html", "report.md"):
+        text = (tmp_path / "out" / page).read_text()
+        assert "Diagnosis" in text
+        assert "each of the last 50 steps was clipped" in text
+    kept = wandb_summary(event)
+    assert kept == {"event/diagnosis/always_clipped": event.message}
+    history = [{"_step": 0, "val/loss": 2.0, "epoch": 0.0}]
+    config = wandb_config(make_run_metadata("full"))
+    run = build_run_from_rows(
+        "w", "id", "name", config, history, {**kept, "wall_seconds": 1.0}, is_finished=True, age_seconds=0.0
+    )
+    assert run.diagnostics == ((0, event.message),), "from W&B, too, where the summary keeps no step"
+    about = make_run_metadata("full", model__init="pretrained", not_comparable_with_card=[])
+    card = render_model_card(about, [event], VerificationResult(), step=720)
+    assert "### Diagnosis" in card
+    assert event.message in card
+    assert "Diagnosis" not in render_model_card(about, [], VerificationResult(), step=720)

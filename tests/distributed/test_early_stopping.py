@@ -1,0 +1,286 @@
+"""Early stopping, dropout and the choice of the exported weights: when a run ends, and with which weights."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.launch_ranks import run_on_ranks, run_train_script, train
+from helpers.matrix import launch_jobs, read_job_result
+from helpers.process_groups import read_events, read_records, read_reproducible_records
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+from test_invariance import GLOBAL_BATCH
+from transformers import GPT2Config, LlamaConfig, MambaConfig
+
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import Settings, fields_fixed_on_resume
+from trainer.data.dataset import load, prepare
+from trainer.distributed.engine import StepResult
+from trainer.distributed.process_group import simulated_context
+from trainer.model.build import load_config
+from trainer.report.run_data import read_folder
+from trainer.run import resolve_output_dir
+from trainer.tracking.jsonl import rewind
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, to_line
+from trainer.training import checkpoint, loop
+from trainer.training.checkpoint import TrainState
+from trainer.training.loop import TrainSchedule
+from trainer.training.run_plan import make_plan
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    text = f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --eval-batch 4"
+    return [*f"{text} --global-batch {GLOBAL_BATCH} --eval-every 2 --lr 0.02".split(), *TEMPLATE_FLAGS]
+
+
+@pytest.fixture(scope="module")
+def data_dir(argv: list[str], tiny_model: str) -> Path:
+    settings = cli.parse_args(["--mode", "full", *argv]).settings
+    return prepare(settings.data, model=tiny_model, global_batch=GLOBAL_BATCH).folder
+
+
+# --- the rule, without a model ---------------------------------------------------------------------------------------
+
+
+class StubEngine:
+    """An engine that does nothing; what the evaluations say is put in the place of `loop.evaluate`."""
+
+    dist_context: Any = SimpleNamespace(rank=0, world_size=1, all_gather_object=lambda value: [value])
+    supports_steps_in_flight = False
+
+    def forward_backward(self, micro_batch: Any, *, step: int, num_target_tokens: int) -> float:
+        return 1.0
+
+    def launch_step(self, lr: float, loss_sums: list[float], *, should_stop: bool) -> Callable[[], StepResult]:
+        return lambda: StepResult(loss_sum=sum(loss_sums), grad_norm=1.0, was_skipped=False, stop_requested=should_stop)
+
+
+def run_scripted_losses(
+    monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path, losses: list[float], *flags: str,
+    state: TrainState | None = None, stop_after: int | None = None,
+) -> tuple[list[Any], list[TrainState]]:  # fmt: skip
+    """(records, saved states) of a run of up to 20 steps, 4 an epoch, whose evaluations give `losses` in turn."""
+    remaining_losses = iter(losses)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(remaining_losses), 1))
+    settings = cli.parse_args(["--mode", "full", *argv, "--max-steps", "20", "--save-every", "never", *flags]).settings
+    schedule = TrainSchedule(settings=settings, batch=settings.train.batch(1), total_steps=20, steps_per_epoch=4)
+    saved_states: list[TrainState] = []
+    checkpoint_manager: Any = SimpleNamespace(
+        save=lambda _, at: saved_states.append(at), update_train_state=lambda at: saved_states.append(at)
+    )
+    engine: Any = StubEngine()
+    records: list[Any] = []
+    stream = loop.train(
+        engine, load(data_dir), schedule, state or TrainState(), checkpoint_manager,
+        lambda: stop_after is not None and sum(getattr(r, "lr", 0) > 0 for r in records) == stop_after - 1,
+    )  # fmt: skip
+    for record in stream:
+        records.append(record)
+    return records, saved_states
+
+
+@pytest.mark.parametrize(
+    ("rule", "losses", "evaluations"),
+    [
+        ("1", [3, 2, 2.5, 9, 9], 3),
+        ("2", [3, 2, 2.5, 1.9, 1.95, 1.94, 9], 6),  # 1.94 is under its neighbour, not under the lowest
+        ("2", [3, 2, 2, 2, 9], 4),  # not lower is not better
+        ("2:0.5", [3, 2.8, 2.6, 9], 3),  # each falls, but not by more than 0.5 below the mark of 3
+        ("2:0.5", [3, 2.8, 2.4, 2.3, 2.2, 9], 5),  # the mark moves to 2.4 only
+    ],
+)
+def test_early_stopping_ends_a_run_after_its_patience_without_a_lower_loss(
+    monkeypatch, argv, data_dir, rule, losses, evaluations
+):
+    done, saved = run_scripted_losses(monkeypatch, argv, data_dir, losses, "--early-stop", rule)
+    last = 2 * (evaluations - 1)
+    assert [row.step for row in done if isinstance(row, EvalRecord)] == list(range(0, last + 1, 2))
+    assert [type(row) for row in done[-3:]] == [EvalRecord, EpochRecord, EventRecord]
+    event = done[-1]
+    best = min(losses[:evaluations])
+    assert (event.event, event.step, event.facts["stale"]) == ("early_stop", last, int(rule[0]))
+    assert event.facts["best"]["loss"] == best
+    count = "1 evaluation" if rule == "1" else f"{rule[0]} evaluations in a row"
+    assert f"stopped early after step {last} of 20: {count} did not lower" in event.message
+    assert [at.step for at in saved] == [last], "the last state is saved, as at any end"
+
+
+def test_a_run_without_early_stop_or_with_a_falling_loss_goes_to_its_end(monkeypatch, argv, data_dir):
+    rising = [float(n) for n in range(11)]
+    assert run_scripted_losses(monkeypatch, argv, data_dir, rising)[0][-1].step == 20
+    done, _ = run_scripted_losses(monkeypatch, argv, data_dir, rising[::-1], "--early-stop", "1")
+    assert not [row for row in done if isinstance(row, EventRecord)]
+    assert done[-1].step == 20
+    done, _ = run_scripted_losses(monkeypatch, argv, data_dir, [*rising[:0:-1], 99], "--early-stop", "1")
+    assert not [row for row in done if isinstance(row, EventRecord)], "at the last step there is nothing left to stop"
+
+
+def test_a_resumed_run_stops_early_where_it_would_have_stopped(monkeypatch, argv, data_dir):
+    losses = [3, 2, 2.5, 2.4, 2.3, 9]
+    rule = ("--early-stop", "3", "--save-every", "1")
+    whole, saved = run_scripted_losses(monkeypatch, argv, data_dir, losses, *rule)
+    assert whole[-1].step == 8
+    for at in saved:
+        seen = 1 + at.step // 2
+        again, _ = run_scripted_losses(monkeypatch, argv, data_dir, losses[seen:], *rule, state=at)
+        assert [type(row) for row in again] == [type(row) for row in whole if row.step > at.step]
+    assert not again, "from the stop itself nothing is left to do"
+    first, stopped = run_scripted_losses(monkeypatch, argv, data_dir, losses, *rule, stop_after=8)
+    assert first[-1].event == "interrupted"
+    assert stopped[-1].eval_pending
+    again, amended = run_scripted_losses(monkeypatch, argv, data_dir, losses[4:], *rule, state=stopped[-1])
+    assert [type(row) for row in again] == [EvalRecord, EpochRecord, EventRecord]
+    assert again[-1].event == "early_stop"
+    assert not amended[-1].eval_pending
+
+
+def test_records_that_an_evaluation_repeats_after_a_resume_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    stop = EventRecord(event="early_stop", step=4, message="", time=1.0)
+    kept = EventRecord(event="interrupted", step=4, message="", time=1.0)
+    path.write_text(to_line(kept) + "\n" + to_line(stop) + "\n")
+    assert rewind(path, 4, eval_pending=True) == 1
+    assert path.read_text() == to_line(kept) + "\n"
+    path.write_text(to_line(stop) + "\n")
+    assert rewind(path, 4) == 0, "a run that is resumed at its stop keeps the row"
+
+
+# --- real ranks ------------------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_ends_at_the_same_step_under_every_number_of_ranks(argv, data_dir, tmp_path):
+    """A fall of less than 10 nats does not count here, so the second evaluation after the first one ends the run."""
+    rule = ["--max-steps", "12", "--early-stop", "2:10", "--save-every", "1"]
+    for ranks, zero in ((1, "zero0"), (2, "zero3")):
+        name = f"{ranks}"
+        job = {
+            "name": name, "flags": ["--mode", "full", *argv, *rule, "--ds-config", zero], "data": str(data_dir),
+            "out": str(tmp_path),
+        }  # fmt: skip
+        again = {**job, "name": f"{name}-again", "resume": [name, 3]}
+        stopped = {**job, "name": f"{name}-stopped", "resume": [name, 4]}
+        launch_jobs(ranks, [job, again, stopped], tmp_path / "log")
+        whole, _ = read_job_result(tmp_path, name)
+        assert [(row["kind"], row["step"]) for row in whole[-3:]] == [("eval", 4), ("epoch", 4), ("event", 4)]
+        resumed = read_job_result(tmp_path, f"{name}-again")[0]
+        assert [row.get("loss") for row in resumed] == [row.get("loss") for row in whole if row["step"] > 3]
+        assert read_job_result(tmp_path, f"{name}-stopped")[0] == []
+
+
+@pytest.fixture(scope="module")
+def overfitted_run(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learns its 25 rows by heart: its validation loss falls, then rises, and the run stops."""
+    out = tmp_path_factory.mktemp("early") / "run"
+    flags = ["--epochs", "40", "--early-stop", "3", "--save-every", "never", "--export", "best", "--dropout", "0.05"]
+    output = train(["--mode", "full", *argv, *flags], out=out)
+    assert "stopped early after step" in output
+    assert "reloaded and checked" in output
+    return out
+
+
+def test_an_early_stop_is_a_good_end_and_the_record_says_so(overfitted_run):
+    (stop,) = read_events(overfitted_run, "early_stop")
+    (end,) = read_events(overfitted_run, "finished")
+    assert end["facts"]["early_stop"] is True
+    assert (
+        end["step"] == stop["step"] < json.loads((overfitted_run / "run.json").read_text())["resolved"]["total_steps"]
+    )
+    run = read_folder(overfitted_run)
+    assert run.is_finished
+    assert not run.notes
+    assert [point.step for point in checkpoint.list_checkpoints(overfitted_run / "checkpoints")][-1] == stop["step"]
+
+
+def test_export_best_exports_the_best_checkpoint_and_all_records_say_which(overfitted_run):
+    (end,) = read_events(overfitted_run, "finished")
+    best = min((row for row in read_records(overfitted_run) if row["kind"] == "eval"), key=lambda row: row["loss"])
+    assert best["step"] < end["step"]
+    assert end["facts"]["exported"] == {"which": "best", "step": best["step"], "loss": best["loss"]}
+    found = re.search(r"validation loss (\S+) \(recorded (\S+)\)", end["facts"]["export"])
+    assert found is not None
+    assert found[2] == f"{best['loss']:.6f}"
+    assert float(found[1]) == pytest.approx(best["loss"], rel=1e-6), "what the export is held to"
+    card = (overfitted_run / "model" / "README.md").read_text()
+    assert f"after step {best['step']:,} of" in card
+    assert f"training went on to step {end['step']}." in card
+    assert f"The run stopped early after step {end['step']} of" in card
+    assert json.loads((overfitted_run / "run.json").read_text())["settings"]["output"]["export"] == "best"
+
+
+@pytest.mark.sweep
+def test_export_best_exports_the_best_adapter_under_zero3(argv, tmp_path):
+    more = ["--epochs", "40", "--early-stop", "2", "--save-every", "never", "--export", "best", "--lr", "0.1"]
+    out = tmp_path / "run"
+    train(["--mode", "lora", *argv, *more, "--ds-config", "zero3"], out=out, world_size=2)
+    (end,) = read_events(out, "finished")
+    assert end["facts"]["exported"]["step"] < end["step"], "otherwise nothing is shown here"
+    assert end["facts"]["export"].startswith("reloaded and checked")
+
+
+def test_a_run_resumed_at_its_early_stop_ends_there_and_a_change_of_the_rule_is_refused(overfitted_run, argv, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(overfitted_run, out)
+    train(["--mode", "full", "--resume"], out=out)
+    assert read_reproducible_records(out) == read_reproducible_records(overfitted_run)
+    assert len(read_events(out, "early_stop")) == len(read_events(out, "finished")) == 1
+    log = tmp_path / "refused.log"
+    argv = ["--mode", "full", "--resume", "--early-stop", "9", "--output-dir", str(out)]
+    assert run_on_ranks(1, run_train_script, argv, log=log) == 2
+    assert "early_stop is 9 and was 3 in this run" in log.read_text()
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["0", "-1", "x", "2:", "2:-1", "2:x", "1.5", "2:nan"])
+def test_an_invalid_early_stop_rule_is_refused(rule):
+    with pytest.raises(UserError, match=r"--early-stop .*: expected PATIENCE"):
+        cli.parse_args(["--mode", "full", f"--early-stop={rule}"])
+
+
+def test_an_early_stop_rule_without_evaluations_is_refused():
+    with pytest.raises(UserError, match="--eval-every never: there is no evaluation to stop at"):
+        cli.parse_args(["--mode", "full", "--early-stop", "2", "--eval-every", "never"])
+
+
+def test_dropout_sets_all_three_of_gpt2_and_the_plan_says_so(argv, data_dir):
+    settings = cli.parse_args(["--mode", "full", *argv, "--dropout", "0.25"]).settings
+    config = load_config(settings.model)
+    assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0.25, 0.25, 0.25)
+    world = simulated_context(1, "cpu")
+    model = {"trainable": 1, "parameters": 1, "name": "x", "lora_targets": []}
+    plan = make_plan(settings, world, load(data_dir), model, config)
+    assert plan.resolved()["dropout"] == 0.25, "the fact by which the comparison tells runs apart"
+    own = cli.parse_args(["--mode", "full", *argv]).settings
+    assert make_plan(own, world, load(data_dir), model, load_config(own.model)).resolved()["dropout"] == 0.0
+
+
+def test_dropout_of_other_models_goes_where_their_config_has_it_or_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    settings = cli.parse_args(["--mode", "full", "--model", str(tmp_path / "llama"), "--dropout", "0.1"]).settings
+    assert load_config(settings.model).attention_dropout == 0.1
+    MambaConfig().save_pretrained(tmp_path / "mamba")
+    settings = cli.parse_args(["--mode", "full", "--model", str(tmp_path / "mamba"), "--dropout", "0.1"]).settings
+    with pytest.raises(UserError, match=r"--dropout 0.1: .*\(mamba\) has no dropout to set"):
+        load_config(settings.model)
+    assert GPT2Config().resid_pdrop == 0.1, "the class is left alone"
+
+
+def test_a_change_of_dropout_is_refused_on_resume_apart_from_that_of_the_adapters():
+    settings = cli.parse_args(["--mode", "lora", "--dropout", "0.2", "--lora-dropout", "0.3"]).settings
+    kept = fields_fixed_on_resume(settings)
+    assert (kept["dropout"], kept["lora_dropout"]) == (0.2, 0.3)
+
+
+def test_a_run_from_before_early_stopping_is_still_read(overfitted_run):
+    values = json.loads((overfitted_run / "run.json").read_text())["settings"]
+    del values["model"]["dropout"], values["train"]["early_stop"], values["output"]["export"]
+    old = Settings.from_dict(values)
+    assert (old.model.dropout, old.train.patience, old.output.export) == (None, None, "last")
+    assert resolve_output_dir(cli.parse_args(["--mode", "full", "--resume", "--output-dir", str(overfitted_run)]))[1]

@@ -1,0 +1,554 @@
+"""What is exported is what was trained: from every ZeRO stage, reloaded by plain transformers or peft, and said so.
+
+A whole run, its export loaded again in a fresh process; the same from the command line with `launch/export.py`; and
+what happens where the folder is not the model that was trained.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers.export_helpers import (
+    export_jobs,
+    train_counting_gathered,
+    train_with_damaged_export,
+    train_with_in_process_verify,
+    verify_in_this_process,
+)
+from helpers.launch_ranks import run_on_ranks, train
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from trainer.config import cli
+from trainer.data.dataset import prepare
+from trainer.export import verify, verify_worker
+from trainer.export.folder import save_folder
+from trainer.export.model_card import is_hub_id, public_name, render_model_card
+from trainer.export.verify import (
+    ReferenceOutputs,
+    VerificationResult,
+    compare_with_reference,
+    compute_logits,
+    verify_folder,
+)
+
+# Without these a small model's weights stay gathered after a step, and a wrong export is right by luck.
+STRICT = {
+    "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
+}  # fmt: skip
+
+
+def make_argv(model: str, data_files: tuple[str, str], mode: str, *more: str) -> list[str]:
+    line = f"--mode {mode} --model {model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --lr 3e-3"
+    return [*line.split(), "--global-batch", "6", "--eval-batch", "4", *TEMPLATE_FLAGS, *more]
+
+
+@pytest.fixture(scope="module")
+def strict_zero_files(session_dir: Path) -> dict[str, str]:
+    """ZeRO-3 files in which no weight stays gathered."""
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    files = {"zero3": STRICT, "zero3_offload": STRICT | offload}
+    for name, content in files.items():
+        (session_dir / f"strict_{name}.json").write_text(json.dumps({"zero_optimization": content}))
+    return {name: str(session_dir / f"strict_{name}.json") for name in files}
+
+
+@pytest.fixture(scope="module")
+def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> Path:
+    """A full run with checkpoints at 2, 4 and 6, of which 2 and 6 were not and were evaluated: 3 and 6."""
+    flags = "--max-steps 6 --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero0"
+    train(make_argv(tiny_model, data_files, "full", *flags.split()), out=session_dir / "full")
+    return session_dir / "full"
+
+
+@pytest.fixture(scope="module")
+def lora_run(
+    tiny_model: str, data_files: tuple[str, str], strict_zero_files: dict[str, str], session_dir: Path
+) -> Path:
+    """A LoRA run on a random base on two ranks under ZeRO-3."""
+    flags = f"--max-steps 4 --init random --ds-config {strict_zero_files['zero3']} --lora-rank 2"
+    argv = [*make_argv(tiny_model, data_files, "lora", *flags.split()), "--output-dir", str(session_dir / "lora")]
+    assert run_on_ranks(2, train_counting_gathered, argv, str(session_dir), log=session_dir / "lora.log") == 0, (
+        session_dir / "lora.log"
+    ).read_text()
+    return session_dir / "lora"
+
+
+@pytest.fixture
+def run_export_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """launch/export.py in this process; returns (exit code, what it printed)."""
+    spec = importlib.util.spec_from_file_location("export_command", Path(__file__).parents[2] / "launch/export.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(verify, "_run_worker", verify_in_this_process)
+    disable_progress_bar()  # the command's own `quiet` comes too late in this process
+
+    def call(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        exit_code = module.main(list(arguments))
+        captured = capsys.readouterr()
+        return exit_code, captured.out + captured.err
+
+    return call
+
+
+def read_finished_event(run: Path) -> dict[str, Any]:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def max_logits_difference(model: Any, expected_model: Any) -> float:
+    ids = torch.arange(1, 33)[None]
+    with torch.no_grad():
+        return float((model.eval()(ids).logits - expected_model.eval()(ids).logits).abs().max())
+
+
+@pytest.fixture(scope="module")
+def quantized_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> Path:
+    """A LoRA run on a base in 4 bits, with moments in 8."""
+    flags = "--max-steps 4 --quant nf4 --quant-double --optim adamw8bit"
+    argv = make_argv(tiny_model, data_files, "lora", *flags.split())
+    log = session_dir / "packed.log"
+    assert (
+        run_on_ranks(1, train_with_in_process_verify, [*argv, "--output-dir", str(session_dir / "packed")], log=log)
+        == 0
+    ), log.read_text()
+    return session_dir / "packed"
+
+
+# --- whole runs ---
+
+
+def reported_difference(output: str) -> float:
+    """The largest difference of logits that a line tells: transformers' own activation rounds otherwise than ours."""
+    match = re.search(r"logits differ by at most (\S+?)[,;]", output)
+    assert match is not None, output
+    return float(match[1])
+
+
+def test_a_full_run_leaves_a_plain_folder_that_answers_as_the_trained_model(full_run: Path):
+    row = read_finished_event(full_run)
+    assert row["event"] == "finished"
+    assert "model reloaded and checked: logits differ by at most " in row["message"]
+    assert reported_difference(row["message"]) <= 1e-5
+    model = AutoModelForCausalLM.from_pretrained(full_run / "model")
+    assert model.dtype == torch.float32
+    assert model.lm_head.weight is model.transformer.wte.weight
+    stored = load_file(full_run / "model" / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    config = json.loads((full_run / "model" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert config.get("use_cache", True), "training without a cache must not slow the user's generation"
+    assert AutoTokenizer.from_pretrained(full_run / "model")("w3 w4")["input_ids"] == [3, 4]
+
+
+def test_no_temporary_files_stay_beside_the_exported_folder(full_run: Path, lora_run: Path):
+    assert not list(full_run.glob(".*")) + list(lora_run.glob(".*"))
+    assert {path.stat().st_mode & 0o777 for path in (lora_run / "model").iterdir()} == {
+        (lora_run / "model" / "README.md").stat().st_mode & 0o777
+    }
+
+
+def test_a_lora_run_under_zero3_leaves_an_adapter_that_learnt_something(lora_run: Path):
+    from peft import AutoPeftModelForCausalLM
+
+    assert "model reloaded and checked" in read_finished_event(lora_run)["message"]
+    stored = load_file(lora_run / "model" / "adapter_model.safetensors")
+    assert len(stored) == 2 * 2 * 4  # A and B of two layers' c_attn, c_proj, c_fc, c_proj
+    assert [(lora_run.parent / f"kept-{rank}").read_text() for rank in range(2)] == ["16", "0"], "a copy on rank 0 only"
+    assert all(tensor.numel() and tensor.any() and tensor.dtype == torch.float32 for tensor in stored.values())
+    model = AutoPeftModelForCausalLM.from_pretrained(lora_run / "model")
+    base = AutoModelForCausalLM.from_pretrained(lora_run / "base")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert max_logits_difference(model, base) > 1e-3
+
+
+def test_an_adapter_on_random_weights_keeps_its_base_and_says_so(lora_run: Path):
+    said = json.loads((lora_run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(said) == (lora_run / "base").resolve()
+    assert "kept only in the folder `base` of the run" in (lora_run / "model" / "README.md").read_text()
+
+
+# --- every ZeRO stage ---
+
+
+def test_every_zero_stage_exports_what_was_trained_with_one_copy_on_rank_0(
+    tiny_model, data_files, strict_zero_files, session_dir, tmp_path
+):
+    data = prepare(
+        cli.parse_args(make_argv(tiny_model, data_files, "full")).settings.data, model=tiny_model, global_batch=6
+    ).folder
+    zeros = {"zero1": "zero1", "zero2": "zero2", **strict_zero_files}
+    jobs = [
+        {"name": f"{mode}-{zero}", "data": str(data), "out": str(tmp_path),
+         "flags": make_argv(tiny_model, data_files, mode, "--max-steps", "2", "--save-every", "never", "--ds-config",
+             path)}
+        for zero, path in zeros.items() for mode in ("full", "lora")
+    ]  # fmt: skip
+    assert run_on_ranks(2, export_jobs, jobs, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-4000:]
+    for job in jobs:
+        known = dict(np.load(tmp_path / f"{job['name']}.npz"))
+        expected = make_reference_outputs(
+            known["ids"], known["logits"], tied=True, data=data, loss=float(known["loss"])
+        )
+        answer = verify_in_process(tmp_path / job["name"], expected, tmp_path)
+        assert answer.problems == (), job["name"]
+        kept, passed = known["alive"]
+        assert kept <= known["count"], "rank 0 holds each tensor once"
+        # ZeRO 1 and 2 keep all weights on every rank anyway: nothing is gathered, so nothing is copied.
+        assert passed <= 2 or "zero3" not in job["name"], f"{job['name']}: the other rank let go of each"
+
+
+def make_reference_outputs(
+    ids: np.ndarray, logits: np.ndarray, *, tied: bool, data: Path | None, loss: float | None, **options: Any
+):
+    return ReferenceOutputs(
+        input_ids=ids, logits=logits, is_tied=tied, loss=loss, data_folder=data, eval_batch=4, device="cpu",
+        precision="fp32",
+        num_threads=1, **options,
+    )  # fmt: skip
+
+
+def verify_in_process(folder: Path, expected: ReferenceOutputs, scratch: Path) -> VerificationResult:
+    """The check of a folder, made in this process."""
+    np.savez(scratch / "logits.npz", input_ids=expected.input_ids, logits=expected.logits)
+    job = {
+        "folder": str(folder), "logits": str(scratch / "logits.npz"), "data": str(expected.data_folder or ""),
+        "eval_batch": 4, "device": "cpu", "precision": "fp32", "threads": 1,
+    }  # fmt: skip
+    return compare_with_reference(verify_worker.verify(job), expected)
+
+
+# --- other models ---
+
+
+@pytest.mark.parametrize(("family", "mode"), [("llama", "lora"), ("gpt_neox", "full")])
+def test_other_causal_models_train_and_export(family, mode, tiny_model, data_files, tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    shape = {
+        "vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+    model.save_pretrained(tmp_path / family)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny_model) / name, tmp_path / family)
+    flags = make_argv(
+        str(tmp_path / family), data_files, mode, "--max-steps", "3", "--output-dir", str(tmp_path / "run")
+    )
+    assert run_on_ranks(1, train_with_in_process_verify, flags, log=tmp_path / "log") == 0, (
+        tmp_path / "log"
+    ).read_text()[-4000:]
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "reloaded and checked" in read_finished_event(tmp_path / "run")["message"]
+    assert "two tensors" in (tmp_path / "run" / "model" / "README.md").read_text(), "its embeddings were never tied"
+    if mode == "lora":
+        names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+        assert about["model"]["lora_targets"] == names
+
+
+# --- the command ---
+
+
+def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_export_script, monkeypatch):
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.undo()  # one real fresh process from the command too
+    code, said = run_export_script(str(lora_run), "--merge")
+    assert code == 0, said
+    folder = lora_run / "merged-step-000004"
+    assert f"-> {folder}: reloaded and checked" in said
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(merged).__name__ == "GPT2LMHeadModel"
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    stored = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert not any("lora" in name for name in stored)
+    assert stored["transformer.h.0.attn.c_attn.weight"].shape == (16, 48)  # Conv1D: [in, out]
+    adapted = AutoPeftModelForCausalLM.from_pretrained(lora_run / "model")
+    assert max_logits_difference(merged, adapted) < 1e-4  # float32 rounding of W + BA against Wx + BAx; logits up to 30
+    card = (folder / "README.md").read_text()
+    assert "one tensor, stored once after the adapters were folded in" in card
+    assert front_matter(folder)["library_name"] == "transformers"
+    assert (lora_run / "model" / "adapter_model.safetensors").exists(), "the run's own export stays"
+
+
+def test_a_merge_that_unties_the_embeddings_is_reported(lora_run, run_export_script, monkeypatch, tmp_path):
+    from trainer.export import export_cli as room
+
+    def untie(model: Any) -> Any:
+        merged = model.module.merge_and_unload()
+        merged.config.tie_word_embeddings = False
+        merged.lm_head.weight = torch.nn.Parameter(merged.lm_head.weight.detach().clone())
+        return merged
+
+    monkeypatch.setattr(room, "merge_adapters", untie)
+    code, said = run_export_script(str(lora_run), "--merge", "--output-dir", str(tmp_path / "untied"))
+    assert code == 1
+    assert "input and output embeddings are no longer tied" in said
+
+
+def test_an_evaluated_checkpoint_is_held_to_its_recorded_loss(full_run, run_export_script, tmp_path):
+    code, said = run_export_script(str(full_run), "--checkpoint", "best", "--output-dir", str(tmp_path / "best"))
+    assert code == 0, said
+    rows = [json.loads(line) for line in (full_run / "metrics.jsonl").read_text().splitlines()]
+    loss = {row["step"]: row["loss"] for row in rows if row["kind"] == "eval"}
+    assert f"validation loss {loss[6]:.6f} (recorded {loss[6]:.6f})" in said
+    last = load_file(full_run / "model" / "model.safetensors")
+    again = load_file(tmp_path / "best" / "model.safetensors")
+    assert all(torch.equal(last[name], again[name]) for name in last), "step 6 is the run's last and best"
+    assert front_matter(tmp_path / "best")["model-index"][0]["results"][0]["metrics"][0]["value"] == pytest.approx(
+        loss[6]
+    )
+
+
+def test_exporting_a_checkpoint_that_was_not_evaluated_says_so_and_the_model_card_ends_there(
+    full_run, run_export_script
+):
+    code, said = run_export_script(str(full_run), "--checkpoint", "step-4")
+    assert code == 0, said
+    assert f"-> {full_run / 'export-step-000004'}" in said
+    assert "(none was recorded)" in said
+    card = (full_run / "export-step-000004" / "README.md").read_text()
+    assert "after step 4 of 6" in card
+    assert "| 3 |" in card
+    assert "| 6 |" not in card
+
+
+def test_an_export_without_its_data_leaves_the_loss_out_with_the_reason(lora_run, run_export_script, tmp_path):
+    run = tmp_path / "moved"
+    shutil.copytree(lora_run, run)
+    about = json.loads((run / "run.json").read_text())
+    about["settings"]["data"]["data"] = str(tmp_path / "gone.jsonl")
+    (run / "run.json").write_text(json.dumps(about))
+    code, said = run_export_script(str(run))
+    assert code == 0, said
+    assert reported_difference(said) <= 1e-5
+    card = (run / "export-step-000004" / "README.md").read_text()
+    assert "validation loss not evaluated again (the data of the run are not there any more)" in card
+    assert str(tmp_path) not in card
+
+
+def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
+    full_run, lora_run, run_export_script, tmp_path, capsys
+):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "run.json").write_text("{}")
+    broken = tmp_path / "broken"
+    shutil.copytree(full_run, broken)
+    state = broken / "checkpoints" / "step-000006" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    for arguments, expected in (
+        ([str(tmp_path / "none")], "no run.json there"),
+        ([str(tmp_path / "odd")], "cannot be read as a run's"),
+        ([str(full_run), "--merge"], "--merge: "),
+        ([str(full_run), "--checkpoint", "last"], "--checkpoint last: expected step-N, best or latest"),
+        ([str(full_run), "--checkpoint", "step-5"], "whole checkpoints there: step-000002, step-000004, step-000006"),
+        ([str(broken), "--checkpoint", "step-6"], "pass --checkpoint step-N to take another"),
+        ([str(full_run), "--output-dir", str(tmp_path / "mine")], "not empty"),
+        ([str(full_run), "--output-dir", str(full_run / "model")], "not empty"),
+    ):
+        code, said = run_export_script(*arguments)
+        assert (code, said.count("\n")) == (2, 1), said
+        assert said.startswith("error: ")
+        assert expected in said
+        assert "--resume" not in said
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    with pytest.raises(SystemExit) as ended:
+        run_export_script("--merge")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: RUN (--help lists the flags)\n"
+
+
+def test_exporting_adapters_on_a_different_base_is_refused(lora_run, run_export_script, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    stored = load_file(run / "base" / "model.safetensors")
+    stored["transformer.wpe.weight"] += 1
+    save_file(stored, run / "base" / "model.safetensors", metadata={"format": "pt"})
+    code, said = run_export_script(str(run))
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "trained on another base model" in said
+
+
+# --- what is caught ---
+
+
+@pytest.mark.parametrize(
+    ("mode", "how", "said"),
+    [("full", "transposed", "logits differ by"), ("lora", "zeroed", "every adapter's B is zero: nothing was learnt")],
+)
+def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, said, tiny_model, data_files, tmp_path):
+    flags = make_argv(tiny_model, data_files, mode, "--max-steps", "2", "--output-dir", str(tmp_path / "run"))
+    assert run_on_ranks(1, train_with_damaged_export, flags, how, log=tmp_path / "log") == 1
+    errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "CHECK FAILED" in errors[0]
+    assert said in errors[0]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert "CHECK FAILED" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda w: w | {"lm_head.weight": w["transformer.wte.weight"].clone()}, "the tied embedding is stored 2 times"),
+        (lambda w: {n: t.half() for n, t in w.items()}, "stored as F16, its config says float32"),
+        (lambda w: w | {"transformer.ln_f.bias": w["transformer.ln_f.bias"] + 1e-3}, "logits differ by"),
+    ],
+    ids=["doubled", "half", "moved"],
+)
+def test_verification_finds_a_damaged_folder(harm, said, full_run, tmp_path):
+    ids = np.arange(1, 17)[None]
+    honest = AutoModelForCausalLM.from_pretrained(full_run / "model")
+    expected = make_reference_outputs(
+        ids, compute_logits(honest, ids, torch.device("cpu")), tied=True, data=None, loss=None
+    )
+    shutil.copytree(full_run / "model", tmp_path / "model")
+    assert verify_in_process(tmp_path / "model", expected, tmp_path).problems == ()
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    save_file(harm(weights), tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert said in " ".join(verify_in_process(tmp_path / "model", expected, tmp_path).problems)
+
+
+def test_verification_finds_a_different_validation_loss(full_run, tiny_model, data_files):
+    answer = {
+        "tensors": 1, "empty": [], "adapters": 0, "adapters_moved": 0, "stored_dtypes": ["F32"], "dtype": "float32",
+        "said_dtype": "float32", "tied": True, "embedding_copies": 1, "logits_difference": 0.0, "loss": 2.00001,
+    }  # fmt: skip
+    expected = make_reference_outputs(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=full_run, loss=2.0)
+    assert compare_with_reference(answer, expected).problems == ("validation loss 2.000010, recorded 2.000000",)
+    assert compare_with_reference(answer | {"loss": 2.000001}, expected).problems == ()
+    assert compare_with_reference(answer | {"logits_difference": float("nan")}, expected).problems != ()
+
+
+def test_verification_of_a_folder_that_cannot_be_loaded_fails_without_a_crash(full_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "_run_worker", verify_in_this_process)
+    found = verify_folder(
+        tmp_path, make_reference_outputs(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=None, loss=None)
+    )
+    assert len(found.problems) == 1
+    assert found.summary().startswith("CHECK FAILED: it could not be loaded again (exit code 1): ")
+
+
+def test_a_half_precision_module_is_still_stored_and_said_as_float32(full_run, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(full_run / "model")
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    save_folder(tmp_path, model.half(), weights, base_model=None, tokenizer=None)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    assert load_file(tmp_path / "model.safetensors")["transformer.ln_f.bias"].dtype == torch.float32
+
+
+def test_the_verification_process_ends_when_its_parent_is_gone(tmp_path):
+    """At once: not only when it has imported what it needs, which can take minutes on a busy machine."""
+    (tmp_path / "torch.py").write_text("import time; time.sleep(300)")
+    place = [str(tmp_path), str(Path(__file__).parents[2])]
+    line = [sys.executable, "-m", "trainer.export.verify_worker", str(tmp_path / "job")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(place)}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, cwd=tmp_path, env=environ) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=60) == 1
+
+
+# --- the model card ---
+
+
+def test_the_model_card_has_the_metadata_of_the_hub(full_run, lora_run):
+    from huggingface_hub import ModelCard
+
+    for folder, library in ((full_run / "model", "transformers"), (lora_run / "model", "peft")):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == library
+        assert card.data.pipeline_tag == "text-generation"
+        assert {result.metric_type for result in card.data.eval_results} == {"loss", "perplexity"}
+        assert "base_model" not in front_matter(folder), "a folder is no hub id, and random weights are nobody's"
+        for part in ("### Training hyperparameters", "### Training results", "gpt2-acled-t2s", "reloaded and checked"):
+            assert part in card.text
+        assert str(Path(folder).parents[1]) not in card.content, "no path of this machine"
+
+
+def test_the_model_card_names_a_base_of_the_hub(full_run):
+    about = json.loads((full_run / "run.json").read_text())
+    about["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
+    text = render_model_card(about, [], VerificationResult(), step=6)
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
+    about["model"]["init"] = "random"
+    assert "base_model" not in render_model_card(about, [], VerificationResult(), step=6)
+
+
+def test_hub_names_and_paths_are_told_apart(tmp_path):
+    assert is_hub_id("gpt2")
+    assert is_hub_id("openai-community/gpt2")
+    assert not is_hub_id("demo-base")
+    assert not is_hub_id(str(tmp_path))
+    assert not is_hub_id("./models/gpt2")
+    assert public_name("/data/secret/events.csv") == "events.csv"
+    assert public_name("org/name") == "org/name"
+
+
+# --- a packed base ---
+
+
+def test_an_export_on_a_quantized_base_says_so_everywhere(quantized_run: Path):
+    facts = read_finished_event(quantized_run)["facts"]
+    run = json.loads((quantized_run / "run.json").read_text())
+    assert facts["export"].startswith("reloaded and checked: ")
+    assert reported_difference(facts["export"]) <= 1e-5
+    trainable = run["model"]["trainable"]
+    assert facts["optimizer_bytes"] == 8 * trainable, "every tensor of this model is under 4,096 elements"
+    assert run["model"]["kept_in_32_bits"]["kept_parameters"] == trainable
+    plan = (quantized_run.parent / "packed.log").read_text()
+    assert "base in nf4, scales in 8 bits: " in plan
+    assert "adamw8bit: 16 of 16 trained tensors (100% of the parameters)" in plan
+    assert run["resolved"]["ds_reason"] == "--optim adamw8bit is not divided"
+    card = (quantized_run / "model" / "README.md").read_text()
+    assert "It was trained on the base in nf4, its scales in 8 bits" in card
+    assert run["model"]["fingerprint"] in card
+    assert f"| optimizer state | {8 * trainable:,} bytes on a rank |" in card
+    assert f"| peak memory | {facts['peak_memory_bytes']:,} bytes on a rank |" in card
+    assert "| base | nf4, double |" in card
+    about = json.loads((quantized_run / "model" / "base_quantization.json").read_text())
+    assert about["fingerprint"] == run["model"]["fingerprint"]
+
+
+def test_a_checkpoint_on_a_quantized_base_is_exported_and_merged_onto_the_float32_base(
+    quantized_run: Path, run_export_script: Any
+):
+    code, said = run_export_script(str(quantized_run))
+    assert code == 0, said
+    assert reported_difference(said) <= 1e-5
+    code, said = run_export_script(str(quantized_run), "--merge")
+    assert code == 0, said
+    recorded = read_finished_event(quantized_run)["facts"]["final"]["loss"]
+    merged = re.search(r"validation loss ([\d.]+) on the quantised base, ([\d.]+) merged onto the float32 one", said)
+    assert merged is not None, said
+    assert float(merged[1]) == pytest.approx(recorded, abs=1e-6)
+    assert abs(float(merged[2]) - recorded) > 1e-5, "4 bits are not float32"
+    folder = quantized_run / "merged-step-000004"
+    assert merged[0] in (folder / "README.md").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "GPT2LMHeadModel"

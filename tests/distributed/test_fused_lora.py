@@ -1,0 +1,196 @@
+"""A layer and its adapter as one operation: peft's numbers and gradients, where the formula is this one."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.launch_ranks import run_on_ranks
+from test_invariance import make_argv
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from trainer.config import cli
+from trainer.config.schema import LoraSettings
+from trainer.kernels import fused_lora
+from trainer.model.build import build_model
+from trainer.model.lora import add_adapters, find_fusable_layers, merge_and_unload
+
+
+class TwoLayerModel(nn.Module):
+    """A Conv1D, with its weight as [in, out], and a Linear, with and without a bias."""
+
+    def __init__(self, bias: bool):
+        super().__init__()
+        self.config: Any = {"model_type": "two"}
+        self.first = Conv1D(96, 64)
+        self.second = nn.Linear(96, 32, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+    def prepare_inputs_for_generation(self) -> None:
+        raise NotImplementedError
+
+
+def make_adapted(
+    *, bias: bool = True, train_bias: bool = False, names: tuple[str, ...] = ("first", "second")
+) -> nn.Module:
+    """Adapters of rank 3 whose B is not nothing, scaled by 5 / 3."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(TwoLayerModel(bias), LoraConfig(r=3, lora_alpha=5, target_modules=list(names)))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or "bias" in name:
+            nn.init.normal_(parameter, std=0.1)
+        if "bias" in name:
+            parameter.requires_grad_(train_bias)
+    return model
+
+
+def output_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and every gradient: of the input, where it has one, and of what trains."""
+    model.zero_grad()
+    output = model(x)
+    trainable_params = [p for p in model.parameters() if p.requires_grad]
+    inputs = [x, *trainable_params] if x.requires_grad else trainable_params
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        output.dtype
+    )
+    return [output, *torch.autograd.grad(output, inputs, grad_output)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("train_bias", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_fused_lora_has_the_output_and_gradients_of_peft(bias, train_bias, learns):
+    """In float64; two leading dimensions, an input with a gradient and one without."""
+    model = make_adapted(bias=bias, train_bias=train_bias).double()
+    x = torch.randn(2, 20, 64, dtype=torch.float64, requires_grad=learns)
+    before = output_and_gradients(model, x)
+    fused_lora.install(find_fusable_layers(model))
+    for one, other in zip(output_and_gradients(model, x), before, strict=True):
+        assert one.dtype == other.dtype
+        assert one.is_contiguous(), "fused AdamW takes gradients that lie as their weights do"
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_fused_lora_under_autocast_is_as_near_to_float64_as_peft():
+    """And types are those of peft: products in bfloat16, gradients of weights in float32."""
+    exact, model = make_adapted().double(), make_adapted()
+    x = torch.randn(2, 20, 64, requires_grad=True)
+    wanted = output_and_gradients(exact, x.detach().double().requires_grad_())
+
+    def errors() -> list[float]:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = output_and_gradients(model, x)
+        types.append([one.dtype for one in made])
+        return [float((one.double() - other).norm() / other.norm()) for one, other in zip(made, wanted, strict=True)]
+
+    types: list[list[torch.dtype]] = []
+    theirs = errors()
+    fused_lora.install(find_fusable_layers(model))
+    for one, other in zip(errors(), theirs, strict=True):
+        assert one < 1.25 * other
+    assert types[0] == types[1]
+
+
+def test_the_gpu_form_of_fused_lora_gives_the_same_numbers(monkeypatch):
+    """The bias added by the layer's own product: the branch that a processor does not take."""
+    model, x = make_adapted().double(), torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
+    fused_lora.install(find_fusable_layers(model))
+    before = output_and_gradients(model, x)
+    monkeypatch.setattr(fused_lora, "BIAS_COLUMN_DEVICE", "none")
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        after = output_and_gradients(model, x)
+    assert (5, 3) in kept
+    assert (5, 4) not in kept
+    for one, other in zip(after, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_fused_lora_respects_disabled_and_merged_adapters(tiny_model):
+    module = build_model(cli.parse_args(["--mode", "lora", "--model", tiny_model]).settings).module
+    for parameter in (p for name, p in module.named_parameters() if ".lora_B." in name):
+        nn.init.normal_(parameter)
+    ids, plain = torch.arange(20).view(2, 10), copy.deepcopy(module)
+    fused_lora.install(find_fusable_layers(module))
+    with torch.no_grad():
+        with module.disable_adapter(), plain.disable_adapter():
+            assert torch.equal(module(ids).logits, plain(ids).logits)
+        wanted = plain(ids).logits
+        torch.testing.assert_close(module(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        module.merge_adapter()
+        torch.testing.assert_close(module(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        module.unmerge_adapter()
+        torch.testing.assert_close(merge_and_unload(module)(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def fused_layer_names(module: nn.Module) -> set[str]:
+    return {name for name, layer in module.named_modules() if "forward" in vars(layer)}
+
+
+def test_adapters_beyond_plain_lora_are_not_fused(tiny_model):
+    def model(**more: Any) -> nn.Module:
+        causal = build_model(cli.parse_args(["--mode", "full", "--model", tiny_model]).settings).causal
+        module: nn.Module = add_adapters(causal, LoraSettings(**more), ["c_attn"])
+        fused_lora.install(find_fusable_layers(module))
+        return module
+
+    assert (
+        len(fused_layer_names(model()))
+        == len(fused_layer_names(model(adapter="rslora")))
+        == len(fused_layer_names(model(adapter="pissa")))
+        == 2
+    )
+    assert not fused_layer_names(model(adapter="dora"))
+    assert not fused_layer_names(model(dropout=0.1))
+
+
+def check_plan_matches_engine(jobs: list[dict[str, Any]]) -> int:
+    """On a rank: an engine fuses what the plan says that it does, and nothing where it says nothing."""
+    from trainer.data.dataset import load
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import destroy_process_group, init_distributed
+    from trainer.model.build import load_config
+    from trainer.training.run_plan import make_plan
+
+    dist_context = init_distributed()
+    for job in jobs:
+        settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
+        model = build_model(settings)
+        plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+        Engine(
+            dist_context,
+            model,
+            plan.deepspeed_config,
+            settings.train,
+            plan.precision,
+            compiled_shapes=plan.compiled_shapes,
+        )
+        is_fused = plan.resolved()["adapters_fused"]
+        assert is_fused == job["expected"], job
+        assert is_fused == ("fused" in plan._describe_execution())
+        assert len(fused_layer_names(model.module)) == 8 * is_fused, job
+    destroy_process_group()
+    return 0
+
+
+def test_the_plan_says_whether_the_engine_fuses_adapters(tiny_model, data_files, data_dir, tmp_path):
+    def job(mode: str, *more: str, expected: bool) -> dict[str, Any]:
+        words = [*make_argv(tiny_model, data_files, mode, "completion"), *more]
+        return {"flags": words, "data": str(data_dir), "expected": expected}
+
+    jobs = [
+        job("lora", expected=True), job("full", expected=False),
+        *(job("lora", "--ds-config", f"zero{stage}", expected=stage < 3) for stage in (1, 2, 3)),
+        *(job("lora", "--adapter", kind, expected=kind != "dora") for kind in ("rslora", "pissa", "dora")),
+        job("lora", "--lora-dropout", "0.1", expected=False), job("lora", "--quant", "nf4", expected=False),
+        job("lora", "--precision", "bf16", expected=True), job("lora", "--activation-checkpointing", expected=True),
+        job("lora", "--modules-to-save", "bias,wte", expected=True),
+    ]  # fmt: skip
+    log = tmp_path / "log"
+    assert run_on_ranks(1, check_plan_matches_engine, jobs, log=log) == 0, log.read_text()

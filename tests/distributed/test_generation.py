@@ -1,0 +1,324 @@
+"""Samples and scores: greedy completions at each evaluation that change no number of the run."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.launch_ranks import train
+from helpers.matrix import launch_jobs
+from helpers.process_groups import read_events, read_reproducible_records
+from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
+
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import DEMO_MODEL, MAX_NUM_SAMPLES
+from trainer.data.dataset import load, prepare
+from trainer.data.tokenizer import load_tokenizer
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.model.build import build_model, load_config
+from trainer.report.comparison import compare, write_report
+from trainer.report.load import load_runs
+from trainer.run import build_engine
+from trainer.tracking.records import EvalRecord, EventRecord
+from trainer.tracking.wandb_logger import WandbLogger
+from trainer.training import text_metrics
+from trainer.training.generation import GenerationEvaluator, check_prompts_available, make_prompts
+from trainer.training.run_plan import make_plan, validate_early
+from trainer.training.text_metrics import acled_scores, parse_fields, text_scores
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    text = f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 24 --eval-batch 4"
+    return [*f"{text} --global-batch 6 --objective completion --lr 0.003".split(), *TEMPLATE_FLAGS]
+
+
+@pytest.fixture(scope="module")
+def data_dir(argv: list[str], tiny_model: str) -> Path:
+    settings = cli.parse_args(["--mode", "full", *argv]).settings
+    return prepare(settings.data, model=tiny_model, global_batch=6).folder
+
+
+# --- the scores ------------------------------------------------------------------------------------------------------
+
+
+def test_text_metrics_of_identical_and_of_disjoint_texts():
+    texts = ["the cat sat on the mat", "five dogs ran home together"]
+    assert text_scores(texts, [f" {text} " for text in texts]) == pytest.approx(
+        {"exact_match": 1.0, "bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0}
+    )
+    none = text_scores(["zzz qqq"], ["a b c d e f"])
+    assert none == pytest.approx({"exact_match": 0.0, "bleu": 0.0, "chrf": 0.0, "rouge_l": 0.0})
+
+
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
+    """`police killed the gunman` and `police kill the gunman`: 3 of 4 words on either side (Lin 2004, section 3.2)."""
+    scores = text_scores(["police kill the gunman", "x"], ["police killed the gunman", "x"])
+    assert scores["rouge_l"] == pytest.approx((0.75 + 1) / 2)
+    assert scores["exact_match"] == 0.5
+
+
+PROMPT = "Date: 5 January 2022\nLocation: Kanu\nFatalities: {}\nNotes:"
+
+
+@pytest.mark.parametrize(
+    ("number", "note", "right"),
+    [
+        ("3", "On 5 January 2022, gunmen came to Kanu. 3 people were killed.", (1, 1, 1)),
+        ("3", "On 5 january 2022, near kanu, three people died.", (1, 1, 1)),
+        ("3", "On 15 January 2022 in Kanuri. 13 people were killed.", (0, 0, 0)),
+        ("3", "On 5 January 2022, 3 men protested in Kanu. Several people were killed.", (1, 1, 0)),
+        ("3", "On 5 January 2022 in Kanu.", (1, 1, 0)),
+        ("0", "On 5 January 2022 in Kanu. No fatalities were reported.", (1, 1, None)),
+        ("0", "On 5 January 2022 in Kanu.", (1, 1, None)),
+        ("0", "On 5 January 2022 in Kanu. 2 people were killed.", (1, 1, None)),
+        ("1200", "On 5 January 2022 in Kanu. At least 1,200 people died.", (1, 1, 1)),
+        ("1", "On 5 January 2022 in Kanu. 1,200 people died.", (1, 1, 0)),
+    ],
+)
+def test_acled_field_scores_count_the_fields_that_a_note_repeats(number, note, right):
+    found = acled_scores([note], [PROMPT.format(number)])
+    assert (found["date"], found["place"], found.get("fatalities")) == right
+    assert found.get("invented_deaths") == (None if int(number) else "killed" in note)
+
+
+def test_an_acled_field_that_no_prompt_has_gives_no_score():
+    assert parse_fields("Location: Kanu\nOdd: x\nNotes:") == {"Location": "Kanu"}
+    assert acled_scores(["in Kanu", "in Oslo"], ["Location: Kanu\nNotes:", "Location: Kanu\nNotes:"]) == {"place": 0.5}
+
+
+def test_text_metrics_without_their_packages_are_refused_before_data_are_read(monkeypatch):
+    monkeypatch.setattr(text_metrics, "find_spec", lambda name: None if name == "rouge_score" else object())
+    settings = cli.parse_args(["--mode", "full", "--score-samples", "--data", "nowhere.csv"]).settings
+    world: Any = SimpleNamespace(world_size=1, device=SimpleNamespace(type="cpu"))
+    with pytest.raises(UserError, match=r"--score-samples: needs rouge_score, which is not installed; pip install"):
+        validate_early(settings, world)
+
+
+def test_text_metrics_for_data_without_prompts_are_refused(tiny_model, tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps({"text": f"w{n} w{n + 1} " * 9}) + "\n" for n in range(1, 60)))
+    given = f"--mode full --score-samples --model {tiny_model} --data {path} --block-size 16 --val-fraction 0.3"
+    settings = cli.parse_args(given.split()).settings
+    data = prepare(settings.data, model=tiny_model, global_batch=8)
+    with pytest.raises(UserError, match=r"--score-samples: .*plain.jsonl has no prompts to complete"):
+        check_prompts_available(settings, data)
+    prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
+    assert prompts, "but a text's own opening is a prompt for a sample"
+    for prompt, (_, text) in zip(prompts, data.val_texts, strict=False):
+        assert f"{prompt.text} {prompt.reference}".split() == text.split()
+    assert make_prompts(data, load_tokenizer(tiny_model), 12) == [], "9 tokens of prompt leave no room among 12"
+
+
+# --- completions -----------------------------------------------------------------------------------------------------
+
+MAX_NEW_TOKENS = 7
+
+
+def generate_jobs(jobs: list[dict[str, Any]]) -> int:
+    """Complete each job's prompts by the engine, before and after a step; out/name.json has both and the gatherings."""
+    from deepspeed.runtime.zero import stage3
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    dist_context = init_distributed()
+    gathered, fetched = [], []
+    original_enter, original_fetch = (
+        stage3.GatheredParameters.__enter__,
+        PartitionedParameterCoordinator.fetch_sub_module,
+    )
+    try:
+        for job in jobs:
+            settings = cli.parse_args(job["flags"]).settings
+            data = load(Path(job["data"]))
+            model = build_model(settings)
+            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+            engine, _ = build_engine(plan, model, None)
+            for parameter in engine.trainable_params.values():  # the same on all ranks; adapters say something, too
+                with stage3.GatheredParameters([parameter], modifier_rank=0) if job["zero3"] else torch.no_grad():
+                    torch.manual_seed(parameter.numel() if not job["zero3"] else parameter.ds_numel)
+                    parameter.data += 0.1 * torch.randn(parameter.shape)
+            stage3.GatheredParameters.__enter__ = lambda self: (gathered.append(1), original_enter(self))[1]
+            PartitionedParameterCoordinator.fetch_sub_module = lambda *a, **k: (
+                fetched.append(1),
+                original_fetch(*a, **k),
+            )[1]
+            completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, 0)
+            counts = [len(gathered), len(fetched)]
+            repeated_completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, 0)
+            stage3.GatheredParameters.__enter__, PartitionedParameterCoordinator.fetch_sub_module = (
+                original_enter,
+                original_fetch,
+            )
+            weights = {name: value for name, value in engine.state.gather_weights()}
+            if dist_context.rank == 0:
+                assert completions == repeated_completions
+                plain_model = build_model(settings).module.eval()
+                with torch.no_grad():
+                    for name, parameter in plain_model.named_parameters():
+                        if name in weights:
+                            parameter.copy_(weights[name])
+                result = {
+                    "made": completions,
+                    "plain": [generate_token_by_token(plain_model, prompt) for prompt in job["prompts"]],
+                    "counts": counts,
+                }
+                (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(result))
+            else:
+                assert completions is None
+    finally:
+        destroy_process_group()
+    return 0
+
+
+@torch.no_grad()
+def generate_token_by_token(module: Any, prompt: list[int]) -> list[int]:
+    """One prompt, one token at a time, from the logits of the whole row."""
+    ids = list(prompt)
+    for _ in range(MAX_NEW_TOKENS):
+        next_token = int(module(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if next_token == 0:
+            break
+        ids.append(next_token)
+    return ids[len(prompt) :]
+
+
+PROMPTS = [[5, 6, 7], [40], [3, 9, 27, 81, 50, 53, 60, 8]]
+
+
+@pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero3")])
+def test_greedy_generation_equals_token_by_token_argmax(ranks, zero, argv, data_dir, tmp_path):
+    """Batched, cached and padded, with every weight and with adapters; ZeRO-3 gathers once for all tokens."""
+    jobs = [
+        {
+            "name": mode, "flags": ["--mode", mode, *argv, "--ds-config", zero], "data": str(data_dir),
+            "out": str(tmp_path), "prompts": PROMPTS, "zero3": zero == "zero3",
+        }
+        for mode in ("full", "lora")
+    ]  # fmt: skip
+    launch_jobs(ranks, jobs, tmp_path / "log", target=generate_jobs)
+    for mode in ("full", "lora"):
+        told = json.loads((tmp_path / f"{mode}.json").read_text())
+        assert told["made"] == told["plain"]
+        assert any(len(set(made)) > 1 for made in told["made"]), "something to compare"
+    assert json.loads((tmp_path / "full.json").read_text())["counts"] == ([1, 0] if zero == "zero3" else [0, 0])
+
+
+@pytest.fixture(scope="module")
+def sampled_and_plain_runs(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same run under ZeRO-3 with samples and scores, and without any."""
+    out = tmp_path_factory.mktemp("sampled")
+    flags = ["--max-steps", "5", "--eval-every", "2", "--dropout", "0.1", "--ds-config", "zero3"]
+    for name, sample_flags in (
+        ("with", ["--num-samples", "3", "--score-samples"]),
+        ("without", ["--num-samples", "0"]),
+    ):
+        train(["--mode", "full", *argv, *flags, *sample_flags], out=out / name)
+    return out / "with", out / "without"
+
+
+def test_generating_samples_changes_no_other_number(sampled_and_plain_runs):
+    sampled, bare = sampled_and_plain_runs
+    assert read_reproducible_records(sampled) == read_reproducible_records(bare)
+    for name in ("model.safetensors", "config.json"):
+        assert (sampled / "model" / name).read_bytes() == (bare / "model" / name).read_bytes()
+    assert read_events(bare, "samples") == []
+    assert read_events(bare, "finished")[0]["facts"]["sample_seconds"] == 0
+
+
+def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_and_plain_runs, data_files):
+    sampled, _ = sampled_and_plain_runs
+    made = read_events(sampled, "samples")
+    assert [event["step"] for event in made] == [0, 2, 4, 5]
+    told = [json.loads(line) for line in Path(data_files[1]).read_text().splitlines()]
+    for event in made:
+        facts = event["facts"]
+        assert [text["prompt"] for text in facts["texts"]] == [record["prompt"] for record in told[:3]]
+        assert [text["reference"] for text in facts["texts"]] == [record["completion"] for record in told[:3]]
+        assert facts["scored"] == len(told)
+        assert set(facts["scores"]) == {"exact_match", "bleu", "chrf", "rouge_l"}
+        assert "exact_match" in event["message"]
+    seconds = sum(event["facts"]["seconds"] for event in made)
+    assert read_events(sampled, "finished")[0]["facts"]["sample_seconds"] == pytest.approx(seconds)
+
+
+def test_the_report_shows_the_last_samples_beside_the_first(sampled_and_plain_runs, tmp_path):
+    runs, _ = load_runs([str(sampled_and_plain_runs[0]), str(sampled_and_plain_runs[1])])
+    comparison = compare(runs)
+    write_report(comparison, tmp_path)
+    shown = json.loads((tmp_path / "comparison.json").read_text())
+    made = read_events(sampled_and_plain_runs[0], "samples")
+    assert [row["last"] for row in shown["samples"]] == [
+        f"(epoch {made[-1]['facts']['epoch']:.4g}) {text['completion']}" for text in made[-1]["facts"]["texts"]
+    ]
+    assert [row["first"].startswith("(epoch 0) ") for row in shown["samples"]] == [True] * 3
+    assert shown["scores"][0]["chrf"] == made[-1]["facts"]["scores"]["chrf"]
+    for page in ("report.html", "report.md"):
+        assert "Completions against their references" in (tmp_path / page).read_text()
+
+
+def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
+    """A sampler whose model says the reference: everything is right that is right in the references."""
+    path = tmp_path / "events.csv"
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["event_date", "event_type", "actor1", "location", "fatalities", "notes"])
+        for n in range(1, 25):
+            deaths = f"{n} people were killed." if n % 2 else "People were killed."
+            table.writerow(
+                [f"2022-01-{n:02d}", "Battles", "A", "Kanu", n, f"On {n} January 2022, in Kanu, A came. {deaths}"]
+            )
+    given = (
+        f"--mode full --score-samples --model {DEMO_MODEL} --data {path} --block-size 64 --global-batch 2 "
+        "--val-fraction 0.4"
+    )
+    settings = cli.parse_args(given.split()).settings
+    data = prepare(settings.data, model=DEMO_MODEL, global_batch=2)
+    encode = load_tokenizer(DEMO_MODEL)
+
+    def perfect(prompts: Any, most: int, end: int) -> list[list[int]]:
+        return [encode(completion)["input_ids"] for _, completion in data.val_texts]
+
+    model = SimpleNamespace(causal=SimpleNamespace(config=load_config(settings.model)))
+    engine: Any = SimpleNamespace(generate=perfect, model=model, fits_unsharded=lambda: True)
+    record = EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=1.0, eval_tokens=1, time=1.0)
+    full: Any = SimpleNamespace(model=model, fits_unsharded=lambda: False)
+    assert GenerationEvaluator(full, data, settings).evaluate(record) is None
+    assert "does not fit" in GenerationEvaluator(full, data, settings).disabled_reason
+    event = GenerationEvaluator(engine, data, settings).evaluate(record)
+    assert event is not None
+    scores = event.facts["scores"]
+    counted = np.mean([" killed" in text and "People" not in text for _, text in data.val_texts])
+    assert (scores["exact_match"], scores["date"], scores["place"]) == (1.0, 1.0, 1.0)
+    assert scores["fatalities"] == scores["reference/fatalities"] == pytest.approx(counted)
+    assert 0 < counted < 1
+
+
+def test_prepared_data_store_as_many_prompts_as_num_samples_allows(tiny_model, tmp_path):
+    path = write_records(tmp_path / "many.jsonl", num_records=150, seed=5)
+    settings = cli.parse_args(
+        ["--mode", "full", "--model", tiny_model, "--data", path, "--val-fraction", "0.4", *TEMPLATE_FLAGS]
+    ).settings
+    assert len(prepare(settings.data, model=tiny_model, global_batch=2).val_texts) == MAX_NUM_SAMPLES
+    with pytest.raises(UserError, match=f"--num-samples 33: expected a whole number from 0 to {MAX_NUM_SAMPLES}"):
+        cli.parse_args(["--mode", "full", "--num-samples", "33"])
+
+
+def test_the_wandb_logger_logs_a_sample_table_and_the_scores():
+    logged: list[tuple[dict[str, Any], int]] = []
+    run: Any = SimpleNamespace(log=lambda row, step: logged.append((row, step)), summary={}, finish=lambda **_: None)
+    sink = WandbLogger(run, pytest.fail, last_logged_step=1)
+    text = {"prompt": "p", "reference": "r", "completion": "c"}
+    facts = {"epoch": 0.5, "samples": 4, "tokens": 9, "seconds": 0.1, "texts": [text], "scores": {"chrf": 12.5}}
+    for step in (1, 2):
+        sink.log(EventRecord(event="samples", step=step, message="", time=1.0, facts=facts))
+    ((row, step),) = logged
+    assert step == 2, "step 1 was logged by the process before"
+    assert (row["sample/chrf"], row["epoch"], row["samples"]) == (12.5, 0.5, 4)
+    table = row["sample/texts"]
+    assert table.columns == ["step", "epoch", "prompt", "reference", "completion"]
+    assert table.data == [[2, 0.5, "p", "r", "c"]]

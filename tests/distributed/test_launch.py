@@ -1,0 +1,153 @@
+"""The command as people type it: the real launchers, real processes, real exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_launcher(launcher: list[str], *flags: str, cwd: Path, timeout_seconds: int = 240) -> tuple[int, str]:
+    """(exit code, output) of a launcher on launch/train.py; whatever hangs is killed with all that it started."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environ |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN_DIR}{os.pathsep}{environ['PATH']}"}
+    process = subprocess.Popen(
+        [*launcher, TRAIN_SCRIPT, *flags], cwd=cwd, env=environ, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"no end after {timeout_seconds} s:\n{output}")
+    return process.returncode, output
+
+
+def deepspeed_argv(num_ranks: int) -> list[str]:
+    return [str(BIN_DIR / "deepspeed"), "--num_gpus", str(num_ranks), "--master_port", str(find_free_port())]
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    flags = (
+        f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 4 "
+        "--max-steps 3"
+    )
+    return [*flags.split(), *TEMPLATE_FLAGS]
+
+
+def read_losses(out: Path) -> list[float]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in records if row["kind"] in ("step", "eval")]
+
+
+@pytest.mark.slow
+def test_deepspeed_torchrun_and_python_start_the_same_run(argv, tmp_path):
+    launchers = {
+        "deepspeed": deepspeed_argv(2),
+        "torchrun": [str(BIN_DIR / "torchrun"), "--nproc_per_node", "2", "--master_port", str(find_free_port())],
+        "python": [sys.executable],
+    }
+    for name, launcher in launchers.items():
+        code, output = run_launcher(launcher, "--mode", "lora", *argv, "--output-dir", name, cwd=tmp_path)
+        assert code == 0, output
+        assert output.count("finished after 3 steps") == 1, "one voice, whatever the number of ranks"
+        assert "Traceback" not in output
+        assert "Warning" not in output.replace("[WARNING] [r", "")  # the launcher's own two lines are not ours
+        left = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"run.json", "metrics.jsonl", "checkpoints", "model"} <= left
+    assert read_losses(tmp_path / "deepspeed") == read_losses(tmp_path / "torchrun")
+    assert read_losses(tmp_path / "deepspeed") == pytest.approx(read_losses(tmp_path / "python"), rel=2e-6)
+
+
+@pytest.mark.slow
+def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tmp_path):
+    code, output = run_launcher(deepspeed_argv(2), "--mode", "full", *argv, "--data", "missing.csv", cwd=tmp_path)
+    assert code == 2, output
+    assert output.count("error: ") == 1
+    assert "missing.csv" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists(), "nothing was begun"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--mode", "lara"], ["--mode", "lara", "full"]),
+        ([], ["--mode"]),
+        (["--mode", "full", "--lr", "-1"], ["--lr -1"]),
+        (["--mode", "full", "--global-batch", "3", "--micro-batch", "2"], ["--global-batch 3", "2"]),
+        (["--mode", "full", "--ds-config", "zero9"], ["--ds-config zero9", "zero2_offload"]),
+        (["--mode", "full", "--model", "nowhere/at-all"], ["--model nowhere/at-all"]),
+        (["--mode", "full", "--block-size", "4096"], ["--block-size 4096", "256"]),
+        (
+            ["--mode", "lora", "--lora-target-modules", "c_attn,q_proj"],
+            ["--lora-target-modules q_proj", "c_attn, c_fc, c_proj"],
+        ),
+        (["--mode", "full", "--precision", "fp16"], ["--precision fp16"]),
+        (["--mode", "full", "--resume"], ["--resume", "no run"]),
+        (["--mode", "full", "--wandb", "online"], ["--wandb online"]),
+        (["--mode", "full", "--output-dir", "file/run"], ["file/run: cannot write there", "--output-dir"]),
+    ],
+)
+def test_each_mistake_names_its_flag(flags, words, tmp_path, monkeypatch):
+    """And is found before data are looked for: there are none."""
+    (tmp_path / "file").write_text("")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no login of whoever runs the tests
+    code, output = run_launcher([sys.executable], *flags, "--data", "missing.csv", cwd=tmp_path)
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2, output
+    assert len(lines) == 1, output
+    assert all(word in lines[0] for word in words), lines
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_dir_that_is_not_empty_is_refused(argv, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    code, output = run_launcher([sys.executable], "--mode", "full", *argv, "--output-dir", "taken", cwd=tmp_path)
+    assert code == 2
+    assert "taken is not empty: pass --resume" in output
+
+
+def test_a_dry_run_prints_the_plan_and_trains_nothing(argv, tmp_path):
+    code, output = run_launcher([sys.executable], "--mode", "lora", *argv, "--dry-run", cwd=tmp_path)
+    assert code == 0, output
+    for words in (
+        "trainable",
+        "4,096",
+        "4 micro-batch x 1 accumulation x 1 rank = 4",
+        "zero0",
+        "runs/lora-train",
+        "3 in all",
+    ):
+        assert words in " ".join(output.split()), words
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_card_preset_splits_over_two_ranks_at_most():
+    from trainer.config.cli import parse_args
+    from trainer.config.errors import UserError
+
+    card = parse_args(["--mode", "full", "--preset", "card"]).settings.train
+    assert str(card.batch(2)) == "1 micro-batch x 1 accumulation x 2 ranks = 2 global batch"
+    with pytest.raises(UserError, match=r"2 examples / 3 ranks is not whole; use 2 ranks, or pass --global-batch 3"):
+        card.batch(3)
+
+
+def test_help_groups_the_flags_and_prints_defaults(tmp_path):
+    code, output = run_launcher([sys.executable], "--help", cwd=tmp_path)
+    assert code == 0
+    for words in ("data:", "training:", "engine:", "output:", "default: demo 0.0005, card 3e-05", "tokens)"):
+        assert words in " ".join(output.split()), words

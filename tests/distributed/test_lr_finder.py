@@ -1,0 +1,260 @@
+"""`--find-lr`: the sweep is a run's own steps, leaves no trace in the state, and says where the rate belongs."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launch_ranks import train
+from helpers.matrix import launch_jobs, run_jobs
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.data.dataset import load, prepare
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.model.build import build_model, load_config
+from trainer.run import build_engine
+from trainer.tools.finders.lr_curve import geometric_lrs, has_diverged, smooth, suggest_lr
+from trainer.tools.finders.lr_finder import sweep
+from trainer.tracking.records import to_line
+from trainer.training import loop
+from trainer.training.checkpoint import CheckpointManager, TrainState
+from trainer.training.run_plan import make_plan
+
+STEPS = 100
+
+
+# --- the curve, pure ---
+
+
+def test_the_learning_rates_of_a_sweep_are_spaced_evenly_in_their_logarithm():
+    tried = geometric_lrs(1e-6, 1.0, 7)
+    assert tried == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+
+
+def test_lr_curve_smoothing_is_fastais_formula():
+    """avg_n = beta avg + (1 - beta) loss, divided by 1 - beta^n: of a constant it is the constant from the start."""
+    assert smooth([3.0] * 5, beta=0.9) == pytest.approx([3.0] * 5)
+    assert smooth([1.0, 2.0], beta=0.5) == pytest.approx([1.0, (0.5 * 0.5 + 0.5 * 2.0) / 0.75])
+
+
+def make_sweep(
+    best_lr: float, *, lowest_loss: float = 2.0, noise: float = 0.02, seed: int = 0
+) -> tuple[list[float], list[float]]:
+    """A made-up sweep over 1e-7..1: flat at 4, falling to `low` at `best`, then rising steeply; ended by `diverged`."""
+    rng, losses = random.Random(seed), []
+    lrs = geometric_lrs(1e-7, 1.0, STEPS)
+    for lr in lrs:
+        log10_distance = math.log10(lr / best_lr)
+        level = (
+            4.0 - (4.0 - lowest_loss) * math.exp(-(log10_distance**2))
+            if log10_distance < 0
+            else lowest_loss + 3.0 * log10_distance**2
+        )
+        losses.append(level + rng.gauss(0, noise))
+        if has_diverged(losses, STEPS):
+            break
+    return lrs[: len(losses)], losses
+
+
+@pytest.mark.parametrize("best", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
+def test_the_lr_suggestion_is_about_a_tenth_of_the_best_rate(best, noise):
+    for seed in range(5):
+        verdict = suggest_lr(*make_sweep(best, noise=noise, seed=seed), STEPS)
+        assert verdict.lr == pytest.approx(best / 10, rel=3.0), "the smoothed curve lags by half a decade"
+        assert best / 30 < verdict.lr < best, "and never is the rate at the lowest loss itself"
+        assert verdict.warning == ""
+
+
+def test_an_lr_sweep_that_diverges_ends_early():
+    tried, _ = make_sweep(1e-4)
+    assert tried[-1] < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([4.0 - 0.01 * n for n in range(STEPS)], "does not rise again"),
+        ([4.0 - 0.02 * min(n, 90) + 0.02 * max(0, n - 90) for n in range(STEPS)], "does not rise again"),
+        ([4.0 + 0.01 * (-1) ** n for n in range(STEPS)], "neither falls nor rises"),
+        ([4.0 + 0.2 * max(0, n - 12) for n in range(30)], "begin lower"),
+        ([4.0, math.nan], "diverges from the start"),
+        ([4.0 + 3.0 * n for n in range(12)], "begin lower"),
+    ],
+)
+def test_an_lr_range_that_is_too_small_is_named(losses, said):
+    verdict = suggest_lr(geometric_lrs(1e-7, 1.0, STEPS)[: len(losses)], losses, STEPS)
+    assert said in verdict.warning
+    assert (verdict.lr is None) == (said != "does not rise again")
+
+
+def test_a_sweep_whose_loss_settles_below_its_start_suggests_a_rate():
+    """As the demo's does: from 7 down to 4.5 at half the range, then up to 6 and no further."""
+    for seed in range(5):
+        dice = random.Random(seed)
+        levels = [7.0] * 30 + [7.0 - 0.125 * n for n in range(20)] + [6.0] * 50
+        losses = [level + dice.gauss(0, 0.1) for level in levels]
+        assert not has_diverged(losses, STEPS)
+        tried = geometric_lrs(1e-6, 10.0, STEPS)
+        verdict = suggest_lr(tried, losses, STEPS)
+        assert verdict.warning == "", seed
+        assert tried[40] / 10 < verdict.lr < tried[60] / 10
+
+
+def test_noise_alone_is_no_divergence_and_no_fall_of_an_lr_sweep():
+    for seed in range(20):
+        dice = random.Random(seed)
+        losses = [4.0 + dice.gauss(0, 0.5) for _ in range(STEPS)]
+        assert not any(has_diverged(losses[:n], STEPS) for n in range(1, STEPS + 1)), seed
+        assert suggest_lr(geometric_lrs(1e-7, 1.0, STEPS), losses, STEPS).lr is None, seed
+
+
+# --- the flag ---
+
+
+def test_the_lr_range_is_parsed_and_its_default_depends_on_the_mode():
+    given = cli.parse_args(["--mode", "full", "--find-lr", "1e-5:1e-1:50"]).find_lr
+    assert (given.start, given.end, given.steps) == (1e-5, 1e-1, 50)
+    full, lora = (cli.parse_args(["--mode", mode, "--find-lr"]).find_lr for mode in ("full", "lora"))
+    assert (lora.start, lora.end) == pytest.approx((10 * full.start, 10 * full.end))
+    assert cli.parse_args(["--mode", "full"]).find_lr is None
+
+
+@pytest.mark.parametrize("words", ["1", "1:0.1", "0:1", "a:b", "1e-5:1:3", "1:2:3:4", "1e-5:inf"])
+def test_a_wrong_lr_range_is_one_line(words):
+    with pytest.raises(UserError, match="--find-lr"):
+        cli.parse_args(["--mode", "full", "--find-lr", words])
+
+
+@pytest.mark.parametrize("other", ["--find-batch", "--dry-run", "--resume"])
+def test_find_lr_with_another_program_flag_is_refused(other):
+    with pytest.raises(UserError, match="one at a time"):
+        cli.parse_args(["--mode", "full", "--find-lr", other])
+
+
+# --- on real ranks ---
+
+CELLS = [(1, "zero0", "full"), (2, "zero0", "lora"), (2, "zero1", "full"), (2, "zero3", "full")]
+SWEEP_CELLS = [(1, "zero2", "lora"), (2, "zero2_offload", "lora"), (2, "zero3", "lora"), (2, "zero3_offload", "lora")]
+
+
+def make_argv(tiny_model: str, data_files: tuple[str, str], mode: str) -> list[str]:
+    flags = (
+        f"--mode {mode} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
+    )
+    flags += (
+        " --block-size 32 --global-batch 6 --micro-batch 1 --lr 1e-2 --max-steps 7 --save-every never --eval-every 3"
+    )
+    return [*flags.split(), *TEMPLATE_FLAGS]
+
+
+def run_jobs_after_sweep(jobs: list[dict[str, Any]]) -> int:
+    """`matrix.run_jobs` with a sweep before each run, to rates at which no number is left of the model."""
+    dist_context = init_distributed()
+    try:
+        for job in jobs:
+            settings = cli.parse_args(job["flags"]).settings
+            data, model = load(Path(job["data"])), build_model(settings)
+            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+            engine, _ = build_engine(plan, model, None)
+            restore_initial = engine.state.snapshot()
+            sweep(engine, data, plan.schedule, [1e-3, 1e-3])  # so that there are moments
+            before = read_trained_state(engine)
+            restore = engine.state.snapshot()
+            losses = sweep(engine, data, plan.schedule, [*geometric_lrs(1e-3, 1e5, 20), *[1e30] * 4])
+            moved = read_trained_state(engine)
+            restore()
+            after = read_trained_state(engine)
+            restore_initial()
+            out, name = Path(job["out"]), job["name"]
+            result = {
+                "losses": losses,
+                "same": len({json.dumps(rank_losses) for rank_losses in dist_context.all_gather_object(losses)}) == 1,
+                "moved": sum(moved[key] != before[key] for key in before) / len(before), "restored": after == before,
+            }  # fmt: skip
+            checkpoint_manager = CheckpointManager(
+                out / f"{name}-checkpoints", dist_context, save_total_limit=9, identity={"base": "test"}
+            )
+            records = list(loop.train(engine, data, plan.schedule, TrainState(), checkpoint_manager, lambda: False))
+            if dist_context.rank == 0:
+                (out / f"{name}.jsonl").write_text("".join(to_line(record) + "\n" for record in records))
+                (out / f"{name}.json").write_text(json.dumps(result))
+    finally:
+        destroy_process_group()
+    return 0
+
+
+def read_trained_state(engine: Any) -> dict[str, bytes]:
+    """Every trained weight and moment, whole, as bytes."""
+    return {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in engine.state.iter_state_dict()}
+
+
+def read_reproducible_records(path: Path) -> list[dict[str, Any]]:
+    clock_columns = ("time", "tokens_per_second")
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock_columns} for line in path.read_text().splitlines()
+    ]
+
+
+def test_an_lr_sweep_changes_no_bit_of_the_run_after_it(tiny_model, data_files, tmp_path):
+    assert_sweep_changes_nothing(CELLS, tiny_model, data_files, tmp_path)
+
+
+@pytest.mark.sweep
+def test_an_lr_sweep_changes_no_bit_of_the_run_after_it_under_the_other_zero_files(tiny_model, data_files, tmp_path):
+    assert_sweep_changes_nothing(SWEEP_CELLS, tiny_model, data_files, tmp_path)
+
+
+def assert_sweep_changes_nothing(
+    cells: list[tuple[int, str, str]], tiny_model: str, data_files: tuple[str, str], tmp_path: Path
+) -> None:
+    settings = cli.parse_args(make_argv(tiny_model, data_files, "full")).settings
+    folder = prepare(settings.data, model=tiny_model, global_batch=6).folder
+    plain_dir, swept_dir = tmp_path / "plain", tmp_path / "swept"
+    for out, target in ((plain_dir, run_jobs), (swept_dir, run_jobs_after_sweep)):
+        out.mkdir()
+        for ranks in (1, 2):
+            jobs = [
+                {
+                    "name": f"{r}-{zero}-{mode}", "data": str(folder), "out": str(out),
+                    "flags": [*make_argv(tiny_model, data_files, mode), "--ds-config", zero],
+                }
+                for r, zero, mode in cells if r == ranks
+            ]  # fmt: skip
+            launch_jobs(ranks, jobs, tmp_path / f"{out.name}-{ranks}.log", target)
+    sweeps: dict[str, list[list[float]]] = {"full": [], "lora": []}
+    for r, zero, mode in cells:
+        name = f"{r}-{zero}-{mode}"
+        result = json.loads((swept_dir / f"{name}.json").read_text())
+        assert result["moved"] > 0.9, f"{name}: the sweep does train"
+        assert result["restored"], name
+        assert result["same"], f"{name}: every rank sees the loss of the global batch"
+        assert len(result["losses"]) < 24, f"{name}: it ends where the loss diverges"
+        assert read_reproducible_records(plain_dir / f"{name}.jsonl") == read_reproducible_records(
+            swept_dir / f"{name}.jsonl"
+        ), name
+        last = [(out / f"{name}-checkpoints" / "step-000007" / "state.safetensors") for out in (plain_dir, swept_dir)]
+        assert last[0].read_bytes() == last[1].read_bytes(), f"{name}: weights and moments at the end of the run"
+        sweeps[mode].append(result["losses"][:6])
+    for mode, losses in sweeps.items():
+        assert all(sweep_losses == pytest.approx(losses[0], rel=1e-4) for sweep_losses in losses), (
+            f"{mode}: ranks and stages change nothing"
+        )
+
+
+def test_find_lr_writes_a_suggestion_and_a_picture_and_trains_nothing(tiny_model, data_files, tmp_path):
+    out = tmp_path / "run"
+    output = train([*make_argv(tiny_model, data_files, "full"), "--find-lr", "1e-5:10:60"], out=out, world_size=2)
+    found = json.loads((out / "find-lr.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == ["find-lr.json", "find-lr.png"]
+    assert (out / "find-lr.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert f"--lr {found['suggestion']:g} for --mode full" in output
+    assert 1e-5 < found["suggestion"] < 10
+    assert found["steps"] == 60
+    assert output.count("suggestion") == 1, "one rank speaks"
+    train([*make_argv(tiny_model, data_files, "full"), "--max-steps", "1", "--wandb", "disabled"], out=out)
+    assert (out / "metrics.jsonl").exists(), "a run may begin in the folder that the test left"

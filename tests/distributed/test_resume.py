@@ -1,0 +1,548 @@
+"""A run that was stopped and goes on: the rows that follow are those of the run that was never stopped.
+
+Bitwise on the same ranks, ZeRO file and micro-batch, dropout included: its masks are seeded by seed, step and the rows'
+place in the global batch (`Engine.forward_backward`), data order and rate are functions of the step, and weights and
+AdamW's moments come back in float32 as they were. On other ranks or under another ZeRO file sums are taken in another
+order: there the bounds of test_invariance.py hold.
+
+`pytest tests/distributed/test_resume.py -m sweep -n 0 -s -k every` prints every resume and every move with its largest differences.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.launch_ranks import run_on_ranks, run_train_script, train
+from helpers.matrix import launch_jobs, read_job_result, run_jobs
+from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2
+from test_invariance import (
+    GLOBAL_BATCH,
+    LEARNING_RATE,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    WEIGHT_TOLERANCE,
+    output_relevant_part,
+)
+
+from trainer.config import cli
+from trainer.config.errors import TrainingError, UserError
+from trainer.config.schema import DS_CONFIG_NAMES
+from trainer.data.dataset import load, prepare
+from trainer.distributed.engine import StepResult
+from trainer.run import resolve_output_dir
+from trainer.tracking.records import EventRecord, StepRecord
+from trainer.training import checkpoint, loop, run_plan
+from trainer.training.checkpoint import BestCheckpoint, CheckpointManager, TrainState
+from trainer.training.loop import TrainSchedule
+
+STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
+MODES = ("full", "lora")
+
+
+@pytest.fixture(scope="module")
+def dropout_model(tiny_model: str, session_dir: Path) -> str:
+    """The tiny model with GPT-2's own dropout of 0.1."""
+    return make_tiny_gpt2(session_dir / "dropped", dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def argv(dropout_model: str, data_files: tuple[str, str]) -> list[str]:
+    text = (
+        f"--model {dropout_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --lr "
+        f"{LEARNING_RATE}"
+    )
+    text += (
+        f" --global-batch {GLOBAL_BATCH} --eval-batch 4 --max-steps {STEPS} --eval-every 2 --save-every 1 "
+        "--save-total-limit 99"
+    )
+    return [*text.split(), *TEMPLATE_FLAGS]
+
+
+@pytest.fixture(scope="module")
+def data_dir(argv: list[str], dropout_model: str) -> Path:
+    settings = cli.parse_args(["--mode", "full", *argv]).settings
+    return prepare(settings.data, model=dropout_model, global_batch=GLOBAL_BATCH).folder
+
+
+def reproducible_records(records: list[dict[str, Any]], after: int = -1) -> list[dict[str, Any]]:
+    """Rows of steps, evaluations and epochs after a step, without what a clock says."""
+    clock_columns = ("time", "tokens_per_second")
+    return [
+        {key: value for key, value in row.items() if key not in clock_columns}
+        for row in records
+        if row["kind"] != "event" and row["step"] > after
+    ]
+
+
+def make_job(
+    out: Path, data_dir: Path, argv: list[str], name: str, mode: str, zero: str, **options: Any
+) -> dict[str, Any]:
+    lora_flags = ["--lora-dropout", "0.1"] if mode == "lora" else []
+    flags = ["--mode", mode, *argv, *lora_flags, "--micro-batch", "1", "--ds-config", zero]
+    return {"name": name, "flags": flags, "data": str(data_dir), "out": str(out), **options}
+
+
+# --- the same ranks: bitwise -------------------------------------------------------------------------------------
+
+
+def assert_bitwise_resume(
+    out: Path, data_dir: Path, argv: list[str], world_size: int, steps: dict[str, tuple[int, ...]]
+) -> None:
+    """Run every mode and ZeRO file whole, and again from each of `steps[zero]`; rows and weights must be the same."""
+    jobs = []
+    for zero in steps:
+        for mode in MODES:
+            name = f"{world_size}-{zero}-{mode}"
+            jobs.append(make_job(out, data_dir, argv, name, mode, zero))
+            for step in steps[zero]:
+                jobs.append(make_job(out, data_dir, argv, f"{name}-{step}", mode, zero, resume=[name, step]))
+    log = out / f"{world_size}.log"
+    launch_jobs(world_size, jobs, log)
+    for zero in steps:
+        for mode in MODES:
+            name = f"{world_size}-{zero}-{mode}"
+            records, weights = read_job_result(out, name)
+            assert [row["step"] for row in records if row["kind"] == "step"] == list(range(1, STEPS + 1))
+            for step in steps[zero]:
+                resumed_records, resumed_weights = read_job_result(out, f"{name}-{step}")
+                assert reproducible_records(resumed_records) == reproducible_records(records, step), (name, step)
+                assert all(np.array_equal(weights[key], resumed_weights[key]) for key in weights), (name, step)
+            print(f"{name}: bitwise from steps {steps[zero]}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_runs(argv: list[str], data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole runs of every mode and ZeRO file on two ranks, with a checkpoint of every step."""
+    out = tmp_path_factory.mktemp("whole")
+    assert_bitwise_resume(out, data_dir, argv, 2, dict.fromkeys(DS_CONFIG_NAMES, (2,)) | {"zero2": (1, 4, 6)})
+    return out
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupted_runs):
+    """Every ZeRO file, both offloads among them; inside an epoch, at its end, after one step and before the last."""
+    assert len(list(uninterrupted_runs.glob("2-*-[0-9].jsonl"))) == 2 * (5 + 3), "`continued` compared them"
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_run_resumed_from_any_step_of_any_zero_stage_is_bitwise_the_uninterrupted_one(
+    ranks, argv, data_dir, tmp_path
+):
+    assert_bitwise_resume(tmp_path, data_dir, argv, ranks, dict.fromkeys(DS_CONFIG_NAMES, tuple(range(1, STEPS + 1))))
+
+
+# --- other ranks, another ZeRO file: within the bounds of test_invariance ---------------------------------------------
+
+Move = tuple[int, str, int, str, str]  # ranks and ZeRO file before and after, mode
+SAMPLE_MOVES: list[Move] = [
+    (2, "zero2", 1, "zero0", "full"),
+    (2, "zero3", 1, "zero3", "lora"),
+    (2, "zero2_offload", 1, "zero3_offload", "full"),
+    (2, "zero0", 2, "zero3", "full"),
+    (2, "zero3_offload", 2, "zero1", "lora"),
+    (2, "zero1", 3, "zero2", "lora"),
+    (2, "zero3", 3, "zero3", "full"),
+    (2, "zero2", 3, "zero2", "full"),
+    (1, "zero0", 2, "zero2", "full"),
+    (1, "zero0", 2, "zero0", "lora"),
+]
+SAME_FILE = [
+    (before, zero, after, zero, mode)
+    for before, after in itertools.permutations((1, 2, 3), 2)
+    for zero in DS_CONFIG_NAMES
+    for mode in MODES
+]
+OTHER_FILE = [(2, one, 2, other, mode) for one, other in itertools.permutations(DS_CONFIG_NAMES, 2) for mode in MODES]
+
+
+def assert_elastic_resume(moves: list[Move], out: Path, data_dir: Path, argv: list[str], step: int = 2) -> None:
+    """Go on from `step` elsewhere, and hold what follows against what follows where the run began."""
+    sources = {f"{ranks}-{zero}-{mode}": (ranks, zero, mode) for ranks, zero, _, _, mode in moves}
+    for world_size in sorted({move[0] for move in moves}):
+        jobs = [
+            make_job(out, data_dir, argv, name, mode, zero)
+            for name, (size, zero, mode) in sources.items()
+            if size == world_size and not (out / f"{name}.jsonl").exists()
+        ]
+        log = out / f"from-{world_size}.log"
+        launch_jobs(world_size, jobs, log)
+    for world_size in sorted({move[2] for move in moves}):
+        jobs = [
+            make_job(out, data_dir, argv, "-".join(map(str, move)), mode, zero, resume=[f"{before}-{old}-{mode}", step])
+            for move in moves
+            for before, old, after, zero, mode in [move]
+            if after == world_size
+        ]
+        log = out / f"to-{world_size}.log"
+        launch_jobs(world_size, jobs, log)
+    failures = []
+    for move in moves:
+        records, weights = read_job_result(out, f"{move[0]}-{move[1]}-{move[4]}")
+        resumed_records, resumed_weights = read_job_result(out, "-".join(map(str, move)))
+        pairs = list(zip(reproducible_records(resumed_records), reproducible_records(records, step), strict=True))
+        assert [(a["kind"], a["step"], a["tokens"]) for a, _ in pairs] == [
+            (b["kind"], b["step"], b["tokens"]) for _, b in pairs
+        ]
+        loss_error = max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs if "loss" in a)
+        norm_error = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs if "grad_norm" in a)
+        weight_error = (
+            max(
+                np.abs(
+                    output_relevant_part(name, weights[name]) - output_relevant_part(name, resumed_weights[name])
+                ).max()
+                for name in weights
+            )
+            / LEARNING_RATE
+        )
+        print(*move, f"loss {loss_error:.1e} norm {norm_error:.1e} weights {weight_error:.1e}")
+        if not (loss_error <= LOSS_TOLERANCE and norm_error <= NORM_TOLERANCE and weight_error <= WEIGHT_TOLERANCE):
+            failures.append((move, loss_error, norm_error, weight_error))
+    assert not failures
+
+
+def test_a_run_resumes_with_other_ranks_and_another_zero_file(uninterrupted_runs, argv, data_dir):
+    assert_elastic_resume(SAMPLE_MOVES, uninterrupted_runs, data_dir, argv)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("moves", [SAME_FILE, OTHER_FILE], ids=["ranks", "file"])
+def test_a_run_resumes_under_every_change_of_ranks_and_of_zero_file(moves, argv, data_dir, tmp_path):
+    assert_elastic_resume(moves, tmp_path, data_dir, argv)
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def list_checkpoint_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def finished_run(argv: list[str], session_dir: Path) -> Path:
+    """The folder of a run of the whole program on two ranks that ended well."""
+    flags = ["--mode", "lora", *argv, "--lora-dropout", "0.1", "--micro-batch", "1", "--ds-config", "zero2"]
+    train(flags, out=session_dir / "ended", world_size=2, env={"WANDB_MODE": "offline"})
+    return session_dir / "ended"
+
+
+def copy_run(finished_run: Path, out_dir: Path) -> Path:
+    shutil.copytree(finished_run, out_dir, symlinks=True)
+    return out_dir
+
+
+@pytest.mark.slow
+def test_resume_takes_everything_from_the_run_folder(finished_run, tmp_path):
+    folder = copy_run(finished_run, tmp_path / "again")
+    first = read_metadata(folder)
+    (folder / "checkpoints/step-000099").mkdir()  # damaged, and later than where the run goes on
+    train(
+        ["--mode", "lora", "--resume", "step-3", "--save-total-limit", "2"],
+        out=folder,
+        world_size=2,
+        env={"WANDB_MODE": "offline"},
+    )
+
+    before, after = read_records(finished_run), read_records(folder)
+    assert reproducible_records(after) == reproducible_records(before), "bitwise, and no row doubled or missing"
+    times = [row["time"] for row in after]
+    assert times == sorted(times), "the clock goes on from where the run stood"
+    (event,) = [row for row in after if row["kind"] == "event" and row["event"] == "resumed"]
+    cut = len([row for row in before if row["step"] > 3 or row.get("event") == "finished"])
+    assert event["message"] == f"resumed from step-000003, {cut} rows after it cut off"
+    assert event["facts"]["rows_cut"] == cut
+    assert event["facts"]["changed"] == {}
+    assert after[[row["step"] for row in after].index(4) - 1] == event, "between the rows before and those after"
+
+    again = read_metadata(folder)
+    assert {key: again[key] for key in first} == first, "run.json tells how the run began"
+    assert again["run_id"] == first["run_id"]
+    began = {path.name.split("-")[-1] for path in (folder / "wandb").glob("offline-run-*")}
+    assert began == {first["run_id"]}, "W&B goes on with the same run"
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 2
+    best = min((row for row in before if row["kind"] == "eval" and row["step"]), key=lambda row: row["loss"])["step"]
+    assert list_checkpoint_steps(folder) == sorted({best, 6, 7}), (
+        "those of the course that was left are gone, not counted as kept"
+    )
+    exported = [path / "model" / "adapter_model.safetensors" for path in (finished_run, folder)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_on_two_ranks_resumes_on_one_from_its_best_checkpoint(finished_run, tmp_path):
+    folder = copy_run(finished_run, tmp_path / "best")
+    evals = [row for row in read_records(finished_run) if row["kind"] == "eval" and row["step"]]
+    best = min(evals, key=lambda row: row["loss"])
+    train(["--mode", "lora", "--resume", "best", "--ds-config", "zero3"], out=folder, world_size=1)
+    events = [row for row in read_records(folder) if row["kind"] == "event" and row["event"] == "resumed"]
+    assert [row["step"] for row in events] == [best["step"]]
+    assert events[0]["facts"]["resolved"]["ranks"] == 1
+    for now, then in zip(
+        reproducible_records(read_records(folder)), reproducible_records(read_records(finished_run)), strict=True
+    ):
+        assert now["step"] == then["step"]
+        assert now.get("loss", now.get("train_loss")) == pytest.approx(
+            then.get("loss", then.get("train_loss")), rel=LOSS_TOLERANCE
+        )
+
+
+@pytest.mark.slow
+def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, tmp_path):
+    folder = copy_run(finished_run, tmp_path / "changed")
+    train(["--mode", "lora", "--resume", "step-5", "--lr", "1e-4", "--allow-change", "lr"], out=folder, world_size=1)
+    first = read_records(folder)
+    (event,) = [row for row in first if row["kind"] == "event" and row["event"] == "resumed"]
+    assert event["facts"]["changed"] == {"lr": [LEARNING_RATE, 1e-4]}
+    assert f"lr changed from {LEARNING_RATE} to 0.0001" in event["message"]
+    rates = [row["lr"] for row in first if row["kind"] == "step"]
+    assert rates == pytest.approx([(LEARNING_RATE if step < 5 else 1e-4) * (1 - step / STEPS) for step in range(STEPS)])
+    assert read_metadata(folder)["settings"] == read_metadata(finished_run)["settings"]
+    assert read_metadata(folder)["resumed"]["changed"] == {"lr": [LEARNING_RATE, 1e-4]}
+
+    shutil.rmtree(folder / "checkpoints/step-000007")
+    train(["--mode", "lora", "--resume"], out=folder, world_size=1)  # the newest, and the rate without saying it again
+    assert [row["step"] for row in read_records(folder) if row.get("event") == "resumed"] == [5, 6]
+    assert reproducible_records(read_records(folder)) == reproducible_records(first)
+    events = [row for row in read_records(folder) if row["kind"] == "event" and row["event"] == "resumed"]
+    assert events[-1]["facts"]["changed"] == {"lr": [LEARNING_RATE, 1e-4]}, "still another rate than the run began with"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag_words", "expected"),
+    [
+        (["--lr", "1"], "lr is 1.0 and was 0.003 in this run; put it back, or say --allow-change lr as well"),
+        (["--global-batch", "3"], "global_batch is 3 and was 6"),
+        (["--max-steps", "9"], "max_steps is 9 and was 7"),
+        (["--seed", "1", "--allow-change", "lr"], "seed is 1 and was 42"),
+        (["--lora-rank", "4"], "rank is 4 and was 8"),
+        (["--data", "OTHER"], "data is "),
+        (["--mode", "full"], "--mode full: the run in"),
+        (["--allow-change", "speed"], "--allow-change speed: expected one of "),
+        (["--resume", "step-99"], "--resume step-99: not in"),
+        (["--micro-batch", "4"], "--global-batch 6: 6 is not micro-batch 4 x 1 rank x a whole accumulation"),
+    ],
+)
+def test_a_setting_that_may_not_change_on_resume_is_refused_in_one_line(
+    flag_words, expected, finished_run, data_files, tmp_path
+):
+    """Before anything is loaded, and nothing in the folder is touched."""
+    folder = copy_run(finished_run, tmp_path / "refused")
+    log = tmp_path / "refused.log"
+    flag_words = [data_files[1] if word == "OTHER" else word for word in flag_words]
+    code = run_on_ranks(
+        1, run_train_script, ["--mode", "lora", "--resume", *flag_words, "--output-dir", str(folder)], log=log
+    )
+    lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert code == 2, log.read_text()
+    assert len(lines) == 1, log.read_text()
+    assert expected in lines[0]
+    assert "Traceback" not in log.read_text()
+    for name in ("run.json", "metrics.jsonl"):
+        assert (folder / name).read_bytes() == (finished_run / name).read_bytes()
+    assert list_checkpoint_steps(folder) == list_checkpoint_steps(finished_run)
+
+
+def test_allow_change_without_resume_is_refused(argv, tmp_path):
+    request = cli.parse_args(["--mode", "full", *argv, "--allow-change", "lr", "--output-dir", str(tmp_path / "new")])
+    with pytest.raises(UserError, match="--allow-change lr: goes with --resume"):
+        resolve_output_dir(request)
+
+
+def run_fp16_jobs(jobs: list[dict[str, Any]]) -> int:
+    """`run_jobs` in fp16 on a processor, which computes in it slowly; DeepSpeed asks only whether it is fast.
+
+    The loss scale begins so high that the first steps overflow, and grows after four good ones.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    from trainer.distributed.deepspeed_config import build_deepspeed_config
+
+    accelerator_class = type(get_accelerator())
+    accelerator_class.is_fp16_supported = lambda self: True
+    accelerator_class.supported_dtypes = lambda self: [torch.float, torch.bfloat16, torch.half]
+    original = build_deepspeed_config
+    fp16_config = {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 4, "hysteresis": 1}
+    run_plan.build_deepspeed_config = lambda *args, **given: original(*args, **given) | {"fp16": fp16_config}
+    return run_jobs(jobs)
+
+
+@pytest.mark.parametrize("zero", ["zero1", pytest.param("zero2", marks=pytest.mark.sweep), "zero3"])
+def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(zero, argv, data_dir, tmp_path):
+    """A resume that began anew with the scale would skip steps again, one from halved weights would drift."""
+    base = ["--mode", "full", *argv, "--precision", "fp16", "--ds-config", zero, "--max-steps", "48"]
+    common = {"data": str(data_dir), "out": str(tmp_path)}
+    jobs = [
+        {"name": "whole", "flags": [*base, "--save-every", "30"], **common},
+        {"name": "again", "flags": base, "resume": ["whole", 30], **common},
+    ]
+    launch_jobs(1, jobs, tmp_path / "log", run_fp16_jobs)
+    whole, weights = read_job_result(tmp_path, "whole")
+    again, resumed = read_job_result(tmp_path, "again")
+    skipped = [row["step"] for row in whole if row.get("event") == "skipped_step"]
+    assert min(skipped) == 1
+    assert max(skipped) > 30, "so that the place within the window shows"
+    assert [row["step"] for row in again if row.get("event") == "skipped_step"] == [n for n in skipped if n > 30]
+    assert [row["loss"] for row in again if row["kind"] == "step"] == [
+        row["loss"] for row in whole if row["kind"] == "step" and row["step"] > 30
+    ]
+    assert all(np.array_equal(weights[name], resumed[name]) for name in weights)
+
+
+# --- what a checkpoint holds, and which are kept ---------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_twelve_bytes_per_trained_weight(finished_run, uninterrupted_runs):
+    """The float32 value and two moments; with LoRA the adapters only, with full training tied weights once."""
+    for folder, trainable in (
+        (finished_run / "checkpoints/step-000003", read_metadata(finished_run)["model"]["trainable"]),
+        (
+            uninterrupted_runs / "2-zero3-lora-checkpoints/step-000003",
+            read_metadata(finished_run)["model"]["trainable"],
+        ),
+        (
+            uninterrupted_runs / "2-zero3-full-checkpoints/step-000003",
+            read_metadata(finished_run)["model"]["parameters"],
+        ),
+    ):
+        state = folder / "state.safetensors"
+        with open(state, "rb") as file:
+            header = struct.unpack("<Q", file.read(8))[0]
+        assert state.stat().st_size == 8 + header + 12 * trainable
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        constant = 16 * 1024  # names and shapes, and where the run stood
+        assert size <= 1.1 * 12 * trainable + constant, size
+    assert read_metadata(finished_run)["model"]["trainable"] < read_metadata(finished_run)["model"]["parameters"] / 2
+
+
+class StubEngine:
+    """One weight on one rank, and its own state; each step's value is its number."""
+
+    def __init__(self, step: int):
+        self.trainable_params = {"w": torch.full((3,), float(step))}
+        self.state = self
+
+    def loss_scale(self):
+        return None
+
+    def state_dict_layout(self):
+        return [(f"{kind}/w", torch.float32, (3,)) for kind in ("weight", "exp_avg", "exp_avg_sq")]
+
+    def iter_state_dict(self):
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            yield f"{kind}/w", self.trainable_params["w"]
+
+
+SINGLE_RANK: Any = SimpleNamespace(rank=0, world_size=1, all_gather_object=lambda value: [value])
+
+
+def save_checkpoint(checkpoint_manager: CheckpointManager, step: int, loss: float | None) -> None:
+    best = BestCheckpoint(step=step, epoch=0.0, loss=loss) if loss is not None else None
+    evaluated = {"val_loss": loss, "val_step": step} if loss is not None else {}
+    engine: Any = StubEngine(step)
+    checkpoint_manager.save(engine, TrainState(step=step, best=best, **evaluated))
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    saver = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=2, identity={})
+    kept = {}
+    for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.5, 1.0], start=1):
+        save_checkpoint(saver, step, loss)
+        kept[step] = list_checkpoint_steps(tmp_path)
+    assert kept == {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6]}
+    assert checkpoint.resolve_checkpoint(saver.folder, "best").step == 2, "the earlier of equals"
+    assert checkpoint.resolve_checkpoint(saver.folder, "latest").step == 6
+
+
+def test_old_checkpoints_are_deleted_after_everything_else_of_a_save(tmp_path, monkeypatch):
+    saver = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=1, identity={})
+    save_checkpoint(saver, 1, None)
+    there = []
+    delete = checkpoint._delete_folder
+    monkeypatch.setattr(
+        checkpoint, "_delete_folder", lambda folder: (there.append(list_checkpoint_steps(tmp_path)), delete(folder))
+    )
+    save_checkpoint(saver, 2, None)
+    assert there == [[1, 2]], "the new one was whole under its name when the old one went"
+    assert list_checkpoint_steps(tmp_path) == [2]
+
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        TrainingError, match="step-000003 not written: No space left; the checkpoints before it are whole"
+    ):
+        save_checkpoint(saver, 3, None)
+    assert list_checkpoint_steps(tmp_path) == [2]
+    assert checkpoint.resolve_checkpoint(saver.folder, "latest").step == 2
+
+
+def test_resuming_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path):
+    """Else they would count as the newest: the run's own would be deleted, the next resume take the wrong course."""
+    saver = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=9, identity={})
+    for step in (1, 2, 8, 9):
+        save_checkpoint(saver, step, None)
+    (saver.folder / "step-000009" / "state.json").write_text("cut off")
+    checkpoint.delete_checkpoints_after(saver.folder, 2)
+    assert sorted(path.name for path in saver.folder.iterdir()) == ["step-000001", "step-000002"]
+
+
+# --- the loop's own promises -----------------------------------------------------------------------------------------
+
+
+def test_a_skipped_step_is_reported_and_not_counted_by_adam(data_dir, argv):
+    """fp16 may leave out an update where the loss scale was too high; it needs a GPU, so the engine is a fake."""
+
+    class Skipping:
+        dist_context, supports_steps_in_flight = SINGLE_RANK, False
+
+        def forward_backward(self, micro, *, step, num_target_tokens):
+            return torch.tensor(1.0, dtype=torch.float64)
+
+        def launch_step(self, rate, sums, *, should_stop):
+            self.steps = getattr(self, "steps", 0) + 1
+            skipped = self.steps == 2
+            done = StepResult(
+                loss_sum=float(sum(sums)),
+                grad_norm=math.inf if skipped else 1.0,
+                was_skipped=skipped,
+                stop_requested=should_stop,
+            )
+            return lambda: done
+
+        def evaluate(self, micro):
+            return torch.ones(len(micro.input_ids), dtype=torch.float64)
+
+    settings = cli.parse_args(["--mode", "full", *argv, "--max-steps", "4", "--save-every", "never"]).settings
+    data = load(data_dir)
+    course = TrainSchedule(settings=settings, batch=settings.train.batch(1), total_steps=4, steps_per_epoch=4)
+    saved: list[TrainState] = []
+    saver: Any = SimpleNamespace(save=lambda engine, progress: saved.append(progress))
+    engine: Any = Skipping()
+    rows = list(loop.train(engine, data, course, TrainState(), saver, lambda: False))
+    assert [row.step for row in rows if isinstance(row, StepRecord)] == [1, 3, 4]
+    (event,) = [row for row in rows if isinstance(row, EventRecord)]
+    assert (event.event, event.step) == ("skipped_step", 2)
+    assert "step 2: gradient overflow in fp16, update skipped" in event.message
+    assert saved[-1].step == 4
+    assert saved[-1].skipped_steps == 1, "AdamW's count of steps after a resume leaves it out"

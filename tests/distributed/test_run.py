@@ -1,0 +1,169 @@
+"""What a run leaves: one real run of each mode on two ranks, read back."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launch_ranks import train
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+
+from trainer.config.schema import BatchConfig, Settings
+from trainer.training.loop import TrainSchedule
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def finished_run(request, tiny_model, data_files, tmp_path_factory) -> dict[str, Any]:
+    """A finished run: two epochs in steps of 4 examples over 2 ranks, with accumulation, evaluated within the epoch."""
+    out = tmp_path_factory.mktemp("run") / request.param
+    flags = (
+        f"--mode {request.param} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} "
+        "--objective completion"
+    )
+    flags += " --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2 --eval-every 3 --wandb offline --lr 1e-2"
+    flags += " --report-to tensorboard --profile 2"
+    output = train([*flags.split(), *TEMPLATE_FLAGS], out=out, world_size=2, env={"WANDB_MODE": "offline"})
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metadata = json.loads((out / "run.json").read_text())
+    return {"mode": request.param, "out": out, "rows": records, "output": output, "about": metadata}
+
+
+def records_of_kind(finished_run: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [record for record in finished_run["rows"] if record["kind"] == kind]
+
+
+def test_every_step_of_a_run_is_a_record_with_every_column(finished_run):
+    steps = records_of_kind(finished_run, "step")
+    columns = {"kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "time"}
+    assert [row["step"] for row in steps] == list(range(1, 15)), "25 rows are 7 steps of 4, the last of 1"
+    assert all(set(row) == columns for row in steps)
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["tokens_per_second"] > 0 for row in steps)
+    assert [row["samples"] for row in steps][5:8] == [24, 25, 29], "the ragged step counts one example"
+    assert [row["epoch"] for row in steps][5:8] == pytest.approx([24 / 25, 1.0, 1 + 4 / 25])
+    assert [row["lr"] for row in steps] == pytest.approx([1e-2 * (14 - n) / 14 for n in range(14)])
+    assert all(a["time"] < b["time"] and a["tokens"] < b["tokens"] for a, b in pairwise(steps))
+
+
+def test_a_run_is_evaluated_at_the_start_when_due_and_at_the_end(finished_run):
+    evals = records_of_kind(finished_run, "eval")
+    columns = {"kind", "step", "epoch", "samples", "tokens", "loss", "perplexity", "eval_tokens", "time"}
+    assert [row["step"] for row in evals] == [0, 3, 6, 9, 12, 14]
+    assert all(set(row) == columns for row in evals)
+    assert all(row["perplexity"] == pytest.approx(math.exp(row["loss"])) for row in evals)
+    assert {row["eval_tokens"] for row in evals} == {finished_run["about"]["data"]["val"]["counted_tokens"]}
+    assert evals[-1]["loss"] < evals[0]["loss"], "it learns"
+
+
+def test_the_epoch_record_is_the_token_mean_of_its_steps(finished_run, tiny_model):
+    from trainer.data.dataset import load, prepare
+    from trainer.data.sampler import epoch_order, step_counts
+
+    epochs = records_of_kind(finished_run, "epoch")
+    assert [row["epoch"] for row in epochs] == [1.0, 2.0]
+    settings = Settings.from_dict(finished_run["about"]["settings"])
+    data = load(prepare(settings.data, model=tiny_model, global_batch=4).folder)
+    for number, row in enumerate(epochs):
+        order = epoch_order(data.train, seed=42, epoch=number, global_batch=4, shuffle=True, group_by_length=True)
+        counted = [step_counts(data.train, order, place, 4)[2] for place in range(7)]
+        losses = [step["loss"] for step in records_of_kind(finished_run, "step")[7 * number : 7 * number + 7]]
+        mean = sum(loss * n for loss, n in zip(losses, counted, strict=True)) / sum(counted)
+        assert row["train_loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_a_second_logger_has_the_same_records_from_one_rank(finished_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert len(list((finished_run["out"] / "tensorboard").iterdir())) == 1
+    losses = EventAccumulator(str(finished_run["out"] / "tensorboard")).Reload().Scalars("val/loss")
+    assert [(row.step, row.value) for row in losses] == [
+        (row["step"], pytest.approx(row["loss"], rel=1e-7)) for row in records_of_kind(finished_run, "eval")
+    ]
+
+
+def test_a_profile_has_its_trace_and_its_ten_largest_operations(finished_run):
+    import gzip
+
+    trace = json.loads(gzip.decompress((finished_run["out"] / "profile" / "trace.json.gz").read_bytes()))
+    assert any("matmul" in event.get("name", "") or "addmm" in event.get("name", "") for event in trace["traceEvents"])
+    lines = (finished_run["out"] / "profile" / "top.md").read_text().splitlines()
+    assert len(lines) == 2 + 10
+    assert "profile of 2 steps in" in finished_run["output"]
+
+
+def test_run_json_records_the_resolved_plan(finished_run):
+    about = finished_run["about"]
+    assert about["mode"] == finished_run["mode"]
+    assert {"--data", "--lr", "--eval-every"} <= set(about["overridden"])
+    assert about["resolved"]["ranks"] == 2
+    assert about["resolved"]["accumulation"] == 2
+    assert about["resolved"]["total_steps"] == 14
+    assert about["deepspeed"]["zero_optimization"] == {"stage": 0}
+    assert about["resolved"]["state_in_common"]
+    assert about["data"]["train"]["records"] == 25
+    assert about["data"]["val"]["examples"] == 9
+    assert len(about["data"]["fingerprint"]) >= 16
+    assert about["model"]["trainable"] == (8_656 if finished_run["mode"] == "full" else 4_096)
+    assert about["versions"]["deepspeed"]
+    assert about["hardware"]["cores"] >= 1
+
+
+def test_the_last_record_summarises_the_run(finished_run):
+    last = finished_run["rows"][-1]
+    assert (last["kind"], last["event"]) == ("event", "finished")
+    facts = last["facts"]
+    evals = records_of_kind(finished_run, "eval")
+    assert facts["final"] == {"step": 14, "epoch": 2.0, "loss": evals[-1]["loss"]}
+    assert facts["best"]["loss"] == min(row["loss"] for row in evals)
+    assert facts["wall_seconds"] > evals[-1]["time"]
+    assert facts["device_hours"] == pytest.approx(facts["wall_seconds"] * 2 / 3600)
+    checkpoint = finished_run["out"] / "checkpoints" / "step-000014"
+    assert facts["checkpoint_bytes"] == sum(path.stat().st_size for path in checkpoint.iterdir())
+    assert facts["peak_memory_bytes"] > 50 * 2**20
+    assert "reloaded and checked" in facts["export"]
+
+
+def test_weights_and_biases_has_the_same_losses(finished_run):
+    import subprocess
+
+    import wandb
+
+    file = next((finished_run["out"] / "wandb").glob("offline-run-*/run-*.wandb"))
+    core = str(Path(wandb.__file__).parent / "bin" / "wandb-core")
+    words = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parent.parent)]
+    answer = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    items = [row["history"]["item"] for row in map(json.loads, answer.stdout.splitlines()) if row["type"] == "history"]
+    kept = {name: [item[name] for item in items if name in item] for name in ("train/loss", "val/loss")}
+    assert kept["train/loss"] == pytest.approx(
+        [row["loss"] for row in records_of_kind(finished_run, "step")], rel=1e-12
+    )
+    assert kept["val/loss"] == pytest.approx([row["loss"] for row in records_of_kind(finished_run, "eval")], rel=1e-12)
+
+
+def test_the_terminal_shows_the_output_of_one_rank_and_the_summary_table(finished_run):
+    assert finished_run["output"].count("validation loss") >= 7
+    assert finished_run["output"].count("not comparable with the card: ") == 1
+    assert finished_run["output"].count("card val") == 1
+    assert "Warning" not in finished_run["output"]
+
+
+def make_schedule(every: str, total_steps: int = 10) -> TrainSchedule:
+    from trainer.config.cli import parse_args
+
+    settings = parse_args(["--mode", "full", "--eval-every", every]).settings
+    return TrainSchedule(
+        settings=settings,
+        batch=BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1),
+        total_steps=total_steps,
+        steps_per_epoch=4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [("epoch", [4, 8, 10]), ("3", [3, 6, 9, 10]), ("never", [10]), ("1", list(range(1, 11))), ("99", [10])],
+)
+def test_evaluations_are_due_every_n_steps_every_epoch_or_never_but_always_at_the_end(every, steps):
+    plan = make_schedule(every)
+    assert [step for step in range(1, 11) if plan.is_due(every, step)] == steps

@@ -1,0 +1,207 @@
+"""The two ways of a gradient leave the same numbers, and neither lets one that is not finite touch the weights."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.matrix import launch_jobs, read_job_result, run_jobs
+from test_invariance import (
+    LEARNING_RATE,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    WEIGHT_TOLERANCE,
+    make_argv,
+    output_relevant_part,
+)
+
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import DS_CONFIG_NAMES, BatchConfig, compile_blocker
+from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
+from trainer.distributed.process_group import simulated_context
+from trainer.distributed.steppers import supports_native_stepper
+from trainer.training.run_plan import _validate_stage, validate_early
+
+
+def make_deepspeed_config(name: str, **extra_keys: Any) -> dict[str, Any]:
+    batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1)
+    return {
+        **build_deepspeed_config(read_deepspeed_file(name), batch=batch, max_grad_norm=1.0, precision="fp32"),
+        **extra_keys,
+    }
+
+
+def test_the_native_stepper_is_chosen_for_zero_files_without_deepspeed_hooks():
+    direct = {
+        size: [
+            name
+            for name in DS_CONFIG_NAMES
+            if supports_native_stepper(make_deepspeed_config(name), world_size=size, precision="fp32")
+        ]
+        for size in (1, 2)
+    }
+    assert direct == {1: ["zero0", "zero1", "zero2"], 2: ["zero0", "zero1"]}
+    assert not supports_native_stepper(make_deepspeed_config("zero1"), world_size=1, precision="fp16"), (
+        "the loss scale is DeepSpeed's"
+    )
+    assert not supports_native_stepper(
+        make_deepspeed_config("zero1", communication_data_type="bf16"), world_size=2, precision="fp32"
+    )
+    assert supports_native_stepper(
+        make_deepspeed_config("zero0", wall_clock_breakdown=True), world_size=4, precision="fp32"
+    ), "there is no other way"
+    more = {"stage": 1, "parameter_alignment": True}
+    assert not supports_native_stepper(
+        make_deepspeed_config("zero1", zero_optimization=more), world_size=2, precision="fp32"
+    ), "a key it does not know"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--objective completion --prompt {a} --completion {b}", "expected --objective blocks"),
+        ("--quant nf4", "not with --quant"),
+        ("--activation-checkpointing", "not with --activation-checkpointing"),
+    ],
+)
+def test_settings_that_cannot_be_compiled_are_refused_with_the_flags_or_run_uncompiled(words, said):
+    with pytest.raises(UserError, match=f"--execution compile: .*{said}"):
+        cli.parse_args(["--mode", "lora", *words.split(), "--execution", "compile"])
+    assert compile_blocker(cli.parse_args(["--mode", "lora", *words.split()]).settings)
+
+
+def test_graphs_need_a_gpu_and_settings_that_can_be_recorded():
+    for words in ("--quant nf4", "--activation-checkpointing"):
+        with pytest.raises(UserError, match="--execution graphs: not with"):
+            cli.parse_args(["--mode", "lora", *words.split(), "--execution", "graphs"])
+    graphs = cli.parse_args(["--mode", "full", "--execution", "graphs"]).settings
+    with pytest.raises(UserError, match="--execution graphs: CUDA graphs need a GPU; expected auto, eager or compile"):
+        validate_early(graphs, simulated_context(1, "cpu"))
+
+
+def test_compilation_is_refused_under_zero_3():
+    compiled = cli.parse_args(["--mode", "full", "--execution", "compile"]).settings
+    with pytest.raises(UserError, match="--execution compile: not under ZeRO 3"):
+        _validate_stage(compiled, read_deepspeed_file("zero3"))
+
+
+def run_through_deepspeed(jobs: list[dict[str, Any]]) -> int:
+    """`matrix.run_jobs`, all of it by DeepSpeed's own forward, backward and step."""
+    from trainer.distributed import engine
+
+    engine.supports_native_stepper = lambda *_, **__: False  # type: ignore[assignment]
+    return run_jobs(jobs)
+
+
+def run_without_on_device_skip(jobs: list[dict[str, Any]]) -> int:
+    """`matrix.run_jobs` with a look at the numbers before every update, as with an optimizer that has no guard."""
+    from trainer.distributed.steppers import NativeStepper
+
+    original = NativeStepper.__init__
+
+    def init_without_skip(self: Any, *args: Any) -> None:
+        original(self, *args)
+        assert self.supports_on_device_skip
+        self.supports_on_device_skip = False
+
+    NativeStepper.__init__ = init_without_skip  # type: ignore[method-assign]
+    return run_jobs(jobs)
+
+
+@pytest.mark.parametrize("other", [run_through_deepspeed, run_without_on_device_skip])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_stepper_gives_the_numbers_of_the_native_one(ranks, other, tiny_model, data_files, data_dir, tmp_path):
+    cells = {
+        f"{zero}-{mode}": [
+            *make_argv(tiny_model, data_files, mode, "completion"), "--ds-config", zero, "--micro-batch", "1",
+            *(["--lora-plus-ratio", "4"] if mode == "lora" else []),
+        ]
+        for zero in (("zero0", "zero1") if other is run_without_on_device_skip else ("zero1",)) for mode in ("full",
+            "lora")
+    }  # fmt: skip
+    for out, target in ((tmp_path / "direct", run_jobs), (tmp_path / "other", other)):
+        out.mkdir()
+        jobs = [{"name": name, "flags": words, "data": str(data_dir), "out": str(out)} for name, words in cells.items()]
+        launch_jobs(ranks, jobs, out / "log", target)
+    for name in cells:
+        rows, weights = read_job_result(tmp_path / "direct", name)
+        others, final = read_job_result(tmp_path / "other", name)
+        steps = [(a, b) for a, b in zip(rows, others, strict=True) if a["kind"] == "step"]
+        assert len(steps) == 9
+        assert max(abs(a["loss"] / b["loss"] - 1) for a, b in steps) <= LOSS_TOLERANCE, name
+        assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in steps) <= NORM_TOLERANCE, name
+        assert (
+            max(
+                np.abs(output_relevant_part(key, weights[key]) - output_relevant_part(key, final[key])).max()
+                for key in final
+            )
+            <= WEIGHT_TOLERANCE * LEARNING_RATE * 4
+        )
+
+
+def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
+    """On a rank: a step whose gradient is not finite on rank 0 raises everywhere and changes nothing."""
+    from trainer.data.dataset import load
+    from trainer.data.sampler import step_batches, step_counts
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import destroy_process_group, init_distributed
+    from trainer.distributed.steppers import NonFiniteError
+    from trainer.model.build import build_model, load_config
+    from trainer.training.run_plan import make_plan
+
+    dist_context = init_distributed()
+    for job in jobs:
+        settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
+        model = build_model(settings)
+        plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+        engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.precision)
+        assert engine.stepper.supports_on_device_skip
+        engine.stepper.supports_on_device_skip = job["guarded"]
+        outcomes = []
+        for step in range(4):
+            order = np.arange(len(data.train))
+            micro_batches = step_batches(data.train, order, step % 3, plan.schedule.batch, dist_context.rank, 0)
+            num_target_tokens = step_counts(data.train, order, step % 3, 6)[2]
+            is_bad_step = step == 2
+            hook = next(iter(engine.trainable_params.values())).register_hook(
+                lambda gradient, bad=is_bad_step: gradient * (math.inf if bad and dist_context.rank == 0 else 1.0)
+            )
+            state_before = (
+                {name: tensor.clone() for name, tensor in engine.state.iter_state_dict()} if is_bad_step else {}
+            )
+            sums = [
+                engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens)
+                for micro_batch in micro_batches
+            ]
+            hook.remove()
+            try:
+                engine.step(1e-3, sums)
+                outcomes.append("taken")
+            except NonFiniteError as error:
+                engine.discard_step()
+                state_after = dict(engine.state.iter_state_dict())
+                is_unchanged = all(bool((state_after[name] == value).all()) for name, value in state_before.items())
+                outcomes.append(f"{str(error).split()[0]} {is_unchanged}")
+        assert outcomes == ["taken", "taken", "gradient True", "taken"], (job["name"], outcomes)
+        if dist_context.rank == 0:
+            (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(outcomes))
+    destroy_process_group()
+    return 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_non_finite_gradient_changes_no_weight_or_moment_and_the_next_step_is_taken(
+    ranks, tiny_model, data_files, data_dir, tmp_path
+):
+    jobs = [
+        {
+            "name": f"{zero}-{by}", "guarded": by == "device", "data": str(data_dir), "out": str(tmp_path),
+            "flags": [*make_argv(tiny_model, data_files, "full", "completion"), "--ds-config", zero],
+        }
+        for zero in ("zero0", "zero1") for by in ("device", "host")
+    ]  # fmt: skip
+    launch_jobs(ranks, jobs, tmp_path / "log", check_non_finite_refused)
+    assert len(list(tmp_path.glob("*.json"))) == 4

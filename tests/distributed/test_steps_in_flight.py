@@ -1,0 +1,228 @@
+"""Steps that are asked for before the numbers of those before them are read, as on a GPU: nothing else changes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.matrix import launch_jobs, read_job_result, run_job, run_jobs
+from safetensors.torch import load_file
+from test_invariance import make_argv
+
+from trainer.config import cli
+from trainer.config.errors import TrainingError
+from trainer.data.dataset import load
+from trainer.distributed.engine import Engine
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.model.build import build_model, load_config
+from trainer.run import build_engine
+from trainer.tracking.records import EvalRecord, EventRecord, StepRecord
+from trainer.training import checkpoint
+from trainer.training.checkpoint import CheckpointManager, TrainState
+from trainer.training.loop import train
+from trainer.training.run_plan import make_plan
+
+CallLog = list[tuple[str, int]]
+
+
+def keep_steps_in_flight(call_log: CallLog) -> None:
+    """From here on every engine lags; in `told` stands in which order steps are asked for and read."""
+    original = Engine.launch_step
+
+    def launch_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        index = sum(event == "asked" for event, _ in call_log)
+        call_log.append(("asked", index))
+        result = original(self, *args, **kwargs)
+        return lambda: call_log.append(("read", index)) or result()
+
+    Engine.launch_step = launch_step  # type: ignore[method-assign]
+    Engine.supports_steps_in_flight = property(lambda self: self.stepper.supports_on_device_skip)  # type: ignore[assignment, method-assign]
+
+
+def run_jobs_in_flight(jobs: list[dict[str, Any]]) -> int:
+    call_log: CallLog = []
+    keep_steps_in_flight(call_log)
+    dist_context = init_distributed()
+    for job in jobs:
+        del call_log[:]
+        run_job(dist_context, job)
+        order = [number for event, number in call_log if event == "read"]
+        assert order == sorted(order), "in their order"
+        assert [n for event, n in call_log if event == "asked"] == order, "each once"
+        assert call_log[:3] == [("asked", 0), ("asked", 1), ("read", 0)], "the second before the first is read"
+    destroy_process_group()
+    return 0
+
+
+def completion_argv(tiny_model: str, data_files: tuple[str, str], *flags: str) -> list[str]:
+    return [*make_argv(tiny_model, data_files, "full", "completion"), "--micro-batch", "1", *flags]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_in_flight_give_the_records_and_weights_of_a_run_that_waits(
+    ranks,
+    tiny_model,
+    data_files,
+    data_dir,  # noqa: F811
+    tmp_path,
+):
+    cells = {
+        f"{zero}-{every}": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", every,
+            "--save-every", "5")
+        for zero in ("zero0", "zero1") for every in ("2", "epoch")
+    }  # fmt: skip
+    for out, target in ((tmp_path / "waits", run_jobs), (tmp_path / "lags", run_jobs_in_flight)):
+        out.mkdir()
+        jobs = [{"name": name, "flags": flag, "data": str(data_dir), "out": str(out)} for name, flag in cells.items()]
+        launch_jobs(ranks, jobs, out / "log", target)
+    for name in cells:
+        (rows, weights), (others, final) = (read_job_result(tmp_path / out, name) for out in ("waits", "lags"))
+        clock = ("time", "tokens_per_second")
+        assert [{k: v for k, v in row.items() if k not in clock} for row in others] == [
+            {k: v for k, v in row.items() if k not in clock} for row in rows
+        ]
+        assert sum(row["kind"] == "step" for row in rows) == 9
+        assert all(np.array_equal(final[key], weights[key]) for key in weights)
+        assert all(row["tokens_per_second"] > 0 for row in others if row["kind"] == "step")
+
+
+def prepare_job(job: dict[str, Any], dist_context: Any) -> tuple[Any, ...]:
+    settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
+    model = build_model(settings)
+    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    engine, state = build_engine(plan, model, None)
+    checkpoint_manager = CheckpointManager(
+        Path(job["out"]) / job["name"], dist_context, save_total_limit=99, identity={"base": "test"}
+    )
+    return engine, data, plan.schedule, state, checkpoint_manager
+
+
+def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
+    """On a rank: the numbers of the job's step are not finite; the one after it is asked for already."""
+    call_log: CallLog = []
+    keep_steps_in_flight(call_log)
+    original = Engine.forward_backward
+    dist_context = init_distributed()
+    for job in jobs:
+        del call_log[:]
+        bad_step = job["bad"] - 1
+
+        def forward_backward(
+            self: Any, micro_batch: Any, *, step: int, num_target_tokens: int, bad_step: int = bad_step
+        ) -> Any:
+            loss_sum = original(self, micro_batch, step=step, num_target_tokens=num_target_tokens)
+            return loss_sum * math.nan if step == bad_step and dist_context.rank == 0 else loss_sum
+
+        Engine.forward_backward = forward_backward  # type: ignore[method-assign]
+        engine, data, schedule, state, checkpoint_manager = prepare_job(job, dist_context)
+        records = []
+        with pytest.raises(
+            TrainingError, match=f"step {job['bad']}: loss nan; the weights are those after step {bad_step},"
+        ):
+            records += list(
+                collect_records(train(engine, data, schedule, state, checkpoint_manager, lambda: False), records)
+            )
+        steps = [row.step for row in records if isinstance(row, StepRecord)]
+        assert steps == list(range(1, bad_step + 1))
+        assert isinstance(records[-1], EventRecord)
+        assert records[-1].event == "not_finite"
+        if dist_context.rank == 0:
+            weights = {name: tensor.numpy().copy() for name, tensor in engine.state.gather_weights()}
+            np.savez(Path(job["out"]) / f"{job['name']}.npz", **weights)
+            (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps({"told": call_log}))
+        else:
+            list(engine.state.gather_weights())
+    destroy_process_group()
+    return 0
+
+
+def collect_records(stream: Any, records: list[Any]) -> Any:
+    """Everything that comes, kept even where the stream then raises."""
+    for record in stream:
+        records.append(record)
+    return ()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
+    ranks,
+    tiny_model,
+    data_files,
+    data_dir,  # noqa: F811
+    tmp_path,
+):
+    """Neither has the one that was asked for after it: weights and the checkpoint are those before the bad one."""
+    flag = ("--eval-every", "never", "--save-every", "never")
+    jobs = [
+        {"name": f"{zero}-{bad}", "bad": bad, "data": str(data_dir), "out": str(tmp_path),
+         "flags": completion_argv(tiny_model, data_files, "--ds-config", zero, *flag)}
+        for zero in ("zero0", "zero1") for bad in (2, 4)
+    ]  # fmt: skip
+    launch_jobs(ranks, jobs, tmp_path / "log", run_non_finite_jobs)
+    every = [
+        {"name": zero, "data": str(data_dir), "out": str(tmp_path),
+         "flags": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", "never",
+             "--save-every", "1")}
+        for zero in ("zero0", "zero1")
+    ]  # fmt: skip
+    launch_jobs(ranks, every, tmp_path / "log")
+    for job in jobs:
+        before, zero = job["bad"] - 1, job["name"].partition("-")[0]
+        told = json.loads((tmp_path / f"{job['name']}.json").read_text())["told"]
+        asked = max(number for what, number in told if what == "asked")
+        assert asked == job["bad"], "one more, counted from zero"
+        good = load_file(
+            checkpoint.resolve_checkpoint(tmp_path / f"{zero}-checkpoints", f"step-{before}").folder
+            / checkpoint.STATE_FILE
+        )
+        found = load_file(
+            checkpoint.resolve_checkpoint(tmp_path / job["name"], "latest").folder / checkpoint.STATE_FILE
+        )
+        assert good.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in good.items())
+
+
+def run_stopped_jobs(jobs: list[dict[str, Any]]) -> int:
+    """On a rank: a signal comes while the fourth step is asked for."""
+    call_log: CallLog = []
+    keep_steps_in_flight(call_log)
+    dist_context = init_distributed()
+    for job in jobs:
+        del call_log[:]
+        engine, data, schedule, state, checkpoint_manager = prepare_job(job, dist_context)
+        stream = train(
+            engine,
+            data,
+            schedule,
+            state,
+            checkpoint_manager,
+            lambda: sum(event == "asked" for event, _ in call_log) >= 4,
+        )
+        records = []
+        while True:
+            try:
+                records.append(next(stream))
+            except StopIteration as stop:
+                last_state: TrainState = stop.value
+                break
+        steps = [row.step for row in records if isinstance(row, StepRecord)]
+        assert steps == list(range(1, last_state.step + 1))
+        assert len(steps) == sum(event == "asked" for event, _ in call_log), "what was asked for is told of"
+        assert records[-1].event == "interrupted"
+        assert not [row for row in records if isinstance(row, EvalRecord) and row.step]
+        assert checkpoint.resolve_checkpoint(checkpoint_manager.folder, "latest").step == last_state.step < 9
+    destroy_process_group()
+    return 0
+
+
+def test_a_stop_waits_for_the_step_in_flight_and_saves_it(tiny_model, data_files, data_dir, tmp_path):
+    flag = completion_argv(tiny_model, data_files, "--eval-every", "never", "--save-every", "never")
+    launch_jobs(
+        2,
+        [{"name": "one", "flags": flag, "data": str(data_dir), "out": str(tmp_path)}],
+        tmp_path / "log",
+        run_stopped_jobs,
+    )

@@ -1,0 +1,424 @@
+"""The run on Weights & Biases: what is sent, under which names, and that no trouble there stops training.
+
+The client is the real one in real processes, offline or against the stand-in on loopback (`fake_wandb.py`).
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.fake_runs import make_metadata, make_records
+from helpers.fake_wandb import API_KEY, FakeWandb, child_env
+
+from trainer.config.errors import UserError
+from trainer.config.reference import CURVE
+from trainer.tracking.records import EvalRecord, EventRecord, Record
+from trainer.tracking.wandb_keys import AXES, reference_row, run_group, run_tags, wandb_config, wandb_row
+from trainer.tracking.wandb_logger import WandbLogger, start_wandb, wandb_mode
+
+METADATA = make_metadata("lora")
+RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
+LAST_STEP = 90
+
+
+# Weights & Biases: names and modes
+
+
+def test_every_wandb_row_has_the_three_axes() -> None:
+    for record in RECORDS[:-1]:
+        row = wandb_row(record)
+        assert [row[axis] for axis in AXES] == [record.epoch, record.samples, record.tokens]  # type: ignore[union-attr]
+        assert len(row) > 3
+        assert all(name in AXES or name.split("/")[0] in ("train", "val") for name in row)
+    assert wandb_row(RECORDS[-1]) == {}
+
+
+def test_the_wandb_reference_run_uses_the_keys_of_our_runs() -> None:
+    ours = {name for record in RECORDS for name in wandb_row(record)}
+    assert set(reference_row(CURVE[0])) <= ours
+    assert reference_row(CURVE[2])["val/loss"] == 0.9414  # the card's training table
+
+
+def test_the_wandb_config_holds_resolved_values_and_adapters_only_in_lora_mode() -> None:
+    config = wandb_config(make_metadata("lora", resolved__lr=7.0))
+    assert (config["mode"], config["lr"], config["micro_batch"], config["global_batch"]) == ("lora", 7.0, 8, 8)
+    assert (config["lora_rank"], config["lora_targets"]) == (8, ["c_attn", "c_fc"])
+    assert (config["trainable_parameters"], config["train_examples"], config["seed"]) == (19_000, 240, 42)
+    assert not [name for name in wandb_config(make_metadata("full")) if name.startswith("lora")]
+    json.dumps(config, allow_nan=False)
+
+
+def test_wandb_group_and_tags_name_the_data_and_fit_the_limits() -> None:
+    assert run_group("exports/acled 2024.csv") == "full-vs-lora-acled-2024"
+    assert run_tags("full", "some/models/gpt2", "a" * 100) == ["full", "gpt2", "a" * 64]
+
+
+@pytest.mark.parametrize(
+    ("flag", "variables", "mode"),
+    [
+        (None, {}, "offline"),
+        (None, {"WANDB_API_KEY": API_KEY}, "online"),
+        (None, {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "offline"}, "offline"),
+        (None, {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "dryrun"}, "offline"),
+        (None, {"WANDB_MODE": "online"}, "offline"),  # nobody is logged in: wandb would ask for a key
+        (None, {"WANDB_MODE": "disabled"}, "disabled"),
+        ("disabled", {"WANDB_API_KEY": API_KEY}, "disabled"),
+        ("offline", {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "online"}, "offline"),
+        ("online", {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "offline"}, "online"),
+    ],
+)
+def test_the_wandb_mode_is_the_flag_then_the_variable_then_the_login(
+    flag: str | None, variables: dict[str, str], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert wandb_mode(flag, {"HOME": str(tmp_path), **variables}) == mode
+
+
+def test_wandb_online_without_a_login_is_one_line_and_not_a_prompt(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--wandb online: not logged in; run `wandb login`"):
+        wandb_mode("online", {"HOME": str(tmp_path)})
+
+
+def test_a_wandb_login_is_found_in_netrc_for_the_server_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = {"HOME": str(tmp_path)}
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {API_KEY}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert wandb_mode(None, home) == "online"
+    assert wandb_mode(None, {**home, "WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+    (tmp_path / "other").write_text("machine wandb.example.org login user password " + API_KEY)
+    (tmp_path / "other").chmod(0o600)
+    other = {**home, "WANDB_BASE_URL": "https://wandb.example.org", "NETRC": str(tmp_path / "other")}
+    assert wandb_mode(None, other) == "online"
+    (tmp_path / ".netrc").write_text("machine\nmachine machine")  # broken: nobody is logged in
+    assert wandb_mode(None, home) == "offline"
+
+
+def test_the_offline_switch_of_wandb_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".config" / "wandb").mkdir(parents=True)
+    (tmp_path / ".config" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    assert wandb_mode(None, {"HOME": str(tmp_path), "WANDB_API_KEY": API_KEY}) == "offline"
+
+
+# Weights & Biases: a failure never stops a run
+
+
+class FailingRun:
+    """A run of which every call fails."""
+
+    class summary:
+        update = staticmethod(lambda values: FailingRun.log())
+
+    @staticmethod
+    def log(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionResetError("the service is\ngone")
+
+    finish = log
+
+
+def test_the_first_wandb_failure_is_reported_once_and_ends_wandb_logging() -> None:
+    for records in (RECORDS, [RECORDS[-1]], []):
+        said: list[str] = []
+        sink = WandbLogger(FailingRun, said.append)
+        for record in records:
+            sink.log(record)
+        sink.close(0)
+        sink.close(0)
+        assert said == ["W&B stopped working (the service is gone); going on without it, metrics.jsonl has every row"]
+
+
+def test_a_wandb_client_that_cannot_be_imported_is_reported_and_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    said: list[str] = []
+    sink = start_wandb(METADATA, tmp_path, say=said.append)
+    sink.log(RECORDS[0])
+    sink.close(0)
+    assert len(said) == 1
+    assert said[0].startswith("W&B: not available (")
+
+
+def test_disabled_wandb_says_nothing_and_imports_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    before = set(sys.modules)
+    start_wandb(make_metadata("full", wandb__mode="disabled"), tmp_path, say=said.append).close(0)
+    assert said == []
+    assert "wandb" not in set(sys.modules) - before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_that_an_older_wandb_client_lacks_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.tracking import wandb_logger
+
+    class Old:
+        class Settings:
+            model_fields = dict.fromkeys(("init_timeout", "console"))
+
+            def __init__(self, **given: Any) -> None:
+                assert set(given) == {"init_timeout", "console"}
+
+        @staticmethod
+        def init(**given: Any) -> dict[str, Any]:
+            return given
+
+    given = wandb_logger._init(
+        Old, METADATA, tmp_path, "offline", True, {"init_timeout": 1.0, "finish_timeout_raises": True}
+    )
+    assert given["id"] == METADATA["run_id"]
+    assert given["resume"] == "allow"
+    assert given["mode"] == "offline"
+
+
+# Weights & Biases: the real client
+
+CHILD_CODE = """
+import os, signal, sys, time
+from pathlib import Path
+from helpers.fake_runs import make_metadata, make_records
+from trainer.tracking.wandb_logger import start_wandb
+
+def forbid(event, args):
+    if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "localhost", "::1"):
+        print("CONNECT", args[1], flush=True)
+    if event == "socket.getaddrinfo" and args[0] not in ("127.0.0.1", "localhost", "::1"):
+        print("LOOKUP", args[0], flush=True)
+sys.addaudithook(forbid)
+
+mode, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+run = make_metadata("lora", wandb__mode=mode)
+sink = start_wandb(run, Path("run"), is_resumed=first > 0, init_seconds=3, finish_seconds=3)
+for record in make_records(run):
+    if first <= record.step <= last and not (first and record.step == first):
+        sink.log(record)
+"""
+CLOSE_CODE = "sink.close(0)\n"
+KILL_SERVICE_CODE = "import psutil; [process.kill() for process in psutil.Process().children(recursive=True)]\n"
+KILL_CODE = "os.kill(os.getpid(), signal.SIGKILL)\n"
+
+
+def run_child(
+    folder: Path,
+    mode: str,
+    *,
+    first_step: int = 0,
+    last_step: int = LAST_STEP,
+    last_code: str = CLOSE_CODE,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """A process that logs the rows from `first` to `last` of a lora run into folder/run."""
+    (folder / "run").mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", CHILD_CODE + last_code, mode, str(first_step), str(last_step)]
+    home = {"HOME": str(folder)}
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=child_env(**{**home, **variables}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def read_wandb_file(file: Path) -> list[dict[str, Any]]:
+    """The records of a .wandb file, read by wandb's own reader."""
+    wandb = pytest.importorskip("wandb")
+    core = str(Path(wandb.__file__).parent / "bin" / "wandb-core")
+    command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parent)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def run_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("run/wandb/offline-run-*/run-*.wandb"))
+
+
+def sync_offline_runs(server: FakeWandb, folder: Path) -> str:
+    """Send every offline run of `folder` to the stand-in; the client's output."""
+    command = [sys.executable, "-m", "wandb", "sync", *(str(file.parent) for file in run_files(folder))]
+    process = subprocess.run(
+        command, cwd=folder, env=child_env(**server.env(folder)), capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == 0, process.stderr
+    assert "ERROR" not in process.stderr, process.stderr  # the exit code alone says nothing
+    return process.stdout + process.stderr
+
+
+@pytest.fixture(scope="module")
+def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one offline run by a real process that could reach only the listener given as its proxy."""
+    folder = tmp_path_factory.mktemp("offline")
+    with FakeWandb() as listener:
+        proxies = {name: listener.url for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+        process = run_child(folder, "offline", **proxies)
+        (folder / "stdout").write_text(process.stdout)
+        (folder / "connections").write_text(str(listener.connections))
+    assert (process.returncode, process.stderr) == (0, "")
+    return folder
+
+
+def expected_history(records: list[Record]) -> dict[int, dict[str, float]]:
+    """What the history must hold: rows of one step are one row."""
+    history: dict[int, dict[str, float]] = {}
+    for record in records:
+        if not isinstance(record, EventRecord):
+            history.setdefault(record.step, {}).update(wandb_row(record))
+    return history
+
+
+def assert_history(history: list[dict[str, Any]], records: list[Record]) -> None:
+    """Each row of the history has the numbers of the records of its step, to the last bit, in order."""
+    expected = expected_history(records)
+    assert [row["_step"] for row in history] == list(expected)
+    for row in history:
+        assert {name: value for name, value in row.items() if not name.startswith("_")} == expected[row["_step"]]
+
+
+def test_an_offline_wandb_run_holds_every_row_with_axes_and_config(offline_run_dir: Path) -> None:
+    (file,) = run_files(offline_run_dir)
+    records = read_wandb_file(file)
+    assert_history([record["history"]["item"] for record in records if record["type"] == "history"], RECORDS)
+    run = next(record["run"] for record in records if record["type"] == "run")
+    assert (run["run_id"], run["display_name"], run["job_type"]) == (METADATA["run_id"], METADATA["name"], "train")
+    assert run["run_group"] == "full-vs-lora-acled-demo"
+    assert run["tags"] == ["lora", "demo-base", "acled-demo"]
+    metrics = {
+        record["metric"].get("name") or record["metric"]["glob_name"]: record["metric"]
+        for record in records
+        if record["type"] == "metric"
+    }
+    assert metrics["val/*"]["step_metric"] == metrics["train/*"]["step_metric"] == "epoch"
+    assert [record["exit"].get("exit_code", 0) for record in records if record["type"] == "exit"] == [0]
+
+
+def test_an_offline_run_says_one_line_with_the_command_that_sends_it(offline_run_dir: Path) -> None:
+    (file,) = run_files(offline_run_dir)
+    assert (offline_run_dir / "stdout").read_text() == (
+        f"W&B: offline, send it later with `wandb sync {file.parent.relative_to(offline_run_dir)}`\n"
+    )
+
+
+def test_an_offline_run_opens_no_connection(offline_run_dir: Path) -> None:
+    """Neither Python (an audit hook in the process prints each attempt) nor wandb-core (its proxy heard nothing)."""
+    text = (offline_run_dir / "stdout").read_text()
+    assert "CONNECT" not in text
+    assert "LOOKUP" not in text
+    assert (offline_run_dir / "connections").read_text() == "0"
+
+
+def test_an_offline_run_writes_into_its_run_folder_only(offline_run_dir: Path) -> None:
+    assert sorted(path.name for path in offline_run_dir.iterdir()) == ["connections", "run", "stdout"]
+    assert [path.name for path in (offline_run_dir / "run").iterdir()] == ["wandb"]
+
+
+def test_wandb_sync_sends_rows_axes_config_and_nothing_unknown(offline_run_dir: Path) -> None:
+    with FakeWandb() as server:
+        sync_offline_runs(server, offline_run_dir)
+    run = server.runs[METADATA["run_id"]]
+    assert_history(run.history, RECORDS)
+    assert run.metric_definitions()["val/*"]["axis"] == run.metric_definitions()["train/*"]["axis"] == "epoch"
+    assert run.summary["val/loss"]["min"] == min(r.loss for r in RECORDS if isinstance(r, EvalRecord))
+    assert run.summary["wall_seconds"] == 100
+    assert run.summary["best/step"] == LAST_STEP
+    assert run.config_values()["mode"] == "lora"
+    assert run.config_values()["trainable_parameters"] == 19_000
+    assert (run.project, run.exit_code, server.unknown_requests) == ("gpt2-full-vs-lora", 0, [])
+
+
+def test_an_online_wandb_run_sends_rows_axes_config_and_nothing_unknown(tmp_path: Path) -> None:
+    with FakeWandb() as server:
+        done = run_child(tmp_path, "online", **server.env(tmp_path))
+        assert (done.returncode, done.stderr) == (0, "")
+        run = server.runs[METADATA["run_id"]]
+    assert_history(run.history, RECORDS)
+    assert run.exit_code == 0
+    assert server.unknown_requests == []
+    assert done.stdout == f"W&B: {server.url}/{run.entity}/{run.project}/runs/{run.name}\n"
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_wandb_server_that_never_answers_makes_the_run_offline(tmp_path: Path, silent_port: int) -> None:
+    began = time.monotonic()
+    done = run_child(tmp_path, "online", WANDB_BASE_URL=f"http://127.0.0.1:{silent_port}", WANDB_API_KEY=API_KEY)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert time.monotonic() - began < 45
+    assert done.stdout.count("\n") == 2
+    assert "going on offline" in done.stdout
+    (file,) = run_files(tmp_path)
+    assert_history(
+        [record["history"]["item"] for record in read_wandb_file(file) if record["type"] == "history"], RECORDS
+    )
+
+
+@pytest.mark.slow
+def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with FakeWandb() as server:
+        body = CHILD_CODE.replace(
+            "for record in make_records",
+            "print('STARTED', flush=True); sys.stdin.readline()\nfor record in make_records",
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", body + CLOSE_CODE, "online", "0", str(LAST_STEP)], cwd=tmp_path, text=True,
+            env=child_env(**server.env(tmp_path)),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        while "STARTED" not in process.stdout.readline():
+            assert process.poll() is None
+    out, err = process.communicate("go\n", timeout=60)  # the server is gone now
+    assert (process.returncode, err) == (0, "")
+    assert "the server did not take everything in time; send the rest with `wandb sync run/wandb/run-" in out
+    (file,) = tmp_path.glob("run/wandb/run-*/run-*.wandb")
+    assert_history(
+        [record["history"]["item"] for record in read_wandb_file(file) if record["type"] == "history"], RECORDS
+    )
+
+
+def test_a_killed_wandb_service_is_reported_once_and_the_run_ends_well(tmp_path: Path) -> None:
+    more = KILL_SERVICE_CODE + "time.sleep(0.5)\nfor record in make_records(run)[20:]:\n    sink.log(record)\n"
+    done = run_child(tmp_path, "offline", last_step=15, last_code=more + CLOSE_CODE + "print('the end')\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("W&B stopped working") == 1
+    assert done.stdout.endswith("the end\n")
+
+
+@pytest.mark.slow
+def test_a_killed_wandb_run_loses_a_second_and_its_resume_repeats_no_step(tmp_path: Path) -> None:
+    """Killed at step 50, its service first, as DeepSpeed's launcher does when another rank has failed.
+
+    Resumed from a checkpoint of step 30: the rows 31 to 49 lie in the first file already.
+    """
+    killed = run_child(tmp_path, "offline", last_step=50, last_code="time.sleep(2)\n" + KILL_SERVICE_CODE + KILL_CODE)
+    assert killed.returncode == -signal.SIGKILL
+    time.sleep(1.1)  # run folders are named by the second
+    assert run_child(tmp_path, "offline", first_step=30).returncode == 0
+    first, second = (
+        [r["history"]["item"]["_step"] for r in read_wandb_file(f) if r["type"] == "history"]
+        for f in run_files(tmp_path)
+    )
+    assert first == list(range(50))
+    assert second == list(range(50, LAST_STEP + 1))
+    with FakeWandb() as server:
+        sync_offline_runs(server, tmp_path)
+    assert_history(server.runs[METADATA["run_id"]].history, RECORDS)

@@ -1,0 +1,417 @@
+"""The comparison and Weights & Biases: runs read back, the Report and the card, by the real client in processes."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import launch_ranks
+from helpers.fake_runs import make_metadata, make_records, make_run_folder, write_run_folder
+from helpers.fake_wandb import ENTITY, FakeWandb, child_env
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+
+from trainer.config import reference
+from trainer.report import comparability
+from trainer.report.comparison import compare
+from trainer.report.load import load_runs
+from trainer.report.run_data import RunData, RunReadError, read_folder
+from trainer.report.wandb_reference import REFERENCE_RUN_ID
+from trainer.report.wandb_runs import is_wandb_path, metadata_from_config, read_offline, unflatten
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
+#: writes the rows of a run as a training process does; arguments: run.json's content, folder, last step or 0, mode
+LOG_RUN_CODE = """
+import json, os, sys
+from pathlib import Path
+from helpers.fake_runs import make_records
+from trainer.tracking.wandb_logger import start_wandb
+run, folder, last, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+run["wandb"]["mode"] = mode
+sink = start_wandb(run, folder)
+for record in make_records(run):
+    if not last or record.step <= last:
+        sink.log(record)
+if last:
+    import time
+    time.sleep(2.5)  # rows are on disk a second later
+    os._exit(9)
+sink.close(0)
+"""
+
+
+def log_wandb_run(
+    folder: Path, content: dict[str, Any], last_step: int = 0, mode: str = "offline", **variables: str
+) -> Path:
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", LOG_RUN_CODE, json.dumps(content), str(folder), str(last_step), mode]
+    process = subprocess.run(
+        command, env=child_env(HOME=str(folder), **variables), capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == (9 if last_step else 0), process.stderr
+    return folder
+
+
+def assert_same_records(a: RunData, b: RunData) -> None:
+    for series_name, names in (
+        ("steps", ("step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm")),
+        ("evals", ("step", "epoch", "loss", "perplexity")),
+        ("epochs", ("step", "epoch", "train_loss")),
+    ):
+        for name in names:
+            np.testing.assert_array_equal(
+                getattr(a, series_name)[name], getattr(b, series_name)[name], err_msg=f"{series_name} {name}"
+            )
+
+
+@pytest.fixture(scope="module")
+def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished LoRA run as an offline W&B folder, moved away from its run folder."""
+    folder = log_wandb_run(tmp_path_factory.mktemp("offline") / "run", make_metadata("lora"))
+    moved = tmp_path_factory.mktemp("elsewhere") / "copied"
+    next(folder.glob("wandb/offline-run-*")).rename(moved)
+    return moved
+
+
+def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: Path, tmp_path: Path) -> None:
+    content = make_metadata("lora")
+    ours = read_folder(write_run_folder(tmp_path / "ours", content, make_records(content)))
+    (theirs,), problems = load_runs([str(offline_run_dir)])
+    assert problems == []
+    assert_same_records(ours, theirs)
+    assert (theirs.run_id, theirs.name, theirs.mode, theirs.state) == (ours.run_id, ours.name, ours.mode, "finished")
+    assert theirs.summary == ours.summary
+    assert comparability.comparison_blockers(ours, theirs) == []
+    for path in (
+        "model.trainable",
+        "model.share",
+        "resolved.ds_config",
+        "resolved.ranks",
+        "settings.train.seed",
+        "settings.train.lr",
+        "settings.lora.rank",
+        "data.source",
+        "data.train.examples",
+        "hardware",
+        "versions",
+        "resolved.steps_per_epoch",
+    ):
+        assert theirs.get(path) == ours.get(path), path
+    assert comparability.reference_blockers(theirs) == comparability.reference_blockers(ours)
+
+
+def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: Path) -> None:
+    import wandb
+
+    file = next(offline_run_dir.glob("*.wandb"))
+    core = Path(wandb.__file__).parent / "bin" / "wandb-core"
+    command = [
+        str(core),
+        "leet",
+        "inspect",
+        "--no-observability",
+        "--json",
+        "--run-file",
+        str(file),
+        str(offline_run_dir),
+    ]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    items = [json.loads(line)["history"]["item"] for line in lines if '"history"' in line]
+    theirs = {item["_step"]: item["val/loss"] for item in items if "val/loss" in item}
+    run = read_offline("x", [file])
+    assert dict(zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True)) == theirs
+    assert len(run.steps["step"]) == sum("train/loss" in item for item in items) == 90
+
+
+def test_a_killed_offline_run_reads_up_to_its_last_record(tmp_path: Path) -> None:
+    folder = log_wandb_run(tmp_path / "run", make_metadata("full"), last_step=40)
+    (run,), problems = load_runs([str(folder / "wandb")])
+    assert run.evals["step"].tolist() == [0, 30]
+    assert run.steps["step"][-1] == 40 or run.steps["step"][-1] == 39  # the last row may still be open
+    assert "still going" in problems[0].text
+
+
+def test_a_truncated_or_foreign_wandb_file_is_reported(offline_run_dir: Path, tmp_path: Path) -> None:
+    whole = next(offline_run_dir.glob("*.wandb")).read_bytes()
+    torn = tmp_path / "run-lora0042.wandb"
+    torn.write_bytes(whole[: len(whole) * 2 // 3])
+    run = read_offline("x", [torn])
+    assert "cut off" in run.notes[0]
+    assert 0 < len(run.steps["step"]) < 90
+    torn.write_bytes(b"something else")
+    with pytest.raises(RunReadError, match="is not a W&B run file"):
+        read_offline("x", [torn])
+    torn.write_bytes(whole[:7])
+    with pytest.raises(RunReadError, match="holds no run"):
+        read_offline("x", [torn])
+    with pytest.raises(RunReadError, match="holds 2 W&B runs"):
+        read_offline("x", [tmp_path / "run-a.wandb", tmp_path / "run-b.wandb"])
+
+
+def test_run_json_comes_back_whole_from_the_wandb_config() -> None:
+    from trainer.tracking.wandb_keys import wandb_config
+
+    content = json.loads(json.dumps(make_metadata("lora")))
+    config = json.loads(json.dumps(wandb_config(content)))
+    assert metadata_from_config(config) == content
+    assert config["lr"] == content["resolved"]["lr"], "and flat, for W&B's columns"
+    with pytest.raises(RunReadError, match="another program"):
+        metadata_from_config({"lr": 1e-3})
+    with pytest.raises(RunReadError, match="the card itself"):
+        metadata_from_config({"mode": "card"})
+
+
+def test_wandb_paths_are_recognised_and_flat_keys_are_nested() -> None:
+    assert is_wandb_path("entity/project/abcd1234")
+    assert not any(map(is_wandb_path, ("runs/full", "a/b/c/d", "/abs/a/b", "./a/b", "../a/b")))
+    assert unflatten({"best/loss": 1, "best/step": 2, "wall": 3}, "/") == {"best": {"loss": 1, "step": 2}, "wall": 3}
+
+
+# the server, on loopback
+
+
+@pytest.fixture
+def server() -> Iterator[FakeWandb]:
+    with FakeWandb() as fake:
+        yield fake
+    assert not fake.unknown_requests
+
+
+def run_compare_script(
+    folder: Path, server: FakeWandb | None, *args: object, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    own_variables = {"HOME": str(folder), "TRAINER_CACHE": str(folder / "cache"), "MPLCONFIGDIR": str(folder / "mpl")}
+    env = child_env(**{**own_variables, **(server.env(folder) if server else {}), **variables})
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, args)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWandb, tmp_path: Path) -> None:
+    content = make_metadata("lora")
+    log_wandb_run(tmp_path / "run", content, mode="online", **server.env(tmp_path))
+    code = (
+        "import json, sys; from trainer.report.load import load_runs; (run,), problems = load_runs([sys.argv[1]]);"
+        "print(json.dumps([run.run_id, run.state, run.mode, run.evals['loss'].tolist(), run.steps['loss'].tolist(),"
+        "problems, dict(run.metadata), dict(run.summary)]))"
+    )
+    path = f"{ENTITY}/{content['wandb']['project']}/{content['run_id']}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, path],
+        env=child_env(HOME=str(tmp_path), **server.env(tmp_path)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    run_id, state, mode, evals, steps, problems, got, end = json.loads(done.stdout)
+    ours = read_folder(write_run_folder(tmp_path / "ours", content, make_records(content)))
+    assert (run_id, state, mode, problems) == (ours.run_id, "finished", "lora", [])
+    assert (evals, steps) == (ours.evals["loss"].tolist(), ours.steps["loss"].tolist())
+    assert got["data"]["fingerprint"] == content["data"]["fingerprint"]
+    assert end["wall_seconds"] == 100.0
+
+
+def test_a_run_that_the_server_does_not_have_is_one_line(server: FakeWandb, tmp_path: Path) -> None:
+    done = run_compare_script(tmp_path, server, f"{ENTITY}/p/gone0000")
+    assert done.returncode == 2
+    assert "W&B does not give it: Could not find run" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_reading_from_wandb_without_a_login_is_refused_without_a_prompt(tmp_path: Path) -> None:
+    done = run_compare_script(tmp_path, None, "entity/project/abcd1234")
+    assert done.returncode == 2
+    assert "to read it from W&B, run `wandb login` or set WANDB_API_KEY first" in done.stderr
+
+
+SAVE_REPORT_CODE = """
+import sys
+from pathlib import Path
+from trainer.report.comparison import compare
+from trainer.report.load import load_runs
+from trainer.report.wandb_report import save_report
+found = compare(*load_runs(["full", "lora"]))
+for folder in ("comparison", "comparison", "elsewhere"):  # the second is found by its note, the third by its title
+    Path(folder).mkdir(exist_ok=True)
+    print(save_report(found, sys.argv[1], "p", Path(folder)))
+"""
+
+
+def test_the_wandb_report_is_saved_once_and_updated_after(server: FakeWandb, tmp_path: Path) -> None:
+    make_run_folder(tmp_path / "full")
+    make_run_folder(tmp_path / "lora", "lora")
+    env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", SAVE_REPORT_CODE, ENTITY],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    (address,) = set(done.stdout.splitlines())
+    assert address.startswith(f"{server.url}/{ENTITY}/p/reports/")
+    assert server.operations.count("upsertView") == 3
+    (view,) = server.views.values()
+    assert (view["displayName"], view["type"], view["projectName"]) == ("Full against LoRA, acled-demo", "runs", "p")
+    check_spec(view["spec"])
+
+
+def test_real_runs_are_synced_compared_and_reported(
+    server: FakeWandb, tiny_model: str, data_files: tuple[str, str], tmp_path: Path
+) -> None:
+    """Both modes trained for real and offline, compared from folder and W&B file, sent with the card, and reported."""
+    for mode in ("full", "lora"):
+        words = (
+            f"--mode {mode} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective "
+            "completion"
+        )
+        words += " --block-size 32 --global-batch 4 --epochs 2 --save-every never --lr 1e-2 --wandb offline"
+        launch_ranks.train([*words.split(), *TEMPLATE_FLAGS], out=tmp_path / mode, env={"WANDB_MODE": "offline"})
+    card = run_compare_script(tmp_path, None, "--log-card", "gpt2-full-vs-lora")
+    assert card.returncode == 0, card.stderr
+    folders = {mode: next((tmp_path / mode / "wandb").glob("offline-run-*")) for mode in ("full", "lora")}
+    (sent,) = tmp_path.glob("cache/card/*/wandb/offline-run-*")
+    sync = [sys.executable, "-m", "wandb", "sync", *map(str, folders.values()), str(sent)]
+    env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
+    synced = subprocess.run(sync, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert "ERROR" not in synced.stdout + synced.stderr
+    runs, problems = load_runs([str(tmp_path / "full"), str(folders["lora"])])
+    assert [(run.mode, run.state) for run in runs] == [("full", "finished"), ("lora", "finished")]
+    assert problems == []
+    for run in runs:
+        there = server.runs[run.run_id]
+        losses = {row["_step"]: row["val/loss"] for row in there.history if "val/loss" in row}
+        assert losses == pytest.approx(dict(zip(run.evals["step"], run.evals["loss"], strict=True)))
+        assert all({"epoch", "samples", "tokens"} <= set(row) for row in there.history)
+        assert there.metric_definitions()["train/*"]["axis"] == there.metric_definitions()["val/*"]["axis"] == "epoch"
+        assert there.config_values()["mode"] == run.mode
+    assert {run.project for run in server.runs.values()} == {"gpt2-full-vs-lora"}
+    check_reference_run(server)
+    done = run_compare_script(
+        tmp_path, server, "full", folders["lora"], "--wandb-report", f"{ENTITY}/gpt2-full-vs-lora"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"LoRA .*full.*comparable with the card: other data, other tokenizer", done.stdout)
+    (view,) = server.views.values()
+    (grid,) = (block for block in view["spec"]["blocks"] if block["type"] == "panel-grid")
+    assert set(grid["metadata"]["customRunColors"]) >= {run.run_id for run in runs} | {REFERENCE_RUN_ID}
+
+
+def test_the_wandb_report_spec_is_written_without_any_network(server: FakeWandb, tmp_path: Path) -> None:
+    make_run_folder(tmp_path / "full")
+    make_run_folder(tmp_path / "lora", "lora")
+    done = run_compare_script(tmp_path, server, "full", "lora", "--wandb-report-json", "specs/report.json")
+    assert done.returncode == 0, done.stderr
+    assert server.operations == []
+    assert server.connections == 0
+    check_spec(json.loads((tmp_path / "specs" / "report.json").read_text()))
+
+
+def check_spec(spec: dict[str, Any]) -> None:
+    """Verdict, tables and panels, the run set by config.mode, the card dashed and grey."""
+    text = "\n".join(block["content"] for block in spec["blocks"] if block["type"] == "markdown-block")
+    assert "LoRA reached 95.0% of full's improvement" in text
+    assert "| 1 | card | 6,621 |" in text
+    assert "unknown of the card" in text.lower()
+    (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")
+    (runs,) = grid["metadata"]["runSets"]
+    (mode,) = (
+        filter_spec
+        for filter_spec in runs["filters"]["filters"]
+        if filter_spec["key"] == {"section": "config", "name": "mode"}
+    )
+    assert (mode["op"], mode["value"]) == ("IN", ["full", "lora", "card"])
+    panels = grid["metadata"]["panelBankSectionConfig"]["panels"]
+    lines = {
+        (panel["config"]["xAxis"], *panel["config"]["metrics"])
+        for panel in panels
+        if panel["viewType"] == "Run History Line Plot"
+    }
+    assert lines == {
+        ("epoch", "val/loss"),
+        ("epoch", "train/loss"),
+        ("epoch", "train/loss_epoch"),
+        ("tokens", "train/loss"),
+        ("_runtime", "val/loss"),
+        ("epoch", "train/lr"),
+        ("epoch", "train/grad_norm"),
+        ("epoch", "train/tokens_per_second"),
+    }
+    view_types = [panel["viewType"] for panel in panels]
+    assert view_types.count("Bar Chart") == 2
+    assert view_types.count("Scatter Plot") == 1
+    assert view_types.count("Run Comparer") == 1
+    first_plot = next(panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot")
+    assert first_plot["overrideMarks"] == {"lora0042:val/loss": "dashed", f"{REFERENCE_RUN_ID}:val/loss": "dashed"}
+    assert first_plot["overrideColors"][f"{REFERENCE_RUN_ID}:val/loss"]["color"] == "#767676"
+    positions = [(panel["layout"]["x"], panel["layout"]["y"]) for panel in panels]
+    assert len(set(positions)) == len(positions), "panels on top of one another"
+
+
+def test_a_wandb_server_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    with FakeWandb() as fake:
+        env = fake.env(tmp_path)  # and then it is closed
+    make_run_folder(tmp_path / "full")
+    done = run_compare_script(tmp_path, None, "full", "--wandb-report", f"{ENTITY}/p", WANDB_HTTP_TIMEOUT="3", **env)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --wandb-report {ENTITY}/p: W&B did not take it (")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_reference_run_is_logged_to_wandb_once_online(server: FakeWandb, tmp_path: Path) -> None:
+    first, again = (run_compare_script(tmp_path, server, "--log-card", f"{ENTITY}/p") for _ in range(2))
+    (tmp_path / "other").mkdir()
+    elsewhere = subprocess.run(
+        [sys.executable, str(SCRIPT), "--log-card", f"{ENTITY}/p"],
+        cwd=tmp_path / "other",
+        env=child_env(HOME=str(tmp_path), TRAINER_CACHE=str(tmp_path / "elsewhere"), **server.env(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert [done.returncode for done in (first, again, elsewhere)] == [0, 0, 0], first.stderr
+    assert "the card is logged in" in first.stdout
+    assert "already logged" in again.stdout
+    assert "already logged" in elsewhere.stdout
+    check_reference_run(server)
+
+
+def check_reference_run(server: FakeWandb) -> None:
+    run = server.runs[REFERENCE_RUN_ID]
+    assert [(row["_step"], row["epoch"], row["val/loss"]) for row in run.history] == [
+        (6_621, 1, 1.2262),
+        (13_242, 2, 1.0048),
+        (19_863, 3, 0.9414),
+    ]
+    assert run.fields["jobType"] == "reference"
+    assert run.metric_definitions()["val/*"]["axis"] == "epoch"
+    assert run.config_values()["mode"] == "card"
+    assert run.config_values()["unknown"] == list(reference.UNKNOWN_DATA)
+
+
+def test_the_reference_run_is_logged_to_wandb_once_offline(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    home = {"TRAINER_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    first, again = (run_compare_script(tmp_path / place, None, "--log-card", "p", **home) for place in ("", "other"))
+    assert [done.returncode for done in (first, again)] == [0, 0], first.stderr
+    assert "logged offline, send it with `wandb sync" in first.stdout
+    assert "already logged" in again.stdout
+    assert len(list((tmp_path / "cache" / "card").glob("p/wandb/offline-run-*"))) == 1
+
+
+def test_runs_from_folders_and_from_wandb_are_compared_together(offline_run_dir: Path, tmp_path: Path) -> None:
+    found = compare(*load_runs([str(make_run_folder(tmp_path / "full")), str(offline_run_dir)]))
+    assert found.verdict.sentence.startswith("LoRA reached 95.0% of full's improvement")

@@ -1,0 +1,350 @@
+"""What goes wrong around a run, and what it then does: one clear line, the last good state in force, nothing lost.
+
+Full and read-only file systems, damaged checkpoints, numbers that are not finite. test_kills.py has the kills,
+test_signals.py the signals and the ranks that hang.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.launch_ranks import train
+from helpers.process_groups import (
+    RankProcesses,
+    inject_at_call,
+    last_logged_step,
+    read_events,
+    read_records,
+    read_reproducible_records,
+)
+from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
+from transformers import AutoModelForCausalLM
+
+from trainer.config.errors import UserError
+from trainer.training.checkpoint import load_weights, resolve_checkpoint
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    text = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 6"
+    )
+    text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero2"
+    return [*text.split(), *TEMPLATE_FLAGS]
+
+
+@pytest.fixture(scope="module")
+def finished_run(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended well; tests copy it."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(argv, out=out, world_size=2)
+    return out
+
+
+def list_checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def copy_until_step_4(finished_run: Path, out: Path) -> Path:
+    """A copy of the run as it was after step 4."""
+    shutil.copytree(finished_run, out)
+    for name in ("step-000006", "step-000008"):
+        shutil.rmtree(out / "checkpoints" / name)
+    return out
+
+
+# --- the disk ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def mounted_tmpfs(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own at `folder`; skips where this user may not mount one."""
+    folder.mkdir(exist_ok=True)
+    process = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, text=True
+    )
+    if process.returncode:
+        pytest.skip(f"cannot mount a file system here: {process.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_disk(folder: Path, free_bytes: int) -> None:
+    """Take all room but `leave` bytes."""
+    file = os.open(folder / "filler", os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(file, bytes(4096))
+    os.close(file)
+    os.truncate(folder / "filler", max(0, (folder / "filler").stat().st_size - free_bytes))
+
+
+def test_a_disk_that_fills_up_while_saving_ends_the_run_with_one_line(argv, finished_run, tmp_path):
+    """A checkpoint of this model takes 110 kB: there is room for one and a half."""
+    with mounted_tmpfs(tmp_path / "disk", "size=4m") as disk:
+        out = disk / "run"
+        full = partial(inject_at_call, target_rank=0, module="trainer.training.checkpoint",
+            name="CheckpointManager.save", call_number=2,
+                       action=partial(fill_disk, disk, 65536))  # fmt: skip
+        group = RankProcesses(argv, out=out, fault=full)
+        assert group.wait() == [1, 1]
+        assert len(group.error_lines) == 1
+        assert (
+            "step-000004 not written: No space left on device; the checkpoints before it are whole"
+            in group.error_lines[0]
+        )
+        assert list_checkpoints(out) == ["step-000002"], "and nothing half-written takes up room"
+        assert last_logged_step(out) == 4
+        (disk / "filler").unlink()
+        train([*argv, "--resume"], out=out, world_size=2)
+        assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+
+
+def test_a_disk_that_fills_up_while_logging_ends_the_run_with_one_line(argv, tmp_path):
+    """From step 7 on no page is left: the rows still fill the last one (4 KiB), and one of them fits only in part."""
+    flags = [*argv, "--max-steps", "12", "--eval-every", "1", "--save-every", "6", "--num-samples", "0"]
+    with mounted_tmpfs(tmp_path / "disk", "size=4m") as disk:
+        out = disk / "run"
+        full = partial(
+            inject_at_call,
+            target_rank=0,
+            module="trainer.distributed.engine",
+            name="Engine.forward_backward",
+            call_number=7,
+            action=partial(fill_disk, disk, 0),
+        )
+        group = RankProcesses(flags, out=out, fault=full)
+        assert group.wait() == [1, 1]
+        assert len(group.error_lines) == 1
+        assert f"cannot write {out / 'metrics.jsonl'}: No space left on device" in group.error_lines[0]
+        assert (out / "metrics.jsonl").read_bytes().endswith(b"\n"), "no half row"
+        assert last_logged_step(out) > 6
+        (disk / "filler").unlink()
+        train([*flags, "--resume"], out=out, world_size=2)
+        assert "resumed from step-000006" in read_events(out, "resumed")[0]["message"]
+        assert [row["step"] for row in read_reproducible_records(out) if row["kind"] == "step"] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_read_only_run_folder_is_refused(resume, argv, finished_run, tmp_path):
+    with mounted_tmpfs(tmp_path / "disk", "size=4m") as disk:
+        if resume:
+            copy_until_step_4(finished_run, disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        group = RankProcesses([*argv, *(["--resume"] if resume else [])], out=disk / "run")
+        assert group.wait() == [2, 2]
+    assert len(group.error_lines) == 1
+    assert f"{disk / 'run'}: cannot write there: Read-only file system" in group.error_lines[0]
+
+
+def test_a_run_folder_under_a_file_is_refused(argv, tmp_path):
+    (tmp_path / "file").write_text("")
+    group = RankProcesses(argv, out=tmp_path / "file" / "run")
+    assert group.wait() == [2, 2]
+    assert len(group.error_lines) == 1
+    assert "cannot write there: Not a directory" in group.error_lines[0]
+
+
+# --- damaged checkpoints -----------------------------------------------------------------------------------------
+
+
+def truncate_state(folder: Path) -> None:
+    os.truncate(folder / "state.safetensors", (folder / "state.safetensors").stat().st_size - 7)
+
+
+def flip_byte(folder: Path, name: str = "state.safetensors", offset: int = -1000) -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[offset] ^= 1
+    (folder / name).write_bytes(data)
+
+
+def flip_token_count(folder: Path) -> None:
+    """The count of tokens: still JSON, still plausible."""
+    text = (folder / "state.json").read_bytes()
+    flip_byte(folder, "state.json", text.index(b'"tokens": ') + len(b'"tokens": '))
+
+
+DAMAGE = {
+    "state.safetensors has": truncate_state,
+    "state.safetensors was changed": flip_byte,
+    "cannot read state.safetensors: No such file": lambda folder: (folder / "state.safetensors").unlink(),
+    "state.json was changed": flip_token_count,
+    "state.json is missing or damaged": lambda folder: os.truncate(folder / "state.json", 100),
+}
+
+
+@pytest.mark.parametrize("said", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(said, finished_run, tmp_path):
+    folder = copy_until_step_4(finished_run, tmp_path / "run") / "checkpoints"
+    DAMAGE[said](folder / "step-000004")
+    point = resolve_checkpoint(folder, "latest")
+    assert point.step == 2
+    assert len(point.skipped_reasons) == 1
+    assert said in point.skipped_reasons[0]
+    assert "step-000004" in point.skipped_reasons[0]
+    with pytest.raises(UserError, match=r"step-(00000)?4") as caught:
+        resolve_checkpoint(folder, "step-4")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_and_says_so(argv, finished_run, tmp_path):
+    out = copy_until_step_4(finished_run, tmp_path / "run")
+    flip_byte(out / "checkpoints" / "step-000004")
+    named = RankProcesses([*argv, "--resume", "step-4"], out=out)
+    assert named.wait() == [2, 2]
+    assert len(named.error_lines) == 1
+    assert "step-000004: state.safetensors was changed since it was written" in named.error_lines[0]
+    output = train([*argv, "--resume"], out=out, world_size=2)
+    message = read_events(out, "resumed")[0]["message"]
+    assert message.startswith("resumed from step-000002")
+    assert "passed over: " in message
+    assert "step-000004: state.safetensors was changed" in message
+    assert message in output, "and it is said on the terminal"
+    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+
+
+def test_resuming_without_an_intact_checkpoint_is_refused(argv, finished_run, tmp_path):
+    out = copy_until_step_4(finished_run, tmp_path / "run")
+    for name in list_checkpoints(out):
+        truncate_state(out / "checkpoints" / name)
+    group = RankProcesses([*argv, "--resume"], out=out)
+    assert group.wait() == [2, 2]
+    assert len(group.error_lines) == 1
+    assert "no whole checkpoint in" in group.error_lines[0]
+    assert "state.safetensors has" in group.error_lines[0]
+    assert last_logged_step(out) == STEPS, "nothing was touched"
+
+
+def test_resuming_from_the_checkpoint_of_another_model_is_refused(
+    argv, tiny_model, finished_run, tmp_path, session_dir
+):
+    other = make_tiny_gpt2(session_dir / "other", dropout=0.0, seed=1)
+    moved = copy_until_step_4(finished_run, tmp_path / "run")
+    stranger = tmp_path / "stranger"
+    train([other if word == tiny_model else word for word in argv], out=stranger, world_size=2)
+    shutil.rmtree(moved / "checkpoints" / "step-000004")
+    shutil.copytree(stranger / "checkpoints" / "step-000004", moved / "checkpoints" / "step-000004")
+    group = RankProcesses([*argv, "--resume"], out=moved)
+    assert group.wait() == [2, 2]
+    assert len(group.error_lines) == 1
+    assert "step-000004 is of a run on another base model" in group.error_lines[0]
+    assert "step-000004" in list_checkpoints(moved), "nothing was touched"
+
+
+# --- numbers that are not finite ---------------------------------------------------------------------------------
+
+
+def inject_non_finite(rank: int, step: int, where: str, value: float) -> None:
+    """On rank 1, from this step on: a loss that is not finite, or a finite loss with gradients that are not."""
+    if rank != 1:
+        return
+    from trainer.distributed.engine import Engine
+
+    original = Engine.forward_backward
+
+    def faulty(self: Engine, micro: Any, *, step: int, num_target_tokens: int, at: int = step) -> Any:
+        parameter = next(iter(self.trainable_params.values()))
+        if step == at and where == "gradient":
+            parameter.register_hook(lambda gradient: gradient * value)
+        loss_sum = original(self, micro, step=step, num_target_tokens=num_target_tokens)
+        return loss_sum * value if step == at and where == "loss" else loss_sum
+
+    Engine.forward_backward = faulty  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("zero", "where", "value"),
+    [
+        ("zero2", "loss", "nan"),
+        ("zero0", "gradient", "inf"),
+        ("zero1", "gradient", "nan"),
+        ("zero3", "gradient", "inf"),
+    ],
+)
+def test_a_number_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
+    zero, where, value, argv, finished_run, tmp_path
+):
+    out = tmp_path / "run"
+    flags = [*argv, "--ds-config", zero]
+    group = RankProcesses(flags, out=out, fault=partial(inject_non_finite, step=3, where=where, value=float(value)))
+    assert group.wait() == [1, 1], group.output
+    assert len(group.error_lines) == 1, group.output
+    assert "error: step 4: " in group.error_lines[0]
+    assert "the weights are those after step 3" in group.error_lines[0]
+    event = read_events(out, "not_finite")[0]
+    assert event["step"] == 4
+    assert ("loss" in event["message"]) == (where == "loss")
+    assert "step-000003" in list_checkpoints(out), "the last finite state is kept"
+    assert last_logged_step(out) == 4
+    dumps = [np.load(out / f"not-finite-step-4-rank-{rank}.npz") for rank in range(2)]
+    assert sum(len(dump["input_ids_0"]) for dump in dumps) >= len(event["facts"]["rows"]) > 0
+    if where == "loss":  # one of them is enough
+        train([*flags, "--resume"], out=out, world_size=2)
+        assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+
+
+def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, tmp_path):
+    """A base whose last position is infinite: only one row of the training data is so long."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["transformer.wpe.weight"][20:] = float("inf")
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    write_records(tmp_path / "data.jsonl", num_records=25, seed=1)
+    long = {"prompt": "w1", "completion": " " + " ".join(f"w{n}" for n in range(2, 25))}
+    text = (tmp_path / "data.jsonl").read_text() + json.dumps(long)
+    (tmp_path / "data.jsonl").write_text(text)
+    val = write_records(tmp_path / "val.jsonl", num_records=9, seed=2)
+    line = f"--mode full --model {tmp_path / 'base'} --data {tmp_path / 'data.jsonl'} --val-data {val}"
+    line += " --objective completion --block-size 32 --global-batch 6 --micro-batch 1 --max-steps 8 --ds-config zero2"
+    out = tmp_path / "run"
+    group = RankProcesses([*line.split(), *TEMPLATE_FLAGS], out=out)
+    assert group.wait() == [1, 1], group.output
+    event = read_events(out, "not_finite")[0]
+    step = event["step"]
+    assert 25 in event["facts"]["rows"], "the long row"
+    assert step > 1
+    assert f"the weights are those after step {step - 1}" in group.error_lines[0]
+    assert f"the rows are in not-finite-step-{step}-rank-*.npz" in group.error_lines[0]
+
+    point = resolve_checkpoint(out / "checkpoints", "latest")
+    assert point.step == step - 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    load_weights(point, model)
+    lengths = {}
+    for rank in range(2):
+        dump = {
+            name: torch.from_numpy(array)
+            for name, array in np.load(out / f"not-finite-step-{step}-rank-{rank}.npz").items()
+        }
+        for n in range(3):
+            loss = model(input_ids=dump[f"input_ids_{n}"], labels=dump[f"labels_{n}"]).loss
+            lengths[int(dump[f"index_{n}"])] = (dump[f"input_ids_{n}"].shape[1], bool(torch.isfinite(loss)))
+    assert len(lengths) == 6, "every row of the global batch once"
+    assert all(finite == (length <= 20) for length, finite in lengths.values()), lengths
+    assert sum(not finite for _, finite in lengths.values()) == 1
+
+
+def test_a_learning_rate_that_explodes_stops_the_run_with_one_line(argv, tmp_path):
+    out = tmp_path / "run"
+    group = RankProcesses([*argv, "--lr", "1e30", "--eval-every", "1"], out=out)
+    assert group.wait() == [1, 1]
+    assert len(group.error_lines) == 1
+    assert "evaluation after step 1: validation loss" in group.error_lines[0] or "step 2: " in group.error_lines[0]
+    assert read_events(out, "not_finite")
+    assert all(np.isfinite(row["loss"]) for row in read_records(out) if "loss" in row)

@@ -1,0 +1,380 @@
+"""kill -9, at any moment and at every stage of a save: the next --resume goes on from the newest whole checkpoint.
+
+Real processes, really killed. After each: nothing of the run is left running, every rank that was not killed has ended
+with a non-zero code within 60 s, metrics.jsonl is whole rows, and the run that goes on leaves the rows of a run that
+was never killed. `helpers/fault_campaign.py` does the same at hundreds of random moments.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port, run_on_ranks, train
+from helpers.process_groups import (
+    EXIT_TIMEOUT_SECONDS,
+    RankProcesses,
+    find_processes,
+    inject_at_call,
+    kill_self,
+    last_logged_step,
+    read_records,
+    read_reproducible_records,
+    record_names_at_step,
+)
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+
+from trainer.training.checkpoint import CheckpointManager, TrainState, delete_checkpoints_after, resolve_checkpoint
+
+STEPS = 8
+# a call of `Engine.forward_backward` inside a window: each step has three on each rank, this is the second of step 3
+MID_ACCUMULATION_CALL = 8
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    text = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 6"
+    )
+    text += f" --micro-batch 1 --max-steps {STEPS} --eval-every 3 --save-every 2 --save-total-limit 2 --ds-config zero2"
+    return [*text.split(), *TEMPLATE_FLAGS]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_records(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The rows of the run that nobody kills."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(argv, out=out, world_size=2)
+    return read_reproducible_records(out)
+
+
+def assert_resumes(argv: list[str], out: Path, uninterrupted_records: list[dict[str, Any]]) -> None:
+    """--resume ends well and leaves the rows of the whole run, none twice and none missing."""
+    records_before = read_records(out) if (out / "metrics.jsonl").exists() else []
+    output = train([*argv, "--resume"], out=out, world_size=2)
+    assert read_reproducible_records(out) == uninterrupted_records
+    assert read_records(out)[-1]["event"] == "finished", output
+    resume_messages = [row["message"] for row in read_records(out) if row.get("event") == "resumed"]
+    assert len(resume_messages) == 1, resume_messages
+    assert not list(out.rglob("*.tmp")), "leftovers of the killed run"
+    newest = max((row["step"] // 2 * 2 for row in records_before), default=0)
+    assert any(f"step-{step:06d}" in resume_messages[0] for step in (newest, newest - 2)) or newest < 4, (
+        resume_messages,
+        newest,
+    )
+
+
+# --- one save, killed at every line ------------------------------------------------------------------------------
+
+SAVE_FUNCTIONS = {
+    "_write_checkpoint",
+    "_write_safetensors",
+    "_write_chunks",
+    "_format_metadata",
+    "write_text",
+    "_fsync_folder",
+    "_delete_old",
+    "_delete_folder",
+}
+
+
+def make_stub_engine(value: float) -> Any:
+    """What `CheckpointManager.save` asks of an engine, with one weight and its moments of this value."""
+    weight = torch.full((3, 5), value)
+    state_keys = ("weight", "exp_avg", "exp_avg_sq")
+    state = SimpleNamespace(
+        iter_state_dict=lambda: ((f"{state_key}/w", weight) for state_key in state_keys),
+        state_dict_layout=lambda: ((f"{state_key}/w", torch.float32, (3, 5)) for state_key in state_keys),
+        loss_scale=lambda: None,
+    )  # fmt: skip
+    return SimpleNamespace(trainable_params={"w": weight}, state=state)
+
+
+def save_and_kill_at_line(folder: Path, line: int) -> None:
+    """Save step 3 into a folder that has 1 and 2; at the `line`-th line of checkpoint.py that a save executes, die."""
+    num_lines = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal num_lines
+        if Path(frame.f_code.co_filename).name != "checkpoint.py" or frame.f_code.co_name not in SAVE_FUNCTIONS:
+            return None
+        if event == "line":
+            num_lines += 1
+            if num_lines == line:
+                kill_self()
+        return trace
+
+    sys.settrace(trace)
+    save_checkpoint(folder, 3)
+
+
+def save_checkpoint(folder: Path, step: int) -> None:
+    dist_context: Any = SimpleNamespace(rank=0, all_gather_object=lambda value: [value])
+    checkpoint_manager = CheckpointManager(folder, dist_context, save_total_limit=2, identity={"base": "test"})
+    checkpoint_manager.save(make_stub_engine(float(step)), TrainState(step=step, eval_pending=False))
+
+
+def kill_at_every_line(folder: Path) -> int:
+    """In folder/N: a save killed at its N-th line, in a process of its own; the last one is not killed any more."""
+    for step in (1, 2):
+        save_checkpoint(folder / "before", step)
+    for line in range(1, 1000):
+        shutil.copytree(folder / "before", folder / str(line))
+        child = os.fork()
+        if child == 0:
+            save_and_kill_at_line(folder / str(line), line)
+            os._exit(0)
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            return 0
+    return 1
+
+
+def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_path):
+    assert run_on_ranks(1, kill_at_every_line, tmp_path, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    taken = []
+    for line in range(1, len(list(tmp_path.glob("[0-9]*"))) + 1):
+        point = resolve_checkpoint(tmp_path / str(line), "latest")  # its checksums are verified
+        assert torch.equal(
+            point.tensor_reader(torch.device("cpu"))("weight/w"), torch.full((3, 5), float(point.step))
+        ), line
+        assert not point.skipped_reasons, "nothing half-written bears the name of a checkpoint"
+        taken.append(point.step)
+        delete_checkpoints_after(tmp_path / str(line), point.step)  # what a resume does first
+        assert not [path.name for path in (tmp_path / str(line)).iterdir() if path.name.startswith(".")], line
+    assert len(taken) > 60
+    assert taken == sorted(taken), "the new one is in force from one moment on"
+    assert (taken[0], taken[-1]) == (2, 3)
+    print(f"{len(taken) - 1} kills in a save: {taken.count(2)} left the old checkpoint in force, the rest the new one")
+
+
+# --- a rank, all ranks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("who", "module", "name", "number"),
+    [
+        (0, "trainer.distributed.engine", "Engine.forward_backward", MID_ACCUMULATION_CALL),
+        pytest.param(1, "trainer.distributed.engine", "Engine.step", 5, marks=pytest.mark.sweep),
+        pytest.param(1, "trainer.distributed.engine", "Engine.evaluate", 3, marks=pytest.mark.sweep),
+        (0, "trainer.training.checkpoint", "_write_chunks", 40),  # within the tensors of the first save
+        (1, "trainer.training.checkpoint", "CheckpointManager.save", 2),
+        pytest.param(0, "trainer.training.checkpoint", "_fsync_folder", 3, marks=pytest.mark.sweep),
+        (0, "trainer.run", "export", 1),
+    ],
+)  # fmt: skip
+def test_a_killed_rank_ends_the_run_and_loses_nothing(who, module, name, number, argv, uninterrupted_records, tmp_path):
+    out = tmp_path / "run"
+    fault = partial(inject_at_call, target_rank=who, module=module, name=name, call_number=number)
+    group = RankProcesses(argv, out=out, fault=fault)
+    codes = group.wait()
+    assert codes[who] == -signal.SIGKILL, group.output
+    assert codes[1 - who] == 1
+    assert len(group.error_lines) == 1, group.output
+    assert "another rank of this run ended without a word" in group.error_lines[0]
+    assert not find_processes(str(out)), "nothing stays running"
+    assert_resumes(argv, out, uninterrupted_records)
+
+
+@pytest.mark.parametrize("step", [0, pytest.param(3, marks=pytest.mark.sweep), 5])
+def test_a_run_whose_ranks_are_all_killed_at_once_resumes(step, argv, uninterrupted_records, tmp_path):
+    out = tmp_path / "run"
+    group = RankProcesses(argv, out=out)
+    group.wait_until(lambda: last_logged_step(out) >= step)
+    group.send_signal(signal.SIGKILL)
+    assert group.wait() == [-signal.SIGKILL] * 2
+    assert not find_processes(str(out))
+    assert_resumes(argv, out, uninterrupted_records)
+
+
+def test_child_processes_of_a_killed_rank_end_with_the_rank(argv, uninterrupted_records, tmp_path):
+    """The process that checks the export, and the W&B service: nobody else would end them."""
+    out = tmp_path / "run"
+    group = RankProcesses(argv, out=out, env={"WANDB_MODE": "offline"})
+    group.wait_until(
+        lambda: (
+            last_logged_step(out) == STEPS
+            and has_child_program(out, "trainer.export.verify_worker")
+            and has_child_program(out, "wandb-core")
+        )
+    )
+    group.send_signal(signal.SIGKILL, 0)
+    assert group.wait() == [-signal.SIGKILL, 1]
+    wait_for(lambda: not find_processes(str(out)), EXIT_TIMEOUT_SECONDS, group.log)
+    assert_resumes(argv, out, uninterrupted_records)
+
+
+def has_child_program(out: Path, program: str) -> bool:
+    """Whether a program with this name runs that a rank of this run has started."""
+    lines = (Path(f"/proc/{pid}/cmdline") for pid in find_processes(str(out)))
+    return any(program in line.read_text() for line in lines if line.exists())
+
+
+def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninterrupted_records, tmp_path):
+    """run.json is written and no more; and, one moment earlier, half of run.json."""
+    out = tmp_path / "run"
+    RankProcesses(
+        argv,
+        out=out,
+        fault=partial(inject_at_call, target_rank=0, module="trainer.run", name="show_plan", call_number=1),
+    ).wait()
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+    assert_resumes(argv, out, uninterrupted_records)
+
+    out = tmp_path / "half"
+    out.mkdir()
+    (out / ".run.json.tmp").write_text('{"format": 1, "run_')
+    train(argv, out=out, world_size=2)  # no --resume: there is no run yet
+    assert read_reproducible_records(out) == uninterrupted_records
+
+
+# --- the launcher ------------------------------------------------------------------------------------------------
+
+
+def launcher_argv(launcher: str) -> list[str]:
+    port = str(find_free_port())
+    if launcher == "deepspeed":
+        return [str(BIN_DIR / "deepspeed"), "--num_gpus", "2", "--master_port", port]
+    return [str(BIN_DIR / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_ranks_of_a_killed_launcher_save_and_end(launcher, argv, tmp_path):
+    """SIGKILL to the `deepspeed` command leaves a second launcher and its ranks without anybody who waits for them."""
+    out = tmp_path / "run"
+    with launched_run(launcher, argv, out) as (process, log):
+        process.kill()
+        process.wait(10)
+        wait_for(lambda: not find_processes(str(out)), EXIT_TIMEOUT_SECONDS, log)
+    output = log.read_text()
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert "launcher" in errors[0]
+    assert "Traceback" not in output
+    last = read_records(out)[-1]
+    assert last["event"] == "interrupted", output
+    assert (out / "checkpoints" / f"step-{last['step']:06d}").is_dir(), "the step in hand ended and was saved"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "whom", "codes"),
+    [
+        (signal.SIGINT, "all", {-signal.SIGINT, 1}),  # Ctrl-C
+        (signal.SIGTERM, "a rank", {143}),
+        pytest.param(signal.SIGTERM, "all", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),
+        pytest.param(signal.SIGINT, "a rank", {130}, marks=pytest.mark.sweep),
+        pytest.param(signal.SIGTERM, "the command", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),
+    ],
+)
+def test_a_signal_under_the_deepspeed_launcher_saves_first(number, whom, codes, argv, tmp_path):
+    """It signals the ranks once more in its own order, the W&B service of each before the rank.
+
+    A rank's code is passed on. Where both of DeepSpeed's processes are signalled, its own code is by the signal, or 1
+    where the inner one, which ends with 1, is waited for first.
+    """
+    out = tmp_path / "run"
+    with launched_run("deepspeed", argv, out, WANDB_MODE="offline") as (process, log):
+        if whom == "all":
+            os.killpg(process.pid, number)
+        else:
+            os.kill(process.pid if whom == "the command" else last_rank_pid(out), number)
+        assert process.wait(EXIT_TIMEOUT_SECONDS) in codes, log.read_text()
+        wait_for(lambda: not find_processes(str(out)), EXIT_TIMEOUT_SECONDS, log)
+    last = read_records(out)[-1]
+    assert last["event"] == "interrupted", log.read_text()
+    assert (out / "checkpoints" / f"step-{last['step']:06d}").is_dir(), "the step in hand ended and was saved"
+    assert resolve_checkpoint(out / "checkpoints", "latest").step == last["step"]
+
+
+def last_rank_pid(out: Path) -> int:
+    """Process id of the last rank that the `deepspeed` command started into `out`."""
+    command_lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in find_processes(str(out))}
+    (found,) = [pid for pid, line in command_lines.items() if "--local_rank=1" in line and "launcher" not in line]
+    return found
+
+
+@contextlib.contextmanager
+def launched_run(launcher: str, argv: list[str], out: Path, **env: str) -> Iterator[tuple[Any, Path]]:
+    """(launcher's process, log) of a long run past its third step; in the end nothing of it is left."""
+    long_argv = [*argv, "--max-steps", "5000", "--eval-every", "never", "--save-every", "never"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}"}
+    environ |= {"GROUP_OUT": str(out), **env}
+    log = out.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [*launcher_argv(launcher), TRAIN_SCRIPT, *long_argv, "--output-dir", str(out)], stdout=file, stderr=file,
+            stdin=subprocess.DEVNULL,
+            env=environ, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_for(lambda: last_logged_step(out) >= 3, 120, log)
+        yield process, log
+    finally:
+        for pid in find_processes(str(out)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def wait_for(is_ready: Any, timeout_seconds: float, log: Path) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not is_ready():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def test_a_rank_that_no_launcher_started_ends_with_nobody(monkeypatch):
+    """A run under nohup outlives its shell; one whose launcher is gone before it began does not begin."""
+    from trainer.distributed.watchdog import find_launchers
+
+    assert find_launchers({}) == []
+    assert find_launchers({"RANK": "0", "WORLD_SIZE": "1"}) == []
+    assert [there() for _, there in find_launchers({"TORCHELASTIC_RUN_ID": "none"})] == [True]
+    monkeypatch.setattr(sys, "argv", [f"/nowhere/{hashlib.sha256(b'no process names it').hexdigest()}.py"])
+    import psutil
+
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["/sbin/init"])
+    assert [there() for _, there in find_launchers({"CROSS_SIZE": "1"})] == [True, False]
+    assert [there() for _, there in find_launchers({"TORCHELASTIC_RUN_ID": "none"})] == [False]
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda _: ["python", "/usr/bin/deepspeed", "train.py"])
+    assert [there() for _, there in find_launchers({"CROSS_SIZE": "1"})] == [True, True]
+
+
+def test_a_stopped_run_killed_before_it_amends_its_checkpoint_repeats_no_record(argv, uninterrupted_records, tmp_path):
+    """A signal's checkpoint has the evaluation of its step still to come: killed after its row, it is made again.
+
+    The signal comes inside an accumulation window: the whole of the step in hand is done, and nothing of the next.
+    """
+    out = tmp_path / "run"
+    stop = partial(inject_at_call, target_rank=1, module="trainer.distributed.engine",
+        name="Engine.forward_backward", call_number=MID_ACCUMULATION_CALL,
+                   action=partial(kill_self, signal.SIGTERM))  # fmt: skip
+    assert RankProcesses(argv, out=out, fault=stop).wait() == [143, 143]
+    about = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert about["progress"]["eval_pending"], "step 3 has an evaluation due"
+    assert record_names_at_step(out, 3) == ["step", "interrupted"]
+    kill = partial(
+        inject_at_call,
+        target_rank=0,
+        module="trainer.training.checkpoint",
+        name="CheckpointManager.update_train_state",
+        call_number=1,
+    )
+    RankProcesses([*argv, "--resume"], out=out, fault=kill).wait()
+    assert record_names_at_step(out, 3) == ["step", "interrupted", "resumed", "eval", "samples"]
+    train([*argv, "--resume"], out=out, world_size=2)
+    assert read_reproducible_records(out) == uninterrupted_records

@@ -1,0 +1,245 @@
+"""A run that is told to stop, and one that cannot go on because a rank hangs, is lost or fails alone.
+
+Real ranks and real signals. A hanging rank sleeps or is frozen (SIGSTOP); one line names it, and all end within 60 s.
+"""
+
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launch_ranks import train
+from helpers.process_groups import (
+    RankProcesses,
+    find_processes,
+    inject_at_call,
+    kill_self,
+    last_logged_step,
+    read_events,
+    read_reproducible_records,
+    record_names_at_step,
+)
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+
+HANG_TIMEOUT_FLAGS = ["--hang-timeout", "8"]
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    text = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
+        "--global-batch 6"
+    )
+    text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero2"
+    return [*text.split(), *TEMPLATE_FLAGS]
+
+
+@pytest.fixture(scope="module")
+def finished_run(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended well; tests copy it."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(argv, out=out, world_size=2)
+    return out
+
+
+def list_checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "code"), [(signal.SIGTERM, (0, 1), 143), (signal.SIGINT, (0, 1), 130), (signal.SIGTERM, (1,), 143)]
+)
+def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, code, argv, finished_run, tmp_path):
+    out = tmp_path / "run"
+    group = RankProcesses(argv, out=out)
+    group.wait_until(lambda: last_logged_step(out) >= 1)
+    group.send_signal(number, *to)
+    assert group.wait() == [code, code], group.output
+    assert group.error_lines == []
+    last = read_events(out, "interrupted")[0]["step"]
+    assert 1 <= last < STEPS
+    assert f"step-{last:06d}" in list_checkpoints(out)
+    if number == signal.SIGINT:  # one of them is enough
+        train([*argv, "--resume"], out=out, world_size=2)
+        assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_the_evaluation(argv, finished_run, tmp_path):
+    out = tmp_path / "run"
+    slow = partial(inject_at_call, target_rank=0, module="trainer.distributed.engine", name="Engine.evaluate",
+        call_number=range(5, 9),
+                   action=partial(time.sleep, 2.5))  # fmt: skip
+    group = RankProcesses(
+        [*argv, "--eval-batch", "1"], out=out, fault=slow
+    )  # 4 batches on each rank, 2.5 s each at step 3
+    group.wait_until(lambda: last_logged_step(out) >= 3)
+    began = time.monotonic()
+    group.send_signal(signal.SIGTERM)
+    assert group.wait() == [143, 143]
+    assert time.monotonic() - began < 7
+    assert record_names_at_step(out, 3) == ["step", "interrupted"]
+    train([*argv, "--resume"], out=out, world_size=2)  # which makes the evaluation that was given up
+    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+
+
+def test_a_second_signal_stops_the_run_at_once(argv, tmp_path):
+    out = tmp_path / "run"
+    group = RankProcesses(argv, out=out,
+        fault=partial(inject_at_call, target_rank=1, module="trainer.distributed.engine",
+            name="Engine.forward_backward",
+                                                call_number=4, action=partial(time.sleep, 60)))  # fmt: skip
+    group.wait_until(lambda: last_logged_step(out) >= 3)
+    group.send_signal(signal.SIGTERM)  # rank 0 is in a collective, where Python runs no handler
+    time.sleep(2.5)
+    began = time.monotonic()
+    group.send_signal(signal.SIGINT)
+    assert group.wait(10) == [130, 130]
+    assert time.monotonic() - began < 3
+    assert list_checkpoints(out) == ["step-000002"]
+
+
+def test_a_signal_before_the_first_step_ends_the_process_as_always(argv, tmp_path):
+    slow = partial(
+        inject_at_call,
+        target_rank=0,
+        module="trainer.run",
+        name="prepare",
+        call_number=1,
+        action=partial(time.sleep, 60),
+    )
+    group = RankProcesses(argv, out=tmp_path / "run", fault=slow)
+    time.sleep(4)
+    group.send_signal(signal.SIGTERM)
+    assert group.wait(10) == [-signal.SIGTERM] * 2
+    assert not (tmp_path / "run").exists()
+
+
+def simulate_lost_launcher(rank: int, gone: Path) -> None:
+    """A launcher that is gone when the file is there; only rank 1 looks in time."""
+    from trainer.distributed import watchdog
+
+    watchdog.find_launchers = lambda environ: [(12345, lambda: not gone.exists())]
+    if rank == 0:
+        watchdog.TICK_SECONDS = 300.0
+
+
+def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, tmp_path):
+    out, gone = tmp_path / "run", tmp_path / "gone"
+    long = [*argv, "--max-steps", "5000", "--eval-every", "never", "--save-every", "never"]
+    group = RankProcesses(long, out=out, fault=partial(simulate_lost_launcher, gone=gone))
+    group.wait_until(lambda: last_logged_step(out) >= 1)
+    gone.touch()
+    assert group.wait() == [143, 143], group.output
+    assert group.error_lines == ["error: the launcher (process 12345) is gone; this run ends with the step in hand"]
+    assert len(read_events(out, "interrupted")) == len(list_checkpoints(out)) == 1
+
+
+# --- ranks that hang or fail alone -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.sweep), 1])
+def test_a_rank_that_hangs_is_named(who, argv, tmp_path):
+    out = tmp_path / "run"
+    hang = partial(inject_at_call, target_rank=who, module="trainer.distributed.engine",
+        name="Engine.forward_backward", call_number=4,
+                   action=partial(time.sleep, 300))  # fmt: skip
+    group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3, fault=hang)
+    assert group.wait() == [1, 1, 1]
+    others = "1, 2" if who == 0 else "0, 2"
+    assert len(group.error_lines) == 1, group.output
+    assert f"no rank has moved for 8 s (--hang-timeout): rank {who} hangs at loop.py:" in group.error_lines[0]
+    assert re.search(rf"ranks {others} waiting at (engine|steppers)\.py:", group.error_lines[0])
+    assert list_checkpoints(out) == ["step-000002"]
+
+
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.sweep)])
+def test_a_frozen_rank_is_named(who, argv, tmp_path):
+    """Nothing of it runs any more, its watching threads included."""
+    out = tmp_path / "run"
+    group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3)
+    group.wait_until(lambda: last_logged_step(out) >= 1)
+    group.send_signal(signal.SIGSTOP, who)
+    others = [process for rank, process in enumerate(group.processes) if rank != who]
+    for process in others:
+        process.join(60)
+    assert [process.exitcode for process in others] == [1, 1], group.output
+    assert len(group.error_lines) == 1, group.output
+    assert f"rank {who} does not answer" in group.error_lines[0]
+    group.send_signal(signal.SIGKILL, who)
+    group.wait()
+
+
+def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, tmp_path):
+    """A rank that saves for longer than the time-out moves all the same; the others wait for it."""
+    out = tmp_path / "run"
+    slow = partial(inject_at_call, target_rank=0, module="trainer.training.checkpoint", name="_write_chunks",
+        call_number=range(1, 21),
+                   action=partial(time.sleep, 0.5))  # fmt: skip
+    group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, fault=slow)
+    assert group.wait(120) == [0, 0], group.output
+    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+
+
+def raise_failure(kind: str) -> None:
+    from trainer.config.errors import TrainingError
+
+    if kind == "bug":
+        raise ZeroDivisionError("of ours")
+    raise TrainingError("the disk of this machine is full")
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("kind", ["failure", "bug"])
+def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(who, kind, argv, tmp_path):
+    out = tmp_path / "run"
+    fault = partial(inject_at_call, target_rank=who, module="trainer.distributed.engine",
+        name="Engine.forward_backward", call_number=4,
+                    action=partial(raise_failure, kind))  # fmt: skip
+    group = RankProcesses(argv, out=out, world_size=3, fault=fault)
+    assert group.wait() == [1, 1, 1], group.output
+    if kind == "bug":  # a mistake of ours: its traceback, from where it happened and nowhere else
+        assert group.output.count("Traceback") == 1, group.output
+        assert "ZeroDivisionError: of ours" in group.output
+        assert "error: " not in group.output
+    else:
+        assert group.error_lines == ["error: the disk of this machine is full"]
+    assert not find_processes(str(out))
+
+
+def test_a_rank_that_waits_outside_of_gloo_ends_too(argv, tmp_path):
+    """As with NCCL, which does not notice that another rank is gone: here the wait is a sleep that nothing ends."""
+    out = tmp_path / "run"
+    waiting = partial(inject_at_call, target_rank=1, module="trainer.distributed.engine",
+        name="Engine.forward_backward", call_number=4,
+                      action=partial(time.sleep, 300))  # fmt: skip
+    for other in (partial(kill_self, signal.SIGKILL), partial(raise_failure, "failure")):
+        failing = partial(
+            inject_at_call,
+            target_rank=0,
+            module="trainer.distributed.engine",
+            name="Engine.forward_backward",
+            call_number=4,
+            action=other,
+        )
+        group = RankProcesses(
+            argv, out=tmp_path / f"run-{other.func.__name__}", fault=partial(inject_both, waiting, failing)
+        )
+        began = time.monotonic()
+        codes = group.wait()
+        assert codes[1] == 1, group.output
+        assert codes[0] in (1, -signal.SIGKILL)
+        assert len(group.error_lines) == 1, group.output
+        assert time.monotonic() - began < 40
+    assert not find_processes(str(out))
+
+
+def inject_both(first: Any, second: Any, rank: int) -> None:
+    first(rank)
+    second(rank)

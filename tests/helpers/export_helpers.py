@@ -1,0 +1,131 @@
+"""What test_export.py does on real ranks: many exports in one group, and runs whose export is broken on purpose."""
+
+import os
+import subprocess
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers import launch_ranks
+from trainer import run
+from trainer.config import cli
+from trainer.data.dataset import load
+from trainer.distributed.engine import Engine
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.export import folder, verify, verify_worker
+from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
+from trainer.export.verify import compute_logits, fixed_input_ids
+from trainer.model.build import build_model, load_config
+from trainer.training.checkpoint import CheckpointManager, TrainState
+from trainer.training.loop import train
+from trainer.training.run_plan import make_plan
+
+
+def export_jobs(jobs: list[dict[str, Any]]) -> int:
+    """For each job `{name, flags, data, out}`: train, gather, rank 0 writes the folder out/name and its facts."""
+    dist_context = init_distributed()
+    try:
+        for job in jobs:
+            settings = cli.parse_args(job["flags"]).settings
+            data, out = load(Path(job["data"])), Path(job["out"])
+            model = build_model(settings)
+            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+            engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.precision)
+            checkpoint_manager = CheckpointManager(
+                out / f"{job['name']}-checkpoints", dist_context, save_total_limit=1, identity={"base": "test"}
+            )
+            records = list(train(engine, data, plan.schedule, TrainState(), checkpoint_manager, lambda: False))
+            input_ids = fixed_input_ids(data)
+            logits = compute_logits(model.module, input_ids, dist_context.device)
+            live_tensors = LiveTensorCounter()
+            weights = collect_state_dict(
+                live_tensors.track(engine.state.gather_weights()), should_keep=dist_context.rank == 0
+            )
+            peak_counts = dist_context.all_gather_object(live_tensors.peak_count)
+            if dist_context.rank == 0:
+                (out / job["name"]).mkdir()
+                save_folder(
+                    out / job["name"], model.module, weights, base_model=base_model_ref(model, out),
+                    tokenizer=settings.model.model,
+                )  # fmt: skip
+                loss = [r.loss for r in records if hasattr(r, "eval_tokens")][-1]
+                np.savez(
+                    out / f"{job['name']}.npz", ids=input_ids, logits=logits, loss=loss, alive=peak_counts,
+                    count=len(weights),
+                    tied=model.has_tied_embeddings,
+                )  # fmt: skip
+    finally:
+        destroy_process_group()
+    return 0
+
+
+class LiveTensorCounter:
+    """Counts how many tensors of a stream are alive at one time."""
+
+    def __init__(self) -> None:
+        self.peak_count = 0
+        self.references: list[Any] = []
+
+    def track(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream:
+            self.references.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            self.peak_count = max(self.peak_count, sum(reference() is not None for reference in self.references))
+
+
+def verify_in_this_process(job_file: Path) -> "subprocess.CompletedProcess[str]":
+    """Stands for `check._fresh_process` where a test is about what comes of the answer; saves ten seconds."""
+    import json
+
+    try:
+        result = verify_worker.verify(json.loads(job_file.read_text()))
+    except Exception as error:
+        return subprocess.CompletedProcess([], 1, stdout="", stderr=f"Traceback\n{error}")
+    return subprocess.CompletedProcess([], 0, stdout=json.dumps(result), stderr="")
+
+
+def train_with_in_process_verify(argv: list[str]) -> int:
+    """A whole run that checks its export in the same process."""
+    verify._run_worker = verify_in_this_process
+    return launch_ranks.run_train_script(argv)
+
+
+def train_counting_gathered(argv: list[str], out_dir: str) -> int:
+    """A whole run of which each rank writes down how many gathered tensors it kept."""
+    original = run.collect_state_dict
+
+    def gather_and_count(weights: Iterator[tuple[str, Tensor]], *, should_keep: bool) -> dict[str, Tensor]:
+        tensors = original(weights, should_keep=should_keep)
+        (Path(out_dir) / f"kept-{os.environ['RANK']}").write_text(str(len(tensors)))
+        return tensors
+
+    run.collect_state_dict = gather_and_count
+    return launch_ranks.run_train_script(argv)
+
+
+def train_with_damaged_export(argv: list[str], damage: str) -> int:
+    """A whole run whose export goes wrong in the way `how`."""
+    original = folder.save_folder
+
+    def save_damaged(out_dir: Path, module: Any, weights: dict[str, Tensor], **options: Any) -> None:
+        original(out_dir, module, DAMAGE[damage](weights), **options)
+
+    folder.save_folder = save_damaged
+    return train_with_in_process_verify(argv)
+
+
+def _transpose_weight(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: w.T.contiguous() if n.endswith("h.0.attn.c_proj.weight") else w for n, w in weights.items()}
+
+
+def _zero_lora_b(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: torch.zeros_like(w) if ".lora_B." in n else w for n, w in weights.items()}
+
+
+DAMAGE = {"transposed": _transpose_weight, "zeroed": _zero_lora_b}

@@ -1,0 +1,96 @@
+"""Real ranks for tests: processes that join one gloo group and run `trainer.run.run`, as a launcher would start them.
+
+They are forked from a server that has imported the heavy packages once, so a run costs seconds. The same code runs
+under the real `deepspeed` command in distributed/test_launch.py.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+MP_CONTEXT = multiprocessing.get_context("forkserver")
+MP_CONTEXT.set_forkserver_preload(
+    ["trainer.run", "trainer.export.verify_worker", "deepspeed", "peft", "wandb", "helpers.launch_ranks"]
+)
+BIN_DIR = Path(sys.executable).parent
+TRAIN_SCRIPT = str(Path(__file__).parents[2] / "launch" / "train.py")
+TIMEOUT_SECONDS = 240  # seconds; a healthy run takes 2 to 10
+
+
+def find_free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+
+
+def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(environ)
+    with (
+        open(log, "a", buffering=1) as log_file,
+        contextlib.redirect_stdout(log_file),
+        contextlib.redirect_stderr(log_file),
+    ):
+        try:
+            exit_code = target(*args)
+        except BaseException:
+            traceback.print_exc()
+            exit_code = 1
+    os._exit(exit_code or 0)
+
+
+def run_on_ranks(
+    world_size: int, target: Callable[..., Any], *args: Any, log: Path, env: Mapping[str, str] | None = None
+) -> int:
+    """Call `target(*args)` on `size` ranks; returns the largest exit code, all output goes to `log`."""
+    port = find_free_port()
+    workers = [
+        MP_CONTEXT.Process(
+            target=_run_worker, args=({**make_environ(rank, world_size, port), **(env or {})}, str(log), target, args)
+        )
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join(TIMEOUT_SECONDS)
+        assert all(worker.exitcode is not None for worker in workers), f"a rank hangs:\n{log.read_text()}"
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+    return max(abs(worker.exitcode or 0) for worker in workers)
+
+
+def run_train_script(argv: list[str]) -> int:
+    """What launch/train.py does, in this process."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
+    import train as entry
+
+    sys.argv = ["train.py", *argv]
+    return entry.main()
+
+
+def train(
+    flags: list[str], *, out: Path, world_size: int = 1, env: Mapping[str, str] | None = None, check: bool = True
+) -> str:
+    """Run `train.py` with these flags on so many ranks into `out`; returns its output, asserts its success if `ok`."""
+    log = out.parent / f"{out.name}.log"
+    exit_code = run_on_ranks(world_size, run_train_script, [*flags, "--output-dir", str(out)], log=log, env=env)
+    output = log.read_text()
+    assert not check or exit_code == 0, output
+    return output

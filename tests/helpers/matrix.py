@@ -1,0 +1,174 @@
+"""Many small runs in one group of ranks: engine and loop without export, for the invariance and resume matrices."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from helpers.launch_ranks import run_on_ranks
+from trainer.config import cli
+from trainer.data.dataset import load
+from trainer.data.token_dataset import TokenDataset
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
+from trainer.model.build import build_model, load_config
+from trainer.run import build_engine
+from trainer.tracking.records import to_line
+from trainer.training.checkpoint import CheckpointManager, resolve_checkpoint
+from trainer.training.loop import evaluate, train
+from trainer.training.run_plan import make_plan
+
+JOBS_PER_LAUNCH = 20  # jobs of one group of ranks; each takes a second or less on a quiet machine
+
+
+def launch_jobs(
+    world_size: int, jobs: list[dict[str, Any]], log: Path, target: Callable[..., int] | None = None
+) -> None:
+    """Do the jobs in groups of ranks, each small enough to tell a slow machine from a rank that hangs."""
+    for start in range(0, len(jobs), JOBS_PER_LAUNCH):
+        exit_code = run_on_ranks(world_size, target or run_jobs, jobs[start : start + JOBS_PER_LAUNCH], log=log)
+        assert exit_code == 0, log.read_text()[-4000:]
+
+
+def run_jobs(jobs: list[dict[str, Any]]) -> int:
+    """Run each job `{name, flags, data, out}`: its records go to out/name.jsonl, its final weights to out/name.npz.
+
+    With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks.
+    """
+    dist_context = init_distributed()
+    try:
+        for job in jobs:
+            run_job(dist_context, job)
+    finally:
+        destroy_process_group()
+    return 0
+
+
+def run_job(dist_context: DistContext, job: dict[str, Any]) -> None:
+    """One job of `run_jobs`."""
+    settings = cli.parse_args(job["flags"]).settings
+    data = load(Path(job["data"]))
+    model = build_model(settings, device=dist_context.device)
+    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    out = Path(job["out"])
+    name, step = job.get("resume", (None, None))
+    checkpoint = resolve_checkpoint(out / f"{name}-checkpoints", f"step-{step}") if name else None
+    engine, state = build_engine(plan, model, checkpoint)
+    checkpoint_manager = CheckpointManager(
+        out / f"{job['name']}-checkpoints", dist_context, save_total_limit=99, identity={"base": "test"}
+    )
+    records = list(train(engine, data, plan.schedule, state, checkpoint_manager, lambda: False))
+    weights = {name: tensor.numpy().copy() for name, tensor in engine.state.gather_weights()}
+    if dist_context.rank == 0:
+        (out / f"{job['name']}.jsonl").write_text("".join(to_line(r) + "\n" for r in records))
+        np.savez(out / f"{job['name']}.npz", **weights)
+
+
+def evaluate_jobs(jobs: list[dict[str, Any]]) -> int:
+    """Evaluate each job's fresh model with every batch size of `batches`, on the rows as they are and turned round.
+
+    The losses go to out/name.json as {batch size: [as they are, turned round]}.
+    """
+    dist_context = init_distributed()
+    try:
+        for job in jobs:
+            settings = cli.parse_args(job["flags"]).settings
+            data = load(Path(job["data"]))
+            model = build_model(settings)
+            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+            engine, _ = build_engine(plan, model, None)
+            splits = (data.val, reverse_dataset(data.val))
+            losses = {
+                batch_size: [evaluate(engine, split, batch_size)[0] for split in splits]
+                for batch_size in job["batches"]
+            }
+            if dist_context.rank == 0:
+                (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(losses))
+    finally:
+        destroy_process_group()
+    return 0
+
+
+def reverse_dataset(dataset: TokenDataset) -> TokenDataset:
+    """The same rows, last one first."""
+    token_rows = [dataset.row(i) for i in reversed(range(len(dataset)))]
+    return TokenDataset(
+        ids=np.concatenate(token_rows),
+        offsets=np.cumsum([0, *map(len, token_rows)]),
+        first_target=np.ascontiguousarray(dataset.first_target[::-1]),
+    )
+
+
+def read_job_result(out: Path, name: str) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """(rows, weights) of a cell."""
+    records = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    return records, dict(np.load(out / f"{name}.npz"))
+
+
+def train_plain_loop(argv: list[str], data_dir: Path) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """The same run as a plain PyTorch loop in one process: no DeepSpeed, no micro-batches, no code of the loop's.
+
+    Each step feeds the whole global batch as one padded batch through the model's own logits. Returns
+    (rows of step and evaluation losses and gradient norms, final weights).
+    """
+    from trainer.data.sampler import epoch_order
+
+    settings = cli.parse_args(argv).settings
+    data = load(data_dir)
+    model = build_model(settings)
+    train_settings, module = settings.train, model.module
+    trainable_params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trainable_params.values(), lr=train_settings.lr, weight_decay=train_settings.weight_decay, eps=1e-8
+    )
+    steps_per_epoch = -(-len(data.train) // train_settings.global_batch)
+    total_steps = train_settings.max_steps or round(train_settings.epochs * steps_per_epoch)
+    records: list[dict[str, float]] = []
+
+    def sum_nll(indices: np.ndarray, dataset: Any) -> tuple[torch.Tensor, int]:
+        width = max(len(dataset.row(i)) for i in indices)
+        ids = torch.zeros(len(indices), width, dtype=torch.long)
+        is_target = torch.zeros(len(indices), width, dtype=torch.bool)
+        for n, i in enumerate(indices):
+            row = dataset.row(i)
+            ids[n, : len(row)] = torch.from_numpy(row)
+            is_target[n, int(dataset.first_target[i]) : len(row)] = True
+        logits = module(input_ids=ids, use_cache=False).logits
+        target_log_probs = torch.log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
+        return -(target_log_probs * is_target[:, 1:]).sum(), int(is_target[:, 1:].sum())
+
+    def evaluate() -> None:
+        module.eval()
+        with torch.no_grad():
+            nll_sums_and_counts = [sum_nll(np.array([i]), data.val) for i in range(len(data.val))]
+        records.append(
+            {
+                "kind": "eval",
+                "loss": sum(p[0].item() for p in nll_sums_and_counts) / sum(p[1] for p in nll_sums_and_counts),
+            }
+        )
+        module.train()
+
+    evaluate()
+    module.train()
+    for step in range(total_steps):
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        order = epoch_order(
+            data.train, seed=train_settings.seed, epoch=epoch, global_batch=train_settings.global_batch,
+            shuffle=settings.data.shuffle, group_by_length=settings.data.objective == "completion",
+        )  # fmt: skip
+        batch = order[step_in_epoch * train_settings.global_batch : (step_in_epoch + 1) * train_settings.global_batch]
+        nll_sum, num_targets = sum_nll(batch, data.train)
+        loss = nll_sum / num_targets
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable_params.values(), train_settings.max_grad_norm)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = train_settings.lr * (total_steps - step) / total_steps
+        optimizer.step()
+        optimizer.zero_grad()
+        records.append({"kind": "step", "loss": loss.item(), "grad_norm": float(grad_norm)})
+        if (step + 1) % steps_per_epoch == 0 or step + 1 == total_steps:
+            evaluate()
+    return records, {name: p.detach().numpy().copy() for name, p in trainable_params.items()}

@@ -1,0 +1,81 @@
+"""What test_methods.py does on real ranks: a run, the same run stopped and resumed, its export loaded again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helpers.matrix import read_job_result, run_job
+from trainer.config import cli
+from trainer.data.dataset import load
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.export import verify_worker
+from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
+from trainer.export.verify import compute_logits, fixed_input_ids
+from trainer.model.build import build_model, load_config
+from trainer.run import build_engine
+from trainer.training.checkpoint import resolve_checkpoint
+from trainer.training.loop import evaluate
+from trainer.training.run_plan import make_plan
+
+STOP_STEP = 2  # the step after which the run is stopped
+
+
+def run_resume_and_export(jobs: list[dict[str, Any]]) -> int:
+    """Of each job `{name, flags, data, out}`: run it whole and again from STOP, then export and verify its end."""
+    dist_context = init_distributed()
+    try:
+        for job in jobs:
+            run_job(dist_context, job)
+            run_job(dist_context, {**job, "name": f"{job['name']}-again", "resume": [job["name"], STOP_STEP]})
+            result = _export_and_verify(job, dist_context)
+            if dist_context.rank == 0:
+                (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(result))
+    finally:
+        destroy_process_group()
+    return 0
+
+
+def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]:
+    """The facts about the folder of the last checkpoint, with what the trained model itself answered."""
+    settings, out = cli.parse_args(job["flags"]).settings, Path(job["out"])
+    data = load(Path(job["data"]))
+    model = build_model(settings, device=dist_context.device)
+    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    checkpoint = resolve_checkpoint(out / f"{job['name']}-checkpoints", "latest")
+    engine, state = build_engine(plan, model, checkpoint)
+    loss, _ = evaluate(engine, data.val, settings.train.eval_batch)
+    input_ids = fixed_input_ids(data)
+    logits = compute_logits(model.module, input_ids, dist_context.device)
+    weights = collect_state_dict(engine.state.gather_weights(), should_keep=dist_context.rank == 0)
+    optimizer_bytes = engine.state.optimizer_bytes()
+    if dist_context.rank:
+        return {}
+    folder = out / f"{job['name']}-folder"
+    folder.mkdir()
+    base_model = base_model_ref(model, out)
+    save_folder(folder, model.module, weights, base_model=base_model, tokenizer=None)
+    np.savez(out / f"{job['name']}-logits.npz", input_ids=input_ids, logits=logits)
+    result = verify_worker.verify({
+        "folder": str(folder), "logits": str(out / f"{job['name']}-logits.npz"), "data": job["data"],
+        "eval_batch": settings.train.eval_batch, "device": "cpu", "precision": "fp32",
+    })  # fmt: skip
+    trained_values = {"trained_loss": loss, "recorded": state.val_loss, "largest": float(np.abs(logits).max())}
+    return {
+        **result,
+        **trained_values,
+        "optimizer_bytes": optimizer_bytes,
+        "facts": model.metadata,
+        "tied_here": model.has_tied_embeddings,
+    }
+
+
+def read_method_result(out: Path, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool, dict[str, Any]]:
+    """(rows of the whole run, rows after STOP of the resumed one, whether all weights ended bitwise equal, facts)."""
+    records, weights = read_job_result(out, name)
+    resumed_records, resumed_weights = read_job_result(out, f"{name}-again")
+    is_bitwise_equal = weights.keys() == resumed_weights.keys() and all(
+        np.array_equal(weights[key], resumed_weights[key]) for key in weights
+    )
+    return records, resumed_records, is_bitwise_equal, json.loads((out / f"{name}.json").read_text())

@@ -1,0 +1,383 @@
+"""From records to rows on disk: blocks and completions, the validation split, and the cache."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import data_helpers as samples
+
+from trainer.config.errors import UserError
+from trainer.config.schema import MAX_NUM_SAMPLES, DataSettings
+from trainer.data import cache as store
+from trainer.data.dataset import load, prepare
+from trainer.data.preprocess import is_in_validation
+
+EOS_ID = 0  # <|endoftext|> of the tokenizer that the samples train
+PAIRS = [{"mr": f"Town {i}", "ref": f"On {i} January people met in Town {i}."} for i in range(60)]
+TEMPLATES = {"prompt": "{mr}:", "completion": " {ref}"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(samples.make_tokenizer(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    from trainer.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(model)
+
+
+@pytest.fixture
+def prepare_file(tmp_path, model):
+    """Prepare a file with the cache in the folder of the test."""
+
+    def prepare_with_cache(data, global_batch=2, model=model, **settings):
+        options = {"data": str(data), "block_size": 32, **settings}
+        return prepare(DataSettings(**options), model=model, global_batch=global_batch, cache=tmp_path / "cache")
+
+    return prepare_with_cache
+
+
+def decode_rows(dataset, tokenizer):
+    return [tokenizer.decode(dataset.row(i)) for i in range(len(dataset))]
+
+
+def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare_file, tokenizer):
+    lines = [f"On {i} January people met in Town {i}." for i in range(40)]
+    (tmp_path / "a.txt").write_text("\n".join([*lines, "", " "]))
+    made_of = prepare_file(tmp_path / "a.txt")
+    for side, rows in (("train", made_of.train), ("val", made_of.val)):
+        mine = [line for line in lines if is_in_validation(line, 0.1) == (side == "val")]
+        stream = [token for line in mine for token in [*tokenizer(line)["input_ids"], EOS_ID]]
+        whole = len(stream) // 32 * 32
+        assert np.concatenate([rows.row(i) for i in range(len(rows))]).tolist() == stream[:whole]
+        assert set(rows.lengths()) == {32}
+        assert set(rows.first_target) == {1}
+        facts = made_of.metadata[side]
+        blocks = whole // 32
+        assert facts == {"records": len(mine), "examples": blocks, "tokens": whole, "counted_tokens": blocks * 31}
+        assert (
+            f"{side}: the last {len(stream) - whole} tokens do not fill a block and are left out"
+            in made_of.metadata["notices"]
+        )
+    assert f"{tmp_path / 'a.txt'}: 2 blank records are left out" in made_of.metadata["notices"]
+
+
+def test_a_completion_row_counts_the_completion_and_its_end_only(tmp_path, prepare_file, tokenizer):
+    rows = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), objective="completion", **TEMPLATES).train
+    kept = [pair for pair in PAIRS if not is_in_validation(f"{pair['mr']}:", 0.1)]
+    assert len(rows) == len(kept)
+    for i, pair in enumerate(kept):
+        before, after = tokenizer(f"{pair['mr']}:")["input_ids"], tokenizer(f" {pair['ref']}")["input_ids"]
+        assert rows.row(i).tolist() == [*before, *after, EOS_ID]
+        assert rows.first_target[i] == len(before)
+    assert rows.num_target_tokens().sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in kept)
+
+
+def test_without_a_prompt_the_first_token_is_no_target(tmp_path, prepare_file):
+    prepared = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), objective="completion", completion="{ref}")
+    assert set(prepared.train.first_target) == {1}
+
+
+def test_examples_that_are_too_long_are_dropped_counted_and_the_first_is_named(tmp_path, prepare_file):
+    pairs = [*PAIRS, {"mr": "x", "ref": "long " * 50}, {"mr": "x", "ref": "longer " * 50}]
+    prepared = prepare_file(samples.write_csv(tmp_path / "a.csv", pairs), objective="completion", **TEMPLATES)
+    (notice,) = prepared.metadata["notices"]
+    assert "2 of" in notice
+    assert "longer than --block-size 32 tokens" in notice
+    assert "a.csv, row 61 (line 62)" in notice
+    assert prepared.train.lengths().max() <= 32
+    with pytest.raises(UserError, match=r"--block-size 2: all .* raise --block-size"):
+        prepare_file(tmp_path / "a.csv", objective="completion", block_size=2, **TEMPLATES)
+
+
+@pytest.mark.parametrize("objective", ["blocks", "completion"])
+def test_every_format_gives_the_same_tokens(tmp_path, prepare_file, objective):
+    typed = [{**event, "fatalities": int(event["fatalities"])} for event in samples.EVENTS]
+    files = [
+        samples.write_csv(tmp_path / "a.csv", samples.EVENTS),
+        samples.write_csv(tmp_path / "a.tsv", samples.EVENTS, "\t"),
+        samples.write_jsonl(tmp_path / "a.jsonl", typed),
+        samples.write_parquet(tmp_path / "a.parquet", typed),
+        samples.write_csv(
+            tmp_path / "old.csv", [{name.upper(): v for name, v in event.items()} for event in samples.EVENTS]
+        ),
+    ]
+    facts = [prepare_file(file, objective=objective, block_size=200).metadata for file in files]
+    assert len({one["fingerprint"] for one in facts}) == 1
+    assert {one["form"] for one in facts} == {"acled"}
+    other = prepare_file(samples.write_csv(tmp_path / "b.csv", samples.EVENTS[1:]), objective=objective, block_size=200)
+    assert other.metadata["fingerprint"] != facts[0]["fingerprint"]
+
+
+def test_dates_in_no_known_spelling_are_counted(tmp_path, prepare_file):
+    events = [{**samples.EVENTS[0], "event_date": "05/01/2022"}, *samples.EVENTS]
+    notices = prepare_file(samples.write_csv(tmp_path / "a.csv", events)).metadata["notices"]
+    assert any(
+        "1 dates stand as they were written (first: " in line and "row 1 (line 2): 05/01/2022" in line
+        for line in notices
+    )
+
+
+def test_token_ids_are_taken_as_they_are_and_need_no_tokenizer(tmp_path, prepare_file):
+    rows = [{"input_ids": list(range(i, i + 16)), "labels": [-100] * 16} for i in range(60)]
+    prepared = prepare_file(samples.write_jsonl(tmp_path / "a.jsonl", rows), model="nobody-has-this", block_size=16)
+    assert prepared.metadata["tokenizer"] is None
+    assert prepared.metadata["vocabulary"] == 75
+    both = [side.row(i).tolist() for side in (prepared.train, prepared.val) for i in range(len(side))]
+    assert sorted(both) == [row["input_ids"] for row in rows]  # no end-of-text token is put between them
+    assert any("`labels` is not used" in line for line in prepared.metadata["notices"])
+    same = prepare_file(samples.write_parquet(tmp_path / "a.parquet", rows), model="nobody-has-this", block_size=16)
+    assert same.metadata["fingerprint"] == prepared.metadata["fingerprint"]
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
+def test_token_ids_take_two_bytes_where_they_fit(tmp_path, prepare_file, largest, dtype):
+    rows = [{"input_ids": [i, largest]} for i in range(60)]
+    prepared = prepare_file(samples.write_jsonl(tmp_path / "a.jsonl", rows), block_size=2)
+    assert prepared.train.ids.dtype == dtype
+    assert prepared.train.row(0)[1] == largest
+
+
+def test_the_split_does_not_move_when_rows_are_added_or_reordered(tmp_path, prepare_file, tokenizer):
+    options = {"objective": "completion", "val_fraction": 0.3, **TEMPLATES}
+    few = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS[:40]), **options)
+    more = prepare_file(samples.write_csv(tmp_path / "b.csv", PAIRS[::-1]), **options)
+    for side in ("train", "val"):
+        before, after = decode_rows(getattr(few, side), tokenizer), decode_rows(getattr(more, side), tokenizer)
+        assert set(before) < set(after)
+        assert len(before) == few.metadata[side]["records"]
+
+
+def test_no_prompt_is_in_both_training_and_validation_data(tmp_path, prepare_file, tokenizer):
+    shared = [{"mr": pair["mr"], "ref": f"{pair['ref']} {n}"} for pair in PAIRS for n in range(3)]
+    prepared = prepare_file(
+        samples.write_csv(tmp_path / "a.csv", shared), objective="completion", val_fraction=0.4, **TEMPLATES
+    )
+    train, val = (
+        {text.split(":")[0] for text in decode_rows(rows, tokenizer)} for rows in (prepared.train, prepared.val)
+    )
+    assert not train & val
+    assert 0 < len(val) < 60
+    assert len(train | val) == 60
+
+
+def test_a_prompt_that_is_the_same_everywhere_does_not_decide_the_split(tmp_path, prepare_file):
+    prepared = prepare_file(
+        samples.write_csv(tmp_path / "a.csv", PAIRS), prompt="Say:", completion=" {ref}", objective="completion"
+    )
+    assert prepared.metadata["val"]["records"] > 0
+
+
+def test_the_split_is_the_first_eight_bytes_of_the_hash_against_the_fraction():
+    # sha256("abc") = ba7816bf 8f01cfea ... (FIPS 180-2, appendix B.1); 0xba78 / 2^16 = 0.72839
+    assert is_in_validation("abc", 0.7285)
+    assert not is_in_validation("abc", 0.7283)
+
+
+def test_validation_data_of_a_flag_are_used_whole_and_overlap_is_reported(tmp_path, prepare_file):
+    train = samples.write_csv(tmp_path / "a.csv", PAIRS[:50])
+    val = samples.write_csv(tmp_path / "b.csv", PAIRS[47:])
+    prepared = prepare_file(train, val_data=str(val), objective="completion", **TEMPLATES)
+    assert (prepared.metadata["train"]["records"], prepared.metadata["val"]["records"]) == (50, 13)
+    assert prepared.metadata["split"] == "given"
+    assert "3 of 13 validation records also stand in the training data" in prepared.metadata["notices"]
+
+
+def test_validation_prompts_are_stored_for_generation(tmp_path, prepare_file):
+    prepared = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), **TEMPLATES)
+    expected = [(f"{p['mr']}:", f" {p['ref']}") for p in PAIRS if is_in_validation(f"{p['mr']}:", 0.1)]
+    assert list(prepared.val_texts) == expected[:MAX_NUM_SAMPLES]
+
+
+def test_too_little_data_is_refused_with_a_remedy(tmp_path, prepare_file):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    with pytest.raises(
+        UserError, match=r"make \d+ blocks of 32 tokens, fewer than one global batch of 5000; lower --global-batch"
+    ):
+        prepare_file(file, global_batch=5000, **TEMPLATES)
+    with pytest.raises(UserError, match="validation records make 0 blocks of 150 tokens; raise --val-fraction"):
+        prepare_file(file, block_size=150, val_fraction=0.05, **TEMPLATES)
+    with pytest.raises(UserError, match=r"split by hash leaves 0 of 60 records for validation.*raise --val-fraction"):
+        prepare_file(file, val_fraction=1e-6, **TEMPLATES)
+
+
+def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_path, prepare_file, monkeypatch):
+    def too_early(*args):
+        raise AssertionError("tokenised before all records were checked")
+
+    monkeypatch.setattr("trainer.data.tokenizer.encode", too_early)
+    file = samples.write_jsonl(tmp_path / "a.jsonl", [*PAIRS, {"mr": "x", "ref": None}])
+    with pytest.raises(UserError, match="line 61: column 'ref'"):
+        prepare_file(file, **TEMPLATES)
+
+
+def test_the_same_contents_are_prepared_once_whatever_they_are_called(tmp_path, prepare_file, monkeypatch):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    first = prepare_file(file, **TEMPLATES)
+    monkeypatch.setattr("trainer.data.dataset.Preprocessor", None)  # making them again would fail
+    shutil.copy(file, tmp_path / "b.csv")
+    again = prepare_file(tmp_path / "b.csv", **TEMPLATES)
+    assert again.folder == first.folder
+    assert again.metadata == {**first.metadata, "source": str(tmp_path / "b.csv")}
+    assert np.array_equal(again.train.ids, first.train.ids)
+    loaded = load(first.folder)
+    assert loaded.metadata == first.metadata
+    assert loaded.val_texts == first.val_texts
+    assert loaded.pad_id == EOS_ID
+    assert isinstance(loaded.train.ids, np.memmap)
+
+
+def test_changed_contents_tokenizer_or_settings_are_prepared_again(tmp_path, prepare_file, model):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    folders = [prepare_file(file, **TEMPLATES).folder]
+    folders.append(prepare_file(file, **{**TEMPLATES, "prompt": "{mr}"}).folder)
+    folders.append(prepare_file(file, block_size=31, **TEMPLATES).folder)
+    folders.append(prepare_file(file, val_fraction=0.2, **TEMPLATES).folder)
+    folders.append(prepare_file(file, objective="completion", **TEMPLATES).folder)
+    from trainer.data.tokenizer import load_tokenizer
+
+    other = load_tokenizer(model)
+    other.add_tokens(["January"])
+    other.save_pretrained(tmp_path / "other")
+    folders.append(prepare_file(file, model=str(tmp_path / "other"), **TEMPLATES).folder)
+    samples.write_csv(file, PAIRS[1:])
+    folders.append(prepare_file(file, **TEMPLATES).folder)
+    assert len(set(folders)) == 7
+
+
+@pytest.mark.parametrize("damage", ["no facts", "half facts", "short ids", "no offsets", "other format"])
+def test_an_incomplete_prepared_folder_is_prepared_again(tmp_path, prepare_file, damage):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    first = prepare_file(file, **TEMPLATES)
+    folder, facts = first.folder, first.folder / "facts.json"
+    expected, ids = first.metadata, np.array(first.train.ids)
+    del first
+    if damage == "no facts":
+        facts.unlink()
+    elif damage == "half facts":
+        facts.write_bytes(facts.read_bytes()[:100])
+    elif damage == "short ids":
+        os.truncate(folder / "train.ids.bin", 10)
+    elif damage == "no offsets":
+        (folder / "val.offsets.bin").unlink()
+    else:
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), "format": -1}))
+    with pytest.raises(ValueError, match=folder.name):
+        load(folder)
+    again = prepare_file(file, **TEMPLATES)
+    assert again.metadata == expected
+    assert np.array_equal(again.train.ids, ids)
+    assert os.listdir(folder.parent) == [folder.name]
+
+
+SLOW_PREPARE_CODE = """
+import sys, time
+from pathlib import Path
+from trainer.config.schema import DataSettings
+from trainer.data.dataset import prepare
+from trainer.data.packing import Packer
+whole = Packer.close
+def close(self):
+    print("writing", flush=True)
+    time.sleep(60)
+    return whole(self)
+Packer.close = close
+data, model, cache = sys.argv[1:]
+settings = DataSettings(data=data, block_size=32, prompt="{mr}:", completion=" {ref}")
+prepare(settings, model=model, global_batch=2, cache=Path(cache))
+"""
+
+
+def test_a_killed_preparation_is_never_taken_for_whole_and_does_not_stand_in_the_way(tmp_path, prepare_file, model):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    command = [sys.executable, "-c", SLOW_PREPARE_CODE, str(file), model, str(tmp_path / "cache")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout.readline() == "writing\n"
+        killed.send_signal(signal.SIGKILL)
+    (left,) = (tmp_path / "cache" / "prepared").iterdir()
+    assert ".unfinished-" in left.name
+    with pytest.raises(ValueError, match="is not prepared data"):
+        load(left)
+    prepared = prepare_file(file, **TEMPLATES)
+    assert prepared.metadata["train"]["records"] + prepared.metadata["val"]["records"] == 60
+    old = time.time() - 2 * store.ABANDONED_AFTER_SECONDS
+    for path in (*left.iterdir(), left):
+        os.utime(path, (old, old))
+    shutil.rmtree(prepared.folder)
+    assert os.listdir(prepare_file(file, **TEMPLATES).folder.parent) == [
+        prepared.folder.name
+    ]  # what was left is swept away
+
+
+def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_file):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    first = prepare_file(file, **TEMPLATES)
+    copy = tmp_path / "copy"
+    shutil.move(first.folder, copy)
+
+    def fill(folder):
+        for path in copy.iterdir():
+            shutil.copy(path, folder)
+        stored = json.loads((copy / "facts.json").read_text())
+        if not first.folder.exists():  # another one finishes while this one is still writing
+            store.build(first.folder, fill_now)
+        return stored
+
+    def fill_now(folder):
+        for path in copy.iterdir():
+            shutil.copy(path, folder)
+        return {**json.loads((copy / "facts.json").read_text()), "pad_id": 7}
+
+    store.build(first.folder, fill)
+    assert load(first.folder).pad_id == 7  # the first to finish named the folder
+    assert os.listdir(first.folder.parent) == [first.folder.name]
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_that_names_the_variable(tmp_path, model):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written .*TRAINER_CACHE"):
+        prepare(
+            DataSettings(data="acled-demo", block_size=8), model=model, global_batch=1, cache=tmp_path / "file" / "x"
+        )
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRAINER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert store.resolve_cache_dir() == tmp_path / "xdg" / "gpt2-full-vs-lora"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert store.resolve_cache_dir() == tmp_path / "home" / ".cache" / "gpt2-full-vs-lora"
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "mine"))
+    assert store.resolve_cache_dir() == tmp_path / "mine"
+    assert store.resolve_cache_dir(tmp_path / "given") == tmp_path / "given"
+
+
+@pytest.mark.parametrize("objective", ["blocks", "completion"])
+def test_the_demo_data_are_prepared_without_a_data_flag(prepare_file, objective):
+    prepared = prepare_file("acled-demo", objective=objective, block_size=512, global_batch=8)
+    assert prepared.metadata["source"] == "acled-demo"
+    assert prepared.metadata["form"] == "acled"
+    assert prepared.metadata["notices"] == [] or objective == "blocks"
+    assert not any(str(Path.home()) in line for line in prepared.metadata["notices"])
+
+
+def test_data_metadata_have_the_fields_that_run_json_promises(tmp_path, prepare_file):
+    facts = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), **TEMPLATES).metadata
+    promised = "source fingerprint train_fingerprint val_fingerprint split tokenizer vocabulary objective block_size "
+    promised += "train val notices"
+    assert set(promised.split()) <= set(facts)
+    assert set(facts["train"]) == set(facts["val"]) == {"records", "examples", "tokens", "counted_tokens"}
+    assert facts["split"] == "hash 0.1"
+    assert facts["vocabulary"] == 400
+    json.dumps(facts, allow_nan=False)

@@ -1,0 +1,285 @@
+"""The base model and its adapters: which layers are adapted, how many parameters that is, and that it changes nothing.
+
+Counts are held against closed formulas. An adapter of rank r on a layer [in, out] has r * (in + out) parameters; the
+layers of GPT-2's blocks are c_attn [d, 3d], c_proj [d, d], c_fc [d, 4d] and c_proj [4d, d].
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_inputs import make_tiny_gpt2
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import LoraSettings, ModelSettings, Settings
+from trainer.model.build import (
+    TrainableModel,
+    build_model,
+    compute_fingerprint,
+    get_max_positions,
+    load_config,
+    merge_adapters,
+    save_base_model,
+)
+from trainer.model.lora import resolve_target_modules as lora_targets
+
+D, LAYERS = 768, 12  # GPT-2 124M
+
+
+def parse_settings(model_dir: str, mode: str = "lora", *flags: str) -> Settings:
+    return cli.parse_args(["--mode", mode, "--model", model_dir, *flags]).settings
+
+
+def gpt2_settings(mode: str = "lora", *flags: str) -> Settings:
+    return parse_settings("gpt2", mode, "--init", "random", *flags)
+
+
+def build_from_config(config: Any) -> Any:
+    return AutoModelForCausalLM.from_config(config)
+
+
+LLAMA = LlamaConfig(
+    vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+)  # fmt: skip
+NEOX = GPTNeoXConfig(vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+
+
+# --- counts ---
+
+
+def test_gpt2_has_the_cards_number_of_parameters():
+    facts = build_model(gpt2_settings("full"), on_meta=True).metadata
+    assert facts["parameters"] == facts["trainable"] == 124_439_808  # the card's
+    assert facts["share"] == 1
+    d = D
+    block = (d * 3 * d + 3 * d) + (d * d + d) + (d * 4 * d + 4 * d) + (4 * d * d + d) + 4 * d
+    assert facts["parameters"] == 50_257 * d + 1024 * d + LAYERS * block + 2 * d  # the tied output layer counts once
+
+
+@pytest.mark.parametrize(
+    ("targets", "formula", "expected"),
+    [
+        ("", LAYERS * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D)), 1_179_648),
+        ("c_attn", LAYERS * 8 * (D + 3 * D), 294_912),
+        ("mlp.c_proj", LAYERS * 8 * (4 * D + D), 368_640),
+        ("attn.c_proj,c_fc", LAYERS * 8 * (D + D + D + 4 * D), 516_096),
+    ],
+)
+def test_lora_trains_the_number_of_parameters_of_the_formula(targets, formula, expected):
+    more = ["--lora-target-modules", targets] if targets else []
+    facts = build_model(gpt2_settings("lora", *more), on_meta=True).metadata
+    assert facts["trainable"] == formula == expected
+    assert facts["parameters"] == 124_439_808, "of the base model, adapters left out"
+    assert facts["share"] == expected / 124_439_808
+
+
+def test_lora_parameters_are_proportional_to_the_lora_rank():
+    assert build_model(gpt2_settings("lora", "--lora-rank", "16"), on_meta=True).metadata["trainable"] == 2 * 1_179_648
+
+
+# --- targets ---
+
+
+def test_default_lora_targets_are_every_layer_but_the_output(tiny_model):
+    assert build_model(parse_settings(tiny_model)).metadata["lora_targets"] == ["c_attn", "c_fc", "c_proj"]
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert lora_targets(build_from_config(LLAMA), LoraSettings()) == names
+    assert lora_targets(build_from_config(NEOX), LoraSettings()) == [
+        "dense",
+        "dense_4h_to_h",
+        "dense_h_to_4h",
+        "query_key_value",
+    ]
+
+
+@pytest.mark.parametrize("config", [GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=97), LLAMA, NEOX])
+def test_the_output_layer_is_never_adapted(config):
+    causal = build_from_config(config)
+    output = next(n for n, m in causal.named_modules() if m is causal.get_output_embeddings())
+    assert output not in lora_targets(causal, LoraSettings())
+    with pytest.raises(UserError, match=f"--lora-target-modules {output}: matches no layer"):
+        lora_targets(causal, LoraSettings(target_modules=(output,)))
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "c_attn,q_proj", "q_proj,c_attn", "proj", "attn", "wte"])
+def test_a_lora_target_that_matches_nothing_is_refused_even_beside_one_that_does(tiny_model, targets):
+    with pytest.raises(UserError) as caught:
+        build_model(parse_settings(tiny_model, "lora", "--lora-target-modules", targets))
+    odd = next(name for name in targets.split(",") if name != "c_attn")
+    assert str(caught.value) == f"--lora-target-modules {odd}: matches no layer; this model has c_attn, c_fc, c_proj"
+
+
+def test_a_lora_target_may_name_one_layer(tiny_model):
+    built = build_model(parse_settings(tiny_model, "lora", "--lora-target-modules", "transformer.h.1.mlp.c_fc"))
+    names = [n for n, p in built.module.named_parameters() if p.requires_grad]
+    assert len(names) == 2
+    assert all("h.1.mlp.c_fc" in name for name in names)
+
+
+# --- modes ---
+
+
+def test_each_mode_trains_only_what_it_says(tiny_model):
+    assert all(p.requires_grad for p in build_model(parse_settings(tiny_model, "full")).module.parameters())
+    built = build_model(parse_settings(tiny_model))
+    assert built.is_adapter
+    trained = {n for n, p in built.module.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 4
+    assert all(".lora_A." in n or ".lora_B." in n for n in trained)
+    assert not build_model(parse_settings(tiny_model, "full")).is_adapter
+
+
+def test_adapters_start_as_the_identity_and_change_outputs_once_trained(tiny_model):
+    ids = torch.arange(1, 31)[None]
+    with torch.no_grad():
+        before = build_model(parse_settings(tiny_model, "full")).module.eval()(ids).logits
+        built = build_model(parse_settings(tiny_model))
+        assert torch.equal(built.module.eval()(ids).logits, before)
+        for name, parameter in built.module.named_parameters():
+            if ".lora_B." in name:
+                parameter.fill_(0.1)
+        assert (built.module(ids).logits - before).abs().max() > 0.1
+
+
+def test_a_conv1d_adapter_computes_what_its_formula_says(tiny_model):
+    """W is stored [in, out], so y = xW + b + (alpha / r) x A^T B^T."""
+    built = build_model(
+        parse_settings(tiny_model, "lora", "--lora-target-modules", "c_attn", "--lora-rank", "2", "--lora-alpha", "6")
+    )
+    layer = built.causal.transformer.h[0].attn.c_attn
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b)
+    x = torch.randn(3, 16)
+    base = layer.base_layer
+    torch.testing.assert_close(layer(x), x @ base.weight + base.bias + 6 / 2 * x @ a.T @ b.T)
+
+
+def test_merged_adapters_give_the_same_logits_and_stay_tied(tiny_model):
+    built = build_model(parse_settings(tiny_model))
+    with torch.no_grad():
+        for name, parameter in built.module.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+        ids = torch.arange(1, 31)[None]
+        expected = built.module.eval()(ids).logits
+        assert built.has_tied_embeddings
+        merged = merge_adapters(built).eval()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-4)  # float32, logits of 30
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+# --- the same start ---
+
+
+def test_both_modes_start_from_the_same_base(tiny_model):
+    assert (
+        build_model(parse_settings(tiny_model)).metadata["fingerprint"]
+        == build_model(parse_settings(tiny_model, "full")).metadata["fingerprint"]
+    )
+    random = [
+        build_model(parse_settings(tiny_model, mode, "--init", "random")).metadata["fingerprint"]
+        for mode in ("full", "lora")
+    ]
+    assert random[0] == random[1]
+    assert random[0] != build_model(parse_settings(tiny_model)).metadata["fingerprint"]
+
+
+def test_the_seed_decides_random_weights_and_adapters(tiny_model):
+    def adapters(*more: str) -> torch.Tensor:
+        return torch.cat(
+            [p.detach().flatten() for p in build_model(parse_settings(tiny_model, "lora", *more)).module.parameters()]
+        )
+
+    assert torch.equal(adapters(), adapters())
+    assert not torch.equal(adapters(), adapters("--seed", "43"))
+
+
+def test_the_model_fingerprint_depends_on_every_weight(tiny_model):
+    causal = build_model(parse_settings(tiny_model, "full")).causal
+    before = compute_fingerprint(causal)
+    with torch.no_grad():
+        causal.transformer.ln_f.bias[-1] += 1e-6
+    assert compute_fingerprint(causal) != before
+
+
+def test_the_saved_random_base_is_the_one_that_was_built(tiny_model, tmp_path):
+    wanted = parse_settings(tiny_model, "lora", "--init", "random")
+    save_base_model(wanted, tmp_path / "base")
+    assert (
+        build_model(parse_settings(str(tmp_path / "base"))).metadata["fingerprint"]
+        == build_model(wanted).metadata["fingerprint"]
+    )
+
+
+def test_training_leaves_the_cache_of_generation_on(tiny_model):
+    assert build_model(parse_settings(tiny_model, "full")).causal.config.use_cache
+
+
+# --- finding the model ---
+
+
+def test_tied_embeddings_are_detected_from_the_tensors():
+    llama = TrainableModel(module=None, causal=build_from_config(LLAMA), metadata={})
+    assert not llama.has_tied_embeddings
+    assert build_model(gpt2_settings("full"), on_meta=True).has_tied_embeddings
+
+
+def test_the_maximum_block_size_comes_from_the_model_configuration(tiny_model):
+    assert get_max_positions(load_config(ModelSettings(model=tiny_model))) == 32
+    assert get_max_positions(LLAMA) == 2048
+
+
+@pytest.mark.parametrize(
+    ("remove", "named", "said"),
+    [("config.json", "tiny", "has no config.json"), ("model.safetensors", "tiny", "has no weights")],
+)
+def test_a_folder_without_a_model_is_one_line_that_names_the_flag(session_dir, tmp_path, remove, named, said):
+    folder = tmp_path / named
+    shutil.copytree(make_tiny_gpt2(session_dir / "for-removal", dropout=0.0), folder)
+    (folder / remove).unlink()
+    with pytest.raises(UserError) as caught:
+        build_model(parse_settings(str(folder)))
+    assert said in str(caught.value)
+    assert "--model FOLDER" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_model_is_one_line_that_names_the_flag(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"--model no-such-org/no-such-model: no such folder.*pass --model FOLDER"):
+        build_model(parse_settings("no-such-org/no-such-model"))
+
+
+def test_weights_are_float32_whatever_the_folder_holds(tiny_model, tmp_path):
+    half = AutoModelForCausalLM.from_pretrained(tiny_model).half()
+    half.save_pretrained(tmp_path / "half")
+    built = build_model(parse_settings(str(tmp_path / "half"), "full"))
+    assert {p.dtype for p in built.module.parameters()} == {torch.float32}
+    assert (
+        Path(tiny_model, "model.safetensors").stat().st_size > (tmp_path / "half" / "model.safetensors").stat().st_size
+    )
+
+
+def test_the_one_kernel_activation_equals_that_of_transformers(tiny_model):
+    """The same formula: outputs and gradients differ by rounding only, and the exported configuration is untouched."""
+    from transformers.activations import NewGELUActivation
+
+    model = build_model(cli.parse_args(["--mode", "full", "--model", tiny_model]).settings)
+    kinds = {type(m).__name__ for m in model.causal.modules()}
+    assert "GELU" in kinds
+    assert "NewGELUActivation" not in kinds
+    assert model.causal.config.activation_function == "gelu_new"
+    x = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    answers = []
+    for activation in (NewGELUActivation(), next(m for m in model.causal.modules() if isinstance(m, torch.nn.GELU))):
+        given = x.clone().requires_grad_()
+        out = activation(given)
+        out.sum().backward()
+        answers.append((out.detach(), given.grad))
+    for theirs, ours in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

@@ -1,0 +1,442 @@
+"""The adapters: which layers, how many parameters by formula, that they begin as the base, and how they leave the run.
+
+Of rank r on a layer [in, out]: r * (in + out); dora adds one magnitude for each output. What GPT-2's blocks hold
+beside their weights: biases of c_attn 3d, c_proj d, c_fc 4d, c_proj d and two LayerNorms of 2d.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_build import LAYERS, LLAMA, NEOX, D, build_from_config, gpt2_settings, parse_settings
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from trainer.config.errors import UserError
+from trainer.config.schema import LoraSettings, Settings
+from trainer.export import verify_worker
+from trainer.export.folder import base_model_ref, save_folder
+from trainer.model import lora, optimizer, quantization
+from trainer.model.build import build_model, fuse_gelu, merge_adapters
+from trainer.model.lora import resolve_target_modules
+from trainer.training.run_plan import _collect_notes, _validate_stage
+
+LORA = LAYERS * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D))
+OUTPUTS = LAYERS * (3 * D + D + 4 * D + D)
+BIASES, NORMS = LAYERS * 11 * D + D, LAYERS * 4 * D + 2 * D
+WTE = 50_257 * D
+IDS = torch.arange(1, 31)[None]
+
+
+@pytest.fixture(scope="module")
+def llama(session_dir: Path) -> str:
+    """A folder with a random Llama: all its layers are Linear, and its output layer is not tied."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LLAMA).save_pretrained(session_dir / "llama")
+    return str(session_dir / "llama")
+
+
+def compute_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.module.eval()(input_ids=IDS, use_cache=False).logits
+
+
+# --- counts ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "formula", "expected"),
+    [
+        ("--adapter dora", LORA + OUTPUTS, 1_262_592),
+        ("--adapter rslora", LORA, 1_179_648),
+        ("--adapter pissa", LORA, 1_179_648),
+        ("--lora-target-modules attention", LAYERS * 8 * ((D + 3 * D) + (D + D)), 442_368),
+        ("--lora-target-modules mlp", LAYERS * 8 * 2 * (D + 4 * D), 737_280),
+        ("--lora-target-modules all", LORA, 1_179_648),
+        ("--lora-target-modules *.h.0.*", LORA // LAYERS, 98_304),
+        ("--lora-target-modules *.h.1?.attn.c_attn,h.3.mlp.c_fc", 8 * (2 * 4 * D + 5 * D), 79_872),
+        ("--modules-to-save wte", LORA + WTE, 39_777_024),
+        ("--modules-to-save lm_head", LORA + WTE, 39_777_024),  # tied: the same tensor
+        ("--modules-to-save wte,lm_head", LORA + WTE, 39_777_024),
+        ("--modules-to-save layernorm", LORA + NORMS, 1_218_048),
+        ("--modules-to-save bias", LORA + BIASES, 1_281_792),
+        (
+            "--modules-to-save layernorm,bias",
+            LORA + NORMS + BIASES - LAYERS * 2 * D - D,
+            1_300_992,
+        ),  # norms' biases once
+    ],
+)
+def test_each_adapter_trains_the_number_of_parameters_of_its_formula(flags, formula, expected):
+    facts = build_model(gpt2_settings("lora", *flags.split()), on_meta=True).metadata
+    assert facts["trainable"] == formula == expected
+    assert facts["parameters"] == 124_439_808
+
+
+def test_adapter_parameter_formulas_hold_on_linear_layers(llama):
+    d, wide = LLAMA.hidden_size, LLAMA.intermediate_size
+    attention, mlp = 4 * (d + d), 3 * (d + wide)
+    for more, count in (
+        ((), 2 * 8 * (attention + mlp)),
+        (("--lora-target-modules", "attention"), 2 * 8 * attention),
+        (("--lora-target-modules", "mlp"), 2 * 8 * mlp),
+        (("--adapter", "dora"), 2 * (8 * (attention + mlp) + 4 * d + 2 * wide + d)),
+        (("--adapter", "rslora"), 2 * 8 * (attention + mlp)),
+        (("--adapter", "pissa"), 2 * 8 * (attention + mlp)),
+        (("--modules-to-save", "wte"), 2 * 8 * (attention + mlp) + 97 * d),
+        (("--modules-to-save", "wte,lm_head"), 2 * 8 * (attention + mlp) + 2 * 97 * d),  # not tied: two tensors
+        (("--modules-to-save", "layernorm"), 2 * 8 * (attention + mlp) + 5 * d),
+    ):
+        assert build_model(parse_settings(llama, "lora", *more), on_meta=True).metadata["trainable"] == count, more
+
+
+# --- targets ---
+
+
+def test_lora_target_patterns_become_the_shortest_unambiguous_layer_names():
+    causal = build_from_config(LLAMA)
+    assert resolve_target_modules(causal, LoraSettings(target_modules=("attention",))) == [
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "v_proj",
+    ]
+    assert resolve_target_modules(causal, LoraSettings(target_modules=("mlp",))) == [
+        "down_proj",
+        "gate_proj",
+        "up_proj",
+    ]
+    assert resolve_target_modules(causal, LoraSettings(target_modules=("*.layers.1.*.q_proj",))) == [
+        "1.self_attn.q_proj"
+    ]
+    neox = build_from_config(NEOX)
+    assert resolve_target_modules(neox, LoraSettings(target_modules=("attention",))) == ["dense", "query_key_value"]
+    assert resolve_target_modules(neox, LoraSettings(target_modules=("mlp",))) == ["dense_4h_to_h", "dense_h_to_4h"]
+
+
+def test_c_proj_of_attention_and_of_the_mlp_are_told_apart_on_gpt2(tiny_model):
+    built = build_model(parse_settings(tiny_model, "lora", "--lora-target-modules", "attention"))
+    assert built.metadata["lora_targets"] == ["attn.c_proj", "c_attn"]
+    assert not any(".mlp." in n for n, p in built.module.named_parameters() if p.requires_grad)
+
+
+def test_a_lora_target_pattern_that_matches_nothing_is_refused(tiny_model):
+    with pytest.raises(UserError, match=r"--lora-target-modules \*\.h\.9\.\*: matches no layer; this model has c_attn"):
+        build_model(parse_settings(tiny_model, "lora", "--lora-target-modules", "mlp,*.h.9.*"))
+
+
+def test_modules_to_save_that_the_model_does_not_have_are_refused(llama):
+    with pytest.raises(UserError, match="--modules-to-save bias: this model has none; leave it out"):
+        build_model(parse_settings(llama, "lora", "--modules-to-save", "wte,bias"), on_meta=True)
+
+
+def test_pissa_refuses_a_rank_above_the_number_of_singular_vectors(tiny_model):
+    with pytest.raises(UserError, match=r"--lora-rank 17: pissa on .*attn.c_attn expects 16 or less"):
+        build_model(parse_settings(tiny_model, "lora", "--adapter", "pissa", "--lora-rank", "17"))
+
+
+# --- at step 0 ---
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "rslora", "pissa"])
+@pytest.mark.parametrize("of", ["tiny_model", "llama"])
+def test_an_adapted_model_starts_with_the_outputs_of_its_base(adapter, of, request):
+    folder = request.getfixturevalue(of)
+    base = compute_logits(build_model(parse_settings(folder, "full")))
+    built = build_model(parse_settings(folder, "lora", "--adapter", adapter))
+    if adapter == "pissa":  # W - B A + B A, within rounding
+        torch.testing.assert_close(compute_logits(built), base, rtol=1e-5, atol=1e-5 * float(base.abs().max()))
+        assert any(p.any() for n, p in built.module.named_parameters() if ".lora_B." in n)
+    else:
+        assert torch.equal(compute_logits(built), base)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "kind"), [("lora", "nf4"), ("dora", "nf4"), ("rslora", "fp4"), ("lora", "int8"), ("rslora", "int8")]
+)
+def test_an_adapted_model_starts_with_the_outputs_of_its_quantized_base(tiny_model, adapter, kind):
+    built = build_model(parse_settings(tiny_model, "lora", "--adapter", adapter, "--quant", kind))
+    began = compute_logits(built)
+    with built.module.disable_adapter():
+        torch.testing.assert_close(began, compute_logits(built), rtol=0, atol=0)
+    plain = build_model(parse_settings(tiny_model, "full"))
+    assert (began - compute_logits(plain)).abs().max() > 0.01, "packing does change the numbers"
+    assert built.metadata["fingerprint"] == plain.metadata["fingerprint"], "of the weights before they are packed"
+
+
+def test_pissa_initialization_is_recomputed_bitwise(tiny_model):
+    first, again = (build_model(parse_settings(tiny_model, "lora", "--adapter", "pissa")) for _ in range(2))
+    weights = dict(again.module.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in first.module.named_parameters())
+
+
+# --- packed ---
+
+
+def test_quantization_equals_that_of_transformers(tiny_model, tmp_path):
+    """Bit for bit: an exported adapter is loaded onto a base that transformers packs."""
+    from transformers import BitsAndBytesConfig
+
+    for kind, double in (("nf4", False), ("fp4", True), ("int8", False)):
+        flags = ["--quant", kind, *(["--quant-double"] if double else [])]
+        built = build_model(parse_settings(tiny_model, "lora", *flags))
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tiny_model,
+            dtype=torch.float32,
+            device_map={"": "cpu"},
+            quantization_config=BitsAndBytesConfig(**built.quantization_config),
+        )
+        ours = {name.replace(".base_layer", ""): p for name, p in built.causal.named_parameters()}
+        packed = [name for name, p in theirs.named_parameters() if not p.is_floating_point()]
+        assert len(packed) == 8
+        for name, parameter in theirs.named_parameters():
+            assert torch.equal(parameter, ours[name]), (kind, name)
+
+
+def test_a_quantized_base_takes_fewer_bytes(tiny_model):
+    facts = {k: build_model(parse_settings(tiny_model, "lora", *f)).metadata for k, f in (("nf4", ["--quant", "nf4"]),
+             ("double", ["--quant", "nf4", "--quant-double"]), ("int8", ["--quant", "int8"]))}  # fmt: skip
+    packed = 2 * (16 * 48 + 16 * 16 + 2 * 16 * 64)
+    rest = 4 * (facts["nf4"]["parameters"] - packed)
+    assert facts["nf4"]["frozen_bytes"] == rest + packed // 2 + 4 * packed // 64
+    assert facts["int8"]["frozen_bytes"] == rest + packed + 4 * 2 * (48 + 16 + 64 + 16)
+    assert facts["double"]["frozen_bytes"] < facts["nf4"]["frozen_bytes"]
+
+
+@pytest.mark.parametrize("of", ["tiny_model", "llama"])
+@pytest.mark.parametrize(
+    "words",
+    ["--quant nf4", "--quant fp4 --quant-double", "--quant int8", "--quant nf4 --modules-to-save wte,layernorm"],
+)
+def test_the_bytes_of_a_quantized_base_are_known_before_it_is_quantized(of, words, request):
+    """So a plan without weights chooses a ZeRO file, and a micro-batch, by what the base will be."""
+    wanted = parse_settings(request.getfixturevalue(of), "lora", *words.split())
+    assert build_model(wanted, on_meta=True).metadata["frozen_bytes"] == build_model(wanted).metadata["frozen_bytes"]
+
+
+def test_an_int8_row_does_not_depend_on_the_other_rows_of_its_batch(tiny_model):
+    """So a loss does not depend on the micro-batch; with LLM.int8()'s own threshold it does."""
+    built = build_model(parse_settings(tiny_model, "lora", "--quant", "int8"))
+    ids = torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(0))
+
+    def apart() -> float:
+        with torch.no_grad():
+            together, alone = (
+                torch.cat([built.module.eval()(input_ids=part, use_cache=False).logits for part in parts])
+                for parts in ((ids,), ids.split(1))
+            )
+        return float((together - alone).abs().max())
+
+    assert apart() < 1e-4
+    for layer in built.module.modules():
+        if type(layer).__module__.startswith("bitsandbytes") and hasattr(layer, "state"):
+            layer.state.threshold = 2.0
+    assert apart() > 1e-3
+
+
+def test_four_bit_layers_compute_in_one_dtype(tiny_model, monkeypatch):
+    """Else on processors with AVX512-BF16 bitsandbytes computes in bf16, without a gradient, after an evaluation."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    built = build_model(parse_settings(tiny_model, "lora", "--quant", "nf4"))
+    layers = list(quantization._iter_4bit_layers(built.module))
+    assert len(layers) == 8
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+# --- leaving the run ---
+
+
+def build_perturbed(*flags: str, model_dir: str) -> Any:
+    """A model whose trained weights all moved."""
+    model = build_model(parse_settings(model_dir, "lora", *flags))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def export_and_reload(model: Any, folder: Path) -> Any:
+    """The model of the exported folder, loaded as its user would."""
+    folder.mkdir(exist_ok=True)
+    weights = {n: p.detach() for n, p in model.module.named_parameters() if p.requires_grad}
+    save_folder(folder, model.module, weights, base_model=base_model_ref(model, folder), tokenizer=None)
+    return SimpleNamespace(module=verify_worker.load_folder(folder, "cpu"), causal=None)
+
+
+@pytest.mark.parametrize("of", ["tiny_model", "llama"])
+@pytest.mark.parametrize("adapter", ["dora", "pissa"])
+def test_modules_to_save_are_exported_with_the_adapter(adapter, of, tmp_path, request):
+    folder = request.getfixturevalue(of)
+    biases = ",bias" if of == "tiny_model" else ""  # Llama has none
+    built = build_perturbed(
+        "--adapter", adapter, "--modules-to-save", f"wte,lm_head,layernorm{biases}", model_dir=folder
+    )
+    again = export_and_reload(built, tmp_path)
+    torch.testing.assert_close(compute_logits(again), compute_logits(built), rtol=1e-5, atol=2e-4)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    embeddings = [name for name in stored if tuple(stored[name].shape) == (97, 16)]
+    assert len(embeddings) == (1 if built.has_tied_embeddings else 2), "tied weights are stored once"
+    causal = again.module.get_base_model()
+    assert (causal.get_input_embeddings().weight is causal.get_output_embeddings().weight) == built.has_tied_embeddings
+
+
+@pytest.mark.parametrize(
+    "more", [("--adapter", "pissa"), ("--adapter", "rslora"), ("--adapter", "dora", "--modules-to-save", "wte,bias")]
+)
+def test_merged_adapters_leave_the_logits_unchanged(tiny_model, more):
+    built = build_perturbed(*more, model_dir=tiny_model)
+    expected = compute_logits(built)
+    merged = merge_adapters(built).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-3)
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+
+
+def test_pissa_is_exported_as_an_ordinary_adapter_of_twice_the_rank(tiny_model, tmp_path):
+    export_and_reload(build_perturbed("--adapter", "pissa", "--lora-rank", "4", model_dir=tiny_model), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["init_lora_weights"]) == (8, True)
+    assert {min(t.shape) for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {8}
+
+
+def test_an_exported_adapter_names_its_quantized_base(tiny_model, tmp_path):
+    built = build_perturbed("--quant", "nf4", "--quant-double", model_dir=tiny_model)
+    again = export_and_reload(built, tmp_path)
+    fuse_gelu(again.module)  # transformers computes the same formula in eight, which round otherwise
+    assert torch.equal(compute_logits(again), compute_logits(built))
+    about = json.loads((tmp_path / "base_quantization.json").read_text())
+    assert about["base"] == str(Path(tiny_model).resolve())
+    assert about["fingerprint"] == built.metadata["fingerprint"]
+    assert about["quantization_config"]["bnb_4bit_use_double_quant"] is True
+    assert about["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+# --- refused, each in one line with its reason ---
+
+
+@pytest.mark.parametrize(
+    ("mode", "words", "said"),
+    [
+        ("full", "--quant nf4", "--quant nf4: a quantised weight has no gradient; expected --mode lora"),
+        ("full", "--adapter dora", "--adapter dora: is about adapters; expected --mode lora"),
+        ("full", "--modules-to-save wte", "--modules-to-save wte: is about adapters"),
+        ("full", "--lora-plus-ratio 4", "--lora-plus-ratio 4.0: is about adapters"),
+        ("lora", "--quant nf4 --adapter pissa", "--quant nf4: pissa changes the base by less than nf4 rounds"),
+        ("lora", "--quant int8 --adapter dora", "--quant int8: dora takes the norms of its layers"),
+        ("lora", "--quant int8 --quant-double", "--quant-double: expected with --quant nf4 or fp4"),
+        ("lora", "--quant-double", "--quant-double: expected with --quant nf4 or fp4"),
+        (
+            "lora",
+            "--quant nf4 --modules-to-save bias",
+            "--modules-to-save bias: bitsandbytes rounds the biases of nf4 layers",
+        ),
+        ("lora", "--quant fp4 --precision fp16", "--precision fp16: rounds the packed weights of --quant fp4"),
+        ("full", "--optim adamw8bit --precision fp16", "--optim adamw8bit: not with --precision fp16"),
+        ("lora", "--modules-to-save wpe", "--modules-to-save wpe: expected wte, lm_head, layernorm, bias"),
+        ("lora", "--lora-plus-ratio 0", "--lora-plus-ratio 0.0: expected a number above 0"),
+    ],
+)
+def test_adapter_flags_that_exclude_each_other_are_refused(mode, words, said):
+    with pytest.raises(UserError) as caught:
+        gpt2_settings(mode, *words.split())
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "stage", "said"),
+    [
+        ("--quant int8", 3, "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy"),
+        ("--quant nf4 --adapter dora", 3, "--quant nf4: dora reads whole packed weights, which ZeRO 3 has divided"),
+        ("--optim adamw8bit", 1, "--optim adamw8bit: not under ZeRO 1, which joins all tensors"),
+        ("--optim paged_adamw8bit", 3, "--optim paged_adamw8bit: not under ZeRO 3"),
+    ],
+)
+def test_a_zero_stage_that_gives_wrong_numbers_is_refused(words, stage, said):
+    zero: Any = SimpleNamespace(stage=stage)
+    with pytest.raises(UserError) as caught:
+        _validate_stage(gpt2_settings("lora", *words.split()), zero)
+    assert str(caught.value).startswith(said)
+
+
+def test_the_plan_says_where_an_8_bit_optimizer_saves_nothing():
+    wanted = gpt2_settings("lora", "--optim", "adamw8bit", "--lora-rank", "4", "--lora-target-modules", "c_attn")
+    facts = build_model(wanted, on_meta=True).metadata
+    assert facts["kept_in_32_bits"] == {  # A [4, 768] has 3,072 elements, B [2304, 4] 9,216
+        "tensors": 24, "kept_tensors": 12, "kept_parameters": 12 * 3072, "parameters": 12 * (3072 + 9216),
+    }  # fmt: skip
+    (note,) = _collect_notes(wanted, facts)
+    assert note.startswith("adamw8bit: 12 of 24 trained tensors (25% of the parameters) are embeddings or under 4,096")
+    full = build_model(gpt2_settings("full", "--optim", "adamw8bit"), on_meta=True).metadata["kept_in_32_bits"]
+    assert full["kept_parameters"] == WTE + 1024 * D + BIASES + NORMS - LAYERS * 2 * D - D
+
+
+def test_flags_of_adapters_are_said_to_do_nothing_with_every_weight():
+    assert _collect_notes(gpt2_settings("full", "--lora-rank", "4"), {}) == [
+        "--lora-rank: of no effect with --mode full"
+    ]
+    assert _collect_notes(gpt2_settings("lora", "--lora-rank", "4"), {}) == []
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
+def test_the_state_of_an_8_bit_optimizer_is_measured(kind):
+    """Two bytes a weight, a float32 scale for 256 of each moment, and two tables of 256 codes that all share."""
+    packed, embedding, small = (nn.Parameter(torch.ones(n)) for n in (8192, 4096, 4095))
+    train = gpt2_settings("full", "--optim", kind).train
+    adamw = optimizer.build_optimizer([{"params": [packed, embedding, small]}], train, fp32_state_params=[embedding])
+    expected = 2 * (8192 + 4 * 8192 // 256) + 8 * (4096 + 4095) + 2 * 4 * 256
+    assert optimizer.count_state_bytes(adamw) == expected
+    for weight in (packed, embedding, small):
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.count_state_bytes(adamw) == expected
+    assert all(bool((weight < 1).all()) for weight in (packed, embedding, small))
+
+
+def test_runs_are_named_by_what_they_train():
+    def name(*words: str) -> str:
+        return parse_settings("gpt2", *words).run_name
+
+    assert name("full") == "full-acled-demo"
+    assert name("lora") == "lora-acled-demo"
+    assert name("lora", "--adapter", "dora") == "dora-acled-demo"
+    assert name("lora", "--quant", "nf4") == "lora-nf4-acled-demo"
+
+
+def test_settings_of_an_older_run_are_still_read():
+    values = gpt2_settings("lora").as_dict()
+    newer = {
+        "lora": ("adapter", "plus_ratio", "modules_to_save"), "model": ("quant", "quant_double"), "train": ("optim",),
+        "engine": ("activation_checkpointing",),
+    }  # fmt: skip
+    for group, fields in newer.items():
+        for field in fields:
+            del values[group][field]
+    assert Settings.from_dict(json.loads(json.dumps(values))) == gpt2_settings("lora")
+
+
+@pytest.mark.parametrize(
+    "words", ["", "--adapter dora", "--quant nf4", "--quant nf4 --adapter dora", "--quant int8 --modules-to-save wte"]
+)
+def test_activation_checkpointing_changes_no_gradient(tiny_model, words):
+    """Also those of the first block's adapters, whose input has none."""
+    grads = []
+    for more in ((), ("--activation-checkpointing",)):
+        built = build_model(parse_settings(tiny_model, "lora", *words.split(), *more))
+        built.module.train()
+        assert built.causal.is_gradient_checkpointing == bool(more)
+        built.causal(input_ids=IDS, use_cache=False).logits.float().log_softmax(-1)[0, :, 5].sum().backward()
+        grads.append({n: p.grad for n, p in built.module.named_parameters() if p.requires_grad})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert any(np.abs(grads[1][n].numpy()).max() > 0 for n in grads[1] if "h.0." in n and ".lora_B." in n)
+
+
+def test_initial_adapter_weights_are_kept_for_pissa_only(tiny_model):
+    assert lora.copy_initial_adapter(build_model(parse_settings(tiny_model)).module, LoraSettings()) == {}

@@ -1,0 +1,205 @@
+"""`launch/compare.py` as people run it: what it writes and prints, its exit codes, and how light it is."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
+from helpers.fake_wandb import child_env
+
+SCRIPT = Path(__file__).parents[3] / "launch" / "compare.py"
+
+
+MEASURE_USAGE_CODE = """
+import atexit, json, resource, runpy, sys
+def leave():
+    used = resource.getrusage(resource.RUSAGE_SELF)  # its ru_maxrss begins with that of the process that started this
+    peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
+    json.dump({"seconds": used.ru_utime + used.ru_stime, "kib": int(peak)}, open(place, "w"))
+place, script = sys.argv[1:3]
+del sys.argv[:2]
+atexit.register(leave)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def run_compare_script(folder: Path, *args: object, usage: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """A process of its own, as people start it; what it used is left in `usage`."""
+    env = child_env(HOME=str(folder), MPLCONFIGDIR=str(folder / "mpl"))
+    return subprocess.run(
+        [sys.executable, *(["-c", MEASURE_USAGE_CODE, str(usage)] if usage else []), str(SCRIPT), *map(str, args)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The script's main in this process, started in `tmp_path` by nobody who is logged in to W&B."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    spec = importlib.util.spec_from_file_location("compare", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+def test_two_runs_give_a_verdict_a_table_and_five_files(tmp_path: Path, main: Callable[..., int]) -> None:
+    make_run_folder(tmp_path / "full")
+    make_run_folder(tmp_path / "lora", "lora", wall_seconds=61.0, peak_memory_bytes=430_000_000)
+    done = run_compare_script(tmp_path, "full", "lora")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "LoRA reached 95.0% of full's improvement" in done.stdout
+    assert "0.95% of its trainable parameters, 0.61x its time and 0.43x its memory" in done.stdout
+    assert re.search(r"1 \| card +\| +6,621 \| +1.2978 \| +1.2262 \|", done.stdout)
+    assert "not comparable with the card: other data" in done.stdout
+    assert "report: comparison/report.html" in done.stdout
+    names = {path.name for path in (tmp_path / "comparison").iterdir()}
+    assert names == {"report.html", "report.md", "curves.png", "curves.svg", "comparison.json"}
+    assert main("full", "lora", "--output-dir", "x/y") == 0
+    for name in names - {"curves.png"}:
+        assert (tmp_path / "x" / "y" / name).read_text() == (tmp_path / "comparison" / name).read_text(), (
+            "the same runs, another report"
+        )
+
+
+def test_compare_checks_decide_the_exit_code(
+    tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run_folder(tmp_path / "demo", losses={0: 4.0, 1: 3.0, 2: 2.0, 3: 1.5})
+    make_run_folder(
+        tmp_path / "card",
+        metadata=make_reference_like_metadata(run_id="likecard"),
+        losses={0: 4.0, 1: 1.2, 2: 1.0, 3: 0.9},
+        every=5000,
+    )
+    make_run_folder(
+        tmp_path / "over",
+        metadata=make_reference_like_metadata(run_id="overcard"),
+        losses={0: 4.0, 1: 1.2, 2: 1.01, 3: 0.9},
+        every=5000,
+    )
+    assert main("card", "--check", "card", "--check", "val_loss<=1.0048@epoch 2") == 0
+    assert capsys.readouterr().out.count(": passed (") == 2
+    assert main("over", "--check", "card") == 1
+    assert "failed (over at epoch 2" in capsys.readouterr().out
+    assert main("over", "--check", "card", "--tolerance", "0.01") == 0
+    capsys.readouterr()
+    assert main("demo", "--check", "card") == 3
+    assert "check card: full-s42: not comparable (other data" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["checks"]
+    assert [(one["check"], one["outcome"]) for one in kept] == [("card", "not comparable")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no RUN given: expected run folders"),
+        (["gone"], "none of the runs could be read: gone: no such run folder"),
+        (["full", "--check", "val_los<=1"], "no metric val_los; there are val_loss"),
+        (["full", "--check", "card", "--no-card"], "--check card with --no-card"),
+        (["full", "--tolerance", "-1"], "--tolerance -1.0: expected 0 or a number above it"),
+        (["full", "--wandb-report", "project"], "--wandb-report project: expected ENTITY/PROJECT"),
+        (["full", "--wandb-report", "e/p"], "--wandb-report: not logged in"),
+        (["full", "--output-dir", "full/run.json"], "--output-dir full/run.json: cannot write there"),
+        (["--log-card", "a/b/c"], "--log-card a/b/c: expected PROJECT or ENTITY/PROJECT"),
+    ],
+)
+def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
+    tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    make_run_folder(tmp_path / "full")
+    assert main(*arguments) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "comparison").exists(), "slow work before the mistake was found"
+
+
+def test_a_broken_run_is_reported_and_fails_a_check_while_the_others_are_compared(
+    tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run_folder(tmp_path / "full")
+    make_run_folder(tmp_path / "lora", "lora")
+    (tmp_path / "lora" / "metrics.jsonl").write_text("")
+    assert main("full", "lora") == 0
+    said = capsys.readouterr()
+    assert said.err == "note: lora: no metrics: neither a step nor an evaluation was written; left out\n"
+    assert "Full improved on its base (4.0000 -> 2.0222 at best)" in said.out
+    assert main("full", "lora", "--check", "val_loss<9") == 1
+
+
+def test_compare_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['compare.py', 'gone']; sys.path.insert(0, 'launch');"
+        "import compare; code = compare.main();"
+        "import trainer.report.compare_cli, trainer.report.comparison, trainer.report.assertions;"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'matplotlib', 'wandb', 'pyarrow'};"
+        "heavy &= set(sys.modules);"
+        "assert code == 2 and not heavy, (code, heavy)"
+    )
+    before = os.times().children_user
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=SCRIPT.parents[1],
+        env=child_env(HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert os.times().children_user - before < 2.0  # seconds of processor time
+
+
+def test_a_whole_comparison_needs_no_torch(tmp_path: Path) -> None:
+    make_run_folder(tmp_path / "full")
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import compare; code = compare.main(['full']);"
+        "assert code == 0 and not {'torch', 'transformers', 'wandb'} & set(sys.modules), code"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=child_env(HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_fifty_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(tmp_path: Path) -> None:
+    """One set of rows is made and linked into all folders, so that making them does not take longer than reading."""
+    content = make_metadata("full", resolved__steps_per_epoch=6_667, resolved__total_steps=20_001)
+    lines = (make_run_folder(tmp_path / "run0", metadata=content) / "metrics.jsonl").read_bytes()
+    for n in range(1, 50):
+        mode: Any = ("full", "lora")[n % 2]
+        folder = tmp_path / f"run{n}"
+        folder.mkdir()
+        given = make_metadata(
+            mode, seed=n, run_id=f"run{n:05d}", resolved__steps_per_epoch=6_667, resolved__total_steps=20_001
+        )
+        (folder / "run.json").write_text(json.dumps(given))
+        os.link(tmp_path / "run0" / "metrics.jsonl", folder / "metrics.jsonl")
+    assert len(lines) > 4e6
+    done = run_compare_script(tmp_path, *(f"run{n}" for n in range(50)), usage=tmp_path / "usage.json")
+    assert done.returncode == 0, done.stderr
+    used = json.loads((tmp_path / "usage.json").read_text())
+    assert used["seconds"] < 20  # of the processor; 8 were measured, under 10 s of time where two cores are free
+    assert used["kib"] < 1_000_000
+    assert (tmp_path / "comparison" / "report.html").stat().st_size < 3_000_000

@@ -1,0 +1,325 @@
+"""What is written: the same numbers in every form, nothing from elsewhere, and nothing that a name could break."""
+
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
+
+from trainer.config import reference
+from trainer.report import markdown, plot_axes, plots
+from trainer.report.comparison import Comparison, compare, to_json, write_report
+from trainer.report.load import load_runs
+from trainer.report.tables import bytes_cell, duration_cell
+
+
+def make_comparison(tmp_path: Path, *contents: dict[str, Any], with_card: bool = True, **options: Any) -> Comparison:
+    folders = [
+        make_run_folder(tmp_path / f"run{n}", metadata={**content, "run_id": f"id{n}"}, every=500, **options)
+        for n, content in enumerate(contents)
+    ]
+    return compare(*load_runs([str(folder) for folder in folders]), with_reference=with_card)
+
+
+CARD_LIKE = {0: 4.0, 1: 1.3, 2: 1.1, 3: 1.0}
+
+
+def test_the_epoch_table_has_reference_full_lora_and_their_difference(tmp_path: Path) -> None:
+    table = make_comparison(
+        tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"), losses=CARD_LIKE
+    ).by_epoch
+    assert [(row[0].text, row[1].text) for row in table.rows] == [
+        ("0", "full"),
+        ("0", "LoRA"),
+        *[(str(epoch), name) for epoch in (1, 2, 3) for name in ("card", "full", "LoRA")],
+    ]
+    rows = {(row["epoch"], row["run"]): row for row in table.to_records()}
+    assert [rows[row.epoch, "card"]["val_loss"] for row in reference.CURVE] == [1.2262, 1.0048, 0.9414]
+    assert rows[1.0, "full"]["step"] == 6_621
+    assert rows[1.0, "full"]["examples"] == 13_242
+    assert rows[2.0, "LoRA"]["to_card"] == pytest.approx(1.1 - 1.0048)
+    assert rows[0.0, "LoRA"]["to_card"] is None
+
+
+def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) -> None:
+    """Another data set on each side: no difference, share or ratio may show, in any form."""
+    found = make_comparison(
+        tmp_path,
+        make_metadata("full"),
+        make_metadata("lora", data__fingerprint="ff"),
+        losses={0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25},
+    )
+    files = {path.name: path for path in write_report(found, tmp_path / "out")}
+    data = json.loads(files["comparison.json"].read_text())
+    assert data["verdict"]["pairs"] == []
+    assert all(row["to_card"] is None for row in data["by_epoch"])
+    differences = {f"{abs(a - b):.4f}" for a in (4.0, 3.0, 2.5, 2.25) for b in (1.2262, 1.0048, 0.9414)}
+    for name in ("comparison.json", "report.md", "report.html", "curves.svg"):
+        text = files[name].read_text()
+        assert not differences & set(re.findall(r"(?<!\d)\d\.\d{4}", text)), name
+        assert not re.search(r"of (full|its|the)[^<]{0,20} improvement", text), name
+        assert "x its time" not in text, name
+    text = files["report.md"].read_text()
+    assert "not comparable with one another (other data)" in text
+    assert "unknown of the card" in text.lower()
+
+
+def test_every_report_format_has_the_same_numbers(tmp_path: Path) -> None:
+    found = make_comparison(
+        tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"), losses=CARD_LIKE
+    )
+    files = {path.name: path for path in write_report(found, tmp_path / "out")}
+    data = json.loads(files["comparison.json"].read_text())
+    html, page = files["report.html"].read_text(), files["report.md"].read_text()
+    for row in found.by_epoch.rows:
+        for cell in row:
+            assert f">{cell.text}<" in html
+            assert f" {markdown.escape(cell.text)} " in page
+    assert [row["val_loss"] for row in data["by_epoch"] if row["run"] == "LoRA"] == [4.0, 1.3, 1.1, 1.0]
+    assert data["by_run"][1]["trainable"] == 124_439_808
+    assert len(data["facts"]) == len(found.shared_settings.rows) + len(found.differing_settings.rows)
+    assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "comparison.json"]
+    assert files["curves.png"].read_bytes().startswith(b"\x89PNG")
+
+
+class PageParser(HTMLParser):
+    """Notes what a page would fetch, its ids, and whether each element is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.open_tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        attributes = dict(attrs)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        self.ids += [attributes["id"] or ""] if "id" in attributes else []
+        if tag not in ("meta", "link", "wbr"):
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.open_tags and self.open_tags[-1] == tag:
+            self.open_tags.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+
+def parse_page(html: str) -> PageParser:
+    page = PageParser()
+    page.feed(html)
+    assert page.open_tags == []
+    return page
+
+
+def test_the_html_report_fetches_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
+    write_report(found, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    page = parse_page(html)
+    assert all(link.startswith(("#", "data:,")) for link in page.links)
+    assert "script" not in page.tags
+    assert "@import" not in html
+    assert "prefers-color-scheme: dark" in html
+    assert '<meta name="viewport" content="width=device-width' in html
+    assert len(page.ids) == len(set(page.ids)), "an id twice: one plot would show another's marks"
+    for colour in plots.CSS_VARIABLES:  # a colour that is no variable would not follow light and dark
+        assert colour not in html.split("</style>", 1)[1]
+
+
+def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
+    name = "<script>alert(1)</script>|$x_1$ `*a*` [b](c)"
+    found = make_comparison(
+        tmp_path,
+        make_metadata("full", name=name),
+        make_metadata("lora"),
+        make_metadata("lora", data__source=name, data__fingerprint="ff"),
+    )
+    write_report(found, tmp_path / "out")
+    html, page = ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md"))
+    assert "script" not in parse_page(html).tags
+    assert "<script>" not in page
+    lines = page.split("## By run")[1].split("##")[0].strip().splitlines()
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}
+    assert len(columns) == 1, "a name added a column"
+
+
+def test_report_pages_are_ordered_verdict_epochs_runs_settings_curves(tmp_path: Path) -> None:
+    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
+    write_report(found, tmp_path / "out")
+    for text in ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md")):
+        places = [
+            text.index(part)
+            for part in (
+                "LoRA reached",
+                "By epoch",
+                "By run",
+                "Same and different",
+                "Different",
+                "Same, where known",
+                "Curves",
+            )
+        ]
+        assert places == sorted(places)
+
+
+def test_only_the_different_settings_are_expanded_in_the_html_report(tmp_path: Path) -> None:
+    write_report(make_comparison(tmp_path, make_metadata("full"), make_metadata("lora")), tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert re.findall(r"<details( open)?><summary>([A-Za-z]+)", html) == [(" open", "Different"), ("", "Same")]
+
+
+def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(tmp_path: Path) -> None:
+    """The style moves columns by their number, so each must be where the style thinks it is."""
+    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
+    write_report(found, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count('<table class="epochs">') == 1
+    assert list(found.by_epoch.columns)[:6] == ["epoch", "run", "step", "examples", "train_loss", "val_loss"]
+    moved = dict.fromkeys((3, 4), "2") | dict.fromkeys((5, "n+7"), "1")  # the sixth is left, right after the names
+    for child, order in moved.items():
+        assert re.search(rf"\.epochs tr > :nth-child\({re.escape(str(child))}\)[^{{}}]*{{ order: {order}; }}", html), (
+            child
+        )
+
+
+def test_a_fingerprint_is_short_in_the_report_pages_and_whole_in_the_json(tmp_path: Path) -> None:
+    content = make_metadata("full", data__fingerprint="0123456789ab" + "cdef" * 13)
+    files = {
+        path.name: path.read_text("latin-1")
+        for path in write_report(make_comparison(tmp_path, content), tmp_path / "out")
+    }
+    assert "cdef" * 13 in files["comparison.json"]
+    assert "0123456789ab" in files["report.md"]
+    assert "0123456789ab" + "cdef" not in files["report.md"] + files["report.html"]
+
+
+def test_unfinished_and_unreadable_runs_are_listed_in_every_report_format(tmp_path: Path) -> None:
+    good, going = make_run_folder(tmp_path / "good"), make_run_folder(tmp_path / "going", "lora", finished=False)
+    found = compare(*load_runs([str(good), str(going), str(tmp_path / "no where")]))
+    write_report(found, tmp_path / "out")
+    for text in ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md", "comparison.json")):
+        assert "still going" in text
+        assert "no such run folder" in text
+
+
+def test_a_mode_has_one_colour_and_dash_everywhere(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
+    for plot in plots.LINE_PLOTS:
+        axis = Figure().subplots()
+        plot_axes.draw_plot(axis, plot, found.groups, with_reference=True)
+        drawn = [(line.get_color(), line.get_linestyle()) for line in axis.get_lines()]
+        expected = [("#0072b2", "-"), ("#d55e00", "--")] + (
+            [("#767676", "--")] if plot.reference_curve is not None else []
+        )
+        assert drawn == expected, plot.name
+        assert "(" in axis.get_ylabel() or plot.name in ("lr", "grad_norm", "tokens_per_second")
+        assert axis.get_xlabel() in ("epoch", "tokens seen")
+
+
+def test_line_labels_never_overlap_and_stay_near_their_lines() -> None:
+    places = plot_axes.space_labels([0.5, 0.5, 0.51, 0.9], [0.1] * 4)
+    assert all(b - a >= 0.1 - 1e-3 for a, b in itertools.pairwise(places))
+    assert places[3] == pytest.approx(0.9, abs=0.01)
+    assert max(abs(a - 0.5) for a in places[:3]) < 0.12
+    low = plot_axes.space_labels([0.0, 0.0], [0.1, 0.1])
+    assert low[0] >= -1e-9
+    assert low[1] - low[0] >= 0.1 - 1e-6
+    high = plot_axes.space_labels([0.99, 1.0, 1.0], [0.1, 0.2, 0.1])
+    assert high == pytest.approx([0.65, 0.8, 0.95])  # the topmost ends at the top
+
+
+def label_boxes(comparison: Comparison, plot: plot_axes.PlotSpec) -> list[Any]:
+    """The labels of one plot as they are written, each with its box in pixels and the point it speaks of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text  # its own extent: an annotation's holds the stroke, too
+
+    with plots.plot_style():
+        figure = Figure(figsize=plots.PLOT_SIZE_INCHES)
+        axis = figure.subplots()
+        plot_axes.finish_layout(
+            figure, [plot_axes.draw_plot(axis, plot, comparison.groups, comparison.with_reference)], num_columns=1
+        )
+        FigureCanvasAgg(figure).draw()
+    boxes = [(text, Text.get_window_extent(text), axis.transAxes.transform(text.xy)) for text in axis.texts]
+    return [figure.bbox, axis.yaxis.label.get_window_extent(), *boxes]
+
+
+@pytest.mark.parametrize("runs", [2, 7])
+def test_no_label_of_a_plot_is_cut_off_lies_on_another_or_far_from_its_point(tmp_path: Path, runs: int) -> None:
+    """Also with the card's small learning rate, with ranks side by side, and with parameters that lie together."""
+    ranks = [2**n for n in range(runs - 1)]
+    loras = [
+        make_metadata("lora", settings__lora__rank=rank, resolved__lr=3e-5 * rank, model__trainable=20_000 + 900 * rank)
+        for rank in ranks
+    ]
+    found = make_comparison(tmp_path, make_metadata("full", resolved__lr=3e-5), *loras)
+    for plot in (*plots.LINE_PLOTS, plots.SCATTER_PLOT):
+        page, axis_label, *labels = label_boxes(found, plot)
+        assert labels, plot.name
+        assert axis_label.x0 >= page.x0, f"{plot.name}: the name of its axis is cut off"
+        for text, box, point in labels:
+            assert page.contains(*box.min), (plot.name, text.get_text())
+            assert page.contains(*box.max), (plot.name, text.get_text())
+            aside = abs(point[1] - (box.y0 + box.y1) / 2)
+            assert aside < 0.05 * page.height or text.arrow_patch is not None, "far from its point, and no stroke to it"
+        for (one, box, _), (other, beside, _) in itertools.combinations(labels, 2):
+            assert not box.overlaps(beside), (plot.name, one.get_text(), other.get_text())
+
+
+def test_the_validation_loss_says_its_last_value_at_the_end_of_its_line(tmp_path: Path) -> None:
+    found = make_comparison(
+        tmp_path, make_metadata("full"), make_metadata("lora"), losses={0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25}
+    )
+    texts = {text.get_text() for text, _, _ in label_boxes(found, plots.LINE_PLOTS[0])[2:]}
+    assert texts == {"full: 2.2500", "LoRA: 2.2500", "card: 0.9414,\nnot comparable"}
+
+
+def test_thinning_a_curve_keeps_the_mean_and_leaves_short_curves_alone() -> None:
+    x = np.arange(20_000.0)
+    few_x, few_y = plot_axes.downsample(x, np.sin(x) + 1, 300)
+    assert len(few_x) == 300
+    assert few_y.mean() == pytest.approx((np.sin(x) + 1).mean(), abs=1e-2)
+    assert np.all(np.diff(few_x) > 0)
+    np.testing.assert_array_equal(plot_axes.downsample(x[:200], x[:200], 300)[1], x[:200])
+    assert len(plot_axes.downsample(x[:3], np.array([1.0, np.nan, 2.0]), 300)[0]) == 2
+
+
+def test_a_run_without_evaluations_is_still_in_the_report(tmp_path: Path) -> None:
+    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses={})
+    data = to_json(found)
+    assert data["verdict"]["sentence"] == "No run is finished and evaluated, so there is nothing to compare yet."
+    assert len(write_report(found, tmp_path / "out")) == 5
+
+
+def test_without_the_reference_no_report_format_mentions_it(tmp_path: Path) -> None:
+    write_report(
+        make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), with_card=False), tmp_path / "out"
+    )
+    for file in ("report.html", "report.md", "comparison.json", "curves.svg"):
+        text = (tmp_path / "out" / file).read_text().split("</style>")[-1]
+        assert "1.2262" not in text
+        assert ">card<" not in text
+
+
+def test_report_sizes_and_durations_are_formatted_for_people() -> None:
+    assert [bytes_cell(value).text for value in (None, 8_000_000, 1_500_000_000)] == ["-", "8.0 MB", "1.50 GB"]
+    assert [duration_cell(value).text for value in (None, 4.25, 100, 600, 6_000)] == [
+        "-",
+        "4.2 s",
+        "100 s",
+        "10.0 min",
+        "1 h 40 min",
+    ]

@@ -1,0 +1,155 @@
+"""Reading runs back: what a run folder says is what the report sees, and what is broken is said for that run alone."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.fake_runs import make_metadata, make_records, make_run_folder, synthetic_val_loss, write_run_folder
+
+from trainer.report.load import load_runs
+from trainer.report.run_data import RunReadError, read_folder
+from trainer.tracking.records import EventRecord, StepRecord
+
+
+def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Path) -> None:
+    run = make_metadata("lora")
+    records = make_records(run)
+    got = read_folder(write_run_folder(tmp_path / "run", run, records))
+    steps = [record for record in records if isinstance(record, StepRecord)]
+    for name in ("step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "time"):
+        assert got.steps[name].tolist() == [getattr(step, name) for step in steps], name
+    assert (got.mode, got.run_id, got.notes, got.state) == ("lora", "lora0042", (), "finished")
+    assert got.metadata == json.loads(json.dumps(run))
+    assert got.initial_loss == 4.0
+    assert got.best_eval == got.final_eval == {"step": 90.0, "epoch": 3.0, "loss": synthetic_val_loss(3, 2.1)}
+    assert got.summary["wall_seconds"] == 100.0
+
+
+def test_the_best_evaluation_is_the_lowest_after_step_0_and_need_not_be_the_last(tmp_path: Path) -> None:
+    got = read_folder(make_run_folder(tmp_path / "run", losses={0: 1.0, 1: 3.0, 2: 2.0, 3: 2.5}))
+    assert got.best_eval == {"step": 60.0, "epoch": 2.0, "loss": 2.0}
+    assert got.final_eval == {"step": 90.0, "epoch": 3.0, "loss": 2.5}
+
+
+def test_a_truncated_and_a_broken_record_are_ignored_and_reported(tmp_path: Path) -> None:
+    folder = make_run_folder(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(
+        "".join([*lines[:5], '{"kind": "step", "step"\n', "no JSON\n", *lines[5:], '{"kind": "eval", "st'])
+    )
+    got = read_folder(folder)
+    assert got.notes == ("its last row was cut off and is left out", "2 rows could not be read and are left out")
+    assert len(got.steps["step"]) == 90
+    assert got.best_eval is not None
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: text.replace('": ', '":').replace(', "', ',"'), lambda text: text.replace("\n", "\n\n")]
+)
+def test_records_with_other_json_spacing_read_the_same(tmp_path: Path, change: object) -> None:
+    plain = read_folder(make_run_folder(tmp_path / "a"))
+    other = make_run_folder(tmp_path / "b")
+    (other / "metrics.jsonl").write_text(change((other / "metrics.jsonl").read_text()))  # type: ignore[operator]
+    got = read_folder(other)
+    assert got.notes == ()
+    for kind in ("steps", "evals", "epochs"):
+        for name, column in getattr(plain, kind).items():
+            np.testing.assert_array_equal(getattr(got, kind)[name], column)
+
+
+def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_path: Path) -> None:
+    run = make_metadata()
+    first = [
+        record for record in make_records(run, floor=9.0, finished=False) if record.step <= 40
+    ]  # killed at 40, saved at 30
+    again = [record for record in make_records(run) if record.step > 30]
+    got = read_folder(write_run_folder(tmp_path / "run", run, [*first, *again]))
+    assert got.steps["step"].tolist() == list(range(1, 91))
+    assert got.steps["loss"][35] == pytest.approx(synthetic_val_loss(36 / 30, 2.0) + 0.05 * np.sin(36))
+    assert got.evals["step"].tolist() == [0, 30, 60, 90]
+
+
+def test_an_unfinished_run_is_running_while_its_records_are_fresh_and_stopped_after(tmp_path: Path) -> None:
+    folder = make_run_folder(tmp_path / "run", finished=False)
+    assert read_folder(folder).notes == ("still going (step 90 of 90); left out of the verdict",)
+    os.utime(folder / "metrics.jsonl", (0, 0))
+    got = read_folder(folder)
+    assert got.state == "stopped"
+    assert got.notes == ("stopped before its end (step 90 of 90); left out of the verdict",)
+
+
+@pytest.mark.parametrize("event", ["interrupted", "not_finite"])
+def test_a_run_with_an_end_record_is_not_running(tmp_path: Path, event: str) -> None:
+    run = make_metadata()
+    before = [record for record in make_records(run, finished=False) if record.step <= 40]
+    last = EventRecord(event=event, step=40, message="what happened", time=40.0)
+    got = read_folder(write_run_folder(tmp_path / "run", run, [*before, last]))
+    assert got.notes == ("stopped before its end (step 40 of 90): what happened; left out of the verdict",)
+
+
+def test_a_record_without_its_step_drops_no_other_record(tmp_path: Path) -> None:
+    folder = make_run_folder(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "step", "loss": 1.0}\n')
+    assert read_folder(folder).steps["step"].tolist() == list(range(1, 91))
+
+
+def test_a_run_without_evaluations_is_reported(tmp_path: Path) -> None:
+    assert read_folder(make_run_folder(tmp_path / "none", losses={})).notes == (
+        "no evaluation after step 0: no validation loss to compare",
+    )
+    no_base = read_folder(make_run_folder(tmp_path / "base", losses={1: 3.0}))
+    assert no_base.notes == ("no evaluation at step 0: how far it improved on its base is unknown",)
+
+
+def test_a_run_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
+    bare = make_run_folder(tmp_path / "bare")
+    (bare / "run.json").unlink()
+    with pytest.raises(RunReadError, match=r"cannot read run.json \(No such file"):
+        read_folder(bare)
+    torn = make_run_folder(tmp_path / "torn")
+    (torn / "run.json").write_text('{"mode": "fu')
+    with pytest.raises(RunReadError, match=r"run.json is not whole JSON"):
+        read_folder(torn)
+    odd = make_run_folder(tmp_path / "odd")
+    (odd / "run.json").write_text(json.dumps({**make_metadata(), "mode": "half"}))
+    with pytest.raises(RunReadError, match="mode 'half'"):
+        read_folder(odd)
+    empty = make_run_folder(tmp_path / "empty")
+    (empty / "metrics.jsonl").write_text("")
+    with pytest.raises(RunReadError, match="no metrics"):
+        read_folder(empty)
+
+
+def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: Path) -> None:
+    good, copy = make_run_folder(tmp_path / "good"), make_run_folder(tmp_path / "copy")
+    empty = make_run_folder(tmp_path / "empty", "lora")
+    (empty / "metrics.jsonl").unlink()
+    (tmp_path / "nothing").mkdir()
+    runs, problems = load_runs(
+        [str(good), str(copy), str(empty), str(tmp_path / "nothing"), str(tmp_path / "a b" / "gone")]
+    )
+    assert [run.name for run in runs] == ["full-s42"]
+    assert [problem.is_excluded for problem in problems] == [True] * 4
+    assert f"same run id as {good} (full0042)" in problems[0].text
+    assert "no metrics: cannot read metrics.jsonl" in problems[1].text
+    assert "holds neither run.json and metrics.jsonl nor a W&B run" in problems[2].text
+    assert (
+        "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id" in problems[3].text
+    )
+
+
+def test_runs_of_one_name_are_told_apart_by_their_id(tmp_path: Path) -> None:
+    folders = [
+        make_run_folder(tmp_path / run_id, metadata=make_metadata(run_id=run_id)) for run_id in ("aaaa0001", "bbbb0002")
+    ]
+    runs, _ = load_runs([str(folder) for folder in folders])
+    assert [run.name for run in runs] == ["full-s42 (aaaa0001)", "full-s42 (bbbb0002)"]
+
+
+def test_seeds_of_one_name_are_told_apart_by_their_seed(tmp_path: Path) -> None:
+    folders = [make_run_folder(tmp_path / str(seed), metadata=make_metadata(seed=seed, name="full")) for seed in (1, 2)]
+    runs, _ = load_runs([str(folder) for folder in folders])
+    assert [run.name for run in runs] == ["full (seed 1)", "full (seed 2)"]

@@ -1,0 +1,136 @@
+"""How the rooms stand to one another: imports go one way, each outside package has one door, light rooms stay light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "trainer"
+
+#: From the bottom up. A room imports only rooms of lower lines; those on one line do not know one another.
+ORDER = [
+    {"config"},
+    {"tracking", "data"},
+    {"kernels"},
+    {"model"},
+    {"report", "distributed"},
+    {"training"},
+    {"export"},
+    {"tools"},
+    {"run"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+
+#: Where an outside package may be imported.
+DOORS = {
+    "deepspeed": {"distributed"},
+    "peft": {"model", "export/verify_worker"},  # the worker loads a folder as its user would
+    "bitsandbytes": {"model"},
+    "datasets": {"data"},
+    "huggingface_hub": {"data", "export"},
+    "pyarrow": {"data", "tracking", "report"},
+    "wandb": {"tracking", "report"},
+    "wandb_workspaces": {"report"},
+    "trackio": {"tracking"},
+    "matplotlib": {"report"},
+    "sacrebleu": {"training/text_metrics"},
+    "rouge_score": {"training/text_metrics"},
+}
+TORCH_FREE = [
+    "config.cli",
+    "config.reference",
+    "tracking.records",
+    "training.lr_schedule",
+    "training.diagnostics.monitor",
+    "distributed.watchdog",
+    "distributed.memory_estimate",
+    "report.compare_cli",
+    "tools.study.study",
+]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def list_source_files() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py"]
+
+
+def iter_imports(path: Path) -> Iterator[str]:
+    """The dotted names that a file imports, anywhere in it, also by import_module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module"):
+            assert isinstance(node.args[0], ast.Constant), f"{path}: a computed import"
+            yield str(node.args[0].value)
+
+
+def test_every_package_has_a_level_in_the_import_order():
+    assert {room_of(path) for path in list_source_files()} == set(LEVEL)
+    assert all(not path.read_text() for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", list_source_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    for name in iter_imports(path):
+        parts = name.split(".")
+        if parts[0] == "trainer" and len(parts) > 1 and parts[1] != room:
+            assert LEVEL[parts[1]] < LEVEL[room], f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("package", sorted(DOORS))
+def test_an_outside_package_is_imported_only_where_allowed(package):
+    users = [path for path in list_source_files() if package in {name.split(".")[0] for name in iter_imports(path)}]
+    doors = {door for path in users for door in (room_of(path), str(path.relative_to(PACKAGE).with_suffix("")))}
+    assert users
+    assert all(
+        room_of(p) in DOORS[package] or str(p.relative_to(PACKAGE).with_suffix("")) in DOORS[package] for p in users
+    ), doors
+
+
+def test_the_loop_knows_no_logger_no_mode_and_no_file():
+    path = PACKAGE / "training" / "loop.py"
+    assert not any(
+        name.startswith(("trainer.tracking.", "wandb")) for name in iter_imports(path) if ".records" not in name
+    )
+    code = path.read_text()
+    assert not any(word in code for word in ("print(", "wandb", "open(", "argparse", ".rank ==", "lora"))
+
+
+def test_only_the_launcher_imports_trainer_run():
+    users = [
+        p for p in [*list_source_files(), *(ROOT / "launch").glob("*.py")] if "trainer.run.run" in set(iter_imports(p))
+    ]
+    assert [path.name for path in users] == ["train.py"]
+
+
+def test_there_is_no_utils_or_common_module():
+    names = {path.stem for path in list_source_files()}
+    assert not names & {"utils", "util", "common", "helpers", "misc", "base_trainer"}
+
+
+@pytest.mark.parametrize("room", TORCH_FREE)
+def test_a_torch_free_package_loads_without_torch(room):
+    """A report is made, and a mistake is found, on a machine that has none of the heavy packages."""
+    heavy = ("torch", "transformers", "deepspeed", "peft", "datasets", "wandb", "matplotlib", "safetensors")
+    line = f"import sys, trainer.{room}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_launch_scripts_load_nothing_heavy_before_parsing_flags():
+    """So that --help answers at once, and libraries are silenced before they are imported."""
+    for name in ("train", "compare", "export", "bench", "doctor", "study"):
+        line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == "False", done.stdout + done.stderr

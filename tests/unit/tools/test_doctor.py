@@ -1,0 +1,421 @@
+"""The doctor: each check is ok where it should be and speaks, with a remedy, where something is planted."""
+
+import json
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.tiny_inputs import TEMPLATE_FLAGS
+
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.config.schema import DS_CONFIG_NAMES
+from trainer.data.dataset import PreparedDataset, load, prepare
+from trainer.data.token_dataset import TokenDataset
+from trainer.distributed.process_group import simulated_context
+from trainer.model.build import build_model, load_config
+from trainer.tools.doctor import data_checks, doctor_cli, environment_checks, memory_checks, plan_checks, smoke_test
+from trainer.tools.doctor.check_result import CheckResult, catch_user_errors, format_bytes
+from trainer.training.run_plan import make_plan
+
+
+def worst_levels(checks: Any) -> dict[str, str]:
+    """{what: level}, the worst of those of one name."""
+    levels_by_name: dict[str, str] = {}
+    for check in checks:
+        assert check.level == "ok" or check.remedy, f"{check} without a remedy"
+        levels_by_name[check.name] = max(
+            levels_by_name.get(check.name, "ok"), check.level, key=("ok", "warning", "error").index
+        )
+    return levels_by_name
+
+
+# --- environment ---
+
+
+def test_doctor_checks_versions_against_the_supported_ranges():
+    import torch
+
+    good = environment_checks.check_packages((">=3.11", ["torch>=2", "numpy", "pytest>=99; extra == 'test'"]))
+    assert worst_levels(good) == {"packages": "ok"}
+    bad = list(
+        environment_checks.check_packages(
+            (">=3.99", [f"torch<{torch.__version__.split('+')[0]}", "no-such-package>=1"])
+        )
+    )
+    assert worst_levels(bad) == {"Python": "error", "torch": "error", "no-such-package": "error", "packages": "ok"}
+    assert any("pip install 'no-such-package>=1'" in one.remedy for one in bad)
+    assert worst_levels(environment_checks.check_packages(None)) == {"packages": "warning"}
+    assert environment_checks._requirements() is not None, "the ranges come from the installed package"
+
+
+def test_doctor_names_a_port_in_use_and_offers_a_free_one():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        found = environment_checks.check_port(taken.getsockname()[1])
+    assert found.level == "warning"
+    assert "--master_port" in found.remedy
+
+
+def test_doctor_names_environment_variables_but_never_shows_values(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environ = {"HF_TOKEN": "secret", "NCCL_DEBUG": "INFO", "PYTHONPATH": "x", "WANDB_API_KEY": "secret", "EDITOR": "vi"}
+    alone, many = (environment_checks.check_forwarded_variables(environ, several) for several in (False, True))
+    assert (alone.level, many.level) == ("ok", "warning")
+    assert "HF_TOKEN, WANDB_API_KEY" in many.message, "NCCL_ and PYTHON are forwarded, EDITOR changes nothing"
+    assert "secret" not in many.message
+    (tmp_path / ".deepspeed_env").write_text("HF_TOKEN=secret\nWANDB_API_KEY=secret\n")
+    assert environment_checks.check_forwarded_variables(environ, True).level == "ok"
+
+
+def test_doctor_checks_builds_leftover_processes_and_addresses(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert worst_levels(environment_checks.check_op_builds()) == {"op builds": "ok"}
+    (tmp_path / "py311" / "cpu_adam").mkdir(parents=True)
+    (tmp_path / "py311" / "cpu_adam" / "lock").touch()
+    assert worst_levels(environment_checks.check_op_builds()) == {"op builds": "warning"}
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+    assert worst_levels(environment_checks.check_op_builds()) == {"op builds": "warning"}
+    assert not list(environment_checks.check_leftover_buffers(tmp_path))
+    (tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0").write_bytes(b"1")
+    assert worst_levels(environment_checks.check_leftover_buffers(tmp_path)) == {"/dev/shm": "warning"}
+    assert worst_levels(environment_checks.check_master_address({"MASTER_ADDR": "no-such-host.invalid"})) == {
+        "MASTER_ADDR": "error"
+    }
+    assert worst_levels(environment_checks.check_master_address({"MASTER_ADDR": "127.0.0.1"})) == {"MASTER_ADDR": "ok"}
+
+
+def test_doctor_checks_threads_against_the_cores(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert environment_checks.check_threads(cores).level == "ok"
+    assert environment_checks.check_threads(cores + 1).level == "warning"
+    monkeypatch.setenv("OMP_NUM_THREADS", str(cores + 1))
+    assert environment_checks.check_threads(1).remedy == f"OMP_NUM_THREADS={cores}"
+
+
+# --- data ---
+
+
+def make_dataset(texts: list[list[int]], first: int = 1) -> TokenDataset:
+    return TokenDataset(
+        ids=np.concatenate([np.asarray(text, dtype=np.uint16) for text in texts]),
+        offsets=np.cumsum([0, *map(len, texts)]), first_target=np.full(len(texts), first, dtype=np.int32),
+    )  # fmt: skip
+
+
+def make_prepared_dataset(
+    train: list[list[int]], val: list[list[int]], first: int = 1, num_left_out: int = 0
+) -> PreparedDataset:
+    datasets = {"train": make_dataset(train, first), "val": make_dataset(val, first)}
+    facts: dict[str, Any] = {
+        split: {
+            "records": len(datasets[split]) + (num_left_out if split == "train" else 0),
+            "examples": len(datasets[split]),
+            "tokens": len(datasets[split].ids), "counted_tokens": int(datasets[split].num_target_tokens().sum()),
+        }
+        for split in datasets
+    }  # fmt: skip
+    facts |= {"vocabulary": 3000, "tokenizer": "x", "notices": ["one notice"]}
+    return PreparedDataset(**datasets, metadata=facts, val_texts=(), pad_id=0, folder=Path())
+
+
+def make_texts(count: int, stride: int, length: int = 30) -> list[list[int]]:
+    """Texts of 600 ids, all of which occur in 600 of them; no two strides make the same text."""
+    return [[1 + (n + stride * position) % 600 for position in range(length)] for n in range(count)]
+
+
+def parse_settings(objective: str, block_size: int = 32) -> Any:
+    return cli.parse_args(["--mode", "full", "--objective", objective, "--block-size", str(block_size)]).settings
+
+
+@pytest.mark.parametrize("block", [32, 1024])
+def test_doctor_finds_no_fault_in_sound_data(block):
+    """Whatever room a row has: rows are padded to the longest beside them, not to the block size."""
+    found = list(
+        data_checks.check_data(
+            parse_settings("completion", block), make_prepared_dataset(make_texts(600, 1), make_texts(200, 2))
+        )
+    )
+    assert set(worst_levels(found).values()) == {"ok"}, [one for one in found if one.level != "ok"]
+    assert any(one.message == "one notice" for one in found)
+
+
+@pytest.mark.parametrize(
+    ("what", "level", "data"),
+    [
+        ("validation", "warning", make_prepared_dataset(make_texts(600, 1), make_texts(5, 2))),
+        ("duplicates", "warning", make_prepared_dataset(make_texts(300, 1), make_texts(300, 1))),
+        ("repeats", "warning", make_prepared_dataset(make_texts(100, 1) * 2, make_texts(200, 2))),
+        ("masked", "warning", make_prepared_dataset(make_texts(600, 1), make_texts(200, 2), first=29)),
+        ("masked", "error", make_prepared_dataset(make_texts(600, 1), make_texts(200, 2), first=30)),
+        ("too long", "warning", make_prepared_dataset(make_texts(600, 1), make_texts(200, 2), num_left_out=30)),
+        (
+            "coverage",
+            "warning",
+            make_prepared_dataset(make_texts(20, 1), [[2000 + n for n in range(30)] for _ in range(200)]),
+        ),
+    ],
+)
+def test_doctor_finds_every_fault_planted_in_the_data(what, level, data):
+    assert worst_levels(data_checks.check_data(parse_settings("completion"), data))[what] == level
+
+
+def test_doctor_finds_duplicate_texts_inside_blocks():
+    """Blocks cut texts anywhere; what stands between two ends of text is compared."""
+    train, val = make_texts(40, 1, 29), make_texts(3, 1, 29) + make_texts(7, 2, 29)
+    flat = {
+        side: [token for text in side_texts for token in [*text, 0]] for side, side_texts in (("t", train), ("v", val))
+    }
+    cut = {side: [ids[at : at + 16] for at in range(0, len(ids) - 15, 16)] for side, ids in flat.items()}
+    found = list(data_checks.check_duplicates(parse_settings("blocks"), make_prepared_dataset(cut["t"], cut["v"])))
+    assert found[0].message.startswith("3 of 9 "), "the last text is cut off"
+
+
+# --- plan and memory ---
+
+
+@pytest.fixture(scope="module")
+def doctor_inputs(tiny_model: str, data_files: tuple[str, str]) -> dict[str, Any]:
+    flags = f"--mode lora --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
+    flags += " --block-size 32 --global-batch 4"
+    args = cli.parse_args([*flags.split(), *TEMPLATE_FLAGS])
+    settings = args.settings
+    data = load(prepare(settings.data, model=tiny_model, global_batch=4).folder)
+    model = build_model(settings, on_meta=True)
+    plan = make_plan(settings, simulated_context(1), data, model.metadata, load_config(settings.model))
+    return {"request": args, "plan": plan, "model": model, "data": data}
+
+
+def test_doctor_describes_the_model(doctor_inputs):
+    found = {one.name: one for one in plan_checks.check_model(doctor_inputs["plan"], doctor_inputs["model"])}
+    assert found["LoRA targets"].message == "8 layers: c_attn, c_fc, c_proj"
+    assert found["Conv1D"].message.startswith("8 of the 8")
+    assert found["tied weights"].level == "ok"
+    assert "are one" in found["tied weights"].message
+    assert f"{doctor_inputs['model'].metadata['trainable']:,}" in found["trainable"].message
+
+
+def test_doctor_judges_the_training_schedule(doctor_inputs):
+    plan = doctor_inputs["plan"]
+    assert worst_levels(plan_checks.check_schedule(plan))["steps"] == "ok"
+    train = replace(plan.settings.train, warmup_steps=10**6, max_steps=3)
+    output = replace(plan.settings.output, eval_every="50")
+    late = replace(
+        plan,
+        settings=replace(plan.settings, train=train, output=output),
+        schedule=replace(plan.schedule, total_steps=3),
+    )
+    found = worst_levels(plan_checks.check_schedule(late))
+    assert (found["steps"], found["learning rate"], found["--eval-every"]) == ("warning", "warning", "warning")
+
+
+def test_doctor_estimates_memory_for_every_zero_file_and_too_little_is_an_error(doctor_inputs, monkeypatch):
+    plan = doctor_inputs["plan"]
+    table = memory_checks.build_memory_table(plan, 32)
+    assert [row.name for row in table] == list(DS_CONFIG_NAMES)
+    assert [row.name for row in table if row.is_chosen] == ["zero0"]
+    assert set(worst_levels(memory_checks.check_memory(plan, table)).values()) == {"ok"}
+    monkeypatch.setattr(memory_checks, "available_bytes", lambda plan: 1000.0)
+    small = memory_checks.build_memory_table(plan, 32)
+    assert not any(row.fits for row in small)
+    assert worst_levels(memory_checks.check_memory(plan, small)) == {"memory": "error"}
+
+
+# --- the rehearsal, with a program that is quickly done in place of train.py ---
+
+FAKE_TRAIN_SCRIPT = """
+import json, os, sys, time
+words = sys.argv[1:]
+out = words[words.index("--output-dir") + 1]
+again = "--resume" in words
+os.makedirs(out, exist_ok=True)
+rows = [] if not again else [json.loads(line) for line in open(out + "/metrics.jsonl")][:3]
+if not again:
+    rows.append({"kind": "eval", "step": 0, "time": 0.5, "loss": 5.0, "eval_tokens": 100})
+for step in range(3 if again else 1, 5):
+    rows.append({"kind": "step", "step": step, "time": step, "loss": 5.0 - 0.1 * step, "tokens": 10 * step,
+                 "tokens_per_second": 5.0})
+rows.append({"kind": "eval", "step": 4, "time": 5.0, "loss": 4.5, "eval_tokens": 100})
+rows.append({"kind": "event", "event": "finished", "step": 4, "time": 6.0, "message": "",
+             "facts": {"checkpoint_bytes": 1000, "export_bytes": 500, "peak_memory_bytes": 7, "export": "checked"}})
+FAULT
+open(out + "/metrics.jsonl", "w").write("".join(json.dumps(row) + chr(10) for row in rows))
+"""
+FAULTS = {
+    "sound": ("", {"train": "ok", "evaluate": "ok", "save": "ok", "export": "ok", "resume": "ok"}),
+    "crash": ("print('error: --lr: no'); sys.exit(2)", {"rehearsal": "error"}),
+    "other course": ("rows[-3]['loss'] += 0.01 * again", {"resume": "error"}),
+    "no resume": ("if again: print('boom'); sys.exit(1)", {"resume": "error"}),
+    "slow": ("time.sleep(60)", {"rehearsal": "warning"}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_smoke_test_of_doctor_says_what_failed(doctor_inputs, fault, tmp_path, monkeypatch):
+    line, expected = FAULTS[fault]
+    script = tmp_path / "train.py"
+    script.write_text(FAKE_TRAIN_SCRIPT.replace("FAULT", line))
+    monkeypatch.setattr(smoke_test, "TRAIN_SCRIPT", script)
+    limit = 3 if fault == "slow" else 60
+    played = smoke_test.SmokeTest(
+        doctor_inputs["request"],
+        doctor_inputs["plan"],
+        doctor_inputs["data"],
+        limit_seconds=limit,
+        parent_folder=tmp_path / "near",
+    )
+    checks = list(played.run_checks())
+    found = worst_levels(checks)
+    assert {what: found[what] for what in expected} == expected, checks
+    assert set(found) <= {"train", "evaluate", "save", "export", "resume", "rehearsal"}
+    assert not list((tmp_path / "near").iterdir()), "nothing is left"
+    if fault == "crash":
+        assert "--lr: no" in checks[0].message
+    if fault == "sound":
+        assert played.cost.step_seconds == pytest.approx(2.0), "10 tokens at 5 a second, the first step left out"
+        costs = {
+            one.name: one
+            for one in smoke_test.estimate_costs(doctor_inputs["plan"], doctor_inputs["data"], played.cost, 7.0)
+        }
+        assert "steps of 2.00 s" in costs["time"].message
+        assert costs["disk"].level == "ok"
+        assert smoke_test.check_disk_space(tmp_path, replace(played.cost, checkpoint_bytes=2**60), 2).level == "error"
+
+
+def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, tiny_model):
+    from helpers.tiny_inputs import write_records
+
+    path = write_records(tmp_path / "large.jsonl", num_records=4000, seed=3)
+    words = f"--mode full --model {tiny_model} --data {path} --objective completion --block-size 32 --global-batch 2"
+    request = cli.parse_args([*words.split(), *TEMPLATE_FLAGS])
+    data = load(prepare(request.settings.data, model=tiny_model, global_batch=2).folder)
+    model = build_model(request.settings, on_meta=True)
+    plan = make_plan(request.settings, simulated_context(1), data, model.metadata, load_config(request.settings.model))
+    given = smoke_test._sample_overrides(request, plan, data, tmp_path)["data"]
+    lines = {side: Path(given[side]).read_text().splitlines() for side in ("data", "val_data")}
+    assert 8 <= len(lines["data"]) < 400, "4 steps of 2, and not much more"
+    assert 1 <= len(lines["val_data"]) < 400
+    assert not set(lines["data"]) & set(lines["val_data"])
+    again = cli.parse_args(cli.to_argv(request, data=given)).settings
+    assert prepare(again.data, model=tiny_model, global_batch=2).metadata["train"]["examples"] >= 8
+
+
+# --- the command ---
+
+
+def test_doctor_turns_a_user_error_into_a_check_result():
+    def mistake() -> Any:
+        yield CheckResult(level="ok", name="a", message="b")
+        raise UserError("--data x: no such file; expected CSV")
+
+    found = list(catch_user_errors("run", mistake))
+    assert [one.level for one in found] == ["ok", "error"]
+    assert found[1].remedy == "expected CSV"
+
+
+def run_doctor(argv: list[str], capsys: Any, **options: Any) -> tuple[int, str]:
+    code = doctor_cli.run_doctor(
+        cli.parse_args(argv),
+        environ={},
+        world_size=options.pop("ranks", 1),
+        run_smoke_test=False,
+        limit_seconds=1.0,
+        as_json=options.pop("as_json", True),
+    )
+    return code, capsys.readouterr().out
+
+
+def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_errors(
+    tiny_model, data_files, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
+    words += " --block-size 32 --global-batch 4 --output-dir run"
+    code, printed = run_doctor([*words.split(), *TEMPLATE_FLAGS], capsys)
+    told = json.loads(printed)
+    assert (code, told["error"]) == (0, 0), told["checks"]
+    assert {one["section"] for one in told["checks"]} >= {"environment", "run", "data", "model", "steps"}
+    assert [row["ds_config"] for row in told["memory"]] == list(DS_CONFIG_NAMES)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").touch()
+    code, printed = run_doctor([*words.split(), *TEMPLATE_FLAGS], capsys)
+    assert code == 1
+    assert [one["name"] for one in json.loads(printed)["checks"] if one["level"] == "error"] == ["run folder"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--global-batch 5", "5 examples / 2 ranks is not whole"),
+        ("--output-dir {file}/run", "cannot write there: Not a directory"),
+        ("--wandb online", "--wandb online: not logged in"),
+    ],
+)
+def test_doctor_reports_what_train_would_refuse_before_data_are_read(
+    more, said, tiny_model, data_files, capsys, tmp_path, monkeypatch
+):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no login of whoever runs the tests
+    (tmp_path / "file").touch()
+    words = f"--mode full --model {tiny_model} --data missing.csv --block-size 16 {more.format(file=tmp_path / 'file')}"
+    code, printed = run_doctor([*words.split(), *TEMPLATE_FLAGS], capsys, ranks=2, as_json=False)
+    assert code == 1
+    assert said in printed
+    assert "1 errors" in printed
+
+
+def test_doctor_formats_sizes_for_people():
+    assert (format_bytes(3.4 * 2**30), format_bytes(812 * 2**20)) == ("3.4 GiB", "812 MiB")
+
+
+def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
+    line = [
+        "--mode",
+        "lora",
+        "--lr",
+        "0.001",
+        "--lora-target-modules",
+        "c_attn,c_fc",
+        "--no-shuffle",
+        "--output-dir",
+        "a b",
+    ]
+    request = cli.parse_args(line)
+    again = cli.parse_args(cli.to_argv(request, train={"max_steps": 4}))
+    assert again.settings.train.max_steps == 4
+    assert again.settings.lora.target_modules == ("c_attn", "c_fc")
+    assert not again.settings.data.shuffle
+    assert again.settings.output.output_dir == "a b"
+
+
+@pytest.mark.sweep  # five starts of the program: a minute on one quiet core
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_smoke_test_of_doctor_passes_on_real_ranks(tiny_model, data_files, tmp_path, ranks, capsys):
+    words = f"--mode lora --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
+    words += f" --block-size 32 --global-batch 4 --output-dir {tmp_path}/run"
+    code = doctor_cli.run_doctor(
+        cli.parse_args([*words.split(), *TEMPLATE_FLAGS]),
+        environ={},
+        world_size=ranks,
+        run_smoke_test=True,
+        limit_seconds=400.0,
+        as_json=True,
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert code == 0, [one for one in told["checks"] if one["level"] == "error"]
+    found = {one["name"]: one["message"] for one in told["checks"] if one["section"] == "rehearsal"}
+    assert set(found) == {"train", "evaluate", "save", "export", "resume"}
+    assert found["resume"] == "from step 2: losses bit for bit the same"
+    assert told["measured"]["step_seconds"] > 0
+    assert sys.executable

@@ -1,0 +1,397 @@
+"""What a run shows and leaves on disk: metrics.jsonl, progress, the plan and the table at the end."""
+
+import contextlib
+import io
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.fake_runs import make_metadata, make_records
+from helpers.fake_wandb import child_env
+
+from trainer.config.errors import TrainingError, UserError
+from trainer.config.reference import CURVE
+from trainer.tracking.console import ProgressBar, format_duration
+from trainer.tracking.jsonl import JsonlLogger, rewind
+from trainer.tracking.records import (
+    EpochRecord,
+    EvalRecord,
+    EventRecord,
+    Record,
+    StepRecord,
+    perplexity,
+    read_records,
+    to_line,
+)
+from trainer.tracking.summary import show_plan, show_summary, summarize_epochs
+
+RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
+LAST_STEP = 90
+
+
+def make_step_record(step: int, total_steps: int = 100, **overrides: Any) -> StepRecord:
+    values = {
+        "step": step, "epoch": step * 3 / total_steps, "samples": step * 8, "tokens": step * 2048, "loss": 2.5,
+        "lr": 3e-5,
+        "grad_norm": 1.0, "tokens_per_second": 12_345.0, "time": float(step),
+    }  # fmt: skip
+    return StepRecord(**{**values, **overrides})
+
+
+def make_eval_record(step: int, epoch: float, loss: float) -> EvalRecord:
+    axes = {"step": step, "epoch": epoch, "samples": step * 8, "tokens": step * 2048, "time": float(step)}
+    return EvalRecord(**axes, loss=loss, perplexity=perplexity(loss), eval_tokens=100)
+
+
+def make_epoch_record(step: int, epoch: float, loss: float) -> EpochRecord:
+    return EpochRecord(epoch=epoch, train_loss=loss, step=step, samples=step * 8, tokens=step * 2048, time=float(step))
+
+
+# metrics.jsonl
+
+
+def test_each_record_is_on_disk_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlLogger(path)
+    for number, record in enumerate(RECORDS, start=1):
+        sink.log(record)
+        assert path.read_bytes().count(b"\n") == number
+    sink.close(0)
+    sink.close(0)
+    assert list(read_records(path)) == RECORDS
+
+
+def test_a_metrics_file_with_records_is_refused_unless_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(to_line(RECORDS[0]) + "\n" + to_line(RECORDS[1])[:30])  # the last row was cut off by a kill
+    with pytest.raises(UserError, match="already holds the rows of a run: pass --resume"):
+        JsonlLogger(path)
+    sink = JsonlLogger(path, resume=True)
+    sink.log(RECORDS[1])
+    sink.close(0)
+    assert list(read_records(path)) == RECORDS[:2]
+
+
+def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(to_line(record) + "\n" for record in RECORDS) + '{"kind"')
+    kept = [record for record in RECORDS if record.step <= 60]
+    assert rewind(path, 60) == len(RECORDS) - len(kept) + 1
+    assert list(read_records(path)) == kept
+    assert rewind(path, 60) == 0
+
+
+def test_a_finished_run_that_goes_on_is_no_longer_finished(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(to_line(record) + "\n" for record in RECORDS))
+    assert rewind(path, LAST_STEP) == 1
+    assert list(read_records(path)) == RECORDS[:-1]
+
+
+def test_a_damaged_metrics_file_is_not_resumed_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(to_line(RECORDS[0]) + "\nhalf\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: "):
+        rewind(path, 60)
+
+
+def test_a_nan_record_is_refused_and_leaves_no_line(tmp_path: Path) -> None:
+    sink = JsonlLogger(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sink.log(make_step_record(1, loss=float("nan")))
+    sink.close(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_missing_metrics_folder_and_a_full_disk_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: No such file or directory"):
+        JsonlLogger(tmp_path / "nowhere" / "metrics.jsonl")
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    sink = JsonlLogger(Path("/dev/full"))
+    with pytest.raises(TrainingError, match="cannot write /dev/full: No space left on device"):
+        sink.log(RECORDS[0])
+
+
+def test_a_record_that_fits_only_in_part_is_removed_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlLogger(path)
+    sink.log(RECORDS[0])
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda file, line: whole(file, line[:10]))
+    with pytest.raises(TrainingError, match="No space left"):
+        sink.log(RECORDS[1])
+    monkeypatch.undo()
+    assert list(read_records(path)) == RECORDS[:1]
+    assert path.read_bytes().endswith(b"\n")
+
+
+# progress
+
+
+class FakeClock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def render_lines(records: list[Record], seconds: list[float], total_steps: int = 100) -> list[str]:
+    stream, clock = io.StringIO(), FakeClock()
+    progress_bar = ProgressBar(total_steps, 3.0, stream=stream, interval=5.0, clock=clock)
+    for record, now in zip(records, seconds, strict=True):
+        clock.now = now
+        progress_bar.log(record)
+    progress_bar.close(0)
+    return stream.getvalue().splitlines()
+
+
+def test_plain_progress_lines_come_first_last_and_every_few_seconds() -> None:
+    lines = render_lines([make_step_record(n) for n in range(1, 101)], [n * 1.0 for n in range(1, 101)])
+    assert [int(line.split("/")[0].removeprefix("step")) for line in lines] == [*range(1, 101, 5), 100]
+
+
+def test_a_plain_progress_line_has_step_loss_speed_and_time_left() -> None:
+    lines = render_lines([make_step_record(10), make_step_record(20)], [0.0, 60.0])
+    assert lines[0] == "step  10/100  epoch 0.30/3  loss 2.5000  lr 3.0e-05  12.3k tok/s  ? left"
+    assert lines[1] == "step  20/100  epoch 0.60/3  loss 2.5000  lr 3.0e-05  12.3k tok/s  8:00 left"  # 80 steps of 6 s
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("epochs", "told"), [(3.0, "3"), (2.5, "2.5"), (40 / 375, "0.11"), (1 + 1 / 3, "1.33"), (0.003, "0.003")]
+)
+def test_the_number_of_epochs_is_printed_short(epochs: float, told: str) -> None:
+    stream = io.StringIO()
+    ProgressBar(100, epochs, stream=stream).log(make_step_record(1))
+    assert f"epoch 0.03/{told}  loss" in stream.getvalue()
+
+
+def test_the_last_record_is_shown_when_a_run_ends_early() -> None:
+    lines = render_lines([make_step_record(1), make_step_record(2), make_step_record(3)], [0.0, 1.0, 2.0])
+    assert [line[:10] for line in lines] == ["step   1/1", "step   3/1"]
+
+
+@pytest.mark.parametrize("event", ["early_stop", "interrupted", "not_finite"])
+def test_the_last_record_is_shown_before_the_line_that_ends_the_run(event: str) -> None:
+    end = EventRecord(event=event, step=2, message="the end", time=1.0)
+    lines = render_lines([make_step_record(1), make_step_record(2), end], [0.0, 1.0, 2.0])
+    assert [line[:8] for line in lines] == ["step   1", "step   2", "the end"]
+
+
+def test_evaluations_means_and_events_are_always_shown() -> None:
+    event = EventRecord(event="skipped", step=2, message="step 2 was skipped [overflow]", time=1.0)
+    lines = render_lines([make_eval_record(0, 0.0, 3.0), make_epoch_record(2, 1.0, 2.0), event], [0.0, 0.1, 0.2])
+    assert lines == [
+        "eval   0/100  epoch 0.00/3  validation loss 3.0000  perplexity 20.1",
+        "mean   2/100  epoch 1.00/3  train loss 2.0000 over the epoch",
+        "step 2 was skipped [overflow]",
+    ]
+
+
+def test_durations_are_printed_as_clock_times() -> None:
+    assert [format_duration(s) for s in (0, 7.4, 59.6, 750, 20_530)] == ["0:00", "0:07", "1:00", "12:30", "5:42:10"]
+
+
+def test_a_closed_pipe_ends_the_progress_lines_and_not_the_run(tmp_path: Path) -> None:
+    code = (
+        "import time; from run_folders import make_metadata, make_records; from trainer.tracking.console import "
+        "ProgressBar\n"
+        "progress = ProgressBar(90, 3.0, interval=0.0)\n"
+        "for record in make_records(make_metadata()):\n    progress.log(record); time.sleep(0.002)\n"
+        "progress.close(0); open('done', 'w').close()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=child_env()
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline().startswith(b"eval")
+    child.stdout.close()
+    assert child.stderr is not None
+    assert child.stderr.read() == b""
+    assert child.wait(timeout=30) == 0
+    assert (tmp_path / "done").exists()
+
+
+def run_on_terminal(code: str, **variables: str) -> str:
+    """What `code` writes on a terminal of 80 columns; it must end within 30 seconds."""
+    master_fd, slave_fd = pty.openpty()
+    terminal = {"TERM": "xterm-256color", "COLUMNS": "80", **variables}
+    command = [sys.executable, "-c", code]
+    child = subprocess.Popen(command, stdin=slave_fd, stdout=slave_fd, stderr=slave_fd, env=child_env(**terminal))
+    os.close(slave_fd)
+    output, deadline = b"", time.monotonic() + 30
+    with contextlib.suppress(OSError):  # raised when the other end is closed
+        while time.monotonic() < deadline:
+            if select.select([master_fd], [], [], 0.5)[0]:
+                output += os.read(master_fd, 65536)
+    os.close(master_fd)
+    try:
+        assert child.wait(timeout=10) == 0, output.decode()
+    finally:
+        child.kill()
+    return output.decode()
+
+
+PROGRESS_BAR_CODE = """
+from helpers.fake_runs import make_metadata, make_records
+from trainer.tracking import console, summary
+progress = console.ProgressBar(19863, 3.0)
+progress.say("a line [in brackets]")
+for record in make_records(make_metadata()):
+    progress.log(record)
+progress.close(0)
+summary.show_summary(make_records(make_metadata()), ["other data"])
+"""
+
+
+def test_a_terminal_shows_one_progress_bar_that_fits_with_lines_above() -> None:
+    text = run_on_terminal(PROGRESS_BAR_CODE)
+    assert "━" in text
+    assert "90/19863" in text
+    assert "loss" in text
+    assert "tok/s" in text
+    assert " left" in text
+    assert "a line [in brackets]\r\n" in text
+    assert text.count("validation loss ") >= 4
+    assert text.count("step ") < 5
+    frames = [strip_escapes(frame) for line in text.split("\n") for frame in line.split("\r")]
+    assert max(map(len, frames)) <= 80
+    assert "…" not in text  # nothing was cut off
+    assert text.rstrip().endswith("not comparable with the card: other data")
+
+
+def test_the_no_color_variable_is_respected() -> None:
+    assert "\x1b[38;5" in run_on_terminal(PROGRESS_BAR_CODE)
+    assert not any(
+        code in run_on_terminal(PROGRESS_BAR_CODE, NO_COLOR="1") for code in ("\x1b[38;", "\x1b[3", "\x1b[9")
+    )
+
+
+def test_a_dumb_terminal_gets_plain_progress_lines() -> None:
+    assert "\x1b" not in run_on_terminal(PROGRESS_BAR_CODE, TERM="dumb")
+
+
+def strip_escapes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+# the table at the end
+
+
+def test_the_summary_table_pairs_epochs_with_the_reference() -> None:
+    table = summarize_epochs(RECORDS)
+    assert [row.epoch for row in table] == [0, 1, 2, 3]
+    assert table[0].train_loss is None
+    assert table[0].val_loss is not None
+    assert table[0].reference_val_loss is None
+    assert [row.reference_val_loss for row in table[1:]] == [row.val_loss for row in CURVE]
+    assert [row.reference_train_loss for row in table[1:]] == [row.train_loss for row in CURVE]
+    assert all(row.train_loss is not None and row.perplexity == perplexity(row.val_loss or 0) for row in table[1:])
+
+
+def test_the_summary_table_has_the_last_evaluation_of_each_epoch_only() -> None:
+    evals = [make_eval_record(step, step / 10, 3.0 - step / 10) for step in (0, 4, 8, 12, 16)]
+    means = [make_epoch_record(10, 0.1 + 0.2 + 0.7, 2.0)]  # a whole epoch but for rounding
+    table = summarize_epochs([*evals, *means])
+    assert [(row.epoch, row.train_loss, row.val_loss) for row in table] == [
+        (0, None, 3.0),
+        (1, 2.0, None),
+        (1.6, None, 1.4),
+    ]
+    assert table[1].reference_val_loss == CURVE[0].val_loss
+    assert table[2].reference_val_loss is None
+
+
+def test_the_later_of_two_evaluations_of_an_epoch_is_in_the_summary_table() -> None:
+    assert [
+        row.val_loss for row in summarize_epochs([make_eval_record(10, 1.0, 2.0), make_eval_record(10, 1.0, 1.5)])
+    ] == [1.5]
+
+
+def test_no_records_give_an_empty_summary_table_and_no_error() -> None:
+    stream = io.StringIO()
+    show_summary([], [], stream=stream)
+    assert summarize_epochs([]) == []
+    assert "epoch" in stream.getvalue()
+
+
+def test_the_summary_is_shown_in_plain_characters_without_a_terminal() -> None:
+    stream = io.StringIO()
+    show_summary(
+        [make_eval_record(0, 0.0, 3.0), make_eval_record(10, 1.0, 2.0), make_epoch_record(10, 1.0, 2.5)],
+        ["other data", "unknown"],
+        stream=stream,
+    )
+    assert stream.getvalue() == (
+        "| epoch | train loss | validation loss | perplexity | card train | card val |\n"
+        "|------:|-----------:|----------------:|-----------:|-----------:|---------:|\n"
+        "|     0 |          - |          3.0000 |     20.086 |          - |        - |\n"
+        "|     1 |     2.5000 |          2.0000 |      7.389 |     1.2978 |   1.2262 |\n"
+        "best validation loss 2.0000 at epoch 1 (step 10)\n"
+        "not comparable with the card: other data; unknown\n"
+    )
+
+
+def test_the_summary_table_of_fifty_epochs_is_thinned_and_keeps_first_best_and_last() -> None:
+    records: list[Record] = []
+    for epoch in range(51):
+        records.append(make_eval_record(epoch * 10, float(epoch), 3.0 - epoch / 20 if epoch < 38 else 2.0 + epoch / 20))
+    stream = io.StringIO()
+    show_summary(records, [], stream=stream)
+    epochs = [line.split("|")[1].strip() for line in stream.getvalue().splitlines()[2:] if line.startswith("|")]
+    assert len(epochs) == 24
+    assert {"0", "1", "2", "3", "37", "50"} <= set(epochs)
+    assert "51 rows thinned out to 24; metrics.jsonl has all of them" in stream.getvalue()
+
+
+def test_the_printed_plan_is_aligned() -> None:
+    stream = io.StringIO()
+    show_plan([("model", "demo-base [tiny]"), ("batch", "8"), ("ZeRO file", "zero1: two ranks")], stream=stream)
+    assert stream.getvalue() == "model      demo-base [tiny]\nbatch      8\nZeRO file  zero1: two ranks\n"
+
+
+# quiet, and what the package costs to import
+
+
+def test_the_tracking_package_imports_neither_torch_nor_wandb_nor_rich() -> None:
+    code = (
+        "import sys, trainer.tracking.loggers; print([name for name in ('torch', 'wandb', 'rich') if name in "
+        "sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=child_env(), capture_output=True, text=True).stdout == "[]\n"
+    )
+
+
+def test_silencing_drops_the_known_noise_and_keeps_the_rest() -> None:
+    code = """
+import logging, os, warnings
+os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+from trainer.tracking.silence import silence_libraries
+silence_libraries(); silence_libraries()
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+deepspeed = logging.getLogger("DeepSpeed")
+deepspeed.setLevel(logging.INFO)  # as its import does
+deepspeed.warning("noise"); deepspeed.error("trouble")
+warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Use another", FutureWarning)
+warnings.warn("your disk is nearly full", UserWarning)
+assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+"""
+    said = subprocess.run([sys.executable, "-c", code], env=child_env(), capture_output=True, text=True).stderr
+    assert "trouble" in said
+    assert "nearly full" in said
+    assert "noise" not in said
+    assert "all_gather" not in said

@@ -1,0 +1,104 @@
+"""Second sinks: the rows that W&B gets, under the same names, read back from TensorBoard's and Trackio's own stores."""
+
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.fake_runs import make_metadata, make_records
+
+from trainer.config.errors import UserError
+from trainer.tracking.extra_loggers import FailSafeLogger, check_extra_loggers, start_extra_loggers
+from trainer.tracking.records import EventRecord, Record
+from trainer.tracking.wandb_keys import AXES, wandb_row
+
+METADATA = make_metadata("lora")
+RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
+EXPECTED_VALUES = {
+    (name, row.step): value
+    for row in RECORDS
+    if not isinstance(row, EventRecord)
+    for name, value in wandb_row(row).items()
+}
+
+
+def log_records(loggers: list[FailSafeLogger], records: list[Record]) -> None:
+    for record in records:
+        for logger in loggers:
+            logger.log(record)
+    for logger in loggers:
+        logger.close(0)
+
+
+def log_in_two_parts(name: str, folder: Path, messages: list[str]) -> None:
+    """A run that is killed after step 40, with its newest checkpoint at step 30, and then resumed."""
+    log_records(
+        start_extra_loggers([name], METADATA, folder, resume_step=-1, say=messages.append),
+        [row for row in RECORDS if row.step <= 40],
+    )
+    log_records(
+        start_extra_loggers([name], METADATA, folder, resume_step=30, say=messages.append),
+        [row for row in RECORDS if row.step > 30],
+    )
+
+
+def test_tensorboard_has_every_record_once_also_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said: list[str] = []
+    log_in_two_parts("tensorboard", tmp_path, said)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    got: dict[tuple[str, int], list[float]] = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            got.setdefault((name, event.step), []).append(event.value)
+    assert {key: values[-1] for key, values in got.items()} == pytest.approx(EXPECTED_VALUES, rel=1e-7), "in float32"
+    assert all(len(values) == 1 for (name, _), values in got.items() if name not in AXES)
+    assert "tensorboard --logdir" in said[0]
+    assert len(said) == 2, "nothing went wrong"
+
+
+def test_trackio_has_every_record_once_also_after_a_resume(tmp_path, monkeypatch):
+    for module in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, module)  # it reads its folder when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    said: list[str] = []
+    log_in_two_parts("trackio", tmp_path / "run", said)
+    (store,) = tmp_path.glob("*.db")
+    import json
+
+    with sqlite3.connect(store) as connection:
+        found = connection.execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
+    got: dict[tuple[str, int], list[Any]] = {}
+    for step, text in found:
+        for name, value in json.loads(text).items():
+            got.setdefault((name, step), []).append(value)
+    assert {key: values[-1] for key, values in got.items() if key in EXPECTED_VALUES} == EXPECTED_VALUES
+    assert all(len(values) == 1 for (name, _), values in got.items() if name not in AXES)
+    assert "trackio show" in said[0]
+    assert len(said) == 2, said
+
+
+def test_an_extra_logger_that_fails_is_reported_once_and_dropped():
+    said: list[str] = []
+    calls: list[int] = []
+
+    class Broken:
+        def log(self, record: Record) -> None:
+            calls.append(record.step)
+            raise OSError("no space left")
+
+        def close(self) -> None:
+            raise AssertionError("it was left out")
+
+    log_records([FailSafeLogger("tensorboard", Broken, said.append)], RECORDS)
+    assert len(calls) == 1
+    assert said == ["tensorboard stopped working (no space left); going on without it, metrics.jsonl has every row"]
+
+
+def test_an_extra_logger_that_is_not_installed_is_one_line(monkeypatch):
+    check_extra_loggers(["tensorboard", "trackio"])
+    monkeypatch.setattr("trainer.tracking.extra_loggers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--report-to trackio: it is not installed; pip install -e '\.\[trackio\]'"):
+        check_extra_loggers(["trackio"])
