@@ -66,7 +66,7 @@ def test_steps_in_flight_give_the_records_and_weights_of_a_run_that_waits(
     ranks,
     tiny_model,
     data_files,
-    data_dir,  # noqa: F811
+    data_dir,
     tmp_path,
 ):
     cells = {
@@ -151,7 +151,7 @@ def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
     ranks,
     tiny_model,
     data_files,
-    data_dir,  # noqa: F811
+    data_dir,
     tmp_path,
 ):
     """Neither has the one that was asked for after it: weights and the checkpoint are those before the bad one."""
