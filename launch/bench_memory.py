@@ -104,7 +104,7 @@ def measure(method_flags: str, options: argparse.Namespace, scratch: Path) -> di
     import torch
 
     from trainer.config import cli
-    from trainer.config.schema import LORA_LR_FACTOR
+    from trainer.config.choices import LORA_LR_FACTOR
     from trainer.distributed.engine import Engine
     from trainer.distributed.process_group import destroy_process_group, init_distributed
     from trainer.model import optimizer

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.schema import Settings, apply_overrides, fields_fixed_on_resume
+from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
 from trainer.data.dataset import PreparedDataset, load, prepare
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import (

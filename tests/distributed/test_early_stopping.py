@@ -18,7 +18,7 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.schema import Settings, fields_fixed_on_resume
+from trainer.config.settings import Settings, fields_fixed_on_resume
 from trainer.data.dataset import load, prepare
 from trainer.distributed.engine import StepResult
 from trainer.distributed.process_group import simulated_context

@@ -17,8 +17,9 @@ from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import TEMPLATE_FLAGS
 
 from trainer.config import cli
+from trainer.config.batch_config import BatchConfig
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.config.schema import DS_CONFIG_NAMES, BatchConfig
 from trainer.distributed import deepspeed_config as zero_file
 from trainer.distributed.deepspeed_config import (
     DS_CONFIG_DIR,

@@ -15,8 +15,8 @@ from helpers.process_groups import read_events, read_reproducible_records
 from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
 
 from trainer.config import cli
+from trainer.config.choices import DEMO_MODEL, MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
-from trainer.config.schema import DEMO_MODEL, MAX_NUM_SAMPLES
 from trainer.data.dataset import load, prepare
 from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.process_group import destroy_process_group, init_distributed

@@ -20,7 +20,7 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS
 from safetensors.numpy import load_file
 
 from trainer.config import cli
-from trainer.config.schema import DS_CONFIG_NAMES
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.data.dataset import prepare
 
 LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-5, 0.05

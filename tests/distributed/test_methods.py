@@ -18,7 +18,7 @@ from test_export import STRICT
 from test_invariance import LOSS_TOLERANCE
 
 from trainer.config import cli
-from trainer.config.schema import DS_CONFIG_NAMES
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.data.dataset import prepare
 from trainer.export.verify import LOGITS_BOUND
 

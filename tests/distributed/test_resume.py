@@ -34,8 +34,8 @@ from test_invariance import (
 )
 
 from trainer.config import cli
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.schema import DS_CONFIG_NAMES
 from trainer.data.dataset import load, prepare
 from trainer.distributed.engine import StepResult
 from trainer.run import resolve_output_dir

@@ -10,7 +10,8 @@ import pytest
 from helpers.launch_ranks import train
 from helpers.tiny_inputs import TEMPLATE_FLAGS
 
-from trainer.config.schema import BatchConfig, Settings
+from trainer.config.batch_config import BatchConfig
+from trainer.config.settings import Settings
 from trainer.training.loop import TrainSchedule
 
 

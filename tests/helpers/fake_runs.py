@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.config import schema
+from trainer.config import presets
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
 from trainer.training.lr_schedule import learning_rate
 
@@ -20,7 +20,7 @@ LOSS_FLOOR = {"full": 2.0, "lora": 2.1}
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
     """The content of a run.json of `mode`; `given` replaces nested values, with dots as `__`: data__vocabulary=9."""
-    settings = schema.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
+    settings = presets.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
     steps_per_epoch = math.ceil(NUM_EXAMPLES / settings.train.global_batch)
     num_params = 2_000_000
     num_trainable = num_params if mode == "full" else 19_000

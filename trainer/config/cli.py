@@ -4,14 +4,15 @@ import argparse
 import dataclasses
 import math
 import sys
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
 from trainer.config.errors import UserError
-from trainer.config.schema import GROUPS, LORA_LR_FACTOR, MODES, PRESETS, Settings, preset_defaults, resolve
+from trainer.config.options import choices_of, without_none
+from trainer.config.presets import preset_defaults, resolve
+from trainer.config.settings import GROUPS, Settings
 
 TITLES = {
     "model": "model",
@@ -131,9 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     run_flags = parser.add_argument_group("run")
-    run_flags.add_argument("--mode", required=True, choices=MODES, help="train every weight, or LoRA adapters")
+    run_flags.add_argument("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     run_flags.add_argument(
-        "--preset", choices=PRESETS, default="demo",
+        "--preset", metavar=_choice_text(PRESETS), default="demo",
         help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s "
         "(default: demo)",
     )  # fmt: skip
@@ -176,26 +177,38 @@ def _add_flag(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
         action = "store_false" if field.default else "store_true"
         section.add_argument(meta["flag"], action=action, help=meta["help"], **common)
         return
-    value_type = _parse_type(field.type)
+    choices = choices_of(field.type)
+    parse, metavar = (str, _choice_text(choices)) if choices else _PARSERS.get(without_none(field.type), _NAMES_PARSER)
     section.add_argument(
-        meta["flag"], type=value_type, choices=meta["choices"] or None,
-        help=f"{meta['help']}{_default_text(group, field)}",
-        metavar=None if meta["choices"] else _METAVARS.get(value_type, "NAMES"), **common,
-    )  # fmt: skip
+        meta["flag"], type=parse, help=f"{meta['help']}{_default_text(group, field)}", metavar=metavar, **common
+    )
 
 
-def _parse_type(annotation: Any) -> Any:
-    """The function that reads one argument of a field's type."""
-    if isinstance(annotation, types.UnionType):  # X | None
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    return {int: int, float: float, str: str}.get(annotation, _split_names)
+def _choice_text(choices: tuple[str, ...]) -> str:
+    return f"{{{','.join(choices)}}}"
 
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+def _parse_whole(text: str) -> int | str:
+    """The number, or the text as it is where it is none: the field's check then says what would be accepted."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _parse_number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
+
+
+_PARSERS: dict[Any, tuple[Any, str]] = {int: (_parse_whole, "N"), float: (_parse_number, "X"), str: (str, "TEXT")}
+_NAMES_PARSER = (_split_names, "NAMES")
 
 
 def _default_text(group: str, field: dataclasses.Field[Any]) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from trainer.config.choices import DEMO_DATA
 from trainer.config.errors import UserError
-from trainer.config.schema import DEMO_DATA
 from trainer.data.hf_readers import import_datasets
 
 

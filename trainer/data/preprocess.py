@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
-from trainer.config.schema import MAX_NUM_SAMPLES, DataSettings
+from trainer.config.schema import DataSettings
 from trainer.data import formats, sources, tokenizer
 from trainer.data.acled import column_names, format_date
 from trainer.data.formats import RecordError, RecordFormat

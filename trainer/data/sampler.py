@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from trainer.config.schema import BatchConfig
+from trainer.config.batch_config import BatchConfig
 from trainer.data.token_dataset import Int64, TokenDataset
 
 IGNORE_INDEX = -100  # the label that Hugging Face models and torch's cross-entropy leave out

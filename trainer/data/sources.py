@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainer.config.choices import DEMO_DATA
 from trainer.config.errors import UserError
-from trainer.config.schema import DEMO_DATA
 from trainer.data import demo, hf_hub, hf_readers
 
 KIND_BY_SUFFIX = {

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import UserError
-from trainer.config.schema import DEMO_MODEL
 from trainer.data import hf_hub
 
 MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text

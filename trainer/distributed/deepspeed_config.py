@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trainer.config.batch_config import BatchConfig
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.config.schema import DS_CONFIG_NAMES, BatchConfig
 from trainer.distributed.memory_estimate import ParamCounts, estimate_model_states
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"

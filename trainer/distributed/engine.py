@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from trainer.config.schema import EIGHT_BIT_OPTIMIZERS, TrainSettings
+from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
+from trainer.config.schema import TrainSettings
 from trainer.data.sampler import MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.frozen_bf16 import FrozenWeightCast, should_cast_frozen_weights

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.schema import MAX_HANG_TIMEOUT_SECONDS
 from trainer.distributed.watchdog import Watchdog
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.schema import Settings
+from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, prepare
 from trainer.export.folder import base_model_ref, export_folder
 from trainer.export.model_card import render_model_card

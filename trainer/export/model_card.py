@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
-from trainer.config.schema import DEMO_MODEL
+from trainer.config.choices import DEMO_MODEL
 from trainer.export.verify import VerificationResult
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
 

@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTraine
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from trainer.config.choices import DEMO_MODEL, EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
-from trainer.config.schema import DEMO_MODEL, EIGHT_BIT_OPTIMIZERS, ModelSettings, Settings
+from trainer.config.schema import ModelSettings
+from trainer.config.settings import Settings
 from trainer.data import hf_hub
 from trainer.model import lora, optimizer, quantization
 from trainer.model.demo.files import DEMO_MODEL_FOLDER

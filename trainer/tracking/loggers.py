@@ -6,7 +6,7 @@ to every sink. Importing this package is cheap: wandb and rich are imported wher
 
 from typing import Protocol
 
-from trainer.config.schema import OutputSettings
+from trainer.config.runtime_schema import OutputSettings
 from trainer.tracking.extra_loggers import check_extra_loggers
 from trainer.tracking.records import Record
 from trainer.tracking.wandb_logger import wandb_mode

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.config.schema import Settings
+from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.engine import Engine

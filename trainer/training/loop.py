@@ -11,8 +11,9 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trainer.config.batch_config import BatchConfig
 from trainer.config.errors import TrainingError
-from trainer.config.schema import BatchConfig, Settings
+from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import MicroBatch, epoch_order, eval_batches, step_batches, step_counts
 from trainer.data.token_dataset import TokenDataset

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from trainer.config import reference
+from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
-from trainer.config.schema import EIGHT_BIT_OPTIMIZERS, Settings, graph_blocker
+from trainer.config.settings import Settings
+from trainer.config.validation import graph_blocker
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.deepspeed_config import (
     DeepSpeedFile,

@@ -6,7 +6,7 @@ import pytest
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.schema import GROUPS
+from trainer.config.settings import GROUPS
 
 # The names are a contract with the user; those of `run` are no settings.
 CONTRACT = [

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trainer.config import reference, schema
+from trainer.config import presets, reference
 from trainer.config.reference import CURVE, why_not_comparable
 
 REFERENCE_FACTS = {
@@ -25,7 +25,7 @@ def test_the_reference_curve_is_the_published_one_at_whole_epochs() -> None:
 
 
 def test_the_card_preset_is_the_card() -> None:
-    preset = schema.resolve("full", "card", {})
+    preset = presets.resolve("full", "card", {})
     for name in ("lr", "global_batch", "eval_batch", "seed", "beta1", "beta2", "epsilon", "epochs", "warmup_steps",
                  "weight_decay", "max_grad_norm"):  # fmt: skip
         assert getattr(preset.train, name) == reference.SETTINGS[name], name

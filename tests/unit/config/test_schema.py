@@ -6,17 +6,11 @@ import math
 
 import pytest
 
-from trainer.config import reference, schema
+from trainer.config import choices, reference
+from trainer.config.choices import LORA_LR_FACTOR, PRESETS
 from trainer.config.errors import UserError
-from trainer.config.schema import (
-    GROUPS,
-    LORA_LR_FACTOR,
-    PRESETS,
-    Settings,
-    apply_overrides,
-    fields_fixed_on_resume,
-    resolve,
-)
+from trainer.config.presets import resolve
+from trainer.config.settings import GROUPS, Settings, apply_overrides, fields_fixed_on_resume
 
 
 def flatten_settings(settings: Settings) -> dict[str, object]:
@@ -48,7 +42,7 @@ def test_full_and_lora_settings_differ_in_the_learning_rate_and_in_nothing_else(
     assert LORA_LR_FACTOR == 10.0
 
 
-@pytest.mark.parametrize("mode", schema.MODES)
+@pytest.mark.parametrize("mode", choices.MODES)
 def test_an_explicit_learning_rate_overrides_the_default_of_every_mode(mode):
     assert resolve(mode, "card", {"train": {"lr": 1e-4}}).train.lr == 1e-4
 
@@ -216,7 +210,7 @@ def test_an_explicit_run_name_and_output_dir_are_used():
 # --- back from run.json, and on resume ---
 
 
-@pytest.mark.parametrize("mode", schema.MODES)
+@pytest.mark.parametrize("mode", choices.MODES)
 def test_settings_come_back_from_json_as_they_were(mode):
     given = {"lora": {"target_modules": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"shuffle": False}}
     wanted = resolve(mode, "card", given, ("--lr", "--no-shuffle"))

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from helpers import data_helpers as samples
 
+from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
-from trainer.config.schema import MAX_NUM_SAMPLES, DataSettings
+from trainer.config.schema import DataSettings
 from trainer.data import cache as store
 from trainer.data.dataset import load, prepare
 from trainer.data.preprocess import is_in_validation

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.schema import LoraSettings, ModelSettings, Settings
+from trainer.config.schema import LoraSettings, ModelSettings
+from trainer.config.settings import Settings
 from trainer.model.build import (
     TrainableModel,
     build_model,

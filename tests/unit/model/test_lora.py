@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
-from trainer.config.schema import LoraSettings, Settings
+from trainer.config.schema import LoraSettings
+from trainer.config.settings import Settings
 from trainer.export import verify_worker
 from trainer.export.folder import base_model_ref, save_folder
 from trainer.model import lora, optimizer, quantization

@@ -13,8 +13,8 @@ import pytest
 from helpers.tiny_inputs import TEMPLATE_FLAGS
 
 from trainer.config import cli
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.config.schema import DS_CONFIG_NAMES
 from trainer.data.dataset import PreparedDataset, load, prepare
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import simulated_context

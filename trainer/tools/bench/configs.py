@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.config.choices import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
 from trainer.config.errors import UserError
-from trainer.config.schema import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
 
 PEERS = {
     "plain": "a plain PyTorch loop: the model's own loss, clip, fused AdamW",

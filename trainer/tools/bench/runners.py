@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trainer.config import cli
-from trainer.config.schema import DEMO_MODEL, Settings
+from trainer.config.choices import DEMO_MODEL
+from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.deepspeed_config import read_deepspeed_file

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.config.schema import Settings
+from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.data.token_dataset import TokenDataset
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, make_result, ok_result

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.schema import DS_CONFIG_NAMES
+from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.distributed.deepspeed_config import DeepSpeedFile, read_deepspeed_file
 from trainer.distributed.memory_estimate import MemoryEstimate, ModelDims, Workload
 from trainer.model.build import load_config

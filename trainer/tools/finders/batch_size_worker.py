@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.config.schema import BatchConfig, Settings
+from trainer.config.batch_config import BatchConfig
+from trainer.config.settings import Settings
 from trainer.data.dataset import load
 from trainer.data.sampler import step_batches, step_counts
 from trainer.data.token_dataset import TokenDataset

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.schema import Settings, fields_fixed_on_resume
+from trainer.config.settings import Settings, fields_fixed_on_resume
 from trainer.report.full_vs_lora import best_loss
 from trainer.report.paired_interval import MeanStd, SeedGroup, group_by_seed, welch_difference
 from trainer.report.run_data import RunData, RunReadError, read_folder

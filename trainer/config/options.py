@@ -1,0 +1,116 @@
+"""A settings field and all that derives from it: its flag, its help, its unit, and which values it accepts."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainer.config.errors import UserError
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """Which values of a field's type are accepted, as a check and in words."""
+
+    check: Callable[[Any], bool]
+    words: str
+
+
+def at_least(minimum: int) -> Accepted:
+    """Whole numbers from `minimum`."""
+    return Accepted(check=lambda value: value >= minimum, words=f"a whole number from {minimum}")
+
+
+ABOVE_ZERO = Accepted(check=lambda value: 0 < value < math.inf, words="a number above 0")
+FROM_ZERO = Accepted(check=lambda value: 0 <= value < math.inf, words="0 or a number above it")
+PROBABILITY = Accepted(check=lambda value: 0 <= value < 1, words="a probability from 0 up to 1")
+SHARE = Accepted(check=lambda value: 0 < value < 1, words="a share between 0 and 1")
+INTERVAL = Accepted(
+    check=lambda value: value in ("epoch", "never") or (value.isdecimal() and int(value) > 0),
+    words="a number of steps, `epoch` or `never`",
+)
+
+
+def option(
+    default: Any = dataclasses.MISSING, *, flag: str, help: str, unit: str = "", accepts: Accepted | None = None
+) -> Any:
+    """One field together with what `--help` says of it; `unit` is printed behind the default."""
+    return field(default=default, metadata={"flag": flag, "help": help, "unit": unit, "accepts": accepts})
+
+
+def check_range(is_accepted: bool, flag: str, value: object, accepted: str) -> None:
+    """Refuse `value` in one line that names the flag, the value and what would be accepted."""
+    if not is_accepted:
+        raise UserError(f"{flag} {value}: expected {accepted}")
+
+
+def check_fields(group: Any) -> None:
+    """UserError for the first field of a settings dataclass with a value it does not accept."""
+    for item in dataclasses.fields(group):
+        value = getattr(group, item.name)
+        problem = value_problem(value, item)
+        if problem:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            shown = text if str(text).isprintable() and text != "" else repr(text)
+            raise UserError(f"{item.metadata.get('flag', item.name)} {shown}: expected {problem}")
+
+
+def value_problem(value: object, item: dataclasses.Field[Any]) -> str:
+    """What a field would accept instead of `value`; empty where it accepts `value`."""
+    accepts: Accepted | None = item.metadata.get("accepts")
+    if not has_type(value, item.type):
+        return accepts.words if accepts else describe_type(item.type)
+    return accepts.words if accepts and value is not None and not accepts.check(value) else ""
+
+
+def has_type(value: object, annotation: Any) -> bool:
+    """Whether a value is of a field's type: int, float (or int), str, bool, Literal, `X | None` or tuple[X, ...]."""
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if _is_union(annotation):
+        return any(has_type(value, part) for part in typing.get_args(annotation))
+    if choices := choices_of(annotation):
+        return isinstance(value, str) and value in choices
+    if typing.get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(has_type(part, typing.get_args(annotation)[0]) for part in value)
+    return isinstance(value, annotation)
+
+
+def describe_type(annotation: Any) -> str:
+    """A field's type in words; None, which stands for a flag that is left out, is not mentioned."""
+    annotation = without_none(annotation)
+    if choices := choices_of(annotation):
+        return join_words(choices)
+    if typing.get_origin(annotation) is tuple:
+        element = typing.get_args(annotation)[0]
+        return f"{describe_type(element)}, separated by commas" if choices_of(element) else "names separated by commas"
+    return _TYPE_NAMES[annotation]
+
+
+def without_none(annotation: Any) -> Any:
+    """`X` of `X | None`."""
+    if _is_union(annotation):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The values of a Literal type, or of an optional one; empty for any other type."""
+    annotation = without_none(annotation)
+    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+
+
+def join_words(words: tuple[str, ...]) -> str:
+    """`a, b or c`."""
+    return " or ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]

@@ -1,0 +1,128 @@
+"""How a run is executed and what it leaves: settings on which no loss depends beyond rounding."""
+
+import re
+from dataclasses import dataclass
+
+from trainer.config.choices import (
+    DS_CONFIG_NAMES,
+    EXTRA_LOGGERS,
+    MAX_HANG_TIMEOUT_SECONDS,
+    MAX_NUM_SAMPLES,
+    Execution,
+    ExportChoice,
+    ExtraLogger,
+    Precision,
+    WandbMode,
+)
+from trainer.config.options import INTERVAL, Accepted, at_least, check_fields, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How the work is divided over ranks and in which number format it is done."""
+
+    ds_config: str | None = option(
+        None,
+        flag="--ds-config",
+        help=f"ZeRO file: {', '.join(DS_CONFIG_NAMES)}, or a path; left out: chosen, and the plan says why",
+    )
+    precision: Precision | None = option(
+        None,
+        flag="--precision",
+        help="arithmetic of forward and backward; left out: bf16 on a GPU that has it, else fp32",
+    )
+    hang_timeout: float = option(
+        600.0,
+        flag="--hang-timeout",
+        help="end the run where no rank moves for so long, and name who hangs",
+        unit="seconds",
+        accepts=Accepted(
+            check=lambda value: 5 <= value <= MAX_HANG_TIMEOUT_SECONDS,
+            words=f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}",
+        ),
+    )
+    execution: Execution = option(
+        "auto",
+        flag="--execution",
+        help="eager: operation by operation; graphs: recorded as CUDA graphs; compile: torch.compile, faster steps "
+        "after half a minute or more of compiling, other dropout masks; auto: graphs where they can be recorded, "
+        "else eager",
+    )
+    activation_checkpointing: bool = option(
+        False,
+        flag="--activation-checkpointing",
+        help="keep each block's input only and compute it again in backward: less memory, a third more work",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    """What a run leaves and where."""
+
+    eval_every: str = option(
+        "epoch",
+        flag="--eval-every",
+        help="evaluate every so many steps, every `epoch`, or `never` in between",
+        accepts=INTERVAL,
+    )
+    save_every: str = option(
+        "epoch",
+        flag="--save-every",
+        help="save a checkpoint every so many steps, every `epoch`, or `never` in between",
+        accepts=INTERVAL,
+    )
+    save_total_limit: int = option(
+        2, flag="--save-total-limit", help="newest checkpoints to keep, beside the best one", accepts=at_least(1)
+    )
+    output_dir: str | None = option(None, flag="--output-dir", help="run folder; left out: runs/<run name>")
+    wandb: WandbMode | None = option(None, flag="--wandb", help="left out: online where logged in, else offline")
+    wandb_project: str = option(
+        "gpt2-full-vs-lora", flag="--wandb-project", help="project that the runs to be compared share"
+    )
+    run_name: str | None = option(
+        None,
+        flag="--run-name",
+        help="left out: <mode or adapter>-<data>",
+        accepts=Accepted(
+            check=lambda value: re.fullmatch(r"(?!\.+$)[\w.+-]{1,128}", value) is not None,
+            words="up to 128 letters, digits and . _ + -, not dots alone",
+        ),
+    )
+    report_to: tuple[ExtraLogger, ...] = option(
+        (),
+        flag="--report-to",
+        help=f"where the rows go beside metrics.jsonl and W&B, comma separated: {', '.join(EXTRA_LOGGERS)}",
+    )
+    profile: int | None = option(
+        None,
+        flag="--profile",
+        help="profile so many steps of rank 0 into the run folder's profile/",
+        unit="steps",
+        accepts=at_least(1),
+    )
+    export: ExportChoice = option(
+        "last",
+        flag="--export",
+        help="weights that go into the exported folder: of the last step, or of the checkpoint with the lowest "
+        "validation loss (then one is saved at each evaluation that is the lowest so far)",
+    )
+    num_samples: int = option(
+        2,
+        flag="--num-samples",
+        help=f"validation prompts completed at each evaluation, at most {MAX_NUM_SAMPLES}; 0: none",
+        accepts=Accepted(
+            check=lambda value: 0 <= value <= MAX_NUM_SAMPLES, words=f"a whole number from 0 to {MAX_NUM_SAMPLES}"
+        ),
+    )
+    score_samples: bool = option(
+        False,
+        flag="--score-samples",
+        help="score completions of validation prompts at each evaluation: exact match, BLEU, chrF, ROUGE-L; of ACLED "
+        "data also date, place and fatalities",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -1,0 +1,95 @@
+"""The settings of one run, whole: their groups, the names that derive from them, and their way to run.json and back."""
+
+import dataclasses
+import glob
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config.choices import Mode, Preset
+from trainer.config.options import check_fields, option
+from trainer.config.runtime_schema import EngineSettings, OutputSettings
+from trainer.config.schema import DataSettings, LoraSettings, ModelSettings, TrainSettings
+from trainer.config.validation import validate_combinations
+
+GROUPS: dict[str, Any] = {
+    "model": ModelSettings,
+    "lora": LoraSettings,
+    "data": DataSettings,
+    "train": TrainSettings,
+    "engine": EngineSettings,
+    "output": OutputSettings,
+}
+MUTABLE_ON_RESUME = ("data.data", "data.val_data", "train.micro_batch", "train.eval_batch")  # data: by fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run, whole."""
+
+    mode: Mode = option(flag="--mode", help="train every weight, or LoRA adapters")
+    preset: Preset = option(flag="--preset", help="the values of what is not given")
+    model: ModelSettings
+    lora: LoraSettings
+    data: DataSettings
+    train: TrainSettings
+    engine: EngineSettings
+    output: OutputSettings
+    overridden: tuple[str, ...] = ()  #: flags that the user gave, which override the preset
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        validate_combinations(self)
+
+    @property
+    def method(self) -> str:
+        """What is trained on what, in one word: `full`, the adapter's name, or `lora-nf4` on a quantised base."""
+        name = self.mode if self.mode == "full" else self.lora.adapter
+        return f"{name}-{self.model.quant}" if self.model.quant else name
+
+    @property
+    def run_name(self) -> str:
+        """The name of the run: given, or made of method and data."""
+        if self.output.run_name:
+            return self.output.run_name
+        data_path = self.data.data.rstrip("/").rsplit("/", 1)[-1]
+        data_stem = "data" if glob.has_magic(self.data.data) else re.sub(r"\.\w+$", "", data_path)
+        return f"{self.method}-{re.sub(r'[^A-Za-z0-9_.+-]', '-', data_stem) or 'data'}"[:128]
+
+    @property
+    def run_folder(self) -> str:
+        """The run folder: given, or runs/<run name>."""
+        return self.output.output_dir or f"runs/{self.run_name}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values for run.json; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that `as_dict` wrote (JSON turns tuples into lists)."""
+        groups = {
+            name: settings_class(**{key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()})
+            for name, settings_class in GROUPS.items()
+        }
+        return cls(mode=values["mode"], preset=values["preset"], overridden=tuple(values["overridden"]), **groups)
+
+
+def apply_overrides(
+    saved_settings: Settings, overrides: Mapping[str, Mapping[str, Any]], overridden: tuple[str, ...]
+) -> Settings:
+    """The settings of a run that is resumed: those it began with, and the flags given now over them."""
+    groups = {name: dataclasses.replace(getattr(saved_settings, name), **overrides.get(name, {})) for name in GROUPS}
+    flags = tuple(dict.fromkeys((*saved_settings.overridden, *overridden)))
+    return dataclasses.replace(saved_settings, overridden=flags, **groups)
+
+
+def fields_fixed_on_resume(settings: Settings) -> dict[str, Any]:
+    """What may not change when a run is resumed, by field name: all that its numbers are a function of."""
+    values: dict[str, Any] = {}
+    for group in ("model", "data", "train", *(("lora",) if settings.mode == "lora" else ())):
+        for name, value in dataclasses.asdict(getattr(settings, group)).items():
+            if f"{group}.{name}" not in MUTABLE_ON_RESUME:
+                values[f"{group}_{name}" if name in values else name] = value  # lora_dropout beside dropout
+    return values
