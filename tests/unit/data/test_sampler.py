@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.config.schema import BatchConfig
+from trainer.config.batch_config import BatchConfig
 from trainer.data.sampler import (
     IGNORE_INDEX,
     PAD_ID,
