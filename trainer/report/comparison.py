@@ -17,8 +17,8 @@ from trainer.report.comparability import (
     shorten_reason,
 )
 from trainer.report.load import LoadProblem
-from trainer.report.paired_interval import SeedGroup, group_by_seed
 from trainer.report.run_data import RunData
+from trainer.report.seed_groups import SeedGroup, group_by_seed
 from trainer.report.tables import (
     Table,
     build_diagnostics_table,

@@ -11,8 +11,8 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers, reference_blockers
-from trainer.report.paired_interval import MeanDifference, MeanStd, SeedGroup, mean_std, welch_difference
 from trainer.report.run_data import RunData
+from trainer.report.seed_groups import MeanDifference, MeanStd, SeedGroup, mean_std, welch_difference
 
 
 @dataclass(frozen=True)

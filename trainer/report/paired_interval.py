@@ -1,194 +1,254 @@
-"""Runs that differ in nothing but the seed, as one group; mean, spread, and whether a difference exceeds it."""
+"""The interval of LoRA's excess loss over full, from per-record losses of runs paired by seed.
+
+`excess = LoRA - full`: positive is worse. `differences[s, i]` is the summed negative log-likelihood (nats) of unit i under
+LoRA minus that under full with seed s; `targets[i]` counts the unit's targets. A unit is what could have been drawn by
+itself: a record, or the group of records that share a meaning, with both summed over it (`sum_by_unit`).
+
+    excess = sum d[s, i] / (S * sum n[i]),    u[s, i] = (d[s, i] - excess * n[i]) / mean(n)
+
+(the linearised residual of a ratio: Cochran, Sampling Techniques, 1977, 6.5). Seeds and units are crossed random effects
+without replication, so with MS_a = N var(seed means), MS_b = S var(unit means) and MS_e the residual mean square
+
+    V = (MS_a + MS_b - MS_e) / (S N), not below MS_a / (S N)
+
+with degrees of freedom after Satterthwaite (Biometrics Bulletin 2, 1946), at least S - 1. The half width t * sqrt(V) is
+never narrower than that of the seeds' means alone, t(S - 1) * sqrt(MS_a / (S N)): without this rule two or three seeds
+cover too seldom. Paired and clustered errors of evaluations: Miller, arXiv 2411.00640.
+"""
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from trainer.report.comparability import COMPARABILITY_KEYS, flatten, is_comparable
-from trainer.report.run_data import RunData
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import poch, stdtr, stdtrit
 
-MODE_NAMES = {"full": "full", "lora": "LoRA"}
-CONFIDENCE_LEVEL = 0.95
-WELCH_RULE = (
-    "A difference exceeds the spread between seeds when the 95 % interval of Welch's t test around it, "
-    "difference ± t · sqrt(sd₁²/n₁ + sd₂²/n₂), does not hold zero; t has the Welch-Satterthwaite degrees of freedom. "
-    "It needs two seeds or more on both sides. ± in a table is one sample standard deviation."
-)
-#: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
-_IGNORED_SETTINGS = (
-    "settings.train.seed",
-    "settings.train.micro_batch",
-    "settings.train.eval_batch",
-    "settings.preset",
-    "settings.engine.ds_config",
-    "settings.data.data",
-    "settings.data.val_data",
-    "settings.model.model",
-    "settings.engine.precision",
-)
-_GROUPING_PATHS = (
-    *COMPARABILITY_KEYS.values(),
-    "mode",
-    "model.name",
-    "resolved.lr",
-    "resolved.ranks",
-    "resolved.precision",
-    "resolved.ds_config",
-    "resolved.device",
-    "resolved.micro_batch",
-)
-#: what a label says of a group when its mode alone does not name it: path and how it reads
-_LABEL_FORMATS: tuple[tuple[str, Callable[[Any], str]], ...] = (
-    ("data.source", lambda value: str(value).rstrip("/").rsplit("/", 1)[-1]),
-    ("model.name", lambda value: str(value).rstrip("/").rsplit("/", 1)[-1]),
-    ("settings.lora.adapter", str),
-    ("settings.model.quant", str),
-    ("settings.train.optim", str),
-    ("resolved.lr", lambda value: f"lr {value:.3g}"),
-    ("settings.lora.rank", lambda value: f"rank {value}"),
-    ("settings.lora.alpha", lambda value: f"alpha {value:g}"),
-    ("settings.lora.plus_ratio", lambda value: f"LoRA+ {value:g}"),
-    ("settings.lora.target_modules", lambda value: f"on {'+'.join(value) or 'all'}"),
-    ("settings.lora.modules_to_save", lambda value: f"and {'+'.join(value)}" if value else "adapters only"),
-    ("settings.train.global_batch", lambda value: f"batch {value}"),
-    ("settings.train.epochs", lambda value: f"{value:g} epochs"),
-    ("settings.data.block_size", lambda value: f"block {value}"),
-    ("settings.data.objective", str),
-    ("resolved.ranks", lambda value: f"{value} ranks"),
-    ("resolved.precision", str),
-    ("resolved.ds_config", str),
-)
+LEVEL = 0.95
+MIN_SEEDS = 3  #: below it nothing is said of a method
+MAX_PLANNED_SEEDS = 64  #: `what_would_tell` plans no study of more
+
+Matrix = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class SeedGroup:
-    """Runs of one mode that differ in nothing but the seed."""
+@dataclass(frozen=True, kw_only=True)
+class VarianceComponents:
+    """Variances of the linearised residual, in (nats per token)^2: of the seed, the unit, and the rest."""
 
-    label: str
-    mode: str
-    runs: tuple[RunData, ...]
+    seed: float
+    unit: float
+    rest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedInterval:
+    """An estimate (nats per token) with its two-sided interval, and the one-sided upper bound at the same level."""
+
+    estimate: float
+    low: float
+    high: float
+    upper: float
+    p_value: float  #: two-sided, of a true value of 0
+    level: float
+    num_seeds: int
+    num_units: int
+    components: VarianceComponents
 
     @property
-    def finished_runs(self) -> tuple[RunData, ...]:
-        """The runs that came to their own end and were evaluated: those that a verdict may count."""
-        return tuple(run for run in self.runs if run.is_finished and run.best_eval is not None)
+    def excludes_zero(self) -> bool:
+        """Whether the two-sided interval lies on one side of 0."""
+        return self.low > 0 or self.high < 0
 
 
-@dataclass(frozen=True)
-class MeanStd:
-    """Mean, sample standard deviation (None for fewer than two values) and number of values."""
+@dataclass(frozen=True, kw_only=True)
+class _MeanSquares:
+    """Of S seeds and N units: MS_a, MS_b and MS_e of the module's docstring; only MS_b where S is 1."""
 
-    mean: float
-    sd: float | None
-    n: int
+    seed: float
+    unit: float
+    rest: float
+    num_seeds: int
+    num_units: int
 
+    @property
+    def degrees_of_freedom(self) -> float:
+        s, n = self.num_seeds, self.num_units
+        if s == 1:
+            return n - 1
+        denominator = self.seed**2 / (s - 1) + self.unit**2 / (n - 1) + self.rest**2 / ((s - 1) * (n - 1))
+        total = self.seed + self.unit - self.rest
+        return max(s - 1, total**2 / denominator) if denominator > 0 else s - 1
 
-@dataclass(frozen=True)
-class MeanDifference:
-    """A difference of two means with its interval; `exceeds` is None where the spread is not known."""
+    def errors(self) -> list[tuple[float, float]]:
+        """(standard error, degrees of freedom) of the estimate, and after it of the seeds' means alone."""
+        s, n = self.num_seeds, self.num_units
+        if s == 1:
+            return [(math.sqrt(self.unit / n), n - 1)]
+        variance = max(self.seed + self.unit - self.rest, self.seed) / (s * n)
+        return [(math.sqrt(variance), self.degrees_of_freedom), (math.sqrt(self.seed / (s * n)), s - 1)]
 
-    difference: float
-    low: float | None
-    high: float | None
-    exceeds: bool | None
+    def half_width(self, quantile: float) -> float:
+        """t * sqrt(V) at this quantile, not below that of the seeds' means alone."""
+        return max(float(stdtrit(freedom, quantile)) * error for error, freedom in self.errors())
 
+    def p_value(self, estimate: float) -> float:
+        """The two-sided level at which the interval around `estimate` would just reach 0."""
+        return max(_two_sided_p(estimate, error, freedom) for error, freedom in self.errors())
 
-def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
-    """The runs by what they have in common, full ones first, in the order they were given."""
-    runs_by_key: dict[tuple[Any, ...], list[RunData]] = {}
-    for run in runs:
-        runs_by_key.setdefault(_grouping_key(run), []).append(run)
-    run_groups = sorted(runs_by_key.values(), key=lambda group: group[0].mode)
-    labels = _make_labels(run_groups)
-    return [SeedGroup(label, group[0].mode, tuple(group)) for label, group in zip(labels, run_groups, strict=True)]
-
-
-def mean_std(values: Sequence[float]) -> MeanStd | None:
-    """The spread of `values`; None without any."""
-    if not values:
-        return None
-    return MeanStd(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
-
-
-def welch_difference(a: MeanStd, b: MeanStd) -> MeanDifference:
-    """a - b with Welch's interval (B. L. Welch, Biometrika 34, 1947); without two values a side there is none."""
-    gap = a.mean - b.mean
-    if a.sd is None or b.sd is None:
-        return MeanDifference(gap, None, None, None)
-    var_a, var_b = a.sd**2 / a.n, b.sd**2 / b.n
-    if var_a + var_b == 0:
-        return MeanDifference(gap, gap, gap, gap != 0)
-    degrees_of_freedom = (var_a + var_b) ** 2 / (var_a**2 / (a.n - 1) + var_b**2 / (b.n - 1))
-    half_width = t_quantile((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom) * math.sqrt(var_a + var_b)
-    return MeanDifference(gap, gap - half_width, gap + half_width, abs(gap) > half_width)
+    def components(self) -> VarianceComponents:
+        s, n = self.num_seeds, self.num_units
+        if s == 1:
+            return VarianceComponents(seed=0.0, unit=self.unit, rest=0.0)
+        return VarianceComponents(
+            seed=max(0.0, self.seed - self.rest) / n, unit=max(0.0, self.unit - self.rest) / s, rest=self.rest
+        )
 
 
-def t_quantile(p: float, degrees_of_freedom: float) -> float:
-    """The p-quantile (p > 0.5) of Student's t, by halving an interval around it."""
-    low, high = 0.0, 1.0
-    while _t_cdf(high, degrees_of_freedom) < p:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, degrees_of_freedom) < p else (low, middle)
-    return (low + high) / 2
+def paired_interval(differences: Matrix, targets: NDArray[np.float64], level: float = LEVEL) -> PairedInterval:
+    """The interval of the module's docstring; with one seed it is of these two models alone (V = MS_b / N).
+
+    Shapes: `differences` (seeds, units), `targets` (units,). ValueError where shapes disagree, a value is not finite,
+    there are fewer than two units, or a unit has no target.
+    """
+    differences, targets = np.atleast_2d(np.asarray(differences, dtype=np.float64)), np.asarray(targets, np.float64)
+    if differences.ndim != 2 or targets.shape != differences.shape[1:] or len(targets) < 2:
+        raise ValueError(f"differences {differences.shape}, targets {targets.shape}: expected (S, N) and (N,), N >= 2")
+    if not (np.isfinite(differences).all() and (targets > 0).all()):
+        raise ValueError("differences must be finite and every unit must have a target")
+    num_seeds = len(differences)
+    estimate = math.fsum(differences.ravel()) / (num_seeds * math.fsum(targets))
+    residuals = (differences - estimate * targets) / targets.mean()
+    squares = _mean_squares(residuals)
+    width = squares.half_width((1 + level) / 2)
+    return PairedInterval(
+        estimate=estimate,
+        low=estimate - width,
+        high=estimate + width,
+        upper=estimate + squares.half_width(level),
+        p_value=squares.p_value(estimate),
+        level=level,
+        num_seeds=num_seeds,
+        num_units=len(targets),
+        components=squares.components(),
+    )
 
 
-def _t_cdf(t: float, degrees_of_freedom: float) -> float:
-    return 1 - _regularized_beta(degrees_of_freedom / (degrees_of_freedom + t * t), degrees_of_freedom / 2, 0.5) / 2
+def seeds_interval(differences: Sequence[float], level: float = LEVEL) -> PairedInterval:
+    """The interval of paired differences of whole losses, one a seed: conditional on these evaluation records.
+
+    For runs without per-record losses; ValueError below two seeds.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2:
+        raise ValueError("expected the differences of two seeds or more")
+    mean, variance = float(values.mean()), float(values.var(ddof=1))
+    width, one_sided = (
+        float(stdtrit(len(values) - 1, q)) * math.sqrt(variance / len(values)) for q in ((1 + level) / 2, level)
+    )
+    return PairedInterval(
+        estimate=mean,
+        low=mean - width,
+        high=mean + width,
+        upper=mean + one_sided,
+        p_value=_two_sided_p(mean, math.sqrt(variance / len(values)), len(values) - 1),
+        level=level,
+        num_seeds=len(values),
+        num_units=0,
+        components=VarianceComponents(seed=variance, unit=0.0, rest=0.0),
+    )
 
 
-def _regularized_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function, by its continued fraction (NIST DLMF 8.17.22) where that is quick."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _regularized_beta(1 - x, b, a)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
-    value = 1.0
-    for m in range(200, 0, -1):  # from the tail of the fraction to its head
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        value = 1 + even / (1 + odd / value)
-    return front / (1 + -(a + b) * x / (a + 1) / value)
+def margin_contrast(lora: Matrix, full: Matrix, base: Matrix, share: float) -> Matrix:
+    """LoRA - full - share * (base - full) a unit: below 0 where LoRA is within `share` of what full gained.
+
+    The margin is itself an estimate, so its error is part of the contrast instead of being plugged in. Shapes
+    (seeds, units); `base` may be (units,).
+    """
+    return np.asarray(lora - full - share * (base - full), dtype=np.float64)
 
 
-def _grouping_key(run: RunData) -> tuple[Any, ...]:
-    settings = run.get("settings") or {}
-    values_by_path = {f"settings.{name}": value for name, value in flatten(settings)}
-    compared_values = [
-        (name, repr(value))
-        for name, value in sorted(values_by_path.items())
-        if name not in _IGNORED_SETTINGS and not name.startswith(("settings.output.", "settings.overridden"))
-    ]
-    identity = (
-        () if settings and is_comparable(run, run) else (run.run_id,)
-    )  # of which too little is known to join it to others
-    return (run.mode, *compared_values, *(repr(run.get(path)) for path in _GROUPING_PATHS), *identity)
+def sum_by_unit(values: Matrix, units: Sequence[str] | NDArray[np.object_]) -> Matrix:
+    """Columns of `values` (..., records) summed over the records of one unit: (..., units), units in sorted order."""
+    _, unit_of_record = np.unique(np.asarray(units, dtype=str), return_inverse=True)
+    sums = np.zeros((*values.shape[:-1], int(unit_of_record.max()) + 1))
+    np.add.at(sums, (..., unit_of_record), values)
+    return sums
 
 
-def _make_labels(run_groups: Sequence[Sequence[RunData]]) -> list[str]:
-    """A label of each group: its mode, with what tells it apart from the other groups of that mode."""
-    labels = []
-    for group in run_groups:
-        first_runs = [other_group[0] for other_group in run_groups if other_group[0].mode == group[0].mode]
-        parts = []
-        for path, format_value in _LABEL_FORMATS:
-            values = {repr(run.get(path)) for run in first_runs}
-            if len(values) > 1 and group[0].get(path) is not None and not _is_implied_by_data(path, first_runs):
-                parts.append(format_value(group[0].get(path)))
-        mode_name = MODE_NAMES[group[0].mode]
-        labels.append(f"{mode_name} ({', '.join(parts[:4])})" if parts else mode_name)
-    return [
-        label if labels.count(label) == 1 else f"{label}: {group[0].name}"
-        for label, group in zip(labels, run_groups, strict=True)
-    ]
+def predict_half_width(
+    components: VarianceComponents, num_seeds: int, num_units: int, *, level: float = LEVEL, is_one_sided: bool = False
+) -> float:
+    """The half width (nats per token) that so many seeds and units give on average, by the same rule.
+
+    A standard deviation of f degrees of freedom is on average c4 = sqrt(2/f) Gamma((f+1)/2) / Gamma(f/2) times the true.
+    """
+    c = components
+    squares = _MeanSquares(
+        seed=c.rest + num_units * c.seed,
+        unit=c.rest + num_seeds * c.unit,
+        rest=c.rest,
+        num_seeds=num_seeds,
+        num_units=num_units,
+    )
+    quantile = level if is_one_sided else (1 + level) / 2
+    return max(float(stdtrit(f, quantile) * np.sqrt(2 / f) * poch(f / 2, 0.5)) * error for error, f in squares.errors())
 
 
-def _is_implied_by_data(path: str, runs: Sequence[RunData]) -> bool:
-    """Whether this is about the rows and the name of the data, which a label has before it, tells it already."""
-    pairs = {(run.get("data.source"), repr(run.get(path))) for run in runs}
-    sources = {source for source, _ in pairs}
-    return path in ("settings.data.objective", "settings.data.block_size") and 1 < len(sources) == len(pairs)
+@dataclass(frozen=True, kw_only=True)
+class WhatWouldTell:
+    """What resolves a distance: seeds with today's units, units with today's seeds; None where no number does."""
+
+    num_seeds: int | None
+    num_units: int | None
+    floor: float  #: half width (nats per token) that today's units allow with any number of seeds
+    is_floor_binding: bool  #: whether the floor exceeds the distance: only more records can tell
+
+
+def what_would_tell(
+    interval: PairedInterval, distance: float, *, level: float = LEVEL, is_one_sided: bool = False
+) -> WhatWouldTell:
+    """What makes the half width smaller than `distance` (nats per token): to 0 (two-sided) or the margin (one-sided).
+
+    `unit / N` of the variance is a floor that no number of seeds lowers. One seed knows no variance between seeds, so
+    from one the answer is the smallest number of seeds of which a method can be judged, at least.
+    """
+    distance, seeds, units = abs(distance), interval.num_seeds, interval.num_units
+
+    def half_width(num_seeds: int, num_units: int) -> float:
+        return predict_half_width(interval.components, num_seeds, num_units, level=level, is_one_sided=is_one_sided)
+
+    z = float(stdtrit(1e9, level if is_one_sided else (1 + level) / 2))
+    floor = z * math.sqrt(interval.components.unit / units) if units else 0.0
+    enough_seeds = next(
+        (s for s in range(max(seeds + 1, MIN_SEEDS), MAX_PLANNED_SEEDS + 1) if half_width(s, max(units, 2)) < distance),
+        None,
+    )
+    enough_units = None
+    if units and seeds > 1:
+        sizes = [math.ceil(units * 1.25**k) for k in range(1, 25)]  # up to 200 times as many
+        enough_units = next((n for n in sizes if half_width(seeds, n) < distance), None)
+    return WhatWouldTell(
+        num_seeds=enough_seeds, num_units=enough_units, floor=floor, is_floor_binding=floor >= distance
+    )
+
+
+def _mean_squares(residuals: Matrix) -> _MeanSquares:
+    s, n = residuals.shape
+    unit_means, seed_means = residuals.mean(axis=0), residuals.mean(axis=1)
+    unit = s * float(unit_means.var(ddof=1))
+    if s == 1:
+        return _MeanSquares(seed=0.0, unit=unit, rest=0.0, num_seeds=s, num_units=n)
+    rest = residuals - unit_means - seed_means[:, None] + residuals.mean()
+    return _MeanSquares(
+        seed=n * float(seed_means.var(ddof=1)),
+        unit=unit,
+        rest=float((rest**2).sum()) / ((s - 1) * (n - 1)),
+        num_seeds=s,
+        num_units=n,
+    )
+
+
+def _two_sided_p(estimate: float, standard_error: float, degrees_of_freedom: float) -> float:
+    if standard_error <= 0:
+        return float(estimate == 0)
+    return 2 * float(stdtr(degrees_of_freedom, -abs(estimate) / standard_error))

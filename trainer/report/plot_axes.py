@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from trainer.config import reference
 from trainer.report.comparability import reference_blockers
-from trainer.report.paired_interval import MODE_NAMES, SeedGroup
 from trainer.report.run_data import RunData
+from trainer.report.seed_groups import MODE_NAMES, SeedGroup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from trainer.config import reference
-from trainer.report.paired_interval import SeedGroup
 from trainer.report.plot_axes import COLOURS, Curve, PlotSpec, draw_plot, finish_layout
 from trainer.report.run_data import RunData
+from trainer.report.seed_groups import SeedGroup
 
 #: every colour a figure may hold, and the CSS variable that takes its place in the HTML
 TEXT_COLOUR, GRID_COLOUR = "#222223", "#dadadb"

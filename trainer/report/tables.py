@@ -10,8 +10,8 @@ import numpy as np
 from trainer.config import reference
 from trainer.report.comparability import MetadataField, compare_metadata, reference_blockers
 from trainer.report.full_vs_lora import difference_to_reference
-from trainer.report.paired_interval import MODE_NAMES, MeanStd, SeedGroup, mean_std
 from trainer.report.run_data import RunData, Series
+from trainer.report.seed_groups import MODE_NAMES, MeanStd, SeedGroup, mean_std
 from trainer.report.verdict import format_percent
 
 REFERENCE_LABEL = "card"

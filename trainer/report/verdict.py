@@ -15,7 +15,7 @@ from trainer.report.full_vs_lora import (
     difference_to_reference,
     improvement,
 )
-from trainer.report.paired_interval import MODE_NAMES, WELCH_RULE, MeanStd, SeedGroup
+from trainer.report.seed_groups import MODE_NAMES, WELCH_RULE, MeanStd, SeedGroup
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import pytest
 from helpers.fake_runs import make_metadata, make_records, make_reference_like_metadata, write_run_folder
 
 from trainer.config import reference
-from trainer.report import paired_interval
+from trainer.report import seed_groups
 from trainer.report.comparability import COMPARABILITY_KEYS, comparable_sets, comparison_blockers, reference_blockers
 from trainer.report.comparability import compare_metadata as facts_of
-from trainer.report.paired_interval import MeanStd, group_by_seed, t_quantile, welch_difference
 from trainer.report.run_data import RunData, read_folder
+from trainer.report.seed_groups import MeanStd, group_by_seed, t_quantile, welch_difference
 
 
 @pytest.fixture
@@ -161,8 +161,8 @@ def test_the_t_quantile_is_that_of_the_tables(freedom: float, point: float) -> N
 
 
 def test_welchs_interval_against_a_worked_example() -> None:
-    a = paired_interval.mean_std([20.0, 22.0, 19.0, 21.0])  # mean 20.5, variance 5/3
-    b = paired_interval.mean_std([25.0, 27.0, 26.0])  # mean 26, variance 1
+    a = seed_groups.mean_std([20.0, 22.0, 19.0, 21.0])  # mean 20.5, variance 5/3
+    b = seed_groups.mean_std([25.0, 27.0, 26.0])  # mean 26, variance 1
     assert a is not None
     assert b is not None
     got = welch_difference(a, b)

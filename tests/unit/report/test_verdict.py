@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
 
-from trainer.report.paired_interval import group_by_seed
 from trainer.report.run_data import RunData, read_folder
+from trainer.report.seed_groups import group_by_seed
 from trainer.report.verdict import Verdict, build_verdict, format_percent
 
 

@@ -13,8 +13,8 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings, fields_fixed_on_resume
 from trainer.report.full_vs_lora import best_loss
-from trainer.report.paired_interval import MeanStd, SeedGroup, group_by_seed, welch_difference
 from trainer.report.run_data import RunData, RunReadError, read_folder
+from trainer.report.seed_groups import MeanStd, SeedGroup, group_by_seed, welch_difference
 
 LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
 METHODS = {

@@ -1,0 +1,243 @@
+"""The interval of the excess loss: by hand, against textbooks, and by simulated studies whose truth is known.
+
+The fast sample runs with the others; the full one (3,000 studies a case) under `-m sweep`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from trainer.report.paired_interval import (
+    VarianceComponents,
+    margin_contrast,
+    paired_interval,
+    predict_half_width,
+    seeds_interval,
+    sum_by_unit,
+    what_would_tell,
+)
+
+FAST_STUDIES, SWEEP_STUDIES = 1000, 3000
+MIN_COVERAGE, MAX_SIZE, MAX_FALSE_DIFFERENCES = 0.93, 0.065, 0.06
+#: standard deviations (nats a token) of seed, unit and rest
+CASES = [(0.01, 0.1, 0.05), (0.0, 0.1, 0.05), (0.03, 0.1, 0.05), (0.01, 0.0, 0.2), (0.002, 0.05, 0.1)]
+NUM_UNITS = 200
+each_size = pytest.mark.parametrize("num_studies", [FAST_STUDIES, pytest.param(SWEEP_STUDIES, marks=pytest.mark.sweep)])
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape)
+
+
+def student_t(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_t(3, shape) / np.sqrt(3)  # variance 1
+
+
+def simulate(
+    rng: np.random.Generator, draw: Callable[..., np.ndarray], case: tuple[float, float, float], *,
+    num_seeds: int, num_units: int = NUM_UNITS, excess: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Differences (seeds, units) and targets (units,) of one study whose true excess is `excess`."""
+    seed_sd, unit_sd, rest_sd = case
+    targets = rng.integers(5, 61, num_units).astype(float)
+    per_token = (
+        excess
+        + seed_sd * draw(rng, num_seeds, 1)
+        + unit_sd * draw(rng, 1, num_units)
+        + rest_sd * draw(rng, num_seeds, num_units)
+    )
+    return per_token * targets, targets
+
+
+def simulate_studies(num_studies: int, *args: object, **kwargs: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng([20261125, kwargs["num_seeds"]])  # type: ignore[list-item]
+    for _ in range(num_studies):
+        yield simulate(rng, *args, **kwargs)  # type: ignore[arg-type]
+
+
+# --- by hand ---
+
+
+def test_one_seed_is_the_textbook_interval_of_paired_differences():
+    differences = np.array([[0.5, -0.1, 0.3, 0.7]])
+    expected = stats.ttest_1samp(differences[0], 0.0)
+    low, high = expected.confidence_interval(0.95)
+    got = paired_interval(differences, np.ones(4))
+    assert (got.estimate, got.low, got.high) == pytest.approx((0.35, low, high))
+    assert got.p_value == pytest.approx(expected.pvalue)
+    assert got.upper == pytest.approx(0.35 + stats.t.ppf(0.95, 3) * differences.std(ddof=1) / 2)
+
+
+def test_crossed_seeds_and_units_are_the_two_way_analysis_of_variance_by_hand():
+    # rows are seeds; grand mean 3, seed means 2 and 4, unit means 1.5, 3, 4.5; residuals 0.5, 0, -0.5 and -0.5, 0, 0.5
+    got = paired_interval(np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]), np.ones(3))
+    ms_seed, ms_unit, ms_rest = 3 * 2.0, 2 * 2.25, 1.0 / 2  # N var(seed means), S var(unit means), sum of squares / 2
+    total = ms_seed + ms_unit - ms_rest
+    freedom = max(1.0, total**2 / (ms_seed**2 / 1 + ms_unit**2 / 2 + ms_rest**2 / 2))
+    width = max(stats.t.ppf(0.975, freedom) * np.sqrt(total / 6), stats.t.ppf(0.975, 1) * np.sqrt(ms_seed / 6))
+    assert got.estimate == 3.0
+    assert got.high - got.estimate == pytest.approx(width)
+    assert got.components == VarianceComponents(seed=5.5 / 3, unit=2.0, rest=0.5)
+
+
+def test_the_estimate_weighs_units_by_their_targets_and_equal_models_differ_by_nothing():
+    assert paired_interval(np.array([[1.0, 9.0]]), np.array([10.0, 30.0])).estimate == pytest.approx(10 / 40)
+    same = paired_interval(np.zeros((3, 5)), np.ones(5))
+    assert (same.low, same.high, same.excludes_zero) == (0.0, 0.0, False)
+
+
+def test_the_interval_is_never_narrower_than_that_of_the_seeds_means():
+    rng = np.random.default_rng(5)
+    for case in CASES:
+        differences, targets = simulate(rng, normal, case, num_seeds=3)
+        got = paired_interval(differences, targets)
+        seed_means = ((differences - got.estimate * targets) / targets.mean()).mean(axis=1)
+        alone = stats.t.ppf(0.975, 2) * seed_means.std(ddof=1) / np.sqrt(3)
+        assert got.high - got.estimate >= alone * (1 - 1e-12)
+
+
+def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero():
+    rng = np.random.default_rng(6)
+    for case in CASES:
+        differences, targets = simulate(rng, normal, case, num_seeds=4, excess=0.02)
+        p_value = paired_interval(differences, targets).p_value
+        at_level = paired_interval(differences, targets, level=1 - p_value)
+        assert min(abs(at_level.low), abs(at_level.high)) == pytest.approx(0, abs=1e-9)
+
+
+def test_an_interval_over_seeds_alone_is_the_paired_t_interval():
+    values = [0.11, 0.07, 0.12]
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    got = seeds_interval(values)
+    assert (got.low, got.high) == pytest.approx((low, high))
+    with pytest.raises(ValueError, match="two seeds or more"):
+        seeds_interval([0.1])
+
+
+@pytest.mark.parametrize(
+    ("differences", "targets"),
+    [
+        (np.zeros((2, 3)), np.ones(2)),
+        (np.zeros((2, 1)), np.ones(1)),
+        (np.full((2, 3), np.nan), np.ones(3)),
+        (np.zeros((2, 3)), np.array([1.0, 0.0, 1.0])),
+    ],
+)
+def test_unusable_differences_are_a_value_error(differences, targets):
+    with pytest.raises(ValueError, match=r"expected|must"):
+        paired_interval(differences, targets)
+
+
+def test_records_of_one_group_are_summed_into_one_unit():
+    sums = sum_by_unit(np.array([[1.0, 2.0, 4.0, 8.0]]), ["b", "a", "b", "a"])
+    np.testing.assert_array_equal(sums, [[10.0, 5.0]])
+
+
+def test_the_margin_contrast_is_zero_where_lora_loses_exactly_that_share_of_the_gain():
+    base, full = np.full((1, 4), 4.0), np.full((1, 4), 2.0)
+    np.testing.assert_allclose(margin_contrast(full + 0.02 * (base - full), full, base, 0.02), 0, atol=1e-12)
+
+
+# --- simulated studies ---
+
+
+@each_size
+@pytest.mark.parametrize("num_seeds", [3, 5])
+@pytest.mark.parametrize("draw", [normal, student_t])
+def test_the_interval_covers_the_truth(num_studies, num_seeds, draw):
+    for case in CASES:
+        covered = 0
+        for differences, targets in simulate_studies(num_studies, draw, case, num_seeds=num_seeds, excess=0.02):
+            got = paired_interval(differences, targets)
+            covered += got.low <= 0.02 <= got.high
+        assert covered / num_studies >= MIN_COVERAGE, (case, covered / num_studies)
+
+
+@each_size
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_lora_at_the_margin_is_called_good_enough_no_oftener_than_the_level(num_studies, num_seeds):
+    """Base 1 nat above full, so a margin of 2 % is 0.02; base's own spread over units makes the margin an estimate."""
+    for case in CASES:
+        called, rng = 0, np.random.default_rng([7, num_seeds])
+        for _ in range(num_studies):
+            excess, targets = simulate(rng, normal, case, num_seeds=num_seeds, excess=0.02)
+            gain = targets * (1 + 0.3 * rng.standard_normal(NUM_UNITS)) + 0.1 * targets * normal(
+                rng, num_seeds, NUM_UNITS
+            )
+            contrast = margin_contrast(excess, np.zeros_like(excess), gain, 0.02)
+            called += paired_interval(contrast, targets).upper < 0
+        assert called / num_studies <= MAX_SIZE, (case, called / num_studies)
+
+
+@each_size
+def test_studies_of_a_method_against_itself_seldom_call_a_difference(num_studies):
+    for case in CASES:
+        called = sum(
+            paired_interval(*study).excludes_zero for study in simulate_studies(num_studies, normal, case, num_seeds=3)
+        )
+        assert called / num_studies <= MAX_FALSE_DIFFERENCES, (case, called / num_studies)
+
+
+@each_size
+def test_groups_of_records_are_covered_as_units_and_not_as_records(num_studies):
+    """Five references of one meaning: taken for five records they would cover 69 % (facts of the design)."""
+    rng, covered, covered_as_records = np.random.default_rng(8), 0, 0
+    units = np.repeat(np.arange(60).astype(str), 5)
+    for _ in range(num_studies):
+        targets = rng.integers(5, 61, len(units)).astype(float)
+        shared = np.repeat(0.1 * rng.standard_normal(60), 5)
+        differences = targets * (0.02 + shared + 0.02 * rng.standard_normal((3, len(units))))
+        got = paired_interval(sum_by_unit(differences, units), sum_by_unit(targets, units))
+        covered += got.low <= 0.02 <= got.high
+        ignoring = paired_interval(differences, targets)
+        covered_as_records += ignoring.low <= 0.02 <= ignoring.high
+    assert covered / num_studies >= MIN_COVERAGE
+    assert covered_as_records / num_studies < 0.8
+
+
+@each_size
+def test_looks_that_share_the_level_keep_the_size_and_looks_that_do_not_lose_it(num_studies):
+    """Three to eight seeds, one added at a time until a difference shows."""
+    rng, shared, unshared = np.random.default_rng(9), 0, 0
+    num_looks, num_studies = 6, num_studies // 2
+    for _ in range(num_studies):
+        differences, targets = simulate(rng, normal, CASES[2], num_seeds=8)
+        looks = [differences[:s] for s in range(3, 9)]
+        shared += any(paired_interval(d, targets, level=1 - 0.05 / num_looks).excludes_zero for d in looks)
+        unshared += any(paired_interval(d, targets).excludes_zero for d in looks)
+    assert shared / num_studies <= MAX_SIZE
+    assert unshared / num_studies > 0.09
+
+
+@each_size
+@pytest.mark.parametrize(("num_seeds", "num_units"), [(4, 200), (6, 200), (6, 400), (8, 600)])
+def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies, num_seeds, num_units):
+    """Predicted from three seeds and 200 units; the later study has its own draws."""
+    ratios = []
+    for case in CASES:
+        rng, predicted, later = np.random.default_rng([10, num_seeds]), [], []
+        for _ in range(num_studies // 4):
+            pilot = paired_interval(*simulate(rng, normal, case, num_seeds=3))
+            predicted.append(predict_half_width(pilot.components, num_seeds, num_units))
+            got = paired_interval(*simulate(rng, normal, case, num_seeds=num_seeds, num_units=num_units))
+            later.append(got.high - got.estimate)
+        ratios.append(np.mean(predicted) / np.mean(later))
+    assert ratios == pytest.approx([1.0] * len(CASES), abs=0.15)
+
+
+def test_what_would_tell_counts_the_seeds_or_says_that_records_are_the_floor():
+    rng = np.random.default_rng(11)
+    by_seeds = paired_interval(*simulate(rng, normal, (0.05, 0.01, 0.01), num_seeds=3))
+    told = what_would_tell(by_seeds, 0.03)
+    assert told.num_seeds is not None
+    assert not told.is_floor_binding
+    assert predict_half_width(by_seeds.components, told.num_seeds, NUM_UNITS) < 0.03
+    assert predict_half_width(by_seeds.components, told.num_seeds - 1, NUM_UNITS) >= 0.03
+    by_records = paired_interval(*simulate(rng, normal, (0.0, 0.5, 0.05), num_seeds=5))
+    told = what_would_tell(by_records, 0.02)
+    assert told.is_floor_binding
+    assert told.num_seeds is None
+    assert told.num_units is not None
+    assert predict_half_width(by_records.components, 5, told.num_units) < 0.02

@@ -1,0 +1,194 @@
+"""Runs that differ in nothing but the seed, as one group; mean, spread, and whether a difference exceeds it."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.report.comparability import COMPARABILITY_KEYS, flatten, is_comparable
+from trainer.report.run_data import RunData
+
+MODE_NAMES = {"full": "full", "lora": "LoRA"}
+CONFIDENCE_LEVEL = 0.95
+WELCH_RULE = (
+    "A difference exceeds the spread between seeds when the 95 % interval of Welch's t test around it, "
+    "difference ± t · sqrt(sd₁²/n₁ + sd₂²/n₂), does not hold zero; t has the Welch-Satterthwaite degrees of freedom. "
+    "It needs two seeds or more on both sides. ± in a table is one sample standard deviation."
+)
+#: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
+_IGNORED_SETTINGS = (
+    "settings.train.seed",
+    "settings.train.micro_batch",
+    "settings.train.eval_batch",
+    "settings.preset",
+    "settings.engine.ds_config",
+    "settings.data.data",
+    "settings.data.val_data",
+    "settings.model.model",
+    "settings.engine.precision",
+)
+_GROUPING_PATHS = (
+    *COMPARABILITY_KEYS.values(),
+    "mode",
+    "model.name",
+    "resolved.lr",
+    "resolved.ranks",
+    "resolved.precision",
+    "resolved.ds_config",
+    "resolved.device",
+    "resolved.micro_batch",
+)
+#: what a label says of a group when its mode alone does not name it: path and how it reads
+_LABEL_FORMATS: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("data.source", lambda value: str(value).rstrip("/").rsplit("/", 1)[-1]),
+    ("model.name", lambda value: str(value).rstrip("/").rsplit("/", 1)[-1]),
+    ("settings.lora.adapter", str),
+    ("settings.model.quant", str),
+    ("settings.train.optim", str),
+    ("resolved.lr", lambda value: f"lr {value:.3g}"),
+    ("settings.lora.rank", lambda value: f"rank {value}"),
+    ("settings.lora.alpha", lambda value: f"alpha {value:g}"),
+    ("settings.lora.plus_ratio", lambda value: f"LoRA+ {value:g}"),
+    ("settings.lora.target_modules", lambda value: f"on {'+'.join(value) or 'all'}"),
+    ("settings.lora.modules_to_save", lambda value: f"and {'+'.join(value)}" if value else "adapters only"),
+    ("settings.train.global_batch", lambda value: f"batch {value}"),
+    ("settings.train.epochs", lambda value: f"{value:g} epochs"),
+    ("settings.data.block_size", lambda value: f"block {value}"),
+    ("settings.data.objective", str),
+    ("resolved.ranks", lambda value: f"{value} ranks"),
+    ("resolved.precision", str),
+    ("resolved.ds_config", str),
+)
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """Runs of one mode that differ in nothing but the seed."""
+
+    label: str
+    mode: str
+    runs: tuple[RunData, ...]
+
+    @property
+    def finished_runs(self) -> tuple[RunData, ...]:
+        """The runs that came to their own end and were evaluated: those that a verdict may count."""
+        return tuple(run for run in self.runs if run.is_finished and run.best_eval is not None)
+
+
+@dataclass(frozen=True)
+class MeanStd:
+    """Mean, sample standard deviation (None for fewer than two values) and number of values."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class MeanDifference:
+    """A difference of two means with its interval; `exceeds` is None where the spread is not known."""
+
+    difference: float
+    low: float | None
+    high: float | None
+    exceeds: bool | None
+
+
+def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
+    """The runs by what they have in common, full ones first, in the order they were given."""
+    runs_by_key: dict[tuple[Any, ...], list[RunData]] = {}
+    for run in runs:
+        runs_by_key.setdefault(_grouping_key(run), []).append(run)
+    run_groups = sorted(runs_by_key.values(), key=lambda group: group[0].mode)
+    labels = _make_labels(run_groups)
+    return [SeedGroup(label, group[0].mode, tuple(group)) for label, group in zip(labels, run_groups, strict=True)]
+
+
+def mean_std(values: Sequence[float]) -> MeanStd | None:
+    """The spread of `values`; None without any."""
+    if not values:
+        return None
+    return MeanStd(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def welch_difference(a: MeanStd, b: MeanStd) -> MeanDifference:
+    """a - b with Welch's interval (B. L. Welch, Biometrika 34, 1947); without two values a side there is none."""
+    gap = a.mean - b.mean
+    if a.sd is None or b.sd is None:
+        return MeanDifference(gap, None, None, None)
+    var_a, var_b = a.sd**2 / a.n, b.sd**2 / b.n
+    if var_a + var_b == 0:
+        return MeanDifference(gap, gap, gap, gap != 0)
+    degrees_of_freedom = (var_a + var_b) ** 2 / (var_a**2 / (a.n - 1) + var_b**2 / (b.n - 1))
+    half_width = t_quantile((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom) * math.sqrt(var_a + var_b)
+    return MeanDifference(gap, gap - half_width, gap + half_width, abs(gap) > half_width)
+
+
+def t_quantile(p: float, degrees_of_freedom: float) -> float:
+    """The p-quantile (p > 0.5) of Student's t, by halving an interval around it."""
+    low, high = 0.0, 1.0
+    while _t_cdf(high, degrees_of_freedom) < p:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_cdf(middle, degrees_of_freedom) < p else (low, middle)
+    return (low + high) / 2
+
+
+def _t_cdf(t: float, degrees_of_freedom: float) -> float:
+    return 1 - _regularized_beta(degrees_of_freedom / (degrees_of_freedom + t * t), degrees_of_freedom / 2, 0.5) / 2
+
+
+def _regularized_beta(x: float, a: float, b: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (NIST DLMF 8.17.22) where that is quick."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _regularized_beta(1 - x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
+    value = 1.0
+    for m in range(200, 0, -1):  # from the tail of the fraction to its head
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        value = 1 + even / (1 + odd / value)
+    return front / (1 + -(a + b) * x / (a + 1) / value)
+
+
+def _grouping_key(run: RunData) -> tuple[Any, ...]:
+    settings = run.get("settings") or {}
+    values_by_path = {f"settings.{name}": value for name, value in flatten(settings)}
+    compared_values = [
+        (name, repr(value))
+        for name, value in sorted(values_by_path.items())
+        if name not in _IGNORED_SETTINGS and not name.startswith(("settings.output.", "settings.overridden"))
+    ]
+    identity = (
+        () if settings and is_comparable(run, run) else (run.run_id,)
+    )  # of which too little is known to join it to others
+    return (run.mode, *compared_values, *(repr(run.get(path)) for path in _GROUPING_PATHS), *identity)
+
+
+def _make_labels(run_groups: Sequence[Sequence[RunData]]) -> list[str]:
+    """A label of each group: its mode, with what tells it apart from the other groups of that mode."""
+    labels = []
+    for group in run_groups:
+        first_runs = [other_group[0] for other_group in run_groups if other_group[0].mode == group[0].mode]
+        parts = []
+        for path, format_value in _LABEL_FORMATS:
+            values = {repr(run.get(path)) for run in first_runs}
+            if len(values) > 1 and group[0].get(path) is not None and not _is_implied_by_data(path, first_runs):
+                parts.append(format_value(group[0].get(path)))
+        mode_name = MODE_NAMES[group[0].mode]
+        labels.append(f"{mode_name} ({', '.join(parts[:4])})" if parts else mode_name)
+    return [
+        label if labels.count(label) == 1 else f"{label}: {group[0].name}"
+        for label, group in zip(labels, run_groups, strict=True)
+    ]
+
+
+def _is_implied_by_data(path: str, runs: Sequence[RunData]) -> bool:
+    """Whether this is about the rows and the name of the data, which a label has before it, tells it already."""
+    pairs = {(run.get("data.source"), repr(run.get(path))) for run in runs}
+    sources = {source for source, _ in pairs}
+    return path in ("settings.data.objective", "settings.data.block_size") and 1 < len(sources) == len(pairs)
