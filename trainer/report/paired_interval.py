@@ -1,13 +1,13 @@
 """The interval of LoRA's excess loss over full, from per-record losses of runs paired by seed.
 
-`excess = LoRA - full`: positive is worse. `differences[s, i]` is the summed negative log-likelihood (nats) of unit i under
-LoRA minus that under full with seed s; `targets[i]` counts the unit's targets. A unit is what could have been drawn by
-itself: a record, or the group of records that share a meaning, with both summed over it (`sum_by_unit`).
+`excess = LoRA - full`: positive is worse. `differences[s, i]` is the summed negative log-likelihood (nats) of unit i
+under LoRA minus that under full with seed s; `targets[i]` counts the unit's targets. A unit is what could have been
+drawn by itself: a record, or the group of records that share a meaning, with both summed over it (`sum_by_unit`).
 
     excess = sum d[s, i] / (S * sum n[i]),    u[s, i] = (d[s, i] - excess * n[i]) / mean(n)
 
-(the linearised residual of a ratio: Cochran, Sampling Techniques, 1977, 6.5). Seeds and units are crossed random effects
-without replication, so with MS_a = N var(seed means), MS_b = S var(unit means) and MS_e the residual mean square
+(the linearised residual of a ratio: Cochran, Sampling Techniques, 1977, 6.5). Seeds and units are crossed random
+effects without replication, so with MS_a = N var(seed means), MS_b = S var(unit means) and MS_e the residual mean square
 
     V = (MS_a + MS_b - MS_e) / (S N), not below MS_a / (S N)
 
@@ -169,10 +169,10 @@ def margin_contrast(lora: Matrix, full: Matrix, base: Matrix, share: float) -> M
 
 def sum_by_unit(values: Matrix, units: Sequence[str] | NDArray[np.object_]) -> Matrix:
     """Columns of `values` (..., records) summed over the records of one unit: (..., units), units in sorted order."""
-    _, unit_of_record = np.unique(np.asarray(units, dtype=str), return_inverse=True)
-    sums = np.zeros((*values.shape[:-1], int(unit_of_record.max()) + 1))
-    np.add.at(sums, (..., unit_of_record), values)
-    return sums
+    names = np.asarray(units, dtype=str)
+    order = np.argsort(names, kind="stable")
+    _, starts = np.unique(names[order], return_index=True)
+    return np.asarray(np.add.reduceat(values[..., order], starts, axis=-1), dtype=np.float64)
 
 
 def predict_half_width(
@@ -180,7 +180,7 @@ def predict_half_width(
 ) -> float:
     """The half width (nats per token) that so many seeds and units give on average, by the same rule.
 
-    A standard deviation of f degrees of freedom is on average c4 = sqrt(2/f) Gamma((f+1)/2) / Gamma(f/2) times the true.
+    A standard deviation of f degrees of freedom is on average sqrt(2/f) Gamma((f+1)/2) / Gamma(f/2) times the true one.
     """
     c = components
     squares = _MeanSquares(
