@@ -11,12 +11,16 @@ def main() -> int:
 
     try:
         cli_args = parse_args()
+        from trainer.distributed.signals import SignalHandler
+
+        # Before the imports that take seconds, in which a launcher may end.
+        signal_handler = SignalHandler(grace_seconds=cli_args.settings.engine.grace)
         from trainer.tracking.silence import silence_libraries
 
         silence_libraries()  # before the libraries it silences are imported
         from trainer.run import run
 
-        return run(cli_args)
+        return run(cli_args, signal_handler)
     except (UserError, TrainingError) as error:
         is_reported = (
             error.is_reported_elsewhere

@@ -20,7 +20,7 @@ from trainer.distributed.process_group import (
     is_peer_failure,
     peak_memory_bytes,
 )
-from trainer.distributed.watchdog import PEER_LOST_MESSAGE, SignalHandler
+from trainer.distributed.signals import SignalHandler
 from trainer.export.export_cli import load_model_at_checkpoint
 from trainer.export.folder import base_model_ref, collect_state_dict, export_folder
 from trainer.export.model_card import render_model_card
@@ -50,18 +50,19 @@ from trainer.training.run_plan import RunPlan, make_plan, validate_early
 METADATA_TMP = ".run.json.tmp"
 
 
-def run(args: CliArgs) -> int:
+def run(args: CliArgs, signal_handler: SignalHandler) -> int:
     """Do what was asked; returns the exit code. Where one rank fails all do, and one of them says why."""
-    signal_handler = SignalHandler()
     world = init_distributed()
     try:
         return main(args, world, signal_handler)
     except Exception as error:
-        failure = TrainingError(PEER_LOST_MESSAGE) if is_peer_failure(error) else error
-        is_reporting_rank = world.watchdog.claim_error_report()
-        if isinstance(failure, (UserError, TrainingError)):  # anything else is a mistake of ours, with its traceback
-            failure.is_reported_elsewhere = not is_reporting_rank
-        world.watchdog.close(has_failed=True)
+        with signal_handler.defer_signals():  # a launcher that has seen one rank end signals all others
+            is_reporting_rank, failure = world.watchdog.claim_error_report(), error
+            if is_peer_failure(error):
+                failure = TrainingError(world.watchdog.describe_lost_peer() if is_reporting_rank else "")
+            if isinstance(failure, (UserError, TrainingError)):  # else a mistake of ours, with its traceback
+                failure.is_reported_elsewhere = not is_reporting_rank
+            world.watchdog.close(has_failed=True)
         raise failure from error.__cause__
     finally:
         world.watchdog.close()

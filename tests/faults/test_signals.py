@@ -54,7 +54,13 @@ def list_checkpoints(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "to", "code"), [(signal.SIGTERM, (0, 1), 143), (signal.SIGINT, (0, 1), 130), (signal.SIGTERM, (1,), 143)]
+    ("number", "to", "code"),
+    [
+        (signal.SIGTERM, (0, 1), 143),
+        (signal.SIGINT, (0, 1), 130),
+        (signal.SIGTERM, (1,), 143),
+        (signal.SIGUSR1, (1,), 138),  # the notice of SLURM's --signal, to any rank
+    ],
 )
 def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, code, argv, finished_run, tmp_path):
     out = tmp_path / "run"
@@ -105,6 +111,19 @@ def test_a_second_signal_stops_the_run_at_once(argv, tmp_path):
     assert list_checkpoints(out) == ["step-000002"]
 
 
+def test_a_run_that_does_not_end_within_the_grace_time_is_ended(argv, tmp_path):
+    out = tmp_path / "run"
+    hang = partial(inject_at_call, target_rank=1, module="trainer.distributed.engine",
+        name="Engine.forward_backward", call_number=4, action=partial(time.sleep, 60))  # fmt: skip
+    group = RankProcesses([*argv, "--grace", "3"], out=out, fault=hang)
+    group.wait_until(lambda: last_logged_step(out) >= 3)
+    group.send_signal(signal.SIGTERM)
+    assert group.wait(15) == [143, 143]
+    (line,) = group.error_lines
+    assert line.startswith("error: the run did not end within 3 s (--grace) of SIGTERM; ")
+    assert list_checkpoints(out) == ["step-000002"]
+
+
 def test_a_signal_before_the_first_step_ends_the_process_as_always(argv, tmp_path):
     slow = partial(
         inject_at_call,
@@ -123,11 +142,11 @@ def test_a_signal_before_the_first_step_ends_the_process_as_always(argv, tmp_pat
 
 def simulate_lost_launcher(rank: int, gone: Path) -> None:
     """A launcher that is gone when the file is there; only rank 1 looks in time."""
-    from trainer.distributed import watchdog
+    from trainer.distributed import signals
 
-    watchdog.find_launchers = lambda environ: [(12345, lambda: not gone.exists())]
+    signals.find_launchers = lambda environ: [(12345, lambda: not gone.exists())]
     if rank == 0:
-        watchdog.TICK_SECONDS = 300.0
+        signals.TICK_SECONDS = 300.0
 
 
 def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, tmp_path):

@@ -47,6 +47,7 @@ TORCH_FREE = [
     "training.lr_schedule",
     "training.diagnostics.monitor",
     "distributed.watchdog",
+    "distributed.signals",
     "distributed.memory_estimate",
     "report.compare_cli",
     "tools.study.study",

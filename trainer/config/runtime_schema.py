@@ -1,5 +1,6 @@
 """How a run is executed and what it leaves: settings on which no loss depends beyond rounding."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -40,6 +41,13 @@ class EngineSettings:
             check=lambda value: 5 <= value <= MAX_HANG_TIMEOUT_SECONDS,
             words=f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}",
         ),
+    )
+    grace: float = option(
+        60.0,
+        flag="--grace",
+        help="end the run where it has not saved and ended so long after a signal",
+        unit="seconds",
+        accepts=Accepted(check=lambda value: 1 <= value < math.inf, words="seconds from 1"),
     )
     execution: Execution = option(
         "auto",

@@ -40,7 +40,7 @@ VALUES = {
     "--micro-batch": ("5", 5), "--eval-batch": ("7", 7), "--lr": ("1e-3", 1e-3), "--warmup-steps": ("3", 3),
     "--weight-decay": ("0.1", 0.1), "--max-grad-norm": ("0", 0.0), "--seed": ("1", 1),
     "--ds-config": ("zero3", "zero3"),
-    "--precision": ("bf16", "bf16"), "--hang-timeout": ("60", 60.0), "--eval-every": ("5", "5"),
+    "--precision": ("bf16", "bf16"), "--hang-timeout": ("60", 60.0), "--grace": ("9", 9.0), "--eval-every": ("5", "5"),
     "--save-every": ("never", "never"), "--save-total-limit": ("3", 3), "--output-dir": ("o", "o"),
     "--wandb": ("disabled", "disabled"),
     "--wandb-project": ("p", "p"), "--run-name": ("n", "n"),
