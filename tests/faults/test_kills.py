@@ -371,7 +371,11 @@ def test_a_launcher_is_known_by_session_and_parent_alone(launcher, is_session_le
     )
     command = [sys.executable, "-c", starter, LOOK_AT_LAUNCHERS, launcher]
     process = subprocess.run(
-        command, cwd=Path(TRAIN_SCRIPT).parents[1], capture_output=True, text=True, timeout=60,
+        command,
+        cwd=Path(TRAIN_SCRIPT).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
         start_new_session=is_session_leader,
     )
     assert process.stdout.strip() == str(expected), process.stderr

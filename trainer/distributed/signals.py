@@ -113,9 +113,7 @@ class SignalHandler:
     def _end_after_grace(self) -> None:
         name = signal.Signals(self.signal_number).name
         if not self._is_quiet:
-            print_error(
-                f"the run did not end within {self.grace_seconds:g} s (--grace) of {name}; {RESUME_HINT}"
-            )
+            print_error(f"the run did not end within {self.grace_seconds:g} s (--grace) of {name}; {RESUME_HINT}")
         os._exit(128 + self.signal_number)
 
 
