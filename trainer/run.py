@@ -31,6 +31,7 @@ from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
 from trainer.tracking import records
 from trainer.tracking.console import ProgressBar
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, EvalRecordsLogger, rewind_evaluations
 from trainer.tracking.extra_loggers import start_extra_loggers
 from trainer.tracking.jsonl import JsonlLogger, rewind
 from trainer.tracking.loggers import RecordLogger, check_loggers
@@ -264,7 +265,7 @@ def run_training(
     folder = Path(plan.settings.run_folder)
     if args.resume is not None:  # before later rows go: after a kill in between rows are cut then, none is missing
         plan.dist_context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", state.step))
-    metric_logger = MetricLogger(plan, folder, metadata, state, is_resumed=args.resume is not None)
+    metric_logger = MetricLogger(plan, folder, metadata, state, data=data, is_resumed=args.resume is not None)
     checkpoint_manager = CheckpointManager(
         folder / "checkpoints", plan.dist_context, save_total_limit=plan.settings.output.save_total_limit,
         identity={"run_id": metadata["run_id"], "mode": plan.settings.mode, "base": model.metadata["fingerprint"]},
@@ -423,7 +424,10 @@ def dir_size(folder: Path | None) -> int:
 class MetricLogger:
     """Where the records go: on rank 0 to metrics.jsonl, the terminal and W&B; nowhere on the others."""
 
-    def __init__(self, plan: RunPlan, folder: Path, metadata: dict[str, Any], state: TrainState, *, is_resumed: bool):
+    def __init__(
+        self, plan: RunPlan, folder: Path, metadata: dict[str, Any], state: TrainState, *, data: PreparedDataset,
+        is_resumed: bool,
+    ):  # fmt: skip
         self.plan = plan
         self.folder = folder
         self.loggers: list[RecordLogger] = []
@@ -433,10 +437,13 @@ class MetricLogger:
         show_plan(plan.summary_lines())
         metrics_path = folder / "metrics.jsonl"
         if is_resumed and metrics_path.exists():
-            self.num_truncated = rewind(metrics_path, state.step if state.step else -1, eval_pending=state.eval_pending)
+            last_step = state.step if state.step else -1
+            self.num_truncated = rewind(metrics_path, last_step, eval_pending=state.eval_pending)
+            rewind_evaluations(folder / EVAL_RECORDS_FILE, last_step, eval_pending=state.eval_pending)
         schedule = plan.schedule
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
         self.loggers = [
+            EvalRecordsLogger(folder, data.row_info("val")),  # before the line that says so
             JsonlLogger(metrics_path, resume=is_resumed),
             progress_bar,
             start_wandb(metadata, folder, is_resumed=is_resumed, say=progress_bar.say),

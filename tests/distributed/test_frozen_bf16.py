@@ -60,7 +60,7 @@ def compute_losses(jobs: list[dict[str, Any]]) -> int:
     from trainer.distributed.engine import Engine
     from trainer.distributed.process_group import destroy_process_group, init_distributed
     from trainer.model.build import load_config
-    from trainer.training.loop import evaluate
+    from trainer.training.evaluation import evaluate
     from trainer.training.run_plan import make_plan
 
     dist_context = init_distributed()
@@ -84,7 +84,7 @@ def compute_losses(jobs: list[dict[str, Any]]) -> int:
             ]
             step_result = engine.step(1e-2, sums)
             values += [step_result.loss_sum, step_result.grad_norm]
-        values.append(evaluate(engine, data.val, 4)[0])
+        values.append(evaluate(engine, data.val, 4).loss)
         engine.restore_fp32()
         assert {p.dtype for p in model.module.parameters()} == {torch.float32}
         if dist_context.rank == 0:

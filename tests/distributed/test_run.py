@@ -6,12 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 from helpers.launch_ranks import train
 from helpers.tiny_inputs import TEMPLATE_FLAGS
 
 from trainer.config.batch_config import BatchConfig
 from trainer.config.settings import Settings
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
 from trainer.training.loop import TrainSchedule
 
 
@@ -50,11 +52,23 @@ def test_every_step_of_a_run_is_a_record_with_every_column(finished_run):
 def test_a_run_is_evaluated_at_the_start_when_due_and_at_the_end(finished_run):
     evals = records_of_kind(finished_run, "eval")
     columns = {"kind", "step", "epoch", "samples", "tokens", "loss", "perplexity", "eval_tokens", "time"}
+    columns.add("bits_per_byte")
     assert [row["step"] for row in evals] == [0, 3, 6, 9, 12, 14]
     assert all(set(row) == columns for row in evals)
     assert all(row["perplexity"] == pytest.approx(math.exp(row["loss"])) for row in evals)
     assert {row["eval_tokens"] for row in evals} == {finished_run["about"]["data"]["val"]["counted_tokens"]}
     assert evals[-1]["loss"] < evals[0]["loss"], "it learns"
+
+
+def test_the_losses_of_the_records_give_each_reported_loss_to_the_last_bit(finished_run):
+    table = read_eval_records(finished_run["out"] / EVAL_RECORDS_FILE)
+    for evaluation in records_of_kind(finished_run, "eval"):
+        rows = table.filter(pc.field("step") == evaluation["step"])
+        assert len(rows) == finished_run["about"]["data"]["val"]["examples"]
+        assert token_mean(rows) == evaluation["loss"]
+        num_bytes = sum(rows["bytes"].to_pylist())
+        assert evaluation["bits_per_byte"] == math.fsum(rows["nll"].to_pylist()) / math.log(2) / num_bytes
+    assert len(table) == len(rows) * len(records_of_kind(finished_run, "eval"))
 
 
 def test_the_epoch_record_is_the_token_mean_of_its_steps(finished_run, tiny_model):

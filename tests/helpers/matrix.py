@@ -17,7 +17,8 @@ from trainer.model.build import build_model, load_config
 from trainer.run import build_engine
 from trainer.tracking.records import to_line
 from trainer.training.checkpoint import CheckpointManager, resolve_checkpoint
-from trainer.training.loop import evaluate, train
+from trainer.training.evaluation import evaluate
+from trainer.training.loop import train
 from trainer.training.run_plan import make_plan
 
 JOBS_PER_LAUNCH = 20  # jobs of one group of ranks; each takes a second or less on a quiet machine
@@ -81,7 +82,7 @@ def evaluate_jobs(jobs: list[dict[str, Any]]) -> int:
             engine, _ = build_engine(plan, model, None)
             splits = (data.val, reverse_dataset(data.val))
             losses = {
-                batch_size: [evaluate(engine, split, batch_size)[0] for split in splits]
+                batch_size: [evaluate(engine, split, batch_size).loss for split in splits]
                 for batch_size in job["batches"]
             }
             if dist_context.rank == 0:

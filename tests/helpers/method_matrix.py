@@ -16,7 +16,7 @@ from trainer.export.verify import compute_logits, fixed_input_ids
 from trainer.model.build import build_model, load_config
 from trainer.run import build_engine
 from trainer.training.checkpoint import resolve_checkpoint
-from trainer.training.loop import evaluate
+from trainer.training.evaluation import evaluate
 from trainer.training.run_plan import make_plan
 
 STOP_STEP = 2  # the step after which the run is stopped
@@ -45,7 +45,7 @@ def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]
     plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
     checkpoint = resolve_checkpoint(out / f"{job['name']}-checkpoints", "latest")
     engine, state = build_engine(plan, model, checkpoint)
-    loss, _ = evaluate(engine, data.val, settings.train.eval_batch)
+    loss = evaluate(engine, data.val, settings.train.eval_batch).loss
     input_ids = fixed_input_ids(data)
     logits = compute_logits(model.module, input_ids, dist_context.device)
     weights = collect_state_dict(engine.state.gather_weights(), should_keep=dist_context.rank == 0)

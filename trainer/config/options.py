@@ -30,6 +30,7 @@ ABOVE_ZERO = Accepted(check=lambda value: 0 < value < math.inf, words="a number 
 FROM_ZERO = Accepted(check=lambda value: 0 <= value < math.inf, words="0 or a number above it")
 PROBABILITY = Accepted(check=lambda value: 0 <= value < 1, words="a probability from 0 up to 1")
 SHARE = Accepted(check=lambda value: 0 < value < 1, words="a share between 0 and 1")
+SHARE_OR_NONE = Accepted(check=lambda value: 0 <= value < 1, words="0 (none) or a share between 0 and 1")
 INTERVAL = Accepted(
     check=lambda value: value in ("epoch", "never") or (value.isdecimal() and int(value) > 0),
     words="a number of steps, `epoch` or `never`",

@@ -24,6 +24,7 @@ from trainer.config.options import (
     FROM_ZERO,
     PROBABILITY,
     SHARE,
+    SHARE_OR_NONE,
     Accepted,
     at_least,
     check_fields,
@@ -109,6 +110,18 @@ class DataSettings:
     val_fraction: float = option(
         0.1, flag="--val-fraction", help="share split off for validation, by hash of the record", accepts=SHARE
     )
+    test_data: str | None = option(
+        None, flag="--test-data", help="test records, evaluated once, at the weights that are exported"
+    )
+    test_fraction: float = option(
+        0.0,
+        flag="--test-fraction",
+        help="share split off for a test, likewise; it is taken from the training records",
+        accepts=SHARE_OR_NONE,
+    )
+    split_by: str | None = option(
+        None, flag="--split-by", help="column whose equal values stay in one split and count as one in an interval"
+    )
     prompt: str | None = option(None, flag="--prompt", help="template of a record's prompt, for instance '{mr}'")
     completion: str | None = option(
         None, flag="--completion", help="template of the text to be learnt, for instance '{ref}'"
@@ -128,6 +141,13 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        most = 1 - (self.val_fraction if self.val_data is None else 0)
+        if self.test_fraction >= most:
+            raise UserError(
+                f"--test-fraction {self.test_fraction:g}: expected a share under {most:g}, beside validation"
+            )
+        if self.test_data is not None and self.test_fraction:
+            raise UserError(f"--test-fraction {self.test_fraction:g} and --test-data: expected one of them")
         if self.prompt is not None and self.completion is None:
             raise UserError(
                 "--prompt without --completion: say with --completion which text is to be learnt, "

@@ -21,7 +21,13 @@ GROUPS: dict[str, Any] = {
     "engine": EngineSettings,
     "output": OutputSettings,
 }
-MUTABLE_ON_RESUME = ("data.data", "data.val_data", "train.micro_batch", "train.eval_batch")  # data: by fingerprint
+MUTABLE_ON_RESUME = (
+    "data.data",
+    "data.val_data",
+    "data.test_data",
+    "train.micro_batch",
+    "train.eval_batch",
+)  # data: by fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.data.token_dataset import TokenDataset, array_files, load_token_dataset
+from trainer.data.token_dataset import SPLITS, TokenDataset, load_token_dataset
 
-FORMAT_VERSION = 2  # of the folder and of the texts; a change of either makes every earlier folder another one
+FORMAT_VERSION = 3  # of the folder and of the texts; a change of either makes every earlier folder another one
 MANIFEST_FILE = "facts.json"
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # seconds after which an unfinished folder is taken for that of a killed run
 
@@ -39,25 +39,25 @@ def cache_key(key_parts: dict[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def read(folder: Path) -> tuple[dict[str, Any], TokenDataset, TokenDataset]:
-    """(manifest, train dataset, validation dataset); ValueError where the folder is not whole."""
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, TokenDataset]]:
+    """(manifest, {split: dataset}); ValueError where the folder is not whole."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT_VERSION:
             raise ValueError(f"{folder} has format {manifest['format']}, not {FORMAT_VERSION}")
-        datasets = [
-            load_token_dataset(
+        datasets = {
+            split: load_token_dataset(
                 folder,
                 split,
                 dtype=manifest["dtype"],
                 num_rows=manifest["facts"][split]["examples"],
                 num_tokens=manifest["facts"][split]["tokens"],
             )
-            for split in ("train", "val")
-        ]
+            for split in SPLITS
+        }
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} is not prepared data ({error})") from error
-    return manifest, datasets[0], datasets[1]
+    return manifest, datasets
 
 
 def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]]) -> None:
@@ -71,11 +71,7 @@ def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]]) -> Non
         temp_folder.mkdir(parents=True)
         manifest = {"format": FORMAT_VERSION, **write_contents(temp_folder)}
         (temp_folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in (
-            *array_files(temp_folder, "train").values(),
-            *array_files(temp_folder, "val").values(),
-            temp_folder / MANIFEST_FILE,
-        ):
+        for file in temp_folder.iterdir():
             _fsync(file)
         _fsync(temp_folder)
         _rename_into_place(temp_folder, folder)

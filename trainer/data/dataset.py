@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,20 @@ from trainer.config.schema import DataSettings
 from trainer.data import cache as store
 from trainer.data import formats, sources
 from trainer.data.preprocess import DataInput, LogFn, Preprocessor
+from trainer.data.row_info import RowInfo, read_row_info
 from trainer.data.token_dataset import TokenDataset
 from trainer.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from trainer.data.validate_files import scan
+
+#: Settings that decide which rows there are, beside the sources and the tokenizer.
+KEY_SETTINGS = ("test_fraction", "split_by", "prompt", "completion", "objective", "block_size")
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedDataset:
     """Data ready to train on. metadata: the `data` block of run.json; val_texts: the first validation records as
-    (prompt, completion); pad_id: any id will do, since padding is masked by position."""
+    (prompt, completion); pad_id: any id will do, since padding is masked by position; test: without a row where there
+    is no test split."""
 
     train: TokenDataset
     val: TokenDataset
@@ -27,6 +32,15 @@ class PreparedDataset:
     val_texts: tuple[tuple[str, str], ...]
     pad_id: int
     folder: Path
+    test: TokenDataset = field(default_factory=TokenDataset.empty)
+
+    def row_info(self, split: str) -> RowInfo:
+        """Who the rows of "val" or "test" are; read from the folder. ValueError where that is not whole."""
+        return read_row_info(self.folder, split)
+
+    def num_target_bytes(self, split: str) -> int:
+        """UTF-8 bytes of the targets of "val" or "test", 0 where the text is not known."""
+        return int(self.metadata[split].get("target_bytes", 0))
 
 
 def prepare(
@@ -39,20 +53,22 @@ def prepare(
     """
     cache_root = store.resolve_cache_dir(cache)
     inputs = [_find_input(settings.data, "--data", settings)]
-    if settings.val_data is not None:
-        inputs.append(_find_input(settings.val_data, "--val-data", settings))
-    if len({data_input.record_format.name == "input_ids" for data_input in inputs}) > 1:
-        raise UserError(
-            "--val-data: one of --data and --val-data holds token ids and the other text; give both in one form"
-        )
+    for flag, spec in (("--val-data", settings.val_data), ("--test-data", settings.test_data)):
+        if spec is not None:
+            inputs.append(_find_input(spec, flag, settings))
+            if len({data_input.record_format.name == "input_ids" for data_input in inputs}) > 1:
+                raise UserError(
+                    f"{flag}: one of --data and {flag} holds token ids and the other text; give both in one form"
+                )
     tokenizer = None if inputs[0].record_format.name == "input_ids" else load_tokenizer(model)
     for data_input in inputs:
         data_input.file_fingerprints = scan(data_input.source, cache_root)
     key = {
         "sources": [_content_key(data_input) for data_input in inputs],
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
-        "val_fraction": settings.val_fraction if len(inputs) == 1 else None,
-        **{name: getattr(settings, name) for name in ("prompt", "completion", "objective", "block_size")},
+        "flags": [data_input.source.flag for data_input in inputs],
+        "val_fraction": settings.val_fraction if settings.val_data is None else None,
+        **{name: getattr(settings, name) for name in KEY_SETTINGS},
     }
     dataset_folder = cache_root / "prepared" / store.cache_key(key)
     try:
@@ -70,18 +86,20 @@ def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
 
     `source`: what the user typed this time; equal contents under another name share a folder.
     """
-    manifest, train, val = store.read(folder)
+    manifest, datasets = store.read(folder)
     metadata = {**manifest["facts"], **({"source": source} if source is not None else {})}
     texts = tuple((prompt, completion) for prompt, completion in manifest["val_texts"])
-    return PreparedDataset(
-        train=train, val=val, metadata=metadata, val_texts=texts, pad_id=manifest["pad_id"], folder=folder
-    )
+    return PreparedDataset(**datasets, metadata=metadata, val_texts=texts, pad_id=manifest["pad_id"], folder=folder)
 
 
 def _find_input(spec: str, flag: str, settings: DataSettings) -> DataInput:
     source = sources.find(spec, flag)
-    where = f"{flag} {spec}"
-    return DataInput(source, formats.choose_format(sources.columns(source), settings, where))
+    where, columns = f"{flag} {spec}", sources.columns(source)
+    if settings.split_by is not None and settings.split_by not in columns:
+        raise UserError(
+            f"--split-by {settings.split_by}: {where} has no such column; expected one of {', '.join(columns)}"
+        )
+    return DataInput(source, formats.choose_format(columns, settings, where))
 
 
 def _content_key(data_input: DataInput) -> list[Any]:
@@ -103,6 +121,12 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch:
         raise UserError(
             f"--data {settings.data}: {train['records']} training records make {train['examples']} {unit}, fewer than "
             f"one global batch of {global_batch}; lower --global-batch{hint}, or give more data"
+        )
+    if (settings.test_data is not None or settings.test_fraction) and dataset.metadata["test"]["examples"] == 0:
+        spec = settings.test_data if settings.test_data is not None else settings.data
+        raise UserError(
+            f"{'--test-data' if settings.test_data is not None else '--data'} {spec}: "
+            f"{dataset.metadata['test']['records']} test records make 0 {unit}; give more of them{hint}"
         )
     if val["examples"] == 0:
         remedy = "give more of it" if settings.val_data is not None else "raise --val-fraction, give --val-data"

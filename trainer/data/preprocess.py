@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
@@ -17,13 +18,16 @@ from trainer.data import formats, sources, tokenizer
 from trainer.data.acled import column_names, format_date
 from trainer.data.formats import RecordError, RecordFormat
 from trainer.data.packing import Packer
+from trainer.data.row_info import RowInfo, block_ids, content_hash, count_target_bytes, hash_text, write_row_info
 from trainer.data.sources import Source
+from trainer.data.token_dataset import SPLITS, load_token_dataset
 from trainer.data.validate_files import FileFingerprint, find_change
 
 LogFn = Callable[[str], None]
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 LOG_INTERVAL_SECONDS = 5.0
+MAX_SHARED_FRACTION = 0.05  # of validation and test records that may equal training records, where there is a test
 
 
 class Example(NamedTuple):
@@ -34,6 +38,7 @@ class Example(NamedTuple):
     prompt: str
     completion: str
     ids: list[int] | None = None
+    group: str | None = None  #: what stays in one split and is one unit of an interval
 
 
 @dataclass
@@ -49,13 +54,16 @@ class DataInput:
     num_unknown_dates: int = 0
     first_unknown_date: str = ""
     is_counted: bool = False  # the second reading counts nothing again
-    split_sizes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
+    split_sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
 
 
-def is_in_validation(key: str | bytes, fraction: float) -> bool:
-    """Whether a record is split off for validation: by its own content alone, whatever stands beside it."""
-    content = key.encode() if isinstance(key, str) else key
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64 < fraction
+def split_of(key: str | bytes, val_fraction: float, test_fraction: float = 0.0) -> str:
+    """Which split a record belongs to: by its own content alone, whatever stands beside it.
+
+    Validation is the lower end of the hashes and the test the upper one, so neither moves where the other grows.
+    """
+    share = content_hash(key) / 2**64
+    return "val" if share < val_fraction else "test" if share >= 1 - test_fraction else "train"
 
 
 @dataclass
@@ -68,7 +76,9 @@ class Preprocessor:
     tokenizer_hash: str | None
     log: LogFn
     cache_root: Path
-    num_shared: int = 0
+    shared_hashes: set[int] = field(default_factory=set)  # of records of val and test that equal a training record
+    num_shared: dict[str, int] = field(default_factory=dict)  # records of a split that equal a training record
+    rows: dict[str, list[tuple[str, str | None, bool]]] = field(default_factory=lambda: {"val": [], "test": []})
     first_too_long: dict[str, str] = field(default_factory=dict)
     val_texts: list[tuple[str, str]] = field(default_factory=list)
 
@@ -85,25 +95,35 @@ class Preprocessor:
         )
         dtype = "<u2" if vocab_size <= 65_536 else "<u4"
         packer_options = {"objective": self.settings.objective, "block_size": self.settings.block_size, "dtype": dtype}
-        packers = {split: Packer(folder, split, **packer_options) for split in ("train", "val")}  # type: ignore[arg-type]
+        packers = {split: Packer(folder, split, **packer_options) for split in SPLITS}  # type: ignore[arg-type]
         for data_input in self.inputs:
             self._tokenize(data_input, packers)
         for data_input in self.inputs:
             if change_error := find_change(data_input.source, data_input.file_fingerprints):
                 raise change_error
         fingerprints = {split: packer.close() for split, packer in packers.items()}
+        row_infos = {split: self._row_info(folder, split, packers, dtype) for split in ("val", "test")}
+        for split, row_info in row_infos.items():
+            write_row_info(folder, split, row_info)
         metadata = {
             "source": self.settings.data,
             "form": self.inputs[0].record_format.name,
-            "fingerprint": hashlib.sha256(f"{fingerprints['train']} {fingerprints['val']}".encode()).hexdigest(),
+            "fingerprint": _combine_fingerprints(fingerprints, packers),
             "train_fingerprint": fingerprints["train"],
             "val_fingerprint": fingerprints["val"],
-            "split": "given" if len(self.inputs) > 1 else f"hash {self.settings.val_fraction:g}",
+            "test_fingerprint": fingerprints["test"] if packers["test"].num_records else None,
+            "split": "given" if self.settings.val_data is not None else f"hash {self.settings.val_fraction:g}",
+            "split_by": self.settings.split_by,
+            "equal_to_train": {split: self.num_shared.get(split, 0) for split in ("val", "test")},
             "tokenizer": self.tokenizer_hash,
             "vocabulary": vocab_size,
             "objective": self.settings.objective,
             "block_size": self.settings.block_size,
-            **{split: packer.counts() for split, packer in packers.items()},
+            "train": packers["train"].counts(),
+            **{
+                split: packers[split].counts() | {"target_bytes": sum(row_info.num_bytes)}
+                for split, row_info in row_infos.items()
+            },
             "notices": self._notices(packers),
         }
         pad_id = self.tokenizer.eos_token_id if self.tokenizer is not None else 0
@@ -111,59 +131,82 @@ class Preprocessor:
 
     def _check_records(self) -> None:
         """Render every record once: a mistake in the last row is found before the first one is tokenised."""
-        seen_hashes = np.empty(0, dtype=np.uint64)
-        for data_input in reversed(self.inputs):  # validation first: its hashes are kept
-            hashes = array("Q")
+        hashes = {split: array("Q") for split in SPLITS}
+        for data_input in self.inputs:
             for example in self._iter_examples(data_input):
                 if example is None:
                     data_input.num_blank += 1
                     continue
                 data_input.num_records += 1
-                data_input.split_sizes["val" if self._is_val(data_input, example) else "train"] += 1
+                split = self._split(data_input, example)
+                data_input.split_sizes[split] += 1
                 if example.ids is not None:
                     data_input.max_token_id = max(data_input.max_token_id, *example.ids)
-                if len(self.inputs) > 1:
-                    hashes.append(_content_hash(example))
+                hashes[split].append(content_hash(_content(example)))
             data_input.is_counted = True
             if not data_input.num_records:
                 raise UserError(
                     f"{data_input.source.flag} {data_input.source.spec}: holds blank lines only; "
                     "expected at least one record"
                 )
-            if len(self.inputs) > 1:
-                input_hashes = np.frombuffer(hashes, dtype=np.uint64)
-                self.num_shared = int(np.isin(seen_hashes, np.unique(input_hashes)).sum())
-                seen_hashes = input_hashes
         self._check_split_sizes()
+        self._check_shared({split: np.frombuffer(values, dtype=np.uint64) for split, values in hashes.items()})
+
+    def _check_shared(self, hashes: dict[str, NDArray[np.uint64]]) -> None:
+        """Count records of validation and test that equal a training record; where there is a test, refuse many."""
+        for split in ("val", "test"):
+            is_shared = np.isin(hashes[split], hashes["train"])
+            self.num_shared[split] = int(is_shared.sum())
+            self.shared_hashes |= set(hashes[split][is_shared].tolist())
+            num_records, has_test = len(hashes[split]), len(hashes["test"]) > 0
+            if has_test and self.num_shared[split] > MAX_SHARED_FRACTION * num_records:
+                name = {"val": "validation", "test": "test"}[split]
+                raise UserError(
+                    f"--data {self.settings.data}: {self.num_shared[split]} of {num_records} {name} records also stand "
+                    f"in the training data; expected at most {MAX_SHARED_FRACTION:.0%}, or a test says nothing of new "
+                    "records: take them out, or split by a column that they share (--split-by)"
+                )
 
     def _check_split_sizes(self) -> None:
         """What is certain before tokenising: an empty split, for records; more is known when they are packed."""
-        if len(self.inputs) == 1 and not all(self.inputs[0].split_sizes.values()):
-            empty_split = "validation" if not self.inputs[0].split_sizes["val"] else "training"
-            remedy = "raise --val-fraction" if empty_split == "validation" else "lower --val-fraction"
-            raise UserError(
-                f"--data {self.settings.data}: the split by hash leaves 0 of {self.inputs[0].num_records} records for "
-                f"{empty_split} at --val-fraction {self.settings.val_fraction:g}; {remedy} or give --val-data"
-            )
+        settings, sizes = self.settings, self.inputs[0].split_sizes
+        fractions = {"val": settings.val_fraction * (settings.val_data is None), "test": settings.test_fraction}
+        wanted_splits = ["train", *(split for split, fraction in fractions.items() if fraction)]
+        empty_split = next((split for split in wanted_splits if not sizes[split]), None)
+        if len(wanted_splits) == 1 or empty_split is None:
+            return
+        if empty_split == "train":
+            flag, remedy = next(split for split in wanted_splits[1:]), "lower"
+        else:
+            flag, remedy = empty_split, "raise"
+        name = {"train": "training", "val": "validation", "test": "the test"}[empty_split]
+        raise UserError(
+            f"--data {settings.data}: the split by hash leaves 0 of {self.inputs[0].num_records} records for "
+            f"{name} at --{flag}-fraction {fractions[flag]:g}; {remedy} --{flag}-fraction or give --{flag}-data"
+        )
 
     def _iter_examples(self, data_input: DataInput) -> Iterator[Example | None]:
         """The records of a source as text, None for a blank one; UserError names file, row and column."""
         try:
-            for file, number, record in sources.records(
-                data_input.source, data_input.record_format.columns, cache=self.cache_root
-            ):
+            split_by, columns = self.settings.split_by, data_input.record_format.columns
+            if split_by is not None and columns is not None:
+                columns = tuple(dict.fromkeys((*columns, split_by)))
+            for file, number, record in sources.records(data_input.source, columns, cache=self.cache_root):
                 try:
+                    group = formats.value_text(record, split_by, "--split-by") if split_by is not None else None
                     if data_input.record_format.name == "input_ids":
-                        yield Example(file, number, "", "", formats.parse_token_ids(record))
+                        yield Example(file, number, "", "", formats.parse_token_ids(record), group)
                         continue
                     prompt, completion = data_input.record_format.render(record)
+                    if group is None and data_input.record_format.is_keyed_by_prompt:
+                        group = prompt
                 except RecordError as error:
                     raise UserError(
                         f"{data_input.source.flag} {data_input.source.locate(file, number)}: {error}"
                     ) from None
                 if data_input.record_format.name == "acled" and not data_input.is_counted:
                     self._count_unknown_date(data_input, file, number, record)
-                yield Example(file, number, prompt, completion) if completion.strip() else None
+                yield Example(file, number, prompt, completion, None, group) if completion.strip() else None
         except UserError as error:
             raise (
                 find_change(data_input.source, data_input.file_fingerprints) or error
@@ -179,10 +222,30 @@ class Preprocessor:
                 data_input.first_unknown_date or f"{data_input.source.locate(file, number)}: {value}"
             )
 
-    def _is_val(self, data_input: DataInput, example: Example) -> bool:
-        if len(self.inputs) > 1:
-            return data_input.source.flag == "--val-data"
-        return is_in_validation(_split_key(data_input.record_format, example), self.settings.val_fraction)
+    def _split(self, data_input: DataInput, example: Example) -> str:
+        if data_input.source.flag != "--data":
+            return {"--val-data": "val", "--test-data": "test"}[data_input.source.flag]
+        val_fraction = self.settings.val_fraction if self.settings.val_data is None else 0.0
+        key = example.group if example.group is not None else _content(example, separator="")
+        return split_of(key, val_fraction, self.settings.test_fraction)
+
+    def _row_info(self, folder: Path, split: str, packers: dict[str, Packer], dtype: str) -> RowInfo:
+        """Who the rows of a split are, read back from what was just written."""
+        datasets = {
+            name: load_token_dataset(
+                folder, name, dtype=dtype, num_rows=packers[name].num_examples, num_tokens=packers[name].num_tokens
+            )
+            for name in (split, "train")
+        }
+        rows = self.rows[split]
+        if self.settings.objective == "blocks":
+            train_ids = set(block_ids(datasets["train"])) if len(datasets[split]) else set()
+            rows = [(row_id, None, row_id in train_ids) for row_id in block_ids(datasets[split])]
+        return RowInfo(
+            ids=[row_id for row_id, _, _ in rows], groups=[group for _, group, _ in rows],
+            targets=datasets[split].num_target_tokens().tolist(),
+            num_bytes=count_target_bytes(datasets[split], self.tokenizer), in_train=[shared for _, _, shared in rows],
+        )  # fmt: skip
 
     def _tokenize(self, data_input: DataInput, packers: dict[str, Packer]) -> None:
         batch: list[Example] = []
@@ -204,7 +267,7 @@ class Preprocessor:
         self._write_batch(data_input, batch, packers)
 
     def _write_batch(self, data_input: DataInput, batch: list[Example], packers: dict[str, Packer]) -> None:
-        splits = ["val" if self._is_val(data_input, example) else "train" for example in batch]
+        splits = [self._split(data_input, example) for example in batch]
         for example, split in zip(batch, splits, strict=True):
             is_short_text = (
                 example.ids is None and len(example.prompt) + len(example.completion) <= MAX_SAMPLE_CHARACTERS
@@ -233,7 +296,12 @@ class Preprocessor:
         completions = tokenizer.encode(self.tokenizer, [example.completion for example in batch])
         for example, split, prompt_ids, completion_ids in zip(batch, splits, prompts, completions, strict=True):
             ids = np.concatenate([prompt_ids, completion_ids, eos])
-            if not packers[split].add_row(ids, len(prompt_ids)):
+            if packers[split].add_row(ids, len(prompt_ids)):
+                if split != "train":
+                    row_id = hash_text(_content(example))
+                    group = None if example.group is None else hash_text(example.group)
+                    self.rows[split].append((row_id, group, int(row_id, 16) in self.shared_hashes))
+            else:
                 self.first_too_long.setdefault(
                     split, f"{data_input.source.locate(example.file, example.record_number)}, {len(ids)} tokens"
                 )
@@ -264,23 +332,23 @@ class Preprocessor:
                 )
             if data_input.record_format.name == "input_ids" and "labels" in sources.columns(data_input.source):
                 lines.append(f"{data_input.source.spec}: the column `labels` is not used, every token counts")
-        if self.num_shared:
-            lines.append(
-                f"{self.num_shared} of {packers['val'].num_records} validation records also stand in the training data"
-            )
+        for split, name in (("val", "validation"), ("test", "test")):
+            if self.num_shared[split]:
+                lines.append(
+                    f"{self.num_shared[split]} of {packers[split].num_records} {name} records also stand in the "
+                    "training data"
+                )
         return lines
 
 
-def _split_key(record_format: RecordFormat, example: Example) -> str | bytes:
+def _content(example: Example, separator: str = "\0") -> str | bytes:
+    """What makes a record equal to another."""
     if example.ids is not None:
         return np.asarray(example.ids, dtype="<u4").tobytes()
-    return example.prompt if record_format.is_keyed_by_prompt else example.prompt + example.completion
+    return f"{example.prompt}{separator}{example.completion}"
 
 
-def _content_hash(example: Example) -> int:
-    content = (
-        np.asarray(example.ids, dtype="<u4").tobytes()
-        if example.ids is not None
-        else f"{example.prompt}\0{example.completion}".encode()
-    )
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+def _combine_fingerprints(fingerprints: dict[str, str], packers: dict[str, Packer]) -> str:
+    """One hash of all rows; without a test split that of training and validation."""
+    parts = [fingerprints[split] for split in SPLITS if split != "test" or packers[split].num_records]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()

@@ -176,15 +176,21 @@ class TrainBatches:
         return self._order[1]
 
 
+def eval_order(dataset: TokenDataset) -> Int64:
+    """The order in which an evaluation takes the rows, int64 [n]: longest first, which leaves little padding, and a
+    batch that does not fit in memory fails at once."""
+    return np.argsort(-dataset.lengths(), kind="stable").astype(np.int64)
+
+
 def eval_batches(
     dataset: TokenDataset, eval_batch: int, rank: int, world_size: int, pad_id: int
 ) -> Iterator[MicroBatch]:
     """The share of `rank` in one pass over all rows; every rank gets the same number of micro-batches.
 
-    Longest rows first: little padding, and a batch that does not fit in memory fails at once. Every row stands in
-    exactly one of them over all ranks; what is missing at the end is a masked row.
+    Every row stands in exactly one of them over all ranks, at `eval_order(dataset)[index:]`; what is missing at the
+    end is a masked row.
     """
-    order = np.argsort(-dataset.lengths(), kind="stable").astype(np.int64)
+    order = eval_order(dataset)
     num_batches = -(-len(order) // (eval_batch * world_size))
     for batch_index in range(num_batches):
         offset = (batch_index * world_size + rank) * eval_batch

@@ -11,7 +11,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
-    """The examples of one split (train or validation); row i is ids[offsets[i]:offsets[i + 1]].
+    """The examples of one split (training, validation or test); row i is ids[offsets[i]:offsets[i + 1]].
 
     ids: [tokens] uint16 or uint32, memory-mapped; offsets: int64 [n + 1]; first_target: int32 [n], the first position
     whose token counts in the loss, at least 1 because nothing stands before position 0 to predict it from.
@@ -20,6 +20,12 @@ class TokenDataset:
     ids: NDArray[np.unsignedinteger]
     offsets: Int64
     first_target: NDArray[np.int32]
+
+    @classmethod
+    def empty(cls) -> "TokenDataset":
+        """No row at all."""
+        ids, first_target = np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.int32)
+        return cls(ids=ids, offsets=np.zeros(1, dtype=np.int64), first_target=first_target)
 
     def __len__(self) -> int:
         return len(self.first_target)
@@ -37,11 +43,12 @@ class TokenDataset:
         return np.asarray(self.ids[self.offsets[i] : self.offsets[i + 1]], dtype=np.int64)
 
 
+SPLITS = ("train", "val", "test")
 ARRAY_DTYPES = {"ids": "", "offsets": "<i8", "first": "<i4"}  # the type of ids is the writer's choice
 
 
 def array_files(folder: Path, split: str) -> dict[str, Path]:
-    """Where the three arrays of `split` ("train" or "val") lie in a folder."""
+    """Where the three arrays of `split` ("train", "val" or "test") lie in a folder."""
     return {name: folder / f"{split}.{name}.bin" for name in ARRAY_DTYPES}
 
 

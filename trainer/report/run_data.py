@@ -17,7 +17,7 @@ from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord
 Series = dict[str, NDArray[np.float64]]
 
 STEP_FIELDS = tuple(f.name for f in dataclasses.fields(StepRecord))
-EVAL_FIELDS = tuple(f.name for f in dataclasses.fields(EvalRecord))
+EVAL_FIELDS = tuple(f.name for f in dataclasses.fields(EvalRecord) if f.name != "row_nll")
 EPOCH_FIELDS = tuple(f.name for f in dataclasses.fields(EpochRecord))
 STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going

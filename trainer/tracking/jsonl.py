@@ -7,6 +7,11 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, from_line, to_line
 
 EVALUATION_EVENTS = ("early_stop", "diagnosis", "samples")  # events that an evaluation brings; they come again with it
+FINAL_EVALUATION_EVENTS = (
+    "finished",
+    "test_evaluation",
+    "retain_evaluation",
+)  # made at a run's end, again when resumed
 
 
 class JsonlLogger:
@@ -74,7 +79,7 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
                 record = from_line(line.decode())
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}; cannot resume from a damaged file") from error
-            is_run_end = isinstance(record, EventRecord) and record.event == "finished"
+            is_run_end = isinstance(record, EventRecord) and record.event in FINAL_EVALUATION_EVENTS
             follows_evaluation = isinstance(record, EvalRecord | EpochRecord) or (
                 isinstance(record, EventRecord) and record.event in EVALUATION_EVENTS
             )
@@ -84,20 +89,24 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
             else:
                 remaining_lines.append(line)
         if num_dropped:
-            _replace(path, b"".join(remaining_lines))
+            replace_file(path, b"".join(remaining_lines))
     except OSError as error:
         raise _write_error(path, error) from error
     return num_dropped
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Put `content` in the place of the file at once: temporary name, flush, rename."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Put `content` in the place of the file at once: temporary name, flush, rename; OSError leaves the old one."""
     temporary_path = path.with_name(path.name + ".tmp")
-    with open(temporary_path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary_path, path)
+    try:
+        with open(temporary_path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary_path, path)
+    except OSError:
+        temporary_path.unlink(missing_ok=True)
+        raise
 
 
 def _complete_lines_size(path: Path) -> int:

@@ -6,7 +6,7 @@ One JSON object a line, `kind` first. `epoch` is the fraction of the training se
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,11 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRecord:
-    """One pass over the whole validation set; `eval_tokens` is the number of tokens the loss is the mean of."""
+    """One pass over the whole validation set; `eval_tokens` is the number of tokens the loss is the mean of.
+
+    `bits_per_byte`: the same sum over the UTF-8 bytes of the targets, for models with other tokenizers; None where the
+    text is not known. `row_nll`: the rows' sums, in their order, on the way to eval_records.parquet; not in the line.
+    """
 
     step: int
     epoch: float
@@ -39,6 +43,8 @@ class EvalRecord:
     perplexity: float
     eval_tokens: int
     time: float
+    bits_per_byte: float | None = None
+    row_nll: Sequence[float] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,11 @@ RECORD_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoc
 _RECORD_KINDS = {cls: kind for kind, cls in RECORD_CLASSES.items()}
 
 
+def bits_per_byte(nll_sum: float, num_bytes: int) -> float | None:
+    """Nats over all targets as bits for each byte of their text; None where the bytes are not known (0)."""
+    return nll_sum / math.log(2) / num_bytes if num_bytes else None
+
+
 def perplexity(loss: float) -> float:
     """exp(loss), infinity where that overflows a float."""
     return math.exp(loss) if loss < 709 else math.inf
@@ -76,7 +87,10 @@ def perplexity(loss: float) -> float:
 
 def to_line(record: Record) -> str:
     """One JSON line without its newline. NaN and infinity are refused (ValueError): they must be an event's text."""
-    return json.dumps({"kind": _RECORD_KINDS[type(record)], **asdict(record)}, allow_nan=False)
+    row = {"kind": _RECORD_KINDS[type(record)], **asdict(record)}
+    if isinstance(record, EvalRecord):
+        del row["row_nll"]
+    return json.dumps(row, allow_nan=False)
 
 
 def from_line(line: str) -> Record:

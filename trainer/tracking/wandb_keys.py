@@ -24,7 +24,7 @@ COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field
         "train/grad_norm": "grad_norm",
         "train/tokens_per_second": "tokens_per_second",
     },
-    EvalRecord: {"val/loss": "loss", "val/perplexity": "perplexity"},
+    EvalRecord: {"val/loss": "loss", "val/perplexity": "perplexity", "val/bits_per_byte": "bits_per_byte"},
     EpochRecord: {"train/loss_epoch": "train_loss"},
 }
 TAG_LENGTH = 64  # a longer tag makes wandb.init raise
@@ -35,7 +35,8 @@ def wandb_row(record: Record) -> dict[str, float]:
     if isinstance(record, EventRecord):
         return {}
     fields = {**{axis: axis for axis in AXES}, **COLUMNS[type(record)]}
-    return {name: getattr(record, field) for name, field in fields.items()}
+    values = {name: getattr(record, field) for name, field in fields.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def sample_row(record: EventRecord) -> dict[str, float]:

@@ -15,15 +15,14 @@ from trainer.config.batch_config import BatchConfig
 from trainer.config.errors import TrainingError
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
-from trainer.data.sampler import MicroBatch, epoch_order, eval_batches, step_batches, step_counts
+from trainer.data.sampler import PAD_ID, MicroBatch, epoch_order, step_batches, step_counts
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine, StepResult
 from trainer.distributed.steppers import NonFiniteError
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
 from trainer.training.checkpoint import BestCheckpoint, CheckpointManager, TrainState
+from trainer.training.evaluation import StopRequested, evaluate
 from trainer.training.lr_schedule import learning_rate
-
-PAD_ID = 0  # any id will do: padded positions are neither counted nor looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,31 +271,6 @@ def _early_stop_event(schedule: TrainSchedule, state: TrainState, elapsed_second
     return EventRecord(event="early_stop", step=state.step, message=message, time=elapsed_seconds, facts=details)
 
 
-class StopRequested(Exception):
-    """An evaluation was given up because the run is to stop."""
-
-
-def evaluate(
-    engine: Engine, dataset: TokenDataset, eval_batch_size: int, should_stop: Callable[[], bool] = lambda: False
-) -> tuple[float, int]:
-    """(token mean of the loss over all `dataset`, targets it is the mean of): one number, however the rows are spread.
-
-    Each row's sum is kept apart and all are added exactly (`math.fsum`), so neither ranks nor order can move it.
-    Raises StopRequested, on all ranks alike, where any of them is to stop.
-    """
-    dist_context = engine.dist_context
-    batch_losses = []  # on the device: nobody waits for one batch before the next has begun
-    for micro_batch in eval_batches(dataset, eval_batch_size, dist_context.rank, dist_context.world_size, PAD_ID):
-        if any(dist_context.all_gather_object(should_stop())):
-            raise StopRequested
-        batch_losses.append(engine.evaluate(micro_batch))
-    local_losses = [loss for losses in batch_losses for loss in losses.tolist()]
-    num_target_tokens = int(dataset.num_target_tokens().sum())
-    return math.fsum(
-        loss for losses in dist_context.all_gather_object(local_losses) for loss in losses
-    ) / num_target_tokens, num_target_tokens
-
-
 class Stopwatch:
     """Seconds since the run began, going on from where a resumed run stood."""
 
@@ -334,11 +308,17 @@ def _evaluate(
     stopwatch: Stopwatch,
     should_stop: Callable[[], bool],
 ) -> tuple[TrainState, EvalRecord]:
-    loss, num_target_tokens = evaluate(engine, data.val, schedule.settings.train.eval_batch, should_stop)
+    evaluation = evaluate(
+        engine, data.val, schedule.settings.train.eval_batch, should_stop, num_bytes=data.num_target_bytes("val")
+    )
+    loss = evaluation.loss
     if not math.isfinite(loss):
         raise NonFiniteError(f"validation loss {loss}")
     axes = record_axes(state, schedule, len(data.train)) | {"time": stopwatch()}
-    record = EvalRecord(**axes, loss=loss, perplexity=perplexity(loss), eval_tokens=num_target_tokens)
+    record = EvalRecord(
+        **axes, loss=loss, perplexity=perplexity(loss), eval_tokens=evaluation.num_target_tokens,
+        bits_per_byte=evaluation.bits_per_byte, row_nll=evaluation.row_nll,
+    )  # fmt: skip
     best = state.best
     if best is None or loss < best.loss:
         best = BestCheckpoint(step=state.step, epoch=record.epoch, loss=loss)

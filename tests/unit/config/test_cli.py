@@ -10,7 +10,8 @@ from trainer.config.settings import GROUPS
 
 # The names are a contract with the user; those of `run` are no settings.
 CONTRACT = [
-    "--mode", "--preset", "--model", "--init", "--data", "--val-data", "--val-fraction", "--prompt",
+    "--mode", "--preset", "--model", "--init", "--data", "--val-data", "--val-fraction", "--test-data",
+    "--test-fraction", "--split-by", "--prompt",
     "--completion", "--objective", "--block-size", "--epochs", "--max-steps", "--global-batch", "--micro-batch",
     "--eval-batch", "--lr", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--seed", "--no-shuffle",
     "--precision", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-target-modules", "--ds-config",
@@ -34,7 +35,8 @@ FLAGS_WITHOUT_FIELD = {
 VALUES = {
     "--model": ("m", "m"), "--init": ("random", "random"), "--lora-rank": ("4", 4), "--lora-alpha": ("3", 3.0),
     "--lora-dropout": ("0.5", 0.5), "--lora-target-modules": ("a, b", ("a", "b")), "--data": ("d.csv", "d.csv"),
-    "--val-data": ("v.csv", "v.csv"), "--val-fraction": ("0.2", 0.2), "--prompt": ("{p}", "{p}"),
+    "--val-data": ("v.csv", "v.csv"), "--val-fraction": ("0.2", 0.2), "--test-data": ("t.csv", "t.csv"),
+    "--test-fraction": ("0.1", 0.1), "--split-by": ("mr", "mr"), "--prompt": ("{p}", "{p}"),
     "--completion": ("{c}", "{c}"), "--objective": ("completion", "completion"), "--block-size": ("77", 77),
     "--no-shuffle": (None, False), "--epochs": ("1.5", 1.5), "--max-steps": ("9", 9), "--global-batch": ("10", 10),
     "--micro-batch": ("5", 5), "--eval-batch": ("7", 7), "--lr": ("1e-3", 1e-3), "--warmup-steps": ("3", 3),

@@ -18,7 +18,7 @@ from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import cache as store
 from trainer.data.dataset import load, prepare
-from trainer.data.preprocess import is_in_validation
+from trainer.data.preprocess import split_of
 
 EOS_ID = 0  # <|endoftext|> of the tokenizer that the samples train
 PAIRS = [{"mr": f"Town {i}", "ref": f"On {i} January people met in Town {i}."} for i in range(60)]
@@ -57,7 +57,7 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
     (tmp_path / "a.txt").write_text("\n".join([*lines, "", " "]))
     made_of = prepare_file(tmp_path / "a.txt")
     for side, rows in (("train", made_of.train), ("val", made_of.val)):
-        mine = [line for line in lines if is_in_validation(line, 0.1) == (side == "val")]
+        mine = [line for line in lines if split_of(line, 0.1) == side]
         stream = [token for line in mine for token in [*tokenizer(line)["input_ids"], EOS_ID]]
         whole = len(stream) // 32 * 32
         assert np.concatenate([rows.row(i) for i in range(len(rows))]).tolist() == stream[:whole]
@@ -65,7 +65,8 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
         assert set(rows.first_target) == {1}
         facts = made_of.metadata[side]
         blocks = whole // 32
-        assert facts == {"records": len(mine), "examples": blocks, "tokens": whole, "counted_tokens": blocks * 31}
+        counts = {"records": len(mine), "examples": blocks, "tokens": whole, "counted_tokens": blocks * 31}
+        assert {name: facts[name] for name in counts} == counts
         assert (
             f"{side}: the last {len(stream) - whole} tokens do not fill a block and are left out"
             in made_of.metadata["notices"]
@@ -75,7 +76,7 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
 
 def test_a_completion_row_counts_the_completion_and_its_end_only(tmp_path, prepare_file, tokenizer):
     rows = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), objective="completion", **TEMPLATES).train
-    kept = [pair for pair in PAIRS if not is_in_validation(f"{pair['mr']}:", 0.1)]
+    kept = [pair for pair in PAIRS if split_of(f"{pair['mr']}:", 0.1) == "train"]
     assert len(rows) == len(kept)
     for i, pair in enumerate(kept):
         before, after = tokenizer(f"{pair['mr']}:")["input_ids"], tokenizer(f" {pair['ref']}")["input_ids"]
@@ -181,8 +182,8 @@ def test_a_prompt_that_is_the_same_everywhere_does_not_decide_the_split(tmp_path
 
 def test_the_split_is_the_first_eight_bytes_of_the_hash_against_the_fraction():
     # sha256("abc") = ba7816bf 8f01cfea ... (FIPS 180-2, appendix B.1); 0xba78 / 2^16 = 0.72839
-    assert is_in_validation("abc", 0.7285)
-    assert not is_in_validation("abc", 0.7283)
+    assert split_of("abc", 0.7285) == "val"
+    assert split_of("abc", 0.7283) == "train"
 
 
 def test_validation_data_of_a_flag_are_used_whole_and_overlap_is_reported(tmp_path, prepare_file):
@@ -196,7 +197,7 @@ def test_validation_data_of_a_flag_are_used_whole_and_overlap_is_reported(tmp_pa
 
 def test_validation_prompts_are_stored_for_generation(tmp_path, prepare_file):
     prepared = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), **TEMPLATES)
-    expected = [(f"{p['mr']}:", f" {p['ref']}") for p in PAIRS if is_in_validation(f"{p['mr']}:", 0.1)]
+    expected = [(f"{p['mr']}:", f" {p['ref']}") for p in PAIRS if split_of(f"{p['mr']}:", 0.1) == "val"]
     assert list(prepared.val_texts) == expected[:MAX_NUM_SAMPLES]
 
 
@@ -378,7 +379,110 @@ def test_data_metadata_have_the_fields_that_run_json_promises(tmp_path, prepare_
     promised = "source fingerprint train_fingerprint val_fingerprint split tokenizer vocabulary objective block_size "
     promised += "train val notices"
     assert set(promised.split()) <= set(facts)
-    assert set(facts["train"]) == set(facts["val"]) == {"records", "examples", "tokens", "counted_tokens"}
+    assert set(facts["train"]) == {"records", "examples", "tokens", "counted_tokens"}
+    assert set(facts["val"]) == set(facts["test"]) == {*facts["train"], "target_bytes"}
     assert facts["split"] == "hash 0.1"
     assert facts["vocabulary"] == 400
     json.dumps(facts, allow_nan=False)
+
+
+# --- the test split, and who the rows are ---
+
+
+def test_a_test_split_is_taken_from_the_training_records_only(tmp_path, prepare_file):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    without = prepare_file(file, objective="completion", **TEMPLATES)
+    prepared = prepare_file(file, objective="completion", test_fraction=0.3, **TEMPLATES)
+    assert len(without.test) == 0
+    assert len(prepared.test) > 5
+    assert prepared.metadata["val_fingerprint"] == without.metadata["val_fingerprint"]
+    assert len(prepared.train) + len(prepared.test) == len(without.train)
+    rows = [{tuple(side.row(i)) for i in range(len(side))} for side in (prepared.train, prepared.val, prepared.test)]
+    assert len(set().union(*rows)) == sum(map(len, rows))
+    assert prepared.metadata["test"]["records"] == len(prepared.test)
+    assert without.metadata["test_fingerprint"] is None
+    assert prepared.metadata["fingerprint"] != without.metadata["fingerprint"]
+
+
+def test_a_test_split_may_be_a_file_of_its_own(tmp_path, prepare_file):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    test_file = samples.write_csv(tmp_path / "t.csv", [{"mr": "Elsewhere", "ref": "Nobody met."}])
+    prepared = prepare_file(file, objective="completion", test_data=str(test_file), **TEMPLATES)
+    assert (len(prepared.test), len(prepared.train) + len(prepared.val)) == (1, len(PAIRS))
+    with pytest.raises(UserError, match=r"--test-fraction 0.2 and --test-data: expected one of them"):
+        prepare_file(file, test_data=str(test_file), test_fraction=0.2, **TEMPLATES)
+    with pytest.raises(UserError, match=r"--test-fraction 0.95: expected a share under 0.9, beside validation"):
+        prepare_file(file, test_fraction=0.95, **TEMPLATES)
+    with pytest.raises(
+        UserError, match="leaves 0 of 60 records for the test at --test-fraction 1e-06; raise --test-fr"
+    ):
+        prepare_file(file, test_fraction=1e-6, **TEMPLATES)
+
+
+def test_records_with_one_value_of_the_split_column_stay_in_one_split(tmp_path, prepare_file):
+    records = [{"doc": f"d{i % 12}", **pair} for i, pair in enumerate(PAIRS)]
+    file = samples.write_jsonl(tmp_path / "a.jsonl", records)
+    options = {"objective": "completion", "val_fraction": 0.3, "test_fraction": 0.3, "split_by": "doc", **TEMPLATES}
+    prepared = prepare_file(file, **options)
+    groups = {split: prepared.row_info(split).groups for split in ("val", "test")}
+    assert all(len(groups[split]) == len(getattr(prepared, split)) for split in groups)
+    assert not set(groups["val"]) & set(groups["test"])
+    assert all(values.count(value) == 5 for values in groups.values() for value in values)
+    with pytest.raises(UserError, match=r"--split-by dok: .* has no such column; expected one of doc, mr, ref"):
+        prepare_file(file, **{**options, "split_by": "dok"})
+    broken = samples.write_jsonl(tmp_path / "b.jsonl", [*records, {**records[0], "doc": None}])
+    with pytest.raises(UserError, match=r"b.jsonl, line 61: column 'doc' is null or empty"):
+        prepare_file(broken, **options)
+
+
+def test_without_a_split_column_the_records_of_one_prompt_are_one_group(tmp_path, prepare_file):
+    pairs = [{"mr": f"Town {i // 5}", "ref": f"On {i} January people met."} for i in range(60)]
+    options = {"objective": "completion", "val_fraction": 0.4}
+    prepared = prepare_file(samples.write_csv(tmp_path / "a.csv", pairs), **options, **TEMPLATES)
+    groups = prepared.row_info("val").groups
+    assert len(groups) == 5 * len(set(groups))
+    alone = prepare_file(samples.write_csv(tmp_path / "a.csv", pairs), **options, completion="{ref}")
+    assert set(alone.row_info("val").groups) == {None}
+
+
+@pytest.mark.parametrize("objective", ["blocks", "completion"])
+def test_the_bytes_of_the_targets_are_those_of_the_text(tmp_path, prepare_file, tokenizer, objective):
+    pairs = [{**pair, "ref": f"{pair['ref']} Größe 東京 🌍"} for pair in PAIRS]
+    file = samples.write_csv(tmp_path / "a.csv", pairs)
+    prepared = prepare_file(file, objective=objective, block_size=64, val_fraction=0.4, **TEMPLATES)
+    info = prepared.row_info("val")
+    assert list(info.targets) == prepared.val.num_target_tokens().tolist()
+    assert prepared.metadata["val"]["target_bytes"] == sum(info.num_bytes)
+    if objective == "completion":
+        texts = [f" {p['ref']}" for p in pairs if split_of(f"{p['mr']}:", 0.4) == "val"]
+        assert list(info.num_bytes) == [len(text.encode()) for text in texts]
+    else:  # blocks end within characters, so only the sum over all tokens is a text's
+        for i in range(len(prepared.val)):
+            pieces = [tokenizer.convert_ids_to_tokens(int(t)) for t in prepared.val.row(i)[1:] if t != EOS_ID]
+            assert info.num_bytes[i] == sum(map(len, pieces))
+
+
+def test_evaluation_records_that_equal_a_training_record_are_marked_and_many_are_refused(tmp_path, prepare_file):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    fresh = [{"mr": f"Elsewhere {i}", "ref": "Nobody met."} for i in range(40)]
+    few = samples.write_csv(tmp_path / "few.csv", [*fresh, PAIRS[0], *PAIRS[:1]])
+    options = {"objective": "completion", "val_data": str(samples.write_csv(tmp_path / "v.csv", fresh)), **TEMPLATES}
+    prepared = prepare_file(file, test_data=str(few), **options)
+    assert list(prepared.row_info("test").in_train) == [False] * 40 + [True] * 2
+    assert list(prepared.row_info("test").occurrences)[-2:] == [0, 1]
+    assert prepared.metadata["equal_to_train"] == {"val": 0, "test": 2}
+    assert "2 of 42 test records also stand in the training data" in prepared.metadata["notices"]
+    many = samples.write_csv(tmp_path / "many.csv", [*fresh, *PAIRS[:3]])
+    with pytest.raises(UserError, match="3 of 43 test records also stand in the training data; expected at most 5%"):
+        prepare_file(file, test_data=str(many), **options)
+
+
+def test_a_row_keeps_its_id_whatever_stands_around_it(tmp_path, prepare_file):
+    options = {"objective": "completion", **TEMPLATES}
+    ids = [
+        prepare_file(samples.write_csv(tmp_path / f"{n}.csv", PAIRS[::n]), val_fraction=0.4, **options)
+        .row_info("val")
+        .ids
+        for n in (1, -1)
+    ]
+    assert ids[0] == ids[1][::-1]

@@ -17,7 +17,7 @@ from trainer.distributed.process_group import destroy_process_group, init_distri
 from trainer.tools.bench import runners
 from trainer.tools.bench.configs import BenchmarkConfig, flops_per_token
 from trainer.tracking.silence import silence_libraries
-from trainer.training.loop import evaluate
+from trainer.training.evaluation import evaluate
 
 
 def main(job_file: str) -> None:

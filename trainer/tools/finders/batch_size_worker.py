@@ -19,12 +19,11 @@ import torch
 from trainer.config.batch_config import BatchConfig
 from trainer.config.settings import Settings
 from trainer.data.dataset import load
-from trainer.data.sampler import step_batches, step_counts
+from trainer.data.sampler import PAD_ID, step_batches, step_counts
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model.build import build_model
-from trainer.training.loop import PAD_ID
 
 OUT_OF_MEMORY_EXIT_CODE = 77  # the exit code that says so
 MAX_MICRO_BATCHES = 4  # micro-batches of one trial step; a step of more is reckoned from their mean

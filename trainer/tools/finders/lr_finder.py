@@ -7,13 +7,13 @@ from pathlib import Path
 from trainer.config.cli import LRRange
 from trainer.config.errors import UserError
 from trainer.data.dataset import PreparedDataset
-from trainer.data.sampler import epoch_order, step_batches, step_counts
+from trainer.data.sampler import PAD_ID, epoch_order, step_batches, step_counts
 from trainer.distributed.engine import Engine
 from trainer.distributed.steppers import NonFiniteError
 from trainer.report.lr_range_plot import plot_lr_range_test
 from trainer.tools.finders.lr_curve import LRSuggestion, geometric_lrs, has_diverged, smooth, smoothing_beta, suggest_lr
 from trainer.training.checkpoint import write_text
-from trainer.training.loop import PAD_ID, TrainSchedule
+from trainer.training.loop import TrainSchedule
 from trainer.training.run_plan import RunPlan
 
 NUM_PROGRESS_LINES = 10  # lines while it runs

@@ -1,0 +1,63 @@
+"""One pass over an evaluation split: the loss of every row, the same however the rows are spread over ranks."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trainer.data.sampler import PAD_ID, eval_batches, eval_order
+from trainer.data.token_dataset import TokenDataset
+from trainer.distributed.engine import Engine
+from trainer.tracking.records import bits_per_byte
+
+
+class StopRequested(Exception):
+    """An evaluation was given up because the run is to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The losses of one pass over all rows of a split."""
+
+    row_nll: Sequence[float]  #: summed negative log-likelihood of each row in nats, in the split's order
+    num_target_tokens: int
+    num_bytes: int = 0  #: UTF-8 bytes of the targets, 0 where the text is not known
+
+    @property
+    def loss(self) -> float:
+        """Nats per counted token: the exact sum of all rows (`math.fsum`), divided once."""
+        return math.fsum(self.row_nll) / self.num_target_tokens
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The same sum in bits per byte of text."""
+        return bits_per_byte(math.fsum(self.row_nll), self.num_bytes)
+
+
+def evaluate(
+    engine: Engine,
+    dataset: TokenDataset,
+    eval_batch_size: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    *,
+    num_bytes: int = 0,
+) -> Evaluation:
+    """Evaluate all rows of `dataset`; every rank calls it and gets the whole result.
+
+    Raises StopRequested, on all ranks alike, where any of them is to stop.
+    """
+    dist_context = engine.dist_context
+    order = eval_order(dataset)
+    batch_losses, row_indices = [], []  # losses stay on the device: nobody waits for one batch before the next
+    for micro_batch in eval_batches(dataset, eval_batch_size, dist_context.rank, dist_context.world_size, PAD_ID):
+        if any(dist_context.all_gather_object(should_stop())):
+            raise StopRequested
+        indices = order[micro_batch.index : micro_batch.index + eval_batch_size]
+        batch_losses.append(engine.evaluate(micro_batch)[: len(indices)])  # a rank without rows is fed a masked one
+        row_indices += indices.tolist()
+    local_losses = [loss for losses in batch_losses for loss in losses.tolist()]
+    row_nll = [math.nan] * len(dataset)
+    for rank_indices, rank_losses in dist_context.all_gather_object((row_indices, local_losses)):
+        for index, loss in zip(rank_indices, rank_losses, strict=True):
+            row_nll[index] = loss
+    num_target_tokens = int(dataset.num_target_tokens().sum())
+    return Evaluation(row_nll=row_nll, num_target_tokens=num_target_tokens, num_bytes=num_bytes)
