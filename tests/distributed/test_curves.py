@@ -1,8 +1,8 @@
 """Two short loss curves at full precision, committed: a refactor must leave them unchanged.
 
-They were made by `PYTHONPATH=.:tests python tests/distributed/test_curves.py`, which writes curves/*.json anew: run it only when
-the numbers are meant to change, and say in the commit why. Weights and data come from integer random streams, so every
-machine starts from the same bits.
+They were made by `PYTHONPATH=.:tests python tests/distributed/test_curves.py`, which writes curves/*.json anew: run it
+only when the numbers are meant to change, and say in the commit why. Weights and data come from integer random
+streams, so every machine starts from the same bits.
 
 Not bitwise: another processor, BLAS or torch sums products in another order, 2^-24 = 6e-8 relative an operation in
 float32, and ten steps of AdamW carry that along. Between AVX2 and no vector instructions beyond SSE 4 (set with

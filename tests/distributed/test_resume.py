@@ -5,7 +5,8 @@ place in the global batch (`Engine.forward_backward`), data order and rate are f
 AdamW's moments come back in float32 as they were. On other ranks or under another ZeRO file sums are taken in another
 order: there the bounds of test_invariance.py hold.
 
-`pytest tests/distributed/test_resume.py -m sweep -n 0 -s -k every` prints every resume and every move with its largest differences.
+`pytest tests/distributed/test_resume.py -m sweep -n 0 -s -k every` prints every resume and every move with its largest
+differences.
 """
 
 import itertools

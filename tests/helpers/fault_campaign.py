@@ -1,4 +1,6 @@
-"""Kill a tiny run at random moments, again and again: `PYTHONPATH=.:tests python tests/helpers/fault_campaign.py --kills 200`.
+"""Kill a tiny run at random moments, again and again.
+
+`PYTHONPATH=.:tests python tests/helpers/fault_campaign.py --kills 200`
 
 Each start is killed (kill -9 of one rank or of all; with --launcher of the launcher alone) and then resumed, until it
 has come to its end; then the next run begins. One in eight is killed while it starts; the others at any moment of one

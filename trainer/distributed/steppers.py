@@ -1,6 +1,7 @@
 """How a gradient comes to be and becomes an update: through DeepSpeed's hooks, or directly where nothing needs them.
 
-Both leave the same numbers up to the rounding of the summation order; tests/distributed/test_invariance.py holds them together.
+Both leave the same numbers up to the rounding of the summation order;
+tests/distributed/test_invariance.py holds them together.
 """
 
 import math

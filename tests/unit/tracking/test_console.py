@@ -207,7 +207,7 @@ def test_durations_are_printed_as_clock_times() -> None:
 
 def test_a_closed_pipe_ends_the_progress_lines_and_not_the_run(tmp_path: Path) -> None:
     code = (
-        "import time; from run_folders import make_metadata, make_records; from trainer.tracking.console import "
+        "import time; from helpers.fake_runs import make_metadata, make_records; from trainer.tracking.console import "
         "ProgressBar\n"
         "progress = ProgressBar(90, 3.0, interval=0.0)\n"
         "for record in make_records(make_metadata()):\n    progress.log(record); time.sleep(0.002)\n"
