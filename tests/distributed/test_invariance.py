@@ -2,10 +2,10 @@
 
 Every cell is held against a plain PyTorch loop (`matrix.train_plain_loop`). The bounds are rounding. Float32 has
 2^-24 = 6e-8 relative error an operation, and a batch fed whole is summed in another order than in parts: losses are
-held to 2e-6 relative over the steps, gradient norms to 1e-5. AdamW divides the gradient by its own size, so where a gradient is
-nearly nothing its rounding is scaled up: weights are held to a twentieth of one AdamW step (lr). The keys' biases are
-left out: softmax does not see them, their gradient is nothing but rounding. Offload computes the same sums on the
-host: the same bounds.
+held to 2e-6 relative over the steps, gradient norms to 1e-5. AdamW divides the gradient by its own size, so where a
+gradient is nearly nothing its rounding is scaled up: weights are held to a twentieth of one AdamW step (lr). The
+keys' biases are left out: softmax does not see them, their gradient is nothing but rounding. Offload computes the
+same sums on the host: the same bounds.
 
 `pytest tests/distributed/test_invariance.py -m sweep -n 0 -s` prints the largest differences of every cell.
 """
