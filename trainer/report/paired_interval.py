@@ -7,7 +7,8 @@ drawn by itself: a record, or the group of records that share a meaning, with bo
     excess = sum d[s, i] / (S * sum n[i]),    u[s, i] = (d[s, i] - excess * n[i]) / mean(n)
 
 (the linearised residual of a ratio: Cochran, Sampling Techniques, 1977, 6.5). Seeds and units are crossed random
-effects without replication, so with MS_a = N var(seed means), MS_b = S var(unit means) and MS_e the residual mean square
+effects without replication, so with MS_a = N var(seed means), MS_b = S var(unit means) and MS_e the residual mean
+square
 
     V = (MS_a + MS_b - MS_e) / (S N), not below MS_a / (S N)
 
