@@ -3,14 +3,16 @@
 Each variant runs in processes of its own, in alternation over the rounds; writes bench.json and bench.md.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.errors import TrainingError, UserError, report_error
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--modes", type=_split_names, default=["full", "lora"], metavar="NAMES", help="full, lora (default: both)")
     add(
@@ -56,12 +58,11 @@ def _parse_numbers(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, measure, print; a mistake is one line on stderr and exit code 2, a variant that failed is 1."""
-    args = build_parser().parse_args(argv)
-    from trainer.config.errors import TrainingError, UserError
     from trainer.tools.bench.bench_cli import run_benchmarks
     from trainer.tools.bench.configs import build_configs
 
     try:
+        args = build_parser().parse_args(argv)
         device = args.device or ("cuda" if _has_gpu() else "cpu")
         args.warmup = (10 if device == "cuda" else 3) if args.warmup is None else args.warmup
         for name in ("windows", "window", "warmup", "rounds"):
@@ -79,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         return run_benchmarks(configs, rounds=args.rounds, output_dir=args.output_dir)
     except (UserError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return report_error(error)
 
 
 def _has_gpu() -> bool:

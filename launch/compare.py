@@ -4,14 +4,16 @@ Exit code 0: done, and every check passed; 1: a check failed; 2: a mistake in wh
 be made because the run is not comparable with the card.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.errors import UserError, report_error
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another and with the card; "
         "writes report.html, report.md, curves.png, curves.svg and comparison.json.",
@@ -61,15 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
-    args = build_parser().parse_args(argv)
-    from trainer.config.errors import UserError
-    from trainer.report.compare_cli import run_comparison
-
     try:
+        args = build_parser().parse_args(argv)
+        from trainer.report.compare_cli import run_comparison
+
         return run_comparison(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,23 @@
 Exit code 0: no error found; 1: an error, or the rehearsal failed; 2: a mistake in the flags.
 """
 
-import argparse
 import os
 import sys
 
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.cli import parse_args
+from trainer.config.errors import UserError, report_error
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> ArgumentParser:
     """The doctor's own flags; all others are those of train.py."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="doctor.py",
         usage="doctor.py --mode full|lora [--ranks N] [--json] [--no-rehearsal] [--limit SECONDS] [flags of train.py]",
         description="Check environment, data, model, batch sum and memory of a run before it starts, and rehearse it "
         "in small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
         epilog="Exit code: 0 no error, 1 an error was found, 2 a mistake in the flags. "
         "python launch/train.py --help lists the flags of the run.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)"
@@ -38,12 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and look; a mistake is one line on stderr."""
-    args, run_argv = build_parser().parse_known_args(argv)
-    from trainer.config.cli import parse_args
-    from trainer.config.errors import UserError
-
+    parser = build_parser()
     try:
-        cli_args = parse_args(run_argv)
+        args, run_argv = parser.parse_known_args(argv)
+        cli_args = parse_args(run_argv, companion=parser)
         if args.ranks is not None and args.ranks < 1:
             raise UserError(f"--ranks {args.ranks}: expected a whole number from 1")
         environ = dict(os.environ)
@@ -61,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             limit_seconds=args.limit,
         )
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
 
 
 if __name__ == "__main__":

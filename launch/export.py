@@ -3,22 +3,16 @@
 Exit code 0: exported, reloaded and equal; 1: the check failed; 2: a mistake in what was asked.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.errors import TrainingError, UserError, report_error
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="export.py",
         description="Write a checkpoint of a run as a folder in Hugging Face's form, load it again in a fresh process "
         "and hold it against the trained model; the result stands in the folder's model card.",
@@ -46,20 +40,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
-    args = build_parser().parse_args(argv)
-    from trainer.config.errors import TrainingError, UserError
-    from trainer.tracking.silence import silence_libraries
-
-    silence_libraries()  # before the libraries it silences are imported
-    from trainer.export.export_cli import export_checkpoint
-
     try:
+        args = build_parser().parse_args(argv)
+        from trainer.tracking.silence import silence_libraries
+
+        silence_libraries()  # before the libraries it silences are imported
+        from trainer.export.export_cli import export_checkpoint
+
         return export_checkpoint(
             args.run, checkpoint_name=args.checkpoint, merge=args.merge, output_dir=args.output_dir
         )
     except (UserError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return report_error(error)
 
 
 if __name__ == "__main__":

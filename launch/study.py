@@ -4,17 +4,20 @@ Runs launch/train.py for every way, learning rate and seed, compares the runs, a
 go to launch/train.py. Started again, it goes on where it was. Exit code: 0 done, 1 a run failed, 2 a mistake.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.cli import parse_args
+from trainer.config.errors import UserError, report_error
 
-def build_parser() -> argparse.ArgumentParser:
+
+def build_parser() -> ArgumentParser:
     """The command line; what it does not know is for launch/train.py."""
-    parser = argparse.ArgumentParser(prog="study.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add(
         "--output-dir",
@@ -43,11 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, compare, print; a mistake is one line on stderr."""
-    args, train_argv = build_parser().parse_known_args(argv)
-    from trainer.config.errors import UserError
     from trainer.tools.study import study
 
+    parser = build_parser()
     try:
+        args, train_argv = parser.parse_known_args(argv)
+        parse_args(["--mode", "full", *train_argv], companion=parser)
         if args.workers < 1:
             raise UserError(f"--workers {args.workers}: expected a whole number from 1")
         search_space = study.SearchSpace(
@@ -60,8 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         study_runs = study.build_runs(search_space, args.output_dir, train_argv)
         failures = study.execute_runs(study_runs, args.workers, lambda line: print(line, flush=True))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_error(error)
     folders = [study_run.folder for study_run in study_runs]
     seed_groups = study.read_groups(folders)
     if seed_groups:
@@ -78,8 +81,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse_numbers(flag: str, text: str, number_type: Callable[[str], Any]) -> tuple[Any, ...]:
     """The numbers of a comma-separated list; UserError where one is none, or not above 0."""
-    from trainer.config.errors import UserError
-
     try:
         numbers = tuple(number_type(part) for part in text.split(","))
     except ValueError:

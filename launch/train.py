@@ -3,12 +3,12 @@
 import os
 import sys
 
+from trainer.config.cli import parse_args
+from trainer.config.errors import TrainingError, UserError, report_error
+
 
 def main() -> int:
     """Parse, run, and turn a mistake into one line: exit code 2 for the user's, 1 for a run that failed."""
-    from trainer.config.cli import parse_args
-    from trainer.config.errors import TrainingError, UserError
-
     try:
         cli_args = parse_args()
         from trainer.distributed.signals import SignalHandler
@@ -21,15 +21,9 @@ def main() -> int:
         from trainer.run import run
 
         return run(cli_args, signal_handler)
-    except (UserError, TrainingError) as error:
-        is_reported = (
-            error.is_reported_elsewhere
-            if error.is_reported_elsewhere is not None
-            else os.environ.get("RANK", "0") != "0"
-        )
-        if not is_reported:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    except (UserError, TrainingError) as error:  # before the ranks know one another: all make the same mistake
+        is_reporting_rank = os.environ.get("RANK", "0") == "0"
+        return report_error(error) if is_reporting_rank else error.exit_code
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.cli import CliArgs
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
 from trainer.data.dataset import PreparedDataset, load, prepare
 from trainer.distributed.engine import Engine
@@ -61,10 +61,12 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
             is_reporting_rank, failure = world.watchdog.claim_error_report(), error
             if is_peer_failure(error):
                 failure = TrainingError(world.watchdog.describe_lost_peer() if is_reporting_rank else "")
-            if isinstance(failure, (UserError, TrainingError)):  # else a mistake of ours, with its traceback
-                failure.is_reported_elsewhere = not is_reporting_rank
+            if is_reporting_rank and isinstance(failure, (UserError, TrainingError)):
+                report_error(failure)
             world.watchdog.close(has_failed=True)
-        raise failure from error.__cause__
+        if isinstance(failure, (UserError, TrainingError)):
+            return failure.exit_code
+        raise  # a mistake of ours, with its traceback
     finally:
         world.watchdog.close()
         destroy_process_group()

@@ -6,8 +6,9 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from trainer.config.argument_parser import ArgumentParser
 from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
 from trainer.config.errors import UserError
 from trainer.config.options import choices_of, without_none
@@ -71,16 +72,12 @@ class CliArgs:
         return self.find_lr is not None or self.find_batch
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises UserError instead of printing usage: one line, once, is printed by the caller."""
+def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser | None = None) -> CliArgs:
+    """What a command line asks for; UserError on any mistake, SystemExit(0) after --help.
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def parse_args(argv: Sequence[str] | None = None) -> CliArgs:
-    """The request of a command line; UserError on any mistake, SystemExit(0) after --help."""
-    args = vars(build_parser().parse_args(sys.argv[1:] if argv is None else list(argv)))
+    `companion`: the parser that has taken its own flags from the line before.
+    """
+    args = vars(build_parser(companion).parse_args(sys.argv[1:] if argv is None else list(argv)))
     overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     overridden_flags = []
     for name, group in GROUPS.items():
@@ -89,6 +86,8 @@ def parse_args(argv: Sequence[str] | None = None) -> CliArgs:
             if key in args:
                 overrides[name][field.name] = args[key]
                 overridden_flags.append(field.metadata["flag"])
+    if args["mode"] is None:
+        raise UserError(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
     _check_exclusive(args)
     return CliArgs(
         settings=resolve(args["mode"], args["preset"], overrides, tuple(overridden_flags)),
@@ -123,13 +122,13 @@ def to_argv(cli_args: CliArgs, **replacements: Mapping[str, Any]) -> list[str]:
     return argv
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     """The argument parser; a setting not given is absent from its result, so presets can be told."""
-    parser = _Parser(
+    parser = ArgumentParser(
+        companion=companion,
         prog="deepspeed launch/train.py",
         description="Fine-tune GPT-2 through DeepSpeed ZeRO: every weight (full) or LoRA adapters (lora).",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
-        allow_abbrev=False,
     )
     run_flags = parser.add_argument_group("run")
     run_flags.add_argument("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")

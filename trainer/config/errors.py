@@ -1,13 +1,26 @@
 """What the user can mend: one line, exit code 2, no traceback."""
 
+import sys
+
 
 class UserError(Exception):
     """A mistake in a flag, a file or the environment; its text says what, where and what would be accepted."""
 
-    is_reported_elsewhere: bool | None = None  #: whether another rank says it; None: not asked, rank 0 does
+    exit_code = 2
 
 
 class TrainingError(Exception):
     """The run cannot go on (a loss that is not a number, a full disk); what was written so far stays."""
 
-    is_reported_elsewhere: bool | None = None  #: as above
+    exit_code = 1
+
+
+def report_error(error: UserError | TrainingError) -> int:
+    """Print the error as one line, control characters escaped; returns the exit code."""
+    print(f"error: {escape_controls(str(error))}", file=sys.stderr)
+    return error.exit_code
+
+
+def escape_controls(text: str) -> str:
+    """The text in one line: what a terminal would act on, or cannot show, as Python writes it (`\\n`, `\\x1b`)."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -227,9 +227,9 @@ class TrainSettings:
             words="PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
         ),
     )
-    beta1: float = 0.9  #: AdamW's decay of the first moment
-    beta2: float = 0.999  #: AdamW's decay of the second moment
-    epsilon: float = 1e-8  #: AdamW's epsilon
+    beta1: float = option(0.9, flag="--adam-beta1", help="AdamW's decay of the first moment", accepts=PROBABILITY)
+    beta2: float = option(0.999, flag="--adam-beta2", help="AdamW's decay of the second moment", accepts=PROBABILITY)
+    epsilon: float = option(1e-8, flag="--adam-epsilon", help="AdamW's addend of the denominator", accepts=ABOVE_ZERO)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -53,7 +53,8 @@ VALUES = {
     "--execution": ("eager", "eager"),
     "--dropout": ("0.3", 0.3),
     "--early-stop": ("2:0.1", "2:0.1"), "--export": ("best", "best"), "--num-samples": ("5", 5),
-    "--score-samples": (None, True),
+    "--score-samples": (None, True), "--adam-beta1": ("0.8", 0.8), "--adam-beta2": ("0.95", 0.95),
+    "--adam-epsilon": ("1e-6", 1e-6),
 }  # fmt: skip
 FIELDS = {
     field.metadata["flag"]: (name, field.name)
@@ -73,9 +74,9 @@ def test_every_flag_is_a_settings_field_or_a_command():
     assert list_flags() == set(FIELDS) | FLAGS_WITHOUT_FIELD
 
 
-def test_only_the_constants_of_the_optimizer_have_no_flag():
-    without = {f.name for group in GROUPS.values() for f in dataclasses.fields(group)} - {n for _, n in FIELDS.values()}
-    assert without == {"beta1", "beta2", "epsilon"}
+def test_every_settings_field_has_a_flag():
+    fields = {field.name for group in GROUPS.values() for field in dataclasses.fields(group)}
+    assert fields == {name for _, name in FIELDS.values()}
 
 
 @pytest.mark.parametrize("flag", sorted(FIELDS))

@@ -91,7 +91,7 @@ def test_study_lr_factors_multiply_the_presets_rate_or_the_one_that_is_passed():
     [
         (["--seed", "3"], {}, "--seed: the study sets it"),
         (["--output-dir=x"], {}, "--output-dir=x: the study sets it"),
-        (["--max-step", "3"], {}, "unrecognized arguments: --max-step 3"),
+        (["--max-step", "3"], {}, "--max-step 3: did you mean --max-steps 3?"),
         (["--block-size", "1"], {}, "--block-size 1: expected 2 tokens or more"),
         ([], {"methods": ("lara",)}, "--methods lara: expected some of full, lora"),
         ([], {"seeds": (1, 1)}, "--seeds: expected one value or more, none of them twice"),

@@ -1,0 +1,46 @@
+"""The argument parser of every program here: a mistake is one line, and an unknown flag is answered with ours."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from trainer.config.errors import UserError
+from trainer.config.flag_suggestions import suggest_flag
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises UserError in place of printing the usage; the caller prints one line, once."""
+
+    def __init__(self, *, companion: "ArgumentParser | None" = None, **options: Any):
+        super().__init__(**{"allow_abbrev": False, **options})
+        self.companion = companion  # of the program that hands on what it does not know: its flags are suggested too
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse found wrong."""
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """The parsed arguments; UserError for a flag that is not known, with the one that was meant."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(self._answer_unknown(unknown))
+        return parsed
+
+    def flags(self) -> dict[str, bool]:
+        """The flags that --help lists, and whether each takes a value."""
+        return {
+            flag: action.nargs != 0
+            for action in self._actions
+            for flag in action.option_strings
+            if action.help != argparse.SUPPRESS
+        }
+
+    def _answer_unknown(self, unknown: Sequence[str]) -> str:
+        takes_value = self.flags() | (self.companion.flags() if self.companion else {})
+        flag, *rest = next((unknown[i:] for i, argument in enumerate(unknown) if argument.startswith("-")), unknown)
+        if not flag.startswith("-"):
+            return f"{flag}: expected a flag (--help lists the flags)"
+        name, has_value, value = flag.partition("=")
+        if not has_value and rest and not rest[0].startswith("--"):
+            value = rest[0]
+        return suggest_flag(name, value or None, takes_value)
