@@ -190,7 +190,9 @@ def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_fil
     assert sorted(path.name for path in out.iterdir()) == ["find-batch.json"], "nothing was trained"
 
 
-def test_find_batch_skips_sizes_that_the_formula_puts_over_the_budget(tiny_model, data_files, session_dir, monkeypatch):
+def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(
+    tiny_model, data_files, session_dir, monkeypatch
+):
     world = init_distributed()
     try:
         plan, _ = make_plan_and_data(make_argv(tiny_model, data_files), world)
@@ -198,11 +200,8 @@ def test_find_batch_skips_sizes_that_the_formula_puts_over_the_budget(tiny_model
         destroy_process_group()
     monkeypatch.setattr(batch_finder, "free_host_bytes", lambda plan: 2**40)
     assert batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
-    monkeypatch.setattr(batch_finder, "required_bytes", lambda plan, made: (made.activations, 0.0))
-    two, four = (
-        batch_finder.estimate_plan(plan, plan.deepspeed_file, batch_finder.build_workload(plan, 32, micro)).activations
-        for micro in (2, 4)
-    )
+    monkeypatch.setattr(batch_finder, "required_bytes", lambda plan, estimate: (estimate.activations, 0.0))
+    two, four = (batch_finder.estimate_plan(plan, plan.deepspeed_file, 32, size).activations for size in (2, 4))
     monkeypatch.setattr(
         batch_finder, "free_host_bytes", lambda plan: (two + four) / 2 / batch_finder.MEMORY_BUDGET_SHARE
     )

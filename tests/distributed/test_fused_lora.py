@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from trainer.config import cli
 from trainer.config.schema import LoraSettings
 from trainer.kernels import fused_lora
+from trainer.kernels.device_branch import simulate_gpu
 from trainer.model.build import build_model
 from trainer.model.lora import add_adapters, find_fusable_layers, merge_and_unload
 
@@ -97,14 +98,14 @@ def test_fused_lora_under_autocast_is_as_near_to_float64_as_peft():
     assert types[0] == types[1]
 
 
-def test_the_gpu_form_of_fused_lora_gives_the_same_numbers(monkeypatch):
+def test_the_gpu_form_of_fused_lora_gives_the_same_numbers():
     """The bias added by the layer's own product: the branch that a processor does not take."""
     model, x = make_adapted().double(), torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
     fused_lora.install(find_fusable_layers(model))
     before = output_and_gradients(model, x)
-    monkeypatch.setattr(fused_lora, "BIAS_COLUMN_DEVICE", "none")
     kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t)
+    with simulate_gpu(), hooks:
         after = output_and_gradients(model, x)
     assert (5, 3) in kept
     assert (5, 4) not in kept

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.distributed.memory_estimate import ParamCounts, estimate_model_states
+from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_model_states
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"
 MAX_STATE_FRACTION = 0.25  # of a device's memory; model state beyond it is worth dividing further
@@ -157,7 +157,7 @@ def choose_deepspeed_file(
     """
 
     def state_bytes(stage: int) -> float:
-        return estimate_model_states(counts, stage=stage, world_size=world_size, precision=precision).total
+        return estimate_model_states(counts, Sharding(stage=stage, world_size=world_size), precision=precision).total
 
     def fits(num_bytes: float) -> bool:
         return device_memory_bytes is None or num_bytes <= MAX_STATE_FRACTION * device_memory_bytes

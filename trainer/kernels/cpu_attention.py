@@ -22,15 +22,20 @@ ATTENTION_NAME = "blockwise_dropout"  # of the attention among transformers' own
 
 def install(module: nn.Module, causal: PreTrainedModel) -> None:
     """Put these in the place of torch's, in `module` and in the attention of `causal` where it is GPT-2's."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Dropout and child.p > 0:
-                setattr(parent, name, Dropout(child.p).train(child.training))
+    install_dropout(module)
     config: Any = causal.config
     if config.model_type == "gpt2" and config.attn_pdrop > 0 and config._attn_implementation == "sdpa":
         AttentionInterface.register(ATTENTION_NAME, blockwise_attention_forward)
         AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
         causal.set_attn_implementation(ATTENTION_NAME)
+
+
+def install_dropout(module: nn.Module) -> None:
+    """Put `Dropout` in the place of torch's everywhere in `module`."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Dropout and child.p > 0:
+                setattr(parent, name, Dropout(child.p).train(child.training))
 
 
 class Dropout(nn.Dropout):

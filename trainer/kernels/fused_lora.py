@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-BIAS_COLUMN_DEVICE = "cpu"  # where: a GPU's product adds a bias itself, and wants an even inner dimension
+from trainer.kernels.device_branch import uses_gpu_form
 
 
 def install(layers: Iterable[Any]) -> None:
@@ -53,7 +53,9 @@ class FusedLoRALinear(torch.autograd.Function):
                 lora_b.to(compute_dtype),
             )
             base_weight = weight.to(compute_dtype)
-            if bias is None or device != BIAS_COLUMN_DEVICE:
+            if bias is None or uses_gpu_form(
+                x.device
+            ):  # a GPU's product adds a bias itself, and wants an even inner dimension
                 low_rank = torch.mm(inputs, down.T)
                 output = (
                     torch.mm(inputs, base_weight)

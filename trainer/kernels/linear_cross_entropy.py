@@ -16,6 +16,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from trainer.kernels.device_branch import uses_gpu_form
+
 IGNORE_INDEX = -100  # label of a position that is not counted, as in Hugging Face's models
 MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in pieces
 FROZEN_CHUNK_DIVISOR = (
@@ -32,6 +34,7 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.causal = causal
         self.autocast_dtype = autocast_dtype
+        self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
         self.compile_errors: list[str] = []  #: one line where compiling failed
         self._compiled_shapes: set[tuple[int, ...]] = set()
         self._compiled_base_model: Any = None
@@ -93,7 +96,7 @@ class CausalLMLoss(nn.Module):
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
         lm_head, embedding = self.causal.get_output_embeddings(), self.causal.get_input_embeddings()
         chunk_size, needs_grad = MAX_LOGITS_BYTES // (4 * self.causal.config.vocab_size), torch.is_grad_enabled()
-        if not _is_plain_linear(lm_head) or lm_head.weight.dtype == torch.float16:
+        if self.is_head_sharded or not _is_plain_linear(lm_head) or lm_head.weight.dtype == torch.float16:
             hidden = self._compute_hidden(input_ids=input_ids)[0].flatten(0, 1)
             nll = torch.cat(
                 [
@@ -104,7 +107,7 @@ class CausalLMLoss(nn.Module):
                 ]
             )
             return nll.sum(), nll
-        if not lm_head.weight.requires_grad and targets.device.type == "cuda":  # none adds to the weight's gradient
+        if not lm_head.weight.requires_grad and uses_gpu_form(targets.device):  # none adds to the weight's gradient
             chunk_size = max(1, chunk_size // FROZEN_CHUNK_DIVISOR)
         chunk_size = math.ceil(
             len(targets) / math.ceil(len(targets) / chunk_size)
@@ -163,7 +166,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device_type, enabled=False):
             hidden_cast, weight_cast = (
                 hidden.to(compute_dtype),
-                weight.to(compute_dtype) if device_type == "cpu" else _pad_vocab(weight, compute_dtype),
+                _pad_vocab(weight, compute_dtype) if uses_gpu_form(hidden.device) else weight.to(compute_dtype),
             )
             target_mask = (targets != IGNORE_INDEX).to(compute_dtype)[:, None]
             grad_hidden = torch.empty_like(hidden_cast) if nll_and_grad and ctx.needs_input_grad[0] else None
@@ -237,7 +240,7 @@ class TiedEmbedding(torch.autograd.Function):
         """The weight's whole gradient: `LinearCrossEntropy`, whose input this is, has run before."""
         grad_weight = ctx.tied_weight_grads.pop()
         ids, grad_rows = ctx.saved_tensors[0].flatten(), grad_output.flatten(0, 1).to(grad_weight.dtype)
-        if grad_weight.device.type == "cpu":  # in order there; a GPU's index_add_ adds in any
+        if not uses_gpu_form(grad_weight.device):  # in order there; a GPU's index_add_ adds in any
             return grad_weight.index_add_(0, ids, grad_rows), None, None
         return grad_weight.index_put_((ids,), grad_rows, accumulate=True), None, None
 
@@ -287,13 +290,13 @@ def _nll_without_grad(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _iter_chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """So many of them at a time that a processor keeps them in its cache from one operation to the next."""
-    rows_per_chunk = max(1, CPU_CHUNK_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    rows_per_chunk = max(1, CPU_CHUNK_LOGITS // logits.shape[1]) if not uses_gpu_form(logits.device) else len(logits)
     return zip(logits.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """In float32; on a processor in the place of logits that are of that type."""
-    if logits.device.type != "cpu":  # one kernel that reads other types itself
+    if uses_gpu_form(logits.device):  # one kernel that reads other types itself
         return torch.log_softmax(logits, dim=1, dtype=torch.float32)
     log_probs = logits.float()
     return torch.log_softmax(log_probs, dim=1, out=log_probs)

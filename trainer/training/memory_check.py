@@ -1,64 +1,84 @@
-"""What a plan needs of a device's memory by formula (`trainer.distributed.memory_estimate`), and what there is."""
+"""What a plan needs of a device's memory before anything runs, and what there is."""
 
-from dataclasses import replace
+import dataclasses
+import functools
 
 import psutil
 
-from trainer.distributed import memory_estimate
+from trainer.config.settings import Settings
 from trainer.distributed.deepspeed_config import DeepSpeedFile
 from trainer.distributed.frozen_bf16 import should_cast_frozen_weights
-from trainer.distributed.memory_estimate import MemoryEstimate, ModelDims, ParamCounts, Workload
+from trainer.distributed.memory_count import PassSetup, count_pass_memory
+from trainer.distributed.memory_estimate import (
+    CUDA_CONTEXT_BYTES,
+    MemoryEstimate,
+    ParamCounts,
+    PassMemory,
+    Sharding,
+    estimate_memory,
+)
 from trainer.distributed.process_group import device_memory_bytes
-from trainer.kernels.linear_cross_entropy import MAX_LOGITS_BYTES
-from trainer.model.build import load_config
+from trainer.model.build import build_model
 from trainer.training.run_plan import RunPlan
 
-PROCESS_BASE_BYTES = (
-    700 * 2**20
-)  # bytes; what a rank on a processor holds before it has a model: Python, torch, DeepSpeed
+PROCESS_BASE_BYTES = 700 * 2**20  # what a CPU rank holds before it has a model: Python, torch, DeepSpeed
+MAX_COUNTED_TOKENS = 4096  # of a CPU rank's micro-batch, which takes an operation for every few rows of logits
 
 
-def build_workload(plan: RunPlan, sequence_length: int, micro_batch_size: int | None = None) -> Workload:
-    """What a rank feeds in one forward; `sequence_length`: tokens of the longest row, `micro_batch_size`: another
-    micro-batch."""
-    settings, is_lora = plan.settings, plan.settings.mode == "lora"
+def estimate_plan(
+    plan: RunPlan, deepspeed_file: DeepSpeedFile, row_length: int, micro_batch_size: int | None = None
+) -> MemoryEstimate:
+    """The memory of a rank of this plan under a ZeRO file, with rows of `row_length` tokens.
+
+    `micro_batch_size`: another than the plan's. Takes a few seconds for a setup that was not asked about before.
+    """
     micro_batch_size = micro_batch_size or plan.schedule.batch.micro_batch_size
-    return Workload(
-        micro_batch_size=micro_batch_size, sequence_length=sequence_length,
-        gradient_accumulation_steps=plan.schedule.batch.global_batch
-        // (micro_batch_size * plan.dist_context.world_size),
-        precision=plan.precision, is_gpu=plan.dist_context.device.type == "cuda",
-        is_single_node_cpu=plan.dist_context.is_single_node_cpu,
-        dropout=plan.dropout,
-        lora_rank=settings.lora.rank if is_lora else 0, lora_dropout=settings.lora.dropout,
-        lora_target_modules=tuple(plan.model_info["lora_targets"]), quant=settings.model.quant,
-        activation_checkpointing=settings.engine.activation_checkpointing, max_logits_bytes=MAX_LOGITS_BYTES,
-    )  # fmt: skip
-
-
-def estimate_plan(plan: RunPlan, deepspeed_file: DeepSpeedFile, workload: Workload) -> MemoryEstimate:
-    """The formula's answer for a rank of this plan under a ZeRO file."""
-    casts_frozen_weights = should_cast_frozen_weights(
-        precision=workload.precision, stage=deepspeed_file.stage, has_adapters=bool(workload.lora_rank),
-        is_quantized=workload.quant is not None
-    )  # fmt: skip
-    workload = replace(
-        workload,
-        has_bf16_frozen_weights=casts_frozen_weights and plan.settings.lora.adapter != "dora",
+    world_size = plan.dist_context.world_size
+    setup = PassSetup(
+        micro_batch_size=micro_batch_size, sequence_length=row_length, precision=plan.precision,
+        is_gpu=plan.dist_context.device.type == "cuda", is_zero3=deepspeed_file.stage == 3,
         uses_fused_lora=plan.uses_fused_lora(deepspeed_file.stage),
-    )
-    return memory_estimate.estimate_memory(
-        ModelDims.from_config(load_config(plan.settings.model)), ParamCounts.from_model_info(plan.model_info), workload,
-        stage=deepspeed_file.stage,
-        world_size=plan.dist_context.world_size, offload_optimizer=deepspeed_file.offloads_optimizer,
-        offload_params=deepspeed_file.offloads_params,
+        casts_frozen_weights=should_cast_frozen_weights(
+            precision=plan.precision, stage=deepspeed_file.stage, has_adapters=plan.settings.mode == "lora",
+            is_quantized=plan.settings.model.quant is not None,
+        ),
+        accumulates=plan.schedule.batch.global_batch > micro_batch_size * world_size,
     )  # fmt: skip
+    return estimate_memory(
+        ParamCounts.from_model_info(plan.model_info),
+        pass_memory(plan.settings, setup),
+        Sharding(
+            stage=deepspeed_file.stage, world_size=world_size, offloads_optimizer=deepspeed_file.offloads_optimizer,
+            offloads_params=deepspeed_file.offloads_params,
+        ),
+        precision=plan.precision, is_gpu=setup.is_gpu, accumulates=setup.accumulates,
+    )  # fmt: skip
+
+
+@functools.cache
+def pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
+    """The bytes of a forward and backward; of a large micro-batch on a CPU by the growth from two small ones."""
+    small_size = max(1, MAX_COUNTED_TOKENS // (2 * setup.sequence_length))
+    if setup.is_gpu or setup.micro_batch_size <= 2 * small_size:
+        return count_pass_memory(lambda: build_model(settings, on_meta=True), setup)
+    small, large = (
+        pass_memory(settings, dataclasses.replace(setup, micro_batch_size=size))
+        for size in (small_size, 2 * small_size)
+    )
+    factor = (setup.micro_batch_size - small_size) / small_size
+    return PassMemory(
+        saved=small.saved + factor * (large.saved - small.saved),
+        peak=small.peak + factor * (large.peak - small.peak),
+        peak_with_gradients=small.peak_with_gradients
+        + factor * (large.peak_with_gradients - small.peak_with_gradients),
+        cast_weights=small.cast_weights,
+    )
 
 
 def required_bytes(plan: RunPlan, estimate: MemoryEstimate) -> tuple[float, float]:
-    """(bytes on the device, bytes of the host's memory beside them): on a processor all is one."""
+    """(bytes on the device, bytes of the host's memory beside them): for a CPU rank all is one."""
     if plan.dist_context.device.type == "cuda":
-        return estimate.peak + memory_estimate.CUDA_CONTEXT_BYTES, estimate.model_states.host
+        return estimate.peak + CUDA_CONTEXT_BYTES, estimate.model_states.host
     unquantized_bytes = 4.0 * plan.model_info["parameters"]  # in float32 before it is packed, in the same memory
     return max(estimate.peak + estimate.model_states.host, unquantized_bytes) + PROCESS_BASE_BYTES, 0.0
 

@@ -21,7 +21,7 @@ from trainer.tracking.loggers import check_loggers
 from trainer.training.run_plan import RunPlan, make_plan, validate_early
 
 COLOURS = {OK: "green", "warning": "yellow", ERROR: "red bold"}
-MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "peak")
+MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")
 
 
 class DoctorReport:
@@ -112,7 +112,7 @@ def run_doctor(
         report.add_section("model", plan_checks.check_model(plan, model))
         report.add_section("steps", plan_checks.check_schedule(plan))
         report.memory_table = memory_checks.build_memory_table(plan, int(data.train.lengths().max()))
-        report.add_section("memory, by formula", memory_checks.check_memory(plan, report.memory_table))
+        report.add_section("memory, counted", memory_checks.check_memory(plan, report.memory_table))
         report.print_memory_table()
         chosen_row = next(row for row in report.memory_table if row.is_chosen)
         if run_smoke_test and chosen_row.fits:

@@ -6,16 +6,9 @@ from typing import Any
 
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.distributed.deepspeed_config import DeepSpeedFile, read_deepspeed_file
-from trainer.distributed.memory_estimate import MemoryEstimate, ModelDims, Workload
-from trainer.model.build import load_config
+from trainer.distributed.memory_estimate import MemoryEstimate
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, make_result, ok_result
-from trainer.training.memory_check import (
-    available_bytes,
-    build_workload,
-    estimate_plan,
-    free_host_bytes,
-    required_bytes,
-)
+from trainer.training.memory_check import available_bytes, estimate_plan, free_host_bytes, required_bytes
 from trainer.training.run_plan import RunPlan
 
 TIGHT_SHARE = 0.9  # of the memory; above it the allocator's gaps may not fit
@@ -28,18 +21,17 @@ class MemoryEstimateRow:
     name: str
     is_chosen: bool
     estimate: MemoryEstimate
-    device_bytes: float  #: bytes on the device (on processors: of memory), all in all
+    device_bytes: float  #: bytes on the device (for a CPU rank: of memory), all in all
     host_bytes: float  #: bytes of the host's memory beside them, where there is a GPU
     fits: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, bytes."""
-        state_memory = self.estimate.model_states
+        states = self.estimate.model_states
         return {
-            "ds_config": self.name, "chosen": self.is_chosen, "fits": self.fits, "weights": state_memory.weights,
-            "gradients": state_memory.gradients, "optimizer": state_memory.optimizer,
-            "activations": self.estimate.activations,
-            "logits": self.estimate.logits, "gathered": self.estimate.gathered, "peak": self.device_bytes,
+            "ds_config": self.name, "chosen": self.is_chosen, "fits": self.fits, "weights": states.weights,
+            "gradients": states.gradients, "optimizer": states.optimizer, "activations": self.estimate.activations,
+            "passing": self.estimate.passing, "gathered": self.estimate.gathered, "peak": self.device_bytes,
             "host": self.host_bytes,
         }  # fmt: skip
 
@@ -48,67 +40,42 @@ def build_memory_table(plan: RunPlan, row_length: int) -> list[MemoryEstimateRow
     """Every ZeRO file of this program, and the plan's own where that is another."""
     deepspeed_files = [read_deepspeed_file(name) for name in DS_CONFIG_NAMES]
     deepspeed_files += [plan.deepspeed_file] if plan.deepspeed_file.name not in DS_CONFIG_NAMES else []
-    return [
-        _build_row(plan, deepspeed_file, build_workload(plan, row_length), available_bytes(plan))
-        for deepspeed_file in deepspeed_files
-    ]
+    return [_build_row(plan, deepspeed_file, row_length) for deepspeed_file in deepspeed_files]
 
 
-def _build_row(
-    plan: RunPlan, deepspeed_file: DeepSpeedFile, workload: Workload, limit_bytes: float
-) -> MemoryEstimateRow:
-    rank_estimate = estimate_plan(plan, deepspeed_file, workload)
-    device_bytes, host_bytes = required_bytes(plan, rank_estimate)
-    fits = device_bytes <= limit_bytes and host_bytes <= free_host_bytes(plan)
+def _build_row(plan: RunPlan, deepspeed_file: DeepSpeedFile, row_length: int) -> MemoryEstimateRow:
+    estimate = estimate_plan(plan, deepspeed_file, row_length)
+    device_bytes, host_bytes = required_bytes(plan, estimate)
     return MemoryEstimateRow(
-        name=deepspeed_file.name,
-        is_chosen=deepspeed_file.name == plan.deepspeed_file.name,
-        estimate=rank_estimate,
-        device_bytes=device_bytes,
-        host_bytes=host_bytes,
-        fits=fits,
-    )
+        name=deepspeed_file.name, is_chosen=deepspeed_file.name == plan.deepspeed_file.name, estimate=estimate,
+        device_bytes=device_bytes, host_bytes=host_bytes,
+        fits=device_bytes <= available_bytes(plan) and host_bytes <= free_host_bytes(plan),
+    )  # fmt: skip
 
 
 def check_memory(plan: RunPlan, table: list[MemoryEstimateRow]) -> Iterator[CheckResult]:
     """Whether the chosen file fits, and what would, where it does not."""
     chosen_row = next(row for row in table if row.is_chosen)
-    limit_bytes = available_bytes(plan)
-    capacity_name = (
-        "a GPU"
-        if plan.dist_context.device.type == "cuda"
-        else f"free memory for each of {plan.dist_context.local_world_size}"
-    )
-    message = (
-        f"{chosen_row.name}: {format_bytes(chosen_row.device_bytes)} at most, {format_bytes(limit_bytes)} "
-        f"{capacity_name}"
-    )
-    fitting_names = [row.name for row in table if row.fits]
-    remedy = (
-        f"--ds-config {fitting_names[0]} would fit"
-        if fitting_names
-        else "lower --micro-batch, pass --activation-checkpointing, or take --mode lora or a smaller model"
-    )
+    limit_bytes, is_gpu = available_bytes(plan), plan.dist_context.device.type == "cuda"
+    capacity = "a GPU" if is_gpu else f"free memory for each of {plan.dist_context.local_world_size}"
+    needed = f"{chosen_row.name}: {format_bytes(chosen_row.device_bytes)} at most"
+    message = f"{needed}, {format_bytes(limit_bytes)} {capacity}"
     if not chosen_row.fits:
-        yield CheckResult(
-            level=ERROR, name="memory", message=message, remedy=f"{remedy}; --micro-batch 1 needs the least"
-        )
+        fitting_names = [row.name for row in table if row.fits]
+        remedy = "lower --micro-batch, pass --activation-checkpointing, or take --mode lora or a smaller model"
+        if fitting_names:
+            remedy = f"--ds-config {fitting_names[0]} would fit"
+        remedy += "; --micro-batch 1 needs the least"
+        yield CheckResult(level=ERROR, name="memory", message=message, remedy=remedy)
         return
     yield make_result(
-        chosen_row.device_bytes > TIGHT_SHARE * limit_bytes,
-        WARNING,
-        "memory",
-        message,
+        chosen_row.device_bytes > TIGHT_SHARE * limit_bytes, WARNING, "memory", message,
         "lower --micro-batch: so close to the limit it may not fit",
-    )
-    largest_part = max(
-        (("activations", chosen_row.estimate.activations), ("logits", chosen_row.estimate.logits),
-         ("weights", chosen_row.estimate.model_states.weights),
-         ("optimizer state", chosen_row.estimate.model_states.optimizer)),
-        key=lambda part: part[1],
     )  # fmt: skip
-    yield ok_result("largest", f"{largest_part[0]}, {format_bytes(largest_part[1])}")
-    if not ModelDims.from_config(load_config(plan.settings.model)).is_gpt2:
-        yield ok_result(
-            "formula", "made for GPT-2; this model is counted as if it were one, take it for an order of size"
-        )
+    estimate = chosen_row.estimate
+    parts = {
+        "activations": estimate.activations, "logits, products and gradients in passing": estimate.passing,
+        "weights": estimate.model_states.weights, "optimizer state": estimate.model_states.optimizer,
+    }  # fmt: skip
+    largest = max(parts, key=lambda name: parts[name])
+    yield ok_result("largest", f"{largest}, {format_bytes(parts[largest])}")

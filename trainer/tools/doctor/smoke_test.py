@@ -281,7 +281,7 @@ def estimate_costs(plan: RunPlan, data: PreparedDataset, cost: Cost, estimated_b
     yield ok_result(
         "memory",
         f"{format_bytes(cost.peak_memory_bytes)} at most on a rank in the rehearsal, {format_bytes(estimated_bytes)} "
-        "by formula",
+        "as counted",
     )
     yield check_disk_space(Path(plan.settings.run_folder), cost, output_settings.save_total_limit)
 

@@ -23,7 +23,7 @@ from trainer.distributed.process_group import find_free_port
 from trainer.tools.finders.batch_size_worker import OUT_OF_MEMORY_EXIT_CODE
 from trainer.tools.finders.batch_sizes import EQUAL_SPEED_SHARE, TrialResult, candidate_sizes, fastest, next_sizes
 from trainer.training.checkpoint import write_text
-from trainer.training.memory_check import build_workload, estimate_plan, free_host_bytes, required_bytes
+from trainer.training.memory_check import estimate_plan, free_host_bytes, required_bytes
 from trainer.training.run_plan import RunPlan
 
 MEMORY_BUDGET_SHARE = (
@@ -53,26 +53,18 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
 
 
 def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) -> tuple[list[int], str]:
-    """(sizes that may be tried, what was left out and why): on a processor by the formula, on a GPU all of them."""
+    """(ascending sizes that may be tried, what was left out and why): CPU ranks by estimate, GPUs try all."""
     if plan.dist_context.device.type == "cuda":
         return list(sizes), ""
     limit_bytes = min(plan.dist_context.all_gather_object(MEMORY_BUDGET_SHARE * free_host_bytes(plan)))
-    bytes_by_size = {
-        micro_batch_size: required_bytes(
-            plan, estimate_plan(plan, plan.deepspeed_file, build_workload(plan, row_length, micro_batch_size))
-        )[0]
-        for micro_batch_size in sizes
-    }
-    fitting_sizes = [micro_batch_size for micro_batch_size in sizes if bytes_by_size[micro_batch_size] <= limit_bytes]
     budget_note = f"budget {limit_bytes / 2**30:.1f} GiB a rank ({MEMORY_BUDGET_SHARE:.0%} of the free memory)"
-    if len(fitting_sizes) < len(sizes):
-        first_over_budget = next(
-            micro_batch_size for micro_batch_size in sizes if bytes_by_size[micro_batch_size] > limit_bytes
-        )
-        budget_note += (
-            f"; not tried: {first_over_budget} and above, {bytes_by_size[first_over_budget] / 2**30:.1f} GiB by formula"
-        )
-    return fitting_sizes, budget_note
+    for index, micro_batch_size in enumerate(sizes):
+        estimate = estimate_plan(plan, plan.deepspeed_file, row_length, micro_batch_size)
+        needed_bytes = required_bytes(plan, estimate)[0]
+        if needed_bytes > limit_bytes:
+            note = f"not tried: {micro_batch_size} and above, {needed_bytes / 2**30:.1f} GiB by estimate"
+            return list(sizes[:index]), f"{budget_note}; {note}"
+    return list(sizes), budget_note
 
 
 def run_trials(plan: RunPlan, data_folder: Path, sizes: Sequence[int]) -> list[TrialResult]:

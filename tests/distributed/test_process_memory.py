@@ -1,0 +1,122 @@
+"""What a training process grows by, against the memory estimate."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+MEASURE_MEMORY_CODE = """
+import json, sys
+import numpy as np, torch, peft
+from transformers import GPT2Config
+from trainer.config import cli
+from trainer.data.sampler import MicroBatch
+from trainer.distributed import engine as room
+from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
+from trainer.distributed.engine import Engine
+from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.distributed.memory_count import PassSetup
+from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_memory
+from trainer.model.build import build_model, load_config
+from trainer.training.memory_check import pass_memory
+
+room.tune_malloc = lambda: None  # what tensors need, not what the C library keeps of it
+def resident(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+settings = cli.parse_args(sys.argv[1:]).settings
+world = init_distributed()
+before, libraries_before = resident("VmRSS"), resident("RssFile")
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins again
+model, config = build_model(settings, with_fingerprint=False), load_config(settings.model)
+zero, batch = read_deepspeed_file(settings.engine.ds_config), settings.train.batch(1)
+engine = Engine(world, model, build_deepspeed_config(zero, batch=batch, max_grad_norm=1.0, precision="fp32"),
+                settings.train, "fp32")
+width = settings.data.block_size
+for step in range(2):
+    ids = np.random.default_rng(step).integers(0, config.vocab_size, (batch.micro_batch_size, width))
+    micro = MicroBatch(input_ids=ids, labels=ids, tokens=ids.size, index=0)
+    sums = [engine.forward_backward(micro, step=step, num_target_tokens=ids.size)
+            for _ in range(batch.gradient_accumulation_steps)]
+    engine.step(1e-4, sums)
+libraries = resident("RssFile") - libraries_before  # read in at the first step: no tensors
+grown = resident("VmHWM") - before - libraries
+accumulates = batch.gradient_accumulation_steps > 1
+setup = PassSetup(
+    micro_batch_size=batch.micro_batch_size, sequence_length=width, precision="fp32", is_gpu=False,
+    is_zero3=zero.stage == 3, uses_fused_lora=settings.mode == "lora" and zero.stage < 3, accumulates=accumulates,
+)
+estimate = estimate_memory(
+    ParamCounts.from_model_info(model.metadata), pass_memory(settings, setup),
+    Sharding(stage=zero.stage, world_size=1), precision="fp32", is_gpu=False, accumulates=accumulates,
+)
+print(json.dumps({"grown": grown, "estimate": estimate.peak}))
+world.watchdog.close()
+destroy_process_group()
+"""
+CELLS = [("full", "zero0", 4), ("lora", "zero0", 4)]
+SWEEP_CELLS = [
+    ("full", "zero2", 4),
+    ("full", "zero3", 4),
+    ("lora", "zero3", 4),
+    ("full", "zero0", 2),
+    ("full", "zero1", 8),
+]
+#: What is freed goes back at once, else the C library keeps a part of every size that ever was.
+MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+RELATIVE_TOLERANCE = 0.2  # of the growth
+
+
+@pytest.fixture(scope="module")
+def medium_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four layers of width 384: 30 MiB of weights, without dropout."""
+    from transformers import GPT2Config
+
+    folder = tmp_path_factory.mktemp("model")
+    GPT2Config(
+        vocab_size=2048, n_positions=256, n_embd=384, n_layer=4, n_head=6, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    ).save_pretrained(folder)  # fmt: skip
+    return str(folder)
+
+
+def assert_estimate_matches(model: str, mode: str, zero: str, micro_batch_size: int, *extra_flags: str) -> None:
+    flags = f"--mode {mode} --model {model} --init random --ds-config {zero} --block-size 256 --global-batch 4"
+    flags = flags.replace(
+        "--global-batch 4", f"--global-batch {max(4, micro_batch_size)} --micro-batch {micro_batch_size}"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE_MEMORY_CODE, *flags.split(), *extra_flags], capture_output=True, text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **MALLOC_ENV},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    ratio = result["estimate"] / result["grown"]
+    print(f"{mode} {zero} micro-batch {micro_batch_size}: estimate {ratio:.3f} of the growth")
+    assert result["estimate"] == pytest.approx(result["grown"], rel=RELATIVE_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "zero", "micro"), CELLS)
+def test_a_process_grows_by_the_estimated_bytes(medium_model, mode, zero, micro):
+    assert_estimate_matches(medium_model, mode, zero, micro)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("mode", "zero", "micro"), SWEEP_CELLS)
+def test_a_process_grows_by_the_estimated_bytes_under_the_other_zero_files(medium_model, mode, zero, micro):
+    assert_estimate_matches(medium_model, mode, zero, micro)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_process_grows_by_the_estimated_bytes_with_activation_checkpointing(medium_model, mode):
+    assert_estimate_matches(medium_model, mode, "zero0", 16, "--activation-checkpointing")
