@@ -106,13 +106,16 @@ def measure(method_flags: str, options: argparse.Namespace, scratch: Path) -> di
     from trainer.config import cli
     from trainer.config.choices import LORA_LR_FACTOR
     from trainer.distributed.engine import Engine
+    from trainer.distributed.execution import make_execution_plan
     from trainer.distributed.process_group import destroy_process_group, init_distributed
     from trainer.model import optimizer
-    from trainer.model.build import build_model
+    from trainer.model.build import build_model, get_dropout_probabilities, load_config
     from trainer.tracking.records import EvalRecord, StepRecord
-    from trainer.training.checkpoint import CheckpointManager, TrainState
-    from trainer.training.loop import TrainSchedule, train
+    from trainer.training.checkpoint import CheckpointManager
+    from trainer.training.loop import train
     from trainer.training.run_plan import cpu_name
+    from trainer.training.schedule import TrainSchedule
+    from trainer.training.train_state import TrainState
 
     world = init_distributed()
     try:
@@ -128,9 +131,18 @@ def measure(method_flags: str, options: argparse.Namespace, scratch: Path) -> di
         deepspeed_config = build_deepspeed_config(
             deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=precision
         )
-        engine = Engine(world, model, deepspeed_config, settings.train, precision)
+        execution = make_execution_plan(
+            settings, world, deepspeed_config, precision=precision,
+            model_dropout=max(get_dropout_probabilities(load_config(settings.model)).values(), default=0.0),
+            micro_batch_size=batch.micro_batch_size,
+        )  # fmt: skip
+        engine = Engine(world, model, deepspeed_config, settings.train, execution)
         schedule = TrainSchedule(
-            settings=settings, batch=batch, total_steps=options.steps, steps_per_epoch=options.steps
+            settings=settings,
+            batch=batch,
+            num_examples=len(data.train),
+            total_steps=options.steps,
+            steps_per_epoch=options.steps,
         )
         checkpoint_manager = CheckpointManager(scratch / "checkpoints", world, save_total_limit=1, identity={})
         records = list(train(engine, data, schedule, TrainState(), checkpoint_manager, lambda: False))

@@ -4,6 +4,7 @@ Without a GPU a recording is stood in for by one that runs the recorded work at 
 The last tests need a GPU and hold replays against eager steps there.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,7 +97,7 @@ def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradien
     first, more = FakeCapturedGraph.instances
     assert first.num_replays == 3
     assert more.num_replays == 3, "the second micro-batch of a step adds to the first"
-    assert made.notices == []
+    assert made.capture_error == ""
 
 
 @pytest.mark.parametrize("ragged", [[2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
@@ -134,7 +135,9 @@ def test_a_failed_capture_is_reported_once_and_steps_go_on_eagerly(loss_module, 
     for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
         micros = [make_micro_batch(2, number)]
         assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
-    assert made.notices == ["steps are not recorded as CUDA graphs: operation not permitted when stream is capturing"]
+    assert made.capture_error == (
+        "steps are not recorded as CUDA graphs: operation not permitted when stream is capturing"
+    )
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -170,10 +173,12 @@ def take_steps(
     from trainer.data.sampler import MicroBatch
     from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
     from trainer.distributed.engine import Engine
+    from trainer.distributed.execution import make_execution_plan
     from trainer.distributed.process_group import destroy_process_group, init_distributed
     from trainer.model.build import build_model
     from trainer.training import checkpoint
-    from trainer.training.checkpoint import CheckpointManager, TrainState
+    from trainer.training.checkpoint import CheckpointManager
+    from trainer.training.train_state import TrainState
 
     settings = cli.parse_args(f"--model {folder} --data unused --global-batch 4 {words}".split()).settings
     precision, zero_file = (
@@ -183,13 +188,15 @@ def take_steps(
     dist_context = init_distributed(device)
     batch = settings.train.batch(1)
     config = build_deepspeed_config(zero_file, batch=batch, max_grad_norm=1.0, precision=precision)
-    shapes = {(batch.micro_batch_size, WIDTH)} if compiled else set()
+    plan = make_execution_plan(
+        settings, dist_context, config, precision=precision, model_dropout=dropout,
+        micro_batch_size=batch.micro_batch_size,
+    )  # fmt: skip
+    shapes = ((batch.micro_batch_size, WIDTH),) if compiled else ()
+    plan = replace(plan, cuda_graphs=recorded, compiled_shapes=shapes, fused_lora=plan.fused_lora and not compiled)
 
     def make_engine(model: Any) -> Engine:
-        engine = Engine(dist_context, model, config, settings.train, precision, compiled_shapes=shapes)
-        if not recorded:
-            engine._graph_runner = None
-        return engine
+        return Engine(dist_context, model, config, settings.train, plan)
 
     engine, losses_and_norms = make_engine(build_model(settings, device=dist_context.device)), []
     for step in range(steps):
@@ -202,7 +209,7 @@ def take_steps(
             engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens)
             for micro_batch in micro_batches
         ]
-        step_result = engine.step(1e-3, sums)
+        step_result = engine.launch_update(1e-3, sums)()
         losses_and_norms += [step_result.loss_sum / num_target_tokens, step_result.grad_norm]
         if step + 1 == resumed_after:
             checkpoint_dir = out.with_suffix(".checkpoints")
@@ -221,7 +228,7 @@ def take_steps(
                 saved_checkpoint.step,
                 saved_checkpoint.metadata.get("loss_scale"),
             )
-    assert engine.notices == []
+    assert engine.plan_changes == []
     weights = {name: tensor.clone() for name, tensor in engine.state.gather_weights()}
     destroy_process_group()
     return losses_and_norms, weights

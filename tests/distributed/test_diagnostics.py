@@ -317,9 +317,7 @@ def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
             callbacks = Callbacks(engine, RunInfo.from_metadata(metadata))
             diagnostics = []
             try:
-                for record in train(
-                    engine, data, plan.schedule, state, checkpoint_manager, lambda: False, callbacks.add_data_time
-                ):
+                for record in train(engine, data, plan.schedule, state, checkpoint_manager, lambda: False):
                     diagnostics += [event.facts for event in callbacks.on_record(record)]
             except TrainingError:
                 pass

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings, fields_fixed_on_resume
 from trainer.data.dataset import load, prepare
-from trainer.distributed.engine import StepResult
+from trainer.distributed.engine import StepResult, UpdateResult
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import load_config
 from trainer.report.run_data import read_folder
@@ -28,9 +27,10 @@ from trainer.run import resolve_output_dir
 from trainer.tracking.jsonl import rewind
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, to_line
 from trainer.training import checkpoint, loop
-from trainer.training.checkpoint import TrainState
-from trainer.training.loop import TrainSchedule
+from trainer.training.evaluation import Evaluation
 from trainer.training.run_plan import make_plan
+from trainer.training.schedule import TrainSchedule
+from trainer.training.train_state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ class StubEngine:
     """An engine that does nothing; what the evaluations say is put in the place of `loop.evaluate`."""
 
     dist_context: Any = SimpleNamespace(rank=0, world_size=1, all_gather_object=lambda value: [value])
-    supports_steps_in_flight = False
 
-    def forward_backward(self, micro_batch: Any, *, step: int, num_target_tokens: int) -> float:
-        return 1.0
-
-    def launch_step(self, lr: float, loss_sums: list[float], *, should_stop: bool) -> Callable[[], StepResult]:
-        return lambda: StepResult(loss_sum=sum(loss_sums), grad_norm=1.0, was_skipped=False, stop_requested=should_stop)
+    def run(self, batches: Any, lr_at: Any, should_stop: Any) -> Any:
+        for batch in batches:
+            update = UpdateResult(loss_sum=1.0, grad_norm=1.0, is_skipped=False, stop_requested=should_stop())
+            yield batch, StepResult(update=update, lr=lr_at(batch.step), elapsed_seconds=1.0)
+            if update.stop_requested:
+                return
 
 
 def run_scripted_losses(
@@ -67,9 +67,17 @@ def run_scripted_losses(
 ) -> tuple[list[Any], list[TrainState]]:  # fmt: skip
     """(records, saved states) of a run of up to 20 steps, 4 an epoch, whose evaluations give `losses` in turn."""
     remaining_losses = iter(losses)
-    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(remaining_losses), 1))
+    monkeypatch.setattr(
+        loop, "evaluate", lambda *_, **__: Evaluation(row_nll=[next(remaining_losses)], num_target_tokens=1)
+    )
     settings = cli.parse_args(["--mode", "full", *argv, "--max-steps", "20", "--save-every", "never", *flags]).settings
-    schedule = TrainSchedule(settings=settings, batch=settings.train.batch(1), total_steps=20, steps_per_epoch=4)
+    schedule = TrainSchedule(
+        settings=settings,
+        batch=settings.train.batch(1),
+        num_examples=4 * GLOBAL_BATCH,
+        total_steps=20,
+        steps_per_epoch=4,
+    )
     saved_states: list[TrainState] = []
     checkpoint_manager: Any = SimpleNamespace(
         save=lambda _, at: saved_states.append(at), update_train_state=lambda at: saved_states.append(at)

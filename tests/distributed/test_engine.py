@@ -33,7 +33,6 @@ from trainer.distributed.process_group import (
     destroy_process_group,
     init_distributed,
     peak_memory_bytes,
-    simulated_context,
 )
 
 GIB = 2**30
@@ -197,21 +196,6 @@ def test_the_default_zero_file_counts_a_quantized_base_at_its_own_size():
     assert chosen == ["zero2_offload", "zero0"]
 
 
-def test_cpu_ranks_of_one_host_get_zero_stage_0():
-    whole = ParamCounts(frozen=0, trainable=GPT2)
-    chosen = [
-        choose_deepspeed_file(counts=whole, world_size=2, device_memory_bytes=None, precision=precision, in_common=True)
-        for precision in ("fp32", "bf16", "fp16")
-    ]
-    assert [file.name for file in chosen] == ["zero0", "zero0", "zero1"]
-    assert "in common" in chosen[0].reason
-    assert simulated_context(2, "cpu").is_single_node_cpu
-    assert not simulated_context(1, "cpu").is_single_node_cpu
-    assert not dataclasses.replace(simulated_context(4, "cpu"), local_world_size=2).is_single_node_cpu, (
-        "of two machines"
-    )
-
-
 def test_fp16_never_gets_stage_0_which_has_no_loss_scale():
     assert (
         choose_deepspeed_file(
@@ -274,7 +258,7 @@ def iter_engines(argv: list[str], data: str, names: tuple[str, ...]) -> Iterator
         settings = cli.parse_args([*argv, "--ds-config", name]).settings
         model = build_model(settings)
         plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))
-        yield name, dist_context, Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.precision)
+        yield name, dist_context, Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.execution)
     destroy_process_group()
 
 

@@ -1,13 +1,10 @@
 """A layer and its adapter as one operation: peft's numbers and gradients, where the formula is this one."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.launch_ranks import run_on_ranks
-from test_invariance import make_argv
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -149,49 +146,3 @@ def test_adapters_beyond_plain_lora_are_not_fused(tiny_model):
     )
     assert not fused_layer_names(model(adapter="dora"))
     assert not fused_layer_names(model(dropout=0.1))
-
-
-def check_plan_matches_engine(jobs: list[dict[str, Any]]) -> int:
-    """On a rank: an engine fuses what the plan says that it does, and nothing where it says nothing."""
-    from trainer.data.dataset import load
-    from trainer.distributed.engine import Engine
-    from trainer.distributed.process_group import destroy_process_group, init_distributed
-    from trainer.model.build import load_config
-    from trainer.training.run_plan import make_plan
-
-    dist_context = init_distributed()
-    for job in jobs:
-        settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
-        model = build_model(settings)
-        plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-        Engine(
-            dist_context,
-            model,
-            plan.deepspeed_config,
-            settings.train,
-            plan.precision,
-            compiled_shapes=plan.compiled_shapes,
-        )
-        is_fused = plan.resolved()["adapters_fused"]
-        assert is_fused == job["expected"], job
-        assert is_fused == ("fused" in plan._describe_execution())
-        assert len(fused_layer_names(model.module)) == 8 * is_fused, job
-    destroy_process_group()
-    return 0
-
-
-def test_the_plan_says_whether_the_engine_fuses_adapters(tiny_model, data_files, data_dir, tmp_path):
-    def job(mode: str, *more: str, expected: bool) -> dict[str, Any]:
-        words = [*make_argv(tiny_model, data_files, mode, "completion"), *more]
-        return {"flags": words, "data": str(data_dir), "expected": expected}
-
-    jobs = [
-        job("lora", expected=True), job("full", expected=False),
-        *(job("lora", "--ds-config", f"zero{stage}", expected=stage < 3) for stage in (1, 2, 3)),
-        *(job("lora", "--adapter", kind, expected=kind != "dora") for kind in ("rslora", "pissa", "dora")),
-        job("lora", "--lora-dropout", "0.1", expected=False), job("lora", "--quant", "nf4", expected=False),
-        job("lora", "--precision", "bf16", expected=True), job("lora", "--activation-checkpointing", expected=True),
-        job("lora", "--modules-to-save", "bias,wte", expected=True),
-    ]  # fmt: skip
-    log = tmp_path / "log"
-    assert run_on_ranks(1, check_plan_matches_engine, jobs, log=log) == 0, log.read_text()

@@ -21,8 +21,9 @@ from trainer.tools.finders.lr_curve import geometric_lrs, has_diverged, smooth, 
 from trainer.tools.finders.lr_finder import sweep
 from trainer.tracking.records import to_line
 from trainer.training import loop
-from trainer.training.checkpoint import CheckpointManager, TrainState
+from trainer.training.checkpoint import CheckpointManager
 from trainer.training.run_plan import make_plan
+from trainer.training.train_state import TrainState
 
 STEPS = 100
 

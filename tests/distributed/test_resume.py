@@ -38,12 +38,13 @@ from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import TrainingError, UserError
 from trainer.data.dataset import load, prepare
-from trainer.distributed.engine import StepResult
+from trainer.distributed.engine import StepResult, UpdateResult
 from trainer.run import resolve_output_dir
 from trainer.tracking.records import EventRecord, StepRecord
 from trainer.training import checkpoint, loop, run_plan
-from trainer.training.checkpoint import BestCheckpoint, CheckpointManager, TrainState
-from trainer.training.loop import TrainSchedule
+from trainer.training.checkpoint import CheckpointManager
+from trainer.training.schedule import TrainSchedule
+from trainer.training.train_state import BestCheckpoint, TrainState
 
 STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
 MODES = ("full", "lora")
@@ -515,28 +516,25 @@ def test_a_skipped_step_is_reported_and_not_counted_by_adam(data_dir, argv):
     """fp16 may leave out an update where the loss scale was too high; it needs a GPU, so the engine is a fake."""
 
     class Skipping:
-        dist_context, supports_steps_in_flight = SINGLE_RANK, False
+        dist_context = SINGLE_RANK
 
-        def forward_backward(self, micro, *, step, num_target_tokens):
-            return torch.tensor(1.0, dtype=torch.float64)
-
-        def launch_step(self, rate, sums, *, should_stop):
-            self.steps = getattr(self, "steps", 0) + 1
-            skipped = self.steps == 2
-            done = StepResult(
-                loss_sum=float(sum(sums)),
-                grad_norm=math.inf if skipped else 1.0,
-                was_skipped=skipped,
-                stop_requested=should_stop,
-            )
-            return lambda: done
+        def run(self, batches, lr_at, should_stop):
+            for batch in batches:
+                is_skipped = batch.step == 1
+                update = UpdateResult(
+                    loss_sum=1.0, grad_norm=math.inf if is_skipped else 1.0, is_skipped=is_skipped,
+                    stop_requested=should_stop(),
+                )  # fmt: skip
+                yield batch, StepResult(update=update, lr=lr_at(batch.step), elapsed_seconds=1.0)
 
         def evaluate(self, micro):
             return torch.ones(len(micro.input_ids), dtype=torch.float64)
 
     settings = cli.parse_args(["--mode", "full", *argv, "--max-steps", "4", "--save-every", "never"]).settings
     data = load(data_dir)
-    course = TrainSchedule(settings=settings, batch=settings.train.batch(1), total_steps=4, steps_per_epoch=4)
+    course = TrainSchedule(
+        settings=settings, batch=settings.train.batch(1), num_examples=len(data.train), total_steps=4, steps_per_epoch=4
+    )
     saved: list[TrainState] = []
     saver: Any = SimpleNamespace(save=lambda engine, progress: saved.append(progress))
     engine: Any = Skipping()

@@ -14,7 +14,7 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS
 from trainer.config.batch_config import BatchConfig
 from trainer.config.settings import Settings
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
-from trainer.training.loop import TrainSchedule
+from trainer.training.schedule import TrainSchedule
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -114,8 +114,8 @@ def test_run_json_records_the_resolved_plan(finished_run):
     assert about["resolved"]["ranks"] == 2
     assert about["resolved"]["accumulation"] == 2
     assert about["resolved"]["total_steps"] == 14
-    assert about["deepspeed"]["zero_optimization"] == {"stage": 0}
-    assert about["resolved"]["state_in_common"]
+    assert about["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert [entry["path"] for entry in about["execution"]] == ["eager"]
     assert about["data"]["train"]["records"] == 25
     assert about["data"]["val"]["examples"] == 9
     assert len(about["data"]["fingerprint"]) >= 16
@@ -170,6 +170,7 @@ def make_schedule(every: str, total_steps: int = 10) -> TrainSchedule:
     return TrainSchedule(
         settings=settings,
         batch=BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1),
+        num_examples=4,
         total_steps=total_steps,
         steps_per_epoch=4,
     )
@@ -181,4 +182,4 @@ def make_schedule(every: str, total_steps: int = 10) -> TrainSchedule:
 )
 def test_evaluations_are_due_every_n_steps_every_epoch_or_never_but_always_at_the_end(every, steps):
     plan = make_schedule(every)
-    assert [step for step in range(1, 11) if plan.is_due(every, step)] == steps
+    assert [step for step in range(1, 11) if plan.is_eval_due(step)] == steps

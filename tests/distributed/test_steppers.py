@@ -2,19 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.matrix import launch_jobs, read_job_result, run_jobs
+from helpers.matrix import launch_jobs
 from test_invariance import (
-    LEARNING_RATE,
-    LOSS_TOLERANCE,
-    NORM_TOLERANCE,
-    WEIGHT_TOLERANCE,
     make_argv,
-    output_relevant_part,
 )
 
 from trainer.config import cli
@@ -90,60 +86,6 @@ def test_compilation_is_refused_under_zero_3():
         _validate_stage(compiled, read_deepspeed_file("zero3"))
 
 
-def run_through_deepspeed(jobs: list[dict[str, Any]]) -> int:
-    """`matrix.run_jobs`, all of it by DeepSpeed's own forward, backward and step."""
-    from trainer.distributed import engine
-
-    engine.supports_native_stepper = lambda *_, **__: False  # type: ignore[assignment]
-    return run_jobs(jobs)
-
-
-def run_without_on_device_skip(jobs: list[dict[str, Any]]) -> int:
-    """`matrix.run_jobs` with a look at the numbers before every update, as with an optimizer that has no guard."""
-    from trainer.distributed.steppers import NativeStepper
-
-    original = NativeStepper.__init__
-
-    def init_without_skip(self: Any, *args: Any) -> None:
-        original(self, *args)
-        assert self.supports_on_device_skip
-        self.supports_on_device_skip = False
-
-    NativeStepper.__init__ = init_without_skip  # type: ignore[method-assign]
-    return run_jobs(jobs)
-
-
-@pytest.mark.parametrize("other", [run_through_deepspeed, run_without_on_device_skip])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_stepper_gives_the_numbers_of_the_native_one(ranks, other, tiny_model, data_files, data_dir, tmp_path):
-    cells = {
-        f"{zero}-{mode}": [
-            *make_argv(tiny_model, data_files, mode, "completion"), "--ds-config", zero, "--micro-batch", "1",
-            *(["--lora-plus-ratio", "4"] if mode == "lora" else []),
-        ]
-        for zero in (("zero0", "zero1") if other is run_without_on_device_skip else ("zero1",)) for mode in ("full",
-            "lora")
-    }  # fmt: skip
-    for out, target in ((tmp_path / "direct", run_jobs), (tmp_path / "other", other)):
-        out.mkdir()
-        jobs = [{"name": name, "flags": words, "data": str(data_dir), "out": str(out)} for name, words in cells.items()]
-        launch_jobs(ranks, jobs, out / "log", target)
-    for name in cells:
-        rows, weights = read_job_result(tmp_path / "direct", name)
-        others, final = read_job_result(tmp_path / "other", name)
-        steps = [(a, b) for a, b in zip(rows, others, strict=True) if a["kind"] == "step"]
-        assert len(steps) == 9
-        assert max(abs(a["loss"] / b["loss"] - 1) for a, b in steps) <= LOSS_TOLERANCE, name
-        assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in steps) <= NORM_TOLERANCE, name
-        assert (
-            max(
-                np.abs(output_relevant_part(key, weights[key]) - output_relevant_part(key, final[key])).max()
-                for key in final
-            )
-            <= WEIGHT_TOLERANCE * LEARNING_RATE * 4
-        )
-
-
 def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
     """On a rank: a step whose gradient is not finite on rank 0 raises everywhere and changes nothing."""
     from trainer.data.dataset import load
@@ -159,9 +101,8 @@ def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
         settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
         model = build_model(settings)
         plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-        engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.precision)
-        assert engine.stepper.supports_on_device_skip
-        engine.stepper.supports_on_device_skip = job["guarded"]
+        execution = replace(plan.execution, finite_check=job["finite_check"])
+        engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, execution)
         outcomes = []
         for step in range(4):
             order = np.arange(len(data.train))
@@ -180,7 +121,7 @@ def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
             ]
             hook.remove()
             try:
-                engine.step(1e-3, sums)
+                engine.launch_update(1e-3, sums)()
                 outcomes.append("taken")
             except NonFiniteError as error:
                 engine.discard_step()
@@ -200,7 +141,7 @@ def test_a_non_finite_gradient_changes_no_weight_or_moment_and_the_next_step_is_
 ):
     jobs = [
         {
-            "name": f"{zero}-{by}", "guarded": by == "device", "data": str(data_dir), "out": str(tmp_path),
+            "name": f"{zero}-{by}", "finite_check": by, "data": str(data_dir), "out": str(tmp_path),
             "flags": [*make_argv(tiny_model, data_files, "full", "completion"), "--ds-config", zero],
         }
         for zero in ("zero0", "zero1") for by in ("device", "host")

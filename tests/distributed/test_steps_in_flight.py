@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.matrix import launch_jobs, read_job_result, run_job, run_jobs
+from helpers.matrix import launch_jobs
 from safetensors.torch import load_file
 from test_invariance import make_argv
 
@@ -21,78 +22,36 @@ from trainer.model.build import build_model, load_config
 from trainer.run import build_engine
 from trainer.tracking.records import EvalRecord, EventRecord, StepRecord
 from trainer.training import checkpoint
-from trainer.training.checkpoint import CheckpointManager, TrainState
+from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
 from trainer.training.run_plan import make_plan
+from trainer.training.train_state import TrainState
 
 CallLog = list[tuple[str, int]]
 
 
-def keep_steps_in_flight(call_log: CallLog) -> None:
-    """From here on every engine lags; in `told` stands in which order steps are asked for and read."""
-    original = Engine.launch_step
+def log_steps(call_log: CallLog) -> None:
+    """From here on `call_log` says in which order steps are launched and read."""
+    original = Engine.launch_update
 
-    def launch_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def launch_update(self: Any, *args: Any, **kwargs: Any) -> Any:
         index = sum(event == "asked" for event, _ in call_log)
         call_log.append(("asked", index))
         result = original(self, *args, **kwargs)
         return lambda: call_log.append(("read", index)) or result()
 
-    Engine.launch_step = launch_step  # type: ignore[method-assign]
-    Engine.supports_steps_in_flight = property(lambda self: self.stepper.supports_on_device_skip)  # type: ignore[assignment, method-assign]
-
-
-def run_jobs_in_flight(jobs: list[dict[str, Any]]) -> int:
-    call_log: CallLog = []
-    keep_steps_in_flight(call_log)
-    dist_context = init_distributed()
-    for job in jobs:
-        del call_log[:]
-        run_job(dist_context, job)
-        order = [number for event, number in call_log if event == "read"]
-        assert order == sorted(order), "in their order"
-        assert [n for event, n in call_log if event == "asked"] == order, "each once"
-        assert call_log[:3] == [("asked", 0), ("asked", 1), ("read", 0)], "the second before the first is read"
-    destroy_process_group()
-    return 0
+    Engine.launch_update = launch_update  # type: ignore[method-assign]
 
 
 def completion_argv(tiny_model: str, data_files: tuple[str, str], *flags: str) -> list[str]:
     return [*make_argv(tiny_model, data_files, "full", "completion"), "--micro-batch", "1", *flags]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_steps_in_flight_give_the_records_and_weights_of_a_run_that_waits(
-    ranks,
-    tiny_model,
-    data_files,
-    data_dir,
-    tmp_path,
-):
-    cells = {
-        f"{zero}-{every}": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", every,
-            "--save-every", "5")
-        for zero in ("zero0", "zero1") for every in ("2", "epoch")
-    }  # fmt: skip
-    for out, target in ((tmp_path / "waits", run_jobs), (tmp_path / "lags", run_jobs_in_flight)):
-        out.mkdir()
-        jobs = [{"name": name, "flags": flag, "data": str(data_dir), "out": str(out)} for name, flag in cells.items()]
-        launch_jobs(ranks, jobs, out / "log", target)
-    for name in cells:
-        (rows, weights), (others, final) = (read_job_result(tmp_path / out, name) for out in ("waits", "lags"))
-        clock = ("time", "tokens_per_second")
-        assert [{k: v for k, v in row.items() if k not in clock} for row in others] == [
-            {k: v for k, v in row.items() if k not in clock} for row in rows
-        ]
-        assert sum(row["kind"] == "step" for row in rows) == 9
-        assert all(np.array_equal(final[key], weights[key]) for key in weights)
-        assert all(row["tokens_per_second"] > 0 for row in others if row["kind"] == "step")
-
-
 def prepare_job(job: dict[str, Any], dist_context: Any) -> tuple[Any, ...]:
     settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
     model = build_model(settings)
     plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    plan = replace(plan, execution=replace(plan.execution, steps_in_flight=2))
     engine, state = build_engine(plan, model, None)
     checkpoint_manager = CheckpointManager(
         Path(job["out"]) / job["name"], dist_context, save_total_limit=99, identity={"base": "test"}
@@ -103,7 +62,7 @@ def prepare_job(job: dict[str, Any], dist_context: Any) -> tuple[Any, ...]:
 def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
     """On a rank: the numbers of the job's step are not finite; the one after it is asked for already."""
     call_log: CallLog = []
-    keep_steps_in_flight(call_log)
+    log_steps(call_log)
     original = Engine.forward_backward
     dist_context = init_distributed()
     for job in jobs:
@@ -129,6 +88,7 @@ def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
         assert steps == list(range(1, bad_step + 1))
         assert isinstance(records[-1], EventRecord)
         assert records[-1].event == "not_finite"
+        assert call_log[:3] == [("asked", 0), ("asked", 1), ("read", 0)], "the second before the first is read"
         if dist_context.rank == 0:
             weights = {name: tensor.numpy().copy() for name, tensor in engine.state.gather_weights()}
             np.savez(Path(job["out"]) / f"{job['name']}.npz", **weights)
@@ -188,7 +148,7 @@ def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
 def run_stopped_jobs(jobs: list[dict[str, Any]]) -> int:
     """On a rank: a signal comes while the fourth step is asked for."""
     call_log: CallLog = []
-    keep_steps_in_flight(call_log)
+    log_steps(call_log)
     dist_context = init_distributed()
     for job in jobs:
         del call_log[:]

@@ -35,7 +35,8 @@ from helpers.process_groups import (
 )
 from helpers.tiny_inputs import TEMPLATE_FLAGS
 
-from trainer.training.checkpoint import CheckpointManager, TrainState, delete_checkpoints_after, resolve_checkpoint
+from trainer.training.checkpoint import CheckpointManager, delete_checkpoints_after, resolve_checkpoint
+from trainer.training.train_state import TrainState
 
 STEPS = 8
 # a call of `Engine.forward_backward` inside a window: each step has three on each rank, this is the second of step 3

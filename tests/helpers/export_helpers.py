@@ -21,9 +21,10 @@ from trainer.export import folder, verify, verify_worker
 from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
 from trainer.export.verify import compute_logits, fixed_input_ids
 from trainer.model.build import build_model, load_config
-from trainer.training.checkpoint import CheckpointManager, TrainState
+from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
 from trainer.training.run_plan import make_plan
+from trainer.training.train_state import TrainState
 
 
 def export_jobs(jobs: list[dict[str, Any]]) -> int:
@@ -35,7 +36,7 @@ def export_jobs(jobs: list[dict[str, Any]]) -> int:
             data, out = load(Path(job["data"])), Path(job["out"])
             model = build_model(settings)
             plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-            engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.precision)
+            engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.execution)
             checkpoint_manager = CheckpointManager(
                 out / f"{job['name']}-checkpoints", dist_context, save_total_limit=1, identity={"base": "test"}
             )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def launch_jobs(
 def run_jobs(jobs: list[dict[str, Any]]) -> int:
     """Run each job `{name, flags, data, out}`: its records go to out/name.jsonl, its final weights to out/name.npz.
 
-    With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks.
+    With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks;
+    `execution`: fields of the execution plan that are other than planned.
     """
     dist_context = init_distributed()
     try:
@@ -53,6 +55,7 @@ def run_job(dist_context: DistContext, job: dict[str, Any]) -> None:
     data = load(Path(job["data"]))
     model = build_model(settings, device=dist_context.device)
     plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    plan = replace(plan, execution=replace(plan.execution, **job.get("execution", {})))
     out = Path(job["out"])
     name, step = job.get("resume", (None, None))
     checkpoint = resolve_checkpoint(out / f"{name}-checkpoints", f"step-{step}") if name else None

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NUM_WARMUP_CALLS = (
-    3  # eager calls of a shape before it is recorded: libraries choose kernels and make their workspaces in them
-)
+# Eager calls of a shape before it is recorded: libraries choose kernels and make their workspaces in them.
+NUM_WARMUP_CALLS = 3
 MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the memory with graphs
 
 
 class CUDAGraphRunner:
     """Takes the place of `work(ids, labels)` where a shape comes again and again; None where the caller must do it.
 
-    `notices` gets one line where recording failed; from then on everything is eager.
+    `capture_error` is one line where recording failed; from then on everything is eager.
     """
 
     def __init__(
@@ -27,7 +26,7 @@ class CUDAGraphRunner:
     ):
         self.loss_fn = loss_fn
         self.trainable_params = list(trainable_params)
-        self.notices: list[str] = []
+        self.capture_error = ""
         self._call_counts: dict[Any, int] = {}
         self._captured: dict[Any, CapturedGraph] = {}
         self._pool: Any = None
@@ -80,14 +79,14 @@ class CUDAGraphRunner:
         is_warm = self._call_counts[key] > NUM_WARMUP_CALLS or (
             kind == "accumulate" and ("overwrite", shape) in self._captured
         )
-        if self.notices or not is_warm or len(self._captured) >= MAX_GRAPHS:
+        if self.capture_error or not is_warm or len(self._captured) >= MAX_GRAPHS:
             return None
         previous_grads = self._static_grads
         try:
             self._captured[key] = CapturedGraph(fn, ids, self._pool)
         except RuntimeError as error:  # an operation that waits for the device, or not enough memory
             self._static_grads = previous_grads
-            self.notices.append(f"steps are not recorded as CUDA graphs: {str(error).partition(chr(10))[0]}")
+            self.capture_error = f"steps are not recorded as CUDA graphs: {str(error).partition(chr(10))[0]}"
             return None
         torch.cuda.empty_cache()  # what the eager calls used is of no more use
         self._pool = self._captured[key].pool

@@ -149,12 +149,9 @@ def _walk_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def choose_deepspeed_file(
-    *, counts: ParamCounts, world_size: int, device_memory_bytes: int | None, precision: str, in_common: bool = False
-) -> DeepSpeedFile:  # fmt: skip
-    """The ZeRO file where the user named none, and why: by the state per rank of `trainer.distributed.memory_estimate`.
-
-    `in_common`: whether the ranks are of one processor, which holds the state of stage 0 once for all of them.
-    """
+    *, counts: ParamCounts, world_size: int, device_memory_bytes: int | None, precision: str
+) -> DeepSpeedFile:
+    """The ZeRO file where the user named none, and why: by `trainer.distributed.memory_estimate`'s state per rank."""
 
     def state_bytes(stage: int) -> float:
         return estimate_model_states(counts, Sharding(stage=stage, world_size=world_size), precision=precision).total
@@ -165,20 +162,18 @@ def choose_deepspeed_file(
     unsharded_bytes = state_bytes(0)
     if world_size == 1 and precision != "fp16":
         if fits(unsharded_bytes):
-            return read_deepspeed_file("zero0", "one rank: there is nothing to divide")
+            return read_deepspeed_file("zero0", "one rank: there is nothing to shard")
         return read_deepspeed_file(
             "zero2_offload",
             f"one rank, and {unsharded_bytes / 2**30:.1f} GiB of model state: the optimizer's moves to the host",
         )
-    if in_common and precision != "fp16":
-        return read_deepspeed_file("zero0", "ranks of one processor hold the state in common and divide the update")
     if fits(state_bytes(1)):
-        return read_deepspeed_file("zero1", "optimizer state is divided over the ranks at no extra communication")
+        return read_deepspeed_file("zero1", "the optimizer state is sharded over the ranks")
     if fits(state_bytes(2)):
         return read_deepspeed_file(
-            "zero2", f"{unsharded_bytes / 2**30:.1f} GiB of model state: gradients and optimizer state are divided"
+            "zero2", f"{unsharded_bytes / 2**30:.1f} GiB of model state: gradients and optimizer state are sharded"
         )
-    return read_deepspeed_file("zero3", f"{unsharded_bytes / 2**30:.1f} GiB of model state: weights are divided too")
+    return read_deepspeed_file("zero3", f"{unsharded_bytes / 2**30:.1f} GiB of model state: weights are sharded too")
 
 
 def build_deepspeed_config(

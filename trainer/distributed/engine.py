@@ -1,12 +1,13 @@
-"""The model on its ranks: accumulate micro-batches, step, evaluate, complete prompts."""
+"""The model on its ranks: run optimizer steps, evaluate, generate."""
 
 import contextlib
 import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -17,12 +18,13 @@ from transformers import GenerationConfig
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.schema import TrainSettings
-from trainer.data.sampler import MicroBatch
+from trainer.data.sampler import GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
-from trainer.distributed.frozen_bf16 import FrozenWeightCast, should_cast_frozen_weights
+from trainer.distributed.execution import ExecutionPlan, PlanChange
+from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
-from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError, supports_native_stepper
+from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
 from trainer.kernels import cpu_attention, fused_lora
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model import optimizer, quantization
@@ -31,113 +33,192 @@ from trainer.model.lora import find_fusable_layers
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one optimizer step did."""
+class UpdateResult:
+    """What one update did."""
 
     loss_sum: float  #: summed loss of the global batch, nats
     grad_norm: float  #: of the global gradient before clipping
-    was_skipped: bool  #: whether fp16 left the update out
+    is_skipped: bool  #: whether fp16 left the update out
     stop_requested: bool  #: whether any rank wants the run to stop
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """An update, and how the step came to it."""
+
+    update: UpdateResult
+    lr: float
+    elapsed_seconds: float  #: since it was launched, or since the step before it ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LaunchedStep:
+    """A step whose numbers have not been read."""
+
+    lr: float
+    launch_time: float
+    wait: Callable[[], UpdateResult]
+
+
 class Engine:
-    """The model on its ranks: accumulate micro-batches, step, evaluate, read and write the full state."""
+    """The model on its ranks: optimizer steps, evaluation, generation, and the full state."""
 
     def __init__(
-        self, dist_context: DistContext, model: TrainableModel, deepspeed_config: Mapping[str, Any],
-        train_settings: TrainSettings, precision: str,
-        *, compiled_shapes: Collection[tuple[int, ...]] = (),
-    ):  # fmt: skip
-        """`deepspeed_config`: DeepSpeed's dict; `compiled_shapes`: the shapes [rows, tokens] of micro-batches to
-        compile for."""
+        self,
+        dist_context: DistContext,
+        model: TrainableModel,
+        deepspeed_config: Mapping[str, Any],
+        train_settings: TrainSettings,
+        plan: ExecutionPlan,
+    ):
+        """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how (`trainer.distributed.execution`)."""
         self.dist_context = dist_context
         self.model = model
-        self.seed = train_settings.seed
-        self.precision = precision
-        self.device_wait_seconds = 0.0  # seconds until the device had done what it was asked for
+        self.plan = plan
+        self.plan_changes: list[PlanChange] = []  #: fallbacks while running, in order
+        self.device_wait_seconds = 0.0  #: until the device had done what it was asked for
+        self.data_wait_seconds = 0.0  #: until the rows of steps were drawn
+        self._seed = train_settings.seed
         self._stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
-        if dist_context.device.type == "cpu":
-            tune_malloc()
-            if not compiled_shapes:  # a compiler has its own
-                cpu_attention.install(model.module, model.causal)
-        if not compiled_shapes and self._stage < 3 and model.is_adapter:
-            fused_lora.install(find_fusable_layers(model.module))
-        quantization.set_compute_dtype(model.module, torch.bfloat16 if precision == "bf16" else torch.float32)
-        self._loss_module = CausalLMLoss(model.causal, torch.bfloat16 if precision == "bf16" else None).to(
-            dist_context.device
-        )
-        named_params = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
-        self.trainable_params: dict[str, nn.Parameter] = dict(named_params)
-        lr_ratios = {
-            model.get_lr_multiplier(name): None for name in self.trainable_params
-        }  # a set in order: alike on every rank
-        param_groups = [
-            {
-                "params": [p for n, p in named_params if model.get_lr_multiplier(n) == ratio],
-                "lr": train_settings.lr * ratio,
-                "lr_ratio": ratio,
-            }
-            for ratio in lr_ratios
-        ]
-        engine_and_optimizer = import_module("deepspeed").initialize(
-            model=self._loss_module, optimizer=optimizer.build_optimizer(param_groups, train_settings,
-                fp32_state_params=model.embedding_weights), config=dict(deepspeed_config),
+        self._last_end_time = 0.0
+        self._install_kernels()
+        autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
+        self._loss_module = CausalLMLoss(model.causal, autocast_dtype).to(dist_context.device)
+        self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        self.deepspeed_engine, self.optimizer = import_module("deepspeed").initialize(
+            model=self._loss_module,
+            optimizer=optimizer.build_optimizer(
+                self._param_groups(train_settings.lr), train_settings, fp32_state_params=model.embedding_weights
+            ),
+            config=dict(deepspeed_config),
             dist_init_required=False,
-        )  # fmt: skip
-        self.deepspeed_engine, self.optimizer = engine_and_optimizer[0], engine_and_optimizer[1]
+        )[:2]
         self.deepspeed_engine.train()
-        self.stepper: NativeStepper | DeepSpeedStepper = (
-            NativeStepper(
-                dist_context,
-                self.deepspeed_engine,
-                self._loss_module,
-                list(self.trainable_params.values()),
-                train_settings.max_grad_norm,
-            )
-            if supports_native_stepper(deepspeed_config, world_size=dist_context.world_size, precision=precision)
-            else DeepSpeedStepper(self.deepspeed_engine, precision)
-        )
+        self.stepper = self._build_stepper(train_settings)
         self.state = EngineState(
-            dist_context, self.deepspeed_engine, self.trainable_params, stage=self._stage, precision=precision,
+            dist_context, self.deepspeed_engine, self.trainable_params, stage=self._stage, precision=plan.precision,
             uses_8bit_optimizer=train_settings.optim in EIGHT_BIT_OPTIMIZERS,
         )  # fmt: skip
-        if compiled_shapes:
-            self._loss_module.compile_for_shapes(set(compiled_shapes))
-        self._frozen_cast = (
-            FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0)
-            if should_cast_frozen_weights(
-                precision=precision,
-                stage=self._stage,
-                has_adapters=model.is_adapter,
-                is_quantized=model.quant_settings is not None,
-            )
-            else None
-        )
-        self._graph_runner = (
-            CUDAGraphRunner(self._loss_module, list(self.trainable_params.values()))
-            if self._can_capture_graphs(model)
-            else None
-        )
+        if plan.compiled_shapes:
+            self._loss_module.compile_for_shapes(set(plan.compiled_shapes))
+        casts = plan.frozen_dtype == "bfloat16"
+        self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
+        params = list(self.trainable_params.values())
+        self._graph_runner = CUDAGraphRunner(self._loss_module, params) if plan.cuda_graphs else None
 
-    def _can_capture_graphs(self, model: TrainableModel) -> bool:
-        """Whether forward and backward may be recorded: what packed weights and recomputed blocks do may not."""
-        uses_activation_checkpointing = getattr(model.causal, "is_gradient_checkpointing", False)
-        return (
-            self.dist_context.device.type == "cuda"
-            and isinstance(self.stepper, NativeStepper)
-            and not model.quant_settings
-            and not uses_activation_checkpointing
-        )
+    def _install_kernels(self) -> None:
+        if self.dist_context.device.type == "cpu":
+            tune_malloc()
+        if self.plan.blockwise_attention:
+            cpu_attention.install(self.model.module, self.model.causal)
+        if self.plan.fused_lora:
+            fused_lora.install(find_fusable_layers(self.model.module))
+        dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
+        quantization.set_compute_dtype(self.model.module, dtype)
+
+    def _param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """One group for each multiple of the learning rate, in the order of the parameters: alike on every rank."""
+        params_by_ratio: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.trainable_params.items():
+            params_by_ratio.setdefault(self.model.get_lr_multiplier(name), []).append(parameter)
+        return [{"params": params, "lr": lr * ratio, "lr_ratio": ratio} for ratio, params in params_by_ratio.items()]
+
+    def _build_stepper(self, train_settings: TrainSettings) -> NativeStepper | DeepSpeedStepper:
+        if self.plan.stepper == "deepspeed":
+            return DeepSpeedStepper(self.deepspeed_engine, self.plan.precision)
+        return NativeStepper(
+            self.dist_context, self.deepspeed_engine, self._loss_module, list(self.trainable_params.values()),
+            train_settings.max_grad_norm, skips_on_device=self.plan.finite_check == "device",
+        )  # fmt: skip
 
     @property
     def num_warmup_steps(self) -> int:
         """Steps after which the following ones take as long as all later ones."""
         return NUM_WARMUP_CALLS + 2 if self._graph_runner else 1
 
-    @property
-    def notices(self) -> list[str]:
-        """What did not go the fast way although it was meant to."""
-        return [*self._loss_module.compile_errors, *(self._graph_runner.notices if self._graph_runner else [])]
+    # --- optimizer steps ---
+
+    def run(
+        self,
+        batches: Iterable[GlobalBatch],
+        lr_at: Callable[[int], float],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[tuple[GlobalBatch, StepResult]]:
+        """One optimizer step a batch, in order; what each did. Ends early, on all ranks alike, where one should stop.
+
+        Where the plan has two steps in flight, a step is launched before the numbers of the one before it are read;
+        the weights are then ahead of what was yielded, until the batches end. Raises NonFiniteError, with its batch
+        and the weights of the step before it, unless fp16 may skip.
+        """
+        in_flight: deque[tuple[GlobalBatch, _LaunchedStep]] = deque()
+        iterator = iter(batches)
+        while (batch := self._draw(iterator)) is not None:
+            in_flight.append((batch, self._launch(batch, lr_at(batch.step), should_stop())))
+            if len(in_flight) < self.plan.steps_in_flight:
+                continue
+            result = self._wait(*in_flight[0])
+            yield in_flight.popleft()[0], result
+            if result.update.stop_requested:
+                break
+        for batch, launched in in_flight:
+            yield batch, self._wait(batch, launched)
+
+    def _draw(self, batches: Iterator[GlobalBatch]) -> GlobalBatch | None:
+        start_time = time.perf_counter()
+        batch = next(batches, None)
+        self.data_wait_seconds += time.perf_counter() - start_time
+        return batch
+
+    def _launch(self, batch: GlobalBatch, lr: float, should_stop: bool) -> _LaunchedStep:
+        """Forward, backward and update of a batch; nothing waits for a device that computes."""
+        self._apply_fallbacks(batch.step)
+        launch_time = time.perf_counter()
+        loss_sums = [
+            self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
+            for micro_batch in batch.micro_batches
+        ]
+        try:
+            wait = self.launch_update(lr, loss_sums, should_stop=should_stop)
+        except NonFiniteError as error:
+            error.batch = batch
+            raise
+        return _LaunchedStep(lr=lr, launch_time=launch_time, wait=wait)
+
+    def launch_update(
+        self, lr: float, loss_sums: Sequence[Tensor], *, should_stop: bool = False
+    ) -> Callable[[], UpdateResult]:
+        """Reduce, measure, clip and update; what is returned waits until it is done. Raises NonFiniteError, with the
+        weights untouched, here or there, unless fp16 may skip.
+
+        `loss_sums`: what `forward_backward` returned for this rank's micro-batches.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        gathered_sums = self._all_gather_sums(loss_sums, should_stop)
+        totals = None if self.plan.finite_check == "device" else self._read_totals(gathered_sums)
+        step_result = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
+
+        def wait() -> UpdateResult:
+            loss_sum, stop_requested = totals or self._read_totals(gathered_sums)
+            grad_norm = float(step_result.grad_norm)
+            if not (math.isfinite(grad_norm) or self.plan.precision == "fp16"):
+                raise NonFiniteError(f"gradient norm {grad_norm}")
+            return UpdateResult(
+                loss_sum=loss_sum, grad_norm=grad_norm, is_skipped=step_result.is_skipped,
+                stop_requested=stop_requested,
+            )  # fmt: skip
+
+        return wait
+
+    def _wait(self, batch: GlobalBatch, launched: _LaunchedStep) -> StepResult:
+        """What the step did, once it has done it."""
+        try:
+            update = launched.wait()
+        except NonFiniteError as error:
+            error.batch = batch
+            raise
+        start_time, self._last_end_time = max(launched.launch_time, self._last_end_time), time.perf_counter()
+        return StepResult(update=update, lr=launched.lr, elapsed_seconds=self._last_end_time - start_time)
 
     def forward_backward(self, micro_batch: MicroBatch, *, step: int, num_target_tokens: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its summed loss, float64 on the device.
@@ -147,69 +228,31 @@ class Engine:
         """
         self.dist_context.watchdog.heartbeat()
         self._set_training(True)
-        torch.manual_seed(_dropout_seed(self.seed, step, micro_batch.index))
+        torch.manual_seed(_dropout_seed(self._seed, step, micro_batch.index))
         inputs = (*self._to_device(micro_batch), self.stepper.grad_divisor / num_target_tokens)
         row_losses = self._graph_runner.backward(*inputs) if self._graph_runner else None
         return (self.stepper.backward(*inputs) if row_losses is None else row_losses).double().sum()
-
-    @property
-    def supports_steps_in_flight(self) -> bool:
-        """Whether a step may be asked for before the numbers of the one before it are read, so that none waits.
-
-        Where one was not finite the device leaves out what follows, too.
-        """
-        return self.stepper.supports_on_device_skip and self.dist_context.device.type == "cuda"
-
-    def step(self, lr: float, loss_sums: Sequence[Tensor], *, should_stop: bool = False) -> StepResult:
-        """Reduce, measure, clip, update. Raises NonFiniteError, with the weights untouched, unless fp16 may skip.
-
-        `loss_sums`: what `forward_backward` returned for this rank's micro-batches; `should_stop`: whether this rank
-        wants to stop.
-        """
-        return self.launch_step(lr, loss_sums, should_stop=should_stop)()
-
-    def launch_step(
-        self, lr: float, loss_sums: Sequence[Tensor], *, should_stop: bool = False
-    ) -> Callable[[], StepResult]:
-        """Ask for such a step; what is returned waits until it is done and tells of it, or raises."""
-        self.dist_context.watchdog.heartbeat()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        gathered_sums = self._all_gather_sums(loss_sums, should_stop)
-        totals = None if self.stepper.supports_on_device_skip else self._read_totals(gathered_sums)
-        step_result = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
-
-        def wait() -> StepResult:
-            loss_sum, stop_requested = totals or self._read_totals(gathered_sums)
-            grad_norm = float(step_result.grad_norm)
-            if not (math.isfinite(grad_norm) or self.precision == "fp16"):
-                raise NonFiniteError(f"gradient norm {grad_norm}")
-            return StepResult(
-                loss_sum=loss_sum,
-                grad_norm=grad_norm,
-                was_skipped=step_result.was_skipped,
-                stop_requested=stop_requested,
-            )
-
-        return wait
-
-    def restore_fp32(self) -> None:
-        """After the last step: give the frozen base its float32 back, for readers outside autocast.
-
-        On rank 0; the others' is only of that type. Nothing may be trained or evaluated here afterwards.
-        """
-        if self._frozen_cast is not None:
-            self._frozen_cast.restore_fp32()
 
     def discard_step(self) -> None:
         """Let no gradient stay after a refused step. The state may be worthless then: for those who restore it."""
         self.stepper.discard_step()
 
+    def _apply_fallbacks(self, step: int) -> None:
+        """Between steps: take up a plan without what has failed, and note from which step on and why."""
+        if self._loss_module.compile_error and self.plan.compiled_shapes:
+            self._change_plan(step, replace(self.plan, compiled_shapes=()), self._loss_module.compile_error)
+        if self._graph_runner is not None and self._graph_runner.capture_error:
+            self._change_plan(step, replace(self.plan, cuda_graphs=False), self._graph_runner.capture_error)
+            self._graph_runner = None
+
+    def _change_plan(self, step: int, plan: ExecutionPlan, reason: str) -> None:
+        self.plan = plan
+        self.plan_changes.append(PlanChange(step=step, plan=plan, reason=reason))
+
     def _all_gather_sums(self, loss_sums: Sequence[Tensor], should_stop: bool) -> Tensor:
         """One row a rank, on the device: its micro-batches' sums and whether it wants to stop."""
-        stop_flag = torch.full(
-            (), float(should_stop), dtype=torch.float64, device=self.dist_context.device
-        )  # a copy would wait
+        # `full` and not `tensor`: a copy to the device would wait.
+        stop_flag = torch.full((), float(should_stop), dtype=torch.float64, device=self.dist_context.device)
         local_sums = torch.stack([*loss_sums, stop_flag])
         gathered_sums = local_sums
         if self.dist_context.world_size > 1:
@@ -229,6 +272,8 @@ class Engine:
             raise NonFiniteError("loss nan")
         return math.fsum(values), any(row[-1] for row in sums_by_rank)
 
+    # --- evaluation and generation ---
+
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Tensor:
         """Summed loss of each row, without dropout: float64 on the device."""
@@ -237,6 +282,14 @@ class Engine:
         inputs = self._to_device(micro_batch)
         row_losses = self._graph_runner.forward(*inputs) if self._graph_runner else None
         return (self.stepper.forward(*inputs) if row_losses is None else row_losses).double()
+
+    def restore_fp32(self) -> None:
+        """After the last step: give the frozen base its float32 back, for readers outside autocast.
+
+        On rank 0; the others' is only of that type. Nothing may be trained or evaluated here afterwards.
+        """
+        if self._frozen_cast is not None:
+            self._frozen_cast.restore_fp32()
 
     def _set_training(self, is_training: bool) -> None:
         if self._loss_module.training != is_training:  # both walk over all modules
@@ -301,7 +354,7 @@ class Engine:
             pad_token_id=eos_token_id,
             use_cache=True,
         )
-        use_autocast = self.precision == "bf16"
+        use_autocast = self.plan.precision == "bf16"
         with (
             torch.autocast(self.dist_context.device.type, torch.bfloat16) if use_autocast else contextlib.nullcontext()
         ):

@@ -11,11 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from trainer.model.build import TrainableModel
 
 
-def should_cast_frozen_weights(*, precision: str, stage: int, has_adapters: bool, is_quantized: bool) -> bool:
-    """Whether a run's frozen base is held so: under ZeRO-3 it is divided in float32, a packed one is smaller still."""
-    return precision == "bf16" and stage < 3 and has_adapters and not is_quantized
-
-
 class FrozenWeightCast:
     """The float32 weights of a frozen base beside their halves in the model; in host memory, of one rank."""
 

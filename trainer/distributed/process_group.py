@@ -66,12 +66,6 @@ class DistContext:
         return results[self.rank - self.local_rank if per_node else 0][0]  # type: ignore[return-value]
 
     @property
-    def is_single_node_cpu(self) -> bool:
-        """Whether several ranks share the processor of one machine, whose memory all of them can see."""
-        is_local_cpu = self.device.type == "cpu" and self.local_world_size == self.world_size > 1
-        return is_local_cpu and hasattr(os, "memfd_create")
-
-    @property
     def num_nodes(self) -> int:
         """Machines taking part, each with the same number of ranks."""
         return self.world_size // self.local_world_size

@@ -65,9 +65,6 @@ class EngineState:
 
         @torch.no_grad()
         def restore() -> None:
-            self.dist_context.all_gather_object(
-                None
-            )  # ranks of one processor have the weights in common: nobody may still read them
             for tensor, saved in tensor_copies:
                 tensor.detach().copy_(saved)
             for flat in [flat for flat in torch_optimizer.state if flat not in saved_states]:
@@ -176,7 +173,7 @@ class EngineState:
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
             flat_params = self.optimizer.fp32_partitioned_groups_flat
         for flat in flat_params:
-            if flat not in torch_optimizer.state:  # else in memory that ranks have in common
+            if flat not in torch_optimizer.state:
                 torch_optimizer.state[flat] = {
                     "step": torch.zeros((), device=flat.device),
                     "exp_avg": torch.zeros_like(flat),

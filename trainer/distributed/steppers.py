@@ -15,15 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from trainer.data.sampler import GlobalBatch
 from trainer.distributed.process_group import DistContext
-from trainer.distributed.shared import Common, Shared
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 
-NORM_CHUNK = 2**20  # elements of a flat gradient whose squares are summed in float32 before float64 takes over
+NORM_CHUNK = 2**14  # elements of a flat gradient whose squares are summed in float32: relative error below 1e-6
 
 
 class NonFiniteError(Exception):
     """The loss or the global gradient of a step is NaN or infinite; the weights are still those before the step."""
+
+    batch: GlobalBatch | None = None  #: of that step, where the engine ran it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +33,19 @@ class OptimizerStepResult:
     """What became of a step: the norm of the global gradient before clipping, and whether fp16 left the update out."""
 
     grad_norm: Tensor | float
-    was_skipped: bool = False
+    is_skipped: bool = False
 
 
 class DeepSpeedStepper:
     """ZeRO 2 and 3, offload and fp16: DeepSpeed's own forward, backward and step."""
 
-    supports_on_device_skip = False
+    skips_on_device = False
 
     def __init__(self, deepspeed_engine: Any, precision: str):
         self.deepspeed_engine = deepspeed_engine
         self.precision = precision
-        self.grad_divisor = (
-            deepspeed_engine.world_size
-        )  #: what the ranks' gradients are divided by when they are brought together
+        #: what the ranks' gradients are divided by when they are brought together
+        self.grad_divisor = deepspeed_engine.world_size
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's summed loss, for evaluation."""
@@ -60,13 +61,13 @@ class DeepSpeedStepper:
         """Reduce, measure, clip and update. Raises NonFiniteError, with the weights untouched, unless fp16 may skip."""
         previous_skipped_steps = self.deepspeed_engine.skipped_steps
         self.deepspeed_engine.step()
-        grad_norm, was_skipped = (
+        grad_norm, is_skipped = (
             float(self.deepspeed_engine.get_global_grad_norm()),
             self.deepspeed_engine.skipped_steps > previous_skipped_steps,
         )
-        if self.precision != "fp16" and (was_skipped or not math.isfinite(grad_norm)):
+        if self.precision != "fp16" and (is_skipped or not math.isfinite(grad_norm)):
             raise NonFiniteError(f"gradient norm {grad_norm}")
-        return OptimizerStepResult(grad_norm=grad_norm, was_skipped=was_skipped)
+        return OptimizerStepResult(grad_norm=grad_norm, is_skipped=is_skipped)
 
     def discard_step(self) -> None:
         """Let no gradient stay. Weights and moments may be worthless afterwards."""
@@ -90,7 +91,10 @@ class NativeStepper:
         loss_module: CausalLMLoss,
         trainable_params: Sequence[nn.Parameter],
         max_grad_norm: float,
+        *,
+        skips_on_device: bool,
     ):
+        """`skips_on_device`: torch's fused AdamW divides by a scale and leaves an update out on the device's word."""
         self.dist_context = dist_context
         self.loss_module = loss_module
         self.max_grad_norm = max_grad_norm
@@ -100,27 +104,9 @@ class NativeStepper:
         if self.zero_optimizer:
             for hook in self.zero_optimizer._grad_acc_hooks:
                 hook.remove()
-        is_all_float32 = all(parameter.dtype == torch.float32 for parameter in self.trainable_params)
-        is_unsharded_adamw = self.zero_optimizer is None and type(self.optimizer) is torch.optim.AdamW
-        self.common = (
-            Common.of(dist_context, self.optimizer, self.trainable_params)
-            if is_all_float32 and is_unsharded_adamw
-            else None
-        )
-        self.shared = (
-            Shared.of(dist_context, self._max_flat_grad_numel()) if is_all_float32 and not self.common else None
-        )
-        #: torch's fused AdamW divides by a scale and leaves an update out on the device's word: nobody has to wait
-        self.supports_on_device_skip = bool(self.optimizer.defaults.get("fused"))
-        self._found_inf = torch.zeros(
-            (), device=dist_context.device
-        )  # one after an update that was left out: no other follows
-
-    def _max_flat_grad_numel(self) -> int:
-        """Elements of the longest flat gradient that is brought together at one time."""
-        if self.zero_optimizer is None:
-            return sum(parameter.numel() for parameter in self.trainable_params)
-        return max((flat.numel() for flat in self.zero_optimizer.bit16_groups_flat), default=0)
+        self.skips_on_device = skips_on_device
+        # 1 after an update that was left out: no other follows until `discard_step`.
+        self._found_inf = torch.zeros((), device=dist_context.device)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's summed loss, for evaluation."""
@@ -136,7 +122,7 @@ class NativeStepper:
         """Reduce, measure, clip and update.
 
         Where the gradient or what `all_finite` (a truth on the device) speaks of is not finite, the weights stay:
-        NonFiniteError is raised, or, `supports_on_device_skip`, the device leaves out the update and all that follow
+        NonFiniteError is raised, or, `skips_on_device`, the device leaves out the update and all that follow
         until `discard_step`, which the caller sees in the numbers.
         """
         for parameter in self.trainable_params:
@@ -145,13 +131,11 @@ class NativeStepper:
         try:
             grads = self._all_reduce_grads() if self.zero_optimizer is None else self._reduce_scatter_grads()
             grad_norm = self._grad_norm(grads)
-            if not self.supports_on_device_skip and not torch.isfinite(grad_norm):
+            if not self.skips_on_device and not torch.isfinite(grad_norm):
                 raise NonFiniteError(f"gradient norm {float(grad_norm)}")
             self._clip_and_step(grads, grad_norm, all_finite)
             if self.zero_optimizer is not None:
                 self._all_gather_params()
-            if self.common is not None:
-                self.common.wait()
         finally:
             self._clear_grads()
         return OptimizerStepResult(grad_norm=grad_norm)
@@ -169,17 +153,9 @@ class NativeStepper:
                 partition.grad = None
 
     def _all_reduce_grads(self) -> list[Tensor]:
-        """Stage 0: every weight's gradient, summed over the ranks; of `common` ones those that this rank updates."""
+        """Stage 0: every weight's gradient, summed over the ranks."""
         grads = [p.grad for p in self.trainable_params if p.grad is not None]
-        if self.common is not None:
-            owned_grads = self.common.reduce(grads)
-            for index, parameter in enumerate(self.trainable_params):
-                if not self.common.owns(index):
-                    parameter.grad = None  # an optimizer leaves it alone
-            return owned_grads
-        if self.shared is not None:
-            self.shared.all_reduce(grads)
-        elif self.dist_context.world_size > 1:
+        if self.dist_context.world_size > 1:
             flat = _flatten_dense_tensors(grads)
             dist.all_reduce(flat)
             torch._foreach_copy_(grads, list(_unflatten_dense_tensors(flat, grads)))
@@ -197,9 +173,6 @@ class NativeStepper:
                 grads.append(flat_weights.new_zeros(padding))
             for parameter in group:
                 parameter.grad = None
-            if self.shared is not None:
-                partition.grad = self.shared.reduce_scatter(grads)
-                continue
             flat = _flatten_dense_tensors(grads)
             if self.dist_context.world_size > 1:
                 shard = flat.new_empty(partition.numel())
@@ -212,18 +185,19 @@ class NativeStepper:
 
     def _grad_norm(self, grads: list[Tensor]) -> Tensor:
         """Of the whole gradient, 0-dimensional float32 on the device."""
-        if self.zero_optimizer is None and self.common is None:
+        if self.zero_optimizer is None:
             return nn.utils.get_total_norm(grads)
-        chunks = [chunk for grad in grads for chunk in grad.flatten().split(NORM_CHUNK)]
-        norms = torch.stack(torch._foreach_norm(chunks)) if chunks else torch.zeros(0, device=self.dist_context.device)
-        square = norms.double().square().sum()
+        square = torch.zeros((), dtype=torch.float64, device=self.dist_context.device)
+        for grad in grads:
+            for chunks in _split_for_norm(grad.flatten()):
+                square += torch.linalg.vector_norm(chunks, dim=1).double().square().sum()
         if self.dist_context.world_size > 1:
             dist.all_reduce(square)
         return square.sqrt().float()
 
     def _clip_and_step(self, grads: list[Tensor], grad_norm: Tensor, all_finite: Tensor) -> None:
         """Clip by the formula of torch's clip_grad_norm_, and update."""
-        if self.supports_on_device_skip:
+        if self.skips_on_device:
             self._found_inf = torch.maximum(self._found_inf, (~(all_finite & torch.isfinite(grad_norm))).float())
             self.optimizer.found_inf = self._found_inf
             self.optimizer.grad_scale = (
@@ -244,12 +218,16 @@ class NativeStepper:
         ):  # fmt: skip
             local_shard = shards[self.dist_context.rank]
             local_shard.copy_(partition)
-            if self.shared is not None:
-                self.shared.all_gather(flat, local_shard)
-            elif self.dist_context.world_size > 1:
+            if self.dist_context.world_size > 1:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)
                     dist.all_gather_into_tensor(flat, local_shard)
+
+
+def _split_for_norm(flat: Tensor) -> list[Tensor]:
+    """The whole chunks of a flat gradient as rows [n, NORM_CHUNK], and what remains as one row."""
+    num_whole = flat.numel() - flat.numel() % NORM_CHUNK
+    return [part for part in (flat[:num_whole].view(-1, NORM_CHUNK), flat[num_whole:][None]) if part.numel()]
 
 
 _NATIVE_ZERO_KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "overlap_comm"}

@@ -35,7 +35,7 @@ class CausalLMLoss(nn.Module):
         self.causal = causal
         self.autocast_dtype = autocast_dtype
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
-        self.compile_errors: list[str] = []  #: one line where compiling failed
+        self.compile_error = ""  #: one line where compiling failed
         self._compiled_shapes: set[tuple[int, ...]] = set()
         self._compiled_base_model: Any = None
         self._compiled_nll_and_grad: Any = None
@@ -66,7 +66,7 @@ class CausalLMLoss(nn.Module):
                 return hidden, self._compiled_nll_and_grad
             except TorchDynamoException as error:  # no compiler here, or a model that it does not understand
                 self._compiled_base_model = None
-                self.compile_errors.append(f"steps are not compiled: {' '.join(str(error).split())[:200]}")
+                self.compile_error = f"steps are not compiled: {' '.join(str(error).split())[:200]}"
         return self.causal.base_model(**inputs, use_cache=False).last_hidden_state, _nll_and_grad_inplace
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,8 @@ class Callbacks:
             self._count_sample_seconds(previous_records)
         )  # what a process that was killed did not say
         self._lora_b_names = engine.model.lora_b_names
-        self._device_wait_seconds = 0.0
-        self._num_notices = 0  # of the engine's notices
+        self._waited_seconds = {"device": 0.0, "data": 0.0}  # of the engine's counts, up to the record before
+        self._num_plan_changes = 0  # of the engine's, that were reported
 
     def on_train_begin(self, step: int, elapsed_seconds: float) -> list[EventRecord]:
         """What is to be said before the first record."""
@@ -54,11 +54,9 @@ class Callbacks:
 
     def on_record(self, record: Record) -> list[EventRecord]:
         """What follows a record, in order; only rank 0's is written, but every rank must ask."""
-        device_wait_seconds, self._device_wait_seconds = (
-            self.engine.device_wait_seconds - self._device_wait_seconds,
-            self.engine.device_wait_seconds,
-        )
-        self.diagnostics.add_time("device", device_wait_seconds)
+        for what, seconds in (("device", self.engine.device_wait_seconds), ("data", self.engine.data_wait_seconds)):
+            self.diagnostics.add_time(what, seconds - self._waited_seconds[what])
+            self._waited_seconds[what] = seconds
         diagnostics = self.diagnostics.on_record(record)
         if isinstance(record, EvalRecord) and record.step and self._lora_b_names:
             diagnostics += self.diagnostics.check_adapter(self.engine.max_abs(self._lora_b_names))
@@ -70,13 +68,13 @@ class Callbacks:
         )
         self.diagnostics.add_time("evaluation", sample_event.facts["seconds"] if sample_event else 0.0)
         events = [diagnostic.to_record(record.step, record.time) for diagnostic in diagnostics]
-        notices, self._num_notices = self.engine.notices[self._num_notices :], len(self.engine.notices)
-        events += [EventRecord(event="eager", step=record.step, message=n, time=record.time) for n in notices]
+        for change in self.engine.plan_changes[self._num_plan_changes :]:
+            self._num_plan_changes += 1
+            facts = {"step": change.step, "reason": change.reason, **change.plan.as_dict()}
+            events.append(
+                EventRecord(event="execution", step=record.step, message=change.reason, time=record.time, facts=facts)
+            )
         return [*([sample_event] if sample_event else []), *events]
-
-    def add_data_time(self, seconds: float) -> None:
-        """The loop waited so long for its rows."""
-        self.diagnostics.add_time("data", seconds)
 
     def add_logging_time(self, start_time: float) -> None:
         """Records were written since `start_time`, a reading of `time.perf_counter`."""

@@ -15,7 +15,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,39 +28,12 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.data.sampler import MicroBatch
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext
+from trainer.training.train_state import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
 _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class BestCheckpoint:
-    """The lowest validation loss so far and where it was."""
-
-    step: int
-    epoch: float
-    loss: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """Where a run stands: all that is not a function of its settings and its step."""
-
-    step: int = 0
-    examples_seen: int = 0
-    tokens_seen: int = 0
-    epoch_loss_sum: float = 0.0  #: summed training loss of the epoch so far, nats
-    epoch_target_tokens: int = 0  #: targets it is the sum over
-    elapsed_seconds: float = 0.0  #: since the run began, pauses between stop and resume left out
-    skipped_steps: int = 0  #: steps whose update fp16 left out; AdamW has not counted them
-    eval_pending: bool = True  #: the evaluation and the epoch's row that may be due after this step are still to come
-    val_loss: float | None = None  #: of the newest evaluation
-    val_step: int = -1  #: the step of that evaluation
-    best: BestCheckpoint | None = None
-    best_for_patience: float | None = None  #: validation loss that an evaluation must beat, by --early-stop's MIN_DELTA
-    evals_without_improvement: int = 0  #: evaluations in a row that did not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +58,7 @@ class Checkpoint:
     @property
     def train_state(self) -> TrainState:
         """Where the run stood."""
-        values = dict(self.metadata["progress"])
-        best = values.pop("best")
-        return TrainState(**values, best=BestCheckpoint(**best) if best else None)
+        return TrainState.from_dict(self.metadata["progress"])
 
     def find_damage(self) -> str | None:
         """Which of its files is missing, cut off or changed since it was written; None where it is whole."""
@@ -294,7 +265,7 @@ def _write_chunks(file: IO[bytes], digest: Any, data: Any) -> None:
 
 
 def _format_metadata(metadata: Mapping[str, Any], state: TrainState) -> str:
-    metadata = {**metadata, "progress": asdict(state)}
+    metadata = {**metadata, "progress": state.as_dict()}
     return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
 
 

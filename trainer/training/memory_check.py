@@ -7,7 +7,7 @@ import psutil
 
 from trainer.config.settings import Settings
 from trainer.distributed.deepspeed_config import DeepSpeedFile
-from trainer.distributed.frozen_bf16 import should_cast_frozen_weights
+from trainer.distributed.execution import make_execution_plan
 from trainer.distributed.memory_count import PassSetup, count_pass_memory
 from trainer.distributed.memory_estimate import (
     CUDA_CONTEXT_BYTES,
@@ -34,14 +34,14 @@ def estimate_plan(
     """
     micro_batch_size = micro_batch_size or plan.schedule.batch.micro_batch_size
     world_size = plan.dist_context.world_size
+    execution = make_execution_plan(
+        plan.settings, plan.dist_context, {**plan.deepspeed_config, **deepspeed_file.content},
+        precision=plan.precision, model_dropout=plan.dropout, micro_batch_size=micro_batch_size,
+    )  # fmt: skip
     setup = PassSetup(
         micro_batch_size=micro_batch_size, sequence_length=row_length, precision=plan.precision,
         is_gpu=plan.dist_context.device.type == "cuda", is_zero3=deepspeed_file.stage == 3,
-        uses_fused_lora=plan.uses_fused_lora(deepspeed_file.stage),
-        casts_frozen_weights=should_cast_frozen_weights(
-            precision=plan.precision, stage=deepspeed_file.stage, has_adapters=plan.settings.mode == "lora",
-            is_quantized=plan.settings.model.quant is not None,
-        ),
+        uses_fused_lora=execution.fused_lora, casts_frozen_weights=execution.frozen_dtype == "bfloat16",
         accumulates=plan.schedule.batch.global_batch > micro_batch_size * world_size,
     )  # fmt: skip
     return estimate_memory(

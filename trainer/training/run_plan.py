@@ -17,7 +17,6 @@ from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
-from trainer.config.validation import graph_blocker
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.deepspeed_config import (
     DeepSpeedFile,
@@ -25,13 +24,12 @@ from trainer.distributed.deepspeed_config import (
     choose_deepspeed_file,
     read_deepspeed_file,
 )
-from trainer.distributed.frozen_bf16 import should_cast_frozen_weights
+from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import DistContext, device_memory_bytes, supports_bf16
-from trainer.distributed.steppers import supports_native_stepper
 from trainer.model import optimizer
 from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
-from trainer.training.loop import TrainSchedule
+from trainer.training.schedule import TrainSchedule
 from trainer.training.text_metrics import check_installed
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
@@ -45,60 +43,16 @@ class RunPlan:
     dist_context: DistContext
     schedule: TrainSchedule
     deepspeed_file: DeepSpeedFile
-    precision: str
     deepspeed_config: dict[str, Any]
+    execution: ExecutionPlan
     model_info: dict[str, Any]
     data_info: dict[str, Any]
-    dropout: float
-    is_compiled: bool
+    dropout: float  #: the largest dropout probability of the base model
 
     @property
-    def uses_native_stepper(self) -> bool:
-        """Whether gradients go past DeepSpeed's hooks, which this plan does not need."""
-        return supports_native_stepper(
-            self.deepspeed_config, world_size=self.dist_context.world_size, precision=self.precision
-        )
-
-    @property
-    def uses_cuda_graphs(self) -> bool:
-        """Whether forward and backward are to be recorded as CUDA graphs."""
-        is_capturable = self.settings.engine.execution != "eager" and not graph_blocker(self.settings)
-        return self.dist_context.device.type == "cuda" and self.uses_native_stepper and is_capturable
-
-    @property
-    def uses_blockwise_attention(self) -> bool:
-        """Whether dropout, and GPT-2's attention with it, are this program's own: on a processor, not compiled."""
-        return self.dist_context.device.type == "cpu" and self.dropout > 0 and not self.is_compiled
-
-    @property
-    def in_common(self) -> bool:
-        """Whether the ranks of one processor hold weights and moments once and divide the update."""
-        is_float32 = self.precision != "fp16" and self.settings.train.optim not in EIGHT_BIT_OPTIMIZERS
-        return self.dist_context.is_single_node_cpu and self.deepspeed_file.stage == 0 and is_float32
-
-    @property
-    def has_bf16_frozen_weights(self) -> bool:
-        """Whether the frozen base is held in bfloat16."""
-        return should_cast_frozen_weights(
-            precision=self.precision, stage=self.deepspeed_file.stage, has_adapters=self.settings.mode == "lora",
-            is_quantized=self.settings.model.quant is not None,
-        )  # fmt: skip
-
-    def uses_fused_lora(self, stage: int) -> bool:
-        """Whether, under a stage of ZeRO, an adapter is one operation with its layer (`trainer.kernels.fused_lora`)."""
-        settings, lora = self.settings, self.settings.lora
-        is_plain_lora = lora.adapter != "dora" and not lora.dropout and settings.model.quant is None
-        return settings.mode == "lora" and is_plain_lora and stage < 3 and not self.is_compiled
-
-    @property
-    def compiled_shapes(self) -> set[tuple[int, ...]]:
-        """Shapes [rows, tokens] of micro-batches that are compiled for; the ragged ends are not."""
-        block_size = self.settings.data.block_size
-        return (
-            {(self.schedule.batch.micro_batch_size, block_size), (self.settings.train.eval_batch, block_size)}
-            if self.is_compiled
-            else set()
-        )
+    def precision(self) -> str:
+        """fp32, bf16 or fp16."""
+        return self.execution.precision
 
     def summary_lines(self) -> list[tuple[str, str]]:
         """The plan as (what, value) for people."""
@@ -131,7 +85,7 @@ class RunPlan:
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", lr_text),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
-            ("steps run", self._describe_execution()),
+            ("execution", self.execution.describe()),
             (
                 "precision",
                 f"{self.precision} on {self.dist_context.world_size} x {_device_name(self.dist_context.device)}",
@@ -157,6 +111,7 @@ class RunPlan:
             "settings": settings.as_dict(),
             "overridden": list(settings.overridden),
             "resolved": self.resolved(),
+            "execution": [{"step": 0, "reason": "as planned", **self.execution.as_dict()}],
             "deepspeed": self.deepspeed_config,
             "data": self.data_info,
             "model": self.model_info,
@@ -166,17 +121,6 @@ class RunPlan:
             "hardware": _describe_hardware(self.dist_context),
             "wandb": wandb,
         }
-
-    def _describe_execution(self) -> str:
-        text = "directly, past DeepSpeed's hooks" if self.uses_native_stepper else "through DeepSpeed"
-        text += ", compiled" * self.is_compiled + ", recorded as CUDA graphs" * self.uses_cuda_graphs
-        text += ", state in common" * self.in_common
-        text += ", adapters fused with their layers" * self.uses_fused_lora(self.deepspeed_file.stage)
-        return (
-            text
-            + ", dropout by blocks" * self.uses_blockwise_attention
-            + ", the frozen base in bfloat16" * self.has_bf16_frozen_weights
-        )
 
     def resolved(self) -> dict[str, Any]:
         """What was derived or chosen."""
@@ -197,13 +141,6 @@ class RunPlan:
             "steps_per_epoch": schedule.steps_per_epoch,
             "total_steps": schedule.total_steps,
             "dropout": self.dropout,
-            "direct": self.uses_native_stepper,
-            "compiled": self.is_compiled,
-            "recorded": self.uses_cuda_graphs,
-            "state_in_common": self.in_common,
-            "adapters_fused": self.uses_fused_lora(self.deepspeed_file.stage),
-            "dropout_by_blocks": self.uses_blockwise_attention,
-            "base_in_bf16": self.has_bf16_frozen_weights,
         }
 
     def incomparable_reasons(self) -> list[str]:
@@ -278,11 +215,10 @@ def _choose_deepspeed_file(
     if settings.engine.ds_config:
         return read_deepspeed_file(settings.engine.ds_config)
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
-        return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not divided")
+        return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
     return choose_deepspeed_file(
         counts=ParamCounts.from_model_info(model_info), world_size=dist_context.world_size,
         device_memory_bytes=device_memory_bytes(dist_context.device), precision=precision,
-        in_common=dist_context.is_single_node_cpu,
     )  # fmt: skip
 
 
@@ -300,19 +236,24 @@ def make_plan(
     precision = settings.engine.precision or ("bf16" if supports_bf16(dist_context.device) else "fp32")
     deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision)
     _validate_stage(settings, deepspeed_file)
+    deepspeed_config = build_deepspeed_config(
+        deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=precision
+    )
+    dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
     num_examples = len(data.train)
-    schedule = TrainSchedule(
-        settings=settings, batch=batch, total_steps=settings.train.total_steps(num_examples),
-        steps_per_epoch=settings.train.steps_per_epoch(num_examples),
-    )  # fmt: skip
     return RunPlan(
-        settings=settings, dist_context=dist_context, schedule=schedule, deepspeed_file=deepspeed_file,
-        precision=precision,
-        is_compiled=settings.engine.execution == "compile",
-        deepspeed_config=build_deepspeed_config(deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm,
-            precision=precision),
-        model_info=model_info, data_info=data.metadata,
-        dropout=max(get_dropout_probabilities(model_config).values(), default=0.0),
+        settings=settings, dist_context=dist_context, deepspeed_file=deepspeed_file,
+        schedule=TrainSchedule(
+            settings=settings, batch=batch, num_examples=num_examples,
+            total_steps=settings.train.total_steps(num_examples),
+            steps_per_epoch=settings.train.steps_per_epoch(num_examples),
+        ),
+        deepspeed_config=deepspeed_config,
+        execution=make_execution_plan(
+            settings, dist_context, deepspeed_config, precision=precision, model_dropout=dropout,
+            micro_batch_size=batch.micro_batch_size,
+        ),
+        model_info=model_info, data_info=data.metadata, dropout=dropout,
     )  # fmt: skip
 
 

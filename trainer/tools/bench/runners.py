@@ -30,9 +30,9 @@ from trainer.model import lora
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tools.bench.configs import BenchmarkConfig
 from trainer.tracking.records import StepRecord
-from trainer.training.checkpoint import TrainState
 from trainer.training.loop import train
 from trainer.training.run_plan import make_plan
+from trainer.training.train_state import TrainState
 
 NUM_EVAL_BATCHES = 4  # that the validation set is long
 
@@ -105,10 +105,7 @@ def run_ours(setup: BenchmarkSetup) -> tuple[Iterator[None], Engine]:
     plan = make_plan(
         setup.settings, setup.dist_context, setup.data, setup.model.metadata, load_config(setup.settings.model)
     )
-    engine = Engine(
-        setup.dist_context, setup.model, plan.deepspeed_config, setup.settings.train, plan.precision,
-        compiled_shapes=plan.compiled_shapes
-    )  # fmt: skip
+    engine = Engine(setup.dist_context, setup.model, plan.deepspeed_config, setup.settings.train, plan.execution)
     null_checkpoint_manager: Any = SimpleNamespace(save=lambda *_: None)
 
     def steps() -> Iterator[None]:

@@ -267,9 +267,7 @@ def _measure_cost(outcome: RunOutcome) -> Cost:
 def estimate_costs(plan: RunPlan, data: PreparedDataset, cost: Cost, estimated_bytes: float) -> Iterator[CheckResult]:
     """Time and disk of the whole run, from what the rehearsal took; its memory beside the `expected` bytes."""
     schedule, output_settings = plan.schedule, plan.settings.output
-    num_evaluations = 1 + sum(
-        schedule.is_due(output_settings.eval_every, n) for n in range(1, schedule.total_steps + 1)
-    )
+    num_evaluations = sum(schedule.is_eval_due(step) for step in range(schedule.total_steps + 1))
     evaluation_seconds = cost.eval_seconds_per_token * data.metadata["val"]["counted_tokens"]
     total_seconds = (
         schedule.total_steps * cost.step_seconds + num_evaluations * evaluation_seconds + cost.overhead_seconds

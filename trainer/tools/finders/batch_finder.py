@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def run_trials(plan: RunPlan, data_folder: Path, sizes: Sequence[int]) -> list[T
     try:
         job = {
             "settings": plan.settings.as_dict(), "data": str(data_folder),
-            "deepspeed": plan.deepspeed_config, "precision": plan.precision, "sizes": list(sizes),
+            "deepspeed": plan.deepspeed_config, "execution": asdict(plan.execution), "sizes": list(sizes),
             "answer": str(folder / "answer"),
         }  # fmt: skip
         write_text(folder / "job.json", json.dumps(job))

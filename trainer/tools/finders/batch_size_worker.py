@@ -22,6 +22,7 @@ from trainer.data.dataset import load
 from trainer.data.sampler import PAD_ID, step_batches, step_counts
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine
+from trainer.distributed.execution import ExecutionPlan
 from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model.build import build_model
 
@@ -42,7 +43,7 @@ def main(job_file: str) -> int:
             build_model(settings, with_fingerprint=False),
             job["deepspeed"],
             settings.train,
-            job["precision"],
+            ExecutionPlan(**job["execution"]),
         )
         with open(f"{job['answer']}-{dist_context.rank}", "a", buffering=1) as answer_file:
             for micro_batch_size in job["sizes"]:
@@ -91,7 +92,7 @@ def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> d
             for micro_batch in micro_batches
         ]
         backward_end_time = _synchronized_time(is_gpu)
-        engine.step(0.0, loss_sums)
+        engine.launch_update(0.0, loss_sums)()
         step_times.append(
             (backward_end_time - start_time) / len(micro_batches) * batch.gradient_accumulation_steps
             + _synchronized_time(is_gpu)

@@ -7,14 +7,13 @@ from pathlib import Path
 from trainer.config.cli import LRRange
 from trainer.config.errors import UserError
 from trainer.data.dataset import PreparedDataset
-from trainer.data.sampler import PAD_ID, epoch_order, step_batches, step_counts
 from trainer.distributed.engine import Engine
 from trainer.distributed.steppers import NonFiniteError
 from trainer.report.lr_range_plot import plot_lr_range_test
 from trainer.tools.finders.lr_curve import LRSuggestion, geometric_lrs, has_diverged, smooth, smoothing_beta, suggest_lr
 from trainer.training.checkpoint import write_text
-from trainer.training.loop import TrainSchedule
 from trainer.training.run_plan import RunPlan
+from trainer.training.schedule import TrainSchedule
 
 NUM_PROGRESS_LINES = 10  # lines while it runs
 
@@ -37,33 +36,18 @@ def sweep(engine: Engine, data: PreparedDataset, schedule: TrainSchedule, lrs: l
     The steps are those of a run: same order, same batches, same dropout; only the rates are others. Every rank sees the
     same numbers, so all end at the same step.
     """
-    settings, losses = schedule.settings, []
-    order, order_epoch = None, -1
-    for step, lr in enumerate(lrs):
-        epoch, step_in_epoch = divmod(step, schedule.steps_per_epoch)
-        if order is None or order_epoch != epoch:
-            order, order_epoch = (
-                epoch_order(
-                    data.train, seed=settings.train.seed, epoch=epoch, global_batch=schedule.batch.global_batch,
-                    shuffle=settings.data.shuffle, group_by_length=settings.data.objective == "completion",
-                ),
-                epoch,
-            )  # fmt: skip
-        micro_batches = step_batches(data.train, order, step_in_epoch, schedule.batch, engine.dist_context.rank, PAD_ID)
-        _, _, num_target_tokens = step_counts(data.train, order, step_in_epoch, schedule.batch.global_batch)
-        loss_sums = [
-            engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens)
-            for micro_batch in micro_batches
-        ]
+    losses: list[float] = []
+    for batch in schedule.batches(data.train, engine.dist_context.rank)(0, len(lrs)):
         try:
-            losses.append(engine.step(lr, loss_sums).loss_sum / num_target_tokens)
+            _, result = next(engine.run([batch], lrs.__getitem__))
+            losses.append(result.update.loss_sum / batch.num_target_tokens)
         except NonFiniteError:
             losses.append(math.nan)
             engine.discard_step()
         if has_diverged(losses, len(lrs)):
             break
-        if engine.dist_context.rank == 0 and (step + 1) % max(1, len(lrs) // NUM_PROGRESS_LINES) == 0:
-            print(f"step {step + 1}/{len(lrs)}  lr {lr:.1e}  loss {losses[-1]:.4f}", flush=True)
+        if engine.dist_context.rank == 0 and len(losses) % max(1, len(lrs) // NUM_PROGRESS_LINES) == 0:
+            print(f"step {len(losses)}/{len(lrs)}  lr {lrs[len(losses) - 1]:.1e}  loss {losses[-1]:.4f}", flush=True)
     return losses
 
 

@@ -1,0 +1,183 @@
+"""Every faster way to compute a step gives the plain way's numbers: one case for each field of the execution plan."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.matrix import launch_jobs, read_job_result, run_jobs
+from test_invariance import (
+    LEARNING_RATE,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    WEIGHT_TOLERANCE,
+    make_argv,
+    output_relevant_part,
+)
+
+from trainer.config import cli
+from trainer.data.dataset import load
+from trainer.distributed.execution import make_execution_plan
+from trainer.distributed.process_group import simulated_context
+from trainer.model.build import build_model, load_config
+from trainer.training.run_plan import make_plan
+
+EXACT = "exact"  # the same operations in the same order
+ROUNDED = "rounded"  # another order of the sums
+#: name: (flags, fields of the plan that make it plain, bound, ranks)
+PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
+    "native stepper": ("--ds-config zero1", {"stepper": "deepspeed", "finite_check": "host"}, ROUNDED, (1, 2)),
+    "finite check on the device": ("--ds-config zero0", {"finite_check": "host"}, ROUNDED, (1, 2)),
+    "finite check on the device, sharded": ("--ds-config zero1", {"finite_check": "host"}, ROUNDED, (2,)),
+    "two steps in flight": ("--ds-config zero0", {"steps_in_flight": 2}, EXACT, (1, 2)),
+    "two steps in flight, sharded": ("--ds-config zero1 --eval-every 1", {"steps_in_flight": 2}, EXACT, (2,)),
+    "frozen base in bfloat16": ("--mode lora --precision bf16", {"frozen_dtype": "float32"}, EXACT, (2,)),
+    "frozen base in bfloat16, zero2": (
+        "--mode lora --precision bf16 --ds-config zero2", {"frozen_dtype": "float32"}, EXACT, (2,)
+    ),
+    "fused adapters": ("--mode lora --lora-plus-ratio 4", {"fused_lora": False}, ROUNDED, (1, 2)),
+    "graphs, by a stand-in": ("--ds-config zero0 --max-steps 12", {"cuda_graphs": True}, ROUNDED, (1,)),
+}  # fmt: skip
+
+
+def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:
+    """`matrix.run_jobs`; what a GPU would record is done again at each replay."""
+    from test_cuda_graphs import FakeCapturedGraph
+
+    from trainer.distributed import cuda_graphs
+
+    cuda_graphs.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
+    return run_jobs(jobs)
+
+
+def weight_difference(name: str, planned: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(output_relevant_part(name, planned) - output_relevant_part(name, other)).max())
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(name, ranks, id=f"{name}, {ranks} rank{'s' * (ranks > 1)}")
+        for name in PATHS for ranks in PATHS[name][3]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "ranks"), cases())
+def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(
+    name, ranks, tiny_model, data_files, data_dir, tmp_path
+):
+    flags, fields, bound, _ = PATHS[name]
+    modes = ["lora"] if "--mode lora" in flags else ["full", "lora"]
+    jobs = [
+        {
+            "name": f"{mode}-{kind}", "data": str(data_dir), "out": str(tmp_path),
+            "flags": [*make_argv(tiny_model, data_files, mode, "completion"), "--micro-batch", "1", *flags.split()],
+            "execution": fields if kind == "other" else {},
+        }
+        for mode in modes for kind in ("planned", "other")
+    ]  # fmt: skip
+    launch_jobs(ranks, jobs, tmp_path / "log", run_with_stand_in_graphs if "graphs" in name else None)
+    for mode in modes:
+        planned, weights = read_job_result(tmp_path, f"{mode}-planned")
+        other, other_weights = read_job_result(tmp_path, f"{mode}-other")
+        assert len([row for row in planned if row["kind"] == "step"]) >= 9
+        if bound == EXACT:
+            clock = {"time", "tokens_per_second"}
+            strip = [[{k: v for k, v in row.items() if k not in clock} for row in rows] for rows in (planned, other)]
+            assert strip[0] == strip[1]
+            assert all(np.array_equal(weights[key], other_weights[key]) for key in weights)
+            continue
+        steps = [(a, b) for a, b in zip(planned, other, strict=True) if a["kind"] == "step"]
+        assert max(abs(a["loss"] / b["loss"] - 1) for a, b in steps) <= LOSS_TOLERANCE
+        assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in steps) <= NORM_TOLERANCE
+        bound_on_weights = WEIGHT_TOLERANCE * LEARNING_RATE * 4
+        assert max(map(weight_difference, weights, weights.values(), other_weights.values())) <= bound_on_weights
+
+
+def plan_of(*flags: str, device: str = "cpu", ranks: int = 1, model_dropout: float = 0.0) -> Any:
+    """The execution plan of these flags, without a model or a process group."""
+    from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
+
+    settings = cli.parse_args(["--mode", "lora", "--preset", "card", *flags]).settings
+    precision = settings.engine.precision or "fp32"
+    config = build_deepspeed_config(
+        read_deepspeed_file(settings.engine.ds_config or "zero0"), batch=settings.train.batch(1), max_grad_norm=1.0,
+        precision=precision,
+    )  # fmt: skip
+    context = replace(simulated_context(ranks, "cpu"), device=torch.device(device))
+    return make_execution_plan(
+        settings, context, config, precision=precision, model_dropout=model_dropout, micro_batch_size=2
+    )
+
+
+def test_a_gpu_records_graphs_and_keeps_two_steps_in_flight_and_a_cpu_does_neither():
+    gpu, cpu = plan_of(device="cuda"), plan_of()
+    assert (gpu.path, gpu.steps_in_flight, gpu.blockwise_attention) == ("graphs", 2, False)
+    assert (cpu.path, cpu.steps_in_flight) == ("eager", 1)
+    assert plan_of("--execution", "eager", device="cuda").path == "eager"
+    assert plan_of("--execution", "compile", device="cuda").path == "compile+graphs"
+    assert plan_of("--execution", "compile").path == "compile"
+    assert plan_of("--execution", "compile").compiled_shapes == ((2, 1024),)
+    for flags in (("--quant", "nf4"), ("--activation-checkpointing",), ("--ds-config", "zero3")):
+        assert plan_of(*flags, device="cuda").path == "eager", flags
+    assert plan_of("--optim", "adamw", device="cuda").steps_in_flight == 1, "its updates wait for the numbers"
+
+
+def test_adapters_are_fused_where_their_formula_is_plain_loras():
+    assert plan_of().fused_lora
+    for flags in ("--adapter dora", "--lora-dropout 0.1", "--quant nf4", "--ds-config zero3", "--execution compile"):
+        assert not plan_of(*flags.split()).fused_lora, flags
+    for flags in ("--adapter rslora", "--adapter pissa", "--precision bf16", "--activation-checkpointing",
+                  "--ds-config zero2", "--modules-to-save bias,wte"):  # fmt: skip
+        assert plan_of(*flags.split()).fused_lora, flags
+
+
+def installed_parts(module: torch.nn.Module) -> tuple[bool, bool]:
+    """(whether adapters are fused with their layers, whether dropout is that of `kernels.cpu_attention`)."""
+    from trainer.kernels import cpu_attention
+
+    fused = any("forward" in vars(layer) for layer in module.modules())
+    return fused, any(isinstance(layer, cpu_attention.Dropout) for layer in module.modules())
+
+
+def check_engines(jobs: list[dict[str, Any]]) -> int:
+    """On a rank: an engine has installed what its plan says, and nothing else."""
+    from trainer.distributed.process_group import destroy_process_group, init_distributed
+    from trainer.run import build_engine
+
+    context = init_distributed()
+    for job in jobs:
+        settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
+        model = build_model(settings)
+        plan = make_plan(settings, context, data, model.metadata, load_config(settings.model))
+        engine, _ = build_engine(plan, model, None)
+        assert engine.plan == plan.execution
+        assert plan.to_metadata(run_id="x", wandb={})["execution"][0]["path"] == engine.plan.path
+        expected = (plan.execution.fused_lora, plan.execution.blockwise_attention)
+        assert expected == job["expected"], job
+        assert installed_parts(model.module) == expected, job
+        has_bf16 = torch.bfloat16 in {p.dtype for p in model.module.parameters()}
+        assert has_bf16 == (plan.execution.frozen_dtype == "bfloat16"), job
+    destroy_process_group()
+    return 0
+
+
+def test_an_engine_runs_what_its_plan_records(tiny_model, data_files, data_dir, tmp_path):
+    """Also where only the adapters have a dropout (`--dropout 0 --lora-dropout 0.1`)."""
+    dropout_model = ["--dropout", "0.1"]
+
+    def job(mode: str, *flags: str, fused: bool, blockwise: bool = False) -> dict[str, Any]:
+        argv = [*make_argv(tiny_model, data_files, mode, "completion"), *flags]
+        return {"flags": argv, "data": str(data_dir), "expected": (fused, blockwise)}
+
+    jobs = [
+        job("full", fused=False), job("full", *dropout_model, fused=False, blockwise=True),
+        job("lora", *dropout_model, fused=True, blockwise=True),
+        job("lora", "--dropout", "0", "--lora-dropout", "0.1", fused=False, blockwise=True),
+        *(job("lora", "--ds-config", f"zero{stage}", fused=stage < 3) for stage in (1, 2, 3)),
+        *(job("lora", "--adapter", adapter, fused=adapter != "dora") for adapter in ("rslora", "pissa", "dora")),
+        job("lora", "--quant", "nf4", fused=False), job("lora", "--precision", "bf16", fused=True),
+        job("lora", "--activation-checkpointing", fused=True),
+    ]  # fmt: skip
+    launch_jobs(1, jobs, tmp_path / "log", check_engines)

@@ -1,0 +1,130 @@
+"""The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
+
+import json
+import secrets
+import string
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config.cli import CliArgs
+from trainer.config.errors import UserError
+from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
+from trainer.model.build import TrainableModel, save_base_model
+from trainer.tracking.wandb_keys import run_group
+from trainer.tracking.wandb_logger import wandb_mode
+from trainer.training import checkpoint
+from trainer.training.checkpoint import Checkpoint
+from trainer.training.run_plan import RunPlan
+
+METADATA_TMP = ".run.json.tmp"
+
+
+def resolve_output_dir(
+    args: CliArgs, ignored_files: Collection[str] = ()
+) -> tuple[Settings, dict[str, Any] | None]:  # fmt: skip
+    """The settings of the run and, where one is resumed, its run.json; UserError where the folder is not as asked.
+
+    `ignored_files`: what may lie in the folder of a new run.
+    """
+    settings = args.settings
+    folder = Path(settings.run_folder)
+    if args.resume is not None:
+        return _resume_settings(args, folder)
+    if args.allow_change:
+        raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
+    if args.runs_finder:  # they only put their own files beside whatever is there
+        return settings, None
+    if folder.is_dir() and any(path.name not in (METADATA_TMP, *ignored_files) for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty: pass --resume to go on with that run, or another --output-dir")
+    return settings, None
+
+
+def _resume_settings(args: CliArgs, folder: Path) -> tuple[Settings, dict[str, Any]]:
+    try:
+        previous = json.loads((folder / "run.json").read_text())
+    except FileNotFoundError as error:
+        message = f"--resume: no run in {folder} (no run.json there); name its folder with --output-dir"
+        raise UserError(message) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume: cannot read {folder / 'run.json'}: {error}") from error
+    saved = Settings.from_dict(previous.get("resumed", previous)["settings"])
+    if saved.mode != args.settings.mode:
+        raise UserError(
+            f"--mode {args.settings.mode}: the run in {folder} is --mode {saved.mode}; a mode cannot change on resume"
+        )
+    output = {**args.overrides["output"], "output_dir": args.settings.run_folder}
+    return apply_overrides(saved, {**args.overrides, "output": output}, args.settings.overridden), previous
+
+
+def select_checkpoint(folder: Path, which: str | None, model: TrainableModel) -> Checkpoint | None:
+    """The checkpoint to go on from; None where the run ended before its first one and may begin again."""
+    if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
+        return None
+    selected = checkpoint.resolve_checkpoint(folder / "checkpoints", which or "latest")
+    if selected.metadata["base"] != model.metadata["fingerprint"]:
+        raise UserError(
+            f"checkpoint {selected.folder} is of a run on another base model ({selected.metadata['base']}, "
+            f"here {model.metadata['fingerprint']})"
+        )
+    return selected
+
+
+def write_metadata(
+    folder: Path, plan: RunPlan, previous: Mapping[str, Any] | None, allowed_changes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Check what a resume may not change, and write run.json; returns its content."""
+    if previous is None:
+        run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+        output = plan.settings.output
+        wandb = {
+            "id": run_id, "project": output.wandb_project, "group": run_group(plan.data_info["source"]),
+            "mode": wandb_mode(output.wandb),
+        }  # fmt: skip
+        metadata = plan.to_metadata(run_id=run_id, wandb=wandb)
+    else:  # `settings` stay those it began with; the next resume takes these
+        changes = validate_resume_overrides(previous, plan, allowed_changes)
+        resumed = {"settings": plan.settings.as_dict(), "changed": changes}
+        metadata = {**previous, "resumed": resumed}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_run_json(folder, metadata)
+        if plan.settings.mode == "lora" and plan.settings.model.init == "random":
+            save_base_model(plan.settings, folder / "base")  # again on resume: a kill may have cut it off
+    except OSError as error:
+        message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        raise UserError(message) from error
+    return metadata
+
+
+def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Put run.json there, whole or not at all. OSError where it cannot be written."""
+    temporary_path = folder / METADATA_TMP
+    checkpoint.write_text(temporary_path, json.dumps(metadata, indent=1) + "\n")
+    temporary_path.replace(folder / "run.json")
+
+
+def validate_resume_overrides(
+    previous: Mapping[str, Any], plan: RunPlan, allowed_names: tuple[str, ...]
+) -> dict[str, list[Any]]:
+    """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume.
+
+    UserError for the first change since the run last went on that was not allowed.
+    """
+    initial = fields_fixed_on_resume(Settings.from_dict(previous["settings"]))
+    initial |= {"data": previous["data"]["fingerprint"], "precision": previous["resolved"]["precision"]}
+    last_resume = previous.get("resumed", {"settings": previous["settings"], "changed": {}})
+    before = fields_fixed_on_resume(Settings.from_dict(last_resume["settings"]))
+    before |= {name: last_resume["changed"].get(name, [initial[name]])[-1] for name in ("data", "precision")}
+    current = fields_fixed_on_resume(plan.settings)
+    current |= {"data": plan.data_info["fingerprint"], "precision": plan.precision}
+    unknown_names = [name for name in allowed_names if name not in current]
+    if unknown_names:
+        raise UserError(f"--allow-change {unknown_names[0]}: expected one of {', '.join(sorted(current))}")
+    for name in current:
+        if current[name] != before[name] and name not in allowed_names:
+            raise UserError(
+                f"--resume: {name} is {current[name]} and was {before[name]} in this run; "
+                f"put it back, or say --allow-change {name} as well"
+            )
+    return {name: [initial[name], current[name]] for name in current if current[name] != initial[name]}
