@@ -12,11 +12,13 @@ from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import (
     MODULES_TO_SAVE,
     Adapter,
+    DataFormat,
     Init,
     ModuleToSave,
     Objective,
     Optimizer,
     Quantization,
+    UnusableRecords,
 )
 from trainer.config.errors import UserError
 from trainer.config.options import (
@@ -101,7 +103,8 @@ class DataSettings:
 
     data: str = option(
         flag="--data",
-        help="CSV, TSV, JSONL, Parquet or text file, folder, glob, hub id, or the embedded `acled-demo`",
+        help="CSV, TSV, JSONL, Parquet, Arrow or text file (text also .gz, .zst), folder, saved data set, glob, hub id, "
+        "or the embedded `acled-demo`",
         accepts=Accepted(check=bool, words="a file, folder, glob, hub id or acled-demo"),
     )
     val_data: str | None = option(
@@ -126,10 +129,22 @@ class DataSettings:
     completion: str | None = option(
         None, flag="--completion", help="template of the text to be learnt, for instance '{ref}'"
     )
-    objective: Objective = option(
-        "blocks",
+    format: DataFormat | None = option(
+        None, flag="--format", help="what the columns mean; left out: recognised from them, and the plan says so"
+    )
+    chat_template: str | None = option(
+        None, flag="--chat-template", help="Jinja file that writes conversations; left out: the model's own"
+    )
+    objective: Objective | None = option(
+        None,
         flag="--objective",
-        help="blocks: all texts joined and cut; completion: one record a row, loss on the completion only",
+        help="blocks: all texts joined and cut; completion: one record a row, loss on the completion only; left out: "
+        "completion for chat, prompt-completion and alpaca, else blocks",
+    )
+    unusable_records: UnusableRecords = option(
+        "refuse",
+        flag="--unusable-records",
+        help="conversations whose learnt tokens cannot be proven or lie beyond the block size: refuse, or drop them",
     )
     block_size: int = option(
         flag="--block-size",

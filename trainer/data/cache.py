@@ -8,15 +8,57 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from trainer.config.errors import UserError
 from trainer.data.token_dataset import SPLITS, TokenDataset, load_token_dataset
+from trainer.data.validate_files import remembered_fingerprint, sha256
 
-FORMAT_VERSION = 3  # of the folder and of the texts; a change of either makes every earlier folder another one
+FORMAT_VERSION = 4  # of the folder and of the texts; a change of either makes every earlier folder another one
 MANIFEST_FILE = "facts.json"
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # seconds after which an unfinished folder is taken for that of a killed run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What facts.json says of a folder of prepared data."""
+
+    dtype: str  #: numpy's name of the type of the ids
+    pad_id: int
+    val_texts: list[tuple[str, str]]  #: the first validation records as (prompt, completion)
+    facts: dict[str, Any]  #: the `data` block of run.json
+    sha256: dict[str, str]  #: {file name: hash of its bytes, in hex}
+
+    def to_json(self) -> str:
+        """The text of facts.json, which carries its own hash; `read_manifest` reads it back."""
+        content = {"format": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({**content, "checksum": _checksum(content)}, indent=1)
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What facts.json holds; ValueError, naming it, where anything is missing, of another type or changed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        checksum = content.pop("checksum")
+        if content.pop("format") != FORMAT_VERSION or checksum != _checksum({"format": FORMAT_VERSION, **content}):
+            raise ValueError("another format, or changed since it was written")
+        hints = get_type_hints(Manifest)
+        wrong = [name for name in hints if type(content[name]) is not (getattr(hints[name], "__origin__", hints[name]))]
+        counts = [content["facts"][split][key] for split in SPLITS for key in ("examples", "tokens")]
+        content["val_texts"] = [(str(prompt), str(completion)) for prompt, completion in content["val_texts"]]
+        if wrong or content["dtype"] not in ("<u2", "<u4") or any(type(n) is not int or n < 0 for n in counts):
+            raise ValueError(f"wrong value of {', '.join(wrong) or 'dtype or counts'}")
+        if any("/" in name or not isinstance(value, str) for name, value in content["sha256"].items()):
+            raise ValueError("wrong value of sha256")
+        return Manifest(**content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path.parent} is not prepared data ({type(error).__name__}: {error})") from error
 
 
 def resolve_cache_dir(override: Path | None = None) -> Path:
@@ -39,25 +81,32 @@ def cache_key(key_parts: dict[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, TokenDataset]]:
-    """(manifest, {split: dataset}); ValueError where the folder is not whole."""
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT_VERSION:
-            raise ValueError(f"{folder} has format {manifest['format']}, not {FORMAT_VERSION}")
-        datasets = {
-            split: load_token_dataset(
-                folder,
-                split,
-                dtype=manifest["dtype"],
-                num_rows=manifest["facts"][split]["examples"],
-                num_tokens=manifest["facts"][split]["tokens"],
-            )
-            for split in SPLITS
-        }
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is not prepared data ({error})") from error
-    return manifest, datasets
+def read(folder: Path) -> tuple[Manifest, dict[str, TokenDataset]]:
+    """(manifest, {split: data set}), mapped; ValueError where the folder is not whole."""
+    manifest = read_manifest(folder / MANIFEST_FILE)
+    return manifest, {
+        split: load_token_dataset(
+            folder, split, dtype=manifest.dtype, num_rows=manifest.facts[split]["examples"],
+            num_tokens=manifest.facts[split]["tokens"], has_mask=f"{split}.mask.bin" in manifest.sha256,
+        )
+        for split in SPLITS
+    }  # fmt: skip
+
+
+def verify(folder: Path, cache_root: Path | None) -> None:
+    """ValueError where a file of the folder is not what was written there.
+
+    Hashes are remembered in `cache_root` while a file's size, times and inode do not change; None: read them again.
+    """
+    manifest, _ = read(folder)
+    for name, expected in manifest.sha256.items():
+        file = folder / name
+        try:
+            actual = remembered_fingerprint(file, cache_root, "prepared", sha256).sha256 if cache_root else sha256(file)
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read ({error.strerror})") from None
+        if actual != expected:
+            raise ValueError(f"{file} is not what was written there")
 
 
 def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]]) -> None:
@@ -69,11 +118,12 @@ def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]]) -> Non
     temp_folder = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         temp_folder.mkdir(parents=True)
-        manifest = {"format": FORMAT_VERSION, **write_contents(temp_folder)}
-        (temp_folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for file in temp_folder.iterdir():
-            _fsync(file)
-        _fsync(temp_folder)
+        contents = write_contents(temp_folder)
+        hashes = {file.name: sha256(file) for file in sorted(temp_folder.iterdir())}
+        manifest = Manifest(**{**contents, "sha256": hashes})
+        (temp_folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        for path in (*temp_folder.iterdir(), temp_folder):
+            _fsync(path)
         _rename_into_place(temp_folder, folder)
         _fsync(folder.parent)
     except OSError as error:
@@ -90,7 +140,7 @@ def _rename_into_place(temp_folder: Path, folder: Path) -> None:
             if not folder.exists():
                 raise
         with contextlib.suppress(ValueError):
-            read(folder)
+            verify(folder, None)
             return None  # another run was first
         broken_folder = folder.with_name(f"{folder.name}.broken-{uuid.uuid4().hex[:8]}")
         with contextlib.suppress(FileNotFoundError):

@@ -6,18 +6,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.config.choices import Objective
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import cache as store
-from trainer.data import formats, sources
-from trainer.data.preprocess import DataInput, LogFn, Preprocessor
+from trainer.data import readers, sources
+from trainer.data.chat import load_template
+from trainer.data.examples import DataInput
+from trainer.data.formats import choose_format
+from trainer.data.preprocess import LogFn, Preprocessor
 from trainer.data.row_info import RowInfo, read_row_info
+from trainer.data.sources import Source
+from trainer.data.templates import list_columns
 from trainer.data.token_dataset import TokenDataset
 from trainer.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from trainer.data.validate_files import scan
 
-#: Settings that decide which rows there are, beside the sources and the tokenizer.
-KEY_SETTINGS = ("test_fraction", "split_by", "prompt", "completion", "objective", "block_size")
+#: Settings that decide which rows there are, beside the sources, the tokenizer and what follows from them.
+KEY_SETTINGS = ("test_fraction", "split_by", "prompt", "completion", "block_size", "unusable_records")
+CHAT_FORMATS = ("messages", "conversations", "prompt-completion")  # the last may hold messages or text
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,32 +59,25 @@ def prepare(
     than one global batch, or no validation example.
     """
     cache_root = store.resolve_cache_dir(cache)
-    inputs = [_find_input(settings.data, "--data", settings)]
-    for flag, spec in (("--val-data", settings.val_data), ("--test-data", settings.test_data)):
-        if spec is not None:
-            inputs.append(_find_input(spec, flag, settings))
-            if len({data_input.record_format.name == "input_ids" for data_input in inputs}) > 1:
-                raise UserError(
-                    f"{flag}: one of --data and {flag} holds token ids and the other text; give both in one form"
-                )
+    found = sources.find_sources(settings.data, settings.val_data, settings.test_data)
+    inputs = [_find_input(source, settings) for source in found]
+    for data_input in inputs:
+        if (data_input.record_format.name == "input_ids") != (inputs[0].record_format.name == "input_ids"):
+            flag = data_input.source.flag
+            raise UserError(
+                f"{flag}: one of --data and {flag} holds token ids and the other text; give both in one form"
+            )
+    objective = settings.objective or inputs[0].record_format.objectives[0]
     tokenizer = None if inputs[0].record_format.name == "input_ids" else load_tokenizer(model)
+    chat_template = _find_chat_template(settings, inputs, tokenizer, model)
     for data_input in inputs:
         data_input.file_fingerprints = scan(data_input.source, cache_root)
-    key = {
-        "sources": [_content_key(data_input) for data_input in inputs],
-        "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
-        "flags": [data_input.source.flag for data_input in inputs],
-        "val_fraction": settings.val_fraction if settings.val_data is None else None,
-        **{name: getattr(settings, name) for name in KEY_SETTINGS},
-    }
-    dataset_folder = cache_root / "prepared" / store.cache_key(key)
-    try:
-        dataset = load(dataset_folder, source=settings.data)
-    except ValueError:
-        preprocessor = Preprocessor(settings, inputs, tokenizer, key["tokenizer"], log, cache_root)
-        store.build(dataset_folder, preprocessor.write_dataset)
-        dataset = load(dataset_folder, source=settings.data)
-    _check_sizes(dataset, settings, global_batch)
+    folder = cache_root / "prepared" / _cache_key(settings, objective, inputs, tokenizer, chat_template)
+    if not _is_whole(folder, cache_root, log):
+        preprocessor = Preprocessor(settings, objective, inputs, tokenizer, chat_template, log)
+        store.build(folder, preprocessor.write_dataset)
+    dataset = load(folder, source=settings.data)
+    _check_sizes(dataset, settings, objective, global_batch)
     return dataset
 
 
@@ -87,36 +87,85 @@ def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
     `source`: what the user typed this time; equal contents under another name share a folder.
     """
     manifest, datasets = store.read(folder)
-    metadata = {**manifest["facts"], **({"source": source} if source is not None else {})}
-    texts = tuple((prompt, completion) for prompt, completion in manifest["val_texts"])
-    return PreparedDataset(**datasets, metadata=metadata, val_texts=texts, pad_id=manifest["pad_id"], folder=folder)
+    metadata = {**manifest.facts, **({"source": source} if source is not None else {})}
+    texts = tuple(manifest.val_texts)
+    return PreparedDataset(**datasets, metadata=metadata, val_texts=texts, pad_id=manifest.pad_id, folder=folder)
 
 
-def _find_input(spec: str, flag: str, settings: DataSettings) -> DataInput:
-    source = sources.find(spec, flag)
-    where, columns = f"{flag} {spec}", sources.columns(source)
+def _is_whole(folder: Path, cache_root: Path, log: LogFn) -> bool:
+    """Whether the folder holds what was written into it; one line where it is there and does not."""
+    try:
+        store.verify(folder, cache_root)
+    except ValueError as error:
+        if folder.exists():
+            log(f"prepared data are damaged and are made anew ({error})")
+        return False
+    return True
+
+
+def _find_input(source: Source, settings: DataSettings) -> DataInput:
+    where, columns = f"{source.flag} {source.spec}", readers.columns(source)
     if settings.split_by is not None and settings.split_by not in columns:
         raise UserError(
-            f"--split-by {settings.split_by}: {where} has no such column; expected one of {', '.join(columns)}"
+            f"--split-by {settings.split_by}: {where} has no such column; expected one of {list_columns(columns)}"
         )
-    return DataInput(source, formats.choose_format(columns, settings, where))
+    record_format = choose_format(columns, settings, where)
+    for file in source.files[1:] if source.dataset is None else ():
+        columns = readers.file_columns(source, file)
+        if not set(record_format.needs) <= set(columns):
+            raise UserError(
+                f"{source.flag} {file}: another format than {source.files[0].name}, whose records are "
+                f"{record_format.name} (columns: {list_columns(columns)}); give files of one format"
+            )
+    return DataInput(source, record_format)
+
+
+def _find_chat_template(settings: DataSettings, inputs: list[DataInput], tokenizer: Any, model: str) -> str | None:
+    """The chat template, None where no record can be a conversation."""
+    names = {data_input.record_format.name for data_input in inputs}
+    if "prompt-completion" in names and settings.chat_template is None:
+        values = (
+            record.get("completion") for data_input in inputs for _, _, record in readers.records(data_input.source)
+        )
+        if not isinstance(next(values, None), list):
+            return None
+    return load_template(tokenizer, settings.chat_template, model) if names & set(CHAT_FORMATS) else None
+
+
+def _cache_key(
+    settings: DataSettings, objective: Objective, inputs: list[DataInput], tokenizer: Any, chat_template: str | None
+) -> str:
+    has_val = any(data_input.source.split == "val" for data_input in inputs)
+    return store.cache_key(
+        {
+            "sources": [_content_key(data_input) for data_input in inputs],
+            "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
+            "splits": [data_input.source.split for data_input in inputs],
+            "val_fraction": None if has_val else settings.val_fraction,
+            "objective": objective,
+            "chat_template": chat_template,
+            **{name: getattr(settings, name) for name in KEY_SETTINGS},
+        }
+    )
 
 
 def _content_key(data_input: DataInput) -> list[Any]:
     """What stands for the contents of a source in the key; names and places of files do not."""
-    if data_input.source.kind == "demo":
+    source = data_input.source
+    if source.kind == "demo":
         digest = hashlib.sha256()
-        for _, _, record in sources.records(data_input.source):
+        for _, _, record in readers.records(source):
             digest.update(json.dumps(record, sort_keys=True).encode())
         return ["demo", digest.hexdigest()]
     hashes = [fingerprint.sha256 for fingerprint in data_input.file_fingerprints]
-    return [data_input.source.kind, data_input.record_format.name, hashes or data_input.source.dataset._fingerprint]
+    fingerprint = source.dataset._fingerprint if source.dataset is not None else None
+    return [source.kind, data_input.record_format.name, hashes or fingerprint, fingerprint, list(source.notices)]
 
 
-def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch: int) -> None:
-    unit = f"blocks of {settings.block_size} tokens" if settings.objective == "blocks" else "examples"
+def _check_sizes(dataset: PreparedDataset, settings: DataSettings, objective: Objective, global_batch: int) -> None:
+    is_blocks = objective == "blocks"
+    unit, hint = (f"blocks of {settings.block_size} tokens", ", lower --block-size") if is_blocks else ("examples", "")
     train, val = dataset.metadata["train"], dataset.metadata["val"]
-    hint = ", lower --block-size" if settings.objective == "blocks" else ""
     if train["examples"] < global_batch:
         raise UserError(
             f"--data {settings.data}: {train['records']} training records make {train['examples']} {unit}, fewer than "

@@ -1,11 +1,10 @@
-"""Data sets of the hub: whether it answers, and the split that is wanted."""
+"""Data sets of the hub, and whether it answers."""
 
 import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -53,16 +52,13 @@ def _offline_mode(is_offline: bool) -> Iterator[None]:
         hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = previous
 
 
-def load_hub_dataset(flag: str, repo_id: str) -> tuple[Any, tuple[Path, ...]]:
-    """A data set of the hub and the files that hold it here: its train split, for --val-data its validation split.
-
-    A local copy does where the hub cannot be reached; UserError where there is neither, or no such split.
-    """
+def load_hub_dataset(flag: str, repo_id: str) -> Mapping[str, Any]:
+    """{split: data set} of the hub; a local copy does where it cannot be reached. UserError where there is neither."""
     datasets = import_datasets()
     is_online = is_reachable()
     try:
         with _offline_mode(not is_online):
-            splits = datasets.load_dataset(repo_id)
+            return datasets.load_dataset(repo_id)
     except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages
         if not is_online:
             raise UserError(
@@ -74,13 +70,3 @@ def load_hub_dataset(flag: str, repo_id: str) -> tuple[Any, tuple[Path, ...]]:
             f"{flag} {repo_id}: no such file or folder here, and the hub says: {reason[:200]}; give {flag} a file, a "
             "folder or the id of a data set that can be read"
         ) from None
-    split_names = ("validation", "train") if flag == "--val-data" else ("train",)
-    split_name = next((split for split in split_names if split in splits), None)
-    if split_name is None:
-        raise UserError(
-            f"{flag} {repo_id}: the data set has no split `train`, only {', '.join(splits)}; download one as a file"
-        )
-    if not len(splits[split_name]):
-        raise UserError(f"{flag} {repo_id}: the data set is empty; expected at least one record")
-    cache_files = sorted({Path(cache_file["filename"]) for cache_file in splits[split_name].cache_files})
-    return splits[split_name], tuple(cache_files)

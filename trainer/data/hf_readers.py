@@ -1,12 +1,11 @@
-"""The door to `datasets`, which reads every format but a JSON list, and the data sets of the hub.
+"""The door to `datasets` and to Arrow's own files: saved data sets, Parquet and Arrow, zstd streams."""
 
-Files are streamed through it rather than copied into Arrow files first: that keeps memory flat (a mapped file
-counts as memory used) and leaves no second copy of the data on the disk.
-"""
-
-import glob
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+from trainer.config.errors import UserError
 
 
 def import_datasets() -> Any:
@@ -18,21 +17,72 @@ def import_datasets() -> Any:
     return datasets
 
 
-def stream_file(file: Path, builder: str, cache: Path | None, **options: Any) -> Any:
-    """A stream over one local file; only lock files are left in the cache."""
-    cache_dir = str(cache / "datasets") if cache else None
-    # the name is taken for a pattern, so its own brackets and stars must be escaped
-    files = [glob.escape(str(file.absolute()))]
-    return import_datasets().load_dataset(
-        builder, data_files=files, split="train", streaming=True, cache_dir=cache_dir, **options
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )
 
 
-def stream_csv(file: Path, names: list[str], delimiter: str, cache: Path | None) -> Any:
-    """Every cell as text, also `NA` (Namibia) and numbers: what is written is what is read."""
-    datasets = import_datasets()
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    return stream_file(
-        file, "csv", cache, sep=delimiter, column_names=names, header=0, features=features, index_col=False,
-        keep_default_na=False, encoding="utf-8-sig",
-    )  # fmt: skip
+def load_saved_dataset(folder: Path, flag: str) -> Mapping[str, Any]:
+    """{split: data set} of such a folder, "" for one without splits; UserError where it is not whole."""
+    try:
+        dataset = import_datasets().load_from_disk(str(folder))
+    except Exception as error:  # damaged files raise many kinds, from several packages
+        raise UserError(f"{flag} {folder}: not a whole saved data set ({_first_line(error)}); save it again") from None
+    return dataset if isinstance(dataset, dict) else {"": dataset}
+
+
+def open_zstd(file: Path) -> BinaryIO:
+    """The decompressed bytes of a .zst file."""
+    import pyarrow
+
+    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd")))
+
+
+def arrow_columns(file: Path, kind: str, where: str) -> tuple[str, ...]:
+    """The columns of a Parquet or Arrow file; UserError, naming `where`, where it is not whole or has no row."""
+    try:
+        if kind == "Parquet":
+            parquet_file = _open_parquet(file)
+            names, has_rows = parquet_file.schema_arrow.names, bool(parquet_file.metadata.num_rows)
+        else:
+            names = _open_arrow(file).schema.names
+            has_rows = any(table.num_rows for table in iter_arrow(file, kind, names, 1))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{where}: not a whole {kind} file ({_first_line(error)}); write it again") from None
+    if not has_rows:
+        raise UserError(f"{where}: has columns but no row; expected at least one record")
+    return tuple(names)
+
+
+def iter_arrow(file: Path, kind: str, names: Sequence[str], batch_size: int) -> Iterator[Any]:
+    """The record batches of a Parquet or Arrow file, of at most `batch_size` rows."""
+    if kind == "Parquet":
+        yield from _open_parquet(file).iter_batches(batch_size=batch_size, columns=list(names))
+        return
+    reader = _open_arrow(file)
+    batches = reader if hasattr(reader, "read_next_batch") else map(reader.get_batch, range(reader.num_record_batches))
+    for batch in batches:
+        for start in range(0, batch.num_rows, batch_size):
+            yield batch.select(list(names)).slice(start, batch_size)
+
+
+def _open_parquet(file: Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file)
+
+
+def _open_arrow(file: Path) -> Any:
+    """A stream, which `datasets` writes, or Arrow's file format, which Feather is."""
+    import pyarrow.ipc
+
+    with open(file, "rb") as stream:
+        is_file_format = stream.read(6) == b"ARROW1"
+    return pyarrow.ipc.open_file(str(file)) if is_file_format else pyarrow.ipc.open_stream(open(file, "rb"))  # noqa: SIM115
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -59,10 +59,19 @@ def count_target_bytes(dataset: TokenDataset, tokenizer: Any) -> list[int]:
     if tokenizer is None:
         return [0] * len(dataset)
     bytes_by_id = _byte_level_lengths(tokenizer)
-    spans = [(dataset.row(i), int(dataset.first_target[i])) for i in range(len(dataset))]
+    rows = ((dataset.row(i), dataset.is_target(i)) for i in range(len(dataset)))
     if bytes_by_id is not None:
-        return [int(bytes_by_id[ids[first:]].sum()) for ids, first in spans]
-    return [_decoded_bytes(tokenizer, ids) - _decoded_bytes(tokenizer, ids[:first]) for ids, first in spans]
+        return [int(bytes_by_id[ids[is_target]].sum()) for ids, is_target in rows]
+    return [
+        sum(sign * _decoded_bytes(tokenizer, ids[:edge]) for edge, sign in _target_edges(is_target))
+        for ids, is_target in rows
+    ]
+
+
+def _target_edges(is_target: Any) -> list[tuple[int, int]]:
+    """(place, -1 where a run of targets begins and 1 where it ends); the first token of a row is never one."""
+    steps = np.diff(np.append(is_target.astype(np.int8), 0))
+    return [(int(i) + 1, -int(steps[i])) for i in np.flatnonzero(steps)]
 
 
 def _byte_level_lengths(tokenizer: Any) -> Any:

@@ -98,9 +98,9 @@ def collate(dataset: TokenDataset, indices: Int64, pad_id: int, index: int) -> M
     width = max(len(sequence) for sequence in sequences)
     input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     labels = np.full((len(sequences), width), IGNORE_INDEX, dtype=np.int64)
-    for row, (sequence, first_target) in enumerate(zip(sequences, dataset.first_target[indices], strict=True)):
+    for row, (i, sequence) in enumerate(zip(indices, sequences, strict=True)):
         input_ids[row, : len(sequence)] = sequence
-        labels[row, first_target : len(sequence)] = sequence[first_target:]
+        labels[row, : len(sequence)] = np.where(dataset.is_target(int(i)), sequence, IGNORE_INDEX)
     return MicroBatch(input_ids=input_ids, labels=labels, tokens=sum(map(len, sequences)), index=index)
 
 
@@ -130,7 +130,7 @@ def step_counts(dataset: TokenDataset, order: Int64, step_in_epoch: int, global_
     """(examples, tokens, counted tokens) of a global batch; every rank gets the same without asking the others."""
     indices = order[step_in_epoch * global_batch : (step_in_epoch + 1) * global_batch]
     lengths = dataset.offsets[indices + 1] - dataset.offsets[indices]
-    return len(indices), int(lengths.sum()), int((lengths - dataset.first_target[indices]).sum())
+    return len(indices), int(lengths.sum()), int(dataset.num_target_tokens(indices).sum())
 
 
 @dataclass(kw_only=True, eq=False)

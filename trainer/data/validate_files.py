@@ -1,30 +1,32 @@
-"""The contents of the files of a source: their hash, and what is wrong with them, before any slow work."""
+"""The contents of files: their hash, remembered while they do not change, and text that is not UTF-8."""
 
 import codecs
 import contextlib
-import csv
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.data import sources
-from trainer.data.sources import MAX_LINE_BYTES, Source
+from trainer.data import readers
+from trainer.data.readers import MAX_LINE_BYTES, READ_ERRORS, open_bytes
+from trainer.data.sources import COMPRESSIONS, Source
 
 CHUNK_BYTES = 2**20
 SETTLE_SECONDS = 2.0  # seconds; a file younger than that may change again without its time stamp showing it
-_RECORD_VERSION = 1  # version of what is remembered of a file
+_RECORD_VERSION = 2  # version of what is remembered of a file
 
 
 @dataclass(frozen=True)
 class FileFingerprint:
-    """One file as it was when it was read: stamp is what the file system says of it, sha256 of its bytes."""
+    """One file as it was when it was read: stamp is what the file system says of it, sha256 of its bytes.
+
+    Of a compressed file the bytes are those that it holds.
+    """
 
     stamp: tuple[int, ...]
     sha256: str
@@ -37,11 +39,17 @@ def stamp(file: Path) -> tuple[int, ...]:
 
 
 def scan(source: Source, cache: Path) -> tuple[FileFingerprint, ...]:
-    """The fingerprint of every file of `source`; UserError at the first byte, line or row that cannot be used.
+    """The fingerprint of every file of `source`; UserError at the first byte or line that cannot be used.
 
     Fingerprints are remembered in `cache`, so that a large file that did not change is not read again at each start.
     """
-    return tuple(_scan_file(source, file, cache / "files") for file in source.files)
+    return tuple(
+        remembered_fingerprint(
+            file, cache, source.kind,
+            lambda file: sha256(file) if source.kind in ("Parquet", "Arrow", "hub", "saved") else _check_text(source, file),
+        )
+        for file in source.files
+    )  # fmt: skip
 
 
 def find_change(source: Source, fingerprints: tuple[FileFingerprint, ...]) -> UserError | None:
@@ -49,7 +57,7 @@ def find_change(source: Source, fingerprints: tuple[FileFingerprint, ...]) -> Us
     for file, fingerprint in zip(source.files, fingerprints, strict=True):
         try:
             is_same = stamp(file) == fingerprint.stamp or sha256(file) == fingerprint.sha256
-        except OSError:
+        except READ_ERRORS:
             is_same = False
         if not is_same:
             return UserError(
@@ -60,26 +68,24 @@ def find_change(source: Source, fingerprints: tuple[FileFingerprint, ...]) -> Us
 
 def sha256(file: Path) -> str:
     """The hash of a file's bytes, in hex."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with open_bytes(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def _scan_file(source: Source, file: Path, record_folder: Path) -> FileFingerprint:
+def remembered_fingerprint(
+    file: Path, cache: Path, purpose: str, compute_sha256: Callable[[Path], str]
+) -> FileFingerprint:
+    """The fingerprint of a file, computed again only where size, times or inode are not those remembered in `cache`."""
     current_stamp = stamp(file)
-    name = hashlib.sha256(f"{_RECORD_VERSION} {source.kind} {file.absolute()}".encode()).hexdigest()
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads((record_folder / name).read_text())
-        if tuple(record["stamp"]) == current_stamp:
+    key = os.fsencode(f"{_RECORD_VERSION} {purpose} {file.absolute()}")
+    record_file = cache / "files" / hashlib.sha256(key).hexdigest()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = json.loads(record_file.read_text())
+        if tuple(record["stamp"]) == current_stamp and len(bytes.fromhex(record["sha256"])) == 32:
             return FileFingerprint(current_stamp, record["sha256"])
-    if source.kind == "Parquet" and not sources.open_parquet(source, file).metadata.num_rows:
-        raise UserError(f"{source.flag} {file}: has columns but no row; expected at least one record")
-    fingerprint = FileFingerprint(
-        current_stamp, sha256(file) if source.kind in ("Parquet", "hub") else _check_text(source, file)
-    )
-    if source.kind in ("CSV", "TSV"):
-        _check_csv(source, file)
+    fingerprint = FileFingerprint(current_stamp, compute_sha256(file))
     if time.time_ns() - max(current_stamp[1], current_stamp[2]) > SETTLE_SECONDS * 1e9:
-        _save_record(record_folder / name, asdict(fingerprint))
+        _save_record(record_file, asdict(fingerprint))
     return fingerprint
 
 
@@ -93,9 +99,19 @@ def _save_record(path: Path, record: dict[str, Any]) -> None:
 
 def _check_text(source: Source, file: Path) -> str:
     """The hash of a text file that is UTF-8 throughout and has lines of a length that can be held in memory."""
-    decoder, digest = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256()
-    line_number, line_length, is_line_based = 1, 0, source.kind != "JSON" or not sources.is_json_list(file)
-    with open(file, "rb") as stream:
+    try:
+        is_line_based = source.kind != "JSON" or not readers.is_json_list(file)
+        return _scan_lines(source, file, is_line_based)
+    except READ_ERRORS as error:
+        if file.suffix.lower() not in COMPRESSIONS:
+            raise
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source.flag} {file}: not a whole {file.suffix} file ({reason}); write it again") from None
+
+
+def _scan_lines(source: Source, file: Path, is_line_based: bool) -> str:
+    decoder, digest, line_number, line_length = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), 1, 0
+    with open_bytes(file) as stream:
         while True:
             chunk = stream.read(CHUNK_BYTES)
             digest.update(chunk)
@@ -118,40 +134,3 @@ def _check_text(source: Source, file: Path) -> str:
                     f"{source.flag} {file}, line {line_number}: longer than {MAX_LINE_BYTES // 2**20} MB; "
                     f"a {source.kind} file is read line by line: break it into lines"
                 )
-
-
-def _mark_end(end_marks: list[bool]) -> Iterator[str]:
-    """No line, and a note that one was asked for."""
-    end_marks.append(True)
-    yield from ()
-
-
-def _check_csv(source: Source, file: Path) -> None:
-    """Refuse a CSV file without rows, or with a row that has not as many fields as the header."""
-    names = sources.file_columns(source, file)
-    row, line = -1, 1
-    previous_limit = csv.field_size_limit(MAX_LINE_BYTES)
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            end_marks: list[bool] = []
-            reader = csv.reader(chain(stream, _mark_end(end_marks)), delimiter=sources.delimiter(source.kind))
-            for cells in reader:
-                if end_marks:  # it asked for another line in the middle of a row
-                    raise csv.Error("the file ends within quotation marks")
-                if cells:
-                    row += 1
-                    if len(cells) != len(names):
-                        raise UserError(
-                            f"{source.flag} {file}, row {row} (line {line}): {len(cells)} fields where the header "
-                            f"has {len(names)}; quote fields that hold a separator or a line break"
-                        )
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{source.flag} {file}, row {row + 1} (line {line}): not {source.kind} ({error}); look for a quotation "
-            "mark that is never closed"
-        ) from None
-    finally:
-        csv.field_size_limit(previous_limit)
-    if row < 1:
-        raise UserError(f"{source.flag} {file}: has a header but no row; expected at least one record")

@@ -44,7 +44,7 @@ NO_TEMPLATES = {"prompt": None, "completion": None}
 
 
 def read_records(path):
-    return [record for _, _, record in sources.records(sources.find(str(path)))]
+    return [record for _, _, record in readers.records(sources.find(str(path)))]
 
 
 def test_every_file_format_gives_the_same_records(tmp_path):
@@ -200,7 +200,7 @@ def test_blank_texts_only_are_refused(refusal_message, tmp_path):
 
 def test_a_file_that_changes_while_it_is_read_is_refused(refusal_message, tmp_path, monkeypatch):
     file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    whole = sources.records
+    whole = readers.records
 
     def growing(*args, **options):
         yield from whole(*args, **options)
@@ -268,7 +268,7 @@ def test_a_hub_data_set_gives_the_split_of_the_flag(monkeypatch, flag, split):
     stand_in = SimpleNamespace(load_dataset=lambda name: splits, config=SimpleNamespace(HF_HUB_OFFLINE=False))
     monkeypatch.setattr(hf_hub, "import_datasets", lambda: stand_in)  # the hub itself cannot be asked in a test
     source = sources.find("some/name", flag)
-    assert [record["text"] for _, _, record in sources.records(source)] == [f"{split} {i}" for i in range(3)]
+    assert [record["text"] for _, _, record in readers.records(source)] == [f"{split} {i}" for i in range(3)]
     assert source.locate(None, 2) == "some/name, row 2"
 
 

@@ -1,0 +1,141 @@
+"""A conversation -> token ids and which of them are learnt, by a chat template; each mask is proven or refused.
+
+Where the learnt parts stand comes from the template's own `{% generation %}` marks, or from comparing prefixes: what
+the template makes of the messages before a turn, with its generation prompt, must begin the whole text. Then the token
+ids of the text up to either end of the part must begin the ids of the whole text: so a learnt turn follows exactly
+the ids that a model is given when it is to write that turn.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config.errors import UserError
+from trainer.data.conversations import Conversation
+from trainer.data.templates import RecordError, require_valid_unicode
+from trainer.data.tokenizer import TokenIds, encode
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]  # from and to, in characters
+
+
+class MaskError(RecordError):
+    """Why it cannot be proven which tokens of a record are learnt, or that none are."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChatRow:
+    """A conversation as tokens; `prompt` and `completion` are the texts before and of its last learnt turn."""
+
+    ids: TokenIds  #: [length]
+    is_target: NDArray[np.bool_]  #: [length]
+    prompt: str
+    completion: str
+
+
+def load_template(tokenizer: Any, template_file: str | None, model: str) -> str:
+    """The template of --chat-template, or the tokenizer's own; UserError where there is none."""
+    if template_file is not None:
+        try:
+            return Path(template_file).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise UserError(
+                f"--chat-template {template_file}: cannot be read ({reason}); expected a Jinja file"
+            ) from None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        raise UserError(
+            f"--model {model}: its tokenizer has no chat template; pass --chat-template FILE, or data of another format"
+        ) from None
+
+
+class ChatTemplate:
+    """One template with the tokenizer that reads what it writes."""
+
+    def __init__(self, tokenizer: Any, template: str):
+        self.tokenizer, self.template = tokenizer, template
+        self.has_generation_marks = bool(_GENERATION_MARK.search(template))
+
+    def encode(self, conversation: Conversation) -> ChatRow:
+        """Ids and mask of a conversation; MaskError where the mask cannot be proven."""
+        text, spans = self._locate(conversation)
+        ends = [end for span in spans for end in span]
+        ids, *prefixes = encode(self.tokenizer, [text, *(text[:end] for end in ends)])
+        is_target = np.zeros(len(ids), dtype=bool)
+        for number, (before, through) in enumerate(zip(prefixes[::2], prefixes[1::2], strict=True), start=1):
+            if not (_begins(ids, before) and _begins(ids, through)):
+                raise MaskError(
+                    f"assistant turn {number}: a token reaches over its edge, so the mask cannot be proven; pass a "
+                    "--chat-template that sets turns apart by special tokens"
+                )
+            is_target[len(before) : len(through)] = True
+        start, end = spans[-1]
+        return ChatRow(ids=ids, is_target=is_target, prompt=text[:start], completion=text[start:end])
+
+    def _locate(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """(the whole text, where each learnt turn stands in it)."""
+        messages, turns = conversation.messages, conversation.learnt_turns()
+        if self.has_generation_marks:
+            text, spans = self._render_marked(conversation)
+            all_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(spans) != len(all_turns):
+                raise MaskError(f"the template marks {len(spans)} of {len(all_turns)} assistant turns as generated")
+            learnt = [span for i, span in zip(all_turns, spans, strict=True) if i in turns and span[0] < span[1]]
+            if not learnt:
+                raise MaskError("the template marks no character of the assistant's turns as generated")
+            return text, learnt
+        text = self._render(messages, conversation.tools)
+        return text, [self._locate_turn(text, conversation, i) for i in turns]
+
+    def _locate_turn(self, text: str, conversation: Conversation, i: int) -> Span:
+        """Where turn i stands, from its first character to the end mark that closes it."""
+        messages, tools = conversation.messages, conversation.tools
+        prefix = self._render(messages[:i], tools, add_generation_prompt=True)
+        through = self._render(messages[: i + 1], tools)
+        start, content = len(prefix), messages[i]["content"].strip()
+        if not (text.startswith(prefix) and through.startswith(prefix)):
+            raise MaskError(
+                f"message {i + 1}: the chat template writes the messages before it otherwise than a prompt for it, so "
+                "the mask cannot be proven; pass a --chat-template with generation marks"
+            )
+        if text.startswith(through):
+            end = len(through)
+        else:  # a template that leaves the thinking of earlier turns out still writes content and end mark alike
+            turn_end = content + through[through.rindex(content) + len(content) :] if content in through[start:] else ""
+            if not turn_end or not text.startswith(turn_end, start):
+                raise MaskError(
+                    f"message {i + 1}: the chat template writes it otherwise than as the last one, so the mask cannot "
+                    "be proven; pass a --chat-template with generation marks"
+                )
+            end = start + len(turn_end)
+        return start, start + len(text[start:end].rstrip()) or end
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
+        return self._call(messages, tools, add_generation_prompt=add_generation_prompt)[0]
+
+    def _render_marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        text, spans = self._call(conversation.messages, conversation.tools, return_assistant_tokens_mask=True)
+        return text, [(start, end) for start, end in spans]
+
+    def _call(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> tuple[str, list[Any]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        special_tokens = {name: token for name, token in self.tokenizer.special_tokens_map.items()}
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages], tools=tools, chat_template=self.template, **options, **special_tokens
+            )  # type: ignore[misc, unused-ignore]
+        except Exception as error:  # a template raises what it likes, in a sandbox
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise MaskError(f"the chat template refuses it ({reason})") from None
+        return require_valid_unicode(texts[0], "messages"), spans[0] if spans else []
+
+
+def _begins(ids: TokenIds, prefix: TokenIds) -> bool:
+    return len(prefix) <= len(ids) and bool((ids[: len(prefix)] == prefix).all())
