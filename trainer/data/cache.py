@@ -119,7 +119,7 @@ def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]]) -> Non
     try:
         temp_folder.mkdir(parents=True)
         contents = write_contents(temp_folder)
-        hashes = {file.name: sha256(file) for file in sorted(temp_folder.iterdir())}
+        hashes = {file.name: sha256(file) for file in sorted(temp_folder.iterdir()) if file.name != MANIFEST_FILE}
         manifest = Manifest(**{**contents, "sha256": hashes})
         (temp_folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         for path in (*temp_folder.iterdir(), temp_folder):

@@ -75,6 +75,11 @@ def _render_prompt_completion(record: Record) -> Pair | Conversation:
     return require_text(record, "prompt"), require_text(record, "completion")
 
 
+def _render_text(record: Record) -> Pair:
+    """A text as it is; an empty one is blank, in a CSV file too, where it cannot be told from null."""
+    return "", "" if "text" in record and is_missing(record["text"]) else require_text(record, "text")
+
+
 def _render_token_ids(record: Record) -> Pair:
     raise AssertionError("token ids are not rendered")
 
@@ -102,7 +107,7 @@ FORMATS = (
     ),
     RecordFormat(name="acled", render=_render_acled, meaning="an ACLED event's fields, then its notes"),
     RecordFormat(
-        name="text", needs=("text",), columns=("text",), render=lambda record: ("", require_text(record, "text")),
+        name="text", needs=("text",), columns=("text",), render=_render_text,
         is_keyed_by_prompt=False, objectives=("blocks",), meaning="texts as they are",
     ),
 )  # fmt: skip

@@ -80,7 +80,7 @@ def _open_arrow(file: Path) -> Any:
 
     with open(file, "rb") as stream:
         is_file_format = stream.read(6) == b"ARROW1"
-    return pyarrow.ipc.open_file(str(file)) if is_file_format else pyarrow.ipc.open_stream(open(file, "rb"))  # noqa: SIM115
+    return pyarrow.ipc.open_file(str(file)) if is_file_format else pyarrow.ipc.open_stream(open(file, "rb"))
 
 
 def _first_line(error: Exception) -> str:

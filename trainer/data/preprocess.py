@@ -131,7 +131,9 @@ class Preprocessor:
         self._check_split_sizes()
         self._check_shared({split: np.frombuffer(values, dtype=np.uint64) for split, values in hashes.items()})
         if self._is_chat() and self.objective == "blocks":
-            raise UserError("--objective blocks: conversations are learnt turn by turn; expected --objective completion")
+            raise UserError(
+                "--objective blocks: conversations are learnt turn by turn; expected --objective completion"
+            )
 
     def _check_shared(self, hashes: dict[str, NDArray[np.uint64]]) -> None:
         """Count records of validation and test that equal a training record; where there is a test, refuse many."""
@@ -149,7 +151,10 @@ class Preprocessor:
 
     def _check_split_sizes(self) -> None:
         """What is certain before tokenising: an empty split, for records; more is known when they are packed."""
-        sizes, fractions = self.inputs[0].split_sizes, {"val": self._val_fraction(), "test": self.settings.test_fraction}
+        sizes, fractions = (
+            self.inputs[0].split_sizes,
+            {"val": self._val_fraction(), "test": self.settings.test_fraction},
+        )
         wanted_splits = ["train", *(split for split, fraction in fractions.items() if fraction)]
         empty_split = next((split for split in wanted_splits if not sizes[split]), None)
         if len(wanted_splits) == 1 or empty_split is None:

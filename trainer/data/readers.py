@@ -65,7 +65,7 @@ def file_columns(source: Source, file: Path) -> tuple[str, ...]:
             return tuple(next(_iter_json(source, file, errors="replace")).record)
         with open_text(file, errors="replace", newline="") as stream:
             lines = iter(lambda: stream.readline(MAX_LINE_BYTES), "")
-            header = next((row for row in _csv_reader(lines, source.kind) if row), [])
+            header: list[str] = next((row for row in _csv_reader(lines, source.kind) if row), [])
     except StopIteration:
         raise UserError(f"{source.flag} {file}: holds no record; expected one JSON object a line") from None
     except (*READ_ERRORS, csv.Error) as error:

@@ -158,9 +158,13 @@ class RowWriter:
             for kind in ("too long", "cut", "unusable"):
                 if number := self.problems[split, kind]:
                     lines.append(self._describe_problem(split, kind, f"{number} of {num_records}"))
-                if kind != "cut" and 0 < number == num_records:
-                    raise UserError(f"{lines[-1]}; nothing is left to learn from: raise --block-size, or mend the data")
-            if self.problems[split, "unusable"] and unusable_records == "refuse":
+                if kind == "too long" and 0 < number == num_records:
+                    raise UserError(
+                        f"--block-size {self.block_size}: all {num_records} {split} records are longer (first: "
+                        f"{self.first_problems[split, kind]}); raise --block-size"
+                    )
+            num_unusable = self.problems[split, "unusable"]
+            if num_unusable and (unusable_records == "refuse" or num_unusable == num_records):
                 raise UserError(f"{lines[-1]}; mend them, or accept that with --unusable-records drop")
         return lines
 

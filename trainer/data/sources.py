@@ -1,6 +1,7 @@
 """What `--data` and `--val-data` name: files, folders with splits, saved data sets, data sets of the hub, the demo."""
 
 import glob
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +110,9 @@ def _find_splits(spec: str, flag: str) -> dict[str, Source]:
         matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         if not matches:
             raise UserError(f"{flag} {spec}: no file matches; expected a pattern that matches {ACCEPTED_FILES}")
-        return _file_splits(flag, spec, [p for p in matches if p.is_file()], "pattern", Path())
+        files = [p for p in matches if p.is_file()]
+        root = Path(os.path.commonpath([p.parent for p in files])) if files else path
+        return _file_splits(flag, spec, files, "pattern", root)
     if file_kind(path) is not None or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec):
         raise UserError(
             f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, or a hub id"

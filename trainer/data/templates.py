@@ -102,14 +102,11 @@ def _split_lines(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def _render_line(pieces: Sequence[Piece], record: Record) -> str:
-    values = [record.get(piece.text) if piece.is_column else piece.text for piece in pieces]
     columns = _columns_of(pieces)
     if columns and all(is_missing(record.get(column)) for column in columns):
         return ""
-    return "".join(
-        to_text(value, piece.text) if piece.is_column and not is_missing(value) else ("" if piece.is_column else value)
-        for piece, value in zip(pieces, values, strict=True)
-    )
+    values = {column: "" if is_missing(record.get(column)) else to_text(record[column], column) for column in columns}
+    return "".join(values[piece.text] if piece.is_column else piece.text for piece in pieces)
 
 
 def value_text(record: Record, column: str, flag: str) -> str:

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,7 +58,7 @@ class RunPlan:
         """The plan as (what, value) for people."""
         model_info, schedule, settings = self.model_info, self.schedule, self.settings
         train, val = self.data_info["train"], self.data_info["val"]
-        unit = "blocks" if settings.data.objective == "blocks" else "rows"
+        unit = "blocks" if self.data_info["objective"] == "blocks" else "rows"
         lr_text = f"{settings.train.lr:g}, linear to 0" + (
             f" after {settings.train.warmup_steps} warm-up steps" if settings.train.warmup_steps else ", no warm-up"
         )
@@ -148,7 +148,7 @@ class RunPlan:
         return reference.why_not_comparable(
             data=self.data_info["source"], vocabulary=self.data_info["vocabulary"],
             block_size=self.settings.data.block_size,
-            objective=self.settings.data.objective, model=self.settings.model.model,
+            objective=self.data_info["objective"], model=self.settings.model.model,
             examples=self.data_info["train"]["examples"],
         )  # fmt: skip
 
@@ -226,6 +226,7 @@ def make_plan(
     settings: Settings, dist_context: DistContext, data: PreparedDataset, model_info: dict[str, Any], model_config: Any
 ) -> RunPlan:
     """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
+    settings = replace(settings, data=replace(settings.data, objective=data.metadata["objective"]))
     vocab_size = data.metadata["vocabulary"]
     if vocab_size > model_config.vocab_size:
         raise UserError(

@@ -1,5 +1,6 @@
 """From records to rows on disk: blocks and completions, the validation split, and the cache."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -330,7 +331,7 @@ def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_f
     def fill(folder):
         for path in copy.iterdir():
             shutil.copy(path, folder)
-        stored = json.loads((copy / "facts.json").read_text())
+        stored = dataclasses.asdict(store.read_manifest(copy / "facts.json"))
         if not first.folder.exists():  # another one finishes while this one is still writing
             store.build(first.folder, fill_now)
         return stored
@@ -338,7 +339,7 @@ def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_f
     def fill_now(folder):
         for path in copy.iterdir():
             shutil.copy(path, folder)
-        return {**json.loads((copy / "facts.json").read_text()), "pad_id": 7}
+        return {**dataclasses.asdict(store.read_manifest(copy / "facts.json")), "pad_id": 7}
 
     store.build(first.folder, fill)
     assert load(first.folder).pad_id == 7  # the first to finish named the folder

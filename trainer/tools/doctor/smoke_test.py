@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.cli import CliArgs, to_argv
-from trainer.data import sources
+from trainer.data import readers, sources
 from trainer.data.dataset import PreparedDataset
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, make_result, ok_result
 from trainer.training.run_plan import RunPlan
@@ -216,7 +216,7 @@ def _sample_overrides(
         if argument is None:
             characters_left += max_characters["train"]  # the validation sample is what follows that of training
         with open(path, "w") as file:
-            for sourced_record in sources.records(source):
+            for sourced_record in readers.records(source):
                 line = json.dumps(sourced_record.record, default=str)
                 if argument is not None or characters_left < max_characters["val"]:
                     file.write(line + "\n")
