@@ -12,7 +12,7 @@ def card() -> dict[str, dict[str, Any]]:
     """The published settings of `gpt2-acled-t2s`; AdamW, decay 0 and clip 1.0 are its program's defaults."""
     return {
         "model": {"model": "gpt2"},
-        "data": {"data": DEMO_DATA, "block_size": 1024},
+        "data": {"data": DEMO_DATA, "objective": "blocks", "block_size": 1024},
         "train": {"global_batch": 2, "eval_batch": 2, "lr": 3e-5},
     }
 

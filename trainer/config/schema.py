@@ -103,8 +103,8 @@ class DataSettings:
 
     data: str = option(
         flag="--data",
-        help="CSV, TSV, JSONL, Parquet, Arrow or text file (text also .gz, .zst), folder, saved data set, glob, hub id, "
-        "or the embedded `acled-demo`",
+        help="CSV, TSV, JSONL, Parquet, Arrow or text file (text also .gz, .zst), folder, saved data set, glob, "
+        "hub id, or the embedded `acled-demo`",
         accepts=Accepted(check=bool, words="a file, folder, glob, hub id or acled-demo"),
     )
     val_data: str | None = option(

@@ -129,19 +129,20 @@ def choose_format(columns: Sequence[str], settings: DataSettings, where: str) ->
     if settings.format is not None and not candidates:
         needs = next(f.needs for f in FORMATS if f.name == settings.format) or ("notes", "an event's columns")
         raise UserError(
-            f"--format {settings.format}: {where} has no column {' and '.join(needs)} (columns: {list_columns(columns)})"
+            f"--format {settings.format}: {where} has no column {' and '.join(needs)} "
+            f"(columns: {list_columns(columns)})"
         )
     templates = f"pass --prompt and --completion with columns in braces (columns: {list_columns(columns)})"
     if candidates:
         raise UserError(
-            f"{where}: --objective {settings.objective} needs another format than {candidates[0].name}: {templates}, or "
-            f"--objective {candidates[0].objectives[0]}"
+            f"{where}: --objective {settings.objective} needs another format than {candidates[0].name}: {templates}, "
+            f"or --objective {candidates[0].objectives[0]}"
         )
     if settings.objective == "completion":
         raise UserError(f"{where}: --objective completion needs a text to be learnt: {templates}")
     raise UserError(
-        f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output` "
-        f"or `input_ids`, and not an ACLED export: {templates}"
+        f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, `instruction` and "
+        f"`output` or `input_ids`, and not an ACLED export: {templates}"
     )
 
 

@@ -206,7 +206,7 @@ class Preprocessor:
         for split in ("val", "test"):
             if self.num_shared[split]:
                 lines.append(
-                    f"{self.num_shared[split]} of {writer.packers[split].num_records} {SPLIT_NAMES[split]} records also "
-                    "stand in the training data"
+                    f"{self.num_shared[split]} of {writer.packers[split].num_records} {SPLIT_NAMES[split]} records "
+                    "also stand in the training data"
                 )
         return lines

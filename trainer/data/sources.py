@@ -17,7 +17,10 @@ KIND_BY_SUFFIX = {
     ".parquet": "Parquet", ".arrow": "Arrow", ".txt": "text", ".text": "text",
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".zst")  # of the kinds that are text
-ACCEPTED_FILES = "a CSV, TSV, JSONL, Parquet, Arrow or text file (.csv .tsv .jsonl .json .parquet .arrow .txt; text also .gz or .zst)"
+ACCEPTED_FILES = (
+    "a CSV, TSV, JSONL, Parquet, Arrow or text file "
+    "(.csv .tsv .jsonl .json .parquet .arrow .txt; text also .gz or .zst)"
+)
 SPLIT_BY_WORD = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",

@@ -43,13 +43,12 @@ def scan(source: Source, cache: Path) -> tuple[FileFingerprint, ...]:
 
     Fingerprints are remembered in `cache`, so that a large file that did not change is not read again at each start.
     """
-    return tuple(
-        remembered_fingerprint(
-            file, cache, source.kind,
-            lambda file: sha256(file) if source.kind in ("Parquet", "Arrow", "hub", "saved") else _check_text(source, file),
-        )
-        for file in source.files
-    )  # fmt: skip
+
+    def compute_sha256(file: Path) -> str:
+        is_binary = source.kind in ("Parquet", "Arrow", "hub", "saved")
+        return sha256(file) if is_binary else _check_text(source, file)
+
+    return tuple(remembered_fingerprint(file, cache, source.kind, compute_sha256) for file in source.files)
 
 
 def find_change(source: Source, fingerprints: tuple[FileFingerprint, ...]) -> UserError | None:

@@ -81,6 +81,8 @@ class RunPlan:
                 "validation",
                 f"{val['examples']:,} {unit}, {val['counted_tokens']:,} counted tokens ({self.data_info['split']})",
             ),
+            ("format", f"{self.data_info['form']}: {self.data_info['form_meaning']}"),
+            ("example", self.data_info["example"] or "token ids"),
             ("batch", str(schedule.batch)),
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", lr_text),

@@ -48,7 +48,7 @@ def check_counts(data: PreparedDataset) -> Iterator[CheckResult]:
 def check_lengths(settings: Settings, data: PreparedDataset) -> CheckResult:
     """The spread of the rows' lengths."""
     row_lengths = data.train.lengths()
-    if data.metadata["objective"] == "blocks":
+    if settings.data.objective == "blocks":
         return ok_result("lengths", f"every block has {settings.data.block_size} tokens")
     shortest, median, percentile_95, longest = (
         int(value) for value in np.quantile(row_lengths, [0, 0.5, 0.95, 1], method="nearest")
@@ -62,7 +62,7 @@ def check_dropped_records(settings: Settings, data: PreparedDataset) -> Iterator
     """Records that are too long for a row (completion), or the tail that fills no block."""
     for split in ("train", "val"):
         split_metadata = data.metadata[split]
-        if data.metadata["objective"] == "blocks":
+        if settings.data.objective == "blocks":
             continue  # only the last piece of a block, which the notices tell
         num_dropped = split_metadata["records"] - split_metadata["examples"]
         if num_dropped:
@@ -77,9 +77,9 @@ def check_dropped_records(settings: Settings, data: PreparedDataset) -> Iterator
 def check_duplicates(settings: Settings, data: PreparedDataset) -> Iterator[CheckResult]:
     """Texts that stand on both sides, and texts that the training data repeat; compared by their token ids."""
     eos_token_id = (
-        None if data.metadata["objective"] == "completion" or data.metadata["tokenizer"] is None else data.pad_id
+        None if settings.data.objective == "completion" or data.metadata["tokenizer"] is None else data.pad_id
     )
-    if eos_token_id is None and data.metadata["objective"] == "blocks":
+    if eos_token_id is None and settings.data.objective == "blocks":
         yield ok_result("duplicates", "not looked for: token ids do not say where a text ends")
         return
     train_digests, val_digests = _text_digests(data.train, eos_token_id), _text_digests(data.val, eos_token_id)
