@@ -58,3 +58,10 @@ def write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records)), path)
     return path
+
+
+def read_records(path: Path) -> list[Any]:
+    """The records of a file or folder, as `--data` reads them."""
+    from trainer.data import readers, sources
+
+    return [record for _, _, record in readers.records(sources.find(str(path)))]

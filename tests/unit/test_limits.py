@@ -37,8 +37,6 @@ KNOWN: set[str] = {
     "tests/unit/tools/test_doctor.py",
     "tests/unit/tracking/test_console.py",
     "trainer/config/reference.py: disagreements",
-    "trainer/data/demo.py",
-    "trainer/data/preprocess.py",
     "trainer/distributed/engine.py",
     "trainer/distributed/engine.py: __init__",
     "trainer/distributed/memory_estimate.py",

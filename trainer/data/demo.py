@@ -6,6 +6,8 @@ types, empty second actors and fatalities follow public figures of ACLED's Afric
 notes are phrased follows its 2022 notes. Each note repeats date and place of its record, and often the fatalities,
 so that a model which learns to read the record can be told from one which only learns the style.
 
+Long: more than half of it is data, the phrases and shares from which the rows are made.
+
 The same seed gives the same rows everywhere: of `random.Random` only `random()` is used, the one method whose
 sequence Python promises to keep, and all arithmetic on it is exact.
 """

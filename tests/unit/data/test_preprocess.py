@@ -26,12 +26,7 @@ PAIRS = [{"mr": f"Town {i}", "ref": f"On {i} January people met in Town {i}."} f
 TEMPLATES = {"prompt": "{mr}:", "completion": " {ref}"}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(samples.make_tokenizer(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def tokenizer(model):
     from trainer.data.tokenizer import load_tokenizer
 
