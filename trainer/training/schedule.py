@@ -31,8 +31,8 @@ class TrainSchedule:
     def batches(self, dataset: TokenDataset, rank: int) -> TrainBatches:
         """The global batches of the run, with this rank's share of each."""
         return TrainBatches(
-            dataset=dataset, batch_config=self.batch, seed=self.settings.train.seed, rank=rank, shuffle=self.settings.data.shuffle,
-            by_length=self.settings.data.objective == "completion",
+            dataset=dataset, batch_config=self.batch, seed=self.settings.train.seed, rank=rank,
+            shuffle=self.settings.data.shuffle, by_length=self.settings.data.objective == "completion",
         )  # fmt: skip
 
     def next_boundary(self, step: int) -> int:
