@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import presets
+from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
 from trainer.training.lr_schedule import learning_rate
 
@@ -25,7 +26,7 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
     num_params = 2_000_000
     num_trainable = num_params if mode == "full" else 19_000
     metadata = {
-        "format": 1,
+        "schema_version": SCHEMA_VERSION,
         "run_id": f"{mode}{seed:04d}",
         "name": f"{mode}-s{seed}",
         "mode": mode,
@@ -74,6 +75,7 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
         },
         "model": {
             "name": "demo-base",
+            "init": "pretrained",
             "class": "GPT2LMHeadModel",
             "parameters": num_params,
             "trainable": num_trainable,
@@ -81,6 +83,7 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
             "fingerprint": "e1" * 8,
             "lora_targets": ["c_attn", "c_fc"] if mode == "lora" else [],
         },
+        "not_comparable_with_card": [],
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "git": {"commit": "0" * 40, "dirty": False},
         "hardware": {"cpu": "some cpu", "cores": 2, "memory_gb": 8.0, "gpu": None, "gpus": 0},

@@ -1,7 +1,6 @@
 """`launch/export.py`: a checkpoint of a run, read back in one process without DeepSpeed, as a checked folder."""
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from trainer.config.errors import TrainingError, UserError
+from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, prepare
 from trainer.export.folder import base_model_ref, export_folder
@@ -29,7 +29,7 @@ def export_checkpoint(
 ) -> int:
     """Export, check, say where and how it went; 0, or TrainingError where the folder is not the model that was
     trained."""
-    metadata = read_metadata(run_folder)
+    metadata = read_run_metadata(run_folder / "run.json")
     settings = Settings.from_dict(metadata["settings"])
     if merge and settings.mode != "lora":
         raise UserError(f"--merge: {run_folder} is a run of --mode {settings.mode}; it has no adapters to merge")
@@ -89,20 +89,6 @@ def _describe_loss_change(
         f"{source_checkpoint.val_loss:.6f} on the quantised base, {verification.loss:.6f} merged onto the float32 one"
     )
     return f"; validation loss {change} ({verification.loss - source_checkpoint.val_loss:+.6f})"
-
-
-def read_metadata(run_folder: Path) -> dict[str, Any]:
-    """The content of a run folder's run.json; UserError where there is none or it is no run's."""
-    path = run_folder / "run.json"
-    try:
-        metadata = json.loads(path.read_text())
-        for key in ("settings", "resolved", "data", "model", "versions", "not_comparable_with_card"):
-            metadata[key]
-        return dict(metadata)
-    except FileNotFoundError:
-        raise UserError(f"{run_folder}: no run.json there; pass a run folder, for instance runs/<run name>") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a run's ({type(error).__name__}: {error})") from None
 
 
 def _select_checkpoint(run_folder: Path, checkpoint_name: str) -> Checkpoint:

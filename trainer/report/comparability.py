@@ -18,7 +18,7 @@ COMPARABILITY_KEYS = {
 }
 #: facts of run.json that differ between any two runs and say nothing of what was compared
 _IGNORED_METADATA = (
-    "format",
+    "schema_version",
     "run_id",
     "name",
     "mode",

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.config.errors import UserError
+from trainer.config.run_metadata import read_run_metadata
 from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord
 
 #: columns of one kind of record, each an array of float64 of the same length; NaN where a row lacks the value
@@ -117,7 +119,10 @@ def drop_superseded_rows(series: Series) -> Series:
 
 def read_folder(folder: Path) -> RunData:
     """The run of a run folder; RunReadError where settings or rows are missing."""
-    metadata = _read_metadata(folder / "run.json")
+    try:
+        metadata = read_run_metadata(folder / "run.json")
+    except UserError as error:
+        raise RunReadError(str(error)) from error
     metrics_path = folder / "metrics.jsonl"
     try:
         content = metrics_path.read_bytes()
@@ -212,20 +217,6 @@ def _missing_data_notes(run: RunData, events: list[Mapping[str, Any]]) -> list[s
     elif run.initial_loss is None:
         notes.append("no evaluation at step 0: how far it improved on its base is unknown")
     return notes
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads(path.read_bytes())
-    except OSError as error:
-        raise RunReadError(
-            f"cannot read run.json ({error.strerror}), so neither mode nor settings are known"
-        ) from error
-    except ValueError as error:
-        raise RunReadError(f"run.json is not whole JSON ({error})") from error
-    if not isinstance(metadata, dict):
-        raise RunReadError("run.json is not a JSON object")
-    return metadata
 
 
 def _parse_metrics(content: bytes) -> tuple[Series, list[dict[str, Any]], list[str]]:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.config.errors import UserError
+from trainer.config.run_metadata import check_run_metadata
 from trainer.report.run_data import EPOCH_FIELDS, EVAL_FIELDS, STEP_FIELDS, RunData, RunReadError, build_run, to_series
 from trainer.report.wandb_file import RecordReader
 
@@ -181,8 +183,11 @@ def unflatten(flat: Mapping[str, Any], separator: str) -> dict[str, Any]:
 def metadata_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """run.json again, from the W&B config that carries it; RunReadError where another program logged the run."""
     metadata = config.get("run")
-    if isinstance(metadata, Mapping) and "settings" in metadata:
-        return dict(metadata)
+    if isinstance(metadata, Mapping):
+        try:
+            return check_run_metadata(dict(metadata), source="`run` of its W&B config")
+        except UserError as error:
+            raise RunReadError(str(error)) from error
     if config.get("mode") == "card":
         raise RunReadError("is the card itself, which every comparison holds already")
     raise RunReadError("was logged by another program: its W&B config has no `run`")

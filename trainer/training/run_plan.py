@@ -16,6 +16,7 @@ import torch
 from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
+from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.deepspeed_config import (
@@ -103,7 +104,7 @@ class RunPlan:
         """The content of run.json."""
         settings = self.settings
         return {
-            "format": 1,
+            "schema_version": SCHEMA_VERSION,
             "run_id": run_id,
             "name": settings.run_name,
             "mode": settings.mode,

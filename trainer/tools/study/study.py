@@ -1,6 +1,5 @@
 """Many runs to choose a method and a learning rate by: which there are, running them, and the table they come to."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from trainer.config import cli
 from trainer.config.errors import UserError
+from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, fields_fixed_on_resume
 from trainer.report.full_vs_lora import best_loss
 from trainer.report.run_data import RunData, RunReadError, read_folder
@@ -139,14 +139,10 @@ def execute_runs(study_runs: Sequence[StudyRun], workers: int, log: Callable[[st
 
 def _is_finished(study_run: StudyRun) -> bool:
     """Whether the folder holds this very trial, finished; UserError where it holds another."""
-    try:
-        stored_settings = json.loads((study_run.folder / "run.json").read_text())["settings"]
-    except FileNotFoundError:
+    metadata_path = study_run.folder / "run.json"
+    if not metadata_path.exists():
         return False
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{study_run.folder}: its run.json cannot be read ({error}); name another folder with --output-dir"
-        ) from None
+    stored_settings = read_run_metadata(metadata_path)["settings"]
     stored_fields, current_fields = (fields_fixed_on_resume(settings) | {"data": settings.data.data,
         "val_data": settings.data.val_data}
                    for settings in (Settings.from_dict(stored_settings), study_run.settings))  # fmt: skip

@@ -1,0 +1,252 @@
+"""run.json: its shape as types, and the one reader of it, which trusts nothing that it reads."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from trainer.config.choices import Mode, Precision, Preset
+from trainer.config.errors import UserError
+from trainer.config.options import describe_type, has_type, value_problem, without_none
+from trainer.config.settings import Settings
+
+SCHEMA_VERSION = 2  # 1, under the key `format`: before modules, flags and columns got the field's names
+
+
+class SplitBlock(TypedDict):
+    """Counts of the training or validation data."""
+
+    records: int
+    examples: int
+    tokens: int
+    counted_tokens: int
+
+
+class DataBlock(TypedDict):
+    """What the data were."""
+
+    source: str
+    fingerprint: str
+    train_fingerprint: str
+    val_fingerprint: str
+    split: str
+    tokenizer: str | None
+    vocabulary: int
+    objective: str
+    block_size: int
+    train: SplitBlock
+    val: SplitBlock
+
+
+ModelBlock = TypedDict(
+    "ModelBlock",
+    {
+        "name": str,
+        "init": str,
+        "class": str,
+        "parameters": int,
+        "trainable": int,
+        "share": float,
+        "fingerprint": str,
+        "lora_targets": list[str],
+    },
+)
+
+
+class ResolvedBlock(TypedDict):
+    """What was derived or chosen."""
+
+    lr: float
+    precision: Precision
+    ds_config: str
+    ranks: int
+    nodes: int
+    device: str
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    steps_per_epoch: int
+    total_steps: int
+    dropout: float
+
+
+class WandbBlock(TypedDict):
+    """Where the run's W&B records are."""
+
+    id: str
+    project: str
+    group: str
+    mode: str
+
+
+class ResumedBlock(TypedDict):
+    """The settings with which the run last went on, and {name: [at the start, now]} of what was changed."""
+
+    settings: Settings
+    changed: dict[str, list[Any]]
+
+
+class RunMetadata(TypedDict):
+    """The content of run.json, as far as anything here relies on it; more keys may stand there."""
+
+    schema_version: int
+    run_id: str
+    name: str
+    mode: Mode
+    preset: Preset
+    started: str
+    command: list[str]
+    settings: Settings
+    overridden: list[str]
+    resolved: ResolvedBlock
+    deepspeed: dict[str, Any]
+    data: DataBlock
+    model: ModelBlock
+    not_comparable_with_card: list[str]
+    versions: dict[str, str | None]
+    git: dict[str, Any] | None
+    hardware: dict[str, Any]
+    wandb: WandbBlock
+    resumed: NotRequired[ResumedBlock]
+
+
+class Problem(NamedTuple):
+    """Where a value is not as it should be, what stands there, and what was expected."""
+
+    key: str
+    found: str
+    expected: str
+
+
+def read_run_metadata(path: Path) -> dict[str, Any]:
+    """The content of a run.json; UserError, in one line that names file, key, found and expected, on any problem."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: expected a file")
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent}: no run.json there; expected a run folder, for instance runs/<run name>"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); expected what a run writes") from error
+    return check_run_metadata(content, source=str(path))
+
+
+def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
+    """`content`, where it is that of a run.json of this version; UserError that names `source` otherwise."""
+    if isinstance(content, dict) and content.get("schema_version") != SCHEMA_VERSION:
+        version = content.get("schema_version", content.get("format"))
+        if isinstance(version, int):
+            raise UserError(
+                f"{source}: schema_version is {version}, expected {SCHEMA_VERSION}: the run is of another version of "
+                "this program, which can still read it"
+            )
+    problem = find_problem(content, RunMetadata, "")
+    if problem is not None:
+        raise UserError(f"{source}: {problem.key or 'its content'} is {problem.found}; expected {problem.expected}")
+    assert isinstance(content, dict)
+    for key, block in (("", content), ("resumed.", content.get("resumed", {}))):
+        if "settings" in block:
+            try:
+                Settings.from_dict(block["settings"])
+            except UserError as error:  # right alone, but not together
+                raise UserError(f"{source}: {key}settings: {error}") from None
+    if content["settings"]["mode"] != content["mode"]:
+        raise UserError(
+            f"{source}: mode is {content['mode']!r}; expected that of settings, {content['settings']['mode']}"
+        )
+    return content
+
+
+def find_problem(value: object, annotation: Any, key: str) -> Problem | None:
+    """The first thing in a JSON value that is not of its type: TypedDict, settings, dict, list, Literal or scalar."""
+    if annotation is Any:
+        return None
+    if value is None and has_none(annotation):
+        return None
+    annotation = without_none(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return _find_settings_problem(value, annotation, key)
+    if typing.is_typeddict(annotation):
+        return _find_block_problem(value, annotation, key)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is dict or origin is list:
+        if not isinstance(value, origin):
+            return Problem(key, _describe(value), "an object" if origin is dict else "a list")
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        element = arguments[-1]
+        return _first(find_problem(item, element, _join(key, name)) for name, item in items)
+    if not has_type(value, annotation) or (isinstance(value, str) and "\0" in value):
+        return Problem(key, _describe(value), describe_type(annotation))
+    return None
+
+
+def has_none(annotation: Any) -> bool:
+    """Whether a type is `X | None`."""
+    return type(None) in typing.get_args(annotation)
+
+
+def _find_block_problem(value: object, block: Any, key: str) -> Problem | None:
+    if not isinstance(value, dict):
+        return Problem(key, _describe(value), "an object")
+    hints = typing.get_type_hints(block)
+    for name in hints:
+        if name in block.__required_keys__ and name not in value:
+            return Problem(_join(key, name), "missing", _describe_expected(hints[name]))
+    return _first(find_problem(value[name], hints[name], _join(key, name)) for name in hints if name in value)
+
+
+def _find_settings_problem(value: object, settings_class: Any, key: str) -> Problem | None:
+    """As `find_problem`, field by field; an unknown setting is a problem too: it would be dropped without a word."""
+    if not isinstance(value, dict):
+        return Problem(key, _describe(value), "an object")
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}
+    for name, field in fields.items():
+        if name not in value:
+            return Problem(_join(key, name), "missing", _describe_expected(field.type))
+        if dataclasses.is_dataclass(field.type):
+            problem = _find_settings_problem(value[name], field.type, _join(key, name))
+        else:
+            problem = _find_field_problem(value[name], field, _join(key, name))
+        if problem is not None:
+            return problem
+    unknown = next((name for name in value if name not in fields), None)
+    return unknown and Problem(_join(key, unknown), "an unknown setting", f"one of {', '.join(fields)}")
+
+
+def _find_field_problem(value: object, field: dataclasses.Field[Any], key: str) -> Problem | None:
+    expected = value_problem(tuple(value) if isinstance(value, list) else value, field)
+    if not expected and isinstance(value, str) and "\0" in value:
+        expected = describe_type(field.type)
+    return Problem(key, _describe(value), expected) if expected else None
+
+
+def _first(problems: typing.Iterator[Problem | None]) -> Problem | None:
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _join(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _describe_expected(annotation: Any) -> str:
+    annotation = without_none(annotation)
+    if typing.is_typeddict(annotation) or dataclasses.is_dataclass(annotation):
+        return "an object"
+    return {dict: "an object", list: "a list"}.get(typing.get_origin(annotation)) or describe_type(annotation)
+
+
+def _describe(value: object) -> str:
+    """A JSON value in a few characters."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
