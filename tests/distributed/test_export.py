@@ -363,7 +363,7 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(
     state.write_bytes(state.read_bytes()[:-1])
     for arguments, expected in (
         ([str(tmp_path / "none")], "no run.json there"),
-        ([str(tmp_path / "odd")], "cannot be read as a run's"),
+        ([str(tmp_path / "odd")], "schema_version is missing; expected a whole number"),
         ([str(full_run), "--merge"], "--merge: "),
         ([str(full_run), "--checkpoint", "last"], "--checkpoint last: expected step-N, best or latest"),
         ([str(full_run), "--checkpoint", "step-5"], "whole checkpoints there: step-000002, step-000004, step-000006"),
