@@ -20,6 +20,7 @@ from trainer.data.sampler import MicroBatch
 from trainer.distributed import engine as room
 from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.engine import Engine
+from trainer.distributed.execution import make_execution_plan
 from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.distributed.memory_count import PassSetup
 from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_memory
@@ -36,15 +37,17 @@ before, libraries_before = resident("VmRSS"), resident("RssFile")
 open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins again
 model, config = build_model(settings, with_fingerprint=False), load_config(settings.model)
 zero, batch = read_deepspeed_file(settings.engine.ds_config), settings.train.batch(1)
-engine = Engine(world, model, build_deepspeed_config(zero, batch=batch, max_grad_norm=1.0, precision="fp32"),
-                settings.train, "fp32")
+deepspeed_config = build_deepspeed_config(zero, batch=batch, max_grad_norm=1.0, precision="fp32")
+execution = make_execution_plan(settings, world, deepspeed_config, precision="fp32", model_dropout=0.1,
+                                micro_batch_size=batch.micro_batch_size)
+engine = Engine(world, model, deepspeed_config, settings.train, execution)
 width = settings.data.block_size
 for step in range(2):
     ids = np.random.default_rng(step).integers(0, config.vocab_size, (batch.micro_batch_size, width))
     micro = MicroBatch(input_ids=ids, labels=ids, tokens=ids.size, index=0)
     sums = [engine.forward_backward(micro, step=step, num_target_tokens=ids.size)
             for _ in range(batch.gradient_accumulation_steps)]
-    engine.step(1e-4, sums)
+    engine.launch_update(1e-4, sums)()
 libraries = resident("RssFile") - libraries_before  # read in at the first step: no tensors
 grown = resident("VmHWM") - before - libraries
 accumulates = batch.gradient_accumulation_steps > 1
