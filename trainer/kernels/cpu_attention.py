@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from trainer.kernels import causal_attention
 
 NUM_LEVELS = 2**16  # a probability is rounded to a multiple of one over it: 0.1 to 0.100006
 BLOCK_SIZE = 64  # queries of one block of the attention: what it makes stays in the cache
@@ -24,9 +25,13 @@ def install(module: nn.Module, causal: PreTrainedModel) -> None:
     """Put these in the place of torch's, in `module` and in the attention of `causal` where it is GPT-2's."""
     install_dropout(module)
     config: Any = causal.config
-    if config.model_type == "gpt2" and config.attn_pdrop > 0 and config._attn_implementation == "sdpa":
+    if (
+        config.model_type == "gpt2"
+        and config.attn_pdrop > 0
+        and config._attn_implementation in ("sdpa", causal_attention.ATTENTION_NAME)
+    ):
         AttentionInterface.register(ATTENTION_NAME, blockwise_attention_forward)
-        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+        AttentionMaskInterface.register(ATTENTION_NAME, causal_attention.mask_unless_whole)
         causal.set_attn_implementation(ATTENTION_NAME)
 
 

@@ -16,6 +16,7 @@ from trainer.config.errors import UserError
 from trainer.config.schema import ModelSettings
 from trainer.config.settings import Settings
 from trainer.data import hf_hub
+from trainer.kernels import causal_attention
 from trainer.model import lora, optimizer, quantization
 from trainer.model.demo.files import DEMO_MODEL_FOLDER
 
@@ -89,6 +90,7 @@ def build_model(
             else _load_pretrained(settings.model, config)
         )
         fuse_gelu(causal)
+        causal_attention.install(causal)
         metadata = {
             "name": settings.model.model,
             "init": settings.model.init,
