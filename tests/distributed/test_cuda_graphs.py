@@ -59,6 +59,15 @@ def loss_module(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> CausalLMLos
     return CausalLMLoss(AutoModelForCausalLM.from_pretrained(tiny_model), None)
 
 
+def make_runner(loss_module: CausalLMLoss) -> CUDAGraphRunner:
+    def eager_backward(ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
+        loss_sum, row_losses = loss_module(ids, labels)
+        (loss_sum * loss_weight).backward()
+        return row_losses
+
+    return CUDAGraphRunner(loss_module, list(loss_module.parameters()), eager_backward, precision="fp32")
+
+
 def make_micro_batch(rows: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(1, 97, (rows, WIDTH)))
 
@@ -79,8 +88,7 @@ def graph_gradients(
     for parameter in loss_module.parameters():
         parameter.grad = None
     for ids in micro_batches:
-        if graph_runner.backward(ids, ids, 0.5) is None:
-            (loss_module(ids, ids)[0] * 0.5).backward()
+        graph_runner.backward(ids, ids, 0.5)
     return [p.grad.clone() for p in loss_module.parameters() if p.grad is not None]
 
 
@@ -90,7 +98,7 @@ def assert_all_close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -
 
 
 def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradients(loss_module):
-    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    made = make_runner(loss_module)
     for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
         micros = [make_micro_batch(2, 10 * number), make_micro_batch(2, 10 * number + 1)]
         assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
@@ -102,7 +110,7 @@ def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradien
 
 @pytest.mark.parametrize("ragged", [[2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
 def test_a_ragged_step_between_captured_ones_and_the_next_have_the_eager_gradients(loss_module, ragged):
-    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    made = make_runner(loss_module)
     for number, shape in enumerate([[2, 2]] * (cuda_graphs.NUM_WARMUP_CALLS + 2) + [ragged] + [[2, 2]] * 2):
         micros = [make_micro_batch(rows, 100 * number + n) for n, rows in enumerate(shape)]
         assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
@@ -110,7 +118,7 @@ def test_a_ragged_step_between_captured_ones_and_the_next_have_the_eager_gradien
 
 
 def test_at_most_max_graphs_shapes_are_captured(loss_module):
-    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    made = make_runner(loss_module)
     for rows in range(1, cuda_graphs.MAX_GRAPHS + 3):
         for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
             micros = [make_micro_batch(rows, number)]
@@ -119,19 +127,94 @@ def test_at_most_max_graphs_shapes_are_captured(loss_module):
 
 
 def test_evaluations_have_captured_graphs_of_their_own(loss_module):
-    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    runner = make_runner(loss_module)
     with torch.no_grad():
-        for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
-            ids = make_micro_batch(3, number)
-            rows = made.forward(ids, ids)
-            assert (rows is None) == (number < cuda_graphs.NUM_WARMUP_CALLS)
-            if rows is not None:
-                assert torch.equal(rows, loss_module(ids, ids)[1])
+        for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
+            ids = make_micro_batch(3, seed)
+            assert torch.equal(runner.forward(ids, ids), loss_module(ids, ids)[1])
+    (graph,) = FakeCapturedGraph.instances
+    assert graph.num_replays == 2, "once to verify it, once in the place of the eager call"
+    assert runner.checks == ["eval 3x16 recorded, checked to 0e+00"]
+
+
+class StaleGraph(FakeCapturedGraph):
+    """A recording that reads an old copy of one weight."""
+
+    weight: ClassVar[Any] = None
+
+    def replay(self, ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
+        current = StaleGraph.weight.data
+        StaleGraph.weight.data = current + 0.02
+        try:
+            return super().replay(ids, labels, loss_weight)
+        finally:
+            StaleGraph.weight.data = current
+
+
+def test_a_recording_with_a_stale_weight_is_found_at_its_first_replay_and_not_used(loss_module, monkeypatch):
+    StaleGraph.weight = dict(loss_module.named_parameters())["causal.transformer.h.1.mlp.c_fc.weight"]
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", StaleGraph)
+    runner = make_runner(loss_module)
+    for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
+        micro_batches = [make_micro_batch(2, seed)]
+        assert_all_close(
+            graph_gradients(runner, loss_module, micro_batches), eager_gradients(loss_module, micro_batches)
+        )
+    (graph,) = FakeCapturedGraph.instances
+    assert graph.num_replays == 1
+    assert "the recording of overwrite 2x16 gives loss" in runner.capture_error
+    assert "the eager step loss" in runner.capture_error
+    assert runner.checks == []
+
+
+@pytest.fixture
+def dropout_loss_module(loss_module: CausalLMLoss, tmp_path: Path) -> CausalLMLoss:
+    folder = make_tiny_gpt2(tmp_path / "dropout", dropout=0.1)
+    return CausalLMLoss(AutoModelForCausalLM.from_pretrained(folder), None).train()
+
+
+def seeded_gradients(runner: Any, loss_module: CausalLMLoss, seed: int) -> list[torch.Tensor]:
+    """The gradients of a step whose dropout masks are those of the seed."""
+    torch.manual_seed(seed)
+    micro_batches = [make_micro_batch(2, seed)]
+    if runner is None:
+        return eager_gradients(loss_module, micro_batches)
+    return graph_gradients(runner, loss_module, micro_batches)
+
+
+def test_a_recording_is_verified_with_the_dropout_masks_of_the_eager_call(dropout_loss_module):
+    runner = make_runner(dropout_loss_module)
+    for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
+        expected = seeded_gradients(None, dropout_loss_module, seed)
+        assert_all_close(seeded_gradients(runner, dropout_loss_module, seed), expected)
+    assert runner.capture_error == ""
+    assert len(runner.checks) == 1
+
+
+def test_a_capture_that_fails_inside_dropout_leaves_the_masks_of_all_later_steps_as_they_were(
+    dropout_loss_module, monkeypatch
+):
+    def fail_after_drawing(*_: Any) -> Any:
+        torch.rand(5)
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(cuda_graphs, "CapturedGraph", fail_after_drawing)
+    runner = make_runner(dropout_loss_module)
+    for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 1):
+        expected = seeded_gradients(None, dropout_loss_module, seed)
+        assert_all_close(seeded_gradients(runner, dropout_loss_module, seed), expected)
+    following = torch.rand(3)
+    seeded_gradients(None, dropout_loss_module, cuda_graphs.NUM_WARMUP_CALLS)
+    assert torch.equal(torch.rand(3), following), "the generator stands where an eager step leaves it"
+    assert runner.capture_error.endswith("operation not permitted when stream is capturing"), "the cause, not its echo"
 
 
 def test_a_failed_capture_is_reported_once_and_steps_go_on_eagerly(loss_module, monkeypatch):
     monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", True)
-    made = CUDAGraphRunner(loss_module, list(loss_module.parameters()))
+    made = make_runner(loss_module)
     for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
         micros = [make_micro_batch(2, number)]
         assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))

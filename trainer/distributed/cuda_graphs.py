@@ -1,10 +1,14 @@
-"""Forward and backward of a micro-batch as one CUDA graph: recorded once for each shape, replayed at every step.
+"""Forward and backward of a micro-batch as one CUDA graph: recorded once for each shape, verified, then replayed.
 
-At the card's batch a GPU waits for Python, which starts some two thousand kernels a step. A replay starts them all at
+At small batches a GPU waits for Python, which launches some two thousand kernels a step. A replay launches them all at
 once: the same kernels on the same addresses, and dropout draws from the seed that the generator has at the replay.
+Before a recording is used it is replayed on the rows at hand and held against the eager call just made.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,46 +17,109 @@ from torch import Tensor, nn
 # Eager calls of a shape before it is recorded: libraries choose kernels and make their workspaces in them.
 NUM_WARMUP_CALLS = 3
 MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the memory with graphs
+# Relative differences between a replay and the eager call of the same rows. The kernels are the same, but some add in
+# any order (atomics): float32 rounds sums of some thousand terms to about 1e-6, bf16 outputs differ by one of 2**-8.
+MAX_DIFFERENCE = {"fp32": 1e-5, "bf16": 1e-2}
+
+BackwardFn = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class CUDAGraphRunner:
-    """Takes the place of `work(ids, labels)` where a shape comes again and again; None where the caller must do it.
+    """Takes the place of an eager forward and backward where a shape comes again and again.
 
-    `capture_error` is one line where recording failed; from then on everything is eager.
+    `capture_error` is one line where a recording failed or was not equal to the eager call; from then on all is eager.
     """
 
     def __init__(
-        self, loss_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], trainable_params: Sequence[nn.Parameter]
+        self,
+        loss_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        trainable_params: Sequence[nn.Parameter],
+        eager_backward: BackwardFn,
+        *,
+        precision: str,
     ):
+        """`eager_backward(ids, labels, loss_weight)`: what is done where nothing is recorded; adds to the gradients."""
         self.loss_fn = loss_fn
         self.trainable_params = list(trainable_params)
+        self.eager_backward = eager_backward
+        self.max_difference = MAX_DIFFERENCE[precision]
         self.capture_error = ""
+        self.checks: list[str] = []  #: one line a recording that was verified
         self._call_counts: dict[Any, int] = {}
         self._captured: dict[Any, CapturedGraph] = {}
         self._pool: Any = None
         self._static_grads: list[Tensor | None] | None = None  # all shapes write their gradients to the same addresses
 
-    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor | None:
-        """Each row's sum, with the gradients added to those that the weights have; None: not recorded."""
+    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
+        """Each row's sum; the gradients are added to those that the weights have."""
         grads = [parameter.grad for parameter in self.trainable_params]
         overwrite = all(gradient is None for gradient in grads)
+        kind = "overwrite" if overwrite else "accumulate"
         if not overwrite and not self._owns_grads(grads):
-            return None  # an eager micro-batch of this step has begun elsewhere
-        graph = self._get_or_capture(
-            "overwrite" if overwrite else "accumulate", ids, lambda *inputs: self._forward_backward(overwrite, *inputs)
-        )
-        if graph is None:
-            return None
-        if overwrite:
-            assert self._static_grads is not None
-            for parameter, gradient in zip(self.trainable_params, self._static_grads, strict=True):
-                parameter.grad = gradient
-        return graph.replay(ids, labels, loss_weight)
+            return self.eager_backward(ids, labels, loss_weight)  # an eager micro-batch of this step came before
+        graph = self._captured.get((kind, tuple(ids.shape)))
+        if graph is not None:
+            self._use_static_grads()
+            return graph.replay(ids, labels, loss_weight)
+        if not self._should_capture(kind, ids):
+            return self.eager_backward(ids, labels, loss_weight)
+        return self._capture_backward(kind, ids, labels, loss_weight)
 
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor | None:
-        """Each row's sum without gradients; None: not recorded."""
-        graph = self._get_or_capture("eval", ids, lambda ids, labels, _: self.loss_fn(ids, labels)[1])
-        return graph.replay(ids, labels, 1.0) if graph is not None else None
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """Each row's sum without gradients."""
+        graph = self._captured.get(("eval", tuple(ids.shape)))
+        if graph is not None:
+            return graph.replay(ids, labels, 1.0)
+        row_losses = self.loss_fn(ids, labels)[1]
+        if self._should_capture("eval", ids):
+            graph = self._capture("eval", ids, lambda ids, labels, _: self.loss_fn(ids, labels)[1])
+            if graph is not None:
+                replayed = Measured.of(graph.replay(ids, labels, 1.0), [])
+                self._keep_if_equal("eval", ids, graph, Measured.of(row_losses, []), replayed)
+        return row_losses
+
+    def _capture_backward(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
+        """The eager call, and a recording of it that is kept where its replay gives the same."""
+        before = [None if p.grad is None else p.grad.clone() for p in self.trainable_params]
+        rng_before = _get_rng_state(ids.device)
+        row_losses = self.eager_backward(ids, labels, loss_weight)
+        eager = Measured.of(row_losses, [p.grad for p in self.trainable_params])
+        rng_after = _get_rng_state(ids.device)
+        graph = self._capture(kind, ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
+        if graph is not None:
+            assert self._static_grads is not None
+            for static, gradient in zip(self._static_grads, before, strict=True):
+                if static is not None and gradient is not None:
+                    static.copy_(gradient)
+            _set_rng_state(ids.device, rng_before)
+            replayed = Measured.of(graph.replay(ids, labels, loss_weight), self._static_grads)
+            if self._keep_if_equal(kind, ids, graph, eager, replayed):
+                self._use_static_grads()
+            _set_rng_state(ids.device, rng_after)
+        return row_losses
+
+    def _keep_if_equal(
+        self, kind: str, ids: Tensor, graph: "CapturedGraph", eager: "Measured", replayed: "Measured"
+    ) -> bool:
+        if not math.isfinite(eager.loss) or not math.isfinite(eager.grad_norm):
+            return False  # nothing to compare with: the step is refused, and the shape recorded at its next call
+        difference = eager.relative_difference(replayed)
+        label = f"{kind} {'x'.join(map(str, ids.shape))}"
+        if not difference <= self.max_difference:  # NaN is never equal
+            self.capture_error = (
+                f"steps are not recorded as CUDA graphs: the recording of {label} gives {replayed}, the eager step "
+                f"{eager}: {difference:.1e} apart, at most {self.max_difference:.0e} is rounding"
+            )
+            return False
+        self.checks.append(f"{label} recorded, checked to {difference:.0e}")
+        self._captured[kind, tuple(ids.shape)] = graph
+        self._pool = graph.pool
+        return True
+
+    def _use_static_grads(self) -> None:
+        assert self._static_grads is not None
+        for parameter, gradient in zip(self.trainable_params, self._static_grads, strict=True):
+            parameter.grad = gradient
 
     def _owns_grads(self, grads: Sequence[Tensor | None]) -> bool:
         return self._static_grads is not None and all(a is b for a, b in zip(grads, self._static_grads, strict=True))
@@ -68,29 +135,53 @@ class CUDAGraphRunner:
         (torch._foreach_copy_ if overwrite else torch._foreach_add_)(static_grads, source_grads)
         return row_losses
 
-    def _get_or_capture(
+    def _should_capture(self, kind: str, ids: Tensor) -> bool:
+        """Whether a shape's kernels are warm and there is room for one more recording."""
+        shape = tuple(ids.shape)
+        count = self._call_counts[kind, shape] = self._call_counts.get((kind, shape), 0) + 1
+        is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self._captured)
+        return is_warm and not self.capture_error and len(self._captured) < MAX_GRAPHS
+
+    def _capture(
         self, kind: str, ids: Tensor, fn: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> "CapturedGraph | None":
-        """The graph of this kind and shape, recorded now where its kernels are warm; None: run it eagerly."""
-        key, shape = (kind, tuple(ids.shape)), tuple(ids.shape)
-        if key in self._captured:
-            return self._captured[key]
-        self._call_counts[key] = self._call_counts.get(key, 0) + 1
-        is_warm = self._call_counts[key] > NUM_WARMUP_CALLS or (
-            kind == "accumulate" and ("overwrite", shape) in self._captured
-        )
-        if self.capture_error or not is_warm or len(self._captured) >= MAX_GRAPHS:
-            return None
+        """A recording; None, with the generator and the stream as they were, where it failed."""
         previous_grads = self._static_grads
         try:
-            self._captured[key] = CapturedGraph(fn, ids, self._pool)
+            with _restored_on_failure(ids.device):
+                graph = CapturedGraph(fn, ids, self._pool)
         except RuntimeError as error:  # an operation that waits for the device, or not enough memory
             self._static_grads = previous_grads
-            self.capture_error = f"steps are not recorded as CUDA graphs: {str(error).partition(chr(10))[0]}"
+            self.capture_error = f"steps are not recorded as CUDA graphs: {_root_cause(error)}"
             return None
-        torch.cuda.empty_cache()  # what the eager calls used is of no more use
-        self._pool = self._captured[key].pool
-        return self._captured[key]
+        if ids.is_cuda:
+            torch.cuda.empty_cache()  # what the eager calls used is of no more use
+        return graph
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a call is compared by: its loss, the norm of its gradient, and every gradient's norm."""
+
+    loss: float
+    grad_norm: float
+    grad_norms: tuple[float, ...]
+
+    @classmethod
+    def of(cls, row_losses: Tensor, grads: Sequence[Tensor | None]) -> "Measured":
+        """Of row losses [rows] and gradients; waits for the device."""
+        norms = [float(gradient.double().norm()) for gradient in grads if gradient is not None]
+        return cls(float(row_losses.double().sum()), math.hypot(*norms), tuple(norms))
+
+    def relative_difference(self, other: "Measured") -> float:
+        """The largest: of the loss, and of each gradient's norm relative to the norm of all; NaN where one is."""
+        scale = self.grad_norm or 1.0
+        pairs = zip(self.grad_norms, other.grad_norms, strict=True)
+        differences = [abs(self.loss - other.loss) / (abs(self.loss) or 1.0), *(abs(a - b) / scale for a, b in pairs)]
+        return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.6g} and gradient norm {self.grad_norm:.6g}"
 
 
 class CapturedGraph:
@@ -112,3 +203,43 @@ class CapturedGraph:
         self.loss_weight.fill_(loss_weight)
         self.graph.replay()
         return self.row_losses
+
+
+def _get_rng_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the operation that failed: the end of the capture complains of it, too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def _restored_on_failure(device: torch.device) -> Iterator[None]:
+    """Generator and current stream as they were, where a capture fails.
+
+    An invalidated capture leaves torch's default generator "capturing" and the side stream current: the next dropout
+    would raise. Another state object of the same seed and offset is not capturing.
+    """
+    if device.type != "cuda":
+        state = torch.get_rng_state()
+        try:
+            yield
+        except BaseException:
+            torch.set_rng_state(state)
+            raise
+        return
+    generator, stream = torch.cuda.default_generators[device.index or 0], torch.cuda.current_stream(device)
+    saved = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(saved)
+        raise

@@ -103,8 +103,7 @@ class Engine:
             self._loss_module.compile_for_shapes(set(plan.compiled_shapes))
         casts = plan.frozen_dtype == "bfloat16"
         self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
-        params = list(self.trainable_params.values())
-        self._graph_runner = CUDAGraphRunner(self._loss_module, params) if plan.cuda_graphs else None
+        self._graph_runner = self._build_graph_runner() if plan.cuda_graphs else None
 
     def _install_kernels(self) -> None:
         if self.dist_context.device.type == "cpu":
@@ -130,6 +129,16 @@ class Engine:
             self.dist_context, self.deepspeed_engine, self._loss_module, list(self.trainable_params.values()),
             train_settings.max_grad_norm, skips_on_device=self.plan.finite_check == "device",
         )  # fmt: skip
+
+    def _build_graph_runner(self) -> CUDAGraphRunner:
+        params = list(self.trainable_params.values())
+        backward = self.stepper.backward
+        return CUDAGraphRunner(self._loss_module, params, backward, precision=self.plan.precision)
+
+    @property
+    def graph_checks(self) -> list[str]:
+        """One line for each recording that was verified."""
+        return self._graph_runner.checks if self._graph_runner else []
 
     @property
     def num_warmup_steps(self) -> int:
@@ -230,8 +239,8 @@ class Engine:
         self._set_training(True)
         torch.manual_seed(_dropout_seed(self._seed, step, micro_batch.index))
         inputs = (*self._to_device(micro_batch), self.stepper.grad_divisor / num_target_tokens)
-        row_losses = self._graph_runner.backward(*inputs) if self._graph_runner else None
-        return (self.stepper.backward(*inputs) if row_losses is None else row_losses).double().sum()
+        backward = self._graph_runner.backward if self._graph_runner else self.stepper.backward
+        return backward(*inputs).double().sum()
 
     def discard_step(self) -> None:
         """Let no gradient stay after a refused step. The state may be worthless then: for those who restore it."""
@@ -280,8 +289,8 @@ class Engine:
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
         inputs = self._to_device(micro_batch)
-        row_losses = self._graph_runner.forward(*inputs) if self._graph_runner else None
-        return (self.stepper.forward(*inputs) if row_losses is None else row_losses).double()
+        forward = self._graph_runner.forward if self._graph_runner else self.stepper.forward
+        return forward(*inputs).double()
 
     def restore_fp32(self) -> None:
         """After the last step: give the frozen base its float32 back, for readers outside autocast.

@@ -29,6 +29,7 @@ class Callbacks:
         )  # what a process that was killed did not say
         self._lora_b_names = engine.model.lora_b_names
         self._waited_seconds = {"device": 0.0, "data": 0.0}  # of the engine's counts, up to the record before
+        self._num_graph_checks = 0
         self._num_plan_changes = 0  # of the engine's, that were reported
 
     def on_train_begin(self, step: int, elapsed_seconds: float) -> list[EventRecord]:
@@ -68,6 +69,9 @@ class Callbacks:
         )
         self.diagnostics.add_time("evaluation", sample_event.facts["seconds"] if sample_event else 0.0)
         events = [diagnostic.to_record(record.step, record.time) for diagnostic in diagnostics]
+        for check in self.engine.graph_checks[self._num_graph_checks :]:
+            self._num_graph_checks += 1
+            events.append(EventRecord(event="recorded", step=record.step, message=check, time=record.time))
         for change in self.engine.plan_changes[self._num_plan_changes :]:
             self._num_plan_changes += 1
             facts = {"step": change.step, "reason": change.reason, **change.plan.as_dict()}
