@@ -16,6 +16,7 @@ from test_invariance import make_argv
 from trainer.config import cli
 from trainer.config.errors import TrainingError
 from trainer.data.dataset import load
+from trainer.distributed import engine as engine_module
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.model.build import build_model, load_config
@@ -31,16 +32,24 @@ CallLog = list[tuple[str, int]]
 
 
 def log_steps(call_log: CallLog) -> None:
-    """From here on `call_log` says in which order steps are launched and read."""
-    original = Engine.launch_update
+    """From here on `call_log` says in which order numbers are copied from the device and read.
+
+    A device works in order: a copy that is queued before the next step is launched does not wait for that step.
+    """
+    original_launch, original_copy = Engine.launch_update, engine_module.copy_to_host
 
     def launch_update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        index = sum(event == "asked" for event, _ in call_log)
-        call_log.append(("asked", index))
-        result = original(self, *args, **kwargs)
-        return lambda: call_log.append(("read", index)) or result()
+        call_log.append(("asked", sum(event == "asked" for event, _ in call_log)))
+        return original_launch(self, *args, **kwargs)
+
+    def copy_to_host(numbers: torch.Tensor) -> Any:
+        index = sum(event == "copied" for event, _ in call_log)
+        call_log.append(("copied", index))
+        read = original_copy(numbers)
+        return lambda: call_log.append(("read", index)) or read()
 
     Engine.launch_update = launch_update  # type: ignore[method-assign]
+    engine_module.copy_to_host = copy_to_host
 
 
 def completion_argv(tiny_model: str, data_files: tuple[str, str], *flags: str) -> list[str]:
@@ -88,7 +97,10 @@ def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
         assert steps == list(range(1, bad_step + 1))
         assert isinstance(records[-1], EventRecord)
         assert records[-1].event == "not_finite"
-        assert call_log[:3] == [("asked", 0), ("asked", 1), ("read", 0)], "the second before the first is read"
+        in_order = [("asked", 0), ("copied", 0), ("asked", 1), ("copied", 1), ("read", 0)]
+        assert call_log[:5] == in_order, (
+            "the first one's numbers leave before the second is launched, and are read after"
+        )
         if dist_context.rank == 0:
             weights = {name: tensor.numpy().copy() for name, tensor in engine.state.gather_weights()}
             np.savez(Path(job["out"]) / f"{job['name']}.npz", **weights)

@@ -22,6 +22,7 @@ from trainer.data.sampler import GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
+from trainer.distributed.host_copy import copy_to_host
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
@@ -204,12 +205,18 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         gathered_sums = self._all_gather_sums(loss_sums, should_stop)
-        totals = None if self.plan.finite_check == "device" else self._read_totals(gathered_sums)
+        totals = None
+        if self.plan.finite_check == "host":
+            totals = self._read_totals(copy_to_host(gathered_sums.flatten()))
         step_result = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
+        norm = torch.as_tensor(step_result.grad_norm, dtype=torch.float64, device=gathered_sums.device)
+        read_numbers = copy_to_host(torch.cat([gathered_sums.flatten(), norm[None]]))
 
         def wait() -> UpdateResult:
-            loss_sum, stop_requested = totals or self._read_totals(gathered_sums)
-            grad_norm = float(step_result.grad_norm)
+            start_time = time.perf_counter()
+            *sums, grad_norm = read_numbers()
+            self.device_wait_seconds += time.perf_counter() - start_time
+            loss_sum, stop_requested = totals or self._total(sums)
             if not (math.isfinite(grad_norm) or self.plan.precision == "fp16"):
                 raise NonFiniteError(f"gradient norm {grad_norm}")
             return UpdateResult(
@@ -271,15 +278,23 @@ class Engine:
                 dist.all_gather_into_tensor(gathered_sums, local_sums)
         return gathered_sums.view(self.dist_context.world_size, -1)
 
-    def _read_totals(self, gathered_sums: Tensor) -> tuple[float, bool]:
-        """(exact sum of all micro-batches' sums, whether anybody wants to stop). Raises NonFiniteError."""
+    def _read_totals(self, read_sums: Callable[[], list[float]]) -> tuple[float, bool]:
+        """`_total` of numbers that the device has yet to give."""
         start_time = time.perf_counter()
-        sums_by_rank = gathered_sums.tolist()  # the first time that a step needs the device's answer
+        sums = read_sums()
         self.device_wait_seconds += time.perf_counter() - start_time
-        values = [value for row in sums_by_rank for value in row[:-1]]
+        return self._total(sums)
+
+    def _total(self, sums: Sequence[float]) -> tuple[float, bool]:
+        """(exact sum of all micro-batches' sums, whether any rank wants to stop). Raises NonFiniteError.
+
+        `sums`: for each rank its micro-batches' sums, then its wish to stop.
+        """
+        width = len(sums) // self.dist_context.world_size
+        values = [value for index, value in enumerate(sums) if (index + 1) % width]
         if not all(map(math.isfinite, values)):
             raise NonFiniteError("loss nan")
-        return math.fsum(values), any(row[-1] for row in sums_by_rank)
+        return math.fsum(values), any(sums[width - 1 :: width])
 
     # --- evaluation and generation ---
 
