@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.tiny_inputs import make_tiny_gpt2, write_records
+from helpers.gpu_visibility import hide_gpus
+
+hide_gpus()  # before anything is imported that counts them, and before the server that ranks are forked from
+from helpers.tiny_inputs import make_tiny_gpt2, write_records  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")

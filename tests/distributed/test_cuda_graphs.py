@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from helpers.gpu_visibility import GPU_MARKS
 from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import make_tiny_gpt2
 from transformers import AutoModelForCausalLM
@@ -225,7 +226,7 @@ def test_a_failed_capture_is_reported_once_and_steps_go_on_eagerly(loss_module, 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+gpu = GPU_MARKS
 
 
 def take_steps_on_gpu(session_dir: Any, **job: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -234,9 +235,8 @@ def take_steps_on_gpu(session_dir: Any, **job: Any) -> tuple[list[float], dict[s
         session_dir / f"gpu-{job.get('dropout', 0.0)}", dropout=job.get("dropout", 0.0), hidden_size=64
     )
     out = session_dir / f"{len(list(session_dir.glob('*.steps')))}.steps"
-    env = {"DS_ACCELERATOR": job.setdefault("device", "cuda")}
-    log = out.with_suffix(".log")
-    assert run_on_ranks(1, save_steps, str(folder), str(out), job, log=log, env=env) == 0, log.read_text()[-3000:]
+    log, on_gpu = out.with_suffix(".log"), job.setdefault("device", "cuda") == "cuda"
+    assert run_on_ranks(1, save_steps, str(folder), str(out), job, log=log, on_gpu=on_gpu) == 0, log.read_text()[-3000:]
     return torch.load(out)
 
 

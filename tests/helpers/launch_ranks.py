@@ -14,6 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from helpers.gpu_visibility import gpu_environ
+
 MP_CONTEXT = multiprocessing.get_context("forkserver")
 MP_CONTEXT.set_forkserver_preload(
     ["trainer.run", "trainer.export.verify_worker", "deepspeed", "peft", "wandb", "helpers.launch_ranks"]
@@ -53,18 +57,32 @@ def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any]
 
 
 def run_on_ranks(
-    world_size: int, target: Callable[..., Any], *args: Any, log: Path, env: Mapping[str, str] | None = None
+    world_size: int,
+    target: Callable[..., Any],
+    *args: Any,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    on_gpu: bool = False,
 ) -> int:
-    """Call `target(*args)` on `size` ranks; returns the largest exit code, all output goes to `log`."""
+    """Call `target(*args)` on `world_size` ranks; returns the largest exit code, all output goes to `log`.
+
+    `on_gpu`: in processes of their own that see the GPUs, since CUDA cannot be initialised in a forked one.
+    """
     port = find_free_port()
+    if on_gpu:
+        env = {**(env or {}), **gpu_environ()}
+    context: Any = multiprocessing.get_context("spawn") if on_gpu else MP_CONTEXT
     workers = [
-        MP_CONTEXT.Process(
+        context.Process(
             target=_run_worker, args=({**make_environ(rank, world_size, port), **(env or {})}, str(log), target, args)
         )
         for rank in range(world_size)
     ]
-    for worker in workers:
-        worker.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (env or {}).items() if on_gpu else ():
+            patch.setenv(name, value)  # a fresh process imports before it gets its arguments
+        for worker in workers:
+            worker.start()
     try:
         for worker in workers:
             worker.join(TIMEOUT_SECONDS)
