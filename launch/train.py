@@ -5,6 +5,7 @@ import sys
 
 from trainer.config.cli import parse_args
 from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.distributed.launch_environment import reporting_rank
 
 
 def main() -> int:
@@ -22,8 +23,7 @@ def main() -> int:
 
         return run(cli_args, signal_handler)
     except (UserError, TrainingError) as error:  # before the ranks know one another: all make the same mistake
-        is_reporting_rank = os.environ.get("RANK", "0") == "0"
-        return report_error(error) if is_reporting_rank else error.exit_code
+        return report_error(error) if reporting_rank(os.environ) == 0 else error.exit_code
 
 
 if __name__ == "__main__":

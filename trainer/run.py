@@ -1,5 +1,6 @@
 """One run, wired: the only file that knows all the others."""
 
+import os
 import time
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,14 @@ from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load, prepare
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, is_peer_failure
+from trainer.distributed.launch_environment import read_launch_environment
+from trainer.distributed.process_group import (
+    DistContext,
+    destroy_process_group,
+    init_distributed,
+    is_peer_failure,
+    simulated_context,
+)
 from trainer.distributed.signals import SignalHandler
 from trainer.export.run_export import export_run
 from trainer.model.build import TrainableModel, build_model, load_config
@@ -40,7 +48,13 @@ from trainer.training.train_state import TrainState
 
 def run(args: CliArgs, signal_handler: SignalHandler) -> int:
     """Do what was asked; returns the exit code. Where one rank fails all do, and one of them says why."""
-    context = init_distributed()
+    launch = read_launch_environment(os.environ)
+    if args.dry_run and launch.rank > 0:  # a plan is made by one, without joining anybody
+        return 0
+    if args.dry_run:
+        context = simulated_context(launch.world_size)
+    else:
+        context = init_distributed(join_timeout_seconds=args.settings.engine.hang_timeout)
     try:
         return _run(args, context, signal_handler)
     except Exception as error:

@@ -48,6 +48,7 @@ TORCH_FREE = [
     "training.diagnostics.monitor",
     "distributed.watchdog",
     "distributed.signals",
+    "distributed.launch_environment",
     "distributed.memory_estimate",
     "report.compare_cli",
     "tools.study.study",

@@ -7,7 +7,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
 from trainer.config.errors import TrainingError, UserError
+from trainer.distributed.launch_environment import LaunchEnvironment, read_launch_environment
+from trainer.distributed.rendezvous import Place, Placement, meet
 from trainer.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -32,26 +34,27 @@ class DistContext:
 
     rank: int
     world_size: int
-    local_rank: int
+    local_rank: int  #: its place among the ranks of its host
     local_world_size: int
+    placement: Placement  #: which rank is on which host
     device: torch.device
     num_threads: int  #: of the processor, per rank
-    cpu_group: Any  #: group for Python objects, patient; None where there is one rank
+    cpu_group: Any  #: group for Python objects, patient; None where nobody else has joined
     watchdog: Watchdog  #: what the ranks know of one another while they wait
 
     def all_gather_object(self, value: T) -> list[T]:
         """Everybody's value, in the order of ranks, on every rank."""
-        if self.world_size == 1:
-            return [value]
+        if self.cpu_group is None:  # one rank, or a plan for several
+            return [value] * self.world_size
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def on_rank_zero(self, fn: Callable[[], T], *, per_node: bool = False) -> T:
         """What `fn` returns on rank 0 (on each node's first rank), for everybody; its errors are everybody's too."""
-        is_leader = self.local_rank == 0 if per_node else self.rank == 0
+        leader = self.placement.ranks_beside(self.rank)[0] if per_node else 0
         value, leader_error = None, None
-        if is_leader:
+        if self.rank == leader:
             try:
                 value = fn()
             except (UserError, TrainingError) as error:
@@ -63,33 +66,65 @@ class DistContext:
         for _, failure in results:
             if failure is not None:
                 raise failure
-        return results[self.rank - self.local_rank if per_node else 0][0]  # type: ignore[return-value]
+        return results[leader][0]  # type: ignore[return-value]
 
     @property
     def num_nodes(self) -> int:
-        """Machines taking part, each with the same number of ranks."""
-        return self.world_size // self.local_world_size
+        """Hosts taking part."""
+        return len(set(self.placement.hosts))
+
+    def describe_hosts(self) -> str:
+        """The hosts, the ranks of each, and what they talk over, for people."""
+        hosts = self.placement.hosts
+        ranks = {host: [str(rank) for rank, other in enumerate(hosts) if other == host] for host in hosts}
+        words = "; ".join(f"{host}: rank{'s' * (len(ranks[host]) > 1)} {', '.join(ranks[host])}" for host in ranks)
+        place = self.placement.places[self.rank]
+        network = f" over {place.interface} ({place.address})" * bool(place.interface)
+        return f"{words}; {'nccl' if self.device.type == 'cuda' else 'gloo'}{network}"
 
 
-def init_distributed(device: str | None = None) -> DistContext:
-    """Join the other ranks; `deepspeed`, `torchrun` and plain `python` all come through here.
+def init_distributed(device: str | None = None, *, join_timeout_seconds: float = 600.0) -> DistContext:
+    """Join the other ranks; whatever starts a run comes through here (`launch_environment`).
 
-    Without a launcher there is one rank. GPUs speak NCCL, processors gloo.
+    Without a launcher there is one rank. GPUs speak NCCL, processors gloo. UserError for what the user can mend.
     """
-    # The launchers set these; without one a run is its own world on a port that is free.
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(find_free_port())
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    launch = read_launch_environment(os.environ)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    if on_gpu and local_world_size > torch.cuda.device_count():  # of all of them, so that every rank knows
-        raise UserError(
-            f"{local_world_size} ranks on a machine with {torch.cuda.device_count()} GPUs: start at most one rank a GPU"
-        )
+    gpus = [str(torch.cuda.get_device_properties(n).uuid) for n in range(torch.cuda.device_count())] if on_gpu else []
+    if launch.master_port is None:
+        launch = replace(launch, master_port=find_free_port())
+    store, placement = meet(launch, gpus=gpus, timeout_seconds=join_timeout_seconds)
+    local_ranks = placement.ranks_beside(launch.rank)
+    rank_device = torch.device("cuda", placement.gpu_index(launch.rank)) if on_gpu else torch.device("cpu")
+    _export_launch(launch, local_rank=rank_device.index or 0 if on_gpu else local_ranks.index(launch.rank))
+    if interface := placement.places[launch.rank].interface:  # gloo would look its own name up instead
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    num_threads = _threads_per_rank(len(local_ranks))
+    torch.set_num_threads(num_threads)
+    if on_gpu:
+        torch.cuda.set_device(rank_device)
+    cpu_group = _init_process_groups(launch, store, rank_device)
+    board = _create_store(launch.rank, placement, cpu_group) if cpu_group is not None else None
+    return DistContext(
+        rank=launch.rank, world_size=launch.world_size, local_rank=local_ranks.index(launch.rank),
+        local_world_size=len(local_ranks), placement=placement, device=rank_device, num_threads=num_threads,
+        cpu_group=cpu_group, watchdog=Watchdog(launch.rank, launch.world_size, board, placement.hosts),
+    )  # fmt: skip
+
+
+def _export_launch(launch: LaunchEnvironment, *, local_rank: int) -> None:
+    """Say it under torchrun's names, which DeepSpeed reads; `local_rank` is what it takes for the GPU's number."""
+    os.environ.update(
+        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank),
+        MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port),
+    )  # fmt: skip
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed asserts that the two agree
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
+
+
+def _init_process_groups(launch: LaunchEnvironment, store: Any, device: torch.device) -> Any:
+    """Make torch's and DeepSpeed's groups; returns one for Python objects, None where there is one rank."""
+    on_gpu = device.type == "cuda"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = import_module("deepspeed")
@@ -102,25 +137,14 @@ def init_distributed(device: str | None = None) -> DistContext:
         # Collectives over shared memory are compiled at first use, need a compiler, leave files in /dev/shm when
         # killed, and ZeRO never calls them: an empty list of operators switches the attempt off.
         vars(import_module("deepspeed.ops"))["__compatible_ops__"] = {}
-    num_threads = _threads_per_rank(local_world_size)
-    torch.set_num_threads(num_threads)
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            verbose=False,
-            auto_mpi_discovery=False,
-            timeout=COLLECTIVE_TIMEOUT,
-        )
-    cpu_group = dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if world_size > 1 else None
-    rank_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return DistContext(
-        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, device=rank_device,
-        num_threads=num_threads, cpu_group=cpu_group,
-        watchdog=Watchdog(rank, world_size, _create_store(rank, cpu_group) if world_size > 1 else None),
-    )  # fmt: skip
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=launch.rank, world_size=launch.world_size,
+            timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu and launch.world_size > 1 else None,
+        )  # fmt: skip
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if launch.world_size > 1 else None
 
 
 _MALLOC_OPTIONS = {-4: 0, -1: -1}  # mallopt: M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -139,13 +163,15 @@ def tune_malloc() -> None:
 
 
 def simulated_context(world_size: int, device: str | None = None) -> DistContext:
-    """The world that a run on `ranks` ranks of this machine would have, without joining anybody: for a plan only."""
+    """The context that a run on so many ranks of this host would have, without joining anybody: for a plan only."""
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     rank_device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    here = Place(host=socket.gethostname(), identity="", address="", interface="")
     return DistContext(
         rank=0, world_size=world_size, local_rank=0, local_world_size=world_size, device=rank_device,
+        placement=Placement(places=(here,) * world_size),
         num_threads=_threads_per_rank(world_size), cpu_group=None,
         watchdog=Watchdog(0, world_size, None),
     )  # fmt: skip
@@ -158,9 +184,9 @@ def forwarded_env_prefixes() -> tuple[str, ...]:
     return (*runner.EXPORT_ENVS, *accelerator.export_envs())
 
 
-def _create_store(rank: int, cpu_group: Any) -> dist.TCPStore:
+def _create_store(rank: int, placement: Placement, cpu_group: Any) -> dist.TCPStore:
     """A key-value store on rank 0, apart from the launcher's: that one may go first."""
-    address = os.environ["MASTER_ADDR"]
+    address = placement.places[0].address
     store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     port = [store.port if store else 0]
     dist.broadcast_object_list(port, 0, group=cpu_group)

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from trainer.distributed.launch_environment import reporting_rank
+
 TICK_SECONDS = 1.0  # between two looks at the launcher
 DEFAULT_GRACE_SECONDS = 60.0
 RESUME_HINT = "--resume goes on from the newest checkpoint"
@@ -47,7 +49,7 @@ class SignalHandler:
         self._is_deferred = False
         self._is_launcher_lost = False
         self._lock = threading.Lock()
-        self._is_quiet = environ.get("RANK", "0") != "0"
+        self._is_quiet = reporting_rank(environ) != 0
         self._launchers = find_launchers(environ)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -94,7 +96,9 @@ class SignalHandler:
     def _watch(self, reader: int) -> None:
         while True:
             is_readable = bool(select.select([reader], [], [], TICK_SECONDS)[0])
-            # Before the signals are read: one of them may be the parent death signal, and this says why it came.
+            if is_readable:  # the parent death signal comes when the launcher's first thread ends: let the others
+                time.sleep(0.05)
+            # Before the signals are read: it says why they came.
             if self.check_launcher() and not self._is_deferred:
                 os._exit(128 + signal.SIGTERM)
             for signum in os.read(reader, 64) if is_readable else b"":

@@ -17,7 +17,7 @@ from trainer.distributed.signals import RESUME_HINT, print_error
 
 TICK_SECONDS = 1.0  # seconds between two looks
 PEER_FAILURE_GRACE_SECONDS = 5.0  # seconds that a rank gets to end by itself when another has failed
-SILENT_TICKS = 3  # ticks without a word after which a rank counts as lost, once a collective has failed
+SILENT_TICKS = 4  # ticks without a word after which a rank counts as lost, once a collective has failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,8 @@ class Watchdog:
             # Asked all the time: rank 0 takes the store with it when it leaves.
             failed_ranks.update(call_with_timeout(1.0, self._read_failed_ranks) or ())
             time.sleep(TICK_SECONDS / 10)
-        return [r for r, tick in enumerate(self._last_heard_ticks) if tick <= first_tick and r not in failed_ranks]
+        # What is heard for the first time at the next tick may have been said before.
+        return [r for r, tick in enumerate(self._last_heard_ticks) if tick <= first_tick + 1 and r not in failed_ranks]
 
     def _read_failed_ranks(self) -> list[int]:
         return [rank for rank in range(self.world_size) if self._store.check([f"failed/{rank}"])]

@@ -15,6 +15,7 @@ import torch
 
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import eval_batches
+from trainer.distributed.launch_environment import without_launcher
 
 #: Largest difference of the logits, as a share of the largest logit (of 1 where that is smaller). bf16 is autocast over
 #: float32 weights, which answer here in float32; a model that trained in fp16 answers in that, with 11 bits.
@@ -128,16 +129,8 @@ def _run_worker(job_file: Path) -> "subprocess.CompletedProcess[str]":
 
 def _environment_without_launcher() -> dict[str, str]:
     """The environment without what a launcher set: the fresh process is nobody's rank."""
-    launcher_variables = (
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "MASTER_ADDR",
-        "MASTER_PORT",
-    )  # fmt: skip
     root = str(Path(__file__).parent.parent.parent)
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in launcher_variables and not name.startswith("WANDB_")
-    }
+    environment = {name: value for name, value in without_launcher(os.environ).items() if not name.startswith("WANDB_")}
     return environment | {
         "PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")])),
         "TRANSFORMERS_VERBOSITY": "error",

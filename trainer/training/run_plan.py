@@ -95,6 +95,8 @@ class RunPlan:
             ),
             ("output", f"{settings.run_folder}"),
         ]
+        if self.dist_context.world_size > 1:
+            lines.insert(-1, ("hosts", self.dist_context.describe_hosts()))
         notes = [*self.data_info.get("notices", []), *_collect_notes(settings, model_info)]
         if settings.train.optim == "paged_adamw8bit" and self.dist_context.device.type == "cpu":
             notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")

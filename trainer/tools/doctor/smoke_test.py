@@ -21,6 +21,7 @@ from typing import Any
 from trainer.config.cli import CliArgs, to_argv
 from trainer.data import readers, sources
 from trainer.data.dataset import PreparedDataset
+from trainer.distributed.launch_environment import without_launcher
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, make_result, ok_result
 from trainer.training.run_plan import RunPlan
 
@@ -111,7 +112,7 @@ class SmokeTest:
                 [sys.executable, *launcher_argv, str(TRAIN_SCRIPT), *argv, *extra_argv], stdout=log_file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ,
+                env={**without_launcher(os.environ),
                     "PYTHONPATH": f"{TRAIN_SCRIPT.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
             )  # fmt: skip
             try:

@@ -12,6 +12,7 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, fields_fixed_on_resume
+from trainer.distributed.launch_environment import without_launcher
 from trainer.report.full_vs_lora import best_loss
 from trainer.report.run_data import RunData, RunReadError, read_folder
 from trainer.report.seed_groups import MeanStd, SeedGroup, group_by_seed, welch_difference
@@ -120,7 +121,7 @@ def execute_runs(study_runs: Sequence[StudyRun], workers: int, log: Callable[[st
     pending_runs = [study_run for study_run in study_runs if not _is_finished(study_run)]
     log(f"{len(study_runs)} runs, {len(study_runs) - len(pending_runs)} of them finished before")
     num_threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
-    env = {"OMP_NUM_THREADS": num_threads, **os.environ}
+    env = {"OMP_NUM_THREADS": num_threads, **without_launcher(os.environ)}
 
     def execute(study_run: StudyRun) -> str | None:
         resume_argv = ["--resume"] if (study_run.folder / "run.json").exists() else []

@@ -1,0 +1,241 @@
+"""The place of a process among those started together, from the variables that each launcher's documents name."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from trainer.config.errors import UserError
+from trainer.distributed.launch_environment import (
+    LaunchEnvironment,
+    first_host,
+    read_launch_environment,
+    reporting_rank,
+    without_launcher,
+)
+
+MASTER = {"MASTER_ADDR": "h1", "MASTER_PORT": "1234"}
+#: docs.pytorch.org/docs/stable/elastic/run.html, "Environment Variables"
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1", **MASTER,
+}  # fmt: skip
+#: deepspeed/launcher/launch.py; the same under pdsh and --no_ssh. One host with one slot, one with two.
+DEEPSPEED = {
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "RANK": "2",
+    "WORLD_SIZE": "3",
+    "LOCAL_RANK": "0",
+    "LOCAL_SIZE": "2",
+    **MASTER,
+}
+#: slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES"
+SRUN = {
+    "SLURM_JOB_ID": "100", "SLURM_STEP_ID": "1", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST": "gpu[003-005,9]",
+    "SLURM_JOB_NODELIST": "gpu[001-009]", "SLURM_JOB_NUM_NODES": "9",
+}  # fmt: skip
+#: slurm.schedmd.com/sbatch.html, "OUTPUT ENVIRONMENT VARIABLES": the batch script is task 0 and no step
+SBATCH = {"SLURM_JOB_ID": "100", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_NODEID": "0"}
+#: docs.open-mpi.org, "Environment variables set for MPI applications"
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "PMIX_RANK": "1",
+}  # fmt: skip
+#: MPICH's wiki, "Process manager"; Intel MPI has the same
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+#: training-operator, PyTorchJob: SetClusterSpec and the elastic variables beside it
+PYTORCHJOB = {
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "MASTER_ADDR": "job-master-0",
+    "MASTER_PORT": "23456",
+    "PET_NPROC_PER_NODE": "1",
+}
+#: kubeflow.org, Trainer v2, runtime "torch": the variables of torchrun, for a command that may not be torchrun
+TRAINER_V2 = {
+    "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "job-node-0-0.job",
+    "PET_MASTER_PORT": "29400",
+}  # fmt: skip
+#: docs.skypilot.co, "Distributed Multi-Node Jobs", "Environment variables"
+SKYPILOT = {
+    "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NUM_NODES": "2",
+    "SKYPILOT_NUM_GPUS_PER_NODE": "1",
+}  # fmt: skip
+#: the lines that clusters' own pages give for a batch script
+SBATCH_LINES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
+
+
+def place(**fields: Any) -> LaunchEnvironment:
+    defaults = {"local_rank": None, "local_world_size": None, "master_addr": "h1", "master_port": 1234}
+    return LaunchEnvironment(**{**defaults, **fields})
+
+
+CASES = {
+    "torchrun": (TORCHRUN, place(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="torchrun")),
+    "torchrun in a task of srun": (
+        {**SRUN, **TORCHRUN},
+        place(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="torchrun"),
+    ),
+    "torchrun under PyTorchJob": (
+        {**PYTORCHJOB, **TORCHRUN, "PET_NPROC_PER_NODE": "2"},
+        place(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="torchrun"),
+    ),
+    "deepspeed": (DEEPSPEED, place(rank=2, world_size=3, local_rank=0, local_world_size=2, launcher="deepspeed")),
+    "deepspeed --launcher slurm": (
+        {**SRUN, "PYTHONPATH": "/x"},
+        place(rank=5, world_size=8, local_rank=1, master_addr="gpu003", master_port=15101, launcher="SLURM"),
+    ),
+    "deepspeed --launcher openmpi": (
+        {**OPENMPI, **MASTER},
+        place(rank=1, world_size=2, local_rank=0, local_world_size=1, launcher="Open MPI"),
+    ),
+    "deepspeed --launcher mpich": (
+        {**HYDRA, **MASTER, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"},
+        place(rank=1, world_size=2, local_rank=1, local_world_size=2, launcher="PMI"),
+    ),
+    "mpirun in an allocation": (
+        {**SRUN, **OPENMPI, "SLURM_STEP_NUM_TASKS": "2"},  # srun has started its helpers, one a node
+        place(
+            rank=1, world_size=2, local_rank=0, local_world_size=1, master_addr="gpu001", master_port=15101,
+            launcher="Open MPI",
+        ),
+    ),
+    "srun --mpi=pmix": (
+        {**SRUN, "PMIX_RANK": "5"},
+        place(rank=5, world_size=8, local_rank=1, master_addr="gpu003", master_port=15101, launcher="SLURM"),
+    ),
+    "srun on one node": (
+        {**SRUN, "SLURM_STEP_NUM_NODES": "1"},
+        place(rank=5, world_size=8, local_rank=1, master_addr="127.0.0.1", master_port=15101, launcher="SLURM"),
+    ),
+    "srun of one task": (
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "gpu004"},
+        place(
+            rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1", master_port=None,
+            launcher="SLURM",
+        ),
+    ),
+    "mpirun on one host": (
+        {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+        place(
+            rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="127.0.0.1", master_port=29500,
+            launcher="Open MPI",
+        ),
+    ),
+    "PyTorchJob": (
+        PYTORCHJOB,
+        place(rank=1, world_size=3, master_addr="job-master-0", master_port=23456, launcher="environment"),
+    ),
+    "Trainer v2": (
+        TRAINER_V2,
+        place(rank=1, world_size=2, master_addr="job-node-0-0.job", master_port=29400, launcher="Kubeflow Trainer"),
+    ),
+    "SkyPilot": (
+        SKYPILOT,
+        place(rank=1, world_size=2, master_addr="10.0.0.5", master_port=29500, launcher="SkyPilot"),
+    ),
+    "RANK and WORLD_SIZE in a batch script": (
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", **SBATCH_LINES},
+        place(rank=1, world_size=2, local_rank=0, launcher="environment"),
+    ),
+    "eight ranks started by hand in each of two tasks": (
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", **SBATCH_LINES, "RANK": "9", "WORLD_SIZE": "16"},
+        place(rank=9, world_size=16, local_rank=0, launcher="environment"),
+    ),
+    "plain Python": (
+        {"PATH": "/bin"},
+        place(
+            rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1", master_port=None,
+            launcher="python",
+        ),
+    ),
+    "plain Python in an allocation of one task": (
+        {**SBATCH, "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"},
+        place(
+            rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1", master_port=None,
+            launcher="python",
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_launcher_says_which_rank_this_is(name):
+    environ, expected = CASES[name]
+    assert read_launch_environment(environ) == expected
+    assert reporting_rank(environ) == expected.rank
+
+
+REFUSED = {
+    "an allocation without srun": (SBATCH, ["SLURM_NTASKS=8", "srun python launch/train.py"]),
+    "an allocation of nodes without srun": (
+        {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},
+        ["SLURM_JOB_NUM_NODES=2", "srun"],
+    ),
+    "RANK exported for all tasks": (
+        {**SRUN, **SBATCH_LINES, "RANK": "0", "WORLD_SIZE": "8"},
+        ["RANK=0", "SLURM_PROCID=5"],
+    ),
+    "a world of one exported for all tasks": (
+        {**SRUN, "RANK": "0", "WORLD_SIZE": "1"},
+        ["WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"],
+    ),
+    "mpirun that says no address": (OPENMPI, ["OMPI_COMM_WORLD_SIZE=2 without MASTER_ADDR", "mpirun -x"]),
+    "PMIx alone": ({"PMIX_RANK": "1"}, ["PMIX_RANK=1", "torchrun"]),
+    "RANK alone": ({"RANK": "1"}, ["RANK=1 without WORLD_SIZE"]),
+    "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without RANK"]),
+    "a rank outside the world": ({**SBATCH_LINES, "RANK": "2"}, ["RANK=2", "WORLD_SIZE - 1 = 1"]),
+    "a rank that is no number": ({**SBATCH_LINES, "RANK": "one"}, ["RANK=one", "whole number"]),
+    "a port that is none": ({**SBATCH_LINES, "MASTER_PORT": "70000"}, ["MASTER_PORT=70000", "65535"]),
+    "ranks without an address": ({"RANK": "1", "WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without MASTER_ADDR"]),
+    "PyTorchJob with several GPUs a pod": (
+        {**PYTORCHJOB, "PET_NPROC_PER_NODE": "auto"},
+        ["PET_NPROC_PER_NODE=auto", "torchrun"],
+    ),
+    "Trainer v2 with several GPUs a node": (
+        {**TRAINER_V2, "PET_NPROC_PER_NODE": "4"},
+        ["PET_NPROC_PER_NODE=4", "torchrun"],
+    ),
+    "an elastic job": ({"PET_NNODES": "1:4"}, ["PET_NNODES=1:4", "torchrun"]),
+    "SkyPilot with several GPUs a node": (
+        {**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "8"},
+        ["SKYPILOT_NUM_GPUS_PER_NODE=8", "torchrun"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_processes_that_cannot_tell_their_place_are_refused_in_one_line(name):
+    environ, words = REFUSED[name]
+    with pytest.raises(UserError) as refusal:
+        read_launch_environment(environ)
+    assert "\n" not in str(refusal.value)
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "expected"),
+    [
+        ("gpu003", "gpu003"),
+        ("gpu[003-005,9],login1", "gpu003"),
+        ("login1,gpu[003-005]", "login1"),
+        ("rack[0-1]node[07,9]-ib", "rack0node07-ib"),
+    ],
+)
+def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
+    assert first_host(nodelist) == expected
+
+
+def test_two_jobs_on_one_host_meet_at_different_ports():
+    other_job = read_launch_environment({**SRUN, "SLURM_JOB_ID": "102"})
+    assert other_job != dataclasses.replace(other_job, master_port=read_launch_environment(SRUN).master_port)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_program_that_a_rank_starts_is_nobodys_rank(name):
+    environ, _ = CASES[name]
+    rest = without_launcher({**environ, "PATH": "/bin", "WANDB_MODE": "offline"})
+    assert read_launch_environment(rest).launcher == "python"
+    assert {"PATH", "WANDB_MODE"} <= set(rest)

@@ -1,0 +1,219 @@
+"""Which rank of how many this process is, read from the variables of whatever started it; needs no torch."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainer.config.errors import UserError
+
+DEFAULT_PORT = 29500  # of torchrun and `deepspeed` too
+_JOB_PORTS = range(15000, 35000)  # a job's own port is one of these, by its number: two jobs may share a host
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchEnvironment:
+    """A process's place among those that were started together, as its launcher says it."""
+
+    rank: int
+    world_size: int
+    local_rank: int | None  #: None where the launcher does not say: the ranks compare their hosts when they join
+    local_world_size: int | None
+    master_addr: str  #: the host of rank 0
+    master_port: int | None  #: None: whichever is free, since nobody else has to know
+    launcher: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Variables:
+    """The names under which a launcher says what; `marker` tells it from those that use the same names."""
+
+    launcher: str
+    rank: str
+    world_size: str
+    local_rank: tuple[str, ...] = ()
+    local_world_size: tuple[str, ...] = ()
+    marker: str | None = None
+
+    def is_set(self, environ: Mapping[str, str]) -> bool:
+        return self.rank in environ and self.world_size in environ and (self.marker or self.rank) in environ
+
+
+#: In order of precedence: what runs inside something else comes first (torchrun in a step of SLURM, mpirun whose
+#: helpers SLURM has started).
+_LAUNCHERS = (
+    _Variables(
+        launcher="torchrun", marker="TORCHELASTIC_RUN_ID", rank="RANK", world_size="WORLD_SIZE",
+        local_rank=("LOCAL_RANK",), local_world_size=("LOCAL_WORLD_SIZE",),
+    ),
+    _Variables(
+        launcher="deepspeed", marker="CROSS_SIZE", rank="RANK", world_size="WORLD_SIZE",
+        local_rank=("LOCAL_RANK",), local_world_size=("LOCAL_SIZE",),
+    ),
+    _Variables(
+        launcher="environment", rank="RANK", world_size="WORLD_SIZE",
+        local_rank=("LOCAL_RANK",), local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+    ),
+    _Variables(
+        launcher="Open MPI", rank="OMPI_COMM_WORLD_RANK", world_size="OMPI_COMM_WORLD_SIZE",
+        local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",), local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    _Variables(
+        launcher="PMI", rank="PMI_RANK", world_size="PMI_SIZE",
+        local_rank=("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), local_world_size=("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
+    ),
+    _Variables(
+        launcher="SLURM", rank="SLURM_PROCID", world_size="SLURM_STEP_NUM_TASKS", local_rank=("SLURM_LOCALID",)
+    ),
+    _Variables(launcher="Kubeflow Trainer", rank="PET_NODE_RANK", world_size="PET_NNODES"),
+    _Variables(launcher="SkyPilot", rank="SKYPILOT_NODE_RANK", world_size="SKYPILOT_NUM_NODES"),
+)  # fmt: skip
+_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "SLURM_", "PET_", "SKYPILOT_")
+_LAUNCHER_NAMES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
+    "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+
+
+def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
+    """The place of this process; UserError where the variables contradict one another or leave out what is needed.
+
+    Processes that were started together are ranks of one run or are refused: never so many runs of one rank.
+    """
+    variables = next((names for names in _LAUNCHERS if names.is_set(environ)), None)
+    if variables is None:
+        _refuse_unclear(environ)
+        return LaunchEnvironment(
+            rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1",
+            master_port=_port(environ, None), launcher="python",
+        )  # fmt: skip
+    rank, world_size = _number(environ, variables.rank), _number(environ, variables.world_size)
+    if not 0 <= rank < world_size:
+        raise UserError(
+            f"{variables.rank}={rank}: expected a whole number from 0 to {variables.world_size} - 1 = {world_size - 1}"
+        )
+    if variables.launcher == "environment":
+        _refuse_contradiction(environ, rank, world_size)
+    if variables.launcher in ("environment", "Kubeflow Trainer", "SkyPilot") and world_size > 1:
+        _refuse_several_per_node(environ, variables)
+    local_rank = _first_number(environ, variables.local_rank)
+    local_world_size = _first_number(environ, variables.local_world_size)
+    if world_size == 1:
+        local_rank, local_world_size = 0, 1
+    is_one_host = local_world_size == world_size or environ.get("SLURM_STEP_NUM_NODES") == "1"
+    return LaunchEnvironment(
+        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size,
+        master_addr=_master_address(environ, variables, is_one_host=is_one_host),
+        master_port=_port(environ, None if world_size == 1 else _default_port(environ)), launcher=variables.launcher,
+    )  # fmt: skip
+
+
+def reporting_rank(environ: Mapping[str, str]) -> int:
+    """The rank by which a process decides whether it is the one to speak, also where its environment is refused."""
+    values = (environ.get(names.rank, "") for names in _LAUNCHERS)
+    return next((int(value) for value in values if value.isdecimal()), 0)
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a program that is nobody's rank: without what a launcher or a scheduler has set."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a list as SLURM writes it: `gpu[003-005,9],login1` begins with gpu003."""
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodelist).split(",")[0]
+
+
+def _refuse_unclear(environ: Mapping[str, str]) -> None:
+    """UserError for one of several processes that cannot tell which one it is."""
+    for name, missing, alone in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        if missing not in environ and environ.get(name, alone) != alone:
+            raise UserError(f"{name}={environ[name]} without {missing}: expected both, as torchrun sets them")
+    if "PMIX_RANK" in environ:
+        raise UserError(
+            f"PMIX_RANK={environ['PMIX_RANK']}: its launcher does not say how many ranks there are; pass RANK, "
+            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT too, or start with torchrun"
+        )
+    if environ.get("PET_NNODES", "1") != "1":
+        raise UserError(f"PET_NNODES={environ['PET_NNODES']}: start it as `torchrun launch/train.py ...`")
+    for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES"):
+        if "SLURM_JOB_ID" in environ and environ.get(name, "1") != "1":
+            raise UserError(
+                f"{name}={environ[name]}: this process is none of the tasks of its SLURM allocation; start it as "
+                "`srun python launch/train.py ...`, or with torchrun in one task a node"
+            )
+
+
+def _refuse_contradiction(environ: Mapping[str, str], rank: int, world_size: int) -> None:
+    """UserError where RANK and WORLD_SIZE are not this process's own: exported for all tasks of a step alike."""
+    for names in _LAUNCHERS[3:6]:
+        if not names.is_set(environ):
+            continue
+        task, num_tasks = _number(environ, names.rank), _number(environ, names.world_size)
+        if world_size < num_tasks or (world_size == num_tasks and rank != task):
+            raise UserError(
+                f"RANK={rank} of WORLD_SIZE={world_size}, but {names.rank}={task} of {names.world_size}={num_tasks}; "
+                "unset RANK and WORLD_SIZE, or set them in each task"
+            )
+
+
+def _refuse_several_per_node(environ: Mapping[str, str], variables: _Variables) -> None:
+    """UserError where one process a node was started and more were meant: the others would be waited for."""
+    if variables.launcher == "SkyPilot":
+        name, num_processes = "SKYPILOT_NUM_GPUS_PER_NODE", environ.get("SKYPILOT_NUM_GPUS_PER_NODE", "0")
+    else:
+        name, num_processes = "PET_NPROC_PER_NODE", environ.get("PET_NPROC_PER_NODE", "1")
+    if num_processes not in ("", "0", "1") and "LOCAL_RANK" not in environ:
+        raise UserError(
+            f"{name}={num_processes}, and this is one process for its node; start it as `torchrun launch/train.py ...`"
+            + (" with the variables of the node" if variables.launcher == "SkyPilot" else "")
+        )
+
+
+def _master_address(environ: Mapping[str, str], variables: _Variables, *, is_one_host: bool) -> str:
+    """The host of rank 0; UserError where nothing says it."""
+    name = "PET_MASTER_ADDR" if variables.launcher == "Kubeflow Trainer" else "MASTER_ADDR"
+    if address := environ.get(name):
+        return address
+    if is_one_host:
+        return "127.0.0.1"
+    if variables.launcher == "SkyPilot" and environ.get("SKYPILOT_NODE_IPS"):
+        return environ["SKYPILOT_NODE_IPS"].split()[0]
+    nodelist = environ.get("SLURM_STEP_NODELIST") if variables.launcher == "SLURM" else None
+    if nodelist := nodelist or environ.get("SLURM_JOB_NODELIST"):
+        return first_host(nodelist)
+    raise UserError(
+        f"{variables.world_size}={environ[variables.world_size]} without {name}: expected the host of rank 0 in {name} "
+        "(and a free port in MASTER_PORT), on every rank" + (" (mpirun -x)" if variables.launcher == "Open MPI" else "")
+    )
+
+
+def _default_port(environ: Mapping[str, str]) -> int:
+    job = environ.get("SLURM_JOB_ID", "")
+    if not job.isdecimal():
+        return DEFAULT_PORT
+    step = environ.get("SLURM_STEP_ID", "")
+    return _JOB_PORTS[(int(job) + (int(step) if step.isdecimal() else 0)) % len(_JOB_PORTS)]
+
+
+def _port(environ: Mapping[str, str], default: int | None) -> int | None:
+    name = "MASTER_PORT" if "MASTER_PORT" in environ else "PET_MASTER_PORT"
+    if name not in environ:
+        return default
+    port = _number(environ, name)
+    if port > 65535:
+        raise UserError(f"{name}={port}: expected a port from 0 to 65535")
+    return port
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if not environ[name].strip().isdecimal():
+        raise UserError(f"{name}={environ[name]}: expected a whole number")
+    return int(environ[name])
+
+
+def _first_number(environ: Mapping[str, str], names: tuple[str, ...]) -> int | None:
+    return next((_number(environ, name) for name in names if name in environ), None)
