@@ -50,6 +50,8 @@ def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any]
     ):
         try:
             exit_code = target(*args)
+        except SystemExit as error:
+            exit_code = error.code
         except BaseException:
             traceback.print_exc()
             exit_code = 1

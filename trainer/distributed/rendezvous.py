@@ -4,9 +4,11 @@ All of it is told through the store at which the ranks meet, before the first co
 found by the host's identity, not computed from variables that a launcher may not set.
 """
 
+import contextlib
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -95,24 +97,36 @@ def meet(launch: LaunchEnvironment, *, gpus: Sequence[str], timeout_seconds: flo
 
 def _open_store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
     """The store on rank 0, or torchrun's own where it keeps one, as torch's `env://` does it."""
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    where = f"{launch.master_addr}:{launch.master_port}"
+    is_server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not is_server and not _wait_for_port(launch.master_addr, launch.master_port, timeout.total_seconds()):
+        _give_up(
+            f"rank {launch.rank} on {socket.gethostname()} cannot reach rank 0 at "
+            f"{launch.master_addr}:{launch.master_port} within {timeout.total_seconds():g} s (--hang-timeout): "
+            "is it started, is that its address, is the port open?"
+        )
     try:
         store = dist.TCPStore(
-            launch.master_addr, launch.master_port, launch.world_size, launch.rank == 0 and not is_agents, timeout,
+            launch.master_addr, launch.master_port, launch.world_size, is_server, timeout,
             wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
     except dist.DistError as error:
-        if "EADDRINUSE" in str(error) or "already in use" in str(error):
-            raise UserError(
-                f"port {launch.master_port} of {socket.gethostname()} is in use: pass another, as --master_port of the "
-                "launcher or in MASTER_PORT"
-            ) from None
-        _give_up(
-            f"rank {launch.rank} on {socket.gethostname()} cannot reach rank 0 at {where} within "
-            f"{timeout.total_seconds():g} s (--hang-timeout): is it started, is that its address, is the port open?"
-        )
+        if not is_server:
+            raise
+        raise UserError(
+            f"rank 0 cannot listen at port {launch.master_port} of {socket.gethostname()} "
+            f"({str(error).splitlines()[0][:200]}); pass a free one, as --master_port of the launcher or in MASTER_PORT"
+        ) from None
     return dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _wait_for_port(host: str, port: int | None, timeout_seconds: float) -> bool:
+    """Whether somebody listens there within the time. torch's own store says so with a traceback of C++."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection((host, port or 0), timeout=2.0):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _exchange(

@@ -1,0 +1,42 @@
+"""Ranks that do not find one another say so in one line and end, within the time of --hang-timeout."""
+
+import socket
+from pathlib import Path
+
+import pytest
+from helpers.process_groups import RankProcesses
+
+FLAGS = ["--mode", "full", "--hang-timeout", "5"]
+
+
+def test_a_rank_that_does_not_come_is_named_once(session_dir, tmp_path):
+    group = RankProcesses(FLAGS, out=tmp_path / "run", env={"WORLD_SIZE": "3"})
+    assert group.wait() == [1, 1], group.output
+    (line,) = group.error_lines
+    assert line.startswith("error: of 3 ranks these have not come to 127.0.0.1:")
+    assert line.endswith("within 5 s (--hang-timeout): 2")
+
+
+def test_a_rank_that_cannot_reach_rank_0_says_where_it_looked(session_dir, tmp_path):
+    group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env={"WORLD_SIZE": "2", "RANK": "1"})
+    assert group.wait() == [1], group.output
+    (line,) = group.error_lines
+    assert line.startswith(f"error: rank 1 on {socket.gethostname()} cannot reach rank 0 at 127.0.0.1:")
+
+
+def test_a_port_that_is_taken_is_named(session_dir, tmp_path):
+    with socket.create_server(("", 0)) as taken:
+        env = {"WORLD_SIZE": "2", "MASTER_PORT": str(taken.getsockname()[1])}
+        group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env=env)
+        assert group.wait() == [2], group.output
+    (line,) = group.error_lines
+    assert f"cannot listen at port {env['MASTER_PORT']} of {socket.gethostname()}" in line
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_dry_run_joins_nobody(rank, session_dir, tmp_path):
+    env = {"WORLD_SIZE": "2", "RANK": rank}
+    group = RankProcesses([*FLAGS, "--dry-run"], out=tmp_path / "run", world_size=1, env=env)
+    assert group.wait() == [0], group.output
+    assert ("1 accumulation x 2 ranks" in group.output) == (rank == "0")
+    assert not Path(tmp_path / "run").exists()
