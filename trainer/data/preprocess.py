@@ -58,8 +58,12 @@ class Preprocessor:
             chat=ChatTemplate(self.tokenizer, self.chat_template) if self._is_chat() else None,  # type: ignore[arg-type]
             dtype="<u2" if vocab_size <= 65_536 else "<u4", shared_hashes=self.shared_hashes,
         )  # fmt: skip
-        for data_input in self.inputs:
-            self._tokenize(data_input, writer)
+        try:
+            for data_input in self.inputs:
+                self._tokenize(data_input, writer)
+        finally:
+            for packer in writer.packers.values():
+                packer.close()
         for data_input in self.inputs:
             if change_error := find_change(data_input.source, data_input.file_fingerprints):
                 raise change_error

@@ -126,7 +126,7 @@ def test_attention_in_bf16_is_nearly_as_exact_as_torchs_own_kernel_without_dropo
     def errors(made: torch.Tensor, expected: torch.Tensor) -> list[float]:
         ours, exact = torch.autograd.grad(made, given, by), torch.autograd.grad(expected, given, by.double())
         pairs = zip((made, *ours), (expected, *exact), strict=True)
-        return [float((one.double() - other).norm() / other.norm()) for one, other in pairs]
+        return [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
 
     with torch.autocast("cpu", torch.bfloat16):
         made = blockwise_attention(*given, 32**-0.5, 0.1)

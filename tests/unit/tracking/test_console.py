@@ -219,9 +219,8 @@ def test_a_closed_pipe_ends_the_progress_lines_and_not_the_run(tmp_path: Path) -
     assert child.stdout is not None
     assert child.stdout.readline().startswith(b"eval")
     child.stdout.close()
-    assert child.stderr is not None
-    assert child.stderr.read() == b""
-    assert child.wait(timeout=30) == 0
+    assert child.communicate(timeout=30)[1] == b""
+    assert child.returncode == 0
     assert (tmp_path / "done").exists()
 
 
