@@ -49,10 +49,12 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
             "global_batch": 8,
             "steps_per_epoch": steps_per_epoch,
             "total_steps": 3 * steps_per_epoch,
+            "warmup_steps": 0,
             "threads_per_rank": 2,
             "dropout": 0.1,
             "adapters_fused": mode == "lora",
         },
+        "execution": [{"step": 0, "reason": "as planned"}],
         "deepspeed": {"train_batch_size": 8, "zero_optimization": {"stage": 0}},
         "data": {
             "source": "acled-demo",

@@ -16,6 +16,7 @@ SUGGESTIONS = {
     "auto_find_batch_size": "--find-batch",
     "gradient_accumulation_steps": "derived here from --global-batch / (--micro-batch x ranks); leave it out",
     "num_train_epochs": "--epochs",
+    "lr_scheduler_type": "--schedule",
     "adam_beta_1": "--adam-beta1",
     "adam_beta_2": "--adam-beta2",
     "eval_steps": "--eval-every",
@@ -74,6 +75,7 @@ SUGGESTIONS = {
     "micro_batch_size": "--micro-batch",
     "eval_batch_size": "--eval-batch",
     "num_epochs": "--epochs",
+    "lr_scheduler": "--schedule",
     "optimizer": "--optim",
     "lora_target_linear": "--lora-target-modules all",
     "peft_use_dora": "--adapter dora",
@@ -106,6 +108,7 @@ SUGGESTIONS = {
     "max_iters": "--max-steps",
     "warmup_iters": "--warmup-steps",
     "lr_decay_iters": "the schedule ends with the run; expected --max-steps or --epochs",
+    "decay_lr": "expected --schedule, for instance constant",
     "beta1": "--adam-beta1",
     "beta2": "--adam-beta2",
     "grad_clip": "--max-grad-norm",
@@ -134,7 +137,17 @@ SUGGESTIONS = {
     "checkpoint_activations": "--activation-checkpointing",
 }
 _NEGATIVE = ("false", "no", "0", "off", "none")
-_VALUES = {"no": "never", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "torch.bfloat16": "bf16"}
+#: Values elsewhere and ours, for flags that take the value over.
+_VALUES = {
+    "no": "never",
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "torch.bfloat16": "bf16",
+    "constant_with_warmup": "constant",
+    "cosine_with_min_lr": "cosine",
+    "warmup_stable_decay": "wsd",
+}
 
 
 def suggest_flag(flag: str, value: str | None, takes_value: Mapping[str, bool]) -> str:

@@ -68,6 +68,7 @@ class ResolvedBlock(TypedDict):
     global_batch: int
     steps_per_epoch: int
     total_steps: int
+    warmup_steps: int
     dropout: float
 
 
@@ -84,7 +85,7 @@ class ResumedBlock(TypedDict):
     """The settings with which the run last went on, and {name: [at the start, now]} of what was changed."""
 
     settings: Settings
-    changed: dict[str, list[Any]]
+    changed: dict[str, tuple[Any, Any]]
 
 
 class RunMetadata(TypedDict):
@@ -100,6 +101,7 @@ class RunMetadata(TypedDict):
     settings: Settings
     overridden: list[str]
     resolved: ResolvedBlock
+    execution: list[dict[str, Any]]
     deepspeed: dict[str, Any]
     data: DataBlock
     model: ModelBlock
@@ -180,6 +182,10 @@ def find_problem(value: object, annotation: Any, key: str) -> Problem | None:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         element = arguments[-1]
         return _first(find_problem(item, element, _join(key, name)) for name, item in items)
+    if origin is tuple:  # of a fixed length
+        if not isinstance(value, list) or len(value) != len(arguments):
+            return Problem(key, _describe(value), f"a list of {len(arguments)}")
+        return _first(find_problem(*item, _join(key, i)) for i, item in enumerate(zip(value, arguments, strict=True)))
     if not has_type(value, annotation) or (isinstance(value, str) and "\0" in value):
         return Problem(key, _describe(value), describe_type(annotation))
     return None

@@ -18,6 +18,7 @@ from trainer.config.choices import (
     Objective,
     Optimizer,
     Quantization,
+    Schedule,
     UnusableRecords,
 )
 from trainer.config.errors import UserError
@@ -30,6 +31,7 @@ from trainer.config.options import (
     Accepted,
     at_least,
     check_fields,
+    check_range,
     option,
 )
 
@@ -209,10 +211,23 @@ class TrainSettings:
     warmup_steps: int = option(
         0,
         flag="--warmup-steps",
-        help="linear warm-up before the linear decay to zero",
+        help="linear warm-up before the schedule",
         unit="steps",
         accepts=at_least(0),
     )
+    warmup_ratio: float = option(
+        0.0,
+        flag="--warmup-ratio",
+        help="the same as a share of all steps, rounded up",
+        accepts=Accepted(check=PROBABILITY.check, words="a share from 0 up to 1"),
+    )
+    schedule: Schedule = option(
+        "linear",
+        flag="--schedule",
+        help="after the warm-up: linear or half a cosine to --min-lr, constant, or wsd: constant, then half a cosine "
+        "over the last tenth of the steps",
+    )
+    min_lr: float = option(0.0, flag="--min-lr", help="learning rate at which the schedule ends", accepts=FROM_ZERO)
     weight_decay: float = option(0.0, flag="--weight-decay", help="AdamW's decoupled weight decay", accepts=FROM_ZERO)
     max_grad_norm: float = option(
         1.0,
@@ -248,6 +263,17 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.warmup_steps and self.warmup_ratio:
+            raise UserError(f"--warmup-ratio {self.warmup_ratio}: not with --warmup-steps {self.warmup_steps}")
+        check_range(self.min_lr <= self.lr, "--min-lr", self.min_lr, f"at most --lr {self.lr:g}")
+        check_range(
+            not self.min_lr or self.schedule != "constant", "--min-lr", self.min_lr,
+            "with --schedule linear, cosine or wsd",
+        )  # fmt: skip
+
+    def num_warmup_steps(self, total_steps: int) -> int:
+        """Steps of the warm-up of a run of so many, as transformers counts a share of them."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * total_steps)
 
     @property
     def patience(self) -> int | None:

@@ -10,6 +10,7 @@ from trainer.config import reference
 from trainer.config.choices import DEMO_MODEL
 from trainer.export.verify import VerificationResult
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
+from trainer.training.lr_schedule import describe_schedule
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
@@ -151,6 +152,7 @@ def _describe_base(metadata: Mapping[str, Any]) -> str:
 def _hyperparameters(metadata: Mapping[str, Any], measurements: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, resolved, data = metadata["settings"], metadata["resolved"], metadata["data"]
     train = settings["train"]
+    lr_shape = describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"])
     betas = f"betas ({train['beta1']}, {train['beta2']})"
     batch = (
         f"{resolved['micro_batch']} micro-batch x {resolved['accumulation']} accumulation x {resolved['ranks']} "
@@ -159,7 +161,7 @@ def _hyperparameters(metadata: Mapping[str, Any], measurements: Mapping[str, Any
     counts = f"{data['train']['examples']:,} for training, {data['val']['examples']:,} for validation"
     epochs = resolved["total_steps"] / resolved["steps_per_epoch"]
     return [
-        ("learning rate", f"{train['lr']:g}, linear to 0, {train['warmup_steps']} warm-up steps"),
+        ("learning rate", f"{train['lr']:g}, {lr_shape}"),
         (
             "optimizer",
             f"{_OPTIMIZER_NAMES[train.get('optim', 'adamw_fused')]}, {betas}, epsilon {train['epsilon']:g}, "

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
+from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
 from trainer.model.build import TrainableModel, save_base_model
 from trainer.tracking.wandb_keys import run_group
@@ -41,13 +42,9 @@ def resolve_output_dir(
 
 
 def _resume_settings(args: CliArgs, folder: Path) -> tuple[Settings, dict[str, Any]]:
-    try:
-        previous = json.loads((folder / "run.json").read_text())
-    except FileNotFoundError as error:
-        message = f"--resume: no run in {folder} (no run.json there); name its folder with --output-dir"
-        raise UserError(message) from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume: cannot read {folder / 'run.json'}: {error}") from error
+    if not (folder / "run.json").exists():
+        raise UserError(f"--resume: no run in {folder} (no run.json there); name its folder with --output-dir")
+    previous = read_run_metadata(folder / "run.json")
     saved = Settings.from_dict(previous.get("resumed", previous)["settings"])
     if saved.mode != args.settings.mode:
         raise UserError(

@@ -30,6 +30,7 @@ from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import DistContext, device_memory_bytes, supports_bf16
 from trainer.model import optimizer
 from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
+from trainer.training.lr_schedule import describe_schedule
 from trainer.training.schedule import TrainSchedule
 from trainer.training.text_metrics import check_installed
 
@@ -60,8 +61,9 @@ class RunPlan:
         model_info, schedule, settings = self.model_info, self.schedule, self.settings
         train, val = self.data_info["train"], self.data_info["val"]
         unit = "blocks" if self.data_info["objective"] == "blocks" else "rows"
-        lr_text = f"{settings.train.lr:g}, linear to 0" + (
-            f" after {settings.train.warmup_steps} warm-up steps" if settings.train.warmup_steps else ", no warm-up"
+        train_settings = settings.train
+        lr_shape = describe_schedule(
+            train_settings.schedule, min_lr=train_settings.min_lr, warmup_steps=schedule.num_warmup_steps
         )
         lines = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
@@ -86,7 +88,7 @@ class RunPlan:
             ("example", self.data_info["example"] or "token ids"),
             ("batch", str(schedule.batch)),
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
-            ("learning rate", lr_text),
+            ("learning rate", f"{train_settings.lr:g}, {lr_shape}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
             ("execution", self.execution.describe()),
             (
@@ -145,6 +147,7 @@ class RunPlan:
             "global_batch": schedule.batch.global_batch,
             "steps_per_epoch": schedule.steps_per_epoch,
             "total_steps": schedule.total_steps,
+            "warmup_steps": schedule.num_warmup_steps,
             "dropout": self.dropout,
         }
 

@@ -25,8 +25,14 @@ class TrainSchedule:
         """The learning rate of the update after `step` others."""
         train = self.settings.train
         return learning_rate(
-            step, peak_lr=train.lr, warmup_steps=train.warmup_steps, total_steps=self.total_steps
+            step, peak_lr=train.lr, warmup_steps=self.num_warmup_steps, total_steps=self.total_steps,
+            schedule=train.schedule, min_lr=train.min_lr,
         )  # fmt: skip
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps over which the learning rate rises from 0."""
+        return self.settings.train.num_warmup_steps(self.total_steps)
 
     def batches(self, dataset: TokenDataset, rank: int) -> TrainBatches:
         """The global batches of the run, with this rank's share of each."""

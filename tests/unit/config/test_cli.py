@@ -55,7 +55,9 @@ VALUES = {
     "--execution": ("eager", "eager"),
     "--dropout": ("0.3", 0.3),
     "--early-stop": ("2:0.1", "2:0.1"), "--export": ("best", "best"), "--num-samples": ("5", 5),
-    "--score-samples": (None, True), "--adam-beta1": ("0.8", 0.8), "--adam-beta2": ("0.95", 0.95),
+    "--score-samples": (None, True), "--adam-beta1": ("0.8", 0.8),
+    "--schedule": ("cosine", "cosine"), "--warmup-ratio": ("0.1", 0.1),
+    "--min-lr": ("1e-6", 1e-6), "--adam-beta2": ("0.95", 0.95),
     "--adam-epsilon": ("1e-6", 1e-6),
 }  # fmt: skip
 FIELDS = {

@@ -28,6 +28,8 @@ LAUNCH = Path(__file__).parents[3] / "launch"
         ("--bf16 False", "leave it out; --precision bf16 would turn it on"),
         ("--save_strategy no", "did you mean --save-every never?"),
         ("--dtype bfloat16", "did you mean --precision bf16?"),
+        ("--lr_scheduler_type constant_with_warmup", "did you mean --schedule constant?"),
+        ("--warmup_ratio 0.03", "did you mean --warmup-ratio 0.03?"),
         ("--sequence_len 512", "did you mean --block-size 512?"),
         ("--cutoff_len 512", "did you mean --block-size 512?"),
         ("--finetuning_type lora", "did you mean --mode lora?"),
@@ -75,7 +77,7 @@ def test_the_common_flags_of_transformers_and_peft_are_answered():
     training = {field.name for field in dataclasses.fields(TrainingArguments)}
     common = {
         "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-        "num_train_epochs", "eval_steps", "eval_strategy", "save_steps", "save_strategy",
+        "num_train_epochs", "lr_scheduler_type", "eval_steps", "eval_strategy", "save_steps", "save_strategy",
         "logging_steps", "bf16", "fp16", "gradient_checkpointing", "torch_compile", "deepspeed", "max_steps",
         "weight_decay", "max_grad_norm", "warmup_steps", "output_dir", "seed", "run_name", "report_to", "optim",
     }  # fmt: skip

@@ -152,6 +152,12 @@ def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
         ("train", "lr", -1.0, "--lr"),
         ("train", "lr", math.nan, "--lr"),
         ("train", "warmup_steps", -1, "--warmup-steps"),
+        ("train", "warmup_ratio", 1.0, "--warmup-ratio"),
+        ("train", "schedule", "polynomial", "--schedule"),
+        ("train", "min_lr", -1e-9, "--min-lr"),
+        ("train", "min_lr", 1.0, "--min-lr"),
+        ("train", "beta2", 1.0, "--adam-beta2"),
+        ("train", "epsilon", 0.0, "--adam-epsilon"),
         ("train", "weight_decay", -0.1, "--weight-decay"),
         ("train", "max_grad_norm", -1.0, "--max-grad-norm"),
         ("train", "max_grad_norm", math.nan, "--max-grad-norm"),
@@ -174,6 +180,20 @@ def test_a_value_out_of_range_names_flag_and_value_in_one_line(group, field, val
     assert message.startswith(flag)
     assert "\n" not in message
     assert "expected" in message or "say with" in message
+
+
+@pytest.mark.parametrize(
+    ("train", "answer"),
+    [
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "--warmup-ratio 0.1: not with --warmup-steps 5"),
+        ({"min_lr": 1e-5, "schedule": "constant"}, "--min-lr 1e-05: expected with --schedule linear, cosine or wsd"),
+        ({"min_lr": 1e-3, "lr": 1e-4}, "--min-lr 0.001: expected at most --lr 0.0001"),
+    ],
+)
+def test_schedule_settings_that_exclude_one_another_are_one_line(train, answer):
+    with pytest.raises(UserError) as caught:
+        resolve("full", "demo", {"train": train})
+    assert str(caught.value) == answer
 
 
 def test_an_unknown_mode_or_preset_is_refused_with_the_choices():

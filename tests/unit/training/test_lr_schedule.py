@@ -1,8 +1,10 @@
 """The learning rate: linear warm-up, linear to zero, number by number as Hugging Face's scheduler."""
 
+from typing import Any
+
 import pytest
 
-from trainer.training.lr_schedule import learning_rate
+from trainer.training.lr_schedule import learning_rate, num_decay_steps
 
 CARD = {"peak_lr": 3e-5, "warmup_steps": 0, "total_steps": 19_863}  # the card's rate and its 3 x 6,621 steps
 
@@ -39,3 +41,46 @@ def test_the_learning_rate_is_that_of_hugging_faces_linear_scheduler(warmup: int
         assert learning_rate(step, peak_lr=0.3, warmup_steps=warmup, total_steps=total) == scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("min_lr", [0.0, 0.06])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 11), (5, 5), (0, 1), (2, 40)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
+def test_every_schedule_is_transformers_formula_step_by_step(schedule: Any, warmup: int, total: int, min_lr: float):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = {
+        "linear": lambda: transformers.get_linear_schedule_with_warmup(optimizer, warmup, total),
+        "cosine": lambda: transformers.optimization.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, warmup, total, min_lr=min_lr
+        ),
+        "constant": lambda: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
+        "wsd": lambda: transformers.get_wsd_schedule(
+            optimizer, warmup, num_decay_steps(warmup, total), total, min_lr_ratio=min_lr / 0.3
+        ),
+    }[schedule]()
+    if schedule in ("linear", "constant"):
+        min_lr = 0.0
+    for step in range(total):
+        lr = learning_rate(step, peak_lr=0.3, warmup_steps=warmup, total_steps=total, schedule=schedule, min_lr=min_lr)
+        assert lr == scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_linear_schedule_ends_at_the_minimum_rate() -> None:
+    options: Any = {"peak_lr": 1.0, "warmup_steps": 0, "total_steps": 8, "min_lr": 0.2}
+    assert [learning_rate(step, **options) for step in (0, 4, 8, 9)] == pytest.approx([1.0, 0.6, 0.2, 0.2], rel=1e-15)
+
+
+def test_the_warm_up_share_is_rounded_up_as_transformers_does(tmp_path: Any) -> None:
+    from transformers import TrainingArguments
+
+    from trainer.config.presets import resolve
+
+    train = resolve("full", "demo", {"train": {"warmup_ratio": 0.03}}).train
+    arguments = TrainingArguments(output_dir=str(tmp_path), warmup_steps=0.03, use_cpu=True, report_to=[])
+    for total in (1, 10, 33, 34, 100, 19_863):
+        assert train.num_warmup_steps(total) == arguments.get_warmup_steps(total)

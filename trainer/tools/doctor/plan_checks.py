@@ -63,12 +63,12 @@ def check_schedule(plan: RunPlan) -> Iterator[CheckResult]:
         f"{schedule.steps_per_epoch:,} an epoch, {schedule.total_steps:,} in all{tail}",
         "more --epochs, more data or a smaller --global-batch",
     )  # fmt: skip
-    warmup_steps = settings.train.warmup_steps
+    warmup_steps = schedule.num_warmup_steps
     warmup_note = f" after {warmup_steps} warm-up steps of {schedule.total_steps}" if warmup_steps else ""
     yield make_result(
         warmup_steps >= schedule.total_steps, WARNING, "learning rate", f"{settings.train.lr:g} at its "
             f"peak{warmup_note}",
-        "the peak is never reached: lower --warmup-steps",
+        "the peak is never reached: lower --warmup-steps or --warmup-ratio",
     )  # fmt: skip
     intervals = {"--eval-every": settings.output.eval_every, "--save-every": settings.output.save_every}
     for flag, interval in intervals.items():

@@ -99,7 +99,7 @@ class SmokeTest:
     ) -> RunOutcome:
         world_size = self.plan.dist_context.world_size
         launcher_argv = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}"] if world_size > 1 else []
-        train_overrides = {**overrides.get("train", {}), "max_steps": NUM_STEPS, "warmup_steps": 0}
+        train_overrides = {**overrides.get("train", {}), "max_steps": NUM_STEPS, "warmup_steps": 0, "warmup_ratio": 0.0}
         output_overrides = {
             "output_dir": str(run_folder), "eval_every": "never", "save_every": str(SAVE_STEP), "save_total_limit": 3,
             "wandb": "disabled",

@@ -84,7 +84,7 @@ class RunInfo:
         settings = metadata.get("resumed", metadata)["settings"]
         train = settings["train"]
         return cls(
-            mode=metadata["mode"], lr=train["lr"], warmup_steps=train["warmup_steps"],
+            mode=metadata["mode"], lr=train["lr"], warmup_steps=resolved["warmup_steps"],
             max_grad_norm=train["max_grad_norm"],
             epsilon=train["epsilon"], dropout=resolved["dropout"], num_trainable_params=metadata["model"]["trainable"],
             total_steps=resolved["total_steps"], has_early_stopping=bool(train.get("early_stop")),
