@@ -3,73 +3,88 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.tools.bench.bench_cli import add_relative_speeds, format_markdown
-from trainer.tools.bench.configs import BenchmarkConfig, build_configs, flops_per_token
+from trainer.model.build import build_model
+from trainer.tools.bench import bench_cli
+from trainer.tools.bench.configs import BenchmarkConfig, build_configs
+from trainer.tools.bench.steps import add_relative_speeds, format_markdown
+from trainer.tools.bench.weight_products import WeightProducts, count_layer_shapes
 
 ROOT = Path(__file__).parents[2]
 COMMON: dict[str, Any] = {"model": "demo-base", "block_size": 32}
 
 
+OURS = {"precision": ["fp32"], "world_size": [1], "ds_config": ["zero0"], "execution": ["auto"]}
+
+
 def test_bench_runs_this_trainer_first_and_peers_on_one_rank():
-    found = build_configs(
-        modes=["full", "lora"], global_batches=[2], ds_configs=["zero0", "zero2"], peers=["hf", "hf-deepspeed"],
-        world_sizes=[1, 2],
-        common_fields=COMMON,
+    configs = build_configs(
+        ours={**OURS, "world_size": [1, 2], "ds_config": ["zero0", "zero2"]}, peers=["hf", "hf-deepspeed"],
+        modes=["full", "lora"], global_batches=[2], common_fields=COMMON,
     )  # fmt: skip
-    full = [one.name for one in found if one.mode == "full"]
-    assert full == [
+    assert [config.name for config in configs if config.mode == "full"] == [
         "ours zero0 fp32", "ours zero2 fp32", "ours zero0 2 ranks fp32", "ours zero2 2 ranks fp32", "hf fp32",
         "hf-deepspeed zero0 fp32", "hf-deepspeed zero2 fp32",
     ]  # fmt: skip
-    assert len(set(found)) == len(found) == 14
+    assert len(set(configs)) == len(configs) == 14
 
 
 def test_bench_runs_this_trainer_in_every_precision_and_peers_in_the_first():
-    found = build_configs(
-        modes=["full"], global_batches=[2], ds_configs=["zero0"], peers=["hf"], world_sizes=[1],
-        precisions=["fp32", "bf16"],
-        executions=["auto", "compile"], common_fields=COMMON,
+    configs = build_configs(
+        ours={**OURS, "precision": ["fp32", "bf16"], "execution": ["auto", "compile"]}, peers=["hf"], modes=["full"],
+        global_batches=[2], common_fields=COMMON,
     )  # fmt: skip
-    assert [one.name for one in found] == [
+    assert [config.name for config in configs] == [
         "ours zero0 fp32", "ours zero0 fp32 compile", "ours zero0 bf16", "ours zero0 bf16 compile", "hf fp32"
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("argv", "message"),
     [
-        ({"peers": ["nanogpt"]}, "--against nanogpt: expected plain, hf"),
-        ({"ds_configs": ["zero9"]}, "--ds zero9: expected zero0"),
-        ({"modes": ["lara"]}, "--modes lara: expected full, lora"),
-        ({"global_batches": [3], "world_sizes": [2]}, "--batches 3: does not divide over 2 ranks"),
-        ({"global_batches": [0]}, "expected whole numbers from 1, got 0"),
+        ("--against nanogpt", "--against nanogpt: expected plain, hf"),
+        ("steps --ds-config zero9", "--ds-config zero9: expected zero0"),
+        ("--modes lara", "--modes lara: expected full, lora"),
+        ("--batches 3 --ranks 2", "--batches 3: does not divide over 2 ranks"),
+        ("--batches 0", "--batches: 0: expected a whole number from 1"),
+        ("scaling --rounds x", "--rounds: x: expected a whole number from 1"),
+        ("speed", "speed: expected steps, memory, data, scaling"),
+        ("memory --methods full,lara", "--methods lara: expected some of full, full-adamw8bit"),
+        ("data --out x", "--out x: unknown flag"),
     ],
 )
-def test_a_wrong_bench_argument_is_one_line(given, words):
-    usual: dict[str, Any] = {
-        "modes": ["full"],
-        "global_batches": [2],
-        "ds_configs": ["zero0"],
-        "peers": [],
-        "world_sizes": [1],
-    }
-    with pytest.raises(UserError, match=words):
-        build_configs(**{**usual, **given}, common_fields=COMMON)
+def test_a_wrong_bench_argument_is_one_line(argv, message):
+    with pytest.raises(UserError) as caught:
+        bench_cli.run([*argv.split(), *(["--device", "cpu"] if argv.startswith(("-", "steps")) else [])])
+    assert str(caught.value).startswith(message)
 
 
-def test_flops_per_token_are_those_of_the_formula():
-    """GPT-2 124M at T = 1024: 6 x 124.4 million + 12 x 12 x 768 x 1024, 1.76 TFLOP for the card's 2,048 tokens."""
-    shape = {"num_parameters": 124_439_808, "num_layers": 12, "hidden_size": 768, "block_size": 1024}
-    full = flops_per_token(mode="full", num_trainable=124_439_808, **shape)
-    assert full * 2048 == pytest.approx(1.76e12, rel=2e-3)
-    lora = flops_per_token(mode="lora", num_trainable=1_179_648, **shape)
-    assert full - lora == 2 * 124_439_808 - 6 * 1_179_648, "no gradients of frozen weights"
+def test_weight_products_are_those_of_every_layer_with_a_gradient_of_the_weight_where_it_trains():
+    """One block: c_attn, c_proj, c_fc, c_proj of the MLP, and the output layer."""
+    settings = cli.parse_args(["--mode", "lora", "--lora-rank", "4", "--model", "demo-base"]).settings
+    model = build_model(settings, on_meta=True)
+    shapes = count_layer_shapes(model)
+    width, num_layers = model.causal.config.n_embd, model.causal.config.n_layer
+    assert shapes[width, 3 * width, False] == num_layers
+    assert shapes[width, 4, True] >= 2 * num_layers
+    products = WeightProducts(Counter({(8, 16, True): 3, (8, 4, False): 1}), 10, torch.float32, torch.device("cpu"))
+    assert [times for _, times in products.products] == [3, 3, 3, 1, 1]
+    assert [tuple(product().shape) for product, _ in products.products] == [
+        (10, 16),
+        (10, 8),
+        (8, 16),
+        (10, 4),
+        (10, 8),
+    ]
+    assert products.seconds(lambda: None) > 0
 
 
 def test_bench_speedup_is_the_ratio_round_by_round():
@@ -98,7 +113,7 @@ def test_a_benchmark_that_failed_says_so_in_its_line():
     }
     line = next(line for line in format_markdown([row], facts).splitlines() if "failed" in line)
     assert line.startswith("| full | 2 | hf | failed: why |")
-    assert line.count("|") == 12
+    assert line.count("|") == 13
 
 
 @pytest.mark.slow
@@ -117,6 +132,7 @@ def test_a_tiny_bench_call_measures_this_trainer_and_a_plain_loop(tmp_path):
         assert len(row["windows"][0]) == 2
         assert row["tokens_per_second"] == pytest.approx(32 / row["step"])
         assert 0 < row["flop_share"] < 2
+        assert 0 < row["product_share"] < 2
         assert row["peak_memory"] > 2**26
     assert ours["eval_over_training"] > 0
     assert content["facts"]["ceiling_flops"] > 1e6

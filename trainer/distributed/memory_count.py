@@ -175,15 +175,15 @@ def _cpu_attention(
 
 
 def _flash_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     """What a GPU's flash kernel keeps: its inputs, its output and one float32 for each row of scores."""
     num_groups = getattr(module, "num_key_value_groups", 1)
     if num_groups > 1:
         key, value = (tensor.repeat_interleave(num_groups, dim=1) for tensor in (key, value))
     flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return flash(query, key, value, dropout, True, False, scale=scaling)[0].transpose(1, 2).contiguous(), None
+    dropout, scale = options.get("dropout", 0.0), options.get("scaling")
+    return flash(query, key, value, dropout, True, False, scale=scale)[0].transpose(1, 2).contiguous(), None
 
 
 class _GPUDropout(nn.Dropout):

@@ -59,7 +59,7 @@ def test_the_modelled_step_time_is_compute_plus_bytes_over_the_slowest_link():
 
 
 def test_the_scaling_script_prints_the_comm_model_of_both_modes():
-    command = [sys.executable, str(ROOT / "launch" / "bench_scaling.py"), "--only-model", "--step-ms", "10"]
+    command = [sys.executable, str(ROOT / "launch" / "bench.py"), "scaling", "--only-model", "--step-ms", "10"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "full, modelled: 2 x 1024 tokens a GPU in 10 ms" in done.stdout

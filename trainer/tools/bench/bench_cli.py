@@ -1,203 +1,155 @@
-"""`launch/bench.py`: run the variants in alternation, each in its own processes; write JSON and a Markdown table."""
+"""`launch/bench.py`: which measurement, and its flags. Needs no torch."""
 
-import json
-import os
-import platform
-import socket
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import TrainingError
-from trainer.tools.bench.configs import BenchmarkConfig
-
-PACKAGES = ("torch", "transformers", "peft", "deepspeed")
-TIMEOUT_SECONDS = 3600.0  # seconds for one variant
-
-
-def run_benchmarks(configs: Sequence[BenchmarkConfig], *, rounds: int, output_dir: Path) -> int:
-    """Measure all variants `rounds` times in turn, write and print the table; 1 where a variant failed."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    rows, ceiling = run_rounds(configs, rounds=rounds)
-    environment = _describe_environment(configs[0], rounds, ceiling)
-    text = format_markdown(rows, environment)
-    (output_dir / "bench.json").write_text(json.dumps({"facts": environment, "rows": rows}, indent=1) + "\n")
-    (output_dir / "bench.md").write_text(text)
-    print(f"\n{text}\n{output_dir / 'bench.json'} has every window")
-    return int(any(row["problem"] for row in rows))
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.errors import UserError
+from trainer.tools.bench.configs import PEERS
+from trainer.tools.bench.shapes import SHAPES
 
 
-def run_rounds(configs: Sequence[BenchmarkConfig], *, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(a row for each variant, the ceiling): each measured `rounds` times, in turn, in processes of its own."""
-    results: dict[BenchmarkConfig, list[dict[str, Any]]] = {config: [] for config in configs}
-    errors: dict[BenchmarkConfig, str] = {}
-    ceiling = _run_job("ceiling", configs[0])
-    for round_index in range(rounds):
-        for config in configs:
-            if config in errors:
-                continue
-            start_time = time.monotonic()
-            try:
-                results[config].append(_run_job("variant", config))
-            except TrainingError as error:
-                errors[config] = str(error)
-            outcome = errors.get(config, f"{1000 * statistics.median(results[config][-1]['windows']):.1f} ms/step"
-                              if results[config] else "")  # fmt: skip
-            label = f"{config.mode}, batch {config.global_batch}, {config.name}"
-            print(
-                f"round {round_index + 1}/{rounds}  {label}: {outcome}  ({time.monotonic() - start_time:.0f} s)",
-                flush=True,
-            )
-    rows = [_table_row(config, results[config], ceiling["flops"], errors.get(config)) for config in configs]
-    add_relative_speeds(rows)
-    return rows, ceiling
+def run(argv: Sequence[str]) -> int:
+    """Do the measurement that the first word names, steps where none is named; returns the exit code."""
+    name, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("steps", argv)
+    if name not in COMMANDS:
+        raise UserError(f"{name}: expected {', '.join(COMMANDS)}")
+    return int(COMMANDS[name](flags))
 
 
-def _run_job(kind: str, config: BenchmarkConfig) -> dict[str, Any]:
-    """The result of a job, done by processes that begin anew; TrainingError with the last line that they said."""
-    with tempfile.TemporaryDirectory() as scratch:
-        job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
-        job_file.write_text(json.dumps({"kind": kind, "variant": config.as_dict(), "result": str(result_file)}))
-        world_size = config.world_size if kind == "variant" else 1
-        log_file = Path(scratch) / "log"
-        with open(log_file, "wb") as output:
-            command = [sys.executable, "-m", "trainer.tools.bench.worker", str(job_file)]
-            processes = [
-                subprocess.Popen(command, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-                for env in _rank_environments(world_size)
-            ]
-            try:
-                exit_codes = [process.wait(TIMEOUT_SECONDS) for process in processes]
-            except subprocess.TimeoutExpired:
-                exit_codes = [1]
-            finally:
-                for process in processes:
-                    process.kill()
-        if any(exit_codes) or not result_file.exists():
-            lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-            raise TrainingError(f"failed: {lines[-1][:200] if lines else 'without a word'}")
-        return dict(json.loads(result_file.read_text()))
+def run_steps(argv: Sequence[str]) -> int:
+    """What a step costs: ours under ZeRO files, ranks, precisions and ways to execute, and other programs."""
+    args = _steps_parser().parse_args(argv)
+    from trainer.tools.bench.configs import build_configs
+    from trainer.tools.bench.steps import run_benchmarks
 
-
-def _rank_environments(world_size: int) -> list[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared_environment = {
-        **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+    is_gpu = (args.device or _default_device()) == "cuda"
+    common_fields = {
+        "model": args.model, "block_size": args.block_size, "device": "cuda" if is_gpu else "cpu",
+        "dropout": args.dropout, "num_windows": args.windows, "steps_per_window": args.window,
+        "warmup_steps": args.warmup or (10 if is_gpu else 3),
     }  # fmt: skip
-    return [{**shared_environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    configs = build_configs(
+        ours={
+            "precision": args.precision or ["bf16" if is_gpu else "fp32"], "world_size": args.ranks,
+            "ds_config": args.ds_config, "execution": args.execution,
+        },
+        peers=args.against, modes=args.modes, global_batches=args.batches, common_fields=common_fields,
+    )  # fmt: skip
+    return run_benchmarks(configs, rounds=args.rounds, output_dir=args.output_dir)
 
 
-def _table_row(
-    config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], ceiling_flops: float, error: str | None
-) -> dict[str, Any]:
-    """One line of the table. Times in seconds; spread: smallest and largest median of a round."""
-    row: dict[str, Any] = {**config.as_dict(), "name": config.name, "problem": error}
-    if not results or error:
-        return row
-    medians = [statistics.median(result["windows"]) for result in results]
-    step_seconds = statistics.median([window for result in results for window in result["windows"]])
-    evals = [result["eval"] for result in results if result["eval"] is not None]
-    return row | {
-        "windows": [result["windows"] for result in results],
-        "step": step_seconds,
-        "spread": [min(medians), max(medians)],
-        "rounds": medians,
-        "tokens_per_second": config.tokens / step_seconds,
-        "flop_share": results[0]["flops_per_token"] * config.tokens / step_seconds / ceiling_flops,
-        "peak_memory": max(result["peak_memory"] for result in results),
-        "input_share": statistics.median(result["input"] for result in results) / step_seconds,
-        "first_step": statistics.median(result["first_step"] for result in results),
-        "eval_over_training": step_seconds / config.tokens / statistics.median(evals) if evals else None,
-    }
+def _steps_parser() -> ArgumentParser:
+    parser = _parser("steps", "Time optimizer steps, each variant in processes of its own and in alternation; "
+                     "writes bench.json and bench.md.")  # fmt: skip
+    add = parser.add_argument
+    add("--modes", type=_names, default=["full", "lora"], metavar="NAMES", help="full, lora (default: both)")
+    add("--batches", type=_numbers, default=[2], metavar="N,N", help="examples a step over all ranks (default: 2)")
+    add("--ds-config", type=_names, default=["zero0"], metavar="NAMES", help="ZeRO files of ours (default: zero0)")
+    add("--ranks", type=_numbers, default=[1], metavar="N,N", help="ranks of ours (default: 1)")
+    add(
+        "--execution", type=_names, default=["auto"], metavar="NAMES",
+        help="of ours: auto, eager, graphs, compile (default: auto)",
+    )  # fmt: skip
+    add(
+        "--against", type=_names, default=[], metavar="NAMES",
+        help=f"other programs at equal settings, on one rank: {', '.join(PEERS)} (default: none)",
+    )  # fmt: skip
+    add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
+    add("--block-size", type=_number, default=1024, metavar="N", help="tokens of a block (default: 1024)")
+    add(
+        "--precision", type=_names, metavar="NAMES",
+        help="fp32, bf16, fp16; other programs take the first (default: bf16 on a GPU, fp32 on a CPU)",
+    )  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), help="left out: the GPU where there is one")
+    add("--dropout", type=float, metavar="P", help="left out: the model's own")
+    add("--windows", type=_number, default=5, metavar="N", help="timed windows of a variant and round (default: 5)")
+    add("--window", type=_number, default=4, metavar="N", help="steps of a window (default: 4)")
+    add("--warmup", type=_number, metavar="N", help="steps before the first window (default: 3, on a GPU 10)")
+    add("--rounds", type=_number, default=3, metavar="N", help="times that all variants run in turn (default: 3)")
+    add("--output-dir", type=Path, default=Path("bench"), metavar="DIR", help="where the table goes (default: bench)")
+    return parser
 
 
-def add_relative_speeds(rows: list[dict[str, Any]]) -> None:
-    """Give each row its rate over ours of the same mode and batch, round by round: median, smallest, largest."""
-    for row in rows:
-        baseline_row = next(
-            candidate
-            for candidate in rows
-            if candidate["mode"] == row["mode"] and candidate["global_batch"] == row["global_batch"]
-        )
-        if "rounds" in row and "rounds" in baseline_row:
-            ratios = [
-                baseline_seconds / seconds
-                for baseline_seconds, seconds in zip(baseline_row["rounds"], row["rounds"], strict=False)
-            ]
-            row["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
+def run_memory(argv: Sequence[str]) -> int:
+    """What each way of training holds, writes and reaches."""
+    from trainer.tools.bench.methods import METHODS, measure_methods
+
+    parser = _parser("memory", "Train a few steps with each method; prints what it holds, writes and reaches.")
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="tiny", help="size of a random GPT-2 (default: tiny)")
+    add("--model", help="folder of a causal LM with its weights, in place of --shape")
+    add("--steps", type=_number, default=5, metavar="N", help="optimizer steps (default: 5)")
+    add("--micro-batch", type=_number, default=2, metavar="N", help="rows of a step (default: 2)")
+    add("--block-size", type=_number, default=64, metavar="N", help="tokens of a row (default: 64)")
+    add("--precision", choices=("fp32", "bf16"), help="left out: bf16 on a GPU that has it, else fp32")
+    add(
+        "--methods", type=_names, default=list(METHODS), metavar="NAMES",
+        help=f"of {', '.join(METHODS)} (default: all)",
+    )  # fmt: skip
+    return measure_methods(parser.parse_args(argv))
 
 
-def _describe_environment(config: BenchmarkConfig, rounds: int, ceiling: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "hardware": ceiling["gpu"] or f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores",
-        "threads": ceiling["threads"],
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "model": config.model,
-        "block_size": config.block_size,
-        "ceiling_flops": ceiling["flops"],
-        "ceiling_precision": config.precision,
-        "rounds": rounds,
-        "steps": f"{config.num_windows} windows of {config.steps_per_window} steps after {config.warmup_steps}",
-    }
+def run_data(argv: Sequence[str]) -> int:
+    """What it costs to prepare large text files."""
+    parser = _parser("data", "Tokenise and pack text files made from a seed; prints time and memory.")
+    parser.add_argument("--megabytes", type=_numbers, default=[256], metavar="N,N", help="sizes (default: 256)")
+    parser.add_argument("--model", default="demo-base", help="whose tokenizer (default: demo-base)")
+    args = parser.parse_args(argv)
+    from trainer.tools.bench.preparation import measure_preparation
+
+    return measure_preparation(args.megabytes, args.model)
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def run_scaling(argv: Sequence[str]) -> int:
+    """How the cost of a token grows with ranks, block length and width."""
+    parser = _parser("scaling", "Time steps over ranks, block lengths and widths; model more GPUs than are here.")
+    add = parser.add_argument
+    add("--ranks", type=_numbers, default=[1, 2], metavar="N,N", help="ranks (default: 1,2)")
+    add("--blocks", type=_numbers, default=[128, 256, 512], metavar="N,N", help="lengths (default: 128,256,512)")
+    add("--widths", type=_numbers, default=[192, 384, 768], metavar="N,N", help="widths (default: 192,384,768)")
+    add("--tokens", type=_number, default=1024, metavar="N", help="of a step (default: 1024)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--rounds", type=_number, default=3, metavar="N", help="times that all run in turn (default: 3)")
+    add("--windows", type=_number, default=2, metavar="N", help="timed steps of a round (default: 2)")
+    add(
+        "--step-ms", type=float, metavar="MS",
+        help="milliseconds of one GPU's step of 2 x 1024 tokens with GPT-2 124M; gives the model of 8 and 64 GPUs",
+    )  # fmt: skip
+    add("--only-model", action="store_true", help="measure nothing, print the model")
+    args = parser.parse_args(argv)
+    from trainer.tools.bench.scaling import measure_scaling
+
+    return measure_scaling(args)
 
 
-HEADINGS = (
-    "mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "FLOP share", "peak GiB", "input", "eval",
-)  # fmt: skip
+COMMANDS: dict[str, Any] = {"steps": run_steps, "memory": run_memory, "data": run_data, "scaling": run_scaling}
 
 
-def format_markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
-    """The table and where it was measured, in Markdown."""
-    packages = ", ".join(f"{name} {package_version}" for name, package_version in environment["versions"].items())
-    lines = [
-        f"{environment['model']}, blocks of {environment['block_size']} tokens, {environment['hardware']}, "
-        f"{environment['threads']} threads; {packages}; {environment['rounds']} rounds in alternation, "
-        f"{environment['steps']}.",
-        "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|---|--:|---|" + "--:|" * (len(HEADINGS) - 3),
-        *("| " + " | ".join(_format_cells(row)) + " |" for row in rows),
-        "",
-        "ms/step: median over all windows; spread: of the rounds' medians; speed: tokens/s over the first line of the "
-        "same mode and batch, median (least-most) of the rounds; FLOP share: of "
-        f"{environment['ceiling_flops'] / 1e12:.3g} TFLOP/s, a {environment['ceiling_precision']} matrix product "
-        "measured in the "
-        "same call; input: share of a step to draw its rows; eval: tokens/s of evaluation over training.",
-    ]
-    return "\n".join(lines) + "\n"
+def _parser(name: str, description: str) -> ArgumentParser:
+    others = ", ".join(other for other in COMMANDS if other != name)
+    return ArgumentParser(
+        prog=f"bench.py {name}", description=description, epilog=f"Other measurements: bench.py {others}."
+    )
 
 
-def _format_cells(row: Mapping[str, Any]) -> list[str]:
-    leading_cells = [row["mode"], str(row["global_batch"]), row["name"]]
-    if "step" not in row:
-        return [*leading_cells, row["problem"] or "not measured", *[""] * (len(HEADINGS) - 4)]
-    low, high = (1000 * seconds for seconds in row["spread"])
-    speed = "{:.2f} ({:.2f}-{:.2f})".format(*row["speed"]) if "speed" in row else ""
-    return [
-        *leading_cells,
-        f"{1000 * row['step']:.1f}",
-        f"{low:.1f}-{high:.1f}",
-        f"{row['tokens_per_second']:,.0f}",
-        speed,
-        f"{100 * row['flop_share']:.0f}%",
-        f"{row['peak_memory'] / 2**30:.2f}",
-        f"{100 * row['input_share']:.1f}%",
-        f"{row['eval_over_training']:.1f}x" if row["eval_over_training"] else "",
-    ]
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _number(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_number(name) for name in _names(text)]

@@ -63,65 +63,43 @@ class BenchmarkConfig:
 
 
 def build_configs(
-    *, modes: Sequence[str], global_batches: Sequence[int], ds_configs: Sequence[str], peers: Sequence[str],
-    world_sizes: Sequence[int],
-    precisions: Sequence[str] = ("fp32",), executions: Sequence[str] = ("auto",), common_fields: Mapping[str, Any],
+    *, ours: Mapping[str, Sequence[Any]], peers: Sequence[str], modes: Sequence[str], global_batches: Sequence[int],
+    common_fields: Mapping[str, Any],
 ) -> list[BenchmarkConfig]:  # fmt: skip
-    """Every combination, ours first within each mode and batch. UserError on a wrong name.
+    """Ours in every combination of the fields of `ours`, then the other programs, for each mode and batch.
 
-    Peers run on one rank and in the first precision.
+    Other programs run on one rank and in the first precision. UserError on a wrong name.
     """
-    _check_names("--precision", precisions, PRECISIONS)
-    _check_names("--execution", executions, EXECUTIONS)
-    _check_names("--modes", modes, MODES)
-    _check_names("--ds", ds_configs, DS_CONFIG_NAMES)
-    _check_names("--against", peers, tuple(PEERS))
-    for number in (*global_batches, *world_sizes):
-        if number < 1:
-            raise UserError(f"--batches and --ranks: expected whole numbers from 1, got {number}")
+    _validate(ours, peers, modes, global_batches)
     configs = []
-    for mode in modes:
-        for global_batch in global_batches:
-            if indivisible_sizes := [n for n in world_sizes if global_batch % n]:
-                raise UserError(f"--batches {global_batch}: does not divide over {indivisible_sizes[0]} ranks")
-            configs += [
-                BenchmarkConfig(
-                    program="ours", mode=mode, global_batch=global_batch, ds_config=ds_config, world_size=world_size,
-                    precision=precision, execution=execution,
-                    **common_fields,
-                )
-                for precision, world_size, ds_config,
-                execution in itertools.product(precisions, world_sizes, ds_configs, executions)
-            ]  # fmt: skip
-            for program in peers:
-                ds_config_names = ds_configs if program == "hf-deepspeed" else [None]
-                configs += [
-                    BenchmarkConfig(
-                        program=program,
-                        mode=mode,
-                        global_batch=global_batch,
-                        ds_config=ds_config,
-                        precision=precisions[0],
-                        **common_fields,
-                    )
-                    for ds_config in ds_config_names
-                ]
+    for mode, global_batch in itertools.product(modes, global_batches):
+        fields = {**common_fields, "mode": mode, "global_batch": global_batch}
+        configs += [
+            BenchmarkConfig(program="ours", **fields, **dict(zip(ours, values, strict=True)))
+            for values in itertools.product(*ours.values())
+        ]
+        configs += [
+            BenchmarkConfig(program=program, precision=ours["precision"][0], ds_config=ds_config, **fields)
+            for program in peers
+            for ds_config in (ours["ds_config"] if program == "hf-deepspeed" else [None])
+        ]
     return configs
+
+
+def _validate(
+    ours: Mapping[str, Sequence[Any]], peers: Sequence[str], modes: Sequence[str], global_batches: Sequence[int]
+) -> None:
+    _check_names("--precision", ours["precision"], PRECISIONS)
+    _check_names("--execution", ours["execution"], EXECUTIONS)
+    _check_names("--modes", modes, MODES)
+    _check_names("--ds-config", ours["ds_config"], DS_CONFIG_NAMES)
+    _check_names("--against", peers, tuple(PEERS))
+    for global_batch, world_size in itertools.product(global_batches, ours["world_size"]):
+        if global_batch % world_size:
+            raise UserError(f"--batches {global_batch}: does not divide over {world_size} ranks")
 
 
 def _check_names(flag: str, names: Sequence[str], allowed_names: Sequence[str]) -> None:
     for name in names:
         if name not in allowed_names:
             raise UserError(f"{flag} {name}: expected {', '.join(allowed_names)}")
-
-
-def flops_per_token(
-    *, mode: str, num_parameters: int, num_trainable: int, num_layers: int, hidden_size: int, block_size: int
-) -> float:
-    """Floating-point operations that one token of training needs: PaLM, appendix B (arXiv 2204.02311).
-
-    Every weight: 6 N + 12 L d T, for forward, and backward to activations and weights. With frozen weights the third
-    of it that makes their gradients falls away: 4 N + 6 N_trainable + 12 L d T.
-    """
-    attention = 12 * num_layers * hidden_size * block_size
-    return (6 * num_parameters if mode == "full" else 4 * num_parameters + 6 * num_trainable) + attention

@@ -57,7 +57,9 @@ def build_setup(config: BenchmarkConfig, dist_context: DistContext) -> Benchmark
         _random_dataset(num_batches * config.global_batch, vocab_size, config)
         for num_batches in (config.steps, NUM_EVAL_BATCHES)
     ]
-    data_metadata = {"vocabulary": vocab_size, "objective": "blocks", "fingerprint": "random", "notices": []}
+    data_metadata = {
+        "vocabulary": vocab_size, "objective": "blocks", "fingerprint": "random", "notices": [], "train": {}, "val": {},
+    }  # fmt: skip
     data = PreparedDataset(
         train=datasets[0], val=datasets[1], metadata=data_metadata, val_texts=(), pad_id=0, folder=Path("none"),
     )  # fmt: skip

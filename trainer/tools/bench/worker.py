@@ -1,10 +1,10 @@
-"""One rank of one variant, or the ceiling: `python -m trainer.tools.bench.worker JOB`, which writes its result as
-JSON."""
+"""One rank of a variant, or the ceiling: `python -m trainer.tools.bench.worker JOB`, which writes its result."""
 
 import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ import torch
 from trainer.data.sampler import epoch_order, step_batches
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.model.flops import count_step_flops
 from trainer.tools.bench import runners
-from trainer.tools.bench.configs import BenchmarkConfig, flops_per_token
+from trainer.tools.bench.configs import BenchmarkConfig
+from trainer.tools.bench.weight_products import WeightProducts, count_layer_shapes
 from trainer.tracking.silence import silence_libraries
 from trainer.training.evaluation import evaluate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(job_file: str) -> None:
@@ -31,51 +35,73 @@ def main(job_file: str) -> None:
 
 
 def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
-    """The times of a variant, in seconds, and what else it used; None on the ranks that do not speak."""
+    """The times of a variant, in seconds, and what else it used; None on the ranks that do not report."""
     dist_context = init_distributed(config.device)
     try:
         torch.set_num_threads(dist_context.num_threads)
+        synchronize = _synchronizer(dist_context.device)
         start_time = time.perf_counter()
         setup = runners.build_setup(config, dist_context)
+        flops_per_token = count_step_flops(
+            setup.model, num_rows=config.global_batch, sequence_length=config.block_size
+        ).total / config.tokens  # fmt: skip
+        layer_shapes = count_layer_shapes(setup.model)
         engine: Engine | None = None
         if config.program == "ours":
             steps, engine = runners.run_ours(setup)
         else:
             steps = {"plain": runners.run_plain}.get(config.program, runners.run_hf_trainer)(setup)
-        window_seconds, first_step_time = time_windows(steps, config, _synchronizer(dist_context.device))
+        first_step_time = warm_up(steps, config.warmup_steps, synchronize)
+        windows, product_seconds, peak_memory = time_windows(steps, setup, layer_shapes, synchronize)
         result = {
-            "windows": window_seconds,
+            "windows": windows,
+            "products": product_seconds,
             "first_step": first_step_time - start_time,
-            "peak_memory": max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device))),
+            "peak_memory": max(dist_context.all_gather_object(peak_memory)),
             "input": _input_seconds(setup),
             "eval": _eval_seconds(setup, engine) if engine is not None else None,
             "threads": dist_context.num_threads,
-            "flops_per_token": _flops(setup),
+            "flops_per_token": flops_per_token,
         }
         return result if dist_context.rank == 0 else None
     finally:
         destroy_process_group()
 
 
-def time_windows(
-    steps: Iterator[None], config: BenchmarkConfig, synchronize: Callable[[], None]
-) -> tuple[list[float], float]:
-    """(seconds per step of each window, when the first step was done). `wait`: until the device has caught up."""
-    first_step_time = 0.0
-    for step in range(config.warmup_steps):
+def warm_up(steps: Iterator[None], num_steps: int, synchronize: Callable[[], None]) -> float:
+    """Take the steps that are not timed; returns when the first was done."""
+    next(steps)
+    synchronize()
+    first_step_time = time.perf_counter()
+    for _ in range(num_steps - 1):
         next(steps)
-        if not step:
-            synchronize()
-            first_step_time = time.perf_counter()
-    window_seconds = []
+    return first_step_time
+
+
+def time_windows(
+    steps: Iterator[None], setup: runners.BenchmarkSetup, layer_shapes: Counter[tuple[int, int, bool]],
+    synchronize: Callable[[], None],
+) -> tuple[list[float], list[float], int]:  # fmt: skip
+    """(seconds of a step in each window, seconds of its bare products after each, peak bytes without these)."""
+    config, device = setup.config, setup.dist_context.device
+    windows: list[float] = []
+    product_seconds: list[float] = []
+    products: WeightProducts | None = None
+    peak_memory = 0
     for _ in range(config.num_windows):
         synchronize()
         start_time = time.perf_counter()
         for _ in range(config.steps_per_window):
             next(steps)
         synchronize()
-        window_seconds.append((time.perf_counter() - start_time) / config.steps_per_window)
-    return window_seconds, first_step_time
+        windows.append((time.perf_counter() - start_time) / config.steps_per_window)
+        if products is None:
+            peak_memory = peak_memory_bytes(device)
+            dtype = DTYPES[config.precision]
+            products = WeightProducts(layer_shapes, config.tokens // config.world_size, dtype, device)
+            products.seconds(synchronize)  # the first time is not that of the others
+        product_seconds.append(products.seconds(synchronize))
+    return windows, product_seconds, peak_memory
 
 
 def _synchronizer(device: torch.device) -> Callable[[], None]:
@@ -105,19 +131,10 @@ def _eval_seconds(setup: runners.BenchmarkSetup, engine: Engine) -> float:
     return (time.perf_counter() - start_time) / int(setup.data.val.lengths().sum())
 
 
-def _flops(setup: runners.BenchmarkSetup) -> float:
-    model_config, model_metadata = setup.model.causal.config, setup.model.metadata
-    return flops_per_token(
-        mode=setup.config.mode, num_parameters=model_metadata["parameters"], num_trainable=model_metadata["trainable"],
-        num_layers=model_config.num_hidden_layers, hidden_size=model_config.hidden_size,
-        block_size=setup.config.block_size,
-    )  # fmt: skip
-
-
 def measure_ceiling(config: BenchmarkConfig) -> dict[str, Any]:
     """The rate of one large matrix product in the variant's precision: what arithmetic can reach here, FLOP/s."""
     matrix_size = 8192 if config.device == "cuda" else 1024
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    dtype = DTYPES[config.precision]
     dist_context = init_distributed(config.device)
     torch.set_num_threads(dist_context.num_threads)
     a, b = (torch.randn(matrix_size, matrix_size, dtype=dtype, device=dist_context.device) for _ in range(2))

@@ -1,16 +1,16 @@
-"""Measure what preparing large text files costs: `python launch/bench_data.py --megabytes 3,30,300`.
+"""What preparing large text files costs.
 
-Makes a text file of each size from a seed, tokenises and packs it as a run would, and prints one line of a Markdown
-table for each: the rate, the largest resident memory above the start, and what an epoch's order and a resumed run's
-way back to its rows take. Prepared data is as large on disk as it has to be; memory must not grow with it.
+Makes a text file of each size from a seed, tokenises and packs it as a run would: the rate, the largest resident memory
+above the start, and what an epoch's order and a resumed run's way back to its rows take. Prepared data is as large on
+disk as it has to be; memory must not grow with it.
 """
 
-import argparse
 import itertools
 import resource
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config import cli
@@ -18,22 +18,19 @@ from trainer.data.dataset import load, prepare
 from trainer.data.sampler import epoch_order
 from trainer.model.demo.text import documents
 
-HEAD = "| text | tokens | prepare | rate | memory above the start | order of an epoch | rows of a resumed run |"
+HEADINGS = "text", "tokens", "prepare", "rate", "memory above the start", "order of an epoch", "rows of a resumed run"
 
 
-def main() -> None:
-    """Make, prepare, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", default="256", metavar="N,N", help="sizes of the text files (default: 256)")
-    parser.add_argument("--model", default="demo-base", help="whose tokenizer (default: demo-base)")
-    options = parser.parse_args()
-    print(HEAD + "\n|--:|--:|--:|--:|--:|--:|--:|", flush=True)
-    for megabytes in map(int, options.megabytes.split(",")):
-        print(measure(megabytes, options.model), flush=True)
+def measure_preparation(megabytes: Sequence[int], model: str) -> int:
+    """Print one row of a Markdown table for each size; 0."""
+    print("| " + " | ".join(HEADINGS) + " |\n|" + "--:|" * len(HEADINGS), flush=True)
+    for size in megabytes:
+        print(measure(size, model), flush=True)
+    return 0
 
 
 def measure(megabytes: int, model: str) -> str:
-    """The line of a text file of that size."""
+    """The row of a text file of that size."""
     with tempfile.TemporaryDirectory() as scratch:
         text_path = Path(scratch) / "text.txt"
         write_text(text_path, megabytes * 10**6)
@@ -102,7 +99,3 @@ class PeakMemorySampler:
 def resident_bytes() -> int:
     """Bytes of memory that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,72 @@
+"""How the cost of a token grows with ranks, block length and width, and a model of more GPUs than are here.
+
+Measured on this machine, each variant in processes of its own and in alternation; 8 and 64 GPUs follow by the formula
+of `trainer.tools.bench.comm_model` from the time of one GPU's step.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainer.tools.bench.comm_model import scaling_table
+from trainer.tools.bench.configs import BenchmarkConfig
+from trainer.tools.bench.shapes import save_config
+from trainer.tools.bench.steps import run_rounds
+
+GPT2, ADAPTERS = 124_439_808, 1_179_648  # weights of GPT-2, and of adapters of rank 8 on its Conv1D layers
+
+
+def measure_scaling(args: argparse.Namespace) -> int:
+    """Measure and print; 1 where a variant failed."""
+    exit_code = 0
+    if not args.only_model:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows, _ = run_rounds(_build_configs(args, Path(scratch)), rounds=args.rounds)
+        exit_code = int(any(row["problem"] for row in rows))
+        print("\n" + "\n".join(markdown_table(rows)), flush=True)
+    if args.step_ms:
+        for name, num_trainable, num_frozen in (("full", GPT2, 0), ("lora", ADAPTERS, GPT2)):
+            print(f"\n{name}, modelled: 2 x 1024 tokens a GPU in {args.step_ms:g} ms\n")
+            print(
+                scaling_table(
+                    compute_seconds=args.step_ms / 1000, num_tokens=2048, num_trainable=num_trainable,
+                    num_frozen=num_frozen,
+                )
+            )  # fmt: skip
+    return exit_code
+
+
+def _build_configs(args: argparse.Namespace, scratch: Path) -> list[BenchmarkConfig]:
+    return [
+        BenchmarkConfig(
+            program="ours", mode="full", global_batch=max(world_size, args.tokens // block_size), ds_config=None,
+            world_size=world_size, model=save_config(scratch / f"gpt2-width-{width}", n_embd=width),
+            block_size=block_size, device=args.device, dropout=0.1, num_windows=args.windows, steps_per_window=1,
+            warmup_steps=1,
+        )
+        for width, block_size, world_size in _benchmark_grid(args)
+    ]  # fmt: skip
+
+
+def _benchmark_grid(args: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """(width, block length, ranks): one of them varied at a time, from the largest width and the middle block."""
+    width, block_size, world_size = max(args.widths), sorted(args.blocks)[len(args.blocks) // 2], min(args.ranks)
+    combinations = [(width, block_size, n) for n in args.ranks]
+    combinations += [(width, n, world_size) for n in args.blocks] + [(n, block_size, world_size) for n in args.widths]
+    return list(dict.fromkeys(combinations))
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table of what was measured; spread: of the rounds' medians."""
+    table_lines = ["| width | block | ranks | batch | ms/step | spread | us/token |", "|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        width = row["model"].rsplit("-", 1)[-1]
+        cells = [width, *(str(row[name]) for name in ("block_size", "world_size", "global_batch"))]
+        if row["problem"]:
+            cells += [row["problem"], "", ""]
+        else:
+            low, high = (1000 * seconds for seconds in row["spread"])
+            cells += [f"{1000 * row['step']:.0f}", f"{low:.0f}-{high:.0f}", f"{1e6 / row['tokens_per_second']:.0f}"]
+        table_lines.append("| " + " | ".join(cells) + " |")
+    return table_lines
