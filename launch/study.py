@@ -1,11 +1,13 @@
-"""Choose a method and a rate for your data: `python launch/study.py --data records.csv --max-steps 200`.
+"""Was LoRA good enough for your data? `python launch/study.py --data records.csv --max-steps 200`.
 
-Runs launch/train.py for every way, learning rate and seed, compares the runs, and prints one table. All other flags
-go to launch/train.py. Started again, it goes on where it was. Exit code: 0 done, 1 a run failed, 2 a mistake.
+Searches the rate of every method alike, judges the winners on test records with fresh seeds, and prints one sentence
+with its interval. All other flags go to launch/train.py. Started again, it goes on where it was; `--join FOLDER` adds
+workers. Exit code: 0 answered, 1 something failed, 2 a mistake, 3 an answer is refused, 130 interrupted.
 """
 
-import subprocess
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,75 +16,153 @@ from trainer.config.argument_parser import ArgumentParser
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
 
+REFUSED_EXIT_CODE = 3
+
 
 def build_parser() -> ArgumentParser:
     """The command line; what it does not know is for launch/train.py."""
     parser = ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("study"), metavar="DIR", help="folder of the study (default: study)")
+    add("--join", type=Path, metavar="DIR", help="work on the study of this folder, from here or another machine")
+    add("--workers", type=int, default=1, metavar="N", help="trials side by side on this machine (default: 1)")
+    add("--gpus-per-trial", type=int, metavar="G", help="each trial's own GPUs; left out: 1 where there are any")
     add(
-        "--output-dir",
-        type=Path,
-        default=Path("study"),
-        metavar="DIR",
-        help="folder of the runs and the report (default: study)",
-    )
-    add("--workers", type=int, default=1, metavar="N", help="runs side by side, which share the cores (default: 1)")
-    add(
-        "--methods", default="full,lora,dora,rslora,lora-nf4", metavar="NAMES",
-        help="of full, lora, dora, rslora, pissa, lora-nf4, lora-int8 (default: full,lora,dora,rslora,lora-nf4)",
+        "--methods", default="full,lora", metavar="NAMES",
+        help="full, lora and, for exploration, dora, rslora, pissa, lora-nf4, lora-int8 (default: full,lora)",
     )  # fmt: skip
-    add("--seeds", default="1,2,3", metavar="N,N", help="default: 1,2,3")
-    add("--ranks", default="8,2,32", metavar="N,N", help="of lora; the other adapters take the first (default: 8,2,32)")
+    add("--ranks", default="8", metavar="N,N", help="LoRA ranks to try; full tries so many more rates (default: 8)")
+    add("--seeds", default="101,102,103", metavar="N,N", help="of the answer's runs (default: 101,102,103)")
+    add("--search-seeds", default="1", metavar="N,N", help="of the search's runs, none of --seeds (default: 1)")
     add(
-        "--full-factors",
-        default="1,3,10",
-        metavar="X,X",
-        help="rates of full, times the preset's or --lr (default: 1,3,10)",
-    )
-    add("--lora-factors", default="3,10,30,100", metavar="X,X", help="rates of lora, likewise (default: 3,10,30,100)")
-    add("--other-factors", default="10", metavar="X,X", help="rates of the other adapters, likewise (default: 10)")
+        "--margin", default="2%", metavar="X",
+        help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
+    )  # fmt: skip
+    add("--budget", metavar="TIME", help="fit the study into 45m, 2h or 1d, and say what was left out")
+    add("--dry-run", action="store_true", help="print what the study would run, run nothing")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, run, compare, print; a mistake is one line on stderr."""
-    from trainer.tools.study import study
-
+    """Plan or join, run, answer; a mistake is one line on stderr."""
     parser = build_parser()
     try:
         args, train_argv = parser.parse_known_args(argv)
-        parse_args(["--mode", "full", *train_argv], companion=parser)
         if args.workers < 1:
             raise UserError(f"--workers {args.workers}: expected a whole number from 1")
-        search_space = study.SearchSpace(
-            methods=tuple(args.methods.split(",")), seeds=_parse_numbers("--seeds", args.seeds, int),
-            lora_ranks=_parse_numbers("--ranks", args.ranks, int),
-            full_factors=_parse_numbers("--full-factors", args.full_factors, float),
-            lora_factors=_parse_numbers("--lora-factors", args.lora_factors, float),
-            other_factors=_parse_numbers("--other-factors", args.other_factors, float),
-        )  # fmt: skip
-        study_runs = study.build_runs(search_space, args.output_dir, train_argv)
-        failures = study.execute_runs(study_runs, args.workers, lambda line: print(line, flush=True))
+        if args.gpus_per_trial is not None and args.gpus_per_trial < 0:
+            raise UserError(f"--gpus-per-trial {args.gpus_per_trial}: expected a whole number from 0")
+        if args.join is None and not _plan(args, train_argv, parser):
+            return 0
+        if args.join is not None and train_argv:
+            raise UserError(f"{train_argv[0]}: not with --join, whose study has its rule; expected --workers")
+        return _run(args)
     except UserError as error:
         return report_error(error)
-    folders = [study_run.folder for study_run in study_runs]
-    seed_groups = study.read_groups(folders)
-    if seed_groups:
-        run_dirs = [str(run.source) for group in seed_groups for run in group.runs]
-        compare_command = [sys.executable, str(Path(__file__).parent / "compare.py"), *run_dirs, "--no-card"]
-        subprocess.run([*compare_command, "--output-dir", str(args.output_dir / "comparison")], check=False)
-        table_text = "\n".join(study.markdown_table(seed_groups))
-        (args.output_dir / "study.md").write_text(table_text + "\n")
-        print(table_text)
-    for line in failures:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if failures else 0
 
 
-def _parse_numbers(flag: str, text: str, number_type: Callable[[str], Any]) -> tuple[Any, ...]:
-    """The numbers of a comma-separated list; UserError where one is none, or not above 0."""
+def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
+    """Write the rule of the study, or see that it is that of the one that goes on; whether it is to be run."""
+    from trainer.tools.study import planning, rule, worker
+
+    worker.check_train_argv(train_argv)
+    has_test_data = any(argument.partition("=")[0] == "--test-data" for argument in train_argv)
+    passed_argv = [*(["--test-fraction", "0"] if has_test_data else []), *train_argv]
+    max_steps = parse_args(
+        ["--mode", "full", *worker.DEFAULT_ARGV, *passed_argv], companion=parser
+    ).settings.train.max_steps
+    total_steps_argv = ["--max-steps", str(max_steps)] if max_steps else []
+    passed_argv = _without_flag(passed_argv, "--max-steps")
+    methods = tuple(args.methods.split(","))
+    rule.check_methods(methods)
+    total_steps = planning.resolve_total_steps(methods, [*passed_argv, *total_steps_argv])
+    study_rule = rule.Rule(
+        methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
+        rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
+        answer_seeds=_parse_numbers("--seeds", args.seeds), margin=_parse_margin(args.margin), level=0.95, looks=1,
+        train_argv=tuple(passed_argv),
+    )  # fmt: skip
+    costs = None
+    if args.budget is not None and not (args.output_dir / rule.RULE_FILE).exists():
+        seconds = planning.parse_duration("--budget", args.budget)
+        costs = planning.measure_costs(methods, passed_argv)
+        study_rule = planning.fit_to_budget(study_rule, seconds, costs, args.workers)
+    elif args.budget is not None:  # what the time is for was decided when the study began
+        study_rule = rule.read_rule(args.output_dir)[0]
+    for line in planning.plan_study(study_rule, costs, args.workers).lines():
+        print(line, flush=True)
+    for line in study_rule.left_out:
+        print(f"left out: {line}", flush=True)
+    if not args.dry_run:
+        rule.write_rule(args.output_dir, study_rule, working_dir=str(Path.cwd()))
+        print(f"rule {study_rule.sha256[:12]} in {args.output_dir / rule.RULE_FILE}", flush=True)
+    return not args.dry_run
+
+
+def _run(args: Any) -> int:
+    """Work on the study, then answer."""
+    from trainer.tools.study import answer
+    from trainer.tools.study.study import Study, show_while_running
+    from trainer.tools.study.trial_queue import TrialQueue
+    from trainer.tracking.console import is_terminal
+
+    study = Study.open(args.join or args.output_dir)
+    should_stop, is_over = threading.Event(), threading.Event()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda *_: should_stop.set())
+    table = None
+    if is_terminal(sys.stdout):
+        table = threading.Thread(target=show_while_running, args=(study, is_over))
+        table.start()
+    log: Callable[[str], None] = (lambda line: None) if table else (lambda line: print(line, flush=True))
     try:
-        numbers = tuple(number_type(part) for part in text.split(","))
+        study.run(num_workers=args.workers, gpus_per_trial=args.gpus_per_trial, should_stop=should_stop, log=log)
+    finally:
+        is_over.set()
+        if table is not None:
+            table.join()
+    state = study.state(TrialQueue(study.folder, "answer"))
+    if state.needed:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    for outcome in state.outcomes.values():
+        print(outcome.describe())
+    if state.refusal is not None:
+        print(f"refused to rank: {state.refusal}", file=sys.stderr)
+        return REFUSED_EXIT_CODE
+    answers = answer.write_answer(study.folder, study.rule, state.answers, state.outcomes)
+    for item in answers:
+        note = "" if item.is_primary else "exploratory: "
+        print(note + answer.conditional_sentence(item, study.rule, state.outcomes))
+    print(f"{study.folder / answer.ANSWER_FILE}")
+    return 0
+
+
+def _without_flag(argv: list[str], flag: str) -> list[str]:
+    """The arguments without a flag and its value."""
+    rest, is_value = [], False
+    for argument in argv:
+        if is_value or argument.partition("=")[0] == flag:
+            is_value = argument == flag and not is_value
+        else:
+            rest.append(argument)
+    return rest
+
+
+def _parse_margin(text: str) -> Any:
+    from trainer.tools.study.rule import Margin
+
+    for suffix, kind, factor in (("%", "share", 0.01), ("nats", "nats", 1.0), ("bpb", "bits_per_byte", 1.0)):
+        number = text.removesuffix(suffix)
+        if number != text and number.replace(".", "", 1).replace("e-", "", 1).isdecimal() and float(number) > 0:
+            return Margin(kind=kind, value=float(number) * factor)  # type: ignore[arg-type]
+    raise UserError(f"--margin {text}: expected a number above 0 and its unit, such as 2%, 0.01nats or 0.005bpb")
+
+
+def _parse_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """The whole numbers of a comma-separated list; UserError where one is none, or not above 0."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) <= 0:

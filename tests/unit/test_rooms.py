@@ -37,6 +37,7 @@ DOORS = {
     "wandb_workspaces": {"report"},
     "trackio": {"tracking"},
     "matplotlib": {"report"},
+    "optuna": {"tools/study/trial_queue"},
     "sacrebleu": {"training/text_metrics"},
     "rouge_score": {"training/text_metrics"},
 }

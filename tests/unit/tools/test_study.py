@@ -1,57 +1,82 @@
-"""The study: which runs it makes, that it goes on where it was, and the table they come to."""
+"""A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
 
 import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-from helpers.fake_runs import make_metadata, make_run_folder
 
 from trainer.config.errors import UserError
-from trainer.tools.study import study
+from trainer.tools.study import planning, worker
+from trainer.tools.study.planning import TrialCost, fit_to_budget, parse_duration, plan_study
+from trainer.tools.study.rule import Margin, Rule, plan_rungs, read_rule, write_rule
+from trainer.tools.study.study import Study, study_table
+from trainer.tools.study.trial_queue import TrialQueue
+from trainer.tools.study.worker import make_slots
 
 ROOT = Path(__file__).parents[3]
-DEFAULT_GRID: dict[str, Any] = {
-    "methods": ("full", "lora", "dora", "lora-nf4"), "seeds": (1, 2), "lora_ranks": (8, 2), "full_factors": (1.0, 3.0),
-    "lora_factors": (10.0, 30.0), "other_factors": (10.0,),
-}  # fmt: skip
+TOTAL_STEPS = 160
 
-#: In place of launch/train.py: notes when it began and ended, and leaves a run as that would. A rate of 1 fails.
-STUB_TRAIN_SCRIPT = """
-import json, sys, time
+#: In place of launch/train.py: a bowl over the rate, a fixed loss for each test record. A rate above 0.3 diverges.
+STUB = """
+import json, math, os, sys, time
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from helpers.fake_runs import make_metadata, make_records, write_run_folder
-from trainer.config import cli
-request = cli.parse_args()
-settings, out = request.settings, Path(request.settings.run_folder)
-with open(out.parent / "log", "a") as log:
-    log.write(f"+ {{out.name}} {{'again' if request.resume else 'first'}}\\n")
-time.sleep(0.3)
-with open(out.parent / "log", "a") as log:
-    log.write(f"- {{out.name}}\\n")
-if settings.train.lr == 1:
-    print("some traceback\\nerror: learnt nothing", file=sys.stderr)
+flags = dict(zip(sys.argv[1:], sys.argv[2:]))
+if "--dry-run" in sys.argv:
+    print("steps          20 per epoch,", flags.get("--max-steps", "160"), "in all")
+    sys.exit(0)
+out, lr = Path(flags["--output-dir"]), float(flags["--lr"])
+steps, seed = int(flags["--max-steps"]), int(flags["--seed"])
+def note(word):
+    with open(os.environ["STUB_LOG"], "a") as file:
+        file.write(f"{word} {out.name} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\\n")
+note("resumed" if "--resume" in sys.argv else "began")
+out.mkdir(parents=True, exist_ok=True)
+(out / "run.json").write_text("{}")
+time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
+if lr > 0.3:
+    print("error: step 3: loss nan", file=sys.stderr)
     sys.exit(1)
-run = make_metadata(settings.mode, seed=settings.train.seed, settings=settings.as_dict(),
-                    resolved__lr=settings.train.lr)
-(out / "run.json").unlink(missing_ok=True)
-(out / "metrics.jsonl").unlink(missing_ok=True)
-out.exists() and out.rmdir()
-write_run_folder(out, run, make_records(run, floor=1 + settings.train.lr))
+is_lora = flags["--mode"] == "lora"
+optimum = float(os.environ.get("STUB_LORA", "-3.0")) if is_lora else -4.0
+loss = 2 + 0.3 * (math.log10(lr) - optimum) ** 2 + 20 / steps + 1e-3 * (seed % 7)
+if seed > 100:
+    from trainer.data.row_info import RowInfo
+    from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
+    rows = RowInfo(ids=[f"{n:016x}" for n in range(40)], groups=[None] * 40, targets=[10 + n % 5 for n in range(40)],
+                   num_bytes=[40] * 40, in_train=[False] * 40)
+    for step, level in ((0, 3.0), (steps, loss + 0.05 * is_lora)):
+        nll = [t * (level + 0.01 * math.sin(n * seed)) for n, t in enumerate(rows.targets)]
+        append_evaluation(out / EVAL_RECORDS_FILE, evaluation_table(rows, step=step, split="test", nll=nll))
+common = {"step": steps, "time": 1.0}
+records = [{"kind": "eval", "epoch": 1.0, "samples": 1, "tokens": 1, "loss": loss, "perplexity": 1.0, "eval_tokens": 1,
+            **common}, {"kind": "event", "event": "finished", "message": "", **common}]
+(out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
+note("ended")
 """
 
 
 @pytest.fixture
-def stub_runs_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for runs of the stub."""
+def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose `study` is worked on by the stand-in."""
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "train.py").write_text(STUB_TRAIN_SCRIPT.format(tests=str(ROOT / "tests")))
-    monkeypatch.setattr(study, "LAUNCH_FOLDER", tmp_path / "launch")
+    (tmp_path / "launch" / "train.py").write_text(STUB)
+    monkeypatch.setattr(worker, "LAUNCH_FOLDER", tmp_path / "launch")
+    monkeypatch.setattr(planning, "LAUNCH_FOLDER", tmp_path / "launch")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "runs").mkdir()
-    return tmp_path / "runs"
+    monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def load_study_script() -> ModuleType:
@@ -63,167 +88,226 @@ def load_study_script() -> ModuleType:
     return module
 
 
-# --- which runs ---
+def make_rule(**changes) -> Rule:
+    values = {
+        "methods": ("full", "lora"), "lora_ranks": (8,), "total_steps": TOTAL_STEPS, "rungs": plan_rungs(TOTAL_STEPS),
+        "search_seeds": (1,), "answer_seeds": (101, 102, 103), "margin": Margin(), "level": 0.95, "looks": 1,
+        "train_argv": ("--data", "acled-demo"),
+    }  # fmt: skip
+    return Rule(**{**values, **changes})
 
 
-def test_the_study_runs_every_method_with_every_seed_one_seed_after_the_other():
-    made = study.build_runs(study.SearchSpace(**DEFAULT_GRID), Path("s"), ["--max-steps", "5"])
-    assert [trial.name for trial in made[:8]] == [
-        "full-lr0.0005-s1", "full-lr0.0015-s1", "lora-r8-lr0.005-s1", "lora-r8-lr0.015-s1", "lora-r2-lr0.005-s1",
-        "lora-r2-lr0.015-s1", "dora-r8-lr0.005-s1", "lora-nf4-r8-lr0.005-s1",
-    ]  # fmt: skip
-    assert [trial.name.replace("-s2", "-s1") for trial in made[8:]] == [trial.name for trial in made[:8]]
-    last = made[-1].settings
-    assert (last.method, last.lora.rank, last.train.lr, last.train.seed) == ("lora-nf4", 8, 0.005, 2)
-    assert (last.train.max_steps, last.run_folder, last.output.num_samples) == (5, "s/lora-nf4-r8-lr0.005-s2", 0)
+def count_log(stub_dir: Path, word: str) -> Counter[str]:
+    lines = (stub_dir / "log").read_text().splitlines()
+    return Counter(line.split()[1] for line in lines if line.split()[0] == word)
 
 
-def test_study_lr_factors_multiply_the_presets_rate_or_the_one_that_is_passed():
-    grid = study.SearchSpace(**{**DEFAULT_GRID, "methods": ("full", "lora"), "seeds": (1,), "lora_ranks": (8,)})
-    rates = [trial.settings.train.lr for trial in study.build_runs(grid, Path("s"), ["--preset", "card"])]
-    assert rates == pytest.approx([3e-5, 9e-5, 3e-4, 9e-4])
-    rates = [trial.settings.train.lr for trial in study.build_runs(grid, Path("s"), ["--lr", "0.1"])]
-    assert rates == pytest.approx([0.1, 0.3, 1, 3])
+@pytest.mark.slow
+def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, capsys):
+    study_script = load_study_script()
+    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "16"]
+    assert study_script.main(argv) == 0
+    output = capsys.readouterr().out
+    assert "lora is worse than full: +0.05" in output
+    assert "full at 0.0001 of" in output
+    answer = json.loads((stub_dir / "study" / "answer.json").read_text())
+    assert answer["answers"][0]["verdict"] == "worse"
+    assert answer["rule_sha256"] == json.loads((stub_dir / "study" / "rule.json").read_text())["sha256"]
+    assert set(count_log(stub_dir, "ended").values()) == {1}
+    num_runs = sum(count_log(stub_dir, "began").values())
+    assert study_script.main(argv) == 0
+    assert sum(count_log(stub_dir, "began").values()) == num_runs, "nothing is run again"
+    assert study_script.main([*argv, "--margin", "5%"]) == 2
+    assert "margin is {'kind': 'share', 'value': 0.02} in the study that goes on there" in capsys.readouterr().err
+    text = (stub_dir / "study" / "rule.json").read_text()
+    (stub_dir / "study" / "rule.json").write_text(text.replace('"level": 0.95', '"level": 0.9'))
+    assert study_script.main(["--join", "study"]) == 2
+    assert "was changed after the fact" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_under_tuned_method_is_refused_with_its_own_exit_code(stub_dir, capsys, monkeypatch):
+    monkeypatch.setenv("STUB_LORA", "-12")
+    assert load_study_script().main(["--output-dir", "other", "--max-steps", "16", "--workers", "2"]) == 3
+    output = capsys.readouterr()
+    assert (
+        "refused to rank: lora is under-tuned: its best rate 1e-07 is the lowest that the study may try" in output.err
+    )
+    assert not (stub_dir / "other" / "answer.json").exists()
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {launch!r})
+from pathlib import Path
+from trainer.tools.study import planning, worker
+worker.LAUNCH_FOLDER = planning.LAUNCH_FOLDER = Path({stub!r})
+import study
+sys.exit(study.main(sys.argv[1:]))
+"""
+
+
+def start_study(stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
+    code = DRIVER.format(launch=str(ROOT / "launch"), stub=str(stub_dir / "launch"))
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *argv], cwd=stub_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "STUB_SECONDS": "0.1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kills", [2, pytest.param(5, marks=pytest.mark.sweep)])
+def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_alone(stub_dir, num_kills):
+    rng = random.Random(7)
+    argv = ["--max-steps", "16", "--workers", "1"]
+    for _ in range(num_kills):
+        process = start_study(stub_dir, "--output-dir", "killed", *argv)
+        time.sleep(rng.uniform(2, 5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    workers = [start_study(stub_dir, "--output-dir", "killed", *argv), start_study(stub_dir, "--join", "killed")]
+    outputs = [process.communicate(timeout=300)[0] for process in workers]
+    assert [process.returncode for process in workers] == [0, 0], outputs
+    alone = start_study(stub_dir, "--output-dir", "alone", *argv, "--workers", "2")
+    assert "lora is worse" in alone.communicate(timeout=300)[0]
+    results = [TrialQueue(stub_dir / name, "reader").results() for name in ("killed", "alone")]
+    assert results[0] == results[1]
+    sentences = [json.loads((stub_dir / name / "answer.json").read_text())["sentence"] for name in ("killed", "alone")]
+    assert sentences[0] == sentences[1]
+    ended = count_log(stub_dir, "ended")  # of both studies, whose trials have the same names
+    assert set(ended.values()) == {2}, "every trial came to its end once in each study"
+
+
+def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir):
+    rule = make_rule(total_steps=16, rungs=(16,))
+    write_rule(stub_dir / "study", rule, working_dir=str(stub_dir))
+    study = Study.open(stub_dir / "study")
+    queue = TrialQueue(study.folder, "reader")
+    should_stop = threading.Event()
+    lines: list[str] = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 3:
+            should_stop.set()
+
+    from trainer.tools.study.search import Candidate, TrialSpec
+
+    diverging = TrialSpec(
+        phase="search", num_steps=16, seed=1,
+        candidate=Candidate(method="lora", lora_rank=8, rate_index=0, rates_per_decade=4),
+    )  # fmt: skip
+    queue.enqueue([diverging])
+    runner = worker.TrialRunner(
+        rule=rule, study_folder=study.folder, slot=make_slots(1, None)[0], queue=queue, should_stop=should_stop
+    )
+    claim, spec = queue.claim([diverging])
+    assert runner.run(claim, spec).failure == "step 3: loss nan"
+    assert queue.trials()[spec.name].failure == "step 3: loss nan"
+    study.run(num_workers=1, gpus_per_trial=None, should_stop=should_stop, log=log)
+    assert len([line for line in lines if ": validation loss " in line]) == 3
+    table = study_table(study)
+    assert [column.header for column in table.columns][:4] == ["method", "done", "running", "failed"]
+    assert [list(column.cells) for column in table.columns][3] == ["0", "1"]
+
+
+def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert [slot.gpus for slot in make_slots(2, 2)] == [("4", "5"), ("6", "7")]
+    assert [slot.gpus for slot in make_slots(3, None)] == [("4",), ("5",), ("6",)]
+    assert [slot.gpus for slot in make_slots(2, 0)] == [(), ()]
+    with pytest.raises(
+        UserError, match="--workers 3 x --gpus-per-trial 2: needs 6 GPUs, here are 4; lower one of them"
+    ):
+        make_slots(3, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [slot.gpus for slot in make_slots(2, None)] == [(), ()]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    write_rule(stub_dir / "study", make_rule(total_steps=16, rungs=(16,)), working_dir=str(stub_dir))
+    should_stop, lines = threading.Event(), []
+    log = lambda line: (lines.append(line), should_stop.set() if len(lines) == 4 else None)  # noqa: E731
+    Study.open(stub_dir / "study").run(num_workers=2, gpus_per_trial=1, should_stop=should_stop, log=log)
+    seen = {line.split()[2] for line in (stub_dir / "log").read_text().splitlines() if line.startswith("began")}
+    assert seen == {"4", "5"}
 
 
 @pytest.mark.parametrize(
-    ("passed", "grid", "words"),
+    ("argv", "words"),
     [
-        (["--seed", "3"], {}, "--seed: the study sets it"),
-        (["--output-dir=x"], {}, "--output-dir=x: the study sets it"),
-        (["--max-step", "3"], {}, "--max-step 3: did you mean --max-steps 3?"),
-        (["--block-size", "1"], {}, "--block-size 1: expected 2 tokens or more"),
-        ([], {"methods": ("lara",)}, "--methods lara: expected some of full, lora"),
-        ([], {"seeds": (1, 1)}, "--seeds: expected one value or more, none of them twice"),
+        (["--workers", "0"], "--workers 0: expected a whole number from 1"),
+        (["--methods", "full,lara"], "--methods lara: expected some of full, lora"),
+        (["--lr", "1e-3"], "--lr: the study sets it for each of its runs"),
+        (["--margin", "0.02"], "--margin 0.02: expected a number above 0 and its unit, such as 2%"),
+        (["--margin", "0%"], "--margin 0%: expected"),
+        (["--seeds", "1,x"], "--seeds 1,x: expected numbers above 0"),
+        (["--seeds", "1,2,3"], "--seeds 1: also in --search-seeds"),
+        (["--budget", "soon"], "--budget soon: expected a time such as 45m, 2h or 1d"),
+        (["--join", "nowhere"], "nowhere: no study there"),
+        (["--join", "nowhere", "--block-size", "9"], "--block-size: not with --join"),
     ],
 )
-def test_a_mistake_in_a_study_is_found_before_anything_runs(passed, grid, words):
-    with pytest.raises(UserError) as caught:
-        study.build_runs(study.SearchSpace(**{**DEFAULT_GRID, **grid}), Path("s"), passed)
-    assert str(caught.value).startswith(words)
+def test_a_mistake_in_a_study_is_one_line_and_exit_code_2(stub_dir, capsys, argv, words):
+    assert load_study_script().main(argv) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"error: {words}")
+    assert output.err.count("\n") == 1
+    assert not (stub_dir / "study").exists()
 
 
-def test_a_mistake_in_the_study_script_is_one_line(capsys):
-    for words in (["--workers", "0"], ["--seeds", "1,x"], ["--ranks", "0"], ["--mode", "full"]):
-        assert load_study_script().main(words) == 2
-        said = capsys.readouterr()
-        assert said.err.startswith(f"error: {words[0]}")
-        assert (said.err.count("\n"), said.out) == (1, "")
+def test_a_folder_that_holds_something_else_is_refused(stub_dir):
+    (stub_dir / "study").mkdir()
+    (stub_dir / "study" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes.txt and no study; name an empty folder"):
+        write_rule(stub_dir / "study", make_rule(), working_dir=".")
+    (stub_dir / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        write_rule(stub_dir / "file" / "study", make_rule(), working_dir=".")
+    for content in ("", "[]", '{"rule": {}}', '{"rule": 3, "sha256": "", "working_dir": ""}'):
+        (stub_dir / "rule.json").write_text(content)
+        with pytest.raises(UserError, match=r"rule.json: not the rule of a study"):
+            read_rule(stub_dir)
 
 
-# --- running ---
+def test_a_dry_run_prints_the_plan_and_runs_nothing(stub_dir, capsys):
+    assert load_study_script().main(["--dry-run"]) == 0
+    output = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in output] == ["full", "lora"]
+    assert output[0].split(":")[1] == output[1].split(":")[1], "the same budget for both"
+    assert not (stub_dir / "log").exists()
+    assert not (stub_dir / "study").exists()
 
 
-def make_study_runs(out: Path, *passed: str, **grid: Any) -> list[study.StudyRun]:
-    small = {"methods": ("full", "lora"), "lora_ranks": (8,), "full_factors": (1.0,), "lora_factors": (10.0,)}
-    return study.build_runs(study.SearchSpace(**{**DEFAULT_GRID, **small, **grid}), out, passed)
+def test_a_budget_leaves_out_methods_then_seeds_then_length_and_says_so():
+    rule = make_rule(methods=("full", "lora", "dora"), answer_seeds=(101, 102, 103, 104))
+    costs = {method: TrialCost(start_seconds=1.0, step_seconds=0.5) for method in rule.methods}
+    whole = plan_study(rule, costs).seconds
+    assert fit_to_budget(rule, whole + 1, costs, 1) == rule
+    smaller = fit_to_budget(rule, whole - 1, costs, 1)
+    assert (smaller.methods, smaller.left_out) == (("full", "lora"), ("method dora",))
+    least = fit_to_budget(rule, whole / 4, costs, 1)
+    assert least.left_out[:2] == ("method dora", "seed 104")
+    assert least.left_out[2] == "runs of 80 steps in place of 160"
+    assert plan_study(least, costs).seconds <= whole / 4
+    assert len(least.answer_seeds) == 3
+    assert fit_to_budget(rule, whole / 2 + 1, costs, 2) == rule, "two workers take half the time"
+    with pytest.raises(UserError, match=r"--budget 10 s: the smallest study here takes \d+ min; give it more time"):
+        fit_to_budget(rule, 10, costs, 1)
+    assert [parse_duration("--budget", text) for text in ("90s", "45m", "1.5h", "1d")] == [90, 2700, 5400, 86400]
 
 
-def test_a_study_runs_at_most_its_workers_at_once_and_each_run_once(stub_runs_dir):
-    said: list[str] = []
-    assert study.execute_runs(make_study_runs(stub_runs_dir, seeds=(1, 2, 3)), 2, said.append) == []
-    assert said[0] == "6 runs, 0 of them finished before"
-    assert sorted(said[1:])[0] == "full-lr0.0005-s1: validation loss 1.0338"  # the stub's curve after three epochs
-    running, most = 0, 0
-    for line in (stub_runs_dir / "log").read_text().splitlines():
-        running += 1 if line[0] == "+" else -1
-        most = max(most, running)
-    assert most == 2
-    again = study.execute_runs(make_study_runs(stub_runs_dir, seeds=(1, 2, 3, 4)), 2, said.append)
-    assert again == []
-    assert "8 runs, 6 of them finished before" in said
-    assert (stub_runs_dir / "log").read_text().count("+") == 8
+def test_costs_are_measured_from_two_short_runs_of_each_method():
+    now = [0.0]
+
+    def run(argv) -> str:
+        now[0] += 7 + 0.25 * int(argv[list(argv).index("--max-steps") + 1])
+        return ""
+
+    costs = planning.measure_costs(("full", "lora"), (), run, lambda: now[0])
+    assert costs["lora"].start_seconds == pytest.approx(7)
+    assert costs["lora"].step_seconds == pytest.approx(0.25)
 
 
-def test_a_study_resumes_an_interrupted_run(stub_runs_dir):
-    (trial, *_) = made = make_study_runs(stub_runs_dir, seeds=(1,))
-    make_run_folder(
-        trial.folder, metadata=make_metadata("full", seed=1, settings=trial.settings.as_dict()), finished=False
-    )
-    assert study.execute_runs(made, 1, lambda line: None) == []
-    assert [line for line in (stub_runs_dir / "log").read_text().splitlines() if line[0] == "+"] == [
-        "+ full-lr0.0005-s1 again", "+ lora-r8-lr0.005-s1 first",
-    ]  # fmt: skip
-
-
-def test_a_study_refuses_a_finished_run_with_other_settings(stub_runs_dir):
-    study.execute_runs(make_study_runs(stub_runs_dir, seeds=(1,)), 1, lambda line: None)
-    for more, words in (
-        (["--max-steps", "9"], "max_steps None, now it is 9"),
-        (["--data", "b.csv"], "data acled-demo"),
-    ):
-        with pytest.raises(UserError, match=f"full-lr0.0005-s1 holds a run with {words}"):
-            study.execute_runs(make_study_runs(stub_runs_dir, *more, seeds=(1,)), 1, lambda line: None)
-
-
-def test_a_failed_run_of_a_study_is_reported_and_stops_no_other(stub_runs_dir):
-    failed = study.execute_runs(make_study_runs(stub_runs_dir, "--lr", "0.1", seeds=(1,)), 1, lambda line: None)
-    assert failed == ["lora-r8-lr1-s1: error: learnt nothing"]
-    assert (
-        len(
-            study.read_groups(
-                [stub_runs_dir / "full-lr0.1-s1", stub_runs_dir / "lora-r8-lr1-s1", stub_runs_dir / "none"]
-            )
-        )
-        == 1
-    )
-
-
-def test_the_study_script_compares_prints_the_table_and_resumes(stub_runs_dir, tmp_path, capfd):
-    study_script = load_study_script()
-    words = [
-        "--output-dir",
-        str(stub_runs_dir),
-        "--methods",
-        "full,lora",
-        "--ranks",
-        "8",
-        "--seeds",
-        "1,2",
-        "--workers",
-        "2",
-    ]
-    assert study_script.main([*words, "--full-factors", "1,3", "--lora-factors", "10"]) == 0
-    said = capfd.readouterr().out
-    assert "LoRA reached" in said, "the comparison's verdict"
-    assert (stub_runs_dir / "comparison" / "report.html").is_file()
-    table = (stub_runs_dir / "study.md").read_text()
-    assert table in said
-    assert table.startswith("| way | rank | learning rate | trainable | validation loss | seeds | to the best full |")
-    assert table.count("\n|") == 4
-    assert study_script.main([*words, "--full-factors", "2000", "--lora-factors", "10"]) == 1
-    assert "error: full-lr1-s1: error: learnt nothing" in capfd.readouterr().err
-
-
-# --- the table ---
-
-
-def test_the_study_table_names_the_best_of_each_method_its_spread_and_edge_values(tmp_path):
-    folders = []
-
-    def left(mode: str, rate: float, losses: tuple[float, ...], rank: int = 8, adapter: str = "lora") -> None:
-        for seed, loss in enumerate(losses):
-            run = make_metadata(
-                mode, seed=seed, resolved__lr=rate, settings__lora__rank=rank, settings__lora__adapter=adapter
-            )
-            run["settings"]["train"]["lr"] = rate
-            folders.append(make_run_folder(tmp_path / str(len(folders)), metadata=run, losses={0: 4.0, 3: loss}))
-
-    left("full", 0.001, (2.0, 2.02, 1.98))
-    left("full", 0.003, (2.2, 2.3, 2.1))
-    left("lora", 0.01, (2.3, 2.31, 2.29))
-    left("lora", 0.03, (2.21, 2.2, 2.19))
-    left("lora", 0.1, (2.4, 2.5, 2.3))
-    left("lora", 0.01, (2.5,), rank=2)
-    left("lora", 0.01, (2.25, 2.35, 2.3), adapter="dora")
-    lines = study.markdown_table(study.read_groups(reversed(folders)))
-    assert lines[2:9] == [
-        "| **full** | - | 0.001 | 2,000,000 | **2.0000 ± 0.0200** | 3 | - |",
-        "| full | - | 0.003 | 2,000,000 | 2.2000 ± 0.1000 | 3 | +0.2000 |",  # t = 3.4 at 2.2 degrees: 4.0 is needed
-        "| lora | 2 | 0.01 | 19,000 | 2.5000 | 1 | +0.5000 |",
-        "| lora | 8 | 0.01 | 19,000 | 2.3000 ± 0.0100 | 3 | +0.3000* |",
-        "| **lora** | 8 | 0.03 | 19,000 | **2.2000 ± 0.0100** | 3 | +0.2000* |",
-        "| lora | 8 | 0.1 | 19,000 | 2.4000 ± 0.1000 | 3 | +0.4000* |",
-        "| **dora** | 8 | 0.01 | 19,000 | **2.3000 ± 0.0500** | 3 | +0.3000* |",
-    ]
-    assert lines[11:] == ["full: 0.001 is the smallest rate tried; a better one may lie beyond it."]
+def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir, monkeypatch):
+    (stub_dir / "launch" / "train.py").write_text("import sys; sys.exit('error: --quant nf4: no bitsandbytes')")
+    with pytest.raises(UserError, match="--quant nf4: no bitsandbytes"):
+        planning.resolve_total_steps(("full", "lora"), ())

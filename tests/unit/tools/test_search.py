@@ -1,0 +1,184 @@
+"""The search on simulated objectives: it finds planted optima, extends grids, or refuses to rank."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+
+from trainer.config.errors import UserError
+from trainer.tools.study.rule import Margin, Rule, plan_rungs
+from trainer.tools.study.search import Candidate, MethodSearch, StudyState, TrialSpec, study_state
+
+Objective = Callable[[TrialSpec], float]
+
+
+def make_rule(**changes) -> Rule:
+    values = {
+        "methods": ("full", "lora"), "lora_ranks": (8,), "total_steps": 160, "rungs": plan_rungs(160),
+        "search_seeds": (1,), "answer_seeds": (101, 102, 103), "margin": Margin(), "level": 0.95, "looks": 1,
+        "train_argv": (),
+    }  # fmt: skip
+    return Rule(**{**values, **changes})
+
+
+def bowl(full: float = -4.0, lora: float = -3.0, noise: float = 0.0, shift_of_short_runs: float = 0.0) -> Objective:
+    """A loss with its optimum at these powers of ten; far too high rates diverge, short runs want higher ones."""
+
+    def objective(spec: TrialSpec) -> float:
+        optimum = full if spec.candidate.method == "full" else lora
+        optimum += shift_of_short_runs * math.log(160 / spec.num_steps, 16)
+        distance = math.log10(spec.candidate.lr) - optimum
+        if distance > 2.5:
+            return math.inf
+        rng = random.Random(spec.name)
+        rank_term = 0.02 * abs(math.log2((spec.candidate.lora_rank or 8) / 16))
+        return 2 + 0.3 * distance**2 + 20 / spec.num_steps + rank_term + rng.gauss(0, noise)
+
+    return objective
+
+
+def run_study(rule: Rule, objective: Objective, *, batch: int = 1000) -> tuple[StudyState, dict[str, float]]:
+    """Every needed trial, `batch` at a time; no trial is asked for twice."""
+    results: dict[str, float] = {}
+    while True:
+        state = study_state(rule, results)
+        if not state.needed:
+            return state, results
+        for spec in state.needed[:batch]:
+            assert spec.name not in results
+            results[spec.name] = objective(spec)
+
+
+def exponent(candidate: Candidate) -> float:
+    return math.log10(candidate.lr)
+
+
+@pytest.mark.parametrize("optimum", [-5.3, -4.0, -2.8])
+def test_the_search_finds_a_planted_optimum_of_either_method(optimum):
+    state, _ = run_study(make_rule(), bowl(full=optimum, lora=optimum + 1))
+    assert state.refusal is None
+    assert exponent(state.outcomes["full"].winner) == pytest.approx(optimum, abs=1 / 8 + 0.01)
+    assert exponent(state.outcomes["lora"].winner) == pytest.approx(optimum + 1, abs=1 / 8 + 0.01)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_order_in_which_trials_finish_changes_nothing(batch):
+    at_once, results = run_study(make_rule(), bowl(noise=0.01))
+    one_by_one, other_results = run_study(make_rule(), bowl(noise=0.01), batch=batch)
+    assert at_once == one_by_one
+    assert results == other_results
+
+
+def test_a_planted_optimum_outside_the_grid_is_extended_to():
+    state, results = run_study(make_rule(), bowl(full=-1.2))
+    winner = state.outcomes["full"].winner
+    assert exponent(winner) == pytest.approx(-1.2, abs=1 / 8 + 0.01)
+    assert state.refusal is None
+    last = [name for name in results if name.startswith("search-full") and "-t160-" in name]
+    assert any(f"lr{winner.at(winner.rate_index + 1).lr:g}-" in name for name in last), "both neighbours were tried"
+
+
+@pytest.mark.parametrize(("method", "optimum", "side"), [("full", 3.0, "highest"), ("lora", -9.0, "lowest")])
+def test_a_best_rate_at_the_bound_is_refused_and_names_the_method_that_is_under_tuned(method, optimum, side):
+    def objective(spec: TrialSpec) -> float:
+        at = optimum if spec.candidate.method == method else -3.0
+        return 2 + 0.1 * abs(exponent(spec.candidate) - at)
+
+    state, results = run_study(make_rule(), objective)
+    assert state.refusal is not None
+    assert state.refusal.startswith(f"{method} is under-tuned: its best rate")
+    assert f"the {side} that the study may try" in state.refusal
+    assert not state.answers
+    assert not any(name.startswith("answer") for name in results)
+
+
+def test_an_under_tuned_method_beside_the_primary_ones_is_left_out_and_refuses_nothing():
+    def objective(spec: TrialSpec) -> float:
+        return 2 + abs(exponent(spec.candidate) - (9 if spec.candidate.method == "dora" else -3))
+
+    state, _ = run_study(make_rule(methods=("full", "lora", "dora")), objective)
+    assert state.refusal is None
+    assert {spec.candidate.method for spec in state.answers} == {"full", "lora"}
+    assert "dora is under-tuned" in str(state.outcomes["dora"].problem)
+
+
+def test_a_method_whose_every_trial_fails_is_refused():
+    state, _ = run_study(make_rule(), lambda spec: math.inf if spec.candidate.method == "lora" else 2.0)
+    assert state.refusal == "lora: every trial failed"
+    assert state.outcomes["lora"].winner is None
+
+
+def test_both_methods_get_the_same_budget_with_one_rank_and_with_several():
+    for ranks in ((8,), (2, 8, 32)):
+        rule = make_rule(lora_ranks=ranks)
+        grids = {method: MethodSearch(rule, method).grid for method in rule.methods}
+        assert len(grids["lora"]) == 17 * len(ranks)
+        assert len(grids["full"]) == 16 * len(ranks) + 1
+        state, _ = run_study(rule, bowl())
+        steps = [state.outcomes[method].num_steps for method in rule.methods]
+        assert max(steps) / min(steps) < 1.15, steps
+
+
+def test_the_default_grids_are_absolute_and_wide_enough_to_bracket():
+    for method, low, high in (("full", 1e-6, 1e-2), ("lora", 1e-5, 1e-1), ("dora", 1e-5, 1e-1)):
+        rates = [candidate.lr for candidate in MethodSearch(make_rule(), method).grid]
+        assert (rates[0], rates[-1], len(rates)) == (low, high, 17)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_winner_is_as_good_as_the_full_grids_best_at_forty_percent_of_its_steps(seed):
+    rng = random.Random(seed)
+    noise = 0.005
+    objective = bowl(
+        full=rng.uniform(-5.5, -2.5), lora=rng.uniform(-4.5, -1.5), noise=noise, shift_of_short_runs=rng.uniform(0, 0.3)
+    )
+    rule = make_rule(lora_ranks=(8,))
+    state, _ = run_study(rule, objective)
+    for method in rule.methods:
+        search, outcome = MethodSearch(rule, method), state.outcomes[method]
+        full_grid = [objective(spec) for candidate in search.grid for spec in search.specs_at(candidate, 2)]
+        assert outcome.loss <= min(full_grid) + 2 * noise
+        assert outcome.num_steps <= 0.4 * len(search.grid) * rule.total_steps, (outcome.num_steps, method)
+
+
+def test_the_answer_runs_have_fresh_seeds_full_length_and_one_pair_for_each_seed():
+    state, _ = run_study(make_rule(), bowl())
+    assert [spec.seed for spec in state.answers] == [101, 101, 102, 102, 103, 103]
+    assert {spec.num_steps for spec in state.answers} == {160}
+    assert {spec.candidate for spec in state.answers} == {outcome.winner for outcome in state.outcomes.values()}
+
+
+@pytest.mark.parametrize(
+    ("steps", "rungs"), [(160, (10, 40, 160)), (100, (25, 100)), (20, (20,)), (5, (5,)), (2000, (125, 500, 2000))]
+)
+def test_rungs_are_whole_runs_and_none_is_too_short_to_say_anything(steps, rungs):
+    assert plan_rungs(steps) == rungs
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ("full", "lara")}, "--methods lara: expected some of full, lora"),
+        ({"methods": ("full", "dora")}, "--methods full,dora: expected lora among them"),
+        ({"answer_seeds": (1, 2, 3)}, "--seeds 1: also in --search-seeds; the answer needs seeds of its own"),
+        ({"answer_seeds": (7, 7)}, "--seeds 7,7: expected one value or more, none of them twice"),
+        ({"lora_ranks": ()}, "--ranks : expected one value or more"),
+    ],
+)
+def test_a_rule_that_cannot_be_followed_is_refused_in_one_line(changes, words):
+    with pytest.raises(UserError) as caught:
+        make_rule(**changes)
+    assert str(caught.value).startswith(words)
+
+
+def test_looks_share_the_level():
+    assert make_rule(looks=2).level_per_look == pytest.approx(0.975)
+
+
+def test_a_rule_comes_back_from_its_file_as_it_was_and_any_change_changes_its_hash():
+    rule = make_rule()
+    assert Rule.from_dict(rule.to_dict()) == rule
+    for name, value in (("level", 0.9), ("answer_seeds", (101, 102)), ("margin", Margin(kind="nats", value=0.02))):
+        assert dataclasses.replace(rule, **{name: value}).sha256 != rule.sha256

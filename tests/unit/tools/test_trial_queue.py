@@ -1,0 +1,165 @@
+"""Claims and leases: each trial is run once and counted once, whoever dies."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from trainer.config.errors import UserError
+from trainer.tools.study.search import Candidate, TrialSpec
+from trainer.tools.study.trial_queue import JOURNAL_FILE, LEASE_SECONDS, TrialQueue
+
+ROOT = Path(__file__).parents[3]
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_specs(count: int) -> list[TrialSpec]:
+    candidates = [Candidate(method="full", lora_rank=None, rate_index=-n, rates_per_decade=4) for n in range(count)]
+    return [TrialSpec(phase="search", candidate=candidate, num_steps=10, seed=1) for candidate in candidates]
+
+
+def test_a_trial_that_two_workers_enqueue_is_there_once(tmp_path):
+    queues = [TrialQueue(tmp_path, name) for name in ("a", "b")]
+    for queue in queues:
+        queue.enqueue(make_specs(3))
+    assert list(queues[0].trials()) == [spec.name for spec in make_specs(3)]
+    first, second = queues
+    claim, _ = first.claim(make_specs(1))
+    assert second.claim(make_specs(1)) is None
+    assert first.finish(claim, loss=1.5)
+    assert second.results() == {make_specs(1)[0].name: 1.5}
+    assert second.claim(make_specs(1)) is None
+
+
+def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up_again(tmp_path):
+    clock = Clock()
+    queues = {name: TrialQueue(tmp_path, name, clock=clock) for name in ("a", "b", "c")}
+    specs = make_specs(1)
+    queues["a"].enqueue(specs)
+    claim, _ = queues["a"].claim(specs)
+    clock.now += LEASE_SECONDS - 1
+    assert queues["b"].claim(specs) is None
+    assert queues["a"].renew(claim)
+    clock.now += LEASE_SECONDS - 1
+    assert queues["b"].claim(specs) is None, "the lease was renewed"
+    clock.now += 2
+    taken, _ = queues["b"].claim(specs)
+    assert taken.attempt == 2
+    assert queues["c"].claim(specs) is None
+    assert not queues["a"].renew(claim), "the one that was taken for dead must stop"
+    assert not queues["a"].finish(claim, loss=9.0)
+    assert queues["b"].finish(taken, loss=2.0, seconds=3.5)
+    trial = queues["c"].trials()[specs[0].name]
+    assert (trial.loss, trial.attempts, trial.state, trial.facts) == (2.0, 2, TrialState.COMPLETE, {"seconds": 3.5})
+
+
+def test_a_released_trial_can_be_taken_up_at_once(tmp_path):
+    queues = [TrialQueue(tmp_path, name) for name in ("a", "b")]
+    queues[0].enqueue(make_specs(1))
+    claim, _ = queues[0].claim(make_specs(1))
+    queues[0].release(claim)
+    assert queues[1].claim(make_specs(1)) is not None
+
+
+@pytest.mark.parametrize("loss", [None, float("nan"), float("inf")])
+def test_a_trial_that_failed_is_a_result_with_its_reason(tmp_path, loss):
+    queue = TrialQueue(tmp_path, "a")
+    queue.enqueue(make_specs(1))
+    claim, spec = queue.claim(make_specs(1))
+    queue.finish(claim, loss=loss, failure="out of memory")
+    trial = queue.trials()[spec.name]
+    assert (trial.state, trial.failure, trial.loss) == (TrialState.FAIL, "out of memory", float("inf"))
+    assert queue.results() == {spec.name: float("inf")}
+    assert queue.claim([spec]) is None, "it is not run again"
+
+
+def test_workers_that_race_claim_each_trial_once(tmp_path):
+    specs = make_specs(6)
+    TrialQueue(tmp_path, "start").enqueue(specs)
+    claimed: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def work(name: str) -> None:
+        queue = TrialQueue(tmp_path, name)
+        barrier.wait()
+        while taken := queue.claim(specs):
+            claimed.append(taken[1].name)
+            queue.finish(taken[0], loss=1.0)
+
+    threads = [threading.Thread(target=work, args=(f"w{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(claimed) == sorted(spec.name for spec in specs)
+
+
+def claim_and_finish_for_ever(folder: str) -> None:
+    queue = TrialQueue(Path(folder), str(os.getpid()))
+    for number in range(10**6):
+        spec = TrialSpec(
+            phase="search", num_steps=number, seed=os.getpid(),
+            candidate=Candidate(method="full", lora_rank=None, rate_index=0, rates_per_decade=4),
+        )  # fmt: skip
+        queue.enqueue([spec])
+        claim, _ = queue.claim([spec])
+        queue.finish(claim, loss=1.0)
+
+
+def test_a_worker_killed_while_it_writes_leaves_a_journal_that_the_others_go_on_with(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=claim_and_finish_for_ever, args=(str(tmp_path),)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + 60
+    while len((tmp_path / JOURNAL_FILE).read_bytes() if (tmp_path / JOURNAL_FILE).exists() else b"") < 20_000:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join(30)
+    with open(tmp_path / JOURNAL_FILE, "ab") as journal:
+        journal.write(b'{"op_code": 4, "worker_id": "cut o')
+    queue = TrialQueue(tmp_path, "after")
+    num_finished = len(queue.results())
+    assert num_finished > 5
+    queue.enqueue(make_specs(1))
+    claim, spec = queue.claim(make_specs(1))
+    assert queue.finish(claim, loss=0.5)
+    assert TrialQueue(tmp_path, "later").results()[spec.name] == 0.5
+    assert len(queue.results()) == num_finished + 1
+
+
+def test_a_journal_of_another_rule_is_refused(tmp_path):
+    TrialQueue(tmp_path, "a").bind("1" * 64)
+    TrialQueue(tmp_path, "b").bind("1" * 64)
+    with pytest.raises(UserError, match=r"run by the rule 111111111111, rule.json is 222222222222: it was changed"):
+        TrialQueue(tmp_path, "c").bind("2" * 64)
+
+
+def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / JOURNAL_FILE).mkdir()
+    with pytest.raises(UserError, match=r"journal.log: cannot be used as the study's journal"):
+        TrialQueue(tmp_path, "a")
+
+
+def test_the_study_loads_without_torch():
+    line = "import sys, trainer.tools.study.trial_queue; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr

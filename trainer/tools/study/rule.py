@@ -1,0 +1,144 @@
+"""The rule of a study: everything that decides its answer, written and hashed before the first trial."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config.errors import UserError
+
+RULE_FILE = "rule.json"
+METHODS = {
+    "full": ("--mode", "full"),
+    "lora": ("--mode", "lora"),
+    "dora": ("--mode", "lora", "--adapter", "dora"),
+    "rslora": ("--mode", "lora", "--adapter", "rslora"),
+    "pissa": ("--mode", "lora", "--adapter", "pissa"),
+    "lora-nf4": ("--mode", "lora", "--quant", "nf4"),
+    "lora-int8": ("--mode", "lora", "--quant", "int8"),
+}
+PRIMARY = ("full", "lora")  # the comparison that the answer is about; others are exploratory
+DEFAULT_MARGIN_SHARE = 0.02
+MIN_ANSWER_SEEDS = 3  # below it nothing is said of a method, only of the models
+RUNG_FACTOR = 4  # a rung's runs are so many times as long as those of the rung before, and a fourth of them goes on
+MIN_RUNG_STEPS = 8  # a shorter run says nothing of a rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margin:
+    """How much worse is still good enough."""
+
+    kind: Literal["share", "nats", "bits_per_byte"] = "share"  #: share: of what full gained over the base
+    value: float = DEFAULT_MARGIN_SHARE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What is searched, with which budget, and how the answer is drawn."""
+
+    methods: tuple[str, ...]
+    lora_ranks: tuple[int, ...]
+    total_steps: int  #: optimizer steps of a run of full length
+    rungs: tuple[int, ...]  #: steps of the runs of each rung, the last one the full length
+    search_seeds: tuple[int, ...]
+    answer_seeds: tuple[int, ...]  #: of the runs that the answer is drawn from, on the test split; no search seed
+    margin: Margin
+    level: float  #: of the answer's intervals over all looks
+    looks: int
+    train_argv: tuple[str, ...]  #: flags of launch/train.py that every run has
+    left_out: tuple[str, ...] = ()  #: what --budget had no time for
+
+    def __post_init__(self) -> None:
+        check_methods(self.methods)
+        for flag, values in (
+            ("--methods", self.methods), ("--ranks", self.lora_ranks), ("--search-seeds", self.search_seeds),
+            ("--seeds", self.answer_seeds),
+        ):  # fmt: skip
+            if not values or len(set(values)) < len(values):
+                raise UserError(f"{flag} {','.join(map(str, values))}: expected one value or more, none of them twice")
+        if shared := set(self.search_seeds) & set(self.answer_seeds):
+            raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")
+        if not (0.5 < self.level < 1 and self.looks >= 1 and 0 < self.margin.value < float("inf")):
+            raise UserError("--margin, --looks: expected numbers above 0")
+
+    @property
+    def level_per_look(self) -> float:
+        """The level of one look: all looks together have the rule's."""
+        return 1 - (1 - self.level) / self.looks
+
+    @property
+    def sha256(self) -> str:
+        """Its hash, in hex."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file holds under `rule`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Rule":
+        """The rule again; TypeError or KeyError where it is none."""
+        if not isinstance(values, dict):
+            raise TypeError(f"{type(values).__name__} in place of a rule")
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**{**fields, "margin": Margin(**values["margin"])})
+
+
+def check_methods(methods: tuple[str, ...]) -> None:
+    """UserError for a method that there is not, and where one of the primary ones is missing."""
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(f"--methods {method}: expected some of {', '.join(METHODS)}")
+    if missing := [method for method in PRIMARY if method not in methods]:
+        raise UserError(f"--methods {','.join(methods)}: expected {missing[0]} among them")
+
+
+def plan_rungs(total_steps: int) -> tuple[int, ...]:
+    """The steps of each rung, shortest first: a sixteenth, a fourth and all, without those too short to tell rates."""
+    lengths = (-(-total_steps // RUNG_FACTOR**power) for power in (2, 1, 0))
+    return tuple(steps for steps in lengths if steps >= MIN_RUNG_STEPS or steps == total_steps)
+
+
+def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
+    """Write the rule of a new study; of one that goes on, check that it is the same. UserError names what differs."""
+    path = folder / RULE_FILE
+    if path.exists():
+        stored_rule, _ = read_rule(folder)
+        for name, value in rule.to_dict().items():
+            if (stored := stored_rule.to_dict()[name]) != value:
+                raise UserError(
+                    f"{path}: {name} is {stored} in the study that goes on there and {value} now; start a study with "
+                    "another rule in another folder (--output-dir)"
+                )
+        return
+    content = {"rule": rule.to_dict(), "sha256": rule.sha256, "working_dir": working_dir}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if leftover := next(iter(folder.iterdir()), None):
+            raise UserError(f"{folder} holds {leftover.name} and no study; name an empty folder with --output-dir")
+        temporary_path = folder / f".{RULE_FILE}.{os.getpid()}"
+        temporary_path.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary_path, path)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot write there ({error.strerror}); name another folder") from error
+
+
+def read_rule(folder: Path) -> tuple[Rule, str]:
+    """(rule, working folder of the study); UserError where there is none, or it was changed since it was hashed."""
+    path = folder / RULE_FILE
+    try:
+        content = json.loads(path.read_text())
+        rule, working_dir, digest = Rule.from_dict(content["rule"]), str(content["working_dir"]), content["sha256"]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the rule of a study ({error}); name the folder of one") from None
+    if rule.sha256 != digest:
+        raise UserError(
+            f"{path}: was changed after the fact: its contents have the hash {rule.sha256[:12]}, at the start they had "
+            f"{digest[:12]}; put it back, or start another study"
+        )
+    return rule, working_dir

@@ -1,0 +1,218 @@
+"""Which trials come next: successive halving over rates and ranks, as a pure function of the results so far.
+
+Every rung is a whole short run whose schedule ends at zero. The leader's two neighbours on the grid of rates always go
+on with it, and are run where they were not: so a best rate is never the last one tried. At the edge of the grid the
+neighbour extends it, within bounds; a leader at a bound leaves its method under-tuned, and the study refuses to rank.
+(Successive halving: Jamieson and Talwalkar, arXiv 1502.07943; rates for LoRA about ten times those of full:
+Schulman et al., "LoRA Without Regret", 2025.)
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.tools.study.rule import RUNG_FACTOR, Rule
+
+RATE_DECADES = {"full": (-6, -2)}  # powers of ten that the grid of rates spans
+ADAPTER_RATE_DECADES = (-5, -1)
+EXTENSION_DECADES = 2  # by how much a grid may be extended on either side
+RATES_PER_DECADE = 4
+
+Results = Mapping[str, float]  #: name of a finished trial -> its final validation loss, infinity where it failed
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Candidate:
+    """One setting of a method."""
+
+    method: str
+    lora_rank: int | None
+    rate_index: int  #: place on the method's grid; the rate is 10 ** (index / rates per decade)
+    rates_per_decade: int
+
+    @property
+    def lr(self) -> float:
+        """The learning rate, to three digits."""
+        return float(f"{10 ** (self.rate_index / self.rates_per_decade):.3g}")
+
+    @property
+    def label(self) -> str:
+        """Its part of a run's name."""
+        return "-".join([self.method, *([f"r{self.lora_rank}"] if self.lora_rank else []), f"lr{self.lr:g}"])
+
+    def at(self, rate_index: int) -> "Candidate":
+        """The same at another rate."""
+        return Candidate(
+            method=self.method, lora_rank=self.lora_rank, rate_index=rate_index, rates_per_decade=self.rates_per_decade
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """One run of launch/train.py."""
+
+    phase: Literal["search", "answer"]
+    candidate: Candidate
+    num_steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its run; another trial has another one."""
+        return f"{self.phase}-{self.candidate.label}-t{self.num_steps}-s{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOutcome:
+    """What the search of one method came to."""
+
+    method: str
+    winner: Candidate | None  #: None where every trial of a rung failed
+    loss: float
+    edge: Literal["lowest", "highest"] | None  #: which bound of its rates the winner stands at: under-tuned
+    num_trials: int
+    num_steps: int
+
+    @property
+    def problem(self) -> str | None:
+        """Why the method cannot be ranked."""
+        if self.winner is None:
+            return f"{self.method}: every trial failed"
+        if self.edge is not None:
+            return (
+                f"{self.method} is under-tuned: its best rate {self.winner.lr:g} is the {self.edge} that the study may "
+                "try, and a better one may lie beyond it"
+            )
+        return None
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.problem is not None or self.winner is None:
+            return str(self.problem)
+        rank = f", rank {self.winner.lora_rank}" if self.winner.lora_rank else ""
+        return (
+            f"{self.method}: best rate {self.winner.lr:g}{rank} (validation loss {self.loss:.4f}) of "
+            f"{self.num_trials} trials, {self.num_steps:,} steps"
+        )
+
+
+class MethodSearch:
+    """The search of one method under a rule."""
+
+    def __init__(self, rule: Rule, method: str) -> None:
+        self.rule, self.method = rule, method
+        ranks = rule.lora_ranks if method != "full" else (None,)
+        refinement = len(rule.lora_ranks) // len(
+            ranks
+        )  # a method without ranks tries so many more rates: equal budgets
+        self.rates_per_decade = RATES_PER_DECADE * refinement
+        low, high = RATE_DECADES.get(method, ADAPTER_RATE_DECADES)
+        self.grid = [
+            Candidate(method=method, lora_rank=rank, rate_index=index, rates_per_decade=self.rates_per_decade)
+            for rank in ranks
+            for index in range(low * self.rates_per_decade, high * self.rates_per_decade + 1)
+        ]
+        self.bounds = (
+            (low - EXTENSION_DECADES) * self.rates_per_decade,
+            (high + EXTENSION_DECADES) * self.rates_per_decade,
+        )
+
+    def next_trials(self, results: Results) -> list[TrialSpec]:
+        """The trials that are needed now and have no result; none where the search is over."""
+        return self._walk(results)[0]
+
+    def outcome(self, results: Results) -> SearchOutcome | None:
+        """What the search came to; None where it is not over."""
+        missing, specs, last_rung = self._walk(results)
+        if missing:
+            return None
+        num_steps = sum(spec.num_steps for spec in specs)
+        leader, loss = self._leader(last_rung, len(self.rule.rungs) - 1, results)
+        winner = None if math.isinf(loss) else leader
+        edge: Literal["lowest", "highest"] | None = None
+        if winner is not None and winner.rate_index in self.bounds:
+            edge = "lowest" if winner.rate_index == self.bounds[0] else "highest"
+        return SearchOutcome(
+            method=self.method, winner=winner, loss=loss, edge=edge, num_trials=len(specs), num_steps=num_steps
+        )
+
+    def _walk(self, results: Results) -> tuple[list[TrialSpec], list[TrialSpec], list[Candidate]]:
+        """(trials missing now, all trials asked for so far, candidates of the last rung that was reached)."""
+        specs: list[TrialSpec] = []
+        candidates: list[Candidate] = self.grid
+        for rung in range(len(self.rule.rungs)):
+            num_planned, pending = len(candidates), list(candidates)
+            while pending:
+                new_specs = [spec for candidate in pending for spec in self.specs_at(candidate, rung)]
+                specs += new_specs
+                if missing := [spec for spec in new_specs if spec.name not in results]:
+                    return missing, specs, candidates
+                leader, loss = self._leader(candidates, rung, results)
+                if math.isinf(loss):  # nothing can be trained: longer runs will not change that
+                    return [], specs, candidates
+                pending = [neighbour for neighbour in self._neighbours(leader) if neighbour not in candidates]
+                candidates = [*candidates, *pending]
+            if rung < len(self.rule.rungs) - 1:
+                candidates = self._survivors(candidates, rung, num_planned, results)
+        return [], specs, candidates
+
+    def _survivors(self, candidates: list[Candidate], rung: int, num_planned: int, results: Results) -> list[Candidate]:
+        """The best fourth of what was planned and the leader's neighbours; of the last rung, the leader's only."""
+        is_before_last = rung == len(self.rule.rungs) - 2
+        num_best = 1 if is_before_last else math.ceil(num_planned / RUNG_FACTOR)
+        ranked = sorted(candidates, key=lambda candidate: (self._loss(candidate, rung, results), candidate))
+        best = [candidate for candidate in ranked[:num_best] if not math.isinf(self._loss(candidate, rung, results))]
+        return list(dict.fromkeys([*best, *self._neighbours(ranked[0])]))
+
+    def _neighbours(self, leader: Candidate) -> list[Candidate]:
+        low, high = self.bounds
+        return [leader.at(i) for i in (leader.rate_index - 1, leader.rate_index + 1) if low <= i <= high]
+
+    def _leader(self, candidates: Iterable[Candidate], rung: int, results: Results) -> tuple[Candidate, float]:
+        """The candidate with the lowest mean loss, the lower rate of equals."""
+        loss, leader = min((self._loss(candidate, rung, results), candidate) for candidate in candidates)
+        return leader, loss
+
+    def _loss(self, candidate: Candidate, rung: int, results: Results) -> float:
+        losses = [results.get(spec.name, math.inf) for spec in self.specs_at(candidate, rung)]
+        return sum(losses) / len(losses)
+
+    def specs_at(self, candidate: Candidate, rung: int) -> list[TrialSpec]:
+        """The runs of a candidate on a rung, one a search seed."""
+        return [
+            TrialSpec(phase="search", candidate=candidate, num_steps=self.rule.rungs[rung], seed=seed)
+            for seed in self.rule.search_seeds
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyState:
+    """Where a study stands: a pure function of its rule and the results."""
+
+    needed: tuple[TrialSpec, ...]  #: to be run now; none where the study is over
+    outcomes: Mapping[str, SearchOutcome]  #: of the methods whose search is over
+    answers: tuple[TrialSpec, ...] = ()  #: the runs that the answer is drawn from, once they are known
+    refusal: str | None = None  #: why the study will not rank its primary methods
+
+
+def study_state(rule: Rule, results: Results) -> StudyState:
+    """What is to be done next: the searches of all methods side by side, then the answer's runs with fresh seeds."""
+    searches = [MethodSearch(rule, method) for method in rule.methods]
+    outcomes = {s.method: outcome for s in searches if (outcome := s.outcome(results)) is not None}
+    refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in ("full", "lora")), None)
+    if len(outcomes) < len(searches) and refusal is None:
+        waiting = [search.next_trials(results) for search in searches]
+        longest = max(map(len, waiting))
+        needed = [specs[n] for n in range(longest) for specs in waiting if n < len(specs)]  # in turn: fair when cut off
+        return StudyState(needed=tuple(needed), outcomes=outcomes)
+    if refusal is not None:
+        return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
+    answers = tuple(
+        TrialSpec(phase="answer", candidate=outcome.winner, num_steps=rule.total_steps, seed=seed)
+        for seed in rule.answer_seeds
+        for outcome in outcomes.values()
+        if outcome.winner is not None and outcome.problem is None
+    )
+    needed_answers = tuple(spec for spec in answers if spec.name not in results)
+    return StudyState(needed=needed_answers, outcomes=outcomes, answers=answers)

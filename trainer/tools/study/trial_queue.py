@@ -1,0 +1,239 @@
+"""The trials of a study in Optuna's journal: who runs which, and what came of it; for workers on one or many machines.
+
+A journal is one file to which every change is appended under a lock, so all workers see one order of changes. Two rules
+follow from it. A trial that two workers enqueue counts once, as the first of its name. A claim is an attribute of
+its own, `claim/ATTEMPT/WORKER`, whose value is the time until which it is leased: of an attempt's claims the first one
+in the order of changes holds the trial, and the next attempt begins only when that lease has run out.
+"""
+
+import contextlib
+import fcntl
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from trainer.config.errors import UserError
+from trainer.tools.study.search import TrialSpec
+
+JOURNAL_FILE = "journal.log"
+STUDY_NAME = "trials"
+LEASE_SECONDS = 120.0  # a worker that has not renewed its claim for so long is taken for dead
+_CLAIM = "claim"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A worker's hold on a trial, from `TrialQueue.claim`."""
+
+    name: str
+    trial_id: int
+    attempt: int  #: from 1; above it an earlier worker died
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedTrial:
+    """A trial as the journal has it."""
+
+    name: str
+    trial_id: int
+    state: TrialState
+    loss: float  #: validation loss where it is complete, else infinity
+    failure: str | None  #: why it failed
+    worker: str | None  #: who holds it now
+    attempts: int
+    facts: Mapping[str, Any] = field(default_factory=dict)  #: what the worker noted
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a result, a failure among them."""
+        return self.state.is_finished()
+
+
+class FileLock:
+    """The journal's lock: held by an open file, so it ends with the process; a half-written last line is cut off."""
+
+    def __init__(self, journal: Path) -> None:
+        self._journal, self._path, self._file = journal, journal.with_name(journal.name + ".lock"), -1
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError), open(self._journal, "rb+") as journal:
+            size = journal.seek(0, os.SEEK_END)
+            start = max(0, size - 2**16)
+            journal.seek(start)
+            tail = journal.read()
+            if tail and not tail.endswith(b"\n"):  # its writer was killed
+                journal.truncate(start + tail.rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Let the next one write."""
+        file, self._file = self._file, -1
+        os.close(file)
+
+
+class TrialQueue:
+    """The trials of the study in `folder`; UserError where the journal cannot be read or written."""
+
+    def __init__(self, folder: Path, worker: str, *, clock: Callable[[], float] = time.time) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.worker, self._clock = worker, clock
+        path = folder / JOURNAL_FILE
+        try:
+            backend: BaseJournalBackend = JournalFileBackend(str(path), lock_obj=FileLock(path))
+            self._storage = JournalStorage(backend)
+            try:
+                self._study_id = self._storage.get_study_id_from_name(STUDY_NAME)
+            except KeyError:
+                with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):  # another worker was first
+                    self._storage.create_new_study([StudyDirection.MINIMIZE], STUDY_NAME)
+                self._study_id = self._storage.get_study_id_from_name(STUDY_NAME)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{path}: cannot be used as the study's journal ({reason}); check the folder") from error
+
+    def bind(self, rule_sha256: str) -> None:
+        """Note the hash of the study's rule; UserError where the journal has that of another one."""
+        attributes = self._storage.get_study_user_attrs(self._study_id)
+        if "rule" not in attributes:
+            self._storage.set_study_user_attr(self._study_id, "rule", rule_sha256)
+        elif attributes["rule"] != rule_sha256:
+            raise UserError(
+                f"the journal's trials were run by the rule {attributes['rule'][:12]}, rule.json is "
+                f"{rule_sha256[:12]}: it was changed after the fact; put it back, or start another study"
+            )
+
+    def trials(self) -> dict[str, QueuedTrial]:
+        """{name: trial}, in the order in which they were enqueued."""
+        trials: dict[str, QueuedTrial] = {}
+        for frozen in sorted(self._storage.get_all_trials(self._study_id), key=lambda trial: trial.number):
+            trials.setdefault(frozen.user_attrs["name"], self._read(frozen))
+        return trials
+
+    def results(self) -> dict[str, float]:
+        """{name: validation loss} of the trials with a result; infinity of those that failed."""
+        return {name: trial.loss for name, trial in self.trials().items() if trial.is_finished}
+
+    def enqueue(self, specs: Iterable[TrialSpec]) -> None:
+        """Add the trials that are not there yet."""
+        names = set(self.trials())
+        for spec in specs:
+            if spec.name not in names:
+                template = optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"name": spec.name})
+                self._storage.create_new_trial(self._study_id, template_trial=template)
+
+    def claim(self, specs: Iterable[TrialSpec]) -> tuple[Claim, TrialSpec] | None:
+        """Take the first of these trials that nobody holds, a dead worker's too; None where all are held."""
+        trials = self.trials()
+        for spec in specs:
+            trial = trials.get(spec.name)
+            if trial is not None and not trial.is_finished and (claim := self._try_claim(trial.name, trial.trial_id)):
+                return claim, spec
+        return None
+
+    def renew(self, claim: Claim) -> bool:
+        """Extend the lease; False where the trial is no longer this worker's, which must then stop running it."""
+        frozen = self._storage.get_trial(claim.trial_id)
+        if frozen.state.is_finished() or _holder(frozen, _last_attempt(frozen))[0] != claim.key:
+            return False
+        self._write_lease(claim)
+        return True
+
+    def release(self, claim: Claim) -> None:
+        """Let the trial go unfinished: the next worker may take it up at once."""
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(claim.trial_id, claim.key, 0.0)
+
+    def finish(self, claim: Claim, *, loss: float | None, failure: str | None = None, **facts: Any) -> bool:
+        """Write the result of a trial; False where it is no longer this worker's, and nothing was written."""
+        if not self.renew(claim):
+            return False
+        for name, value in {**facts, **({"failure": failure} if failure else {})}.items():
+            self._storage.set_trial_user_attr(claim.trial_id, name, value)
+        is_complete = loss is not None and math.isfinite(loss)
+        state = TrialState.COMPLETE if is_complete else TrialState.FAIL
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(claim.trial_id, state, [loss] if is_complete else None)
+        return True
+
+    def _try_claim(self, name: str, trial_id: int) -> Claim | None:
+        """Claim the next attempt where the last one's lease is over, and see in the journal whether we were first."""
+        frozen = self._storage.get_trial(trial_id)
+        attempt = _last_attempt(frozen)
+        if attempt and self._is_held(*_holder(frozen, attempt)):
+            return None
+        claim = Claim(name=name, trial_id=trial_id, attempt=attempt + 1, key=f"{_CLAIM}/{attempt + 1}/{self.worker}")
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._write_lease(claim)
+            frozen = self._storage.get_trial(trial_id)
+            if not frozen.state.is_finished() and _holder(frozen, claim.attempt)[0] == claim.key:
+                self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+                return claim
+        return None
+
+    def _is_held(self, key: str, lease_end: float) -> bool:
+        """Whether a claim's worker lives, as far as can be told: its lease runs, and on this machine its process."""
+        return lease_end > self._clock() and not _is_gone(key.split("/", 2)[-1])
+
+    def _write_lease(self, claim: Claim) -> None:
+        self._storage.set_trial_user_attr(claim.trial_id, claim.key, self._clock() + LEASE_SECONDS)
+
+    def _read(self, frozen: FrozenTrial) -> QueuedTrial:
+        attempt = _last_attempt(frozen)
+        key, lease_end = _holder(frozen, attempt) if attempt else ("", 0.0)
+        is_held = not frozen.state.is_finished() and self._is_held(key, lease_end)
+        facts = {name: value for name, value in frozen.user_attrs.items() if not name.startswith(f"{_CLAIM}/")}
+        return QueuedTrial(
+            name=facts.pop("name"), trial_id=frozen._trial_id, state=frozen.state,
+            loss=float(frozen.value) if frozen.state == TrialState.COMPLETE and frozen.value is not None else math.inf,
+            failure=facts.pop("failure", None), worker=key.split("/", 2)[2] if is_held else None, attempts=attempt,
+            facts=facts,
+        )  # fmt: skip
+
+
+def worker_name(number: int) -> str:
+    """The name of this process's worker number `number`: machine, process and number."""
+    return f"{_machine()}:{os.getpid()}:{number}"
+
+
+def _machine() -> str:
+    """What tells the processes of one machine, or of one container, from those of others."""
+    return f"{socket.gethostname()}~{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _is_gone(worker: str) -> bool:
+    """Whether a worker is certain to be dead: its process was on this machine and is no more."""
+    machine, _, rest = worker.partition(":")
+    process_id = rest.partition(":")[0]
+    return machine == _machine() and process_id.isdecimal() and not Path(f"/proc/{process_id}").exists()
+
+
+def _claims(frozen: FrozenTrial) -> Iterator[tuple[int, str, float]]:
+    """(attempt, key, end of the lease) of every claim, in the order in which they were first written."""
+    for key, value in frozen.user_attrs.items():
+        if key.startswith(f"{_CLAIM}/"):
+            yield int(key.split("/")[1]), key, float(value)
+
+
+def _last_attempt(frozen: FrozenTrial) -> int:
+    """The number of the newest attempt, 0 where there was none."""
+    return max((attempt for attempt, _, _ in _claims(frozen)), default=0)
+
+
+def _holder(frozen: FrozenTrial, attempt: int) -> tuple[str, float]:
+    """(key, end of the lease) of the claim that holds an attempt: the first one written."""
+    return next((key, lease_end) for number, key, lease_end in _claims(frozen) if number == attempt)

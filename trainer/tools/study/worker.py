@@ -1,0 +1,221 @@
+"""One trial: launch/train.py in a process of its own, with its own GPUs, while its lease is renewed."""
+
+import contextlib
+import ctypes
+import fcntl
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from trainer.config.errors import UserError
+from trainer.distributed.launch_environment import without_launcher
+from trainer.tools.study.rule import METHODS, Rule
+from trainer.tools.study.search import TrialSpec
+from trainer.tools.study.trial_queue import LEASE_SECONDS, Claim, TrialQueue, worker_name
+from trainer.tracking.records import EvalRecord, EventRecord, read_records
+
+LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
+#: What a run of a study has unless the flags that are passed on say otherwise.
+DEFAULT_ARGV = ("--num-samples", "0", "--save-every", "never", "--eval-every", "never", "--test-fraction", "0.1")
+RESERVED_FLAGS = (
+    "--mode", "--adapter", "--quant", "--seed", "--lr", "--lora-rank", "--output-dir",
+    "--run-name", "--resume", "--dry-run", "--find-lr", "--find-batch",
+)  # fmt: skip
+RENEW_SECONDS = LEASE_SECONDS / 4
+MAX_ATTEMPTS = 3  # a trial whose workers died so often is taken for what killed them
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_libc = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """What one worker of this machine may use."""
+
+    name: str  #: of the worker: machine, process and number
+    gpus: tuple[str, ...]  #: as CUDA_VISIBLE_DEVICES has them; () on a CPU
+    num_threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """How a run ended; with neither it was cut off and goes on later."""
+
+    loss: float | None = None  #: its final validation loss
+    failure: str | None = None
+    elapsed_seconds: float = 0.0
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the trial is over."""
+        return self.loss is not None or self.failure is not None
+
+
+def make_slots(num_workers: int, gpus_per_trial: int | None) -> list[Slot]:
+    """Each worker's own GPUs, `gpus_per_trial` of them (left out: one where there is any); UserError for too many."""
+    gpus = visible_gpus()
+    per_trial = gpus_per_trial if gpus_per_trial is not None else min(1, len(gpus))
+    if num_workers * per_trial > len(gpus):
+        raise UserError(
+            f"--workers {num_workers} x --gpus-per-trial {per_trial}: needs {num_workers * per_trial} GPUs, here are "
+            f"{len(gpus)}; lower one of them"
+        )
+    num_threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
+    return [
+        Slot(
+            name=worker_name(n), gpus=tuple(gpus[n * per_trial : (n + 1) * per_trial]),
+            num_threads=num_threads,
+        )
+        for n in range(num_workers)
+    ]  # fmt: skip
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine that this process may use, without asking torch."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip()]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
+        return [str(n) for n, line in enumerate(listing.stdout.splitlines()) if line.startswith("GPU ")]
+    return []
+
+
+def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
+    """The flags of launch/train.py for a trial whose run folder is `folder`."""
+    argv = [*METHODS[spec.candidate.method], *DEFAULT_ARGV, *rule.train_argv]
+    if spec.candidate.lora_rank is not None:
+        argv += ["--lora-rank", str(spec.candidate.lora_rank)]
+    argv += ["--lr", f"{spec.candidate.lr:g}", "--max-steps", str(spec.num_steps), "--seed", str(spec.seed)]
+    return [*argv, "--output-dir", str(folder), "--run-name", spec.name]
+
+
+def run_folder(study_folder: Path, spec: TrialSpec) -> Path:
+    """Where the run of a trial lies."""
+    return study_folder / "runs" / spec.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRunner:
+    """Runs the trials that one worker has claimed."""
+
+    rule: Rule
+    study_folder: Path
+    slot: Slot
+    queue: TrialQueue
+    should_stop: threading.Event
+
+    def run(self, claim: Claim, spec: TrialSpec) -> TrialResult:
+        """Run a trial to its end and write its result; a run that was cut off is gone on with."""
+        if claim.attempt > MAX_ATTEMPTS:
+            result = TrialResult(failure=f"its worker died {MAX_ATTEMPTS} times while it ran")
+        else:
+            result = self._run_process(claim, spec)
+        if not result.is_final:
+            self.queue.release(claim)
+            return result
+        self.queue.finish(claim, loss=result.loss, failure=result.failure, seconds=result.elapsed_seconds)
+        if spec.phase == "search":  # its losses are all that is needed of it
+            for name in ("checkpoints", "model"):
+                shutil.rmtree(run_folder(self.study_folder, spec) / name, ignore_errors=True)
+        return result
+
+    def _run_process(self, claim: Claim, spec: TrialSpec) -> TrialResult:
+        folder = run_folder(self.study_folder, spec)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        start_time = time.monotonic()
+        log_path = folder.with_name(f"{folder.name}.log")
+        with open(folder.with_name(f"{folder.name}.lock"), "w") as lock, open(log_path, "w") as log:
+            if not self._wait_for_lock(lock, claim):  # what a dead worker started may still be writing there
+                return TrialResult()
+            if (loss := final_loss(folder)) is not None:  # its worker died between its end and the note of it
+                return TrialResult(loss=loss)
+            process = self._start(spec, folder, lock, log)
+            exit_code = self._watch(process, claim)
+        elapsed_seconds = time.monotonic() - start_time
+        loss = final_loss(folder)
+        if exit_code == 0 and loss is not None:
+            return TrialResult(loss=loss, elapsed_seconds=elapsed_seconds)
+        if self.should_stop.is_set() or exit_code in {code for s in STOP_SIGNALS for code in (-s, 128 + s)}:
+            return TrialResult()
+        return TrialResult(failure=_last_line(log_path, exit_code), elapsed_seconds=elapsed_seconds)
+
+    def _start(self, spec: TrialSpec, folder: Path, lock: IO[str], log: IO[str]) -> subprocess.Popen[bytes]:
+        resume_argv = ["--resume"] if (folder / "run.json").exists() else []
+        launcher = [sys.executable]
+        if len(self.slot.gpus) > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(self.slot.gpus)}"]
+        env = {"OMP_NUM_THREADS": str(self.slot.num_threads), **without_launcher(os.environ)}
+        if self.slot.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(self.slot.gpus)
+        return subprocess.Popen(
+            [*launcher, str(LAUNCH_FOLDER / "train.py"), *trial_argv(self.rule, spec, folder), *resume_argv],
+            env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),),
+            preexec_fn=_end_with_parent,
+        )  # fmt: skip
+
+    def _watch(self, process: "subprocess.Popen[bytes]", claim: Claim) -> int:
+        """Wait for the end; the run is ended where the study stops, or where another worker has taken the trial."""
+        next_renewal = time.monotonic() + RENEW_SECONDS
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=0.2)
+            if time.monotonic() > next_renewal:
+                next_renewal = time.monotonic() + RENEW_SECONDS
+                if not self.queue.renew(claim):
+                    process.kill()
+            if self.should_stop.is_set():
+                process.send_signal(signal.SIGTERM)  # it saves where it stands
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=60)
+                process.kill()
+
+    def _wait_for_lock(self, lock: IO[str], claim: Claim) -> bool:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            if self.should_stop.wait(1.0) or not self.queue.renew(claim):
+                return False
+
+
+def final_loss(folder: Path) -> float | None:
+    """The last validation loss of a run that came to its end; None for any other."""
+    try:
+        records = list(read_records(folder / "metrics.jsonl"))
+    except (OSError, ValueError):
+        return None
+    is_finished = any(isinstance(record, EventRecord) and record.event == "finished" for record in records)
+    losses = [record.loss for record in records if isinstance(record, EvalRecord)]
+    return losses[-1] if is_finished and losses and math.isfinite(losses[-1]) else None
+
+
+def _last_line(log_path: Path, exit_code: int) -> str:
+    """What a failed run said last."""
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    reason = (errors or lines or [""])[-1].removeprefix("error: ")[:300]
+    if exit_code < 0:
+        return f"killed by signal {-exit_code}" + (f" after: {reason}" if reason else "")
+    return reason or f"exit code {exit_code}"
+
+
+def _end_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def check_train_argv(argv: Sequence[str]) -> None:
+    """UserError for a flag that the study sets itself."""
+    for argument in argv:
+        if argument.partition("=")[0] in RESERVED_FLAGS:
+            raise UserError(
+                f"{argument}: the study sets it for each of its runs; expected other flags of launch/train.py"
+            )
