@@ -17,7 +17,6 @@ import pytest
 
 from trainer.config.errors import UserError
 from trainer.tools.study import planning, worker
-from trainer.tools.study.planning import TrialCost, fit_to_budget, parse_duration, plan_study
 from trainer.tools.study.rule import Margin, Rule, plan_rungs, read_rule, write_rule
 from trainer.tools.study.study import Study, study_table
 from trainer.tools.study.trial_queue import TrialQueue
@@ -275,36 +274,6 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(stub_dir, capsys):
     assert output[0].split(":")[1] == output[1].split(":")[1], "the same budget for both"
     assert not (stub_dir / "log").exists()
     assert not (stub_dir / "study").exists()
-
-
-def test_a_budget_leaves_out_methods_then_seeds_then_length_and_says_so():
-    rule = make_rule(methods=("full", "lora", "dora"), answer_seeds=(101, 102, 103, 104))
-    costs = {method: TrialCost(start_seconds=1.0, step_seconds=0.5) for method in rule.methods}
-    whole = plan_study(rule, costs).seconds
-    assert fit_to_budget(rule, whole + 1, costs, 1) == rule
-    smaller = fit_to_budget(rule, whole - 1, costs, 1)
-    assert (smaller.methods, smaller.left_out) == (("full", "lora"), ("method dora",))
-    least = fit_to_budget(rule, whole / 4, costs, 1)
-    assert least.left_out[:2] == ("method dora", "seed 104")
-    assert least.left_out[2] == "runs of 80 steps in place of 160"
-    assert plan_study(least, costs).seconds <= whole / 4
-    assert len(least.answer_seeds) == 3
-    assert fit_to_budget(rule, whole / 2 + 1, costs, 2) == rule, "two workers take half the time"
-    with pytest.raises(UserError, match=r"--budget 10 s: the smallest study here takes \d+ min; give it more time"):
-        fit_to_budget(rule, 10, costs, 1)
-    assert [parse_duration("--budget", text) for text in ("90s", "45m", "1.5h", "1d")] == [90, 2700, 5400, 86400]
-
-
-def test_costs_are_measured_from_two_short_runs_of_each_method():
-    now = [0.0]
-
-    def run(argv) -> str:
-        now[0] += 7 + 0.25 * int(argv[list(argv).index("--max-steps") + 1])
-        return ""
-
-    costs = planning.measure_costs(("full", "lora"), (), run, lambda: now[0])
-    assert costs["lora"].start_seconds == pytest.approx(7)
-    assert costs["lora"].step_seconds == pytest.approx(0.25)
 
 
 def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir, monkeypatch):
