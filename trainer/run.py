@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,19 @@ from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
-from trainer.tracking import records
-from trainer.tracking.console import ProgressBar
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, EvalRecordsLogger, rewind_evaluations
-from trainer.tracking.extra_loggers import start_extra_loggers
-from trainer.tracking.jsonl import JsonlLogger, rewind
-from trainer.tracking.loggers import RecordLogger, check_loggers
-from trainer.tracking.profiler import ProfileLogger
+from trainer.tracking.loggers import check_loggers
 from trainer.tracking.records import EventRecord, Record
-from trainer.tracking.summary import show_plan, show_summary
-from trainer.tracking.wandb_logger import start_wandb
+from trainer.tracking.summary import show_plan
 from trainer.training import checkpoint
 from trainer.training.callbacks import Callbacks
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
 from trainer.training.diagnostics.types import RunInfo
 from trainer.training.generation import GenerationEvaluator, check_prompts_available
 from trainer.training.loop import train
+from trainer.training.metric_logger import MetricLogger
+from trainer.training.plan_validation import validate_early
 from trainer.training.run_folder import resolve_output_dir, select_checkpoint, write_metadata, write_run_json
-from trainer.training.run_plan import RunPlan, make_plan, validate_early
+from trainer.training.run_plan import RunPlan, make_plan
 from trainer.training.train_state import TrainState
 
 
@@ -136,7 +131,7 @@ class TrainingRun:
     metadata: dict[str, Any]  #: the content of run.json
     engine: Engine
     state: TrainState
-    metrics: "MetricLogger"
+    metrics: MetricLogger
     callbacks: Callbacks
     checkpoints: CheckpointManager
 
@@ -162,7 +157,7 @@ class TrainingRun:
             identity={"run_id": self.metadata["run_id"], "mode": plan.settings.mode,
                       "base": self.model.metadata["fingerprint"]},
         )  # fmt: skip
-        self.metrics = MetricLogger(self, is_resumed=is_resumed)
+        self.metrics = MetricLogger(plan, self.data, self.metadata, self.state, is_resumed=is_resumed)
         if is_resumed:
             self.metrics.log(self._resumed_event(source))
         self.callbacks = Callbacks(
@@ -266,53 +261,6 @@ class TrainingRun:
         return EventRecord(
             event="resumed", step=self.state.step, message=message, time=self.state.elapsed_seconds, facts=facts
         )
-
-
-class MetricLogger:
-    """Where the records go: on rank 0 to metrics.jsonl, the terminal and W&B; nowhere on the others."""
-
-    def __init__(self, training_run: TrainingRun, *, is_resumed: bool):
-        plan, state, metadata = training_run.plan, training_run.state, training_run.metadata
-        self.plan = plan
-        self.metrics_path = training_run.folder / "metrics.jsonl"
-        self.loggers: list[RecordLogger] = []
-        self.num_truncated = 0
-        if plan.dist_context.rank != 0:
-            return
-        show_plan(plan.summary_lines())
-        if is_resumed and self.metrics_path.exists():
-            last_step = state.step if state.step else -1
-            self.num_truncated = rewind(self.metrics_path, last_step, eval_pending=state.eval_pending)
-            rewind_evaluations(training_run.folder / EVAL_RECORDS_FILE, last_step, eval_pending=state.eval_pending)
-        output, schedule, folder = plan.settings.output, plan.schedule, training_run.folder
-        progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
-        resume_step = state.step if is_resumed else -1
-        self.loggers = [
-            EvalRecordsLogger(folder, training_run.data.row_info("val")),  # before the line that says so
-            JsonlLogger(self.metrics_path, resume=is_resumed),
-            progress_bar,
-            start_wandb(metadata, folder, is_resumed=is_resumed, say=progress_bar.say),
-            *start_extra_loggers(output.report_to, metadata, folder, resume_step=resume_step, say=progress_bar.say),
-        ]
-        if output.profile:
-            self.loggers.append(ProfileLogger(folder, output.profile, progress_bar.say))
-
-    def log(self, record: Record) -> None:
-        """Hand a record to every logger."""
-        for logger in self.loggers:
-            logger.log(record)
-
-    def previous_records(self) -> Iterator[Record]:
-        """The rows that an earlier process left, on rank 0."""
-        if self.loggers:
-            yield from records.read_records(self.metrics_path)
-
-    def close(self, exit_code: int) -> None:
-        """Close every logger, then show the table of a run that ended well."""
-        for logger in self.loggers:
-            logger.close(exit_code)
-        if self.loggers and exit_code == 0:
-            show_summary(records.read_records(self.metrics_path), self.plan.incomparable_reasons())
 
 
 def dir_size(folder: Path | None) -> int:

@@ -19,15 +19,15 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings, fields_fixed_on_resume
 from trainer.data.dataset import load, prepare
-from trainer.distributed.engine import StepResult, UpdateResult
 from trainer.distributed.process_group import simulated_context
+from trainer.distributed.step_result import StepResult, UpdateResult
 from trainer.model.build import load_config
 from trainer.report.run_data import read_folder
-from trainer.run import resolve_output_dir
 from trainer.tracking.jsonl import rewind
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, to_line
 from trainer.training import checkpoint, loop
 from trainer.training.evaluation import Evaluation
+from trainer.training.run_folder import resolve_output_dir
 from trainer.training.run_plan import make_plan
 from trainer.training.schedule import TrainSchedule
 from trainer.training.train_state import TrainState

@@ -28,7 +28,8 @@ from trainer.tracking.records import EvalRecord, EventRecord
 from trainer.tracking.wandb_logger import WandbLogger
 from trainer.training import text_metrics
 from trainer.training.generation import GenerationEvaluator, check_prompts_available, make_prompts
-from trainer.training.run_plan import make_plan, validate_early
+from trainer.training.plan_validation import validate_early
+from trainer.training.run_plan import make_plan
 from trainer.training.text_metrics import acled_scores, parse_fields, text_scores
 
 
@@ -284,9 +285,9 @@ def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
         return [encode(completion)["input_ids"] for _, completion in data.val_texts]
 
     model = SimpleNamespace(causal=SimpleNamespace(config=load_config(settings.model)))
-    engine: Any = SimpleNamespace(generate=perfect, model=model, fits_unsharded=lambda: True)
+    engine: Any = SimpleNamespace(generate=perfect, model=model, state=SimpleNamespace(fits_unsharded=lambda: True))
     record = EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=1.0, eval_tokens=1, time=1.0)
-    full: Any = SimpleNamespace(model=model, fits_unsharded=lambda: False)
+    full: Any = SimpleNamespace(model=model, state=SimpleNamespace(fits_unsharded=lambda: False))
     assert GenerationEvaluator(full, data, settings).evaluate(record) is None
     assert "does not fit" in GenerationEvaluator(full, data, settings).disabled_reason
     event = GenerationEvaluator(engine, data, settings).evaluate(record)

@@ -38,7 +38,7 @@ from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import TrainingError, UserError
 from trainer.data.dataset import load, prepare
-from trainer.distributed.engine import StepResult, UpdateResult
+from trainer.distributed.step_result import StepResult, UpdateResult
 from trainer.run import resolve_output_dir
 from trainer.tracking.records import EventRecord, StepRecord
 from trainer.training import checkpoint, loop, run_plan

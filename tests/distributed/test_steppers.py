@@ -21,7 +21,7 @@ from trainer.config.validation import compile_blocker
 from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.steppers import supports_native_stepper
-from trainer.training.run_plan import _validate_stage, validate_early
+from trainer.training.plan_validation import validate_early, validate_stage
 
 
 def make_deepspeed_config(name: str, **extra_keys: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_graphs_need_a_gpu_and_settings_that_can_be_recorded():
 def test_compilation_is_refused_under_zero_3():
     compiled = cli.parse_args(["--mode", "full", "--execution", "compile"]).settings
     with pytest.raises(UserError, match="--execution compile: not under ZeRO 3"):
-        _validate_stage(compiled, read_deepspeed_file("zero3"))
+        validate_stage(compiled, read_deepspeed_file("zero3"))
 
 
 def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:

@@ -172,7 +172,7 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
         (0, "trainer.training.checkpoint", "_write_chunks", 40),  # within the tensors of the first save
         (1, "trainer.training.checkpoint", "CheckpointManager.save", 2),
         pytest.param(0, "trainer.training.checkpoint", "_fsync_folder", 3, marks=pytest.mark.sweep),
-        (0, "trainer.run", "export_folder", 1),
+        (0, "trainer.export.run_export", "export_folder", 1),
     ],
 )  # fmt: skip
 def test_a_killed_rank_ends_the_run_and_loses_nothing(who, module, name, number, argv, uninterrupted_records, tmp_path):
@@ -228,7 +228,9 @@ def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninter
     RankProcesses(
         argv,
         out=out,
-        fault=partial(inject_at_call, target_rank=0, module="trainer.run", name="show_plan", call_number=1),
+        fault=partial(
+            inject_at_call, target_rank=0, module="trainer.training.metric_logger", name="show_plan", call_number=1
+        ),
     ).wait()
     assert [path.name for path in out.iterdir()] == ["run.json"]
     assert_resumes(argv, out, uninterrupted_records)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from helpers import launch_ranks
-from trainer import run
 from trainer.config import cli
 from trainer.data.dataset import load
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import destroy_process_group, init_distributed
-from trainer.export import folder, verify, verify_worker
+from trainer.export import folder, run_export, verify, verify_worker
 from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
 from trainer.export.verify import compute_logits, fixed_input_ids
 from trainer.model.build import build_model, load_config
@@ -99,14 +98,14 @@ def train_with_in_process_verify(argv: list[str]) -> int:
 
 def train_counting_gathered(argv: list[str], out_dir: str) -> int:
     """A whole run of which each rank writes down how many gathered tensors it kept."""
-    original = run.collect_state_dict
+    original = run_export.collect_state_dict
 
     def gather_and_count(weights: Iterator[tuple[str, Tensor]], *, should_keep: bool) -> dict[str, Tensor]:
         tensors = original(weights, should_keep=should_keep)
         (Path(out_dir) / f"kept-{os.environ['RANK']}").write_text(str(len(tensors)))
         return tensors
 
-    run.collect_state_dict = gather_and_count
+    run_export.collect_state_dict = gather_and_count
     return launch_ranks.run_train_script(argv)
 
 

@@ -1,20 +1,16 @@
 """The model on its ranks: run optimizer steps, evaluate, generate."""
 
-import contextlib
 import hashlib
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.schema import TrainSettings
@@ -22,43 +18,18 @@ from trainer.data.sampler import GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
+from trainer.distributed.greedy_decoding import greedy_decode
 from trainer.distributed.host_copy import copy_to_host
+from trainer.distributed.loss_sums import add_sums, all_gather_sums
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
+from trainer.distributed.step_result import LaunchedStep, StepResult, UpdateResult
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
 from trainer.kernels import cpu_attention, fused_lora
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model import optimizer, quantization
 from trainer.model.build import TrainableModel
 from trainer.model.lora import find_fusable_layers
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateResult:
-    """What one update did."""
-
-    loss_sum: float  #: summed loss of the global batch, nats
-    grad_norm: float  #: of the global gradient before clipping
-    is_skipped: bool  #: whether fp16 left the update out
-    stop_requested: bool  #: whether any rank wants the run to stop
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """An update, and how the step came to it."""
-
-    update: UpdateResult
-    lr: float
-    elapsed_seconds: float  #: since it was launched, or since the step before it ended
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LaunchedStep:
-    """A step whose numbers have not been read."""
-
-    lr: float
-    launch_time: float
-    wait: Callable[[], UpdateResult]
 
 
 class Engine:
@@ -160,7 +131,7 @@ class Engine:
         the weights are then ahead of what was yielded, until the batches end. Raises NonFiniteError, with its batch
         and the weights of the step before it, unless fp16 may skip.
         """
-        in_flight: deque[tuple[GlobalBatch, _LaunchedStep]] = deque()
+        in_flight: deque[tuple[GlobalBatch, LaunchedStep]] = deque()
         iterator = iter(batches)
         while (batch := self._draw(iterator)) is not None:
             in_flight.append((batch, self._launch(batch, lr_at(batch.step), should_stop())))
@@ -179,7 +150,7 @@ class Engine:
         self.data_wait_seconds += time.perf_counter() - start_time
         return batch
 
-    def _launch(self, batch: GlobalBatch, lr: float, should_stop: bool) -> _LaunchedStep:
+    def _launch(self, batch: GlobalBatch, lr: float, should_stop: bool) -> LaunchedStep:
         """Forward, backward and update of a batch; nothing waits for a device that computes."""
         self._apply_fallbacks(batch.step)
         launch_time = time.perf_counter()
@@ -192,7 +163,7 @@ class Engine:
         except NonFiniteError as error:
             error.batch = batch
             raise
-        return _LaunchedStep(lr=lr, launch_time=launch_time, wait=wait)
+        return LaunchedStep(lr=lr, launch_time=launch_time, wait=wait)
 
     def launch_update(
         self, lr: float, loss_sums: Sequence[Tensor], *, should_stop: bool = False
@@ -204,7 +175,7 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
-        gathered_sums = self._all_gather_sums(loss_sums, should_stop)
+        gathered_sums = all_gather_sums(self.dist_context, loss_sums, should_stop=should_stop)
         totals = None
         if self.plan.finite_check == "host":
             totals = self._read_totals(copy_to_host(gathered_sums.flatten()))
@@ -216,7 +187,7 @@ class Engine:
             start_time = time.perf_counter()
             *sums, grad_norm = read_numbers()
             self.device_wait_seconds += time.perf_counter() - start_time
-            loss_sum, stop_requested = totals or self._total(sums)
+            loss_sum, stop_requested = totals or add_sums(sums, self.dist_context.world_size)
             if not (math.isfinite(grad_norm) or self.plan.precision == "fp16"):
                 raise NonFiniteError(f"gradient norm {grad_norm}")
             return UpdateResult(
@@ -226,7 +197,7 @@ class Engine:
 
         return wait
 
-    def _wait(self, batch: GlobalBatch, launched: _LaunchedStep) -> StepResult:
+    def _wait(self, batch: GlobalBatch, launched: LaunchedStep) -> StepResult:
         """What the step did, once it has done it."""
         try:
             update = launched.wait()
@@ -265,36 +236,12 @@ class Engine:
         self.plan = plan
         self.plan_changes.append(PlanChange(step=step, plan=plan, reason=reason))
 
-    def _all_gather_sums(self, loss_sums: Sequence[Tensor], should_stop: bool) -> Tensor:
-        """One row a rank, on the device: its micro-batches' sums and whether it wants to stop."""
-        # `full` and not `tensor`: a copy to the device would wait.
-        stop_flag = torch.full((), float(should_stop), dtype=torch.float64, device=self.dist_context.device)
-        local_sums = torch.stack([*loss_sums, stop_flag])
-        gathered_sums = local_sums
-        if self.dist_context.world_size > 1:
-            gathered_sums = local_sums.new_empty(self.dist_context.world_size * len(local_sums))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch is renaming the function
-                dist.all_gather_into_tensor(gathered_sums, local_sums)
-        return gathered_sums.view(self.dist_context.world_size, -1)
-
     def _read_totals(self, read_sums: Callable[[], list[float]]) -> tuple[float, bool]:
-        """`_total` of numbers that the device has yet to give."""
+        """The added sums that the device has yet to give."""
         start_time = time.perf_counter()
         sums = read_sums()
         self.device_wait_seconds += time.perf_counter() - start_time
-        return self._total(sums)
-
-    def _total(self, sums: Sequence[float]) -> tuple[float, bool]:
-        """(exact sum of all micro-batches' sums, whether any rank wants to stop). Raises NonFiniteError.
-
-        `sums`: for each rank its micro-batches' sums, then its wish to stop.
-        """
-        width = len(sums) // self.dist_context.world_size
-        values = [value for index, value in enumerate(sums) if (index + 1) % width]
-        if not all(map(math.isfinite, values)):
-            raise NonFiniteError("loss nan")
-        return math.fsum(values), any(sums[width - 1 :: width])
+        return add_sums(sums, self.dist_context.world_size)
 
     # --- evaluation and generation ---
 
@@ -332,82 +279,18 @@ class Engine:
     ) -> list[list[int]] | None:
         """Greedy continuations of token ids on rank 0, None on the others; all ranks must call.
 
-        Each is at most `max_new_tokens` tokens, without the token `eos_token_id` at which it stops. One batch, padded
-        on the left, on one
-        rank: so no number of ranks changes a text. ZeRO-3 gathers the weights once, for all tokens.
+        On one rank, so that no number of ranks changes a text. ZeRO-3 gathers the weights once, for all tokens.
         """
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
-        with self._gathered_model():
-            completions = (
-                self._generate_greedy(prompts, max_new_tokens, eos_token_id) if self.dist_context.rank == 0 else None
-            )
-        return completions
-
-    def fits_unsharded(self) -> bool:
-        """Whether every rank has room for all weights beside what it holds; all ranks must call. Half of what is free
-        is left to the work on them."""
-        if self._stage < 3 or self.dist_context.device.type != "cuda":
-            return True
-        total_bytes = sum(p.ds_numel * p.element_size() for p in self.deepspeed_engine.module.parameters())
-        return all(
-            self.dist_context.all_gather_object(total_bytes < torch.cuda.mem_get_info(self.dist_context.device)[0] / 2)
-        )
-
-    def _gathered_model(self) -> contextlib.AbstractContextManager[Any]:
-        if self._stage < 3:
-            return contextlib.nullcontext()
-        return import_module("deepspeed.runtime.zero").unwrap_model_for_generation(self.deepspeed_engine)
-
-    def _generate_greedy(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_token_id: int
-    ) -> list[list[int]]:
-        width = max(map(len, prompts))
-        ids = torch.tensor(
-            [[eos_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts],
-            device=self.dist_context.device,
-        )
-        mask = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.dist_context.device
-        )
-        generation_config = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos_token_id,
-            pad_token_id=eos_token_id,
-            use_cache=True,
-        )
-        use_autocast = self.plan.precision == "bf16"
-        with (
-            torch.autocast(self.dist_context.device.type, torch.bfloat16) if use_autocast else contextlib.nullcontext()
-        ):
-            sequences = self.model.causal.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                logits_processor=[self._heartbeat_per_token],
-                generation_config=generation_config,
-            )
-        completions = sequences[:, width:].tolist()
-        return [
-            completion[: completion.index(eos_token_id)] if eos_token_id in completion else completion
-            for completion in completions
-        ]
-
-    def _heartbeat_per_token(self, ids: Tensor, scores: Tensor) -> Tensor:
-        self.dist_context.watchdog.heartbeat()  # the other ranks wait
-        return scores
-
-    def max_abs(self, names: Iterable[str]) -> float:
-        """The largest entry, by size, of these trained weights over all ranks; all ranks must call."""
-        local_tensors = [
-            getattr(self.trainable_params[name], "ds_tensor", self.trainable_params[name]).detach() for name in names
-        ]
-        return max(
-            self.dist_context.all_gather_object(
-                max((float(tensor.abs().max()) for tensor in local_tensors if tensor.numel()), default=0.0)
-            )
-        )
+        with self.state.gathered_model():
+            if self.dist_context.rank != 0:
+                return None
+            return greedy_decode(
+                self.model.causal, prompts, max_new_tokens, eos_token_id,
+                autocast_dtype=torch.bfloat16 if self.plan.precision == "bf16" else None,
+                on_token=self.dist_context.watchdog.heartbeat,
+            )  # fmt: skip
 
 
 def _dropout_seed(seed: int, step: int, index: int) -> int:

@@ -4,7 +4,8 @@ The same names and tensors under every ZeRO stage and number of ranks. What Deep
 read where it keeps it; tests/distributed/test_engine.py holds those names.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -110,6 +111,30 @@ class EngineState:
         persistent = [p for p in self.optimizer.persistent_parameters if p.ds_status.name != "AVAILABLE"]
         if persistent:
             persistent[0].all_gather(persistent)
+
+    def fits_unsharded(self) -> bool:
+        """Whether every rank has room for all weights beside what it holds; all ranks must call.
+
+        Half of what is free is left to the work on them.
+        """
+        device = self.dist_context.device
+        if self._stage < 3 or device.type != "cuda":
+            return True
+        total_bytes = sum(p.ds_numel * p.element_size() for p in self.deepspeed_engine.module.parameters())
+        return all(self.dist_context.all_gather_object(total_bytes < torch.cuda.mem_get_info(device)[0] / 2))
+
+    def gathered_model(self) -> contextlib.AbstractContextManager[Any]:
+        """While it is open every rank has all weights, which it may read; all ranks must enter."""
+        if self._stage < 3:
+            return contextlib.nullcontext()
+        return import_module("deepspeed.runtime.zero").unwrap_model_for_generation(self.deepspeed_engine)
+
+    def max_abs(self, names: Iterable[str]) -> float:
+        """The largest entry, by size, of these trained weights over all ranks; all ranks must call."""
+        params = [self.trainable_params[name] for name in names]
+        local_tensors = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in params]
+        local_max = max((float(tensor.abs().max()) for tensor in local_tensors if tensor.numel()), default=0.0)
+        return max(self.dist_context.all_gather_object(local_max))
 
     # --- full state, the same under every stage and number of ranks ---
 

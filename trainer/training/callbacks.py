@@ -60,7 +60,7 @@ class Callbacks:
             self._waited_seconds[what] = seconds
         diagnostics = self.diagnostics.on_record(record)
         if isinstance(record, EvalRecord) and record.step and self._lora_b_names:
-            diagnostics += self.diagnostics.check_adapter(self.engine.max_abs(self._lora_b_names))
+            diagnostics += self.diagnostics.check_adapter(self.engine.state.max_abs(self._lora_b_names))
             self._lora_b_names = ()  # what has moved once is not zero again
         sample_event = (
             self.generation_evaluator.evaluate(record)

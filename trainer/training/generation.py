@@ -63,7 +63,7 @@ class GenerationEvaluator:
         max_positions = get_max_positions(engine.model.causal.config)
         prompts = make_prompts(data, self.tokenizer, max_positions)
         self.prompts = prompts if settings.output.score_samples else prompts[: settings.output.num_samples]
-        if self.prompts and not engine.fits_unsharded():
+        if self.prompts and not engine.state.fits_unsharded():
             self.prompts, self.disabled_reason = (
                 [],
                 "the whole model does not fit on one rank beside its share of ZeRO-3",

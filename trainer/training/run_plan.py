@@ -1,17 +1,10 @@
 """Everything that is decided before the first step: what `--dry-run` prints and run.json keeps."""
 
-import os
-import platform
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
@@ -29,12 +22,11 @@ from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import DistContext, device_memory_bytes, supports_bf16
 from trainer.model import optimizer
-from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
+from trainer.model.build import get_dropout_probabilities
 from trainer.training.lr_schedule import describe_schedule
+from trainer.training.plan_validation import validate_stage
+from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule
-from trainer.training.text_metrics import check_installed
-
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +85,7 @@ class RunPlan:
             ("execution", self.execution.describe()),
             (
                 "precision",
-                f"{self.precision} on {self.dist_context.world_size} x {_device_name(self.dist_context.device)}",
+                f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context.device)}",
             ),
             ("output", f"{settings.run_folder}"),
         ]
@@ -123,9 +115,9 @@ class RunPlan:
             "data": self.data_info,
             "model": self.model_info,
             "not_comparable_with_card": self.incomparable_reasons(),
-            "versions": {"python": platform.python_version(), **{name: _package_version(name) for name in PACKAGES}},
-            "git": _git_state(),
-            "hardware": _describe_hardware(self.dist_context),
+            "versions": package_versions(),
+            "git": git_state(),
+            "hardware": describe_hardware(self.dist_context),
             "wandb": wandb,
         }
 
@@ -161,62 +153,6 @@ class RunPlan:
         )  # fmt: skip
 
 
-def validate_early(settings: Settings, dist_context: DistContext) -> None:
-    """What can be refused before data and weights are touched: batch sum, ZeRO file, device, targets, output."""
-    settings.train.batch(dist_context.world_size)
-    _check_writable(Path(settings.run_folder))
-    optimizer.check_8bit_supported(settings.train, zero_stage=None, on_cpu=dist_context.device.type == "cpu")
-    if settings.output.score_samples:
-        check_installed()
-    if settings.engine.execution == "graphs" and dist_context.device.type == "cpu":
-        raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto, eager or compile")
-    if settings.engine.precision == "fp16" and dist_context.device.type == "cpu":
-        raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
-    if settings.engine.ds_config is not None:
-        deepspeed_file = read_deepspeed_file(settings.engine.ds_config)
-        _validate_stage(settings, deepspeed_file)
-        if deepspeed_file.stage == 0 and settings.engine.precision == "fp16":
-            raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
-    max_positions = get_max_positions(load_config(settings.model))
-    if max_positions is not None and settings.data.block_size > max_positions:
-        raise UserError(
-            f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {max_positions} tokens"
-        )
-    if settings.mode == "lora":
-        build_model(settings, on_meta=True)  # its targets and ranks are checked there, without weights
-
-
-def _check_writable(folder: Path) -> None:
-    """UserError where nothing can be written to the run folder, or to the nearest folder above it that is there."""
-    existing_folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        tempfile.TemporaryDirectory(prefix=".writable-", dir=existing_folder).cleanup()
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
-        ) from error
-
-
-def _validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
-    """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
-    optimizer.check_8bit_supported(settings.train, zero_stage=deepspeed_file.stage, on_cpu=False)
-    if deepspeed_file.stage == 3 and settings.engine.execution == "compile":
-        raise UserError(
-            "--execution compile: not under ZeRO 3, which brings each layer's weights together by hooks; expected "
-            "zero0, zero1 or zero2"
-        )
-    if deepspeed_file.stage == 3 and settings.model.quant and settings.lora.adapter == "dora":
-        raise UserError(
-            f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
-            "--ds-config zero0, zero1 or zero2, or another --adapter"
-        )
-    if deepspeed_file.stage == 3 and settings.model.quant == "int8":
-        raise UserError(
-            "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "
-            "expected --ds-config zero0, zero1 or zero2, or --quant nf4"
-        )
-
-
 def _choose_deepspeed_file(
     settings: Settings, dist_context: DistContext, model_info: dict[str, Any], precision: str
 ) -> DeepSpeedFile:
@@ -244,7 +180,7 @@ def make_plan(
     batch = settings.train.batch(dist_context.world_size)
     precision = settings.engine.precision or ("bf16" if supports_bf16(dist_context.device) else "fp32")
     deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision)
-    _validate_stage(settings, deepspeed_file)
+    validate_stage(settings, deepspeed_file)
     deepspeed_config = build_deepspeed_config(
         deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=precision
     )
@@ -302,50 +238,3 @@ def _collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
             "nothing is saved"
         )
     return notes
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _package_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
-    package_dir = Path(__file__).parents[1]
-
-    def run_git(*argv: str) -> str:
-        return subprocess.run(
-            ["git", *argv], cwd=package_dir, capture_output=True, text=True, check=True, timeout=10
-        ).stdout
-
-    try:
-        return {"commit": run_git("rev-parse", "HEAD").strip(), "dirty": bool(run_git("status", "--porcelain").strip())}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _describe_hardware(dist_context: DistContext) -> dict[str, Any]:
-    is_gpu = dist_context.device.type == "cuda"
-    return {
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name(dist_context.device) if is_gpu else None,
-        "gpus": dist_context.world_size if is_gpu else 0,
-        "gpus_here": torch.cuda.device_count(),
-    }
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

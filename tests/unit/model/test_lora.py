@@ -25,7 +25,8 @@ from trainer.export.folder import base_model_ref, save_folder
 from trainer.model import lora, optimizer, quantization
 from trainer.model.build import build_model, fuse_gelu, merge_adapters
 from trainer.model.lora import resolve_target_modules
-from trainer.training.run_plan import _collect_notes, _validate_stage
+from trainer.training.plan_validation import validate_stage
+from trainer.training.run_plan import _collect_notes
 
 LORA = LAYERS * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D))
 OUTPUTS = LAYERS * (3 * D + D + 4 * D + D)
@@ -363,7 +364,7 @@ def test_adapter_flags_that_exclude_each_other_are_refused(mode, words, said):
 def test_a_zero_stage_that_gives_wrong_numbers_is_refused(words, stage, said):
     zero: Any = SimpleNamespace(stage=stage)
     with pytest.raises(UserError) as caught:
-        _validate_stage(gpt2_settings("lora", *words.split()), zero)
+        validate_stage(gpt2_settings("lora", *words.split()), zero)
     assert str(caught.value).startswith(said)
 
 

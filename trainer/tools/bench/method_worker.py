@@ -22,7 +22,9 @@ from trainer.tools.bench.shapes import save_shape
 from trainer.tracking.records import EvalRecord, StepRecord
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
-from trainer.training.run_plan import cpu_name, make_plan, validate_early
+from trainer.training.plan_validation import validate_early
+from trainer.training.provenance import cpu_name
+from trainer.training.run_plan import make_plan
 from trainer.training.train_state import TrainState
 
 FULL_LR = 3e-4  # of full training; adapters learn at ten times that, as the program has it

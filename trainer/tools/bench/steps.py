@@ -16,7 +16,7 @@ from typing import Any
 
 from trainer.config.errors import TrainingError
 from trainer.tools.bench.configs import BenchmarkConfig
-from trainer.training.run_plan import cpu_name
+from trainer.training.provenance import cpu_name
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 TIMEOUT_SECONDS = 3600.0  # seconds for one variant

@@ -18,7 +18,8 @@ from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tracking.console import make_console
 from trainer.tracking.loggers import check_loggers
-from trainer.training.run_plan import RunPlan, make_plan, validate_early
+from trainer.training.plan_validation import validate_early
+from trainer.training.run_plan import RunPlan, make_plan
 
 COLOURS = {OK: "green", "warning": "yellow", ERROR: "red bold"}
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")

@@ -1,0 +1,75 @@
+"""The loggers of one run behind one door."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trainer.data.dataset import PreparedDataset
+from trainer.tracking import records
+from trainer.tracking.console import ProgressBar
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, EvalRecordsLogger, rewind_evaluations
+from trainer.tracking.extra_loggers import start_extra_loggers
+from trainer.tracking.jsonl import JsonlLogger, rewind
+from trainer.tracking.loggers import RecordLogger
+from trainer.tracking.profiler import ProfileLogger
+from trainer.tracking.records import Record
+from trainer.tracking.summary import show_plan, show_summary
+from trainer.tracking.wandb_logger import start_wandb
+from trainer.training.run_plan import RunPlan
+from trainer.training.train_state import TrainState
+
+
+class MetricLogger:
+    """Where the records go: on rank 0 to metrics.jsonl, the terminal and W&B; nowhere on the others."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        data: PreparedDataset,
+        metadata: dict[str, Any],
+        state: TrainState,
+        *,
+        is_resumed: bool,
+    ):
+        """`metadata`: the content of run.json; a resumed run's rows after `state` are cut off."""
+        folder = Path(plan.settings.run_folder)
+        self.plan = plan
+        self.metrics_path = folder / "metrics.jsonl"
+        self.loggers: list[RecordLogger] = []
+        self.num_truncated = 0
+        if plan.dist_context.rank != 0:
+            return
+        show_plan(plan.summary_lines())
+        if is_resumed and self.metrics_path.exists():
+            last_step = state.step if state.step else -1
+            self.num_truncated = rewind(self.metrics_path, last_step, eval_pending=state.eval_pending)
+            rewind_evaluations(folder / EVAL_RECORDS_FILE, last_step, eval_pending=state.eval_pending)
+        output, schedule = plan.settings.output, plan.schedule
+        progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
+        resume_step = state.step if is_resumed else -1
+        self.loggers = [
+            EvalRecordsLogger(folder, data.row_info("val")),  # before the line that says so
+            JsonlLogger(self.metrics_path, resume=is_resumed),
+            progress_bar,
+            start_wandb(metadata, folder, is_resumed=is_resumed, say=progress_bar.say),
+            *start_extra_loggers(output.report_to, metadata, folder, resume_step=resume_step, say=progress_bar.say),
+        ]
+        if output.profile:
+            self.loggers.append(ProfileLogger(folder, output.profile, progress_bar.say))
+
+    def log(self, record: Record) -> None:
+        """Hand a record to every logger."""
+        for logger in self.loggers:
+            logger.log(record)
+
+    def previous_records(self) -> Iterator[Record]:
+        """The rows that an earlier process left, on rank 0."""
+        if self.loggers:
+            yield from records.read_records(self.metrics_path)
+
+    def close(self, exit_code: int) -> None:
+        """Close every logger, then show the table of a run that ended well."""
+        for logger in self.loggers:
+            logger.close(exit_code)
+        if self.loggers and exit_code == 0:
+            show_summary(records.read_records(self.metrics_path), self.plan.incomparable_reasons())
