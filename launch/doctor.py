@@ -47,9 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.ranks is not None and args.ranks < 1:
             raise UserError(f"--ranks {args.ranks}: expected a whole number from 1")
         environ = dict(os.environ)
+        from trainer.distributed.openmp import limit_openmp_spin
         from trainer.tracking.silence import silence_libraries
 
         silence_libraries()  # before the libraries it silences are imported
+        limit_openmp_spin()
         from trainer.tools.doctor.doctor_cli import run_doctor
 
         return run_doctor(

@@ -42,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
     try:
         args = build_parser().parse_args(argv)
+        from trainer.distributed.openmp import limit_openmp_spin
         from trainer.tracking.silence import silence_libraries
 
         silence_libraries()  # before the libraries it silences are imported
+        limit_openmp_spin()
         from trainer.export.export_cli import export_checkpoint
 
         return export_checkpoint(

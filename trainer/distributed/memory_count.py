@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.memory_estimate import PassMemory
-from trainer.kernels import cpu_attention, fused_lora
+from trainer.kernels import causal_attention, cpu_attention, fused_lora
 from trainer.kernels.device_branch import simulate_gpu
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model.build import TrainableModel
@@ -157,7 +157,7 @@ class _UnpackedMatmul(torch.autograd.Function):
 def _install_attention(causal: PreTrainedModel, *, is_gpu: bool) -> None:
     """Attention without a mask: for fake tensors transformers would make one, which a run on whole rows does not."""
     config: Any = causal.config
-    if config._attn_implementation != "sdpa":
+    if config._attn_implementation not in ("sdpa", causal_attention.ATTENTION_NAME):
         return
     name, forward = (_GPU_ATTENTION, _flash_attention) if is_gpu else (_CPU_ATTENTION, _cpu_attention)
     AttentionInterface.register(name, forward)

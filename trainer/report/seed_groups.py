@@ -55,7 +55,7 @@ _LABEL_FORMATS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("settings.train.global_batch", lambda value: f"batch {value}"),
     ("settings.train.epochs", lambda value: f"{value:g} epochs"),
     ("settings.data.block_size", lambda value: f"block {value}"),
-    ("settings.data.objective", str),
+    ("data.objective", str),
     ("resolved.ranks", lambda value: f"{value} ranks"),
     ("resolved.precision", str),
     ("resolved.ds_config", str),
@@ -191,4 +191,4 @@ def _is_implied_by_data(path: str, runs: Sequence[RunData]) -> bool:
     """Whether this is about the rows and the name of the data, which a label has before it, tells it already."""
     pairs = {(run.get("data.source"), repr(run.get(path))) for run in runs}
     sources = {source for source, _ in pairs}
-    return path in ("settings.data.objective", "settings.data.block_size") and 1 < len(sources) == len(pairs)
+    return path in ("data.objective", "settings.data.block_size") and 1 < len(sources) == len(pairs)
