@@ -273,7 +273,7 @@ def check_deepspeed_attributes(argv: list[str], data: str) -> int:
             assert first._hp_mapping.get_hp_fragment_address().numel == first.numel()
             assert len(engine.optimizer.bit16_groups) == len(engine.optimizer.single_partition_of_fp32_groups) == 1
         else:
-            assert first.ds_tensor.ds_numel * dist_context.size >= first.ds_numel
+            assert first.ds_tensor.ds_numel * dist_context.world_size >= first.ds_numel
             assert tuple(first.ds_shape) != tuple(first.shape)
             assert engine.optimizer.fp32_partitioned_groups_flat
     return 0

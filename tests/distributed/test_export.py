@@ -525,7 +525,7 @@ def test_an_export_on_a_quantized_base_says_so_everywhere(quantized_run: Path):
     plan = (quantized_run.parent / "packed.log").read_text()
     assert "base in nf4, scales in 8 bits: " in plan
     assert "adamw8bit: 16 of 16 trained tensors (100% of the parameters)" in plan
-    assert run["resolved"]["ds_reason"] == "--optim adamw8bit is not divided"
+    assert run["resolved"]["ds_reason"] == "--optim adamw8bit is not sharded"
     card = (quantized_run / "model" / "README.md").read_text()
     assert "It was trained on the base in nf4, its scales in 8 bits" in card
     assert run["model"]["fingerprint"] in card

@@ -173,7 +173,7 @@ def test_a_rank_that_hangs_is_named(who, argv, tmp_path):
     assert group.wait() == [1, 1, 1]
     others = "1, 2" if who == 0 else "0, 2"
     assert len(group.error_lines) == 1, group.output
-    assert f"no rank has moved for 8 s (--hang-timeout): rank {who} hangs at loop.py:" in group.error_lines[0]
+    assert f"no rank has moved for 8 s (--hang-timeout): rank {who} hangs at engine.py:" in group.error_lines[0]
     assert re.search(rf"ranks {others} waiting at (engine|steppers)\.py:", group.error_lines[0])
     assert list_checkpoints(out) == ["step-000002"]
 
