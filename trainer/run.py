@@ -20,7 +20,7 @@ from trainer.distributed.process_group import (
     simulated_context,
 )
 from trainer.distributed.signals import SignalHandler
-from trainer.export.run_export import export_run
+from trainer.export.run_export import earlier_checkpoint_to_export, export_run
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
@@ -38,6 +38,7 @@ from trainer.training.metric_logger import MetricLogger
 from trainer.training.plan_validation import validate_early
 from trainer.training.run_folder import resolve_output_dir, select_checkpoint, write_metadata, write_run_json
 from trainer.training.run_plan import RunPlan, make_plan
+from trainer.training.split_evaluation import evaluate_test, load_chosen_weights
 from trainer.training.train_state import TrainState
 
 
@@ -189,6 +190,8 @@ class TrainingRun:
             signal_handler.defer_signals(),
             context.watchdog.watch_for_hangs(self.plan.settings.engine.hang_timeout),
         ):
+            if not self.state.step and self.state.eval_pending:
+                self._evaluate_test(0)
             stream = train(
                 self.engine, self.data, self.plan.schedule, self.state, self.checkpoints, signal_handler.stop_requested
             )
@@ -212,6 +215,12 @@ class TrainingRun:
                 if event.event == "execution":
                     self._record_execution(event)
 
+    def _evaluate_test(self, step: int) -> None:
+        elapsed_seconds = self.state.elapsed_seconds
+        event = evaluate_test(self.plan, self.data, self.engine, step=step, elapsed_seconds=elapsed_seconds)
+        if event is not None:
+            self.metrics.log(event)
+
     def _record_execution(self, event: EventRecord) -> None:
         """run.json keeps every plan by which steps ran."""
         self.metadata = {**self.metadata, "execution": [*self.metadata["execution"], event.facts]}
@@ -223,6 +232,11 @@ class TrainingRun:
         start_time = time.perf_counter()
         state, schedule = self.state, self.plan.schedule
         assert state.val_loss is not None, "the last step is always evaluated"
+        if len(self.data.test):
+            chosen = self.plan.dist_context.on_rank_zero(lambda: earlier_checkpoint_to_export(self.plan, state))
+            if chosen is not None:
+                load_chosen_weights(self.engine, chosen)
+            self._evaluate_test(chosen.step if chosen else state.step)
         export = export_run(self.plan, self.data, self.model, self.engine, state, self.metadata)
         elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time
         summary = export.verification.summary()

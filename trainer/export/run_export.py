@@ -40,7 +40,7 @@ def export_run(
     """Write `model/` of the run folder on rank 0 and verify it in a fresh process; all ranks must call."""
     context, settings = plan.dist_context, plan.settings
     folder = Path(settings.run_folder)
-    best = context.on_rank_zero(lambda: _best_checkpoint(plan, state))
+    best = context.on_rank_zero(lambda: earlier_checkpoint_to_export(plan, state))
     choice: dict[str, Any] = {
         "which": settings.output.export,
         "step": best.step if best else state.step,
@@ -82,7 +82,7 @@ def export_run(
     return RunExport(verification=verification, measurements=measurements, choice=choice)
 
 
-def _best_checkpoint(plan: RunPlan, state: TrainState) -> Checkpoint | None:
+def earlier_checkpoint_to_export(plan: RunPlan, state: TrainState) -> Checkpoint | None:
     """The checkpoint to export with --export best; None: the weights at hand, which are the best or were asked for."""
     if plan.settings.output.export == "last":
         return None

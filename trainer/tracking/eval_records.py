@@ -104,8 +104,8 @@ def append_evaluation(path: Path, table: pa.Table) -> None:
 def rewind_evaluations(path: Path, step: int, *, eval_pending: bool = False) -> int:
     """Drop the evaluations after `step`, so that a resumed run continues them; how many went.
 
-    With `eval_pending` also those at `step`. Test evaluations, and those of the retained text after the first, are
-    made at a run's end and always come again.
+    With `eval_pending` also those at `step`. Those of other splits than validation, after the one before the first
+    step, are made at a run's end and always come again.
     """
     evaluations = _read_evaluations(path)
     remaining = [table for table in evaluations if not _comes_again(table, step, eval_pending)]
@@ -116,7 +116,7 @@ def rewind_evaluations(path: Path, step: int, *, eval_pending: bool = False) -> 
 
 def _comes_again(table: pa.Table, step: int, eval_pending: bool) -> bool:
     table_step, split = table["step"][0].as_py(), table["split"][0].as_py()
-    is_final = split == "test" or (split == "retain" and table_step > 0)
+    is_final = split != "val" and table_step > 0
     return is_final or table_step > step or (eval_pending and table_step == step)
 
 

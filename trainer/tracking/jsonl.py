@@ -7,11 +7,7 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, from_line, to_line
 
 EVALUATION_EVENTS = ("early_stop", "diagnosis", "samples")  # events that an evaluation brings; they come again with it
-FINAL_EVALUATION_EVENTS = (
-    "finished",
-    "test_evaluation",
-    "retain_evaluation",
-)  # made at a run's end, again when resumed
+FINAL_EVALUATIONS = ("test_evaluation",)  # after the first step they are made at a run's end, and again when resumed
 
 
 class JsonlLogger:
@@ -79,7 +75,9 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
                 record = from_line(line.decode())
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}; cannot resume from a damaged file") from error
-            is_run_end = isinstance(record, EventRecord) and record.event in FINAL_EVALUATION_EVENTS
+            is_run_end = isinstance(record, EventRecord) and (
+                record.event == "finished" or (record.event in FINAL_EVALUATIONS and record.step > 0)
+            )
             follows_evaluation = isinstance(record, EvalRecord | EpochRecord) or (
                 isinstance(record, EventRecord) and record.event in EVALUATION_EVENTS
             )

@@ -63,6 +63,8 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
         return dict(_flatten(record.facts))
     if record.event == "diagnosis":  # several of them may be true
         return {f"event/diagnosis/{record.facts['code']}": record.message}
+    if record.event == "test_evaluation" and record.step:
+        return {"test/loss": record.facts["loss"], "test/bits_per_byte": record.facts["bits_per_byte"]}
     return {f"event/{record.event}": record.message}
 
 

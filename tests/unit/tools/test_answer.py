@@ -1,7 +1,9 @@
 """The verdict on simulated test losses, read back from the records that runs leave."""
 
+import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -64,10 +66,19 @@ def test_with_one_seed_the_sentence_speaks_of_the_models_not_of_the_method():
     assert answer.sentence.startswith("this lora model is worse than full")
 
 
-def test_where_it_cannot_tell_it_says_what_would():
+def test_where_it_cannot_tell_it_says_how_many_seeds_would():
     answer = judge("lora", *simulate(0.0, noise=0.6), make_rule(), level=0.95)
     assert answer.verdict == "cannot tell yet"
-    assert "would tell" in answer.sentence
+    assert re.search(r"; \d+ seeds would tell$", answer.sentence), answer.sentence
+
+
+def test_where_the_test_records_are_the_floor_it_says_how_many_of_them_would_tell():
+    lora, full = simulate(0.0, noise=0.001, num_units=40)
+    by_unit = np.random.default_rng(1).normal(0, 0.2, 40) * full.targets  # the same with any seed
+    lora = dataclasses.replace(lora, nll=lora.nll + by_unit)
+    answer = judge("lora", lora, full, make_rule(), level=0.95)
+    assert answer.verdict == "cannot tell yet"
+    assert re.search(r"allow no less than ±0\.0\d+, whatever the number of seeds: \d+ of them would", answer.sentence)
 
 
 def make_rows(num_rows: int, *, num_shared: int = 0, group_size: int = 1) -> RowInfo:
@@ -110,6 +121,9 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     for spec in specs:
         excess = 0.05 if spec.candidate.method == "lora" else 0.0
         write_run(run_folder(tmp_path, spec), rows, loss=2.0 + excess, seed=spec.seed + (excess > 0))
+    outcomes["dora"] = SearchOutcome(
+        method="dora", winner=None, loss=math.inf, edge=None, num_trials=17, num_steps=170
+    )  # every trial failed
     (answer,) = write_answer(tmp_path, make_rule(), specs, outcomes)
     assert answer.verdict == "worse"
     assert answer.excess.num_units == 58, "records that equal a training record are left out"
@@ -120,6 +134,8 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     assert "tested with 3 fresh seeds of 10 steps" in content["sentence"]
     assert content["answers"][0]["excess"]["estimate"] == pytest.approx(0.05, abs=0.01)
     assert content["answers"][0]["exploratory"] is False
+    assert content["searches"]["dora"]["problem"] == "dora: every trial failed"
+    assert content["searches"]["dora"]["loss"] is None
 
 
 def test_records_of_one_group_are_one_unit(tmp_path):

@@ -121,7 +121,7 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     text = (stub_dir / "study" / "rule.json").read_text()
     (stub_dir / "study" / "rule.json").write_text(text.replace('"level": 0.95', '"level": 0.9'))
     assert study_script.main(["--join", "study"]) == 2
-    assert "was changed after the fact" in capsys.readouterr().err
+    assert "rule.json: was changed after the fact: its contents have the hash" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -47,6 +47,19 @@ def test_a_trial_that_two_workers_enqueue_is_there_once(tmp_path):
     assert second.claim(make_specs(1)) is None
 
 
+def test_a_trial_that_was_enqueued_twice_at_one_moment_counts_as_the_first_of_its_name(tmp_path, monkeypatch):
+    first, second = (TrialQueue(tmp_path, name) for name in ("a", "b"))
+    first.enqueue(make_specs(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(second, "trials", dict)  # as it was when the other had not yet written
+        second.enqueue(make_specs(1))
+    claim, spec = first.claim(make_specs(1))
+    assert second.claim([spec]) is None
+    assert first.finish(claim, loss=1.5)
+    assert second.results() == {spec.name: 1.5}
+    assert second.claim([spec]) is None
+
+
 def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up_again(tmp_path):
     clock = Clock()
     queues = {name: TrialQueue(tmp_path, name, clock=clock) for name in ("a", "b", "c")}

@@ -81,23 +81,24 @@ def test_an_evaluation_that_is_repeated_replaces_the_earlier_one(tmp_path):
 @pytest.mark.parametrize(
     ("step", "eval_pending", "remaining"),
     [
-        (4, False, [(0, "retain"), (0, "val"), (2, "val"), (4, "val")]),
-        (4, True, [(0, "retain"), (0, "val"), (2, "val")]),
-        (3, False, [(0, "retain"), (0, "val"), (2, "val")]),
+        (4, False, [(0, "retain"), (0, "test"), (0, "val"), (2, "val"), (4, "val")]),
+        (4, True, [(0, "retain"), (0, "test"), (0, "val"), (2, "val")]),
+        (3, False, [(0, "retain"), (0, "test"), (0, "val"), (2, "val")]),
         (-1, False, []),
-        (9, False, [(0, "retain"), (0, "val"), (2, "val"), (4, "val"), (6, "val")]),
+        (9, False, [(0, "retain"), (0, "test"), (0, "val"), (2, "val"), (4, "val"), (6, "val")]),
     ],
 )
 def test_a_resumed_run_goes_on_from_the_evaluations_up_to_its_checkpoint(tmp_path, step, eval_pending, remaining):
     path = tmp_path / "x"
     append_evaluation(path, make_table(0, "retain"))
+    append_evaluation(path, make_table(0, "test"))
     for eval_step in (0, 2, 4, 6):
         append_evaluation(path, make_table(eval_step))
     append_evaluation(path, make_table(6, "test"))
     append_evaluation(path, make_table(6, "retain"))
     num_dropped = rewind_evaluations(path, step, eval_pending=eval_pending)
     assert steps_and_splits(path) == remaining
-    assert num_dropped == 7 - len(remaining)
+    assert num_dropped == 8 - len(remaining)
     assert rewind_evaluations(tmp_path / "none", 0) == 0
 
 

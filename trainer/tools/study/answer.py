@@ -161,9 +161,10 @@ def _what_is_missing(gap: PairedInterval, level: float) -> str:
     missing = what_would_tell(gap, gap.estimate, level=level, is_one_sided=gap.estimate < 0)
     if missing.num_seeds is not None:
         return f"{missing.num_seeds} seeds would tell"
+    floor = f"these test records allow no less than ±{missing.floor:.4f}, whatever the number of seeds"
     if missing.num_units is not None:
-        return f"{missing.num_units} test records would tell, no number of seeds"
-    return "the difference is too close to the margin for any number of seeds or records"
+        return f"{floor}: {missing.num_units} of them would tell"
+    return f"{floor}, and the difference is too close to the margin for 200 times as many"
 
 
 def write_answer(
@@ -183,7 +184,7 @@ def write_answer(
         "seeds": list(rule.answer_seeds),
         "units": len(losses["full"].targets),
         "left_out_equal_to_train": losses["full"].num_left_out,
-        "searches": {m: asdict(o) | {"lr": o.winner.lr if o.winner else None} for m, o in outcomes.items()},
+        "searches": {method: _search_facts(outcome) for method, outcome in outcomes.items()},
         "runs": {method: [str(folder) for folder in method_folders] for method, method_folders in folders.items()},
         "left_out": list(rule.left_out),
     }
@@ -191,6 +192,13 @@ def write_answer(
     temporary_path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(temporary_path, study_folder / ANSWER_FILE)
     return judged
+
+
+def _search_facts(outcome: SearchOutcome) -> dict[str, Any]:
+    """An outcome as JSON has it: no loss where every trial failed."""
+    winner = outcome.winner
+    facts = {"lr": winner.lr, "loss": outcome.loss} if winner is not None else {"lr": None, "loss": None}
+    return asdict(outcome) | facts | {"problem": outcome.problem}
 
 
 def conditional_sentence(answer: Answer, rule: Rule, outcomes: Mapping[str, SearchOutcome]) -> str:

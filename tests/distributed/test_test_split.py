@@ -1,0 +1,85 @@
+"""The test split through the real program: before training and at the exported weights, never in between."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+from helpers.launch_ranks import train
+from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
+
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
+
+
+@pytest.fixture(scope="module")
+def split_argv(tiny_model, data_files, session_dir) -> list[str]:
+    test_file = write_records(session_dir / "test.jsonl", num_records=11, seed=3)
+    flags = (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --test-data {test_file}"
+    )
+    flags += " --objective completion --block-size 32 --global-batch 4 --micro-batch 1 --max-steps 14 --eval-every 3"
+    return [*flags.split(), "--save-every", "3", "--lr", "0.05", "--wandb", "disabled", *TEMPLATE_FLAGS]
+
+
+def read_run(folder: Path):
+    """(test events, {(step, split): rows}, all records)."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    table = read_eval_records(folder / EVAL_RECORDS_FILE)
+    evaluations = {}
+    for step, split in set(zip(table["step"].to_pylist(), table["split"].to_pylist(), strict=True)):
+        evaluations[step, split] = table.filter((pc.field("step") == step) & (pc.field("split") == split))
+    return [record for record in records if record.get("event") == "test_evaluation"], evaluations, records
+
+
+@pytest.fixture(scope="module")
+def best_run(split_argv, session_dir) -> Path:
+    """A run on two ranks whose best weights are exported."""
+    out = session_dir / "tested-best"
+    train([*split_argv, "--export", "best"], out=out, world_size=2)
+    return out
+
+
+@pytest.mark.slow
+def test_the_test_split_is_evaluated_before_training_and_at_the_exported_weights_only(best_run):
+    events, evaluations, records = read_run(best_run)
+    (finished,) = [record for record in records if record.get("event") == "finished"]
+    chosen_step = finished["facts"]["exported"]["step"]
+    assert [event["step"] for event in events] == [0, chosen_step]
+    assert {step for step, split in evaluations if split == "test"} == {0, chosen_step}
+    for event in events:
+        rows = evaluations[event["step"], "test"]
+        assert len(rows) == 11
+        assert token_mean(rows) == event["facts"]["loss"]
+        num_bytes = sum(rows["bytes"].to_pylist())
+        assert event["facts"]["bits_per_byte"] == math.fsum(rows["nll"].to_pylist()) / math.log(2) / num_bytes
+    val = [record for record in records if record["kind"] == "eval"]
+    assert chosen_step == min(val[1:], key=lambda record: record["loss"])["step"]
+    assert events[1]["facts"]["loss"] < events[0]["facts"]["loss"]
+
+
+@pytest.mark.slow
+def test_a_test_changes_no_number_of_training_and_its_loss_no_ranks(best_run, split_argv, tmp_path):
+    train([*split_argv, "--export", "best"], out=tmp_path / "one", world_size=1)
+    alone, pair = read_run(tmp_path / "one"), read_run(best_run)
+    for mine, other in zip(alone[0], pair[0], strict=True):
+        assert mine["step"] == other["step"]
+        assert mine["facts"]["loss"] == pytest.approx(other["facts"]["loss"], rel=1e-5)
+    for key, rows in alone[1].items():
+        others = pair[1][key]
+        assert rows["id"].to_pylist() == others["id"].to_pylist()
+        assert rows["nll"].to_pylist() == pytest.approx(others["nll"].to_pylist(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_each_evaluation_of_each_record_once(best_run, tmp_path):
+    folder = tmp_path / "resumed"
+    shutil.copytree(best_run, folder, symlinks=True)
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+    train(["--mode", "full", "--resume", f"step-{steps[0]}"], out=folder, world_size=2)
+    before, after = read_run(best_run), read_run(folder)
+    assert [event["facts"] for event in after[0]] == [event["facts"] for event in before[0]]
+    assert set(after[1]) == set(before[1])
+    for key, rows in before[1].items():
+        assert rows.equals(after[1][key]), key
