@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port
+from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port, run_on_ranks, run_train_script
 from helpers.tiny_inputs import TEMPLATE_FLAGS
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,15 @@ def run_launcher(launcher: list[str], *flags: str, cwd: Path, timeout_seconds: i
         output, _ = process.communicate()
         pytest.fail(f"no end after {timeout_seconds} s:\n{output}")
     return process.returncode, output
+
+
+def run_without_login(cwd: str, argv: list[str]) -> int:
+    """launch/train.py in this process and folder, without the W&B login of whoever runs the tests."""
+    os.chdir(cwd)
+    os.environ["HOME"] = cwd
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        os.environ.pop(name, None)
+    return run_train_script(argv)
 
 
 def deepspeed_argv(num_ranks: int) -> list[str]:
@@ -98,13 +107,11 @@ def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tm
         (["--mode", "full", "--output-dir", "file/run"], ["file/run: cannot write there", "--output-dir"]),
     ],
 )
-def test_each_mistake_names_its_flag(flags, words, tmp_path, monkeypatch):
-    """And is found before data are looked for: there are none."""
+def test_each_mistake_names_its_flag(flags, words, tmp_path):
+    """And is found before data are looked for: there are none. In a forked process, which has torch imported already."""
     (tmp_path / "file").write_text("")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no login of whoever runs the tests
-    code, output = run_launcher([sys.executable], *flags, "--data", "missing.csv", cwd=tmp_path)
+    code = run_on_ranks(1, run_without_login, str(tmp_path), [*flags, "--data", "missing.csv"], log=tmp_path / "log")
+    output = (tmp_path / "log").read_text()
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2, output
     assert len(lines) == 1, output
