@@ -8,17 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.engines import plan_run
 from helpers.launch_ranks import run_on_ranks, train
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import cli
 from trainer.config.errors import TrainingError
-from trainer.data.dataset import load, prepare
+from trainer.data.dataset import prepare
 from trainer.distributed.process_group import destroy_process_group, init_distributed
-from trainer.model.build import build_model, load_config
 from trainer.tools.finders import batch_finder, batch_size_worker
 from trainer.tools.finders.batch_sizes import TrialResult, candidate_sizes, fastest, ladder, next_sizes
-from trainer.training.run_plan import make_plan
 
 # --- what to try, pure ---
 
@@ -103,16 +102,13 @@ def test_running_out_of_memory_is_told_from_other_errors(problem, is_one):
 
 
 def make_argv(tiny_model: str, data_files: tuple[str, str], *extra_flags: str) -> list[str]:
-    flags = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
-    flags += " --block-size 32 --global-batch 8 --wandb disabled"
-    return [*flags.split(), *TEMPLATE_FLAGS, *extra_flags]
+    text = "--mode full --objective completion --block-size 32 --global-batch 8 --wandb disabled"
+    return tiny_argv(tiny_model, data_files, text, *extra_flags)
 
 
 def make_plan_and_data(argv: list[str], dist_context: Any) -> tuple[Any, Any]:
-    settings = cli.parse_args(argv).settings
-    data = load(prepare(settings.data, model=settings.model.model, global_batch=8).folder)
-    model = build_model(settings, on_meta=True)
-    return make_plan(settings, dist_context, data, model.metadata, load_config(settings.model)), data
+    planned = plan_run(argv, dist_context, on_meta=True)
+    return planned.plan, planned.data
 
 
 def try_fake_sizes(argv: list[str], out: str, scripts: list[str]) -> int:

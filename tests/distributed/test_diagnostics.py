@@ -12,24 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.engines import prepare_data, start_engine
 from helpers.fake_runs import make_metadata as make_run_metadata
 from helpers.fake_runs import make_run_folder
 from helpers.launch_ranks import train as train_on_ranks
 from helpers.matrix import launch_jobs
 from helpers.process_groups import read_events, read_records, read_reproducible_records
-from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
+from helpers.tiny_inputs import tiny_argv, write_records
 
-from trainer.config import cli
 from trainer.config.errors import TrainingError
-from trainer.data.dataset import load, prepare
 from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import VerificationResult
-from trainer.model.build import build_model, load_config
 from trainer.report.comparison import compare, write_report
 from trainer.report.load import load_runs
 from trainer.report.wandb_runs import build_run_from_rows
-from trainer.run import build_engine
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_summary
 from trainer.training.callbacks import Callbacks
@@ -38,7 +35,6 @@ from trainer.training.diagnostics.monitor import DiagnosticsMonitor
 from trainer.training.diagnostics.online_stats import MeanEstimate, OnlineLinearRegression, welch_t
 from trainer.training.diagnostics.types import TIMING_CODES, TOPICS, RunInfo
 from trainer.training.loop import train
-from trainer.training.run_plan import make_plan
 
 # --- the statistics --------------------------------------------------------------------------------------------------
 
@@ -303,11 +299,9 @@ def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
     dist_context = init_distributed()
     try:
         for job in jobs:
-            settings = cli.parse_args(job["flags"]).settings
-            data = load(Path(job["data"]))
-            model = build_model(settings)
-            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-            engine, state = build_engine(plan, model, None)
+            started = start_engine(job, dist_context)
+            data, plan = started.data, started.plan
+            engine, state = started.engine, started.state
             INJECT.get(job.get("fault", ""), lambda _: None)(engine)
             out = Path(job["out"])
             checkpoint_manager = CheckpointManager(
@@ -340,12 +334,9 @@ def prepared_data(tiny_model: str, session_dir: Path) -> dict[str, tuple[list[st
     prepared = {}
     for name, path in paths.items():
         for objective in ("blocks", "completion"):
-            text = (
-                f"--model {tiny_model} --data {path} --val-data {val} --block-size 24 --eval-batch 20 --global-batch 8"
-            )
-            argv = [*f"{text} --objective {objective} --save-every never".split(), *TEMPLATE_FLAGS]
-            settings = cli.parse_args(["--mode", "full", *argv]).settings
-            folder = prepare(settings.data, model=tiny_model, global_batch=8).folder
+            text = f"--block-size 24 --eval-batch 20 --global-batch 8 --objective {objective} --save-every never"
+            argv = tiny_argv(tiny_model, (path, val), text)
+            folder = prepare_data(["--mode", "full", *argv])
             prepared[f"{name}-{objective}"] = (argv, str(folder))
     return prepared
 
@@ -419,14 +410,8 @@ def test_twenty_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
 
 def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume(tiny_model, data_files, tmp_path):
     """Through the real program: record, console, model card, report; the resumed run has the rows of the whole one."""
-    text = (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
-        "--global-batch 6"
-    )
-    words = [
-        *f"{text} --lr 0.001 --max-grad-norm 1e-4 --max-steps 54 --eval-every 27 --save-every 27".split(),
-        *TEMPLATE_FLAGS,
-    ]
+    text = "--mode full --block-size 16 --global-batch 6 --lr 0.001 --max-grad-norm 1e-4 --max-steps 54"
+    words = tiny_argv(tiny_model, data_files, f"{text} --eval-every 27 --save-every 27")
     out = tmp_path / "whole"
     output = train_on_ranks(words, out=out)
     (event,) = read_events(out, "diagnosis")

@@ -8,17 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
-from helpers.matrix import launch_jobs, read_job_result
+from helpers.matrix import GLOBAL_BATCH, launch_jobs, read_job_result
 from helpers.process_groups import read_events, read_records, read_reproducible_records
-from helpers.tiny_inputs import TEMPLATE_FLAGS
-from test_invariance import GLOBAL_BATCH
+from helpers.tiny_inputs import tiny_argv
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings, fields_fixed_on_resume
-from trainer.data.dataset import load, prepare
+from trainer.data.dataset import load
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.step_result import StepResult, UpdateResult
 from trainer.model.build import load_config
@@ -35,14 +35,13 @@ from trainer.training.train_state import TrainState
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --eval-batch 4"
-    return [*f"{text} --global-batch {GLOBAL_BATCH} --eval-every 2 --lr 0.02".split(), *TEMPLATE_FLAGS]
+    text = f"--block-size 16 --eval-batch 4 --global-batch {GLOBAL_BATCH} --eval-every 2 --lr 0.02"
+    return tiny_argv(tiny_model, data_files, text)
 
 
 @pytest.fixture(scope="module")
 def data_dir(argv: list[str], tiny_model: str) -> Path:
-    settings = cli.parse_args(["--mode", "full", *argv]).settings
-    return prepare(settings.data, model=tiny_model, global_batch=GLOBAL_BATCH).folder
+    return prepare_data(["--mode", "full", *argv])
 
 
 # --- the rule, without a model ---------------------------------------------------------------------------------------

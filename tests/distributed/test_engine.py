@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.engines import joined_ranks, prepare_data, start_engine
 from helpers.launch_ranks import run_on_ranks
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 
-from trainer.config import cli
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
@@ -27,11 +27,8 @@ from trainer.distributed.deepspeed_config import (
     choose_deepspeed_file,
     read_deepspeed_file,
 )
-from trainer.distributed.engine import Engine
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import (
-    destroy_process_group,
-    init_distributed,
     peak_memory_bytes,
 )
 
@@ -248,18 +245,10 @@ def test_deepspeed_initialize_and_backward_take_the_arguments_we_pass():
 
 def iter_engines(argv: list[str], data: str, names: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
     """On a rank: (name, world, engine) under each of these ZeRO files."""
-    from trainer.data.dataset import load
-    from trainer.model.build import build_model, load_config
-    from trainer.training.run_plan import make_plan
-
-    dist_context = init_distributed()
-    dataset = load(Path(data))
-    for name in names:
-        settings = cli.parse_args([*argv, "--ds-config", name]).settings
-        model = build_model(settings)
-        plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))
-        yield name, dist_context, Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.execution)
-    destroy_process_group()
+    with joined_ranks() as dist_context:
+        for name in names:
+            job = {"flags": [*argv, "--ds-config", name], "data": data}
+            yield name, dist_context, start_engine(job, dist_context).engine
 
 
 def check_deepspeed_attributes(argv: list[str], data: str) -> int:
@@ -293,15 +282,8 @@ def check_engine_finalizer(argv: list[str], data: str) -> int:
 
 def run_on_one_rank(target: Callable[..., int], tiny_model: str, data_files: tuple[str, str], log: Path) -> None:
     """`target(arguments, data)` on one rank."""
-    from trainer.data.dataset import prepare
-
-    flags = (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
-        "--global-batch 2"
-    )
-    argv = [*flags.split(), *TEMPLATE_FLAGS]
-    data = prepare(cli.parse_args(argv).settings.data, model=tiny_model, global_batch=2).folder
-    assert run_on_ranks(1, target, argv, str(data), log=log) == 0, log.read_text()
+    argv = tiny_argv(tiny_model, data_files, "--mode full --block-size 16 --global-batch 2")
+    assert run_on_ranks(1, target, argv, str(prepare_data(argv)), log=log) == 0, log.read_text()
 
 
 def test_deepspeed_engines_and_parameters_have_the_attributes_that_we_read(tiny_model, data_files, tmp_path):

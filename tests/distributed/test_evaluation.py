@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from helpers.matrix import evaluate_jobs, launch_jobs, train_plain_loop
-from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
+from helpers.tolerances import EVAL_TOLERANCE
 
 from trainer.config import cli
 from trainer.data.dataset import load, prepare
 
-RELATIVE_TOLERANCE = 2e-7  # relative; seen: 0 with blocks, 3e-8 with completions
 MODES, OBJECTIVES = ("full", "lora"), ("blocks", "completion")
 BATCHES = (1, 2, 3, 4, 5, 8, 9, 64)  # of 9 rows or 8 blocks: most leave a ragged or a missing batch on some rank
 
@@ -28,9 +28,8 @@ def dropout_model(tiny_model: str, session_dir: Path) -> str:
 
 def make_argv(model: str, data_files: tuple[str, str], mode: str, objective: str) -> list[str]:
     block_size = "16" if objective == "blocks" else "32"
-    flags = f"--mode {mode} --model {model} --data {data_files[0]} --val-data {data_files[1]} --objective {objective}"
-    flags += f" --block-size {block_size} --global-batch 6 --micro-batch 1 --max-steps 1 --lora-dropout 0.5"
-    return [*flags.split(), *TEMPLATE_FLAGS]
+    text = f"--mode {mode} --objective {objective} --block-size {block_size} --global-batch 6 --micro-batch 1"
+    return tiny_argv(model, data_files, f"{text} --max-steps 1 --lora-dropout 0.5")
 
 
 def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
@@ -65,7 +64,7 @@ def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
                     found[int(batch)].update(losses)
         worst = max(abs(loss / plain - 1) for losses in found.values() for loss in losses)
         print(f"{objective}: largest relative difference {worst:.1e}; values", {b: len(v) for b, v in found.items()})
-        assert worst <= RELATIVE_TOLERANCE, found
+        assert worst <= EVAL_TOLERANCE, found
         assert len(found[1]) == 1, "rows fed alone: bitwise one number on any ranks, in any order"
 
 

@@ -26,7 +26,7 @@ from helpers.export_helpers import (
     verify_in_this_process,
 )
 from helpers.launch_ranks import run_on_ranks, train
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -52,8 +52,8 @@ STRICT = {
 
 
 def make_argv(model: str, data_files: tuple[str, str], mode: str, *more: str) -> list[str]:
-    line = f"--mode {mode} --model {model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --lr 3e-3"
-    return [*line.split(), "--global-batch", "6", "--eval-batch", "4", *TEMPLATE_FLAGS, *more]
+    text = f"--mode {mode} --block-size 16 --lr 3e-3 --global-batch 6 --eval-batch 4"
+    return tiny_argv(model, data_files, text, *more)
 
 
 @pytest.fixture(scope="module")

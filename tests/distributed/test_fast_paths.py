@@ -7,15 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.matrix import launch_jobs, read_job_result, run_jobs
-from test_invariance import (
-    LEARNING_RATE,
-    LOSS_TOLERANCE,
-    NORM_TOLERANCE,
-    WEIGHT_TOLERANCE,
-    make_argv,
-    output_relevant_part,
-)
+from helpers.matrix import LEARNING_RATE, launch_jobs, make_argv, output_relevant_part, read_job_result, run_jobs
+from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 
 from trainer.config import cli
 from trainer.data.dataset import load

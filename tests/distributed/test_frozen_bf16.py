@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from test_invariance import make_argv
+from helpers.matrix import make_argv
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -9,40 +9,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.engines import prepare_data, start_engine
 from helpers.launch_ranks import train
 from helpers.matrix import launch_jobs
 from helpers.process_groups import read_events, read_reproducible_records
-from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
+from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv, write_records
 
 from trainer.config import cli
 from trainer.config.choices import DEMO_MODEL, MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
-from trainer.data.dataset import load, prepare
+from trainer.data.dataset import prepare
 from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.model.build import build_model, load_config
 from trainer.report.comparison import compare, write_report
 from trainer.report.load import load_runs
-from trainer.run import build_engine
 from trainer.tracking.records import EvalRecord, EventRecord
 from trainer.tracking.wandb_logger import WandbLogger
 from trainer.training import text_metrics
 from trainer.training.generation import GenerationEvaluator, check_prompts_available, make_prompts
 from trainer.training.plan_validation import validate_early
-from trainer.training.run_plan import make_plan
 from trainer.training.text_metrics import acled_scores, parse_fields, text_scores
 
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 24 --eval-batch 4"
-    return [*f"{text} --global-batch 6 --objective completion --lr 0.003".split(), *TEMPLATE_FLAGS]
+    text = "--block-size 24 --eval-batch 4 --global-batch 6 --objective completion --lr 0.003"
+    return tiny_argv(tiny_model, data_files, text)
 
 
 @pytest.fixture(scope="module")
 def data_dir(argv: list[str], tiny_model: str) -> Path:
-    settings = cli.parse_args(["--mode", "full", *argv]).settings
-    return prepare(settings.data, model=tiny_model, global_batch=6).folder
+    return prepare_data(["--mode", "full", *argv])
 
 
 # --- the scores ------------------------------------------------------------------------------------------------------
@@ -134,11 +132,8 @@ def generate_jobs(jobs: list[dict[str, Any]]) -> int:
     )
     try:
         for job in jobs:
-            settings = cli.parse_args(job["flags"]).settings
-            data = load(Path(job["data"]))
-            model = build_model(settings)
-            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-            engine, _ = build_engine(plan, model, None)
+            started = start_engine(job, dist_context)
+            settings, engine = started.settings, started.engine
             for parameter in engine.trainable_params.values():  # the same on all ranks; adapters say something, too
                 with stage3.GatheredParameters([parameter], modifier_rank=0) if job["zero3"] else torch.no_grad():
                     torch.manual_seed(parameter.numel() if not job["zero3"] else parameter.ds_numel)

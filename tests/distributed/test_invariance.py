@@ -1,11 +1,8 @@
 """One run, one set of numbers: whatever the ranks, micro-batches, accumulation and ZeRO stage.
 
-Every cell is held against a plain PyTorch loop (`matrix.train_plain_loop`). The bounds are rounding. Float32 has
-2^-24 = 6e-8 relative error an operation, and a batch fed whole is summed in another order than in parts: losses are
-held to 2e-6 relative over the steps, gradient norms to 1e-5. AdamW divides the gradient by its own size, so where a
-gradient is nearly nothing its rounding is scaled up: weights are held to a twentieth of one AdamW step (lr). The
-keys' biases are left out: softmax does not see them, their gradient is nothing but rounding. Offload computes the
-same sums on the host: the same bounds.
+Every cell is held against a plain PyTorch loop (`matrix.train_plain_loop`), to the rounding of sums in another order
+(`helpers/tolerances.py`). The keys' biases are left out: softmax does not see them, their gradient is nothing but
+rounding. Offload computes the same sums on the host: the same bounds.
 
 `pytest tests/distributed/test_invariance.py -m sweep -n 0 -s` prints the largest differences of every cell.
 """
@@ -15,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.matrix import launch_jobs, read_job_result, train_plain_loop
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.engines import prepare_data
+from helpers.matrix import (
+    GLOBAL_BATCH,
+    LEARNING_RATE,
+    launch_jobs,
+    make_argv,
+    output_relevant_part,
+    read_job_result,
+    train_plain_loop,
+)
+from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 from safetensors.numpy import load_file
 
-from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
-from trainer.data.dataset import prepare
-
-LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE = 2e-6, 1e-5, 0.05
-LEARNING_RATE = 3e-3
-GLOBAL_BATCH = 6  # divides by 1, 2 and 3 ranks
-STEPS = 9  # two epochs and more: the last step of an epoch has fewer examples
 
 Cell = tuple[int, str, str, str, str]
 ALL_CELLS: list[Cell] = list(
@@ -51,30 +50,7 @@ SAMPLE_CELLS = [
 
 @pytest.fixture(scope="module")
 def data_dirs(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> dict[str, Path]:
-    folders = {}
-    for objective in ("blocks", "completion"):
-        settings = cli.parse_args(make_argv(tiny_model, data_files, "full", objective)).settings
-        folders[objective] = prepare(settings.data, model=tiny_model, global_batch=GLOBAL_BATCH).folder
-    return folders
-
-
-def make_argv(tiny_model: str, data_files: tuple[str, str], mode: str, objective: str) -> list[str]:
-    block_size = "16" if objective == "blocks" else "32"
-    flags = (
-        f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective {objective} "
-        f"--block-size {block_size}"
-    )
-    flags += (
-        f" --mode {mode} --lr {LEARNING_RATE} --max-grad-norm 1.0 --global-batch {GLOBAL_BATCH} --eval-batch 4 "
-        f"--max-steps {STEPS}"
-    )
-    flags += " --save-every never"
-    return [*flags.split(), *TEMPLATE_FLAGS]
-
-
-def output_relevant_part(name: str, weight: np.ndarray) -> np.ndarray:
-    """The part of a weight that the output depends on: of c_attn's bias [query, key, value] not the keys'."""
-    return np.delete(weight, np.s_[len(weight) // 3 : 2 * len(weight) // 3]) if name.endswith("c_attn.bias") else weight
+    return {o: prepare_data(make_argv(tiny_model, data_files, "full", o)) for o in ("blocks", "completion")}
 
 
 def assert_cells_match(

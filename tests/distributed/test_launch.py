@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port, run_on_ranks, run_train_script
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,11 +46,7 @@ def deepspeed_argv(num_ranks: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    flags = (
-        f"--model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --global-batch 4 "
-        "--max-steps 3"
-    )
-    return [*flags.split(), *TEMPLATE_FLAGS]
+    return tiny_argv(tiny_model, data_files, "--block-size 16 --global-batch 4 --max-steps 3")
 
 
 def read_losses(out: Path) -> list[float]:
@@ -108,7 +104,7 @@ def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tm
     ],
 )
 def test_each_mistake_names_its_flag(flags, words, tmp_path):
-    """And is found before data are looked for: there are none. In a forked process, which has torch imported already."""
+    """And is found before data are looked for: there are none. In a forked process: a fresh one takes seconds."""
     (tmp_path / "file").write_text("")
     code = run_on_ranks(1, run_without_login, str(tmp_path), [*flags, "--data", "missing.csv"], log=tmp_path / "log")
     output = (tmp_path / "log").read_text()

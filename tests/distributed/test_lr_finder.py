@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.engines import start_engine
 from helpers.launch_ranks import train
 from helpers.matrix import launch_jobs, run_jobs
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.data.dataset import load, prepare
+from trainer.data.dataset import prepare
 from trainer.distributed.process_group import destroy_process_group, init_distributed
-from trainer.model.build import build_model, load_config
-from trainer.run import build_engine
 from trainer.tools.finders.lr_curve import geometric_lrs, has_diverged, smooth, suggest_lr
 from trainer.tools.finders.lr_finder import sweep
 from trainer.tracking.records import to_line
 from trainer.training import loop
 from trainer.training.checkpoint import CheckpointManager
-from trainer.training.run_plan import make_plan
 from trainer.training.train_state import TrainState
 
 STEPS = 100
@@ -144,13 +142,8 @@ SWEEP_CELLS = [(1, "zero2", "lora"), (2, "zero2_offload", "lora"), (2, "zero3", 
 
 
 def make_argv(tiny_model: str, data_files: tuple[str, str], mode: str) -> list[str]:
-    flags = (
-        f"--mode {mode} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
-    )
-    flags += (
-        " --block-size 32 --global-batch 6 --micro-batch 1 --lr 1e-2 --max-steps 7 --save-every never --eval-every 3"
-    )
-    return [*flags.split(), *TEMPLATE_FLAGS]
+    text = f"--mode {mode} --objective completion --block-size 32 --global-batch 6 --micro-batch 1 --lr 1e-2"
+    return tiny_argv(tiny_model, data_files, f"{text} --max-steps 7 --save-every never --eval-every 3")
 
 
 def run_jobs_after_sweep(jobs: list[dict[str, Any]]) -> int:
@@ -158,10 +151,8 @@ def run_jobs_after_sweep(jobs: list[dict[str, Any]]) -> int:
     dist_context = init_distributed()
     try:
         for job in jobs:
-            settings = cli.parse_args(job["flags"]).settings
-            data, model = load(Path(job["data"])), build_model(settings)
-            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-            engine, _ = build_engine(plan, model, None)
+            started = start_engine(job, dist_context)
+            data, plan, engine = started.data, started.plan, started.engine
             restore_initial = engine.state.snapshot()
             sweep(engine, data, plan.schedule, [1e-3, 1e-3])  # so that there are moments
             before = read_trained_state(engine)

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import launch_jobs, read_job_result, run_jobs
 from helpers.method_matrix import STOP_STEP, read_method_result, run_resume_and_export
-from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
+from helpers.tolerances import INT8_TOLERANCE, LOSS_TOLERANCE
 from test_export import STRICT
-from test_invariance import LOSS_TOLERANCE
 
-from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
-from trainer.data.dataset import prepare
 from trainer.export.verify import LOGITS_BOUND
 
 STEPS = 5
@@ -40,15 +39,14 @@ def wide_model(tiny_model: str, session_dir: Path) -> str:
 
 @pytest.fixture(scope="module")
 def argv(wide_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--mode lora --model {wide_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16"
-    text += f" --lr 0.003 --lora-rank {LORA_RANK}"
-    text += f" --global-batch 6 --eval-batch 4 --max-steps {STEPS} --eval-every 2 --save-every 1 --save-total-limit 99"
-    return [*text.split(), *TEMPLATE_FLAGS]
+    text = f"--mode lora --block-size 16 --lr 0.003 --lora-rank {LORA_RANK} --global-batch 6 --eval-batch 4"
+    text += f" --max-steps {STEPS} --eval-every 2 --save-every 1 --save-total-limit 99"
+    return tiny_argv(wide_model, data_files, text)
 
 
 @pytest.fixture(scope="module")
 def data_dir(argv: list[str], wide_model: str) -> str:
-    return str(prepare(cli.parse_args(argv).settings.data, model=wide_model, global_batch=6).folder)
+    return str(prepare_data(argv))
 
 
 def make_job(out: Path, data_dir: str, argv: list[str], name: str, *flags: str) -> dict[str, Any]:
@@ -113,7 +111,6 @@ METHOD_FLAGS = {
     "again": "--activation-checkpointing --adapter pissa --modules-to-save lm_head --lora-dropout 0.1",
     "codes": "--optim adamw8bit --lora-plus-ratio 8 --modules-to-save wte",
 }
-INT8_TOLERANCE = 1e-4
 SAMPLE_METHODS = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict"), ("codes", "zero0")]
 
 

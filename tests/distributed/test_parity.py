@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.engines import prepare_data
 from helpers.matrix import launch_jobs, read_job_result
-from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
+from helpers.tolerances import TRAINER_EVAL_TOLERANCE, TRAINER_LOSS_TOLERANCE, TRAINER_NORM_TOLERANCE
 
-from trainer.config import cli, reference
-from trainer.data.dataset import load, prepare
+from trainer.config import reference
+from trainer.data.dataset import load
 
-LOSS_TOLERANCE, NORM_TOLERANCE, EVAL_TOLERANCE = (
-    1e-5,
-    1e-4,
-    1e-6,
-)  # relative, over all 60 steps; wider than rounding, far below a wrong setting
 STEPS = 60  # five epochs and a half of 21 blocks, 2 a step: the last step of each epoch has one
 CARD = reference.SETTINGS
 SEEDS = (1, 2, 3, 4, 5)
@@ -30,10 +27,8 @@ SEEDS = (1, 2, 3, 4, 5)
 
 def card_argv(model: str, data_files: tuple[str, str], *extra_flags: str) -> list[str]:
     """Flags of the card preset on the tiny model and data."""
-    flags = (
-        f"--mode full --preset card --model {model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16"
-    )
-    return [*f"{flags} --no-shuffle --max-steps {STEPS} --save-every never".split(), *TEMPLATE_FLAGS, *extra_flags]
+    text = f"--mode full --preset card --block-size 16 --no-shuffle --max-steps {STEPS} --save-every never"
+    return tiny_argv(model, data_files, text, *extra_flags)
 
 
 def run_hugging_face_trainer(model: str, data: Path, out: Path, **overrides: Any) -> list[dict[str, float]]:
@@ -73,9 +68,7 @@ def run_hugging_face_trainer(model: str, data: Path, out: Path, **overrides: Any
 
 @pytest.fixture(scope="module")
 def data_dir(tiny_model: str, data_files: tuple[str, str]) -> Path:
-    return prepare(
-        cli.parse_args(card_argv(tiny_model, data_files)).settings.data, model=tiny_model, global_batch=2
-    ).folder
+    return prepare_data(card_argv(tiny_model, data_files))
 
 
 def train_runs(out: Path, data: Path, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
@@ -107,9 +100,9 @@ def test_the_card_preset_follows_hugging_faces_trainer_step_by_step(tiny_model, 
         print(f"{name}: loss {loss:.1e} norm {norm:.1e} eval {final:.1e}; {steps[0]['loss']} -> {steps[-1]['loss']}")
         assert [a["lr"] for a, _ in pairs] == [b["learning_rate"] for _, b in pairs]
         assert [a["epoch"] for a, _ in pairs[10::11]] == [b["epoch"] for _, b in pairs[10::11]] == [1, 2, 3, 4, 5]
-        assert loss <= LOSS_TOLERANCE
-        assert norm <= NORM_TOLERANCE
-        assert final <= EVAL_TOLERANCE
+        assert loss <= TRAINER_LOSS_TOLERANCE
+        assert norm <= TRAINER_NORM_TOLERANCE
+        assert final <= TRAINER_EVAL_TOLERANCE
         assert max(row["grad_norm"] for row in steps) > 1, "clipping at 1.0 was at work"
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.tolerances import MEMORY_TOLERANCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +74,6 @@ SWEEP_CELLS = [
 ]
 #: What is freed goes back at once, else the C library keeps a part of every size that ever was.
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-RELATIVE_TOLERANCE = 0.2  # of the growth
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def assert_estimate_matches(model: str, mode: str, zero: str, micro_batch_size: 
     result = json.loads(process.stdout.splitlines()[-1])
     ratio = result["estimate"] / result["grown"]
     print(f"{mode} {zero} micro-batch {micro_batch_size}: estimate {ratio:.3f} of the growth")
-    assert result["estimate"] == pytest.approx(result["grown"], rel=RELATIVE_TOLERANCE)
+    assert result["estimate"] == pytest.approx(result["grown"], rel=MEMORY_TOLERANCE)
 
 
 @pytest.mark.slow

@@ -22,22 +22,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
-from helpers.matrix import launch_jobs, read_job_result, run_jobs
-from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2
-from test_invariance import (
-    GLOBAL_BATCH,
-    LEARNING_RATE,
-    LOSS_TOLERANCE,
-    NORM_TOLERANCE,
-    WEIGHT_TOLERANCE,
-    output_relevant_part,
-)
+from helpers.matrix import GLOBAL_BATCH, LEARNING_RATE, launch_jobs, output_relevant_part, read_job_result, run_jobs
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
+from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import TrainingError, UserError
-from trainer.data.dataset import load, prepare
+from trainer.data.dataset import load
 from trainer.distributed.step_result import StepResult, UpdateResult
 from trainer.run import resolve_output_dir
 from trainer.tracking.records import EventRecord, StepRecord
@@ -58,21 +52,13 @@ def dropout_model(tiny_model: str, session_dir: Path) -> str:
 
 @pytest.fixture(scope="module")
 def argv(dropout_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = (
-        f"--model {dropout_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 --lr "
-        f"{LEARNING_RATE}"
-    )
-    text += (
-        f" --global-batch {GLOBAL_BATCH} --eval-batch 4 --max-steps {STEPS} --eval-every 2 --save-every 1 "
-        "--save-total-limit 99"
-    )
-    return [*text.split(), *TEMPLATE_FLAGS]
+    text = f"--block-size 16 --lr {LEARNING_RATE} --global-batch {GLOBAL_BATCH} --eval-batch 4 --max-steps {STEPS}"
+    return tiny_argv(dropout_model, data_files, f"{text} --eval-every 2 --save-every 1 --save-total-limit 99")
 
 
 @pytest.fixture(scope="module")
 def data_dir(argv: list[str], dropout_model: str) -> Path:
-    settings = cli.parse_args(["--mode", "full", *argv]).settings
-    return prepare(settings.data, model=dropout_model, global_batch=GLOBAL_BATCH).folder
+    return prepare_data(["--mode", "full", *argv])
 
 
 def reproducible_records(records: list[dict[str, Any]], after: int = -1) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 from helpers.launch_ranks import train
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 
 from trainer.config.batch_config import BatchConfig
 from trainer.config.settings import Settings
@@ -21,13 +21,9 @@ from trainer.training.schedule import TrainSchedule
 def finished_run(request, tiny_model, data_files, tmp_path_factory) -> dict[str, Any]:
     """A finished run: two epochs in steps of 4 examples over 2 ranks, with accumulation, evaluated within the epoch."""
     out = tmp_path_factory.mktemp("run") / request.param
-    flags = (
-        f"--mode {request.param} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} "
-        "--objective completion"
-    )
-    flags += " --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2 --eval-every 3 --wandb offline --lr 1e-2"
-    flags += " --report-to tensorboard --profile 2"
-    output = train([*flags.split(), *TEMPLATE_FLAGS], out=out, world_size=2, env={"WANDB_MODE": "offline"})
+    text = f"--mode {request.param} --objective completion --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2"
+    text += " --eval-every 3 --wandb offline --lr 1e-2 --report-to tensorboard --profile 2"
+    output = train(tiny_argv(tiny_model, data_files, text), out=out, world_size=2, env={"WANDB_MODE": "offline"})
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     metadata = json.loads((out / "run.json").read_text())
     return {"mode": request.param, "out": out, "rows": records, "output": output, "about": metadata}

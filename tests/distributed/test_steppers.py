@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.matrix import launch_jobs
-from test_invariance import (
-    make_argv,
-)
+from helpers.matrix import launch_jobs, make_argv
 
 from trainer.config import cli
 from trainer.config.batch_config import BatchConfig

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.matrix import launch_jobs
+from helpers.matrix import launch_jobs, make_argv
 from safetensors.torch import load_file
-from test_invariance import make_argv
 
 from trainer.config import cli
 from trainer.config.errors import TrainingError

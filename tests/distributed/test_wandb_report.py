@@ -13,7 +13,7 @@ import pytest
 from helpers import launch_ranks
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, write_run_folder
 from helpers.fake_wandb import ENTITY, FakeWandb, child_env
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import reference
 from trainer.report import comparability
@@ -274,12 +274,9 @@ def test_real_runs_are_synced_compared_and_reported(
 ) -> None:
     """Both modes trained for real and offline, compared from folder and W&B file, sent with the card, and reported."""
     for mode in ("full", "lora"):
-        words = (
-            f"--mode {mode} --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective "
-            "completion"
-        )
-        words += " --block-size 32 --global-batch 4 --epochs 2 --save-every never --lr 1e-2 --wandb offline"
-        launch_ranks.train([*words.split(), *TEMPLATE_FLAGS], out=tmp_path / mode, env={"WANDB_MODE": "offline"})
+        text = f"--mode {mode} --objective completion --block-size 32 --global-batch 4 --epochs 2 --save-every never"
+        argv = tiny_argv(tiny_model, data_files, f"{text} --lr 1e-2 --wandb offline")
+        launch_ranks.train(argv, out=tmp_path / mode, env={"WANDB_MODE": "offline"})
     card = run_compare_script(tmp_path, None, "--log-card", "gpt2-full-vs-lora")
     assert card.returncode == 0, card.stderr
     folders = {mode: next((tmp_path / mode / "wandb").glob("offline-run-*")) for mode in ("full", "lora")}

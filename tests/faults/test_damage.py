@@ -27,7 +27,7 @@ from helpers.process_groups import (
     read_records,
     read_reproducible_records,
 )
-from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
+from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, tiny_argv, write_records
 from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
@@ -38,12 +38,8 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
-        "--global-batch 6"
-    )
-    text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero2"
-    return [*text.split(), *TEMPLATE_FLAGS]
+    text = f"--mode full --block-size 16 --global-batch 6 --max-steps {STEPS} --eval-every 3 --save-every 2"
+    return tiny_argv(tiny_model, data_files, f"{text} --save-total-limit 9 --ds-config zero2")
 
 
 @pytest.fixture(scope="module")

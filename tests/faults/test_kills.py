@@ -33,7 +33,7 @@ from helpers.process_groups import (
     read_reproducible_records,
     record_names_at_step,
 )
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 
 from trainer.training.checkpoint import CheckpointManager, delete_checkpoints_after, resolve_checkpoint
 from trainer.training.train_state import TrainState
@@ -45,12 +45,8 @@ MID_ACCUMULATION_CALL = 8
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
-        "--global-batch 6"
-    )
-    text += f" --micro-batch 1 --max-steps {STEPS} --eval-every 3 --save-every 2 --save-total-limit 2 --ds-config zero2"
-    return [*text.split(), *TEMPLATE_FLAGS]
+    text = f"--mode full --block-size 16 --global-batch 6 --micro-batch 1 --max-steps {STEPS} --eval-every 3"
+    return tiny_argv(tiny_model, data_files, f"{text} --save-every 2 --save-total-limit 2 --ds-config zero2")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from helpers.process_groups import (
     read_reproducible_records,
     record_names_at_step,
 )
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.tiny_inputs import tiny_argv
 
 HANG_TIMEOUT_FLAGS = ["--hang-timeout", "8"]
 STEPS = 8
@@ -30,12 +30,8 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
-        "--global-batch 6"
-    )
-    text += f" --max-steps {STEPS} --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero2"
-    return [*text.split(), *TEMPLATE_FLAGS]
+    text = f"--mode full --block-size 16 --global-batch 6 --max-steps {STEPS} --eval-every 3 --save-every 2"
+    return tiny_argv(tiny_model, data_files, f"{text} --save-total-limit 9 --ds-config zero2")
 
 
 @pytest.fixture(scope="module")

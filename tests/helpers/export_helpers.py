@@ -12,34 +12,21 @@ import torch
 from torch import Tensor
 
 from helpers import launch_ranks
-from trainer.config import cli
-from trainer.data.dataset import load
-from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import destroy_process_group, init_distributed
+from helpers.engines import joined_ranks, start_engine
 from trainer.export import folder, run_export, verify, verify_worker
 from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
 from trainer.export.verify import compute_logits, fixed_input_ids
-from trainer.model.build import build_model, load_config
-from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
-from trainer.training.run_plan import make_plan
-from trainer.training.train_state import TrainState
 
 
 def export_jobs(jobs: list[dict[str, Any]]) -> int:
     """For each job `{name, flags, data, out}`: train, gather, rank 0 writes the folder out/name and its facts."""
-    dist_context = init_distributed()
-    try:
+    with joined_ranks() as dist_context:
         for job in jobs:
-            settings = cli.parse_args(job["flags"]).settings
-            data, out = load(Path(job["data"])), Path(job["out"])
-            model = build_model(settings)
-            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-            engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.execution)
-            checkpoint_manager = CheckpointManager(
-                out / f"{job['name']}-checkpoints", dist_context, save_total_limit=1, identity={"base": "test"}
-            )
-            records = list(train(engine, data, plan.schedule, TrainState(), checkpoint_manager, lambda: False))
+            run = start_engine(job, dist_context)
+            settings, data, model, engine, out = run.settings, run.data, run.model, run.engine, Path(job["out"])
+            manager = run.checkpoint_manager(out / f"{job['name']}-checkpoints", save_total_limit=1)
+            records = list(train(engine, data, run.plan.schedule, run.state, manager, lambda: False))
             input_ids = fixed_input_ids(data)
             logits = compute_logits(model.module, input_ids, dist_context.device)
             live_tensors = LiveTensorCounter()
@@ -59,8 +46,6 @@ def export_jobs(jobs: list[dict[str, Any]]) -> int:
                     count=len(weights),
                     tied=model.has_tied_embeddings,
                 )  # fmt: skip
-    finally:
-        destroy_process_group()
     return 0
 
 

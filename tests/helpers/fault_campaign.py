@@ -36,7 +36,7 @@ from helpers.process_groups import (
     read_records,
     read_reproducible_records,
 )
-from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 
 NUM_STEPS = 24
 
@@ -87,14 +87,8 @@ def make_argv(folder: Path) -> list[str]:
         write_records(folder / "train.jsonl", num_records=25, seed=1),
         write_records(folder / "val.jsonl", num_records=9, seed=2),
     )
-    text = (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --block-size 16 "
-        "--global-batch 6"
-    )
-    text += (
-        f" --micro-batch 1 --max-steps {NUM_STEPS} --eval-every 3 --save-every 2 --save-total-limit 2 --ds-config zero2"
-    )
-    return [*text.split(), *TEMPLATE_FLAGS]
+    text = f"--mode full --block-size 16 --global-batch 6 --micro-batch 1 --max-steps {NUM_STEPS} --eval-every 3"
+    return tiny_argv(tiny_model, data_files, f"{text} --save-every 2 --save-total-limit 2 --ds-config zero2")
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,41 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from helpers.engines import joined_ranks, start_engine
 from helpers.launch_ranks import run_on_ranks
+from helpers.tiny_inputs import tiny_argv
 from trainer.config import cli
 from trainer.data.dataset import load
 from trainer.data.token_dataset import TokenDataset
-from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
-from trainer.model.build import build_model, load_config
-from trainer.run import build_engine
+from trainer.distributed.process_group import DistContext
+from trainer.model.build import build_model
 from trainer.tracking.records import to_line
-from trainer.training.checkpoint import CheckpointManager, resolve_checkpoint
+from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.evaluation import evaluate
 from trainer.training.loop import train
-from trainer.training.run_plan import make_plan
 
+LEARNING_RATE = 3e-3
+GLOBAL_BATCH = 6  # divides by 1, 2 and 3 ranks
+NUM_STEPS = 9  # two epochs and more: the last step of an epoch has fewer examples
 JOBS_PER_LAUNCH = 20  # jobs of one group of ranks; each takes a second or less on a quiet machine
+
+
+def make_argv(model: str, data_files: tuple[str, str], mode: str, objective: str) -> list[str]:
+    """Flags of a run of the matrix."""
+    text = f"--objective {objective} --block-size {16 if objective == 'blocks' else 32} --mode {mode}"
+    text += f" --lr {LEARNING_RATE} --max-grad-norm 1.0 --global-batch {GLOBAL_BATCH} --eval-batch 4"
+    return tiny_argv(model, data_files, f"{text} --max-steps {NUM_STEPS} --save-every never")
+
+
+def output_relevant_part(name: str, weight: np.ndarray) -> np.ndarray:
+    """The part of a weight that the output depends on: of c_attn's bias [query, key, value] not the keys'."""
+    return np.delete(weight, np.s_[len(weight) // 3 : 2 * len(weight) // 3]) if name.endswith("c_attn.bias") else weight
 
 
 def launch_jobs(
@@ -40,31 +54,21 @@ def run_jobs(jobs: list[dict[str, Any]]) -> int:
     With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks;
     `execution`: fields of the execution plan that are other than planned.
     """
-    dist_context = init_distributed()
-    try:
+    with joined_ranks() as dist_context:
         for job in jobs:
             run_job(dist_context, job)
-    finally:
-        destroy_process_group()
     return 0
 
 
 def run_job(dist_context: DistContext, job: dict[str, Any]) -> None:
     """One job of `run_jobs`."""
-    settings = cli.parse_args(job["flags"]).settings
-    data = load(Path(job["data"]))
-    model = build_model(settings, device=dist_context.device)
-    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-    plan = replace(plan, execution=replace(plan.execution, **job.get("execution", {})))
     out = Path(job["out"])
     name, step = job.get("resume", (None, None))
     checkpoint = resolve_checkpoint(out / f"{name}-checkpoints", f"step-{step}") if name else None
-    engine, state = build_engine(plan, model, checkpoint)
-    checkpoint_manager = CheckpointManager(
-        out / f"{job['name']}-checkpoints", dist_context, save_total_limit=99, identity={"base": "test"}
-    )
-    records = list(train(engine, data, plan.schedule, state, checkpoint_manager, lambda: False))
-    weights = {name: tensor.numpy().copy() for name, tensor in engine.state.gather_weights()}
+    run = start_engine(job, dist_context, checkpoint)
+    manager = run.checkpoint_manager(out / f"{job['name']}-checkpoints")
+    records = list(train(run.engine, run.data, run.plan.schedule, run.state, manager, lambda: False))
+    weights = {name: tensor.numpy().copy() for name, tensor in run.engine.state.gather_weights()}
     if dist_context.rank == 0:
         (out / f"{job['name']}.jsonl").write_text("".join(to_line(r) + "\n" for r in records))
         np.savez(out / f"{job['name']}.npz", **weights)
@@ -75,23 +79,16 @@ def evaluate_jobs(jobs: list[dict[str, Any]]) -> int:
 
     The losses go to out/name.json as {batch size: [as they are, turned round]}.
     """
-    dist_context = init_distributed()
-    try:
+    with joined_ranks() as dist_context:
         for job in jobs:
-            settings = cli.parse_args(job["flags"]).settings
-            data = load(Path(job["data"]))
-            model = build_model(settings)
-            plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-            engine, _ = build_engine(plan, model, None)
-            splits = (data.val, reverse_dataset(data.val))
+            run = start_engine(job, dist_context)
+            splits = (run.data.val, reverse_dataset(run.data.val))
             losses = {
-                batch_size: [evaluate(engine, split, batch_size).loss for split in splits]
+                batch_size: [evaluate(run.engine, split, batch_size).loss for split in splits]
                 for batch_size in job["batches"]
             }
             if dist_context.rank == 0:
                 (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(losses))
-    finally:
-        destroy_process_group()
     return 0
 
 

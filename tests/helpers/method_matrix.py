@@ -6,45 +6,36 @@ from typing import Any
 
 import numpy as np
 
+from helpers.engines import joined_ranks, start_engine
 from helpers.matrix import read_job_result, run_job
 from trainer.config import cli
-from trainer.data.dataset import load
-from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.export import verify_worker
 from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
 from trainer.export.verify import compute_logits, fixed_input_ids
-from trainer.model.build import build_model, load_config
-from trainer.run import build_engine
 from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.evaluation import evaluate
-from trainer.training.run_plan import make_plan
 
 STOP_STEP = 2  # the step after which the run is stopped
 
 
 def run_resume_and_export(jobs: list[dict[str, Any]]) -> int:
     """Of each job `{name, flags, data, out}`: run it whole and again from STOP, then export and verify its end."""
-    dist_context = init_distributed()
-    try:
+    with joined_ranks() as dist_context:
         for job in jobs:
             run_job(dist_context, job)
             run_job(dist_context, {**job, "name": f"{job['name']}-again", "resume": [job["name"], STOP_STEP]})
             result = _export_and_verify(job, dist_context)
             if dist_context.rank == 0:
                 (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(result))
-    finally:
-        destroy_process_group()
     return 0
 
 
 def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]:
     """The facts about the folder of the last checkpoint, with what the trained model itself answered."""
     settings, out = cli.parse_args(job["flags"]).settings, Path(job["out"])
-    data = load(Path(job["data"]))
-    model = build_model(settings, device=dist_context.device)
-    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
     checkpoint = resolve_checkpoint(out / f"{job['name']}-checkpoints", "latest")
-    engine, state = build_engine(plan, model, checkpoint)
+    run = start_engine(job, dist_context, checkpoint)
+    data, model, engine, state = run.data, run.model, run.engine, run.state
     loss = evaluate(engine, data.val, settings.train.eval_batch).loss
     input_ids = fixed_input_ids(data)
     logits = compute_logits(model.module, input_ids, dist_context.device)

@@ -48,3 +48,9 @@ def write_records(path: Path, *, num_records: int, seed: int) -> str:
             }
             file.write(json.dumps(record) + "\n")
     return str(path)
+
+
+def tiny_argv(model: str, data_files: tuple[str, str], text: str, *flags: str) -> list[str]:
+    """Flags of a run of `model` on these files: those written in `text`, then `flags` as they are."""
+    words = ["--model", model, "--data", data_files[0], "--val-data", data_files[1], *text.split()]
+    return [*words, *TEMPLATE_FLAGS, *flags]

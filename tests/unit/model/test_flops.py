@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.tiny_inputs import make_tiny_gpt2
+from helpers.tolerances import FLOPS_TOLERANCE
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import cli
@@ -10,7 +11,6 @@ from trainer.model.build import TrainableModel, build_model
 from trainer.model.flops import count_step_flops
 
 NUM_ROWS, LENGTH = 3, 24
-TOLERANCE = 0.02
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.1])
@@ -48,7 +48,7 @@ def count_with_torch(model: TrainableModel) -> int:
 def test_the_formula_is_within_two_percent_of_the_counted_products(model_folder, flags, checkpointing):
     model = build("--model", model_folder, *flags, *(["--activation-checkpointing"] if checkpointing else []))
     formula = count_step_flops(model, num_rows=NUM_ROWS, sequence_length=LENGTH, activation_checkpointing=checkpointing)
-    assert formula.total == pytest.approx(count_with_torch(model), rel=TOLERANCE)
+    assert formula.total == pytest.approx(count_with_torch(model), rel=FLOPS_TOLERANCE)
     assert bool(formula.recompute) == checkpointing
 
 
@@ -57,7 +57,7 @@ def test_full_and_lora_of_the_embedded_model_take_the_operations_that_are_counte
     for mode in ("full", "lora"):
         model = build("--model", "demo-base", "--mode", mode)
         counts[mode] = count_step_flops(model, num_rows=NUM_ROWS, sequence_length=LENGTH).total
-        assert counts[mode] == pytest.approx(count_with_torch(model), rel=TOLERANCE)
+        assert counts[mode] == pytest.approx(count_with_torch(model), rel=FLOPS_TOLERANCE)
     assert 0.6 < counts["lora"] / counts["full"] < 0.8, "adapters save the gradients of the frozen weights"
 
 
@@ -72,4 +72,4 @@ def test_other_models_are_counted_too(tmp_path):
     for mode in ("full", "lora"):
         model = build("--model", str(tmp_path), "--mode", mode)
         formula = count_step_flops(model, num_rows=NUM_ROWS, sequence_length=LENGTH).total
-        assert formula == pytest.approx(count_with_torch(model), rel=TOLERANCE), mode
+        assert formula == pytest.approx(count_with_torch(model), rel=FLOPS_TOLERANCE), mode

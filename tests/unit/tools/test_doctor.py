@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.engines import plan_run
+from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
@@ -186,14 +187,9 @@ def test_doctor_finds_duplicate_texts_inside_blocks():
 
 @pytest.fixture(scope="module")
 def doctor_inputs(tiny_model: str, data_files: tuple[str, str]) -> dict[str, Any]:
-    flags = f"--mode lora --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
-    flags += " --block-size 32 --global-batch 4"
-    args = cli.parse_args([*flags.split(), *TEMPLATE_FLAGS])
-    settings = args.settings
-    data = load(prepare(settings.data, model=tiny_model, global_batch=4).folder)
-    model = build_model(settings, on_meta=True)
-    plan = make_plan(settings, simulated_context(1), data, model.metadata, load_config(settings.model))
-    return {"request": args, "plan": plan, "model": model, "data": data}
+    argv = tiny_argv(tiny_model, data_files, "--mode lora --objective completion --block-size 32 --global-batch 4")
+    planned = plan_run(argv, simulated_context(1), on_meta=True)
+    return {"request": cli.parse_args(argv), "plan": planned.plan, "model": planned.model, "data": planned.data}
 
 
 def test_doctor_describes_the_model(doctor_inputs):
@@ -339,16 +335,15 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
     tiny_model, data_files, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    words = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
-    words += " --block-size 32 --global-batch 4 --output-dir run"
-    code, printed = run_doctor([*words.split(), *TEMPLATE_FLAGS], capsys)
+    text = "--mode full --objective completion --block-size 32 --global-batch 4 --output-dir run"
+    code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys)
     told = json.loads(printed)
     assert (code, told["error"]) == (0, 0), told["checks"]
     assert {one["section"] for one in told["checks"]} >= {"environment", "run", "data", "model", "steps"}
     assert [row["ds_config"] for row in told["memory"]] == list(DS_CONFIG_NAMES)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").touch()
-    code, printed = run_doctor([*words.split(), *TEMPLATE_FLAGS], capsys)
+    code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys)
     assert code == 1
     assert [one["name"] for one in json.loads(printed)["checks"] if one["level"] == "error"] == ["run folder"]
 
@@ -402,10 +397,9 @@ def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
 @pytest.mark.sweep  # five starts of the program: a minute on one quiet core
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_smoke_test_of_doctor_passes_on_real_ranks(tiny_model, data_files, tmp_path, ranks, capsys):
-    words = f"--mode lora --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --objective completion"
-    words += f" --block-size 32 --global-batch 4 --output-dir {tmp_path}/run"
+    text = f"--mode lora --objective completion --block-size 32 --global-batch 4 --output-dir {tmp_path}/run"
     code = doctor_cli.run_doctor(
-        cli.parse_args([*words.split(), *TEMPLATE_FLAGS]),
+        cli.parse_args(tiny_argv(tiny_model, data_files, text)),
         environ={},
         world_size=ranks,
         run_smoke_test=True,

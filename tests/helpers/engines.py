@@ -1,0 +1,78 @@
+"""A run's parts in a test, from its flags: data, model, plan, and the engine on its ranks."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trainer.config import cli
+from trainer.config.settings import Settings
+from trainer.data.dataset import PreparedDataset, load, prepare
+from trainer.distributed.engine import Engine
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
+from trainer.model.build import TrainableModel, build_model, load_config
+from trainer.run import build_engine
+from trainer.training.checkpoint import Checkpoint, CheckpointManager
+from trainer.training.run_plan import RunPlan, make_plan
+from trainer.training.train_state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """All that is decided before an engine starts."""
+
+    settings: Settings
+    data: PreparedDataset
+    model: TrainableModel
+    plan: RunPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartedRun(PlannedRun):
+    """The same with its engine, at the beginning or where a checkpoint stood."""
+
+    engine: Engine
+    state: TrainState
+
+    def checkpoint_manager(self, folder: Path, *, save_total_limit: int = 99) -> CheckpointManager:
+        """Of checkpoints of a run of which nothing but its base is known."""
+        return CheckpointManager(
+            folder, self.plan.dist_context, save_total_limit=save_total_limit, identity={"base": "test"}
+        )
+
+
+@contextlib.contextmanager
+def joined_ranks() -> Iterator[DistContext]:
+    """This process as a rank of its group, which it leaves at the end."""
+    try:
+        yield init_distributed()
+    finally:
+        destroy_process_group()
+
+
+def prepare_data(argv: Sequence[str]) -> Path:
+    """The folder of the prepared data that these flags name."""
+    settings = cli.parse_args(list(argv)).settings
+    return prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch).folder
+
+
+def plan_run(
+    argv: Sequence[str], dist_context: DistContext, data: str | Path | None = None, *, on_meta: bool = False
+) -> PlannedRun:
+    """The plan of a run on its ranks; `data`: the folder of its prepared rows; left out: they are prepared."""
+    settings = cli.parse_args(list(argv)).settings
+    dataset = load(Path(data) if data is not None else prepare_data(argv))
+    model = build_model(settings, on_meta=True) if on_meta else build_model(settings, device=dist_context.device)
+    plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))
+    return PlannedRun(settings=settings, data=dataset, model=model, plan=plan)
+
+
+def start_engine(job: Mapping[str, Any], dist_context: DistContext, checkpoint: Checkpoint | None = None) -> StartedRun:
+    """The engine of a job `{flags, data}`; `execution`: fields of the execution plan that are other than planned."""
+    planned = plan_run(job["flags"], dist_context, job["data"])
+    plan = replace(planned.plan, execution=replace(planned.plan.execution, **job.get("execution", {})))
+    engine, state = build_engine(plan, planned.model, checkpoint)
+    return StartedRun(
+        settings=planned.settings, data=planned.data, model=planned.model, plan=plan, engine=engine, state=state
+    )
