@@ -95,7 +95,7 @@ def run_export_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(verify, "_run_worker", verify_in_this_process)
+    monkeypatch.setattr(verify, "run_worker", verify_in_this_process)
     disable_progress_bar()  # the command's own `quiet` comes too late in this process
 
     def call(*arguments: str) -> tuple[int, str]:
@@ -447,7 +447,7 @@ def test_verification_finds_a_different_validation_loss(full_run, tiny_model, da
 
 
 def test_verification_of_a_folder_that_cannot_be_loaded_fails_without_a_crash(full_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "_run_worker", verify_in_this_process)
+    monkeypatch.setattr(verify, "run_worker", verify_in_this_process)
     found = verify_folder(
         tmp_path, make_reference_outputs(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=None, loss=None)
     )

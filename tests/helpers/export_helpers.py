@@ -65,7 +65,7 @@ class LiveTensorCounter:
 
 
 def verify_in_this_process(job_file: Path) -> "subprocess.CompletedProcess[str]":
-    """Stands for `check._fresh_process` where a test is about what comes of the answer; saves ten seconds."""
+    """Stands for `verify.run_worker` where a test is about what comes of the answer; saves ten seconds."""
     import json
 
     try:
@@ -77,7 +77,7 @@ def verify_in_this_process(job_file: Path) -> "subprocess.CompletedProcess[str]"
 
 def train_with_in_process_verify(argv: list[str]) -> int:
     """A whole run that checks its export in the same process."""
-    verify._run_worker = verify_in_this_process
+    verify.run_worker = verify_in_this_process
     return launch_ranks.run_train_script(argv)
 
 

@@ -105,7 +105,7 @@ def verify_folder(folder: Path, reference_outputs: ReferenceOutputs) -> Verifica
             "precision": reference_outputs.precision,
             "threads": reference_outputs.num_threads,
         }))  # fmt: skip
-        process = _run_worker(job_file)
+        process = run_worker(job_file)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or ["it said nothing"]
         return VerificationResult(
@@ -114,7 +114,7 @@ def verify_folder(folder: Path, reference_outputs: ReferenceOutputs) -> Verifica
     return compare_with_reference(json.loads(process.stdout.strip().splitlines()[-1]), reference_outputs)
 
 
-def _run_worker(job_file: Path) -> "subprocess.CompletedProcess[str]":
+def run_worker(job_file: Path) -> "subprocess.CompletedProcess[str]":
     """Run the verification; it ends with us, because it reads from a pipe of which we hold the other end."""
     write_end, read_end = os.pipe()[::-1]
     try:
