@@ -15,7 +15,8 @@ def build_parser() -> ArgumentParser:
     """The doctor's own flags; all others are those of train.py."""
     parser = ArgumentParser(
         prog="doctor.py",
-        usage="doctor.py --mode full|lora [--ranks N] [--json] [--no-rehearsal] [--limit SECONDS] [flags of train.py]",
+        usage="doctor.py --mode full|lora [--ranks N] [--gpu-memory GIB] [--json] [--no-rehearsal] [--limit SECONDS] "
+        "[flags of train.py]",
         description="Check environment, data, model, batch sum and memory of a run before it starts, and rehearse it "
         "in small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
         epilog="Exit code: 0 no error, 1 an error was found, 2 a mistake in the flags. "
@@ -24,6 +25,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)"
     )
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB",
+        help="plan for GPUs with so much memory, which this machine need not have; without a rehearsal",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
         "--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it"
@@ -46,22 +51,21 @@ def main(argv: list[str] | None = None) -> int:
         cli_args = parse_args(run_argv, companion=parser)
         if args.ranks is not None and args.ranks < 1:
             raise UserError(f"--ranks {args.ranks}: expected a whole number from 1")
+        if args.gpu_memory is not None and args.gpu_memory <= 0:
+            raise UserError(f"--gpu-memory {args.gpu_memory:g}: expected a number above 0")
         environ = dict(os.environ)
         from trainer.distributed.openmp import limit_openmp_spin
         from trainer.tracking.silence import silence_libraries
 
         silence_libraries()  # before the libraries it silences are imported
         limit_openmp_spin()
-        from trainer.tools.doctor.doctor_cli import run_doctor
+        from trainer.tools.doctor.doctor_cli import planned_context, run_doctor
 
+        gpu_memory_bytes = None if args.gpu_memory is None else int(args.gpu_memory * 2**30)
         return run_doctor(
-            cli_args,
-            environ=environ,
-            world_size=args.ranks,
-            as_json=args.json,
-            run_smoke_test=not args.no_rehearsal,
-            limit_seconds=args.limit,
-        )
+            cli_args, planned_context(args.ranks, gpu_memory_bytes), environ=environ, as_json=args.json,
+            limit_seconds=None if args.no_rehearsal else args.limit,
+        )  # fmt: skip
     except UserError as error:
         return report_error(error)
 

@@ -41,6 +41,15 @@ class DistContext:
     num_threads: int  #: of the processor, per rank
     cpu_group: Any  #: group for Python objects, patient; None where nobody else has joined
     watchdog: Watchdog  #: what the ranks know of one another while they wait
+    planned_gpu_bytes: int | None = None  #: memory of the GPU that is planned for, where none is here
+
+    def device_memory_bytes(self) -> int | None:
+        """Bytes of the GPU's memory; None for a CPU, where state is not what runs out."""
+        return self.planned_gpu_bytes or device_memory_bytes(self.device)
+
+    def supports_bf16(self) -> bool:
+        """Whether the device computes in bf16 itself; a GPU that is only planned for is taken to."""
+        return self.planned_gpu_bytes is not None or supports_bf16(self.device)
 
     def all_gather_object(self, value: T) -> list[T]:
         """Everybody's value, in the order of ranks, on every rank."""
@@ -162,10 +171,16 @@ def tune_malloc() -> None:
             libc.mallopt(option, value)
 
 
-def simulated_context(world_size: int, device: str | None = None) -> DistContext:
-    """The context that a run on so many ranks of this host would have, without joining anybody: for a plan only."""
+def simulated_context(
+    world_size: int, device: str | None = None, *, gpu_memory_bytes: int | None = None
+) -> DistContext:
+    """The context that a run on so many ranks of this host would have, without joining anybody: for a plan only.
+
+    `gpu_memory_bytes`: plan for GPUs with so much memory, also where there is none.
+    """
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    if not on_gpu:
+    on_gpu = on_gpu or gpu_memory_bytes is not None
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     rank_device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     here = Place(host=socket.gethostname(), identity="", address="", interface="")
@@ -173,7 +188,7 @@ def simulated_context(world_size: int, device: str | None = None) -> DistContext
         rank=0, world_size=world_size, local_rank=0, local_world_size=world_size, device=rank_device,
         placement=Placement(places=(here,) * world_size),
         num_threads=_threads_per_rank(world_size), cpu_group=None,
-        watchdog=Watchdog(0, world_size, None),
+        watchdog=Watchdog(0, world_size, None), planned_gpu_bytes=gpu_memory_bytes,
     )  # fmt: skip
 
 

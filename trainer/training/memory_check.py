@@ -17,7 +17,6 @@ from trainer.distributed.memory_estimate import (
     Sharding,
     estimate_memory,
 )
-from trainer.distributed.process_group import device_memory_bytes
 from trainer.model.build import build_model
 from trainer.training.run_plan import RunPlan
 
@@ -85,7 +84,7 @@ def required_bytes(plan: RunPlan, estimate: MemoryEstimate) -> tuple[float, floa
 
 def available_bytes(plan: RunPlan) -> float:
     """Bytes that one rank may use: its GPU's, or its share of the memory that is free now."""
-    device_bytes = device_memory_bytes(plan.dist_context.device)
+    device_bytes = plan.dist_context.device_memory_bytes()
     return float(device_bytes) if device_bytes is not None else free_host_bytes(plan)
 
 

@@ -19,9 +19,12 @@ def package_versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: _package_version(name) for name in PACKAGES}}
 
 
-def device_name(device: torch.device) -> str:
-    """What a GPU calls itself, or CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+def device_name(dist_context: DistContext) -> str:
+    """What a GPU calls itself, the size of one that is only planned for, or CPU."""
+    if dist_context.planned_gpu_bytes is not None:
+        return f"GPU of {dist_context.planned_gpu_bytes / 2**30:g} GiB"
+    is_gpu = dist_context.device.type == "cuda"
+    return torch.cuda.get_device_name(dist_context.device) if is_gpu else "CPU"
 
 
 def _package_version(package: str) -> str | None:

@@ -20,7 +20,7 @@ from trainer.distributed.deepspeed_config import (
 )
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.memory_estimate import ParamCounts
-from trainer.distributed.process_group import DistContext, device_memory_bytes, supports_bf16
+from trainer.distributed.process_group import DistContext
 from trainer.model import optimizer
 from trainer.model.build import get_dropout_probabilities
 from trainer.training.lr_schedule import describe_schedule
@@ -85,7 +85,7 @@ class RunPlan:
             ("execution", self.execution.describe()),
             (
                 "precision",
-                f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context.device)}",
+                f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}",
             ),
             ("output", f"{settings.run_folder}"),
         ]
@@ -162,7 +162,7 @@ def _choose_deepspeed_file(
         return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
     return choose_deepspeed_file(
         counts=ParamCounts.from_model_info(model_info), world_size=dist_context.world_size,
-        device_memory_bytes=device_memory_bytes(dist_context.device), precision=precision,
+        device_memory_bytes=dist_context.device_memory_bytes(), precision=precision,
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def make_plan(
             f"{vocab_size:,}; pass a model that goes with the tokenizer"
         )
     batch = settings.train.batch(dist_context.world_size)
-    precision = settings.engine.precision or ("bf16" if supports_bf16(dist_context.device) else "fp32")
+    precision = settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
     deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision)
     validate_stage(settings, deepspeed_file)
     deepspeed_config = build_deepspeed_config(

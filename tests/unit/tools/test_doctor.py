@@ -322,13 +322,29 @@ def test_doctor_turns_a_user_error_into_a_check_result():
 def run_doctor(argv: list[str], capsys: Any, **options: Any) -> tuple[int, str]:
     code = doctor_cli.run_doctor(
         cli.parse_args(argv),
+        doctor_cli.planned_context(options.pop("ranks", 1), options.pop("gpu_memory_bytes", None)),
         environ={},
-        world_size=options.pop("ranks", 1),
-        run_smoke_test=False,
-        limit_seconds=1.0,
+        limit_seconds=None,
         as_json=options.pop("as_json", True),
     )
     return code, capsys.readouterr().out
+
+
+def test_doctor_foretells_the_memory_of_a_gpu_that_is_not_here(tiny_model, data_files, tmp_path, capsys, monkeypatch):
+    """Of 24 GiB and of one that is too small, on a machine without any."""
+    monkeypatch.chdir(tmp_path)
+    text = "--mode lora --objective completion --block-size 32 --global-batch 4 --output-dir run"
+    argv = tiny_argv(tiny_model, data_files, text)
+    for gpu_memory_bytes, expected_code, level in ((24 * 2**30, 0, "ok"), (2**20, 1, "error")):
+        code, printed = run_doctor(argv, capsys, ranks=2, gpu_memory_bytes=gpu_memory_bytes)
+        report = json.loads(printed)
+        assert code == expected_code, [check for check in report["checks"] if check["level"] == "error"]
+        assert report["plan"]["precision"] == f"bf16 on 2 x GPU of {gpu_memory_bytes / 2**30:g} GiB"
+        memory = next(check for check in report["checks"] if check["name"] == "memory")
+        assert memory["level"] == level
+        assert "a GPU" in memory["message"]
+        assert all(row["peak"] > 600 * 2**20 for row in report["memory"]), "with CUDA's own"
+        assert report["measured"] == {}
 
 
 def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_errors(
@@ -400,9 +416,8 @@ def test_the_smoke_test_of_doctor_passes_on_real_ranks(tiny_model, data_files, t
     text = f"--mode lora --objective completion --block-size 32 --global-batch 4 --output-dir {tmp_path}/run"
     code = doctor_cli.run_doctor(
         cli.parse_args(tiny_argv(tiny_model, data_files, text)),
+        doctor_cli.planned_context(ranks, None),
         environ={},
-        world_size=ranks,
-        run_smoke_test=True,
         limit_seconds=400.0,
         as_json=True,
     )

@@ -10,7 +10,7 @@ import torch
 
 from trainer.config.cli import CliArgs
 from trainer.data.dataset import PreparedDataset, prepare
-from trainer.distributed.process_group import simulated_context
+from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
 from trainer.tools.doctor.check_result import ERROR, LEVELS, OK, CheckResult, catch_user_errors, format_bytes, ok_result
@@ -28,9 +28,9 @@ MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing",
 class DoctorReport:
     """One visit: collects the checks of each section and shows them as they come."""
 
-    def __init__(self, cli_args: CliArgs, *, world_size: int, quiet: bool):
+    def __init__(self, cli_args: CliArgs, dist_context: DistContext, *, quiet: bool):
         self.cli_args = cli_args
-        self.world_size = world_size
+        self.dist_context = dist_context
         self.console = None if quiet else make_console()
         self.results: list[tuple[str, CheckResult]] = []
         self.plan: RunPlan | None = None
@@ -58,7 +58,7 @@ class DoctorReport:
     def resolve_run(self) -> Iterable[CheckResult]:
         """Settings, data and model of the run, as train.py would resolve them."""
         settings = self.cli_args.settings
-        dist_context = simulated_context(self.world_size)
+        dist_context = self.dist_context
         validate_early(settings, dist_context)
         check_loggers(settings.output)
         yield ok_result("settings", " ".join(settings.overridden) or "nothing overridden")
@@ -73,7 +73,8 @@ class DoctorReport:
         yield ok_result("data", f"{self.data.metadata['source']}: read and tokenised")
         self.model = build_model(settings, on_meta=True)
         self.plan = make_plan(settings, dist_context, self.data, self.model.metadata, load_config(settings.model))
-        yield ok_result("plan", f"{self.plan.settings.run_name} on {self.world_size} rank{'s' * (self.world_size > 1)}")
+        world_size = dist_context.world_size
+        yield ok_result("plan", f"{self.plan.settings.run_name} on {world_size} rank{'s' * (world_size > 1)}")
 
     def print_memory_table(self) -> None:
         """The table of ZeRO files; the chosen one is marked."""
@@ -97,14 +98,25 @@ class DoctorReport:
         }
 
 
-def run_doctor(
-    cli_args: CliArgs, *, environ: Mapping[str, str], world_size: int | None, as_json: bool, run_smoke_test: bool,
-    limit_seconds: float
-) -> int:  # fmt: skip
-    """All sections; 0, or 1 where there was an error."""
+def planned_context(world_size: int | None, gpu_memory_bytes: int | None) -> DistContext:
+    """The ranks that the run will have, one for each GPU of this machine where nothing else is said."""
     world_size = world_size or (torch.cuda.device_count() if torch.cuda.is_available() else 1)
-    report = DoctorReport(cli_args, world_size=world_size, quiet=as_json)
-    report.add_section("environment", environment_checks.check_environment(world_size, environ))
+    return simulated_context(world_size, gpu_memory_bytes=gpu_memory_bytes)
+
+
+def run_doctor(
+    cli_args: CliArgs, dist_context: DistContext, *, environ: Mapping[str, str], as_json: bool,
+    limit_seconds: float | None,
+) -> int:  # fmt: skip
+    """All sections; 0, or 1 where there was an error. `limit_seconds`: of the rehearsal; None: there is none.
+
+    For GPUs that are planned for and not here, what this machine has is not looked at.
+    """
+    is_elsewhere = dist_context.planned_gpu_bytes is not None
+    report = DoctorReport(cli_args, dist_context, quiet=as_json)
+    if not is_elsewhere:
+        checks = environment_checks.check_environment(dist_context.world_size, environ)
+        report.add_section("environment", checks)
     report.add_section("run", report.resolve_run())
     measured_cost: dict[str, Any] = {}
     plan, model, data = report.plan, report.model, report.data
@@ -116,14 +128,9 @@ def run_doctor(
         report.add_section("memory, counted", memory_checks.check_memory(plan, report.memory_table))
         report.print_memory_table()
         chosen_row = next(row for row in report.memory_table if row.is_chosen)
-        if run_smoke_test and chosen_row.fits:
-            smoke_test = SmokeTest(
-                cli_args,
-                plan,
-                data,
-                limit_seconds=limit_seconds,
-                parent_folder=_existing_parent(Path(plan.settings.run_folder)),
-            )
+        if limit_seconds is not None and not is_elsewhere and chosen_row.fits:
+            parent_folder = _existing_parent(Path(plan.settings.run_folder))
+            smoke_test = SmokeTest(cli_args, plan, data, limit_seconds=limit_seconds, parent_folder=parent_folder)
             report.add_section("rehearsal", smoke_test.run_checks())
             if smoke_test.cost is not None:
                 report.add_section("cost", estimate_costs(plan, data, smoke_test.cost, chosen_row.device_bytes))
