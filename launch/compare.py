@@ -16,7 +16,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another and with the card; "
-        "writes report.html, report.md, curves.png, curves.svg and comparison.json.",
+        "writes report.html, report.md, curves.png, curves.svg, answer.json and comparison.json.",
         epilog="Exit code: 0 done, 1 a check failed, 2 a mistake in what was asked, "
         "3 a check could not be made because the run is not comparable.",
     )
@@ -35,6 +35,13 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--no-card", action="store_true", help="leave the card out")
     parser.add_argument(
+        "--margin",
+        default="2%",
+        metavar="M",
+        help="how much worse than full is still good enough: a share of what full gained over its base (2%%), "
+        "or nats per token (0.01); default: 2%%",
+    )
+    parser.add_argument(
         "--check",
         action="append",
         default=[],
@@ -49,6 +56,11 @@ def build_parser() -> ArgumentParser:
         metavar="X",
         help="widens the limit of each check, in its unit (default: 0)",
     )
+    _add_wandb_arguments(parser)
+    return parser
+
+
+def _add_wandb_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; a second time updates it"
     )
@@ -58,7 +70,6 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--log-card", metavar="[ENTITY/]PROJECT", help="log the card as a W&B run of its own, once per project"
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,9 +24,10 @@ from trainer.config.errors import TrainingError
 from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import VerificationResult
-from trainer.report.comparison import compare, write_report
+from trainer.report.comparison import compare
 from trainer.report.load import load_runs
-from trainer.report.wandb_runs import build_run_from_rows
+from trainer.report.wandb_runs import WandbRun, to_run_data
+from trainer.report.write import write_report
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_summary
 from trainer.training.callbacks import Callbacks
@@ -449,9 +450,11 @@ def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path
     assert kept == {"event/diagnosis/always_clipped": event.message}
     history = [{"_step": 0, "val/loss": 2.0, "epoch": 0.0}]
     config = wandb_config(make_run_metadata("full"))
-    run = build_run_from_rows(
-        "w", "id", "name", config, history, {**kept, "wall_seconds": 1.0}, is_finished=True, age_seconds=0.0
+    kept = {**kept, "wall_seconds": 1.0}
+    wandb_run = WandbRun(
+        run_id="id", name="name", config=config, rows=history, summary=kept, is_finished=True, age_seconds=0.0
     )
+    run = to_run_data("w", wandb_run)
     assert run.diagnostics == ((0, event.message),), "from W&B, too, where the summary keeps no step"
     about = make_run_metadata("full", model__init="pretrained", not_comparable_with_card=[])
     card = render_model_card(about, [event], VerificationResult(), step=720)

@@ -22,8 +22,9 @@ from trainer.data.dataset import prepare
 from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.model.build import build_model, load_config
-from trainer.report.comparison import compare, write_report
+from trainer.report.comparison import compare
 from trainer.report.load import load_runs
+from trainer.report.write import write_report
 from trainer.tracking.records import EvalRecord, EventRecord
 from trainer.tracking.wandb_logger import WandbLogger
 from trainer.training import text_metrics

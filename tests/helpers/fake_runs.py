@@ -3,9 +3,12 @@
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from trainer.config import presets
 from trainer.config.run_metadata import SCHEMA_VERSION
@@ -190,6 +193,8 @@ def make_records(
             )
             if losses is None or epoch in losses:
                 records.append(make_eval_record(step))
+    if not finished:
+        records = [record for record in records if record.step < total_steps]
     if finished:
         evals = [record for record in records if isinstance(record, EvalRecord)]
         best = min(evals, key=lambda record: record.loss, default=None)
@@ -206,6 +211,43 @@ def make_records(
             EventRecord(event="finished", step=total_steps, message="done", time=wall_seconds, facts=summary)
         )
     return records
+
+
+def write_eval_records(
+    folder: Path,
+    losses_by_step: Mapping[int, Sequence[float]],
+    *,
+    targets: Sequence[int],
+    split: str = "val",
+    groups: Sequence[str | None] | None = None,
+    ids: Sequence[str] | None = None,
+    num_in_train: int = 0,
+) -> Path:
+    """eval_records.parquet of a run folder: `losses_by_step` in nats per token of each record at each evaluation.
+
+    Parameters: those of the file's columns.
+    """
+    frame = pd.concat(
+        pd.DataFrame(
+            {
+                "step": np.int32(step),
+                "split": split,
+                "id": ids or [f"record{i:04d}" for i in range(len(targets))],
+                "occurrence": np.int32(0),
+                "group": groups or [None] * len(targets),
+                "nll": np.asarray(losses, np.float64) * np.asarray(targets),
+                "targets": np.asarray(targets, np.int32),
+                "bytes": np.asarray(targets, np.int32) * 4,
+                "in_train": np.arange(len(targets)) < num_in_train,
+            }
+        )
+        for step, losses in losses_by_step.items()
+    )
+    path = folder / "eval_records.parquet"
+    if path.exists():
+        frame = pd.concat([pd.read_parquet(path), frame])
+    frame.to_parquet(path)
+    return folder
 
 
 def write_run_folder(folder: Path, metadata: Mapping[str, Any], records: list[Record]) -> Path:

@@ -1,6 +1,6 @@
 """Which runs may be held against one another and against the card, and what is the same and what differs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,53 @@ def comparison_blockers(a: RunData, b: RunData) -> list[str]:
         elif value_a != value_b:
             reasons.append(f"other {name} ({_truncate(value_a)} against {_truncate(value_b)})")
     return reasons
+
+
+def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
+    """Why two runs on the same data may not be ranked: other base weights, init, tokens seen or data order.
+
+    What a run does not tell is no agreement, as with `comparison_blockers`.
+    """
+    reasons = []
+    for name, get_value in _RANKING_KEYS.items():
+        a, b = get_value(full), get_value(lora)
+        if a is None or b is None:
+            reasons.append(f"{name} unknown")
+        elif a != b and not (name == "tokens seen" and _is_early_stop_of_one_plan(full, lora)):
+            reasons.append(f"other {name} ({_truncate(b)} against {_truncate(a)})")
+    return reasons
+
+
+def _is_early_stop_of_one_plan(a: RunData, b: RunData) -> bool:
+    """Whether the runs had the same budget of steps and one ended early by its own rule."""
+    return bool(a.summary.get("early_stop") or b.summary.get("early_stop")) and (
+        a.get("resolved.total_steps") == b.get("resolved.total_steps") is not None
+    )
+
+
+def _base_weights(run: RunData) -> Any:
+    """The fingerprint of what a run started from; random weights are those of their seed."""
+    if run.get("settings.model.init") == "random":
+        return f"random, seed {run.get('settings.train.seed')}"
+    return run.get("model.fingerprint")
+
+
+def _tokens_seen(run: RunData) -> str | None:
+    ends = [float(series["tokens"][-1]) for series in (run.steps, run.evals) if len(series["tokens"])]
+    tokens = max((end for end in ends if end == end), default=None)
+    return None if tokens is None else f"{tokens:,.0f}"
+
+
+_RANKING_KEYS: dict[str, Callable[[RunData], Any]] = {
+    "base model": lambda run: str(run.get("model.name") or "unknown").rstrip("/").rsplit("/", 1)[-1],
+    "init": lambda run: run.get("settings.model.init"),
+    "base weights": _base_weights,
+    "tokens seen": _tokens_seen,
+    "batch": lambda run: run.get("resolved.global_batch"),
+    "data order": lambda run: (
+        f"seed {run.get('settings.train.seed')}" if run.get("settings.data.shuffle") is not False else "as in the data"
+    ),
+}
 
 
 def is_comparable(a: RunData, b: RunData) -> bool:

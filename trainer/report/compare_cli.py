@@ -3,13 +3,15 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from trainer.config.errors import UserError
 from trainer.report.assertions import AssertionResult, check_runs, exit_code, parse_condition
-from trainer.report.comparison import Comparison, compare, write_report
+from trainer.report.comparison import Comparison, compare
+from trainer.report.full_vs_lora import parse_margin
 from trainer.report.load import LoadProblem, load_runs
-from trainer.report.tables import Table
+from trainer.report.tables import REFERENCE_LABEL
+from trainer.report.write import write_report
 
 #: the columns of the short table, and their short headings
 CONSOLE_COLUMNS = {
@@ -37,7 +39,7 @@ def run_comparison(args: argparse.Namespace) -> int:
         print(f"note: {problem}", file=sys.stderr)
     if not runs:
         raise UserError("none of the runs could be read: " + "; ".join(map(str, problems)))
-    comparison = compare(runs, problems, with_reference=not args.no_card)
+    comparison = compare(runs, problems, with_reference=not args.no_card, margin=parse_margin(args.margin))
     results = check_runs(args.check, runs, args.tolerance) + _unreadable_results(args.check, problems)
     paths = write_report(comparison, args.output_dir, [dataclasses.asdict(result) for result in results])
     print_comparison(comparison, results)
@@ -58,6 +60,7 @@ def _validate_args(args: argparse.Namespace) -> None:
     for text in args.check:
         if parse_condition(text) is None and args.no_card:
             raise UserError("--check card with --no-card: leave one of them out")
+    parse_margin(args.margin)
     if args.check and not args.runs:
         raise UserError("--check without a RUN: there is nothing to check")
     if args.wandb_report is not None and len([part for part in args.wandb_report.split("/") if part]) != 2:
@@ -99,19 +102,22 @@ def print_comparison(comparison: Comparison, results: Sequence[AssertionResult])
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     console = Console(highlight=False)
     is_plain = not console.is_terminal
     if is_plain:
         console.width = 160  # nobody to fit: whole columns are better
-    short_table = _select_columns(comparison.by_epoch, CONSOLE_COLUMNS)
+    by_epoch = comparison.by_epoch.to_text()
+    columns = {i: CONSOLE_COLUMNS[key] for i, key in enumerate(comparison.by_epoch.headings) if key in CONSOLE_COLUMNS}
     table = RichTable(box=box.MARKDOWN if is_plain else box.SIMPLE_HEAD)
-    for i, heading in enumerate(short_table.columns.values()):
-        table.add_column(heading, justify="left" if i == 1 else "right", no_wrap=True)
-    for row in short_table.rows:
-        table.add_row(*(cell.text for cell in row), style="dim" if row[1].text == "card" else None)
-    if len(short_table.rows) > 40:
-        console.print(f"{len(short_table.rows)} rows by epoch: see the report")
+    for heading in columns.values():
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
+    for row in by_epoch.itertuples(index=False):
+        cells = [Text(row[i]) for i in columns]  # names are text, not rich's markup
+        table.add_row(*cells, style="dim" if row[1] == REFERENCE_LABEL else None)
+    if len(by_epoch) > 40:
+        console.print(f"{len(by_epoch)} rows by epoch: see the report")
     elif is_plain:
         with console.capture() as capture:
             console.print(table, markup=False)
@@ -119,16 +125,9 @@ def print_comparison(comparison: Comparison, results: Sequence[AssertionResult])
     else:
         console.print(table, markup=False)
     console.print(comparison.verdict.sentence, markup=False, soft_wrap=True, style=None if is_plain else "bold")
+    for headline in comparison.verdict.headlines:
+        console.print(f"{headline.label}: {headline.value} ({headline.note})", markup=False, soft_wrap=True)
     for line in comparison.comparability_notes:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     for result in results:
         console.print(str(result), markup=False, soft_wrap=True)
-
-
-def _select_columns(table: Table, headings: Mapping[str, str]) -> Table:
-    """Only these columns, under these headings."""
-    column_indices = [i for i, key in enumerate(table.columns) if key in headings]
-    columns = {key: headings[key] for key in table.columns if key in headings}
-    return dataclasses.replace(
-        table, columns=columns, rows=tuple(tuple(row[i] for i in column_indices) for row in table.rows)
-    )

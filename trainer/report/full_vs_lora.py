@@ -1,48 +1,158 @@
-"""LoRA groups held against the full group that they are comparable with, in numbers.
+"""A LoRA group held against a full one, run by run of the same seed: excess loss with its interval, and what it cost.
 
-Improvement is the validation loss before the first step minus the lowest one after it. No number is taken across
-runs that are not comparable; cost is compared only on the same hardware with the same number of ranks.
+Runs are paired by seed. What may not be ranked gets no number; a ratio of time or memory is given only where both were
+measured under the same conditions, and is withheld with the reason where they were not.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import reference
-from trainer.report.comparability import comparison_blockers, reference_blockers
+from trainer.config.errors import UserError
+from trainer.report.comparability import comparison_blockers, ranking_blockers, reference_blockers, shorten_reason
+from trainer.report.paired_interval import PairedInterval, margin_contrast, paired_interval, seeds_interval
+from trainer.report.record_losses import MatchedLosses, MatchError, match_losses
 from trainer.report.run_data import RunData
-from trainer.report.seed_groups import MeanDifference, MeanStd, SeedGroup, mean_std, welch_difference
+from trainer.report.seed_groups import SeedGroup, best_loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Margin:
+    """How much worse is still good enough: a share of what full gained over the base, or nats per token."""
+
+    share: float | None = 0.02
+    nats: float | None = None
+
+    def describe(self, gained: float | None = None) -> str:
+        """`2 % of what full gained (0.0400)`; `gained` in nats per token, None where unknown."""
+        if self.share is None:
+            return f"{self.nats:g} nats per token"
+        amount = "" if gained is None else f" ({self.share * gained:.4f})"
+        return f"{100 * self.share:g} % of what full gained{amount}"
+
+
+def parse_margin(text: str) -> Margin:
+    """`2%` of what full gained, or a number of nats per token; UserError otherwise."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 < value < (100 if text.endswith("%") else float("inf")):
+        raise UserError(f"--margin {text}: expected a share of what full gained (2%) or nats per token above 0 (0.01)")
+    return Margin(share=value / 100) if text.endswith("%") else Margin(share=None, nats=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRatio:
+    """LoRA's cost over full's, None with the reason where they may not be divided; the costs themselves beside it."""
+
+    ratio: float | None
+    reason: str
+    full: float | None  #: mean over runs, in seconds or bytes
+    lora: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FullVsLora:
-    """A LoRA group held against a full one that it is comparable with; None where a number cannot be had."""
+    """A LoRA group against a full one on the same data; None where a number cannot be had."""
 
     full: SeedGroup
     lora: SeedGroup
-    full_best: MeanStd
-    lora_best: MeanStd
-    full_gain: MeanStd | None
-    lora_gain: MeanStd | None
-    gap: MeanDifference
-    share: float | None  #: LoRA's improvement / full's
+    pairs: tuple[tuple[RunData, RunData], ...]  #: (full, LoRA) of one seed each
+    blockers: tuple[str, ...]  #: why they may not be ranked
+    margin: Margin
+    full_loss: float  #: mean over seeds of what is judged, nats per token
+    lora_loss: float
+    losses: MatchedLosses | None = None
+    no_losses: str = ""  #: why single records could not be paired
+    excess: PairedInterval | None = None
+    contrast: PairedInterval | None = None  #: excess beyond the margin
     parameters: float | None  #: trainable ones, LoRA's / full's
-    time: float | None
-    memory: float | None
-    no_share: str  #: why there is no share, "" where there is one
-    no_time: str
-    no_memory: str
+    time: CostRatio
+    memory: CostRatio
+
+    @property
+    def answer(self) -> str:
+        """not ranked, better, good enough, worse or cannot tell."""
+        if self.blockers:
+            return "not ranked"
+        if self.excess is None:
+            return "cannot tell"
+        if self.excess.high < 0:
+            return "better"
+        if self.contrast is not None and self.contrast.upper < 0:
+            return "good enough"
+        return "worse" if self.excess.low > 0 else "cannot tell"
 
 
-def compare_with_full(full: SeedGroup, lora_groups: Sequence[SeedGroup]) -> list[FullVsLora]:
-    """Each LoRA group against `full`, the one with the lowest mean loss first."""
-    pairs = [_compare_pair(full, lora) for lora in lora_groups]
-    return sorted(pairs, key=lambda pair: pair.lora_best.mean)
+def compare_groups(full: SeedGroup, lora: SeedGroup, margin: Margin) -> FullVsLora:
+    """The comparison of two groups on the same data, of which each has a finished run."""
+    pairs = pair_by_seed(full, lora)
+    blockers = tuple(dict.fromkeys(reason for pair in pairs for reason in ranking_blockers(*pair)))
+    if not pairs:
+        seeds = [", ".join(sorted({str(_seed(run)) for run in group.finished_runs})) for group in (lora, full)]
+        blockers = (f"other data order (seeds {seeds[0]} against {seeds[1]})",)
+    judged: dict[str, Any] = {
+        "full_loss": best_loss(full).mean,
+        "lora_loss": best_loss(lora).mean,
+    }
+    if not blockers:
+        judged |= _judge(pairs, margin)
+    return FullVsLora(
+        full=full,
+        lora=lora,
+        pairs=tuple(pairs),
+        blockers=blockers,
+        margin=margin,
+        parameters=_ratio(*(_mean(group, lambda run: run.get("model.trainable")) for group in (lora, full))),
+        time=_cost(full, lora, "wall_seconds", _time_blocker),
+        memory=_cost(full, lora, "peak_memory_bytes", lambda a, b: ""),
+        **judged,
+    )
+
+
+def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> list[tuple[RunData, RunData]]:
+    """(full, LoRA) of each seed that both groups have; a seed twice in a group counts once, by its first run."""
+    full_runs, lora_runs = ({_seed(run): run for run in reversed(group.finished_runs)} for group in (full, lora))
+    return [(full_runs[seed], lora_runs[seed]) for seed in sorted(full_runs.keys() & lora_runs.keys(), key=str)]
+
+
+def _seed(run: RunData) -> Any:
+    return run.get("settings.train.seed")
+
+
+def _judge(pairs: Sequence[tuple[RunData, RunData]], margin: Margin) -> dict[str, Any]:
+    """Losses and intervals of pairs that may be ranked."""
+    best = [tuple(run.best_eval["loss"] for run in pair if run.best_eval) for pair in pairs]
+    judged: dict[str, Any] = {
+        name: sum(losses[i] for losses in best) / len(best) for i, name in enumerate(("full_loss", "lora_loss"))
+    }
+    try:
+        losses = match_losses(pairs)
+    except MatchError as error:
+        differences = [lora - full for full, lora in best]
+        excess = seeds_interval(differences) if len(pairs) > 1 else None
+        contrast = None
+        if margin.nats is not None and len(pairs) > 1:
+            contrast = seeds_interval([difference - margin.nats for difference in differences])
+        return {**judged, "no_losses": str(error), "excess": excess, "contrast": contrast}
+    contrast = None
+    if margin.nats is not None:
+        contrast = paired_interval(losses.lora - losses.full - margin.nats * losses.targets, losses.targets)
+    elif losses.base is not None and margin.share is not None:
+        contrast = paired_interval(margin_contrast(losses.lora, losses.full, losses.base, margin.share), losses.targets)
+    return {
+        "full_loss": losses.mean_loss(losses.full),
+        "lora_loss": losses.mean_loss(losses.lora),
+        "losses": losses,
+        "excess": paired_interval(losses.lora - losses.full, losses.targets),
+        "contrast": contrast,
+    }
 
 
 def comparable_groups(groups: Sequence[SeedGroup]) -> list[tuple[list[SeedGroup], list[SeedGroup]]]:
-    """For each set of comparable groups that has both modes: its full groups, the best first, and its LoRA groups."""
+    """For each set of groups on the same data that has both modes: its full and its LoRA groups, the best first."""
     sets: list[list[SeedGroup]] = []
     for group in groups:
         matching_set = next(
@@ -52,86 +162,56 @@ def comparable_groups(groups: Sequence[SeedGroup]) -> list[tuple[list[SeedGroup]
             sets.append([group])
         else:
             matching_set.append(group)
-    sets_with_both_modes = []
-    for members in sets:
-        full_groups = [group for group in members if group.mode == "full"]
-        lora_groups = [group for group in members if group.mode == "lora"]
-        if full_groups and lora_groups:
-            sets_with_both_modes.append((sorted(full_groups, key=lambda group: best_loss(group).mean), lora_groups))
-    return sets_with_both_modes
-
-
-def best_loss(group: SeedGroup) -> MeanStd:
-    """The lowest validation losses of the finished runs of a group, of which there must be one."""
-    stats = mean_std([run.best_eval["loss"] for run in group.finished_runs if run.best_eval])
-    assert stats is not None, "only groups with evaluated runs get here"
-    return stats
-
-
-def improvement(group: SeedGroup) -> MeanStd | None:
-    """Improvement on the base; None where a run was not evaluated at step 0."""
-    gains = [
-        run.initial_loss - run.best_eval["loss"]
-        for run in group.finished_runs
-        if run.best_eval and run.initial_loss is not None
+    by_mode = [
+        tuple(
+            sorted((group for group in members if group.mode == mode), key=lambda group: best_loss(group).mean)
+            for mode in ("full", "lora")
+        )
+        for members in sets
     ]
-    return mean_std(gains) if len(gains) == len(group.finished_runs) else None
+    return [(full_groups, lora_groups) for full_groups, lora_groups in by_mode if full_groups and lora_groups]
 
 
-def _compare_pair(full: SeedGroup, lora: SeedGroup) -> FullVsLora:
-    full_best, lora_best, full_gain, lora_gain = best_loss(full), best_loss(lora), improvement(full), improvement(lora)
-    gap = welch_difference(lora_best, full_best)
-    if _has_repeated_seeds(full) or _has_repeated_seeds(lora):  # the same seed twice is not a second sample
-        gap = dataclasses.replace(gap, low=None, high=None, exceeds=None)
-    no_share = _share_blocker(full, lora, full_gain, lora_gain)
-    no_memory = _cost_blocker(full.finished_runs[0], lora.finished_runs[0])
-    no_time = no_memory or _time_blocker(full.finished_runs[0], lora.finished_runs[0])
-    return FullVsLora(
-        full=full,
-        lora=lora,
-        full_best=full_best,
-        lora_best=lora_best,
-        full_gain=full_gain,
-        lora_gain=lora_gain,
-        gap=gap,
-        share=None if no_share or not full_gain or not lora_gain else lora_gain.mean / full_gain.mean,
-        parameters=_ratio(full, lora, lambda run: run.get("model.trainable")),
-        time=None if no_time else _ratio(full, lora, lambda run: run.summary.get("wall_seconds")),
-        memory=None if no_memory else _ratio(full, lora, lambda run: run.summary.get("peak_memory_bytes")),
-        no_share=no_share,
-        no_time=no_time,
-        no_memory=no_memory,
+def compare_set(full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup], margin: Margin) -> list[FullVsLora]:
+    """Each LoRA group against the best full group that it may be ranked with; the first is the best pair ranked."""
+    comparisons = []
+    for lora in lora_groups:
+        partner = next(
+            (
+                full
+                for full in full_groups
+                if (pairs := pair_by_seed(full, lora)) and not any(ranking_blockers(*pair) for pair in pairs)
+            ),
+            full_groups[0],
+        )
+        comparisons.append(compare_groups(partner, lora, margin))
+    return sorted(comparisons, key=lambda comparison: bool(comparison.blockers))
+
+
+# --- cost ---
+
+
+def _cost(full: SeedGroup, lora: SeedGroup, key: str, find_blocker: Callable[[RunData, RunData], str]) -> CostRatio:
+    means = [_mean(group, lambda run: run.summary.get(key)) for group in (lora, full)]
+    a, b = full.finished_runs[0], lora.finished_runs[0]
+    resumed = [run.name for run in (*full.finished_runs, *lora.finished_runs) if run.get("resumed")]
+    reason = (
+        f"{resumed[0]} was resumed and measured in parts"
+        if resumed
+        else _conditions_blocker(a, b)
+        or find_blocker(a, b)
+        or ("not measured" if None in means or not means[1] else "")
     )
+    return CostRatio(ratio=None if reason else _ratio(*means), reason=reason, lora=means[0], full=means[1])
 
 
-def _share_blocker(full: SeedGroup, lora: SeedGroup, full_gain: MeanStd | None, lora_gain: MeanStd | None) -> str:
-    base_models = {_base_model_key(run) for run in (*full.finished_runs, *lora.finished_runs)}
-    if len(base_models) > 1:
-        return "they started from different base models"
-    if full_gain is None or lora_gain is None:
-        return "there was no evaluation at step 0"
-    if full_gain.mean <= 0:
-        return "full did not improve on its base"
-    return ""
-
-
-def _base_model_key(run: RunData) -> tuple[Any, ...]:
-    """What a run started from; random weights differ by seed and still are the same kind of base."""
-    init = run.get("settings.model.init")
-    return (
-        str(run.get("model.name")).rstrip("/").rsplit("/", 1)[-1],
-        init,
-        None if init == "random" else run.get("model.fingerprint"),
-    )
-
-
-def _cost_blocker(a: RunData, b: RunData) -> str:
-    """Why time and memory of two runs cannot be held against one another, "" where they can."""
-    cost_conditions = {
+def _conditions_blocker(a: RunData, b: RunData) -> str:
+    """Why costs of two runs cannot be held against one another, "" where they can."""
+    conditions = {
         "hardware": ("hardware.cpu", "hardware.cores", "hardware.gpu", "hardware.gpus", "resolved.device"),
         "number of ranks": ("resolved.ranks", "resolved.nodes"),
     }
-    for name, paths in cost_conditions.items():
+    for name, paths in conditions.items():
         if any(a.get(path) != b.get(path) for path in paths):
             return f"other {name}"
         if all(a.get(path) is None for path in paths):
@@ -140,28 +220,25 @@ def _cost_blocker(a: RunData, b: RunData) -> str:
 
 
 def _time_blocker(a: RunData, b: RunData) -> str:
-    final_epochs = [run.final_eval["epoch"] if run.final_eval else 0.0 for run in (a, b)]
-    return (
-        ""
-        if abs(final_epochs[0] - final_epochs[1]) < 1e-3
-        else f"{final_epochs[0]:g} epochs against {final_epochs[1]:g}"
-    )
+    """Own clocks are divided only on GPUs, which a run has for itself; ranks of a CPU share it with what else runs."""
+    ends = [run.final_eval["epoch"] if run.final_eval else 0.0 for run in (a, b)]
+    if abs(ends[0] - ends[1]) >= 1e-3:
+        return f"{ends[1]:g} epochs against {ends[0]:g}"
+    if a.get("resolved.device") != "cuda":
+        return "own clocks of a shared CPU"
+    return ""
 
 
-def _ratio(full: SeedGroup, lora: SeedGroup, get_value: Callable[[RunData], Any]) -> float | None:
-    """LoRA's mean / full's; None where a run does not tell, or full's is zero."""
-    means = []
-    for group in (full, lora):
-        values = [get_value(run) for run in group.finished_runs]
-        if any(not isinstance(value, int | float) for value in values):
-            return None
-        means.append(sum(values) / len(values))
-    return means[1] / means[0] if means[0] > 0 else None
+def _mean(group: SeedGroup, get_value: Callable[[RunData], Any]) -> float | None:
+    """The mean over finished runs; None where one does not tell."""
+    values = [get_value(run) for run in group.finished_runs]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        return None
+    return sum(values) / len(values)
 
 
-def _has_repeated_seeds(group: SeedGroup) -> bool:
-    seeds = [run.get("settings.train.seed") for run in group.finished_runs]
-    return len(set(seeds)) < len(seeds)
+def _ratio(lora: float | None, full: float | None) -> float | None:
+    return None if lora is None or not full else lora / full
 
 
 def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
@@ -172,3 +249,8 @@ def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
     run_indices = [(run, run.index_at_epoch(run.evals, epoch)) for run in group.runs]
     losses = [float(run.evals["loss"][index]) for run, index in run_indices if index is not None]
     return sum(losses) / len(losses) - row.val_loss if losses else None
+
+
+def describe_blockers(reasons: Sequence[str]) -> str:
+    """The reasons by their short forms, each once."""
+    return ", ".join(dict.fromkeys(map(shorten_reason, reasons)))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.report.run_data import RunData, RunReadError, read_folder
+from trainer.report.run_data import RunData, RunReadError, escape_control
+from trainer.report.run_folder import read_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class LoadProblem:
     is_excluded: bool
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.text}"
+        return escape_control(f"{self.source}: {self.text}")
 
 
 def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]:

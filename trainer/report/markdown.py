@@ -1,80 +1,70 @@
-"""The comparison as Markdown that renders on GitHub."""
+"""The comparison as Markdown that renders on GitHub; tables come from pandas, every text of a run escaped."""
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
+from trainer.report.comparison import Comparison
 from trainer.report.tables import Table
 
-if TYPE_CHECKING:
-    from trainer.report.comparison import Comparison
 
-MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
-
-
-def render(comparison: "Comparison") -> str:
+def render(comparison: Comparison) -> str:
     """report.md; the picture lies beside it."""
     parts = [
-        "# Full against LoRA" + (" against the card" if comparison.with_reference else ""),
+        "# Full against LoRA",
         render_verdict(comparison),
+        "![Validation loss, train loss, learning rate, gradient norm, speed and parameters](curves.png)",
     ]
     if comparison.problems:
-        parts.append(
-            "## Not as it should be\n\n" + "\n".join(f"- {escape(str(problem))}" for problem in comparison.problems)
-        )
+        parts += ["## Not as it should be", render_list(map(str, comparison.problems))]
     parts += [
         f"## {comparison.by_epoch.title}",
         render_table(comparison.by_epoch),
         f"## {comparison.by_run.title}",
-        render_run_table(comparison),
+        render_table(comparison.by_run),
     ]
     for optional_table in (comparison.diagnostics, comparison.scores, comparison.generations):
-        if optional_table.rows:
+        if len(optional_table):
             parts += [f"## {optional_table.title}", render_table(optional_table)]
-    parts += ["## Same and different", "\n".join(f"- {escape(line)}" for line in comparison.comparability_notes)]
+    parts += ["## Same and different", render_list(comparison.comparability_notes)]
     parts += [f"### {comparison.differing_settings.title}", render_table(comparison.differing_settings)]
-    parts += [
-        f"<details><summary>{comparison.shared_settings.title} ({len(comparison.shared_settings.rows)})</summary>",
-        render_table(comparison.shared_settings),
-        "</details>",
-    ]
-    parts += [
-        "## Curves",
-        "![Validation loss, train loss, learning rate, gradient norm, speed and parameters](curves.png)",
-    ]
+    shared = comparison.shared_settings
+    parts += [f"<details><summary>{shared.title} ({len(shared)})</summary>", render_table(shared), "</details>"]
     return "\n\n".join(parts) + "\n"
 
 
-def render_verdict(comparison: "Comparison") -> str:
-    """The sentence, and below it what explains it."""
-    lines = "\n".join(f"- {escape(line)}" for line in comparison.verdict.details)
-    return f"**{escape(comparison.verdict.sentence)}**" + (f"\n\n{lines}" if lines else "")
+def render_verdict(comparison: Comparison) -> str:
+    """The sentence, the three numbers, and below them what explains them."""
+    verdict = comparison.verdict
+    lines = [f"**{escape(verdict.sentence)}**"]
+    if verdict.headlines:
+        lines.append(
+            render_list(f"{headline.label}: {headline.value} ({headline.note})" for headline in verdict.headlines)
+        )
+    return "\n\n".join([*lines, *([render_list(verdict.details)] if verdict.details else [])])
 
 
-def render_run_table(comparison: "Comparison") -> str:
-    """The table per run, turned where the runs fit side by side."""
-    by_run = comparison.by_run
-    return render_table(by_run.transpose() if len(by_run.rows) <= MAX_SIDE_BY_SIDE else by_run)
+def render_list(lines: Iterable[str]) -> str:
+    """A bulleted list of texts."""
+    return "\n".join(f"- {escape(line)}" for line in lines)
 
 
 def render_table(table: Table) -> str:
     """A pipe table and its notes; numbers to the right."""
-    headings = list(table.columns.values())
-    if not table.rows:
+    if not len(table):
         return "(nothing)"
-    numeric = [all(_is_number(row[i].text) for row in table.rows) for i in range(len(headings))]
-    lines = [
-        "| " + " | ".join(map(escape, headings)) + " |",
-        "|" + "|".join("--:" if is_right else ":--" for is_right in numeric) + "|",
-    ]
-    lines += ["| " + " | ".join(escape(cell.text) for cell in row) + " |" for row in table.rows]
-    return "\n".join([*lines, *(f"\n{escape(note)}" for note in table.notes)])
+    text = table.to_text().map(escape)
+    text.columns = text.columns.map(escape)
+    alignment = ["right" if all(map(is_number, table.to_text().iloc[:, i])) else "left" for i in range(text.shape[1])]
+    rendered = text.to_markdown(index=False, disable_numparse=True, colalign=alignment)
+    return "\n".join([rendered, *(f"\n{escape(note)}" for note in table.notes)])
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a cell reads as a number, or has no value."""
     return re.match(r"^[-+]?[\d,.]+|^-?$", text) is not None
 
 
 def escape(text: str) -> str:
     """Text that Markdown and GitHub's HTML leave as it is, on one line."""
     text = " ".join(text.split())
-    return re.sub(r"([\\`*_|<>\[\]#~$@])", r"\\\1", text)
+    return re.sub(r"([\\`*_|<>\[\]#~$@&])", r"\\\1", text)

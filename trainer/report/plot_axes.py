@@ -1,8 +1,5 @@
-"""How one plot is drawn: its lines, its ticks, and each line's name at its end, none over another."""
+"""How one plot is drawn: a line a run in the colour of its mode, ticks that people read, a legend outside the axes."""
 
-import itertools
-import statistics
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config import reference
 from trainer.report.comparability import reference_blockers
+from trainer.report.full_vs_lora import FullVsLora
 from trainer.report.run_data import RunData
-from trainer.report.seed_groups import MODE_NAMES, SeedGroup
+from trainer.report.seed_groups import MODE_NAMES, SeedGroup, best_loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,17 +18,16 @@ if TYPE_CHECKING:
 
 COLOURS = {"full": "#0072b2", "lora": "#d55e00", "card": "#767676"}  # light ground
 DASHES: dict[str, Any] = {"full": "-", "lora": (0, (5, 2)), "card": (0, (2, 1.6))}
+MORE_DASHES: tuple[Any, ...] = ((0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = {"full": "o", "lora": "D", "card": "s"}
+MAX_LINES_NAMED = 4  # groups of a mode that the legend names one by one
 MAX_POINTS_PER_LINE = 300  # of one line
 MAX_POINTS_PER_PLOT = 4_000  # of one plot
-CHAR_WIDTH_INCHES = 0.078  # inches that a letter of a label takes at most
-LINE_HEIGHT_FRACTION = 0.055  # of the height of an axis: what a line of a label takes
-LABEL_OFFSET_POINTS = 8.0  # points between the end of a line and its label
-LEADER_LINE_THRESHOLD = 0.03  # of the height of an axis: a label further from its line is joined to it by a thin stroke
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlotSpec:
     """One plot: what is drawn of a run against what, and how the axes read."""
 
@@ -44,84 +40,122 @@ class PlotSpec:
     log_y: bool = False
     has_markers: bool = False
     shows_end_value: bool = False  #: whether the name of a line says the value that it ends at
-    is_scatter: bool = False
+    is_scatter: bool = False  #: one point a run on a logarithmic x axis
 
 
-@dataclass(frozen=True)
-class LineLabel:
-    """A text beside the point (x, y), in data; x None is the right edge, where lines end."""
-
-    y: float
-    text: str
-    colour: str
-    x: float | None = None
-
-    @property
-    def height_fraction(self) -> float:
-        """The room it takes, as a share of its axis."""
-        return LINE_HEIGHT_FRACTION * (self.text.count("\n") + 1) + 0.015
-
-
-@dataclass
-class AxisLayout:
-    """An axis and the labels that still want a place."""
-
-    axis: "Axes"
-    labels: list[LineLabel]
-
-
-def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_reference: bool) -> AxisLayout:
-    """Draw `plot` of all groups on `axis`; the names of the lines are placed by `finish_layout`."""
-    axis.set_title(plot.title)
-    axis.set_xlabel(plot.x_label)
-    axis.set_ylabel(plot.y_label)
-    if plot.is_scatter:
-        return _draw_scatter(axis, plot, groups, with_reference)
-    labels: list[LineLabel] = []
+def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_reference: bool) -> None:
+    """Draw `plot` of all groups on `axis`, and the card where a group is comparable with it; lines have names."""
+    axis.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     num_runs = sum(len(group.runs) for group in groups)
-    max_points = max(40, min(MAX_POINTS_PER_LINE, MAX_POINTS_PER_PLOT // max(1, num_runs)))
-    for group in groups:
-        end_points: list[tuple[float, float]] = []
-        for run in group.runs:
-            x, y = downsample(*plot.curve(run), max_points)
-            if not len(x):
-                continue
+    for group, dash, name in _styled_groups(groups):
+        curves = [downsample(*plot.curve(run), _max_points(num_runs)) for run in group.runs]
+        curves = [(x, y) for x, y in curves if len(x)]
+        for i, (x, y) in enumerate(curves):
             axis.plot(
                 x,
                 y,
                 color=COLOURS[group.mode],
-                linestyle=DASHES[group.mode],
+                linestyle="none" if plot.is_scatter else dash,
                 linewidth=1.6 if num_runs <= 6 else 0.8,
                 alpha=1.0 if num_runs <= 6 else 0.6,
-                marker="o" if plot.has_markers and len(x) <= 30 else None,
-                markersize=3,
+                marker=MARKERS[group.mode] if plot.is_scatter or (plot.has_markers and len(x) <= 30) else None,
+                markersize=6 if plot.is_scatter else 3,
+                label=_line_label(plot, name, curves) if name and i == 0 else None,
             )
-            end_points.append((float(x[-1]), float(y[-1])))
-        if end_points:
-            end_y = float(np.mean([y for _, y in end_points]))
-            name = group.label + (f", n = {len(end_points)}" if len(group.runs) > 1 else "")
-            if (
-                plot.shows_end_value and len({round(x, 6) for x, _ in end_points}) == 1
-            ):  # else it were a mean of different places
-                name += f": {end_y:.4f}"
-            labels.append(LineLabel(end_y, _wrap_label(name), COLOURS[group.mode]))
-    if with_reference and plot.reference_curve is not None:
-        axis.plot(
-            *plot.reference_curve,
-            color=COLOURS["card"],
-            linestyle=DASHES["card"],
-            linewidth=1.6,
-            marker="s",
-            markersize=3,
-        )
-        end_y = float(plot.reference_curve[1][-1])
-        labels.append(
-            LineLabel(end_y, _reference_label(groups, end_y if plot.shows_end_value else None), COLOURS["card"])
-        )
+    if with_reference and plot.reference_curve is not None and is_reference_comparable(groups):
+        x, y = plot.reference_curve
+        label = f"card: {y[-1]:.4f}" if plot.shows_end_value else "card"
+        axis.plot(x, y, color=COLOURS["card"], linestyle=DASHES["card"], linewidth=1.6, marker="s", markersize=3,
+                  label=label)  # fmt: skip
     if plot.log_y and _needs_log_scale(axis):
         axis.set_yscale("log")
+    if plot.is_scatter:
+        axis.set_xscale("log")
+        axis.margins(x=0.15, y=0.15)
     _set_ticks(axis, plot)
-    return AxisLayout(axis, _merge_labels(labels, groups))
+
+
+def is_reference_comparable(groups: Sequence[SeedGroup]) -> bool:
+    """Whether a run may be held against the card: else its axes would squeeze the curves for nothing."""
+    return any(not reference_blockers(run) for group in groups for run in group.runs)
+
+
+def _styled_groups(groups: Sequence[SeedGroup]) -> Iterator[tuple[SeedGroup, Any, str]]:
+    """Each group with its dash and its name in the legend; many of a mode share one name, at the first."""
+    for mode in MODE_NAMES:
+        members = [group for group in groups if group.mode == mode]
+        is_many = len(members) > MAX_LINES_NAMED
+        dashes = [DASHES[mode], *MORE_DASHES]
+        num_runs = sum(len(group.runs) for group in members)
+        for i, group in enumerate(members):
+            name = group.label if not is_many else f"{MODE_NAMES[mode]}, {num_runs} runs" if i == 0 else ""
+            yield group, DASHES[mode] if is_many else dashes[i % len(dashes)], name
+
+
+def _line_label(plot: PlotSpec, name: str, curves: Sequence[Curve]) -> str:
+    """The name of a group, its number of runs, and the value at its end where all end at one place."""
+    if len(curves) > 1 and "runs" not in name:
+        name += f", n = {len(curves)}"
+    ends = {round(float(x[-1]), 6) for x, _ in curves}
+    if plot.shows_end_value and len(ends) == 1 and "runs" not in name:
+        return f"{name}: {np.mean([y[-1] for _, y in curves]):.4f}"
+    return name
+
+
+def draw_rates(axis: "Axes", groups: Sequence[SeedGroup], pair: FullVsLora) -> None:
+    """Best validation loss against learning rate for each mode; the chosen points ringed, and LoRA's interval.
+
+    The line of a mode joins its lowest loss at each rate. The interval of the difference stands at LoRA's chosen rate,
+    measured from full's loss.
+    """
+    axis.set(title="Loss by learning rate", xlabel="learning rate", ylabel="best validation loss (nats per token)")
+    for mode, mode_name in MODE_NAMES.items():
+        losses = [(group.lr, best_loss(group).mean) for group in groups if group.mode == mode and group.finished_runs]
+        if not losses:
+            continue
+        lowest: dict[float, float] = {}
+        for lr, loss in sorted(losses):
+            lowest[lr] = min(loss, lowest.get(lr, loss))
+        axis.plot(*zip(*losses, strict=True), linestyle="none", marker=MARKERS[mode], markersize=3.5,
+                  color=COLOURS[mode], alpha=0.5)  # fmt: skip
+        axis.plot(list(lowest), list(lowest.values()), color=COLOURS[mode], linestyle=DASHES[mode], linewidth=1.6,
+                  marker=MARKERS[mode], markersize=4, label=mode_name)  # fmt: skip
+    for group in (pair.full, pair.lora):
+        axis.plot([group.lr], [best_loss(group).mean], linestyle="none", marker="o", markersize=11, fillstyle="none",
+                  markeredgewidth=1.5, color=COLOURS[group.mode])  # fmt: skip
+    if pair.excess is not None:
+        full_loss = best_loss(pair.full).mean
+        low, high = full_loss + pair.excess.low, full_loss + pair.excess.high
+        axis.plot([pair.lora.lr * 1.3] * 2, [low, high], color=COLOURS["lora"], linewidth=2.4, marker="_",
+                  markersize=9, label="95 % interval of the difference, from full's loss")  # fmt: skip
+        axis.axhline(full_loss, color=COLOURS["full"], linewidth=0.7, alpha=0.7)
+    _limit_to_base(axis, groups)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _format_y_ticks(axis)
+
+
+def _limit_to_base(axis: "Axes", groups: Sequence[SeedGroup]) -> None:
+    """Leave out what ended above the loss before training: diverged runs would flatten the rest."""
+    base = [run.initial_loss for group in groups for run in group.runs if run.initial_loss is not None]
+    low, high = axis.get_ylim()
+    if base and low < max(base) < high:
+        axis.set_ylim(low, max(base))
+
+
+def add_legend(figure: "Figure", axes: Sequence["Axes"]) -> None:
+    """One legend under the plots, of every name once; constrained layout keeps it off axes and edges."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        longest = max(map(len, entries))
+        num_columns = min(len(entries), max(1, int(figure.get_size_inches()[0] / (0.45 + 0.063 * longest))))
+        figure.legend(
+            list(entries.values()), list(entries), loc="outside lower left", frameon=False, fontsize=8.5,
+            ncols=num_columns,
+        )  # fmt: skip
 
 
 def _needs_log_scale(axis: "Axes") -> bool:
@@ -136,10 +170,12 @@ def _set_ticks(axis: "Axes", plot: PlotSpec) -> None:
     """Few ticks, whole epochs where there are several, and plain numbers without an offset."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    is_token_axis = plot.x_label.startswith("tokens")
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=not is_token_axis and axis.get_xlim()[1] > 1.5))
-    if is_token_axis:
+    is_count = plot.is_scatter or plot.x_label.startswith("tokens")
+    if not plot.is_scatter:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=not is_count and axis.get_xlim()[1] > 1.5))
+    if is_count:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     if axis.get_yscale() == "log":
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_minor_formatter(NullFormatter())
@@ -147,9 +183,7 @@ def _set_ticks(axis: "Axes", plot: PlotSpec) -> None:
 
 
 def _format_y_ticks(axis: "Axes") -> None:
-    """Numbers as people write them: 2.5, 425k, and 3e-4 where all are small; each is short, for its room is fixed."""
-    from matplotlib.ticker import FuncFormatter
-
+    """Numbers as people write them: 2.5, 425k, and 3e-4 where all are small."""
     is_small = max(map(abs, axis.get_ylim())) < 0.01
 
     def format_tick(value: float, _: object) -> str:
@@ -158,192 +192,11 @@ def _format_y_ticks(axis: "Axes") -> None:
             return f"{float(digits):g}e{int(exponent)}"
         return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:,.6g}k"
 
-    axis.yaxis.set_major_formatter(FuncFormatter(format_tick))
+    axis.yaxis.set_major_formatter(format_tick)
 
 
-def _draw_scatter(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_reference: bool) -> AxisLayout:
-    """One point a run, with the name of its group beside it."""
-    from matplotlib.ticker import EngFormatter, NullFormatter
-
-    labels: list[LineLabel] = []
-    for group in groups:
-        xs, ys = zip(*((float(x[0]), float(y[0])) for x, y in map(plot.curve, group.runs)), strict=True)
-        axis.plot(
-            xs,
-            ys,
-            linestyle="none",
-            marker="o" if group.mode == "full" else "D",
-            markersize=6,
-            color=COLOURS[group.mode],
-        )
-        if np.isfinite(ys[0]) and np.isfinite(xs[0]):
-            labels.append(
-                LineLabel(float(np.nanmean(ys)), _wrap_label(group.label), COLOURS[group.mode], float(np.nanmax(xs)))
-            )
-    if with_reference:
-        x, y = float(reference.SETTINGS["trainable_parameters"]), reference.CURVE[-1].val_loss  # type: ignore[arg-type]
-        axis.plot([x], [y], linestyle="none", marker="s", markersize=6, color=COLOURS["card"])
-        labels.append(LineLabel(y, _reference_label(groups), COLOURS["card"], x))
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.margins(x=0.12, y=0.15)
-    _format_y_ticks(axis)
-    return AxisLayout(
-        axis, _merge_labels(labels, groups, max_height_fraction=0.6)
-    )  # among the points more would hide them
-
-
-def _wrap_label(label: str) -> str:
-    """A label in lines of a width that leaves room for the plot."""
-    return textwrap.fill(label, 17, break_on_hyphens=False, max_lines=4)
-
-
-def _reference_label(groups: Sequence[SeedGroup], end_value: float | None = None) -> str:
-    is_incomparable = all(reference_blockers(run) for group in groups for run in group.runs)
-    return (
-        "card" + ("" if end_value is None else f": {end_value:.4f}") + (",\nnot comparable" if is_incomparable else "")
-    )
-
-
-def _merge_labels(
-    labels: list[LineLabel], groups: Sequence[SeedGroup], max_height_fraction: float = 1.0
-) -> list[LineLabel]:
-    """The labels; one a mode, at its rightmost point, where all would take over `max_height_fraction` of the height."""
-    if sum(label.height_fraction for label in labels) <= max_height_fraction:
-        return labels
-    merged = []
-    for mode, colour in COLOURS.items():
-        mode_labels = [label for label in labels if label.colour == colour]
-        if mode not in MODE_NAMES or len(mode_labels) < 2:
-            merged += mode_labels
-            continue
-        num_runs = sum(len(group.runs) for group in groups if group.mode == mode)
-        mean_y = float(np.mean([label.y for label in mode_labels]))
-        rightmost = max(mode_labels, key=lambda label: label.x or 0.0)
-        merged.append(
-            LineLabel(
-                mean_y if rightmost.x is None else rightmost.y,
-                f"{MODE_NAMES[mode]}, {num_runs} runs",
-                colour,
-                rightmost.x,
-            )
-        )
-    return merged
-
-
-def finish_layout(figure: "Figure", layouts: Sequence[AxisLayout], num_columns: int) -> None:
-    """Give the axes their places, and write each label to the right of its axis at the height of its line.
-
-    The places are set, not searched for (matplotlib's own layouts draw everything twice): axis labels have a fixed
-    room, line labels one by the length of their text.
-    """
-    width_inches, height_inches = figure.get_size_inches()
-    num_rows = -(-len(layouts) // num_columns)
-    max_label_chars = max(
-        (len(line) for layout in layouts for label in layout.labels for line in label.text.split("\n")), default=0
-    )
-    right_margin = LABEL_OFFSET_POINTS / 72 + 0.05 + CHAR_WIDTH_INCHES * max_label_chars
-    top_margin, bottom_margin, left_margin = (0.3 if num_columns > 1 else 0.1), 0.5, 0.8
-    for i, layout in enumerate(layouts):
-        row, column = divmod(i, num_columns)
-        x, y = (
-            column * width_inches / num_columns + left_margin,
-            (num_rows - 1 - row) * height_inches / num_rows + bottom_margin,
-        )
-        size = (
-            width_inches / num_columns - left_margin - right_margin,
-            height_inches / num_rows - top_margin - bottom_margin,
-        )
-        layout.axis.set_position((x / width_inches, y / height_inches, size[0] / width_inches, size[1] / height_inches))
-    for layout in layouts:
-        _place_labels(layout, width_inches)
-
-
-def _place_labels(layout: AxisLayout, figure_width_inches: float) -> None:
-    """Write the labels, those beside one another pushed apart so that none overlaps another."""
-    axis = layout.axis
-    if axis.get_xscale() == "linear":
-        axis.margins(x=0.02)
-    right, (low, high) = axis.get_xlim()[1], axis.get_ylim()
-    axis.set_ylim(low, high)  # no text moves it
-    axis_width_inches = figure_width_inches * axis.get_position().width
-    label_gap = LABEL_OFFSET_POINTS / 72 / axis_width_inches
-    to_axis_fraction = axis.transData + axis.transAxes.inverted()
-    points = [to_axis_fraction.transform((right if label.x is None else label.x, label.y)) for label in layout.labels]
-    widths = [
-        label_gap + CHAR_WIDTH_INCHES * max(map(len, label.text.split("\n"))) / axis_width_inches
-        for label in layout.labels
-    ]
-    for column in _label_columns([float(x) for x, _ in points], widths):
-        column.sort(key=lambda i: float(points[i][1]))
-        label_ys = space_labels(
-            [float(points[i][1]) for i in column], [layout.labels[i].height_fraction for i in column]
-        )
-        for i, label_y in zip(column, label_ys, strict=True):
-            x, y = (float(coordinate) for coordinate in points[i])
-            _annotate(axis, layout.labels[i], (x, y), (x + label_gap, label_y))
-
-
-def _annotate(axis: "Axes", label: LineLabel, point: tuple[float, float], text_position: tuple[float, float]) -> None:
-    """The label at `text_position`, joined to its `point` by a stroke unless beside it; both as shares of the axis."""
-    leader_line = {
-        "arrowstyle": "-",
-        "color": label.colour,
-        "linewidth": 0.6,
-        "relpos": (0, 0.5),
-        "patchA": None,
-        "shrinkA": 0,
-        "shrinkB": 1,
-    }
-    axis.annotate(
-        label.text,
-        point,
-        xycoords="axes fraction",
-        xytext=text_position,
-        textcoords="axes fraction",
-        va="center",
-        ha="left",
-        color=label.colour,
-        fontsize=8.5,
-        fontweight="bold",
-        annotation_clip=False,
-        arrowprops=leader_line if abs(text_position[1] - point[1]) > LEADER_LINE_THRESHOLD else None,
-    )
-
-
-def _label_columns(lefts: Sequence[float], widths: Sequence[float]) -> Iterator[list[int]]:
-    """The labels in sets that lie side by side, from left to right: those of one set could overlap."""
-    column: list[int] = []
-    right_edge = 0.0
-    for i in sorted(range(len(lefts)), key=lambda i: lefts[i]):
-        if column and lefts[i] >= right_edge:
-            yield column
-            column = []
-        right_edge = lefts[i] + widths[i] if not column else max(right_edge, lefts[i] + widths[i])
-        column.append(i)
-    if column:
-        yield column
-
-
-def space_labels(targets: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Places from low to high, as near to the wanted ones (ascending) as heights allow, within 0..1 if they fit.
-
-    The least squares answer: neighbours that would overlap move as one around the mean of what they want.
-    """
-    gaps = [(a + b) / 2 for a, b in itertools.pairwise(heights)]
-    offsets = [sum(gaps[:i]) for i in range(len(targets))]  # how far each is above the lowest where all touch
-    blocks: list[list[float]] = []
-    for target, offset in zip(targets, offsets, strict=True):
-        blocks.append([target - offset])
-        while len(blocks) > 1 and statistics.fmean(blocks[-2]) > statistics.fmean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    low = heights[0] / 2 if heights else 0.0
-    high = 1 - heights[-1] / 2 - offsets[-1] if heights else 0.0
-    if high < low:  # they do not fit: as much too much above as below
-        low = high = (low + high) / 2
-    block_starts = [min(max(statistics.fmean(block), low), high) for block in blocks for _ in block]
-    return [start + offset for start, offset in zip(block_starts, offsets, strict=True)]
+def _max_points(num_runs: int) -> int:
+    return max(40, min(MAX_POINTS_PER_LINE, MAX_POINTS_PER_PLOT // max(1, num_runs)))
 
 
 def downsample(x: NDArray[np.float64], y: NDArray[np.float64], max_points: int) -> Curve:
@@ -359,12 +212,9 @@ def downsample(x: NDArray[np.float64], y: NDArray[np.float64], max_points: int) 
 
 def bin_note(groups: Sequence[SeedGroup]) -> str:
     """What to say under plots whose lines are bin means, "" where every step is drawn."""
-    num_runs = sum(len(group.runs) for group in groups)
-    max_points = max(40, min(MAX_POINTS_PER_LINE, MAX_POINTS_PER_PLOT // max(1, num_runs)))
+    max_points = _max_points(sum(len(group.runs) for group in groups))
     max_steps = max((len(run.steps["step"]) for group in groups for run in group.runs), default=0)
-    return (
-        f"Each point of a line with more than {max_points} steps is the mean of a bin "
-        f"(up to {-(-max_steps // max_points)} steps)."
-        if max_steps > max_points
-        else ""
-    )
+    if max_steps <= max_points:
+        return ""
+    bin_steps = -(-max_steps // max_points)
+    return f"Each point of a line with more than {max_points} steps is the mean of a bin (up to {bin_steps} steps)."

@@ -1,22 +1,28 @@
-"""The curves, drawn with matplotlib (imported only when drawing): a page of all of them, and one SVG each for the HTML.
+"""The pictures, drawn with matplotlib (imported only when drawing): the report's first, the curves, and their page.
 
 A mode has one colour everywhere (Okabe and Ito's colour-blind safe palette), full is solid, LoRA and the card are
-dashed, and each line says its name at its end. Lines of many steps are drawn as means of equal bins.
+dashed. Lines of many steps are drawn as means of equal bins.
 """
 
 import io
 import logging
 import re
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer.config import reference
-from trainer.report.plot_axes import COLOURS, Curve, PlotSpec, draw_plot, finish_layout
+from trainer.report.comparability import comparison_blockers
+from trainer.report.plot_axes import COLOURS, Curve, PlotSpec, add_legend, draw_plot, draw_rates
 from trainer.report.run_data import RunData
-from trainer.report.seed_groups import SeedGroup
+from trainer.report.seed_groups import MODE_NAMES, SeedGroup
+from trainer.report.verdict import Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: every colour a figure may hold, and the CSS variable that takes its place in the HTML
 TEXT_COLOUR, GRID_COLOUR = "#222223", "#dadadb"
@@ -26,7 +32,8 @@ CSS_VARIABLES = {
     GRID_COLOUR: "--faint",
 }
 PNG_DPI = 120
-PLOT_SIZE_INCHES = (4.5, 3.4)  # inches of one plot, so that its text is still legible on a phone
+PLOT_SIZE_INCHES = (4.5, 3.4)  # of one plot, so that its text is still legible on a phone
+PICTURE_SIZE_INCHES = (4.8, 3.6)  # of the first one
 
 
 def _step_curve(x: str, y: str) -> Callable[[RunData], Curve]:
@@ -34,59 +41,46 @@ def _step_curve(x: str, y: str) -> Callable[[RunData], Curve]:
 
 
 def _reference_curve(column: str) -> Curve:
-    return np.array([float(row.epoch) for row in reference.CURVE]), np.array(
-        [getattr(row, column) for row in reference.CURVE]
-    )
+    epochs = np.array([float(row.epoch) for row in reference.CURVE])
+    return epochs, np.array([getattr(row, column) for row in reference.CURVE])
 
 
-LINE_PLOTS = (
+def _trainable_and_loss(run: RunData) -> Curve:
+    loss = run.best_eval["loss"] if run.best_eval else np.nan
+    return np.array([float(run.get("model.trainable") or np.nan)]), np.array([loss])
+
+
+LOSS_PLOT = PlotSpec(
+    name="val_loss", title="Validation loss by epoch", x_label="epoch", y_label="loss (nats per token)",
+    curve=lambda run: (run.evals["epoch"], run.evals["loss"]), reference_curve=_reference_curve("val_loss"),
+    has_markers=True, shows_end_value=True,
+)  # fmt: skip
+PLOTS = (
+    LOSS_PLOT,
     PlotSpec(
-        "val_loss",
-        "Validation loss by epoch",
-        "epoch",
-        "validation loss (nats per token)",
-        lambda run: (run.evals["epoch"], run.evals["loss"]),
-        reference_curve=_reference_curve("val_loss"),
-        has_markers=True,
-        shows_end_value=True,
-    ),
-    PlotSpec(
-        "train_loss",
-        "Train loss by epoch",
-        "epoch",
-        "train loss (nats per token)",
-        _step_curve("epoch", "loss"),
-        reference_curve=_reference_curve("train_loss"),
+        name="train_loss", title="Train loss by epoch", x_label="epoch", y_label="loss (nats per token)",
+        curve=_step_curve("epoch", "loss"), reference_curve=_reference_curve("train_loss"),
     ),
     PlotSpec(
-        "train_loss_tokens",
-        "Train loss by tokens",
-        "tokens seen",
-        "train loss (nats per token)",
-        _step_curve("tokens", "loss"),
+        name="train_loss_tokens", title="Train loss by tokens", x_label="tokens seen",
+        y_label="loss (nats per token)", curve=_step_curve("tokens", "loss"),
     ),
-    PlotSpec("lr", "Learning rate", "epoch", "learning rate", _step_curve("epoch", "lr")),
     PlotSpec(
-        "grad_norm",
-        "Gradient norm before clipping",
-        "epoch",
-        "L2 norm of the gradient",
-        _step_curve("epoch", "grad_norm"),
-        log_y=True,
+        name="lr", title="Learning rate", x_label="epoch", y_label="learning rate", curve=_step_curve("epoch", "lr")
     ),
-    PlotSpec("tokens_per_second", "Speed", "epoch", "tokens per second", _step_curve("epoch", "tokens_per_second")),
-)
-SCATTER_PLOT = PlotSpec(
-    "parameters",
-    "Best validation loss by trainable parameters",
-    "trainable parameters",
-    "best validation loss (nats per token)",
-    lambda run: (
-        np.array([float(run.get("model.trainable") or np.nan)]),
-        np.array([run.best_eval["loss"] if run.best_eval else np.nan]),
+    PlotSpec(
+        name="grad_norm", title="Gradient norm before clipping", x_label="epoch", y_label="L2 norm of the gradient",
+        curve=_step_curve("epoch", "grad_norm"), log_y=True,
     ),
-    is_scatter=True,
-)
+    PlotSpec(
+        name="tokens_per_second", title="Speed", x_label="epoch", y_label="tokens per second",
+        curve=_step_curve("epoch", "tokens_per_second"),
+    ),
+    PlotSpec(
+        name="parameters", title="Best validation loss by trainable parameters", x_label="trainable parameters",
+        y_label="best loss (nats per token)", curve=_trainable_and_loss, is_scatter=True,
+    ),
+)  # fmt: skip
 
 
 def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:
@@ -95,38 +89,65 @@ def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: P
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    num_rows = (len(PLOTS) + 1) // 2
     with plot_style():
-        plots = (*LINE_PLOTS, SCATTER_PLOT)
-        figure = Figure(
-            figsize=(2 * PLOT_SIZE_INCHES[0], (len(plots) + 1) // 2 * PLOT_SIZE_INCHES[1]), facecolor="white"
-        )
-        axes = figure.subplots((len(plots) + 1) // 2, 2).ravel()
-        layouts = [draw_plot(axis, plot, groups, with_reference) for axis, plot in zip(axes, plots, strict=False)]
-        for axis in axes[len(plots) :]:
+        size = (2 * PLOT_SIZE_INCHES[0], num_rows * PLOT_SIZE_INCHES[1])
+        figure = Figure(figsize=size, facecolor="white", layout="constrained")
+        axes = figure.subplots(num_rows, 2).ravel()
+        for axis, plot in zip(axes, PLOTS, strict=False):
+            draw_plot(axis, plot, groups, with_reference)
+        for axis in axes[len(PLOTS) :]:
             axis.set_axis_off()
-        finish_layout(figure, layouts, num_columns=2)
+        add_legend(figure, axes)
         FigureCanvasSVG(figure).print_svg(output_dir / "curves.svg", metadata={"Date": None})
         figure.set_dpi(PNG_DPI)
         FigureCanvasAgg(figure).print_png(output_dir / "curves.png")
 
 
-def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> dict[str, tuple[PlotSpec, str]]:
-    """Each plot as SVG text for one HTML page: its colours are CSS variables, its ids its own."""
+def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> tuple[str, str]:
+    """(title, SVG) of the first picture: loss against rate where a mode has several, else the curves by epoch."""
+    pair, title, plot_groups = verdict.primary, LOSS_PLOT.title, list(groups)
+    if pair is not None:
+        full_run = pair.full.runs[0]
+        plot_groups = [group for group in groups if not comparison_blockers(group.runs[0], full_run)]
+        rates = [{group.lr for group in plot_groups if group.mode == mode} for mode in MODE_NAMES]
+        if max(map(len, rates)) > 1:
+            title = "Loss by learning rate"
+
+    def draw(axis: "Axes") -> None:
+        if pair is not None and title != LOSS_PLOT.title:
+            draw_rates(axis, plot_groups, pair)
+        else:
+            draw_plot(axis, LOSS_PLOT, groups, with_reference)
+
+    return title, _render_svg(draw, "picture", title, PICTURE_SIZE_INCHES)
+
+
+def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple[str, str]]:
+    """(title, SVG) of each plot for one HTML page: its colours are CSS variables, its ids its own."""
+    svgs = []
+    for plot in PLOTS:
+        svg = _render_svg(
+            lambda axis, plot=plot: draw_plot(axis, plot, groups, with_reference),  # type: ignore[misc]
+            plot.name, plot.title, PLOT_SIZE_INCHES,
+        )  # fmt: skip
+        svgs.append((plot.title, svg))
+    return svgs
+
+
+def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tuple[float, float]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    svgs_by_name = {}
     with plot_style():
-        for plot in (*LINE_PLOTS, SCATTER_PLOT):
-            figure = Figure(figsize=PLOT_SIZE_INCHES, facecolor="none")
-            axis = figure.subplots()
-            layout = draw_plot(axis, plot, groups, with_reference)
-            axis.set_title("")  # the page has it as a heading
-            finish_layout(figure, [layout], num_columns=1)
-            buffer = io.StringIO()
-            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-            svgs_by_name[plot.name] = (plot, _adapt_svg_for_html(buffer.getvalue(), plot))
-    return svgs_by_name
+        figure = Figure(figsize=size, facecolor="none", layout="constrained")
+        axis = figure.subplots()
+        draw(axis)
+        axis.set_title("")  # the page has it as a heading
+        add_legend(figure, [axis])
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return _adapt_svg_for_html(buffer.getvalue(), name, title)
 
 
 def plot_style() -> Any:
@@ -135,8 +156,10 @@ def plot_style() -> Any:
 
     # on a new machine it says that it looks through the fonts: no word of ours, and nothing to act on
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    text_keys = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
     return matplotlib.rc_context(
         {
+            **dict.fromkeys(text_keys, TEXT_COLOUR),
             "svg.fonttype": "none",
             "svg.hashsalt": "curves",
             "text.parse_math": False,
@@ -144,11 +167,6 @@ def plot_style() -> Any:
             "font.family": "sans-serif",
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "axes.edgecolor": TEXT_COLOUR,
-            "axes.labelcolor": TEXT_COLOUR,
-            "text.color": TEXT_COLOUR,
-            "xtick.color": TEXT_COLOUR,
-            "ytick.color": TEXT_COLOUR,
             "axes.facecolor": "none",
             "grid.color": GRID_COLOUR,
             "axes.grid": True,
@@ -163,20 +181,14 @@ def plot_style() -> Any:
     )
 
 
-def _adapt_svg_for_html(svg: str, plot: PlotSpec) -> str:
+def _adapt_svg_for_html(svg: str, name: str, title: str) -> str:
     """The <svg> element alone, scaled by its container, with CSS variables for colours and ids that no other has."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', rf'<svg role="img" aria-label="{plot.title}" \1', svg, count=1
-    )
-    svg = re.sub(
-        r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"',
-        rf'<svg role="img" aria-label="{plot.title}" \1\2',
-        svg,
-        count=1,
-    )
+    opening, rest = svg.split(">", 1)
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    svg = opening.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1) + ">" + rest
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{plot.name}-", svg)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
     for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")

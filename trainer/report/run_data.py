@@ -1,8 +1,6 @@
-"""One run as the report sees it, and reading it back from a run folder."""
+"""One run as the report sees it."""
 
 import dataclasses
-import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.errors import UserError
-from trainer.config.run_metadata import read_run_metadata
 from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord
 
 #: columns of one kind of record, each an array of float64 of the same length; NaN where a row lacks the value
@@ -23,7 +19,6 @@ EVAL_FIELDS = tuple(f.name for f in dataclasses.fields(EvalRecord) if f.name != 
 EPOCH_FIELDS = tuple(f.name for f in dataclasses.fields(EpochRecord))
 STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
-_OTHER_ROW_PREFIX = b'\n{"kind": "e'  # how the rows of evaluations, epochs and events start
 
 
 class RunReadError(Exception):
@@ -47,10 +42,11 @@ class RunData:
     diagnostics: tuple[tuple[int, str], ...] = ()  #: (step, line) of what the run noticed of itself
     generations: tuple[Mapping[str, Any], ...] = ()  #: of each evaluation: epoch, texts, and scores where asked for
     notes: tuple[str, ...] = ()
+    eval_records_path: Path | None = None  #: the losses of each record, None where the run left none
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its own end."""
+        """Whether the run came to its own end, or was evaluated at its last step and stopped after."""
         return self.state == "finished"
 
     def get(self, path: str) -> Any:
@@ -117,78 +113,75 @@ def drop_superseded_rows(series: Series) -> Series:
     return {name: column[step < min_later_step] for name, column in series.items()}
 
 
-def read_folder(folder: Path) -> RunData:
-    """The run of a run folder; RunReadError where settings or rows are missing."""
-    try:
-        metadata = read_run_metadata(folder / "run.json")
-    except UserError as error:
-        raise RunReadError(str(error)) from error
-    metrics_path = folder / "metrics.jsonl"
-    try:
-        content = metrics_path.read_bytes()
-        age_seconds = time.time() - metrics_path.stat().st_mtime
-    except OSError as error:
-        raise RunReadError(f"no metrics: cannot read metrics.jsonl ({error.strerror})") from error
-    steps, other_rows, notes = _parse_metrics(content)
-    return build_run(
-        source=str(folder),
-        metadata=metadata,
-        notes=notes,
-        age_seconds=age_seconds,
-        steps=steps,
-        evals=to_series((row for row in other_rows if row["kind"] == "eval"), EVAL_FIELDS),
-        epochs=to_series((row for row in other_rows if row["kind"] == "epoch"), EPOCH_FIELDS),
-        events=[row for row in other_rows if row["kind"] == "event"],
-    )
+@dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """What a run wrote, by kind, and what could not be read of it."""
+
+    steps: Series
+    evals: Series
+    epochs: Series
+    events: list[Mapping[str, Any]]
+    notes: list[str]
+    age_seconds: float  #: since the last of it was written
+    eval_records_path: Path | None = None
 
 
-def build_run(
-    *,
-    source: str,
-    metadata: Mapping[str, Any],
-    steps: Series,
-    evals: Series,
-    epochs: Series,
-    events: list[Mapping[str, Any]],
-    notes: list[str],
-    age_seconds: float,
-    run_id: str | None = None,
-) -> RunData:
+def build_run(source: str, metadata: Mapping[str, Any], records: RunRecords, run_id: str | None = None) -> RunData:
     """A RunData from its parts, with what is missing said in its notes; RunReadError where there is no row at all."""
+    metadata, events = escape_control(metadata), escape_control(records.events)
     mode = metadata.get("mode")
     if mode not in ("full", "lora"):
         raise RunReadError(f"mode {mode!r} in its settings: expected full or lora")
-    if not len(steps["step"]) and not len(evals["step"]):
+    if not len(records.steps["step"]) and not len(records.evals["step"]):
         raise RunReadError("no metrics: neither a step nor an evaluation was written")
     summary = next((event.get("facts") or {} for event in reversed(events) if event.get("event") == "finished"), None)
-    was_stopped = bool(events) and events[-1].get("event") in STOP_EVENTS
-    state = (
-        "finished"
-        if summary is not None
-        else "stopped"
-        if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS
-        else "going"
-    )
     run = RunData(
         source=source,
         run_id=str(run_id or metadata.get("run_id") or source),
         name=str(metadata.get("name") or source),
         mode=mode,
         metadata=metadata,
-        steps=drop_superseded_rows(steps),
-        evals=drop_superseded_rows(evals),
-        epochs=drop_superseded_rows(epochs),
+        steps=drop_superseded_rows(records.steps),
+        evals=drop_superseded_rows(records.evals),
+        epochs=drop_superseded_rows(records.epochs),
         summary=summary or {},
-        state=state,
         diagnostics=tuple(
             (int(event.get("step") or 0), str(event.get("message")))
             for event in events
             if event.get("event") == "diagnosis"
         ),
         generations=tuple(event.get("facts") or {} for event in events if event.get("event") == "samples"),
-        notes=tuple(notes),
+        notes=tuple(records.notes),
+        eval_records_path=records.eval_records_path,
     )
+    run = dataclasses.replace(run, state=_state(run, events, records.age_seconds))
     return dataclasses.replace(run, notes=(*run.notes, *_missing_data_notes(run, events)))
+
+
+def _state(run: RunData, events: list[Mapping[str, Any]], age_seconds: float) -> str:
+    """finished, going or stopped; a run that was evaluated at its last step is finished whatever came after."""
+    final_eval = run.final_eval
+    is_evaluated_to_end = final_eval is not None and final_eval["step"] == run.get("resolved.total_steps")
+    if any(event.get("event") == "finished" for event in events) or is_evaluated_to_end:
+        return "finished"
+    was_stopped = bool(events) and events[-1].get("event") in STOP_EVENTS
+    return "stopped" if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS else "going"
+
+
+def escape_control(value: Any) -> Any:
+    """`value`, of JSON, with what is neither printable nor a space, line or tab in its strings as an escape: `\\x1b`.
+
+    Names and texts of a run reach terminals and pages: no control sequence and no change of writing direction does.
+    """
+    if isinstance(value, str):
+        if value.isprintable():
+            return value
+        return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in value)
+    if isinstance(value, Mapping):
+        return {escape_control(key): escape_control(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escape_control(item) for item in value]
+    return value
 
 
 def changed_on_resume(run: RunData) -> Mapping[str, Any]:
@@ -208,6 +201,8 @@ def _missing_data_notes(run: RunData, events: list[Mapping[str, Any]]) -> list[s
         status = "still going" if run.state == "going" else "stopped before its end"
         reason = f": {events[-1].get('message')}" if events and events[-1].get("event") in STOP_EVENTS else ""
         notes.append(f"{status} ({progress}){reason}; left out of the verdict")
+    elif not run.summary:
+        notes.append("evaluated to its end but not closed: its time and memory are unknown")
     notes += [
         f"{name} was changed on resume, from {old} to {new}"
         for name, (old, new) in sorted(changed_on_resume(run).items())
@@ -217,72 +212,3 @@ def _missing_data_notes(run: RunData, events: list[Mapping[str, Any]]) -> list[s
     elif run.initial_loss is None:
         notes.append("no evaluation at step 0: how far it improved on its base is unknown")
     return notes
-
-
-def _parse_metrics(content: bytes) -> tuple[Series, list[dict[str, Any]], list[str]]:
-    """Step columns, the other rows, and notes on what could not be read."""
-    notes = []
-    complete_content = content[: content.rfind(b"\n") + 1]
-    if len(complete_content) < len(content):  # rows are written newline last
-        notes.append("its last row was cut off and is left out")
-    other_lines = _find_other_lines(complete_content)
-    steps = _parse_steps_with_arrow(complete_content, len(other_lines))
-    rows, num_bad = _parse_lines(complete_content.split(b"\n") if steps is None else other_lines)
-    if num_bad:
-        notes.append(
-            f"{num_bad} row{'s' if num_bad > 1 else ''} could not be read and {'are' if num_bad > 1 else 'is'} left out"
-        )
-    if steps is None:
-        steps = to_series((row for row in rows if row["kind"] == "step"), STEP_FIELDS)
-    return steps, rows, notes
-
-
-def _find_other_lines(content: bytes) -> list[bytes]:
-    """The lines that are no step rows, found without looking at each line."""
-    content = b"\n" + content
-    lines, start = [], content.find(_OTHER_ROW_PREFIX)
-    while start >= 0:
-        end = content.find(b"\n", start + 1)
-        lines.append(content[start + 1 : end])
-        start = content.find(_OTHER_ROW_PREFIX, end)
-    return lines
-
-
-def _parse_steps_with_arrow(content: bytes, num_other_rows: int) -> Series | None:
-    """Columns of the step rows, about five times as fast as `json`; None unless all but `num_other_rows` are."""
-    if not content:
-        return to_series([], STEP_FIELDS)
-    import pyarrow
-    import pyarrow.compute
-    import pyarrow.json
-
-    schema = pyarrow.schema([("kind", pyarrow.string()), *((name, pyarrow.float64()) for name in STEP_FIELDS)])
-    try:
-        table = pyarrow.json.read_json(
-            pyarrow.BufferReader(content),
-            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-        )
-    except pyarrow.ArrowInvalid:
-        return None
-    kinds = pyarrow.compute.index_in(table["kind"], pyarrow.array(["step", "eval", "epoch", "event"])).to_numpy()
-    if not np.all(np.isfinite(kinds)) or len(kinds) - np.sum(kinds == 0) != num_other_rows:
-        return None
-    return {name: table[name].to_numpy().astype(np.float64, copy=False)[kinds == 0] for name in STEP_FIELDS}
-
-
-def _parse_lines(lines: list[bytes]) -> tuple[list[dict[str, Any]], int]:
-    """The rows that can be read, one by one, and the number of those that cannot."""
-    rows, num_bad = [], 0
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            num_bad += 1
-            continue
-        if isinstance(row, dict) and row.get("kind") in ("step", "eval", "epoch", "event"):
-            rows.append(row)
-        else:
-            num_bad += 1
-    return rows, num_bad

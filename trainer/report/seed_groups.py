@@ -1,6 +1,5 @@
-"""Runs that differ in nothing but the seed, as one group; mean, spread, and whether a difference exceeds it."""
+"""Runs that differ in nothing but the seed, as one group with a label of its own."""
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,6 @@ from trainer.report.comparability import COMPARABILITY_KEYS, flatten, is_compara
 from trainer.report.run_data import RunData
 
 MODE_NAMES = {"full": "full", "lora": "LoRA"}
-CONFIDENCE_LEVEL = 0.95
-WELCH_RULE = (
-    "A difference exceeds the spread between seeds when the 95 % interval of Welch's t test around it, "
-    "difference ± t · sqrt(sd₁²/n₁ + sd₂²/n₂), does not hold zero; t has the Welch-Satterthwaite degrees of freedom. "
-    "It needs two seeds or more on both sides. ± in a table is one sample standard deviation."
-)
 #: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
 _IGNORED_SETTINGS = (
     "settings.train.seed",
@@ -54,7 +47,7 @@ _LABEL_FORMATS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("settings.lora.modules_to_save", lambda value: f"and {'+'.join(value)}" if value else "adapters only"),
     ("settings.train.global_batch", lambda value: f"batch {value}"),
     ("settings.train.epochs", lambda value: f"{value:g} epochs"),
-    ("settings.data.block_size", lambda value: f"block {value}"),
+    ("data.block_size", lambda value: f"block {value}"),
     ("data.objective", str),
     ("resolved.ranks", lambda value: f"{value} ranks"),
     ("resolved.precision", str),
@@ -71,6 +64,20 @@ class SeedGroup:
     runs: tuple[RunData, ...]
 
     @property
+    def lr(self) -> float:
+        """Peak learning rate; NaN where unknown."""
+        lr = self.runs[0].get("resolved.lr")
+        return float(lr) if isinstance(lr, int | float) else float("nan")
+
+    @property
+    def label_with_lr(self) -> str:
+        """The label, its learning rate in it whether or not other groups share it."""
+        lr = f"lr {self.lr:.3g}"
+        if lr in self.label:
+            return self.label
+        return f"{self.label[:-1]}, {lr})" if self.label.endswith(")") else f"{self.label} ({lr})"
+
+    @property
     def finished_runs(self) -> tuple[RunData, ...]:
         """The runs that came to their own end and were evaluated: those that a verdict may count."""
         return tuple(run for run in self.runs if run.is_finished and run.best_eval is not None)
@@ -83,16 +90,6 @@ class MeanStd:
     mean: float
     sd: float | None
     n: int
-
-
-@dataclass(frozen=True)
-class MeanDifference:
-    """A difference of two means with its interval; `exceeds` is None where the spread is not known."""
-
-    difference: float
-    low: float | None
-    high: float | None
-    exceeds: bool | None
 
 
 def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
@@ -112,47 +109,21 @@ def mean_std(values: Sequence[float]) -> MeanStd | None:
     return MeanStd(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def welch_difference(a: MeanStd, b: MeanStd) -> MeanDifference:
-    """a - b with Welch's interval (B. L. Welch, Biometrika 34, 1947); without two values a side there is none."""
-    gap = a.mean - b.mean
-    if a.sd is None or b.sd is None:
-        return MeanDifference(gap, None, None, None)
-    var_a, var_b = a.sd**2 / a.n, b.sd**2 / b.n
-    if var_a + var_b == 0:
-        return MeanDifference(gap, gap, gap, gap != 0)
-    degrees_of_freedom = (var_a + var_b) ** 2 / (var_a**2 / (a.n - 1) + var_b**2 / (b.n - 1))
-    half_width = t_quantile((1 + CONFIDENCE_LEVEL) / 2, degrees_of_freedom) * math.sqrt(var_a + var_b)
-    return MeanDifference(gap, gap - half_width, gap + half_width, abs(gap) > half_width)
+def best_loss(group: SeedGroup) -> MeanStd:
+    """The lowest validation losses of the finished runs of a group, of which there must be one."""
+    stats = mean_std([run.best_eval["loss"] for run in group.finished_runs if run.best_eval])
+    assert stats is not None, "only groups with evaluated runs get here"
+    return stats
 
 
-def t_quantile(p: float, degrees_of_freedom: float) -> float:
-    """The p-quantile (p > 0.5) of Student's t, by halving an interval around it."""
-    low, high = 0.0, 1.0
-    while _t_cdf(high, degrees_of_freedom) < p:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, degrees_of_freedom) < p else (low, middle)
-    return (low + high) / 2
-
-
-def _t_cdf(t: float, degrees_of_freedom: float) -> float:
-    return 1 - _regularized_beta(degrees_of_freedom / (degrees_of_freedom + t * t), degrees_of_freedom / 2, 0.5) / 2
-
-
-def _regularized_beta(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function, by its continued fraction (NIST DLMF 8.17.22) where that is quick."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _regularized_beta(1 - x, b, a)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
-    value = 1.0
-    for m in range(200, 0, -1):  # from the tail of the fraction to its head
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        value = 1 + even / (1 + odd / value)
-    return front / (1 + -(a + b) * x / (a + 1) / value)
+def improvement(group: SeedGroup) -> MeanStd | None:
+    """Improvement on the base; None where a run was not evaluated at step 0."""
+    gains = [
+        run.initial_loss - run.best_eval["loss"]
+        for run in group.finished_runs
+        if run.best_eval and run.initial_loss is not None
+    ]
+    return mean_std(gains) if len(gains) == len(group.finished_runs) else None
 
 
 def _grouping_key(run: RunData) -> tuple[Any, ...]:
@@ -191,4 +162,4 @@ def _is_implied_by_data(path: str, runs: Sequence[RunData]) -> bool:
     """Whether this is about the rows and the name of the data, which a label has before it, tells it already."""
     pairs = {(run.get("data.source"), repr(run.get(path))) for run in runs}
     sources = {source for source, _ in pairs}
-    return path in ("data.objective", "settings.data.block_size") and 1 < len(sources) == len(pairs)
+    return path in ("data.objective", "data.block_size") and 1 < len(sources) == len(pairs)

@@ -1,210 +1,273 @@
-"""What the comparison comes to, in one sentence that a person can repeat, and the numbers behind it."""
+"""What the comparison comes to: one sentence with its interval, three numbers, and what explains them line by line."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import reference
-from trainer.report.comparability import comparison_blockers, reference_blockers, shorten_reason
-from trainer.report.full_vs_lora import (
-    FullVsLora,
-    best_loss,
-    comparable_groups,
-    compare_with_full,
-    difference_to_reference,
-    improvement,
+from trainer.report.comparability import comparison_blockers
+from trainer.report.formats import (
+    capitalize,
+    format_bytes,
+    format_duration,
+    format_interval,
+    format_percent,
+    join_words,
 )
-from trainer.report.seed_groups import MODE_NAMES, WELCH_RULE, MeanStd, SeedGroup
+from trainer.report.full_vs_lora import (
+    CostRatio,
+    FullVsLora,
+    Margin,
+    comparable_groups,
+    compare_set,
+    describe_blockers,
+    difference_to_reference,
+)
+from trainer.report.paired_interval import MIN_SEEDS, PairedInterval, what_would_tell
+from trainer.report.seed_groups import MODE_NAMES, SeedGroup, best_loss, improvement
+
+UNIT = "nats per token"
+INTERVAL_RULE = (
+    "[a, b] is a 95 % interval over seeds and evaluation records taken as crossed random effects, from the losses of "
+    "single records of runs paired by seed; it holds for the compared rates, not for others."
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """One of the three numbers of the first screen."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One sentence, what explains it line by line, and its numbers for comparison.json."""
+    """The sentence, three numbers, what explains them, and the comparisons behind (the primary one first)."""
 
     sentence: str
+    headlines: tuple[Headline, ...] = ()
     details: tuple[str, ...] = ()
-    numbers: dict[str, Any] = field(default_factory=dict)
+    comparisons: tuple[FullVsLora, ...] = ()
+    num_not_counted: int = 0
+
+    @property
+    def primary(self) -> FullVsLora | None:
+        """The comparison that the sentence and the numbers are of."""
+        return self.comparisons[0] if self.comparisons else None
 
 
-def build_verdict(groups: Sequence[SeedGroup], with_reference: bool) -> Verdict:
-    """The verdict over all groups; only finished runs count."""
-    finished_groups = [group for group in groups if group.finished_runs]
+def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, margin: Margin | None = None) -> Verdict:
+    """The verdict over all groups; only finished runs count. One sentence for each data set that has both modes."""
+    finished = [group for group in groups if group.finished_runs]
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
-    unfinished_note = (
-        f"{num_left_out} run{'s' if num_left_out > 1 else ''} without an end or an evaluation not counted"
-        if num_left_out
-        else ""
-    )
-    if not finished_groups:
+    if not finished:
         return Verdict(
-            "No run is finished and evaluated, so there is nothing to compare yet.",
-            numbers={"pairs": [], "not_counted": num_left_out},
+            sentence="No run is finished and evaluated, so there is nothing to compare yet.",
+            num_not_counted=num_left_out,
         )
-    sets_with_both_modes = comparable_groups(finished_groups)
-    pairs_by_set = [compare_with_full(full_groups[0], lora_groups) for full_groups, lora_groups in sets_with_both_modes]
-    clauses = [
-        _describe_best_pair(set_pairs, len(full_groups))
-        for set_pairs, (full_groups, _) in zip(pairs_by_set, sets_with_both_modes, strict=True)
-    ]
-    clauses = clauses or [_describe_unpaired(finished_groups)]
-    shown_groups = [
-        group for set_pairs in pairs_by_set for group in (set_pairs[0].full, set_pairs[0].lora)
-    ] or finished_groups
+    sets = comparable_groups(finished)
+    compared = [compare_set(*full_and_lora, margin or Margin()) for full_and_lora in sets]
+    sentences = [
+        _describe_set(comparisons, len(full_groups))
+        for comparisons, (full_groups, _) in zip(compared, sets, strict=True)
+    ] or [_describe_unpaired(finished)]
+    if num_left_out:
+        sentences.append(
+            f"{num_left_out} run{'s' if num_left_out > 1 else ''} without an end or an evaluation not counted."
+        )
+    comparisons = [comparison for members in compared for comparison in members]
+    details = [line for comparison in comparisons for line in _describe_numbers(comparison)]
+    details += [line for members in compared for line in _describe_costs(members[0])]
+    details += [INTERVAL_RULE] if any(comparison.losses for comparison in comparisons) else []
     if with_reference:
-        clauses += _reference_clauses(shown_groups)
-    sentence = "; ".join(clause for clause in [*clauses, unfinished_note] if clause)
-    pairs = [pair for set_pairs in pairs_by_set for pair in set_pairs]
-    details = [line for pair in pairs for line in _describe_pair(pair)] + _interval_notes(pairs)
-    numbers = {"pairs": [_pair_to_dict(pair) for pair in pairs], "not_counted": num_left_out}
-    return Verdict(sentence[0].upper() + sentence[1:] + ".", tuple(details), numbers)
-
-
-def _describe_best_pair(pairs: Sequence[FullVsLora], num_full_groups: int) -> str:
-    """LoRA against full: of several groups of a mode (`num_full_groups` is the number of full ones), the best."""
-    pair = pairs[0]
-    lora_name, full_name = _describe_best(len(pairs), pair.lora), _describe_best(num_full_groups, pair.full)
-    cost = _describe_cost(pair)
-    spread_text = (
-        ""
-        if pair.gap.exceeds is None
-        else ", a difference that "
-        + ("exceeds" if pair.gap.exceeds else "does not exceed")
-        + " the spread between seeds"
+        details += [line for group in finished if (line := _describe_against_reference(group))]
+    return Verdict(
+        sentence=" ".join(sentences),
+        headlines=_headlines(comparisons[0]) if comparisons else (),
+        details=tuple(details),
+        comparisons=tuple(comparisons),
+        num_not_counted=num_left_out,
     )
-    losses_text = f"best validation loss {pair.lora_best.mean:.4f} against {pair.full_best.mean:.4f}"
-    if pair.share is None:
-        assert pair.no_share
-        reason = f"no share of improvement is given because {pair.no_share}"
-        return f"{lora_name} and {full_name} ended at a {losses_text}{spread_text}; {reason}; LoRA ran with {cost}"
-    if pair.lora_gain is not None and pair.lora_gain.mean <= 0:
+
+
+# --- the sentence ---
+
+
+def _describe_set(comparisons: Sequence[FullVsLora], num_full_groups: int) -> str:
+    """The sentence on the best LoRA group of a data set against the best full one."""
+    pair = comparisons[0]
+    lora, full = _describe_group(pair.lora, len(comparisons)), _describe_group(pair.full, num_full_groups)
+    if pair.blockers:
+        return f"{capitalize(lora)} and {full} are not ranked: {'; '.join(pair.blockers)}."
+    if pair.excess is None:
         return (
-            f"{lora_name} did not improve on its base where {full_name} did ({losses_text}){spread_text}, with {cost}"
+            f"Cannot tell whether {lora} is as good as {full}: validation loss {pair.lora_loss:.4f} against "
+            f"{pair.full_loss:.4f}, a difference without an interval ({pair.no_losses}, and there is one seed)."
         )
-    improvement_text = f"{full_name}'s improvement" if full_name == "full" else f"the improvement of {full_name}"
-    return f"{lora_name} reached {pair.share:.1%} of {improvement_text} ({losses_text}{spread_text}) with {cost}"
+    sentence = f"{_scope_prefix(pair.excess)}{_describe_answer(pair, pair.excess, lora, full)}, {_describe_basis(pair)}"
+    if pair.excess.num_seeds == 1:
+        sentence += "; one seed says nothing of the methods"
+    if pair.answer == "cannot tell":
+        sentence += f"; {_describe_what_would_tell(pair, pair.excess)}"
+    if (len(comparisons) > 1 or num_full_groups > 1) and not (pair.losses and pair.losses.split == "test"):
+        sentence += "; exploratory, for the settings were chosen on these records"
+    return capitalize(sentence) + "."
 
 
-def _describe_best(num_groups: int, group: SeedGroup) -> str:
-    """The name of a group that was the best of `count` of its mode."""
+def _describe_answer(pair: FullVsLora, excess: PairedInterval, lora: str, full: str) -> str:
+    interval = f"{UNIT} [{excess.low:+.4f}, {excess.high:+.4f}]"
+    amount = f"{abs(excess.estimate):.4f} {interval}"
+    if pair.answer == "better":
+        return f"{lora} is better than {full} by {amount}"
+    if pair.answer == "good enough":
+        side = "worse" if excess.estimate > 0 else "better"
+        return f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {_margin(pair)}"
+    if pair.answer == "worse":
+        return f"{lora} is worse than {full} by {amount}"
+    return f"cannot tell yet whether {lora} is as good as {full}: loss differs by {excess.estimate:+.4f} {interval}"
+
+
+def _scope_prefix(excess: PairedInterval) -> str:
+    if excess.num_seeds == 1:
+        return "of these two models, "
+    return "" if excess.num_seeds >= MIN_SEEDS else f"provisionally, with {excess.num_seeds} seeds, "
+
+
+def _describe_basis(pair: FullVsLora) -> str:
+    """`on 200 test records, seeds 1, 2 and 3, 90 steps`."""
+    seeds = [str(full.get("settings.train.seed")) for full, _ in pair.pairs]
+    steps = sorted({int(run.final_eval["step"]) for runs in pair.pairs for run in runs if run.final_eval})
+    records = (
+        f"on {pair.losses.num_records:,} {pair.losses.unit_name}"
+        if pair.losses and not pair.losses.has_groups
+        else f"on {len(pair.losses.targets):,} {pair.losses.unit_name}"
+        if pair.losses
+        else "on this validation set alone"
+    )
+    steps_text = " and ".join(f"{step:,}" for step in steps)
+    return f"{records}, seed{'s' if len(seeds) > 1 else ''} {join_words(seeds)}, {steps_text} steps"
+
+
+def _describe_what_would_tell(pair: FullVsLora, excess: PairedInterval) -> str:
+    """The seeds or records that would decide: towards 0, or towards the margin where that is nearer."""
+    options = [what_would_tell(excess, excess.estimate)]
+    if pair.contrast is not None and pair.contrast.estimate < 0:
+        options.append(what_would_tell(pair.contrast, pair.contrast.estimate, is_one_sided=True))
+    seeds = min((option.num_seeds for option in options if option.num_seeds), default=None)
+    units = min((option.num_units for option in options if option.num_units), default=None)
+    unit_name = pair.losses.unit_name if pair.losses else "validation records"
+    if seeds is not None:
+        return f"about {seeds} seeds would tell" + (" at least" if excess.num_seeds == 1 else "")
+    if units is not None:
+        return f"about {units:,} {unit_name} would tell, more seeds would not"
+    return f"neither more seeds nor a hundred times the {unit_name} would tell so small a difference"
+
+
+def _describe_group(group: SeedGroup, num_groups: int) -> str:
+    """`LoRA (lr 0.005)`, or `the best of 3 LoRA settings (lr 0.005)`."""
     mode_name = MODE_NAMES[group.mode]
-    return (
-        group.label
-        if num_groups == 1
-        else f"the best of {num_groups} {mode_name} settings{group.label.removeprefix(mode_name)}"
+    label = group.label_with_lr
+    return label if num_groups == 1 else f"the best of {num_groups} {mode_name} settings{label.removeprefix(mode_name)}"
+
+
+def _margin(pair: FullVsLora) -> str:
+    gained = (
+        pair.losses.mean_loss(pair.losses.base - pair.losses.full)
+        if pair.losses and pair.losses.base is not None
+        else None
     )
-
-
-def _describe_cost(pair: FullVsLora) -> str:
-    """`0.95% of its trainable parameters, 0.61x its time and 0.43x its memory`, with what is not compared and why."""
-    ratios, not_compared = [], []
-    ratios.append(
-        "an unknown share of its trainable parameters"
-        if pair.parameters is None
-        else f"{format_percent(pair.parameters)} of its trainable parameters"
-    )
-    for name, ratio, reason in (("time", pair.time, pair.no_time), ("memory", pair.memory, pair.no_memory)):
-        if ratio is not None:
-            ratios.append(f"{ratio:.2f}x its {name}")
-        else:
-            not_compared.append((name, reason or "not measured"))
-    text = ratios[0] if len(ratios) == 1 else ", ".join(ratios[:-1]) + " and " + ratios[-1]
-    if len({reason for _, reason in not_compared}) == 1:
-        not_compared = [(" and ".join(name for name, _ in not_compared), not_compared[0][1])]
-    return text + "".join(f"; {name} not compared ({reason})" for name, reason in not_compared)
-
-
-def format_percent(share: float) -> str:
-    """A share with two significant digits: 0.95%, 12%, 100%."""
-    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.0f}%"
+    return pair.margin.describe(gained)
 
 
 def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
-    """What can be said where no LoRA group is comparable with a full one."""
-    full_groups = [group for group in groups if group.mode == "full"]
-    lora_groups = [group for group in groups if group.mode == "lora"]
-    descriptions = "; ".join(_describe_group(group) for group in groups[:4])
+    """What can be said where no LoRA group is on the data of a full one."""
+    full_groups, lora_groups = ([group for group in groups if group.mode == mode] for mode in ("full", "lora"))
+    descriptions = "; ".join(_describe_alone(group) for group in groups[:4])
     if full_groups and lora_groups:
         reasons = comparison_blockers(lora_groups[0].finished_runs[0], full_groups[0].finished_runs[0])
-        reason = ", ".join(dict.fromkeys(map(shorten_reason, reasons)))
-        return f"LoRA and full are not comparable with one another ({reason}): {descriptions}"
+        return f"LoRA and full are not comparable with one another ({describe_blockers(reasons)}): {descriptions}."
     missing_mode = "LoRA" if full_groups else "full"
-    return f"{descriptions}; there is no finished {missing_mode} run to compare with"
+    return f"{capitalize(descriptions)}; there is no finished {missing_mode} run to compare with."
 
 
-def _describe_group(group: SeedGroup) -> str:
-    best_stats, gain_stats = best_loss(group), improvement(group)
-    if gain_stats is None:
-        return f"{group.label} reached a best validation loss of {best_stats.mean:.4f} (its base was not evaluated)"
-    verb = "improved" if gain_stats.mean > 0 else "did not improve"
+def _describe_alone(group: SeedGroup) -> str:
+    best, gain = best_loss(group), improvement(group)
+    if gain is None:
+        return f"{group.label} reached a best validation loss of {best.mean:.4f} (its base was not evaluated)"
+    verb = "improved" if gain.mean > 0 else "did not improve"
+    return f"{group.label} {verb} on its base ({best.mean + gain.mean:.4f} -> {best.mean:.4f} at best)"
+
+
+# --- three numbers, and what explains them ---
+
+
+def _headlines(pair: FullVsLora) -> tuple[Headline, ...]:
+    if pair.excess is None:
+        loss = Headline(label="Loss", value="-", note="; ".join(pair.blockers) or "no interval: " + pair.no_losses)
+    else:
+        interval = f"[{pair.excess.low:+.4f}, {pair.excess.high:+.4f}]"
+        loss = Headline(label="Loss", value=f"{pair.excess.estimate:+.4f}", note=f"{interval} {UNIT}, LoRA − full")
     return (
-        f"{group.label} {verb} on its base ({best_stats.mean + gain_stats.mean:.4f} -> {best_stats.mean:.4f} at best)"
+        loss,
+        _cost_headline("Time", pair.time, format_duration),
+        _cost_headline("Memory", pair.memory, format_bytes),
     )
 
 
-def _reference_clauses(groups: Sequence[SeedGroup]) -> list[str]:
-    """How the groups stand to the card, those with the same answer in one clause."""
-    by_reason: dict[tuple[str, ...], list[SeedGroup]] = {}
-    for group in groups:
-        by_reason.setdefault(tuple(map(shorten_reason, reference_blockers(group.finished_runs[0]))), []).append(group)
-    clauses = []
-    for reasons, members in by_reason.items():
-        names = [group.label for group in members]
-        if reasons:
-            subject = (
-                names[0] + " is not"
-                if len(names) == 1
-                else ("neither is" if len(names) == 2 else "none is")
-                if len(names) == len(groups)
-                else ", ".join(names[:-1]) + " and " + names[-1] + " are not"
-            )
-            clauses.append(f"{subject} comparable with the card: {', '.join(reasons)}")
-        else:
-            clauses.append(
-                "; ".join(_describe_against_reference(group) for group in members)
-                + " (as far as the card tells; see what is unknown of it)"
-            )
-    return clauses
+def _cost_headline(label: str, cost: CostRatio, format_value: Any) -> Headline:
+    values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
+    if cost.ratio is not None:
+        return Headline(label=label, value=f"{cost.ratio:.2f}x", note=values)
+    known = f" ({values})" if cost.lora is not None and cost.full is not None else ""
+    return Headline(label=label, value="-", note=f"not compared: {cost.reason}{known}")
 
 
-def _describe_against_reference(group: SeedGroup) -> str:
-    last_row = reference.CURVE[-1]
-    gap = difference_to_reference(group, last_row.epoch)
-    if gap is None:
-        return f"{group.label} has no evaluation at the card's epoch {last_row.epoch}"
-    position = f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if round(gap, 4) else "exactly at"
-    return f"{group.label} ended {position} the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}"
-
-
-def _describe_pair(pair: FullVsLora) -> list[str]:
-    """The numbers behind the verdict on a pair, and under which conditions its cost was measured."""
-    full_text, lora_text = _format_mean_std(pair.full_best), _format_mean_std(pair.lora_best)
-    text = f"{pair.lora.label} against {pair.full.label}: best validation loss {lora_text} against {full_text}, "
-    text += f"difference {pair.gap.difference:+.4f} nats per token"
-    if pair.gap.low is not None and pair.gap.high is not None:
-        verb = "exceeds" if pair.gap.exceeds else "does not exceed"
-        text += f" (95 % interval {pair.gap.low:+.4f} to {pair.gap.high:+.4f}), which {verb} the spread between seeds"
-    if pair.full_gain and pair.lora_gain and not pair.no_share:
-        text += f". Improvement on the base: {pair.lora_gain.mean:.4f} against {pair.full_gain.mean:.4f}"
-    return [text + ".", *_cost_notes(pair)]
-
-
-def _interval_notes(pairs: Sequence[FullVsLora]) -> list[str]:
-    """How a difference is held against the spread between seeds, and for which pairs that is not known."""
-    labels_without_interval = [pair.lora.label for pair in pairs if pair.gap.exceeds is None]
-    lines = [WELCH_RULE] if len(labels_without_interval) < len(pairs) else []
-    if labels_without_interval:
-        scope = f" for {', '.join(labels_without_interval)}" if lines else ""
-        lines.append(
-            f"Whether the difference exceeds the spread between seeds is not known{scope}: "
-            "it takes two different seeds or more on both sides."
-        )
+def _describe_numbers(pair: FullVsLora) -> list[str]:
+    """The losses behind a comparison, what cannot be had, and what the costs depend on."""
+    names = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}"
+    if pair.blockers:
+        return [f"{names}: not ranked ({'; '.join(pair.blockers)})."]
+    line = f"{names}: {pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f}"
+    line += f", {UNIT}" if pair.excess is None else f", difference {format_interval(pair.excess)} {UNIT}"
+    if pair.contrast is not None:
+        line += f"; beyond the margin of {_margin(pair)}: at most {pair.contrast.upper:+.4f} (one-sided 95 %)"
+    elif pair.excess is not None and pair.margin.nats is None:
+        line += "; whether it is within the margin is not known, for the base's losses of these records are not there"
+    lines = [line + "."]
+    if pair.losses and pair.losses.num_in_train:
+        lines.append(f"{names}: {pair.losses.num_in_train:,} records that equal a training record are left out.")
+    if pair.no_losses:
+        lines.append(f"{names}: {pair.no_losses}; an interval over seeds alone holds for this validation set only.")
     return lines
+
+
+def _describe_costs(pair: FullVsLora) -> list[str]:
+    """What LoRA cost beside full, and what that depends on."""
+    names = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}"
+    return [f"{names}: {describe_cost(pair)}.", *_cost_notes(pair)]
+
+
+def describe_cost(pair: FullVsLora) -> str:
+    """`0.95% of its trainable parameters, 0.43x its memory; time not compared (other hardware)`."""
+    parts = [
+        "an unknown share of its trainable parameters"
+        if pair.parameters is None
+        else f"{format_percent(pair.parameters)} of its trainable parameters"
+    ]
+    withheld: dict[str, list[str]] = {}
+    for name, cost in (("time", pair.time), ("memory", pair.memory)):
+        if cost.ratio is None:
+            withheld.setdefault(cost.reason, []).append(name)
+        else:
+            parts.append(f"{cost.ratio:.2f}x its {name}")
+    return join_words(parts) + "".join(f"; {join_words(names)} not compared ({why})" for why, names in withheld.items())
 
 
 def _cost_notes(pair: FullVsLora) -> list[str]:
     """What time and memory depend on and was not the same."""
-    if pair.time is None and pair.memory is None:
+    if pair.time.ratio is None and pair.memory.ratio is None:
         return []
     a, b = pair.lora.finished_runs[0], pair.full.finished_runs[0]
     paths = {
@@ -217,26 +280,16 @@ def _cost_notes(pair: FullVsLora) -> list[str]:
     differences = [
         f"{name} {a.get(path)} against {b.get(path)}" for name, path in paths.items() if a.get(path) != b.get(path)
     ]
-    return (
-        [
-            f"Time and memory of {pair.lora.label} and {pair.full.label} were measured with different settings: "
-            f"{', '.join(differences)}."
-        ]
-        if differences
-        else []
-    )
+    labels = f"{pair.lora.label} and {pair.full.label}"
+    text = f"Time and memory of {labels} were measured with different settings: {', '.join(differences)}."
+    return [text] if differences else []
 
 
-def _format_mean_std(stats: MeanStd) -> str:
-    text = f"{stats.mean:.4f}"
-    return text if stats.sd is None else f"{text} ± {stats.sd:.4f} (n = {stats.n})"
-
-
-def _pair_to_dict(pair: FullVsLora) -> dict[str, Any]:
-    fields = dataclasses.asdict(dataclasses.replace(pair, full=None, lora=None))  # type: ignore[arg-type]
-    labels = {
-        "full": pair.full.label,
-        "lora": pair.lora.label,
-        "full_runs": [run.run_id for run in pair.full.finished_runs],
-    }
-    return {**fields, **labels, "lora_runs": [run.run_id for run in pair.lora.finished_runs]}
+def _describe_against_reference(group: SeedGroup) -> str:
+    """How a group ended beside the card, "" where it is not comparable with it."""
+    last_row = reference.CURVE[-1]
+    gap = difference_to_reference(group, last_row.epoch)
+    if gap is None:
+        return ""
+    position = f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if round(gap, 4) else "exactly at"
+    return f"{group.label} ended {position} the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}."

@@ -4,24 +4,21 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.report import markdown
+from trainer.report.comparison import Comparison
 from trainer.report.plot_axes import COLOURS
 from trainer.report.wandb_reference import REFERENCE_RUN_ID
-
-if TYPE_CHECKING:
-    from trainer.report.comparison import Comparison
 
 SAVED_REPORT_FILE = "wandb-report.json"  # in the output folder: which report this comparison was saved as
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8  # of a panel; a page is 24 wide
 MAX_RUNS_PER_PANEL = 100  # lines that a panel shows; W&B's own limit is 10
 
 
-def to_spec_json(comparison: "Comparison") -> str:
+def to_spec_json(comparison: Comparison) -> str:
     """The report as the JSON that W&B keeps of it, made without any network."""
     report = _build_report(comparison, "entity", "project", own_project=True)
     return (
@@ -30,7 +27,7 @@ def to_spec_json(comparison: "Comparison") -> str:
     )
 
 
-def save_report(comparison: "Comparison", entity: str, project: str, output_dir: Path) -> str:
+def save_report(comparison: Comparison, entity: str, project: str, output_dir: Path) -> str:
     """Save the report and return its address; one saved before under the same project and title is updated.
 
     UserError where nobody is logged in, or W&B does not take it.
@@ -107,7 +104,7 @@ def _find_saved_report_id(entity: str, project: str, title: str, output_dir: Pat
     return None
 
 
-def report_title(comparison: "Comparison") -> str:
+def report_title(comparison: Comparison) -> str:
     """The title, which is the same each time the same data are compared."""
     from trainer.tracking.wandb_keys import data_name
 
@@ -115,7 +112,7 @@ def report_title(comparison: "Comparison") -> str:
     return ("Full against LoRA" + (f", {sources.pop()}" if len(sources) == 1 else ""))[:128]
 
 
-def _build_report(comparison: "Comparison", entity: str, project: str, *, own_project: bool) -> Any:
+def _build_report(comparison: Comparison, entity: str, project: str, *, own_project: bool) -> Any:
     """The report; with `own_project` its run set names no project, so that no server is asked."""
     wr = _import_workspaces()
     modes = ["full", "lora", "card"] if comparison.with_reference else ["full", "lora"]
@@ -130,19 +127,17 @@ def _build_report(comparison: "Comparison", entity: str, project: str, *, own_pr
     )
     tables = [
         ("By epoch", markdown.render_table(comparison.by_epoch)),
-        (comparison.by_run.title, markdown.render_run_table(comparison)),
+        (comparison.by_run.title, markdown.render_table(comparison.by_run)),
         (
             "Same and different",
-            "\n".join(f"- {markdown.escape(line)}" for line in comparison.comparability_notes)
+            markdown.render_list(comparison.comparability_notes)
             + "\n\n"
             + markdown.render_table(comparison.differing_settings),
         ),
     ]
     blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown.render_verdict(comparison))]
     if comparison.problems:
-        blocks.append(
-            wr.MarkdownBlock("\n".join(f"- {markdown.escape(str(problem))}" for problem in comparison.problems))
-        )
+        blocks.append(wr.MarkdownBlock(markdown.render_list(map(str, comparison.problems))))
     for heading, text in tables:
         blocks += [wr.H1(heading), wr.MarkdownBlock(text)]
     blocks += [wr.H1("Curves"), wr.PanelGrid(runsets=[runset], panels=_panels(wr, comparison))]
@@ -156,56 +151,53 @@ def _build_report(comparison: "Comparison", entity: str, project: str, *, own_pr
     )
 
 
-def _panels(wr: Any, comparison: "Comparison") -> list[Any]:
-    """The panels two abreast, the comparison of configs below them."""
-    lora_run_ids = [run.run_id for run in comparison.runs if run.mode == "lora"]
-    reference_run_ids = [REFERENCE_RUN_ID] if comparison.with_reference else []
+LOSS_LABEL = "loss (nats per token)"
+#: title, x, metric, label of x, label of y
+LINE_PANELS = (
+    ("Validation loss by epoch", "epoch", "val/loss", "epoch", LOSS_LABEL),
+    ("Train loss by epoch", "epoch", "train/loss", "epoch", LOSS_LABEL),
+    ("Train loss by epoch, mean of each", "epoch", "train/loss_epoch", "epoch", LOSS_LABEL),
+    ("Train loss by tokens", "tokens", "train/loss", "tokens", LOSS_LABEL),
+    ("Validation loss by time", "_runtime", "val/loss", "seconds", LOSS_LABEL),
+    ("Learning rate", "epoch", "train/lr", "epoch", "learning rate"),
+    ("Gradient norm before clipping", "epoch", "train/grad_norm", "epoch", "L2 norm"),
+    ("Speed", "epoch", "train/tokens_per_second", "epoch", "tokens per second"),
+)
+BAR_PANELS = (("Peak memory (bytes)", "peak_memory_bytes"), ("Best validation loss", "val/loss.min"))
 
-    def line_plot(name: str, x: str, metrics: Sequence[str], x_title: str, y_title: str, log_y: bool = False) -> Any:
-        marks = {f"{run_id}:{metric}": "dashed" for run_id in lora_run_ids for metric in metrics}
-        marks |= {f"{run_id}:{metric}": "dashed" for run_id in reference_run_ids for metric in metrics}
-        colours = {f"{run_id}:{metric}": COLOURS["card"] for run_id in reference_run_ids for metric in metrics}
-        return wr.LinePlot(
-            title=name,
+
+def _panels(wr: Any, comparison: Comparison) -> list[Any]:
+    """The panels two abreast, the comparison of configs below them; LoRA and the card are dashed."""
+    reference_ids = [REFERENCE_RUN_ID] if comparison.with_reference else []
+    dashed_ids = [run.run_id for run in comparison.runs if run.mode == "lora"] + reference_ids
+    panels = [
+        wr.LinePlot(
+            title=title,
             x=x if x.startswith("_") else wr.Metric(x),
-            y=[wr.Metric(metric) for metric in metrics],
-            title_x=x_title,
-            title_y=y_title,
-            log_y=log_y,
+            y=[wr.Metric(metric)],
+            title_x=x_label,
+            title_y=y_label,
+            log_y=metric == "train/grad_norm",
             smoothing_type="none",
             smoothing_factor=0,
             max_runs_to_show=MAX_RUNS_PER_PANEL,
-            line_marks=marks,
-            line_colors=colours,
+            line_marks={f"{run_id}:{metric}": "dashed" for run_id in dashed_ids},
+            line_colors={f"{run_id}:{metric}": COLOURS["card"] for run_id in reference_ids},
         )
-
-    loss_label = "loss (nats per token)"
-    panels = [
-        line_plot("Validation loss by epoch", "epoch", ["val/loss"], "epoch", loss_label),
-        line_plot("Train loss by epoch", "epoch", ["train/loss"], "epoch", loss_label),
-        line_plot("Train loss by epoch, mean of each", "epoch", ["train/loss_epoch"], "epoch", loss_label),
-        line_plot("Train loss by tokens", "tokens", ["train/loss"], "tokens", loss_label),
-        line_plot("Validation loss by time", "_runtime", ["val/loss"], "seconds", loss_label),
-        line_plot("Learning rate", "epoch", ["train/lr"], "epoch", "learning rate"),
-        line_plot("Gradient norm before clipping", "epoch", ["train/grad_norm"], "epoch", "L2 norm", True),
-        line_plot("Speed", "epoch", ["train/tokens_per_second"], "epoch", "tokens per second"),
-        wr.BarPlot(
-            title="Peak memory (bytes)",
-            metrics=[wr.SummaryMetric("peak_memory_bytes")],
-            max_runs_to_show=MAX_RUNS_PER_PANEL,
-        ),
-        wr.BarPlot(
-            title="Best validation loss",
-            metrics=[wr.SummaryMetric("val/loss.min")],
-            max_runs_to_show=MAX_RUNS_PER_PANEL,
-        ),
+        for title, x, metric, x_label, y_label in LINE_PANELS
+    ]
+    panels += [
+        wr.BarPlot(title=title, metrics=[wr.SummaryMetric(metric)], max_runs_to_show=MAX_RUNS_PER_PANEL)
+        for title, metric in BAR_PANELS
+    ]
+    panels.append(
         wr.ScatterPlot(
             title="Best validation loss by trainable parameters",
             x=wr.Config("trainable_parameters"),
             y=wr.SummaryMetric("val/loss.min"),
             log_x=True,
-        ),
-    ]
+        )
+    )
     for i, panel in enumerate(panels):
         panel.layout = wr.Layout(x=PANEL_WIDTH * (i % 2), y=PANEL_HEIGHT * (i // 2), w=PANEL_WIDTH, h=PANEL_HEIGHT)
     bottom_row = PANEL_HEIGHT * ((len(panels) + 1) // 2)

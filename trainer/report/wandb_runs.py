@@ -1,18 +1,29 @@
 """Runs read back from Weights & Biases: offline files, and the server. wandb is imported only when one is asked for."""
 
+import importlib.util
 import json
 import math
 import os
 import re
+import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import check_run_metadata
-from trainer.report.run_data import EPOCH_FIELDS, EVAL_FIELDS, STEP_FIELDS, RunData, RunReadError, build_run, to_series
-from trainer.report.wandb_file import RecordReader
+from trainer.report.run_data import (
+    EPOCH_FIELDS,
+    EVAL_FIELDS,
+    STEP_FIELDS,
+    RunData,
+    RunReadError,
+    RunRecords,
+    build_run,
+    to_series,
+)
 
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
@@ -47,29 +58,47 @@ def read_offline(source: str, files: list[Path]) -> RunData:
     rows: list[dict[str, Any]] = []
     name, exit_code, is_truncated = "", None, False
     for file in files:
-        reader = RecordReader(file)
+        records, is_file_truncated = _inspect(file)
+        is_truncated = is_truncated or is_file_truncated
         exit_code = None
-        for record in reader:
-            kind = record.WhichOneof("record_type")
-            if kind == "history":
-                rows.append({_item_key(item): _parse_value(item.value_json) for item in record.history.item})
-            elif kind == "run":
-                name = record.run.display_name or name
-                _merge_items(config, record.run.config.update)
-            elif kind == "config":
-                _merge_items(config, record.config.update)
-            elif kind == "summary":
-                _merge_items(summary, record.summary.update)
-            elif kind == "exit":
-                exit_code = record.exit.exit_code
-        is_truncated = is_truncated or reader.is_truncated
+        for record in records:
+            content: dict[str, Any] = record.get(record["type"], {})
+            if record["type"] == "history":
+                rows.append({key: _to_number(value) for key, value in content["item"].items()})
+            elif record["type"] == "run":
+                name = content.get("display_name") or name
+                _merge(config, content.get("config", {}).get("update", {}))
+            elif record["type"] == "config":
+                _merge(config, content.get("update", {}))
+            elif record["type"] == "summary":
+                _merge(summary, content.get("update", {}))
+            elif record["type"] == "exit":
+                exit_code = content.get("exit_code", 0)
     if not config and not rows:
         raise RunReadError("the .wandb file holds no run (a killed process leaves it empty)")
     age_seconds = math.inf if exit_code else time.time() - max(file.stat().st_mtime for file in files)
-    notes = ["the end of its .wandb file was cut off and is left out"] if is_truncated else []
-    return build_run_from_rows(
-        source, ids[0], name, config, rows, summary, is_finished=exit_code == 0, age_seconds=age_seconds, notes=notes
+    run = WandbRun(
+        run_id=ids[0],
+        name=name,
+        config=config,
+        rows=rows,
+        summary=summary,
+        is_finished=exit_code == 0,
+        age_seconds=age_seconds,
+        notes=("the end of its .wandb file was cut off and is left out",) if is_truncated else (),
     )
+    return to_run_data(source, run)
+
+
+def _inspect(file: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The records of a .wandb file as W&B's own reader gives them, and whether the file ends within one."""
+    core = Path(importlib.util.find_spec("wandb").submodule_search_locations[0]) / "bin" / "wandb-core"  # type: ignore[union-attr,index]
+    command = [str(core), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RunReadError(f"{file.name} is not a W&B run file ({' '.join(done.stderr.split())[:120]})")
+    lines = done.stdout.splitlines()
+    return [json.loads(line) for line in lines], "incomplete" in done.stderr
 
 
 def read_online(path: str) -> RunData:
@@ -88,53 +117,46 @@ def read_online(path: str) -> RunData:
         summary = dict(run.summary_metrics)
     except Exception as error:  # whatever the client raises: this run cannot be had, others may
         raise RunReadError(f"W&B does not give it: {' '.join(str(error).split())[:200]}") from error
-    timestamps = [row["_timestamp"] for row in rows if isinstance(row.get("_timestamp"), int | float)]
-    age_seconds = 0.0 if run.state == "running" else math.inf
-    return build_run_from_rows(
-        path,
-        run.id,
-        run.name,
-        run.config,
-        rows,
-        summary,
+    wandb_run = WandbRun(
+        run_id=run.id,
+        name=run.name,
+        config=run.config,
+        rows=rows,
+        summary=summary,
         is_finished=run.state == "finished",
-        age_seconds=age_seconds,
-        start_time=min(timestamps, default=0.0),
+        age_seconds=0.0 if run.state == "running" else math.inf,
     )
+    return to_run_data(path, wandb_run)
 
 
-def build_run_from_rows(
-    source: str,
-    run_id: str,
-    name: str,
-    config: Mapping[str, Any],
-    rows: Iterable[Mapping[str, Any]],
-    summary: Mapping[str, Any],
-    *,
-    is_finished: bool,
-    age_seconds: float,
-    start_time: float | None = None,
-    notes: Iterable[str] = (),
-) -> RunData:
-    """A RunData from what W&B keeps of one. `train/*` and `val/*` of one step may share a row or have their own."""
-    rows = list(rows)
-    start_time = (
-        min((row["_timestamp"] for row in rows if "_timestamp" in row), default=0.0)
-        if start_time is None
-        else start_time
+@dataclass(frozen=True, kw_only=True)
+class WandbRun:
+    """What W&B keeps of one run, from its file or its server."""
+
+    run_id: str
+    name: str
+    config: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]  #: `train/*` and `val/*` of one step may share a row or have their own
+    summary: Mapping[str, Any]
+    is_finished: bool
+    age_seconds: float  #: since the last row
+    notes: tuple[str, ...] = ()
+
+
+def to_run_data(source: str, run: WandbRun) -> RunData:
+    """The run as the report sees it; RunReadError where another program logged it, or it has no row."""
+    start_time = min((t for row in run.rows if isinstance(t := row.get("_timestamp"), int | float)), default=0.0)
+    finished_event = {"event": "finished", "facts": _run_summary(run.summary)}
+    records = RunRecords(
+        steps=to_series(_select_rows(run.rows, _STEP_KEYS, start_time), STEP_FIELDS),
+        evals=to_series(_select_rows(run.rows, _EVAL_KEYS, start_time), EVAL_FIELDS),
+        epochs=to_series(_select_rows(run.rows, _EPOCH_KEYS, start_time), EPOCH_FIELDS),
+        events=[*_diagnostic_events(run.summary), *([finished_event] if run.is_finished else [])],
+        notes=list(run.notes),
+        age_seconds=run.age_seconds,
     )
-    finished_event = {"event": "finished", "facts": _run_summary(summary)}
-    return build_run(
-        source=source,
-        run_id=run_id,
-        metadata={"run_id": run_id, "name": name, **metadata_from_config(config)},
-        steps=to_series(_select_rows(rows, _STEP_KEYS, start_time), STEP_FIELDS),
-        evals=to_series(_select_rows(rows, _EVAL_KEYS, start_time), EVAL_FIELDS),
-        epochs=to_series(_select_rows(rows, _EPOCH_KEYS, start_time), EPOCH_FIELDS),
-        events=[*_diagnostic_events(summary), *([finished_event] if is_finished else [])],
-        notes=list(notes),
-        age_seconds=age_seconds,
-    )
+    metadata = {"run_id": run.run_id, "name": run.name, **metadata_from_config(run.config)}
+    return build_run(source, metadata, records, run.run_id)
 
 
 def _select_rows(
@@ -198,22 +220,15 @@ def is_wandb_path(text: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w. -]+/[\w.-]+", text) is not None and not text.startswith(".")
 
 
-def _item_key(item: Any) -> str:
-    return item.key or "/".join(item.nested_key)
+def _to_number(value: Any) -> Any:
+    """Numbers that JSON does not know come as texts."""
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
 
 
-def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _merge_items(target: dict[str, Any], items: Iterable[Any]) -> None:
-    """Put the updated items of a config or summary record in their places."""
-    for item in items:
-        node = target
-        *parents, leaf_key = list(item.nested_key) or [item.key]
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf_key] = _parse_value(item.value_json)
+def _merge(target: dict[str, Any], update: Mapping[str, Any]) -> None:
+    """Put what a later record updates in its place, nested values one by one."""
+    for key, value in update.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = value

@@ -8,7 +8,8 @@ from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_
 
 from trainer.config.errors import UserError
 from trainer.report.assertions import check_runs, exit_code, parse_condition
-from trainer.report.run_data import RunData, read_folder
+from trainer.report.run_data import RunData
+from trainer.report.run_folder import read_folder
 
 REFERENCE_LOSSES = {0: 4.0, 1: 1.2262, 2: 1.0048, 3: 0.9414}
 

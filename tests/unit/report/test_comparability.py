@@ -8,11 +8,11 @@ import pytest
 from helpers.fake_runs import make_metadata, make_records, make_reference_like_metadata, write_run_folder
 
 from trainer.config import reference
-from trainer.report import seed_groups
 from trainer.report.comparability import COMPARABILITY_KEYS, comparable_sets, comparison_blockers, reference_blockers
 from trainer.report.comparability import compare_metadata as facts_of
-from trainer.report.run_data import RunData, read_folder
-from trainer.report.seed_groups import MeanStd, group_by_seed, t_quantile, welch_difference
+from trainer.report.run_data import RunData
+from trainer.report.run_folder import read_folder
+from trainer.report.seed_groups import group_by_seed
 
 
 @pytest.fixture
@@ -155,31 +155,6 @@ def test_runs_with_incomplete_metadata_join_no_seed_group(make_run: Any) -> None
         [make_run("full", seed=1, data__fingerprint=None), make_run("full", seed=2, data__fingerprint=None)]
     )
     assert [len(group.runs) for group in found] == [1, 1]
-
-
-@pytest.mark.parametrize(  # the 97.5 % points of Student's t as printed in any statistics table
-    ("freedom", "point"), [(1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (30, 2.042), (120, 1.980), (1e6, 1.960)]
-)
-def test_the_t_quantile_is_that_of_the_tables(freedom: float, point: float) -> None:
-    assert t_quantile(0.975, freedom) == pytest.approx(point, abs=6e-4)
-
-
-def test_welchs_interval_against_a_worked_example() -> None:
-    a = seed_groups.mean_std([20.0, 22.0, 19.0, 21.0])  # mean 20.5, variance 5/3
-    b = seed_groups.mean_std([25.0, 27.0, 26.0])  # mean 26, variance 1
-    assert a is not None
-    assert b is not None
-    got = welch_difference(a, b)
-    # by hand: se^2 = 5/12 + 1/3 = 0.75; df = 0.5625 / ((5/12)^2/3 + (1/3)^2/2) = 4.959; t(0.975; 4.959) = 2.577
-    assert got.difference == -5.5
-    assert got.high == pytest.approx(-5.5 + 2.577 * 0.75**0.5, abs=2e-3)
-    assert got.exceeds
-
-
-def test_one_seed_has_an_unknown_standard_deviation_and_equal_values_have_zero() -> None:
-    assert welch_difference(MeanStd(1.0, None, 1), MeanStd(2.0, 0.1, 3)).exceeds is None
-    assert welch_difference(MeanStd(1.0, 0.0, 2), MeanStd(1.0, 0.0, 2)).exceeds is False
-    assert welch_difference(MeanStd(1.0, 0.0, 2), MeanStd(2.0, 0.0, 2)).exceeds is True
 
 
 def test_a_run_whose_data_changed_on_resume_is_incomparable_and_any_change_is_reported(make_run: Any) -> None:

@@ -13,9 +13,10 @@ from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_
 
 from trainer.config import reference
 from trainer.report import markdown, plot_axes, plots
-from trainer.report.comparison import Comparison, compare, to_json, write_report
+from trainer.report.comparison import Comparison, compare
+from trainer.report.formats import format_bytes, format_duration
 from trainer.report.load import load_runs
-from trainer.report.tables import bytes_cell, duration_cell
+from trainer.report.write import to_json, write_report
 
 
 def make_comparison(tmp_path: Path, *contents: dict[str, Any], with_card: bool = True, **options: Any) -> Comparison:
@@ -33,7 +34,7 @@ def test_the_epoch_table_has_reference_full_lora_and_their_difference(tmp_path: 
     table = make_comparison(
         tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"), losses=CARD_LIKE
     ).by_epoch
-    assert [(row[0].text, row[1].text) for row in table.rows] == [
+    assert list(table.to_text().iloc[:, :2].itertuples(index=False, name=None)) == [
         ("0", "full"),
         ("0", "LoRA"),
         *[(str(epoch), name) for epoch in (1, 2, 3) for name in ("card", "full", "LoRA")],
@@ -56,7 +57,7 @@ def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) ->
     )
     files = {path.name: path for path in write_report(found, tmp_path / "out")}
     data = json.loads(files["comparison.json"].read_text())
-    assert data["verdict"]["pairs"] == []
+    assert data["verdict"]["comparisons"] == []
     assert all(row["to_card"] is None for row in data["by_epoch"])
     differences = {f"{abs(a - b):.4f}" for a in (4.0, 3.0, 2.5, 2.25) for b in (1.2262, 1.0048, 0.9414)}
     for name in ("comparison.json", "report.md", "report.html", "curves.svg"):
@@ -76,14 +77,13 @@ def test_every_report_format_has_the_same_numbers(tmp_path: Path) -> None:
     files = {path.name: path for path in write_report(found, tmp_path / "out")}
     data = json.loads(files["comparison.json"].read_text())
     html, page = files["report.html"].read_text(), files["report.md"].read_text()
-    for row in found.by_epoch.rows:
-        for cell in row:
-            assert f">{cell.text}<" in html
-            assert f" {markdown.escape(cell.text)} " in page
+    for text in found.by_epoch.to_text().to_numpy().ravel():
+        assert f">{text}<" in html
+        assert f" {markdown.escape(text)} " in page
     assert [row["val_loss"] for row in data["by_epoch"] if row["run"] == "LoRA"] == [4.0, 1.3, 1.1, 1.0]
     assert data["by_run"][1]["trainable"] == 124_439_808
-    assert len(data["facts"]) == len(found.shared_settings.rows) + len(found.differing_settings.rows)
-    assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "comparison.json"]
+    assert len(data["facts"]) == len(found.shared_settings) + len(found.differing_settings)
+    assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "answer.json", "comparison.json"]
     assert files["curves.png"].read_bytes().startswith(b"\x89PNG")
 
 
@@ -137,7 +137,7 @@ def test_the_html_report_fetches_nothing_and_runs_nothing(tmp_path: Path) -> Non
 
 
 def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
-    name = "<script>alert(1)</script>|$x_1$ `*a*` [b](c)"
+    name = "<script>alert(1)</script>|$x_1$ `*a*` [b](c)\x1b[31m\u202e"
     found = make_comparison(
         tmp_path,
         make_metadata("full", name=name),
@@ -148,28 +148,57 @@ def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
     html, page = ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md"))
     assert "script" not in parse_page(html).tags
     assert "<script>" not in page
+    for text in (
+        html,
+        page,
+        (tmp_path / "out" / "curves.svg").read_text(),
+        (tmp_path / "out" / "answer.json").read_text(),
+    ):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+    assert "<script" not in (tmp_path / "out" / "curves.svg").read_text()
     lines = page.split("## By run")[1].split("##")[0].strip().splitlines()
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}
     assert len(columns) == 1, "a name added a column"
 
 
-def test_report_pages_are_ordered_verdict_epochs_runs_settings_curves(tmp_path: Path) -> None:
+def test_report_pages_are_ordered_verdict_epochs_runs_settings(tmp_path: Path) -> None:
     found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
     write_report(found, tmp_path / "out")
     for text in ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md")):
-        places = [
-            text.index(part)
-            for part in (
-                "LoRA reached",
-                "By epoch",
-                "By run",
-                "Same and different",
-                "Different",
-                "Same, where known",
-                "Curves",
-            )
-        ]
+        parts = ("Cannot tell", "Loss", "By epoch", "By run", "Same and different", "Different", "Same, where known")
+        places = [text.index(part) for part in parts]
         assert places == sorted(places)
+
+
+def test_the_first_screen_is_the_sentence_three_numbers_and_one_picture(tmp_path: Path) -> None:
+    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
+    write_report(found, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    first = html.split('<section class="first">')[1].split("</section>")[0]
+    assert found.verdict.sentence in first
+    assert re.findall(r"<dt>(\w+)</dt>", first) == ["Loss", "Time", "Memory"]
+    assert first.count("<svg") == 1
+    assert "Validation loss by epoch" in first
+    assert "<table" not in html.split('<section class="first">')[0]
+    for anchor in re.findall(r'href="#(rule|runs)"', first):
+        assert f'id="{anchor}"' in html
+
+
+def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    loras = [make_metadata("lora", resolved__lr=lr) for lr in (1e-3, 5e-3, 2e-2)]
+    found = make_comparison(tmp_path, make_metadata("full"), *loras)
+    assert plots.render_picture(found.groups, found.verdict, True)[0] == "Loss by learning rate"
+    pair = found.verdict.primary
+    assert pair is not None
+    axis = Figure().subplots()
+    plot_axes.draw_rates(axis, found.groups, pair)
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert list(lines["LoRA"].get_xdata()) == [1e-3, 5e-3, 2e-2]
+    rings = [line for line in axis.get_lines() if line.get_fillstyle() == "none"]
+    assert [float(line.get_xdata()[0]) for line in rings] == [pair.full.lr, pair.lora.lr]
 
 
 def test_only_the_different_settings_are_expanded_in_the_html_report(tmp_path: Path) -> None:
@@ -184,7 +213,7 @@ def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(t
     write_report(found, tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text()
     assert html.count('<table class="epochs">') == 1
-    assert list(found.by_epoch.columns)[:6] == ["epoch", "run", "step", "examples", "train_loss", "val_loss"]
+    assert list(found.by_epoch.headings)[:6] == ["epoch", "run", "step", "examples", "train_loss", "val_loss"]
     moved = dict.fromkeys((3, 4), "2") | dict.fromkeys((5, "n+7"), "1")  # the sixth is left, right after the names
     for child, order in moved.items():
         assert re.search(rf"\.epochs tr > :nth-child\({re.escape(str(child))}\)[^{{}}]*{{ order: {order}; }}", html), (
@@ -215,76 +244,66 @@ def test_unfinished_and_unreadable_runs_are_listed_in_every_report_format(tmp_pa
 def test_a_mode_has_one_colour_and_dash_everywhere(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
-    for plot in plots.LINE_PLOTS:
+    found = make_comparison(tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"))
+    for plot in plots.PLOTS:
         axis = Figure().subplots()
         plot_axes.draw_plot(axis, plot, found.groups, with_reference=True)
         drawn = [(line.get_color(), line.get_linestyle()) for line in axis.get_lines()]
-        expected = [("#0072b2", "-"), ("#d55e00", "--")] + (
-            [("#767676", "--")] if plot.reference_curve is not None else []
-        )
-        assert drawn == expected, plot.name
+        dashes = ["None", "None"] if plot.is_scatter else ["-", "--"]
+        card = [("#767676", "--")] if plot.reference_curve is not None else []
+        assert drawn == [*zip(("#0072b2", "#d55e00"), dashes, strict=True), *card], plot.name
         assert "(" in axis.get_ylabel() or plot.name in ("lr", "grad_norm", "tokens_per_second")
-        assert axis.get_xlabel() in ("epoch", "tokens seen")
+        assert axis.get_xlabel() in ("epoch", "tokens seen", "trainable parameters")
 
 
-def test_line_labels_never_overlap_and_stay_near_their_lines() -> None:
-    places = plot_axes.space_labels([0.5, 0.5, 0.51, 0.9], [0.1] * 4)
-    assert all(b - a >= 0.1 - 1e-3 for a, b in itertools.pairwise(places))
-    assert places[3] == pytest.approx(0.9, abs=0.01)
-    assert max(abs(a - 0.5) for a in places[:3]) < 0.12
-    low = plot_axes.space_labels([0.0, 0.0], [0.1, 0.1])
-    assert low[0] >= -1e-9
-    assert low[1] - low[0] >= 0.1 - 1e-6
-    high = plot_axes.space_labels([0.99, 1.0, 1.0], [0.1, 0.2, 0.1])
-    assert high == pytest.approx([0.65, 0.8, 0.95])  # the topmost ends at the top
-
-
-def label_boxes(comparison: Comparison, plot: plot_axes.PlotSpec) -> list[Any]:
-    """The labels of one plot as they are written, each with its box in pixels and the point it speaks of."""
+def draw_with_legend(comparison: Comparison, plot: plot_axes.PlotSpec) -> tuple[Any, Any, Any]:
+    """(figure, axis, legend) of one plot as the page has it, drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.text import Text  # its own extent: an annotation's holds the stroke, too
 
     with plots.plot_style():
-        figure = Figure(figsize=plots.PLOT_SIZE_INCHES)
+        figure = Figure(figsize=plots.PLOT_SIZE_INCHES, layout="constrained")
         axis = figure.subplots()
-        plot_axes.finish_layout(
-            figure, [plot_axes.draw_plot(axis, plot, comparison.groups, comparison.with_reference)], num_columns=1
-        )
+        plot_axes.draw_plot(axis, plot, comparison.groups, comparison.with_reference)
+        plot_axes.add_legend(figure, [axis])
         FigureCanvasAgg(figure).draw()
-    boxes = [(text, Text.get_window_extent(text), axis.transAxes.transform(text.xy)) for text in axis.texts]
-    return [figure.bbox, axis.yaxis.label.get_window_extent(), *boxes]
+    return figure, axis, figure.legends[0]
 
 
 @pytest.mark.parametrize("runs", [2, 7])
-def test_no_label_of_a_plot_is_cut_off_lies_on_another_or_far_from_its_point(tmp_path: Path, runs: int) -> None:
-    """Also with the card's small learning rate, with ranks side by side, and with parameters that lie together."""
+def test_no_name_of_a_line_is_cut_off_lies_on_another_or_on_the_axes(tmp_path: Path, runs: int) -> None:
+    """Also with small learning rates, with ranks side by side, and with parameters that lie together."""
     ranks = [2**n for n in range(runs - 1)]
     loras = [
         make_metadata("lora", settings__lora__rank=rank, resolved__lr=3e-5 * rank, model__trainable=20_000 + 900 * rank)
         for rank in ranks
     ]
     found = make_comparison(tmp_path, make_metadata("full", resolved__lr=3e-5), *loras)
-    for plot in (*plots.LINE_PLOTS, plots.SCATTER_PLOT):
-        page, axis_label, *labels = label_boxes(found, plot)
-        assert labels, plot.name
-        assert axis_label.x0 >= page.x0, f"{plot.name}: the name of its axis is cut off"
-        for text, box, point in labels:
-            assert page.contains(*box.min), (plot.name, text.get_text())
-            assert page.contains(*box.max), (plot.name, text.get_text())
-            aside = abs(point[1] - (box.y0 + box.y1) / 2)
-            assert aside < 0.05 * page.height or text.arrow_patch is not None, "far from its point, and no stroke to it"
-        for (one, box, _), (other, beside, _) in itertools.combinations(labels, 2):
-            assert not box.overlaps(beside), (plot.name, one.get_text(), other.get_text())
+    for plot in plots.PLOTS:
+        figure, axis, legend = draw_with_legend(found, plot)
+        page, texts = figure.bbox, legend.get_texts()
+        assert texts, plot.name
+        boxes = [text.get_window_extent() for text in texts]
+        for box in [*boxes, axis.yaxis.label.get_window_extent(), axis.xaxis.label.get_window_extent()]:
+            assert page.contains(*box.min), plot.name
+            assert page.contains(*box.max), plot.name
+        assert axis.get_window_extent().height > 0.35 * page.height, f"{plot.name}: squeezed"
+        for one, other in itertools.combinations([axis.get_tightbbox(), *boxes], 2):
+            assert not one.overlaps(other), plot.name
 
 
-def test_the_validation_loss_says_its_last_value_at_the_end_of_its_line(tmp_path: Path) -> None:
-    found = make_comparison(
-        tmp_path, make_metadata("full"), make_metadata("lora"), losses={0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25}
-    )
-    texts = {text.get_text() for text, _, _ in label_boxes(found, plots.LINE_PLOTS[0])[2:]}
-    assert texts == {"full: 2.2500", "LoRA: 2.2500", "card: 0.9414,\nnot comparable"}
+def test_the_validation_loss_says_its_last_value_beside_its_name(tmp_path: Path) -> None:
+    losses = {0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25}
+    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses=losses)
+    texts = [text.get_text() for text in draw_with_legend(found, plots.LOSS_PLOT)[2].get_texts()]
+    assert texts == ["full: 2.2500", "LoRA: 2.2500"]
+
+
+def test_the_card_is_drawn_only_where_a_run_is_comparable_with_it(tmp_path: Path) -> None:
+    """Else its epochs and losses would squeeze the curves that the page is about."""
+    found = make_comparison(tmp_path, make_reference_like_metadata("full"), losses=CARD_LIKE)
+    texts = [text.get_text() for text in draw_with_legend(found, plots.LOSS_PLOT)[2].get_texts()]
+    assert texts == ["full: 1.0000", "card: 0.9414"]
 
 
 def test_thinning_a_curve_keeps_the_mean_and_leaves_short_curves_alone() -> None:
@@ -301,7 +320,7 @@ def test_a_run_without_evaluations_is_still_in_the_report(tmp_path: Path) -> Non
     found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses={})
     data = to_json(found)
     assert data["verdict"]["sentence"] == "No run is finished and evaluated, so there is nothing to compare yet."
-    assert len(write_report(found, tmp_path / "out")) == 5
+    assert len(write_report(found, tmp_path / "out")) == 6
 
 
 def test_without_the_reference_no_report_format_mentions_it(tmp_path: Path) -> None:
@@ -315,11 +334,6 @@ def test_without_the_reference_no_report_format_mentions_it(tmp_path: Path) -> N
 
 
 def test_report_sizes_and_durations_are_formatted_for_people() -> None:
-    assert [bytes_cell(value).text for value in (None, 8_000_000, 1_500_000_000)] == ["-", "8.0 MB", "1.50 GB"]
-    assert [duration_cell(value).text for value in (None, 4.25, 100, 600, 6_000)] == [
-        "-",
-        "4.2 s",
-        "100 s",
-        "10.0 min",
-        "1 h 40 min",
-    ]
+    assert [format_bytes(value) for value in (None, 8_000_000, 1_500_000_000)] == ["-", "8.0 MB", "1.50 GB"]
+    expected = ["-", "4.2 s", "100 s", "10.0 min", "1 h 40 min"]
+    assert [format_duration(value) for value in (None, 4.25, 100, 600, 6_000)] == expected

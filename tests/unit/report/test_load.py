@@ -9,7 +9,8 @@ import pytest
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, synthetic_val_loss, write_run_folder
 
 from trainer.report.load import load_runs
-from trainer.report.run_data import RunReadError, read_folder
+from trainer.report.run_data import RunReadError
+from trainer.report.run_folder import read_folder
 from trainer.tracking.records import EventRecord, StepRecord
 
 
@@ -73,11 +74,11 @@ def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_p
 
 def test_an_unfinished_run_is_running_while_its_records_are_fresh_and_stopped_after(tmp_path: Path) -> None:
     folder = make_run_folder(tmp_path / "run", finished=False)
-    assert read_folder(folder).notes == ("still going (step 90 of 90); left out of the verdict",)
+    assert read_folder(folder).notes == ("still going (step 89 of 90); left out of the verdict",)
     os.utime(folder / "metrics.jsonl", (0, 0))
     got = read_folder(folder)
     assert got.state == "stopped"
-    assert got.notes == ("stopped before its end (step 90 of 90); left out of the verdict",)
+    assert got.notes == ("stopped before its end (step 89 of 90); left out of the verdict",)
 
 
 @pytest.mark.parametrize("event", ["interrupted", "not_finite"])

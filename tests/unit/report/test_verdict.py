@@ -1,185 +1,271 @@
-"""The verdict: its numbers by hand, and no number where there may be none."""
+"""The verdict: its intervals by hand, no number where there may be none, and every answer it can give."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
-from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
+from helpers.fake_runs import write_eval_records
+from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study, run_maker
 
-from trainer.report.run_data import RunData, read_folder
-from trainer.report.seed_groups import group_by_seed
-from trainer.report.verdict import Verdict, build_verdict, format_percent
+from trainer.report.formats import format_percent
+from trainer.report.full_vs_lora import Margin
+from trainer.report.paired_interval import margin_contrast, paired_interval
+from trainer.report.run_folder import read_folder
+from trainer.report.write import to_answer
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Any:
-    count = iter(range(100))
+def make_run(tmp_path: Path) -> MakeRun:
+    return run_maker(tmp_path)
 
-    def build(
-        mode: str, losses: list[float], like_card: bool = False, seed: int = 42, how: Any = None, **overrides: Any
-    ) -> RunData:
-        content = (
-            make_reference_like_metadata(mode, **overrides)
-            if like_card
-            else make_metadata(mode, seed=seed, **overrides)
+
+def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_run: MakeRun) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.2)
+    pair = judge_runs(*reversed(runs)).primary
+    assert pair is not None
+    assert pair.excess is not None
+    by_mode = {
+        mode: np.stack(
+            [
+                pd.read_parquet(run.eval_records_path).query("step == 30").sort_values("id")["nll"]
+                for run in runs
+                if run.mode == mode and run.eval_records_path
+            ]
         )
-        by_epoch = {float(epoch): loss for epoch, loss in enumerate(losses)}
-        return read_folder(
-            make_run_folder(
-                tmp_path / str(next(count)),
-                metadata=content,
-                losses=by_epoch,
-                every=500,
-                epochs=len(losses) - 1,
-                **(how or {}),
-            )
-        )
-
-    return build
-
-
-def judge_runs(*runs: RunData, with_card: bool = False) -> Verdict:
-    return build_verdict(group_by_seed(runs), with_card)
-
-
-def test_the_verdict_has_the_hand_computed_share_parameters_time_and_memory(make_run: Any) -> None:
-    full = make_run("full", [4.0, 3.0, 2.0], how={"wall_seconds": 200.0, "peak_memory_bytes": 1000})
-    lora = make_run("lora", [4.0, 3.0, 2.5], how={"wall_seconds": 122.0, "peak_memory_bytes": 430})
-    got = judge_runs(full, lora, with_card=True)
-    assert got.sentence == (  # (4 - 2.5) / (4 - 2), 19,000 / 2,000,000, 122 / 200, 430 / 1000
-        "LoRA reached 75.0% of full's improvement (best validation loss 2.5000 against 2.0000) "
-        "with 0.95% of its trainable parameters, 0.61x its time and 0.43x its memory; "
-        "neither is comparable with the card: other data, other tokenizer, other rows, other base model."
+        for mode in ("full", "lora")
+    }
+    base = pd.read_parquet(runs[0].eval_records_path).query("step == 0").sort_values("id")["nll"].to_numpy()  # type: ignore[arg-type]
+    assert pair.excess == paired_interval(by_mode["lora"] - by_mode["full"], TARGETS.astype(float))
+    assert pair.contrast == paired_interval(
+        margin_contrast(by_mode["lora"], by_mode["full"], np.stack([base] * 3), 0.02), TARGETS.astype(float)
     )
-    pair = got.numbers["pairs"][0]
-    assert (pair["share"], pair["parameters"], pair["time"], pair["memory"]) == (0.75, 0.0095, 0.61, 0.43)
-    assert got.details[1:] == (  # one seed a side
-        "Whether the difference exceeds the spread between seeds is not known: "
-        "it takes two different seeds or more on both sides.",
+    assert [a.get("settings.train.seed") for a, _ in pair.pairs] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("excess", "answer", "words"),
+    [
+        (0.2, "worse", "LoRA (lr 0.005) is worse than full (lr 0.0005) by 0.2"),
+        (-0.2, "better", "LoRA (lr 0.005) is better than full (lr 0.0005) by 0."),
+        (0.01, "good enough", "is good enough beside full (lr 0.0005): worse by 0.0"),
+    ],
+)
+def test_three_seeds_answer_with_rates_seeds_steps_records_and_interval(
+    make_run: MakeRun, excess: float, answer: str, words: str
+) -> None:
+    got = judge_runs(*make_study(make_run, num_seeds=3, excess=excess, unit_sd=0.02))
+    assert got.primary is not None
+    assert got.primary.answer == answer
+    assert words in got.sentence
+    assert got.sentence.endswith("on 120 validation records, seeds 0, 1 and 2, 30 steps.")
+    interval = got.primary.excess
+    assert interval is not None
+    assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in got.sentence
+    if answer == "good enough":
+        assert "within the margin of 2 % of what full gained (0.0" in got.sentence
+
+
+def test_what_cannot_be_told_says_what_would_tell(make_run: MakeRun) -> None:
+    by_seeds = judge_runs(*make_study(make_run, num_seeds=3, excess=0.05, unit_sd=0.01, seed_sd=0.06))
+    assert by_seeds.sentence.startswith("Cannot tell yet whether LoRA (lr 0.005) is as good as full (lr 0.0005)")
+    assert "seeds would tell" in by_seeds.sentence
+    by_records = judge_runs(
+        *make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.6, seed_sd=0.0), margin=Margin(share=None, nats=1e-4)
     )
+    assert "validation records would tell, more seeds would not" in by_records.sentence
 
 
-def test_the_verdict_compares_seed_groups_by_their_standard_deviation(make_run: Any) -> None:
-    fulls = [make_run("full", [4.0, loss], seed=seed) for seed, loss in enumerate([2.00, 2.02, 2.04])]
-    near = [make_run("lora", [4.0, loss], seed=seed) for seed, loss in enumerate([2.01, 2.03, 2.06])]
-    far = [make_run("lora", [4.0, loss], seed=seed) for seed, loss in enumerate([2.51, 2.53, 2.56])]
-    assert "a difference that does not exceed the spread between seeds" in judge_runs(*fulls, *near).sentence
-    got = judge_runs(*fulls, *far)
-    assert "a difference that exceeds the spread between seeds" in got.sentence
-    assert "2.5333 ± 0.0252 (n = 3) against 2.0200 ± 0.0200 (n = 3)" in got.details[0]
-    assert got.details[-1].startswith(
-        "A difference exceeds the spread between seeds when the 95 % interval of Welch's t test"
+def test_one_seed_speaks_of_two_models_and_two_seeds_are_provisional(make_run: MakeRun) -> None:
+    one = judge_runs(*make_study(make_run, num_seeds=1, excess=0.2))
+    assert one.sentence.startswith("Of these two models, LoRA (lr 0.005) is worse than full")
+    assert one.sentence.endswith("seed 0, 30 steps; one seed says nothing of the methods.")
+    two = judge_runs(*make_study(make_run, num_seeds=2, excess=0.2))
+    assert two.sentence.startswith("Provisionally, with 2 seeds, ")
+
+
+def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.2)
+    for run in runs:
+        folder = Path(run.source)
+        loss = 3.0 if run.mode == "full" else 2.5
+        write_eval_records(folder, {30: [loss] * len(TARGETS)}, targets=TARGETS, split="test")
+    got = judge_runs(*(read_folder(Path(run.source)) for run in runs))
+    assert "LoRA (lr 0.005) is better than full (lr 0.0005) by 0.5000" in got.sentence
+    assert "on 120 test records" in got.sentence
+    assert any("the base's losses of these records are not there" in line for line in got.details)
+
+
+def test_records_of_one_group_are_one_unit(make_run: MakeRun) -> None:
+    options = {"groups": [f"meaning{i // 4}" for i in range(len(TARGETS))]}
+    got = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options=options))
+    assert "on 30 validation groups" in got.sentence
+    assert got.primary is not None
+    assert got.primary.excess is not None
+    assert got.primary.excess.num_units == 30
+
+
+def test_records_that_equal_a_training_record_are_left_out_and_counted(make_run: MakeRun) -> None:
+    got = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options={"num_in_train": 4}))
+    assert "on 116 validation records" in got.sentence
+    assert any("4 records that equal a training record are left out" in line for line in got.details)
+
+
+def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: MakeRun) -> None:
+    full, lora = make_study(make_run, num_seeds=1, excess=0.2)
+    ids = [f"other{i}" for i in range(len(TARGETS))]
+    (Path(lora.source) / "eval_records.parquet").unlink()
+    write_eval_records(Path(lora.source), {30: [2.0] * len(TARGETS)}, targets=TARGETS, ids=ids)
+    got = judge_runs(full, read_folder(Path(lora.source)))
+    assert (
+        "without an interval (other evaluation records (240 are not in both runs), and there is one seed)"
+        in got.sentence
     )
+    (Path(lora.source) / "eval_records.parquet").write_bytes(b"PAR1 torn")
+    got = judge_runs(full, read_folder(Path(lora.source)))
+    assert "its eval_records.parquet cannot be read" in got.sentence
 
 
-def test_one_seed_twice_gives_no_standard_deviation(make_run: Any) -> None:
+def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRun) -> None:
+    runs = [
+        make_run(mode, [4.0, loss], seed=seed)
+        for mode, values in (("full", (2.00, 2.02, 2.04)), ("lora", (2.51, 2.53, 2.56)))
+        for seed, loss in enumerate(values)
+    ]
+    got = judge_runs(*runs)
+    # differences 0.51, 0.51, 0.52: mean 0.5133, sd 0.00577, t(2) = 4.303
+    assert "is worse than full (lr 0.0005) by 0.5133 nats per token [+0.4990, +0.5277]" in got.sentence
+    assert "on this validation set alone" in got.sentence
+    assert any("an interval over seeds alone holds for this validation set only" in line for line in got.details)
+
+
+def test_the_same_seed_twice_is_not_a_second_sample(make_run: MakeRun) -> None:
     fulls = [make_run("full", [4.0, 2.0], run_id=f"full{n}") for n in range(2)]
     loras = [make_run("lora", [4.0, 2.5], run_id=f"lora{n}") for n in range(2)]
-    assert judge_runs(*fulls, *loras).numbers["pairs"][0]["gap"]["exceeds"] is None
+    got = judge_runs(*fulls, *loras)
+    assert got.primary is not None
+    assert len(got.primary.pairs) == 1
+    assert got.sentence.startswith("Cannot tell whether")
 
 
-def test_the_verdict_names_the_best_of_several_lora_settings_and_lists_all(make_run: Any) -> None:
-    got = judge_runs(
-        make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 3.0]), make_run("lora", [4.0, 2.5], resolved__lr=1e-3)
-    )
-    assert got.sentence.startswith("The best of 2 LoRA settings (lr 0.001) reached 75.0% of full's improvement")
-    assert [pair["share"] for pair in got.numbers["pairs"]] == [0.75, 0.5]
-    fulls = [make_run("full", [4.0, 3.0]), make_run("full", [4.0, 2.0], resolved__lr=1e-4)]
-    assert judge_runs(*fulls, make_run("lora", [4.0, 2.5])).sentence.startswith(
-        "LoRA reached 75.0% of the improvement of the best of 2 full settings (lr 0.0001)"
-    )
+# --- what may not be ranked ---
 
 
-def test_the_verdict_gives_no_share_without_an_improvement(make_run: Any) -> None:
-    worse = judge_runs(make_run("full", [4.0, 4.5]), make_run("lora", [4.0, 3.5]))
-    assert "no share of improvement is given because full did not improve on its base" in worse.sentence
-    assert worse.numbers["pairs"][0]["share"] is None
-    lost = judge_runs(make_run("full", [4.0, 3.0]), make_run("lora", [4.0, 4.5]))
-    assert lost.sentence.startswith("LoRA did not improve on its base where full did")
-
-
-def test_the_verdict_gives_no_share_without_a_step_0_evaluation_or_with_another_base(
-    make_run: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"model__fingerprint": "ff"}, "other base weights (ff against e1e1e1e1e1e1e1e1)"),
+        ({"model__name": "gpt2"}, "other base model (gpt2 against demo-base)"),
+        ({"settings__model__init": "random"}, "other init (random against pretrained)"),
+        ({"resolved__global_batch": 16}, "other batch (16 against 8)"),
+        ({"settings__data__shuffle": False}, "other data order (as in the data against seed 42)"),
+        ({"seed": 43}, "other data order (seeds 43 against 42)"),
+    ],
+)
+def test_runs_that_started_or_saw_something_else_are_not_ranked(
+    make_run: MakeRun, overrides: dict[str, Any], reason: str
 ) -> None:
-    lora = read_folder(make_run_folder(tmp_path / "x", metadata=make_metadata("lora"), losses={1.0: 2.5}, epochs=1))
-    assert "because there was no evaluation at step 0" in judge_runs(make_run("full", [4.0, 2.0]), lora).sentence
-    other = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5], model__fingerprint="ff"))
-    assert "because they started from different base models" in other.sentence
+    got = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5], **overrides))
+    assert got.sentence.startswith("LoRA (lr 0.005) and full (lr 0.0005) are not ranked: ")
+    assert reason in got.sentence
+    assert to_answer(got)["comparisons"][0]["excess"] is None
+    assert "2.5" not in got.sentence
 
 
-def test_the_verdict_compares_cost_only_on_the_same_hardware_and_ranks(make_run: Any) -> None:
-    full = make_run("full", [4.0, 2.0])
-    gpu = judge_runs(full, make_run("lora", [4.0, 2.5], hardware__gpu="H100"))
-    assert "time and memory not compared (other hardware)" in gpu.sentence
-    ranks = judge_runs(full, make_run("lora", [4.0, 2.5], resolved__ranks=2))
-    assert "time and memory not compared (other number of ranks)" in ranks.sentence
-    for got in (gpu, ranks):
-        assert got.numbers["pairs"][0]["time"] is None
-        assert got.numbers["pairs"][0]["memory"] is None
-    longer = judge_runs(full, make_run("lora", [4.0, 3.0, 2.5]))
-    assert "1.00x its memory; time not compared (1 epochs against 2)" in longer.sentence
-    zero = judge_runs(full, make_run("lora", [4.0, 2.5], resolved__ds_config="zero2"))
-    assert "ZeRO file zero2 against zero0" in zero.details[1]
-    threads = judge_runs(full, make_run("lora", [4.0, 2.5], resolved__threads_per_rank=1))
-    assert "measured with different settings: threads per rank 1 against 2" in threads.details[1]
+def test_base_weights_that_a_run_does_not_tell_are_no_agreement(make_run: MakeRun) -> None:
+    full, lora = make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5])
+    model = {**lora.metadata["model"], "fingerprint": None}
+    got = judge_runs(full, dataclasses.replace(lora, metadata={**lora.metadata, "model": model}))
+    assert "are not ranked: base weights unknown" in got.sentence
 
 
-def test_the_verdict_gives_no_number_for_incomparable_runs(make_run: Any) -> None:
+def test_runs_that_saw_another_number_of_tokens_are_not_ranked(make_run: MakeRun) -> None:
+    full, lora = make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 3.0, 2.5])
+    assert "not ranked: other tokens seen (122,880 against 61,440)" in judge_runs(full, lora).sentence
+
+
+def test_each_lora_setting_is_compared_with_the_best_full_one_it_may_be_ranked_with(make_run: MakeRun) -> None:
+    longer = make_run("full", [4.0, 3.0, 1.5], resolved__lr=1e-4)
+    got = judge_runs(longer, make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5]))
+    assert got.primary is not None
+    assert got.primary.full.lr == 5e-4
+    assert got.primary.blockers == ()
+
+
+def test_the_best_of_several_settings_is_named_and_is_exploratory(make_run: MakeRun) -> None:
+    runs = make_study(make_run, num_seeds=3, excess=0.2)
+    runs += [make_run("lora", [4.0, 3.5], seed=seed, resolved__lr=1e-3) for seed in range(3)]
+    got = judge_runs(*runs)
+    assert got.sentence.startswith("The best of 2 LoRA settings (lr 0.005) is worse than full (lr 0.0005)")
+    assert got.sentence.endswith("; exploratory, for the settings were chosen on these records.")
+    assert [comparison.lora.lr for comparison in got.comparisons] == [0.005, 0.001]
+
+
+def test_the_verdict_gives_no_number_for_incomparable_runs(make_run: MakeRun) -> None:
     got = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [5.0, 2.5], data__fingerprint="other"))
     assert got.sentence == (
         "LoRA and full are not comparable with one another (other data): "
         "full improved on its base (4.0000 -> 2.0000 at best); "
         "LoRA improved on its base (5.0000 -> 2.5000 at best)."
     )
-    assert got.numbers["pairs"] == []
+    assert (got.comparisons, got.headlines) == ((), ())
 
 
-def test_the_verdict_says_that_only_one_mode_was_run(make_run: Any) -> None:
+def test_the_verdict_says_that_only_one_mode_was_run(make_run: MakeRun) -> None:
     assert judge_runs(make_run("lora", [4.0, 2.5])).sentence == (
         "LoRA improved on its base (4.0000 -> 2.5000 at best); there is no finished full run to compare with."
     )
+    no_base = make_run("lora", [4.0, 2.5])
+    assert "did not improve on its base" in judge_runs(make_run("lora", [4.0, 4.5])).sentence
+    assert no_base.initial_loss == 4.0
 
 
-def test_two_data_sets_are_two_verdicts_in_one_sentence(make_run: Any) -> None:
+def test_two_data_sets_are_two_verdicts(make_run: MakeRun) -> None:
     runs = [
         make_run(mode, losses, **other)
         for mode, losses in (("full", [4.0, 2.0]), ("lora", [4.0, 2.5]))
         for other in ({}, {"data__source": "e2e.csv", "data__fingerprint": "e2e", "run_id": f"{mode}e2e"})
     ]
     got = judge_runs(*runs, with_card=True)
-    assert "LoRA (acled-demo) reached 75.0% of the improvement of full (acled-demo)" in got.sentence
-    assert "; LoRA (e2e.csv) reached 75.0% of the improvement of full (e2e.csv)" in got.sentence
-    assert "; none is comparable with the card: other data, " in got.sentence
-    assert [(pair["full"], pair["lora"]) for pair in got.numbers["pairs"]] == [
+    assert "LoRA (acled-demo, lr 0.005) is as good as full (acled-demo, lr 0.0005)" in got.sentence
+    assert "LoRA (e2e.csv, lr 0.005) is as good as full (e2e.csv, lr 0.0005)" in got.sentence
+    assert [(pair.full.label, pair.lora.label) for pair in got.comparisons] == [
         ("full (acled-demo)", "LoRA (acled-demo)"),
         ("full (e2e.csv)", "LoRA (e2e.csv)"),
     ], "a number across the gap"
 
 
-def test_unfinished_runs_are_left_out_of_the_verdict(make_run: Any) -> None:
-    going = make_run("lora", [4.0, 2.5], how={"finished": False})
+def test_unfinished_runs_are_left_out_of_the_verdict(make_run: MakeRun) -> None:
+    going = make_run("lora", [4.0, 3.0, 2.5], how={"finished": False})
     assert judge_runs(going).sentence == "No run is finished and evaluated, so there is nothing to compare yet."
     assert judge_runs(make_run("full", [4.0, 2.0]), going).sentence.endswith(
-        "; 1 run without an end or an evaluation not counted."
+        " 1 run without an end or an evaluation not counted."
     )
 
 
-def test_the_verdict_compares_with_the_reference_only_where_comparable(make_run: Any) -> None:
+def test_the_verdict_compares_with_the_reference_only_where_comparable(make_run: MakeRun) -> None:
     full = make_run("full", [4.0, 1.2, 1.0, 0.93], like_card=True)
     got = judge_runs(full, make_run("lora", [4.0, 1.3, 1.1, 1.0], like_card=True), with_card=True)
-    assert (
-        "full ended 0.0114 below the card's 0.9414 at epoch 3; LoRA ended 0.0586 above the card's 0.9414 at epoch 3"
-        in got.sentence
-    )
-    assert "card" not in judge_runs(full).sentence
+    assert "full ended 0.0114 below the card's 0.9414 at epoch 3." in got.details
+    assert "LoRA ended 0.0586 above the card's 0.9414 at epoch 3." in got.details
+    assert not any("card" in line for line in judge_runs(full).details)
+
+
+def test_the_answer_for_machines_holds_the_sentence_the_interval_and_the_runs(make_run: MakeRun) -> None:
+    got = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2))
+    answer = json.loads(json.dumps(to_answer(got)))
+    assert (answer["sentence"], answer["answer"]) == (got.sentence, "worse")
+    (comparison,) = answer["comparisons"]
+    assert comparison["seeds"] == [0, 1, 2]
+    assert comparison["lora"]["lr"] == 0.005
+    assert comparison["excess"]["low"] > 0
+    assert [number["label"] for number in answer["numbers"]] == ["Loss", "Time", "Memory"]
 
 
 def test_percentages_of_the_verdict_have_two_significant_digits() -> None:
     assert [format_percent(share) for share in (0.00953, 0.0095, 0.12345, 0.9999, 1.0, 1.5)] == [
-        "0.95%",
-        "0.95%",
-        "12%",
-        "100%",
-        "100%",
-        "150%",
-    ]
+        "0.95%", "0.95%", "12%", "100%", "100%", "150%",
+    ]  # fmt: skip

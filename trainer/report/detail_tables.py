@@ -1,0 +1,123 @@
+"""Tables below the fold: settings that differ and agree, what runs noticed, generated texts and their scores."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.report.comparability import compare_metadata
+from trainer.report.seed_groups import SeedGroup
+from trainer.report.tables import (
+    REFERENCE_LABEL,
+    Format,
+    Table,
+    format_count,
+    format_loss,
+    format_plain,
+    format_short,
+    make_table,
+)
+
+MAX_TEXT_CHARS = 300  # characters of a text in a cell
+MAX_HASH_CHARS = 12  # of a fingerprint in a cell; comparison.json has it whole
+#: headings of the scores
+SCORE_HEADINGS = {
+    "exact_match": "exact match", "bleu": "BLEU (0-100)", "chrf": "chrF (0-100)", "rouge_l": "ROUGE-L",
+    "date": "date right", "place": "place right", "fatalities": "fatalities right",
+    "invented_deaths": "deaths invented", "reference/invented_deaths": "deaths beyond the record in references",
+    "reference/date": "date in references", "reference/place": "place in references",
+    "reference/fatalities": "fatalities in references",
+}  # fmt: skip
+
+
+def build_generation_table(groups: Sequence[SeedGroup]) -> Table:
+    """The prompts that were completed at each evaluation: the first and the last completion beside the reference."""
+    headings = {"run": "run", "prompt": "prompt", "reference": "reference", "first": "at first", "last": "at last"}
+    rows = []
+    for run in (run for group in groups for run in group.runs if run.generations):
+        evaluations = (run.generations[0], run.generations[-1])
+        for texts in zip(*(evaluation.get("texts", ()) for evaluation in evaluations), strict=False):
+            first, last = (
+                f"(epoch {evaluation['epoch']:.4g}) {text['completion']}"
+                for evaluation, text in zip(evaluations, texts, strict=True)
+            )
+            rows.append(
+                {"run": run.name, "prompt": texts[1]["prompt"], "reference": texts[1]["reference"], "first": first,
+                 "last": last}
+            )  # fmt: skip
+    formats = dict.fromkeys(("prompt", "reference", "first", "last"), _shorten)
+    return make_table("Samples", headings, rows, formats, ["Completed greedily, the likeliest token each time."])
+
+
+def build_score_table(groups: Sequence[SeedGroup]) -> Table:
+    """What --score-samples found at the last evaluation of each run that asked for it."""
+    scored = [
+        (run, run.generations[-1])
+        for group in groups
+        for run in group.runs
+        if run.generations and run.generations[-1].get("scores")
+    ]
+    names = list(dict.fromkeys(name for _, event in scored for name in event["scores"]))
+    headings = {"run": "run", "epoch": "epoch", "texts": "texts"} | {
+        name: SCORE_HEADINGS.get(name, name) for name in names
+    }
+    rows = [
+        {"run": run.name, "epoch": event["epoch"], "texts": event.get("scored"), **event["scores"]}
+        for run, event in scored
+    ]
+    formats: dict[str, Format] = {"epoch": format_short, "texts": format_count, **dict.fromkeys(names, format_loss)}
+    return make_table("Completions against their references", headings, rows, formats)
+
+
+def build_diagnostics_table(groups: Sequence[SeedGroup]) -> Table:
+    """What each run noticed of itself while it ran."""
+    headings = {"run": "run", "step": "at step", "finding": "what it noticed, the likely cause, and what to try"}
+    rows = [
+        {"run": run.name, "step": step, "finding": line}
+        for group in groups
+        for run in group.runs
+        for step, line in run.diagnostics
+    ]
+    return make_table("Diagnosis", headings, rows, {"step": format_count})
+
+
+def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> tuple[Table, Table]:
+    """Every setting and fact: those that differ, and those that are the same; the columns are groups and the card."""
+    fields = compare_metadata([group.runs for group in groups], with_reference)
+    names = ([REFERENCE_LABEL] if with_reference else []) + [group.label for group in groups]
+    headings = {"fact": "setting or fact", **{str(i): name for i, name in enumerate(names)}}
+
+    def make(title: str, is_same: bool) -> Table:
+        rows = [
+            {"fact": field.name}
+            | {
+                str(i): _format_field(field.name, value) if is_known else "unknown"
+                for i, (value, is_known) in enumerate(zip(field.values, field.is_known, strict=True))
+            }
+            for field in fields
+            if field.is_same is is_same
+        ]
+        return make_table(title, headings, rows, {})
+
+    return make("Different", False), make("Same, where known", True)
+
+
+def _format_field(name: str, value: Any) -> str:
+    if isinstance(value, tuple):
+        return " | ".join(_format_field(name, item) for item in value)
+    if isinstance(value, list):
+        return ", ".join(_format_field(name, item) for item in value) or "none"
+    if value is None:
+        return "left out" if name.startswith("settings.") else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:,}"
+    if isinstance(value, str) and len(value) > MAX_HASH_CHARS and re.fullmatch(r"[0-9a-f]{32,}", value):
+        return f"{value[:MAX_HASH_CHARS]}…"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _shorten(text: Any) -> str:
+    """A text on one line, cut where it is very long."""
+    line = " ".join(format_plain(text).split())
+    return line if len(line) <= MAX_TEXT_CHARS else line[: MAX_TEXT_CHARS - 1] + "…"

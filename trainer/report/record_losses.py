@@ -1,0 +1,119 @@
+"""Losses of single records (eval_records.parquet) of runs paired by seed, matched record by record."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from trainer.report.paired_interval import Matrix, sum_by_unit
+from trainer.report.run_data import RunData
+
+COLUMNS = ["step", "split", "id", "occurrence", "group", "nll", "targets", "in_train"]
+SPLIT_NAMES = {"test": "test", "val": "validation"}
+_KEY = ["id", "occurrence"]
+
+
+class MatchError(Exception):
+    """The records of these runs cannot be paired; its text is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedLosses:
+    """Summed negative log-likelihoods (nats) a seed and unit, of both modes and of the base where it was evaluated."""
+
+    split: str  #: test or val
+    lora: Matrix  #: (seeds, units)
+    full: Matrix  #: (seeds, units)
+    base: Matrix | None  #: (seeds, units), of full's base before the first step
+    targets: NDArray[np.float64]  #: (units,)
+    num_records: int
+    num_in_train: int  #: further records, left out because they equal a training record
+    has_groups: bool  #: whether units are groups of records that share a meaning
+
+    @property
+    def unit_name(self) -> str:
+        """What the sentence calls the units."""
+        return f"{SPLIT_NAMES[self.split]} {'groups' if self.has_groups else 'records'}"
+
+    def mean_loss(self, values: Matrix) -> float:
+        """Nats per token over all seeds and units."""
+        return math.fsum(values.ravel()) / (len(values) * math.fsum(self.targets))
+
+
+def match_losses(pairs: Sequence[tuple[RunData, RunData]]) -> MatchedLosses:
+    """The losses of (full, LoRA) pairs at each run's chosen checkpoint: on test records where all have them, else val.
+
+    MatchError where a run left no losses, or records or their targets differ.
+    """
+    frames = [[_read(run) for run in pair] for pair in pairs]
+    has_test = all((frame["split"] == "test").any() for pair in frames for frame in pair)
+    split = "test" if has_test else "val"
+    trained = [
+        [_at_step(frame, run, split) for frame, run in zip(frame_pair, run_pair, strict=True)]
+        for frame_pair, run_pair in zip(frames, pairs, strict=True)
+    ]
+    num_in_train = int(trained[0][0]["in_train"].sum())
+    trained = [[frame[~frame["in_train"]] for frame in pair] for pair in trained]
+    reference = trained[0][0]
+    if not len(reference):
+        raise MatchError(f"{pairs[0][0].name} left no losses of {SPLIT_NAMES[split]} records at its chosen step")
+    units = reference["group"].where(reference["group"].notna(), reference.index.get_level_values("id"))
+
+    def stack(rows: Sequence[pd.DataFrame]) -> Matrix:
+        for frame in rows:
+            _check_same_records(reference, frame)
+        values = np.stack([frame["nll"].reindex(reference.index).to_numpy(np.float64) for frame in rows])
+        return sum_by_unit(values, units.to_numpy(dtype=str))
+
+    base = [_select(full_frame, split, 0) for full_frame, _ in frames]
+    base = [frame[~frame["in_train"]] for frame in base]
+    return MatchedLosses(
+        split=split,
+        full=stack([full for full, _ in trained]),
+        lora=stack([lora for _, lora in trained]),
+        base=stack(base) if all(len(frame) for frame in base) else None,
+        targets=sum_by_unit(reference["targets"].to_numpy(np.float64), units.to_numpy(dtype=str)),
+        num_records=len(reference),
+        num_in_train=num_in_train,
+        has_groups=bool(reference["group"].notna().any()),
+    )
+
+
+def _read(run: RunData) -> pd.DataFrame:
+    if run.eval_records_path is None:
+        raise MatchError(f"{run.name} left no losses of single records")
+    try:
+        frame = pd.read_parquet(run.eval_records_path)
+    except Exception as error:  # whatever arrow raises on a damaged file: this pair has no interval, others may
+        raise MatchError(f"{run.name}: its {run.eval_records_path.name} cannot be read") from error
+    missing = [name for name in COLUMNS if name not in frame]
+    if missing:
+        raise MatchError(f"{run.name}: its {run.eval_records_path.name} lacks {', '.join(missing)}")
+    return frame
+
+
+def _at_step(frame: pd.DataFrame, run: RunData, split: str) -> pd.DataFrame:
+    """The rows of the run's chosen checkpoint: the best of validation; test records are evaluated at it alone."""
+    if split == "test":
+        steps = frame.loc[(frame["split"] == "test") & (frame["step"] > 0), "step"]
+        return _select(frame, split, int(steps.max()) if len(steps) else -1)
+    return _select(frame, split, int(run.best_eval["step"]) if run.best_eval else -1)
+
+
+def _select(frame: pd.DataFrame, split: str, step: int) -> pd.DataFrame:
+    """Rows of one evaluation by (id, occurrence); where a resume wrote them twice the last stand."""
+    rows = frame[(frame["split"] == split) & (frame["step"] == step) & (frame["targets"] > 0)]
+    return rows.drop_duplicates(_KEY, keep="last").set_index(_KEY).sort_index()
+
+
+def _check_same_records(reference: pd.DataFrame, frame: pd.DataFrame) -> None:
+    num_unshared = len(reference.index.symmetric_difference(frame.index))
+    if num_unshared:
+        raise MatchError(f"other evaluation records ({num_unshared:,} are not in both runs)")
+    if not np.array_equal(reference["targets"].to_numpy(), frame["targets"].to_numpy()):
+        raise MatchError("other targets in the same records")
+    if not np.isfinite(frame["nll"].to_numpy()).all():
+        raise MatchError("a record's loss is not finite")

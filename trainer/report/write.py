@@ -1,0 +1,143 @@
+"""Writing a comparison: answer.json and comparison.json for machines, report.html and report.md, the curves."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.config import reference
+from trainer.config.errors import UserError
+from trainer.report.comparability import comparable_sets, compare_metadata, reference_blockers
+from trainer.report.comparison import Comparison
+from trainer.report.full_vs_lora import FullVsLora
+from trainer.report.run_data import RunData
+from trainer.report.tables import REFERENCE_LABEL
+from trainer.report.verdict import Verdict
+
+FILES = ("report.html", "report.md", "curves.png", "curves.svg", "answer.json", "comparison.json")
+
+
+def write_report(comparison: Comparison, output_dir: Path, checks: Sequence[dict[str, Any]] = ()) -> list[Path]:
+    """Write all FILES and return their paths; a folder that cannot be written is a UserError."""
+    from trainer.report import html, markdown, plots
+
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(output_dir / "answer.json", to_answer(comparison.verdict))
+        _write_json(output_dir / "comparison.json", to_json(comparison, checks))
+        plots.save_figure(comparison.groups, comparison.with_reference, output_dir)
+        (output_dir / "report.md").write_text(markdown.render(comparison), encoding="utf-8")
+        (output_dir / "report.html").write_text(html.render(comparison), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output-dir {output_dir}: cannot write there ({error.strerror or error})") from error
+    return [output_dir / name for name in FILES]
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(replace_non_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def replace_non_finite(value: Any) -> Any:
+    """`value` with NaN and infinity, which JSON does not know, as null."""
+    if isinstance(value, dict):
+        return {str(key): replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if value - value == 0 else None
+    return value
+
+
+def to_answer(verdict: Verdict) -> dict[str, Any]:
+    """The content of answer.json: the sentence, the three numbers, and each comparison with its interval."""
+    return {
+        "format": 1,
+        "sentence": verdict.sentence,
+        "answer": verdict.primary.answer if verdict.primary else None,
+        "numbers": [dataclasses.asdict(headline) for headline in verdict.headlines],
+        "comparisons": [_comparison_to_dict(comparison) for comparison in verdict.comparisons],
+        "not_counted": verdict.num_not_counted,
+    }
+
+
+def _comparison_to_dict(pair: FullVsLora) -> dict[str, Any]:
+    return {
+        "answer": pair.answer,
+        "not_ranked_because": list(pair.blockers),
+        **{
+            mode: {
+                "label": group.label_with_lr,
+                "lr": group.lr,
+                "runs": [run.run_id for run in group.finished_runs],
+                "loss": loss,
+            }
+            for mode, group, loss in (("full", pair.full, pair.full_loss), ("lora", pair.lora, pair.lora_loss))
+        },
+        "seeds": [full.get("settings.train.seed") for full, _ in pair.pairs],
+        "split": pair.losses.split if pair.losses else None,
+        "records": pair.losses.num_records if pair.losses else None,
+        "no_records_because": pair.no_losses,
+        "excess": dataclasses.asdict(pair.excess) if pair.excess else None,
+        "beyond_margin": dataclasses.asdict(pair.contrast) if pair.contrast else None,
+        "margin": dataclasses.asdict(pair.margin),
+        "parameters": pair.parameters,
+        "time": dataclasses.asdict(pair.time),
+        "memory": dataclasses.asdict(pair.memory),
+    }
+
+
+def to_json(comparison: Comparison, checks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The content of comparison.json: everything in the tables, with numbers as numbers."""
+    runs = comparison.runs
+    return {
+        "format": 1,
+        "verdict": {**to_answer(comparison.verdict), "details": list(comparison.verdict.details)},
+        "comparable": {
+            "lines": list(comparison.comparability_notes),
+            "sets": [[run.run_id for run in members] for members in comparable_sets(runs)],
+            "card": {
+                run.run_id: {"comparable": not reference_blockers(run), "reasons": reference_blockers(run)}
+                for run in runs
+            }
+            if comparison.with_reference
+            else None,
+            "unknown_of_card": list(reference.UNKNOWN_DATA),
+        },
+        "groups": [
+            {"label": group.label, "mode": group.mode, "runs": [run.run_id for run in group.runs]}
+            for group in comparison.groups
+        ],
+        "by_epoch": comparison.by_epoch.to_records(),
+        "by_run": comparison.by_run.to_records(),
+        "diagnosis": comparison.diagnostics.to_records(),
+        "scores": comparison.scores.to_records(),
+        "samples": comparison.generations.to_records(),
+        "facts": _facts(comparison),
+        "evaluations": {run.run_id: _evaluations(run) for run in runs},
+        "problems": [
+            {"source": problem.source, "text": problem.text, "left_out": problem.is_excluded}
+            for problem in comparison.problems
+        ],
+        "checks": list(checks),
+    }
+
+
+def _facts(comparison: Comparison) -> dict[str, Any]:
+    """Every setting and fact by name: whether it is the same, and its value in each column."""
+    names = ([REFERENCE_LABEL] if comparison.with_reference else []) + [group.label for group in comparison.groups]
+    return {
+        field.name: {
+            "same": field.is_same,
+            "values": {
+                name: value if is_known else "unknown"
+                for name, value, is_known in zip(names, field.values, field.is_known, strict=True)
+            },
+        }
+        for field in compare_metadata([group.runs for group in comparison.groups], comparison.with_reference)
+    }
+
+
+def _evaluations(run: RunData) -> list[dict[str, float]]:
+    return [dict(zip(run.evals, map(float, row), strict=True)) for row in zip(*run.evals.values(), strict=True)]
