@@ -27,6 +27,7 @@ from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
 from trainer.tracking.loggers import check_loggers
 from trainer.tracking.records import EventRecord, Record
+from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.summary import show_plan
 from trainer.training import checkpoint
 from trainer.training.callbacks import Callbacks
@@ -70,7 +71,7 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 
 
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
-    settings, previous_metadata = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
+    settings, _ = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
     context.on_rank_zero(lambda: validate_early(settings, context))
     context.on_rank_zero(lambda: check_loggers(settings.output))
     data = prepare_data(settings, context)
@@ -84,9 +85,12 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         return 0
     if args.runs_finder:
         return run_finder(args, plan, data, model)
-    training_run = TrainingRun(plan, data, model)
-    training_run.setup(args, previous_metadata)
-    return training_run.run(signal_handler)
+    with hold_run_folder(Path(settings.run_folder), context.on_rank_zero):
+        # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
+        _, previous_metadata = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
+        training_run = TrainingRun(plan, data, model)
+        training_run.setup(args, previous_metadata)
+        return training_run.run(signal_handler)
 
 
 def prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
@@ -149,7 +153,7 @@ class TrainingRun:
         source = context.on_rank_zero(
             lambda: select_checkpoint(folder, args.resume, self.model) if previous_metadata else None
         )
-        self.metadata = context.on_rank_zero(lambda: write_metadata(folder, plan, previous_metadata, args.allow_change))
+        self.metadata = context.on_rank_zero(lambda: write_metadata(folder, plan, previous_metadata, source, args.allow_change))
         self.engine, self.state = build_engine(plan, self.model, source)
         if is_resumed:  # before later rows go: after a kill in between rows are cut then, none is missing
             context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", self.state.step))
@@ -157,6 +161,7 @@ class TrainingRun:
             folder / "checkpoints", context, save_total_limit=plan.settings.output.save_total_limit,
             identity={"run_id": self.metadata["run_id"], "mode": plan.settings.mode,
                       "base": self.model.metadata["fingerprint"]},
+            rows_digest=lambda: self.metrics.rows_digest(),
         )  # fmt: skip
         self.metrics = MetricLogger(plan, self.data, self.metadata, self.state, is_resumed=is_resumed)
         if is_resumed:

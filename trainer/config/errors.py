@@ -3,13 +3,18 @@
 import sys
 
 
-class UserError(Exception):
+class _OneLineError(Exception):
+    def __str__(self) -> str:
+        return escape_controls(super().__str__())  # names of files, columns and runs are data
+
+
+class UserError(_OneLineError):
     """A mistake in a flag, a file or the environment; its text says what, where and what would be accepted."""
 
     exit_code = 2
 
 
-class TrainingError(Exception):
+class TrainingError(_OneLineError):
     """The run cannot go on (a loss that is not a number, a full disk); what was written so far stays."""
 
     exit_code = 1
@@ -17,10 +22,10 @@ class TrainingError(Exception):
 
 def report_error(error: UserError | TrainingError) -> int:
     """Print the error as one line, control characters escaped; returns the exit code."""
-    print(f"error: {escape_controls(str(error))}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
 
 def escape_controls(text: str) -> str:
     """The text in one line: what a terminal would act on, or cannot show, as Python writes it (`\\n`, `\\x1b`)."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else c.encode("unicode_escape").decode() for c in text)

@@ -67,7 +67,7 @@ def _from_folder(model: str, folder: Path) -> Any:
         else:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         num_expected = len(json.loads(vocab_file.read_text(encoding="utf-8"))) if has_bare_vocabulary else 0
     except Exception as error:  # broken files raise many kinds, down to those of the Rust library
         raise UserError(
@@ -85,7 +85,7 @@ def _from_hub(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception:  # not here: ask the hub, if it answers
         if not hf_hub.is_reachable():
             raise UserError(
@@ -93,7 +93,7 @@ def _from_hub(model: str) -> Any:
                 "a folder with the model and its tokenizer"
             ) from None
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"--model {model}: no such folder, and the hub has no tokenizer of that name ({_first_line(error)}); "

@@ -69,10 +69,10 @@ def load_folder(folder: Path, device: str) -> Any:
             return _load_on_quantized_base(
                 folder, json.loads(quantization_file.read_text())["quantization_config"], device
             )
-        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(device)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder).to(device)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device)
 
 
 def _load_on_quantized_base(folder: Path, quantization_config: dict[str, Any], device: str) -> Any:
@@ -84,6 +84,7 @@ def _load_on_quantized_base(folder: Path, quantization_config: dict[str, Any], d
         dtype=torch.float32,
         quantization_config=BitsAndBytesConfig(**quantization_config),
         device_map={"": device},
+        trust_remote_code=False,
     )
     quantization.disable_avx512_repacking(model)
     return model

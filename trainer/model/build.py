@@ -17,7 +17,7 @@ from trainer.config.schema import ModelSettings
 from trainer.config.settings import Settings
 from trainer.data import hf_hub
 from trainer.kernels import causal_attention
-from trainer.model import lora, optimizer, quantization
+from trainer.model import lora, model_files, optimizer, quantization
 from trainer.model.demo.files import DEMO_MODEL_FOLDER
 
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
@@ -84,11 +84,9 @@ def build_model(
     with torch.device("meta" if on_meta else "cpu"):
         torch.manual_seed(settings.train.seed)
         is_random_init = on_meta or settings.model.init == "random"
-        causal = (
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            if is_random_init
-            else _load_pretrained(settings.model, config)
-        )
+        causal = _init_random(settings.model, config) if is_random_init else _load_pretrained(settings.model, config)
+        if on_meta and settings.model.init == "pretrained":
+            model_files.check_weight_files(settings.model.model, Path(resolve_model_path(settings.model.model)))
         fuse_gelu(causal)
         causal_attention.install(causal)
         metadata = {
@@ -142,7 +140,7 @@ def fuse_gelu(causal: nn.Module) -> None:
 def save_base_model(settings: Settings, folder: Path) -> None:
     """Write the random base of the settings, for an adapter that would be nothing without it."""
     torch.manual_seed(settings.train.seed)
-    AutoModelForCausalLM.from_config(load_config(settings.model), dtype=torch.float32).save_pretrained(folder)
+    _init_random(settings.model, load_config(settings.model)).save_pretrained(folder)
 
 
 def load_config(settings: ModelSettings) -> Any:
@@ -150,10 +148,14 @@ def load_config(settings: ModelSettings) -> Any:
     if settings.model == "gpt2" and settings.init == "random" and not Path("gpt2").exists():
         config: Any = GPT2Config()  # the published shape; the class's defaults are GPT-2's
     else:
+        model_files.check_config_file(settings.model, Path(resolve_model_path(settings.model)))
         try:
             config = AutoConfig.from_pretrained(**_from_pretrained_kwargs(settings.model))
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(_not_found_message(settings.model, "config.json")) from error
+        except Exception as error:  # of values that no configuration can have: many kinds, from several packages
+            if not Path(resolve_model_path(settings.model), "config.json").is_file():
+                raise UserError(_not_found_message(settings.model, "config.json")) from error
+            raise UserError(f"--model {settings.model}: config.json: {model_files.reason(error)}") from error
+        model_files.check_config(settings.model, config)
     return config if settings.dropout is None else _set_dropout(config, settings)
 
 
@@ -185,16 +187,37 @@ def _from_pretrained_kwargs(model: str) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": name_or_path,
         "local_files_only": Path(name_or_path).is_dir() or not hf_hub.is_reachable(),
+        "trust_remote_code": False,  # left out, transformers asks on the terminal
     }
 
 
-def _load_pretrained(settings: ModelSettings, config: Any) -> PreTrainedModel:
+def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            **_from_pretrained_kwargs(settings.model), config=config, dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(_not_found_message(settings.model, "weights")) from error
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # as many kinds as there are mistakes in a configuration
+        raise UserError(
+            f"--model {settings.model}: no model can be made of config.json: {model_files.reason(error)}"
+        ) from error
+
+
+def _load_pretrained(settings: ModelSettings, config: Any) -> PreTrainedModel:
+    """The model with the stored weights, every one of them and no other; pickles are not read."""
+    folder = Path(resolve_model_path(settings.model))
+    model_files.check_weight_files(settings.model, folder)
+    try:
+        causal, loading_info = AutoModelForCausalLM.from_pretrained(
+            **_from_pretrained_kwargs(settings.model), config=config, dtype=torch.float32, use_safetensors=True,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:
+        if isinstance(error, OSError) and not (folder / model_files.WEIGHTS_FILE).exists():
+            raise UserError(_not_found_message(settings.model, "weights")) from error
+        raise UserError(
+            f"--model {settings.model}: the weights cannot be loaded: {model_files.reason(error)}"
+        ) from error
+    model_files.check_loaded_weights(settings.model, loading_info)
+    model_files.check_causal(settings.model, causal)
+    return causal
 
 
 def _not_found_message(model: str, missing: str) -> str:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.tracking.jsonl import replace_file
+from trainer.tracking.files import write_atomically
 from trainer.tracking.records import EvalRecord, Record
 
 EvalSplit = Literal["val", "test", "retain"]
@@ -170,6 +170,6 @@ def _write(path: Path, evaluations: list[pa.Table]) -> None:
         for table in evaluations:
             writer.write_table(table, row_group_size=max(len(table), 1))
     try:
-        replace_file(path, buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error.strerror or error}") from error

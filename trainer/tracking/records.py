@@ -6,10 +6,14 @@ One JSON object a line, `kind` first. `epoch` is the fraction of the training se
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin
+
+from trainer.config.json_file import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +99,31 @@ def to_line(record: Record) -> str:
 
 def from_line(line: str) -> Record:
     """The record of one line; ValueError where it is not one. Unknown fields are left out, for later versions."""
-    row = json.loads(line)
+    row = parse_json(line)
     cls: Any = RECORD_CLASSES.get(str(row.get("kind"))) if isinstance(row, dict) else None
     if cls is None:
         raise ValueError(f"not a record: {line[:80]!r}")
+    values = {column.name: row[column.name] for column in fields(cls) if column.name in row}
+    for column in fields(cls):
+        if column.name in values and not _is_valid(values[column.name], column.type):
+            shown = json.dumps(values[column.name])[:80]
+            raise ValueError(f"{column.name} = {shown}: expected {_TYPE_NAMES.get(column.type, column.type)}")
     try:
-        return cls(**{name: row[name] for name in cls.__dataclass_fields__ if name in row})
+        return cls(**values)
     except TypeError as error:
         raise ValueError(f"not a whole record: {line[:80]!r}") from error
+
+
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", dict[str, Any]: "an object"}
+
+
+def _is_valid(value: Any, expected: Any) -> bool:
+    """Whether a JSON value is one of a field's type: int, float (finite), str, dict, or several of them."""
+    if isinstance(expected, UnionType):
+        return any(_is_valid(value, member) for member in expected.__args__)
+    if expected is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is (get_origin(expected) or expected)
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -2,9 +2,10 @@
 
 A checkpoint is a folder `step-NNNNNN` with `state.safetensors` (of each *trained* weight its float32 value and
 AdamW's two moments: 12 bytes a parameter; with 8-bit moments 6, and a scale for each 256) and `state.json` (where the
-run stood, and a checksum of the other file). It is written under another name, flushed and renamed, so a folder with
-the right name is whole. Dropout, data order and learning rate are functions of seed and step, so nothing else has to
-be kept: a frozen base, packed or reduced by pissa, is made again from its own weights.
+run stood, a checksum of the other file and of the rows of metrics.jsonl so far, and one of itself). It is written
+under another name, flushed and renamed, so a folder with the right name is whole. Dropout, data order and learning
+rate are functions of seed and step, so nothing else has to be kept: a frozen base, packed or reduced by pissa, is made
+again from its own weights.
 """
 
 import contextlib
@@ -25,9 +26,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.config.errors import TrainingError, UserError
+from trainer.config.json_file import read_json_object
 from trainer.data.sampler import MicroBatch
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext
+from trainer.tracking.files import fsync_folder, write_atomically
+from trainer.tracking.jsonl import RowsDigest, find_changed_rows
 from trainer.training.train_state import TrainState
 
 FORMAT_VERSION = 2
@@ -60,9 +64,22 @@ class Checkpoint:
         """Where the run stood."""
         return TrainState.from_dict(self.metadata["progress"])
 
+    @property
+    def has_valid_metadata(self) -> bool:
+        """Whether state.json is as it was written."""
+        try:
+            return bool(self.metadata.get("self") == _metadata_digest(self.metadata))
+        except RecursionError:
+            return False
+
+    @property
+    def records(self) -> RowsDigest | None:
+        """Of the rows that metrics.jsonl held when it was saved."""
+        return RowsDigest(**self.metadata["records"]) if "records" in self.metadata else None
+
     def find_damage(self) -> str | None:
         """Which of its files is missing, cut off or changed since it was written; None where it is whole."""
-        if self.metadata.get("self") != _metadata_digest(self.metadata):
+        if not self.has_valid_metadata:
             return f"checkpoint {self.folder}: {METADATA_FILE} was changed since it was written (checksum)"
         path = self.folder / STATE_FILE
         try:
@@ -91,8 +108,8 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The whole checkpoints under `folder`, oldest first. Half-written ones have other names and are not seen."""
     checkpoints = []
     for path in _checkpoint_folders(folder):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            metadata = json.loads((path / METADATA_FILE).read_text())
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            metadata = read_json_object(path / METADATA_FILE)
             if metadata["format"] == FORMAT_VERSION and f"step-{metadata['progress']['step']:06d}" == path.name:
                 checkpoints.append(Checkpoint(folder=path, metadata=metadata))
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
@@ -104,7 +121,7 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest validation loss of its own weights; the earliest of equals."""
-    evaluated = [c for c in checkpoints if c.val_loss is not None]
+    evaluated = [c for c in checkpoints if c.has_valid_metadata and c.val_loss is not None]
     return min(evaluated, key=lambda c: (c.val_loss, c.step)) if evaluated else None
 
 
@@ -146,10 +163,28 @@ def _newest_intact(folder: Path, checkpoints: list[Checkpoint], flag: str) -> Ch
     raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
 
 
-class CheckpointManager:
-    """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best."""
+def find_changed_records(path: Path, checkpoint: Checkpoint) -> str | None:
+    """How the rows of a metrics.jsonl differ from those when the checkpoint was saved; None where they do not."""
+    until = [c for c in list_checkpoints(checkpoint.folder.parent) if c.step <= checkpoint.step]
+    return find_changed_rows(path, [c.records for c in until if c.has_valid_metadata and c.records is not None])
 
-    def __init__(self, folder: Path, dist_context: DistContext, *, save_total_limit: int, identity: Mapping[str, Any]):
+
+class CheckpointManager:
+    """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best.
+
+    `rows_digest`: of the rows of metrics.jsonl at the moment, called on rank 0.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dist_context: DistContext,
+        *,
+        save_total_limit: int,
+        identity: Mapping[str, Any],
+        rows_digest: Callable[[], RowsDigest | None] = lambda: None,
+    ):
+        self.rows_digest = rows_digest
         self.folder = folder
         self.dist_context = dist_context
         self.save_total_limit = save_total_limit
@@ -176,9 +211,7 @@ class CheckpointManager:
         path, error_message = self.folder / f"step-{state.step:06d}" / METADATA_FILE, None
         if self.dist_context.rank == 0:
             try:
-                temp_path = path.with_name(f".{METADATA_FILE}.tmp")
-                write_text(temp_path, _format_metadata(json.loads(path.read_text()), state))
-                temp_path.replace(path)
+                write_atomically(path, self._format_metadata(read_json_object(path), state))
             except OSError as error:
                 error_message = str(error.strerror or error)
         error_message = self.dist_context.all_gather_object(error_message)[0]
@@ -196,12 +229,11 @@ class CheckpointManager:
             metadata = {"format": FORMAT_VERSION, **self.identity, "bytes": size, "sha256": digest}
             if (loss_scale := engine.state.loss_scale()) is not None:
                 metadata["loss_scale"] = loss_scale
-            write_text(temp_folder / METADATA_FILE, _format_metadata(metadata, state))
-            _fsync_folder(temp_folder)
+            write_atomically(temp_folder / METADATA_FILE, self._format_metadata(metadata, state))
             if target.exists():
                 _delete_folder(target)
             temp_folder.rename(target)
-            _fsync_folder(self.folder)
+            fsync_folder(self.folder)
             self._delete_old()
             return None
         except OSError as error:
@@ -209,6 +241,12 @@ class CheckpointManager:
                 pass
             shutil.rmtree(temp_folder, ignore_errors=True)
             return str(error.strerror or error)
+
+    def _format_metadata(self, metadata: Mapping[str, Any], state: TrainState) -> str:
+        metadata = {**metadata, "progress": state.as_dict()}
+        if (rows := self.rows_digest()) is not None:
+            metadata["records"] = asdict(rows)
+        return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
 
     def _delete_old(self) -> None:
         checkpoints = list_checkpoints(self.folder)
@@ -264,30 +302,9 @@ def _write_chunks(file: IO[bytes], digest: Any, data: Any) -> None:
         file.write(data[start : start + _CHUNK_BYTES])
 
 
-def _format_metadata(metadata: Mapping[str, Any], state: TrainState) -> str:
-    metadata = {**metadata, "progress": state.as_dict()}
-    return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
-
-
 def _metadata_digest(metadata: Mapping[str, Any]) -> str:
     hashed = {key: metadata[key] for key in sorted(metadata) if key != "self"}
     return hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file and hand it to the disk."""
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _delete_folder(folder: Path) -> None:

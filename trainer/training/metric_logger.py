@@ -9,7 +9,7 @@ from trainer.tracking import records
 from trainer.tracking.console import ProgressBar
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, EvalRecordsLogger, rewind_evaluations
 from trainer.tracking.extra_loggers import start_extra_loggers
-from trainer.tracking.jsonl import JsonlLogger, rewind
+from trainer.tracking.jsonl import JsonlLogger, RowsDigest, rewind
 from trainer.tracking.loggers import RecordLogger
 from trainer.tracking.profiler import ProfileLogger
 from trainer.tracking.records import Record
@@ -61,6 +61,10 @@ class MetricLogger:
         """Hand a record to every logger."""
         for logger in self.loggers:
             logger.log(record)
+
+    def rows_digest(self) -> RowsDigest | None:
+        """Of the rows in metrics.jsonl so far, on rank 0."""
+        return next((logger.digest() for logger in self.loggers if isinstance(logger, JsonlLogger)), None)
 
     def previous_records(self) -> Iterator[Record]:
         """The rows that an earlier process left, on rank 0."""

@@ -33,8 +33,7 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
         raise UserError(
             f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {max_positions} tokens"
         )
-    if settings.mode == "lora":
-        build_model(settings, on_meta=True)  # its targets and ranks are checked there, without weights
+    build_model(settings, on_meta=True)  # what cannot be built, and targets and ranks, without reading weights
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Collection, Mapping
@@ -12,13 +13,15 @@ from trainer.config.errors import UserError
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
 from trainer.model.build import TrainableModel, save_base_model
+from trainer.tracking.files import remove_leftovers, write_atomically
+from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_keys import run_group
 from trainer.tracking.wandb_logger import wandb_mode
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoint
 from trainer.training.run_plan import RunPlan
 
-METADATA_TMP = ".run.json.tmp"
+METADATA_FILE = "run.json"
 
 
 def resolve_output_dir(
@@ -36,9 +39,17 @@ def resolve_output_dir(
         raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
     if args.runs_finder:  # they only put their own files beside whatever is there
         return settings, None
-    if folder.is_dir() and any(path.name not in (METADATA_TMP, *ignored_files) for path in folder.iterdir()):
+    if not is_unused(folder, ignored_files):
         raise UserError(f"{folder} is not empty: pass --resume to go on with that run, or another --output-dir")
     return settings, None
+
+
+def is_unused(folder: Path, ignored_files: Collection[str] = ()) -> bool:
+    """Whether nothing of a run stands in the folder: it is missing, empty, or holds the leftovers of a killed start."""
+    if not folder.is_dir():
+        return not folder.exists()
+    leftover = re.compile(rf"{re.escape(LOCK_FILE)}|\.{re.escape(METADATA_FILE)}\..*tmp")
+    return all(path.name in ignored_files or leftover.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _resume_settings(args: CliArgs, folder: Path) -> tuple[Settings, dict[str, Any]]:
@@ -68,9 +79,13 @@ def select_checkpoint(folder: Path, which: str | None, model: TrainableModel) ->
 
 
 def write_metadata(
-    folder: Path, plan: RunPlan, previous: Mapping[str, Any] | None, allowed_changes: tuple[str, ...]
+    folder: Path,
+    plan: RunPlan,
+    previous: Mapping[str, Any] | None,
+    source: Checkpoint | None,
+    allowed_changes: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Check what a resume may not change, and write run.json; returns its content."""
+    """Check what a resume, from the checkpoint `source`, may not change, and write run.json; returns its content."""
     if previous is None:
         run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
         output = plan.settings.output
@@ -81,6 +96,7 @@ def write_metadata(
         metadata = plan.to_metadata(run_id=run_id, wandb=wandb)
     else:  # `settings` stay those it began with; the next resume takes these
         changes = validate_resume_overrides(previous, plan, allowed_changes)
+        changes |= validate_rows(folder, source, allowed_changes) if source is not None else {}
         resumed = {"settings": plan.settings.as_dict(), "changed": changes}
         metadata = {**previous, "resumed": resumed}
     try:
@@ -96,9 +112,22 @@ def write_metadata(
 
 def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Put run.json there, whole or not at all. OSError where it cannot be written."""
-    temporary_path = folder / METADATA_TMP
-    checkpoint.write_text(temporary_path, json.dumps(metadata, indent=1) + "\n")
-    temporary_path.replace(folder / "run.json")
+    remove_leftovers(folder, METADATA_FILE)
+    write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
+
+
+def validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """{"records": [as written, how they differ]} where the rows of metrics.jsonl were changed since the checkpoint
+    was saved and that is allowed; UserError where it is not."""
+    damage = checkpoint.find_changed_records(folder / "metrics.jsonl", source)
+    if damage is None:
+        return {}
+    if "records" not in allowed_names:
+        raise UserError(
+            f"--resume: {folder / 'metrics.jsonl'} is not as it was when {source.folder.name} was saved: {damage}; put "
+            "it back, or say --allow-change records to go on with the rows that are there"
+        )
+    return {"records": ["as written", damage]}
 
 
 def validate_resume_overrides(
@@ -115,9 +144,10 @@ def validate_resume_overrides(
     before |= {name: last_resume["changed"].get(name, [initial[name]])[-1] for name in ("data", "precision")}
     current = fields_fixed_on_resume(plan.settings)
     current |= {"data": plan.data_info["fingerprint"], "precision": plan.precision}
-    unknown_names = [name for name in allowed_names if name not in current]
+    known_names = sorted((*current, "records"))
+    unknown_names = [name for name in allowed_names if name not in known_names]
     if unknown_names:
-        raise UserError(f"--allow-change {unknown_names[0]}: expected one of {', '.join(sorted(current))}")
+        raise UserError(f"--allow-change {unknown_names[0]}: expected one of {', '.join(known_names)}")
     for name in current:
         if current[name] != before[name] and name not in allowed_names:
             raise UserError(

@@ -69,7 +69,7 @@ def build_setup(config: BenchmarkConfig, dist_context: DistContext) -> Benchmark
 def _build_plain_model(settings: Settings) -> TrainableModel:
     """The model as transformers and peft make it, for the other programs."""
     torch.manual_seed(settings.train.seed)
-    causal = AutoModelForCausalLM.from_config(load_config(settings.model), dtype=torch.float32)
+    causal = AutoModelForCausalLM.from_config(load_config(settings.model), dtype=torch.float32, trust_remote_code=False)
     num_parameters = sum(p.numel() for p in causal.parameters())
     has_adapters = settings.mode == "lora"
     module = (

@@ -23,7 +23,7 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.process_group import find_free_port
 from trainer.tools.finders.batch_size_worker import OUT_OF_MEMORY_EXIT_CODE
 from trainer.tools.finders.batch_sizes import EQUAL_SPEED_SHARE, TrialResult, candidate_sizes, fastest, next_sizes
-from trainer.training.checkpoint import write_text
+from trainer.tracking.files import write_atomically
 from trainer.training.memory_check import estimate_plan, free_host_bytes, required_bytes
 from trainer.training.run_plan import RunPlan
 
@@ -82,7 +82,7 @@ def run_trials(plan: RunPlan, data_folder: Path, sizes: Sequence[int]) -> list[T
             "deepspeed": plan.deepspeed_config, "execution": asdict(plan.execution), "sizes": list(sizes),
             "answer": str(folder / "answer"),
         }  # fmt: skip
-        write_text(folder / "job.json", json.dumps(job))
+        write_atomically(folder / "job.json", json.dumps(job))
         exit_code, output = _watch_worker(plan, folder, port)
         exit_codes = dist_context.all_gather_object(exit_code)
         answers = dist_context.all_gather_object(_read_answers(folder / f"answer-{dist_context.rank}"))
@@ -199,7 +199,7 @@ def _report(plan: RunPlan, trials: list[TrialResult], row_length: int, budget: s
     }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "find-batch.json", json.dumps(content, indent=1) + "\n")
+        write_atomically(folder / "find-batch.json", json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(
             f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"

@@ -11,7 +11,7 @@ from trainer.distributed.engine import Engine
 from trainer.distributed.steppers import NonFiniteError
 from trainer.report.lr_range_plot import plot_lr_range_test
 from trainer.tools.finders.lr_curve import LRSuggestion, geometric_lrs, has_diverged, smooth, smoothing_beta, suggest_lr
-from trainer.training.checkpoint import write_text
+from trainer.tracking.files import write_atomically
 from trainer.training.run_plan import RunPlan
 from trainer.training.schedule import TrainSchedule
 
@@ -67,7 +67,7 @@ def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[flo
     }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "find-lr.json", json.dumps(content, indent=1) + "\n")
+        write_atomically(folder / "find-lr.json", json.dumps(content, indent=1) + "\n")
         plot_lr_range_test(
             folder / "find-lr.png", mode=settings.mode, lrs=lrs[: len(finite_losses)], losses=finite_losses,
             smoothed_losses=content["smoothed"], suggested_lr=suggestion.lr, name=settings.run_name,

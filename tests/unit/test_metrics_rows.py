@@ -1,0 +1,162 @@
+"""The rows of metrics.jsonl are those that were written: a checkpoint knows how many there were, and their hash."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.config.errors import UserError
+from trainer.tracking.jsonl import JsonlLogger, RowsDigest, find_changed_rows, rewind
+from trainer.tracking.records import EvalRecord, EventRecord, StepRecord, from_line, read_records, to_line
+
+NUM_STEPS = 30
+
+
+def step_record(step: int, loss: float = 2.0) -> StepRecord:
+    return StepRecord(
+        step=step, epoch=step / 10, samples=4 * step, tokens=64 * step, loss=loss, lr=1e-3, grad_norm=1.0,
+        tokens_per_second=100.0, time=float(step),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, list[RowsDigest]]:
+    """A metrics.jsonl of NUM_STEPS steps, and what the checkpoints after 10, 20 and 30 know of it."""
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    digests = []
+    for step in range(1, NUM_STEPS + 1):
+        if step == 5:
+            logger.log(EventRecord(event="skipped_step", step=step, message="overflow", time=5.0))
+        else:
+            logger.log(step_record(step))
+        if step % 10 == 0:
+            digests.append(logger.digest())
+    logger.close(0)
+    return tmp_path / "metrics.jsonl", digests
+
+
+def change_lines(path: Path, change) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    change(lines)
+    path.write_bytes(b"".join(lines))
+
+
+def test_unchanged_rows_are_accepted_also_with_later_ones_behind_them(written):
+    path, digests = written
+    assert [digest.num_rows for digest in digests] == [10, 20, 30]
+    for number in (1, 2, 3):
+        assert find_changed_rows(path, digests[:number]) is None
+    assert find_changed_rows(path, []) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: lines.pop(14), "line 15: step 16 follows step 14"),
+        (lambda lines: lines.insert(14, lines[14]), "line 16: step 15 follows step 15"),
+        (lambda lines: lines.__setitem__(14, b"{}\n"), "line 15 is not a record"),
+        (lambda lines: lines.__setitem__(14, lines[14].replace(b"2.0", b"1.0")), "one of lines 11 to 20 was changed"),
+        (lambda lines: lines.__delitem__(slice(25, None)), "it has 25 of the 30 rows that were written"),
+        (lambda lines: lines.clear(), "it has 0 of the 30 rows that were written"),
+    ],
+)  # fmt: skip
+def test_a_changed_row_is_found_and_its_place_is_said(written, change, words):
+    path, digests = written
+    change_lines(path, change)
+    assert find_changed_rows(path, digests) == words
+
+
+def test_a_metrics_file_that_is_gone_is_noticed(written):
+    path, digests = written
+    path.unlink()
+    assert find_changed_rows(path, digests) == "it is gone, with the 30 rows that were written"
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_changed_byte_goes_unnoticed(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    for step in range(1, 4):
+        logger.log(step_record(step))
+    digest = logger.digest()
+    logger.close(0)
+    content = bytearray(path.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    assert find_changed_rows(path, [digest]) is not None
+
+
+def test_the_hash_goes_on_over_a_resume(written):
+    path, _ = written
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind": "st')  # cut off by a kill
+    logger = JsonlLogger(path, resume=True)
+    logger.log(step_record(NUM_STEPS + 1))
+    digest = logger.digest()
+    logger.close(0)
+    assert digest.num_rows == NUM_STEPS + 1
+    assert find_changed_rows(path, [digest]) is None
+
+
+def test_rows_before_a_checkpoint_stay_when_later_ones_are_dropped(written):
+    path, digests = written
+    assert rewind(path, 20) == 10
+    assert find_changed_rows(path, digests[:2]) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("step", "7"), ("step", None), ("step", 7.5), ("step", True), ("loss", "x"), ("loss", None), ("loss", [1]),
+     ("loss", 10**400), ("time", {})],
+)  # fmt: skip
+def test_a_row_with_a_value_of_another_type_names_it(field, value):
+    row = {**json.loads(to_line(step_record(7))), field: value}
+    with pytest.raises(ValueError, match=rf"^{field} = .*: expected a (whole )?number$"):
+        from_line(json.dumps(row))
+
+
+@pytest.mark.parametrize("text", ["NaN", "1e999", "-Infinity", "9" * 5000, "[" * 100_000])
+def test_a_row_with_a_number_that_is_none_is_refused(text):
+    line = to_line(step_record(7)).replace("2.0", text)
+    with pytest.raises(ValueError, match=r"."):
+        from_line(line)
+
+
+def test_an_event_whose_facts_are_no_object_is_refused(tmp_path):
+    line = to_line(EventRecord(event="finished", step=1, message="m", time=1.0)).replace("{}", "[1]")
+    with pytest.raises(ValueError, match=r"facts = .*expected an object"):
+        from_line(line)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5,
+)  # fmt: skip
+ROWS = [json.loads(to_line(step_record(1))), json.loads(to_line(EventRecord(event="e", step=1, message="", time=0.0))),
+        json.loads(to_line(EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=2.7, eval_tokens=9,
+                                      time=1.0)))]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_content_of_a_metrics_file_ends_in_a_traceback(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
+    lines = []
+    for _ in range(data.draw(st.integers(0, 4))):
+        row = dict(data.draw(st.sampled_from(ROWS)))
+        for key in data.draw(st.lists(st.sampled_from(sorted(row)), max_size=2)):
+            row[key] = data.draw(JSON)
+        lines.append(data.draw(st.just(json.dumps(row).encode()) | st.binary(max_size=30)))
+    path.write_bytes(b"\n".join(lines))
+    try:
+        for record in read_records(path):
+            to_line(record)
+    except ValueError:
+        with pytest.raises(UserError, match="line"):
+            rewind(path, 0)
+    else:
+        rewind(path, 0)

@@ -1,0 +1,306 @@
+"""Model folders that are damaged, of another kind, or made to attack: refused in one line, nothing of it is run."""
+
+import ast
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tiny_gpt2
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+)
+
+import trainer
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.model.build import _from_pretrained_kwargs, build_model
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def pristine_folder(session_dir: Path) -> Path:
+    return Path(make_tiny_gpt2(session_dir / "pristine", dropout=0.0))
+
+
+@pytest.fixture
+def folder(pristine_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine_folder, tmp_path / "model"))
+
+
+def build(folder: Path, *flags: str, on_meta: bool = False) -> Any:
+    return build_model(
+        cli.parse_args(["--mode", "full", "--model", str(folder), *flags]).settings, on_meta=on_meta
+    ).causal
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def refusal(folder: Path, *, on_meta: bool = False) -> str:
+    """The one line with which the folder is refused."""
+    with pytest.raises(UserError) as caught:
+        build(folder, on_meta=on_meta)
+    assert str(caught.value).startswith(f"--model {folder}: ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Canary:
+    """What a pickle runs when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+# --- code ---
+
+
+@pytest.mark.parametrize("answer", ["", "y\n", "yes\n"])
+def test_code_in_a_model_folder_is_never_run_and_never_asked_about(folder, tmp_path, monkeypatch, capsys, answer):
+    canary = tmp_path / "canary"
+    change_config(
+        folder, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    )
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\nclass Config: pass\nclass Model: pass\n")
+    read_end, write_end = os.pipe()
+    os.write(write_end, answer.encode())
+    os.close(write_end)
+    monkeypatch.setattr("sys.stdin", os.fdopen(read_end))
+    assert "model_type 'evil' is not known to transformers, and code in the folder is never run" in refusal(folder)
+    assert capsys.readouterr().out == ""
+    assert not canary.exists()
+
+
+def test_code_beside_a_known_model_type_is_left_alone(folder, tmp_path):
+    canary = tmp_path / "canary"
+    change_config(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\n")
+    assert type(build(folder)).__module__.startswith("transformers.models.gpt2")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("with_torch_save", [True, False])
+def test_pickled_weights_are_refused_unread(folder, tmp_path, with_torch_save):
+    canary = tmp_path / "canary"
+    (folder / WEIGHTS).unlink()
+    if with_torch_save:
+        torch.save(Canary(canary), folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
+    assert "pytorch_model.bin is a pickle, which may hold code; expected model.safetensors" in refusal(folder)
+    assert not canary.exists()
+
+
+def test_every_call_that_reads_a_model_refuses_its_code():
+    """Left out, transformers asks on the terminal where a folder's type is not known to it."""
+    calls = [
+        (path, node)
+        for path in Path(trainer.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("from_pretrained", "from_config")
+        and ast.unparse(node.func.value).startswith("Auto")
+    ]
+    assert len(calls) > 5
+    for path, call in calls:
+        refuses = ("trust_remote_code=False", "**_from_pretrained_kwargs(settings.model)")
+        assert any(ast.unparse(keyword) in refuses for keyword in call.keywords), f"{path}:{call.lineno}"
+    assert _from_pretrained_kwargs("some/model")["trust_remote_code"] is False
+
+
+def test_attention_code_of_the_hub_is_refused(folder):
+    change_config(folder, attn_implementation="someone/attention-kernel")
+    assert "attn_implementation names code of the hub" in refusal(folder)
+
+
+# --- other kinds of models ---
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BertConfig(vocab_size=97, hidden_size=16, num_attention_heads=2), "bert without is_decoder"),
+        (T5Config(vocab_size=97, d_model=16, num_layers=1, num_heads=2), "t5 is not a causal language model"),
+        (BartConfig(vocab_size=97, d_model=16), "bart is not a causal language model"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_causal_is_refused_by_name_before_its_weights(tmp_path, config, words, on_meta):
+    config.save_pretrained(tmp_path / "model")
+    assert words in refusal(tmp_path / "model", on_meta=on_meta)
+
+
+def test_the_usual_folders_of_bert_and_t5_are_refused(tmp_path):
+    tiny = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(**tiny, intermediate_size=32)).save_pretrained(tmp_path / "bert")
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=97, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=32)
+    ).save_pretrained(tmp_path / "t5")
+    assert "bert" in refusal(tmp_path / "bert")
+    assert "t5" in refusal(tmp_path / "t5")
+
+
+def test_a_model_that_sees_later_tokens_is_refused_whatever_it_calls_itself(tmp_path):
+    config = XLNetConfig(vocab_size=97, d_model=16, n_layer=1, n_head=2, d_inner=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    assert "XLNetLMHeadModel sees the tokens it is to predict" in refusal(tmp_path / "model")
+
+
+def test_an_adapter_folder_is_not_taken_for_a_model(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    assert "holds an adapter" in refusal(folder)
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_layer": 3}, "the weights lack transformer.h.2.attn.c_attn.bias, "),
+        ({"n_layer": 1}, "the weights hold transformer.h.1.attn.c_attn.weight, "),
+        ({"n_embd": 32}, "transformer.h.0.attn.c_attn.bias has shape [48] in the file and [96] by config.json"),
+        ({"n_positions": 64}, "transformer.wpe.weight has shape [32, 16] in the file and [64, 16]"),
+        ({"tie_word_embeddings": False}, "the weights lack lm_head.weight"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit_the_configuration_are_refused_by_name(folder, changes, words):
+    change_config(folder, **changes)
+    assert words in refusal(folder)
+
+
+def test_gpt2_as_published_loads(folder):
+    """Its names have no prefix, and its file holds the causal masks; so have the older ones their fill value."""
+    expected = build(folder).state_dict()
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    for layer in range(2):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+        tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    change_config(folder, architectures=["GPT2Model"])
+    loaded = build(folder).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_weights_in_several_files_load(folder):
+    expected = build(folder).state_dict()
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="10KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    loaded = build(folder).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("on_meta", [True, False])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 7, struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"{}x", struct.pack("<Q", 2) + b"[]"]
+)
+def test_a_damaged_weights_file_is_refused_also_by_a_dry_run(folder, content, on_meta):
+    (folder / WEIGHTS).write_bytes(content)
+    assert "model.safetensors: not a whole safetensors file" in refusal(folder, on_meta=on_meta)
+
+
+@pytest.mark.parametrize("change", [-1, 1, -4096])
+def test_a_weights_file_that_is_cut_off_or_too_long_is_refused(folder, change):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:change] if change < 0 else content + b"\0" * change)
+    assert "model.safetensors: not a whole safetensors file" in refusal(folder)
+
+
+def test_a_weights_file_that_is_a_pipe_is_not_waited_for(folder):
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+    assert "model.safetensors: not a regular file" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside/model.safetensors", "/etc/hostname", "a/../../x.safetensors", "x.bin", ""]
+)
+def test_an_index_reads_no_file_outside_its_folder(folder, name):
+    shutil.copytree(folder, folder.parent / "outside")
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, name)}))
+    assert INDEX in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_a_damaged_index_is_refused(folder, content):
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+    (folder / INDEX).write_text(content)
+    assert INDEX in refusal(folder)
+
+
+# --- configuration ---
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", -5), ("vocab_size", 10**12), ("n_layer", 0), ("n_layer", 10**9), ("n_embd", "sixteen"),
+        ("n_embd", True), ("n_head", 0), ("n_head", 3), ("activation_function", "exec"), ("activation_function", None),
+        ("n_positions", -1), ("model_type", ["gpt2"]), ("model_type", "../x"), ("dtype", "x"),
+        ("transformers_weights", "other.safetensors"), ("auto_map", "x"),
+        ("quantization_config", {"quant_method": "x"}),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_no_model_has_is_refused_in_one_line(folder, key, value):
+    change_config(folder, **{key: value})
+    shutil.copy(folder / WEIGHTS, folder / "other.safetensors")
+    if key == "auto_map":
+        build(folder)  # known types need none of it
+    else:
+        refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 200_000, b'{"n_layer": ' + b"9" * 5000 + b"}"]
+)
+def test_a_configuration_that_is_not_json_is_refused_in_one_line(folder, content):
+    (folder / "config.json").write_bytes(content)
+    assert "config.json" in refusal(folder)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+CONFIG_KEYS = ("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "activation_function",
+               "layer_norm_epsilon", "model_type",
+               "architectures", "tie_word_embeddings", "initializer_range", "attn_pdrop",
+               "torch_dtype", "auto_map", "attn_implementation", "is_decoder", "is_encoder_decoder",
+               "scale_attn_weights", "pad_token_id")  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(values=st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON_VALUES, min_size=1, max_size=2))
+def test_no_value_in_a_configuration_ends_in_a_traceback(pristine_folder, tmp_path_factory, values):
+    folder = Path(shutil.copytree(pristine_folder, tmp_path_factory.mktemp("config") / "model"))
+    change_config(folder, **values)
+    with contextlib.suppress(UserError):  # which is one line by itself
+        build(folder)
+    shutil.rmtree(folder)

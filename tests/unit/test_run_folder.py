@@ -1,0 +1,186 @@
+"""One process writes into a run folder at a time, and nothing it writes goes through somebody's link."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from trainer.config.errors import UserError
+from trainer.tracking import run_folder
+from trainer.tracking.files import open_for_append, write_atomically
+from trainer.tracking.jsonl import JsonlLogger
+from trainer.tracking.run_folder import LOCK_FILE, RunLock, is_unused, write_metadata_file
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from trainer.tracking.run_folder import RunLock
+RunLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock on `tmp_path / "run"`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_run_folder_that_another_process_holds_is_refused_in_one_line(holder, tmp_path):
+    with pytest.raises(UserError) as caught:
+        RunLock(tmp_path / "run").acquire()
+    assert str(caught.value).startswith(f"{tmp_path / 'run'}: process {holder.pid} on ")
+    assert "--output-dir" in str(caught.value)
+    assert (tmp_path / "run" / LOCK_FILE).exists(), "the loser takes nothing away"
+
+
+def test_the_lock_is_freed_by_the_death_of_its_holder(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    assert lock.is_held
+    lock.release()
+    lock.release()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_child_of_the_holder_does_not_keep_the_lock(tmp_path):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+    try:
+        lock.release()
+        RunLock(tmp_path).acquire()
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_lock_file_that_was_removed_under_a_waiting_process_is_not_held(tmp_path, monkeypatch):
+    """The holder removes the file as it ends; whoever had opened it by then would hold a lock that nobody sees."""
+    opened = []
+    lock = run_folder._lock
+
+    def remove_first(file: int) -> bool:
+        if not opened:
+            (tmp_path / LOCK_FILE).unlink()
+        opened.append(file)
+        return lock(file)
+
+    monkeypatch.setattr(run_folder, "_lock", remove_first)
+    RunLock(tmp_path).acquire()
+    assert len(opened) == 2
+    assert (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert not lock.is_held
+    lock.release()
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run: cannot write there: Not a directory; name another folder"):
+        RunLock(tmp_path / "file" / "run").acquire()
+
+
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_FILE).symlink_to(tmp_path / "target")
+    with pytest.raises(UserError, match="cannot write there"):
+        RunLock(tmp_path / "run").acquire()
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+def test_files_of_a_run_are_not_written_through_links(tmp_path):
+    (tmp_path / "target").write_text("precious")
+    for name in (".run.json.tmp", "run.json", "metrics.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "target")
+    write_metadata_file(tmp_path, {"run_id": "x"})
+    assert not (tmp_path / "run.json").is_symlink()
+    with pytest.raises(OSError, match="symbolic links"):
+        open_for_append(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+def test_a_failed_write_leaves_the_old_content_and_no_temporary_file(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "run.json", "old")
+
+    def fail(*args: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "run.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").read_text() == "old"
+
+
+def test_leftovers_of_a_killed_start_are_not_taken_for_a_run_and_are_removed(tmp_path):
+    assert is_unused(tmp_path / "missing")
+    (tmp_path / LOCK_FILE).write_text("")
+    (tmp_path / ".run.json.0123456789ab.tmp").write_text("{")
+    assert is_unused(tmp_path)
+    (tmp_path / "find-lr.json").write_text("{}")
+    assert not is_unused(tmp_path)
+    assert is_unused(tmp_path, ("find-lr.json",))
+    write_metadata_file(tmp_path, {})
+    assert not is_unused(tmp_path, ("find-lr.json",))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_many_processes_at_once_hold_the_lock_one_after_another(tmp_path):
+    """Each adds a letter on entering and another on leaving; were two inside at once they would be interleaved."""
+    script = """
+import os, random, sys, time
+from pathlib import Path
+from trainer.config.errors import UserError
+from trainer.tracking.run_folder import RunLock
+folder, done = Path(sys.argv[1]), 0
+journal = os.open(folder.parent / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+end = time.monotonic() + 60
+while done < 20 and time.monotonic() < end:
+    lock = RunLock(folder)
+    try:
+        lock.acquire()
+    except UserError:
+        continue
+    os.write(journal, b"(")
+    time.sleep(random.random() / 1000)
+    os.write(journal, b")")
+    lock.release()
+    done += 1
+sys.exit(done < 20)
+"""
+    start = time.monotonic()
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "journal").read_text() == "()" * 60
+    assert time.monotonic() - start < 120
+
+
+def test_a_resumed_metrics_file_behind_a_link_is_one_line(tmp_path):
+    (tmp_path / "target").write_text("")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "target")
+    with pytest.raises(Exception, match=r"cannot write .*metrics\.jsonl"):
+        JsonlLogger(tmp_path / "metrics.jsonl", resume=True)

@@ -1,0 +1,166 @@
+"""What a model's folder may hold: data only, of a causal language model, whole. Everything else is refused by name.
+
+No code that comes with a model is ever run, and nobody is asked whether it should be: there is no flag for it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from trainer.config.errors import UserError
+from trainer.config.json_file import read_json_object
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+#: Sizes of a configuration that every causal model has, by transformers' common names, and the largest that is taken:
+#: a few times those of the largest models there are, so that a damaged number cannot fill the memory.
+MAX_SIZES = {"vocab_size": 2**24, "hidden_size": 2**17, "num_hidden_layers": 2000, "num_attention_heads": 2**13}
+#: Buffers that files of older transformers hold and no model has any more.
+OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
+NUM_SHOWN = 3  #: names of weights in a message
+
+
+def check_config_file(model: str, folder: Path) -> None:
+    """UserError where the folder's config.json is not one of a model that transformers has code for."""
+    name = f"--model {model}: config.json"
+    if not (folder / "config.json").exists():
+        return  # said with the remedy where it is loaded
+    config = read_json_object(folder / "config.json", name)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        code = ", and code in the folder is never run" if "auto_map" in config else ""
+        raise UserError(
+            f"{name}: model_type {model_type!r} is not known to transformers{code}; expected one of its causal "
+            "language models, for instance gpt2 or llama"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"--model {model}: holds an adapter (adapter_config.json); expected a whole model: merge it first"
+        )
+
+
+def check_config(model: str, config: Any) -> None:
+    """UserError where a loaded configuration is not that of a causal language model, or a size of it cannot be."""
+    name = f"--model {model}: config.json"
+    model_type = config.model_type
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{name}: {model_type} is not a causal language model; expected one, for instance gpt2 or llama"
+        )
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise UserError(
+            f"{name}: {model_type} without is_decoder sees the tokens it is to predict; expected a causal language "
+            "model, for instance gpt2 or llama"
+        )
+    for key in ("transformers_weights", "configuration_files"):
+        if getattr(config, key, None) is not None:
+            raise UserError(f"{name}: {key} names other files; expected {WEIGHTS_FILE} or {INDEX_FILE} alone")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{name}: quantization_config: packed weights; expected a model in floats (--quant packs it here)"
+        )
+    if "/" in str(getattr(config, "_attn_implementation", None) or ""):
+        raise UserError(f"{name}: attn_implementation names code of the hub, which is never run; leave it out")
+    _check_sizes(name, config)
+
+
+def _check_sizes(name: str, config: Any) -> None:
+    text_config = config.get_text_config()
+    for key, largest in MAX_SIZES.items():
+        value = getattr(text_config, key, 1)
+        if isinstance(value, list | tuple) or value is None:  # some families have a number for each layer
+            continue
+        if type(value) is not int or not 1 <= value <= largest:
+            key = getattr(text_config, "attribute_map", {}).get(key, key)
+            raise UserError(f"{name}: {key} = {value!r}; expected a whole number from 1 to {largest}")
+
+
+def check_weight_files(model: str, folder: Path) -> None:
+    """UserError where a file of weights that is there is damaged, or one is named that is not inside the folder.
+
+    Reads the headers only: names, shapes and whether the file is as long as they say.
+    """
+    for file_name in _list_weight_files(model, folder):
+        path, name = folder / file_name, f"--model {model}: {file_name}"
+        if not path.is_file():
+            raise UserError(f"{name}: {'not a regular file' if path.exists() else 'no such file'}")
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{name}: not a whole safetensors file ({reason(error)}); copy it again") from error
+
+
+def _list_weight_files(model: str, folder: Path) -> list[str]:
+    if (folder / WEIGHTS_FILE).exists():
+        return [WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).exists():
+        if pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
+            raise UserError(f"--model {model}: {pickles[0]} is a pickle, which may hold code; expected {WEIGHTS_FILE}")
+        return []
+    name = f"--model {model}: {INDEX_FILE}"
+    weight_map = read_json_object(folder / INDEX_FILE, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) and file for file in weight_map.values()):
+        raise UserError(f"{name}: weight_map is not one of weights to files")
+    for file_name in sorted(set(weight_map.values())):
+        path = PurePosixPath(file_name)
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+            raise UserError(f"{name}: names {file_name!r}; expected .safetensors files inside the folder")
+    return sorted(set(weight_map.values()))
+
+
+def check_loaded_weights(model: str, loading_info: Mapping[str, Any]) -> None:
+    """UserError where weights were missing, left over or of another shape, transformers' exceptions and ties aside."""
+    name = f"--model {model}"
+    if mismatched := sorted(
+        (str(key), tuple(ours), tuple(theirs)) for key, ours, theirs in loading_info["mismatched_keys"]
+    ):
+        weight, stored, expected = mismatched[0]
+        others = f", and {len(mismatched) - 1} more differ" if len(mismatched) > 1 else ""
+        raise UserError(
+            f"{name}: {weight} has shape {list(stored)} in the file and {list(expected)} by config.json{others}; "
+            "expected the weights of this configuration"
+        )
+    if missing := sorted(loading_info["missing_keys"]):
+        raise UserError(
+            f"{name}: the weights lack {_shorten(missing)}, which config.json asks for; copy the model again"
+        )
+    if unexpected := sorted(key for key in loading_info["unexpected_keys"] if not OBSOLETE_BUFFERS.search(key)):
+        raise UserError(f"{name}: the weights hold {_shorten(unexpected)}, for which config.json has no place")
+    if errors := list(loading_info["error_msgs"]):
+        raise UserError(f"{name}: weights cannot be loaded ({errors[0]})")
+
+
+def _shorten(names: list[str]) -> str:
+    shown = ", ".join(names[:NUM_SHOWN])
+    return shown + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
+
+
+@torch.no_grad()
+def check_causal(model: str, causal: PreTrainedModel, *, length: int = 8) -> None:
+    """UserError where earlier logits depend on the last token: such a model sees what it has to predict."""
+    was_training = causal.training
+    input_ids = torch.arange(length).remainder(causal.config.get_text_config().vocab_size).repeat(2, 1)
+    input_ids[1, -1] = 0
+    logits = causal.eval()(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+    causal.train(was_training)
+    if (logits[0] - logits[1]).abs().max() > 1e-4 * logits.abs().max():
+        raise UserError(
+            f"--model {model}: {type(causal).__name__} sees the tokens it is to predict; expected a causal language "
+            "model"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """The kind of an error of a library and the last line of its text, which says most."""
+    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
+    return f"{type(error).__name__}: {([line for line in lines if line] or ['no reason given'])[-1][:200]}"

@@ -1,0 +1,65 @@
+"""Files of a run folder, written whole or not at all and never through somebody's link."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replace_atomically(path: Path) -> Iterator[int]:
+    """A file descriptor to write the new content of `path` to: it takes its place at the end, or on an error nothing.
+
+    The temporary file has a random name and must not exist, so no link is followed; a link at `path` itself is
+    replaced by the file. Raises OSError.
+    """
+    temporary_path = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    file = os.open(temporary_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            yield file
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary_path, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary_path)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file at once; text as UTF-8, with what is no text (names from the file system) as it was."""
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    with replace_atomically(path) as file:
+        write_all(file, data)
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write all of `data` to a descriptor; OSError where there is no space for it."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def open_for_append(path: Path) -> int:
+    """A descriptor that appends to `path`, made where it is not there; OSError for a link."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Hand the names in a folder to the disk."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove the temporary files of `name` that a killed process left in `folder`."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
