@@ -15,6 +15,7 @@ from typing import Any
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
+from trainer.tracking.safe_stream import protect_standard_streams
 
 REFUSED_EXIT_CODE = 3
 
@@ -171,4 +172,5 @@ def _parse_numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
+    protect_standard_streams()
     sys.exit(main())

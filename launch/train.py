@@ -6,6 +6,7 @@ import sys
 from trainer.config.cli import parse_args
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.distributed.launch_environment import reporting_rank
+from trainer.tracking.safe_stream import protect_standard_streams
 
 
 def main() -> int:
@@ -29,4 +30,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    protect_standard_streams()
     sys.exit(main())

@@ -153,7 +153,9 @@ class TrainingRun:
         source = context.on_rank_zero(
             lambda: select_checkpoint(folder, args.resume, self.model) if previous_metadata else None
         )
-        self.metadata = context.on_rank_zero(lambda: write_metadata(folder, plan, previous_metadata, source, args.allow_change))
+        self.metadata = context.on_rank_zero(
+            lambda: write_metadata(folder, plan, previous_metadata, source, args.allow_change)
+        )
         self.engine, self.state = build_engine(plan, self.model, source)
         if is_resumed:  # before later rows go: after a kill in between rows are cut then, none is missing
             context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", self.state.step))

@@ -1,6 +1,5 @@
 """Progress of a run in one voice: a bar on a terminal, plain lines every few seconds where there is none."""
 
-import contextlib
 import os
 import sys
 import time
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
+from trainer.tracking.safe_stream import SafeStream, escape_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +24,7 @@ def make_console(stream: TextIO | None = None) -> "Console":
     return Console(file=stream, force_terminal=is_terminal(stream), highlight=False)
 
 
-def is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: "TextIO | SafeStream") -> bool:
     """Whether a bar can be drawn there: a terminal, and not a dumb one."""
     return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
@@ -46,7 +46,7 @@ class ProgressBar:
         interval: float = LINE_INTERVAL_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream or sys.stdout
+        self._stream: Any = SafeStream(stream or sys.stdout)
         self._total_steps, self._epochs_text, self._interval, self._clock = (
             total_steps,
             _format_num_epochs(num_epochs),
@@ -78,13 +78,10 @@ class ProgressBar:
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
-        try:
-            if self._bar is not None:
-                self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-            else:
-                print(line, file=self._stream, flush=True)
-        except (OSError, ValueError):  # a closed pipe or a closed file
-            self._stop_showing()
+        if self._bar is not None:
+            self._bar.console.print(escape_lines(line), markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(escape_lines(line), file=self._stream, flush=True)
 
     def close(self, exit_code: int) -> None:
         """Print the row that was held back and let go of the bar; a second call does nothing."""
@@ -133,18 +130,8 @@ class ProgressBar:
         epoch = "" if isinstance(record, EventRecord) else f"  epoch {_format_epoch(record.epoch)}/{self._epochs_text}"
         return f"{label} {record.step:>{width}}/{self._total_steps}{epoch}"
 
-    def _stop_showing(self) -> None:
-        """Write into nothing from here on; Python would fail at exit on a closed stdout otherwise."""
-        if self._bar is not None:
-            bar, self._bar = self._bar, None
-            with contextlib.suppress(OSError, ValueError):
-                bar.stop()
-        if self._stream is sys.stdout:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        self._stream = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the run
 
-
-def _bar(stream: TextIO, total: int, epochs: str) -> tuple[Any, Any]:
+def _bar(stream: Any, total: int, epochs: str) -> tuple[Any, Any]:
     """The bar and its task: one line that fits in 80 columns."""
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar

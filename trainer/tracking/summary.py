@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from trainer.config import reference
+from trainer.config.errors import escape_controls
 from trainer.tracking.console import is_terminal, make_console
 from trainer.tracking.records import EpochRecord, EvalRecord, Record
 
@@ -70,7 +71,7 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, stream: T
             f"{best_eval.step})"
         )
     if reasons:
-        lines.append("not comparable with the card: " + "; ".join(reasons))
+        lines.append("not comparable with the card: " + escape_controls("; ".join(reasons)))
     print("\n".join(lines), file=stream, flush=True)
 
 
@@ -93,6 +94,7 @@ def thin_out(rows: list[EpochSummary], best_eval: EvalRecord | None) -> list[Epo
 def show_plan(lines: Sequence[tuple[str, str]], *, stream: TextIO | None = None) -> None:
     """Print `key  value` lines, the values aligned; on a terminal long values go on under themselves."""
     stream = stream or sys.stdout
+    lines = [(key, escape_controls(value)) for key, value in lines]
     if not is_terminal(stream):
         width = max((len(key) for key, _ in lines), default=0)
         print("\n".join(f"{key:<{width}}  {value}" for key, value in lines), file=stream, flush=True)

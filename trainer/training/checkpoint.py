@@ -245,7 +245,7 @@ class CheckpointManager:
     def _format_metadata(self, metadata: Mapping[str, Any], state: TrainState) -> str:
         metadata = {**metadata, "progress": state.as_dict()}
         if (rows := self.rows_digest()) is not None:
-            metadata["records"] = asdict(rows)
+            metadata["records"] = vars(rows)
         return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
 
     def _delete_old(self) -> None:

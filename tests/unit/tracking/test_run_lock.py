@@ -10,15 +10,16 @@ import time
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.tracking import run_folder
+from trainer.tracking import run_lock
 from trainer.tracking.files import open_for_append, write_atomically
 from trainer.tracking.jsonl import JsonlLogger
-from trainer.tracking.run_folder import LOCK_FILE, RunLock, is_unused, write_metadata_file
+from trainer.tracking.run_lock import LOCK_FILE, RunLock
+from trainer.training.run_folder import is_unused, write_run_json
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from trainer.tracking.run_folder import RunLock
+from trainer.tracking.run_lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)
@@ -72,7 +73,7 @@ def test_a_child_of_the_holder_does_not_keep_the_lock(tmp_path):
 def test_a_lock_file_that_was_removed_under_a_waiting_process_is_not_held(tmp_path, monkeypatch):
     """The holder removes the file as it ends; whoever had opened it by then would hold a lock that nobody sees."""
     opened = []
-    lock = run_folder._lock
+    lock = run_lock._lock
 
     def remove_first(file: int) -> bool:
         if not opened:
@@ -80,7 +81,7 @@ def test_a_lock_file_that_was_removed_under_a_waiting_process_is_not_held(tmp_pa
         opened.append(file)
         return lock(file)
 
-    monkeypatch.setattr(run_folder, "_lock", remove_first)
+    monkeypatch.setattr(run_lock, "_lock", remove_first)
     RunLock(tmp_path).acquire()
     assert len(opened) == 2
     assert (tmp_path / LOCK_FILE).exists()
@@ -116,7 +117,7 @@ def test_files_of_a_run_are_not_written_through_links(tmp_path):
     (tmp_path / "target").write_text("precious")
     for name in (".run.json.tmp", "run.json", "metrics.jsonl"):
         (tmp_path / name).symlink_to(tmp_path / "target")
-    write_metadata_file(tmp_path, {"run_id": "x"})
+    write_run_json(tmp_path, {"run_id": "x"})
     assert not (tmp_path / "run.json").is_symlink()
     with pytest.raises(OSError, match="symbolic links"):
         open_for_append(tmp_path / "metrics.jsonl")
@@ -144,7 +145,7 @@ def test_leftovers_of_a_killed_start_are_not_taken_for_a_run_and_are_removed(tmp
     (tmp_path / "find-lr.json").write_text("{}")
     assert not is_unused(tmp_path)
     assert is_unused(tmp_path, ("find-lr.json",))
-    write_metadata_file(tmp_path, {})
+    write_run_json(tmp_path, {})
     assert not is_unused(tmp_path, ("find-lr.json",))
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -155,7 +156,7 @@ def test_many_processes_at_once_hold_the_lock_one_after_another(tmp_path):
 import os, random, sys, time
 from pathlib import Path
 from trainer.config.errors import UserError
-from trainer.tracking.run_folder import RunLock
+from trainer.tracking.run_lock import RunLock
 folder, done = Path(sys.argv[1]), 0
 journal = os.open(folder.parent / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 end = time.monotonic() + 60
