@@ -56,7 +56,7 @@ def export_folder(
     with _temporary_folder(destination) as folder:
         save_folder(folder, module, state_dict, base_model=base_model, tokenizer=tokenizer)
         verification = verify_folder(folder, reference_outputs)
-        (folder / MODEL_CARD_FILE).write_text(render_card(verification))
+        (folder / MODEL_CARD_FILE).write_text(render_card(verification), encoding="utf-8")
         for path in folder.iterdir():
             shutil.copymode(folder / MODEL_CARD_FILE, path)  # safetensors makes its files for their owner only
     return verification
@@ -89,7 +89,7 @@ def save_folder(
                 "fingerprint": base_model.fingerprint,
                 "quantization_config": base_model.quantization_config,
             }
-            (folder / QUANTIZATION_FILE).write_text(json.dumps(quantization_info, indent=2) + "\n")
+            (folder / QUANTIZATION_FILE).write_text(json.dumps(quantization_info, indent=2) + "\n", encoding="utf-8")
     else:
         module.save_pretrained(folder, state_dict=dict(state_dict))
         _set_config_dtype_float32(folder / "config.json")
@@ -113,9 +113,9 @@ def base_model_ref(model: TrainableModel, run_folder: Path) -> BaseModelRef | No
 
 def _set_config_dtype_float32(path: Path) -> None:
     """Transformers notes the dtype of the module, which is half of that of the weights when it trained in fp16."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("dtype") != "float32":
-        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

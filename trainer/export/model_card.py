@@ -8,7 +8,9 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.config.choices import DEMO_MODEL
+from trainer.config.errors import escape_controls
 from trainer.export.verify import VerificationResult
+from trainer.report.markdown import escape
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
 from trainer.training.lr_schedule import describe_schedule
 
@@ -22,17 +24,20 @@ def render_model_card(
 ) -> str:  # fmt: skip
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
-    `run`: the content of run.json; `step`: the one after which these weights stood; `merged`: adapters folded in;
-    `change`: what merging onto another base than the one trained on did to the loss; `measured`: may hold
-    `optimizer_bytes` and `peak_memory_bytes`, of the largest rank; `chosen`: why these weights and not the last.
+    `metadata`: the content of run.json; `step`: the one after which these weights stood; `is_merged`: adapters folded
+    in; `loss_change`: what merging onto another base than the one trained on did to the loss; `measurements`: may hold
+    `optimizer_bytes` and `peak_memory_bytes`, of the largest rank; `choice_reason`: why these weights and not the last.
+
+    Names and texts of the run are data: whatever they hold, none of it is markup of the card.
     """
     all_records = list(records)
     records_until_step = [r for r in all_records if r.step <= step]
     lines = [
         *_front_matter(metadata, verification, is_merged), "",
-        f"# {metadata['name']}", "",
+        f"# {_plain(metadata['name'])}", "",
         _describe_model(metadata, step, is_merged) + (f" {choice_reason}" if choice_reason else ""), "",
-        f"Exported weights: {verification.summary()}{loss_change}.{_describe_embedding_tying(verification, is_merged)}",
+        f"Exported weights: {_plain(verification.summary())}{loss_change}."
+        + _describe_embedding_tying(verification, is_merged),
         "",
         "## Training procedure", "",
         "### Training hyperparameters", "",
@@ -48,7 +53,7 @@ def render_model_card(
         f"its three epochs): not comparable, for these reasons: {_incomparability_reasons(metadata)}.", "",
         *_diagnostics_section(all_records),
         "### Framework versions", "",
-        *(f"- {name} {metadata['versions'][name]}" for name in PACKAGES if metadata["versions"].get(name)), "",
+        *(f"- {name} {_plain(metadata['versions'][name])}" for name in PACKAGES if metadata["versions"].get(name)), "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -97,19 +102,32 @@ def is_hub_id(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business."""
-    return name if is_hub_id(name) else Path(name).name or name
+    return escape_controls(name if is_hub_id(name) else Path(name).name or name)
+
+
+def _plain(text: str) -> str:
+    """Text as Markdown shows it unchanged."""
+    return escape(escape_controls(text))
+
+
+def _code(text: str) -> str:
+    """Text as a code span, in a fence longer than any run of backticks in it."""
+    text = escape_controls(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    padding = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
 
 
 def _describe_model(metadata: Mapping[str, Any], step: int, is_merged: bool) -> str:
     model, lora, total_steps = metadata["model"], metadata["settings"]["lora"], metadata["resolved"]["total_steps"]
     method = "every weight" if metadata["mode"] == "full" else (
         f"{_ADAPTER_NAMES[lora.get('adapter', 'lora')]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, "
-        f"on {', '.join(model['lora_targets'])}{_describe_modules_to_save(lora)}"
+        f"on {_plain(', '.join(model['lora_targets']))}{_describe_modules_to_save(lora)}"
     )  # fmt: skip
     initialization = "" if model["init"] == "pretrained" else ", from random weights,"
     return (
-        f"`{public_name(model['name'])}`{initialization} fine-tuned on `{public_name(metadata['data']['source'])}` "
-        f"({method}: {model['trainable']:,} of "
+        f"{_code(public_name(model['name']))}{initialization} fine-tuned on "
+        f"{_code(public_name(metadata['data']['source']))} ({method}: {model['trainable']:,} of "
         f"{model['parameters']:,} parameters, {100 * model['share']:.2f}%), after step {step:,} of {total_steps:,}."
         + (" The adapters are folded into the weights: this is a plain model." if is_merged else "")
         + (_describe_base(metadata) if metadata["mode"] == "lora" and not is_merged else "")
@@ -141,8 +159,8 @@ def _describe_base(metadata: Mapping[str, Any]) -> str:
         double = ", its scales in 8 bits" if metadata["settings"]["model"]["quant_double"] else ""
         text += (
             f" It was trained on the base in {quant}{double} (weights before that: fingerprint "
-            f"`{metadata['model']['fingerprint']}`); `base_quantization.json` holds the arguments of transformers' "
-            "`BitsAndBytesConfig` that pack it again. On the float32 base it answers otherwise."
+            f"{_code(metadata['model']['fingerprint'])}); `base_quantization.json` holds the arguments of "
+            "transformers' `BitsAndBytesConfig` that pack it again. On the float32 base it answers otherwise."
         )
     if metadata["settings"]["lora"].get("adapter") == "pissa":
         text += " PiSSA's start is taken off again: this is an ordinary LoRA adapter of twice the rank."
@@ -179,9 +197,9 @@ def _hyperparameters(metadata: Mapping[str, Any], measurements: Mapping[str, Any
         ("seed", f"{train['seed']}"),
         ("dropout", f"{resolved['dropout']:g}"),
         ("precision", resolved["precision"]),
-        ("ZeRO file", resolved["ds_config"]),
+        ("ZeRO file", _plain(resolved["ds_config"])),
         ("rows", f"{settings['data']['objective']} of at most {settings['data']['block_size']} tokens, {counts}"),
-        ("data fingerprint", f"`{data['fingerprint'][:16]}`"),
+        ("data fingerprint", _plain(data["fingerprint"][:16])),
     ]
 
 
@@ -206,7 +224,7 @@ def _optional_hyperparameters(settings: Mapping[str, Any]) -> list[tuple[str, st
 
 def _describe_early_stop(records: list[Record]) -> str:
     stop_events = [r for r in records if isinstance(r, EventRecord) and r.event == "early_stop"]
-    return f" The run {stop_events[-1].message}." if stop_events else ""
+    return f" The run {_plain(stop_events[-1].message)}." if stop_events else ""
 
 
 def _diagnostics_section(records: list[Record]) -> list[str]:
@@ -215,14 +233,14 @@ def _diagnostics_section(records: list[Record]) -> list[str]:
     if not diagnosis_events:
         return []
     return ["### Diagnosis", "", "What the run noticed of itself:", "",
-            *(f"- step {event.step:,}: {event.message}" for event in diagnosis_events), ""]  # fmt: skip
+            *(f"- step {event.step:,}: {_plain(event.message)}" for event in diagnosis_events), ""]  # fmt: skip
 
 
 def _incomparability_reasons(metadata: Mapping[str, Any]) -> str:
     reasons = "; ".join(metadata["not_comparable_with_card"])
     for name in (metadata["data"]["source"], metadata["model"]["name"]):
         reasons = reasons.replace(name, public_name(name))
-    return reasons
+    return _plain(reasons)
 
 
 def _results_table(records: list[Record]) -> list[str]:

@@ -35,7 +35,7 @@ from trainer.model import quantization  # noqa: E402
 
 def main(job_file: str) -> None:
     """Verify the folder that the job names; prints the answer as JSON."""
-    job = json.loads(Path(job_file).read_text())
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     print(json.dumps(verify(job)))
 
@@ -67,7 +67,7 @@ def load_folder(folder: Path, device: str) -> Any:
         quantization_file = folder / "base_quantization.json"
         if quantization_file.exists():
             return _load_on_quantized_base(
-                folder, json.loads(quantization_file.read_text())["quantization_config"], device
+                folder, json.loads(quantization_file.read_text(encoding="utf-8"))["quantization_config"], device
             )
         return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(device)
     from transformers import AutoModelForCausalLM
@@ -101,7 +101,7 @@ def inspect_tensors(folder: Path, embedding_keys: set[str]) -> dict[str, Any]:
     config = folder / "config.json"
     tensor_info: dict[str, Any] = {
         "tensors": 0, "empty": [], "adapters": 0, "adapters_moved": 0, "embedding_copies": 0,
-        "said_dtype": json.loads(config.read_text()).get("dtype") if config.exists() else None,
+        "said_dtype": json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else None,
     }  # fmt: skip
     dtypes = set()
     for name, tensor_slice, read_tensor in _iter_tensors(folder):

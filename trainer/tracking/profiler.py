@@ -51,7 +51,7 @@ class ProfileLogger:
         self._folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
         table = top_table(profiler.key_averages(), min(self._num_steps_seen - NUM_WARMUP_STEPS, self._num_steps))
-        (self._folder / "top.md").write_text(table)
+        (self._folder / "top.md").write_text(table, encoding="utf-8")
         self._say(
             f"profile of {min(self._num_steps_seen - NUM_WARMUP_STEPS, self._num_steps)} steps in "
             f"{self._folder}:\n{table.rstrip()}"

@@ -53,9 +53,9 @@ def is_unused(folder: Path, ignored_files: Collection[str] = ()) -> bool:
 
 
 def _resume_settings(args: CliArgs, folder: Path) -> tuple[Settings, dict[str, Any]]:
-    if not (folder / "run.json").exists():
+    if not (folder / METADATA_FILE).exists():
         raise UserError(f"--resume: no run in {folder} (no run.json there); name its folder with --output-dir")
-    previous = read_run_metadata(folder / "run.json")
+    previous = read_run_metadata(folder / METADATA_FILE)
     saved = Settings.from_dict(previous.get("resumed", previous)["settings"])
     if saved.mode != args.settings.mode:
         raise UserError(

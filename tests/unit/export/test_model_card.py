@@ -1,0 +1,51 @@
+"""What a model card says of a run is data: no name and no text of the run becomes markup of the card."""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from helpers.fake_runs import make_metadata
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.export.model_card import render_model_card
+from trainer.export.verify import VerificationResult
+from trainer.tracking.records import EventRecord
+
+HOSTILE = "t<b>|`x``\x1b[2J\n# big\n[a](javascript:1)\udcff.jsonl"
+
+
+def render(name: str, *, message: str = "", mode: str = "full") -> str:
+    metadata: dict[str, Any] = {**make_metadata(), "mode": mode, "not_comparable_with_card": [f"data: {name}"]}
+    metadata["model"] = {**metadata["model"], "name": f"folder/{name}", "lora_targets": [name]}
+    metadata["data"] = {**metadata["data"], "source": f"folder/{name}"}
+    metadata["resolved"] = {**metadata["resolved"], "ds_config": name}
+    events = [EventRecord(event="diagnosis", step=1, message=message or name, time=1.0)]
+    return render_model_card(metadata, events, VerificationResult(loss=1.0, problems=(name,)), step=1)
+
+
+def without_code_spans(text: str) -> str:
+    """The Markdown with its code spans taken out, as CommonMark finds them: from a fence to the next of its length."""
+    return re.sub(r"(?<![`\\])(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", text)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_names_in_a_model_card_are_no_markup(mode):
+    text = render(HOSTILE, mode=mode)
+    assert text.replace("\n", "").isprintable()
+    body = without_code_spans(text.split("---\n", 2)[2])
+    assert not re.search(r"(?<!\\)[<>\[\]]", body)
+    assert "\n# big" not in body
+    assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.text(st.characters(codec=None), min_size=1, max_size=20).filter(lambda text: "/" not in text))
+def test_the_front_matter_is_yaml_whatever_the_names(name):
+    text = render(name)
+    front_matter = yaml.safe_load(text.split("---\n")[1])
+    assert front_matter["library_name"] == "transformers"
+    assert len(text.split("\n---\n")) == 2
+    body = without_code_spans(text.split("---\n", 2)[2])
+    assert not re.search(r"(?<!\\)[<>\[\]]", body)
