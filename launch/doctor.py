@@ -5,6 +5,7 @@ Exit code 0: no error found; 1: an error, or the rehearsal failed; 2: a mistake 
 
 import os
 import sys
+from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.cli import parse_args
@@ -16,7 +17,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="doctor.py",
         usage="doctor.py --mode full|lora [--ranks N] [--gpu-memory GIB] [--json] [--no-rehearsal] [--limit SECONDS] "
-        "[flags of train.py]",
+        "[flags of train.py]\n       doctor.py --check-run RUN [--move-aside] [--json]",
         description="Check environment, data, model, batch sum and memory of a run before it starts, and rehearse it "
         "in small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
         epilog="Exit code: 0 no error, 1 an error was found, 2 a mistake in the flags. "
@@ -40,6 +41,12 @@ def build_parser() -> ArgumentParser:
         metavar="SECONDS",
         help="give the rehearsal up after so long (default: 600)",
     )
+    parser.add_argument(
+        "--check-run", metavar="RUN", help="instead: read a run folder whole and say what is damaged and still possible"
+    )
+    parser.add_argument(
+        "--move-aside", action="store_true", help="with --check-run: move what is damaged to RUN/damaged"
+    )
     return parser
 
 
@@ -48,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     try:
         args, run_argv = parser.parse_known_args(argv)
+        if args.check_run is not None:
+            return check_run(args.check_run, run_argv, as_json=args.json, should_move=args.move_aside)
         cli_args = parse_args(run_argv, companion=parser)
         if args.ranks is not None and args.ranks < 1:
             raise UserError(f"--ranks {args.ranks}: expected a whole number from 1")
@@ -68,6 +77,18 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     except UserError as error:
         return report_error(error)
+
+
+def check_run(folder: str, other_flags: list[str], *, as_json: bool, should_move: bool) -> int:
+    """`--check-run`: 0, or 1 where something is damaged."""
+    if other_flags:
+        raise UserError(f"{other_flags[0]}: does not go with --check-run; expected --move-aside or --json")
+    from trainer.tracking.silence import silence_libraries
+
+    silence_libraries()
+    from trainer.tools.doctor.run_checks import run_check
+
+    return run_check(Path(folder), as_json=as_json, should_move=should_move)
 
 
 if __name__ == "__main__":

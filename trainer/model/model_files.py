@@ -90,14 +90,19 @@ def check_weight_files(model: str, folder: Path) -> None:
     Reads the headers only: names, shapes and whether the file is as long as they say.
     """
     for file_name in _list_weight_files(model, folder):
-        path, name = folder / file_name, f"--model {model}: {file_name}"
-        if not path.is_file():
-            raise UserError(f"{name}: {'not a regular file' if path.exists() else 'no such file'}")
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{name}: not a whole safetensors file ({reason(error)}); copy it again") from error
+        if problem := weights_file_problem(folder / file_name):
+            raise UserError(f"--model {model}: {file_name}: {problem}; copy it again")
+
+
+def weights_file_problem(path: Path) -> str | None:
+    """Why a file is not a whole safetensors file, from its header; None where it is one."""
+    if not path.is_file():
+        return "not a regular file" if path.exists() else "no such file"
+    try:
+        with safe_open(path, framework="pt"):
+            return None
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"not a whole safetensors file ({reason(error)})"
 
 
 def _list_weight_files(model: str, folder: Path) -> list[str]:

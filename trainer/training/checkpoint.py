@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -133,7 +133,7 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     checkpoints = list_checkpoints(folder)
     available = ", ".join(c.folder.name for c in checkpoints) or "none"
     if which == "latest":
-        return _newest_intact(folder, checkpoints, flag)
+        return _newest_intact(folder, flag)
     if which == "best":
         selected = best_checkpoint(checkpoints)
     else:
@@ -147,18 +147,22 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     return selected
 
 
-def _newest_intact(folder: Path, checkpoints: list[Checkpoint], flag: str) -> Checkpoint:
-    by_name = {checkpoint.folder.name: checkpoint for checkpoint in checkpoints}
-    reasons: list[str] = []
-    for path in sorted(
-        _checkpoint_folders(folder), key=lambda path: int(path.name.removeprefix("step-")), reverse=True
-    ):
-        if path.name not in by_name:
-            reasons.append(f"checkpoint {path}: {METADATA_FILE} is missing or damaged")
-        elif damage := by_name[path.name].find_damage():
-            reasons.append(damage)
+def iter_checked_checkpoints(folder: Path) -> Iterator[tuple[Path, Checkpoint | None, str | None]]:
+    """(folder, checkpoint where its state.json can be read, damage or None) of each, newest first; read whole."""
+    by_name = {checkpoint.folder.name: checkpoint for checkpoint in list_checkpoints(folder)}
+    for path in sorted(_checkpoint_folders(folder), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if path.name in by_name:
+            yield path, by_name[path.name], by_name[path.name].find_damage()
         else:
-            return replace(by_name[path.name], skipped_reasons=tuple(reasons))
+            yield path, None, f"checkpoint {path}: {METADATA_FILE} is missing or damaged"
+
+
+def _newest_intact(folder: Path, flag: str) -> Checkpoint:
+    reasons: list[str] = []
+    for _, checkpoint, damage in iter_checked_checkpoints(folder):
+        if damage is None and checkpoint is not None:
+            return replace(checkpoint, skipped_reasons=tuple(reasons))
+        reasons.append(damage or "")
     detail = f" ({reasons[0]})" if reasons else ""
     raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
 

@@ -1,0 +1,158 @@
+"""A run folder is read whole: what is damaged is named, what it is still good for is said, nothing is deleted."""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.fake_runs import make_metadata
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from trainer.config.errors import UserError
+from trainer.tools.doctor.check_result import ERROR
+from trainer.tools.doctor.run_checks import inspect_run, judge_uses, run_check
+from trainer.tracking.jsonl import JsonlLogger
+from trainer.tracking.records import StepRecord
+from trainer.training import checkpoint
+from trainer.training.train_state import TrainState
+
+
+def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
+    target = folder / "checkpoints" / f"step-{step:06d}"
+    target.mkdir(parents=True)
+    save_file({"weight/w": torch.full((4,), float(step))}, target / checkpoint.STATE_FILE)
+    content = (target / checkpoint.STATE_FILE).read_bytes()
+    metadata = {
+        "format": checkpoint.FORMAT_VERSION, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
+        "progress": TrainState(step=step).as_dict(), "records": vars(logger.digest()),
+    }  # fmt: skip
+    metadata["self"] = checkpoint._metadata_digest(metadata)
+    (target / checkpoint.METADATA_FILE).write_text(json.dumps(metadata))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(make_metadata()))
+    logger = JsonlLogger(folder / "metrics.jsonl")
+    for step in range(1, 7):
+        logger.log(
+            StepRecord(
+                step=step,
+                epoch=step / 6,
+                samples=step,
+                tokens=step,
+                loss=2.0,
+                lr=1e-3,
+                grad_norm=1.0,
+                tokens_per_second=1.0,
+                time=float(step),
+            )  # fmt: skip
+        )
+        if step % 3 == 0:
+            write_checkpoint(folder, step, logger)
+    logger.close(0)
+    (folder / "model").mkdir()
+    save_file({"w": torch.zeros(3)}, folder / "model" / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(whole_run, tmp_path) -> Path:
+    return Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+
+def errors(folder: Path) -> dict[str, str]:
+    return {result.name: result.message for result in inspect_run(folder).results if result.level == ERROR}
+
+
+def uses(folder: Path) -> dict[str, str]:
+    return {result.name: result.message for result in judge_uses(inspect_run(folder))}
+
+
+def test_a_whole_run_can_be_resumed_exported_and_compared(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert run_check(run) == 0
+    assert "ok       resume               from step-000006" in capsys.readouterr().out
+    assert uses(run) == {"resume": "from step-000006", "export": "of step-000006", "compare": "yes"}
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "looking changes nothing"
+
+
+def truncate_state(run: Path) -> None:
+    os.truncate(run / "checkpoints/step-000006" / checkpoint.STATE_FILE, 20)
+
+
+def break_row(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([*lines[:4], b"half\n", *lines[5:]]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "name", "words", "resume"),
+    [
+        (truncate_state, "step-000006", "has 20 bytes of", "from step-000003"),
+        (lambda run: (run / "checkpoints/step-000006/state.json").write_text("{"), "step-000006", "missing or damaged",
+         "from step-000003"),
+        (break_row, "metrics.jsonl", "line 5: ", "not possible: metrics.jsonl has lines that are no records"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl", "is not there",
+         "from step-000006 with --allow-change records"),
+        (lambda run: (run / "run.json").write_text("[]"), "run.json", "a list",
+         "not possible: run.json cannot be read"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "", "", "not possible: no whole checkpoint"),
+        (lambda run: (run / "model/model.safetensors").write_bytes(struct.pack("<Q", 2**60)), "model/model.safetensors",
+         "not a whole safetensors file", "from step-000006"),
+        (lambda run: (run / "eval_records.parquet").write_bytes(b"PAR1"), "eval_records.parquet", "",
+         "from step-000006"),
+    ],
+)  # fmt: skip
+def test_damage_is_named_with_what_is_still_possible(run, damage, name, words, resume):
+    damage(run)
+    if name:
+        assert words in errors(run)[name]
+        assert run_check(run) == 1
+    assert uses(run)["resume"] == resume
+
+
+def test_what_is_damaged_is_moved_aside_and_never_deleted(run):
+    truncate_state(run)
+    break_row(run)
+    (run / ".model.77.tmp").mkdir()
+    content = (run / "metrics.jsonl").read_bytes()
+    state = (run / "checkpoints/step-000006/state.safetensors").read_bytes()
+    assert run_check(run, should_move=True) == 1
+    assert (run / "damaged/metrics.jsonl.1").read_bytes() == content
+    assert (run / "damaged/step-000006.1/state.safetensors").read_bytes() == state
+    assert (run / "damaged/model.77.tmp.1").is_dir()
+    assert (run / "metrics.jsonl").read_bytes().count(b"\n") == 5
+    assert uses(run)["resume"] == "from step-000003"
+    assert errors(run) == {}
+    break_row(run)
+    run_check(run, should_move=True)
+    assert (run / "damaged/metrics.jsonl.2").exists(), "what was moved before stays"
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"--check-run .*missing: no such folder"):
+        inspect_run(tmp_path / "missing")
+    assert uses(tmp_path)["compare"] == "not possible: run.json cannot be read"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_damage_to_any_file_ends_in_a_traceback(whole_run, tmp_path_factory, data):
+    folder = Path(shutil.copytree(whole_run, tmp_path_factory.mktemp("damage") / "run"))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2)):
+        content = bytearray(path.read_bytes())
+        start = data.draw(st.integers(0, max(0, len(content) - 1)))
+        content[start : start + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
+        path.write_bytes(content)
+    run_check(folder, as_json=True, should_move=True)
+    shutil.rmtree(folder)

@@ -1,0 +1,193 @@
+"""`launch/doctor.py --check-run RUN`: a run folder read whole, what is damaged in it, and what it is still good for."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from trainer.config.errors import UserError, escape_controls
+from trainer.config.run_metadata import read_run_metadata
+from trainer.model.model_files import weights_file_problem
+from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, make_result, ok_result
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
+from trainer.tracking.files import write_atomically
+from trainer.tracking.records import from_line
+from trainer.tracking.run_lock import LOCK_FILE, RunLock
+from trainer.training.checkpoint import Checkpoint, find_changed_records, iter_checked_checkpoints
+
+DAMAGED_FOLDER = "damaged"  #: in the run folder: what was moved aside
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(kw_only=True)
+class RunInspection:
+    """What was found in a run folder."""
+
+    folder: Path
+    results: list[CheckResult] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)  #: what may be moved aside without losing anything whole
+    newest: Checkpoint | None = None  #: the newest whole checkpoint
+    metadata: dict[str, Any] | None = None
+    num_rows: int | None = None  #: readable rows of metrics.jsonl, where all are
+    is_running: bool = False
+    rows_change: str | None = None  #: how the rows differ from those that the newest checkpoint knows
+
+    def add(self, name: str, problem: str | None, message: str, *, path: Path | None = None, remedy: str = "") -> None:
+        """One thing that was looked at: `problem`, or None and what there is to say of it."""
+        self.results.append(make_result(problem is not None, ERROR, name, problem or message, remedy))
+        if problem is not None and path is not None:
+            self.damaged.append(path)
+
+
+def inspect_run(folder: Path) -> RunInspection:
+    """Read everything in a run folder; UserError where there is no such folder. Nothing is changed."""
+    if not folder.is_dir():
+        raise UserError(f"--check-run {folder}: no such folder; expected a run folder, for instance runs/<run name>")
+    inspection = RunInspection(folder=folder)
+    _check_running(inspection)
+    try:
+        inspection.metadata = read_run_metadata(folder / "run.json")
+        inspection.add("run.json", None, f"run {inspection.metadata['name']}, --mode {inspection.metadata['mode']}")
+    except UserError as error:
+        inspection.add("run.json", str(error), "", remedy="put it back: nothing can be done with the run without it")
+    for path, checkpoint, damage in iter_checked_checkpoints(folder / "checkpoints"):
+        inspection.add(path.name, damage, "whole", path=path)
+        if damage is None and inspection.newest is None:
+            inspection.newest = checkpoint
+    _check_rows(inspection)
+    _check_eval_records(inspection)
+    for path in sorted(path for name in ("model", "base") for path in (folder / name).glob("*.safetensors")):
+        problem = weights_file_problem(path)
+        inspection.add(str(path.relative_to(folder)), problem, "a whole safetensors file", remedy="export again")
+    for path in sorted((*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp"))):
+        if not inspection.is_running:
+            message = "left by a process that was killed; the next save or export removes it"
+            inspection.results.append(CheckResult(level=WARNING, name=path.name, message=message))
+            inspection.damaged.append(path)
+    return inspection
+
+
+def _check_running(inspection: RunInspection) -> None:
+    if not (inspection.folder / LOCK_FILE).exists():
+        return
+    lock = RunLock(inspection.folder)
+    try:
+        lock.acquire()
+    except UserError as error:
+        inspection.is_running = True
+        inspection.results.append(CheckResult(level=WARNING, name="running", message=str(error)))
+    finally:
+        lock.release()
+
+
+def _check_rows(inspection: RunInspection) -> None:
+    path = inspection.folder / METRICS_FILE
+    try:
+        problems = [f"line {number}: {problem}" for number, _, problem in _parse_rows(path) if problem]
+        num_rows = sum(1 for _ in _parse_rows(path))
+    except FileNotFoundError:
+        problems, num_rows = (["is not there"], 0) if inspection.newest else ([], 0)
+    except OSError as error:
+        problems, num_rows = [f"cannot be read: {error.strerror}"], 0
+    more = f" and {len(problems) - 1} lines more" if len(problems) > 1 else ""
+    problem = problems[0] + more if problems else None
+    inspection.add(METRICS_FILE, problem, f"{num_rows} rows", path=path if path.is_file() else None)
+    inspection.num_rows = None if problem and path.exists() else num_rows
+    if inspection.newest is not None:
+        inspection.rows_change = find_changed_records(path, inspection.newest)
+        message = f"as they were when {inspection.newest.folder.name} was saved"
+        inspection.add("rows", inspection.rows_change, message)
+
+
+def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:
+    """(number, line, what is wrong with it or "") of every whole line; one cut off by a kill is none."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    from_line(line.decode())
+                    yield number, line, ""
+                except ValueError as error:
+                    yield number, line, str(error)
+
+
+def _check_eval_records(inspection: RunInspection) -> None:
+    path = inspection.folder / EVAL_RECORDS_FILE
+    if not path.exists():
+        return
+    try:
+        inspection.add(EVAL_RECORDS_FILE, None, f"{len(read_eval_records(path))} rows")
+    except (OSError, ValueError, UserError, pa.ArrowException) as error:
+        inspection.add(EVAL_RECORDS_FILE, f"cannot be read: {str(error).splitlines()[0]}", "", path=path)
+
+
+def judge_uses(inspection: RunInspection) -> list[CheckResult]:
+    """Whether the run can be resumed, exported and compared, each with the reason why not."""
+    no_metadata = "" if inspection.metadata is not None else "run.json cannot be read"
+    no_checkpoint = "" if inspection.newest is not None else "no whole checkpoint"
+    source = inspection.newest.folder.name if inspection.newest else ""
+    rows_note = " with --allow-change records" if inspection.rows_change else ""
+    unreadable = "" if inspection.num_rows is not None else f"{METRICS_FILE} has lines that are no records"
+    running = "it is running" if inspection.is_running else ""
+    blockers = {
+        "resume": (no_metadata or running or no_checkpoint or unreadable, f"from {source}{rows_note}"),
+        "export": (no_metadata or no_checkpoint, f"of {source}"),
+        "compare": (no_metadata or ("" if inspection.num_rows else unreadable or "no rows"), "yes"),
+    }
+    return [
+        CheckResult(level=ERROR, name=name, message=f"not possible: {blocker}") if blocker else ok_result(name, message)
+        for name, (blocker, message) in blockers.items()
+    ]
+
+
+def move_aside(inspection: RunInspection) -> list[str]:
+    """Move what is damaged to `damaged/` of the run folder, never deleting it; of metrics.jsonl the readable rows stay.
+
+    Returns a line for each. UserError where a run is writing there.
+    """
+    lock = RunLock(inspection.folder)
+    lock.acquire()
+    try:
+        return [_move_one(inspection.folder, path) for path in inspection.damaged]
+    except OSError as error:
+        raise UserError(f"{inspection.folder}: cannot move what is damaged: {error.strerror}") from error
+    finally:
+        lock.release()
+
+
+def _move_one(folder: Path, path: Path) -> str:
+    readable = [line for _, line, problem in _parse_rows(path) if not problem] if path.name == METRICS_FILE else None
+    (folder / DAMAGED_FOLDER).mkdir(exist_ok=True)
+    number = 1
+    while (target := folder / DAMAGED_FOLDER / f"{path.name.lstrip('.')}.{number}").exists():
+        number += 1
+    if readable is None:
+        path.rename(target)
+        return f"{path} moved to {target}"
+    shutil.copyfile(path, target)
+    write_atomically(path, b"".join(readable))
+    return f"{path} copied to {target}; its {len(readable)} readable rows stay"
+
+
+def run_check(folder: Path, *, as_json: bool = False, should_move: bool = False) -> int:
+    """Print what a run folder holds and is good for; 0, or 1 where something in it is damaged."""
+    inspection = inspect_run(folder)
+    uses = judge_uses(inspection)
+    moved = move_aside(inspection) if should_move and inspection.damaged else []
+    is_damaged = any(result.level == ERROR for result in inspection.results)
+    if as_json:
+        checks = [vars(result) for result in (*inspection.results, *uses)]
+        print(json.dumps({"run": str(folder), "checks": checks, "moved": moved}, indent=1))
+        return int(is_damaged)
+    for result in (*inspection.results, *uses):
+        print(f"{result.level:<8} {result.name:<20} {escape_controls(result.message)}")
+    for line in moved:
+        print(f"moved    {escape_controls(line)}")
+    if inspection.damaged and not moved:
+        names = ", ".join(path.name for path in inspection.damaged)
+        print(f"remedy   --move-aside puts {escape_controls(names)} into {folder / DAMAGED_FOLDER}; nothing is deleted")
+    return int(is_damaged)
