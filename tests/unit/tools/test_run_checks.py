@@ -43,18 +43,11 @@ def whole_run(tmp_path_factory) -> Path:
     (folder / "run.json").write_text(json.dumps(make_metadata()))
     logger = JsonlLogger(folder / "metrics.jsonl")
     for step in range(1, 7):
+        counts = {"samples": step, "tokens": step}
         logger.log(
             StepRecord(
-                step=step,
-                epoch=step / 6,
-                samples=step,
-                tokens=step,
-                loss=2.0,
-                lr=1e-3,
-                grad_norm=1.0,
-                tokens_per_second=1.0,
-                time=float(step),
-            )  # fmt: skip
+                **counts, step=step, epoch=step / 6, loss=2.0, lr=1.0, grad_norm=1.0, tokens_per_second=1.0, time=1.0
+            )
         )
         if step % 3 == 0:
             write_checkpoint(folder, step, logger)
