@@ -108,7 +108,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The whole checkpoints under `folder`, oldest first. Half-written ones have other names and are not seen."""
     checkpoints = []
     for path in _checkpoint_folders(folder):
-        with contextlib.suppress(UserError, KeyError, TypeError):
+        with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
             metadata = read_json_object(path / METADATA_FILE)
             if metadata["format"] == FORMAT_VERSION and f"step-{metadata['progress']['step']:06d}" == path.name:
                 checkpoints.append(Checkpoint(folder=path, metadata=metadata))

@@ -34,9 +34,9 @@ def holder(tmp_path):
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    with process:
+        yield process
+        process.kill()
 
 
 def test_a_run_folder_that_another_process_holds_is_refused_in_one_line(holder, tmp_path):

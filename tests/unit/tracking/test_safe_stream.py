@@ -62,12 +62,13 @@ def test_an_alphabet_without_a_character_shows_it_escaped(tmp_path, variables):
 
 
 def test_a_stream_that_breaks_within_is_given_up(tmp_path):
-    stream = SafeStream(open("/dev/full", "w"))  # noqa: SIM115
-    for _ in range(3):
-        assert stream.write("x" * 100_000) == 100_000
-        stream.flush()
-    assert not stream.isatty()
-    assert not SafeStream(None).isatty()
+    with open("/dev/full", "w") as file:
+        stream = SafeStream(file)
+        for _ in range(3):
+            assert stream.write("x" * 100_000) == 100_000
+            stream.flush()
+        assert not stream.isatty()
+        stream.close()
 
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2Jdata\nsecond\r\u202e\udcff\x9b31m"
