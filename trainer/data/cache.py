@@ -10,14 +10,17 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.data.token_dataset import SPLITS, TokenDataset, load_token_dataset
+from trainer.data.token_dataset import SPLITS, TokenDataset, array_files, load_token_dataset
 from trainer.data.validate_files import remembered_fingerprint, sha256
 
 FORMAT_VERSION = 4  # of the folder and of the texts; a change of either makes every earlier folder another one
 MANIFEST_FILE = "facts.json"
+REQUIRED_ARRAYS = ("ids", "offsets", "first")
+#: What every reader of the `data` block of run.json may count on.
+FACT_TYPES = {"source": str, "form": str, "fingerprint": str, "objective": str, "vocabulary": int, "notices": list}
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # seconds after which an unfinished folder is taken for that of a killed run
 
 
@@ -34,10 +37,11 @@ class Manifest:
     def to_json(self) -> str:
         """The text of facts.json, which carries its own hash; `read_manifest` reads it back."""
         content = {"format": FORMAT_VERSION, **asdict(self)}
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1)
+        return json.dumps({**content, "checksum": content_checksum(content)}, indent=1)
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def content_checksum(content: dict[str, Any]) -> str:
+    """The hash that facts.json carries of everything else in it, in hex."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -46,19 +50,38 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
-        if content.pop("format") != FORMAT_VERSION or checksum != _checksum({"format": FORMAT_VERSION, **content}):
+        if content.get("format") != FORMAT_VERSION or checksum != content_checksum(content):
             raise ValueError("another format, or changed since it was written")
-        hints = get_type_hints(Manifest)
-        wrong = [name for name in hints if type(content[name]) is not (getattr(hints[name], "__origin__", hints[name]))]
-        counts = [content["facts"][split][key] for split in SPLITS for key in ("examples", "tokens")]
+        del content["format"]
+        _check_manifest(content)
         content["val_texts"] = [(str(prompt), str(completion)) for prompt, completion in content["val_texts"]]
-        if wrong or content["dtype"] not in ("<u2", "<u4") or any(type(n) is not int or n < 0 for n in counts):
-            raise ValueError(f"wrong value of {', '.join(wrong) or 'dtype or counts'}")
-        if any("/" in name or not isinstance(value, str) for name, value in content["sha256"].items()):
-            raise ValueError("wrong value of sha256")
         return Manifest(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.parent} is not prepared data ({type(error).__name__}: {error})") from error
+
+
+def _check_manifest(content: dict[str, Any]) -> None:
+    """ValueError, KeyError or TypeError for what no `build` writes."""
+    expected: dict[tuple[str, ...], type] = {
+        ("dtype",): str,
+        ("pad_id",): int,
+        ("val_texts",): list,
+        ("facts",): dict,
+        ("sha256",): dict,
+    }
+    expected |= {("facts", name): kind for name, kind in FACT_TYPES.items()}
+    expected |= {("facts", split, name): int for split in SPLITS for name in ("records", "examples", "tokens")}
+    expected |= {("sha256", array_files(Path(), split)[name].name): str for split in SPLITS for name in REQUIRED_ARRAYS}
+    for place, kind in expected.items():
+        value: Any = content
+        for key in place:
+            value = value[key]
+        if type(value) is not kind or (kind is int and value < 0):
+            raise ValueError(f"{'.'.join(place)} is {value!r:.80}, expected {kind.__name__}")
+    if content["dtype"] not in ("<u2", "<u4"):
+        raise ValueError(f"dtype is {content['dtype']!r:.80}, expected <u2 or <u4")
+    if any("/" in name for name in content["sha256"]):
+        raise ValueError("sha256 names a file outside the folder")
 
 
 def resolve_cache_dir(override: Path | None = None) -> Path:

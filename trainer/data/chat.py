@@ -104,17 +104,31 @@ class ChatTemplate:
                 f"message {i + 1}: the chat template writes the messages before it otherwise than a prompt for it, so "
                 "the mask cannot be proven; pass a --chat-template with generation marks"
             )
-        if text.startswith(through):
-            end = len(through)
-        else:  # a template that leaves the thinking of earlier turns out still writes content and end mark alike
-            turn_end = content + through[through.rindex(content) + len(content) :] if content in through[start:] else ""
-            if not turn_end or not text.startswith(turn_end, start):
-                raise MaskError(
-                    f"message {i + 1}: the chat template writes it otherwise than as the last one, so the mask cannot "
-                    "be proven; pass a --chat-template with generation marks"
-                )
-            end = start + len(turn_end)
+        end = self._locate_end(text, through, start, content)
+        if end is None:
+            raise MaskError(
+                f"message {i + 1}: the chat template writes it otherwise than as the last one, so the mask cannot be "
+                "proven; pass a --chat-template with generation marks"
+            )
         return start, start + len(text[start:end].rstrip()) or end
+
+    def _locate_end(self, text: str, through: str, start: int, content: str) -> int | None:
+        """Where a turn that begins at `start` ends; `through` is the text as it would be with it as the last turn.
+
+        None where neither reading can be shown to hold the turn's content and its end.
+        """
+        if text.startswith(through):
+            return len(through)
+        for i in range(start, len(through)):  # the template leaves the beginning out: an earlier turn's thinking
+            if text.startswith(through[i:], start):
+                return start + len(through) - i if content in through[i:] and through[i:].strip() else None
+        # the template writes more behind the last turn: what both texts begin with, up to an end mark
+        ours, theirs = encode(self.tokenizer, [text[start : len(through)], through[start:]])
+        num_common = int(np.cumprod(ours[: len(theirs)] == theirs[: len(ours)]).sum()) if len(ours) else 0
+        common = self.tokenizer.decode(ours[:num_common].tolist())
+        is_exact = text.startswith(common, start) and through.startswith(common, start)
+        marks = [token for token in self.tokenizer.get_added_vocab() if token in common.partition(content)[2]]
+        return start + len(common) if is_exact and content in common and marks else None
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
         return self._call(messages, tools, add_generation_prompt=add_generation_prompt)[0]

@@ -81,7 +81,7 @@ def _byte_level_lengths(tokenizer: Any) -> Any:
         return None
     vocabulary, added_tokens = tokenizer.get_vocab(), set(tokenizer.get_added_vocab())
     lengths = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)
-    special_tokens = set(tokenizer.all_special_tokens)
+    special_tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for token, token_id in vocabulary.items():
         if token not in special_tokens:  # each character of a token stands for one byte; added tokens are plain text
             lengths[token_id] = len(token.encode()) if token in added_tokens else len(token)

@@ -165,7 +165,10 @@ class RowWriter:
                     )
             num_unusable = self.problems[split, "unusable"]
             if num_unusable and (unusable_records == "refuse" or num_unusable == num_records):
-                raise UserError(f"{lines[-1]}; mend them, or accept that with --unusable-records drop")
+                remedy = (
+                    "or leave them out with --unusable-records drop" if num_unusable < num_records else "all of them"
+                )
+                raise UserError(f"{lines[-1].replace(' and are left out', '')}; mend them, {remedy}")
         return lines
 
     def _describe_problem(self, split: str, kind: str, share: str) -> str:

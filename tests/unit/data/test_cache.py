@@ -1,0 +1,183 @@
+"""Prepared data are what was written, or are made anew: every byte is covered by a hash, facts.json by its own."""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from helpers import data_helpers as samples
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from trainer.config.schema import DataSettings
+from trainer.data import cache as store
+from trainer.data import validate_files
+from trainer.data.dataset import load, prepare
+
+PAIRS = [{"mr": f"Town {i}:", "ref": f" On {i} January people met."} for i in range(60)]
+
+
+@pytest.fixture
+def prepare_pairs(tmp_path, model):
+    """Prepare the pairs; returns the data and the lines that were said."""
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+
+    def prepare_again(objective="completion"):
+        lines: list[str] = []
+        data = DataSettings(data=str(file), block_size=32, prompt="{mr}", completion="{ref}", objective=objective)
+        return prepare(data, model=model, global_batch=2, cache=tmp_path / "cache", log=lines.append), lines
+
+    return prepare_again
+
+
+def flip_byte(path, position):
+    """Change one byte and leave size and modification time as they were."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("objective", ["blocks", "completion"])
+def test_a_flipped_byte_of_any_file_is_noticed_and_the_data_are_made_anew(prepare_pairs, objective):
+    data, lines = prepare_pairs(objective)
+    folder, expected, ids = data.folder, data.metadata, np.array(data.train.ids)
+    assert lines == []
+    names = sorted(path.name for path in folder.iterdir() if path.stat().st_size)
+    assert {"train.ids.bin", "val.first.bin", "train.offsets.bin", "val.rows.parquet", "facts.json"} <= set(names)
+    for name in names:
+        flip_byte(folder / name, (folder / name).stat().st_size // 2)
+        again, lines = prepare_pairs(objective)
+        assert len(lines) == 1, name
+        assert lines[0].startswith("prepared data are damaged and are made anew (")
+        assert again.metadata == expected
+        assert np.array_equal(again.train.ids, ids)
+        assert os.listdir(folder.parent) == [folder.name]
+
+
+def test_hashes_are_remembered_while_a_file_does_not_change(prepare_pairs, monkeypatch):
+    monkeypatch.setattr(validate_files, "SETTLE_SECONDS", -1.0)
+    folder = prepare_pairs()[0].folder
+    hashed = []
+    whole = store.sha256
+    monkeypatch.setattr(store, "sha256", lambda file: hashed.append(file.name) or whole(file))
+    prepare_pairs()
+    assert "train.ids.bin" in hashed
+    hashed.clear()
+    prepare_pairs()
+    assert hashed == []
+    flip_byte(folder / "train.ids.bin", 5)
+    assert prepare_pairs()[1] != []
+    hashed.clear()
+    flip_byte(folder / "val.ids.bin", 5)
+    assert prepare_pairs()[1] != []
+
+
+DAMAGES = {
+    "no val_texts": lambda c: c.pop("val_texts"),
+    "no pad_id": lambda c: c.pop("pad_id"),
+    "no fingerprint": lambda c: c["facts"].pop("fingerprint"),
+    "val_texts wrong": lambda c: c.update(val_texts=7),
+    "val_texts of numbers": lambda c: c.update(val_texts=[1, 2]),
+    "dtype wrong": lambda c: c.update(dtype="object"),
+    "counts wrong": lambda c: c["facts"]["train"].update(examples=-1),
+    "a path out of the folder": lambda c: c["sha256"].update({"../../x": "0" * 64}),
+    "no facts": lambda c: c.update(facts=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_wrong_facts_are_refused_even_with_a_right_checksum(prepare_pairs, damage):
+    data, _ = prepare_pairs()
+    content = json.loads((data.folder / "facts.json").read_text())
+    del content["checksum"]
+    DAMAGES[damage](content)
+    content["checksum"] = store.content_checksum(content)
+    (data.folder / "facts.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is not prepared data"):
+        load(data.folder)
+    assert prepare_pairs()[0].metadata == data.metadata
+
+
+@pytest.fixture(scope="module")
+def facts_file(tmp_path_factory):
+    hashes = {f"{split}.{name}.bin": "0" * 64 for split in store.SPLITS for name in store.REQUIRED_ARRAYS}
+    counts = {split: {"records": 0, "examples": 0, "tokens": 0} for split in store.SPLITS}
+    facts = {name: kind() for name, kind in store.FACT_TYPES.items()} | counts
+    manifest = store.Manifest(dtype="<u2", pad_id=0, val_texts=[("a", "b")], sha256=hashes, facts=facts)
+    path = tmp_path_factory.mktemp("facts") / "facts.json"
+    path.write_text(manifest.to_json())
+    assert store.read_manifest(path) == manifest
+    return path
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def check_any_facts(facts_file, place, value):
+    """facts.json with one value in another's place is read or refused by ValueError, never anything else."""
+    content = json.loads(facts_file.read_text())
+    target = content
+    *parents, last = place
+    for key in parents:
+        target = target[key]
+    target[last] = value
+    content.pop("checksum", None)
+    content["checksum"] = store.content_checksum(content)
+    path = facts_file.with_name("changed.json")
+    path.write_text(json.dumps(content))
+    try:
+        manifest = store.read_manifest(path)
+    except ValueError:
+        return
+    assert all(isinstance(getattr(manifest, field.name), type(getattr(store.read_manifest(facts_file), field.name)))
+        for field in dataclasses.fields(manifest))  # fmt: skip
+
+
+PLACES = st.sampled_from(
+    [("dtype",), ("pad_id",), ("val_texts",), ("facts",), ("sha256",), ("format",), ("facts", "train"),
+     ("facts", "val", "examples"), ("facts", "fingerprint"), ("facts", "test", "tokens"), ("sha256", "train.ids.bin")]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PLACES, JSON_VALUES)
+def test_any_value_in_the_facts_is_read_or_refused(facts_file, place, value):
+    check_any_facts(facts_file, place, value)
+
+
+@pytest.mark.sweep
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PLACES, JSON_VALUES)
+def test_any_of_many_values_in_the_facts_is_read_or_refused(facts_file, place, value):
+    check_any_facts(facts_file, place, value)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_any_bytes_for_the_facts_are_refused(facts_file, content):
+    path = facts_file.with_name("bytes.json")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not prepared data"):
+        store.read_manifest(path)
+
+
+@pytest.mark.sweep
+def test_what_checking_a_gigabyte_costs(tmp_path, capsys):
+    path = tmp_path / "big.bin"
+    block = os.urandom(2**24)
+    with open(path, "wb") as file:
+        for _ in range(64):
+            file.write(block)
+    start = time.perf_counter()
+    validate_files.sha256(path)
+    with capsys.disabled():
+        print(f"\n1 GiB hashed in {time.perf_counter() - start:.2f} s")
+    shutil.rmtree(tmp_path)
