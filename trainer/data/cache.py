@@ -76,7 +76,7 @@ def _check_manifest(content: dict[str, Any]) -> None:
         value: Any = content
         for key in place:
             value = value[key]
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise ValueError(f"{'.'.join(place)} is {value!r:.80}, expected {kind.__name__}")
     if content["dtype"] not in ("<u2", "<u4"):
         raise ValueError(f"dtype is {content['dtype']!r:.80}, expected <u2 or <u4")

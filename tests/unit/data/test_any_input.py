@@ -1,0 +1,99 @@
+"""Whatever a file holds, its records are read or refused in one line: no traceback, no wait, on any input."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.config.errors import UserError
+from trainer.config.schema import DataSettings
+from trainer.data import readers, sources, validate_files
+from trainer.data.examples import DataInput, content_of, iter_examples
+from trainer.data.formats import choose_format
+
+NAMES = st.sampled_from(
+    ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.arrow", "a.csv.gz", "a.txt.zst"]
+)
+#: Bytes that mean something to one of the readers, in any order, among any others.
+BYTES = st.lists(
+    st.sampled_from([b'"', b",", b"\t", b"\n", b"\r", b"\r\n", b"{", b"}", b"[", b"]", b":", b"\\u", b"\\ud800",
+        b"text", b"messages",
+        b'"text"', b"1e999", b"9" * 5000, b"[" * 3000, b"\xff", b"\xef\xbb\xbf", b"\0", b"NaN", b"null",
+        b"PAR1", b"ARROW1", b"\x1f\x8b", b"\x1b]0;x\x07"]) | st.binary(max_size=6),
+    max_size=24,
+).map(b"".join)  # fmt: skip
+COLUMNS = st.sampled_from(
+    ["text", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "input_ids",
+     "notes", "event_date", "fatalities", "role", "content", "from", "value", "tools", "tool_calls", "system"]
+)  # fmt: skip
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(COLUMNS | st.text(max_size=4), inner, max_size=4),
+    max_leaves=10,
+)
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "robot"])
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": ROLES, "content": JSON_VALUES, "from": ROLES}), max_size=3
+)
+RECORDS = st.lists(st.dictionaries(COLUMNS, JSON_VALUES | MESSAGES, max_size=5), min_size=1, max_size=3)
+TEMPLATES = st.sampled_from([{}, {"prompt": "{text}\n", "completion": "{notes}"}, {"completion": "{text}"}])
+
+
+def read_or_refuse(name, content, options):
+    """Read a file as a run would, up to its texts; what cannot be read is one line."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        refusal = ""
+        try:
+            source = sources.find(str(path))
+            record_format = choose_format(
+                readers.columns(source), DataSettings(data=str(path), block_size=8, **options), str(path)
+            )
+            data_input = DataInput(source, record_format, validate_files.scan(source, Path(folder)))
+            for example in iter_examples(data_input, None):
+                if example is not None:
+                    assert content_of(example) or example.ids
+                    data_input.count(example, "train")
+        except UserError as error:
+            refusal = str(error)
+        assert "\n" not in refusal
+        assert "\x1b" not in refusal
+
+
+def check_bytes(name, content, options):
+    read_or_refuse(name, content, options)
+
+
+def check_records(name, records, options):
+    text = json.dumps(records) if name == "a.json" else "".join(json.dumps(record) + "\n" for record in records)
+    read_or_refuse(name, text.encode(), options)
+
+
+@settings(max_examples=300, deadline=None)
+@given(NAMES, BYTES, TEMPLATES)
+def test_any_bytes_are_read_or_refused_in_one_line(name, content, options):
+    check_bytes(name, content, options)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(["a.jsonl", "a.json"]), RECORDS, TEMPLATES)
+def test_any_json_records_are_read_or_refused_in_one_line(name, records, options):
+    check_records(name, records, options)
+
+
+@pytest.mark.sweep
+@settings(max_examples=10_000, deadline=None)
+@given(NAMES, BYTES, TEMPLATES)
+def test_many_bytes_are_read_or_refused_in_one_line(name, content, options):
+    check_bytes(name, content, options)
+
+
+@pytest.mark.sweep
+@settings(max_examples=10_000, deadline=None)
+@given(st.sampled_from(["a.jsonl", "a.json"]), RECORDS, TEMPLATES)
+def test_many_json_records_are_read_or_refused_in_one_line(name, records, options):
+    check_records(name, records, options)
