@@ -13,6 +13,7 @@ class BatchConfig:
     micro_batch_size: int  #: examples of one forward on one rank
     gradient_accumulation_steps: int
     world_size: int  #: ranks
+    packed_width: int | None = None  #: tokens of a row that several examples may share; None: one example a row
 
     @classmethod
     def divide(cls, global_batch: int, micro_batch: int | None, world_size: int) -> "BatchConfig":
@@ -46,7 +47,8 @@ class BatchConfig:
     def __str__(self) -> str:
         accumulation = f"{self.gradient_accumulation_steps} accumulation"
         product = f"{self.micro_batch_size} micro-batch x {accumulation} x {_format_ranks(self.world_size)}"
-        return f"{product} = {self.global_batch} global batch"
+        packed = f", packed into rows of at most {self.packed_width} tokens" if self.packed_width else ""
+        return f"{product} = {self.global_batch} global batch{packed}"
 
 
 def _format_ranks(count: int) -> str:

@@ -154,6 +154,12 @@ class DataSettings:
         unit="tokens",
         accepts=Accepted(check=lambda value: value >= 2, words="2 tokens or more"),
     )
+    packing: bool = option(
+        False,
+        flag="--packing",
+        help="completion and chat: several examples in a row of at most --block-size tokens, without padding and "
+        "hidden from one another; the same losses and gradients",
+    )
     shuffle: bool = option(True, flag="--no-shuffle", help="take the examples in the order of the data")
 
     def __post_init__(self) -> None:

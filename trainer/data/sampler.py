@@ -24,7 +24,8 @@ class MicroBatch:
     """What one rank feeds in one forward.
 
     input_ids, labels: int64 [rows, width]; labels are not shifted, IGNORE_INDEX where a token does not count.
-    tokens: tokens in it that are not padding. index: place of its first row in the epoch, counted in examples;
+    position_ids: int64 [rows, width] where several examples stand in a row, from 0 in each of them; None: one example
+    a row. tokens: tokens in it that are not padding. index: place of its first row in the epoch, counted in examples;
     the same for every number of ranks, so that dropout can be seeded by it and the step.
     """
 
@@ -32,6 +33,7 @@ class MicroBatch:
     labels: Int64
     tokens: int
     index: int
+    position_ids: Int64 | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,23 +87,65 @@ def epoch_order(
     return np.concatenate([full_batches[_permutation(len(full_batches), seed, epoch, 1)].ravel(), order[full_length:]])
 
 
-def collate(dataset: TokenDataset, indices: Int64, pad_id: int, index: int) -> MicroBatch:
-    """The rows at `indices`, padded on the right to the longest of them.
+def collate(
+    dataset: TokenDataset, indices: Int64, pad_id: int, index: int, packed_width: int | None = None
+) -> MicroBatch:
+    """The examples at `indices`, one a row, padded on the right to the longest of them.
 
+    packed_width: several examples share a row of at most so many tokens, each with positions from 0: what attends by
+    blocks of positions keeps them apart. Their losses and gradients are those of one example a row.
     Padding is masked by position, never by its id: GPT-2's padding is its end-of-text token, which counts where
     it ends a text. Without any row: one row of padding that counts nothing, so that every rank does a forward.
     """
     if not len(indices):
         padding = np.full((1, 2), pad_id, dtype=np.int64)
         return MicroBatch(input_ids=padding, labels=np.full_like(padding, IGNORE_INDEX), tokens=0, index=index)
-    sequences = [dataset.row(int(i)) for i in indices]
-    width = max(len(sequence) for sequence in sequences)
-    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
-    labels = np.full((len(sequences), width), IGNORE_INDEX, dtype=np.int64)
-    for row, (i, sequence) in enumerate(zip(indices, sequences, strict=True)):
-        input_ids[row, : len(sequence)] = sequence
-        labels[row, : len(sequence)] = np.where(dataset.is_target(int(i)), sequence, IGNORE_INDEX)
-    return MicroBatch(input_ids=input_ids, labels=labels, tokens=sum(map(len, sequences)), index=index)
+    lengths = dataset.offsets[indices + 1] - dataset.offsets[indices]
+    rows = pack_rows(lengths, packed_width) if packed_width else [[place] for place in range(len(indices))]
+    width = max(int(lengths[row].sum()) for row in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.broadcast_to(np.arange(width, dtype=np.int64), (len(rows), width)).copy()
+    for row, places in enumerate(rows):
+        start = 0
+        for place in places:
+            end = start + int(lengths[place])
+            input_ids[row, start:end] = dataset.row(int(indices[place]))
+            is_target = dataset.is_target(int(indices[place]))  # never the first token, which another would predict
+            labels[row, start:end] = np.where(is_target, input_ids[row, start:end], IGNORE_INDEX)
+            position_ids[row, start:] -= position_ids[row, start]
+            start = end
+        if start < width:  # padding attends to itself only
+            position_ids[row, start:] -= position_ids[row, start]
+    return MicroBatch(
+        input_ids=input_ids, labels=labels, tokens=int(lengths.sum()), index=index,
+        position_ids=position_ids if packed_width else None,
+    )  # fmt: skip
+
+
+def pack_rows(lengths: Int64, width: int) -> list[list[int]]:
+    """Places of examples, by the rows of at most `width` tokens that hold them: longest first, each where it fits."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[place])
+        row = next((i for i, room in enumerate(free) if room >= length), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            free.append(max(width, length))
+        rows[row].append(place)
+        free[row] -= length
+    return rows
+
+
+def padding_share(batches: "TrainBatches", num_steps: int) -> float:
+    """The share of padding among the positions that this rank computes in the first `num_steps` steps."""
+    num_positions = num_tokens = 0
+    for batch in batches(0, num_steps):
+        num_positions += sum(micro_batch.input_ids.size for micro_batch in batch.micro_batches)
+        num_tokens += sum(micro_batch.tokens for micro_batch in batch.micro_batches)
+    return 1 - num_tokens / num_positions
 
 
 def step_batches(
@@ -121,7 +165,9 @@ def step_batches(
     batch_indices = order[start : start + batch.global_batch]
     offsets = [(j * batch.world_size + rank) * batch.micro_batch_size for j in range(batch.gradient_accumulation_steps)]
     return [
-        collate(dataset, batch_indices[offset : offset + batch.micro_batch_size], pad_id, start + offset)
+        collate(
+            dataset, batch_indices[offset : offset + batch.micro_batch_size], pad_id, start + offset, batch.packed_width
+        )
         for offset in offsets
     ]
 

@@ -80,6 +80,8 @@ class Engine:
     def _install_kernels(self) -> None:
         if self.dist_context.device.type == "cpu":
             tune_malloc()
+        if self.plan.packed_rows:  # ours take rows for whole
+            self.model.causal.set_attn_implementation("sdpa")
         if self.plan.blockwise_attention:
             cpu_attention.install(self.model.module, self.model.causal)
         if self.plan.fused_lora:
@@ -217,6 +219,9 @@ class Engine:
         self._set_training(True)
         torch.manual_seed(_dropout_seed(self._seed, step, micro_batch.index))
         inputs = (*self._to_device(micro_batch), self.stepper.grad_divisor / num_target_tokens)
+        if micro_batch.position_ids is not None:  # of ever other shapes: not recorded
+            position_ids = torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device)
+            return self.stepper.backward(*inputs, position_ids).double().sum()
         backward = self._graph_runner.backward if self._graph_runner else self.stepper.backward
         return backward(*inputs).double().sum()
 

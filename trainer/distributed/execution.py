@@ -23,6 +23,7 @@ class ExecutionPlan:
     compiled_shapes: tuple[tuple[int, int], ...]  #: [rows, tokens] of micro-batches that are compiled for; (): none
     fused_lora: bool  #: a frozen layer and its adapter are one operation (`trainer.kernels.fused_lora`)
     blockwise_attention: bool  #: dropout, and GPT-2's attention with it, by `trainer.kernels.cpu_attention`
+    packed_rows: bool  #: several examples share a row, which transformers' own attention masks from one another
     frozen_dtype: Literal["float32", "bfloat16"]  #: in which the frozen base is held
     finite_check: Literal["device", "host"]  #: who leaves out the update of a step that is not finite
     steps_in_flight: Literal[1, 2]  #: 2: a step is launched before the numbers of the one before it are read
@@ -39,6 +40,7 @@ class ExecutionPlan:
             f"{self.path}, {self.stepper} stepper",
             "adapters fused with their layers" * self.fused_lora,
             "blockwise attention and dropout" * self.blockwise_attention,
+            "packed rows" * self.packed_rows,
             "frozen weights in bfloat16" * (self.frozen_dtype == "bfloat16"),
             "one step ahead" * (self.steps_in_flight == 2),
         ]
@@ -88,7 +90,10 @@ def make_execution_plan(
         cuda_graphs=can_record and settings.engine.execution != "eager",
         compiled_shapes=tuple((n, settings.data.block_size) for n in dict.fromkeys(rows)) if is_compiled else (),
         fused_lora=is_plain_lora and stage < 3 and not is_compiled,
-        blockwise_attention=not is_gpu and not is_compiled and max(model_dropout, lora_dropout) > 0,
+        blockwise_attention=(
+            not (is_gpu or is_compiled or settings.data.packing) and max(model_dropout, lora_dropout) > 0
+        ),
+        packed_rows=settings.data.packing,
         frozen_dtype="bfloat16" if precision == "bf16" and stage < 3 and has_adapters and not quant else "float32",
         finite_check="device" if is_native and is_fused_adamw else "host",
         steps_in_flight=2 if is_gpu and is_native and is_fused_adamw else 1,

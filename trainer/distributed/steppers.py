@@ -51,9 +51,12 @@ class DeepSpeedStepper:
         """Each row's summed loss, for evaluation."""
         return self.deepspeed_engine(ids, labels)[1]
 
-    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
-        """Add the gradient of the micro-batch's summed loss times `loss_weight`; returns each row's sum."""
-        loss_sum, row_losses = self.deepspeed_engine(ids, labels)
+    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float, *packed: Tensor) -> Tensor:
+        """Add the gradient of the micro-batch's summed loss times `loss_weight`; returns each row's sum.
+
+        `packed`: the position ids of rows that hold several examples.
+        """
+        loss_sum, row_losses = self.deepspeed_engine(ids, labels, *packed)
         self.deepspeed_engine.backward(loss_sum * loss_weight, scale_wrt_gas=False)
         return row_losses
 
@@ -112,9 +115,12 @@ class NativeStepper:
         """Each row's summed loss, for evaluation."""
         return self.loss_module(ids, labels)[1]
 
-    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
-        """Add the gradient of the micro-batch's summed loss times `loss_weight`; returns each row's sum."""
-        loss_sum, row_losses = self.loss_module(ids, labels)
+    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float, *packed: Tensor) -> Tensor:
+        """Add the gradient of the micro-batch's summed loss times `loss_weight`; returns each row's sum.
+
+        `packed`: the position ids of rows that hold several examples.
+        """
+        loss_sum, row_losses = self.loss_module(ids, labels, *packed)
         (loss_sum * loss_weight).backward()
         return row_losses
 

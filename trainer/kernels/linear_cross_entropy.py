@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from trainer.kernels.device_branch import uses_gpu_form
 
 IGNORE_INDEX = -100  # label of a position that is not counted, as in Hugging Face's models
+PACKED_ATTENTIONS = ("sdpa", "eager")  # that mask examples of one row from one another, by transformers' own masks
 MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in pieces
 FROZEN_CHUNK_DIVISOR = (
     2  # times smaller are the pieces before an output layer that does not train, on a GPU, where it costs little
@@ -36,6 +37,7 @@ class CausalLMLoss(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
         self.compile_error = ""  #: one line where compiling failed
+        self._packed: dict[str, Tensor] = {}  # the positions of the rows in work, where they hold several examples
         self._compiled_shapes: set[tuple[int, ...]] = set()
         self._compiled_base_model: Any = None
         self._compiled_nll_and_grad: Any = None
@@ -57,6 +59,7 @@ class CausalLMLoss(nn.Module):
         """(last hidden states, the function for the slopes), compiled where that was asked for this shape."""
         if (
             self._compiled_base_model is not None
+            and not self._packed
             and tuple(next(iter(inputs.values())).shape[:2]) in self._compiled_shapes
         ):
             from torch._dynamo.exc import TorchDynamoException  # takes a second: only where it is needed
@@ -67,15 +70,20 @@ class CausalLMLoss(nn.Module):
             except TorchDynamoException as error:  # no compiler here, or a model that it does not understand
                 self._compiled_base_model = None
                 self.compile_error = f"steps are not compiled: {' '.join(str(error).split())[:200]}"
-        return self.causal.base_model(**inputs, use_cache=False).last_hidden_state, _nll_and_grad_inplace
+        hidden = self.causal.base_model(**inputs, **self._packed, use_cache=False).last_hidden_state
+        return hidden, _nll_and_grad_inplace
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids and labels [rows, width] (labels not shifted, -100 where not counted) -> (sum [], sums of rows [rows]).
 
-        In nats; the sum has a gradient, the rows' have none. No attention mask: rows are padded on the right only,
-        where a causal model cannot look; and with a mask or a cache the packed rows of newer models would silently
-        attend otherwise.
+        In nats; the sum has a gradient, the rows' have none. `position_ids` [rows, width], from 0 in each of the
+        examples that share a row: transformers then masks them from one another, unless it is given an attention mask
+        or a cache. So neither is given: rows are padded on the right only, where a causal model cannot look.
         """
+        attention = self.causal.config._attn_implementation
+        if position_ids is not None and attention not in PACKED_ATTENTIONS:
+            raise ValueError(f"packed rows need an attention that masks examples from one another, not {attention}")
+        self._packed = {} if position_ids is None else {"position_ids": position_ids}
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
         autocast_context = (
             torch.autocast(input_ids.device.type, self.autocast_dtype)
@@ -87,7 +95,7 @@ class CausalLMLoss(nn.Module):
             if self.causal.config.model_type == "gpt2":
                 nll_sum, nll = self._chunked_loss(input_ids, targets)
             else:  # others may scale or cap their logits: ask the model itself
-                logits = self.causal(input_ids=input_ids, use_cache=False).logits
+                logits = self.causal(input_ids=input_ids, use_cache=False, **self._packed).logits
                 nll = _nll(logits.flatten(0, 1), targets)
                 nll_sum = nll.sum()
             return nll_sum, nll.detach().view(len(labels), -1).sum(1)

@@ -23,6 +23,7 @@ from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import DistContext
 from trainer.model import optimizer
 from trainer.model.build import get_dropout_probabilities
+from trainer.training.example_packing import describe_padding, plan_packing
 from trainer.training.lr_schedule import describe_schedule
 from trainer.training.plan_validation import validate_stage
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
@@ -41,6 +42,7 @@ class RunPlan:
     execution: ExecutionPlan
     model_info: dict[str, Any]
     data_info: dict[str, Any]
+    padding: str  #: the share of padding among the positions that are computed
     dropout: float  #: the largest dropout probability of the base model
 
     @property
@@ -79,6 +81,7 @@ class RunPlan:
             ("format", f"{self.data_info['form']}: {self.data_info['form_meaning']}"),
             ("example", self.data_info["example"] or "token ids"),
             ("batch", str(schedule.batch)),
+            ("padding", self.padding),
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{train_settings.lr:g}, {lr_shape}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
@@ -177,7 +180,7 @@ def make_plan(
             f"--model {settings.model.model}: it has {model_config.vocab_size:,} token ids, the data uses up to "
             f"{vocab_size:,}; pass a model that goes with the tokenizer"
         )
-    batch = settings.train.batch(dist_context.world_size)
+    batch = plan_packing(settings.data, settings.train.batch(dist_context.world_size), model_config.model_type)
     precision = settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
     deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision)
     validate_stage(settings, deepspeed_file)
@@ -186,19 +189,20 @@ def make_plan(
     )
     dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
     num_examples = len(data.train)
+    schedule = TrainSchedule(
+        settings=settings, batch=batch, num_examples=num_examples,
+        total_steps=settings.train.total_steps(num_examples),
+        steps_per_epoch=settings.train.steps_per_epoch(num_examples),
+    )  # fmt: skip
+    padding = describe_padding(data.train, schedule.batches(data.train, dist_context.rank))
     return RunPlan(
-        settings=settings, dist_context=dist_context, deepspeed_file=deepspeed_file,
-        schedule=TrainSchedule(
-            settings=settings, batch=batch, num_examples=num_examples,
-            total_steps=settings.train.total_steps(num_examples),
-            steps_per_epoch=settings.train.steps_per_epoch(num_examples),
-        ),
+        settings=settings, dist_context=dist_context, deepspeed_file=deepspeed_file, schedule=schedule,
         deepspeed_config=deepspeed_config,
         execution=make_execution_plan(
             settings, dist_context, deepspeed_config, precision=precision, model_dropout=dropout,
             micro_batch_size=batch.micro_batch_size,
         ),
-        model_info=model_info, data_info=data.metadata, dropout=dropout,
+        model_info=model_info, data_info=data.metadata, dropout=dropout, padding=padding,
     )  # fmt: skip
 
 

@@ -38,7 +38,8 @@ class TrainSchedule:
         """The global batches of the run, with this rank's share of each."""
         return TrainBatches(
             dataset=dataset, batch_config=self.batch, seed=self.settings.train.seed, rank=rank,
-            shuffle=self.settings.data.shuffle, by_length=self.settings.data.objective == "completion",
+            shuffle=self.settings.data.shuffle,
+            by_length=self.settings.data.objective == "completion" and not self.settings.data.packing,
         )  # fmt: skip
 
     def next_boundary(self, step: int) -> int:

@@ -12,7 +12,7 @@ from trainer.config.settings import GROUPS
 CONTRACT = [
     "--mode", "--preset", "--model", "--init", "--data", "--val-data", "--val-fraction", "--test-data",
     "--test-fraction", "--split-by", "--prompt",
-    "--completion", "--format", "--chat-template", "--unusable-records", "--objective",
+    "--completion", "--format", "--chat-template", "--unusable-records", "--packing", "--objective",
     "--block-size", "--epochs", "--max-steps", "--global-batch", "--micro-batch",
     "--eval-batch", "--lr", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--seed", "--no-shuffle",
     "--precision", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-target-modules", "--ds-config",
@@ -39,7 +39,8 @@ VALUES = {
     "--val-data": ("v.csv", "v.csv"), "--val-fraction": ("0.2", 0.2), "--test-data": ("t.csv", "t.csv"),
     "--test-fraction": ("0.1", 0.1), "--split-by": ("mr", "mr"), "--prompt": ("{p}", "{p}"),
     "--completion": ("{c}", "{c}"), "--format": ("alpaca", "alpaca"), "--chat-template": ("c.jinja", "c.jinja"),
-    "--unusable-records": ("drop", "drop"), "--objective": ("completion", "completion"), "--block-size": ("77", 77),
+    "--unusable-records": ("drop", "drop"), "--packing": (None, True),
+    "--objective": ("completion", "completion"), "--block-size": ("77", 77),
     "--no-shuffle": (None, False), "--epochs": ("1.5", 1.5), "--max-steps": ("9", 9), "--global-batch": ("10", 10),
     "--micro-batch": ("5", 5), "--eval-batch": ("7", 7), "--lr": ("1e-3", 1e-3), "--warmup-steps": ("3", 3),
     "--weight-decay": ("0.1", 0.1), "--max-grad-norm": ("0", 0.0), "--seed": ("1", 1),

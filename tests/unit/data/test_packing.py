@@ -1,0 +1,120 @@
+"""Packed rows: each example once, none sees another, the losses and gradients of one example a row."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+
+from trainer.config.batch_config import BatchConfig
+from trainer.data.sampler import IGNORE_INDEX, TrainBatches, collate, pack_rows, padding_share
+from trainer.data.token_dataset import TokenDataset
+from trainer.kernels import causal_attention
+from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.training.example_packing import PACKABLE_MODELS
+
+VOCABULARY, WIDTH = 97, 40
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "llama": LlamaConfig(**SMALL),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, head_dim=8),
+}
+
+
+def make_dataset(lengths, seed=0, with_mask=False):
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = rng.integers(0, VOCABULARY, offsets[-1]).astype(np.uint16)
+    first = np.array([rng.integers(1, length) for length in lengths], dtype=np.int32)
+    mask = None
+    if with_mask:
+        mask = (rng.random(offsets[-1]) < 0.5).astype(np.uint8)
+        mask[offsets[:-1]] = 0
+        mask[offsets[1:] - 1] = 1
+    return TokenDataset(ids=ids, offsets=offsets, first_target=first, target_mask=mask)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(2, WIDTH), min_size=1, max_size=20))
+def test_every_example_stands_in_one_row_and_no_row_is_too_long(lengths):
+    rows = pack_rows(np.array(lengths), WIDTH)
+    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
+    assert all(sum(lengths[place] for place in row) <= WIDTH for row in rows)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_packed_micro_batch_holds_the_tokens_labels_and_positions_of_its_examples(with_mask):
+    dataset = make_dataset([9, 30, 5, 12, 40, 3, 8], with_mask=with_mask)
+    indices = np.arange(len(dataset))
+    batch = collate(dataset, indices, 0, 0, WIDTH)
+    assert len(batch.input_ids) == 3
+    assert batch.tokens == 107
+    found = []
+    for ids, labels, positions in zip(batch.input_ids, batch.labels, batch.position_ids, strict=True):
+        starts = [*np.flatnonzero(positions == 0), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            assert positions[start:end].tolist() == list(range(end - start))
+            assert labels[start] == IGNORE_INDEX  # the example before it would predict it
+            found.append((ids[start:end].tolist(), (labels[start:end] != IGNORE_INDEX).tolist()))
+    expected = [(dataset.row(i).tolist(), dataset.is_target(i).tolist()) for i in indices]
+    padding = [piece for piece in found if piece not in expected]
+    assert sorted(piece for piece in found if piece in expected) == sorted(expected)
+    assert all(not any(is_target) for _, is_target in padding)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("family", PACKABLE_MODELS)
+def test_packed_rows_give_each_example_the_loss_and_the_weights_the_gradient_of_single_rows(
+    family, with_mask, attention
+):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation=attention).double().eval()
+    loss_module = CausalLMLoss(model, None)
+    dataset = make_dataset([9, 30, 5, 12, 40, 3, 8], with_mask=with_mask)
+    indices = np.arange(len(dataset))
+
+    def loss_and_grads(batch):
+        model.zero_grad()
+        positions = () if batch.position_ids is None else (torch.from_numpy(batch.position_ids),)
+        total, rows = loss_module(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels), *positions)
+        total.backward()
+        return rows, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    single_rows, single_grads = loss_and_grads(collate(dataset, indices, 0, 0))
+    packed = collate(dataset, indices, 0, 0, WIDTH)
+    packed_rows, packed_grads = loss_and_grads(packed)
+    by_row = [sum(float(single_rows[place]) for place in row) for row in pack_rows(dataset.lengths(), WIDTH)]
+    torch.testing.assert_close(packed_rows.double(), torch.tensor(by_row).double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(packed_grads, single_grads, rtol=1e-6, atol=1e-6)
+    leaked = packed.__class__(**{**vars(packed), "position_ids": None})  # one long text instead
+    assert (loss_and_grads(leaked)[1] - single_grads).abs().max() > 1e-2
+
+
+def test_packing_changes_rows_and_padding_and_neither_examples_nor_counts():
+    rng = np.random.default_rng(1)
+    dataset = make_dataset(rng.integers(3, WIDTH, 200).tolist())
+    plain_config = BatchConfig(micro_batch_size=8, gradient_accumulation_steps=1, world_size=1)
+    packed_config = BatchConfig(micro_batch_size=8, gradient_accumulation_steps=1, world_size=1, packed_width=WIDTH)
+    plain, packed = (
+        TrainBatches(dataset=dataset, batch_config=config, seed=1, rank=0, shuffle=True, by_length=False)
+        for config in (plain_config, packed_config)
+    )
+    for a, b in zip(plain(0, 50), packed(0, 50), strict=True):
+        assert (a.example_ids, a.num_tokens, a.num_target_tokens) == (b.example_ids, b.num_tokens, b.num_target_tokens)
+        assert [m.index for m in a.micro_batches] == [m.index for m in b.micro_batches]
+    assert padding_share(packed, 25) < padding_share(plain, 25) / 2
+
+
+def test_an_attention_that_does_not_mask_packed_rows_is_refused():
+    model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"], attn_implementation="sdpa")
+    causal_attention.install(model)
+    batch = collate(make_dataset([5, 6]), np.arange(2), 0, 0, WIDTH)
+    with pytest.raises(ValueError, match="packed rows need an attention that masks"):
+        CausalLMLoss(model, None)(*map(torch.from_numpy, (batch.input_ids, batch.labels, batch.position_ids)))
