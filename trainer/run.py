@@ -1,6 +1,7 @@
 """One run, wired: the only file that knows all the others."""
 
 import os
+import sys
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from trainer.config.cli import CliArgs
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load, prepare
+from trainer.data.show import show_examples
+from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import read_launch_environment
 from trainer.distributed.process_group import (
@@ -75,6 +78,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     context.on_rank_zero(lambda: validate_early(settings, context))
     context.on_rank_zero(lambda: check_loggers(settings.output))
     data = prepare_data(settings, context)
+    if args.show_example and context.rank == 0:
+        print_examples(settings, data, args.show_example)
     check_prompts_available(settings, data)
     on_meta = args.dry_run or args.find_batch
     model = build_model(settings, on_meta=on_meta, with_fingerprint=context.rank == 0, device=context.device)
@@ -105,6 +110,15 @@ def prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
         return prepare(settings.data, model=settings.model.model, global_batch=global_batch, log=log).folder
 
     return load(context.on_rank_zero(prepare_folder, per_node=True))
+
+
+def print_examples(settings: Settings, data: PreparedDataset, number: int) -> None:
+    """The tokens of the first training examples, as the loss sees them."""
+    if data.metadata["tokenizer"] is None:
+        raise UserError("--show-example: the data are token ids; expected data with text")
+    tokenizer = load_tokenizer(settings.model.model)
+    for line in show_examples(data.train, tokenizer, number, is_coloured=sys.stdout.isatty()):
+        print(line)
 
 
 def run_finder(args: CliArgs, plan: RunPlan, data: PreparedDataset, model: TrainableModel) -> int:

@@ -63,6 +63,7 @@ class CliArgs:
     resume: str | None  #: None, `latest`, `best` or `step-N`
     allow_change: tuple[str, ...]  #: settings that may differ from those of the run that is resumed
     dry_run: bool
+    show_example: int = 0  #: training examples whose tokens are printed, before the plan of a dry run
     find_lr: LRRange | None = None  #: a range test instead of the run
     find_batch: bool = False  #: trials of micro-batches instead of the run
 
@@ -94,7 +95,8 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
         overrides=overrides,
         resume=args["resume"],
         allow_change=tuple(name.replace("-", "_") for names in args["allow_change"] for name in names.split(",")),
-        dry_run=args["dry_run"],
+        dry_run=args["dry_run"] or args["show_example"] > 0,
+        show_example=args["show_example"],
         find_lr=LRRange.parse(args["find_lr"], args["mode"]) if args["find_lr"] else None,
         find_batch=args["find_batch"],
     )
@@ -146,6 +148,10 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
         help="with --resume: let this setting differ from the first part of the run; recorded (for instance lr)",
     )  # fmt: skip
     run_flags.add_argument("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
+    run_flags.add_argument(
+        "--show-example", type=int, default=0, metavar="N",
+        help="print the tokens of N training examples, those that are learnt coloured, and the plan; train nothing",
+    )  # fmt: skip
     run_flags.add_argument(
         "--find-lr", nargs="?", const="default", metavar="START:END[:STEPS]",
         help="suggest a learning rate by a range test, train nothing (default: 1e-7:1, with --mode lora 1e-6:10, "

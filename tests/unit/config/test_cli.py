@@ -18,7 +18,8 @@ CONTRACT = [
     "--precision", "--lora-rank", "--lora-alpha", "--lora-dropout", "--lora-target-modules", "--ds-config",
     "--eval-every", "--save-every", "--save-total-limit", "--resume", "--output-dir", "--wandb", "--wandb-project",
     "--run-name",
-    "--dry-run", "--local_rank", "--early-stop", "--dropout", "--export", "--num-samples", "--score-samples",
+    "--dry-run", "--show-example",
+    "--local_rank", "--early-stop", "--dropout", "--export", "--num-samples", "--score-samples",
 ]  # fmt: skip
 FLAGS_WITHOUT_FIELD = {
     "--mode",
@@ -26,6 +27,7 @@ FLAGS_WITHOUT_FIELD = {
     "--resume",
     "--allow-change",
     "--dry-run",
+    "--show-example",
     "--find-lr",
     "--find-batch",
     "--local_rank",

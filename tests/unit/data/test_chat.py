@@ -14,6 +14,7 @@ from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.conversations import Conversation, from_messages
 from trainer.data.dataset import prepare
 from trainer.data.sampler import IGNORE_INDEX, collate
+from trainer.data.show import show_examples
 from trainer.data.tokenizer import load_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -179,6 +180,20 @@ def test_every_format_of_a_chat_gives_the_same_rows(tmp_path, prepare_chat, toke
     prompt, completion = prepared.val_texts[0]
     assert prompt.endswith("<|im_start|>assistant\n")
     assert completion.endswith("<|im_end|>")
+
+
+def test_the_tokens_of_an_example_are_shown_with_the_learnt_ones_marked(tmp_path, prepare_chat, tokenizer):
+    data = prepare_chat(samples.write_jsonl(tmp_path / "a.jsonl", chat_records()))
+    headline, line = show_examples(data.train, tokenizer, 1, is_coloured=False)
+    is_target = data.train.is_target(0)
+    assert headline == f"example 1: {len(is_target)} tokens, {is_target.sum()} of them learnt"
+    pieces = line.split("|")
+    text = line.replace("⟧|⟦", "").split("⟦")[1].partition("⟧")[0]
+    assert text == tokenizer.decode(data.train.row(0)[is_target])
+    assert line.count("⟦") == is_target.sum()
+    assert "<" in pieces[0]
+    _, coloured = show_examples(data.train, tokenizer, 1, is_coloured=True)
+    assert coloured.count("\x1b[1;32m") == is_target.sum()
 
 
 def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokenizer):
