@@ -105,8 +105,7 @@ class DataSettings:
 
     data: str = option(
         flag="--data",
-        help="CSV, TSV, JSONL, Parquet, Arrow or text file (text also .gz, .zst), folder, saved data set, glob, "
-        "hub id, or the embedded `acled-demo`",
+        help="CSV, TSV, JSONL, Parquet, Arrow, text (or .gz, .zst of it), folder, glob, hub id, or `acled-demo`",
         accepts=Accepted(check=bool, words="a file, folder, glob, hub id or acled-demo"),
     )
     val_data: str | None = option(
@@ -155,10 +154,7 @@ class DataSettings:
         accepts=Accepted(check=lambda value: value >= 2, words="2 tokens or more"),
     )
     packing: bool = option(
-        False,
-        flag="--packing",
-        help="completion and chat: several examples in a row of at most --block-size tokens, without padding and "
-        "hidden from one another; the same losses and gradients",
+        False, flag="--packing", help="completion and chat: several examples in a row, hidden from one another"
     )
     shuffle: bool = option(True, flag="--no-shuffle", help="take the examples in the order of the data")
 
