@@ -124,7 +124,17 @@ def collate(
 
 
 def pack_rows(lengths: Int64, width: int) -> list[list[int]]:
-    """Places of examples, by the rows of at most `width` tokens that hold them: longest first, each where it fits."""
+    """Places of examples, by the rows of at most `width` tokens that hold them: few rows, of about one length."""
+    rows = _first_fit(lengths, width)
+    narrowest = max(int(lengths.max()), -(-int(lengths.sum()) // len(rows)))
+    for narrower in np.linspace(narrowest, width, 8, dtype=np.int64)[:-1].tolist():
+        if len(balanced := _first_fit(lengths, narrower)) == len(rows):
+            return balanced
+    return rows
+
+
+def _first_fit(lengths: Int64, width: int) -> list[list[int]]:
+    """Longest first, each into the first row that has room for it."""
     rows: list[list[int]] = []
     free: list[int] = []
     for place in np.argsort(-lengths, kind="stable").tolist():
