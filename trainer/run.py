@@ -15,6 +15,7 @@ from trainer.data.show import show_examples
 from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import read_launch_environment
+from trainer.distributed.preflight import program_facts, refuse_differences, refuse_full_disk
 from trainer.distributed.process_group import (
     DistContext,
     destroy_process_group,
@@ -34,13 +35,19 @@ from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.summary import show_plan
 from trainer.training import checkpoint
 from trainer.training.callbacks import Callbacks
-from trainer.training.checkpoint import Checkpoint, CheckpointManager
+from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, CheckpointManager
 from trainer.training.diagnostics.types import RunInfo
 from trainer.training.generation import GenerationEvaluator, check_prompts_available
 from trainer.training.loop import train
 from trainer.training.metric_logger import MetricLogger
 from trainer.training.plan_validation import validate_early
-from trainer.training.run_folder import resolve_output_dir, select_checkpoint, write_metadata, write_run_json
+from trainer.training.run_folder import (
+    refuse_other_checkpoint,
+    resolve_output_dir,
+    select_checkpoint,
+    write_metadata,
+    write_run_json,
+)
 from trainer.training.run_plan import RunPlan, make_plan
 from trainer.training.split_evaluation import evaluate_test, load_chosen_weights
 from trainer.training.train_state import TrainState
@@ -74,6 +81,7 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 
 
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
+    refuse_differences(context, program_facts(args.settings.as_dict()))
     settings, _ = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
     context.on_rank_zero(lambda: validate_early(settings, context))
     context.on_rank_zero(lambda: check_loggers(settings.output))
@@ -82,7 +90,10 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         print_examples(settings, data, args.show_example)
     check_prompts_available(settings, data)
     on_meta = args.dry_run or args.find_batch
-    model = build_model(settings, on_meta=on_meta, with_fingerprint=context.rank == 0, device=context.device)
+    model = build_model(settings, on_meta=on_meta, with_fingerprint=context.is_node_leader, device=context.device)
+    refuse_differences(
+        context, {"the data": data.metadata["fingerprint"], "the base model": model.metadata["fingerprint"]}
+    )
     plan = make_plan(settings, context, data, model.metadata, load_config(settings.model))
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         show_plan(plan.summary_lines())
@@ -167,6 +178,10 @@ class TrainingRun:
         source = context.on_rank_zero(
             lambda: select_checkpoint(folder, args.resume, self.model) if previous_metadata else None
         )
+        if source is not None:
+            context.on_rank_zero(lambda: refuse_other_checkpoint(source, context), per_node=True)
+        checkpoint_bytes = MIN_BYTES_PER_TRAINED_WEIGHT * self.model.metadata["trainable"]
+        context.on_rank_zero(lambda: refuse_full_disk(folder, checkpoint_bytes))
         self.metadata = context.on_rank_zero(
             lambda: write_metadata(folder, plan, previous_metadata, source, args.allow_change)
         )

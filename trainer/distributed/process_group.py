@@ -78,6 +78,11 @@ class DistContext:
         return results[leader][0]  # type: ignore[return-value]
 
     @property
+    def is_node_leader(self) -> bool:
+        """Whether this is the first rank of its host."""
+        return self.local_rank == 0
+
+    @property
     def num_nodes(self) -> int:
         """Hosts taking part."""
         return len(set(self.placement.hosts))

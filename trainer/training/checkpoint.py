@@ -37,6 +37,7 @@ from trainer.training.train_state import TrainState
 FORMAT_VERSION = 2
 STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
+MIN_BYTES_PER_TRAINED_WEIGHT = 6  # its value in float32 and AdamW's two moments in 8 bits; 12 with these in float32
 _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 
 

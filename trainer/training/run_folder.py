@@ -12,6 +12,7 @@ from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
+from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel, save_base_model
 from trainer.tracking.files import remove_leftovers, write_atomically
 from trainer.tracking.run_lock import LOCK_FILE
@@ -76,6 +77,18 @@ def select_checkpoint(folder: Path, which: str | None, model: TrainableModel) ->
             f"here {model.metadata['fingerprint']})"
         )
     return selected
+
+
+def refuse_other_checkpoint(selected: Checkpoint, context: DistContext) -> None:
+    """UserError where this host has not the checkpoint that rank 0 has chosen: each rank opens its own file."""
+    if context.rank == 0:  # it has just read it
+        return
+    if damage := selected.find_damage():
+        hosts = context.placement.hosts
+        raise UserError(
+            f"--resume: on {hosts[context.rank]} (rank {context.rank}) {damage}, unlike on {hosts[0]} (rank 0); give "
+            f"all hosts one run folder, copy {selected.folder} there, or go on with the ranks of one host"
+        )
 
 
 def write_metadata(

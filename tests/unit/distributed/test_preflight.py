@@ -1,0 +1,56 @@
+"""Facts that must be the same on all ranks: a difference is named with both values and where they are."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config.errors import UserError
+from trainer.distributed import preflight
+from trainer.distributed.process_group import simulated_context
+from trainer.distributed.rendezvous import Place, Placement
+
+
+def compare(*facts_of_ranks: dict[str, Any], hosts: tuple[str, ...] = ("h1", "h2", "h2")) -> None:
+    """What rank 0 is told where the ranks have these facts."""
+    places = tuple(Place(host=host, identity=host, address="", interface="") for host in hosts[: len(facts_of_ranks)])
+    context = replace(simulated_context(len(places), "cpu"), placement=Placement(places=places))
+    object.__setattr__(context, "all_gather_object", lambda _: list(facts_of_ranks))
+    preflight.refuse_differences(context, facts_of_ranks[0])
+
+
+def test_equal_facts_pass_and_a_rank_may_not_know_one():
+    compare({"torch": "2.13", "the base model": "abc"}, {"torch": "2.13", "the base model": "abc"}, {"torch": "2.13"})
+    compare({"the base model": None}, {"the base model": "abc"})
+
+
+def test_a_difference_is_named_with_both_values_and_hosts():
+    with pytest.raises(UserError) as refusal:
+        compare({"torch": "2.13", "data": "x"}, {"torch": "2.12", "data": "x"}, {"torch": "2.13", "data": "y"})
+    assert str(refusal.value) == (
+        "torch is 2.13 on h1 (rank 0) and 2.12 on h2 (rank 1); data is x on h1 (rank 0) and y on h2 (rank 2): "
+        "all ranks must have the same"
+    )
+
+
+def test_on_one_host_ranks_are_named_and_many_differences_are_cut():
+    facts = {f"fact {number}": number for number in range(9)}
+    with pytest.raises(UserError) as refusal:
+        compare(facts, dict.fromkeys(facts, 99), hosts=("h1", "h1"))
+    assert str(refusal.value).startswith("fact 0 is 0 on rank 0 and 99 on rank 1; ")
+    assert str(refusal.value).endswith("; and 4 more: all ranks must have the same")
+
+
+def test_versions_the_programs_files_and_every_setting_are_facts():
+    facts = preflight.program_facts({"mode": "full", "train": {"lr": 1e-3}, "overridden": ["--lr"]})
+    assert {"torch", "deepspeed", "this program", "Python"} <= set(facts)
+    assert facts["the setting train.lr"] == "0.001"
+    assert facts["the setting mode"] == "full"
+    assert facts["this program"] == preflight.program_facts({})["this program"]
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):
+    preflight.refuse_full_disk(tmp_path / "runs" / "new", 1000)
+    with pytest.raises(UserError, match=r"[\d,]+ MiB are free and a checkpoint takes 1,000,000,000; .*--output-dir"):
+        preflight.refuse_full_disk(tmp_path / "runs" / "new", 1e9 * 2**20)

@@ -1,0 +1,90 @@
+"""Before the first step of a run on several ranks: whatever must be the same on all of them is compared.
+
+A rank with other data, another base model, other flags or another version would train a mixture without a word.
+"""
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trainer.config.errors import UserError
+from trainer.distributed.process_group import DistContext
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy", "safetensors", "tokenizers")
+MAX_DIFFERENCES_SHOWN = 5
+
+
+def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
+    """UserError on every rank, naming both values and where they are, for facts that differ; all ranks must call.
+
+    A fact of None is that of a rank that need not know it.
+    """
+    if context.world_size == 1:
+        return
+    facts_of_ranks = context.all_gather_object(dict(facts))
+    differences = []
+    for name in dict.fromkeys(name for other in facts_of_ranks for name in other):
+        values = [(rank, other.get(name)) for rank, other in enumerate(facts_of_ranks)]
+        known = [(rank, value) for rank, value in values if value is not None]
+        first_rank, first_value = known[0] if known else (0, None)
+        other_rank, other_value = next(((r, value) for r, value in known if value != first_value), (0, first_value))
+        if other_value != first_value:
+            differences.append(
+                f"{name} is {first_value} on {_where(context, first_rank)} and {other_value} on "
+                f"{_where(context, other_rank)}"
+            )
+    if differences:
+        more = len(differences) - MAX_DIFFERENCES_SHOWN
+        raise UserError(
+            "; ".join(differences[:MAX_DIFFERENCES_SHOWN])
+            + (f"; and {more} more" if more > 0 else "")
+            + ": all ranks must have the same"
+        )
+
+
+def program_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known before anything is read: the program's own files, what is installed, and every setting."""
+    flags = {
+        f"the setting {group}.{name}": repr(value)
+        for group, fields in settings.items()
+        if isinstance(fields, Mapping)
+        for name, value in fields.items()
+    }
+    flags |= {f"the setting {name}": value for name, value in settings.items() if isinstance(value, str)}
+    versions = {name: _version(name) for name in PACKAGES}
+    return {"this program": _source_fingerprint(), "Python": platform.python_version(), **versions, **flags}
+
+
+def refuse_full_disk(folder: Path, checkpoint_bytes: float) -> None:
+    """UserError where the disk of the run folder cannot take a checkpoint."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < checkpoint_bytes:
+        raise UserError(
+            f"{folder}: {free_bytes / 2**20:,.0f} MiB are free and a checkpoint takes {checkpoint_bytes / 2**20:,.0f}; "
+            "name another folder with --output-dir"
+        )
+
+
+def _where(context: DistContext, rank: int) -> str:
+    return f"{context.placement.hosts[rank]} (rank {rank})" if context.num_nodes > 1 else f"rank {rank}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _source_fingerprint() -> str:
+    """Of the Python files of this program: a checkout may have been changed since its commit."""
+    package_dir = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package_dir.rglob("*.py")):
+        digest.update(str(path.relative_to(package_dir)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"version {digest.hexdigest()[:12]}"
