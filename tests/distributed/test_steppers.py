@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import launch_jobs, make_argv
 
 from trainer.config import cli
@@ -145,3 +147,21 @@ def test_a_non_finite_gradient_changes_no_weight_or_moment_and_the_next_step_is_
     ]  # fmt: skip
     launch_jobs(ranks, jobs, tmp_path / "log", check_non_finite_refused)
     assert len(list(tmp_path.glob("*.json"))) == 4
+
+
+def check_reduce_scatter() -> int:
+    """On a rank: the share of a sum over the ranks, in the order of ranks."""
+    from trainer.distributed.process_group import destroy_process_group, init_distributed
+    from trainer.distributed.steppers import reduce_scatter
+
+    context = init_distributed()
+    parts = [torch.randn(12, generator=torch.Generator().manual_seed(rank)) for rank in range(3)]
+    expected = ((parts[0] + parts[1]) + parts[2]).view(3, 4)[context.rank]
+    torch.testing.assert_close(reduce_scatter(parts[context.rank]), expected, rtol=0, atol=0)
+    destroy_process_group()
+    return 0
+
+
+def test_a_reduce_scatter_of_processors_sums_each_share_in_the_order_of_ranks(tmp_path):
+    log = tmp_path / "log"
+    assert run_on_ranks(3, check_reduce_scatter, log=log) == 0, log.read_text()
