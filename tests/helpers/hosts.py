@@ -53,6 +53,8 @@ class Hosts:
             self._start_host(number, etc_hosts)
 
     def _start(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        # Where the tests are killed, the kernel ends the host too.
+        argv = ["setpriv", "--pdeathsig", "KILL", *argv]
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
         self.processes.append(process)
         return process
