@@ -46,7 +46,6 @@ KNOWN: set[str] = {
     "trainer/model/build.py: build_model",
     "trainer/model/demo/text.py",
     "trainer/report/lr_range_plot.py: plot_lr_range_test",
-    "trainer/tools/doctor/smoke_test.py",
     "trainer/training/checkpoint.py",
     "trainer/training/diagnostics/loss_rules.py",
 }

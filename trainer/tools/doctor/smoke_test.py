@@ -22,7 +22,15 @@ from trainer.config.cli import CliArgs, to_argv
 from trainer.data import readers, sources
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.launch_environment import without_launcher
-from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, make_result, ok_result
+from trainer.tools.doctor.check_result import (
+    ERROR,
+    WARNING,
+    CheckResult,
+    format_bytes,
+    format_duration,
+    make_result,
+    ok_result,
+)
 from trainer.training.run_plan import RunPlan
 
 TRAIN_SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
@@ -160,20 +168,12 @@ class SmokeTest:
 
     def _check_resumed_run(self, first_run: RunOutcome, resumed_run: RunOutcome) -> Iterator[CheckResult]:
         if resumed_run.exit_code is None:
-            yield CheckResult(
-                level=WARNING,
-                name="resume",
-                message=f"not done within {self.limit_seconds:.0f} s",
-                remedy="--limit SECONDS",
-            )
+            message = f"not done within {self.limit_seconds:.0f} s"
+            yield CheckResult(level=WARNING, name="resume", message=message, remedy="--limit SECONDS")
             return
         if resumed_run.exit_code != 0:
-            yield CheckResult(
-                level=ERROR,
-                name="resume",
-                message=f"failed: {resumed_run.failure_reason}",
-                remedy="a stopped run could not go on",
-            )
+            message = f"failed: {resumed_run.failure_reason}"
+            yield CheckResult(level=ERROR, name="resume", message=message, remedy="a stopped run could not go on")
             return
         expected_losses, resumed_losses = (
             [record["loss"] for record in outcome.select_records("step")[SAVE_STEP:]]
@@ -287,22 +287,14 @@ def estimate_costs(plan: RunPlan, data: PreparedDataset, cost: Cost, estimated_b
 
 def check_disk_space(folder: Path, cost: Cost, save_total_limit: int) -> CheckResult:
     """Whether the disk has room for the checkpoints that are kept, one being written, and the export."""
-    needed_bytes = (
-        save_total_limit + 2
-    ) * cost.checkpoint_bytes + 2 * cost.export_bytes  # the best one and the one that is being written
-    free_bytes = shutil.disk_usage(
-        next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    ).free
+    num_checkpoints = save_total_limit + 2  # with the best one and the one that is being written
+    needed_bytes = num_checkpoints * cost.checkpoint_bytes + 2 * cost.export_bytes
+    existing_folder = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free_bytes = shutil.disk_usage(existing_folder).free
+    parts = f"{num_checkpoints} checkpoints of {format_bytes(cost.checkpoint_bytes)}, "
+    parts += f"export {format_bytes(cost.export_bytes)}"
     return make_result(
-        free_bytes < needed_bytes, ERROR, "disk", f"{format_bytes(needed_bytes)} at most ({save_total_limit + 2} "
-            f"checkpoints of {format_bytes(cost.checkpoint_bytes)}, "
-        f"export {format_bytes(cost.export_bytes)}), {format_bytes(free_bytes)} free", "--save-total-limit fewer, or "
-                                                                                       "--output-dir on another disk",
+        free_bytes < needed_bytes, ERROR, "disk",
+        f"{format_bytes(needed_bytes)} at most ({parts}), {format_bytes(free_bytes)} free",
+        "--save-total-limit fewer, or --output-dir on another disk",
     )  # fmt: skip
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds for people: 40 s, 12 min, 3.5 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
