@@ -35,6 +35,7 @@ KNOWN: set[str] = {
     "tests/unit/tools/test_doctor.py",
     "tests/unit/tracking/test_console.py",
     "trainer/config/reference.py: disagreements",
+    "trainer/distributed/engine.py",
     "trainer/export/export_cli.py: _build_reference_outputs",
     "trainer/export/folder.py: export_folder",
     "trainer/export/model_card.py: render_model_card",
@@ -46,6 +47,7 @@ KNOWN: set[str] = {
     "trainer/model/build.py: build_model",
     "trainer/model/demo/text.py",
     "trainer/report/lr_range_plot.py: plot_lr_range_test",
+    "trainer/run.py",
     "trainer/training/checkpoint.py",
     "trainer/training/diagnostics/loss_rules.py",
 }
