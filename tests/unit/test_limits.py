@@ -92,3 +92,9 @@ def test_what_is_too_long_or_takes_too_many_parameters_is_noticed(tmp_path, monk
     (tmp_path / "c.py").write_text('"""Data.\n\nLong: a table.\n"""\n' + "\n" * 301)
     found = [list(find_offenders(tmp_path / name)) for name in ("a.py", "b.py", "c.py")]
     assert found == [["a.py: f", "a.py: g"], ["b.py"], []]
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone: the second of a pair is not collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
