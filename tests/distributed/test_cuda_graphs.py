@@ -263,7 +263,7 @@ def take_steps(
     from trainer.training.checkpoint import CheckpointManager
     from trainer.training.train_state import TrainState
 
-    settings = cli.parse_args(f"--model {folder} --data unused --global-batch 4 {words}".split()).settings
+    settings = cli.parse_args(f"--preset demo --model {folder} --data unused --global-batch 4 {words}".split()).settings
     precision, zero_file = (
         settings.engine.precision or "fp32",
         read_deepspeed_file(settings.engine.ds_config or "zero0"),

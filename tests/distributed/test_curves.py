@@ -63,6 +63,8 @@ def compute_curves(out: Path) -> dict[str, dict[str, Any]]:
     for name, flags in RUNS.items():
         argv = [
             *f"--model {model} --data {files[0]} --val-data {files[1]} {flags} {COMMON_FLAGS}".split(),
+            "--preset",
+            "demo",
             *TEMPLATE_FLAGS,
         ]
         folder = prepare(cli.parse_args(argv).settings.data, model=model, global_batch=4).folder

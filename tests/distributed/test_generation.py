@@ -298,7 +298,19 @@ def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
 def test_prepared_data_store_as_many_prompts_as_num_samples_allows(tiny_model, tmp_path):
     path = write_records(tmp_path / "many.jsonl", num_records=150, seed=5)
     settings = cli.parse_args(
-        ["--mode", "full", "--model", tiny_model, "--data", path, "--val-fraction", "0.4", *TEMPLATE_FLAGS]
+        [
+            "--mode",
+            "full",
+            "--model",
+            tiny_model,
+            "--data",
+            path,
+            "--val-fraction",
+            "0.4",
+            "--preset",
+            "demo",
+            *TEMPLATE_FLAGS,
+        ]
     ).settings
     assert len(prepare(settings.data, model=tiny_model, global_batch=2).val_texts) == MAX_NUM_SAMPLES
     with pytest.raises(UserError, match=f"--num-samples 33: expected a whole number from 0 to {MAX_NUM_SAMPLES}"):

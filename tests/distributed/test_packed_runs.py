@@ -15,7 +15,7 @@ def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(tiny_model, da
     flags += " --dropout 0 --no-shuffle --num-samples 0"
     records = {}
     for name, extra in (("single", []), ("packed", ["--packing"])):
-        output = train([*flags.split(), *TEMPLATE_FLAGS, *extra], out=tmp_path / name, world_size=2)
+        output = train([*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS, *extra], out=tmp_path / name, world_size=2)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         records[name] = [record for record in map(json.loads, lines) if record["kind"] in ("step", "eval")]
         if extra:
@@ -31,5 +31,7 @@ def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(tiny_model, da
 
 def test_packing_blocks_is_refused_before_a_step(tiny_model, data_files, tmp_path):
     flags = f"--mode full --model {tiny_model} --data {data_files[0]} --objective blocks --block-size 16 --packing"
-    output = train([*flags.split(), *TEMPLATE_FLAGS, "--wandb", "disabled"], out=tmp_path / "run", check=False)
+    output = train(
+        [*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS, "--wandb", "disabled"], out=tmp_path / "run", check=False
+    )
     assert "error: --packing: blocks are full already; expected --objective completion, or chat" in output

@@ -90,7 +90,10 @@ def medium_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def assert_estimate_matches(model: str, mode: str, zero: str, micro_batch_size: int, *extra_flags: str) -> None:
-    flags = f"--mode {mode} --model {model} --init random --ds-config {zero} --block-size 256 --global-batch 4"
+    flags = (
+        f"--mode {mode} --preset demo --model {model} --init random --ds-config {zero} --block-size 256 "
+        "--global-batch 4"
+    )
     flags = flags.replace(
         "--global-batch 4", f"--global-batch {max(4, micro_batch_size)} --micro-batch {micro_batch_size}"
     )

@@ -107,6 +107,12 @@ def assert_bitwise_resume(
             print(f"{name}: bitwise from steps {steps[zero]}")
 
 
+@pytest.mark.slow
+def test_resume_in_warm_up_and_in_the_middle_of_a_cosine_is_bitwise(argv, data_dir, tmp_path):
+    schedule = ["--schedule", "cosine", "--warmup-ratio", "0.4", "--min-lr", "1e-4"]  # 3 of 7 steps of warm-up
+    assert_bitwise_resume(tmp_path, data_dir, [*argv, *schedule], 1, {"zero0": (2, 5)})
+
+
 @pytest.fixture(scope="module")
 def uninterrupted_runs(argv: list[str], data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Whole runs of every mode and ZeRO file on two ranks, with a checkpoint of every step."""

@@ -20,7 +20,18 @@ def split_argv(tiny_model, data_files, session_dir) -> list[str]:
         f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --test-data {test_file}"
     )
     flags += " --objective completion --block-size 32 --global-batch 4 --micro-batch 1 --max-steps 14 --eval-every 3"
-    return [*flags.split(), "--save-every", "3", "--lr", "0.05", "--wandb", "disabled", *TEMPLATE_FLAGS]
+    return [
+        *flags.split(),
+        "--save-every",
+        "3",
+        "--lr",
+        "0.05",
+        "--wandb",
+        "disabled",
+        "--preset",
+        "demo",
+        *TEMPLATE_FLAGS,
+    ]
 
 
 def read_run(folder: Path):

@@ -311,7 +311,7 @@ def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, tm
     line = f"--mode full --model {tmp_path / 'base'} --data {tmp_path / 'data.jsonl'} --val-data {val}"
     line += " --objective completion --block-size 32 --global-batch 6 --micro-batch 1 --max-steps 8 --ds-config zero2"
     out = tmp_path / "run"
-    group = RankProcesses([*line.split(), *TEMPLATE_FLAGS], out=out)
+    group = RankProcesses([*line.split(), "--preset", "demo", *TEMPLATE_FLAGS], out=out)
     assert group.wait() == [1, 1], group.output
     event = read_events(out, "not_finite")[0]
     step = event["step"]

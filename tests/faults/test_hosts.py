@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 240
 @pytest.fixture(scope="module")
 def flags(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
     text = f"--mode full --model {tiny_model} --val-data {data_files[1]} --block-size 16 --global-batch 6"
-    return [*text.split(), *TEMPLATE_FLAGS, "--num-samples", "0", "--eval-every", "never"]
+    return [*text.split(), "--preset", "demo", *TEMPLATE_FLAGS, "--num-samples", "0", "--eval-every", "never"]
 
 
 def wait_all(processes: list[subprocess.Popen[bytes]]) -> list[int]:

@@ -51,6 +51,9 @@ def write_records(path: Path, *, num_records: int, seed: int) -> str:
 
 
 def tiny_argv(model: str, data_files: tuple[str, str], text: str, *flags: str) -> list[str]:
-    """Flags of a run of `model` on these files: those written in `text`, then `flags` as they are."""
-    words = ["--model", model, "--data", data_files[0], "--val-data", data_files[1], *text.split()]
+    """Flags of a run of `model` on these files: those written in `text`, then `flags` as they are.
+
+    The preset is `demo`, whose rates a tiny model learns at, where `text` names no other.
+    """
+    words = ["--preset", "demo", "--model", model, "--data", data_files[0], "--val-data", data_files[1], *text.split()]
     return [*words, *TEMPLATE_FLAGS, *flags]

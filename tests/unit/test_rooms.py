@@ -34,6 +34,7 @@ DOORS = {
     "huggingface_hub": {"data", "export"},
     "pyarrow": {"data", "tracking", "report"},
     "wandb": {"tracking", "report"},
+    "yaml": {"config"},
     "wandb_workspaces": {"report"},
     "trackio": {"tracking"},
     "matplotlib": {"report"},

@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 Mode = Literal["full", "lora"]
-Preset = Literal["demo", "card"]
+Preset = Literal["demo", "card", "finetune"]
 Init = Literal["pretrained", "random"]
 Quantization = Literal["nf4", "fp4", "int8"]
 Adapter = Literal["lora", "dora", "rslora", "pissa"]

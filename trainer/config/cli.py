@@ -10,9 +10,10 @@ from typing import Any
 
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
+from trainer.config.config_file import expand_config, flag_to_argv
 from trainer.config.errors import UserError
 from trainer.config.options import choices_of, without_none
-from trainer.config.presets import preset_defaults, resolve
+from trainer.config.presets import choose_preset, preset_defaults, resolve
 from trainer.config.settings import GROUPS, Settings
 
 TITLES = {
@@ -78,7 +79,8 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
 
     `companion`: the parser that has taken its own flags from the line before.
     """
-    args = vars(build_parser(companion).parse_args(sys.argv[1:] if argv is None else list(argv)))
+    parser = build_parser(companion)
+    args = vars(parser.parse_args(expand_config(sys.argv[1:] if argv is None else argv, parser)))
     overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     overridden_flags = []
     for name, group in GROUPS.items():
@@ -90,8 +92,9 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
     if args["mode"] is None:
         raise UserError(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
     _check_exclusive(args)
+    preset = args["preset"] or choose_preset(overrides["model"].get("model"))
     return CliArgs(
-        settings=resolve(args["mode"], args["preset"], overrides, tuple(overridden_flags)),
+        settings=resolve(args["mode"], preset, overrides, tuple(overridden_flags)),
         overrides=overrides,
         resume=args["resume"],
         allow_change=tuple(name.replace("-", "_") for names in args["allow_change"] for name in names.split(",")),
@@ -116,11 +119,7 @@ def to_argv(cli_args: CliArgs, **replacements: Mapping[str, Any]) -> list[str]:
         values = {**cli_args.overrides.get(name, {}), **replacements.get(name, {})}
         for field in _flag_fields(group):
             if field.name in values:
-                value = values[field.name]
-                if field.type is bool:
-                    argv += [] if value else [field.metadata["flag"]]
-                else:
-                    argv += [field.metadata["flag"], ",".join(value) if isinstance(value, tuple) else str(value)]
+                argv += flag_to_argv(field, values[field.name])
     return argv
 
 
@@ -135,9 +134,13 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     run_flags = parser.add_argument_group("run")
     run_flags.add_argument("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     run_flags.add_argument(
-        "--preset", metavar=_choice_text(PRESETS), default="demo",
-        help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s "
-        "(default: demo)",
+        "--config", metavar="FILE",
+        help="flags from a file, before all that are given: YAML with the flags' names, or a run's run.json",
+    )  # fmt: skip
+    run_flags.add_argument(
+        "--preset", metavar=_choice_text(PRESETS),
+        help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s; "
+        "finetune: any other model (default: the one that fits --model)",
     )  # fmt: skip
     run_flags.add_argument(
         "--resume", nargs="?", const="latest", metavar="step-N|best",
@@ -217,11 +220,12 @@ _NAMES_PARSER = (_split_names, "NAMES")
 
 
 def _default_text(group: str, field: dataclasses.Field[Any]) -> str:
-    """The default as `--help` prints it, with the unit; both presets where they differ."""
+    """The default as `--help` prints it, with the unit; each preset's where they differ."""
     unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
     presets = {name: preset_defaults(name).get(group, {}).get(field.name, field.default) for name in PRESETS}
     if field.default is None or field.default == ():
         return f" [{unit.strip()}]" if unit else ""
-    if presets["demo"] == presets["card"]:
+    if len(set(presets.values())) == 1:
         return f" (default: {presets['demo']}{unit})"
-    return f" (default: demo {presets['demo']}, card {presets['card']}{unit})"
+    texts = [f"{name} {value}" for name, value in presets.items() if value is not dataclasses.MISSING]
+    return f" (default: {', '.join(texts)}{unit})"

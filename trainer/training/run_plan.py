@@ -9,6 +9,7 @@ from typing import Any
 from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
+from trainer.config.presets import preset_notes
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
@@ -94,7 +95,7 @@ class RunPlan:
         ]
         if self.dist_context.world_size > 1:
             lines.insert(-1, ("hosts", self.dist_context.describe_hosts()))
-        notes = [*self.data_info.get("notices", []), *_collect_notes(settings, model_info)]
+        notes = [*self.data_info.get("notices", []), *preset_notes(settings), *_collect_notes(settings, model_info)]
         if settings.train.optim == "paged_adamw8bit" and self.dist_context.device.type == "cpu":
             notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")
         return lines + [("note", note) for note in notes]

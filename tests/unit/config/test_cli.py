@@ -6,6 +6,7 @@ import pytest
 
 from trainer.config import cli
 from trainer.config.errors import UserError
+from trainer.config.presets import preset_notes
 from trainer.config.settings import GROUPS
 
 # The names are a contract with the user; those of `run` are no settings.
@@ -24,6 +25,7 @@ CONTRACT = [
 FLAGS_WITHOUT_FIELD = {
     "--mode",
     "--preset",
+    "--config",
     "--resume",
     "--allow-change",
     "--dry-run",
@@ -157,8 +159,45 @@ def test_help_shows_groups_units_and_both_presets_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for title in cli.TITLES.values():
         assert f"{title}:" in text
-    assert "(default: demo 256, card 1024 tokens)" in text
-    assert "card 3e-05)" in text
+    assert "(default: demo 256, card 1024, finetune 1024 tokens)" in text
+    assert "card 3e-05, finetune 2e-05)" in text
     assert "(default: 3.0)" in text
     assert all(flag in text for flag in CONTRACT if flag != "--local_rank")
     assert "local_rank" not in text, "it is the launcher's, not the user's"
+
+
+@pytest.mark.parametrize(
+    ("argv", "preset"),
+    [
+        ([], "demo"),
+        (["--model", "demo-base"], "demo"),
+        (["--model", "gpt2"], "card"),
+        (["--model", "HuggingFaceTB/SmolLM2-135M"], "finetune"),
+        (["--model", "gpt2", "--preset", "finetune"], "finetune"),
+        (["--model", "some/folder", "--preset", "demo"], "demo"),
+    ],
+)
+def test_the_preset_is_the_one_that_fits_the_model_unless_asked_for(argv, preset):
+    assert cli.parse_args(["--mode", "full", *argv]).settings.preset == preset
+
+
+def test_any_other_model_gets_rates_of_its_own_and_a_line_that_calls_them_a_guess():
+    full, lora = (cli.parse_args(["--mode", mode, "--model", "org/m"]).settings for mode in ("full", "lora"))
+    assert (full.train.lr, lora.train.lr) == (2e-5, 2e-4)
+    assert (full.train.schedule, full.train.num_warmup_steps(1000)) == ("cosine", 30)
+    (note,) = preset_notes(full)
+    assert note.startswith("learning rate 2e-05: a guess from the literature; --find-lr suggests one")
+    assert preset_notes(cli.parse_args(["--mode", "full", "--model", "org/m", "--lr", "1e-4"]).settings) == []
+    assert preset_notes(cli.parse_args(["--mode", "full"]).settings) == []
+    (note,) = preset_notes(cli.parse_args(["--mode", "full", "--preset", "demo", "--model", "org/m"]).settings)
+    assert "of --preset demo, made for demo-base" in note
+
+
+def test_warm_up_steps_given_take_the_place_of_the_presets_share():
+    train = cli.parse_args(["--mode", "full", "--model", "org/m", "--warmup-steps", "0"]).settings.train
+    assert train.num_warmup_steps(1000) == 0
+
+
+def test_the_finetune_preset_needs_a_model():
+    with pytest.raises(UserError, match="--preset finetune without --model: expected --model"):
+        cli.parse_args(["--mode", "full", "--preset", "finetune"])

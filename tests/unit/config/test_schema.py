@@ -36,7 +36,7 @@ def test_the_card_preset_is_exactly_what_the_card_published():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_full_and_lora_settings_differ_in_the_learning_rate_and_in_nothing_else(preset):
     """This is the fairness of the comparison: a new difference must be argued for here."""
-    full, lora = (flatten_settings(resolve(mode, preset, {})) for mode in ("full", "lora"))
+    full, lora = (flatten_settings(resolve(mode, preset, {"model": {"model": "m"}})) for mode in ("full", "lora"))
     assert {name for name in full if full[name] != lora[name]} == {"train.lr"}
     assert lora["train.lr"] == LORA_LR_FACTOR * full["train.lr"]
     assert LORA_LR_FACTOR == 10.0
@@ -199,7 +199,7 @@ def test_schedule_settings_that_exclude_one_another_are_one_line(train, answer):
 def test_an_unknown_mode_or_preset_is_refused_with_the_choices():
     with pytest.raises(UserError, match="--mode qlora: expected full or lora"):
         resolve("qlora", "demo", {})
-    with pytest.raises(UserError, match="--preset gpt3: expected demo or card"):
+    with pytest.raises(UserError, match="--preset gpt3: expected demo, card or finetune"):
         resolve("full", "gpt3", {})
 
 

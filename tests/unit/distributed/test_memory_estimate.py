@@ -122,7 +122,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def parse(model: str, flags: str) -> Any:
-    return cli.parse_args(f"--model {model} --init random {flags}".split()).settings
+    return cli.parse_args(f"--preset demo --model {model} --init random {flags}".split()).settings
 
 
 def cpu_setup(**fields: Any) -> PassSetup:

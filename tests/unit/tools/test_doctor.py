@@ -293,7 +293,7 @@ def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, ti
 
     path = write_records(tmp_path / "large.jsonl", num_records=4000, seed=3)
     words = f"--mode full --model {tiny_model} --data {path} --objective completion --block-size 32 --global-batch 2"
-    request = cli.parse_args([*words.split(), *TEMPLATE_FLAGS])
+    request = cli.parse_args([*words.split(), "--preset", "demo", *TEMPLATE_FLAGS])
     data = load(prepare(request.settings.data, model=tiny_model, global_batch=2).folder)
     model = build_model(request.settings, on_meta=True)
     plan = make_plan(request.settings, simulated_context(1), data, model.metadata, load_config(request.settings.model))
@@ -380,7 +380,7 @@ def test_doctor_reports_what_train_would_refuse_before_data_are_read(
     monkeypatch.setenv("HOME", str(tmp_path))  # no login of whoever runs the tests
     (tmp_path / "file").touch()
     words = f"--mode full --model {tiny_model} --data missing.csv --block-size 16 {more.format(file=tmp_path / 'file')}"
-    code, printed = run_doctor([*words.split(), *TEMPLATE_FLAGS], capsys, ranks=2, as_json=False)
+    code, printed = run_doctor([*words.split(), "--preset", "demo", *TEMPLATE_FLAGS], capsys, ranks=2, as_json=False)
     assert code == 1
     assert said in printed
     assert "1 errors" in printed

@@ -63,7 +63,7 @@ def check_schedule(plan: RunPlan) -> Iterator[CheckResult]:
         f"{schedule.steps_per_epoch:,} an epoch, {schedule.total_steps:,} in all{tail}",
         "more --epochs, more data or a smaller --global-batch",
     )  # fmt: skip
-    warmup_steps = schedule.num_warmup_steps
+    warmup_steps = settings.train.num_warmup_steps(schedule.total_steps)
     warmup_note = f" after {warmup_steps} warm-up steps of {schedule.total_steps}" if warmup_steps else ""
     yield make_result(
         warmup_steps >= schedule.total_steps, WARNING, "learning rate", f"{settings.train.lr:g} at its "
