@@ -22,7 +22,8 @@ class Runs:
         self.flags = [
             "--mode", "full", "--model", model, "--data", data_files[0], "--val-data", data_files[1],
             "--objective", "completion", "--block-size", "32", "--global-batch", "4", "--micro-batch", "4",
-            "--ds-config", "zero0", "--wandb", "disabled", "--output-dir", str(folder), "--preset", "demo", *TEMPLATE_FLAGS,
+            "--ds-config", "zero0", "--wandb", "disabled", "--output-dir", str(folder),
+            "--preset", "demo", *TEMPLATE_FLAGS,
         ]  # fmt: skip
         self.processes: list[subprocess.Popen[str]] = []
 
