@@ -1,7 +1,6 @@
 """One run, wired: the only file that knows all the others."""
 
 import os
-import sys
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -9,10 +8,7 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import TrainingError, UserError, report_error
-from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset, load, prepare
-from trainer.data.show import show_examples
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import read_launch_environment
 from trainer.distributed.preflight import program_facts, refuse_differences, refuse_full_disk
@@ -36,6 +32,7 @@ from trainer.tracking.summary import show_plan
 from trainer.training import checkpoint
 from trainer.training.callbacks import Callbacks
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, CheckpointManager
+from trainer.training.data_setup import prepare_data, print_examples
 from trainer.training.diagnostics.types import RunInfo
 from trainer.training.generation import GenerationEvaluator, check_prompts_available
 from trainer.training.loop import train
@@ -107,29 +104,6 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         training_run = TrainingRun(plan, data, model)
         training_run.setup(args, previous_metadata)
         return training_run.run(signal_handler)
-
-
-def prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
-    """Tokenised once by one rank of each node, then mapped by all."""
-
-    def log(line: str) -> None:
-        if context.rank == 0:
-            print(line, flush=True)
-
-    def prepare_folder() -> Path:
-        global_batch = settings.train.global_batch
-        return prepare(settings.data, model=settings.model.model, global_batch=global_batch, log=log).folder
-
-    return load(context.on_rank_zero(prepare_folder, per_node=True))
-
-
-def print_examples(settings: Settings, data: PreparedDataset, number: int) -> None:
-    """The tokens of the first training examples, as the loss sees them."""
-    if data.metadata["tokenizer"] is None:
-        raise UserError("--show-example: the data are token ids; expected data with text")
-    tokenizer = load_tokenizer(settings.model.model)
-    for line in show_examples(data.train, tokenizer, number, is_coloured=sys.stdout.isatty()):
-        print(line)
 
 
 def run_finder(args: CliArgs, plan: RunPlan, data: PreparedDataset, model: TrainableModel) -> int:

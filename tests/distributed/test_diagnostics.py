@@ -1,6 +1,8 @@
 """What a run notices of itself: each finding fires when it should, made by a fault, and none on healthy runs.
 
 The faults are real where a small model can have them; what needs a GPU or minutes of time is made of rows.
+
+Long: one case a rule, found and not found.
 """
 
 import json
@@ -80,7 +82,10 @@ def make_run_records(
     val: Callable[[int], float] = healthy_loss, noise: float = 0.1, norm: float = 0.8, lr: float = 5e-4,
     seconds: float = 0.1, eval_every: int = 50, eval_seconds: float = 1.0,
 ) -> Iterator[Record]:  # fmt: skip
-    """Steps with noise of this standard deviation, of so many seconds; evaluations in between; 50 steps an epoch."""
+    """Steps with noise of this standard deviation, of so many seconds; evaluations in between; 50 steps an epoch.
+
+    Parameters: the shape of a made-up run.
+    """
     rng, clock = random.Random(seed), 0.0
 
     def record_axes(step: int) -> dict[str, Any]:

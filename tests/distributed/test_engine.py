@@ -1,4 +1,7 @@
-"""The ZeRO file and DeepSpeed's dict, as pure functions; and the names inside DeepSpeed that this project relies on."""
+"""The ZeRO file and DeepSpeed's dict, as pure functions; and the names inside DeepSpeed that this project relies on.
+
+Long: everything that is taken for granted of DeepSpeed, in one place.
+"""
 
 import dataclasses
 import inspect

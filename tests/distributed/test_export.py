@@ -2,6 +2,8 @@
 
 A whole run, its export loaded again in a fresh process; the same from the command line with `launch/export.py`; and
 what happens where the folder is not the model that was trained.
+
+Long: the kinds of exports share the runs that they are made of.
 """
 
 import importlib.util

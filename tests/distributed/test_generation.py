@@ -1,4 +1,7 @@
-"""Samples and scores: greedy completions at each evaluation that change no number of the run."""
+"""Samples and scores: greedy completions at each evaluation that change no number of the run.
+
+Long: the texts, their scores and the runs that they are made in.
+"""
 
 import csv
 import json

@@ -7,6 +7,8 @@ order: there the bounds of test_invariance.py hold.
 
 `pytest tests/distributed/test_resume.py -m sweep -n 0 -s -k every` prints every resume and every move with its largest
 differences.
+
+Long: every way to go on, over one set of runs.
 """
 
 import itertools

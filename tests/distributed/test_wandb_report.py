@@ -1,4 +1,7 @@
-"""The comparison and Weights & Biases: runs read back, the Report and the card, by the real client in processes."""
+"""The comparison and Weights & Biases: runs read back, the Report and the card, by the real client in processes.
+
+Long: from runs to the report over one server.
+"""
 
 import json
 import re

@@ -124,7 +124,7 @@ def test_a_signal_before_the_first_step_ends_the_process_as_always(argv, tmp_pat
     slow = partial(
         inject_at_call,
         target_rank=0,
-        module="trainer.run",
+        module="trainer.training.data_setup",
         name="prepare",
         call_number=1,
         action=partial(time.sleep, 60),

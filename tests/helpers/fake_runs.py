@@ -23,7 +23,10 @@ LOSS_FLOOR = {"full": 2.0, "lora": 2.1}
 
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
-    """The content of a run.json of `mode`; `given` replaces nested values, with dots as `__`: data__vocabulary=9."""
+    """The content of a run.json of `mode`; `given` replaces nested values, with dots as `__`: data__vocabulary=9.
+
+    Long: a whole run.json.
+    """
     settings = presets.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
     steps_per_epoch = math.ceil(NUM_EXAMPLES / settings.train.global_batch)
     num_params = 2_000_000
@@ -143,7 +146,10 @@ def make_records(
     wall_seconds: float = 100.0,
     peak_memory_bytes: int = 1_000_000_000,
 ) -> list[Record]:
-    """The records of `run`: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`)."""
+    """The records of `run`: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`).
+
+    Parameters: the shape of a made-up run.
+    """
     steps_per_epoch, global_batch = metadata["resolved"]["steps_per_epoch"], metadata["resolved"]["global_batch"]
     block_size, peak_lr = metadata["data"]["block_size"], metadata["resolved"]["lr"]
     total_steps = steps_per_epoch * epochs

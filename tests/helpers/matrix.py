@@ -113,6 +113,8 @@ def train_plain_loop(argv: list[str], data_dir: Path) -> tuple[list[dict[str, fl
 
     Each step feeds the whole global batch as one padded batch through the model's own logits. Returns
     (rows of step and evaluation losses and gradient norms, final weights).
+
+    Long: the whole of a training loop, on purpose without our helpers.
     """
     from trainer.data.sampler import epoch_order
 

@@ -43,7 +43,7 @@ class Engine:
         train_settings: TrainSettings,
         plan: ExecutionPlan,
     ):
-        """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how (`trainer.distributed.execution`)."""
+        """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how."""
         self.dist_context = dist_context
         self.model = model
         self.plan = plan
@@ -106,12 +106,11 @@ class Engine:
 
     def _build_graph_runner(self) -> CUDAGraphRunner:
         params = list(self.trainable_params.values())
-        backward = self.stepper.backward
-        return CUDAGraphRunner(self._loss_module, params, backward, precision=self.plan.precision)
+        return CUDAGraphRunner(self._loss_module, params, self.stepper.backward, precision=self.plan.precision)
 
     @property
     def graph_checks(self) -> list[str]:
-        """One line for each recording that was verified."""
+        """A line for each recording that was verified."""
         return self._graph_runner.checks if self._graph_runner else []
 
     @property
@@ -186,9 +185,7 @@ class Engine:
         read_numbers = copy_to_host(torch.cat([gathered_sums.flatten(), norm[None]]))
 
         def wait() -> UpdateResult:
-            start_time = time.perf_counter()
-            *sums, grad_norm = read_numbers()
-            self.device_wait_seconds += time.perf_counter() - start_time
+            *sums, grad_norm = self._timed(read_numbers)
             loss_sum, stop_requested = totals or add_sums(sums, self.dist_context.world_size)
             if not (math.isfinite(grad_norm) or self.plan.precision == "fp16"):
                 raise NonFiniteError(f"gradient norm {grad_norm}")
@@ -241,12 +238,16 @@ class Engine:
         self.plan = plan
         self.plan_changes.append(PlanChange(step=step, plan=plan, reason=reason))
 
+    def _timed(self, read: Callable[[], list[float]]) -> list[float]:
+        """Numbers of the device, whose waiting time counts."""
+        start_time = time.perf_counter()
+        numbers = read()
+        self.device_wait_seconds += time.perf_counter() - start_time
+        return numbers
+
     def _read_totals(self, read_sums: Callable[[], list[float]]) -> tuple[float, bool]:
         """The added sums that the device has yet to give."""
-        start_time = time.perf_counter()
-        sums = read_sums()
-        self.device_wait_seconds += time.perf_counter() - start_time
-        return add_sums(sums, self.dist_context.world_size)
+        return add_sums(self._timed(read_sums), self.dist_context.world_size)
 
     # --- evaluation and generation ---
 

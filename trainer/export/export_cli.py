@@ -167,6 +167,7 @@ def _build_reference_outputs(
     data: PreparedDataset | None, data_missing_reason: str,
     *, is_base_dequantized: bool,
 ) -> ReferenceOutputs:  # fmt: skip
+    """Parameters: what the reference is computed from."""
     device = next(model.module.parameters()).device
     input_ids = fixed_input_ids(data) if data is not None else _random_input_ids(model)
     return ReferenceOutputs(

@@ -52,6 +52,8 @@ def export_folder(
 
     A folder that fails its check is kept, and its card says so: `Check.problems`. TrainingError where it cannot be
     written; an earlier folder of the same name then stays.
+
+    Parameters: what the folder is made of; they have no life together before.
     """
     with _temporary_folder(destination) as folder:
         save_folder(folder, module, state_dict, base_model=base_model, tokenizer=tokenizer)

@@ -29,6 +29,8 @@ def render_model_card(
     `optimizer_bytes` and `peak_memory_bytes`, of the largest rank; `choice_reason`: why these weights and not the last.
 
     Names and texts of the run are data: whatever they hold, none of it is markup of the card.
+
+    Parameters: what the card tells, each from another part of the run. Long: the card from top to bottom.
     """
     all_records = list(records)
     records_until_step = [r for r in all_records if r.step <= step]

@@ -37,7 +37,10 @@ def export_run(
     state: TrainState,
     metadata: dict[str, Any],
 ) -> RunExport:
-    """Write `model/` of the run folder on rank 0 and verify it in a fresh process; all ranks must call."""
+    """Write `model/` of the run folder on rank 0 and verify it in a fresh process; all ranks must call.
+
+    Long: the collectives and what rank 0 does between them, in their order. Parameters: the parts of a run.
+    """
     context, settings = plan.dist_context, plan.settings
     folder = Path(settings.run_folder)
     best = context.on_rank_zero(lambda: earlier_checkpoint_to_export(plan, state))

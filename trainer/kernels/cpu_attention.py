@@ -80,7 +80,10 @@ def blockwise_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The form in which transformers calls an attention: [rows, heads, width, d] -> [rows, width, heads, d]."""
+    """The form in which transformers calls an attention: [rows, heads, width, d] -> [rows, width, heads, d].
+
+    Parameters: those by which transformers calls an attention.
+    """
     if not dropout or attention_mask is not None or query.shape != key.shape:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs

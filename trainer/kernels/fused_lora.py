@@ -43,7 +43,10 @@ class FusedLoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        """x [..., in], weight [in, out], bias [out], a [r, in], b [out, r] -> [..., out]."""
+        """x [..., in], weight [in, out], bias [out], a [r, in], b [out, r] -> [..., out].
+
+        Parameters: autograd functions take what they differentiate one by one.
+        """
         device = x.device.type
         compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):

@@ -2,6 +2,8 @@
 
 Sums and counts are kept apart everywhere and divided once, by the number of counted tokens of the *global* batch:
 so the loss does not depend on how rows are spread over micro-batches and ranks.
+
+Long: one loss with the forms that a CPU, a GPU and a compiler want of it.
 """
 
 import contextlib
@@ -166,6 +168,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         `nll_and_grad`: what puts their gradients in the place of logits; None: none are wanted. `tied_weight_grads`:
         where the weight's gradient is left for `TiedEmbedding`; None: it is returned.
+
+        Long: one pass over the logits; cut up it would hide which buffer is overwritten when.
+        Parameters: as autograd takes them.
         """
         device_type, vocab_size = hidden.device.type, len(weight)
         compute_dtype = (

@@ -79,6 +79,8 @@ def build_model(
     `on_meta`: shapes without memory or weights, for counting; `with_fingerprint`: with the fingerprint of the weights
     before any adapter or packing; `device`: where a quantised base is packed and stays, each rank's own. UserError
     where the model or a target is not there.
+
+    Long: the order of its steps is the point: base, packing, adapters, activation checkpointing.
     """
     config = load_config(settings.model)
     with torch.device("meta" if on_meta else "cpu"):

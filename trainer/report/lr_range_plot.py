@@ -11,7 +11,10 @@ def plot_lr_range_test(
     path: Path, *, mode: str, lrs: Sequence[float], losses: Sequence[float], smoothed_losses: Sequence[float],
     suggested_lr: float | None, name: str,
 ) -> None:  # fmt: skip
-    """Write a PNG: losses of the steps as dots, smoothed as a line, the suggested rate as an upright line."""
+    """Write a PNG: losses of the steps as dots, smoothed as a line, the suggested rate as an upright line.
+
+    Parameters: what is drawn, each from another source.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -6,6 +6,8 @@ run stood, a checksum of the other file and of the rows of metrics.jsonl so far,
 under another name, flushed and renamed, so a folder with the right name is whole. Dropout, data order and learning
 rate are functions of seed and step, so nothing else has to be kept: a frozen base, packed or reduced by pissa, is made
 again from its own weights.
+
+Long: the reader, the choice and the writer of one format belong together.
 """
 
 import contextlib

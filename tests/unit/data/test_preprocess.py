@@ -1,4 +1,7 @@
-"""From records to rows on disk: blocks and completions, the validation split, and the cache."""
+"""From records to rows on disk: blocks and completions, the validation split, and the cache.
+
+Long: what preparing promises, over small files.
+"""
 
 import dataclasses
 import json

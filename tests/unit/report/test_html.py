@@ -1,4 +1,7 @@
-"""What is written: the same numbers in every form, nothing from elsewhere, and nothing that a name could break."""
+"""What is written: the same numbers in every form, nothing from elsewhere, and nothing that a name could break.
+
+Long: the page, part by part.
+"""
 
 import itertools
 import json

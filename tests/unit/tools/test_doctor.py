@@ -1,4 +1,7 @@
-"""The doctor: each check is ok where it should be and speaks, with a remedy, where something is planted."""
+"""The doctor: each check is ok where it should be and speaks, with a remedy, where something is planted.
+
+Long: one case a check.
+"""
 
 import json
 import os

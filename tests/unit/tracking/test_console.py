@@ -1,4 +1,7 @@
-"""What a run shows and leaves on disk: metrics.jsonl, progress, the plan and the table at the end."""
+"""What a run shows and leaves on disk: metrics.jsonl, progress, the plan and the table at the end.
+
+Long: what a person sees of a run, line by line.
+"""
 
 import contextlib
 import io

@@ -4,6 +4,8 @@
 It is meant to teach what fine-tuning takes for granted (spelling, grammar, numbers and dates, and above all to copy
 the fields of a record into a sentence) without the subject, the field names or the names of the demo data. Nothing is
 copied from anywhere and no person is named. A document is one string without the end-of-text token.
+
+Long: most of it is the words and sentences themselves.
 """
 
 import re

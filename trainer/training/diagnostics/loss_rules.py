@@ -1,4 +1,7 @@
-"""Rules on the losses, the gradient, the rate and the adapters: functions of the records, the same on every machine."""
+"""Rules on the losses, the gradient, the rate and the adapters: functions of the records, the same on every machine.
+
+Long: one method for each thing that can be wrong, and nothing else.
+"""
 
 import math
 from collections import deque
@@ -14,9 +17,8 @@ FLAT_STEPS, FLAT_SHARE = 50, 0.1  # a trend is looked for after so many steps, a
 FLAT_MAX_T = -2.0  # one-sided 2.3%: a slope that is no further below zero is not told from noise
 MIN_VAL_DROP = 0.01  # a validation loss that fell by this share shows that the run learns
 TINY_STEPS = 10  # steps over which rate and gradient must be next to nothing
-MIN_EFFECTIVE_LR = (
-    2**-24 * 0.02
-)  # half the spacing of float32 at 0.02, the standard deviation of GPT-2's initial weights
+# Half the spacing of float32 at 0.02, the standard deviation of GPT-2's initial weights.
+MIN_EFFECTIVE_LR = 2**-24 * 0.02
 MAX_MASKED_SHARE = 0.9
 CLIPPED_STEPS, MIN_CLIPPED_RATIO = 50, 10.0
 MIN_RISE, RISE_STD_ERRORS = 0.1, 6.0
