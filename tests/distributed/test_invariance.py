@@ -60,7 +60,7 @@ def assert_cells_match(
     data_dirs: dict[str, Path],
     out: Path,
 ) -> None:
-    """Parameters: the two sides and their bounds."""
+    """Parameters: the two sides and their bounds. Long: every bound in one place."""
     references = {
         (mode, objective): train_plain_loop(make_argv(tiny_model, data_files, mode, objective), data_dirs[objective])
         for mode, objective in sorted({cell[3:] for cell in cells})

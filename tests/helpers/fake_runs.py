@@ -148,7 +148,7 @@ def make_records(
 ) -> list[Record]:
     """The records of `run`: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`).
 
-    Parameters: the shape of a made-up run.
+    Parameters: the shape of a made-up run. Long: all that a run writes.
     """
     steps_per_epoch, global_batch = metadata["resolved"]["steps_per_epoch"], metadata["resolved"]["global_batch"]
     block_size, peak_lr = metadata["data"]["block_size"], metadata["resolved"]["lr"]

@@ -179,7 +179,7 @@ class Engine:
         gathered_sums = all_gather_sums(self.dist_context, loss_sums, should_stop=should_stop)
         totals = None
         if self.plan.finite_check == "host":
-            totals = self._read_totals(copy_to_host(gathered_sums.flatten()))
+            totals = add_sums(self._timed(copy_to_host(gathered_sums.flatten())), self.dist_context.world_size)
         step_result = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
         norm = torch.as_tensor(step_result.grad_norm, dtype=torch.float64, device=gathered_sums.device)
         read_numbers = copy_to_host(torch.cat([gathered_sums.flatten(), norm[None]]))
@@ -244,10 +244,6 @@ class Engine:
         numbers = read()
         self.device_wait_seconds += time.perf_counter() - start_time
         return numbers
-
-    def _read_totals(self, read_sums: Callable[[], list[float]]) -> tuple[float, bool]:
-        """The added sums that the device has yet to give."""
-        return add_sums(self._timed(read_sums), self.dist_context.world_size)
 
     # --- evaluation and generation ---
 

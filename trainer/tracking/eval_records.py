@@ -140,7 +140,7 @@ def _read_evaluations(path: Path) -> list[pa.Table]:
         tables = [file.read_row_group(number).cast(SCHEMA) for number in range(file.num_row_groups)]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:  # pyarrow's own errors are both
+    except (OSError, ValueError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"{path}: not whole records of evaluations ({reason}); remove the file or the run") from error
     return [table for table in tables if len(table)]

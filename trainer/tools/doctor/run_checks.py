@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from trainer.config.errors import UserError, escape_controls
 from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
@@ -121,7 +119,7 @@ def _check_eval_records(inspection: RunInspection) -> None:
         return
     try:
         inspection.add(EVAL_RECORDS_FILE, None, f"{len(read_eval_records(path))} rows")
-    except (OSError, ValueError, UserError, pa.ArrowException) as error:
+    except (OSError, UserError) as error:
         inspection.add(EVAL_RECORDS_FILE, f"cannot be read: {str(error).splitlines()[0]}", "", path=path)
 
 
