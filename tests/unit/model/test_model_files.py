@@ -85,8 +85,9 @@ def test_code_in_a_model_folder_is_never_run_and_never_asked_about(folder, tmp_p
     read_end, write_end = os.pipe()
     os.write(write_end, answer.encode())
     os.close(write_end)
-    monkeypatch.setattr("sys.stdin", os.fdopen(read_end))
-    assert "model_type 'evil' is not known to transformers, and code in the folder is never run" in refusal(folder)
+    with os.fdopen(read_end) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert "model_type 'evil' is not known to transformers, and code in the folder is never run" in refusal(folder)
     assert capsys.readouterr().out == ""
     assert not canary.exists()
 
