@@ -18,22 +18,22 @@ class Accepted:
     """Which values of a field's type are accepted, as a check and in words."""
 
     check: Callable[[Any], bool]
-    words: str
+    description: str
 
 
 def at_least(minimum: int) -> Accepted:
     """Whole numbers from `minimum`."""
-    return Accepted(check=lambda value: value >= minimum, words=f"a whole number from {minimum}")
+    return Accepted(check=lambda value: value >= minimum, description=f"a whole number from {minimum}")
 
 
-ABOVE_ZERO = Accepted(check=lambda value: 0 < value < math.inf, words="a number above 0")
-FROM_ZERO = Accepted(check=lambda value: 0 <= value < math.inf, words="0 or a number above it")
-PROBABILITY = Accepted(check=lambda value: 0 <= value < 1, words="a probability from 0 up to 1")
-SHARE = Accepted(check=lambda value: 0 < value < 1, words="a share between 0 and 1")
-SHARE_OR_NONE = Accepted(check=lambda value: 0 <= value < 1, words="0 (none) or a share between 0 and 1")
+ABOVE_ZERO = Accepted(check=lambda value: 0 < value < math.inf, description="a number above 0")
+FROM_ZERO = Accepted(check=lambda value: 0 <= value < math.inf, description="0 or a number above it")
+PROBABILITY = Accepted(check=lambda value: 0 <= value < 1, description="a probability from 0 up to 1")
+SHARE = Accepted(check=lambda value: 0 < value < 1, description="a share between 0 and 1")
+SHARE_OR_NONE = Accepted(check=lambda value: 0 <= value < 1, description="0 (none) or a share between 0 and 1")
 INTERVAL = Accepted(
     check=lambda value: value in ("epoch", "never") or (value.isdecimal() and int(value) > 0),
-    words="a number of steps, `epoch` or `never`",
+    description="a number of steps, `epoch` or `never`",
 )
 
 
@@ -65,8 +65,8 @@ def value_problem(value: object, item: dataclasses.Field[Any]) -> str:
     """What a field would accept instead of `value`; empty where it accepts `value`."""
     accepts: Accepted | None = item.metadata.get("accepts")
     if not has_type(value, item.type):
-        return accepts.words if accepts else describe_type(item.type)
-    return accepts.words if accepts and value is not None and not accepts.check(value) else ""
+        return accepts.description if accepts else describe_type(item.type)
+    return accepts.description if accepts and value is not None and not accepts.check(value) else ""
 
 
 def has_type(value: object, annotation: Any) -> bool:
@@ -112,6 +112,6 @@ def choices_of(annotation: Any) -> tuple[str, ...]:
     return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
 
 
-def join_words(words: tuple[str, ...]) -> str:
+def join_words(names: tuple[str, ...]) -> str:
     """`a, b or c`."""
-    return " or ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
+    return " or ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]

@@ -117,7 +117,7 @@ class Problem(NamedTuple):
     """Where a value is not as it should be, what stands there, and what was expected."""
 
     key: str
-    found: str
+    actual: str
     expected: str
 
 
@@ -149,7 +149,7 @@ def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
             )
     problem = find_problem(content, RunMetadata, "")
     if problem is not None:
-        raise UserError(f"{source}: {problem.key or 'its content'} is {problem.found}; expected {problem.expected}")
+        raise UserError(f"{source}: {problem.key or 'its content'} is {problem.actual}; expected {problem.expected}")
     assert isinstance(content, dict)
     for key, block in (("", content), ("resumed.", content.get("resumed", {}))):
         if "settings" in block:

@@ -39,7 +39,7 @@ class EngineSettings:
         unit="seconds",
         accepts=Accepted(
             check=lambda value: 5 <= value <= MAX_HANG_TIMEOUT_SECONDS,
-            words=f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}",
+            description=f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}",
         ),
     )
     grace: float = option(
@@ -47,7 +47,7 @@ class EngineSettings:
         flag="--grace",
         help="end the run where it has not saved and ended so long after a signal",
         unit="seconds",
-        accepts=Accepted(check=lambda value: 1 <= value < math.inf, words="seconds from 1"),
+        accepts=Accepted(check=lambda value: 1 <= value < math.inf, description="seconds from 1"),
     )
     execution: Execution = option(
         "auto",
@@ -96,7 +96,7 @@ class OutputSettings:
         help="left out: <mode or adapter>-<data>",
         accepts=Accepted(
             check=lambda value: re.fullmatch(r"(?!\.+$)[\w.+-]{1,128}", value) is not None,
-            words="up to 128 letters, digits and . _ + -, not dots alone",
+            description="up to 128 letters, digits and . _ + -, not dots alone",
         ),
     )
     report_to: tuple[ExtraLogger, ...] = option(
@@ -122,7 +122,7 @@ class OutputSettings:
         flag="--num-samples",
         help=f"validation prompts completed at each evaluation, at most {MAX_NUM_SAMPLES}; 0: none",
         accepts=Accepted(
-            check=lambda value: 0 <= value <= MAX_NUM_SAMPLES, words=f"a whole number from 0 to {MAX_NUM_SAMPLES}"
+            check=lambda value: 0 <= value <= MAX_NUM_SAMPLES, description=f"a whole number from 0 to {MAX_NUM_SAMPLES}"
         ),
     )
     score_samples: bool = option(

@@ -75,7 +75,7 @@ class LoraSettings:
         flag="--lora-target-modules",
         help="layers to adapt, comma separated: attention, mlp, all, a layer's name or its end, or a pattern "
         "(*.h.0.*); left out: all, that is every Conv1D and Linear but the output layer",
-        accepts=Accepted(check=all, words="layer names separated by commas"),
+        accepts=Accepted(check=all, description="layer names separated by commas"),
     )
     adapter: Adapter = option(
         "lora",
@@ -106,7 +106,7 @@ class DataSettings:
     data: str = option(
         flag="--data",
         help="CSV, TSV, JSONL, Parquet, Arrow, text (or .gz, .zst of it), folder, glob, hub id, or `acled-demo`",
-        accepts=Accepted(check=bool, words="a file, folder, glob, hub id or acled-demo"),
+        accepts=Accepted(check=bool, description="a file, folder, glob, hub id or acled-demo"),
     )
     val_data: str | None = option(
         None, flag="--val-data", help="validation records, in the same forms; left out: split off --data"
@@ -151,7 +151,7 @@ class DataSettings:
         flag="--block-size",
         help="length of a block, longest row with --objective completion",
         unit="tokens",
-        accepts=Accepted(check=lambda value: value >= 2, words="2 tokens or more"),
+        accepts=Accepted(check=lambda value: value >= 2, description="2 tokens or more"),
     )
     packing: bool = option(
         False, flag="--packing", help="completion and chat: several examples in a row, hidden from one another"
@@ -221,7 +221,7 @@ class TrainSettings:
         0.0,
         flag="--warmup-ratio",
         help="the same as a share of all steps, rounded up",
-        accepts=Accepted(check=PROBABILITY.check, words="a share from 0 up to 1"),
+        accepts=Accepted(check=PROBABILITY.check, description="a share from 0 up to 1"),
     )
     schedule: Schedule = option(
         "linear",
@@ -235,13 +235,13 @@ class TrainSettings:
         1.0,
         flag="--max-grad-norm",
         help="largest norm of the global gradient; 0: no clipping",
-        accepts=Accepted(check=FROM_ZERO.check, words="0 (off) or a number above it"),
+        accepts=Accepted(check=FROM_ZERO.check, description="0 (off) or a number above it"),
     )
     seed: int = option(
         42,
         flag="--seed",
         help="seed of initial weights, data order and dropout",
-        accepts=Accepted(check=lambda value: 0 <= value < 2**32, words="a whole number from 0 to 4294967295"),
+        accepts=Accepted(check=lambda value: 0 <= value < 2**32, description="a whole number from 0 to 4294967295"),
     )
     optim: Optimizer = option(
         "adamw_fused",
@@ -256,7 +256,7 @@ class TrainSettings:
         "not more than MIN_DELTA nats below the lowest before them; left out: never",
         accepts=Accepted(
             check=lambda value: _EARLY_STOP.fullmatch(value) is not None,
-            words="PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
+            description="PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
         ),
     )
     beta1: float = option(0.9, flag="--adam-beta1", help="AdamW's decay of the first moment", accepts=PROBABILITY)

@@ -59,8 +59,8 @@ def prepare(
     than one global batch, or no validation example.
     """
     cache_root = store.resolve_cache_dir(cache)
-    found = sources.find_sources(settings.data, settings.val_data, settings.test_data)
-    inputs = [_find_input(source, settings) for source in found]
+    split_sources = sources.find_sources(settings.data, settings.val_data, settings.test_data)
+    inputs = [_find_input(source, settings) for source in split_sources]
     for data_input in inputs:
         if (data_input.record_format.name == "input_ids") != (inputs[0].record_format.name == "input_ids"):
             flag = data_input.source.flag

@@ -58,14 +58,14 @@ def find_sources(data: str, val_data: str | None, test_data: str | None) -> list
     """
     splits = _find_splits(data, "--data")
     used, train = _choose_split(splits, data, "--data")
-    found, used_names = [train], {used}
+    split_sources, used_names = [train], {used}
     for split, name, flag, spec in (
         ("val", "validation", "--val-data", val_data), ("test", "test", "--test-data", test_data),
     ):  # fmt: skip
         if spec is not None:
-            found.append(replace(_choose_split(_find_splits(spec, flag), spec, flag)[1], split=split))
+            split_sources.append(replace(_choose_split(_find_splits(spec, flag), spec, flag)[1], split=split))
         elif name in splits:
-            found.append(replace(splits[name], split=split))
+            split_sources.append(replace(splits[name], split=split))
             used_names.add(name)
     notices = [
         f"{data}: {', '.join(file.name for file in source.files[:3]) or name} left out"
@@ -73,7 +73,7 @@ def find_sources(data: str, val_data: str | None, test_data: str | None) -> list
         for name, source in splits.items()
         if name not in used_names
     ]
-    return [replace(train, notices=tuple(notices)), *found[1:]]
+    return [replace(train, notices=tuple(notices)), *split_sources[1:]]
 
 
 def find(spec: str, flag: str = "--data") -> Source:

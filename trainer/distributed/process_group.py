@@ -91,10 +91,10 @@ class DistContext:
         """The hosts, the ranks of each, and what they talk over, for people."""
         hosts = self.placement.hosts
         ranks = {host: [str(rank) for rank, other in enumerate(hosts) if other == host] for host in hosts}
-        words = "; ".join(f"{host}: rank{'s' * (len(ranks[host]) > 1)} {', '.join(ranks[host])}" for host in ranks)
+        hosts_text = "; ".join(f"{host}: rank{'s' * (len(ranks[host]) > 1)} {', '.join(ranks[host])}" for host in ranks)
         place = self.placement.places[self.rank]
         network = f" over {place.interface} ({place.address})" * bool(place.interface)
-        return f"{words}; {'nccl' if self.device.type == 'cuda' else 'gloo'}{network}"
+        return f"{hosts_text}; {'nccl' if self.device.type == 'cuda' else 'gloo'}{network}"
 
 
 def init_distributed(device: str | None = None, *, join_timeout_seconds: float = 600.0) -> DistContext:

@@ -58,14 +58,14 @@ class Placement:
         scheduler shows each rank its own.
         """
         for leader in range(len(self.places)):
-            taken: dict[str, int] = {}
+            leaders_by_gpu: dict[str, int] = {}
             for other in self.ranks_beside(leader):
                 gpus = self.places[other].gpus
-                index = next((n for n, gpu in enumerate(gpus) if gpu not in taken), None)
+                index = next((n for n, gpu in enumerate(gpus) if gpu not in leaders_by_gpu), None)
                 if index is None:
-                    counts = f"{len(self.ranks_beside(leader))} ranks on {self.hosts[leader]} with {len(taken)} GPUs"
+                    counts = f"{len(self.ranks_beside(leader))} ranks on {self.hosts[leader]} with {len(leaders_by_gpu)} GPUs"
                     raise UserError(f"{counts}: start at most one rank a GPU")
-                taken[gpus[index]] = index
+                leaders_by_gpu[gpus[index]] = index
                 if other == rank:
                     rank_index = index
         return rank_index

@@ -94,11 +94,11 @@ def _inspect(file: Path) -> tuple[list[dict[str, Any]], bool]:
     """The records of a .wandb file as W&B's own reader gives them, and whether the file ends within one."""
     core = Path(importlib.util.find_spec("wandb").submodule_search_locations[0]) / "bin" / "wandb-core"  # type: ignore[union-attr,index]
     command = [str(core), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parent)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RunReadError(f"{file.name} is not a W&B run file ({' '.join(done.stderr.split())[:120]})")
-    lines = done.stdout.splitlines()
-    return [json.loads(line) for line in lines], "incomplete" in done.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RunReadError(f"{file.name} is not a W&B run file ({' '.join(process.stderr.split())[:120]})")
+    lines = process.stdout.splitlines()
+    return [json.loads(line) for line in lines], "incomplete" in process.stderr
 
 
 def read_online(path: str) -> RunData:

@@ -30,7 +30,7 @@ def is_terminal(stream: "TextIO | SafeStream") -> bool:
 
 
 class ProgressBar:
-    """A sink that shows where a run is; `say` puts a line above the bar.
+    """A logger that shows where a run is; `say` puts a line above the bar.
 
     `total` is the number of steps of the whole run, `epochs` its length in epochs. Rows of evaluations, epochs and
     events are always shown, of steps the first, the last and one every `interval` seconds by `clock`. Output that

@@ -1,4 +1,4 @@
-"""Second sinks for the rows that W&B gets, under the same names: TensorBoard and Trackio, each behind an extra."""
+"""Second loggers for the rows that W&B gets, under the same names: TensorBoard and Trackio, each behind an extra."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from trainer.tracking.wandb_keys import wandb_config, wandb_row
 
 
 class ExtraLogger(Protocol):
-    """What the second sinks have in common."""
+    """What the second loggers have in common."""
 
     def log(self, record: Record) -> None:
         """Take one record that is no event."""
@@ -25,7 +25,7 @@ class ExtraLogger(Protocol):
 
 
 def check_extra_loggers(names: Sequence[str]) -> None:
-    """UserError where the package of a second sink is not installed."""
+    """UserError where the package of a second logger is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise UserError(f"--report-to {name}: it is not installed; pip install -e '.[{name}]'")
@@ -34,7 +34,7 @@ def check_extra_loggers(names: Sequence[str]) -> None:
 def start_extra_loggers(
     names: Sequence[str], metadata: Mapping[str, Any], folder: Path, *, resume_step: int, say: Callable[[str], None]
 ) -> list["FailSafeLogger"]:
-    """A sink for each name. `after`: the step that a resumed run goes on from, -1 where it begins."""
+    """A logger for each name. `after`: the step that a resumed run goes on from, -1 where it begins."""
     logger_classes: dict[str, Callable[..., ExtraLogger]] = {"tensorboard": TensorBoardLogger, "trackio": TrackioLogger}
     return [
         FailSafeLogger(name, partial(logger_classes[name], metadata, folder, resume_step, say), say) for name in names

@@ -1,7 +1,7 @@
-"""Records -> progress, metrics.jsonl, Weights & Biases and second sinks; rank 0 only.
+"""Records -> progress, metrics.jsonl, Weights & Biases and second loggers; rank 0 only.
 
-A sink is anything with `write(record)` and `close(exit_code)`; the loop yields records and `run` hands each one
-to every sink. Importing this package is cheap: wandb and rich are imported where they are first used.
+A logger is anything with `log(record)` and `close(exit_code)`; the loop yields records and `run` hands each one
+to every logger. Importing this package is cheap: wandb and rich are imported where they are first used.
 """
 
 from typing import Protocol
@@ -23,6 +23,6 @@ class RecordLogger(Protocol):
 
 
 def check_loggers(output: OutputSettings) -> None:
-    """UserError where a sink that was asked for cannot work: its package or, for W&B online, the login is missing."""
+    """UserError where a logger that was asked for cannot work: its package or, for W&B online, the login is missing."""
     check_extra_loggers(output.report_to)
     wandb_mode(output.wandb)

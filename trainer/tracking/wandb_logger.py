@@ -97,10 +97,10 @@ def start_wandb(
     init_seconds: float = INIT_TIMEOUT_SECONDS,
     finish_seconds: float = FINISH_TIMEOUT_SECONDS,
 ) -> "WandbLogger":
-    """The sink of the run that `run` (run.json) describes, in the mode that run["wandb"]["mode"] names.
+    """The logger of the run that `run` (run.json) describes, in the mode that run["wandb"]["mode"] names.
 
     A server that does not answer makes the run an offline one; any other trouble is said once and leaves a
-    sink that takes records and does nothing.
+    logger that takes records and does nothing.
     """
     mode = metadata["wandb"]["mode"]
     if mode == "disabled":

@@ -103,7 +103,7 @@ def _random_dataset(num_rows: int, vocab_size: int, config: BenchmarkConfig) -> 
 
 
 def run_ours(setup: BenchmarkSetup) -> tuple[Iterator[None], Engine]:
-    """Our own loop and engine, without sinks and checkpoints; also the engine, for evaluation."""
+    """Our own loop and engine, without loggers and checkpoints; also the engine, for evaluation."""
     plan = make_plan(
         setup.settings, setup.dist_context, setup.data, setup.model.metadata, load_config(setup.settings.model)
     )

@@ -57,11 +57,11 @@ def run_train(argv: Sequence[str]) -> str:
     """The output of launch/train.py; UserError with its last line where it refuses."""
     command = [sys.executable, str(LAUNCH_FOLDER / "train.py"), *argv]
     env = without_launcher(os.environ)
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise UserError((lines or [f"exit code {done.returncode}"])[-1].removeprefix("error: "))
-    return done.stdout
+    process = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if process.returncode:
+        lines = [line for line in (process.stderr or process.stdout).splitlines() if line.strip()]
+        raise UserError((lines or [f"exit code {process.returncode}"])[-1].removeprefix("error: "))
+    return process.stdout
 
 
 def resolve_total_steps(methods: Sequence[str], train_argv: Sequence[str], run: RunFn = run_train) -> int:
@@ -115,13 +115,15 @@ def plan_study(rule: Rule, costs: dict[str, TrialCost] | None = None, num_worker
             middle = -4.0 if spec.candidate.method == "full" else -3.0
             results[spec.name] = abs(math.log10(spec.candidate.lr) - middle)
         specs += needed
-    mine = {method: [spec for spec in specs if spec.candidate.method == method] for method in rule.methods}
+    specs_by_method = {method: [spec for spec in specs if spec.candidate.method == method] for method in rule.methods}
     seconds = None
     if costs is not None:
         seconds = sum(costs[spec.candidate.method].seconds(spec.num_steps) for spec in specs) / num_workers
     return StudyPlan(
-        num_trials={method: len(method_specs) for method, method_specs in mine.items()},
-        num_steps={method: sum(spec.num_steps for spec in method_specs) for method, method_specs in mine.items()},
+        num_trials={method: len(method_specs) for method, method_specs in specs_by_method.items()},
+        num_steps={
+            method: sum(spec.num_steps for spec in method_specs) for method, method_specs in specs_by_method.items()
+        },
         seconds=seconds,
     )
 

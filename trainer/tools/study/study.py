@@ -77,11 +77,11 @@ class Study:
             if not needed:
                 return
             queue.enqueue(needed)
-            taken = queue.claim(needed)
-            if taken is None:
+            claimed_trial = queue.claim(needed)
+            if claimed_trial is None:
                 should_stop.wait(POLL_SECONDS)
                 continue
-            claim, spec = taken
+            claim, spec = claimed_trial
             log(f"{spec.name}: " + _describe(runner.run(claim, spec)))
 
 
@@ -110,15 +110,17 @@ def study_table(study: Study):  # type: ignore[no-untyped-def]  # a rich table, 
     for heading in ("method", "done", "running", "failed", "best rate", "validation loss"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method in study.rule.methods:
-        mine = {n: t for n, t in trials.items() if n.split("-", 1)[1].startswith((f"{method}-r", f"{method}-lr"))}
-        finished = {name: trial for name, trial in mine.items() if trial.is_finished}
+        method_trials = {
+            n: t for n, t in trials.items() if n.split("-", 1)[1].startswith((f"{method}-r", f"{method}-lr"))
+        }
+        finished = {name: trial for name, trial in method_trials.items() if trial.is_finished}
         longest = max((int(name.rsplit("-t", 1)[1].split("-")[0]) for name in finished), default=0)
         best = min(
             (trial for name, trial in finished.items() if f"-t{longest}-" in name), key=lambda t: t.loss, default=None
         )
         table.add_row(
-            method, str(len(finished)), str(sum(trial.worker is not None for trial in mine.values())),
-            str(sum(trial.failure is not None for trial in mine.values())),
+            method, str(len(finished)), str(sum(trial.worker is not None for trial in method_trials.values())),
+            str(sum(trial.failure is not None for trial in method_trials.values())),
             best.name.split("-lr")[1].split("-t")[0] if best else "", f"{best.loss:.4f}" if best else "",
         )  # fmt: skip
     return table

@@ -46,7 +46,7 @@ class DiagnosticsMonitor:
         return self._select_new([self.loss_rules.check_adapter(max_abs_b)])
 
     def add_time(self, category: str, seconds: float) -> None:
-        """Count seconds that the loop or the sinks spent on `data`, `device` or `logging`."""
+        """Count seconds that the loop or the loggers spent on `data`, `device` or `logging`."""
         self.throughput_rules.add_time(category, seconds)
 
     def _apply_loss_rules(self, record: Record) -> list[Diagnostic | None]:
