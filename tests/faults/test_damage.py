@@ -175,7 +175,7 @@ def flip_byte(folder: Path, name: str = "state.safetensors", offset: int = -1000
 def flip_token_count(folder: Path) -> None:
     """The count of tokens: still JSON, still plausible."""
     text = (folder / "state.json").read_bytes()
-    flip_byte(folder, "state.json", text.index(b'"tokens": ') + len(b'"tokens": '))
+    flip_byte(folder, "state.json", text.index(b'"tokens_seen": ') + len(b'"tokens_seen": '))
 
 
 DAMAGE = {

@@ -63,7 +63,8 @@ class Placement:
                 gpus = self.places[other].gpus
                 index = next((n for n, gpu in enumerate(gpus) if gpu not in leaders_by_gpu), None)
                 if index is None:
-                    counts = f"{len(self.ranks_beside(leader))} ranks on {self.hosts[leader]} with {len(leaders_by_gpu)} GPUs"
+                    num_ranks = len(self.ranks_beside(leader))
+                    counts = f"{num_ranks} ranks on {self.hosts[leader]} with {len(leaders_by_gpu)} GPUs"
                     raise UserError(f"{counts}: start at most one rank a GPU")
                 leaders_by_gpu[gpus[index]] = index
                 if other == rank:
