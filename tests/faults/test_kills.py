@@ -230,7 +230,7 @@ def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninter
             inject_at_call, target_rank=0, module="trainer.training.metric_logger", name="show_plan", call_number=1
         ),
     ).wait()
-    assert [path.name for path in out.iterdir()] == ["run.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".run.lock", "run.json"], "the lock died with its process"
     assert_resumes(argv, out, uninterrupted_records)
 
     out = tmp_path / "half"
