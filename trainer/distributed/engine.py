@@ -135,7 +135,7 @@ class Engine:
         in_flight: deque[tuple[GlobalBatch, LaunchedStep]] = deque()
         iterator = iter(batches)
         while (batch := self._draw(iterator)) is not None:
-            in_flight.append((batch, self._launch(batch, lr_at(batch.step), should_stop())))
+            in_flight.append((batch, self._launch(batch, lr_at(batch.step), should_stop)))
             if len(in_flight) < self.plan.steps_in_flight:
                 continue
             result = self._wait(*in_flight[0])
@@ -151,7 +151,7 @@ class Engine:
         self.data_wait_seconds += time.perf_counter() - start_time
         return batch
 
-    def _launch(self, batch: GlobalBatch, lr: float, should_stop: bool) -> LaunchedStep:
+    def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> LaunchedStep:
         """Forward, backward and update of a batch; nothing waits for a device that computes."""
         self._apply_fallbacks(batch.step)
         launch_time = time.perf_counter()
@@ -160,7 +160,7 @@ class Engine:
             for micro_batch in batch.micro_batches
         ]
         try:
-            wait = self.launch_update(lr, loss_sums, should_stop=should_stop)
+            wait = self.launch_update(lr, loss_sums, should_stop=should_stop())
         except NonFiniteError as error:
             error.batch = batch
             raise
