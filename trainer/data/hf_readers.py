@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -47,7 +48,8 @@ def arrow_columns(file: Path, kind: str, where: str) -> tuple[str, ...]:
             parquet_file = _open_parquet(file)
             names, has_rows = parquet_file.schema_arrow.names, bool(parquet_file.metadata.num_rows)
         else:
-            names = _open_arrow(file).schema.names
+            with _open_arrow(file) as reader:
+                names = reader.schema.names
             has_rows = any(table.num_rows for table in iter_arrow(file, kind, names, 1))
     except (ValueError, OSError) as error:
         raise UserError(f"{where}: not a whole {kind} file ({_first_line(error)}); write it again") from None
@@ -61,11 +63,11 @@ def iter_arrow(file: Path, kind: str, names: Sequence[str], batch_size: int) -> 
     if kind == "Parquet":
         yield from _open_parquet(file).iter_batches(batch_size=batch_size, columns=list(names))
         return
-    reader = _open_arrow(file)
-    batches = reader if hasattr(reader, "read_next_batch") else map(reader.get_batch, range(reader.num_record_batches))
-    for batch in batches:
-        for start in range(0, batch.num_rows, batch_size):
-            yield batch.select(list(names)).slice(start, batch_size)
+    with _open_arrow(file) as reader:
+        is_stream = hasattr(reader, "read_next_batch")
+        for batch in reader if is_stream else map(reader.get_batch, range(reader.num_record_batches)):
+            for start in range(0, batch.num_rows, batch_size):
+                yield batch.select(list(names)).slice(start, batch_size)
 
 
 def _open_parquet(file: Path) -> Any:
@@ -74,13 +76,19 @@ def _open_parquet(file: Path) -> Any:
     return pyarrow.parquet.ParquetFile(file)
 
 
-def _open_arrow(file: Path) -> Any:
+@contextmanager
+def _open_arrow(file: Path) -> Iterator[Any]:
     """A stream, which `datasets` writes, or Arrow's file format, which Feather is."""
     import pyarrow.ipc
 
     with open(file, "rb") as stream:
         is_file_format = stream.read(6) == b"ARROW1"
-    return pyarrow.ipc.open_file(str(file)) if is_file_format else pyarrow.ipc.open_stream(open(file, "rb"))
+    if is_file_format:
+        with pyarrow.ipc.open_file(str(file)) as reader:
+            yield reader
+    else:
+        with open(file, "rb") as stream, pyarrow.ipc.open_stream(stream) as reader:
+            yield reader
 
 
 def _first_line(error: Exception) -> str:
