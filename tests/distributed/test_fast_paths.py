@@ -1,5 +1,6 @@
 """Every faster way to compute a step gives the plain way's numbers: one case for each field of the execution plan."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import LEARNING_RATE, launch_jobs, make_argv, output_relevant_part, read_job_result, run_jobs
 from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 
 from trainer.config import cli
 from trainer.data.dataset import load
+from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
 from trainer.distributed.execution import make_execution_plan
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import build_model, load_config
@@ -174,3 +177,35 @@ def test_an_engine_runs_what_its_plan_records(tiny_model, data_files, data_dir, 
         job("lora", "--activation-checkpointing", fused=True),
     ]  # fmt: skip
     launch_jobs(1, jobs, tmp_path / "log", check_engines)
+
+
+def train_with_failing_capture(argv: list[str]) -> int:
+    """A whole run whose plan records graphs, on a device that cannot."""
+    from helpers.launch_ranks import run_train_script
+
+    from trainer.distributed import cuda_graphs
+    from trainer.training import run_plan
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    original = run_plan.make_execution_plan
+    cuda_graphs.CapturedGraph = fail  # type: ignore[misc, assignment]
+    run_plan.make_execution_plan = lambda *args, **kwargs: replace(original(*args, **kwargs), cuda_graphs=True)
+    return run_train_script(argv)
+
+
+def test_a_fallback_is_an_event_and_run_json_keeps_every_plan(tiny_model, data_files, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    argv = [*make_argv(tiny_model, data_files, "full", "blocks"), "--max-steps", "8", "--output-dir", str(out)]
+    assert run_on_ranks(1, train_with_failing_capture, argv, log=log) == 0, log.read_text()
+    planned, fallback = json.loads((out / "run.json").read_text())["execution"]
+    assert (planned["step"], planned["path"], planned["reason"]) == (0, "graphs", "as planned")
+    assert fallback["path"] == "eager"
+    ragged = 1  # of the first epoch's steps: a shape of its own
+    assert fallback["step"] == NUM_WARMUP_CALLS + ragged + 1, "the step in which it failed is done eagerly"
+    assert "stream is capturing" in fallback["reason"]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    (event,) = [row for row in records if row.get("event") == "execution"]
+    assert event["message"] == fallback["reason"]
+    assert len([row for row in records if row["kind"] == "step"]) == 8
