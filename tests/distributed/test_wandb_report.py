@@ -5,11 +5,13 @@ Long: from runs to the report over one server.
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -367,7 +369,11 @@ def test_a_wandb_server_that_is_gone_is_one_line(tmp_path: Path) -> None:
     with FakeWandb() as fake:
         env = fake.env(tmp_path)  # and then it is closed
     make_run_folder(tmp_path / "full")
-    done = run_compare_script(tmp_path, None, "full", "--wandb-report", f"{ENTITY}/p", WANDB_HTTP_TIMEOUT="3", **env)
+    with socket.socket() as held:  # bound and not listening: refused, and no other test's server gets the port
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", urlsplit(env["WANDB_BASE_URL"]).port or 0))
+        flags = ("full", "--wandb-report", f"{ENTITY}/p")
+        done = run_compare_script(tmp_path, None, *flags, WANDB_HTTP_TIMEOUT="3", **env)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: --wandb-report {ENTITY}/p: W&B did not take it (")
     assert "Traceback" not in done.stderr

@@ -139,8 +139,9 @@ def find_processes(text: str) -> list[int]:
 
 
 def kill_self(signum: int = signal.SIGKILL) -> None:
-    """What a fault does."""
+    """What a fault does; a signal that is handled has been noticed when this returns, by another thread."""
     os.kill(os.getpid(), signum)
+    time.sleep(0.5)
 
 
 def inject_at_call(
