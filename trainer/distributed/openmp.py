@@ -4,7 +4,7 @@ import os
 
 USER_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SPIN_COUNT = (
-    "2000"  # turns; by launch/README.md the fastest on a quiet machine, and a third faster beside a busy process
+    "2000"  # turns; launch/README.md has its price and its gain
 )
 
 
