@@ -3,9 +3,7 @@
 import os
 
 USER_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-SPIN_COUNT = (
-    "2000"  # turns; launch/README.md has its price and its gain
-)
+SPIN_COUNT = "2000"  # turns; launch/README.md has its price and its gain
 
 
 def limit_openmp_spin() -> None:
