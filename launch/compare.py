@@ -37,9 +37,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--margin",
         default="2%",
-        metavar="M",
-        help="how much worse than full is still good enough: a share of what full gained over its base (2%%), "
-        "or nats per token (0.01); default: 2%%",
+        metavar="X",
+        help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
     )
     parser.add_argument(
         "--check",

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     """Write the rule of the study, or see that it is that of the one that goes on; whether it is to be run."""
+    from trainer.report import margin
     from trainer.tools.study import planning, rule, worker
 
     worker.check_train_argv(train_argv)
@@ -80,8 +81,8 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     study_rule = rule.Rule(
         methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
         rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
-        answer_seeds=_parse_numbers("--seeds", args.seeds), margin=_parse_margin(args.margin), level=0.95, looks=1,
-        train_argv=tuple(passed_argv),
+        answer_seeds=_parse_numbers("--seeds", args.seeds), margin=margin.parse_margin(args.margin), level=0.95,
+        looks=1, train_argv=tuple(passed_argv),
     )  # fmt: skip
     costs = None
     if args.budget is not None and not (args.output_dir / rule.RULE_FILE).exists():
@@ -148,16 +149,6 @@ def _without_flag(argv: list[str], flag: str) -> list[str]:
         else:
             rest.append(argument)
     return rest
-
-
-def _parse_margin(text: str) -> Any:
-    from trainer.tools.study.rule import Margin
-
-    for suffix, kind, factor in (("%", "share", 0.01), ("nats", "nats", 1.0), ("bpb", "bits_per_byte", 1.0)):
-        number = text.removesuffix(suffix)
-        if number != text and number.replace(".", "", 1).replace("e-", "", 1).isdecimal() and float(number) > 0:
-            return Margin(kind=kind, value=float(number) * factor)  # type: ignore[arg-type]
-    raise UserError(f"--margin {text}: expected a number above 0 and its unit, such as 2%, 0.01nats or 0.005bpb")
 
 
 def _parse_numbers(flag: str, text: str) -> tuple[int, ...]:

@@ -228,6 +228,7 @@ def write_eval_records(
     groups: Sequence[str | None] | None = None,
     ids: Sequence[str] | None = None,
     num_in_train: int = 0,
+    bytes_per_target: int = 4,
 ) -> Path:
     """eval_records.parquet of a run folder: `losses_by_step` in nats per token of each record at each evaluation.
 
@@ -243,7 +244,7 @@ def write_eval_records(
                 "group": groups or [None] * len(targets),
                 "nll": np.asarray(losses, np.float64) * np.asarray(targets),
                 "targets": np.asarray(targets, np.int32),
-                "bytes": np.asarray(targets, np.int32) * 4,
+                "bytes": np.asarray(targets, np.int32) * bytes_per_target,
                 "in_train": np.arange(len(targets)) < num_in_train,
             }
         )

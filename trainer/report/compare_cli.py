@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from trainer.config.errors import UserError
 from trainer.report.assertions import AssertionResult, check_runs, exit_code, parse_condition
 from trainer.report.comparison import Comparison, compare
-from trainer.report.full_vs_lora import parse_margin
 from trainer.report.load import LoadProblem, load_runs
+from trainer.report.margin import parse_margin
 from trainer.report.tables import REFERENCE_LABEL
 from trainer.report.write import write_report
 

@@ -11,8 +11,8 @@ from trainer.report.detail_tables import (
     build_score_table,
     build_settings_tables,
 )
-from trainer.report.full_vs_lora import Margin
 from trainer.report.load import LoadProblem
+from trainer.report.margin import Margin
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import SeedGroup, group_by_seed
 from trainer.report.tables import Table, build_epoch_table, build_run_table

@@ -9,38 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import reference
-from trainer.config.errors import UserError
 from trainer.report.comparability import comparison_blockers, ranking_blockers, reference_blockers, shorten_reason
-from trainer.report.paired_interval import PairedInterval, margin_contrast, paired_interval, seeds_interval
+from trainer.report.margin import Margin
+from trainer.report.paired_interval import PairedInterval, paired_interval, seeds_interval
 from trainer.report.record_losses import MatchedLosses, MatchError, match_losses
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import SeedGroup, best_loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class Margin:
-    """How much worse is still good enough: a share of what full gained over the base, or nats per token."""
-
-    share: float | None = 0.02
-    nats: float | None = None
-
-    def describe(self, gained: float | None = None) -> str:
-        """`2 % of what full gained (0.0400)`; `gained` in nats per token, None where unknown."""
-        if self.share is None:
-            return f"{self.nats:g} nats per token"
-        amount = "" if gained is None else f" ({self.share * gained:.4f})"
-        return f"{100 * self.share:g} % of what full gained{amount}"
-
-
-def parse_margin(text: str) -> Margin:
-    """`2%` of what full gained, or a number of nats per token; UserError otherwise."""
-    try:
-        value = float(text.removesuffix("%"))
-    except ValueError:
-        value = -1.0
-    if not 0 < value < (100 if text.endswith("%") else float("inf")):
-        raise UserError(f"--margin {text}: expected a share of what full gained (2%) or nats per token above 0 (0.01)")
-    return Margin(share=value / 100) if text.endswith("%") else Margin(share=None, nats=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +108,15 @@ def _judge(pairs: Sequence[tuple[RunData, RunData]], margin: Margin) -> dict[str
         differences = [lora - full for full, lora in best]
         excess = seeds_interval(differences) if len(pairs) > 1 else None
         contrast = None
-        if margin.nats is not None and len(pairs) > 1:
-            contrast = seeds_interval([difference - margin.nats for difference in differences])
+        if margin.kind == "nats" and len(pairs) > 1:
+            contrast = seeds_interval([difference - margin.value for difference in differences])
         return {**judged, "no_losses": str(error), "excess": excess, "contrast": contrast}
     contrast = None
-    if margin.nats is not None:
-        contrast = paired_interval(losses.lora - losses.full - margin.nats * losses.targets, losses.targets)
-    elif losses.base is not None and margin.share is not None:
-        contrast = paired_interval(margin_contrast(losses.lora, losses.full, losses.base, margin.share), losses.targets)
+    if not margin.why_not(has_base=losses.base is not None, has_bytes=losses.has_bytes):
+        beyond = margin.contrast(
+            losses.lora, losses.full, base=losses.base, targets=losses.targets, num_bytes=losses.num_bytes
+        )
+        contrast = paired_interval(beyond, losses.targets)
     return {
         "full_loss": losses.mean_loss(losses.full),
         "lora_loss": losses.mean_loss(losses.lora),

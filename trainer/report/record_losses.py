@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from trainer.report.paired_interval import Matrix, sum_by_unit
 from trainer.report.run_data import RunData
 
-COLUMNS = ["step", "split", "id", "occurrence", "group", "nll", "targets", "in_train"]
+COLUMNS = ["step", "split", "id", "occurrence", "group", "nll", "targets", "bytes", "in_train"]
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 _KEY = ["id", "occurrence"]
 
@@ -29,6 +29,7 @@ class MatchedLosses:
     full: Matrix  #: (seeds, units)
     base: Matrix | None  #: (seeds, units), of full's base before the first step
     targets: NDArray[np.float64]  #: (units,)
+    num_bytes: NDArray[np.float64]  #: (units,), UTF-8 bytes of the targets, 0 where the text is not known
     num_records: int
     num_in_train: int  #: further records, left out because they equal a training record
     has_groups: bool  #: whether units are groups of records that share a meaning
@@ -37,6 +38,17 @@ class MatchedLosses:
     def unit_name(self) -> str:
         """What the sentence calls the units."""
         return f"{SPLIT_NAMES[self.split]} {'groups' if self.has_groups else 'records'}"
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether the bytes of every unit's targets are known."""
+        return bool(self.num_bytes.all())
+
+    def to_bits_per_byte(self, nats_per_token: float) -> float | None:
+        """The same summed loss over these records' bytes; None where they are not known."""
+        if not self.has_bytes:
+            return None
+        return nats_per_token * math.fsum(self.targets) / (math.log(2) * math.fsum(self.num_bytes))
 
     def mean_loss(self, values: Matrix) -> float:
         """Nats per token over all seeds and units."""
@@ -76,6 +88,7 @@ def match_losses(pairs: Sequence[tuple[RunData, RunData]]) -> MatchedLosses:
         lora=stack([lora for _, lora in trained]),
         base=stack(base) if all(len(frame) for frame in base) else None,
         targets=sum_by_unit(reference["targets"].to_numpy(np.float64), units.to_numpy(dtype=str)),
+        num_bytes=sum_by_unit(reference["bytes"].to_numpy(np.float64), units.to_numpy(dtype=str)),
         num_records=len(reference),
         num_in_train=num_in_train,
         has_groups=bool(reference["group"].notna().any()),

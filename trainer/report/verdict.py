@@ -2,44 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers
-from trainer.report.formats import (
-    capitalize,
-    format_bytes,
-    format_duration,
-    format_interval,
-    format_percent,
-    join_words,
-)
+from trainer.report.formats import capitalize, join_words
 from trainer.report.full_vs_lora import (
-    CostRatio,
     FullVsLora,
-    Margin,
     comparable_groups,
     compare_set,
     describe_blockers,
     difference_to_reference,
 )
+from trainer.report.headlines import (
+    UNIT,
+    Headline,
+    build_headlines,
+    describe_costs,
+    describe_margin,
+    describe_numbers,
+)
+from trainer.report.margin import Margin
 from trainer.report.paired_interval import MIN_SEEDS, PairedInterval, what_would_tell
 from trainer.report.seed_groups import MODE_NAMES, SeedGroup, best_loss, improvement
 
-UNIT = "nats per token"
 INTERVAL_RULE = (
     "[a, b] is a 95 % interval over seeds and evaluation records taken as crossed random effects, from the losses of "
     "single records of runs paired by seed; it holds for the compared rates, not for others."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Headline:
-    """One of the three numbers of the first screen."""
-
-    label: str
-    value: str
-    note: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +67,14 @@ def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, margin: Mar
             f"{num_left_out} run{'s' if num_left_out > 1 else ''} without an end or an evaluation not counted."
         )
     comparisons = [comparison for members in compared for comparison in members]
-    details = [line for comparison in comparisons for line in _describe_numbers(comparison)]
-    details += [line for members in compared for line in _describe_costs(members[0])]
+    details = [line for comparison in comparisons for line in describe_numbers(comparison)]
+    details += [line for members in compared for line in describe_costs(members[0])]
     details += [INTERVAL_RULE] if any(comparison.losses for comparison in comparisons) else []
     if with_reference:
         details += [line for group in finished if (line := _describe_against_reference(group))]
     return Verdict(
         sentence=" ".join(sentences),
-        headlines=_headlines(comparisons[0]) if comparisons else (),
+        headlines=build_headlines(comparisons[0]) if comparisons else (),
         details=tuple(details),
         comparisons=tuple(comparisons),
         num_not_counted=num_left_out,
@@ -123,7 +112,7 @@ def _describe_answer(pair: FullVsLora, excess: PairedInterval, lora: str, full: 
         return f"{lora} is better than {full} by {amount}"
     if pair.answer == "good enough":
         side = "worse" if excess.estimate > 0 else "better"
-        return f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {_margin(pair)}"
+        return f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {describe_margin(pair)}"
     if pair.answer == "worse":
         return f"{lora} is worse than {full} by {amount}"
     return f"cannot tell yet whether {lora} is as good as {full}: loss differs by {excess.estimate:+.4f} {interval}"
@@ -172,15 +161,6 @@ def _describe_group(group: SeedGroup, num_groups: int) -> str:
     return label if num_groups == 1 else f"the best of {num_groups} {mode_name} settings{label.removeprefix(mode_name)}"
 
 
-def _margin(pair: FullVsLora) -> str:
-    gained = (
-        pair.losses.mean_loss(pair.losses.base - pair.losses.full)
-        if pair.losses and pair.losses.base is not None
-        else None
-    )
-    return pair.margin.describe(gained)
-
-
 def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
     """What can be said where no LoRA group is on the data of a full one."""
     full_groups, lora_groups = ([group for group in groups if group.mode == mode] for mode in ("full", "lora"))
@@ -198,91 +178,6 @@ def _describe_alone(group: SeedGroup) -> str:
         return f"{group.label} reached a best validation loss of {best.mean:.4f} (its base was not evaluated)"
     verb = "improved" if gain.mean > 0 else "did not improve"
     return f"{group.label} {verb} on its base ({best.mean + gain.mean:.4f} -> {best.mean:.4f} at best)"
-
-
-# --- three numbers, and what explains them ---
-
-
-def _headlines(pair: FullVsLora) -> tuple[Headline, ...]:
-    if pair.excess is None:
-        loss = Headline(label="Loss", value="-", note="; ".join(pair.blockers) or "no interval: " + pair.no_losses)
-    else:
-        interval = f"[{pair.excess.low:+.4f}, {pair.excess.high:+.4f}]"
-        loss = Headline(label="Loss", value=f"{pair.excess.estimate:+.4f}", note=f"{interval} {UNIT}, LoRA − full")
-    return (
-        loss,
-        _cost_headline("Time", pair.time, format_duration),
-        _cost_headline("Memory", pair.memory, format_bytes),
-    )
-
-
-def _cost_headline(label: str, cost: CostRatio, format_value: Any) -> Headline:
-    values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
-    if cost.ratio is not None:
-        return Headline(label=label, value=f"{cost.ratio:.2f}x", note=values)
-    known = f" ({values})" if cost.lora is not None and cost.full is not None else ""
-    return Headline(label=label, value="-", note=f"not compared: {cost.reason}{known}")
-
-
-def _describe_numbers(pair: FullVsLora) -> list[str]:
-    """The losses behind a comparison, what cannot be had, and what the costs depend on."""
-    names = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}"
-    if pair.blockers:
-        return [f"{names}: not ranked ({'; '.join(pair.blockers)})."]
-    line = f"{names}: {pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f}"
-    line += f", {UNIT}" if pair.excess is None else f", difference {format_interval(pair.excess)} {UNIT}"
-    if pair.contrast is not None:
-        line += f"; beyond the margin of {_margin(pair)}: at most {pair.contrast.upper:+.4f} (one-sided 95 %)"
-    elif pair.excess is not None and pair.margin.nats is None:
-        line += "; whether it is within the margin is not known, for the base's losses of these records are not there"
-    lines = [line + "."]
-    if pair.losses and pair.losses.num_in_train:
-        lines.append(f"{names}: {pair.losses.num_in_train:,} records that equal a training record are left out.")
-    if pair.no_losses:
-        lines.append(f"{names}: {pair.no_losses}; an interval over seeds alone holds for this validation set only.")
-    return lines
-
-
-def _describe_costs(pair: FullVsLora) -> list[str]:
-    """What LoRA cost beside full, and what that depends on."""
-    names = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}"
-    return [f"{names}: {describe_cost(pair)}.", *_cost_notes(pair)]
-
-
-def describe_cost(pair: FullVsLora) -> str:
-    """`0.95% of its trainable parameters, 0.43x its memory; time not compared (other hardware)`."""
-    parts = [
-        "an unknown share of its trainable parameters"
-        if pair.parameters is None
-        else f"{format_percent(pair.parameters)} of its trainable parameters"
-    ]
-    withheld: dict[str, list[str]] = {}
-    for name, cost in (("time", pair.time), ("memory", pair.memory)):
-        if cost.ratio is None:
-            withheld.setdefault(cost.reason, []).append(name)
-        else:
-            parts.append(f"{cost.ratio:.2f}x its {name}")
-    return join_words(parts) + "".join(f"; {join_words(names)} not compared ({why})" for why, names in withheld.items())
-
-
-def _cost_notes(pair: FullVsLora) -> list[str]:
-    """What time and memory depend on and was not the same."""
-    if pair.time.ratio is None and pair.memory.ratio is None:
-        return []
-    a, b = pair.lora.finished_runs[0], pair.full.finished_runs[0]
-    paths = {
-        "micro-batch": "resolved.micro_batch",
-        "precision": "resolved.precision",
-        "ZeRO file": "resolved.ds_config",
-        "block length": "data.block_size",
-        "threads per rank": "resolved.threads_per_rank",
-    }
-    differences = [
-        f"{name} {a.get(path)} against {b.get(path)}" for name, path in paths.items() if a.get(path) != b.get(path)
-    ]
-    labels = f"{pair.lora.label} and {pair.full.label}"
-    text = f"Time and memory of {labels} were measured with different settings: {', '.join(differences)}."
-    return [text] if differences else []
 
 
 def _describe_against_reference(group: SeedGroup) -> str:

@@ -7,7 +7,7 @@ from helpers.fake_runs import make_metadata
 from helpers.fake_studies import GPU, MakeRun, judge_runs, make_study, run_maker
 
 from trainer.config.errors import UserError
-from trainer.report.full_vs_lora import Margin, parse_margin
+from trainer.report.margin import Margin, parse_margin
 from trainer.report.run_folder import read_folder
 
 
@@ -77,17 +77,26 @@ def test_a_run_killed_after_its_last_evaluation_counts_and_has_no_cost(make_run:
 # --- the margin ---
 
 
-def test_a_margin_is_a_share_of_fulls_gain_or_nats_per_token() -> None:
-    assert parse_margin("2%") == Margin(share=0.02)
-    assert parse_margin("0.01") == Margin(share=None, nats=0.01)
-    for text in ("0", "-1", "100%", "a", "%", "nan"):
-        with pytest.raises(UserError, match=r"--margin .*: expected a share of what full gained"):
+def test_a_margin_is_a_number_with_its_unit() -> None:
+    assert parse_margin("2%") == Margin()
+    assert parse_margin("1e-2nats") == Margin(kind="nats", value=0.01)
+    assert parse_margin(".005 bpb") == Margin(kind="bits_per_byte", value=0.005)
+    for text in ("0%", "-1nats", "100%", "a", "%", "nannats", "0.01", "2"):
+        with pytest.raises(UserError, match=r"--margin .*: expected a number above 0 and its unit"):
             parse_margin(text)
 
 
-def test_a_margin_in_nats_is_tested_by_the_upper_bound(make_run: MakeRun) -> None:
-    runs = make_study(make_run, num_seeds=3, excess=0.2)
-    assert "within the margin of 0.5 nats per token" in judge_runs(*runs, margin=parse_margin("0.5")).sentence
-    tight = judge_runs(*runs, margin=parse_margin("0.2")).primary
-    assert tight is not None
-    assert tight.answer == "worse"
+def test_a_margin_is_tested_by_the_upper_bound(make_run: MakeRun) -> None:
+    """Targets of 3 bytes: 0.5 nats a token are 0.5 / (3 ln 2) = 0.24 bits per byte."""
+    runs = make_study(make_run, num_seeds=3, excess=0.2, record_options={"bytes_per_target": 3})
+    for loose, tight, unit in ((0.5, 0.2, "nats"), (0.24, 0.096, "bpb")):
+        sentence = judge_runs(*runs, margin=parse_margin(f"{loose}{unit}")).sentence
+        assert f"within the margin of {loose} {'nats per token' if unit == 'nats' else 'bits per byte'}" in sentence
+        primary = judge_runs(*runs, margin=parse_margin(f"{tight}{unit}")).primary
+        assert primary is not None
+        assert primary.answer == "worse"
+    unknown = judge_runs(
+        *make_study(make_run, num_seeds=3, excess=0.2, record_options={"bytes_per_target": 0}),
+        margin=parse_margin("0.24bpb"),
+    )
+    assert any("not known: the bytes of these records are not known" in line for line in unknown.details)

@@ -74,7 +74,8 @@ def test_what_cannot_be_told_says_what_would_tell(make_run: MakeRun) -> None:
     assert by_seeds.sentence.startswith("Cannot tell yet whether LoRA (lr 0.005) is as good as full (lr 0.0005)")
     assert "seeds would tell" in by_seeds.sentence
     by_records = judge_runs(
-        *make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.6, seed_sd=0.0), margin=Margin(share=None, nats=1e-4)
+        *make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.6, seed_sd=0.0),
+        margin=Margin(kind="nats", value=1e-4),
     )
     assert "validation records would tell, more seeds would not" in by_records.sentence
 

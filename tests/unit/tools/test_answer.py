@@ -10,8 +10,9 @@ import pytest
 
 from trainer.config.errors import UserError
 from trainer.data.row_info import RowInfo
+from trainer.report.margin import Margin
 from trainer.tools.study.answer import UnitLosses, judge, read_test_losses, write_answer
-from trainer.tools.study.rule import Margin, Rule
+from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import Candidate, SearchOutcome, TrialSpec
 from trainer.tools.study.worker import run_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
@@ -49,7 +50,7 @@ def simulate(excess: float, *, noise: float = 0.01, num_seeds: int = 3, num_unit
         (0.01, 0.01, Margin(kind="nats", value=0.02), "good enough", "lora is good enough, worse by 0.00"),
         (0.05, 0.01, Margin(kind="nats", value=0.02), "worse", "lora is worse than full: +0.04"),
         (0.018, 0.9, Margin(kind="nats", value=0.02), "cannot tell yet", "cannot tell yet whether lora is good enough"),
-        (0.01, 0.01, Margin(), "good enough", "margin 0.02 of what full gained over the base"),
+        (0.01, 0.01, Margin(), "good enough", "margin 2 % of what full gained"),
         (0.05, 0.01, Margin(), "worse", "lora is worse than full"),
         (0.01, 0.01, Margin(kind="bits_per_byte", value=0.005), "good enough", "margin 0.005 bits per byte"),
         (0.03, 0.01, Margin(kind="bits_per_byte", value=0.005), "worse", "margin 0.005 bits per byte"),

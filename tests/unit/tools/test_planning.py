@@ -3,9 +3,10 @@
 import pytest
 
 from trainer.config.errors import UserError
+from trainer.report.margin import Margin
 from trainer.tools.study import planning
 from trainer.tools.study.planning import TrialCost, fit_to_budget, parse_duration, plan_study
-from trainer.tools.study.rule import Margin, Rule, plan_rungs
+from trainer.tools.study.rule import Rule, plan_rungs
 
 
 def make_rule(methods: tuple[str, ...], answer_seeds: tuple[int, ...]) -> Rule:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.tools.study.rule import Margin, Rule, plan_rungs
+from trainer.report.margin import Margin
+from trainer.tools.study.rule import Rule, plan_rungs
 from trainer.tools.study.search import Candidate, MethodSearch, StudyState, TrialSpec, study_state
 
 Objective = Callable[[TrialSpec], float]

@@ -16,8 +16,9 @@ from types import ModuleType
 import pytest
 
 from trainer.config.errors import UserError
+from trainer.report.margin import Margin
 from trainer.tools.study import planning, worker
-from trainer.tools.study.rule import Margin, Rule, plan_rungs, read_rule, write_rule
+from trainer.tools.study.rule import Rule, plan_rungs, read_rule, write_rule
 from trainer.tools.study.study import Study, study_table
 from trainer.tools.study.trial_queue import TrialQueue
 from trainer.tools.study.worker import make_slots

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.errors import UserError
+from trainer.report.margin import Margin
 from trainer.report.paired_interval import (
     PairedInterval,
-    margin_contrast,
     paired_interval,
     sum_by_unit,
     what_would_tell,
 )
-from trainer.tools.study.rule import MIN_ANSWER_SEEDS, PRIMARY, Margin, Rule
+from trainer.tools.study.rule import MIN_ANSWER_SEEDS, PRIMARY, Rule
 from trainer.tools.study.search import SearchOutcome, TrialSpec
 from trainer.tools.study.worker import run_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
@@ -123,12 +123,15 @@ def judge(method: str, losses: UnitLosses, full: UnitLosses, rule: Rule, *, leve
         verdict, sentence = "better", f"{subject} is better than full: {interval}"
     elif gap.upper < 0:
         worse = f", worse by {excess.estimate:.4f}" if excess.low > 0 else ""
-        verdict, sentence = "good enough", f"{subject} is good enough{worse}: {interval}, {_margin_text(rule.margin)}"
+        verdict, sentence = (
+            "good enough",
+            f"{subject} is good enough{worse}: {interval}, margin {rule.margin.describe()}",
+        )
     elif gap.low > 0:
-        verdict, sentence = "worse", f"{subject} is worse than full: {interval}, {_margin_text(rule.margin)}"
+        verdict, sentence = "worse", f"{subject} is worse than full: {interval}, margin {rule.margin.describe()}"
     else:
         verdict = "cannot tell yet"
-        sentence = f"cannot tell yet whether {subject} is good enough: {interval}, {_margin_text(rule.margin)}; "
+        sentence = f"cannot tell yet whether {subject} is good enough: {interval}, margin {rule.margin.describe()}; "
         sentence += _what_is_missing(gap, level)
     return Answer(
         method=method, verdict=verdict, sentence=sentence, excess=excess, margin_gap=gap,
@@ -138,22 +141,9 @@ def judge(method: str, losses: UnitLosses, full: UnitLosses, rule: Rule, *, leve
 
 def _margin_gap(losses: UnitLosses, full: UnitLosses, margin: Margin) -> NDArray[np.float64]:
     """Excess minus margin, nats [seeds, units]."""
-    if margin.kind == "share":  # what full gained is an estimate too: its error is part of the contrast
-        return margin_contrast(losses.nll, full.nll, full.base_nll, margin.value)
-    if margin.kind == "nats":
-        return losses.nll - full.nll - margin.value * full.targets
-    if not full.num_bytes.all():
-        raise UserError("--margin in bits per byte: the bytes of the test records are not known; give it in nats")
-    return losses.nll - full.nll - margin.value * np.log(2) * full.num_bytes
-
-
-def _margin_text(margin: Margin) -> str:
-    texts = {
-        "share": f"margin {margin.value:.3g} of what full gained over the base",
-        "nats": f"margin {margin.value:g} nats per token",
-        "bits_per_byte": f"margin {margin.value:g} bits per byte",
-    }
-    return texts[margin.kind]
+    if reason := margin.why_not(has_base=True, has_bytes=bool(full.num_bytes.all())):
+        raise UserError(f"--margin {margin.describe()}: {reason}")
+    return margin.contrast(losses.nll, full.nll, base=full.base_nll, targets=full.targets, num_bytes=full.num_bytes)
 
 
 def _what_is_missing(gap: PairedInterval, level: float) -> str:

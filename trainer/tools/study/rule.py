@@ -6,9 +6,10 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.report.margin import Margin
 
 RULE_FILE = "rule.json"
 METHODS = {
@@ -21,18 +22,9 @@ METHODS = {
     "lora-int8": ("--mode", "lora", "--quant", "int8"),
 }
 PRIMARY = ("full", "lora")  # the comparison that the answer is about; others are exploratory
-DEFAULT_MARGIN_SHARE = 0.02
 MIN_ANSWER_SEEDS = 3  # below it nothing is said of a method, only of the models
 RUNG_FACTOR = 4  # a rung's runs are so many times as long as those of the rung before, and a fourth of them goes on
 MIN_RUNG_STEPS = 8  # a shorter run says nothing of a rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class Margin:
-    """How much worse is still good enough."""
-
-    kind: Literal["share", "nats", "bits_per_byte"] = "share"  #: share: of what full gained over the base
-    value: float = DEFAULT_MARGIN_SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
