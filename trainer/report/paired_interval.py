@@ -168,6 +168,15 @@ def margin_contrast(lora: Matrix, full: Matrix, base: Matrix, share: float) -> M
     return np.asarray(lora - full - share * (base - full), dtype=np.float64)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values of several claims, raised so that all hold together (Holm, Scand. J. Stat. 6, 1979)."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def sum_by_unit(values: Matrix, units: Sequence[str] | NDArray[np.object_]) -> Matrix:
     """Columns of `values` (..., records) summed over the records of one unit: (..., units), units in sorted order."""
     names = np.asarray(units, dtype=str)

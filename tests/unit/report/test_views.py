@@ -1,0 +1,69 @@
+"""Equal budgets, capacity and several claims at once: hand-computed numbers."""
+
+import math
+
+import pytest
+
+from trainer.report.capacity import Capacity
+from trainer.report.paired_interval import holm
+from trainer.report.views import Point, build_views, disagreements
+
+
+def curve(losses: list[float], *, flops: float, seconds: float | None = None, memory: float = 1e9) -> list[Point]:
+    """Points at 100, 200, ... tokens; `flops` and `seconds` a token."""
+    return [
+        Point(
+            loss=loss, tokens=100 * i, flops=100 * i * flops, seconds=seconds and 100 * i * seconds,
+            peak_memory_bytes=memory,
+        )
+        for i, loss in enumerate(losses, start=1)
+    ]  # fmt: skip
+
+
+def test_at_equal_flops_the_dearer_mode_is_read_off_its_curve_where_the_cheaper_ends() -> None:
+    full, lora = curve([3.0, 2.0, 1.8], flops=3, memory=2e9), curve([3.1, 2.1, 1.9], flops=2)
+    tokens, flops, seconds, memory = build_views([full], [lora], no_seconds="not timed in alternation")
+    assert (tokens.budget, tokens.full_loss, tokens.lora_loss, tokens.favours) == (300, 1.8, 1.9, "full")
+    assert (flops.budget, flops.full_loss, flops.lora_loss) == (600, 2.0, 1.9)  # full's second evaluation: 200 x 3
+    assert flops.favours == "lora"
+    assert seconds.describe() == "at equal seconds: not known (not timed in alternation)"
+    assert memory.describe() == "at equal peak memory (1.00 GB): only LoRA fits, with loss 1.9000"
+    sentences = disagreements([tokens, flops, seconds, memory])
+    assert len(sentences) == 2
+    assert sentences[0].startswith("LoRA is ahead at equal FLOPs (600): LoRA 1.9000, full 2.0000")
+    assert sentences[0].endswith("where at equal tokens full is ahead")
+
+
+def test_between_two_evaluations_the_loss_is_linear_in_the_logarithm_of_what_was_spent() -> None:
+    full, lora = curve([3.0, 2.0], flops=1, seconds=1.0), curve([2.9], flops=1, seconds=math.sqrt(2))
+    seconds = build_views([full], [lora])[2]
+    assert seconds.budget == pytest.approx(100 * math.sqrt(2))  # half the way from 100 to 200 in its logarithm
+    assert seconds.full_loss == pytest.approx(2.5)
+    assert "141.4 s, 0.07857 at 2 an hour): LoRA 2.9000" in seconds.describe(price_per_hour=2)
+
+
+def test_with_two_seeds_a_view_favours_a_mode_by_its_interval_only() -> None:
+    full = [curve([2.0], flops=1), curve([2.0], flops=1)]
+    certain = build_views(full, [curve([2.1], flops=1), curve([2.1001], flops=1)])[0]
+    unsure = build_views(full, [curve([2.1], flops=1), curve([1.95], flops=1)])[0]
+    assert (certain.favours, unsure.favours) == ("full", "")
+    assert "over seeds" in certain.describe()
+    with pytest.raises(ValueError, match="expected pairs"):
+        build_views(full, [])
+
+
+def test_capacity_is_two_bits_a_weight_against_the_first_epochs_loss_in_bits() -> None:
+    """102,400 weights hold 0.2 Mbit; 500,000 targets at 4.3 nats carry 500,000 x 4.3 / ln 2 = 3.1 Mbit."""
+    small = Capacity(num_trained=102_400, num_targets=500_000, first_epoch_loss=4.3, lora_rank=8)
+    assert (small.weight_bits, round(small.data_bits)) == (204_800, 3_101_794)
+    assert small.describe().startswith(
+        "adapters hold 0.2 Mbit, the data 3.1 Mbit: expect a plateau; rank 32 holds 0.8 (rule of thumb"
+    )
+    large = Capacity(num_trained=2_000_000, num_targets=500_000, first_epoch_loss=4.3, lora_rank=128)
+    assert "hold 4.0 Mbit, the data 3.1 Mbit: no plateau for want of weights is expected (rule" in large.describe()
+
+
+def test_holm_multiplies_the_smallest_by_their_number_and_never_falls() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

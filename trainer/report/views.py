@@ -1,0 +1,134 @@
+"""Full against LoRA at equal tokens, FLOPs, seconds (or money) and peak memory: from what runs had spent for a loss.
+
+A curve is one seed's way of one mode: points of a loss and what was spent until then, from the evaluations of a run or
+from whole runs of several lengths. Within a budget a curve has the loss that it reaches: linear in the logarithm of
+what was spent between two points, never beyond its last. The budget of a view is the largest that every curve reaches.
+Views are exploratory: the primary comparison is the one at equal tokens that the sentence is about.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from trainer.report.paired_interval import PairedInterval, seeds_interval
+
+Resource = Literal["tokens", "flops", "seconds", "peak_memory_bytes"]
+RESOURCES: tuple[Resource, ...] = get_args(Resource)
+RESOURCE_NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds", "peak_memory_bytes": "peak memory"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A loss (nats per token) and what was spent for it; None where that was not measured."""
+
+    loss: float
+    tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None  #: timed in alternation; a run's own clock is none of this
+    peak_memory_bytes: float | None = None
+
+
+Curve = Sequence[Point]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Both modes within one budget, losses as means over seeds; `reason` says why there is none."""
+
+    resource: Resource
+    budget: float | None = None
+    full_loss: float | None = None  #: None where full does not fit into the budget
+    lora_loss: float | None = None
+    difference: PairedInterval | None = None  #: LoRA - full over seeds, None below two pairs
+    reason: str = ""
+
+    @property
+    def favours(self) -> Literal["lora", "full", ""]:
+        """The mode ahead: the one that fits, or by the interval where there is one; "" where that is not known."""
+        if self.full_loss is None or self.lora_loss is None:
+            return "lora" if self.lora_loss is not None else "full" if self.full_loss is not None else ""
+        if self.difference is not None and not self.difference.excludes_zero:
+            return ""
+        return "lora" if self.lora_loss < self.full_loss else "full" if self.full_loss < self.lora_loss else ""
+
+    def describe(self, price_per_hour: float | None = None) -> str:
+        """`at equal FLOPs (1.2e+12): LoRA 2.1034, full 2.1423, difference -0.0389 [-0.0500, -0.0278]`."""
+        name = RESOURCE_NAMES[self.resource]
+        if self.budget is None:
+            return f"at equal {name}: not known ({self.reason})"
+        where = f"at equal {name} ({_format_amount(self.resource, self.budget)}"
+        if self.resource == "seconds" and price_per_hour is not None:
+            where += f", {self.budget / 3600 * price_per_hour:.4g} at {price_per_hour:g} an hour"
+        where += "): "
+        if self.full_loss is None or self.lora_loss is None:
+            fits, loss = ("LoRA", self.lora_loss) if self.full_loss is None else ("full", self.full_loss)
+            return f"{where}only {fits} fits, with loss {loss:.4f}"
+        line = f"{where}LoRA {self.lora_loss:.4f}, full {self.full_loss:.4f}"
+        if self.difference is None:
+            return f"{line}, difference {self.lora_loss - self.full_loss:+.4f}"
+        d = self.difference
+        return f"{line}, difference {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] over seeds"
+
+
+def build_views(full: Sequence[Curve], lora: Sequence[Curve], *, no_seconds: str = "not timed") -> tuple[View, ...]:
+    """One view a resource, of curves paired by seed; `no_seconds`: why there are none. ValueError without a pair."""
+    if not full or len(full) != len(lora):
+        raise ValueError(f"{len(full)} curves of full and {len(lora)} of LoRA: expected pairs")
+    return tuple(_build_view(resource, full, lora, no_seconds) for resource in RESOURCES)
+
+
+def disagreements(views: Sequence[View], price_per_hour: float | None = None) -> list[str]:
+    """A sentence for each view that puts another mode ahead than the view at equal tokens does."""
+    primary = next((view.favours for view in views if view.resource == "tokens"), "")
+    names = {"lora": "LoRA is ahead", "full": "full is ahead", "": "neither is ahead for certain"}
+    return [
+        f"{names[view.favours]} {view.describe(price_per_hour)}, where at equal tokens {names[primary]}"
+        for view in views
+        if view.budget is not None and view.favours != primary
+    ]
+
+
+def _build_view(resource: Resource, full: Sequence[Curve], lora: Sequence[Curve], no_seconds: str) -> View:
+    spent = [[getattr(point, resource) for point in curve] for curve in (*full, *lora)]
+    if any(value is None for values in spent for value in values) or not all(spent):
+        return View(resource=resource, reason=no_seconds if resource == "seconds" else "not recorded by every run")
+    is_memory = resource == "peak_memory_bytes"
+    # memory is held, not used up: the budget is what the thriftier mode needs, and a mode fits or does not
+    needs = [max(min(values) for values in half) for half in (spent[: len(full)], spent[len(full) :])]
+    budget = min(needs) if is_memory else min(map(max, spent))
+    losses = [[_loss_within(curve, resource, budget) for curve in curves] for curves in (full, lora)]
+    means = [
+        None if None in values else math.fsum(v for v in values if v is not None) / len(values) for values in losses
+    ]
+    difference = None
+    if len(full) > 1 and None not in means:
+        pairs = zip(*losses, strict=True)
+        difference = seeds_interval([b - a for a, b in pairs if a is not None and b is not None])
+    return View(resource=resource, budget=budget, full_loss=means[0], lora_loss=means[1], difference=difference)
+
+
+def _mean(losses: Sequence[float | None]) -> float | None:
+    known = [loss for loss in losses if loss is not None]
+    return math.fsum(known) / len(known) if len(known) == len(losses) else None
+
+
+def _loss_within(curve: Curve, resource: Resource, budget: float) -> float | None:
+    """The lowest loss that a curve reaches within a budget; None where its first point is beyond it."""
+    points = sorted((getattr(point, resource), point.loss) for point in curve)
+    within = [loss for spent, loss in points if spent <= budget]
+    if not within:
+        return None
+    if resource != "peak_memory_bytes" and len(within) < len(points):
+        (a, loss_a), (b, loss_b) = points[len(within) - 1], points[len(within)]
+        if 0 < a < b:
+            within.append(loss_a + (loss_b - loss_a) * math.log(budget / a) / math.log(b / a))
+    return min(within)
+
+
+def _format_amount(resource: Resource, amount: float) -> str:
+    if resource == "peak_memory_bytes":
+        return f"{amount / 1e9:.2f} GB"
+    if resource == "flops":
+        return f"{amount:.3g}"
+    return f"{amount:,.0f}" if resource == "tokens" else f"{amount:.4g} s"
