@@ -323,7 +323,7 @@ def test_prepared_data_store_as_many_prompts_as_num_samples_allows(tiny_model, t
 def test_the_wandb_logger_logs_a_sample_table_and_the_scores():
     logged: list[tuple[dict[str, Any], int]] = []
     run: Any = SimpleNamespace(log=lambda row, step: logged.append((row, step)), summary={}, finish=lambda **_: None)
-    sink = WandbLogger(run, pytest.fail, last_logged_step=1)
+    sink = WandbLogger(run, last_logged_step=1)
     text = {"prompt": "p", "reference": "r", "completion": "c"}
     facts = {"epoch": 0.5, "samples": 4, "tokens": 9, "seconds": 0.1, "texts": [text], "scores": {"chrf": 12.5}}
     for step in (1, 2):

@@ -127,35 +127,36 @@ class FailingRun:
     finish = log
 
 
-def test_the_first_wandb_failure_is_reported_once_and_ends_wandb_logging() -> None:
+def test_the_first_wandb_failure_is_reported_once_and_ends_wandb_logging(caplog: pytest.LogCaptureFixture) -> None:
     for records in (RECORDS, [RECORDS[-1]], []):
-        said: list[str] = []
-        sink = WandbLogger(FailingRun, said.append)
+        caplog.clear()
+        sink = WandbLogger(FailingRun)
         for record in records:
             sink.log(record)
         sink.close(0)
         sink.close(0)
-        assert said == ["W&B stopped working (the service is gone); going on without it, metrics.jsonl has every row"]
+        assert caplog.messages == [
+            "W&B stopped working (the service is gone); going on without it, metrics.jsonl has every row"
+        ]
 
 
 def test_a_wandb_client_that_cannot_be_imported_is_reported_and_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    said: list[str] = []
-    sink = start_wandb(METADATA, tmp_path, say=said.append)
+    sink = start_wandb(METADATA, tmp_path)
     sink.log(RECORDS[0])
     sink.close(0)
-    assert len(said) == 1
-    assert said[0].startswith("W&B: not available (")
+    (message,) = caplog.messages
+    assert message.startswith("W&B: not available (")
 
 
-def test_disabled_wandb_says_nothing_and_imports_nothing(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_disabled_wandb_says_nothing_and_imports_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "trainer")
     before = set(sys.modules)
-    start_wandb(make_metadata("full", wandb__mode="disabled"), tmp_path, say=said.append).close(0)
-    assert said == []
+    start_wandb(make_metadata("full", wandb__mode="disabled"), tmp_path).close(0)
+    assert caplog.messages == []
     assert "wandb" not in set(sys.modules) - before
     assert not list(tmp_path.iterdir())
 
@@ -187,7 +188,7 @@ def test_a_setting_that_an_older_wandb_client_lacks_is_left_out(
 # Weights & Biases: the real client
 
 CHILD_CODE = """
-import os, signal, sys, time
+import logging, os, signal, sys, time
 from pathlib import Path
 from helpers.fake_runs import make_metadata, make_records
 from trainer.tracking.wandb_logger import start_wandb
@@ -199,6 +200,8 @@ def forbid(event, args):
         print("LOOKUP", args[0], flush=True)
 sys.addaudithook(forbid)
 
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+logging.getLogger("trainer").setLevel(logging.INFO)
 mode, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 run = make_metadata("lora", wandb__mode=mode)
 sink = start_wandb(run, Path("run"), is_resumed=first > 0, init_seconds=3, finish_seconds=3)

@@ -1,5 +1,6 @@
 """Progress of a run in one voice: a bar on a terminal, plain lines every few seconds where there is none."""
 
+import logging
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ def is_terminal(stream: "TextIO | SafeStream") -> bool:
 
 
 class ProgressBar:
-    """A logger that shows where a run is; `say` puts a line above the bar.
+    """A logger that shows where a run is; `print_line` puts a line above the bar.
 
     `total` is the number of steps of the whole run, `epochs` its length in epochs. Rows of evaluations, epochs and
     events are always shown, of steps the first, the last and one every `interval` seconds by `clock`. Output that
@@ -68,15 +69,15 @@ class ProgressBar:
             self._show_step(record)
         elif isinstance(record, EvalRecord):
             losses = f"validation loss {record.loss:.4f}  perplexity {_format_short(record.perplexity)}"
-            self.say(f"{self._position('eval', record)}  {losses}")
+            self.print_line(f"{self._position('eval', record)}  {losses}")
         elif isinstance(record, EpochRecord):
-            self.say(f"{self._position('mean', record)}  train loss {record.train_loss:.4f} over the epoch")
+            self.print_line(f"{self._position('mean', record)}  train loss {record.train_loss:.4f} over the epoch")
         elif record.message:
             if record.event in FINAL_EVENTS:
                 self._flush_pending_line()
-            self.say(record.message)
+            self.print_line(record.message)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print one line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.console.print(escape_lines(line), markup=False, highlight=False, soft_wrap=True)
@@ -92,7 +93,7 @@ class ProgressBar:
 
     def _flush_pending_line(self) -> None:
         if self._pending_line is not None:
-            self.say(self._pending_line)
+            self.print_line(self._pending_line)
             self._pending_line = None
 
     def _show_step(self, record: StepRecord) -> None:
@@ -111,7 +112,7 @@ class ProgressBar:
         )
         if now - self._last_print_time >= self._interval or record.step >= self._total_steps:
             self._last_print_time, self._pending_line = now, None
-            self.say(line)
+            self.print_line(line)
         else:
             self._pending_line = line
 
@@ -129,6 +130,29 @@ class ProgressBar:
         width = len(str(self._total_steps))
         epoch = "" if isinstance(record, EventRecord) else f"  epoch {_format_epoch(record.epoch)}/{self._epochs_text}"
         return f"{label} {record.step:>{width}}/{self._total_steps}{epoch}"
+
+
+class LogLines(logging.Handler):
+    """Shows what the program's own modules log while a run goes on, above its progress bar; on rank 0 only."""
+
+    def __init__(self, progress_bar: ProgressBar) -> None:
+        super().__init__(logging.INFO)
+        self._progress_bar = progress_bar
+        self._logger = logging.getLogger("trainer")
+        self._previous = (self._logger.level, self._logger.propagate)
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False  # no second line where the root logger has a handler
+        self._logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message."""
+        self._progress_bar.print_line(record.getMessage())
+
+    def close(self) -> None:
+        """Leave the logging as it was."""
+        self._logger.removeHandler(self)
+        self._logger.level, self._logger.propagate = self._previous
+        super().close()
 
 
 def _bar(stream: Any, total: int, epochs: str) -> tuple[Any, Any]:

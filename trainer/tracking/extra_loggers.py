@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 from trainer.config.errors import UserError
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.wandb_keys import wandb_config, wandb_row
+
+logger = logging.getLogger(__name__)
 
 
 class ExtraLogger(Protocol):
@@ -32,34 +35,32 @@ def check_extra_loggers(names: Sequence[str]) -> None:
 
 
 def start_extra_loggers(
-    names: Sequence[str], metadata: Mapping[str, Any], folder: Path, *, resume_step: int, say: Callable[[str], None]
+    names: Sequence[str], metadata: Mapping[str, Any], folder: Path, *, resume_step: int
 ) -> list["FailSafeLogger"]:
     """A logger for each name. `after`: the step that a resumed run goes on from, -1 where it begins."""
     logger_classes: dict[str, Callable[..., ExtraLogger]] = {"tensorboard": TensorBoardLogger, "trackio": TrackioLogger}
-    return [
-        FailSafeLogger(name, partial(logger_classes[name], metadata, folder, resume_step, say), say) for name in names
-    ]
+    return [FailSafeLogger(name, partial(logger_classes[name], metadata, folder, resume_step)) for name in names]
 
 
 class FailSafeLogger:
-    """Hands records to a writer; the first failure is said and ends it, for training goes on without it."""
+    """Hands records to a writer; the first failure is logged and ends it, for training goes on without it."""
 
-    def __init__(self, name: str, start: Callable[[], ExtraLogger], say: Callable[[str], None]) -> None:
-        self._name, self._say = name, say
+    def __init__(self, name: str, start: Callable[[], ExtraLogger]) -> None:
+        self._name = name
         self._logger: ExtraLogger | None = None
         self._guard(lambda: setattr(self, "_logger", start()))
 
     def log(self, record: Record) -> None:
         """Log one record; never raises. Events are for people and stay in metrics.jsonl."""
-        logger = self._logger
-        if logger is not None and not isinstance(record, EventRecord):
-            self._guard(lambda: logger.log(record))
+        target = self._logger
+        if target is not None and not isinstance(record, EventRecord):
+            self._guard(lambda: target.log(record))
 
     def close(self, exit_code: int) -> None:
         """Hand over what is still held; never raises, a second call does nothing."""
-        logger, self._logger = self._logger, None
-        if logger is not None:
-            self._guard(logger.close)
+        target, self._logger = self._logger, None
+        if target is not None:
+            self._guard(target.close)
 
     def _guard(self, action: Callable[[], object]) -> None:
         try:
@@ -67,13 +68,13 @@ class FailSafeLogger:
         except Exception as error:
             self._logger = None
             reason = " ".join(str(error).split())[:120] or type(error).__name__
-            self._say(f"{self._name} stopped working ({reason}); going on without it, metrics.jsonl has every row")
+            logger.warning(f"{self._name} stopped working ({reason}); going on without it, metrics.jsonl has every row")
 
 
 class TensorBoardLogger:
     """Event files in OUT/tensorboard; the x axis is the step, and epoch, samples and tokens are curves of their own."""
 
-    def __init__(self, metadata: Mapping[str, Any], folder: Path, resume_step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, metadata: Mapping[str, Any], folder: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         log_dir = folder / "tensorboard"
@@ -85,7 +86,7 @@ class TensorBoardLogger:
             config = {name: value for name, value in wandb_config(metadata).items() if name != "run"}
             lines = "\n".join(f"| {name} | {value} |" for name, value in config.items())
             self._writer.add_text("config", f"| setting | value |\n|---|---|\n{lines}", 0)
-        say(f"TensorBoard: `tensorboard --logdir {os.path.relpath(log_dir)}`")
+        logger.info(f"TensorBoard: `tensorboard --logdir {os.path.relpath(log_dir)}`")
 
     def log(self, record: Record) -> None:
         """Every value of the row as a scalar at its step."""
@@ -100,7 +101,7 @@ class TensorBoardLogger:
 class TrackioLogger:
     """Trackio's own store on this machine (or where its own variables say), in the project that W&B would use."""
 
-    def __init__(self, metadata: Mapping[str, Any], folder: Path, resume_step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, metadata: Mapping[str, Any], folder: Path, resume_step: int) -> None:
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
@@ -123,7 +124,7 @@ class TrackioLogger:
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
-        say(f"Trackio: `trackio show --project {project}`")
+        logger.info(f"Trackio: `trackio show --project {project}`")
 
     def log(self, record: Record) -> None:
         """The row at its step; one that an earlier process logged is left out."""

@@ -1,11 +1,12 @@
 """`--profile STEPS`: torch's profiler over some steps of a normal run; a trace file and a table of the ten largest."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
 from trainer.tracking.records import Record, StepRecord
 
+logger = logging.getLogger(__name__)
 NUM_WARMUP_STEPS = 3  # steps before it begins: the first ones allocate and compile
 NUM_TOP_OPERATIONS = 10
 
@@ -17,8 +18,8 @@ class ProfileLogger:
     their own. It changes no number, but the profiled steps take longer.
     """
 
-    def __init__(self, folder: Path, num_steps: int, say: Callable[[str], None]) -> None:
-        self._folder, self._num_steps, self._say = folder / "profile", num_steps, say
+    def __init__(self, folder: Path, num_steps: int) -> None:
+        self._folder, self._num_steps = folder / "profile", num_steps
         self._num_steps_seen = 0
         self._profiler: Any = None
 
@@ -36,7 +37,7 @@ class ProfileLogger:
         if self._profiler is not None:
             self._end()
         elif self._num_steps_seen < NUM_WARMUP_STEPS:
-            self._say(f"--profile: the run ended before its step {NUM_WARMUP_STEPS + 1}, nothing was profiled")
+            logger.info(f"--profile: the run ended before its step {NUM_WARMUP_STEPS + 1}, nothing was profiled")
             self._num_steps_seen = NUM_WARMUP_STEPS
 
     def _begin(self) -> None:
@@ -52,7 +53,7 @@ class ProfileLogger:
         profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
         table = top_table(profiler.key_averages(), min(self._num_steps_seen - NUM_WARMUP_STEPS, self._num_steps))
         (self._folder / "top.md").write_text(table, encoding="utf-8")
-        self._say(
+        logger.info(
             f"profile of {min(self._num_steps_seen - NUM_WARMUP_STEPS, self._num_steps)} steps in "
             f"{self._folder}:\n{table.rstrip()}"
         )

@@ -3,10 +3,11 @@
 import configparser
 import contextlib
 import json
+import logging
 import netrc
 import os
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from trainer.config.errors import UserError
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.wandb_keys import AXES, METRICS, run_tags, sample_row, wandb_config, wandb_row, wandb_summary
 
+logger = logging.getLogger(__name__)
 PUBLIC_HOSTS = (
     "api.wandb.ai",
     "api.forge.coreweave.com",
@@ -93,18 +95,17 @@ def start_wandb(
     folder: Path,
     *,
     is_resumed: bool = False,
-    say: Callable[[str], None] = print,
     init_seconds: float = INIT_TIMEOUT_SECONDS,
     finish_seconds: float = FINISH_TIMEOUT_SECONDS,
 ) -> "WandbLogger":
     """The logger of the run that `run` (run.json) describes, in the mode that run["wandb"]["mode"] names.
 
-    A server that does not answer makes the run an offline one; any other trouble is said once and leaves a
+    A server that does not answer makes the run an offline one; any other trouble is logged once and leaves a
     logger that takes records and does nothing.
     """
     mode = metadata["wandb"]["mode"]
     if mode == "disabled":
-        return WandbLogger(None, say)
+        return WandbLogger(None)
     timeouts = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
     try:
         prepare_environment(folder, mode)
@@ -115,7 +116,7 @@ def start_wandb(
         except Exception as error:
             if mode != "online":
                 raise
-            say(f"W&B: no connection ({_one_line(error)}); going on offline")
+            logger.warning(f"W&B: no connection ({_one_line(error)}); going on offline")
             _teardown()  # the failed start still holds the id
             prepare_environment(folder, mode := "offline")
             wandb_run = _init(wandb, metadata, folder, mode, is_resumed, timeouts)
@@ -123,13 +124,12 @@ def start_wandb(
             wandb_run.define_metric(axis, hidden=True)
         for pattern, axis, summary in METRICS:
             wandb_run.define_metric(pattern, step_metric=axis, summary=summary)
-        say(_run_location(wandb_run, mode))
-        return WandbLogger(
-            wandb_run, say, last_logged_step=_last_step(wandb, folder, metadata["run_id"]) if is_resumed else -1
-        )
+        logger.info(_run_location(wandb_run, mode))
+        last_step = _last_step(wandb, folder, metadata["run_id"]) if is_resumed else -1
+        return WandbLogger(wandb_run, last_logged_step=last_step)
     except Exception as error:  # whatever happens in there, it must not cost the run
-        say(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
-        return WandbLogger(None, say)
+        logger.warning(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
+        return WandbLogger(None)
 
 
 def _init(
@@ -159,14 +159,14 @@ def _init(
 
 
 class WandbLogger:
-    """Hands records to a wandb run (None: takes them and does nothing); the first failure is said and ends it.
+    """Hands records to a wandb run (None: takes them and does nothing); the first failure is logged and ends it.
 
     `after`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows up
     to it are left out; a resumed run repeats them number by number anyway.
     """
 
-    def __init__(self, run: Any, say: Callable[[str], None], last_logged_step: int = -1) -> None:
-        self._run, self._say, self._last_logged_step = run, say, last_logged_step
+    def __init__(self, run: Any, last_logged_step: int = -1) -> None:
+        self._run, self._last_logged_step = run, last_logged_step
 
     def log(self, record: Record) -> None:
         """Log one record; never raises."""
@@ -191,14 +191,14 @@ class WandbLogger:
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:
-            self._say(f"W&B: the server did not take everything in time; send the rest with {_sync_command(run)}")
+            logger.warning(f"W&B: the server did not take everything in time; send the rest with {_sync_command(run)}")
         except Exception as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
         _teardown()
-        self._say(f"W&B stopped working ({_one_line(error)}); going on without it, metrics.jsonl has every row")
+        logger.warning(f"W&B stopped working ({_one_line(error)}); going on without it, metrics.jsonl has every row")
 
 
 def _samples_table(record: EventRecord) -> Any:

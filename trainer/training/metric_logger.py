@@ -6,7 +6,7 @@ from typing import Any
 
 from trainer.data.dataset import PreparedDataset
 from trainer.tracking import records
-from trainer.tracking.console import ProgressBar
+from trainer.tracking.console import LogLines, ProgressBar
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, EvalRecordsLogger, rewind_evaluations
 from trainer.tracking.extra_loggers import start_extra_loggers
 from trainer.tracking.jsonl import JsonlLogger, RowsDigest, rewind
@@ -36,6 +36,7 @@ class MetricLogger:
         self.plan = plan
         self.metrics_path = folder / "metrics.jsonl"
         self.loggers: list[RecordLogger] = []
+        self._log_lines: LogLines | None = None
         self.num_truncated = 0
         if plan.dist_context.rank != 0:
             return
@@ -46,16 +47,17 @@ class MetricLogger:
             rewind_evaluations(folder / EVAL_RECORDS_FILE, last_step, eval_pending=state.eval_pending)
         output, schedule = plan.settings.output, plan.schedule
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
+        self._log_lines = LogLines(progress_bar)
         resume_step = state.step if is_resumed else -1
         self.loggers = [
             EvalRecordsLogger(folder, data.row_info("val")),  # before the line that says so
             JsonlLogger(self.metrics_path, resume=is_resumed),
             progress_bar,
-            start_wandb(metadata, folder, is_resumed=is_resumed, say=progress_bar.say),
-            *start_extra_loggers(output.report_to, metadata, folder, resume_step=resume_step, say=progress_bar.say),
+            start_wandb(metadata, folder, is_resumed=is_resumed),
+            *start_extra_loggers(output.report_to, metadata, folder, resume_step=resume_step),
         ]
         if output.profile:
-            self.loggers.append(ProfileLogger(folder, output.profile, progress_bar.say))
+            self.loggers.append(ProfileLogger(folder, output.profile))
 
     def log(self, record: Record) -> None:
         """Hand a record to every logger."""
@@ -75,5 +77,7 @@ class MetricLogger:
         """Close every logger, then show the table of a run that ended well."""
         for logger in self.loggers:
             logger.close(exit_code)
+        if self._log_lines is not None:
+            self._log_lines.close()
         if self.loggers and exit_code == 0:
             show_summary(records.read_records(self.metrics_path), self.plan.incomparable_reasons())

@@ -251,7 +251,7 @@ PROGRESS_BAR_CODE = """
 from helpers.fake_runs import make_metadata, make_records
 from trainer.tracking import console, summary
 progress = console.ProgressBar(19863, 3.0)
-progress.say("a line [in brackets]")
+progress.print_line("a line [in brackets]")
 for record in make_records(make_metadata()):
     progress.log(record)
 progress.close(0)

@@ -31,23 +31,23 @@ def log_records(loggers: list[FailSafeLogger], records: list[Record]) -> None:
         logger.close(0)
 
 
-def log_in_two_parts(name: str, folder: Path, messages: list[str]) -> None:
+def log_in_two_parts(name: str, folder: Path) -> None:
     """A run that is killed after step 40, with its newest checkpoint at step 30, and then resumed."""
     log_records(
-        start_extra_loggers([name], METADATA, folder, resume_step=-1, say=messages.append),
+        start_extra_loggers([name], METADATA, folder, resume_step=-1),
         [row for row in RECORDS if row.step <= 40],
     )
     log_records(
-        start_extra_loggers([name], METADATA, folder, resume_step=30, say=messages.append),
+        start_extra_loggers([name], METADATA, folder, resume_step=30),
         [row for row in RECORDS if row.step > 30],
     )
 
 
-def test_tensorboard_has_every_record_once_also_after_a_resume(tmp_path):
+def test_tensorboard_has_every_record_once_also_after_a_resume(tmp_path, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    said: list[str] = []
-    log_in_two_parts("tensorboard", tmp_path, said)
+    caplog.set_level("INFO", "trainer")
+    log_in_two_parts("tensorboard", tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     got: dict[tuple[str, int], list[float]] = {}
     for name in events.Tags()["scalars"]:
@@ -55,16 +55,17 @@ def test_tensorboard_has_every_record_once_also_after_a_resume(tmp_path):
             got.setdefault((name, event.step), []).append(event.value)
     assert {key: values[-1] for key, values in got.items()} == pytest.approx(EXPECTED_VALUES, rel=1e-7), "in float32"
     assert all(len(values) == 1 for (name, _), values in got.items() if name not in AXES)
-    assert "tensorboard --logdir" in said[0]
-    assert len(said) == 2, "nothing went wrong"
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
+    assert "tensorboard --logdir" in messages[0]
+    assert len(messages) == 2, "nothing went wrong"
 
 
-def test_trackio_has_every_record_once_also_after_a_resume(tmp_path, monkeypatch):
+def test_trackio_has_every_record_once_also_after_a_resume(tmp_path, monkeypatch, caplog):
     for module in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)  # it reads its folder when it is imported
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    said: list[str] = []
-    log_in_two_parts("trackio", tmp_path / "run", said)
+    caplog.set_level("INFO", "trainer")
+    log_in_two_parts("trackio", tmp_path / "run")
     (store,) = tmp_path.glob("*.db")
     import json
 
@@ -76,12 +77,12 @@ def test_trackio_has_every_record_once_also_after_a_resume(tmp_path, monkeypatch
             got.setdefault((name, step), []).append(value)
     assert {key: values[-1] for key, values in got.items() if key in EXPECTED_VALUES} == EXPECTED_VALUES
     assert all(len(values) == 1 for (name, _), values in got.items() if name not in AXES)
-    assert "trackio show" in said[0]
-    assert len(said) == 2, said
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
+    assert "trackio show" in messages[0]
+    assert len(messages) == 2, messages
 
 
-def test_an_extra_logger_that_fails_is_reported_once_and_dropped():
-    said: list[str] = []
+def test_an_extra_logger_that_fails_is_reported_once_and_dropped(caplog):
     calls: list[int] = []
 
     class Broken:
@@ -92,9 +93,11 @@ def test_an_extra_logger_that_fails_is_reported_once_and_dropped():
         def close(self) -> None:
             raise AssertionError("it was left out")
 
-    log_records([FailSafeLogger("tensorboard", Broken, said.append)], RECORDS)
+    log_records([FailSafeLogger("tensorboard", Broken)], RECORDS)
     assert len(calls) == 1
-    assert said == ["tensorboard stopped working (no space left); going on without it, metrics.jsonl has every row"]
+    assert caplog.messages == [
+        "tensorboard stopped working (no space left); going on without it, metrics.jsonl has every row"
+    ]
 
 
 def test_an_extra_logger_that_is_not_installed_is_one_line(monkeypatch):

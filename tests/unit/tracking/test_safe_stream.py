@@ -23,7 +23,7 @@ own = os.open("own", os.O_WRONLY | os.O_CREAT)  # must not get the number of a s
 show_plan([("data", "\u6f22\u5b57 \udcff")])
 progress = ProgressBar(10, 1.0)
 for number in range(2000):
-    progress.say("line %d \xe9 " % number + "x" * 100)
+    progress.print_line("line %d \xe9 " % number + "x" * 100)
 print("note", file=sys.stderr, flush=True)
 os.system("echo from a child; echo from a child >&2")
 progress.close(0)
