@@ -43,6 +43,7 @@ from trainer.training.run_folder import (
     resolve_output_dir,
     select_checkpoint,
     write_metadata,
+    write_requeue_marker,
     write_run_json,
 )
 from trainer.training.run_plan import RunPlan, make_plan
@@ -148,7 +149,7 @@ class TrainingRun:
     def setup(self, args: CliArgs, previous_metadata: Mapping[str, Any] | None) -> None:
         """Write run.json, build the engine, at its start or where a checkpoint stood, and start the loggers."""
         context, plan, folder = self.plan.dist_context, self.plan, self.folder
-        is_resumed = args.resume is not None
+        is_resumed = previous_metadata is not None
         source = context.on_rank_zero(
             lambda: select_checkpoint(folder, args.resume, self.model) if previous_metadata else None
         )
@@ -207,8 +208,12 @@ class TrainingRun:
             )
             self.state = self._consume(stream)
             signal_handler.check_launcher()  # another rank may have been the first to see that the launcher is gone
-        signal_number = max(context.all_gather_object(signal_handler.signal_number))
-        return 128 + signal_number if self.state.stop_requested or signal_number else 0
+        signal_numbers = context.all_gather_object(signal_handler.signal_number)
+        if not any(signal_numbers):
+            return 0
+        if context.rank == 0:
+            write_requeue_marker(self.folder, signal_numbers)
+        return 128 + max(signal_numbers)
 
     def _consume(self, stream: Generator[Record, None, TrainState]) -> TrainState:
         """Log every record of the stream, and what the callbacks add; returns what the stream returned."""

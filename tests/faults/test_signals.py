@@ -52,7 +52,6 @@ def list_checkpoints(out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("number", "to", "code"),
     [
-        (signal.SIGTERM, (0, 1), 143),
         (signal.SIGINT, (0, 1), 130),
         (signal.SIGTERM, (1,), 143),
         (signal.SIGUSR1, (1,), 138),  # the notice of SLURM's --signal, to any rank
@@ -60,7 +59,7 @@ def list_checkpoints(out: Path) -> list[str]:
 )
 def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, code, argv, finished_run, tmp_path):
     out = tmp_path / "run"
-    group = RankProcesses(argv, out=out)
+    group = RankProcesses([*argv, "--resume", "auto"], out=out)  # begins, since there is nothing yet
     group.wait_until(lambda: last_logged_step(out) >= 1)
     group.send_signal(number, *to)
     assert group.wait() == [code, code], group.output
@@ -68,8 +67,10 @@ def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, 
     last = read_events(out, "interrupted")[0]["step"]
     assert 1 <= last < STEPS
     assert f"step-{last:06d}" in list_checkpoints(out)
+    assert (out / "requeue").read_text() == f"{signal.Signals(number).name}\n"
     if number == signal.SIGINT:  # one of them is enough
-        train([*argv, "--resume"], out=out, world_size=2)
+        train([*argv, "--resume", "auto"], out=out, world_size=2)
+        assert not (out / "requeue").exists()
         assert read_reproducible_records(out) == read_reproducible_records(finished_run)
 
 

@@ -54,6 +54,7 @@ TORCH_FREE = [
     "distributed.memory_estimate",
     "report.compare_cli",
     "tools.study.study",
+    "tools.cluster.launch_files",
 ]
 
 

@@ -61,7 +61,7 @@ class CliArgs:
 
     settings: Settings
     overrides: Mapping[str, Mapping[str, Any]]  #: the flags that were given, {group: {field: value}}
-    resume: str | None  #: None, `latest`, `best` or `step-N`
+    resume: str | None  #: None, `latest`, `auto` (latest where there is a run, else a new one), `best` or `step-N`
     allow_change: tuple[str, ...]  #: settings that may differ from those of the run that is resumed
     dry_run: bool
     show_example: int = 0  #: training examples whose tokens are printed, before the plan of a dry run
@@ -143,8 +143,9 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
         "finetune: any other model (default: the one that fits --model)",
     )  # fmt: skip
     run_flags.add_argument(
-        "--resume", nargs="?", const="latest", metavar="step-N|best",
-        help="go on from the run folder's newest whole checkpoint, or from the one named",
+        "--resume", nargs="?", const="latest", metavar="step-N|best|auto",
+        help="go on from the run folder's newest whole checkpoint, or from the one named; auto: begin where there is "
+        "no run yet",
     )  # fmt: skip
     run_flags.add_argument(
         "--allow-change", action="append", default=[], metavar="NAME",

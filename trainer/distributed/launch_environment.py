@@ -67,6 +67,13 @@ _LAUNCHERS = (
     _Variables(launcher="Kubeflow Trainer", rank="PET_NODE_RANK", world_size="PET_NNODES"),
     _Variables(launcher="SkyPilot", rank="SKYPILOT_NODE_RANK", world_size="SKYPILOT_NUM_NODES"),
 )  # fmt: skip
+#: Variables that change what a run does, by their beginnings: a run on another machine needs them too.
+FORWARDED_PREFIXES = (
+    "WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "TRAINER_", "XDG_CACHE_HOME",
+    "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "OMP_", "MKL_", "GOMP_", "CUDA_", "DS_",
+    "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "ALL_PROXY",
+)  # fmt: skip
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "SLURM_", "PET_", "SKYPILOT_")
 _LAUNCHER_NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",

@@ -1,8 +1,10 @@
 """The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
 
+import contextlib
 import json
 import re
 import secrets
+import signal
 import string
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from trainer.training.checkpoint import Checkpoint
 from trainer.training.run_plan import RunPlan
 
 METADATA_FILE = "run.json"
+REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
 
 
 def resolve_output_dir(
@@ -34,9 +37,9 @@ def resolve_output_dir(
     """
     settings = args.settings
     folder = Path(settings.run_folder)
-    if args.resume is not None:
+    if args.resume is not None and not (args.resume == "auto" and is_unused(folder, ignored_files)):
         return _resume_settings(args, folder)
-    if args.allow_change:
+    if args.allow_change and args.resume is None:
         raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
     if args.runs_finder:  # they only put their own files beside whatever is there
         return settings, None
@@ -68,9 +71,10 @@ def _resume_settings(args: CliArgs, folder: Path) -> tuple[Settings, dict[str, A
 
 def select_checkpoint(folder: Path, which: str | None, model: TrainableModel) -> Checkpoint | None:
     """The checkpoint to go on from; None where the run ended before its first one and may begin again."""
+    which = "latest" if which in (None, "auto") else which
     if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
         return None
-    selected = checkpoint.resolve_checkpoint(folder / "checkpoints", which or "latest")
+    selected = checkpoint.resolve_checkpoint(folder / "checkpoints", which)
     if selected.metadata["base"] != model.metadata["fingerprint"]:
         raise UserError(
             f"checkpoint {selected.folder} is of a run on another base model ({selected.metadata['base']}, "
@@ -114,6 +118,7 @@ def write_metadata(
         metadata = {**previous, "resumed": resumed}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / REQUEUE_FILE).unlink(missing_ok=True)
         write_run_json(folder, metadata)
         if plan.settings.mode == "lora" and plan.settings.model.init == "random":
             save_base_model(plan.settings, folder / "base")  # again on resume: a kill may have cut it off
@@ -121,6 +126,16 @@ def write_metadata(
         message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
         raise UserError(message) from error
     return metadata
+
+
+def write_requeue_marker(folder: Path, signal_numbers: Collection[int]) -> None:
+    """Say that the run was stopped by these signals and may go on: on SIGUSR1, SLURM's notice, a job requeues itself.
+
+    A file, because torchrun turns every exit code into 1. A disk that takes none is left at that.
+    """
+    names = [signal.Signals(number).name for number in sorted(set(signal_numbers) - {0})]
+    with contextlib.suppress(OSError):
+        write_atomically(folder / REQUEUE_FILE, " ".join(names) + "\n")
 
 
 def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:

@@ -115,7 +115,7 @@ def test_a_flag_with_the_presets_own_value_still_counts_as_overridden():
     assert request.settings.train.lr == lr, "and the mode does not change it"
 
 
-@pytest.mark.parametrize(("words", "expected"), [([], None), (["--resume"], "latest"), (["--resume", "best"], "best")])
+@pytest.mark.parametrize(("words", "expected"), [([], None), (["--resume"], "latest"), (["--resume", "auto"], "auto")])
 def test_resume_takes_a_checkpoint_or_the_newest(words, expected):
     assert cli.parse_args(["--mode", "full", *words]).resume == expected
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from trainer.distributed.launch_environment import FORWARDED_PREFIXES
 from trainer.distributed.process_group import find_free_port, forwarded_env_prefixes, supports_bf16
 from trainer.tools.doctor.check_result import (
     ERROR,
@@ -29,12 +30,6 @@ DISTRIBUTION = "gpt2-full-vs-lora"
 LAUNCHER_PORT = 29500  # of `deepspeed` and `torchrun`, where none is named
 MIN_SHM_BYTES = 2**30  # bytes; NCCL's buffers between the GPUs of one machine, some 10 MB a pair
 HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default: where it is, `deepspeed` starts on several machines
-#: Variables that change what a run does, by their beginnings; `deepspeed` forwards only those that it lists.
-RELEVANT_VARIABLE_PREFIXES = (
-    "HF_", "HUGGING", "TRANSFORMERS_", "WANDB_", "TRAINER_", "CUDA_", "OMP_", "MKL_", "TORCH", "TOKENIZERS_", "GLOO_",
-    "XDG_CACHE_HOME", "DS_", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-    "no_proxy",
-)  # fmt: skip
 
 
 def check_environment(world_size: int, environ: Mapping[str, str]) -> Iterator[CheckResult]:
@@ -238,7 +233,7 @@ def check_forwarded_variables(environ: Mapping[str, str], is_multi_node: bool) -
     )
     unforwarded_names = [
         name for name in sorted(environ)
-        if name.startswith(RELEVANT_VARIABLE_PREFIXES)
+        if name.startswith(FORWARDED_PREFIXES)
         and not name.startswith(tuple(forwarded_prefixes)) and name not in file_variables
     ]  # fmt: skip
     if not unforwarded_names:

@@ -1,0 +1,135 @@
+"""Write the files that start a run on several machines: `python launch/cluster.py --slurm|--hosts ...`.
+
+Nothing is submitted or started. Exit code 0: written; 2: a mistake in the flags.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.cli import CliArgs, parse_args
+from trainer.config.errors import UserError, report_error
+from trainer.tools.cluster.launch_files import (
+    LaunchFile,
+    LaunchRequest,
+    SlurmJob,
+    forwarded_names,
+    slurm_files,
+    ssh_files,
+    write_files,
+)
+
+TRAIN_SCRIPT = Path(__file__).absolute().with_name("train.py")
+
+
+def build_parser() -> ArgumentParser:
+    """Its own flags; all others are those of train.py."""
+    parser = ArgumentParser(
+        prog="cluster.py",
+        usage="cluster.py --slurm --nodes N --ranks-per-node N [--time T] [--partition P] [--account A] "
+        "[--cpus-per-task N] [--cpu] [--folder DIR] [flags of train.py]\n"
+        "       cluster.py --hosts NAME:RANKS,NAME:RANKS... [--folder DIR] [flags of train.py]",
+        description="Write a batch script for SLURM, or host list and command for `deepspeed --hostfile`, complete "
+        "for the flags given, and print them; submits nothing. Takes every flag of train.py beside its own.",
+        epilog="python launch/train.py --help lists the flags of the run.",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--slurm", action="store_true", help="a batch script for sbatch: torchrun in one task a node")
+    where.add_argument(
+        "--hosts", metavar="NAME:RANKS,...", help="hosts reached by ssh, the first is this one, and the ranks of each"
+    )
+    parser.add_argument("--nodes", type=int, metavar="N", help="with --slurm: nodes")
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="with --slurm: ranks, and GPUs, of each node")
+    parser.add_argument("--time", metavar="T", help="with --slurm: time limit, as sbatch takes it (2:00:00, 1-12)")
+    parser.add_argument("--partition", metavar="P", help="with --slurm: partition")
+    parser.add_argument("--account", metavar="A", help="with --slurm: account")
+    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="with --slurm: processor cores of each node")
+    parser.add_argument("--cpu", action="store_true", help="with --slurm: ask for no GPUs")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("cluster"), metavar="DIR", help="where the files go (default: cluster)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the files and print them; a mistake is one line on stderr."""
+    parser = build_parser()
+    try:
+        args, run_argv = parser.parse_known_args(argv)
+        if not (args.slurm or args.hosts):
+            raise UserError("expected --slurm, or --hosts NAME:RANKS,NAME:RANKS")
+        cli_args = parse_args(run_argv, companion=parser)
+        if cli_args.dry_run or cli_args.runs_finder:
+            raise UserError("--dry-run, --show-example, --find-lr and --find-batch go with launch/train.py itself")
+        request = _make_request(cli_args, run_argv, args.folder.absolute())
+        files = _slurm_files(args, cli_args, request) if args.slurm else _ssh_files(args, cli_args, request)
+        write_files(request.folder, files)
+    except UserError as error:
+        return report_error(error)
+    except OSError as error:
+        return report_error(UserError(f"--folder {args.folder}: cannot write there: {error.strerror}"))
+    _show(request.folder, files)
+    return 0
+
+
+def _make_request(cli_args: CliArgs, run_argv: list[str], folder: Path) -> LaunchRequest:
+    settings = cli_args.settings
+    return LaunchRequest(
+        script=os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT),
+        flags=tuple(run_argv), run_name=settings.run_name, run_folder=settings.run_folder,
+        grace_seconds=settings.engine.grace, work_dir=Path.cwd(), python_prefix=Path(sys.prefix), folder=folder,
+    )  # fmt: skip
+
+
+def _slurm_files(args: argparse.Namespace, cli_args: CliArgs, request: LaunchRequest) -> list[LaunchFile]:
+    values = vars(args)
+    for name in ("nodes", "ranks_per_node", "cpus_per_task"):
+        flag, value = f"--{name.replace('_', '-')}", values[name]
+        if value is None and name != "cpus_per_task":
+            raise UserError(f"--slurm without {flag}: expected a whole number from 1")
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: expected a whole number from 1")
+    for name in ("time", "partition", "account"):
+        if values[name] is not None and not re.fullmatch(r"[\w:,.+-]+", values[name]):
+            raise UserError(f"--{name} {values[name]}: expected letters, digits and :,.+-_ only")
+    cli_args.settings.train.batch(values["nodes"] * values["ranks_per_node"])
+    job = SlurmJob(
+        num_nodes=values["nodes"], ranks_per_node=values["ranks_per_node"], on_gpus=not values["cpu"],
+        time=values["time"], partition=values["partition"], account=values["account"],
+        cpus_per_task=values["cpus_per_task"],
+    )  # fmt: skip
+    return slurm_files(request, job)
+
+
+def _ssh_files(args: argparse.Namespace, cli_args: CliArgs, request: LaunchRequest) -> list[LaunchFile]:
+    values = vars(args)
+    for name in ("nodes", "ranks_per_node", "time", "partition", "account", "cpus_per_task"):
+        if values[name] is not None:
+            raise UserError(f"--{name.replace('_', '-')} {values[name]}: goes with --slurm")
+    ranks_of_hosts = {}
+    for text in values["hosts"].split(","):
+        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*):([1-9]\d*)", text.strip())
+        if match is None or match[1] in ranks_of_hosts:
+            raise UserError(f"--hosts {values['hosts']}: expected each host once as NAME:RANKS, for instance a:8,b:8")
+        ranks_of_hosts[match[1]] = int(match[2])
+    cli_args.settings.train.batch(sum(ranks_of_hosts.values()))
+    return ssh_files(request, ranks_of_hosts, os.environ)
+
+
+def _show(folder: Path, files: list[LaunchFile]) -> None:
+    for file in files:
+        print(f"# {folder / file.name}")
+        if file.mode == 0o600:  # its values may be secret
+            print(f"(for you only; sets PATH {' '.join(forwarded_names(os.environ))})\n")
+        else:
+            print(file.content)
+    start = "sbatch" if files[0].name == "job.sbatch" else "bash"
+    print(f"# start it with: {start} {shlex.quote(str(folder / files[-1].name))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

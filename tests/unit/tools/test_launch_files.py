@@ -1,0 +1,194 @@
+"""What launch/cluster.py writes: its options exist, it carries what a run needs, keys stay with their owner.
+
+The batch script runs here with stand-ins for what SLURM and torch bring; tests/faults/test_hosts.py starts real runs.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import signal
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SLURM_OPTIONS = dict(
+    line.split(": ", 1) for line in Path(__file__).with_name("slurm_options.txt").read_text().splitlines()[1:]
+)
+SLURM_FLAGS = ["--slurm", "--nodes", "2", "--ranks-per-node", "3", "--mode", "lora", "--global-batch", "6"]
+SSH_FLAGS = ["--hosts", "a:1,b:2", "--mode", "lora", "--global-batch", "6"]
+
+
+def load_cluster() -> object:
+    spec = importlib.util.spec_from_file_location("cluster", ROOT / "launch" / "cluster.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder: Path, *flags: str) -> int:
+    return load_cluster().main([*flags, "--folder", str(folder)])  # type: ignore[attr-defined]
+
+
+def slurm_script(folder: Path, *flags: str) -> str:
+    assert write(folder, *SLURM_FLAGS, *flags) == 0
+    return (folder / "job.sbatch").read_text()
+
+
+def test_every_option_is_in_the_manual_pages(tmp_path):
+    flags = ["--time", "1-12", "--partition", "p", "--account", "a", "--cpus-per-task", "4", "--grace", "99999"]
+    script = slurm_script(tmp_path, *flags)
+    given = dict(re.findall(r"^#SBATCH (--[a-z-]+)=?(.*)$", script, re.MULTILINE))
+    assert set(given) <= set(SLURM_OPTIONS["sbatch"].split())
+    assert given["--nodes"] == "2"
+    assert given["--ntasks-per-node"] == "1"
+    assert given["--gpus-per-node"] == "3"
+    assert given["--signal"] == "USR1@65535", "the largest that sbatch takes"
+    (srun,) = re.findall(r"^srun (.*) bash -c", script, re.MULTILINE)
+    assert set(re.findall(r"--[a-z-]+", srun)) <= set(SLURM_OPTIONS["srun"].split())
+    assert "--gpus-per-node" not in slurm_script(tmp_path, "--cpu")
+
+
+def test_torchrun_and_deepspeed_take_the_commands(tmp_path):
+    from deepspeed.launcher import runner
+    from torch.distributed.run import get_args_parser
+
+    run_flags = ["--config", str(tmp_path / "f.yaml"), "--grace", "90"]
+    (tmp_path / "f.yaml").write_text("lr: 1e-3\n")
+    script = slurm_script(tmp_path, *run_flags)
+    command = re.search(r"exec torchrun (.*) \"\$@\"", script)[1]  # type: ignore[index]
+    command = command.replace("$SLURM_JOB_NUM_NODES", "2").replace("$SLURM_NODEID", "1").replace("$MASTER_PORT", "9")
+    train_command = shlex.split(re.search(r"task \\\n    (.*)\n", script)[1])  # type: ignore[index]
+    args = get_args_parser().parse_args([*shlex.split(command), *train_command])
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "3", 1)
+    assert args.training_script_args[-4:] == ["--grace", "90", "--resume", "auto"]
+
+    assert write(tmp_path, *SSH_FLAGS, *run_flags) == 0
+    command = re.sub(r"\$\(\(.*\)\)", "1", (tmp_path / "run.sh").read_text().partition("exec deepspeed ")[2])
+    deepspeed_args = runner.parse_args(shlex.split(command.replace("\\\n", "")))
+    assert deepspeed_args.user_args == train_command[1:]
+    assert deepspeed_args.hostfile == str(tmp_path / "hostfile")
+    assert deepspeed_args.venv_script == str(tmp_path / "environment")
+    assert runner.fetch_hostfile(str(tmp_path / "hostfile")) == {"a": 1, "b": 2}
+
+
+def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monkeypatch, capsys):
+    values = {"WANDB_API_KEY": "k'ey \n$HOME", "HF_TOKEN": "tok", "TRAINER_CACHE": "/c", "https_proxy": "http://u:pw@p"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("EDITOR", "vi")
+    umask = os.umask(0)
+    try:
+        assert write(tmp_path, *SSH_FLAGS) == 0
+        assert write(tmp_path, *SSH_FLAGS) == 0, "again over its own files"
+        assert write(tmp_path / "slurm", *SLURM_FLAGS) == 0
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "environment").stat().st_mode) == 0o600
+    shell = ["bash", "-c", f"source {tmp_path}/environment; python3 -c 'import os; print(dict(os.environ))'"]
+    environ = eval(subprocess.run(shell, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True).stdout)
+    assert {name: environ.get(name) for name in values} == values
+    assert "EDITOR" not in environ
+    others = [path.read_text() for path in tmp_path.rglob("*") if path.is_file() and path.name != "environment"]
+    for value in values.values():
+        assert not any(value in text for text in [*others, capsys.readouterr().out])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["--slurm", "--hosts NAME:RANKS"]),
+        (["--slurm", "--nodes", "2", "--mode", "lora"], ["--slurm without --ranks-per-node"]),
+        ([*SLURM_FLAGS, "--nodes", "0"], ["--nodes 0", "whole number from 1"]),
+        ([*SLURM_FLAGS, "--time", "1 hour; rm -rf /"], ["--time 1 hour", "letters"]),
+        ([*SLURM_FLAGS, "--nodes", "5"], ["6 examples / 15 ranks"]),
+        ([*SSH_FLAGS, "--partition", "p"], ["--partition p: goes with --slurm"]),
+        (["--hosts", "a:1,a:2", "--mode", "lora"], ["--hosts a:1,a:2", "each host once"]),
+        (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
+        ([*SSH_FLAGS, "--lr", "-1"], ["--lr -1"]),
+        ([*SSH_FLAGS, "--find-lr"], ["--find-lr", "launch/train.py itself"]),
+        ([*SSH_FLAGS, "--ranks-per-nod", "1"], ["--ranks-per-node"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys):
+    assert write(tmp_path / "new", *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert all(word in captured.err for word in words), captured.err
+    assert not (tmp_path / "new").exists()
+
+
+RANK = """#!/usr/bin/env python3
+import os, signal, sys, time  # as a rank does it: Python may handle a signal that torchrun ignores
+def stop(*_):
+    open("{marker}", "w").write("SIGUSR1\\n")
+    sys.exit(138)
+signal.signal(signal.SIGUSR1, stop)
+open("{folder}/ready-" + os.environ["SLURM_NODEID"], "w")
+time.sleep(10)
+"""
+TORCHRUN = """#!/bin/bash
+echo "$@" >>{folder}/torchrun
+{folder}/bin/rank & wait $! || exit 1
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node SLURM_PROCID=$node "$@" & tasks="$tasks $!"; done
+trap 'kill -USR1 $tasks' USR1
+code=0
+for task in $tasks; do wait $task; last=$?; [ $last -gt 128 ] && {{ wait $task; last=$?; }}; code=$((code | last)); done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+[ "$1 $2" = "show hostnames" ] && printf 'n1\\nn2\\n' || echo "$@" >>{folder}/scontrol
+"""
+
+
+def start_job(folder: Path, script: str, rank: str) -> subprocess.Popen[str]:
+    """The batch script of two nodes, with commands of ours in front of all others."""
+    (folder / "bin").mkdir()
+    programs = {"rank": rank, "torchrun": TORCHRUN, "srun": SRUN, "scontrol": SCONTROL}
+    for name, text in programs.items():
+        path = folder / "bin" / name
+        path.write_text(text.format(folder=folder, marker=folder / "run" / "requeue"))
+        path.chmod(0o755)
+    (folder / "run").mkdir(exist_ok=True)
+    script = script.replace("export PATH=", f"export PATH={folder}/bin:")
+    env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    return subprocess.Popen(
+        ["bash", "-c", script], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(tmp_path):
+    script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"), "--data", "my events.csv")
+    job = start_job(tmp_path, script, RANK)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("ready-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    srun = int(subprocess.run(["pgrep", "-P", str(job.pid), "srun"], capture_output=True, text=True).stdout)
+    os.kill(srun, signal.SIGUSR1)
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == 1, output
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    first, second = sorted((tmp_path / "torchrun").read_text().splitlines())
+    assert first.startswith("--nnodes=2 --nproc-per-node=3 --node-rank=0 --master-addr=n1 --master-port=15007 ")
+    assert "--data my events.csv --resume auto" in first
+    assert "--node-rank=1 --master-addr=n1" in second
+
+
+@pytest.mark.parametrize(("rank", "code"), [("#!/bin/bash\nexit 0\n", 0), ("#!/bin/bash\nexit 3\n", 1)])
+def test_a_job_that_ends_or_fails_is_not_queued_again(rank, code, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "requeue").write_text("SIGUSR1\n")  # of a run before
+    job = start_job(tmp_path, slurm_script(tmp_path, "--output-dir", str(tmp_path / "run")), rank)
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == code, output
+    assert not (tmp_path / "scontrol").exists()

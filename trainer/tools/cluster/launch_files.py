@@ -1,0 +1,164 @@
+"""The files that start a run on several machines: a batch script for SLURM, or a host list and a command for ssh.
+
+They carry the variables that a run needs. A key is in no command line and in no file that others can read.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.distributed.launch_environment import FORWARDED_PREFIXES
+
+NOTICE_MARGIN_SECONDS = 30  # between a run's --grace and the end of the job: to start the next one
+MAX_NOTICE_SECONDS = 65535  # sbatch(1)
+SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchFile:
+    """A file to be written: its name, what is in it, and who may read it."""
+
+    name: str
+    content: str
+    mode: int = 0o644
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchRequest:
+    """What is to be started, wherever that is."""
+
+    script: str  #: launch/train.py, from `work_dir`
+    flags: tuple[str, ...]
+    run_name: str
+    run_folder: str
+    grace_seconds: float
+    work_dir: Path  #: the checkout, under the same path on all hosts
+    python_prefix: Path  #: of the virtual environment
+    folder: Path  #: where the files go
+
+    @property
+    def train_command(self) -> str:
+        """The script and its flags, quoted for a shell; without --resume they go on where there is a run."""
+        resume = () if any(flag.split("=")[0] == "--resume" for flag in self.flags) else ("--resume", "auto")
+        return shlex.join([self.script, *self.flags, *resume])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmJob:
+    """What a batch script asks SLURM for; options that are None are left to the cluster's defaults."""
+
+    num_nodes: int
+    ranks_per_node: int
+    on_gpus: bool
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    cpus_per_task: int | None = None
+
+
+def slurm_files(request: LaunchRequest, job: SlurmJob) -> list[LaunchFile]:
+    """One batch script: a task a node, torchrun in each, SLURM's notice handed on, and the job queued again after it.
+
+    Options are those of sbatch(1) and srun(1); srun takes no --cpus-per-task of sbatch since 22.05.
+    """
+    options = {
+        "job-name": re.sub(r"[^\w.-]", "-", request.run_name),
+        "nodes": job.num_nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": job.ranks_per_node if job.on_gpus else None,
+        "cpus-per-task": job.cpus_per_task,
+        "time": job.time,
+        "partition": job.partition,
+        "account": job.account,
+        "output": "%x-%j.out",
+        "open-mode": "append",
+        "export": "ALL",
+        "signal": f"USR1@{min(request.grace_seconds + NOTICE_MARGIN_SECONDS, MAX_NOTICE_SECONDS):.0f}",
+        "requeue": "",
+    }
+    lines = [
+        f"#SBATCH --{name}" + (f"={value}" if value != "" else "")
+        for name, value in options.items()
+        if value is not None
+    ]
+    marker = shlex.quote(str(Path(request.run_folder) / "requeue"))
+    torchrun = (
+        f"torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node={job.ranks_per_node} --node-rank=$SLURM_NODEID "
+        "--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT"
+    )
+    body = f"""
+cd {shlex.quote(str(request.work_dir))} || exit 1
+export PATH={shlex.quote(str(request.python_prefix / "bin"))}:$PATH
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 20000))
+rm -f {marker}
+
+# A task hands SLURM's notice to its ranks, which save and end; torchrun itself would die of it.
+task='(trap "" USR1; exec {torchrun} "$@") &
+launcher=$!
+trap "pkill -USR1 -P $launcher" USR1
+while true; do wait $launcher; code=$?; kill -0 $launcher 2>/dev/null || exit $code; done'
+
+srun --export=ALL ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} bash -c "$task" task \\
+    {request.train_command}
+code=$?
+# The ranks leave this file when a signal has stopped them (torchrun turns every exit code into 1).
+if grep -qs SIGUSR1 {marker}; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
+    return [LaunchFile(name="job.sbatch", content="\n".join(["#!/bin/bash", *lines]) + "\n" + body)]
+
+
+def ssh_files(
+    request: LaunchRequest, ranks_of_hosts: Mapping[str, int], environ: Mapping[str, str]
+) -> list[LaunchFile]:
+    """The host list and the command of `deepspeed --hostfile`, and a file with the variables, for its owner only."""
+    environment, hostfile = (shlex.quote(str(request.folder / name)) for name in ("environment", "hostfile"))
+    first_host = next(iter(ranks_of_hosts))
+    command = f"""#!/bin/bash
+cd {shlex.quote(str(request.work_dir))} || exit 1
+export PATH={shlex.quote(str(request.python_prefix / "bin"))}:$PATH
+# Without these deepspeed waits for ever for a host that is gone.
+export PDSH_SSH_ARGS_APPEND="{SSH_OPTIONS}"
+# Hosts that do not share this folder get the variables too.
+for host in {shlex.join(ranks_of_hosts)}; do
+    ssh {SSH_OPTIONS} "$host" cmp -s - {environment} <{environment} && continue
+    ssh {SSH_OPTIONS} "$host" mkdir -p {shlex.quote(str(request.folder))} &&
+        scp -pq {SSH_OPTIONS} {environment} "$host":{environment} || exit 1
+done
+exec deepspeed --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
+    --master_port=$((20000 + RANDOM % 10000)) {request.train_command}
+"""
+    return [
+        LaunchFile(name="hostfile", content="".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())),
+        LaunchFile(name="environment", content=environment_script(request, environ), mode=0o600),
+        LaunchFile(name="run.sh", content=command, mode=0o755),
+    ]
+
+
+def environment_script(request: LaunchRequest, environ: Mapping[str, str]) -> str:
+    """A shell script that exports what a run needs of these variables, and the virtual environment."""
+    exports = [f"export PATH={shlex.quote(str(request.python_prefix / 'bin'))}:$PATH"]
+    exports += [f"export {name}={shlex.quote(environ[name])}" for name in forwarded_names(environ)]
+    return "\n".join(exports) + "\n"
+
+
+def forwarded_names(environ: Mapping[str, str]) -> list[str]:
+    """The names of the variables that a run on another machine needs."""
+    return sorted(name for name in environ if name.startswith(FORWARDED_PREFIXES) and name.isidentifier())
+
+
+def write_files(folder: Path, files: Iterable[LaunchFile]) -> None:
+    """Write them; each is made with its mode, so that a key is never readable for a moment. OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        path = folder / file.name
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, file.mode)
+        with open(descriptor, "w") as stream:
+            stream.write(file.content)
