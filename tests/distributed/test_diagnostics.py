@@ -68,7 +68,7 @@ STEPS = 200
 
 
 def make_run_info(**overrides: Any) -> RunInfo:
-    """The facts of a full run of STEPS steps on one CPU rank; `changes` replace some."""
+    """The facts of a full run of STEPS steps on one CPU rank; `overrides` replace some."""
     metadata = make_run_metadata("full", resolved__total_steps=STEPS, hardware__gpus_here=0)
     return RunInfo(**{**vars(RunInfo.from_metadata(metadata)), **overrides})
 

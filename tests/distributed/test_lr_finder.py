@@ -43,7 +43,7 @@ def test_lr_curve_smoothing_is_fastais_formula():
 def make_sweep(
     best_lr: float, *, lowest_loss: float = 2.0, noise: float = 0.02, seed: int = 0
 ) -> tuple[list[float], list[float]]:
-    """A made-up sweep over 1e-7..1: flat at 4, falling to `low` at `best`, then rising steeply; ended by `diverged`."""
+    """A made-up sweep over 1e-7..1: flat at 4, falling to `lowest_loss` at `best_lr`, then rising steeply."""
     rng, losses = random.Random(seed), []
     lrs = geometric_lrs(1e-7, 1.0, STEPS)
     for lr in lrs:

@@ -223,7 +223,7 @@ def run_child(
     last_code: str = CLOSE_CODE,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """A process that logs the rows from `first` to `last` of a lora run into folder/run."""
+    """A process that logs the rows from `first_step` to `last_step` of a lora run into folder/run."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", CHILD_CODE + last_code, mode, str(first_step), str(last_step)]
     home = {"HOME": str(folder)}

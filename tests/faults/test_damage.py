@@ -83,7 +83,7 @@ def mounted_tmpfs(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill_disk(folder: Path, free_bytes: int) -> None:
-    """Take all room but `leave` bytes."""
+    """Take all room but `free_bytes`."""
     file = os.open(folder / "filler", os.O_WRONLY | os.O_CREAT)
     with contextlib.suppress(OSError):
         while True:

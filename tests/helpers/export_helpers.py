@@ -95,7 +95,7 @@ def train_counting_gathered(argv: list[str], out_dir: str) -> int:
 
 
 def train_with_damaged_export(argv: list[str], damage: str) -> int:
-    """A whole run whose export goes wrong in the way `how`."""
+    """A whole run whose export goes wrong by `damage`."""
     original = folder.save_folder
 
     def save_damaged(out_dir: Path, module: Any, weights: dict[str, Tensor], **options: Any) -> None:

@@ -23,7 +23,7 @@ LOSS_FLOOR = {"full": 2.0, "lora": 2.1}
 
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
-    """The content of a run.json of `mode`; `given` replaces nested values, with dots as `__`: data__vocabulary=9.
+    """The content of a run.json of `mode`; `overrides` replace nested values, with dots as `__`: data__vocabulary=9.
 
     Long: a whole run.json.
     """
@@ -130,7 +130,7 @@ def make_reference_like_metadata(mode: str = "full", **overrides: Any) -> dict[s
 
 
 def synthetic_val_loss(epoch: float, floor: float, initial_loss: float = INITIAL_LOSS) -> float:
-    """An invented curve: from `base` towards `floor`."""
+    """An invented curve: from `initial_loss` towards `floor`."""
     return floor + (initial_loss - floor) * math.exp(-1.5 * epoch)
 
 
@@ -146,7 +146,7 @@ def make_records(
     wall_seconds: float = 100.0,
     peak_memory_bytes: int = 1_000_000_000,
 ) -> list[Record]:
-    """The records of `run`: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`).
+    """Records of such a run: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`).
 
     Parameters: the shape of a made-up run. Long: all that a run writes.
     """
@@ -273,6 +273,6 @@ def make_run_folder(
     metadata: Mapping[str, Any] | None = None,
     **record_options: Any,
 ) -> Path:
-    """A run folder of `mode` in one call; `how` goes to `rows`."""
+    """A run folder of `mode` in one call; `record_options` go to `make_records`."""
     run_metadata = copy.deepcopy(dict(metadata)) if metadata is not None else make_metadata(mode, seed=seed)
     return write_run_folder(folder, run_metadata, make_records(run_metadata, **record_options))

@@ -108,7 +108,7 @@ def run_train_script(argv: list[str]) -> int:
 def train(
     flags: list[str], *, out: Path, world_size: int = 1, env: Mapping[str, str] | None = None, check: bool = True
 ) -> str:
-    """Run `train.py` with these flags on so many ranks into `out`; returns its output, asserts its success if `ok`."""
+    """Run `train.py` with these flags on so many ranks into `out`; returns its output. `check`: it must succeed."""
     log = out.parent / f"{out.name}.log"
     exit_code = run_on_ranks(world_size, run_train_script, [*flags, "--output-dir", str(out)], log=log, env=env)
     output = log.read_text()

@@ -52,7 +52,7 @@ def run_jobs(jobs: list[dict[str, Any]]) -> int:
     """Run each job `{name, flags, data, out}`: its records go to out/name.jsonl, its final weights to out/name.npz.
 
     With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks;
-    `execution`: fields of the execution plan that are other than planned.
+    its `execution` names fields of the execution plan that are other than planned.
     """
     with joined_ranks() as dist_context:
         for job in jobs:

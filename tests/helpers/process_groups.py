@@ -19,7 +19,7 @@ EXIT_TIMEOUT_SECONDS = 60  # seconds after which a run that lost a rank must be 
 
 
 class RankProcesses:
-    """`train.py` with these flags on `ranks` processes; `fault(rank)` is called in each of them before it begins."""
+    """`train.py` with these flags on `world_size` processes; `fault(rank)` is called in each before it begins."""
 
     def __init__(
         self, flags: list[str], *, out: Path, world_size: int = 2, fault: Callable[[int], None] | None = None,
@@ -46,7 +46,7 @@ class RankProcesses:
             process.start()
 
     def wait_until(self, is_ready: Callable[[], Any], timeout_seconds: float = 120) -> None:
-        """Wait until `ready()` is true while all ranks live."""
+        """Wait until `is_ready()` is true while all ranks live."""
         deadline = time.monotonic() + timeout_seconds
         while not is_ready():
             assert time.monotonic() < deadline, f"not ready:\n{self.log.read_text()}"
@@ -147,7 +147,7 @@ def kill_self(signum: int = signal.SIGKILL) -> None:
 def inject_at_call(
     rank: int, target_rank: int, module: str, name: str, call_number: int | range, action: Callable[[], Any] = kill_self
 ) -> None:
-    """A fault: in rank `who`, do `action` before the `number`-th call (or calls) of a function or method."""
+    """A fault: in rank `target_rank`, do `action` before the `call_number`-th call (or calls) of a function."""
     if rank != target_rank:
         return
     owner: Any = importlib.import_module(module)

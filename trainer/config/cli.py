@@ -113,7 +113,7 @@ def _check_exclusive(args: Mapping[str, Any]) -> None:
 
 
 def to_argv(cli_args: CliArgs, **replacements: Mapping[str, Any]) -> list[str]:
-    """A command line with the request's mode, preset and given settings, those of `instead` (by group) over them."""
+    """A command line of the mode, the preset and the overridden settings, with `replacements` (by group) over them."""
     argv = ["--mode", cli_args.settings.mode, "--preset", cli_args.settings.preset]
     for name, group in GROUPS.items():
         values = {**cli_args.overrides.get(name, {}), **replacements.get(name, {})}
@@ -124,7 +124,7 @@ def to_argv(cli_args: CliArgs, **replacements: Mapping[str, Any]) -> list[str]:
 
 
 def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
-    """The argument parser; a setting not given is absent from its result, so presets can be told."""
+    """The argument parser; a setting not given is absent from its result, so that presets can fill it."""
     parser = ArgumentParser(
         companion=companion,
         prog="deepspeed launch/train.py",

@@ -61,7 +61,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _check_manifest(content: dict[str, Any]) -> None:
-    """ValueError, KeyError or TypeError for what no `build` writes."""
+    """ValueError, KeyError or TypeError for what a builder of prepared data does not write."""
     expected: dict[tuple[str, ...], type] = {
         ("dtype",): str,
         ("pad_id",): int,

@@ -23,7 +23,7 @@ class ParamCounts:
 
     @classmethod
     def from_model_info(cls, model_info: dict[str, Any]) -> "ParamCounts":
-        """From the `model` block of run.json, where `parameters` are those of the base, without adapters."""
+        """From run.json's block `model_info`, where `parameters` are those of the base, without adapters."""
         trainable, parameters = model_info["trainable"], model_info["parameters"]
         has_adapters = bool(model_info["lora_targets"])
         return cls(

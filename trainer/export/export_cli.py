@@ -115,7 +115,7 @@ def load_model_at_checkpoint(
     *,
     dequantize: bool = False,
 ) -> TrainableModel:
-    """The model as it stood at the checkpoint, on one device, in evaluation mode; `unpacked`: on the float32 base."""
+    """The model as it stood at the checkpoint, on one device, in evaluation mode; `dequantize`: on the float32 base."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base_folder = run_folder / "base"
     model_settings = settings.model
@@ -181,7 +181,7 @@ def _build_reference_outputs(
 
 
 def _random_input_ids(model: TrainableModel) -> np.ndarray:
-    """int64 [ROWS, WIDTH or less]: token ids from a seed."""
+    """int64 [NUM_RANDOM_ROWS, RANDOM_ROW_LENGTH or less]: token ids from a seed."""
     row_length = min(RANDOM_ROW_LENGTH, get_max_positions(model.causal.config) or RANDOM_ROW_LENGTH)
     return np.random.default_rng(0).integers(0, model.causal.config.vocab_size, (NUM_RANDOM_ROWS, row_length))
 

@@ -50,8 +50,7 @@ def export_folder(
 ) -> VerificationResult:  # fmt: skip
     """Write the folder, load it again in a fresh process, write what came out into its card, and give it its name.
 
-    A folder that fails its check is kept, and its card says so: `Check.problems`. TrainingError where it cannot be
-    written; an earlier folder of the same name then stays.
+    A folder that fails its check is kept, and its card says so. TrainingError where it cannot be written; an earlier folder of the same name then stays.
 
     Parameters: what the folder is made of; they have no life together before.
     """
@@ -74,8 +73,8 @@ def save_folder(
 ) -> None:
     """Write weights (in the names of `module`, float32) and tokenizer into an existing folder.
 
-    Without `base`: a folder that AutoModelForCausalLM loads, tied weights stored once; with it: an adapter that peft
-    loads onto it, and beside a packed base a file that says how it was packed. `tokenizer`: the model it comes from,
+    Without `base_model`: a folder that AutoModelForCausalLM loads, tied weights stored once; with it: an adapter
+    that peft loads onto it, and beside a packed base a file that says how it was packed. `tokenizer`: the model it comes from,
     None for data of token ids.
     """
     if base_model is not None:
@@ -122,7 +121,7 @@ def _set_config_dtype_float32(path: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary_folder(destination: Path) -> Iterator[Path]:
-    """A new folder beside `final`, which takes its place at the end and is thrown away on any error."""
+    """A new folder beside `destination`, which takes its place at the end and is thrown away on any error."""
     temporary = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
     try:
         for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):  # of an export that was killed

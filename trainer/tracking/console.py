@@ -33,7 +33,7 @@ def is_terminal(stream: "TextIO | SafeStream") -> bool:
 class ProgressBar:
     """A logger that shows where a run is; `print_line` puts a line above the bar.
 
-    `total` is the number of steps of the whole run, `epochs` its length in epochs. Rows of evaluations, epochs and
+    `total_steps` and `num_epochs` are the length of the whole run. Rows of evaluations, epochs and
     events are always shown, of steps the first, the last and one every `interval` seconds by `clock`. Output that
     nobody can take any more (a closed pipe) ends the showing, not the run.
     """

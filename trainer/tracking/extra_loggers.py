@@ -37,7 +37,7 @@ def check_extra_loggers(names: Sequence[str]) -> None:
 def start_extra_loggers(
     names: Sequence[str], metadata: Mapping[str, Any], folder: Path, *, resume_step: int
 ) -> list["FailSafeLogger"]:
-    """A logger for each name. `after`: the step that a resumed run goes on from, -1 where it begins."""
+    """A logger for each name. `resume_step`: the step that a resumed run goes on from, -1 where it begins."""
     logger_classes: dict[str, Callable[..., ExtraLogger]] = {"tensorboard": TensorBoardLogger, "trackio": TrackioLogger}
     return [FailSafeLogger(name, partial(logger_classes[name], metadata, folder, resume_step)) for name in names]
 

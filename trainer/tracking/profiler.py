@@ -60,7 +60,7 @@ class ProfileLogger:
 
 
 def top_table(averages: Any, num_steps: int) -> str:
-    """The LARGEST operations of a profile by their own time, as Markdown; times in milliseconds per step."""
+    """The NUM_TOP_OPERATIONS dearest operations of a profile by their own time, as Markdown; milliseconds per step."""
     on_gpu = any(row.self_device_time_total > 0 for row in averages)
 
     def self_time(row: Any) -> float:

@@ -76,7 +76,7 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, stream: T
 
 
 def thin_out(rows: list[EpochSummary], best_eval: EvalRecord | None) -> list[EpochSummary]:
-    """At most MOST_ROWS of them: the start, the card's epochs, the best, the last, and others evenly in between."""
+    """At most MAX_ROWS of them: the start, the card's epochs, the best, the last, and others evenly in between."""
     if len(rows) <= MAX_ROWS:
         return rows
     fixed_indices = {i for i, row in enumerate(rows) if i in (0, len(rows) - 1) or row.reference_val_loss is not None}
@@ -111,7 +111,7 @@ def show_plan(lines: Sequence[tuple[str, str]], *, stream: TextIO | None = None)
 
 
 def _epoch_summary(epoch: float, mean: EpochRecord | None, val: EvalRecord | None) -> EpochSummary:
-    """The line at epoch `at`, for which there is a mean, an evaluation or both."""
+    """The row of one epoch, for which there is a mean, an evaluation or both."""
     reference_row = next((row for row in reference.CURVE if row.epoch == epoch), None)
     return EpochSummary(
         epoch=epoch,

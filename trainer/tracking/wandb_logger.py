@@ -161,8 +161,8 @@ def _init(
 class WandbLogger:
     """Hands records to a wandb run (None: takes them and does nothing); the first failure is logged and ends it.
 
-    `after`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows up
-    to it are left out; a resumed run repeats them number by number anyway.
+    `last_logged_step`: the last step that an earlier process already logged under this id. W&B cannot go back, so rows
+    up to it are left out; a resumed run repeats them number by number anyway.
     """
 
     def __init__(self, run: Any, last_logged_step: int = -1) -> None:

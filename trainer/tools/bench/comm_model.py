@@ -53,7 +53,7 @@ def step_seconds(
     cluster: Cluster,
     gradient_accumulation_steps: int = 1,
 ) -> float:
-    """Seconds of a step in which each rank computes for `compute` seconds."""
+    """Seconds of a step in which each rank computes for `compute_seconds`."""
     num_bytes = bytes_moved(
         stage=stage, num_trainable=num_trainable, num_frozen=num_frozen, world_size=cluster.world_size,
         gradient_accumulation_steps=gradient_accumulation_steps
@@ -69,7 +69,7 @@ def scaling_table(
     num_frozen: int,
     world_sizes: tuple[int, ...] = (1, 8, 64),
 ) -> str:
-    """Markdown: cost of a token against ranks, where each rank computes `compute` seconds on `tokens` of its own."""
+    """Markdown: a token's cost by ranks, where each rank computes `compute_seconds` on `num_tokens` of its own."""
     lines = [
         "| GPUs | " + " | ".join(f"zero{stage}: bytes, efficiency" for stage in (1, 3)) + " |", "|--:|--:|--:|",
     ]  # fmt: skip

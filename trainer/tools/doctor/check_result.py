@@ -33,7 +33,7 @@ def make_result(is_bad: bool, level: str, name: str, message: str, remedy: str) 
 
 
 def catch_user_errors(name: str, run_checks: Callable[[], Iterable[CheckResult]]) -> Iterator[CheckResult]:
-    """The checks of `make`; a mistake of the user's that stops it becomes an error among them."""
+    """The results of `run_checks`; a mistake of the user's that stops it becomes an error among them."""
     try:
         yield from run_checks()
     except UserError as error:

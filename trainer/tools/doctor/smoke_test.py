@@ -266,7 +266,7 @@ def _measure_cost(outcome: RunOutcome) -> Cost:
 
 
 def estimate_costs(plan: RunPlan, data: PreparedDataset, cost: Cost, estimated_bytes: float) -> Iterator[CheckResult]:
-    """Time and disk of the whole run, from what the rehearsal took; its memory beside the `expected` bytes."""
+    """Time and disk of the whole run, from what the rehearsal took; its memory beside `estimated_bytes`."""
     schedule, output_settings = plan.schedule, plan.settings.output
     num_evaluations = sum(schedule.is_eval_due(step) for step in range(schedule.total_steps + 1))
     evaluation_seconds = cost.eval_seconds_per_token * data.metadata["val"]["counted_tokens"]

@@ -45,7 +45,7 @@ def next_sizes(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> list[i
 
 
 def fastest(trials: Sequence[TrialResult]) -> TrialResult | None:
-    """The one with the most tokens per second; of those within EQUAL of it the smallest."""
+    """The one with the most tokens per second; of those within EQUAL_SPEED_SHARE of it the smallest."""
     fitting_trials = [trial for trial in trials if trial.fits]
     if not fitting_trials:
         return None

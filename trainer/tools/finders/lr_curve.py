@@ -24,7 +24,7 @@ MIN_STANDARD_ERRORS = 4.0  # standard errors that a rise or a fall must have as 
 
 @dataclass(frozen=True, kw_only=True)
 class LRSuggestion:
-    """What the curve says; `suggestion` is None where it says nothing, `warning` how the range fell short."""
+    """What the curve says; `lr` is None where it says nothing, `warning` how the range fell short."""
 
     lr: float | None
     lr_at_lowest_loss: float | None  #: rate at the lowest smoothed loss
@@ -52,7 +52,7 @@ def smooth(losses: Sequence[float], beta: float) -> list[float]:
 
 
 def estimate_baseline(losses: Sequence[float], steps: int) -> tuple[float, float]:
-    """(loss at the start, standard error of a smoothed loss against it), from the first CALM of a sweep of `steps`.
+    """(loss at the start, standard error of a smoothed loss against it), from the first BASELINE_SHARE of `steps`.
 
     The noise is that of the differences from step to step, so that a steady rise is none.
     """
