@@ -50,7 +50,8 @@ def export_folder(
 ) -> VerificationResult:  # fmt: skip
     """Write the folder, load it again in a fresh process, write what came out into its card, and give it its name.
 
-    A folder that fails its check is kept, and its card says so. TrainingError where it cannot be written; an earlier folder of the same name then stays.
+    A folder that fails its check is kept, and its card says so. TrainingError where it cannot be
+    written; an earlier folder of the same name then stays.
 
     Parameters: what the folder is made of; they have no life together before.
     """
@@ -74,8 +75,8 @@ def save_folder(
     """Write weights (in the names of `module`, float32) and tokenizer into an existing folder.
 
     Without `base_model`: a folder that AutoModelForCausalLM loads, tied weights stored once; with it: an adapter
-    that peft loads onto it, and beside a packed base a file that says how it was packed. `tokenizer`: the model it comes from,
-    None for data of token ids.
+    that peft loads onto it, and beside a packed base a file that says how it was packed. `tokenizer`: the model it
+    comes from, None for data of token ids.
     """
     if base_model is not None:
         name_or_path = (
