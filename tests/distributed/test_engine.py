@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import joined_ranks, prepare_data, start_engine
+from helpers.engines import joined_ranks, plan_run, prepare_data, start_engine
 from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import tiny_argv
 
@@ -31,9 +31,9 @@ from trainer.distributed.deepspeed_config import (
     read_deepspeed_file,
 )
 from trainer.distributed.memory_estimate import ParamCounts
-from trainer.distributed.process_group import (
-    peak_memory_bytes,
-)
+from trainer.distributed.model_placement import place_model
+from trainer.distributed.process_group import peak_memory_bytes
+from trainer.kernels.linear_cross_entropy import CausalLMLoss
 
 GIB = 2**30
 GPT2, ADAPTERS = 124_439_808, 1_179_648  # parameters of the card's model, and of its default adapters
@@ -271,6 +271,20 @@ def check_deepspeed_attributes(argv: list[str], data: str) -> int:
     return 0
 
 
+def check_sharded_placement(argv: list[str], data: str) -> int:
+    """On a rank: before DeepSpeed's engine is made no weight is whole, and a part of each is here."""
+    with joined_ranks() as context:
+        planned = plan_run([*argv, "--ds-config", "zero3"], context, data)
+        params = list(planned.model.module.parameters())
+        sizes = [p.numel() for p in params]
+        loss_module = CausalLMLoss(planned.model.causal, None)
+        assert place_model(loss_module, planned.model, planned.plan.deepspeed_config, context.device) == ""
+        whole = [p for p in params if p.numel() > 1]  # a weight that is elsewhere has one element or none
+        assert not whole, [tuple(p.shape) for p in whole]
+        assert [p.ds_tensor.numel() for p in params] == [-(-size // context.world_size) for size in sizes]
+    return 0
+
+
 def check_engine_finalizer(argv: list[str], data: str) -> int:
     """On a rank: the finalizer of an engine, which imports nothing."""
     finalized = []
@@ -281,6 +295,12 @@ def check_engine_finalizer(argv: list[str], data: str) -> int:
         finalized.append(name)
     assert len(finalized) == 3
     return 0
+
+
+def test_zero_3_places_each_weight_in_parts_before_the_next_one(tiny_model, data_files, tmp_path):
+    argv = tiny_argv(tiny_model, data_files, "--mode full --block-size 16 --global-batch 2")
+    log = tmp_path / "log"
+    assert run_on_ranks(2, check_sharded_placement, argv, str(prepare_data(argv)), log=log) == 0, log.read_text()
 
 
 def run_on_one_rank(target: Callable[..., int], tiny_model: str, data_files: tuple[str, str], log: Path) -> None:

@@ -25,6 +25,13 @@ ROUNDED = "rounded"  # another order of the sums
 #: name: (flags, fields of the plan that make it plain, bound, ranks)
 PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
     "native stepper": ("--ds-config zero1", {"stepper": "deepspeed", "finite_check": "host"}, ROUNDED, (1, 2)),
+    "buckets": ("--ds-config zero0", {"overlaps_reduction": False}, EXACT, (2,)),
+    "buckets, another order of three": ("--ds-config zero0", {"overlaps_reduction": False}, ROUNDED, (3,)),
+    "buckets, sharded": ("--ds-config zero1", {"overlaps_reduction": False}, EXACT, (3,)),
+    "reductions, sharded": ("--ds-config zero1", {"overlaps_reduction": False}, ROUNDED, (3,)),
+    "buckets, sharded, two groups": (
+        "--mode lora --lora-plus-ratio 4 --ds-config zero1", {"overlaps_reduction": False}, EXACT, (2,)
+    ),
     "finite check on the device": ("--ds-config zero0", {"finite_check": "host"}, ROUNDED, (1, 2)),
     "finite check on the device, sharded": ("--ds-config zero1", {"finite_check": "host"}, ROUNDED, (2,)),
     "two steps in flight": ("--ds-config zero0", {"steps_in_flight": 2}, EXACT, (1, 2)),
@@ -34,7 +41,9 @@ PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
         "--mode lora --precision bf16 --ds-config zero2", {"frozen_dtype": "float32"}, EXACT, (2,)
     ),
     "fused adapters": ("--mode lora --lora-plus-ratio 4", {"fused_lora": False}, ROUNDED, (1, 2)),
-    "graphs, by a stand-in": ("--ds-config zero0 --max-steps 12", {"cuda_graphs": True}, ROUNDED, (1,)),
+    "graphs, by a stand-in": (
+        "--ds-config zero0 --max-steps 12", {"cuda_graphs": True, "overlaps_reduction": False}, ROUNDED, (1, 2)
+    ),
 }  # fmt: skip
 
 
@@ -46,6 +55,49 @@ def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:
 
     cuda_graphs.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
     return run_jobs(jobs)
+
+
+def run_with_small_buckets(jobs: list[dict[str, Any]]) -> int:
+    """`matrix.run_jobs` with buckets of 2 KiB, of which all but the last few must leave while a backward runs."""
+    from trainer.distributed import gradients
+
+    launched = {"in the backward": 0, "after it": 0}
+    reduce, launch_next = gradients.GradientBuckets.reduce, gradients.GradientBuckets._launch_next
+    place = ["in the backward"]
+
+    def reduce_after_it(self: Any) -> Any:
+        place[0] = "after it"
+        try:
+            return reduce(self)
+        finally:
+            place[0] = "in the backward"
+
+    def count_launch(self: Any) -> None:
+        launched[place[0]] += 1
+        launch_next(self)
+
+    gradients.MIN_BUCKET_BYTES["gloo"] = 2**11
+    gradients.GradientBuckets.reduce = reduce_after_it  # type: ignore[method-assign]
+    gradients.GradientBuckets._launch_next = count_launch  # type: ignore[method-assign]
+    code = run_jobs(jobs)
+    print(launched)
+    return code or int(not launched["in the backward"] > 9 * len(jobs) > launched["after it"])
+
+
+def run_with_reductions_to_owners(jobs: list[dict[str, Any]]) -> int:
+    """The same as NCCL has it: every part of a bucket is reduced to the rank whose part it is."""
+    from trainer.distributed import gradients
+
+    sends = property(lambda self: False, lambda self, value: None)
+    gradients.GradientBuckets._sends_directly = sends  # type: ignore[assignment]
+    return run_with_small_buckets(jobs)
+
+
+TARGETS = {
+    "reductions": run_with_reductions_to_owners,
+    "graphs": run_with_stand_in_graphs,
+    "buckets": run_with_small_buckets,
+}
 
 
 def weight_difference(name: str, planned: np.ndarray, other: np.ndarray) -> float:
@@ -73,7 +125,7 @@ def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(
         }
         for mode in modes for kind in ("planned", "other")
     ]  # fmt: skip
-    launch_jobs(ranks, jobs, tmp_path / "log", run_with_stand_in_graphs if "graphs" in name else None)
+    launch_jobs(ranks, jobs, tmp_path / "log", TARGETS.get(name.partition(",")[0]))
     for mode in modes:
         planned, weights = read_job_result(tmp_path, f"{mode}-planned")
         other, other_weights = read_job_result(tmp_path, f"{mode}-other")

@@ -151,8 +151,8 @@ def test_a_non_finite_gradient_changes_no_weight_or_moment_and_the_next_step_is_
 
 def check_reduce_scatter() -> int:
     """On a rank: the share of a sum over the ranks, in the order of ranks."""
+    from trainer.distributed.gradients import reduce_scatter
     from trainer.distributed.process_group import destroy_process_group, init_distributed
-    from trainer.distributed.steppers import reduce_scatter
 
     context = init_distributed()
     parts = [torch.randn(12, generator=torch.Generator().manual_seed(rank)) for rank in range(3)]

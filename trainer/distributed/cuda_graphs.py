@@ -37,8 +37,12 @@ class CUDAGraphRunner:
         eager_backward: BackwardFn,
         *,
         precision: str,
+        static_grads: list[Tensor] | None = None,
     ):
-        """`eager_backward(ids, labels, loss_weight)`: what is done where nothing is recorded; adds to the gradients."""
+        """`eager_backward(ids, labels, loss_weight)`: what is done where nothing is recorded; adds to the gradients.
+
+        `static_grads`: where both leave them, if several ranks reduce them from one flat buffer.
+        """
         self.loss_fn = loss_fn
         self.trainable_params = list(trainable_params)
         self.eager_backward = eager_backward
@@ -48,7 +52,8 @@ class CUDAGraphRunner:
         self._call_counts: dict[Any, int] = {}
         self._captured: dict[Any, CapturedGraph] = {}
         self._pool: Any = None
-        self._static_grads: list[Tensor | None] | None = None  # all shapes write their gradients to the same addresses
+        # All shapes write their gradients to the same addresses; None: those of the first recording.
+        self._static_grads: list[Tensor | None] | None = None if static_grads is None else list(static_grads)
 
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """Each row's sum; the gradients are added to those that the weights have."""
@@ -83,11 +88,15 @@ class CUDAGraphRunner:
         before = [None if p.grad is None else p.grad.clone() for p in self.trainable_params]
         rng_before = _get_rng_state(ids.device)
         row_losses = self.eager_backward(ids, labels, loss_weight)
-        eager = Measured.of(row_losses, [p.grad for p in self.trainable_params])
+        eager_grads = [p.grad for p in self.trainable_params]
+        eager = Measured.of(row_losses, eager_grads)
         rng_after = _get_rng_state(ids.device)
         graph = self._capture(kind, ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
         if graph is not None:
             assert self._static_grads is not None
+            kept = (
+                [g.clone() if g is not None else None for g in eager_grads] if self._owns_grads(eager_grads) else None
+            )
             for static, gradient in zip(self._static_grads, before, strict=True):
                 if static is not None and gradient is not None:
                     static.copy_(gradient)
@@ -95,6 +104,10 @@ class CUDAGraphRunner:
             replayed = Measured.of(graph.replay(ids, labels, loss_weight), self._static_grads)
             if self._keep_if_equal(kind, ids, graph, eager, replayed):
                 self._use_static_grads()
+            elif kept is not None:  # the replay has written over what the eager call left
+                for static, gradient in zip(self._static_grads, kept, strict=True):
+                    if static is not None and gradient is not None:
+                        static.copy_(gradient)
             _set_rng_state(ids.device, rng_after)
         return row_losses
 
@@ -130,7 +143,11 @@ class CUDAGraphRunner:
         if self._static_grads is None:
             self._static_grads = list(new_grads)
             return row_losses
-        pairs = [(old, new) for old, new in zip(self._static_grads, new_grads, strict=True) if old is not None]
+        pairs = [
+            (old, new)
+            for old, new in zip(self._static_grads, new_grads, strict=True)
+            if old is not None and new is not None
+        ]
         static_grads, source_grads = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         (torch._foreach_copy_ if overwrite else torch._foreach_add_)(static_grads, source_grads)
         return row_losses

@@ -10,17 +10,18 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.schema import TrainSettings
 from trainer.data.sampler import GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
+from trainer.distributed.device_copy import copy_to_device, copy_to_host
 from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.greedy_decoding import greedy_decode
-from trainer.distributed.host_copy import copy_to_host
 from trainer.distributed.loss_sums import add_sums, all_gather_sums
+from trainer.distributed.model_placement import place_model
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.step_result import LaunchedStep, StepResult, UpdateResult
@@ -28,8 +29,10 @@ from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFin
 from trainer.kernels import cpu_attention, fused_lora
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model import optimizer, quantization
-from trainer.model.build import TrainableModel
+from trainer.model.build import TrainableModel, get_max_positions
 from trainer.model.lora import find_fusable_layers
+
+RECORDED_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it, so that shapes come again
 
 
 class Engine:
@@ -55,15 +58,13 @@ class Engine:
         self._last_end_time = 0.0
         self._install_kernels()
         autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
-        self._loss_module = CausalLMLoss(model.causal, autocast_dtype).to(dist_context.device)
+        self._loss_module = CausalLMLoss(model.causal, autocast_dtype)
+        head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context.device)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        groups = optimizer.group_by_lr(self.trainable_params, train_settings.lr, model.get_lr_multiplier)
+        adamw = optimizer.build_optimizer(groups, train_settings, fp32_state_params=model.embedding_weights)
         self.deepspeed_engine, self.optimizer = import_module("deepspeed").initialize(
-            model=self._loss_module,
-            optimizer=optimizer.build_optimizer(
-                self._param_groups(train_settings.lr), train_settings, fp32_state_params=model.embedding_weights
-            ),
-            config=dict(deepspeed_config),
-            dist_init_required=False,
+            model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
         self.deepspeed_engine.train()
         self.stepper = self._build_stepper(train_settings)
@@ -76,6 +77,8 @@ class Engine:
         casts = plan.frozen_dtype == "bfloat16"
         self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
         self._graph_runner = self._build_graph_runner() if plan.cuda_graphs else None
+        if head_problem:
+            self._change_plan(0, replace(plan, chunked_loss=False), head_problem)
 
     def _install_kernels(self) -> None:
         if self.dist_context.device.type == "cpu":
@@ -85,16 +88,9 @@ class Engine:
         if self.plan.blockwise_attention:
             cpu_attention.install(self.model.module, self.model.causal)
         if self.plan.fused_lora:
-            fused_lora.install(find_fusable_layers(self.model.module))
+            fused_lora.install(find_fusable_layers(self.model.module), self.model.causal.base_model)
         dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
         quantization.set_compute_dtype(self.model.module, dtype)
-
-    def _param_groups(self, lr: float) -> list[dict[str, Any]]:
-        """One group for each multiple of the learning rate, in the order of the parameters: alike on every rank."""
-        params_by_ratio: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.trainable_params.items():
-            params_by_ratio.setdefault(self.model.get_lr_multiplier(name), []).append(parameter)
-        return [{"params": params, "lr": lr * ratio, "lr_ratio": ratio} for ratio, params in params_by_ratio.items()]
 
     def _build_stepper(self, train_settings: TrainSettings) -> NativeStepper | DeepSpeedStepper:
         if self.plan.stepper == "deepspeed":
@@ -105,8 +101,12 @@ class Engine:
         )  # fmt: skip
 
     def _build_graph_runner(self) -> CUDAGraphRunner:
+        assert isinstance(self.stepper, NativeStepper)
         params = list(self.trainable_params.values())
-        return CUDAGraphRunner(self._loss_module, params, self.stepper.backward, precision=self.plan.precision)
+        return CUDAGraphRunner(
+            self._loss_module, params, self.stepper.backward, precision=self.plan.precision,
+            static_grads=self.stepper.flat_grads,
+        )  # fmt: skip
 
     @property
     def graph_checks(self) -> list[str]:
@@ -117,8 +117,6 @@ class Engine:
     def num_warmup_steps(self) -> int:
         """Steps after which the following ones take as long as all later ones."""
         return NUM_WARMUP_CALLS + 2 if self._graph_runner else 1
-
-    # --- optimizer steps ---
 
     def run(
         self,
@@ -155,10 +153,13 @@ class Engine:
         """Forward, backward and update of a batch; nothing waits for a device that computes."""
         self._apply_fallbacks(batch.step)
         launch_time = time.perf_counter()
-        loss_sums = [
-            self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
-            for micro_batch in batch.micro_batches
-        ]
+        loss_sums = []
+        for micro_batch in batch.micro_batches:
+            if self.plan.overlaps_reduction and micro_batch is batch.micro_batches[-1]:
+                self.stepper.reduce_during_backward()
+            loss_sums.append(
+                self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
+            )
         try:
             wait = self.launch_update(lr, loss_sums, should_stop=should_stop())
         except NonFiniteError as error:
@@ -231,7 +232,8 @@ class Engine:
         if self._loss_module.compile_error and self.plan.compiled_shapes:
             self._change_plan(step, replace(self.plan, compiled_shapes=()), self._loss_module.compile_error)
         if self._graph_runner is not None and self._graph_runner.capture_error:
-            self._change_plan(step, replace(self.plan, cuda_graphs=False), self._graph_runner.capture_error)
+            plan = replace(self.plan, cuda_graphs=False, overlaps_reduction=self.dist_context.world_size > 1)
+            self._change_plan(step, plan, self._graph_runner.capture_error)
             self._graph_runner = None
 
     def _change_plan(self, step: int, plan: ExecutionPlan, reason: str) -> None:
@@ -244,8 +246,6 @@ class Engine:
         numbers = read()
         self.device_wait_seconds += time.perf_counter() - start_time
         return numbers
-
-    # --- evaluation and generation ---
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Tensor:
@@ -269,11 +269,9 @@ class Engine:
             self.deepspeed_engine.train(is_training)
 
     def _to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        ids, labels = torch.from_numpy(micro_batch.input_ids), torch.from_numpy(micro_batch.labels)
-        if self.dist_context.device.type != "cuda":
-            return ids, labels
-        device = self.dist_context.device
-        return ids.pin_memory().to(device, non_blocking=True), labels.pin_memory().to(device, non_blocking=True)
+        width_multiple = 1 if self._graph_runner is None else RECORDED_WIDTH_MULTIPLE
+        max_width = get_max_positions(self.model.causal.config)
+        return copy_to_device(micro_batch, self.dist_context.device, width_multiple, max_width)
 
     @torch.no_grad()
     def generate(

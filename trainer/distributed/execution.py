@@ -25,6 +25,8 @@ class ExecutionPlan:
     blockwise_attention: bool  #: dropout, and GPT-2's attention with it, by `trainer.kernels.cpu_attention`
     packed_rows: bool  #: several examples share a row, which transformers' own attention masks from one another
     frozen_dtype: Literal["float32", "bfloat16"]  #: in which the frozen base is held
+    chunked_loss: bool  #: logits are made and dropped in pieces; else all at once, by the model itself
+    overlaps_reduction: bool  #: gradients are reduced over the ranks while the step's last backward runs
     finite_check: Literal["device", "host"]  #: who leaves out the update of a step that is not finite
     steps_in_flight: Literal[1, 2]  #: 2: a step is launched before the numbers of the one before it are read
 
@@ -42,6 +44,8 @@ class ExecutionPlan:
             "blockwise attention and dropout" * self.blockwise_attention,
             "packed rows" * self.packed_rows,
             "frozen weights in bfloat16" * (self.frozen_dtype == "bfloat16"),
+            "whole logits" * (not self.chunked_loss),
+            "gradients reduced during the backward" * self.overlaps_reduction,
             "one step ahead" * (self.steps_in_flight == 2),
         ]
         return ", ".join(filter(None, parts))
@@ -84,10 +88,11 @@ def make_execution_plan(
     is_plain_lora = has_adapters and lora.adapter != "dora" and not lora_dropout and quant is None
     is_fused_adamw = settings.train.optim == "adamw_fused"
     rows = (micro_batch_size, settings.train.eval_batch)
+    records = can_record and settings.engine.execution != "eager"
     return ExecutionPlan(
         precision=precision,
         stepper="native" if is_native else "deepspeed",
-        cuda_graphs=can_record and settings.engine.execution != "eager",
+        cuda_graphs=records,
         compiled_shapes=tuple((n, settings.data.block_size) for n in dict.fromkeys(rows)) if is_compiled else (),
         fused_lora=is_plain_lora and stage < 3 and not is_compiled,
         blockwise_attention=(
@@ -95,6 +100,8 @@ def make_execution_plan(
         ),
         packed_rows=settings.data.packing,
         frozen_dtype="bfloat16" if precision == "bf16" and stage < 3 and has_adapters and not quant else "float32",
+        chunked_loss=True,  # until the model's own logits say otherwise
+        overlaps_reduction=is_native and dist_context.world_size > 1 and not records,
         finite_check="device" if is_native and is_fused_adamw else "host",
         steps_in_flight=2 if is_gpu and is_native and is_fused_adamw else 1,
     )

@@ -87,7 +87,7 @@ def _prepare(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int
     else:
         cpu_attention.install_dropout(model.module)
     if setup.uses_fused_lora:
-        fused_lora.install(find_fusable_layers(model.module))
+        fused_lora.install(find_fusable_layers(model.module), model.causal.base_model)
     loss_module = CausalLMLoss(model.causal, torch.bfloat16 if is_bf16 else None).train()
     loss_module.is_head_sharded = setup.is_zero3
     return loss_module, num_cast

@@ -125,16 +125,20 @@ def estimate_memory(
     gathered_bytes = 0.0
     if stage == 3:
         gathered_bytes = min(counts.weight_bytes(bytes_per_weight), bytes_per_weight * MAX_LIVE_PARAMETERS)
-    if stage < 2 or (stage == 2 and world_size == 1):  # every gradient stays where the backward left it
+    if world_size == 1 and stage < 3:  # every gradient stays where the backward left it
         pass_bytes = passes.peak_with_gradients
+    elif stage < 2:  # each moves to its place in a flat buffer that is always there
+        pass_bytes = passes.peak + states.gradients
     else:  # this rank's share of them: of earlier micro-batches, and the buffer that ZeRO-3 keeps
         pass_bytes = passes.peak + (states.gradients if accumulates or stage == 3 else 0.0)
-    # For the reduction, or for the flat weights of ZeRO, gradients are laid end to end, up to a bucket under ZeRO 2, 3.
+    # For the flat weights of ZeRO, gradients are laid end to end, up to a bucket under ZeRO 2, 3; processors send each
+    # other their parts of a share apart.
     flat_bytes = bytes_per_weight * float(counts.trainable if stage < 2 else min(counts.trainable, REDUCE_BUCKET_SIZE))
     if stage == 0:
-        step_bytes = states.gradients + (flat_bytes if world_size > 1 else 0.0)
+        step_bytes = states.gradients
     elif stage == 1:
-        step_bytes = states.gradients + flat_bytes + (flat_bytes / world_size if world_size > 1 else 0.0)
+        copies = 1.0 if world_size == 1 else 1 / world_size + (not is_gpu)
+        step_bytes = states.gradients + copies * flat_bytes
     else:
         step_bytes = states.gradients + flat_bytes / world_size
     return MemoryEstimate(

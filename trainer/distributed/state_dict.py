@@ -197,10 +197,11 @@ class EngineState:
         flat_params = [flat for group in torch_optimizer.param_groups for flat in group["params"]]
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
             flat_params = self.optimizer.fp32_partitioned_groups_flat
+        is_fused = bool(torch_optimizer.defaults.get("fused"))  # the others read their counts: on a GPU they would wait
         for flat in flat_params:
             if flat not in torch_optimizer.state:
                 torch_optimizer.state[flat] = {
-                    "step": torch.zeros((), device=flat.device),
+                    "step": torch.zeros((), device=flat.device if is_fused else "cpu"),
                     "exp_avg": torch.zeros_like(flat),
                     "exp_avg_sq": torch.zeros_like(flat),
                 }

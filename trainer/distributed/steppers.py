@@ -13,13 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from trainer.data.sampler import GlobalBatch
+from trainer.distributed.gradients import GradientBuckets, LocalGradients, total_norm
 from trainer.distributed.process_group import DistContext
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
-
-NORM_CHUNK = 2**14  # elements of a flat gradient whose squares are summed in float32: relative error below 1e-6
 
 
 class NonFiniteError(Exception):
@@ -46,6 +44,9 @@ class DeepSpeedStepper:
         self.precision = precision
         #: what the ranks' gradients are divided by when they are brought together
         self.grad_divisor = deepspeed_engine.world_size
+
+    def reduce_during_backward(self) -> None:
+        """DeepSpeed's own hooks decide when what is sent."""
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's summed loss, for evaluation."""
@@ -80,9 +81,9 @@ class DeepSpeedStepper:
 class NativeStepper:
     """ZeRO 0 and 1, and 2 on one rank: one backward, one reduction, one norm, one update.
 
-    DeepSpeed looks after each weight apart: a hook in the backward, a copy into a bucket, a norm, two walks over all
-    modules. For a batch of the card's size that takes longer than the arithmetic. The partition stays DeepSpeed's: its
-    flat buffers hold weights and moments, only the gradient's way into them is this class's.
+    DeepSpeed looks after each weight apart: a norm, two walks over all modules. For a batch of the card's size that
+    takes longer than the arithmetic. The partition stays DeepSpeed's: its flat buffers hold weights and moments, only
+    the gradient's way into them is ours (`trainer.distributed.gradients`).
     """
 
     grad_divisor = 1  # the ranks' gradients are summed
@@ -107,9 +108,28 @@ class NativeStepper:
         if self.zero_optimizer:
             for hook in self.zero_optimizer._grad_acc_hooks:
                 hook.remove()
+        self.gradients = self._make_gradients()
         self.skips_on_device = skips_on_device
         # 1 after an update that was left out: no other follows until `discard_step`.
         self._found_inf = torch.zeros((), device=dist_context.device)
+
+    def _make_gradients(self) -> LocalGradients | GradientBuckets:
+        kind = LocalGradients if self.dist_context.world_size == 1 else GradientBuckets
+        if self.zero_optimizer is None:
+            return kind([self.trainable_params], [sum(p.numel() for p in self.trainable_params)], is_sharded=False)
+        flat_sizes = [flat.numel() for flat in self.zero_optimizer.bit16_groups_flat]
+        return kind(self.zero_optimizer.bit16_groups, flat_sizes, is_sharded=True)
+
+    @property
+    def flat_grads(self) -> list[Tensor] | None:
+        """Of several ranks: the place of each weight's gradient in the flat buffers that are reduced."""
+        buckets = self.gradients if isinstance(self.gradients, GradientBuckets) else None
+        return [buckets.views[parameter] for parameter in self.trainable_params] if buckets else None
+
+    def reduce_during_backward(self) -> None:
+        """The next backward is the last of its step: what it has made is reduced while it goes on."""
+        if isinstance(self.gradients, GradientBuckets):
+            self.gradients.overlap()
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's summed loss, for evaluation."""
@@ -131,11 +151,8 @@ class NativeStepper:
         NonFiniteError is raised, or, `skips_on_device`, the device leaves out the update and all that follow
         until `discard_step`, which the caller sees in the numbers.
         """
-        for parameter in self.trainable_params:
-            if parameter.grad is None:  # not in this forward; the other stages take it for zero, too
-                parameter.grad = torch.zeros_like(parameter)
         try:
-            grads = self._all_reduce_grads() if self.zero_optimizer is None else self._reduce_scatter_grads()
+            grads = self._reduced_grads()
             grad_norm = self._grad_norm(grads)
             if not self.skips_on_device and not torch.isfinite(grad_norm):
                 raise NonFiniteError(f"gradient norm {float(grad_norm)}")
@@ -158,41 +175,21 @@ class NativeStepper:
             for partition in self.zero_optimizer.single_partition_of_fp32_groups:
                 partition.grad = None
 
-    def _all_reduce_grads(self) -> list[Tensor]:
-        """Stage 0: every weight's gradient, summed over the ranks."""
-        grads = [p.grad for p in self.trainable_params if p.grad is not None]
-        if self.dist_context.world_size > 1:
-            flat = _flatten_dense_tensors(grads)
-            dist.all_reduce(flat)
-            torch._foreach_copy_(grads, list(_unflatten_dense_tensors(flat, grads)))
+    def _reduced_grads(self) -> list[Tensor]:
+        """Of every weight, or this rank's part of each group, where the optimizer looks for them."""
+        grads = self.gradients.reduce()
+        if self.zero_optimizer is not None:
+            for partition, grad in zip(self.zero_optimizer.single_partition_of_fp32_groups, grads, strict=True):
+                partition.grad = grad
         return grads
-
-    def _reduce_scatter_grads(self) -> list[Tensor]:
-        """Stages 1 and 2: this rank's share of each group's gradient, summed over the ranks."""
-        partitions = self.zero_optimizer.single_partition_of_fp32_groups
-        for group, flat_weights, partition in zip(
-            self.zero_optimizer.bit16_groups, self.zero_optimizer.bit16_groups_flat, partitions, strict=True
-        ):
-            grads = [p.grad for p in group]
-            padding = flat_weights.numel() - sum(grad.numel() for grad in grads)
-            if padding:
-                grads.append(flat_weights.new_zeros(padding))
-            for parameter in group:
-                parameter.grad = None
-            flat = _flatten_dense_tensors(grads)
-            partition.grad = reduce_scatter(flat) if self.dist_context.world_size > 1 else flat
-        return [partition.grad for partition in partitions]
 
     def _grad_norm(self, grads: list[Tensor]) -> Tensor:
         """Of the whole gradient, 0-dimensional float32 on the device."""
-        if self.zero_optimizer is None:
-            return nn.utils.get_total_norm(grads)
-        square = torch.zeros((), dtype=torch.float64, device=self.dist_context.device)
-        for grad in grads:
-            for chunks in _split_for_norm(grad.flatten()):
-                square += torch.linalg.vector_norm(chunks, dim=1).double().square().sum()
-        if self.dist_context.world_size > 1:
-            dist.all_reduce(square)
+        grad_norm = total_norm(grads)
+        if self.zero_optimizer is None or self.dist_context.world_size == 1:
+            return grad_norm
+        square = grad_norm.double().square()
+        dist.all_reduce(square)
         return square.sqrt().float()
 
     def _clip_and_step(self, grads: list[Tensor], grad_norm: Tensor, all_finite: Tensor) -> None:
@@ -222,30 +219,6 @@ class NativeStepper:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)
                     dist.all_gather_into_tensor(flat, local_shard)
-
-
-def reduce_scatter(flat: Tensor) -> Tensor:
-    """This rank's share of a flat tensor's sum over the ranks.
-
-    gloo's own reduce_scatter sends as much as an all_reduce: twice what is needed. Here every rank sends each other
-    its share alone, and sums in the order of ranks.
-    """
-    world_size = dist.get_world_size()
-    if flat.device.type == "cpu":
-        received = torch.empty_like(flat)
-        dist.all_to_all_single(received, flat)
-        return received.view(world_size, -1).sum(0)
-    shard = flat.new_empty(flat.numel() // world_size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch is renaming the function
-        dist.reduce_scatter_tensor(shard, flat)
-    return shard
-
-
-def _split_for_norm(flat: Tensor) -> list[Tensor]:
-    """The whole chunks of a flat gradient as rows [n, NORM_CHUNK], and what remains as one row."""
-    num_whole = flat.numel() - flat.numel() % NORM_CHUNK
-    return [part for part in (flat[:num_whole].view(-1, NORM_CHUNK), flat[num_whole:][None]) if part.numel()]
 
 
 _NATIVE_ZERO_KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "overlap_comm"}

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from trainer.kernels.device_branch import uses_gpu_form
+from trainer.kernels.mixed_matmul import accumulate_matmul
+from trainer.kernels.output_head import OutputHead, find_output_head
 
 IGNORE_INDEX = -100  # label of a position that is not counted, as in Hugging Face's models
 PACKED_ATTENTIONS = ("sdpa", "eager")  # that mask examples of one row from one another, by transformers' own masks
@@ -26,6 +28,9 @@ MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they a
 FROZEN_CHUNK_DIVISOR = (
     2  # times smaller are the pieces before an output layer that does not train, on a GPU, where it costs little
 )
+ROW_MULTIPLE = 128  # of a piece's rows on a GPU, whose matrix units work on tiles of so many
+VERIFIED_TOKENS = 9  # of each of the two rows by which the head is held against the model's own logits
+MAX_HEAD_DIFFERENCE = {torch.float32: 1e-5}  # relative, of a summed loss; other types: one rounding of bfloat16
 VOCAB_MULTIPLE = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
 CPU_CHUNK_LOGITS = 2**20  # logits that a processor works on at one time: they stay in its cache
 
@@ -37,12 +42,52 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.causal = causal
         self.autocast_dtype = autocast_dtype
+        self.head = find_output_head(causal)  #: None: the model makes all its logits at once
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
         self.compile_error = ""  #: one line where compiling failed
         self._packed: dict[str, Tensor] = {}  # the positions of the rows in work, where they hold several examples
         self._compiled_shapes: set[tuple[int, ...]] = set()
         self._compiled_base_model: Any = None
         self._compiled_nll_and_grad: Any = None
+
+    def verify(self) -> str:
+        """Hold the loss against that of the model's own logits, on a few tokens; before ZeRO shards anything.
+
+        Where they differ the model's own are used from here on, and the line returned says why and what they cost.
+        """
+        if self.head is None:
+            return self._use_own_logits("its output is not a layer of the hidden states")
+        config, was_training = self.causal.config, self.causal.training
+        vocab_size = self.head.layer.weight.shape[0] if hasattr(self.head.layer, "weight") else config.vocab_size
+        width = min(VERIFIED_TOKENS, getattr(config, "max_position_embeddings", None) or VERIFIED_TOKENS)
+        device = next(self.causal.parameters()).device
+        ids = (torch.arange(2 * width, device=device) * 7919 % vocab_size).view(2, width)
+        self.causal.eval()
+        try:
+            by_head, own = float(self(ids, ids)[0].detach()), float(self._own_loss(ids))
+        except Exception as error:  # as many kinds as there are architectures
+            return self._use_own_logits(f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
+        finally:
+            self.causal.train(was_training)
+        dtype = self.autocast_dtype or next(self.causal.parameters()).dtype
+        if not abs(by_head - own) <= MAX_HEAD_DIFFERENCE.get(dtype, 2**-8) * abs(own):
+            return self._use_own_logits(f"its output layer gives a loss of {by_head:.6g}, the model itself {own:.6g}")
+        return ""
+
+    @torch.no_grad()
+    def _own_loss(self, ids: Tensor) -> Tensor:
+        with self._autocast(ids.device):
+            logits = self.causal(input_ids=ids, use_cache=False).logits
+        return _nll(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).sum()
+
+    def _use_own_logits(self, reason: str) -> str:
+        self.head = None
+        size = 4 * self.causal.config.get_text_config().vocab_size / 2**20
+        return f"all logits of a micro-batch are made at once, {size:.2g} MiB a token: {reason}"
+
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
+        return torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
 
     def compile_for_shapes(self, shapes: set[tuple[int, ...]]) -> None:
         """Compile for ids of these shapes, at their first use; all others stay eager, as do ends of an epoch."""
@@ -86,64 +131,54 @@ class CausalLMLoss(nn.Module):
         if position_ids is not None and attention not in PACKED_ATTENTIONS:
             raise ValueError(f"packed rows need an attention that masks examples from one another, not {attention}")
         self._packed = {} if position_ids is None else {"position_ids": position_ids}
-        # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
-        autocast_context = (
-            torch.autocast(input_ids.device.type, self.autocast_dtype)
-            if self.autocast_dtype
-            else contextlib.nullcontext()
-        )
-        with autocast_context:
+        with self._autocast(input_ids.device):
             targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()  # the last has no next token
-            if self.causal.config.model_type == "gpt2":
-                nll_sum, nll = self._chunked_loss(input_ids, targets)
-            else:  # others may scale or cap their logits: ask the model itself
+            if self.head is not None:
+                nll_sum, nll = self._chunked_loss(self.head, input_ids, targets)
+            else:
                 logits = self.causal(input_ids=input_ids, use_cache=False, **self._packed).logits
                 nll = _nll(logits.flatten(0, 1), targets)
                 nll_sum = nll.sum()
             return nll_sum, nll.detach().view(len(labels), -1).sum(1)
 
-    def _chunked_loss(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _chunked_loss(self, head: OutputHead, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
-        lm_head, embedding = self.causal.get_output_embeddings(), self.causal.get_input_embeddings()
-        chunk_size, needs_grad = MAX_LOGITS_BYTES // (4 * self.causal.config.vocab_size), torch.is_grad_enabled()
-        if self.is_head_sharded or not _is_plain_linear(lm_head) or lm_head.weight.dtype == torch.float16:
+        vocab_size = self.causal.config.get_text_config().vocab_size
+        chunk_size, needs_grad = max(1, MAX_LOGITS_BYTES // (4 * vocab_size)), torch.is_grad_enabled()
+        weight: Any = getattr(head.layer, "weight", None)
+        if self.is_head_sharded or not head.is_plain_linear or weight.dtype == torch.float16:
             hidden = self._compute_hidden(input_ids=input_ids)[0].flatten(0, 1)
             nll = torch.cat(
                 [
-                    checkpoint(_chunk_nll, lm_head, h, t, use_reentrant=False)
+                    checkpoint(_chunk_nll, head, h, t, use_reentrant=False)
                     if needs_grad and len(targets) > chunk_size
-                    else _chunk_nll(lm_head, h, t)
+                    else _chunk_nll(head, h, t)
                     for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
                 ]
             )
             return nll.sum(), nll
-        if not lm_head.weight.requires_grad and uses_gpu_form(targets.device):  # none adds to the weight's gradient
-            chunk_size = max(1, chunk_size // FROZEN_CHUNK_DIVISOR)
-        chunk_size = math.ceil(
-            len(targets) / math.ceil(len(targets) / chunk_size)
-        )  # all alike: a small last one costs as much
-        tied_weight_grads: list[Tensor] | None = None
-        if (
-            needs_grad
-            and type(embedding) is nn.Embedding
-            and embedding.weight is lm_head.weight
-            and embedding.weight.requires_grad
-        ):
-            tied_weight_grads = []
-            hidden, nll_and_grad = self._compute_hidden(
-                inputs_embeds=TiedEmbedding.apply(embedding.weight, input_ids, tied_weight_grads)
-            )
+        embedding = self.causal.get_input_embeddings()
+        is_tied = type(embedding) is nn.Embedding and embedding.weight is weight and weight.requires_grad
+        tied_weight_grads: list[Tensor] | None = [] if needs_grad and is_tied else None
+        if tied_weight_grads is not None:
+            rows = TiedEmbedding.apply(weight, input_ids, tied_weight_grads, embedding.padding_idx)
+            hidden, nll_and_grad = self._compute_hidden(inputs_embeds=rows)
         else:
             hidden, nll_and_grad = self._compute_hidden(input_ids=input_ids)
+        is_gpu = uses_gpu_form(targets.device)
+        if is_gpu and not weight.requires_grad:  # no piece adds to the weight's gradient
+            chunk_size = max(1, chunk_size // FROZEN_CHUNK_DIVISOR)
         nll_sum, nll = LinearCrossEntropy.apply(
-            hidden.flatten(0, 1),
-            lm_head.weight,
-            targets,
-            chunk_size,
-            nll_and_grad if needs_grad else None,
-            tied_weight_grads,
-        )
+            hidden.flatten(0, 1), weight, head.layer.bias, targets, even_chunk_size(len(targets), chunk_size, is_gpu),
+            nll_and_grad if needs_grad else None, tied_weight_grads, head if head.changes_logits else None,
+        )  # fmt: skip
         return nll_sum, nll
+
+
+def even_chunk_size(num_rows: int, max_rows: int, is_gpu: bool) -> int:
+    """Rows of a piece, all alike: a small last one costs as much. On a GPU whole tiles, and what remains."""
+    chunk_size = math.ceil(num_rows / math.ceil(num_rows / max_rows))
+    return chunk_size + -chunk_size % ROW_MULTIPLE if is_gpu else chunk_size
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -159,15 +194,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         chunk_size: int,
         nll_and_grad: Any,
         tied_weight_grads: list[Tensor] | None,
+        head: OutputHead | None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden [positions, d], weight [vocabulary, d], targets [positions] -> (sum [], nll [positions]).
+        """Hidden [positions, d], weight [vocabulary, d], bias [vocabulary], targets [positions] -> (sum [], nll
+        [positions]).
 
         `nll_and_grad`: what puts their gradients in the place of logits; None: none are wanted. `tied_weight_grads`:
-        where the weight's gradient is left for `TiedEmbedding`; None: it is returned.
+        where the weight's gradient is left for `TiedEmbedding`; None: it is returned. `head`: what is done to the
+        logits beyond the layer, if anything is.
 
         Long: one pass over the logits; cut up it would hide which buffer is overwritten when.
         Parameters: as autograd takes them.
@@ -186,6 +225,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_weight = (
                 torch.empty_like(weight, dtype=torch.float32) if nll_and_grad and ctx.needs_input_grad[1] else None
             )
+            grad_bias = (
+                torch.zeros_like(bias, dtype=torch.float32)
+                if nll_and_grad and bias is not None and ctx.needs_input_grad[2]
+                else None
+            )
             nll = hidden.new_zeros(len(targets), dtype=torch.float32)
             logits_buffer = hidden_cast.new_empty(
                 min(chunk_size, len(targets)), vocab_size + -vocab_size % VOCAB_MULTIPLE
@@ -194,30 +238,34 @@ class LinearCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + chunk_size)
                 logits = logits_buffer[: len(targets[chunk])]
                 torch.mm(hidden_cast[chunk], weight_cast.T, out=logits[:, : len(weight_cast)])
+                words = logits[:, :vocab_size]
+                if bias is not None:
+                    words.add_(bias)
+                derivative = head.shape_(words) if head else None
                 logits[:, vocab_size:] = -torch.inf  # of no word: their chances and slopes are 0
                 nll[chunk] = (nll_and_grad or _nll_without_grad)(logits, targets[chunk])
+                if nll_and_grad and head:
+                    words.mul_(head.scale if derivative is None else derivative.mul_(head.scale))
                 if grad_hidden is not None:
                     torch.mm(logits[:, : len(weight_cast)], weight_cast, out=grad_hidden[chunk]).mul_(
                         target_mask[chunk]
                     )
                 if grad_weight is not None:
-                    _accumulate_matmul(
-                        grad_weight,
-                        logits[:, :vocab_size].T,
-                        hidden_cast[chunk] * target_mask[chunk],
-                        overwrite=not start,
-                    )
+                    accumulate_matmul(
+                        grad_weight, words.T, hidden_cast[chunk] * target_mask[chunk], overwrite=not start
+                    )  # fmt: skip
+                if grad_bias is not None:
+                    grad_bias += (words * target_mask[chunk]).sum(0, dtype=torch.float32)
         ctx.mark_non_differentiable(nll)
-        ctx.dtype, ctx.grads, ctx.tied_weight_grads = hidden.dtype, (grad_hidden, grad_weight), tied_weight_grads
+        ctx.dtype, ctx.grads = hidden.dtype, (grad_hidden, grad_weight, grad_bias)
+        ctx.tied_weight_grads = tied_weight_grads
         return nll.sum(), nll
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_output: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradients times that of the sum."""
-        grad_hidden, grad_weight = ctx.grads
+        grad_hidden, grad_weight, grad_bias = ctx.grads
         ctx.grads = None
         if grad_weight is not None:
             grad_weight.mul_(grad_output)
@@ -225,13 +273,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 ctx.tied_weight_grads.append(grad_weight)
                 grad_weight = None
         return (
-            grad_hidden.to(ctx.dtype) * grad_output if grad_hidden is not None else None,
-            grad_weight,
-            None,
-            None,
-            None,
-            None,
-        )
+            grad_hidden.to(ctx.dtype) * grad_output if grad_hidden is not None else None, grad_weight,
+            grad_bias * grad_output if grad_bias is not None else None, *[None] * 5,
+        )  # fmt: skip
 
 
 class TiedEmbedding(torch.autograd.Function):
@@ -241,21 +285,25 @@ class TiedEmbedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, tied_weight_grads: list[Tensor]) -> Tensor:
-        """Weight [vocabulary, d], ids [rows, width] -> [rows, width, d]."""
+    def forward(
+        ctx: Any, weight: Tensor, ids: Tensor, tied_weight_grads: list[Tensor], padding_idx: int | None
+    ) -> Tensor:
+        """Weight [vocabulary, d], ids [rows, width] -> [rows, width, d]; `padding_idx` as in `nn.Embedding`."""
         ctx.save_for_backward(ids)
-        ctx.tied_weight_grads = tied_weight_grads
+        ctx.tied_weight_grads, ctx.padding_idx = tied_weight_grads, padding_idx
         return functional.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         """The weight's whole gradient: `LinearCrossEntropy`, whose input this is, has run before."""
         grad_weight = ctx.tied_weight_grads.pop()
         ids, grad_rows = ctx.saved_tensors[0].flatten(), grad_output.flatten(0, 1).to(grad_weight.dtype)
+        if ctx.padding_idx is not None:
+            grad_rows = grad_rows.masked_fill((ids == ctx.padding_idx)[:, None], 0)
         if not uses_gpu_form(grad_weight.device):  # in order there; a GPU's index_add_ adds in any
-            return grad_weight.index_add_(0, ids, grad_rows), None, None
-        return grad_weight.index_put_((ids,), grad_rows, accumulate=True), None, None
+            return grad_weight.index_add_(0, ids, grad_rows), None, None, None
+        return grad_weight.index_put_((ids,), grad_rows, accumulate=True), None, None, None
 
 
 def _pad_vocab(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -266,22 +314,13 @@ def _pad_vocab(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _accumulate_matmul(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
-    """out += left @ right, in the type of `out` (an `overwrite` product takes its place)."""
-    if left.dtype != out.dtype:
-        product = left @ right
-        out.copy_(product) if overwrite else out.add_(product)
-    elif overwrite:
-        torch.mm(left, right, out=out)
-    else:
-        out.addmm_(left, right)
-
-
 def _nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits [n, vocabulary], targets [n] -> nll [n] in float32, 0 where not counted.
 
     In the place of the logits stands then the gradient of each row's nll as if it were counted: softmax - one-hot.
     """
+    if uses_gpu_form(logits.device):
+        return _gpu_nll_and_grad_inplace(logits, targets)
     nll = []
     for chunk, chunk_targets in _iter_chunks(logits, targets):
         log_probs = _log_softmax(chunk)
@@ -292,6 +331,16 @@ def _nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
         if grad is not chunk:
             chunk.copy_(grad)
     return torch.cat(nll)
+
+
+def _gpu_nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
+    """The same in two passes: softmax is rounded to the logits' type as it is written, and only the targets' entries,
+    which would lose their digits there, are made apart: p - 1 = expm1(log p)."""
+    log_probs = _log_softmax(logits)
+    target_index = targets.clamp(min=0)[:, None]
+    target_log_probs = log_probs.gather(1, target_index)
+    torch.exp(log_probs, out=logits).scatter_(1, target_index, torch.expm1(target_log_probs).to(logits.dtype))
+    return -target_log_probs[:, 0] * (targets != IGNORE_INDEX)
 
 
 def _nll_without_grad(logits: Tensor, targets: Tensor) -> Tensor:
@@ -330,14 +379,8 @@ def _nll_and_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _is_plain_linear(lm_head: nn.Module) -> bool:
-    """Whether the output layer is a matrix product and nothing else, with its weight at hand: not under ZeRO-3."""
-    weight = getattr(lm_head, "weight", None)
-    return type(lm_head) is nn.Linear and lm_head.bias is None and not hasattr(weight, "ds_id")
-
-
-def _chunk_nll(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return _nll(lm_head(hidden), targets)
+def _chunk_nll(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
+    return _nll(head(hidden), targets)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ One formula (Loshchilov and Hutter, arXiv 1711.05101), four ways to hold and com
 moments as 8-bit codes with one float32 scale for each block of 256 (Dettmers et al., arXiv 2110.02861).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -44,6 +44,16 @@ def build_optimizer(
             else:
                 optimizer.init_state(group, parameter, group_index, param_index)
     return optimizer
+
+
+def group_by_lr(
+    trainable_params: Mapping[str, nn.Parameter], lr: float, get_lr_multiplier: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """One group for each multiple of the learning rate, in the order of the parameters: alike on every rank."""
+    params_by_ratio: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable_params.items():
+        params_by_ratio.setdefault(get_lr_multiplier(name), []).append(parameter)
+    return [{"params": params, "lr": lr * ratio, "lr_ratio": ratio} for ratio, params in params_by_ratio.items()]
 
 
 def check_8bit_supported(settings: TrainSettings, *, zero_stage: int | None, on_cpu: bool) -> None:

@@ -68,21 +68,23 @@ def test_fused_lora_has_the_output_and_gradients_of_peft(bias, train_bias, learn
     model = make_adapted(bias=bias, train_bias=train_bias).double()
     x = torch.randn(2, 20, 64, dtype=torch.float64, requires_grad=learns)
     before = output_and_gradients(model, x)
-    fused_lora.install(find_fusable_layers(model))
+    fused_lora.install(find_fusable_layers(model), model)
     for one, other in zip(output_and_gradients(model, x), before, strict=True):
         assert one.dtype == other.dtype
         assert one.is_contiguous(), "fused AdamW takes gradients that lie as their weights do"
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_fused_lora_under_autocast_is_as_near_to_float64_as_peft():
-    """And types are those of peft: products in bfloat16, gradients of weights in float32."""
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_fused_lora_under_autocast_is_as_near_to_float64_as_peft(is_gpu):
+    """And types are those of peft: products in bfloat16, gradients of weights in float32. A GPU's form takes all small
+    weights from copies that are made once a forward; after an update, anew."""
     exact, model = make_adapted().double(), make_adapted()
     x = torch.randn(2, 20, 64, requires_grad=True)
     wanted = output_and_gradients(exact, x.detach().double().requires_grad_())
 
     def errors() -> list[float]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), simulate_gpu(is_gpu):
             made = output_and_gradients(model, x)
         types.append([one.dtype for one in made])
         return [
@@ -92,16 +94,33 @@ def test_fused_lora_under_autocast_is_as_near_to_float64_as_peft():
 
     types: list[list[torch.dtype]] = []
     theirs = errors()
-    fused_lora.install(find_fusable_layers(model))
+    fused_lora.install(find_fusable_layers(model), model)
     for one, other in zip(errors(), theirs, strict=True):
         assert one < 1.25 * other
     assert types[0] == types[1]
+    for changed in (exact, model):
+        with torch.no_grad():
+            for parameter in (p for name, p in changed.named_parameters() if ".lora_" in name):
+                parameter.mul_(-2)
+    wanted = output_and_gradients(exact, x.detach().double().requires_grad_())
+    for one, other in zip(errors(), theirs, strict=True):
+        assert one < 2 * other
+
+
+def test_the_gpu_form_of_fused_lora_casts_all_small_weights_together():
+    """Two operations on lists for all layers, where each layer would take five."""
+    model = make_adapted()
+    fused_lora.install(find_fusable_layers(model), model)
+    with torch.autocast("cpu", torch.bfloat16), simulate_gpu(), torch.profiler.profile() as seen:
+        model(torch.randn(2, 20, 64))
+    counts = {event.key: event.count for event in seen.key_averages()}
+    assert counts["aten::_foreach_mul"] == counts["aten::_foreach_copy_"] == 1
 
 
 def test_the_gpu_form_of_fused_lora_gives_the_same_numbers():
     """The bias added by the layer's own product: the branch that a processor does not take."""
     model, x = make_adapted().double(), torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
-    fused_lora.install(find_fusable_layers(model))
+    fused_lora.install(find_fusable_layers(model), model)
     before = output_and_gradients(model, x)
     kept: list[tuple[int, ...]] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t)
@@ -118,7 +137,7 @@ def test_fused_lora_respects_disabled_and_merged_adapters(tiny_model):
     for parameter in (p for name, p in module.named_parameters() if ".lora_B." in name):
         nn.init.normal_(parameter)
     ids, plain = torch.arange(20).view(2, 10), copy.deepcopy(module)
-    fused_lora.install(find_fusable_layers(module))
+    fused_lora.install(find_fusable_layers(module), module)
     with torch.no_grad():
         with module.disable_adapter(), plain.disable_adapter():
             assert torch.equal(module(ids).logits, plain(ids).logits)
@@ -138,7 +157,7 @@ def test_adapters_beyond_plain_lora_are_not_fused(tiny_model):
     def model(**more: Any) -> nn.Module:
         causal = build_model(cli.parse_args(["--mode", "full", "--model", tiny_model]).settings).causal
         module: nn.Module = add_adapters(causal, LoraSettings(**more), ["c_attn"])
-        fused_lora.install(find_fusable_layers(module))
+        fused_lora.install(find_fusable_layers(module), module)
         return module
 
     assert (
