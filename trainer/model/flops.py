@@ -10,6 +10,8 @@ normalisation and the optimizer are not.
 import re
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -64,6 +66,22 @@ def count_step_flops(
         recompute = 2 * (sum(product.num_weights for product in in_blocks) - last_weights) * num_tokens
         recompute += attention * len(attention_stages)
     return StepFlops(forward=forward, backward=backward, recompute=recompute)
+
+
+def count_training_flops(
+    model: TrainableModel, *, lengths: NDArray[np.int64], global_batch: int, activation_checkpointing: bool
+) -> int:
+    """Operations of an average optimizer step over all ranks, examples of these lengths (int64 [n], tokens).
+
+    Padding is left out, and so is what a row of packed examples computes across them.
+    """
+    counts = [
+        count_step_flops(model, num_rows=1, sequence_length=n, activation_checkpointing=activation_checkpointing).total
+        for n in (1, 2)
+    ]
+    quadratic = (counts[1] - 2 * counts[0]) // 2  # of a n + b n^2: products of weights, and attention
+    linear, rows = counts[0] - quadratic, lengths.astype(np.float64)
+    return round(global_batch * (linear * rows.mean() + quadratic * (rows**2).mean()))
 
 
 def _num_gradients(product: _Product, first_stage: int) -> int:

@@ -1,5 +1,6 @@
 """The formula for a step's operations against torch's own count of the products that a model really makes."""
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_inputs import make_tiny_gpt2
@@ -8,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import cli
 from trainer.model.build import TrainableModel, build_model
-from trainer.model.flops import count_step_flops
+from trainer.model.flops import count_step_flops, count_training_flops
 
 NUM_ROWS, LENGTH = 3, 24
 
@@ -50,6 +51,13 @@ def test_the_formula_is_within_two_percent_of_the_counted_products(model_folder,
     formula = count_step_flops(model, num_rows=NUM_ROWS, sequence_length=LENGTH, activation_checkpointing=checkpointing)
     assert formula.total == pytest.approx(count_with_torch(model), rel=FLOPS_TOLERANCE)
     assert bool(formula.recompute) == checkpointing
+    lengths = np.array([LENGTH, LENGTH - 5, LENGTH - 9])  # what a run records: of rows as long as they are
+    rows = [
+        count_step_flops(model, num_rows=1, sequence_length=int(n), activation_checkpointing=checkpointing).total
+        for n in lengths
+    ]
+    recorded = count_training_flops(model, lengths=lengths, global_batch=2, activation_checkpointing=checkpointing)
+    assert recorded == round(2 * sum(rows) / 3)
 
 
 def test_full_and_lora_of_the_embedded_model_take_the_operations_that_are_counted():
