@@ -48,7 +48,7 @@ from trainer.training.run_folder import (
     write_run_json,
 )
 from trainer.training.run_plan import RunPlan, make_plan
-from trainer.training.split_evaluation import evaluate_test, load_chosen_weights
+from trainer.training.split_evaluation import OTHER_SPLITS, evaluate_other_split, load_chosen_weights
 from trainer.training.train_state import TrainState
 
 
@@ -208,7 +208,7 @@ class TrainingRun:
             context.watchdog.watch_for_hangs(self.plan.settings.engine.hang_timeout),
         ):
             if not self.state.step and self.state.eval_pending:
-                self._evaluate_test(0)
+                self._evaluate_other_splits(0)
             stream = train(
                 self.engine, self.data, self.plan.schedule, self.state, self.checkpoints, signal_handler.stop_requested
             )
@@ -236,11 +236,11 @@ class TrainingRun:
                 if event.event == "execution":
                     self._record_execution(event)
 
-    def _evaluate_test(self, step: int) -> None:
-        elapsed_seconds = self.state.elapsed_seconds
-        event = evaluate_test(self.plan, self.data, self.engine, step=step, elapsed_seconds=elapsed_seconds)
-        if event is not None:
-            self.metrics.log(event)
+    def _evaluate_other_splits(self, step: int) -> None:
+        for split in OTHER_SPLITS:
+            event = evaluate_other_split(self.plan, self.data, self.engine, split, self.state, step)
+            if event is not None:
+                self.metrics.log(event)
 
     def _record_execution(self, event: EventRecord) -> None:
         """run.json keeps every plan by which steps ran."""
@@ -253,11 +253,11 @@ class TrainingRun:
         start_time = time.perf_counter()
         state, schedule = self.state, self.plan.schedule
         assert state.val_loss is not None, "the last step is always evaluated"
-        if len(self.data.test):
+        if any(len(getattr(self.data, split)) for split in OTHER_SPLITS):
             chosen = self.plan.dist_context.on_rank_zero(lambda: earlier_checkpoint_to_export(self.plan, state))
             if chosen is not None:
                 load_chosen_weights(self.engine, chosen)
-            self._evaluate_test(chosen.step if chosen else state.step)
+            self._evaluate_other_splits(chosen.step if chosen else state.step)
         export = export_run(self.plan, self.data, self.model, self.engine, state, self.metadata)
         elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time
         summary = export.verification.summary()

@@ -1,4 +1,4 @@
-"""The test split through the real program: before training and at the exported weights, never in between."""
+"""Test and retained text through the real program: before training and at the exported weights, never in between."""
 
 import json
 import math
@@ -10,38 +10,31 @@ import pytest
 from helpers.launch_ranks import train
 from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
 
+from trainer.report.run_folder import read_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
 
 
 @pytest.fixture(scope="module")
 def split_argv(tiny_model, data_files, session_dir) -> list[str]:
     test_file = write_records(session_dir / "test.jsonl", num_records=11, seed=3)
-    flags = (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --test-data {test_file}"
-    )
-    flags += " --objective completion --block-size 32 --global-batch 4 --micro-batch 1 --max-steps 14 --eval-every 3"
-    return [
-        *flags.split(),
-        "--save-every",
-        "3",
-        "--lr",
-        "0.05",
-        "--wandb",
-        "disabled",
-        "--preset",
-        "demo",
-        *TEMPLATE_FLAGS,
-    ]
+    retained = session_dir / "retained.txt"  # 5 blocks of 32: 34 texts of 4 tokens and their ends, 10 left out
+    retained.write_text("".join(f"w{i} w{i + 1} w{i + 2} w{i + 3}\n" for i in range(34)))
+    return (
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --test-data {test_file} "
+        f"--retain-data {retained} --objective completion --block-size 32 --global-batch 4 --micro-batch 1 "
+        "--max-steps 14 --eval-every 3 --save-every 3 --lr 0.05 --wandb disabled --preset demo"
+    ).split() + list(TEMPLATE_FLAGS)
 
 
 def read_run(folder: Path):
-    """(test events, {(step, split): rows}, all records)."""
+    """(events of test and retained text, {(step, split): rows}, all records)."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     table = read_eval_records(folder / EVAL_RECORDS_FILE)
     evaluations = {}
     for step, split in set(zip(table["step"].to_pylist(), table["split"].to_pylist(), strict=True)):
         evaluations[step, split] = table.filter((pc.field("step") == step) & (pc.field("split") == split))
-    return [record for record in records if record.get("event") == "test_evaluation"], evaluations, records
+    events = [record for record in records if record.get("event") in ("test_evaluation", "retain_evaluation")]
+    return events, evaluations, records
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +50,23 @@ def test_the_test_split_is_evaluated_before_training_and_at_the_exported_weights
     events, evaluations, records = read_run(best_run)
     (finished,) = [record for record in records if record.get("event") == "finished"]
     chosen_step = finished["facts"]["exported"]["step"]
-    assert [event["step"] for event in events] == [0, chosen_step]
-    assert {step for step, split in evaluations if split == "test"} == {0, chosen_step}
+    assert [(event["step"], event["event"]) for event in events] == [
+        (step, f"{split}_evaluation") for step in (0, chosen_step) for split in ("test", "retain")
+    ]
+    assert {step for step, split in evaluations if split != "val"} == {0, chosen_step}
     for event in events:
-        rows = evaluations[event["step"], "test"]
-        assert len(rows) == 11
+        split = event["event"].removesuffix("_evaluation")
+        rows = evaluations[event["step"], split]
+        assert len(rows) == {"test": 11, "retain": 5}[split]
+        assert event["facts"]["num_target_tokens"] == sum(rows["targets"].to_pylist())
         assert token_mean(rows) == event["facts"]["loss"]
         num_bytes = sum(rows["bytes"].to_pylist())
         assert event["facts"]["bits_per_byte"] == math.fsum(rows["nll"].to_pylist()) / math.log(2) / num_bytes
     val = [record for record in records if record["kind"] == "eval"]
     assert chosen_step == min(val[1:], key=lambda record: record["loss"])["step"]
-    assert events[1]["facts"]["loss"] < events[0]["facts"]["loss"]
+    test_before, retain_before, test_after, retain_after = (event["facts"]["loss"] for event in events)
+    assert test_after < test_before
+    assert read_folder(best_run).forgetting == retain_after - retain_before != 0
 
 
 @pytest.mark.slow
@@ -75,7 +74,7 @@ def test_a_test_changes_no_number_of_training_and_its_loss_no_ranks(best_run, sp
     train([*split_argv, "--export", "best"], out=tmp_path / "one", world_size=1)
     alone, pair = read_run(tmp_path / "one"), read_run(best_run)
     for mine, other in zip(alone[0], pair[0], strict=True):
-        assert mine["step"] == other["step"]
+        assert (mine["step"], mine["event"]) == (other["step"], other["event"])
         assert mine["facts"]["loss"] == pytest.approx(other["facts"]["loss"], rel=1e-5)
     for key, rows in alone[1].items():
         others = pair[1][key]
@@ -94,3 +93,9 @@ def test_a_resumed_run_has_each_evaluation_of_each_record_once(best_run, tmp_pat
     assert set(after[1]) == set(before[1])
     for key, rows in before[1].items():
         assert rows.equals(after[1][key]), key
+
+
+@pytest.mark.slow
+def test_a_rate_that_moves_no_weight_forgets_nothing(split_argv, tmp_path):
+    train([*split_argv, "--mode", "lora", "--lr", "1e-30", "--max-steps", "2"], out=tmp_path / "still", world_size=1)
+    assert read_folder(tmp_path / "still").forgetting == 0

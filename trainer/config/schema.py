@@ -123,6 +123,9 @@ class DataSettings:
         help="share split off for a test, likewise; it is taken from the training records",
         accepts=SHARE_OR_NONE,
     )
+    retain_data: str | None = option(
+        None, flag="--retain-data", help="text of the base's kind (`demo-base`: the embedded one's): shows forgetting"
+    )
     split_by: str | None = option(
         None, flag="--split-by", help="column whose equal values stay in one split and count as one in an interval"
     )
@@ -187,10 +190,7 @@ class TrainSettings:
         accepts=at_least(1),
     )
     global_batch: int = option(
-        flag="--global-batch",
-        help="examples per optimizer step over all ranks",
-        unit="examples",
-        accepts=at_least(1),
+        flag="--global-batch", help="examples per optimizer step over all ranks", unit="examples", accepts=at_least(1)
     )
     micro_batch: int | None = option(
         None,
@@ -206,16 +206,10 @@ class TrainSettings:
         accepts=at_least(1),
     )
     lr: float = option(
-        flag="--lr",
-        help="peak learning rate; left out: the preset's, times 10 with --mode lora",
-        accepts=ABOVE_ZERO,
+        flag="--lr", help="peak learning rate; left out: the preset's, times 10 with --mode lora", accepts=ABOVE_ZERO
     )
     warmup_steps: int = option(
-        0,
-        flag="--warmup-steps",
-        help="linear warm-up before the schedule",
-        unit="steps",
-        accepts=at_least(0),
+        0, flag="--warmup-steps", help="linear warm-up before the schedule", unit="steps", accepts=at_least(0)
     )
     warmup_ratio: float = option(
         0.0,

@@ -25,6 +25,7 @@ MUTABLE_ON_RESUME = (
     "data.data",
     "data.val_data",
     "data.test_data",
+    "data.retain_data",
     "train.micro_batch",
     "train.eval_batch",
 )  # data: by fingerprint

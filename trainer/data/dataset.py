@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ CHAT_FORMATS = ("messages", "conversations", "prompt-completion")  # the last ma
 @dataclass(frozen=True, eq=False)
 class PreparedDataset:
     """Data ready to train on. metadata: the `data` block of run.json; val_texts: the first validation records as
-    (prompt, completion); pad_id: any id will do, since padding is masked by position; test: without a row where there
-    is no test split."""
+    (prompt, completion); pad_id: any id will do, since padding is masked by position; test, retain: without a row where
+    there is no such split."""
 
     train: TokenDataset
     val: TokenDataset
@@ -40,13 +40,14 @@ class PreparedDataset:
     pad_id: int
     folder: Path
     test: TokenDataset = field(default_factory=TokenDataset.empty)
+    retain: TokenDataset = field(default_factory=TokenDataset.empty)
 
     def row_info(self, split: str) -> RowInfo:
-        """Who the rows of "val" or "test" are; read from the folder. ValueError where that is not whole."""
+        """Who the rows of a split other than "train" are; read from the folder. ValueError where that is not whole."""
         return read_row_info(self.folder, split)
 
     def num_target_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the targets of "val" or "test", 0 where the text is not known."""
+        """UTF-8 bytes of the targets of a split other than "train", 0 where the text is not known."""
         return int(self.metadata[split].get("target_bytes", 0))
 
 
@@ -59,7 +60,7 @@ def prepare(
     than one global batch, or no validation example.
     """
     cache_root = store.resolve_cache_dir(cache)
-    split_sources = sources.find_sources(settings.data, settings.val_data, settings.test_data)
+    split_sources = sources.find_sources(settings.data, settings.val_data, settings.test_data, settings.retain_data)
     inputs = [_find_input(source, settings) for source in split_sources]
     for data_input in inputs:
         if (data_input.record_format.name == "input_ids") != (inputs[0].record_format.name == "input_ids"):
@@ -105,6 +106,10 @@ def _is_whole(folder: Path, cache_root: Path, log: LogFn) -> bool:
 
 def _find_input(source: Source, settings: DataSettings) -> DataInput:
     where, columns = f"{source.flag} {source.spec}", readers.columns(source)
+    if source.split == "retain":  # plain text, whatever the training records are
+        settings = replace(
+            settings, prompt=None, completion=None, format=None, split_by=None, objective="blocks", packing=False
+        )
     if settings.split_by is not None and settings.split_by not in columns:
         raise UserError(
             f"--split-by {settings.split_by}: {where} has no such column; expected one of {list_columns(columns)}"
@@ -122,6 +127,7 @@ def _find_input(source: Source, settings: DataSettings) -> DataInput:
 
 def _find_chat_template(settings: DataSettings, inputs: list[DataInput], tokenizer: Any, model: str) -> str | None:
     """The chat template, None where no record can be a conversation."""
+    inputs = [data_input for data_input in inputs if data_input.source.split != "retain"]
     names = {data_input.record_format.name for data_input in inputs}
     if "prompt-completion" in names and settings.chat_template is None:
         values = (
@@ -176,6 +182,11 @@ def _check_sizes(dataset: PreparedDataset, settings: DataSettings, objective: Ob
         raise UserError(
             f"{'--test-data' if settings.test_data is not None else '--data'} {spec}: "
             f"{dataset.metadata['test']['records']} test records make 0 {unit}; give more of them{hint}"
+        )
+    if settings.retain_data is not None and dataset.metadata["retain"]["examples"] == 0:
+        raise UserError(
+            f"--retain-data {settings.retain_data}: {dataset.metadata['retain']['records']} records make 0 blocks of "
+            f"{settings.block_size} tokens; give more of them, or lower --block-size"
         )
     if val["examples"] == 0:
         remedy = "give more of it" if settings.val_data is not None else "raise --val-fraction, give --val-data"

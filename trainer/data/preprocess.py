@@ -26,7 +26,7 @@ LogFn = Callable[[str], None]
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
 LOG_INTERVAL_SECONDS = 5.0
 MAX_SHARED_FRACTION = 0.05  # of validation and test records that may equal training records, where there is a test
-SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
 
 
 @dataclass
@@ -78,8 +78,9 @@ class Preprocessor:
         """The `data` block of run.json."""
         packers, settings, record_format = writer.packers, self.settings, self.inputs[0].record_format
         fingerprints = {split: packer.close() for split, packer in packers.items()}
-        used_splits = [split for split in SPLITS if split != "test" or packers[split].num_records]
-        row_infos = {split: writer.row_info(split) for split in ("val", "test")}
+        used_splits = [split for split in SPLITS if split in ("train", "val") or packers[split].num_records]
+        row_infos = {split: writer.row_info(split) for split in SPLITS if split != "train"}
+        trained_on = [fingerprints[split] for split in used_splits if split != "retain"]
         for split, row_info in row_infos.items():
             write_row_info(writer.folder, split, row_info)
         return {
@@ -88,11 +89,11 @@ class Preprocessor:
             "form_meaning": record_format.meaning,
             "example": writer.example,
             "chat_template": self.chat_template if self._is_chat() else None,
-            "fingerprint": hashlib.sha256(" ".join(fingerprints[split] for split in used_splits).encode()).hexdigest(),
+            "fingerprint": hashlib.sha256(" ".join(trained_on).encode()).hexdigest(),
             **{f"{split}_fingerprint": fingerprints[split] if split in used_splits else None for split in SPLITS},
             "split": f"hash {settings.val_fraction:g}" if self._val_fraction() else "given",
             "split_by": settings.split_by,
-            "equal_to_train": {split: self.num_shared.get(split, 0) for split in ("val", "test")},
+            "equal_to_train": {split: self.num_shared.get(split, 0) for split in row_infos},
             "tokenizer": tokenizer.tokenizer_fingerprint(self.tokenizer) if self.tokenizer is not None else None,
             "vocabulary": vocab_size,
             "objective": self.objective,
@@ -108,6 +109,9 @@ class Preprocessor:
     def _is_chat(self) -> bool:
         return any(data_input.num_conversations for data_input in self.inputs)
 
+    def _split_by(self, data_input: DataInput) -> str | None:
+        return None if data_input.source.split == "retain" else self.settings.split_by
+
     def _val_fraction(self) -> float:
         """The share of the training source that is split off for validation."""
         has_val = any(data_input.source.split == "val" for data_input in self.inputs)
@@ -115,20 +119,25 @@ class Preprocessor:
 
     def _check_records(self) -> None:
         """Render every record once: a mistake in the last row is found before the first one is tokenised."""
-        hashes = {split: array("Q") for split in SPLITS}
+        hashes = {split: array("Q") for split in (*SPLITS, "joined train")}
         for data_input in self.inputs:
-            for example in iter_examples(data_input, self.settings.split_by):
+            for example in iter_examples(data_input, self._split_by(data_input)):
                 if example is None:
                     data_input.num_blank += 1
                     continue
                 split = self._split(data_input, example)
                 data_input.count(example, split)
-                hashes[split].append(content_hash(content_of(example)))
+                hashes[split].append(content_hash(content_of(example, "" if split == "retain" else "\0")))
+                if split == "train" and self.settings.retain_data is not None:  # a text that is a pair's, joined
+                    hashes["joined train"].append(content_hash(content_of(example, "")))
             data_input.is_counted = True
             source = data_input.source
             if not data_input.num_records:
                 raise UserError(f"{source.flag} {source.spec}: holds blank lines only; expected at least one record")
-            if bool(data_input.num_conversations) != self._is_chat():
+            if source.split == "retain":
+                if data_input.num_conversations:
+                    raise UserError(f"{source.flag} {source.spec}: holds conversations; expected text")
+            elif bool(data_input.num_conversations) != self._is_chat():
                 raise UserError(
                     f"{source.flag} {source.spec}: one of the splits holds conversations and another text; expected one"
                 )
@@ -141,16 +150,19 @@ class Preprocessor:
 
     def _check_shared(self, hashes: dict[str, NDArray[np.uint64]]) -> None:
         """Count records of validation and test that equal a training record; where there is a test, refuse many."""
-        for split in ("val", "test"):
-            is_shared = np.isin(hashes[split], hashes["train"])
+        for split in ("val", "test", "retain"):
+            is_shared = np.isin(hashes[split], hashes["joined train" if split == "retain" else "train"])
             self.num_shared[split] = int(is_shared.sum())
             self.shared_hashes |= set(hashes[split][is_shared].tolist())
             num_records, has_test = len(hashes[split]), len(hashes["test"]) > 0
-            if has_test and self.num_shared[split] > MAX_SHARED_FRACTION * num_records:
+            if (has_test or split == "retain") and self.num_shared[split] > MAX_SHARED_FRACTION * num_records:
+                remedy = "take them out"
+                if split != "retain":
+                    remedy = f"or a test says nothing of new records: {remedy}, or split by a column that they share"
                 raise UserError(
                     f"--data {self.settings.data}: {self.num_shared[split]} of {num_records} {SPLIT_NAMES[split]} "
-                    f"records also stand in the training data; expected at most {MAX_SHARED_FRACTION:.0%}, or a test "
-                    "says nothing of new records: take them out, or split by a column that they share (--split-by)"
+                    f"records also stand in the training data; expected at most {MAX_SHARED_FRACTION:.0%}, {remedy}"
+                    + (" (--split-by)" if split != "retain" else "")
                 )
 
     def _check_split_sizes(self) -> None:
@@ -186,7 +198,7 @@ class Preprocessor:
         def write_batch() -> None:
             writer.write(data_input, batch, [self._split(data_input, example) for example in batch])
 
-        for example in iter_examples(data_input, self.settings.split_by):
+        for example in iter_examples(data_input, self._split_by(data_input)):
             if example is None:
                 continue
             batch.append(example)
@@ -207,7 +219,7 @@ class Preprocessor:
         lines = writer.notices(self.settings.unusable_records)
         for data_input in self.inputs:
             lines += data_input.notices()
-        for split in ("val", "test"):
+        for split in ("val", "test", "retain"):
             if self.num_shared[split]:
                 lines.append(
                     f"{self.num_shared[split]} of {writer.packers[split].num_records} {SPLIT_NAMES[split]} records "

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
+from trainer.config.choices import DEMO_DATA
 from trainer.config.errors import UserError
-from trainer.data import demo, hf_readers
+from trainer.data import demo, demo_base_text, hf_readers
 from trainer.data.sources import Source
 
 MAX_LINE_BYTES = 16 * 2**20  # bytes; a line is read as a whole, so this bounds memory
@@ -79,8 +80,12 @@ def file_columns(source: Source, file: Path) -> tuple[str, ...]:
 def records(source: Source, column_names: Sequence[str] | None = None) -> Iterator[SourcedRecord]:
     """Every record in order, a bounded number in memory; `column_names` only, where the kind lets us choose."""
     if source.kind == "demo":
-        for number, event in enumerate(demo.events(demo.DEMO_RECORDS, demo.DEMO_SEED), start=1):
-            yield SourcedRecord(None, f"row {number}", event)
+        is_events = source.spec == DEMO_DATA
+        made: Iterator[Mapping[str, Any]] = demo_base_text.retained_records()
+        if is_events:
+            made = demo.events(demo.DEMO_RECORDS, demo.DEMO_SEED)
+        for number, record in enumerate(made, start=1):
+            yield SourcedRecord(None, f"row {number}", record)
     elif source.dataset is not None:
         dataset = source.dataset.select_columns(list(column_names)) if column_names else source.dataset
         yield from _iter_tables(source, None, dataset.with_format("arrow").iter(batch_size=READ_BATCH_SIZE))

@@ -42,15 +42,17 @@ class RowWriter:
     def __post_init__(self) -> None:
         self.packers = {
             split: Packer(
-                self.folder, split, objective=self.objective, block_size=self.block_size, dtype=self.dtype,
-                has_mask=self.chat is not None,
+                self.folder, split, objective=self._objective(split), block_size=self.block_size, dtype=self.dtype,
+                has_mask=self._has_mask(split),
             )
             for split in SPLITS
         }  # fmt: skip
 
     def write(self, data_input: DataInput, batch: Sequence[Example], splits: Sequence[str]) -> None:
         """Append a batch of examples, each to its split."""
-        if self.chat is not None:
+        if data_input.source.split == "retain":
+            self._write_blocks(batch, splits)
+        elif self.chat is not None:
             self._write_conversations(data_input, batch, splits)
         elif self.objective == "completion":
             self._write_rows(data_input, batch, splits)
@@ -107,6 +109,12 @@ class RowWriter:
             self._keep_example(split, ids, is_target)
             self._keep_row_info(split, example)
 
+    def _objective(self, split: str) -> Objective:
+        return "blocks" if split == "retain" else self.objective
+
+    def _has_mask(self, split: str) -> bool:
+        return self.chat is not None and split != "retain"
+
     def _eos(self) -> TokenIds:
         return np.asarray([self.tokenizer.eos_token_id], dtype=np.uint32)
 
@@ -120,7 +128,7 @@ class RowWriter:
             self.example = mark_targets(self.tokenizer, ids, is_target)
 
     def _keep_row_info(self, split: str, example: Example) -> None:
-        if split != "train":
+        if split in self.rows:
             row_id = hash_text(content_of(example))
             group = None if example.group is None else hash_text(example.group)
             self.rows[split].append((row_id, group, int(row_id, 16) in self.shared_hashes))
@@ -134,13 +142,14 @@ class RowWriter:
         datasets = {
             name: load_token_dataset(
                 self.folder, name, dtype=self.dtype, num_rows=self.packers[name].num_examples,
-                num_tokens=self.packers[name].num_tokens, has_mask=self.chat is not None,
+                num_tokens=self.packers[name].num_tokens, has_mask=self._has_mask(name),
             )
             for name in (split, "train")
         }  # fmt: skip
-        rows = self.rows[split]
-        if self.objective == "blocks":
-            train_ids = set(block_ids(datasets["train"])) if len(datasets[split]) else set()
+        rows = self.rows.get(split, [])
+        if self._objective(split) == "blocks":
+            is_like_train = self.objective == "blocks" and len(datasets[split])
+            train_ids = set(block_ids(datasets["train"])) if is_like_train else set()
             rows = [(row_id, None, row_id in train_ids) for row_id in block_ids(datasets[split])]
         return RowInfo(
             ids=[row_id for row_id, _, _ in rows], groups=[group for _, group, _ in rows],
@@ -153,7 +162,7 @@ class RowWriter:
         lines = []
         for split, packer in self.packers.items():
             num_records = packer.num_records + self.problems[split, "unusable"]
-            if self.objective == "blocks" and packer.num_dropped:
+            if self._objective(split) == "blocks" and packer.num_dropped:
                 lines.append(f"{split}: the last {packer.num_dropped} tokens do not fill a block and are left out")
             for kind in ("too long", "cut", "unusable"):
                 if number := self.problems[split, kind]:

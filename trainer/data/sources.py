@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.config.choices import DEMO_DATA
+from trainer.config.choices import DEMO_DATA, DEMO_MODEL
 from trainer.config.errors import UserError
 from trainer.data import hf_hub, hf_readers
 
@@ -30,6 +30,7 @@ SPLITS_BY_FLAG = {
     "--data": ("train", ""),
     "--val-data": ("validation", "", "test", "train"),
     "--test-data": ("test", "", "validation", "train"),
+    "--retain-data": ("test", "", "validation", "train"),
 }
 
 
@@ -42,7 +43,7 @@ class Source:
     kind: str
     files: tuple[Path, ...] = ()
     dataset: Any = None  #: of `datasets`, for the hub's and saved ones
-    split: str = "train"  #: "train", "val" or "test"
+    split: str = "train"  #: "train", "val", "test" or "retain"
     notices: tuple[str, ...] = ()  #: what was left out
 
     def locate(self, file: Path | None, place: str) -> str:
@@ -50,8 +51,10 @@ class Source:
         return f"{file or self.spec}, {place}"
 
 
-def find_sources(data: str, val_data: str | None, test_data: str | None) -> list[Source]:
-    """The training source and, where they are named or stand beside it, those of validation and test.
+def find_sources(
+    data: str, val_data: str | None, test_data: str | None, retain_data: str | None = None
+) -> list[Source]:
+    """The training source, where they are named or stand beside it those of validation and test, and that to retain.
 
     Files and splits are taken for what they are named: nothing named test is trained on. UserError where there is no
     data, or more than one kind.
@@ -73,6 +76,8 @@ def find_sources(data: str, val_data: str | None, test_data: str | None) -> list
         for name, source in splits.items()
         if name not in used_names
     ]
+    if retain_data is not None:
+        split_sources.append(replace(find(retain_data, "--retain-data"), split="retain"))
     return [replace(train, notices=tuple(notices)), *split_sources[1:]]
 
 
@@ -93,7 +98,7 @@ def _choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> tuple[s
 
 def _find_splits(spec: str, flag: str) -> dict[str, Source]:
     """{split: its source}; "" for what is named for none."""
-    if spec == DEMO_DATA:
+    if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
         return {"": Source(flag=flag, spec=spec, kind="demo")}
     path = Path(spec).expanduser()
     if path.is_dir():

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "retain")  # the last: text of the base model's own kind, in blocks
 
 
 @dataclass(frozen=True, eq=False)
 class TokenDataset:
-    """The examples of one split (training, validation or test); row i is ids[offsets[i]:offsets[i + 1]].
+    """The examples of one split (training, validation, test or retain); row i is ids[offsets[i]:offsets[i + 1]].
 
     ids: [tokens] uint16 or uint32, memory-mapped; offsets: int64 [n + 1]; first_target: int32 [n], the first position
     whose token may count in the loss, at least 1 because nothing stands before position 0 to predict it from.
@@ -64,7 +64,7 @@ class TokenDataset:
 
 
 def array_files(folder: Path, split: str) -> dict[str, Path]:
-    """Where the arrays of `split` ("train", "val" or "test") lie in a folder; `mask` is there for chat only."""
+    """Where the arrays of `split` lie in a folder; `mask` is there for chat only."""
     return {name: folder / f"{split}.{name}.bin" for name in ("ids", "offsets", "first", "mask")}
 
 

@@ -41,6 +41,7 @@ class RunData:
     state: str = "finished"  #: finished, going or stopped
     diagnostics: tuple[tuple[int, str], ...] = ()  #: (step, line) of what the run noticed of itself
     generations: tuple[Mapping[str, Any], ...] = ()  #: of each evaluation: epoch, texts, and scores where asked for
+    retained: tuple[float, ...] = ()  #: losses of the retained text (--retain-data), before training and after
     notes: tuple[str, ...] = ()
     eval_records_path: Path | None = None  #: the losses of each record, None where the run left none
 
@@ -77,6 +78,11 @@ class RunData:
         if not len(self.evals["step"]) or self.evals["step"][-1] == 0:
             return None
         return {name: float(self.evals[name][-1]) for name in ("step", "epoch", "loss")}
+
+    @property
+    def forgetting(self) -> float | None:
+        """By how much the loss of the retained text rose, in nats per token; None where it was not measured twice."""
+        return self.retained[-1] - self.retained[0] if len(self.retained) > 1 else None
 
     def index_at_epoch(self, series: Series, epoch: float) -> int | None:
         """The row of `series` nearest to `epoch`, None where none lies within half a step of it."""
@@ -151,6 +157,7 @@ def build_run(source: str, metadata: Mapping[str, Any], records: RunRecords, run
             if event.get("event") == "diagnosis"
         ),
         generations=tuple(event.get("facts") or {} for event in events if event.get("event") == "samples"),
+        retained=tuple(float(event["facts"]["loss"]) for event in events if event.get("event") == "retain_evaluation"),
         notes=tuple(records.notes),
         eval_records_path=records.eval_records_path,
     )

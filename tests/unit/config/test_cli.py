@@ -12,7 +12,7 @@ from trainer.config.settings import GROUPS
 # The names are a contract with the user; those of `run` are no settings.
 CONTRACT = [
     "--mode", "--preset", "--model", "--init", "--data", "--val-data", "--val-fraction", "--test-data",
-    "--test-fraction", "--split-by", "--prompt",
+    "--test-fraction", "--retain-data", "--split-by", "--prompt",
     "--completion", "--format", "--chat-template", "--unusable-records", "--packing", "--objective",
     "--block-size", "--epochs", "--max-steps", "--global-batch", "--micro-batch",
     "--eval-batch", "--lr", "--warmup-steps", "--weight-decay", "--max-grad-norm", "--seed", "--no-shuffle",
@@ -41,7 +41,8 @@ VALUES = {
     "--model": ("m", "m"), "--init": ("random", "random"), "--lora-rank": ("4", 4), "--lora-alpha": ("3", 3.0),
     "--lora-dropout": ("0.5", 0.5), "--lora-target-modules": ("a, b", ("a", "b")), "--data": ("d.csv", "d.csv"),
     "--val-data": ("v.csv", "v.csv"), "--val-fraction": ("0.2", 0.2), "--test-data": ("t.csv", "t.csv"),
-    "--test-fraction": ("0.1", 0.1), "--split-by": ("mr", "mr"), "--prompt": ("{p}", "{p}"),
+    "--test-fraction": ("0.1", 0.1), "--retain-data": ("r.txt", "r.txt"), "--split-by": ("mr", "mr"),
+    "--prompt": ("{p}", "{p}"),
     "--completion": ("{c}", "{c}"), "--format": ("alpaca", "alpaca"), "--chat-template": ("c.jinja", "c.jinja"),
     "--unusable-records": ("drop", "drop"), "--packing": (None, True),
     "--objective": ("completion", "completion"), "--block-size": ("77", 77),

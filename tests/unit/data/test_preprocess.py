@@ -469,11 +469,28 @@ def test_evaluation_records_that_equal_a_training_record_are_marked_and_many_are
     prepared = prepare_file(file, test_data=str(few), **options)
     assert list(prepared.row_info("test").in_train) == [False] * 40 + [True] * 2
     assert list(prepared.row_info("test").occurrences)[-2:] == [0, 1]
-    assert prepared.metadata["equal_to_train"] == {"val": 0, "test": 2}
+    assert prepared.metadata["equal_to_train"] == {"val": 0, "test": 2, "retain": 0}
     assert "2 of 42 test records also stand in the training data" in prepared.metadata["notices"]
     many = samples.write_csv(tmp_path / "many.csv", [*fresh, *PAIRS[:3]])
     with pytest.raises(UserError, match="3 of 43 test records also stand in the training data; expected at most 5%"):
         prepare_file(file, test_data=str(many), **options)
+
+
+def test_retained_text_is_cut_into_blocks_changes_no_fingerprint_and_is_refused_where_it_is_trained_on(
+    tmp_path, prepare_file
+):
+    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+    options = {"objective": "completion", "val_fraction": 0.4, **TEMPLATES}
+    prepared, without = prepare_file(file, retain_data="demo-base", **options), prepare_file(file, **options)
+    assert set(prepared.retain.lengths()) == {prepared.metadata["block_size"]}
+    assert prepared.metadata["retain"]["records"] == 240
+    assert prepared.metadata["fingerprint"] == without.metadata["fingerprint"]
+    assert len(without.retain) == 0
+    (tmp_path / "old.txt").write_text("".join(f"{pair['mr']}: {pair['ref']}\n" for pair in PAIRS))
+    with pytest.raises(UserError, match="retained records also stand in the training data; expected at most 5%, take"):
+        prepare_file(file, retain_data=str(tmp_path / "old.txt"), **options)
+    with pytest.raises(UserError, match=r"--retain-data .*: 1 records make 0 blocks of"):
+        prepare_file(file, retain_data=str(samples.write_csv(tmp_path / "b.csv", [{"text": "short"}])), **options)
 
 
 def test_a_row_keeps_its_id_whatever_stands_around_it(tmp_path, prepare_file):

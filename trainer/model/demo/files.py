@@ -1,4 +1,4 @@
-"""The small GPT-2 that this project pretrained itself, `demo-base`, and the text it was pretrained on."""
+"""The small GPT-2 that this project pretrained itself, `demo-base`."""
 
 from pathlib import Path
 

@@ -21,7 +21,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trainer.model.demo.text import documents
+from trainer.data.demo_base_text import documents
 
 EOS_TOKEN = "<|endoftext|>"
 BLOCK_SIZE = 256  # tokens of one training row, and positions of the model
@@ -189,7 +189,7 @@ license: mit
 
 {num_parameters:,} parameters (5 layers, 5 heads, width 160, {BLOCK_SIZE} positions, tied embeddings) with its own
 byte-level BPE tokenizer of {VOCAB_SIZE:,} entries. It was pretrained from random weights by this project, only on text
-that `trainer/model/demo/text.py` makes up from a seed: records and sentences about them, stories, notices, recipes,
+that `trainer/data/demo_base_text.py` makes up from a seed: records and sentences about them, stories, notices, recipes,
 timetables and sums, with invented names. It has never seen the demo data, so fine-tuning on that has something to
 show. It is of no use for anything else: it knows no facts, and most of what it writes is grammatical nonsense.
 

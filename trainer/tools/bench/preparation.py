@@ -15,8 +15,8 @@ from pathlib import Path
 
 from trainer.config import cli
 from trainer.data.dataset import load, prepare
+from trainer.data.demo_base_text import documents
 from trainer.data.sampler import epoch_order
-from trainer.model.demo.text import documents
 
 HEADINGS = "text", "tokens", "prepare", "rate", "memory above the start", "order of an epoch", "rows of a resumed run"
 

@@ -8,10 +8,13 @@ copied from anywhere and no person is named. A document is one string without th
 Long: most of it is the words and sentences themselves.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 
 from trainer.data.demo import MONTHS, Rng
+
+RETAINED_SEED, NUM_RETAINED = 7_000_000, 240  # about 17,000 tokens of demo-base
 
 NOUNS = """apple arch ash attic axe badge bag bakery ball banner barn barrel basin basket bay bean bed bell bench
 bicycle blanket boat bolt bone book boot bottle bowl box branch bread brick bridge broom brush bucket building bulb bush
@@ -379,3 +382,8 @@ def documents(seed: int) -> Iterator[str]:
     rng = Rng(seed)
     while True:
         yield rng.weighted_choice(DOCUMENT_TYPES)(rng)
+
+
+def retained_records() -> Iterator[dict[str, str]]:
+    """Documents that the base never saw: its pretraining drew from other seeds. Their loss says what it forgets."""
+    return ({"text": document} for document in itertools.islice(documents(RETAINED_SEED), NUM_RETAINED))
