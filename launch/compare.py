@@ -1,7 +1,7 @@
 """Put runs side by side with one another and with the card: `python launch/compare.py runs/full runs/lora`.
 
-Exit code 0: done, and every check passed; 1: a check failed; 2: a mistake in what was asked; 3: a check could not
-be made because the run is not comparable with the card.
+Exit code 0: done, and every check passed; 1: a check failed; 2: a mistake in what was asked; 3: refused: LoRA and full
+may not be ranked, or a check could not be made because the run is not comparable with the card.
 """
 
 import sys
@@ -18,7 +18,7 @@ def build_parser() -> ArgumentParser:
         description="Compare runs with one another and with the card; "
         "writes report.html, report.md, curves.png, curves.svg, answer.json and comparison.json.",
         epilog="Exit code: 0 done, 1 a check failed, 2 a mistake in what was asked, "
-        "3 a check could not be made because the run is not comparable.",
+        "3 refused: not to be ranked, or no check could be made because the run is not comparable.",
     )
     parser.add_argument(
         "runs",
@@ -39,6 +39,12 @@ def build_parser() -> ArgumentParser:
         default="2%",
         metavar="X",
         help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
+    )
+    parser.add_argument(
+        "--timing", type=Path, metavar="FILE", help="a study's timing.json: step times of both modes, in alternation"
+    )
+    parser.add_argument(
+        "--price-per-hour", type=float, metavar="X", help="of the machine, to say what equal seconds cost"
     )
     parser.add_argument(
         "--check",

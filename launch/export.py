@@ -30,6 +30,9 @@ def build_parser() -> ArgumentParser:
         "--merge", action="store_true", help="fold the adapters of a LoRA run into the weights of a plain model"
     )
     parser.add_argument(
+        "--answer", type=Path, metavar="FILE", help="answer.json of a study or a comparison: its sentence for the card"
+    )
+    parser.add_argument(
         "--output-dir",
         type=Path,
         metavar="DIR",
@@ -51,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         from trainer.export.export_cli import export_checkpoint
 
         return export_checkpoint(
-            args.run, checkpoint_name=args.checkpoint, merge=args.merge, output_dir=args.output_dir
-        )
+            args.run, checkpoint_name=args.checkpoint, merge=args.merge, output_dir=args.output_dir,
+            answer_file=args.answer,
+        )  # fmt: skip
     except (UserError, TrainingError) as error:
         return report_error(error)
 

@@ -145,6 +145,7 @@ def make_records(
     finished: bool = True,
     wall_seconds: float = 100.0,
     peak_memory_bytes: int = 1_000_000_000,
+    retained: Sequence[float] = (),
 ) -> list[Record]:
     """Records of such a run: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`).
 
@@ -177,6 +178,10 @@ def make_records(
         )
 
     records: list[Record] = [make_eval_record(0)] if losses is None or 0 in losses else []
+    records += [
+        EventRecord(event="retain_evaluation", step=0, message="retained", time=0.0, facts={"loss": loss})
+        for loss in retained
+    ]
     for step in range(1, total_steps + 1):
         if step % every == 0 or step == total_steps:
             loss = synthetic_val_loss(step / steps_per_epoch, floor, base) + 0.05 * math.sin(step)

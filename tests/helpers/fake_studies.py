@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder, write_eval_records
+from trainer.report.full_vs_lora import ComparisonOptions
 from trainer.report.margin import Margin
 from trainer.report.run_data import RunData
 from trainer.report.run_folder import read_folder
@@ -46,7 +47,7 @@ def run_maker(folder: Path) -> MakeRun:
 
 def judge_runs(*runs: RunData, with_card: bool = False, margin: Margin | None = None) -> Verdict:
     """The verdict on these runs."""
-    return build_verdict(group_by_seed(runs), with_card, margin)
+    return build_verdict(group_by_seed(runs), with_card, ComparisonOptions(margin=margin or Margin()))
 
 
 def make_study(

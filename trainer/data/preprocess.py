@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.choices import Objective
+from trainer.config.choices import MAX_SHARED_FRACTION, Objective
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import tokenizer
@@ -25,7 +25,6 @@ from trainer.data.validate_files import find_change
 LogFn = Callable[[str], None]
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
 LOG_INTERVAL_SECONDS = 5.0
-MAX_SHARED_FRACTION = 0.05  # of validation and test records that may equal training records, where there is a test
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
 
 

@@ -1,6 +1,7 @@
 """`launch/export.py`: a checkpoint of a run, read back in one process without DeepSpeed, as a checked folder."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,16 @@ NUM_RANDOM_ROWS, RANDOM_ROW_LENGTH = 2, 64  # of made-up token ids, where the ru
 
 
 def export_checkpoint(
-    run_folder: Path, *, checkpoint_name: str = "latest", merge: bool = False, output_dir: Path | None = None
-) -> int:
+    run_folder: Path, *, checkpoint_name: str = "latest", merge: bool = False, output_dir: Path | None = None,
+    answer_file: Path | None = None,
+) -> int:  # fmt: skip
     """Export, check, say where and how it went; 0, or TrainingError where the folder is not the model that was
     trained."""
     metadata = read_run_metadata(run_folder / "run.json")
     settings = Settings.from_dict(metadata["settings"])
     if merge and settings.mode != "lora":
         raise UserError(f"--merge: {run_folder} is a run of --mode {settings.mode}; it has no adapters to merge")
+    answer = "" if answer_file is None else read_answer_sentence(answer_file)
     source_checkpoint = _select_checkpoint(run_folder, checkpoint_name)
     destination = _resolve_output_dir(run_folder, source_checkpoint, merge, output_dir)
     model = load_model_at_checkpoint(run_folder, settings, source_checkpoint, metadata, dequantize=merge)
@@ -51,7 +54,7 @@ def export_checkpoint(
         return render_model_card(
             metadata, run_records, verification, step=source_checkpoint.step, is_merged=merge,
             loss_change=_describe_loss_change(verification, source_checkpoint, is_base_dequantized),
-            measurements=_final_measurements(run_records),
+            measurements=_final_measurements(run_records), answer=answer,
         )  # fmt: skip
 
     verification = export_folder(
@@ -67,6 +70,17 @@ def export_checkpoint(
         raise TrainingError(summary)
     print(summary)
     return 0
+
+
+def read_answer_sentence(path: Path) -> str:
+    """The sentence of an answer.json of a study or a comparison; UserError where there is none."""
+    try:
+        sentence = json.loads(path.read_text(encoding="utf-8"))["sentence"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--answer {path}: cannot be read ({error}); expected answer.json of a study") from error
+    if not isinstance(sentence, str) or not sentence:
+        raise UserError(f"--answer {path}: its sentence is {sentence!r:.40}; expected answer.json of a study")
+    return sentence
 
 
 def _final_measurements(run_records: list[records.Record]) -> dict[str, Any]:

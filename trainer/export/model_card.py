@@ -21,12 +21,14 @@ def render_model_card(
     metadata: Mapping[str, Any], records: Iterable[Record], verification: VerificationResult, *, step: int,
     is_merged: bool = False,
     loss_change: str = "", measurements: Mapping[str, Any] | None = None, choice_reason: str = "",
+    answer: str = "",
 ) -> str:  # fmt: skip
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
     `metadata`: the content of run.json; `step`: the one after which these weights stood; `is_merged`: adapters folded
     in; `loss_change`: what merging onto another base than the one trained on did to the loss; `measurements`: may hold
-    `optimizer_bytes` and `peak_memory_bytes`, of the largest rank; `choice_reason`: why these weights and not the last.
+    `optimizer_bytes` and `peak_memory_bytes`, of the largest rank; `choice_reason`: why these weights and not the last;
+    `answer`: the sentence of a comparison of LoRA with full.
 
     Names and texts of the run are data: whatever they hold, none of it is markup of the card.
 
@@ -53,6 +55,7 @@ def render_model_card(
         "### Compared with", "",
         f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
         f"its three epochs): not comparable, for these reasons: {_incomparability_reasons(metadata)}.", "",
+        *(["### LoRA against full fine-tuning", "", _plain(answer), ""] if answer else []),
         *_diagnostics_section(all_records),
         "### Framework versions", "",
         *(f"- {name} {_plain(metadata['versions'][name])}" for name in PACKAGES if metadata["versions"].get(name)), "",

@@ -2,17 +2,23 @@
 
 import argparse
 import dataclasses
+import json
+import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.config.errors import UserError
 from trainer.report.assertions import AssertionResult, check_runs, exit_code, parse_condition
 from trainer.report.comparison import Comparison, compare
+from trainer.report.full_vs_lora import ComparisonOptions
 from trainer.report.load import LoadProblem, load_runs
 from trainer.report.margin import parse_margin
+from trainer.report.seed_groups import MODE_NAMES
 from trainer.report.tables import REFERENCE_LABEL
 from trainer.report.write import write_report
 
+REFUSED_EXIT_CODE = 3
 #: the columns of the short table, and their short headings
 CONSOLE_COLUMNS = {
     "epoch": "epoch",
@@ -28,6 +34,11 @@ CONSOLE_COLUMNS = {
 def run_comparison(args: argparse.Namespace) -> int:
     """Carry out a parsed command line; the exit code. UserError on a mistake, before any slow work."""
     _validate_args(args)
+    options = ComparisonOptions(
+        margin=parse_margin(args.margin),
+        step_seconds=read_step_seconds(args.timing) if args.timing else {},
+        price_per_hour=args.price_per_hour,
+    )
     if args.log_card:
         from trainer.report.wandb_reference import log_reference
 
@@ -39,14 +50,30 @@ def run_comparison(args: argparse.Namespace) -> int:
         print(f"note: {problem}", file=sys.stderr)
     if not runs:
         raise UserError("none of the runs could be read: " + "; ".join(map(str, problems)))
-    comparison = compare(runs, problems, with_reference=not args.no_card, margin=parse_margin(args.margin))
+    comparison = compare(runs, problems, with_reference=not args.no_card, options=options)
     results = check_runs(args.check, runs, args.tolerance) + _unreadable_results(args.check, problems)
     paths = write_report(comparison, args.output_dir, [dataclasses.asdict(result) for result in results])
     print_comparison(comparison, results)
     if args.wandb_report_json or args.wandb_report:
         _publish_wandb_report(args, comparison)
     print(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
-    return exit_code(results)
+    primary = comparison.verdict.primary
+    is_refused = primary is not None and bool(primary.blockers)
+    return exit_code(results) or (REFUSED_EXIT_CODE if is_refused else 0)
+
+
+def read_step_seconds(path: Path) -> dict[str, float]:
+    """Median seconds of a step of each mode from a study's timing.json; UserError where they are not there."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        seconds = {mode: statistics.median(map(float, content["step_seconds"][mode])) for mode in MODE_NAMES}
+        if not all(0 < value < float("inf") for value in seconds.values()):
+            raise ValueError("seconds above 0 expected")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--timing {path}: no step times of both modes ({error}); expected the timing.json of a study"
+        ) from error
+    return seconds
 
 
 def _validate_args(args: argparse.Namespace) -> None:
@@ -60,7 +87,8 @@ def _validate_args(args: argparse.Namespace) -> None:
     for text in args.check:
         if parse_condition(text) is None and args.no_card:
             raise UserError("--check card with --no-card: leave one of them out")
-    parse_margin(args.margin)
+    if args.price_per_hour is not None and not 0 < args.price_per_hour < float("inf"):
+        raise UserError(f"--price-per-hour {args.price_per_hour:g}: expected a number above 0")
     if args.check and not args.runs:
         raise UserError("--check without a RUN: there is nothing to check")
     if args.wandb_report is not None and len([part for part in args.wandb_report.split("/") if part]) != 2:

@@ -11,12 +11,12 @@ from trainer.report.detail_tables import (
     build_score_table,
     build_settings_tables,
 )
+from trainer.report.full_vs_lora import ComparisonOptions
 from trainer.report.load import LoadProblem
-from trainer.report.margin import Margin
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import SeedGroup, group_by_seed
 from trainer.report.tables import Table, build_epoch_table, build_run_table
-from trainer.report.verdict import Verdict, build_verdict
+from trainer.report.verdict import DEFAULT_OPTIONS, Verdict, build_verdict
 
 MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
 
@@ -46,7 +46,7 @@ class Comparison:
 
 def compare(
     runs: Sequence[RunData], problems: Sequence[LoadProblem] = (), with_reference: bool = True,
-    margin: Margin | None = None,
+    options: ComparisonOptions = DEFAULT_OPTIONS,
 ) -> Comparison:  # fmt: skip
     """The comparison of `runs` with one another and, with `with_reference`, with the card."""
     groups = group_by_seed(runs)
@@ -56,7 +56,7 @@ def compare(
         groups=tuple(groups),
         problems=tuple(problems),
         with_reference=with_reference,
-        verdict=build_verdict(groups, with_reference, margin),
+        verdict=build_verdict(groups, with_reference, options),
         comparability_notes=tuple(_comparability_notes(runs, with_reference)),
         by_epoch=build_epoch_table(groups, with_reference),
         by_run=replace(by_run, is_transposed=len(by_run) <= MAX_SIDE_BY_SIDE),

@@ -7,6 +7,7 @@ from typing import Any
 from trainer.report.comparability import compare_metadata
 from trainer.report.seed_groups import SeedGroup
 from trainer.report.tables import (
+    NOT_STATED,
     REFERENCE_LABEL,
     Format,
     Table,
@@ -81,24 +82,30 @@ def build_diagnostics_table(groups: Sequence[SeedGroup]) -> Table:
 
 
 def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> tuple[Table, Table]:
-    """Every setting and fact: those that differ, and those that are the same; the columns are groups and the card."""
+    """(what differs between groups or from the card, one column each; what is the same in all that know it, once)."""
     fields = compare_metadata([group.runs for group in groups], with_reference)
     names = ([REFERENCE_LABEL] if with_reference else []) + [group.label for group in groups]
     headings = {"fact": "setting or fact", **{str(i): name for i, name in enumerate(names)}}
-
-    def make(title: str, is_same: bool) -> Table:
-        rows = [
-            {"fact": field.name}
-            | {
-                str(i): _format_field(field.name, value) if is_known else "unknown"
-                for i, (value, is_known) in enumerate(zip(field.values, field.is_known, strict=True))
-            }
-            for field in fields
-            if field.is_same is is_same
-        ]
-        return make_table(title, headings, rows, {})
-
-    return make("Different", False), make("Same, where known", True)
+    differing = [
+        {"fact": field.name}
+        | {
+            str(i): _format_field(field.name, value)
+            if is_known
+            else (NOT_STATED if names[i] == REFERENCE_LABEL else "unknown")
+            for i, (value, is_known) in enumerate(zip(field.values, field.is_known, strict=True))
+        }
+        for field in fields
+        if not field.is_same
+    ]
+    shared = [
+        {"fact": field.name, "value": _format_field(field.name, field.values[field.is_known.index(True)])}
+        for field in fields
+        if field.is_same
+    ]
+    shared_headings = {"fact": "setting or fact", "value": "value"}
+    return make_table("Different", headings, differing, {}), make_table(
+        "Same, where known", shared_headings, shared, {}
+    )
 
 
 def _format_field(name: str, value: Any) -> str:

@@ -24,7 +24,10 @@ def build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
         loss = Headline(label="Loss", value="-", note="; ".join(pair.blockers) or "no interval: " + pair.no_losses)
     else:
         interval = f"[{pair.excess.low:+.4f}, {pair.excess.high:+.4f}]"
-        loss = Headline(label="Loss", value=f"{pair.excess.estimate:+.4f}", note=f"{interval} {UNIT}, LoRA − full")
+        bits = _bits_per_byte(pair, pair.excess.estimate)
+        loss = Headline(
+            label="Loss", value=f"{pair.excess.estimate:+.4f}", note=f"{interval} {UNIT}{bits}, LoRA − full"
+        )
     return (
         loss,
         _cost_headline("Time", pair.time, format_duration),
@@ -32,8 +35,16 @@ def build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
     )
 
 
+def _bits_per_byte(pair: FullVsLora, nats_per_token: float) -> str:
+    """` = +0.0100 bits per byte`, "" where the bytes of the records are not known."""
+    bits = pair.losses.to_bits_per_byte(nats_per_token) if pair.losses else None
+    return "" if bits is None else f" = {bits:+.4f} bits per byte"
+
+
 def _cost_headline(label: str, cost: CostRatio, format_value: Any) -> Headline:
     values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
+    if cost.is_of_a_step:
+        values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
     if cost.ratio is not None:
         return Headline(label=label, value=f"{cost.ratio:.2f}x", note=values)
     known = f" ({values})" if cost.lora is not None and cost.full is not None else ""
@@ -47,6 +58,8 @@ def describe_numbers(pair: FullVsLora) -> list[str]:
         return [f"{names}: not ranked ({'; '.join(pair.blockers)})."]
     line = f"{names}: {pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f}"
     line += f", {UNIT}" if pair.excess is None else f", difference {format_interval(pair.excess)} {UNIT}"
+    if pair.excess is not None:
+        line += _bits_per_byte(pair, pair.excess.estimate)
     if pair.contrast is not None:
         line += f"; beyond the margin of {describe_margin(pair)}: at most {pair.contrast.upper:+.4f} (one-sided 95 %)"
     elif pair.excess is not None:

@@ -1,5 +1,6 @@
 """The comparison as one HTML file: no script, no other file; tables come from pandas, every text of a run escaped."""
 
+import base64
 import re
 from collections.abc import Iterable
 from html import escape
@@ -7,6 +8,7 @@ from html import escape
 import pandas as pd
 
 from trainer.report import plot_axes, plots
+from trainer.report.answer_json import json_text, to_answer
 from trainer.report.comparison import Comparison
 from trainer.report.markdown import is_number
 from trainer.report.page_style import STYLE
@@ -67,6 +69,8 @@ def _render_first_screen(comparison: Comparison, title: str) -> str:
     )
     caption, svg = plots.render_picture(comparison.groups, verdict, comparison.with_reference)
     links = '<a href="#rule">the rule and the numbers behind</a>, ' if verdict.details else ""
+    answer = base64.b64encode(json_text(to_answer(verdict)).encode()).decode()
+    links += f'<a download="answer.json" href="data:application/json;base64,{answer}">answer.json</a>, '
     return (
         f'<section class="first"><div><h1>{title}</h1><p class="verdict">{escape(verdict.sentence)}</p>'
         f'<dl class="numbers">{numbers}</dl><p class="quiet">{links}<a href="#runs">the runs</a></p></div>'

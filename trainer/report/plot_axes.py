@@ -24,6 +24,8 @@ MAX_LINES_NAMED = 4  # groups of a mode that the legend names one by one
 MAX_POINTS_PER_LINE = 300  # of one line
 MAX_POINTS_PER_PLOT = 4_000  # of one plot
 
+LOWEST_TITLE = "Lowest validation loss of any setting, by step"
+
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -132,6 +134,25 @@ def draw_rates(axis: "Axes", groups: Sequence[SeedGroup], pair: FullVsLora) -> N
     _limit_to_base(axis, groups)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _format_y_ticks(axis)
+
+
+def draw_lowest(axis: "Axes", groups: Sequence[SeedGroup]) -> None:
+    """The lowest validation loss that any setting of a mode has, evaluation by evaluation (means over seeds)."""
+    axis.set(title=LOWEST_TITLE, xlabel="step", ylabel="loss (nats per token)")
+    for mode, mode_name in MODE_NAMES.items():
+        lowest: dict[float, float] = {}
+        for group in (group for group in groups if group.mode == mode):
+            losses: dict[float, list[float]] = {}
+            for run in group.runs:
+                for step, loss in zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True):
+                    losses.setdefault(step, []).append(loss)
+            for step, values in losses.items():
+                if len(values) == len(group.runs):
+                    lowest[step] = min(float(np.mean(values)), lowest.get(step, np.inf))
+        if lowest:
+            axis.plot(sorted(lowest), [lowest[step] for step in sorted(lowest)], color=COLOURS[mode],
+                      linestyle=DASHES[mode], marker=MARKERS[mode], markersize=3, label=mode_name)  # fmt: skip
     _format_y_ticks(axis)
 
 

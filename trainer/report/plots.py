@@ -16,7 +16,16 @@ import numpy as np
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers
-from trainer.report.plot_axes import COLOURS, Curve, PlotSpec, add_legend, draw_plot, draw_rates
+from trainer.report.plot_axes import (
+    COLOURS,
+    LOWEST_TITLE,
+    Curve,
+    PlotSpec,
+    add_legend,
+    draw_lowest,
+    draw_plot,
+    draw_rates,
+)
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import MODE_NAMES, SeedGroup
 from trainer.report.verdict import Verdict
@@ -126,6 +135,9 @@ def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference
 def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple[str, str]]:
     """(title, SVG) of each plot for one HTML page: its colours are CSS variables, its ids its own."""
     svgs = []
+    if any(len({group.lr for group in groups if group.mode == mode}) > 1 for mode in MODE_NAMES):
+        svg = _render_svg(lambda axis: draw_lowest(axis, groups), "lowest", LOWEST_TITLE, PLOT_SIZE_INCHES)
+        svgs.append((LOWEST_TITLE, svg))
     for plot in PLOTS:
         svg = _render_svg(
             lambda axis, plot=plot: draw_plot(axis, plot, groups, with_reference),  # type: ignore[misc]

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from trainer.config.choices import MAX_SHARED_FRACTION
 from trainer.report.paired_interval import Matrix, sum_by_unit
 from trainer.report.run_data import RunData
 
@@ -18,6 +19,25 @@ _KEY = ["id", "occurrence"]
 
 class MatchError(Exception):
     """The records of these runs cannot be paired; its text is the reason."""
+
+
+class SharedRecordsError(Exception):
+    """So many of the records equal a training record that no answer can be drawn from them; its text says it."""
+
+    def __init__(self, split: str, number: int, total: int):
+        super().__init__(
+            f"{number:,} of {total:,} {SPLIT_NAMES[split]} records also stand in the training data, over "
+            f"{MAX_SHARED_FRACTION:.0%}"
+        )
+
+
+def refuse_shared_records(pairs: Sequence[tuple[RunData, RunData]]) -> None:
+    """SharedRecordsError by what run.json counts, of whole records even where rows are blocks."""
+    for run in (run for pair in pairs for run in pair):
+        for split in ("val", "test"):
+            number, total = run.get(f"data.equal_to_train.{split}"), run.get(f"data.{split}.records")
+            if isinstance(number, int) and isinstance(total, int) and number > MAX_SHARED_FRACTION * total:
+                raise SharedRecordsError(split, number, total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +78,7 @@ class MatchedLosses:
 def match_losses(pairs: Sequence[tuple[RunData, RunData]]) -> MatchedLosses:
     """The losses of (full, LoRA) pairs at each run's chosen checkpoint: on test records where all have them, else val.
 
-    MatchError where a run left no losses, or records or their targets differ.
+    MatchError where a run left no losses, or records or their targets differ; SharedRecordsError.
     """
     frames = [[_read(run) for run in pair] for pair in pairs]
     has_test = all((frame["split"] == "test").any() for pair in frames for frame in pair)
@@ -67,7 +87,9 @@ def match_losses(pairs: Sequence[tuple[RunData, RunData]]) -> MatchedLosses:
         [_at_step(frame, run, split) for frame, run in zip(frame_pair, run_pair, strict=True)]
         for frame_pair, run_pair in zip(frames, pairs, strict=True)
     ]
-    num_in_train = int(trained[0][0]["in_train"].sum())
+    num_in_train, num_all = int(trained[0][0]["in_train"].sum()), len(trained[0][0])
+    if num_in_train > MAX_SHARED_FRACTION * num_all:
+        raise SharedRecordsError(split, num_in_train, num_all)
     trained = [[frame[~frame["in_train"]] for frame in pair] for pair in trained]
     reference = trained[0][0]
     if not len(reference):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from trainer.config import reference
 from trainer.report.comparability import reference_blockers
@@ -154,19 +155,23 @@ def build_run_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
     headings = {
         "run": "run", "run_id": "id", "mode": "mode", "state": "state", "lr": "learning rate",
         "best_val_loss": "best validation loss", "best_epoch": "best at epoch", "best_step": "best at step",
-        "final_val_loss": "final validation loss", "base_val_loss": "validation loss before training",
+        "final_val_loss": "final validation loss", "bits_per_byte": "final bits per byte",
+        "base_val_loss": "validation loss before training", "forgetting": "forgetting (nats per token)",
         "trainable": "trainable parameters", "share": "share of its parameters",
         "peak_memory_bytes": "peak memory", "optimizer_bytes": "optimizer state",
         "tokens_per_second": "tokens/s (median)", "wall_seconds": "wall time", "device_hours": "device-hours",
         "checkpoint_bytes": "checkpoint size", "export_bytes": "export size", "ds_config": "ZeRO file",
         "ranks": "ranks", "precision": "precision", "seed": "seed",
     }  # fmt: skip
-    rows = [_reference_run_row(headings)] if with_reference else []
-    rows += [_run_row(run) for group in groups for run in group.runs]
+    run_rows = [_run_row(run) for group in groups for run in group.runs]
+    headings = {key: name for key, name in headings.items() if any(row[key] is not None for row in run_rows)}
+    rows = [_reference_run_row(headings), *run_rows] if with_reference else run_rows
     formats: dict[str, Format] = {
         **dict.fromkeys(("base_val_loss", "best_val_loss", "final_val_loss"), format_loss),
         **dict.fromkeys(("trainable", "tokens_per_second", "best_step"), format_count),
         **dict.fromkeys(("peak_memory_bytes", "optimizer_bytes", "checkpoint_bytes", "export_bytes"), format_bytes),
+        "bits_per_byte": format_loss,
+        "forgetting": lambda value: format_loss(value, sign="+"),
         "share": lambda value: NO_VALUE if value is None else format_percent(value),
         "best_epoch": format_short,
         "lr": format_short,
@@ -197,6 +202,8 @@ def _run_row(run: RunData) -> dict[str, Any]:
         "best_epoch": best.get("epoch"),
         "best_step": best.get("step"),
         "final_val_loss": final.get("loss"),
+        "bits_per_byte": _last_finite(run.evals["bits_per_byte"]),
+        "forgetting": run.forgetting,
         "lr": run.get("resolved.lr"),
         "ds_config": run.get("resolved.ds_config"),
         "ranks": run.get("resolved.ranks"),
@@ -207,7 +214,7 @@ def _run_row(run: RunData) -> dict[str, Any]:
 
 def _reference_run_row(headings: Mapping[str, str]) -> dict[str, Any]:
     last_row = reference.CURVE[-1]
-    return dict.fromkeys(headings, NOT_STATED) | {
+    values = {
         "run": REFERENCE_LABEL,
         "run_id": reference.NAME,
         "mode": "full",
@@ -221,6 +228,7 @@ def _reference_run_row(headings: Mapping[str, str]) -> dict[str, Any]:
         "final_val_loss": last_row.val_loss,
         "seed": reference.SETTINGS["seed"],
     }
+    return {key: values.get(key, NOT_STATED) for key in headings}
 
 
 # --- how values read ---
@@ -261,6 +269,10 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, MeanStd):
         return vars(value)
     return None if value == NOT_STATED and isinstance(value, str) else value
+
+
+def _last_finite(values: NDArray[np.float64]) -> float | None:
+    return _finite_or_none(values[-1]) if len(values) else None
 
 
 def _finite_or_none(value: Any) -> float | None:

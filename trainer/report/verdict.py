@@ -1,12 +1,14 @@
 """What the comparison comes to: one sentence with its interval, three numbers, and what explains them line by line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers
+from trainer.report.exploratory import describe_capacity, describe_forgetting, describe_views
 from trainer.report.formats import capitalize, join_words
 from trainer.report.full_vs_lora import (
+    ComparisonOptions,
     FullVsLora,
     comparable_groups,
     compare_set,
@@ -21,10 +23,10 @@ from trainer.report.headlines import (
     describe_margin,
     describe_numbers,
 )
-from trainer.report.margin import Margin
-from trainer.report.paired_interval import MIN_SEEDS, PairedInterval, what_would_tell
+from trainer.report.paired_interval import MIN_SEEDS, PairedInterval, holm, what_would_tell
 from trainer.report.seed_groups import MODE_NAMES, SeedGroup, best_loss, improvement
 
+DEFAULT_OPTIONS = ComparisonOptions()
 INTERVAL_RULE = (
     "[a, b] is a 95 % interval over seeds and evaluation records taken as crossed random effects, from the losses of "
     "single records of runs paired by seed; it holds for the compared rates, not for others."
@@ -47,7 +49,9 @@ class Verdict:
         return self.comparisons[0] if self.comparisons else None
 
 
-def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, margin: Margin | None = None) -> Verdict:
+def build_verdict(
+    groups: Sequence[SeedGroup], with_reference: bool, options: ComparisonOptions = DEFAULT_OPTIONS
+) -> Verdict:
     """The verdict over all groups; only finished runs count. One sentence for each data set that has both modes."""
     finished = [group for group in groups if group.finished_runs]
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
@@ -57,10 +61,10 @@ def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, margin: Mar
             num_not_counted=num_left_out,
         )
     sets = comparable_groups(finished)
-    compared = [compare_set(*full_and_lora, margin or Margin()) for full_and_lora in sets]
+    compared = [compare_set(*full_and_lora, options) for full_and_lora in sets]
     sentences = [
-        _describe_set(comparisons, len(full_groups))
-        for comparisons, (full_groups, _) in zip(compared, sets, strict=True)
+        _describe_set(comparisons, full_groups, lora_groups)
+        for comparisons, (full_groups, lora_groups) in zip(compared, sets, strict=True)
     ] or [_describe_unpaired(finished)]
     if num_left_out:
         sentences.append(
@@ -68,7 +72,12 @@ def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, margin: Mar
         )
     comparisons = [comparison for members in compared for comparison in members]
     details = [line for comparison in comparisons for line in describe_numbers(comparison)]
+    details += _describe_other_comparisons(compared)
     details += [line for members in compared for line in describe_costs(members[0])]
+    for members, (full_groups, lora_groups) in zip(compared, sets, strict=True):
+        details += describe_views(members[0], options.price_per_hour)
+        details += describe_forgetting([*full_groups, *lora_groups])
+        details += describe_capacity(members[0].lora)
     details += [INTERVAL_RULE] if any(comparison.losses for comparison in comparisons) else []
     if with_reference:
         details += [line for group in finished if (line := _describe_against_reference(group))]
@@ -84,9 +93,21 @@ def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, margin: Mar
 # --- the sentence ---
 
 
-def _describe_set(comparisons: Sequence[FullVsLora], num_full_groups: int) -> str:
+def _describe_other_comparisons(compared: Sequence[Sequence[FullVsLora]]) -> list[str]:
+    """That those beside the first of a data set are exploratory, and what is left of them after Holm's correction."""
+    others = [pair for members in compared for pair in members[1:] if pair.excess is not None]
+    if not others:
+        return []
+    adjusted = holm([pair.excess.p_value for pair in others if pair.excess is not None])
+    parts = [f"{pair.lora.label_with_lr} p = {p:.2g}" for pair, p in zip(others, adjusted, strict=True)]
+    return [f"Exploratory: all comparisons but the first; that their loss differs, after Holm: {', '.join(parts)}."]
+
+
+def _describe_set(
+    comparisons: Sequence[FullVsLora], full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup]
+) -> str:
     """The sentence on the best LoRA group of a data set against the best full one."""
-    pair = comparisons[0]
+    pair, num_full_groups = comparisons[0], len(full_groups)
     lora, full = _describe_group(pair.lora, len(comparisons)), _describe_group(pair.full, num_full_groups)
     if pair.blockers:
         return f"{capitalize(lora)} and {full} are not ranked: {'; '.join(pair.blockers)}."
@@ -102,7 +123,24 @@ def _describe_set(comparisons: Sequence[FullVsLora], num_full_groups: int) -> st
         sentence += f"; {_describe_what_would_tell(pair, pair.excess)}"
     if (len(comparisons) > 1 or num_full_groups > 1) and not (pair.losses and pair.losses.split == "test"):
         sentence += "; exploratory, for the settings were chosen on these records"
+    sentence += _describe_rates(pair, {"full": full_groups, "lora": lora_groups})
     return capitalize(sentence) + "."
+
+
+def _describe_rates(pair: FullVsLora, groups_by_mode: Mapping[str, Sequence[SeedGroup]]) -> str:
+    """A clause where a mode may be under-tuned: one rate, or the best at the edge of those that were tried."""
+    rates = {mode: sorted({group.lr for group in groups}) for mode, groups in groups_by_mode.items()}
+    if all(len(tried) == 1 for tried in rates.values()):
+        return "; one rate each was tried"
+    clauses = []
+    for chosen in (pair.full, pair.lora):
+        name, tried = MODE_NAMES[chosen.mode], rates[chosen.mode]
+        if len(tried) == 1:
+            clauses.append(f"; one rate of {name} was tried")
+        elif chosen.lr in (tried[0], tried[-1]):
+            side = "smallest" if chosen.lr == tried[0] else "largest"
+            clauses.append(f"; {name}'s best rate is the {side} of {len(tried)}, so a better one may lie beyond")
+    return "".join(clauses)
 
 
 def _describe_answer(pair: FullVsLora, excess: PairedInterval, lora: str, full: str) -> str:

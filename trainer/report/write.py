@@ -1,19 +1,16 @@
 """Writing a comparison: answer.json and comparison.json for machines, report.html and report.md, the curves."""
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import UserError
+from trainer.report.answer_json import json_text, to_answer
 from trainer.report.comparability import comparable_sets, compare_metadata, reference_blockers
 from trainer.report.comparison import Comparison
-from trainer.report.full_vs_lora import FullVsLora
 from trainer.report.run_data import RunData
 from trainer.report.tables import REFERENCE_LABEL
-from trainer.report.verdict import Verdict
 
 FILES = ("report.html", "report.md", "curves.png", "curves.svg", "answer.json", "comparison.json")
 
@@ -35,57 +32,7 @@ def write_report(comparison: Comparison, output_dir: Path, checks: Sequence[dict
 
 
 def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(replace_non_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def replace_non_finite(value: Any) -> Any:
-    """`value` with NaN and infinity, which JSON does not know, as null."""
-    if isinstance(value, dict):
-        return {str(key): replace_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_non_finite(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if value - value == 0 else None
-    return value
-
-
-def to_answer(verdict: Verdict) -> dict[str, Any]:
-    """The content of answer.json: the sentence, the three numbers, and each comparison with its interval."""
-    return {
-        "format": 1,
-        "sentence": verdict.sentence,
-        "answer": verdict.primary.answer if verdict.primary else None,
-        "numbers": [dataclasses.asdict(headline) for headline in verdict.headlines],
-        "comparisons": [_comparison_to_dict(comparison) for comparison in verdict.comparisons],
-        "not_counted": verdict.num_not_counted,
-    }
-
-
-def _comparison_to_dict(pair: FullVsLora) -> dict[str, Any]:
-    return {
-        "answer": pair.answer,
-        "not_ranked_because": list(pair.blockers),
-        **{
-            mode: {
-                "label": group.label_with_lr,
-                "lr": group.lr,
-                "runs": [run.run_id for run in group.finished_runs],
-                "loss": loss,
-            }
-            for mode, group, loss in (("full", pair.full, pair.full_loss), ("lora", pair.lora, pair.lora_loss))
-        },
-        "seeds": [full.get("settings.train.seed") for full, _ in pair.pairs],
-        "split": pair.losses.split if pair.losses else None,
-        "records": pair.losses.num_records if pair.losses else None,
-        "no_records_because": pair.no_losses,
-        "excess": dataclasses.asdict(pair.excess) if pair.excess else None,
-        "beyond_margin": dataclasses.asdict(pair.contrast) if pair.contrast else None,
-        "margin": dataclasses.asdict(pair.margin),
-        "parameters": pair.parameters,
-        "time": dataclasses.asdict(pair.time),
-        "memory": dataclasses.asdict(pair.memory),
-    }
+    path.write_text(json_text(content), encoding="utf-8")
 
 
 def to_json(comparison: Comparison, checks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:

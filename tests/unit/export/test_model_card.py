@@ -22,7 +22,7 @@ def render(name: str, *, message: str = "", mode: str = "full") -> str:
     metadata["data"] = {**metadata["data"], "source": f"folder/{name}"}
     metadata["resolved"] = {**metadata["resolved"], "ds_config": name}
     events = [EventRecord(event="diagnosis", step=1, message=message or name, time=1.0)]
-    return render_model_card(metadata, events, VerificationResult(loss=1.0, problems=(name,)), step=1)
+    return render_model_card(metadata, events, VerificationResult(loss=1.0, problems=(name,)), step=1, answer=name)
 
 
 def without_code_spans(text: str) -> str:

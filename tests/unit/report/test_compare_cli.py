@@ -65,7 +65,7 @@ def test_two_runs_give_a_verdict_a_table_and_six_files(tmp_path: Path, main: Cal
     assert (done.returncode, done.stderr) == (0, "")
     assert "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211" in done.stdout
     assert "Memory: 0.43x (430.0 MB against 1.00 GB)" in done.stdout
-    assert "Time: - (not compared: own clocks of a shared CPU" in done.stdout
+    assert "Time: - (not compared: not timed in alternation on one machine" in done.stdout
     assert re.search(r"1 \| card +\| +6,621 \| +1.2978 \| +1.2262 \|", done.stdout)
     assert "not comparable with the card: other data" in done.stdout
     assert "report: comparison/report.html" in done.stdout
@@ -114,6 +114,8 @@ def test_compare_checks_decide_the_exit_code(
         (["full", "--check", "val_los<=1"], "no metric val_los; there are val_loss"),
         (["full", "--check", "card", "--no-card"], "--check card with --no-card"),
         (["full", "--margin", "much"], "--margin much: expected a number above 0 and its unit"),
+        (["full", "--timing", "full/run.json"], "--timing full/run.json: no step times of both modes ('step_seconds')"),
+        (["full", "--price-per-hour", "0"], "--price-per-hour 0: expected a number above 0"),
         (["full", "--tolerance", "-1"], "--tolerance -1.0: expected 0 or a number above it"),
         (["full", "--wandb-report", "project"], "--wandb-report project: expected ENTITY/PROJECT"),
         (["full", "--wandb-report", "e/p"], "--wandb-report: not logged in"),

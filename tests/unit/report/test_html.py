@@ -3,6 +3,7 @@
 Long: the page, part by part.
 """
 
+import base64
 import itertools
 import json
 import re
@@ -184,6 +185,9 @@ def test_the_first_screen_is_the_sentence_three_numbers_and_one_picture(tmp_path
     assert first.count("<svg") == 1
     assert "Validation loss by epoch" in first
     assert "<table" not in html.split('<section class="first">')[0]
+    packed = re.search(r'download="answer.json" href="data:application/json;base64,([^"]+)"', first)
+    assert packed is not None
+    assert base64.b64decode(packed[1]) == (tmp_path / "out" / "answer.json").read_bytes()
     for anchor in re.findall(r'href="#(rule|runs)"', first):
         assert f'id="{anchor}"' in html
 

@@ -61,7 +61,7 @@ def test_three_seeds_answer_with_rates_seeds_steps_records_and_interval(
     assert got.primary is not None
     assert got.primary.answer == answer
     assert words in got.sentence
-    assert got.sentence.endswith("on 120 validation records, seeds 0, 1 and 2, 30 steps.")
+    assert got.sentence.endswith("on 120 validation records, seeds 0, 1 and 2, 30 steps; one rate each was tried.")
     interval = got.primary.excess
     assert interval is not None
     assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in got.sentence
@@ -83,7 +83,7 @@ def test_what_cannot_be_told_says_what_would_tell(make_run: MakeRun) -> None:
 def test_one_seed_speaks_of_two_models_and_two_seeds_are_provisional(make_run: MakeRun) -> None:
     one = judge_runs(*make_study(make_run, num_seeds=1, excess=0.2))
     assert one.sentence.startswith("Of these two models, LoRA (lr 0.005) is worse than full")
-    assert one.sentence.endswith("seed 0, 30 steps; one seed says nothing of the methods.")
+    assert one.sentence.endswith("seed 0, 30 steps; one seed says nothing of the methods; one rate each was tried.")
     two = judge_runs(*make_study(make_run, num_seeds=2, excess=0.2))
     assert two.sentence.startswith("Provisionally, with 2 seeds, ")
 
@@ -201,7 +201,10 @@ def test_the_best_of_several_settings_is_named_and_is_exploratory(make_run: Make
     runs += [make_run("lora", [4.0, 3.5], seed=seed, resolved__lr=1e-3) for seed in range(3)]
     got = judge_runs(*runs)
     assert got.sentence.startswith("The best of 2 LoRA settings (lr 0.005) is worse than full (lr 0.0005)")
-    assert got.sentence.endswith("; exploratory, for the settings were chosen on these records.")
+    assert got.sentence.endswith(
+        "; exploratory, for the settings were chosen on these records; one rate of full was tried; LoRA's best rate is "
+        "the largest of 2, so a better one may lie beyond."
+    )
     assert [comparison.lora.lr for comparison in got.comparisons] == [0.005, 0.001]
 
 
