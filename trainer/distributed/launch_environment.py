@@ -74,7 +74,19 @@ FORWARDED_PREFIXES = (
     "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "ALL_PROXY",
 )  # fmt: skip
-_LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "SLURM_", "PET_", "SKYPILOT_")
+_LAUNCHER_PREFIXES = (
+    "TORCHELASTIC_",
+    "OMPI_",
+    "PMI_",
+    "PMIX_",
+    "MPI_LOCAL",
+    "PALS_",
+    "MV2_",
+    "FLUX_",
+    "SLURM_",
+    "PET_",
+    "SKYPILOT_",
+)
 _LAUNCHER_NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
     "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -139,11 +151,12 @@ def _refuse_unclear(environ: Mapping[str, str]) -> None:
     for name, missing, alone in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
         if missing not in environ and environ.get(name, alone) != alone:
             raise UserError(f"{name}={environ[name]} without {missing}: expected both, as torchrun sets them")
-    if "PMIX_RANK" in environ:
-        raise UserError(
-            f"PMIX_RANK={environ['PMIX_RANK']}: its launcher does not say how many ranks there are; pass RANK, "
-            "WORLD_SIZE, MASTER_ADDR and MASTER_PORT too, or start with torchrun"
-        )
+    for name in ("PMIX_RANK", "PALS_RANKID", "PMI_RANK", "MV2_COMM_WORLD_RANK", "FLUX_TASK_RANK"):
+        if name in environ:
+            raise UserError(
+                f"{name}={environ[name]}: how many ranks there are is not known here; pass RANK, WORLD_SIZE, "
+                "MASTER_ADDR and MASTER_PORT too, or start with torchrun"
+            )
     if environ.get("PET_NNODES", "1") != "1":
         raise UserError(f"PET_NNODES={environ['PET_NNODES']}: start it as `torchrun launch/train.py ...`")
     for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES"):
@@ -173,7 +186,9 @@ def _refuse_several_per_node(environ: Mapping[str, str], variables: _Variables) 
         name, num_processes = "SKYPILOT_NUM_GPUS_PER_NODE", environ.get("SKYPILOT_NUM_GPUS_PER_NODE", "0")
     else:
         name, num_processes = "PET_NPROC_PER_NODE", environ.get("PET_NPROC_PER_NODE", "1")
-    if num_processes not in ("", "0", "1") and "LOCAL_RANK" not in environ:
+    # PyTorchJob's default is auto: WORLD_SIZE then counts pods, and a process a pod is what was meant.
+    is_one = num_processes in ("", "0", "1") or (num_processes == "auto" and variables.launcher == "environment")
+    if not is_one and "LOCAL_RANK" not in environ:
         raise UserError(
             f"{name}={num_processes}, and this is one process for its node; start it as `torchrun launch/train.py ...`"
             + (" with the variables of the node" if variables.launcher == "SkyPilot" else "")

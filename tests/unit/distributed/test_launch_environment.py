@@ -43,22 +43,22 @@ OPENMPI = {
     "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "PMIX_RANK": "1",
 }  # fmt: skip
-#: MPICH's wiki, "Process manager"; Intel MPI has the same
+#: github.com/pmodels/mpich, src/pm/hydra; Intel MPI has the same
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-#: training-operator, PyTorchJob: SetClusterSpec and the elastic variables beside it
+#: github.com/kubeflow/training-operator 1.7 to 1.9, pkg/controller.v1/pytorch/envvar.go; nprocPerNode is auto where a
+#: job does not say it (pytorch_defaults.go: DefaultNprocPerNode)
 PYTORCHJOB = {
-    "RANK": "1",
-    "WORLD_SIZE": "3",
-    "MASTER_ADDR": "job-master-0",
-    "MASTER_PORT": "23456",
-    "PET_NPROC_PER_NODE": "1",
-}
-#: kubeflow.org, Trainer v2, runtime "torch": the variables of torchrun, for a command that may not be torchrun
+    "RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "PYTHONUNBUFFERED": "1",
+    "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "1", "PET_NNODES": "3", "PET_MASTER_ADDR": "job-master-0",
+    "PET_MASTER_PORT": "23456",
+}  # fmt: skip
+#: github.com/kubeflow/trainer, pkg/runtime/framework/plugins/torch/torch.go: the variables of torchrun, for a command
+#: that may not be torchrun; `auto` is turned into a number of processor cores where a pod has no GPU
 TRAINER_V2 = {
     "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "job-node-0-0.job",
-    "PET_MASTER_PORT": "29400",
+    "PET_MASTER_PORT": "29500",
 }  # fmt: skip
-#: docs.skypilot.co, "Distributed Multi-Node Jobs", "Environment variables"
+#: docs.skypilot.co/en/stable/running-jobs/distributed-jobs.html
 SKYPILOT = {
     "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NUM_NODES": "2",
     "SKYPILOT_NUM_GPUS_PER_NODE": "1",
@@ -95,6 +95,13 @@ CASES = {
         {**HYDRA, **MASTER, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"},
         place(rank=1, world_size=2, local_rank=1, local_world_size=2, launcher="PMI"),
     ),
+    "mpiexec of PALS with Cray's PMI": (
+        {
+            "PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1",
+            "PMI_LOCAL_SIZE": "2", **MASTER,
+        },
+        place(rank=3, world_size=4, local_rank=1, local_world_size=2, launcher="PMI"),
+    ),
     "mpirun in an allocation": (
         {**SRUN, **OPENMPI, "SLURM_STEP_NUM_TASKS": "2"},  # srun has started its helpers, one a node
         place(
@@ -130,7 +137,7 @@ CASES = {
     ),
     "Trainer v2": (
         TRAINER_V2,
-        place(rank=1, world_size=2, master_addr="job-node-0-0.job", master_port=29400, launcher="Kubeflow Trainer"),
+        place(rank=1, world_size=2, master_addr="job-node-0-0.job", master_port=29500, launcher="Kubeflow Trainer"),
     ),
     "SkyPilot": (
         SKYPILOT,
@@ -184,6 +191,12 @@ REFUSED = {
     ),
     "mpirun that says no address": (OPENMPI, ["OMPI_COMM_WORLD_SIZE=2 without MASTER_ADDR", "mpirun -x"]),
     "PMIx alone": ({"PMIX_RANK": "1"}, ["PMIX_RANK=1", "torchrun"]),
+    "PALS without Cray's PMI": (
+        {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "2", "PALS_NODEID": "1"},
+        ["PALS_RANKID=3", "torchrun"],
+    ),
+    "a rank of PMI without its number": ({"PMI_RANK": "1", "PMI_FD": "6"}, ["PMI_RANK=1", "torchrun"]),
+    "Flux": ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"}, ["FLUX_TASK_RANK=1", "torchrun"]),
     "RANK alone": ({"RANK": "1"}, ["RANK=1 without WORLD_SIZE"]),
     "WORLD_SIZE alone": ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without RANK"]),
     "a rank outside the world": ({**SBATCH_LINES, "RANK": "2"}, ["RANK=2", "WORLD_SIZE - 1 = 1"]),
@@ -191,8 +204,8 @@ REFUSED = {
     "a port that is none": ({**SBATCH_LINES, "MASTER_PORT": "70000"}, ["MASTER_PORT=70000", "65535"]),
     "ranks without an address": ({"RANK": "1", "WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without MASTER_ADDR"]),
     "PyTorchJob with several GPUs a pod": (
-        {**PYTORCHJOB, "PET_NPROC_PER_NODE": "auto"},
-        ["PET_NPROC_PER_NODE=auto", "torchrun"],
+        {**PYTORCHJOB, "PET_NPROC_PER_NODE": "8", "WORLD_SIZE": "24"},
+        ["PET_NPROC_PER_NODE=8", "torchrun"],
     ),
     "Trainer v2 with several GPUs a node": (
         {**TRAINER_V2, "PET_NPROC_PER_NODE": "4"},
