@@ -18,6 +18,7 @@ from trainer.tools.cluster.launch_files import (
     LaunchRequest,
     SlurmJob,
     forwarded_names,
+    parse_hosts,
     slurm_files,
     ssh_files,
     write_files,
@@ -65,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         cli_args = parse_args(run_argv, companion=parser)
         if cli_args.dry_run or cli_args.runs_finder:
             raise UserError("--dry-run, --show-example, --find-lr and --find-batch go with launch/train.py itself")
+        if cli_args.resume not in (None, "auto", "latest"):
+            raise UserError(
+                f"--resume {cli_args.resume}: expected --resume auto, or none: started again, it would go back there"
+            )
         request = _make_request(cli_args, run_argv, args.folder.absolute())
         files = _slurm_files(args, cli_args, request) if args.slurm else _ssh_files(args, cli_args, request)
         write_files(request.folder, files)
@@ -110,12 +115,7 @@ def _ssh_files(args: argparse.Namespace, cli_args: CliArgs, request: LaunchReque
     for name in ("nodes", "ranks_per_node", "time", "partition", "account", "cpus_per_task"):
         if values[name] is not None:
             raise UserError(f"--{name.replace('_', '-')} {values[name]}: goes with --slurm")
-    ranks_of_hosts = {}
-    for text in values["hosts"].split(","):
-        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*):([1-9]\d*)", text.strip())
-        if match is None or match[1] in ranks_of_hosts:
-            raise UserError(f"--hosts {values['hosts']}: expected each host once as NAME:RANKS, for instance a:8,b:8")
-        ranks_of_hosts[match[1]] = int(match[2])
+    ranks_of_hosts = parse_hosts(values["hosts"])
     cli_args.settings.train.batch(sum(ranks_of_hosts.values()))
     return ssh_files(request, ranks_of_hosts, os.environ)
 

@@ -26,6 +26,7 @@ from trainer.model.flops import count_training_flops
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
+from trainer.tracking.files import folder_size
 from trainer.tracking.loggers import check_loggers
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.run_lock import hold_run_folder
@@ -36,6 +37,7 @@ from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint
 from trainer.training.data_setup import prepare_data, print_examples
 from trainer.training.diagnostics.types import RunInfo
 from trainer.training.generation import GenerationEvaluator, check_prompts_available
+from trainer.training.host_report import with_host_lines
 from trainer.training.loop import train
 from trainer.training.metric_logger import MetricLogger
 from trainer.training.plan_validation import validate_early
@@ -108,7 +110,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     with hold_run_folder(Path(settings.run_folder), context.on_rank_zero):
         # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
         _, previous_metadata = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
-        training_run = TrainingRun(plan, data, model)
+        training_run = TrainingRun(with_host_lines(plan), data, model)
         training_run.setup(args, previous_metadata)
         return training_run.run(signal_handler)
 
@@ -266,8 +268,8 @@ class TrainingRun:
             "device_hours": elapsed_seconds * self.plan.dist_context.world_size / 3600,
             "sample_seconds": self.callbacks.sample_seconds,
             **export.measurements,
-            "checkpoint_bytes": dir_size(max((self.folder / "checkpoints").glob("step-*"), default=None)),
-            "export_bytes": dir_size(self.folder / "model"),
+            "checkpoint_bytes": folder_size(max((self.folder / "checkpoints").glob("step-*"), default=None)),
+            "export_bytes": folder_size(self.folder / "model"),
             "best": vars(state.best) if state.best else None,
             "final": {"step": state.step, "epoch": schedule.record_axes(state)["epoch"], "loss": state.val_loss},
             "early_stop": schedule.is_stopped_early(state) and state.step < schedule.total_steps,
@@ -296,8 +298,3 @@ class TrainingRun:
         return EventRecord(
             event="resumed", step=self.state.step, message=message, time=self.state.elapsed_seconds, facts=facts
         )
-
-
-def dir_size(folder: Path | None) -> int:
-    """Bytes of all files under a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder and folder.exists() else 0

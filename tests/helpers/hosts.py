@@ -5,20 +5,23 @@ Nothing of the real network is touched, and no address outside is reached. Where
 """
 
 import contextlib
+import ctypes
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from helpers.launch_ranks import MP_CONTEXT, _run_worker, run_train_script
+from helpers.process_groups import last_logged_step
+
 ROOT = Path(__file__).parents[2]
-TRAIN_SCRIPT = str(ROOT / "launch" / "train.py")
 SSHD, SSH_CONFIG = "/usr/sbin/sshd", "/etc/ssh/ssh_config"
 
 
@@ -43,6 +46,7 @@ class Hosts:
     def __init__(self, folder: Path, count: int, *, private: tuple[Path, ...] = (), etc_hosts: str = ""):
         self.folder, self.private = folder, private
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.ranks: list[Any] = []
         self.pids: dict[str, int] = {}
         lines = [f"10.77.0.{n} h{n}" for n in range(1, count + 1)]
         (folder / "etc-hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
@@ -124,21 +128,40 @@ class Hosts:
         return process
 
     def train(
-        self, flags: list[str], logs: Path, *, env: Mapping[str, str] | None = None
-    ) -> list[subprocess.Popen[bytes]]:
-        """One rank on each host, as a scheduler that sets RANK and WORLD_SIZE starts them; logs in logs/h1, ..."""
+        self, flags: list[str], logs: Path, *, ranks: Sequence[str] = ("h1", "h2"), env: Mapping[str, str] | None = None
+    ) -> "RanksOnHosts":
+        """A rank on each of these hosts, as a scheduler that sets RANK and WORLD_SIZE starts them."""
         logs.mkdir(exist_ok=True)
         shared = {
-            "WORLD_SIZE": str(len(self.pids)),
-            "MASTER_ADDR": "h1",
-            "MASTER_PORT": "29500",
-            **ENVIRON,
-            **(env or {}),
-        }
-        argv = [sys.executable, TRAIN_SCRIPT, *flags]
-        return [
-            self.start(name, argv, logs / name, {**shared, "RANK": str(rank)}) for rank, name in enumerate(self.pids)
+            "WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": ranks[0], "MASTER_PORT": "29500", **ENVIRON, **(env or {}),
+        }  # fmt: skip
+        processes = [
+            MP_CONTEXT.Process(
+                target=_enter_host,
+                args=(self.pids[name], {**shared, "RANK": str(rank)}, str(logs / f"rank-{rank}"), flags),
+            )
+            for rank, name in enumerate(ranks)
         ]
+        for process in processes:
+            process.start()
+        self.ranks += processes
+        return RanksOnHosts(processes, logs, ranks)
+
+    def power_off(self, name: str, ranks: "RanksOnHosts") -> None:
+        """The host is gone at once: its cable and its ranks."""
+        self.cut_cable(name)
+        for rank, other in enumerate(ranks.hosts):
+            if other == name:
+                os.kill(ranks.pid(rank), signal.SIGKILL)
+
+    def plug_in(self, name: str) -> None:
+        self._in_switch(f"ip link set c{name[1:]} up")
+
+    def limit_rate(self, rate: str | None) -> None:
+        """Of what every host sends, as `tc` writes it (100mbit); None: no limit."""
+        for pid in self.pids.values():
+            change = f"add dev eth0 root tbf rate {rate} burst 128k latency 1s" if rate else "del dev eth0 root"
+            run_tool("nsenter", "-t", str(pid), "-n", "tc", "qdisc", *change.split())
 
     def cut_cable(self, name: str) -> None:
         """Packets from and to the host vanish, and nobody is told."""
@@ -146,10 +169,71 @@ class Hosts:
 
     def close(self) -> None:
         """End what was started here, and nothing else."""
+        for rank in self.ranks:
+            if rank.is_alive():
+                rank.kill()
+            rank.join(10)
         for process in reversed(self.processes):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
             process.wait(10)
+
+
+class RanksOnHosts:
+    """The ranks of one run; each writes to a log of its own."""
+
+    def __init__(self, processes: list[Any], logs: Path, hosts: Sequence[str]):
+        self.processes, self.logs, self.hosts = processes, logs, tuple(hosts)
+
+    def wait(self, timeout_seconds: float = 240) -> list[int]:
+        """Exit codes; those of a signal are 128 + its number."""
+        deadline = time.monotonic() + timeout_seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        assert None not in codes, f"still running: {codes}\n{self.output()}"
+        return codes
+
+    def wait_for_step(self, out: Path, step: int, timeout_seconds: float = 240) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while last_logged_step(out) < step:
+            assert time.monotonic() < deadline, self.output()
+            assert all(process.is_alive() for process in self.processes), self.output()
+            time.sleep(0.05)
+
+    def stop_after_step(self, out: Path, step: int) -> None:
+        """By a signal to rank 0: an export would take longer than all the rest."""
+        self.wait_for_step(out, step)
+        os.kill(self.pid(0), signal.SIGTERM)
+        assert set(self.wait()) == {128 + signal.SIGTERM}, self.output()
+
+    def pid(self, rank: int) -> int:
+        """The rank itself; its parent is the process that has entered the host."""
+        parent = self.processes[rank].pid
+        return int(Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[0])
+
+    def output(self, rank: int | None = None) -> str:
+        ranks = range(len(self.hosts)) if rank is None else [rank]
+        return "\n".join((self.logs / f"rank-{rank}").read_text() for rank in ranks)
+
+    def error_lines(self) -> list[str]:
+        assert "Traceback" not in self.output(), self.output()
+        return [line for line in self.output().splitlines() if line.startswith("error: ")]
+
+
+def _enter_host(host_pid: int, environ: Mapping[str, str], log: str, flags: list[str]) -> None:
+    """Join the host's namespaces and run launch/train.py in a child, which alone belongs to the host's processes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    namespaces = [os.open(f"/proc/{host_pid}/ns/{name}", os.O_RDONLY) for name in ("net", "uts", "pid", "mnt")]
+    for namespace in namespaces:
+        if libc.setns(namespace, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+    os.chdir(ROOT)
+    child = os.fork()
+    if child == 0:
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever ends the parent means the rank
+        _run_worker(environ, log, run_train_script, (flags,))
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
 
 
 ENVIRON = {

@@ -21,6 +21,9 @@ import torch.distributed as dist
 
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.distributed.launch_environment import LaunchEnvironment
+from trainer.distributed.watchdog import call_with_timeout
+
+ANSWER_SECONDS = 15.0  # within which rank 0's store, once it listens, answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,19 +108,34 @@ def _open_store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
             f"{launch.master_addr}:{launch.master_port} within {timeout.total_seconds():g} s (--hang-timeout): "
             "is it started, is that its address, is the port open?"
         )
-    try:
-        store = dist.TCPStore(
+
+    def make_store() -> Any:
+        return dist.TCPStore(
             launch.master_addr, launch.master_port, launch.world_size, is_server, timeout,
             wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
+
+    try:
+        # In a thread: torch waits for ever for the answer of whoever else listens there.
+        store = make_store() if is_server else call_with_timeout(ANSWER_SECONDS, make_store)
+        if store is None:
+            _other_run(launch, "what listens there does not answer")
     except dist.DistError as error:
-        if not is_server:
-            raise
         raise UserError(
             f"rank 0 cannot listen at port {launch.master_port} of {socket.gethostname()} "
             f"({str(error).splitlines()[0][:200]}); pass a free one, as --master_port of the launcher or in MASTER_PORT"
         ) from None
-    return dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if store.add(f"came/{launch.rank}", 1) > 1:
+        _other_run(launch, f"somebody else is rank {launch.rank} there")
+    return store
+
+
+def _other_run(launch: LaunchEnvironment, reason: str) -> NoReturn:
+    _give_up(
+        f"rank {launch.rank} on {socket.gethostname()}: at {launch.master_addr}:{launch.master_port} is not this run's "
+        f"rank 0 ({reason}); pass a free port, as --master_port of the launcher or in MASTER_PORT"
+    )
 
 
 def _wait_for_port(host: str, port: int | None, timeout_seconds: float) -> bool:

@@ -63,3 +63,8 @@ def remove_leftovers(folder: Path, name: str) -> None:
     for path in folder.glob(f".{name}.*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def folder_size(folder: Path | None) -> int:
+    """Bytes of all files under a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder and folder.exists() else 0

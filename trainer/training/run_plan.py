@@ -45,6 +45,7 @@ class RunPlan:
     data_info: dict[str, Any]
     padding: str  #: the share of padding among the positions that are computed
     dropout: float  #: the largest dropout probability of the base model
+    host_lines: tuple[tuple[str, str], ...] = ()  #: what there is to say of several hosts, (what, value)
 
     @property
     def precision(self) -> str:
@@ -94,7 +95,7 @@ class RunPlan:
             ("output", f"{settings.run_folder}"),
         ]
         if self.dist_context.world_size > 1:
-            lines.insert(-1, ("hosts", self.dist_context.describe_hosts()))
+            lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*self.data_info.get("notices", []), *preset_notes(settings), *_collect_notes(settings, model_info)]
         if settings.train.optim == "paged_adamw8bit" and self.dist_context.device.type == "cpu":
             notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")

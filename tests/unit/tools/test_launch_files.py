@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.slurm import start_job
 
 ROOT = Path(__file__).parents[3]
 SLURM_OPTIONS = dict(
@@ -112,6 +113,7 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         (["--hosts", "a:1,a:2", "--mode", "lora"], ["--hosts a:1,a:2", "each host once"]),
         (["--hosts", "a;reboot:1", "--mode", "lora"], ["--hosts a;reboot:1", "NAME:RANKS"]),
         ([*SSH_FLAGS, "--lr", "-1"], ["--lr -1"]),
+        ([*SLURM_FLAGS, "--resume", "step-5"], ["--resume step-5", "--resume auto"]),
         ([*SSH_FLAGS, "--find-lr"], ["--find-lr", "launch/train.py itself"]),
         ([*SSH_FLAGS, "--ranks-per-nod", "1"], ["--ranks-per-node"]),
     ],
@@ -137,38 +139,11 @@ TORCHRUN = """#!/bin/bash
 echo "$@" >>{folder}/torchrun
 {folder}/bin/rank & wait $! || exit 1
 """
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done
-for node in 0 1; do SLURM_NODEID=$node SLURM_PROCID=$node "$@" & tasks="$tasks $!"; done
-trap 'kill -USR1 $tasks' USR1
-code=0
-for task in $tasks; do wait $task; last=$?; [ $last -gt 128 ] && {{ wait $task; last=$?; }}; code=$((code | last)); done
-exit $code
-"""
-SCONTROL = """#!/bin/bash
-[ "$1 $2" = "show hostnames" ] && printf 'n1\\nn2\\n' || echo "$@" >>{folder}/scontrol
-"""
-
-
-def start_job(folder: Path, script: str, rank: str) -> subprocess.Popen[str]:
-    """The batch script of two nodes, with commands of ours in front of all others."""
-    (folder / "bin").mkdir()
-    programs = {"rank": rank, "torchrun": TORCHRUN, "srun": SRUN, "scontrol": SCONTROL}
-    for name, text in programs.items():
-        path = folder / "bin" / name
-        path.write_text(text.format(folder=folder, marker=folder / "run" / "requeue"))
-        path.chmod(0o755)
-    (folder / "run").mkdir(exist_ok=True)
-    script = script.replace("export PATH=", f"export PATH={folder}/bin:")
-    env = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
-    return subprocess.Popen(
-        ["bash", "-c", script], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
 
 
 def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(tmp_path):
     script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"), "--data", "my events.csv")
-    job = start_job(tmp_path, script, RANK)
+    job = start_job(tmp_path, script, rank=RANK, torchrun=TORCHRUN)
     deadline = time.monotonic() + 20
     while len(list(tmp_path.glob("ready-*"))) < 2:
         assert time.monotonic() < deadline
@@ -179,16 +154,18 @@ def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(tmp_path):
     assert job.returncode == 1, output
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
     first, second = sorted((tmp_path / "torchrun").read_text().splitlines())
-    assert first.startswith("--nnodes=2 --nproc-per-node=3 --node-rank=0 --master-addr=n1 --master-port=15007 ")
+    assert first.startswith("--nnodes=2 --nproc-per-node=3 --node-rank=0 --master-addr=localhost --master-port=15007 ")
     assert "--data my events.csv --resume auto" in first
-    assert "--node-rank=1 --master-addr=n1" in second
+    assert "--node-rank=1 --master-addr=localhost" in second
 
 
 @pytest.mark.parametrize(("rank", "code"), [("#!/bin/bash\nexit 0\n", 0), ("#!/bin/bash\nexit 3\n", 1)])
 def test_a_job_that_ends_or_fails_is_not_queued_again(rank, code, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "requeue").write_text("SIGUSR1\n")  # of a run before
-    job = start_job(tmp_path, slurm_script(tmp_path, "--output-dir", str(tmp_path / "run")), rank)
+    job = start_job(
+        tmp_path, slurm_script(tmp_path, "--output-dir", str(tmp_path / "run")), rank=rank, torchrun=TORCHRUN
+    )
     output, _ = job.communicate(timeout=20)
     assert job.returncode == code, output
     assert not (tmp_path / "scontrol").exists()

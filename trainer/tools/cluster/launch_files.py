@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import FORWARDED_PREFIXES
 
 NOTICE_MARGIN_SECONDS = 30  # between a run's --grace and the end of the job: to start the next one
@@ -139,6 +140,17 @@ exec deepspeed --hostfile={hostfile} --venv_script={environment} --master_addr={
         LaunchFile(name="environment", content=environment_script(request, environ), mode=0o600),
         LaunchFile(name="run.sh", content=command, mode=0o755),
     ]
+
+
+def parse_hosts(text: str) -> dict[str, int]:
+    """{host: ranks} of `NAME:RANKS,NAME:RANKS`; UserError for anything else."""
+    ranks_of_hosts: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*):([1-9]\d*)", part.strip())
+        if match is None or match[1] in ranks_of_hosts:
+            raise UserError(f"--hosts {text}: expected each host once as NAME:RANKS, for instance a:8,b:8")
+        ranks_of_hosts[match[1]] = int(match[2])
+    return ranks_of_hosts
 
 
 def environment_script(request: LaunchRequest, environ: Mapping[str, str]) -> str:

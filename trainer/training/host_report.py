@@ -1,0 +1,63 @@
+"""What the plan of a run on several hosts says of them: the network between them, and what is not the same on all."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.data.cache import resolve_cache_dir
+from trainer.distributed.memory_estimate import ParamCounts
+from trainer.distributed.network_check import describe_ring, measure_ring
+from trainer.distributed.process_group import DistContext
+from trainer.tracking.run_lock import LOCK_FILE
+from trainer.tracking.wandb_logger import wandb_mode
+from trainer.training.run_plan import RunPlan
+
+
+def with_host_lines(plan: RunPlan) -> RunPlan:
+    """The plan, with what there is to say of several hosts. All ranks must call, and rank 0 hold the run folder."""
+    context = plan.dist_context
+    speed = measure_ring(context)
+    if speed is None:
+        return plan
+    counts = ParamCounts.from_model_info(plan.model_info)
+    lines = [
+        ("network", describe_ring(speed, context, counts, stage=plan.deepspeed_file.stage)),
+        ("environment", _describe_environment(plan, context)),
+    ]
+    folder = Path(plan.settings.run_folder)
+    if without := hosts_without_run_folder(folder, context):
+        here = context.placement.hosts[0]
+        lines.append(
+            (
+                "note",
+                f"{folder} of {here} is not seen on {', '.join(without)}: the checkpoints are on {here} only, and "
+                "--resume wants one run folder for all hosts, or the ranks of one host",
+            )
+        )
+    return replace(plan, host_lines=tuple(lines))
+
+
+def _describe_environment(plan: RunPlan, context: DistContext) -> str:
+    """W&B's mode on rank 0, which logs, and the folders of every host: `deepspeed` hands on no variable for them."""
+    mode = context.on_rank_zero(lambda: wandb_mode(plan.settings.output.wandb))
+    folders = f"cache {resolve_cache_dir()}, HF home {os.environ.get('HF_HOME') or '~/.cache/huggingface'}"
+    by_host = dict(zip(context.placement.hosts, context.all_gather_object(folders), strict=True))
+    if len(set(by_host.values())) == 1:
+        return f"W&B {mode}; {folders}"
+    return f"W&B {mode}; " + "; ".join(f"on {host} {text}" for host, text in by_host.items())
+
+
+def hosts_without_run_folder(folder: Path, context: DistContext) -> list[str]:
+    """The hosts that do not see the file which rank 0 keeps in the run folder while it writes there."""
+    probe = _read_probe(folder)
+    probes = context.all_gather_object(probe)
+    return list(
+        dict.fromkeys(host for host, other in zip(context.placement.hosts, probes, strict=True) if other != probes[0])
+    )
+
+
+def _read_probe(folder: Path) -> str | None:
+    try:
+        return (folder / LOCK_FILE).read_text()
+    except OSError:
+        return None
