@@ -14,7 +14,8 @@ READMES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob(
 #: Flags of other programs that our commands are started with.
 OUTSIDE_FLAGS = {
     "--num_gpus": "deepspeed", "--num_nodes": "deepspeed", "--hostfile": "deepspeed", "--master_port": "deepspeed",
-    "--nproc_per_node": "torchrun", "--nnodes": "torchrun",
+    "--nproc_per_node": "torchrun", "--nnodes": "torchrun", "--node_rank": "torchrun",
+    "--master_addr": "torchrun", "--signal": "sbatch",
 }  # fmt: skip
 #: What a run, a comparison or a study writes: named in a README, absent from the repository.
 GENERATED = ("runs/", "comparison/", "checkpoints/", "model/", "wandb/", "studies/", "benchmarks/")

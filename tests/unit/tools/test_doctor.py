@@ -73,9 +73,9 @@ def test_doctor_names_environment_variables_but_never_shows_values(monkeypatch, 
     environ = {"HF_TOKEN": "secret", "NCCL_DEBUG": "INFO", "PYTHONPATH": "x", "WANDB_API_KEY": "secret", "EDITOR": "vi"}
     alone, many = (environment_checks.check_forwarded_variables(environ, several) for several in (False, True))
     assert (alone.level, many.level) == ("ok", "warning")
-    assert "HF_TOKEN, WANDB_API_KEY" in many.message, "NCCL_ and PYTHON are forwarded, EDITOR changes nothing"
+    assert "HF_TOKEN, NCCL_DEBUG, WANDB_API_KEY" in many.message, "PYTHON is forwarded, EDITOR changes nothing"
     assert "secret" not in many.message
-    (tmp_path / ".deepspeed_env").write_text("HF_TOKEN=secret\nWANDB_API_KEY=secret\n")
+    (tmp_path / ".deepspeed_env").write_text("HF_TOKEN=secret\nNCCL_DEBUG=INFO\nWANDB_API_KEY=secret\n")
     assert environment_checks.check_forwarded_variables(environ, True).level == "ok"
 
 
@@ -329,6 +329,7 @@ def run_doctor(argv: list[str], capsys: Any, **options: Any) -> tuple[int, str]:
         environ={},
         limit_seconds=None,
         as_json=options.pop("as_json", True),
+        ranks_of_hosts={},
     )
     return code, capsys.readouterr().out
 
@@ -423,6 +424,7 @@ def test_the_smoke_test_of_doctor_passes_on_real_ranks(tiny_model, data_files, t
         environ={},
         limit_seconds=400.0,
         as_json=True,
+        ranks_of_hosts={},
     )
     told = json.loads(capsys.readouterr().out)
     assert code == 0, [one for one in told["checks"] if one["level"] == "error"]

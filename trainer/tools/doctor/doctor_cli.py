@@ -14,6 +14,7 @@ from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
 from trainer.tools.doctor.check_result import ERROR, LEVELS, OK, CheckResult, catch_user_errors, format_bytes, ok_result
+from trainer.tools.doctor.host_checks import check_hosts
 from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tracking.console import make_console
@@ -106,17 +107,21 @@ def planned_context(world_size: int | None, gpu_memory_bytes: int | None) -> Dis
 
 def run_doctor(
     cli_args: CliArgs, dist_context: DistContext, *, environ: Mapping[str, str], as_json: bool,
-    limit_seconds: float | None,
+    limit_seconds: float | None, ranks_of_hosts: Mapping[str, int],
 ) -> int:  # fmt: skip
     """All sections; 0, or 1 where there was an error. `limit_seconds`: of the rehearsal; None: there is none.
 
-    For GPUs that are planned for and not here, what this machine has is not looked at.
+    For GPUs that are planned for and not here, what this machine has is not looked at. `ranks_of_hosts`: of the hosts
+    that the run will have, this one first; empty where it will have this one only.
     """
     is_elsewhere = dist_context.planned_gpu_bytes is not None
     report = DoctorReport(cli_args, dist_context, quiet=as_json)
     if not is_elsewhere:
-        checks = environment_checks.check_environment(dist_context.world_size, environ)
+        ranks_here = next(iter(ranks_of_hosts.values()), dist_context.world_size)
+        checks = environment_checks.check_environment(ranks_here, environ, is_multi_node=bool(ranks_of_hosts))
         report.add_section("environment", checks)
+        if ranks_of_hosts:
+            report.add_section("hosts", check_hosts(list(ranks_of_hosts)))
     report.add_section("run", report.resolve_run())
     measured_cost: dict[str, Any] = {}
     plan, model, data = report.plan, report.model, report.data

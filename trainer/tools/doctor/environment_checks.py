@@ -32,8 +32,11 @@ MIN_SHM_BYTES = 2**30  # bytes; NCCL's buffers between the GPUs of one machine, 
 HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default: where it is, `deepspeed` starts on several machines
 
 
-def check_environment(world_size: int, environ: Mapping[str, str]) -> Iterator[CheckResult]:
-    """Everything that can be said before data and model are looked at; `environ`: as the user set it."""
+def check_environment(world_size: int, environ: Mapping[str, str], *, is_multi_node: bool) -> Iterator[CheckResult]:
+    """Everything that can be said before data and model are looked at; `environ`: as the user set it.
+
+    `world_size`: ranks of this machine.
+    """
     yield from check_packages(_requirements())
     yield from check_devices(world_size)
     yield check_backends(world_size)
@@ -43,7 +46,7 @@ def check_environment(world_size: int, environ: Mapping[str, str]) -> Iterator[C
     yield check_port()
     yield from check_master_address(environ)
     yield check_threads(world_size)
-    yield check_forwarded_variables(environ, HOSTFILE.exists())
+    yield check_forwarded_variables(environ, is_multi_node or HOSTFILE.exists())
 
 
 def _requirements() -> tuple[str, list[str]] | None:
@@ -242,7 +245,10 @@ def check_forwarded_variables(environ: Mapping[str, str], is_multi_node: bool) -
         level=WARNING if is_multi_node else OK,
         name="variables", message=f"not forwarded to other machines: {join_names(unforwarded_names)}"
         + ("" if is_multi_node else " (of no matter on one)"),
-        remedy="write NAME=value lines into ~/.deepspeed_env" if is_multi_node else "",
+        remedy="start with what launch/cluster.py --hosts writes, or put such lines into ~/.deepspeed_env: "
+        + join_names((f"{name}=..." for name in unforwarded_names), 20)
+        if is_multi_node
+        else "",
     )  # fmt: skip
 
 
