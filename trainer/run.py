@@ -20,7 +20,7 @@ from trainer.distributed.process_group import (
     simulated_context,
 )
 from trainer.distributed.signals import SignalHandler
-from trainer.export.run_export import earlier_checkpoint_to_export, export_run
+from trainer.export.run_export import RunExport, earlier_checkpoint_to_export, export_run, measure_memory
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.model.flops import count_training_flops
 from trainer.tools.finders.batch_finder import find_micro_batch_size
@@ -239,6 +239,8 @@ class TrainingRun:
                     self._record_execution(event)
 
     def _evaluate_other_splits(self, step: int) -> None:
+        if self.plan.settings.output.export == "none":  # they are for what is exported
+            return
         for split in OTHER_SPLITS:
             event = evaluate_other_split(self.plan, self.data, self.engine, split, self.state, step)
             if event is not None:
@@ -255,35 +257,42 @@ class TrainingRun:
         start_time = time.perf_counter()
         state, schedule = self.state, self.plan.schedule
         assert state.val_loss is not None, "the last step is always evaluated"
-        if any(len(getattr(self.data, split)) for split in OTHER_SPLITS):
-            chosen = self.plan.dist_context.on_rank_zero(lambda: earlier_checkpoint_to_export(self.plan, state))
-            if chosen is not None:
-                load_chosen_weights(self.engine, chosen)
-            self._evaluate_other_splits(chosen.step if chosen else state.step)
-        export = export_run(self.plan, self.data, self.model, self.engine, state, self.metadata)
+        export = self._export() if self.plan.settings.output.export != "none" else None
+        measurements = export.measurements if export else measure_memory(self.engine)
         elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time
-        summary = export.verification.summary()
+        summary = export.verification.summary() if export else "nothing exported"
         facts: dict[str, Any] = {
             "wall_seconds": elapsed_seconds,
             "device_hours": elapsed_seconds * self.plan.dist_context.world_size / 3600,
             "sample_seconds": self.callbacks.sample_seconds,
-            **export.measurements,
+            **measurements,
             "checkpoint_bytes": folder_size(max((self.folder / "checkpoints").glob("step-*"), default=None)),
             "export_bytes": folder_size(self.folder / "model"),
             "best": vars(state.best) if state.best else None,
             "final": {"step": state.step, "epoch": schedule.record_axes(state)["epoch"], "loss": state.val_loss},
             "early_stop": schedule.is_stopped_early(state) and state.step < schedule.total_steps,
-            "exported": export.choice,
+            "exported": export.choice if export else None,
             "export": summary,
         }
-        is_earlier = export.choice["step"] != state.step
-        note = f" holds step {export.choice['step']}, the best," if is_earlier else ""
-        message = f"finished after {state.step} steps; {self.folder / 'model'}{note} {summary}"
+        message = f"finished after {state.step} steps; {summary}"
+        if export:
+            is_earlier = export.choice["step"] != state.step
+            note = f" holds step {export.choice['step']}, the best," if is_earlier else ""
+            message = f"finished after {state.step} steps; {self.folder / 'model'}{note} {summary}"
         self.metrics.log(
             EventRecord(event="finished", step=state.step, message=message, time=elapsed_seconds, facts=facts)
         )
-        if export.verification.problems:
+        if export and export.verification.problems:
             raise TrainingError(f"{self.folder / 'model'}: {summary}; checkpoints and records are whole")
+
+    def _export(self) -> RunExport:
+        """Evaluate the other splits at the chosen weights, write and check the exported folder."""
+        if any(len(getattr(self.data, split)) for split in OTHER_SPLITS):
+            chosen = self.plan.dist_context.on_rank_zero(lambda: earlier_checkpoint_to_export(self.plan, self.state))
+            if chosen is not None:
+                load_chosen_weights(self.engine, chosen)
+            self._evaluate_other_splits(chosen.step if chosen else self.state.step)
+        return export_run(self.plan, self.data, self.model, self.engine, self.state, self.metadata)
 
     def _resumed_event(self, source: Checkpoint | None) -> EventRecord:
         changes, num_truncated = self.metadata["resumed"]["changed"], self.metrics.num_truncated

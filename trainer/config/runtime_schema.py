@@ -115,7 +115,8 @@ class OutputSettings:
         "last",
         flag="--export",
         help="weights that go into the exported folder: of the last step, or of the checkpoint with the lowest "
-        "validation loss (then one is saved at each evaluation that is the lowest so far)",
+        "validation loss (then one is saved at each evaluation that is the lowest so far); none: nothing is exported, "
+        "and test records stay unseen",
     )
     num_samples: int = option(
         2,

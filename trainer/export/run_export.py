@@ -25,7 +25,7 @@ class RunExport:
     """What became of the export of a run."""
 
     verification: VerificationResult
-    measurements: dict[str, int]  #: peak_memory_bytes and optimizer_bytes, the largest of the ranks
+    measurements: dict[str, int]  #: of `measure_memory`
     choice: dict[str, Any]  #: which weights: `which` (last, best), `step`, `loss`
 
 
@@ -53,10 +53,7 @@ def export_run(
     engine.restore_fp32()
     logits = compute_logits(model.module, input_ids, context.device)
     weights = collect_state_dict(engine.state.gather_weights(), should_keep=context.rank == 0 and best is None)
-    measurements = {
-        "peak_memory_bytes": max(context.all_gather_object(peak_memory_bytes(context.device))),
-        "optimizer_bytes": max(context.all_gather_object(engine.state.optimizer_bytes())),
-    }
+    measurements = measure_memory(engine)
 
     def write_and_verify() -> VerificationResult:
         source_model, exported_weights, reference_logits = model, weights, logits
@@ -85,9 +82,18 @@ def export_run(
     return RunExport(verification=verification, measurements=measurements, choice=choice)
 
 
+def measure_memory(engine: Engine) -> dict[str, int]:
+    """peak_memory_bytes and optimizer_bytes, the largest of the ranks; all must call."""
+    context = engine.dist_context
+    return {
+        "peak_memory_bytes": max(context.all_gather_object(peak_memory_bytes(context.device))),
+        "optimizer_bytes": max(context.all_gather_object(engine.state.optimizer_bytes())),
+    }
+
+
 def earlier_checkpoint_to_export(plan: RunPlan, state: TrainState) -> Checkpoint | None:
     """The checkpoint to export with --export best; None: the weights at hand, which are the best or were asked for."""
-    if plan.settings.output.export == "last":
+    if plan.settings.output.export != "best":
         return None
     best = checkpoint.resolve_checkpoint(Path(plan.settings.run_folder) / "checkpoints", "best")
     return best if best.step != state.step else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import secrets
 import signal
@@ -106,8 +107,9 @@ def write_metadata(
     if previous is None:
         run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
         output = plan.settings.output
+        group = os.environ.get("WANDB_RUN_GROUP") or run_group(plan.data_info["source"])  # the first: W&B's own
         wandb = {
-            "id": run_id, "project": output.wandb_project, "group": run_group(plan.data_info["source"]),
+            "id": run_id, "project": output.wandb_project, "group": group,
             "mode": wandb_mode(output.wandb),
         }  # fmt: skip
         metadata = plan.to_metadata(run_id=run_id, wandb=wandb)

@@ -28,7 +28,7 @@ LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
 DEFAULT_ARGV = ("--num-samples", "0", "--save-every", "never", "--eval-every", "never", "--test-fraction", "0.1")
 RESERVED_FLAGS = (
     "--mode", "--adapter", "--quant", "--seed", "--lr", "--lora-rank", "--output-dir",
-    "--run-name", "--resume", "--dry-run", "--find-lr", "--find-batch",
+    "--run-name", "--resume", "--dry-run", "--find-lr", "--find-batch", "--export",
 )  # fmt: skip
 RENEW_SECONDS = LEASE_SECONDS / 4
 MAX_ATTEMPTS = 3  # a trial whose workers died so often is taken for what killed them
@@ -95,6 +95,8 @@ def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
     if spec.candidate.lora_rank is not None:
         argv += ["--lora-rank", str(spec.candidate.lora_rank)]
     argv += ["--lr", f"{spec.candidate.lr:g}", "--max-steps", str(spec.num_steps), "--seed", str(spec.seed)]
+    if spec.phase == "search":  # its validation loss is all that is needed, and it never sees the test records
+        argv += ["--export", "none"]
     return [*argv, "--output-dir", str(folder), "--run-name", spec.name]
 
 
@@ -124,8 +126,7 @@ class TrialRunner:
             return result
         self.queue.finish(claim, loss=result.loss, failure=result.failure, seconds=result.elapsed_seconds)
         if spec.phase == "search":  # its losses are all that is needed of it
-            for name in ("checkpoints", "model"):
-                shutil.rmtree(run_folder(self.study_folder, spec) / name, ignore_errors=True)
+            shutil.rmtree(run_folder(self.study_folder, spec) / "checkpoints", ignore_errors=True)
         return result
 
     def _run_process(self, claim: Claim, spec: TrialSpec) -> TrialResult:
@@ -154,6 +155,7 @@ class TrialRunner:
         if len(self.slot.gpus) > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(self.slot.gpus)}"]
         env = {"OMP_NUM_THREADS": str(self.slot.num_threads), **without_launcher(os.environ)}
+        env["WANDB_RUN_GROUP"] = f"study-{self.study_folder.name}-{self.rule.sha256[:12]}"
         if self.slot.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(self.slot.gpus)
         return subprocess.Popen(
