@@ -1,18 +1,17 @@
 """One trial: launch/train.py in a process of its own, with its own GPUs, while its lease is renewed."""
 
 import contextlib
-import ctypes
 import fcntl
 import math
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +19,7 @@ from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import without_launcher
 from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import TrialSpec
+from trainer.tools.study.trial_process import TrainCommand, start_training
 from trainer.tools.study.trial_queue import LEASE_SECONDS, Claim, TrialQueue, worker_name
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
 
@@ -33,8 +33,6 @@ RESERVED_FLAGS = (
 RENEW_SECONDS = LEASE_SECONDS / 4
 MAX_ATTEMPTS = 3  # a trial whose workers died so often is taken for what killed them
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_libc = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +132,12 @@ class TrialRunner:
         folder.parent.mkdir(parents=True, exist_ok=True)
         start_time = time.monotonic()
         log_path = folder.with_name(f"{folder.name}.log")
-        with open(folder.with_name(f"{folder.name}.lock"), "w") as lock, open(log_path, "w") as log:
+        with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
             if not self._wait_for_lock(lock, claim):  # what a dead worker started may still be writing there
                 return TrialResult()
             if (loss := final_loss(folder)) is not None:  # its worker died between its end and the note of it
                 return TrialResult(loss=loss)
-            process = self._start(spec, folder, lock, log)
-            exit_code = self._watch(process, claim)
+            exit_code = self._watch(start_training(self._command(spec, folder, log_path), lock), claim)
         elapsed_seconds = time.monotonic() - start_time
         loss = final_loss(folder)
         if exit_code == 0 and loss is not None:
@@ -149,35 +146,31 @@ class TrialRunner:
             return TrialResult()
         return TrialResult(failure=_last_line(log_path, exit_code), elapsed_seconds=elapsed_seconds)
 
-    def _start(self, spec: TrialSpec, folder: Path, lock: IO[str], log: IO[str]) -> subprocess.Popen[bytes]:
+    def _command(self, spec: TrialSpec, folder: Path, log_path: Path) -> TrainCommand:
         resume_argv = ["--resume"] if (folder / "run.json").exists() else []
-        launcher = [sys.executable]
-        if len(self.slot.gpus) > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={len(self.slot.gpus)}"]
         env = {"OMP_NUM_THREADS": str(self.slot.num_threads), **without_launcher(os.environ)}
         env["WANDB_RUN_GROUP"] = f"study-{self.study_folder.name}-{self.rule.sha256[:12]}"
         if self.slot.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(self.slot.gpus)
-        return subprocess.Popen(
-            [*launcher, str(LAUNCH_FOLDER / "train.py"), *trial_argv(self.rule, spec, folder), *resume_argv],
-            env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),),
-            preexec_fn=_end_with_parent,
+        return TrainCommand(
+            script=LAUNCH_FOLDER / "train.py", argv=(*trial_argv(self.rule, spec, folder), *resume_argv), env=env,
+            num_ranks=max(1, len(self.slot.gpus)), log=log_path,
         )  # fmt: skip
 
-    def _watch(self, process: "subprocess.Popen[bytes]", claim: Claim) -> int:
+    def _watch(self, process: ForkServerProcess, claim: Claim) -> int:
         """Wait for the end; the run is ended where the study stops, or where another worker has taken the trial."""
         next_renewal = time.monotonic() + RENEW_SECONDS
         while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=0.2)
+            process.join(0.2)
+            if process.exitcode is not None:
+                return process.exitcode
             if time.monotonic() > next_renewal:
                 next_renewal = time.monotonic() + RENEW_SECONDS
                 if not self.queue.renew(claim):
                     process.kill()
             if self.should_stop.is_set():
-                process.send_signal(signal.SIGTERM)  # it saves where it stands
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(timeout=60)
+                process.terminate()  # it saves where it stands
+                process.join(60)
                 process.kill()
 
     def _wait_for_lock(self, lock: IO[str], claim: Claim) -> bool:
@@ -208,10 +201,6 @@ def _last_line(log_path: Path, exit_code: int) -> str:
     if exit_code < 0:
         return f"killed by signal {-exit_code}" + (f" after: {reason}" if reason else "")
     return reason or f"exit code {exit_code}"
-
-
-def _end_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_train_argv(argv: Sequence[str]) -> None:

@@ -1,0 +1,79 @@
+"""The process of a trial: forked from one that has the libraries loaded, with its own GPUs, threads and log.
+
+Loading torch, transformers and DeepSpeed takes longer than a short run's steps; a study starts dozens of runs. A fork
+keeps what a process of its own is for: what a run leaves, leaks or dies of ends with it.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing import reduction
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import IO, Any
+
+from trainer.distributed.openmp import limit_openmp_spin
+from trainer.tracking.silence import silence_libraries
+
+#: Loaded once, before the first fork; none of them looks for GPUs or starts threads while it is imported.
+PRELOADED_MODULES = ["trainer.distributed.engine", "trainer.export.run_export", "trainer.training.loop"]
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """One call of launch/train.py."""
+
+    script: Path
+    argv: tuple[str, ...]
+    env: Mapping[str, str]  #: all of its environment
+    num_ranks: int
+    log: Path
+
+
+def start_training(command: TrainCommand, lock: IO[str]) -> ForkServerProcess:
+    """Start it; `lock` stays locked until it ends, and it ends with this process."""
+    silence_libraries()
+    limit_openmp_spin()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED_MODULES)
+    process = context.Process(target=_train, args=(command, _SharedFile(lock.fileno())))
+    process.start()
+    return process
+
+
+class _SharedFile:
+    """An open file that goes to another process: pickled as a duplicate of its descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: Any = descriptor
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self._descriptor)
+
+    def __setstate__(self, duplicate: Any) -> None:
+        self._descriptor = duplicate.detach()
+
+
+def _train(command: TrainCommand, lock: _SharedFile) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    os.environ.clear()
+    os.environ.update(command.env)
+    for path, flags, descriptors in (
+        (os.devnull, os.O_RDONLY, (0,)),
+        (command.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, (1, 2)),
+    ):
+        file = os.open(path, flags, 0o644)
+        for descriptor in descriptors:
+            os.dup2(file, descriptor)
+        os.close(file)
+    if command.num_ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={command.num_ranks}"]
+        os.execv(sys.executable, [sys.executable, *launcher, str(command.script), *command.argv])
+    sys.argv = [str(command.script), *command.argv]
+    runpy.run_path(str(command.script), run_name="__main__")
