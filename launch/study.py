@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from trainer.config.argument_parser import ArgumentParser
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
 from trainer.tracking.safe_stream import protect_standard_streams
-
-REFUSED_EXIT_CODE = 3
 
 
 def build_parser() -> ArgumentParser:
@@ -39,6 +38,11 @@ def build_parser() -> ArgumentParser:
         "--margin", default="2%", metavar="X",
         help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
     )  # fmt: skip
+    add(
+        "--looks", type=int, default=1, metavar="N",
+        help="times to look at the answer, with ever more of --seeds; they share the level (default: 1, at the end)",
+    )  # fmt: skip
+    add("--price-per-hour", type=float, metavar="X", help="of this machine: equal seconds are shown as money too")
     add("--budget", metavar="TIME", help="fit the study into 45m, 2h or 1d, and say what was left out")
     add("--dry-run", action="store_true", help="print what the study would run, run nothing")
     return parser
@@ -53,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--workers {args.workers}: expected a whole number from 1")
         if args.gpus_per_trial is not None and args.gpus_per_trial < 0:
             raise UserError(f"--gpus-per-trial {args.gpus_per_trial}: expected a whole number from 0")
+        if args.price_per_hour is not None and not 0 < args.price_per_hour < float("inf"):
+            raise UserError(f"--price-per-hour {args.price_per_hour:g}: expected a number above 0")
         if args.join is None and not _plan(args, train_argv, parser):
             return 0
         if args.join is not None and train_argv:
@@ -82,7 +88,7 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
         methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
         rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
         answer_seeds=_parse_numbers("--seeds", args.seeds), margin=margin.parse_margin(args.margin), level=0.95,
-        looks=1, train_argv=tuple(passed_argv),
+        looks=args.looks, train_argv=tuple(passed_argv),
     )  # fmt: skip
     costs = None
     if args.budget is not None and not (args.output_dir / rule.RULE_FILE).exists():
@@ -103,7 +109,7 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
 
 def _run(args: Any) -> int:
     """Work on the study, then answer."""
-    from trainer.tools.study import answer
+    from trainer.tools.study.answer import AnswerRefusedError
     from trainer.tools.study.study import Study, show_while_running
     from trainer.tools.study.trial_queue import TrialQueue
     from trainer.tracking.console import is_terminal
@@ -123,21 +129,47 @@ def _run(args: Any) -> int:
         is_over.set()
         if table is not None:
             table.join()
-    state = study.state(TrialQueue(study.folder, "answer"))
-    if state.needed:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
+    queue = TrialQueue(study.folder, "answer")
+    state = study.state(queue)
+    if state.needed or should_stop.is_set():
+        return _stopped()
     for outcome in state.outcomes.values():
         print(outcome.describe())
     if state.refusal is not None:
-        print(f"refused to rank: {state.refusal}", file=sys.stderr)
-        return REFUSED_EXIT_CODE
-    answers = answer.write_answer(study.folder, study.rule, state.answers, state.outcomes)
+        raise AnswerRefusedError(f"refused to rank: {state.refusal}")
+    return _answer(args, study, state, queue.results(), should_stop)
+
+
+def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: threading.Event) -> int:
+    """Judge, time the finalists, and write and print the answer and what stands beside it."""
+    from trainer.report.views import disagreements
+    from trainer.tools.study import answer, exploratory
+    from trainer.tools.study.finalist_timing import time_finalists
+    from trainer.tools.study.worker import make_slots, run_folder
+
+    answers = answer.judge_study(study.folder, study.rule, state)
+    finalists = {method: state.outcomes[method].winner for method in ("full", "lora")}
+    slot = make_slots(1, args.gpus_per_trial)[0]
+    if (timing := time_finalists(study.folder, study.rule, finalists, slot, should_stop)) is None:
+        return _stopped()
+    views = exploratory.study_views(study.folder, study.rule, results, timing)
+    lora_run = next(spec for spec in state.answers if spec.candidate.method == "lora")
+    capacity = exploratory.read_capacity(run_folder(study.folder, lora_run))
+    beside = [timing.describe(), *(view.describe(args.price_per_hour) for view in views), capacity.describe()]
+    extras = {"timing": asdict(timing), "views": [asdict(view) for view in views], "beside": beside}
+    answer.write_answer(study.folder, study.rule, state, answers, extras)
     for item in answers:
         note = "" if item.is_primary else "exploratory: "
         print(note + answer.conditional_sentence(item, study.rule, state.outcomes))
+    for line in [*beside, *disagreements(views, args.price_per_hour)]:
+        print(f"exploratory: {line}")
     print(f"{study.folder / answer.ANSWER_FILE}")
-    return 0
+    return answer.REFUSED_EXIT_CODE if answers[0].is_margin_under_floor else 0
+
+
+def _stopped() -> int:
+    print("stopped; the same command goes on", file=sys.stderr)
+    return 130
 
 
 def _without_flag(argv: list[str], flag: str) -> list[str]:

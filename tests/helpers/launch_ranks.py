@@ -19,9 +19,8 @@ import pytest
 from helpers.gpu_visibility import gpu_environ
 
 MP_CONTEXT = multiprocessing.get_context("forkserver")
-MP_CONTEXT.set_forkserver_preload(
-    ["trainer.run", "trainer.export.verify_worker", "deepspeed", "peft", "wandb", "helpers.launch_ranks"]
-)
+SERVER_MODULES = ["trainer.run", "trainer.export.verify_worker", "deepspeed", "peft", "wandb", "helpers.launch_ranks"]
+MP_CONTEXT.set_forkserver_preload(SERVER_MODULES)
 BIN_DIR = Path(sys.executable).parent
 TRAIN_SCRIPT = str(Path(__file__).parents[2] / "launch" / "train.py")
 TIMEOUT_SECONDS = 240  # seconds; a healthy run takes 2 to 10

@@ -55,7 +55,7 @@ class RunPlan:
     def summary_lines(self) -> list[tuple[str, str]]:
         """The plan as (what, value) for people."""
         model_info, schedule, settings = self.model_info, self.schedule, self.settings
-        train, val = self.data_info["train"], self.data_info["val"]
+        train, val, test = self.data_info["train"], self.data_info["val"], self.data_info.get("test")
         unit = "blocks" if self.data_info["objective"] == "blocks" else "rows"
         train_settings = settings.train
         lr_shape = describe_schedule(
@@ -94,6 +94,8 @@ class RunPlan:
             ),
             ("output", f"{settings.run_folder}"),
         ]
+        if test and test["examples"]:
+            lines.insert(6, ("test", f"{test['examples']:,} {unit}, {test['counted_tokens']:,} counted tokens"))
         if self.dist_context.world_size > 1:
             lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*self.data_info.get("notices", []), *preset_notes(settings), *_collect_notes(settings, model_info)]

@@ -7,13 +7,22 @@ import re
 
 import numpy as np
 import pytest
+from helpers.fake_runs import make_metadata
 
 from trainer.config.errors import UserError
 from trainer.data.row_info import RowInfo
 from trainer.report.margin import Margin
-from trainer.tools.study.answer import UnitLosses, judge, read_test_losses, write_answer
+from trainer.tools.study.answer import (
+    AnswerRefusedError,
+    UnitLosses,
+    check_one_execution,
+    judge,
+    judge_study,
+    read_test_losses,
+    write_answer,
+)
 from trainer.tools.study.rule import Rule
-from trainer.tools.study.search import Candidate, SearchOutcome, TrialSpec
+from trainer.tools.study.search import Candidate, SearchOutcome, StudyState, TrialSpec
 from trainer.tools.study.worker import run_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
 
@@ -90,8 +99,9 @@ def make_rows(num_rows: int, *, num_shared: int = 0, group_size: int = 1) -> Row
     )  # fmt: skip
 
 
-def write_run(folder, rows: RowInfo, *, loss: float, seed: int, base: bool = True) -> None:
+def write_run(folder, rows: RowInfo, *, loss: float, seed: int, base: bool = True, **overrides) -> None:
     folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(make_metadata(**overrides)))
     rng = np.random.default_rng(seed)
     for step, level in ((0, 3.0), (10, loss))[0 if base else 1 :]:
         nll = [t * (level + rng.normal(0, 0.01)) for t in rows.targets]
@@ -125,7 +135,9 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     outcomes["dora"] = SearchOutcome(
         method="dora", winner=None, loss=math.inf, edge=None, num_trials=17, num_steps=170
     )  # every trial failed
-    (answer,) = write_answer(tmp_path, make_rule(), specs, outcomes)
+    state = StudyState(needed=(), outcomes=outcomes, answers=tuple(specs))
+    (answer,) = judge_study(tmp_path, make_rule(), state)
+    write_answer(tmp_path, make_rule(), state, [answer], {"beside": ["a line"]})
     assert answer.verdict == "worse"
     assert answer.excess.num_units == 58, "records that equal a training record are left out"
     content = json.loads((tmp_path / "answer.json").read_text())
@@ -137,6 +149,35 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     assert content["answers"][0]["exploratory"] is False
     assert content["searches"]["dora"]["problem"] == "dora: every trial failed"
     assert content["searches"]["dora"]["loss"] is None
+    assert content["looks"] == {"taken": 1, "planned": 1, "level_of_each": 0.95}
+    assert content["beside"] == ["a line"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"resolved__precision": "bf16"}, "ran in fp32 on 1 x some cpu, eager steps, "),
+        ({"hardware__gpu": "H100"}, "in fp32 on 1 x H100, eager steps"),
+        ({"execution": [{"path": "eager"}, {"path": "eager", "cuda_graphs": True}]}, "eager steps from CUDA graphs"),
+        ({"resolved__ranks": 2}, "in fp32 on 2 x some cpu"),
+    ],
+)
+def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, words):
+    for name, changes in (("a", {}), ("b", overrides)):
+        write_run(tmp_path / name, make_rows(20), loss=2.0, seed=1, **{"execution": [{"path": "eager"}], **changes})
+    check_one_execution({"full": [tmp_path / "a"], "lora": [tmp_path / "a"]})
+    with pytest.raises(AnswerRefusedError, match="not to be compared") as caught:
+        check_one_execution({"full": [tmp_path / "a"], "lora": [tmp_path / "b"]})
+    assert words in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_a_margin_under_the_floor_of_the_test_records_is_refused():
+    lora, full = simulate(0.0, noise=0.001, num_units=40)
+    by_unit = np.random.default_rng(1).normal(0, 0.2, 40) * full.targets  # the same with any seed
+    lora = dataclasses.replace(lora, nll=lora.nll + by_unit)
+    assert judge("lora", lora, full, make_rule(), level=0.95).is_margin_under_floor
+    assert not judge("lora", *simulate(0.0, noise=0.6), make_rule(), level=0.95).is_margin_under_floor
 
 
 def test_records_of_one_group_are_one_unit(tmp_path):

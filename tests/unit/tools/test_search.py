@@ -152,7 +152,8 @@ def test_the_answer_runs_have_fresh_seeds_full_length_and_one_pair_for_each_seed
 
 
 @pytest.mark.parametrize(
-    ("steps", "rungs"), [(160, (10, 40, 160)), (100, (25, 100)), (20, (20,)), (5, (5,)), (2000, (125, 500, 2000))]
+    ("steps", "rungs"),
+    [(160, (10, 40, 160)), (99, (7, 25, 99)), (48, (6, 12, 48)), (20, (6, 20)), (5, (5,)), (2000, (125, 500, 2000))],
 )
 def test_rungs_are_whole_runs_and_none_is_too_short_to_say_anything(steps, rungs):
     assert plan_rungs(steps) == rungs
@@ -174,8 +175,27 @@ def test_a_rule_that_cannot_be_followed_is_refused_in_one_line(changes, words):
     assert str(caught.value).startswith(words)
 
 
-def test_looks_share_the_level():
-    assert make_rule(looks=2).level_per_look == pytest.approx(0.975)
+def test_looks_share_the_level_and_each_has_more_seeds_than_the_one_before():
+    seeds = tuple(range(101, 109))
+    assert make_rule(looks=2, answer_seeds=seeds).level_per_look == pytest.approx(0.975)
+    by_look = [len(look) for look in make_rule(answer_seeds=seeds, looks=3).seeds_by_look]
+    assert by_look == [3, 6, 8]
+    assert [len(look) for look in make_rule(answer_seeds=seeds, looks=6).seeds_by_look] == [3, 4, 5, 6, 7, 8]
+    with pytest.raises(UserError, match="--looks 2: 3 seeds, of which the first look takes 3, allow 1; give more"):
+        make_rule(looks=2)
+    with pytest.raises(UserError, match="--looks 0: expected a whole number from 1"):
+        make_rule(looks=0)
+    results: dict[str, float] = {}
+    rule = make_rule(answer_seeds=seeds, looks=3)
+    while needed := study_state(rule, results, 0).needed:
+        results |= {spec.name: bowl()(spec) for spec in needed}
+    assert {spec.seed for spec in study_state(rule, results, 0).answers} == {101, 102, 103}
+    assert {spec.seed for spec in study_state(rule, results, 1).needed} == {104, 105, 106}
+
+
+def test_an_answer_run_that_failed_refuses_the_answer_and_is_named():
+    state, _ = run_study(make_rule(), lambda spec: math.inf if spec.seed == 102 else bowl()(spec))
+    assert state.refusal == "answer-full-lr0.0001-t160-s102 failed, and each pair of seeds is needed"
 
 
 def test_a_rule_comes_back_from_its_file_as_it_was_and_any_change_changes_its_hash():

@@ -5,7 +5,6 @@ the one-sided upper bound of the margin's contrast lies below 0 (`trainer.report
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,21 +14,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.errors import UserError
+from trainer.config.run_metadata import read_run_metadata
 from trainer.report.margin import Margin
 from trainer.report.paired_interval import (
     PairedInterval,
+    WhatWouldTell,
     paired_interval,
     sum_by_unit,
     what_would_tell,
 )
-from trainer.tools.study.rule import MIN_ANSWER_SEEDS, PRIMARY, Rule
-from trainer.tools.study.search import SearchOutcome, TrialSpec
+from trainer.tools.study.rule import MIN_ANSWER_SEEDS, MIN_UNITS, PRIMARY, Rule
+from trainer.tools.study.search import SearchOutcome, StudyState, TrialSpec
 from trainer.tools.study.worker import run_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
+from trainer.tracking.files import write_atomically
 
 ANSWER_FILE = "answer.json"
-MIN_UNITS = 20  # below it the interval's approximation has not been checked
+REFUSED_EXIT_CODE = 3
 Verdict = Literal["better", "good enough", "worse", "cannot tell yet"]
+
+
+class AnswerRefusedError(UserError):
+    """The study will not rank what it has; one line says why."""
+
+    exit_code = REFUSED_EXIT_CODE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,8 @@ class Answer:
     excess: PairedInterval  #: nats per token
     margin_gap: PairedInterval  #: excess minus the margin, nats per token: below 0 is inside
     is_primary: bool
+    num_left_out: int  #: test records that equal a training record
+    is_margin_under_floor: bool  #: whether these test records tell nothing as small as the margin, with any seeds
 
 
 def read_test_losses(folders: Sequence[Path]) -> UnitLosses:
@@ -118,24 +128,24 @@ def judge(method: str, losses: UnitLosses, full: UnitLosses, rule: Rule, *, leve
     num_seeds = len(full.nll)
     subject = method if num_seeds >= MIN_ANSWER_SEEDS else f"this {method} model"
     interval = f"{excess.estimate:+.4f} nats per token [{excess.low:+.4f}, {excess.high:+.4f}]"
+    margin = f"margin {rule.margin.describe()}"
+    missing = what_would_tell(gap, gap.estimate, level=level, is_one_sided=gap.estimate < 0)
     verdict: Verdict
+    is_margin_under_floor = False
     if excess.high < 0:
         verdict, sentence = "better", f"{subject} is better than full: {interval}"
     elif gap.upper < 0:
         worse = f", worse by {excess.estimate:.4f}" if excess.low > 0 else ""
-        verdict, sentence = (
-            "good enough",
-            f"{subject} is good enough{worse}: {interval}, margin {rule.margin.describe()}",
-        )
+        verdict, sentence = "good enough", f"{subject} is good enough{worse}: {interval}, {margin}"
     elif gap.low > 0:
-        verdict, sentence = "worse", f"{subject} is worse than full: {interval}, margin {rule.margin.describe()}"
+        verdict, sentence = "worse", f"{subject} is worse than full: {interval}, {margin}"
     else:
         verdict = "cannot tell yet"
-        sentence = f"cannot tell yet whether {subject} is good enough: {interval}, margin {rule.margin.describe()}; "
-        sentence += _what_is_missing(gap, level)
+        is_margin_under_floor = missing.floor >= excess.estimate - gap.estimate
+        sentence = f"cannot tell yet whether {subject} is good enough: {interval}, {margin}; {_describe(missing)}"
     return Answer(
         method=method, verdict=verdict, sentence=sentence, excess=excess, margin_gap=gap,
-        is_primary=method == PRIMARY[1],
+        is_primary=method == PRIMARY[1], num_left_out=full.num_left_out, is_margin_under_floor=is_margin_under_floor,
     )  # fmt: skip
 
 
@@ -146,9 +156,8 @@ def _margin_gap(losses: UnitLosses, full: UnitLosses, margin: Margin) -> NDArray
     return margin.contrast(losses.nll, full.nll, base=full.base_nll, targets=full.targets, num_bytes=full.num_bytes)
 
 
-def _what_is_missing(gap: PairedInterval, level: float) -> str:
+def _describe(missing: WhatWouldTell) -> str:
     """What would tell, before more is run."""
-    missing = what_would_tell(gap, gap.estimate, level=level, is_one_sided=gap.estimate < 0)
     if missing.num_seeds is not None:
         return f"{missing.num_seeds} seeds would tell"
     floor = f"these test records allow no less than ±{missing.floor:.4f}, whatever the number of seeds"
@@ -157,31 +166,66 @@ def _what_is_missing(gap: PairedInterval, level: float) -> str:
     return f"{floor}, and the difference is too close to the margin for 200 times as many"
 
 
-def write_answer(
-    study_folder: Path, rule: Rule, answers: Sequence[TrialSpec], outcomes: Mapping[str, SearchOutcome]
-) -> list[Answer]:
-    """Judge every method beside full, primary first, and write answer.json; others than the primary are exploratory."""
+def is_decided(study_folder: Path, rule: Rule, answers: Sequence[TrialSpec]) -> bool:
+    """Whether the runs of a look give the primary comparison a verdict."""
+    folders = _folders_by_method(study_folder, answers)
+    full, lora = (read_test_losses(folders[method]) for method in PRIMARY)
+    return judge(PRIMARY[1], lora, full, rule, level=rule.level_per_look).verdict != "cannot tell yet"
+
+
+def _folders_by_method(study_folder: Path, answers: Sequence[TrialSpec]) -> dict[str, list[Path]]:
     folders: dict[str, list[Path]] = {}
     for spec in sorted(answers, key=lambda spec: spec.seed):
         folders.setdefault(spec.candidate.method, []).append(run_folder(study_folder, spec))
+    return folders
+
+
+def judge_study(study_folder: Path, rule: Rule, state: StudyState) -> list[Answer]:
+    """Every method beside full, primary first. AnswerRefusedError where the runs did not compute alike."""
+    folders = _folders_by_method(study_folder, state.answers)
+    check_one_execution(folders)
     losses = {method: read_test_losses(method_folders) for method, method_folders in folders.items()}
     methods = sorted((method for method in losses if method != "full"), key=lambda method: method != PRIMARY[1])
-    judged = [judge(m, losses[m], losses["full"], rule, level=rule.level_per_look) for m in methods]
+    return [judge(m, losses[m], losses["full"], rule, level=rule.level_per_look) for m in methods]
+
+
+def write_answer(
+    study_folder: Path, rule: Rule, state: StudyState, judged: Sequence[Answer], extras: Mapping[str, Any]
+) -> None:
+    """Write answer.json; `extras` is what else it is to hold, ready for JSON."""
+    folders = _folders_by_method(study_folder, state.answers)
+    seeds = sorted({spec.seed for spec in state.answers})
     content = {
         "rule_sha256": rule.sha256,
-        "sentence": conditional_sentence(judged[0], rule, outcomes),
+        "sentence": conditional_sentence(judged[0], rule, state.outcomes),
         "answers": [asdict(answer) | {"exploratory": not answer.is_primary} for answer in judged],
-        "seeds": list(rule.answer_seeds),
-        "units": len(losses["full"].targets),
-        "left_out_equal_to_train": losses["full"].num_left_out,
-        "searches": {method: _search_facts(outcome) for method, outcome in outcomes.items()},
+        "seeds": seeds,
+        "looks": {"taken": rule.look_of(len(seeds)), "planned": rule.looks, "level_of_each": rule.level_per_look},
+        "units": judged[0].excess.num_units,
+        "left_out_equal_to_train": judged[0].num_left_out,
+        "searches": {method: _search_facts(outcome) for method, outcome in state.outcomes.items()},
         "runs": {method: [str(folder) for folder in method_folders] for method, method_folders in folders.items()},
         "left_out": list(rule.left_out),
+        **extras,
     }
-    temporary_path = study_folder / f".{ANSWER_FILE}.{os.getpid()}"
-    temporary_path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary_path, study_folder / ANSWER_FILE)
-    return judged
+    write_atomically(study_folder / ANSWER_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def check_one_execution(folders: Mapping[str, Sequence[Path]]) -> None:
+    """UserError where runs that are compared did not compute alike: other device, precision, ranks or kind of steps."""
+    ways: dict[str, Path] = {}
+    for folder in (folder for method_folders in folders.values() for folder in method_folders):
+        metadata = read_run_metadata(folder / "run.json")
+        resolved, hardware, plan = metadata["resolved"], metadata["hardware"], metadata["execution"][-1]
+        device = hardware["gpu"] or hardware["cpu"]
+        way = f"{resolved['precision']} on {resolved['ranks']} x {device}, {plan.get('path')} steps"
+        ways.setdefault(way + (" from CUDA graphs" if plan.get("cuda_graphs") else ""), folder)
+    if len(ways) > 1:
+        (way, folder), (other_way, other_folder) = list(ways.items())[:2]
+        raise AnswerRefusedError(
+            f"{folder.name} ran in {way}, {other_folder.name} in {other_way}: not to be compared; let one kind of "
+            "machine run the answer's trials"
+        )
 
 
 def _search_facts(outcome: SearchOutcome) -> dict[str, Any]:
@@ -199,7 +243,12 @@ def conditional_sentence(answer: Answer, rule: Rule, outcomes: Mapping[str, Sear
         assert outcome.winner is not None, "judged methods have one"
         rank = f", rank {outcome.winner.lora_rank}" if outcome.winner.lora_rank else ""
         parts.append(f"{method} at {outcome.winner.lr:g}{rank} of {outcome.num_trials} trials")
+    looks = ""
+    if rule.looks > 1:
+        looks = (
+            f", look {rule.look_of(answer.excess.num_seeds)} of {rule.looks}, each at {100 * rule.level_per_look:.3g} %"
+        )
     return (
-        f"{answer.sentence} (chosen on validation: {'; '.join(parts)}; tested with {len(rule.answer_seeds)} fresh "
-        f"seeds of {rule.total_steps} steps)"
+        f"{answer.sentence} (chosen on validation: {'; '.join(parts)}; tested with {answer.excess.num_seeds} fresh "
+        f"seeds of {rule.total_steps} steps{looks})"
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import without_launcher
-from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, Rule, plan_rungs
+from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, MIN_UNITS, Rule, plan_rungs
 from trainer.tools.study.search import TrialSpec, study_state
 from trainer.tools.study.worker import DEFAULT_ARGV, LAUNCH_FOLDER
 
@@ -67,15 +67,24 @@ def run_train(argv: Sequence[str]) -> str:
 def resolve_total_steps(methods: Sequence[str], train_argv: Sequence[str], run: RunFn = run_train) -> int:
     """The optimizer steps of a whole run, asked of `train.py --dry-run` for every method.
 
-    UserError where a method cannot be loaded or a flag is wrong: before the first trial.
+    UserError where a method cannot be loaded, a flag is wrong or the test is too small: before the first trial.
     """
 
     def dry_run(method: str) -> int:
         with tempfile.TemporaryDirectory(prefix="study-") as folder:
             argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--output-dir", f"{folder}/run", "--dry-run"]
-            match = re.search(r"^steps\s.*?([\d,]+) in all", run(argv), re.MULTILINE)
-        assert match is not None, "the plan says how many steps a run has"
-        return int(match[1].replace(",", ""))
+            plan = run(argv)
+        steps, test_rows = (
+            int(match[1].replace(",", "")) if (match := re.search(pattern, plan, re.MULTILINE)) else 0
+            for pattern in (r"^steps\s.*?([\d,]+) in all", r"^test\s+([\d,]+) ")
+        )
+        assert steps, "the plan says how many steps a run has"
+        if test_rows < MIN_UNITS:
+            raise UserError(
+                f"--test-fraction: {test_rows} test records, blocks where texts are packed; expected {MIN_UNITS} or "
+                "more: raise it, give --test-data or a smaller --block-size"
+            )
+        return steps
 
     steps = {dry_run(methods[0])}  # the data is prepared once, by the first
     with ThreadPoolExecutor(2) as pool:
@@ -159,7 +168,8 @@ def _smaller_rules(rule: Rule) -> list[Rule]:
     if len(rule.lora_ranks) > 1:
         add(f"ranks {', '.join(map(str, rule.lora_ranks[1:]))}", lora_ranks=rule.lora_ranks[:1])
     for count in range(len(rule.answer_seeds) - 1, MIN_ANSWER_SEEDS - 1, -1):
-        add(f"seed {rule.answer_seeds[count]}", answer_seeds=rule.answer_seeds[:count])
+        looks = min(rule.looks, count - MIN_ANSWER_SEEDS + 1)
+        add(f"seed {rule.answer_seeds[count]}", answer_seeds=rule.answer_seeds[:count], looks=looks)
     steps = rule.total_steps // 2
     while steps >= 2 * MIN_RUNG_STEPS:
         add(f"runs of {steps} steps in place of {steps * 2}", total_steps=steps, rungs=plan_rungs(steps))

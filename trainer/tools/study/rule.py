@@ -22,6 +22,7 @@ METHODS = {
     "lora-int8": ("--mode", "lora", "--quant", "int8"),
 }
 PRIMARY = ("full", "lora")  # the comparison that the answer is about; others are exploratory
+MIN_UNITS = 20  # test records or groups; below it the interval's approximation has not been checked
 MIN_ANSWER_SEEDS = 3  # below it nothing is said of a method, only of the models
 RUNG_FACTOR = 4  # a rung's runs are so many times as long as those of the rung before, and a fourth of them goes on
 MIN_RUNG_STEPS = 6  # a shorter run says nothing of a rate
@@ -53,8 +54,27 @@ class Rule:
                 raise UserError(f"{flag} {','.join(map(str, values))}: expected one value or more, none of them twice")
         if shared := set(self.search_seeds) & set(self.answer_seeds):
             raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")
-        if not (0.5 < self.level < 1 and self.looks >= 1 and 0 < self.margin.value < float("inf")):
-            raise UserError("--margin, --looks: expected numbers above 0")
+        if self.looks < 1:
+            raise UserError(f"--looks {self.looks}: expected a whole number from 1")
+        if len(self.seeds_by_look) < self.looks:
+            raise UserError(
+                f"--looks {self.looks}: {len(self.answer_seeds)} seeds, of which the first look takes "
+                f"{MIN_ANSWER_SEEDS}, allow {len(self.seeds_by_look)}; give more --seeds"
+            )
+        if not (0.5 < self.level < 1 and 0 < self.margin.value < float("inf")):
+            raise UserError(f"--margin {self.margin.describe()}: expected a number above 0")
+
+    @property
+    def seeds_by_look(self) -> tuple[tuple[int, ...], ...]:
+        """The answer's seeds at each look: all at the last one, evenly more at each, not below three at the first."""
+        num_seeds = len(self.answer_seeds)
+        first = min(num_seeds, max(MIN_ANSWER_SEEDS, -(-num_seeds // self.looks)))
+        counts = {num_seeds - (num_seeds - first) * later // max(1, self.looks - 1) for later in range(self.looks)}
+        return tuple(self.answer_seeds[:count] for count in sorted(counts))
+
+    def look_of(self, num_seeds: int) -> int:
+        """The number, from 1, of the look that has so many seeds."""
+        return [len(seeds) for seeds in self.seeds_by_look].index(num_seeds) + 1
 
     @property
     def level_per_look(self) -> float:

@@ -122,6 +122,10 @@ class MethodSearch:
         """The trials that are needed now and have no result; none where the search is over."""
         return self._walk(results)[0]
 
+    def trials(self, results: Results) -> list[TrialSpec]:
+        """All trials of the search so far."""
+        return self._walk(results)[1]
+
     def outcome(self, results: Results) -> SearchOutcome | None:
         """What the search came to; None where it is not over."""
         missing, specs, last_rung = self._walk(results)
@@ -196,8 +200,11 @@ class StudyState:
     refusal: str | None = None  #: why the study will not rank its primary methods
 
 
-def study_state(rule: Rule, results: Results) -> StudyState:
-    """What is to be done next: the searches of all methods side by side, then the answer's runs with fresh seeds."""
+def study_state(rule: Rule, results: Results, look: int | None = None) -> StudyState:
+    """What is to be done next: the searches of all methods side by side, then the answer's runs with fresh seeds.
+
+    `look`: the look, from 0, whose seeds the answer is to have; None: the last one.
+    """
     searches = [MethodSearch(rule, method) for method in rule.methods]
     outcomes = {s.method: outcome for s in searches if (outcome := s.outcome(results)) is not None}
     refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in ("full", "lora")), None)
@@ -210,9 +217,12 @@ def study_state(rule: Rule, results: Results) -> StudyState:
         return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
     answers = tuple(
         TrialSpec(phase="answer", candidate=outcome.winner, num_steps=rule.total_steps, seed=seed)
-        for seed in rule.answer_seeds
+        for seed in rule.seeds_by_look[-1 if look is None else look]
         for outcome in outcomes.values()
         if outcome.winner is not None and outcome.problem is None
     )
+    failed = next((spec.name for spec in answers if math.isinf(results.get(spec.name, 0.0))), None)
+    if failed is not None:
+        return StudyState(needed=(), outcomes=outcomes, refusal=f"{failed} failed, and each pair of seeds is needed")
     needed_answers = tuple(spec for spec in answers if spec.name not in results)
     return StudyState(needed=needed_answers, outcomes=outcomes, answers=answers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.errors import UserError
+from trainer.tools.study.answer import is_decided
 from trainer.tools.study.rule import Rule, read_rule
 from trainer.tools.study.search import StudyState, study_state
 from trainer.tools.study.trial_queue import QueuedTrial, TrialQueue
@@ -41,8 +42,13 @@ class Study:
         return cls(folder=folder, rule=rule)
 
     def state(self, queue: TrialQueue) -> StudyState:
-        """Where it stands."""
-        return study_state(self.rule, queue.results())
+        """Where it stands: a later look's seeds are needed only where the one before could not tell."""
+        results, last_look = queue.results(), len(self.rule.seeds_by_look) - 1
+        for look in range(last_look + 1):
+            state = study_state(self.rule, results, look)
+            if state.needed or state.refusal or look == last_look or is_decided(self.folder, self.rule, state.answers):
+                break
+        return state
 
     def trials(self) -> dict[str, QueuedTrial]:
         """All trials so far."""

@@ -1,7 +1,8 @@
-"""The process of a trial: forked from one that has the libraries loaded, with its own GPUs, threads and log.
+"""The process of a trial, with its own GPUs, threads and log; on a processor a fork of one with the libraries loaded.
 
 Loading torch, transformers and DeepSpeed takes longer than a short run's steps; a study starts dozens of runs. A fork
-keeps what a process of its own is for: what a run leaves, leaks or dies of ends with it.
+keeps what a process of its own is for: what a run leaves, leaks or dies of ends with it. A process that is to use a GPU
+starts anew: loading the libraries may have asked the driver for devices, and CUDA does not survive a fork after that.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from typing import IO, Any
 from trainer.distributed.openmp import limit_openmp_spin
 from trainer.tracking.silence import silence_libraries
 
-#: Loaded once, before the first fork; none of them looks for GPUs or starts threads while it is imported.
+#: Loaded once, before the first fork; none of them starts threads while it is imported.
 PRELOADED_MODULES = ["trainer.distributed.engine", "trainer.export.run_export", "trainer.training.loop"]
 _PR_SET_PDEATHSIG = 1
 
@@ -31,7 +32,7 @@ class TrainCommand:
 
     script: Path
     argv: tuple[str, ...]
-    env: Mapping[str, str]  #: all of its environment
+    env: Mapping[str, str]  #: all of its environment; CUDA_VISIBLE_DEVICES is empty on a processor
     num_ranks: int
     log: Path
 
@@ -40,7 +41,7 @@ def start_training(command: TrainCommand, lock: IO[str]) -> ForkServerProcess:
     """Start it; `lock` stays locked until it ends, and it ends with this process."""
     silence_libraries()
     limit_openmp_spin()
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context("spawn" if command.env["CUDA_VISIBLE_DEVICES"] else "forkserver")
     context.set_forkserver_preload(PRELOADED_MODULES)
     process = context.Process(target=_train, args=(command, _SharedFile(lock.fileno())))
     process.start()

@@ -18,7 +18,7 @@ from typing import IO
 from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import without_launcher
 from trainer.tools.study.rule import METHODS, Rule
-from trainer.tools.study.search import TrialSpec
+from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tools.study.trial_process import TrainCommand, start_training
 from trainer.tools.study.trial_queue import LEASE_SECONDS, Claim, TrialQueue, worker_name
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
@@ -31,7 +31,7 @@ RESERVED_FLAGS = (
     "--run-name", "--resume", "--dry-run", "--find-lr", "--find-batch", "--export",
 )  # fmt: skip
 RENEW_SECONDS = LEASE_SECONDS / 4
-MAX_ATTEMPTS = 3  # a trial whose workers died so often is taken for what killed them
+MAX_ATTEMPTS = 3  # a trial that was killed so often, or whose workers were, is taken for what killed them
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -87,15 +87,27 @@ def visible_gpus() -> list[str]:
     return []
 
 
+def method_argv(rule: Rule, candidate: Candidate) -> list[str]:
+    """The flags of launch/train.py that every run of a candidate has."""
+    rank = ["--lora-rank", str(candidate.lora_rank)] if candidate.lora_rank is not None else []
+    return [*METHODS[candidate.method], *DEFAULT_ARGV, *rule.train_argv, *rank, "--lr", f"{candidate.lr:g}"]
+
+
 def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
     """The flags of launch/train.py for a trial whose run folder is `folder`."""
-    argv = [*METHODS[spec.candidate.method], *DEFAULT_ARGV, *rule.train_argv]
-    if spec.candidate.lora_rank is not None:
-        argv += ["--lora-rank", str(spec.candidate.lora_rank)]
-    argv += ["--lr", f"{spec.candidate.lr:g}", "--max-steps", str(spec.num_steps), "--seed", str(spec.seed)]
+    argv = [*method_argv(rule, spec.candidate), "--max-steps", str(spec.num_steps), "--seed", str(spec.seed)]
     if spec.phase == "search":  # its validation loss is all that is needed, and it never sees the test records
         argv += ["--export", "none"]
     return [*argv, "--output-dir", str(folder), "--run-name", spec.name]
+
+
+def train_command(study_folder: Path, rule: Rule, slot: Slot, argv: Sequence[str], log: Path) -> TrainCommand:
+    """launch/train.py with what a slot may use; its run is one of the study's group on W&B."""
+    env = {"OMP_NUM_THREADS": str(slot.num_threads), **without_launcher(os.environ)}
+    env["WANDB_RUN_GROUP"] = f"study-{study_folder.name}-{rule.sha256[:12]}"
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
+    num_ranks = max(1, len(slot.gpus))
+    return TrainCommand(script=LAUNCH_FOLDER / "train.py", argv=tuple(argv), env=env, num_ranks=num_ranks, log=log)
 
 
 def run_folder(study_folder: Path, spec: TrialSpec) -> Path:
@@ -137,25 +149,18 @@ class TrialRunner:
                 return TrialResult()
             if (loss := final_loss(folder)) is not None:  # its worker died between its end and the note of it
                 return TrialResult(loss=loss)
-            exit_code = self._watch(start_training(self._command(spec, folder, log_path), lock), claim)
+            argv = [*trial_argv(self.rule, spec, folder), *(["--resume"] if (folder / "run.json").exists() else [])]
+            command = train_command(self.study_folder, self.rule, self.slot, argv, log_path)
+            exit_code = self._watch(start_training(command, lock), claim)
         elapsed_seconds = time.monotonic() - start_time
         loss = final_loss(folder)
         if exit_code == 0 and loss is not None:
             return TrialResult(loss=loss, elapsed_seconds=elapsed_seconds)
         if self.should_stop.is_set() or exit_code in {code for s in STOP_SIGNALS for code in (-s, 128 + s)}:
             return TrialResult()
-        return TrialResult(failure=_last_line(log_path, exit_code), elapsed_seconds=elapsed_seconds)
-
-    def _command(self, spec: TrialSpec, folder: Path, log_path: Path) -> TrainCommand:
-        resume_argv = ["--resume"] if (folder / "run.json").exists() else []
-        env = {"OMP_NUM_THREADS": str(self.slot.num_threads), **without_launcher(os.environ)}
-        env["WANDB_RUN_GROUP"] = f"study-{self.study_folder.name}-{self.rule.sha256[:12]}"
-        if self.slot.gpus:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(self.slot.gpus)
-        return TrainCommand(
-            script=LAUNCH_FOLDER / "train.py", argv=(*trial_argv(self.rule, spec, folder), *resume_argv), env=env,
-            num_ranks=max(1, len(self.slot.gpus)), log=log_path,
-        )  # fmt: skip
+        if exit_code == -signal.SIGKILL and claim.attempt < MAX_ATTEMPTS:  # out of memory, or by somebody: tried again
+            return TrialResult()
+        return TrialResult(failure=last_log_line(log_path, exit_code), elapsed_seconds=elapsed_seconds)
 
     def _watch(self, process: ForkServerProcess, claim: Claim) -> int:
         """Wait for the end; the run is ended where the study stops, or where another worker has taken the trial."""
@@ -193,7 +198,7 @@ def final_loss(folder: Path) -> float | None:
     return losses[-1] if is_finished and losses and math.isfinite(losses[-1]) else None
 
 
-def _last_line(log_path: Path, exit_code: int) -> str:
+def last_log_line(log_path: Path, exit_code: int) -> str:
     """What a failed run said last."""
     lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]

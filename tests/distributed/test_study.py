@@ -1,5 +1,6 @@
 """A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,16 +15,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.launch_ranks import SERVER_MODULES
 
 from trainer.config.errors import UserError
 from trainer.report.margin import Margin
-from trainer.tools.study import planning, worker
+from trainer.tools.study import planning, search, trial_process, worker
 from trainer.tools.study.rule import Rule, plan_rungs, read_rule, write_rule
 from trainer.tools.study.study import Study, study_table
 from trainer.tools.study.trial_queue import TrialQueue
 from trainer.tools.study.worker import make_slots
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 TOTAL_STEPS = 160
 
 #: In place of launch/train.py: a bowl over the rate, a fixed loss for each test record. A rate above 0.3 diverges.
@@ -33,46 +35,61 @@ from pathlib import Path
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 if "--dry-run" in sys.argv:
     print("steps          20 per epoch,", flags.get("--max-steps", "160"), "in all")
+    print("test           " + os.environ.get("STUB_TEST", "40") + " blocks, 800 counted tokens")
     sys.exit(0)
+from helpers.fake_runs import make_metadata
+from trainer.data.row_info import RowInfo
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
 out, lr = Path(flags["--output-dir"]), float(flags["--lr"])
-steps, seed = int(flags["--max-steps"]), int(flags["--seed"])
+steps, seed = int(flags["--max-steps"]), int(flags.get("--seed", 42))
 def note(word):
     with open(os.environ["STUB_LOG"], "a") as file:
         file.write(f"{word} {out.name} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\\n")
 note("resumed" if "--resume" in sys.argv else "began")
 out.mkdir(parents=True, exist_ok=True)
-(out / "run.json").write_text("{}")
+precision = "bf16" if seed == int(os.environ.get("STUB_BF16", 0)) else "fp32"
+group = os.environ["WANDB_RUN_GROUP"]
+metadata = make_metadata(flags["--mode"], resolved__precision=precision, wandb__group=group, model__step_flops=1e6)
+(out / "run.json").write_text(json.dumps(metadata))
 time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
-if lr > 0.3:
+if seed == int(os.environ.get("STUB_KILLED", 0)) and "--resume" not in sys.argv:
+    os.kill(os.getpid(), 9)
+if lr > 0.3 or seed == int(os.environ.get("STUB_DIVERGES", 0)):
     print("error: step 3: loss nan", file=sys.stderr)
     sys.exit(1)
 is_lora = flags["--mode"] == "lora"
 optimum = float(os.environ.get("STUB_LORA", "-3.0")) if is_lora else -4.0
 loss = 2 + 0.3 * (math.log10(lr) - optimum) ** 2 + 20 / steps + 1e-3 * (seed % 7)
-if seed > 100:
-    from trainer.data.row_info import RowInfo
-    from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
+if flags.get("--export") != "none":
     rows = RowInfo(ids=[f"{n:016x}" for n in range(40)], groups=[None] * 40, targets=[10 + n % 5 for n in range(40)],
                    num_bytes=[40] * 40, in_train=[False] * 40)
-    for step, level in ((0, 3.0), (steps, loss + 0.05 * is_lora)):
-        nll = [t * (level + 0.01 * math.sin(n * seed)) for n, t in enumerate(rows.targets)]
+    noise, excess = float(os.environ.get("STUB_NOISE", 0.01)), float(os.environ.get("STUB_EXCESS", 0.05))
+    for step, level in ((0, 3.0), (steps, 2 + excess * is_lora)):
+        nll = [t * (level + noise * math.sin(n * seed + is_lora)) for n, t in enumerate(rows.targets)]
         append_evaluation(out / EVAL_RECORDS_FILE, evaluation_table(rows, step=step, split="test", nll=nll))
-common = {"step": steps, "time": 1.0}
-records = [{"kind": "eval", "epoch": 1.0, "samples": 1, "tokens": 1, "loss": loss, "perplexity": 1.0, "eval_tokens": 1,
-            **common}, {"kind": "event", "event": "finished", "message": "", **common}]
+at = {"epoch": 1.0, "samples": 1}
+records = [{"kind": "step", "step": n, "tokens": n, "loss": 2.0, "lr": lr, "grad_norm": 1.0, "tokens_per_second": 1.0,
+            "time": n * (0.3 if is_lora else 0.4), **at} for n in range(1, steps + 1)]
+records += [{"kind": "eval", "tokens": 10 * steps, "loss": loss, "perplexity": 1.0, "eval_tokens": 1, **at},
+            {"kind": "epoch", "tokens": 10 * steps, "train_loss": 3.0, **at},
+            {"kind": "event", "event": "finished", "message": "", "facts": {"peak_memory_bytes": 3 if is_lora else 4}}]
+records = [{"step": steps, "time": 1.0, **record} for record in records]
 (out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
 note("ended")
 """
+STUB_MODULES = ["helpers.fake_runs", "trainer.tracking.eval_records"]
 
 
 @pytest.fixture
 def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose `study` is worked on by the stand-in."""
+    """A folder whose `study` is worked on by the stand-in, on grids of one rate a decade."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(STUB)
     monkeypatch.setattr(worker, "LAUNCH_FOLDER", tmp_path / "launch")
     monkeypatch.setattr(planning, "LAUNCH_FOLDER", tmp_path / "launch")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(trial_process, "PRELOADED_MODULES", SERVER_MODULES)  # this process has one server for all
+    monkeypatch.setattr(search, "RATES_PER_DECADE", 1)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)
@@ -99,13 +116,13 @@ def make_rule(**changes) -> Rule:
 
 def count_log(stub_dir: Path, word: str) -> Counter[str]:
     lines = (stub_dir / "log").read_text().splitlines()
-    return Counter(line.split()[1] for line in lines if line.split()[0] == word)
+    return Counter(line.split()[1] for line in lines if line.split()[0] == word and "-t" in line)  # not the timed runs
 
 
 @pytest.mark.slow
 def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, capsys):
     study_script = load_study_script()
-    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "16"]
+    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8"]
     assert study_script.main(argv) == 0
     output = capsys.readouterr().out
     assert "lora is worse than full: +0.05" in output
@@ -128,7 +145,7 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
 @pytest.mark.slow
 def test_an_under_tuned_method_is_refused_with_its_own_exit_code(stub_dir, capsys, monkeypatch):
     monkeypatch.setenv("STUB_LORA", "-12")
-    assert load_study_script().main(["--output-dir", "other", "--max-steps", "16", "--workers", "2"]) == 3
+    assert load_study_script().main(["--output-dir", "other", "--max-steps", "8", "--workers", "2"]) == 3
     output = capsys.readouterr()
     assert (
         "refused to rank: lora is under-tuned: its best rate 1e-07 is the lowest that the study may try" in output.err
@@ -140,15 +157,17 @@ DRIVER = """
 import sys
 sys.path.insert(0, {launch!r})
 from pathlib import Path
-from trainer.tools.study import planning, worker
+from trainer.tools.study import planning, search, trial_process, worker
+from trainer.tools.study import search, trial_process
 worker.LAUNCH_FOLDER = planning.LAUNCH_FOLDER = Path({stub!r})
+trial_process.PRELOADED_MODULES, search.RATES_PER_DECADE = {preloaded!r}, 1
 import study
 sys.exit(study.main(sys.argv[1:]))
 """
 
 
 def start_study(stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
-    code = DRIVER.format(launch=str(ROOT / "launch"), stub=str(stub_dir / "launch"))
+    code = DRIVER.format(launch=str(ROOT / "launch"), stub=str(stub_dir / "launch"), preloaded=STUB_MODULES)
     return subprocess.Popen(
         [sys.executable, "-c", code, *argv], cwd=stub_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "STUB_SECONDS": "0.1"},
@@ -159,10 +178,13 @@ def start_study(stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
 @pytest.mark.parametrize("num_kills", [2, pytest.param(5, marks=pytest.mark.sweep)])
 def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_alone(stub_dir, num_kills):
     rng = random.Random(7)
-    argv = ["--max-steps", "16", "--workers", "1"]
+    argv = ["--max-steps", "8", "--workers", "1"]
     for _ in range(num_kills):
         process = start_study(stub_dir, "--output-dir", "killed", *argv)
-        time.sleep(rng.uniform(2, 5))
+        while not (stub_dir / "killed" / "rule.json").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        time.sleep(rng.uniform(1, 3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
     workers = [start_study(stub_dir, "--output-dir", "killed", *argv), start_study(stub_dir, "--join", "killed")]
@@ -178,7 +200,7 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
     assert set(ended.values()) == {2}, "every trial came to its end once in each study"
 
 
-def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir):
+def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypatch):
     rule = make_rule(total_steps=16, rungs=(16,))
     write_rule(stub_dir / "study", rule, working_dir=str(stub_dir))
     study = Study.open(stub_dir / "study")
@@ -204,6 +226,13 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir):
     claim, spec = queue.claim([diverging])
     assert runner.run(claim, spec).failure == "step 3: loss nan"
     assert queue.trials()[spec.name].failure == "step 3: loss nan"
+    monkeypatch.setenv("STUB_KILLED", "2")
+    killed = dataclasses.replace(diverging, seed=2, candidate=diverging.candidate.at(-4))
+    queue.enqueue([killed])
+    for loss in (None, pytest.approx(2 + 0.3 * 4 + 20 / 16 + 2e-3)):
+        claim, spec = queue.claim([killed])
+        result = runner.run(claim, spec)
+        assert (result.loss, result.failure) == (loss, None), "out of memory, or by somebody: it is tried again"
     study.run(num_workers=1, gpus_per_trial=None, should_stop=should_stop, log=log)
     assert len([line for line in lines if ": validation loss " in line]) == 3
     table = study_table(study)

@@ -1,0 +1,55 @@
+"""One trial of a study as it is started: a real run in a process of its own, and what it sees."""
+
+import json
+import os
+from pathlib import Path
+
+from helpers.tiny_inputs import tiny_argv
+
+from trainer.tools.study.trial_process import TrainCommand, start_training
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
+
+TRAIN_SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
+
+
+def run(script: Path, argv: list[str], log: Path, **changes) -> int:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_RUN_GROUP": "study-a"}
+    command = TrainCommand(
+        script=script, argv=tuple(argv), env={**env, **changes.pop("env", {})}, log=log, **{"num_ranks": 1, **changes}
+    )
+    with open(log.with_suffix(".lock"), "w") as lock:
+        process = start_training(command, lock)
+        process.join(200)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def test_a_trial_of_the_search_is_a_whole_run_that_never_sees_the_test_records(tiny_model, data_files, tmp_path):
+    text = "--mode full --objective completion --block-size 32 --global-batch 6 --eval-batch 4 --lr 0.003 --max-steps 3"
+    argv = tiny_argv(tiny_model, data_files, text, "--test-fraction", "0.2", "--export", "none")
+    assert run(TRAIN_SCRIPT, [*argv, "--output-dir", str(tmp_path / "run")], tmp_path / "log") == 0
+    assert "nothing exported" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run" / "model").exists()
+    assert set(read_eval_records(tmp_path / "run" / EVAL_RECORDS_FILE)["split"].to_pylist()) == {"val"}
+    metadata = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert metadata["data"]["test"]["examples"] > 0, "held out all the same"
+    assert metadata["wandb"]["group"] == "study-a"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 3]
+    assert rows[-1]["facts"]["peak_memory_bytes"] > 0
+
+
+def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp_path):
+    """A GPU that a fork's parent has looked at cannot be used by the fork."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('RANK'), 'torch' in sys.modules)\n"
+        "sys.exit(3)\n"
+    )
+    assert run(script, ["alone"], tmp_path / "alone.log", env={"CUDA_VISIBLE_DEVICES": "5"}) == 3
+    assert (tmp_path / "alone.log").read_text() == "alone 5 None False\n"
+    script.write_text(script.read_text().replace("sys.exit(3)", ""))
+    assert run(script, ["two"], tmp_path / "two.log", env={"CUDA_VISIBLE_DEVICES": "2,3"}, num_ranks=2) == 0
+    lines = (tmp_path / "two.log").read_text().splitlines()
+    assert sorted(line for line in lines if line.startswith("two")) == ["two 2,3 0 False", "two 2,3 1 False"]

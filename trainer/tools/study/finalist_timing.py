@@ -1,0 +1,101 @@
+"""What a step of each finalist takes: short runs in alternation on one machine, after all trials are done.
+
+A run's own clock says what the machine was busy with while it ran. Two finalists that take turns share that: their
+ratio is what a study reports, with the least and the most of the rounds.
+"""
+
+import fcntl
+import itertools
+import json
+import shutil
+import statistics
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trainer.config.run_metadata import read_run_metadata
+from trainer.tools.study.rule import PRIMARY, Rule
+from trainer.tools.study.search import Candidate
+from trainer.tools.study.trial_process import start_training
+from trainer.tools.study.worker import Slot, last_log_line, method_argv, train_command
+from trainer.tracking.files import write_atomically
+from trainer.tracking.records import EventRecord, StepRecord, read_records
+
+TIMING_FILE = "timing.json"
+NUM_ROUNDS = 3
+NUM_STEPS, NUM_WARMUP_STEPS = 16, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of a step of each primary method, one a round, and its peak memory; `reason`: why there are none."""
+
+    step_seconds: dict[str, list[float]]
+    peak_memory_bytes: dict[str, int]
+    machine: str
+    reason: str = ""
+
+    @property
+    def ratios(self) -> list[float]:
+        """LoRA's seconds over full's in each round, least first."""
+        full, lora = (self.step_seconds.get(method, []) for method in PRIMARY)
+        return sorted(b / a for a, b in zip(full, lora, strict=True))
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.reason:
+            return f"time: not compared ({self.reason})"
+        ratios, memory = self.ratios, [self.peak_memory_bytes[method] for method in PRIMARY]
+        return (
+            f"a step of lora takes {statistics.median(ratios):.2f}x the time of full's ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f} in {len(ratios)} rounds, in alternation on {self.machine}) and "
+            f"{memory[1] / memory[0]:.2f}x its peak memory"
+        )
+
+
+def time_finalists(
+    folder: Path, rule: Rule, finalists: Mapping[str, Candidate], slot: Slot, should_stop: threading.Event
+) -> Timing | None:
+    """The timing of a study: read where it was taken before, by another worker too; None where it is to stop."""
+    path = folder / TIMING_FILE
+    with open(folder / f"{TIMING_FILE}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return Timing(**json.loads(path.read_text()))
+        seconds: dict[str, list[float]] = {method: [] for method in PRIMARY}
+        peaks, machine, reason = dict.fromkeys(PRIMARY, 0), "", ""
+        for n in range(2 * NUM_ROUNDS):
+            method = PRIMARY[(n + n // 2) % 2]  # full lora lora full full lora: a drift of the machine cancels
+            run_folder, log = folder / "timing" / method, folder / f"timing-{method}.log"
+            shutil.rmtree(run_folder, ignore_errors=True)
+            argv = [
+                *method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none",
+                "--wandb", "disabled", "--output-dir", str(run_folder),
+            ]  # fmt: skip
+            process = start_training(train_command(folder, rule, slot, argv, log), lock)
+            while process.exitcode is None:
+                process.join(0.2)
+                if should_stop.is_set():
+                    process.kill()
+                    return None
+            if process.exitcode:
+                reason = f"{method} failed: {last_log_line(log, process.exitcode)}"
+                break
+            step_seconds, peak_memory_bytes, machine = _measure(run_folder)
+            seconds[method].append(step_seconds)
+            peaks[method] = max(peaks[method], peak_memory_bytes)
+        shutil.rmtree(folder / "timing", ignore_errors=True)
+        timing = Timing(step_seconds=seconds, peak_memory_bytes=peaks, machine=machine, reason=reason)
+        write_atomically(path, json.dumps(asdict(timing), indent=1) + "\n")
+        return timing
+
+
+def _measure(run_folder: Path) -> tuple[float, int, str]:
+    """(median seconds of a step, peak memory in bytes, device) of a run."""
+    records = list(read_records(run_folder / "metrics.jsonl"))
+    times = [record.time for record in records if isinstance(record, StepRecord)][NUM_WARMUP_STEPS:]
+    peak = next(r.facts["peak_memory_bytes"] for r in records if isinstance(r, EventRecord) and r.event == "finished")
+    hardware = read_run_metadata(run_folder / "run.json")["hardware"]
+    median = statistics.median(b - a for a, b in itertools.pairwise(times))
+    return median, peak, hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
