@@ -1,0 +1,96 @@
+"""Studies of the demo, trained for real: what the search costs and finds, and how often equals are called different.
+
+Campaigns of many short runs on blocks of 64 tokens: `pytest -m sweep -n 0 -s tests/distributed/test_study_campaign.py`.
+"""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.report.margin import Margin
+from trainer.report.paired_interval import paired_interval
+from trainer.tools.study.rule import Rule, plan_rungs
+from trainer.tools.study.search import Candidate, MethodSearch, TrialSpec
+from trainer.tools.study.trial_process import start_training
+from trainer.tools.study.worker import final_loss, make_slots, train_command, trial_argv
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
+
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(7200)]
+TRAIN_ARGV = ("--block-size", "64", "--wandb", "disabled")
+
+
+def make_rule(total_steps: int, train_argv: tuple[str, ...] = TRAIN_ARGV) -> Rule:
+    return Rule(
+        methods=("full", "lora"), lora_ranks=(8,), total_steps=total_steps, rungs=plan_rungs(total_steps),
+        search_seeds=(1, 2, 3), answer_seeds=(101, 102, 103), margin=Margin(), level=0.95, looks=1,
+        train_argv=train_argv,
+    )  # fmt: skip
+
+
+def train_all(folder: Path, rule: Rule, argv_by_name: dict[str, list[str]]) -> None:
+    """Two runs side by side, each in `folder` under its name."""
+    slots = make_slots(2, 0)
+
+    def train(item: tuple[int, tuple[str, list[str]]]) -> None:
+        number, (name, argv) = item
+        log = folder / f"{name}.log"
+        command = train_command(folder, rule, slots[number % 2], argv, log)
+        with open(folder / f"{name}.lock", "w") as lock:
+            process = start_training(command, lock)
+            process.join()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, enumerate(argv_by_name.items())))
+
+
+def measure(folder: Path, rule: Rule, specs: list[TrialSpec]) -> dict[str, float]:
+    """The final validation loss of each trial, infinity where it failed."""
+    train_all(folder, rule, {spec.name: trial_argv(rule, spec, folder / spec.name) for spec in specs})
+    losses = {spec.name: final_loss(folder / spec.name) for spec in specs}
+    return {name: math.inf if loss is None else loss for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_search_on_the_demo_is_within_a_standard_error_of_the_full_grid(method, tmp_path):
+    rule = make_rule(48)
+    search, results = MethodSearch(rule, method), {}
+    while missing := search.next_trials(results):
+        results |= measure(tmp_path, rule, missing)
+    outcome = search.outcome(results)
+    grid = [spec for candidate in search.grid for spec in search.specs_at(candidate, -1)]
+    results |= measure(tmp_path, rule, [spec for spec in grid if spec.name not in results])
+    by_rate = {candidate: [results[s.name] for s in search.specs_at(candidate, -1)] for candidate in search.grid}
+    best = min(by_rate, key=lambda candidate: np.mean(by_rate[candidate]))
+    error = np.std(by_rate[best], ddof=1) / math.sqrt(len(by_rate[best]))
+    share = outcome.num_steps / sum(spec.num_steps for spec in grid)
+    print(
+        f"{method}: {outcome.winner.lr:g} with {outcome.loss:.4f}; full grid {best.lr:g} with "
+        f"{np.mean(by_rate[best]):.4f} +- {error:.4f}; {100 * share:.1f} % of its steps"
+    )
+    assert outcome.loss <= np.mean(by_rate[best]) + error
+    assert share <= 0.4
+
+
+def test_studies_of_the_demo_against_itself_seldom_call_a_difference(tmp_path):
+    """Three pairs a study, LoRA against LoRA under other seeds. Studies: 20, or DEMO_STUDIES."""
+    num_studies, num_seeds = int(os.environ.get("DEMO_STUDIES", 20)), 3
+    rule = make_rule(16, (*TRAIN_ARGV, "--test-fraction", "0", "--val-fraction", "0.3"))
+    rate = Candidate(method="lora", lora_rank=8, rate_index=-8, rates_per_decade=4)
+    specs = [
+        TrialSpec(phase="search", candidate=rate, num_steps=16, seed=seed)
+        for seed in range(2 * num_seeds * num_studies)
+    ]
+    losses = measure(tmp_path, rule, specs)
+    assert all(map(math.isfinite, losses.values()))
+    tables = [read_eval_records(tmp_path / spec.name / EVAL_RECORDS_FILE) for spec in specs]
+    last = [table.filter(np.asarray(table["step"]) == 16) for table in tables]
+    nll = np.asarray([table["nll"].to_pylist() for table in last])
+    targets = np.asarray(last[0]["targets"].to_pylist(), dtype=np.float64)
+    halves = nll.reshape(num_studies, 2, num_seeds, -1)
+    called = sum(paired_interval(a - b, targets).excludes_zero for a, b in halves)
+    print(f"{called} of {num_studies} studies of the demo against itself call a difference")
+    assert called <= math.ceil(0.15 * num_studies)
