@@ -42,6 +42,11 @@ def build_parser() -> ArgumentParser:
         "--looks", type=int, default=1, metavar="N",
         help="times to look at the answer, with ever more of --seeds; they share the level (default: 1, at the end)",
     )  # fmt: skip
+    add(
+        "--quarter-batch",
+        action="store_true",
+        help="run the finalists with a quarter of the batch too",
+    )
     add("--price-per-hour", type=float, metavar="X", help="of this machine: equal seconds are shown as money too")
     add("--budget", metavar="TIME", help="fit the study into 45m, 2h or 1d, and say what was left out")
     add("--dry-run", action="store_true", help="print what the study would run, run nothing")
@@ -76,9 +81,10 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     worker.check_train_argv(train_argv)
     has_test_data = any(argument.partition("=")[0] == "--test-data" for argument in train_argv)
     passed_argv = [*(["--test-fraction", "0"] if has_test_data else []), *train_argv]
-    max_steps = parse_args(
-        ["--mode", "full", *worker.DEFAULT_ARGV, *passed_argv], companion=parser
-    ).settings.train.max_steps
+    settings = parse_args(["--mode", "full", *worker.DEFAULT_ARGV, *passed_argv], companion=parser).settings
+    max_steps = settings.train.max_steps
+    if args.quarter_batch and settings.train.global_batch % 4:
+        raise UserError(f"--quarter-batch: --global-batch {settings.train.global_batch} cannot be divided by 4")
     total_steps_argv = ["--max-steps", str(max_steps)] if max_steps else []
     passed_argv = _without_flag(passed_argv, "--max-steps")
     methods = tuple(args.methods.split(","))
@@ -88,7 +94,8 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
         methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
         rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
         answer_seeds=_parse_numbers("--seeds", args.seeds), margin=margin.parse_margin(args.margin), level=0.95,
-        looks=args.looks, train_argv=tuple(passed_argv),
+        looks=args.looks, quarter_batch=settings.train.global_batch // 4 if args.quarter_batch else None,
+        train_argv=tuple(passed_argv),
     )  # fmt: skip
     costs = None
     if args.budget is not None and not (args.output_dir / rule.RULE_FILE).exists():
@@ -156,6 +163,8 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
     lora_run = next(spec for spec in state.answers if spec.candidate.method == "lora")
     capacity = exploratory.read_capacity(run_folder(study.folder, lora_run))
     beside = [timing.describe(), *(view.describe(args.price_per_hour) for view in views), capacity.describe()]
+    if state.quarter:
+        beside.append(answer.describe_quarter_batch(study.folder, study.rule, state, answers[0]))
     extras = {"timing": asdict(timing), "views": [asdict(view) for view in views], "beside": beside}
     answer.write_answer(study.folder, study.rule, state, answers, extras)
     for item in answers:

@@ -1,6 +1,7 @@
 """A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -122,18 +123,29 @@ def count_log(stub_dir: Path, word: str) -> Counter[str]:
 @pytest.mark.slow
 def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, capsys):
     study_script = load_study_script()
-    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8"]
+    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8", "--quarter-batch"]
+    argv += ["--seeds", "101,102,103,104", "--looks", "2", "--price-per-hour", "36"]
     assert study_script.main(argv) == 0
     output = capsys.readouterr().out
-    assert "lora is worse than full: +0.05" in output
+    assert "\nlora is worse than full: +0.05" in output
     assert "full at 0.0001 of" in output
+    assert "tested with 3 fresh seeds of 8 steps, look 1 of 2, each at 97.5 %)" in output, "the fourth was not needed"
+    beside = [line for line in output.splitlines() if line.startswith("exploratory: ")]
+    assert "a step of lora takes 0.75x the time of full's (0.75 to 0.75 in 3 rounds, in alternation" in beside[0]
+    assert "0.75x its peak memory" in beside[0]
+    assert [line.split("(")[0] for line in beside[1:5]] == [
+        f"exploratory: at equal {name} " for name in ("tokens", "FLOPs", "seconds", "peak memory")
+    ]
+    assert "2.4 s, 0.024 at 36 an hour" in beside[3]
+    assert "adapters hold 0.038 Mbit, the data 0.3 Mbit: expect a plateau" in beside[5]
+    assert "at a quarter of the batch (2), 4 times the steps and half the rates, lora's excess is +0.05" in beside[6]
     answer = json.loads((stub_dir / "study" / "answer.json").read_text())
     assert answer["answers"][0]["verdict"] == "worse"
     assert answer["rule_sha256"] == json.loads((stub_dir / "study" / "rule.json").read_text())["sha256"]
     assert set(count_log(stub_dir, "ended").values()) == {1}
-    num_runs = sum(count_log(stub_dir, "began").values())
+    num_runs = len((stub_dir / "log").read_text().splitlines())
     assert study_script.main(argv) == 0
-    assert sum(count_log(stub_dir, "began").values()) == num_runs, "nothing is run again"
+    assert len((stub_dir / "log").read_text().splitlines()) == num_runs, "nothing is run or timed again"
     assert study_script.main([*argv, "--margin", "5%"]) == 2
     assert "margin is {'kind': 'share', 'value': 0.02} in the study that goes on there" in capsys.readouterr().err
     text = (stub_dir / "study" / "rule.json").read_text()
@@ -270,6 +282,9 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
         (["--margin", "0%"], "--margin 0%: expected"),
         (["--seeds", "1,x"], "--seeds 1,x: expected numbers above 0"),
         (["--seeds", "1,2,3"], "--seeds 1: also in --search-seeds"),
+        (["--looks", "2"], "--looks 2: 3 seeds, of which the first look takes 3, allow 1; give more --seeds"),
+        (["--price-per-hour", "-1"], "--price-per-hour -1: expected a number above 0"),
+        (["--quarter-batch", "--global-batch", "6"], "--quarter-batch: --global-batch 6 cannot be divided by 4"),
         (["--budget", "soon"], "--budget soon: expected a time such as 45m, 2h or 1d"),
         (["--join", "nowhere"], "nowhere: no study there"),
         (["--join", "nowhere", "--block-size", "9"], "--block-size: not with --join"),
@@ -280,6 +295,38 @@ def test_a_mistake_in_a_study_is_one_line_and_exit_code_2(stub_dir, capsys, argv
     output = capsys.readouterr()
     assert output.err.startswith(f"error: {words}")
     assert output.err.count("\n") == 1
+    assert not (stub_dir / "study").exists()
+
+
+def test_a_storage_that_cannot_be_written_any_more_ends_the_study_in_one_line(stub_dir, capsys, monkeypatch):
+    def fail(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(TrialQueue, "enqueue", fail)
+    assert load_study_script().main(["--output-dir", "study", "--max-steps", "8"]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {stub_dir / 'study'}: cannot be written (No space left on device); make room, and the same command "
+        "goes on\n"
+    )
+
+
+def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(stub_dir, capsys, monkeypatch):
+    argv = ["--max-steps", "8", "--workers", "2"]
+    monkeypatch.setenv("STUB_BF16", "102")
+    assert load_study_script().main(["--output-dir", "mixed", *argv]) == 3
+    assert "s101 ran in fp32 on 1 x some cpu, None steps, answer-full" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+    monkeypatch.setenv("STUB_BF16", "0")
+    monkeypatch.setenv("STUB_DIVERGES", "103")
+    assert load_study_script().main(["--output-dir", "failed", *argv]) == 3
+    assert "refused to rank: answer-full-lr0.0001-t8-s103 failed" in capsys.readouterr().err
+
+
+def test_too_few_test_records_are_refused_before_the_first_trial(stub_dir, capsys, monkeypatch):
+    monkeypatch.setenv("STUB_TEST", "19")
+    assert load_study_script().main([]) == 2
+    assert "19 test records, blocks where texts are packed; expected 20 or more" in capsys.readouterr().err
     assert not (stub_dir / "study").exists()
 
 

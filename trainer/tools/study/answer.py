@@ -211,6 +211,21 @@ def write_answer(
     write_atomically(study_folder / ANSWER_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def describe_quarter_batch(study_folder: Path, rule: Rule, state: StudyState, whole: Answer) -> str:
+    """What a quarter of the batch changes in LoRA's excess, or why that is not known; no claim, it was not chosen."""
+    folders = _folders_by_method(study_folder, state.quarter)
+    where = f"at a quarter of the batch ({rule.quarter_batch}), 4 times the steps and half the rates"
+    try:
+        full, lora = (read_test_losses(folders[method]) for method in PRIMARY)
+    except (UserError, OSError) as error:
+        return f"{where}: not known ({error})"
+    excess = judge(PRIMARY[1], lora, full, rule, level=rule.level).excess
+    return (
+        f"{where}, lora's excess is {excess.estimate:+.4f} nats per token [{excess.low:+.4f}, {excess.high:+.4f}], at "
+        f"the whole {whole.excess.estimate:+.4f}"
+    )
+
+
 def check_one_execution(folders: Mapping[str, Sequence[Path]]) -> None:
     """UserError where runs that are compared did not compute alike: other device, precision, ranks or kind of steps."""
     ways: dict[str, Path] = {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import without_launcher
 from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, MIN_UNITS, Rule, plan_rungs
-from trainer.tools.study.search import TrialSpec, study_state
+from trainer.tools.study.search import TrialSpec, study_state, with_quarter_batch
 from trainer.tools.study.worker import DEFAULT_ARGV, LAUNCH_FOLDER
 
 CALIBRATION_STEPS = (8, 24)  # two short runs: their difference is the time of a step, the rest that of a start
@@ -124,10 +124,16 @@ def plan_study(rule: Rule, costs: dict[str, TrialCost] | None = None, num_worker
             middle = -4.0 if spec.candidate.method == "full" else -3.0
             results[spec.name] = abs(math.log10(spec.candidate.lr) - middle)
         specs += needed
+    if rule.quarter_batch is not None:
+        specs += with_quarter_batch(study_state(rule, results), results).quarter
     specs_by_method = {method: [spec for spec in specs if spec.candidate.method == method] for method in rule.methods}
     seconds = None
     if costs is not None:
-        seconds = sum(costs[spec.candidate.method].seconds(spec.num_steps) for spec in specs) / num_workers
+        shares = {"quarter": 4}  # of a step's examples
+        seconds = sum(
+            costs[spec.candidate.method].seconds(spec.num_steps // shares.get(spec.phase, 1)) for spec in specs
+        )
+        seconds /= num_workers
     return StudyPlan(
         num_trials={method: len(method_specs) for method, method_specs in specs_by_method.items()},
         num_steps={
@@ -162,6 +168,8 @@ def _smaller_rules(rule: Rule) -> list[Rule]:
         last = rules[-1]
         rules.append(dataclasses.replace(last, left_out=(*last.left_out, left_out), **changes))  # type: ignore[arg-type]
 
+    if rule.quarter_batch is not None:
+        add("a quarter of the batch", quarter_batch=None)
     for method in rule.methods[:1:-1]:
         if method not in ("full", "lora"):
             add(f"method {method}", methods=tuple(m for m in rules[-1].methods if m != method))

@@ -42,6 +42,7 @@ class Rule:
     level: float  #: of the answer's intervals over all looks
     looks: int
     train_argv: tuple[str, ...]  #: flags of launch/train.py that every run has
+    quarter_batch: int | None = None  #: a quarter of the global batch, where the finalists run with that too
     left_out: tuple[str, ...] = ()  #: what --budget had no time for
 
     def __post_init__(self) -> None:

@@ -7,12 +7,13 @@ neighbour extends it, within bounds; a leader at a bound leaves its method under
 Schulman et al., "LoRA Without Regret", 2025.)
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.tools.study.rule import RUNG_FACTOR, Rule
+from trainer.tools.study.rule import PRIMARY, RUNG_FACTOR, Rule
 
 RATE_DECADES = {"full": (-6, -2)}  # powers of ten that the grid of rates spans
 ADAPTER_RATE_DECADES = (-5, -1)
@@ -52,7 +53,7 @@ class Candidate:
 class TrialSpec:
     """One run of launch/train.py."""
 
-    phase: Literal["search", "answer"]
+    phase: Literal["search", "answer", "quarter"]  #: quarter: the answer's with a quarter of the batch
     candidate: Candidate
     num_steps: int
     seed: int
@@ -197,6 +198,7 @@ class StudyState:
     needed: tuple[TrialSpec, ...]  #: to be run now; none where the study is over
     outcomes: Mapping[str, SearchOutcome]  #: of the methods whose search is over
     answers: tuple[TrialSpec, ...] = ()  #: the runs that the answer is drawn from, once they are known
+    quarter: tuple[TrialSpec, ...] = ()  #: the answer's runs with a quarter of the batch, where they are asked for
     refusal: str | None = None  #: why the study will not rank its primary methods
 
 
@@ -226,3 +228,21 @@ def study_state(rule: Rule, results: Results, look: int | None = None) -> StudyS
         return StudyState(needed=(), outcomes=outcomes, refusal=f"{failed} failed, and each pair of seeds is needed")
     needed_answers = tuple(spec for spec in answers if spec.name not in results)
     return StudyState(needed=needed_answers, outcomes=outcomes, answers=answers)
+
+
+def with_quarter_batch(state: StudyState, results: Results) -> StudyState:
+    """The finalists of an answered study with a quarter of the batch and as many examples; those needed, if any.
+
+    Adam's best rate goes with the square root of the batch (Malladi et al., arXiv 2205.10287): half of it, on the grid.
+    """
+    specs = tuple(
+        TrialSpec(
+            phase="quarter", num_steps=4 * spec.num_steps, seed=spec.seed,
+            candidate=spec.candidate.at(
+                spec.candidate.rate_index - round(math.log10(2) * spec.candidate.rates_per_decade)
+            ),
+        )
+        for spec in state.answers
+        if spec.candidate.method in PRIMARY
+    )  # fmt: skip
+    return dataclasses.replace(state, quarter=specs, needed=tuple(spec for spec in specs if spec.name not in results))

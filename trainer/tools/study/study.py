@@ -10,7 +10,7 @@ from pathlib import Path
 from trainer.config.errors import UserError
 from trainer.tools.study.answer import is_decided
 from trainer.tools.study.rule import Rule, read_rule
-from trainer.tools.study.search import StudyState, study_state
+from trainer.tools.study.search import StudyState, study_state, with_quarter_batch
 from trainer.tools.study.trial_queue import QueuedTrial, TrialQueue
 from trainer.tools.study.worker import Slot, TrialResult, TrialRunner, make_slots
 
@@ -43,11 +43,14 @@ class Study:
 
     def state(self, queue: TrialQueue) -> StudyState:
         """Where it stands: a later look's seeds are needed only where the one before could not tell."""
-        results, last_look = queue.results(), len(self.rule.seeds_by_look) - 1
+        rule, results = self.rule, queue.results()
+        last_look = len(rule.seeds_by_look) - 1
         for look in range(last_look + 1):
-            state = study_state(self.rule, results, look)
-            if state.needed or state.refusal or look == last_look or is_decided(self.folder, self.rule, state.answers):
+            state = study_state(rule, results, look)
+            if state.needed or state.refusal or look == last_look or is_decided(self.folder, rule, state.answers):
                 break
+        if rule.quarter_batch is not None and not (state.needed or state.refusal):
+            return with_quarter_batch(state, results)
         return state
 
     def trials(self) -> dict[str, QueuedTrial]:
@@ -64,6 +67,10 @@ class Study:
         for thread in threads:
             while thread.is_alive():  # a bounded join lets signals through
                 thread.join(0.5)
+        if errors and isinstance(errors[0], OSError):
+            raise UserError(
+                f"{self.folder}: cannot be written ({errors[0].strerror}); make room, and the same command goes on"
+            ) from errors[0]
         if errors:
             raise errors[0]
 
