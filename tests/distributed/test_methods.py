@@ -27,8 +27,8 @@ ADAPTERS = ("lora", "dora", "rslora", "pissa")
 QUANTS = (None, "nf4", "fp4", "int8")
 OPTIMS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
 LORA_RANK = 16  # with layers of 64 and 256: A and B of c_fc and c_proj have 4,096 elements, which 8-bit optimizers pack
-LATIN_SQUARE = [("lora", None, "adamw8bit"), ("dora", "nf4", "adamw"), ("rslora", "int8", "adamw_fused"),
-         ("pissa", None, "paged_adamw8bit"), ("lora", "fp4", "adamw_fused"), ("dora", None, "adamw_fused")]  # fmt: skip
+EACH_ONCE = [("lora", "fp4", "adamw8bit"), ("dora", "nf4", "adamw"), ("rslora", "int8", "adamw_fused"),
+         ("pissa", None, "paged_adamw8bit")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +93,9 @@ def assert_all_promises(out: Path, data_dir: str, argv: list[str], methods: list
 
 
 def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(argv, data_dir, tmp_path):
-    assert_all_promises(tmp_path, data_dir, argv, LATIN_SQUARE)
-    other = make_job(tmp_path, data_dir, argv, "other", "--optim", "adamw") | {
-        "resume": ["lora-None-adamw8bit", STOP_STEP]
+    assert_all_promises(tmp_path, data_dir, argv, EACH_ONCE)
+    other = make_job(tmp_path, data_dir, argv, "other", "--optim", "adamw", "--quant", "fp4") | {
+        "resume": ["lora-fp4-adamw8bit", STOP_STEP]
     }
     assert run_on_ranks(1, run_jobs, [other], log=tmp_path / "other.log") == 1
     assert "the checkpoint holds the moments of another kind of --optim" in (tmp_path / "other.log").read_text()
