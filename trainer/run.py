@@ -175,7 +175,7 @@ class TrainingRun:
             folder / "checkpoints", context, save_total_limit=plan.settings.output.save_total_limit,
             identity={"run_id": self.metadata["run_id"], "mode": plan.settings.mode,
                       "base": self.model.metadata["fingerprint"]},
-            rows_digest=lambda: self.metrics.rows_digest(),
+            record_digests=lambda: self.metrics.record_digests(),
         )  # fmt: skip
         self.metrics = MetricLogger(plan, self.data, self.metadata, self.state, is_resumed=is_resumed)
         if is_resumed:

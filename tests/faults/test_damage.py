@@ -229,6 +229,27 @@ def test_resuming_without_an_intact_checkpoint_is_refused(argv, finished_run, tm
     assert last_logged_step(out) == STEPS, "nothing was touched"
 
 
+def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_is_touched(
+    argv, finished_run, tmp_path
+):
+    out = copy_until_step_4(finished_run, tmp_path / "run")
+    evaluations = out / "eval_records.parquet"
+    flip_byte(out, evaluations.name, offset=60)
+    changed = RankProcesses([*argv, "--resume"], out=out)
+    assert changed.wait() == [2, 2]
+    evaluations.unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    gone = RankProcesses([*argv, "--resume"], out=out)
+    assert gone.wait() == [2, 2]
+    for group, reason in ((changed, "not whole records of evaluations"), (gone, "it is gone, with the 2 evaluations")):
+        assert len(group.error_lines) == 1
+        assert f"{evaluations} is not as it was when step-000004 was saved: {reason}" in group.error_lines[0]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    train([*argv, "--resume", "--allow-change", "records"], out=out, world_size=2)
+    assert "records changed from as written to eval_records.parquet: it is gone" in str(read_events(out, "resumed"))
+    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+
+
 def test_resuming_from_the_checkpoint_of_another_model_is_refused(
     argv, tiny_model, finished_run, tmp_path, session_dir
 ):

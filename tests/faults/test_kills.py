@@ -82,8 +82,6 @@ SAVE_FUNCTIONS = {
     "_write_safetensors",
     "_write_chunks",
     "_format_metadata",
-    "write_text",
-    "_fsync_folder",
     "_delete_old",
     "_delete_folder",
 }
@@ -169,7 +167,7 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
         pytest.param(1, "trainer.distributed.engine", "Engine.evaluate", 3, marks=pytest.mark.sweep),
         (0, "trainer.training.checkpoint", "_write_chunks", 40),  # within the tensors of the first save
         (1, "trainer.training.checkpoint", "CheckpointManager.save", 2),
-        pytest.param(0, "trainer.training.checkpoint", "_fsync_folder", 3, marks=pytest.mark.sweep),
+        pytest.param(0, "trainer.training.checkpoint", "fsync_path", 3, marks=pytest.mark.sweep),
         (0, "trainer.export.run_export", "export_folder", 1),
     ],
 )  # fmt: skip

@@ -5,13 +5,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from trainer.config import presets
 from trainer.config.run_metadata import SCHEMA_VERSION
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
 from trainer.training.lr_schedule import learning_rate
 
@@ -239,26 +240,15 @@ def write_eval_records(
 
     Parameters: those of the file's columns.
     """
-    frame = pd.concat(
-        pd.DataFrame(
-            {
-                "step": np.int32(step),
-                "split": split,
-                "id": ids or [f"record{i:04d}" for i in range(len(targets))],
-                "occurrence": np.int32(0),
-                "group": groups or [None] * len(targets),
-                "nll": np.asarray(losses, np.float64) * np.asarray(targets),
-                "targets": np.asarray(targets, np.int32),
-                "bytes": np.asarray(targets, np.int32) * bytes_per_target,
-                "in_train": np.arange(len(targets)) < num_in_train,
-            }
-        )
-        for step, losses in losses_by_step.items()
-    )
-    path = folder / "eval_records.parquet"
-    if path.exists():
-        frame = pd.concat([pd.read_parquet(path), frame])
-    frame.to_parquet(path)
+    rows = SimpleNamespace(
+        ids=ids or [f"record{i:04d}" for i in range(len(targets))], occurrences=[0] * len(targets),
+        groups=groups or [None] * len(targets), targets=list(targets),
+        num_bytes=[bytes_per_target * n for n in targets], in_train=[i < num_in_train for i in range(len(targets))],
+    )  # fmt: skip
+    for step, losses in losses_by_step.items():
+        nll = np.asarray(losses, np.float64) * np.asarray(targets)
+        table = evaluation_table(rows, step=step, split=split, nll=nll)  # type: ignore[arg-type]
+        append_evaluation(folder / EVAL_RECORDS_FILE, table)
     return folder
 
 

@@ -107,7 +107,7 @@ def run_uninterrupted(argv: list[str], out: Path, args: argparse.Namespace) -> t
         start_time = time.monotonic()
         first_step_time, last_step_time = start_time, start_time
         run = start_run(argv, out, args)
-        while run.alive():
+        while run.is_alive():
             time.sleep(0.01)
             num_steps, now = last_logged_step(out), time.monotonic()
             first_step_time, last_step_time = (
@@ -146,7 +146,7 @@ def run_with_kills(
                     rng.uniform(0, timings.export_seconds if target_step == NUM_STEPS else timings.step_seconds),
                     lambda: False,
                 )
-        if not run.alive():
+        if not run.is_alive():
             exit_code = run.wait(EXIT_TIMEOUT_SECONDS)
             assert exit_code == 0, f"a run that was not killed ended with {exit_code}:\n{run.output}"
             counts["resumed"] += unconfirmed_kills
@@ -179,7 +179,7 @@ def count_starts(out: Path) -> int:
 def wait_for(run: Any, timeout_seconds: float, is_ready: Callable[[], bool]) -> None:
     """Until it is ready, the time is over, or one of the processes has ended."""
     deadline = time.monotonic() + timeout_seconds
-    while run.alive() and time.monotonic() < deadline and not is_ready():
+    while run.is_alive() and time.monotonic() < deadline and not is_ready():
         time.sleep(0.0005)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.config.files import fsync_path
 from trainer.data.token_dataset import SPLITS, TokenDataset, array_files, load_token_dataset
 from trainer.data.validate_files import remembered_fingerprint, sha256
 
@@ -146,9 +147,9 @@ def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]]) -> Non
         manifest = Manifest(**{**contents, "sha256": hashes})
         (temp_folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         for path in (*temp_folder.iterdir(), temp_folder):
-            _fsync(path)
+            fsync_path(path)
         _rename_into_place(temp_folder, folder)
-        _fsync(folder.parent)
+        fsync_path(folder.parent)
     except OSError as error:
         raise _write_error(folder.parent, error) from error
     finally:
@@ -179,14 +180,6 @@ def _remove_abandoned(folder: Path) -> None:
             newest_mtime = max(file.stat().st_mtime for file in (leftover, *leftover.iterdir()))
             if time.time() - newest_mtime > ABANDONED_AFTER_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    file_descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file_descriptor)
-    finally:
-        os.close(file_descriptor)
 
 
 def _write_error(folder: Path, error: OSError) -> UserError:

@@ -9,10 +9,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from trainer.config.choices import MAX_SHARED_FRACTION
+from trainer.config.errors import UserError
 from trainer.report.paired_interval import Matrix, sum_by_unit
 from trainer.report.run_data import RunData
+from trainer.tracking.eval_records import read_eval_records
 
-COLUMNS = ["step", "split", "id", "occurrence", "group", "nll", "targets", "bytes", "in_train"]
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 _KEY = ["id", "occurrence"]
 
@@ -121,13 +122,9 @@ def _read(run: RunData) -> pd.DataFrame:
     if run.eval_records_path is None:
         raise MatchError(f"{run.name} left no losses of single records")
     try:
-        frame = pd.read_parquet(run.eval_records_path)
-    except Exception as error:  # whatever arrow raises on a damaged file: this pair has no interval, others may
-        raise MatchError(f"{run.name}: its {run.eval_records_path.name} cannot be read") from error
-    missing = [name for name in COLUMNS if name not in frame]
-    if missing:
-        raise MatchError(f"{run.name}: its {run.eval_records_path.name} lacks {', '.join(missing)}")
-    return frame
+        return read_eval_records(run.eval_records_path).to_pandas()
+    except UserError as error:  # this pair has no interval, others may
+        raise MatchError(f"{run.name}: {error}") from error
 
 
 def _at_step(frame: pd.DataFrame, run: RunData, split: str) -> pd.DataFrame:

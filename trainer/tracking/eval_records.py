@@ -1,21 +1,28 @@
 """eval_records.parquet: the loss of every record at every evaluation, for paired comparisons of runs.
 
-One row group an evaluation, about 20 bytes a row. At most MAX_ROWS rows stay: where an evaluation goes over them, the
-oldest ones between the base model's, the best and the newest are left out (those three and the other splits always
-stay). The file is replaced as a whole, so a killed process leaves the old one or the new one.
+About 20 bytes a row, evaluations in the order of writing. The file carries a list of them and a SHA-256 of its rows,
+so that a change is seen whenever it is read; a checkpoint keeps the hash of that list. At most MAX_ROWS rows stay:
+where an evaluation goes over them, the oldest ones between the base model's, the best and the newest are left out
+(those three and the other splits stay). The file is replaced as a whole: a killed process leaves the old or the new.
 """
 
+import hashlib
 import io
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.tracking.files import write_atomically
+from trainer.config.files import write_atomically
+from trainer.config.json_file import parse_json
 from trainer.tracking.records import EvalRecord, Record
 
 EvalSplit = Literal["val", "test", "retain"]
@@ -34,6 +41,8 @@ SCHEMA = pa.schema(
         pa.field("in_train", pa.bool_(), nullable=False),
     ]
 )
+_REMEDY = "move the file away, or remove the run"
+_MANIFEST_KEY = b"evaluations"  # of the file's own metadata
 
 
 class EvalRows(Protocol):
@@ -62,6 +71,39 @@ class EvalRows(Protocol):
     @property
     def in_train(self) -> Sequence[bool]:
         """Whether a row equals a training record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationEntry:
+    """One evaluation as the file lists it: what it was, the hash of its rows, and whether they are still there."""
+
+    step: int
+    split: str
+    num_rows: int
+    sha256: str
+    is_stored: bool = True  #: False once it was left out for MAX_ROWS
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationsDigest:
+    """The evaluations of a run so far: how many, and the SHA-256 of what they hold."""
+
+    num_evaluations: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Evaluations:
+    """The file's content: its list, and the rows of those of the list that are stored, in the same order."""
+
+    entries: list[EvaluationEntry]
+    rows: pa.Table
+
+    def filter(self, is_kept: Sequence[bool]) -> "_Evaluations":
+        """Without the entries, and their rows, that are not kept."""
+        num_rows = [entry.num_rows if entry.is_stored else 0 for entry in self.entries]
+        rows = self.rows.filter(pa.array(np.repeat(np.array(is_kept, bool), num_rows)))
+        return _Evaluations([entry for kept, entry in zip(is_kept, self.entries, strict=True) if kept], rows)
 
 
 def evaluation_table(rows: EvalRows, *, step: int, split: EvalSplit, nll: Sequence[float]) -> pa.Table:
@@ -93,12 +135,15 @@ class EvalRecordsLogger:
 
 
 def append_evaluation(path: Path, table: pa.Table) -> None:
-    """Add the rows of one evaluation (one step, one split), in place of an earlier one of the same step and split."""
+    """Add the rows of one evaluation (one step, one split), in place of an earlier one of the same step and split.
+
+    UserError where the file is damaged, TrainingError where it cannot be written.
+    """
     step, split = table["step"][0].as_py(), table["split"][0].as_py()
-    evaluations = [
-        old for old in _read_evaluations(path) if (old["step"][0].as_py(), old["split"][0].as_py()) != (step, split)
-    ]
-    _write(path, _thin_out([*evaluations, table]))
+    evaluations = _read_evaluations(path)
+    evaluations = evaluations.filter([(entry.step, entry.split) != (step, split) for entry in evaluations.entries])
+    entry = EvaluationEntry(step=step, split=split, num_rows=len(table), sha256=_hash_rows(table))
+    _write(path, _thin_out(_Evaluations([*evaluations.entries, entry], pa.concat_tables([evaluations.rows, table]))))
 
 
 def rewind_evaluations(path: Path, step: int, *, eval_pending: bool = False) -> int:
@@ -108,22 +153,43 @@ def rewind_evaluations(path: Path, step: int, *, eval_pending: bool = False) -> 
     step, are made at a run's end and always come again.
     """
     evaluations = _read_evaluations(path)
-    remaining = [table for table in evaluations if not _comes_again(table, step, eval_pending)]
-    if len(remaining) < len(evaluations):
-        _write(path, remaining)
-    return len(evaluations) - len(remaining)
+    is_kept = [not _comes_again(entry, step, eval_pending) for entry in evaluations.entries]
+    if not all(is_kept):
+        _write(path, evaluations.filter(is_kept))
+    return is_kept.count(False)
 
 
-def _comes_again(table: pa.Table, step: int, eval_pending: bool) -> bool:
-    table_step, split = table["step"][0].as_py(), table["split"][0].as_py()
-    is_final = split != "val" and table_step > 0
-    return is_final or table_step > step or (eval_pending and table_step == step)
+def _comes_again(entry: EvaluationEntry, step: int, eval_pending: bool) -> bool:
+    is_final = entry.split != "val" and entry.step > 0
+    return is_final or entry.step > step or (eval_pending and entry.step == step)
+
+
+def digest_evaluations(path: Path) -> EvaluationsDigest:
+    """Of all evaluations so far; a checkpoint keeps it. Reads the file's list alone. UserError where it is damaged."""
+    return _digest(_read_list(path)[0])
+
+
+def find_changed_evaluations(
+    path: Path, expected: EvaluationsDigest, step: int, *, eval_pending: bool = False
+) -> str | None:
+    """How the file differs from when the checkpoint of `step` was saved, in half a sentence; None where it does not."""
+    try:
+        entries = _read_evaluations(path).entries
+    except UserError as error:
+        return str(error).removeprefix(f"{path}: ").removesuffix(f"; {_REMEDY}")
+    actual = _digest([entry for entry in entries if not _comes_again(entry, step, eval_pending)])
+    if actual == expected:
+        return None
+    if not path.exists():
+        return f"it is gone, with the {expected.num_evaluations} evaluations that were written"
+    if actual.num_evaluations != expected.num_evaluations:
+        return f"it has {actual.num_evaluations} evaluations where {expected.num_evaluations} were written"
+    return "an evaluation was changed"
 
 
 def read_eval_records(path: Path) -> pa.Table:
     """All rows; UserError where the file is damaged, an empty table where there is none."""
-    evaluations = _read_evaluations(path)
-    return pa.concat_tables(evaluations) if evaluations else SCHEMA.empty_table()
+    return _read_evaluations(path).rows
 
 
 def token_mean(table: pa.Table) -> float:
@@ -131,44 +197,103 @@ def token_mean(table: pa.Table) -> float:
     return math.fsum(table["nll"].to_pylist()) / sum(table["targets"].to_pylist())
 
 
-def _read_evaluations(path: Path) -> list[pa.Table]:
-    """One table an evaluation, in the order of writing."""
+def _read_evaluations(path: Path) -> _Evaluations:
+    """The list and the rows, whose hash is that in the file."""
     try:
-        file = pq.ParquetFile(path)
-        if file.schema_arrow.names != SCHEMA.names:
-            raise ValueError(f"columns {', '.join(file.schema_arrow.names)}")
-        tables = [file.read_row_group(number).cast(SCHEMA) for number in range(file.num_row_groups)]
-    except FileNotFoundError:
-        return []
+        entries, sha256 = _read_list(path)
+        if not path.exists():
+            return _Evaluations([], SCHEMA.empty_table())
+        with pq.ParquetFile(path) as file:
+            rows = file.read().cast(SCHEMA).combine_chunks()
+        if _hash_file(entries, rows) != sha256:
+            raise ValueError("changed since they were written (checksum)")
+        return _Evaluations(entries, rows)
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{path}: not whole records of evaluations ({reason}); remove the file or the run") from error
-    return [table for table in tables if len(table)]
+        raise _damage(path, error) from error
 
 
-def _thin_out(evaluations: list[pa.Table]) -> list[pa.Table]:
+def _read_list(path: Path) -> tuple[list[EvaluationEntry], str]:
+    """(entries, hash of them and of all rows) by the file's own metadata."""
+    try:
+        if not path.exists():
+            return [], ""
+        if not path.is_file():  # a named pipe would be waited for
+            raise ValueError("not a regular file")
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+        if schema.names != SCHEMA.names:
+            raise ValueError(f"columns {', '.join(schema.names)}")
+        manifest = parse_json((schema.metadata or {}).get(_MANIFEST_KEY, b"{}"))
+        return [EvaluationEntry(**entry) for entry in manifest["entries"]], str(manifest["sha256"])
+    except (KeyError, TypeError):
+        raise _damage(path, ValueError("without their own list and hash")) from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _damage(path, error) from error
+
+
+def _damage(path: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return UserError(f"{path}: not whole records of evaluations ({reason}); {_REMEDY}")
+
+
+def _digest(entries: Sequence[EvaluationEntry]) -> EvaluationsDigest:
+    text = json.dumps([[entry.step, entry.split, entry.num_rows, entry.sha256] for entry in entries])
+    return EvaluationsDigest(num_evaluations=len(entries), sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _hash_rows(table: pa.Table, seed: bytes = b"") -> str:
+    """SHA-256 of the columns, one after another; of texts their lengths and then themselves."""
+    digest = hashlib.sha256(seed)
+    for field in SCHEMA:
+        column = table[field.name].combine_chunks()
+        if pa.types.is_string(field.type):
+            lengths = pc.fill_null(pc.binary_length(column), -1)
+            digest.update(lengths.to_numpy().tobytes())
+            texts = pa.ListArray.from_arrays(pa.array([0, len(column)], pa.int32()), pc.fill_null(column, ""))
+            digest.update(pc.binary_join(texts, "")[0].as_buffer())
+        else:
+            digest.update(column.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def _hash_file(entries: Sequence[EvaluationEntry], rows: pa.Table) -> str:
+    return _hash_rows(rows, json.dumps([vars(entry) for entry in entries]).encode())
+
+
+def _thin_out(evaluations: _Evaluations) -> _Evaluations:
     """At most MAX_ROWS rows: the oldest evaluations that are neither the base's, the best, nor the newest go."""
-    num_rows = sum(map(len, evaluations))
+    num_rows = len(evaluations.rows)
     if num_rows <= MAX_ROWS:
         return evaluations
-    val_numbers = [n for n, table in enumerate(evaluations) if table["split"][0].as_py() == "val"]
-    best = min(val_numbers, key=lambda n: token_mean(evaluations[n]), default=-1)
-    removable = [n for n in val_numbers[:-1] if evaluations[n]["step"][0].as_py() and n != best]
+    losses, start = {}, 0  # of the stored validations, by their place in the list
+    for number, entry in enumerate(evaluations.entries):
+        if entry.is_stored:
+            if entry.split == "val":
+                losses[number] = token_mean(evaluations.rows.slice(start, entry.num_rows))
+            start += entry.num_rows
+    removable = [
+        n for n in list(losses)[:-1] if evaluations.entries[n].step and n != min(losses, key=losses.__getitem__)
+    ]
     dropped = set()
     for number in removable:
         if num_rows <= MAX_ROWS:
             break
         dropped.add(number)
-        num_rows -= len(evaluations[number])
-    return [table for number, table in enumerate(evaluations) if number not in dropped]
+        num_rows -= evaluations.entries[number].num_rows
+    rows = evaluations.filter([number not in dropped for number in range(len(evaluations.entries))]).rows
+    entries = [
+        replace(entry, is_stored=entry.is_stored and number not in dropped)
+        for number, entry in enumerate(evaluations.entries)
+    ]
+    return _Evaluations(entries, rows)
 
 
-def _write(path: Path, evaluations: list[pa.Table]) -> None:
+def _write(path: Path, evaluations: _Evaluations) -> None:
+    entries, rows = evaluations.entries, evaluations.rows.combine_chunks()
+    manifest = {"entries": [vars(entry) for entry in entries], "sha256": _hash_file(entries, rows)}
     buffer = io.BytesIO()
-    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["split", "group"]}
-    with pq.ParquetWriter(buffer, SCHEMA, **options) as writer:
-        for table in evaluations:
-            writer.write_table(table, row_group_size=max(len(table), 1))
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["split", "group", "id"]}
+    pq.write_table(rows.replace_schema_metadata({_MANIFEST_KEY: json.dumps(manifest)}), buffer, **options)
     try:
         write_atomically(path, buffer.getvalue())
     except OSError as error:

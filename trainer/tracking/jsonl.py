@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.tracking.files import open_for_append, replace_atomically, write_all
+from trainer.config.files import open_for_append, replace_atomically, write_all
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, from_line, to_line
 
+METRICS_FILE = "metrics.jsonl"
 EVALUATION_EVENTS = ("early_stop", "diagnosis", "samples")  # events that an evaluation brings; they come again with it
 FINAL_EVALUATIONS = ("test_evaluation",)  # after the first step they are made at a run's end, and again when resumed
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-NNNNNN` with `state.safetensors` (of each *trained* weight its float32 value and
 AdamW's two moments: 12 bytes a parameter; with 8-bit moments 6, and a scale for each 256) and `state.json` (where the
-run stood, a checksum of the other file and of the rows of metrics.jsonl so far, and one of itself). It is written
+run stood, checksums of the other file, of the rows of metrics.jsonl and the evaluations of eval_records.parquet so far,
+and one of itself). It is written
 under another name, flushed and renamed, so a folder with the right name is whole. Dropout, data order and learning
 rate are functions of seed and step, so nothing else has to be kept: a frozen base, packed or reduced by pissa, is made
 again from its own weights.
@@ -28,12 +29,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.config.errors import TrainingError, UserError
+from trainer.config.files import fsync_path, write_atomically
 from trainer.config.json_file import read_json_object
 from trainer.data.sampler import MicroBatch
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext
-from trainer.tracking.files import fsync_folder, write_atomically
-from trainer.tracking.jsonl import RowsDigest, find_changed_rows
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, EvaluationsDigest, find_changed_evaluations
+from trainer.tracking.jsonl import METRICS_FILE, RowsDigest, find_changed_rows
 from trainer.training.train_state import TrainState
 
 FORMAT_VERSION = 2
@@ -79,6 +81,11 @@ class Checkpoint:
     def records(self) -> RowsDigest | None:
         """Of the rows that metrics.jsonl held when it was saved."""
         return RowsDigest(**self.metadata["records"]) if "records" in self.metadata else None
+
+    @property
+    def evaluations(self) -> EvaluationsDigest | None:
+        """Of the evaluations that eval_records.parquet held when it was saved."""
+        return EvaluationsDigest(**self.metadata["evaluations"]) if "evaluations" in self.metadata else None
 
     def find_damage(self) -> str | None:
         """Which of its files is missing, cut off or changed since it was written; None where it is whole."""
@@ -170,16 +177,23 @@ def _newest_intact(folder: Path, flag: str) -> Checkpoint:
     raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
 
 
-def find_changed_records(path: Path, checkpoint: Checkpoint) -> str | None:
-    """How the rows of a metrics.jsonl differ from those when the checkpoint was saved; None where they do not."""
+def find_changed_records(run_folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """{file: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records.parquet."""
     until = [c for c in list_checkpoints(checkpoint.folder.parent) if c.step <= checkpoint.step]
-    return find_changed_rows(path, [c.records for c in until if c.has_valid_metadata and c.records is not None])
+    digests = [c.records for c in until if c.has_valid_metadata and c.records is not None]
+    changes = {METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, digests)}
+    if checkpoint.evaluations is not None:
+        changes[EVAL_RECORDS_FILE] = find_changed_evaluations(
+            run_folder / EVAL_RECORDS_FILE, checkpoint.evaluations, checkpoint.step,
+            eval_pending=checkpoint.train_state.eval_pending,
+        )  # fmt: skip
+    return {name: change for name, change in changes.items() if change is not None}
 
 
 class CheckpointManager:
     """The checkpoints of one run: saves into `folder` and keeps the newest `save_total_limit` and the best.
 
-    `rows_digest`: of the rows of metrics.jsonl at the moment, called on rank 0.
+    `record_digests`: "records" and "evaluations" of state.json at the moment, called on rank 0.
     """
 
     def __init__(
@@ -189,9 +203,9 @@ class CheckpointManager:
         *,
         save_total_limit: int,
         identity: Mapping[str, Any],
-        rows_digest: Callable[[], RowsDigest | None] = lambda: None,
+        record_digests: Callable[[], Mapping[str, Any]] = dict,
     ):
-        self.rows_digest = rows_digest
+        self.record_digests = record_digests
         self.folder = folder
         self.dist_context = dist_context
         self.save_total_limit = save_total_limit
@@ -240,7 +254,7 @@ class CheckpointManager:
             if target.exists():
                 _delete_folder(target)
             temp_folder.rename(target)
-            fsync_folder(self.folder)
+            fsync_path(self.folder)
             self._delete_old()
             return None
         except OSError as error:
@@ -250,9 +264,7 @@ class CheckpointManager:
             return str(error.strerror or error)
 
     def _format_metadata(self, metadata: Mapping[str, Any], state: TrainState) -> str:
-        metadata = {**metadata, "progress": state.as_dict()}
-        if (rows := self.rows_digest()) is not None:
-            metadata["records"] = vars(rows)
+        metadata = {**metadata, "progress": state.as_dict(), **self.record_digests()}
         return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
 
     def _delete_old(self) -> None:

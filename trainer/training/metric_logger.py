@@ -7,9 +7,14 @@ from typing import Any
 from trainer.data.dataset import PreparedDataset
 from trainer.tracking import records
 from trainer.tracking.console import LogLines, ProgressBar
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, EvalRecordsLogger, rewind_evaluations
+from trainer.tracking.eval_records import (
+    EVAL_RECORDS_FILE,
+    EvalRecordsLogger,
+    digest_evaluations,
+    rewind_evaluations,
+)
 from trainer.tracking.extra_loggers import start_extra_loggers
-from trainer.tracking.jsonl import JsonlLogger, RowsDigest, rewind
+from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
 from trainer.tracking.loggers import RecordLogger
 from trainer.tracking.profiler import ProfileLogger
 from trainer.tracking.records import Record
@@ -34,17 +39,18 @@ class MetricLogger:
         """`metadata`: the content of run.json; a resumed run's rows after `state` are cut off."""
         folder = Path(plan.settings.run_folder)
         self.plan = plan
-        self.metrics_path = folder / "metrics.jsonl"
+        self.metrics_path, self.eval_records_path = folder / METRICS_FILE, folder / EVAL_RECORDS_FILE
         self.loggers: list[RecordLogger] = []
         self._log_lines: LogLines | None = None
         self.num_truncated = 0
         if plan.dist_context.rank != 0:
             return
         show_plan(plan.summary_lines())
-        if is_resumed and self.metrics_path.exists():
+        if is_resumed:
             last_step = state.step if state.step else -1
-            self.num_truncated = rewind(self.metrics_path, last_step, eval_pending=state.eval_pending)
-            rewind_evaluations(folder / EVAL_RECORDS_FILE, last_step, eval_pending=state.eval_pending)
+            if self.metrics_path.exists():
+                self.num_truncated = rewind(self.metrics_path, last_step, eval_pending=state.eval_pending)
+            rewind_evaluations(self.eval_records_path, last_step, eval_pending=state.eval_pending)
         output, schedule = plan.settings.output, plan.schedule
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
         self._log_lines = LogLines(progress_bar)
@@ -64,9 +70,10 @@ class MetricLogger:
         for logger in self.loggers:
             logger.log(record)
 
-    def rows_digest(self) -> RowsDigest | None:
-        """Of the rows in metrics.jsonl so far, on rank 0."""
-        return next((logger.digest() for logger in self.loggers if isinstance(logger, JsonlLogger)), None)
+    def record_digests(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the rows and the evaluations so far, on rank 0."""
+        rows = next(logger.digest() for logger in self.loggers if isinstance(logger, JsonlLogger))
+        return {"records": vars(rows), "evaluations": vars(digest_evaluations(self.eval_records_path))}
 
     def previous_records(self) -> Iterator[Record]:
         """The rows that an earlier process left, on rank 0."""

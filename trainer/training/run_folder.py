@@ -13,11 +13,11 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
+from trainer.config.files import remove_leftovers, write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel, save_base_model
-from trainer.tracking.files import remove_leftovers, write_atomically
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_keys import run_group
 from trainer.tracking.wandb_logger import wandb_mode
@@ -147,17 +147,20 @@ def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ...]) -> dict[str, list[Any]]:
-    """{"records": [as written, how they differ]} where the rows of metrics.jsonl were changed since the checkpoint
-    was saved and that is allowed; UserError where it is not."""
-    damage = checkpoint.find_changed_records(folder / "metrics.jsonl", source)
-    if damage is None:
-        return {}
-    if "records" not in allowed_names:
-        raise UserError(
-            f"--resume: {folder / 'metrics.jsonl'} is not as it was when {source.folder.name} was saved: {damage}; put "
-            "it back, or say --allow-change records to go on with the rows that are there"
-        )
-    return {"records": ["as written", damage]}
+    """{"records": [as written, how they differ]} where rows of metrics.jsonl or eval_records.parquet were changed
+    since the checkpoint was saved and that is allowed; UserError where it is not."""
+    changes = checkpoint.find_changed_records(folder, source)
+    for name, damage in changes.items():
+        if "records" not in allowed_names:
+            raise UserError(
+                f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {damage}; put it "
+                "back, or say --allow-change records to go on with the rows that are there"
+            )
+    return (
+        {"records": ["as written", "; ".join(f"{name}: {damage}" for name, damage in changes.items())]}
+        if changes
+        else {}
+    )
 
 
 def validate_resume_overrides(

@@ -127,7 +127,7 @@ def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: Mak
     )
     (Path(lora.source) / "eval_records.parquet").write_bytes(b"PAR1 torn")
     got = judge_runs(full, read_folder(Path(lora.source)))
-    assert "its eval_records.parquet cannot be read" in got.sentence
+    assert "eval_records.parquet: not whole records of evaluations" in got.sentence
 
 
 def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRun) -> None:

@@ -6,7 +6,10 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from helpers.fake_runs import make_metadata
@@ -17,6 +20,7 @@ from safetensors.torch import save_file
 from trainer.config.errors import UserError
 from trainer.tools.doctor.check_result import ERROR
 from trainer.tools.doctor.run_checks import inspect_run, judge_uses, run_check
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, digest_evaluations, evaluation_table
 from trainer.tracking.jsonl import JsonlLogger
 from trainer.tracking.records import StepRecord
 from trainer.training import checkpoint
@@ -30,10 +34,18 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
     content = (target / checkpoint.STATE_FILE).read_bytes()
     metadata = {
         "format": checkpoint.FORMAT_VERSION, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
-        "progress": TrainState(step=step).as_dict(), "records": vars(logger.digest()),
+        "progress": TrainState(step=step, eval_pending=False).as_dict(), "records": vars(logger.digest()),
+        "evaluations": vars(digest_evaluations(folder / EVAL_RECORDS_FILE)),
     }  # fmt: skip
     metadata["self"] = checkpoint._metadata_digest(metadata)
     (target / checkpoint.METADATA_FILE).write_text(json.dumps(metadata))
+
+
+def make_evaluation(step: int) -> pa.Table:
+    rows: Any = SimpleNamespace(
+        ids=["a", "b"], occurrences=[0, 0], groups=[None, "g"], targets=[3, 4], num_bytes=[9, 9], in_train=[False, True]
+    )
+    return evaluation_table(rows, step=step, split="val", nll=[1.0 * step, 2.0])
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +62,7 @@ def whole_run(tmp_path_factory) -> Path:
             )
         )
         if step % 3 == 0:
+            append_evaluation(folder / EVAL_RECORDS_FILE, make_evaluation(step))
             write_checkpoint(folder, step, logger)
     logger.close(0)
     (folder / "model").mkdir()
@@ -102,7 +115,9 @@ def break_row(run: Path) -> None:
         (lambda run: (run / "model/model.safetensors").write_bytes(struct.pack("<Q", 2**60)), "model/model.safetensors",
          "not a whole safetensors file", "from step-000006"),
         (lambda run: (run / "eval_records.parquet").write_bytes(b"PAR1"), "eval_records.parquet", "",
-         "from step-000006"),
+         "not possible: eval_records.parquet is damaged"),
+        (lambda run: (run / "eval_records.parquet").unlink(), "rows", "eval_records.parquet: it is gone",
+         "from step-000006 with --allow-change records"),
     ],
 )  # fmt: skip
 def test_damage_is_named_with_what_is_still_possible(run, damage, name, words, resume):

@@ -1,15 +1,23 @@
 """eval_records.parquet: the loss of every record, whole or not at all, and the reported loss to the last bit."""
 
+import contextlib
 import math
 import os
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.data.row_info import RowInfo
@@ -18,7 +26,9 @@ from trainer.tracking.eval_records import (
     EVAL_RECORDS_FILE,
     EvalRecordsLogger,
     append_evaluation,
+    digest_evaluations,
     evaluation_table,
+    find_changed_evaluations,
     read_eval_records,
     rewind_evaluations,
     token_mean,
@@ -131,9 +141,82 @@ def test_as_many_losses_as_rows_are_needed():
 @pytest.mark.parametrize("content", [b"", b"PAR1 damaged", b"PAR1" + bytes(100) + b"PAR1"])
 def test_a_damaged_file_is_one_line(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(UserError, match=r"x: not whole records of evaluations \(.*\); remove the file or the run") as e:
+    with pytest.raises(UserError, match=r"x: not whole records of evaluations \(.*\); move the file away") as e:
         read_eval_records(tmp_path / "x")
     assert "\n" not in str(e.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=8))
+def test_any_damage_to_the_file_is_noticed_when_it_is_read(whole_file, position, damage):
+    """What is read is what was written, or it is refused; some bytes of the file are neither rows nor their list."""
+    content = bytearray(whole_file.read_bytes())
+    position %= len(content)
+    content[position : position + len(damage)] = damage
+    path = whole_file.with_name("damaged")
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        assert read_eval_records(path).equals(read_eval_records(whole_file))
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("evaluations") / "x"
+    for step in (0, 2, 4):
+        append_evaluation(path, make_table(step, seed=step))
+    return path
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """What another program does to the file that keeps its columns and metadata."""
+    pq.write_table(change(pq.read_table(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "answer"),
+    [
+        (lambda path: path.unlink(), "it is gone, with the 2 evaluations"),
+        (lambda path: path.write_bytes(b""), "not whole records of evaluations"),
+        (lambda path: rewrite(path, lambda table: pa.concat_tables([table, table])), "changed since they were written"),
+        (lambda path: rewrite(path, lambda table: table.slice(5)), "changed since they were written"),
+        (lambda path: rewrite(path, lambda table: table.replace_schema_metadata()), "without their own list and hash"),
+        (lambda path: rewind_evaluations(path, 1), "it has 1 evaluations where 2 were written"),
+        (lambda path: append_evaluation(path, make_table(0, seed=9)), "an evaluation was changed"),
+    ],
+)
+def test_evaluations_that_are_not_those_of_the_checkpoint_are_known(whole_file, tmp_path, damage, answer):
+    path = tmp_path / "x"
+    shutil.copy(whole_file, path)
+    rewind_evaluations(path, 2)
+    saved = digest_evaluations(path)
+    append_evaluation(path, make_table(4))
+    append_evaluation(path, make_table(4, "test"))
+    assert find_changed_evaluations(path, saved, 2) is None, "what came later is dropped by a resume"
+    damage(path)
+    assert answer in (find_changed_evaluations(path, saved, 2) or "")
+
+
+def test_a_list_of_evaluations_outlives_their_rows(tmp_path, monkeypatch):
+    """A checkpoint knows evaluations that were left out since."""
+    path = tmp_path / "x"
+    for step in range(4):
+        append_evaluation(path, make_table(step, seed=step))
+    saved = digest_evaluations(path)
+    monkeypatch.setattr(eval_records, "MAX_ROWS", 15)
+    append_evaluation(path, make_table(4, seed=4))
+    assert len(steps_and_splits(path)) == 3
+    assert find_changed_evaluations(path, saved, 3) is None
+
+
+def test_the_time_of_an_evaluation_does_not_run_away_with_their_number(tmp_path):
+    """Each rewrites the file: the 150th may take a few times the first, not a hundred times."""
+    seconds = []
+    for step in range(150):
+        start = time.process_time()
+        append_evaluation(tmp_path / "x", make_table(step))
+        seconds.append(time.process_time() - start)
+    assert statistics.median(seconds[-20:]) < 6 * statistics.median(seconds[10:30])
+    assert (tmp_path / "x").stat().st_size < 150 * 500
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path):

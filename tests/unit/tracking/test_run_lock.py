@@ -10,8 +10,8 @@ import time
 import pytest
 
 from trainer.config.errors import UserError
+from trainer.config.files import open_for_append, write_atomically
 from trainer.tracking import run_lock
-from trainer.tracking.files import open_for_append, write_atomically
 from trainer.tracking.jsonl import JsonlLogger
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.run_folder import is_unused, write_run_json

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError, escape_controls
+from trainer.config.files import write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, make_result, ok_result
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
-from trainer.tracking.files import write_atomically
+from trainer.tracking.jsonl import METRICS_FILE
 from trainer.tracking.records import from_line
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.checkpoint import Checkpoint, find_changed_records, iter_checked_checkpoints
 
 DAMAGED_FOLDER = "damaged"  #: in the run folder: what was moved aside
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,8 @@ class RunInspection:
     metadata: dict[str, Any] | None = None
     num_rows: int | None = None  #: readable rows of metrics.jsonl, where all are
     is_running: bool = False
-    rows_change: str | None = None  #: how the rows differ from those that the newest checkpoint knows
+    has_changed_rows: bool = False  #: against what the newest checkpoint knows of them
+    has_whole_evaluations: bool = True
 
     def add(self, name: str, problem: str | None, message: str, *, path: Path | None = None, remedy: str = "") -> None:
         """One thing that was looked at: `problem`, or None and what there is to say of it."""
@@ -58,6 +59,7 @@ def inspect_run(folder: Path) -> RunInspection:
             inspection.newest = checkpoint
     _check_rows(inspection)
     _check_eval_records(inspection)
+    _check_unchanged(inspection)
     for path in sorted(path for name in ("model", "base") for path in (folder / name).glob("*.safetensors")):
         problem = weights_file_problem(path)
         inspection.add(str(path.relative_to(folder)), problem, "a whole safetensors file", remedy="export again")
@@ -95,10 +97,6 @@ def _check_rows(inspection: RunInspection) -> None:
     problem = problems[0] + more if problems else None
     inspection.add(METRICS_FILE, problem, f"{num_rows} rows", path=path if path.is_file() else None)
     inspection.num_rows = None if problem and path.exists() else num_rows
-    if inspection.newest is not None:
-        inspection.rows_change = find_changed_records(path, inspection.newest)
-        message = f"as they were when {inspection.newest.folder.name} was saved"
-        inspection.add("rows", inspection.rows_change, message)
 
 
 def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:
@@ -121,6 +119,17 @@ def _check_eval_records(inspection: RunInspection) -> None:
         inspection.add(EVAL_RECORDS_FILE, None, f"{len(read_eval_records(path))} rows")
     except (OSError, UserError) as error:
         inspection.add(EVAL_RECORDS_FILE, f"cannot be read: {str(error).splitlines()[0]}", "", path=path)
+        inspection.has_whole_evaluations = False
+
+
+def _check_unchanged(inspection: RunInspection) -> None:
+    """Whether the rows are those that the newest checkpoint knows."""
+    if inspection.newest is None:
+        return
+    changes = find_changed_records(inspection.folder, inspection.newest)
+    inspection.has_changed_rows = bool(changes)
+    message = f"as they were when {inspection.newest.folder.name} was saved"
+    inspection.add("rows", "; ".join(f"{name}: {change}" for name, change in changes.items()) or None, message)
 
 
 def judge_uses(inspection: RunInspection) -> list[CheckResult]:
@@ -128,11 +137,12 @@ def judge_uses(inspection: RunInspection) -> list[CheckResult]:
     no_metadata = "" if inspection.metadata is not None else "run.json cannot be read"
     no_checkpoint = "" if inspection.newest is not None else "no whole checkpoint"
     source = inspection.newest.folder.name if inspection.newest else ""
-    rows_note = " with --allow-change records" if inspection.rows_change else ""
+    rows_note = " with --allow-change records" if inspection.has_changed_rows else ""
     unreadable = "" if inspection.num_rows is not None else f"{METRICS_FILE} has lines that are no records"
+    damaged = unreadable or ("" if inspection.has_whole_evaluations else f"{EVAL_RECORDS_FILE} is damaged")
     running = "it is running" if inspection.is_running else ""
     blockers = {
-        "resume": (no_metadata or running or no_checkpoint or unreadable, f"from {source}{rows_note}"),
+        "resume": (no_metadata or running or no_checkpoint or damaged, f"from {source}{rows_note}"),
         "export": (no_metadata or no_checkpoint, f"of {source}"),
         "compare": (no_metadata or ("" if inspection.num_rows else unreadable or "no rows"), "yes"),
     }

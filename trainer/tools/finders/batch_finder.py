@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import TrainingError, UserError
+from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.process_group import find_free_port
 from trainer.tools.finders.batch_size_worker import OUT_OF_MEMORY_EXIT_CODE
 from trainer.tools.finders.batch_sizes import EQUAL_SPEED_SHARE, TrialResult, candidate_sizes, fastest, next_sizes
-from trainer.tracking.files import write_atomically
 from trainer.training.memory_check import estimate_plan, free_host_bytes, required_bytes
 from trainer.training.run_plan import RunPlan
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from trainer.config.cli import LRRange
 from trainer.config.errors import UserError
+from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.steppers import NonFiniteError
 from trainer.report.lr_range_plot import plot_lr_range_test
 from trainer.tools.finders.lr_curve import LRSuggestion, geometric_lrs, has_diverged, smooth, smoothing_beta, suggest_lr
-from trainer.tracking.files import write_atomically
 from trainer.training.run_plan import RunPlan
 from trainer.training.schedule import TrainSchedule
 

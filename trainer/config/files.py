@@ -1,4 +1,4 @@
-"""Files of a run folder, written whole or not at all and never through somebody's link."""
+"""Files written whole or not at all, on the disk when that is said, and never through somebody's link."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ def replace_atomically(path: Path) -> Iterator[int]:
         with contextlib.suppress(OSError):
             os.unlink(temporary_path)
         raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -49,9 +49,9 @@ def open_for_append(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Hand the names in a folder to the disk."""
-    file = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Hand a file, or the names in a folder, to the disk."""
+    file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     finally:
