@@ -1,20 +1,21 @@
 """JSON that somebody else may have written or damaged: read whole, or refused in one line."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """The value of a JSON text; ValueError with a one-line reason for anything that is not JSON.
 
     json itself also raises RecursionError for deep nesting; integers beyond the interpreter's limit of digits and
     bytes that are not UTF-8 are ValueErrors already. NaN and Infinity, which json takes, are not JSON.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=object_pairs_hook)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError as error:

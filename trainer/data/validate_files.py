@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.config.files import write_atomically
+from trainer.config.json_file import read_json_object
 from trainer.data import readers
 from trainer.data.readers import MAX_LINE_BYTES, READ_ERRORS, open_bytes
 from trainer.data.sources import COMPRESSIONS, Source
@@ -78,8 +80,8 @@ def remembered_fingerprint(
     current_stamp = stamp(file)
     key = os.fsencode(f"{_RECORD_VERSION} {purpose} {file.absolute()}")
     record_file = cache / "files" / hashlib.sha256(key).hexdigest()
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = json.loads(record_file.read_text())
+    with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        record = read_json_object(record_file)
         if tuple(record["stamp"]) == current_stamp and len(bytes.fromhex(record["sha256"])) == 32:
             return FileFingerprint(current_stamp, record["sha256"])
     fingerprint = FileFingerprint(current_stamp, compute_sha256(file))
@@ -91,9 +93,7 @@ def remembered_fingerprint(
 def _save_record(path: Path, record: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # it only saves time
         path.parent.mkdir(parents=True, exist_ok=True)
-        temp_path = path.with_name(f"{path.name}.{os.getpid()}")
-        temp_path.write_text(json.dumps(record))
-        os.replace(temp_path, path)
+        write_atomically(path, json.dumps(record))
 
 
 def _check_text(source: Source, file: Path) -> str:

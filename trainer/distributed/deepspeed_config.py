@@ -10,6 +10,7 @@ from typing import Any
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
+from trainer.config.json_file import parse_json
 from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_model_states
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"
@@ -69,8 +70,8 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
     if not path.is_file():
         raise UserError(f"--ds-config {name}: no such file; pass {', '.join(DS_CONFIG_NAMES)} or a path to a JSON file")
     try:
-        content = json.loads(path.read_text(), object_pairs_hook=_reject_duplicate_keys)
-    except ValueError as error:
+        content = parse_json(path.read_bytes(), _reject_duplicate_keys)
+    except (OSError, ValueError) as error:
         raise UserError(f"--ds-config {path}: not JSON: {error}") from error
     _validate_keys(path, content)
     return DeepSpeedFile(name=name if name in DS_CONFIG_NAMES else path.stem, content=content, reason=reason)

@@ -178,7 +178,7 @@ def _give_up(message: str, *, is_reporting_rank: bool = True) -> NoReturn:
 
 def _host_identity() -> str:
     try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:  # not Linux
         boot_id = f"{uuid.getnode():x}"
     return f"{socket.gethostname()}/{boot_id}"

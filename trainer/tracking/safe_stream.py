@@ -16,7 +16,7 @@ class SafeStream:
     """
 
     def __init__(self, stream: TextIO | None):
-        self._stream = stream if stream is not None else open(os.devnull, "w")  # noqa: SIM115 - lives as long as we do
+        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as we do
         with contextlib.suppress(AttributeError, ValueError):  # a stream of its own kind, or closed
             self._stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
@@ -46,7 +46,7 @@ class SafeStream:
         """Let what is still in the buffer go nowhere too: Python would fail on it at its exit."""
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        self._stream = open(os.devnull, "w")  # noqa: SIM115
+        self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -65,7 +65,7 @@ def describe_hardware(dist_context: DistContext) -> dict[str, Any]:
 def cpu_name() -> str:
     """What the processor calls itself."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

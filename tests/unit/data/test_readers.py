@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 
-import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import data_helpers as samples

@@ -1,6 +1,5 @@
 """Files, folders and saved data sets are taken for the split that they are named; test is never trained on."""
 
-import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import data_helpers as samples

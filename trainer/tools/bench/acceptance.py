@@ -77,7 +77,7 @@ def build_parts(folder: Path) -> dict[str, list[str]]:
 def write_rows(path: Path) -> None:
     """Rows of token ids that count upwards from a random start: learnable, and no tokenizer is needed."""
     rng = random.Random(0)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for _ in range(CARD_ROWS):
             start = rng.randrange(CARD_VOCABULARY)
             row = [(start + position) % CARD_VOCABULARY for position in range(CARD_WIDTH)]
@@ -92,8 +92,8 @@ def run_parts(parts: Mapping[str, Sequence[str]], folder: Path, limit_seconds: f
         results.append(_run_part(name, command, folder / f"{name}.log", deadline))
         print(_describe(results[-1]), flush=True)
         content = [asdict(result) for result in results]
-        (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-        (folder / "results.md").write_text(format_table(results))
+        (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (folder / "results.md").write_text(format_table(results), encoding="utf-8")
     return int(any(result.exit_code != 0 for result in results))
 
 
@@ -101,7 +101,7 @@ def _run_part(name: str, command: Sequence[str], log_path: Path, deadline: float
     start_time = time.monotonic()
     if deadline <= start_time:
         return PartResult(name=name, exit_code=None, elapsed_seconds=0.0, last_line="not begun: the time was used up")
-    with open(log_path, "w") as log_file:
+    with open(log_path, "w", encoding="utf-8") as log_file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT,
             start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -112,7 +112,9 @@ def _run_part(name: str, command: Sequence[str], log_path: Path, deadline: float
             exit_code = None
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    ]
     last_line = "cut off" if exit_code is None else (lines or ["no output"])[-1][:200]
     elapsed_seconds = time.monotonic() - start_time
     return PartResult(name=name, exit_code=exit_code, elapsed_seconds=elapsed_seconds, last_line=last_line)

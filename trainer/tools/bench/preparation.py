@@ -59,7 +59,7 @@ def measure(megabytes: int, model: str) -> str:
 def write_text(path: Path, size: int) -> None:
     """A text file of about `size` bytes, one record a line."""
     lines = [document.replace("\n", " ") for document in itertools.islice(documents(7), 20_000)]
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         line_number = 0
         while file.tell() < size:
             # numbered, so that no record stands there twice
@@ -98,4 +98,4 @@ class PeakMemorySampler:
 
 def resident_bytes() -> int:
     """Bytes of memory that this process holds now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()

@@ -28,8 +28,10 @@ def run_benchmarks(configs: Sequence[BenchmarkConfig], *, rounds: int, output_di
     rows, ceiling = run_rounds(configs, rounds=rounds)
     environment = _describe_environment(configs[0], rounds, ceiling)
     text = format_markdown(rows, environment)
-    (output_dir / "bench.json").write_text(json.dumps({"facts": environment, "rows": rows}, indent=1) + "\n")
-    (output_dir / "bench.md").write_text(text)
+    (output_dir / "bench.json").write_text(
+        json.dumps({"facts": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
+    (output_dir / "bench.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\n{output_dir / 'bench.json'} has every window")
     return int(any(row["problem"] for row in rows))
 
@@ -81,7 +83,9 @@ def _run_job(kind: str, config: BenchmarkConfig) -> dict[str, Any]:
                 for process in processes:
                     process.kill()
         if any(exit_codes) or not result_file.exists():
-            lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+            lines = [
+                line for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+            ]
             raise TrainingError(f"failed: {lines[-1][:200] if lines else 'without a word'}")
         return dict(json.loads(result_file.read_text()))
 

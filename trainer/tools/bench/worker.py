@@ -27,11 +27,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(job_file: str) -> None:
     """Do the job that the file names and write its result beside it."""
     silence_libraries()
-    job = json.loads(Path(job_file).read_text())
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     config = BenchmarkConfig(**job["variant"])
     result = measure_ceiling(config) if job["kind"] == "ceiling" else measure(config)
     if result is not None:
-        Path(job["result"]).write_text(json.dumps(result))
+        Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def measure(config: BenchmarkConfig) -> dict[str, Any] | None:

@@ -172,5 +172,5 @@ def write_files(folder: Path, files: Iterable[LaunchFile]) -> None:
         path = folder / file.name
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, file.mode)
-        with open(descriptor, "w") as stream:
+        with open(descriptor, "w", encoding="utf-8") as stream:
             stream.write(file.content)

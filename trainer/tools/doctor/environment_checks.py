@@ -254,6 +254,6 @@ def check_forwarded_variables(environ: Mapping[str, str], is_multi_node: bool) -
 
 def _read_variable_names(path: Path) -> Iterable[str]:
     try:
-        return [line.split("=", 1)[0].strip() for line in path.read_text().splitlines() if "=" in line]
+        return [line.split("=", 1)[0].strip() for line in path.read_text(encoding="utf-8").splitlines() if "=" in line]
     except OSError:
         return []

@@ -115,7 +115,7 @@ class SmokeTest:
         }  # fmt: skip
         argv = to_argv(self.cli_args, data=overrides.get("data", {}), train=train_overrides, output=output_overrides)
         start_time = time.monotonic()
-        with open(run_folder.parent / "output", "w+") as log_file:
+        with open(run_folder.parent / "output", "w+", encoding="utf-8") as log_file:
             process = subprocess.Popen(
                 [sys.executable, *launcher_argv, str(TRAIN_SCRIPT), *argv, *extra_argv], stdout=log_file,
                 stderr=subprocess.STDOUT,
@@ -216,7 +216,7 @@ def _sample_overrides(
         characters_left = max_characters[split]
         if argument is None:
             characters_left += max_characters["train"]  # the validation sample is what follows that of training
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             for sourced_record in readers.records(source):
                 line = json.dumps(sourced_record.record, default=str)
                 if argument is not None or characters_left < max_characters["val"]:

@@ -126,7 +126,7 @@ def _watch_worker(plan: RunPlan, folder: Path, port: int) -> tuple[int | None, s
         "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the processes meet on a port of their own
-    with open(folder / "output", "w+") as log_file:
+    with open(folder / "output", "w+", encoding="utf-8") as log_file:
         process = subprocess.Popen(
             [*WORKER_COMMAND, str(folder / "job.json")],
             stdin=subprocess.PIPE,
@@ -169,7 +169,7 @@ def _answer_size(folder: Path, rank: int) -> int:
 
 def _read_answers(path: Path) -> dict[int, dict[str, Any]]:
     try:
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
         return {}
     return {row["micro_batch_size"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}

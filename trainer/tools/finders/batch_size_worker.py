@@ -33,7 +33,7 @@ NUM_TIMED_STEPS = 2  # timed steps, after those that warm up and show whether it
 
 def main(job_file: str) -> int:
     """Try the job's sizes in order; one JSON line each goes to the job's answer. Returns the exit code."""
-    job = json.loads(Path(job_file).read_text())
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     dist_context = init_distributed()
     settings = Settings.from_dict(job["settings"])
     dataset = load(Path(job["data"])).train
@@ -45,7 +45,7 @@ def main(job_file: str) -> int:
             settings.train,
             ExecutionPlan(**job["execution"]),
         )
-        with open(f"{job['answer']}-{dist_context.rank}", "a", buffering=1) as answer_file:
+        with open(f"{job['answer']}-{dist_context.rank}", "a", encoding="utf-8", buffering=1) as answer_file:
             for micro_batch_size in job["sizes"]:
                 gradient_accumulation_steps = settings.train.global_batch // (
                     micro_batch_size * dist_context.world_size

@@ -27,7 +27,7 @@ from trainer.tools.study.rule import MIN_ANSWER_SEEDS, MIN_UNITS, PRIMARY, Rule
 from trainer.tools.study.search import SearchOutcome, StudyState, TrialSpec
 from trainer.tools.study.worker import run_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
-from trainer.tracking.files import write_atomically
+from trainer.config.files import write_atomically
 
 ANSWER_FILE = "answer.json"
 REFUSED_EXIT_CODE = 3

@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.config.files import write_atomically
+from trainer.config.json_file import parse_json
 from trainer.report.margin import Margin
 
 RULE_FILE = "rule.json"
@@ -135,9 +136,7 @@ def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if leftover := next(iter(folder.iterdir()), None):
             raise UserError(f"{folder} holds {leftover.name} and no study; name an empty folder with --output-dir")
-        temporary_path = folder / f".{RULE_FILE}.{os.getpid()}"
-        temporary_path.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary_path, path)
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot write there ({error.strerror}); name another folder") from error
 
@@ -146,7 +145,7 @@ def read_rule(folder: Path) -> tuple[Rule, str]:
     """(rule, working folder of the study); UserError where there is none, or it was changed since it was hashed."""
     path = folder / RULE_FILE
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_bytes())
         rule, working_dir, digest = Rule.from_dict(content["rule"]), str(content["working_dir"]), content["sha256"]
     except FileNotFoundError:
         raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one") from None

@@ -146,7 +146,7 @@ class TrialRunner:
         folder.parent.mkdir(parents=True, exist_ok=True)
         start_time = time.monotonic()
         log_path = folder.with_name(f"{folder.name}.log")
-        with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        with open(folder.with_name(f"{folder.name}.lock"), "w", encoding="utf-8") as lock:
             if not self._wait_for_lock(lock, claim):  # what a dead worker started may still be writing there
                 return TrialResult()
             if (loss := final_loss(folder)) is not None:  # its worker died between its end and the note of it
@@ -202,7 +202,9 @@ def final_loss(folder: Path) -> float | None:
 
 def last_log_line(log_path: Path, exit_code: int) -> str:
     """What a failed run said last."""
-    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    ]
     errors = [line for line in lines if line.startswith("error: ")]
     reason = (errors or lines or [""])[-1].removeprefix("error: ")[:300]
     if exit_code < 0:
