@@ -1,5 +1,6 @@
 """Tables below the fold: settings that differ and agree, what runs noticed, generated texts and their scores."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def build_generation_table(groups: Sequence[SeedGroup]) -> Table:
         evaluations = (run.generations[0], run.generations[-1])
         for texts in zip(*(evaluation.get("texts", ()) for evaluation in evaluations), strict=False):
             first, last = (
-                f"(epoch {evaluation['epoch']:.4g}) {text['completion']}"
+                f"(epoch {evaluation.get('epoch', math.nan):.4g}) {text['completion']}"
                 for evaluation, text in zip(evaluations, texts, strict=True)
             )
             rows.append(
@@ -62,7 +63,7 @@ def build_score_table(groups: Sequence[SeedGroup]) -> Table:
         name: SCORE_HEADINGS.get(name, name) for name in names
     }
     rows = [
-        {"run": run.name, "epoch": event["epoch"], "texts": event.get("scored"), **event["scores"]}
+        {"run": run.name, "epoch": event.get("epoch"), "texts": event.get("scored"), **event["scores"]}
         for run, event in scored
     ]
     formats: dict[str, Format] = {"epoch": format_short, "texts": format_count, **dict.fromkeys(names, format_loss)}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord
+from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord, is_number
 
 #: columns of one kind of record, each an array of float64 of the same length; NaN where a row lacks the value
 Series = dict[str, NDArray[np.float64]]
@@ -37,7 +37,7 @@ class RunData:
     steps: Series
     evals: Series
     epochs: Series
-    summary: Mapping[str, Any] = field(default_factory=dict)  #: the facts of the `finished` event
+    summary: Mapping[str, Any] = field(default_factory=dict)  #: the numbers of the `finished` event
     state: str = "finished"  #: finished, going or stopped
     diagnostics: tuple[tuple[int, str], ...] = ()  #: (step, line) of what the run noticed of itself
     generations: tuple[Mapping[str, Any], ...] = ()  #: of each evaluation: epoch, texts, and scores where asked for
@@ -104,7 +104,7 @@ def to_series(rows: Iterable[Mapping[str, Any]], column_names: tuple[str, ...]) 
 def _to_float(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.nan
 
 
@@ -140,7 +140,7 @@ def build_run(source: str, metadata: Mapping[str, Any], records: RunRecords, run
         raise RunReadError(f"mode {mode!r} in its settings: expected full or lora")
     if not len(records.steps["step"]) and not len(records.evals["step"]):
         raise RunReadError("no metrics: neither a step nor an evaluation was written")
-    summary = next((event.get("facts") or {} for event in reversed(events) if event.get("event") == "finished"), None)
+    facts = next((event.get("facts") for event in reversed(events) if event.get("event") == "finished"), None) or {}
     run = RunData(
         source=source,
         run_id=str(run_id or metadata.get("run_id") or source),
@@ -150,19 +150,36 @@ def build_run(source: str, metadata: Mapping[str, Any], records: RunRecords, run
         steps=drop_superseded_rows(records.steps),
         evals=drop_superseded_rows(records.evals),
         epochs=drop_superseded_rows(records.epochs),
-        summary=summary or {},
+        summary={name: value for name, value in facts.items() if is_number(value) or isinstance(value, bool)},
         diagnostics=tuple(
             (int(event.get("step") or 0), str(event.get("message")))
             for event in events
             if event.get("event") == "diagnosis"
         ),
-        generations=tuple(event.get("facts") or {} for event in events if event.get("event") == "samples"),
-        retained=tuple(float(event["facts"]["loss"]) for event in events if event.get("event") == "retain_evaluation"),
+        generations=tuple(_read_generations(event) for event in events if event.get("event") == "samples"),
+        retained=tuple(
+            float(loss)
+            for event in events
+            if event.get("event") == "retain_evaluation" and is_number(loss := (event.get("facts") or {}).get("loss"))
+        ),
         notes=tuple(records.notes),
         eval_records_path=records.eval_records_path,
     )
     run = dataclasses.replace(run, state=_state(run, events, records.age_seconds))
     return dataclasses.replace(run, notes=(*run.notes, *_missing_data_notes(run, events)))
+
+
+def _read_generations(event: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an evaluation generated: epoch, texts, and scores where asked for; what is not of that form is left out."""
+    facts, names = event.get("facts") or {}, ("prompt", "completion", "reference")
+    texts, scores = facts.get("texts"), facts.get("scores")
+    texts = [text for text in texts if isinstance(text, Mapping)] if isinstance(texts, list) else []
+    scores = scores if isinstance(scores, Mapping) else {}
+    return {
+        **{name: facts[name] for name in ("epoch", "scored") if is_number(facts.get(name))},
+        "texts": [text for text in texts if all(isinstance(text.get(name), str) for name in names)],
+        "scores": {name: value for name, value in scores.items() if is_number(value)},
+    }
 
 
 def _state(run: RunData, events: list[Mapping[str, Any]], age_seconds: float) -> str:

@@ -1,6 +1,5 @@
 """Reading a run back from its folder: run.json, metrics.jsonl, and where the losses of each record lie."""
 
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.config.json_file import parse_json
 from trainer.config.run_metadata import read_run_metadata
 from trainer.report.run_data import (
     EPOCH_FIELDS,
@@ -21,9 +21,9 @@ from trainer.report.run_data import (
     build_run,
     to_series,
 )
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE
+from trainer.tracking.records import to_record
 
-EVAL_RECORDS_FILE = "eval_records.parquet"  # of trainer.tracking.eval_records, which imports more than a report needs
-_KINDS = ("step", "eval", "epoch", "event")
 _STEP_PREFIX = b'{"kind": "step"'
 _CHUNK_BYTES = 64_000_000  # of metrics.jsonl at a time, so that memory does not grow with its length
 
@@ -112,11 +112,9 @@ def _parse_json(lines: Iterable[bytes]) -> tuple[list[dict[str, Any]], int]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and row.get("kind") in _KINDS:
+            row = parse_json(line)
+            to_record(row)
             rows.append(row)
-        else:
+        except ValueError:
             num_bad += 1
     return rows, num_bad

@@ -99,10 +99,14 @@ def to_line(record: Record) -> str:
 
 def from_line(line: str) -> Record:
     """The record of one line; ValueError where it is not one. Unknown fields are left out, for later versions."""
-    row = parse_json(line)
+    return to_record(parse_json(line))
+
+
+def to_record(row: Any) -> Record:
+    """The record of a row of JSON; ValueError where it is not one."""
     cls: Any = RECORD_CLASSES.get(str(row.get("kind"))) if isinstance(row, dict) else None
     if cls is None:
-        raise ValueError(f"not a record: {line[:80]!r}")
+        raise ValueError(f"not a record: {json.dumps(row)[:80]}")
     values = {column.name: row[column.name] for column in fields(cls) if column.name in row}
     for column in fields(cls):
         if column.name in values and not _is_valid(values[column.name], column.type):
@@ -111,10 +115,15 @@ def from_line(line: str) -> Record:
     try:
         return cls(**values)
     except TypeError as error:
-        raise ValueError(f"not a whole record: {line[:80]!r}") from error
+        raise ValueError(f"not a whole record: {json.dumps(row)[:80]}") from error
 
 
 _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", dict[str, Any]: "an object"}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_valid(value: Any, expected: Any) -> bool:
@@ -122,7 +131,7 @@ def _is_valid(value: Any, expected: Any) -> bool:
     if isinstance(expected, UnionType):
         return any(_is_valid(value, member) for member in expected.__args__)
     if expected is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return is_number(value)
     return type(value) is (get_origin(expected) or expected)
 
 
