@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_origin
+from typing import Any, TypeGuard, get_origin
 
 from trainer.config.json_file import parse_json
 
@@ -121,7 +121,7 @@ def to_record(row: Any) -> Record:
 _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", dict[str, Any]: "an object"}
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a finite number."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 

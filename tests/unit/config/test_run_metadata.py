@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from hypothesis import strategies as st
 
 from tests.helpers.fake_runs import make_metadata
@@ -24,11 +24,6 @@ def list_paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]
 
 
 PATHS = list_paths(METADATA)
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
-    max_leaves=6,
-)
 
 
 def edit(path: str, value: Any = ...) -> dict[str, Any]:
@@ -122,9 +117,15 @@ def test_a_folder_without_run_json_or_with_something_else_in_its_place_is_refuse
         read_run_metadata(tmp_path / "run.json")
 
 
-@settings(max_examples=400, deadline=None)
-@given(edits=st.lists(st.tuples(st.sampled_from(PATHS), st.none() | JSON_VALUES.map(lambda v: [v])), max_size=3))
-def test_any_edit_of_run_json_is_accepted_or_one_line(edits):
+EDITS = st.lists(st.tuples(st.sampled_from(PATHS), st.none() | JSON_VALUES.map(lambda v: [v])), max_size=3)
+
+
+@many_inputs(300)
+def test_any_edit_of_run_json_is_accepted_or_one_line(num_inputs):
+    check_inputs(num_inputs, check_edited, EDITS)
+
+
+def check_edited(edits: list[tuple[list[str], list[Any] | None]]) -> None:
     """An edit removes a key (None) or puts a value there; what is accepted can be made settings of."""
     metadata = copy.deepcopy(METADATA)
     for (*sections, key), replacement in edits:
@@ -146,11 +147,12 @@ def test_any_edit_of_run_json_is_accepted_or_one_line(edits):
         assert Settings.from_dict(accepted["settings"]).as_dict().keys() == METADATA["settings"].keys()
 
 
-@settings(max_examples=200, deadline=None)
-@given(content=JSON_VALUES | st.binary(max_size=40))
-def test_any_content_of_the_file_is_one_line(content, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "any-run.json"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    with pytest.raises(UserError) as caught:
-        read_run_metadata(path)
-    assert "\n" not in escape_controls(str(caught.value))
+@many_inputs(200)
+def test_any_content_of_the_file_is_one_line(num_inputs, tmp_path):
+    def check(content):
+        (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        with pytest.raises(UserError) as caught:
+            read_run_metadata(tmp_path / "run.json")
+        assert "\n" not in escape_controls(str(caught.value))
+
+    check_inputs(num_inputs, check, JSON_VALUES | st.binary(max_size=40))

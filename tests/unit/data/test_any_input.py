@@ -4,8 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import pytest
-from hypothesis import given, settings
+from helpers.any_inputs import check_inputs, many_inputs
 from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
@@ -64,36 +63,16 @@ def read_or_refuse(name, content, options):
         assert "\x1b" not in refusal
 
 
-def check_bytes(name, content, options):
-    read_or_refuse(name, content, options)
-
-
 def check_records(name, records, options):
     text = json.dumps(records) if name == "a.json" else "".join(json.dumps(record) + "\n" for record in records)
     read_or_refuse(name, text.encode(), options)
 
 
-@settings(max_examples=300, deadline=None)
-@given(NAMES, BYTES, TEMPLATES)
-def test_any_bytes_are_read_or_refused_in_one_line(name, content, options):
-    check_bytes(name, content, options)
+@many_inputs(200)
+def test_any_bytes_are_read_or_refused_in_one_line(num_inputs):
+    check_inputs(num_inputs, read_or_refuse, NAMES, BYTES, TEMPLATES)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(["a.jsonl", "a.json"]), RECORDS, TEMPLATES)
-def test_any_json_records_are_read_or_refused_in_one_line(name, records, options):
-    check_records(name, records, options)
-
-
-@pytest.mark.sweep
-@settings(max_examples=10_000, deadline=None)
-@given(NAMES, BYTES, TEMPLATES)
-def test_many_bytes_are_read_or_refused_in_one_line(name, content, options):
-    check_bytes(name, content, options)
-
-
-@pytest.mark.sweep
-@settings(max_examples=10_000, deadline=None)
-@given(st.sampled_from(["a.jsonl", "a.json"]), RECORDS, TEMPLATES)
-def test_many_json_records_are_read_or_refused_in_one_line(name, records, options):
-    check_records(name, records, options)
+@many_inputs(200)
+def test_any_json_records_are_read_or_refused_in_one_line(num_inputs):
+    check_inputs(num_inputs, check_records, st.sampled_from(["a.jsonl", "a.json"]), RECORDS, TEMPLATES)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from helpers import data_helpers as samples
-from hypothesis import HealthCheck, given, settings
+from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from hypothesis import strategies as st
 
 from trainer.config.schema import DataSettings
@@ -114,13 +114,6 @@ def facts_file(tmp_path_factory):
     return path
 
 
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
-
-
 def check_any_facts(facts_file, place, value):
     """facts.json with one value in another's place is read or refused by ValueError, never anything else."""
     content = json.loads(facts_file.read_text())
@@ -147,26 +140,20 @@ PLACES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(PLACES, JSON_VALUES)
-def test_any_value_in_the_facts_is_read_or_refused(facts_file, place, value):
-    check_any_facts(facts_file, place, value)
+@many_inputs(300)
+def test_any_value_in_the_facts_is_read_or_refused(facts_file, num_inputs):
+    check_inputs(num_inputs, lambda place, value: check_any_facts(facts_file, place, value), PLACES, JSON_VALUES)
 
 
-@pytest.mark.sweep
-@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(PLACES, JSON_VALUES)
-def test_any_of_many_values_in_the_facts_is_read_or_refused(facts_file, place, value):
-    check_any_facts(facts_file, place, value)
+@many_inputs(200)
+def test_any_bytes_for_the_facts_are_refused(facts_file, num_inputs):
+    def check(content):
+        path = facts_file.with_name("bytes.json")
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not prepared data"):
+            store.read_manifest(path)
 
-
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=200))
-def test_any_bytes_for_the_facts_are_refused(facts_file, content):
-    path = facts_file.with_name("bytes.json")
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="is not prepared data"):
-        store.read_manifest(path)
+    check_inputs(num_inputs, check, st.binary(max_size=200))
 
 
 @pytest.mark.sweep

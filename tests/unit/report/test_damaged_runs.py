@@ -4,8 +4,8 @@ import copy
 import json
 
 import pytest
+from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, write_run_folder
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trainer.report import markdown
@@ -19,12 +19,8 @@ SAMPLES = {
 }  # fmt: skip
 METADATA = make_metadata("lora")
 ROWS = [json.loads(to_line(row)) for row in make_records(METADATA)][-60:]
-ROWS.insert(-1, json.loads(to_line(EventRecord(event="samples", step=9, message="", time=1.0, facts=SAMPLES))))
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
-    max_leaves=5,
-)
+for name, facts in (("samples", SAMPLES), ("retain_evaluation", {"loss": 2.0})):
+    ROWS.insert(-1, json.loads(to_line(EventRecord(event=name, step=9, message="", time=1.0, facts=facts))))
 
 
 def list_places(value, place=()):
@@ -72,17 +68,9 @@ EDITS = [
 ]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(*EDITS)
-def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(whole_run, metadata_edits, row_edits):
-    check_comparison(whole_run, metadata_edits, row_edits)
-
-
-@pytest.mark.sweep
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(*EDITS)
-def test_any_of_many_values_in_the_files_of_a_run_is_compared_or_left_out(whole_run, metadata_edits, row_edits):
-    check_comparison(whole_run, metadata_edits, row_edits)
+@many_inputs(60)
+def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(whole_run, num_inputs):
+    check_inputs(num_inputs, lambda run_json, rows: check_comparison(whole_run, run_json, rows), *EDITS)
 
 
 def test_the_samples_of_a_whole_run_are_shown(whole_run):

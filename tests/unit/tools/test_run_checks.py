@@ -1,5 +1,6 @@
 """A run folder is read whole: what is damaged is named, what it is still good for is said, nothing is deleted."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from helpers.any_inputs import check_inputs, many_inputs
 from helpers.fake_runs import make_metadata
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -152,15 +153,27 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     assert uses(tmp_path)["compare"] == "not possible: run.json cannot be read"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_no_damage_to_any_file_ends_in_a_traceback(whole_run, tmp_path_factory, data):
-    folder = Path(shutil.copytree(whole_run, tmp_path_factory.mktemp("damage") / "run"))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2)):
-        content = bytearray(path.read_bytes())
-        start = data.draw(st.integers(0, max(0, len(content) - 1)))
-        content[start : start + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
-        path.write_bytes(content)
-    run_check(folder, as_json=True, should_move=True)
-    shutil.rmtree(folder)
+DAMAGE = st.tuples(st.integers(0, 10**6), st.integers(0, 40), st.binary(max_size=40))
+
+
+@many_inputs(100)
+def test_no_damage_to_any_file_ends_in_a_traceback_or_loses_a_byte(whole_run, tmp_path, num_inputs, capsys):
+    """Also what reads the checkpoints alone; whatever stood in a file still stands in one after it was moved aside."""
+    files = sorted(path.relative_to(whole_run) for path in whole_run.rglob("*") if path.is_file())
+
+    def check(damages):
+        folder = Path(shutil.copytree(whole_run, tmp_path / "run"))
+        for name, (start, length, replacement) in damages.items():
+            content = bytearray((folder / name).read_bytes())
+            start %= len(content)
+            content[start : start + length] = replacement
+            (folder / name).write_bytes(content)
+        contents = {path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with contextlib.suppress(UserError):
+            checkpoint.resolve_checkpoint(folder / "checkpoints", "latest")
+        run_check(folder, as_json=True, should_move=True)
+        assert contents <= {path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        shutil.rmtree(folder)
+
+    check_inputs(num_inputs, check, st.dictionaries(st.sampled_from(files), DAMAGE, min_size=1, max_size=2))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from helpers.any_inputs import check_inputs, many_inputs
 from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
@@ -146,17 +146,20 @@ def test_a_damaged_file_is_one_line(tmp_path, content):
     assert "\n" not in str(e.value)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=8))
-def test_any_damage_to_the_file_is_noticed_when_it_is_read(whole_file, position, damage):
+@many_inputs(200)
+def test_any_damage_to_the_file_is_noticed_when_it_is_read(whole_file, num_inputs):
     """What is read is what was written, or it is refused; some bytes of the file are neither rows nor their list."""
-    content = bytearray(whole_file.read_bytes())
-    position %= len(content)
-    content[position : position + len(damage)] = damage
-    path = whole_file.with_name("damaged")
-    path.write_bytes(content)
-    with contextlib.suppress(UserError):
-        assert read_eval_records(path).equals(read_eval_records(whole_file))
+    written, path = read_eval_records(whole_file), whole_file.with_name("damaged")
+
+    def check(position, damage):
+        content = bytearray(whole_file.read_bytes())
+        position %= len(content)
+        content[position : position + len(damage)] = damage
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert read_eval_records(path).equals(written)
+
+    check_inputs(num_inputs, check, st.integers(0, 10**6), st.binary(min_size=1, max_size=8))
 
 
 @pytest.fixture(scope="module")
