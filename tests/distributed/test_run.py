@@ -16,6 +16,8 @@ from trainer.config.settings import Settings
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
 from trainer.training.schedule import TrainSchedule
 
+SECRETS = {"WANDB_API_KEY": "f00dfeed" * 5, "HF_TOKEN": "hf_" + "Tq9" * 12, "HUB_PASSWORD": "correct-horse-battery"}
+
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def finished_run(request, tiny_model, data_files, tmp_path_factory) -> dict[str, Any]:
@@ -23,7 +25,9 @@ def finished_run(request, tiny_model, data_files, tmp_path_factory) -> dict[str,
     out = tmp_path_factory.mktemp("run") / request.param
     text = f"--mode {request.param} --objective completion --block-size 32 --global-batch 4 --micro-batch 1 --epochs 2"
     text += " --eval-every 3 --wandb offline --lr 1e-2 --report-to tensorboard --profile 2"
-    output = train(tiny_argv(tiny_model, data_files, text), out=out, world_size=2, env={"WANDB_MODE": "offline"})
+    output = train(
+        tiny_argv(tiny_model, data_files, text), out=out, world_size=2, env={"WANDB_MODE": "offline", **SECRETS}
+    )
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     metadata = json.loads((out / "run.json").read_text())
     return {"mode": request.param, "out": out, "rows": records, "output": output, "about": metadata}
@@ -31,6 +35,15 @@ def finished_run(request, tiny_model, data_files, tmp_path_factory) -> dict[str,
 
 def records_of_kind(finished_run: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [record for record in finished_run["rows"] if record["kind"] == kind]
+
+
+def test_no_key_or_token_of_the_environment_is_written_or_printed(finished_run):
+    """Also in the W&B and TensorBoard files, the profile and the model card."""
+    contents = {path: path.read_bytes() for path in finished_run["out"].rglob("*") if path.is_file()}
+    assert any(path.suffix == ".wandb" for path in contents)
+    for secret in SECRETS.values():
+        assert [path for path, content in contents.items() if secret.encode() in content] == []
+        assert secret not in finished_run["output"]
 
 
 def test_every_step_of_a_run_is_a_record_with_every_column(finished_run):

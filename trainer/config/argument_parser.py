@@ -1,9 +1,11 @@
 """The argument parser of every program here: a mistake is one line, and an unknown flag is answered with ours."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from trainer.config.credentials import mask_credentials
 from trainer.config.errors import UserError
 from trainer.config.flag_suggestions import suggest_flag
 
@@ -18,6 +20,18 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong."""
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """argparse's own; UserError for a word that holds a key, a token or a login: run.json would keep it."""
+        argv = sys.argv[1:] if args is None else args
+        for number, word in enumerate(argv):
+            if mask_credentials(word) != word:
+                flag = next((name for name in reversed(argv[: number + 1]) if name.startswith("--")), word)
+                raise UserError(
+                    f"{flag.partition('=')[0]}: its value holds a token or a login, which process lists and run.json "
+                    "would show; give it by HF_TOKEN, WANDB_API_KEY, or the login of the program that asks for it"
+                )
+        return super().parse_known_args(argv, namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The parsed arguments; UserError for a flag that is not known, with the one that was meant."""

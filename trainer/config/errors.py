@@ -2,10 +2,12 @@
 
 import sys
 
+from trainer.config.credentials import mask_credentials
+
 
 class _OneLineError(Exception):
     def __str__(self) -> str:
-        return escape_controls(super().__str__())  # names of files, columns and runs are data
+        return escape_controls(mask_credentials(super().__str__()))  # names of files, columns and runs are data
 
 
 class UserError(_OneLineError):

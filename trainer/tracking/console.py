@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
+from trainer.config.credentials import mask_credentials
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.safe_stream import SafeStream, escape_lines
 
@@ -146,7 +147,7 @@ class LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        self._progress_bar.print_line(record.getMessage())
+        self._progress_bar.print_line(mask_credentials(record.getMessage()))
 
     def close(self) -> None:
         """Leave the logging as it was."""
