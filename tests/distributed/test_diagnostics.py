@@ -222,7 +222,7 @@ def test_every_diagnostic_code_has_a_fault_in_the_tests():
     assert {fault[0] for fault in FAULTS.values()} | {"adapter_still_zero"} == set(TOPICS)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.sweep) for seed in range(5, 20))])
 def test_records_of_a_healthy_run_give_no_diagnostic(seed):
     """Noisy, slow enough to be timed, with the ups and downs of an evaluation that stands still."""
     dice = random.Random(seed)

@@ -23,7 +23,7 @@ from trainer.tools.doctor.check_result import ERROR
 from trainer.tools.doctor.run_checks import inspect_run, judge_uses, run_check
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, digest_evaluations, evaluation_table
 from trainer.tracking.jsonl import JsonlLogger
-from trainer.tracking.records import StepRecord
+from trainer.tracking.records import EventRecord, StepRecord
 from trainer.training import checkpoint
 from trainer.training.train_state import TrainState
 
@@ -127,6 +127,16 @@ def test_damage_is_named_with_what_is_still_possible(run, damage, name, words, r
         assert words in errors(run)[name]
         assert run_check(run) == 1
     assert uses(run)["resume"] == resume
+
+
+def test_whether_a_run_came_to_its_end_is_said(run, capsys):
+    run_check(run)
+    assert "warning  end                  not finished: its last row is of step 6" in capsys.readouterr().out
+    logger = JsonlLogger(run / "metrics.jsonl", resume=True)
+    logger.log(EventRecord(event="finished", step=6, message="", time=1.0))
+    logger.close(0)
+    assert run_check(run) == 0
+    assert "ok       end                  finished after step 6" in capsys.readouterr().out
 
 
 def test_what_is_damaged_is_moved_aside_and_never_deleted(run):

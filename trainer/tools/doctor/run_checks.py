@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError, escape_controls
-from trainer.config.files import write_atomically
+from trainer.config.files import replace_atomically, write_all
 from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, make_result, ok_result
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
 from trainer.tracking.jsonl import METRICS_FILE
-from trainer.tracking.records import from_line
+from trainer.tracking.records import EventRecord, Record, from_line
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.checkpoint import Checkpoint, find_changed_records, iter_checked_checkpoints
 
@@ -86,17 +86,30 @@ def _check_running(inspection: RunInspection) -> None:
 
 def _check_rows(inspection: RunInspection) -> None:
     path = inspection.folder / METRICS_FILE
+    problems, num_rows, last = [], 0, None
     try:
-        problems = [f"line {number}: {problem}" for number, _, problem in _parse_rows(path) if problem]
-        num_rows = sum(1 for _ in _parse_rows(path))
+        for num_rows, line, reason in _parse_rows(path):
+            problems += [f"line {num_rows}: {reason}"] if reason else []
+            last = last if reason else line
     except FileNotFoundError:
-        problems, num_rows = (["is not there"], 0) if inspection.newest else ([], 0)
+        problems = ["is not there"] if inspection.newest else []
     except OSError as error:
-        problems, num_rows = [f"cannot be read: {error.strerror}"], 0
+        problems = [f"cannot be read: {error.strerror}"]
+    if last is not None:
+        _describe_end(inspection, from_line(last.decode()))
     more = f" and {len(problems) - 1} lines more" if len(problems) > 1 else ""
     problem = problems[0] + more if problems else None
     inspection.add(METRICS_FILE, problem, f"{num_rows} rows", path=path if path.is_file() else None)
     inspection.num_rows = None if problem and path.exists() else num_rows
+
+
+def _describe_end(inspection: RunInspection, last: Record) -> None:
+    """Whether the run came to its end: where a launcher was killed its exit code does not tell."""
+    if isinstance(last, EventRecord) and last.event == "finished":
+        inspection.results.append(ok_result("end", f"finished after step {last.step}"))
+    elif not inspection.is_running:
+        message = f"not finished: its last row is of step {last.step}"
+        inspection.results.append(CheckResult(level=WARNING, name="end", message=message))
 
 
 def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:
@@ -168,17 +181,21 @@ def move_aside(inspection: RunInspection) -> list[str]:
 
 
 def _move_one(folder: Path, path: Path) -> str:
-    readable = [line for _, line, problem in _parse_rows(path) if not problem] if path.name == METRICS_FILE else None
     (folder / DAMAGED_FOLDER).mkdir(exist_ok=True)
     number = 1
     while (target := folder / DAMAGED_FOLDER / f"{path.name.lstrip('.')}.{number}").exists():
         number += 1
-    if readable is None:
+    if path.name != METRICS_FILE:
         path.rename(target)
         return f"{path} moved to {target}"
     shutil.copyfile(path, target)
-    write_atomically(path, b"".join(readable))
-    return f"{path} copied to {target}; its {len(readable)} readable rows stay"
+    num_readable = 0
+    with replace_atomically(path) as file:
+        for _, line, problem in _parse_rows(target):
+            if not problem:
+                write_all(file, line)
+                num_readable += 1
+    return f"{path} copied to {target}; its {num_readable} readable rows stay"
 
 
 def run_check(folder: Path, *, as_json: bool = False, should_move: bool = False) -> int:
