@@ -25,7 +25,7 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FILE
 from trainer.tracking.records import to_record
 
 _STEP_PREFIX = b'{"kind": "step"'
-_CHUNK_BYTES = 64_000_000  # of metrics.jsonl at a time, so that memory does not grow with its length
+_CHUNK_BYTES = 64_000_000  # of metrics.jsonl at a time: its text is never in memory whole, its numbers are
 
 
 def read_folder(folder: Path) -> RunData:
@@ -69,7 +69,8 @@ def _read_metrics(path: Path) -> tuple[Series, list[dict[str, Any]], list[str]]:
     if num_bad:
         are = "rows could not be read and are" if num_bad > 1 else "row could not be read and is"
         notes.append(f"{num_bad} {are} left out")
-    steps = {name: np.concatenate([[], *(chunk[name] for chunk in chunks)]) for name in STEP_FIELDS}
+    # each chunk's column goes when it was copied: the numbers of a long run are in memory once, not twice
+    steps = {name: np.concatenate([[], *(chunk.pop(name) for chunk in chunks)]) for name in STEP_FIELDS}
     return steps, rows, notes
 
 
