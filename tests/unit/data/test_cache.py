@@ -163,8 +163,8 @@ def test_what_checking_a_gigabyte_costs(tmp_path, capsys):
     with open(path, "wb") as file:
         for _ in range(64):
             file.write(block)
-    start = time.perf_counter()
+    start = time.process_time()
     validate_files.sha256(path)
     with capsys.disabled():
-        print(f"\n1 GiB hashed in {time.perf_counter() - start:.2f} s")
+        print(f"\n1 GiB hashed in {time.process_time() - start:.2f} s of CPU")
     shutil.rmtree(tmp_path)
