@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.config.files import folder_size
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import read_launch_environment
@@ -26,7 +27,6 @@ from trainer.model.flops import count_training_flops
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
-from trainer.tracking.files import folder_size
 from trainer.tracking.loggers import check_loggers
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.run_lock import hold_run_folder
