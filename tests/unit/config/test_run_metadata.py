@@ -120,7 +120,7 @@ def test_a_folder_without_run_json_or_with_something_else_in_its_place_is_refuse
 EDITS = st.lists(st.tuples(st.sampled_from(PATHS), st.none() | JSON_VALUES.map(lambda v: [v])), max_size=3)
 
 
-@many_inputs(300)
+@many_inputs(200)
 def test_any_edit_of_run_json_is_accepted_or_one_line(num_inputs):
     check_inputs(num_inputs, check_edited, EDITS)
 

@@ -68,7 +68,7 @@ EDITS = [
 ]
 
 
-@many_inputs(60)
+@many_inputs(40)
 def test_any_value_in_the_files_of_a_run_is_compared_or_left_out(whole_run, num_inputs):
     check_inputs(num_inputs, lambda run_json, rows: check_comparison(whole_run, run_json, rows), *EDITS)
 

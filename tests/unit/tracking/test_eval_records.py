@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_written_is_a_training_error_and_leaves_the_old_on
 
 def test_a_process_killed_while_writing_leaves_whole_evaluations_only(tmp_path):
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
 from pathlib import Path
 from test_eval_records import append_evaluation, make_table
 for step in range(10**6):
