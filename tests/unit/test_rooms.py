@@ -119,6 +119,20 @@ def test_only_the_launcher_imports_trainer_run():
     assert [path.name for path in users] == ["train.py"]
 
 
+def test_every_import_names_a_module_of_the_package_that_is_there():
+    """mypy is told to pass over imports that it cannot find."""
+    files = [*list_source_files(), *(ROOT / "launch").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    named = {
+        (str(path.relative_to(ROOT)), node.module)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("trainer.")
+    }
+    packages = {module.rpartition(".")[0] for module in modules}
+    assert {(path, module) for path, module in named if module not in modules | packages} == set()
+
+
 def test_there_is_no_utils_or_common_module():
     names = {path.stem for path in list_source_files()}
     assert not names & {"utils", "util", "common", "helpers", "misc", "base_trainer"}

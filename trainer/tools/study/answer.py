@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.errors import UserError
+from trainer.config.files import write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.report.margin import Margin
 from trainer.report.paired_interval import (
@@ -27,7 +28,6 @@ from trainer.tools.study.rule import MIN_ANSWER_SEEDS, MIN_UNITS, PRIMARY, Rule
 from trainer.tools.study.search import SearchOutcome, StudyState, TrialSpec
 from trainer.tools.study.worker import run_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
-from trainer.config.files import write_atomically
 
 ANSWER_FILE = "answer.json"
 REFUSED_EXIT_CODE = 3

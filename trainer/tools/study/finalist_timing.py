@@ -19,7 +19,7 @@ from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
 from trainer.tools.study.trial_process import start_training
 from trainer.tools.study.worker import Slot, last_log_line, method_argv, train_command
-from trainer.tracking.files import write_atomically
+from trainer.config.files import write_atomically
 from trainer.tracking.records import EventRecord, StepRecord, read_records
 
 TIMING_FILE = "timing.json"
@@ -59,7 +59,7 @@ def time_finalists(
 ) -> Timing | None:
     """The timing of a study: read where it was taken before, by another worker too; None where it is to stop."""
     path = folder / TIMING_FILE
-    with open(folder / f"{TIMING_FILE}.lock", "w") as lock:
+    with open(folder / f"{TIMING_FILE}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return Timing(**json.loads(path.read_text()))
