@@ -54,11 +54,14 @@ class MatchedLosses:
     num_records: int
     num_in_train: int  #: further records, left out because they equal a training record
     has_groups: bool  #: whether units are groups of records that share a meaning
+    are_blocks: bool  #: whether a row is a block of joined texts, not a record
 
     @property
     def unit_name(self) -> str:
         """What the sentence calls the units."""
-        return f"{SPLIT_NAMES[self.split]} {'groups' if self.has_groups else 'records'}"
+        return (
+            f"{SPLIT_NAMES[self.split]} {'groups' if self.has_groups else 'blocks' if self.are_blocks else 'records'}"
+        )
 
     @property
     def has_bytes(self) -> bool:
@@ -115,6 +118,7 @@ def match_losses(pairs: Sequence[tuple[RunData, RunData]]) -> MatchedLosses:
         num_records=len(reference),
         num_in_train=num_in_train,
         has_groups=bool(reference["group"].notna().any()),
+        are_blocks=pairs[0][0].get("data.objective") == "blocks",
     )
 
 

@@ -22,7 +22,8 @@ import atexit, json, resource, runpy, sys
 def leave():
     used = resource.getrusage(resource.RUSAGE_SELF)  # its ru_maxrss begins with that of the process that started this
     peak = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
-    json.dump({"seconds": used.ru_utime + used.ru_stime, "kib": int(peak)}, open(place, "w"))
+    heavy = sorted({"torch", "transformers", "wandb"} & set(sys.modules))
+    json.dump({"seconds": used.ru_utime + used.ru_stime, "kib": int(peak), "heavy": heavy}, open(place, "w"))
 place, script = sys.argv[1:3]
 del sys.argv[:2]
 atexit.register(leave)
@@ -61,7 +62,8 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def test_two_runs_give_a_verdict_a_table_and_six_files(tmp_path: Path, main: Callable[..., int]) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora", wall_seconds=61.0, peak_memory_bytes=430_000_000)
-    done = run_compare_script(tmp_path, "full", "lora")
+    done = run_compare_script(tmp_path, "full", "lora", usage=tmp_path / "usage.json")
+    assert json.loads((tmp_path / "usage.json").read_text())["heavy"] == [], "a whole comparison needs no torch"
     assert (done.returncode, done.stderr) == (0, "")
     assert "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211" in done.stdout
     assert "Memory: 0.43x (430.0 MB against 1.00 GB)" in done.stdout
@@ -169,29 +171,12 @@ def test_compare_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> Non
     assert os.times().children_user - before < 2.0  # seconds of processor time
 
 
-def test_a_whole_comparison_needs_no_torch(tmp_path: Path) -> None:
-    make_run_folder(tmp_path / "full")
-    code = (
-        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import compare; code = compare.main(['full']);"
-        "assert code == 0 and not {'torch', 'transformers', 'wandb'} & set(sys.modules), code"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=child_env(HOME=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
-def test_fifty_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(tmp_path: Path) -> None:
+def test_twenty_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(tmp_path: Path) -> None:
     """One set of rows is made and linked into all folders, so that making them does not take longer than reading."""
     content = make_metadata("full", resolved__steps_per_epoch=6_667, resolved__total_steps=20_001)
     lines = (make_run_folder(tmp_path / "run0", metadata=content) / "metrics.jsonl").read_bytes()
-    for n in range(1, 50):
+    for n in range(1, 20):
         mode: Any = ("full", "lora")[n % 2]
         folder = tmp_path / f"run{n}"
         folder.mkdir()
@@ -201,9 +186,9 @@ def test_fifty_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(tmp_
         (folder / "run.json").write_text(json.dumps(given))
         os.link(tmp_path / "run0" / "metrics.jsonl", folder / "metrics.jsonl")
     assert len(lines) > 4e6
-    done = run_compare_script(tmp_path, *(f"run{n}" for n in range(50)), usage=tmp_path / "usage.json")
+    done = run_compare_script(tmp_path, *(f"run{n}" for n in range(20)), usage=tmp_path / "usage.json")
     assert done.returncode == 0, done.stderr
     used = json.loads((tmp_path / "usage.json").read_text())
-    assert used["seconds"] < 20  # of the processor; 8 were measured, under 10 s of time where two cores are free
+    assert used["seconds"] < 12  # of the processor
     assert used["kib"] < 1_000_000
     assert (tmp_path / "comparison" / "report.html").stat().st_size < 3_000_000

@@ -16,6 +16,7 @@ import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
 
 from trainer.config import reference
+from trainer.report import html as html_page
 from trainer.report import markdown, plot_axes, plots
 from trainer.report.comparison import Comparison, compare
 from trainer.report.formats import format_bytes, format_duration
@@ -29,6 +30,14 @@ def make_comparison(tmp_path: Path, *contents: dict[str, Any], with_card: bool =
         for n, content in enumerate(contents)
     ]
     return compare(*load_runs([str(folder) for folder in folders]), with_reference=with_card)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, dict[str, str]]:
+    """Full and LoRA of the demo, and the text of each file of their report."""
+    folder = tmp_path_factory.mktemp("plain")
+    found = make_comparison(folder, make_metadata("full"), make_metadata("lora"))
+    return found, {path.name: path.read_text("latin-1") for path in write_report(found, folder / "out")}
 
 
 CARD_LIKE = {0: 4.0, 1: 1.3, 2: 1.1, 3: 1.0}
@@ -125,10 +134,8 @@ def parse_page(html: str) -> PageParser:
     return page
 
 
-def test_the_html_report_fetches_nothing_and_runs_nothing(tmp_path: Path) -> None:
-    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
-    write_report(found, tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text()
+def test_the_html_report_fetches_nothing_and_runs_nothing(plain: tuple[Comparison, dict[str, str]]) -> None:
+    html = plain[1]["report.html"]
     page = parse_page(html)
     assert all(link.startswith(("#", "data:,")) for link in page.links)
     assert "script" not in page.tags
@@ -166,19 +173,18 @@ def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
     assert len(columns) == 1, "a name added a column"
 
 
-def test_report_pages_are_ordered_verdict_epochs_runs_settings(tmp_path: Path) -> None:
-    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
-    write_report(found, tmp_path / "out")
-    for text in ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md")):
+def test_report_pages_are_ordered_verdict_epochs_runs_settings(plain: tuple[Comparison, dict[str, str]]) -> None:
+    for text in (plain[1][file] for file in ("report.html", "report.md")):
         parts = ("Cannot tell", "Loss", "By epoch", "By run", "Same and different", "Different", "Same, where known")
         places = [text.index(part) for part in parts]
         assert places == sorted(places)
 
 
-def test_the_first_screen_is_the_sentence_three_numbers_and_one_picture(tmp_path: Path) -> None:
-    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
-    write_report(found, tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text()
+def test_the_first_screen_is_the_sentence_three_numbers_and_one_picture(
+    plain: tuple[Comparison, dict[str, str]],
+) -> None:
+    found, files = plain
+    html = files["report.html"]
     first = html.split('<section class="first">')[1].split("</section>")[0]
     assert found.verdict.sentence in first
     assert re.findall(r"<dt>(\w+)</dt>", first) == ["Loss", "Time", "Memory"]
@@ -187,7 +193,7 @@ def test_the_first_screen_is_the_sentence_three_numbers_and_one_picture(tmp_path
     assert "<table" not in html.split('<section class="first">')[0]
     packed = re.search(r'download="answer.json" href="data:application/json;base64,([^"]+)"', first)
     assert packed is not None
-    assert base64.b64decode(packed[1]) == (tmp_path / "out" / "answer.json").read_bytes()
+    assert base64.b64decode(packed[1]).decode("latin-1") == files["answer.json"]
     for anchor in re.findall(r'href="#(rule|runs)"', first):
         assert f'id="{anchor}"' in html
 
@@ -208,17 +214,24 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
     assert [float(line.get_xdata()[0]) for line in rings] == [pair.full.lr, pair.lora.lr]
 
 
-def test_only_the_different_settings_are_expanded_in_the_html_report(tmp_path: Path) -> None:
-    write_report(make_comparison(tmp_path, make_metadata("full"), make_metadata("lora")), tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text()
+def test_only_the_different_settings_are_expanded_and_no_column_is_all_unknown(
+    plain: tuple[Comparison, dict[str, str]],
+) -> None:
+    found, files = plain
+    html = files["report.html"]
+    for table in (found.by_run, found.differing_settings, found.shared_settings):
+        text = table.to_text()
+        assert all(set(text.iloc[:, i]) - {"", "-", "unknown"} for i in range(text.shape[1]))
+    assert "learning rate" in found.by_run.headings.values()
     assert re.findall(r"<details( open)?><summary>([A-Za-z]+)", html) == [(" open", "Different"), ("", "Same")]
 
 
-def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(tmp_path: Path) -> None:
+def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(
+    plain: tuple[Comparison, dict[str, str]],
+) -> None:
     """The style moves columns by their number, so each must be where the style thinks it is."""
-    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"))
-    write_report(found, tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text()
+    found, files = plain
+    html = files["report.html"]
     assert html.count('<table class="epochs">') == 1
     assert list(found.by_epoch.headings)[:6] == ["epoch", "run", "step", "examples", "train_loss", "val_loss"]
     moved = dict.fromkeys((3, 4), "2") | dict.fromkeys((5, "n+7"), "1")  # the sixth is left, right after the names
@@ -230,13 +243,11 @@ def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(t
 
 def test_a_fingerprint_is_short_in_the_report_pages_and_whole_in_the_json(tmp_path: Path) -> None:
     content = make_metadata("full", data__fingerprint="0123456789ab" + "cdef" * 13)
-    files = {
-        path.name: path.read_text("latin-1")
-        for path in write_report(make_comparison(tmp_path, content), tmp_path / "out")
-    }
-    assert "cdef" * 13 in files["comparison.json"]
-    assert "0123456789ab" in files["report.md"]
-    assert "0123456789ab" + "cdef" not in files["report.md"] + files["report.html"]
+    found = make_comparison(tmp_path, content)
+    page = markdown.render(found)
+    assert "cdef" * 13 in json.dumps(to_json(found))
+    assert "0123456789ab" in page
+    assert "0123456789ab" + "cdef" not in page
 
 
 def test_unfinished_and_unreadable_runs_are_listed_in_every_report_format(tmp_path: Path) -> None:
@@ -327,7 +338,7 @@ def test_a_run_without_evaluations_is_still_in_the_report(tmp_path: Path) -> Non
     found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses={})
     data = to_json(found)
     assert data["verdict"]["sentence"] == "No run is finished and evaluated, so there is nothing to compare yet."
-    assert len(write_report(found, tmp_path / "out")) == 6
+    assert "nothing to compare yet" in html_page.render(found)
 
 
 def test_without_the_reference_no_report_format_mentions_it(tmp_path: Path) -> None:

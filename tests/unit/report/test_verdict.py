@@ -61,7 +61,7 @@ def test_three_seeds_answer_with_rates_seeds_steps_records_and_interval(
     assert got.primary is not None
     assert got.primary.answer == answer
     assert words in got.sentence
-    assert got.sentence.endswith("on 120 validation records, seeds 0, 1 and 2, 30 steps; one rate each was tried.")
+    assert got.sentence.endswith("on 120 validation blocks, seeds 0, 1 and 2, 30 steps; one rate each was tried.")
     interval = got.primary.excess
     assert interval is not None
     assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in got.sentence
@@ -77,7 +77,7 @@ def test_what_cannot_be_told_says_what_would_tell(make_run: MakeRun) -> None:
         *make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.6, seed_sd=0.0),
         margin=Margin(kind="nats", value=1e-4),
     )
-    assert "validation records would tell, more seeds would not" in by_records.sentence
+    assert "validation blocks would tell, more seeds would not" in by_records.sentence
 
 
 def test_one_seed_speaks_of_two_models_and_two_seeds_are_provisional(make_run: MakeRun) -> None:
@@ -96,7 +96,7 @@ def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> 
         write_eval_records(folder, {30: [loss] * len(TARGETS)}, targets=TARGETS, split="test")
     got = judge_runs(*(read_folder(Path(run.source)) for run in runs))
     assert "LoRA (lr 0.005) is better than full (lr 0.0005) by 0.5000" in got.sentence
-    assert "on 120 test records" in got.sentence
+    assert "on 120 test blocks" in got.sentence
     assert any("the base's losses of these records are not there" in line for line in got.details)
 
 
@@ -111,7 +111,7 @@ def test_records_of_one_group_are_one_unit(make_run: MakeRun) -> None:
 
 def test_records_that_equal_a_training_record_are_left_out_and_counted(make_run: MakeRun) -> None:
     got = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options={"num_in_train": 4}))
-    assert "on 116 validation records" in got.sentence
+    assert "on 116 validation blocks" in got.sentence
     assert any("4 records that equal a training record are left out" in line for line in got.details)
 
 
