@@ -40,3 +40,15 @@ def test_a_dry_run_joins_nobody(rank, session_dir, tmp_path):
     assert group.wait() == [0], group.output
     assert ("1 accumulation x 2 ranks" in group.output) == (rank == "0")
     assert not Path(tmp_path / "run").exists()
+
+
+def test_a_port_at_which_another_run_has_met_is_named(session_dir, tmp_path):
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    dist.PrefixStore("trainer/0", store).add("came/1", 1)
+    env = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": str(store.port)}
+    group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env=env)
+    assert group.wait() == [1], group.output
+    (line,) = group.error_lines
+    assert f"at 127.0.0.1:{store.port} is not this run's rank 0 (somebody else is rank 1 there)" in line

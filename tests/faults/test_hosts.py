@@ -56,7 +56,7 @@ def test_other_data_on_the_second_host_is_refused_by_name(flags, hosts, private,
     for number in (1, 2):
         write_records(own_folder(hosts, f"h{number}") / "d.jsonl", num_records=25, seed=number)
     argv = [*flags, "--data", str(private / "d.jsonl"), "--output-dir", str(tmp_path / "run"), "--max-steps", "4"]
-    run = hosts.train(argv, tmp_path / "logs")
+    run = hosts.train(argv, tmp_path / "logs", with_srun=True)  # two tasks of a step are two ranks of one run
     assert run.wait() == [2, 2]
     (line,) = run.error_lines()
     assert line.startswith("error: the data is ")

@@ -128,17 +128,22 @@ class Hosts:
         return process
 
     def train(
-        self, flags: list[str], logs: Path, *, ranks: Sequence[str] = ("h1", "h2"), env: Mapping[str, str] | None = None
-    ) -> "RanksOnHosts":
-        """A rank on each of these hosts, as a scheduler that sets RANK and WORLD_SIZE starts them."""
+        self, flags: list[str], logs: Path, *, ranks: Sequence[str] = ("h1", "h2"), with_srun: bool = False,
+        env: Mapping[str, str] | None = None,
+    ) -> "RanksOnHosts":  # fmt: skip
+        """A rank on each of these hosts, as a scheduler starts them that sets RANK and WORLD_SIZE, or as srun does."""
         logs.mkdir(exist_ok=True)
-        shared = {
-            "WORLD_SIZE": str(len(ranks)), "MASTER_ADDR": ranks[0], "MASTER_PORT": "29500", **ENVIRON, **(env or {}),
-        }  # fmt: skip
+        size, rank_name = str(len(ranks)), "SLURM_PROCID" if with_srun else "RANK"
+        launch = (
+            {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": size, "SLURM_STEP_NODELIST": "h[1-3]", "SLURM_NTASKS": size}
+            if with_srun
+            else {"WORLD_SIZE": size, "MASTER_ADDR": ranks[0], "MASTER_PORT": "29500"}
+        )
+        shared = {**launch, **ENVIRON, **(env or {})}
         processes = [
             MP_CONTEXT.Process(
                 target=_enter_host,
-                args=(self.pids[name], {**shared, "RANK": str(rank)}, str(logs / f"rank-{rank}"), flags),
+                args=(self.pids[name], {**shared, rank_name: str(rank)}, str(logs / f"rank-{rank}"), flags),
             )
             for rank, name in enumerate(ranks)
         ]
