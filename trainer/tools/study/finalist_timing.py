@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.config.files import write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
 from trainer.tools.study.trial_process import start_training
 from trainer.tools.study.worker import Slot, last_log_line, method_argv, train_command
-from trainer.config.files import write_atomically
 from trainer.tracking.records import EventRecord, StepRecord, read_records
 
 TIMING_FILE = "timing.json"
