@@ -152,7 +152,7 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
     from trainer.report.views import disagreements
     from trainer.tools.study import answer, exploratory
     from trainer.tools.study.finalist_timing import time_finalists
-    from trainer.tools.study.worker import make_slots, run_folder
+    from trainer.tools.study.worker import make_slots
 
     answers = answer.judge_study(study.folder, study.rule, state)
     finalists = {method: state.outcomes[method].winner for method in ("full", "lora")}
@@ -160,9 +160,8 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
     if (timing := time_finalists(study.folder, study.rule, finalists, slot, should_stop)) is None:
         return _stopped()
     views = exploratory.study_views(study.folder, study.rule, results, timing)
-    lora_run = next(spec for spec in state.answers if spec.candidate.method == "lora")
-    capacity = exploratory.read_capacity(run_folder(study.folder, lora_run))
-    beside = [timing.describe(), *(view.describe(args.price_per_hour) for view in views), capacity.describe()]
+    beside = [timing.describe(), *(view.describe(args.price_per_hour) for view in views)]
+    beside += exploratory.describe_study_capacity(study.folder, state.answers)
     if state.quarter:
         beside.append(answer.describe_quarter_batch(study.folder, study.rule, state, answers[0]))
     extras = {"timing": asdict(timing), "views": [asdict(view) for view in views], "beside": beside}
@@ -172,7 +171,8 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
         print(note + answer.conditional_sentence(item, study.rule, state.outcomes))
     for line in [*beside, *disagreements(views, args.price_per_hour)]:
         print(f"exploratory: {line}")
-    print(f"{study.folder / answer.ANSWER_FILE}")
+    print(f"{study.folder / answer.ANSWER_FILE}; a page to send: python launch/compare.py --timing "
+          f"{study.folder / 'timing.json'} {study.folder}/runs/answer-*")  # fmt: skip
     return answer.REFUSED_EXIT_CODE if answers[0].is_margin_under_floor else 0
 
 

@@ -137,7 +137,7 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
         f"exploratory: at equal {name} " for name in ("tokens", "FLOPs", "seconds", "peak memory")
     ]
     assert "2.4 s, 0.024 at 36 an hour" in beside[3]
-    assert "adapters hold 0.038 Mbit, the data 0.3 Mbit: expect a plateau" in beside[5]
+    assert "adapters hold 0.038 Mbit, the data 0.3 Mbit: expect a plateau" in beside[5], beside
     assert "at a quarter of the batch (2), 4 times the steps and half the rates, lora's excess is +0.05" in beside[6]
     answer = json.loads((stub_dir / "study" / "answer.json").read_text())
     assert answer["answers"][0]["verdict"] == "worse"

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.run_metadata import read_run_metadata
-from trainer.report.capacity import Capacity
+from trainer.report.exploratory import describe_capacity
+from trainer.report.run_folder import read_folder
+from trainer.report.seed_groups import group_by_seed
 from trainer.report.views import Curve, Point, View, build_views
 from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import MethodSearch, Results, TrialSpec
 from trainer.tools.study.worker import run_folder
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, read_records
+from trainer.tracking.records import EvalRecord, EventRecord, Record, read_records
 
 
 def study_views(folder: Path, rule: Rule, results: Results, timing: Timing | None) -> tuple[View, ...]:
@@ -58,12 +60,7 @@ def _finished_facts(records: Sequence[Record]) -> Mapping[str, Any]:
     return next(r.facts or {} for r in records if isinstance(r, EventRecord) and r.event == "finished")
 
 
-def read_capacity(folder: Path) -> Capacity:
-    """What the adapters of a run can hold beside what its training targets carry."""
-    metadata = read_run_metadata(folder / "run.json")
-    records = read_records(folder / "metrics.jsonl")
-    first_epoch_loss = next(record.train_loss for record in records if isinstance(record, EpochRecord))
-    return Capacity(
-        num_trained=metadata["model"]["trainable"], num_targets=metadata["data"]["train"]["counted_tokens"],
-        first_epoch_loss=first_epoch_loss, lora_rank=metadata["settings"]["lora"]["rank"],
-    )  # fmt: skip
+def describe_study_capacity(folder: Path, answers: Sequence[TrialSpec]) -> list[str]:
+    """One line on what the chosen adapters can hold of the data; none where no run was through the data once."""
+    lora_run = next(spec for spec in answers if spec.candidate.method == PRIMARY[1])
+    return describe_capacity(group_by_seed([read_folder(run_folder(folder, lora_run))])[0])
