@@ -24,10 +24,8 @@ from helpers.export_helpers import (
     export_jobs,
     train_counting_gathered,
     train_with_damaged_export,
-    train_with_in_process_verify,
-    verify_in_this_process,
 )
-from helpers.launch_ranks import run_on_ranks, train
+from helpers.launch_ranks import FRESH_VERIFICATION, run_on_ranks, run_train_script, train, verify_in_this_process
 from helpers.tiny_inputs import tiny_argv
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,7 +70,7 @@ def strict_zero_files(session_dir: Path) -> dict[str, str]:
 def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> Path:
     """A full run with checkpoints at 2, 4 and 6, of which 2 and 6 were not and were evaluated: 3 and 6."""
     flags = "--max-steps 6 --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero0"
-    train(make_argv(tiny_model, data_files, "full", *flags.split()), out=session_dir / "full")
+    train(make_argv(tiny_model, data_files, "full", *flags.split()), out=session_dir / "full", env=FRESH_VERIFICATION)
     return session_dir / "full"
 
 
@@ -83,9 +81,9 @@ def lora_run(
     """A LoRA run on a random base on two ranks under ZeRO-3."""
     flags = f"--max-steps 4 --init random --ds-config {strict_zero_files['zero3']} --lora-rank 2"
     argv = [*make_argv(tiny_model, data_files, "lora", *flags.split()), "--output-dir", str(session_dir / "lora")]
-    assert run_on_ranks(2, train_counting_gathered, argv, str(session_dir), log=session_dir / "lora.log") == 0, (
-        session_dir / "lora.log"
-    ).read_text()
+    log = session_dir / "lora.log"
+    exit_code = run_on_ranks(2, train_counting_gathered, argv, str(session_dir), log=log, env=FRESH_VERIFICATION)
+    assert exit_code == 0, log.read_text()
     return session_dir / "lora"
 
 
@@ -129,10 +127,9 @@ def quantized_run(tiny_model: str, data_files: tuple[str, str], session_dir: Pat
     flags = "--max-steps 4 --quant nf4 --quant-double --optim adamw8bit"
     argv = make_argv(tiny_model, data_files, "lora", *flags.split())
     log = session_dir / "packed.log"
-    assert (
-        run_on_ranks(1, train_with_in_process_verify, [*argv, "--output-dir", str(session_dir / "packed")], log=log)
-        == 0
-    ), log.read_text()
+    assert run_on_ranks(1, run_train_script, [*argv, "--output-dir", str(session_dir / "packed")], log=log) == 0, (
+        log.read_text()
+    )
     return session_dir / "packed"
 
 
@@ -259,9 +256,7 @@ def test_other_causal_models_train_and_export(family, mode, tiny_model, data_fil
     flags = make_argv(
         str(tmp_path / family), data_files, mode, "--max-steps", "3", "--output-dir", str(tmp_path / "run")
     )
-    assert run_on_ranks(1, train_with_in_process_verify, flags, log=tmp_path / "log") == 0, (
-        tmp_path / "log"
-    ).read_text()[-4000:]
+    assert run_on_ranks(1, run_train_script, flags, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-4000:]
     about = json.loads((tmp_path / "run" / "run.json").read_text())
     assert "reloaded and checked" in read_finished_event(tmp_path / "run")["message"]
     assert "two tensors" in (tmp_path / "run" / "model" / "README.md").read_text(), "its embeddings were never tied"

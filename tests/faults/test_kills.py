@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port, run_on_ranks, train
+from helpers.launch_ranks import BIN_DIR, FRESH_VERIFICATION, TRAIN_SCRIPT, find_free_port, run_on_ranks, train
 from helpers.process_groups import (
     EXIT_TIMEOUT_SECONDS,
     RankProcesses,
@@ -198,7 +198,7 @@ def test_a_run_whose_ranks_are_all_killed_at_once_resumes(step, argv, uninterrup
 def test_child_processes_of_a_killed_rank_end_with_the_rank(argv, uninterrupted_records, tmp_path):
     """The process that checks the export, and the W&B service: nobody else would end them."""
     out = tmp_path / "run"
-    group = RankProcesses(argv, out=out, env={"WANDB_MODE": "offline"})
+    group = RankProcesses(argv, out=out, env={"WANDB_MODE": "offline"} | FRESH_VERIFICATION)
     group.wait_until(
         lambda: (
             last_logged_step(out) == STEPS

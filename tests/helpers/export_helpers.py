@@ -1,7 +1,6 @@
 """What test_export.py does on real ranks: many exports in one group, and runs whose export is broken on purpose."""
 
 import os
-import subprocess
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from helpers import launch_ranks
 from helpers.engines import joined_ranks, start_engine
-from trainer.export import folder, run_export, verify, verify_worker
+from trainer.export import folder, run_export
 from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
 from trainer.export.verify import compute_logits, fixed_input_ids
 from trainer.training.loop import train
@@ -64,23 +63,6 @@ class LiveTensorCounter:
             self.peak_count = max(self.peak_count, sum(reference() is not None for reference in self.references))
 
 
-def verify_in_this_process(job_file: Path) -> "subprocess.CompletedProcess[str]":
-    """Stands for `verify.run_worker` where a test is about what comes of the answer; saves ten seconds."""
-    import json
-
-    try:
-        result = verify_worker.verify(json.loads(job_file.read_text()))
-    except Exception as error:
-        return subprocess.CompletedProcess([], 1, stdout="", stderr=f"Traceback\n{error}")
-    return subprocess.CompletedProcess([], 0, stdout=json.dumps(result), stderr="")
-
-
-def train_with_in_process_verify(argv: list[str]) -> int:
-    """A whole run that checks its export in the same process."""
-    verify.run_worker = verify_in_this_process
-    return launch_ranks.run_train_script(argv)
-
-
 def train_counting_gathered(argv: list[str], out_dir: str) -> int:
     """A whole run of which each rank writes down how many gathered tensors it kept."""
     original = run_export.collect_state_dict
@@ -102,7 +84,7 @@ def train_with_damaged_export(argv: list[str], damage: str) -> int:
         original(out_dir, module, DAMAGE[damage](weights), **options)
 
     folder.save_folder = save_damaged
-    return train_with_in_process_verify(argv)
+    return launch_ranks.run_train_script(argv)
 
 
 def _transpose_weight(weights: dict[str, Tensor]) -> dict[str, Tensor]:
