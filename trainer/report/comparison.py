@@ -73,7 +73,7 @@ def _comparability_notes(runs: Sequence[RunData], with_reference: bool) -> list[
     lines = []
     sets = comparable_sets(runs)
     if len(sets) == 1 and len(runs) > 1:
-        lines.append(f"The runs are comparable with one another: {', '.join(COMPARABILITY_KEYS)} agree.")
+        lines.append(f"The losses of all runs are on the same data: {', '.join(COMPARABILITY_KEYS)} agree.")
     first_run = sets[0][0]
     for other_set in sets[1:]:
         names = _join_names(other_set)
