@@ -161,6 +161,14 @@ def test_the_answer_runs_have_fresh_seeds_full_length_and_one_pair_for_each_seed
     assert {spec.candidate for spec in state.answers} == {outcome.winner for outcome in state.outcomes.values()}
 
 
+def test_only_the_answers_runs_are_exported_and_see_the_test_records():
+    rule = make_rule()
+    state, results = run_study(rule, bowl())
+    assert not any("--export" in trial_argv(rule, spec, Path("run")) for spec in state.answers)
+    for spec in MethodSearch(rule, "lora").trials(results):
+        assert "--export none" in " ".join(trial_argv(rule, spec, Path("run")))
+
+
 @pytest.mark.parametrize(
     ("steps", "rungs"),
     [(160, (10, 40, 160)), (99, (7, 25, 99)), (48, (6, 12, 48)), (20, (6, 20)), (5, (5,)), (2000, (125, 500, 2000))],
