@@ -117,7 +117,7 @@ def collect_records(stream: Any, records: list[Any]) -> Any:
     return ()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.sweep), 2])
 def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
     ranks,
     tiny_model,

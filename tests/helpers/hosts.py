@@ -172,6 +172,20 @@ class Hosts:
         """Packets from and to the host vanish, and nobody is told."""
         self._in_switch(f"ip link set c{name[1:]} down")
 
+    def shape_links(self, megabits_per_second: int | None) -> None:
+        """Let every host send no more than so much, headers included; None: as fast as it can.
+
+        Skipped where the kernel has no token buckets.
+        """
+        for pid in self.pids.values():
+            enter = ["nsenter", "-t", str(pid), "-n", "tc", "qdisc"]
+            run_tool(*enter, "del", "dev", "eth0", "root", check=False)
+            if megabits_per_second is not None:
+                bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", "64kb", "latency", "400ms"]
+                done = run_tool(*enter, "add", "dev", "eth0", "root", *bucket, check=False)
+                if done.returncode:
+                    pytest.skip(f"links cannot be shaped here: {done.stderr.strip()}")
+
     def close(self) -> None:
         """End what was started here, and nothing else."""
         for rank in self.ranks:

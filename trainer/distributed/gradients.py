@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from trainer.kernels.device_branch import uses_gpu_form
+
 # What a message should have at least, so that its latency is nothing beside it: NCCL as in torch's
 # DistributedDataParallel; over gloo's networks (0.1 to 10 Gbit/s, 0.1 to 0.5 ms) one MiB takes 1 to 80 ms.
 MIN_BUCKET_BYTES = {"nccl": 25 * 2**20, "gloo": 2**20}
@@ -107,6 +109,12 @@ class GradientBuckets:
         for parameter in self.views:
             parameter.grad = None
         return parts
+
+    def discard(self) -> None:
+        """Wait for what a refused step has sent: the next one needs the buffers. All ranks must call."""
+        if self._is_overlapping:
+            self._finish_overlapped()
+            self._is_overlapping = False
 
     def _take(self, parameter: nn.Parameter) -> None:
         """After each backward: the gradient moves to its place; buckets that are whole are sent, in their order."""
@@ -220,8 +228,8 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     torch sums the squares of a tensor in float32, on a processor one after the other: of GPT-2's embedding (39 million)
     the norm came out 0.27 % low. A GPU's kernel goes by chunks by itself.
     """
-    if grads[0].is_cuda:
-        return nn.utils.get_total_norm(grads)
+    if uses_gpu_form(grads[0].device):
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     large = [grad.flatten() for grad in grads if grad.numel() > NORM_CHUNK]
     pieces = [grad for grad in grads if grad.numel() <= NORM_CHUNK]
     pieces += [tail for flat in large if len(tail := flat[len(flat) // NORM_CHUNK * NORM_CHUNK :])]

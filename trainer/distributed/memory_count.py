@@ -44,18 +44,24 @@ class PassSetup:
     accumulates: bool = False  #: whether gradients of an earlier micro-batch are there already
 
 
-def count_pass_memory(build: Callable[[], TrainableModel], setup: PassSetup) -> PassMemory:
-    """The bytes of one forward and backward of the model that `build` makes on the meta device.
+@contextmanager
+def simulated_pass(build: Callable[[], TrainableModel], setup: PassSetup) -> Iterator[tuple[CausalLMLoss, Tensor, int]]:
+    """(the loss as the engine would run it, ids [rows, tokens], frozen weights held in bfloat16), all fake.
 
-    Takes a second or two for GPT-2 124M. The random state is afterwards what it was before.
+    `build` makes the model on the meta device. The random state is afterwards what it was before.
     """
     with torch.random.fork_rng(devices=[]):
         model = build()
     loss_module, num_cast = _prepare(model, setup)
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_gpu(setup.is_gpu):
         _materialize(loss_module)
+        yield loss_module, torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long), num_cast
+
+
+def count_pass_memory(build: Callable[[], TrainableModel], setup: PassSetup) -> PassMemory:
+    """The bytes of one forward and backward; takes a second or two for GPT-2 124M."""
+    with simulated_pass(build, setup) as (loss_module, ids, num_cast):
         params = [p for p in loss_module.parameters() if p.requires_grad]
-        ids = torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long)
         with LiveBytes(loss_module) as live, live.count_gradients(params):
             if setup.accumulates:
                 for parameter in params:

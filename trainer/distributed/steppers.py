@@ -165,6 +165,8 @@ class NativeStepper:
 
     def discard_step(self) -> None:
         """Let no gradient stay, and take updates again after one that was left out."""
+        if isinstance(self.gradients, GradientBuckets):
+            self.gradients.discard()
         self._clear_grads()
         self._found_inf = torch.zeros_like(self._found_inf)
 

@@ -4,6 +4,9 @@ torch draws a float for each element there, on one thread: in a small model a qu
 no kernel with dropout: it computes the half that is masked, too, and keeps probabilities, masks and products of every
 pair of tokens. Here 16 random bits decide on an element, and attention goes by blocks of queries, over the keys that
 they may see. All bits come from torch's generator: seed and shapes give the masks, however many threads there are.
+
+Gain (`launch/bench.py kernels`, one thread of an AMD EPYC, CPU time): attention with dropout 2.0 times (1.7 to 2.5),
+dropout 1.8 times (1.6 to 2.0).
 """
 
 from typing import Any

@@ -1,67 +1,79 @@
 """The model of more GPUs than are at hand: its bytes are those of the ZeRO paper, its times those of the formula."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from trainer.distributed.gradients import MIN_BUCKET_BYTES
+from trainer.tools.bench import bench_cli
 from trainer.tools.bench.comm_model import (
-    NETWORK_BYTES_PER_SECOND,
-    NVLINK_BYTES_PER_SECOND,
-    Cluster,
+    GPU_BUCKET_BYTES,
+    Workload,
     bytes_moved,
-    scaling_table,
-    step_seconds,
+    communication,
+    communication_of_two_processors,
 )
 
-ROOT = Path(__file__).parents[3]
-GPT2 = 124_439_808
+GPT2, ADAPTERS = 124_439_808, 1_179_648
+FULL = Workload(compute_seconds=0.03, num_trainable=GPT2)
 
 
-def test_the_comm_model_of_one_rank_moves_no_bytes():
-    assert all(bytes_moved(stage=stage, num_trainable=GPT2, num_frozen=0, world_size=1) == 0 for stage in range(4))
+def moved(workload: Workload, world_size: int) -> list[float]:
+    return [bytes_moved(stage=stage, workload=workload, world_size=world_size) for stage in range(4)]
 
 
 def test_the_comm_model_of_zero_stages_moves_the_bytes_of_the_zero_paper():
     """Section 7: in units of the weights 2 for plain data parallelism and stages 1 and 2, 3 for stage 3."""
-    moved = [
-        bytes_moved(stage=stage, num_trainable=GPT2, num_frozen=0, world_size=64) / (4 * GPT2) for stage in range(4)
-    ]
-    assert moved == pytest.approx([2 * 63 / 64] * 3 + [3 * 63 / 64])
+    assert moved(FULL, 1) == [0] * 4
+    assert [num_bytes / (4 * GPT2) for num_bytes in moved(FULL, 64)] == pytest.approx([2 * 63 / 64] * 3 + [3 * 63 / 64])
 
 
 def test_frozen_weights_are_communicated_only_where_they_are_sharded():
-    adapters = 1_179_648
-    assert bytes_moved(stage=1, num_trainable=adapters, num_frozen=GPT2, world_size=8) == 7 / 8 * 8 * adapters
-    assert bytes_moved(stage=3, num_trainable=adapters, num_frozen=GPT2, world_size=8) > 7 / 8 * 8 * GPT2
+    lora = Workload(compute_seconds=1, num_trainable=ADAPTERS, num_frozen=GPT2)
+    assert moved(lora, 8)[1] == 7 / 8 * 8 * ADAPTERS
+    assert moved(lora, 8)[3] > 7 / 8 * 8 * GPT2
 
 
 def test_gradient_accumulation_adds_communication_only_under_zero_2_and_3():
-    once, four = (
-        [
-            bytes_moved(stage=stage, num_trainable=8, num_frozen=0, world_size=2, gradient_accumulation_steps=n)
-            for stage in range(4)
-        ]
-        for n in (1, 4)
-    )
+    once, four = (moved(Workload(compute_seconds=1, num_trainable=8, gradient_accumulation_steps=n), 2) for n in (1, 4))
     assert four[:2] == once[:2]
     assert (four[2], four[3]) == (2.5 * once[2], 4 * once[3])
 
 
-def test_the_modelled_step_time_is_compute_plus_bytes_over_the_slowest_link():
-    shape = {"stage": 1, "num_trainable": GPT2, "num_frozen": 0}
-    within = step_seconds(compute_seconds=0.01, cluster=Cluster(world_size=8), **shape)
-    beyond = step_seconds(compute_seconds=0.01, cluster=Cluster(world_size=64), **shape)
-    assert within == pytest.approx(0.01 + 8 * GPT2 * 7 / 8 / NVLINK_BYTES_PER_SECOND)
-    assert beyond == pytest.approx(0.01 + 8 * GPT2 * 63 / 64 / NETWORK_BYTES_PER_SECOND)
-    assert "| 64 |" in scaling_table(compute_seconds=0.01, num_tokens=2048, num_trainable=GPT2, num_frozen=0)
+def test_what_the_backward_does_not_outlast_is_exposed_and_so_is_what_it_makes_last():
+    """By hand: GPT-2's gradients take 0.498 s each way at 1e9 bytes/s and two ranks; the backward takes 0.02 s."""
+    one_way = 4 * GPT2 / 2 / 1e9
+    slow, fast, tied = (
+        communication(stage=0, workload=workload, world_size=2, bandwidth=bandwidth, bucket_bytes=0)
+        for workload, bandwidth in (
+            (FULL, 1e9), (FULL, 1e12), (Workload(compute_seconds=0.03, num_trainable=GPT2, tied_share=0.3), 1e12),
+        )
+    )  # fmt: skip
+    assert slow.exposed == pytest.approx(2 * one_way - 0.02)
+    assert slow.hidden == pytest.approx(0.02)
+    assert (fast.exposed, fast.hidden) == (0, pytest.approx(2 * one_way / 1000))
+    assert tied.exposed == pytest.approx(0.3 * 2 * one_way / 1000)
+    sharded = communication(stage=1, workload=FULL, world_size=2, bandwidth=1e9, bucket_bytes=0)
+    assert (sharded.exposed, sharded.hidden) == (pytest.approx(2 * one_way - 0.02), pytest.approx(0.02))
+    assert communication(stage=3, workload=FULL, world_size=2, bandwidth=1e9).hidden == 0
 
 
-def test_the_scaling_script_prints_the_comm_model_of_both_modes():
-    command = [sys.executable, str(ROOT / "launch" / "bench.py"), "scaling", "--only-model", "--step-ms", "10"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "full, modelled: 2 x 1024 tokens a GPU in 10 ms" in done.stdout
-    assert "lora, modelled" in done.stdout
-    assert "| 1 | 0.00 GB, 100% (204,800 tokens/s)" in done.stdout
+def test_gradients_smaller_than_a_bucket_are_exposed():
+    lora = Workload(compute_seconds=0.03, num_trainable=ADAPTERS, num_frozen=GPT2)
+    assert communication(stage=0, workload=lora, world_size=8, bandwidth=1e9).hidden == 0
+    assert MIN_BUCKET_BYTES["nccl"] == GPU_BUCKET_BYTES
+
+
+def test_two_processors_send_both_halves_at_once():
+    """The half of the first weights leaves in the second half of the backward; the weights' halves come back."""
+    half = 4 * GPT2 / 2 / 1e9
+    costs = communication_of_two_processors(stage=1, workload=FULL, bandwidth=1e9, bucket_bytes=0)
+    assert costs.exposed == pytest.approx(2 * half - 0.01)
+    tied = Workload(compute_seconds=30, num_trainable=GPT2, tied_share=0.5)
+    assert communication_of_two_processors(stage=1, workload=tied, bandwidth=1e9, bucket_bytes=0).hidden == 0
+
+
+def test_the_scaling_script_prints_the_comm_model_of_both_modes(capsys):
+    assert bench_cli.run(["scaling", "--only-model", "--step-ms", "10"]) == 0
+    output = capsys.readouterr().out
+    assert "modelled: GPT-2 124M, 2 x 1024 tokens a GPU in 10 ms" in output
+    assert "| 8 | within a node | " in output
+    assert "| 64 | Ethernet, 25 Gbit/s a node | " in output

@@ -125,7 +125,34 @@ def run_scaling(argv: Sequence[str]) -> int:
     return measure_scaling(args)
 
 
-COMMANDS: dict[str, Any] = {"steps": run_steps, "memory": run_memory, "data": run_data, "scaling": run_scaling}
+def run_operations(argv: Sequence[str]) -> int:
+    """ATen operations and bytes of a step, counted without a GPU."""
+    _parser("operations", "Count a step's ATen operations and bytes as on a GPU, by fake tensors.").parse_args(argv)
+    from trainer.tools.bench.operations import operations_table
+
+    print(operations_table(), end="")
+    return 0
+
+
+def run_kernels(argv: Sequence[str]) -> int:
+    """What each kernel gains over the plain form."""
+    parser = _parser("kernels", "Time each file of trainer/kernels beside the plain form, on one thread.")
+    parser.add_argument("--rounds", type=_number, default=5, metavar="N", help="times in turn (default: 5)")
+    args = parser.parse_args(argv)
+    from trainer.tools.bench.kernels import measure_kernels
+
+    measure_kernels(args.rounds)
+    return 0
+
+
+COMMANDS: dict[str, Any] = {
+    "steps": run_steps,
+    "memory": run_memory,
+    "data": run_data,
+    "scaling": run_scaling,
+    "operations": run_operations,
+    "kernels": run_kernels,
+}
 
 
 def _parser(name: str, description: str) -> ArgumentParser:

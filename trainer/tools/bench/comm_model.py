@@ -1,91 +1,123 @@
-"""What a step costs on more GPUs than there are at hand: modelled from bytes moved and link speed. Pure.
+"""What a step costs on more GPUs than there are at hand: modelled from bytes moved, link speed and overlap. Pure.
 
 Bytes: the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 7). Gradients that are reduced and weights that are
 gathered each pass every rank once, (n - 1) / n of their bytes; stage 3 gathers the weights twice more in place of once.
-The time of a step is that of its arithmetic on one rank plus bytes over the slowest link on the ring: nothing is
-counted as hidden behind the arithmetic, so the model errs to the slow side.
+Overlap: under stages 0 and 1 gradients leave in buckets while the step's last backward makes them
+(`trainer.distributed.gradients`); what the last bucket holds, a tied embedding among it, is made at its end and hidden
+by nothing, nor is the gathering of weights, nor anything that DeepSpeed's own hooks do under stages 2 and 3.
+tests/distributed/test_shaped_links.py holds this against steps over links of a known speed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NVLINK_BYTES_PER_SECOND = 450e9  # bytes/s each way between the GPUs of an H100 node, as its maker states it
-NETWORK_BYTES_PER_SECOND = 50e9  # bytes/s of one 400 Gbit/s port a GPU between nodes
 GPUS_PER_NODE = 8  # GPUs
+BACKWARD_SHARE = 2 / 3  # of a step's arithmetic: two products for each one of the forward
+GPU_BUCKET_BYTES = 25 * 2**20  # `gradients.MIN_BUCKET_BYTES` of NCCL
+#: bytes/s that leave a node of `GPUS_PER_NODE`; a ring passes every NIC that it finds
+NETWORKS = {
+    "a 400 Gbit/s NIC a GPU": GPUS_PER_NODE * 50e9,
+    "one 400 Gbit/s NIC a node": 50e9,
+    "Ethernet, 25 Gbit/s a node": 25e9 / 8,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Ranks and the links between them, bytes/s a rank."""
+class Workload:
+    """A step of one rank."""
 
-    world_size: int
-    gpus_per_node: int = GPUS_PER_NODE
-    intra_node_bandwidth: float = NVLINK_BYTES_PER_SECOND
-    inter_node_bandwidth: float = NETWORK_BYTES_PER_SECOND
+    compute_seconds: float  #: of its arithmetic, all micro-batches
+    num_trainable: int  #: weights
+    num_frozen: int = 0
+    tied_share: float = 0.0  #: of the trained weights: embeddings whose gradient is whole at the backward's end only
+    gradient_accumulation_steps: int = 1
 
     @property
-    def bandwidth(self) -> float:
-        """Of the ring's slowest part."""
-        return self.intra_node_bandwidth if self.world_size <= self.gpus_per_node else self.inter_node_bandwidth
+    def gradient_bytes(self) -> float:
+        """In float32."""
+        return 4.0 * self.num_trainable
+
+    @property
+    def backward_seconds(self) -> float:
+        """Of the last micro-batch."""
+        return self.compute_seconds * BACKWARD_SHARE / self.gradient_accumulation_steps
+
+    def tail_share(self, bucket_bytes: float) -> float:
+        """Of the gradients: what leaves last, the tied embedding or one bucket."""
+        return max(self.tied_share, min(1.0, bucket_bytes / self.gradient_bytes))
 
 
-def bytes_moved(
-    *, stage: int, num_trainable: int, num_frozen: int, world_size: int, gradient_accumulation_steps: int = 1
-) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Communication:
+    """Seconds that a step's communication takes, by whether the arithmetic goes on meanwhile."""
+
+    hidden: float
+    exposed: float
+
+
+def bytes_moved(*, stage: int, workload: Workload, world_size: int) -> float:
     """Bytes that one rank sends in a step, float32: gradients of the trained weights, and weights where divided.
 
     Stage 0 reduces and spreads the gradients, 1 and 2 reduce them and spread the weights: the same number. Stage 2
     reduces after every micro-batch. Stage 3 gathers all weights, frozen ones too, for each forward and backward.
     """
-    bytes_per_weight = 4 * (world_size - 1) / world_size
+    num_trainable, num_frozen = workload.num_trainable, workload.num_frozen
+    accumulation, bytes_per_weight = workload.gradient_accumulation_steps, 4 * (world_size - 1) / world_size
     if stage < 2:
         return bytes_per_weight * 2 * num_trainable
     if stage == 2:
-        return bytes_per_weight * num_trainable * (gradient_accumulation_steps + 1)
-    return bytes_per_weight * (gradient_accumulation_steps * (num_trainable + 2 * (num_trainable + num_frozen)))
+        return bytes_per_weight * num_trainable * (accumulation + 1)
+    return bytes_per_weight * (accumulation * (num_trainable + 2 * (num_trainable + num_frozen)))
 
 
-def step_seconds(
-    *,
-    compute_seconds: float,
-    stage: int,
-    num_trainable: int,
-    num_frozen: int,
-    cluster: Cluster,
-    gradient_accumulation_steps: int = 1,
-) -> float:
-    """Seconds of a step in which each rank computes for `compute_seconds`."""
-    num_bytes = bytes_moved(
-        stage=stage, num_trainable=num_trainable, num_frozen=num_frozen, world_size=cluster.world_size,
-        gradient_accumulation_steps=gradient_accumulation_steps
-    )  # fmt: skip
-    return compute_seconds + num_bytes / cluster.bandwidth
+def communication(
+    *, stage: int, workload: Workload, world_size: int, bandwidth: float, bucket_bytes: float = GPU_BUCKET_BYTES
+) -> Communication:
+    """By a ring whose slowest link has `bandwidth` bytes/s. One queue: a bucket waits for those before it."""
+    total = bytes_moved(stage=stage, workload=workload, world_size=world_size) / bandwidth
+    reduction = total if stage == 0 else total / 2 if stage == 1 else 0.0
+    tail = workload.tail_share(bucket_bytes)
+    exposed = max(0.0, (1 - tail) * reduction - workload.backward_seconds) + tail * reduction
+    return Communication(hidden=reduction - exposed, exposed=exposed + total - reduction)
 
 
-def scaling_table(
-    *,
-    compute_seconds: float,
-    num_tokens: int,
-    num_trainable: int,
-    num_frozen: int,
-    world_sizes: tuple[int, ...] = (1, 8, 64),
-) -> str:
-    """Markdown: a token's cost by ranks, where each rank computes `compute_seconds` on `num_tokens` of its own."""
-    lines = [
-        "| GPUs | " + " | ".join(f"zero{stage}: bytes, efficiency" for stage in (1, 3)) + " |", "|--:|--:|--:|",
-    ]  # fmt: skip
+def communication_of_two_processors(
+    *, stage: int, workload: Workload, bandwidth: float, bucket_bytes: float
+) -> Communication:
+    """The same of two ranks over gloo. Under ZeRO 1 each sends the other its half, both ways at once: the half of the
+    last weights leaves in the first half of the backward, that of the first weights, tied embeddings too, after it.
+    Under ZeRO 2 and 3 DeepSpeed calls gloo's reduce_scatter, which sends as much as an all-reduce: twice as much."""
+    if stage != 1:
+        costs = communication(
+            stage=stage, workload=workload, world_size=2, bandwidth=bandwidth, bucket_bytes=bucket_bytes
+        )
+        num_reductions = workload.gradient_accumulation_steps if stage >= 2 else 0
+        return replace(costs, exposed=costs.exposed + num_reductions * workload.gradient_bytes / 2 / bandwidth)
+    half, backward = workload.gradient_bytes / 2 / bandwidth, workload.backward_seconds
+    tail = min(0.5, workload.tail_share(bucket_bytes))
+    window = backward * (0.5 - tail) / (1 - tail)  # in which the first weights' gradients are made, but the tail
+    first_weights = max(0.0, (1 - 2 * tail) * half - window) + 2 * tail * half
+    exposed = max(first_weights, half - backward)
+    return Communication(hidden=half - exposed, exposed=exposed + half)  # and the weights' halves back
+
+
+def scaling_table(workloads: dict[str, tuple[int, Workload]], world_sizes: tuple[int, ...] = (8, 64)) -> str:
+    """Markdown: efficiency against GPUs and networks, where each GPU computes on tokens of its own.
+
+    `workloads`: {column: (stage, workload)}.
+    """
+    lines = ["| GPUs | network | " + " | ".join(workloads) + " |", "|--:|---|" + "--:|" * len(workloads)]
     for world_size in world_sizes:
-        cells = []
-        for stage in (1, 3):
-            num_bytes = bytes_moved(
-                stage=stage, num_trainable=num_trainable, num_frozen=num_frozen, world_size=world_size
-            )
-            seconds = step_seconds(
-                compute_seconds=compute_seconds, stage=stage, num_trainable=num_trainable, num_frozen=num_frozen,
-                cluster=Cluster(world_size=world_size)
-            )  # fmt: skip
-            cells.append(
-                f"{num_bytes / 1e9:.2f} GB, {compute_seconds / seconds:.0%} ({world_size * num_tokens / seconds:,.0f} "
-                "tokens/s)"
-            )
-        lines.append(f"| {world_size} | " + " | ".join(cells) + " |")
+        fits_a_node = world_size <= GPUS_PER_NODE
+        for network, node_bandwidth in {"within a node": NVLINK_BYTES_PER_SECOND}.items() if fits_a_node else (
+            NETWORKS.items()
+        ):  # fmt: skip
+            bandwidth = min(NVLINK_BYTES_PER_SECOND, node_bandwidth)
+            cells = []
+            for stage, workload in workloads.values():
+                costs = communication(stage=stage, workload=workload, world_size=world_size, bandwidth=bandwidth)
+                efficiency = workload.compute_seconds / (workload.compute_seconds + costs.exposed)
+                all_seconds = costs.hidden + costs.exposed
+                cells.append(f"{efficiency:.0%} ({1e3 * all_seconds:,.1f} ms, {costs.hidden / all_seconds:.0%} hidden)")
+            lines.append(f"| {world_size} | {network} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

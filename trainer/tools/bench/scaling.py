@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from trainer.tools.bench.comm_model import scaling_table
+from trainer.tools.bench.comm_model import Workload, scaling_table
 from trainer.tools.bench.configs import BenchmarkConfig
 from trainer.tools.bench.shapes import save_config
 from trainer.tools.bench.steps import run_rounds
 
 GPT2, ADAPTERS = 124_439_808, 1_179_648  # weights of GPT-2, and of adapters of rank 8 on its Conv1D layers
+GPT2_EMBEDDING = 50_257 * 768  # of them those of the tied embedding
 
 
 def measure_scaling(args: argparse.Namespace) -> int:
@@ -26,15 +27,18 @@ def measure_scaling(args: argparse.Namespace) -> int:
         exit_code = int(any(row["problem"] for row in rows))
         print("\n" + "\n".join(markdown_table(rows)), flush=True)
     if args.step_ms:
-        for name, num_trainable, num_frozen in (("full", GPT2, 0), ("lora", ADAPTERS, GPT2)):
-            print(f"\n{name}, modelled: 2 x 1024 tokens a GPU in {args.step_ms:g} ms\n")
-            print(
-                scaling_table(
-                    compute_seconds=args.step_ms / 1000, num_tokens=2048, num_trainable=num_trainable,
-                    num_frozen=num_frozen,
-                )
-            )  # fmt: skip
+        print(f"\nmodelled: GPT-2 124M, 2 x 1024 tokens a GPU in {args.step_ms:g} ms; efficiency (communication)\n")
+        print(scaling_table(_model_workloads(args.step_ms / 1000)))
     return exit_code
+
+
+def _model_workloads(compute_seconds: float) -> dict[str, tuple[int, Workload]]:
+    full = Workload(compute_seconds=compute_seconds, num_trainable=GPT2, tied_share=GPT2_EMBEDDING / GPT2)
+    adapters = Workload(compute_seconds=compute_seconds, num_trainable=ADAPTERS, num_frozen=GPT2)
+    return {
+        "full, zero0": (0, full), "full, zero1": (1, full), "full, zero3": (3, full),
+        "LoRA, zero1": (1, adapters), "LoRA, zero3": (3, adapters),
+    }  # fmt: skip
 
 
 def _build_configs(args: argparse.Namespace, scratch: Path) -> list[BenchmarkConfig]:

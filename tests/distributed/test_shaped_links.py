@@ -1,0 +1,94 @@
+"""A step's time against the speed of the link between two hosts, beside the model of `bench/comm_model.py`.
+
+`pytest tests/distributed/test_shaped_links.py -m sweep -n 0 -s` prints the table of launch/README.md. Two hosts
+(network namespaces), one rank of one thread on each; links of several speeds in turn, so that other work on the
+machine meets all of them alike. What is compared with the model is the least over the rounds.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from helpers.hosts import ENVIRON, ROOT, Hosts, started_hosts
+
+from trainer.distributed.gradients import MIN_BUCKET_BYTES
+from trainer.tools.bench.comm_model import Workload, communication_of_two_processors
+from trainer.tools.bench.configs import BenchmarkConfig
+
+RATES = (None, 50, 20)  # Mbit/s
+NUM_ROUNDS = 3
+PAYLOAD = 1448 / 1514  # of a full Ethernet frame: the rest is its headers, IP's and TCP's
+MODEL_TOLERANCE = 0.15
+FULL, TIED, ADAPTERS = 1_915_360, 2048 * 160, 102_400  # the demo's model, its tied embedding, its adapters
+CASES = [("full", "zero0"), ("full", "zero1"), ("full", "zero3"), ("lora", "zero1")]
+
+
+def measure(hosts: Hosts, mode: str, zero: str, folder: Path) -> dict[int | None, list[float]]:
+    """{Mbit/s: seconds of a step in each round}."""
+    config = BenchmarkConfig(
+        program="ours", mode=mode, global_batch=4, ds_config=zero, world_size=2, model="demo-base", block_size=64,
+        dropout=0.0, num_windows=NUM_ROUNDS * len(RATES), steps_per_window=3,
+    )  # fmt: skip
+    folder.mkdir()
+    job = folder / "job.json"
+    job.write_text(json.dumps({"config": asdict(config), "folder": str(folder)}))
+    hosts.shape_links(None)
+    env = {**ENVIRON, "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29500",
+           "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # fmt: skip
+    argv = [sys.executable, "-m", "helpers.link_worker", str(job)]
+    ranks = [
+        hosts.start(name, argv, folder / f"{name}.log", env | {"RANK": str(rank)})
+        for rank, name in enumerate(hosts.pids)
+    ]
+
+    def wait_for(name: str) -> None:
+        deadline = time.monotonic() + 240
+        while not all((folder / f"{name}-{rank}").exists() for rank in (0, 1)):
+            logs = [(folder / f"{host}.log").read_text() for host in hosts.pids]
+            assert all(process.poll() in (None, 0) for process in ranks), logs
+            assert time.monotonic() < deadline, logs
+            time.sleep(0.02)
+
+    wait_for("ready")
+    seconds: dict[int | None, list[float]] = {rate: [] for rate in RATES}
+    for window in range(config.num_windows):
+        rate = RATES[window % len(RATES)]
+        hosts.shape_links(rate)
+        (folder / f"go-{window}").touch()
+        wait_for(f"done-{window}")
+        seconds[rate].append(json.loads((folder / f"done-{window}-0").read_text()))
+    return seconds
+
+
+def model(mode: str, zero: str, compute_seconds: float, megabits: int) -> tuple[float, float]:
+    """(seconds of a step, hidden share of its communication)."""
+    workload = Workload(
+        compute_seconds=compute_seconds, num_trainable=FULL if mode == "full" else ADAPTERS,
+        num_frozen=0 if mode == "full" else FULL, tied_share=TIED / FULL if mode == "full" else 0.0,
+    )  # fmt: skip
+    costs = communication_of_two_processors(
+        stage=int(zero[-1]), workload=workload, bandwidth=megabits * 1e6 / 8 * PAYLOAD,
+        bucket_bytes=MIN_BUCKET_BYTES["gloo"],
+    )  # fmt: skip
+    return compute_seconds + costs.exposed, costs.hidden / (costs.hidden + costs.exposed)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("mode", "zero"), CASES)
+def test_a_step_over_shaped_links_takes_what_the_comm_model_says(mode, zero, tmp_path):
+    with started_hosts(tmp_path / "hosts") as hosts:
+        seconds = measure(hosts, mode, zero, tmp_path / "run")
+    free = min(seconds[None])
+    cells, failures = [f"{mode}, {zero}", f"{1e3 * free:.0f}"], []
+    for rate in (rate for rate in RATES if rate is not None):
+        taken = min(seconds[rate])
+        modelled, hidden = model(mode, zero, free, rate)
+        cells.append(f"{1e3 * taken:.0f} ({1e3 * modelled:.0f}, {hidden:.0%} hidden)")
+        if abs(taken / modelled - 1) > MODEL_TOLERANCE:
+            failures.append((rate, taken, modelled))
+    print(f"\n| {' | '.join(cells)} |")
+    assert not failures
