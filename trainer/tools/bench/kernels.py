@@ -6,16 +6,17 @@ Both forms of GPT-2 124M's shapes, forward and backward, in alternation; CPU tim
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from trainer.config.schema import LoraSettings
 from trainer.kernels.cpu_attention import Dropout, blockwise_attention
 from trainer.kernels.fused_lora import FusedLoRALinear
 from trainer.kernels.linear_cross_entropy import LinearCrossEntropy, _nll_and_grad_inplace, even_chunk_size
+from trainer.model.lora import add_adapters, find_fusable_layers
 
 WIDTH, NUM_HEADS, VOCABULARY, RANK = 768, 12, 50_257, 8  # of GPT-2, and of an adapter
 ROWS, TOKENS = 2, 256
@@ -68,23 +69,12 @@ def _causal_attention() -> tuple[Form, Form]:
 
 
 def _fused_lora() -> tuple[Form, Form]:
-    from peft import LoraConfig, get_peft_model
-
-    class OneLayer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = Conv1D(3 * WIDTH, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x)
-
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["layer"], fan_in_fan_out=True)
-    model: Any = get_peft_model(OneLayer(), config)
-    layer = model.base_model.model.layer
+    causal = GPT2LMHeadModel(GPT2Config(n_layer=1, vocab_size=512, bos_token_id=0, eos_token_id=0))
+    (layer,) = find_fusable_layers(add_adapters(causal, LoraSettings(rank=RANK), ["c_attn"]))
     x = torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)
     base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return (
-        lambda: model(x).sum(),
+        lambda: layer(x).sum(),
         lambda: FusedLoRALinear.apply(x, base.weight, base.bias, a, b, 2.0, None).sum(),
     )
 
