@@ -5,8 +5,10 @@ Exit code 0: exported, reloaded and equal; 1: the check failed; 2: a mistake in 
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 from trainer.config.argument_parser import ArgumentParser
+from trainer.config.choices import ExportDtype
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.tracking.safe_stream import protect_standard_streams
 
@@ -33,11 +35,24 @@ def build_parser() -> ArgumentParser:
         "--answer", type=Path, metavar="FILE", help="answer.json of a study or a comparison: its sentence for the card"
     )
     parser.add_argument(
+        "--dtype",
+        choices=get_args(ExportDtype),
+        default="fp32",
+        metavar=f"{{{','.join(get_args(ExportDtype))}}}",
+        help="round the weights to it; their loss after that is evaluated and said (default: fp32)",
+    )
+    parser.add_argument(
+        "--push",
+        metavar="NAMESPACE/NAME",
+        help="upload the folder to this repository of the hub, once its check has passed",
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: make a new repository a private one")
+    parser.add_argument(
         "--output-dir",
         type=Path,
         metavar="DIR",
         help="where the folder goes; it must be empty or not there yet "
-        "(default: RUN/export-step-N, with --merge RUN/merged-step-N)",
+        "(default: RUN/export-step-N, with --merge RUN/merged-step-N; -DTYPE behind it)",
     )
     return parser
 
@@ -51,12 +66,15 @@ def main(argv: list[str] | None = None) -> int:
 
         silence_libraries()  # before the libraries it silences are imported
         limit_openmp_spin()
-        from trainer.export.export_cli import export_checkpoint
+        if args.private and args.push is None:
+            raise UserError("--private: goes with --push NAMESPACE/NAME")
+        from trainer.export.export_cli import ExportRequest, export_checkpoint
 
-        return export_checkpoint(
-            args.run, checkpoint_name=args.checkpoint, merge=args.merge, output_dir=args.output_dir,
-            answer_file=args.answer,
+        request = ExportRequest(
+            run_folder=args.run, checkpoint_name=args.checkpoint, merge=args.merge, dtype=args.dtype,
+            output_dir=args.output_dir, answer_file=args.answer, push=args.push, private=args.private,
         )  # fmt: skip
+        return export_checkpoint(request)
     except (UserError, TrainingError) as error:
         return report_error(error)
 

@@ -25,6 +25,7 @@ from helpers.export_helpers import (
     train_counting_gathered,
     train_with_damaged_export,
 )
+from helpers.fake_hub import TOKEN, fake_hub
 from helpers.launch_ranks import FRESH_VERIFICATION, run_on_ranks, run_train_script, train, verify_in_this_process
 from helpers.tiny_inputs import tiny_argv
 from safetensors.torch import load_file, save_file
@@ -34,8 +35,8 @@ from transformers.utils.logging import disable_progress_bar
 from trainer.config import cli
 from trainer.data.dataset import prepare
 from trainer.export import verify, verify_worker
-from trainer.export.folder import save_folder
-from trainer.export.model_card import is_hub_id, public_name, render_model_card
+from trainer.export.folder import FolderContent, hub_snapshot, is_hub_id, public_name, save_folder
+from trainer.export.model_card import render_model_card
 from trainer.export.verify import (
     ReferenceOutputs,
     VerificationResult,
@@ -168,22 +169,25 @@ def test_no_temporary_files_stay_beside_the_exported_folder(full_run: Path, lora
 
 
 def test_a_lora_run_under_zero3_leaves_an_adapter_that_learnt_something(lora_run: Path):
-    from peft import AutoPeftModelForCausalLM
-
     assert "model reloaded and checked" in read_finished_event(lora_run)["message"]
     stored = load_file(lora_run / "model" / "adapter_model.safetensors")
     assert len(stored) == 2 * 2 * 4  # A and B of two layers' c_attn, c_proj, c_fc, c_proj
     assert [(lora_run.parent / f"kept-{rank}").read_text() for rank in range(2)] == ["16", "0"], "a copy on rank 0 only"
     assert all(tensor.numel() and tensor.any() and tensor.dtype == torch.float32 for tensor in stored.values())
-    model = AutoPeftModelForCausalLM.from_pretrained(lora_run / "model")
     base = AutoModelForCausalLM.from_pretrained(lora_run / "base")
+    model = load_adapter(lora_run)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert max_logits_difference(model, base) > 1e-3
 
 
+def load_adapter(run: Path) -> Any:
+    """A run's adapter on the base that the run kept, by the two lines that its model card has."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run / "base"), run / "model")
+
+
 def test_an_adapter_on_random_weights_keeps_its_base_and_says_so(lora_run: Path):
-    said = json.loads((lora_run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert Path(said) == (lora_run / "base").resolve()
     assert "kept only in the folder `base` of the run" in (lora_run / "model" / "README.md").read_text()
 
 
@@ -209,7 +213,8 @@ def test_every_zero_stage_exports_what_was_trained_with_one_copy_on_rank_0(
         expected = make_reference_outputs(
             known["ids"], known["logits"], tied=True, data=data, loss=float(known["loss"])
         )
-        answer = verify_in_process(tmp_path / job["name"], expected, tmp_path)
+        base = tiny_model if job["name"].startswith("lora") else None
+        answer = verify_in_process(tmp_path / job["name"], expected, tmp_path, base)
         assert answer.problems == (), job["name"]
         kept, passed = known["alive"]
         assert kept <= known["count"], "rank 0 holds each tensor once"
@@ -227,50 +232,23 @@ def make_reference_outputs(
     )  # fmt: skip
 
 
-def verify_in_process(folder: Path, expected: ReferenceOutputs, scratch: Path) -> VerificationResult:
+def verify_in_process(
+    folder: Path, expected: ReferenceOutputs, scratch: Path, base: str | None = None
+) -> VerificationResult:
     """The check of a folder, made in this process."""
     np.savez(scratch / "logits.npz", input_ids=expected.input_ids, logits=expected.logits)
     job = {
-        "folder": str(folder), "logits": str(scratch / "logits.npz"), "data": str(expected.data_folder or ""),
+        "folder": str(folder), "base": base, "logits": str(scratch / "logits.npz"),
+        "data": str(expected.data_folder or ""),
         "eval_batch": 4, "device": "cpu", "precision": "fp32", "threads": 1,
     }  # fmt: skip
     return compare_with_reference(verify_worker.verify(job), expected)
-
-
-# --- other models ---
-
-
-@pytest.mark.parametrize(("family", "mode"), [("llama", "lora"), ("gpt_neox", "full")])
-def test_other_causal_models_train_and_export(family, mode, tiny_model, data_files, tmp_path):
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    shape = {
-        "vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
-    model.save_pretrained(tmp_path / family)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(tiny_model) / name, tmp_path / family)
-    flags = make_argv(
-        str(tmp_path / family), data_files, mode, "--max-steps", "3", "--output-dir", str(tmp_path / "run")
-    )
-    assert run_on_ranks(1, run_train_script, flags, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-4000:]
-    about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert "reloaded and checked" in read_finished_event(tmp_path / "run")["message"]
-    assert "two tensors" in (tmp_path / "run" / "model" / "README.md").read_text(), "its embeddings were never tied"
-    if mode == "lora":
-        names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-        assert about["model"]["lora_targets"] == names
 
 
 # --- the command ---
 
 
 def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_export_script, monkeypatch):
-    from peft import AutoPeftModelForCausalLM
-
     monkeypatch.undo()  # one real fresh process from the command too
     code, said = run_export_script(str(lora_run), "--merge")
     assert code == 0, said
@@ -283,8 +261,7 @@ def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_e
     assert "lm_head.weight" not in stored
     assert not any("lora" in name for name in stored)
     assert stored["transformer.h.0.attn.c_attn.weight"].shape == (16, 48)  # Conv1D: [in, out]
-    adapted = AutoPeftModelForCausalLM.from_pretrained(lora_run / "model")
-    assert max_logits_difference(merged, adapted) < 1e-4  # float32 rounding of W + BA against Wx + BAx; logits up to 30
+    assert max_logits_difference(merged, load_adapter(lora_run)) < 1e-4, "W + BA against Wx + BAx; logits up to 30"
     card = (folder / "README.md").read_text()
     assert "one tensor, stored once after the adapters were folded in" in card
     assert front_matter(folder)["library_name"] == "transformers"
@@ -387,6 +364,92 @@ def test_exporting_adapters_on_a_different_base_is_refused(lora_run, run_export_
     assert "trained on another base model" in said
 
 
+@pytest.mark.parametrize(("run", "flags"), [("full_run", []), ("lora_run", ["--merge"]), ("lora_run", [])])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_rounded_weights_are_stored_in_their_dtype_with_the_loss_after_rounding(
+    run, flags, dtype, run_export_script, request, tmp_path
+):
+    run = request.getfixturevalue(run)
+    code, said = run_export_script(str(run), *flags, "--dtype", dtype, "--output-dir", str(tmp_path / "out"))
+    assert code == 0, said
+    losses = re.search(rf"{NAMES[dtype]}; rounded to {dtype}: validation loss (\S+), before (\S+) \((\S+)\)", said)
+    assert losses is not None, said
+    before = read_finished_event(run)["facts"]["final"]["loss"]
+    assert float(losses[2]) == pytest.approx(before, abs=1e-6)
+    assert 0 < abs(float(losses[3])) < 0.05, "rounding moves the loss a little, not at all would be no rounding"
+    assert losses[0].partition("; ")[2] in (tmp_path / "out" / "README.md").read_text()
+    name = "adapter_model.safetensors" if run.name == "lora" and not flags else "model.safetensors"
+    stored = load_file(tmp_path / "out" / name)
+    assert {str(tensor.dtype) for tensor in stored.values()} == {f"torch.{NAMES[dtype]}"}
+    if name == "model.safetensors":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        assert str(loaded.dtype) == f"torch.{NAMES[dtype]}"
+
+
+def test_weights_that_fp16_cannot_hold_are_refused(full_run, run_export_script, monkeypatch, tmp_path):
+    from trainer.export import export_cli as room
+
+    def load_large(*args: Any, **options: Any) -> Any:
+        model = original(*args, **options)
+        with torch.no_grad():
+            model.module.transformer.wpe.weight[-1] = 1e5
+        return model
+
+    original = room.load_model_at_checkpoint
+    monkeypatch.setattr(room, "load_model_at_checkpoint", load_large)
+    code, said = run_export_script(str(full_run), "--dtype", "fp16", "--output-dir", str(tmp_path / "out"))
+    assert (code, said) == (2, "error: --dtype fp16: transformer.wpe.weight holds 1e+05; expected bf16 or fp32\n")
+
+
+NAMES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def test_a_checked_export_is_pushed_and_one_that_fails_its_check_is_not(
+    full_run, run_export_script, monkeypatch, tmp_path
+):
+    arguments = (str(full_run), "--push", "me/small", "--private", "--output-dir")
+    with fake_hub() as hub:
+        code, said = run_export_script(*arguments, str(tmp_path / "out"))
+        assert code == 0, said
+        assert said.endswith(f"pushed to {hub.url}/me/small\n")
+        pushed = hub.files.pop("me/small")
+        assert pushed == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.created[0]["visibility"] == "private"
+        assert {"model.safetensors", "README.md", "tokenizer.json", "generation_config.json"} <= set(pushed)
+        assert "reloaded and checked" in pushed["README.md"].decode()
+        assert f"Bearer {TOKEN}" in hub.tokens
+        files = [path for path in (*tmp_path.rglob("*"), *full_run.rglob("*")) if path.is_file()]
+        everything = b"".join(path.read_bytes() for path in files)
+        assert TOKEN.encode() not in everything + said.encode()
+        monkeypatch.setattr(
+            verify, "run_worker", lambda job: subprocess.CompletedProcess([], 1, stdout="", stderr="broken")
+        )
+        code, said = run_export_script(*arguments, str(tmp_path / "again"))
+        assert code == 1
+        assert said.rstrip().endswith("nothing is pushed")
+        assert not hub.files
+    assert run_export_script(str(full_run), "--private")[0] == 2
+
+
+def test_no_exported_file_names_a_place_of_this_machine(full_run, lora_run, quantized_run, tiny_model, session_dir):
+    for run, base in ((full_run, None), (lora_run, Path(tiny_model).name), (quantized_run, Path(tiny_model).name)):
+        for path in (run / "model").iterdir():
+            assert str(session_dir).encode() not in path.read_bytes(), path
+        if base is not None:
+            adapter = json.loads((run / "model" / "adapter_config.json").read_text())
+            assert (adapter["base_model_name_or_path"], adapter["revision"]) == (base, None)
+        generation = json.loads((run / "model" / "generation_config.json").read_text())
+        assert (generation["eos_token_id"], generation["pad_token_id"]) == (0, 0)
+        assert not (run / "model" / "chat_template.jinja").exists(), "trained on bare prompts"
+
+
+def test_a_base_of_the_hub_is_named_with_its_commit():
+    commit = "a" * 40
+    assert hub_snapshot(f"/x/hub/models--org--some-name/snapshots/{commit}/") == ("org/some-name", commit)
+    assert hub_snapshot(f"/x/hub/models--gpt2/snapshots/{commit}") == ("gpt2", commit)
+    assert hub_snapshot("/x/models/gpt2") is None
+
+
 # --- what is caught ---
 
 
@@ -410,7 +473,7 @@ def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, sai
     ("harm", "said"),
     [
         (lambda w: w | {"lm_head.weight": w["transformer.wte.weight"].clone()}, "the tied embedding is stored 2 times"),
-        (lambda w: {n: t.half() for n, t in w.items()}, "stored as F16, its config says float32"),
+        (lambda w: {n: t.half() for n, t in w.items()}, "stored as F16, its config says float32, expected float32"),
         (lambda w: w | {"transformer.ln_f.bias": w["transformer.ln_f.bias"] + 1e-3}, "logits differ by"),
     ],
     ids=["doubled", "half", "moved"],
@@ -451,7 +514,7 @@ def test_verification_of_a_folder_that_cannot_be_loaded_fails_without_a_crash(fu
 def test_a_half_precision_module_is_still_stored_and_said_as_float32(full_run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(full_run / "model")
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    save_folder(tmp_path, model.half(), weights, base_model=None, tokenizer=None)
+    save_folder(tmp_path, FolderContent(module=model.half(), state_dict=weights, base_model=None))
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
     assert load_file(tmp_path / "model.safetensors")["transformer.ln_f.bias"].dtype == torch.float32
 
@@ -480,15 +543,17 @@ def test_the_model_card_has_the_metadata_of_the_hub(full_run, lora_run):
         assert card.data.pipeline_tag == "text-generation"
         assert {result.metric_type for result in card.data.eval_results} == {"loss", "perplexity"}
         assert "base_model" not in front_matter(folder), "a folder is no hub id, and random weights are nobody's"
-        for part in ("### Training hyperparameters", "### Training results", "gpt2-acled-t2s", "reloaded and checked"):
+        for part in ("### Training hyperparameters", "### Training results", "reloaded and checked"):
             assert part in card.text
+        assert "gpt2-acled-t2s" not in card.text, "nobody asked for that card"
         assert str(Path(folder).parents[1]) not in card.content, "no path of this machine"
 
 
 def test_the_model_card_names_a_base_of_the_hub(full_run):
     about = json.loads((full_run / "run.json").read_text())
     about["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
-    text = render_model_card(about, [], VerificationResult(), step=6)
+    text = render_model_card({**about, "preset": "card"}, [], VerificationResult(), step=6)
+    assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
     about["model"]["init"] = "random"
     assert "base_model" not in render_model_card(about, [], VerificationResult(), step=6)
@@ -538,10 +603,11 @@ def test_a_checkpoint_on_a_quantized_base_is_exported_and_merged_onto_the_float3
     code, said = run_export_script(str(quantized_run), "--merge")
     assert code == 0, said
     recorded = read_finished_event(quantized_run)["facts"]["final"]["loss"]
-    merged = re.search(r"validation loss ([\d.]+) on the quantised base, ([\d.]+) merged onto the float32 one", said)
+    pattern = r"merged onto the float32 base instead of the quantised one: validation loss ([\d.]+), before ([\d.]+)"
+    merged = re.search(pattern, said)
     assert merged is not None, said
-    assert float(merged[1]) == pytest.approx(recorded, abs=1e-6)
-    assert abs(float(merged[2]) - recorded) > 1e-5, "4 bits are not float32"
+    assert float(merged[2]) == pytest.approx(recorded, abs=1e-6)
+    assert abs(float(merged[1]) - recorded) > 1e-5, "4 bits are not float32"
     folder = quantized_run / "merged-step-000004"
     assert merged[0] in (folder / "README.md").read_text()
     assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == "GPT2LMHeadModel"

@@ -52,18 +52,44 @@ def data_dir(argv: list[str], tiny_model: str) -> Path:
 
 def test_text_metrics_of_identical_and_of_disjoint_texts():
     texts = ["the cat sat on the mat", "five dogs ran home together"]
-    assert text_scores(texts, [f" {text} " for text in texts]) == pytest.approx(
+    assert text_scores(texts, [[f" {text} "] for text in texts]) == pytest.approx(
         {"exact_match": 1.0, "bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0}
     )
-    none = text_scores(["zzz qqq"], ["a b c d e f"])
+    none = text_scores(["zzz qqq"], [["a b c d e f"]])
     assert none == pytest.approx({"exact_match": 0.0, "bleu": 0.0, "chrf": 0.0, "rouge_l": 0.0})
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     """`police killed the gunman` and `police kill the gunman`: 3 of 4 words on either side (Lin 2004, section 3.2)."""
-    scores = text_scores(["police kill the gunman", "x"], ["police killed the gunman", "x"])
+    scores = text_scores(["police kill the gunman", "x"], [["police killed the gunman"], ["x"]])
     assert scores["rouge_l"] == pytest.approx((0.75 + 1) / 2)
     assert scores["exact_match"] == 0.5
+
+
+def test_several_references_of_a_prompt_count_as_the_measures_define_them():
+    """The best of them for a match and ROUGE-L, all of them for BLEU and chrF; texts may have different numbers."""
+    texts = ["the cat sat on the mat today", "a dog ran in the park now"]
+    references = [["a cat is here", texts[0]], [texts[1]]]
+    assert text_scores(texts, references) == pytest.approx(
+        {"exact_match": 1.0, "bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0}
+    )
+    first_only = text_scores(texts, [reference[:1] for reference in references])
+    assert first_only["bleu"] < 60
+    assert first_only["exact_match"] == 0.5
+
+
+def test_validation_records_of_one_prompt_are_its_references(tiny_model, tmp_path):
+    records = [
+        {"prompt": f"w{n} w{n + 1}", "completion": f" w{m} w{m + 1}"} for n in range(1, 61) for m in (20, 30, 40)
+    ]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = f"--mode full --model {tiny_model} --data {tmp_path}/train.jsonl --val-data {tmp_path}/val.jsonl"
+    settings = cli.parse_args([*flags.split(), "--preset", "demo", "--block-size", "16"]).settings
+    data = prepare(settings.data, model=tiny_model, global_batch=2)
+    prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
+    assert len(prompts) == MAX_NUM_SAMPLES
+    assert {prompt.references for prompt in prompts} == {(" w20 w21", " w30 w31", " w40 w41")}
 
 
 PROMPT = "Date: 5 January 2022\nLocation: Kanu\nFatalities: {}\nNotes:"
@@ -114,7 +140,7 @@ def test_text_metrics_for_data_without_prompts_are_refused(tiny_model, tmp_path)
     prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
     assert prompts, "but a text's own opening is a prompt for a sample"
     for prompt, (_, text) in zip(prompts, data.val_texts, strict=False):
-        assert f"{prompt.text} {prompt.reference}".split() == text.split()
+        assert f"{prompt.text} {prompt.references[0]}".split() == text.split()
     assert make_prompts(data, load_tokenizer(tiny_model), 12) == [], "9 tokens of prompt leave no room among 12"
 
 
@@ -147,9 +173,9 @@ def generate_jobs(jobs: list[dict[str, Any]]) -> int:
                 fetched.append(1),
                 original_fetch(*a, **k),
             )[1]
-            completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, 0)
+            completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, [0])
             counts = [len(gathered), len(fetched)]
-            repeated_completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, 0)
+            repeated_completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, [0])
             stage3.GatheredParameters.__enter__, PartitionedParameterCoordinator.fetch_sub_module = (
                 original_enter,
                 original_fetch,
@@ -246,16 +272,19 @@ def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_a
     assert read_events(sampled, "finished")[0]["facts"]["sample_seconds"] == pytest.approx(seconds)
 
 
-def test_the_report_shows_the_last_samples_beside_the_first(sampled_and_plain_runs, tmp_path):
+def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_plain_runs, tmp_path):
     runs, _ = load_runs([str(sampled_and_plain_runs[0]), str(sampled_and_plain_runs[1])])
     comparison = compare(runs)
     write_report(comparison, tmp_path)
     shown = json.loads((tmp_path / "comparison.json").read_text())
     made = read_events(sampled_and_plain_runs[0], "samples")
-    assert [row["last"] for row in shown["samples"]] == [
-        f"(epoch {made[-1]['facts']['epoch']:.4g}) {text['completion']}" for text in made[-1]["facts"]["texts"]
-    ]
-    assert [row["first"].startswith("(epoch 0) ") for row in shown["samples"]] == [True] * 3
+    first, last = made[0]["facts"]["texts"], made[-1]["facts"]["texts"]
+    base = f"base {runs[0].metadata['model']['fingerprint']}"
+    assert shown["samples"] == [
+        {"prompt": text["prompt"], "reference": text["reference"], base: begun["completion"],
+         "run 0": text["completion"]}
+        for begun, text in zip(first, last, strict=True)
+    ]  # fmt: skip
     assert shown["scores"][0]["chrf"] == made[-1]["facts"]["scores"]["chrf"]
     for page in ("report.html", "report.md"):
         assert "Completions against their references" in (tmp_path / page).read_text()
@@ -280,7 +309,7 @@ def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
     data = prepare(settings.data, model=DEMO_MODEL, global_batch=2)
     encode = load_tokenizer(DEMO_MODEL)
 
-    def perfect(prompts: Any, most: int, end: int) -> list[list[int]]:
+    def perfect(prompts: Any, most: int, ends: Any) -> list[list[int]]:
         return [encode(completion)["input_ids"] for _, completion in data.val_texts]
 
     model = SimpleNamespace(causal=SimpleNamespace(config=load_config(settings.model)))
@@ -324,7 +353,7 @@ def test_the_wandb_logger_logs_a_sample_table_and_the_scores():
     logged: list[tuple[dict[str, Any], int]] = []
     run: Any = SimpleNamespace(log=lambda row, step: logged.append((row, step)), summary={}, finish=lambda **_: None)
     sink = WandbLogger(run, last_logged_step=1)
-    text = {"prompt": "p", "reference": "r", "completion": "c"}
+    text = {"prompt": "p", "reference": "r", "base": "b", "completion": "c"}
     facts = {"epoch": 0.5, "samples": 4, "tokens": 9, "seconds": 0.1, "texts": [text], "scores": {"chrf": 12.5}}
     for step in (1, 2):
         sink.log(EventRecord(event="samples", step=step, message="", time=1.0, facts=facts))
@@ -332,5 +361,5 @@ def test_the_wandb_logger_logs_a_sample_table_and_the_scores():
     assert step == 2, "step 1 was logged by the process before"
     assert (row["sample/chrf"], row["epoch"], row["samples"]) == (12.5, 0.5, 4)
     table = row["sample/texts"]
-    assert table.columns == ["step", "epoch", "prompt", "reference", "completion"]
-    assert table.data == [[2, 0.5, "p", "r", "c"]]
+    assert table.columns == ["step", "epoch", "prompt", "reference", "base", "completion"]
+    assert table.data == [[2, 0.5, "p", "r", "b", "c"]]

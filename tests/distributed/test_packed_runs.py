@@ -1,37 +1,67 @@
-"""Real runs: packed rows give the losses, norms and weights of one example a row, step by step."""
+"""Real ranks: packed rows give the losses, norms and weights of one example a row; what they cost is said."""
 
-import json
+import argparse
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers.launch_ranks import train
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.engines import plan_run, prepare_data
+from helpers.launch_ranks import run_on_ranks
+from helpers.matrix import launch_jobs, read_job_result
+from helpers.tiny_inputs import tiny_argv
 
-TOLERANCE = 2e-5  # float32 sums in another order, over 14 steps
+from trainer.config.errors import UserError
+from trainer.distributed.process_group import simulated_context
+from trainer.tools.bench.packing import measure_packing
+
+TOLERANCE = 2e-5  # float32 sums in another order, over 8 steps
 
 
-def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(tiny_model, data_files, tmp_path):
-    flags = f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]}"
-    flags += " --objective completion --block-size 32 --global-batch 8 --epochs 2 --wandb disabled --lr 1e-3"
-    flags += " --dropout 0 --no-shuffle --num-samples 0"
-    records = {}
-    for name, extra in (("single", []), ("packed", ["--packing"])):
-        output = train([*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS, *extra], out=tmp_path / name, world_size=2)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        records[name] = [record for record in map(json.loads, lines) if record["kind"] in ("step", "eval")]
-        if extra:
-            assert "packed into rows of at most 32 tokens" in output
-            assert "one example a row:" in output
-    for single, packed in zip(records["single"], records["packed"], strict=True):
-        for key in ("kind", "step", "samples", "tokens"):
+@pytest.fixture(scope="module")
+def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
+    flags = "--mode full --objective completion --block-size 32 --global-batch 8 --epochs 2 --lr 1e-3"
+    return tiny_argv(tiny_model, data_files, f"{flags} --dropout 0 --no-shuffle --save-every never")
+
+
+def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(argv, tmp_path):
+    data = str(prepare_data(argv))
+    launch_jobs(2, [
+        {"name": name, "flags": [*argv, *extra], "data": data, "out": str(tmp_path)}
+        for name, extra in (("single", []), ("packed", ["--packing"]))
+    ], tmp_path / "log")  # fmt: skip
+    (single_records, single_weights), (packed_records, packed_weights) = (
+        read_job_result(tmp_path, name) for name in ("single", "packed")
+    )
+    assert [record["kind"] for record in packed_records] == [record["kind"] for record in single_records]
+    for single, packed in zip(single_records, packed_records, strict=True):
+        for key in ("step", "samples", "tokens"):
             assert packed[key] == single[key]
-        assert packed["loss"] == pytest.approx(single["loss"], abs=TOLERANCE)
+        if single["kind"] in ("step", "eval"):
+            assert packed["loss"] == pytest.approx(single["loss"], abs=TOLERANCE)
         if single["kind"] == "step":
             assert packed["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-4)
+    for name, weight in single_weights.items():
+        np.testing.assert_allclose(packed_weights[name], weight, atol=5e-4, err_msg=name)
 
 
-def test_packing_blocks_is_refused_before_a_step(tiny_model, data_files, tmp_path):
-    flags = f"--mode full --model {tiny_model} --data {data_files[0]} --objective blocks --block-size 16 --packing"
-    output = train(
-        [*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS, "--wandb", "disabled"], out=tmp_path / "run", check=False
-    )
-    assert "error: --packing: blocks are full already; expected --objective completion, or chat" in output
+def test_the_plan_says_the_padding_before_and_after(argv):
+    lines = dict(plan_run([*argv, "--packing"], simulated_context(1), on_meta=True).plan.summary_lines())
+    assert lines["batch"].endswith("packed into rows of at most 32 tokens")
+    shares = re.findall(r"([\d.]+)%", lines["padding"])
+    packed, single, by_length = (float(share) for share in shares)
+    assert packed < single
+    assert by_length <= single
+    with pytest.raises(UserError, match="--packing: blocks are full already; expected --objective completion, or chat"):
+        plan_run([*argv, "--packing", "--objective", "blocks"], simulated_context(1), on_meta=True)
+
+
+def test_the_benchmark_prints_padding_and_speed_of_every_variant(tmp_path: Path):
+    args = argparse.Namespace(shape="tiny", batch=8, block_size=64, mean_length=24, steps=2, rounds=1)
+    assert run_on_ranks(1, measure_packing, args, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+)% \| ([\d,]+) \| ([\d.]+) \(", said, re.M)
+    assert [row[0] for row in rows] == ["as they come", "like lengths together", "packed"]
+    paddings = [float(row[1]) for row in rows]
+    assert max(paddings[1:]) < paddings[0]
+    assert all(int(row[2].replace(",", "")) > 0 for row in rows)

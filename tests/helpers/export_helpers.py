@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from helpers import launch_ranks
 from helpers.engines import joined_ranks, start_engine
 from trainer.export import folder, run_export
-from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
+from trainer.export.folder import FolderContent, base_model_ref, collect_state_dict, save_folder, training_tokenizer
 from trainer.export.verify import compute_logits, fixed_input_ids
 from trainer.training.loop import train
 
@@ -35,10 +36,11 @@ def export_jobs(jobs: list[dict[str, Any]]) -> int:
             peak_counts = dist_context.all_gather_object(live_tensors.peak_count)
             if dist_context.rank == 0:
                 (out / job["name"]).mkdir()
-                save_folder(
-                    out / job["name"], model.module, weights, base_model=base_model_ref(model, out),
-                    tokenizer=settings.model.model,
+                content = FolderContent(
+                    module=model.module, state_dict=weights, base_model=base_model_ref(model, out),
+                    tokenizer=training_tokenizer(settings.model.model, data.metadata),
                 )  # fmt: skip
+                save_folder(out / job["name"], content)
                 loss = [r.loss for r in records if hasattr(r, "eval_tokens")][-1]
                 np.savez(
                     out / f"{job['name']}.npz", ids=input_ids, logits=logits, loss=loss, alive=peak_counts,
@@ -80,8 +82,8 @@ def train_with_damaged_export(argv: list[str], damage: str) -> int:
     """A whole run whose export goes wrong by `damage`."""
     original = folder.save_folder
 
-    def save_damaged(out_dir: Path, module: Any, weights: dict[str, Tensor], **options: Any) -> None:
-        original(out_dir, module, DAMAGE[damage](weights), **options)
+    def save_damaged(out_dir: Path, content: FolderContent) -> None:
+        original(out_dir, replace(content, state_dict=DAMAGE[damage](dict(content.state_dict))))
 
     folder.save_folder = save_damaged
     return launch_ranks.run_train_script(argv)

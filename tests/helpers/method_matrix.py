@@ -10,8 +10,9 @@ from helpers.engines import joined_ranks, start_engine
 from helpers.matrix import read_job_result, run_job
 from trainer.config import cli
 from trainer.export import verify_worker
-from trainer.export.folder import base_model_ref, collect_state_dict, save_folder
+from trainer.export.folder import FolderContent, base_model_ref, collect_state_dict, save_folder
 from trainer.export.verify import compute_logits, fixed_input_ids
+from trainer.model.build import merge_adapters
 from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.evaluation import evaluate
 
@@ -46,12 +47,16 @@ def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]
     folder = out / f"{job['name']}-folder"
     folder.mkdir()
     base_model = base_model_ref(model, out)
-    save_folder(folder, model.module, weights, base_model=base_model, tokenizer=None)
+    save_folder(folder, FolderContent(module=model.module, state_dict=weights, base_model=base_model))
     np.savez(out / f"{job['name']}-logits.npz", input_ids=input_ids, logits=logits)
     result = verify_worker.verify({
-        "folder": str(folder), "logits": str(out / f"{job['name']}-logits.npz"), "data": job["data"],
+        "folder": str(folder), "base": base_model and base_model.path,
+        "logits": str(out / f"{job['name']}-logits.npz"), "data": job["data"],
         "eval_batch": settings.train.eval_batch, "device": "cpu", "precision": "fp32",
     })  # fmt: skip
+    if job.get("merge"):
+        merged = compute_logits(merge_adapters(model), input_ids, dist_context.device)
+        result["merge_difference"] = float(np.abs(merged - logits).max())
     trained_values = {"trained_loss": loss, "recorded": state.val_loss, "largest": float(np.abs(logits).max())}
     return {
         **result,

@@ -16,6 +16,8 @@ OUTSIDE_FLAGS = {
     "--num_gpus": "deepspeed", "--num_nodes": "deepspeed", "--hostfile": "deepspeed", "--master_port": "deepspeed",
     "--nproc_per_node": "torchrun", "--nnodes": "torchrun", "--node_rank": "torchrun",
     "--master_addr": "torchrun", "--signal": "sbatch",
+    "--enable-lora": "vllm", "--lora-modules": "vllm",
+    "--outfile": "llama.cpp", "--model_args": "lm_eval", "--tasks": "lm_eval",
 }  # fmt: skip
 #: What a run, a comparison or a study writes: named in a README, absent from the repository.
 GENERATED = ("runs/", "comparison/", "checkpoints/", "model/", "wandb/", "studies/", "benchmarks/")
@@ -23,7 +25,7 @@ OWN_PATH = r"(trainer|launch|tests|ds_configs|\.github|\.ci)(/[\w.*-]+)*/?"
 SUFFIXES = (".py", ".md", ".json", ".toml", ".yml", ".png", ".safetensors")
 GENERATED_FILES = {
     "run.json", "metrics.jsonl", "config.json", "report.html", "answer.json", "rule.json", "index.json", "README.md",
-    "bench.json", "suggestion.json",
+    "bench.json", "suggestion.json", "convert_hf_to_gguf.py",  # the last is llama.cpp's
 }  # fmt: skip
 
 

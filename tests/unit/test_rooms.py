@@ -149,7 +149,7 @@ def test_a_torch_free_package_loads_without_torch(room):
 
 def test_launch_scripts_load_nothing_heavy_before_parsing_flags():
     """So that --help answers at once, and libraries are silenced before they are imported."""
-    for name in ("train", "compare", "export", "bench", "doctor", "gpu_acceptance", "study"):
+    for name in ("train", "compare", "export", "generate", "bench", "doctor", "gpu_acceptance", "study"):
         line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == "False", done.stdout + done.stderr

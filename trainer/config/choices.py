@@ -18,6 +18,7 @@ Execution = Literal["auto", "eager", "graphs", "compile"]
 WandbMode = Literal["online", "offline", "disabled"]
 ExtraLogger = Literal["tensorboard", "trackio"]  # each behind an extra of its name
 ExportChoice = Literal["last", "best", "none"]
+ExportDtype = Literal["fp32", "bf16", "fp16"]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 PRESETS: tuple[Preset, ...] = get_args(Preset)

@@ -36,7 +36,7 @@ def finetune() -> dict[str, dict[str, Any]]:
     that with adapters, and 16 examples a step: QLoRA (arXiv 2305.14314, table 9).
     """
     return {
-        "data": {"data": DEMO_DATA, "block_size": 1024},
+        "data": {"data": DEMO_DATA, "block_size": 0},
         "train": {
             "global_batch": 16, "eval_batch": 8, "lr": 2e-5, "schedule": "cosine", "warmup_ratio": 0.03,
         },
@@ -80,11 +80,14 @@ def resolve(
 
 def preset_notes(settings: Settings) -> list[str]:
     """What a preset means for this model, where that is worth a line: where its learning rate comes from."""
+    notes = []
+    if settings.preset == "finetune" and "--block-size" not in settings.overridden:
+        notes.append(f"block size {settings.data.block_size}: from the lengths of the data; --block-size sets another")
     if "--lr" in settings.overridden:
-        return []
-    advice = "--find-lr suggests one for this model and data, launch/study.py compares several"
+        return notes
+    advice = "the same command with --find-lr suggests one for this model and data, launch/study.py compares several"
     if settings.preset == "finetune":
-        return [f"learning rate {settings.train.lr:g}: a guess from the literature; {advice}"]
+        return [*notes, f"learning rate {settings.train.lr:g}: a guess from the literature; {advice}"]
     if settings.preset == "demo" and settings.model.model != DEMO_MODEL:
         return [f"learning rate {settings.train.lr:g}: of --preset demo, made for {DEMO_MODEL}; {advice}"]
     return []

@@ -1,5 +1,6 @@
 """The card: what `gpt2-acled-t2s` published, and what it left unsaid."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NAME = "gpt2-acled-t2s"
@@ -73,6 +74,11 @@ def disagreements(
             f"other base model ({parameters:,} parameters, the card's has {SETTINGS['trainable_parameters']:,})"
         )
     return reasons
+
+
+def is_asked_for(preset: str, reasons: Sequence[str]) -> bool:
+    """Whether a run is to be held against the card: by its preset, or because nothing known speaks against it."""
+    return preset == "card" or list(reasons) == [UNKNOWN_REASON]
 
 
 def why_not_comparable(

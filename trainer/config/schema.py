@@ -152,9 +152,11 @@ class DataSettings:
     )
     block_size: int = option(
         flag="--block-size",
-        help="length of a block, longest row with --objective completion",
+        help="length of a block, longest row with --objective completion; 0: from the lengths of the data",
         unit="tokens",
-        accepts=Accepted(check=lambda value: value >= 2, description="2 tokens or more"),
+        accepts=Accepted(
+            check=lambda value: value == 0 or value >= 2, description="2 tokens or more, or 0: from the data"
+        ),
     )
     packing: bool = option(
         False, flag="--packing", help="completion and chat: several examples in a row, hidden from one another"

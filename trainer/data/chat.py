@@ -6,6 +6,7 @@ ids of the text up to either end of the part must begin the ids of the whole tex
 the ids that a model is given when it is to write that turn.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,10 @@ class ChatTemplate:
         start, end = spans[-1]
         return ChatRow(ids=ids, is_target=is_target, prompt=text[:start], completion=text[start:end])
 
+    def prompt_text(self, conversation: Conversation) -> str:
+        """What a model is given when it is to write the next turn; MaskError where the template refuses it."""
+        return self._render(conversation.messages, conversation.tools, add_generation_prompt=True)
+
     def _locate(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """(the whole text, where each learnt turn stands in it)."""
         messages, turns = conversation.messages, conversation.learnt_turns()
@@ -149,6 +154,19 @@ class ChatTemplate:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise MaskError(f"the chat template refuses it ({reason})") from None
         return require_valid_unicode(texts[0], "messages"), spans[0] if spans else []
+
+
+def end_token_ids(tokenizer: Any, template: str | None) -> tuple[int, ...]:
+    """The tokens at which a generated text ends: the end-of-text token, and what ends a turn of the template."""
+    ids = [int(tokenizer.eos_token_id)]
+    if template is not None:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        with contextlib.suppress(MaskError):  # a template that takes no such conversation: then the first has to do
+            row = ChatTemplate(tokenizer, template).encode(Conversation(messages=turn))
+            last = int(row.ids[row.is_target][-1])
+            if last not in ids and last in tokenizer.get_added_vocab().values():
+                ids.append(last)
+    return tuple(ids)
 
 
 def _begins(ids: TokenIds, prefix: TokenIds) -> bool:

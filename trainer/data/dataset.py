@@ -11,6 +11,7 @@ from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import cache as store
 from trainer.data import readers, sources
+from trainer.data.block_size import choose_block_size
 from trainer.data.chat import load_template
 from trainer.data.examples import DataInput
 from trainer.data.formats import choose_format
@@ -52,12 +53,21 @@ class PreparedDataset:
 
 
 def prepare(
-    settings: DataSettings, *, model: str, global_batch: int, cache: Path | None = None, log: LogFn = lambda line: None
+    settings: DataSettings,
+    *,
+    model: str,
+    global_batch: int,
+    max_positions: int | None = None,
+    cache: Path | None = None,
+    log: LogFn = lambda line: None,
 ) -> PreparedDataset:
     """The rows of `settings`, from the cache or made now. One process per node calls it; the others `load`.
 
     UserError for whatever the user can mend, before anything slow; also where there are fewer training examples
-    than one global batch, or no validation example.
+    than one global batch, or no validation example. `max_positions` bounds a block size that is left to the data;
+    the one that was taken stands in `metadata`.
+
+    Parameters: the settings, two of the model, the batch, and where and how to work.
     """
     cache_root = store.resolve_cache_dir(cache)
     split_sources = sources.find_sources(settings.data, settings.val_data, settings.test_data, settings.retain_data)
@@ -73,6 +83,9 @@ def prepare(
     chat_template = _find_chat_template(settings, inputs, tokenizer, model)
     for data_input in inputs:
         data_input.file_fingerprints = scan(data_input.source, cache_root)
+    if not settings.block_size:
+        block_size = choose_block_size(inputs[0], objective, tokenizer, chat_template, max_positions)
+        settings = replace(settings, block_size=block_size)
     folder = cache_root / "prepared" / _cache_key(settings, objective, inputs, tokenizer, chat_template)
     if not _is_whole(folder, cache_root, log):
         preprocessor = Preprocessor(settings, objective, inputs, tokenizer, chat_template, log)

@@ -20,6 +20,7 @@ from trainer.data.show import mark_targets
 from trainer.data.token_dataset import SPLITS, load_token_dataset
 
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
+MAX_REFERENCES = 16  # of one prompt that are kept
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,7 @@ class RowWriter:
     dtype: str
     shared_hashes: set[int]  #: of records of val and test that equal a training record
     val_texts: list[tuple[str, str]] = field(default_factory=list)
+    num_references: dict[str, int] = field(default_factory=dict)  #: kept of each prompt in `val_texts`
     example: str = ""  #: the first training row, with what is learnt of it marked
     problems: Counter[tuple[str, str]] = field(default_factory=Counter)
     first_problems: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -119,9 +121,15 @@ class RowWriter:
         return np.asarray([self.tokenizer.eos_token_id], dtype=np.uint32)
 
     def _keep_val_text(self, split: str, prompt: str, completion: str) -> None:
-        is_short = len(prompt) + len(completion) <= MAX_SAMPLE_CHARACTERS
-        if split == "val" and is_short and len(self.val_texts) < MAX_NUM_SAMPLES:
+        """The first validation prompts, each with all that follows it: several references of one prompt."""
+        if split != "val" or len(prompt) + len(completion) > MAX_SAMPLE_CHARACTERS:
+            return
+        num_references = self.num_references.get(prompt, 0) if prompt else 0
+        num_prompts = len(self.val_texts) - sum(self.num_references.values()) + len(self.num_references)
+        if num_references < MAX_REFERENCES if num_references else num_prompts < MAX_NUM_SAMPLES:
             self.val_texts.append((prompt, completion))
+            if prompt:
+                self.num_references[prompt] = num_references + 1
 
     def _keep_example(self, split: str, ids: TokenIds, is_target: NDArray[np.bool_]) -> None:
         if split == "train" and not self.example and self.tokenizer is not None:

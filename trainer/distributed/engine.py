@@ -16,10 +16,10 @@ from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.schema import TrainSettings
 from trainer.data.sampler import GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
+from trainer.distributed.decoding import decode
 from trainer.distributed.device_copy import copy_to_device, copy_to_host
 from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
-from trainer.distributed.greedy_decoding import greedy_decode
 from trainer.distributed.loss_sums import add_sums, all_gather_sums
 from trainer.distributed.model_placement import place_model
 from trainer.distributed.process_group import DistContext, tune_malloc
@@ -275,7 +275,7 @@ class Engine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, eos_token_id: int
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_token_ids: Sequence[int]
     ) -> list[list[int]] | None:
         """Greedy continuations of token ids on rank 0, None on the others; all ranks must call.
 
@@ -286,8 +286,8 @@ class Engine:
         with self.state.gathered_model():
             if self.dist_context.rank != 0:
                 return None
-            return greedy_decode(
-                self.model.causal, prompts, max_new_tokens, eos_token_id,
+            return decode(
+                self.model.causal, prompts, max_new_tokens, end_token_ids,
                 autocast_dtype=torch.bfloat16 if self.plan.precision == "bf16" else None,
                 on_token=self.dist_context.watchdog.heartbeat,
             )  # fmt: skip

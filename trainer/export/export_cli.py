@@ -3,19 +3,31 @@
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from trainer.config.choices import ExportDtype
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, prepare
-from trainer.export.folder import base_model_ref, export_folder
+from trainer.export.folder import FolderContent, base_model_ref, export_folder, training_tokenizer
 from trainer.export.model_card import render_model_card
-from trainer.export.verify import ReferenceOutputs, VerificationResult, compute_logits, fixed_input_ids
+from trainer.export.push import check_push, push_folder
+from trainer.export.verify import (
+    LOGITS_BOUND,
+    STORED_DTYPES,
+    ReferenceOutputs,
+    VerificationResult,
+    compute_logits,
+    fixed_input_ids,
+)
 from trainer.model import quantization
 from trainer.model.build import TrainableModel, build_model, get_max_positions, merge_adapters, resolve_model_path
 from trainer.tracking import records
@@ -25,19 +37,35 @@ from trainer.training.checkpoint import Checkpoint
 NUM_RANDOM_ROWS, RANDOM_ROW_LENGTH = 2, 64  # of made-up token ids, where the run's data are gone
 
 
-def export_checkpoint(
-    run_folder: Path, *, checkpoint_name: str = "latest", merge: bool = False, output_dir: Path | None = None,
-    answer_file: Path | None = None,
-) -> int:  # fmt: skip
-    """Export, check, say where and how it went; 0, or TrainingError where the folder is not the model that was
-    trained."""
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What is to be exported of a run, in which form, and where to."""
+
+    run_folder: Path
+    checkpoint_name: str = "latest"
+    merge: bool = False  #: fold the adapters into the weights
+    dtype: ExportDtype = "fp32"
+    output_dir: Path | None = None
+    answer_file: Path | None = None  #: answer.json, whose sentence the card repeats
+    push: str | None = None  #: repository of the hub, NAMESPACE/NAME
+    private: bool = False
+
+
+def export_checkpoint(request: ExportRequest) -> int:
+    """Export, check, say where and how it went, push; 0, or TrainingError where the folder is not the model that was
+    trained: then nothing is pushed."""
+    run_folder, merge = request.run_folder, request.merge
     metadata = read_run_metadata(run_folder / "run.json")
     settings = Settings.from_dict(metadata["settings"])
     if merge and settings.mode != "lora":
         raise UserError(f"--merge: {run_folder} is a run of --mode {settings.mode}; it has no adapters to merge")
-    answer = "" if answer_file is None else read_answer_sentence(answer_file)
-    source_checkpoint = _select_checkpoint(run_folder, checkpoint_name)
-    destination = _resolve_output_dir(run_folder, source_checkpoint, merge, output_dir)
+    answer = "" if request.answer_file is None else read_answer_sentence(request.answer_file)
+    if request.dtype != "fp32" and settings.mode == "lora" and settings.lora.adapter == "pissa" and not merge:
+        raise UserError(f"--dtype {request.dtype}: a pissa adapter holds its start twice, rounded apart; add --merge")
+    source_checkpoint = select_run_checkpoint(run_folder, request.checkpoint_name)
+    destination = _resolve_output_dir(request, source_checkpoint)
+    if request.push is not None:
+        check_push(request.push)
     model = load_model_at_checkpoint(run_folder, settings, source_checkpoint, metadata, dequantize=merge)
     data, data_missing_reason = _prepare_data(settings, metadata)
     is_base_dequantized = merge and bool(
@@ -48,27 +76,34 @@ def export_checkpoint(
     )
     module = merge_adapters(model) if merge else model.module
     state_dict = {n: p.detach() for n, p in module.named_parameters() if merge or p.requires_grad}
+    if request.dtype != "fp32":
+        reference_outputs = _round_weights(module, state_dict, request.dtype, reference_outputs)
     run_records = _read_records(run_folder)
+    loss_change = _LossChange(
+        recorded=source_checkpoint.val_loss, is_base_dequantized=is_base_dequantized, dtype=request.dtype
+    )
 
     def render_card(verification: VerificationResult) -> str:
         return render_model_card(
             metadata, run_records, verification, step=source_checkpoint.step, is_merged=merge,
-            loss_change=_describe_loss_change(verification, source_checkpoint, is_base_dequantized),
-            measurements=_final_measurements(run_records), answer=answer,
+            loss_change=loss_change.describe(verification), measurements=_final_measurements(run_records),
+            answer=answer,
         )  # fmt: skip
 
-    verification = export_folder(
-        destination, module, state_dict, base_model=None if merge else base_model_ref(model, run_folder),
-        tokenizer=settings.model.model if metadata["data"]["tokenizer"] else None, reference_outputs=reference_outputs,
-        render_card=render_card,
+    content = FolderContent(
+        module=module, state_dict=state_dict, base_model=None if merge else base_model_ref(model, run_folder),
+        tokenizer=training_tokenizer(settings.model.model, metadata["data"]), dtype=request.dtype,
     )  # fmt: skip
+    verification = export_folder(destination, content, reference_outputs, render_card)
     summary = (
         f"{source_checkpoint.folder.name} of {run_folder} -> {destination}: "
-        f"{verification.summary()}{_describe_loss_change(verification, source_checkpoint, is_base_dequantized)}"
+        f"{verification.summary()}{loss_change.describe(verification)}"
     )
     if verification.problems:
-        raise TrainingError(summary)
-    print(summary)
+        raise TrainingError(summary + ("; nothing is pushed" if request.push else ""))
+    print(summary, flush=True)
+    if request.push is not None:
+        print(f"pushed to {push_folder(destination, request.push, is_private=request.private)}")
     return 0
 
 
@@ -83,6 +118,29 @@ def read_answer_sentence(path: Path) -> str:
     return sentence
 
 
+def _round_weights(
+    module: Any, state_dict: Mapping[str, Tensor], dtype: ExportDtype, reference_outputs: ReferenceOutputs
+) -> ReferenceOutputs:
+    """Round the weights in place, as they will be stored; returns what the rounded model answers.
+
+    Before that the model, merged or not, is held against the answers of the trained one. TrainingError where it
+    differs, UserError where a weight has no finite number in `dtype`.
+    """
+    device = next(module.parameters()).device
+    exact = compute_logits(module, reference_outputs.input_ids, device)
+    difference = float(np.abs(exact - reference_outputs.logits).max())
+    bound = LOGITS_BOUND * max(1.0, float(np.abs(reference_outputs.logits).max()))
+    if not difference <= bound:
+        raise TrainingError(f"logits differ by {difference:.1e} before rounding, more than {bound:.1e}")
+    for name, weight in state_dict.items():
+        rounded = weight.to(getattr(torch, STORED_DTYPES[dtype].config))
+        if not rounded.isfinite().all():
+            raise UserError(f"--dtype {dtype}: {name} holds {float(weight.abs().max()):.3g}; expected bf16 or fp32")
+        weight.copy_(rounded)
+    logits = compute_logits(module, reference_outputs.input_ids, device)
+    return dataclasses.replace(reference_outputs, logits=logits, loss=None, no_loss_reason="", stored_dtype=dtype)
+
+
 def _final_measurements(run_records: list[records.Record]) -> dict[str, Any]:
     """What the run measured at its end; {} where it has not ended."""
     finished_events = [
@@ -91,31 +149,43 @@ def _final_measurements(run_records: list[records.Record]) -> dict[str, Any]:
     return finished_events[-1].facts if finished_events else {}
 
 
-def _describe_loss_change(
-    verification: VerificationResult, source_checkpoint: Checkpoint, is_base_dequantized: bool
-) -> str:
-    """Half a sentence about what merging onto the float32 base did to the validation loss; "" where it is the same."""
-    if not is_base_dequantized:
-        return ""
-    if verification.loss is None or source_checkpoint.val_loss is None:
-        return "; merged onto the float32 base: how its validation loss changed by that is not known"
-    change = (
-        f"{source_checkpoint.val_loss:.6f} on the quantised base, {verification.loss:.6f} merged onto the float32 one"
-    )
-    return f"; validation loss {change} ({verification.loss - source_checkpoint.val_loss:+.6f})"
+@dataclass(frozen=True, kw_only=True)
+class _LossChange:
+    """What the form of the export does to the validation loss, beyond rounding of its sums."""
+
+    recorded: float | None  #: of the trained weights
+    is_base_dequantized: bool
+    dtype: ExportDtype
+
+    def describe(self, verification: VerificationResult) -> str:
+        """Half a sentence; "" where the loss is the same."""
+        causes = [
+            *(["merged onto the float32 base instead of the quantised one"] if self.is_base_dequantized else []),
+            *([f"rounded to {self.dtype}"] if self.dtype != "fp32" else []),
+        ]
+        if not causes:
+            return ""
+        cause = " and ".join(causes)
+        if verification.loss is None or self.recorded is None:
+            return f"; {cause}: how its validation loss changed by that is not known"
+        change = verification.loss - self.recorded
+        return f"; {cause}: validation loss {verification.loss:.6f}, before {self.recorded:.6f} ({change:+.6f})"
 
 
-def _select_checkpoint(run_folder: Path, checkpoint_name: str) -> Checkpoint:
+def select_run_checkpoint(run_folder: Path, checkpoint_name: str) -> Checkpoint:
     """The checkpoint that was asked for, verified."""
     if checkpoint_name not in ("latest", "best") and not re.fullmatch(r"step-\d+", checkpoint_name):
         raise UserError(f"--checkpoint {checkpoint_name}: expected step-N, best or latest")
     return checkpoint.resolve_checkpoint(run_folder / "checkpoints", checkpoint_name, flag="--checkpoint")
 
 
-def _resolve_output_dir(run_folder: Path, source_checkpoint: Checkpoint, merge: bool, output_dir: Path | None) -> Path:
+def _resolve_output_dir(request: ExportRequest, source_checkpoint: Checkpoint) -> Path:
     """Where the folder goes. A default one holds this checkpoint by its name, so only its like can stand there."""
+    output_dir = request.output_dir
     if output_dir is None:
-        return run_folder / f"{'merged' if merge else 'export'}-{source_checkpoint.folder.name}"
+        suffix = "" if request.dtype == "fp32" else f"-{request.dtype}"
+        kind = "merged" if request.merge else "export"
+        return request.run_folder / f"{kind}-{source_checkpoint.folder.name}{suffix}"
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise UserError(f"--output-dir {output_dir}: is there already and not empty; pass another folder")
     return output_dir.absolute()
@@ -187,6 +257,7 @@ def _build_reference_outputs(
     return ReferenceOutputs(
         input_ids=input_ids, logits=compute_logits(model.module, input_ids, device), is_tied=model.has_tied_embeddings,
         loss=None if is_base_dequantized else source_checkpoint.val_loss,
+        no_loss_reason="" if is_base_dequantized else "none was recorded",
         data_folder=data.folder if data is not None else None, data_missing_reason=data_missing_reason,
         eval_batch=settings.train.eval_batch,
         device=device.type, precision=metadata["resolved"]["precision"], num_threads=torch.get_num_threads(),

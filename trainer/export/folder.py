@@ -1,20 +1,25 @@
 """Weights and tokenizer as a folder of Hugging Face's form, named only when it was checked."""
 
 import contextlib
+import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer.config.errors import TrainingError
+from trainer.config.choices import DEMO_MODEL, ExportDtype
+from trainer.config.errors import TrainingError, escape_controls
+from trainer.data.chat import end_token_ids
 from trainer.data.tokenizer import load_tokenizer
-from trainer.export.verify import ReferenceOutputs, VerificationResult, verify_folder
+from trainer.export.verify import STORED_DTYPES, ReferenceOutputs, VerificationResult, verify_folder
 from trainer.model import lora
 from trainer.model.build import TrainableModel, resolve_model_path
 
@@ -26,12 +31,29 @@ QUANTIZATION_FILE = "base_quantization.json"  # of the base that an adapter was 
 class BaseModelRef:
     """What an adapter is an adapter of."""
 
-    name_or_path: str  #: hub id or folder of the untouched weights
+    path: str  #: hub id or folder from which the untouched weights are loaded here
+    name: str  #: how the exported folder calls it: a hub id, else a name without the place of the folder
+    revision: str | None = None  #: commit of the hub, where known
     initial_adapters: Mapping[str, Tensor] = field(default_factory=dict)  #: what pissa took out of them, as adapters
     quantization_config: Mapping[str, Any] | None = (
         None  #: arguments of transformers' BitsAndBytesConfig, None for float32
     )
     fingerprint: str | None = None  #: of the untouched weights (`trainer.model.build.compute_fingerprint`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderContent:
+    """What an exported folder is made of.
+
+    Without `base_model`: a folder that AutoModelForCausalLM loads, tied weights stored once; with it: an adapter that
+    peft loads onto it, and beside a packed base a file that says how it was packed.
+    """
+
+    module: Any  #: whose names the weights have
+    state_dict: Mapping[str, Tensor]
+    base_model: BaseModelRef | None
+    tokenizer: Any = None  #: with the chat template of the training; None for data of token ids
+    dtype: ExportDtype = "fp32"  #: in which the weights are stored
 
 
 def collect_state_dict(named_tensors: Iterable[tuple[str, Tensor]], *, should_keep: bool) -> dict[str, Tensor]:
@@ -44,80 +66,114 @@ def collect_state_dict(named_tensors: Iterable[tuple[str, Tensor]], *, should_ke
 
 
 def export_folder(
-    destination: Path, module: Any, state_dict: Mapping[str, Tensor], *, base_model: BaseModelRef | None,
-    tokenizer: str | None,
-    reference_outputs: ReferenceOutputs, render_card: Callable[[VerificationResult], str],
-) -> VerificationResult:  # fmt: skip
+    destination: Path,
+    content: FolderContent,
+    reference_outputs: ReferenceOutputs,
+    render_card: Callable[[VerificationResult], str],
+) -> VerificationResult:
     """Write the folder, load it again in a fresh process, write what came out into its card, and give it its name.
 
-    A folder that fails its check is kept, and its card says so. TrainingError where it cannot be
-    written; an earlier folder of the same name then stays.
-
-    Parameters: what the folder is made of; they have no life together before.
+    A folder that fails its check is kept, and its card says so: `VerificationResult.problems`. TrainingError where it
+    cannot be written; an earlier folder of the same name then stays.
     """
     with _temporary_folder(destination) as folder:
-        save_folder(folder, module, state_dict, base_model=base_model, tokenizer=tokenizer)
-        verification = verify_folder(folder, reference_outputs)
+        save_folder(folder, content)
+        base = content.base_model
+        verification = verify_folder(folder, reference_outputs, base_path=base.path if base else None)
         (folder / MODEL_CARD_FILE).write_text(render_card(verification), encoding="utf-8")
         for path in folder.iterdir():
             shutil.copymode(folder / MODEL_CARD_FILE, path)  # safetensors makes its files for their owner only
     return verification
 
 
-def save_folder(
-    folder: Path,
-    module: Any,
-    state_dict: Mapping[str, Tensor],
-    *,
-    base_model: BaseModelRef | None,
-    tokenizer: str | None,
-) -> None:
-    """Write weights (in the names of `module`, float32) and tokenizer into an existing folder.
-
-    Without `base_model`: a folder that AutoModelForCausalLM loads, tied weights stored once; with it: an adapter
-    that peft loads onto it, and beside a packed base a file that says how it was packed. `tokenizer`: the model it
-    comes from, None for data of token ids.
-    """
+def save_folder(folder: Path, content: FolderContent) -> None:
+    """Write weights, tokenizer and generation config into an existing folder; no path of this machine among them."""
+    base_model, torch_dtype = content.base_model, getattr(torch, STORED_DTYPES[content.dtype].config)
+    state_dict = {name: tensor.to(torch_dtype) for name, tensor in content.state_dict.items()}
     if base_model is not None:
-        name_or_path = (
-            str(Path(base_model.name_or_path).resolve())
-            if Path(base_model.name_or_path).is_dir()
-            else base_model.name_or_path
-        )
-        lora.save_adapter(folder, module, state_dict, base_model.initial_adapters, name_or_path)
+        lora.save_adapter(
+            folder, content.module, state_dict, base_model.initial_adapters,
+            base_name=base_model.name, base_revision=base_model.revision,
+        )  # fmt: skip
         if base_model.quantization_config:
             quantization_info = {
-                "base": name_or_path,
+                "base": base_model.name,
                 "fingerprint": base_model.fingerprint,
                 "quantization_config": base_model.quantization_config,
             }
             (folder / QUANTIZATION_FILE).write_text(json.dumps(quantization_info, indent=2) + "\n", encoding="utf-8")
     else:
-        module.save_pretrained(folder, state_dict=dict(state_dict))
-        _set_config_dtype_float32(folder / "config.json")
-    if tokenizer is not None:
-        load_tokenizer(tokenizer).save_pretrained(folder)
+        content.module.save_pretrained(folder, state_dict=state_dict)
+        _set_config_dtype(folder / "config.json", STORED_DTYPES[content.dtype].config)
+    if content.tokenizer is not None:
+        content.tokenizer.save_pretrained(folder)
+        _save_generation_config(folder, content)
+
+
+def _save_generation_config(folder: Path, content: FolderContent) -> None:
+    """The base's own, with the tokens at which this training ends a text or a turn."""
+    tokenizer = content.tokenizer
+    config = copy.deepcopy(content.module.generation_config)
+    ids = end_token_ids(tokenizer, tokenizer.chat_template)
+    config.eos_token_id = ids[0] if len(ids) == 1 else list(ids)
+    config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    config.save_pretrained(folder)
+
+
+def training_tokenizer(model: str, data_info: Mapping[str, Any]) -> Any:
+    """The tokenizer as the run used it: with the chat template of its conversations, else without any; None for data
+    of token ids."""
+    if data_info["tokenizer"] is None:
+        return None
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = data_info.get("chat_template")
+    return tokenizer
 
 
 def base_model_ref(model: TrainableModel, run_folder: Path) -> BaseModelRef | None:
-    """What an adapter stands on: the hub id or folder, or the random weights that the run kept; else None."""
+    """What an adapter stands on: the hub id or folder, or the random weights that the run kept; None for a model that
+    needs no base."""
     if not model.is_adapter:
         return None
     base_folder = run_folder / "base"
-    name_or_path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model.metadata["name"])
+    path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model.metadata["name"])
+    name, revision = hub_snapshot(path) or (
+        public_name(model.metadata["name"]),
+        getattr(model.causal.config, "_commit_hash", None),
+    )
     return BaseModelRef(
-        name_or_path=name_or_path,
+        path=path,
+        name=name,
+        revision=revision,
         initial_adapters=model.initial_adapter,
         quantization_config=model.quantization_config,
         fingerprint=model.metadata["fingerprint"],
     )
 
 
-def _set_config_dtype_float32(path: Path) -> None:
+def hub_snapshot(path: str) -> tuple[str, str] | None:
+    """(hub id, commit) of a folder of the hub's own cache, `models--ORG--NAME/snapshots/COMMIT`; None for others."""
+    match = re.search(r"(?:^|/)models--([\w.-]+?)/snapshots/([0-9a-f]{40})/*$", path)
+    return (match[1].replace("--", "/"), match[2]) if match else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one of the Hub's: neither a folder here nor the embedded one."""
+    if name == DEMO_MODEL or Path(name).exists():
+        return False
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
+
+
+def public_name(name: str) -> str:
+    """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business."""
+    return escape_controls(name if is_hub_id(name) else Path(name).name or name)
+
+
+def _set_config_dtype(path: Path, dtype: str) -> None:
     """Transformers notes the dtype of the module, which is half of that of the weights when it trained in fp16."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("dtype") != "float32":
-        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    if config.get("dtype") != dtype:
+        path.write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -3,12 +3,11 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
-from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import escape_controls
+from trainer.export.folder import is_hub_id, public_name
 from trainer.export.verify import VerificationResult
 from trainer.report.markdown import escape
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
@@ -52,9 +51,7 @@ def render_model_card(
         *_results_table(records_until_step), "",
         "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved."
         + _describe_early_stop(all_records), "",
-        "### Compared with", "",
-        f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
-        f"its three epochs): not comparable, for these reasons: {_incomparability_reasons(metadata)}.", "",
+        *_reference_section(metadata),
         *(["### LoRA against full fine-tuning", "", _plain(answer), ""] if answer else []),
         *_diagnostics_section(all_records),
         "### Framework versions", "",
@@ -96,18 +93,6 @@ def _front_matter(metadata: Mapping[str, Any], verification: VerificationResult,
 def _architecture(class_name: str) -> str:
     """The architecture by the name of its class: gpt2 of GPT2LMHeadModel."""
     return re.sub(r"(LMHeadModel|ForCausalLM)$", "", class_name).lower()
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a model's name is one of the Hub's: neither a folder here nor the embedded one."""
-    if name == DEMO_MODEL or Path(name).exists():
-        return False
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
-
-
-def public_name(name: str) -> str:
-    """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business."""
-    return escape_controls(name if is_hub_id(name) else Path(name).name or name)
 
 
 def _plain(text: str) -> str:
@@ -239,6 +224,17 @@ def _diagnostics_section(records: list[Record]) -> list[str]:
         return []
     return ["### Diagnosis", "", "What the run noticed of itself:", "",
             *(f"- step {event.step:,}: {_plain(event.message)}" for event in diagnosis_events), ""]  # fmt: skip
+
+
+def _reference_section(metadata: Mapping[str, Any]) -> list[str]:
+    """Why the run cannot be held against the reference; nothing where nobody asked for that."""
+    if not reference.is_asked_for(metadata["preset"], metadata["not_comparable_with_card"]):
+        return []
+    return [
+        "### Compared with", "",
+        f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
+        f"its three epochs): not comparable, for these reasons: {_incomparability_reasons(metadata)}.", "",
+    ]  # fmt: skip
 
 
 def _incomparability_reasons(metadata: Mapping[str, Any]) -> str:

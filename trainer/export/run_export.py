@@ -9,7 +9,13 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import peak_memory_bytes
 from trainer.export.export_cli import load_model_at_checkpoint
-from trainer.export.folder import base_model_ref, collect_state_dict, export_folder
+from trainer.export.folder import (
+    FolderContent,
+    base_model_ref,
+    collect_state_dict,
+    export_folder,
+    training_tokenizer,
+)
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import ReferenceOutputs, VerificationResult, compute_logits, fixed_input_ids
 from trainer.model.build import TrainableModel
@@ -69,10 +75,13 @@ def export_run(
             is_fp16=plan.precision == "fp16" and best is None,
         )  # fmt: skip
         metric_records = list(records.read_records(folder / "metrics.jsonl"))
+        content = FolderContent(
+            module=source_model.module, state_dict=exported_weights, base_model=base_model_ref(model, folder),
+            tokenizer=training_tokenizer(settings.model.model, plan.data_info),
+        )  # fmt: skip
         return export_folder(
-            folder / "model", source_model.module, exported_weights, base_model=base_model_ref(model, folder),
-            tokenizer=settings.model.model if plan.data_info["tokenizer"] else None, reference_outputs=reference,
-            render_card=lambda verification: render_model_card(
+            folder / "model", content, reference,
+            lambda verification: render_model_card(
                 metadata, metric_records, verification, step=choice["step"], measurements=measurements,
                 choice_reason=_describe_choice(choice, state),
             ),

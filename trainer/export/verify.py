@@ -8,15 +8,28 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from trainer.config.choices import ExportDtype
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import eval_batches
 from trainer.distributed.launch_environment import without_launcher
 
+
+class StoredDtype(NamedTuple):
+    """What a dtype is called in config.json and torch, and in a safetensors file."""
+
+    config: str
+    stored: str
+
+
+STORED_DTYPES: dict[ExportDtype, StoredDtype] = {
+    "fp32": StoredDtype("float32", "F32"), "bf16": StoredDtype("bfloat16", "BF16"),
+    "fp16": StoredDtype("float16", "F16"),
+}  # fmt: skip
 #: Largest difference of the logits, as a share of the largest logit (of 1 where that is smaller). bf16 is autocast over
 #: float32 weights, which answer here in float32; a model that trained in fp16 answers in that, with 11 bits.
 LOGITS_BOUND, FP16_LOGITS_BOUND = 1e-5, 2e-2
@@ -38,12 +51,14 @@ class ReferenceOutputs:
     loss: float | None  #: validation loss that was recorded of these weights; None where they were not evaluated
     data_folder: Path | None  #: prepared data whose validation rows are evaluated again; None where it is gone
     data_missing_reason: str = ""  #: why there is none
+    no_loss_reason: str = "none was recorded"  #: beside a loss with none to compare; "" where it is said elsewhere
     eval_batch: int
     device: str  #: `cpu` or `cuda`, of the fresh process
     precision: str  #: of the recorded loss
     num_threads: int
     is_fp16: bool = False  #: whether the trained model answered in float16
     is_cross_device: bool = False  #: whether the loss was recorded on another kind of device
+    stored_dtype: ExportDtype = "fp32"  #: of the folder's weights; the answers above are of weights rounded to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +90,8 @@ class VerificationResult:
         if self.loss is None:
             return f"validation loss not evaluated again ({self.loss_missing_reason})"
         recorded = "" if self.recorded_loss is None else f"recorded {self.recorded_loss:.6f}"
-        return f"validation loss {self.loss:.6f} ({recorded or self.loss_missing_reason})"
+        remark = recorded or self.loss_missing_reason
+        return f"validation loss {self.loss:.6f}" + (f" ({remark})" if remark else "")
 
 
 def fixed_input_ids(data: PreparedDataset) -> np.ndarray:
@@ -93,14 +109,17 @@ def compute_logits(module: Any, input_ids: np.ndarray, device: torch.device) -> 
     return logits
 
 
-def verify_folder(folder: Path, reference_outputs: ReferenceOutputs) -> VerificationResult:
+def verify_folder(
+    folder: Path, reference_outputs: ReferenceOutputs, *, base_path: str | None = None
+) -> VerificationResult:
     """Load the folder in a fresh process (`trainer.export.verify_worker`) and judge its answers; never raises for a
-    bad folder."""
+    bad folder. `base_path`: where the base of an adapter is."""
     with tempfile.TemporaryDirectory() as scratch:
         logits_file, job_file = Path(scratch) / "logits.npz", Path(scratch) / "job.json"
         np.savez(logits_file, input_ids=reference_outputs.input_ids, logits=reference_outputs.logits)
         job_file.write_text(json.dumps({
-            "folder": str(folder), "logits": str(logits_file), "data": str(reference_outputs.data_folder or ""),
+            "folder": str(folder), "base": base_path, "logits": str(logits_file),
+            "data": str(reference_outputs.data_folder or ""),
             "eval_batch": reference_outputs.eval_batch, "device": reference_outputs.device,
             "precision": reference_outputs.precision,
             "threads": reference_outputs.num_threads,
@@ -145,7 +164,7 @@ def compare_with_reference(answer: Mapping[str, Any], reference_outputs: Referen
         if reference_outputs.data_folder is None
         else ""
         if reference_outputs.loss is not None
-        else "none was recorded"
+        else reference_outputs.no_loss_reason
     )
     return VerificationResult(
         max_logits_difference=answer["logits_difference"],
@@ -155,7 +174,7 @@ def compare_with_reference(answer: Mapping[str, Any], reference_outputs: Referen
         loss_missing_reason=loss_missing_reason,
         is_tied=answer["tied"],
         num_tensors=answer["tensors"],
-        dtype=answer["dtype"],
+        dtype=STORED_DTYPES[reference_outputs.stored_dtype].config,
         problems=tuple(_find_problems(answer, reference_outputs)),
     )
 
@@ -169,8 +188,9 @@ def _find_problems(answer: Mapping[str, Any], reference_outputs: ReferenceOutput
     if answer["adapters"] and not answer["adapters_moved"]:
         yield "every adapter's B is zero: nothing was learnt"
     config_dtype = answer["said_dtype"]  # an adapter's config says nothing
-    if answer["stored_dtypes"] != ["F32"] or answer["dtype"] != "float32" or config_dtype not in (None, "float32"):
-        yield f"stored as {', '.join(answer['stored_dtypes'])}, its config says {config_dtype}, expected float32"
+    expected, stored = STORED_DTYPES[reference_outputs.stored_dtype], answer["stored_dtypes"]
+    if stored != [expected.stored] or config_dtype not in (None, expected.config):
+        yield f"stored as {', '.join(stored)}, its config says {config_dtype}, expected {expected.config}"
     if answer["tied"] != reference_outputs.is_tied:
         yield f"input and output embeddings are {'no longer' if reference_outputs.is_tied else 'now'} tied"
     if reference_outputs.is_tied and answer["embedding_copies"] > 1:

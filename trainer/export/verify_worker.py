@@ -43,11 +43,10 @@ def main(job_file: str) -> None:
 def verify(job: Mapping[str, Any]) -> dict[str, Any]:
     """The facts about a job's folder: what is stored in it, and what the model in it answers."""
     folder = Path(job["folder"])
-    model = load_folder(folder, job["device"]).eval()
+    model = load_folder(folder, job["base"], job["device"]).eval()
     embedding_keys = embedding_names(model)
     answer = inspect_tensors(folder, embedding_keys)
     answer["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    answer["dtype"] = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
     reference = np.load(job["logits"])
     with torch.no_grad():
         logits = model(torch.from_numpy(reference["input_ids"]).to(job["device"]), use_cache=False).logits
@@ -56,37 +55,31 @@ def verify(job: Mapping[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def load_folder(folder: Path, device: str) -> Any:
-    """The model of an exported folder: an adapter on its base in float32 or packed, or a plain one as its config says.
+def load_folder(folder: Path, base: str | None, device: str) -> Any:
+    """The model of an exported folder: an adapter on its base in float32 or packed, or a plain one; in float32.
 
-    A packed base is packed again by transformers from the untouched weights, on the device it computes on.
+    A packed base is packed again by transformers from the untouched weights, on the device it computes on. `base`:
+    where the weights of an adapter's base are, which the folder names without their place.
     """
-    if (folder / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
-        quantization_file = folder / "base_quantization.json"
-        if quantization_file.exists():
-            return _load_on_quantized_base(
-                folder, json.loads(quantization_file.read_text(encoding="utf-8"))["quantization_config"], device
-            )
-        return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(device)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device)
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(device)
+    from peft import PeftConfig, PeftModel
 
+    quantization_file, options = folder / "base_quantization.json", {}
+    if quantization_file.exists():
+        from transformers import BitsAndBytesConfig
 
-def _load_on_quantized_base(folder: Path, quantization_config: dict[str, Any], device: str) -> Any:
-    from peft import AutoPeftModelForCausalLM
-    from transformers import BitsAndBytesConfig
-
-    model = AutoPeftModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        quantization_config=BitsAndBytesConfig(**quantization_config),
-        device_map={"": device},
-        trust_remote_code=False,
+        config = json.loads(quantization_file.read_text(encoding="utf-8"))["quantization_config"]
+        options = {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": device}}
+    revision = PeftConfig.from_pretrained(folder).revision
+    causal = AutoModelForCausalLM.from_pretrained(
+        base, revision=revision or "main", dtype=torch.float32, trust_remote_code=False, **options
     )
-    quantization.disable_avx512_repacking(model)
+    model = PeftModel.from_pretrained(causal.to(device) if not options else causal, folder)
+    if options:
+        quantization.disable_avx512_repacking(model)
     return model
 
 

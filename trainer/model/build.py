@@ -98,10 +98,12 @@ def build_model(
             "parameters": sum(p.numel() for p in causal.parameters()),
             "fingerprint": compute_fingerprint(causal) if with_fingerprint and not on_meta else None,
             "lora_targets": [],
+            "not_adapted": [],
         }
         module: Any = causal
         if settings.mode == "lora":
             target_modules = metadata["lora_targets"] = lora.resolve_target_modules(causal, settings.lora)
+            metadata["not_adapted"] = lora.find_unadapted_weights(causal)
             if settings.model.quant and not on_meta:
                 quantization.quantize(causal, settings.model, device or torch.device("cpu"))
             torch.manual_seed(settings.train.seed)  # the adapters do not depend on how the base was made

@@ -37,7 +37,30 @@ def resolve_target_modules(causal: PreTrainedModel, settings: LoraSettings) -> l
             suffixes = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layer_names}))
             raise UserError(f"--lora-target-modules {target}: matches no layer; this model has {suffixes}")
         selected |= matches
+    _check_read_as_layers(causal, selected)
     return sorted({_shortest_suffix(name, selected, layer_names) for name in selected})
+
+
+def _check_read_as_layers(causal: PreTrainedModel, layer_names: set[str]) -> None:
+    """UserError for layers of state-space mixers (Mamba's and its kin), whose kernels read the weights past an adapter
+    (peft refuses some of them: `_check_lora_target_modules_mamba`)."""
+    mixers = [(name, m) for name, m in causal.named_modules() if hasattr(m, "conv1d") and hasattr(m, "out_proj")]
+    for name, module in mixers:
+        if inside := sorted(layer for layer in layer_names if layer.startswith(f"{name}.")):
+            raise UserError(
+                f"--lora-target-modules {inside[0].rsplit('.', 1)[-1]}: {type(module).__name__} reads its weights past "
+                f"an adapter ({causal.config.model_type}); expected --mode full, or layers outside of it"
+            )
+
+
+def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
+    """The ends of the names of weights that stack a layer's matrices in one tensor, as experts do: no adapter can be
+    put on them, whatever is asked for."""
+    return sorted({
+        ".".join(name.split(".")[-2:])
+        for name, parameter in causal.named_parameters()
+        if parameter.dim() == 3 and "expert" in name
+    })  # fmt: skip
 
 
 def _matches(name: str, target: str) -> bool:
@@ -184,7 +207,9 @@ def save_adapter(
     module: Any,
     weights: Mapping[str, Tensor],
     initial_adapter: Mapping[str, Tensor],
-    base_name_or_path: str,
+    *,
+    base_name: str,
+    base_revision: str | None,
 ) -> None:
     """Write an adapter that plain peft loads onto the untouched base. `weights`: the trained ones, by `module`'s names.
 
@@ -192,13 +217,14 @@ def save_adapter(
     weights are stored once. pissa's become an ordinary adapter of twice the rank: B A - B0 A0 is [B, -B0] [A; A0].
     """
     config = copy.deepcopy(module.peft_config["default"])
-    config.base_model_name_or_path = base_name_or_path
+    config.base_model_name_or_path, config.revision = base_name, base_revision
     config.inference_mode = True
     adapter_weights = dict(weights)
     if initial_adapter:
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
         for name, initial in initial_adapter.items():
             current = adapter_weights[name].cpu()
+            initial = initial.to(current.dtype)
             adapter_weights[name] = (
                 torch.cat((current, initial)) if ".lora_A." in name else torch.cat((current, -initial), dim=1)
             )

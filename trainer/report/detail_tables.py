@@ -32,22 +32,23 @@ SCORE_HEADINGS = {
 
 
 def build_generation_table(groups: Sequence[SeedGroup]) -> Table:
-    """The prompts that were completed at each evaluation: the first and the last completion beside the reference."""
-    headings = {"run": "run", "prompt": "prompt", "reference": "reference", "first": "at first", "last": "at last"}
-    rows = []
-    for run in (run for group in groups for run in group.runs if run.generations):
-        evaluations = (run.generations[0], run.generations[-1])
-        for texts in zip(*(evaluation.get("texts", ()) for evaluation in evaluations), strict=False):
-            first, last = (
-                f"(epoch {evaluation.get('epoch', math.nan):.4g}) {text['completion']}"
-                for evaluation, text in zip(evaluations, texts, strict=True)
-            )
-            rows.append(
-                {"run": run.name, "prompt": texts[1]["prompt"], "reference": texts[1]["reference"], "first": first,
-                 "last": last}
-            )  # fmt: skip
-    formats = dict.fromkeys(("prompt", "reference", "first", "last"), _shorten)
-    return make_table("Samples", headings, rows, formats, ["Completed greedily, the likeliest token each time."])
+    """What each base and the first run of each group, at its last evaluation, made of the validation prompts."""
+    headings = {"prompt": "prompt", "reference": "reference"}
+    rows: dict[str, dict[str, Any]] = {}
+    runs = (next((run for run in group.runs if run.generations), None) for group in groups)
+    for number, run in enumerate(run for run in runs if run is not None):
+        model = run.metadata.get("model") or {}
+        name, last = str(model.get("name", "")), run.generations[-1]
+        for text in last.get("texts", ()):
+            row = rows.setdefault(text["prompt"], {"prompt": text["prompt"], "reference": text["reference"]})
+            if text.get("base") is not None:
+                base = f"base {model.get('fingerprint') or name}"
+                headings.setdefault(base, f"base ({name.rstrip('/').rsplit('/', 1)[-1]})")
+                row.setdefault(base, text["base"])
+            headings[f"run {number}"] = f"{run.name}, epoch {last.get('epoch', math.nan):.4g}"
+            row[f"run {number}"] = text["completion"]
+    notes = ["Completed greedily, the likeliest token each time; base: before the first step."]
+    return make_table("Samples", headings, list(rows.values()), dict.fromkeys(headings, _shorten), notes)
 
 
 def build_score_table(groups: Sequence[SeedGroup]) -> Table:

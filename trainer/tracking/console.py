@@ -1,4 +1,4 @@
-"""Progress of a run in one voice: a bar on a terminal, plain lines every few seconds where there is none."""
+"""Progress of a run in one voice: a bar on a terminal, a plain line a minute where there is none."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from trainer.tracking.safe_stream import SafeStream, escape_lines
 if TYPE_CHECKING:
     from rich.console import Console
 
-LINE_INTERVAL_SECONDS = 5.0
+LINE_INTERVAL_SECONDS = 60.0
 FINAL_EVENTS = ("early_stop", "interrupted", "not_finite", "finished")  # events after which no step follows
 
 

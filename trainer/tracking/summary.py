@@ -53,16 +53,19 @@ def best_evaluation(records: Iterable[Record]) -> EvalRecord | None:
     return min((r for r in records if isinstance(r, EvalRecord)), key=lambda r: (r.loss, r.step), default=None)
 
 
-def show_summary(records: Iterable[Record], reasons: Sequence[str], *, stream: TextIO | None = None) -> None:
-    """Print the table beside the card's curve, then the best evaluation and why the card is not comparable."""
+def show_summary(
+    records: Iterable[Record], reasons: Sequence[str], *, with_reference: bool, stream: TextIO | None = None
+) -> None:
+    """Print the table, then the best evaluation. `with_reference`: beside the card's curve and with the reasons why it
+    is not comparable; else one short line stands for them."""
     loss_records = [r for r in records if isinstance(r, EpochRecord | EvalRecord)]
     rows, best_eval = summarize_epochs(loss_records), best_evaluation(loss_records)
     stream = stream or sys.stdout
     if is_terminal(stream):
-        make_console(stream).print(_table(thin_out(rows, best_eval), best_eval))
+        make_console(stream).print(_table(thin_out(rows, best_eval), best_eval, with_reference))
         lines = []
     else:
-        lines = _plain_table(thin_out(rows, best_eval))
+        lines = _plain_table(thin_out(rows, best_eval), with_reference)
     if len(rows) > MAX_ROWS:
         lines.append(f"{len(rows)} rows thinned out to {MAX_ROWS}; metrics.jsonl has all of them")
     if best_eval is not None:
@@ -70,8 +73,10 @@ def show_summary(records: Iterable[Record], reasons: Sequence[str], *, stream: T
             f"best validation loss {best_eval.loss:.4f} at epoch {_format_epoch(best_eval.epoch)} (step "
             f"{best_eval.step})"
         )
-    if reasons:
+    if reasons and with_reference:
         lines.append("not comparable with the card: " + escape_controls("; ".join(reasons)))
+    elif reasons:
+        lines.append(f"not comparable with the card {reference.NAME}; launch/compare.py says why")
     print("\n".join(lines), file=stream, flush=True)
 
 
@@ -124,8 +129,12 @@ def _epoch_summary(epoch: float, mean: EpochRecord | None, val: EvalRecord | Non
     )
 
 
+def _headings(with_reference: bool) -> tuple[str, ...]:
+    return HEADINGS if with_reference else HEADINGS[:-2]
+
+
 def _cells(row: EpochSummary) -> list[str]:
-    """The cells of a row under HEADINGS."""
+    """The cells of a row under HEADINGS; a table without the reference leaves out the last two."""
     perplexity = "-" if row.perplexity is None else f"{row.perplexity:.{3 if row.perplexity < 1e5 else 0}f}"
     losses = [
         _format_loss(loss) for loss in (row.train_loss, row.val_loss, row.reference_train_loss, row.reference_val_loss)
@@ -133,24 +142,26 @@ def _cells(row: EpochSummary) -> list[str]:
     return [_format_epoch(row.epoch), *losses[:2], perplexity, *losses[2:]]
 
 
-def _table(rows: Sequence[EpochSummary], best_eval: EvalRecord | None) -> "Table":
+def _table(rows: Sequence[EpochSummary], best_eval: EvalRecord | None, with_reference: bool) -> "Table":
     """The table for a terminal, the best row in bold, the card's columns dim."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in HEADINGS:
+    headings = _headings(with_reference)
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading.startswith("card") else "")
     for row in rows:
         is_best = best_eval is not None and row.val_loss is not None and row.epoch == _snap_to_whole(best_eval.epoch)
-        table.add_row(*_cells(row), style="bold" if is_best else "")
+        table.add_row(*_cells(row)[: len(headings)], style="bold" if is_best else "")
     return table
 
 
-def _plain_table(rows: Sequence[EpochSummary]) -> list[str]:
+def _plain_table(rows: Sequence[EpochSummary], with_reference: bool) -> list[str]:
     """The lines of the table in pipes and dashes, which every log shows and Markdown renders."""
-    cells = [HEADINGS, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADINGS))]
+    headings = _headings(with_reference)
+    cells = [headings, *(_cells(row)[: len(headings)] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(headings))]
     lines = ["| " + " | ".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
     return [lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]]
 

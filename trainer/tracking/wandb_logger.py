@@ -205,9 +205,10 @@ def _samples_table(record: EventRecord) -> Any:
     """The samples of one evaluation as a table of W&B."""
     import wandb
 
-    columns = ["step", "epoch", "prompt", "reference", "completion"]
+    columns = ["step", "epoch", "prompt", "reference", "base", "completion"]
     rows = [
-        [record.step, record.facts["epoch"], *(text[name] for name in columns[2:])] for text in record.facts["texts"]
+        [record.step, record.facts["epoch"], *(text.get(name) for name in columns[2:])]
+        for text in record.facts["texts"]
     ]
     return wandb.Table(columns=columns, data=rows)
 

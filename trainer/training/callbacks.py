@@ -51,6 +51,8 @@ class Callbacks:
         for record in previous_records:
             if isinstance(record, EventRecord) and record.event == "samples":
                 self._previous_sample_seconds += record.facts["seconds"]
+                if record.step == 0 and self.generation_evaluator:
+                    self.generation_evaluator.base_completions = [text["completion"] for text in record.facts["texts"]]
             yield record
 
     def on_record(self, record: Record) -> list[EventRecord]:

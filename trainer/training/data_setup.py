@@ -9,6 +9,7 @@ from trainer.data.dataset import PreparedDataset, load, prepare
 from trainer.data.show import show_examples
 from trainer.data.tokenizer import load_tokenizer
 from trainer.distributed.process_group import DistContext
+from trainer.model.build import get_max_positions, load_config
 
 
 def prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
@@ -20,7 +21,10 @@ def prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
 
     def prepare_folder() -> Path:
         global_batch = settings.train.global_batch
-        return prepare(settings.data, model=settings.model.model, global_batch=global_batch, log=log).folder
+        max_positions = get_max_positions(load_config(settings.model))
+        return prepare(
+            settings.data, model=settings.model.model, global_batch=global_batch, max_positions=max_positions, log=log
+        ).folder
 
     return load(context.on_rank_zero(prepare_folder, per_node=True))
 

@@ -1,11 +1,14 @@
 """A few fixed validation prompts, completed greedily at every evaluation: what the numbers look like as text."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
+from trainer.data.chat import end_token_ids
 from trainer.data.dataset import PreparedDataset
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.engine import Engine
@@ -19,33 +22,49 @@ MAX_OPENING_TOKENS = 32  # tokens of a text without a prompt that serve as one, 
 MIN_COMPLETION_TOKENS = 8  # tokens that must be left for a completion
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalPrompt:
-    """A prompt, its token ids, and the text that the data have after it."""
+    """A prompt, its token ids, and the texts that the data have after it."""
 
     text: str
     ids: tuple[int, ...]
-    reference: str
-    reference_length: int  #: of the reference, tokens
+    references: tuple[str, ...] = ()  #: none for a prompt that a user typed
+    reference_length: int = 0  #: of the longest reference, tokens
 
 
 def make_prompts(data: PreparedDataset, tokenizer: Any, max_positions: int | None) -> list[EvalPrompt]:
-    """The kept validation texts as prompts; those that leave no room (`max_positions`: the model's positions) are left
-    out."""
-    prompts = []
+    """The kept validation texts as prompts, records of one prompt together; those that leave no room
+    (`max_positions`: the model's positions) are left out."""
+    prompts: dict[str | int, EvalPrompt] = {}
     encoded_prompts = encode(tokenizer, [prompt for prompt, _ in data.val_texts])
     encoded_completions = encode(tokenizer, [completion for _, completion in data.val_texts])
-    for (prompt, reference), encoded_prompt, encoded_completion in zip(
-        data.val_texts, encoded_prompts, encoded_completions, strict=True
+    for number, ((prompt, reference), encoded_prompt, encoded_completion) in enumerate(
+        zip(data.val_texts, encoded_prompts, encoded_completions, strict=True)
     ):
         ids, reference_ids = [int(i) for i in encoded_prompt], [int(i) for i in encoded_completion]
+        key = prompt or number  # texts without a prompt share nothing
         if not ids:
             num_opening_tokens = min(MAX_OPENING_TOKENS, len(reference_ids) // 2)
             ids, reference_ids = reference_ids[:num_opening_tokens], reference_ids[num_opening_tokens:]
             prompt, reference = tokenizer.decode(ids), tokenizer.decode(reference_ids)
         if ids and reference_ids and (max_positions is None or len(ids) + MIN_COMPLETION_TOKENS <= max_positions):
-            prompts.append(EvalPrompt(prompt, tuple(ids), reference, len(reference_ids)))
-    return prompts
+            earlier = prompts.get(key)
+            prompts[key] = EvalPrompt(
+                text=prompt, ids=tuple(ids), references=(*(earlier.references if earlier else ()), reference),
+                reference_length=max(len(reference_ids), earlier.reference_length if earlier else 0),
+            )  # fmt: skip
+    return list(prompts.values())
+
+
+def completion_length(prompts: Sequence[EvalPrompt], max_positions: int | None) -> int:
+    """Tokens to generate: some more than the longest reference, as many as fit behind the longest prompt."""
+    length = min(
+        MAX_COMPLETION_TOKENS,
+        EXTRA_COMPLETION_TOKENS + max((prompt.reference_length for prompt in prompts), default=0),
+    )
+    if max_positions is None or not prompts:
+        return length
+    return min(length, max_positions - max(len(prompt.ids) for prompt in prompts))
 
 
 class GenerationEvaluator:
@@ -54,12 +73,14 @@ class GenerationEvaluator:
 
     def __init__(self, engine: Engine, data: PreparedDataset, settings: Settings):
         self.engine, self.settings, self.elapsed_seconds = engine, settings, 0.0
+        self.base_completions: list[str] = []  #: of the model before the first step, where they are known
         self.is_acled = data.metadata["form"] == "acled"
         self.prompts: list[EvalPrompt] = []
         self.disabled_reason = ""  #: why none are made although they were asked for
         if not should_generate(settings) or data.metadata["tokenizer"] is None:
             return
         self.tokenizer = load_tokenizer(settings.model.model)
+        self.end_token_ids = end_token_ids(self.tokenizer, data.metadata.get("chat_template"))
         max_positions = get_max_positions(engine.model.causal.config)
         prompts = make_prompts(data, self.tokenizer, max_positions)
         self.prompts = prompts if settings.output.score_samples else prompts[: settings.output.num_samples]
@@ -68,14 +89,7 @@ class GenerationEvaluator:
                 [],
                 "the whole model does not fit on one rank beside its share of ZeRO-3",
             )
-        self.max_new_tokens = min(
-            MAX_COMPLETION_TOKENS,
-            EXTRA_COMPLETION_TOKENS + max((prompt.reference_length for prompt in self.prompts), default=0),
-        )
-        if max_positions is not None and self.prompts:
-            self.max_new_tokens = min(
-                self.max_new_tokens, max_positions - max(len(prompt.ids) for prompt in self.prompts)
-            )
+        self.max_new_tokens = completion_length(self.prompts, max_positions)
 
     def evaluate(self, record: EvalRecord) -> EventRecord | None:
         """The samples of the weights that were just evaluated; all ranks must call, rank 0 gets the event."""
@@ -83,7 +97,7 @@ class GenerationEvaluator:
             return None
         start_time = time.perf_counter()
         completions = self.engine.generate(
-            [prompt.ids for prompt in self.prompts], self.max_new_tokens, self.tokenizer.eos_token_id
+            [prompt.ids for prompt in self.prompts], self.max_new_tokens, self.end_token_ids
         )
         if completions is None:
             return None
@@ -91,10 +105,15 @@ class GenerationEvaluator:
         scores = self._compute_scores(texts) if self.settings.output.score_samples else {}
         elapsed_seconds = time.perf_counter() - start_time
         self.elapsed_seconds += elapsed_seconds
+        if record.step == 0:
+            self.base_completions = texts
         examples = [
-            {"prompt": prompt.text, "reference": prompt.reference, "completion": text}
-            for prompt, text in list(zip(self.prompts, texts, strict=True))[: self.settings.output.num_samples]
-        ]
+            {
+                "prompt": prompt.text, "reference": prompt.references[0], "references": len(prompt.references),
+                "base": base, "completion": text,
+            }
+            for prompt, text, base in zip_longest(self.prompts, texts, self.base_completions[: len(texts)])
+        ][: self.settings.output.num_samples]  # fmt: skip
         details = {
             "epoch": record.epoch, "samples": record.samples, "tokens": record.tokens, "seconds": elapsed_seconds,
             "texts": examples, **({"scored": len(texts), "scores": scores} if scores else {}),
@@ -106,11 +125,11 @@ class GenerationEvaluator:
         )
 
     def _compute_scores(self, texts: list[str]) -> dict[str, float]:
-        references = [prompt.reference for prompt in self.prompts]
-        scores = text_scores(texts, references)
+        scores = text_scores(texts, [prompt.references for prompt in self.prompts])
         if self.is_acled:
             prompts = [prompt.text for prompt in self.prompts]
             scores |= acled_scores(texts, prompts)
+            references = [prompt.references[0] for prompt in self.prompts]
             scores |= {f"reference/{name}": share for name, share in acled_scores(references, prompts).items()}
         return scores
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainer.config import reference
 from trainer.data.dataset import PreparedDataset
 from trainer.tracking import records
 from trainer.tracking.console import LogLines, ProgressBar
@@ -87,4 +88,6 @@ class MetricLogger:
         if self._log_lines is not None:
             self._log_lines.close()
         if self.loggers and exit_code == 0:
-            show_summary(records.read_records(self.metrics_path), self.plan.incomparable_reasons())
+            reasons = self.plan.incomparable_reasons()
+            with_reference = reference.is_asked_for(self.plan.settings.preset, reasons)
+            show_summary(records.read_records(self.metrics_path), reasons, with_reference=with_reference)

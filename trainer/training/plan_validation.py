@@ -18,7 +18,7 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
     _check_writable(Path(settings.run_folder))
     optimizer.check_8bit_supported(settings.train, zero_stage=None, on_cpu=dist_context.device.type == "cpu")
     if settings.output.score_samples:
-        check_installed()
+        check_installed("--score-samples")
     if settings.engine.execution == "graphs" and dist_context.device.type == "cpu":
         raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto, eager or compile")
     if settings.engine.precision == "fp16" and dist_context.device.type == "cpu":

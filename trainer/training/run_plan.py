@@ -177,7 +177,9 @@ def make_plan(
     settings: Settings, dist_context: DistContext, data: PreparedDataset, model_info: dict[str, Any], model_config: Any
 ) -> RunPlan:
     """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
-    settings = replace(settings, data=replace(settings.data, objective=data.metadata["objective"]))
+    block_size = settings.data.block_size or data.metadata["block_size"]
+    data_settings = replace(settings.data, objective=data.metadata["objective"], block_size=block_size)
+    settings = replace(settings, data=data_settings)
     vocab_size = data.metadata["vocabulary"]
     if vocab_size > model_config.vocab_size:
         raise UserError(
@@ -228,6 +230,8 @@ def _collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
         notes.append(f"{', '.join(ignored_flags)}: of no effect with --mode full")
     if settings.mode == "lora" and settings.lora.plus_ratio != 1:
         notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
+    if not_adapted := model_info.get("not_adapted"):
+        notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
     if settings.model.quant:
         double_quant = ", scales in 8 bits" if settings.model.quant_double else ""
         notes.append(

@@ -6,6 +6,7 @@ BLEU and chrF are sacrebleu's over the whole set, with its default settings, fro
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import zip_longest
 from typing import Any
 
 from trainer.config.errors import UserError
@@ -19,25 +20,34 @@ _DEATH_PATTERN = re.compile(r"\b(kill(ed|ing|s)?|dead|deaths?|died|fatalit(y|ies
 _NEGATION_PATTERN = re.compile(r"\b(no|without|any|zero|0)\b", re.IGNORECASE)
 
 
-def check_installed() -> None:
-    """UserError in one line where what --score-samples needs is not installed; imports nothing."""
+def check_installed(flag: str) -> None:
+    """UserError in one line where what the scores of `flag` need is not installed; imports nothing."""
     for package in ("sacrebleu", "rouge_score"):
         if find_spec(package) is None:
-            raise UserError(f"--score-samples: needs {package}, which is not installed; pip install '.[metrics]'")
+            raise UserError(f"{flag}: needs {package}, which is not installed; pip install '.[metrics]'")
 
 
-def text_scores(completions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """exact_match and rouge_l (F-measure, mean over the texts) from 0 to 1, bleu and chrf from 0 to 100."""
+def text_scores(completions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """exact_match and rouge_l (F-measure, mean over the texts) from 0 to 1, bleu and chrf from 0 to 100.
+
+    `references`: one or more of each completion. A match with any of them counts; BLEU and chrF take several as they
+    are defined, of ROUGE-L the highest counts (Lin, 2004).
+    """
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU, CHRF
 
-    predictions, targets = [text.strip() for text in completions], [text.strip() for text in references]
+    predictions = [text.strip() for text in completions]
+    targets = [[text.strip() for text in texts] for texts in references]
     scorer = RougeScorer(["rougeL"])
-    rouge = [scorer.score(ref, text)["rougeL"].fmeasure for text, ref in zip(predictions, targets, strict=True)]
+    rouge = [
+        max(scorer.score(target, text)["rougeL"].fmeasure for target in texts)
+        for text, texts in zip(predictions, targets, strict=True)
+    ]
+    streams = [list(stream) for stream in zip_longest(*targets)]  # None where a text has fewer references
     return {
-        "exact_match": sum(text == ref for text, ref in zip(predictions, targets, strict=True)) / len(predictions),
-        "bleu": BLEU().corpus_score(predictions, [targets]).score,
-        "chrf": CHRF().corpus_score(predictions, [targets]).score,
+        "exact_match": sum(text in texts for text, texts in zip(predictions, targets, strict=True)) / len(predictions),
+        "bleu": BLEU().corpus_score(predictions, streams).score,
+        "chrf": CHRF().corpus_score(predictions, streams).score,
         "rouge_l": sum(rouge) / len(rouge),
     }
 

@@ -160,7 +160,7 @@ def test_help_shows_groups_units_and_both_presets_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for title in cli.TITLES.values():
         assert f"{title}:" in text
-    assert "(default: demo 256, card 1024, finetune 1024 tokens)" in text
+    assert "(default: demo 256, card 1024, finetune 0 tokens)" in text
     assert "card 3e-05, finetune 2e-05)" in text
     assert "(default: 3.0)" in text
     assert all(flag in text for flag in CONTRACT if flag != "--local_rank")
@@ -186,9 +186,11 @@ def test_any_other_model_gets_rates_of_its_own_and_a_line_that_calls_them_a_gues
     full, lora = (cli.parse_args(["--mode", mode, "--model", "org/m"]).settings for mode in ("full", "lora"))
     assert (full.train.lr, lora.train.lr) == (2e-5, 2e-4)
     assert (full.train.schedule, full.train.num_warmup_steps(1000)) == ("cosine", 30)
-    (note,) = preset_notes(full)
-    assert note.startswith("learning rate 2e-05: a guess from the literature; --find-lr suggests one")
-    assert preset_notes(cli.parse_args(["--mode", "full", "--model", "org/m", "--lr", "1e-4"]).settings) == []
+    block_note, lr_note = preset_notes(full)
+    assert block_note.endswith("from the lengths of the data; --block-size sets another")
+    assert lr_note.startswith("learning rate 2e-05: a guess from the literature; the same command with --find-lr")
+    given = ["--mode", "full", "--model", "org/m", "--lr", "1e-4", "--block-size", "64"]
+    assert preset_notes(cli.parse_args(given).settings) == []
     assert preset_notes(cli.parse_args(["--mode", "full"]).settings) == []
     (note,) = preset_notes(cli.parse_args(["--mode", "full", "--preset", "demo", "--model", "org/m"]).settings)
     assert "of --preset demo, made for demo-base" in note

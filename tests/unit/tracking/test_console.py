@@ -20,7 +20,7 @@ from helpers.fake_runs import make_metadata, make_records
 from helpers.fake_wandb import child_env
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.reference import CURVE
+from trainer.config.reference import CURVE, UNKNOWN_REASON, is_asked_for
 from trainer.tracking.console import ProgressBar, format_duration
 from trainer.tracking.jsonl import JsonlLogger, rewind
 from trainer.tracking.records import (
@@ -255,7 +255,7 @@ progress.print_line("a line [in brackets]")
 for record in make_records(make_metadata()):
     progress.log(record)
 progress.close(0)
-summary.show_summary(make_records(make_metadata()), ["other data"])
+summary.show_summary(make_records(make_metadata()), ["other data"], with_reference=True)
 """
 
 
@@ -325,18 +325,15 @@ def test_the_later_of_two_evaluations_of_an_epoch_is_in_the_summary_table() -> N
 
 def test_no_records_give_an_empty_summary_table_and_no_error() -> None:
     stream = io.StringIO()
-    show_summary([], [], stream=stream)
+    show_summary([], [], with_reference=True, stream=stream)
     assert summarize_epochs([]) == []
     assert "epoch" in stream.getvalue()
 
 
 def test_the_summary_is_shown_in_plain_characters_without_a_terminal() -> None:
     stream = io.StringIO()
-    show_summary(
-        [make_eval_record(0, 0.0, 3.0), make_eval_record(10, 1.0, 2.0), make_epoch_record(10, 1.0, 2.5)],
-        ["other data", "unknown"],
-        stream=stream,
-    )
+    records = [make_eval_record(0, 0.0, 3.0), make_eval_record(10, 1.0, 2.0), make_epoch_record(10, 1.0, 2.5)]
+    show_summary(records, ["other data", "unknown"], with_reference=True, stream=stream)
     assert stream.getvalue() == (
         "| epoch | train loss | validation loss | perplexity | card train | card val |\n"
         "|------:|-----------:|----------------:|-----------:|-----------:|---------:|\n"
@@ -347,12 +344,33 @@ def test_the_summary_is_shown_in_plain_characters_without_a_terminal() -> None:
     )
 
 
+def test_the_summary_says_one_short_line_of_the_card_where_nobody_asked_for_it() -> None:
+    stream = io.StringIO()
+    show_summary([make_eval_record(10, 1.0, 2.0)], ["other data", "unknown"], with_reference=False, stream=stream)
+    assert stream.getvalue() == (
+        "| epoch | train loss | validation loss | perplexity |\n"
+        "|------:|-----------:|----------------:|-----------:|\n"
+        "|     1 |          - |          2.0000 |      7.389 |\n"
+        "best validation loss 2.0000 at epoch 1 (step 10)\n"
+        "not comparable with the card gpt2-acled-t2s; launch/compare.py says why\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "reasons", "is_asked"),
+    [("card", ["other data"], True), ("demo", ["other data", UNKNOWN_REASON], False),
+     ("finetune", [UNKNOWN_REASON], True)],
+)  # fmt: skip
+def test_the_card_is_asked_for_by_its_preset_or_by_data_like_its_own(preset, reasons, is_asked) -> None:
+    assert is_asked_for(preset, reasons) is is_asked
+
+
 def test_the_summary_table_of_fifty_epochs_is_thinned_and_keeps_first_best_and_last() -> None:
     records: list[Record] = []
     for epoch in range(51):
         records.append(make_eval_record(epoch * 10, float(epoch), 3.0 - epoch / 20 if epoch < 38 else 2.0 + epoch / 20))
     stream = io.StringIO()
-    show_summary(records, [], stream=stream)
+    show_summary(records, [], with_reference=True, stream=stream)
     epochs = [line.split("|")[1].strip() for line in stream.getvalue().splitlines()[2:] if line.startswith("|")]
     assert len(epochs) == 24
     assert {"0", "1", "2", "3", "37", "50"} <= set(epochs)

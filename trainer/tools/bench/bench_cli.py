@@ -145,6 +145,22 @@ def run_kernels(argv: Sequence[str]) -> int:
     return 0
 
 
+def run_packing(argv: Sequence[str]) -> int:
+    """What packing records into rows gains."""
+    parser = _parser("packing", "Train on records of many lengths, packed and not; prints padding and speed.")
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="tiny", help="size of a random GPT-2 (default: tiny)")
+    add("--batch", type=_number, default=16, metavar="N", help="records of a step (default: 16)")
+    add("--block-size", type=_number, default=128, metavar="N", help="longest row (default: 128)")
+    add("--mean-length", type=_number, default=40, metavar="N", help="tokens of a record on average (default: 40)")
+    add("--steps", type=_number, default=8, metavar="N", help="timed steps of a round (default: 8)")
+    add("--rounds", type=_number, default=3, metavar="N", help="times that all run in turn (default: 3)")
+    args = parser.parse_args(argv)
+    from trainer.tools.bench.packing import measure_packing
+
+    return measure_packing(args)
+
+
 COMMANDS: dict[str, Any] = {
     "steps": run_steps,
     "memory": run_memory,
@@ -152,6 +168,7 @@ COMMANDS: dict[str, Any] = {
     "scaling": run_scaling,
     "operations": run_operations,
     "kernels": run_kernels,
+    "packing": run_packing,
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from trainer.config.cli import CliArgs
 from trainer.data.dataset import PreparedDataset, prepare
 from trainer.distributed.process_group import DistContext, simulated_context
-from trainer.model.build import TrainableModel, build_model, load_config
+from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
 from trainer.tools.doctor.check_result import ERROR, LEVELS, OK, CheckResult, catch_user_errors, format_bytes, ok_result
 from trainer.tools.doctor.host_checks import check_hosts
@@ -69,8 +69,9 @@ class DoctorReport:
             print(line, file=sys.stderr, flush=True)
 
         self.data = prepare(
-            settings.data, model=settings.model.model, global_batch=settings.train.global_batch, log=log
-        )
+            settings.data, model=settings.model.model, global_batch=settings.train.global_batch,
+            max_positions=get_max_positions(load_config(settings.model)), log=log,
+        )  # fmt: skip
         yield ok_result("data", f"{self.data.metadata['source']}: read and tokenised")
         self.model = build_model(settings, on_meta=True)
         self.plan = make_plan(settings, dist_context, self.data, self.model.metadata, load_config(settings.model))

@@ -1,0 +1,78 @@
+"""Texts of a base and of runs on it side by side: `python launch/generate.py runs/full-demo runs/lora-demo`.
+
+Without prompts: the runs' own validation prompts, or a dialogue on a terminal.
+"""
+
+import sys
+from pathlib import Path
+
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.tracking.safe_stream import protect_standard_streams
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(
+        prog="generate.py",
+        description="Complete the same prompts by the base and by each run, and show the texts side by side.",
+        epilog="Without --prompt and --prompts: validation prompts of the first run; on a terminal a dialogue.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may stand repeatedly")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="JSON lines with `prompt` or `messages`, and `reference`: a text, or a list of several",
+    )  # fmt: skip
+    parser.add_argument("--num", type=int, default=4, metavar="N", help="validation prompts to take (default: 4)")
+    parser.add_argument("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="left out: a little over the references, or 64")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default); else sampled")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="with --temperature (default: 1)")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="with --temperature (default: 42)")
+    parser.add_argument("--text", action="store_true", help="prompts as they are, of runs trained on conversations too")
+    parser.add_argument("--score", action="store_true", help="exact match, BLEU, chrF and ROUGE-L over all references")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there too, as Markdown")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and do what was asked; a mistake is one line on stderr."""
+    try:
+        args = build_parser().parse_args(argv)
+        for flag, value, is_accepted, accepted in (
+            ("--num", args.num, 1 <= args.num <= 32, "a whole number from 1 to 32"),
+            ("--max-new-tokens", args.max_new_tokens, (args.max_new_tokens or 1) > 0, "a whole number from 1"),
+            ("--temperature", args.temperature, 0 <= args.temperature < 100, "0 (greedy) or a number above it"),
+            ("--top-p", args.top_p, 0 < args.top_p <= 1, "a share above 0, at most 1"),
+        ):
+            if not is_accepted:
+                raise UserError(f"{flag} {value}: expected {accepted}")
+        if args.prompt and args.prompts:
+            raise UserError("--prompt and --prompts: expected one of them")
+        from trainer.distributed.openmp import limit_openmp_spin
+        from trainer.tracking.silence import silence_libraries
+
+        silence_libraries()  # before the libraries it silences are imported
+        limit_openmp_spin()
+        from trainer.distributed.decoding import Sampling
+        from trainer.tools.generate import GenerateRequest, generate
+        from trainer.training.text_metrics import check_installed
+
+        if args.score:
+            check_installed("--score")
+        sampling = (
+            Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed) if args.temperature else None
+        )
+        return generate(GenerateRequest(
+            run_folders=tuple(args.runs), prompts=tuple(args.prompt), prompts_file=args.prompts, num_prompts=args.num,
+            checkpoint_name=args.checkpoint, max_new_tokens=args.max_new_tokens, sampling=sampling, as_text=args.text,
+            score=args.score, output_file=args.output,
+        ))  # fmt: skip
+    except (UserError, TrainingError) as error:
+        return report_error(error)
+
+
+if __name__ == "__main__":
+    protect_standard_streams()
+    sys.exit(main())

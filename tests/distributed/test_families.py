@@ -1,0 +1,125 @@
+"""The table of model families: each trains, resumes bitwise, is exported and merged as what it was, on two ranks."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.engines import prepare_data
+from helpers.matrix import launch_jobs
+from helpers.method_matrix import STOP_STEP, read_method_result, run_resume_and_export
+from helpers.tiny_inputs import tiny_argv
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from trainer.config import cli
+from trainer.config.errors import UserError
+from trainer.distributed.process_group import simulated_context
+from trainer.export.verify import LOGITS_BOUND
+from trainer.model.build import build_model
+from trainer.training.plan_validation import validate_early
+
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 1}
+LLAMA_LAYERS = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
+NEOX_LAYERS = "dense dense_4h_to_h dense_h_to_4h query_key_value"
+#: {model_type: (fields of its configuration beside SHAPE, the layers that get adapters)}
+FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
+    "gpt2": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}, "c_attn c_fc c_proj"),
+    "gpt_neox": ({}, NEOX_LAYERS),
+    "llama": ({}, LLAMA_LAYERS),
+    "qwen3": (GROUPED | {"head_dim": 8}, LLAMA_LAYERS),
+    "opt": ({"ffn_dim": 32, "word_embed_proj_dim": 16}, "fc1 fc2 k_proj out_proj q_proj v_proj"),
+    "mistral": (GROUPED, LLAMA_LAYERS),
+    "qwen2": (GROUPED, LLAMA_LAYERS),
+    "gemma2": (GROUPED | {"head_dim": 8}, LLAMA_LAYERS),
+    "gemma3_text": (GROUPED | {"head_dim": 8}, LLAMA_LAYERS),
+    "phi3": ({}, "down_proj gate_up_proj o_proj qkv_proj"),
+    "falcon": ({}, NEOX_LAYERS),
+    "bloom": ({"n_layer": 2, "n_head": 2}, NEOX_LAYERS),
+    "mamba": ({"state_size": 4}, ""),  # full only
+    "mixtral": (GROUPED | {"num_local_experts": 2}, "k_proj o_proj q_proj v_proj"),
+}
+FIRST = ("gpt2", "gpt_neox", "llama", "qwen3")
+
+
+def save_family(family: str, folder: Path, tokenizer_folder: str) -> str:
+    """A folder with a random model of the family and the tiny tokenizer."""
+    config = CONFIG_MAPPING[family](**{**({} if family == "gpt2" else SHAPE), "vocab_size": 97,
+                                       "bos_token_id": 0, "eos_token_id": 0, **FAMILIES[family][0]})  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer_folder) / name, folder)
+    return str(folder)
+
+
+def family_argv(model: str, data_files: tuple[str, str], mode: str) -> list[str]:
+    text = f"--mode {mode} --block-size 16 --lr 3e-3 --global-batch 6 --eval-batch 4 --max-steps 3 --lora-rank 2"
+    return tiny_argv(model, data_files, f"{text} --eval-every 3 --save-every 1 --save-total-limit 99")
+
+
+def losses_after(records: list[dict[str, Any]]) -> list[float]:
+    """Of the steps and evaluations after the one at which a run was stopped."""
+    return [record["loss"] for record in records if record["step"] > STOP_STEP and record["kind"] in ("step", "eval")]
+
+
+@pytest.mark.parametrize(
+    "families",
+    [FIRST, pytest.param(tuple(f for f in FAMILIES if f not in FIRST), marks=pytest.mark.slow)],
+    ids=["first", "others"],
+)
+def test_each_family_trains_resumes_exports_and_merges(families, tiny_model, data_files, tmp_path):
+    models = {family: save_family(family, tmp_path / family, tiny_model) for family in families}
+    data = str(prepare_data(family_argv(models[families[0]], data_files, "full")))
+    jobs = [
+        {"name": f"{family}-{mode}", "flags": family_argv(model, data_files, mode), "data": data,
+         "out": str(tmp_path), "merge": mode == "lora"}
+        for family, model in models.items() for mode in ("full", *(["lora"] if FAMILIES[family][1] else []))
+    ]  # fmt: skip
+    launch_jobs(2, jobs, tmp_path / "log", target=run_resume_and_export)
+    for job in jobs:
+        name = job["name"]
+        records, resumed, is_bitwise_equal, result = read_method_result(tmp_path, name)
+        losses = [record["loss"] for record in records if record["kind"] == "eval"]
+        assert losses[-1] < losses[0], (name, losses)
+        assert is_bitwise_equal, f"{name}: weights differ after a resume"
+        assert losses_after(resumed) == losses_after(records), name
+        bound = LOGITS_BOUND * max(1.0, result["largest"])
+        assert result["logits_difference"] <= bound, (name, result["logits_difference"])
+        assert result["loss"] == pytest.approx(result["recorded"], rel=2e-6), name
+        assert result["tied"] == result["tied_here"], name
+        layers = result["facts"]["lora_targets"]
+        assert layers == (FAMILIES[name.rpartition("-")[0]][1].split() if job["merge"] else []), name
+        if job["merge"]:
+            assert result["merge_difference"] <= 10 * bound, (name, result["merge_difference"])
+
+
+def test_weights_of_experts_that_get_no_adapter_are_noted(tiny_model, tmp_path):
+    model = save_family("mixtral", tmp_path / "mixtral", tiny_model)
+    about = build_model(cli.parse_args(["--mode", "lora", "--model", model]).settings, on_meta=True).metadata
+    assert about["not_adapted"] == ["experts.down_proj", "experts.gate_up_proj"]
+    dense = build_model(cli.parse_args(["--mode", "lora", "--model", tiny_model]).settings, on_meta=True).metadata
+    assert dense["not_adapted"] == []
+
+
+def test_adapters_on_layers_whose_weights_are_read_past_them_are_refused(tiny_model, tmp_path):
+    model = save_family("mamba", tmp_path / "mamba", tiny_model)
+    with pytest.raises(
+        UserError, match=r"MambaMixer reads its weights past an adapter \(mamba\); expected --mode full"
+    ):
+        build_model(cli.parse_args(["--mode", "lora", "--model", model]).settings, on_meta=True)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "bart", "clip"])
+def test_what_is_no_causal_model_is_refused_in_one_line_before_data_are_read(family, tmp_path):
+    CONFIG_MAPPING[family]().save_pretrained(tmp_path / family)
+    flags = f"--mode lora --model {tmp_path / family} --data nowhere.csv --output-dir {tmp_path / 'run'}"
+    with pytest.raises(UserError) as refused:
+        validate_early(cli.parse_args(flags.split()).settings, simulated_context(1))
+    assert "\n" not in str(refused.value)
+    assert f"{family} " in str(refused.value)
+    assert "causal language model" in str(refused.value)

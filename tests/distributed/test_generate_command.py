@@ -1,0 +1,142 @@
+"""launch/generate.py: base, full and LoRA complete the same prompts; what it shows is what the runs themselves made."""
+
+import importlib.util
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.launch_ranks import train
+from helpers.process_groups import read_events
+from helpers.tiny_inputs import make_tiny_gpt2
+
+ROOT = Path(__file__).parents[2]
+LINE = re.compile(r"^(.*?)  +(.*)$", re.M)  # of what is shown: a label and its text
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} w0 {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, session_dir: Path) -> tuple[Path, Path]:
+    """A full and a LoRA run on prompts with two references each."""
+    out = tmp_path_factory.mktemp("generate")
+    model = make_tiny_gpt2(out / "tiny", dropout=0.0)
+    records = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{m} w{n}"} for n in range(1, 41) for m in (50, 60)]
+    (out / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = f"--model {model} --data {out / 'data.jsonl'} --block-size 16 --preset demo --lr 1e-2 --max-steps 6"
+    flags += " --val-fraction 0.3 --num-samples 3 --wandb disabled --save-every never"
+    for mode in ("full", "lora"):
+        train(["--mode", mode, *flags.split(), "--run-name", mode], out=out / mode)
+    return out / "full", out / "lora"
+
+
+@pytest.fixture
+def generate(capsys: pytest.CaptureFixture[str]) -> Any:
+    """launch/generate.py in this process; returns (exit code, stdout, or stderr where it failed)."""
+    spec = importlib.util.spec_from_file_location("generate_command", ROOT / "launch" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        exit_code = module.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit_code, captured.out if exit_code == 0 else captured.err
+
+    return call
+
+
+def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs, generate, tmp_path):
+    code, said = generate(*runs, "--num", 3, "--score", "--output", tmp_path / "table.md")
+    assert code == 0, said
+    blocks = said.split("\n\n")[:3]
+    last = {run.name: read_events(run, "samples")[-1]["facts"]["texts"] for run in runs}
+    for i, block in enumerate(blocks):
+        lines = dict(LINE.findall(block))
+        text = {name: texts[i] for name, texts in last.items()}
+        assert list(lines) == ["prompt", "reference 1", "reference 2", "base (tiny)", "full", "lora"]
+        assert lines["prompt"] == text["full"]["prompt"]
+        assert lines["base (tiny)"] == text["full"]["base"].strip() == text["lora"]["base"].strip()
+        assert (lines["full"], lines["lora"]) == tuple(text[name]["completion"].strip() for name in ("full", "lora"))
+    assert re.findall(r"^(.+): exact_match .* over 3 prompts$", said, re.M) == ["base (tiny)", "full", "lora"]
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert table[0] == "| prompt | references | base (tiny) | full | lora |"
+    assert len(table[2:5]) == 3
+
+
+def test_sampled_texts_depend_on_the_seed_only(runs, generate):
+    asked = (runs[0], "--prompt", "w5 w6", "--prompt", "w7", "--max-new-tokens", 12, "--temperature", 2)
+    first, again, other = (generate(*asked, "--seed", seed)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "w5 w6", "reference": ["w1", "w2"]}\n{"prompt": "w9"}\n')
+    code, said = generate(runs[1], "--prompts", file)
+    assert code == 0, said
+    assert "reference 2" in said
+    metadata = json.loads((runs[1] / "run.json").read_text())
+    metadata["data"]["chat_template"] = TEMPLATE
+    chat = tmp_path / "chat"
+    chat.mkdir()
+    for path in runs[1].iterdir():
+        (chat / path.name).symlink_to(path)
+    (chat / "run.json").unlink()
+    (chat / "run.json").write_text(json.dumps(metadata))
+    file.write_text('{"messages": [{"role": "system", "content": "w3"}, {"role": "user", "content": "w5"}]}\n')
+    code, said = generate(chat, "--prompts", file)
+    assert code == 0, said
+    assert "prompt       w5" in said
+    as_chat, as_text = (generate(chat, "--prompt", "w5 w6", *more)[1] for more in ((), ("--text",)))
+    assert as_chat != as_text
+    assert as_text.splitlines()[1:] == generate(runs[1], "--prompt", "w5 w6")[1].splitlines()[1:]
+
+
+def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "w1"}\n{"text": "w1"}\n')
+    for arguments, expected in (
+        ([tmp_path], "no run.json there"),
+        ([runs[0], "--prompts", tmp_path / "none"], "cannot be read"),
+        ([runs[0], "--prompts", bad], f"--prompts {bad}, line 2: expected `prompt` as text"),
+        ([runs[0], "--prompt", "w1 " * 40], "--prompt: 40 tokens; expected from 1 to"),
+        ([runs[0], "--prompt", "w1", "--score"], "--score: no prompt has a reference"),
+        ([runs[0], "--temperature", "-1"], "--temperature -1.0: expected 0 (greedy)"),
+        ([runs[0], "--checkpoint", "step-9"], "whole checkpoints there: step-000006"),
+    ):
+        code, said = generate(*arguments)
+        assert (code, said.splitlines()[-1].startswith("error: ")) == (2, True), said
+        assert expected in said
+
+
+def test_a_dialogue_on_a_terminal_answers_line_after_line(runs):
+    ours, theirs = pty.openpty()
+    line = [sys.executable, str(ROOT / "launch" / "generate.py"), *map(str, runs)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    with subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=subprocess.STDOUT, env=environ) as process:
+        os.close(theirs)
+        os.write(ours, b"w5 w6\n" + b"w1 " * 40 + b"\nw7\n\n")
+        said = b""
+        while chunk := _read(ours):
+            said += chunk
+        assert process.wait(timeout=60) == 0
+    text = said.decode().replace("\r", "")
+    assert text.count("base (tiny)  ") == 2, text
+    assert "error: --prompt: 40 tokens" in text
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # closed by the process that wrote to it
+        return b""

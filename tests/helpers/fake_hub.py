@@ -1,0 +1,110 @@
+"""A stand-in for the hub on loopback: takes what huggingface_hub pushes, and remembers every request."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import threading
+import warnings
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+TOKEN = "hf_AStandInForASecretToken"
+
+
+class FakeHub:
+    """`files`: {repository: {path: content}}; `created`: bodies of repos/create; `refuses`: answers 401 to a login."""
+
+    def __init__(self, server: ThreadingHTTPServer):
+        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.created: list[dict[str, Any]] = []
+        self.tokens: set[str | None] = set()
+        self.refuses = False
+        self.large_files: dict[str, bytes] = {}  # {sha256: content}
+
+    def answer(self, method: str, path: str, body: bytes) -> Any:
+        """The JSON of one request; None: 404."""
+        parts = path.partition("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "whoami-v2"]:
+            return {"name": "me", "type": "user", "orgs": []}
+        if parts[:3] == ["api", "repos", "create"]:
+            self.created.append(json.loads(body))
+            repository = f"{self.created[-1]['organization']}/{self.created[-1]['name']}"
+            self.files.setdefault(repository, {})
+            return {"url": f"{self.url}/{repository}"}
+        if parts[:2] == ["api", "validate-yaml"]:
+            return {"errors": [], "warnings": []}
+        if "preupload" in parts:
+            files = json.loads(body)["files"]
+            return {"files": [{"path": file["path"], "shouldIgnore": False, "uploadMode": _upload_mode(file)}
+                              for file in files]}  # fmt: skip
+        if parts[-2:] == ["objects", "batch"]:
+            objects = json.loads(body)["objects"]
+            return {"transfer": "basic", "objects": [
+                {**item, "actions": {"upload": {"href": f"{self.url}/large/{item['oid']}"}}} for item in objects
+            ]}  # fmt: skip
+        if parts[0] == "large" and method == "PUT":
+            self.large_files[parts[1]] = body
+            return {}
+        if "commit" in parts:
+            repository = "/".join(parts[2:4])
+            self._commit(repository, body)
+            return {"commitUrl": f"{self.url}/{repository}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+        return {"id": "/".join(parts[2:4]), "siblings": []} if parts[:2] == ["api", "models"] else None
+
+    def _commit(self, repository: str, body: bytes) -> None:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.files[repository][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.files[repository][value["path"]] = self.large_files[value["oid"]]
+
+
+def _upload_mode(file: dict[str, Any]) -> str:
+    return "lfs" if file["path"].endswith(".safetensors") else "regular"
+
+
+@contextlib.contextmanager
+def fake_hub() -> Iterator[FakeHub]:
+    """The stand-in, which huggingface_hub takes for the hub of this process, logged in with TOKEN."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def _handle(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            hub.tokens.add(self.headers.get("Authorization"))
+            answer = hub.answer(self.command, self.path, body)
+            status = 401 if hub.refuses else 404 if answer is None else 200
+            content = json.dumps(answer if status == 200 else {"error": f"refused, your token is {TOKEN}"}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", hashlib.sha256(body).hexdigest())
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_HEAD = _handle
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="Use 'content=")  # httpx, of how huggingface_hub 2 uploads
+        hub = FakeHub(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", TOKEN)
+        try:
+            yield hub
+        finally:
+            server.shutdown()

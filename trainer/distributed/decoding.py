@@ -1,0 +1,68 @@
+"""Continuations of prompts by a causal LM, greedy or sampled."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; the same seed draws the same texts from the same model and batch."""
+
+    temperature: float  #: divides the logits
+    top_p: float = 1.0  #: the likeliest tokens that together have this probability are drawn from
+    seed: int = 0
+
+
+def decode(
+    causal: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_token_ids: Sequence[int],
+    *,
+    sampling: Sampling | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    on_token: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+    """At most `max_new_tokens` token ids for each prompt, without the token of `end_token_ids` at which it stops.
+
+    One batch, padded on the left. `sampling`: left out: the likeliest token each time. `on_token` is called before
+    each token. Parameters: a prompt, how far, how, and two of the caller's device.
+    """
+    device, width, pad_id = causal.device, max(map(len, prompts)), end_token_ids[0]
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = [[pad_id] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * n + [1] * (width - n) for n in padding]
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling is not None:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    config = GenerationConfig(
+        **how, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=list(end_token_ids), pad_token_id=pad_id,
+        use_cache=True,
+    )  # fmt: skip
+
+    def observe(ids: Tensor, scores: Tensor) -> Tensor:
+        on_token()
+        return scores
+
+    generator: Any = causal
+    with (
+        torch.autocast(device.type, autocast_dtype) if autocast_dtype else contextlib.nullcontext(),
+        torch.random.fork_rng(enabled=sampling is not None),
+    ):
+        if sampling is not None:
+            torch.manual_seed(sampling.seed)
+        sequences = generator.generate(
+            input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
+            logits_processor=[observe], generation_config=config,
+        )  # fmt: skip
+    return [_until_end(row, end_token_ids) for row in sequences[:, width:].tolist()]
+
+
+def _until_end(row: list[int], end_token_ids: Sequence[int]) -> list[int]:
+    return row[: next((i for i, token_id in enumerate(row) if token_id in end_token_ids), len(row))]
