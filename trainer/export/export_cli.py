@@ -53,7 +53,10 @@ class ExportRequest:
 
 def export_checkpoint(request: ExportRequest) -> int:
     """Export, check, say where and how it went, push; 0, or TrainingError where the folder is not the model that was
-    trained: then nothing is pushed."""
+    trained: then nothing is pushed.
+
+    Long: what is refused before slow work, then the parts of the folder in the order in which they come about.
+    """
     run_folder, merge = request.run_folder, request.merge
     metadata = read_run_metadata(run_folder / "run.json")
     settings = Settings.from_dict(metadata["settings"])
