@@ -16,7 +16,7 @@ def build_parser() -> ArgumentParser:
     """The doctor's own flags; all others are those of train.py."""
     parser = ArgumentParser(
         prog="doctor.py",
-        usage="doctor.py --mode full|lora [--ranks N | --hosts NAME:RANKS,...] [--gpu-memory GIB] [--json] "
+        usage="doctor.py --mode full|lora [--ranks N | --hosts NAME:RANKS,...] [--gpu-memory GIB] [--prove] [--json] "
         "[--no-rehearsal] [--limit SECONDS] [flags of train.py]\n"
         "       doctor.py --check-run RUN [--move-aside] [--json]",
         description="Check environment, data, model, batch sum and memory of a run before it starts, and rehearse it "
@@ -33,6 +33,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GIB",
         help="plan for GPUs with so much memory, which this machine need not have; without a rehearsal",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prove", action="store_true",
+        help="in the place of the rehearsal: hold every ZeRO stage x ranks x way to run steps against a plain PyTorch "
+        "loop on this machine, three steps each, and write prove.json to the run folder",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
@@ -64,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         cli_args = parse_args(run_argv, companion=parser)
         if args.ranks is not None and args.ranks < 1:
             raise UserError(f"--ranks {args.ranks}: expected a whole number from 1")
+        if args.prove and (args.no_rehearsal or args.gpu_memory is not None):
+            other = "--no-rehearsal" if args.no_rehearsal else "--gpu-memory"
+            raise UserError(f"--prove with {other}: a proof runs here; expected one of them")
         if args.gpu_memory is not None and args.gpu_memory <= 0:
             raise UserError(f"--gpu-memory {args.gpu_memory:g}: expected a number above 0")
         if args.hosts is not None and args.ranks is not None:
@@ -82,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_doctor(
             cli_args, planned_context(args.ranks or sum(hosts.values()) or None, gpu_memory_bytes), environ=environ,
             as_json=args.json, limit_seconds=None if args.no_rehearsal else args.limit, ranks_of_hosts=hosts,
+            proves=args.prove,
         )  # fmt: skip
     except UserError as error:
         return report_error(error)

@@ -1,4 +1,7 @@
-"""One run, wired: the only file that knows all the others."""
+"""One run, wired: the only file that knows all the others.
+
+Long: every part is called here, once.
+"""
 
 import os
 import time
@@ -83,7 +86,7 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
     refuse_differences(context, program_facts(args.settings.as_dict()))
-    settings, _ = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
+    settings, previous_metadata = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
     context.on_rank_zero(lambda: validate_early(settings, context))
     context.on_rank_zero(lambda: check_loggers(settings.output))
     data = prepare_data(settings, context)
@@ -100,7 +103,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         activation_checkpointing=settings.engine.activation_checkpointing,
     )  # fmt: skip
     model_info = {**model.metadata, "step_flops": step_flops}
-    plan = make_plan(settings, context, data, model_info, load_config(settings.model))
+    previous_execution = (previous_metadata or {}).get("execution", ())
+    plan = make_plan(settings, context, data, model_info, load_config(settings.model), previous_execution)
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         show_plan(plan.summary_lines())
     if args.dry_run:
@@ -119,15 +123,17 @@ def run_finder(args: CliArgs, plan: RunPlan, data: PreparedDataset, model: Train
     """Trials instead of the run; the exit code."""
     with plan.dist_context.watchdog.watch_for_hangs(plan.settings.engine.hang_timeout):
         if args.find_lr is not None:
-            return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
-        return find_micro_batch_size(plan, data)
+            return find_lr(args.find_lr, plan, data, build_engine(plan.untimed(), model, None)[0])
+        return find_micro_batch_size(plan.untimed(), data)
 
 
 def build_engine(plan: RunPlan, model: TrainableModel, source: Checkpoint | None) -> tuple[Engine, TrainState]:
     """The engine of a plan and the state of the run: at its start, or where the checkpoint `source` stood."""
     if source is not None:
         checkpoint.load_weights(source, model.module)
-    engine = Engine(plan.dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
+    engine = Engine(
+        plan.dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution, plan.make_tuner()
+    )
     if source is None:
         return engine, TrainState()
     state = source.train_state
@@ -302,7 +308,7 @@ class TrainingRun:
         message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
         facts = {
             "checkpoint": origin, "rows_cut": num_truncated, "changed": changes, "resolved": self.plan.resolved(),
-            "execution": self.plan.execution.as_dict(),
+            "execution": self.plan.execution_entry(self.state.step),
         }  # fmt: skip
         return EventRecord(
             event="resumed", step=self.state.step, message=message, time=self.state.elapsed_seconds, facts=facts

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.engines import plan_run
+from helpers.engines import joined_ranks, plan_run
 from helpers.launch_ranks import run_on_ranks, train
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import cli
 from trainer.config.errors import TrainingError
 from trainer.data.dataset import prepare
+from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.kernels.device_branch import simulate_gpu
 from trainer.tools.finders import batch_finder, batch_size_worker
 from trainer.tools.finders.batch_sizes import TrialResult, candidate_sizes, fastest, ladder, next_sizes
 
@@ -206,6 +208,40 @@ def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(
     assert "not tried: 4 and above" in said
     gpu = replace(plan, dist_context=replace(plan.dist_context, device=__import__("torch").device("cuda", 0)))
     assert batch_finder.sizes_within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
+
+
+def measure_sizes_with_graphs(argv: list[str], out: str) -> int:
+    """On the stand-in device: what was recorded for each size, and how often it was replayed."""
+    from test_cuda_graphs import FakeCapturedGraph
+
+    from trainer.config.batch_config import BatchConfig
+    from trainer.distributed import cuda_graphs
+
+    cuda_graphs.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
+    with joined_ranks() as dist_context, simulate_gpu():
+        planned = plan_run(argv, dist_context)
+        config, plan = planned.plan.deepspeed_config, planned.plan.untimed().execution
+        engine = Engine(dist_context, planned.model, config, planned.settings.train, plan)
+        replays = []
+        for size in (1, 2, 4, 8):
+            del FakeCapturedGraph.instances[:]
+            batch_size_worker.use_plan_for(engine, size, 32)
+            batch = BatchConfig.divide(8, size, 1)
+            batch_size_worker.measure_step(engine, planned.data.train, batch)
+            replays.append([graph.num_replays for graph in FakeCapturedGraph.instances])
+    Path(out).write_text(json.dumps(replays))
+    return 0
+
+
+def test_find_batch_times_recorded_steps_of_every_size(tiny_model, data_files, tmp_path):
+    """Each is recorded anew: as many graphs as one run may keep are soon used up."""
+    out, log = tmp_path / "replays", tmp_path / "log"
+    argv = make_argv(tiny_model, data_files)
+    assert run_on_ranks(1, measure_sizes_with_graphs, argv, str(out), log=log) == 0, log.read_text()
+    first, *_, whole = json.loads(out.read_text())
+    for replays in json.loads(out.read_text()):
+        assert min(replays) > batch_size_worker.NUM_TIMED_STEPS
+    assert (len(first), len(whole)) == (2, 1), "the first micro-batch of a step, and those that add to it"
 
 
 OOM_TRIAL_CODE = """

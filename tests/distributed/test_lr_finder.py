@@ -16,11 +16,13 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.data.dataset import prepare
 from trainer.distributed.process_group import destroy_process_group, init_distributed
+from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_curve import geometric_lrs, has_diverged, smooth, suggest_lr
 from trainer.tools.finders.lr_finder import sweep
 from trainer.tracking.records import to_line
 from trainer.training import loop
 from trainer.training.checkpoint import CheckpointManager
+from trainer.training.run_folder import is_unused
 from trainer.training.train_state import TrainState
 
 STEPS = 100
@@ -137,8 +139,14 @@ def test_find_lr_with_another_program_flag_is_refused(other):
 
 # --- on real ranks ---
 
-CELLS = [(1, "zero0", "full"), (2, "zero0", "lora"), (2, "zero1", "full"), (2, "zero3", "full")]
-SWEEP_CELLS = [(1, "zero2", "lora"), (2, "zero2_offload", "lora"), (2, "zero3", "lora"), (2, "zero3_offload", "lora")]
+CELLS = [(2, "zero0", "lora"), (2, "zero1", "full"), (2, "zero3", "full")]
+SWEEP_CELLS = [
+    (1, "zero0", "full"),
+    (1, "zero2", "lora"),
+    (2, "zero2_offload", "lora"),
+    (2, "zero3", "lora"),
+    (2, "zero3_offload", "lora"),
+]
 
 
 def make_argv(tiny_model: str, data_files: tuple[str, str], mode: str) -> list[str]:
@@ -209,7 +217,7 @@ def assert_sweep_changes_nothing(
     plain_dir, swept_dir = tmp_path / "plain", tmp_path / "swept"
     for out, target in ((plain_dir, run_jobs), (swept_dir, run_jobs_after_sweep)):
         out.mkdir()
-        for ranks in (1, 2):
+        for ranks in sorted({cell[0] for cell in cells}):
             jobs = [
                 {
                     "name": f"{r}-{zero}-{mode}", "data": str(folder), "out": str(out),
@@ -240,13 +248,12 @@ def assert_sweep_changes_nothing(
 
 def test_find_lr_writes_a_suggestion_and_a_picture_and_trains_nothing(tiny_model, data_files, tmp_path):
     out = tmp_path / "run"
-    output = train([*make_argv(tiny_model, data_files, "full"), "--find-lr", "1e-5:10:60"], out=out, world_size=2)
+    output = train([*make_argv(tiny_model, data_files, "full"), "--find-lr", "1e-5:10:40"], out=out, world_size=2)
     found = json.loads((out / "find-lr.json").read_text())
     assert sorted(path.name for path in out.iterdir()) == ["find-lr.json", "find-lr.png"]
     assert (out / "find-lr.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert f"--lr {found['suggestion']:g} for --mode full" in output
     assert 1e-5 < found["suggestion"] < 10
-    assert found["steps"] == 60
+    assert found["steps"] == 40
     assert output.count("suggestion") == 1, "one rank speaks"
-    train([*make_argv(tiny_model, data_files, "full"), "--max-steps", "1", "--wandb", "disabled"], out=out)
-    assert (out / "metrics.jsonl").exists(), "a run may begin in the folder that the test left"
+    assert is_unused(out, FINDER_FILES), "a run may begin in the folder that the test left"

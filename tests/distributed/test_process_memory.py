@@ -64,8 +64,9 @@ print(json.dumps({"grown": grown, "estimate": estimate.peak}))
 world.watchdog.close()
 destroy_process_group()
 """
-CELLS = [("full", "zero0", 4), ("lora", "zero0", 4)]
+CELLS = [("full", "zero0", 4)]
 SWEEP_CELLS = [
+    ("lora", "zero0", 4),
     ("full", "zero2", 4),
     ("full", "zero3", 4),
     ("lora", "zero3", 4),

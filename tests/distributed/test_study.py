@@ -24,7 +24,7 @@ from trainer.tools.study import planning, search, trial_process, worker
 from trainer.tools.study.rule import Rule, plan_rungs, read_rule, write_rule
 from trainer.tools.study.study import Study, study_table
 from trainer.tools.study.trial_queue import TrialQueue
-from trainer.tools.study.worker import make_slots
+from trainer.tools.study.worker import Slot, execution_argv, make_slots
 
 ROOT = Path(__file__).parents[2]
 TOTAL_STEPS = 160
@@ -357,3 +357,18 @@ def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir
     (stub_dir / "launch" / "train.py").write_text("import sys; sys.exit('error: --quant nf4: no bitsandbytes')")
     with pytest.raises(UserError, match="--quant nf4: no bitsandbytes"):
         planning.resolve_total_steps(("full", "lora"), ())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "expected"),
+    [
+        ((), {}, []),
+        (("0",), {}, ["--execution", "graphs"]),
+        (("0",), {"methods": ("full", "lora", "lora-nf4")}, ["--execution", "eager"]),
+        (("0",), {"train_argv": ("--execution", "compile")}, []),
+        (("0",), {"train_argv": ("--activation-checkpointing",)}, ["--execution", "eager"]),
+    ],
+)
+def test_all_runs_of_a_study_take_their_steps_in_one_way(gpus, changes, expected):
+    slot = Slot(name="x", gpus=gpus, num_threads=1)
+    assert execution_argv(make_rule(**changes), slot) == expected

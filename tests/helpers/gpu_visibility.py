@@ -23,6 +23,11 @@ def has_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() and os.environ.get(_ORIGINAL, "all") not in ("", "-1")
 
 
+def num_gpus() -> int:
+    """How many there were to see."""
+    return len([name for name in gpu_environ()["CUDA_VISIBLE_DEVICES"].split(",") if name]) if has_gpu() else 0
+
+
 def gpu_environ() -> dict[str, str]:
     """The variables of a fresh process that sees the GPUs as the session was started."""
     original = os.environ.get(_ORIGINAL, "all")
@@ -32,3 +37,4 @@ def gpu_environ() -> dict[str, str]:
 
 #: Marks of a test that needs a GPU.
 GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu(), reason="needs a CUDA device")]
+TWO_GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(num_gpus() < 2, reason="needs two CUDA devices")]

@@ -52,9 +52,9 @@ class EngineSettings:
     execution: Execution = option(
         "auto",
         flag="--execution",
-        help="eager: operation by operation; graphs: recorded as CUDA graphs; compile: torch.compile, faster steps "
-        "after half a minute or more of compiling, other dropout masks; auto: graphs where they can be recorded, "
-        "else eager",
+        help="eager: operation by operation; graphs: recorded as CUDA graphs; compile: torch.compile, after a minute "
+        "of compiling; auto: a GPU's long runs time them over their first steps and keep the fastest, short ones are "
+        "recorded, a CPU is eager. What is recorded or compiled is first held against an eager step",
     )
     activation_checkpointing: bool = option(
         False,

@@ -5,21 +5,18 @@ once: the same kernels on the same addresses, and dropout draws from the seed th
 Before a recording is used it is replayed on the rows at hand and held against the eager call just made.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.distributed.step_check import MAX_DIFFERENCE, Measured, get_rng_state, root_cause, set_rng_state
+
 # Eager calls of a shape before it is recorded: libraries choose kernels and make their workspaces in them.
 NUM_WARMUP_CALLS = 3
 MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the memory with graphs
-# Relative differences between a replay and the eager call of the same rows. The kernels are the same, but some add in
-# any order (atomics): float32 rounds sums of some thousand terms to about 1e-6, bf16 outputs differ by one of 2**-8.
-MAX_DIFFERENCE = {"fp32": 1e-5, "bf16": 1e-2}
 
 BackwardFn = Callable[[Tensor, Tensor, float], Tensor]
 
@@ -35,20 +32,24 @@ class CUDAGraphRunner:
         loss_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         trainable_params: Sequence[nn.Parameter],
         eager_backward: BackwardFn,
+        eager_forward: Callable[[Tensor, Tensor], Tensor],
         *,
         precision: str,
         static_grads: list[Tensor] | None = None,
     ):
-        """`eager_backward(ids, labels, loss_weight)`: what is done where nothing is recorded; adds to the gradients.
+        """`eager_backward(ids, labels, loss_weight)` and `eager_forward(ids, labels)`: what is done where nothing is
+        recorded; the first adds to the gradients.
 
         `static_grads`: where both leave them, if several ranks reduce them from one flat buffer.
+        Parameters: what is recorded, what stands in for it, and where both leave their results.
         """
         self.loss_fn = loss_fn
         self.trainable_params = list(trainable_params)
-        self.eager_backward = eager_backward
+        self.eager_backward, self.eager_forward = eager_backward, eager_forward
         self.max_difference = MAX_DIFFERENCE[precision]
         self.capture_error = ""
         self.checks: list[str] = []  #: one line a recording that was verified
+        self.checked_to = 0.0  #: the largest difference among them
         self._call_counts: dict[Any, int] = {}
         self._captured: dict[Any, CapturedGraph] = {}
         self._pool: Any = None
@@ -75,7 +76,7 @@ class CUDAGraphRunner:
         graph = self._captured.get(("eval", tuple(ids.shape)))
         if graph is not None:
             return graph.replay(ids, labels, 1.0)
-        row_losses = self.loss_fn(ids, labels)[1]
+        row_losses = self.eager_forward(ids, labels)
         if self._should_capture("eval", ids):
             graph = self._capture("eval", ids, lambda ids, labels, _: self.loss_fn(ids, labels)[1])
             if graph is not None:
@@ -86,11 +87,11 @@ class CUDAGraphRunner:
     def _capture_backward(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """The eager call, and a recording of it that is kept where its replay gives the same."""
         before = [None if p.grad is None else p.grad.clone() for p in self.trainable_params]
-        rng_before = _get_rng_state(ids.device)
+        rng_before = get_rng_state(ids.device)
         row_losses = self.eager_backward(ids, labels, loss_weight)
         eager_grads = [p.grad for p in self.trainable_params]
         eager = Measured.of(row_losses, eager_grads)
-        rng_after = _get_rng_state(ids.device)
+        rng_after = get_rng_state(ids.device)
         graph = self._capture(kind, ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
         if graph is not None:
             assert self._static_grads is not None
@@ -100,7 +101,7 @@ class CUDAGraphRunner:
             for static, gradient in zip(self._static_grads, before, strict=True):
                 if static is not None and gradient is not None:
                     static.copy_(gradient)
-            _set_rng_state(ids.device, rng_before)
+            set_rng_state(ids.device, rng_before)
             replayed = Measured.of(graph.replay(ids, labels, loss_weight), self._static_grads)
             if self._keep_if_equal(kind, ids, graph, eager, replayed):
                 self._use_static_grads()
@@ -108,13 +109,13 @@ class CUDAGraphRunner:
                 for static, gradient in zip(self._static_grads, kept, strict=True):
                     if static is not None and gradient is not None:
                         static.copy_(gradient)
-            _set_rng_state(ids.device, rng_after)
+            set_rng_state(ids.device, rng_after)
         return row_losses
 
     def _keep_if_equal(
-        self, kind: str, ids: Tensor, graph: "CapturedGraph", eager: "Measured", replayed: "Measured"
+        self, kind: str, ids: Tensor, graph: "CapturedGraph", eager: Measured, replayed: Measured
     ) -> bool:
-        if not math.isfinite(eager.loss) or not math.isfinite(eager.grad_norm):
+        if not eager.is_finite:
             return False  # nothing to compare with: the step is refused, and the shape recorded at its next call
         difference = eager.relative_difference(replayed)
         label = f"{kind} {'x'.join(map(str, ids.shape))}"
@@ -124,6 +125,7 @@ class CUDAGraphRunner:
                 f"{eager}: {difference:.1e} apart, at most {self.max_difference:.0e} is rounding"
             )
             return False
+        self.checked_to = max(self.checked_to, difference)
         self.checks.append(f"{label} recorded, checked to {difference:.0e}")
         self._captured[kind, tuple(ids.shape)] = graph
         self._pool = graph.pool
@@ -169,36 +171,11 @@ class CUDAGraphRunner:
                 graph = CapturedGraph(fn, ids, self._pool)
         except RuntimeError as error:  # an operation that waits for the device, or not enough memory
             self._static_grads = previous_grads
-            self.capture_error = f"steps are not recorded as CUDA graphs: {_root_cause(error)}"
+            self.capture_error = f"steps are not recorded as CUDA graphs: {root_cause(error)}"
             return None
         if ids.is_cuda:
             torch.cuda.empty_cache()  # what the eager calls used is of no more use
         return graph
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a call is compared by: its loss, the norm of its gradient, and every gradient's norm."""
-
-    loss: float
-    grad_norm: float
-    grad_norms: tuple[float, ...]
-
-    @classmethod
-    def of(cls, row_losses: Tensor, grads: Sequence[Tensor | None]) -> "Measured":
-        """Of row losses [rows] and gradients; waits for the device."""
-        norms = [float(gradient.double().norm()) for gradient in grads if gradient is not None]
-        return cls(float(row_losses.double().sum()), math.hypot(*norms), tuple(norms))
-
-    def relative_difference(self, other: "Measured") -> float:
-        """The largest: of the loss, and of each gradient's norm relative to the norm of all; NaN where one is."""
-        scale = self.grad_norm or 1.0
-        pairs = zip(self.grad_norms, other.grad_norms, strict=True)
-        differences = [abs(self.loss - other.loss) / (abs(self.loss) or 1.0), *(abs(a - b) / scale for a, b in pairs)]
-        return math.nan if any(map(math.isnan, differences)) else max(differences)
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.6g} and gradient norm {self.grad_norm:.6g}"
 
 
 class CapturedGraph:
@@ -220,21 +197,6 @@ class CapturedGraph:
         self.loss_weight.fill_(loss_weight)
         self.graph.replay()
         return self.row_losses
-
-
-def _get_rng_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_rng_state(device: torch.device, state: Tensor) -> None:
-    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The first line of the operation that failed: the end of the capture complains of it, too."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).partition("\n")[0]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -15,22 +14,22 @@ from torch import Tensor
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.schema import TrainSettings
 from trainer.data.sampler import GlobalBatch, MicroBatch
-from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode
 from trainer.distributed.device_copy import copy_to_device, copy_to_host
-from trainer.distributed.execution import ExecutionPlan, PlanChange
+from trainer.distributed.execution import ExecutionPlan
+from trainer.distributed.execution_tuner import ExecutionTuner
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.loss_sums import add_sums, all_gather_sums
 from trainer.distributed.model_placement import place_model
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
+from trainer.distributed.step_execution import StepExecution
 from trainer.distributed.step_result import LaunchedStep, StepResult, UpdateResult
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
-from trainer.kernels import cpu_attention, fused_lora
+from trainer.kernels import cpu_attention
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model import optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions
-from trainer.model.lora import find_fusable_layers
 
 RECORDED_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it, so that shapes come again
 
@@ -45,18 +44,17 @@ class Engine:
         deepspeed_config: Mapping[str, Any],
         train_settings: TrainSettings,
         plan: ExecutionPlan,
+        tuner: ExecutionTuner | None = None,
     ):
-        """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how."""
+        """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how; `tuner`: what looks for a faster plan."""
         self.dist_context = dist_context
         self.model = model
-        self.plan = plan
-        self.plan_changes: list[PlanChange] = []  #: fallbacks while running, in order
         self.device_wait_seconds = 0.0  #: until the device had done what it was asked for
         self.data_wait_seconds = 0.0  #: until the rows of steps were drawn
         self._seed = train_settings.seed
         self._stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
         self._last_end_time = 0.0
-        self._install_kernels()
+        self._install_kernels(plan)
         autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
         self._loss_module = CausalLMLoss(model.causal, autocast_dtype)
         head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context.device)
@@ -67,56 +65,47 @@ class Engine:
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
         self.deepspeed_engine.train()
-        self.stepper = self._build_stepper(train_settings)
+        self.stepper = self._build_stepper(train_settings, plan)
         self.state = EngineState(
             dist_context, self.deepspeed_engine, self.trainable_params, stage=self._stage, precision=plan.precision,
             uses_8bit_optimizer=train_settings.optim in EIGHT_BIT_OPTIMIZERS,
         )  # fmt: skip
-        if plan.compiled_shapes:
-            self._loss_module.compile_for_shapes(set(plan.compiled_shapes))
         casts = plan.frozen_dtype == "bfloat16"
         self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
-        self._graph_runner = self._build_graph_runner() if plan.cuda_graphs else None
-        if head_problem:
-            self._change_plan(0, replace(plan, chunked_loss=False), head_problem)
+        self.execution = StepExecution(
+            dist_context,
+            self._loss_module,
+            self.stepper,
+            list(self.trainable_params.values()),
+            plan,
+            tuner,
+            head_problem=head_problem,
+        )
 
-    def _install_kernels(self) -> None:
+    @property
+    def plan(self) -> ExecutionPlan:
+        """What is in force."""
+        return self.execution.plan
+
+    def _install_kernels(self, plan: ExecutionPlan) -> None:
         if self.dist_context.device.type == "cpu":
             tune_malloc()
-        if self.plan.packed_rows:  # ours take rows for whole
+        if plan.packed_rows:  # ours take rows for whole
             self.model.causal.set_attn_implementation("sdpa")
-        if self.plan.blockwise_attention:
+        if plan.blockwise_attention:
             cpu_attention.install(self.model.module, self.model.causal)
-        if self.plan.fused_lora:
-            fused_lora.install(find_fusable_layers(self.model.module), self.model.causal.base_model)
-        dtype = torch.bfloat16 if self.plan.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         quantization.set_compute_dtype(self.model.module, dtype)
 
-    def _build_stepper(self, train_settings: TrainSettings) -> NativeStepper | DeepSpeedStepper:
-        if self.plan.stepper == "deepspeed":
-            return DeepSpeedStepper(self.deepspeed_engine, self.plan.precision)
+    def _build_stepper(
+        self, train_settings: TrainSettings, plan: ExecutionPlan
+    ) -> NativeStepper | DeepSpeedStepper:  # fmt: skip
+        if plan.stepper == "deepspeed":
+            return DeepSpeedStepper(self.deepspeed_engine, plan.precision)
         return NativeStepper(
             self.dist_context, self.deepspeed_engine, self._loss_module, list(self.trainable_params.values()),
-            train_settings.max_grad_norm, skips_on_device=self.plan.finite_check == "device",
+            train_settings.max_grad_norm, skips_on_device=plan.finite_check == "device",
         )  # fmt: skip
-
-    def _build_graph_runner(self) -> CUDAGraphRunner:
-        assert isinstance(self.stepper, NativeStepper)
-        params = list(self.trainable_params.values())
-        return CUDAGraphRunner(
-            self._loss_module, params, self.stepper.backward, precision=self.plan.precision,
-            static_grads=self.stepper.flat_grads,
-        )  # fmt: skip
-
-    @property
-    def graph_checks(self) -> list[str]:
-        """A line for each recording that was verified."""
-        return self._graph_runner.checks if self._graph_runner else []
-
-    @property
-    def num_warmup_steps(self) -> int:
-        """Steps after which the following ones take as long as all later ones."""
-        return NUM_WARMUP_CALLS + 2 if self._graph_runner else 1
 
     def run(
         self,
@@ -151,7 +140,7 @@ class Engine:
 
     def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> LaunchedStep:
         """Forward, backward and update of a batch; nothing waits for a device that computes."""
-        self._apply_fallbacks(batch.step)
+        self.execution.begin_step(batch.step)
         launch_time = time.perf_counter()
         loss_sums = []
         for micro_batch in batch.micro_batches:
@@ -205,7 +194,9 @@ class Engine:
             error.batch = batch
             raise
         start_time, self._last_end_time = max(launched.launch_time, self._last_end_time), time.perf_counter()
-        return StepResult(update=update, lr=launched.lr, elapsed_seconds=self._last_end_time - start_time)
+        elapsed_seconds = self._last_end_time - start_time
+        self.execution.end_step(batch.step, sum(m.input_ids.size for m in batch.micro_batches), elapsed_seconds)
+        return StepResult(update=update, lr=launched.lr, elapsed_seconds=elapsed_seconds)
 
     def forward_backward(self, micro_batch: MicroBatch, *, step: int, num_target_tokens: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its summed loss, float64 on the device.
@@ -216,29 +207,16 @@ class Engine:
         self.dist_context.watchdog.heartbeat()
         self._set_training(True)
         torch.manual_seed(_dropout_seed(self._seed, step, micro_batch.index))
-        inputs = (*self._to_device(micro_batch), self.stepper.grad_divisor / num_target_tokens)
-        if micro_batch.position_ids is not None:  # of ever other shapes: not recorded
-            position_ids = torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device)
-            return self.stepper.backward(*inputs, position_ids).double().sum()
-        backward = self._graph_runner.backward if self._graph_runner else self.stepper.backward
-        return backward(*inputs).double().sum()
+        ids, labels = self._to_device(micro_batch)
+        packed = []
+        if micro_batch.position_ids is not None:
+            packed.append(torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device))
+        loss_weight = self.stepper.grad_divisor / num_target_tokens
+        return self.execution.backward(ids, labels, loss_weight, *packed).double().sum()
 
     def discard_step(self) -> None:
         """Let no gradient stay after a refused step. The state may be worthless then: for those who restore it."""
         self.stepper.discard_step()
-
-    def _apply_fallbacks(self, step: int) -> None:
-        """Between steps: take up a plan without what has failed, and note from which step on and why."""
-        if self._loss_module.compile_error and self.plan.compiled_shapes:
-            self._change_plan(step, replace(self.plan, compiled_shapes=()), self._loss_module.compile_error)
-        if self._graph_runner is not None and self._graph_runner.capture_error:
-            plan = replace(self.plan, cuda_graphs=False, overlaps_reduction=self.dist_context.world_size > 1)
-            self._change_plan(step, plan, self._graph_runner.capture_error)
-            self._graph_runner = None
-
-    def _change_plan(self, step: int, plan: ExecutionPlan, reason: str) -> None:
-        self.plan = plan
-        self.plan_changes.append(PlanChange(step=step, plan=plan, reason=reason))
 
     def _timed(self, read: Callable[[], list[float]]) -> list[float]:
         """Numbers of the device, whose waiting time counts."""
@@ -252,9 +230,7 @@ class Engine:
         """Summed loss of each row, without dropout: float64 on the device."""
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
-        inputs = self._to_device(micro_batch)
-        forward = self._graph_runner.forward if self._graph_runner else self.stepper.forward
-        return forward(*inputs).double()
+        return self.execution.forward(*self._to_device(micro_batch)).double()
 
     def restore_fp32(self) -> None:
         """After the last step: give the frozen base its float32 back, for readers outside autocast.
@@ -269,7 +245,7 @@ class Engine:
             self.deepspeed_engine.train(is_training)
 
     def _to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        width_multiple = 1 if self._graph_runner is None else RECORDED_WIDTH_MULTIPLE
+        width_multiple = RECORDED_WIDTH_MULTIPLE if self.plan.cuda_graphs else 1
         max_width = get_max_positions(self.model.causal.config)
         return copy_to_device(micro_batch, self.dist_context.device, width_multiple, max_width)
 

@@ -52,9 +52,9 @@ def simulated_pass(build: Callable[[], TrainableModel], setup: PassSetup) -> Ite
     """
     with torch.random.fork_rng(devices=[]):
         model = build()
-    loss_module, num_cast = _prepare(model, setup)
+    loss_module, num_cast = prepare_loss(model, setup)
     with FakeTensorMode(allow_non_fake_inputs=True), simulate_gpu(setup.is_gpu):
-        _materialize(loss_module)
+        materialize(loss_module)
         yield loss_module, torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long), num_cast
 
 
@@ -77,7 +77,7 @@ def count_pass_memory(build: Callable[[], TrainableModel], setup: PassSetup) -> 
     )  # fmt: skip
 
 
-def _prepare(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int]:
+def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int]:
     """(the loss as the engine would run it, frozen weights that are held in bfloat16)."""
     is_bf16 = setup.precision == "bf16"
     num_cast = 0
@@ -99,13 +99,13 @@ def _prepare(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int
     return loss_module, num_cast
 
 
-def _materialize(module: nn.Module) -> None:
-    """Put fake CPU tensors in the place of meta ones; what was one tensor stays one."""
+def materialize(module: nn.Module, device: str = "cpu") -> None:
+    """Put fake tensors of a device in the place of meta ones; what was one tensor stays one."""
     fakes: dict[int, Tensor] = {}
     for child in module.modules():
         for name, tensor in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)):
             if id(tensor) not in fakes:
-                fake = torch.empty_like(tensor, device="cpu", requires_grad=False)
+                fake = torch.empty_like(tensor, device=device, requires_grad=False)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 fakes[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
             setattr(child, name, fakes[id(tensor)])

@@ -21,15 +21,22 @@ from trainer.kernels.device_branch import uses_gpu_form
 from trainer.kernels.mixed_matmul import matmul_fp32
 
 
-def install(layers: Sequence[Any], base_model: nn.Module) -> None:
+def install(layers: Sequence[Any], base_model: nn.Module) -> Callable[[], None]:
     """Compute so these layers of peft, whose formula is this one (`trainer.model.lora.find_fusable_layers`).
 
-    `base_model`: within whose forward they are called.
+    `base_model`: within whose forward they are called. Returns what lets them compute as peft does again.
     """
     casts = LowRankCasts(layers)
-    base_model.register_forward_pre_hook(casts.renew)
+    hook = base_model.register_forward_pre_hook(casts.renew)
     for layer in layers:
         layer.forward = MethodType(_make_forward(layer.forward, casts), layer)
+
+    def remove() -> None:
+        hook.remove()
+        for layer in layers:
+            del layer.forward
+
+    return remove
 
 
 class LowRankCasts:

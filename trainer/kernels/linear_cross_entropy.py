@@ -12,6 +12,7 @@ Long: one loss with the forms that a CPU, a GPU and a compiler want of it.
 import contextlib
 import math
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -95,6 +96,11 @@ class CausalLMLoss(nn.Module):
     def compile_for_shapes(self, shapes: set[tuple[int, ...]]) -> None:
         """Compile for ids of these shapes, at their first use; all others stay eager, as do ends of an epoch."""
         self._compiled_shapes = shapes
+        if not shapes:
+            return
+        # Dropout by torch's own kernels: the masks are those of eager steps, before and after a fallback or a resume.
+        inductor_config: Any = import_module("torch._inductor.config")
+        inductor_config.fallback_random = True
         self._compiled_base_model = torch.compile(self.causal.base_model.forward, dynamic=False)
         compiled_nll_and_grad = torch.compile(_nll_and_grad, dynamic=False)
 
@@ -104,6 +110,15 @@ class CausalLMLoss(nn.Module):
             return nll
 
         self._compiled_nll_and_grad = nll_and_grad_inplace
+
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within it all is eager."""
+        shapes, self._compiled_shapes = self._compiled_shapes, set()
+        try:
+            yield
+        finally:
+            self._compiled_shapes = shapes
 
     def _compute_hidden(self, **inputs: Tensor) -> tuple[Tensor, Any]:
         """(last hidden states, the function for the slopes), compiled where that was asked for this shape."""

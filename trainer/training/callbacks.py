@@ -71,14 +71,15 @@ class Callbacks:
         )
         self.diagnostics.add_time("evaluation", sample_event.facts["seconds"] if sample_event else 0.0)
         events = [diagnostic.to_record(record.step, record.time) for diagnostic in diagnostics]
-        for check in self.engine.graph_checks[self._num_graph_checks :]:
+        for check in self.engine.execution.checks[self._num_graph_checks :]:
             self._num_graph_checks += 1
-            events.append(EventRecord(event="recorded", step=record.step, message=check, time=record.time))
-        for change in self.engine.plan_changes[self._num_plan_changes :]:
+            events.append(EventRecord(event="checked", step=record.step, message=check, time=record.time))
+        for change in self.engine.execution.changes[self._num_plan_changes :]:
             self._num_plan_changes += 1
-            facts = {"step": change.step, "reason": change.reason, **change.plan.as_dict()}
             events.append(
-                EventRecord(event="execution", step=record.step, message=change.reason, time=record.time, facts=facts)
+                EventRecord(
+                    event="execution", step=record.step, message=change.reason, time=record.time, facts=change.as_dict()
+                )
             )
         return [*([sample_event] if sample_event else []), *events]
 

@@ -117,7 +117,9 @@ def write_metadata(
         changes = validate_resume_overrides(previous, plan, allowed_changes)
         changes |= validate_rows(folder, source, allowed_changes) if source is not None else {}
         resumed = {"settings": plan.settings.as_dict(), "changed": changes}
-        metadata = {**previous, "resumed": resumed}
+        entry = plan.execution_entry(source.step if source is not None else 0)
+        is_new = entry["path"] != previous["execution"][-1]["path"]
+        metadata = {**previous, "resumed": resumed, "execution": [*previous["execution"], *[entry] * is_new]}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REQUEUE_FILE).unlink(missing_ok=True)
@@ -188,3 +190,8 @@ def validate_resume_overrides(
                 f"put it back, or say --allow-change {name} as well"
             )
     return {name: [initial[name], current[name]] for name in current if current[name] != initial[name]}
+
+
+def dir_size(folder: Path | None) -> int:
+    """Bytes of all files under a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder and folder.exists() else 0

@@ -1,6 +1,8 @@
 """Everything that is decided before the first step: what `--dry-run` prints and run.json keeps."""
 
+import functools
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,12 +22,15 @@ from trainer.distributed.deepspeed_config import (
     read_deepspeed_file,
 )
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
+from trainer.distributed.execution_tuner import ExecutionTuner
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import DistContext
-from trainer.model import optimizer
+from trainer.kernels.causal_attention import attention_kernel
 from trainer.model.build import get_dropout_probabilities
 from trainer.training.example_packing import describe_padding, plan_packing
+from trainer.training.execution_choice import AS_PLANNED, RunFacts, choose_execution, make_tuner
 from trainer.training.lr_schedule import describe_schedule
+from trainer.training.plan_notes import collect_notes, describe_targets
 from trainer.training.plan_validation import validate_stage
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule
@@ -41,6 +46,9 @@ class RunPlan:
     deepspeed_file: DeepSpeedFile
     deepspeed_config: dict[str, Any]
     execution: ExecutionPlan
+    execution_reason: str  #: why steps begin by this plan
+    timed_plans: tuple[ExecutionPlan, ...]  #: that are timed over the first steps; (): `execution` is kept
+    attention_kernel: str  #: which torch has for rows of this plan, on this device
     model_info: dict[str, Any]
     data_info: dict[str, Any]
     padding: str  #: the share of padding among the positions that are computed
@@ -68,7 +76,7 @@ class RunPlan:
             (
                 "trainable",
                 f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%)"
-                + _describe_targets(settings, model_info),
+                + describe_targets(settings, model_info),
             ),
             (
                 "data",
@@ -87,7 +95,7 @@ class RunPlan:
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{train_settings.lr:g}, {lr_shape}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
-            ("execution", self.execution.describe()),
+            ("execution", self._describe_execution()),
             (
                 "precision",
                 f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}",
@@ -98,10 +106,40 @@ class RunPlan:
             lines.insert(6, ("test", f"{test['examples']:,} {unit}, {test['counted_tokens']:,} counted tokens"))
         if self.dist_context.world_size > 1:
             lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
-        notes = [*self.data_info.get("notices", []), *preset_notes(settings), *_collect_notes(settings, model_info)]
+        notes = [*self.data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
         if settings.train.optim == "paged_adamw8bit" and self.dist_context.device.type == "cpu":
             notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")
         return lines + [("note", note) for note in notes]
+
+    def untimed(self) -> "RunPlan":
+        """The same without timing, by the plan that is the default then: for trials, whose steps are few or unlike."""
+        recorded = (plan for plan in self.timed_plans if plan.path == "graphs")
+        return replace(self, timed_plans=(), execution=next(recorded, self.execution))
+
+    def make_tuner(self) -> ExecutionTuner | None:
+        """What times `timed_plans`; None where there are none."""
+        if not self.timed_plans:
+            return None
+        facts = RunFacts(
+            settings=self.settings, dist_context=self.dist_context, deepspeed_config=self.deepspeed_config,
+            precision=self.precision, schedule=self.schedule, model_info=self.model_info,
+        )  # fmt: skip
+        return make_tuner(facts, self.timed_plans)
+
+    def _describe_execution(self) -> str:
+        parts = [f"{self.execution.describe()}, attention by {self.attention_kernel}"]
+        if self.timed_plans:
+            parts.append(f"the first steps time {', '.join(plan.path for plan in self.timed_plans)}")
+        elif self.execution_reason != AS_PLANNED:
+            parts.append(self.execution_reason)
+        return "; ".join(parts)
+
+    def execution_entry(self, step: int) -> dict[str, Any]:
+        """What run.json keeps of how steps run from `step` on."""
+        return {
+            "step": step, "reason": self.execution_reason, **self.execution.as_dict(),
+            "attention_kernel": self.attention_kernel, "timed": [plan.path for plan in self.timed_plans],
+        }  # fmt: skip
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
@@ -117,7 +155,7 @@ class RunPlan:
             "settings": settings.as_dict(),
             "overridden": list(settings.overridden),
             "resolved": self.resolved(),
-            "execution": [{"step": 0, "reason": "as planned", **self.execution.as_dict()}],
+            "execution": [self.execution_entry(0)],
             "deepspeed": self.deepspeed_config,
             "data": self.data_info,
             "model": self.model_info,
@@ -174,9 +212,19 @@ def _choose_deepspeed_file(
 
 
 def make_plan(
-    settings: Settings, dist_context: DistContext, data: PreparedDataset, model_info: dict[str, Any], model_config: Any
+    settings: Settings,
+    dist_context: DistContext,
+    data: PreparedDataset,
+    model_info: dict[str, Any],
+    model_config: Any,
+    previous_execution: Sequence[Mapping[str, Any]] = (),
 ) -> RunPlan:
-    """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
+    """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`).
+
+    `previous_execution`: of the run.json of the run that goes on, whose steps keep their path.
+
+    Long: every part of a plan is made here, each from those before it.
+    """
     block_size = settings.data.block_size or data.metadata["block_size"]
     data_settings = replace(settings.data, objective=data.metadata["objective"], block_size=block_size)
     settings = replace(settings, data=data_settings)
@@ -201,52 +249,24 @@ def make_plan(
         steps_per_epoch=settings.train.steps_per_epoch(num_examples),
     )  # fmt: skip
     padding = describe_padding(data.train, schedule.batches(data.train, dist_context.rank))
+    make_execution = functools.partial(
+        make_execution_plan, settings, dist_context, deepspeed_config, precision=precision, model_dropout=dropout,
+        micro_batch_size=batch.micro_batch_size,
+    )  # fmt: skip
+    facts = RunFacts(
+        settings=settings, dist_context=dist_context, deepspeed_config=deepspeed_config, precision=precision,
+        schedule=schedule, model_info=model_info,
+    )  # fmt: skip
+    choice = choose_execution(facts, previous_execution)
+    execution = make_execution(path=choice.path)
     return RunPlan(
         settings=settings, dist_context=dist_context, deepspeed_file=deepspeed_file, schedule=schedule,
         deepspeed_config=deepspeed_config,
-        execution=make_execution_plan(
-            settings, dist_context, deepspeed_config, precision=precision, model_dropout=dropout,
-            micro_batch_size=batch.micro_batch_size,
+        execution=execution, execution_reason=choice.reason,
+        timed_plans=tuple(make_execution(path=path) for path in choice.timed_paths),
+        attention_kernel=attention_kernel(
+            model_config, dist_context.device, rows=batch.micro_batch_size, width=settings.data.block_size,
+            precision=precision, dropout=dropout, is_blockwise=execution.blockwise_attention,
         ),
         model_info=model_info, data_info=data.metadata, dropout=dropout, padding=padding,
     )  # fmt: skip
-
-
-def _describe_targets(settings: Settings, model_info: dict[str, Any]) -> str:
-    if not model_info["lora_targets"]:
-        return ", every weight"
-    adapter = "" if settings.lora.adapter == "lora" else f"{settings.lora.adapter} "
-    saved_modules = f", and {', '.join(settings.lora.modules_to_save)}" if settings.lora.modules_to_save else ""
-    return f", {adapter}adapters on {', '.join(model_info['lora_targets'])}{saved_modules}"
-
-
-def _collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
-    """What the adapters, the packing and the optimizer mean for this model, where that is worth a line."""
-    notes = []
-    ignored_flags = (
-        [flag for flag in settings.overridden if flag.startswith("--lora-")] if settings.mode == "full" else []
-    )
-    if ignored_flags:
-        notes.append(f"{', '.join(ignored_flags)}: of no effect with --mode full")
-    if settings.mode == "lora" and settings.lora.plus_ratio != 1:
-        notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
-    if not_adapted := model_info.get("not_adapted"):
-        notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
-    if settings.model.quant:
-        double_quant = ", scales in 8 bits" if settings.model.quant_double else ""
-        notes.append(
-            f"base in {settings.model.quant}{double_quant}: {model_info['frozen_bytes'] / 2**20:,.1f} MiB of frozen "
-            "weights; "
-            f"in float32 {model_info['parameters'] / 2**18:,.1f} MiB"
-        )
-    fp32_moments = model_info.get("kept_in_32_bits")
-    if fp32_moments and fp32_moments["kept_tensors"]:
-        fraction = fp32_moments["kept_parameters"] / fp32_moments["parameters"]
-        notes.append(
-            f"{settings.train.optim}: {fp32_moments['kept_tensors']} of {fp32_moments['tensors']} trained tensors "
-            f"({fraction:.0%} of the "
-            f"parameters) are embeddings or under {optimizer.MIN_8BIT_SIZE:,} elements: their moments stay in 32 bits "
-            "and "
-            "nothing is saved"
-        )
-    return notes

@@ -153,18 +153,19 @@ def real_pass_memory(model: TrainableModel, setup: PassSetup) -> PassMemory:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("flags", "fields"),
+    ("flags", "fields", "precision"),
     [
-        ("--mode full", {}),
-        ("--mode full --dropout 0", {}),
-        ("--mode lora", {"uses_fused_lora": True}),
-        ("--mode lora --lora-target-modules c_attn --dropout 0", {"uses_fused_lora": True}),
-        ("--mode lora --lora-dropout 0.1", {}),
-        ("--mode lora --adapter dora", {}),
-        ("--mode full --activation-checkpointing", {}),
-        ("--mode lora --activation-checkpointing", {"uses_fused_lora": True}),
+        ("--mode full", {}, "fp32"),
+        ("--mode full", {}, "bf16"),
+        ("--mode full --dropout 0", {}, "bf16"),
+        ("--mode lora", {"uses_fused_lora": True}, "fp32"),
+        ("--mode lora", {"uses_fused_lora": True}, "bf16"),
+        ("--mode lora --lora-target-modules c_attn --dropout 0", {"uses_fused_lora": True}, "fp32"),
+        ("--mode lora --lora-dropout 0.1", {}, "bf16"),
+        ("--mode lora --adapter dora", {}, "fp32"),
+        ("--mode full --activation-checkpointing", {}, "bf16"),
+        ("--mode lora --activation-checkpointing", {"uses_fused_lora": True}, "fp32"),
     ],
 )
 def test_the_count_without_data_is_what_real_tensors_hold(small_model, flags, fields, precision):
@@ -178,8 +179,7 @@ def test_the_count_without_data_is_what_real_tensors_hold(small_model, flags, fi
         assert getattr(counted, name) == pytest.approx(getattr(real, name), rel=0.01), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(("kind", "precision"), [("nf4", "bf16"), ("int8", "fp32")])
 def test_the_count_of_a_quantized_base_is_near_what_real_tensors_hold(small_model, kind, precision):
     """bitsandbytes keeps small tensors of its own, which the stand-in for its layers leaves out."""
     settings, setup = parse(small_model, f"--mode lora --quant {kind}"), cpu_setup(precision=precision)
@@ -232,15 +232,9 @@ def gpu_peak_gib(flags: str, micro_batch_size: int, **fields: Any) -> float:
 LORA_FIELDS = {"uses_fused_lora": True, "casts_frozen_weights": True}
 
 
-def test_the_memory_estimate_meets_the_gpu_targets():
-    """What a run of the defaults is to need at most, GiB."""
-    assert gpu_peak_gib("--mode lora", 2, **LORA_FIELDS) <= 1.3
-    assert gpu_peak_gib("--mode full", 2) <= 2.8
-    assert gpu_peak_gib("--mode full", 16) <= 9
-
-
-def test_the_count_for_a_gpu_agrees_with_one_made_on_the_cuda_build():
-    """Live storages of forward and backward on the CUDA build of torch 2.11, causal attention, GiB to two digits."""
+def test_the_count_for_a_gpu_agrees_with_one_made_on_the_cuda_build_and_meets_the_targets():
+    """Live storages of forward and backward on the CUDA build of torch 2.11, causal attention, GiB to two digits; at
+    most 2.8, 1.3 and 9 are wanted."""
     assert gpu_peak_gib("--mode full", 2) == pytest.approx(2.69, abs=0.01)
     assert gpu_peak_gib("--mode lora", 2, **LORA_FIELDS) == pytest.approx(1.21, abs=0.01)
     assert gpu_peak_gib("--mode full", 16) == pytest.approx(7.6, abs=0.05)

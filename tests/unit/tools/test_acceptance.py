@@ -1,5 +1,6 @@
 """The script for a day with a GPU: its commands are valid, a part that fails or hangs stops no other."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -9,27 +10,36 @@ import pytest
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.data.formats import FORMATS
-from trainer.tools.bench import acceptance
+from trainer.tools.bench import acceptance, card
 
 
 def test_every_part_calls_a_program_that_is_there_with_flags_it_takes(tmp_path):
-    parts = acceptance.build_parts(tmp_path)
-    assert list(parts) == ["tests", "doctor", "bench", "memory", "card-full", "card-lora", "compare"]
+    parts = acceptance.build_parts(tmp_path, acceptance.Sizes())
+    assert tuple(parts) == acceptance.PARTS
     for command in parts.values():
         assert command[0] == sys.executable
         assert command[1] == "-m" or (acceptance.ROOT / command[1]).exists()
+    settings = cli.parse_args(parts["prove"][3 : parts["prove"].index("--limit")]).settings
+    assert (settings.mode, settings.train.max_steps) == ("full", acceptance.Sizes().num_steps)
+    args = argparse.Namespace(model="gpt2", init="random", block_size=1024, max_steps=60)
     for mode in ("full", "lora"):
-        settings = cli.parse_args(parts[f"card-{mode}"][2:]).settings
-        assert (settings.mode, settings.train.max_steps) == (mode, acceptance.CARD_STEPS)
+        assert cli.parse_args(card.train_argv(mode, "rows.jsonl", args, tmp_path)).settings.mode == mode
 
 
 def test_the_rows_of_the_card_run_are_token_ids(tmp_path):
-    acceptance.write_rows(tmp_path / "rows.jsonl")
+    card.write_rows(tmp_path / "rows.jsonl", 100, 16, 97)
     rows = [json.loads(line)["input_ids"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == acceptance.CARD_ROWS
-    assert {len(row) for row in rows} == {acceptance.CARD_WIDTH}
-    assert max(map(max, rows)) < acceptance.CARD_VOCABULARY
+    assert len(rows) == 103, "with those that are validated on"
+    assert {len(row) for row in rows} == {16}
+    assert max(map(max, rows)) < 97
     assert "input_ids" in {record_format.name for record_format in FORMATS}
+
+
+@pytest.mark.sweep  # every part with tiny sizes: two minutes on a quiet core
+def test_the_whole_script_runs_on_a_cpu(tmp_path):
+    assert acceptance.run(["--rehearse", "--limit", "900", "--output-dir", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())) == len(acceptance.PARTS)
+    assert "| full |" in (tmp_path / "card" / "card.md").read_text()
 
 
 def test_a_part_that_fails_or_hangs_is_named_and_stops_no_other(tmp_path, capsys):
@@ -39,7 +49,7 @@ def test_a_part_that_fails_or_hangs_is_named_and_stops_no_other(tmp_path, capsys
         "hung": [sys.executable, "-c", "import time; time.sleep(600)"],
         "late": [sys.executable, "-c", ""],
     }
-    assert acceptance.run_parts(parts, tmp_path, limit_seconds=8.0) == 1
+    assert acceptance.run_parts(parts, tmp_path, limit_seconds=4.0) == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert [result["exit_code"] for result in results] == [0, 3, None, None]
     assert results[3]["last_line"] == "not begun: the time was used up"
@@ -50,6 +60,6 @@ def test_a_part_that_fails_or_hangs_is_named_and_stops_no_other(tmp_path, capsys
 
 
 def test_an_unknown_part_is_refused_before_any_runs(tmp_path):
-    with pytest.raises(UserError, match="--parts speed: expected some of tests, doctor"):
+    with pytest.raises(UserError, match="--parts speed: expected some of tests, prove"):
         acceptance.run(["--parts", "speed", "--output-dir", str(tmp_path / "out")])
     assert not Path(tmp_path / "out").exists()

@@ -23,7 +23,15 @@ from trainer.data.dataset import PreparedDataset, load, prepare
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import build_model, load_config
-from trainer.tools.doctor import data_checks, doctor_cli, environment_checks, memory_checks, plan_checks, smoke_test
+from trainer.tools.doctor import (
+    data_checks,
+    doctor_cli,
+    environment_checks,
+    memory_checks,
+    plan_checks,
+    sample_data,
+    smoke_test,
+)
 from trainer.tools.doctor.check_result import CheckResult, catch_user_errors, format_bytes
 from trainer.training.run_plan import make_plan
 
@@ -300,7 +308,7 @@ def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, ti
     data = load(prepare(request.settings.data, model=tiny_model, global_batch=2).folder)
     model = build_model(request.settings, on_meta=True)
     plan = make_plan(request.settings, simulated_context(1), data, model.metadata, load_config(request.settings.model))
-    given = smoke_test._sample_overrides(request, plan, data, tmp_path)["data"]
+    given = sample_data.sample_overrides(request, plan, data, 4, tmp_path)["data"]
     lines = {side: Path(given[side]).read_text().splitlines() for side in ("data", "val_data")}
     assert 8 <= len(lines["data"]) < 400, "4 steps of 2, and not much more"
     assert 1 <= len(lines["val_data"]) < 400

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,15 +12,32 @@ from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.errors import UserError
+from trainer.tools.bench.card import write_rows
+from trainer.tools.bench.shapes import SHAPES, save_shape
 
 ROOT = Path(__file__).parents[3]
 LIMIT_SECONDS = 480.0  # of all parts together
-CARD_ROWS, CARD_WIDTH, CARD_VOCABULARY = 256, 1024, 50_257
-CARD_STEPS = 60
-CARD_FLAGS = (
-    f"--preset card --model gpt2 --init random --objective blocks --max-steps {CARD_STEPS} --eval-every never "
-    "--wandb disabled --num-samples 0"
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the parts run on: GPT-2 124M with random weights, or as little as a CPU does in seconds."""
+
+    model: str = "gpt2"
+    block_size: int = 1024
+    num_rows: int = 256
+    vocab_size: int = 50_257
+    num_steps: int = 60
+    batches: str = "2,16"
+    bench: str = "--window 20 --windows 3"
+
+
+def tiny_sizes(folder: Path) -> Sizes:
+    """`--rehearse`: every command with a model and rows of next to nothing."""
+    return Sizes(
+        model=save_shape(folder, "tiny"), block_size=32, num_rows=24, vocab_size=SHAPES["tiny"][3], num_steps=4,
+        batches="2", bench="--window 2 --windows 1 --warmup 1",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,52 +52,52 @@ class PartResult:
 
 def run(argv: Sequence[str]) -> int:
     """Run the parts and write results.json and results.md; 0 where all passed."""
-    parser = ArgumentParser(prog="gpu_acceptance.py", description="Tests, doctor, benchmark and short runs on a GPU.")
+    parser = ArgumentParser(
+        prog="gpu_acceptance.py", description="Tests, proof, benchmark and short card runs on a GPU."
+    )
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("gpu-acceptance"), metavar="DIR", help="default: gpu-acceptance")
     add("--parts", metavar="NAMES", help="some of the parts, with commas (default: all)")
     add("--limit", type=float, default=LIMIT_SECONDS, metavar="SECONDS", help=f"of all (default: {LIMIT_SECONDS:g})")
+    add("--rehearse", action="store_true", help="all parts on a CPU with tiny sizes: whether the script itself works")
     args = parser.parse_args(argv)
     folder = args.output_dir.absolute()
-    parts = build_parts(folder)
-    names = args.parts.split(",") if args.parts else list(parts)
+    names = args.parts.split(",") if args.parts else list(PARTS)
     for name in names:
-        if name not in parts:
-            raise UserError(f"--parts {name}: expected some of {', '.join(parts)}")
+        if name not in PARTS:
+            raise UserError(f"--parts {name}: expected some of {', '.join(PARTS)}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / "rows.jsonl")
+    sizes = tiny_sizes(folder) if args.rehearse else Sizes()
+    write_rows(folder / "rows.jsonl", sizes.num_rows, sizes.block_size, sizes.vocab_size)
+    parts = build_parts(folder, sizes)
     return run_parts({name: parts[name] for name in names}, folder, args.limit)
 
 
-def build_parts(folder: Path) -> dict[str, list[str]]:
+PARTS = ("tests", "prove", "bench", "card", "compare")
+
+
+def build_parts(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
     """{name: command}, in the order in which they run; each writes below `folder`."""
-    train = f"{{python}} launch/train.py --mode {{mode}} {CARD_FLAGS} --data {folder}/rows.jsonl"
-    doctor = f"{{python}} launch/doctor.py --mode full {CARD_FLAGS} --data {folder}/rows.jsonl"
+    run = (
+        f"--mode full --preset card --model {sizes.model} --init random --objective blocks --wandb disabled "
+        f"--block-size {sizes.block_size} --max-steps {sizes.num_steps}"
+    )
     commands = {
-        "tests": "{python} -m pytest -q -m gpu -n 4",
-        "doctor": f"{doctor} --output-dir {folder}/doctor-run --limit 120 --json",
-        "bench": "{python} launch/bench.py --batches 2,16 --against plain,hf,hf-compile,hf-deepspeed --window 20 "
-        f"--windows 3 --rounds 1 --output-dir {folder}/bench",
-        "memory": "{python} launch/bench.py memory --shape gpt2 --block-size 1024 --steps 20",
-        "card-full": f"{train.replace('{mode}', 'full')} --output-dir {folder}/card-full",
-        "card-lora": f"{train.replace('{mode}', 'lora')} --output-dir {folder}/card-lora",
-        "compare": f"{{python}} launch/compare.py {folder}/card-full {folder}/card-lora --no-card "
+        "tests": "{python} -m pytest -q -m gpu -n 4 tests/distributed/test_cuda_graphs.py",
+        "prove": f"{{python}} launch/doctor.py --prove {run} --data {folder}/rows.jsonl --limit 150 "
+        f"--output-dir {folder}/prove",
+        "bench": f"{{python}} launch/bench.py --model {sizes.model} --block-size {sizes.block_size} --rounds 1 "
+        f"--batches {sizes.batches} --against plain,hf,hf-compile,hf-deepspeed {sizes.bench} "
+        f"--output-dir {folder}/bench",
+        "card": f"{{python}} launch/bench.py card --model {sizes.model} --block-size {sizes.block_size} "
+        f"--rows {sizes.num_rows} --max-steps {sizes.num_steps} --output-dir {folder}/card",
+        "compare": f"{{python}} launch/compare.py {folder}/card/full {folder}/card/lora --no-card "
         f"--output-dir {folder}/compare",
     }  # fmt: skip
     return {
         name: [sys.executable if word == "{python}" else word for word in command.split()]
         for name, command in commands.items()
     }
-
-
-def write_rows(path: Path) -> None:
-    """Rows of token ids that count upwards from a random start: learnable, and no tokenizer is needed."""
-    rng = random.Random(0)
-    with open(path, "w", encoding="utf-8") as file:
-        for _ in range(CARD_ROWS):
-            start = rng.randrange(CARD_VOCABULARY)
-            row = [(start + position) % CARD_VOCABULARY for position in range(CARD_WIDTH)]
-            file.write(json.dumps({"input_ids": row}) + "\n")
 
 
 def run_parts(parts: Mapping[str, Sequence[str]], folder: Path, limit_seconds: float) -> int:

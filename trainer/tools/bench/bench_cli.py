@@ -125,6 +125,15 @@ def run_scaling(argv: Sequence[str]) -> int:
     return measure_scaling(args)
 
 
+def run_card(argv: Sequence[str]) -> int:
+    """The card's whole training, in both modes."""
+    from trainer.tools.bench.card import add_flags, measure_card
+
+    parser = _parser("card", "Train the card's program whole in both modes; writes card.json and card.md.")
+    add_flags(parser, _number)
+    return measure_card(parser.parse_args(argv))
+
+
 def run_operations(argv: Sequence[str]) -> int:
     """ATen operations and bytes of a step, counted without a GPU."""
     _parser("operations", "Count a step's ATen operations and bytes as on a GPU, by fake tensors.").parse_args(argv)
@@ -169,6 +178,7 @@ COMMANDS: dict[str, Any] = {
     "operations": run_operations,
     "kernels": run_kernels,
     "packing": run_packing,
+    "card": run_card,
 }
 
 

@@ -53,7 +53,7 @@ def measure(job: Mapping[str, Any], dist_context: DistContext, scratch: Path) ->
     data = _rows_to_learn(job, load_config(settings.model).vocab_size)
     model = build_model(settings, with_fingerprint=False, device=dist_context.device)
     plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-    engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.execution)
+    engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.untimed().execution)
     checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
     records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
     speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)]

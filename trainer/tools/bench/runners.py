@@ -107,7 +107,9 @@ def run_ours(setup: BenchmarkSetup) -> tuple[Iterator[None], Engine]:
     plan = make_plan(
         setup.settings, setup.dist_context, setup.data, setup.model.metadata, load_config(setup.settings.model)
     )
-    engine = Engine(setup.dist_context, setup.model, plan.deepspeed_config, setup.settings.train, plan.execution)
+    engine = Engine(
+        setup.dist_context, setup.model, plan.deepspeed_config, setup.settings.train, plan.untimed().execution
+    )
     null_checkpoint_manager: Any = SimpleNamespace(save=lambda *_: None)
 
     def steps() -> Iterator[None]:

@@ -23,7 +23,7 @@ def measure_scaling(args: argparse.Namespace) -> int:
     exit_code = 0
     if not args.only_model:
         with tempfile.TemporaryDirectory() as scratch:
-            rows, _ = run_rounds(_build_configs(args, Path(scratch)), rounds=args.rounds)
+            rows = run_rounds(_build_configs(args, Path(scratch)), rounds=args.rounds)
         exit_code = int(any(row["problem"] for row in rows))
         print("\n" + "\n".join(markdown_table(rows)), flush=True)
     if args.step_ms:

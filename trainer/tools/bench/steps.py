@@ -25,8 +25,8 @@ TIMEOUT_SECONDS = 3600.0  # seconds for one variant
 def run_benchmarks(configs: Sequence[BenchmarkConfig], *, rounds: int, output_dir: Path) -> int:
     """Measure all variants `rounds` times in turn, write and print the table; 1 where a variant failed."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    rows, ceiling = run_rounds(configs, rounds=rounds)
-    environment = _describe_environment(configs[0], rounds, ceiling)
+    rows = run_rounds(configs, rounds=rounds)
+    environment = _describe_environment(configs[0], rounds, rows)
     text = format_markdown(rows, environment)
     (output_dir / "bench.json").write_text(
         json.dumps({"facts": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8"
@@ -36,18 +36,17 @@ def run_benchmarks(configs: Sequence[BenchmarkConfig], *, rounds: int, output_di
     return int(any(row["problem"] for row in rows))
 
 
-def run_rounds(configs: Sequence[BenchmarkConfig], *, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(a row for each variant, the ceiling): each measured `rounds` times, in turn, in processes of its own."""
+def run_rounds(configs: Sequence[BenchmarkConfig], *, rounds: int) -> list[dict[str, Any]]:
+    """A row for each variant, each measured `rounds` times, in turn, in processes of its own."""
     results: dict[BenchmarkConfig, list[dict[str, Any]]] = {config: [] for config in configs}
     errors: dict[BenchmarkConfig, str] = {}
-    ceiling = _run_job("ceiling", configs[0])
     for round_index in range(rounds):
         for config in configs:
             if config in errors:
                 continue
             start_time = time.monotonic()
             try:
-                results[config].append(_run_job("variant", config))
+                results[config].append(_run_job(config))
             except TrainingError as error:
                 errors[config] = str(error)
             outcome = errors.get(config, f"{1000 * statistics.median(results[config][-1]['windows']):.1f} ms/step"
@@ -57,23 +56,22 @@ def run_rounds(configs: Sequence[BenchmarkConfig], *, rounds: int) -> tuple[list
                 f"round {round_index + 1}/{rounds}  {label}: {outcome}  ({time.monotonic() - start_time:.0f} s)",
                 flush=True,
             )
-    rows = [_table_row(config, results[config], ceiling["flops"], errors.get(config)) for config in configs]
+    rows = [_table_row(config, results[config], errors.get(config)) for config in configs]
     add_relative_speeds(rows)
-    return rows, ceiling
+    return rows
 
 
-def _run_job(kind: str, config: BenchmarkConfig) -> dict[str, Any]:
-    """The result of a job, done by processes that begin anew; TrainingError with the last line that they said."""
+def _run_job(config: BenchmarkConfig) -> dict[str, Any]:
+    """The result of a variant, by processes that begin anew; TrainingError with the last line that they said."""
     with tempfile.TemporaryDirectory() as scratch:
         job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
-        job_file.write_text(json.dumps({"kind": kind, "variant": config.as_dict(), "result": str(result_file)}))
-        world_size = config.world_size if kind == "variant" else 1
+        job_file.write_text(json.dumps({"variant": config.as_dict(), "result": str(result_file)}))
         log_file = Path(scratch) / "log"
         with open(log_file, "wb") as output:
             command = [sys.executable, "-m", "trainer.tools.bench.worker", str(job_file)]
             processes = [
                 subprocess.Popen(command, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-                for env in _rank_environments(world_size)
+                for env in _rank_environments(config.world_size)
             ]
             try:
                 exit_codes = [process.wait(TIMEOUT_SECONDS) for process in processes]
@@ -102,14 +100,15 @@ def _rank_environments(world_size: int) -> list[dict[str, str]]:
 
 
 def _table_row(
-    config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], ceiling_flops: float, error: str | None
-) -> dict[str, Any]:
+    config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], error: str | None
+) -> dict[str, Any]:  # fmt: skip
     """One line of the table. Times in seconds; spread: smallest and largest median of a round."""
     row: dict[str, Any] = {**config.as_dict(), "name": config.name, "problem": error}
     if not results or error:
         return row
     medians = [statistics.median(result["windows"]) for result in results]
     step_seconds = statistics.median([window for result in results for window in result["windows"]])
+    ceiling_flops = statistics.median(result["ceiling"] for result in results)
     evals = [result["eval"] for result in results if result["eval"] is not None]
     return row | {
         "windows": [result["windows"] for result in results],
@@ -118,6 +117,9 @@ def _table_row(
         "rounds": medians,
         "tokens_per_second": config.tokens / step_seconds,
         "flop_share": results[0]["flops_per_token"] * config.tokens / step_seconds / ceiling_flops,
+        "ceiling_flops": ceiling_flops,
+        "gpu": results[0]["gpu"],
+        "threads": results[0]["threads"],
         "product_share": statistics.median(
             products / step
             for result in results
@@ -146,14 +148,17 @@ def add_relative_speeds(rows: list[dict[str, Any]]) -> None:
             row["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def _describe_environment(config: BenchmarkConfig, rounds: int, ceiling: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_environment(
+    config: BenchmarkConfig, rounds: int, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:  # fmt: skip
+    measured = next((row for row in rows if "step" in row), {"gpu": None, "threads": None, "ceiling_flops": 0.0})
     return {
-        "hardware": ceiling["gpu"] or f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
-        "threads": ceiling["threads"],
+        "hardware": measured["gpu"] or f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
+        "threads": measured["threads"],
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "model": config.model,
         "block_size": config.block_size,
-        "ceiling_flops": ceiling["flops"],
+        "ceiling_flops": measured["ceiling_flops"],
         "ceiling_precision": config.precision,
         "rounds": rounds,
         "steps": f"{config.num_windows} windows of {config.steps_per_window} steps after {config.warmup_steps}",
@@ -182,7 +187,7 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str,
         "same mode and batch, median (least-most) of the rounds; products: share of a step that the bare matrix "
         "products with its weights take on this machine, timed between its windows; FLOP share: of "
         f"{environment['ceiling_flops'] / 1e12:.3g} TFLOP/s, a {environment['ceiling_precision']} matrix product "
-        "measured in the same call; input: share of a step to draw its rows; eval: tokens/s of evaluation over "
+        "measured by the same processes; input: share of a step to draw its rows; eval: tokens/s of evaluation over "
         "training.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""One rank of a variant, or the ceiling: `python -m trainer.tools.bench.worker JOB`, which writes its result."""
+"""One rank of a variant: `python -m trainer.tools.bench.worker JOB`, which writes its result."""
 
 import json
 import statistics
@@ -28,8 +28,7 @@ def main(job_file: str) -> None:
     """Do the job that the file names and write its result beside it."""
     silence_libraries()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    config = BenchmarkConfig(**job["variant"])
-    result = measure_ceiling(config) if job["kind"] == "ceiling" else measure(config)
+    result = measure(BenchmarkConfig(**job["variant"]))
     if result is not None:
         Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
@@ -61,7 +60,9 @@ def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
             "input": _input_seconds(setup),
             "eval": _eval_seconds(setup, engine) if engine is not None else None,
             "threads": dist_context.num_threads,
+            "gpu": torch.cuda.get_device_name() if config.device == "cuda" else None,
             "flops_per_token": flops_per_token,
+            "ceiling": measure_ceiling(config, dist_context.device, synchronize),
         }
         return result if dist_context.rank == 0 else None
     finally:
@@ -131,14 +132,10 @@ def _eval_seconds(setup: runners.BenchmarkSetup, engine: Engine) -> float:
     return (time.perf_counter() - start_time) / int(setup.data.val.lengths().sum())
 
 
-def measure_ceiling(config: BenchmarkConfig) -> dict[str, Any]:
+def measure_ceiling(config: BenchmarkConfig, device: torch.device, synchronize: Callable[[], None]) -> float:
     """The rate of one large matrix product in the variant's precision: what arithmetic can reach here, FLOP/s."""
     matrix_size = 8192 if config.device == "cuda" else 1024
-    dtype = DTYPES[config.precision]
-    dist_context = init_distributed(config.device)
-    torch.set_num_threads(dist_context.num_threads)
-    a, b = (torch.randn(matrix_size, matrix_size, dtype=dtype, device=dist_context.device) for _ in range(2))
-    synchronize = _synchronizer(dist_context.device)
+    a, b = (torch.randn(matrix_size, matrix_size, dtype=DTYPES[config.precision], device=device) for _ in range(2))
     times = []
     for _ in range(12):
         synchronize()
@@ -146,13 +143,7 @@ def measure_ceiling(config: BenchmarkConfig) -> dict[str, Any]:
         a @ b
         synchronize()
         times.append(time.perf_counter() - start_time)
-    gpu_name = torch.cuda.get_device_name() if config.device == "cuda" else None
-    destroy_process_group()
-    return {
-        "flops": 2 * matrix_size**3 / statistics.median(times[2:]),
-        "gpu": gpu_name,
-        "threads": dist_context.num_threads,
-    }
+    return 2 * matrix_size**3 / statistics.median(times[2:])
 
 
 if __name__ == "__main__":

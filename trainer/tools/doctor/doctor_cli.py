@@ -15,8 +15,9 @@ from trainer.model.build import TrainableModel, build_model, get_max_positions, 
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
 from trainer.tools.doctor.check_result import ERROR, LEVELS, OK, CheckResult, catch_user_errors, format_bytes, ok_result
 from trainer.tools.doctor.host_checks import check_hosts
+from trainer.tools.doctor.prove import Proof
 from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
-from trainer.tools.finders.files import FINDER_FILES
+from trainer.tools.finders.files import FINDER_FILES, PROOF_FILE
 from trainer.tracking.console import make_console
 from trainer.tracking.loggers import check_loggers
 from trainer.training.plan_validation import validate_early
@@ -108,12 +109,15 @@ def planned_context(world_size: int | None, gpu_memory_bytes: int | None) -> Dis
 
 def run_doctor(
     cli_args: CliArgs, dist_context: DistContext, *, environ: Mapping[str, str], as_json: bool,
-    limit_seconds: float | None, ranks_of_hosts: Mapping[str, int],
+    limit_seconds: float | None, ranks_of_hosts: Mapping[str, int], proves: bool = False,
 ) -> int:  # fmt: skip
     """All sections; 0, or 1 where there was an error. `limit_seconds`: of the rehearsal; None: there is none.
 
     For GPUs that are planned for and not here, what this machine has is not looked at. `ranks_of_hosts`: of the hosts
-    that the run will have, this one first; empty where it will have this one only.
+    that the run will have, this one first; empty where it will have this one only. `proves`: in the place of the
+    rehearsal every ZeRO stage and way to run steps is held against a plain loop.
+
+    Parameters: what the command line says.
     """
     is_elsewhere = dist_context.planned_gpu_bytes is not None
     report = DoctorReport(cli_args, dist_context, quiet=as_json)
@@ -134,19 +138,39 @@ def run_doctor(
         report.add_section("memory, counted", memory_checks.check_memory(plan, report.memory_table))
         report.print_memory_table()
         chosen_row = next(row for row in report.memory_table if row.is_chosen)
-        if limit_seconds is not None and not is_elsewhere and chosen_row.fits:
-            parent_folder = _existing_parent(Path(plan.settings.run_folder))
-            smoke_test = SmokeTest(cli_args, plan, data, limit_seconds=limit_seconds, parent_folder=parent_folder)
-            report.add_section("rehearsal", smoke_test.run_checks())
-            if smoke_test.cost is not None:
-                report.add_section("cost", estimate_costs(plan, data, smoke_test.cost, chosen_row.device_bytes))
-                measured_cost = vars(smoke_test.cost)
+        if limit_seconds is not None and not is_elsewhere and proves:
+            _run_proof(report, plan, data, limit_seconds)
+        elif limit_seconds is not None and not is_elsewhere and chosen_row.fits:
+            measured_cost = _run_rehearsal(report, plan, data, limit_seconds, chosen_row.device_bytes)
     result = report.as_json(measured_cost)
     if as_json:
         print(json.dumps(result, indent=1))
     else:
         report.print_line(f"\n{result[OK]} ok, {result['warning']} warnings, {result[ERROR]} errors")
     return 1 if result[ERROR] else 0
+
+
+def _run_rehearsal(
+    report: DoctorReport, plan: RunPlan, data: PreparedDataset, limit_seconds: float, estimated_bytes: float
+) -> dict[str, Any]:
+    """The sections of a rehearsal; what it measured."""
+    parent_folder = _existing_parent(Path(plan.settings.run_folder))
+    smoke_test = SmokeTest(report.cli_args, plan, data, limit_seconds=limit_seconds, parent_folder=parent_folder)
+    report.add_section("rehearsal", smoke_test.run_checks())
+    if smoke_test.cost is None:
+        return {}
+    report.add_section("cost", estimate_costs(plan, data, smoke_test.cost, estimated_bytes))
+    return vars(smoke_test.cost)
+
+
+def _run_proof(report: DoctorReport, plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> None:
+    """The section of a proof, and its JSON in the run folder."""
+    proof = Proof(plan, data, limit_seconds=limit_seconds)
+    world_sizes = sorted({1, plan.dist_context.world_size})
+    report.add_section(f"proof, {proof.num_steps} steps a row in {plan.precision}", proof.run_checks(world_sizes))
+    path = Path(plan.settings.run_folder) / PROOF_FILE
+    proof.write(path)
+    report.print_line(f"  numbers  {path}")
 
 
 def _existing_parent(folder: Path) -> Path:

@@ -1,7 +1,8 @@
 """The run itself in small, by the program itself: steps, saves, a reload and resume, evaluation, export.
 
-`launch/train.py` is started with the user's flags on a sample of the user's data in a temporary folder: four steps,
-saved after the second, then resumed from there. What the resumed part records must be what the first part did.
+`launch/train.py` is started with the user's flags on a sample of the user's data in a temporary folder: four steps
+(where steps are recorded as many more as come before that), saved half way, then resumed from there. What the resumed
+part records must be what the first part did.
 """
 
 import itertools
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.cli import CliArgs, to_argv
-from trainer.data import readers, sources
 from trainer.data.dataset import PreparedDataset
+from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
 from trainer.distributed.launch_environment import without_launcher
+from trainer.distributed.step_check import MAX_DIFFERENCE
 from trainer.tools.doctor.check_result import (
     ERROR,
     WARNING,
@@ -31,13 +33,12 @@ from trainer.tools.doctor.check_result import (
     make_result,
     ok_result,
 )
+from trainer.tools.doctor.sample_data import sample_overrides
 from trainer.training.run_plan import RunPlan
 
 TRAIN_SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
-NUM_STEPS, SAVE_STEP = 4, 2
-LARGE_DATA_FACTOR = 20  # times the tokens of the rehearsed steps: data beyond it are sampled
-CHARACTERS_PER_TOKEN = 12  # of text for a token, more than any tokenizer takes on the mean
-RESUME_LOSS_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
+NUM_STEPS = 2  # before the checkpoint and after it, beside those that come before steps are recorded
+CPU_RESUME_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,11 @@ class SmokeTest:
     def __init__(
         self, cli_args: CliArgs, plan: RunPlan, data: PreparedDataset, *, limit_seconds: float, parent_folder: Path
     ):
-        self.cli_args, self.plan, self.data = cli_args, plan, data
+        self.cli_args, self.plan, self.data = cli_args, plan.untimed(), data
+        # Before a shape is recorded, and the step in which it is.
+        self.num_warmup_steps = NUM_WARMUP_CALLS + 1 if self.plan.execution.cuda_graphs else 0
+        self.save_step = self.num_warmup_steps + NUM_STEPS
+        self.num_steps = 2 * self.save_step
         self.deadline = time.monotonic() + limit_seconds
         self.limit_seconds = limit_seconds
         self.parent_folder = parent_folder
@@ -92,14 +97,14 @@ class SmokeTest:
         self.parent_folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=self.parent_folder) as temporary_folder:
             folder = Path(temporary_folder)
-            overrides = _sample_overrides(self.cli_args, self.plan, self.data, folder)
+            overrides = sample_overrides(self.cli_args, self.plan, self.data, self.num_steps, folder)
             run_folder = folder / "run"
             first_run = self._run_training(run_folder, overrides)
             yield from self._check_first_run(first_run, is_sampled="data" in overrides)
             if first_run.exit_code != 0:
                 return
-            self.cost = _measure_cost(first_run)
-            resumed_run = self._run_training(run_folder, overrides, "--resume", f"step-{SAVE_STEP}")
+            self.cost = _measure_cost(first_run, self.num_warmup_steps)
+            resumed_run = self._run_training(run_folder, overrides, "--resume", f"step-{self.save_step}")
             yield from self._check_resumed_run(first_run, resumed_run)
 
     def _run_training(
@@ -107,9 +112,15 @@ class SmokeTest:
     ) -> RunOutcome:
         world_size = self.plan.dist_context.world_size
         launcher_argv = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}"] if world_size > 1 else []
-        train_overrides = {**overrides.get("train", {}), "max_steps": NUM_STEPS, "warmup_steps": 0, "warmup_ratio": 0.0}
+        train_overrides = {
+            **overrides.get("train", {}),
+            "max_steps": self.num_steps,
+            "warmup_steps": 0,
+            "warmup_ratio": 0.0,
+        }
         output_overrides = {
-            "output_dir": str(run_folder), "eval_every": "never", "save_every": str(SAVE_STEP), "save_total_limit": 3,
+            "output_dir": str(run_folder), "eval_every": "never", "save_every": str(self.save_step),
+            "save_total_limit": 3,
             "wandb": "disabled",
             "run_name": "rehearsal",
         }  # fmt: skip
@@ -143,7 +154,7 @@ class SmokeTest:
         sample_note = " on a sample of the data" if is_sampled else ""
         if outcome.exit_code is None:
             yield CheckResult(
-                level=WARNING, name="rehearsal", message=f"{num_steps_done} of {NUM_STEPS} steps in "
+                level=WARNING, name="rehearsal", message=f"{num_steps_done} of {self.num_steps} steps in "
                     f"{self.limit_seconds:.0f} s, given up{sample_note}",
                 remedy="give it more with --limit SECONDS, or rehearse with fewer examples a step (--global-batch)",
             )  # fmt: skip
@@ -156,15 +167,36 @@ class SmokeTest:
             return
         losses = [record["loss"] for record in outcome.select_records("step")]
         message = (
-            f"{NUM_STEPS} steps{sample_note} in {outcome.elapsed_seconds:.0f} s, loss {losses[0]:.4f} to "
+            f"{self.num_steps} steps{sample_note} in {outcome.elapsed_seconds:.0f} s, loss {losses[0]:.4f} to "
             f"{losses[-1]:.4f}"
         )
         yield ok_result("train", message)
+        if self.plan.execution.path != "eager":
+            yield self._check_execution(outcome)
         evals = outcome.select_records("eval")
         yield ok_result("evaluate", f"validation loss {evals[0]['loss']:.4f} before, {evals[-1]['loss']:.4f} after")
         finished_record = outcome.select_records("event", "finished")[-1]
         yield ok_result("save", f"checkpoint of {format_bytes(finished_record['checkpoint_bytes'])}")
         yield ok_result("export", f"{format_bytes(finished_record['export_bytes'])}, {finished_record['export']}")
+
+    def _resume_tolerance(self) -> float:
+        """A GPU's attention adds its gradients in any order, and the steps after a resume are eager at first."""
+        is_gpu = self.plan.dist_context.device.type == "cuda"
+        return MAX_DIFFERENCE[self.plan.precision] if is_gpu else CPU_RESUME_TOLERANCE
+
+    def _check_execution(self, outcome: RunOutcome) -> CheckResult:
+        """What steps really ran by, what was verified, and why something was not."""
+        fallbacks = outcome.select_records("event", "execution")
+        checks = [record["message"] for record in outcome.select_records("event", "checked")]
+        path = fallbacks[-1]["path"] if fallbacks else self.plan.execution.path
+        message = "; ".join([f"{path}, attention by {self.plan.attention_kernel}", *checks])
+        if not fallbacks:
+            return ok_result("execution", message)
+        reason = fallbacks[-1]["message"]
+        return CheckResult(
+            level=WARNING, name="execution", message=f"{message}; {reason}",
+            remedy=f"the numbers are right; --execution {'eager' if path == 'eager' else 'auto'} asks for nothing else",
+        )  # fmt: skip
 
     def _check_resumed_run(self, first_run: RunOutcome, resumed_run: RunOutcome) -> Iterator[CheckResult]:
         if resumed_run.exit_code is None:
@@ -176,7 +208,7 @@ class SmokeTest:
             yield CheckResult(level=ERROR, name="resume", message=message, remedy="a stopped run could not go on")
             return
         expected_losses, resumed_losses = (
-            [record["loss"] for record in outcome.select_records("step")[SAVE_STEP:]]
+            [record["loss"] for record in outcome.select_records("step")[self.save_step :]]
             + [record["loss"] for record in outcome.select_records("eval")[-1:]]
             for outcome in (first_run, resumed_run)
         )
@@ -187,45 +219,10 @@ class SmokeTest:
             "bit for bit the same" if expected_losses == resumed_losses else f"the same within {max_difference:.0e}"
         )
         yield make_result(
-            max_difference > RESUME_LOSS_TOLERANCE, ERROR, "resume", f"from step {SAVE_STEP}: losses {agreement}",
+            max_difference > self._resume_tolerance(), ERROR, "resume",
+            f"from step {self.save_step}: losses {agreement}",
             "a resumed run would not be the run that was stopped; report this with the flags",
         )  # fmt: skip
-
-
-def _sample_overrides(
-    cli_args: CliArgs, plan: RunPlan, data: PreparedDataset, folder: Path
-) -> dict[str, dict[str, Any]]:
-    """The settings that put a sample in place of large data; {} where they are small enough as they are."""
-    settings = plan.settings
-    num_tokens_needed = NUM_STEPS * plan.schedule.batch.global_batch * settings.data.block_size
-    num_tokens = data.metadata["train"]["tokens"] + data.metadata["val"]["tokens"]
-    record_format = data.metadata["form"]
-    if num_tokens <= LARGE_DATA_FACTOR * num_tokens_needed or record_format == "input_ids":
-        return {}
-    max_characters = {
-        "train": 2 * CHARACTERS_PER_TOKEN * num_tokens_needed,
-        "val": CHARACTERS_PER_TOKEN * num_tokens_needed // NUM_STEPS,
-    }
-    overrides = {}
-    for split, argument, flag in (
-        ("train", settings.data.data, "--data"),
-        ("val", settings.data.val_data, "--val-data"),
-    ):
-        path = folder / f"{split}.jsonl"
-        source = sources.find(argument or settings.data.data, flag)
-        characters_left = max_characters[split]
-        if argument is None:
-            characters_left += max_characters["train"]  # the validation sample is what follows that of training
-        with open(path, "w", encoding="utf-8") as file:
-            for sourced_record in readers.records(source):
-                line = json.dumps(sourced_record.record, default=str)
-                if argument is not None or characters_left < max_characters["val"]:
-                    file.write(line + "\n")
-                characters_left -= len(line)
-                if characters_left < 0:
-                    break
-        overrides["data" if split == "train" else "val_data"] = str(path)
-    return {"data": overrides}
 
 
 def _terminate(process: "subprocess.Popen[bytes]") -> None:
@@ -249,16 +246,17 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return [{**record, **(record.get("facts") or {})} for record in records]
 
 
-def _measure_cost(outcome: RunOutcome) -> Cost:
+def _measure_cost(outcome: RunOutcome, num_warmup_steps: int) -> Cost:
     steps, evals, finished_record = (
         outcome.select_records("step"),
         outcome.select_records("eval"),
         outcome.select_records("event", "finished")[-1],
     )
-    # The first step warms up; the time of the first evaluation is all that was before it.
+    # The first step warms up, too; the time of the first evaluation is all that was before it.
     step_times = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in itertools.pairwise(steps)]
+    timed = step_times[num_warmup_steps:]
     return Cost(
-        step_seconds=sum(step_times) / len(step_times), overhead_seconds=outcome.elapsed_seconds - evals[-1]["time"],
+        step_seconds=sum(timed) / len(timed), overhead_seconds=outcome.elapsed_seconds - evals[-1]["time"],
         eval_seconds_per_token=evals[0]["time"] / evals[0]["eval_tokens"],
         checkpoint_bytes=finished_record["checkpoint_bytes"],
         export_bytes=finished_record["export_bytes"], peak_memory_bytes=finished_record["peak_memory_bytes"],

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def main(job_file: str) -> int:
         )
         with open(f"{job['answer']}-{dist_context.rank}", "a", encoding="utf-8", buffering=1) as answer_file:
             for micro_batch_size in job["sizes"]:
+                use_plan_for(engine, micro_batch_size, settings.data.block_size)
                 gradient_accumulation_steps = settings.train.global_batch // (
                     micro_batch_size * dist_context.world_size
                 )
@@ -71,6 +73,12 @@ def main(job_file: str) -> int:
         destroy_process_group()
 
 
+def use_plan_for(engine: Engine, micro_batch_size: int, block_size: int) -> None:
+    """Record, and compile where that is planned, anew for a size: each is timed as a run of it would take its steps."""
+    shapes = ((micro_batch_size, block_size),) if engine.plan.compiled_shapes else ()
+    engine.execution.use_plan(replace(engine.plan, compiled_shapes=shapes))
+
+
 def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> dict[str, Any]:
     """Seconds, tokens and peak bytes of a step of this micro-batch over the longest rows; the weights stay.
 
@@ -85,7 +93,7 @@ def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> d
     if is_gpu:
         torch.cuda.reset_peak_memory_stats(engine.dist_context.device)
     step_times = []
-    for _ in range(engine.num_warmup_steps + NUM_TIMED_STEPS):
+    for _ in range(engine.execution.num_warmup_steps + NUM_TIMED_STEPS):
         start_time = _synchronized_time(is_gpu)
         loss_sums = [
             engine.forward_backward(micro_batch, step=0, num_target_tokens=num_target_tokens)

@@ -112,6 +112,17 @@ def train_command(study_folder: Path, rule: Rule, slot: Slot, argv: Sequence[str
     return TrainCommand(script=LAUNCH_FOLDER / "train.py", argv=tuple(argv), env=env, num_ranks=num_ranks, log=log)
 
 
+def execution_argv(rule: Rule, slot: Slot) -> list[str]:
+    """One way to run steps for all runs of a study, unless its flags name one: recorded on GPUs, if every method can.
+
+    A run alone would time several ways; here that would be a difference between runs beside the one that is studied.
+    """
+    if not slot.gpus or "--execution" in rule.train_argv:
+        return []
+    is_blocked = "--activation-checkpointing" in rule.train_argv or any("--quant" in METHODS[m] for m in rule.methods)
+    return ["--execution", "eager" if is_blocked else "graphs"]
+
+
 def run_folder(study_folder: Path, spec: TrialSpec) -> Path:
     """Where the run of a trial lies."""
     return study_folder / "runs" / spec.name
@@ -151,7 +162,11 @@ class TrialRunner:
                 return TrialResult()
             if (loss := final_loss(folder)) is not None:  # its worker died between its end and the note of it
                 return TrialResult(loss=loss)
-            argv = [*trial_argv(self.rule, spec, folder), *(["--resume"] if (folder / "run.json").exists() else [])]
+            argv = [
+                *trial_argv(self.rule, spec, folder),
+                *execution_argv(self.rule, self.slot),
+                *(["--resume"] if (folder / "run.json").exists() else []),
+            ]
             command = train_command(self.study_folder, self.rule, self.slot, argv, log_path)
             exit_code = self._watch(start_training(command, lock), claim)
         elapsed_seconds = time.monotonic() - start_time

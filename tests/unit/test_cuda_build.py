@@ -1,0 +1,77 @@
+"""The product under the CUDA build of torch, which installs and imports without a GPU: imports, and forward
+and update of tensors that have a device, a shape and a type, but no data.
+
+Skipped under a CPU build; `pip install torch` of the registry gives the other one.
+"""
+
+import importlib
+import pkgutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import trainer
+from trainer.config import cli
+from trainer.distributed.memory_count import PassSetup, materialize, prepare_loss
+from trainer.distributed.steppers import NativeStepper
+from trainer.model.build import build_model
+
+pytestmark = [
+    pytest.mark.cuda_build,
+    pytest.mark.skipif(torch.version.cuda is None, reason="needs the CUDA build of torch"),
+]
+
+
+def test_every_module_imports():
+    names = [module.name for module in pkgutil.walk_packages(trainer.__path__, "trainer.")]
+    assert len(names) > 100
+    for name in names:
+        importlib.import_module(name)
+
+
+def test_every_name_of_cuda_that_the_product_uses_is_there():
+    names = ("CUDAGraph", "graph", "default_generators", "current_stream", "set_stream", "Event", "OutOfMemoryError")
+    assert [name for name in names if not hasattr(torch.cuda, name)] == []
+    generator = torch.Generator  # of the state that a failed capture leaves behind
+    assert hasattr(generator, "clone_state")
+    assert hasattr(generator, "graphsafe_set_state")
+    assert "out_dtype" in str(torch.ops.aten.mm.dtype._schema)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "flags", ["--mode full", "--mode lora", "--mode lora --adapter dora", "--mode full --dropout 0"]
+)
+def test_forward_and_update_keep_device_and_types(flags, precision, tiny_model, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
+    )  # as on a machine with one
+    settings = cli.parse_args(f"{flags} --preset demo --model {tiny_model} --block-size 16".split()).settings
+    is_plain_lora = "lora" in flags and "dora" not in flags
+    setup = PassSetup(
+        micro_batch_size=2, sequence_length=16, precision=precision, is_gpu=True, uses_fused_lora=is_plain_lora,
+        casts_frozen_weights="lora" in flags and precision == "bf16",
+    )  # fmt: skip
+    loss_module, _ = prepare_loss(build_model(settings, on_meta=True), setup)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        materialize(loss_module, "cuda")
+        params = [p for p in loss_module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, fused=True)
+        context: Any = SimpleNamespace(device=torch.device("cuda", 0), world_size=1, rank=0)
+        engine = SimpleNamespace(zero_optimization=lambda: False, optimizer=optimizer)
+        stepper = NativeStepper(context, engine, loss_module, params, 1.0, skips_on_device=True)
+        ids = torch.zeros(2, 16, dtype=torch.long, device="cuda")
+        loss_sum, row_losses = loss_module(ids, ids)  # its backward would ask the driver for the device
+        assert (loss_sum.device.type, loss_sum.requires_grad) == ("cuda", True)
+        for parameter in params:
+            parameter.grad = torch.zeros_like(parameter)
+        result = stepper.optimizer_step(torch.isfinite(row_losses).all())
+        assert isinstance(result.grad_norm, Tensor)
+        assert (row_losses.device.type, row_losses.dtype) == ("cuda", torch.float32)
+        assert result.grad_norm.device.type == "cuda"
+        steps = [optimizer.state[parameter]["step"] for parameter in params]
+        assert {step.device.type for step in steps} == {"cuda"}, "a step count of the host would be waited for"

@@ -1,0 +1,165 @@
+"""One rank of a proof: `python -m trainer.tools.doctor.prove_worker JOB` runs the job's rows, one JSON line each."""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config.settings import Settings
+from trainer.data.dataset import PreparedDataset, load
+from trainer.data.sampler import IGNORE_INDEX, GlobalBatch
+from trainer.distributed.engine import Engine
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.model.build import build_model, load_config
+from trainer.tools.doctor.prove import NUM_STEPS, PLAIN
+from trainer.tracking.silence import silence_libraries
+from trainer.training.run_plan import RunPlan, make_plan
+
+
+def main(job_file: str) -> None:
+    """Do the rows in order; rank 0 writes."""
+    silence_libraries()
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    dist_context = init_distributed(job["device"])
+    try:
+        torch.set_num_threads(dist_context.num_threads)
+        data = load(Path(job["data"]))
+        for ds_config, execution in job["rows"]:
+            is_plain = ds_config == PLAIN
+            _reset_peak(dist_context.device)
+            numbers = run_plain(job, data, dist_context) if is_plain else run_row(
+                job, data, dist_context, ds_config, execution
+            )  # fmt: skip
+            numbers["peak_memory_bytes"] = max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device)))
+            if dist_context.rank == 0:
+                with open(job["answer"], "a", encoding="utf-8") as answer:
+                    answer.write(json.dumps(numbers) + "\n")
+            gc.collect()
+    finally:
+        dist_context.watchdog.close()
+        destroy_process_group()
+
+
+def _plan(settings: Settings, data: PreparedDataset, dist_context: DistContext) -> tuple[RunPlan, Any]:
+    model = build_model(settings, device=dist_context.device, with_fingerprint=False)
+    return make_plan(settings, dist_context, data, model.metadata, load_config(settings.model)).untimed(), model
+
+
+def run_row(
+    job: dict[str, Any], data: PreparedDataset, dist_context: DistContext, ds_config: str, execution: Any
+) -> dict[str, Any]:
+    """Take the steps as a run does, and hold losses, norms and weights against the plain loop's."""
+    settings = Settings.from_dict(job["settings"])
+    engine_settings = dataclasses.replace(
+        settings.engine, ds_config=ds_config, execution=execution, precision=job["precision"]
+    )
+    plan, model = _plan(dataclasses.replace(settings, engine=engine_settings), data, dist_context)
+    engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.execution)
+    batches = plan.schedule.batches(data.train, dist_context.rank)(0, job["num_steps"])
+    losses, norms, seconds, waits = [], [], [], []
+    for batch, result in engine.run(batches, lambda _: settings.train.lr):
+        losses.append(result.update.loss_sum / batch.num_target_tokens)
+        norms.append(result.update.grad_norm)
+        seconds.append(result.elapsed_seconds)
+        waits.append(engine.device_wait_seconds)
+    reference = torch.load(job["reference"])
+    weight_difference = 0.0
+    for name, weight in engine.state.gather_weights():
+        counted = reference["counted"][name]
+        differences = (weight - reference["weights"][name])[counted].abs()
+        weight_difference = max(weight_difference, float(differences.max()) if len(differences) else 0.0)
+    timed = seconds[-(NUM_STEPS - 1) :]
+    return {
+        "path": engine.plan.path,
+        "problem": "; ".join(change.reason for change in engine.execution.changes),
+        "loss_difference": _relative_difference(losses, reference["losses"]),
+        "norm_difference": _relative_difference(norms, reference["norms"]),
+        "weight_difference": weight_difference / (settings.train.lr * len(losses)),
+        "step_ms": 1000 * statistics.median(timed),
+        "device_wait_share": (waits[-1] - waits[-len(timed) - 1]) / sum(timed),
+    }
+
+
+def _relative_difference(values: list[float], expected: list[float]) -> float:
+    pairs = zip(values, expected, strict=True)
+    differences = [abs(value - other) / (abs(other) or 1.0) for value, other in pairs]
+    return math.inf if any(map(math.isnan, differences)) else max(differences)
+
+
+def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistContext) -> dict[str, Any]:
+    """The same steps as one writes them by hand: the model's own logits, autograd, torch's clip and AdamW.
+
+    Leaves losses, norms, weights, and which weights had a gradient to speak of in every step, in the job's reference.
+    """
+    settings = Settings.from_dict(job["settings"])
+    plan, model = _plan(settings, data, dist_context)
+    train, device = settings.train, dist_context.device
+    module = model.module.to(device).train()
+    params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": train.lr * model.get_lr_multiplier(name)} for name, p in params.items()],
+        betas=(train.beta1, train.beta2), eps=train.epsilon, weight_decay=train.weight_decay,
+    )  # fmt: skip
+    counted = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+    losses, norms, seconds = [], [], []
+    for batch in plan.schedule.batches(data.train, 0)(0, job["num_steps"]):
+        start_time = time.perf_counter()
+        losses.append(_plain_backward(module, batch, device, uses_bf16=job["precision"] == "bf16"))
+        for name, p in params.items():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            root_mean_square = gradient.square().mean().sqrt()
+            counted[name] &= gradient.abs() >= (job["min_gradient"] * root_mean_square).clamp(min=1e-30)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
+        norms.append(float(norm))
+        if train.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(params.values(), train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start_time)
+    torch.save(
+        {"losses": losses, "norms": norms, "weights": {name: p.detach().float().cpu() for name, p in params.items()},
+         "counted": {name: mask.cpu() for name, mask in counted.items()}},
+        job["reference"],
+    )  # fmt: skip
+    return {"step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :])}
+
+
+def _plain_backward(module: Any, batch: GlobalBatch, device: torch.device, *, uses_bf16: bool) -> float:
+    """Forward and backward of a whole global batch; returns its mean loss."""
+    total = 0.0
+    for micro_batch in batch.micro_batches:
+        ids, labels = (torch.from_numpy(array).to(device) for array in (micro_batch.input_ids, micro_batch.labels))
+        inputs: dict[str, Tensor] = {"input_ids": ids}
+        if micro_batch.position_ids is not None:
+            inputs["position_ids"] = torch.from_numpy(micro_batch.position_ids).to(device)
+        with torch.autocast(device.type, torch.bfloat16) if uses_bf16 else contextlib.nullcontext():
+            logits = module(**inputs, use_cache=False).logits
+        nll = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        (nll / batch.num_target_tokens).backward()
+        total += nll.item()
+    return total / batch.num_target_tokens
+
+
+def _reset_peak(device: torch.device) -> None:
+    """Let the peak begin anew: the allocator's, or the one that Linux counts of this process."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
