@@ -12,7 +12,7 @@ from trainer.config.errors import UserError, report_error
 
 
 def build_parser() -> ArgumentParser:
-    """The command line."""
+    """The command line. Long: one call a flag."""
     parser = ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another and with the card; "

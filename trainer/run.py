@@ -11,7 +11,6 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import TrainingError, UserError, report_error
-from trainer.config.files import folder_size
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import read_launch_environment
@@ -44,6 +43,7 @@ from trainer.training.host_report import with_host_lines
 from trainer.training.loop import train
 from trainer.training.metric_logger import MetricLogger
 from trainer.training.plan_validation import validate_early
+from trainer.training.run_events import finished_event, resumed_event
 from trainer.training.run_folder import (
     refuse_other_checkpoint,
     resolve_output_dir,
@@ -185,7 +185,8 @@ class TrainingRun:
         )  # fmt: skip
         self.metrics = MetricLogger(plan, self.data, self.metadata, self.state, is_resumed=is_resumed)
         if is_resumed:
-            self.metrics.log(self._resumed_event(source))
+            changes = self.metadata["resumed"]["changed"]
+            self.metrics.log(resumed_event(plan, self.state, changes, source, self.metrics.num_truncated))
         self.callbacks = Callbacks(
             self.engine,
             RunInfo.from_metadata({**self.metadata, "resolved": plan.resolved()}),
@@ -261,32 +262,20 @@ class TrainingRun:
     def finalize(self) -> None:
         """Export, load the export again, and say how it went. TrainingError where the export is not what was run."""
         start_time = time.perf_counter()
-        state, schedule = self.state, self.plan.schedule
+        state = self.state
         assert state.val_loss is not None, "the last step is always evaluated"
         export = self._export() if self.plan.settings.output.export != "none" else None
         measurements = export.measurements if export else measure_memory(self.engine)
-        elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time
         summary = export.verification.summary() if export else "nothing exported"
-        facts: dict[str, Any] = {
-            "wall_seconds": elapsed_seconds,
-            "device_hours": elapsed_seconds * self.plan.dist_context.world_size / 3600,
-            "sample_seconds": self.callbacks.sample_seconds,
-            **measurements,
-            "checkpoint_bytes": folder_size(max((self.folder / "checkpoints").glob("step-*"), default=None)),
-            "export_bytes": folder_size(self.folder / "model"),
-            "best": vars(state.best) if state.best else None,
-            "final": {"step": state.step, "epoch": schedule.record_axes(state)["epoch"], "loss": state.val_loss},
-            "early_stop": schedule.is_stopped_early(state) and state.step < schedule.total_steps,
-            "exported": export.choice if export else None,
-            "export": summary,
-        }
-        message = f"finished after {state.step} steps; {summary}"
-        if export:
-            is_earlier = export.choice["step"] != state.step
-            note = f" holds step {export.choice['step']}, the best," if is_earlier else ""
-            message = f"finished after {state.step} steps; {self.folder / 'model'}{note} {summary}"
         self.metrics.log(
-            EventRecord(event="finished", step=state.step, message=message, time=elapsed_seconds, facts=facts)
+            finished_event(
+                self.plan,
+                state,
+                elapsed_seconds=state.elapsed_seconds + time.perf_counter() - start_time,
+                measurements={"sample_seconds": self.callbacks.sample_seconds, **measurements},
+                choice=export.choice if export else None,
+                export_summary=summary,
+            )
         )
         if export and export.verification.problems:
             raise TrainingError(f"{self.folder / 'model'}: {summary}; checkpoints and records are whole")
@@ -299,17 +288,3 @@ class TrainingRun:
                 load_chosen_weights(self.engine, chosen)
             self._evaluate_other_splits(chosen.step if chosen else self.state.step)
         return export_run(self.plan, self.data, self.model, self.engine, self.state, self.metadata)
-
-    def _resumed_event(self, source: Checkpoint | None) -> EventRecord:
-        changes, num_truncated = self.metadata["resumed"]["changed"], self.metrics.num_truncated
-        origin = source.folder.name if source else "the start: the run had no checkpoint"
-        message = f"resumed from {origin}" + (f", {num_truncated} rows after it cut off" if num_truncated else "")
-        message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
-        message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
-        facts = {
-            "checkpoint": origin, "rows_cut": num_truncated, "changed": changes, "resolved": self.plan.resolved(),
-            "execution": self.plan.execution_entry(self.state.step),
-        }  # fmt: skip
-        return EventRecord(
-            event="resumed", step=self.state.step, message=message, time=self.state.elapsed_seconds, facts=facts
-        )

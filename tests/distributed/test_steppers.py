@@ -83,7 +83,10 @@ def test_compilation_is_refused_under_zero_3():
 
 
 def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
-    """On a rank: a step whose gradient is not finite on rank 0 raises everywhere and changes nothing."""
+    """On a rank: a step whose gradient is not finite on rank 0 raises everywhere and changes nothing.
+
+    Long: it runs in a fresh process and imports what it needs.
+    """
     from trainer.data.dataset import load
     from trainer.data.sampler import step_batches, step_counts
     from trainer.distributed.engine import Engine

@@ -1,4 +1,7 @@
-"""A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
+"""A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered.
+
+Long: one stand-in serves all of them.
+"""
 
 import dataclasses
 import errno

@@ -20,7 +20,7 @@ OUTSIDE_FLAGS = {
     "--outfile": "llama.cpp", "--model_args": "lm_eval", "--tasks": "lm_eval",
 }  # fmt: skip
 #: What a run, a comparison or a study writes: named in a README, absent from the repository.
-GENERATED = ("runs/", "comparison/", "checkpoints/", "model/", "wandb/", "studies/", "benchmarks/")
+GENERATED = ("STUDY/", "runs/", "comparison/", "checkpoints/", "model/", "wandb/", "studies/", "benchmarks/")
 OWN_PATH = r"(trainer|launch|tests|ds_configs|\.github|\.ci)(/[\w.*-]+)*/?"
 SUFFIXES = (".py", ".md", ".json", ".toml", ".yml", ".png", ".safetensors")
 GENERATED_FILES = {

@@ -64,6 +64,7 @@ def slurm_files(request: LaunchRequest, job: SlurmJob) -> list[LaunchFile]:
     """One batch script: a task a node, torchrun in each, SLURM's notice handed on, and the job queued again after it.
 
     Options are those of sbatch(1) and srun(1); srun takes no --cpus-per-task of sbatch since 22.05.
+    Long: the script as it is written.
     """
     options = {
         "job-name": re.sub(r"[^\w.-]", "-", request.run_name),
