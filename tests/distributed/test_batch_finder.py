@@ -75,17 +75,17 @@ def test_the_batch_search_suggests_the_fastest_size_not_the_largest():
 
 
 @pytest.mark.parametrize(
-    ("largest", "said"),
+    ("largest", "message"),
     [
         (150, "--micro-batch 2: 180 tokens/s, +20% against 4, the largest that fits"),
         (181, "--micro-batch 2: 180 tokens/s, in less memory and as fast as 4, the largest that fits"),
         (200, "--micro-batch 4: 200 tokens/s"),
     ],
 )
-def test_the_batch_size_suggestion_says_what_improves(largest, said):
+def test_the_batch_size_suggestion_says_what_improves(largest, message):
     sizes = [make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, largest)]
-    told = batch_finder.format_lines(SimpleNamespace(dropout=0.0), sizes, fastest(sizes), "")
-    assert [line for line in told if line.startswith("suggestion")] == [f"suggestion     {said}"]
+    lines = batch_finder.format_lines(SimpleNamespace(dropout=0.0), sizes, fastest(sizes), "")
+    assert [line for line in lines if line.startswith("suggestion")] == [f"suggestion     {message}"]
 
 
 @pytest.mark.parametrize(
@@ -143,47 +143,44 @@ WAITS = "report_trial(1); report_trial(2); time.sleep(600)"  # in a collective w
 
 
 @pytest.mark.parametrize(
-    ("ends", "said"),
+    ("ends", "message"),
     [
         ("report_trial(1); report_trial(2); os._exit(77)", "out of memory on rank 1"),
         ("report_trial(1); report_trial(2); os.kill(os.getpid(), 9)", "killed by the system"),
         ("report_trial(1); report_trial(2); print('boom: no such thing', flush=True); os._exit(1)", None),
     ],
 )
-def test_a_batch_trial_whose_rank_ends_is_seen_by_all_ranks(tiny_model, data_files, tmp_path, ends, said):
-    words = make_argv(tiny_model, data_files)
-    prepare(cli.parse_args(words).settings.data, model=tiny_model, global_batch=8)
+def test_a_batch_trial_whose_rank_ends_is_seen_by_all_ranks(tiny_model, data_files, tmp_path, ends, message):
+    argv = make_argv(tiny_model, data_files)
+    prepare(cli.parse_args(argv).settings.data, model=tiny_model, global_batch=8)
     log = tmp_path / "log"
-    assert run_on_ranks(2, try_fake_sizes, words, str(tmp_path / "result"), [WAITS, ends], log=log) == 0, (
-        log.read_text()
-    )
+    assert run_on_ranks(2, try_fake_sizes, argv, str(tmp_path / "result"), [WAITS, ends], log=log) == 0, log.read_text()
     results = [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(2)]
     assert results[0] == results[1]
-    if said is None:
+    if message is None:
         assert "micro-batch 4 failed on rank 1: boom: no such thing" in results[0]
         return
-    assert [(one["micro_batch_size"], one["gradient_accumulation_steps"], one["fits"]) for one in results[0]] == [
-        (1, 4, True), (2, 2, True), (4, 1, False)
-    ]  # fmt: skip
-    assert said in results[0][-1]["failure_reason"]
+    sizes = [(trial["micro_batch_size"], trial["gradient_accumulation_steps"], trial["fits"]) for trial in results[0]]
+    assert sizes == [(1, 4, True), (2, 2, True), (4, 1, False)]
+    assert message in results[0][-1]["failure_reason"]
     assert results[0][0]["tokens_per_second"] == 200
 
 
 def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_files, tmp_path):
     out = tmp_path / "run"
     output = train([*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", "zero2"], out=out)
-    found = json.loads((out / "find-batch.json").read_text())
-    assert [(one["micro_batch_size"], one["gradient_accumulation_steps"]) for one in found["tried"]] == [
+    content = json.loads((out / "find-batch.json").read_text())
+    assert [(trial["micro_batch_size"], trial["gradient_accumulation_steps"]) for trial in content["tried"]] == [
         (1, 8),
         (2, 4),
         (4, 2),
         (8, 1),
     ]
-    assert all(one["fits"] and one["tokens_per_second"] > 0 for one in found["tried"])
-    best = max(found["tried"], key=lambda one: one["tokens_per_second"])["tokens_per_second"]
-    chosen = next(one for one in found["tried"] if one["micro_batch_size"] == found["suggestion"])
+    assert all(trial["fits"] and trial["tokens_per_second"] > 0 for trial in content["tried"])
+    best = max(content["tried"], key=lambda trial: trial["tokens_per_second"])["tokens_per_second"]
+    chosen = next(trial for trial in content["tried"] if trial["micro_batch_size"] == content["suggestion"])
     assert chosen["tokens_per_second"] >= 0.97 * best
-    assert f"--micro-batch {found['suggestion']}" in output
+    assert f"--micro-batch {content['suggestion']}" in output
     assert "80% of the free memory" in output, "the budget on a processor is said"
     assert sorted(path.name for path in out.iterdir()) == ["find-batch.json"], "nothing was trained"
 
@@ -203,9 +200,9 @@ def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(
     monkeypatch.setattr(
         batch_finder, "free_host_bytes", lambda plan: (two + four) / 2 / batch_finder.MEMORY_BUDGET_SHARE
     )
-    sizes, said = batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)
+    sizes, notice = batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)
     assert sizes == [1, 2]
-    assert "not tried: 4 and above" in said
+    assert "not tried: 4 and above" in notice
     gpu = replace(plan, dist_context=replace(plan.dist_context, device=__import__("torch").device("cuda", 0)))
     assert batch_finder.sizes_within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
 
@@ -270,10 +267,14 @@ def train_with_oom(argv: list[str]) -> int:
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
 def test_find_batch_survives_a_rank_that_runs_out_of_memory(tiny_model, data_files, tmp_path, zero):
     out = tmp_path / "run"
-    words = [*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", zero, "--output-dir", str(out)]
+    argv = [*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", zero, "--output-dir", str(out)]
     log = tmp_path / "log"
-    assert run_on_ranks(2, train_with_oom, words, log=log) == 0, log.read_text()
-    found = json.loads((out / "find-batch.json").read_text())
-    assert [(one["micro_batch_size"], one["fits"]) for one in found["tried"]] == [(1, True), (2, True), (4, False)]
-    assert "out of memory on rank 1" in found["tried"][-1]["failure_reason"]
-    assert found["suggestion"] in (1, 2)
+    assert run_on_ranks(2, train_with_oom, argv, log=log) == 0, log.read_text()
+    content = json.loads((out / "find-batch.json").read_text())
+    assert [(trial["micro_batch_size"], trial["fits"]) for trial in content["tried"]] == [
+        (1, True),
+        (2, True),
+        (4, False),
+    ]
+    assert "out of memory on rank 1" in content["tried"][-1]["failure_reason"]
+    assert content["suggestion"] in (1, 2)

@@ -114,8 +114,8 @@ def test_a_benchmark_that_failed_says_so_in_its_line():
 
 @pytest.mark.slow
 def test_a_tiny_bench_call_measures_this_trainer_and_a_plain_loop(tmp_path, capsys):
-    words = "--model demo-base --block-size 16 --modes lora --batches 2 --against plain --windows 2 --window 2"
-    argv = [*words.split(), "--warmup", "1", "--rounds", "1", "--device", "cpu", "--output-dir", str(tmp_path)]
+    command_line = "--model demo-base --block-size 16 --modes lora --batches 2 --against plain --windows 2 --window 2"
+    argv = [*command_line.split(), "--warmup", "1", "--rounds", "1", "--device", "cpu", "--output-dir", str(tmp_path)]
     assert bench_cli.run(argv) == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "bench.json").read_text())

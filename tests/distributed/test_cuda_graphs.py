@@ -105,31 +105,31 @@ def assert_all_close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -
 
 
 def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradients(loss_module):
-    made = make_runner(loss_module)
+    runner = make_runner(loss_module)
     for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
         micros = [make_micro_batch(2, 10 * number), make_micro_batch(2, 10 * number + 1)]
-        assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
+        assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
     first, more = FakeCapturedGraph.instances
     assert first.num_replays == 3
     assert more.num_replays == 3, "the second micro-batch of a step adds to the first"
-    assert made.capture_error == ""
+    assert runner.capture_error == ""
 
 
 @pytest.mark.parametrize("ragged", [[2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
 def test_a_ragged_step_between_captured_ones_and_the_next_have_the_eager_gradients(loss_module, ragged):
-    made = make_runner(loss_module)
+    runner = make_runner(loss_module)
     for number, shape in enumerate([[2, 2]] * (cuda_graphs.NUM_WARMUP_CALLS + 2) + [ragged] + [[2, 2]] * 2):
         micros = [make_micro_batch(rows, 100 * number + n) for n, rows in enumerate(shape)]
-        assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
+        assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
     assert len(FakeCapturedGraph.instances) == 2
 
 
 def test_at_most_max_graphs_shapes_are_captured(loss_module):
-    made = make_runner(loss_module)
+    runner = make_runner(loss_module)
     for rows in range(1, cuda_graphs.MAX_GRAPHS + 3):
         for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
             micros = [make_micro_batch(rows, number)]
-            assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
+            assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
     assert len(FakeCapturedGraph.instances) == cuda_graphs.MAX_GRAPHS
 
 
@@ -221,11 +221,11 @@ def test_a_capture_that_fails_inside_dropout_leaves_the_masks_of_all_later_steps
 
 def test_a_failed_capture_is_reported_once_and_steps_go_on_eagerly(loss_module, monkeypatch):
     monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", True)
-    made = make_runner(loss_module)
+    runner = make_runner(loss_module)
     for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
         micros = [make_micro_batch(2, number)]
-        assert_all_close(graph_gradients(made, loss_module, micros), eager_gradients(loss_module, micros))
-    assert made.capture_error == (
+        assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
+    assert runner.capture_error == (
         "steps are not recorded as CUDA graphs: operation not permitted when stream is capturing"
     )
 
@@ -451,8 +451,8 @@ def test_a_resume_with_captured_steps_gives_the_numbers_of_the_uninterrupted_run
     ]  # fmt: skip
     jobs = [{**case, **fields} for case in cases for fields in ({}, {"resumed_after": case["steps"] // 2 + 1})]
     results = take_steps_in_a_process(session_dir, jobs, device=device)
-    for job, (straight, weights), (resumed, found) in zip(cases, results[::2], results[1::2], strict=True):
+    for job, (straight, weights), (resumed, actual) in zip(cases, results[::2], results[1::2], strict=True):
         bound = BOUNDS["bf16" if "bf16" in job["words"] else "fp32"]
         assert resumed == pytest.approx(straight, rel=bound if device == "cuda" else 0), job
         if device == "cpu":
-            assert all(torch.equal(found[name], weight) for name, weight in weights.items()), job
+            assert all(torch.equal(actual[name], weight) for name, weight in weights.items()), job

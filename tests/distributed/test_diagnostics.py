@@ -207,9 +207,9 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_diagnosed_once_and_nothing_else_is(name):
     code, facts, stream, spend, remedy = FAULTS[name]
-    found = diagnose(make_run_info(**facts), stream(), spend)
-    assert set(found) == {code}
-    finding = found[code]
+    diagnostics = diagnose(make_run_info(**facts), stream(), spend)
+    assert set(diagnostics) == {code}
+    finding = diagnostics[code]
     assert remedy in finding.remedy
     assert finding.cause
     assert all(value is not None for value in finding.evidence.values())
@@ -250,10 +250,10 @@ def test_the_last_evaluation_alone_is_not_diagnosed_as_too_many():
 
 
 def test_the_overfitting_diagnostic_says_since_when_and_for_how_long():
-    found = diagnose(make_run_info(), memorizing_run())
-    evidence = found["overfitting"].evidence
+    diagnostics = diagnose(make_run_info(), memorizing_run())
+    evidence = diagnostics["overfitting"].evidence
     assert (evidence["since_step"], evidence["since_epoch"], evidence["epochs"]) == (100, 2.0, 1.0)
-    assert "rose for 1 epochs, since epoch 2 (step 100): 2.0000 -> 2.1000" in found["overfitting"].seen
+    assert "rose for 1 epochs, since epoch 2 (step 100): 2.0000 -> 2.1000" in diagnostics["overfitting"].seen
 
 
 def test_a_diagnostic_is_reported_once_across_a_resume():
@@ -268,12 +268,12 @@ def test_a_diagnostic_is_reported_once_across_a_resume():
             written += [record, *(f.to_record(record.step, record.time) for f in first.on_record(record))]
         second = DiagnosticsMonitor(make_run_info())
         assert second.replay(written) == []
-        found = [finding for record in stream[cut:] for finding in second.on_record(record)]
-        assert [*first.reported_codes, *(f.code for f in found)] == [
+        diagnostics = [finding for record in stream[cut:] for finding in second.on_record(record)]
+        assert [*first.reported_codes, *(f.code for f in diagnostics)] == [
             *first.reported_codes,
             *(c for c in whole if c not in first.reported_codes),
         ]
-        assert all(finding == whole[finding.code] for finding in found)
+        assert all(finding == whole[finding.code] for finding in diagnostics)
     lost = DiagnosticsMonitor(make_run_info())
     assert {f.code for f in lost.replay(stream)} == set(whole), "killed between a row and its finding"
 
@@ -382,8 +382,8 @@ ALSO_VALID_CODES = {
 
 
 def test_real_runs_with_a_fault_are_diagnosed(prepared_data, tmp_path):
-    found = diagnose_real_runs(tmp_path, prepared_data, REAL_FAULTS)
-    for code, findings in found.items():
+    diagnostics = diagnose_real_runs(tmp_path, prepared_data, REAL_FAULTS)
+    for code, findings in diagnostics.items():
         assert code in [finding["code"] for finding in findings], (code, findings)
         assert {finding["code"] for finding in findings} <= {code, *ALSO_VALID_CODES.get(code, ())}, findings
 
@@ -401,14 +401,14 @@ def make_healthy_runs(num_runs: int) -> dict[str, tuple[str, str, str]]:
 def test_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
     """Two of the twenty, every weight on blocks and adapters on completions; `-m sweep` runs them all."""
     jobs = make_healthy_runs(20)
-    found = diagnose_real_runs(tmp_path, prepared_data, {name: jobs[name] for name in ("healthy-0", "healthy-3")})
-    assert {name: [f["code"] for f in findings] for name, findings in found.items() if findings} == {}
+    diagnostics = diagnose_real_runs(tmp_path, prepared_data, {name: jobs[name] for name in ("healthy-0", "healthy-3")})
+    assert {name: [f["code"] for f in findings] for name, findings in diagnostics.items() if findings} == {}
 
 
 @pytest.mark.sweep
 def test_twenty_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
-    found = diagnose_real_runs(tmp_path, prepared_data, make_healthy_runs(20))
-    assert {name: [f["code"] for f in findings] for name, findings in found.items() if findings} == {}
+    diagnostics = diagnose_real_runs(tmp_path, prepared_data, make_healthy_runs(20))
+    assert {name: [f["code"] for f in findings] for name, findings in diagnostics.items() if findings} == {}
 
 
 # --- where it is shown -----------------------------------------------------------------------------------------------
@@ -417,9 +417,9 @@ def test_twenty_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
 def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume(tiny_model, data_files, tmp_path):
     """Through the real program: record, console, model card, report; the resumed run has the rows of the whole one."""
     text = "--mode full --block-size 16 --global-batch 6 --lr 0.001 --max-grad-norm 1e-4 --max-steps 54"
-    words = tiny_argv(tiny_model, data_files, f"{text} --eval-every 27 --save-every 27")
+    argv = tiny_argv(tiny_model, data_files, f"{text} --eval-every 27 --save-every 27")
     out = tmp_path / "whole"
-    output = train_on_ranks(words, out=out)
+    output = train_on_ranks(argv, out=out)
     (event,) = read_events(out, "diagnosis")
     assert event["facts"]["code"] == "always_clipped"
     assert event["step"] == 50
@@ -451,18 +451,18 @@ def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path
         text = (tmp_path / "out" / page).read_text()
         assert "Diagnosis" in text
         assert "each of the last 50 steps was clipped" in text
-    kept = wandb_summary(event)
-    assert kept == {"event/diagnosis/always_clipped": event.message}
+    summary = wandb_summary(event)
+    assert summary == {"event/diagnosis/always_clipped": event.message}
     history = [{"_step": 0, "val/loss": 2.0, "epoch": 0.0}]
     config = wandb_config(make_run_metadata("full"))
-    kept = {**kept, "wall_seconds": 1.0}
+    summary = {**summary, "wall_seconds": 1.0}
     wandb_run = WandbRun(
-        run_id="id", name="name", config=config, rows=history, summary=kept, is_finished=True, age_seconds=0.0
+        run_id="id", name="name", config=config, rows=history, summary=summary, is_finished=True, age_seconds=0.0
     )
     run = to_run_data("w", wandb_run)
     assert run.diagnostics == ((0, event.message),), "from W&B, too, where the summary keeps no step"
-    about = make_run_metadata("full", model__init="pretrained", not_comparable_with_card=[])
-    card = render_model_card(about, [event], VerificationResult(), step=720)
+    metadata = make_run_metadata("full", model__init="pretrained", not_comparable_with_card=[])
+    card = render_model_card(metadata, [event], VerificationResult(), step=720)
     assert "### Diagnosis" in card
     assert event.message in card
-    assert "Diagnosis" not in render_model_card(about, [], VerificationResult(), step=720)
+    assert "Diagnosis" not in render_model_card(metadata, [], VerificationResult(), step=720)

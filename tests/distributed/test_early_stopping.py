@@ -105,11 +105,11 @@ def run_scripted_losses(
 def test_early_stopping_ends_a_run_after_its_patience_without_a_lower_loss(
     monkeypatch, argv, data_dir, rule, losses, evaluations
 ):
-    done, saved = run_scripted_losses(monkeypatch, argv, data_dir, losses, "--early-stop", rule)
+    end_step, saved = run_scripted_losses(monkeypatch, argv, data_dir, losses, "--early-stop", rule)
     last = 2 * (evaluations - 1)
-    assert [row.step for row in done if isinstance(row, EvalRecord)] == list(range(0, last + 1, 2))
-    assert [type(row) for row in done[-3:]] == [EvalRecord, EpochRecord, EventRecord]
-    event = done[-1]
+    assert [row.step for row in end_step if isinstance(row, EvalRecord)] == list(range(0, last + 1, 2))
+    assert [type(row) for row in end_step[-3:]] == [EvalRecord, EpochRecord, EventRecord]
+    event = end_step[-1]
     best = min(losses[:evaluations])
     assert (event.event, event.step, event.facts["stale"]) == ("early_stop", last, int(rule[0]))
     assert event.facts["best"]["loss"] == best
@@ -121,11 +121,13 @@ def test_early_stopping_ends_a_run_after_its_patience_without_a_lower_loss(
 def test_a_run_without_early_stop_or_with_a_falling_loss_goes_to_its_end(monkeypatch, argv, data_dir):
     rising = [float(n) for n in range(11)]
     assert run_scripted_losses(monkeypatch, argv, data_dir, rising)[0][-1].step == 20
-    done, _ = run_scripted_losses(monkeypatch, argv, data_dir, rising[::-1], "--early-stop", "1")
-    assert not [row for row in done if isinstance(row, EventRecord)]
-    assert done[-1].step == 20
-    done, _ = run_scripted_losses(monkeypatch, argv, data_dir, [*rising[:0:-1], 99], "--early-stop", "1")
-    assert not [row for row in done if isinstance(row, EventRecord)], "at the last step there is nothing left to stop"
+    end_step, _ = run_scripted_losses(monkeypatch, argv, data_dir, rising[::-1], "--early-stop", "1")
+    assert not [row for row in end_step if isinstance(row, EventRecord)]
+    assert end_step[-1].step == 20
+    end_step, _ = run_scripted_losses(monkeypatch, argv, data_dir, [*rising[:0:-1], 99], "--early-stop", "1")
+    assert not [row for row in end_step if isinstance(row, EventRecord)], (
+        "at the last step there is nothing left to stop"
+    )
 
 
 def test_a_resumed_run_stops_early_where_it_would_have_stopped(monkeypatch, argv, data_dir):
@@ -150,10 +152,10 @@ def test_a_resumed_run_stops_early_where_it_would_have_stopped(monkeypatch, argv
 def test_records_that_an_evaluation_repeats_after_a_resume_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     stop = EventRecord(event="early_stop", step=4, message="", time=1.0)
-    kept = EventRecord(event="interrupted", step=4, message="", time=1.0)
-    path.write_text(to_line(kept) + "\n" + to_line(stop) + "\n")
+    earlier_event = EventRecord(event="interrupted", step=4, message="", time=1.0)
+    path.write_text(to_line(earlier_event) + "\n" + to_line(stop) + "\n")
     assert rewind(path, 4, eval_pending=True) == 1
-    assert path.read_text() == to_line(kept) + "\n"
+    assert path.read_text() == to_line(earlier_event) + "\n"
     path.write_text(to_line(stop) + "\n")
     assert rewind(path, 4) == 0, "a run that is resumed at its stop keeps the row"
 
@@ -201,7 +203,9 @@ def test_an_early_stop_is_a_good_end_and_the_record_says_so(overfitted_run):
     run = read_folder(overfitted_run)
     assert run.is_finished
     assert not run.notes
-    assert [point.step for point in checkpoint.list_checkpoints(overfitted_run / "checkpoints")][-1] == stop["step"]
+    assert [saved_point.step for saved_point in checkpoint.list_checkpoints(overfitted_run / "checkpoints")][
+        -1
+    ] == stop["step"]
 
 
 def test_export_best_exports_the_best_checkpoint_and_all_records_say_which(overfitted_run):
@@ -209,10 +213,10 @@ def test_export_best_exports_the_best_checkpoint_and_all_records_say_which(overf
     best = min((row for row in read_records(overfitted_run) if row["kind"] == "eval"), key=lambda row: row["loss"])
     assert best["step"] < end["step"]
     assert end["facts"]["exported"] == {"which": "best", "step": best["step"], "loss": best["loss"]}
-    found = re.search(r"validation loss (\S+) \(recorded (\S+)\)", end["facts"]["export"])
-    assert found is not None
-    assert found[2] == f"{best['loss']:.6f}"
-    assert float(found[1]) == pytest.approx(best["loss"], rel=1e-6), "what the export is held to"
+    match = re.search(r"validation loss (\S+) \(recorded (\S+)\)", end["facts"]["export"])
+    assert match is not None
+    assert match[2] == f"{best['loss']:.6f}"
+    assert float(match[1]) == pytest.approx(best["loss"], rel=1e-6), "what the export is held to"
     card = (overfitted_run / "model" / "README.md").read_text()
     assert f"after step {best['step']:,} of" in card
     assert f"training went on to step {end['step']}." in card
@@ -281,8 +285,8 @@ def test_dropout_of_other_models_goes_where_their_config_has_it_or_is_refused(tm
 
 def test_a_change_of_dropout_is_refused_on_resume_apart_from_that_of_the_adapters():
     settings = cli.parse_args(["--mode", "lora", "--dropout", "0.2", "--lora-dropout", "0.3"]).settings
-    kept = fields_fixed_on_resume(settings)
-    assert (kept["dropout"], kept["lora_dropout"]) == (0.2, 0.3)
+    fixed_fields = fields_fixed_on_resume(settings)
+    assert (fixed_fields["dropout"], fixed_fields["lora_dropout"]) == (0.2, 0.3)
 
 
 def test_a_run_from_before_early_stopping_is_still_read(overfitted_run):

@@ -82,7 +82,7 @@ def test_documented_keys_of_zero_stage_3_are_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected_message"),
     [
         ({"zero_optimisation": {}}, "expected an object with the key zero_optimization"),
         ([], "expected an object with the key zero_optimization"),
@@ -110,13 +110,13 @@ def test_documented_keys_of_zero_stage_3_are_accepted(tmp_path):
         (zero_config(stage=1) | {"prescale_gradients": True}, "prescale_gradients is refused"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_zero_file_is_one_line_that_names_file_and_key(content, said, tmp_path):
+def test_a_mistake_in_a_zero_file_is_one_line_that_names_file_and_key(content, expected_message, tmp_path):
     path = write_config(tmp_path, content)
     with pytest.raises(UserError) as caught:
         read_deepspeed_file(str(path))
     message = str(caught.value)
     assert message.startswith(f"--ds-config {path}: ")
-    assert said in message
+    assert expected_message in message
     assert "\n" not in message
     assert "type=" not in message, "pydantic's own words for programmers"
 
@@ -147,18 +147,18 @@ def test_an_offload_that_is_null_is_no_offload(tmp_path):
 def test_no_deepspeed_key_comes_from_both_sides_and_the_zero_file_is_unchanged(name, precision):
     read = read_deepspeed_file(name)
     batch = BatchConfig(micro_batch_size=4, gradient_accumulation_steps=3, world_size=2)
-    made = build_deepspeed_config(read, batch=batch, max_grad_norm=0.5, precision=precision)
-    ours = set(made) - set(read.content)
+    config = build_deepspeed_config(read, batch=batch, max_grad_norm=0.5, precision=precision)
+    ours = set(config) - set(read.content)
     assert ours <= set(zero_file._KEYS_SET_BY_FLAGS) | {"wall_clock_breakdown"}
-    assert {key: made[key] for key in read.content} == read.content
-    assert made["train_micro_batch_size_per_gpu"] == 4
-    assert made["gradient_accumulation_steps"] == 1, "the loss is divided once, by us"
-    assert made["gradient_clipping"] == (0.5 if read.stage else 0.0)
-    assert ("fp16" in made) == (precision == "fp16")
-    assert "bf16" not in made, "bf16 is autocast over float32 weights"
-    assert "optimizer" not in made
-    assert "scheduler" not in made
-    assert json.loads(json.dumps(made)) == made, "it goes into run.json"
+    assert {key: config[key] for key in read.content} == read.content
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 1, "the loss is divided once, by us"
+    assert config["gradient_clipping"] == (0.5 if read.stage else 0.0)
+    assert ("fp16" in config) == (precision == "fp16")
+    assert "bf16" not in config, "bf16 is autocast over float32 weights"
+    assert "optimizer" not in config
+    assert "scheduler" not in config
+    assert json.loads(json.dumps(config)) == config, "it goes into run.json"
 
 
 # --- the choice where none was named ---
@@ -308,6 +308,6 @@ def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it():
         "import torch; from trainer.distributed.process_group import peak_memory_bytes; "
         "print(peak_memory_bytes(torch.device('cpu')))"
     )
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=True)
-    assert 2**26 < int(done.stdout) < 2**30
+    process = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=120, check=True)
+    assert 2**26 < int(process.stdout) < 2**30
     assert peak_memory_bytes(torch.device("cpu")) > ballast.nbytes

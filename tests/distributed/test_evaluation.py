@@ -57,24 +57,24 @@ def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
         assert len(load(folders[objective]).val) % 2, "the rows must not divide among two ranks"
         # A plain loop over single rows of the same weights, without dropout; a fresh adapter changes nothing.
         plain = train_plain_loop(make_argv(tiny_model, data_files, "full", objective), folders[objective])[0][0]["loss"]
-        found: dict[int, set[float]] = {batch: set() for batch in BATCHES}
+        actual: dict[int, set[float]] = {batch: set() for batch in BATCHES}
         for (*_, other), name in names.items():
             if other == objective:
                 for batch, losses in json.loads((tmp_path / f"{name}.json").read_text()).items():
-                    found[int(batch)].update(losses)
-        worst = max(abs(loss / plain - 1) for losses in found.values() for loss in losses)
-        print(f"{objective}: largest relative difference {worst:.1e}; values", {b: len(v) for b, v in found.items()})
-        assert worst <= EVAL_TOLERANCE, found
-        assert len(found[1]) == 1, "rows fed alone: bitwise one number on any ranks, in any order"
+                    actual[int(batch)].update(losses)
+        worst = max(abs(loss / plain - 1) for losses in actual.values() for loss in losses)
+        print(f"{objective}: largest relative difference {worst:.1e}; values", {b: len(v) for b, v in actual.items()})
+        assert worst <= EVAL_TOLERANCE, actual
+        assert len(actual[1]) == 1, "rows fed alone: bitwise one number on any ranks, in any order"
 
 
 def test_evaluating_more_often_changes_no_training_step(dropout_model, data_files, tmp_path):
-    words = make_argv(dropout_model, data_files, "full", "blocks")
-    folder = prepare(cli.parse_args(words).settings.data, model=dropout_model, global_batch=6).folder
+    argv = make_argv(dropout_model, data_files, "full", "blocks")
+    folder = prepare(cli.parse_args(argv).settings.data, model=dropout_model, global_batch=6).folder
     jobs = [
         {
             "name": every, "data": str(folder), "out": str(tmp_path),
-            "flags": [*words, "--max-steps", "5", "--save-every", "never", "--eval-every", every],
+            "flags": [*argv, "--max-steps", "5", "--save-every", "never", "--eval-every", every],
         }
         for every in ("1", "never")
     ]  # fmt: skip

@@ -110,8 +110,8 @@ def test_a_compiled_shape_is_verified_once_and_a_compiler_that_fails_anywhere_co
     monkeypatch.setattr(torch, "compile", compiler)
     runner = make_compiled_runner(loss_module)
     for seed in range(3):
-        for found, gradient in zip(step_gradients(runner.backward, loss_module, seed), expected[seed], strict=True):
-            torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-7)
+        for actual, gradient in zip(step_gradients(runner.backward, loss_module, seed), expected[seed], strict=True):
+            torch.testing.assert_close(actual, gradient, rtol=1e-6, atol=1e-7)
     if failure:
         cause = {"forward": "no compiler here", "backward": "the compiler of the backward failed"}[failure]
         assert runner.error == f"steps are not compiled: {cause}"
@@ -139,8 +139,8 @@ def test_a_compiled_shape_that_gives_another_gradient_is_named_with_both_figures
     expected = step_gradients(plain_backward(loss_module), loss_module, 1)
     monkeypatch.setattr(torch, "compile", stale)
     runner = make_compiled_runner(loss_module)
-    for found, gradient in zip(step_gradients(runner.backward, loss_module, 1), expected, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-6)
+    for actual, gradient in zip(step_gradients(runner.backward, loss_module, 1), expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-5, atol=1e-6)
     assert runner.error.startswith("steps are not compiled: train 2x16 gives loss ")
     assert "the eager step loss" in runner.error
 

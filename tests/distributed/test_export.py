@@ -216,8 +216,8 @@ def test_every_zero_stage_exports_what_was_trained_with_one_copy_on_rank_0(
         base = tiny_model if job["name"].startswith("lora") else None
         answer = verify_in_process(tmp_path / job["name"], expected, tmp_path, base)
         assert answer.problems == (), job["name"]
-        kept, passed = known["alive"]
-        assert kept <= known["count"], "rank 0 holds each tensor once"
+        num_alive, passed = known["alive"]
+        assert num_alive <= known["count"], "rank 0 holds each tensor once"
         # ZeRO 1 and 2 keep all weights on every rank anyway: nothing is gathered, so nothing is copied.
         assert passed <= 2 or "zero3" not in job["name"], f"{job['name']}: the other rank let go of each"
 
@@ -250,10 +250,10 @@ def verify_in_process(
 
 def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_export_script, monkeypatch):
     monkeypatch.undo()  # one real fresh process from the command too
-    code, said = run_export_script(str(lora_run), "--merge")
-    assert code == 0, said
+    code, output = run_export_script(str(lora_run), "--merge")
+    assert code == 0, output
     folder = lora_run / "merged-step-000004"
-    assert f"-> {folder}: reloaded and checked" in said
+    assert f"-> {folder}: reloaded and checked" in output
     merged = AutoModelForCausalLM.from_pretrained(folder)
     assert type(merged).__name__ == "GPT2LMHeadModel"
     assert merged.lm_head.weight is merged.transformer.wte.weight
@@ -278,17 +278,17 @@ def test_a_merge_that_unties_the_embeddings_is_reported(lora_run, run_export_scr
         return merged
 
     monkeypatch.setattr(room, "merge_adapters", untie)
-    code, said = run_export_script(str(lora_run), "--merge", "--output-dir", str(tmp_path / "untied"))
+    code, output = run_export_script(str(lora_run), "--merge", "--output-dir", str(tmp_path / "untied"))
     assert code == 1
-    assert "input and output embeddings are no longer tied" in said
+    assert "input and output embeddings are no longer tied" in output
 
 
 def test_an_evaluated_checkpoint_is_held_to_its_recorded_loss(full_run, run_export_script, tmp_path):
-    code, said = run_export_script(str(full_run), "--checkpoint", "best", "--output-dir", str(tmp_path / "best"))
-    assert code == 0, said
+    code, output = run_export_script(str(full_run), "--checkpoint", "best", "--output-dir", str(tmp_path / "best"))
+    assert code == 0, output
     rows = [json.loads(line) for line in (full_run / "metrics.jsonl").read_text().splitlines()]
     loss = {row["step"]: row["loss"] for row in rows if row["kind"] == "eval"}
-    assert f"validation loss {loss[6]:.6f} (recorded {loss[6]:.6f})" in said
+    assert f"validation loss {loss[6]:.6f} (recorded {loss[6]:.6f})" in output
     last = load_file(full_run / "model" / "model.safetensors")
     again = load_file(tmp_path / "best" / "model.safetensors")
     assert all(torch.equal(last[name], again[name]) for name in last), "step 6 is the run's last and best"
@@ -300,10 +300,10 @@ def test_an_evaluated_checkpoint_is_held_to_its_recorded_loss(full_run, run_expo
 def test_exporting_a_checkpoint_that_was_not_evaluated_says_so_and_the_model_card_ends_there(
     full_run, run_export_script
 ):
-    code, said = run_export_script(str(full_run), "--checkpoint", "step-4")
-    assert code == 0, said
-    assert f"-> {full_run / 'export-step-000004'}" in said
-    assert "(none was recorded)" in said
+    code, output = run_export_script(str(full_run), "--checkpoint", "step-4")
+    assert code == 0, output
+    assert f"-> {full_run / 'export-step-000004'}" in output
+    assert "(none was recorded)" in output
     card = (full_run / "export-step-000004" / "README.md").read_text()
     assert "after step 4 of 6" in card
     assert "| 3 |" in card
@@ -313,12 +313,12 @@ def test_exporting_a_checkpoint_that_was_not_evaluated_says_so_and_the_model_car
 def test_an_export_without_its_data_leaves_the_loss_out_with_the_reason(lora_run, run_export_script, tmp_path):
     run = tmp_path / "moved"
     shutil.copytree(lora_run, run)
-    about = json.loads((run / "run.json").read_text())
-    about["settings"]["data"]["data"] = str(tmp_path / "gone.jsonl")
-    (run / "run.json").write_text(json.dumps(about))
-    code, said = run_export_script(str(run))
-    assert code == 0, said
-    assert reported_difference(said) <= 1e-5
+    metadata = json.loads((run / "run.json").read_text())
+    metadata["settings"]["data"]["data"] = str(tmp_path / "gone.jsonl")
+    (run / "run.json").write_text(json.dumps(metadata))
+    code, output = run_export_script(str(run))
+    assert code == 0, output
+    assert reported_difference(output) <= 1e-5
     card = (run / "export-step-000004" / "README.md").read_text()
     assert "validation loss not evaluated again (the data of the run are not there any more)" in card
     assert str(tmp_path) not in card
@@ -343,11 +343,11 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(full_run, lora_r
         ([str(full_run), "--output-dir", str(tmp_path / "mine")], "not empty"),
         ([str(full_run), "--output-dir", str(full_run / "model")], "not empty"),
     ):
-        code, said = run_export_script(*arguments)
-        assert (code, said.count("\n")) == (2, 1), said
-        assert said.startswith("error: ")
-        assert expected in said
-        assert "--resume" not in said
+        code, output = run_export_script(*arguments)
+        assert (code, output.count("\n")) == (2, 1), output
+        assert output.startswith("error: ")
+        assert expected in output
+        assert "--resume" not in output
     assert (tmp_path / "mine" / "thesis.txt").exists()
     line = "error: the following arguments are required: RUN (--help lists the flags)\n"
     assert run_export_script("--merge") == (2, line)
@@ -359,9 +359,9 @@ def test_exporting_adapters_on_a_different_base_is_refused(lora_run, run_export_
     stored = load_file(run / "base" / "model.safetensors")
     stored["transformer.wpe.weight"] += 1
     save_file(stored, run / "base" / "model.safetensors", metadata={"format": "pt"})
-    code, said = run_export_script(str(run))
-    assert (code, said.count("\n")) == (2, 1), said
-    assert "trained on another base model" in said
+    code, output = run_export_script(str(run))
+    assert (code, output.count("\n")) == (2, 1), output
+    assert "trained on another base model" in output
 
 
 @pytest.mark.parametrize(("run", "flags"), [("full_run", []), ("lora_run", ["--merge"]), ("lora_run", [])])
@@ -370,10 +370,10 @@ def test_rounded_weights_are_stored_in_their_dtype_with_the_loss_after_rounding(
     run, flags, dtype, run_export_script, request, tmp_path
 ):
     run = request.getfixturevalue(run)
-    code, said = run_export_script(str(run), *flags, "--dtype", dtype, "--output-dir", str(tmp_path / "out"))
-    assert code == 0, said
-    losses = re.search(rf"{NAMES[dtype]}; rounded to {dtype}: validation loss (\S+), before (\S+) \((\S+)\)", said)
-    assert losses is not None, said
+    code, output = run_export_script(str(run), *flags, "--dtype", dtype, "--output-dir", str(tmp_path / "out"))
+    assert code == 0, output
+    losses = re.search(rf"{NAMES[dtype]}; rounded to {dtype}: validation loss (\S+), before (\S+) \((\S+)\)", output)
+    assert losses is not None, output
     before = read_finished_event(run)["facts"]["final"]["loss"]
     assert float(losses[2]) == pytest.approx(before, abs=1e-6)
     assert 0 < abs(float(losses[3])) < 0.05, "rounding moves the loss a little, not at all would be no rounding"
@@ -397,8 +397,8 @@ def test_weights_that_fp16_cannot_hold_are_refused(full_run, run_export_script, 
 
     original = room.load_model_at_checkpoint
     monkeypatch.setattr(room, "load_model_at_checkpoint", load_large)
-    code, said = run_export_script(str(full_run), "--dtype", "fp16", "--output-dir", str(tmp_path / "out"))
-    assert (code, said) == (2, "error: --dtype fp16: transformer.wpe.weight holds 1e+05; expected bf16 or fp32\n")
+    code, output = run_export_script(str(full_run), "--dtype", "fp16", "--output-dir", str(tmp_path / "out"))
+    assert (code, output) == (2, "error: --dtype fp16: transformer.wpe.weight holds 1e+05; expected bf16 or fp32\n")
 
 
 NAMES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -409,9 +409,9 @@ def test_a_checked_export_is_pushed_and_one_that_fails_its_check_is_not(
 ):
     arguments = (str(full_run), "--push", "me/small", "--private", "--output-dir")
     with fake_hub() as hub:
-        code, said = run_export_script(*arguments, str(tmp_path / "out"))
-        assert code == 0, said
-        assert said.endswith(f"pushed to {hub.url}/me/small\n")
+        code, output = run_export_script(*arguments, str(tmp_path / "out"))
+        assert code == 0, output
+        assert output.endswith(f"pushed to {hub.url}/me/small\n")
         pushed = hub.files.pop("me/small")
         assert pushed == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
         assert hub.created[0]["visibility"] == "private"
@@ -420,13 +420,13 @@ def test_a_checked_export_is_pushed_and_one_that_fails_its_check_is_not(
         assert f"Bearer {TOKEN}" in hub.tokens
         files = [path for path in (*tmp_path.rglob("*"), *full_run.rglob("*")) if path.is_file()]
         everything = b"".join(path.read_bytes() for path in files)
-        assert TOKEN.encode() not in everything + said.encode()
+        assert TOKEN.encode() not in everything + output.encode()
         monkeypatch.setattr(
             verify, "run_worker", lambda job: subprocess.CompletedProcess([], 1, stdout="", stderr="broken")
         )
-        code, said = run_export_script(*arguments, str(tmp_path / "again"))
+        code, output = run_export_script(*arguments, str(tmp_path / "again"))
         assert code == 1
-        assert said.rstrip().endswith("nothing is pushed")
+        assert output.rstrip().endswith("nothing is pushed")
         assert not hub.files
     assert run_export_script(str(full_run), "--private")[0] == 2
 
@@ -454,23 +454,23 @@ def test_a_base_of_the_hub_is_named_with_its_commit():
 
 
 @pytest.mark.parametrize(
-    ("mode", "how", "said"),
+    ("mode", "how", "message"),
     [("full", "transposed", "logits differ by"), ("lora", "zeroed", "every adapter's B is zero: nothing was learnt")],
 )
-def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, said, tiny_model, data_files, tmp_path):
+def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, message, tiny_model, data_files, tmp_path):
     flags = make_argv(tiny_model, data_files, mode, "--max-steps", "2", "--output-dir", str(tmp_path / "run"))
     assert run_on_ranks(1, train_with_damaged_export, flags, how, log=tmp_path / "log") == 1
     errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "CHECK FAILED" in errors[0]
-    assert said in errors[0]
+    assert message in errors[0]
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert "CHECK FAILED" in (tmp_path / "run" / "model" / "README.md").read_text()
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "message"),
     [
         (lambda w: w | {"lm_head.weight": w["transformer.wte.weight"].clone()}, "the tied embedding is stored 2 times"),
         (lambda w: {n: t.half() for n, t in w.items()}, "stored as F16, its config says float32, expected float32"),
@@ -478,7 +478,7 @@ def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, sai
     ],
     ids=["doubled", "half", "moved"],
 )
-def test_verification_finds_a_damaged_folder(harm, said, full_run, tmp_path):
+def test_verification_finds_a_damaged_folder(harm, message, full_run, tmp_path):
     ids = np.arange(1, 17)[None]
     honest = AutoModelForCausalLM.from_pretrained(full_run / "model")
     expected = make_reference_outputs(
@@ -488,7 +488,7 @@ def test_verification_finds_a_damaged_folder(harm, said, full_run, tmp_path):
     assert verify_in_process(tmp_path / "model", expected, tmp_path).problems == ()
     weights = load_file(tmp_path / "model" / "model.safetensors")
     save_file(harm(weights), tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    assert said in " ".join(verify_in_process(tmp_path / "model", expected, tmp_path).problems)
+    assert message in " ".join(verify_in_process(tmp_path / "model", expected, tmp_path).problems)
 
 
 def test_verification_finds_a_different_validation_loss(full_run, tiny_model, data_files):
@@ -504,11 +504,11 @@ def test_verification_finds_a_different_validation_loss(full_run, tiny_model, da
 
 def test_verification_of_a_folder_that_cannot_be_loaded_fails_without_a_crash(full_run, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "run_worker", verify_in_this_process)
-    found = verify_folder(
+    verification = verify_folder(
         tmp_path, make_reference_outputs(np.zeros((1, 1)), np.ones((1, 1, 1)), tied=True, data=None, loss=None)
     )
-    assert len(found.problems) == 1
-    assert found.summary().startswith("CHECK FAILED: it could not be loaded again (exit code 1): ")
+    assert len(verification.problems) == 1
+    assert verification.summary().startswith("CHECK FAILED: it could not be loaded again (exit code 1): ")
 
 
 def test_a_half_precision_module_is_still_stored_and_said_as_float32(full_run, tmp_path):
@@ -550,13 +550,13 @@ def test_the_model_card_has_the_metadata_of_the_hub(full_run, lora_run):
 
 
 def test_the_model_card_names_a_base_of_the_hub(full_run):
-    about = json.loads((full_run / "run.json").read_text())
-    about["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
-    text = render_model_card({**about, "preset": "card"}, [], VerificationResult(), step=6)
+    metadata = json.loads((full_run / "run.json").read_text())
+    metadata["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
+    text = render_model_card({**metadata, "preset": "card"}, [], VerificationResult(), step=6)
     assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
-    about["model"]["init"] = "random"
-    assert "base_model" not in render_model_card(about, [], VerificationResult(), step=6)
+    metadata["model"]["init"] = "random"
+    assert "base_model" not in render_model_card(metadata, [], VerificationResult(), step=6)
 
 
 def test_hub_names_and_paths_are_told_apart(tmp_path):
@@ -590,22 +590,22 @@ def test_an_export_on_a_quantized_base_says_so_everywhere(quantized_run: Path):
     assert f"| optimizer state | {8 * trainable:,} bytes on a rank |" in card
     assert f"| peak memory | {facts['peak_memory_bytes']:,} bytes on a rank |" in card
     assert "| base | nf4, double |" in card
-    about = json.loads((quantized_run / "model" / "base_quantization.json").read_text())
-    assert about["fingerprint"] == run["model"]["fingerprint"]
+    quantization = json.loads((quantized_run / "model" / "base_quantization.json").read_text())
+    assert quantization["fingerprint"] == run["model"]["fingerprint"]
 
 
 def test_a_checkpoint_on_a_quantized_base_is_exported_and_merged_onto_the_float32_base(
     quantized_run: Path, run_export_script: Any
 ):
-    code, said = run_export_script(str(quantized_run))
-    assert code == 0, said
-    assert reported_difference(said) <= 1e-5
-    code, said = run_export_script(str(quantized_run), "--merge")
-    assert code == 0, said
+    code, output = run_export_script(str(quantized_run))
+    assert code == 0, output
+    assert reported_difference(output) <= 1e-5
+    code, output = run_export_script(str(quantized_run), "--merge")
+    assert code == 0, output
     recorded = read_finished_event(quantized_run)["facts"]["final"]["loss"]
     pattern = r"merged onto the float32 base instead of the quantised one: validation loss ([\d.]+), before ([\d.]+)"
-    merged = re.search(pattern, said)
-    assert merged is not None, said
+    merged = re.search(pattern, output)
+    assert merged is not None, output
     assert float(merged[2]) == pytest.approx(recorded, abs=1e-6)
     assert abs(float(merged[1]) - recorded) > 1e-5, "4 bits are not float32"
     folder = quantized_run / "merged-step-000004"

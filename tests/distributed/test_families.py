@@ -100,8 +100,8 @@ def test_each_family_trains_resumes_exports_and_merges(families, tiny_model, dat
 
 def test_weights_of_experts_that_get_no_adapter_are_noted(tiny_model, tmp_path):
     model = save_family("mixtral", tmp_path / "mixtral", tiny_model)
-    about = build_model(cli.parse_args(["--mode", "lora", "--model", model]).settings, on_meta=True).metadata
-    assert about["not_adapted"] == ["experts.down_proj", "experts.gate_up_proj"]
+    metadata = build_model(cli.parse_args(["--mode", "lora", "--model", model]).settings, on_meta=True).metadata
+    assert metadata["not_adapted"] == ["experts.down_proj", "experts.gate_up_proj"]
     dense = build_model(cli.parse_args(["--mode", "lora", "--model", tiny_model]).settings, on_meta=True).metadata
     assert dense["not_adapted"] == []
 

@@ -56,9 +56,9 @@ def generate(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs, generate, tmp_path):
-    code, said = generate(*runs, "--num", 3, "--score", "--output", tmp_path / "table.md")
-    assert code == 0, said
-    blocks = said.split("\n\n")[:3]
+    code, message = generate(*runs, "--num", 3, "--score", "--output", tmp_path / "table.md")
+    assert code == 0, message
+    blocks = message.split("\n\n")[:3]
     last = {run.name: read_events(run, "samples")[-1]["facts"]["texts"] for run in runs}
     for i, block in enumerate(blocks):
         lines = dict(LINE.findall(block))
@@ -67,7 +67,7 @@ def test_base_full_and_lora_complete_the_validation_prompts_as_the_runs_did(runs
         assert lines["prompt"] == text["full"]["prompt"]
         assert lines["base (tiny)"] == text["full"]["base"].strip() == text["lora"]["base"].strip()
         assert (lines["full"], lines["lora"]) == tuple(text[name]["completion"].strip() for name in ("full", "lora"))
-    assert re.findall(r"^(.+): exact_match .* over 3 prompts$", said, re.M) == ["base (tiny)", "full", "lora"]
+    assert re.findall(r"^(.+): exact_match .* over 3 prompts$", message, re.M) == ["base (tiny)", "full", "lora"]
     table = (tmp_path / "table.md").read_text().splitlines()
     assert table[0] == "| prompt | references | base (tiny) | full | lora |"
     assert len(table[2:5]) == 3
@@ -82,9 +82,9 @@ def test_sampled_texts_depend_on_the_seed_only(runs, generate):
 def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "w5 w6", "reference": ["w1", "w2"]}\n{"prompt": "w9"}\n')
-    code, said = generate(runs[1], "--prompts", file)
-    assert code == 0, said
-    assert "reference 2" in said
+    code, message = generate(runs[1], "--prompts", file)
+    assert code == 0, message
+    assert "reference 2" in message
     metadata = json.loads((runs[1] / "run.json").read_text())
     metadata["data"]["chat_template"] = TEMPLATE
     chat = tmp_path / "chat"
@@ -94,9 +94,9 @@ def test_prompts_come_from_a_file_as_text_or_as_conversations(runs, generate, tm
     (chat / "run.json").unlink()
     (chat / "run.json").write_text(json.dumps(metadata))
     file.write_text('{"messages": [{"role": "system", "content": "w3"}, {"role": "user", "content": "w5"}]}\n')
-    code, said = generate(chat, "--prompts", file)
-    assert code == 0, said
-    assert "prompt       w5" in said
+    code, message = generate(chat, "--prompts", file)
+    assert code == 0, message
+    assert "prompt       w5" in message
     as_chat, as_text = (generate(chat, "--prompt", "w5 w6", *more)[1] for more in ((), ("--text",)))
     assert as_chat != as_text
     assert as_text.splitlines()[1:] == generate(runs[1], "--prompt", "w5 w6")[1].splitlines()[1:]
@@ -114,9 +114,9 @@ def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
         ([runs[0], "--temperature", "-1"], "--temperature -1.0: expected 0 (greedy)"),
         ([runs[0], "--checkpoint", "step-9"], "whole checkpoints there: step-000006"),
     ):
-        code, said = generate(*arguments)
-        assert (code, said.splitlines()[-1].startswith("error: ")) == (2, True), said
-        assert expected in said
+        code, message = generate(*arguments)
+        assert (code, message.splitlines()[-1].startswith("error: ")) == (2, True), message
+        assert expected in message
 
 
 def test_a_dialogue_on_a_terminal_answers_line_after_line(runs):
@@ -126,11 +126,11 @@ def test_a_dialogue_on_a_terminal_answers_line_after_line(runs):
     with subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=subprocess.STDOUT, env=environ) as process:
         os.close(theirs)
         os.write(ours, b"w5 w6\n" + b"w1 " * 40 + b"\nw7\n\n")
-        said = b""
+        message = b""
         while chunk := _read(ours):
-            said += chunk
+            message += chunk
         assert process.wait(timeout=60) == 0
-    text = said.decode().replace("\r", "")
+    text = message.decode().replace("\r", "")
     assert text.count("base (tiny)  ") == 2, text
     assert "error: --prompt: 40 tokens" in text
 

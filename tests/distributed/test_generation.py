@@ -111,9 +111,9 @@ PROMPT = "Date: 5 January 2022\nLocation: Kanu\nFatalities: {}\nNotes:"
     ],
 )
 def test_acled_field_scores_count_the_fields_that_a_note_repeats(number, note, right):
-    found = acled_scores([note], [PROMPT.format(number)])
-    assert (found["date"], found["place"], found.get("fatalities")) == right
-    assert found.get("invented_deaths") == (None if int(number) else "killed" in note)
+    scores = acled_scores([note], [PROMPT.format(number)])
+    assert (scores["date"], scores["place"], scores.get("fatalities")) == right
+    assert scores.get("invented_deaths") == (None if int(number) else "killed" in note)
 
 
 def test_an_acled_field_that_no_prompt_has_gives_no_score():
@@ -132,8 +132,8 @@ def test_text_metrics_without_their_packages_are_refused_before_data_are_read(mo
 def test_text_metrics_for_data_without_prompts_are_refused(tiny_model, tmp_path):
     path = tmp_path / "plain.jsonl"
     path.write_text("".join(json.dumps({"text": f"w{n} w{n + 1} " * 9}) + "\n" for n in range(1, 60)))
-    given = f"--mode full --score-samples --model {tiny_model} --data {path} --block-size 16 --val-fraction 0.3"
-    settings = cli.parse_args(given.split()).settings
+    flags = f"--mode full --score-samples --model {tiny_model} --data {path} --block-size 16 --val-fraction 0.3"
+    settings = cli.parse_args(flags.split()).settings
     data = prepare(settings.data, model=tiny_model, global_batch=8)
     with pytest.raises(UserError, match=r"--score-samples: .*plain.jsonl has no prompts to complete"):
         check_prompts_available(settings, data)
@@ -228,9 +228,9 @@ def test_greedy_generation_equals_token_by_token_argmax(ranks, zero, argv, data_
     ]  # fmt: skip
     launch_jobs(ranks, jobs, tmp_path / "log", target=generate_jobs)
     for mode in ("full", "lora"):
-        told = json.loads((tmp_path / f"{mode}.json").read_text())
-        assert told["made"] == told["plain"]
-        assert any(len(set(made)) > 1 for made in told["made"]), "something to compare"
+        report = json.loads((tmp_path / f"{mode}.json").read_text())
+        assert report["made"] == report["plain"]
+        assert any(len(set(tokens)) > 1 for tokens in report["made"]), "something to compare"
     assert json.loads((tmp_path / "full.json").read_text())["counts"] == ([1, 0] if zero == "zero3" else [0, 0])
 
 
@@ -258,17 +258,17 @@ def test_generating_samples_changes_no_other_number(sampled_and_plain_runs):
 
 def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_and_plain_runs, data_files):
     sampled, _ = sampled_and_plain_runs
-    made = read_events(sampled, "samples")
-    assert [event["step"] for event in made] == [0, 2, 4, 5]
-    told = [json.loads(line) for line in Path(data_files[1]).read_text().splitlines()]
-    for event in made:
+    events = read_events(sampled, "samples")
+    assert [event["step"] for event in events] == [0, 2, 4, 5]
+    val_records = [json.loads(line) for line in Path(data_files[1]).read_text().splitlines()]
+    for event in events:
         facts = event["facts"]
-        assert [text["prompt"] for text in facts["texts"]] == [record["prompt"] for record in told[:3]]
-        assert [text["reference"] for text in facts["texts"]] == [record["completion"] for record in told[:3]]
-        assert facts["scored"] == len(told)
+        assert [text["prompt"] for text in facts["texts"]] == [record["prompt"] for record in val_records[:3]]
+        assert [text["reference"] for text in facts["texts"]] == [record["completion"] for record in val_records[:3]]
+        assert facts["scored"] == len(val_records)
         assert set(facts["scores"]) == {"exact_match", "bleu", "chrf", "rouge_l"}
         assert "exact_match" in event["message"]
-    seconds = sum(event["facts"]["seconds"] for event in made)
+    seconds = sum(event["facts"]["seconds"] for event in events)
     assert read_events(sampled, "finished")[0]["facts"]["sample_seconds"] == pytest.approx(seconds)
 
 
@@ -277,15 +277,15 @@ def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_
     comparison = compare(runs)
     write_report(comparison, tmp_path)
     shown = json.loads((tmp_path / "comparison.json").read_text())
-    made = read_events(sampled_and_plain_runs[0], "samples")
-    first, last = made[0]["facts"]["texts"], made[-1]["facts"]["texts"]
+    events = read_events(sampled_and_plain_runs[0], "samples")
+    first, last = events[0]["facts"]["texts"], events[-1]["facts"]["texts"]
     base = f"base {runs[0].metadata['model']['fingerprint']}"
     assert shown["samples"] == [
         {"prompt": text["prompt"], "reference": text["reference"], base: begun["completion"],
          "run 0": text["completion"]}
         for begun, text in zip(first, last, strict=True)
     ]  # fmt: skip
-    assert shown["scores"][0]["chrf"] == made[-1]["facts"]["scores"]["chrf"]
+    assert shown["scores"][0]["chrf"] == events[-1]["facts"]["scores"]["chrf"]
     for page in ("report.html", "report.md"):
         assert "Completions against their references" in (tmp_path / page).read_text()
 
@@ -301,11 +301,11 @@ def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
             table.writerow(
                 [f"2022-01-{n:02d}", "Battles", "A", "Kanu", n, f"On {n} January 2022, in Kanu, A came. {deaths}"]
             )
-    given = (
+    flags = (
         f"--mode full --score-samples --model {DEMO_MODEL} --data {path} --block-size 64 --global-batch 2 "
         "--val-fraction 0.4"
     )
-    settings = cli.parse_args(given.split()).settings
+    settings = cli.parse_args(flags.split()).settings
     data = prepare(settings.data, model=DEMO_MODEL, global_batch=2)
     encode = load_tokenizer(DEMO_MODEL)
 

@@ -117,7 +117,7 @@ def test_the_gradient_norm_is_reported_before_clipping_under_every_zero_stage(
 ):
     """AdamW's first moment after one step is a tenth of the clipped gradient, so it shows what clipping left."""
     clip = 0.01
-    words = [
+    argv = [
         *make_argv(tiny_model, data_files, "full", "blocks"),
         "--max-grad-norm",
         str(clip),
@@ -126,9 +126,9 @@ def test_the_gradient_norm_is_reported_before_clipping_under_every_zero_stage(
         "--micro-batch",
         "1",
     ]
-    (_, expected, _), _ = train_plain_loop(words, data_dirs["blocks"])
+    (_, expected, _), _ = train_plain_loop(argv, data_dirs["blocks"])
     jobs = [
-        {"name": zero, "flags": [*words, "--ds-config", zero], "data": str(data_dirs["blocks"]), "out": str(tmp_path)}
+        {"name": zero, "flags": [*argv, "--ds-config", zero], "data": str(data_dirs["blocks"]), "out": str(tmp_path)}
         for zero in DS_CONFIG_NAMES
     ]
     launch_jobs(2, jobs, tmp_path / "log")

@@ -25,8 +25,8 @@ def test_a_rank_that_cannot_reach_rank_0_says_where_it_looked(session_dir, tmp_p
 
 
 def test_a_port_that_is_taken_is_named(session_dir, tmp_path):
-    with socket.create_server(("", 0)) as taken:
-        env = {"WORLD_SIZE": "2", "MASTER_PORT": str(taken.getsockname()[1])}
+    with socket.create_server(("", 0)) as holder:
+        env = {"WORLD_SIZE": "2", "MASTER_PORT": str(holder.getsockname()[1])}
         group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env=env)
         assert group.wait() == [2], group.output
     (line,) = group.error_lines

@@ -88,7 +88,7 @@ def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tm
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (["--mode", "lara"], ["--mode", "lara", "full"]),
         ([], ["--mode"]),
@@ -107,14 +107,14 @@ def test_a_mistake_on_the_command_line_is_one_line_once_and_exit_code_2(argv, tm
         (["--mode", "full", "--output-dir", "file/run"], ["file/run: cannot write there", "--output-dir"]),
     ],
 )
-def test_each_mistake_names_its_flag(flags, words, tmp_path):
+def test_each_mistake_names_its_flag(flags, message, tmp_path):
     """And is found before data are looked for: there are none."""
     (tmp_path / "file").write_text("")
     code, output = run_forked([*flags, "--data", "missing.csv"], tmp_path)
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 2, output
     assert len(lines) == 1, output
-    assert all(word in lines[0] for word in words), lines
+    assert all(word in lines[0] for word in message), lines
     assert "Traceback" not in output
     assert not (tmp_path / "runs").exists()
 
@@ -130,7 +130,7 @@ def test_an_output_dir_that_is_not_empty_is_refused(argv, tmp_path):
 def test_a_dry_run_prints_the_plan_and_trains_nothing(argv, tmp_path):
     code, output = run_forked(["--mode", "lora", *argv, "--dry-run"], tmp_path)
     assert code == 0, output
-    for words in (
+    for text in (
         "trainable",
         "4,096",
         "4 micro-batch x 1 accumulation x 1 rank = 4",
@@ -138,7 +138,7 @@ def test_a_dry_run_prints_the_plan_and_trains_nothing(argv, tmp_path):
         "runs/lora-train",
         "3 in all",
     ):
-        assert words in " ".join(output.split()), words
+        assert text in " ".join(output.split()), text
     assert not (tmp_path / "runs").exists()
 
 
@@ -155,5 +155,5 @@ def test_the_card_preset_splits_over_two_ranks_at_most():
 def test_help_groups_the_flags_and_prints_defaults(tmp_path):
     code, output = run_forked(["--help"], tmp_path)
     assert code == 0
-    for words in ("data:", "training:", "engine:", "output:", "default: demo 0.0005, card 3e-05", "tokens)"):
-        assert words in " ".join(output.split()), words
+    for text in ("data:", "training:", "engine:", "output:", "default: demo 0.0005, card 3e-05", "tokens)"):
+        assert text in " ".join(output.split()), text

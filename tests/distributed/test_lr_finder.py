@@ -32,8 +32,8 @@ STEPS = 100
 
 
 def test_the_learning_rates_of_a_sweep_are_spaced_evenly_in_their_logarithm():
-    tried = geometric_lrs(1e-6, 1.0, 7)
-    assert tried == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+    lrs = geometric_lrs(1e-6, 1.0, 7)
+    assert lrs == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
 
 
 def test_lr_curve_smoothing_is_fastais_formula():
@@ -72,12 +72,12 @@ def test_the_lr_suggestion_is_about_a_tenth_of_the_best_rate(best, noise):
 
 
 def test_an_lr_sweep_that_diverges_ends_early():
-    tried, _ = make_sweep(1e-4)
-    assert tried[-1] < 1e-2
+    lrs, _ = make_sweep(1e-4)
+    assert lrs[-1] < 1e-2
 
 
 @pytest.mark.parametrize(
-    ("losses", "said"),
+    ("losses", "message"),
     [
         ([4.0 - 0.01 * n for n in range(STEPS)], "does not rise again"),
         ([4.0 - 0.02 * min(n, 90) + 0.02 * max(0, n - 90) for n in range(STEPS)], "does not rise again"),
@@ -87,10 +87,10 @@ def test_an_lr_sweep_that_diverges_ends_early():
         ([4.0 + 3.0 * n for n in range(12)], "begin lower"),
     ],
 )
-def test_an_lr_range_that_is_too_small_is_named(losses, said):
+def test_an_lr_range_that_is_too_small_is_named(losses, message):
     verdict = suggest_lr(geometric_lrs(1e-7, 1.0, STEPS)[: len(losses)], losses, STEPS)
-    assert said in verdict.warning
-    assert (verdict.lr is None) == (said != "does not rise again")
+    assert message in verdict.warning
+    assert (verdict.lr is None) == (message != "does not rise again")
 
 
 def test_a_sweep_whose_loss_settles_below_its_start_suggests_a_rate():
@@ -100,10 +100,10 @@ def test_a_sweep_whose_loss_settles_below_its_start_suggests_a_rate():
         levels = [7.0] * 30 + [7.0 - 0.125 * n for n in range(20)] + [6.0] * 50
         losses = [level + dice.gauss(0, 0.1) for level in levels]
         assert not has_diverged(losses, STEPS)
-        tried = geometric_lrs(1e-6, 10.0, STEPS)
-        verdict = suggest_lr(tried, losses, STEPS)
+        lrs = geometric_lrs(1e-6, 10.0, STEPS)
+        verdict = suggest_lr(lrs, losses, STEPS)
         assert verdict.warning == "", seed
-        assert tried[40] / 10 < verdict.lr < tried[60] / 10
+        assert lrs[40] / 10 < verdict.lr < lrs[60] / 10
 
 
 def test_noise_alone_is_no_divergence_and_no_fall_of_an_lr_sweep():
@@ -118,17 +118,17 @@ def test_noise_alone_is_no_divergence_and_no_fall_of_an_lr_sweep():
 
 
 def test_the_lr_range_is_parsed_and_its_default_depends_on_the_mode():
-    given = cli.parse_args(["--mode", "full", "--find-lr", "1e-5:1e-1:50"]).find_lr
-    assert (given.start, given.end, given.steps) == (1e-5, 1e-1, 50)
+    lr_range = cli.parse_args(["--mode", "full", "--find-lr", "1e-5:1e-1:50"]).find_lr
+    assert (lr_range.start, lr_range.end, lr_range.steps) == (1e-5, 1e-1, 50)
     full, lora = (cli.parse_args(["--mode", mode, "--find-lr"]).find_lr for mode in ("full", "lora"))
     assert (lora.start, lora.end) == pytest.approx((10 * full.start, 10 * full.end))
     assert cli.parse_args(["--mode", "full"]).find_lr is None
 
 
-@pytest.mark.parametrize("words", ["1", "1:0.1", "0:1", "a:b", "1e-5:1:3", "1:2:3:4", "1e-5:inf"])
-def test_a_wrong_lr_range_is_one_line(words):
+@pytest.mark.parametrize("lr_range", ["1", "1:0.1", "0:1", "a:b", "1e-5:1:3", "1:2:3:4", "1e-5:inf"])
+def test_a_wrong_lr_range_is_one_line(lr_range):
     with pytest.raises(UserError, match="--find-lr"):
-        cli.parse_args(["--mode", "full", "--find-lr", words])
+        cli.parse_args(["--mode", "full", "--find-lr", lr_range])
 
 
 @pytest.mark.parametrize("other", ["--find-batch", "--dry-run", "--resume"])
@@ -249,11 +249,11 @@ def assert_sweep_changes_nothing(
 def test_find_lr_writes_a_suggestion_and_a_picture_and_trains_nothing(tiny_model, data_files, tmp_path):
     out = tmp_path / "run"
     output = train([*make_argv(tiny_model, data_files, "full"), "--find-lr", "1e-5:10:40"], out=out, world_size=2)
-    found = json.loads((out / "find-lr.json").read_text())
+    content = json.loads((out / "find-lr.json").read_text())
     assert sorted(path.name for path in out.iterdir()) == ["find-lr.json", "find-lr.png"]
     assert (out / "find-lr.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert f"--lr {found['suggestion']:g} for --mode full" in output
-    assert 1e-5 < found["suggestion"] < 10
-    assert found["steps"] == 40
+    assert f"--lr {content['suggestion']:g} for --mode full" in output
+    assert 1e-5 < content["suggestion"] < 10
+    assert content["steps"] == 40
     assert output.count("suggestion") == 1, "one rank speaks"
     assert is_unused(out, FINDER_FILES), "a run may begin in the folder that the test left"

@@ -88,8 +88,8 @@ def assert_all_promises(out: Path, data_dir: str, argv: list[str], methods: list
     jobs = [make_job(out, data_dir, argv, "-".join(map(str, m)), *method_flags(*m)) for m in methods]
     for start in range(0, len(jobs), JOBS_PER_LAUNCH):
         launch_jobs(1, jobs[start : start + JOBS_PER_LAUNCH], out / "log", run_resume_and_export)
-    for one in jobs:
-        assert_promises(out, one["name"])
+    for job in jobs:
+        assert_promises(out, job["name"])
 
 
 def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(argv, data_dir, tmp_path):
@@ -123,18 +123,21 @@ def assert_methods_agree(
     """
     extra_flags = {z: ["--micro-batch", "1", "--ds-config", strict_zero_file if z == "strict" else z] for _, z in cases}
     jobs = [
-        make_job(out, data_dir, argv, f"{way}-{zero}", *METHOD_FLAGS[way].split(), *extra_flags[zero])
-        for way, zero in cases
+        make_job(out, data_dir, argv, f"{method}-{zero}", *METHOD_FLAGS[method].split(), *extra_flags[zero])
+        for method, zero in cases
     ]
     for start in range(0, len(jobs), JOBS_PER_LAUNCH):
         launch_jobs(2, jobs[start : start + JOBS_PER_LAUNCH], out / "log", run_resume_and_export)
-    for way, zero in cases:
-        assert_promises(out, f"{way}-{zero}")
+    for method, zero in cases:
+        assert_promises(out, f"{method}-{zero}")
         losses, first = (
             [row["loss"] for row in read_method_result(out, name)[0] if "loss" in row]
-            for name in (f"{way}-{zero}", next(f"{w}-{z}" for w, z in cases if w == way))
+            for name in (f"{method}-{zero}", next(f"{w}-{z}" for w, z in cases if w == method))
         )
-        assert losses == pytest.approx(first, rel=INT8_TOLERANCE if way == "int8" else LOSS_TOLERANCE), (way, zero)
+        assert losses == pytest.approx(first, rel=INT8_TOLERANCE if method == "int8" else LOSS_TOLERANCE), (
+            method,
+            zero,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +154,17 @@ def test_methods_on_two_ranks_learn_resume_and_export_under_zero(argv, data_dir,
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("way", sorted(METHOD_FLAGS))
+@pytest.mark.parametrize("method", sorted(METHOD_FLAGS))
 def test_every_method_learns_resumes_and_exports_under_every_zero_stage(
-    way, argv, data_dir, strict_zero_file, tmp_path
+    method, argv, data_dir, strict_zero_file, tmp_path
 ):
-    refused = {"int8": ("zero3", "zero3_offload", "strict"), "codes": (*DS_CONFIG_NAMES[1:], "strict")}.get(way, ())
+    refused = {"int8": ("zero3", "zero3_offload", "strict"), "codes": (*DS_CONFIG_NAMES[1:], "strict")}.get(method, ())
     assert_methods_agree(
-        tmp_path, data_dir, argv, strict_zero_file, [(way, z) for z in (*DS_CONFIG_NAMES, "strict") if z not in refused]
+        tmp_path,
+        data_dir,
+        argv,
+        strict_zero_file,
+        [(method, z) for z in (*DS_CONFIG_NAMES, "strict") if z not in refused],
     )
 
 
@@ -180,11 +187,11 @@ def test_lora_plus_moves_only_the_b_matrices_faster(argv, data_dir, tmp_path):
         for name, ratio, zero in (("one", "1", ()), ("eight", "8", ()), ("eight-zero2", "8", ("--ds-config", "zero2")))
     ]
     launch_jobs(1, jobs, tmp_path / "log")
-    (_, one), (_, eight), (_, divided) = (read_job_result(tmp_path, each["name"]) for each in jobs)
-    for name, weight in one.items():
+    (_, ratio_one), (_, eight), (_, divided) = (read_job_result(tmp_path, each["name"]) for each in jobs)
+    for name, weight in ratio_one.items():
         assert np.allclose(eight[name], weight * 8 if ".lora_B." in name else weight, rtol=1e-5), name
         assert np.allclose(divided[name], eight[name], rtol=1e-6), name
-    assert any(".lora_B." in name and weight.any() for name, weight in one.items())
+    assert any(".lora_B." in name and weight.any() for name, weight in ratio_one.items())
 
 
 # --- all combinations ---

@@ -60,8 +60,8 @@ def test_the_plan_says_the_padding_before_and_after(argv):
 def test_the_benchmark_prints_padding_and_speed_of_every_variant(tmp_path: Path):
     args = argparse.Namespace(shape="tiny", batch=8, block_size=64, mean_length=24, steps=2, rounds=1)
     assert run_on_ranks(1, measure_packing, args, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    said = (tmp_path / "log").read_text()
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+)% \| ([\d,]+) \| ([\d.]+) \(", said, re.M)
+    message = (tmp_path / "log").read_text()
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+)% \| ([\d,]+) \| ([\d.]+) \(", message, re.M)
     assert [row[0] for row in rows] == ["as they come", "like lengths together", "packed"]
     paddings = [float(row[1]) for row in rows]
     assert max(paddings[1:]) < paddings[0]

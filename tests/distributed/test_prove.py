@@ -51,12 +51,12 @@ def test_the_rows_are_all_that_can_run_on_the_device(planned):
     def names(device: str, world_sizes: list[int]) -> list[tuple[str, int, str]]:
         context = replace(planned.plan.dist_context, device=torch.device(device))
         rows = list_rows(replace(planned.plan, dist_context=context), world_sizes)
-        return [(one.ds_config, one.world_size, one.execution) for one in rows]
+        return [(item.ds_config, item.world_size, item.execution) for item in rows]
 
     assert names("cpu", [1, 2]) == [(f"zero{stage}", ranks, "eager") for ranks in (1, 2) for stage in range(4)]
     assert names("cpu", [3]) == [], "4 rows are not divided by 3"
     on_gpu = names("cuda", [2])
-    assert [one for one in on_gpu if one[2] == "graphs"] == [("zero0", 2, "graphs"), ("zero1", 2, "graphs")]
+    assert [item for item in on_gpu if item[2] == "graphs"] == [("zero0", 2, "graphs"), ("zero1", 2, "graphs")]
     assert ("zero3", 2, "eager") in on_gpu
 
 
@@ -100,8 +100,8 @@ def test_every_stage_on_one_and_two_ranks_gives_the_plain_loops_numbers(tiny_mod
     assert list(levels) == [prove.PLAIN, *(f"zero{stage} x {ranks}" for ranks in (1, 2) for stage in range(4))]
     assert set(levels.values()) == {"ok"}
     content = json.loads((tmp_path / "run" / "prove.json").read_text())
-    assert {one["verdict"] for one in content["rows"]} == {"equal"}
-    assert all(one["step_ms"] > 0 and one["peak_memory_bytes"] > 2**26 for one in content["rows"])
+    assert {item["verdict"] for item in content["rows"]} == {"equal"}
+    assert all(item["step_ms"] > 0 and item["peak_memory_bytes"] > 2**26 for item in content["rows"])
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("wrong", "eager    differs"), ("dies", "boom in zero1")])

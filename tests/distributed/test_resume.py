@@ -377,7 +377,7 @@ def run_fp16_jobs(jobs: list[dict[str, Any]]) -> int:
     accelerator_class.supported_dtypes = lambda self: [torch.float, torch.bfloat16, torch.half]
     original = build_deepspeed_config
     fp16_config = {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 4, "hysteresis": 1}
-    run_plan.build_deepspeed_config = lambda *args, **given: original(*args, **given) | {"fp16": fp16_config}
+    run_plan.build_deepspeed_config = lambda *args, **options: original(*args, **options) | {"fp16": fp16_config}
     return run_jobs(jobs)
 
 
@@ -458,25 +458,25 @@ def save_checkpoint(checkpoint_manager: CheckpointManager, step: int, loss: floa
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
-    saver = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=2, identity={})
-    kept = {}
+    manager = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=2, identity={})
+    names_by_limit = {}
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.5, 1.0], start=1):
-        save_checkpoint(saver, step, loss)
-        kept[step] = list_checkpoint_steps(tmp_path)
-    assert kept == {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6]}
-    assert checkpoint.resolve_checkpoint(saver.folder, "best").step == 2, "the earlier of equals"
-    assert checkpoint.resolve_checkpoint(saver.folder, "latest").step == 6
+        save_checkpoint(manager, step, loss)
+        names_by_limit[step] = list_checkpoint_steps(tmp_path)
+    assert names_by_limit == {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6]}
+    assert checkpoint.resolve_checkpoint(manager.folder, "best").step == 2, "the earlier of equals"
+    assert checkpoint.resolve_checkpoint(manager.folder, "latest").step == 6
 
 
 def test_old_checkpoints_are_deleted_after_everything_else_of_a_save(tmp_path, monkeypatch):
-    saver = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=1, identity={})
-    save_checkpoint(saver, 1, None)
+    manager = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=1, identity={})
+    save_checkpoint(manager, 1, None)
     there = []
     delete = checkpoint._delete_folder
     monkeypatch.setattr(
         checkpoint, "_delete_folder", lambda folder: (there.append(list_checkpoint_steps(tmp_path)), delete(folder))
     )
-    save_checkpoint(saver, 2, None)
+    save_checkpoint(manager, 2, None)
     assert there == [[1, 2]], "the new one was whole under its name when the old one went"
     assert list_checkpoint_steps(tmp_path) == [2]
 
@@ -487,19 +487,19 @@ def test_old_checkpoints_are_deleted_after_everything_else_of_a_save(tmp_path, m
     with pytest.raises(
         TrainingError, match="step-000003 not written: No space left; the checkpoints before it are whole"
     ):
-        save_checkpoint(saver, 3, None)
+        save_checkpoint(manager, 3, None)
     assert list_checkpoint_steps(tmp_path) == [2]
-    assert checkpoint.resolve_checkpoint(saver.folder, "latest").step == 2
+    assert checkpoint.resolve_checkpoint(manager.folder, "latest").step == 2
 
 
 def test_resuming_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path):
     """Else they would count as the newest: the run's own would be deleted, the next resume take the wrong course."""
-    saver = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=9, identity={})
+    manager = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=9, identity={})
     for step in (1, 2, 8, 9):
-        save_checkpoint(saver, step, None)
-    (saver.folder / "step-000009" / "state.json").write_text("cut off")
-    checkpoint.delete_checkpoints_after(saver.folder, 2)
-    assert sorted(path.name for path in saver.folder.iterdir()) == ["step-000001", "step-000002"]
+        save_checkpoint(manager, step, None)
+    (manager.folder / "step-000009" / "state.json").write_text("cut off")
+    checkpoint.delete_checkpoints_after(manager.folder, 2)
+    assert sorted(path.name for path in manager.folder.iterdir()) == ["step-000001", "step-000002"]
 
 
 # --- the loop's own promises -----------------------------------------------------------------------------------------
@@ -529,9 +529,9 @@ def test_a_skipped_step_is_reported_and_not_counted_by_adam(data_dir, argv):
         settings=settings, batch=settings.train.batch(1), num_examples=len(data.train), total_steps=4, steps_per_epoch=4
     )
     saved: list[TrainState] = []
-    saver: Any = SimpleNamespace(save=lambda engine, progress: saved.append(progress))
+    manager: Any = SimpleNamespace(save=lambda engine, progress: saved.append(progress))
     engine: Any = Skipping()
-    rows = list(loop.train(engine, data, course, TrainState(), saver, lambda: False))
+    rows = list(loop.train(engine, data, course, TrainState(), manager, lambda: False))
     assert [row.step for row in rows if isinstance(row, StepRecord)] == [1, 3, 4]
     (event,) = [row for row in rows if isinstance(row, EventRecord)]
     assert (event.event, event.step) == ("skipped_step", 2)

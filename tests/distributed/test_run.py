@@ -117,20 +117,20 @@ def test_a_profile_has_its_trace_and_its_ten_largest_operations(finished_run):
 
 
 def test_run_json_records_the_resolved_plan(finished_run):
-    about = finished_run["about"]
-    assert about["mode"] == finished_run["mode"]
-    assert {"--data", "--lr", "--eval-every"} <= set(about["overridden"])
-    assert about["resolved"]["ranks"] == 2
-    assert about["resolved"]["accumulation"] == 2
-    assert about["resolved"]["total_steps"] == 14
-    assert about["deepspeed"]["zero_optimization"]["stage"] == 1
-    assert [entry["path"] for entry in about["execution"]] == ["eager"]
-    assert about["data"]["train"]["records"] == 25
-    assert about["data"]["val"]["examples"] == 9
-    assert len(about["data"]["fingerprint"]) >= 16
-    assert about["model"]["trainable"] == (8_656 if finished_run["mode"] == "full" else 4_096)
-    assert about["versions"]["deepspeed"]
-    assert about["hardware"]["cores"] >= 1
+    metadata = finished_run["about"]
+    assert metadata["mode"] == finished_run["mode"]
+    assert {"--data", "--lr", "--eval-every"} <= set(metadata["overridden"])
+    assert metadata["resolved"]["ranks"] == 2
+    assert metadata["resolved"]["accumulation"] == 2
+    assert metadata["resolved"]["total_steps"] == 14
+    assert metadata["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert [entry["path"] for entry in metadata["execution"]] == ["eager"]
+    assert metadata["data"]["train"]["records"] == 25
+    assert metadata["data"]["val"]["examples"] == 9
+    assert len(metadata["data"]["fingerprint"]) >= 16
+    assert metadata["model"]["trainable"] == (8_656 if finished_run["mode"] == "full" else 4_096)
+    assert metadata["versions"]["deepspeed"]
+    assert metadata["hardware"]["cores"] >= 1
 
 
 def test_the_last_record_summarises_the_run(finished_run):
@@ -155,14 +155,25 @@ def test_weights_and_biases_has_the_same_losses(finished_run):
 
     file = next((finished_run["out"] / "wandb").glob("offline-run-*/run-*.wandb"))
     core = str(Path(wandb.__file__).parent / "bin" / "wandb-core")
-    words = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parent.parent)]
-    answer = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    command = [
+        core,
+        "leet",
+        "inspect",
+        "--no-observability",
+        "--json",
+        "--run-file",
+        str(file),
+        str(file.parent.parent),
+    ]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     items = [row["history"]["item"] for row in map(json.loads, answer.stdout.splitlines()) if row["type"] == "history"]
-    kept = {name: [item[name] for item in items if name in item] for name in ("train/loss", "val/loss")}
-    assert kept["train/loss"] == pytest.approx(
+    histories = {name: [item[name] for item in items if name in item] for name in ("train/loss", "val/loss")}
+    assert histories["train/loss"] == pytest.approx(
         [row["loss"] for row in records_of_kind(finished_run, "step")], rel=1e-12
     )
-    assert kept["val/loss"] == pytest.approx([row["loss"] for row in records_of_kind(finished_run, "eval")], rel=1e-12)
+    assert histories["val/loss"] == pytest.approx(
+        [row["loss"] for row in records_of_kind(finished_run, "eval")], rel=1e-12
+    )
 
 
 def test_the_terminal_shows_the_output_of_one_rank_and_the_summary_table(finished_run):

@@ -85,10 +85,10 @@ def test_a_step_over_shaped_links_takes_what_the_comm_model_says(mode, zero, tmp
     free = min(seconds[None])
     cells, failures = [f"{mode}, {zero}", f"{1e3 * free:.0f}"], []
     for rate in (rate for rate in RATES if rate is not None):
-        taken = min(seconds[rate])
+        holder = min(seconds[rate])
         modelled, hidden = model(mode, zero, free, rate)
-        cells.append(f"{1e3 * taken:.0f} ({1e3 * modelled:.0f}, {hidden:.0%} hidden)")
-        if abs(taken / modelled - 1) > MODEL_TOLERANCE:
-            failures.append((rate, taken, modelled))
+        cells.append(f"{1e3 * holder:.0f} ({1e3 * modelled:.0f}, {hidden:.0%} hidden)")
+        if abs(holder / modelled - 1) > MODEL_TOLERANCE:
+            failures.append((rate, holder, modelled))
     print(f"\n| {' | '.join(cells)} |")
     assert not failures

@@ -54,23 +54,23 @@ def test_the_native_stepper_is_chosen_for_zero_files_without_deepspeed_hooks():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         ("--objective completion --prompt {a} --completion {b}", "expected --objective blocks"),
         ("--quant nf4", "not with --quant"),
         ("--activation-checkpointing", "not with --activation-checkpointing"),
     ],
 )
-def test_settings_that_cannot_be_compiled_are_refused_with_the_flags_or_run_uncompiled(words, said):
-    with pytest.raises(UserError, match=f"--execution compile: .*{said}"):
-        cli.parse_args(["--mode", "lora", *words.split(), "--execution", "compile"])
-    assert compile_blocker(cli.parse_args(["--mode", "lora", *words.split()]).settings)
+def test_settings_that_cannot_be_compiled_are_refused_with_the_flags_or_run_uncompiled(argv, message):
+    with pytest.raises(UserError, match=f"--execution compile: .*{message}"):
+        cli.parse_args(["--mode", "lora", *argv.split(), "--execution", "compile"])
+    assert compile_blocker(cli.parse_args(["--mode", "lora", *argv.split()]).settings)
 
 
 def test_graphs_need_a_gpu_and_settings_that_can_be_recorded():
-    for words in ("--quant nf4", "--activation-checkpointing"):
+    for flags in ("--quant nf4", "--activation-checkpointing"):
         with pytest.raises(UserError, match="--execution graphs: not with"):
-            cli.parse_args(["--mode", "lora", *words.split(), "--execution", "graphs"])
+            cli.parse_args(["--mode", "lora", *flags.split(), "--execution", "graphs"])
     graphs = cli.parse_args(["--mode", "full", "--execution", "graphs"]).settings
     with pytest.raises(UserError, match="--execution graphs: CUDA graphs need a GPU; expected auto, eager or compile"):
         validate_early(graphs, simulated_context(1, "cpu"))

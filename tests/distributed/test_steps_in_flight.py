@@ -61,8 +61,8 @@ def reads_of_a_late_device(call_log: CallLog) -> list[tuple[int, int]]:
         if event != "read":
             queue.append((event, index))
             continue
-        done = queue[: queue.index(("copied", index)) + 1]
-        assert sum(what == "asked" for what, _ in done) == index + 1, "a read waits for a later step"
+        process = queue[: queue.index(("copied", index)) + 1]
+        assert sum(what == "asked" for what, _ in process) == index + 1, "a read waits for a later step"
         reads.append((index, sum(what == "asked" for what, _ in queue)))
     return reads
 
@@ -156,18 +156,18 @@ def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
     launch_jobs(ranks, every, tmp_path / "log")
     for job in jobs:
         before, zero = job["bad"] - 1, job["name"].partition("-")[0]
-        told = json.loads((tmp_path / f"{job['name']}.json").read_text())["told"]
-        asked = max(number for what, number in told if what == "asked")
-        assert asked == job["bad"], "one more, counted from zero"
+        calls = json.loads((tmp_path / f"{job['name']}.json").read_text())["told"]
+        last_launched = max(number for what, number in calls if what == "asked")
+        assert last_launched == job["bad"], "one more, counted from zero"
         good = load_file(
             checkpoint.resolve_checkpoint(tmp_path / f"{zero}-checkpoints", f"step-{before}").folder
             / checkpoint.STATE_FILE
         )
-        found = load_file(
+        weights = load_file(
             checkpoint.resolve_checkpoint(tmp_path / job["name"], "latest").folder / checkpoint.STATE_FILE
         )
-        assert good.keys() == found.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in good.items())
+        assert good.keys() == weights.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in good.items())
 
 
 def run_stopped_jobs(jobs: list[dict[str, Any]]) -> int:

@@ -276,7 +276,7 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "message"),
     [
         (["--workers", "0"], "--workers 0: expected a whole number from 1"),
         (["--methods", "full,lara"], "--methods lara: expected some of full, lora"),
@@ -293,10 +293,10 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
         (["--join", "nowhere", "--block-size", "9"], "--block-size: not with --join"),
     ],
 )
-def test_a_mistake_in_a_study_is_one_line_and_exit_code_2(stub_dir, capsys, argv, words):
+def test_a_mistake_in_a_study_is_one_line_and_exit_code_2(stub_dir, capsys, argv, message):
     assert load_study_script().main(argv) == 2
     output = capsys.readouterr()
-    assert output.err.startswith(f"error: {words}")
+    assert output.err.startswith(f"error: {message}")
     assert output.err.count("\n") == 1
     assert not (stub_dir / "study").exists()
 

@@ -170,19 +170,19 @@ def test_a_setting_that_an_older_wandb_client_lacks_is_left_out(
         class Settings:
             model_fields = dict.fromkeys(("init_timeout", "console"))
 
-            def __init__(self, **given: Any) -> None:
-                assert set(given) == {"init_timeout", "console"}
+            def __init__(self, **init_options: Any) -> None:
+                assert set(init_options) == {"init_timeout", "console"}
 
         @staticmethod
-        def init(**given: Any) -> dict[str, Any]:
-            return given
+        def init(**init_options: Any) -> dict[str, Any]:
+            return init_options
 
-    given = wandb_logger._init(
+    init_options = wandb_logger._init(
         Old, METADATA, tmp_path, "offline", True, {"init_timeout": 1.0, "finish_timeout_raises": True}
     )
-    assert given["id"] == METADATA["run_id"]
-    assert given["resume"] == "allow"
-    assert given["mode"] == "offline"
+    assert init_options["id"] == METADATA["run_id"]
+    assert init_options["resume"] == "allow"
+    assert init_options["mode"] == "offline"
 
 
 # Weights & Biases: the real client
@@ -345,13 +345,13 @@ def test_wandb_sync_sends_rows_axes_config_and_nothing_unknown(offline_run_dir: 
 
 def test_an_online_wandb_run_sends_rows_axes_config_and_nothing_unknown(tmp_path: Path) -> None:
     with FakeWandb() as server:
-        done = run_child(tmp_path, "online", **server.env(tmp_path))
-        assert (done.returncode, done.stderr) == (0, "")
+        process = run_child(tmp_path, "online", **server.env(tmp_path))
+        assert (process.returncode, process.stderr) == (0, "")
         run = server.runs[METADATA["run_id"]]
     assert_history(run.history, RECORDS)
     assert run.exit_code == 0
     assert server.unknown_requests == []
-    assert done.stdout == f"W&B: {server.url}/{run.entity}/{run.project}/runs/{run.name}\n"
+    assert process.stdout == f"W&B: {server.url}/{run.entity}/{run.project}/runs/{run.name}\n"
 
 
 @pytest.fixture
@@ -363,12 +363,12 @@ def silent_port() -> Iterator[int]:
 
 def test_a_wandb_server_that_never_answers_makes_the_run_offline(tmp_path: Path, silent_port: int) -> None:
     began = time.monotonic()
-    done = run_child(tmp_path, "online", WANDB_BASE_URL=f"http://127.0.0.1:{silent_port}", WANDB_API_KEY=API_KEY)
-    assert done.returncode == 0
-    assert done.stderr == ""
+    process = run_child(tmp_path, "online", WANDB_BASE_URL=f"http://127.0.0.1:{silent_port}", WANDB_API_KEY=API_KEY)
+    assert process.returncode == 0
+    assert process.stderr == ""
     assert time.monotonic() - began < 45
-    assert done.stdout.count("\n") == 2
-    assert "going on offline" in done.stdout
+    assert process.stdout.count("\n") == 2
+    assert "going on offline" in process.stdout
     (file,) = run_files(tmp_path)
     assert_history(
         [record["history"]["item"] for record in read_wandb_file(file) if record["type"] == "history"], RECORDS
@@ -402,10 +402,10 @@ def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time
 
 def test_a_killed_wandb_service_is_reported_once_and_the_run_ends_well(tmp_path: Path) -> None:
     more = KILL_SERVICE_CODE + "time.sleep(0.5)\nfor record in make_records(run)[20:]:\n    sink.log(record)\n"
-    done = run_child(tmp_path, "offline", last_step=15, last_code=more + CLOSE_CODE + "print('the end')\n")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("W&B stopped working") == 1
-    assert done.stdout.endswith("the end\n")
+    process = run_child(tmp_path, "offline", last_step=15, last_code=more + CLOSE_CODE + "print('the end')\n")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.count("W&B stopped working") == 1
+    assert process.stdout.endswith("the end\n")
 
 
 @pytest.mark.slow

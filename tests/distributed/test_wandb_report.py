@@ -211,7 +211,7 @@ def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWand
         "problems, dict(run.metadata), dict(run.summary)]))"
     )
     path = f"{ENTITY}/{content['wandb']['project']}/{content['run_id']}"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, path],
         env=child_env(HOME=str(tmp_path), **server.env(tmp_path)),
         cwd=tmp_path,
@@ -219,26 +219,26 @@ def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWand
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    run_id, state, mode, evals, steps, problems, got, end = json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    run_id, state, mode, evals, steps, problems, metadata, end = json.loads(process.stdout)
     ours = read_folder(write_run_folder(tmp_path / "ours", content, make_records(content)))
     assert (run_id, state, mode, problems) == (ours.run_id, "finished", "lora", [])
     assert (evals, steps) == (ours.evals["loss"].tolist(), ours.steps["loss"].tolist())
-    assert got["data"]["fingerprint"] == content["data"]["fingerprint"]
+    assert metadata["data"]["fingerprint"] == content["data"]["fingerprint"]
     assert end["wall_seconds"] == 100.0
 
 
 def test_a_run_that_the_server_does_not_have_is_one_line(server: FakeWandb, tmp_path: Path) -> None:
-    done = run_compare_script(tmp_path, server, f"{ENTITY}/p/gone0000")
-    assert done.returncode == 2
-    assert "W&B does not give it: Could not find run" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = run_compare_script(tmp_path, server, f"{ENTITY}/p/gone0000")
+    assert process.returncode == 2
+    assert "W&B does not give it: Could not find run" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_reading_from_wandb_without_a_login_is_refused_without_a_prompt(tmp_path: Path) -> None:
-    done = run_compare_script(tmp_path, None, "entity/project/abcd1234")
-    assert done.returncode == 2
-    assert "to read it from W&B, run `wandb login` or set WANDB_API_KEY first" in done.stderr
+    process = run_compare_script(tmp_path, None, "entity/project/abcd1234")
+    assert process.returncode == 2
+    assert "to read it from W&B, run `wandb login` or set WANDB_API_KEY first" in process.stderr
 
 
 SAVE_REPORT_CODE = """
@@ -258,7 +258,7 @@ def test_the_wandb_report_is_saved_once_and_updated_after(server: FakeWandb, tmp
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora")
     env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", SAVE_REPORT_CODE, ENTITY],
         cwd=tmp_path,
         env=env,
@@ -266,8 +266,8 @@ def test_the_wandb_report_is_saved_once_and_updated_after(server: FakeWandb, tmp
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0, done.stderr
-    (address,) = set(done.stdout.splitlines())
+    assert process.returncode == 0, process.stderr
+    (address,) = set(process.stdout.splitlines())
     assert address.startswith(f"{server.url}/{ENTITY}/p/reports/")
     assert server.operations.count("upsertView") == 3
     (view,) = server.views.values()
@@ -286,8 +286,8 @@ def test_real_runs_are_synced_compared_and_reported(
     card = run_compare_script(tmp_path, None, "--log-card", "gpt2-full-vs-lora")
     assert card.returncode == 0, card.stderr
     folders = {mode: next((tmp_path / mode / "wandb").glob("offline-run-*")) for mode in ("full", "lora")}
-    (sent,) = tmp_path.glob("cache/card/*/wandb/offline-run-*")
-    sync = [sys.executable, "-m", "wandb", "sync", *map(str, folders.values()), str(sent)]
+    (run_dir,) = tmp_path.glob("cache/card/*/wandb/offline-run-*")
+    sync = [sys.executable, "-m", "wandb", "sync", *map(str, folders.values()), str(run_dir)]
     env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
     synced = subprocess.run(sync, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert "ERROR" not in synced.stdout + synced.stderr
@@ -303,12 +303,12 @@ def test_real_runs_are_synced_compared_and_reported(
         assert there.config_values()["mode"] == run.mode
     assert {run.project for run in server.runs.values()} == {"gpt2-full-vs-lora"}
     check_reference_run(server)
-    done = run_compare_script(
+    process = run_compare_script(
         tmp_path, server, "full", folders["lora"], "--wandb-report", f"{ENTITY}/gpt2-full-vs-lora"
     )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"LoRA .* full ", done.stdout)
-    assert re.search(r" not comparable with the card: other data .*other tokenizer", done.stdout)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"LoRA .* full ", process.stdout)
+    assert re.search(r" not comparable with the card: other data .*other tokenizer", process.stdout)
     (view,) = server.views.values()
     (grid,) = (block for block in view["spec"]["blocks"] if block["type"] == "panel-grid")
     assert set(grid["metadata"]["customRunColors"]) >= {run.run_id for run in runs} | {REFERENCE_RUN_ID}
@@ -317,8 +317,8 @@ def test_real_runs_are_synced_compared_and_reported(
 def test_the_wandb_report_spec_is_written_without_any_network(server: FakeWandb, tmp_path: Path) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora")
-    done = run_compare_script(tmp_path, server, "full", "lora", "--wandb-report-json", "specs/report.json")
-    assert done.returncode == 0, done.stderr
+    process = run_compare_script(tmp_path, server, "full", "lora", "--wandb-report-json", "specs/report.json")
+    assert process.returncode == 0, process.stderr
     assert server.operations == []
     assert server.connections == 0
     check_spec(json.loads((tmp_path / "specs" / "report.json").read_text()))
@@ -369,14 +369,14 @@ def test_a_wandb_server_that_is_gone_is_one_line(tmp_path: Path) -> None:
     with FakeWandb() as fake:
         env = fake.env(tmp_path)  # and then it is closed
     make_run_folder(tmp_path / "full")
-    with socket.socket() as held:  # bound and not listening: refused, and no other test's server gets the port
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", urlsplit(env["WANDB_BASE_URL"]).port or 0))
+    with socket.socket() as holder:  # bound and not listening: refused, and no other test's server gets the port
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", urlsplit(env["WANDB_BASE_URL"]).port or 0))
         flags = ("full", "--wandb-report", f"{ENTITY}/p")
-        done = run_compare_script(tmp_path, None, *flags, WANDB_HTTP_TIMEOUT="3", **env)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --wandb-report {ENTITY}/p: W&B did not take it (")
-    assert "Traceback" not in done.stderr
+        process = run_compare_script(tmp_path, None, *flags, WANDB_HTTP_TIMEOUT="3", **env)
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"error: --wandb-report {ENTITY}/p: W&B did not take it (")
+    assert "Traceback" not in process.stderr
 
 
 def test_the_reference_run_is_logged_to_wandb_once_online(server: FakeWandb, tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_the_reference_run_is_logged_to_wandb_once_online(server: FakeWandb, tmp
         text=True,
         timeout=120,
     )
-    assert [done.returncode for done in (first, again, elsewhere)] == [0, 0, 0], first.stderr
+    assert [process.returncode for process in (first, again, elsewhere)] == [0, 0, 0], first.stderr
     assert "the card is logged in" in first.stdout
     assert "already logged" in again.stdout
     assert "already logged" in elsewhere.stdout
@@ -414,12 +414,12 @@ def test_the_reference_run_is_logged_to_wandb_once_offline(tmp_path: Path) -> No
     (tmp_path / "other").mkdir()
     home = {"TRAINER_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
     first, again = (run_compare_script(tmp_path / place, None, "--log-card", "p", **home) for place in ("", "other"))
-    assert [done.returncode for done in (first, again)] == [0, 0], first.stderr
+    assert [process.returncode for process in (first, again)] == [0, 0], first.stderr
     assert "logged offline, send it with `wandb sync" in first.stdout
     assert "already logged" in again.stdout
     assert len(list((tmp_path / "cache" / "card").glob("p/wandb/offline-run-*"))) == 1
 
 
 def test_runs_from_folders_and_from_wandb_are_compared_together(offline_run_dir: Path, tmp_path: Path) -> None:
-    found = compare(*load_runs([str(make_run_folder(tmp_path / "full")), str(offline_run_dir)]))
-    assert found.verdict.sentence.startswith("Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005)")
+    comparison = compare(*load_runs([str(make_run_folder(tmp_path / "full")), str(offline_run_dir)]))
+    assert comparison.verdict.sentence.startswith("Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005)")

@@ -187,15 +187,15 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("said", DAMAGE)
-def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(said, finished_run, tmp_path):
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(message, finished_run, tmp_path):
     folder = copy_until_step_4(finished_run, tmp_path / "run") / "checkpoints"
-    DAMAGE[said](folder / "step-000004")
-    point = resolve_checkpoint(folder, "latest")
-    assert point.step == 2
-    assert len(point.skipped_reasons) == 1
-    assert said in point.skipped_reasons[0]
-    assert "step-000004" in point.skipped_reasons[0]
+    DAMAGE[message](folder / "step-000004")
+    source = resolve_checkpoint(folder, "latest")
+    assert source.step == 2
+    assert len(source.skipped_reasons) == 1
+    assert message in source.skipped_reasons[0]
+    assert "step-000004" in source.skipped_reasons[0]
     with pytest.raises(UserError, match=r"step-(00000)?4") as caught:
         resolve_checkpoint(folder, "step-4")
     assert "\n" not in str(caught.value)
@@ -343,10 +343,10 @@ def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, tm
     assert f"the weights are those after step {step - 1}" in group.error_lines[0]
     assert f"the rows are in not-finite-step-{step}-rank-*.npz" in group.error_lines[0]
 
-    point = resolve_checkpoint(out / "checkpoints", "latest")
-    assert point.step == step - 1
+    source = resolve_checkpoint(out / "checkpoints", "latest")
+    assert source.step == step - 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    load_weights(point, model)
+    load_weights(source, model)
     lengths = {}
     for rank in range(2):
         dump = {

@@ -120,7 +120,7 @@ FAULTS = {
     "fault", ["cable cut", *(pytest.param(f, marks=pytest.mark.sweep) for f in list(FAULTS) if f != "cable cut")]
 )
 def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, rate, flags, data_files, hosts, tmp_path):
-    inject, words = FAULTS[fault]
+    inject, command_line = FAULTS[fault]
     out = tmp_path / "run"
     argv = [*flags, "--data", data_files[0], "--output-dir", str(out), "--hang-timeout", "8", "--resume", "auto"]
     if rate:
@@ -145,7 +145,7 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, rate, flags, d
         os.kill(run.pid(2), signal.SIGKILL)
         run.processes[2].join(10)
     assert run.processes[2].exitcode not in (0, None)
-    lines = [line for line in run.error_lines() if words in line]
+    lines = [line for line in run.error_lines() if command_line in line]
     assert len(lines) == 1, run.output()
     assert fault == "rank killed" or lines[0] in run.output(0), "the lowest rank says it, or who first lost the other"
     assert resolve_checkpoint(out / "checkpoints", "latest").find_damage() is None

@@ -140,27 +140,30 @@ def kill_at_every_line(folder: Path) -> int:
 
 def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_path):
     assert run_on_ranks(1, kill_at_every_line, tmp_path, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    taken = []
+    steps_in_force = []
     for line in range(1, len(list(tmp_path.glob("[0-9]*"))) + 1):
-        point = resolve_checkpoint(tmp_path / str(line), "latest")  # its checksums are verified
+        source = resolve_checkpoint(tmp_path / str(line), "latest")  # its checksums are verified
         assert torch.equal(
-            point.tensor_reader(torch.device("cpu"))("weight/w"), torch.full((3, 5), float(point.step))
+            source.tensor_reader(torch.device("cpu"))("weight/w"), torch.full((3, 5), float(source.step))
         ), line
-        assert not point.skipped_reasons, "nothing half-written bears the name of a checkpoint"
-        taken.append(point.step)
-        delete_checkpoints_after(tmp_path / str(line), point.step)  # what a resume does first
+        assert not source.skipped_reasons, "nothing half-written bears the name of a checkpoint"
+        steps_in_force.append(source.step)
+        delete_checkpoints_after(tmp_path / str(line), source.step)  # what a resume does first
         assert not [path.name for path in (tmp_path / str(line)).iterdir() if path.name.startswith(".")], line
-    assert len(taken) > 60
-    assert taken == sorted(taken), "the new one is in force from one moment on"
-    assert (taken[0], taken[-1]) == (2, 3)
-    print(f"{len(taken) - 1} kills in a save: {taken.count(2)} left the old checkpoint in force, the rest the new one")
+    assert len(steps_in_force) > 60
+    assert steps_in_force == sorted(steps_in_force), "the new one is in force from one moment on"
+    assert (steps_in_force[0], steps_in_force[-1]) == (2, 3)
+    num_old = steps_in_force.count(2)
+    print(
+        f"{len(steps_in_force) - 1} kills in a save: {num_old} left the old checkpoint in force, the rest the new one"
+    )
 
 
 # --- a rank, all ranks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("who", "module", "name", "number"),
+    ("rank", "module", "name", "number"),
     [
         (0, "trainer.distributed.engine", "Engine.forward_backward", MID_ACCUMULATION_CALL),
         pytest.param(1, "trainer.distributed.engine", "Engine.step", 5, marks=pytest.mark.sweep),
@@ -171,15 +174,17 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
         (0, "trainer.export.run_export", "export_folder", 1),
     ],
 )  # fmt: skip
-def test_a_killed_rank_ends_the_run_and_loses_nothing(who, module, name, number, argv, uninterrupted_records, tmp_path):
+def test_a_killed_rank_ends_the_run_and_loses_nothing(
+    rank, module, name, number, argv, uninterrupted_records, tmp_path
+):
     out = tmp_path / "run"
-    fault = partial(inject_at_call, target_rank=who, module=module, name=name, call_number=number)
+    fault = partial(inject_at_call, target_rank=rank, module=module, name=name, call_number=number)
     group = RankProcesses(argv, out=out, fault=fault)
     codes = group.wait()
-    assert codes[who] == -signal.SIGKILL, group.output
-    assert codes[1 - who] == 1
+    assert codes[rank] == -signal.SIGKILL, group.output
+    assert codes[1 - rank] == 1
     assert len(group.error_lines) == 1, group.output
-    assert f"rank {who} of this run ended without a word" in group.error_lines[0]
+    assert f"rank {rank} of this run ended without a word" in group.error_lines[0]
     assert not find_processes(str(out)), "nothing stays running"
     assert_resumes(argv, out, uninterrupted_records)
 
@@ -301,8 +306,10 @@ def test_a_signal_under_the_deepspeed_launcher_saves_first(number, whom, codes, 
 def last_rank_pid(out: Path) -> int:
     """Process id of the last rank that the `deepspeed` command started into `out`."""
     command_lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in find_processes(str(out))}
-    (found,) = [pid for pid, line in command_lines.items() if "--local_rank=1" in line and "launcher" not in line]
-    return found
+    (pid_of_last_rank,) = [
+        pid for pid, line in command_lines.items() if "--local_rank=1" in line and "launcher" not in line
+    ]
+    return pid_of_last_rank
 
 
 @contextlib.contextmanager
@@ -390,8 +397,8 @@ def test_a_stopped_run_killed_before_it_amends_its_checkpoint_repeats_no_record(
         name="Engine.forward_backward", call_number=MID_ACCUMULATION_CALL,
                    action=partial(kill_self, signal.SIGTERM))  # fmt: skip
     assert RankProcesses(argv, out=out, fault=stop).wait() == [143, 143]
-    about = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())
-    assert about["progress"]["eval_pending"], "step 3 has an evaluation due"
+    state = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert state["progress"]["eval_pending"], "step 3 has an evaluation due"
     assert record_names_at_step(out, 3) == ["step", "interrupted"]
     kill = partial(
         inject_at_call,

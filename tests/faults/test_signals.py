@@ -160,35 +160,35 @@ def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, tmp
 # --- ranks that hang or fail alone -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.sweep), 1])
-def test_a_rank_that_hangs_is_named(who, argv, tmp_path):
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.sweep), 1])
+def test_a_rank_that_hangs_is_named(rank, argv, tmp_path):
     out = tmp_path / "run"
-    hang = partial(inject_at_call, target_rank=who, module="trainer.distributed.engine",
+    hang = partial(inject_at_call, target_rank=rank, module="trainer.distributed.engine",
         name="Engine.forward_backward", call_number=4,
                    action=partial(time.sleep, 300))  # fmt: skip
     group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3, fault=hang)
     assert group.wait() == [1, 1, 1]
-    others = "1, 2" if who == 0 else "0, 2"
+    others = "1, 2" if rank == 0 else "0, 2"
     assert len(group.error_lines) == 1, group.output
-    assert f"no rank has moved for 6 s (--hang-timeout): rank {who} hangs at engine.py:" in group.error_lines[0]
+    assert f"no rank has moved for 6 s (--hang-timeout): rank {rank} hangs at engine.py:" in group.error_lines[0]
     assert re.search(rf"ranks {others} waiting at (engine|steppers)\.py:", group.error_lines[0])
     assert list_checkpoints(out) == ["step-000002"]
 
 
-@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.sweep)])
-def test_a_frozen_rank_is_named(who, argv, tmp_path):
+@pytest.mark.parametrize("target_rank", [0, pytest.param(1, marks=pytest.mark.sweep)])
+def test_a_frozen_rank_is_named(target_rank, argv, tmp_path):
     """Nothing of it runs any more, its watching threads included."""
     out = tmp_path / "run"
     group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3)
     group.wait_until(lambda: last_logged_step(out) >= 1)
-    group.send_signal(signal.SIGSTOP, who)
-    others = [process for rank, process in enumerate(group.processes) if rank != who]
+    group.send_signal(signal.SIGSTOP, target_rank)
+    others = [process for rank, process in enumerate(group.processes) if rank != target_rank]
     for process in others:
         process.join(60)
     assert [process.exitcode for process in others] == [1, 1], group.output
     assert len(group.error_lines) == 1, group.output
-    assert f"rank {who} does not answer" in group.error_lines[0]
-    group.send_signal(signal.SIGKILL, who)
+    assert f"rank {target_rank} does not answer" in group.error_lines[0]
+    group.send_signal(signal.SIGKILL, target_rank)
     group.wait()
 
 
@@ -212,7 +212,7 @@ def raise_failure(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("who", "kind"),
+    ("rank", "kind"),
     [
         (0, "failure"),
         (1, "bug"),
@@ -220,9 +220,9 @@ def raise_failure(kind: str) -> None:
         pytest.param(0, "bug", marks=pytest.mark.sweep),
     ],
 )
-def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(who, kind, argv, tmp_path):
+def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(rank, kind, argv, tmp_path):
     out = tmp_path / "run"
-    fault = partial(inject_at_call, target_rank=who, module="trainer.distributed.engine",
+    fault = partial(inject_at_call, target_rank=rank, module="trainer.distributed.engine",
         name="Engine.forward_backward", call_number=4,
                     action=partial(raise_failure, kind))  # fmt: skip
     group = RankProcesses(argv, out=out, world_size=3, fault=fault)

@@ -67,9 +67,9 @@ def runs(tiny_model, data_files, tmp_path) -> Iterator[Runs]:
             process.kill()
 
 
-def assert_one_line(lines: list[str], *words: str) -> None:
+def assert_one_line(lines: list[str], *fragments: str) -> None:
     (line,) = lines
-    assert all(word in line for word in words), line
+    assert all(word in line for word in fragments), line
 
 
 @pytest.mark.slow

@@ -182,9 +182,9 @@ class Hosts:
             run_tool(*enter, "del", "dev", "eth0", "root", check=False)
             if megabits_per_second is not None:
                 bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", "64kb", "latency", "400ms"]
-                done = run_tool(*enter, "add", "dev", "eth0", "root", *bucket, check=False)
-                if done.returncode:
-                    pytest.skip(f"links cannot be shaped here: {done.stderr.strip()}")
+                process = run_tool(*enter, "add", "dev", "eth0", "root", *bucket, check=False)
+                if process.returncode:
+                    pytest.skip(f"links cannot be shaped here: {process.stderr.strip()}")
 
     def close(self) -> None:
         """End what was started here, and nothing else."""

@@ -55,5 +55,5 @@ def tiny_argv(model: str, data_files: tuple[str, str], text: str, *flags: str) -
 
     The preset is `demo`, whose rates a tiny model learns at, where `text` names no other.
     """
-    words = ["--preset", "demo", "--model", model, "--data", data_files[0], "--val-data", data_files[1], *text.split()]
-    return [*words, *TEMPLATE_FLAGS, *flags]
+    argv = ["--preset", "demo", "--model", model, "--data", data_files[0], "--val-data", data_files[1], *text.split()]
+    return [*argv, *TEMPLATE_FLAGS, *flags]

@@ -48,8 +48,8 @@ def test_what_is_too_long_or_takes_too_many_parameters_is_noticed(tmp_path, monk
     (tmp_path / "a.py").write_text(source)
     (tmp_path / "b.py").write_text("\n" * 301)
     (tmp_path / "c.py").write_text('"""Data.\n\nLong: a table.\n"""\n' + "\n" * 301)
-    found = [list(find_offenders(tmp_path / name)) for name in ("a.py", "b.py", "c.py")]
-    assert found == [["a.py: f", "a.py: g"], ["b.py"], []]
+    actual = [list(find_offenders(tmp_path / name)) for name in ("a.py", "b.py", "c.py")]
+    assert actual == [["a.py: f", "a.py: g"], ["b.py"], []]
 
 
 def test_no_two_test_files_have_one_name():

@@ -143,13 +143,13 @@ def test_a_torch_free_package_loads_without_torch(room):
     """A report is made, and a mistake is found, on a machine that has none of the heavy packages."""
     heavy = ("torch", "transformers", "deepspeed", "peft", "datasets", "wandb", "matplotlib", "safetensors")
     line = f"import sys, trainer.{room}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    process = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.stdout.strip() == "[]", process.stdout + process.stderr
 
 
 def test_launch_scripts_load_nothing_heavy_before_parsing_flags():
     """So that --help answers at once, and libraries are silenced before they are imported."""
     for name in ("train", "compare", "export", "generate", "bench", "doctor", "gpu_acceptance", "study"):
         line = f"import sys; sys.path.insert(0, 'launch'); import {name}; print('torch' in sys.modules)"
-        done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.stdout.strip() == "False", done.stdout + done.stderr
+        process = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert process.stdout.strip() == "False", process.stdout + process.stderr

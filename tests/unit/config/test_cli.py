@@ -116,14 +116,14 @@ def test_a_flag_with_the_presets_own_value_still_counts_as_overridden():
     assert request.settings.train.lr == lr, "and the mode does not change it"
 
 
-@pytest.mark.parametrize(("words", "expected"), [([], None), (["--resume"], "latest"), (["--resume", "auto"], "auto")])
-def test_resume_takes_a_checkpoint_or_the_newest(words, expected):
-    assert cli.parse_args(["--mode", "full", *words]).resume == expected
+@pytest.mark.parametrize(("argv", "expected"), [([], None), (["--resume"], "latest"), (["--resume", "auto"], "auto")])
+def test_resume_takes_a_checkpoint_or_the_newest(argv, expected):
+    assert cli.parse_args(["--mode", "full", *argv]).resume == expected
 
 
 def test_allowed_changes_may_be_joined_repeated_and_written_as_flags():
-    words = ["--allow-change", "lr,global-batch", "--allow-change", "max_steps"]
-    assert cli.parse_args(["--mode", "full", "--resume", *words]).allow_change == ("lr", "global_batch", "max_steps")
+    argv = ["--allow-change", "lr,global-batch", "--allow-change", "max_steps"]
+    assert cli.parse_args(["--mode", "full", "--resume", *argv]).allow_change == ("lr", "global_batch", "max_steps")
 
 
 def test_the_launchers_rank_is_accepted_and_changes_nothing():
@@ -132,7 +132,7 @@ def test_the_launchers_rank_is_accepted_and_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("argv", "message"),
     [
         ([], "--mode"),
         (["--mode", "qlora"], "qlora"),
@@ -146,10 +146,10 @@ def test_the_launchers_rank_is_accepted_and_changes_nothing():
         (["--mode", "full", "stray"], "stray"),
     ],
 )
-def test_a_mistake_in_the_flags_is_one_line_that_names_it(words, said):
+def test_a_mistake_in_the_flags_is_one_line_that_names_it(argv, message):
     with pytest.raises(UserError) as caught:
-        cli.parse_args(words)
-    assert said in str(caught.value)
+        cli.parse_args(argv)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -189,8 +189,8 @@ def test_any_other_model_gets_rates_of_its_own_and_a_line_that_calls_them_a_gues
     block_note, lr_note = preset_notes(full)
     assert block_note.endswith("from the lengths of the data; --block-size sets another")
     assert lr_note.startswith("learning rate 2e-05: a guess from the literature; the same command with --find-lr")
-    given = ["--mode", "full", "--model", "org/m", "--lr", "1e-4", "--block-size", "64"]
-    assert preset_notes(cli.parse_args(given).settings) == []
+    flags = ["--mode", "full", "--model", "org/m", "--lr", "1e-4", "--block-size", "64"]
+    assert preset_notes(cli.parse_args(flags).settings) == []
     assert preset_notes(cli.parse_args(["--mode", "full"]).settings) == []
     (note,) = preset_notes(cli.parse_args(["--mode", "full", "--preset", "demo", "--model", "org/m"]).settings)
     assert "of --preset demo, made for demo-base" in note

@@ -30,9 +30,9 @@ quant-double: false
 max-steps:
 """,
     )
-    given = "--mode lora --lr 1e-4 --global-batch 16 --prompt {a} --completion {b}"
-    given += " --lora-target-modules c_attn,c_fc --no-shuffle"
-    assert cli.parse_args(["--config", path]) == cli.parse_args(given.split())
+    flags = "--mode lora --lr 1e-4 --global-batch 16 --prompt {a} --completion {b}"
+    flags += " --lora-target-modules c_attn,c_fc --no-shuffle"
+    assert cli.parse_args(["--config", path]) == cli.parse_args(flags.split())
 
 
 def test_flags_win_over_the_file_wherever_they_stand(tmp_path):

@@ -15,7 +15,7 @@ LAUNCH = Path(__file__).parents[3] / "launch"
 
 
 @pytest.mark.parametrize(
-    ("words", "answer"),
+    ("argv", "answer"),
     [
         ("--learning_rate 1e-4", "--learning_rate 1e-4: did you mean --lr 1e-4?"),
         ("--learning-rate=1e-4", "--learning-rate 1e-4: did you mean --lr 1e-4?"),
@@ -45,9 +45,9 @@ LAUNCH = Path(__file__).parents[3] / "launch"
         ("--ways lora", "--ways lora: unknown flag"),  # --methods is study.py's
     ],
 )
-def test_an_unknown_flag_is_answered_with_ours_and_its_value(words, answer):
+def test_an_unknown_flag_is_answered_with_ours_and_its_value(argv, answer):
     with pytest.raises(UserError) as caught:
-        cli.parse_args(["--mode", "full", *words.split(" ")])
+        cli.parse_args(["--mode", "full", *argv.split(" ")])
     assert answer in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -89,7 +89,7 @@ def test_the_common_flags_of_transformers_and_peft_are_answered():
 
 
 @pytest.mark.parametrize(
-    ("program", "words", "answer"),
+    ("program", "argv", "answer"),
     [
         ("train", "--mode full --learning_rate 1e-4", "--learning_rate 1e-4: did you mean --lr 1e-4?"),
         ("study", "--ways lora", "--ways lora: did you mean --methods lora?"),
@@ -100,9 +100,9 @@ def test_the_common_flags_of_transformers_and_peft_are_answered():
         ("bench", "--compile on", "did you mean --execution compile?"),
     ],
 )
-def test_every_program_answers_in_one_line_with_exit_code_2(program, words, answer):
-    command = [sys.executable, str(LAUNCH / f"{program}.py"), *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=LAUNCH.parent)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert answer in done.stderr
+def test_every_program_answers_in_one_line_with_exit_code_2(program, argv, answer):
+    command = [sys.executable, str(LAUNCH / f"{program}.py"), *argv.split()]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=LAUNCH.parent)
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1
+    assert answer in process.stderr

@@ -53,11 +53,11 @@ def test_lora_defaults_are_rank_8_alpha_16_without_dropout_on_every_layer():
 
 
 def test_overrides_win_over_the_preset_and_leave_the_rest():
-    base, given = (
+    base, overridden = (
         flatten_settings(resolve("full", "card", {})),
         flatten_settings(resolve("full", "card", {"train": {"seed": 7}})),
     )
-    assert {name for name in base if base[name] != given[name]} == {"train.seed"}
+    assert {name for name in base if base[name] != overridden[name]} == {"train.seed"}
 
 
 def test_settings_are_frozen():
@@ -93,7 +93,7 @@ def test_a_batch_config_prints_as_a_product():
 
 
 @pytest.mark.parametrize(
-    ("given", "ranks", "said"),
+    ("sizes", "ranks", "message"),
     [
         ({}, 3, ("2 examples / 3 ranks is not whole", "use 2 ranks", "--global-batch 3")),
         ({}, 8, ("2 examples / 8 ranks is not whole", "use 2 ranks", "--global-batch 8")),
@@ -102,10 +102,10 @@ def test_a_batch_config_prints_as_a_product():
         ({"global_batch": 8, "micro_batch": 8}, 2, ("8 is not micro-batch 8 x 2 ranks", "one pass is 16")),
     ],
 )
-def test_an_indivisible_global_batch_is_an_error_with_the_product_and_the_remedy(given, ranks, said):
+def test_an_indivisible_global_batch_is_an_error_with_the_product_and_the_remedy(sizes, ranks, message):
     with pytest.raises(UserError) as caught:
-        resolve("full", "card", {"train": given}).train.batch(ranks)
-    for part in said:
+        resolve("full", "card", {"train": sizes}).train.batch(ranks)
+    for part in message:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -217,9 +217,9 @@ def test_an_unknown_mode_or_preset_is_refused_with_the_choices():
     ],
 )
 def test_a_run_is_named_by_mode_and_data_and_lies_under_runs(data, expected):
-    wanted = resolve("lora", "demo", {"data": {"data": data}})
-    assert wanted.run_name == expected
-    assert wanted.run_folder == f"runs/{expected}"
+    settings = resolve("lora", "demo", {"data": {"data": data}})
+    assert settings.run_name == expected
+    assert settings.run_folder == f"runs/{expected}"
 
 
 def test_an_explicit_run_name_and_output_dir_are_used():
@@ -232,9 +232,9 @@ def test_an_explicit_run_name_and_output_dir_are_used():
 
 @pytest.mark.parametrize("mode", choices.MODES)
 def test_settings_come_back_from_json_as_they_were(mode):
-    given = {"lora": {"target_modules": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"shuffle": False}}
-    wanted = resolve(mode, "card", given, ("--lr", "--no-shuffle"))
-    assert Settings.from_dict(json.loads(json.dumps(wanted.as_dict()))) == wanted
+    overrides = {"lora": {"target_modules": ("c_attn", "c_fc")}, "train": {"lr": 1 / 3}, "data": {"shuffle": False}}
+    settings = resolve(mode, "card", overrides, ("--lr", "--no-shuffle"))
+    assert Settings.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
 
 
 def test_flags_on_resume_override_those_of_the_run():

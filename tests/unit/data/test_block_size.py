@@ -37,5 +37,5 @@ def test_the_finetune_preset_takes_its_block_size_from_the_data_and_a_flag_overr
     chosen = prepare(settings.data, **options)
     assert chosen.metadata["block_size"] == 256
     assert int(chosen.train.lengths().max()) == 151
-    given = cli.parse_args([*flags.split(), "--block-size", "151"]).settings.data
-    assert prepare(given, **options).metadata["block_size"] == 151
+    argv_text = cli.parse_args([*flags.split(), "--block-size", "151"]).settings.data
+    assert prepare(argv_text, **options).metadata["block_size"] == 151

@@ -45,8 +45,8 @@ DIGEST = "7b67b1dd0070688bc0d38305ccbca638080481c57559568a5ee6569fe700171d"
 
 
 def test_the_same_seed_gives_the_same_demo_data_on_every_platform_and_version() -> None:
-    found = json.dumps(list(events(50, seed=1)), ensure_ascii=True)
-    assert hashlib.sha256(found.encode()).hexdigest() == DIGEST
+    text = json.dumps(list(events(50, seed=1)), ensure_ascii=True)
+    assert hashlib.sha256(text.encode()).hexdigest() == DIGEST
 
 
 def test_a_shorter_demo_data_set_is_a_prefix_of_a_longer_one_and_seeds_differ() -> None:

@@ -177,5 +177,5 @@ def test_token_ids_must_be_whole_numbers(ids):
 def test_importing_the_data_package_loads_nothing_heavy():
     heavy = ["torch", "datasets", "transformers", "tokenizers", "pandas", "pyarrow", "huggingface_hub"]
     code = f"import sys, trainer.data; print([name for name in {heavy!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert process.stdout.strip() == "[]"

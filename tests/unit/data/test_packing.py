@@ -55,16 +55,16 @@ def test_a_packed_micro_batch_holds_the_tokens_labels_and_positions_of_its_examp
     batch = collate(dataset, indices, 0, 0, WIDTH)
     assert len(batch.input_ids) == 3
     assert batch.tokens == 107
-    found = []
+    actual = []
     for ids, labels, positions in zip(batch.input_ids, batch.labels, batch.position_ids, strict=True):
         starts = [*np.flatnonzero(positions == 0), len(ids)]
         for start, end in itertools.pairwise(starts):
             assert positions[start:end].tolist() == list(range(end - start))
             assert labels[start] == IGNORE_INDEX  # the example before it would predict it
-            found.append((ids[start:end].tolist(), (labels[start:end] != IGNORE_INDEX).tolist()))
+            actual.append((ids[start:end].tolist(), (labels[start:end] != IGNORE_INDEX).tolist()))
     expected = [(dataset.row(i).tolist(), dataset.is_target(i).tolist()) for i in indices]
-    padding = [piece for piece in found if piece not in expected]
-    assert sorted(piece for piece in found if piece in expected) == sorted(expected)
+    padding = [piece for piece in actual if piece not in expected]
+    assert sorted(piece for piece in actual if piece in expected) == sorted(expected)
     assert all(not any(is_target) for _, is_target in padding)
 
 

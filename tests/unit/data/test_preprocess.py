@@ -75,13 +75,13 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
 
 def test_a_completion_row_counts_the_completion_and_its_end_only(tmp_path, prepare_file, tokenizer):
     rows = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), objective="completion", **TEMPLATES).train
-    kept = [pair for pair in PAIRS if split_of(f"{pair['mr']}:", 0.1) == "train"]
-    assert len(rows) == len(kept)
-    for i, pair in enumerate(kept):
+    pairs = [pair for pair in PAIRS if split_of(f"{pair['mr']}:", 0.1) == "train"]
+    assert len(rows) == len(pairs)
+    for i, pair in enumerate(pairs):
         before, after = tokenizer(f"{pair['mr']}:")["input_ids"], tokenizer(f" {pair['ref']}")["input_ids"]
         assert rows.row(i).tolist() == [*before, *after, EOS_ID]
         assert rows.first_target[i] == len(before)
-    assert rows.num_target_tokens().sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in kept)
+    assert rows.num_target_tokens().sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in pairs)
 
 
 def test_without_a_prompt_the_first_token_is_no_target(tmp_path, prepare_file):
@@ -114,8 +114,8 @@ def test_every_format_gives_the_same_tokens(tmp_path, prepare_file, objective):
         ),
     ]
     facts = [prepare_file(file, objective=objective, block_size=200).metadata for file in files]
-    assert len({one["fingerprint"] for one in facts}) == 1
-    assert {one["form"] for one in facts} == {"acled"}
+    assert len({fact["fingerprint"] for fact in facts}) == 1
+    assert {fact["form"] for fact in facts} == {"acled"}
     other = prepare_file(samples.write_csv(tmp_path / "b.csv", samples.EVENTS[1:]), objective=objective, block_size=200)
     assert other.metadata["fingerprint"] != facts[0]["fingerprint"]
 

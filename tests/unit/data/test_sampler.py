@@ -95,15 +95,15 @@ def test_the_ranks_share_out_every_step_exactly(n, ranks, micro, accumulation):
         in_order = [shares[rank][j] for j in range(accumulation) for rank in range(ranks)]
         step_rows = [
             ids[labels != IGNORE_INDEX].tolist()
-            for one in in_order
-            for ids, labels in zip(one.input_ids, one.labels, strict=True)
+            for actual in in_order
+            for ids, labels in zip(actual.input_ids, actual.labels, strict=True)
         ]
         step_rows = [row for row in step_rows if row]
         seen += step_rows
         examples, tokens, counted = step_counts(rows, order, step, 6)
         assert examples == len(step_rows)
-        assert tokens == sum(one.tokens for one in in_order)
-        assert counted == sum(int((one.labels != IGNORE_INDEX).sum()) for one in in_order)
+        assert tokens == sum(actual.tokens for actual in in_order)
+        assert counted == sum(int((actual.labels != IGNORE_INDEX).sum()) for actual in in_order)
     # the global batch is the same list of rows in the same order, however it is cut
     assert seen == [rows.row(i)[1:].tolist() for i in order]
 
@@ -120,23 +120,25 @@ def test_an_empty_micro_batch_is_one_masked_row():
 
 def test_padding_is_masked_by_position_and_the_end_of_text_token_counts():
     rows = make_dataset([5, 3], first=[2, 1])
-    one = step_batches(
+    trial = step_batches(
         rows, np.arange(2), 0, BatchConfig(micro_batch_size=2, gradient_accumulation_steps=1, world_size=1), 0, EOS
     )[0]
-    assert one.input_ids.tolist() == [[10, 11, 12, 13, EOS], [15, 16, EOS, EOS, EOS]]
-    assert one.labels.tolist() == [
+    assert trial.input_ids.tolist() == [[10, 11, 12, 13, EOS], [15, 16, EOS, EOS, EOS]]
+    assert trial.labels.tolist() == [
         [IGNORE_INDEX, IGNORE_INDEX, 12, 13, EOS],
         [IGNORE_INDEX, 16, EOS, IGNORE_INDEX, IGNORE_INDEX],  # the same token counts at position 2 and not behind it
     ]
-    assert one.input_ids.dtype == one.labels.dtype == np.int64
-    assert one.tokens == 8
+    assert trial.input_ids.dtype == trial.labels.dtype == np.int64
+    assert trial.tokens == 8
 
 
 def test_the_index_of_a_micro_batch_is_the_position_of_its_first_row_in_the_epoch():
     rows = make_dataset([3] * 10)
     batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=2, world_size=2)
-    found = [one.index for rank in (0, 1) for one in step_batches(rows, np.arange(10), 1, batch, rank, EOS)]
-    assert found == [4, 6, 5, 7]
+    actual = [
+        micro_batch.index for rank in (0, 1) for micro_batch in step_batches(rows, np.arange(10), 1, batch, rank, EOS)
+    ]
+    assert actual == [4, 6, 5, 7]
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -145,12 +147,12 @@ def test_train_batches_draw_every_step_of_every_epoch_in_the_sampler_s_order(ran
     dataset = make_dataset([2 + i % 7 for i in range(11)])
     batch = BatchConfig(micro_batch_size=1, gradient_accumulation_steps=2, world_size=2)
     batches = TrainBatches(dataset=dataset, batch_config=batch, seed=1, rank=rank, shuffle=True, by_length=by_length)
-    drawn = list(batches(0, 7))  # two epochs of three steps, the last of each with three examples, and a step more
-    assert [(b.step, b.epoch, b.step_in_epoch) for b in drawn] == [(step, step // 3, step % 3) for step in range(7)]
+    steps = list(batches(0, 7))  # two epochs of three steps, the last of each with three examples, and a step more
+    assert [(b.step, b.epoch, b.step_in_epoch) for b in steps] == [(step, step // 3, step % 3) for step in range(7)]
     for epoch in (0, 1):
         order = make_order(dataset, epoch=epoch, group_by_length=by_length)
-        assert [i for b in drawn if b.epoch == epoch for i in b.example_ids] == order.tolist()
-        for b in drawn[3 * epoch : 3 * epoch + 3]:
+        assert [i for b in steps if b.epoch == epoch for i in b.example_ids] == order.tolist()
+        for b in steps[3 * epoch : 3 * epoch + 3]:
             expected = step_batches(dataset, order, b.step_in_epoch, batch, rank, PAD_ID)
             assert [(m.input_ids.tolist(), m.labels.tolist(), m.index) for m in b.micro_batches] == [
                 (m.input_ids.tolist(), m.labels.tolist(), m.index) for m in expected
@@ -158,7 +160,7 @@ def test_train_batches_draw_every_step_of_every_epoch_in_the_sampler_s_order(ran
             counts = step_counts(dataset, order, b.step_in_epoch, 4)
             assert (len(b.example_ids), b.num_tokens, b.num_target_tokens) == counts
     resumed = next(iter(batches(5, 6)))  # drawn backwards in the same object, and without what came before it
-    assert resumed.example_ids == drawn[5].example_ids
+    assert resumed.example_ids == steps[5].example_ids
     assert batches.wait_seconds > 0
 
 
@@ -171,8 +173,8 @@ def test_evaluation_sees_every_row_once_and_every_rank_does_as_many_forwards(ran
     seen = sorted(
         ids[labels != IGNORE_INDEX].tolist()
         for share in shares
-        for one in share
-        for ids, labels in zip(one.input_ids, one.labels, strict=True)
+        for actual in share
+        for ids, labels in zip(actual.input_ids, actual.labels, strict=True)
         if (labels != IGNORE_INDEX).any()
     )
     assert seen == sorted(rows.row(i)[1:].tolist() for i in range(11))

@@ -30,12 +30,12 @@ def test_a_folder_with_splits_takes_each_file_for_what_it_is_named(tmp_path, nam
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         samples.write_csv(tmp_path / name, [{"text": name}])
-    found = find_splits(tmp_path)
-    assert [[row["text"] for _, _, row in readers.records(found[split])] for split in ("train", "val", "test")] == [
+    splits = find_splits(tmp_path)
+    assert [[row["text"] for _, _, row in readers.records(splits[split])] for split in ("train", "val", "test")] == [
         [name] for name in names
     ]
-    found = find_splits(tmp_path / "**" / "*.csv")
-    assert [len(found[split].files) for split in ("train", "val", "test")] == [1, 1, 1]
+    splits = find_splits(tmp_path / "**" / "*.csv")
+    assert [len(splits[split].files) for split in ("train", "val", "test")] == [1, 1, 1]
 
 
 def test_a_test_file_is_never_trained_on(refusal_message, tmp_path):
@@ -43,18 +43,18 @@ def test_a_test_file_is_never_trained_on(refusal_message, tmp_path):
     samples.write_csv(tmp_path / "folder" / "test.csv", PAIRS)
     assert "--data folder: holds no split `train`, only test" in refusal_message("folder")
     samples.write_csv(tmp_path / "folder" / "contest_latest.csv", PAIRS)  # the word alone counts
-    found = find_splits(tmp_path / "folder")
-    assert [file.name for file in found["train"].files] == ["contest_latest.csv"]
-    assert [file.name for file in found["test"].files] == ["test.csv"]
+    splits = find_splits(tmp_path / "folder")
+    assert [file.name for file in splits["train"].files] == ["contest_latest.csv"]
+    assert [file.name for file in splits["test"].files] == ["test.csv"]
 
 
 def test_what_is_named_for_no_split_beside_a_training_file_is_left_out_with_a_notice(tmp_path):
     for name in ("train.csv", "extra.csv", "validation.csv"):
         samples.write_csv(tmp_path / name, [{"text": name}])
     other = samples.write_csv(tmp_path.parent / f"{tmp_path.name}-other.csv", [{"text": "other"}])
-    found = find_splits(tmp_path, val_data=str(other))
-    assert [source.files[0].name for source in found.values()] == ["train.csv", other.name]
-    assert found["train"].notices == (
+    splits = find_splits(tmp_path, val_data=str(other))
+    assert [source.files[0].name for source in splits.values()] == ["train.csv", other.name]
+    assert splits["train"].notices == (
         f"{tmp_path}: extra.csv left out: named for no split",
         f"{tmp_path}: validation.csv left out: a validation split",
     )
@@ -79,8 +79,8 @@ def test_folders_of_save_to_disk_and_arrow_files_are_read(tmp_path):
         writer.write_table(table)
     assert samples.read_records(tmp_path / "file.arrow") == PAIRS
     datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(str(tmp_path / "two"))
-    found = find_splits(tmp_path / "two")
-    assert {split: len(list(readers.records(source))) for split, source in found.items()} == {"train": 40, "test": 1}
+    splits = find_splits(tmp_path / "two")
+    assert {split: len(list(readers.records(source))) for split, source in splits.items()} == {"train": 40, "test": 1}
     (tmp_path / "broken.arrow").write_bytes(b"no arrow")
     with pytest.raises(UserError, match=r"broken\.arrow: not a whole Arrow file"):
         samples.read_records(tmp_path / "broken.arrow")

@@ -92,9 +92,11 @@ def test_encoding_is_the_tokenizers_own_without_special_tokens_padding_or_trunca
     tokenizer = load_tokenizer(str(tokenizer_dir))
     texts = ["On 5 January", "", " é\n", "x" * 3000]
     tokenizer(texts[:1], padding="max_length", truncation=True, max_length=2)  # settings that stay behind in it
-    found = encode(tokenizer, texts)
-    assert [ids.tolist() for ids in found] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert all(ids.dtype == np.uint32 for ids in found)
+    encoded = encode(tokenizer, texts)
+    assert [ids.tolist() for ids in encoded] == [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts
+    ]
+    assert all(ids.dtype == np.uint32 for ids in encoded)
 
 
 def test_a_long_text_encoded_in_pieces_gives_the_same_ids(tokenizer_dir, monkeypatch):
@@ -105,9 +107,9 @@ def test_a_long_text_encoded_in_pieces_gives_the_same_ids(tokenizer_dir, monkeyp
     assert len(split_long(text)) > 10
     assert "".join(split_long(text)) == text
     short = "met in Town 7"
-    found = encode(loaded, [short, text, short])
-    assert found[1].tolist() == loaded(text)["input_ids"]
-    assert found[0].tolist() == found[2].tolist() == loaded(short)["input_ids"]
+    encoded = encode(loaded, [short, text, short])
+    assert encoded[1].tolist() == loaded(text)["input_ids"]
+    assert encoded[0].tolist() == encoded[2].tolist() == loaded(short)["input_ids"]
 
 
 def test_a_long_text_without_blanks_stays_whole(monkeypatch):

@@ -221,11 +221,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_processes_that_cannot_tell_their_place_are_refused_in_one_line(name):
-    environ, words = REFUSED[name]
+    environ, message = REFUSED[name]
     with pytest.raises(UserError) as refusal:
         read_launch_environment(environ)
     assert "\n" not in str(refusal.value)
-    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert all(word in str(refusal.value) for word in message), refusal.value
 
 
 @pytest.mark.parametrize(

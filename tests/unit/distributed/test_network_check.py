@@ -48,7 +48,7 @@ def test_a_slow_network_is_not_asked_for_more_and_one_host_not_at_all(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("counts", "stage", "words"),
+    ("counts", "stage", "message"),
     [
         # 4 bytes x 2 (n-1)/n of what is trained; stage 3: of 3 trained + 2 frozen, half of that
         (LORA, 1, "a step sends 0.41 MB, 4 ms; one of --mode full 7.66 MB, 77 ms"),
@@ -56,8 +56,8 @@ def test_a_slow_network_is_not_asked_for_more_and_one_host_not_at_all(monkeypatc
         (ParamCounts(frozen=0, trainable=1_915_360), 0, "the slowest link: a step sends 7.66 MB, 77 ms"),
     ],
 )
-def test_the_line_says_what_a_step_waits(counts: Any, stage: int, words: str):
+def test_the_line_says_what_a_step_waits(counts: Any, stage: int, message: str):
     speed = RingSpeed(source=0, target=1, bandwidth=1e8, latency_seconds=3e-4)
     line = describe_ring(speed, make_context(("a", "b")), counts, stage=stage)
     assert line.startswith("0.1 GB/s and 0.3 ms from a to b, the slowest link: ")
-    assert line.endswith(words)
+    assert line.endswith(message)

@@ -49,29 +49,29 @@ def test_the_rounding_of_a_dropout_probability_is_small_and_its_scale_is_exact()
 
 
 def test_dropout_masks_depend_on_the_seed_and_not_on_the_threads():
-    made, threads = [], torch.get_num_threads()
+    masks, threads = [], torch.get_num_threads()
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
             torch.manual_seed(5)
-            made += [sample_keep_mask(torch.Size([1000, 333]), 0.1)]
+            masks += [sample_keep_mask(torch.Size([1000, 333]), 0.1)]
         other = sample_keep_mask(torch.Size([1000, 333]), 0.1)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*made)
-    assert not torch.equal(made[0], other)
+    assert torch.equal(*masks)
+    assert not torch.equal(masks[0], other)
 
 
 def test_the_dropout_layer_scales_and_passes_gradients_through_the_same_mask():
-    layer, given = Dropout(0.25), torch.randn(50, 40, requires_grad=True)
-    made = layer(given)
-    made.backward(torch.ones_like(made))
-    stay = made != 0
+    layer, inputs = Dropout(0.25), torch.randn(50, 40, requires_grad=True)
+    output = layer(inputs)
+    output.backward(torch.ones_like(output))
+    stay = output != 0
     assert 0.15 < 1 - stay.double().mean() < 0.35
-    torch.testing.assert_close(made[stay], given[stay] * 4 / 3)
-    torch.testing.assert_close(given.grad, stay * (4 / 3))
+    torch.testing.assert_close(output[stay], inputs[stay] * 4 / 3)
+    torch.testing.assert_close(inputs.grad, stay * (4 / 3))
     layer.eval()
-    assert layer(given) is given
+    assert layer(inputs) is inputs
 
 
 def attention_by_definition(
@@ -96,21 +96,21 @@ def test_blockwise_attention_and_its_gradients_are_those_of_the_definition(monke
     torch.manual_seed(width)
     masks: list[torch.Tensor] = []
     monkeypatch.setattr(
-        cpu_attention, "sample_keep_mask", lambda *given: masks.append(sample_keep_mask(*given)) or masks[-1]
+        cpu_attention, "sample_keep_mask", lambda *inputs: masks.append(sample_keep_mask(*inputs)) or masks[-1]
     )
-    given = [torch.randn(2, width, 3, 16, requires_grad=True) for _ in range(3)]
-    heads = [one.transpose(1, 2) for one in given]  # as they come out of the layer before
+    inputs = [torch.randn(2, width, 3, 16, requires_grad=True) for _ in range(3)]
+    heads = [actual.transpose(1, 2) for actual in inputs]  # as they come out of the layer before
     by = torch.randn(2, 3, width, 16)
-    made = blockwise_attention(*heads, 0.25, probability)
-    found = torch.autograd.grad(made, given, by)
+    output = blockwise_attention(*heads, 0.25, probability)
+    grads = torch.autograd.grad(output, inputs, by)
     expected = attention_by_definition(*heads, 0.25, masks, probability)
     assert len(masks) == -(-width // BLOCK_SIZE)
-    torch.testing.assert_close(made.double(), expected, rtol=1e-5, atol=1e-6)
-    wanted = torch.autograd.grad(expected, given, by.double())
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    expected_grads = torch.autograd.grad(expected, inputs, by.double())
+    for actual, other in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-5)
     if not probability:
-        torch.testing.assert_close(made, functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.25))
+        torch.testing.assert_close(output, functional.scaled_dot_product_attention(*heads, is_causal=True, scale=0.25))
 
 
 def test_attention_in_bf16_is_nearly_as_exact_as_torchs_own_kernel_without_dropout(monkeypatch):
@@ -118,24 +118,26 @@ def test_attention_in_bf16_is_nearly_as_exact_as_torchs_own_kernel_without_dropo
     torch.manual_seed(0)
     masks: list[torch.Tensor] = []
     monkeypatch.setattr(
-        cpu_attention, "sample_keep_mask", lambda *given: masks.append(sample_keep_mask(*given)) or masks[-1]
+        cpu_attention, "sample_keep_mask", lambda *inputs: masks.append(sample_keep_mask(*inputs)) or masks[-1]
     )
-    given = [(3 * torch.randn(2, 3, 200, 32)).bfloat16().requires_grad_() for _ in range(3)]
+    inputs = [(3 * torch.randn(2, 3, 200, 32)).bfloat16().requires_grad_() for _ in range(3)]
     by = torch.randn(2, 3, 200, 32).bfloat16()
 
-    def errors(made: torch.Tensor, expected: torch.Tensor) -> list[float]:
-        ours, exact = torch.autograd.grad(made, given, by), torch.autograd.grad(expected, given, by.double())
-        pairs = zip((made, *ours), (expected, *exact), strict=True)
-        return [((one.double() - other).norm() / other.norm()).item() for one, other in pairs]
+    def errors(attention: torch.Tensor, expected: torch.Tensor) -> list[float]:
+        ours, exact = torch.autograd.grad(attention, inputs, by), torch.autograd.grad(expected, inputs, by.double())
+        pairs = zip((attention, *ours), (expected, *exact), strict=True)
+        return [((actual.double() - other).norm() / other.norm()).item() for actual, other in pairs]
 
     with torch.autocast("cpu", torch.bfloat16):
-        made = blockwise_attention(*given, 32**-0.5, 0.1)
-    assert made.dtype == torch.bfloat16
-    found = errors(made, attention_by_definition(*given, 32**-0.5, masks, 0.1))
-    torchs = functional.scaled_dot_product_attention(*given, is_causal=True)
+        attention = blockwise_attention(*inputs, 32**-0.5, 0.1)
+    assert attention.dtype == torch.bfloat16
+    own_errors = errors(attention, attention_by_definition(*inputs, 32**-0.5, masks, 0.1))
+    torchs = functional.scaled_dot_product_attention(*inputs, is_causal=True)
     whole = [torch.ones_like(mask) for mask in masks]
-    for one, other in zip(found, errors(torchs, attention_by_definition(*given, 32**-0.5, whole, 0.0)), strict=True):
-        assert one < 3 * other
+    for actual, other in zip(
+        own_errors, errors(torchs, attention_by_definition(*inputs, 32**-0.5, whole, 0.0)), strict=True
+    ):
+        assert actual < 3 * other
 
 
 @pytest.fixture
@@ -177,7 +179,7 @@ def test_every_dropout_of_a_model_is_replaced_and_its_mean_gradient_stays(causal
 def test_blockwise_attention_is_called_in_training_and_not_in_evaluation(causal, monkeypatch):
     calls = []
     honest = cpu_attention.blockwise_attention
-    monkeypatch.setattr(cpu_attention, "blockwise_attention", lambda *given: calls.append(given[-1]) or honest(*given))
+    monkeypatch.setattr(cpu_attention, "blockwise_attention", lambda *args: calls.append(args[-1]) or honest(*args))
     ids = torch.arange(60).view(2, 30)
     causal.eval()
     with torch.no_grad():
@@ -198,18 +200,18 @@ def test_activation_checkpointing_draws_the_same_dropout_masks(causal):
     install(causal, causal)
     once = compute_gradients(causal, 3)
     causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for one, other in zip(once, compute_gradients(causal, 3), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    for actual, other in zip(once, compute_gradients(causal, 3), strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-6, atol=1e-7)
 
 
 def test_the_dropout_of_adapters_is_replaced_too_and_what_is_saved_stays_as_it_was(causal, tmp_path):
     module = add_adapters(causal, LoraSettings(dropout=0.2), ["c_attn"])
-    names, told = set(module.state_dict()), causal.config.to_dict()
+    names, config_before = set(module.state_dict()), causal.config.to_dict()
     install(module, causal)
     assert {layer.p for layer in module.modules() if type(layer) is Dropout} == {0.1, 0.2}
     assert not [layer for layer in module.modules() if type(layer) is nn.Dropout]
     assert set(module.state_dict()) == names
-    assert causal.config.to_dict() == told
+    assert causal.config.to_dict() == config_before
     module.save_pretrained(tmp_path)
     causal.config.save_pretrained(tmp_path)
     assert cpu_attention.ATTENTION_NAME not in "".join(file.read_text() for file in tmp_path.glob("*.json"))

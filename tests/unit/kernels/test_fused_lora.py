@@ -69,10 +69,10 @@ def test_fused_lora_has_the_output_and_gradients_of_peft(bias, train_bias, learn
     x = torch.randn(2, 20, 64, dtype=torch.float64, requires_grad=learns)
     before = output_and_gradients(model, x)
     fused_lora.install(find_fusable_layers(model), model)
-    for one, other in zip(output_and_gradients(model, x), before, strict=True):
-        assert one.dtype == other.dtype
-        assert one.is_contiguous(), "fused AdamW takes gradients that lie as their weights do"
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for actual, other in zip(output_and_gradients(model, x), before, strict=True):
+        assert actual.dtype == other.dtype
+        assert actual.is_contiguous(), "fused AdamW takes gradients that lie as their weights do"
+        torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])
@@ -81,30 +81,30 @@ def test_fused_lora_under_autocast_is_as_near_to_float64_as_peft(is_gpu):
     weights from copies that are made once a forward; after an update, anew."""
     exact, model = make_adapted().double(), make_adapted()
     x = torch.randn(2, 20, 64, requires_grad=True)
-    wanted = output_and_gradients(exact, x.detach().double().requires_grad_())
+    expected_grads = output_and_gradients(exact, x.detach().double().requires_grad_())
 
     def errors() -> list[float]:
         with torch.autocast("cpu", torch.bfloat16), simulate_gpu(is_gpu):
-            made = output_and_gradients(model, x)
-        types.append([one.dtype for one in made])
+            output = output_and_gradients(model, x)
+        types.append([actual.dtype for actual in output])
         return [
-            float(((one.double() - other).norm() / other.norm()).detach())
-            for one, other in zip(made, wanted, strict=True)
+            float(((actual.double() - other).norm() / other.norm()).detach())
+            for actual, other in zip(output, expected_grads, strict=True)
         ]
 
     types: list[list[torch.dtype]] = []
     theirs = errors()
     fused_lora.install(find_fusable_layers(model), model)
-    for one, other in zip(errors(), theirs, strict=True):
-        assert one < 1.25 * other
+    for actual, other in zip(errors(), theirs, strict=True):
+        assert actual < 1.25 * other
     assert types[0] == types[1]
     for changed in (exact, model):
         with torch.no_grad():
             for parameter in (p for name, p in changed.named_parameters() if ".lora_" in name):
                 parameter.mul_(-2)
-    wanted = output_and_gradients(exact, x.detach().double().requires_grad_())
-    for one, other in zip(errors(), theirs, strict=True):
-        assert one < 2 * other
+    expected_grads = output_and_gradients(exact, x.detach().double().requires_grad_())
+    for actual, other in zip(errors(), theirs, strict=True):
+        assert actual < 2 * other
 
 
 def test_the_gpu_form_of_fused_lora_casts_all_small_weights_together():
@@ -122,14 +122,14 @@ def test_the_gpu_form_of_fused_lora_gives_the_same_numbers():
     model, x = make_adapted().double(), torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
     fused_lora.install(find_fusable_layers(model), model)
     before = output_and_gradients(model, x)
-    kept: list[tuple[int, ...]] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t)
+    shapes: list[tuple[int, ...]] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t)
     with simulate_gpu(), hooks:
         after = output_and_gradients(model, x)
-    assert (5, 3) in kept
-    assert (5, 4) not in kept
-    for one, other in zip(after, before, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert (5, 3) in shapes
+    assert (5, 4) not in shapes
+    for actual, other in zip(after, before, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
 def test_fused_lora_respects_disabled_and_merged_adapters(tiny_model):
@@ -141,12 +141,12 @@ def test_fused_lora_respects_disabled_and_merged_adapters(tiny_model):
     with torch.no_grad():
         with module.disable_adapter(), plain.disable_adapter():
             assert torch.equal(module(ids).logits, plain(ids).logits)
-        wanted = plain(ids).logits
-        torch.testing.assert_close(module(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        expected_output = plain(ids).logits
+        torch.testing.assert_close(module(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
         module.merge_adapter()
-        torch.testing.assert_close(module(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(module(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
         module.unmerge_adapter()
-        torch.testing.assert_close(merge_and_unload(module)(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(merge_and_unload(module)(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
 
 
 def fused_layer_names(module: nn.Module) -> set[str]:

@@ -92,12 +92,12 @@ def test_linear_cross_entropy_in_chunks_of_any_size_gives_the_full_loss_and_grad
     monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", positions * 4 * 97)
     if not whole_layer:
         causal.lm_head.weight.ds_id = 0
-    sums, found = compute_gradients(module, ids, labels)
+    sums, grads = compute_gradients(module, ids, labels)
     assert max(calls) <= positions, "never more logits at one time"
     assert sum(calls) == 3 * WIDTH * (1 if whole_layer else 2)
     torch.testing.assert_close(sums, whole, rtol=1e-6, atol=0)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # another order of float32 sums
+    for actual, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-5)  # another order of float32 sums
 
 
 def hugging_face_gradients(causal, ids, labels) -> list[torch.Tensor]:
@@ -119,12 +119,12 @@ def test_the_loss_gradients_are_those_of_hugging_faces_own_loss(causal, monkeypa
     ids[0, 3:9] = ids[1, 3:9] = 5  # a token that comes again and again
     module = CausalLMLoss(causal, None)
     expected = hugging_face_gradients(causal, ids, labels)
-    _, found = compute_gradients(module, ids, labels)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    _, grads = compute_gradients(module, ids, labels)
+    assert len(grads) == len(expected)
+    for actual, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-5, atol=1e-5)
     module(ids, labels)[0].backward()
-    for parameter, once in zip(module.parameters(), found, strict=True):
+    for parameter, once in zip(module.parameters(), grads, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * once, rtol=1e-6, atol=1e-6)
 
 
@@ -147,8 +147,8 @@ def test_linear_cross_entropy_in_chunks_in_bf16_is_as_close_as_the_full_loss(cau
     monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
     _, pieces = compute_gradients(CausalLMLoss(causal, torch.bfloat16), ids, labels)
 
-    def error(found):
-        return sum(float((a - b).norm() ** 2) for a, b in zip(found, exact, strict=True)) ** 0.5
+    def error(grads):
+        return sum(float((a - b).norm() ** 2) for a, b in zip(grads, exact, strict=True)) ** 0.5
 
     assert error(pieces) < 1.1 * error(whole)
 
@@ -158,14 +158,14 @@ def test_a_frozen_output_layer_gets_no_gradient_and_passes_the_same_one_on(causa
     causal.lm_head.weight.requires_grad_(False)
     trained = causal.transformer.h[1].mlp.c_fc.weight
     ids, labels = make_batch()
-    found = []
+    actual = []
     for largest in (2**27, 7 * 4 * 97):
         monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", largest)
         trained.grad = None
         CausalLMLoss(causal, None)(ids, labels)[0].mul(0.25).backward()
-        found.append(trained.grad.clone())
+        actual.append(trained.grad.clone())
     assert causal.lm_head.weight.grad is None
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual[1], actual[0], rtol=1e-5, atol=1e-6)
 
 
 def test_linear_cross_entropy_in_chunks_without_gradients_gives_the_full_loss(causal, monkeypatch):
@@ -223,7 +223,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(causal, monkeypatch, a
     monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
     module.compile_for_shapes({tuple(ids.shape)})
     before = counters["stats"]["unique_graphs"]
-    sums, found = compute_gradients(module, ids, labels)
+    sums, grads = compute_gradients(module, ids, labels)
     compiled = counters["stats"]["unique_graphs"]
     assert compiled > before
     again, _ = compute_gradients(module, ids, labels)
@@ -231,8 +231,8 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(causal, monkeypatch, a
     assert torch.equal(again, sums)
     torch.testing.assert_close(sums, whole, rtol=1e-5 if autocast is None else 2e-2, atol=0)
     if autocast is None:
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        for actual, other in zip(grads, expected, strict=True):
+            torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-4)
     module(ids[:1], labels[:1])
     assert counters["stats"]["unique_graphs"] == compiled, "neither the second call nor another shape compiles anew"
 
@@ -268,9 +268,9 @@ def test_padding_changes_no_loss(causal):
 
 def test_a_row_of_padding_alone_has_loss_zero_and_no_gradient(causal):
     module = CausalLMLoss(causal, None)
-    sums, found = compute_gradients(module, torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), IGNORE_INDEX))
+    sums, grads = compute_gradients(module, torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), IGNORE_INDEX))
     assert sums.tolist() == [0.0]
-    assert all(not gradient.any() for gradient in found)
+    assert all(not gradient.any() for gradient in grads)
 
 
 def test_an_end_of_text_token_with_the_padding_id_is_a_target(causal):

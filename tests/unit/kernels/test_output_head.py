@@ -55,10 +55,10 @@ def test_the_chunked_loss_of_other_models_is_that_of_their_own_logits(name, is_g
     expected = hugging_face_gradients(causal, ids, labels)
     monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
     with simulate_gpu(is_gpu):
-        sums, found = compute_gradients(module, ids, labels)
+        sums, grads = compute_gradients(module, ids, labels)
     assert sums.tolist() == pytest.approx(losses_by_definition(causal, ids, labels), rel=1e-5)
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= 1e-5 * (other.norm() + 0.1)
+    for actual, other in zip(grads, expected, strict=True):
+        assert (actual - other).norm() <= 1e-5 * (other.norm() + 0.1)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

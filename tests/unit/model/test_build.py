@@ -209,11 +209,11 @@ def test_the_model_fingerprint_depends_on_every_weight(tiny_model):
 
 
 def test_the_saved_random_base_is_the_one_that_was_built(tiny_model, tmp_path):
-    wanted = parse_settings(tiny_model, "lora", "--init", "random")
-    save_base_model(wanted, tmp_path / "base")
+    settings = parse_settings(tiny_model, "lora", "--init", "random")
+    save_base_model(settings, tmp_path / "base")
     assert (
         build_model(parse_settings(str(tmp_path / "base"))).metadata["fingerprint"]
-        == build_model(wanted).metadata["fingerprint"]
+        == build_model(settings).metadata["fingerprint"]
     )
 
 
@@ -236,16 +236,16 @@ def test_the_maximum_block_size_comes_from_the_model_configuration(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("remove", "named", "said"),
+    ("remove", "named", "message"),
     [("config.json", "tiny", "has no config.json"), ("model.safetensors", "tiny", "has no weights")],
 )
-def test_a_folder_without_a_model_is_one_line_that_names_the_flag(session_dir, tmp_path, remove, named, said):
+def test_a_folder_without_a_model_is_one_line_that_names_the_flag(session_dir, tmp_path, remove, named, message):
     folder = tmp_path / named
     shutil.copytree(make_tiny_gpt2(session_dir / "for-removal", dropout=0.0), folder)
     (folder / remove).unlink()
     with pytest.raises(UserError) as caught:
         build_model(parse_settings(str(folder)))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "--model FOLDER" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -278,9 +278,9 @@ def test_the_one_kernel_activation_equals_that_of_transformers(tiny_model):
     x = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
     answers = []
     for activation in (NewGELUActivation(), next(m for m in model.causal.modules() if isinstance(m, torch.nn.GELU))):
-        given = x.clone().requires_grad_()
-        out = activation(given)
+        leaf = x.clone().requires_grad_()
+        out = activation(leaf)
         out.sum().backward()
-        answers.append((out.detach(), given.grad))
+        answers.append((out.detach(), leaf.grad))
     for theirs, ours in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

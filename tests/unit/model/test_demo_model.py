@@ -124,7 +124,7 @@ def test_the_demo_model_knows_its_pretraining_text_and_has_much_to_learn_on_the_
 
 def test_the_demo_model_card_says_how_the_model_was_trained() -> None:
     card = (DEMO_MODEL_FOLDER / "README.md").read_text(encoding="utf-8")
-    for said in (
+    for message in (
         "python -m trainer.model.demo.pretrain",
         "--seed",
         "validation loss",
@@ -132,7 +132,7 @@ def test_the_demo_model_card_says_how_the_model_was_trained() -> None:
         "tokens",
         "hardware",
     ):
-        assert said in card
+        assert message in card
 
 
 def test_the_pretraining_script_saves_a_folder_that_loads(tmp_path: Path) -> None:

@@ -214,13 +214,15 @@ def test_a_quantized_base_takes_fewer_bytes(tiny_model):
 
 @pytest.mark.parametrize("of", ["tiny_model", "llama"])
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     ["--quant nf4", "--quant fp4 --quant-double", "--quant int8", "--quant nf4 --modules-to-save wte,layernorm"],
 )
-def test_the_bytes_of_a_quantized_base_are_known_before_it_is_quantized(of, words, request):
+def test_the_bytes_of_a_quantized_base_are_known_before_it_is_quantized(of, argv, request):
     """So a plan without weights chooses a ZeRO file, and a micro-batch, by what the base will be."""
-    wanted = parse_settings(request.getfixturevalue(of), "lora", *words.split())
-    assert build_model(wanted, on_meta=True).metadata["frozen_bytes"] == build_model(wanted).metadata["frozen_bytes"]
+    settings = parse_settings(request.getfixturevalue(of), "lora", *argv.split())
+    assert (
+        build_model(settings, on_meta=True).metadata["frozen_bytes"] == build_model(settings).metadata["frozen_bytes"]
+    )
 
 
 def test_an_int8_row_does_not_depend_on_the_other_rows_of_its_batch(tiny_model):
@@ -317,18 +319,18 @@ def test_an_exported_adapter_names_its_quantized_base(tiny_model, tmp_path):
     again = export_and_reload(built, tmp_path)
     fuse_gelu(again.module)  # transformers computes the same formula in eight, which round otherwise
     assert torch.equal(compute_logits(again), compute_logits(built))
-    about = json.loads((tmp_path / "base_quantization.json").read_text())
-    assert about["base"] == Path(tiny_model).name, "no place of this machine"
-    assert about["fingerprint"] == built.metadata["fingerprint"]
-    assert about["quantization_config"]["bnb_4bit_use_double_quant"] is True
-    assert about["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    quantization = json.loads((tmp_path / "base_quantization.json").read_text())
+    assert quantization["base"] == Path(tiny_model).name, "no place of this machine"
+    assert quantization["fingerprint"] == built.metadata["fingerprint"]
+    assert quantization["quantization_config"]["bnb_4bit_use_double_quant"] is True
+    assert quantization["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
 
 
 # --- refused, each in one line with its reason ---
 
 
 @pytest.mark.parametrize(
-    ("mode", "words", "said"),
+    ("mode", "argv", "message"),
     [
         ("full", "--quant nf4", "--quant nf4: a quantised weight has no gradient; expected --mode lora"),
         ("full", "--adapter dora", "--adapter dora: is about adapters; expected --mode lora"),
@@ -349,15 +351,15 @@ def test_an_exported_adapter_names_its_quantized_base(tiny_model, tmp_path):
         ("lora", "--lora-plus-ratio 0", "--lora-plus-ratio 0.0: expected a number above 0"),
     ],
 )
-def test_adapter_flags_that_exclude_each_other_are_refused(mode, words, said):
+def test_adapter_flags_that_exclude_each_other_are_refused(mode, argv, message):
     with pytest.raises(UserError) as caught:
-        gpt2_settings(mode, *words.split())
-    assert str(caught.value).startswith(said)
+        gpt2_settings(mode, *argv.split())
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "stage", "said"),
+    ("argv", "stage", "message"),
     [
         ("--quant int8", 3, "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy"),
         ("--quant nf4 --adapter dora", 3, "--quant nf4: dora reads whole packed weights, which ZeRO 3 has divided"),
@@ -365,20 +367,20 @@ def test_adapter_flags_that_exclude_each_other_are_refused(mode, words, said):
         ("--optim paged_adamw8bit", 3, "--optim paged_adamw8bit: not under ZeRO 3"),
     ],
 )
-def test_a_zero_stage_that_gives_wrong_numbers_is_refused(words, stage, said):
+def test_a_zero_stage_that_gives_wrong_numbers_is_refused(argv, stage, message):
     zero: Any = SimpleNamespace(stage=stage)
     with pytest.raises(UserError) as caught:
-        validate_stage(gpt2_settings("lora", *words.split()), zero)
-    assert str(caught.value).startswith(said)
+        validate_stage(gpt2_settings("lora", *argv.split()), zero)
+    assert str(caught.value).startswith(message)
 
 
 def test_the_plan_says_where_an_8_bit_optimizer_saves_nothing():
-    wanted = gpt2_settings("lora", "--optim", "adamw8bit", "--lora-rank", "4", "--lora-target-modules", "c_attn")
-    facts = build_model(wanted, on_meta=True).metadata
+    settings = gpt2_settings("lora", "--optim", "adamw8bit", "--lora-rank", "4", "--lora-target-modules", "c_attn")
+    facts = build_model(settings, on_meta=True).metadata
     assert facts["kept_in_32_bits"] == {  # A [4, 768] has 3,072 elements, B [2304, 4] 9,216
         "tensors": 24, "kept_tensors": 12, "kept_parameters": 12 * 3072, "parameters": 12 * (3072 + 9216),
     }  # fmt: skip
-    (note,) = _collect_notes(wanted, facts)
+    (note,) = _collect_notes(settings, facts)
     assert note.startswith("adamw8bit: 12 of 24 trained tensors (25% of the parameters) are embeddings or under 4,096")
     full = build_model(gpt2_settings("full", "--optim", "adamw8bit"), on_meta=True).metadata["kept_in_32_bits"]
     assert full["kept_parameters"] == WTE + 1024 * D + BIASES + NORMS - LAYERS * 2 * D - D
@@ -407,8 +409,8 @@ def test_the_state_of_an_8_bit_optimizer_is_measured(kind):
 
 
 def test_runs_are_named_by_what_they_train():
-    def name(*words: str) -> str:
-        return parse_settings("gpt2", *words).run_name
+    def name(*flags: str) -> str:
+        return parse_settings("gpt2", *flags).run_name
 
     assert name("full") == "full-acled-demo"
     assert name("lora") == "lora-acled-demo"
@@ -429,13 +431,13 @@ def test_settings_of_an_older_run_are_still_read():
 
 
 @pytest.mark.parametrize(
-    "words", ["", "--adapter dora", "--quant nf4", "--quant nf4 --adapter dora", "--quant int8 --modules-to-save wte"]
+    "argv", ["", "--adapter dora", "--quant nf4", "--quant nf4 --adapter dora", "--quant int8 --modules-to-save wte"]
 )
-def test_activation_checkpointing_changes_no_gradient(tiny_model, words):
+def test_activation_checkpointing_changes_no_gradient(tiny_model, argv):
     """Also those of the first block's adapters, whose input has none."""
     grads = []
     for more in ((), ("--activation-checkpointing",)):
-        built = build_model(parse_settings(tiny_model, "lora", *words.split(), *more))
+        built = build_model(parse_settings(tiny_model, "lora", *argv.split(), *more))
         built.module.train()
         assert built.causal.is_gradient_checkpointing == bool(more)
         built.causal(input_ids=IDS, use_cache=False).logits.float().log_softmax(-1)[0, :, 5].sum().backward()

@@ -140,16 +140,16 @@ def test_attention_code_of_the_hub_is_refused(folder):
 
 @pytest.mark.parametrize("on_meta", [True, False])
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         (BertConfig(vocab_size=97, hidden_size=16, num_attention_heads=2), "bert without is_decoder"),
         (T5Config(vocab_size=97, d_model=16, num_layers=1, num_heads=2), "t5 is not a causal language model"),
         (BartConfig(vocab_size=97, d_model=16), "bart is not a causal language model"),
     ],
 )  # fmt: skip
-def test_a_model_that_is_not_causal_is_refused_by_name_before_its_weights(tmp_path, config, words, on_meta):
+def test_a_model_that_is_not_causal_is_refused_by_name_before_its_weights(tmp_path, config, message, on_meta):
     config.save_pretrained(tmp_path / "model")
-    assert words in refusal(tmp_path / "model", on_meta=on_meta)
+    assert message in refusal(tmp_path / "model", on_meta=on_meta)
 
 
 def test_a_model_that_sees_later_tokens_is_refused_whatever_it_calls_itself(tmp_path):
@@ -167,7 +167,7 @@ def test_an_adapter_folder_is_not_taken_for_a_model(folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"n_layer": 3}, "the weights lack transformer.h.2.attn.c_attn.bias, "),
         ({"n_layer": 1}, "the weights hold transformer.h.1.attn.c_attn.weight, "),
@@ -176,9 +176,9 @@ def test_an_adapter_folder_is_not_taken_for_a_model(folder):
         ({"tie_word_embeddings": False}, "the weights lack lm_head.weight"),
     ],
 )  # fmt: skip
-def test_weights_that_do_not_fit_the_configuration_are_refused_by_name(folder, changes, words):
+def test_weights_that_do_not_fit_the_configuration_are_refused_by_name(folder, changes, message):
     change_config(folder, **changes)
-    assert words in refusal(folder)
+    assert message in refusal(folder)
 
 
 def test_gpt2_as_published_loads(folder):

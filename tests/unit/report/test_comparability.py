@@ -84,43 +84,43 @@ def test_a_run_is_comparable_with_the_reference_only_if_all_known_facts_agree(ma
 def test_each_known_difference_from_the_reference_is_a_reason(
     make_run: Any, path: str, value: Any, reason: str
 ) -> None:
-    got = reference_blockers(make_run("full", like_card=True, **{path: value}))
-    assert len(got) == 1
-    assert got[0].startswith(reason)
+    actual = reference_blockers(make_run("full", like_card=True, **{path: value}))
+    assert len(actual) == 1
+    assert actual[0].startswith(reason)
 
 
 def test_unknown_facts_of_the_reference_are_always_listed() -> None:
-    told = reference.why_not_comparable(
+    reasons = reference.why_not_comparable(
         data="x", vocabulary=50_257, block_size=1024, objective="blocks", model="gpt2", examples=13_242
     )
-    assert told == [reference.UNKNOWN_REASON]
+    assert reasons == [reference.UNKNOWN_REASON]
     assert all(name in reference.UNKNOWN_REASON for name in reference.UNKNOWN_DATA)
 
 
 def test_every_setting_and_data_fact_is_in_the_table_and_only_the_different_are_marked(make_run: Any) -> None:
-    found = {
+    actual = {
         fact.name: fact
         for fact in facts_of(
             [[make_run("full", seed=1), make_run("full", seed=2)], [make_run("lora")]], with_reference=True
         )
     }
     content = make_metadata("full")
-    for group, kept in content["settings"].items():
-        for name in kept if isinstance(kept, dict) else ():
-            assert f"settings.{group}.{name}" in found
-    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(found)
-    assert not found["settings.train.lr"].is_same
-    assert found["settings.train.lr"].values == (3e-5, 5e-4, 5e-3)
-    assert found["settings.train.seed"].values == (42, (1, 2), 42)
-    assert not found["settings.train.seed"].is_same
-    assert found["data.fingerprint"].is_same
-    assert found["data.fingerprint"].is_known == (False, True, True)  # nobody knows the card's
-    assert found["settings.lora.rank"].values == ("not used", "not used", 8)  # run.json of a full run has it, too
-    assert found["resolved.adapters_fused"].values[1:] == ("not used", True)
+    for group, values in content["settings"].items():
+        for name in values if isinstance(values, dict) else ():
+            assert f"settings.{group}.{name}" in actual
+    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(actual)
+    assert not actual["settings.train.lr"].is_same
+    assert actual["settings.train.lr"].values == (3e-5, 5e-4, 5e-3)
+    assert actual["settings.train.seed"].values == (42, (1, 2), 42)
+    assert not actual["settings.train.seed"].is_same
+    assert actual["data.fingerprint"].is_same
+    assert actual["data.fingerprint"].is_known == (False, True, True)  # nobody knows the card's
+    assert actual["settings.lora.rank"].values == ("not used", "not used", 8)  # run.json of a full run has it, too
+    assert actual["resolved.adapters_fused"].values[1:] == ("not used", True)
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run: Any) -> None:
-    found = group_by_seed(
+    groups = group_by_seed(
         [
             make_run("lora", seed=1),
             make_run("full", seed=1),
@@ -129,7 +129,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run: Any) -> None
             make_run("lora", resolved__lr=1e-3),
         ]
     )
-    assert [(group.label, len(group.runs)) for group in found] == [
+    assert [(group.label, len(group.runs)) for group in groups] == [
         ("full", 2),
         ("LoRA (lr 0.005)", 2),
         ("LoRA (lr 0.001)", 1),
@@ -151,10 +151,10 @@ def test_a_group_label_leaves_out_what_the_data_name_says(make_run: Any) -> None
 
 
 def test_runs_with_incomplete_metadata_join_no_seed_group(make_run: Any) -> None:
-    found = group_by_seed(
+    groups = group_by_seed(
         [make_run("full", seed=1, data__fingerprint=None), make_run("full", seed=2, data__fingerprint=None)]
     )
-    assert [len(group.runs) for group in found] == [1, 1]
+    assert [len(group.runs) for group in groups] == [1, 1]
 
 
 def test_a_run_whose_data_changed_on_resume_is_incomparable_and_any_change_is_reported(make_run: Any) -> None:

@@ -62,15 +62,17 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def test_two_runs_give_a_verdict_a_table_and_six_files(tmp_path: Path, main: Callable[..., int]) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora", wall_seconds=61.0, peak_memory_bytes=430_000_000)
-    done = run_compare_script(tmp_path, "full", "lora", usage=tmp_path / "usage.json")
+    process = run_compare_script(tmp_path, "full", "lora", usage=tmp_path / "usage.json")
     assert json.loads((tmp_path / "usage.json").read_text())["heavy"] == [], "a whole comparison needs no torch"
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211" in done.stdout
-    assert "Memory: 0.43x (430.0 MB against 1.00 GB)" in done.stdout
-    assert "Time: - (not compared: not timed in alternation on one machine" in done.stdout
-    assert re.search(r"1 \| card +\| +6,621 \| +1.2978 \| +1.2262 \|", done.stdout)
-    assert "not comparable with the card: other data" in done.stdout
-    assert "report: comparison/report.html" in done.stdout
+    assert (process.returncode, process.stderr) == (0, "")
+    assert (
+        "Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005): validation loss 2.1211" in process.stdout
+    )
+    assert "Memory: 0.43x (430.0 MB against 1.00 GB)" in process.stdout
+    assert "Time: - (not compared: not timed in alternation on one machine" in process.stdout
+    assert re.search(r"1 \| card +\| +6,621 \| +1.2978 \| +1.2262 \|", process.stdout)
+    assert "not comparable with the card: other data" in process.stdout
+    assert "report: comparison/report.html" in process.stdout
     names = {path.name for path in (tmp_path / "comparison").iterdir()}
     assert names == {"report.html", "report.md", "curves.png", "curves.svg", "answer.json", "comparison.json"}
     assert main("full", "lora", "--output-dir", "x/y") == 0
@@ -104,8 +106,8 @@ def test_compare_checks_decide_the_exit_code(
     capsys.readouterr()
     assert main("demo", "--check", "card") == 3
     assert "check card: full-s42: not comparable (other data" in capsys.readouterr().out
-    kept = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["checks"]
-    assert [(one["check"], one["outcome"]) for one in kept] == [("card", "not comparable")]
+    checks = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["checks"]
+    assert [(check["check"], check["outcome"]) for check in checks] == [("card", "not comparable")]
 
 
 @pytest.mark.parametrize(
@@ -143,9 +145,9 @@ def test_a_broken_run_is_reported_and_fails_a_check_while_the_others_are_compare
     make_run_folder(tmp_path / "lora", "lora")
     (tmp_path / "lora" / "metrics.jsonl").write_text("")
     assert main("full", "lora") == 0
-    said = capsys.readouterr()
-    assert said.err == "note: lora: no metrics: neither a step nor an evaluation was written; left out\n"
-    assert "Full improved on its base (4.0000 -> 2.0222 at best)" in said.out
+    output = capsys.readouterr()
+    assert output.err == "note: lora: no metrics: neither a step nor an evaluation was written; left out\n"
+    assert "Full improved on its base (4.0000 -> 2.0222 at best)" in output.out
     assert main("full", "lora", "--check", "val_loss<9") == 1
 
 
@@ -159,7 +161,7 @@ def test_compare_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> Non
         "assert code == 2 and not heavy, (code, heavy)"
     )
     before = os.times().children_user
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=SCRIPT.parents[1],
         env=child_env(HOME=str(tmp_path)),
@@ -167,7 +169,7 @@ def test_compare_starts_without_torch_wandb_or_matplotlib(tmp_path: Path) -> Non
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert os.times().children_user - before < 2.0  # seconds of processor time
 
 
@@ -180,14 +182,14 @@ def test_twenty_runs_of_twenty_thousand_steps_take_seconds_and_little_memory(tmp
         mode: Any = ("full", "lora")[n % 2]
         folder = tmp_path / f"run{n}"
         folder.mkdir()
-        given = make_metadata(
+        inputs = make_metadata(
             mode, seed=n // 2, run_id=f"run{n:05d}", resolved__steps_per_epoch=6_667, resolved__total_steps=20_001
         )
-        (folder / "run.json").write_text(json.dumps(given))
+        (folder / "run.json").write_text(json.dumps(inputs))
         os.link(tmp_path / "run0" / "metrics.jsonl", folder / "metrics.jsonl")
     assert len(lines) > 4e6
-    done = run_compare_script(tmp_path, *(f"run{n}" for n in range(20)), usage=tmp_path / "usage.json")
-    assert done.returncode == 0, done.stderr
+    process = run_compare_script(tmp_path, *(f"run{n}" for n in range(20)), usage=tmp_path / "usage.json")
+    assert process.returncode == 0, process.stderr
     used = json.loads((tmp_path / "usage.json").read_text())
     assert used["seconds"] < 12  # of the processor
     assert used["kib"] < 1_000_000

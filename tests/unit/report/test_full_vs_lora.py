@@ -46,12 +46,12 @@ def test_forgetting_and_equal_budgets_are_said_beside_the_answer(make_run: MakeR
         )
         for seed in (0, 1)
     ]  # fmt: skip
-    got = judge_runs(*runs)
-    assert any("LoRA is ahead at equal FLOPs (1.35e+05): LoRA 2.1000, full 2." in line for line in got.details)
-    front = next(line for line in got.details if line.startswith("Gain for forgetting"))
+    verdict = judge_runs(*runs)
+    assert any("LoRA is ahead at equal FLOPs (1.35e+05): LoRA 2.1000, full 2." in line for line in verdict.details)
+    front = next(line for line in verdict.details if line.startswith("Gain for forgetting"))
     assert "full (lr 0.0005) 2.0000 for +0.5000; LoRA (lr 0.005) 1.9000 for +0.1000" in front
-    assert any("at equal forgetting (at most +0.1000) LoRA gains 1.9000, no full setting" in x for x in got.details)
-    assert any("LoRA (lr 0.005): adapters hold 0.038 Mbit" in line for line in got.details)  # 2 bits x 19,000
+    assert any("at equal forgetting (at most +0.1000) LoRA gains 1.9000, no full setting" in x for x in verdict.details)
+    assert any("LoRA (lr 0.005): adapters hold 0.038 Mbit" in line for line in verdict.details)  # 2 bits x 19,000
 
 
 def test_records_that_were_trained_on_are_refused_over_five_percent(make_run: MakeRun) -> None:
@@ -72,10 +72,10 @@ def test_cost_is_compared_only_on_the_same_hardware_and_ranks(make_run: MakeRun)
         ({"hardware__gpu": "H100"}, "other hardware"),
         ({"resolved__ranks": 2}, "other number of ranks"),
     ):
-        got = judge_runs(full, make_run("lora", [4.0, 2.5], **overrides))
-        assert any(f"time and memory not compared ({reason})" in line for line in got.details)
-        assert got.primary is not None
-        assert (got.primary.time.ratio, got.primary.memory.ratio) == (None, None)
+        verdict = judge_runs(full, make_run("lora", [4.0, 2.5], **overrides))
+        assert any(f"time and memory not compared ({reason})" in line for line in verdict.details)
+        assert verdict.primary is not None
+        assert (verdict.primary.time.ratio, verdict.primary.memory.ratio) == (None, None)
     zero = judge_runs(full, make_run("lora", [4.0, 2.5], resolved__ds_config="zero2"))
     assert any("ZeRO file zero2 against zero0" in line for line in zero.details)
     threads = judge_runs(full, make_run("lora", [4.0, 2.5], resolved__threads_per_rank=1))
@@ -87,9 +87,9 @@ def test_time_and_memory_of_a_resumed_run_are_withheld(make_run: MakeRun) -> Non
     resumed = make_run(
         "lora", [4.0, 2.5], resumed={"settings": make_metadata("lora")["settings"], "changed": {}}, **GPU
     )
-    got = judge_runs(make_run("full", [4.0, 2.0], **GPU), resumed).primary
-    assert got is not None
-    for cost in (got.time, got.memory):
+    verdict = judge_runs(make_run("full", [4.0, 2.0], **GPU), resumed).primary
+    assert verdict is not None
+    for cost in (verdict.time, verdict.memory):
         assert cost.ratio is None
         assert "was resumed and measured in parts" in cost.reason
 
@@ -101,10 +101,10 @@ def test_a_run_killed_after_its_last_evaluation_counts_and_has_no_cost(make_run:
     ended = read_folder(Path(lora.source))
     assert ended.is_finished
     assert "evaluated to its end but not closed: its time and memory are unknown" in ended.notes
-    got = judge_runs(full, ended)
-    assert got.primary is not None
-    assert got.primary.answer == "worse"
-    assert got.primary.memory.reason == "not measured"
+    verdict = judge_runs(full, ended)
+    assert verdict.primary is not None
+    assert verdict.primary.answer == "worse"
+    assert verdict.primary.memory.reason == "not measured"
 
 
 # --- the margin ---

@@ -36,8 +36,8 @@ def make_comparison(tmp_path: Path, *contents: dict[str, Any], with_card: bool =
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, dict[str, str]]:
     """Full and LoRA of the demo, and the text of each file of their report."""
     folder = tmp_path_factory.mktemp("plain")
-    found = make_comparison(folder, make_metadata("full"), make_metadata("lora"))
-    return found, {path.name: path.read_text("latin-1") for path in write_report(found, folder / "out")}
+    comparison = make_comparison(folder, make_metadata("full"), make_metadata("lora"))
+    return comparison, {path.name: path.read_text("latin-1") for path in write_report(comparison, folder / "out")}
 
 
 CARD_LIKE = {0: 4.0, 1: 1.3, 2: 1.1, 3: 1.0}
@@ -62,13 +62,13 @@ def test_the_epoch_table_has_reference_full_lora_and_their_difference(tmp_path: 
 
 def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) -> None:
     """Another data set on each side: no difference, share or ratio may show, in any form."""
-    found = make_comparison(
+    comparison = make_comparison(
         tmp_path,
         make_metadata("full"),
         make_metadata("lora", data__fingerprint="ff"),
         losses={0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25},
     )
-    files = {path.name: path for path in write_report(found, tmp_path / "out")}
+    files = {path.name: path for path in write_report(comparison, tmp_path / "out")}
     data = json.loads(files["comparison.json"].read_text())
     assert data["verdict"]["comparisons"] == []
     assert all(row["to_card"] is None for row in data["by_epoch"])
@@ -84,18 +84,18 @@ def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) ->
 
 
 def test_every_report_format_has_the_same_numbers(tmp_path: Path) -> None:
-    found = make_comparison(
+    comparison = make_comparison(
         tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"), losses=CARD_LIKE
     )
-    files = {path.name: path for path in write_report(found, tmp_path / "out")}
+    files = {path.name: path for path in write_report(comparison, tmp_path / "out")}
     data = json.loads(files["comparison.json"].read_text())
     html, page = files["report.html"].read_text(), files["report.md"].read_text()
-    for text in found.by_epoch.to_text().to_numpy().ravel():
+    for text in comparison.by_epoch.to_text().to_numpy().ravel():
         assert f">{text}<" in html
         assert f" {markdown.escape(text)} " in page
     assert [row["val_loss"] for row in data["by_epoch"] if row["run"] == "LoRA"] == [4.0, 1.3, 1.1, 1.0]
     assert data["by_run"][1]["trainable"] == 124_439_808
-    assert len(data["facts"]) == len(found.shared_settings) + len(found.differing_settings)
+    assert len(data["facts"]) == len(comparison.shared_settings) + len(comparison.differing_settings)
     assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "answer.json", "comparison.json"]
     assert files["curves.png"].read_bytes().startswith(b"\x89PNG")
 
@@ -149,13 +149,13 @@ def test_the_html_report_fetches_nothing_and_runs_nothing(plain: tuple[Compariso
 
 def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>|$x_1$ `*a*` [b](c)\x1b[31m\u202e"
-    found = make_comparison(
+    comparison = make_comparison(
         tmp_path,
         make_metadata("full", name=name),
         make_metadata("lora"),
         make_metadata("lora", data__source=name, data__fingerprint="ff"),
     )
-    write_report(found, tmp_path / "out")
+    write_report(comparison, tmp_path / "out")
     html, page = ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md"))
     assert "script" not in parse_page(html).tags
     assert "<script>" not in page
@@ -183,10 +183,10 @@ def test_report_pages_are_ordered_verdict_epochs_runs_settings(plain: tuple[Comp
 def test_the_first_screen_is_the_sentence_three_numbers_and_one_picture(
     plain: tuple[Comparison, dict[str, str]],
 ) -> None:
-    found, files = plain
+    actual, files = plain
     html = files["report.html"]
     first = html.split('<section class="first">')[1].split("</section>")[0]
-    assert found.verdict.sentence in first
+    assert actual.verdict.sentence in first
     assert re.findall(r"<dt>(\w+)</dt>", first) == ["Loss", "Time", "Memory"]
     assert first.count("<svg") == 1
     assert "Validation loss by epoch" in first
@@ -202,12 +202,12 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
     from matplotlib.figure import Figure
 
     loras = [make_metadata("lora", resolved__lr=lr) for lr in (1e-3, 5e-3, 2e-2)]
-    found = make_comparison(tmp_path, make_metadata("full"), *loras)
-    assert plots.render_picture(found.groups, found.verdict, True)[0] == "Loss by learning rate"
-    pair = found.verdict.primary
+    comparison = make_comparison(tmp_path, make_metadata("full"), *loras)
+    assert plots.render_picture(comparison.groups, comparison.verdict, True)[0] == "Loss by learning rate"
+    pair = comparison.verdict.primary
     assert pair is not None
     axis = Figure().subplots()
-    plot_axes.draw_rates(axis, found.groups, pair)
+    plot_axes.draw_rates(axis, comparison.groups, pair)
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert list(lines["LoRA"].get_xdata()) == [1e-3, 5e-3, 2e-2]
     rings = [line for line in axis.get_lines() if line.get_fillstyle() == "none"]
@@ -217,12 +217,12 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
 def test_only_the_different_settings_are_expanded_and_no_column_is_all_unknown(
     plain: tuple[Comparison, dict[str, str]],
 ) -> None:
-    found, files = plain
+    actual, files = plain
     html = files["report.html"]
-    for table in (found.by_run, found.differing_settings, found.shared_settings):
+    for table in (actual.by_run, actual.differing_settings, actual.shared_settings):
         text = table.to_text()
         assert all(set(text.iloc[:, i]) - {"", "-", "unknown"} for i in range(text.shape[1]))
-    assert "learning rate" in found.by_run.headings.values()
+    assert "learning rate" in actual.by_run.headings.values()
     assert re.findall(r"<details( open)?><summary>([A-Za-z]+)", html) == [(" open", "Different"), ("", "Same")]
 
 
@@ -230,10 +230,10 @@ def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(
     plain: tuple[Comparison, dict[str, str]],
 ) -> None:
     """The style moves columns by their number, so each must be where the style thinks it is."""
-    found, files = plain
+    actual, files = plain
     html = files["report.html"]
     assert html.count('<table class="epochs">') == 1
-    assert list(found.by_epoch.headings)[:6] == ["epoch", "run", "step", "examples", "train_loss", "val_loss"]
+    assert list(actual.by_epoch.headings)[:6] == ["epoch", "run", "step", "examples", "train_loss", "val_loss"]
     moved = dict.fromkeys((3, 4), "2") | dict.fromkeys((5, "n+7"), "1")  # the sixth is left, right after the names
     for child, order in moved.items():
         assert re.search(rf"\.epochs tr > :nth-child\({re.escape(str(child))}\)[^{{}}]*{{ order: {order}; }}", html), (
@@ -243,17 +243,17 @@ def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(
 
 def test_a_fingerprint_is_short_in_the_report_pages_and_whole_in_the_json(tmp_path: Path) -> None:
     content = make_metadata("full", data__fingerprint="0123456789ab" + "cdef" * 13)
-    found = make_comparison(tmp_path, content)
-    page = markdown.render(found)
-    assert "cdef" * 13 in json.dumps(to_json(found))
+    comparison = make_comparison(tmp_path, content)
+    page = markdown.render(comparison)
+    assert "cdef" * 13 in json.dumps(to_json(comparison))
     assert "0123456789ab" in page
     assert "0123456789ab" + "cdef" not in page
 
 
 def test_unfinished_and_unreadable_runs_are_listed_in_every_report_format(tmp_path: Path) -> None:
     good, going = make_run_folder(tmp_path / "good"), make_run_folder(tmp_path / "going", "lora", finished=False)
-    found = compare(*load_runs([str(good), str(going), str(tmp_path / "no where")]))
-    for text in (html_page.render(found), markdown.render(found), json.dumps(to_json(found))):
+    comparison = compare(*load_runs([str(good), str(going), str(tmp_path / "no where")]))
+    for text in (html_page.render(comparison), markdown.render(comparison), json.dumps(to_json(comparison))):
         assert "still going" in text
         assert "no such run folder" in text
 
@@ -261,14 +261,14 @@ def test_unfinished_and_unreadable_runs_are_listed_in_every_report_format(tmp_pa
 def test_a_mode_has_one_colour_and_dash_everywhere(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    found = make_comparison(tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"))
+    comparison = make_comparison(tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"))
     for plot in plots.PLOTS:
         axis = Figure().subplots()
-        plot_axes.draw_plot(axis, plot, found.groups, with_reference=True)
-        drawn = [(line.get_color(), line.get_linestyle()) for line in axis.get_lines()]
+        plot_axes.draw_plot(axis, plot, comparison.groups, with_reference=True)
+        line_styles = [(line.get_color(), line.get_linestyle()) for line in axis.get_lines()]
         dashes = ["None", "None"] if plot.is_scatter else ["-", "--"]
         card = [("#767676", "--")] if plot.reference_curve is not None else []
-        assert drawn == [*zip(("#0072b2", "#d55e00"), dashes, strict=True), *card], plot.name
+        assert line_styles == [*zip(("#0072b2", "#d55e00"), dashes, strict=True), *card], plot.name
         assert "(" in axis.get_ylabel() or plot.name in ("lr", "grad_norm", "tokens_per_second")
         assert axis.get_xlabel() in ("epoch", "tokens seen", "trainable parameters")
 
@@ -295,9 +295,9 @@ def test_no_name_of_a_line_is_cut_off_lies_on_another_or_on_the_axes(tmp_path: P
         make_metadata("lora", settings__lora__rank=rank, resolved__lr=3e-5 * rank, model__trainable=20_000 + 900 * rank)
         for rank in ranks
     ]
-    found = make_comparison(tmp_path, make_metadata("full", resolved__lr=3e-5), *loras)
+    comparison = make_comparison(tmp_path, make_metadata("full", resolved__lr=3e-5), *loras)
     for plot in plots.PLOTS:
-        figure, axis, legend = draw_with_legend(found, plot)
+        figure, axis, legend = draw_with_legend(comparison, plot)
         page, texts = figure.bbox, legend.get_texts()
         assert texts, plot.name
         boxes = [text.get_window_extent() for text in texts]
@@ -305,21 +305,21 @@ def test_no_name_of_a_line_is_cut_off_lies_on_another_or_on_the_axes(tmp_path: P
             assert page.contains(*box.min), plot.name
             assert page.contains(*box.max), plot.name
         assert axis.get_window_extent().height > 0.35 * page.height, f"{plot.name}: squeezed"
-        for one, other in itertools.combinations([axis.get_tightbbox(), *boxes], 2):
-            assert not one.overlaps(other), plot.name
+        for actual, other in itertools.combinations([axis.get_tightbbox(), *boxes], 2):
+            assert not actual.overlaps(other), plot.name
 
 
 def test_the_validation_loss_says_its_last_value_beside_its_name(tmp_path: Path) -> None:
     losses = {0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25}
-    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses=losses)
-    texts = [text.get_text() for text in draw_with_legend(found, plots.LOSS_PLOT)[2].get_texts()]
+    comparison = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses=losses)
+    texts = [text.get_text() for text in draw_with_legend(comparison, plots.LOSS_PLOT)[2].get_texts()]
     assert texts == ["full: 2.2500", "LoRA: 2.2500"]
 
 
 def test_the_card_is_drawn_only_where_a_run_is_comparable_with_it(tmp_path: Path) -> None:
     """Else its epochs and losses would squeeze the curves that the page is about."""
-    found = make_comparison(tmp_path, make_reference_like_metadata("full"), losses=CARD_LIKE)
-    texts = [text.get_text() for text in draw_with_legend(found, plots.LOSS_PLOT)[2].get_texts()]
+    comparison = make_comparison(tmp_path, make_reference_like_metadata("full"), losses=CARD_LIKE)
+    texts = [text.get_text() for text in draw_with_legend(comparison, plots.LOSS_PLOT)[2].get_texts()]
     assert texts == ["full: 1.0000", "card: 0.9414"]
 
 
@@ -334,10 +334,10 @@ def test_thinning_a_curve_keeps_the_mean_and_leaves_short_curves_alone() -> None
 
 
 def test_a_run_without_evaluations_is_still_in_the_report(tmp_path: Path) -> None:
-    found = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses={})
-    data = to_json(found)
+    comparison = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses={})
+    data = to_json(comparison)
     assert data["verdict"]["sentence"] == "No run is finished and evaluated, so there is nothing to compare yet."
-    assert "nothing to compare yet" in html_page.render(found)
+    assert "nothing to compare yet" in html_page.render(comparison)
 
 
 def test_without_the_reference_no_report_format_mentions_it(tmp_path: Path) -> None:

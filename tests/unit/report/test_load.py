@@ -17,21 +17,21 @@ from trainer.tracking.records import EventRecord, StepRecord
 def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Path) -> None:
     run = make_metadata("lora")
     records = make_records(run)
-    got = read_folder(write_run_folder(tmp_path / "run", run, records))
+    run_data = read_folder(write_run_folder(tmp_path / "run", run, records))
     steps = [record for record in records if isinstance(record, StepRecord)]
     for name in ("step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "time"):
-        assert got.steps[name].tolist() == [getattr(step, name) for step in steps], name
-    assert (got.mode, got.run_id, got.notes, got.state) == ("lora", "lora0042", (), "finished")
-    assert got.metadata == json.loads(json.dumps(run))
-    assert got.initial_loss == 4.0
-    assert got.best_eval == got.final_eval == {"step": 90.0, "epoch": 3.0, "loss": synthetic_val_loss(3, 2.1)}
-    assert got.summary["wall_seconds"] == 100.0
+        assert run_data.steps[name].tolist() == [getattr(step, name) for step in steps], name
+    assert (run_data.mode, run_data.run_id, run_data.notes, run_data.state) == ("lora", "lora0042", (), "finished")
+    assert run_data.metadata == json.loads(json.dumps(run))
+    assert run_data.initial_loss == 4.0
+    assert run_data.best_eval == run_data.final_eval == {"step": 90.0, "epoch": 3.0, "loss": synthetic_val_loss(3, 2.1)}
+    assert run_data.summary["wall_seconds"] == 100.0
 
 
 def test_the_best_evaluation_is_the_lowest_after_step_0_and_need_not_be_the_last(tmp_path: Path) -> None:
-    got = read_folder(make_run_folder(tmp_path / "run", losses={0: 1.0, 1: 3.0, 2: 2.0, 3: 2.5}))
-    assert got.best_eval == {"step": 60.0, "epoch": 2.0, "loss": 2.0}
-    assert got.final_eval == {"step": 90.0, "epoch": 3.0, "loss": 2.5}
+    run_data = read_folder(make_run_folder(tmp_path / "run", losses={0: 1.0, 1: 3.0, 2: 2.0, 3: 2.5}))
+    assert run_data.best_eval == {"step": 60.0, "epoch": 2.0, "loss": 2.0}
+    assert run_data.final_eval == {"step": 90.0, "epoch": 3.0, "loss": 2.5}
 
 
 def test_a_truncated_and_a_broken_record_are_ignored_and_reported(tmp_path: Path) -> None:
@@ -40,10 +40,10 @@ def test_a_truncated_and_a_broken_record_are_ignored_and_reported(tmp_path: Path
     (folder / "metrics.jsonl").write_text(
         "".join([*lines[:5], '{"kind": "step", "step"\n', "no JSON\n", *lines[5:], '{"kind": "eval", "st'])
     )
-    got = read_folder(folder)
-    assert got.notes == ("its last row was cut off and is left out", "2 rows could not be read and are left out")
-    assert len(got.steps["step"]) == 90
-    assert got.best_eval is not None
+    run_data = read_folder(folder)
+    assert run_data.notes == ("its last row was cut off and is left out", "2 rows could not be read and are left out")
+    assert len(run_data.steps["step"]) == 90
+    assert run_data.best_eval is not None
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_records_with_other_json_spacing_read_the_same(tmp_path: Path, change: o
     plain = read_folder(make_run_folder(tmp_path / "a"))
     other = make_run_folder(tmp_path / "b")
     (other / "metrics.jsonl").write_text(change((other / "metrics.jsonl").read_text()))  # type: ignore[operator]
-    got = read_folder(other)
-    assert got.notes == ()
+    run_data = read_folder(other)
+    assert run_data.notes == ()
     for kind in ("steps", "evals", "epochs"):
         for name, column in getattr(plain, kind).items():
-            np.testing.assert_array_equal(getattr(got, kind)[name], column)
+            np.testing.assert_array_equal(getattr(run_data, kind)[name], column)
 
 
 def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_path: Path) -> None:
@@ -66,19 +66,19 @@ def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_p
         record for record in make_records(run, floor=9.0, finished=False) if record.step <= 40
     ]  # killed at 40, saved at 30
     again = [record for record in make_records(run) if record.step > 30]
-    got = read_folder(write_run_folder(tmp_path / "run", run, [*first, *again]))
-    assert got.steps["step"].tolist() == list(range(1, 91))
-    assert got.steps["loss"][35] == pytest.approx(synthetic_val_loss(36 / 30, 2.0) + 0.05 * np.sin(36))
-    assert got.evals["step"].tolist() == [0, 30, 60, 90]
+    run_data = read_folder(write_run_folder(tmp_path / "run", run, [*first, *again]))
+    assert run_data.steps["step"].tolist() == list(range(1, 91))
+    assert run_data.steps["loss"][35] == pytest.approx(synthetic_val_loss(36 / 30, 2.0) + 0.05 * np.sin(36))
+    assert run_data.evals["step"].tolist() == [0, 30, 60, 90]
 
 
 def test_an_unfinished_run_is_running_while_its_records_are_fresh_and_stopped_after(tmp_path: Path) -> None:
     folder = make_run_folder(tmp_path / "run", finished=False)
     assert read_folder(folder).notes == ("still going (step 89 of 90); left out of the verdict",)
     os.utime(folder / "metrics.jsonl", (0, 0))
-    got = read_folder(folder)
-    assert got.state == "stopped"
-    assert got.notes == ("stopped before its end (step 89 of 90); left out of the verdict",)
+    run_data = read_folder(folder)
+    assert run_data.state == "stopped"
+    assert run_data.notes == ("stopped before its end (step 89 of 90); left out of the verdict",)
 
 
 @pytest.mark.parametrize("event", ["interrupted", "not_finite"])
@@ -86,8 +86,8 @@ def test_a_run_with_an_end_record_is_not_running(tmp_path: Path, event: str) -> 
     run = make_metadata()
     before = [record for record in make_records(run, finished=False) if record.step <= 40]
     last = EventRecord(event=event, step=40, message="what happened", time=40.0)
-    got = read_folder(write_run_folder(tmp_path / "run", run, [*before, last]))
-    assert got.notes == ("stopped before its end (step 40 of 90): what happened; left out of the verdict",)
+    run_data = read_folder(write_run_folder(tmp_path / "run", run, [*before, last]))
+    assert run_data.notes == ("stopped before its end (step 40 of 90): what happened; left out of the verdict",)
 
 
 def test_a_record_without_its_step_drops_no_other_record(tmp_path: Path) -> None:

@@ -64,22 +64,22 @@ def test_one_seed_is_the_textbook_interval_of_paired_differences():
     differences = np.array([[0.5, -0.1, 0.3, 0.7]])
     expected = stats.ttest_1samp(differences[0], 0.0)
     low, high = expected.confidence_interval(0.95)
-    got = paired_interval(differences, np.ones(4))
-    assert (got.estimate, got.low, got.high) == pytest.approx((0.35, low, high))
-    assert got.p_value == pytest.approx(expected.pvalue)
-    assert got.upper == pytest.approx(0.35 + stats.t.ppf(0.95, 3) * differences.std(ddof=1) / 2)
+    interval = paired_interval(differences, np.ones(4))
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx((0.35, low, high))
+    assert interval.p_value == pytest.approx(expected.pvalue)
+    assert interval.upper == pytest.approx(0.35 + stats.t.ppf(0.95, 3) * differences.std(ddof=1) / 2)
 
 
 def test_crossed_seeds_and_units_are_the_two_way_analysis_of_variance_by_hand():
     # rows are seeds; grand mean 3, seed means 2 and 4, unit means 1.5, 3, 4.5; residuals 0.5, 0, -0.5 and -0.5, 0, 0.5
-    got = paired_interval(np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]), np.ones(3))
+    interval = paired_interval(np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]), np.ones(3))
     ms_seed, ms_unit, ms_rest = 3 * 2.0, 2 * 2.25, 1.0 / 2  # N var(seed means), S var(unit means), sum of squares / 2
     total = ms_seed + ms_unit - ms_rest
     freedom = max(1.0, total**2 / (ms_seed**2 / 1 + ms_unit**2 / 2 + ms_rest**2 / 2))
     width = max(stats.t.ppf(0.975, freedom) * np.sqrt(total / 6), stats.t.ppf(0.975, 1) * np.sqrt(ms_seed / 6))
-    assert got.estimate == 3.0
-    assert got.high - got.estimate == pytest.approx(width)
-    assert got.components == VarianceComponents(seed=5.5 / 3, unit=2.0, rest=0.5)
+    assert interval.estimate == 3.0
+    assert interval.high - interval.estimate == pytest.approx(width)
+    assert interval.components == VarianceComponents(seed=5.5 / 3, unit=2.0, rest=0.5)
 
 
 def test_the_estimate_weighs_units_by_their_targets_and_equal_models_differ_by_nothing():
@@ -92,10 +92,10 @@ def test_the_interval_is_never_narrower_than_that_of_the_seeds_means():
     rng = np.random.default_rng(5)
     for case in CASES:
         differences, targets = simulate(rng, normal, case, num_seeds=3)
-        got = paired_interval(differences, targets)
-        seed_means = ((differences - got.estimate * targets) / targets.mean()).mean(axis=1)
+        interval = paired_interval(differences, targets)
+        seed_means = ((differences - interval.estimate * targets) / targets.mean()).mean(axis=1)
         alone = stats.t.ppf(0.975, 2) * seed_means.std(ddof=1) / np.sqrt(3)
-        assert got.high - got.estimate >= alone * (1 - 1e-12)
+        assert interval.high - interval.estimate >= alone * (1 - 1e-12)
 
 
 def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero():
@@ -110,8 +110,8 @@ def test_the_p_value_is_the_level_at_which_the_interval_reaches_zero():
 def test_an_interval_over_seeds_alone_is_the_paired_t_interval():
     values = [0.11, 0.07, 0.12]
     low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    got = seeds_interval(values)
-    assert (got.low, got.high) == pytest.approx((low, high))
+    interval = seeds_interval(values)
+    assert (interval.low, interval.high) == pytest.approx((low, high))
     with pytest.raises(ValueError, match="two seeds or more"):
         seeds_interval([0.1])
 
@@ -150,8 +150,8 @@ def test_the_interval_covers_the_truth(num_studies, num_seeds, draw):
     for case in CASES:
         covered = 0
         for differences, targets in simulate_studies(num_studies, draw, case, num_seeds=num_seeds, excess=0.02):
-            got = paired_interval(differences, targets)
-            covered += got.low <= 0.02 <= got.high
+            interval = paired_interval(differences, targets)
+            covered += interval.low <= 0.02 <= interval.high
         assert covered / num_studies >= MIN_COVERAGE, (case, covered / num_studies)
 
 
@@ -189,8 +189,8 @@ def test_groups_of_records_are_covered_as_units_and_not_as_records(num_studies):
         targets = rng.integers(5, 61, len(units)).astype(float)
         shared = np.repeat(0.1 * rng.standard_normal(60), 5)
         differences = targets * (0.02 + shared + 0.02 * rng.standard_normal((3, len(units))))
-        got = paired_interval(sum_by_unit(differences, units), sum_by_unit(targets, units))
-        covered += got.low <= 0.02 <= got.high
+        interval = paired_interval(sum_by_unit(differences, units), sum_by_unit(targets, units))
+        covered += interval.low <= 0.02 <= interval.high
         ignoring = paired_interval(differences, targets)
         covered_as_records += ignoring.low <= 0.02 <= ignoring.high
     assert covered / num_studies >= MIN_COVERAGE
@@ -221,8 +221,8 @@ def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies
         for _ in range(num_studies // 4):
             pilot = paired_interval(*simulate(rng, normal, case, num_seeds=3))
             predicted.append(predict_half_width(pilot.components, num_seeds, num_units))
-            got = paired_interval(*simulate(rng, normal, case, num_seeds=num_seeds, num_units=num_units))
-            later.append(got.high - got.estimate)
+            interval = paired_interval(*simulate(rng, normal, case, num_seeds=num_seeds, num_units=num_units))
+            later.append(interval.high - interval.estimate)
         ratios.append(np.mean(predicted) / np.mean(later))
     assert ratios == pytest.approx([1.0] * len(CASES), abs=0.15)
 
@@ -230,14 +230,14 @@ def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies
 def test_what_would_tell_counts_the_seeds_or_says_that_records_are_the_floor():
     rng = np.random.default_rng(11)
     by_seeds = paired_interval(*simulate(rng, normal, (0.05, 0.01, 0.01), num_seeds=3))
-    told = what_would_tell(by_seeds, 0.03)
-    assert told.num_seeds is not None
-    assert not told.is_floor_binding
-    assert predict_half_width(by_seeds.components, told.num_seeds, NUM_UNITS) < 0.03
-    assert predict_half_width(by_seeds.components, told.num_seeds - 1, NUM_UNITS) >= 0.03
+    advice = what_would_tell(by_seeds, 0.03)
+    assert advice.num_seeds is not None
+    assert not advice.is_floor_binding
+    assert predict_half_width(by_seeds.components, advice.num_seeds, NUM_UNITS) < 0.03
+    assert predict_half_width(by_seeds.components, advice.num_seeds - 1, NUM_UNITS) >= 0.03
     by_records = paired_interval(*simulate(rng, normal, (0.0, 0.5, 0.05), num_seeds=5))
-    told = what_would_tell(by_records, 0.02)
-    assert told.is_floor_binding
-    assert told.num_seeds is None
-    assert told.num_units is not None
-    assert predict_half_width(by_records.components, 5, told.num_units) < 0.02
+    advice = what_would_tell(by_records, 0.02)
+    assert advice.is_floor_binding
+    assert advice.num_seeds is None
+    assert advice.num_units is not None
+    assert predict_half_width(by_records.components, 5, advice.num_units) < 0.02

@@ -47,7 +47,7 @@ def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_
 
 
 @pytest.mark.parametrize(
-    ("excess", "answer", "words"),
+    ("excess", "answer", "fragment"),
     [
         (0.2, "worse", "LoRA (lr 0.005) is worse than full (lr 0.0005) by 0.2"),
         (-0.2, "better", "LoRA (lr 0.005) is better than full (lr 0.0005) by 0."),
@@ -55,18 +55,18 @@ def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_
     ],
 )
 def test_three_seeds_answer_with_rates_seeds_steps_records_and_interval(
-    make_run: MakeRun, excess: float, answer: str, words: str
+    make_run: MakeRun, excess: float, answer: str, fragment: str
 ) -> None:
-    got = judge_runs(*make_study(make_run, num_seeds=3, excess=excess, unit_sd=0.02))
-    assert got.primary is not None
-    assert got.primary.answer == answer
-    assert words in got.sentence
-    assert got.sentence.endswith("on 120 validation blocks, seeds 0, 1 and 2, 30 steps; one rate each was tried.")
-    interval = got.primary.excess
+    verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=excess, unit_sd=0.02))
+    assert verdict.primary is not None
+    assert verdict.primary.answer == answer
+    assert fragment in verdict.sentence
+    assert verdict.sentence.endswith("on 120 validation blocks, seeds 0, 1 and 2, 30 steps; one rate each was tried.")
+    interval = verdict.primary.excess
     assert interval is not None
-    assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in got.sentence
+    assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in verdict.sentence
     if answer == "good enough":
-        assert "within the margin of 2 % of what full gained (0.0" in got.sentence
+        assert "within the margin of 2 % of what full gained (0.0" in verdict.sentence
 
 
 def test_what_cannot_be_told_says_what_would_tell(make_run: MakeRun) -> None:
@@ -81,9 +81,9 @@ def test_what_cannot_be_told_says_what_would_tell(make_run: MakeRun) -> None:
 
 
 def test_one_seed_speaks_of_two_models_and_two_seeds_are_provisional(make_run: MakeRun) -> None:
-    one = judge_runs(*make_study(make_run, num_seeds=1, excess=0.2))
-    assert one.sentence.startswith("Of these two models, LoRA (lr 0.005) is worse than full")
-    assert one.sentence.endswith("seed 0, 30 steps; one seed says nothing of the methods; one rate each was tried.")
+    verdict = judge_runs(*make_study(make_run, num_seeds=1, excess=0.2))
+    assert verdict.sentence.startswith("Of these two models, LoRA (lr 0.005) is worse than full")
+    assert verdict.sentence.endswith("seed 0, 30 steps; one seed says nothing of the methods; one rate each was tried.")
     two = judge_runs(*make_study(make_run, num_seeds=2, excess=0.2))
     assert two.sentence.startswith("Provisionally, with 2 seeds, ")
 
@@ -94,25 +94,25 @@ def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> 
         folder = Path(run.source)
         loss = 3.0 if run.mode == "full" else 2.5
         write_eval_records(folder, {30: [loss] * len(TARGETS)}, targets=TARGETS, split="test")
-    got = judge_runs(*(read_folder(Path(run.source)) for run in runs))
-    assert "LoRA (lr 0.005) is better than full (lr 0.0005) by 0.5000" in got.sentence
-    assert "on 120 test blocks" in got.sentence
-    assert any("the base's losses of these records are not there" in line for line in got.details)
+    verdict = judge_runs(*(read_folder(Path(run.source)) for run in runs))
+    assert "LoRA (lr 0.005) is better than full (lr 0.0005) by 0.5000" in verdict.sentence
+    assert "on 120 test blocks" in verdict.sentence
+    assert any("the base's losses of these records are not there" in line for line in verdict.details)
 
 
 def test_records_of_one_group_are_one_unit(make_run: MakeRun) -> None:
     options = {"groups": [f"meaning{i // 4}" for i in range(len(TARGETS))]}
-    got = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options=options))
-    assert "on 30 validation groups" in got.sentence
-    assert got.primary is not None
-    assert got.primary.excess is not None
-    assert got.primary.excess.num_units == 30
+    verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options=options))
+    assert "on 30 validation groups" in verdict.sentence
+    assert verdict.primary is not None
+    assert verdict.primary.excess is not None
+    assert verdict.primary.excess.num_units == 30
 
 
 def test_records_that_equal_a_training_record_are_left_out_and_counted(make_run: MakeRun) -> None:
-    got = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options={"num_in_train": 4}))
-    assert "on 116 validation blocks" in got.sentence
-    assert any("4 records that equal a training record are left out" in line for line in got.details)
+    verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options={"num_in_train": 4}))
+    assert "on 116 validation blocks" in verdict.sentence
+    assert any("4 records that equal a training record are left out" in line for line in verdict.details)
 
 
 def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: MakeRun) -> None:
@@ -120,14 +120,14 @@ def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: Mak
     ids = [f"other{i}" for i in range(len(TARGETS))]
     (Path(lora.source) / "eval_records.parquet").unlink()
     write_eval_records(Path(lora.source), {30: [2.0] * len(TARGETS)}, targets=TARGETS, ids=ids)
-    got = judge_runs(full, read_folder(Path(lora.source)))
+    verdict = judge_runs(full, read_folder(Path(lora.source)))
     assert (
         "without an interval (other evaluation records (240 are not in both runs), and there is one seed)"
-        in got.sentence
+        in verdict.sentence
     )
     (Path(lora.source) / "eval_records.parquet").write_bytes(b"PAR1 torn")
-    got = judge_runs(full, read_folder(Path(lora.source)))
-    assert "eval_records.parquet: not whole records of evaluations" in got.sentence
+    verdict = judge_runs(full, read_folder(Path(lora.source)))
+    assert "eval_records.parquet: not whole records of evaluations" in verdict.sentence
 
 
 def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRun) -> None:
@@ -136,20 +136,20 @@ def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRu
         for mode, values in (("full", (2.00, 2.02, 2.04)), ("lora", (2.51, 2.53, 2.56)))
         for seed, loss in enumerate(values)
     ]
-    got = judge_runs(*runs)
+    verdict = judge_runs(*runs)
     # differences 0.51, 0.51, 0.52: mean 0.5133, sd 0.00577, t(2) = 4.303
-    assert "is worse than full (lr 0.0005) by 0.5133 nats per token [+0.4990, +0.5277]" in got.sentence
-    assert "on this validation set alone" in got.sentence
-    assert any("an interval over seeds alone holds for this validation set only" in line for line in got.details)
+    assert "is worse than full (lr 0.0005) by 0.5133 nats per token [+0.4990, +0.5277]" in verdict.sentence
+    assert "on this validation set alone" in verdict.sentence
+    assert any("an interval over seeds alone holds for this validation set only" in line for line in verdict.details)
 
 
 def test_the_same_seed_twice_is_not_a_second_sample(make_run: MakeRun) -> None:
     fulls = [make_run("full", [4.0, 2.0], run_id=f"full{n}") for n in range(2)]
     loras = [make_run("lora", [4.0, 2.5], run_id=f"lora{n}") for n in range(2)]
-    got = judge_runs(*fulls, *loras)
-    assert got.primary is not None
-    assert len(got.primary.pairs) == 1
-    assert got.sentence.startswith("Cannot tell whether")
+    verdict = judge_runs(*fulls, *loras)
+    assert verdict.primary is not None
+    assert len(verdict.primary.pairs) == 1
+    assert verdict.sentence.startswith("Cannot tell whether")
 
 
 # --- what may not be ranked ---
@@ -169,18 +169,18 @@ def test_the_same_seed_twice_is_not_a_second_sample(make_run: MakeRun) -> None:
 def test_runs_that_started_or_saw_something_else_are_not_ranked(
     make_run: MakeRun, overrides: dict[str, Any], reason: str
 ) -> None:
-    got = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5], **overrides))
-    assert got.sentence.startswith("LoRA (lr 0.005) and full (lr 0.0005) are not ranked: ")
-    assert reason in got.sentence
-    assert to_answer(got)["comparisons"][0]["excess"] is None
-    assert "2.5" not in got.sentence
+    verdict = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5], **overrides))
+    assert verdict.sentence.startswith("LoRA (lr 0.005) and full (lr 0.0005) are not ranked: ")
+    assert reason in verdict.sentence
+    assert to_answer(verdict)["comparisons"][0]["excess"] is None
+    assert "2.5" not in verdict.sentence
 
 
 def test_base_weights_that_a_run_does_not_tell_are_no_agreement(make_run: MakeRun) -> None:
     full, lora = make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5])
     model = {**lora.metadata["model"], "fingerprint": None}
-    got = judge_runs(full, dataclasses.replace(lora, metadata={**lora.metadata, "model": model}))
-    assert "are not ranked: base weights unknown" in got.sentence
+    verdict = judge_runs(full, dataclasses.replace(lora, metadata={**lora.metadata, "model": model}))
+    assert "are not ranked: base weights unknown" in verdict.sentence
 
 
 def test_runs_that_saw_another_number_of_tokens_are_not_ranked(make_run: MakeRun) -> None:
@@ -190,32 +190,32 @@ def test_runs_that_saw_another_number_of_tokens_are_not_ranked(make_run: MakeRun
 
 def test_each_lora_setting_is_compared_with_the_best_full_one_it_may_be_ranked_with(make_run: MakeRun) -> None:
     longer = make_run("full", [4.0, 3.0, 1.5], resolved__lr=1e-4)
-    got = judge_runs(longer, make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5]))
-    assert got.primary is not None
-    assert got.primary.full.lr == 5e-4
-    assert got.primary.blockers == ()
+    verdict = judge_runs(longer, make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5]))
+    assert verdict.primary is not None
+    assert verdict.primary.full.lr == 5e-4
+    assert verdict.primary.blockers == ()
 
 
 def test_the_best_of_several_settings_is_named_and_is_exploratory(make_run: MakeRun) -> None:
     runs = make_study(make_run, num_seeds=3, excess=0.2)
     runs += [make_run("lora", [4.0, 3.5], seed=seed, resolved__lr=1e-3) for seed in range(3)]
-    got = judge_runs(*runs)
-    assert got.sentence.startswith("The best of 2 LoRA settings (lr 0.005) is worse than full (lr 0.0005)")
-    assert got.sentence.endswith(
+    verdict = judge_runs(*runs)
+    assert verdict.sentence.startswith("The best of 2 LoRA settings (lr 0.005) is worse than full (lr 0.0005)")
+    assert verdict.sentence.endswith(
         "; exploratory, for the settings were chosen on these records; one rate of full was tried; LoRA's best rate is "
         "the largest of 2, so a better one may lie beyond."
     )
-    assert [comparison.lora.lr for comparison in got.comparisons] == [0.005, 0.001]
+    assert [comparison.lora.lr for comparison in verdict.comparisons] == [0.005, 0.001]
 
 
 def test_the_verdict_gives_no_number_for_incomparable_runs(make_run: MakeRun) -> None:
-    got = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [5.0, 2.5], data__fingerprint="other"))
-    assert got.sentence == (
+    verdict = judge_runs(make_run("full", [4.0, 2.0]), make_run("lora", [5.0, 2.5], data__fingerprint="other"))
+    assert verdict.sentence == (
         "LoRA and full are not comparable with one another (other data): "
         "full improved on its base (4.0000 -> 2.0000 at best); "
         "LoRA improved on its base (5.0000 -> 2.5000 at best)."
     )
-    assert (got.comparisons, got.headlines) == ((), ())
+    assert (verdict.comparisons, verdict.headlines) == ((), ())
 
 
 def test_the_verdict_says_that_only_one_mode_was_run(make_run: MakeRun) -> None:
@@ -233,10 +233,10 @@ def test_two_data_sets_are_two_verdicts(make_run: MakeRun) -> None:
         for mode, losses in (("full", [4.0, 2.0]), ("lora", [4.0, 2.5]))
         for other in ({}, {"data__source": "e2e.csv", "data__fingerprint": "e2e", "run_id": f"{mode}e2e"})
     ]
-    got = judge_runs(*runs, with_card=True)
-    assert "LoRA (acled-demo, lr 0.005) is as good as full (acled-demo, lr 0.0005)" in got.sentence
-    assert "LoRA (e2e.csv, lr 0.005) is as good as full (e2e.csv, lr 0.0005)" in got.sentence
-    assert [(pair.full.label, pair.lora.label) for pair in got.comparisons] == [
+    verdict = judge_runs(*runs, with_card=True)
+    assert "LoRA (acled-demo, lr 0.005) is as good as full (acled-demo, lr 0.0005)" in verdict.sentence
+    assert "LoRA (e2e.csv, lr 0.005) is as good as full (e2e.csv, lr 0.0005)" in verdict.sentence
+    assert [(pair.full.label, pair.lora.label) for pair in verdict.comparisons] == [
         ("full (acled-demo)", "LoRA (acled-demo)"),
         ("full (e2e.csv)", "LoRA (e2e.csv)"),
     ], "a number across the gap"
@@ -252,16 +252,16 @@ def test_unfinished_runs_are_left_out_of_the_verdict(make_run: MakeRun) -> None:
 
 def test_the_verdict_compares_with_the_reference_only_where_comparable(make_run: MakeRun) -> None:
     full = make_run("full", [4.0, 1.2, 1.0, 0.93], like_card=True)
-    got = judge_runs(full, make_run("lora", [4.0, 1.3, 1.1, 1.0], like_card=True), with_card=True)
-    assert "full ended 0.0114 below the card's 0.9414 at epoch 3." in got.details
-    assert "LoRA ended 0.0586 above the card's 0.9414 at epoch 3." in got.details
+    verdict = judge_runs(full, make_run("lora", [4.0, 1.3, 1.1, 1.0], like_card=True), with_card=True)
+    assert "full ended 0.0114 below the card's 0.9414 at epoch 3." in verdict.details
+    assert "LoRA ended 0.0586 above the card's 0.9414 at epoch 3." in verdict.details
     assert not any("card" in line for line in judge_runs(full).details)
 
 
 def test_the_answer_for_machines_holds_the_sentence_the_interval_and_the_runs(make_run: MakeRun) -> None:
-    got = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2))
-    answer = json.loads(json.dumps(to_answer(got)))
-    assert (answer["sentence"], answer["answer"]) == (got.sentence, "worse")
+    verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2))
+    answer = json.loads(json.dumps(to_answer(verdict)))
+    assert (answer["sentence"], answer["answer"]) == (verdict.sentence, "worse")
     (comparison,) = answer["comparisons"]
     assert comparison["seeds"] == [0, 1, 2]
     assert comparison["lora"]["lr"] == 0.005

@@ -52,7 +52,7 @@ def simulate(excess: float, *, noise: float = 0.01, num_seeds: int = 3, num_unit
 
 
 @pytest.mark.parametrize(
-    ("excess", "noise", "margin", "verdict", "words"),
+    ("excess", "noise", "margin", "verdict", "fragment"),
     [
         (-0.05, 0.01, Margin(kind="nats", value=0.02), "better", "lora is better than full"),
         (0.0, 0.01, Margin(kind="nats", value=0.02), "good enough", "lora is good enough: "),
@@ -65,10 +65,10 @@ def simulate(excess: float, *, noise: float = 0.01, num_seeds: int = 3, num_unit
         (0.03, 0.01, Margin(kind="bits_per_byte", value=0.005), "worse", "margin 0.005 bits per byte"),
     ],
 )
-def test_the_verdict_is_one_of_four_by_the_rules_margin(excess, noise, margin, verdict, words):
+def test_the_verdict_is_one_of_four_by_the_rules_margin(excess, noise, margin, verdict, fragment):
     answer = judge("lora", *simulate(excess, noise=noise), make_rule(margin), level=0.95)
     assert answer.verdict == verdict
-    assert words in answer.sentence
+    assert fragment in answer.sentence
 
 
 def test_with_one_seed_the_sentence_speaks_of_the_models_not_of_the_method():
@@ -154,7 +154,7 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         ({"resolved__precision": "bf16"}, "ran in fp32 on 1 x some cpu, eager steps, "),
         ({"hardware__gpu": "H100"}, "in fp32 on 1 x H100, eager steps"),
@@ -162,13 +162,13 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
         ({"resolved__ranks": 2}, "in fp32 on 2 x some cpu"),
     ],
 )
-def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, words):
+def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, message):
     for name, changes in (("a", {}), ("b", overrides)):
         write_run(tmp_path / name, make_rows(20), loss=2.0, seed=1, **{"execution": [{"path": "eager"}], **changes})
     check_one_execution({"full": [tmp_path / "a"], "lora": [tmp_path / "a"]})
     with pytest.raises(AnswerRefusedError, match="not to be compared") as caught:
         check_one_execution({"full": [tmp_path / "a"], "lora": [tmp_path / "b"]})
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert caught.value.exit_code == 3
 
 

@@ -61,18 +61,18 @@ def test_doctor_checks_versions_against_the_supported_ranges():
         )
     )
     assert worst_levels(bad) == {"Python": "error", "torch": "error", "no-such-package": "error", "packages": "ok"}
-    assert any("pip install 'no-such-package>=1'" in one.remedy for one in bad)
+    assert any("pip install 'no-such-package>=1'" in check.remedy for check in bad)
     assert worst_levels(environment_checks.check_packages(None)) == {"packages": "warning"}
     assert environment_checks._requirements() is not None, "the ranges come from the installed package"
 
 
 def test_doctor_names_a_port_in_use_and_offers_a_free_one():
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        found = environment_checks.check_port(taken.getsockname()[1])
-    assert found.level == "warning"
-    assert "--master_port" in found.remedy
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        checks = environment_checks.check_port(holder.getsockname()[1])
+    assert checks.level == "warning"
+    assert "--master_port" in checks.remedy
 
 
 def test_doctor_names_environment_variables_but_never_shows_values(monkeypatch, tmp_path):
@@ -153,13 +153,13 @@ def parse_settings(objective: str, block_size: int = 32) -> Any:
 @pytest.mark.parametrize("block", [32, 1024])
 def test_doctor_finds_no_fault_in_sound_data(block):
     """Whatever room a row has: rows are padded to the longest beside them, not to the block size."""
-    found = list(
+    checks = list(
         data_checks.check_data(
             parse_settings("completion", block), make_prepared_dataset(make_texts(600, 1), make_texts(200, 2))
         )
     )
-    assert set(worst_levels(found).values()) == {"ok"}, [one for one in found if one.level != "ok"]
-    assert any(one.message == "one notice" for one in found)
+    assert set(worst_levels(checks).values()) == {"ok"}, [check for check in checks if check.level != "ok"]
+    assert any(check.message == "one notice" for check in checks)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,8 @@ def test_doctor_finds_duplicate_texts_inside_blocks():
         side: [token for text in side_texts for token in [*text, 0]] for side, side_texts in (("t", train), ("v", val))
     }
     cut = {side: [ids[at : at + 16] for at in range(0, len(ids) - 15, 16)] for side, ids in flat.items()}
-    found = list(data_checks.check_duplicates(parse_settings("blocks"), make_prepared_dataset(cut["t"], cut["v"])))
-    assert found[0].message.startswith("3 of 9 "), "the last text is cut off"
+    checks = list(data_checks.check_duplicates(parse_settings("blocks"), make_prepared_dataset(cut["t"], cut["v"])))
+    assert checks[0].message.startswith("3 of 9 "), "the last text is cut off"
 
 
 # --- plan and memory ---
@@ -204,12 +204,12 @@ def doctor_inputs(tiny_model: str, data_files: tuple[str, str]) -> dict[str, Any
 
 
 def test_doctor_describes_the_model(doctor_inputs):
-    found = {one.name: one for one in plan_checks.check_model(doctor_inputs["plan"], doctor_inputs["model"])}
-    assert found["LoRA targets"].message == "8 layers: c_attn, c_fc, c_proj"
-    assert found["Conv1D"].message.startswith("8 of the 8")
-    assert found["tied weights"].level == "ok"
-    assert "are one" in found["tied weights"].message
-    assert f"{doctor_inputs['model'].metadata['trainable']:,}" in found["trainable"].message
+    checks = {check.name: check for check in plan_checks.check_model(doctor_inputs["plan"], doctor_inputs["model"])}
+    assert checks["LoRA targets"].message == "8 layers: c_attn, c_fc, c_proj"
+    assert checks["Conv1D"].message.startswith("8 of the 8")
+    assert checks["tied weights"].level == "ok"
+    assert "are one" in checks["tied weights"].message
+    assert f"{doctor_inputs['model'].metadata['trainable']:,}" in checks["trainable"].message
 
 
 def test_doctor_judges_the_training_schedule(doctor_inputs):
@@ -222,8 +222,8 @@ def test_doctor_judges_the_training_schedule(doctor_inputs):
         settings=replace(plan.settings, train=train, output=output),
         schedule=replace(plan.schedule, total_steps=3),
     )
-    found = worst_levels(plan_checks.check_schedule(late))
-    assert (found["steps"], found["learning rate"], found["--eval-every"]) == ("warning", "warning", "warning")
+    levels = worst_levels(plan_checks.check_schedule(late))
+    assert (levels["steps"], levels["learning rate"], levels["--eval-every"]) == ("warning", "warning", "warning")
 
 
 def test_doctor_estimates_memory_for_every_zero_file_and_too_little_is_an_error(doctor_inputs, monkeypatch):
@@ -282,17 +282,17 @@ def test_the_smoke_test_of_doctor_says_what_failed(doctor_inputs, fault, tmp_pat
         parent_folder=tmp_path / "near",
     )
     checks = list(played.run_checks())
-    found = worst_levels(checks)
-    assert {what: found[what] for what in expected} == expected, checks
-    assert set(found) <= {"train", "evaluate", "save", "export", "resume", "rehearsal"}
+    levels = worst_levels(checks)
+    assert {what: levels[what] for what in expected} == expected, checks
+    assert set(levels) <= {"train", "evaluate", "save", "export", "resume", "rehearsal"}
     assert not list((tmp_path / "near").iterdir()), "nothing is left"
     if fault == "crash":
         assert "--lr: no" in checks[0].message
     if fault == "sound":
         assert played.cost.step_seconds == pytest.approx(2.0), "10 tokens at 5 a second, the first step left out"
         costs = {
-            one.name: one
-            for one in smoke_test.estimate_costs(doctor_inputs["plan"], doctor_inputs["data"], played.cost, 7.0)
+            check.name: check
+            for check in smoke_test.estimate_costs(doctor_inputs["plan"], doctor_inputs["data"], played.cost, 7.0)
         }
         assert "steps of 2.00 s" in costs["time"].message
         assert costs["disk"].level == "ok"
@@ -303,17 +303,17 @@ def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, ti
     from helpers.tiny_inputs import write_records
 
     path = write_records(tmp_path / "large.jsonl", num_records=4000, seed=3)
-    words = f"--mode full --model {tiny_model} --data {path} --objective completion --block-size 32 --global-batch 2"
-    request = cli.parse_args([*words.split(), "--preset", "demo", *TEMPLATE_FLAGS])
+    flags = f"--mode full --model {tiny_model} --data {path} --objective completion --block-size 32 --global-batch 2"
+    request = cli.parse_args([*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS])
     data = load(prepare(request.settings.data, model=tiny_model, global_batch=2).folder)
     model = build_model(request.settings, on_meta=True)
     plan = make_plan(request.settings, simulated_context(1), data, model.metadata, load_config(request.settings.model))
-    given = sample_data.sample_overrides(request, plan, data, 4, tmp_path)["data"]
-    lines = {side: Path(given[side]).read_text().splitlines() for side in ("data", "val_data")}
+    data_overrides = sample_data.sample_overrides(request, plan, data, 4, tmp_path)["data"]
+    lines = {side: Path(data_overrides[side]).read_text().splitlines() for side in ("data", "val_data")}
     assert 8 <= len(lines["data"]) < 400, "4 steps of 2, and not much more"
     assert 1 <= len(lines["val_data"]) < 400
     assert not set(lines["data"]) & set(lines["val_data"])
-    again = cli.parse_args(cli.to_argv(request, data=given)).settings
+    again = cli.parse_args(cli.to_argv(request, data=data_overrides)).settings
     assert prepare(again.data, model=tiny_model, global_batch=2).metadata["train"]["examples"] >= 8
 
 
@@ -325,9 +325,9 @@ def test_doctor_turns_a_user_error_into_a_check_result():
         yield CheckResult(level="ok", name="a", message="b")
         raise UserError("--data x: no such file; expected CSV")
 
-    found = list(catch_user_errors("run", mistake))
-    assert [one.level for one in found] == ["ok", "error"]
-    assert found[1].remedy == "expected CSV"
+    checks = list(catch_user_errors("run", mistake))
+    assert [check.level for check in checks] == ["ok", "error"]
+    assert checks[1].remedy == "expected CSV"
 
 
 def run_doctor(argv: list[str], capsys: Any, **options: Any) -> tuple[int, str]:
@@ -365,19 +365,19 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
     monkeypatch.chdir(tmp_path)
     text = "--mode full --objective completion --block-size 32 --global-batch 4 --output-dir run"
     code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys)
-    told = json.loads(printed)
-    assert (code, told["error"]) == (0, 0), told["checks"]
-    assert {one["section"] for one in told["checks"]} >= {"environment", "run", "data", "model", "steps"}
-    assert [row["ds_config"] for row in told["memory"]] == list(DS_CONFIG_NAMES)
+    report = json.loads(printed)
+    assert (code, report["error"]) == (0, 0), report["checks"]
+    assert {check["section"] for check in report["checks"]} >= {"environment", "run", "data", "model", "steps"}
+    assert [row["ds_config"] for row in report["memory"]] == list(DS_CONFIG_NAMES)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").touch()
     code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys)
     assert code == 1
-    assert [one["name"] for one in json.loads(printed)["checks"] if one["level"] == "error"] == ["run folder"]
+    assert [check["name"] for check in json.loads(printed)["checks"] if check["level"] == "error"] == ["run folder"]
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "output"),
     [
         ("--global-batch 5", "5 examples / 2 ranks is not whole"),
         ("--output-dir {file}/run", "cannot write there: Not a directory"),
@@ -385,16 +385,16 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
     ],
 )
 def test_doctor_reports_what_train_would_refuse_before_data_are_read(
-    more, said, tiny_model, data_files, capsys, tmp_path, monkeypatch
+    more, output, tiny_model, data_files, capsys, tmp_path, monkeypatch
 ):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no login of whoever runs the tests
     (tmp_path / "file").touch()
-    words = f"--mode full --model {tiny_model} --data missing.csv --block-size 16 {more.format(file=tmp_path / 'file')}"
-    code, printed = run_doctor([*words.split(), "--preset", "demo", *TEMPLATE_FLAGS], capsys, ranks=2, as_json=False)
+    flags = f"--mode full --model {tiny_model} --data missing.csv --block-size 16 {more.format(file=tmp_path / 'file')}"
+    code, printed = run_doctor([*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS], capsys, ranks=2, as_json=False)
     assert code == 1
-    assert said in printed
+    assert output in printed
     assert "1 errors" in printed
 
 
@@ -434,10 +434,10 @@ def test_the_smoke_test_of_doctor_passes_on_real_ranks(tiny_model, data_files, t
         as_json=True,
         ranks_of_hosts={},
     )
-    told = json.loads(capsys.readouterr().out)
-    assert code == 0, [one for one in told["checks"] if one["level"] == "error"]
-    found = {one["name"]: one["message"] for one in told["checks"] if one["section"] == "rehearsal"}
-    assert set(found) == {"train", "evaluate", "save", "export", "resume"}
-    assert found["resume"] == "from step 2: losses bit for bit the same"
-    assert told["measured"]["step_seconds"] > 0
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0, [check for check in report["checks"] if check["level"] == "error"]
+    checks = {check["name"]: check["message"] for check in report["checks"] if check["section"] == "rehearsal"}
+    assert set(checks) == {"train", "evaluate", "save", "export", "resume"}
+    assert checks["resume"] == "from step 2: losses bit for bit the same"
+    assert report["measured"]["step_seconds"] > 0
     assert sys.executable

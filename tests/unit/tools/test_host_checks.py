@@ -16,7 +16,7 @@ def put_ssh(folder, monkeypatch, answer: str, code: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "level", "words"),
+    ("answer", "code", "level", "message"),
     [
         ({}, 0, "ok", ["127.0.0.1: the same program and packages"]),
         ({"torch": "1.0"}, 0, "error", ["torch is 1.0, here ", "install the same"]),
@@ -28,12 +28,14 @@ def put_ssh(folder, monkeypatch, answer: str, code: int = 0) -> None:
         ),
     ],
 )
-def test_a_host_is_reached_and_has_the_same_installed_or_it_is_said(answer, code, level, words, tmp_path, monkeypatch):
+def test_a_host_is_reached_and_has_the_same_installed_or_it_is_said(
+    answer, code, level, message, tmp_path, monkeypatch
+):
     text = answer if isinstance(answer, str) else "a greeting\n" + json.dumps({**program_facts({}), **answer})
     put_ssh(tmp_path, monkeypatch, text, code)
     result = list(check_hosts(["localhost"]))[-1]
     assert result.level == level
-    assert all(word in f"{result.message}; {result.remedy}" for word in words), result
+    assert all(word in f"{result.message}; {result.remedy}" for word in message), result
     argv = (tmp_path / "argv").read_text()
     assert "-o BatchMode=yes" in argv
     assert " localhost cd " in argv

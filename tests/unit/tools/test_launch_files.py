@@ -45,12 +45,12 @@ def slurm_script(folder: Path, *flags: str) -> str:
 def test_every_option_is_in_the_manual_pages(tmp_path):
     flags = ["--time", "1-12", "--partition", "p", "--account", "a", "--cpus-per-task", "4", "--grace", "99999"]
     script = slurm_script(tmp_path, *flags)
-    given = dict(re.findall(r"^#SBATCH (--[a-z-]+)=?(.*)$", script, re.MULTILINE))
-    assert set(given) <= set(SLURM_OPTIONS["sbatch"].split())
-    assert given["--nodes"] == "2"
-    assert given["--ntasks-per-node"] == "1"
-    assert given["--gpus-per-node"] == "3"
-    assert given["--signal"] == "USR1@65535", "the largest that sbatch takes"
+    options = dict(re.findall(r"^#SBATCH (--[a-z-]+)=?(.*)$", script, re.MULTILINE))
+    assert set(options) <= set(SLURM_OPTIONS["sbatch"].split())
+    assert options["--nodes"] == "2"
+    assert options["--ntasks-per-node"] == "1"
+    assert options["--gpus-per-node"] == "3"
+    assert options["--signal"] == "USR1@65535", "the largest that sbatch takes"
     (srun,) = re.findall(r"^srun (.*) bash -c", script, re.MULTILINE)
     assert set(re.findall(r"--[a-z-]+", srun)) <= set(SLURM_OPTIONS["srun"].split())
     assert "--gpus-per-node" not in slurm_script(tmp_path, "--cpu")
@@ -102,7 +102,7 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         ([], ["--slurm", "--hosts NAME:RANKS"]),
         (["--slurm", "--nodes", "2", "--mode", "lora"], ["--slurm without --ranks-per-node"]),
@@ -118,11 +118,11 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
         ([*SSH_FLAGS, "--ranks-per-nod", "1"], ["--ranks-per-node"]),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(flags, words, tmp_path, capsys):
+def test_a_mistake_is_one_line_and_writes_nothing(flags, message, tmp_path, capsys):
     assert write(tmp_path / "new", *flags) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
-    assert all(word in captured.err for word in words), captured.err
+    assert all(word in captured.err for word in message), captured.err
     assert not (tmp_path / "new").exists()
 
 

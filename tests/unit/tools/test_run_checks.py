@@ -102,7 +102,7 @@ def break_row(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "name", "words", "resume"),
+    ("damage", "name", "message", "resume"),
     [
         (truncate_state, "step-000006", "has 20 bytes of", "from step-000003"),
         (lambda run: (run / "checkpoints/step-000006/state.json").write_text("{"), "step-000006", "missing or damaged",
@@ -121,10 +121,10 @@ def break_row(run: Path) -> None:
          "from step-000006 with --allow-change records"),
     ],
 )  # fmt: skip
-def test_damage_is_named_with_what_is_still_possible(run, damage, name, words, resume):
+def test_damage_is_named_with_what_is_still_possible(run, damage, name, message, resume):
     damage(run)
     if name:
-        assert words in errors(run)[name]
+        assert message in errors(run)[name]
         assert run_check(run) == 1
     assert uses(run)["resume"] == resume
 

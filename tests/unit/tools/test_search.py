@@ -178,7 +178,7 @@ def test_rungs_are_whole_runs_and_none_is_too_short_to_say_anything(steps, rungs
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"methods": ("full", "lara")}, "--methods lara: expected some of full, lora"),
         ({"methods": ("full", "dora")}, "--methods full,dora: expected lora among them"),
@@ -187,10 +187,10 @@ def test_rungs_are_whole_runs_and_none_is_too_short_to_say_anything(steps, rungs
         ({"lora_ranks": ()}, "--ranks : expected one value or more"),
     ],
 )
-def test_a_rule_that_cannot_be_followed_is_refused_in_one_line(changes, words):
+def test_a_rule_that_cannot_be_followed_is_refused_in_one_line(changes, message):
     with pytest.raises(UserError) as caught:
         make_rule(**changes)
-    assert str(caught.value).startswith(words)
+    assert str(caught.value).startswith(message)
 
 
 def test_looks_share_the_level_and_each_has_more_seeds_than_the_one_before():

@@ -72,12 +72,12 @@ def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up_again(tm
     clock.now += LEASE_SECONDS - 1
     assert queues["b"].claim(specs) is None, "the lease was renewed"
     clock.now += 2
-    taken, _ = queues["b"].claim(specs)
-    assert taken.attempt == 2
+    own_trial, _ = queues["b"].claim(specs)
+    assert own_trial.attempt == 2
     assert queues["c"].claim(specs) is None
     assert not queues["a"].renew(claim), "the one that was taken for dead must stop"
     assert not queues["a"].finish(claim, loss=9.0)
-    assert queues["b"].finish(taken, loss=2.0, seconds=3.5)
+    assert queues["b"].finish(own_trial, loss=2.0, seconds=3.5)
     trial = queues["c"].trials()[specs[0].name]
     assert (trial.loss, trial.attempts, trial.state, trial.facts) == (2.0, 2, TrialState.COMPLETE, {"seconds": 3.5})
 
@@ -111,9 +111,9 @@ def test_workers_that_race_claim_each_trial_once(tmp_path):
     def work(name: str) -> None:
         queue = TrialQueue(tmp_path, name)
         barrier.wait()
-        while taken := queue.claim(specs):
-            claimed.append(taken[1].name)
-            queue.finish(taken[0], loss=1.0)
+        while claim := queue.claim(specs):
+            claimed.append(claim[1].name)
+            queue.finish(claim[0], loss=1.0)
 
     threads = [threading.Thread(target=work, args=(f"w{n}",)) for n in range(4)]
     for thread in threads:
@@ -174,5 +174,5 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_the_study_loads_without_torch():
     line = "import sys, trainer.tools.study.trial_queue; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "False", done.stderr
+    process = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.stdout.strip() == "False", process.stderr

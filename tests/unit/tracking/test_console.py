@@ -85,9 +85,9 @@ def test_a_metrics_file_with_records_is_refused_unless_resumed(tmp_path: Path) -
 def test_a_resumed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(to_line(record) + "\n" for record in RECORDS) + '{"kind"')
-    kept = [record for record in RECORDS if record.step <= 60]
-    assert rewind(path, 60) == len(RECORDS) - len(kept) + 1
-    assert list(read_records(path)) == kept
+    earlier_records = [record for record in RECORDS if record.step <= 60]
+    assert rewind(path, 60) == len(RECORDS) - len(earlier_records) + 1
+    assert list(read_records(path)) == earlier_records
     assert rewind(path, 60) == 0
 
 
@@ -174,12 +174,12 @@ def test_a_plain_progress_line_has_step_loss_speed_and_time_left() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "told"), [(3.0, "3"), (2.5, "2.5"), (40 / 375, "0.11"), (1 + 1 / 3, "1.33"), (0.003, "0.003")]
+    ("epochs", "text"), [(3.0, "3"), (2.5, "2.5"), (40 / 375, "0.11"), (1 + 1 / 3, "1.33"), (0.003, "0.003")]
 )
-def test_the_number_of_epochs_is_printed_short(epochs: float, told: str) -> None:
+def test_the_number_of_epochs_is_printed_short(epochs: float, text: str) -> None:
     stream = io.StringIO()
     ProgressBar(100, epochs, stream=stream).log(make_step_record(1))
-    assert f"epoch 0.03/{told}  loss" in stream.getvalue()
+    assert f"epoch 0.03/{text}  loss" in stream.getvalue()
 
 
 def test_the_last_record_is_shown_when_a_run_ends_early() -> None:
@@ -410,8 +410,8 @@ warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Use ano
 warnings.warn("your disk is nearly full", UserWarning)
 assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
 """
-    said = subprocess.run([sys.executable, "-c", code], env=child_env(), capture_output=True, text=True).stderr
-    assert "trouble" in said
-    assert "nearly full" in said
-    assert "noise" not in said
-    assert "all_gather" not in said
+    output = subprocess.run([sys.executable, "-c", code], env=child_env(), capture_output=True, text=True).stderr
+    assert "trouble" in output
+    assert "nearly full" in output
+    assert "noise" not in output
+    assert "all_gather" not in output

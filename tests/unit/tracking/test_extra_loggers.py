@@ -49,12 +49,12 @@ def test_tensorboard_has_every_record_once_also_after_a_resume(tmp_path, caplog)
     caplog.set_level("INFO", "trainer")
     log_in_two_parts("tensorboard", tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
-    got: dict[tuple[str, int], list[float]] = {}
+    actual: dict[tuple[str, int], list[float]] = {}
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
-            got.setdefault((name, event.step), []).append(event.value)
-    assert {key: values[-1] for key, values in got.items()} == pytest.approx(EXPECTED_VALUES, rel=1e-7), "in float32"
-    assert all(len(values) == 1 for (name, _), values in got.items() if name not in AXES)
+            actual.setdefault((name, event.step), []).append(event.value)
+    assert {key: values[-1] for key, values in actual.items()} == pytest.approx(EXPECTED_VALUES, rel=1e-7), "in float32"
+    assert all(len(values) == 1 for (name, _), values in actual.items() if name not in AXES)
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
     assert "tensorboard --logdir" in messages[0]
     assert len(messages) == 2, "nothing went wrong"
@@ -70,13 +70,13 @@ def test_trackio_has_every_record_once_also_after_a_resume(tmp_path, monkeypatch
     import json
 
     with sqlite3.connect(store) as connection:
-        found = connection.execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
-    got: dict[tuple[str, int], list[Any]] = {}
-    for step, text in found:
+        result = connection.execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
+    actual: dict[tuple[str, int], list[Any]] = {}
+    for step, text in result:
         for name, value in json.loads(text).items():
-            got.setdefault((name, step), []).append(value)
-    assert {key: values[-1] for key, values in got.items() if key in EXPECTED_VALUES} == EXPECTED_VALUES
-    assert all(len(values) == 1 for (name, _), values in got.items() if name not in AXES)
+            actual.setdefault((name, step), []).append(value)
+    assert {key: values[-1] for key, values in actual.items() if key in EXPECTED_VALUES} == EXPECTED_VALUES
+    assert all(len(values) == 1 for (name, _), values in actual.items() if name not in AXES)
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
     assert "trackio show" in messages[0]
     assert len(messages) == 2, messages

@@ -53,7 +53,7 @@ def test_unchanged_rows_are_accepted_also_with_later_ones_behind_them(written):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda lines: lines.pop(14), "line 15: step 16 follows step 14"),
         (lambda lines: lines.insert(14, lines[14]), "line 16: step 15 follows step 15"),
@@ -63,10 +63,10 @@ def test_unchanged_rows_are_accepted_also_with_later_ones_behind_them(written):
         (lambda lines: lines.clear(), "it has 0 of the 30 rows that were written"),
     ],
 )  # fmt: skip
-def test_a_changed_row_is_found_and_its_place_is_said(written, change, words):
+def test_a_changed_row_is_found_and_its_place_is_said(written, change, message):
     path, digests = written
     change_lines(path, change)
-    assert find_changed_rows(path, digests) == words
+    assert find_changed_rows(path, digests) == message
 
 
 def test_a_metrics_file_that_is_gone_is_noticed(written):
