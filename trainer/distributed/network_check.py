@@ -1,7 +1,6 @@
 """How fast the ranks talk to their neighbours on the ring of a reduction, all at once, before the first step.
 
-On several hosts only, and within a second. What a step sends over it is the ZeRO paper's count (arXiv 1910.02054,
-section 7): gradients that are reduced and weights that are gathered pass every rank once each.
+On several hosts only, and within a second.
 """
 
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from trainer.distributed.bytes_sent import bytes_sent
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import DistContext
 
@@ -70,14 +70,6 @@ def _exchange_seconds(context: DistContext, num_bytes: int) -> float:
     return time.perf_counter() - start_time
 
 
-def bytes_of_step(counts: ParamCounts, *, stage: int, world_size: int) -> float:
-    """Bytes that one rank sends in a step of one micro-batch, float32."""
-    share = 4 * (world_size - 1) / world_size
-    if stage == 3:
-        return share * (3 * counts.trainable + 2 * counts.frozen)
-    return share * 2 * counts.trainable
-
-
 def describe_ring(speed: RingSpeed, context: DistContext, counts: ParamCounts, *, stage: int) -> str:
     """One line: the slowest link, what a step sends over it, and how long that takes beside a step of full."""
     hosts = context.placement.hosts
@@ -85,10 +77,11 @@ def describe_ring(speed: RingSpeed, context: DistContext, counts: ParamCounts, *
         f"{speed.bandwidth / 1e9:.3g} GB/s and {speed.latency_seconds * 1e3:.2g} ms from {hosts[speed.source]} to "
         f"{hosts[speed.target]}, the slowest link"
     )
-    num_bytes = bytes_of_step(counts, stage=stage, world_size=context.world_size)
+    num_bytes = bytes_sent(
+        stage=stage, num_trainable=counts.trainable, num_frozen=counts.frozen, world_size=context.world_size
+    )
     text += f": a step sends {num_bytes / 1e6:.3g} MB, {num_bytes / speed.bandwidth * 1e3:,.0f} ms"
     if counts.frozen:
-        every = ParamCounts(trainable=counts.frozen, frozen=0)
-        full_bytes = bytes_of_step(every, stage=stage, world_size=context.world_size)
+        full_bytes = bytes_sent(stage=stage, num_trainable=counts.frozen, num_frozen=0, world_size=context.world_size)
         text += f"; one of --mode full {full_bytes / 1e6:.3g} MB, {full_bytes / speed.bandwidth * 1e3:,.0f} ms"
     return text

@@ -1,14 +1,15 @@
 """What a step costs on more GPUs than there are at hand: modelled from bytes moved, link speed and overlap. Pure.
 
-Bytes: the ZeRO paper (Rajbhandari et al., arXiv 1910.02054, section 7). Gradients that are reduced and weights that are
-gathered each pass every rank once, (n - 1) / n of their bytes; stage 3 gathers the weights twice more in place of once.
-Overlap: under stages 0 and 1 gradients leave in buckets while the step's last backward makes them
-(`trainer.distributed.gradients`); what the last bucket holds, a tied embedding among it, is made at its end and hidden
-by nothing, nor is the gathering of weights, nor anything that DeepSpeed's own hooks do under stages 2 and 3.
+Bytes: `trainer.distributed.bytes_sent`. Overlap: under stages 0 and 1 gradients leave in buckets while the step's last
+backward makes them (`trainer.distributed.gradients`); what the last bucket holds, a tied embedding among it, is made at
+its end and hidden by nothing, nor is the gathering of weights, nor anything that DeepSpeed's own hooks do under stages
+2 and 3.
 tests/distributed/test_shaped_links.py holds this against steps over links of a known speed.
 """
 
 from dataclasses import dataclass, replace
+
+from trainer.distributed.bytes_sent import bytes_sent
 
 NVLINK_BYTES_PER_SECOND = 450e9  # bytes/s each way between the GPUs of an H100 node, as its maker states it
 GPUS_PER_NODE = 8  # GPUs
@@ -55,26 +56,15 @@ class Communication:
     exposed: float
 
 
-def bytes_moved(*, stage: int, workload: Workload, world_size: int) -> float:
-    """Bytes that one rank sends in a step, float32: gradients of the trained weights, and weights where divided.
-
-    Stage 0 reduces and spreads the gradients, 1 and 2 reduce them and spread the weights: the same number. Stage 2
-    reduces after every micro-batch. Stage 3 gathers all weights, frozen ones too, for each forward and backward.
-    """
-    num_trainable, num_frozen = workload.num_trainable, workload.num_frozen
-    accumulation, bytes_per_weight = workload.gradient_accumulation_steps, 4 * (world_size - 1) / world_size
-    if stage < 2:
-        return bytes_per_weight * 2 * num_trainable
-    if stage == 2:
-        return bytes_per_weight * num_trainable * (accumulation + 1)
-    return bytes_per_weight * (accumulation * (num_trainable + 2 * (num_trainable + num_frozen)))
-
-
 def communication(
     *, stage: int, workload: Workload, world_size: int, bandwidth: float, bucket_bytes: float = GPU_BUCKET_BYTES
 ) -> Communication:
     """By a ring whose slowest link has `bandwidth` bytes/s. One queue: a bucket waits for those before it."""
-    total = bytes_moved(stage=stage, workload=workload, world_size=world_size) / bandwidth
+    num_bytes = bytes_sent(
+        stage=stage, num_trainable=workload.num_trainable, num_frozen=workload.num_frozen, world_size=world_size,
+        gradient_accumulation_steps=workload.gradient_accumulation_steps,
+    )  # fmt: skip
+    total = num_bytes / bandwidth
     reduction = total if stage == 0 else total / 2 if stage == 1 else 0.0
     tail = workload.tail_share(bucket_bytes)
     exposed = max(0.0, (1 - tail) * reduction - workload.backward_seconds) + tail * reduction
