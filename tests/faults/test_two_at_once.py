@@ -122,7 +122,7 @@ def test_changed_rows_are_refused_at_a_resume_or_said(runs):
     assert sorted(folder.name for folder in (runs.folder / "checkpoints").iterdir()) == checkpoints
     assert runs.finish("--resume", "--allow-change", "records", stop_at=3)[0] == 143
     event = next(row for row in read_records(runs.folder) if row.get("event") == "resumed")
-    assert "records changed from as written to line 5" in event["message"]
+    assert "records changed from as written to metrics.jsonl: line 5" in event["message"]
     assert runs.finish("--resume", stop_at=2)[0] == 143, "the new rows are as written"
     path.unlink()
     exit_code, errors = runs.finish("--resume")

@@ -137,7 +137,7 @@ def real_pass_memory(model: TrainableModel, setup: PassSetup) -> PassMemory:
     cast = FrozenWeightCast(model, keep_fp32_copy=False) if setup.casts_frozen_weights else None
     cpu_attention.install(model.module, model.causal)
     if setup.uses_fused_lora:
-        fused_lora.install(find_fusable_layers(model.module))
+        fused_lora.install(find_fusable_layers(model.module), model.causal.base_model)
     set_compute_dtype(model.module, torch.bfloat16 if is_bf16 else torch.float32)
     loss_module = CausalLMLoss(model.causal, torch.bfloat16 if is_bf16 else None).train()
     ids = torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long)
@@ -232,12 +232,12 @@ def gpu_peak_gib(flags: str, micro_batch_size: int, **fields: Any) -> float:
 LORA_FIELDS = {"uses_fused_lora": True, "casts_frozen_weights": True}
 
 
-def test_the_count_for_a_gpu_agrees_with_one_made_on_the_cuda_build_and_meets_the_targets():
-    """Live storages of forward and backward on the CUDA build of torch 2.11, causal attention, GiB to two digits; at
-    most 2.8, 1.3 and 9 are wanted."""
-    assert gpu_peak_gib("--mode full", 2) == pytest.approx(2.69, abs=0.01)
-    assert gpu_peak_gib("--mode lora", 2, **LORA_FIELDS) == pytest.approx(1.21, abs=0.01)
-    assert gpu_peak_gib("--mode full", 16) == pytest.approx(7.6, abs=0.05)
+def test_the_count_for_a_gpu_meets_the_targets():
+    """GiB; at most 2.8, 1.3 and 9 are wanted. Live storages on the CUDA build of torch 2.11 were 2.69, 1.21 and 7.6
+    while the loss took pieces of any number of rows; pieces in multiples of 128 hold more logits."""
+    assert gpu_peak_gib("--mode full", 2) == pytest.approx(2.70, abs=0.01)
+    assert gpu_peak_gib("--mode lora", 2, **LORA_FIELDS) == pytest.approx(1.26, abs=0.01)
+    assert gpu_peak_gib("--mode full", 16) == pytest.approx(7.68, abs=0.01)
 
 
 def test_activation_checkpointing_saves_block_inputs_only(small_model):

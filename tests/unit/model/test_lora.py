@@ -27,8 +27,8 @@ from trainer.export.folder import FolderContent, base_model_ref, save_folder
 from trainer.model import lora, optimizer, quantization
 from trainer.model.build import build_model, fuse_gelu, merge_adapters
 from trainer.model.lora import resolve_target_modules
+from trainer.training.plan_notes import collect_notes
 from trainer.training.plan_validation import validate_stage
-from trainer.training.run_plan import _collect_notes
 
 LORA = LAYERS * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D))
 OUTPUTS = LAYERS * (3 * D + D + 4 * D + D)
@@ -380,17 +380,17 @@ def test_the_plan_says_where_an_8_bit_optimizer_saves_nothing():
     assert facts["kept_in_32_bits"] == {  # A [4, 768] has 3,072 elements, B [2304, 4] 9,216
         "tensors": 24, "kept_tensors": 12, "kept_parameters": 12 * 3072, "parameters": 12 * (3072 + 9216),
     }  # fmt: skip
-    (note,) = _collect_notes(settings, facts)
+    (note,) = collect_notes(settings, facts)
     assert note.startswith("adamw8bit: 12 of 24 trained tensors (25% of the parameters) are embeddings or under 4,096")
     full = build_model(gpt2_settings("full", "--optim", "adamw8bit"), on_meta=True).metadata["kept_in_32_bits"]
     assert full["kept_parameters"] == WTE + 1024 * D + BIASES + NORMS - LAYERS * 2 * D - D
 
 
 def test_flags_of_adapters_are_said_to_do_nothing_with_every_weight():
-    assert _collect_notes(gpt2_settings("full", "--lora-rank", "4"), {}) == [
+    assert collect_notes(gpt2_settings("full", "--lora-rank", "4"), {}) == [
         "--lora-rank: of no effect with --mode full"
     ]
-    assert _collect_notes(gpt2_settings("lora", "--lora-rank", "4"), {}) == []
+    assert collect_notes(gpt2_settings("lora", "--lora-rank", "4"), {}) == []
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])

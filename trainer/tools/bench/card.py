@@ -46,7 +46,11 @@ def measure_card(args: argparse.Namespace) -> int:
         from transformers import AutoConfig
 
         config_source = args.model
-        vocab_size = AutoConfig.from_pretrained(config_source).vocab_size if Path(config_source).is_dir() else 50_257
+        vocab_size = (
+            AutoConfig.from_pretrained(config_source, trust_remote_code=False).vocab_size
+            if Path(config_source).is_dir()
+            else 50_257
+        )
         data = str(write_rows(folder / "rows.jsonl", args.rows, args.block_size, vocab_size))
     rows = [_train(mode, data, args, folder / mode) for mode in modes]
     text = format_table(rows)
