@@ -80,7 +80,12 @@ def test_torchrun_and_deepspeed_take_the_commands(tmp_path):
 
 
 def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monkeypatch, capsys):
-    values = {"WANDB_API_KEY": "k'ey \n$HOME", "HF_TOKEN": "tok", "TRAINER_CACHE": "/c", "https_proxy": "http://u:pw@p"}
+    values = {
+        "WANDB_API_KEY": "k'ey \n$HOME",
+        "HF_TOKEN": "hf_of-the-test",
+        "TRAINER_CACHE": "/cache-of-the-test",
+        "https_proxy": "http://u:pw@p",
+    }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("EDITOR", "vi")
