@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,6 +48,9 @@ PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
     "graphs, by a stand-in": (
         "--ds-config zero0 --max-steps 12", {"cuda_graphs": True, "overlaps_reduction": False}, ROUNDED, (1, 2)
     ),
+    "a recording that fails on one rank": (
+        "--ds-config zero0 --max-steps 12", {"cuda_graphs": True, "overlaps_reduction": False}, ROUNDED, (2,)
+    ),
 }  # fmt: skip
 
 
@@ -57,6 +61,19 @@ def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:
     from trainer.distributed import cuda_graphs
 
     cuda_graphs.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
+    return run_jobs(jobs)
+
+
+def run_with_a_failed_recording(jobs: list[dict[str, Any]]) -> int:
+    """The same with a recording that fails on rank 1 alone: its steps are eager beside recorded ones."""
+    from trainer.distributed import cuda_graphs
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    if os.environ["RANK"] == "0":
+        return run_with_stand_in_graphs(jobs)
+    cuda_graphs.CapturedGraph = fail  # type: ignore[misc, assignment]
     return run_jobs(jobs)
 
 
@@ -98,7 +115,10 @@ def run_with_reductions_to_owners(jobs: list[dict[str, Any]]) -> int:
 
 def target_of(name: str, ranks: int) -> Callable[..., int]:
     """What runs the jobs of a path, on so many ranks."""
-    special = {"reductions": run_with_reductions_to_owners, "graphs": run_with_stand_in_graphs}
+    special = {
+        "reductions": run_with_reductions_to_owners, "graphs": run_with_stand_in_graphs,
+        "a recording that fails on one rank": run_with_a_failed_recording,
+    }  # fmt: skip
     return special.get(name.partition(",")[0], run_with_small_buckets if ranks > 1 else run_jobs)
 
 

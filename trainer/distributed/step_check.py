@@ -11,7 +11,7 @@ from torch import Tensor
 # Relative differences between a faster call and the eager one of the same rows. Replayed kernels are the same, but
 # some add in any order (atomics), and a compiler adds in another: float32 rounds sums of some thousand terms to about
 # 1e-6; of bf16 the outputs differ by one of 2**-8 and the gradients, between two ways to add, by 6e-3 (seen on a CPU).
-MAX_DIFFERENCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 5e-3}
+MAX_DIFFERENCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 5e-3}
 NUM_SAMPLES = 64  # elements of each gradient that are compared one by one
 
 

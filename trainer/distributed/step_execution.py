@@ -121,9 +121,8 @@ class StepExecution:
         if self._compiled is not None and self._compiled.error:
             self._fall_back(step, replace(self.plan, compiled_shapes=()), self._compiled.error)
         if self._graphs is not None and self._graphs.capture_error:
-            overlaps = self.dist_context.world_size > 1
-            plan = replace(self.plan, cuda_graphs=False, overlaps_reduction=overlaps)
-            self._fall_back(step, plan, self._graphs.capture_error)
+            # Whether gradients leave in buckets stays as it is: on another rank the recording may have worked.
+            self._fall_back(step, replace(self.plan, cuda_graphs=False), self._graphs.capture_error)
         if self.tuner is None:
             return
         self.tuner.note_check(self.checked_to)
