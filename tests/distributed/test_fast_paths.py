@@ -19,8 +19,6 @@ from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 from trainer.config import cli
 from trainer.data.dataset import load
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
-from trainer.distributed.execution import make_execution_plan
-from trainer.distributed.process_group import simulated_context
 from trainer.model.build import build_model, load_config
 from trainer.training.run_plan import make_plan
 
@@ -186,44 +184,6 @@ def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(name, ranks,
         assert max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in steps) <= NORM_TOLERANCE
         bound_on_weights = WEIGHT_TOLERANCE * LEARNING_RATE * 4
         assert max(map(weight_difference, weights, weights.values(), other_weights.values())) <= bound_on_weights
-
-
-def plan_of(*flags: str, device: str = "cpu", ranks: int = 1, model_dropout: float = 0.0) -> Any:
-    """The execution plan of these flags, without a model or a process group."""
-    from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
-
-    settings = cli.parse_args(["--mode", "lora", "--preset", "card", *flags]).settings
-    precision = settings.engine.precision or "fp32"
-    config = build_deepspeed_config(
-        read_deepspeed_file(settings.engine.ds_config or "zero0"), batch=settings.train.batch(1), max_grad_norm=1.0,
-        precision=precision,
-    )  # fmt: skip
-    context = replace(simulated_context(ranks, "cpu"), device=torch.device(device))
-    return make_execution_plan(
-        settings, context, config, precision=precision, model_dropout=model_dropout, micro_batch_size=2
-    )
-
-
-def test_a_gpu_records_graphs_and_keeps_two_steps_in_flight_and_a_cpu_does_neither():
-    gpu, cpu = plan_of(device="cuda"), plan_of()
-    assert (gpu.path, gpu.steps_in_flight, gpu.blockwise_attention) == ("graphs", 2, False)
-    assert (cpu.path, cpu.steps_in_flight) == ("eager", 1)
-    assert plan_of("--execution", "eager", device="cuda").path == "eager"
-    assert plan_of("--execution", "compile", device="cuda").path == "compile+graphs"
-    assert plan_of("--execution", "compile").path == "compile"
-    assert plan_of("--execution", "compile").compiled_shapes == ((2, 1024),)
-    for flags in (("--quant", "nf4"), ("--activation-checkpointing",), ("--ds-config", "zero3")):
-        assert plan_of(*flags, device="cuda").path == "eager", flags
-    assert plan_of("--optim", "adamw", device="cuda").steps_in_flight == 1, "its updates wait for the numbers"
-
-
-def test_adapters_are_fused_where_their_formula_is_plain_loras():
-    assert plan_of().fused_lora
-    for flags in ("--adapter dora", "--lora-dropout 0.1", "--quant nf4", "--ds-config zero3", "--execution compile"):
-        assert not plan_of(*flags.split()).fused_lora, flags
-    for flags in ("--adapter rslora", "--adapter pissa", "--precision bf16", "--activation-checkpointing",
-                  "--ds-config zero2", "--modules-to-save bias,wte"):  # fmt: skip
-        assert plan_of(*flags.split()).fused_lora, flags
 
 
 def installed_parts(module: torch.nn.Module) -> tuple[bool, bool]:
