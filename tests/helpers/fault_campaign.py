@@ -2,16 +2,21 @@
 
 `PYTHONPATH=.:tests python tests/helpers/fault_campaign.py --kills 200`
 
-Each start is killed (kill -9 of one rank or of all; with --launcher of the launcher alone) and then resumed, until it
-has come to its end; then the next run begins. One in eight is killed while it starts; the others at any moment of one
-of their next five steps, within an accumulation window, an evaluation or the export at the end too, and half of these
-as soon as a checkpoint is being written. After each kill nothing of the run may be left running after 60 s, no
-survivor may end with exit code 0, and metrics.jsonl must be whole rows; at the end of each run its rows must be those
-of a run nobody killed. Prints kills tried, resumes that worked, rows lost (missing, doubled or different at the end;
-must be 0), and rows done again because they came after the newest checkpoint. Exit code 1 where anything failed.
+Each start is killed (kill -9 of one rank or of all; with --launcher of the launcher alone; with --hosts on two network
+namespaces) and then resumed, until it has come to its end; then the next run begins, with a cache of its own. One in
+three dies within a call by which a file is written (half of the bytes are), one in twelve while it starts; the others
+at any moment of one of their next five steps, within an accumulation window, an evaluation or the export at the end
+too, and half of these as soon as a checkpoint is being written. After each kill nothing of the run may be left running
+after 60 s, no survivor may end with exit code 0, and metrics.jsonl must be whole rows; at the end of each run its rows
+must be those of a run nobody killed, and no temporary file may be left. Prints kills tried, what was being written,
+resumes that worked, rows lost (missing, doubled or different at the end; must be 0), and rows done again because they
+came after the newest checkpoint. Exit code 1 where anything failed.
+
+Long: one campaign, and three ways to start what it kills.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -22,15 +27,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from helpers.hosts import Hosts, RanksOnHosts, started_hosts
 from helpers.launch_ranks import find_free_port
 from helpers.process_groups import (
     EXIT_TIMEOUT_SECONDS,
     RankProcesses,
     find_processes,
+    kill_self,
     last_logged_step,
     read_events,
     read_records,
@@ -39,33 +47,37 @@ from helpers.process_groups import (
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 
 NUM_STEPS = 24
+#: functions of os by which files reach the disk, and about how often a whole run calls each
+WRITE_CALLS = {"write": 60, "fsync": 40, "replace": 20, "rename": 10}
+#: what a kill leaves behind while something is being written
+LEFTOVERS = {
+    "a checkpoint": "checkpoints/.*.tmp",
+    "evaluation records": ".eval_records.parquet.*.tmp",
+    "run.json": ".run.json.*.tmp",
+    "prepared data": "../cache-*/**/*.unfinished-*",
+}
 
 
 def main() -> int:
     """Kill until the number is reached, then let the last run come to its end."""
     args = parse_args()
-    rng = random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as temp_dir:
+    with tempfile.TemporaryDirectory() as temp_dir, contextlib.ExitStack() as stack:
         folder = Path(temp_dir)
         os.environ["TRAINER_CACHE"] = str(folder / "cache")
-        argv = make_argv(folder)
-        expected_records, timings = run_uninterrupted(argv, folder / "whole", args)
-        print(f"a run that nobody kills: {len(expected_records)} rows; {timings}", flush=True)
-        counts: Counter[str] = Counter()
+        hosts = stack.enter_context(started_hosts(folder / "hosts")) if args.hosts else None
+        campaign = Campaign(args, make_argv(folder), folder, hosts)
+        campaign.run_uninterrupted()
+        counts = campaign.counts
         while counts["tried"] < args.kills:
-            out = folder / f"run-{counts['runs']}"
-            run_with_kills(argv, out, args, rng, timings, counts)
-            counts["runs"] += 1
-            counts["rows lost"] += count_differences(read_reproducible_records(out), expected_records)
-            counts["rows again"] += sum(event["facts"]["rows_cut"] for event in read_events(out, "resumed"))
-            counts["from the start"] += sum("the start" in event["message"] for event in read_events(out, "resumed"))
-            shutil.rmtree(out)
+            campaign.run_with_kills(folder / f"run-{counts['runs']}")
             print(dict(counts), flush=True)
+    writing = ", ".join(f"of {name} {counts[name]}" for name in LEFTOVERS)
     print(
-        f"kills tried {counts['tried']} (in a save {counts['in a save']}, of one rank {counts['one']}, "
-        f"of all {counts['all']}, of the launcher {counts['launcher']}), resumes that worked {counts['resumed']}, "
-        f"runs brought to their end {counts['runs']}, rows lost {counts['rows lost']}, "
-        f"rows done again {counts['rows again']}, longest end of a killed run {counts['longest ms'] / 1000:.1f} s"
+        f"kills tried {counts['tried']} (of one rank {counts['one']}, of all {counts['all']}, of the launcher "
+        f"{counts['launcher']}, within a call that writes {counts['write']}; in the export {counts['in the export']}, "
+        f"in the writing {writing}), resumes that worked {counts['resumed']}, runs brought to their end "
+        f"{counts['runs']}, rows lost {counts['rows lost']}, rows done again {counts['rows again']}, longest end of a "
+        f"killed run {counts['longest ms'] / 1000:.1f} s"
     )
     return 0 if counts["resumed"] == counts["tried"] and not counts["rows lost"] else 1
 
@@ -77,6 +89,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launcher", choices=("deepspeed", "torchrun"), help="left out: processes without a launcher")
+    parser.add_argument("--hosts", action="store_true", help="a rank on each of two network namespaces")
     return parser.parse_args()
 
 
@@ -91,84 +104,146 @@ def make_argv(folder: Path) -> list[str]:
     return tiny_argv(tiny_model, data_files, f"{text} --save-every 2 --save-total-limit 2 --ds-config zero2")
 
 
-@dataclass(frozen=True)
-class RunTimings:
-    """Seconds of a run that nobody kills: until its first row, of one step, and from its last step to its end."""
+@dataclass
+class Campaign:
+    """Runs of one command line, and what became of them; times are those of a run that nobody kills."""
 
-    start_seconds: float
-    step_seconds: float
-    export_seconds: float
+    args: argparse.Namespace
+    argv: list[str]
+    folder: Path
+    hosts: Hosts | None
+    counts: Counter[str] = field(default_factory=Counter)
+    expected_records: list[dict[str, Any]] = field(default_factory=list)
+    leftovers: set[Path] = field(default_factory=set)  #: of earlier kills
+    start_seconds: float = 0.0  #: until its first row
+    step_seconds: float = 0.0
+    export_seconds: float = 0.0  #: from its last step to its end
 
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.args.seed)
 
-def run_uninterrupted(argv: list[str], out: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], RunTimings]:
-    """(rows, pace) of the run that nobody kills; the second of two: the first prepares the data."""
-    for _ in range(2):
-        shutil.rmtree(out, ignore_errors=True)
-        start_time = time.monotonic()
-        first_step_time, last_step_time = start_time, start_time
-        run = start_run(argv, out, args)
-        while run.is_alive():
-            time.sleep(0.01)
-            num_steps, now = last_logged_step(out), time.monotonic()
-            first_step_time, last_step_time = (
-                (now if num_steps < 0 else first_step_time),
-                (now if num_steps < NUM_STEPS else last_step_time),
-            )
-        assert run.wait(300) == 0, run.output
-    return read_reproducible_records(out), RunTimings(
-        first_step_time - start_time, (last_step_time - first_step_time) / NUM_STEPS, time.monotonic() - last_step_time
-    )
+    def start(self, flags: list[str], out: Path, fault: Callable[[int], None] | None = None) -> Any:
+        """A run that has just been started."""
+        argv, cache = [*self.argv, *flags], str(out.with_name(f"cache-{out.name}"))
+        if self.hosts is not None:
+            logs = self.folder / f"logs-{time.monotonic_ns()}"
+            return HostsRun(self.hosts, [*argv, "--output-dir", str(out)], logs, cache)
+        if self.args.launcher is None:
+            env = {"TRAINER_CACHE": cache}
+            return DirectRun(argv, out=out, world_size=self.args.ranks, fault=fault, env=env)
+        script = str(Path(__file__).parents[2] / "launch" / "train.py")
+        num_ranks_flag = "--num_gpus" if self.args.launcher == "deepspeed" else "--nproc_per_node"
+        launcher = [str(Path(sys.executable).parent / self.args.launcher), num_ranks_flag, str(self.args.ranks)]
+        port = str(find_free_port())
+        return LaunchedRun([*launcher, "--master_port", port, script, *argv, "--output-dir", str(out)], out, cache)
 
+    def run_uninterrupted(self) -> None:
+        """The run that nobody kills; the second of two counts: the first prepares the data."""
+        out = self.folder / "whole"
+        for _ in range(2):
+            shutil.rmtree(out, ignore_errors=True)
+            start_time = first_step_time = last_step_time = time.monotonic()
+            run = self.start([], out)
+            while run.is_alive():
+                time.sleep(0.01)
+                num_steps, now = last_logged_step(out), time.monotonic()
+                first_step_time = now if num_steps < 0 else first_step_time
+                last_step_time = now if num_steps < NUM_STEPS else last_step_time
+            assert run.wait(300) == 0, run.output
+        self.expected_records = read_reproducible_records(out)
+        self.start_seconds = first_step_time - start_time
+        self.step_seconds = (last_step_time - first_step_time) / NUM_STEPS
+        self.export_seconds = time.monotonic() - last_step_time
+        print(
+            f"a run that nobody kills: {len(self.expected_records)} rows; start {self.start_seconds:.1f} s, step "
+            f"{self.step_seconds:.3f} s, export {self.export_seconds:.1f} s", flush=True,
+        )  # fmt: skip
 
-def run_with_kills(
-    argv: list[str], out: Path, args: argparse.Namespace, rng: random.Random, timings: RunTimings, counts: Counter[str]
-) -> None:
-    """One run from its beginning to its end, killed at random moments in between."""
-    unconfirmed_kills = 0  # kills since a start was last seen to go on
-    while True:
-        has_started = (out / "run.json").exists()
+    def run_with_kills(self, out: Path) -> None:
+        """One run from its beginning to its end, killed at random moments in between; its folder is gone after."""
+        unconfirmed_kills = 0  # kills since a start was last seen to go on
+        while True:
+            run, victim = self.start_and_kill(out)
+            kill_time = time.monotonic()
+            exit_code = run.wait(EXIT_TIMEOUT_SECONDS)
+            exit_seconds = time.monotonic() - kill_time
+            if "resumed from" in run.output or "eval  0/" in run.output:
+                self.counts["resumed"], unconfirmed_kills = self.counts["resumed"] + unconfirmed_kills, 0
+            if victim is None:
+                assert exit_code == 0, f"a run that was not killed ended with {exit_code}:\n{run.output}"
+                self.counts["resumed"] += unconfirmed_kills
+                break
+            if exit_code == 0 and read_events(out, "finished"):
+                break  # it was over before the signal came
+            self.count_kill(out, victim, exit_seconds)
+            assert exit_code != 0, "a killed run must not look like one that ended well"
+            assert "Traceback" not in run.output, run.output
+            assert not find_processes(str(out)), "something stays running"
+            if (out / "metrics.jsonl").exists():
+                read_records(out)
+            unconfirmed_kills += 1
+        self.counts["runs"] += 1
+        self.counts["rows lost"] += count_differences(read_reproducible_records(out), self.expected_records)
+        self.counts["rows again"] += sum(event["facts"]["rows_cut"] for event in read_events(out, "resumed"))
+        assert not list(out.rglob(".*.tmp")), f"left in the folder: {list(out.rglob('.*.tmp'))}"
+        for path in (out, out.with_name(f"cache-{out.name}")):
+            shutil.rmtree(path)
+
+    def start_and_kill(self, out: Path) -> tuple[Any, str | None]:
+        """(run, who of it was killed); None where it has come to its end before that, or was spared."""
+        rng = self.rng
         starts_before, num_steps = count_starts(out), max(0, last_logged_step(out))
-        run = start_run([*argv, "--resume"] if has_started else argv, out, args)
-        is_spared = counts["tried"] >= args.kills or (num_steps == NUM_STEPS and rng.random() < 0.5)
-        if is_spared:
+        is_spared = self.counts["tried"] >= self.args.kills or (num_steps == NUM_STEPS and rng.random() < 0.5)
+        fault = None
+        if not is_spared and self.hosts is None and self.args.launcher is None and rng.random() < 1 / 3:
+            name = rng.choice(list(WRITE_CALLS))
+            fault = partial(kill_in_write, name=name, call_number=rng.randrange(1, WRITE_CALLS[name]))
+        run = self.start(["--resume"] if (out / "run.json").exists() else [], out, fault)
+        if is_spared or fault is not None:
             wait_for(run, 300, lambda: False)
-        elif rng.random() < 1 / 8:
-            wait_for(run, rng.uniform(0, timings.start_seconds), lambda: False)
+            return run, "write" if fault is not None and run.has_killed_itself() else None
+        if rng.random() < 1 / 8:
+            wait_for(run, rng.uniform(0, self.start_seconds), lambda: False)
         else:
             target_step = min(num_steps + rng.randrange(6), NUM_STEPS)
-            wait_for(run, 300, lambda: count_starts(out) > starts_before and last_logged_step(out) >= target_step)  # noqa: B023  # called now
+            wait_for(run, 300, lambda: count_starts(out) > starts_before and last_logged_step(out) >= target_step)
             if rng.random() < 1 / 2:
-                wait_for(run, timings.export_seconds, lambda: any(out.glob("checkpoints/.*.tmp")))
+                wait_for(run, self.export_seconds, lambda: any(out.glob(LEFTOVERS["a checkpoint"])))
                 wait_for(run, rng.uniform(0, 0.004), lambda: False)
             else:
-                wait_for(
-                    run,
-                    rng.uniform(0, timings.export_seconds if target_step == NUM_STEPS else timings.step_seconds),
-                    lambda: False,
-                )
-        if not run.is_alive():
-            exit_code = run.wait(EXIT_TIMEOUT_SECONDS)
-            assert exit_code == 0, f"a run that was not killed ended with {exit_code}:\n{run.output}"
-            counts["resumed"] += unconfirmed_kills
-            return
-        victim = run.kill(rng)
-        kill_time = time.monotonic()
-        exit_code = run.wait(EXIT_TIMEOUT_SECONDS)
-        exit_seconds = time.monotonic() - kill_time
-        if "resumed from" in run.output or "eval  0/" in run.output:
-            counts["resumed"], unconfirmed_kills = counts["resumed"] + unconfirmed_kills, 0
-        if exit_code == 0 and read_events(out, "finished"):
-            return  # it was over before the signal came
+                is_last = target_step == NUM_STEPS
+                wait_for(run, rng.uniform(0, self.export_seconds if is_last else self.step_seconds), lambda: False)
+        return run, run.kill(rng) if run.is_alive() else None
+
+    def count_kill(self, out: Path, victim: str, exit_seconds: float) -> None:
+        """Of whom, and what was being done."""
+        counts = self.counts
         counts["tried"] += 1
         counts[victim] += 1
-        counts["in a save"] += bool(list(out.glob("checkpoints/.*.tmp")))
+        counts["in the export"] += last_logged_step(out) == NUM_STEPS and not read_events(out, "finished")
+        for name, pattern in LEFTOVERS.items():
+            new = set(out.glob(pattern)) - self.leftovers
+            counts[name] += bool(new)
+            self.leftovers |= new
         counts["longest ms"] = max(counts["longest ms"], int(1000 * exit_seconds))
-        assert exit_code != 0, "a killed run must not look like one that ended well"
-        assert "Traceback" not in run.output, run.output
-        assert not find_processes(str(out)), "something stays running"
-        if (out / "metrics.jsonl").exists():
-            read_records(out)
-        unconfirmed_kills += 1
+
+
+def kill_in_write(rank: int, name: str, call_number: int) -> None:
+    """A fault: rank 0 dies in the so-maniest call of a function of os; a write has then written half."""
+    if rank:
+        return
+    original, num_calls = getattr(os, name), 0
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == call_number:
+            if name == "write":
+                original(args[0], memoryview(args[1])[: len(args[1]) // 2])
+            kill_self()
+        return original(*args, **kwargs)
+
+    setattr(os, name, faulty)
 
 
 def count_starts(out: Path) -> int:
@@ -202,14 +277,47 @@ class DirectRun(RankProcesses):
         """The largest exit code."""
         return max(abs(code) for code in super().wait(timeout_seconds)) if self.processes else 0
 
+    def has_killed_itself(self) -> bool:
+        """Whether rank 0 has died of the fault that was put into it."""
+        self.processes[0].join(EXIT_TIMEOUT_SECONDS)
+        return self.processes[0].exitcode == -signal.SIGKILL
+
+
+class HostsRun:
+    """A rank on each of two hosts."""
+
+    def __init__(self, hosts: Hosts, argv: list[str], logs: Path, cache: str):
+        self.ranks: RanksOnHosts = hosts.train(argv, logs, env={"TRAINER_CACHE": cache, "GROUP_OUT": argv[-1]})
+
+    @property
+    def output(self) -> str:
+        """What was printed."""
+        return self.ranks.output()
+
+    def is_alive(self) -> bool:
+        """Whether both are running."""
+        return all(process.is_alive() for process in self.ranks.processes)
+
+    def kill(self, rng: random.Random) -> str:
+        """Kill one or both, by the process that has entered the host: the rank dies with it."""
+        victims = rng.choice([[0], [1], [0, 1]]) if self.output.strip() else [0, 1]
+        for rank in victims:
+            self.ranks.processes[rank].kill()
+        return "one" if len(victims) == 1 else "all"
+
+    def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> int:
+        """The largest exit code."""
+        return max(abs(code) for code in self.ranks.wait(timeout_seconds))
+
 
 class LaunchedRun:
     """The same under a launcher."""
 
-    def __init__(self, command: list[str], out: Path):
+    def __init__(self, command: list[str], out: Path, cache: str):
         self.out, self.log = out, out.parent / f"{out.name}.log"
         root = str(Path(__file__).parents[2])
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": root}
+        environ["TRAINER_CACHE"] = cache
         environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
@@ -241,18 +349,6 @@ class LaunchedRun:
                 raise AssertionError(f"ranks stay running:\n{self.output}")
             time.sleep(0.1)
         return abs(exit_code)
-
-
-def start_run(argv: list[str], out: Path, args: argparse.Namespace) -> Any:
-    """A run that has just been started."""
-    if args.launcher is None:
-        return DirectRun(argv, out=out, world_size=args.ranks)
-    script = str(Path(__file__).parents[2] / "launch" / "train.py")
-    num_ranks_flag = "--num_gpus" if args.launcher == "deepspeed" else "--nproc_per_node"
-    launcher = [str(Path(sys.executable).parent / args.launcher), num_ranks_flag, str(args.ranks)]
-    return LaunchedRun(
-        [*launcher, "--master_port", str(find_free_port()), script, *argv, "--output-dir", str(out)], out
-    )
 
 
 def count_differences(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> int:

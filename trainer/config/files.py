@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,11 +59,12 @@ def fsync_path(path: Path) -> None:
         os.close(file)
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove the temporary files of `name` that a killed process left in `folder`."""
-    for path in folder.glob(f".{name}.*.tmp"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{12}\.tmp", path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def folder_size(folder: Path | None) -> int:

@@ -36,6 +36,11 @@ INTERVAL = Accepted(
     description="a number of steps, `epoch` or `never`",
 )
 
+WANDB_PROJECT = Accepted(
+    check=lambda value: 0 < len(value) <= 128 and value.isprintable() and not set(value) & set("/\\#?%:"),
+    description="a name of at most 128 characters without / \\ # ? % :",
+)
+
 
 def option(
     default: Any = dataclasses.MISSING, *, flag: str, help: str, unit: str = "", accepts: Accepted | None = None

@@ -2,16 +2,27 @@
 
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
-from trainer.config.choices import Mode, Precision, Preset
+from trainer.config.choices import Mode, Precision, Preset, WandbMode
 from trainer.config.errors import UserError
-from trainer.config.options import describe_type, has_type, value_problem, without_none
+from trainer.config.options import WANDB_PROJECT, Accepted, describe_type, has_type, value_problem, without_none
 from trainer.config.settings import Settings
 
 SCHEMA_VERSION = 2  # 1, under the key `format`: before modules, flags and columns got the field's names
+
+
+#: part of names of files and of W&B's paths
+RunId = Annotated[
+    str,
+    Accepted(
+        check=lambda value: re.fullmatch("[a-zA-Z0-9]{1,64}", value) is not None,
+        description="1 to 64 letters and digits",
+    ),
+]
 
 
 class SplitBlock(TypedDict):
@@ -75,10 +86,10 @@ class ResolvedBlock(TypedDict):
 class WandbBlock(TypedDict):
     """Where the run's W&B records are."""
 
-    id: str
-    project: str
+    id: RunId
+    project: Annotated[str, WANDB_PROJECT]
     group: str
-    mode: str
+    mode: WandbMode
 
 
 class ResumedBlock(TypedDict):
@@ -92,7 +103,7 @@ class RunMetadata(TypedDict):
     """The content of run.json, as far as anything here relies on it; more keys may stand there."""
 
     schema_version: int
-    run_id: str
+    run_id: RunId
     name: str
     mode: Mode
     preset: Preset
@@ -171,6 +182,10 @@ def find_problem(value: object, annotation: Any, key: str) -> Problem | None:
     if value is None and has_none(annotation):
         return None
     annotation = without_none(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        text_type, accepts = typing.get_args(annotation)
+        is_accepted = find_problem(value, text_type, key) is None and accepts.check(value)
+        return None if is_accepted else Problem(key, _describe(value), accepts.description)
     if dataclasses.is_dataclass(annotation):
         return _find_settings_problem(value, annotation, key)
     if typing.is_typeddict(annotation):
@@ -199,7 +214,10 @@ def has_none(annotation: Any) -> bool:
 def _find_block_problem(value: object, block: Any, key: str) -> Problem | None:
     if not isinstance(value, dict):
         return Problem(key, _describe(value), "an object")
-    hints = typing.get_type_hints(block)
+    hints = {
+        name: typing.get_args(hint)[0] if typing.get_origin(hint) is NotRequired else hint
+        for name, hint in typing.get_type_hints(block, include_extras=True).items()
+    }
     for name in hints:
         if name in block.__required_keys__ and name not in value:
             return Problem(_join(key, name), "missing", _describe_expected(hints[name]))
@@ -241,6 +259,8 @@ def _join(key: str, name: object) -> str:
 
 def _describe_expected(annotation: Any) -> str:
     annotation = without_none(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return str(typing.get_args(annotation)[1].description)
     if typing.is_typeddict(annotation) or dataclasses.is_dataclass(annotation):
         return "an object"
     return {dict: "an object", list: "a list"}.get(typing.get_origin(annotation)) or describe_type(annotation)

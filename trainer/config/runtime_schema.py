@@ -15,7 +15,7 @@ from trainer.config.choices import (
     Precision,
     WandbMode,
 )
-from trainer.config.options import INTERVAL, Accepted, at_least, check_fields, option
+from trainer.config.options import INTERVAL, WANDB_PROJECT, Accepted, at_least, check_fields, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,10 @@ class OutputSettings:
     output_dir: str | None = option(None, flag="--output-dir", help="run folder; left out: runs/<run name>")
     wandb: WandbMode | None = option(None, flag="--wandb", help="left out: online where logged in, else offline")
     wandb_project: str = option(
-        "gpt2-full-vs-lora", flag="--wandb-project", help="project that the runs to be compared share"
+        "gpt2-full-vs-lora",
+        flag="--wandb-project",
+        help="project that the runs to be compared share",
+        accepts=WANDB_PROJECT,
     )
     run_name: str | None = option(
         None,

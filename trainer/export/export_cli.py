@@ -276,7 +276,7 @@ def _random_input_ids(model: TrainableModel) -> np.ndarray:
 
 def _read_records(run_folder: Path) -> list[records.Record]:
     try:
-        return list(records.read_records(run_folder / "metrics.jsonl"))
+        return list(records.read_records(run_folder / "metrics.jsonl", with_steps=False))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:

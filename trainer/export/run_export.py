@@ -74,7 +74,7 @@ def export_run(
             precision=plan.precision, num_threads=context.num_threads,
             is_fp16=plan.precision == "fp16" and best is None,
         )  # fmt: skip
-        metric_records = list(records.read_records(folder / "metrics.jsonl"))
+        metric_records = list(records.read_records(folder / "metrics.jsonl", with_steps=False))
         content = FolderContent(
             module=source_model.module, state_dict=exported_weights, base_model=base_model_ref(model, folder),
             tokenizer=training_tokenizer(settings.model.model, plan.data_info),

@@ -234,7 +234,7 @@ def downsample(x: NDArray[np.float64], y: NDArray[np.float64], max_points: int) 
 def bin_note(groups: Sequence[SeedGroup]) -> str:
     """What to say under plots whose lines are bin means, "" where every step is drawn."""
     max_points = _max_points(sum(len(group.runs) for group in groups))
-    max_steps = max((len(run.steps["step"]) for group in groups for run in group.runs), default=0)
+    max_steps = max((int(run.steps["step"][-1]) for g in groups for run in g.runs if len(run.steps["step"])), default=0)
     if max_steps <= max_points:
         return ""
     bin_steps = -(-max_steps // max_points)

@@ -1,7 +1,8 @@
 """Reading a run back from its folder: run.json, metrics.jsonl, and where the losses of each record lie."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from trainer.report.run_data import (
     RunRecords,
     Series,
     build_run,
+    drop_superseded_rows,
     to_series,
 )
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE
-from trainer.tracking.records import to_record
+from trainer.tracking.records import STEP_PREFIX, iter_lines, to_record
 
-_STEP_PREFIX = b'{"kind": "step"'
-_CHUNK_BYTES = 64_000_000  # of metrics.jsonl at a time: its text is never in memory whole, its numbers are
+_CHUNK_BYTES = 8_000_000  # of metrics.jsonl at a time
+MAX_STEP_ROWS = 2**18  # of a run in memory (19 MB); of more, so many means of 2, 4, 8 ... steps each
+_MEAN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_second")  # of the others the last of the steps stands
 
 
 def read_folder(folder: Path) -> RunData:
@@ -37,49 +40,84 @@ def read_folder(folder: Path) -> RunData:
     metrics_path, records_path = folder / "metrics.jsonl", folder / EVAL_RECORDS_FILE
     try:
         age_seconds = time.time() - metrics_path.stat().st_mtime
-        steps, rows, notes = _read_metrics(metrics_path)
+        records = _read_metrics(metrics_path)
     except OSError as error:
         raise RunReadError(f"no metrics: cannot read metrics.jsonl ({error.strerror})") from error
-    records = RunRecords(
-        steps=steps,
-        evals=to_series((row for row in rows if row["kind"] == "eval"), EVAL_FIELDS),
-        epochs=to_series((row for row in rows if row["kind"] == "epoch"), EPOCH_FIELDS),
-        events=[row for row in rows if row["kind"] == "event"],
-        notes=notes,
-        age_seconds=age_seconds,
-        eval_records_path=records_path if records_path.exists() else None,
+    except ValueError as error:
+        raise RunReadError(f"no metrics: {error}") from error
+    records = replace(
+        records, age_seconds=age_seconds, eval_records_path=records_path if records_path.exists() else None
     )
     return build_run(str(folder), metadata, records)
 
 
-def _read_metrics(path: Path) -> tuple[Series, list[dict[str, Any]], list[str]]:
-    """Step columns, the other rows, and notes on what could not be read."""
-    chunks: list[Series] = []
-    rows: list[dict[str, Any]] = []
-    num_bad, is_cut_off = 0, False
-    with path.open("rb") as file:
-        while lines := file.readlines(_CHUNK_BYTES):
-            if not lines[-1].endswith(b"\n"):  # rows are written newline last
-                is_cut_off = bool(lines.pop())
-            steps, other_rows, num_bad_here = _parse_lines(lines)
-            chunks.append(steps)
-            rows += other_rows
-            num_bad += num_bad_here
-    notes = ["its last row was cut off and is left out"] if is_cut_off else []
+def _read_metrics(path: Path) -> RunRecords:
+    """The rows by kind, and notes on what could not be read; of a long run the means of several steps each."""
+    chunks: dict[str, list[Series]] = {"step": [], "eval": [], "epoch": []}
+    events: list[Mapping[str, Any]] = []
+    num_bad, num_cut_off, stride, num_step_rows = 0, 0, 1, 0
+    for lines in _iter_chunks(path):
+        if not lines[-1].endswith(b"\n"):  # rows are written newline last
+            lines.pop()
+            num_cut_off += 1
+        steps, rows, num_bad_here = _parse_lines(lines)
+        num_bad += num_bad_here
+        chunks["step"].append(_average(steps, stride))
+        chunks["eval"].append(to_series((row for row in rows if row["kind"] == "eval"), EVAL_FIELDS))
+        chunks["epoch"].append(to_series((row for row in rows if row["kind"] == "epoch"), EPOCH_FIELDS))
+        events += [row for row in rows if row["kind"] == "event"]
+        num_step_rows += len(chunks["step"][-1]["step"])
+        if num_step_rows > MAX_STEP_ROWS:
+            chunks["step"] = [_average(drop_superseded_rows(_concatenate(chunks["step"], STEP_FIELDS)), 2)]
+            num_step_rows, stride = len(chunks["step"][0]["step"]), 2 * stride
+    notes = ["its last row was cut off and is left out"] if num_cut_off else []
     if num_bad:
         are = "rows could not be read and are" if num_bad > 1 else "row could not be read and is"
         notes.append(f"{num_bad} {are} left out")
-    # each chunk's column goes when it was copied: the numbers of a long run are in memory once, not twice
-    steps = {name: np.concatenate([[], *(chunk.pop(name) for chunk in chunks)]) for name in STEP_FIELDS}
-    return steps, rows, notes
+    if stride > 1:
+        notes.append(f"its steps are read as means of {stride} each")
+    return RunRecords(
+        steps=_concatenate(chunks["step"], STEP_FIELDS), evals=_concatenate(chunks["eval"], EVAL_FIELDS),
+        epochs=_concatenate(chunks["epoch"], EPOCH_FIELDS), events=events, notes=notes, age_seconds=0.0,
+    )  # fmt: skip
+
+
+def _iter_chunks(path: Path) -> Iterator[list[bytes]]:
+    """The lines of a file, some megabytes at a time."""
+    lines, size = [], 0
+    for line in iter_lines(path):
+        lines.append(line)
+        size += len(line)
+        if size > _CHUNK_BYTES:
+            yield lines
+            lines, size = [], 0
+    if lines:
+        yield lines
+
+
+def _concatenate(chunks: list[Series], column_names: tuple[str, ...]) -> Series:
+    return {name: np.concatenate([[], *(chunk[name] for chunk in chunks)]) for name in column_names}
+
+
+def _average(steps: Series, stride: int) -> Series:
+    """A row for so many steps, and one for the rest at the end."""
+    num_rows = len(steps["step"])
+    if stride == 1 or not num_rows:
+        return steps
+    starts = np.arange(0, num_rows, stride)
+    ends = np.minimum(starts + stride, num_rows)
+    return {
+        name: np.add.reduceat(column, starts) / (ends - starts) if name in _MEAN_COLUMNS else column[ends - 1]
+        for name, column in steps.items()
+    }
 
 
 def _parse_lines(lines: list[bytes]) -> tuple[Series, list[dict[str, Any]], int]:
     """Step columns, other rows, and the number of lines that are neither."""
-    step_lines = [line for line in lines if line.startswith(_STEP_PREFIX)]
+    step_lines = [line for line in lines if line.startswith(STEP_PREFIX)]
     steps = _parse_steps_with_arrow(step_lines)
     rows, num_bad = _parse_json(
-        lines if steps is None else (line for line in lines if not line.startswith(_STEP_PREFIX))
+        lines if steps is None else (line for line in lines if not line.startswith(STEP_PREFIX))
     )
     step_rows = [row for row in rows if row["kind"] == "step"]
     if steps is not None and step_rows:  # written with other spaces: all one by one, so that their order stands

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import open_for_append, replace_atomically, write_all
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, from_line, to_line
+from trainer.tracking.records import (
+    EpochRecord,
+    EvalRecord,
+    EventRecord,
+    Record,
+    StepRecord,
+    from_line,
+    iter_lines,
+    to_line,
+)
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_EVENTS = ("early_stop", "diagnosis", "samples")  # events that an evaluation brings; they come again with it
@@ -111,6 +120,8 @@ def find_changed_rows(path: Path, digests: Sequence[RowsDigest]) -> str | None:
         return f"it is gone, with the {pending[-1].num_rows} rows that were written" if pending[-1].num_rows else None
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}, ")
     return None
 
 
@@ -138,18 +149,22 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
     `eval_pending`: what is due after the step is still to come, so its evaluation and epoch rows go too.
 
     A run killed between two checkpoints leaves rows of steps that will be done again. The file is replaced
-    whole or not at all, and read a line at a time. A line within it that is no record is a UserError.
+    whole or not at all, and read a line at a time, with a byte of memory for each. A line within it that is no record
+    is a UserError.
     """
     try:
-        keep = [_is_continued(path, n, line, step, eval_pending) for n, line in enumerate(_iter_lines(path), start=1)]
+        lines = enumerate(iter_lines(path), start=1)
+        keep = bytearray(_is_continued(path, n, line, step, eval_pending) for n, line in lines)
         if not all(keep):
             with replace_atomically(path) as file:
-                for is_kept, line in zip(keep, _iter_lines(path), strict=True):
+                for is_kept, line in zip(keep, iter_lines(path), strict=True):
                     if is_kept:
                         write_all(file, line)
     except OSError as error:
         raise _write_error(path, error) from error
-    return keep.count(False)
+    except ValueError as error:
+        raise UserError(f"{error}; cannot resume from a damaged file") from error
+    return keep.count(0)
 
 
 def _is_continued(path: Path, number: int, line: bytes, step: int, eval_pending: bool) -> bool:
@@ -159,7 +174,7 @@ def _is_continued(path: Path, number: int, line: bytes, step: int, eval_pending:
     try:
         record = from_line(line.decode())
     except ValueError as error:
-        raise UserError(f"{path}, line {number}: {error}; cannot resume from a damaged file") from error
+        raise ValueError(f"{path}, line {number}: {error}") from error
     is_run_end = isinstance(record, EventRecord) and (
         record.event == "finished" or (record.event in FINAL_EVALUATIONS and record.step > 0)
     )
@@ -170,14 +185,9 @@ def _is_continued(path: Path, number: int, line: bytes, step: int, eval_pending:
     return not (record.step > step or is_run_end or is_repeated)
 
 
-def _iter_lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        yield from file
-
-
 def _iter_whole_lines(path: Path) -> Iterator[bytes]:
     """The lines that end in a newline: one that a kill cut off can only be the last."""
-    return (line for line in _iter_lines(path) if line.endswith(b"\n"))
+    return (line for line in iter_lines(path) if line.endswith(b"\n"))
 
 
 def _write_error(path: Path, error: OSError) -> TrainingError:

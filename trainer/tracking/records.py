@@ -74,6 +74,8 @@ class EventRecord:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+MAX_LINE_BYTES = 2**24  # far above any row; a longer line is no row, and is not read into memory
+STEP_PREFIX = b'{"kind": "step"'
 Record = StepRecord | EvalRecord | EpochRecord | EventRecord
 RECORD_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord, "event": EventRecord}
 _RECORD_KINDS = {cls: kind for kind, cls in RECORD_CLASSES.items()}
@@ -135,12 +137,26 @@ def _is_valid(value: Any, expected: Any) -> bool:
     return type(value) is (get_origin(expected) or expected)
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of a metrics.jsonl in order; a last line that a kill cut off is left out, a broken one raises."""
+def iter_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file of rows, one at a time; ValueError, naming it, for one that is too long to be a row."""
     with open(path, "rb") as file:
-        for line_number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # rows are written newline last: this one was not finished
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                raise ValueError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")
+            yield line
+
+
+def read_records(path: Path, *, with_steps: bool = True) -> Iterator[Record]:
+    """The records of a metrics.jsonl in order; a last line that a kill cut off is left out, a broken one raises.
+
+    `with_steps`: False leaves out the rows of steps, nearly all of a long run, unread.
+    """
+    for line_number, line in enumerate(iter_lines(path), start=1):
+        if not line.endswith(b"\n"):
+            return  # rows are written newline last: this one was not finished
+        if with_steps or not line.startswith(STEP_PREFIX):
             try:
                 yield from_line(line.decode())
             except ValueError as error:

@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 import subprocess
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ PUBLIC_HOSTS = (
 )  # old and new name of the public server
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
+INSPECT_TIMEOUT_SECONDS = 600.0  # reading back what an earlier process logged may take this long
 FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
 
 
@@ -240,12 +242,15 @@ def _last_step(wandb: Any, folder: Path, run_id: str) -> int:
     for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
         command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(path), str(path.parent)]
         try:
-            lines = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout.splitlines()
-            records = [json.loads(line) for line in lines if '"_step"' in line]
-            last_step = max(
-                [last_step, *(record["history"]["item"]["_step"] for record in records if "history" in record)]
-            )
-        except (OSError, ValueError, KeyError, TypeError, subprocess.SubprocessError):
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+                timer = threading.Timer(INSPECT_TIMEOUT_SECONDS, process.kill)
+                timer.start()
+                assert process.stdout is not None
+                records = (json.loads(line) for line in process.stdout if '"_step"' in line)
+                steps = (record["history"]["item"]["_step"] for record in records if "history" in record)
+                last_step = max(last_step, max(steps, default=-1))
+                timer.cancel()
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # an empty or foreign file holds no step
     return last_step
 

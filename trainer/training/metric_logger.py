@@ -90,4 +90,5 @@ class MetricLogger:
         if self.loggers and exit_code == 0:
             reasons = self.plan.incomparable_reasons()
             with_reference = reference.is_asked_for(self.plan.settings.preset, reasons)
-            show_summary(records.read_records(self.metrics_path), reasons, with_reference=with_reference)
+            rows = records.read_records(self.metrics_path, with_steps=False)
+            show_summary(rows, reasons, with_reference=with_reference)

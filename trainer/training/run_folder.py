@@ -144,7 +144,7 @@ def write_requeue_marker(folder: Path, signal_numbers: Collection[int]) -> None:
 
 def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Put run.json there, whole or not at all. OSError where it cannot be written."""
-    remove_leftovers(folder, METADATA_FILE)
+    remove_leftovers(folder)
     write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
 
 
@@ -190,8 +190,3 @@ def validate_resume_overrides(
                 f"put it back, or say --allow-change {name} as well"
             )
     return {name: [initial[name], current[name]] for name in current if current[name] != initial[name]}
-
-
-def dir_size(folder: Path | None) -> int:
-    """Bytes of all files under a folder; 0 where there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder and folder.exists() else 0

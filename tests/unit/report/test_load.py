@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, synthetic_val_loss, write_run_folder
 
+from trainer.report import run_folder
 from trainer.report.load import load_runs
 from trainer.report.run_data import RunReadError
 from trainer.report.run_folder import read_folder
@@ -26,6 +27,24 @@ def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Pat
     assert run_data.initial_loss == 4.0
     assert run_data.best_eval == run_data.final_eval == {"step": 90.0, "epoch": 3.0, "loss": synthetic_val_loss(3, 2.1)}
     assert run_data.summary["wall_seconds"] == 100.0
+
+
+def test_steps_of_a_very_long_run_are_means_of_several_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run_folder(tmp_path / "run")
+    whole = read_folder(folder)
+    monkeypatch.setattr(run_folder, "MAX_STEP_ROWS", 25)
+    monkeypatch.setattr(run_folder, "_CHUNK_BYTES", 2000)
+    thinned = read_folder(folder)
+    assert thinned.notes == ("its steps are read as means of 8 each",)
+    assert len(thinned.steps["step"]) <= 30
+    assert [thinned.steps[name][-1] for name in ("step", "tokens", "time")] == [
+        whole.steps[name][-1] for name in ("step", "tokens", "time")
+    ]
+    assert thinned.steps["loss"][0] == pytest.approx(whole.steps["loss"][:8].mean())
+    assert thinned.steps["step"][:2].tolist() == [8, 16]
+    for kind in ("evals", "epochs"):
+        for name, column in getattr(whole, kind).items():
+            np.testing.assert_array_equal(getattr(thinned, kind)[name], column)
 
 
 def test_the_best_evaluation_is_the_lowest_after_step_0_and_need_not_be_the_last(tmp_path: Path) -> None:

@@ -1,18 +1,27 @@
 """The rows of metrics.jsonl are those that were written: a checkpoint knows how many there were, and their hash."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
+from helpers.fake_runs import make_metadata, make_run_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
+from trainer.report import run_folder
+from trainer.report.run_folder import read_folder
+from trainer.tools.doctor.run_checks import inspect_run
+from trainer.tracking import records
 from trainer.tracking.jsonl import JsonlLogger, RowsDigest, find_changed_rows, rewind
 from trainer.tracking.records import EvalRecord, EventRecord, StepRecord, from_line, read_records, to_line
+from trainer.training.diagnostics.monitor import DiagnosticsMonitor
+from trainer.training.diagnostics.types import RunInfo
 
 NUM_STEPS = 30
+RUN_INFO = RunInfo.from_metadata(make_metadata("full"))
 
 
 def step_record(step: int, loss: float = 2.0) -> StepRecord:
@@ -75,7 +84,7 @@ def test_a_metrics_file_that_is_gone_is_noticed(written):
     assert find_changed_rows(path, digests) == "it is gone, with the 30 rows that were written"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_changed_byte_goes_unnoticed(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
@@ -107,6 +116,56 @@ def test_rows_before_a_checkpoint_stay_when_later_ones_are_dropped(written):
     path, digests = written
     assert rewind(path, 20) == 10
     assert find_changed_rows(path, digests[:2]) is None
+
+
+@pytest.fixture(scope="module")
+def long_file(tmp_path_factory) -> tuple[Path, RowsDigest]:
+    """A megabyte of rows."""
+    path = tmp_path_factory.mktemp("long") / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    for step in range(1, 5_001):
+        logger.log(step_record(step, loss=2.0 + step % 7))
+    logger.close(0)
+    return path, logger.digest()
+
+
+READERS = {
+    "checked against its checkpoint": lambda path, digest: find_changed_rows(path, [digest]),
+    "cut": lambda path, digest: rewind(path, 4_900),
+    "gone on with": lambda path, digest: JsonlLogger(path, resume=True).close(0),
+    "replayed": lambda path, digest: DiagnosticsMonitor(RUN_INFO).replay(read_records(path)),
+    "summed up": lambda path, digest: list(read_records(path, with_steps=False)),
+    "looked through by doctor": lambda path, digest: inspect_run(path.parent),
+    "compared": lambda path, digest: read_folder(path.parent),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_path, monkeypatch):
+    """A resume reads it in the first five ways."""
+    monkeypatch.setattr(run_folder, "_CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(run_folder, "MAX_STEP_ROWS", 1_000)
+    source, digest = long_file
+    (tmp_path / "metrics.jsonl").write_bytes(source.read_bytes())
+    (tmp_path / "run.json").write_text(json.dumps(make_metadata("full")))
+    read_folder(make_run_folder(tmp_path / "short"))  # what it imports is no matter here
+    tracemalloc.start()
+    try:
+        READERS[reader](tmp_path / "metrics.jsonl", digest)
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_line_too_long_for_a_row_is_not_read_into_memory(written, monkeypatch):
+    path, digests = written
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
+    change_lines(path, lambda lines: lines.insert(14, b"x" * 5000 + b"\n"))
+    assert find_changed_rows(path, digests) == "line 15: longer than 1,000 bytes"
+    with pytest.raises(UserError, match=r"line 15: longer than 1,000 bytes; cannot resume from a damaged file"):
+        rewind(path, 20)
+    with pytest.raises(ValueError, match="line 15: longer"):
+        list(read_records(path))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +203,7 @@ LINES = st.builds(
 )  # fmt: skip
 
 
-@many_inputs(300)
+@many_inputs(100)
 def test_no_content_of_a_metrics_file_ends_in_a_traceback(num_inputs, tmp_path):
     path = tmp_path / "metrics.jsonl"
 

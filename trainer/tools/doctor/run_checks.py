@@ -14,7 +14,7 @@ from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, make_result, ok_result
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
 from trainer.tracking.jsonl import METRICS_FILE
-from trainer.tracking.records import EventRecord, Record, from_line
+from trainer.tracking.records import EventRecord, Record, from_line, iter_lines
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.checkpoint import Checkpoint, find_changed_records, iter_checked_checkpoints
 
@@ -86,19 +86,23 @@ def _check_running(inspection: RunInspection) -> None:
 
 def _check_rows(inspection: RunInspection) -> None:
     path = inspection.folder / METRICS_FILE
-    problems, num_rows, last = [], 0, None
+    first_problem, num_problems, num_rows, last = None, 0, 0, None
     try:
         for num_rows, line, reason in _parse_rows(path):
-            problems += [f"line {num_rows}: {reason}"] if reason else []
-            last = last if reason else line
+            if reason:
+                first_problem, num_problems = first_problem or f"line {num_rows}: {reason}", num_problems + 1
+            else:
+                last = line
     except FileNotFoundError:
-        problems = ["is not there"] if inspection.newest else []
+        first_problem = "is not there" if inspection.newest else None
     except OSError as error:
-        problems = [f"cannot be read: {error.strerror}"]
+        first_problem = f"cannot be read: {error.strerror}"
+    except ValueError as error:
+        first_problem = str(error).removeprefix(f"{path}, ")
     if last is not None:
         _describe_end(inspection, from_line(last.decode()))
-    more = f" and {len(problems) - 1} lines more" if len(problems) > 1 else ""
-    problem = problems[0] + more if problems else None
+    more = f" and {num_problems - 1} lines more" if num_problems > 1 else ""
+    problem = first_problem + more if first_problem else None
     inspection.add(METRICS_FILE, problem, f"{num_rows} rows", path=path if path.is_file() else None)
     inspection.num_rows = None if problem and path.exists() else num_rows
 
@@ -114,14 +118,13 @@ def _describe_end(inspection: RunInspection, last: Record) -> None:
 
 def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:
     """(number, line, what is wrong with it or "") of every whole line; one cut off by a kill is none."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith(b"\n"):
-                try:
-                    from_line(line.decode())
-                    yield number, line, ""
-                except ValueError as error:
-                    yield number, line, str(error)
+    for number, line in enumerate(iter_lines(path), start=1):
+        if line.endswith(b"\n"):
+            try:
+                from_line(line.decode())
+                yield number, line, ""
+            except ValueError as error:
+                yield number, line, str(error)
 
 
 def _check_eval_records(inspection: RunInspection) -> None:

@@ -46,7 +46,8 @@ def _curve(
 
 
 def _point(folder: Path, spec: TrialSpec, loss: float, step_seconds: float | None) -> Point:
-    records, metadata = list(read_records(folder / "metrics.jsonl")), read_run_metadata(folder / "run.json")
+    records = list(read_records(folder / "metrics.jsonl", with_steps=False))
+    metadata = read_run_metadata(folder / "run.json")
     step_flops = metadata["model"].get("step_flops")
     return Point(
         loss=loss, tokens=[record.tokens for record in records if isinstance(record, EvalRecord)][-1],

@@ -207,7 +207,7 @@ class TrialRunner:
 def final_loss(folder: Path) -> float | None:
     """The last validation loss of a run that came to its end; None for any other."""
     try:
-        records = list(read_records(folder / "metrics.jsonl"))
+        records = list(read_records(folder / "metrics.jsonl", with_steps=False))
     except (OSError, ValueError):
         return None
     is_finished = any(isinstance(record, EventRecord) and record.event == "finished" for record in records)

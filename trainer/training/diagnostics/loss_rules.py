@@ -5,7 +5,7 @@ Long: one method for each thing that can be wrong, and nothing else.
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 
 from trainer.tracking.records import EvalRecord, StepRecord
@@ -37,7 +37,7 @@ class LossRules:
     lowest_window: MeanEstimate | None = None  # of the windows so far
     eval_records: list[EvalRecord] = field(default_factory=list)
     train_loss_means: list[MeanEstimate] = field(default_factory=list)  # training loss between two evaluations
-    losses_since_eval: list[float] = field(default_factory=list)  # the step losses since the last one
+    trend_since_eval: OnlineLinearRegression = field(default_factory=OnlineLinearRegression)  # since the last one
     skipped_steps: deque[int] = field(default_factory=lambda: deque(maxlen=NUM_HALVINGS + 1))
 
     def on_step(self, record: StepRecord) -> list[Diagnostic | None]:
@@ -45,7 +45,7 @@ class LossRules:
         self.loss_trend.add(record.step, record.loss)
         self.max_lr = max(self.max_lr, record.lr)
         self.recent_steps.append(record)
-        self.losses_since_eval.append(record.loss)
+        self.trend_since_eval.add(record.step, record.loss)
         diagnostics = [
             self.check_masked_labels(),
             self.check_no_rate(),
@@ -65,13 +65,12 @@ class LossRules:
 
     def on_eval(self, record: EvalRecord) -> list[Diagnostic | None]:
         """What one more evaluation shows."""
-        if self.eval_records and self.losses_since_eval:
-            single_loss = MeanEstimate(self.losses_since_eval[0], self.loss_trend.residual_variance)
-            self.train_loss_means.append(
-                MeanEstimate.from_values(self.losses_since_eval) if len(self.losses_since_eval) > 1 else single_loss
-            )
-        self.losses_since_eval = []
-        self.eval_records.append(record)
+        since_eval = self.trend_since_eval
+        if self.eval_records and since_eval.n:
+            variance = since_eval.mean_variance if since_eval.n > 1 else self.loss_trend.residual_variance
+            self.train_loss_means.append(MeanEstimate(since_eval.mean_y, variance))
+        self.trend_since_eval = OnlineLinearRegression()
+        self.eval_records.append(replace(record, row_nll=None))
         return [self.check_worse_than_start(), self.check_overfitting()]
 
     def compute_window_mean(self) -> MeanEstimate:

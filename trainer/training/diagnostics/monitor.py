@@ -23,13 +23,14 @@ class DiagnosticsMonitor:
 
     def replay(self, records: Iterable[Record]) -> list[Diagnostic]:
         """Take the rows that an earlier process left; returns what it had no time to say. Their times do not count."""
-        diagnostics: list[Diagnostic] = []
+        first_of_code: dict[str, Diagnostic] = {}
         for record in records:
             if isinstance(record, EventRecord) and record.event == "diagnosis":
                 self.reported_codes.add(record.facts["code"])
             else:
-                diagnostics += filter(None, self._apply_loss_rules(record))
-        return self._select_new(diagnostics)
+                for diagnostic in filter(None, self._apply_loss_rules(record)):
+                    first_of_code.setdefault(diagnostic.code, diagnostic)
+        return self._select_new(first_of_code.values())
 
     def on_record(self, record: Record) -> list[Diagnostic]:
         """What one more record of the loop shows."""

@@ -33,6 +33,11 @@ class OnlineLinearRegression:
         return self.sum_xy / self.sum_xx if self.sum_xx else 0.0
 
     @property
+    def mean_variance(self) -> float:
+        """The variance of the mean of y, of two points or more."""
+        return self.sum_yy / (self.n - 1) / self.n
+
+    @property
     def residual_variance(self) -> float:
         """The variance of y around the line."""
         residual = self.sum_yy - (self.sum_xy**2 / self.sum_xx if self.sum_xx else 0.0)
