@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,32 +147,28 @@ def _run(args: Any) -> int:
 
 
 def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: threading.Event) -> int:
-    """Judge, time the finalists, and write and print the answer and what stands beside it."""
-    from trainer.report.views import disagreements
-    from trainer.tools.study import answer, exploratory
+    """Time the finalists, judge, and write and print the answer and what stands beside it."""
+    from trainer.report.write import write_report
+    from trainer.tools.study import answer
     from trainer.tools.study.finalist_timing import time_finalists
     from trainer.tools.study.worker import make_slots
 
-    answers = answer.judge_study(study.folder, study.rule, state)
+    answer.judge(answer.read_groups(study.folder, state.answers), study.rule)  # refused before anything is timed
     finalists = {method: state.outcomes[method].winner for method in ("full", "lora")}
     slot = make_slots(1, args.gpus_per_trial)[0]
     if (timing := time_finalists(study.folder, study.rule, finalists, slot, should_stop)) is None:
         return _stopped()
-    views = exploratory.study_views(study.folder, study.rule, results, timing)
-    beside = [timing.describe(), *(view.describe(args.price_per_hour) for view in views)]
-    beside += exploratory.describe_study_capacity(study.folder, state.answers)
-    if state.quarter:
-        beside.append(answer.describe_quarter_batch(study.folder, study.rule, state, answers[0]))
-    extras = {"timing": asdict(timing), "views": [asdict(view) for view in views], "beside": beside}
-    answer.write_answer(study.folder, study.rule, state, answers, extras)
-    for item in answers:
-        note = "" if item.is_primary else "exploratory: "
-        print(note + answer.conditional_sentence(item, study.rule, state.outcomes))
-    for line in [*beside, *disagreements(views, args.price_per_hour)]:
-        print(f"exploratory: {line}")
-    print(f"{study.folder / answer.ANSWER_FILE}; a page to send: python launch/compare.py --timing "
-          f"{study.folder / 'timing.json'} {study.folder}/runs/answer-*")  # fmt: skip
-    return answer.REFUSED_EXIT_CODE if answers[0].is_margin_under_floor else 0
+    comparison = answer.compare_study(study.folder, study.rule, state, results, timing, args.price_per_hour)
+    paths = write_report(comparison, study.folder)
+    verdict = comparison.verdict
+    print(f"\n{verdict.sentence}")
+    for headline in verdict.headlines:
+        print(f"{headline.label}: {headline.value} ({headline.note})")
+    for line in verdict.details:
+        if line.startswith("Exploratory: "):
+            print(line)
+    print(f"a page to send: {paths[0]} (for machines: answer.json beside it)")
+    return answer.REFUSED_EXIT_CODE if verdict.comparisons[0].is_margin_under_floor else 0
 
 
 def _stopped() -> int:

@@ -53,7 +53,8 @@ note("resumed" if "--resume" in sys.argv else "began")
 out.mkdir(parents=True, exist_ok=True)
 precision = "bf16" if seed == int(os.environ.get("STUB_BF16", 0)) else "fp32"
 group = os.environ["WANDB_RUN_GROUP"]
-metadata = make_metadata(flags["--mode"], resolved__precision=precision, wandb__group=group, model__step_flops=1e6)
+metadata = make_metadata(flags["--mode"], seed=seed, name=out.name, resolved__precision=precision, resolved__lr=lr,
+                         wandb__group=group, model__step_flops=1e6)
 (out / "run.json").write_text(json.dumps(metadata))
 time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
 if seed == int(os.environ.get("STUB_KILLED", 0)) and "--resume" not in sys.argv:
@@ -130,21 +131,19 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     argv += ["--seeds", "101,102,103,104", "--looks", "2", "--price-per-hour", "36"]
     assert study_script.main(argv) == 0
     output = capsys.readouterr().out
-    assert "\nlora is worse than full: +0.05" in output
-    assert "full at 0.0001 of" in output
-    assert "tested with 3 fresh seeds of 8 steps, look 1 of 2, each at 97.5 %)" in output, "the fourth was not needed"
-    beside = [line for line in output.splitlines() if line.startswith("exploratory: ")]
-    assert "a step of lora takes 0.75x the time of full's (0.75 to 0.75 in 3 rounds, in alternation" in beside[0]
-    assert "0.75x its peak memory" in beside[0]
-    assert [line.split("(")[0] for line in beside[1:5]] == [
-        f"exploratory: at equal {name} " for name in ("tokens", "FLOPs", "seconds", "peak memory")
-    ]
-    assert "2.4 s, 0.024 at 36 an hour" in beside[3]
-    assert "adapters hold 0.038 Mbit, the data 0.3 Mbit: expect a plateau" in beside[5], beside
-    assert "at a quarter of the batch (2), 4 times the steps and half the rates, lora's excess is +0.05" in beside[6]
+    assert "\nLoRA (rank 8, lr 0.001) is worse than full (lr 0.0001) by 0.05" in output
+    assert "seeds 101, 102 and 103, 8 steps; rates" in output, "the fourth was not needed"
+    assert "fresh seeds, look 1 of 2, each at 97.5 %." in output
+    assert "\nTime: 0.75x (0.3 s a step against 0.4 s, in alternation)\nMemory: 0.75x" in output
+    assert "2.4 s, 0.024 at 36 an hour" in output
+    page = (stub_dir / "study" / "report.html").read_text()
+    assert "A step of lora takes 0.75x the time of full&#x27;s (0.75 to 0.75 in 3 rounds, in alternation" in page
+    assert "adapters hold 0.038 Mbit, the data 0.3 Mbit: expect a plateau" in page
+    assert "At a quarter of the batch (2), 4 times the steps and half the rates, LoRA&#x27;s excess is +0.05" in page
     answer = json.loads((stub_dir / "study" / "answer.json").read_text())
-    assert answer["answers"][0]["verdict"] == "worse"
-    assert answer["rule_sha256"] == json.loads((stub_dir / "study" / "rule.json").read_text())["sha256"]
+    assert answer["answer"] == "worse"
+    assert [view["resource"] for view in answer["views"]] == ["tokens", "flops", "seconds", "peak_memory_bytes"]
+    assert answer["study"]["rule_sha256"] == json.loads((stub_dir / "study" / "rule.json").read_text())["sha256"]
     assert set(count_log(stub_dir, "ended").values()) == {1}
     num_runs = len((stub_dir / "log").read_text().splitlines())
     assert study_script.main(argv) == 0
@@ -206,7 +205,7 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
     outputs = [process.communicate(timeout=300)[0] for process in workers]
     assert [process.returncode for process in workers] == [0, 0], outputs
     alone = start_study(stub_dir, "--output-dir", "alone", *argv, "--workers", "2")
-    assert "lora is worse" in alone.communicate(timeout=300)[0]
+    assert "LoRA (rank 8, lr 0.001) is worse" in alone.communicate(timeout=300)[0]
     results = [TrialQueue(stub_dir / name, "reader").results() for name in ("killed", "alone")]
     assert results[0] == results[1]
     sentences = [json.loads((stub_dir / name / "answer.json").read_text())["sentence"] for name in ("killed", "alone")]

@@ -39,7 +39,7 @@ from trainer.tracking.wandb_logger import start_wandb
 run, folder, last, mode = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 run["wandb"]["mode"] = mode
 sink = start_wandb(run, folder)
-for record in make_records(run):
+for record in make_records(run, retained=(1.0, 1.25)):
     if not last or record.step <= last:
         sink.log(record)
 if last:
@@ -85,12 +85,13 @@ def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: Path, tmp_path: Path) -> None:
     content = make_metadata("lora")
-    ours = read_folder(write_run_folder(tmp_path / "ours", content, make_records(content)))
+    ours = read_folder(write_run_folder(tmp_path / "ours", content, make_records(content, retained=(1.0, 1.25))))
     (theirs,), problems = load_runs([str(offline_run_dir)])
     assert problems == []
     assert_same_records(ours, theirs)
     assert (theirs.run_id, theirs.name, theirs.mode, theirs.state) == (ours.run_id, ours.name, ours.mode, "finished")
     assert theirs.summary == ours.summary
+    assert theirs.forgetting == ours.forgetting == 0.25
     assert comparability.comparison_blockers(ours, theirs) == []
     for path in (
         "model.trainable",

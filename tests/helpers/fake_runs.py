@@ -180,8 +180,8 @@ def make_records(
 
     records: list[Record] = [make_eval_record(0)] if losses is None or 0 in losses else []
     records += [
-        EventRecord(event="retain_evaluation", step=0, message="retained", time=0.0, facts={"loss": loss})
-        for loss in retained
+        EventRecord(event="retain_evaluation", step=n * total_steps, message="", time=0.0, facts={"loss": loss})
+        for n, loss in enumerate(retained)
     ]
     for step in range(1, total_steps + 1):
         if step % every == 0 or step == total_steps:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder, write_eval_records
-from trainer.report.full_vs_lora import ComparisonOptions
 from trainer.report.margin import Margin
+from trainer.report.options import ComparisonOptions
 from trainer.report.run_data import RunData
 from trainer.report.run_folder import read_folder
 from trainer.report.seed_groups import group_by_seed

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from trainer.report.exploratory import build_pair_views
+from trainer.report.exploratory import build_views_of
 from trainer.report.full_vs_lora import FullVsLora
 from trainer.report.verdict import Verdict
 
@@ -33,7 +33,12 @@ def to_answer(verdict: Verdict) -> dict[str, Any]:
         "answer": verdict.primary.answer if verdict.primary else None,
         "numbers": [dataclasses.asdict(headline) for headline in verdict.headlines],
         "comparisons": [_comparison_to_dict(comparison) for comparison in verdict.comparisons],
+        "views": [
+            dataclasses.asdict(view) | {"favours": view.favours}
+            for view in (build_views_of(verdict.primary, verdict.study) if verdict.primary else ())
+        ],
         "not_counted": verdict.num_not_counted,
+        **({"study": dict(verdict.study.facts)} if verdict.study else {}),
     }
 
 
@@ -57,8 +62,8 @@ def _comparison_to_dict(pair: FullVsLora) -> dict[str, Any]:
         "excess": dataclasses.asdict(pair.excess) if pair.excess else None,
         "beyond_margin": dataclasses.asdict(pair.contrast) if pair.contrast else None,
         "margin": dataclasses.asdict(pair.margin),
+        "is_margin_under_floor": pair.is_margin_under_floor,
         "parameters": pair.parameters,
-        "views": [dataclasses.asdict(view) | {"favours": view.favours} for view in build_pair_views(pair)],
         "time": dataclasses.asdict(pair.time),
         "memory": dataclasses.asdict(pair.memory),
     }

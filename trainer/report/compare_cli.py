@@ -11,9 +11,9 @@ from pathlib import Path
 from trainer.config.errors import UserError
 from trainer.report.assertions import AssertionResult, check_runs, exit_code, parse_condition
 from trainer.report.comparison import Comparison, compare
-from trainer.report.full_vs_lora import ComparisonOptions
 from trainer.report.load import LoadProblem, load_runs
 from trainer.report.margin import parse_margin
+from trainer.report.options import ComparisonOptions
 from trainer.report.seed_groups import MODE_NAMES
 from trainer.report.tables import REFERENCE_LABEL
 from trainer.report.write import write_report

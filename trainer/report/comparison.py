@@ -11,12 +11,12 @@ from trainer.report.detail_tables import (
     build_score_table,
     build_settings_tables,
 )
-from trainer.report.full_vs_lora import ComparisonOptions
 from trainer.report.load import LoadProblem
+from trainer.report.options import DEFAULT_OPTIONS, ComparisonOptions
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import SeedGroup, group_by_seed
 from trainer.report.tables import Table, build_epoch_table, build_run_table
-from trainer.report.verdict import DEFAULT_OPTIONS, Verdict, build_verdict
+from trainer.report.verdict import Verdict, build_verdict
 
 MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
 
@@ -49,7 +49,15 @@ def compare(
     options: ComparisonOptions = DEFAULT_OPTIONS,
 ) -> Comparison:  # fmt: skip
     """The comparison of `runs` with one another and, with `with_reference`, with the card."""
-    groups = group_by_seed(runs)
+    return compare_run_groups(group_by_seed(runs), problems, with_reference, options)
+
+
+def compare_run_groups(
+    groups: Sequence[SeedGroup], problems: Sequence[LoadProblem] = (), with_reference: bool = True,
+    options: ComparisonOptions = DEFAULT_OPTIONS,
+) -> Comparison:  # fmt: skip
+    """The same of runs whose groups are known."""
+    runs = [run for group in groups for run in group.runs]
     by_run = build_run_table(groups, with_reference)
     differing_settings, shared_settings = build_settings_tables(groups, with_reference)
     return Comparison(

@@ -11,15 +11,16 @@ import numpy as np
 
 from trainer.report.capacity import Capacity
 from trainer.report.full_vs_lora import FullVsLora
+from trainer.report.options import StudyContext
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import SeedGroup, improvement, mean_std
 from trainer.report.views import Curve, Point, View, build_views, disagreements
 
 
-def build_pair_views(pair: FullVsLora) -> tuple[View, ...]:
+def build_views_of(pair: FullVsLora, study: StudyContext | None) -> tuple[View, ...]:
     """Both modes at equal tokens, FLOPs, seconds and peak memory; none where they may not be ranked."""
-    if pair.blockers:
-        return ()
+    if pair.blockers or study is not None:
+        return study.views if study is not None else ()
     curves = [
         [_curve(runs[mode_index], pair.step_seconds.get(mode)) for runs in pair.pairs]
         for mode_index, mode in enumerate(("full", "lora"))
@@ -29,9 +30,8 @@ def build_pair_views(pair: FullVsLora) -> tuple[View, ...]:
     return build_views(curves[0], curves[1], no_seconds=pair.time.reason or "not timed in alternation")
 
 
-def describe_views(pair: FullVsLora, price_per_hour: float | None = None) -> list[str]:
+def describe_views(views: Sequence[View], price_per_hour: float | None = None) -> list[str]:
     """One line a view beside equal tokens; a sentence where it puts another mode ahead."""
-    views = build_pair_views(pair)
     different = disagreements(views, price_per_hour)
     lines = [f"Exploratory: {sentence}." for sentence in different]
     agreeing = [view.describe(price_per_hour) for view in views if view.resource != "tokens"]

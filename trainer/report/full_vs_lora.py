@@ -5,13 +5,14 @@ measured under the same conditions, and is withheld with the reason where they w
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers, ranking_blockers, reference_blockers, shorten_reason
 from trainer.report.margin import Margin
-from trainer.report.paired_interval import PairedInterval, paired_interval, seeds_interval
+from trainer.report.options import ComparisonOptions
+from trainer.report.paired_interval import PairedInterval, paired_interval, seeds_interval, what_would_tell
 from trainer.report.record_losses import (
     MatchedLosses,
     MatchError,
@@ -32,15 +33,6 @@ class CostRatio:
     full: float | None  #: mean over runs, in seconds or bytes
     lora: float | None
     is_of_a_step: bool = False  #: whether the costs are those of a step instead of a run
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonOptions:
-    """What a user may say of a comparison."""
-
-    margin: Margin = field(default_factory=Margin)
-    step_seconds: Mapping[str, float] = field(default_factory=dict)  #: of each mode, timed in alternation
-    price_per_hour: float | None = None  #: of the machine, in any currency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +57,7 @@ class FullVsLora:
 
     @property
     def answer(self) -> str:
-        """not ranked, better, good enough, worse or cannot tell."""
+        """not ranked, better, good enough, worse (by more than the margin, where it is known) or cannot tell."""
         if self.blockers:
             return "not ranked"
         if self.excess is None:
@@ -74,7 +66,15 @@ class FullVsLora:
             return "better"
         if self.contrast is not None and self.contrast.upper < 0:
             return "good enough"
-        return "worse" if self.excess.low > 0 else "cannot tell"
+        return "worse" if (self.contrast or self.excess).low > 0 else "cannot tell"
+
+    @property
+    def is_margin_under_floor(self) -> bool:
+        """Whether it cannot be told, and these records tell nothing as small as the margin with any number of seeds."""
+        if self.answer != "cannot tell" or self.excess is None or self.contrast is None or not self.contrast.num_units:
+            return False
+        missing = what_would_tell(self.contrast, self.contrast.estimate, level=self.contrast.level, is_one_sided=True)
+        return missing.floor >= self.excess.estimate - self.contrast.estimate
 
 
 def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions) -> FullVsLora:
@@ -90,7 +90,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions)
     }
     if not blockers:
         try:
-            judged |= _judge(pairs, options.margin)
+            judged |= _judge(pairs, options)
         except SharedRecordsError as error:
             blockers = (str(error),)
     return FullVsLora(
@@ -117,9 +117,10 @@ def _seed(run: RunData) -> Any:
     return run.get("settings.train.seed")
 
 
-def _judge(pairs: Sequence[tuple[RunData, RunData]], margin: Margin) -> dict[str, Any]:
+def _judge(pairs: Sequence[tuple[RunData, RunData]], options: ComparisonOptions) -> dict[str, Any]:
     """Losses and intervals of pairs that may be ranked; SharedRecordsError where too many records were trained on."""
     refuse_shared_records(pairs)
+    margin, level = options.margin, options.level
     best = [tuple(run.best_eval["loss"] for run in pair if run.best_eval) for pair in pairs]
     judged: dict[str, Any] = {
         name: sum(losses[i] for losses in best) / len(best) for i, name in enumerate(("full_loss", "lora_loss"))
@@ -127,29 +128,31 @@ def _judge(pairs: Sequence[tuple[RunData, RunData]], margin: Margin) -> dict[str
     try:
         losses = match_losses(pairs)
     except MatchError as error:
-        differences = [lora - full for full, lora in best]
-        excess = seeds_interval(differences) if len(pairs) > 1 else None
-        contrast = None
-        if margin.kind == "nats" and len(pairs) > 1:
-            contrast = seeds_interval([difference - margin.value for difference in differences])
-        return {**judged, "no_losses": str(error), "excess": excess, "contrast": contrast}
+        judged["no_losses"] = str(error)
+        if len(pairs) > 1:
+            judged["excess"] = seeds_interval([lora - full for full, lora in best], level)
+            if margin.kind == "nats":
+                judged["contrast"] = seeds_interval([lora - full - margin.value for full, lora in best], level)
+        return judged
     contrast = None
     if not margin.why_not(has_base=losses.base is not None, has_bytes=losses.has_bytes):
         beyond = margin.contrast(
             losses.lora, losses.full, base=losses.base, targets=losses.targets, num_bytes=losses.num_bytes
         )
-        contrast = paired_interval(beyond, losses.targets)
+        contrast = paired_interval(beyond, losses.targets, level)
     return {
         "full_loss": losses.mean_loss(losses.full),
         "lora_loss": losses.mean_loss(losses.lora),
         "losses": losses,
-        "excess": paired_interval(losses.lora - losses.full, losses.targets),
+        "excess": paired_interval(losses.lora - losses.full, losses.targets, level),
         "contrast": contrast,
     }
 
 
-def comparable_groups(groups: Sequence[SeedGroup]) -> list[tuple[list[SeedGroup], list[SeedGroup]]]:
-    """For each set of groups on the same data that has both modes: its full and its LoRA groups, the best first."""
+def comparable_groups(
+    groups: Sequence[SeedGroup], *, best_first: bool = True
+) -> list[tuple[list[SeedGroup], list[SeedGroup]]]:
+    """For each set of groups on the same data that has both modes: its full and its LoRA groups."""
     sets: list[list[SeedGroup]] = []
     for group in groups:
         matching_set = next(
@@ -161,7 +164,10 @@ def comparable_groups(groups: Sequence[SeedGroup]) -> list[tuple[list[SeedGroup]
             matching_set.append(group)
     by_mode = [
         tuple(
-            sorted((group for group in members if group.mode == mode), key=lambda group: best_loss(group).mean)
+            sorted(
+                (group for group in members if group.mode == mode),
+                key=lambda group: best_loss(group).mean if best_first else 0.0,
+            )
             for mode in ("full", "lora")
         )
         for members in sets
@@ -184,7 +190,7 @@ def compare_set(
             full_groups[0],
         )
         comparisons.append(compare_groups(partner, lora, options))
-    return sorted(comparisons, key=lambda comparison: bool(comparison.blockers))
+    return comparisons if options.study else sorted(comparisons, key=lambda comparison: bool(comparison.blockers))
 
 
 # --- cost ---

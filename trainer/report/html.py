@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Iterable
 from html import escape
+from typing import Any
 
 import pandas as pd
 
@@ -68,14 +69,20 @@ def _render_first_screen(comparison: Comparison, title: str) -> str:
         for headline in verdict.headlines
     )
     caption, svg = plots.render_picture(comparison.groups, verdict, comparison.with_reference)
-    links = '<a href="#rule">the rule and the numbers behind</a>, ' if verdict.details else ""
-    answer = base64.b64encode(json_text(to_answer(verdict)).encode()).decode()
-    links += f'<a download="answer.json" href="data:application/json;base64,{answer}">answer.json</a>, '
+    links = ['<a href="#rule">what it rests on</a>'] if verdict.details else []
+    links += [_download("rule.json", verdict.study.rule)] if verdict.study else []
+    links += [_download("answer.json", to_answer(verdict)), '<a href="#runs">the runs</a>']
     return (
         f'<section class="first"><div><h1>{title}</h1><p class="verdict">{escape(verdict.sentence)}</p>'
-        f'<dl class="numbers">{numbers}</dl><p class="quiet">{links}<a href="#runs">the runs</a></p></div>'
+        f'<dl class="numbers">{numbers}</dl><p class="quiet">{", ".join(links)}</p></div>'
         f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure></section>"
     )
+
+
+def _download(name: str, content: Any) -> str:
+    """A link to a JSON file that the page itself holds."""
+    packed = base64.b64encode(json_text(content).encode()).decode()
+    return f'<a download="{name}" href="data:application/json;base64,{packed}">{name}</a>'
 
 
 def _render_list(lines: Iterable[str], anchor: str = "") -> str:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from trainer.report.comparability import reference_blockers
 from trainer.report.full_vs_lora import FullVsLora
+from trainer.report.options import RateCurve
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import MODE_NAMES, SeedGroup, best_loss
 
@@ -24,6 +25,7 @@ MAX_LINES_NAMED = 4  # groups of a mode that the legend names one by one
 MAX_POINTS_PER_LINE = 300  # of one line
 MAX_POINTS_PER_PLOT = 4_000  # of one plot
 
+RATES_TITLE = "Loss by learning rate"
 LOWEST_TITLE = "Lowest validation loss of any setting, by step"
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -104,34 +106,44 @@ def _line_label(plot: PlotSpec, name: str, curves: Sequence[Curve]) -> str:
     return name
 
 
-def draw_rates(axis: "Axes", groups: Sequence[SeedGroup], pair: FullVsLora) -> None:
-    """Best validation loss against learning rate for each mode; the chosen points ringed, and LoRA's interval.
-
-    The line of a mode joins its lowest loss at each rate. The interval of the difference stands at LoRA's chosen rate,
-    measured from full's loss.
-    """
-    axis.set(title="Loss by learning rate", xlabel="learning rate", ylabel="best validation loss (nats per token)")
-    for mode, mode_name in MODE_NAMES.items():
-        losses = [(group.lr, best_loss(group).mean) for group in groups if group.mode == mode and group.finished_runs]
-        if not losses:
-            continue
+def rate_curves(groups: Sequence[SeedGroup]) -> tuple[RateCurve, ...]:
+    """Each mode's lowest validation loss at each rate, of runs of any settings."""
+    curves = []
+    for mode in MODE_NAMES:
         lowest: dict[float, float] = {}
-        for lr, loss in sorted(losses):
-            lowest[lr] = min(loss, lowest.get(lr, loss))
-        axis.plot(*zip(*losses, strict=True), linestyle="none", marker=MARKERS[mode], markersize=3.5,
-                  color=COLOURS[mode], alpha=0.5)  # fmt: skip
-        axis.plot(list(lowest), list(lowest.values()), color=COLOURS[mode], linestyle=DASHES[mode], linewidth=1.6,
-                  marker=MARKERS[mode], markersize=4, label=mode_name)  # fmt: skip
+        for group in (group for group in groups if group.mode == mode and group.finished_runs):
+            loss = best_loss(group).mean
+            lowest[group.lr] = min(loss, lowest.get(group.lr, loss))
+        curves += [RateCurve(mode=mode, losses=dict(sorted(lowest.items())))] if lowest else []
+    return tuple(curves)
+
+
+def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> None:
+    """Validation loss against learning rate, a line a mode and length of run; the chosen points ringed.
+
+    The interval of the difference stands at LoRA's chosen rate, measured from full's loss there.
+    """
+    axis.set(title=RATES_TITLE, xlabel="learning rate", ylabel="validation loss (nats per token)")
+    lengths = sorted({curve.num_steps for curve in curves})
+    chosen: dict[str, float] = {}
+    for curve in sorted(curves, key=lambda curve: curve.num_steps):  # the longest last: it is the one chosen by
+        group = pair.full if curve.mode == "full" else pair.lora
+        steps = f", {curve.num_steps:,} steps" if len(lengths) > 1 else ""
+        alpha = (1 + lengths.index(curve.num_steps)) / len(lengths)
+        axis.plot(list(curve.losses), list(curve.losses.values()), color=COLOURS[curve.mode], alpha=alpha,
+                  linestyle=DASHES[curve.mode], linewidth=1.6, marker=MARKERS[curve.mode], markersize=4,
+                  label=MODE_NAMES[curve.mode] + steps)  # fmt: skip
+        chosen[curve.mode] = curve.losses.get(group.lr, best_loss(group).mean)
     for group in (pair.full, pair.lora):
-        axis.plot([group.lr], [best_loss(group).mean], linestyle="none", marker="o", markersize=11, fillstyle="none",
+        axis.plot([group.lr], [chosen[group.mode]], linestyle="none", marker="o", markersize=11, fillstyle="none",
                   markeredgewidth=1.5, color=COLOURS[group.mode])  # fmt: skip
     if pair.excess is not None:
-        full_loss = best_loss(pair.full).mean
-        low, high = full_loss + pair.excess.low, full_loss + pair.excess.high
+        low, high = chosen["full"] + pair.excess.low, chosen["full"] + pair.excess.high
+        label = f"{100 * pair.excess.level:.3g} % interval of the difference, from full's loss"
         axis.plot([pair.lora.lr * 1.3] * 2, [low, high], color=COLOURS["lora"], linewidth=2.4, marker="_",
-                  markersize=9, label="95 % interval of the difference, from full's loss")  # fmt: skip
-        axis.axhline(full_loss, color=COLOURS["full"], linewidth=0.7, alpha=0.7)
-    _limit_to_base(axis, groups)
+                  markersize=9, label=label)  # fmt: skip
+        axis.axhline(chosen["full"], color=COLOURS["full"], linewidth=0.7, alpha=0.7)
+    _limit_to_base(axis, [*pair.full.runs, *pair.lora.runs])
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _format_y_ticks(axis)
@@ -156,9 +168,9 @@ def draw_lowest(axis: "Axes", groups: Sequence[SeedGroup]) -> None:
     _format_y_ticks(axis)
 
 
-def _limit_to_base(axis: "Axes", groups: Sequence[SeedGroup]) -> None:
+def _limit_to_base(axis: "Axes", runs: Sequence[RunData]) -> None:
     """Leave out what ended above the loss before training: diverged runs would flatten the rest."""
-    base = [run.initial_loss for group in groups for run in group.runs if run.initial_loss is not None]
+    base = [run.initial_loss for run in runs if run.initial_loss is not None]
     low, high = axis.get_ylim()
     if base and low < max(base) < high:
         axis.set_ylim(low, max(base))

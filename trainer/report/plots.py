@@ -8,6 +8,7 @@ import io
 import logging
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,18 @@ import numpy as np
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers
+from trainer.report.options import RateCurve
 from trainer.report.plot_axes import (
     COLOURS,
     LOWEST_TITLE,
+    RATES_TITLE,
     Curve,
     PlotSpec,
     add_legend,
     draw_lowest,
     draw_plot,
     draw_rates,
+    rate_curves,
 )
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import MODE_NAMES, SeedGroup
@@ -115,21 +119,16 @@ def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: P
 
 def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> tuple[str, str]:
     """(title, SVG) of the first picture: loss against rate where a mode has several, else the curves by epoch."""
-    pair, title, plot_groups = verdict.primary, LOSS_PLOT.title, list(groups)
-    if pair is not None:
+    pair = verdict.primary
+    curves: tuple[RateCurve, ...] = verdict.study.rate_curves if verdict.study else ()
+    if pair is not None and not curves:
         full_run = pair.full.runs[0]
-        plot_groups = [group for group in groups if not comparison_blockers(group.runs[0], full_run)]
-        rates = [{group.lr for group in plot_groups if group.mode == mode} for mode in MODE_NAMES]
-        if max(map(len, rates)) > 1:
-            title = "Loss by learning rate"
-
-    def draw(axis: "Axes") -> None:
-        if pair is not None and title != LOSS_PLOT.title:
-            draw_rates(axis, plot_groups, pair)
-        else:
-            draw_plot(axis, LOSS_PLOT, groups, with_reference)
-
-    return title, _render_svg(draw, "picture", title, PICTURE_SIZE_INCHES)
+        curves = rate_curves([group for group in groups if not comparison_blockers(group.runs[0], full_run)])
+    if pair is None or max((len(curve.losses) for curve in curves), default=0) < 2:
+        plot = partial(draw_plot, plot=LOSS_PLOT, groups=groups, with_reference=with_reference)
+        return LOSS_PLOT.title, _render_svg(plot, "picture", LOSS_PLOT.title, PICTURE_SIZE_INCHES)
+    picture = partial(draw_rates, curves=curves, pair=pair)
+    return RATES_TITLE, _render_svg(picture, "picture", RATES_TITLE, PICTURE_SIZE_INCHES)
 
 
 def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple[str, str]]:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers
-from trainer.report.exploratory import describe_capacity, describe_forgetting, describe_views
+from trainer.report.exploratory import build_views_of, describe_capacity, describe_forgetting, describe_views
 from trainer.report.formats import capitalize, join_words
 from trainer.report.full_vs_lora import (
-    ComparisonOptions,
     FullVsLora,
     comparable_groups,
     compare_set,
@@ -23,13 +22,13 @@ from trainer.report.headlines import (
     describe_margin,
     describe_numbers,
 )
+from trainer.report.options import DEFAULT_OPTIONS, ComparisonOptions, StudyContext
 from trainer.report.paired_interval import MIN_SEEDS, PairedInterval, holm, what_would_tell
 from trainer.report.seed_groups import MODE_NAMES, SeedGroup, best_loss, improvement
 
-DEFAULT_OPTIONS = ComparisonOptions()
 INTERVAL_RULE = (
-    "[a, b] is a 95 % interval over seeds and evaluation records taken as crossed random effects, from the losses of "
-    "single records of runs paired by seed; it holds for the compared rates, not for others."
+    "[a, b] is a {level:.3g} % interval over seeds and evaluation records taken as crossed random effects, from the "
+    "losses of single records of runs paired by seed; it holds for the compared rates, not for others."
 )
 
 
@@ -42,6 +41,7 @@ class Verdict:
     details: tuple[str, ...] = ()
     comparisons: tuple[FullVsLora, ...] = ()
     num_not_counted: int = 0
+    study: StudyContext | None = None  #: where the settings were chosen by one
 
     @property
     def primary(self) -> FullVsLora | None:
@@ -53,6 +53,7 @@ def build_verdict(
     groups: Sequence[SeedGroup], with_reference: bool, options: ComparisonOptions = DEFAULT_OPTIONS
 ) -> Verdict:
     """The verdict over all groups; only finished runs count. One sentence for each data set that has both modes."""
+    study = options.study
     finished = [group for group in groups if group.finished_runs]
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
     if not finished:
@@ -60,10 +61,10 @@ def build_verdict(
             sentence="No run is finished and evaluated, so there is nothing to compare yet.",
             num_not_counted=num_left_out,
         )
-    sets = comparable_groups(finished)
+    sets = comparable_groups(finished, best_first=study is None)
     compared = [compare_set(*full_and_lora, options) for full_and_lora in sets]
     sentences = [
-        _describe_set(comparisons, full_groups, lora_groups)
+        _describe_set(comparisons, full_groups, lora_groups, study)
         for comparisons, (full_groups, lora_groups) in zip(compared, sets, strict=True)
     ] or [_describe_unpaired(finished)]
     if num_left_out:
@@ -75,10 +76,12 @@ def build_verdict(
     details += _describe_other_comparisons(compared)
     details += [line for members in compared for line in describe_costs(members[0])]
     for members, (full_groups, lora_groups) in zip(compared, sets, strict=True):
-        details += describe_views(members[0], options.price_per_hour)
+        details += describe_views(build_views_of(members[0], study), options.price_per_hour)
         details += describe_forgetting([*full_groups, *lora_groups])
         details += describe_capacity(members[0].lora)
-    details += [INTERVAL_RULE] if any(comparison.losses for comparison in comparisons) else []
+    details += study.lines if study else ()
+    if any(comparison.losses for comparison in comparisons):
+        details.append(INTERVAL_RULE.format(level=100 * options.level))
     if with_reference:
         details += [line for group in finished if (line := _describe_against_reference(group))]
     return Verdict(
@@ -87,6 +90,7 @@ def build_verdict(
         details=tuple(details),
         comparisons=tuple(comparisons),
         num_not_counted=num_left_out,
+        study=study,
     )
 
 
@@ -104,11 +108,13 @@ def _describe_other_comparisons(compared: Sequence[Sequence[FullVsLora]]) -> lis
 
 
 def _describe_set(
-    comparisons: Sequence[FullVsLora], full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup]
-) -> str:
-    """The sentence on the best LoRA group of a data set against the best full one."""
+    comparisons: Sequence[FullVsLora], full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup],
+    study: StudyContext | None,
+) -> str:  # fmt: skip
+    """The sentence on the best LoRA group of a data set against the best full one, or on the one of a study."""
     pair, num_full_groups = comparisons[0], len(full_groups)
-    lora, full = _describe_group(pair.lora, len(comparisons)), _describe_group(pair.full, num_full_groups)
+    num_loras = len(comparisons) if study is None else 1
+    lora, full = _describe_group(pair.lora, num_loras), _describe_group(pair.full, num_full_groups)
     if pair.blockers:
         return f"{capitalize(lora)} and {full} are not ranked: {'; '.join(pair.blockers)}."
     if pair.excess is None:
@@ -121,6 +127,8 @@ def _describe_set(
         sentence += "; one seed says nothing of the methods"
     if pair.answer == "cannot tell":
         sentence += f"; {_describe_what_would_tell(pair, pair.excess)}"
+    if study is not None:
+        return capitalize(sentence) + f"; {study.choice}."
     if (len(comparisons) > 1 or num_full_groups > 1) and not (pair.losses and pair.losses.split == "test"):
         sentence += "; exploratory, for the settings were chosen on these records"
     sentence += _describe_rates(pair, {"full": full_groups, "lora": lora_groups})
@@ -152,8 +160,13 @@ def _describe_answer(pair: FullVsLora, excess: PairedInterval, lora: str, full: 
         side = "worse" if excess.estimate > 0 else "better"
         return f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {describe_margin(pair)}"
     if pair.answer == "worse":
-        return f"{lora} is worse than {full} by {amount}"
-    return f"cannot tell yet whether {lora} is as good as {full}: loss differs by {excess.estimate:+.4f} {interval}"
+        more = "" if pair.contrast is None else f", more than the margin of {describe_margin(pair)}"
+        return f"{lora} is worse than {full} by {amount}{more}"
+    beside = "" if pair.contrast is None else f", beside a margin of {describe_margin(pair)}"
+    return (
+        f"cannot tell yet whether {lora} is good enough beside {full}: loss differs by {excess.estimate:+.4f} "
+        f"{interval}{beside}"
+    )
 
 
 def _scope_prefix(excess: PairedInterval) -> str:
@@ -178,18 +191,20 @@ def _describe_basis(pair: FullVsLora) -> str:
 
 
 def _describe_what_would_tell(pair: FullVsLora, excess: PairedInterval) -> str:
-    """The seeds or records that would decide: towards 0, or towards the margin where that is nearer."""
-    options = [what_would_tell(excess, excess.estimate)]
-    if pair.contrast is not None and pair.contrast.estimate < 0:
-        options.append(what_would_tell(pair.contrast, pair.contrast.estimate, is_one_sided=True))
+    """The seeds or records that would decide: on which side of the margin, or of 0 where that is nearer."""
+    unit_name = pair.losses.unit_name if pair.losses else "validation records"
+    options = [what_would_tell(excess, excess.estimate, level=excess.level)]
+    if (gap := pair.contrast) is not None:
+        options = options if excess.estimate < 0 else []
+        options.append(what_would_tell(gap, gap.estimate, level=gap.level, is_one_sided=gap.estimate < 0))
     seeds = min((option.num_seeds for option in options if option.num_seeds), default=None)
     units = min((option.num_units for option in options if option.num_units), default=None)
-    unit_name = pair.losses.unit_name if pair.losses else "validation records"
     if seeds is not None:
         return f"about {seeds} seeds would tell" + (" at least" if excess.num_seeds == 1 else "")
+    floor = f"these {unit_name} tell no less than ±{options[-1].floor:.4f}, however many seeds"
     if units is not None:
-        return f"about {units:,} {unit_name} would tell, more seeds would not"
-    return f"neither more seeds nor a hundred times the {unit_name} would tell so small a difference"
+        return f"{floor}: about {units:,} {unit_name} would tell"
+    return f"{floor}, and the difference is too close to the margin for 200 times as many"
 
 
 def _describe_group(group: SeedGroup, num_groups: int) -> str:

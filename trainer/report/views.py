@@ -108,11 +108,6 @@ def _build_view(resource: Resource, full: Sequence[Curve], lora: Sequence[Curve]
     return View(resource=resource, budget=budget, full_loss=means[0], lora_loss=means[1], difference=difference)
 
 
-def _mean(losses: Sequence[float | None]) -> float | None:
-    known = [loss for loss in losses if loss is not None]
-    return math.fsum(known) / len(known) if len(known) == len(losses) else None
-
-
 def _loss_within(curve: Curve, resource: Resource, budget: float) -> float | None:
     """The lowest loss that a curve reaches within a budget; None where its first point is beyond it."""
     points = sorted((getattr(point, resource), point.loss) for point in curve)

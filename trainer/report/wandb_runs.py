@@ -24,19 +24,10 @@ from trainer.report.run_data import (
     build_run,
     to_series,
 )
+from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord
+from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
-
-#: our column names by the keys of a history row, for each kind of row
-_STEP_KEYS = {
-    "train/loss": "loss",
-    "train/lr": "lr",
-    "train/grad_norm": "grad_norm",
-    "train/tokens_per_second": "tokens_per_second",
-}
-_EVAL_KEYS = {"val/loss": "loss", "val/perplexity": "perplexity"}
-_EPOCH_KEYS = {"train/loss_epoch": "train_loss"}
-_AXES = ("epoch", "samples", "tokens")
 
 
 def offline_files(path: Path) -> list[Path]:
@@ -148,10 +139,10 @@ def to_run_data(source: str, run: WandbRun) -> RunData:
     start_time = min((t for row in run.rows if isinstance(t := row.get("_timestamp"), int | float)), default=0.0)
     finished_event = {"event": "finished", "facts": _run_summary(run.summary)}
     records = RunRecords(
-        steps=to_series(_select_rows(run.rows, _STEP_KEYS, start_time), STEP_FIELDS),
-        evals=to_series(_select_rows(run.rows, _EVAL_KEYS, start_time), EVAL_FIELDS),
-        epochs=to_series(_select_rows(run.rows, _EPOCH_KEYS, start_time), EPOCH_FIELDS),
-        events=[*_diagnostic_events(run.summary), *([finished_event] if run.is_finished else [])],
+        steps=to_series(_select_rows(run.rows, COLUMNS[StepRecord], start_time), STEP_FIELDS),
+        evals=to_series(_select_rows(run.rows, COLUMNS[EvalRecord], start_time), EVAL_FIELDS),
+        epochs=to_series(_select_rows(run.rows, COLUMNS[EpochRecord], start_time), EPOCH_FIELDS),
+        events=[*_events(run.summary), *([finished_event] if run.is_finished else [])],
         notes=list(run.notes),
         age_seconds=run.age_seconds,
     )
@@ -168,24 +159,26 @@ def _select_rows(
             yield {
                 "step": row.get("_step"),
                 "time": row.get("_timestamp", math.nan) - start_time,
-                **{axis: row.get(axis) for axis in _AXES},
+                **{axis: row.get(axis) for axis in AXES},
                 **values,
             }
 
 
-def _diagnostic_events(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the run noticed of itself; the summary keeps no step of it."""
+def _events(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the run noticed of itself, of which the summary keeps no step, and the losses of retained text."""
     diagnostics = unflatten({key: value for key, value in summary.items() if key.startswith("event/diagnosis/")}, "/")
-    return [
+    events = [
         {"event": "diagnosis", "message": line} for line in diagnostics.get("event", {}).get("diagnosis", {}).values()
     ]
+    losses = [summary[key] for key in RETAIN_KEYS if key in summary]
+    return events + [{"event": "retain_evaluation", "facts": {"loss": loss}} for loss in losses]
 
 
 def _run_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of the end of the run, which the summary keeps as a, b/c."""
-    ignored_prefixes = ("_", "train/", "val/", "event/")
+    ignored_prefixes = ("_", "train/", "val/", "test/", "retain/", "event/")
     return unflatten(
-        {key: value for key, value in summary.items() if not key.startswith(ignored_prefixes) and key not in _AXES}, "/"
+        {key: value for key, value in summary.items() if not key.startswith(ignored_prefixes) and key not in AXES}, "/"
     )
 
 

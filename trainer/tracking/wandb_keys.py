@@ -27,6 +27,7 @@ COLUMNS: dict[type, dict[str, str]] = {  # kind of record -> {name on W&B: field
     EvalRecord: {"val/loss": "loss", "val/perplexity": "perplexity", "val/bits_per_byte": "bits_per_byte"},
     EpochRecord: {"train/loss_epoch": "train_loss"},
 }
+RETAIN_KEYS = ("retain/loss_before", "retain/loss")  # of the summary: --retain-data before training and after
 TAG_LENGTH = 64  # a longer tag makes wandb.init raise
 
 
@@ -65,6 +66,8 @@ def wandb_summary(record: EventRecord) -> dict[str, Any]:
         return {f"event/diagnosis/{record.facts['code']}": record.message}
     if record.event == "test_evaluation" and record.step:
         return {"test/loss": record.facts["loss"], "test/bits_per_byte": record.facts["bits_per_byte"]}
+    if record.event == "retain_evaluation":
+        return {RETAIN_KEYS[record.step > 0]: record.facts["loss"]}
     return {f"event/{record.event}": record.message}
 
 

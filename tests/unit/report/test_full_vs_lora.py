@@ -7,8 +7,8 @@ from helpers.fake_runs import make_metadata
 from helpers.fake_studies import GPU, MakeRun, judge_runs, make_study, run_maker
 
 from trainer.config.errors import UserError
-from trainer.report.full_vs_lora import ComparisonOptions
 from trainer.report.margin import Margin, parse_margin
+from trainer.report.options import ComparisonOptions
 from trainer.report.run_folder import read_folder
 from trainer.report.seed_groups import group_by_seed
 from trainer.report.verdict import Verdict, build_verdict
@@ -122,7 +122,7 @@ def test_a_margin_is_a_number_with_its_unit() -> None:
 def test_a_margin_is_tested_by_the_upper_bound(make_run: MakeRun) -> None:
     """Targets of 3 bytes: 0.5 nats a token are 0.5 / (3 ln 2) = 0.24 bits per byte."""
     runs = make_study(make_run, num_seeds=3, excess=0.2, record_options={"bytes_per_target": 3})
-    for loose, tight, unit in ((0.5, 0.2, "nats"), (0.24, 0.096, "bpb")):
+    for loose, tight, unit in ((0.5, 0.1, "nats"), (0.24, 0.048, "bpb")):
         sentence = judge_runs(*runs, margin=parse_margin(f"{loose}{unit}")).sentence
         assert f"within the margin of {loose} {'nats per token' if unit == 'nats' else 'bits per byte'}" in sentence
         primary = judge_runs(*runs, margin=parse_margin(f"{tight}{unit}")).primary

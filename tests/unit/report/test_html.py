@@ -207,7 +207,7 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
     pair = comparison.verdict.primary
     assert pair is not None
     axis = Figure().subplots()
-    plot_axes.draw_rates(axis, comparison.groups, pair)
+    plot_axes.draw_rates(axis, plot_axes.rate_curves(comparison.groups), pair)
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert list(lines["LoRA"].get_xdata()) == [1e-3, 5e-3, 2e-2]
     rings = [line for line in axis.get_lines() if line.get_fillstyle() == "none"]

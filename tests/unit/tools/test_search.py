@@ -237,3 +237,13 @@ def test_a_rule_comes_back_from_its_file_as_it_was_and_any_change_changes_its_ha
     assert Rule.from_dict(rule.to_dict()) == rule
     for name, value in (("level", 0.9), ("answer_seeds", (101, 102)), ("margin", Margin(kind="nats", value=0.02))):
         assert dataclasses.replace(rule, **{name: value}).sha256 != rule.sha256
+
+
+def test_one_worker_takes_the_methods_in_turn():
+    """Cut off at any time, both have had the same number of trials."""
+    results, taken = {}, []
+    while len(taken) < 20:
+        spec = study_state(make_rule(), results).needed[0]
+        taken.append(spec.candidate.method)
+        results[spec.name] = bowl()(spec)
+    assert taken == ["full", "lora"] * 10

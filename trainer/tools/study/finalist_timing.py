@@ -37,6 +37,13 @@ class Timing:
     reason: str = ""
 
     @property
+    def median_step_seconds(self) -> dict[str, float]:
+        """Of each primary method; none where they were not timed."""
+        if self.reason:
+            return {}
+        return {method: statistics.median(values) for method, values in self.step_seconds.items()}
+
+    @property
     def ratios(self) -> list[float]:
         """LoRA's seconds over full's in each round, least first."""
         full, lora = (self.step_seconds.get(method, []) for method in PRIMARY)

@@ -211,10 +211,12 @@ def study_state(rule: Rule, results: Results, look: int | None = None) -> StudyS
     outcomes = {s.method: outcome for s in searches if (outcome := s.outcome(results)) is not None}
     refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in ("full", "lora")), None)
     if len(outcomes) < len(searches) and refusal is None:
-        waiting = [search.next_trials(results) for search in searches]
-        longest = max(map(len, waiting))
-        needed = [specs[n] for n in range(longest) for specs in waiting if n < len(specs)]  # in turn: fair when cut off
-        return StudyState(needed=tuple(needed), outcomes=outcomes)
+        waiting = []
+        for search in searches:  # in turn, the method with the fewest results first: fair when cut off
+            num_results = sum(spec.name in results for spec in search.trials(results))
+            waiting += [(num_results + n, spec) for n, spec in enumerate(search.next_trials(results))]
+        needed = tuple(spec for _, spec in sorted(waiting, key=lambda item: item[0]))
+        return StudyState(needed=needed, outcomes=outcomes)
     if refusal is not None:
         return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
     answers = tuple(

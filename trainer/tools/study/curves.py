@@ -1,18 +1,15 @@
-"""What a study says beside its answer: both methods at equal cost, and whether the adapters could hold the data.
+"""A study's searches as curves: loss against rate for the picture, and loss against cost for the views.
 
-The curves are the search's: of each rung the lowest validation loss over the rates that were tried, a whole run of its
-own length each. They were chosen by what they show, so nothing here is a claim with the answer's level.
+They were chosen by what they show, so nothing here is a claim with the answer's level.
 """
 
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.config.run_metadata import read_run_metadata
-from trainer.report.exploratory import describe_capacity
-from trainer.report.run_folder import read_folder
-from trainer.report.seed_groups import group_by_seed
+from trainer.report.options import RateCurve
 from trainer.report.views import Curve, Point, View, build_views
 from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import PRIMARY, Rule
@@ -21,16 +18,34 @@ from trainer.tools.study.worker import run_folder
 from trainer.tracking.records import EvalRecord, EventRecord, Record, read_records
 
 
-def study_views(folder: Path, rule: Rule, results: Results, timing: Timing | None) -> tuple[View, ...]:
-    """Full against LoRA at equal tokens, FLOPs, seconds and peak memory, one curve for each search seed."""
-    step_seconds = {}
-    if timing is not None and not timing.reason:
-        step_seconds = {method: statistics.median(values) for method, values in timing.step_seconds.items()}
+def rate_curves(rule: Rule, results: Results) -> tuple[RateCurve, ...]:
+    """Both methods' validation losses by rate, a curve a rung: the mean over search seeds, the best of the ranks."""
+    curves = []
+    for method in PRIMARY:
+        search = MethodSearch(rule, method)
+        specs = search.trials(results)
+        for rung, num_steps in enumerate(rule.rungs):
+            losses: dict[float, float] = {}
+            for candidate in {spec.candidate for spec in specs if spec.num_steps == num_steps}:
+                values = [results[spec.name] for spec in search.specs_at(candidate, rung)]
+                loss = sum(values) / len(values)
+                if math.isfinite(loss):
+                    losses[candidate.lr] = min(loss, losses.get(candidate.lr, loss))
+            curves.append(RateCurve(mode=method, losses=dict(sorted(losses.items())), num_steps=num_steps))
+    return tuple(curves)
+
+
+def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> tuple[View, ...]:
+    """Full against LoRA at equal tokens, FLOPs, seconds and peak memory, one curve for each search seed.
+
+    Of each rung the lowest validation loss over the rates that were tried: a whole run of its own length.
+    """
+    step_seconds = timing.median_step_seconds
     curves = {
         method: [_curve(folder, rule, results, method, seed, step_seconds.get(method)) for seed in rule.search_seeds]
         for method in PRIMARY
     }
-    return build_views(curves["full"], curves["lora"], no_seconds=timing.reason if timing else "not timed")
+    return build_views(curves["full"], curves["lora"], no_seconds=timing.reason)
 
 
 def _curve(
@@ -59,9 +74,3 @@ def _point(folder: Path, spec: TrialSpec, loss: float, step_seconds: float | Non
 
 def _finished_facts(records: Sequence[Record]) -> Mapping[str, Any]:
     return next(r.facts or {} for r in records if isinstance(r, EventRecord) and r.event == "finished")
-
-
-def describe_study_capacity(folder: Path, answers: Sequence[TrialSpec]) -> list[str]:
-    """One line on what the chosen adapters can hold of the data; none where no run was through the data once."""
-    lora_run = next(spec for spec in answers if spec.candidate.method == PRIMARY[1])
-    return describe_capacity(group_by_seed([read_folder(run_folder(folder, lora_run))])[0])
