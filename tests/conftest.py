@@ -1,17 +1,30 @@
 """A tiny GPT-2 and tiny data, made once per session from seeds."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.gpu_visibility import hide_gpus
 
 hide_gpus()  # before anything is imported that counts them, and before the server that ranks are forked from
+from helpers.fast_python import serve_interpreter  # noqa: E402
 from helpers.tiny_inputs import make_tiny_gpt2, write_records  # noqa: E402
+
+from trainer.distributed.launch_environment import without_launcher  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def nobodys_rank() -> Iterator[None]:
+    """What DeepSpeed leaves in the environment of a process that it has joined to a group ends with the test."""
+    yield
+    for name in set(os.environ) - set(without_launcher(os.environ)):
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +51,10 @@ def data_files(session_dir: Path) -> tuple[str, str]:
         write_records(session_dir / "train.jsonl", num_records=25, seed=1),
         write_records(session_dir / "val.jsonl", num_records=9, seed=2),
     )
+
+
+@pytest.fixture(scope="session")
+def fast_python() -> Iterator[str]:
+    """Path of an interpreter that starts with the heavy packages imported."""
+    with tempfile.TemporaryDirectory(prefix="python-") as folder, serve_interpreter(Path(folder)) as path:
+        yield path

@@ -1,7 +1,6 @@
 """`--find-batch`: real steps of growing micro-batches for one global batch; out of memory on one rank ends no other."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,7 +117,7 @@ def try_fake_sizes(argv: list[str], out: str, scripts: list[str]) -> int:
     dist_context = init_distributed()
     try:
         plan, data = make_plan_and_data(argv, dist_context)
-        batch_finder.WORKER_COMMAND = (sys.executable, "-S", "-c", _FAKE_TRIAL_CODE + scripts[dist_context.rank])  # type: ignore[assignment]
+        batch_finder.WORKER_COMMAND = ("-S", "-c", _FAKE_TRIAL_CODE + scripts[dist_context.rank])  # type: ignore[assignment]
         batch_finder.GRACE_SECONDS = 0.5
         try:
             result: Any = [vars(trial_result) for trial_result in batch_finder.run_trials(plan, data.folder, [1, 2, 4])]
@@ -166,9 +165,10 @@ def test_a_batch_trial_whose_rank_ends_is_seen_by_all_ranks(tiny_model, data_fil
     assert results[0][0]["tokens_per_second"] == 200
 
 
-def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_files, tmp_path):
+def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_files, tmp_path, fast_python):
     out = tmp_path / "run"
-    output = train([*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", "zero2"], out=out)
+    argv = [*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", "zero2"]
+    output = train(argv, out=out, env={"TEST_PYTHON": fast_python})
     content = json.loads((out / "find-batch.json").read_text())
     assert [(trial["micro_batch_size"], trial["gradient_accumulation_steps"]) for trial in content["tried"]] == [
         (1, 8),
@@ -259,7 +259,7 @@ sys.exit(batch_size_worker.main(sys.argv[1]))
 def train_with_oom(argv: list[str]) -> int:
     from helpers.launch_ranks import run_train_script
 
-    batch_finder.WORKER_COMMAND = (sys.executable, "-c", OOM_TRIAL_CODE.format(tests=str(Path(__file__).parents[1])))  # type: ignore[assignment]
+    batch_finder.WORKER_COMMAND = ("-c", OOM_TRIAL_CODE.format(tests=str(Path(__file__).parents[1])))  # type: ignore[assignment]
     return run_train_script(argv)
 
 

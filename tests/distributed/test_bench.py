@@ -1,6 +1,7 @@
 """The benchmark measures what it says: its variants, its formulas, its table, and one tiny call of the real thing."""
 
 import json
+import sys
 from collections import Counter
 from typing import Any
 
@@ -112,8 +113,8 @@ def test_a_benchmark_that_failed_says_so_in_its_line():
     assert line.count("|") == 13
 
 
-@pytest.mark.slow
-def test_a_tiny_bench_call_measures_this_trainer_and_a_plain_loop(tmp_path, capsys):
+def test_a_tiny_bench_call_measures_this_trainer_and_a_plain_loop(tmp_path, capsys, fast_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", fast_python)
     command_line = "--model demo-base --block-size 16 --modes lora --batches 2 --against plain --windows 2 --window 2"
     argv = [*command_line.split(), "--warmup", "1", "--rounds", "1", "--device", "cpu", "--output-dir", str(tmp_path)]
     assert bench_cli.run(argv) == 0

@@ -1,6 +1,7 @@
 """The benchmark's measurement of one method, on the tiny shape."""
 
 import json
+import sys
 
 from trainer.config import cli
 from trainer.tools.bench import bench_cli
@@ -12,7 +13,8 @@ def test_every_method_of_bench_memory_is_accepted_by_train():
         assert cli.parse_args(flags.split()).settings.mode == flags.split()[1]
 
 
-def test_bench_memory_measures_a_method_and_prints_a_row(capsys):
+def test_bench_memory_measures_a_method_and_prints_a_row(capsys, fast_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", fast_python)
     assert bench_cli.run(["memory", "--steps", "8", "--methods", "lora-nf4"]) == 0
     printed = capsys.readouterr()
     result = json.loads(printed.err.splitlines()[-1].removeprefix("lora-nf4: ").replace("'", '"'))
@@ -29,6 +31,7 @@ def test_bench_memory_measures_a_method_and_prints_a_row(capsys):
     assert "| lora-nf4 | " + " | ".join(cells) + " |" in printed.out
 
 
-def test_bench_data_prints_a_row_for_each_size(capsys):
+def test_bench_data_prints_a_row_for_each_size(capsys, fast_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", fast_python)
     assert bench_cli.run(["data", "--megabytes", "1"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("| 1 MB | ")

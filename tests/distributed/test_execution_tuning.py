@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import joined_ranks, plan_run
+from helpers.engines import joined_ranks, plan_execution, plan_run
 from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from test_cuda_graphs import FakeCapturedGraph
@@ -149,9 +149,7 @@ def test_a_compiled_shape_that_gives_another_gradient_is_named_with_both_figures
 
 
 def make_plans(*paths: str) -> list[Any]:
-    from test_fast_paths import plan_of
-
-    base = plan_of("--execution", "eager")
+    base = plan_execution("--execution", "eager")
     return [
         replace(
             base, cuda_graphs="graphs" in path, compiled_shapes=((2, 1024),) if "compile" in path else (),

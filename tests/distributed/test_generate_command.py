@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +118,9 @@ def test_mistakes_are_one_line_and_exit_2(runs, generate, tmp_path):
         assert expected in message
 
 
-def test_a_dialogue_on_a_terminal_answers_line_after_line(runs):
+def test_a_dialogue_on_a_terminal_answers_line_after_line(runs, fast_python):
     ours, theirs = pty.openpty()
-    line = [sys.executable, str(ROOT / "launch" / "generate.py"), *map(str, runs)]
+    line = [fast_python, str(ROOT / "launch" / "generate.py"), *map(str, runs)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
     with subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=subprocess.STDOUT, env=environ) as process:
         os.close(theirs)

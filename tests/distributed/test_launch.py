@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port, run_on_ranks, run_train_script
+from helpers.launch_ranks import BIN_DIR, TRAIN_SCRIPT, find_free_port, run_on_ranks, run_train_script, train
 from helpers.tiny_inputs import tiny_argv
 
 ROOT = Path(__file__).parents[2]
@@ -60,21 +60,20 @@ def read_losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_deepspeed_and_torchrun_start_the_same_run(argv, tmp_path):
-    """Plain Python starts it in faults/test_two_at_once.py; any number of ranks has the same numbers."""
-    launchers = {
-        "deepspeed": deepspeed_argv(2),
-        "torchrun": [str(BIN_DIR / "torchrun"), "--nproc_per_node", "2", "--master_port", str(find_free_port())],
-    }
-    for name, launcher in launchers.items():
-        code, output = run_launcher(launcher, "--mode", "lora", *argv, "--output-dir", name, cwd=tmp_path)
-        assert code == 0, output
-        assert output.count("finished after 3 steps") == 1, "one voice, whatever the number of ranks"
-        assert "Traceback" not in output
-        assert "Warning" not in output.replace("[WARNING] [r", "")  # the launcher's own two lines are not ours
-        left = {path.name for path in (tmp_path / name).iterdir()}
-        assert {"run.json", "metrics.jsonl", "checkpoints", "model"} <= left
-    assert read_losses(tmp_path / "deepspeed") == read_losses(tmp_path / "torchrun")
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.sweep)])
+def test_the_launchers_start_the_run_that_the_other_tests_start(launcher, argv, tmp_path):
+    """Plain Python starts it in faults/test_two_at_once.py, torchrun over ssh in faults/test_hosts.py."""
+    torchrun = [str(BIN_DIR / "torchrun"), "--nproc_per_node", "2", "--master_port", str(find_free_port())]
+    command = torchrun if launcher == "torchrun" else deepspeed_argv(2)
+    code, output = run_launcher(command, "--mode", "lora", *argv, "--output-dir", "run", cwd=tmp_path)
+    assert code == 0, output
+    assert output.count("finished after 3 steps") == 1, "one voice, whatever the number of ranks"
+    assert "Traceback" not in output
+    assert "Warning" not in output.replace("[WARNING] [r", "")  # the launcher's own two lines are not ours
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "metrics.jsonl", "checkpoints", "model"} <= left
+    train(["--mode", "lora", *argv, "--export", "none"], out=tmp_path / "forked", world_size=2)
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "forked")
 
 
 @pytest.mark.slow

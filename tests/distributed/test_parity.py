@@ -7,7 +7,6 @@ it they draw other masks, so only the distribution over seeds can be the same.
 
 import itertools
 import math
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from helpers.tolerances import TRAINER_EVAL_TOLERANCE, TRAINER_LOSS_TOLERANCE, T
 
 from trainer.config import reference
 from trainer.data.dataset import load
-from trainer.distributed.launch_environment import without_launcher
 
 STEPS = 60  # five epochs and a half of 21 blocks, 2 a step: the last step of each epoch has one
 CARD = reference.SETTINGS
@@ -52,9 +50,7 @@ def run_hugging_face_trainer(model: str, data: Path, out: Path, **overrides: Any
         "per_device_eval_batch_size": CARD["eval_batch"], "adam_beta1": CARD["beta1"], "adam_beta2": CARD["beta2"],
         "adam_epsilon": CARD["epsilon"], "lr_scheduler_type": CARD["schedule"],
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:  # another test of this process may have joined a group of its own
-        for name in set(os.environ) - set(without_launcher(os.environ)):
-            patch.delenv(name)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # accelerate would set it, aloud
         arguments = TrainingArguments(
             output_dir=str(out), max_steps=STEPS, logging_steps=1, logging_first_step=True, eval_strategy="epoch",

@@ -277,7 +277,7 @@ def test_ranks_of_a_killed_launcher_save_and_end(launcher, argv, tmp_path):
     ("number", "whom", "codes"),
     [
         (signal.SIGINT, "all", {-signal.SIGINT, 1}),  # Ctrl-C
-        (signal.SIGTERM, "a rank", {143}),
+        pytest.param(signal.SIGTERM, "a rank", {143}, marks=pytest.mark.sweep),
         pytest.param(signal.SIGTERM, "all", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),
         pytest.param(signal.SIGINT, "a rank", {130}, marks=pytest.mark.sweep),
         pytest.param(signal.SIGTERM, "the command", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),

@@ -143,7 +143,7 @@ def test_names_that_are_not_utf_8_and_locales_without_it_are_handled(runs, data_
     name = os.fsdecode(os.fsencode(str(tmp_path)) + b"/dat\xff\xe9.jsonl")
     Path(name).write_bytes(b"".join(Path(data_files[0]).read_bytes().splitlines(keepends=True)[1:]))
     runs.flags[runs.flags.index("--data") + 1] = name
-    process = runs.finish_script("--epochs", "1")
+    process = runs.finish_script("--epochs", "1", "--export", "none")
     assert process.returncode == 0, process.stderr
     assert "dat\\udcff\\udce9.jsonl" in process.stdout
 

@@ -6,11 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.config import cli
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load, prepare
+from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
+from trainer.distributed.execution import ExecutionPlan, make_execution_plan
+from trainer.distributed.process_group import (
+    DistContext,
+    destroy_process_group,
+    init_distributed,
+    simulated_context,
+)
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
@@ -66,6 +75,20 @@ def plan_run(
     model = build_model(settings, on_meta=True) if on_meta else build_model(settings, device=dist_context.device)
     plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))
     return PlannedRun(settings=settings, data=dataset, model=model, plan=plan)
+
+
+def plan_execution(*flags: str, device: str = "cpu", ranks: int = 1, model_dropout: float = 0.0) -> ExecutionPlan:
+    """The execution plan of these flags, without a model or a process group."""
+    settings = cli.parse_args(["--mode", "lora", "--preset", "card", *flags]).settings
+    precision = settings.engine.precision or "fp32"
+    config = build_deepspeed_config(
+        read_deepspeed_file(settings.engine.ds_config or "zero0"), batch=settings.train.batch(1), max_grad_norm=1.0,
+        precision=precision,
+    )  # fmt: skip
+    context = replace(simulated_context(ranks, "cpu"), device=torch.device(device))
+    return make_execution_plan(
+        settings, context, config, precision=precision, model_dropout=model_dropout, micro_batch_size=2
+    )
 
 
 def start_engine(job: Mapping[str, Any], dist_context: DistContext, checkpoint: Checkpoint | None = None) -> StartedRun:

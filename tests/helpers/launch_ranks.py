@@ -46,6 +46,7 @@ def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(environ)
+    sys.executable = environ.get("TEST_PYTHON", sys.executable)  # `fast_python`, for what a rank starts
     with (
         open(log, "a", buffering=1) as log_file,
         contextlib.redirect_stdout(log_file),

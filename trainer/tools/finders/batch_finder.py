@@ -32,7 +32,7 @@ MEMORY_BUDGET_SHARE = (
 )
 POLL_SECONDS = 0.2  # seconds between two looks at the process
 GRACE_SECONDS = 3.0  # seconds that the other ranks' processes get to say why they ended
-WORKER_COMMAND = (sys.executable, "-m", "trainer.tools.finders.batch_size_worker")
+WORKER_COMMAND = ("-m", "trainer.tools.finders.batch_size_worker")
 OOM_KILL_EXIT_CODES = (-9, 137)  # by the system, which is how a processor's memory runs out
 
 
@@ -128,7 +128,7 @@ def _watch_worker(plan: RunPlan, folder: Path, port: int) -> tuple[int | None, s
     environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the processes meet on a port of their own
     with open(folder / "output", "w+", encoding="utf-8") as log_file:
         process = subprocess.Popen(
-            [*WORKER_COMMAND, str(folder / "job.json")],
+            [sys.executable, *WORKER_COMMAND, str(folder / "job.json")],
             stdin=subprocess.PIPE,
             stdout=log_file,
             stderr=subprocess.STDOUT,
