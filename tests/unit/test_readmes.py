@@ -1,6 +1,7 @@
 """What the READMEs name exists: every path, every flag, every test."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -37,14 +38,15 @@ def code_of(text: str) -> str:
     return "\n".join([*blocks, *re.findall(r"`([^`]+)`", prose), *links])
 
 
-def own_flags() -> set[str]:
+@functools.cache
+def own_flags() -> frozenset[str]:
     """Flags of launch/train.py, and whatever a script hands to add_argument as it stands."""
     flags = {option for action in build_parser()._actions for option in action.option_strings}
     for path in [*ROOT.glob("launch/*.py"), *ROOT.glob("trainer/**/*.py"), *ROOT.glob("tests/helpers/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("add", "add_argument")):
                 flags |= {a.value for a in node.args if isinstance(a, ast.Constant) and str(a.value).startswith("--")}
-    return flags
+    return frozenset(flags)
 
 
 def paths_in(text: str) -> set[str]:

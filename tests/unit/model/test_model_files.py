@@ -285,7 +285,7 @@ CONFIG_KEYS = ("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "activati
                "scale_attn_weights", "pad_token_id")  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(values=st.dictionaries(st.sampled_from(CONFIG_KEYS), JSON_VALUES, min_size=1, max_size=2))
 def test_no_value_in_a_configuration_ends_in_a_traceback(pristine_folder, tmp_path_factory, values):
     folder = Path(shutil.copytree(pristine_folder, tmp_path_factory.mktemp("config") / "model"))

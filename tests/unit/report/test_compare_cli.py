@@ -14,6 +14,8 @@ import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
 from helpers.fake_wandb import child_env
 
+from trainer.report import plots
+
 SCRIPT = Path(__file__).parents[3] / "launch" / "compare.py"
 
 
@@ -59,6 +61,13 @@ def main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return lambda *arguments: module.main([str(argument) for argument in arguments])
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a comparison's time is matplotlib's."""
+    monkeypatch.setattr(plots, "save_figure", lambda groups, with_reference, folder: None)
+    monkeypatch.setattr(plots, "_render_svg", lambda draw, name, title, size: "<svg></svg>")
+
+
 def test_two_runs_give_a_verdict_a_table_and_six_files(tmp_path: Path, main: Callable[..., int]) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora", wall_seconds=61.0, peak_memory_bytes=430_000_000)
@@ -82,6 +91,7 @@ def test_two_runs_give_a_verdict_a_table_and_six_files(tmp_path: Path, main: Cal
         )
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_compare_checks_decide_the_exit_code(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +148,7 @@ def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
     assert not (tmp_path / "comparison").exists(), "slow work before the mistake was found"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_broken_run_is_reported_and_fails_a_check_while_the_others_are_compared(
     tmp_path: Path, main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
