@@ -124,7 +124,8 @@ def test_a_ragged_step_between_captured_ones_and_the_next_have_the_eager_gradien
     assert len(FakeCapturedGraph.instances) == 2
 
 
-def test_at_most_max_graphs_shapes_are_captured(loss_module):
+def test_at_most_max_graphs_shapes_are_captured(loss_module, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     runner = make_runner(loss_module)
     for rows in range(1, cuda_graphs.MAX_GRAPHS + 3):
         for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):

@@ -68,22 +68,24 @@ def strict_zero_files(session_dir: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> Path:
+def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path, fast_python: str) -> Path:
     """A full run with checkpoints at 2, 4 and 6, of which 2 and 6 were not and were evaluated: 3 and 6."""
     flags = "--max-steps 6 --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero0"
-    train(make_argv(tiny_model, data_files, "full", *flags.split()), out=session_dir / "full", env=FRESH_VERIFICATION)
+    argv = make_argv(tiny_model, data_files, "full", *flags.split())
+    train(argv, out=session_dir / "full", env={"TEST_PYTHON": fast_python, **FRESH_VERIFICATION})
     return session_dir / "full"
 
 
 @pytest.fixture(scope="module")
 def lora_run(
-    tiny_model: str, data_files: tuple[str, str], strict_zero_files: dict[str, str], session_dir: Path
+    tiny_model: str, data_files: tuple[str, str], strict_zero_files: dict[str, str], session_dir: Path, fast_python: str
 ) -> Path:
     """A LoRA run on a random base on two ranks under ZeRO-3."""
     flags = f"--max-steps 4 --init random --ds-config {strict_zero_files['zero3']} --lora-rank 2"
     argv = [*make_argv(tiny_model, data_files, "lora", *flags.split()), "--output-dir", str(session_dir / "lora")]
     log = session_dir / "lora.log"
-    exit_code = run_on_ranks(2, train_counting_gathered, argv, str(session_dir), log=log, env=FRESH_VERIFICATION)
+    env = {"TEST_PYTHON": fast_python, **FRESH_VERIFICATION}
+    exit_code = run_on_ranks(2, train_counting_gathered, argv, str(session_dir), log=log, env=env)
     assert exit_code == 0, log.read_text()
     return session_dir / "lora"
 

@@ -188,13 +188,22 @@ def server() -> Iterator[FakeWandb]:
     assert not fake.unknown_requests
 
 
+_interpreter = [sys.executable]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter(fast_python: str) -> None:
+    """What `run_compare_script` starts the script by."""
+    _interpreter[0] = fast_python
+
+
 def run_compare_script(
     folder: Path, server: FakeWandb | None, *args: object, **variables: str
 ) -> "subprocess.CompletedProcess[str]":
     own_variables = {"HOME": str(folder), "TRAINER_CACHE": str(folder / "cache"), "MPLCONFIGDIR": str(folder / "mpl")}
     env = child_env(**{**own_variables, **(server.env(folder) if server else {}), **variables})
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, args)],
+        [_interpreter[0], str(SCRIPT), *map(str, args)],
         cwd=folder,
         env=env,
         capture_output=True,
