@@ -13,7 +13,7 @@ from trainer.config import cli
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.config.validation import compile_blocker
+from trainer.config.settings import compile_blocker
 from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.steppers import supports_native_stepper

@@ -208,11 +208,11 @@ class Engine:
         self._set_training(True)
         torch.manual_seed(_dropout_seed(self._seed, step, micro_batch.index))
         ids, labels = self._to_device(micro_batch)
-        packed = []
-        if micro_batch.position_ids is not None:
-            packed.append(torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device))
         loss_weight = self.stepper.grad_divisor / num_target_tokens
-        return self.execution.backward(ids, labels, loss_weight, *packed).double().sum()
+        if micro_batch.position_ids is not None:  # several examples a row: ever other shapes, never recorded
+            position_ids = torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device)
+            return self.stepper.backward(ids, labels, loss_weight, position_ids).double().sum()
+        return self.execution.runner.backward(ids, labels, loss_weight).double().sum()
 
     def discard_step(self) -> None:
         """Let no gradient stay after a refused step. The state may be worthless then: for those who restore it."""
@@ -230,7 +230,7 @@ class Engine:
         """Summed loss of each row, without dropout: float64 on the device."""
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
-        return self.execution.forward(*self._to_device(micro_batch)).double()
+        return self.execution.runner.forward(*self._to_device(micro_batch)).double()
 
     def restore_fp32(self) -> None:
         """After the last step: give the frozen base its float32 back, for readers outside autocast.

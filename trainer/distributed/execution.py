@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from trainer.config.settings import Settings
-from trainer.config.validation import compile_blocker, graph_blocker
+from trainer.config.settings import Settings, compile_blocker, graph_blocker
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.steppers import supports_native_stepper
 from trainer.kernels.device_branch import uses_gpu_form

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainer.distributed.compiled_steps import CompiledStepRunner
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
@@ -103,18 +103,14 @@ class StepExecution:
         """Steps after which the following ones take as long as all later ones."""
         return NUM_WARMUP_CALLS + 2 if self.plan.cuda_graphs else 1
 
-    def backward(self, ids: Tensor, labels: Tensor, loss_weight: float, *packed: Tensor) -> Tensor:
-        """Add the gradient of the rows' summed loss times `loss_weight`; returns each row's sum.
+    @property
+    def runner(self) -> CUDAGraphRunner | CompiledStepRunner | NativeStepper | DeepSpeedStepper:
+        """What has `backward` and `forward` of a micro-batch: the stepper itself unless steps are recorded or compiled.
 
-        `packed`: the position ids of rows that hold several examples, which are of ever other shapes.
+        `backward(ids, labels, loss_weight)` adds the gradient of the rows' summed loss times `loss_weight`; both
+        return each row's sum.
         """
-        if packed:
-            return self.stepper.backward(ids, labels, loss_weight, *packed)
-        return (self._graphs or self._compiled or self.stepper).backward(ids, labels, loss_weight)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Each row's sum without gradients."""
-        return (self._graphs or self._compiled or self.stepper).forward(ids, labels)
+        return self._graphs or self._compiled or self.stepper
 
     def begin_step(self, step: int) -> None:
         """Before a step is launched: take up a plan without what has failed, or the next one that is to be timed."""
