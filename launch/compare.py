@@ -12,7 +12,7 @@ from trainer.config.errors import UserError, report_error
 
 
 def build_parser() -> ArgumentParser:
-    """The command line. Long: one call a flag."""
+    """The command line."""
     parser = ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another and with the card; "
@@ -20,61 +20,35 @@ def build_parser() -> ArgumentParser:
         epilog="Exit code: 0 done, 1 a check failed, 2 a mistake in what was asked, "
         "3 refused: not to be ranked, or no check could be made because the run is not comparable.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        metavar="RUN",
+    add = parser.add_argument
+    add(
+        "runs", nargs="*", metavar="RUN",
         help="a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("comparison"),
-        metavar="DIR",
+    )  # fmt: skip
+    add(
+        "--output-dir", type=Path, default=Path("comparison"), metavar="DIR",
         help="where the report goes (default: comparison)",
-    )
-    parser.add_argument("--no-card", action="store_true", help="leave the card out")
-    parser.add_argument(
-        "--margin",
-        default="2%",
-        metavar="X",
+    )  # fmt: skip
+    add("--no-card", action="store_true", help="leave the card out")
+    add(
+        "--margin", default="2%", metavar="X",
         help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
-    )
-    parser.add_argument(
-        "--timing", type=Path, metavar="FILE", help="a study's timing.json: step times of both modes, in alternation"
-    )
-    parser.add_argument(
-        "--price-per-hour", type=float, metavar="X", help="of the machine, to say what equal seconds cost"
-    )
-    parser.add_argument(
-        "--check",
-        action="append",
-        default=[],
-        metavar="CONDITION",
+    )  # fmt: skip
+    add("--timing", type=Path, metavar="FILE", help="a study's timing.json: step times of both modes, in alternation")
+    add("--price-per-hour", type=float, metavar="X", help="of the machine, to say what equal seconds cost")
+    add(
+        "--check", action="append", default=[], metavar="CONDITION",
         help="'val_loss<=1.0048@epoch 2' (every run must hold it), or `card`: each epoch at or under the card's; "
         "may be given more than once",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        metavar="X",
+    )  # fmt: skip
+    add(
+        "--tolerance", type=float, default=0.0, metavar="X",
         help="widens the limit of each check, in its unit (default: 0)",
-    )
-    _add_wandb_arguments(parser)
+    )  # fmt: skip
+    add("--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; again: update it")
+    add("--wandb-report-json", type=Path, metavar="FILE", help="write that report's spec to FILE, without any network")
+    add("--log-card", metavar="[ENTITY/]PROJECT", help="log the card as a W&B run of its own, once per project")
     return parser
-
-
-def _add_wandb_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; a second time updates it"
-    )
-    parser.add_argument(
-        "--wandb-report-json", type=Path, metavar="FILE", help="write that report's spec to FILE, without any network"
-    )
-    parser.add_argument(
-        "--log-card", metavar="[ENTITY/]PROJECT", help="log the card as a W&B run of its own, once per project"
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,7 +78,7 @@ def test_the_search_on_the_demo_is_within_a_standard_error_of_the_full_grid(meth
 def test_studies_of_the_demo_against_itself_seldom_call_a_difference(tmp_path):
     """Three pairs a study, LoRA against LoRA under other seeds. Studies: 20, or DEMO_STUDIES."""
     num_studies, num_seeds = int(os.environ.get("DEMO_STUDIES", 20)), 3
-    rule = make_rule(16, (*TRAIN_ARGV, "--test-fraction", "0", "--val-fraction", "0.3"))
+    rule = make_rule(16, (*TRAIN_ARGV, "--test-fraction", "0", "--val-fraction", "0.1"))
     rate = Candidate(method="lora", lora_rank=8, rate_index=-8, rates_per_decade=4)
     specs = [
         TrialSpec(phase="search", candidate=rate, num_steps=16, seed=seed)

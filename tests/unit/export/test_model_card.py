@@ -9,6 +9,8 @@ from helpers.fake_runs import make_metadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.config.errors import UserError
+from trainer.export.export_cli import read_answer_sentence
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import VerificationResult
 from trainer.tracking.records import EventRecord
@@ -49,3 +51,17 @@ def test_the_front_matter_is_yaml_whatever_the_names(name):
     assert len(text.split("\n---\n")) == 2
     body = without_code_spans(text.split("---\n", 2)[2])
     assert not re.search(r"(?<!\\)[<>\[\]]", body)
+
+
+def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(tmp_path):
+    path = tmp_path / "answer.json"
+    for content, message in (
+        (None, "cannot be read"), ("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "cannot be read"),
+        ('{"sentence": ""}', "its sentence is ''"), ('{"sentence": [1]}', r"its sentence is \[1\]"),
+    ):  # fmt: skip
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError, match=f"--answer .*answer.json: {message}.*expected answer.json of a study"):
+            read_answer_sentence(path)
+    path.write_text('{"sentence": "LoRA is good enough."}')
+    assert read_answer_sentence(path) == "LoRA is good enough."

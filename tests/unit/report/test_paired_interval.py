@@ -1,6 +1,6 @@
 """The interval of the excess loss: by hand, against textbooks, and by simulated studies whose truth is known.
 
-The fast sample runs with the others; the full one (3,000 studies a case) under `-m sweep`.
+The fast sample runs with the others; the full one (3,000 studies a case) under `-m sweep -s`, which prints its rates.
 """
 
 from collections.abc import Callable, Iterator
@@ -152,7 +152,8 @@ def test_the_interval_covers_the_truth(num_studies, num_seeds, draw):
         for differences, targets in simulate_studies(num_studies, draw, case, num_seeds=num_seeds, excess=0.02):
             interval = paired_interval(differences, targets)
             covered += interval.low <= 0.02 <= interval.high
-        assert covered / num_studies >= MIN_COVERAGE, (case, covered / num_studies)
+        print(f"{draw.__name__}, {num_seeds} seeds, {case}: coverage {covered / num_studies:.3f}")
+        assert covered / num_studies >= MIN_COVERAGE
 
 
 @each_size
@@ -168,7 +169,8 @@ def test_lora_at_the_margin_is_called_good_enough_no_oftener_than_the_level(num_
             )
             contrast = margin_contrast(excess, np.zeros_like(excess), gain, 0.02)
             called += paired_interval(contrast, targets).upper < 0
-        assert called / num_studies <= MAX_SIZE, (case, called / num_studies)
+        print(f"{num_seeds} seeds, {case}: good enough at the margin {called / num_studies:.3f}")
+        assert called / num_studies <= MAX_SIZE
 
 
 @each_size
@@ -177,7 +179,8 @@ def test_studies_of_a_method_against_itself_seldom_call_a_difference(num_studies
         called = sum(
             paired_interval(*study).excludes_zero for study in simulate_studies(num_studies, normal, case, num_seeds=3)
         )
-        assert called / num_studies <= MAX_FALSE_DIFFERENCES, (case, called / num_studies)
+        print(f"{case}: a difference of nothing called {called / num_studies:.3f}")
+        assert called / num_studies <= MAX_FALSE_DIFFERENCES
 
 
 @each_size
@@ -193,6 +196,7 @@ def test_groups_of_records_are_covered_as_units_and_not_as_records(num_studies):
         covered += interval.low <= 0.02 <= interval.high
         ignoring = paired_interval(differences, targets)
         covered_as_records += ignoring.low <= 0.02 <= ignoring.high
+    print(f"groups: coverage {covered / num_studies:.3f}, as records {covered_as_records / num_studies:.3f}")
     assert covered / num_studies >= MIN_COVERAGE
     assert covered_as_records / num_studies < 0.8
 
@@ -207,6 +211,7 @@ def test_looks_that_share_the_level_keep_the_size_and_looks_that_do_not_lose_it(
         looks = [differences[:s] for s in range(3, 9)]
         shared += any(paired_interval(d, targets, level=1 - 0.05 / num_looks).excludes_zero for d in looks)
         unshared += any(paired_interval(d, targets).excludes_zero for d in looks)
+    print(f"looks: sharing the level {shared / num_studies:.3f}, not sharing it {unshared / num_studies:.3f}")
     assert shared / num_studies <= MAX_SIZE
     assert unshared / num_studies > 0.09
 
@@ -224,6 +229,7 @@ def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies
             interval = paired_interval(*simulate(rng, normal, case, num_seeds=num_seeds, num_units=num_units))
             later.append(interval.high - interval.estimate)
         ratios.append(np.mean(predicted) / np.mean(later))
+    print(f"{num_seeds} seeds, {num_units} units: predicted over later half widths {np.round(ratios, 3)}")
     assert ratios == pytest.approx([1.0] * len(CASES), abs=0.15)
 
 

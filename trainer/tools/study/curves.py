@@ -4,18 +4,16 @@ They were chosen by what they show, so nothing here is a claim with the answer's
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from trainer.config.run_metadata import read_run_metadata
 from trainer.report.options import RateCurve
+from trainer.report.run_data import RunData
+from trainer.report.run_folder import read_folder
 from trainer.report.views import Curve, Point, View, build_views
 from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import PRIMARY, Rule
-from trainer.tools.study.search import MethodSearch, Results, TrialSpec
+from trainer.tools.study.search import MethodSearch, Results
 from trainer.tools.study.worker import run_folder
-from trainer.tracking.records import EvalRecord, EventRecord, Record, read_records
 
 
 def rate_curves(rule: Rule, results: Results) -> tuple[RateCurve, ...]:
@@ -57,20 +55,13 @@ def _curve(
         min((spec for spec in specs if spec.num_steps == num_steps), key=lambda spec: results[spec.name])
         for num_steps in rule.rungs
     ]
-    return [_point(run_folder(folder, spec), spec, results[spec.name], step_seconds) for spec in best]
+    return [_point(read_folder(run_folder(folder, spec)), step_seconds) for spec in best]
 
 
-def _point(folder: Path, spec: TrialSpec, loss: float, step_seconds: float | None) -> Point:
-    records = list(read_records(folder / "metrics.jsonl", with_steps=False))
-    metadata = read_run_metadata(folder / "run.json")
-    step_flops = metadata["model"].get("step_flops")
+def _point(run: RunData, step_seconds: float | None) -> Point:
+    end, step_flops = {name: float(values[-1]) for name, values in run.evals.items()}, run.get("model.step_flops")
     return Point(
-        loss=loss, tokens=[record.tokens for record in records if isinstance(record, EvalRecord)][-1],
-        flops=None if step_flops is None else step_flops * spec.num_steps,
-        seconds=None if step_seconds is None else step_seconds * spec.num_steps,
-        peak_memory_bytes=_finished_facts(records)["peak_memory_bytes"],
+        loss=end["loss"], tokens=end["tokens"], flops=None if step_flops is None else step_flops * end["step"],
+        seconds=None if step_seconds is None else step_seconds * end["step"],
+        peak_memory_bytes=run.summary.get("peak_memory_bytes"),
     )  # fmt: skip
-
-
-def _finished_facts(records: Sequence[Record]) -> Mapping[str, Any]:
-    return next(r.facts or {} for r in records if isinstance(r, EventRecord) and r.event == "finished")

@@ -5,7 +5,6 @@ ratio is what a study reports, with the least and the most of the rounds.
 """
 
 import fcntl
-import itertools
 import json
 import shutil
 import statistics
@@ -14,13 +13,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from trainer.config.files import write_atomically
-from trainer.config.run_metadata import read_run_metadata
+from trainer.report.run_data import RunData
+from trainer.report.run_folder import read_folder
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
 from trainer.tools.study.trial_process import start_training
 from trainer.tools.study.worker import Slot, last_log_line, method_argv, train_command
-from trainer.tracking.records import EventRecord, StepRecord, read_records
 
 TIMING_FILE = "timing.json"
 NUM_ROUNDS = 3
@@ -89,7 +90,7 @@ def time_finalists(
             if process.exitcode:
                 reason = f"{method} failed: {last_log_line(log, process.exitcode)}"
                 break
-            step_seconds, peak_memory_bytes, machine = _measure(run_folder)
+            step_seconds, peak_memory_bytes, machine = _measure(read_folder(run_folder))
             seconds[method].append(step_seconds)
             peaks[method] = max(peaks[method], peak_memory_bytes)
         shutil.rmtree(folder / "timing", ignore_errors=True)
@@ -98,11 +99,8 @@ def time_finalists(
         return timing
 
 
-def _measure(run_folder: Path) -> tuple[float, int, str]:
+def _measure(run: RunData) -> tuple[float, int, str]:
     """(median seconds of a step, peak memory in bytes, device) of a run."""
-    records = list(read_records(run_folder / "metrics.jsonl"))
-    times = [record.time for record in records if isinstance(record, StepRecord)][NUM_WARMUP_STEPS:]
-    peak = next(r.facts["peak_memory_bytes"] for r in records if isinstance(r, EventRecord) and r.event == "finished")
-    hardware = read_run_metadata(run_folder / "run.json")["hardware"]
-    median = statistics.median(b - a for a, b in itertools.pairwise(times))
-    return median, peak, hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
+    seconds = statistics.median(map(float, np.diff(run.steps["time"][NUM_WARMUP_STEPS:])))
+    device = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
+    return seconds, run.summary["peak_memory_bytes"], device

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import without_launcher
+from trainer.report.formats import format_duration
 from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, MIN_UNITS, Rule, plan_rungs
 from trainer.tools.study.search import TrialSpec, study_state, with_quarter_batch
 from trainer.tools.study.worker import DEFAULT_ARGV, LAUNCH_FOLDER
@@ -191,11 +192,3 @@ def parse_duration(flag: str, text: str) -> float:
     if match is None or float(match[1]) <= 0:
         raise UserError(f"{flag} {text}: expected a time such as 45m, 2h or 1d")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def format_duration(seconds: float) -> str:
-    """`2 h 5 min`, `12 min` or `40 s`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
