@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
         from trainer.distributed.openmp import limit_openmp_spin
         from trainer.tracking.silence import silence_libraries
 
-        silence_libraries()  # before the libraries it silences are imported
+        if not cli_args.verbose:
+            silence_libraries()  # before the libraries it silences are imported
         limit_openmp_spin()
         from trainer.tools.cluster.launch_files import parse_hosts
         from trainer.tools.doctor.doctor_cli import planned_context, run_doctor

@@ -20,7 +20,8 @@ def main() -> int:
         from trainer.distributed.openmp import limit_openmp_spin
         from trainer.tracking.silence import silence_libraries
 
-        silence_libraries()  # before the libraries it silences are imported
+        if not cli_args.verbose:
+            silence_libraries()  # before the libraries it silences are imported
         limit_openmp_spin()
         from trainer.run import run
 

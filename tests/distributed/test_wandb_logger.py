@@ -22,9 +22,10 @@ from helpers.fake_wandb import API_KEY, FakeWandb, child_env
 
 from trainer.config.errors import UserError
 from trainer.config.reference import CURVE
+from trainer.config.runtime_schema import OutputSettings
 from trainer.tracking.records import EvalRecord, EventRecord, Record
 from trainer.tracking.wandb_keys import AXES, reference_row, run_group, run_tags, wandb_config, wandb_row
-from trainer.tracking.wandb_logger import WandbLogger, start_wandb, wandb_mode
+from trainer.tracking.wandb_logger import WandbLogger, start_wandb, wandb_block, wandb_mode
 
 METADATA = make_metadata("lora")
 RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -72,6 +73,8 @@ def test_wandb_group_and_tags_name_the_data_and_fit_the_limits() -> None:
         (None, {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "dryrun"}, "offline"),
         (None, {"WANDB_MODE": "online"}, "offline"),  # nobody is logged in: wandb would ask for a key
         (None, {"WANDB_MODE": "disabled"}, "disabled"),
+        (None, {"WANDB_DISABLED": "true", "WANDB_API_KEY": API_KEY}, "disabled"),
+        ("offline", {"WANDB_DISABLED": "true"}, "offline"),
         ("disabled", {"WANDB_API_KEY": API_KEY}, "disabled"),
         ("offline", {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "online"}, "offline"),
         ("online", {"WANDB_API_KEY": API_KEY, "WANDB_MODE": "offline"}, "online"),
@@ -82,6 +85,26 @@ def test_the_wandb_mode_is_the_flag_then_the_variable_then_the_login(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert wandb_mode(flag, {"HOME": str(tmp_path), **variables}) == mode
+
+
+@pytest.mark.parametrize(
+    ("flag", "variables", "expected"),
+    [
+        (None, {}, {"project": "gpt2-full-vs-lora", "group": "full-vs-lora-events"}),
+        (None, {"WANDB_PROJECT": "theirs"}, {"project": "theirs"}),
+        ("ours", {"WANDB_PROJECT": "theirs"}, {"project": "ours"}),
+        (None, {"WANDB_RUN_GROUP": "theirs"}, {"group": "theirs"}),
+        (None, {"WANDB_RUN_ID": "night-7"}, {"id": "night-7"}),
+    ],
+)
+def test_the_wandb_run_is_named_by_flags_then_variables_then_by_us(flag, variables, expected, tmp_path) -> None:
+    block = wandb_block(OutputSettings(wandb_project=flag), "events.csv", {"HOME": str(tmp_path), **variables})
+    assert {name: block[name] for name in expected} == expected
+
+
+def test_a_run_id_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"WANDB_RUN_ID 'a/b': expected at most 64 letters"):
+        wandb_block(OutputSettings(), "events.csv", {"HOME": str(tmp_path), "WANDB_RUN_ID": "a/b"})
 
 
 def test_wandb_online_without_a_login_is_one_line_and_not_a_prompt(tmp_path: Path) -> None:
@@ -290,6 +313,28 @@ def assert_history(history: list[dict[str, Any]], records: list[Record]) -> None
     assert [row["_step"] for row in history] == list(expected)
     for row in history:
         assert {name: value for name, value in row.items() if not name.startswith("_")} == expected[row["_step"]]
+
+
+def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    variables = {
+        "WANDB_ENTITY": "team", "WANDB_NAME": "mine", "WANDB_NOTES": "a note", "WANDB_TAGS": "night, second",
+        "WANDB_JOB_TYPE": "sweep", "WANDB_DIR": str(tmp_path / "elsewhere"), "WANDB_RUN_ID": "other",
+        "WANDB_RESUME": "never", "WANDB_CONSOLE": "wrap", "WANDB_SAVE_CODE": "true",
+    }  # fmt: skip
+    process = run_child(tmp_path, "offline", first_step=80, **variables)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "W&B: WANDB_RUN_ID is other, of no effect: --resume goes on with " in process.stdout
+    assert "W&B: WANDB_RESUME is never, of no effect: --resume goes on with allow" in process.stdout
+    assert not run_files(tmp_path)
+    (file,) = (tmp_path / "elsewhere").glob("wandb/offline-run-*/run-*.wandb")
+    records = read_wandb_file(file)
+    run = next(record["run"] for record in records if record["type"] == "run")
+    assert [run[name] for name in ("entity", "display_name", "notes", "job_type", "run_id")] == [
+        "team", "mine", "a note", "sweep", METADATA["run_id"],
+    ]  # fmt: skip
+    assert run["tags"] == [*run_tags("lora", METADATA["model"]["name"], METADATA["data"]["source"]), "night", "second"]
+    assert any(record["type"] == "output_raw" for record in records), "WANDB_CONSOLE brings the console back"
 
 
 def test_an_offline_wandb_run_holds_every_row_with_axes_and_config(offline_run_dir: Path) -> None:

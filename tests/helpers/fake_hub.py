@@ -1,4 +1,4 @@
-"""A stand-in for the hub on loopback: takes what huggingface_hub pushes, and remembers every request."""
+"""A stand-in for the hub on loopback: takes what huggingface_hub pushes, gives it back, and remembers every request."""
 
 import base64
 import contextlib
@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import pytest
 
 TOKEN = "hf_AStandInForASecretToken"
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 class FakeHub:
@@ -55,7 +56,17 @@ class FakeHub:
             repository = "/".join(parts[2:4])
             self._commit(repository, body)
             return {"commitUrl": f"{self.url}/{repository}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
-        return {"id": "/".join(parts[2:4]), "siblings": []} if parts[:2] == ["api", "models"] else None
+        if parts[:2] != ["api", "models"]:
+            return None
+        if parts[4:5] == ["tree"]:  # a folder of the repository: ours have files only
+            return []
+        names = self.files.get("/".join(parts[2:4]), {})
+        return {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+
+    def find_file(self, path: str) -> bytes | None:
+        """The file that NAMESPACE/NAME/resolve/REVISION/FILE asks for."""
+        parts = path.partition("?")[0].strip("/").split("/")
+        return self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:])) if "resolve" in parts else None
 
     def _commit(self, repository: str, body: bytes) -> None:
         for line in map(json.loads, body.splitlines()):
@@ -78,14 +89,21 @@ def fake_hub() -> Iterator[FakeHub]:
         def _handle(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             hub.tokens.add(self.headers.get("Authorization"))
-            answer = hub.answer(self.command, self.path, body)
-            status = 401 if hub.refuses else 404 if answer is None else 200
-            content = json.dumps(answer if status == 200 else {"error": f"refused, your token is {TOKEN}"}).encode()
+            file, answer = hub.find_file(self.path), hub.answer(self.command, self.path, body)
+            status = 401 if hub.refuses else 404 if file is None and answer is None else 200
+            message = answer if status == 200 else {"error": f"refused, your token is {TOKEN}"}
+            content = json.dumps(message).encode() if file is None else file
             self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", hashlib.sha256(body).hexdigest())
+            is_repository = "/".join(self.path.strip("/").split("/")[:2]) in hub.files
+            for name, value in {
+                "Content-Length": str(len(content)), "ETag": hashlib.sha256(content).hexdigest(),
+                "X-Repo-Commit": COMMIT, "X-Error-Code": "EntryNotFound" if is_repository else "RepoNotFound",
+            }.items():  # fmt: skip
+                if name != "X-Error-Code" or status == 404:
+                    self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         do_GET = do_POST = do_PUT = do_HEAD = _handle
 

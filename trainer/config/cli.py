@@ -67,6 +67,7 @@ class CliArgs:
     show_example: int = 0  #: training examples whose tokens are printed, before the plan of a dry run
     find_lr: LRRange | None = None  #: a range test instead of the run
     find_batch: bool = False  #: trials of micro-batches instead of the run
+    verbose: bool = False  #: whether the libraries' own messages are shown
 
     @property
     def runs_finder(self) -> bool:
@@ -102,6 +103,7 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
         show_example=args["show_example"],
         find_lr=LRRange.parse(args["find_lr"], args["mode"]) if args["find_lr"] else None,
         find_batch=args["find_batch"],
+        verbose=args["verbose"],
     )
 
 
@@ -128,7 +130,8 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     parser = ArgumentParser(
         companion=companion,
         prog="deepspeed launch/train.py",
-        description="Fine-tune GPT-2 through DeepSpeed ZeRO: every weight (full) or LoRA adapters (lora).",
+        usage="deepspeed launch/train.py --mode full|lora [--model MODEL] [--data DATA] [flags as below]",
+        description="Fine-tune GPT-2 or another causal language model: every weight (full) or LoRA adapters (lora).",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )
     run_flags = parser.add_argument_group("run")
@@ -164,6 +167,10 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     run_flags.add_argument(
         "--find-batch", action="store_true",
         help="try micro-batches for this global batch, suggest the fastest that fits, train nothing",
+    )  # fmt: skip
+    run_flags.add_argument(
+        "--verbose", action="store_true",
+        help="show what DeepSpeed, transformers and the others log and warn of, too (the launcher's own: deepspeed -q)",
     )  # fmt: skip
     run_flags.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS

@@ -87,10 +87,10 @@ class OutputSettings:
     )
     output_dir: str | None = option(None, flag="--output-dir", help="run folder; left out: runs/<run name>")
     wandb: WandbMode | None = option(None, flag="--wandb", help="left out: online where logged in, else offline")
-    wandb_project: str = option(
-        "gpt2-full-vs-lora",
+    wandb_project: str | None = option(
+        None,
         flag="--wandb-project",
-        help="project that the runs to be compared share",
+        help="project that runs to be compared share; left out: WANDB_PROJECT, or ours",
         accepts=WANDB_PROJECT,
     )
     run_name: str | None = option(

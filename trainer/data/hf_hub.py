@@ -15,7 +15,10 @@ from trainer.data.hf_readers import import_datasets
 
 def is_reachable(timeout_seconds: float = 3.0) -> bool:
     """Whether the hub answers; asked first because its libraries try for half a minute before they give up."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+    offline = (
+        os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    )  # as huggingface_hub does
+    if offline.upper() in ("1", "ON", "YES", "TRUE"):
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the proxy knows

@@ -44,7 +44,7 @@ class Source:
     files: tuple[Path, ...] = ()
     dataset: Any = None  #: of `datasets`, for the hub's and saved ones
     split: str = "train"  #: "train", "val", "test" or "retain"
-    notices: tuple[str, ...] = ()  #: what was left out
+    notices: tuple[str, ...] = ()  #: which files became what, and what was left out
 
     def locate(self, file: Path | None, place: str) -> str:
         """Where a record stands, as a user would look it up."""
@@ -60,25 +60,35 @@ def find_sources(
     data, or more than one kind.
     """
     splits = _find_splits(data, "--data")
-    used, train = _choose_split(splits, data, "--data")
-    split_sources, used_names = [train], {used}
-    for split, name, flag, spec in (
-        ("val", "validation", "--val-data", val_data), ("test", "test", "--test-data", test_data),
+    first_name, train = _choose_split(splits, data, "--data")
+    split_sources, taken = [train], {first_name: "training"}
+    for split, name, purpose, flag, spec in (
+        ("val", "validation", "validation", "--val-data", val_data),
+        ("test", "test", "the test", "--test-data", test_data),
     ):  # fmt: skip
         if spec is not None:
             split_sources.append(replace(_choose_split(_find_splits(spec, flag), spec, flag)[1], split=split))
         elif name in splits:
             split_sources.append(replace(splits[name], split=split))
-            used_names.add(name)
-    notices = [
-        f"{data}: {', '.join(file.name for file in source.files[:3]) or name} left out"
-        f"{' (and more)' if len(source.files) > 3 else ''}: {f'a {name} split' if name else 'named for no split'}"
+            taken[name] = purpose
+    notices = []
+    if set(splits) != {""}:
+        notices.append(f"{data}: " + ", ".join(f"{_what(splits[name], name)} for {taken[name]}" for name in taken))
+    notices += [
+        f"{data}: {_what(source, name)} left out: {f'a {name} split' if name else 'named for no split'}"
         for name, source in splits.items()
-        if name not in used_names
+        if name not in taken
     ]
     if retain_data is not None:
         split_sources.append(replace(find(retain_data, "--retain-data"), split="retain"))
     return [replace(train, notices=tuple(notices)), *split_sources[1:]]
+
+
+def _what(source: Source, name: str) -> str:
+    """The files of a split, or the split of a data set."""
+    if source.dataset is not None:
+        return f"split {name}"
+    return ", ".join(file.name for file in source.files[:3]) + (" (and more)" if len(source.files) > 3 else "")
 
 
 def find(spec: str, flag: str = "--data") -> Source:

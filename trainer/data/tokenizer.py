@@ -1,5 +1,6 @@
 """Tokenizers: found without a network where that is possible, checked, and applied to batches of texts."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,9 +37,14 @@ def load_tokenizer(model: str) -> Any:
         raise UserError(
             f"--model {model}: its tokenizer has no end-of-text token, which ends every text; add an eos_token"
         )
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if _is_empty(tokenizer):
         raise UserError(f"--model {model}: its tokenizer turns text into nothing; save it again with save_pretrained")
     return tokenizer
+
+
+def _is_empty(tokenizer: Any) -> bool:
+    """Whether it turns text into nothing: transformers makes such a one where the files of a tokenizer are missing."""
+    return not tokenizer("a", add_special_tokens=False)["input_ids"]
 
 
 def _is_path(name_or_path: str) -> bool:
@@ -84,14 +90,15 @@ def _from_folder(model: str, folder: Path) -> Any:
 def _from_hub(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception:  # not here: ask the hub, if it answers
-        if not hf_hub.is_reachable():
-            raise UserError(
-                f"--model {model}: no such folder, no local copy, and the hub cannot be reached; pass --model FOLDER, "
-                "a folder with the model and its tokenizer"
-            ) from None
+    with contextlib.suppress(Exception):
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        if not _is_empty(tokenizer):  # it is where the configuration is here already and nothing else
+            return tokenizer
+    if not hf_hub.is_reachable():
+        raise UserError(
+            f"--model {model}: no such folder, no local copy, and the hub cannot be reached; pass --model FOLDER, "
+            "a folder with the model and its tokenizer"
+        )
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:

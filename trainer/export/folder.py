@@ -137,10 +137,7 @@ def base_model_ref(model: TrainableModel, run_folder: Path) -> BaseModelRef | No
         return None
     base_folder = run_folder / "base"
     path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model.metadata["name"])
-    name, revision = hub_snapshot(path) or (
-        public_name(model.metadata["name"]),
-        getattr(model.causal.config, "_commit_hash", None),
-    )
+    name, revision = hub_snapshot(_cached_folder(path)) or (public_name(model.metadata["name"]), None)
     return BaseModelRef(
         path=path,
         name=name,
@@ -149,6 +146,14 @@ def base_model_ref(model: TrainableModel, run_folder: Path) -> BaseModelRef | No
         quantization_config=model.quantization_config,
         fingerprint=model.metadata["fingerprint"],
     )
+
+
+def _cached_folder(model: str) -> str:
+    """The folder of the hub's cache that a hub id is loaded from; every other name as it is."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config_file = try_to_load_from_cache(model, "config.json") if is_hub_id(model) else None
+    return str(Path(config_file).parent) if isinstance(config_file, str) else model
 
 
 def hub_snapshot(path: str) -> tuple[str, str] | None:

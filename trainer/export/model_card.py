@@ -142,8 +142,12 @@ def _describe_embedding_tying(verification: VerificationResult, is_merged: bool)
 
 
 def _describe_base(metadata: Mapping[str, Any]) -> str:
-    text, quant = "", metadata["settings"]["model"].get("quant")
-    if metadata["model"]["init"] == "random":
+    name, quant = metadata["model"]["name"], metadata["settings"]["model"].get("quant")
+    is_random = metadata["model"]["init"] == "random"
+    base = json.dumps(name) if is_hub_id(name) and not is_random else "BASE"
+    text = f" Load it with {_code(f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), ADAPTER)')}"
+    text += ", `ADAPTER` being this folder" + (", `BASE` its base's." if base == "BASE" else ".")
+    if is_random:
         text = " Its base is random weights, kept only in the folder `base` of the run; it is nothing without them."
     if quant:
         double = ", its scales in 8 bits" if metadata["settings"]["model"]["quant_double"] else ""

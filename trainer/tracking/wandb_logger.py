@@ -6,6 +6,9 @@ import json
 import logging
 import netrc
 import os
+import re
+import secrets
+import string
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -14,8 +17,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.config.errors import UserError
+from trainer.config.runtime_schema import OutputSettings
 from trainer.tracking.records import EventRecord, Record
-from trainer.tracking.wandb_keys import AXES, METRICS, run_tags, sample_row, wandb_config, wandb_row, wandb_summary
+from trainer.tracking.wandb_keys import (
+    AXES,
+    METRICS,
+    run_group,
+    run_tags,
+    sample_row,
+    wandb_config,
+    wandb_row,
+    wandb_summary,
+)
 
 logger = logging.getLogger(__name__)
 PUBLIC_HOSTS = (
@@ -23,10 +36,31 @@ PUBLIC_HOSTS = (
     "api.forge.coreweave.com",
     "forge.coreweave.com",
 )  # old and new name of the public server
+DEFAULT_PROJECT = "gpt2-full-vs-lora"
+#: W&B's variables that name one run: a program that starts many must not hand them on.
+RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME")
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
 INSPECT_TIMEOUT_SECONDS = 600.0  # reading back what an earlier process logged may take this long
 FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
+
+
+def wandb_block(output: OutputSettings, source: str, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The `wandb` block of run.json for a new run: flags, then W&B's own variables, then what we choose.
+
+    UserError where WANDB_RUN_ID is no id of W&B's.
+    """
+    run_id = env.get("WANDB_RUN_ID") or "".join(
+        secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8)
+    )
+    if not re.fullmatch(r"[\w.-]{1,64}", run_id, re.ASCII):
+        raise UserError(f"WANDB_RUN_ID {run_id!r}: expected at most 64 letters, digits and . _ -")
+    return {
+        "id": run_id,
+        "project": output.wandb_project or env.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+        "group": env.get("WANDB_RUN_GROUP") or run_group(source),
+        "mode": wandb_mode(output.wandb, env),
+    }
 
 
 def wandb_mode(flag: str | None, env: Mapping[str, str] = os.environ) -> str:
@@ -39,6 +73,8 @@ def wandb_mode(flag: str | None, env: Mapping[str, str] = os.environ) -> str:
         raise UserError("--wandb online: not logged in; run `wandb login`, set WANDB_API_KEY, or pass --wandb offline")
     if flag is not None:
         return flag
+    if env.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):  # of transformers' Trainer, up to 4
+        return "disabled"
     requested_mode = WANDB_MODES.get(env.get("WANDB_MODE", "").lower()) or WANDB_MODES.get(
         _settings_entry("mode", env).lower()
     )
@@ -113,6 +149,8 @@ def start_wandb(
         prepare_environment(folder, mode)
         import wandb
 
+        if is_resumed:
+            _say_what_a_resume_overrides(metadata["run_id"])
         try:
             wandb_run = _init(wandb, metadata, folder, mode, is_resumed, timeouts)
         except Exception as error:
@@ -127,7 +165,7 @@ def start_wandb(
         for pattern, axis, summary in METRICS:
             wandb_run.define_metric(pattern, step_metric=axis, summary=summary)
         logger.info(_run_location(wandb_run, mode))
-        last_step = _last_step(wandb, folder, metadata["run_id"]) if is_resumed else -1
+        last_step = _last_step(wandb, _wandb_dir(folder), metadata["run_id"]) if is_resumed else -1
         return WandbLogger(wandb_run, last_logged_step=last_step)
     except Exception as error:  # whatever happens in there, it must not cost the run
         logger.warning(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
@@ -137,27 +175,48 @@ def start_wandb(
 def _init(
     wandb: Any, metadata: Mapping[str, Any], folder: Path, mode: str, is_resumed: bool, timeouts: Mapping[str, float]
 ) -> Any:
-    """wandb.init for this run; a setting that the installed version does not know is left out."""
+    """wandb.init for this run; what a variable of W&B's says goes before ours, except where a flag says it.
+
+    A setting that the installed version does not know is left out.
+    """
     settings: dict[str, Any] = {
         **timeouts,
         "console": "off",
-        "disable_code": True,
+        **({} if os.environ.get("WANDB_SAVE_CODE") else {"disable_code": True}),
         "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
     }
-    supported_settings = wandb.Settings.model_fields
+    used = {
+        name: value
+        for name, value in settings.items()
+        if name in wandb.Settings.model_fields and f"WANDB_{name.upper()}" not in os.environ
+    }
+    name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
+    tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
     return wandb.init(
         project=metadata["wandb"]["project"],
         id=metadata["run_id"],
         resume="allow" if is_resumed else None,
-        name=metadata["name"],
+        name=name or metadata["name"],
         group=metadata["wandb"]["group"],
-        job_type="train",
-        tags=run_tags(metadata["mode"], metadata["model"]["name"], metadata["data"]["source"]),
+        job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
+        tags=[*run_tags(metadata["mode"], metadata["model"]["name"], metadata["data"]["source"]), *tags],
         config=wandb_config(metadata),
-        dir=str(folder.resolve()),
+        dir=str(_wandb_dir(folder)),
         mode=mode,
-        settings=wandb.Settings(**{name: value for name, value in settings.items() if name in supported_settings}),
+        settings=wandb.Settings(**used),
     )
+
+
+def _wandb_dir(folder: Path) -> Path:
+    """Where wandb's own files go: into the run folder, unless WANDB_DIR says otherwise."""
+    return Path(os.environ.get("WANDB_DIR") or folder).resolve()
+
+
+def _say_what_a_resume_overrides(run_id: str) -> None:
+    """A run that goes on is the run that it was, whatever the variables say."""
+    for name, kept in (("WANDB_RUN_ID", run_id), ("WANDB_RESUME", "allow")):
+        if (value := os.environ.get(name)) and value != kept:
+            logger.warning(f"W&B: {name} is {value}, of no effect: --resume goes on with {kept}")
 
 
 class WandbLogger:

@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
-import secrets
 import signal
-import string
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,7 @@ from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_r
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel, save_base_model
 from trainer.tracking.run_lock import LOCK_FILE
-from trainer.tracking.wandb_keys import run_group
-from trainer.tracking.wandb_logger import wandb_mode
+from trainer.tracking.wandb_logger import wandb_block
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoint
 from trainer.training.run_plan import RunPlan
@@ -105,14 +101,8 @@ def write_metadata(
 ) -> dict[str, Any]:
     """Check what a resume, from the checkpoint `source`, may not change, and write run.json; returns its content."""
     if previous is None:
-        run_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-        output = plan.settings.output
-        group = os.environ.get("WANDB_RUN_GROUP") or run_group(plan.data_info["source"])  # the first: W&B's own
-        wandb = {
-            "id": run_id, "project": output.wandb_project, "group": group,
-            "mode": wandb_mode(output.wandb),
-        }  # fmt: skip
-        metadata = plan.to_metadata(run_id=run_id, wandb=wandb)
+        wandb = wandb_block(plan.settings.output, plan.data_info["source"])
+        metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)
     else:  # `settings` stay those it began with; the next resume takes these
         changes = validate_resume_overrides(previous, plan, allowed_changes)
         changes |= validate_rows(folder, source, allowed_changes) if source is not None else {}

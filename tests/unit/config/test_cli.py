@@ -20,7 +20,7 @@ CONTRACT = [
     "--eval-every", "--save-every", "--save-total-limit", "--resume", "--output-dir", "--wandb", "--wandb-project",
     "--run-name",
     "--dry-run", "--show-example",
-    "--local_rank", "--early-stop", "--dropout", "--export", "--num-samples", "--score-samples",
+    "--local_rank", "--verbose", "--early-stop", "--dropout", "--export", "--num-samples", "--score-samples",
 ]  # fmt: skip
 FLAGS_WITHOUT_FIELD = {
     "--mode",

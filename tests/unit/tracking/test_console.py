@@ -153,7 +153,7 @@ class FakeClock:
 
 def render_lines(records: list[Record], seconds: list[float], total_steps: int = 100) -> list[str]:
     stream, clock = io.StringIO(), FakeClock()
-    progress_bar = ProgressBar(total_steps, 3.0, stream=stream, interval=5.0, clock=clock)
+    progress_bar = ProgressBar(total_steps, 3.0, stream=stream, clock=clock)
     for record, now in zip(records, seconds, strict=True):
         clock.now = now
         progress_bar.log(record)
@@ -161,8 +161,8 @@ def render_lines(records: list[Record], seconds: list[float], total_steps: int =
     return stream.getvalue().splitlines()
 
 
-def test_plain_progress_lines_come_first_last_and_every_few_seconds() -> None:
-    lines = render_lines([make_step_record(n) for n in range(1, 101)], [n * 1.0 for n in range(1, 101)])
+def test_plain_progress_lines_come_first_last_and_once_a_minute() -> None:
+    lines = render_lines([make_step_record(n) for n in range(1, 101)], [n * 12.0 for n in range(1, 101)])
     assert [int(line.split("/")[0].removeprefix("step")) for line in lines] == [*range(1, 101, 5), 100]
 
 

@@ -121,7 +121,7 @@ def ssh_files(
 ) -> list[LaunchFile]:
     """The host list and the command of `deepspeed --hostfile`, and a file with the variables, for its owner only."""
     environment, hostfile = (shlex.quote(str(request.folder / name)) for name in ("environment", "hostfile"))
-    first_host = next(iter(ranks_of_hosts))
+    first_host, quiet = next(iter(ranks_of_hosts)), "" if "--verbose" in request.flags else " --quiet"
     command = f"""#!/bin/bash
 cd {shlex.quote(str(request.work_dir))} || exit 1
 export PATH={shlex.quote(str(request.python_prefix / "bin"))}:$PATH
@@ -133,7 +133,7 @@ for host in {shlex.join(ranks_of_hosts)}; do
     ssh {SSH_OPTIONS} "$host" mkdir -p {shlex.quote(str(request.folder))} &&
         scp -pq {SSH_OPTIONS} {environment} "$host":{environment} || exit 1
 done
-exec deepspeed --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
+exec deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
     --master_port=$((20000 + RANDOM % 10000)) {request.train_command}
 """
     return [

@@ -22,6 +22,7 @@ from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tools.study.trial_process import TrainCommand, start_training
 from trainer.tools.study.trial_queue import LEASE_SECONDS, Claim, TrialQueue, worker_name
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
+from trainer.tracking.wandb_logger import RUN_VARIABLES
 
 LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
 #: What a run of a study has unless the flags that are passed on say otherwise.
@@ -105,7 +106,8 @@ def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
 
 def train_command(study_folder: Path, rule: Rule, slot: Slot, argv: Sequence[str], log: Path) -> TrainCommand:
     """launch/train.py with what a slot may use; its run is one of the study's group on W&B."""
-    env = {"OMP_NUM_THREADS": str(slot.num_threads), **without_launcher(os.environ)}
+    inherited = {name: value for name, value in without_launcher(os.environ).items() if name not in RUN_VARIABLES}
+    env = {"OMP_NUM_THREADS": str(slot.num_threads), **inherited}
     env["WANDB_RUN_GROUP"] = f"study-{study_folder.name}-{rule.sha256[:12]}"
     env.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")  # run.json has the versions; to list them takes 0.8 s a trial
     env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
