@@ -70,6 +70,8 @@ def _render_alpaca(record: Record) -> Pair:
 
 
 def _render_prompt_completion(record: Record) -> Pair | Conversation:
+    if isinstance(record.get("label"), bool):
+        raise RecordError("column 'label' says whether the completion is wanted (preferences): keep those, drop it")
     if isinstance(record.get("completion"), list):
         return conversations.from_prompt_completion(record)
     return require_text(record, "prompt"), require_text(record, "completion")
@@ -140,6 +142,11 @@ def choose_format(columns: Sequence[str], settings: DataSettings, where: str) ->
         )
     if settings.objective == "completion":
         raise UserError(f"{where}: --objective completion needs a text to be learnt: {templates}")
+    if {"chosen", "rejected"} <= set(columns):
+        raise UserError(
+            f"{where}: preferences (columns chosen, rejected), which are for DPO; one answer a prompt is learnt here: "
+            "expected records of prompt and completion, or messages, made of the chosen ones"
+        )
     raise UserError(
         f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, `instruction` and "
         f"`output` or `input_ids`, and not an ACLED export: {templates}"

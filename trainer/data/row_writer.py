@@ -104,6 +104,8 @@ class RowWriter:
             except MaskError as error:
                 self._add_problem(split, "unusable", f"{data_input.locate(example)}: {error}")
                 continue
+            if example.conversation.tools and "tools" not in self.chat.template:
+                self._add_problem(split, "tools", data_input.locate(example))
             if len(row.ids) > self.block_size:
                 self._add_problem(split, "cut", f"{data_input.locate(example)}, {len(row.ids)} tokens")
             self.packers[split].add_masked_row(ids, is_target)
@@ -172,7 +174,7 @@ class RowWriter:
             num_records = packer.num_records + self.problems[split, "unusable"]
             if self._objective(split) == "blocks" and packer.num_dropped:
                 lines.append(f"{split}: the last {packer.num_dropped} tokens do not fill a block and are left out")
-            for kind in ("too long", "cut", "unusable"):
+            for kind in ("too long", "cut", "tools", "unusable"):
                 if number := self.problems[split, kind]:
                     lines.append(self._describe_problem(split, kind, f"{number} of {num_records}"))
                 if kind == "too long" and 0 < number == num_records:
@@ -182,16 +184,16 @@ class RowWriter:
                     )
             num_unusable = self.problems[split, "unusable"]
             if num_unusable and (unusable_records == "refuse" or num_unusable == num_records):
-                remedy = (
-                    "or leave them out with --unusable-records drop" if num_unusable < num_records else "all of them"
-                )
-                raise UserError(f"{lines[-1].replace(' and are left out', '')}; mend them, {remedy}")
+                is_some = num_unusable < num_records
+                remedy = "leave them out with --unusable-records drop" if is_some else "pass another --chat-template"
+                raise UserError(f"{lines[-1].replace(' and are left out', '')}; mend them, or {remedy}")
         return lines
 
     def _describe_problem(self, split: str, kind: str, share: str) -> str:
         block, first = f"--block-size {self.block_size}", f"(first: {self.first_problems[split, kind]})"
         return {
             "too long": f"{split}: {share} records are longer than {block} tokens and are left out {first}",
+            "tools": f"{split}: {share} conversations have tools, which the chat template does not write {first}",
             "cut": f"{split}: {share} conversations are cut at {block} tokens {first}",
             "unusable": f"{split}: {share} conversations cannot be learnt from and are left out {first}",
         }[kind]

@@ -75,7 +75,7 @@ def find_sources(
     if set(splits) != {""}:
         notices.append(f"{data}: " + ", ".join(f"{_what(splits[name], name)} for {taken[name]}" for name in taken))
     notices += [
-        f"{data}: {_what(source, name)} left out: {f'a {name} split' if name else 'named for no split'}"
+        f"{data}: {_what(source, name)} left out: named for {name or 'no split'}"
         for name, source in splits.items()
         if name not in taken
     ]
@@ -88,7 +88,9 @@ def _what(source: Source, name: str) -> str:
     """The files of a split, or the split of a data set."""
     if source.dataset is not None:
         return f"split {name}"
-    return ", ".join(file.name for file in source.files[:3]) + (" (and more)" if len(source.files) > 3 else "")
+    root = Path(source.spec).expanduser()
+    names = [str(file.relative_to(root) if root.is_dir() else file) for file in source.files[:3]]
+    return ", ".join(names) + (" (and more)" if len(source.files) > 3 else "")
 
 
 def find(spec: str, flag: str = "--data") -> Source:

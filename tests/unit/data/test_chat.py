@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -230,6 +231,15 @@ def test_a_long_conversation_is_cut_and_counted_and_one_without_a_turn_left_is_r
     data = prepare_chat(file, unusable_records="drop")
     assert len(data.train) + len(data.val) == 40
     assert any("are left out (first: " in line for line in data.metadata["notices"])
+
+
+def test_tools_that_the_template_does_not_write_are_said(tmp_path, prepare_chat):
+    file = samples.write_jsonl(tmp_path / "a.jsonl", [{**record, "tools": TOOLS} for record in chat_records()])
+    data = prepare_chat(file)
+    assert any(
+        re.match(r"train: (\d+) of \1 conversations have tools, which the chat template does not write", line)
+        for line in data.metadata["notices"]
+    )
 
 
 def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, prepare_chat, chat_model):

@@ -160,6 +160,14 @@ def test_unknown_columns_are_refused_and_the_flags_for_templates_named():
         format_of(["mr", "ref"])
 
 
+@pytest.mark.parametrize("columns", [["prompt", "chosen", "rejected"], ["chosen", "rejected"]])
+def test_preferences_are_refused_by_name(columns):
+    with pytest.raises(UserError, match=r"preferences \(columns chosen, rejected\).*; one answer a prompt is learnt"):
+        format_of(columns)
+    with pytest.raises(RecordError, match="'label' says whether the completion is wanted"):
+        format_of(["prompt", "completion", "label"]).render({"prompt": "a", "completion": " b", "label": False})
+
+
 @pytest.mark.parametrize("columns", [["text"], ["input_ids"], ["mr", "ref"]])
 def test_the_completion_objective_needs_a_completion(columns):
     with pytest.raises(UserError, match=r"--objective completion needs .*--completion"):

@@ -34,9 +34,8 @@ def test_a_folder_with_splits_takes_each_file_for_what_it_is_named(tmp_path, nam
     assert [[row["text"] for _, _, row in readers.records(splits[split])] for split in ("train", "val", "test")] == [
         [name] for name in names
     ]
-    files = [name.rpartition("/")[2] for name in names]
     assert splits["train"].notices == (
-        f"{tmp_path}: {files[0]} for training, {files[1]} for validation, {files[2]} for the test",
+        f"{tmp_path}: {names[0]} for training, {names[1]} for validation, {names[2]} for the test",
     )
     splits = find_splits(tmp_path / "**" / "*.csv")
     assert [len(splits[split].files) for split in ("train", "val", "test")] == [1, 1, 1]
@@ -61,7 +60,7 @@ def test_what_is_named_for_no_split_beside_a_training_file_is_left_out_with_a_no
     assert splits["train"].notices == (
         f"{tmp_path}: train.csv for training",
         f"{tmp_path}: extra.csv left out: named for no split",
-        f"{tmp_path}: validation.csv left out: a validation split",
+        f"{tmp_path}: validation.csv left out: named for validation",
     )
 
 
