@@ -33,6 +33,7 @@ FLAGS_WITHOUT_FIELD = {
     "--find-lr",
     "--find-batch",
     "--local_rank",
+    "--verbose",
     "--help",
 }
 
