@@ -24,8 +24,9 @@ from trainer.config.errors import UserError
 from trainer.config.reference import CURVE
 from trainer.config.runtime_schema import OutputSettings
 from trainer.tracking.records import EvalRecord, EventRecord, Record
+from trainer.tracking.wandb_environment import wandb_block, wandb_mode
 from trainer.tracking.wandb_keys import AXES, reference_row, run_group, run_tags, wandb_config, wandb_row
-from trainer.tracking.wandb_logger import WandbLogger, start_wandb, wandb_block, wandb_mode
+from trainer.tracking.wandb_logger import WandbLogger, start_wandb
 
 METADATA = make_metadata("lora")
 RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end

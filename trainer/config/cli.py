@@ -134,7 +134,16 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
         description="Fine-tune GPT-2 or another causal language model: every weight (full) or LoRA adapters (lora).",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )
-    run_flags = parser.add_argument_group("run")
+    _add_run_flags(parser.add_argument_group("run"))
+    for name, group in GROUPS.items():
+        section = parser.add_argument_group(TITLES[name])
+        for field in _flag_fields(group):
+            _add_flag(section, name, field)
+    return parser
+
+
+def _add_run_flags(run_flags: Any) -> None:
+    """The flags that are no settings."""
     run_flags.add_argument("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     run_flags.add_argument(
         "--config", metavar="FILE",
@@ -175,11 +184,6 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     run_flags.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the launcher passes it; LOCAL_RANK says the same
-    for name, group in GROUPS.items():
-        section = parser.add_argument_group(TITLES[name])
-        for field in _flag_fields(group):
-            _add_flag(section, name, field)
-    return parser
 
 
 def _flag_fields(group: Any) -> list[dataclasses.Field[Any]]:

@@ -23,7 +23,8 @@ def log_reference(target: str) -> str:
     existing_runs = sorted((log_dir / "wandb").glob(f"*run-*-{REFERENCE_RUN_ID}"))
     if existing_runs:
         return f"the card is already logged for {target}: {existing_runs[0]}"
-    from trainer.tracking.wandb_logger import prepare_environment, wandb_mode
+    from trainer.tracking.wandb_environment import wandb_mode
+    from trainer.tracking.wandb_logger import prepare_environment
 
     mode = wandb_mode(None)
     if mode == "disabled":

@@ -55,7 +55,7 @@ def save_report(comparison: Comparison, entity: str, project: str, output_dir: P
 
 def check_can_save() -> None:
     """Refuse before any slow work where nothing could be sent: nobody is logged in, or W&B is switched off."""
-    from trainer.tracking.wandb_logger import is_logged_in
+    from trainer.tracking.wandb_environment import is_logged_in
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         raise UserError(

@@ -94,7 +94,7 @@ def _inspect(file: Path) -> tuple[list[dict[str, Any]], bool]:
 
 def read_online(path: str) -> RunData:
     """The run at entity/project/run_id on the server; RunReadError where it cannot be had. Asks for no login."""
-    from trainer.tracking.wandb_logger import is_logged_in
+    from trainer.tracking.wandb_environment import is_logged_in
 
     if not is_logged_in():
         raise RunReadError("no such folder; and to read it from W&B, run `wandb login` or set WANDB_API_KEY first")

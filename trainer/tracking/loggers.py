@@ -9,7 +9,7 @@ from typing import Protocol
 from trainer.config.runtime_schema import OutputSettings
 from trainer.tracking.extra_loggers import check_extra_loggers
 from trainer.tracking.records import Record
-from trainer.tracking.wandb_logger import wandb_mode
+from trainer.tracking.wandb_environment import wandb_mode
 
 
 class RecordLogger(Protocol):

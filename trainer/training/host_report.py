@@ -9,7 +9,7 @@ from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.network_check import describe_ring, measure_ring
 from trainer.distributed.process_group import DistContext
 from trainer.tracking.run_lock import LOCK_FILE
-from trainer.tracking.wandb_logger import wandb_mode
+from trainer.tracking.wandb_environment import wandb_mode
 from trainer.training.run_plan import RunPlan
 
 

@@ -16,7 +16,7 @@ from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_r
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import TrainableModel, save_base_model
 from trainer.tracking.run_lock import LOCK_FILE
-from trainer.tracking.wandb_logger import wandb_block
+from trainer.tracking.wandb_environment import wandb_block
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoint
 from trainer.training.run_plan import RunPlan

@@ -22,7 +22,7 @@ from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tools.study.trial_process import TrainCommand, start_training
 from trainer.tools.study.trial_queue import LEASE_SECONDS, Claim, TrialQueue, worker_name
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
-from trainer.tracking.wandb_logger import RUN_VARIABLES
+from trainer.tracking.wandb_environment import RUN_VARIABLES
 
 LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
 #: What a run of a study has unless the flags that are passed on say otherwise.
