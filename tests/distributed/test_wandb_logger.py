@@ -103,9 +103,10 @@ def test_the_wandb_run_is_named_by_flags_then_variables_then_by_us(flag, variabl
     assert {name: block[name] for name in expected} == expected
 
 
-def test_a_run_id_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"WANDB_RUN_ID 'a/b': expected at most 64 letters"):
-        wandb_block(OutputSettings(), "events.csv", {"HOME": str(tmp_path), "WANDB_RUN_ID": "a/b"})
+@pytest.mark.parametrize("name", ["WANDB_RUN_ID", "WANDB_PROJECT"])
+def test_a_variable_that_names_no_run_or_project_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{name} a/b: expected "):
+        wandb_block(OutputSettings(), "events.csv", {"HOME": str(tmp_path), name: "a/b"})
 
 
 def test_wandb_online_without_a_login_is_one_line_and_not_a_prompt(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -36,6 +37,10 @@ INTERVAL = Accepted(
     description="a number of steps, `epoch` or `never`",
 )
 
+RUN_ID = Accepted(  # part of names of files and of W&B's paths
+    check=lambda value: re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is not None,
+    description="1 to 64 letters, digits, _ and -",
+)
 WANDB_PROJECT = Accepted(
     check=lambda value: 0 < len(value) <= 128 and value.isprintable() and not set(value) & set("/\\#?%:"),
     description="a name of at most 128 characters without / \\ # ? % :",

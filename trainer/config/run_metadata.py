@@ -2,27 +2,19 @@
 
 import dataclasses
 import json
-import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 from trainer.config.choices import Mode, Precision, Preset, WandbMode
 from trainer.config.errors import UserError
-from trainer.config.options import WANDB_PROJECT, Accepted, describe_type, has_type, value_problem, without_none
+from trainer.config.options import RUN_ID, WANDB_PROJECT, describe_type, has_type, value_problem, without_none
 from trainer.config.settings import Settings
 
 SCHEMA_VERSION = 2  # 1, under the key `format`: before modules, flags and columns got the field's names
 
 
-#: part of names of files and of W&B's paths
-RunId = Annotated[
-    str,
-    Accepted(
-        check=lambda value: re.fullmatch("[a-zA-Z0-9]{1,64}", value) is not None,
-        description="1 to 64 letters and digits",
-    ),
-]
+RunId = Annotated[str, RUN_ID]
 
 
 class SplitBlock(TypedDict):

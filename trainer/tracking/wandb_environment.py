@@ -3,7 +3,6 @@
 import configparser
 import netrc
 import os
-import re
 import secrets
 import string
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from trainer.config.errors import UserError
+from trainer.config.options import RUN_ID, WANDB_PROJECT, check_range
 from trainer.config.runtime_schema import OutputSettings
 from trainer.tracking.wandb_keys import run_group
 
@@ -28,16 +28,17 @@ WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryru
 def wandb_block(output: OutputSettings, source: str, env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The `wandb` block of run.json for a new run: flags, then W&B's own variables, then what we choose.
 
-    UserError where WANDB_RUN_ID is no id of W&B's.
+    UserError where a variable holds what is no id or no project.
     """
     run_id = env.get("WANDB_RUN_ID") or "".join(
         secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8)
     )
-    if not re.fullmatch(r"[\w.-]{1,64}", run_id, re.ASCII):
-        raise UserError(f"WANDB_RUN_ID {run_id!r}: expected at most 64 letters, digits and . _ -")
+    project = output.wandb_project or env.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    check_range(RUN_ID.check(run_id), "WANDB_RUN_ID", run_id, RUN_ID.description)
+    check_range(WANDB_PROJECT.check(project), "WANDB_PROJECT", project, WANDB_PROJECT.description)
     return {
         "id": run_id,
-        "project": output.wandb_project or env.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+        "project": project,
         "group": env.get("WANDB_RUN_GROUP") or run_group(source),
         "mode": wandb_mode(output.wandb, env),
     }
