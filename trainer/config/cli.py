@@ -182,7 +182,7 @@ def _add_run_flags(run_flags: Any) -> None:
         help="show what DeepSpeed, transformers and the others log and warn of, too (the launcher's own: deepspeed -q)",
     )  # fmt: skip
     run_flags.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # the launcher passes it; LOCAL_RANK says the same
 
 
