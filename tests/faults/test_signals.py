@@ -177,7 +177,7 @@ def test_a_rank_that_hangs_is_named(rank, argv, tmp_path):
 
 @pytest.mark.parametrize("target_rank", [0, pytest.param(1, marks=pytest.mark.sweep)])
 def test_a_frozen_rank_is_named(target_rank, argv, tmp_path):
-    """Nothing of it runs any more, its watching threads included."""
+    """Nothing of it runs any more, its watching threads included; woken when the others are gone, it has no news."""
     out = tmp_path / "run"
     group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3)
     group.wait_until(lambda: last_logged_step(out) >= 1)
@@ -188,8 +188,9 @@ def test_a_frozen_rank_is_named(target_rank, argv, tmp_path):
     assert [process.exitcode for process in others] == [1, 1], group.output
     assert len(group.error_lines) == 1, group.output
     assert f"rank {target_rank} does not answer" in group.error_lines[0]
-    group.send_signal(signal.SIGKILL, target_rank)
-    group.wait()
+    group.send_signal(signal.SIGCONT, target_rank)
+    assert group.wait(40) == [1, 1, 1], group.output
+    assert len(group.error_lines) == 1, group.output
 
 
 def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, tmp_path):

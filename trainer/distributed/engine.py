@@ -204,7 +204,7 @@ class Engine:
         `num_target_tokens`: targets of the whole global batch. Dropout depends on seed, step and the rows' place in the
         global batch, not on the rank: a resumed run, or one on other ranks, draws the same masks.
         """
-        self.dist_context.watchdog.heartbeat()
+        self.dist_context.watchdog.heartbeat(step)
         self._set_training(True)
         torch.manual_seed(_dropout_seed(self._seed, step, micro_batch.index))
         ids, labels = self._to_device(micro_batch)

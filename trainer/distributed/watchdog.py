@@ -4,6 +4,7 @@ The main thread may sit in a collective for ever; so threads look after these.
 """
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -25,19 +26,21 @@ class RankState:
     """What a rank says of itself: its ticks and heartbeats so far, and where its main thread is."""
 
     ticks: int
-    heartbeats: int
+    heartbeats: int  #: of evaluations a rank with more rows has more than others
+    step: int  #: the one that it began last
     is_waiting: bool  #: whether it is in a collective
     location: str
 
     def encode(self) -> str:
         """As it stands in the store."""
-        return f"{self.ticks} {self.heartbeats} {int(self.is_waiting)} {self.location}"
+        return f"{self.ticks} {self.heartbeats} {self.step} {int(self.is_waiting)} {self.location}"
 
     @classmethod
     def decode(cls, row: bytes) -> "RankState":
         """What `encode` wrote."""
-        ticks, heartbeats, is_waiting, location = row.decode().split(" ", 3)
-        return cls(ticks=int(ticks), heartbeats=int(heartbeats), is_waiting=is_waiting == "1", location=location)
+        *counts, is_waiting, location = row.decode().split(" ", 4)
+        ticks, heartbeats, step = map(int, counts)
+        return cls(ticks=ticks, heartbeats=heartbeats, step=step, is_waiting=is_waiting == "1", location=location)
 
 
 class Watchdog:
@@ -51,13 +54,16 @@ class Watchdog:
     def __init__(self, rank: int, world_size: int, store: Any, hosts: Sequence[str] = ()) -> None:
         self.rank, self.world_size, self._store = rank, world_size, store
         self._hosts = tuple(hosts) if len(set(hosts)) > 1 else ()  # on one host nobody needs its name
-        self._heartbeats = self._ticks = 0
+        self._heartbeats = self._ticks = self._step = 0
         self._closed = threading.Event()
         self._peer_failure_tick: int | None = None  # the tick at which another rank's failure was learnt of
         self._is_failure_reported = False  # whether that rank says why
         self._has_failed = False  # whether this one failed itself
         self._is_store_lost = False
         self._hang_timeout_seconds = 0.0  # 0: nobody is watched
+        self._freeze_limit_seconds = math.inf  # the time-out, also once the watching has ended
+        self._last_tick_time = time.monotonic()
+        self._stopped_tick: int | None = None  # the tick at which this process was found to have been frozen
         self._rank_states: list[RankState] = []
         self._last_progress_tick = self._last_exchange_tick = 0
         self._last_heard_ticks = [0] * world_size  # the tick at which each rank last told anything
@@ -68,9 +74,10 @@ class Watchdog:
             for thread in self._threads:
                 thread.start()
 
-    def heartbeat(self) -> None:
-        """The main thread moves."""
+    def heartbeat(self, step: int | None = None) -> None:
+        """The main thread moves; `step`: the one that it begins."""
         self._heartbeats += 1
+        self._step = self._step if step is None else step
 
     @contextlib.contextmanager
     def watch_for_hangs(self, hang_timeout_seconds: float) -> Iterator[None]:
@@ -79,6 +86,7 @@ class Watchdog:
         Ticks of this process are counted, so a run that was suspended (Ctrl-Z, a sleeping laptop) is not ended.
         """
         self._last_progress_tick, self._hang_timeout_seconds = self._ticks, hang_timeout_seconds
+        self._freeze_limit_seconds = hang_timeout_seconds or math.inf
         try:
             yield
         finally:
@@ -88,7 +96,7 @@ class Watchdog:
         """Whether this rank, which has failed, is the one to say why: the first of all to ask."""
         if self._store is None:
             return True
-        if self._is_failure_reported:
+        if self._is_failure_reported or self._was_stopped():
             return False
         self._has_failed = True
         num_claims = call_with_timeout(2.0, self._announce_failure)
@@ -116,6 +124,14 @@ class Watchdog:
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._hosts[rank]}" if self._hosts else f"rank {rank}"
+
+    def _was_stopped(self) -> bool:
+        """Whether this process was frozen for longer than the others wait for a rank (SIGSTOP, a host that hung): they
+        have named it and are gone, which is no news when it wakes."""
+        limit = self._freeze_limit_seconds
+        if time.monotonic() - self._last_tick_time > limit:
+            return True
+        return self._stopped_tick is not None and (self._ticks - self._stopped_tick) * TICK_SECONDS <= 2 * limit
 
     def _deputy_rank(self) -> int:
         """Who speaks where rank 0, which keeps the store, is gone and nobody can be asked: one rank, on another host
@@ -150,7 +166,8 @@ class Watchdog:
 
     def _publish(self) -> None:
         location, is_waiting = _main_thread_location()
-        state = RankState(ticks=self._ticks, heartbeats=self._heartbeats, is_waiting=is_waiting, location=location)
+        counts = {"ticks": self._ticks, "heartbeats": self._heartbeats, "step": self._step}
+        state = RankState(**counts, is_waiting=is_waiting, location=location)
         self._store.set(f"rank/{self.rank}", state.encode())
 
     def _read_states(self) -> list[RankState]:
@@ -178,10 +195,14 @@ class Watchdog:
     def _tick(self) -> None:
         while not self._closed.wait(TICK_SECONDS):
             self._ticks += 1
+            if time.monotonic() - self._last_tick_time > self._freeze_limit_seconds:
+                self._stopped_tick = self._ticks
+            self._last_tick_time = time.monotonic()
             if self._peer_failure_tick is not None:
                 if (self._ticks - self._peer_failure_tick) * TICK_SECONDS <= PEER_FAILURE_GRACE_SECONDS:
                     continue
-                if not self._is_failure_reported and not self._has_failed and self.rank == self._deputy_rank():
+                is_told = self._is_failure_reported or self._has_failed or self._was_stopped()
+                if not is_told and self.rank == self._deputy_rank():
                     print_error(self.describe_lost_peer())
                 os._exit(1)  # the main thread waits for those who have left
             if (
@@ -200,7 +221,7 @@ class Watchdog:
         )
         hung_ranks = silent_ranks or self._find_hung_ranks()
         waiting_ranks = [rank for rank in all_ranks if rank not in hung_ranks]
-        if self.rank == min(waiting_ranks or hung_ranks):
+        if self.rank == min(waiting_ranks or hung_ranks) and not self._was_stopped():
             self._has_failed = True
             call_with_timeout(2.0, self._announce_failure)
             message = self._describe_ranks(hung_ranks, silent_ranks)
@@ -216,10 +237,10 @@ class Watchdog:
         os._exit(1)
 
     def _find_hung_ranks(self) -> list[int]:
-        """Who is waited for has done less than who waits; where all have done as much, who is not in a collective."""
+        """Who is waited for is a step behind who waits; where all are in one step, who is not in a collective."""
         all_ranks = range(self.world_size)
-        min_heartbeats = min(state.heartbeats for state in self._rank_states)
-        ranks_behind = [rank for rank in all_ranks if self._rank_states[rank].heartbeats == min_heartbeats]
+        min_step = min(state.step for state in self._rank_states)
+        ranks_behind = [rank for rank in all_ranks if self._rank_states[rank].step == min_step]
         computing_ranks = [rank for rank in all_ranks if not self._rank_states[rank].is_waiting]
         return (ranks_behind if len(ranks_behind) < self.world_size else computing_ranks) or list(all_ranks)
 

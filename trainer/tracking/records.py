@@ -78,6 +78,7 @@ MAX_LINE_BYTES = 2**24  # far above any row; a longer line is no row, and is not
 STEP_PREFIX = b'{"kind": "step"'
 Record = StepRecord | EvalRecord | EpochRecord | EventRecord
 RECORD_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord, "event": EventRecord}
+_COLUMN_TYPES = {cls: {column.name: column.type for column in fields(cls)} for cls in RECORD_CLASSES.values()}
 _RECORD_KINDS = {cls: kind for kind, cls in RECORD_CLASSES.items()}
 
 
@@ -109,11 +110,11 @@ def to_record(row: Any) -> Record:
     cls: Any = RECORD_CLASSES.get(str(row.get("kind"))) if isinstance(row, dict) else None
     if cls is None:
         raise ValueError(f"not a record: {json.dumps(row)[:80]}")
-    values = {column.name: row[column.name] for column in fields(cls) if column.name in row}
-    for column in fields(cls):
-        if column.name in values and not _is_valid(values[column.name], column.type):
-            shown = json.dumps(values[column.name])[:80]
-            raise ValueError(f"{column.name} = {shown}: expected {_TYPE_NAMES.get(column.type, column.type)}")
+    values = {name: row[name] for name in _COLUMN_TYPES[cls] if name in row}
+    for name, value in values.items():
+        expected = _COLUMN_TYPES[cls][name]
+        if not _is_valid(value, expected):
+            raise ValueError(f"{name} = {json.dumps(value)[:80]}: expected {_TYPE_NAMES.get(expected, expected)}")
     try:
         return cls(**values)
     except TypeError as error:
@@ -130,10 +131,10 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def _is_valid(value: Any, expected: Any) -> bool:
     """Whether a JSON value is one of a field's type: int, float (finite), str, dict, or several of them."""
-    if isinstance(expected, UnionType):
-        return any(_is_valid(value, member) for member in expected.__args__)
     if expected is float:
         return is_number(value)
+    if isinstance(expected, UnionType):
+        return any(_is_valid(value, member) for member in expected.__args__)
     return type(value) is (get_origin(expected) or expected)
 
 
