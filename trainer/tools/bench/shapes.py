@@ -23,6 +23,7 @@ def save_config(folder: Path, **fields: int) -> str:
         from transformers import GPT2Config
 
         config = GPT2Config(**fields)
+        config.bos_token_id = config.eos_token_id = min(config.eos_token_id, config.vocab_size - 1)
         config.architectures = ["GPT2LMHeadModel"]
         config.save_pretrained(folder)
     return str(folder)
