@@ -28,6 +28,11 @@ def report_error(error: UserError | TrainingError) -> int:
     return error.exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(". :")
+
+
 def escape_controls(text: str) -> str:
     """The text in one line: what a terminal would act on, or cannot show, as Python writes it (`\\n`, `\\x1b`)."""
     return "".join(

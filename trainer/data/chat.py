@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 from trainer.data.conversations import Conversation
 from trainer.data.templates import RecordError, require_valid_unicode
 from trainer.data.tokenizer import TokenIds, encode
@@ -151,8 +151,7 @@ class ChatTemplate:
                 conversations=[messages], tools=tools, chat_template=self.template, **options, **special_tokens
             )  # type: ignore[misc, unused-ignore]
         except Exception as error:  # a template raises what it likes, in a sandbox
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            raise MaskError(f"the chat template refuses it ({reason})") from None
+            raise MaskError(f"the chat template refuses it ({first_line(error)})") from None
         return require_valid_unicode(texts[0], "messages"), spans[0] if spans else []
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.config.choices import DEMO_DATA
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 from trainer.data.hf_readers import import_datasets
 
 
@@ -68,8 +68,7 @@ def load_hub_dataset(flag: str, repo_id: str) -> Mapping[str, Any]:
                 f"{flag} {repo_id}: no such file or folder here, no local copy of a hub data set of that name, and the "
                 f"hub cannot be reached; give {flag} a file, a folder or {DEMO_DATA}"
             ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{flag} {repo_id}: no such file or folder here, and the hub says: {reason[:200]}; give {flag} a file, a "
-            "folder or the id of a data set that can be read"
+            f"{flag} {repo_id}: no such file or folder here, and the hub says: {first_line(error)}; give {flag} a "
+            "file, a folder or the id of a data set that can be read"
         ) from None

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 
 
 def import_datasets() -> Any:
@@ -30,7 +30,7 @@ def load_saved_dataset(folder: Path, flag: str) -> Mapping[str, Any]:
     try:
         dataset = import_datasets().load_from_disk(str(folder))
     except Exception as error:  # damaged files raise many kinds, from several packages
-        raise UserError(f"{flag} {folder}: not a whole saved data set ({_first_line(error)}); save it again") from None
+        raise UserError(f"{flag} {folder}: not a whole saved data set ({first_line(error)}); save it again") from None
     return dataset if isinstance(dataset, dict) else {"": dataset}
 
 
@@ -52,7 +52,7 @@ def arrow_columns(file: Path, kind: str, where: str) -> tuple[str, ...]:
                 names = reader.schema.names
             has_rows = any(table.num_rows for table in iter_arrow(file, kind, names, 1))
     except (ValueError, OSError) as error:
-        raise UserError(f"{where}: not a whole {kind} file ({_first_line(error)}); write it again") from None
+        raise UserError(f"{where}: not a whole {kind} file ({first_line(error)}); write it again") from None
     if not has_rows:
         raise UserError(f"{where}: has columns but no row; expected at least one record")
     return tuple(names)
@@ -89,8 +89,3 @@ def _open_arrow(file: Path) -> Iterator[Any]:
     else:
         with open(file, "rb") as stream, pyarrow.ipc.open_stream(stream) as reader:
             yield reader
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

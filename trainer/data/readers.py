@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from trainer.config.choices import DEMO_DATA
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 from trainer.data import demo, demo_base_text, hf_readers
 from trainer.data.sources import Source
 
@@ -124,9 +124,8 @@ def _iter_tables(source: Source, file: Path | None, tables: Iterator[Any]) -> It
 
 
 def _read_error(source: Source, file: Path | None, place: str, error: Exception) -> UserError:
-    first_line = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return UserError(
-        f"{source.flag} {file or source.spec}, {place}: cannot be read as {source.kind} ({first_line}); "
+        f"{source.flag} {file or source.spec}, {place}: cannot be read as {source.kind} ({first_line(error)}); "
         "mend the file, or give it in another format"
     )
 

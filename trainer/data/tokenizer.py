@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.choices import DEMO_MODEL
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 from trainer.data import hf_hub
 
 MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text
@@ -77,7 +77,7 @@ def _from_folder(model: str, folder: Path) -> Any:
         num_expected = len(json.loads(vocab_file.read_text(encoding="utf-8"))) if has_bare_vocabulary else 0
     except Exception as error:  # broken files raise many kinds, down to those of the Rust library
         raise UserError(
-            f"--model {model}: no usable tokenizer in the folder ({_first_line(error)}); expected tokenizer.json, or "
+            f"--model {model}: no usable tokenizer in the folder ({first_line(error)}); expected tokenizer.json, or "
             "vocab.json and merges.txt"
         ) from None
     if len(tokenizer) < num_expected:
@@ -103,14 +103,9 @@ def _from_hub(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"--model {model}: no such folder, and the hub has no tokenizer of that name ({_first_line(error)}); "
+            f"--model {model}: no such folder, and the hub has no tokenizer of that name ({first_line(error)}); "
             "pass --model FOLDER or another hub id"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160].rstrip(". :") if lines else type(error).__name__
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

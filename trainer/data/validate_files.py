@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 from trainer.config.files import write_atomically
 from trainer.config.json_file import read_json_object
 from trainer.data import readers
@@ -104,7 +104,7 @@ def _check_text(source: Source, file: Path) -> str:
     except READ_ERRORS as error:
         if file.suffix.lower() not in COMPRESSIONS:
             raise
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{source.flag} {file}: not a whole {file.suffix} file ({reason}); write it again") from None
 
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import TrainingError, UserError, first_line
 from trainer.config.files import write_atomically
 from trainer.config.json_file import parse_json
 from trainer.tracking.records import EvalRecord, Record
@@ -232,8 +232,7 @@ def _read_list(path: Path) -> tuple[list[EvaluationEntry], str]:
 
 
 def _damage(path: Path, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    return UserError(f"{path}: not whole records of evaluations ({reason}); {_REMEDY}")
+    return UserError(f"{path}: not whole records of evaluations ({first_line(error)}); {_REMEDY}")
 
 
 def _digest(entries: Sequence[EvaluationEntry]) -> EvaluationsDigest:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import UserError, escape_controls
+from trainer.config.errors import UserError, escape_controls, first_line
 from trainer.config.files import replace_atomically, write_all
 from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
@@ -134,7 +134,7 @@ def _check_eval_records(inspection: RunInspection) -> None:
     try:
         inspection.add(EVAL_RECORDS_FILE, None, f"{len(read_eval_records(path))} rows")
     except (OSError, UserError) as error:
-        inspection.add(EVAL_RECORDS_FILE, f"cannot be read: {str(error).splitlines()[0]}", "", path=path)
+        inspection.add(EVAL_RECORDS_FILE, f"cannot be read: {first_line(error)}", "", path=path)
         inspection.has_whole_evaluations = False
 
 
