@@ -27,7 +27,7 @@ def run_train(argv: list[str], **variables: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_comes_and_goes_as_the_variables_say(tiny_model, data_files, tmp_path):
+def test_a_model_of_the_hub_comes_as_the_variables_say_and_is_named_with_its_commit(tiny_model, data_files, tmp_path):
     argv = tiny_argv("me/tiny", data_files, "--mode lora --block-size 16 --max-steps 2 --eval-every never")
     with fake_hub() as hub:
         hub.files["me/tiny"] = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
@@ -43,14 +43,7 @@ def test_a_model_of_the_hub_comes_and_goes_as_the_variables_say(tiny_model, data
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert 'AutoModelForCausalLM.from_pretrained("me/tiny"), ADAPTER)' in card
     assert str(tmp_path) not in card
-    cache = tmp_path / "home" / "hub"
-    assert list(cache.glob("models--me--tiny/snapshots/*/config.json"))
-    (tmp_path / "home").rename(tmp_path / "moved")
-    code, output = run_train(
-        [*argv, "--dry-run"], TRANSFORMERS_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "moved" / "hub"),
-        HF_HOME=str(tmp_path / "none"),
-    )  # fmt: skip
-    assert code == 0, output
+    assert list((tmp_path / "home" / "hub").glob("models--me--tiny/snapshots/*/config.json"))
 
 
 def test_a_model_that_the_hub_does_not_have_is_one_line(monkeypatch):
