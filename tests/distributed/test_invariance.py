@@ -15,14 +15,13 @@ import pytest
 from helpers.engines import prepare_data
 from helpers.matrix import (
     GLOBAL_BATCH,
-    LEARNING_RATE,
+    RunDifference,
     launch_jobs,
     make_argv,
-    output_relevant_part,
     read_job_result,
     train_plain_loop,
 )
-from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
+from helpers.tolerances import NORM_TOLERANCE
 from safetensors.numpy import load_file
 
 from trainer.config.choices import DS_CONFIG_NAMES
@@ -87,24 +86,10 @@ def assert_cells_match(
         records, weights = read_job_result(out, "-".join(map(str, cell)))
         expected, expected_weights = references[cell[3:]]
         records = [record for record in records if record["kind"] in ("step", "eval")]
-        assert [record["kind"] for record in records] == [record["kind"] for record in expected], cell
-        loss_error = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(records, expected, strict=True))
-        norm_error = max(
-            abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(records, expected, strict=True) if "grad_norm" in b
-        )
-        assert set(weights) == set(expected_weights), cell
-        weight_error = (
-            max(
-                np.abs(
-                    output_relevant_part(name, weights[name]) - output_relevant_part(name, expected_weights[name])
-                ).max()
-                for name in expected_weights
-            )
-            / LEARNING_RATE
-        )
-        print(*cell, f"loss {loss_error:.1e} norm {norm_error:.1e} weights {weight_error:.1e}")
-        if not (loss_error <= LOSS_TOLERANCE and norm_error <= NORM_TOLERANCE and weight_error <= WEIGHT_TOLERANCE):
-            failures.append((cell, loss_error, norm_error, weight_error))
+        difference = RunDifference.between((records, weights), (expected, expected_weights))
+        print(*cell, difference)
+        if not difference.is_rounding():
+            failures.append((cell, difference))
     assert not failures
 
 

@@ -10,6 +10,7 @@ import pytest
 from helpers.engines import start_engine
 from helpers.launch_ranks import train
 from helpers.matrix import launch_jobs, run_jobs
+from helpers.process_groups import reproducible_records
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import cli
@@ -194,11 +195,8 @@ def read_trained_state(engine: Any) -> dict[str, bytes]:
     return {name: tensor.detach().cpu().numpy().tobytes() for name, tensor in engine.state.iter_state_dict()}
 
 
-def read_reproducible_records(path: Path) -> list[dict[str, Any]]:
-    clock_columns = ("time", "tokens_per_second")
-    return [
-        {k: v for k, v in json.loads(line).items() if k not in clock_columns} for line in path.read_text().splitlines()
-    ]
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return reproducible_records(map(json.loads, path.read_text().splitlines()))
 
 
 def test_an_lr_sweep_changes_no_bit_of_the_run_after_it(tiny_model, data_files, tmp_path):
@@ -235,9 +233,7 @@ def assert_sweep_changes_nothing(
         assert result["restored"], name
         assert result["same"], f"{name}: every rank sees the loss of the global batch"
         assert len(result["losses"]) < 24, f"{name}: it ends where the loss diverges"
-        assert read_reproducible_records(plain_dir / f"{name}.jsonl") == read_reproducible_records(
-            swept_dir / f"{name}.jsonl"
-        ), name
+        assert read_rows(plain_dir / f"{name}.jsonl") == read_rows(swept_dir / f"{name}.jsonl"), name
         last = [(out / f"{name}-checkpoints" / "step-000007" / "state.safetensors") for out in (plain_dir, swept_dir)]
         assert last[0].read_bytes() == last[1].read_bytes(), f"{name}: weights and moments at the end of the run"
         sweeps[mode].append(result["losses"][:6])

@@ -14,6 +14,7 @@ from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import launch_jobs, read_job_result, run_jobs
 from helpers.method_matrix import STOP_STEP, read_method_result, run_resume_and_export
+from helpers.process_groups import reproducible_records
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import INT8_TOLERANCE, LOSS_TOLERANCE
 from test_export import STRICT
@@ -62,13 +63,7 @@ def assert_promises(out: Path, name: str) -> dict[str, Any]:
     records, resumed_records, is_bitwise_equal, result = read_method_result(out, name)
     evals = [row["loss"] for row in records if row["kind"] == "eval"]
     assert evals[-1] < evals[0], (name, evals)
-    clock_columns = ("time", "tokens_per_second")
-    expected_records = [
-        {k: v for k, v in row.items() if k not in clock_columns} for row in records if row["step"] > STOP_STEP
-    ]
-    assert [
-        {k: v for k, v in row.items() if k not in clock_columns} for row in resumed_records if row["step"] > STOP_STEP
-    ] == expected_records, name
+    assert reproducible_records(resumed_records, STOP_STEP) == reproducible_records(records, STOP_STEP), name
     assert is_bitwise_equal, f"{name}: weights differ after a resume"
     assert result["trained_loss"] == result["recorded"], name
     assert result["logits_difference"] <= LOGITS_BOUND * max(1.0, result["largest"]), (

@@ -1,7 +1,8 @@
 """Many small runs in one group of ranks: engine and loop without export, for the invariance and resume matrices."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from helpers.engines import joined_ranks, start_engine
 from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import tiny_argv
+from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 from trainer.config import cli
 from trainer.data.dataset import load
 from trainer.data.token_dataset import TokenDataset
@@ -37,6 +39,37 @@ def make_argv(model: str, data_files: tuple[str, str], mode: str, objective: str
 def output_relevant_part(name: str, weight: np.ndarray) -> np.ndarray:
     """The part of a weight that the output depends on: of c_attn's bias [query, key, value] not the keys'."""
     return np.delete(weight, np.s_[len(weight) // 3 : 2 * len(weight) // 3]) if name.endswith("c_attn.bias") else weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDifference:
+    """Largest differences of two runs of the same steps: relative, of weights in learning rates."""
+
+    loss: float
+    norm: float
+    weight: float
+
+    @classmethod
+    def between(cls, run: tuple[Any, Mapping[str, Any]], other: tuple[Any, Mapping[str, Any]]) -> "RunDifference":
+        """Of (rows, weights) of each; AssertionError where they are not of the same steps and weights."""
+        (rows, weights), (other_rows, other_weights) = run, other
+        pairs = [(a, b) for a, b in zip(rows, other_rows, strict=True) if "loss" in a]
+        assert [a["kind"] for a, _ in pairs] == [b["kind"] for _, b in pairs]
+        assert weights.keys() == other_weights.keys()
+        parts = [[output_relevant_part(name, w[name]) for w in (weights, other_weights)] for name in weights]
+        return cls(
+            loss=max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs),
+            norm=max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs if "grad_norm" in b),
+            weight=max(float(np.abs(a - b).max()) for a, b in parts) / LEARNING_RATE,
+        )
+
+    def is_rounding(self, lr_ratio: float = 1.0) -> bool:
+        """Within the bounds of another order of the sums; `lr_ratio`: of the fastest weights' rate to the others'."""
+        is_same = self.loss <= LOSS_TOLERANCE and self.norm <= NORM_TOLERANCE
+        return is_same and self.weight <= WEIGHT_TOLERANCE * lr_ratio
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.1e} norm {self.norm:.1e} weights {self.weight:.1e}"
 
 
 def launch_jobs(

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +101,16 @@ def read_records(out: Path) -> list[dict[str, Any]]:
 
 def read_reproducible_records(out: Path) -> list[dict[str, Any]]:
     """The rows of steps, evaluations and epochs without what a clock says: the same for every run of these settings."""
+    return reproducible_records(read_records(out))
+
+
+def reproducible_records(records: Iterable[dict[str, Any]], after: int = -1) -> list[dict[str, Any]]:
+    """Of these rows, those after a step."""
     clock_columns = ("time", "tokens_per_second")
     return [
-        {k: v for k, v in record.items() if k not in clock_columns}
-        for record in read_records(out)
-        if record["kind"] != "event"
+        {key: value for key, value in record.items() if key not in clock_columns}
+        for record in records
+        if record["kind"] != "event" and record["step"] > after
     ]
 
 
