@@ -66,6 +66,16 @@ def test_records_that_were_trained_on_are_refused_over_five_percent(make_run: Ma
     assert "records also stand in the training data" in judge_runs(*counted).sentence
 
 
+@pytest.mark.parametrize("num_seeds", [1, 3])
+def test_records_of_one_meaning_alone_give_no_interval_over_records(make_run: MakeRun, num_seeds: int) -> None:
+    """A single record, block or group: three seeds still have an interval over seeds."""
+    options = {"groups": ["one meaning"] * 120}
+    verdict = judge_runs(*make_study(make_run, num_seeds=num_seeds, excess=0.2, record_options=options))
+    assert verdict.primary is not None
+    assert "120 validation records of one meaning" in verdict.primary.no_losses
+    assert (verdict.primary.excess is None) == (num_seeds == 1)
+
+
 def test_cost_is_compared_only_on_the_same_hardware_and_ranks(make_run: MakeRun) -> None:
     full = make_run("full", [4.0, 2.0])
     for overrides, reason in (
