@@ -100,7 +100,7 @@ def match_losses(pairs: Sequence[tuple[RunData, RunData]]) -> MatchedLosses:
         raise MatchError(f"{pairs[0][0].name} left no losses of {SPLIT_NAMES[split]} records at its chosen step")
     units = reference["group"].where(reference["group"].notna(), reference.index.get_level_values("id"))
     if units.nunique() < 2:
-        raise MatchError(f"{len(reference):,} {SPLIT_NAMES[split]} records of one meaning, of which none can differ")
+        raise MatchError(f"the {SPLIT_NAMES[split]} records are one, or share one meaning")
 
     def stack(rows: Sequence[pd.DataFrame]) -> Matrix:
         for frame in rows:

@@ -134,7 +134,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, message, tmp_path, caps
 RANK = """#!/usr/bin/env python3
 import os, signal, sys, time  # as a rank does it: Python may handle a signal that torchrun ignores
 def stop(*_):
-    open("{marker}", "w").write("SIGUSR1\\n")
+    if {leaves_marker}:
+        open("{marker}", "w").write("SIGUSR1\\n")
     sys.exit(138)
 signal.signal(signal.SIGUSR1, stop)
 open("{folder}/ready-" + os.environ["SLURM_NODEID"], "w")
@@ -146,9 +147,11 @@ echo "$@" >>{folder}/torchrun
 """
 
 
-def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(tmp_path):
+@pytest.mark.parametrize("leaves_marker", [True, False], ids=["while it trains", "before or after"])
+def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(leaves_marker, tmp_path):
     script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"), "--data", "my events.csv")
-    job = start_job(tmp_path, script, rank=RANK, torchrun=TORCHRUN)
+    rank = RANK.replace("{leaves_marker}", str(leaves_marker))
+    job = start_job(tmp_path, script, rank=rank, torchrun=TORCHRUN, env={"TMPDIR": str(tmp_path)})
     deadline = time.monotonic() + 20
     while len(list(tmp_path.glob("ready-*"))) < 2:
         assert time.monotonic() < deadline
@@ -158,6 +161,7 @@ def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(tmp_path):
     output, _ = job.communicate(timeout=20)
     assert job.returncode == 1, output
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+    assert not list(tmp_path.glob("tmp.*"))
     first, second = sorted((tmp_path / "torchrun").read_text().splitlines())
     assert first.startswith("--nnodes=2 --nproc-per-node=3 --node-rank=0 --master-addr=localhost --master-port=15007 ")
     assert "--data my events.csv --resume auto" in first

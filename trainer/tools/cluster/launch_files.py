@@ -96,21 +96,25 @@ cd {shlex.quote(str(request.work_dir))} || exit 1
 export PATH={shlex.quote(str(request.python_prefix / "bin"))}:$PATH
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 20000))
+NOTICE=$(mktemp) || exit 1
+export NOTICE
 rm -f {marker}
 
-# A task hands SLURM's notice to its ranks, which save and end; torchrun itself would die of it.
+# A task hands SLURM's notice to its ranks, which save and end; torchrun itself would die of it. The first one keeps
+# it on the node of this script: ranks that have not begun to train, or have ended to, leave no file.
 task='(trap "" USR1; exec {torchrun} "$@") &
 launcher=$!
-trap "pkill -USR1 -P $launcher" USR1
+trap "[ $SLURM_NODEID != 0 ] || echo SIGUSR1 >$NOTICE; pkill -USR1 -P $launcher" USR1
 while true; do wait $launcher; code=$?; kill -0 $launcher 2>/dev/null || exit $code; done'
 
 srun --export=ALL ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} bash -c "$task" task \\
     {request.train_command}
 code=$?
-# The ranks leave this file when a signal has stopped them (torchrun turns every exit code into 1).
-if grep -qs SIGUSR1 {marker}; then
+# The ranks leave the marker when a signal has stopped them (torchrun turns every exit code into 1).
+if [ $code -ne 0 ] && grep -qs SIGUSR1 {marker} "$NOTICE"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
+rm -f "$NOTICE"
 exit $code
 """
     return [LaunchFile(name="job.sbatch", content="\n".join(["#!/bin/bash", *lines]) + "\n" + body)]
