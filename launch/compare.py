@@ -34,8 +34,6 @@ def build_parser() -> ArgumentParser:
         "--margin", default="2%", metavar="X",
         help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
     )  # fmt: skip
-    add("--timing", type=Path, metavar="FILE", help="a study's timing.json: step times of both modes, in alternation")
-    add("--price-per-hour", type=float, metavar="X", help="of the machine, to say what equal seconds cost")
     add(
         "--check", action="append", default=[], metavar="CONDITION",
         help="'val_loss<=1.0048@epoch 2' (every run must hold it), or `card`: each epoch at or under the card's; "

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def build_parser() -> ArgumentParser:
     )
     add("--price-per-hour", type=float, metavar="X", help="of this machine: equal seconds are shown as money too")
     add("--budget", metavar="TIME", help="fit the study into 45m, 2h or 1d, and say what was left out")
+    add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
     add("--dry-run", action="store_true", help="print what the study would run, run nothing")
     return parser
 
@@ -63,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--gpus-per-trial {args.gpus_per_trial}: expected a whole number from 0")
         if args.price_per_hour is not None and not 0 < args.price_per_hour < float("inf"):
             raise UserError(f"--price-per-hour {args.price_per_hour:g}: expected a number above 0")
+        if args.wandb_report is not None:
+            from trainer.report.wandb_report import parse_target
+
+            parse_target(args.wandb_report)
         if args.join is None and not _plan(args, train_argv, parser):
             return 0
         if args.join is not None and train_argv:
@@ -77,6 +83,8 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     from trainer.report import margin
     from trainer.tools.study import planning, rule, worker
 
+    slot = worker.make_slots(args.workers, args.gpus_per_trial)[0]
+    run_train = partial(planning.run_train, slot)
     worker.check_train_argv(train_argv)
     has_test_data = any(argument.partition("=")[0] == "--test-data" for argument in train_argv)
     passed_argv = [*(["--test-fraction", "0"] if has_test_data else []), *train_argv]
@@ -88,7 +96,7 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     passed_argv = _without_flag(passed_argv, "--max-steps")
     methods = tuple(args.methods.split(","))
     rule.check_methods(methods)
-    total_steps = planning.resolve_total_steps(methods, [*passed_argv, *total_steps_argv])
+    total_steps = planning.resolve_total_steps(methods, [*passed_argv, *total_steps_argv], run_train)
     study_rule = rule.Rule(
         methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
         rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
@@ -99,7 +107,7 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     costs = None
     if args.budget is not None and not (args.output_dir / rule.RULE_FILE).exists():
         seconds = planning.parse_duration("--budget", args.budget)
-        costs = planning.measure_costs(methods, passed_argv)
+        costs = planning.measure_costs(methods, passed_argv, run_train)
         study_rule = planning.fit_to_budget(study_rule, seconds, costs, args.workers)
     elif args.budget is not None:  # what the time is for was decided when the study began
         study_rule = rule.read_rule(args.output_dir)[0]
@@ -168,6 +176,10 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
         if line.startswith("Exploratory: "):
             print(line)
     print(f"a page to send: {paths[0]} (for machines: answer.json beside it)")
+    if args.wandb_report is not None:
+        from trainer.report.wandb_report import parse_target, save_report
+
+        print(f"W&B Report: {save_report(comparison, *parse_target(args.wandb_report), study.folder)}")
     return answer.REFUSED_EXIT_CODE if verdict.comparisons[0].is_margin_under_floor else 0
 
 

@@ -15,9 +15,12 @@ import sys
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import pyarrow.compute as pc
 import pytest
 from helpers.launch_ranks import SERVER_MODULES
 
@@ -28,6 +31,7 @@ from trainer.tools.study.rule import Rule, plan_rungs, read_rule, write_rule
 from trainer.tools.study.study import Study, study_table
 from trainer.tools.study.trial_queue import TrialQueue
 from trainer.tools.study.worker import Slot, execution_argv, make_slots
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, read_eval_records
 
 ROOT = Path(__file__).parents[2]
 TOTAL_STEPS = 160
@@ -91,7 +95,6 @@ def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(STUB)
     monkeypatch.setattr(worker, "LAUNCH_FOLDER", tmp_path / "launch")
-    monkeypatch.setattr(planning, "LAUNCH_FOLDER", tmp_path / "launch")
     monkeypatch.setattr(trial_process, "PRELOADED_MODULES", SERVER_MODULES)  # this process has one server for all
     monkeypatch.setattr(search, "RATES_PER_DECADE", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
@@ -137,7 +140,7 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     assert "\nTime: 0.75x (0.3 s a step against 0.4 s, in alternation)\nMemory: 0.75x" in output
     assert "2.4 s, 0.024 at 36 an hour" in output
     page = (stub_dir / "study" / "report.html").read_text()
-    assert "A step of lora takes 0.75x the time of full&#x27;s (0.75 to 0.75 in 3 rounds, in alternation" in page
+    assert "LoRA&#x27;s time of a step: 0.75x full&#x27;s (0.75 to 0.75 in 3 rounds, in alternation" in page
     assert "adapters hold 0.038 Mbit, the data 0.3 Mbit: expect a plateau" in page
     assert "At a quarter of the batch (2), 4 times the steps and half the rates, LoRA&#x27;s excess is +0.05" in page
     answer = json.loads((stub_dir / "study" / "answer.json").read_text())
@@ -148,6 +151,14 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     num_runs = len((stub_dir / "log").read_text().splitlines())
     assert study_script.main(argv) == 0
     assert len((stub_dir / "log").read_text().splitlines()) == num_runs, "nothing is run or timed again"
+    for run in (stub_dir / "study" / "runs").glob("answer-lora*/"):  # by record far from full, the same with each seed
+        full_run = next(run.parent.glob(f"answer-full*{run.name[-5:]}/"))
+        rows = read_eval_records(full_run / EVAL_RECORDS_FILE).filter(pc.field("step") == 8)
+        nll = rows["nll"].to_numpy() + 3 * np.sin(7 * np.arange(len(rows)))
+        nll_column = rows.schema.get_field_index("nll")
+        append_evaluation(run / EVAL_RECORDS_FILE, rows.set_column(nll_column, rows.schema.field("nll"), [nll]))
+    assert study_script.main(argv) == 3, "a margin that these records can never show"
+    assert "these test blocks tell no less than ±0." in capsys.readouterr().out
     assert study_script.main([*argv, "--margin", "5%"]) == 2
     assert "margin is {'kind': 'share', 'value': 0.02} in the study that goes on there" in capsys.readouterr().err
     text = (stub_dir / "study" / "rule.json").read_text()
@@ -171,9 +182,8 @@ DRIVER = """
 import sys
 sys.path.insert(0, {launch!r})
 from pathlib import Path
-from trainer.tools.study import planning, search, trial_process, worker
-from trainer.tools.study import search, trial_process
-worker.LAUNCH_FOLDER = planning.LAUNCH_FOLDER = Path({stub!r})
+from trainer.tools.study import search, trial_process, worker
+worker.LAUNCH_FOLDER = Path({stub!r})
 trial_process.PRELOADED_MODULES, search.RATES_PER_DECADE = {preloaded!r}, 1
 import study
 sys.exit(study.main(sys.argv[1:]))
@@ -286,6 +296,7 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
         (["--seeds", "1,2,3"], "--seeds 1: also in --search-seeds"),
         (["--looks", "2"], "--looks 2: 3 seeds, of which the first look takes 3, allow 1; give more --seeds"),
         (["--price-per-hour", "-1"], "--price-per-hour -1: expected a number above 0"),
+        (["--wandb-report", "alone"], "--wandb-report alone: expected ENTITY/PROJECT"),
         (["--quarter-batch", "--global-batch", "6"], "--quarter-batch: --global-batch 6 cannot be divided by 4"),
         (["--budget", "soon"], "--budget soon: expected a time such as 45m, 2h or 1d"),
         (["--join", "nowhere"], "nowhere: no study there"),
@@ -358,7 +369,7 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(stub_dir, capsys):
 def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir, monkeypatch):
     (stub_dir / "launch" / "train.py").write_text("import sys; sys.exit('error: --quant nf4: no bitsandbytes')")
     with pytest.raises(UserError, match="--quant nf4: no bitsandbytes"):
-        planning.resolve_total_steps(("full", "lora"), ())
+        planning.resolve_total_steps(("full", "lora"), (), partial(planning.run_train, make_slots(1, None)[0]))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def train_all(folder: Path, rule: Rule, argv_by_name: dict[str, list[str]]) -> N
     def train(item: tuple[int, tuple[str, list[str]]]) -> None:
         number, (name, argv) = item
         log = folder / f"{name}.log"
-        command = train_command(folder, rule, slots[number % 2], argv, log)
+        command = train_command(slots[number % 2], argv, log)
         with open(folder / f"{name}.lock", "w") as lock:
             process = start_training(command, lock)
             process.join()

@@ -2,11 +2,8 @@
 
 import argparse
 import dataclasses
-import json
-import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from trainer.config.errors import UserError
 from trainer.report.assertions import AssertionResult, check_runs, exit_code, parse_condition
@@ -14,7 +11,6 @@ from trainer.report.comparison import Comparison, compare
 from trainer.report.load import LoadProblem, load_runs
 from trainer.report.margin import parse_margin
 from trainer.report.options import ComparisonOptions
-from trainer.report.seed_groups import MODE_NAMES
 from trainer.report.tables import REFERENCE_LABEL
 from trainer.report.write import write_report
 
@@ -34,11 +30,7 @@ CONSOLE_COLUMNS = {
 def run_comparison(args: argparse.Namespace) -> int:
     """Carry out a parsed command line; the exit code. UserError on a mistake, before any slow work."""
     _validate_args(args)
-    options = ComparisonOptions(
-        margin=parse_margin(args.margin),
-        step_seconds=read_step_seconds(args.timing) if args.timing else {},
-        price_per_hour=args.price_per_hour,
-    )
+    options = ComparisonOptions(margin=parse_margin(args.margin))
     if args.log_card:
         from trainer.report.wandb_reference import log_reference
 
@@ -62,20 +54,6 @@ def run_comparison(args: argparse.Namespace) -> int:
     return exit_code(results) or (REFUSED_EXIT_CODE if is_refused else 0)
 
 
-def read_step_seconds(path: Path) -> dict[str, float]:
-    """Median seconds of a step of each mode from a study's timing.json; UserError where they are not there."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        seconds = {mode: statistics.median(map(float, content["step_seconds"][mode])) for mode in MODE_NAMES}
-        if not all(0 < value < float("inf") for value in seconds.values()):
-            raise ValueError("seconds above 0 expected")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--timing {path}: no step times of both modes ({error}); expected the timing.json of a study"
-        ) from error
-    return seconds
-
-
 def _validate_args(args: argparse.Namespace) -> None:
     if not args.runs and not args.log_card:
         raise UserError(
@@ -87,18 +65,14 @@ def _validate_args(args: argparse.Namespace) -> None:
     for text in args.check:
         if parse_condition(text) is None and args.no_card:
             raise UserError("--check card with --no-card: leave one of them out")
-    if args.price_per_hour is not None and not 0 < args.price_per_hour < float("inf"):
-        raise UserError(f"--price-per-hour {args.price_per_hour:g}: expected a number above 0")
     if args.check and not args.runs:
         raise UserError("--check without a RUN: there is nothing to check")
-    if args.wandb_report is not None and len([part for part in args.wandb_report.split("/") if part]) != 2:
-        raise UserError(f"--wandb-report {args.wandb_report}: expected ENTITY/PROJECT")
     if (args.wandb_report or args.wandb_report_json) and not args.runs:
         raise UserError("--wandb-report without a RUN: there is nothing to report")
     if args.wandb_report:
-        from trainer.report.wandb_report import check_can_save
+        from trainer.report.wandb_report import parse_target
 
-        check_can_save()
+        parse_target(args.wandb_report)
     if args.log_card is not None and not 1 <= len([part for part in args.log_card.split("/") if part]) <= 2:
         raise UserError(f"--log-card {args.log_card}: expected PROJECT or ENTITY/PROJECT")
 
@@ -121,8 +95,8 @@ def _publish_wandb_report(args: argparse.Namespace, comparison: Comparison) -> N
         args.wandb_report_json.write_text(wandb_report.to_spec_json(comparison), encoding="utf-8")
         print(f"W&B Report, not sent: {args.wandb_report_json}")
     if args.wandb_report:
-        entity, project = (part for part in args.wandb_report.split("/") if part)
-        print(f"W&B Report: {wandb_report.save_report(comparison, entity, project, args.output_dir)}")
+        target = wandb_report.parse_target(args.wandb_report)
+        print(f"W&B Report: {wandb_report.save_report(comparison, *target, args.output_dir)}")
 
 
 def print_comparison(comparison: Comparison, results: Sequence[AssertionResult]) -> None:

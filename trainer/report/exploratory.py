@@ -21,13 +21,10 @@ def build_views_of(pair: FullVsLora, study: StudyContext | None) -> tuple[View, 
     """Both modes at equal tokens, FLOPs, seconds and peak memory; none where they may not be ranked."""
     if pair.blockers or study is not None:
         return study.views if study is not None else ()
-    curves = [
-        [_curve(runs[mode_index], pair.step_seconds.get(mode)) for runs in pair.pairs]
-        for mode_index, mode in enumerate(("full", "lora"))
-    ]
+    curves = [[_curve(runs[mode_index]) for runs in pair.pairs] for mode_index in (0, 1)]
     if not all(map(all, curves)):
         return ()
-    return build_views(curves[0], curves[1], no_seconds=pair.time.reason or "not timed in alternation")
+    return build_views(curves[0], curves[1], no_seconds=pair.time.reason)
 
 
 def describe_views(views: Sequence[View], price_per_hour: float | None = None) -> list[str]:
@@ -38,13 +35,13 @@ def describe_views(views: Sequence[View], price_per_hour: float | None = None) -
     return lines + [f"Exploratory: {line}." for line in agreeing if not any(line in sentence for sentence in different)]
 
 
-def _curve(run: RunData, step_seconds: float | None) -> Curve:
+def _curve(run: RunData) -> Curve:
     step_flops = run.get("model.step_flops")
     memory = None if run.get("resumed") else run.summary.get("peak_memory_bytes")
     return [
         Point(
             loss=float(loss), tokens=float(tokens), flops=None if step_flops is None else step_flops * float(step),
-            seconds=None if step_seconds is None else step_seconds * float(step), peak_memory_bytes=memory,
+            peak_memory_bytes=memory,
         )
         for step, tokens, loss in zip(run.evals["step"], run.evals["tokens"], run.evals["loss"], strict=True)
         if step > 0 and np.isfinite(loss)

@@ -4,14 +4,14 @@ Runs are paired by seed. What may not be ranked gets no number; a ratio of time 
 measured under the same conditions, and is withheld with the reason where they were not.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers, ranking_blockers, reference_blockers, shorten_reason
 from trainer.report.margin import Margin
-from trainer.report.options import ComparisonOptions
+from trainer.report.options import ComparisonOptions, CostRatio
 from trainer.report.paired_interval import PairedInterval, paired_interval, seeds_interval, what_would_tell
 from trainer.report.record_losses import (
     MatchedLosses,
@@ -25,17 +25,6 @@ from trainer.report.seed_groups import SeedGroup, best_loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostRatio:
-    """LoRA's cost over full's, None with the reason where they may not be divided; the costs themselves beside it."""
-
-    ratio: float | None
-    reason: str
-    full: float | None  #: mean over runs, in seconds or bytes
-    lora: float | None
-    is_of_a_step: bool = False  #: whether the costs are those of a step instead of a run
-
-
-@dataclass(frozen=True, kw_only=True)
 class FullVsLora:
     """A LoRA group against a full one on the same data; None where a number cannot be had."""
 
@@ -46,7 +35,6 @@ class FullVsLora:
     margin: Margin
     full_loss: float  #: mean over seeds of what is judged, nats per token
     lora_loss: float
-    step_seconds: Mapping[str, float]  #: of each mode, timed in alternation on one machine; empty where they were not
     losses: MatchedLosses | None = None
     no_losses: str = ""  #: why single records could not be paired
     excess: PairedInterval | None = None
@@ -99,9 +87,8 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions)
         pairs=tuple(pairs),
         blockers=blockers,
         margin=options.margin,
-        step_seconds=options.step_seconds,
         parameters=_ratio(*(_mean(group, lambda run: run.get("model.trainable")) for group in (lora, full))),
-        time=_time_ratio(full, lora, options.step_seconds),
+        time=options.step_time or _own_clocks(full, lora),
         memory=_cost(full, lora, "peak_memory_bytes"),
         **judged,
     )
@@ -196,16 +183,13 @@ def compare_set(
 # --- cost ---
 
 
-def _time_ratio(full: SeedGroup, lora: SeedGroup, step_seconds: Mapping[str, float]) -> CostRatio:
-    """Of a step, where both modes were timed in alternation; else the runs' own clocks, side by side and not divided.
+def _own_clocks(full: SeedGroup, lora: SeedGroup) -> CostRatio:
+    """The runs' own clocks side by side, and not divided.
 
-    A run's own clock holds whatever else the machine did: of the very same runs 0.98 and 1.14 were said.
+    They hold whatever else the machine did: of the very same runs 0.98 and 1.14 were said.
     """
-    if step_seconds:
-        seconds = [step_seconds["lora"], step_seconds["full"]]
-        return CostRatio(ratio=_ratio(*seconds), reason="", lora=seconds[0], full=seconds[1], is_of_a_step=True)
-    own_clocks = _cost(full, lora, "wall_seconds")
-    return replace(own_clocks, ratio=None, reason=own_clocks.reason or "not timed in alternation on one machine")
+    clocks = _cost(full, lora, "wall_seconds")
+    return replace(clocks, ratio=None, reason=clocks.reason or "not timed in alternation on one machine")
 
 
 def _cost(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:

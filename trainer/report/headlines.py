@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.report.formats import format_bytes, format_duration, format_interval, format_percent, join_words
-from trainer.report.full_vs_lora import CostRatio, FullVsLora
+from trainer.report.full_vs_lora import FullVsLora
+from trainer.report.options import CostRatio
 
 UNIT = "nats per token"
 
@@ -43,7 +44,7 @@ def _bits_per_byte(pair: FullVsLora, nats_per_token: float) -> str:
 
 def _cost_headline(label: str, cost: CostRatio, format_value: Any) -> Headline:
     values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
-    if cost.is_of_a_step:
+    if cost.is_of_a_step and cost.lora is not None and cost.full is not None:
         values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
     if cost.ratio is not None:
         return Headline(label=label, value=f"{cost.ratio:.2f}x", note=values)

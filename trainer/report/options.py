@@ -31,12 +31,23 @@ class StudyContext:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostRatio:
+    """LoRA's cost over full's, None with the reason where they may not be divided; the costs themselves beside it."""
+
+    ratio: float | None
+    reason: str
+    full: float | None  #: mean over runs, in seconds or bytes
+    lora: float | None
+    is_of_a_step: bool = False  #: whether the costs are those of a step instead of a run
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComparisonOptions:
     """How full and LoRA are judged; with `study` by its rule: the first LoRA group is the one that it is about."""
 
     margin: Margin = field(default_factory=Margin)
     level: float = LEVEL
-    step_seconds: Mapping[str, float] = field(default_factory=dict)  #: of each mode, timed in alternation
+    step_time: CostRatio | None = None  #: of a step of each mode, timed in alternation; None where they were not
     price_per_hour: float | None = None  #: of the machine, in any currency
     study: StudyContext | None = None
 

@@ -121,7 +121,7 @@ def rate_curves(groups: Sequence[SeedGroup]) -> tuple[RateCurve, ...]:
 def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> None:
     """Validation loss against learning rate, a line a mode and length of run; the chosen points ringed.
 
-    The interval of the difference stands at LoRA's chosen rate, measured from full's loss there.
+    The interval stands at LoRA's chosen rate: full's loss there and the interval of the difference.
     """
     axis.set(title=RATES_TITLE, xlabel="learning rate", ylabel="validation loss (nats per token)")
     lengths = sorted({curve.num_steps for curve in curves})
@@ -139,7 +139,7 @@ def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> N
                   markeredgewidth=1.5, color=COLOURS[group.mode])  # fmt: skip
     if pair.excess is not None:
         low, high = chosen["full"] + pair.excess.low, chosen["full"] + pair.excess.high
-        label = f"{100 * pair.excess.level:.3g} % interval of the difference, from full's loss"
+        label = f"{100 * pair.excess.level:.3g} % interval of LoRA's loss"
         axis.plot([pair.lora.lr * 1.3] * 2, [low, high], color=COLOURS["lora"], linewidth=2.4, marker="_",
                   markersize=9, label=label)  # fmt: skip
         axis.axhline(chosen["full"], color=COLOURS["full"], linewidth=0.7, alpha=0.7)

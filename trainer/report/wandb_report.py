@@ -53,6 +53,15 @@ def save_report(comparison: Comparison, entity: str, project: str, output_dir: P
     return str(report.url)
 
 
+def parse_target(text: str) -> tuple[str, str]:
+    """(entity, project) of --wandb-report; UserError where it is none, or `check_can_save` has a reason."""
+    parts = [part for part in text.split("/") if part]
+    if len(parts) != 2:
+        raise UserError(f"--wandb-report {text}: expected ENTITY/PROJECT")
+    check_can_save()
+    return parts[0], parts[1]
+
+
 def check_can_save() -> None:
     """Refuse before any slow work where nothing could be sent: nobody is logged in, or W&B is switched off."""
     from trainer.tracking.wandb_environment import is_logged_in

@@ -128,8 +128,6 @@ def test_compare_checks_decide_the_exit_code(
         (["full", "--check", "val_los<=1"], "no metric val_los; there are val_loss"),
         (["full", "--check", "card", "--no-card"], "--check card with --no-card"),
         (["full", "--margin", "much"], "--margin much: expected a number above 0 and its unit"),
-        (["full", "--timing", "full/run.json"], "--timing full/run.json: no step times of both modes ('step_seconds')"),
-        (["full", "--price-per-hour", "0"], "--price-per-hour 0: expected a number above 0"),
         (["full", "--tolerance", "-1"], "--tolerance -1.0: expected 0 or a number above it"),
         (["full", "--wandb-report", "project"], "--wandb-report project: expected ENTITY/PROJECT"),
         (["full", "--wandb-report", "e/p"], "--wandb-report: not logged in"),

@@ -8,7 +8,7 @@ from helpers.fake_studies import GPU, MakeRun, judge_runs, make_study, run_maker
 
 from trainer.config.errors import UserError
 from trainer.report.margin import Margin, parse_margin
-from trainer.report.options import ComparisonOptions
+from trainer.report.options import ComparisonOptions, CostRatio
 from trainer.report.run_folder import read_folder
 from trainer.report.seed_groups import group_by_seed
 from trainer.report.verdict import Verdict, build_verdict
@@ -32,7 +32,8 @@ def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRu
         "-",
         "not compared: not timed in alternation on one machine (8.0 s against 3.3 min)",
     )
-    options = ComparisonOptions(step_seconds={"full": 0.8, "lora": 0.4})
+    step_time = CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True)
+    options = ComparisonOptions(step_time=step_time)
     timed = build_verdict(group_by_seed([full, lora]), with_reference=False, options=options).headlines[1]
     assert (timed.value, timed.note) == ("0.50x", "0.4 s a step against 0.8 s, in alternation")
 

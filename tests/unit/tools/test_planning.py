@@ -29,18 +29,20 @@ def test_a_budget_leaves_out_methods_then_seeds_then_length_and_says_so():
     assert plan_study(least, costs).seconds <= whole / 4
     assert len(least.answer_seeds) == 3
     assert fit_to_budget(rule, whole / 2 + 1, costs, 2) == rule, "two workers take half the time"
-    with pytest.raises(UserError, match=r"--budget 10 s: the smallest study here takes \d+ min; give it more time"):
+    with pytest.raises(UserError, match=r"--budget 10 s: the smallest study here takes [\d.]+ min; give it more time"):
         fit_to_budget(rule, 10, costs, 1)
     assert [parse_duration("--budget", text) for text in ("90s", "45m", "1.5h", "1d")] == [90, 2700, 5400, 86400]
 
 
-def test_costs_are_measured_from_two_short_runs_of_each_method():
+def test_costs_are_measured_from_three_short_runs_of_each_method():
     now = [0.0]
 
     def run(argv) -> str:
-        now[0] += 7 + 0.25 * int(argv[list(argv).index("--max-steps") + 1])
+        now[0] += 7 + 0.25 * int(argv[argv.index("--max-steps") + 1]) + 5 * (argv[argv.index("--export") + 1] == "last")
         return ""
 
     costs = planning.measure_costs(("full", "lora"), (), run, lambda: now[0])
     assert costs["lora"].start_seconds == pytest.approx(7)
     assert costs["lora"].step_seconds == pytest.approx(0.25)
+    assert costs["lora"].export_seconds == pytest.approx(5)
+    assert costs["lora"].seconds(40, is_exported=True) == pytest.approx(22)

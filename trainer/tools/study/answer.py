@@ -82,7 +82,7 @@ def compare_study(
     groups = read_groups(study_folder, state.answers)
     check_one_execution(list(groups.values()))
     pair = judge(groups, rule)
-    lines = [*(outcome.describe() for outcome in state.outcomes.values()), timing.describe()]
+    lines = [*(f"search of {outcome.describe()}" for outcome in state.outcomes.values()), timing.describe()]
     lines += [f"left out: {line}" for line in rule.left_out]
     if state.quarter:
         lines.append(describe_quarter_batch(study_folder, rule, state, pair))
@@ -103,7 +103,7 @@ def compare_study(
         },
     )
     options = ComparisonOptions(
-        margin=rule.margin, level=rule.level_per_look, step_seconds=timing.median_step_seconds,
+        margin=rule.margin, level=rule.level_per_look, step_time=timing.cost,
         price_per_hour=price_per_hour, study=study,
     )  # fmt: skip
     return compare_run_groups(list(groups.values()), with_reference=False, options=options)

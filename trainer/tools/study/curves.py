@@ -38,30 +38,29 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
 
     Of each rung the lowest validation loss over the rates that were tried: a whole run of its own length.
     """
-    step_seconds = timing.median_step_seconds
     curves = {
-        method: [_curve(folder, rule, results, method, seed, step_seconds.get(method)) for seed in rule.search_seeds]
+        method: [_curve(folder, rule, results, method, seed, timing) for seed in rule.search_seeds]
         for method in PRIMARY
     }
-    return build_views(curves["full"], curves["lora"], no_seconds=timing.reason)
+    return build_views(curves["full"], curves["lora"], no_seconds=timing.blocker)
 
 
-def _curve(
-    folder: Path, rule: Rule, results: Results, method: str, seed: int, step_seconds: float | None
-) -> Curve:  # fmt: skip
+def _curve(folder: Path, rule: Rule, results: Results, method: str, seed: int, timing: Timing) -> Curve:
     """The best run of each rung. Parameters: what decides which runs these are, and their cost."""
     specs = [spec for spec in MethodSearch(rule, method).trials(results) if spec.seed == seed]
     best = [
         min((spec for spec in specs if spec.num_steps == num_steps), key=lambda spec: results[spec.name])
         for num_steps in rule.rungs
     ]
-    return [_point(read_folder(run_folder(folder, spec)), step_seconds) for spec in best]
+    return [_point(read_folder(run_folder(folder, spec)), method, timing) for spec in best]
 
 
-def _point(run: RunData, step_seconds: float | None) -> Point:
-    end, step_flops = {name: float(values[-1]) for name, values in run.evals.items()}, run.get("model.step_flops")
+def _point(run: RunData, method: str, timing: Timing) -> Point:
+    """The end of a run; its time and memory are those of the timed runs, taken in alternation and of equal length."""
+    end = {name: float(values[-1]) for name, values in run.evals.items()}
+    step_flops, step_seconds = run.get("model.step_flops"), timing.median_step_seconds.get(method)
     return Point(
         loss=end["loss"], tokens=end["tokens"], flops=None if step_flops is None else step_flops * end["step"],
         seconds=None if step_seconds is None else step_seconds * end["step"],
-        peak_memory_bytes=run.summary.get("peak_memory_bytes"),
+        peak_memory_bytes=None if timing.reason else timing.peak_memory_bytes[method],
     )  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.files import write_atomically
+from trainer.report.options import CostRatio
 from trainer.report.run_data import RunData
 from trainer.report.run_folder import read_folder
 from trainer.tools.study.rule import PRIMARY, Rule
@@ -25,6 +26,7 @@ from trainer.tools.study.worker import Slot, last_log_line, method_argv, train_c
 
 TIMING_FILE = "timing.json"
 NUM_ROUNDS = 3
+MAX_SPREAD = 1.3  # of the rounds' ratios, most over least
 NUM_STEPS, NUM_WARMUP_STEPS = 16, 6
 
 
@@ -38,28 +40,47 @@ class Timing:
     reason: str = ""
 
     @property
-    def median_step_seconds(self) -> dict[str, float]:
-        """Of each primary method; none where they were not timed."""
-        if self.reason:
-            return {}
-        return {method: statistics.median(values) for method, values in self.step_seconds.items()}
-
-    @property
     def ratios(self) -> list[float]:
         """LoRA's seconds over full's in each round, least first."""
         full, lora = (self.step_seconds.get(method, []) for method in PRIMARY)
         return sorted(b / a for a, b in zip(full, lora, strict=True))
 
+    @property
+    def blocker(self) -> str:
+        """Why the times are not divided, "" where they may be: not taken, or on a machine that did other work."""
+        if self.reason or self.ratios[-1] <= MAX_SPREAD * self.ratios[0]:
+            return self.reason
+        return (
+            f"the machine was busy: LoRA's steps took {self.ratios[0]:.2f}x to {self.ratios[-1]:.2f}x full's in "
+            f"{len(self.ratios)} rounds; without {TIMING_FILE} they are timed again"
+        )
+
+    @property
+    def median_step_seconds(self) -> dict[str, float]:
+        """Of each primary method; none where they may not be compared."""
+        return {} if self.blocker else {m: statistics.median(seconds) for m, seconds in self.step_seconds.items()}
+
+    @property
+    def cost(self) -> CostRatio:
+        """LoRA's time of a step beside full's: the median of the rounds' ratios."""
+        seconds = {method: statistics.median(values) for method, values in self.step_seconds.items() if values}
+        ratio = None if self.blocker else statistics.median(self.ratios)
+        return CostRatio(
+            ratio=ratio, reason=self.blocker, full=seconds.get("full"), lora=seconds.get("lora"), is_of_a_step=True
+        )
+
     def describe(self) -> str:
         """One line for people."""
         if self.reason:
-            return f"time: not compared ({self.reason})"
-        ratios, memory = self.ratios, [self.peak_memory_bytes[method] for method in PRIMARY]
-        return (
-            f"a step of lora takes {statistics.median(ratios):.2f}x the time of full's ({ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f} in {len(ratios)} rounds, in alternation on {self.machine}) and "
-            f"{memory[1] / memory[0]:.2f}x its peak memory"
-        )
+            return f"time and memory: not compared ({self.reason})"
+        memory = self.peak_memory_bytes["lora"] / self.peak_memory_bytes["full"]
+        time = f"not compared ({self.blocker})"
+        if not self.blocker:
+            time = (
+                f"{statistics.median(self.ratios):.2f}x full's ({self.ratios[0]:.2f} to {self.ratios[-1]:.2f} in "
+                f"{len(self.ratios)} rounds, in alternation on {self.machine})"
+            )
+        return f"LoRA's time of a step: {time}; its peak memory: {memory:.2f}x full's"
 
 
 def time_finalists(
@@ -81,7 +102,7 @@ def time_finalists(
                 *method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none",
                 "--wandb", "disabled", "--output-dir", str(run_folder),
             ]  # fmt: skip
-            process = start_training(train_command(folder, rule, slot, argv, log), lock)
+            process = start_training(train_command(slot, argv, log), lock)
             while process.exitcode is None:
                 process.join(0.2)
                 if should_stop.is_set():

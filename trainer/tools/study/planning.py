@@ -2,24 +2,22 @@
 
 import dataclasses
 import math
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainer.config.errors import UserError
-from trainer.distributed.launch_environment import without_launcher
 from trainer.report.formats import format_duration
 from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, MIN_UNITS, Rule, plan_rungs
 from trainer.tools.study.search import TrialSpec, study_state, with_quarter_batch
-from trainer.tools.study.worker import DEFAULT_ARGV, LAUNCH_FOLDER
+from trainer.tools.study.trial_process import start_training
+from trainer.tools.study.worker import DEFAULT_ARGV, Slot, last_log_line, train_command
 
-CALIBRATION_STEPS = (8, 24)  # two short runs: their difference is the time of a step, the rest that of a start
+CALIBRATION_STEPS = (8, 24)  # of two runs whose difference is the time of a step, the rest that of a start
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 RunFn = Callable[[Sequence[str]], str]
@@ -29,12 +27,13 @@ RunFn = Callable[[Sequence[str]], str]
 class TrialCost:
     """Measured time of a run of one method."""
 
-    start_seconds: float  #: everything but its steps
+    start_seconds: float  #: everything but its steps and its export
     step_seconds: float
+    export_seconds: float = 0.0  #: with its check, and the test records; runs of a search have neither
 
-    def seconds(self, num_steps: int) -> float:
+    def seconds(self, num_steps: int, *, is_exported: bool = False) -> float:
         """Of a run of so many steps."""
-        return self.start_seconds + num_steps * self.step_seconds
+        return self.start_seconds + num_steps * self.step_seconds + self.export_seconds * is_exported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +53,19 @@ class StudyPlan:
         return [*lines, *([f"about {format_duration(self.seconds)} in all"] if self.seconds is not None else [])]
 
 
-def run_train(argv: Sequence[str]) -> str:
-    """The output of launch/train.py; UserError with its last line where it refuses."""
-    command = [sys.executable, str(LAUNCH_FOLDER / "train.py"), *argv]
-    env = without_launcher(os.environ)
-    process = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if process.returncode:
-        lines = [line for line in (process.stderr or process.stdout).splitlines() if line.strip()]
-        raise UserError((lines or [f"exit code {process.returncode}"])[-1].removeprefix("error: "))
-    return process.stdout
+def run_train(slot: Slot, argv: Sequence[str]) -> str:
+    """The output of launch/train.py, run as a trial is; UserError with its last line where it refuses."""
+    with tempfile.TemporaryDirectory(prefix="study-") as folder:
+        log = Path(folder, "log")
+        with open(Path(folder, "lock"), "w", encoding="utf-8") as lock:
+            process = start_training(train_command(slot, argv, log), lock)
+            process.join()
+        if process.exitcode:
+            raise UserError(last_log_line(log, process.exitcode))
+        return log.read_text(encoding="utf-8", errors="replace")
 
 
-def resolve_total_steps(methods: Sequence[str], train_argv: Sequence[str], run: RunFn = run_train) -> int:
+def resolve_total_steps(methods: Sequence[str], train_argv: Sequence[str], run: RunFn) -> int:
     """The optimizer steps of a whole run, asked of `train.py --dry-run` for every method.
 
     UserError where a method cannot be loaded, a flag is wrong or the test is too small: before the first trial.
@@ -95,24 +95,24 @@ def resolve_total_steps(methods: Sequence[str], train_argv: Sequence[str], run: 
 
 
 def measure_costs(
-    methods: Sequence[str],
-    train_argv: Sequence[str],
-    run: RunFn = run_train,
-    clock: Callable[[], float] = time.monotonic,
+    methods: Sequence[str], train_argv: Sequence[str], run: RunFn, clock: Callable[[], float] = time.monotonic
 ) -> dict[str, TrialCost]:
-    """What a start and a step of each method take here, from two short runs of each, one at a time."""
+    """What a start, a step and an export of each method take here, from three short runs of each, one at a time."""
     costs = {}
     for method in methods:
         seconds = []
-        for num_steps in CALIBRATION_STEPS:
+        for num_steps, export in ((CALIBRATION_STEPS[0], "last"), *((steps, "none") for steps in CALIBRATION_STEPS)):
             with tempfile.TemporaryDirectory(prefix="study-") as folder:
                 argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--max-steps", str(num_steps)]
                 start_time = clock()
-                run([*argv, "--output-dir", f"{folder}/run", "--wandb", "disabled"])
+                run([*argv, "--export", export, "--output-dir", f"{folder}/run", "--wandb", "disabled"])
                 seconds.append(clock() - start_time)
-        step_seconds = max(0.0, (seconds[1] - seconds[0]) / (CALIBRATION_STEPS[1] - CALIBRATION_STEPS[0]))
-        start_seconds = max(0.0, seconds[0] - CALIBRATION_STEPS[0] * step_seconds)
-        costs[method] = TrialCost(start_seconds=start_seconds, step_seconds=step_seconds)
+        exported, short, long = seconds
+        step_seconds = max(0.0, (long - short) / (CALIBRATION_STEPS[1] - CALIBRATION_STEPS[0]))
+        costs[method] = TrialCost(
+            start_seconds=max(0.0, short - CALIBRATION_STEPS[0] * step_seconds), step_seconds=step_seconds,
+            export_seconds=max(0.0, exported - short),
+        )  # fmt: skip
     return costs
 
 
@@ -132,7 +132,10 @@ def plan_study(rule: Rule, costs: dict[str, TrialCost] | None = None, num_worker
     if costs is not None:
         shares = {"quarter": 4}  # of a step's examples
         seconds = sum(
-            costs[spec.candidate.method].seconds(spec.num_steps // shares.get(spec.phase, 1)) for spec in specs
+            costs[spec.candidate.method].seconds(
+                spec.num_steps // shares.get(spec.phase, 1), is_exported=spec.phase != "search"
+            )
+            for spec in specs
         )
         seconds /= num_workers
     return StudyPlan(

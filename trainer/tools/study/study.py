@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trainer.config.errors import UserError
 from trainer.tools.study.answer import is_decided
+from trainer.tools.study.planning import plan_study
 from trainer.tools.study.rule import Rule, read_rule
 from trainer.tools.study.search import StudyState, study_state, with_quarter_batch
 from trainer.tools.study.trial_queue import QueuedTrial, TrialQueue
@@ -118,7 +119,7 @@ def study_table(study: Study):  # type: ignore[no-untyped-def]  # a rich table, 
     """Each method's trials: how many are done, run now or failed, its best rate, and who works."""
     from rich.table import Table
 
-    trials = study.trials()
+    trials, planned = study.trials(), plan_study(study.rule).num_trials
     table = Table(title=f"{study.folder.name}: rule {study.rule.sha256[:12]}")
     for heading in ("method", "done", "running", "failed", "best rate", "validation loss"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
@@ -131,8 +132,9 @@ def study_table(study: Study):  # type: ignore[no-untyped-def]  # a rich table, 
         best = min(
             (trial for name, trial in finished.items() if f"-t{longest}-" in name), key=lambda t: t.loss, default=None
         )
+        num_running = sum(trial.worker is not None for trial in method_trials.values())
         table.add_row(
-            method, str(len(finished)), str(sum(trial.worker is not None for trial in method_trials.values())),
+            method, f"{len(finished)} of {max(planned[method], len(method_trials))}", str(num_running),
             str(sum(trial.failure is not None for trial in method_trials.values())),
             best.name.split("-lr")[1].split("-t")[0] if best else "", f"{best.loss:.4f}" if best else "",
         )  # fmt: skip

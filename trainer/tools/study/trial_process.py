@@ -43,6 +43,8 @@ def start_training(command: TrainCommand, lock: IO[str]) -> ForkServerProcess:
     silence_libraries()
     limit_openmp_spin()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while wandb is imported
+    if not command.env["CUDA_VISIBLE_DEVICES"]:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and warn that there are none
     context: Any = multiprocessing.get_context("spawn" if command.env["CUDA_VISIBLE_DEVICES"] else "forkserver")
     context.set_forkserver_preload(PRELOADED_MODULES)
     process = context.Process(target=_train, args=(command, _SharedFile(lock.fileno())))

@@ -104,11 +104,16 @@ def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
     return [*argv, "--output-dir", str(folder), "--run-name", spec.name]
 
 
-def train_command(study_folder: Path, rule: Rule, slot: Slot, argv: Sequence[str], log: Path) -> TrainCommand:
-    """launch/train.py with what a slot may use; its run is one of the study's group on W&B."""
+def wandb_group(study_folder: Path, rule: Rule) -> str:
+    """The group of a study's runs on W&B."""
+    return f"study-{study_folder.name}-{rule.sha256[:12]}"
+
+
+def train_command(slot: Slot, argv: Sequence[str], log: Path, group: str = "") -> TrainCommand:
+    """launch/train.py with what a slot may use; its run is one of this group on W&B."""
     inherited = {name: value for name, value in without_launcher(os.environ).items() if name not in RUN_VARIABLES}
     env = {"OMP_NUM_THREADS": str(slot.num_threads), **inherited}
-    env["WANDB_RUN_GROUP"] = f"study-{study_folder.name}-{rule.sha256[:12]}"
+    env["WANDB_RUN_GROUP"] = group
     env.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")  # run.json has the versions; to list them takes 0.8 s a trial
     env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     num_ranks = max(1, len(slot.gpus))
@@ -170,7 +175,7 @@ class TrialRunner:
                 *execution_argv(self.rule, self.slot),
                 *(["--resume"] if (folder / "run.json").exists() else []),
             ]
-            command = train_command(self.study_folder, self.rule, self.slot, argv, log_path)
+            command = train_command(self.slot, argv, log_path, wandb_group(self.study_folder, self.rule))
             exit_code = self._watch(start_training(command, lock), claim)
         elapsed_seconds = time.monotonic() - start_time
         loss = final_loss(folder)
