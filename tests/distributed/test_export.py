@@ -159,6 +159,7 @@ def test_a_full_run_leaves_a_plain_folder_that_answers_as_the_trained_model(full
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     config = json.loads((full_run / "model" / "config.json").read_text())
     assert config["dtype"] == "float32"
+    assert config["n_ctx"] == config["n_positions"], "llama.cpp's converter reads it"
     assert config.get("use_cache", True), "training without a cache must not slow the user's generation"
     assert AutoTokenizer.from_pretrained(full_run / "model")("w3 w4")["input_ids"] == [3, 4]
 

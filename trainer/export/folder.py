@@ -104,7 +104,7 @@ def save_folder(folder: Path, content: FolderContent) -> None:
             (folder / QUANTIZATION_FILE).write_text(json.dumps(quantization_info, indent=2) + "\n", encoding="utf-8")
     else:
         content.module.save_pretrained(folder, state_dict=state_dict)
-        _set_config_dtype(folder / "config.json", STORED_DTYPES[content.dtype].config)
+        _complete_config(folder / "config.json", STORED_DTYPES[content.dtype].config)
     if content.tokenizer is not None:
         content.tokenizer.save_pretrained(folder)
         _save_generation_config(folder, content)
@@ -174,11 +174,13 @@ def public_name(name: str) -> str:
     return escape_controls(name if is_hub_id(name) else Path(name).name or name)
 
 
-def _set_config_dtype(path: Path, dtype: str) -> None:
-    """Transformers notes the dtype of the module, which is half of that of the weights when it trained in fp16."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("dtype") != dtype:
-        path.write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
+def _complete_config(path: Path, dtype: str) -> None:
+    """Transformers notes the dtype of the module, which is half of that of the weights when it trained in fp16, and
+    leaves GPT-2's `n_ctx` out, which llama.cpp's converter reads."""
+    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": dtype}
+    if config["model_type"] == "gpt2":
+        config.setdefault("n_ctx", config["n_positions"])
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

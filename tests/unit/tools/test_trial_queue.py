@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
@@ -15,6 +16,8 @@ from optuna.trial import TrialState
 from trainer.config.errors import UserError
 from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tools.study.trial_queue import JOURNAL_FILE, LEASE_SECONDS, TrialQueue
+from trainer.tools.study.worker import Slot, train_command
+from trainer.tracking.wandb_environment import RUN_VARIABLES
 
 ROOT = Path(__file__).parents[3]
 
@@ -176,3 +179,12 @@ def test_the_study_loads_without_torch():
     line = "import sys, trainer.tools.study.trial_queue; print('torch' in sys.modules)"
     process = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert process.stdout.strip() == "False", process.stderr
+
+
+def test_variables_that_name_one_wandb_run_do_not_reach_a_studys_trials(monkeypatch, tmp_path):
+    for name in RUN_VARIABLES:
+        monkeypatch.setenv(name, "mine")
+    slot = Slot(name="a", gpus=(), num_threads=1)
+    environ = train_command(tmp_path, SimpleNamespace(sha256="f" * 64), slot, [], tmp_path / "log").env
+    assert not set(RUN_VARIABLES) & set(environ)
+    assert environ["WANDB_RUN_GROUP"].startswith("study-")
