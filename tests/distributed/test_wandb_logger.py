@@ -390,15 +390,24 @@ def test_wandb_sync_sends_rows_axes_config_and_nothing_unknown(offline_run_dir: 
     assert (run.project, run.exit_code, server.unknown_requests) == ("gpt2-full-vs-lora", 0, [])
 
 
-def test_an_online_wandb_run_sends_rows_axes_config_and_nothing_unknown(tmp_path: Path) -> None:
+def test_an_online_wandb_run_sends_rows_axes_config_no_secret_and_nothing_unknown(tmp_path: Path) -> None:
+    hub_token, git_token = "hf_" + "Tq9" * 12, "ghs_" + "aB3" * 12
+    remote = ["git", "remote", "add", "origin", f"https://{git_token}:x-oauth-basic@example.org/a/b.git"]
+    author = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+    for command in (["git", "init", "-q"], ["git", *author, "commit", "-qm", "x", "--allow-empty"], remote):
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     with FakeWandb() as server:
-        process = run_child(tmp_path, "online", **server.env(tmp_path))
+        process = run_child(tmp_path, "online", HF_TOKEN=hub_token, **server.env(tmp_path))
         assert (process.returncode, process.stderr) == (0, "")
         run = server.runs[METADATA["run_id"]]
     assert_history(run.history, RECORDS)
     assert run.exit_code == 0
     assert server.unknown_requests == []
     assert process.stdout == f"W&B: {server.url}/{run.entity}/{run.project}/runs/{run.name}\n"
+    contents = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for secret in (API_KEY, hub_token, git_token):
+        assert secret not in repr(run)
+        assert not any(secret.encode() in content for content in contents)
 
 
 @pytest.fixture

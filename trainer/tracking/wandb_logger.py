@@ -89,6 +89,7 @@ def _init(
     settings: dict[str, Any] = {
         **timeouts,
         "console": "off",
+        "disable_git": True,  # a remote's URL may hold a token, which it would send; run.json has the commit
         **({} if os.environ.get("WANDB_SAVE_CODE") else {"disable_code": True}),
         "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
     }
