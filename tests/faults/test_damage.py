@@ -33,6 +33,7 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, tiny_argv, write
 from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
+from trainer.tools.doctor.run_checks import inspect_run, move_aside
 from trainer.training.checkpoint import load_weights, resolve_checkpoint
 
 STEPS = 8
@@ -237,13 +238,16 @@ def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_
     flip_byte(out, evaluations.name, offset=60)
     changed = RankProcesses([*argv, "--resume"], out=out)
     assert changed.wait() == [2, 2]
-    evaluations.unlink()
+    move_aside(inspect_run(out))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     gone = RankProcesses([*argv, "--resume"], out=out)
     assert gone.wait() == [2, 2]
-    for group, reason in ((changed, "not whole records of evaluations"), (gone, "it is gone, with the 2 evaluations")):
-        assert len(group.error_lines) == 1
-        assert f"{evaluations} is not as it was when step-000004 was saved: {reason}" in group.error_lines[0]
+    unreadable = f"{evaluations}: not whole records of evaluations"
+    missing = f"{evaluations} is not as it was when step-000004 was saved: it is gone, with the 2 evaluations"
+    for group, reason, remedy in ((changed, unreadable, "--move-aside"), (gone, missing, "--allow-change records")):
+        (line,) = group.error_lines
+        assert reason in line
+        assert remedy in line
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     train([*argv, "--resume", "--allow-change", "records"], out=out, world_size=2)
     assert "records changed from as written to eval_records.parquet: it is gone" in str(read_events(out, "resumed"))

@@ -34,8 +34,14 @@ from trainer.config.json_file import read_json_object
 from trainer.data.sampler import MicroBatch
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, EvaluationsDigest, find_changed_evaluations
+from trainer.tracking.eval_records import (
+    EVAL_RECORDS_FILE,
+    EvaluationsDigest,
+    find_changed_evaluations,
+    read_eval_records,
+)
 from trainer.tracking.jsonl import METRICS_FILE, RowsDigest, find_changed_rows
+from trainer.tracking.records import read_records
 from trainer.training.train_state import TrainState
 
 FORMAT_VERSION = 2
@@ -188,6 +194,19 @@ def find_changed_records(run_folder: Path, checkpoint: Checkpoint) -> dict[str, 
             eval_pending=checkpoint.train_state.eval_pending,
         )  # fmt: skip
     return {name: change for name, change in changes.items() if change is not None}
+
+
+def find_unreadable(path: Path) -> str | None:
+    """What in metrics.jsonl or eval_records.parquet no resume can go on with; None where it can be read, or is gone."""
+    try:
+        if path.name == METRICS_FILE and path.exists():
+            for _ in read_records(path):
+                pass
+        if path.name == EVAL_RECORDS_FILE:
+            read_eval_records(path)
+    except (OSError, ValueError, UserError) as error:
+        return str(error).removeprefix(f"{path}").lstrip(":, ").partition("; move")[0]
+    return None
 
 
 class CheckpointManager:

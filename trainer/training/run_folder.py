@@ -143,6 +143,11 @@ def validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ..
     since the checkpoint was saved and that is allowed; UserError where it is not."""
     changes = checkpoint.find_changed_records(folder, source)
     for name, damage in changes.items():
+        if unreadable := checkpoint.find_unreadable(folder / name):
+            raise UserError(
+                f"--resume: {folder / name}: {unreadable}; put it back, or have `python launch/doctor.py --check-run "
+                f"{folder} --move-aside` put aside what cannot be read"
+            )
         if "records" not in allowed_names:
             raise UserError(
                 f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {damage}; put it "

@@ -1,0 +1,61 @@
+"""What could run code that stands in a file or a flag: every place in the product, and why it is safe."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FORBIDDEN_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "pty"}
+FORBIDDEN_CALLS = {
+    "eval", "exec", "compile", "__import__", "breakpoint", "os.system", "os.popen", "torch.load", "yaml.load",
+    "yaml.unsafe_load", "yaml.full_load", "runpy.run_path", "runpy.run_module", "import_module",
+}  # fmt: skip
+STARTS_A_PROGRAM = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_output"}
+#: {(file, call): why no one else's code runs there}; modules imported by a name that stands in the source need no entry
+ALLOWED = {
+    ("trainer/tools/doctor/prove_worker.py", "torch.load"): "tensors of its own temporary folder, weights_only",
+    ("trainer/tools/study/trial_process.py", "runpy.run_path"): "launch/train.py of this checkout",
+}
+
+
+def find_risky_calls(tree: ast.Module) -> Iterator[str]:
+    """Names of calls and imports that may run code from outside; a program started by a text instead of a list."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            yield from (f"import {name}" for name in names if name.split(".")[0] in FORBIDDEN_IMPORTS)
+        if not isinstance(node, ast.Call):
+            continue
+        name, keywords = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+        first = node.args[0] if node.args else None
+        if name in FORBIDDEN_CALLS and not (name == "import_module" and isinstance(first, ast.Constant)):
+            yield name
+        if name in STARTS_A_PROGRAM and ("shell" in keywords or isinstance(first, ast.Constant | ast.JoinedStr)):
+            yield f"{name} by a text"
+        if "allow_pickle" in keywords:
+            yield "allow_pickle"
+        is_trusting = name.endswith(".from_pretrained") and name.startswith("Auto") and "**" not in ast.unparse(node)
+        trust = keywords.get("trust_remote_code")
+        if (is_trusting and trust is None) or (trust is not None and ast.unparse(trust) != "False"):
+            yield f"{name} with trust_remote_code or a question on the terminal"
+
+
+def test_no_code_of_a_file_or_a_flag_is_run():
+    risky = set()
+    for path in sorted(path for folder in ("trainer", "launch") for path in (ROOT / folder).rglob("*.py")):
+        risky |= {(str(path.relative_to(ROOT)), call) for call in find_risky_calls(ast.parse(path.read_text()))}
+    assert risky == set(ALLOWED)
+
+
+def test_what_runs_code_is_noticed():
+    source = """
+import pickle
+eval(text); torch.load(path); yaml.load(text); import_module(name); import_module("a.b"); np.load(p, allow_pickle=True)
+subprocess.run("ls " + x, shell=True); subprocess.Popen(f"ls {x}"); subprocess.run(["ls", x])
+AutoModel.from_pretrained(x); AutoModel.from_pretrained(x, trust_remote_code=True)
+AutoModel.from_pretrained(x, trust_remote_code=False)
+"""
+    question = "AutoModel.from_pretrained with trust_remote_code or a question on the terminal"
+    texts = ["subprocess.run by a text", "subprocess.Popen by a text"]
+    expected = ["import pickle", "eval", "torch.load", "yaml.load", "import_module", "allow_pickle", *texts]
+    assert sorted(find_risky_calls(ast.parse(source))) == sorted([*expected, question, question])
