@@ -1,8 +1,10 @@
 """The picture of a learning-rate range test."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.config.files import write_atomically
 from trainer.report.plot_axes import COLOURS
 from trainer.report.plots import PLOT_SIZE_INCHES, PNG_DPI, TEXT_COLOUR, plot_style
 
@@ -48,4 +50,6 @@ def plot_lr_range_test(
         axis.set(
             title=f"Learning-rate range test: {name}", xlabel="learning rate", ylabel="train loss (nats per token)"
         )
-        FigureCanvasAgg(figure).print_png(path)
+        png = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(png)
+    write_atomically(path, png.getvalue())

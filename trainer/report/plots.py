@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config import reference
+from trainer.config.files import write_atomically
 from trainer.report.comparability import comparison_blockers
 from trainer.report.options import RateCurve
 from trainer.report.plot_axes import (
@@ -112,9 +113,12 @@ def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: P
         for axis in axes[len(PLOTS) :]:
             axis.set_axis_off()
         add_legend(figure, axes)
-        FigureCanvasSVG(figure).print_svg(output_dir / "curves.svg", metadata={"Date": None})
+        svg, png = io.BytesIO(), io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
         figure.set_dpi(PNG_DPI)
-        FigureCanvasAgg(figure).print_png(output_dir / "curves.png")
+        FigureCanvasAgg(figure).print_png(png)
+    write_atomically(output_dir / "curves.svg", svg.getvalue())
+    write_atomically(output_dir / "curves.png", png.getvalue())
 
 
 def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> tuple[str, str]:

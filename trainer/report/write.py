@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import UserError
+from trainer.config.files import write_atomically
 from trainer.report.answer_json import json_text, to_answer
 from trainer.report.comparability import comparable_sets, compare_metadata, reference_blockers
 from trainer.report.comparison import Comparison
@@ -21,18 +22,14 @@ def write_report(comparison: Comparison, output_dir: Path, checks: Sequence[dict
 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(output_dir / "answer.json", to_answer(comparison.verdict))
-        _write_json(output_dir / "comparison.json", to_json(comparison, checks))
+        write_atomically(output_dir / "answer.json", json_text(to_answer(comparison.verdict)))
+        write_atomically(output_dir / "comparison.json", json_text(to_json(comparison, checks)))
         plots.save_figure(comparison.groups, comparison.with_reference, output_dir)
-        (output_dir / "report.md").write_text(markdown.render(comparison), encoding="utf-8")
-        (output_dir / "report.html").write_text(html.render(comparison), encoding="utf-8")
+        write_atomically(output_dir / "report.md", markdown.render(comparison))
+        write_atomically(output_dir / "report.html", html.render(comparison))
     except OSError as error:
         raise UserError(f"--output-dir {output_dir}: cannot write there ({error.strerror or error})") from error
     return [output_dir / name for name in FILES]
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json_text(content), encoding="utf-8")
 
 
 def to_json(comparison: Comparison, checks: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:

@@ -13,6 +13,7 @@ Long: the reader, the choice and the writer of one format belong together.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -307,7 +308,9 @@ class CheckpointManager:
             for field in fields
         }
         try:
-            np.savez_compressed(path, **arrays)
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **arrays)
+            write_atomically(path, buffer.getvalue())
         except OSError:  # a full disk must not hide the loss that was not finite
             return "no file, the disk is full"
         return name

@@ -71,7 +71,13 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_runs_give_a_verdict_a_table_and_six_files(tmp_path: Path, main: Callable[..., int]) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora", wall_seconds=61.0, peak_memory_bytes=430_000_000)
+    names = {"report.html", "report.md", "curves.png", "curves.svg", "answer.json", "comparison.json"}
+    (tmp_path / "comparison").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    for name in names:  # links of somebody else are replaced, not written through
+        (tmp_path / "comparison" / name).symlink_to(tmp_path / "precious")
     process = run_compare_script(tmp_path, "full", "lora", usage=tmp_path / "usage.json")
+    assert (tmp_path / "precious").read_text() == "precious"
     assert json.loads((tmp_path / "usage.json").read_text())["heavy"] == [], "a whole comparison needs no torch"
     assert (process.returncode, process.stderr) == (0, "")
     assert (
@@ -82,8 +88,7 @@ def test_two_runs_give_a_verdict_a_table_and_six_files(tmp_path: Path, main: Cal
     assert re.search(r"1 \| card +\| +6,621 \| +1.2978 \| +1.2262 \|", process.stdout)
     assert "not comparable with the card: other data" in process.stdout
     assert "report: comparison/report.html" in process.stdout
-    names = {path.name for path in (tmp_path / "comparison").iterdir()}
-    assert names == {"report.html", "report.md", "curves.png", "curves.svg", "answer.json", "comparison.json"}
+    assert {path.name for path in (tmp_path / "comparison").iterdir()} == names
     assert main("full", "lora", "--output-dir", "x/y") == 0
     for name in names - {"curves.png"}:
         assert (tmp_path / "x" / "y" / name).read_text() == (tmp_path / "comparison" / name).read_text(), (

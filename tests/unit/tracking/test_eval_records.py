@@ -25,6 +25,7 @@ from trainer.tracking import eval_records
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FILE,
     EvalRecordsLogger,
+    EvaluationEntry,
     append_evaluation,
     digest_evaluations,
     evaluation_table,
@@ -220,6 +221,24 @@ def test_the_time_of_an_evaluation_does_not_run_away_with_their_number(tmp_path)
         seconds.append(time.process_time() - start)
     assert statistics.median(seconds[-20:]) < 6 * statistics.median(seconds[10:30])
     assert (tmp_path / "x").stat().st_size < 150 * 500
+
+
+@pytest.mark.sweep
+def test_what_a_thousand_evaluations_take(tmp_path, capsys):
+    tables = [make_table(step, seed=step, num_rows=1000) for step in range(1000)]
+    entries = [
+        EvaluationEntry(step=step, split="val", num_rows=1000, sha256=eval_records._hash_rows(table))
+        for step, table in enumerate(tables)
+    ]
+    eval_records._write(tmp_path / "x", eval_records._Evaluations(entries, pa.concat_tables(tables)))
+    start = time.process_time()
+    read_eval_records(tmp_path / "x")
+    read_end = time.process_time()
+    append_evaluation(tmp_path / "x", make_table(1000, num_rows=1000))
+    seconds, size = time.process_time() - read_end, (tmp_path / "x").stat().st_size
+    with capsys.disabled():
+        costs = f"read and checked in {read_end - start:.2f} s of CPU, the next added in {seconds:.2f} s"
+        print(f"\n1,000 evaluations of 1,000 records: {size / 1e6:.1f} MB, {costs}")
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """`launch/doctor.py --check-run RUN`: a run folder read whole, what is damaged in it, and what it is still good for."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -186,7 +187,7 @@ def move_aside(inspection: RunInspection) -> list[str]:
 def _move_one(folder: Path, path: Path) -> str:
     (folder / DAMAGED_FOLDER).mkdir(exist_ok=True)
     number = 1
-    while (target := folder / DAMAGED_FOLDER / f"{path.name.lstrip('.')}.{number}").exists():
+    while os.path.lexists(target := folder / DAMAGED_FOLDER / f"{path.name.lstrip('.')}.{number}"):
         number += 1
     if path.name != METRICS_FILE:
         path.rename(target)
