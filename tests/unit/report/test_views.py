@@ -28,6 +28,7 @@ def test_at_equal_flops_the_dearer_mode_is_read_off_its_curve_where_the_cheaper_
     assert flops.favours == "lora"
     assert seconds.describe() == "at equal seconds: not known (not timed in alternation)"
     assert memory.describe() == "at equal peak memory (1.00 GB): only LoRA fits, with loss 1.9000"
+    assert build_views([full], [curve([1.9], flops=2, memory=1.99e9)])[3].full_loss == 1.8, "1 % less is no advantage"
     sentences = disagreements([tokens, flops, seconds, memory])
     assert len(sentences) == 2
     assert sentences[0].startswith("LoRA is ahead at equal FLOPs (600): LoRA 1.9000, full 2.0000")
