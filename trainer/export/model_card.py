@@ -148,7 +148,7 @@ def _describe_base(metadata: Mapping[str, Any]) -> str:
     text = f" Load it with {_code(f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), ADAPTER)')}"
     text += ", `ADAPTER` being this folder" + (", `BASE` its base's." if base == "BASE" else ".")
     if is_random:
-        text = " Its base is random weights, kept only in the folder `base` of the run; it is nothing without them."
+        text += " Its base is random weights, kept only in the folder `base` of the run; it is nothing without them."
     if quant:
         double = ", its scales in 8 bits" if metadata["settings"]["model"]["quant_double"] else ""
         text += (
