@@ -19,11 +19,6 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: a test of several ranks waits for half its time."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.fixture(autouse=True)
 def nobodys_rank() -> Iterator[None]:
     """What DeepSpeed leaves in the environment of a process that it has joined to a group ends with the test."""

@@ -46,13 +46,18 @@ def test_a_model_of_the_hub_comes_as_the_variables_say_and_is_named_with_its_com
     assert list((tmp_path / "home" / "hub").glob("models--me--tiny/snapshots/*/config.json"))
 
 
-def test_a_model_that_the_hub_does_not_have_is_one_line(monkeypatch):
+@pytest.mark.slow
+def test_a_model_that_the_hub_does_not_have_is_one_line(data_files, tmp_path):
+    argv = tiny_argv("me/none", data_files, "--mode lora", "--output-dir", str(tmp_path / "run"))
     with fake_hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        with pytest.raises(UserError, match=r"--model me/none: no such folder, and the hub has no") as refused:
-            load_tokenizer("me/none")
-        assert "\n" not in str(refused.value)
+        code, output = run_train(argv, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
+    assert code == 2, output
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert "--model me/none: no such folder, and its config.json cannot be had from the hub" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_not_here_is_one_line_offline(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
     with pytest.raises(UserError, match="the hub cannot be reached"):
         load_tokenizer("me/none")

@@ -254,7 +254,8 @@ def launcher_argv(launcher: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_ranks_of_a_killed_launcher_save_and_end(launcher, argv, tmp_path):
     """SIGKILL to the `deepspeed` command leaves a second launcher and its ranks without anybody who waits for them."""
     out = tmp_path / "run"

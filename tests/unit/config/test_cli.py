@@ -33,6 +33,7 @@ FLAGS_WITHOUT_FIELD = {
     "--find-lr",
     "--find-batch",
     "--local_rank",
+    "--local-rank",
     "--verbose",
     "--help",
 }
@@ -129,6 +130,9 @@ def test_allowed_changes_may_be_joined_repeated_and_written_as_flags():
 
 def test_the_launchers_rank_is_accepted_and_changes_nothing():
     with_rank = cli.parse_args(["--local_rank=1", "--mode", "full"])
+    assert cli.parse_args(["--local-rank=1", "--mode", "full"]).settings == with_rank.settings, (
+        "torch.distributed.launch"
+    )
     assert with_rank.settings == cli.parse_args(["--mode", "full"]).settings
 
 

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
@@ -185,6 +184,6 @@ def test_variables_that_name_one_wandb_run_do_not_reach_a_studys_trials(monkeypa
     for name in RUN_VARIABLES:
         monkeypatch.setenv(name, "mine")
     slot = Slot(name="a", gpus=(), num_threads=1)
-    environ = train_command(tmp_path, SimpleNamespace(sha256="f" * 64), slot, [], tmp_path / "log").env
+    environ = train_command(slot, [], tmp_path / "log", "study-f").env
     assert not set(RUN_VARIABLES) & set(environ)
-    assert environ["WANDB_RUN_GROUP"].startswith("study-")
+    assert environ["WANDB_RUN_GROUP"] == "study-f"
