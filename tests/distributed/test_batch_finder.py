@@ -139,21 +139,24 @@ def report_trial(micro):
         chr(10))
 """
 WAITS = "report_trial(1); report_trial(2); time.sleep(600)"  # in a collective with one who is gone
+ENDS = "report_trial(1); report_trial(2); time.sleep(2); "  # by then the other rank's process has begun, too
 
 
 @pytest.mark.parametrize(
     ("ends", "message"),
     [
-        ("report_trial(1); report_trial(2); os._exit(77)", "out of memory on rank 1"),
-        ("report_trial(1); report_trial(2); os.kill(os.getpid(), 9)", "killed by the system"),
-        ("report_trial(1); report_trial(2); print('boom: no such thing', flush=True); os._exit(1)", None),
+        ("os._exit(77)", "out of memory on rank 1"),
+        ("os.kill(os.getpid(), 9)", "killed by the system"),
+        ("print('boom: no such thing', flush=True); os._exit(1)", None),
     ],
 )
 def test_a_batch_trial_whose_rank_ends_is_seen_by_all_ranks(tiny_model, data_files, tmp_path, ends, message):
     argv = make_argv(tiny_model, data_files)
     prepare(cli.parse_args(argv).settings.data, model=tiny_model, global_batch=8)
     log = tmp_path / "log"
-    assert run_on_ranks(2, try_fake_sizes, argv, str(tmp_path / "result"), [WAITS, ends], log=log) == 0, log.read_text()
+    assert run_on_ranks(2, try_fake_sizes, argv, str(tmp_path / "result"), [WAITS, ENDS + ends], log=log) == 0, (
+        log.read_text()
+    )
     results = [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(2)]
     assert results[0] == results[1]
     if message is None:
