@@ -213,10 +213,12 @@ def _last_step(wandb: Any, folder: Path, run_id: str) -> int:
                 timer = threading.Timer(INSPECT_TIMEOUT_SECONDS, process.kill)
                 timer.start()
                 assert process.stdout is not None
-                records = (json.loads(line) for line in process.stdout if '"_step"' in line)
-                steps = (record["history"]["item"]["_step"] for record in records if "history" in record)
-                last_step = max(last_step, max(steps, default=-1))
-                timer.cancel()
+                try:
+                    records = (json.loads(line) for line in process.stdout if '"_step"' in line)
+                    steps = (record["history"]["item"]["_step"] for record in records if "history" in record)
+                    last_step = max(last_step, max(steps, default=-1))
+                finally:  # also where a line cannot be read: the thread would hold this process at its end
+                    timer.cancel()
         except (OSError, ValueError, KeyError, TypeError):
             continue  # an empty or foreign file holds no step
     return last_step
