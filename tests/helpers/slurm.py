@@ -10,7 +10,7 @@ while [[ $1 == --* ]]; do shift; done
 for node in 0 1; do SLURM_NODEID=$node SLURM_PROCID=$node "$@" & tasks="$tasks $!"; done
 trap 'kill -USR1 $tasks; pkill -USR1 -f {folder}/bin/torchrun' USR1  # a step is signalled as a whole
 code=0
-for task in $tasks; do wait $task; last=$?; [ $last -gt 128 ] && {{ wait $task; last=$?; }}; code=$((code | last)); done
+for task in $tasks; do while kill -0 $task 2>/dev/null; do wait $task; done; wait $task; code=$((code | $?)); done
 exit $code
 """
 SCONTROL = """#!/bin/bash

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -145,13 +146,19 @@ TORCHRUN = """#!/bin/bash
 echo "$@" >>{folder}/torchrun
 {folder}/bin/rank & wait $! || exit 1
 """
+# The launcher has ended when the notice has been handed on: its code must not be taken for the signal's.
+SLOW_PKILL = f"""#!/bin/bash
+{shutil.which("pkill")} "$@"
+sleep 0.5
+"""
 
 
 @pytest.mark.parametrize("leaves_marker", [True, False], ids=["while it trains", "before or after"])
 def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(leaves_marker, tmp_path):
     script = slurm_script(tmp_path, "--output-dir", str(tmp_path / "run"), "--data", "my events.csv")
     rank = RANK.replace("{leaves_marker}", str(leaves_marker))
-    job = start_job(tmp_path, script, rank=rank, torchrun=TORCHRUN, env={"TMPDIR": str(tmp_path)})
+    programs = {"rank": rank, "torchrun": TORCHRUN, "pkill": SLOW_PKILL}
+    job = start_job(tmp_path, script, env={"TMPDIR": str(tmp_path)}, **programs)
     deadline = time.monotonic() + 20
     while len(list(tmp_path.glob("ready-*"))) < 2:
         assert time.monotonic() < deadline

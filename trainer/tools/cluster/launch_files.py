@@ -105,7 +105,7 @@ rm -f {marker}
 task='(trap "" USR1; exec {torchrun} "$@") &
 launcher=$!
 trap "[ $SLURM_NODEID != 0 ] || echo SIGUSR1 >$NOTICE; pkill -USR1 -P $launcher" USR1
-while true; do wait $launcher; code=$?; kill -0 $launcher 2>/dev/null || exit $code; done'
+while kill -0 $launcher 2>/dev/null; do wait $launcher; done; wait $launcher'
 
 srun --export=ALL ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} bash -c "$task" task \\
     {request.train_command}
