@@ -21,7 +21,7 @@ from helpers.fake_wandb import ENTITY, FakeWandb, child_env
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import reference
-from trainer.report import comparability
+from trainer.report import comparability, series_collector, wandb_runs
 from trainer.report.comparison import compare
 from trainer.report.load import load_runs
 from trainer.report.run_data import RunData, RunReadError
@@ -111,7 +111,7 @@ def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: P
     assert comparability.reference_blockers(theirs) == comparability.reference_blockers(ours)
 
 
-def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: Path) -> None:
+def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: Path, monkeypatch) -> None:
     import wandb
 
     file = next(offline_run_dir.glob("*.wandb"))
@@ -132,6 +132,9 @@ def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: P
     run = read_offline("x", [file])
     assert dict(zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True)) == theirs
     assert len(run.steps["step"]) == sum("train/loss" in item for item in items) == 90
+    monkeypatch.setattr(series_collector, "MAX_STEP_ROWS", 25)  # of a long run it keeps as much as of a short one
+    monkeypatch.setattr(wandb_runs, "_NUM_ROWS_AT_A_TIME", 10)
+    assert len(read_offline("x", [file]).steps["step"]) <= 30
 
 
 def test_a_killed_offline_run_reads_up_to_its_last_record(tmp_path: Path) -> None:

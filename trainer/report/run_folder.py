@@ -20,15 +20,13 @@ from trainer.report.run_data import (
     RunRecords,
     Series,
     build_run,
-    drop_superseded_rows,
     to_series,
 )
+from trainer.report.series_collector import SeriesCollector
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE
 from trainer.tracking.records import STEP_PREFIX, iter_lines, to_record
 
 _CHUNK_BYTES = 8_000_000  # of metrics.jsonl at a time
-MAX_STEP_ROWS = 2**18  # of a run in memory (19 MB); of more, so many means of 2, 4, 8 ... steps each
-_MEAN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_second")  # of the others the last of the steps stands
 
 
 def read_folder(folder: Path) -> RunData:
@@ -53,33 +51,26 @@ def read_folder(folder: Path) -> RunData:
 
 def _read_metrics(path: Path) -> RunRecords:
     """The rows by kind, and notes on what could not be read; of a long run the means of several steps each."""
-    chunks: dict[str, list[Series]] = {"step": [], "eval": [], "epoch": []}
+    series = SeriesCollector()
     events: list[Mapping[str, Any]] = []
-    num_bad, num_cut_off, stride, num_step_rows = 0, 0, 1, 0
+    num_bad, num_cut_off = 0, 0
     for lines in _iter_chunks(path):
         if not lines[-1].endswith(b"\n"):  # rows are written newline last
             lines.pop()
             num_cut_off += 1
         steps, rows, num_bad_here = _parse_lines(lines)
         num_bad += num_bad_here
-        chunks["step"].append(_average(steps, stride))
-        chunks["eval"].append(to_series((row for row in rows if row["kind"] == "eval"), EVAL_FIELDS))
-        chunks["epoch"].append(to_series((row for row in rows if row["kind"] == "epoch"), EPOCH_FIELDS))
+        series.add(
+            steps=steps,
+            evals=to_series((row for row in rows if row["kind"] == "eval"), EVAL_FIELDS),
+            epochs=to_series((row for row in rows if row["kind"] == "epoch"), EPOCH_FIELDS),
+        )
         events += [row for row in rows if row["kind"] == "event"]
-        num_step_rows += len(chunks["step"][-1]["step"])
-        if num_step_rows > MAX_STEP_ROWS:
-            chunks["step"] = [_average(drop_superseded_rows(_concatenate(chunks["step"], STEP_FIELDS)), 2)]
-            num_step_rows, stride = len(chunks["step"][0]["step"]), 2 * stride
     notes = ["its last row was cut off and is left out"] if num_cut_off else []
     if num_bad:
         are = "rows could not be read and are" if num_bad > 1 else "row could not be read and is"
         notes.append(f"{num_bad} {are} left out")
-    if stride > 1:
-        notes.append(f"its steps are read as means of {stride} each")
-    return RunRecords(
-        steps=_concatenate(chunks["step"], STEP_FIELDS), evals=_concatenate(chunks["eval"], EVAL_FIELDS),
-        epochs=_concatenate(chunks["epoch"], EPOCH_FIELDS), events=events, notes=notes, age_seconds=0.0,
-    )  # fmt: skip
+    return series.to_records(events, notes)
 
 
 def _iter_chunks(path: Path) -> Iterator[list[bytes]]:
@@ -93,23 +84,6 @@ def _iter_chunks(path: Path) -> Iterator[list[bytes]]:
             lines, size = [], 0
     if lines:
         yield lines
-
-
-def _concatenate(chunks: list[Series], column_names: tuple[str, ...]) -> Series:
-    return {name: np.concatenate([[], *(chunk[name] for chunk in chunks)]) for name in column_names}
-
-
-def _average(steps: Series, stride: int) -> Series:
-    """A row for so many steps, and one for the rest at the end."""
-    num_rows = len(steps["step"])
-    if stride == 1 or not num_rows:
-        return steps
-    starts = np.arange(0, num_rows, stride)
-    ends = np.minimum(starts + stride, num_rows)
-    return {
-        name: np.add.reduceat(column, starts) / (ends - starts) if name in _MEAN_COLUMNS else column[ends - 1]
-        for name, column in steps.items()
-    }
 
 
 def _parse_lines(lines: list[bytes]) -> tuple[Series, list[dict[str, Any]], int]:

@@ -1,16 +1,16 @@
 """Runs read back from Weights & Biases: offline files, and the server. wandb is imported only when one is asked for."""
 
-import importlib.util
-import json
+import itertools
 import math
 import os
 import re
-import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import check_run_metadata
@@ -24,9 +24,12 @@ from trainer.report.run_data import (
     build_run,
     to_series,
 )
+from trainer.report.series_collector import SeriesCollector
 from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord
+from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 
+_NUM_ROWS_AT_A_TIME = 10_000
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
 
@@ -44,52 +47,59 @@ def read_offline(source: str, files: list[Path]) -> RunData:
     ids = list(dict.fromkeys(file.stem.removeprefix("run-") for file in files))
     if len(ids) > 1:
         raise RunReadError(f"holds {len(ids)} W&B runs ({', '.join(ids[:5])}); name one of their folders")
-    config: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    name, exit_code, is_truncated = "", None, False
-    for file in files:
-        records, is_file_truncated = _inspect(file)
-        is_truncated = is_truncated or is_file_truncated
-        exit_code = None
-        for record in records:
-            content: dict[str, Any] = record.get(record["type"], {})
-            if record["type"] == "history":
-                rows.append({key: _to_number(value) for key, value in content["item"].items()})
-            elif record["type"] == "run":
-                name = content.get("display_name") or name
-                _merge(config, content.get("config", {}).get("update", {}))
-            elif record["type"] == "config":
-                _merge(config, content.get("update", {}))
-            elif record["type"] == "summary":
-                _merge(summary, content.get("update", {}))
-            elif record["type"] == "exit":
-                exit_code = content.get("exit_code", 0)
-    if not config and not rows:
+    content = _FileContent()
+    records = collect_rows(content.history(files))
+    if not content.config and not content.num_rows:
         raise RunReadError("the .wandb file holds no run (a killed process leaves it empty)")
-    age_seconds = math.inf if exit_code else time.time() - max(file.stat().st_mtime for file in files)
     run = WandbRun(
         run_id=ids[0],
-        name=name,
-        config=config,
-        rows=rows,
-        summary=summary,
-        is_finished=exit_code == 0,
-        age_seconds=age_seconds,
-        notes=("the end of its .wandb file was cut off and is left out",) if is_truncated else (),
+        name=content.name,
+        config=content.config,
+        summary=content.summary,
+        is_finished=content.exit_code == 0,
+        age_seconds=math.inf if content.exit_code else time.time() - max(file.stat().st_mtime for file in files),
+        notes=("the end of its .wandb file was cut off and is left out",) if content.is_truncated else (),
     )
-    return to_run_data(source, run)
+    return to_run_data(source, run, records)
 
 
-def _inspect(file: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The records of a .wandb file as W&B's own reader gives them, and whether the file ends within one."""
-    core = Path(importlib.util.find_spec("wandb").submodule_search_locations[0]) / "bin" / "wandb-core"  # type: ignore[union-attr,index]
-    command = [str(core), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parent)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if process.returncode:
-        raise RunReadError(f"{file.name} is not a W&B run file ({' '.join(process.stderr.split())[:120]})")
-    lines = process.stdout.splitlines()
-    return [json.loads(line) for line in lines], "incomplete" in process.stderr
+@dataclass
+class _FileContent:
+    """What .wandb files say of one run beside its rows, once these were read."""
+
+    name: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+    is_truncated: bool = False
+    num_rows: int = 0
+
+    def history(self, paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+        """The rows of the files, one at a time; RunReadError where one is no such file."""
+        for path in paths:
+            file, self.exit_code = WandbFile(path), None
+            try:
+                for record in file:
+                    content = record.get(record["type"], {})
+                    if record["type"] == "history":
+                        self.num_rows += 1
+                        yield {key: _to_number(value) for key, value in content["item"].items()}
+                    else:
+                        self._take(record["type"], content)
+            except ValueError as error:
+                raise RunReadError(str(error)) from error
+            self.is_truncated |= file.is_truncated
+
+    def _take(self, kind: str, content: Mapping[str, Any]) -> None:
+        if kind == "run":
+            self.name = content.get("display_name") or self.name
+            _merge(self.config, content.get("config", {}).get("update", {}))
+        elif kind == "config":
+            _merge(self.config, content.get("update", {}))
+        elif kind == "summary":
+            _merge(self.summary, content.get("update", {}))
+        elif kind == "exit":
+            self.exit_code = content.get("exit_code", 0)
 
 
 def read_online(path: str) -> RunData:
@@ -104,7 +114,7 @@ def read_online(path: str) -> RunData:
 
     try:
         run = wandb.Api(timeout=API_TIMEOUT_SECONDS).run(path)
-        rows = list(run.scan_history())
+        records = collect_rows(run.scan_history())
         summary = dict(run.summary_metrics)
     except Exception as error:  # whatever the client raises: this run cannot be had, others may
         raise RunReadError(f"W&B does not give it: {' '.join(str(error).split())[:200]}") from error
@@ -112,53 +122,59 @@ def read_online(path: str) -> RunData:
         run_id=run.id,
         name=run.name,
         config=run.config,
-        rows=rows,
         summary=summary,
         is_finished=run.state == "finished",
         age_seconds=0.0 if run.state == "running" else math.inf,
     )
-    return to_run_data(path, wandb_run)
+    return to_run_data(path, wandb_run, records)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbRun:
-    """What W&B keeps of one run, from its file or its server."""
+    """What W&B keeps of one run beside its rows, from its file or its server."""
 
     run_id: str
     name: str
     config: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]  #: `train/*` and `val/*` of one step may share a row or have their own
     summary: Mapping[str, Any]
     is_finished: bool
     age_seconds: float  #: since the last row
     notes: tuple[str, ...] = ()
 
 
-def to_run_data(source: str, run: WandbRun) -> RunData:
+def to_run_data(source: str, run: WandbRun, records: RunRecords) -> RunData:
     """The run as the report sees it; RunReadError where another program logged it, or it has no row."""
-    start_time = min((t for row in run.rows if isinstance(t := row.get("_timestamp"), int | float)), default=0.0)
     finished_event = {"event": "finished", "facts": _run_summary(run.summary)}
-    records = RunRecords(
-        steps=to_series(_select_rows(run.rows, COLUMNS[StepRecord], start_time), STEP_FIELDS),
-        evals=to_series(_select_rows(run.rows, COLUMNS[EvalRecord], start_time), EVAL_FIELDS),
-        epochs=to_series(_select_rows(run.rows, COLUMNS[EpochRecord], start_time), EPOCH_FIELDS),
-        events=[*_events(run.summary), *([finished_event] if run.is_finished else [])],
-        notes=list(run.notes),
-        age_seconds=run.age_seconds,
-    )
+    events: list[Mapping[str, Any]] = [*_events(run.summary), *([finished_event] if run.is_finished else [])]
+    records = replace(records, events=events, notes=[*run.notes, *records.notes], age_seconds=run.age_seconds)
     metadata = {"run_id": run.run_id, "name": run.name, **metadata_from_config(run.config)}
     return build_run(source, metadata, records, run.run_id)
 
 
-def _select_rows(
-    rows: Iterable[Mapping[str, Any]], keys: Mapping[str, str], start_time: float
-) -> Iterator[dict[str, Any]]:
+def collect_rows(rows: Iterable[Mapping[str, Any]]) -> RunRecords:
+    """Rows of W&B by kind, in bounded memory; `train/*` and `val/*` of one step may share a row or have their own."""
+    rows, series = (row for row in rows), SeriesCollector()  # a generator stays at its end, W&B's own scan need not
+    while portion := list(itertools.islice(rows, _NUM_ROWS_AT_A_TIME)):
+        series.add(
+            steps=to_series(_select_rows(portion, COLUMNS[StepRecord]), STEP_FIELDS),
+            evals=to_series(_select_rows(portion, COLUMNS[EvalRecord]), EVAL_FIELDS),
+            epochs=to_series(_select_rows(portion, COLUMNS[EpochRecord]), EPOCH_FIELDS),
+        )
+    records = series.to_records((), ())
+    kinds = (records.steps, records.evals, records.epochs)
+    start_time = np.nanmin(np.concatenate([*(kind["time"] for kind in kinds), [np.inf]]))
+    for kind in kinds:
+        kind["time"] -= start_time
+    return records
+
+
+def _select_rows(rows: Iterable[Mapping[str, Any]], keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     for row in rows:
         values = {column: row[key] for key, column in keys.items() if row.get(key) is not None}
         if values:
             yield {
                 "step": row.get("_step"),
-                "time": row.get("_timestamp", math.nan) - start_time,
+                "time": row.get("_timestamp"),
                 **{axis: row.get(axis) for axis in AXES},
                 **values,
             }

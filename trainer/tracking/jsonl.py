@@ -16,6 +16,7 @@ from trainer.tracking.records import (
     StepRecord,
     from_line,
     iter_lines,
+    step_of_row,
     to_line,
 )
 
@@ -132,7 +133,7 @@ def _find_step_gap(path: Path, num_rows: int) -> str | None:
         if number > num_rows:
             return None
         try:
-            record = from_line(line.decode())
+            record = from_line(line)
         except ValueError:
             return f"line {number} is not a record"
         is_step = isinstance(record, StepRecord) or (isinstance(record, EventRecord) and record.event == "skipped_step")
@@ -171,8 +172,10 @@ def _is_continued(path: Path, number: int, line: bytes, step: int, eval_pending:
     """Whether a row stays when the run goes on after `step`."""
     if not line.endswith(b"\n"):
         return False  # cut off by a kill
+    if (row_step := step_of_row(line)) is not None:
+        return row_step <= step
     try:
-        record = from_line(line.decode())
+        record = from_line(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
     is_run_end = isinstance(record, EventRecord) and (

@@ -6,6 +6,7 @@ One JSON object a line, `kind` first. `epoch` is the fraction of the training se
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -100,9 +101,31 @@ def to_line(record: Record) -> str:
     return json.dumps(row, allow_nan=False)
 
 
-def from_line(line: str) -> Record:
+_WHOLE_NUMBER = rb"-?(?:0|[1-9]\d{0,17})"
+_NUMBERS: dict[Any, bytes] = {int: _WHOLE_NUMBER, float: _WHOLE_NUMBER + rb"(?:\.\d{1,20})?(?:e-\d{2,3}|e\+\d\d)?"}
+#: a step's row as `to_line` writes it, its numbers finite by their form: known in 2 us where parsing it takes 14
+_STEP_LINE = re.compile(
+    rb'\{"kind": "step", '
+    + b", ".join(b'"%s": (%s)' % (name.encode(), _NUMBERS[kind]) for name, kind in _COLUMN_TYPES[StepRecord].items())
+    + rb"\}\n?"
+)
+
+
+def from_line(line: bytes) -> Record:
     """The record of one line; ValueError where it is not one. Unknown fields are left out, for later versions."""
-    return to_record(parse_json(line))
+    if match := _STEP_LINE.fullmatch(line):
+        step, epoch, samples, tokens, loss, lr, grad_norm, tokens_per_second, time = match.groups()
+        return StepRecord(
+            step=int(step), epoch=float(epoch), samples=int(samples), tokens=int(tokens), loss=float(loss),
+            lr=float(lr), grad_norm=float(grad_norm), tokens_per_second=float(tokens_per_second), time=float(time),
+        )  # fmt: skip
+    return to_record(parse_json(line.decode()))
+
+
+def step_of_row(line: bytes) -> int | None:
+    """The step of a row that is one, without reading the rest; None for any other line, and for one to be parsed."""
+    match = _STEP_LINE.fullmatch(line)
+    return int(match[1]) if match else None
 
 
 def to_record(row: Any) -> Record:
@@ -159,6 +182,6 @@ def read_records(path: Path, *, with_steps: bool = True) -> Iterator[Record]:
             return  # rows are written newline last: this one was not finished
         if with_steps or not line.startswith(STEP_PREFIX):
             try:
-                yield from_line(line.decode())
+                yield from_line(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {line_number}: {error}") from error

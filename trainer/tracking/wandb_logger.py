@@ -1,21 +1,18 @@
 """One run on Weights & Biases: never a prompt, never a hang, and never the reason why training stops."""
 
 import contextlib
-import json
 import logging
 import os
-import subprocess
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.tracking.records import EventRecord, Record
+from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, METRICS, run_tags, sample_row, wandb_config, wandb_row, wandb_summary
 
 logger = logging.getLogger(__name__)
 INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
-INSPECT_TIMEOUT_SECONDS = 600.0  # reading back what an earlier process logged may take this long
 FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
 
 
@@ -72,7 +69,7 @@ def start_wandb(
         for pattern, axis, summary in METRICS:
             wandb_run.define_metric(pattern, step_metric=axis, summary=summary)
         logger.info(_run_location(wandb_run, mode))
-        last_step = _last_step(wandb, _wandb_dir(folder), metadata["run_id"]) if is_resumed else -1
+        last_step = _last_step(_wandb_dir(folder), metadata["run_id"]) if is_resumed else -1
         return WandbLogger(wandb_run, last_logged_step=last_step)
     except Exception as error:  # whatever happens in there, it must not cost the run
         logger.warning(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
@@ -202,25 +199,15 @@ def _sync_command(run: Any) -> str:
     return f"`wandb sync {os.path.relpath(run.settings.sync_dir)}`"
 
 
-def _last_step(wandb: Any, folder: Path, run_id: str) -> int:
+def _last_step(folder: Path, run_id: str) -> int:
     """The last step that earlier processes logged under this id, read from their files; -1 without any."""
-    core = str(Path(wandb.__file__).parent / "bin" / "wandb-core")
     last_step = -1
     for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")):
-        command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(path), str(path.parent)]
         try:
-            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-                timer = threading.Timer(INSPECT_TIMEOUT_SECONDS, process.kill)
-                timer.start()
-                assert process.stdout is not None
-                try:
-                    records = (json.loads(line) for line in process.stdout if '"_step"' in line)
-                    steps = (record["history"]["item"]["_step"] for record in records if "history" in record)
-                    last_step = max(last_step, max(steps, default=-1))
-                finally:  # also where a line cannot be read: the thread would hold this process at its end
-                    timer.cancel()
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # an empty or foreign file holds no step
+            for record in WandbFile(path):
+                last_step = max(last_step, record.get("history", {}).get("item", {}).get("_step", -1))
+        except (OSError, ValueError, AttributeError, TypeError):
+            continue  # of a foreign file what could be read counts
     return last_step
 
 

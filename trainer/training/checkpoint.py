@@ -35,14 +35,8 @@ from trainer.config.json_file import read_json_object
 from trainer.data.sampler import MicroBatch
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext
-from trainer.tracking.eval_records import (
-    EVAL_RECORDS_FILE,
-    EvaluationsDigest,
-    find_changed_evaluations,
-    read_eval_records,
-)
-from trainer.tracking.jsonl import METRICS_FILE, RowsDigest, find_changed_rows
-from trainer.tracking.records import read_records
+from trainer.tracking.eval_records import EvaluationsDigest
+from trainer.tracking.jsonl import RowsDigest
 from trainer.training.train_state import TrainState
 
 FORMAT_VERSION = 2
@@ -182,32 +176,6 @@ def _newest_intact(folder: Path, flag: str) -> Checkpoint:
         reasons.append(damage or "")
     detail = f" ({reasons[0]})" if reasons else ""
     raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
-
-
-def find_changed_records(run_folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
-    """{file: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records.parquet."""
-    until = [c for c in list_checkpoints(checkpoint.folder.parent) if c.step <= checkpoint.step]
-    digests = [c.records for c in until if c.has_valid_metadata and c.records is not None]
-    changes = {METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, digests)}
-    if checkpoint.evaluations is not None:
-        changes[EVAL_RECORDS_FILE] = find_changed_evaluations(
-            run_folder / EVAL_RECORDS_FILE, checkpoint.evaluations, checkpoint.step,
-            eval_pending=checkpoint.train_state.eval_pending,
-        )  # fmt: skip
-    return {name: change for name, change in changes.items() if change is not None}
-
-
-def find_unreadable(path: Path) -> str | None:
-    """What in metrics.jsonl or eval_records.parquet no resume can go on with; None where it can be read, or is gone."""
-    try:
-        if path.name == METRICS_FILE and path.exists():
-            for _ in read_records(path):
-                pass
-        if path.name == EVAL_RECORDS_FILE:
-            read_eval_records(path)
-    except (OSError, ValueError, UserError) as error:
-        return str(error).removeprefix(f"{path}").lstrip(":, ").partition("; move")[0]
-    return None
 
 
 class CheckpointManager:

@@ -19,6 +19,7 @@ from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_environment import wandb_block
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoint
+from trainer.training.record_checks import validate_rows
 from trainer.training.run_plan import RunPlan
 
 METADATA_FILE = "run.json"
@@ -136,28 +137,6 @@ def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Put run.json there, whole or not at all. OSError where it cannot be written."""
     remove_leftovers(folder)
     write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
-
-
-def validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ...]) -> dict[str, list[Any]]:
-    """{"records": [as written, how they differ]} where rows of metrics.jsonl or eval_records.parquet were changed
-    since the checkpoint was saved and that is allowed; UserError where it is not."""
-    changes = checkpoint.find_changed_records(folder, source)
-    for name, damage in changes.items():
-        if unreadable := checkpoint.find_unreadable(folder / name):
-            raise UserError(
-                f"--resume: {folder / name}: {unreadable}; put it back, or have `python launch/doctor.py --check-run "
-                f"{folder} --move-aside` put aside what cannot be read"
-            )
-        if "records" not in allowed_names:
-            raise UserError(
-                f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {damage}; put it "
-                "back, or say --allow-change records to go on with the rows that are there"
-            )
-    return (
-        {"records": ["as written", "; ".join(f"{name}: {damage}" for name, damage in changes.items())]}
-        if changes
-        else {}
-    )
 
 
 def validate_resume_overrides(

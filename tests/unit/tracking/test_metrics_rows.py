@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
-from trainer.report import run_folder
+from trainer.report import run_folder, series_collector
 from trainer.report.run_folder import read_folder
 from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking import records
@@ -144,7 +144,7 @@ READERS = {
 def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_path, monkeypatch):
     """A resume reads it in the first five ways."""
     monkeypatch.setattr(run_folder, "_CHUNK_BYTES", 20_000)
-    monkeypatch.setattr(run_folder, "MAX_STEP_ROWS", 1_000)
+    monkeypatch.setattr(series_collector, "MAX_STEP_ROWS", 1_000)
     source, digest = long_file
     (tmp_path / "metrics.jsonl").write_bytes(source.read_bytes())
     (tmp_path / "run.json").write_text(json.dumps(make_metadata("full")))
@@ -176,20 +176,20 @@ def test_a_line_too_long_for_a_row_is_not_read_into_memory(written, monkeypatch)
 def test_a_row_with_a_value_of_another_type_names_it(field, value):
     row = {**json.loads(to_line(step_record(7))), field: value}
     with pytest.raises(ValueError, match=rf"^{field} = .*: expected a (whole )?number$"):
-        from_line(json.dumps(row))
+        from_line(json.dumps(row).encode())
 
 
 @pytest.mark.parametrize("text", ["NaN", "1e999", "-Infinity", "9" * 5000, "[" * 100_000])
 def test_a_row_with_a_number_that_is_none_is_refused(text):
     line = to_line(step_record(7)).replace("2.0", text)
     with pytest.raises(ValueError, match=r"."):
-        from_line(line)
+        from_line(line.encode())
 
 
 def test_an_event_whose_facts_are_no_object_is_refused(tmp_path):
     line = to_line(EventRecord(event="finished", step=1, message="m", time=1.0)).replace("{}", "[1]")
     with pytest.raises(ValueError, match=r"facts = .*expected an object"):
-        from_line(line)
+        from_line(line.encode())
 
 
 ROWS = [json.loads(to_line(step_record(1))), json.loads(to_line(EventRecord(event="e", step=1, message="", time=0.0))),

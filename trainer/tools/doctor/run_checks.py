@@ -17,7 +17,8 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
 from trainer.tracking.jsonl import METRICS_FILE
 from trainer.tracking.records import EventRecord, Record, from_line, iter_lines
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
-from trainer.training.checkpoint import Checkpoint, find_changed_records, iter_checked_checkpoints
+from trainer.training.checkpoint import Checkpoint, iter_checked_checkpoints
+from trainer.training.record_checks import find_changed_records
 
 DAMAGED_FOLDER = "damaged"  #: in the run folder: what was moved aside
 
@@ -101,7 +102,7 @@ def _check_rows(inspection: RunInspection) -> None:
     except ValueError as error:
         first_problem = str(error).removeprefix(f"{path}, ")
     if last is not None:
-        _describe_end(inspection, from_line(last.decode()))
+        _describe_end(inspection, from_line(last))
     more = f" and {num_problems - 1} lines more" if num_problems > 1 else ""
     problem = first_problem + more if first_problem else None
     inspection.add(METRICS_FILE, problem, f"{num_rows} rows", path=path if path.is_file() else None)
@@ -122,7 +123,7 @@ def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:
     for number, line in enumerate(iter_lines(path), start=1):
         if line.endswith(b"\n"):
             try:
-                from_line(line.decode())
+                from_line(line)
                 yield number, line, ""
             except ValueError as error:
                 yield number, line, str(error)

@@ -75,7 +75,10 @@ class LossRules:
 
     def compute_window_mean(self) -> MeanEstimate:
         """The mean loss of the last WINDOW_STEPS steps."""
-        return MeanEstimate.from_values(row.loss for row in list(self.recent_steps)[-WINDOW_STEPS:])
+        return MeanEstimate.from_values(self._recent_losses())
+
+    def _recent_losses(self) -> list[float]:
+        return [row.loss for row in list(self.recent_steps)[-WINDOW_STEPS:]]
 
     def check_flat_loss(self) -> Diagnostic | None:
         """The loss does not fall: its slope over all steps so far is not told from noise
@@ -173,6 +176,7 @@ class LossRules:
         if (
             not max_grad_norm
             or len(recent_steps) < CLIPPED_STEPS
+            or recent_steps[-1].grad_norm <= max_grad_norm  # as nearly always: the others need no look
             or min(row.grad_norm for row in recent_steps) <= max_grad_norm
         ):
             return None
@@ -195,9 +199,11 @@ class LossRules:
         """
         if self.lowest_window is None or self.loss_trend.n < 2 * WINDOW_STEPS:
             return None
+        if fmean(self._recent_losses()) < self.lowest_window.value * (1 + MIN_RISE):
+            return None
         window_mean = self.compute_window_mean()
         std_errors = welch_t(window_mean, self.lowest_window)
-        if window_mean.value < self.lowest_window.value * (1 + MIN_RISE) or std_errors < RISE_STD_ERRORS:
+        if std_errors < RISE_STD_ERRORS:
             return None
         return Diagnostic(
             code="diverging",

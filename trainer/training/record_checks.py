@@ -1,0 +1,58 @@
+"""Whether the records of a run are those that its checkpoint knows: metrics.jsonl and eval_records.parquet."""
+
+from pathlib import Path
+from typing import Any
+
+from trainer.config.errors import UserError
+from trainer.tracking.eval_records import EVAL_RECORDS_FILE, find_changed_evaluations, read_eval_records
+from trainer.tracking.jsonl import METRICS_FILE, find_changed_rows
+from trainer.tracking.records import read_records
+from trainer.training.checkpoint import Checkpoint, list_checkpoints
+
+
+def validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """{"records": [as written, how they differ]} where rows of metrics.jsonl or eval_records.parquet were changed
+    since the checkpoint was saved and that is allowed; UserError where it is not."""
+    changes = find_changed_records(folder, source)
+    for name, damage in changes.items():
+        if unreadable := find_unreadable(folder / name):
+            raise UserError(
+                f"--resume: {folder / name}: {unreadable}; put it back, or have `python launch/doctor.py --check-run "
+                f"{folder} --move-aside` put aside what cannot be read"
+            )
+        if "records" not in allowed_names:
+            raise UserError(
+                f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {damage}; put it "
+                "back, or say --allow-change records to go on with the rows that are there"
+            )
+    return (
+        {"records": ["as written", "; ".join(f"{name}: {damage}" for name, damage in changes.items())]}
+        if changes
+        else {}
+    )
+
+
+def find_changed_records(run_folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """{file: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records.parquet."""
+    until = [c for c in list_checkpoints(checkpoint.folder.parent) if c.step <= checkpoint.step]
+    digests = [c.records for c in until if c.has_valid_metadata and c.records is not None]
+    changes = {METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, digests)}
+    if checkpoint.evaluations is not None:
+        changes[EVAL_RECORDS_FILE] = find_changed_evaluations(
+            run_folder / EVAL_RECORDS_FILE, checkpoint.evaluations, checkpoint.step,
+            eval_pending=checkpoint.train_state.eval_pending,
+        )  # fmt: skip
+    return {name: change for name, change in changes.items() if change is not None}
+
+
+def find_unreadable(path: Path) -> str | None:
+    """What in metrics.jsonl or eval_records.parquet no resume can go on with; None where it can be read, or is gone."""
+    try:
+        if path.name == METRICS_FILE and path.exists():
+            for _ in read_records(path):
+                pass
+        if path.name == EVAL_RECORDS_FILE:
+            read_eval_records(path)
+    except (OSError, ValueError, UserError) as error:
+        return str(error).removeprefix(f"{path}").lstrip(":, ").partition("; move")[0]
+    return None
