@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.launch_ranks import MP_CONTEXT
+from helpers.launch_ranks import make_process
 
 CLIENT = """#!{python} -SE
 import json, os, signal, socket, sys
@@ -50,7 +50,7 @@ def serve_interpreter(folder: Path) -> Iterator[str]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        server: Any = MP_CONTEXT.Process(target=_serve, args=(listener, os.getpid()))
+        server: Any = make_process(target=_serve, args=(listener, os.getpid()))
         server.start()
     yield str(program)
     server.kill()

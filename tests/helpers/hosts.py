@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from helpers.launch_ranks import MP_CONTEXT, _run_worker, run_train_script
+from helpers.launch_ranks import _run_worker, make_process, run_train_script
 from helpers.process_groups import last_logged_step
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,7 @@ class Hosts:
         )
         shared = {**launch, **ENVIRON, **(env or {})}
         processes = [
-            MP_CONTEXT.Process(
+            make_process(
                 target=_enter_host,
                 args=(self.pids[name], {**shared, rank_name: str(rank)}, str(logs / f"rank-{rank}"), flags),
             )

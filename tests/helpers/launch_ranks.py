@@ -13,6 +13,8 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,7 @@ import pytest
 from helpers.gpu_visibility import gpu_environ
 
 MP_CONTEXT = multiprocessing.get_context("forkserver")
-SERVER_MODULES = ["trainer.run", "trainer.export.verify_worker", "deepspeed", "peft", "wandb", "helpers.launch_ranks"]
-MP_CONTEXT.set_forkserver_preload(SERVER_MODULES)
+MP_CONTEXT.set_forkserver_preload(["helpers.preload"])
 BIN_DIR = Path(sys.executable).parent
 TRAIN_SCRIPT = str(Path(__file__).parents[2] / "launch" / "train.py")
 #: for `env`: the export is loaded in a process of its own, as outside of tests; else here, which saves ten seconds
@@ -36,6 +37,14 @@ def find_free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def make_process(target: Callable[..., Any], args: tuple[Any, ...]) -> BaseProcess:
+    """A process that the server will fork, which is started here with the tests' folder on its path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        forkserver.ensure_running()
+    return MP_CONTEXT.Process(target=target, args=args)
+
+
 def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
@@ -45,6 +54,9 @@ def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    assert "helpers.preload" in sys.modules or environ.get("DS_ACCELERATOR") == "cuda", (
+        "the server has imported nothing"
+    )
     os.environ.update(environ)
     sys.executable = environ.get("TEST_PYTHON", sys.executable)  # `fast_python`, for what a rank starts
     with (
@@ -77,9 +89,9 @@ def run_on_ranks(
     port = find_free_port()
     if on_gpu:
         env = {**(env or {}), **gpu_environ()}
-    context: Any = multiprocessing.get_context("spawn") if on_gpu else MP_CONTEXT
+    start: Callable[..., Any] = multiprocessing.get_context("spawn").Process if on_gpu else make_process
     workers = [
-        context.Process(
+        start(
             target=_run_worker, args=({**make_environ(rank, world_size, port), **(env or {})}, str(log), target, args)
         )
         for rank in range(world_size)

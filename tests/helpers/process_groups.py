@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.launch_ranks import MP_CONTEXT, _run_worker, find_free_port, make_environ, run_train_script
+from helpers.launch_ranks import _run_worker, find_free_port, make_environ, make_process, run_train_script
 from trainer.tracking.silence import silence_libraries
 
 silence_libraries()  # before the ranks' server imports torch: its store says on stderr that a killed rank is gone
@@ -31,7 +31,7 @@ class RankProcesses:
         port, argv = find_free_port(), [*flags, "--output-dir", str(out)]
         marker = {"GROUP_OUT": str(out)}  # by it `relatives` knows the programs that a rank starts
         self.processes = [
-            MP_CONTEXT.Process(
+            make_process(
                 target=_run_worker,
                 args=(
                     {**make_environ(rank, world_size, port), **marker, **(env or {})},

@@ -1,0 +1,28 @@
+"""What the server has behind it that ranks are forked from: imports, and what transformers computes once a process."""
+
+import importlib
+import os
+
+_, _, path = os.environ["PYTHONPATH"].partition(os.pathsep)  # the server alone has the tests' folder in front
+os.environ["PYTHONPATH"] = path
+if not path:
+    del os.environ["PYTHONPATH"]
+
+MODULES = [
+    "trainer.run",
+    "trainer.export.verify_worker",
+    "deepspeed.module_inject.auto_ep",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "peft.utils.transformers_weight_conversion",
+    "pyarrow.dataset",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.conversion_mapping",
+    "wandb",
+    "pytest",
+    "helpers.engines",
+    "helpers.launch_ranks",
+    "helpers.process_groups",
+]
+for name in MODULES:
+    importlib.import_module(name)
+importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
