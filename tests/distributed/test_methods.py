@@ -22,7 +22,7 @@ from test_export import STRICT
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.export.verify import LOGITS_BOUND
 
-STEPS = 5
+STEPS = 4
 JOBS_PER_LAUNCH = 4  # jobs of one group of ranks: each runs, resumes and is exported
 ADAPTERS = ("lora", "dora", "rslora", "pissa")
 QUANTS = (None, "nf4", "fp4", "int8")

@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,7 +21,6 @@ from types import ModuleType
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-from helpers.launch_ranks import SERVER_MODULES
 
 from trainer.config.errors import UserError
 from trainer.report.margin import Margin
@@ -95,7 +93,7 @@ def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(STUB)
     monkeypatch.setattr(worker, "LAUNCH_FOLDER", tmp_path / "launch")
-    monkeypatch.setattr(trial_process, "PRELOADED_MODULES", SERVER_MODULES)  # this process has one server for all
+    monkeypatch.setattr(trial_process, "PRELOADED_MODULES", ["helpers.preload"])  # this process has one server for all
     monkeypatch.setattr(search, "RATES_PER_DECADE", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
@@ -190,31 +188,31 @@ sys.exit(study.main(sys.argv[1:]))
 """
 
 
-def start_study(stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
+def start_study(python: str, stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
     code = DRIVER.format(launch=str(ROOT / "launch"), stub=str(stub_dir / "launch"), preloaded=STUB_MODULES)
     return subprocess.Popen(
-        [sys.executable, "-c", code, *argv], cwd=stub_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [python, "-c", code, *argv], cwd=stub_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "STUB_SECONDS": "0.1"},
     )  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_kills", [2, pytest.param(5, marks=pytest.mark.sweep)])
-def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_alone(stub_dir, num_kills):
-    rng = random.Random(7)
+@pytest.mark.parametrize("num_kills", [1, pytest.param(5, marks=pytest.mark.sweep)])
+def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_alone(stub_dir, num_kills, fast_python):
+    rng, start = random.Random(7), partial(start_study, fast_python, stub_dir)
     argv = ["--max-steps", "8", "--workers", "1"]
     for _ in range(num_kills):
-        process = start_study(stub_dir, "--output-dir", "killed", *argv)
+        process = start("--output-dir", "killed", *argv)
         while not (stub_dir / "killed" / "rule.json").exists():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
         time.sleep(rng.uniform(1, 3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    workers = [start_study(stub_dir, "--output-dir", "killed", *argv), start_study(stub_dir, "--join", "killed")]
+    workers = [start("--output-dir", "killed", *argv), start("--join", "killed")]
     outputs = [process.communicate(timeout=300)[0] for process in workers]
     assert [process.returncode for process in workers] == [0, 0], outputs
-    alone = start_study(stub_dir, "--output-dir", "alone", *argv, "--workers", "2")
+    alone = start("--output-dir", "alone", *argv, "--workers", "2")
     assert "LoRA (rank 8, lr 0.001) is worse" in alone.communicate(timeout=300)[0]
     results = [TrialQueue(stub_dir / name, "reader").results() for name in ("killed", "alone")]
     assert results[0] == results[1]

@@ -169,7 +169,7 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
         pytest.param(1, "trainer.distributed.engine", "Engine.step", 5, marks=pytest.mark.sweep),
         pytest.param(1, "trainer.distributed.engine", "Engine.evaluate", 3, marks=pytest.mark.sweep),
         (0, "trainer.training.checkpoint", "_write_chunks", 40),  # within the tensors of the first save
-        (1, "trainer.training.checkpoint", "CheckpointManager.save", 2),
+        pytest.param(1, "trainer.training.checkpoint", "CheckpointManager.save", 2, marks=pytest.mark.sweep),
         pytest.param(0, "trainer.training.checkpoint", "fsync_path", 3, marks=pytest.mark.sweep),
         (0, "trainer.export.run_export", "export_folder", 1),
     ],
@@ -189,7 +189,7 @@ def test_a_killed_rank_ends_the_run_and_loses_nothing(
     assert_resumes(argv, out, uninterrupted_records)
 
 
-@pytest.mark.parametrize("step", [0, pytest.param(3, marks=pytest.mark.sweep), 5])
+@pytest.mark.parametrize("step", [*(pytest.param(n, marks=pytest.mark.sweep) for n in (0, 3)), 5])
 def test_a_run_whose_ranks_are_all_killed_at_once_resumes(step, argv, uninterrupted_records, tmp_path):
     out = tmp_path / "run"
     group = RankProcesses(argv, out=out)

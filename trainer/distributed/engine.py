@@ -206,13 +206,19 @@ class Engine:
         """
         self.dist_context.watchdog.heartbeat(step)
         self._set_training(True)
-        torch.manual_seed(_dropout_seed(self._seed, step, micro_batch.index))
+        self._seed_generators(_dropout_seed(self._seed, step, micro_batch.index))
         ids, labels = self._to_device(micro_batch)
         loss_weight = self.stepper.grad_divisor / num_target_tokens
         if micro_batch.position_ids is not None:  # several examples a row: ever other shapes, never recorded
             position_ids = torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device)
             return self.stepper.backward(ids, labels, loss_weight, position_ids).double().sum()
         return self.execution.runner.backward(ids, labels, loss_weight).double().sum()
+
+    def _seed_generators(self, seed: int) -> None:
+        """What `torch.manual_seed` does for the devices in use; it writes down the call stack for each of the others."""
+        torch.default_generator.manual_seed(seed)
+        if self.dist_context.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def discard_step(self) -> None:
         """Let no gradient stay after a refused step. The state may be worthless then: for those who restore it."""
