@@ -1,4 +1,4 @@
-"""Whether a kernel takes its GPU form or its CPU form: the one place that asks for the device.
+"""Whether a kernel takes its GPU form or its CPU form: the one place that asks for the device. It gains no time.
 
 `simulate_gpu` lets CPU tensors take the GPU form, so that it can be tested, and its memory counted, without a GPU.
 """

@@ -1,6 +1,7 @@
 """How a causal LM makes logits of its last hidden states: a layer, and what its architecture does to them afterwards.
 
 Found by structure, for any architecture whose head is that; `CausalLMLoss.verify` holds it against the model's own.
+Gain: that of linear_cross_entropy.py, for architectures other than GPT-2.
 """
 
 from dataclasses import dataclass
