@@ -156,12 +156,17 @@ def real_pass_memory(model: TrainableModel, setup: PassSetup) -> PassMemory:
 @pytest.mark.parametrize(
     ("flags", "fields", "precision"),
     [
-        ("--mode full", {}, "fp32"),
+        pytest.param("--mode full", {}, "fp32", marks=pytest.mark.sweep),
         ("--mode full", {}, "bf16"),
-        ("--mode full --dropout 0", {}, "bf16"),
-        ("--mode lora", {"uses_fused_lora": True}, "fp32"),
+        pytest.param("--mode full --dropout 0", {}, "bf16", marks=pytest.mark.sweep),
+        pytest.param("--mode lora", {"uses_fused_lora": True}, "fp32", marks=pytest.mark.sweep),
         ("--mode lora", {"uses_fused_lora": True}, "bf16"),
-        ("--mode lora --lora-target-modules c_attn --dropout 0", {"uses_fused_lora": True}, "fp32"),
+        pytest.param(
+            "--mode lora --lora-target-modules c_attn --dropout 0",
+            {"uses_fused_lora": True},
+            "fp32",
+            marks=pytest.mark.sweep,
+        ),
         ("--mode lora --lora-dropout 0.1", {}, "bf16"),
         ("--mode lora --adapter dora", {}, "fp32"),
         ("--mode full --activation-checkpointing", {}, "bf16"),
@@ -249,6 +254,7 @@ def test_activation_checkpointing_saves_block_inputs_only(small_model):
     assert 3 * 4 * 64 * ROWS * WIDTH < checkpointed < usual / 2
 
 
+@pytest.mark.sweep
 def test_gpt2_xl_on_an_nf4_base_fits_into_six_gib_by_estimate(tmp_path):
     """1.5 billion weights; four bits and a doubly quantised scale of about one byte for each block of 64."""
     from transformers import GPT2Config
