@@ -103,7 +103,7 @@ def run_with_small_buckets(jobs: list[dict[str, Any]]) -> int:
     gradients.GradientBuckets._launch_next = count_launch  # type: ignore[method-assign]
     code = run_jobs(jobs)
     print(launched)
-    return code or int(not launched["in the backward"] > max(50, 5 * launched["after it"]))
+    return code or int(not launched["in the backward"] > max(30, 5 * launched["after it"]))
 
 
 def run_with_reductions_to_owners(jobs: list[dict[str, Any]]) -> int:
