@@ -215,7 +215,7 @@ class Engine:
         return self.execution.runner.backward(ids, labels, loss_weight).double().sum()
 
     def _seed_generators(self, seed: int) -> None:
-        """What `torch.manual_seed` does for the devices in use; it writes down the call stack for each of the others."""
+        """What `torch.manual_seed` does, for the devices in use: for each other one it formats the call stack."""
         torch.default_generator.manual_seed(seed)
         if self.dist_context.device.type == "cuda":
             torch.cuda.manual_seed(seed)
