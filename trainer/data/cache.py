@@ -17,7 +17,7 @@ from trainer.config.files import fsync_path
 from trainer.data.token_dataset import SPLITS, TokenDataset, array_files, load_token_dataset
 from trainer.data.validate_files import remembered_fingerprint, sha256
 
-FORMAT_VERSION = 5  # of the folder and of the texts; a change of either makes every earlier folder another one
+FORMAT_VERSION = 6  # of the folder and of the texts; a change of either makes every earlier folder another one
 MANIFEST_FILE = "facts.json"
 REQUIRED_ARRAYS = ("ids", "offsets", "first")
 #: What every reader of the `data` block of run.json may count on.

@@ -99,7 +99,7 @@ class Preprocessor:
             "block_size": settings.block_size,
             "train": packers["train"].counts(),
             **{
-                split: packers[split].counts() | {"target_bytes": sum(row_info.num_bytes)}
+                split: packers[split].counts() | {"target_bytes": sum(row_info.num_bytes), "units": row_info.num_units}
                 for split, row_info in row_infos.items()
             },
             "notices": self._notices(writer),

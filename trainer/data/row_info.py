@@ -29,6 +29,12 @@ class RowInfo:
     in_train: Sequence[bool]
 
     @property
+    def num_units(self) -> int:
+        """Groups, or rows that share none, that an interval can tell apart: those that equal no training record."""
+        rows = zip(self.groups, self.ids, self.in_train, strict=True)
+        return len({group or row_id for group, row_id, is_in_train in rows if not is_in_train})
+
+    @property
     def occurrences(self) -> list[int]:
         """For each row the number of equal rows before it."""
         counts: Counter[str] = Counter()

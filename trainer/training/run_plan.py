@@ -63,7 +63,7 @@ class RunPlan:
     def summary_lines(self) -> list[tuple[str, str]]:
         """The plan as (what, value) for people."""
         model_info, schedule, settings = self.model_info, self.schedule, self.settings
-        train, val, test = self.data_info["train"], self.data_info["val"], self.data_info.get("test")
+        train, test = self.data_info["train"], self.data_info.get("test")
         unit = "blocks" if self.data_info["objective"] == "blocks" else "rows"
         train_settings = settings.train
         lr_shape = describe_schedule(
@@ -82,12 +82,9 @@ class RunPlan:
                 "data",
                 f"{self.data_info['source']}: {train['examples']:,} {unit} of at most {settings.data.block_size} "
                 "tokens, "
-                f"{train['tokens']:,} tokens",
+                f"{train['tokens']:,} tokens, fingerprint {self.data_info['fingerprint'][:12]}",
             ),
-            (
-                "validation",
-                f"{val['examples']:,} {unit}, {val['counted_tokens']:,} counted tokens ({self.data_info['split']})",
-            ),
+            ("validation", f"{self._describe_split('val', unit)} ({self.data_info['split']})"),
             ("format", f"{self.data_info['form']}: {self.data_info['form_meaning']}"),
             ("example", self.data_info["example"] or "token ids"),
             ("batch", str(schedule.batch)),
@@ -103,13 +100,18 @@ class RunPlan:
             ("output", f"{settings.run_folder}"),
         ]
         if test and test["examples"]:
-            lines.insert(6, ("test", f"{test['examples']:,} {unit}, {test['counted_tokens']:,} counted tokens"))
+            lines.insert(6, ("test", self._describe_split("test", unit)))
         if self.dist_context.world_size > 1:
             lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
         notes = [*self.data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
         if settings.train.optim == "paged_adamw8bit" and self.dist_context.device.type == "cpu":
             notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")
         return lines + [("note", note) for note in notes]
+
+    def _describe_split(self, split: str, unit: str) -> str:
+        counts = self.data_info[split]
+        groups = "" if counts["units"] == counts["examples"] else f" of {counts['units']:,} groups"
+        return f"{counts['examples']:,} {unit}{groups}, {counts['counted_tokens']:,} counted tokens"
 
     def untimed(self) -> "RunPlan":
         """The same without timing, by the plan that is the default then: for trials, whose steps are few or unlike."""

@@ -379,7 +379,7 @@ def test_data_metadata_have_the_fields_that_run_json_promises(tmp_path, prepare_
     promised += "train val notices"
     assert set(promised.split()) <= set(facts)
     assert set(facts["train"]) == {"records", "examples", "tokens", "counted_tokens"}
-    assert set(facts["val"]) == set(facts["test"]) == {*facts["train"], "target_bytes"}
+    assert set(facts["val"]) == set(facts["test"]) == {*facts["train"], "target_bytes", "units"}
     assert facts["split"] == "hash 0.1"
     assert facts["vocabulary"] == 400
     json.dumps(facts, allow_nan=False)
@@ -426,6 +426,7 @@ def test_records_with_one_value_of_the_split_column_stay_in_one_split(tmp_path, 
     groups = {split: prepared.row_info(split).groups for split in ("val", "test")}
     assert all(len(groups[split]) == len(getattr(prepared, split)) for split in groups)
     assert not set(groups["val"]) & set(groups["test"])
+    assert {split: prepared.metadata[split]["units"] for split in groups} == {s: len(set(groups[s])) for s in groups}
     assert all(values.count(value) == 5 for values in groups.values() for value in values)
     with pytest.raises(UserError, match=r"--split-by dok: .* has no such column; expected one of doc, mr, ref"):
         prepare_file(file, **{**options, "split_by": "dok"})
