@@ -98,7 +98,12 @@ _RANKING_KEYS: dict[str, Callable[[RunData], Any]] = {
     "tokens seen": _tokens_seen,
     "batch": lambda run: run.get("resolved.global_batch"),
     "data order": lambda run: (
-        f"seed {run.get('settings.train.seed')}" if run.get("settings.data.shuffle") is not False else "as in the data"
+        (
+            f"seed {run.get('settings.train.seed')}"
+            if run.get("settings.data.shuffle") is not False
+            else "as in the data"
+        )
+        + (", packed" if run.get("settings.data.packing") else "")
     ),
 }
 

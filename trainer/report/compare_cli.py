@@ -12,6 +12,7 @@ from trainer.report.load import LoadProblem, load_runs
 from trainer.report.margin import parse_margin
 from trainer.report.options import ComparisonOptions
 from trainer.report.tables import REFERENCE_LABEL
+from trainer.report.verdict import Verdict
 from trainer.report.write import write_report
 
 REFUSED_EXIT_CODE = 3
@@ -126,10 +127,17 @@ def print_comparison(comparison: Comparison, results: Sequence[AssertionResult])
         print(capture.get().strip(" \n") + "\n")
     else:
         console.print(table, markup=False)
-    console.print(comparison.verdict.sentence, markup=False, soft_wrap=True, style=None if is_plain else "bold")
-    for headline in comparison.verdict.headlines:
-        console.print(f"{headline.label}: {headline.value} ({headline.note})", markup=False, soft_wrap=True)
-    for line in comparison.comparability_notes:
-        console.print(f"- {line}", markup=False, soft_wrap=True)
-    for result in results:
-        console.print(str(result), markup=False, soft_wrap=True)
+    print_verdict(
+        comparison.verdict, [f"- {line}" for line in comparison.comparability_notes] + list(map(str, results))
+    )
+
+
+def print_verdict(verdict: Verdict, lines: Sequence[str]) -> None:
+    """Print the sentence, the three numbers and what follows them: broken at words on a terminal, else a line each."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    lines = [*(f"{headline.label}: {headline.value} ({headline.note})" for headline in verdict.headlines), *lines]
+    for n, line in enumerate([verdict.sentence, *lines]):
+        style = "bold" if console.is_terminal and not n else None
+        console.print(line, markup=False, soft_wrap=not console.is_terminal, style=style)

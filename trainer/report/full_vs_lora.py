@@ -68,7 +68,9 @@ class FullVsLora:
 def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions) -> FullVsLora:
     """The comparison of two groups on the same data, of which each has a finished run."""
     pairs = pair_by_seed(full, lora)
-    blockers = tuple(dict.fromkeys(reason for pair in pairs for reason in ranking_blockers(*pair)))
+    reasons = [reason for pair in pairs for reason in ranking_blockers(*pair)]
+    reasons += [reason for pair in pairs for run in pair for reason in comparison_blockers(pairs[0][0], run)]
+    blockers = tuple(dict.fromkeys(reasons))
     if not pairs:
         seeds = [", ".join(sorted({str(_seed(run)) for run in group.finished_runs})) for group in (lora, full)]
         blockers = (f"other data order (seeds {seeds[0]} against {seeds[1]})",)

@@ -62,12 +62,18 @@ def describe_numbers(pair: FullVsLora) -> list[str]:
     if pair.excess is not None:
         line += _bits_per_byte(pair, pair.excess.estimate)
     if pair.contrast is not None:
-        line += f"; beyond the margin of {describe_margin(pair)}: at most {pair.contrast.upper:+.4f} (one-sided 95 %)"
+        line += f"; beyond the margin of {describe_margin(pair)}: at most {pair.contrast.upper:+.4f} "
+        line += f"(one-sided {100 * pair.contrast.level:.3g} %)"
     elif pair.excess is not None:
         line += f"; whether it is within the margin is not known: {_margin_blocker(pair)}"
     lines = [line + "."]
     if pair.losses and pair.losses.num_in_train:
         lines.append(f"{names}: {pair.losses.num_in_train:,} records that equal a training record are left out.")
+    if pair.losses and pair.losses.are_blocks and (column := pair.full.runs[0].get("data.split_by")):
+        lines.append(
+            f"{names}: records of one {column} may stand in several blocks, which the interval takes for independent; "
+            "it may be too narrow, and --objective completion keeps records apart."
+        )
     if pair.no_losses:
         lines.append(f"{names}: {pair.no_losses}; an interval over seeds alone holds for this validation set only.")
     return lines

@@ -118,20 +118,31 @@ def report_title(comparison: Comparison) -> str:
     from trainer.tracking.wandb_keys import data_name
 
     sources = {data_name(str(run.get("data.source"))) for run in comparison.runs}
-    return ("Full against LoRA" + (f", {sources.pop()}" if len(sources) == 1 else ""))[:128]
+    kind = "Full against LoRA" if comparison.verdict.study is None else "Study of full against LoRA"
+    return (kind + (f", {sources.pop()}" if len(sources) == 1 else ""))[:128]
+
+
+def _modes(comparison: Comparison) -> list[str]:
+    return ["full", "lora", "card"] if comparison.with_reference else ["full", "lora"]
+
+
+def run_filter(comparison: Comparison) -> str:
+    """Which runs of the project the panels show: both modes, new ones too; of a study, those that it answers from."""
+    if comparison.verdict.study is None:
+        return f"Config('mode') in {_modes(comparison)}"
+    return f"Metric('ID') in {[run.run_id for run in comparison.runs]}"
 
 
 def _build_report(comparison: Comparison, entity: str, project: str, *, own_project: bool) -> Any:
     """The report; with `own_project` its run set names no project, so that no server is asked."""
     wr = _import_workspaces()
-    modes = ["full", "lora", "card"] if comparison.with_reference else ["full", "lora"]
     colours = {run.run_id: COLOURS[run.mode] for run in comparison.runs}
     if comparison.with_reference:
         colours[REFERENCE_RUN_ID] = COLOURS["card"]
     runset = wr.Runset(
         **({} if own_project else {"entity": entity, "project": project}),
-        name=" / ".join(modes),
-        filters=f"Config('mode') in {modes}",
+        name=" / ".join(_modes(comparison)),
+        filters=run_filter(comparison),
         run_settings={run_id: wr.RunSettings(color=colour) for run_id, colour in colours.items()},
     )
     tables = [

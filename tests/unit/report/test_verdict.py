@@ -13,6 +13,7 @@ from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study, run_m
 
 from trainer.report.formats import format_percent
 from trainer.report.full_vs_lora import Margin
+from trainer.report.headlines import describe_numbers
 from trainer.report.paired_interval import margin_contrast, paired_interval
 from trainer.report.run_folder import read_folder
 from trainer.report.write import to_answer
@@ -115,6 +116,11 @@ def test_records_that_equal_a_training_record_are_left_out_and_counted(make_run:
     verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options={"num_in_train": 4}))
     assert "on 116 validation blocks" in verdict.sentence
     assert any("4 records that equal a training record are left out" in line for line in verdict.details)
+    assert not any("may stand in several blocks" in line for line in verdict.details)
+    for run in (verdict.primary or pytest.fail("a pair")).full.runs:
+        run.metadata["data"]["split_by"] = "mr"
+    lines = describe_numbers(verdict.primary)  # type: ignore[arg-type]
+    assert "records of one mr may stand in several blocks, which the interval takes for independent" in lines[-1]
 
 
 def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: MakeRun) -> None:
@@ -165,6 +171,7 @@ def test_the_same_seed_twice_is_not_a_second_sample(make_run: MakeRun) -> None:
         ({"settings__model__init": "random"}, "other init (random against pretrained)"),
         ({"resolved__global_batch": 16}, "other batch (16 against 8)"),
         ({"settings__data__shuffle": False}, "other data order (as in the data against seed 42)"),
+        ({"settings__data__packing": True}, "other data order (seed 42, packed against seed 42)"),
         ({"seed": 43}, "other data order (seeds 43 against 42)"),
     ],
 )
