@@ -8,6 +8,7 @@ workers. Exit code: 0 answered, 1 something failed, 2 a mistake, 3 an answer is 
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -69,13 +70,22 @@ def main(argv: list[str] | None = None) -> int:
             from trainer.report.wandb_report import parse_target
 
             parse_target(args.wandb_report)
-        if args.join is None and not _plan(args, train_argv, parser):
+        if args.join is not None:
+            _refuse_rule_flags(args, train_argv, parser)
+        elif not _plan(args, train_argv, parser):
             return 0
-        if args.join is not None and train_argv:
-            raise UserError(f"{train_argv[0]}: not with --join, whose study has its rule; expected --workers")
         return _run(args)
     except UserError as error:
         return report_error(error)
+
+
+def _refuse_rule_flags(args: Any, train_argv: list[str], parser: ArgumentParser) -> None:
+    """UserError for a flag beside --join that would change the study it names."""
+    allowed = ("join", "workers", "gpus_per_trial", "price_per_hour", "wandb_report")
+    values = {name: value for name, value in vars(args).items() if name not in allowed}
+    changed = [f"--{name.replace('_', '-')}" for name, value in values.items() if value != parser.get_default(name)]
+    if flags := [*changed, *train_argv]:
+        raise UserError(f"{flags[0]}: not with --join, whose study has its rule; expected --workers")
 
 
 def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
@@ -83,34 +93,41 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     from trainer.report import margin
     from trainer.tools.study import planning, rule, worker
 
-    slot = worker.make_slots(args.workers, args.gpus_per_trial)[0]
-    run_train = partial(planning.run_train, slot)
+    start_time = time.monotonic()
+    runs = [partial(planning.run_train, slot) for slot in worker.make_slots(args.workers, args.gpus_per_trial)]
     worker.check_train_argv(train_argv)
     has_test_data = any(argument.partition("=")[0] == "--test-data" for argument in train_argv)
     passed_argv = [*(["--test-fraction", "0"] if has_test_data else []), *train_argv]
     settings = parse_args(["--mode", "full", *worker.DEFAULT_ARGV, *passed_argv], companion=parser).settings
     max_steps = settings.train.max_steps
+    if settings.train.warmup_steps:
+        raise UserError(
+            f"--warmup-steps {settings.train.warmup_steps}: the short runs of a search might never be warm; give "
+            "--warmup-ratio, which is the same for all"
+        )
     if args.quarter_batch and settings.train.global_batch % 4:
         raise UserError(f"--quarter-batch: --global-batch {settings.train.global_batch} cannot be divided by 4")
     total_steps_argv = ["--max-steps", str(max_steps)] if max_steps else []
     passed_argv = _without_flag(passed_argv, "--max-steps")
     methods = tuple(args.methods.split(","))
     rule.check_methods(methods)
-    total_steps = planning.resolve_total_steps(methods, [*passed_argv, *total_steps_argv], run_train)
+    total_steps, data = planning.resolve_run(methods, [*passed_argv, *total_steps_argv], runs[0])
     study_rule = rule.Rule(
         methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
         rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
         answer_seeds=_parse_numbers("--seeds", args.seeds), margin=margin.parse_margin(args.margin), level=0.95,
         looks=args.looks, quarter_batch=settings.train.global_batch // 4 if args.quarter_batch else None,
-        train_argv=tuple(passed_argv),
+        train_argv=tuple(passed_argv), data=data,
     )  # fmt: skip
     costs = None
     if args.budget is not None and not (args.output_dir / rule.RULE_FILE).exists():
         seconds = planning.parse_duration("--budget", args.budget)
-        costs = planning.measure_costs(methods, passed_argv, run_train)
-        study_rule = planning.fit_to_budget(study_rule, seconds, costs, args.workers)
+        print(f"--budget {args.budget}: measuring what runs take here, three short ones of each method", flush=True)
+        costs = planning.measure_costs(methods, passed_argv, runs)
+        seconds_left = seconds - (time.monotonic() - start_time)
+        study_rule = planning.fit_to_budget(study_rule, seconds_left, costs, args.workers)
     elif args.budget is not None:  # what the time is for was decided when the study began
-        study_rule = rule.read_rule(args.output_dir)[0]
+        study_rule = planning.cut_like(rule.read_rule(args.output_dir)[0], study_rule)
     for line in planning.plan_study(study_rule, costs, args.workers).lines():
         print(line, flush=True)
     for line in study_rule.left_out:
@@ -148,7 +165,10 @@ def _run(args: Any) -> int:
     if state.needed or should_stop.is_set():
         return _stopped()
     for outcome in state.outcomes.values():
-        print(outcome.describe())
+        if outcome.problem is None or outcome.problem != state.refusal:
+            print(outcome.describe())
+    if failed := [trial for trial in queue.trials().values() if trial.failure]:
+        print(f"failed: {len(failed)} trials, the first {failed[0].name}: {failed[0].failure}")
     if state.refusal is not None:
         raise AnswerRefusedError(f"refused to rank: {state.refusal}")
     return _answer(args, study, state, queue.results(), should_stop)
@@ -156,6 +176,7 @@ def _run(args: Any) -> int:
 
 def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: threading.Event) -> int:
     """Time the finalists, judge, and write and print the answer and what stands beside it."""
+    from trainer.report.compare_cli import REFUSED_EXIT_CODE, print_verdict
     from trainer.report.write import write_report
     from trainer.tools.study import answer
     from trainer.tools.study.finalist_timing import time_finalists
@@ -164,23 +185,20 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
     answer.judge(answer.read_groups(study.folder, state.answers), study.rule)  # refused before anything is timed
     finalists = {method: state.outcomes[method].winner for method in ("full", "lora")}
     slot = make_slots(1, args.gpus_per_trial)[0]
+    print("timing the finalists in alternation", flush=True)
     if (timing := time_finalists(study.folder, study.rule, finalists, slot, should_stop)) is None:
         return _stopped()
     comparison = answer.compare_study(study.folder, study.rule, state, results, timing, args.price_per_hour)
     paths = write_report(comparison, study.folder)
     verdict = comparison.verdict
-    print(f"\n{verdict.sentence}")
-    for headline in verdict.headlines:
-        print(f"{headline.label}: {headline.value} ({headline.note})")
-    for line in verdict.details:
-        if line.startswith("Exploratory: "):
-            print(line)
-    print(f"a page to send: {paths[0]} (for machines: answer.json beside it)")
+    print()
+    exploratory = [line for line in verdict.details if line.startswith("Exploratory: ")]
+    print_verdict(verdict, [*exploratory, f"a page to send: {paths[0]} (for machines: answer.json beside it)"])
     if args.wandb_report is not None:
         from trainer.report.wandb_report import parse_target, save_report
 
         print(f"W&B Report: {save_report(comparison, *parse_target(args.wandb_report), study.folder)}")
-    return answer.REFUSED_EXIT_CODE if verdict.comparisons[0].is_margin_under_floor else 0
+    return REFUSED_EXIT_CODE if verdict.comparisons[0].is_margin_under_floor else 0
 
 
 def _stopped() -> int:

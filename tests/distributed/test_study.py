@@ -41,7 +41,8 @@ from pathlib import Path
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 if "--dry-run" in sys.argv:
     print("steps          20 per epoch,", flags.get("--max-steps", "160"), "in all")
-    print("test           " + os.environ.get("STUB_TEST", "40") + " blocks, 800 counted tokens")
+    print("test           " + os.environ.get("STUB_TEST", "40 blocks") + ", 800 counted tokens")
+    print("data           a.csv: 90 blocks, 900 tokens, fingerprint " + os.environ.get("STUB_DATA", "d1" * 6))
     sys.exit(0)
 from helpers.fake_runs import make_metadata
 from trainer.data.row_info import RowInfo
@@ -56,12 +57,15 @@ out.mkdir(parents=True, exist_ok=True)
 precision = "bf16" if seed == int(os.environ.get("STUB_BF16", 0)) else "fp32"
 group = os.environ["WANDB_RUN_GROUP"]
 metadata = make_metadata(flags["--mode"], seed=seed, name=out.name, resolved__precision=precision, resolved__lr=lr,
-                         wandb__group=group, model__step_flops=1e6)
+                         wandb__group=group, model__step_flops=1e6,
+                         data__fingerprint=os.environ.get("STUB_DATA", "d1" * 6))
 (out / "run.json").write_text(json.dumps(metadata))
 time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
 if seed == int(os.environ.get("STUB_KILLED", 0)) and "--resume" not in sys.argv:
     os.kill(os.getpid(), 9)
 if lr > 0.3 or seed == int(os.environ.get("STUB_DIVERGES", 0)):
+    event = {"kind": "event", "event": "not_finite", "message": "", "step": 3, "time": 1.0, "facts": {}}
+    (out / "metrics.jsonl").write_text(json.dumps(event) + "\\n")
     print("error: step 3: loss nan", file=sys.stderr)
     sys.exit(1)
 is_lora = flags["--mode"] == "lora"
@@ -115,7 +119,7 @@ def make_rule(**changes) -> Rule:
     values = {
         "methods": ("full", "lora"), "lora_ranks": (8,), "total_steps": TOTAL_STEPS, "rungs": plan_rungs(TOTAL_STEPS),
         "search_seeds": (1,), "answer_seeds": (101, 102, 103), "margin": Margin(), "level": 0.95, "looks": 1,
-        "train_argv": ("--data", "acled-demo"),
+        "train_argv": ("--data", "acled-demo"), "data": "d1" * 6,
     }  # fmt: skip
     return Rule(**{**values, **changes})
 
@@ -126,7 +130,7 @@ def count_log(stub_dir: Path, word: str) -> Counter[str]:
 
 
 @pytest.mark.slow
-def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, capsys):
+def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, capsys, monkeypatch):
     study_script = load_study_script()
     argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8", "--quarter-batch"]
     argv += ["--seeds", "101,102,103,104", "--looks", "2", "--price-per-hour", "36"]
@@ -159,6 +163,12 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     assert "these test blocks tell no less than ±0." in capsys.readouterr().out
     assert study_script.main([*argv, "--margin", "5%"]) == 2
     assert "margin is {'kind': 'share', 'value': 0.02} in the study that goes on there" in capsys.readouterr().err
+    monkeypatch.setenv("STUB_DATA", "e2" * 6)
+    assert study_script.main(argv) == 2
+    assert (
+        "rule.json: data is d1d1d1d1d1d1 in the study that goes on there and e2e2e2e2e2e2 now"
+        in capsys.readouterr().err
+    )
     text = (stub_dir / "study" / "rule.json").read_text()
     (stub_dir / "study" / "rule.json").write_text(text.replace('"level": 0.95', '"level": 0.9'))
     assert study_script.main(["--join", "study"]) == 2
@@ -246,6 +256,7 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
         rule=rule, study_folder=study.folder, slot=make_slots(1, None)[0], queue=queue, should_stop=should_stop
     )
     claim, spec = queue.claim([diverging])
+    assert study_table(study).caption == f"running: {spec.name}"
     assert runner.run(claim, spec).failure == "step 3: loss nan"
     assert queue.trials()[spec.name].failure == "step 3: loss nan"
     monkeypatch.setenv("STUB_KILLED", "2")
@@ -260,6 +271,23 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
     table = study_table(study)
     assert [column.header for column in table.columns][:4] == ["method", "done", "running", "failed"]
     assert [list(column.cells) for column in table.columns][3] == ["0", "1"]
+
+
+def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(stub_dir, monkeypatch):
+    write_rule(stub_dir / "study", make_rule(total_steps=16, rungs=(16,)), working_dir=str(stub_dir))
+    study = Study.open(stub_dir / "study")
+    monkeypatch.setenv("STUB_DATA", "e2" * 8)
+    for message in (
+        "its data have the fingerprint e2e2e2e2e2e2, those that the study",
+        "s1: --data a.csv: no such file",
+    ):
+        with pytest.raises(UserError, match=message):
+            study.run(num_workers=1, gpus_per_trial=None, should_stop=threading.Event(), log=print)
+        assert not TrialQueue(study.folder, "reader").results()
+        assert not list((study.folder / "runs").glob("*/run.json")), "or it could not be gone on with"
+        script = "import sys; print('error: --data a.csv: no such file', file=sys.stderr); sys.exit(2)"
+        (stub_dir / "launch" / "train.py").write_text(script)
+    assert TrialQueue(study.folder, "other").claim(study.state(TrialQueue(study.folder, "reader")).needed), "it is free"
 
 
 def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
@@ -299,6 +327,8 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
         (["--budget", "soon"], "--budget soon: expected a time such as 45m, 2h or 1d"),
         (["--join", "nowhere"], "nowhere: no study there"),
         (["--join", "nowhere", "--block-size", "9"], "--block-size: not with --join"),
+        (["--join", "nowhere", "--dry-run"], "--dry-run: not with --join"),
+        (["--warmup-steps", "5"], "--warmup-steps 5: the short runs of a search might never be warm"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line_and_exit_code_2(stub_dir, capsys, argv, message):
@@ -326,7 +356,7 @@ def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(stub_di
     argv = ["--max-steps", "8", "--workers", "2"]
     monkeypatch.setenv("STUB_BF16", "102")
     assert load_study_script().main(["--output-dir", "mixed", *argv]) == 3
-    assert "s101 ran in fp32 on 1 x some cpu, None steps, answer-full" in (error := capsys.readouterr().err)
+    assert "s101 ran in fp32 on 1 x some cpu, None steps of torch 2.13.0, answer-" in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
     monkeypatch.setenv("STUB_BF16", "0")
     monkeypatch.setenv("STUB_DIVERGES", "103")
@@ -334,10 +364,13 @@ def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(stub_di
     assert "refused to rank: answer-full-lr0.0001-t8-s103 failed" in capsys.readouterr().err
 
 
-def test_too_few_test_records_are_refused_before_the_first_trial(stub_dir, capsys, monkeypatch):
-    monkeypatch.setenv("STUB_TEST", "19")
+@pytest.mark.parametrize(
+    ("test", "units"), [("19 blocks", "19 test blocks"), ("1,900 rows of 12 groups", "12 test groups")]
+)
+def test_too_few_test_units_are_refused_before_the_first_trial(stub_dir, capsys, monkeypatch, test, units):
+    monkeypatch.setenv("STUB_TEST", test)
     assert load_study_script().main([]) == 2
-    assert "19 test records, blocks where texts are packed; expected 20 or more" in capsys.readouterr().err
+    assert f"error: --test-fraction: {units}; expected 20 or more" in capsys.readouterr().err
     assert not (stub_dir / "study").exists()
 
 
@@ -367,7 +400,7 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(stub_dir, capsys):
 def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir, monkeypatch):
     (stub_dir / "launch" / "train.py").write_text("import sys; sys.exit('error: --quant nf4: no bitsandbytes')")
     with pytest.raises(UserError, match="--quant nf4: no bitsandbytes"):
-        planning.resolve_total_steps(("full", "lora"), (), partial(planning.run_train, make_slots(1, None)[0]))
+        planning.resolve_run(("full", "lora"), (), partial(planning.run_train, make_slots(1, None)[0]))
 
 
 @pytest.mark.parametrize(

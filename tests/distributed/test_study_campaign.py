@@ -27,7 +27,7 @@ def make_rule(total_steps: int, train_argv: tuple[str, ...] = TRAIN_ARGV) -> Rul
     return Rule(
         methods=("full", "lora"), lora_ranks=(8,), total_steps=total_steps, rungs=plan_rungs(total_steps),
         search_seeds=(1, 2, 3), answer_seeds=(101, 102, 103), margin=Margin(), level=0.95, looks=1,
-        train_argv=train_argv,
+        train_argv=train_argv, data="",
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from helpers.fake_runs import make_metadata, make_run_folder, write_eval_records
 from trainer.config.errors import UserError
 from trainer.report.full_vs_lora import FullVsLora
 from trainer.report.margin import Margin
+from trainer.report.wandb_report import report_title, run_filter
 from trainer.report.write import write_report
 from trainer.tools.study.answer import AnswerRefusedError, compare_study, judge, read_groups
 from trainer.tools.study.finalist_timing import Timing
@@ -33,6 +34,7 @@ def make_rule(**changes: Any) -> Rule:
     values: dict[str, Any] = {
         "methods": ("full", "lora"), "lora_ranks": (8,), "total_steps": 30, "rungs": (30,), "search_seeds": (1,),
         "answer_seeds": SEEDS, "margin": Margin(kind="nats", value=0.02), "level": 0.95, "looks": 1, "train_argv": (),
+        "data": "d1" * 6,
     }  # fmt: skip
     return Rule(**{**values, **changes})
 
@@ -129,6 +131,8 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     assert answer["study"]["looks"] == {"taken": 1, "planned": 1, "level_of_each": 0.95}
     assert answer["study"]["searches"]["pissa"]["problem"] == "pissa: every trial failed"
     assert answer["study"]["searches"]["pissa"]["loss"] is None
+    assert report_title(comparison) == "Study of full against LoRA, acled-demo"
+    assert run_filter(comparison).startswith("Metric('ID') in ['full0101', 'full0102', 'full0103', 'lora0101'")
     details = "\n".join(comparison.verdict.details)
     assert (
         "Exploratory: all comparisons but the first; that their loss differs, after Holm: LoRA (dora, rank" in details
@@ -159,6 +163,7 @@ def test_times_of_a_machine_that_did_other_work_are_not_divided():
         ({"hardware__gpu": "H100"}, "in fp32 on 1 x H100, None steps"),
         ({"execution": [{"path": "eager"}, {"path": "eager", "cuda_graphs": True}]}, "eager steps from CUDA graphs"),
         ({"resolved__ranks": 2}, "in fp32 on 2 x some cpu"),
+        ({"versions__torch": "2.1"}, "None steps of torch 2.1"),
     ],
 )
 def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, message):
@@ -180,6 +185,7 @@ def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, messag
         ({}, {"targets": TARGETS[:59]}, "refused to rank: other evaluation records"),
         ({}, {"splits": ("val",)}, "refused to rank: not every run has losses of test records"),
         ({}, {"model__fingerprint": "ff"}, "refused to rank: other base weights"),
+        ({}, {"data__fingerprint": "ff"}, r"refused to rank: other data \(d1d1d1d1d1d1d1d1 against ff"),
         ({"num_in_train": 4}, {}, "refused to rank: 4 of 60 test records also stand in the training data, over 5%"),
     ],
 )

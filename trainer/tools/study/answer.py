@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.config.json_file import parse_json
+from trainer.report.compare_cli import REFUSED_EXIT_CODE
 from trainer.report.comparison import Comparison, compare_run_groups
 from trainer.report.formats import format_interval
 from trainer.report.full_vs_lora import FullVsLora, compare_groups
@@ -23,8 +24,6 @@ from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import MIN_UNITS, PRIMARY, RULE_FILE, Rule
 from trainer.tools.study.search import Results, SearchOutcome, StudyState, TrialSpec
 from trainer.tools.study.worker import run_folder
-
-REFUSED_EXIT_CODE = 3
 
 
 class AnswerRefusedError(UserError):
@@ -84,6 +83,9 @@ def compare_study(
     pair = judge(groups, rule)
     lines = [*(f"search of {outcome.describe()}" for outcome in state.outcomes.values()), timing.describe()]
     lines += [f"left out: {line}" for line in rule.left_out]
+    lines += [
+        f"{m}: left out, a fresh run failed" for m, o in state.outcomes.items() if not o.problem and m not in groups
+    ]
     if state.quarter:
         lines.append(describe_quarter_batch(study_folder, rule, state, pair))
     seeds = sorted({spec.seed for spec in state.answers})
@@ -143,13 +145,15 @@ def describe_quarter_batch(study_folder: Path, rule: Rule, state: StudyState, wh
 
 
 def check_one_execution(groups: Sequence[SeedGroup]) -> None:
-    """AnswerRefusedError where runs did not compute alike: other device, precision, ranks or kind of steps."""
+    """AnswerRefusedError where runs did not compute alike: other device, precision, ranks, kind of steps or torch."""
     ways: dict[str, RunData] = {}
     for run in (run for group in groups for run in group.runs):
-        plan = (run.get("execution") or [{}])[-1]
+        plans = run.get("execution") or [{}]
+        kinds = [f"{plan.get('path')} steps" + " from CUDA graphs" * bool(plan.get("cuda_graphs")) for plan in plans]
         device = run.get("hardware.gpu") or run.get("hardware.cpu")
-        way = f"{run.get('resolved.precision')} on {run.get('resolved.ranks')} x {device}, {plan.get('path')} steps"
-        ways.setdefault(way + (" from CUDA graphs" if plan.get("cuda_graphs") else ""), run)
+        way = f"{run.get('resolved.precision')} on {run.get('resolved.ranks')} x {device}"
+        way += f", {', then '.join(dict.fromkeys(kinds))}"
+        ways.setdefault(f"{way} of torch {run.get('versions.torch')}", run)
     if len(ways) > 1:
         (way, run), (other_way, other_run) = list(ways.items())[:2]
         raise AnswerRefusedError(

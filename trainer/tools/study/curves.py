@@ -49,7 +49,10 @@ def _curve(folder: Path, rule: Rule, results: Results, method: str, seed: int, t
     """The best run of each rung. Parameters: what decides which runs these are, and their cost."""
     specs = [spec for spec in MethodSearch(rule, method).trials(results) if spec.seed == seed]
     best = [
-        min((spec for spec in specs if spec.num_steps == num_steps), key=lambda spec: results[spec.name])
+        min(
+            (spec for spec in specs if spec.num_steps == num_steps and math.isfinite(results[spec.name])),
+            key=lambda spec: results[spec.name],
+        )
         for num_steps in rule.rungs
     ]
     return [_point(read_folder(run_folder(folder, spec)), method, timing) for spec in best]

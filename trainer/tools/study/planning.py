@@ -1,5 +1,6 @@
 """What a study will take, before its first trial: its length, its cost, and what a budget has time for."""
 
+import bisect
 import dataclasses
 import math
 import re
@@ -12,7 +13,8 @@ from pathlib import Path
 
 from trainer.config.errors import UserError
 from trainer.report.formats import format_duration
-from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, MIN_UNITS, Rule, plan_rungs
+from trainer.tools.study.finalist_timing import NUM_ROUNDS, NUM_STEPS
+from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, MIN_UNITS, PRIMARY, Rule, plan_rungs
 from trainer.tools.study.search import TrialSpec, study_state, with_quarter_batch
 from trainer.tools.study.trial_process import start_training
 from trainer.tools.study.worker import DEFAULT_ARGV, Slot, last_log_line, train_command
@@ -65,49 +67,57 @@ def run_train(slot: Slot, argv: Sequence[str]) -> str:
         return log.read_text(encoding="utf-8", errors="replace")
 
 
-def resolve_total_steps(methods: Sequence[str], train_argv: Sequence[str], run: RunFn) -> int:
-    """The optimizer steps of a whole run, asked of `train.py --dry-run` for every method.
+def resolve_run(methods: Sequence[str], train_argv: Sequence[str], run: RunFn) -> tuple[int, str]:
+    """(optimizer steps of a whole run, fingerprint of its data), asked of `train.py --dry-run` for every method.
 
     UserError where a method cannot be loaded, a flag is wrong or the test is too small: before the first trial.
     """
 
-    def dry_run(method: str) -> int:
+    def dry_run(method: str) -> tuple[int, str]:
         with tempfile.TemporaryDirectory(prefix="study-") as folder:
             argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--output-dir", f"{folder}/run", "--dry-run"]
             plan = run(argv)
-        steps, test_rows = (
-            int(match[1].replace(",", "")) if (match := re.search(pattern, plan, re.MULTILINE)) else 0
-            for pattern in (r"^steps\s.*?([\d,]+) in all", r"^test\s+([\d,]+) ")
-        )
+        steps = re.search(r"^steps\s.*?([\d,]+) in all", plan, re.MULTILINE)
+        data = re.search(r"^data\s.*fingerprint ([0-9a-f]+)$", plan, re.MULTILINE)
         assert steps, "the plan says how many steps a run has"
-        if test_rows < MIN_UNITS:
+        assert data, "and on which data"
+        test = re.search(r"^test\s+([\d,]+) (\w+)(?: of ([\d,]+) (groups))?", plan, re.MULTILINE)
+        num_units, unit = (test[3] or test[1], test[4] or test[2]) if test else ("0", "records")
+        if int(num_units.replace(",", "")) < MIN_UNITS:
             raise UserError(
-                f"--test-fraction: {test_rows} test records, blocks where texts are packed; expected {MIN_UNITS} or "
-                "more: raise it, give --test-data or a smaller --block-size"
+                f"--test-fraction: {num_units} test {unit}; expected {MIN_UNITS} or more: raise it, give --test-data "
+                "or a smaller --block-size"
             )
-        return steps
+        return int(steps[1].replace(",", "")), data[1]
 
-    steps = {dry_run(methods[0])}  # the data is prepared once, by the first
+    runs = {dry_run(methods[0])}  # the data is prepared once, by the first
     with ThreadPoolExecutor(2) as pool:
-        steps |= set(pool.map(dry_run, methods[1:]))
-    assert len(steps) == 1, "the data decides, not the method"
-    return steps.pop()
+        runs |= set(pool.map(dry_run, methods[1:]))
+    assert len(runs) == 1, "the data decides, not the method"
+    return runs.pop()
 
 
 def measure_costs(
-    methods: Sequence[str], train_argv: Sequence[str], run: RunFn, clock: Callable[[], float] = time.monotonic
-) -> dict[str, TrialCost]:
-    """What a start, a step and an export of each method take here, from three short runs of each, one at a time."""
+    methods: Sequence[str], train_argv: Sequence[str], runs: Sequence[RunFn],
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, TrialCost]:  # fmt: skip
+    """What a start, a step and an export of each method take here, from three short runs of each.
+
+    `runs`: one for each worker; they run side by side, as a study's trials do, and take from each other.
+    """
+
+    def measure(method: str, num_steps: int, export: str) -> float:
+        argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--max-steps", str(num_steps)]
+        argv += ["--export", export, "--wandb", "disabled", "--output-dir"]
+        with tempfile.TemporaryDirectory(prefix="study-") as folder, ThreadPoolExecutor(len(runs)) as pool:
+            start_time = clock()
+            list(pool.map(lambda item: item[1]([*argv, f"{folder}/{item[0]}"]), enumerate(runs)))
+            return clock() - start_time
+
     costs = {}
     for method in methods:
-        seconds = []
-        for num_steps, export in ((CALIBRATION_STEPS[0], "last"), *((steps, "none") for steps in CALIBRATION_STEPS)):
-            with tempfile.TemporaryDirectory(prefix="study-") as folder:
-                argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--max-steps", str(num_steps)]
-                start_time = clock()
-                run([*argv, "--export", export, "--output-dir", f"{folder}/run", "--wandb", "disabled"])
-                seconds.append(clock() - start_time)
-        exported, short, long = seconds
+        exported = measure(method, CALIBRATION_STEPS[0], "last")
+        short, long = (measure(method, num_steps, "none") for num_steps in CALIBRATION_STEPS)
         step_seconds = max(0.0, (long - short) / (CALIBRATION_STEPS[1] - CALIBRATION_STEPS[0]))
         costs[method] = TrialCost(
             start_seconds=max(0.0, short - CALIBRATION_STEPS[0] * step_seconds), step_seconds=step_seconds,
@@ -138,6 +148,7 @@ def plan_study(rule: Rule, costs: dict[str, TrialCost] | None = None, num_worker
             for spec in specs
         )
         seconds /= num_workers
+        seconds += NUM_ROUNDS * sum(costs[method].seconds(NUM_STEPS) for method in PRIMARY)  # the finalists' timing
     return StudyPlan(
         num_trials={method: len(method_specs) for method, method_specs in specs_by_method.items()},
         num_steps={
@@ -152,20 +163,43 @@ def fit_to_budget(rule: Rule, budget_seconds: float, costs: dict[str, TrialCost]
 
     The rule says what was left out. UserError where not even the smallest one fits.
     """
-    smallest = rule
-    for candidate in _smaller_rules(rule):
-        if (plan_study(candidate, costs, num_workers).seconds or 0) <= budget_seconds:
+
+    def seconds(candidate: Rule) -> float:
+        return plan_study(candidate, costs, num_workers).seconds or 0.0
+
+    rules = _smaller_rules(rule)
+    for candidate in rules:
+        if seconds(candidate) <= budget_seconds:
             return candidate
-        smallest = candidate
-    needed_seconds = plan_study(smallest, costs, num_workers).seconds or 0
+    lengths = range(min(2 * MIN_RUNG_STEPS, rule.total_steps), rule.total_steps)
+    num_fitting = bisect.bisect(lengths, budget_seconds, key=lambda steps: seconds(_shorter(rules[-1], steps)))
+    if num_fitting:
+        return _shorter(rules[-1], lengths[num_fitting - 1])
+    smallest = _shorter(rules[-1], lengths[0]) if lengths else rules[-1]
     raise UserError(
-        f"--budget {format_duration(budget_seconds)}: the smallest study here takes {format_duration(needed_seconds)}; "
-        "give it more time, more --workers, or a shorter --max-steps"
+        f"--budget: {format_duration(budget_seconds)} are left of it, and the smallest study here takes "
+        f"{format_duration(seconds(smallest))}; give it more time, more --workers, or a shorter --max-steps"
+    )
+
+
+def cut_like(stored: Rule, rule: Rule) -> Rule:
+    """The rule, cut as a budget may have cut it, that is most like the `stored` one of a study that goes on."""
+    candidates = _smaller_rules(rule)
+    if stored.total_steps < rule.total_steps:
+        candidates.append(_shorter(candidates[-1], stored.total_steps))
+    names = [field.name for field in dataclasses.fields(Rule)]
+    return max(candidates, key=lambda cut: sum(getattr(cut, name) == getattr(stored, name) for name in names))
+
+
+def _shorter(rule: Rule, total_steps: int) -> Rule:
+    left_out = f"runs of {rule.total_steps:,} steps, these have {total_steps:,}"
+    return dataclasses.replace(
+        rule, total_steps=total_steps, rungs=plan_rungs(total_steps), left_out=(*rule.left_out, left_out)
     )
 
 
 def _smaller_rules(rule: Rule) -> list[Rule]:
-    """The rule, and ever smaller ones."""
+    """The rule, and ever smaller ones with runs of the same length."""
     rules = [rule]
 
     def add(left_out: str, **changes: object) -> None:
@@ -174,18 +208,13 @@ def _smaller_rules(rule: Rule) -> list[Rule]:
 
     if rule.quarter_batch is not None:
         add("a quarter of the batch", quarter_batch=None)
-    for method in rule.methods[:1:-1]:
-        if method not in ("full", "lora"):
-            add(f"method {method}", methods=tuple(m for m in rules[-1].methods if m != method))
+    for method in reversed([method for method in rule.methods if method not in PRIMARY]):
+        add(f"method {method}", methods=tuple(m for m in rules[-1].methods if m != method))
     if len(rule.lora_ranks) > 1:
         add(f"ranks {', '.join(map(str, rule.lora_ranks[1:]))}", lora_ranks=rule.lora_ranks[:1])
     for count in range(len(rule.answer_seeds) - 1, MIN_ANSWER_SEEDS - 1, -1):
         looks = min(rule.looks, count - MIN_ANSWER_SEEDS + 1)
         add(f"seed {rule.answer_seeds[count]}", answer_seeds=rule.answer_seeds[:count], looks=looks)
-    steps = rule.total_steps // 2
-    while steps >= 2 * MIN_RUNG_STEPS:
-        add(f"runs of {steps} steps in place of {steps * 2}", total_steps=steps, rungs=plan_rungs(steps))
-        steps //= 2
     return rules
 
 

@@ -1,8 +1,9 @@
 """Which trials come next: successive halving over rates and ranks, as a pure function of the results so far.
 
-Every rung is a whole short run whose schedule ends at zero. The leader's two neighbours on the grid of rates always go
-on with it, and are run where they were not: so a best rate is never the last one tried. At the edge of the grid the
-neighbour extends it, within bounds; a leader at a bound leaves its method under-tuned, and the study refuses to rank.
+Every rung is a whole short run whose schedule ends at zero. The first tries every second rate of the grid. The leader's
+two neighbours on the grid of rates always go on with it, and are run where they were not: so a best rate is never the
+last one tried. At the edge of the grid the neighbour extends it, within bounds; a leader at a bound leaves its method
+under-tuned, and the study refuses to rank.
 (Successive halving: Jamieson and Talwalkar, arXiv 1502.07943; rates for LoRA about ten times those of full:
 Schulman et al., "LoRA Without Regret", 2025.)
 """
@@ -19,8 +20,10 @@ RATE_DECADES = {"full": (-6, -2)}  # powers of ten that the grid of rates spans
 ADAPTER_RATE_DECADES = (-5, -1)
 EXTENSION_DECADES = 2  # by how much a grid may be extended on either side
 RATES_PER_DECADE = 4
+FIRST_RUNG_STRIDE = 2  # its leader's neighbours fill in what it passes over
 
-Results = Mapping[str, float]  #: name of a finished trial -> its final validation loss, infinity where it failed
+#: name of a finished trial -> its final validation loss, infinity where it diverged, NaN where it failed otherwise
+Results = Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -72,6 +75,7 @@ class SearchOutcome:
     winner: Candidate | None  #: None where every trial of a rung failed
     loss: float
     edge: Literal["lowest", "highest"] | None  #: which bound of its rates the winner stands at: under-tuned
+    unknown: str | None = None  #: the trial beside the winner that failed, and not for its rate
     num_trials: int
     num_steps: int
 
@@ -84,6 +88,11 @@ class SearchOutcome:
             return (
                 f"{self.method} is under-tuned: its best rate {self.winner.lr:g} is the {self.edge} that the study may "
                 "try, and a better one may lie beyond it"
+            )
+        if self.unknown is not None:
+            return (
+                f"{self.method}: {self.unknown} failed without diverging, and stands beside the best rate, "
+                f"{self.winner.lr:g}: it may be the better one (runs/{self.unknown}.log says what happened)"
             )
         return None
 
@@ -104,9 +113,7 @@ class MethodSearch:
     def __init__(self, rule: Rule, method: str) -> None:
         self.rule, self.method = rule, method
         ranks = rule.lora_ranks if method != "full" else (None,)
-        refinement = len(rule.lora_ranks) // len(
-            ranks
-        )  # a method without ranks tries so many more rates: equal budgets
+        refinement = len(rule.lora_ranks) // len(ranks)  # more rates where there are no ranks: equal budgets
         self.rates_per_decade = RATES_PER_DECADE * refinement
         low, high = RATE_DECADES.get(method, ADAPTER_RATE_DECADES)
         self.grid = [
@@ -138,16 +145,18 @@ class MethodSearch:
         edge: Literal["lowest", "highest"] | None = None
         if winner is not None and winner.rate_index in self.bounds:
             edge = "lowest" if winner.rate_index == self.bounds[0] else "highest"
+        beside = [spec.name for neighbour in self._neighbours(leader) for spec in self.specs_at(neighbour, -1)]
         return SearchOutcome(
-            method=self.method, winner=winner, loss=loss, edge=edge, num_trials=len(specs), num_steps=num_steps
-        )
+            method=self.method, winner=winner, loss=loss, edge=edge, num_trials=len(specs), num_steps=num_steps,
+            unknown=next((name for name in beside if math.isnan(results.get(name, 0.0))), None),
+        )  # fmt: skip
 
     def _walk(self, results: Results) -> tuple[list[TrialSpec], list[TrialSpec], list[Candidate]]:
         """(trials missing now, all trials asked for so far, candidates of the last rung that was reached)."""
         specs: list[TrialSpec] = []
-        candidates: list[Candidate] = self.grid
+        candidates = [c for c in self.grid if (c.rate_index - self.grid[0].rate_index) % FIRST_RUNG_STRIDE == 0]
         for rung in range(len(self.rule.rungs)):
-            num_planned, pending = len(candidates), list(candidates)
+            pending = list(candidates)
             while pending:
                 new_specs = [spec for candidate in pending for spec in self.specs_at(candidate, rung)]
                 specs += new_specs
@@ -159,13 +168,13 @@ class MethodSearch:
                 pending = [neighbour for neighbour in self._neighbours(leader) if neighbour not in candidates]
                 candidates = [*candidates, *pending]
             if rung < len(self.rule.rungs) - 1:
-                candidates = self._survivors(candidates, rung, num_planned, results)
+                candidates = self._survivors(candidates, rung, results)
         return [], specs, candidates
 
-    def _survivors(self, candidates: list[Candidate], rung: int, num_planned: int, results: Results) -> list[Candidate]:
-        """The best fourth of what was planned and the leader's neighbours; of the last rung, the leader's only."""
+    def _survivors(self, candidates: list[Candidate], rung: int, results: Results) -> list[Candidate]:
+        """The best, a fourth of the grid at most, and the leader's neighbours; of the last rung, the leader's only."""
         is_before_last = rung == len(self.rule.rungs) - 2
-        num_best = 1 if is_before_last else math.ceil(num_planned / RUNG_FACTOR)
+        num_best = 1 if is_before_last else len(self.grid) // RUNG_FACTOR
         ranked = sorted(candidates, key=lambda candidate: (self._loss(candidate, rung, results), candidate))
         best = [candidate for candidate in ranked[:num_best] if not math.isinf(self._loss(candidate, rung, results))]
         return list(dict.fromkeys([*best, *self._neighbours(ranked[0])]))
@@ -181,7 +190,7 @@ class MethodSearch:
 
     def _loss(self, candidate: Candidate, rung: int, results: Results) -> float:
         losses = [results.get(spec.name, math.inf) for spec in self.specs_at(candidate, rung)]
-        return sum(losses) / len(losses)
+        return math.inf if any(map(math.isnan, losses)) else sum(losses) / len(losses)
 
     def specs_at(self, candidate: Candidate, rung: int) -> list[TrialSpec]:
         """The runs of a candidate on a rung, one a search seed."""
@@ -209,7 +218,7 @@ def study_state(rule: Rule, results: Results, look: int | None = None) -> StudyS
     """
     searches = [MethodSearch(rule, method) for method in rule.methods]
     outcomes = {s.method: outcome for s in searches if (outcome := s.outcome(results)) is not None}
-    refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in ("full", "lora")), None)
+    refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in PRIMARY), None)
     if len(outcomes) < len(searches) and refusal is None:
         waiting = []
         for search in searches:  # in turn, the method with the fewest results first: fair when cut off
@@ -225,9 +234,10 @@ def study_state(rule: Rule, results: Results, look: int | None = None) -> StudyS
         for outcome in outcomes.values()
         if outcome.winner is not None and outcome.problem is None
     )
-    failed = next((spec.name for spec in answers if math.isinf(results.get(spec.name, 0.0))), None)
-    if failed is not None:
-        return StudyState(needed=(), outcomes=outcomes, refusal=f"{failed} failed, and each pair of seeds is needed")
+    failed = {s.candidate.method: s.name for s in answers if not math.isfinite(results.get(s.name, 0.0))}
+    if name := next((failed[method] for method in PRIMARY if method in failed), None):
+        return StudyState(needed=(), outcomes=outcomes, refusal=f"{name} failed, and each pair of seeds is needed")
+    answers = tuple(spec for spec in answers if spec.candidate.method not in failed)
     needed_answers = tuple(spec for spec in answers if spec.name not in results)
     return StudyState(needed=needed_answers, outcomes=outcomes, answers=answers)
 

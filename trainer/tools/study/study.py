@@ -1,6 +1,7 @@
 """A study from its rule to its last trial: workers that claim, run and note trials until none is needed."""
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -116,11 +117,12 @@ def show_while_running(study: Study, is_over: threading.Event, interval_seconds:
 
 
 def study_table(study: Study):  # type: ignore[no-untyped-def]  # a rich table, imported where it is drawn
-    """Each method's trials: how many are done, run now or failed, its best rate, and who works."""
+    """Each method's trials: how many are done, run now or failed, its best rate, and below them what runs now."""
     from rich.table import Table
 
     trials, planned = study.trials(), plan_study(study.rule).num_trials
-    table = Table(title=f"{study.folder.name}: rule {study.rule.sha256[:12]}")
+    running = [trial.name for trial in trials.values() if trial.worker is not None]
+    table = Table(caption=f"running: {', '.join(running)}" if running else None, caption_justify="left")
     for heading in ("method", "done", "running", "failed", "best rate", "validation loss"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method in study.rule.methods:
@@ -130,8 +132,9 @@ def study_table(study: Study):  # type: ignore[no-untyped-def]  # a rich table, 
         finished = {name: trial for name, trial in method_trials.items() if trial.is_finished}
         longest = max((int(name.rsplit("-t", 1)[1].split("-")[0]) for name in finished), default=0)
         best = min(
-            (trial for name, trial in finished.items() if f"-t{longest}-" in name), key=lambda t: t.loss, default=None
-        )
+            (trial for name, trial in finished.items() if f"-t{longest}-" in name and math.isfinite(trial.loss)),
+            key=lambda trial: trial.loss, default=None,
+        )  # fmt: skip
         num_running = sum(trial.worker is not None for trial in method_trials.values())
         table.add_row(
             method, f"{len(finished)} of {max(planned[method], len(method_trials))}", str(num_running),

@@ -12,8 +12,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,9 @@ class QueuedTrial:
     name: str
     trial_id: int
     state: TrialState
-    loss: float  #: validation loss where it is complete, else infinity
+    loss: float  #: validation loss where it is complete, infinity where it diverged, else NaN
     failure: str | None  #: why it failed
     worker: str | None  #: who holds it now
-    attempts: int
-    facts: Mapping[str, Any] = field(default_factory=dict)  #: what the worker noted
 
     @property
     def is_finished(self) -> bool:
@@ -125,7 +123,7 @@ class TrialQueue:
         return trials
 
     def results(self) -> dict[str, float]:
-        """{name: validation loss} of the trials with a result; infinity of those that failed."""
+        """{name: `QueuedTrial.loss`} of the trials with a result."""
         return {name: trial.loss for name, trial in self.trials().items() if trial.is_finished}
 
     def enqueue(self, specs: Iterable[TrialSpec]) -> None:
@@ -196,12 +194,11 @@ class TrialQueue:
         attempt = _last_attempt(frozen)
         key, lease_end = _holder(frozen, attempt) if attempt else ("", 0.0)
         is_held = not frozen.state.is_finished() and self._is_held(key, lease_end)
-        facts = {name: value for name, value in frozen.user_attrs.items() if not name.startswith(f"{_CLAIM}/")}
+        loss = math.inf if frozen.user_attrs.get("has_diverged") else math.nan
         return QueuedTrial(
-            name=facts.pop("name"), trial_id=frozen._trial_id, state=frozen.state,
-            loss=float(frozen.value) if frozen.state == TrialState.COMPLETE and frozen.value is not None else math.inf,
-            failure=facts.pop("failure", None), worker=key.split("/", 2)[2] if is_held else None, attempts=attempt,
-            facts=facts,
+            name=frozen.user_attrs["name"], trial_id=frozen._trial_id, state=frozen.state,
+            loss=loss if frozen.state != TrialState.COMPLETE or frozen.value is None else float(frozen.value),
+            failure=frozen.user_attrs.get("failure"), worker=key.split("/", 2)[2] if is_held else None,
         )  # fmt: skip
 
 

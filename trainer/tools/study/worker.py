@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import math
 import os
 import shutil
@@ -21,7 +22,7 @@ from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tools.study.trial_process import TrainCommand, start_training
 from trainer.tools.study.trial_queue import LEASE_SECONDS, Claim, TrialQueue, worker_name
-from trainer.tracking.records import EvalRecord, EventRecord, read_records
+from trainer.tracking.records import EvalRecord, EventRecord, Record, read_records
 from trainer.tracking.wandb_environment import RUN_VARIABLES
 
 LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
@@ -51,6 +52,7 @@ class TrialResult:
 
     loss: float | None = None  #: its final validation loss
     failure: str | None = None
+    has_diverged: bool = False  #: a failure that says something of its settings
     elapsed_seconds: float = 0.0
 
     @property
@@ -147,15 +149,25 @@ class TrialRunner:
     should_stop: threading.Event
 
     def run(self, claim: Claim, spec: TrialSpec) -> TrialResult:
-        """Run a trial to its end and write its result; a run that was cut off is gone on with."""
+        """Run a trial to its end and write its result; a run that was cut off is gone on with.
+
+        UserError where it cannot run here: what is wrong is this machine or its data, and no result of the trial.
+        """
         if claim.attempt > MAX_ATTEMPTS:
             result = TrialResult(failure=f"its worker died {MAX_ATTEMPTS} times while it ran")
         else:
-            result = self._run_process(claim, spec)
+            try:
+                result = self._run_process(claim, spec)
+            except UserError:
+                self.queue.release(claim)
+                raise
         if not result.is_final:
             self.queue.release(claim)
             return result
-        self.queue.finish(claim, loss=result.loss, failure=result.failure, seconds=result.elapsed_seconds)
+        self.queue.finish(
+            claim, loss=result.loss, failure=result.failure, has_diverged=result.has_diverged,
+            seconds=result.elapsed_seconds,
+        )  # fmt: skip
         if spec.phase == "search":  # its losses are all that is needed of it
             shutil.rmtree(run_folder(self.study_folder, spec) / "checkpoints", ignore_errors=True)
         return result
@@ -178,14 +190,31 @@ class TrialRunner:
             command = train_command(self.slot, argv, log_path, wandb_group(self.study_folder, self.rule))
             exit_code = self._watch(start_training(command, lock), claim)
         elapsed_seconds = time.monotonic() - start_time
+        self._check_data(folder)
         loss = final_loss(folder)
         if exit_code == 0 and loss is not None:
             return TrialResult(loss=loss, elapsed_seconds=elapsed_seconds)
         if self.should_stop.is_set() or exit_code in {code for s in STOP_SIGNALS for code in (-s, 128 + s)}:
             return TrialResult()
-        if exit_code == -signal.SIGKILL and claim.attempt < MAX_ATTEMPTS:  # out of memory, or by somebody: tried again
+        failure, has_diverged = last_log_line(log_path, exit_code), "not_finite" in run_events(folder)
+        if exit_code == UserError.exit_code or (exit_code > 0 and not (folder / "run.json").exists()):
+            raise UserError(f"{spec.name}: {failure}")
+        if not has_diverged and claim.attempt < MAX_ATTEMPTS:  # out of memory, or killed by somebody: tried again
             return TrialResult()
-        return TrialResult(failure=last_log_line(log_path, exit_code), elapsed_seconds=elapsed_seconds)
+        return TrialResult(failure=failure, has_diverged=has_diverged, elapsed_seconds=elapsed_seconds)
+
+    def _check_data(self, folder: Path) -> None:
+        """UserError, and the run is removed, where it was trained on other data than the study began with."""
+        try:
+            data = json.loads((folder / "run.json").read_bytes())["data"]["fingerprint"]
+        except (OSError, ValueError):  # it did not come so far
+            return
+        if not data.startswith(self.rule.data):
+            shutil.rmtree(folder)
+            raise UserError(
+                f"{folder.name}: its data have the fingerprint {data[:12]}, those that the study began with "
+                f"{self.rule.data}; put them back, and the same command goes on"
+            )
 
     def _watch(self, process: ForkServerProcess, claim: Claim) -> int:
         """Wait for the end; the run is ended where the study stops, or where another worker has taken the trial."""
@@ -214,13 +243,20 @@ class TrialRunner:
 
 def final_loss(folder: Path) -> float | None:
     """The last validation loss of a run that came to its end; None for any other."""
+    losses = [record.loss for record in _records(folder) if isinstance(record, EvalRecord)]
+    return losses[-1] if "finished" in run_events(folder) and losses and math.isfinite(losses[-1]) else None
+
+
+def run_events(folder: Path) -> set[str]:
+    """The kinds of events that a run has recorded."""
+    return {record.event for record in _records(folder) if isinstance(record, EventRecord)}
+
+
+def _records(folder: Path) -> list[Record]:
     try:
-        records = list(read_records(folder / "metrics.jsonl", with_steps=False))
+        return list(read_records(folder / "metrics.jsonl", with_steps=False))
     except (OSError, ValueError):
-        return None
-    is_finished = any(isinstance(record, EventRecord) and record.event == "finished" for record in records)
-    losses = [record.loss for record in records if isinstance(record, EvalRecord)]
-    return losses[-1] if is_finished and losses and math.isfinite(losses[-1]) else None
+        return []
 
 
 def last_log_line(log_path: Path, exit_code: int) -> str:
