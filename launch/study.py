@@ -111,6 +111,7 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     passed_argv = _without_flag(passed_argv, "--max-steps")
     methods = tuple(args.methods.split(","))
     rule.check_methods(methods)
+    print(f"reading the data and loading {', '.join(methods)}", flush=True)
     total_steps, data = planning.resolve_run(methods, [*passed_argv, *total_steps_argv], runs[0])
     study_rule = rule.Rule(
         methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,

@@ -390,7 +390,8 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
 
 def test_a_dry_run_prints_the_plan_and_runs_nothing(stub_dir, capsys):
     assert load_study_script().main(["--dry-run"]) == 0
-    output = capsys.readouterr().out.splitlines()
+    first, *output = capsys.readouterr().out.splitlines()
+    assert first == "reading the data and loading full, lora"
     assert [line.split(":")[0] for line in output] == ["full", "lora"]
     assert output[0].split(":")[1] == output[1].split(":")[1], "the same budget for both"
     assert not (stub_dir / "log").exists()
