@@ -86,7 +86,8 @@ def _make_request(cli_args: CliArgs, run_argv: list[str], folder: Path) -> Launc
     return LaunchRequest(
         script=os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT),
         flags=tuple(run_argv), run_name=settings.run_name, run_folder=settings.run_folder,
-        grace_seconds=settings.engine.grace, work_dir=Path.cwd(), python_prefix=Path(sys.prefix), folder=folder,
+        grace_seconds=settings.engine.grace, hang_timeout_seconds=settings.engine.hang_timeout, work_dir=Path.cwd(),
+        python_prefix=Path(sys.prefix), folder=folder,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.data.cache import resolve_cache_dir
 from trainer.distributed.memory_estimate import ParamCounts
-from trainer.distributed.network_check import describe_ring, measure_ring
+from trainer.distributed.network_check import describe_link, measure_ring
 from trainer.distributed.process_group import DistContext
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_environment import wandb_mode
@@ -21,7 +21,10 @@ def with_host_lines(plan: RunPlan) -> RunPlan:
         return plan
     counts = ParamCounts.from_model_info(plan.model_info)
     lines = [
-        ("network", describe_ring(speed, context, counts, stage=plan.deepspeed_file.stage)),
+        (
+            "network",
+            describe_link(speed, counts, stage=plan.deepspeed_file.stage, world_size=context.world_size),
+        ),
         ("environment", _describe_environment(plan, context)),
     ]
     folder = Path(plan.settings.run_folder)

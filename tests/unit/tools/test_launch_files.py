@@ -22,6 +22,7 @@ SLURM_OPTIONS = dict(
     line.split(": ", 1) for line in Path(__file__).with_name("slurm_options.txt").read_text().splitlines()[1:]
 )
 SLURM_FLAGS = ["--slurm", "--nodes", "2", "--ranks-per-node", "3", "--mode", "lora", "--global-batch", "6"]
+GRACE = ["--grace", "90"]
 SSH_FLAGS = ["--hosts", "a:1,b:2", "--mode", "lora", "--global-batch", "6"]
 
 
@@ -58,15 +59,14 @@ def test_every_option_is_in_the_manual_pages(tmp_path):
 
 
 def test_torchrun_and_deepspeed_take_the_commands(tmp_path):
-    from deepspeed.launcher import runner
+    from deepspeed.launcher import multinode_runner, runner
     from torch.distributed.run import get_args_parser
 
-    run_flags = ["--config", str(tmp_path / "f.yaml"), "--grace", "90"]
-    (tmp_path / "f.yaml").write_text("lr: 1e-3\n")
+    run_flags = ["--data", "events/*.csv", "--prompt", 'it\'s 5 %n of "{a}"\n`x` $HOME é', "--completion", "", *GRACE]
     script = slurm_script(tmp_path, *run_flags)
     command = re.search(r"exec torchrun (.*) \"\$@\"", script)[1]  # type: ignore[index]
     command = command.replace("$SLURM_JOB_NUM_NODES", "2").replace("$SLURM_NODEID", "1").replace("$MASTER_PORT", "9")
-    train_command = shlex.split(re.search(r"task \\\n    (.*)\n", script)[1])  # type: ignore[index]
+    train_command = shlex.split(re.search(r"task \\\n    (.*)\ncode=", script, re.DOTALL)[1])  # type: ignore[index]
     args = get_args_parser().parse_args([*shlex.split(command), *train_command])
     assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "3", 1)
     assert args.training_script_args[-4:] == ["--grace", "90", "--resume", "auto"]
@@ -74,7 +74,12 @@ def test_torchrun_and_deepspeed_take_the_commands(tmp_path):
     assert write(tmp_path, *SSH_FLAGS, *run_flags) == 0
     command = re.sub(r"\$\(\(.*\)\)", "1", (tmp_path / "run.sh").read_text().partition("exec deepspeed ")[2])
     deepspeed_args = runner.parse_args(shlex.split(command.replace("\\\n", "")))
-    assert deepspeed_args.user_args == train_command[1:]
+    deepspeed_args.user_script = "script"
+    command = " ".join(multinode_runner.PDSHRunner(deepspeed_args, "").user_arguments)
+    assert "%" not in command, "pdsh puts something else there"
+    shell = ["bash", "-c", f'printf "%s\\0" {command}']
+    argv = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True).stdout.split("\0")[:-1]
+    assert argv == train_command[1:], "as the shell of another host reads it"
     assert deepspeed_args.hostfile == str(tmp_path / "hostfile")
     assert deepspeed_args.venv_script == str(tmp_path / "environment")
     assert runner.fetch_hostfile(str(tmp_path / "hostfile")) == {"a": 1, "b": 2}

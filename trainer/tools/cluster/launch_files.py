@@ -15,6 +15,7 @@ from trainer.distributed.launch_environment import FORWARDED_PREFIXES
 
 NOTICE_MARGIN_SECONDS = 30  # between a run's --grace and the end of the job: to start the next one
 MAX_NOTICE_SECONDS = 65535  # sbatch(1)
+MIN_STRAGGLER_SECONDS = 60  # that a host gets to end by itself when another has ended: to close W&B, to upload
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
 
 
@@ -36,15 +37,21 @@ class LaunchRequest:
     run_name: str
     run_folder: str
     grace_seconds: float
+    hang_timeout_seconds: float
     work_dir: Path  #: the checkout, under the same path on all hosts
     python_prefix: Path  #: of the virtual environment
     folder: Path  #: where the files go
 
     @property
-    def train_command(self) -> str:
-        """The script and its flags, quoted for a shell; without --resume they go on where there is a run."""
+    def straggler_seconds(self) -> int:
+        """Seconds after the end of one host by which the others have ended, or are ended: a frozen rank never does."""
+        return max(MIN_STRAGGLER_SECONDS, round(self.hang_timeout_seconds))
+
+    @property
+    def train_argv(self) -> list[str]:
+        """The script and its flags; without --resume they go on where there is a run."""
         resume = () if any(flag.split("=")[0] == "--resume" for flag in self.flags) else ("--resume", "auto")
-        return shlex.join([self.script, *self.flags, *resume])
+        return [self.script, *self.flags, *resume]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +114,9 @@ launcher=$!
 trap "[ $SLURM_NODEID != 0 ] || echo SIGUSR1 >$NOTICE; pkill -USR1 -P $launcher" USR1
 while kill -0 $launcher 2>/dev/null; do wait $launcher; done; wait $launcher'
 
-srun --export=ALL ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}} bash -c "$task" task \\
-    {request.train_command}
+cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
+srun --export=ALL --wait={request.straggler_seconds} $cores bash -c "$task" task \\
+    {shlex.join(request.train_argv)}
 code=$?
 # The ranks leave the marker when a signal has stopped them (torchrun turns every exit code into 1).
 if [ $code -ne 0 ] && grep -qs SIGUSR1 {marker} "$NOTICE"; then
@@ -137,14 +145,32 @@ for host in {shlex.join(ranks_of_hosts)}; do
     ssh {SSH_OPTIONS} "$host" mkdir -p {shlex.quote(str(request.folder))} &&
         scp -pq {SSH_OPTIONS} {environment} "$host":{environment} || exit 1
 done
+# When one host has ended, the others have {request.straggler_seconds} s: deepspeed waits for ever for a frozen rank.
+(seconds=0
+while sleep 5; kill -0 $$ 2>/dev/null; do
+    num_hosts=$(pgrep -c -x ssh -P "$(pgrep -x pdsh -P $$)" 2>/dev/null)
+    [ "${{num_hosts:-{len(ranks_of_hosts)}}}" -lt {len(ranks_of_hosts)} ] && seconds=$((seconds + 5)) || seconds=0
+    [ $seconds -lt {request.straggler_seconds} ] || kill $$
+done) &
 exec deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
-    --master_port=$((20000 + RANDOM % 10000)) {request.train_command}
+    --master_port=$((20000 + RANDOM % 10000)) {shlex.join(map(_quote_for_pdsh, request.train_argv))}
 """
     return [
         LaunchFile(name="hostfile", content="".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())),
         LaunchFile(name="environment", content=environment_script(request, environ), mode=0o600),
         LaunchFile(name="run.sh", content=command, mode=0o755),
     ]
+
+
+def _quote_for_pdsh(text: str) -> str:
+    """As the shells of the hosts read it: deepspeed hands it on unquoted and changes what has a blank, pdsh any %."""
+    if re.fullmatch(r"[\w@+=:,./-]+", text, re.ASCII):
+        return text
+    characters = (
+        character if character.isascii() and character.isalnum() else "".join(f"\\x{byte:02x}" for byte in data)
+        for character, data in ((each, each.encode("utf-8", "surrogateescape")) for each in text)
+    )
+    return f"$'{''.join(characters)}'"
 
 
 def parse_hosts(text: str) -> dict[str, int]:

@@ -10,11 +10,13 @@ import torch
 
 from trainer.config.cli import CliArgs
 from trainer.data.dataset import PreparedDataset, prepare
+from trainer.distributed.memory_estimate import ParamCounts
+from trainer.distributed.network_check import describe_link
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
 from trainer.tools.doctor.check_result import ERROR, LEVELS, OK, CheckResult, catch_user_errors, format_bytes, ok_result
-from trainer.tools.doctor.host_checks import check_hosts
+from trainer.tools.doctor.host_checks import check_hosts, describe_links, measure_links
 from trainer.tools.doctor.prove import Proof
 from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
 from trainer.tools.finders.files import FINDER_FILES, PROOF_FILE
@@ -142,6 +144,10 @@ def run_doctor(
             _run_proof(report, plan, data, limit_seconds)
         elif limit_seconds is not None and not is_elsewhere and chosen_row.fits:
             measured_cost = _run_rehearsal(report, plan, data, limit_seconds, chosen_row.device_bytes)
+        if len(ranks_of_hosts) > 1 and all(
+            result.level != ERROR for section, result in report.results if section == "hosts"
+        ):
+            report.add_section("network", _check_links(plan, list(ranks_of_hosts), measured_cost.get("step_seconds")))
     result = report.as_json(measured_cost)
     if as_json:
         print(json.dumps(result, indent=1))
@@ -161,6 +167,17 @@ def _run_rehearsal(
         return {}
     report.add_section("cost", estimate_costs(plan, data, smoke_test.cost, estimated_bytes))
     return vars(smoke_test.cost)
+
+
+def _check_links(plan: RunPlan, hosts: list[str], step_seconds: float | None) -> Iterable[CheckResult]:
+    """Every pair of hosts, and what a step of the plan waits for the slowest."""
+    speeds = measure_links(hosts)
+    yield ok_result("links", describe_links(speeds))
+    counts, stage = ParamCounts.from_model_info(plan.model_info), plan.deepspeed_file.stage
+    world_size = plan.dist_context.world_size
+    yield ok_result(
+        "step", describe_link(speeds[0], counts, stage=stage, world_size=world_size, step_seconds=step_seconds)
+    )
 
 
 def _run_proof(report: DoctorReport, plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> None:

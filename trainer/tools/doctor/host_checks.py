@@ -1,19 +1,28 @@
 """Hosts that a run is to have beside this one: whether they are found, reached by ssh, and have the same installed."""
 
 import json
+import os
 import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config.errors import UserError
+from trainer.distributed.launch_environment import without_launcher
+from trainer.distributed.network_check import LinkSpeed
 from trainer.distributed.preflight import program_facts
+from trainer.distributed.process_group import find_free_port
 from trainer.tools.cluster.launch_files import SSH_OPTIONS
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, join_names, make_result
 
 SSH_TIMEOUT_SECONDS = 60  # of the imports there, from a network file system that has not seen them yet
+LINKS_TIMEOUT_SECONDS = 180  # with a second or less for each host
+JOIN_SECONDS = 60.0  # of imports from a network file system that has not seen them yet
+MAX_LINKS_SHOWN = 6
 _ASK = "import json; from trainer.distributed.preflight import program_facts; print(json.dumps(program_facts({})))"
 
 
@@ -46,12 +55,59 @@ def check_own_name(name: str | None = None) -> CheckResult:
     )  # fmt: skip
 
 
+def measure_links(hosts: Sequence[str]) -> list[LinkSpeed]:
+    """The link of every two hosts, as one rank on each of them sees it, the slowest first. UserError: they do not meet.
+
+    This host is the first.
+    """
+    place = {"WORLD_SIZE": str(len(hosts)), "MASTER_ADDR": hosts[0], "MASTER_PORT": str(find_free_port())}
+    variables = " ".join(f"{name}={value}" for name, value in place.items())
+    argv = [sys.executable, "-m", "trainer.tools.doctor.link_worker", str(JOIN_SECONDS)]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ranks = [
+        subprocess.Popen(
+            argv if rank == 0 else _ssh_argv(host, f"RANK={rank} {variables} {shlex.join(argv)}"),
+            env={**without_launcher(os.environ), **place, "RANK": "0"} if rank == 0 else None, text=True, **pipes,
+        )
+        for rank, host in enumerate(hosts)
+    ]  # fmt: skip
+    deadline = time.monotonic() + LINKS_TIMEOUT_SECONDS
+    try:
+        while ranks[0].poll() is None and not any(process.poll() for process in ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if ranks[0].poll() == 0:
+            speeds = [LinkSpeed(**row) for row in json.loads(ranks[0].communicate()[0].splitlines()[-1])]
+            return sorted(speeds, key=lambda speed: speed.bandwidth)
+        failed = next((rank for rank, process in enumerate(ranks) if process.poll()), None)
+    finally:
+        for process in ranks:
+            process.kill()
+        errors = [process.communicate()[1].strip().splitlines() for process in ranks]
+    if failed is None:
+        raise UserError(f"the ranks on {', '.join(hosts)} have not measured within {LINKS_TIMEOUT_SECONDS} s")
+    reason = (errors[failed] or [f"exit code {ranks[failed].returncode}"])[-1].removeprefix("error: ")
+    raise UserError(f"a rank on {hosts[failed]}: {reason}; let the hosts reach one another at any port")
+
+
+def describe_links(speeds: Sequence[LinkSpeed]) -> str:
+    """The links of all pairs, the slowest first, cut after a few."""
+    links = (
+        f"{speed.source}-{speed.target} {speed.bandwidth / 1e9:.3g} GB/s {speed.latency_seconds * 1e3:.2g} ms"
+        for speed in speeds
+    )
+    return f"{len(speeds)} pair{'s' * (len(speeds) > 1)}: {join_names(links, MAX_LINKS_SHOWN)}"
+
+
+def _ssh_argv(host: str, command: str) -> list[str]:
+    """A command on a host, in the folder of this process."""
+    return ["ssh", *SSH_OPTIONS.split(), host, f"cd {shlex.quote(str(Path.cwd()))} && {command}"]
+
+
 def _check_host(host: str, address: str, here: dict[str, Any]) -> CheckResult:
-    command = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.quote(sys.executable)} -c {shlex.quote(_ASK)}"
     try:
         answer = subprocess.run(
-            ["ssh", *SSH_OPTIONS.split(), host, command], capture_output=True, text=True, timeout=SSH_TIMEOUT_SECONDS,
-            stdin=subprocess.DEVNULL,
+            _ssh_argv(host, shlex.join([sys.executable, "-c", _ASK])),
+            capture_output=True, text=True, timeout=SSH_TIMEOUT_SECONDS, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         there = json.loads(answer.stdout.strip().splitlines()[-1]) if answer.returncode == 0 else None
         reason = (answer.stderr.strip().splitlines() or ["no answer"])[-1]
