@@ -36,6 +36,7 @@ from trainer.tracking.summary import show_plan
 from trainer.training import checkpoint
 from trainer.training.callbacks import Callbacks
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, CheckpointManager
+from trainer.training.checkpoint_loading import load_for_evaluation, load_optimizer, load_weights
 from trainer.training.data_setup import prepare_data, print_examples
 from trainer.training.diagnostics.types import RunInfo
 from trainer.training.generation import GenerationEvaluator, check_prompts_available
@@ -45,7 +46,7 @@ from trainer.training.metric_logger import MetricLogger
 from trainer.training.plan_validation import validate_early
 from trainer.training.run_events import finished_event, resumed_event
 from trainer.training.run_folder import (
-    refuse_other_checkpoint,
+    refuse_run_elsewhere,
     resolve_output_dir,
     select_checkpoint,
     write_metadata,
@@ -53,7 +54,7 @@ from trainer.training.run_folder import (
     write_run_json,
 )
 from trainer.training.run_plan import RunPlan, make_plan
-from trainer.training.split_evaluation import OTHER_SPLITS, evaluate_other_split, load_chosen_weights
+from trainer.training.split_evaluation import OTHER_SPLITS, evaluate_other_split
 from trainer.training.train_state import TrainState
 
 
@@ -87,6 +88,8 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
     refuse_differences(context, program_facts(args.settings.as_dict()))
     settings, previous_metadata = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
+    if args.resume == "auto" and previous_metadata is None:
+        refuse_run_elsewhere(Path(settings.run_folder), context)
     context.on_rank_zero(lambda: validate_early(settings, context))
     context.on_rank_zero(lambda: check_loggers(settings.output))
     data = prepare_data(settings, context)
@@ -130,18 +133,14 @@ def run_finder(args: CliArgs, plan: RunPlan, data: PreparedDataset, model: Train
 def build_engine(plan: RunPlan, model: TrainableModel, source: Checkpoint | None) -> tuple[Engine, TrainState]:
     """The engine of a plan and the state of the run: at its start, or where the checkpoint `source` stood."""
     if source is not None:
-        checkpoint.load_weights(source, model.module)
+        load_weights(source, model.module, plan.dist_context)
     engine = Engine(
         plan.dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution, plan.make_tuner()
     )
     if source is None:
         return engine, TrainState()
-    state = source.train_state
-    engine.state.load_state_dict(
-        source.tensor_reader(plan.dist_context.device), state.step - state.skipped_steps,
-        source.metadata.get("loss_scale"),
-    )  # fmt: skip
-    return engine, state
+    load_optimizer(source, engine)
+    return engine, source.train_state
 
 
 class TrainingRun:
@@ -167,8 +166,6 @@ class TrainingRun:
         source = context.on_rank_zero(
             lambda: select_checkpoint(folder, args.resume, self.model) if previous_metadata else None
         )
-        if source is not None:
-            context.on_rank_zero(lambda: refuse_other_checkpoint(source, context), per_node=True)
         checkpoint_bytes = MIN_BYTES_PER_TRAINED_WEIGHT * self.model.metadata["trainable"]
         context.on_rank_zero(lambda: refuse_full_disk(folder, checkpoint_bytes))
         self.metadata = context.on_rank_zero(
@@ -285,6 +282,6 @@ class TrainingRun:
         if any(len(getattr(self.data, split)) for split in OTHER_SPLITS):
             chosen = self.plan.dist_context.on_rank_zero(lambda: earlier_checkpoint_to_export(self.plan, self.state))
             if chosen is not None:
-                load_chosen_weights(self.engine, chosen)
+                load_for_evaluation(chosen, self.engine)
             self._evaluate_other_splits(chosen.step if chosen else self.state.step)
         return export_run(self.plan, self.data, self.model, self.engine, self.state, self.metadata)

@@ -357,6 +357,7 @@ def take_steps(
     from trainer.model.build import build_model
     from trainer.training import checkpoint
     from trainer.training.checkpoint import CheckpointManager
+    from trainer.training.checkpoint_loading import load_optimizer, load_weights
     from trainer.training.train_state import TrainState
 
     settings = cli.parse_args(f"--preset demo --model {folder} --data unused --global-batch 4 {words}".split()).settings
@@ -395,11 +396,9 @@ def take_steps(
             manager.save(engine, TrainState(step=resumed_after))
             saved = checkpoint.resolve_checkpoint(checkpoint_dir, "latest")
             model = build_model(settings, device=dist_context.device)
-            checkpoint.load_weights(saved, model.module)
+            load_weights(saved, model.module, dist_context)
             engine = make_engine(model)
-            engine.state.load_state_dict(
-                saved.tensor_reader(dist_context.device), saved.step, saved.metadata.get("loss_scale")
-            )
+            load_optimizer(saved, engine)
     engine.execution.begin_step(steps)
     assert engine.execution.changes == [], "nothing fell back"
     assert bool(engine.execution.checks) == (recorded or compiled)

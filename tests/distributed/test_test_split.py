@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 from helpers.launch_ranks import train
-from helpers.tiny_inputs import TEMPLATE_FLAGS, write_records
+from helpers.tiny_inputs import TEMPLATE_FLAGS
 
 from trainer.report.run_folder import read_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
@@ -16,13 +16,13 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, 
 
 @pytest.fixture(scope="module")
 def split_argv(tiny_model, data_files, session_dir) -> list[str]:
-    test_file = write_records(session_dir / "test.jsonl", num_records=11, seed=3)
     retained = session_dir / "retained.txt"  # 5 blocks of 32: 34 texts of 4 tokens and their ends, 10 left out
     retained.write_text("".join(f"w{i} w{i + 1} w{i + 2} w{i + 3}\n" for i in range(34)))
     return (
-        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} --test-data {test_file} "
+        f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} "
+        f"--test-data {data_files[1]} "
         f"--retain-data {retained} --objective completion --block-size 32 --global-batch 4 --micro-batch 1 "
-        "--max-steps 14 --eval-every 3 --save-every 3 --lr 0.05 --wandb disabled --preset demo"
+        "--max-steps 14 --eval-every 3 --save-every 3 --lr 0.2 --wandb disabled --preset demo"
     ).split() + list(TEMPLATE_FLAGS)
 
 
@@ -45,6 +45,12 @@ def best_run(split_argv, session_dir) -> Path:
     return out
 
 
+def assert_best_weights_were_tested(events, records) -> None:
+    """The records of the test are those of validation."""
+    best = min((record for record in records if record["kind"] == "eval"), key=lambda record: record["loss"])
+    assert next(event["facts"]["loss"] for event in events if event["step"] == best["step"]) == best["loss"]
+
+
 @pytest.mark.slow
 def test_the_test_split_is_evaluated_before_training_and_at_the_exported_weights_only(best_run):
     events, evaluations, records = read_run(best_run)
@@ -57,13 +63,15 @@ def test_the_test_split_is_evaluated_before_training_and_at_the_exported_weights
     for event in events:
         split = event["event"].removesuffix("_evaluation")
         rows = evaluations[event["step"], split]
-        assert len(rows) == {"test": 11, "retain": 5}[split]
+        assert len(rows) == {"test": 9, "retain": 5}[split]
         assert event["facts"]["num_target_tokens"] == sum(rows["targets"].to_pylist())
         assert token_mean(rows) == event["facts"]["loss"]
         num_bytes = sum(rows["bytes"].to_pylist())
         assert event["facts"]["bits_per_byte"] == math.fsum(rows["nll"].to_pylist()) / math.log(2) / num_bytes
     val = [record for record in records if record["kind"] == "eval"]
-    assert chosen_step == min(val[1:], key=lambda record: record["loss"])["step"]
+    best = min(val[1:], key=lambda record: record["loss"])
+    assert chosen_step == best["step"] < val[-1]["step"]
+    assert_best_weights_were_tested(events, records)
     test_before, retain_before, test_after, retain_after = (event["facts"]["loss"] for event in events)
     assert test_after < test_before
     assert read_folder(best_run).forgetting == retain_after - retain_before != 0
@@ -71,15 +79,17 @@ def test_the_test_split_is_evaluated_before_training_and_at_the_exported_weights
 
 @pytest.mark.slow
 def test_a_test_changes_no_number_of_training_and_its_loss_no_ranks(best_run, split_argv, tmp_path):
-    train([*split_argv, "--export", "best"], out=tmp_path / "one", world_size=1)
+    """The best weights come back the same under ZeRO-3."""
+    train([*split_argv, "--export", "best", "--ds-config", "zero3"], out=tmp_path / "one", world_size=1)
     alone, pair = read_run(tmp_path / "one"), read_run(best_run)
+    assert_best_weights_were_tested(alone[0], alone[2])
     for mine, other in zip(alone[0], pair[0], strict=True):
         assert (mine["step"], mine["event"]) == (other["step"], other["event"])
-        assert mine["facts"]["loss"] == pytest.approx(other["facts"]["loss"], rel=1e-5)
+        assert mine["facts"]["loss"] == pytest.approx(other["facts"]["loss"], rel=1e-3)
     for key, rows in alone[1].items():
         others = pair[1][key]
         assert rows["id"].to_pylist() == others["id"].to_pylist()
-        assert rows["nll"].to_pylist() == pytest.approx(others["nll"].to_pylist(), rel=1e-4)
+        assert rows["nll"].to_pylist() == pytest.approx(others["nll"].to_pylist(), rel=1e-2)
 
 
 @pytest.mark.slow

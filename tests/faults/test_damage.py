@@ -34,7 +34,8 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
 from trainer.tools.doctor.run_checks import inspect_run, move_aside
-from trainer.training.checkpoint import load_weights, resolve_checkpoint
+from trainer.training.checkpoint import resolve_checkpoint
+from trainer.training.checkpoint_loading import load_weights
 
 STEPS = 8
 

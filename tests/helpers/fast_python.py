@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +41,40 @@ sys.exit(code)
 
 
 @contextlib.contextmanager
-def serve_interpreter(folder: Path) -> Iterator[str]:
-    """Path of an interpreter that works until the end of the block."""
-    address = str(folder / "socket")
+def serve_interpreter(
+    folder: Path, *, path: Path | None = None, before: Callable[[], None] | None = None
+) -> Iterator[str]:
+    """Path of an interpreter that works until the end of the block.
+
+    `path`: the folder's own, as its callers see it; `before`: what its server does first.
+    """
+    address = str((path or folder) / "socket")
     program = folder / "python"
     program.write_text(CLIENT.format(python=sys.executable, address=address))
     program.chmod(0o755)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(address)
+        listener.bind(str(folder / "socket"))
         listener.listen()
-        server: Any = make_process(target=_serve, args=(listener, os.getpid()))
+        server: Any = make_process(target=_serve, args=(listener, os.getpid(), before))
         server.start()
     yield str(program)
     server.kill()
     server.join()
 
 
-def _serve(listener: socket.socket, tests_pid: int) -> None:
+def _serve(listener: socket.socket, tests_pid: int, before: Callable[[], None] | None) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes below are nobody's
-    listener.settimeout(1)
-    while os.path.exists(f"/proc/{tests_pid}"):
-        with contextlib.suppress(TimeoutError):
-            connection, _ = listener.accept()
-            if os.fork() == 0:
-                listener.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _answer(connection)
-            connection.close()
+    end_of_tests = os.pidfd_open(tests_pid)
+    if before is not None:
+        before()
+    while end_of_tests not in select.select([listener, end_of_tests], [], [])[0]:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()  # as a login shell on another host does: nobody above it is taken for one who adopted it
+            _answer(connection)
+        connection.close()
 
 
 def _answer(connection: socket.socket) -> None:
@@ -99,6 +106,7 @@ def _run(call: dict[str, Any], fds: "array.array[int] | list[int]") -> None:
         os.close(fd)
     os.environ.clear()
     os.environ.update(call["environ"])
+    sys.executable = call["environ"].get("TEST_PYTHON", sys.executable)  # for what it starts itself
     os.chdir(call["folder"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.process._children.clear()  # type: ignore[attr-defined]
@@ -125,7 +133,7 @@ def _run(call: dict[str, Any], fds: "array.array[int] | list[int]") -> None:
 
 def _interpret(argv: list[str]) -> None:
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    kind, *rest = argv
+    kind, *rest = argv[1:] if argv[0] == "-u" else argv
     if kind == "-c":
         code, *sys.argv[1:] = rest
         sys.argv[0] = "-c"
@@ -136,6 +144,6 @@ def _interpret(argv: list[str]) -> None:
         sys.path.insert(0, os.getcwd())
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     else:
-        sys.argv = argv
+        sys.argv = [kind, *rest]
         sys.path.insert(0, str(Path(kind).resolve().parent))
         runpy.run_path(kind, run_name="__main__")

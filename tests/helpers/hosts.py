@@ -6,6 +6,7 @@ Nothing of the real network is touched, and no address outside is reached. Where
 
 import contextlib
 import ctypes
+import functools
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from helpers.fast_python import serve_interpreter
 from helpers.launch_ranks import _run_worker, make_process, run_train_script
 from helpers.process_groups import last_logged_step
 
@@ -152,6 +154,45 @@ class Hosts:
         self.ranks += processes
         return RanksOnHosts(processes, logs, ranks)
 
+    @contextlib.contextmanager
+    def fast_python(self) -> Iterator[Path]:
+        """A folder that each host has of its own, with `bin/python3` and `bin/deepspeed` that start at once there."""
+        path = self.private[0]
+        with contextlib.ExitStack() as stack:
+            for name, pid in self.pids.items():
+                folder = self.folder / name / "private-0"
+                before = functools.partial(_join_namespaces, pid)
+                stack.enter_context(serve_interpreter(folder, path=path, before=before))
+                (folder / "bin").mkdir()
+                (folder / "bin" / "python3").symlink_to(path / "python")
+                main = "from deepspeed.launcher.runner import main; main()"
+                (folder / "bin" / "deepspeed").write_text(f"#!{path}/python\n{main}\n")
+                (folder / "bin" / "deepspeed").chmod(0o755)
+            yield path
+
+    def processes_of(self, name: str) -> dict[int, str]:
+        """{process id: command line} of all that runs on a host beside what makes it one (its first process, sshd)."""
+        namespace, rows = os.readlink(f"/proc/{self.pids[name]}/ns/pid"), {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                command_line = (folder / "cmdline").read_text().replace("\0", " ")
+                if (
+                    os.readlink(folder / "ns/pid") == namespace
+                    and not command_line.startswith(("sleep", "sshd: "))
+                    and (
+                        command_line  # none of a process that has ended, which nobody here waits for
+                    )
+                ):
+                    rows[int(folder.name)] = command_line
+        return rows
+
+    def wait_until_idle(self, names: Sequence[str], timeout_seconds: float = 20) -> None:
+        """Until nothing is left on these hosts."""
+        deadline = time.monotonic() + timeout_seconds
+        while left := [line for name in names for line in self.processes_of(name).values()]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
     def power_off(self, name: str, ranks: "RanksOnHosts") -> None:
         """The host is gone at once: its cable and its ranks."""
         self.cut_cable(name)
@@ -240,14 +281,20 @@ class RanksOnHosts:
         return [line for line in self.output().splitlines() if line.startswith("error: ")]
 
 
-def _enter_host(host_pid: int, environ: Mapping[str, str], log: str, flags: list[str]) -> None:
-    """Join the host's namespaces and run launch/train.py in a child, which alone belongs to the host's processes."""
+def _join_namespaces(host_pid: int) -> Any:
+    """Belong to the host, as for its processes the children only; libc."""
     libc = ctypes.CDLL(None, use_errno=True)
     namespaces = [os.open(f"/proc/{host_pid}/ns/{name}", os.O_RDONLY) for name in ("net", "uts", "pid", "mnt")]
     for namespace in namespaces:
         if libc.setns(namespace, 0):
             raise OSError(ctypes.get_errno(), "setns")
     os.chdir(ROOT)
+    return libc
+
+
+def _enter_host(host_pid: int, environ: Mapping[str, str], log: str, flags: list[str]) -> None:
+    """Run launch/train.py on the host, in a child."""
+    libc = _join_namespaces(host_pid)
     child = os.fork()
     if child == 0:
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever ends the parent means the rank

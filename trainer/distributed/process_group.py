@@ -77,6 +77,11 @@ class DistContext:
                 raise failure
         return results[leader][0]  # type: ignore[return-value]
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values into everybody's tensor of that shape, on the CPU; all ranks must call."""
+        if self.cpu_group is not None:
+            dist.broadcast(tensor, 0, group=self.cpu_group)
+
     @property
     def is_node_leader(self) -> bool:
         """Whether this is the first rank of its host."""

@@ -218,6 +218,21 @@ class EngineState:
         for key, value in (loss_scale or {}).items():
             setattr(self.optimizer.loss_scaler, key, value)
 
+    def load_weights(self, read_tensor: Callable[[str], Tensor]) -> None:
+        """Set the trained weights that the model computes with; what the optimizer keeps of them stays as it is."""
+        for name, parameter in self.trainable_params.items():
+            value = read_tensor(f"weight/{name}")
+            if self._stage == 3:
+                parameter.ds_tensor.data.copy_(self._own_share(parameter, value))
+            if self._stage < 3 or parameter.ds_status.name == "AVAILABLE":
+                parameter.data.copy_(value)
+
+    def _own_share(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What this rank holds of a weight, or of a moment, under ZeRO-3; the last rank's share is padded."""
+        shard_size, context = parameter.ds_tensor.ds_numel, self.dist_context
+        flat = torch.nn.functional.pad(value.flatten(), (0, shard_size * context.world_size - value.numel()))
+        return flat[shard_size * context.rank : shard_size * (context.rank + 1)]
+
     def _load_8bit_states(self, read_tensor: Callable[[str], Tensor], num_steps: int) -> None:
         for name, parameter in self.trainable_params.items():
             state = self.optimizer.state[parameter]
@@ -233,12 +248,7 @@ class EngineState:
             self.optimizer.state[parameter][key].copy_(value)
         elif self._stage == 3:
             fragments = import_module("deepspeed.utils.tensor_fragment")
-            shard_size = parameter.ds_tensor.ds_numel  # this rank's share, the last one padded
-            flat = torch.nn.functional.pad(
-                value.flatten(), (0, shard_size * self.dist_context.world_size - value.numel())
-            )
-            local = flat[shard_size * self.dist_context.rank : shard_size * (self.dist_context.rank + 1)]
-            fragments.safe_set_local_optimizer_state(parameter, local, key)
+            fragments.safe_set_local_optimizer_state(parameter, self._own_share(parameter, value), key)
         elif parameter._hp_mapping is not None:  # None: another rank has all of it
             mapping = parameter._hp_mapping
             full_fragment, local = mapping.get_hp_fragment_address(), mapping.lp_fragment_address

@@ -33,6 +33,7 @@ from trainer.model.build import TrainableModel, build_model, get_max_positions, 
 from trainer.tracking import records
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoint
+from trainer.training.checkpoint_loading import load_weights
 
 NUM_RANDOM_ROWS, RANDOM_ROW_LENGTH = 2, 64  # of made-up token ids, where the run's data are gone
 
@@ -229,7 +230,7 @@ def load_model_at_checkpoint(
             f"checkpoint {source_checkpoint.folder} is of a run on another base model than {run_folder / 'run.json'} "
             "says"
         )
-    checkpoint.load_weights(source_checkpoint, model.module)
+    load_weights(source_checkpoint, model.module)
     model.module.to(device).eval()
     return model
 

@@ -22,7 +22,8 @@ from trainer.tracking.records import (
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_EVENTS = ("early_stop", "diagnosis", "samples")  # events that an evaluation brings; they come again with it
-FINAL_EVALUATIONS = ("test_evaluation",)  # after the first step they are made at a run's end, and again when resumed
+# After the first step they are made at a run's end, and again when it is resumed.
+FINAL_EVALUATIONS = ("test_evaluation", "retain_evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)

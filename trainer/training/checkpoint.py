@@ -41,7 +41,7 @@ from trainer.training.train_state import TrainState
 
 FORMAT_VERSION = 2
 STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
-_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
+DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # as safetensors calls them
 MIN_BYTES_PER_TRAINED_WEIGHT = 6  # its value in float32 and AdamW's two moments in 8 bits; 12 with these in float32
 _CHUNK_BYTES = 2**24  # bytes hashed and written at a time
 
@@ -289,7 +289,7 @@ def _write_safetensors(path: Path, engine: Engine, tensors: Any) -> tuple[int, s
     header, offset = {}, 0
     for name, dtype, shape in engine.state.state_dict_layout():
         size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -297,7 +297,7 @@ def _write_safetensors(path: Path, engine: Engine, tensors: Any) -> tuple[int, s
     with open(path, "wb") as file:
         _write_chunks(file, digest, struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors:
-            assert header[name]["dtype"] == _DTYPES[tensor.dtype], name
+            assert header[name]["dtype"] == DTYPES[tensor.dtype], name
             data = tensor.detach().cpu().contiguous().view(-1).numpy()
             _write_chunks(file, digest, memoryview(data).cast("B"))
         file.flush()
@@ -345,20 +345,3 @@ def _remove_temporary(folder: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_weights(checkpoint: Checkpoint, module: torch.nn.Module) -> None:
-    """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another's."""
-    trainable_params = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    saved_shapes = checkpoint.weight_shapes()
-    if {name: tuple(p.shape) for name, p in trainable_params.items()} != saved_shapes:
-        mismatched = sorted(set(trainable_params) ^ set(saved_shapes)) or [
-            n for n, p in trainable_params.items() if tuple(p.shape) != saved_shapes[n]
-        ]
-        raise UserError(
-            f"checkpoint {checkpoint.folder} is of another model: {mismatched[0]} and {len(mismatched) - 1} more differ"
-        )
-    read_tensor = checkpoint.tensor_reader(torch.device("cpu"))
-    with torch.no_grad():
-        for name, parameter in trainable_params.items():
-            parameter.copy_(read_tensor(f"weight/{name}"))

@@ -33,8 +33,8 @@ def with_host_lines(plan: RunPlan) -> RunPlan:
         lines.append(
             (
                 "note",
-                f"{folder} of {here} is not seen on {', '.join(without)}: the checkpoints are on {here} only, and "
-                "--resume wants one run folder for all hosts, or the ranks of one host",
+                f"{folder} of {here} is not seen on {', '.join(without)}: only {here} holds the checkpoints and can be "
+                "the first to resume",
             )
         )
     return replace(plan, host_lines=tuple(lines))

@@ -81,15 +81,14 @@ def select_checkpoint(folder: Path, which: str | None, model: TrainableModel) ->
     return selected
 
 
-def refuse_other_checkpoint(selected: Checkpoint, context: DistContext) -> None:
-    """UserError where this host has not the checkpoint that rank 0 has chosen: each rank opens its own file."""
-    if context.rank == 0:  # it has just read it
-        return
-    if damage := selected.find_damage():
+def refuse_run_elsewhere(folder: Path, context: DistContext) -> None:
+    """UserError where a run stands in this folder on another host only: --resume auto would begin a second one."""
+    has_run = context.all_gather_object((folder / METADATA_FILE).exists())
+    if any(has_run) and not has_run[0]:
         hosts = context.placement.hosts
         raise UserError(
-            f"--resume: on {hosts[context.rank]} (rank {context.rank}) {damage}, unlike on {hosts[0]} (rank 0); give "
-            f"all hosts one run folder, copy {selected.folder} there, or go on with the ranks of one host"
+            f"--resume auto: the run in {folder} is on {hosts[has_run.index(True)]}, and rank 0 on {hosts[0]} has "
+            "none there; name its host first, or another --output-dir"
         )
 
 

@@ -12,7 +12,6 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
 from trainer.tracking.records import EventRecord
-from trainer.training.checkpoint import Checkpoint
 from trainer.training.evaluation import Evaluation, evaluate
 from trainer.training.run_plan import RunPlan
 from trainer.training.train_state import TrainState
@@ -45,15 +44,6 @@ def evaluate_other_split(
     return EventRecord(
         event=f"{split}_evaluation", step=step, message=f"{message}of step {step}", time=train_state.elapsed_seconds,
         facts=facts,
-    )  # fmt: skip
-
-
-def load_chosen_weights(engine: Engine, chosen: Checkpoint) -> None:
-    """Put the weights of an earlier checkpoint into the engine, where nothing is trained any more."""
-    state = chosen.train_state
-    engine.state.load_state_dict(
-        chosen.tensor_reader(engine.dist_context.device), state.step - state.skipped_steps,
-        chosen.metadata.get("loss_scale"),
     )  # fmt: skip
 
 

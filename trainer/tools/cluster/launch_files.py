@@ -145,15 +145,30 @@ for host in {shlex.join(ranks_of_hosts)}; do
     ssh {SSH_OPTIONS} "$host" mkdir -p {shlex.quote(str(request.folder))} &&
         scp -pq {SSH_OPTIONS} {environment} "$host":{environment} || exit 1
 done
+port=$((20000 + RANDOM % 10000))
+launchers="^[^ ]+ -u -m deepspeed[.]launcher[.]launch .*--master_port=$port "
+signal_ranks() {{  # deepspeed itself reaches none where a script is sourced before its launcher
+    for host in {shlex.join(ranks_of_hosts)}; do
+        ssh -n {SSH_OPTIONS} "$host" "pkill -$1 -P \\$(pgrep -d, -f '$launchers')" &
+    done
+}}
+set -m  # a signal comes to this script alone
+deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
+    --master_port=$port {shlex.join(map(_quote_for_pdsh, request.train_argv))} </dev/null &
+launcher=$!
+trap "signal_ranks TERM" INT TERM
+trap "signal_ranks USR1" USR1
 # When one host has ended, the others have {request.straggler_seconds} s: deepspeed waits for ever for a frozen rank.
-(seconds=0
-while sleep 5; kill -0 $$ 2>/dev/null; do
-    num_hosts=$(pgrep -c -x ssh -P "$(pgrep -x pdsh -P $$)" 2>/dev/null)
+seconds=0
+while kill -0 $launcher 2>/dev/null; do
+    sleep 5 &
+    wait -n $launcher $!
+    num_hosts=$(pgrep -c -x ssh -P "$(pgrep pdsh -P $launcher)" 2>/dev/null)
     [ "${{num_hosts:-{len(ranks_of_hosts)}}}" -lt {len(ranks_of_hosts)} ] && seconds=$((seconds + 5)) || seconds=0
-    [ $seconds -lt {request.straggler_seconds} ] || kill $$
-done) &
-exec deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
-    --master_port=$((20000 + RANDOM % 10000)) {shlex.join(map(_quote_for_pdsh, request.train_argv))}
+    [ $seconds -lt {request.straggler_seconds} ] || signal_ranks KILL
+done
+kill %sleep 2>/dev/null
+wait $launcher
 """
     return [
         LaunchFile(name="hostfile", content="".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())),
