@@ -52,3 +52,18 @@ def test_a_port_at_which_another_run_has_met_is_named(session_dir, tmp_path):
     assert group.wait() == [1], group.output
     (line,) = group.error_lines
     assert f"at 127.0.0.1:{store.port} is not this run's rank 0 (somebody else is rank 1 there)" in line
+
+
+def answer_soon(rank: int) -> None:
+    from trainer.distributed import rendezvous
+
+    rendezvous.ANSWER_SECONDS = 0.5
+
+
+def test_a_port_where_somebody_listens_and_says_nothing_is_named(session_dir, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        env = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": str(mute.getsockname()[1])}
+        group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env=env, fault=answer_soon)
+        assert group.wait() == [1], group.output
+    (line,) = group.error_lines
+    assert f":{env['MASTER_PORT']} is not this run's rank 0 (what listens there does not answer); pass a free" in line

@@ -1,12 +1,8 @@
 """Which ranks share a host and which GPU each takes, from what the ranks say of themselves."""
 
-import socket
-
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.distributed import rendezvous
-from trainer.distributed.launch_environment import read_launch_environment
 from trainer.distributed.rendezvous import Place, Placement
 
 
@@ -50,16 +46,3 @@ def test_more_ranks_than_gpus_are_refused_on_every_rank():
     for rank in range(3):
         with pytest.raises(UserError, match="2 ranks on b with 1 GPUs: start at most one rank a GPU"):
             crowded.gpu_index(rank)
-
-
-def test_a_port_where_somebody_else_listens_and_says_nothing_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        port = str(mute.getsockname()[1])
-        environ = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        with pytest.raises(SystemExit) as end:
-            rendezvous.meet(read_launch_environment(environ), gpus=(), timeout_seconds=10)
-    assert end.value.code == 1
-    error = capsys.readouterr().err
-    assert f"at 127.0.0.1:{port} is not this run's rank 0 (what listens there does not answer); pass a free" in error
-    assert error.count("\n") == 1
