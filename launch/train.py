@@ -5,7 +5,7 @@ import sys
 
 from trainer.config.cli import parse_args
 from trainer.config.errors import TrainingError, UserError, report_error
-from trainer.distributed.launch_environment import reporting_rank
+from trainer.distributed.launch_environment import is_first_of_host
 from trainer.tracking.safe_stream import protect_standard_streams
 
 
@@ -26,8 +26,8 @@ def main() -> int:
         from trainer.run import run
 
         return run(cli_args, signal_handler)
-    except (UserError, TrainingError) as error:  # before the ranks know one another: all make the same mistake
-        return report_error(error) if reporting_rank(os.environ) == 0 else error.exit_code
+    except (UserError, TrainingError) as error:  # before the ranks know one another
+        return report_error(error) if is_first_of_host(os.environ) else error.exit_code
 
 
 if __name__ == "__main__":

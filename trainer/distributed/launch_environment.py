@@ -71,7 +71,8 @@ _LAUNCHERS = (
 FORWARDED_PREFIXES = (
     "WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "TRAINER_", "XDG_CACHE_HOME",
     "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "OMP_", "MKL_", "GOMP_", "CUDA_", "DS_",
-    "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "LD_LIBRARY_PATH", "UCX_", "FI_", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
     "ALL_PROXY",
 )  # fmt: skip
 _LAUNCHER_PREFIXES = (
@@ -130,6 +131,18 @@ def reporting_rank(environ: Mapping[str, str]) -> int:
     """The rank by which a process decides whether it is the one to speak, also where its environment is refused."""
     values = (environ.get(names.rank, "") for names in _LAUNCHERS)
     return next((int(value) for value in values if value.isdecimal()), 0)
+
+
+def is_first_of_host(environ: Mapping[str, str]) -> bool:
+    """Whether no other rank of this host says what is wrong before the ranks know one another: one line a host.
+
+    Where nothing tells the ranks of a host apart, rank 0 alone speaks.
+    """
+    launcher = next((names for names in _LAUNCHERS if names.is_set(environ)), None)
+    if launcher is not None and not launcher.local_rank:  # a process a node
+        return True
+    local_ranks = (environ[name] for name in (launcher.local_rank if launcher else ()) if name in environ)
+    return next(local_ranks, str(reporting_rank(environ))) == "0"
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:

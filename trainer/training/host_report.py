@@ -1,6 +1,7 @@
 """What the plan of a run on several hosts says of them: the network between them, and what is not the same on all."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from trainer.distributed.process_group import DistContext
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_environment import wandb_mode
 from trainer.training.run_plan import RunPlan
+
+MAX_CLOCK_SECONDS = 5.0  # of which a busy host may be late itself
 
 
 def with_host_lines(plan: RunPlan) -> RunPlan:
@@ -27,6 +30,8 @@ def with_host_lines(plan: RunPlan) -> RunPlan:
         ),
         ("environment", _describe_environment(plan, context)),
     ]
+    if note := _describe_clocks(context):
+        lines.append(("note", note))
     folder = Path(plan.settings.run_folder)
     if without := hosts_without_run_folder(folder, context):
         here = context.placement.hosts[0]
@@ -48,6 +53,15 @@ def _describe_environment(plan: RunPlan, context: DistContext) -> str:
     if len(set(by_host.values())) == 1:
         return f"W&B {mode}; {folders}"
     return f"W&B {mode}; " + "; ".join(f"on {host} {text}" for host, text in by_host.items())
+
+
+def _describe_clocks(context: DistContext) -> str | None:
+    """Which two hosts say a time that differs by more than their answers do; the rows have rank 0's."""
+    context.all_gather_object(None)  # all go on from here at nearly one moment
+    times = dict(zip(context.placement.hosts, context.all_gather_object(time.time()), strict=True))
+    early, late = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
+    seconds = times[late] - times[early]
+    return f"the clock of {late} is {seconds:,.0f} s ahead of that of {early}" if seconds > MAX_CLOCK_SECONDS else None
 
 
 def hosts_without_run_folder(folder: Path, context: DistContext) -> list[str]:

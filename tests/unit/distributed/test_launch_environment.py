@@ -9,6 +9,7 @@ from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import (
     LaunchEnvironment,
     first_host,
+    is_first_of_host,
     read_launch_environment,
     reporting_rank,
     without_launcher,
@@ -239,6 +240,24 @@ def test_processes_that_cannot_tell_their_place_are_refused_in_one_line(name):
 )
 def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
     assert first_host(nodelist) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, True),
+        (TORCHRUN, False),
+        ({**TORCHRUN, "LOCAL_RANK": "0"}, True),  # rank 2, of the second host: its mistake may be its own
+        (DEEPSPEED, True),
+        (SRUN, False),
+        ({**SRUN, "SLURM_LOCALID": "0"}, True),
+        (SKYPILOT, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "one"}, True),
+    ],
+)
+def test_a_mistake_is_said_once_on_each_host(environ, expected):
+    assert is_first_of_host(environ) is expected
 
 
 def test_two_jobs_on_one_host_meet_at_different_ports():
