@@ -223,7 +223,9 @@ class Hosts:
             enter = ["nsenter", "-t", str(pid), "-n", "tc", "qdisc"]
             run_tool(*enter, "del", "dev", "eth0", "root", check=False)
             if megabits_per_second is not None:
-                bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", "64kb", "latency", "400ms"]
+                burst = max(4000, megabits_per_second * 10**6 // 800)  # bytes: a tick of the kernel at 100 Hz, since
+                # a step sends so much at once, whatever the rate
+                bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", str(burst), "latency", "400ms"]
                 process = run_tool(*enter, "add", "dev", "eth0", "root", *bucket, check=False)
                 if process.returncode:
                     pytest.skip(f"links cannot be shaped here: {process.stderr.strip()}")

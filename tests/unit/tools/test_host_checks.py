@@ -57,7 +57,7 @@ def test_a_host_without_an_address_and_an_own_name_that_is_a_loopback_are_named(
     assert "/etc/hosts" in own.remedy
     assert (other.name, other.message) == ("h2", "has no address here")
     addresses["h1"] = "10.0.0.1"
-    assert check_own_name().level == "ok"
+    assert (check_own_name().level, check_own_name().message) == ("ok", "h1 is 10.0.0.1 here")
 
 
 def test_every_pair_of_hosts_is_measured_by_ranks_that_are_started_there(fast_python, tmp_path, monkeypatch):

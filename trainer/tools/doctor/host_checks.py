@@ -47,9 +47,10 @@ def check_own_name(name: str | None = None) -> CheckResult:
     """Whether this host's name leads others, and torchrun, to it: Debian's /etc/hosts says 127.0.1.1."""
     name = name or socket.gethostname()
     address = _resolve(name)
+    is_loopback = address is not None and address.startswith("127.")
     return make_result(
-        address is None or address.startswith("127."), WARNING, "own name",
-        f"{name} is {address or 'unknown'} here" + (": other hosts cannot reach that" if address else ""),
+        address is None or is_loopback, WARNING, "own name",
+        f"{name} is {address or 'unknown'} here" + ": other hosts cannot reach that" * is_loopback,
         f"in /etc/hosts, the address that other hosts know for {name}; or torchrun --local-addr ADDRESS (started "
         "otherwise, the ranks find their interface themselves)",
     )  # fmt: skip
