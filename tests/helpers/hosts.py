@@ -225,7 +225,7 @@ class Hosts:
             if megabits_per_second is not None:
                 burst = max(4000, megabits_per_second * 10**6 // 800)  # bytes: a tick of the kernel at 100 Hz, since
                 # a step sends so much at once, whatever the rate
-                bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", str(burst), "latency", "400ms"]
+                bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", str(burst), "limit", "4mb"]
                 process = run_tool(*enter, "add", "dev", "eth0", "root", *bucket, check=False)
                 if process.returncode:
                     pytest.skip(f"links cannot be shaped here: {process.stderr.strip()}")
