@@ -145,13 +145,10 @@ def comparable_sets(runs: Sequence[RunData]) -> list[list[RunData]]:
     """The runs in sets within which each is comparable with each, in the order of their first run."""
     sets: list[list[RunData]] = []
     for run in runs:
-        matching_set = next(
-            (members for members in sets if all(is_comparable(run, member) for member in members)), None
-        )
-        if matching_set is None:
-            sets.append([run])
-        else:
-            matching_set.append(run)
+        members = next((members for members in sets if is_comparable(run, members[0])), None)
+        if members is None:
+            sets.append(members := [])
+        members.append(run)
     return sets
 
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config import reference
-from trainer.report.comparability import comparison_blockers, ranking_blockers, reference_blockers, shorten_reason
+from trainer.report.comparability import (
+    comparable_sets,
+    comparison_blockers,
+    ranking_blockers,
+    reference_blockers,
+    shorten_reason,
+)
 from trainer.report.margin import Margin
 from trainer.report.options import ComparisonOptions, CostRatio
 from trainer.report.paired_interval import PairedInterval, paired_interval, seeds_interval, what_would_tell
@@ -142,15 +148,8 @@ def comparable_groups(
     groups: Sequence[SeedGroup], *, best_first: bool = True
 ) -> list[tuple[list[SeedGroup], list[SeedGroup]]]:
     """For each set of groups on the same data that has both modes: its full and its LoRA groups."""
-    sets: list[list[SeedGroup]] = []
-    for group in groups:
-        matching_set = next(
-            (members for members in sets if not comparison_blockers(members[0].runs[0], group.runs[0])), None
-        )
-        if matching_set is None:
-            sets.append([group])
-        else:
-            matching_set.append(group)
+    by_run = {id(group.runs[0]): group for group in groups}
+    sets = [[by_run[id(run)] for run in runs] for runs in comparable_sets([group.runs[0] for group in groups])]
     by_mode = [
         tuple(
             sorted(
