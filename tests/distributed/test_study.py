@@ -265,7 +265,8 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
     for loss in (None, pytest.approx(2 + 0.3 * 4 + 20 / 16 + 2e-3)):
         claim, spec = queue.claim([killed])
         result = runner.run(claim, spec)
-        assert (result.loss, result.failure) == (loss, None), "out of memory, or by somebody: it is tried again"
+        assert (result.loss, result.failure) == (loss, "killed by signal 9" if loss is None else None)
+        assert result.is_final == (loss is not None), "out of memory, or by somebody: it is tried again"
     study.run(num_workers=1, gpus_per_trial=None, should_stop=should_stop, log=log)
     assert len([line for line in lines if ": validation loss " in line]) == 3
     table = study_table(study)

@@ -76,7 +76,7 @@ def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up_again(tm
     assert queues["b"].claim(specs) is None, "the lease was renewed"
     clock.now += 2
     own_trial, _ = queues["b"].claim(specs)
-    assert own_trial.attempt == 2
+    assert (own_trial.attempt, own_trial.num_failures) == (2, 1)
     assert queues["c"].claim(specs) is None
     assert not queues["a"].renew(claim), "the one that was taken for dead must stop"
     assert not queues["a"].finish(claim, loss=9.0)
@@ -89,8 +89,10 @@ def test_a_released_trial_can_be_taken_up_at_once(tmp_path):
     queues = [TrialQueue(tmp_path, name) for name in ("a", "b")]
     queues[0].enqueue(make_specs(1))
     claim, _ = queues[0].claim(make_specs(1))
-    queues[0].release(claim)
-    assert queues[1].claim(make_specs(1)) is not None
+    for has_failed in (False, False, True, False, True):
+        queues[0].release(claim, has_failed=has_failed)
+        claim, _ = queues[1].claim(make_specs(1))
+    assert (claim.attempt, claim.num_failures) == (6, 2), "a study that was stopped is no failure of its trial"
 
 
 @pytest.mark.parametrize("loss", [None, float("nan"), float("inf")])

@@ -103,7 +103,9 @@ class Study:
 def _describe(result: TrialResult) -> str:
     if result.loss is not None:
         return f"validation loss {result.loss:.4f} ({result.elapsed_seconds:.0f} s)"
-    return f"failed: {result.failure}" if result.failure else "cut off; the same command goes on with it"
+    if result.failure is not None:
+        return f"failed{', and is tried again' if result.is_tried_again else ''}: {result.failure}"
+    return "cut off; the same command goes on with it"
 
 
 def show_while_running(study: Study, is_over: threading.Event, interval_seconds: float = 2.0) -> None:

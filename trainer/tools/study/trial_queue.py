@@ -30,6 +30,7 @@ JOURNAL_FILE = "journal.log"
 STUDY_NAME = "trials"
 LEASE_SECONDS = 120.0  # a worker that has not renewed its claim for so long is taken for dead
 _CLAIM = "claim"
+_STOPPED, _FAILED = 0.0, 1.0  # ends of a lease that say why it was given up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class Claim:
 
     name: str
     trial_id: int
-    attempt: int  #: from 1; above it an earlier worker died
+    attempt: int  #: from 1
+    num_failures: int  #: of the attempts before it those that failed, or whose workers died
     key: str
 
 
@@ -151,10 +153,10 @@ class TrialQueue:
         self._write_lease(claim)
         return True
 
-    def release(self, claim: Claim) -> None:
+    def release(self, claim: Claim, *, has_failed: bool = False) -> None:
         """Let the trial go unfinished: the next worker may take it up at once."""
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-            self._storage.set_trial_user_attr(claim.trial_id, claim.key, 0.0)
+            self._storage.set_trial_user_attr(claim.trial_id, claim.key, _FAILED if has_failed else _STOPPED)
 
     def finish(self, claim: Claim, *, loss: float | None, failure: str | None = None, **facts: Any) -> bool:
         """Write the result of a trial; False where it is no longer this worker's, and nothing was written."""
@@ -174,7 +176,10 @@ class TrialQueue:
         attempt = _last_attempt(frozen)
         if attempt and self._is_held(*_holder(frozen, attempt)):
             return None
-        claim = Claim(name=name, trial_id=trial_id, attempt=attempt + 1, key=f"{_CLAIM}/{attempt + 1}/{self.worker}")
+        claim = Claim(
+            name=name, trial_id=trial_id, attempt=attempt + 1, key=f"{_CLAIM}/{attempt + 1}/{self.worker}",
+            num_failures=sum(_holder(frozen, n)[1] != _STOPPED for n in range(1, attempt + 1)),
+        )  # fmt: skip
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._write_lease(claim)
             frozen = self._storage.get_trial(trial_id)

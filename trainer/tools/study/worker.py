@@ -53,12 +53,13 @@ class TrialResult:
     loss: float | None = None  #: its final validation loss
     failure: str | None = None
     has_diverged: bool = False  #: a failure that says something of its settings
+    is_tried_again: bool = False  #: it failed, and not for the last time
     elapsed_seconds: float = 0.0
 
     @property
     def is_final(self) -> bool:
         """Whether the trial is over."""
-        return self.loss is not None or self.failure is not None
+        return self.loss is not None or (self.failure is not None and not self.is_tried_again)
 
 
 def make_slots(num_workers: int, gpus_per_trial: int | None) -> list[Slot]:
@@ -153,7 +154,7 @@ class TrialRunner:
 
         UserError where it cannot run here: what is wrong is this machine or its data, and no result of the trial.
         """
-        if claim.attempt > MAX_ATTEMPTS:
+        if claim.num_failures >= MAX_ATTEMPTS:
             result = TrialResult(failure=f"its worker died {MAX_ATTEMPTS} times while it ran")
         else:
             try:
@@ -162,7 +163,7 @@ class TrialRunner:
                 self.queue.release(claim)
                 raise
         if not result.is_final:
-            self.queue.release(claim)
+            self.queue.release(claim, has_failed=result.is_tried_again)
             return result
         self.queue.finish(
             claim, loss=result.loss, failure=result.failure, has_diverged=result.has_diverged,
@@ -199,8 +200,8 @@ class TrialRunner:
         failure, has_diverged = last_log_line(log_path, exit_code), "not_finite" in run_events(folder)
         if exit_code == UserError.exit_code or (exit_code > 0 and not (folder / "run.json").exists()):
             raise UserError(f"{spec.name}: {failure}")
-        if not has_diverged and claim.attempt < MAX_ATTEMPTS:  # out of memory, or killed by somebody: tried again
-            return TrialResult()
+        if not has_diverged and claim.num_failures + 1 < MAX_ATTEMPTS:  # out of memory, or killed by somebody
+            return TrialResult(failure=failure, is_tried_again=True)
         return TrialResult(failure=failure, has_diverged=has_diverged, elapsed_seconds=elapsed_seconds)
 
     def _check_data(self, folder: Path) -> None:
