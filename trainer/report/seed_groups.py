@@ -47,6 +47,7 @@ _LABEL_FORMATS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("settings.lora.modules_to_save", lambda value: f"and {'+'.join(value)}" if value else "adapters only"),
     ("settings.train.global_batch", lambda value: f"batch {value}"),
     ("settings.train.epochs", lambda value: f"{value:g} epochs"),
+    ("settings.train.max_steps", lambda value: f"{value} steps"),
     ("data.block_size", lambda value: f"block {value}"),
     ("data.objective", str),
     ("resolved.ranks", lambda value: f"{value} ranks"),

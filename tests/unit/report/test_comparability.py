@@ -134,6 +134,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run: Any) -> None
         ("LoRA (lr 0.005)", 2),
         ("LoRA (lr 0.001)", 1),
     ]
+    lengths = group_by_seed([make_run("lora", settings__train__max_steps=steps) for steps in (16, 48)])
+    assert [group.label for group in lengths] == ["LoRA (16 steps)", "LoRA (48 steps)"], "as of a study's rungs"
 
 
 def test_a_group_label_leaves_out_what_the_data_name_says(make_run: Any) -> None:
