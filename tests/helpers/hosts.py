@@ -72,7 +72,9 @@ class Hosts:
     def _start_host(self, number: int, etc_hosts: str) -> None:
         name, home = f"h{number}", self.folder / f"h{number}"
         self._write_ssh_files(home)
-        own_hosts = (self.folder / "etc-hosts").read_text() + etc_hosts.format(name=name)
+        own_hosts = (
+            etc_hosts.format(name=name) + (self.folder / "etc-hosts").read_text()
+        )  # the first line of a name counts
         (home / "etc-hosts").write_text(own_hosts)
         binds = [(home / f"private-{index}", path) for index, path in enumerate(self.private)]
         for source, _ in binds:
