@@ -56,16 +56,24 @@ def own_folder(hosts: Hosts, name: str) -> Path:
     return hosts.folder / name / "private-0"
 
 
-def test_other_data_on_the_second_host_is_refused_by_name(flags, hosts, private, tmp_path):
+def test_other_data_and_another_base_on_the_second_host_are_refused_by_name(
+    flags, tiny_model, hosts, private, tmp_path
+):
     for number in (1, 2):
         write_records(own_folder(hosts, f"h{number}") / "d.jsonl", num_records=25, seed=number)
-    argv = [*flags, "--data", str(private / "d.jsonl"), "--output-dir", str(tmp_path / "run"), "--max-steps", "4"]
+        shutil.copytree(tiny_model, own_folder(hosts, f"h{number}") / "base")
+    weights = own_folder(hosts, "h2") / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    argv = [*flags, "--model", str(private / "base"), "--data", str(private / "d.jsonl"), "--max-steps", "4"]
+    argv += ["--output-dir", str(tmp_path / "run")]
     run = hosts.train(argv, tmp_path / "logs", with_srun=True)  # two tasks of a step are two ranks of one run
     assert run.wait() == [2, 2]
     (line,) = run.error_lines()
-    assert line.startswith("error: the data is ")
-    assert " on h1 (rank 0) and " in line
-    assert line.endswith(" on h2 (rank 1): all ranks must have the same")
+    assert re.fullmatch(
+        r"error: the data is \S+ on h1 \(rank 0\) and \S+ on h2 \(rank 1\); "
+        r"the base model is \S+ on h1 \(rank 0\) and \S+ on h2 \(rank 1\): all ranks must have the same",
+        line,
+    )
     assert not (tmp_path / "run").exists()
 
 
