@@ -4,9 +4,10 @@
 
 Each start is killed (kill -9 of one rank or of all; with --launcher of the launcher alone; with --hosts on two network
 namespaces) and then resumed, until it has come to its end; then the next run begins, with a cache of its own. One in
-three dies within a call by which a file is written (half of the bytes are), one in twelve while it starts; the others
-at any moment of one of their next five steps, within an accumulation window, an evaluation or the export at the end
-too, and half of these as soon as a checkpoint is being written. After each kill nothing of the run may be left running
+three dies within a call by which a file is written (half of the bytes are), one in twelve while it starts, of those
+that begin anew two in three while the data are prepared; the others at any moment of one of their next five steps,
+within an accumulation window, an evaluation or the export at the end too, and half of these as soon as a checkpoint is
+being written. After each kill nothing of the run may be left running
 after 60 s, no survivor may end with exit code 0, and metrics.jsonl must be whole rows; at the end of each run its rows
 must be those of a run nobody killed, and no temporary file may be left. Prints kills tried, what was being written,
 resumes that worked, rows lost (missing, doubled or different at the end; must be 0), and rows done again because they
@@ -49,12 +50,12 @@ from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 NUM_STEPS = 24
 #: functions of os by which files reach the disk, and about how often a whole run calls each
 WRITE_CALLS = {"write": 60, "fsync": 40, "replace": 20, "rename": 10}
-#: what a kill leaves behind while something is being written
+#: what a kill leaves behind while something is being written, in the folder of all runs
 LEFTOVERS = {
-    "a checkpoint": "checkpoints/.*.tmp",
-    "evaluation records": ".eval_records.parquet.*.tmp",
-    "run.json": ".run.json.*.tmp",
-    "prepared data": "../cache-*/**/*.unfinished-*",
+    "a checkpoint": "run-*/checkpoints/.*.tmp",
+    "evaluation records": "run-*/.eval_records.parquet.*.tmp",
+    "run.json": "run-*/.run.json.*.tmp",
+    "prepared data": "cache-run-*/**/*.unfinished-*",
 }
 
 
@@ -202,13 +203,16 @@ class Campaign:
         if is_spared or fault is not None:
             wait_for(run, 300, lambda: False)
             return run, "write" if fault is not None and run.has_killed_itself() else None
-        if rng.random() < 1 / 8:
+        if not (out / "run.json").exists() and rng.random() < 2 / 3:  # nothing is prepared yet
+            wait_for(run, 300, lambda: bool(set(self.folder.glob(LEFTOVERS["prepared data"])) - self.leftovers))
+            wait_for(run, rng.uniform(0, 0.01), lambda: False)
+        elif rng.random() < 1 / 8:
             wait_for(run, rng.uniform(0, self.start_seconds), lambda: False)
         else:
             target_step = min(num_steps + rng.randrange(6), NUM_STEPS)
             wait_for(run, 300, lambda: count_starts(out) > starts_before and last_logged_step(out) >= target_step)
             if rng.random() < 1 / 2:
-                wait_for(run, self.export_seconds, lambda: any(out.glob(LEFTOVERS["a checkpoint"])))
+                wait_for(run, self.export_seconds, lambda: any(self.folder.glob(LEFTOVERS["a checkpoint"])))
                 wait_for(run, rng.uniform(0, 0.004), lambda: False)
             else:
                 is_last = target_step == NUM_STEPS
@@ -222,7 +226,7 @@ class Campaign:
         counts[victim] += 1
         counts["in the export"] += last_logged_step(out) == NUM_STEPS and not read_events(out, "finished")
         for name, pattern in LEFTOVERS.items():
-            new = set(out.glob(pattern)) - self.leftovers
+            new = set(self.folder.glob(pattern)) - self.leftovers
             counts[name] += bool(new)
             self.leftovers |= new
         counts["longest ms"] = max(counts["longest ms"], int(1000 * exit_seconds))
