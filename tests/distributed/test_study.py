@@ -385,7 +385,7 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
         write_rule(stub_dir / "file" / "study", make_rule(), working_dir=".")
     for content in ("", "[]", '{"rule": {}}', '{"rule": 3, "sha256": "", "working_dir": ""}'):
         (stub_dir / "rule.json").write_text(content)
-        with pytest.raises(UserError, match=r"rule.json: not the rule of a study"):
+        with pytest.raises(UserError, match=r"rule.json: (not|holds)"):
             read_rule(stub_dir)
 
 

@@ -1,13 +1,28 @@
 """The argument parser of every program here: a mistake is one line, and an unknown flag is answered with ours."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.config.credentials import mask_credentials
 from trainer.config.errors import UserError
 from trainer.config.flag_suggestions import suggest_flag
+
+TEXT_FLAGS = ("--prompt", "--completion")  # what they hold is no name
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux: NAME_MAX, and PATH_MAX without its closing null
+
+
+def _refuse_long_name(flag: str, value: str) -> None:
+    path = os.fsencode(value)
+    length = max(map(len, path.split(b"/")))
+    if length > MAX_NAME_BYTES or len(path) > MAX_PATH_BYTES:
+        raise UserError(
+            f"{flag} {value[:40]}...: {max(length, len(path)):,} bytes; expected a name of at most {MAX_NAME_BYTES} "
+            f"bytes between two slashes, and a path of at most {MAX_PATH_BYTES:,}"
+        )
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -22,7 +37,10 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """argparse's own; UserError for a word that holds a key, a token or a login: run.json would keep it."""
+        """argparse's own; UserError for a word that holds a key, a token or a login: run.json would keep it.
+
+        And for a name that is longer than any file's: the system refuses it wherever it is looked for.
+        """
         argv = sys.argv[1:] if args is None else args
         for number, word in enumerate(argv):
             if mask_credentials(word) != word:
@@ -31,7 +49,14 @@ class ArgumentParser(argparse.ArgumentParser):
                     f"{flag.partition('=')[0]}: its value holds a token or a login, which process lists and run.json "
                     "would show; give it by HF_TOKEN, WANDB_API_KEY, or the login of the program that asks for it"
                 )
-        return super().parse_known_args(argv, namespace)
+        parsed = super().parse_known_args(argv, namespace)
+        for action in self._actions:
+            if not set(action.option_strings) & set(TEXT_FLAGS):
+                values = getattr(parsed[0], action.dest, None)
+                for value in values if isinstance(values, list | tuple) else [values]:
+                    if isinstance(value, str | Path):
+                        _refuse_long_name("/".join(action.option_strings) or str(action.metavar), str(value))
+        return parsed
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """The parsed arguments; UserError for a flag that is not known, with the one that was meant."""

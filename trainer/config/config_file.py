@@ -9,6 +9,7 @@ import yaml
 
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.errors import UserError
+from trainer.config.files import read_text_file
 from trainer.config.flag_suggestions import suggest_flag
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings
@@ -43,11 +44,10 @@ def _run_to_argv(path: Path) -> list[str]:
 
 
 def _yaml_to_argv(path: Path, takes_value: dict[str, bool]) -> list[str]:
+    text = read_text_file(path, f"{FLAG} {path}", "lines like `lr: 1e-4`, or a run.json")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{FLAG} {path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
         raise UserError(f"{FLAG} {path}{where}: is not YAML; expected lines like `lr: 1e-4`") from error

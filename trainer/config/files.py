@@ -1,4 +1,4 @@
-"""Files written whole or not at all, on the disk when that is said, and never through somebody's link."""
+"""Files read without a wait, and written whole or not at all, on the disk when that is said, through nobody's link."""
 
 import contextlib
 import os
@@ -6,6 +6,19 @@ import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+from trainer.config.errors import UserError
+
+
+def read_text_file(path: Path, name: str, expected: str) -> str:
+    """The text of a regular file; UserError, which begins with `name` and ends with what is expected, for any other."""
+    try:
+        if path.exists() and not path.is_file():  # a named pipe would be waited for, a device has no end
+            raise UserError(f"{name}: not a regular file; expected {expected}")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UserError(f"{name}: cannot be read ({reason}); expected {expected}") from None
 
 
 @contextlib.contextmanager

@@ -42,7 +42,11 @@ _EARLY_STOP = re.compile(r"([1-9]\d*)(?::(\d+\.?\d*(?:e-?\d+)?))?")
 class ModelSettings:
     """Which weights training starts from."""
 
-    model: str = option(flag="--model", help="hub id or folder of a causal LM, or the embedded `demo-base`")
+    model: str = option(
+        flag="--model",
+        help="hub id or folder of a causal LM, or the embedded `demo-base`",
+        accepts=Accepted(check=bool, description="a hub id, a folder or demo-base"),
+    )
     init: Init = option("pretrained", flag="--init", help="start from its weights, or from random ones")
     quant: Quantization | None = option(
         None,

@@ -8,6 +8,9 @@ the ids that a model is given when it is to write that turn.
 
 import contextlib
 import re
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.config.errors import UserError, first_line
+from trainer.config.files import read_text_file
 from trainer.data.conversations import Conversation
 from trainer.data.templates import RecordError, require_valid_unicode
 from trainer.data.tokenizer import TokenIds, encode
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MAX_RENDER_SECONDS = 10  # of one conversation by its template, which takes well under a millisecond
 Span = tuple[int, int]  # from and to, in characters
 
 
@@ -41,13 +46,7 @@ class ChatRow:
 def load_template(tokenizer: Any, template_file: str | None, model: str) -> str:
     """The template of --chat-template, or the tokenizer's own; UserError where there is none."""
     if template_file is not None:
-        try:
-            return Path(template_file).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise UserError(
-                f"--chat-template {template_file}: cannot be read ({reason}); expected a Jinja file"
-            ) from None
+        return read_text_file(Path(template_file).expanduser(), f"--chat-template {template_file}", "a Jinja file")
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:
@@ -147,12 +146,40 @@ class ChatTemplate:
 
         special_tokens = {name: token for name, token in self.tokenizer.special_tokens_map.items()}
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages], tools=tools, chat_template=self.template, **options, **special_tokens
-            )  # type: ignore[misc, unused-ignore]
+            with _time_limit():
+                texts, spans = render_jinja_template(
+                    conversations=[messages], tools=tools, chat_template=self.template, **options, **special_tokens
+                )  # type: ignore[misc, unused-ignore]
+        except (_RenderTimeout, MemoryError) as error:  # as it would on the next record
+            limit = "the memory there is" if isinstance(error, MemoryError) else f"{MAX_RENDER_SECONDS} s"
+            message = f"the chat template takes more than {limit} for one conversation; pass another --chat-template"
+            raise UserError(message) from None
         except Exception as error:  # a template raises what it likes, in a sandbox
             raise MaskError(f"the chat template refuses it ({first_line(error)})") from None
         return require_valid_unicode(texts[0], "messages"), spans[0] if spans else []
+
+
+class _RenderTimeout(BaseException):  # which no template can catch
+    pass
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Stop a template that loops; it is Python code by then, so a signal reaches it, on the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _RenderTimeout
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def end_token_ids(tokenizer: Any, template: str | None) -> tuple[int, ...]:

@@ -1,10 +1,12 @@
 """One record -> a conversation: OpenAI's messages, ShareGPT's, prompt and completion as messages; each is checked."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.config.json_file import parse_json
 from trainer.data.templates import Record, RecordError, is_missing, require_valid_unicode, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -24,9 +26,11 @@ class Conversation:
     num_context: int = 0  #: messages at the beginning whose assistant turns are not learnt
 
     def learnt_turns(self) -> list[int]:
-        """The places of the assistant's turns that are learnt."""
+        """The places of the assistant's turns that are learnt: by OpenAI's form all but those of weight 0."""
         return [
-            i for i, message in enumerate(self.messages) if i >= self.num_context and message["role"] == "assistant"
+            i
+            for i, message in enumerate(self.messages)
+            if i >= self.num_context and message["role"] == "assistant" and message.get("weight") != 0
         ]
 
     def first_prompt(self) -> str:
@@ -65,25 +69,29 @@ def from_prompt_completion(record: Record) -> Conversation:
 
 
 def _conversation(messages: list[dict[str, Any]], record: Record, num_context: int = 0) -> Conversation:
-    tools = record.get("tools")
-    if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise RecordError(f"column 'tools' holds {shorten(tools)}, expected a list of tools or its JSON") from None
-    if not is_missing(tools) and not isinstance(tools, list):
-        raise RecordError(f"column 'tools' holds a {type(tools).__name__}, expected a list of tools")
+    tools = [] if is_missing(record.get("tools")) else _read_list(record["tools"], "tools", "tools")
     conversation = Conversation(messages=messages, tools=_without_null(tools) or None, num_context=num_context)
     if not conversation.learnt_turns():
-        raise RecordError("no message of role assistant: nothing is to be learnt; drop the record")
+        raise RecordError("no message of role assistant, or of weight 0 only: nothing is to be learnt; drop the record")
     return conversation
 
 
+def _read_list(value: Any, column: str, content: str) -> list[Any]:
+    """A list, or one as JSON text, which is all that a cell of a CSV file can hold."""
+    items = value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            items = parse_json(value)
+    if not isinstance(items, list):
+        raise RecordError(f"column {column!r} holds {shorten(value)}, expected a list of {content}, or its JSON")
+    return items
+
+
 def _require_list(value: Any, column: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        problem = "is missing or empty" if value in (None, "", []) else f"holds {shorten(value)}"
-        raise RecordError(f"column {column!r} {problem}, expected a list of messages")
-    return value
+    items = [] if is_missing(value) else _read_list(value, column, "messages")
+    if not items:
+        raise RecordError(f"column {column!r} is missing or empty, expected a list of messages")
+    return items
 
 
 def _check_messages(value: Any, column: str) -> list[dict[str, Any]]:
@@ -102,6 +110,10 @@ def _check_message(message: Any, number: int, column: str) -> dict[str, Any]:
         content = _join_parts(content, where)
     if content is not None and not isinstance(content, str):
         raise RecordError(f"{where} has {shorten(content)} as content, expected text")
+    if not isinstance(message.get("tool_calls") or [], list):
+        raise RecordError(f"{where} has {shorten(message['tool_calls'])} as tool_calls, expected a list")
+    if message.get("weight") not in (None, 0, 1):
+        raise RecordError(f"{where} has weight {shorten(message['weight'])}, expected 0 (not learnt) or 1")
     has_calls = role == "assistant" and bool(message.get("tool_calls"))
     if is_missing(content) and not has_calls:
         raise RecordError(f"{where} ({role}) has no content; fill it or drop the record")

@@ -72,12 +72,7 @@ def prepare(
     cache_root = store.resolve_cache_dir(cache)
     split_sources = sources.find_sources(settings.data, settings.val_data, settings.test_data, settings.retain_data)
     inputs = [_find_input(source, settings) for source in split_sources]
-    for data_input in inputs:
-        if (data_input.record_format.name == "input_ids") != (inputs[0].record_format.name == "input_ids"):
-            flag = data_input.source.flag
-            raise UserError(
-                f"{flag}: one of --data and {flag} holds token ids and the other text; give both in one form"
-            )
+    _refuse_mixed_formats(inputs)
     objective = settings.objective or inputs[0].record_format.objectives[0]
     tokenizer = None if inputs[0].record_format.name == "input_ids" else load_tokenizer(model)
     chat_template = _find_chat_template(settings, inputs, tokenizer, model)
@@ -136,6 +131,20 @@ def _find_input(source: Source, settings: DataSettings) -> DataInput:
                 f"{record_format.name} (columns: {list_columns(columns)}); give files of one format"
             )
     return DataInput(source, record_format)
+
+
+def _refuse_mixed_formats(inputs: list[DataInput]) -> None:
+    """The loss of one format says nothing of another; what is retained is plain text, whatever is trained on."""
+    first = inputs[0]
+    for other in inputs[1:]:
+        names = {first.record_format.name, other.record_format.name}
+        is_apart = "input_ids" in names if other.source.split == "retain" else not names <= set(CHAT_FORMATS)
+        if len(names) > 1 and is_apart:
+            where = " and ".join(f"{i.source.flag} {i.source.spec} ({i.source.split})" for i in (first, other))
+            raise UserError(
+                f"{where}: one holds {first.record_format.name}, the other {other.record_format.name}; give both in "
+                "one format"
+            )
 
 
 def _find_chat_template(settings: DataSettings, inputs: list[DataInput], tokenizer: Any, model: str) -> str | None:

@@ -1,6 +1,7 @@
 """The door to `datasets` and to Arrow's own files: saved data sets, Parquet and Arrow, zstd streams."""
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +29,16 @@ def is_saved_dataset(folder: Path) -> bool:
 def load_saved_dataset(folder: Path, flag: str) -> Mapping[str, Any]:
     """{split: data set} of such a folder, "" for one without splits; UserError where it is not whole."""
     try:
-        dataset = import_datasets().load_from_disk(str(folder))
+        loaded = import_datasets().load_from_disk(str(folder))
+    except IndexError:
+        raise UserError(f"{flag} {folder}: a saved data set, or a split of it, is empty; expected records") from None
     except Exception as error:  # damaged files raise many kinds, from several packages
         raise UserError(f"{flag} {folder}: not a whole saved data set ({first_line(error)}); save it again") from None
-    return dataset if isinstance(dataset, dict) else {"": dataset}
+    splits: Mapping[str, Any] = loaded if isinstance(loaded, dict) else {"": loaded}
+    for name in (cache_file["filename"] for dataset in splits.values() for cache_file in dataset.cache_files):
+        if not Path(os.path.abspath(name)).is_relative_to(os.path.abspath(folder)):
+            raise UserError(f"{flag} {folder}: its state.json names {name}, outside of the folder; save it again")
+    return splits
 
 
 def open_zstd(file: Path) -> BinaryIO:
@@ -53,6 +60,8 @@ def arrow_columns(file: Path, kind: str, where: str) -> tuple[str, ...]:
             has_rows = any(table.num_rows for table in iter_arrow(file, kind, names, 1))
     except (ValueError, OSError) as error:
         raise UserError(f"{where}: not a whole {kind} file ({first_line(error)}); write it again") from None
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}: has column {duplicates[0]!r} twice; rename one")
     if not has_rows:
         raise UserError(f"{where}: has columns but no row; expected at least one record")
     return tuple(names)

@@ -133,10 +133,10 @@ class Preprocessor:
             source = data_input.source
             if not data_input.num_records:
                 raise UserError(f"{source.flag} {source.spec}: holds blank lines only; expected at least one record")
-            if source.split == "retain":
-                if data_input.num_conversations:
-                    raise UserError(f"{source.flag} {source.spec}: holds conversations; expected text")
-            elif bool(data_input.num_conversations) != self._is_chat():
+            has_chat = data_input.num_conversations > 0
+            if source.split == "retain" and has_chat:
+                raise UserError(f"{source.flag} {source.spec}: holds conversations; expected text")
+            if source.split != "retain" and has_chat != (self.inputs[0].num_conversations > 0):
                 raise UserError(
                     f"{source.flag} {source.spec}: one of the splits holds conversations and another text; expected one"
                 )

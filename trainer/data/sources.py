@@ -160,12 +160,15 @@ def _dataset_splits(datasets: Mapping[str, Any], spec: str, flag: str, kind: str
 
 
 def split_of(file: Path, root: Path) -> str:
-    """The split that a file's name, or a folder between `root` and it, stands for; "" where none does."""
+    """The split that a file's name, or a folder between `root` and it, stands for; "" where none does.
+
+    A name with words of several splits (`train_test.csv`) stands for the one that is not trained on.
+    """
     relative = file.relative_to(root) if file.is_relative_to(root) else Path(file.name)
     for part in reversed(relative.parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in SPLIT_BY_WORD:
-                return SPLIT_BY_WORD[word]
+        splits = {SPLIT_BY_WORD[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLIT_BY_WORD}
+        if splits:
+            return next(name for name in ("test", "validation", "train") if name in splits)
     return ""
 
 

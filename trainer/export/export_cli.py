@@ -1,7 +1,6 @@
 """`launch/export.py`: a checkpoint of a run, read back in one process without DeepSpeed, as a checked folder."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from trainer.config.choices import ExportDtype
 from trainer.config.errors import TrainingError, UserError
+from trainer.config.json_file import read_json_object
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, prepare
@@ -113,10 +113,7 @@ def export_checkpoint(request: ExportRequest) -> int:
 
 def read_answer_sentence(path: Path) -> str:
     """The sentence of an answer.json of a study or a comparison; UserError where there is none."""
-    try:
-        sentence = json.loads(path.read_text(encoding="utf-8"))["sentence"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--answer {path}: cannot be read ({error}); expected answer.json of a study") from error
+    sentence = read_json_object(path, f"--answer {path}").get("sentence")
     if not isinstance(sentence, str) or not sentence:
         raise UserError(f"--answer {path}: its sentence is {sentence!r:.40}; expected answer.json of a study")
     return sentence

@@ -87,8 +87,9 @@ def build_model(
         torch.manual_seed(settings.train.seed)
         is_random_init = on_meta or settings.model.init == "random"
         causal = _init_random(settings.model, config) if is_random_init else _load_pretrained(settings.model, config)
-        if on_meta and settings.model.init == "pretrained":
-            model_files.check_weight_files(settings.model.model, Path(resolve_model_path(settings.model.model)))
+        if on_meta and settings.model.init == "pretrained" and Path(resolve_model_path(settings.model.model)).is_dir():
+            with torch.device("cpu"):  # a plan is of weights that can be loaded, names and shapes; nothing is read
+                _load_pretrained(settings.model, config, device_map={"": "meta"})
         fuse_gelu(causal)
         causal_attention.install(causal)
         metadata = {
@@ -204,14 +205,17 @@ def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
         ) from error
 
 
-def _load_pretrained(settings: ModelSettings, config: Any) -> PreTrainedModel:
-    """The model with the stored weights, every one of them and no other; pickles are not read."""
+def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> PreTrainedModel:
+    """The model with the stored weights, every one of them and no other; pickles are not read.
+
+    `options`: of from_pretrained; on the meta device only names and shapes are looked at.
+    """
     folder = Path(resolve_model_path(settings.model))
     model_files.check_weight_files(settings.model, folder)
     try:
         causal, loading_info = AutoModelForCausalLM.from_pretrained(
             **_from_pretrained_kwargs(settings.model), config=config, dtype=torch.float32, use_safetensors=True,
-            ignore_mismatched_sizes=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, output_loading_info=True, **options,
         )  # fmt: skip
     except Exception as error:
         if isinstance(error, OSError) and not (folder / model_files.WEIGHTS_FILE).exists():
@@ -220,7 +224,8 @@ def _load_pretrained(settings: ModelSettings, config: Any) -> PreTrainedModel:
             f"--model {settings.model}: the weights cannot be loaded: {model_files.reason(error)}"
         ) from error
     model_files.check_loaded_weights(settings.model, loading_info)
-    model_files.check_causal(settings.model, causal)
+    if causal.device.type != "meta":
+        model_files.check_causal(settings.model, causal)
     return causal
 
 

@@ -20,20 +20,28 @@ from trainer.config.errors import UserError
 from trainer.config.json_file import read_json_object
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 PICKLE_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Sizes of a configuration that every causal model has, by transformers' common names, and the largest that is taken:
 #: a few times those of the largest models there are, so that a damaged number cannot fill the memory.
 MAX_SIZES = {"vocab_size": 2**24, "hidden_size": 2**17, "num_hidden_layers": 2000, "num_attention_heads": 2**13}
 #: Buffers that files of older transformers hold and no model has any more.
 OBSOLETE_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_bias|bias)$|rotary_emb\.inv_freq$")
+FLOATS = ("F64", "F32", "F16", "BF16")  #: as safetensors calls what is trained; integers would be packed weights
 NUM_SHOWN = 3  #: names of weights in a message
 
 
 def check_config_file(model: str, folder: Path) -> None:
     """UserError where the folder's config.json is not one of a model that transformers has code for."""
     name = f"--model {model}: config.json"
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"--model {model}: holds an adapter (adapter_config.json); expected a whole model: merge it first"
+        )
     if not (folder / "config.json").exists():
         return  # said with the remedy where it is loaded
+    if (folder / GENERATION_FILE).exists():
+        read_json_object(folder / GENERATION_FILE, f"--model {model}: {GENERATION_FILE}")
     config = read_json_object(folder / "config.json", name)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -41,10 +49,6 @@ def check_config_file(model: str, folder: Path) -> None:
         raise UserError(
             f"{name}: model_type {model_type!r} is not known to transformers{code}; expected one of its causal "
             "language models, for instance gpt2 or llama"
-        )
-    if (folder / "adapter_config.json").exists():
-        raise UserError(
-            f"--model {model}: holds an adapter (adapter_config.json); expected a whole model: merge it first"
         )
 
 
@@ -95,12 +99,14 @@ def check_weight_files(model: str, folder: Path) -> None:
 
 
 def weights_file_problem(path: Path) -> str | None:
-    """Why a file is not a whole safetensors file, from its header; None where it is one."""
+    """Why a file is not a whole safetensors file of floats, from its header; None where it is one."""
     if not path.is_file():
         return "not a regular file" if path.exists() else "no such file"
     try:
-        with safe_open(path, framework="pt"):
-            return None
+        with safe_open(path, framework="pt") as file:
+            matrices = [name for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118  # not a mapping
+            packed = next((name for name in matrices if file.get_slice(name).get_dtype() not in FLOATS), None)
+            return f"{packed} is of {file.get_slice(packed).get_dtype()}; expected floats" if packed else None
     except (SafetensorError, OSError, ValueError) as error:
         return f"not a whole safetensors file ({reason(error)})"
 
@@ -152,12 +158,14 @@ def _shorten(names: list[str]) -> str:
 
 @torch.no_grad()
 def check_causal(model: str, causal: PreTrainedModel, *, length: int = 8) -> None:
-    """UserError where earlier logits depend on the last token: such a model sees what it has to predict."""
+    """UserError where earlier logits depend on the last token, which the model is to predict, or are no numbers."""
     was_training = causal.training
     input_ids = torch.arange(length).remainder(causal.config.get_text_config().vocab_size).repeat(2, 1)
     input_ids[1, -1] = 0
     logits = causal.eval()(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     causal.train(was_training)
+    if not logits.isfinite().all():
+        raise UserError(f"--model {model}: its logits are not finite: the weights are damaged; copy the model again")
     if (logits[0] - logits[1]).abs().max() > 1e-4 * logits.abs().max():
         raise UserError(
             f"--model {model}: {type(causal).__name__} sees the tokens it is to predict; expected a causal language "

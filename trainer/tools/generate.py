@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from trainer.config.errors import UserError
+from trainer.config.files import read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.schema import LoraSettings
 from trainer.config.settings import Settings
@@ -180,13 +181,11 @@ class _Writer:
         return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=references, reference_length=length)
 
     def _read_file(self, path: Path) -> Iterator[EvalPrompt]:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"--prompts {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        expected = "JSON lines with `prompt` or `messages`"
+        lines = read_text_file(path, f"--prompts {path}", expected).splitlines()
         records = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         if not records:
-            raise UserError(f"--prompts {path}: holds no line; expected JSON lines with `prompt` or `messages`")
+            raise UserError(f"--prompts {path}: holds no line; expected {expected}")
         for number, line in records:
             try:
                 yield self._parse(json.loads(line))

@@ -209,3 +209,11 @@ def test_warm_up_steps_given_take_the_place_of_the_presets_share():
 def test_the_finetune_preset_needs_a_model():
     with pytest.raises(UserError, match="--preset finetune without --model: expected --model"):
         cli.parse_args(["--mode", "full", "--preset", "finetune"])
+
+
+@pytest.mark.parametrize("flag", ["--data", "--model", "--output-dir", "--run-name", "--config", "--chat-template"])
+def test_a_name_that_is_longer_than_any_files_is_refused(flag):
+    for value in ("a" * 256, "a/" * 2048 + "a"):
+        with pytest.raises(UserError, match=rf"^{flag} a.*expected a name of at most 255 bytes"):
+            cli.parse_args(["--mode", "full", flag, value])
+    assert cli.parse_args(["--mode", "full", "--completion", "a" * 5000]).settings.data.completion == "a" * 5000

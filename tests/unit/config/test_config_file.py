@@ -73,7 +73,7 @@ def test_a_value_that_a_flag_refuses_is_refused_from_the_file_too(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"missing\.yaml: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"missing\.yaml: cannot be read \(No such file"):
         cli.parse_args(["--config", str(tmp_path / "missing.yaml")])
 
 

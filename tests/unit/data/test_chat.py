@@ -1,4 +1,7 @@
-"""A conversation's learnt tokens are the assistant's, by the templates of eight families; each mask is proven."""
+"""A conversation's learnt tokens are the assistant's, by the templates of eight families; each mask is proven.
+
+Long: one format with its templates, masks and refusals.
+"""
 
 import itertools
 import json
@@ -11,8 +14,9 @@ from helpers.chat_templates import TEMPLATES, make_chat_tokenizer
 
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
+from trainer.data import chat
 from trainer.data.chat import ChatTemplate, MaskError
-from trainer.data.conversations import Conversation, from_messages
+from trainer.data.conversations import Conversation, from_messages, from_sharegpt
 from trainer.data.dataset import prepare
 from trainer.data.sampler import IGNORE_INDEX, collate
 from trainer.data.show import show_examples
@@ -209,17 +213,15 @@ def test_a_long_conversation_is_cut_and_counted_and_one_without_a_turn_left_is_r
     long_turn = {"role": "assistant", "content": "The answer is 42. " * 30}
     cut = {"messages": [TURNS[0], TURNS[1], TURNS[2], long_turn]}
     data = prepare_chat(samples.write_jsonl(tmp_path / "a.jsonl", [cut, *chat_records()]))
-    assert any(
-        "1 of " in line and "conversations are cut at --block-size 64" in line for line in data.metadata["notices"]
-    )
+    assert re.search(r"1 of \d+ conversations are cut at --block-size 64", "\n".join(data.metadata["notices"]))
     assert max(data.train.lengths().max(), data.val.lengths().max()) == 64
     gone = {"messages": [{"role": "user", "content": "Hello there. " * 60}, TURNS[1]]}
     file = samples.write_jsonl(tmp_path / "b.jsonl", [*chat_records(), gone, gone])
-    with pytest.raises(
-        UserError, match=r"train: 2 of \d+ conversations cannot be learnt from \(first.*, line 41: its ass"
-    ) as e:
+    problem = (
+        r"train: 2 of \d+ conversations cannot be learnt from \(first.*, line 41: its ass.*--unusable-records drop"
+    )
+    with pytest.raises(UserError, match=problem):
         prepare_chat(file)
-    assert "--unusable-records drop" in str(e.value)
     data = prepare_chat(file, unusable_records="drop")
     assert len(data.train) + len(data.val) == 40
     assert any("are left out (first: " in line for line in data.metadata["notices"])
@@ -239,9 +241,10 @@ def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, p
         prepare(settings, model=str(bare), global_batch=2, cache=tmp_path / "cache")
     with pytest.raises(UserError, match=r"--chat-template no\.jinja: cannot be read"):
         prepare_chat(file, chat_template="no.jinja")
-    template = tmp_path / "c.jinja"
-    template.write_text(TEMPLATES["llama3"][0])
-    data = prepare_chat(file, chat_template=str(template))
+    with pytest.raises(UserError, match=r"--objective blocks needs another format than messages"):
+        prepare_chat(file, objective="blocks")
+    (tmp_path / "c.jinja").write_text(TEMPLATES["llama3"][0])
+    data = prepare_chat(file, chat_template=str(tmp_path / "c.jinja"))
     assert data.metadata["chat_template"] == TEMPLATES["llama3"][0]
     assert data.folder != prepare_chat(file).folder
 
@@ -259,8 +262,11 @@ def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, p
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has the part {'type': 'image'}"),
         ({"messages": [{"role": "user", "content": 7}]}, "has 7 as content, expected text"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "half a character"),
+        ({"messages": [{**TURNS[1], "weight": 2}]}, "has weight 2, expected 0 (not learnt) or 1"),
+        ({"messages": [{**TURNS[1], "weight": 0}]}, "or of weight 0 only"),
+        ({"messages": [{**TURNS[1], "tool_calls": "x"}]}, "has 'x' as tool_calls, expected a list"),
         ({"messages": TURNS, "tools": "{"}, "column 'tools' holds '{'"),
-        ({"messages": TURNS, "tools": 3}, "column 'tools' holds a int"),
+        ({"messages": TURNS, "tools": 3}, "column 'tools' holds 3, expected a list of tools"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "is from 'alien', expected human, gpt"),
         ({"prompt": [TURNS[0]], "completion": [TURNS[0]]}, "no message of role assistant"),
         ({"prompt": "x", "completion": ""}, "column 'completion' is null or empty"),
@@ -285,14 +291,31 @@ def test_text_and_messages_in_one_column_are_refused(tmp_path, prepare_chat):
     records = [{"prompt": "x", "completion": " y"}, {"prompt": [TURNS[0]], "completion": [TURNS[1]]}]
     with pytest.raises(UserError, match=r"line 2: text and messages in one column"):
         prepare_chat(samples.write_jsonl(tmp_path / "a.jsonl", records * 20))
+    text, chat = (samples.write_jsonl(tmp_path / f"{i}.jsonl", [record] * 20) for i, record in enumerate(records))
+    for first, second in ((text, chat), (chat, text)):
+        with pytest.raises(UserError, match=r"--val-data .* one of the splits holds conversations and another text"):
+            prepare_chat(first, val_data=str(second))
 
 
-def test_blocks_of_conversations_are_refused(tmp_path, prepare_chat):
-    file = samples.write_jsonl(tmp_path / "a.jsonl", chat_records())
-    with pytest.raises(UserError, match=r"--objective blocks needs another format than messages"):
-        prepare_chat(file, objective="blocks")
-
-
-def test_keys_that_arrow_fills_with_null_are_dropped():
+@pytest.mark.parametrize("as_column", [list, json.dumps], ids=["lists", "JSON text, as a CSV cell has it"])
+def test_keys_that_arrow_fills_with_null_are_dropped(as_column):
     message = {"role": "assistant", "content": "x", "tool_calls": None, "name": None}
-    assert from_messages({"messages": [message], "tools": None}).messages == [{"role": "assistant", "content": "x"}]
+    kept = [{"role": "assistant", "content": "x"}]
+    for tools in (None, as_column([])):
+        conversation = from_messages({"messages": as_column([message]), "tools": tools})
+        assert (conversation.messages, conversation.tools) == (kept, None)
+    assert from_messages({"messages": as_column([message]), "tools": as_column(TOOLS)}).tools == TOOLS
+    assert from_sharegpt({"conversations": as_column([{"from": "gpt", "value": "x"}])}).messages == kept
+
+
+def test_a_turn_of_weight_0_is_context_as_openai_has_it(tokenizer):
+    learnt, rest = learnt_texts(tokenizer, "chatml", [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]])
+    assert "The answer is 42." in learnt[0]
+    assert "I am fine." in rest
+
+
+@pytest.mark.parametrize("endless", ["{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"])
+def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch, endless):
+    monkeypatch.setattr(chat, "MAX_RENDER_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"takes more than 0\.2 s for one conversation"):
+        ChatTemplate(tokenizer, endless).encode(Conversation(messages=TURNS))

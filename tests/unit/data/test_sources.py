@@ -125,6 +125,8 @@ def test_a_null_or_a_list_in_parquet_is_named_by_row(refusal_message, tmp_path):
     assert "a.parquet, row 41: column 'ref' is null" in refusal_message("a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"mr": [], "ref": []}), tmp_path / "c.parquet")
     assert "c.parquet: has columns but no row" in refusal_message("c.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([[1], [2]], ["mr", "mr"]), tmp_path / "d.parquet")
+    assert "d.parquet: has column 'mr' twice; rename one" in refusal_message("d.parquet")
     samples.write_parquet(tmp_path / "b.parquet", [{"mr": "x", "ref": [1]}])
     assert "b.parquet, row 1: column 'ref' holds a list" in refusal_message("b.parquet")
 

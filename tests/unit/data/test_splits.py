@@ -45,6 +45,9 @@ def test_a_test_file_is_never_trained_on(refusal_message, tmp_path):
     (tmp_path / "folder").mkdir()
     samples.write_csv(tmp_path / "folder" / "test.csv", PAIRS)
     assert "--data folder: holds no split `train`, only test" in refusal_message("folder")
+    samples.write_csv(tmp_path / "folder" / "train_test.csv", PAIRS)
+    assert "--data folder: holds no split `train`, only test" in refusal_message("folder")
+    (tmp_path / "folder" / "train_test.csv").unlink()
     samples.write_csv(tmp_path / "folder" / "contest_latest.csv", PAIRS)  # the word alone counts
     splits = find_splits(tmp_path / "folder")
     assert [file.name for file in splits["train"].files] == ["contest_latest.csv"]
@@ -88,7 +91,11 @@ def test_folders_of_save_to_disk_and_arrow_files_are_read(tmp_path):
     (tmp_path / "broken.arrow").write_bytes(b"no arrow")
     with pytest.raises(UserError, match=r"broken\.arrow: not a whole Arrow file"):
         samples.read_records(tmp_path / "broken.arrow")
-    (tmp_path / "one" / "state.json").write_text("{")
+    state = tmp_path / "one" / "state.json"
+    state.write_text(state.read_text().replace("data-00000", "../two/train/data-00000"))
+    with pytest.raises(UserError, match=r"one: its state\.json names .*, outside of the folder"):
+        samples.read_records(tmp_path / "one")
+    state.write_text("{")
     with pytest.raises(UserError, match=r"one: not a whole saved data set"):
         samples.read_records(tmp_path / "one")
 
@@ -100,3 +107,10 @@ def test_files_of_two_formats_in_one_folder_are_refused_by_name(refusal_message,
     assert "mix/b.jsonl: another format than a.jsonl, whose records are messages" in refusal_message(
         "mix", **NO_TEMPLATES
     )
+    for content, other in (({"text": "x"}, "text"), ({"instruction": "x", "output": "y"}, "alpaca")):
+        samples.write_jsonl(tmp_path / "mix" / "a.jsonl", [{"prompt": "x", "completion": "y"}])
+        samples.write_jsonl(tmp_path / "mix" / "b.jsonl", [content])
+        (tmp_path / "mix" / "b.jsonl").rename(tmp_path / "mix" / "val.jsonl")
+        (tmp_path / "mix" / "a.jsonl").rename(tmp_path / "mix" / "train.jsonl")
+        line = refusal_message("mix", **NO_TEMPLATES)
+        assert f"one holds prompt-completion, the other {other}; give both in one format" in line

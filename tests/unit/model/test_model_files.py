@@ -16,13 +16,7 @@ from helpers.tiny_inputs import make_tiny_gpt2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    BartConfig,
-    BertConfig,
-    T5Config,
-    XLNetConfig,
-)
+from transformers import AutoModelForCausalLM, BartConfig, BertConfig, T5Config, XLNetConfig
 
 import trainer
 from trainer.config import cli
@@ -55,9 +49,8 @@ def change_config(folder: Path, **values: Any) -> None:
 
 def refusal(folder: Path, *, on_meta: bool = False) -> str:
     """The one line with which the folder is refused."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=rf"^--model {folder}: .*$") as caught:
         build(folder, on_meta=on_meta)
-    assert str(caught.value).startswith(f"--model {folder}: ")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -161,6 +154,8 @@ def test_a_model_that_sees_later_tokens_is_refused_whatever_it_calls_itself(tmp_
 def test_an_adapter_folder_is_not_taken_for_a_model(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
     assert "holds an adapter" in refusal(folder)
+    (folder / "config.json").unlink()  # as peft leaves it
+    assert "holds an adapter" in refusal(folder)
 
 
 # --- weights ---
@@ -178,6 +173,17 @@ def test_an_adapter_folder_is_not_taken_for_a_model(folder):
 )  # fmt: skip
 def test_weights_that_do_not_fit_the_configuration_are_refused_by_name(folder, changes, message):
     change_config(folder, **changes)
+    for on_meta in (True, False):
+        assert message in refusal(folder, on_meta=on_meta)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda w: w.mul_(float("nan")), "its logits are not finite"), (lambda w: w.int(), "is of I32; expected floats")],
+    ids=["not a number", "whole numbers"],
+)
+def test_weights_that_no_model_has_are_refused(folder, change, message):
+    save_file({name: change(w) for name, w in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
     assert message in refusal(folder)
 
 
@@ -212,15 +218,15 @@ def test_a_damaged_weights_file_is_refused_also_by_a_dry_run(folder, content, on
     assert "model.safetensors: not a whole safetensors file" in refusal(folder, on_meta=on_meta)
 
 
-@pytest.mark.parametrize("change", [-1, 1, -4096])
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:-4096]], ids=["-1", "1", "4096"])
 def test_a_weights_file_that_is_cut_off_or_too_long_is_refused(folder, change):
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[:change] if change < 0 else content + b"\0" * change)
+    (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
     assert "model.safetensors: not a whole safetensors file" in refusal(folder)
 
 
-def test_a_weights_file_that_is_a_pipe_is_not_waited_for(folder):
-    (folder / WEIGHTS).unlink()
+def test_a_folder_without_weights_and_one_with_a_pipe_are_refused_at_once(folder):
+    (folder / WEIGHTS).rename(folder / "tf_model.h5")
+    assert "has no weights" in refusal(folder, on_meta=True)
     os.mkfifo(folder / WEIGHTS)
     assert "model.safetensors: not a regular file" in refusal(folder)
 
@@ -259,18 +265,16 @@ def test_a_damaged_index_is_refused(folder, content):
 def test_a_configuration_that_no_model_has_is_refused_in_one_line(folder, key, value):
     change_config(folder, **{key: value})
     shutil.copy(folder / WEIGHTS, folder / "other.safetensors")
-    if key == "auto_map":
-        build(folder)  # known types need none of it
-    else:
-        refusal(folder)
+    (build if key == "auto_map" else refusal)(folder)  # known types need none of that
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 200_000, b'{"n_layer": ' + b"9" * 5000 + b"}"]
 )
 def test_a_configuration_that_is_not_json_is_refused_in_one_line(folder, content):
-    (folder / "config.json").write_bytes(content)
-    assert "config.json" in refusal(folder)
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).write_bytes(content)
+        assert f": {name}: " in refusal(folder)
 
 
 JSON_VALUES = st.recursive(
@@ -278,11 +282,11 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
-CONFIG_KEYS = ("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "activation_function",
-               "layer_norm_epsilon", "model_type",
-               "architectures", "tie_word_embeddings", "initializer_range", "attn_pdrop",
-               "torch_dtype", "auto_map", "attn_implementation", "is_decoder", "is_encoder_decoder",
-               "scale_attn_weights", "pad_token_id")  # fmt: skip
+CONFIG_KEYS = (
+    "vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon", "model_type",
+    "architectures", "tie_word_embeddings", "initializer_range", "attn_pdrop", "torch_dtype", "auto_map",
+    "attn_implementation", "is_decoder", "is_encoder_decoder", "scale_attn_weights", "pad_token_id",
+)  # fmt: skip
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
-from trainer.config.json_file import parse_json
+from trainer.config.json_file import read_json_object
 from trainer.report.margin import Margin
 
 RULE_FILE = "rule.json"
@@ -146,12 +146,12 @@ def write_rule(folder: Path, rule: Rule, *, working_dir: str) -> None:
 def read_rule(folder: Path) -> tuple[Rule, str]:
     """(rule, working folder of the study); UserError where there is none, or it was changed since it was hashed."""
     path = folder / RULE_FILE
+    if not path.exists():
+        raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one")
+    content = read_json_object(path)
     try:
-        content = parse_json(path.read_bytes())
         rule, working_dir, digest = Rule.from_dict(content["rule"]), str(content["working_dir"]), content["sha256"]
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no study there (no {RULE_FILE}); name the folder of one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the rule of a study ({error}); name the folder of one") from None
     if rule.sha256 != digest:
         raise UserError(
