@@ -15,14 +15,16 @@ TEXT_FLAGS = ("--prompt", "--completion")  # what they hold is no name
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # Linux: NAME_MAX, and PATH_MAX without its closing null
 
 
-def _refuse_long_name(flag: str, value: str) -> None:
+def _refuse_impossible_name(flag: str, value: str) -> None:
     path = os.fsencode(value)
     length = max(map(len, path.split(b"/")))
     if length > MAX_NAME_BYTES or len(path) > MAX_PATH_BYTES:
         raise UserError(
-            f"{flag} {value[:40]}...: {max(length, len(path)):,} bytes; expected a name of at most {MAX_NAME_BYTES} "
-            f"bytes between two slashes, and a path of at most {MAX_PATH_BYTES:,}"
+            f"{flag} {value[:40]}...: {max(length, len(path)):,} bytes; expected at most {MAX_NAME_BYTES} between two "
+            f"slashes, and {MAX_PATH_BYTES:,} in all"
         )
+    if b"\0" in path:
+        raise UserError(f"{flag} {value}: holds a null byte, which no name can")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -39,7 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """argparse's own; UserError for a word that holds a key, a token or a login: run.json would keep it.
 
-        And for a name that is longer than any file's: the system refuses it wherever it is looked for.
+        And for what can be no file's name: the system refuses it wherever it is looked for.
         """
         argv = sys.argv[1:] if args is None else args
         for number, word in enumerate(argv):
@@ -55,7 +57,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 values = getattr(parsed[0], action.dest, None)
                 for value in values if isinstance(values, list | tuple) else [values]:
                     if isinstance(value, str | Path):
-                        _refuse_long_name("/".join(action.option_strings) or str(action.metavar), str(value))
+                        _refuse_impossible_name("/".join(action.option_strings) or str(action.metavar), str(value))
         return parsed
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]

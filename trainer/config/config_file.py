@@ -17,6 +17,17 @@ from trainer.config.settings import GROUPS, Settings
 FLAG = "--config"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe reader, which takes the last of two equal keys in silence; here they are refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
     """`argv`, behind the flags of its --config FILE where it has one: those given after it win.
 
@@ -33,6 +44,8 @@ def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
 
 def _run_to_argv(path: Path) -> list[str]:
     """Mode, preset and what was given of the run of a run.json, but not its folder: that one is taken."""
+    if not path.exists():
+        raise UserError(f"{FLAG} {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
     settings = Settings.from_dict(read_run_metadata(path)["settings"])
     argv = ["--mode", settings.mode, "--preset", settings.preset]
     for name, group in GROUPS.items():
@@ -46,11 +59,12 @@ def _run_to_argv(path: Path) -> list[str]:
 def _yaml_to_argv(path: Path, takes_value: dict[str, bool]) -> list[str]:
     text = read_text_file(path, f"{FLAG} {path}", "lines like `lr: 1e-4`, or a run.json")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
-        raise UserError(f"{FLAG} {path}{where}: is not YAML; expected lines like `lr: 1e-4`") from error
+        problem = getattr(error, "problem", None) or "damaged"
+        raise UserError(f"{FLAG} {path}{where}: is not YAML ({problem}); expected lines like `lr: 1e-4`") from error
     if content is None:
         return []
     if not isinstance(content, dict):

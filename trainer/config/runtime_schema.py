@@ -85,7 +85,12 @@ class OutputSettings:
     save_total_limit: int = option(
         2, flag="--save-total-limit", help="newest checkpoints to keep, beside the best one", accepts=at_least(1)
     )
-    output_dir: str | None = option(None, flag="--output-dir", help="run folder; left out: runs/<run name>")
+    output_dir: str | None = option(
+        None,
+        flag="--output-dir",
+        help="run folder; left out: runs/<run name>",
+        accepts=Accepted(check=bool, description="a folder"),
+    )
     wandb: WandbMode | None = option(None, flag="--wandb", help="left out: online where logged in, else offline")
     wandb_project: str | None = option(
         None,

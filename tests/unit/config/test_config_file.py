@@ -1,6 +1,7 @@
 """--config FILE: a command line kept in a file, which flags win over."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,10 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
         ("mode: full\nno-shuffle: 3", "no-shuffle is 3: expected true or false"),
         ("mode: full\nconfig: other.yaml", "--config other.yaml"),
         ("- mode", "expected lines like `lr: 1e-4`, or a run.json"),
-        ("a: [", "is not YAML; expected lines like `lr: 1e-4`"),
-        ("\x00", "is not YAML; expected lines like `lr: 1e-4`"),
+        ("a: [", ", line 1: is not YAML (expected the node content, but found '<stream end>'); expected lines like"),
+        ("\x00", "is not YAML (damaged); expected lines like `lr: 1e-4`"),
+        ("lr: 1\nlr: 2", ", line 1: is not YAML (lr stands there twice); expected lines like"),
+        ("lr: &a [1]\nseed: !!python/object/apply:os.getpid []", ", line 2: is not YAML (could not determine"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line_that_names_it(tmp_path, text, answer):
@@ -72,27 +75,16 @@ def test_a_value_that_a_flag_refuses_is_refused_from_the_file_too(tmp_path):
         cli.parse_args(["--config", path])
 
 
-def test_a_file_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"missing\.yaml: cannot be read \(No such file"):
-        cli.parse_args(["--config", str(tmp_path / "missing.yaml")])
+def test_a_file_that_is_not_there_or_would_be_waited_for_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, problem in (("no.yaml", "cannot be read"), ("no.json", "no such file"), ("pipe", "not a regular file")):
+        with pytest.raises(UserError, match=rf"^--config {tmp_path}/{name}: {problem}"):
+            cli.parse_args(["--config", str(tmp_path / name)])
 
 
 def test_a_run_json_runs_it_again_in_another_folder(tmp_path):
-    first = cli.parse_args(
-        [
-            "--mode",
-            "lora",
-            "--model",
-            "org/m",
-            "--lr",
-            "3e-4",
-            "--no-shuffle",
-            "--lora-target-modules",
-            "a,b",
-            "--output-dir",
-            "first",
-        ]
-    ).settings
+    words = "--mode lora --model org/m --lr 3e-4 --no-shuffle --lora-target-modules a,b --output-dir first"
+    first = cli.parse_args(words.split()).settings
     metadata = make_metadata("lora") | {"settings": first.as_dict(), "preset": first.preset}
     (tmp_path / "run.json").write_text(json.dumps(metadata))
     again = cli.parse_args(["--config", str(tmp_path / "run.json"), "--output-dir", "second"]).settings
