@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from helpers.fake_hub import COMMIT, TOKEN, fake_hub
 from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
-from helpers.tiny_inputs import tiny_argv
 
 from trainer.config.errors import UserError
+from trainer.data import hf_hub
+from trainer.data.sources import find
 from trainer.data.tokenizer import load_tokenizer
 
 CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,28 +36,49 @@ def train_in_fresh_process(*argvs: list[str], **variables: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_comes_as_the_variables_say_and_is_named_with_its_commit(tiny_model, data_files, tmp_path):
-    argv = tiny_argv("me/tiny", data_files, "--mode lora --block-size 16 --max-steps 2 --eval-every never")
+def test_model_and_data_of_the_hub_come_as_the_variables_say_and_stay_for_a_start_without_it(tiny_model, tmp_path):
+    text = "--mode lora --block-size 16 --max-steps 2 --eval-every never --global-batch 6 --micro-batch 1 --seed 7"
+    argv = [*text.split(), "--model", "me/tiny", "--data", "me/set:one", "--val-data", "me/set:two"]
     absent = ["--mode", "lora", "--model", "me/none", "--output-dir", str(tmp_path / "none")]
+    places = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")}
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("one", "two"))
     with fake_hub() as hub:
         hub.files["me/tiny"] = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
+        data = hub.files["datasets/me/set"] = {"README.md": f"---\nconfigs:\n{configs}---\n".encode()}
+        for name in ("one", "two"):
+            rows = (json.dumps({"text": f"{name} and {n}, {n} or {name}"}) + "\n" for n in range(20))
+            data[f"{name}/train.jsonl"] = "".join(rows).encode()
         outputs = train_in_fresh_process(
-            absent, [*argv, "--output-dir", str(tmp_path / "run")],
-            HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(tmp_path / "home"),
-        )  # fmt: skip
+            absent, [*argv, "--output-dir", str(tmp_path / "run")], HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, **places
+        )
         assert f"Bearer {TOKEN}" in hub.tokens
-    assert outputs[0].endswith("exit code 2\n"), outputs
+    assert outputs[0].splitlines()[-1] == "exit code 2"
     (line,) = (line for line in outputs[0].splitlines() if line.startswith("error: "))
     assert "--model me/none: no such folder, and its config.json cannot be had from the hub" in line
     assert not (tmp_path / "none").exists()
-    assert outputs[1].endswith("exit code 0\n"), outputs
-    assert TOKEN not in "".join(outputs)
+    assert outputs[1].splitlines()[-1] == "exit code 0", outputs[1]
+    assert TOKEN not in outputs[1]
     adapter = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("me/tiny", COMMIT)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert 'AutoModelForCausalLM.from_pretrained("me/tiny"), ADAPTER)' in card
     assert str(tmp_path) not in card
-    assert list((tmp_path / "home" / "hub").glob("models--me--tiny/snapshots/*/config.json"))
+    assert list((tmp_path / "HF_HUB_CACHE").glob("models--me--tiny/snapshots/*/config.json"))
+    assert list((tmp_path / "HF_HUB_CACHE").glob("datasets--me--set/snapshots/*/one/train.jsonl"))
+    assert {path.parts[-4] for path in (tmp_path / "HF_DATASETS_CACHE").rglob("*.arrow")} == {"one", "two"}
+    output = train_in_fresh_process([*argv, "--dry-run"], HF_HUB_OFFLINE="1", **places)[0]
+    assert output.splitlines()[-1] == "exit code 0", output
+    assert "data           me/set:one: " in output
+
+
+def test_a_data_set_with_several_configurations_is_one_line_that_lists_them(monkeypatch):
+    def refuse(*_):
+        raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['one', 'two']\nUsage")
+
+    monkeypatch.setattr(hf_hub, "is_reachable", lambda: True)
+    monkeypatch.setattr(hf_hub.import_datasets(), "load_dataset", refuse)
+    with pytest.raises(UserError, match=r"available configs: \['one', 'two'\]; .* its configuration as me/set:NAME$"):
+        find("me/set")
 
 
 def test_a_model_that_is_not_here_is_one_line_offline(monkeypatch):

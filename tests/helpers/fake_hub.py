@@ -8,7 +8,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import parse_qs
 
 import huggingface_hub.constants
 import pytest
@@ -18,7 +20,11 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 class FakeHub:
-    """`files`: {repository: {path: content}}; `created`: bodies of repos/create; `refuses`: answers 401 to a login."""
+    """What was asked and what is there.
+
+    `files`: {repository, with "datasets/" before that of a data set: {path: content}}; `created`: bodies of
+    repos/create; `refuses`: answers 401 to a login.
+    """
 
     def __init__(self, server: ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -56,17 +62,23 @@ class FakeHub:
             repository = "/".join(parts[2:4])
             self._commit(repository, body)
             return {"commitUrl": f"{self.url}/{repository}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
-        if parts[:2] != ["api", "models"]:
+        if parts[:2] not in (["api", "models"], ["api", "datasets"]):
             return None
-        if parts[4:5] == ["tree"]:  # a folder of the repository: ours have files only
-            return []
-        names = self.files.get("/".join(parts[2:4]), {})
-        return {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        repository = _repository(parts[1:] if parts[1] == "datasets" else parts[2:])
+        if repository not in self.files:
+            return None if parts[1] == "datasets" else {"id": repository, "sha": COMMIT, "siblings": []}
+        files = self.files[repository]
+        if parts[4:5] == ["tree"]:
+            return [entry for entry in _entries(files) if parts[1] == "datasets"]  # our models have files only
+        if parts[4:5] == ["paths-info"]:
+            paths = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
+            return [entry for entry in _entries(files) if entry["path"] in paths]
+        return {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
 
     def find_file(self, path: str) -> bytes | None:
-        """The file that NAMESPACE/NAME/resolve/REVISION/FILE asks for."""
-        parts = path.partition("?")[0].strip("/").split("/")
-        return self.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:])) if "resolve" in parts else None
+        """The file that NAMESPACE/NAME/resolve/REVISION/FILE asks for, of a data set behind datasets/."""
+        repository, _, rest = path.partition("?")[0].strip("/").partition("/resolve/")
+        return self.files.get(repository, {}).get(rest.partition("/")[2])
 
     def _commit(self, repository: str, body: bytes) -> None:
         for line in map(json.loads, body.splitlines()):
@@ -75,6 +87,21 @@ class FakeHub:
                 self.files[repository][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.files[repository][value["path"]] = self.large_files[value["oid"]]
+
+
+def _repository(parts: list[str]) -> str:
+    """NAMESPACE/NAME, or datasets/NAMESPACE/NAME, at the beginning of a path."""
+    return "/".join(parts[:3] if parts[0] == "datasets" else parts[:2])
+
+
+def _entries(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Files and folders of a repository as the hub lists them."""
+    folders = {str(folder) for name in files for folder in PurePosixPath(name).parents} - {"."}
+    listed = [{"type": "directory", "path": folder, "oid": "0" * 40, "size": 0} for folder in sorted(folders)]
+    for name, content in files.items():
+        oid = hashlib.sha1(content).hexdigest()
+        listed.append({"type": "file", "path": name, "size": len(content), "oid": oid})
+    return listed
 
 
 def _upload_mode(file: dict[str, Any]) -> str:
@@ -94,7 +121,7 @@ def fake_hub() -> Iterator[FakeHub]:
             message = answer if status == 200 else {"error": f"refused, your token is {TOKEN}"}
             content = json.dumps(message).encode() if file is None else file
             self.send_response(status)
-            is_repository = "/".join(self.path.strip("/").split("/")[:2]) in hub.files
+            is_repository = _repository(self.path.strip("/").split("/")) in hub.files
             for name, value in {
                 "Content-Length": str(len(content)), "ETag": hashlib.sha256(content).hexdigest(),
                 "X-Repo-Commit": COMMIT, "X-Error-Code": "EntryNotFound" if is_repository else "RepoNotFound",

@@ -53,6 +53,7 @@ SUGGESTIONS = {
     "train_file": "--data",
     "validation_file": "--val-data",
     "dataset_name": "--data",
+    "dataset_config_name": "expected it behind the data set's id, as --data ID:CONFIG",
     "validation_split_percentage": "a share here, not a percentage; expected --val-fraction, for instance 0.05",
     "tokenizer_name": "the tokenizer is the model's; leave it out",
     "max_seq_length": "--block-size",
@@ -68,6 +69,7 @@ SUGGESTIONS = {
     "load_in_8bit": "--quant int8",
     "bnb_4bit_quant_type": "--quant",
     "use_bnb_nested_quant": "--quant-double",
+    "dataset_config": "expected it behind the data set's id, as --data ID:CONFIG",
     # peft: LoraConfig
     "r": "--lora-rank",
     "lora_r": "--lora-rank",

@@ -109,7 +109,8 @@ class DataSettings:
 
     data: str = option(
         flag="--data",
-        help="CSV, TSV, JSONL, Parquet, Arrow, text (or .gz, .zst of it), folder, glob, hub id, or `acled-demo`",
+        help="CSV, TSV, JSONL, Parquet, Arrow, text (or .gz, .zst of it), folder, glob, hub id (ID:CONFIG), or "
+        "`acled-demo`",
         accepts=Accepted(check=bool, description="a file, folder, glob, hub id or acled-demo"),
     )
     val_data: str | None = option(

@@ -55,20 +55,24 @@ def _offline_mode(is_offline: bool) -> Iterator[None]:
         hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = previous
 
 
-def load_hub_dataset(flag: str, repo_id: str) -> Mapping[str, Any]:
-    """{split: data set} of the hub; a local copy does where it cannot be reached. UserError where there is neither."""
+def load_hub_dataset(flag: str, repo_id: str, config_name: str | None = None) -> Mapping[str, Any]:
+    """{split: data set} of the hub; a local copy does where it cannot be reached. UserError where there is neither.
+
+    `config_name`: which of the repository's configurations (subsets); None where it has one alone, or names a default.
+    """
     datasets = import_datasets()
     is_online = is_reachable()
     try:
         with _offline_mode(not is_online):
-            return datasets.load_dataset(repo_id)
+            return datasets.load_dataset(repo_id, config_name)
     except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages
         if not is_online:
             raise UserError(
                 f"{flag} {repo_id}: no such file or folder here, no local copy of a hub data set of that name, and the "
                 f"hub cannot be reached; give {flag} a file, a folder or {DEMO_DATA}"
             ) from None
+        reason = " ".join(str(error).split("\n")[:2]).rstrip(". :") or first_line(error)  # the second has the choices
         raise UserError(
-            f"{flag} {repo_id}: no such file or folder here, and the hub says: {first_line(error)}; give {flag} a "
-            "file, a folder or the id of a data set that can be read"
+            f"{flag} {repo_id}: no such file or folder here, and the hub says: {reason:.400}; give {flag} a file, a "
+            f"folder, or the id of a data set that can be read, with its configuration as {repo_id}:NAME"
         ) from None

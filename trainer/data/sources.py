@@ -21,6 +21,7 @@ ACCEPTED_FILES = (
     "a CSV, TSV, JSONL, Parquet, Arrow or text file "
     "(.csv .tsv .jsonl .json .parquet .arrow .txt; text also .gz or .zst)"
 )
+HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.+-]+))?")  # NAMESPACE/NAME or NAME, and :CONFIGURATION
 SPLIT_BY_WORD = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -133,11 +134,12 @@ def _find_splits(spec: str, flag: str) -> dict[str, Source]:
         files = [p for p in matches if p.is_file()]
         root = Path(os.path.commonpath([p.parent for p in files])) if files else path
         return _file_splits(flag, spec, files, "pattern", root)
-    if file_kind(path) is not None or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec):
+    hub_id = HUB_ID.fullmatch(spec)
+    if file_kind(path) is not None or hub_id is None:
         raise UserError(
             f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, or a hub id"
         )
-    return _dataset_splits(hf_hub.load_hub_dataset(flag, spec), spec, flag, "hub")
+    return _dataset_splits(hf_hub.load_hub_dataset(flag, *hub_id.groups()), spec, flag, "hub")
 
 
 def file_kind(file: Path) -> str | None:
