@@ -21,6 +21,14 @@ def read_text_file(path: Path, name: str, expected: str) -> str:
         raise UserError(f"{name}: cannot be read ({reason}); expected {expected}") from None
 
 
+def require_utf8_path(path: Path, name: str) -> None:
+    """UserError, which begins with `name`, for a folder whose path Arrow, safetensors and W&B cannot write to."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: its path is not UTF-8; name another folder") from None
+
+
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[int]:
     """A file descriptor to write the new content of `path` to: it takes its place at the end, or on an error nothing.

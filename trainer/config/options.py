@@ -32,6 +32,7 @@ FROM_ZERO = Accepted(check=lambda value: 0 <= value < math.inf, description="0 o
 PROBABILITY = Accepted(check=lambda value: 0 <= value < 1, description="a probability from 0 up to 1")
 SHARE = Accepted(check=lambda value: 0 < value < 1, description="a share between 0 and 1")
 SHARE_OR_NONE = Accepted(check=lambda value: 0 <= value < 1, description="0 (none) or a share between 0 and 1")
+NOT_EMPTY = Accepted(check=bool, description="a name or a folder")
 INTERVAL = Accepted(
     check=lambda value: value in ("epoch", "never") or (value.isdecimal() and int(value) > 0),
     description="a number of steps, `epoch` or `never`",

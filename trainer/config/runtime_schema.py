@@ -15,7 +15,7 @@ from trainer.config.choices import (
     Precision,
     WandbMode,
 )
-from trainer.config.options import INTERVAL, WANDB_PROJECT, Accepted, at_least, check_fields, option
+from trainer.config.options import INTERVAL, NOT_EMPTY, WANDB_PROJECT, Accepted, at_least, check_fields, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,7 @@ class OutputSettings:
         2, flag="--save-total-limit", help="newest checkpoints to keep, beside the best one", accepts=at_least(1)
     )
     output_dir: str | None = option(
-        None,
-        flag="--output-dir",
-        help="run folder; left out: runs/<run name>",
-        accepts=Accepted(check=bool, description="a folder"),
+        None, flag="--output-dir", help="run folder; left out: runs/<run name>", accepts=NOT_EMPTY
     )
     wandb: WandbMode | None = option(None, flag="--wandb", help="left out: online where logged in, else offline")
     wandb_project: str | None = option(

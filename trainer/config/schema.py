@@ -25,6 +25,7 @@ from trainer.config.errors import UserError
 from trainer.config.options import (
     ABOVE_ZERO,
     FROM_ZERO,
+    NOT_EMPTY,
     PROBABILITY,
     SHARE,
     SHARE_OR_NONE,
@@ -43,9 +44,7 @@ class ModelSettings:
     """Which weights training starts from."""
 
     model: str = option(
-        flag="--model",
-        help="hub id or folder of a causal LM, or the embedded `demo-base`",
-        accepts=Accepted(check=bool, description="a hub id, a folder or demo-base"),
+        flag="--model", help="hub id or folder of a causal LM, or the embedded `demo-base`", accepts=NOT_EMPTY
     )
     init: Init = option("pretrained", flag="--init", help="start from its weights, or from random ones")
     quant: Quantization | None = option(
@@ -109,8 +108,7 @@ class DataSettings:
 
     data: str = option(
         flag="--data",
-        help="CSV, TSV, JSONL, Parquet, Arrow, text (or .gz, .zst of it), folder, glob, hub id (ID:CONFIG), or "
-        "`acled-demo`",
+        help="CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo",
         accepts=Accepted(check=bool, description="a file, folder, glob, hub id or acled-demo"),
     )
     val_data: str | None = option(

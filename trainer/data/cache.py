@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.config.files import fsync_path
+from trainer.config.files import fsync_path, require_utf8_path
+from trainer.config.json_file import read_json_object
 from trainer.data.token_dataset import SPLITS, TokenDataset, array_files, load_token_dataset
 from trainer.data.validate_files import remembered_fingerprint, sha256
 
@@ -49,7 +50,7 @@ def content_checksum(content: dict[str, Any]) -> str:
 def read_manifest(path: Path) -> Manifest:
     """What facts.json holds; ValueError, naming it, where anything is missing, of another type or changed."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         checksum = content.pop("checksum")
         if content.get("format") != FORMAT_VERSION or checksum != content_checksum(content):
             raise ValueError("another format, or changed since it was written")
@@ -57,7 +58,7 @@ def read_manifest(path: Path) -> Manifest:
         _check_manifest(content)
         content["val_texts"] = [(str(prompt), str(completion)) for prompt, completion in content["val_texts"]]
         return Manifest(**content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path.parent} is not prepared data ({type(error).__name__}: {error})") from error
 
 
@@ -92,6 +93,7 @@ def resolve_cache_dir(override: Path | None = None) -> Path:
     cache_dir = override or (
         Path(env_cache_dir).expanduser() if env_cache_dir else Path(user_cache_root) / "gpt2-full-vs-lora"
     )
+    require_utf8_path(cache_dir, f"{cache_dir}, the folder of prepared data (TRAINER_CACHE)")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -125,6 +127,8 @@ def verify(folder: Path, cache_root: Path | None) -> None:
     manifest, _ = read(folder)
     for name, expected in manifest.sha256.items():
         file = folder / name
+        if not file.is_file():  # a named pipe would be waited for
+            raise ValueError(f"{file} is not a regular file")
         try:
             actual = remembered_fingerprint(file, cache_root, "prepared", sha256).sha256 if cache_root else sha256(file)
         except OSError as error:

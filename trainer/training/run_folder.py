@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
-from trainer.config.files import remove_leftovers, write_atomically
+from trainer.config.files import remove_leftovers, require_utf8_path, write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
 from trainer.distributed.process_group import DistContext
@@ -35,6 +35,7 @@ def resolve_output_dir(
     """
     settings = args.settings
     folder = Path(settings.run_folder)
+    require_utf8_path(folder, f"--output-dir {folder}")
     if args.resume is not None and not (args.resume == "auto" and is_unused(folder, ignored_files)):
         return _resume_settings(args, folder)
     if args.allow_change and args.resume is None:

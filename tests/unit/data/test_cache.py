@@ -12,6 +12,7 @@ from helpers import data_helpers as samples
 from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from hypothesis import strategies as st
 
+from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import cache as store
 from trainer.data import validate_files
@@ -100,6 +101,19 @@ def test_wrong_facts_are_refused_even_with_a_right_checksum(prepare_pairs, damag
     with pytest.raises(ValueError, match="is not prepared data"):
         load(data.folder)
     assert prepare_pairs()[0].metadata == data.metadata
+
+
+@pytest.mark.parametrize("name", ["facts.json", "val.rows.parquet", "train.ids.bin"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(prepare_pairs, name):
+    data, _ = prepare_pairs()
+    (data.folder / name).unlink()
+    os.mkfifo(data.folder / name)
+    assert prepare_pairs()[0].metadata == data.metadata
+
+
+def test_a_folder_whose_path_is_not_utf8_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"TRAINER_CACHE\): its path is not UTF-8; name another folder"):
+        store.resolve_cache_dir(tmp_path / "\udcff")
 
 
 @pytest.fixture(scope="module")
