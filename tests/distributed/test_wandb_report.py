@@ -28,6 +28,7 @@ from trainer.report.run_data import RunData, RunReadError
 from trainer.report.run_folder import read_folder
 from trainer.report.wandb_reference import REFERENCE_RUN_ID
 from trainer.report.wandb_runs import is_wandb_path, metadata_from_config, read_offline, unflatten
+from trainer.tracking.records import EventRecord, to_line
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
 #: writes the rows of a run as a training process does; arguments: run.json's content, folder, last step or 0, mode
@@ -330,11 +331,19 @@ def test_real_runs_are_synced_compared_and_reported(
 def test_the_wandb_report_spec_is_written_without_any_network(server: FakeWandb, tmp_path: Path) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora")
+    for name in ("full", "lora"):
+        texts = [{"prompt": "Where?", "reference": "Here.", "base": "a a a", "completion": f"By {name}."}]
+        event = EventRecord(event="samples", step=90, message="", time=1.0, facts={"epoch": 3.0, "texts": texts})
+        with open(tmp_path / name / "metrics.jsonl", "a") as file:
+            file.write(to_line(event) + "\n")
     process = run_compare_script(tmp_path, server, "full", "lora", "--wandb-report-json", "specs/report.json")
     assert process.returncode == 0, process.stderr
     assert server.operations == []
     assert server.connections == 0
-    check_spec(json.loads((tmp_path / "specs" / "report.json").read_text()))
+    spec = json.loads((tmp_path / "specs" / "report.json").read_text())
+    check_spec(spec)
+    row = next(line for line in json.dumps(spec, ensure_ascii=False).split("\\n") if line.startswith("| Where?"))
+    assert [cell.strip() for cell in row.split("|")[1:6]] == ["Where?", "Here.", "a a a", "By full.", "By lora."]
 
 
 def check_spec(spec: dict[str, Any]) -> None:

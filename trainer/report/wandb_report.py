@@ -155,6 +155,8 @@ def _build_report(comparison: Comparison, entity: str, project: str, *, own_proj
             + markdown.render_table(comparison.differing_settings),
         ),
     ]
+    optional_tables = (comparison.diagnostics, comparison.scores, comparison.generations)  # the samples side by side
+    tables += [(table.title, markdown.render_table(table)) for table in optional_tables if len(table)]
     blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown.render_verdict(comparison))]
     if comparison.problems:
         blocks.append(wr.MarkdownBlock(markdown.render_list(map(str, comparison.problems))))
