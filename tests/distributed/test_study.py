@@ -380,6 +380,9 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
     (stub_dir / "study" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes.txt and no study; name an empty folder"):
         write_rule(stub_dir / "study", make_rule(), working_dir=".")
+    write_rule(stub_dir / "joined", make_rule(), working_dir="/elsewhere")
+    with pytest.raises(UserError, match=r"was started in /elsewhere, which is not here \(No such file or directory\)"):
+        Study.open(stub_dir / "joined")
     (stub_dir / "file").write_text("")
     with pytest.raises(UserError, match="cannot write there"):
         write_rule(stub_dir / "file" / "study", make_rule(), working_dir=".")
