@@ -120,7 +120,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("rate", [None, pytest.param("100mbit", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("rate", [None, pytest.param(100, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize(
     "fault", ["cable cut", *(pytest.param(f, marks=pytest.mark.sweep) for f in list(FAULTS) if f != "cable cut")]
 )
@@ -128,8 +128,7 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, rate, flags, d
     inject, command_line = FAULTS[fault]
     out = tmp_path / "run"
     argv = [*flags, "--data", data_files[0], "--output-dir", str(out), "--hang-timeout", "8", "--resume", "auto"]
-    if rate:
-        hosts.limit_rate(rate)
+    hosts.shape_links(rate)
     try:
         run = hosts.train(
             [*argv, "--max-steps", "5000", "--save-every", "3"], tmp_path / "logs", ranks=("h1", "h2", "h3")
@@ -143,8 +142,7 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, rate, flags, d
         assert [process.exitcode for process in run.processes[:2]] == [1, 1], run.output()
     finally:
         hosts.plug_in("h3")
-        if rate:
-            hosts.limit_rate(None)
+        hosts.shape_links(None)
     if fault == "rank stopped":
         os.kill(run.pid(2), signal.SIGKILL)
     hosts.wait_until_idle(list(hosts.pids))
@@ -154,7 +152,7 @@ def test_a_host_that_is_gone_is_named_and_the_others_go_on(fault, rate, flags, d
     assert len(lines) == 1, run.output()
     assert fault == "rank killed" or lines[0] in run.output(0), "the lowest rank says it, or who first lost the other"
     assert resolve_checkpoint(out / "checkpoints", "latest").find_damage() is None
-    print(f"{fault}, {rate or 'no limit'}: {seconds:.0f} s; {lines[0]}")
+    print(f"{fault}, {rate or 'unlimited'} Mbit/s: {seconds:.0f} s; {lines[0]}")
     if fault == "cable cut" and not rate:  # of the plain tests, which resume elsewhere
         return
     step = resolve_checkpoint(out / "checkpoints", "latest").step

@@ -178,16 +178,10 @@ class Hosts:
         namespace, rows = os.readlink(f"/proc/{self.pids[name]}/ns/pid"), {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has ended
-                command_line = (folder / "cmdline").read_text().replace("\0", " ")
-                if (
-                    os.readlink(folder / "ns/pid") == namespace
-                    and not command_line.startswith(("sleep", "sshd: "))
-                    and (
-                        command_line  # none of a process that has ended, which nobody here waits for
-                    )
-                ):
-                    rows[int(folder.name)] = command_line
-        return rows
+                if os.readlink(folder / "ns/pid") == namespace:
+                    rows[int(folder.name)] = (folder / "cmdline").read_text(errors="replace").replace("\0", " ")
+        # Without a command line: one that has ended, for which nobody here waits.
+        return {pid: line for pid, line in rows.items() if line and not line.startswith(("sleep", "sshd: "))}
 
     def wait_until_idle(self, names: Sequence[str], timeout_seconds: float = 20) -> None:
         """Until nothing is left on these hosts."""
@@ -205,12 +199,6 @@ class Hosts:
 
     def plug_in(self, name: str) -> None:
         self._in_switch(f"ip link set c{name[1:]} up")
-
-    def limit_rate(self, rate: str | None) -> None:
-        """Of what every host sends, as `tc` writes it (100mbit); None: no limit."""
-        for pid in self.pids.values():
-            change = f"add dev eth0 root tbf rate {rate} burst 128k latency 1s" if rate else "del dev eth0 root"
-            run_tool("nsenter", "-t", str(pid), "-n", "tc", "qdisc", *change.split())
 
     def cut_cable(self, name: str) -> None:
         """Packets from and to the host vanish, and nobody is told."""
