@@ -81,9 +81,12 @@ def test_torchrun_and_deepspeed_take_the_commands(tmp_path):
     shell = ["bash", "-c", f'printf "%s\\0" {command}']
     argv = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True).stdout.split("\0")[:-1]
     assert argv == train_command[1:], "as the shell of another host reads it"
+    assert write(tmp_path, "--hosts", "a:3", *SSH_FLAGS[2:], *run_flags) == 0
+    command = (tmp_path / "run.sh").read_text().rpartition("--master_port=$port ")[2].partition(" </dev/null")[0]
+    assert shlex.split(command) == train_command, "no shell reads them again"
     assert deepspeed_args.hostfile == str(tmp_path / "hostfile")
     assert deepspeed_args.venv_script == str(tmp_path / "environment")
-    assert runner.fetch_hostfile(str(tmp_path / "hostfile")) == {"a": 1, "b": 2}
+    assert runner.fetch_hostfile(str(tmp_path / "hostfile")) == {"a": 3}
 
 
 def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monkeypatch, capsys):

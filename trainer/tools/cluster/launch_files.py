@@ -133,6 +133,8 @@ def ssh_files(
 ) -> list[LaunchFile]:
     """The host list and the command of `deepspeed --hostfile`, and a file with the variables, for its owner only."""
     environment, hostfile = (shlex.quote(str(request.folder / name)) for name in ("environment", "hostfile"))
+    is_over_pdsh = len(ranks_of_hosts) > 1  # deepspeed starts the ranks of one host itself
+    train_argv = [_quote_for_pdsh(each) if is_over_pdsh else each for each in request.train_argv]
     first_host, quiet = next(iter(ranks_of_hosts)), "" if "--verbose" in request.flags else " --quiet"
     command = f"""#!/bin/bash
 cd {shlex.quote(str(request.work_dir))} || exit 1
@@ -149,14 +151,15 @@ port=$((20000 + RANDOM % 10000))
 launchers="^[^ ]+ -u -m deepspeed[.]launcher[.]launch .*--master_port=$port "
 signal_ranks() {{  # deepspeed itself reaches none where a script is sourced before its launcher
     for host in {shlex.join(ranks_of_hosts)}; do
-        ssh -n {SSH_OPTIONS} "$host" "pkill -$1 -P \\$(pgrep -d, -f '$launchers')" &
+        ssh -n {SSH_OPTIONS} "$host" \\
+            "pkill -$1 -P \\$(pgrep -d, -f '$launchers') || pkill -f '$launchers'" &  # it has no ranks yet
     done
 }}
 set -m  # a signal comes to this script alone
 deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
-    --master_port=$port {shlex.join(map(_quote_for_pdsh, request.train_argv))} </dev/null &
+    --master_port=$port {shlex.join(train_argv)} </dev/null &
 launcher=$!
-trap "signal_ranks TERM" INT TERM
+trap "pgrep -P $launcher >/dev/null && signal_ranks TERM || kill $launcher" INT TERM
 trap "signal_ranks USR1" USR1
 # When one host has ended, the others have {request.straggler_seconds} s: deepspeed waits for ever for a frozen rank.
 seconds=0
