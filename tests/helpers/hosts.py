@@ -213,8 +213,9 @@ class Hosts:
             enter = ["nsenter", "-t", str(pid), "-n", "tc", "qdisc"]
             run_tool(*enter, "del", "dev", "eth0", "root", check=False)
             if megabits_per_second is not None:
-                burst = max(4000, megabits_per_second * 10**6 // 800)  # bytes: a tick of the kernel at 100 Hz, since
-                # a step sends so much at once, whatever the rate
+                # Bytes: 32 ms at the rate. Less, and a busy machine's late timers let tokens go; more, and they are a
+                # share of what a step sends.
+                burst = 4000 * megabits_per_second
                 bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", str(burst), "limit", "4mb"]
                 process = run_tool(*enter, "add", "dev", "eth0", "root", *bucket, check=False)
                 if process.returncode:
