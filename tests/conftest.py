@@ -58,3 +58,12 @@ def fast_python() -> Iterator[str]:
     """Path of an interpreter that starts with the heavy packages imported."""
     with tempfile.TemporaryDirectory(prefix="python-") as folder, serve_interpreter(Path(folder)) as path:
         yield path
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a comparison's time is matplotlib's."""
+    from trainer.report import plots
+
+    monkeypatch.setattr(plots, "save_figure", lambda groups, with_reference, folder: None)
+    monkeypatch.setattr(plots, "_render_svg", lambda draw, name, title, size: "<svg></svg>")

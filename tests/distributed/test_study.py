@@ -92,7 +92,7 @@ STUB_MODULES = ["helpers.fake_runs", "trainer.tracking.eval_records"]
 
 
 @pytest.fixture
-def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None) -> Path:
     """A folder whose `study` is worked on by the stand-in, on grids of one rate a decade."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(STUB)
