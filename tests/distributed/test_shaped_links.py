@@ -26,10 +26,14 @@ NUM_ROUNDS = 3
 PAYLOAD = 1448 / 1514  # of a full Ethernet frame: the rest is its headers, IP's and TCP's
 MODEL_TOLERANCE = 0.15
 FULL, TIED, ADAPTERS = 1_915_360, 2048 * 160, 102_400  # the demo's model, its tied embedding, its adapters
-CASES = [("full", "zero0"), ("full", "zero1"), ("full", "zero3"), ("lora", "zero1")]
+Case = tuple[str, str, int]  # mode, ZeRO file, bytes of a bucket at least
+AT_ONCE = 2**40  # bytes of a bucket: all gradients leave together, after the backward
+CASES = [("full", "zero0", MIN_BUCKET_BYTES["gloo"]), ("full", "zero0", AT_ONCE)] + [
+    (mode, zero, MIN_BUCKET_BYTES["gloo"]) for mode, zero in (("full", "zero1"), ("full", "zero3"), ("lora", "zero1"))
+]
 
 
-def measure(hosts: Hosts, mode: str, zero: str, folder: Path) -> dict[int | None, list[float]]:
+def measure(hosts: Hosts, mode: str, zero: str, bucket_bytes: int, folder: Path) -> dict[int | None, list[float]]:
     """{Mbit/s: seconds of a step in each round}."""
     rates = RATES[mode]
     config = BenchmarkConfig(
@@ -38,7 +42,7 @@ def measure(hosts: Hosts, mode: str, zero: str, folder: Path) -> dict[int | None
     )  # fmt: skip
     folder.mkdir()
     job = folder / "job.json"
-    job.write_text(json.dumps({"config": asdict(config), "folder": str(folder)}))
+    job.write_text(json.dumps({"config": asdict(config), "folder": str(folder), "bucket_bytes": bucket_bytes}))
     hosts.shape_links(None)
     env = {**ENVIRON, "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29500",
            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # fmt: skip
@@ -67,7 +71,7 @@ def measure(hosts: Hosts, mode: str, zero: str, folder: Path) -> dict[int | None
     return seconds
 
 
-def model(mode: str, zero: str, compute_seconds: float, megabits: float) -> tuple[float, float]:
+def model(mode: str, zero: str, bucket_bytes: int, compute_seconds: float, megabits: float) -> tuple[float, float]:
     """(seconds of a step, hidden share of its communication)."""
     workload = Workload(
         compute_seconds=compute_seconds, num_trainable=FULL if mode == "full" else ADAPTERS,
@@ -75,22 +79,27 @@ def model(mode: str, zero: str, compute_seconds: float, megabits: float) -> tupl
     )  # fmt: skip
     costs = communication_of_two_processors(
         stage=int(zero[-1]), workload=workload, bandwidth=megabits * 1e6 / 8 * PAYLOAD,
-        bucket_bytes=MIN_BUCKET_BYTES["gloo"],
+        bucket_bytes=bucket_bytes,
     )  # fmt: skip
     return compute_seconds + costs.exposed, costs.hidden / (costs.hidden + costs.exposed)
 
 
+def describe(case: Case) -> str:
+    mode, zero, bucket_bytes = case
+    return f"{mode}, {zero}" + ", gradients at once" * (bucket_bytes == AT_ONCE)
+
+
 @pytest.fixture(scope="module")
-def measured_cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[int | None, float]]]:
+def measured_cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Case, dict[int | None, float]]]:
     """{case: {Mbit/s: seconds}}, which the tests fill; drawn beside the model at the end, the file's path printed."""
-    cases: dict[str, dict[int | None, float]] = {}
+    cases: dict[Case, dict[int | None, float]] = {}
     yield cases
     path = tmp_path_factory.mktemp("plot") / "step-time-over-links.svg"
     draw(cases, path)
     print(f"\n{path}")
 
 
-def draw(cases: dict[str, dict[int | None, float]], path: Path) -> None:
+def draw(cases: dict[Case, dict[int | None, float]], path: Path) -> None:
     """Seconds of a step against Mbit/s: points as measured, lines by the model."""
     import matplotlib
 
@@ -99,11 +108,10 @@ def draw(cases: dict[str, dict[int | None, float]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for case, seconds in cases.items():
-        mode, zero = case.split(", ")
         rates = [2.0 ** (power / 4) for power in range(33)]  # 1 to 256 Mbit/s
-        (line,) = axes.plot(rates, [model(mode, zero, seconds[None], rate)[0] for rate in rates], linewidth=1)
+        (line,) = axes.plot(rates, [model(*case, seconds[None], rate)[0] for rate in rates], linewidth=1)
         shaped = [rate for rate in seconds if rate is not None]
-        axes.plot(shaped, [seconds[rate] for rate in shaped], "o", color=line.get_color(), label=case)
+        axes.plot(shaped, [seconds[rate] for rate in shaped], "o", color=line.get_color(), label=describe(case))
     axes.set(xscale="log", yscale="log", xlabel="link, Mbit/s", ylabel="seconds a step")
     axes.legend(title="points measured, lines by the model")
     figure.savefig(path)
@@ -111,17 +119,18 @@ def draw(cases: dict[str, dict[int | None, float]], path: Path) -> None:
 
 @pytest.mark.sweep
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("mode", "zero"), CASES)
-def test_a_step_over_shaped_links_takes_what_the_comm_model_says(mode, zero, measured_cases, tmp_path):
+@pytest.mark.parametrize("case", CASES, ids=lambda case: describe(case))
+def test_a_step_over_shaped_links_takes_what_the_comm_model_says(case, measured_cases, tmp_path):
+    mode = case[0]
     with started_hosts(tmp_path / "hosts") as hosts:
-        seconds = measure(hosts, mode, zero, tmp_path / "run")
+        seconds = measure(hosts, *case, tmp_path / "run")
     free, *shaped = (min(seconds[rate]) for rate in RATES[mode])
-    measured_cases[f"{mode}, {zero}"] = {rate: min(seconds[rate]) for rate in RATES[mode]}
-    modelled = [model(mode, zero, free, rate) for rate in RATES[mode] if rate is not None]
+    measured_cases[case] = {rate: min(seconds[rate]) for rate in RATES[mode]}
+    modelled = [model(*case, free, rate) for rate in RATES[mode] if rate is not None]
     cells = [
         f"{1e3 * measured:.0f} ({1e3 * expected:.0f}, {hidden:.0%} hidden)"
         for measured, (expected, hidden) in zip(shaped, modelled, strict=True)
     ]
     added, expected_added = shaped[1] - shaped[0], modelled[1][0] - modelled[0][0]
-    print(f"\n| {mode}, {zero} | {1e3 * free:.0f} | {' | '.join(cells)} | {added / expected_added:.2f} |")
+    print(f"\n| {describe(case)} | {1e3 * free:.0f} | {' | '.join(cells)} | {added / expected_added:.2f} |")
     assert added == pytest.approx(expected_added, rel=MODEL_TOLERANCE)

@@ -216,7 +216,8 @@ class Hosts:
                 # Bytes: 32 ms at the rate. Less, and a busy machine's late timers let tokens go; more, and they are a
                 # share of what a step sends.
                 burst = 4000 * megabits_per_second
-                bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", str(burst), "limit", "4mb"]
+                queue = max(500_000, 50_000 * megabits_per_second)  # bytes: 400 ms, or what a step of LoRA sends
+                bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", str(burst), "limit", str(queue)]
                 process = run_tool(*enter, "add", "dev", "eth0", "root", *bucket, check=False)
                 if process.returncode:
                     pytest.skip(f"links cannot be shaped here: {process.stderr.strip()}")

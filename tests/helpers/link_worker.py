@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from trainer.distributed import gradients
 from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.tools.bench import runners
 from trainer.tools.bench.configs import BenchmarkConfig
@@ -13,6 +14,7 @@ from trainer.tools.bench.configs import BenchmarkConfig
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     config, folder = BenchmarkConfig(**job["config"]), Path(job["folder"])
+    gradients.MIN_BUCKET_BYTES["gloo"] = job["bucket_bytes"]
     context = init_distributed("cpu")
     try:
         setup = runners.build_setup(config, context)
