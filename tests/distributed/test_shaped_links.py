@@ -21,7 +21,7 @@ from trainer.tools.bench.comm_model import Workload, communication_of_two_proces
 from trainer.tools.bench.configs import BenchmarkConfig
 
 #: Mbit/s, by what trains: links over which a step waits for longer than other work on the machine moves it
-RATES: dict[str, tuple[int | None, ...]] = {"full": (None, 50, 20), "lora": (None, 2, 1)}
+RATES: dict[str, tuple[int | None, ...]] = {"full": (None, 50, 20), "lora": (None, 4, 2)}
 NUM_ROUNDS = 3
 PAYLOAD = 1448 / 1514  # of a full Ethernet frame: the rest is its headers, IP's and TCP's
 MODEL_TOLERANCE = 0.15
