@@ -436,6 +436,7 @@ def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume
     assert not [row for row in read_records(again) if row.get("facts", {}).get("code") in TIMING_CODES]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path):
     folder = make_run_folder(tmp_path / "run")
     event = next(iter(diagnose(make_run_info(max_grad_norm=0.01), make_run_records()).values())).to_record(50, 5.0)

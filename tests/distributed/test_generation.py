@@ -277,6 +277,7 @@ def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_a
     assert read_events(sampled, "finished")[0]["facts"]["sample_seconds"] == pytest.approx(seconds)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_plain_runs, tmp_path):
     runs, _ = load_runs([str(sampled_and_plain_runs[0]), str(sampled_and_plain_runs[1])])
     comparison = compare(runs)
