@@ -233,7 +233,9 @@ def test_a_hub_data_set_gives_the_split_of_the_flag(monkeypatch, flag, split):
             for name in ("train", "validation")
         }
     )
-    stand_in = SimpleNamespace(load_dataset=lambda name, config_name: splits, config=SimpleNamespace(HF_HUB_OFFLINE=False))
+    stand_in = SimpleNamespace(
+        load_dataset=lambda name, config_name: splits, config=SimpleNamespace(HF_HUB_OFFLINE=False)
+    )
     monkeypatch.setattr(hf_hub, "import_datasets", lambda: stand_in)  # the hub itself cannot be asked in a test
     source = sources.find("some/name", flag)
     assert [record["text"] for _, _, record in readers.records(source)] == [f"{split} {i}" for i in range(3)]
