@@ -40,6 +40,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, dict[st
     return comparison, {path.name: path.read_text("latin-1") for path in write_report(comparison, folder / "out")}
 
 
+@pytest.fixture
+def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them all is most of a report's time."""
+    monkeypatch.setattr(plots, "PLOTS", plots.PLOTS[:2])
+
+
 CARD_LIKE = {0: 4.0, 1: 1.3, 2: 1.1, 3: 1.0}
 
 
@@ -60,6 +66,7 @@ def test_the_epoch_table_has_reference_full_lora_and_their_difference(tmp_path: 
     assert rows[0.0, "LoRA"]["to_card"] is None
 
 
+@pytest.mark.usefixtures("few_plots")
 def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) -> None:
     """Another data set on each side: no difference, share or ratio may show, in any form."""
     comparison = make_comparison(
@@ -83,6 +90,7 @@ def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) ->
     assert "unknown of the card" in text.lower()
 
 
+@pytest.mark.usefixtures("few_plots")
 def test_every_report_format_has_the_same_numbers(tmp_path: Path) -> None:
     comparison = make_comparison(
         tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"), losses=CARD_LIKE
@@ -147,6 +155,7 @@ def test_the_html_report_fetches_nothing_and_runs_nothing(plain: tuple[Compariso
         assert colour not in html.split("</style>", 1)[1]
 
 
+@pytest.mark.usefixtures("few_plots")
 def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>|$x_1$ `*a*` [b](c)\x1b[31m\u202e"
     comparison = make_comparison(
@@ -250,6 +259,7 @@ def test_a_fingerprint_is_short_in_the_report_pages_and_whole_in_the_json(tmp_pa
     assert "0123456789ab" + "cdef" not in page
 
 
+@pytest.mark.usefixtures("few_plots")
 def test_unfinished_and_unreadable_runs_are_listed_in_every_report_format(tmp_path: Path) -> None:
     good, going = make_run_folder(tmp_path / "good"), make_run_folder(tmp_path / "going", "lora", finished=False)
     comparison = compare(*load_runs([str(good), str(going), str(tmp_path / "no where")]))
@@ -340,6 +350,7 @@ def test_a_run_without_evaluations_is_still_in_the_report(tmp_path: Path) -> Non
     assert "nothing to compare yet" in html_page.render(comparison)
 
 
+@pytest.mark.usefixtures("few_plots")
 def test_without_the_reference_no_report_format_mentions_it(tmp_path: Path) -> None:
     write_report(
         make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), with_card=False), tmp_path / "out"

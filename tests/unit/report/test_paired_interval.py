@@ -144,7 +144,7 @@ def test_the_margin_contrast_is_zero_where_lora_loses_exactly_that_share_of_the_
 
 
 @each_size
-@pytest.mark.parametrize("num_seeds", [3, 5])
+@pytest.mark.parametrize("num_seeds", [3, pytest.param(5, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("draw", [normal, student_t])
 def test_the_interval_covers_the_truth(num_studies, num_seeds, draw):
     for case in CASES:
@@ -157,7 +157,7 @@ def test_the_interval_covers_the_truth(num_studies, num_seeds, draw):
 
 
 @each_size
-@pytest.mark.parametrize("num_seeds", [3, 5])
+@pytest.mark.parametrize("num_seeds", [3, pytest.param(5, marks=pytest.mark.sweep)])
 def test_lora_at_the_margin_is_called_good_enough_no_oftener_than_the_level(num_studies, num_seeds):
     """Base 1 nat above full, so a margin of 2 % is 0.02; base's own spread over units makes the margin an estimate."""
     for case in CASES:

@@ -3,22 +3,16 @@
 import json
 
 import pytest
+from helpers.fake_ssh import put_ssh_script
 
-from trainer.config.errors import UserError
 from trainer.distributed.preflight import program_facts
 from trainer.tools.doctor import host_checks
-from trainer.tools.doctor.host_checks import check_hosts, check_own_name, describe_links, measure_links
+from trainer.tools.doctor.host_checks import check_hosts, check_own_name
 
 
 def put_ssh(folder, monkeypatch, answer: str, code: int = 0) -> None:
     (folder / "answer").write_text(answer)
     put_ssh_script(folder, monkeypatch, f'echo "$@" >{folder}/argv\ncat {folder}/answer\nexit {code}\n')
-
-
-def put_ssh_script(folder, monkeypatch, text: str) -> None:
-    (folder / "ssh").write_text(f"#!/bin/sh\n{text}")
-    (folder / "ssh").chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder), prepend=":")
 
 
 @pytest.mark.parametrize(
@@ -58,27 +52,3 @@ def test_a_host_without_an_address_and_an_own_name_that_is_a_loopback_are_named(
     assert (other.name, other.message) == ("h2", "has no address here")
     addresses["h1"] = "10.0.0.1"
     assert (check_own_name().level, check_own_name().message) == ("ok", "h1 is 10.0.0.1 here")
-
-
-def test_every_pair_of_hosts_is_measured_by_ranks_that_are_started_there(fast_python, tmp_path, monkeypatch):
-    """The hosts are this one, reached by a stand-in for ssh that runs what it is given."""
-    put_ssh_script(tmp_path, monkeypatch, 'for command; do :; done\nexec env -i PATH="$PATH" sh -c "$command"\n')
-    monkeypatch.setattr(host_checks.sys, "executable", fast_python)
-    monkeypatch.setenv("SLURM_PROCID", "3")  # where the doctor itself runs is not passed on
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    speeds = measure_links(["localhost", "b", "c"])
-    assert len(speeds) == 3
-    assert all(0 < speed.latency_seconds < 1 for speed in speeds)
-    assert speeds == sorted(speeds, key=lambda speed: speed.bandwidth)
-    assert describe_links(speeds).startswith("3 pairs: ")
-
-
-def test_hosts_that_do_not_meet_are_one_line(fast_python, tmp_path, monkeypatch):
-    monkeypatch.setattr(host_checks.sys, "executable", fast_python)
-    monkeypatch.setattr(host_checks, "JOIN_SECONDS", 1.0)
-    put_ssh_script(tmp_path, monkeypatch, "echo no route to b >&2; exit 255\n")
-    with pytest.raises(UserError, match="a rank on b: no route to b; let the hosts reach one another"):
-        measure_links(["localhost", "b"])
-    put_ssh_script(tmp_path, monkeypatch, "exec sleep 20\n")
-    with pytest.raises(UserError, match=r"a rank on localhost: of 2 ranks these have not come to localhost:.*: 1; let"):
-        measure_links(["localhost", "b"])
