@@ -174,12 +174,13 @@ def _time_limit() -> Iterator[None]:
         raise _RenderTimeout
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_SECONDS)
+    previous_timer = signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_SECONDS)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *previous_timer)  # somebody's own, as a test's time limit
 
 
 def end_token_ids(tokenizer: Any, template: str | None) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Long: one format with its templates, masks and refusals.
 import itertools
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -319,3 +320,4 @@ def test_a_template_that_loops_is_stopped(tokenizer, monkeypatch, endless):
     monkeypatch.setattr(chat, "MAX_RENDER_SECONDS", 0.2)
     with pytest.raises(UserError, match=r"takes more than 0\.2 s for one conversation"):
         ChatTemplate(tokenizer, endless).encode(Conversation(messages=TURNS))
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 0, "the alarm that was set before: pytest's own limit of a test"
