@@ -2,8 +2,8 @@
 
 `pytest tests/distributed/test_shaped_links.py -m sweep -n 0 -s` prints the table of launch/README.md. Two hosts
 (network namespaces), one rank of one thread on each; links of several speeds in turn, so that other work on the
-machine meets all of them alike. The least over the rounds counts. What is held against the model is what the slowest
-link adds over the next: other work makes a step without a limit longer, but not this.
+machine meets all of them alike. The least over the rounds counts. Steps over slow links are held against the model;
+what the slowest link adds over the next is printed too: other work makes a step without a limit longer, but not this.
 """
 
 import json
@@ -133,4 +133,4 @@ def test_a_step_over_shaped_links_takes_what_the_comm_model_says(case, measured_
     ]
     added, expected_added = shaped[1] - shaped[0], modelled[1][0] - modelled[0][0]
     print(f"\n| {describe(case)} | {1e3 * free:.0f} | {' | '.join(cells)} | {added / expected_added:.2f} |")
-    assert added == pytest.approx(expected_added, rel=MODEL_TOLERANCE)
+    assert shaped == pytest.approx([expected for expected, _ in modelled], rel=MODEL_TOLERANCE)
