@@ -31,7 +31,9 @@ PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
     "buckets": ("--ds-config zero0", {"overlaps_reduction": False}, EXACT, (2,)),
     "buckets, another order of three": ("--mode full --ds-config zero0", {"overlaps_reduction": False}, ROUNDED, (3,)),
     "buckets, sharded": ("--mode full --ds-config zero1", {"overlaps_reduction": False}, EXACT, (3,)),
-    "reductions, sharded": ("--mode full --ds-config zero1", {"overlaps_reduction": False}, ROUNDED, (3,)),
+    "reductions, sharded": (
+        "--mode full --ds-config zero1 --max-steps 9", {"overlaps_reduction": False}, ROUNDED, (3,)
+    ),
     "buckets, sharded, two groups": (
         "--mode lora --lora-plus-ratio 4 --ds-config zero1", {"overlaps_reduction": False}, EXACT, (2,)
     ),
@@ -103,7 +105,7 @@ def run_with_small_buckets(jobs: list[dict[str, Any]]) -> int:
     gradients.GradientBuckets._launch_next = count_launch  # type: ignore[method-assign]
     code = run_jobs(jobs)
     print(launched)
-    return code or int(not launched["in the backward"] > max(30, 5 * launched["after it"]))
+    return code or int(not launched["in the backward"] > max(50, 5 * launched["after it"]))
 
 
 def run_with_reductions_to_owners(jobs: list[dict[str, Any]]) -> int:
