@@ -77,12 +77,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.hosts is not None and args.ranks is not None:
             raise UserError("--ranks and --hosts: one of them, --hosts says the ranks too")
         environ = dict(os.environ)
-        from trainer.distributed.openmp import limit_openmp_spin
+        from trainer.distributed.library_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
         if not cli_args.verbose:
             silence_libraries()  # before the libraries it silences are imported
-        limit_openmp_spin()
+        set_library_environment()
         from trainer.tools.cluster.launch_files import parse_hosts
         from trainer.tools.doctor.doctor_cli import planned_context, run_doctor
 

@@ -61,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
     try:
         args = build_parser().parse_args(argv)
-        from trainer.distributed.openmp import limit_openmp_spin
+        from trainer.distributed.library_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
         silence_libraries()  # before the libraries it silences are imported
-        limit_openmp_spin()
+        set_library_environment()
         if args.private and args.push is None:
             raise UserError("--private: goes with --push NAMESPACE/NAME")
         from trainer.export.export_cli import ExportRequest, export_checkpoint

@@ -50,11 +50,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"{flag} {value}: expected {accepted}")
         if args.prompt and args.prompts:
             raise UserError("--prompt and --prompts: expected one of them")
-        from trainer.distributed.openmp import limit_openmp_spin
+        from trainer.distributed.library_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
         silence_libraries()  # before the libraries it silences are imported
-        limit_openmp_spin()
+        set_library_environment()
         from trainer.distributed.decoding import Sampling
         from trainer.tools.generate import GenerateRequest, generate
         from trainer.training.text_metrics import check_installed

@@ -17,12 +17,12 @@ def main() -> int:
 
         # Before the imports that take seconds, in which a launcher may end.
         signal_handler = SignalHandler(grace_seconds=cli_args.settings.engine.grace)
-        from trainer.distributed.openmp import limit_openmp_spin
+        from trainer.distributed.library_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
         if not cli_args.verbose:
             silence_libraries()  # before the libraries it silences are imported
-        limit_openmp_spin()
+        set_library_environment()
         from trainer.run import run
 
         return run(cli_args, signal_handler)

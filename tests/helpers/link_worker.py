@@ -11,6 +11,12 @@ from trainer.tools.bench import runners
 from trainer.tools.bench.configs import BenchmarkConfig
 
 
+def count_sent_bytes() -> int:
+    """All that this host's link has sent since it was made, headers included."""
+    (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if "eth0" in line)
+    return int(line.split()[9])
+
+
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     config, folder = BenchmarkConfig(**job["config"]), Path(job["folder"])
@@ -28,11 +34,12 @@ def main(job_file: str) -> None:
                 assert time.monotonic() < deadline, "nobody sets the links"
                 time.sleep(0.01)
             next(steps)  # both are there after it
-            start = time.perf_counter()
+            start, num_bytes = time.perf_counter(), count_sent_bytes()
             for _ in range(config.steps_per_window - 1):
                 next(steps)
-            seconds = (time.perf_counter() - start) / (config.steps_per_window - 1)
-            (folder / f"unfinished.{context.rank}").write_text(json.dumps(seconds))
+            num_steps = config.steps_per_window - 1
+            figures = ((time.perf_counter() - start) / num_steps, (count_sent_bytes() - num_bytes) / num_steps)
+            (folder / f"unfinished.{context.rank}").write_text(json.dumps(figures))
             (folder / f"unfinished.{context.rank}").rename(folder / f"done-{window}-{context.rank}")
     finally:
         destroy_process_group()

@@ -212,14 +212,40 @@ def reduce_scatter(flat: Tensor) -> Tensor:
     """
     world_size = dist.get_world_size()
     if flat.device.type == "cpu":
-        received = torch.empty_like(flat)
-        dist.all_to_all_single(received, flat)
-        return received.view(world_size, -1).sum(0)
+        received = torch.empty_like(flat).view(world_size, -1)
+        _exchange(flat.view(world_size, -1), received)
+        return received.sum(0)
     shard = flat.new_empty(flat.numel() // world_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch is renaming the function
         dist.reduce_scatter_tensor(shard, flat)
     return shard
+
+
+def all_gather(flat: Tensor, shard: Tensor) -> None:
+    """Fill `flat` with every rank's `shard`, all of one size, which may be this rank's part of it."""
+    if flat.device.type == "cpu":
+        _exchange([shard] * dist.get_world_size(), flat.view(dist.get_world_size(), -1))
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        dist.all_gather_into_tensor(flat, shard)
+
+
+def _exchange(outgoing: Sequence[Tensor] | Tensor, received: Tensor) -> None:
+    """`outgoing[r]` goes to rank r as its `received[this rank]`, over gloo.
+
+    gloo's all_to_all and all_gather let a link's two directions wait for one another: 3.15 and 2.4 s for 3.8 MB each
+    way at 20 Mbit/s, where these messages take 1.6 (medians of five rounds in random order, two hosts).
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    others = [(rank + distance) % world_size for distance in range(1, world_size)]
+    work = [dist.irecv(received[other], src=other) for other in others]
+    work += [dist.isend(outgoing[other], dst=other) for other in others]
+    received[rank].copy_(outgoing[rank])
+    for message in work:
+        assert message is not None  # this rank is in the group
+        message.wait()
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,6 @@ tests/distributed/test_invariance.py holds them together.
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.data.sampler import GlobalBatch
-from trainer.distributed.gradients import GradientBuckets, LocalGradients, total_norm
+from trainer.distributed.gradients import GradientBuckets, LocalGradients, all_gather, total_norm
 from trainer.distributed.process_group import DistContext
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 
@@ -218,9 +217,7 @@ class NativeStepper:
             local_shard = shards[self.dist_context.rank]
             local_shard.copy_(partition)
             if self.dist_context.world_size > 1:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FutureWarning)
-                    dist.all_gather_into_tensor(flat, local_shard)
+                all_gather(flat, local_shard)
 
 
 _NATIVE_ZERO_KEYS = {"stage", "reduce_bucket_size", "allgather_bucket_size", "contiguous_gradients", "overlap_comm"}

@@ -14,6 +14,7 @@ from trainer.distributed.bytes_sent import bytes_sent
 NVLINK_BYTES_PER_SECOND = 450e9  # bytes/s each way between the GPUs of an H100 node, as its maker states it
 GPUS_PER_NODE = 8  # GPUs
 BACKWARD_SHARE = 2 / 3  # of a step's arithmetic: two products for each one of the forward
+GLOO_GATHER = 1.3  # times what a link's speed says: both ways wait for one another, in half of 28 calls 1.5 times
 GPU_BUCKET_BYTES = 25 * 2**20  # `gradients.MIN_BUCKET_BYTES` of NCCL
 #: bytes/s that leave a node of `GPUS_PER_NODE`; a ring passes every NIC that it finds
 NETWORKS = {
@@ -30,6 +31,7 @@ class Workload:
     compute_seconds: float  #: of its arithmetic, all micro-batches
     num_trainable: int  #: weights
     num_frozen: int = 0
+    num_persistent: int = 0  #: of the trained: what ZeRO 3 keeps whole
     tied_share: float = 0.0  #: of the trained weights: embeddings whose gradient is whole at the backward's end only
     gradient_accumulation_steps: int = 1
 
@@ -62,7 +64,7 @@ def communication(
     """By a ring whose slowest link has `bandwidth` bytes/s. One queue: a bucket waits for those before it."""
     num_bytes = bytes_sent(
         stage=stage, num_trainable=workload.num_trainable, num_frozen=workload.num_frozen, world_size=world_size,
-        gradient_accumulation_steps=workload.gradient_accumulation_steps,
+        gradient_accumulation_steps=workload.gradient_accumulation_steps, num_persistent=workload.num_persistent,
     )  # fmt: skip
     total = num_bytes / bandwidth
     reduction = total if stage == 0 else total / 2 if stage == 1 else 0.0
@@ -76,13 +78,16 @@ def communication_of_two_processors(
 ) -> Communication:
     """The same of two ranks over gloo. Under ZeRO 1 each sends the other its half, both ways at once: the half of the
     last weights leaves in the first half of the backward, that of the first weights, tied embeddings too, after it.
-    Under ZeRO 2 and 3 DeepSpeed calls gloo's reduce_scatter, which sends as much as an all-reduce: twice as much."""
+    Under ZeRO 2 and 3 DeepSpeed calls gloo's reduce_scatter, which sends as much as an all-reduce: twice as much, and
+    its all_gather, which is slower than its link (`GLOO_GATHER`)."""
     if stage != 1:
         costs = communication(
             stage=stage, workload=workload, world_size=2, bandwidth=bandwidth, bucket_bytes=bucket_bytes
         )
-        num_reductions = workload.gradient_accumulation_steps if stage >= 2 else 0
-        return replace(costs, exposed=costs.exposed + num_reductions * workload.gradient_bytes / 2 / bandwidth)
+        if stage == 0:
+            return costs
+        reductions = workload.gradient_accumulation_steps * workload.gradient_bytes / 2 / bandwidth
+        return replace(costs, exposed=2 * reductions + GLOO_GATHER * (costs.exposed - reductions))
     half, backward = workload.gradient_bytes / 2 / bandwidth, workload.backward_seconds
     tail = min(0.5, workload.tail_share(bucket_bytes))
     window = backward * (0.5 - tail) / (1 - tail)  # in which the first weights' gradients are made, but the tail

@@ -34,7 +34,9 @@ def measure_scaling(args: argparse.Namespace) -> int:
 
 def _model_workloads(compute_seconds: float) -> dict[str, tuple[int, Workload]]:
     full = Workload(compute_seconds=compute_seconds, num_trainable=GPT2, tied_share=GPT2_EMBEDDING / GPT2)
-    adapters = Workload(compute_seconds=compute_seconds, num_trainable=ADAPTERS, num_frozen=GPT2)
+    adapters = Workload(
+        compute_seconds=compute_seconds, num_trainable=ADAPTERS, num_frozen=GPT2, num_persistent=ADAPTERS
+    )
     return {
         "full, zero0": (0, full), "full, zero1": (1, full), "full, zero3": (3, full),
         "LoRA, zero1": (1, adapters), "LoRA, zero3": (3, adapters),

@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.distributed.openmp import limit_openmp_spin
+from trainer.distributed.library_environment import set_library_environment
 from trainer.tracking.silence import silence_libraries
 
 #: Loaded once, before the first fork; none of them starts threads while it is imported. W&B's last one is what
@@ -41,7 +41,7 @@ class TrainCommand:
 def start_training(command: TrainCommand, lock: IO[str]) -> ForkServerProcess:
     """Start it; `lock` stays locked until it ends, and it ends with this process."""
     silence_libraries()
-    limit_openmp_spin()
+    set_library_environment()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while wandb is imported
     if not command.env["CUDA_VISIBLE_DEVICES"]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and warn that there are none
