@@ -4,12 +4,14 @@ import contextlib
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.report import markdown
 from trainer.report.comparison import Comparison
+from trainer.report.options import RateCurve
 from trainer.report.plot_axes import COLOURS
 from trainer.report.wandb_reference import REFERENCE_RUN_ID
 
@@ -139,8 +141,9 @@ def _build_report(comparison: Comparison, entity: str, project: str, *, own_proj
     colours = {run.run_id: COLOURS[run.mode] for run in comparison.runs}
     if comparison.with_reference:
         colours[REFERENCE_RUN_ID] = COLOURS["card"]
+    where = {} if own_project else {"entity": entity, "project": project}
     runset = wr.Runset(
-        **({} if own_project else {"entity": entity, "project": project}),
+        **where,
         name=" / ".join(_modes(comparison)),
         filters=run_filter(comparison),
         run_settings={run_id: wr.RunSettings(color=colour) for run_id, colour in colours.items()},
@@ -158,6 +161,8 @@ def _build_report(comparison: Comparison, entity: str, project: str, *, own_proj
     optional_tables = (comparison.diagnostics, comparison.scores, comparison.generations)  # the samples side by side
     tables += [(table.title, markdown.render_table(table)) for table in optional_tables if len(table)]
     blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown.render_verdict(comparison))]
+    if comparison.verdict.study is not None:
+        blocks.append(_rate_grid(wr, comparison.verdict.study.rate_curves, where))
     if comparison.problems:
         blocks.append(wr.MarkdownBlock(markdown.render_list(map(str, comparison.problems))))
     for heading, text in tables:
@@ -186,6 +191,25 @@ LINE_PANELS = (
     ("Speed", "epoch", "train/tokens_per_second", "epoch", "tokens per second"),
 )
 BAR_PANELS = (("Peak memory (bytes)", "peak_memory_bytes"), ("Best validation loss", "val/loss.min"))
+
+
+def _rate_grid(wr: Any, curves: Sequence[RateCurve], where: dict[str, str]) -> Any:
+    """Loss against rate of each mode's searches: of their whole runs, whatever else the project holds."""
+    num_steps = max(curve.num_steps for curve in curves)
+    whole = [curve for curve in curves if curve.num_steps == num_steps]
+    runsets = [
+        wr.Runset(
+            **where, name=f"{curve.mode}, whole runs of the search", filters=f"Metric('ID') in {list(curve.run_ids)}",
+            run_settings={run_id: wr.RunSettings(color=COLOURS[curve.mode]) for run_id in curve.run_ids},
+        )
+        for curve in whole
+    ]  # fmt: skip
+    panel = wr.ScatterPlot(
+        title=f"Validation loss against learning rate, runs of {num_steps:,} steps",
+        x=wr.Config("lr"), y=wr.SummaryMetric("val/loss.last"), log_x=True,
+        layout=wr.Layout(x=0, y=0, w=2 * PANEL_WIDTH, h=PANEL_HEIGHT),
+    )  # fmt: skip
+    return wr.PanelGrid(runsets=runsets, panels=[panel])
 
 
 def _panels(wr: Any, comparison: Comparison) -> list[Any]:

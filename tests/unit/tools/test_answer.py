@@ -13,7 +13,7 @@ from helpers.fake_runs import make_metadata, make_run_folder, write_eval_records
 from trainer.config.errors import UserError
 from trainer.report.full_vs_lora import FullVsLora
 from trainer.report.margin import Margin
-from trainer.report.wandb_report import report_title, run_filter
+from trainer.report.wandb_report import report_title, run_filter, to_spec_json
 from trainer.report.write import write_report
 from trainer.tools.study.answer import AnswerRefusedError, compare_study, judge, read_groups
 from trainer.tools.study.finalist_timing import Timing
@@ -55,6 +55,14 @@ def write_run(
     for split in splits:
         losses = {0: [3.0] * len(targets), 30: loss + shared + noise * rng.standard_normal(len(targets))}
         write_eval_records(run, losses, targets=targets, split=split, num_in_train=num_in_train)
+
+
+def write_metadata(folder: Path, spec: TrialSpec) -> None:
+    """A trial's run.json alone."""
+    mode = "full" if spec.candidate.method == "full" else "lora"
+    run_folder(folder, spec).mkdir(parents=True, exist_ok=True)
+    metadata = make_metadata(mode, seed=spec.seed, name=spec.name, run_id=f"id-{spec.name}".replace(".", "-"))
+    (run_folder(folder, spec) / "run.json").write_text(json.dumps(metadata))
 
 
 def judge_runs(folder: Path, rule: Rule | None = None, **options: Any) -> FullVsLora:
@@ -103,7 +111,8 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
         search = MethodSearch(rule, method)
         while missing := search.next_trials(results):
             results |= {s.name: 2 + abs(s.candidate.rate_index - winner.rate_index) for s in missing}
-        write_run(tmp_path, TrialSpec(phase="search", candidate=winner, num_steps=30, seed=1))
+            for spec in missing:
+                (write_run if spec.candidate == winner else write_metadata)(tmp_path, spec)
     outcomes = {
         method: SearchOutcome(method=method, winner=winner, loss=2.0, edge=None, num_trials=25, num_steps=900)
         for method, winner in {**WINNERS, "dora": dora}.items()
@@ -133,6 +142,11 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     assert answer["study"]["searches"]["pissa"]["problem"] == "pissa: every trial failed"
     assert answer["study"]["searches"]["pissa"]["loss"] is None
     assert report_title(comparison) == "Study of full against LoRA, acled-demo"
+    curve = comparison.verdict.study.rate_curves[0]  # the panel that shows it has its runs, of their own colour
+    assert len(curve.run_ids) == len(curve.losses) > 3
+    spec = to_spec_json(comparison)
+    assert "Validation loss against learning rate, runs of 30 steps" in spec
+    assert all(f'"{run_id}": {{' in spec for run_id in curve.run_ids)
     assert run_filter(comparison).startswith("Metric('ID') in ['full0101', 'full0102', 'full0103', 'lora0101'")
     details = "\n".join(comparison.verdict.details)
     assert (

@@ -92,7 +92,7 @@ def compare_study(
     study = StudyContext(
         choice=describe_choice(rule, state, len(seeds)),
         lines=(*(f"{line[:1].upper()}{line[1:]}." for line in lines), describe_rule(rule)),
-        rate_curves=rate_curves(rule, results),
+        rate_curves=rate_curves(study_folder, rule, results),
         views=study_views(study_folder, rule, results, timing),
         rule=parse_json((study_folder / RULE_FILE).read_bytes()),
         facts={

@@ -6,6 +6,7 @@ They were chosen by what they show, so nothing here is a claim with the answer's
 import math
 from pathlib import Path
 
+from trainer.config.run_metadata import read_run_metadata
 from trainer.report.options import RateCurve
 from trainer.report.run_data import RunData
 from trainer.report.run_folder import read_folder
@@ -16,7 +17,7 @@ from trainer.tools.study.search import MethodSearch, Results
 from trainer.tools.study.worker import run_folder
 
 
-def rate_curves(rule: Rule, results: Results) -> tuple[RateCurve, ...]:
+def rate_curves(folder: Path, rule: Rule, results: Results) -> tuple[RateCurve, ...]:
     """Both methods' validation losses by rate, a curve a rung: the mean over search seeds, the best of the ranks."""
     curves = []
     for method in PRIMARY:
@@ -24,12 +25,15 @@ def rate_curves(rule: Rule, results: Results) -> tuple[RateCurve, ...]:
         specs = search.trials(results)
         for rung, num_steps in enumerate(rule.rungs):
             losses: dict[float, float] = {}
+            run_ids: list[str] = []
             for candidate in {spec.candidate for spec in specs if spec.num_steps == num_steps}:
-                values = [results[spec.name] for spec in search.specs_at(candidate, rung)]
-                loss = sum(values) / len(values)
+                trials = search.specs_at(candidate, rung)
+                loss = sum(results[spec.name] for spec in trials) / len(trials)
                 if math.isfinite(loss):
                     losses[candidate.lr] = min(loss, losses.get(candidate.lr, loss))
-            curves.append(RateCurve(mode=method, losses=dict(sorted(losses.items())), num_steps=num_steps))
+                    run_ids += [read_run_metadata(run_folder(folder, s) / "run.json")["run_id"] for s in trials]
+            ordered = dict(sorted(losses.items()))
+            curves.append(RateCurve(mode=method, losses=ordered, num_steps=num_steps, run_ids=tuple(sorted(run_ids))))
     return tuple(curves)
 
 
