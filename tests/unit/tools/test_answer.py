@@ -147,7 +147,7 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     assert len(curve.run_ids) == len(curve.losses) > 3
     spec = to_spec_json(comparison)
     assert "Validation loss against learning rate, runs of 30 steps" in spec
-    assert all(f'"{run_id}": {{' in spec for run_id in curve.run_ids)
+    assert all(spec.count(f'"{run_id}"') == 2 for run_id in curve.run_ids)  # in its filter, with its colour
     assert run_filter(comparison).startswith("Metric('ID') in ['full0101', 'full0102', 'full0103', 'lora0101'")
     details = "\n".join(comparison.verdict.details)
     assert (
