@@ -6,6 +6,7 @@ Long: verification, choice, and whole runs of both.
 """
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trainer.distributed import cuda_graphs, execution
 from trainer.distributed.compiled_steps import CompiledStepRunner
 from trainer.distributed.execution_tuner import ExecutionTuner
 from trainer.distributed.step_execution import StepExecution
+from trainer.kernels import linear_cross_entropy
 from trainer.kernels.device_branch import simulate_gpu
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.training import execution_choice
@@ -73,7 +75,7 @@ def loss_module(session_dir: Path) -> CausalLMLoss:
     return CausalLMLoss(AutoModelForCausalLM.from_pretrained(folder), None).train()
 
 
-def make_compiled_runner(loss_module: CausalLMLoss) -> CompiledStepRunner:
+def make_compiled_runner(loss_module: CausalLMLoss, precision: str = "fp32") -> CompiledStepRunner:
     def backward(ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
         loss_sum, row_losses = loss_module(ids, labels)
         (loss_sum * loss_weight).backward()
@@ -83,7 +85,7 @@ def make_compiled_runner(loss_module: CausalLMLoss) -> CompiledStepRunner:
         return loss_module(ids, labels)[1]
 
     return CompiledStepRunner(
-        loss_module, list(loss_module.parameters()), backward, forward, shapes={(2, 16)}, precision="fp32"
+        loss_module, list(loss_module.parameters()), backward, forward, shapes={(2, 16)}, precision=precision
     )
 
 
@@ -120,6 +122,31 @@ def test_a_compiled_shape_is_verified_once_and_a_compiler_that_fails_anywhere_co
         assert runner.error == ""
         assert runner.checks == ["train 2x16 compiled, checked to 0e+00"]
         assert compiler.num_calls > 4, "it runs the steps"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a processor needs a C++ compiler")
+@pytest.mark.parametrize("autocast", [None, pytest.param(torch.bfloat16, marks=pytest.mark.sweep)])
+def test_the_real_compiler_gives_the_eager_loss_and_gradients(loss_module, monkeypatch, autocast):
+    """In pieces of the logits, too; rows of another shape stay eager and compile nothing."""
+    from torch._dynamo.utils import counters
+
+    blocks = loss_module.causal.base_model.h
+    loss_module.causal.base_model.h = blocks[:1]  # each further one takes the compiler seconds
+    loss_module.autocast_dtype = autocast
+    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
+    runner = make_compiled_runner(loss_module, "bf16" if autocast else "fp32")
+    expected = step_gradients(plain_backward(loss_module), loss_module, 0)
+    gradients = step_gradients(runner.backward, loss_module, 0)
+    assert runner.error == ""
+    assert len(runner.checks) == 1
+    num_graphs = counters["stats"]["unique_graphs"]
+    assert num_graphs > 0
+    for actual, gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4 if autocast is None else 2e-2)
+    ids = torch.randint(1, 97, (1, 16))
+    runner.backward(ids, ids, 0.5)
+    assert counters["stats"]["unique_graphs"] == num_graphs
 
 
 def test_a_compiled_shape_that_gives_another_gradient_is_named_with_both_figures_and_not_used(loss_module, monkeypatch):

@@ -174,7 +174,7 @@ def suggest_flag(flag: str, value: str | None, takes_value: Mapping[str, bool]) 
     name = flag.lstrip("-").lower().replace("-", "_")
     answer = f"--{name.replace('_', '-')}"
     if answer not in takes_value:
-        answer = SUGGESTIONS.get(name) or _closest_flag(answer, takes_value)
+        answer = SUGGESTIONS.get(name) or _closest_flag(answer, takes_value) or _closest_suggestion(name)
     if not answer.startswith("--"):
         return f"{shown}: {answer}" if answer else f"{shown}: unknown flag (--help lists the flags)"
     suggested, _, fixed_value = answer.partition(" ")
@@ -191,3 +191,8 @@ def suggest_flag(flag: str, value: str | None, takes_value: Mapping[str, bool]) 
 def _closest_flag(flag: str, takes_value: Mapping[str, bool]) -> str:
     """The flag that a typo most likely meant; empty where none is near."""
     return next(iter(difflib.get_close_matches(flag, takes_value, n=1, cutoff=0.75)), "")
+
+
+def _closest_suggestion(name: str) -> str:
+    """What answers the foreign flag that a typo most likely meant; empty where none is near."""
+    return SUGGESTIONS.get(next(iter(difflib.get_close_matches(name, SUGGESTIONS, n=1, cutoff=0.85)), ""), "")

@@ -40,6 +40,8 @@ LAUNCH = Path(__file__).parents[3] / "launch"
         ("--keep 3", "did you mean --save-total-limit 3?"),
         ("--lrr 3", "did you mean --lr 3?"),
         ("-lr 3", "did you mean --lr 3?"),
+        ("--leraning-rate 3", "--leraning-rate 3: did you mean --lr 3?"),
+        ("--gradient_acumulation_steps 3", "derived here from --global-batch"),
         ("--frobnicate 3", "--frobnicate 3: unknown flag (--help lists the flags)"),
         ("--frob\nnicate", "'--frob\\nnicate': unknown flag"),
         ("--ways lora", "--ways lora: unknown flag"),  # --methods is study.py's

@@ -142,11 +142,13 @@ def test_fused_lora_respects_disabled_and_merged_adapters(tiny_model):
         with module.disable_adapter(), plain.disable_adapter():
             assert torch.equal(module(ids).logits, plain(ids).logits)
         expected_output = plain(ids).logits
-        torch.testing.assert_close(module(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
+        outputs = [module(ids).logits]
         module.merge_adapter()
-        torch.testing.assert_close(module(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
+        outputs.append(module(ids).logits)
         module.unmerge_adapter()
-        torch.testing.assert_close(merge_and_unload(module)(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
+        outputs.append(merge_and_unload(module)(ids).logits)
+    for output in outputs:  # weights of size 1 where there are mostly 0.02: their sums cancel
+        torch.testing.assert_close(output, expected_output, rtol=0, atol=1e-5 * float(expected_output.abs().max()))
 
 
 def fused_layer_names(module: nn.Module) -> set[str]:

@@ -1,7 +1,5 @@
 """Summed negative log-likelihood: in pieces as whole, padding left out, in bf16 close to float32."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -208,33 +206,6 @@ def test_the_compilable_loss_is_the_same_function():
     sums, slopes = linear_cross_entropy._nll_and_grad(logits, targets)
     torch.testing.assert_close(linear_cross_entropy._nll_and_grad_inplace(logits, targets), sums, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(logits, slopes, rtol=1e-6, atol=1e-7)  # they stand in the place of the logits
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a processor needs a C++ compiler")
-@pytest.mark.parametrize("autocast", [None, pytest.param(torch.bfloat16, marks=pytest.mark.sweep)])
-def test_compiled_blocks_give_the_same_loss_and_gradients(causal, monkeypatch, autocast):
-    """Within the rounding of fused operations; rows of another shape stay eager, and the training goes on in both."""
-    from torch._dynamo.utils import counters
-
-    module = CausalLMLoss(causal, autocast)
-    ids, labels = make_batch()
-    whole, expected = compute_gradients(module, ids, labels)
-    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
-    module.compile_for_shapes({tuple(ids.shape)})
-    before = counters["stats"]["unique_graphs"]
-    sums, grads = compute_gradients(module, ids, labels)
-    compiled = counters["stats"]["unique_graphs"]
-    assert compiled > before
-    again, _ = compute_gradients(module, ids, labels)
-    assert module.compile_error == ""
-    assert torch.equal(again, sums)
-    torch.testing.assert_close(sums, whole, rtol=1e-5 if autocast is None else 2e-2, atol=0)
-    if autocast is None:
-        for actual, other in zip(grads, expected, strict=True):
-            torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-4)
-    module(ids[:1], labels[:1])
-    assert counters["stats"]["unique_graphs"] == compiled, "neither the second call nor another shape compiles anew"
 
 
 def test_a_failed_compilation_is_reported_once_and_steps_are_eager(causal, monkeypatch):
