@@ -64,14 +64,18 @@ def test_a_trial_that_was_enqueued_twice_at_one_moment_counts_as_the_first_of_it
 
 
 def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up_again(tmp_path):
+    """Each worker by its own clock, which stands somewhere else on every machine."""
     clock = Clock()
-    queues = {name: TrialQueue(tmp_path, name, clock=clock) for name in ("a", "b", "c")}
+    offsets = {"a": 0.0, "b": 1e6, "c": -1e6}
+    queues = {name: TrialQueue(tmp_path, name, clock=lambda name=name: clock() + offsets[name]) for name in offsets}
     specs = make_specs(1)
     queues["a"].enqueue(specs)
     claim, _ = queues["a"].claim(specs)
+    assert queues["b"].claim(specs) is None, "whoever comes watches it for a lease's length"
     clock.now += LEASE_SECONDS - 1
     assert queues["b"].claim(specs) is None
     assert queues["a"].renew(claim)
+    assert queues["b"].claim(specs) is None
     clock.now += LEASE_SECONDS - 1
     assert queues["b"].claim(specs) is None, "the lease was renewed"
     clock.now += 2

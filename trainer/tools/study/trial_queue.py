@@ -2,8 +2,9 @@
 
 A journal is one file to which every change is appended under a lock, so all workers see one order of changes. Two rules
 follow from it. A trial that two workers enqueue counts once, as the first of its name. A claim is an attribute of
-its own, `claim/ATTEMPT/WORKER`, whose value is the time until which it is leased: of an attempt's claims the first one
-in the order of changes holds the trial, and the next attempt begins only when that lease has run out.
+its own, `claim/ATTEMPT/WORKER`, whose value changes with each renewal: of an attempt's claims the first one in the
+order of changes holds the trial, and the next attempt begins only when a worker has seen that value unchanged for
+`LEASE_SECONDS` of its own clock. So the clocks of two machines need not agree.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ JOURNAL_FILE = "journal.log"
 STUDY_NAME = "trials"
 LEASE_SECONDS = 120.0  # a worker that has not renewed its claim for so long is taken for dead
 _CLAIM = "claim"
-_STOPPED, _FAILED = 0.0, 1.0  # ends of a lease that say why it was given up
+_STOPPED, _FAILED = 0.0, 1.0  # values of a claim that say why it was given up; those of a lease are above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +90,10 @@ class FileLock:
 class TrialQueue:
     """The trials of the study in `folder`; UserError where the journal cannot be read or written."""
 
-    def __init__(self, folder: Path, worker: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, folder: Path, worker: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.worker, self._clock = worker, clock
+        self._last_seen: dict[tuple[int, str], tuple[float, float]] = {}  # of each claim: its value, since when
         path = folder / JOURNAL_FILE
         try:
             backend: BaseJournalBackend = JournalFileBackend(str(path), lock_obj=FileLock(path))
@@ -174,7 +176,7 @@ class TrialQueue:
         """Claim the next attempt where the last one's lease is over, and see in the journal whether we were first."""
         frozen = self._storage.get_trial(trial_id)
         attempt = _last_attempt(frozen)
-        if attempt and self._is_held(*_holder(frozen, attempt)):
+        if attempt and self._is_held(trial_id, *_holder(frozen, attempt)):
             return None
         claim = Claim(
             name=name, trial_id=trial_id, attempt=attempt + 1, key=f"{_CLAIM}/{attempt + 1}/{self.worker}",
@@ -188,17 +190,25 @@ class TrialQueue:
                 return claim
         return None
 
-    def _is_held(self, key: str, lease_end: float) -> bool:
-        """Whether a claim's worker lives, as far as can be told: its lease runs, and on this machine its process."""
-        return lease_end > self._clock() and not _is_gone(key.split("/", 2)[-1])
+    def _is_held(self, trial_id: int, key: str, value: float) -> bool:
+        """Whether a claim's worker lives, as far as can be told: it renews its lease, and on this machine its process
+        is there."""
+        if value in (_STOPPED, _FAILED) or _is_gone(key.split("/", 2)[-1]):
+            return False
+        last_value, since = self._last_seen.get((trial_id, key), (_STOPPED, 0.0))
+        if value != last_value:
+            self._last_seen[trial_id, key] = (value, self._clock())
+            return True
+        return self._clock() - since < LEASE_SECONDS
 
     def _write_lease(self, claim: Claim) -> None:
-        self._storage.set_trial_user_attr(claim.trial_id, claim.key, self._clock() + LEASE_SECONDS)
+        value = self._storage.get_trial(claim.trial_id).user_attrs.get(claim.key, _FAILED) + 1
+        self._storage.set_trial_user_attr(claim.trial_id, claim.key, value)
 
     def _read(self, frozen: FrozenTrial) -> QueuedTrial:
         attempt = _last_attempt(frozen)
-        key, lease_end = _holder(frozen, attempt) if attempt else ("", 0.0)
-        is_held = not frozen.state.is_finished() and self._is_held(key, lease_end)
+        key, value = _holder(frozen, attempt) if attempt else ("", _STOPPED)
+        is_held = not frozen.state.is_finished() and self._is_held(frozen._trial_id, key, value)
         loss = math.inf if frozen.user_attrs.get("has_diverged") else math.nan
         return QueuedTrial(
             name=frozen.user_attrs["name"], trial_id=frozen._trial_id, state=frozen.state,
@@ -225,7 +235,7 @@ def _is_gone(worker: str) -> bool:
 
 
 def _claims(frozen: FrozenTrial) -> Iterator[tuple[int, str, float]]:
-    """(attempt, key, end of the lease) of every claim, in the order in which they were first written."""
+    """(attempt, key, value) of every claim, in the order in which they were first written."""
     for key, value in frozen.user_attrs.items():
         if key.startswith(f"{_CLAIM}/"):
             yield int(key.split("/")[1]), key, float(value)
@@ -237,5 +247,5 @@ def _last_attempt(frozen: FrozenTrial) -> int:
 
 
 def _holder(frozen: FrozenTrial, attempt: int) -> tuple[str, float]:
-    """(key, end of the lease) of the claim that holds an attempt: the first one written."""
-    return next((key, lease_end) for number, key, lease_end in _claims(frozen) if number == attempt)
+    """(key, value) of the claim that holds an attempt: the first one written."""
+    return next((key, value) for number, key, value in _claims(frozen) if number == attempt)
