@@ -65,7 +65,7 @@ def _curve(folder: Path, rule: Rule, results: Results, method: str, seed: int, t
 def _point(run: RunData, method: str, timing: Timing) -> Point:
     """The end of a run; its time and memory are those of the timed runs, taken in alternation and of equal length."""
     end = {name: float(values[-1]) for name, values in run.evals.items()}
-    step_flops, step_seconds = run.get("model.step_flops"), timing.median_step_seconds.get(method)
+    step_flops, step_seconds = run.get("model.step_flops"), timing.mean_step_seconds.get(method)
     return Point(
         loss=end["loss"], tokens=end["tokens"], flops=None if step_flops is None else step_flops * end["step"],
         seconds=None if step_seconds is None else step_seconds * end["step"],

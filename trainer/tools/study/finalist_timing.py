@@ -1,17 +1,19 @@
 """What a step of each finalist takes: short runs in alternation on one machine, after all trials are done.
 
-A run's own clock says what the machine was busy with while it ran. Two finalists that take turns share that: their
-ratio is what a study reports, with the least and the most of the rounds.
+A run's own clock says what the machine was busy with while it ran. Two finalists that take turns share that, and of
+each step the least over the rounds counts: other work only ever makes one longer. Rounds are added until leaving any
+one of them out changes the ratio little; where that does not come the ratio is withheld.
 """
 
 import fcntl
 import json
 import shutil
-import statistics
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -25,49 +27,58 @@ from trainer.tools.study.trial_process import start_training
 from trainer.tools.study.worker import Slot, last_log_line, method_argv, train_command
 
 TIMING_FILE = "timing.json"
-NUM_ROUNDS = 3
-MAX_SPREAD = 1.3  # of the rounds' ratios, most over least
+MIN_ROUNDS, MAX_ROUNDS = 3, 8
+MAX_SPREAD = 1.1  # of the ratios without one of the rounds, most over least
 NUM_STEPS, NUM_WARMUP_STEPS = 16, 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of a step of each primary method, one a round, and its peak memory; `reason`: why there are none."""
+    """Seconds of each step of each primary method, a list a round, and its peak memory."""
 
-    step_seconds: dict[str, list[float]]
+    step_seconds: dict[str, list[list[float]]]
     peak_memory_bytes: dict[str, int]
     machine: str
-    reason: str = ""
+    reason: str = ""  #: why there are none
+
+    @property
+    def num_rounds(self) -> int:
+        """Of both methods."""
+        return min(len(self.step_seconds.get(method, [])) for method in PRIMARY)
+
+    def _ratio(self, left_out: int | None = None) -> float:
+        """LoRA's seconds over full's, by all rounds but one."""
+        full, lora = (_mean_of_least(self.step_seconds[method], left_out) for method in PRIMARY)
+        return lora / full
 
     @property
     def ratios(self) -> list[float]:
-        """LoRA's seconds over full's in each round, least first."""
-        full, lora = (self.step_seconds.get(method, []) for method in PRIMARY)
-        return sorted(b / a for a, b in zip(full, lora, strict=True))
+        """LoRA's seconds over full's without one of the rounds, least first."""
+        return sorted(self._ratio(n) for n in range(self.num_rounds)) if self.num_rounds > 1 else []
 
     @property
     def blocker(self) -> str:
         """Why the times are not divided, "" where they may be: not taken, or on a machine that did other work."""
-        if self.reason or self.ratios[-1] <= MAX_SPREAD * self.ratios[0]:
+        if self.reason or (self.ratios and self.ratios[-1] <= MAX_SPREAD * self.ratios[0]):
             return self.reason
         return (
-            f"the machine was busy: LoRA's steps took {self.ratios[0]:.2f}x to {self.ratios[-1]:.2f}x full's in "
-            f"{len(self.ratios)} rounds; without {TIMING_FILE} they are timed again"
+            f"the machine was busy: LoRA's steps took {self.ratios[0]:.2f}x to {self.ratios[-1]:.2f}x full's, by which "
+            f"of {self.num_rounds} rounds is left out; without {TIMING_FILE} they are timed again"
         )
 
     @property
-    def median_step_seconds(self) -> dict[str, float]:
+    def mean_step_seconds(self) -> dict[str, float]:
         """Of each primary method; none where they may not be compared."""
-        return {} if self.blocker else {m: statistics.median(seconds) for m, seconds in self.step_seconds.items()}
+        return {} if self.blocker else {method: _mean_of_least(self.step_seconds[method]) for method in PRIMARY}
 
     @property
     def cost(self) -> CostRatio:
-        """LoRA's time of a step beside full's: the median of the rounds' ratios."""
-        seconds = {method: statistics.median(values) for method, values in self.step_seconds.items() if values}
-        ratio = None if self.blocker else statistics.median(self.ratios)
+        """LoRA's time of a step beside full's."""
+        seconds = {method: _mean_of_least(rounds) for method, rounds in self.step_seconds.items() if rounds}
         return CostRatio(
-            ratio=ratio, reason=self.blocker, full=seconds.get("full"), lora=seconds.get("lora"), is_of_a_step=True
-        )
+            ratio=None if self.blocker else self._ratio(), reason=self.blocker, full=seconds.get("full"),
+            lora=seconds.get("lora"), is_of_a_step=True,
+        )  # fmt: skip
 
     def describe(self) -> str:
         """One line for people."""
@@ -77,8 +88,8 @@ class Timing:
         time = f"not compared ({self.blocker})"
         if not self.blocker:
             time = (
-                f"{statistics.median(self.ratios):.2f}x full's ({self.ratios[0]:.2f} to {self.ratios[-1]:.2f} in "
-                f"{len(self.ratios)} rounds, in alternation on {self.machine})"
+                f"{self._ratio():.2f}x full's ({self.ratios[0]:.2f} to {self.ratios[-1]:.2f} without one of "
+                f"{self.num_rounds} rounds, in alternation on {self.machine})"
             )
         return f"LoRA's time of a step: {time}; its peak memory: {memory:.2f}x full's"
 
@@ -92,36 +103,48 @@ def time_finalists(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return Timing(**json.loads(path.read_text()))
-        seconds: dict[str, list[float]] = {method: [] for method in PRIMARY}
-        peaks, machine, reason = dict.fromkeys(PRIMARY, 0), "", ""
-        for n in range(2 * NUM_ROUNDS):
-            method = PRIMARY[(n + n // 2) % 2]  # full lora lora full full lora: a drift of the machine cancels
-            run_folder, log = folder / "timing" / method, folder / f"timing-{method}.log"
-            shutil.rmtree(run_folder, ignore_errors=True)
-            argv = [
-                *method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none",
-                "--wandb", "disabled", "--output-dir", str(run_folder),
-            ]  # fmt: skip
-            process = start_training(train_command(slot, argv, log), lock)
-            while process.exitcode is None:
-                process.join(0.2)
-                if should_stop.is_set():
-                    process.kill()
-                    return None
-            if process.exitcode:
-                reason = f"{method} failed: {last_log_line(log, process.exitcode)}"
+        timing = Timing(step_seconds={m: [] for m in PRIMARY}, peak_memory_bytes=dict.fromkeys(PRIMARY, 0), machine="")
+        while timing.num_rounds < MIN_ROUNDS or (timing.num_rounds < MAX_ROUNDS and timing.blocker):
+            # full lora lora full full lora: a drift of the machine cancels
+            for method in PRIMARY if timing.num_rounds % 2 == 0 else PRIMARY[::-1]:
+                process, log = _start(folder, method, method_argv(rule, finalists[method]), slot, lock)
+                while process.exitcode is None:
+                    process.join(0.2)
+                    if should_stop.is_set():
+                        process.kill()
+                        return None
+                if process.exitcode:
+                    reason = f"{method} failed: {last_log_line(log, process.exitcode)}"
+                    timing = Timing(step_seconds={}, peak_memory_bytes={}, machine="", reason=reason)
+                    break
+                timing = _add(timing, method, read_folder(folder / "timing" / method))
+            if timing.reason:
                 break
-            step_seconds, peak_memory_bytes, machine = _measure(read_folder(run_folder))
-            seconds[method].append(step_seconds)
-            peaks[method] = max(peaks[method], peak_memory_bytes)
         shutil.rmtree(folder / "timing", ignore_errors=True)
-        timing = Timing(step_seconds=seconds, peak_memory_bytes=peaks, machine=machine, reason=reason)
         write_atomically(path, json.dumps(asdict(timing), indent=1) + "\n")
         return timing
 
 
-def _measure(run: RunData) -> tuple[float, int, str]:
-    """(median seconds of a step, peak memory in bytes, device) of a run."""
-    seconds = statistics.median(map(float, np.diff(run.steps["time"][NUM_WARMUP_STEPS:])))
-    device = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
-    return seconds, run.summary["peak_memory_bytes"], device
+def _start(folder: Path, method: str, argv: Sequence[str], slot: Slot, lock: IO[str]) -> tuple[ForkServerProcess, Path]:
+    """(a short run of a method in `folder`, its log)."""
+    run_folder, log = folder / "timing" / method, folder / f"timing-{method}.log"
+    shutil.rmtree(run_folder, ignore_errors=True)
+    flags = ["--max-steps", str(NUM_STEPS), "--export", "none", "--wandb", "disabled", "--output-dir", str(run_folder)]
+    return start_training(train_command(slot, [*argv, *flags], log), lock), log
+
+
+def _add(timing: Timing, method: str, run: RunData) -> Timing:
+    """With one more run of a method."""
+    seconds = np.diff(run.steps["time"][NUM_WARMUP_STEPS:]).tolist()
+    peak = max(timing.peak_memory_bytes[method], run.summary["peak_memory_bytes"])
+    return Timing(
+        step_seconds=timing.step_seconds | {method: [*timing.step_seconds[method], seconds]},
+        peak_memory_bytes=timing.peak_memory_bytes | {method: peak},
+        machine=run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}",
+    )
+
+
+def _mean_of_least(rounds: Sequence[Sequence[float]], left_out: int | None = None) -> float:
+    """Seconds of a step: of each step the least over the rounds, the mean over the steps."""
+    kept = [seconds for n, seconds in enumerate(rounds) if n != left_out]
+    return float(np.mean(np.min(kept, axis=0)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trainer.config.errors import UserError
 from trainer.report.formats import format_duration
-from trainer.tools.study.finalist_timing import NUM_ROUNDS, NUM_STEPS
+from trainer.tools.study.finalist_timing import MIN_ROUNDS, NUM_STEPS
 from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, MIN_UNITS, PRIMARY, Rule, plan_rungs
 from trainer.tools.study.search import TrialSpec, study_state, with_quarter_batch
 from trainer.tools.study.trial_process import start_training
@@ -148,7 +148,7 @@ def plan_study(rule: Rule, costs: dict[str, TrialCost] | None = None, num_worker
             for spec in specs
         )
         seconds /= num_workers
-        seconds += NUM_ROUNDS * sum(costs[method].seconds(NUM_STEPS) for method in PRIMARY)  # the finalists' timing
+        seconds += MIN_ROUNDS * sum(costs[method].seconds(NUM_STEPS) for method in PRIMARY)  # the finalists' timing
     return StudyPlan(
         num_trials={method: len(method_specs) for method, method_specs in specs_by_method.items()},
         num_steps={

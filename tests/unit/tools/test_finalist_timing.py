@@ -1,0 +1,67 @@
+"""The finalists of a study take turns on one machine; what other work there adds is left out, or the ratio withheld."""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from trainer.tools.study import finalist_timing
+from trainer.tools.study.finalist_timing import MAX_ROUNDS, MIN_ROUNDS, NUM_STEPS, Timing, time_finalists
+
+
+def make_timing(full: list[list[float]], lora: list[list[float]]) -> Timing:
+    return Timing(
+        step_seconds={"full": full, "lora": lora}, peak_memory_bytes={"full": 4, "lora": 3}, machine="a machine"
+    )
+
+
+def test_of_each_step_the_least_over_the_rounds_counts():
+    """Steps of two lengths; other work stretches another one in each round."""
+    timing = make_timing([[1, 2], [3, 2], [1, 5]], [[0.5, 4], [0.5, 1], [0.5, 1]])
+    assert timing.cost.ratio == 0.5
+    assert (timing.cost.full, timing.cost.lora) == (1.5, 0.75)
+    assert timing.mean_step_seconds == {"full": 1.5, "lora": 0.75}
+    assert timing.describe() == (
+        "LoRA's time of a step: 0.50x full's (0.50 to 0.50 without one of 3 rounds, in alternation on a machine); its "
+        "peak memory: 0.75x full's"
+    )
+
+
+def test_times_of_a_machine_that_did_other_work_are_not_divided():
+    """Seen of a real study beside other work: 0.72x, 0.81x and 1.24x of the very same two settings."""
+    busy = make_timing([[1.0]] * 3, [[0.72], [0.81], [1.24]])
+    assert busy.cost.ratio is None
+    assert busy.cost.reason.startswith(
+        "the machine was busy: LoRA's steps took 0.72x to 0.81x full's, by which of 3 rounds is left out;"
+    )
+    assert busy.mean_step_seconds == {}
+    assert busy.describe().endswith("its peak memory: 0.75x full's")
+
+
+@pytest.mark.parametrize(
+    ("delays", "num_rounds", "ratio"),
+    [((0, 0, 0), MIN_ROUNDS, 0.5), ((0, 5, 9, 0), 4, 0.5), ((1, 2, 4, 8, 16, 32, 64, 128), MAX_ROUNDS, None)],
+)
+def test_rounds_are_added_until_none_of_them_decides(monkeypatch, tmp_path, delays, num_rounds, ratio):
+    """`delays`: seconds that other work adds to LoRA's steps in each round; a full step takes 1."""
+    methods: list[str] = []
+
+    def start(folder, method, *_):
+        methods.append(method)
+        return SimpleNamespace(exitcode=0), folder / "log"
+
+    def read(folder):
+        seconds = 1.0 if folder.name == "full" else 0.5 + delays[(len(methods) - 1) // 2]
+        times = np.arange(NUM_STEPS) * seconds
+        return SimpleNamespace(steps={"time": times}, summary={"peak_memory_bytes": 7}, get=lambda _: "a machine")
+
+    monkeypatch.setattr(finalist_timing, "_start", start)
+    monkeypatch.setattr(finalist_timing, "read_folder", read)
+    monkeypatch.setattr(finalist_timing, "method_argv", lambda *_: [])
+    timing = time_finalists(tmp_path, None, {"full": None, "lora": None}, None, threading.Event())
+    assert timing.num_rounds == num_rounds
+    assert methods[:4] == ["full", "lora", "lora", "full"]
+    assert timing.cost.ratio == ratio
+    assert Timing(**json.loads((tmp_path / "timing.json").read_text())) == timing
