@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -83,9 +84,9 @@ def value_problem(value: object, item: dataclasses.Field[Any]) -> str:
 def has_type(value: object, annotation: Any) -> bool:
     """Whether a value is of a field's type: int, float (or int), str, bool, Literal, `X | None` or tuple[X, ...]."""
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, float) or has_type(value, int)
+    if annotation is int:  # one that can be computed with
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if _is_union(annotation):
         return any(has_type(value, part) for part in typing.get_args(annotation))
     if choices := choices_of(annotation):

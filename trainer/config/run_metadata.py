@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 from trainer.config.choices import Mode, Precision, Preset, WandbMode
 from trainer.config.errors import UserError
+from trainer.config.json_file import parse_json
 from trainer.config.options import RUN_ID, WANDB_PROJECT, describe_type, has_type, value_problem, without_none
 from trainer.config.settings import Settings
 
@@ -129,14 +130,14 @@ def read_run_metadata(path: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: expected a file")
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{path.parent}: no run.json there; expected a run folder, for instance runs/<run name>"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}); expected what a run writes") from error
     return check_run_metadata(content, source=str(path))
 
@@ -264,7 +265,3 @@ def _describe(value: object) -> str:
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")

@@ -69,6 +69,11 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
         (edit("settings.train.lr", "x"), 'settings.train.lr is "x"; expected a number above 0'),
         (edit("settings.train.lr", None), "settings.train.lr is null; expected a number above 0"),
         (edit("settings.train.lr", -1), "settings.train.lr is -1; expected a number above 0"),
+        (
+            edit("settings.train.lr", 10**400),
+            "settings.train.lr is 1000000000000000000000000000000000000...; expected a",
+        ),
+        (edit("data.train.examples", 10**400), "data.train.examples is 1000000000000000000000000000000000000..."),
         (edit("settings.lora.rank", [8]), "settings.lora.rank is a list; expected a whole number from 1"),
         (edit("settings.lora.rank", True), "settings.lora.rank is true; expected a whole number from 1"),
         (edit("settings.train.unknown", 1), "settings.train.unknown is an unknown setting; expected one of epochs,"),
@@ -103,7 +108,7 @@ def test_a_damaged_run_json_is_one_line_that_names_key_found_and_expected(conten
         ("\xff", "is not JSON"),
         ("9" * 5000, "is not JSON"),
         ("[" * 200_000, "is not JSON"),
-        ('{"schema_version": NaN}', "is not JSON (NaN is no JSON number)"),
+        ('{"schema_version": NaN}', "is not JSON (NaN is not JSON)"),
     ],
 )
 def test_what_is_not_json_is_one_line(text, answer, tmp_path):
