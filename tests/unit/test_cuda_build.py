@@ -47,9 +47,10 @@ def test_every_name_of_cuda_that_the_product_uses_is_there():
     "flags", ["--mode full", "--mode lora", "--mode lora --adapter dora", "--mode full --dropout 0"]
 )
 def test_forward_and_update_keep_device_and_types(flags, precision, tiny_model, monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
-    )  # as on a machine with one
+    for module, name, answer in (  # as on a machine with a GPU
+        (torch.cuda.amp.common, "amp_definitely_not_available", False), (torch.cuda, "is_bf16_supported", True),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda answer=answer, **_: answer)
     settings = cli.parse_args(f"{flags} --preset demo --model {tiny_model} --block-size 16".split()).settings
     is_plain_lora = "lora" in flags and "dora" not in flags
     setup = PassSetup(
