@@ -273,7 +273,7 @@ def test_the_smoke_test_of_doctor_says_what_failed(doctor_inputs, fault, tmp_pat
     script = tmp_path / "train.py"
     script.write_text(FAKE_TRAIN_SCRIPT.replace("FAULT", line))
     monkeypatch.setattr(smoke_test, "TRAIN_SCRIPT", script)
-    limit = 3 if fault == "slow" else 60
+    limit = 1 if fault == "slow" else 60
     played = smoke_test.SmokeTest(
         doctor_inputs["request"],
         doctor_inputs["plan"],
