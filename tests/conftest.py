@@ -22,6 +22,11 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: while a test waits for what it has stopped, frozen or killed, another goes on."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.fixture(autouse=True)
 def nobodys_rank() -> Iterator[None]:
     """What DeepSpeed leaves in the environment of a process that it has joined to a group ends with the test."""

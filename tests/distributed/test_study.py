@@ -142,7 +142,7 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     assert "\nTime: 0.75x (0.3 s a step against 0.4 s, in alternation)\nMemory: 0.75x" in output
     assert "2.4 s, 0.024 at 36 an hour" in output
     page = (stub_dir / "study" / "report.html").read_text()
-    assert "LoRA&#x27;s time of a step: 0.75x full&#x27;s (0.75 to 0.75 in 3 rounds, in alternation" in page
+    assert "LoRA&#x27;s time of a step: 0.75x full&#x27;s (0.75 to 0.75 without one of 3 rounds, in" in page
     assert "adapters hold 0.038 Mbit, the data 0.3 Mbit: expect a plateau" in page
     assert "At a quarter of the batch (2), 4 times the steps and half the rates, LoRA&#x27;s excess is +0.05" in page
     answer = json.loads((stub_dir / "study" / "answer.json").read_text())
