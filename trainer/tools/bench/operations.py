@@ -1,7 +1,9 @@
 """ATen operations and bytes of one step as a GPU would run it, counted with fake tensors: no GPU is needed.
 
 An operation is about one kernel. Bytes are those of its inputs and outputs, each once: what it would move if nothing
-stayed in a cache. `launch/bench.py operations` prints the table that tests/unit/tools/test_operations.py guards.
+stayed in a cache. Predicted time: each operation takes the longest of its bytes at an H100's memory, its products at its
+matrix units, both at what large kernels reach of them, and a kernel's own least; the host and what overlaps left out.
+`launch/bench.py operations` prints the table that tests/unit/tools/test_operations.py guards.
 """
 
 from collections import Counter
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from trainer.config import cli
 from trainer.distributed.gradients import total_norm
 from trainer.distributed.memory_count import PassSetup, simulated_pass
 from trainer.model.build import TrainableModel, build_model
 
+BYTES_PER_SECOND, FLOPS, KERNEL_SECONDS = 2.7e12, 550e12, 2.5e-6  # of an H100: of 3.35e12 and 990e12 as stated
 _FREE = ("aten.empty", "aten.detach", "aten.new_empty", "aten.lift_fresh", "aten.record_stream")
 #: {row: (mode, micro-batch)}, blocks of 1,024 tokens of GPT-2 124M in bf16
 ROWS = {"full, batch 2": ("full", 2), "LoRA, batch 2": ("lora", 2), "full, batch 16": ("full", 16)}
@@ -32,6 +36,7 @@ class StepCount:
     pass_bytes: int
     update_operations: int  #: of norm, clipping and AdamW
     update_bytes: int
+    seconds: float  #: of both, predicted
 
 
 class OperationCount(TorchDispatchMode):
@@ -41,6 +46,7 @@ class OperationCount(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.num_bytes = 0
+        self.seconds = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -50,9 +56,12 @@ class OperationCount(TorchDispatchMode):
         is_view = not func._schema.is_mutable and all(id(t.untyped_storage()) in storages for t in outputs)
         if not (is_view or name.startswith(_FREE)):
             self.counts[name] += 1
-            self.num_bytes += sum(
-                t.numel() * t.element_size() for t in {id(t): t for t in (*inputs, *outputs)}.values()
-            )
+            num_bytes = sum(t.numel() * t.element_size() for t in {id(t): t for t in (*inputs, *outputs)}.values())
+            count_flops = flop_registry.get(func.overloadpacket)
+            shapes = [arg for arg in args if not isinstance(arg, torch.dtype)]  # a product's `out_dtype`
+            flops = count_flops(*shapes, **(kwargs or {}), out_val=result) if count_flops else 0
+            self.num_bytes += num_bytes
+            self.seconds += max(num_bytes / BYTES_PER_SECOND, flops / FLOPS, KERNEL_SECONDS)
         return result
 
 
@@ -84,6 +93,7 @@ def count_step(mode: str, micro_batch_size: int) -> StepCount:
     return StepCount(
         pass_operations=in_pass.counts.total(), pass_bytes=in_pass.num_bytes,
         update_operations=in_update.counts.total(), update_bytes=in_update.num_bytes,
+        seconds=in_pass.seconds + in_update.seconds,
     )  # fmt: skip
 
 
@@ -97,11 +107,12 @@ def _run_update(params: Sequence[nn.Parameter], optimizer: Any) -> None:
 
 def operations_table(count: Callable[[str, int], StepCount] = count_step) -> str:
     """Markdown, a line for each of `ROWS`."""
-    lines = ["| GPT-2 124M, bf16 | forward, backward | GB moved | update | GB moved |", "|---|--:|--:|--:|--:|"]
+    lines = ["| GPT-2 124M, bf16 | forward, backward | GB moved | update | GB moved | ms predicted |"]
+    lines.append("|---|" + "--:|" * 5)
     for name, (mode, micro_batch_size) in ROWS.items():
         step = count(mode, micro_batch_size)
         lines.append(
             f"| {name} | {step.pass_operations:,} | {step.pass_bytes / 1e9:.2f} | {step.update_operations:,} | "
-            f"{step.update_bytes / 1e9:.2f} |"
+            f"{step.update_bytes / 1e9:.2f} | {1e3 * step.seconds:.1f} |"
         )
     return "\n".join(lines) + "\n"
