@@ -1,8 +1,8 @@
 """ATen operations and bytes of one step as a GPU would run it, counted with fake tensors: no GPU is needed.
 
 An operation is about one kernel. Bytes are those of its inputs and outputs, each once: what it would move if nothing
-stayed in a cache. Predicted time: each operation takes the longest of its bytes at an H100's memory, its products at its
-matrix units, both at what large kernels reach of them, and a kernel's own least; the host and what overlaps left out.
+stayed in a cache. Predicted time: each operation takes the longest of its bytes at an H100's memory, its products at
+its matrix units, both at what large kernels reach of them, and a kernel's own least; without the host and any overlap.
 `launch/bench.py operations` prints the table that tests/unit/tools/test_operations.py guards.
 """
 
