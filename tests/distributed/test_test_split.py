@@ -22,7 +22,7 @@ def split_argv(tiny_model, data_files, session_dir) -> list[str]:
         f"--mode full --model {tiny_model} --data {data_files[0]} --val-data {data_files[1]} "
         f"--test-data {data_files[1]} "
         f"--retain-data {retained} --objective completion --block-size 32 --global-batch 4 --micro-batch 1 "
-        "--max-steps 14 --eval-every 3 --save-every 3 --lr 0.2 --wandb disabled --preset demo"
+        "--max-steps 14 --eval-every 3 --save-every 3 --lr 0.1 --wandb disabled --preset demo"
     ).split() + list(TEMPLATE_FLAGS)
 
 
@@ -86,12 +86,10 @@ def test_a_test_changes_no_number_of_training_and_its_loss_no_ranks(best_run, sp
     for mine, other in zip(alone[0], pair[0], strict=True):
         assert (mine["step"], mine["event"]) == (other["step"], other["event"])
         assert mine["facts"]["loss"] == pytest.approx(other["facts"]["loss"], rel=1e-3)
-    best_step = alone[0][-1]["step"]
-    for (step, split), rows in alone[1].items():
-        others = pair[1][step, split]
+    for key, rows in alone[1].items():
+        others = pair[1][key]
         assert rows["id"].to_pylist() == others["id"].to_pylist()
-        if step <= best_step:  # beyond it this rate multiplies each rounding
-            assert rows["nll"].to_pylist() == pytest.approx(others["nll"].to_pylist(), rel=1e-2)
+        assert rows["nll"].to_pylist() == pytest.approx(others["nll"].to_pylist(), rel=1e-2)
 
 
 @pytest.mark.slow

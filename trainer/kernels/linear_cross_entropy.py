@@ -381,8 +381,7 @@ def _gather_nll(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _compilable_nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same for a compiler, which makes one pass of it: log-sum-exp, slope and target (on one thread of an AMD EPYC,
-    256 rows of 50,304 logits, 0.73 of the eager form's time, 0.32 of one whose copy stands outside)."""
+    """The same for a compiler, which joins log-sum-exp, slope and target, and writes them where the logits were."""
     target_index = targets.clamp(min=0)[:, None]
     log_probs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
     one_hot = torch.arange(logits.shape[1], device=logits.device)[None] == target_index

@@ -16,7 +16,7 @@ class RateCurve:
     mode: str
     losses: Mapping[float, float]
     num_steps: int = 0
-    run_ids: tuple[str, ...] = ()  #: of the runs, as W&B knows them
+    run_ids: tuple[str, ...] = ()  #: of whole runs, as W&B knows them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,20 +135,18 @@ def test_the_gpu_form_of_fused_lora_gives_the_same_numbers():
 def test_fused_lora_respects_disabled_and_merged_adapters(tiny_model):
     module = build_model(cli.parse_args(["--mode", "lora", "--model", tiny_model]).settings).module
     for parameter in (p for name, p in module.named_parameters() if ".lora_B." in name):
-        nn.init.normal_(parameter)
+        nn.init.normal_(parameter, std=0.2)  # of 1, the rounding of one processor or another is over the bound
     ids, plain = torch.arange(20).view(2, 10), copy.deepcopy(module)
     fused_lora.install(find_fusable_layers(module), module)
     with torch.no_grad():
         with module.disable_adapter(), plain.disable_adapter():
             assert torch.equal(module(ids).logits, plain(ids).logits)
         expected_output = plain(ids).logits
-        outputs = [module(ids).logits]
+        torch.testing.assert_close(module(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
         module.merge_adapter()
-        outputs.append(module(ids).logits)
+        torch.testing.assert_close(module(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
         module.unmerge_adapter()
-        outputs.append(merge_and_unload(module)(ids).logits)
-    for output in outputs:  # weights of size 1 where there are mostly 0.02: their sums cancel
-        torch.testing.assert_close(output, expected_output, rtol=0, atol=1e-5 * float(expected_output.abs().max()))
+        torch.testing.assert_close(merge_and_unload(module)(ids).logits, expected_output, rtol=1e-5, atol=1e-5)
 
 
 def fused_layer_names(module: nn.Module) -> set[str]:

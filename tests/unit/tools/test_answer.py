@@ -97,7 +97,7 @@ def test_a_margin_under_the_floor_of_the_test_records_is_seen(tmp_path):
         assert pair.is_margin_under_floor == (by_unit > 0)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb_workspaces' own, at its import
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of wandb_workspaces
 @pytest.mark.usefixtures("no_pictures")
 def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(tmp_path):
     """Long: all that one study writes."""

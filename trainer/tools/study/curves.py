@@ -31,7 +31,8 @@ def rate_curves(folder: Path, rule: Rule, results: Results) -> tuple[RateCurve, 
                 loss = sum(results[spec.name] for spec in trials) / len(trials)
                 if math.isfinite(loss):
                     losses[candidate.lr] = min(loss, losses.get(candidate.lr, loss))
-                    run_ids += [read_run_metadata(run_folder(folder, s) / "run.json")["run_id"] for s in trials]
+                    if num_steps == rule.total_steps:
+                        run_ids += [read_run_metadata(run_folder(folder, s) / "run.json")["run_id"] for s in trials]
             ordered = dict(sorted(losses.items()))
             curves.append(RateCurve(mode=method, losses=ordered, num_steps=num_steps, run_ids=tuple(sorted(run_ids))))
     return tuple(curves)

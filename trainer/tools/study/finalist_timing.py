@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import IO
+from typing import IO, TypedDict
 
 import numpy as np
 
 from trainer.config.files import write_atomically
+from trainer.config.json_file import parse_json
+from trainer.config.run_metadata import find_problem
 from trainer.report.options import CostRatio
 from trainer.report.run_data import RunData
 from trainer.report.run_folder import read_folder
@@ -101,8 +103,8 @@ def time_finalists(
     path = folder / TIMING_FILE
     with open(folder / f"{TIMING_FILE}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            return Timing(**json.loads(path.read_text()))
+        if (taken := _read(path)) is not None:
+            return taken
         timing = Timing(step_seconds={m: [] for m in PRIMARY}, peak_memory_bytes=dict.fromkeys(PRIMARY, 0), machine="")
         while timing.num_rounds < MIN_ROUNDS or (timing.num_rounds < MAX_ROUNDS and timing.blocker):
             # full lora lora full full lora: a drift of the machine cancels
@@ -123,6 +125,28 @@ def time_finalists(
         shutil.rmtree(folder / "timing", ignore_errors=True)
         write_atomically(path, json.dumps(asdict(timing), indent=1) + "\n")
         return timing
+
+
+class _Content(TypedDict):
+    """Of timing.json."""
+
+    step_seconds: dict[str, list[list[float]]]
+    peak_memory_bytes: dict[str, int]
+    machine: str
+    reason: str
+
+
+def _read(path: Path) -> Timing | None:
+    """What was timed before; None where nothing was, or the file is damaged: it is timed again then."""
+    try:
+        content = parse_json(path.read_bytes()) if path.is_file() else None
+        if find_problem(content, _Content, "") is not None:
+            return None
+        timing = Timing(**content)
+        timing.describe()
+        return timing if timing.reason or timing.num_rounds >= MIN_ROUNDS else None
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError):
+        return None
 
 
 def _start(folder: Path, method: str, argv: Sequence[str], slot: Slot, lock: IO[str]) -> tuple[ForkServerProcess, Path]:
