@@ -7,6 +7,7 @@ and what leaves a host without a limit against the bytes that it counts.
 """
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from helpers.exchange_worker import NUM_ELEMENTS
 from helpers.hosts import ENVIRON, ROOT, Hosts, started_hosts
 
 from trainer.distributed.bytes_sent import bytes_sent
@@ -155,3 +157,28 @@ def test_a_step_over_shaped_links_takes_what_the_comm_model_says(case, measured_
     print(f"\n| {describe(case)} | {1e3 * free:.0f} | {' | '.join(cells)} |")
     assert shaped == pytest.approx([expected for expected, _ in modelled], rel=MODEL_TOLERANCE)
     assert expected_bytes <= num_bytes <= (1 + MAX_HEADERS) * expected_bytes
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(300)
+def test_shards_take_what_the_link_takes(tmp_path):
+    """Both ways at once; beside them gloo's own collectives, which let the two directions wait for one another."""
+    megabits = 20
+    with started_hosts(tmp_path / "hosts") as hosts:
+        hosts.shape_links(megabits)
+        env = {**ENVIRON, "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29500",
+               "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # fmt: skip
+        ranks = [
+            hosts.start(
+                name, [sys.executable, "-m", "helpers.exchange_worker", str(tmp_path / f"{name}.json")],
+                tmp_path / f"{name}.log", env | {"RANK": str(rank)},
+            )
+            for rank, name in enumerate(hosts.pids)
+        ]  # fmt: skip
+        codes = [process.wait(240) for process in ranks]
+        assert codes == [0, 0], [(tmp_path / f"{name}.log").read_text() for name in hosts.pids]
+    seconds = json.loads((tmp_path / "h1.json").read_text())
+    print(*(f"\n{name}: {', '.join(f'{value:.2f}' for value in values)} s" for name, values in seconds.items()))
+    expected = 4 * NUM_ELEMENTS / (megabits * 1e6 / 8 * PAYLOAD)
+    for name in ("our all_gather", "our reduce_scatter"):
+        assert statistics.median(seconds[name]) == pytest.approx(expected, rel=MODEL_TOLERANCE)

@@ -181,6 +181,17 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):
         TrialQueue(tmp_path, "a")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"[]", b"3", b"null", b"{}", b'{"op_code": 99}', b'{"op_code": "x"}', b"\xff\xfe", b"[" * 100_000, b"9" * 5000],
+)
+def test_a_journal_that_holds_something_else_is_one_line(line, tmp_path):
+    (tmp_path / JOURNAL_FILE).write_bytes(line + b"\n")
+    with pytest.raises(UserError, match=r"journal.log: cannot be used as the study's journal \(.*\); check") as caught:
+        TrialQueue(tmp_path, "a")
+    assert "\n" not in str(caught.value)
+
+
 def test_the_study_loads_without_torch():
     line = "import sys, trainer.tools.study.trial_queue; print('torch' in sys.modules)"
     process = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)

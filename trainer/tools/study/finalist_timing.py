@@ -140,7 +140,7 @@ def _read(path: Path) -> Timing | None:
     """What was timed before; None where nothing was, or the file is damaged: it is timed again then."""
     try:
         content = parse_json(path.read_bytes()) if path.is_file() else None
-        if find_problem(content, _Content, "") is not None:
+        if not isinstance(content, dict) or find_problem(content, _Content, "") is not None:
             return None
         timing = Timing(**content)
         timing.describe()

@@ -24,7 +24,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 from trainer.tools.study.search import TrialSpec
 
 JOURNAL_FILE = "journal.log"
@@ -104,8 +104,8 @@ class TrialQueue:
                 with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):  # another worker was first
                     self._storage.create_new_study([StudyDirection.MINIMIZE], STUDY_NAME)
                 self._study_id = self._storage.get_study_id_from_name(STUDY_NAME)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
+        except Exception as error:  # Optuna replays whatever a line holds: as many kinds as there are damages
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{path}: cannot be used as the study's journal ({reason}); check the folder") from error
 
     def bind(self, rule_sha256: str) -> None:
