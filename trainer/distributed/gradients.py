@@ -235,8 +235,8 @@ def all_gather(flat: Tensor, shard: Tensor) -> None:
 def _exchange(outgoing: Sequence[Tensor] | Tensor, received: Tensor) -> None:
     """`outgoing[r]` goes to rank r as its `received[this rank]`, over gloo.
 
-    gloo's all_to_all and all_gather let a link's two directions wait for one another: 3.15 and 2.4 s for 3.8 MB each
-    way at 20 Mbit/s, where these messages take 1.6 (medians of five rounds in random order, two hosts).
+    gloo's all_to_all and all_gather let a link's two directions wait for one another: 3.15 and 2.43 s for 3.8 MB each
+    way at 20 Mbit/s, where these messages take 1.75 (tests/distributed/test_shaped_links.py, medians of five).
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     others = [(rank + distance) % world_size for distance in range(1, world_size)]
