@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 from trainer.config.argument_parser import ArgumentParser
-from trainer.config.cli import CliArgs, parse_args
+from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
 from trainer.tools.cluster.launch_files import (
     LaunchFile,
     LaunchRequest,
-    SlurmJob,
     forwarded_names,
     parse_hosts,
     slurm_files,
@@ -70,55 +69,42 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"--resume {cli_args.resume}: expected --resume auto, or none: started again, it would go back there"
             )
-        request = _make_request(cli_args, run_argv, args.folder.absolute())
-        files = _slurm_files(args, cli_args, request) if args.slurm else _ssh_files(args, cli_args, request)
-        write_files(request.folder, files)
+        num_ranks = _check_slurm_flags(args) if args.slurm else _check_ssh_flags(args)
+        cli_args.settings.train.batch(num_ranks)
+        script = os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT)
+        folder = args.folder.absolute()
+        request = LaunchRequest(script=script, flags=tuple(run_argv), settings=cli_args.settings, folder=folder)
+        files = slurm_files(request, args) if args.slurm else ssh_files(request, parse_hosts(args.hosts), os.environ)
+        write_files(folder, files)
     except UserError as error:
         return report_error(error)
     except OSError as error:
         return report_error(UserError(f"--folder {args.folder}: cannot write there: {error.strerror}"))
-    _show(request.folder, files)
+    _show(folder, files)
     return 0
 
 
-def _make_request(cli_args: CliArgs, run_argv: list[str], folder: Path) -> LaunchRequest:
-    settings = cli_args.settings
-    return LaunchRequest(
-        script=os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT),
-        flags=tuple(run_argv), run_name=settings.run_name, run_folder=settings.run_folder,
-        grace_seconds=settings.engine.grace, hang_timeout_seconds=settings.engine.hang_timeout, work_dir=Path.cwd(),
-        python_prefix=Path(sys.prefix), folder=folder,
-    )  # fmt: skip
-
-
-def _slurm_files(args: argparse.Namespace, cli_args: CliArgs, request: LaunchRequest) -> list[LaunchFile]:
-    values = vars(args)
+def _check_slurm_flags(args: argparse.Namespace) -> int:
+    """The number of ranks; UserError for a flag that is missing, or that sbatch would not take."""
     for name in ("nodes", "ranks_per_node", "cpus_per_task"):
-        flag, value = f"--{name.replace('_', '-')}", values[name]
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value is None and name != "cpus_per_task":
             raise UserError(f"--slurm without {flag}: expected a whole number from 1")
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: expected a whole number from 1")
     for name in ("time", "partition", "account"):
-        if values[name] is not None and not re.fullmatch(r"[\w:,.+-]+", values[name]):
-            raise UserError(f"--{name} {values[name]}: expected letters, digits and :,.+-_ only")
-    cli_args.settings.train.batch(values["nodes"] * values["ranks_per_node"])
-    job = SlurmJob(
-        num_nodes=values["nodes"], ranks_per_node=values["ranks_per_node"], on_gpus=not values["cpu"],
-        time=values["time"], partition=values["partition"], account=values["account"],
-        cpus_per_task=values["cpus_per_task"],
-    )  # fmt: skip
-    return slurm_files(request, job)
+        value = getattr(args, name)
+        if value is not None and not re.fullmatch(r"[\w:,.+-]+", value):
+            raise UserError(f"--{name} {value}: expected letters, digits and :,.+-_ only")
+    return int(args.nodes * args.ranks_per_node)
 
 
-def _ssh_files(args: argparse.Namespace, cli_args: CliArgs, request: LaunchRequest) -> list[LaunchFile]:
-    values = vars(args)
+def _check_ssh_flags(args: argparse.Namespace) -> int:
+    """The number of ranks; UserError for hosts that are none, and for a flag of --slurm."""
     for name in ("nodes", "ranks_per_node", "time", "partition", "account", "cpus_per_task"):
-        if values[name] is not None:
-            raise UserError(f"--{name.replace('_', '-')} {values[name]}: goes with --slurm")
-    ranks_of_hosts = parse_hosts(values["hosts"])
-    cli_args.settings.train.batch(sum(ranks_of_hosts.values()))
-    return ssh_files(request, ranks_of_hosts, os.environ)
+        if (value := getattr(args, name)) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {value}: goes with --slurm")
+    return sum(parse_hosts(args.hosts).values())
 
 
 def _show(folder: Path, files: list[LaunchFile]) -> None:

@@ -3,9 +3,9 @@
 The batch script runs here with stand-ins for what SLURM and torch bring; tests/faults/test_hosts.py starts real runs.
 """
 
-import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -26,17 +26,11 @@ GRACE = ["--grace", "90"]
 SSH_FLAGS = ["--hosts", "a:1,b:2", "--mode", "lora", "--global-batch", "6"]
 
 
-def load_cluster() -> object:
-    spec = importlib.util.spec_from_file_location("cluster", ROOT / "launch" / "cluster.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+write_launch_files = runpy.run_path(str(ROOT / "launch" / "cluster.py"))["main"]
 
 
 def write(folder: Path, *flags: str) -> int:
-    return load_cluster().main([*flags, "--folder", str(folder)])  # type: ignore[attr-defined]
+    return write_launch_files([*flags, "--folder", str(folder)])
 
 
 def slurm_script(folder: Path, *flags: str) -> str:
@@ -90,12 +84,8 @@ def test_torchrun_and_deepspeed_take_the_commands(tmp_path):
 
 
 def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monkeypatch, capsys):
-    values = {
-        "WANDB_API_KEY": "k'ey \n$HOME",
-        "HF_TOKEN": "hf_of-the-test",
-        "TRAINER_CACHE": "/cache-of-the-test",
-        "https_proxy": "http://u:pw@p",
-    }
+    values = {"WANDB_API_KEY": "k'ey \n$HOME", "HF_TOKEN": "hf_of-the-test"}
+    values |= {"TRAINER_CACHE": "/cache-of-the-test", "https_proxy": "http://u:pw@p"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("EDITOR", "vi")

@@ -3,14 +3,17 @@
 They carry the variables that a run needs. A key is in no command line and in no file that others can read.
 """
 
+import argparse
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config.errors import UserError
+from trainer.config.settings import Settings
 from trainer.distributed.launch_environment import FORWARDED_PREFIXES
 
 NOTICE_MARGIN_SECONDS = 30  # between a run's --grace and the end of the job: to start the next one
@@ -30,22 +33,17 @@ class LaunchFile:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchRequest:
-    """What is to be started, wherever that is."""
+    """What is to be started, wherever that is: from this folder and environment, under the same paths on all hosts."""
 
-    script: str  #: launch/train.py, from `work_dir`
+    script: str  #: launch/train.py, from this folder
     flags: tuple[str, ...]
-    run_name: str
-    run_folder: str
-    grace_seconds: float
-    hang_timeout_seconds: float
-    work_dir: Path  #: the checkout, under the same path on all hosts
-    python_prefix: Path  #: of the virtual environment
+    settings: Settings  #: what the flags say
     folder: Path  #: where the files go
 
     @property
     def straggler_seconds(self) -> int:
         """Seconds after the end of one host by which the others have ended, or are ended: a frozen rank never does."""
-        return max(MIN_STRAGGLER_SECONDS, round(self.hang_timeout_seconds))
+        return max(MIN_STRAGGLER_SECONDS, round(self.settings.engine.hang_timeout))
 
     @property
     def train_argv(self) -> list[str]:
@@ -54,38 +52,27 @@ class LaunchRequest:
         return [self.script, *self.flags, *resume]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlurmJob:
-    """What a batch script asks SLURM for; options that are None are left to the cluster's defaults."""
-
-    num_nodes: int
-    ranks_per_node: int
-    on_gpus: bool
-    time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    cpus_per_task: int | None = None
-
-
-def slurm_files(request: LaunchRequest, job: SlurmJob) -> list[LaunchFile]:
+def slurm_files(request: LaunchRequest, args: argparse.Namespace) -> list[LaunchFile]:
     """One batch script: a task a node, torchrun in each, SLURM's notice handed on, and the job queued again after it.
 
+    `args`: cluster.py's own flags; what is None there is left to the cluster's defaults.
     Options are those of sbatch(1) and srun(1); srun takes no --cpus-per-task of sbatch since 22.05.
     Long: the script as it is written.
     """
+    settings = request.settings
     options = {
-        "job-name": re.sub(r"[^\w.-]", "-", request.run_name),
-        "nodes": job.num_nodes,
+        "job-name": re.sub(r"[^\w.-]", "-", settings.run_name),
+        "nodes": args.nodes,
         "ntasks-per-node": 1,
-        "gpus-per-node": job.ranks_per_node if job.on_gpus else None,
-        "cpus-per-task": job.cpus_per_task,
-        "time": job.time,
-        "partition": job.partition,
-        "account": job.account,
+        "gpus-per-node": None if args.cpu else args.ranks_per_node,
+        "cpus-per-task": args.cpus_per_task,
+        "time": args.time,
+        "partition": args.partition,
+        "account": args.account,
         "output": "%x-%j.out",
         "open-mode": "append",
         "export": "ALL",
-        "signal": f"USR1@{min(request.grace_seconds + NOTICE_MARGIN_SECONDS, MAX_NOTICE_SECONDS):.0f}",
+        "signal": f"USR1@{min(settings.engine.grace + NOTICE_MARGIN_SECONDS, MAX_NOTICE_SECONDS):.0f}",
         "requeue": "",
     }
     lines = [
@@ -93,14 +80,14 @@ def slurm_files(request: LaunchRequest, job: SlurmJob) -> list[LaunchFile]:
         for name, value in options.items()
         if value is not None
     ]
-    marker = shlex.quote(str(Path(request.run_folder) / "requeue"))
+    marker = shlex.quote(str(Path(settings.run_folder) / "requeue"))
     torchrun = (
-        f"torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node={job.ranks_per_node} --node-rank=$SLURM_NODEID "
+        f"torchrun --nnodes=$SLURM_JOB_NUM_NODES --nproc-per-node={args.ranks_per_node} --node-rank=$SLURM_NODEID "
         "--master-addr=$MASTER_ADDR --master-port=$MASTER_PORT"
     )
     body = f"""
-cd {shlex.quote(str(request.work_dir))} || exit 1
-export PATH={shlex.quote(str(request.python_prefix / "bin"))}:$PATH
+cd {shlex.quote(str(Path.cwd()))} || exit 1
+{_path_export()}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 20000))
 NOTICE=$(mktemp) || exit 1
@@ -137,8 +124,8 @@ def ssh_files(
     train_argv = [_quote_for_pdsh(each) if is_over_pdsh else each for each in request.train_argv]
     first_host, quiet = next(iter(ranks_of_hosts)), "" if "--verbose" in request.flags else " --quiet"
     command = f"""#!/bin/bash
-cd {shlex.quote(str(request.work_dir))} || exit 1
-export PATH={shlex.quote(str(request.python_prefix / "bin"))}:$PATH
+cd {shlex.quote(str(Path.cwd()))} || exit 1
+{_path_export()}
 # Without these deepspeed waits for ever for a host that is gone.
 export PDSH_SSH_ARGS_APPEND="{SSH_OPTIONS}"
 # Hosts that do not share this folder get the variables too.
@@ -175,7 +162,7 @@ wait $launcher
 """
     return [
         LaunchFile(name="hostfile", content="".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())),
-        LaunchFile(name="environment", content=environment_script(request, environ), mode=0o600),
+        LaunchFile(name="environment", content=_environment_script(environ), mode=0o600),
         LaunchFile(name="run.sh", content=command, mode=0o755),
     ]
 
@@ -202,11 +189,15 @@ def parse_hosts(text: str) -> dict[str, int]:
     return ranks_of_hosts
 
 
-def environment_script(request: LaunchRequest, environ: Mapping[str, str]) -> str:
+def _path_export() -> str:
+    """The line of a shell script that puts this virtual environment in front."""
+    return f"export PATH={shlex.quote(f'{sys.prefix}/bin')}:$PATH"
+
+
+def _environment_script(environ: Mapping[str, str]) -> str:
     """A shell script that exports what a run needs of these variables, and the virtual environment."""
-    exports = [f"export PATH={shlex.quote(str(request.python_prefix / 'bin'))}:$PATH"]
-    exports += [f"export {name}={shlex.quote(environ[name])}" for name in forwarded_names(environ)]
-    return "\n".join(exports) + "\n"
+    exports = [f"export {name}={shlex.quote(environ[name])}" for name in forwarded_names(environ)]
+    return "\n".join([_path_export(), *exports]) + "\n"
 
 
 def forwarded_names(environ: Mapping[str, str]) -> list[str]:
