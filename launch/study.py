@@ -5,11 +5,11 @@ with its interval. All other flags go to launch/train.py. Started again, it goes
 workers. Exit code: 0 answered, 1 something failed, 2 a mistake, 3 an answer is refused, 130 interrupted.
 """
 
+import contextlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,7 @@ def build_parser() -> ArgumentParser:
         "--looks", type=int, default=1, metavar="N",
         help="times to look at the answer, with ever more of --seeds; they share the level (default: 1, at the end)",
     )  # fmt: skip
-    add(
-        "--quarter-batch",
-        action="store_true",
-        help="run the finalists with a quarter of the batch too",
-    )
+    add("--quarter-batch", action="store_true", help="run the finalists with a quarter of the batch too")
     add("--price-per-hour", type=float, metavar="X", help="of this machine: equal seconds are shown as money too")
     add("--budget", metavar="TIME", help="fit the study into 45m, 2h or 1d, and say what was left out")
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
@@ -99,7 +95,6 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     has_test_data = any(argument.partition("=")[0] == "--test-data" for argument in train_argv)
     passed_argv = [*(["--test-fraction", "0"] if has_test_data else []), *train_argv]
     settings = parse_args(["--mode", "full", *worker.DEFAULT_ARGV, *passed_argv], companion=parser).settings
-    max_steps = settings.train.max_steps
     if settings.train.warmup_steps:
         raise UserError(
             f"--warmup-steps {settings.train.warmup_steps}: the short runs of a search might never be warm; give "
@@ -107,16 +102,14 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
         )
     if args.quarter_batch and settings.train.global_batch % 4:
         raise UserError(f"--quarter-batch: --global-batch {settings.train.global_batch} cannot be divided by 4")
-    total_steps_argv = ["--max-steps", str(max_steps)] if max_steps else []
-    passed_argv = _without_flag(passed_argv, "--max-steps")
     methods = tuple(args.methods.split(","))
     rule.check_methods(methods)
     print(f"reading the data and loading {', '.join(methods)}", flush=True)
-    total_steps, data = planning.resolve_run(methods, [*passed_argv, *total_steps_argv], runs[0])
+    total_steps, data = planning.resolve_run(methods, passed_argv, runs[0])
     study_rule = rule.Rule(
         methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
         rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
-        answer_seeds=_parse_numbers("--seeds", args.seeds), margin=margin.parse_margin(args.margin), level=0.95,
+        answer_seeds=_parse_numbers("--seeds", args.seeds), margin=margin.parse_margin(args.margin),
         looks=args.looks, quarter_batch=settings.train.global_batch // 4 if args.quarter_batch else None,
         train_argv=tuple(passed_argv), data=data,
     )  # fmt: skip
@@ -142,25 +135,19 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
 def _run(args: Any) -> int:
     """Work on the study, then answer."""
     from trainer.tools.study.answer import AnswerRefusedError
-    from trainer.tools.study.study import Study, show_while_running
+    from trainer.tools.study.study import Study, live_table
     from trainer.tools.study.trial_queue import TrialQueue
     from trainer.tracking.console import is_terminal
 
     study = Study.open(args.join or args.output_dir)
-    should_stop, is_over = threading.Event(), threading.Event()
+    should_stop, is_shown = threading.Event(), is_terminal(sys.stdout)
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda *_: should_stop.set())
-    table = None
-    if is_terminal(sys.stdout):
-        table = threading.Thread(target=show_while_running, args=(study, is_over))
-        table.start()
-    log: Callable[[str], None] = (lambda line: None) if table else (lambda line: print(line, flush=True))
-    try:
-        study.run(num_workers=args.workers, gpus_per_trial=args.gpus_per_trial, should_stop=should_stop, log=log)
-    finally:
-        is_over.set()
-        if table is not None:
-            table.join()
+    with live_table(study) if is_shown else contextlib.nullcontext():
+        study.run(
+            num_workers=args.workers, gpus_per_trial=args.gpus_per_trial, should_stop=should_stop,
+            log=(lambda line: None) if is_shown else partial(print, flush=True),
+        )  # fmt: skip
     queue = TrialQueue(study.folder, "answer")
     state = study.state(queue)
     if state.needed or should_stop.is_set():
@@ -205,17 +192,6 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
 def _stopped() -> int:
     print("stopped; the same command goes on", file=sys.stderr)
     return 130
-
-
-def _without_flag(argv: list[str], flag: str) -> list[str]:
-    """The arguments without a flag and its value."""
-    rest, is_value = [], False
-    for argument in argv:
-        if is_value or argument.partition("=")[0] == flag:
-            is_value = argument == flag and not is_value
-        else:
-            rest.append(argument)
-    return rest
 
 
 def _parse_numbers(flag: str, text: str) -> tuple[int, ...]:

@@ -5,10 +5,10 @@ Long: one stand-in serves all of them.
 
 import dataclasses
 import errno
-import importlib.util
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import threading
@@ -16,23 +16,22 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from helpers.study_rules import make_candidate, make_trial
+from helpers.study_rules import make_rule as make_study_rule
 
 from trainer.config.errors import UserError
-from trainer.report.margin import Margin
 from trainer.tools.study import planning, search, trial_process, worker
-from trainer.tools.study.rule import Rule, plan_rungs, read_rule, write_rule
+from trainer.tools.study.rule import read_rule, write_rule
 from trainer.tools.study.study import Study, study_table
 from trainer.tools.study.trial_queue import TrialQueue
 from trainer.tools.study.worker import Slot, execution_argv, make_slots
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, read_eval_records
 
 ROOT = Path(__file__).parents[2]
-TOTAL_STEPS = 160
 
 #: In place of launch/train.py: a bowl over the rate, a fixed loss for each test record. A rate above 0.3 diverges.
 STUB = """
@@ -106,22 +105,10 @@ def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None)
     return tmp_path
 
 
-def load_study_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study_script", ROOT / "launch" / "study.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+run_study = runpy.run_path(str(ROOT / "launch" / "study.py"))["main"]
 
 
-def make_rule(**changes) -> Rule:
-    values = {
-        "methods": ("full", "lora"), "lora_ranks": (8,), "total_steps": TOTAL_STEPS, "rungs": plan_rungs(TOTAL_STEPS),
-        "search_seeds": (1,), "answer_seeds": (101, 102, 103), "margin": Margin(), "level": 0.95, "looks": 1,
-        "train_argv": ("--data", "acled-demo"), "data": "d1" * 6,
-    }  # fmt: skip
-    return Rule(**{**values, **changes})
+make_rule = partial(make_study_rule, train_argv=("--data", "acled-demo"))
 
 
 def count_log(stub_dir: Path, word: str) -> Counter[str]:
@@ -131,10 +118,9 @@ def count_log(stub_dir: Path, word: str) -> Counter[str]:
 
 @pytest.mark.slow
 def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, capsys, monkeypatch):
-    study_script = load_study_script()
     argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8", "--quarter-batch"]
     argv += ["--seeds", "101,102,103,104", "--looks", "2", "--price-per-hour", "36"]
-    assert study_script.main(argv) == 0
+    assert run_study(argv) == 0
     output = capsys.readouterr().out
     assert "\nLoRA (rank 8, lr 0.001) is worse than full (lr 0.0001) by 0.05" in output
     assert "seeds 101, 102 and 103, 8 steps; rates" in output, "the fourth was not needed"
@@ -151,7 +137,7 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     assert answer["study"]["rule_sha256"] == json.loads((stub_dir / "study" / "rule.json").read_text())["sha256"]
     assert set(count_log(stub_dir, "ended").values()) == {1}
     num_runs = len((stub_dir / "log").read_text().splitlines())
-    assert study_script.main(argv) == 0
+    assert run_study(argv) == 0
     assert len((stub_dir / "log").read_text().splitlines()) == num_runs, "nothing is run or timed again"
     for run in (stub_dir / "study" / "runs").glob("answer-lora*/"):  # by record far from full, the same with each seed
         full_run = next(run.parent.glob(f"answer-full*{run.name[-5:]}/"))
@@ -159,30 +145,26 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
         nll = rows["nll"].to_numpy() + 3 * np.sin(7 * np.arange(len(rows)))
         nll_column = rows.schema.get_field_index("nll")
         append_evaluation(run / EVAL_RECORDS_FILE, rows.set_column(nll_column, rows.schema.field("nll"), [nll]))
-    assert study_script.main(argv) == 3, "a margin that these records can never show"
+    assert run_study(argv) == 3, "a margin that these records can never show"
     assert "these test blocks tell no less than ±0." in capsys.readouterr().out
-    assert study_script.main([*argv, "--margin", "5%"]) == 2
+    assert run_study([*argv, "--margin", "5%"]) == 2
     assert "margin is {'kind': 'share', 'value': 0.02} in the study that goes on there" in capsys.readouterr().err
     monkeypatch.setenv("STUB_DATA", "e2" * 6)
-    assert study_script.main(argv) == 2
-    assert (
-        "rule.json: data is d1d1d1d1d1d1 in the study that goes on there and e2e2e2e2e2e2 now"
-        in capsys.readouterr().err
-    )
+    assert run_study(argv) == 2
+    changed = "rule.json: data is d1d1d1d1d1d1 in the study that goes on there and e2e2e2e2e2e2 now"
+    assert changed in capsys.readouterr().err
     text = (stub_dir / "study" / "rule.json").read_text()
     (stub_dir / "study" / "rule.json").write_text(text.replace('"level": 0.95', '"level": 0.9'))
-    assert study_script.main(["--join", "study"]) == 2
+    assert run_study(["--join", "study"]) == 2
     assert "rule.json: was changed after the fact: its contents have the hash" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_an_under_tuned_method_is_refused_with_its_own_exit_code(stub_dir, capsys, monkeypatch):
     monkeypatch.setenv("STUB_LORA", "-12")
-    assert load_study_script().main(["--output-dir", "other", "--max-steps", "8", "--workers", "2"]) == 3
-    output = capsys.readouterr()
-    assert (
-        "refused to rank: lora is under-tuned: its best rate 1e-07 is the lowest that the study may try" in output.err
-    )
+    assert run_study(["--output-dir", "other", "--max-steps", "8", "--workers", "2"]) == 3
+    refusal = "refused to rank: lora is under-tuned: its best rate 1e-07 is the lowest that the study may try"
+    assert refusal in capsys.readouterr().err
     assert not (stub_dir / "other" / "answer.json").exists()
 
 
@@ -233,7 +215,7 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
 
 
 def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypatch):
-    rule = make_rule(total_steps=16, rungs=(16,))
+    rule = make_rule(16, rungs=(16,))
     write_rule(stub_dir / "study", rule, working_dir=str(stub_dir))
     study = Study.open(stub_dir / "study")
     queue = TrialQueue(study.folder, "reader")
@@ -245,12 +227,7 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
         if len(lines) == 3:
             should_stop.set()
 
-    from trainer.tools.study.search import Candidate, TrialSpec
-
-    diverging = TrialSpec(
-        phase="search", num_steps=16, seed=1,
-        candidate=Candidate(method="lora", lora_rank=8, rate_index=0, rates_per_decade=4),
-    )  # fmt: skip
+    diverging = make_trial(make_candidate("lora"))
     queue.enqueue([diverging])
     runner = worker.TrialRunner(
         rule=rule, study_folder=study.folder, slot=make_slots(1, None)[0], queue=queue, should_stop=should_stop
@@ -275,13 +252,10 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
 
 
 def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(stub_dir, monkeypatch):
-    write_rule(stub_dir / "study", make_rule(total_steps=16, rungs=(16,)), working_dir=str(stub_dir))
+    write_rule(stub_dir / "study", make_rule(16, rungs=(16,)), working_dir=str(stub_dir))
     study = Study.open(stub_dir / "study")
     monkeypatch.setenv("STUB_DATA", "e2" * 8)
-    for message in (
-        "its data have the fingerprint e2e2e2e2e2e2, those that the study",
-        "s1: --data a.csv: no such file",
-    ):
+    for message in ("its data have the fingerprint e2e2e2e2e2e2, those that the", "s1: --data a.csv: no such file"):
         with pytest.raises(UserError, match=message):
             study.run(num_workers=1, gpus_per_trial=None, should_stop=threading.Event(), log=print)
         assert not TrialQueue(study.folder, "reader").results()
@@ -296,14 +270,12 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
     assert [slot.gpus for slot in make_slots(2, 2)] == [("4", "5"), ("6", "7")]
     assert [slot.gpus for slot in make_slots(3, None)] == [("4",), ("5",), ("6",)]
     assert [slot.gpus for slot in make_slots(2, 0)] == [(), ()]
-    with pytest.raises(
-        UserError, match="--workers 3 x --gpus-per-trial 2: needs 6 GPUs, here are 4; lower one of them"
-    ):
+    with pytest.raises(UserError, match="--workers 3 x --gpus-per-trial 2: needs 6 GPUs, here are 4; lower one of"):
         make_slots(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [slot.gpus for slot in make_slots(2, None)] == [(), ()]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    write_rule(stub_dir / "study", make_rule(total_steps=16, rungs=(16,)), working_dir=str(stub_dir))
+    write_rule(stub_dir / "study", make_rule(16, rungs=(16,)), working_dir=str(stub_dir))
     should_stop, lines = threading.Event(), []
     log = lambda line: (lines.append(line), should_stop.set() if len(lines) == 4 else None)  # noqa: E731
     Study.open(stub_dir / "study").run(num_workers=2, gpus_per_trial=1, should_stop=should_stop, log=log)
@@ -316,11 +288,14 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
     [
         (["--workers", "0"], "--workers 0: expected a whole number from 1"),
         (["--methods", "full,lara"], "--methods lara: expected some of full, lora"),
+        (["--methods", "full,dora"], "--methods full,dora: expected lora among them"),
         (["--lr", "1e-3"], "--lr: the study sets it for each of its runs"),
         (["--margin", "0.02"], "--margin 0.02: expected a number above 0 and its unit, such as 2%"),
         (["--margin", "0%"], "--margin 0%: expected"),
         (["--seeds", "1,x"], "--seeds 1,x: expected numbers above 0"),
-        (["--seeds", "1,2,3"], "--seeds 1: also in --search-seeds"),
+        (["--seeds", "1,2,3"], "--seeds 1: also in --search-seeds; the answer needs seeds of its own"),
+        (["--seeds", "7,7"], "--seeds 7,7: expected one value or more, none of them twice"),
+        (["--looks", "0"], "--looks 0: expected a whole number from 1"),
         (["--looks", "2"], "--looks 2: 3 seeds, of which the first look takes 3, allow 1; give more --seeds"),
         (["--price-per-hour", "-1"], "--price-per-hour -1: expected a number above 0"),
         (["--wandb-report", "alone"], "--wandb-report alone: expected ENTITY/PROJECT"),
@@ -333,7 +308,7 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
     ],
 )
 def test_a_mistake_in_a_study_is_one_line_and_exit_code_2(stub_dir, capsys, argv, message):
-    assert load_study_script().main(argv) == 2
+    assert run_study(argv) == 2
     output = capsys.readouterr()
     assert output.err.startswith(f"error: {message}")
     assert output.err.count("\n") == 1
@@ -345,7 +320,7 @@ def test_a_storage_that_cannot_be_written_any_more_ends_the_study_in_one_line(st
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(TrialQueue, "enqueue", fail)
-    assert load_study_script().main(["--output-dir", "study", "--max-steps", "8"]) == 2
+    assert run_study(["--output-dir", "study", "--max-steps", "8"]) == 2
     error = capsys.readouterr().err
     assert error == (
         f"error: {stub_dir / 'study'}: cannot be written (No space left on device); make room, and the same command "
@@ -356,12 +331,12 @@ def test_a_storage_that_cannot_be_written_any_more_ends_the_study_in_one_line(st
 def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(stub_dir, capsys, monkeypatch):
     argv = ["--max-steps", "8", "--workers", "2"]
     monkeypatch.setenv("STUB_BF16", "102")
-    assert load_study_script().main(["--output-dir", "mixed", *argv]) == 3
+    assert run_study(["--output-dir", "mixed", *argv]) == 3
     assert "s101 ran in fp32 on 1 x some cpu, None steps of torch 2.13.0, answer-" in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
     monkeypatch.setenv("STUB_BF16", "0")
     monkeypatch.setenv("STUB_DIVERGES", "103")
-    assert load_study_script().main(["--output-dir", "failed", *argv]) == 3
+    assert run_study(["--output-dir", "failed", *argv]) == 3
     assert "refused to rank: answer-full-lr0.0001-t8-s103 failed" in capsys.readouterr().err
 
 
@@ -370,7 +345,7 @@ def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(stub_di
 )
 def test_too_few_test_units_are_refused_before_the_first_trial(stub_dir, capsys, monkeypatch, test, units):
     monkeypatch.setenv("STUB_TEST", test)
-    assert load_study_script().main([]) == 2
+    assert run_study([]) == 2
     assert f"error: --test-fraction: {units}; expected 20 or more" in capsys.readouterr().err
     assert not (stub_dir / "study").exists()
 
@@ -393,7 +368,7 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
 
 
 def test_a_dry_run_prints_the_plan_and_runs_nothing(stub_dir, capsys):
-    assert load_study_script().main(["--dry-run"]) == 0
+    assert run_study(["--dry-run"]) == 0
     first, *output = capsys.readouterr().out.splitlines()
     assert first == "reading the data and loading full, lora"
     assert [line.split(":")[0] for line in output] == ["full", "lora"]

@@ -6,15 +6,17 @@ Campaigns of many short runs on blocks of 64 tokens: `pytest -m sweep -n 0 -s te
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.study_rules import make_candidate, make_trial
+from helpers.study_rules import make_rule as make_study_rule
 
-from trainer.report.margin import Margin
 from trainer.report.paired_interval import paired_interval
-from trainer.tools.study.rule import Rule, plan_rungs
-from trainer.tools.study.search import Candidate, MethodSearch, TrialSpec
+from trainer.tools.study.rule import Rule
+from trainer.tools.study.search import MethodSearch, TrialSpec
 from trainer.tools.study.trial_process import start_training
 from trainer.tools.study.worker import final_loss, make_slots, train_command, trial_argv
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
@@ -23,12 +25,7 @@ pytestmark = [pytest.mark.sweep, pytest.mark.timeout(7200)]
 TRAIN_ARGV = ("--block-size", "64", "--wandb", "disabled")
 
 
-def make_rule(total_steps: int, train_argv: tuple[str, ...] = TRAIN_ARGV) -> Rule:
-    return Rule(
-        methods=("full", "lora"), lora_ranks=(8,), total_steps=total_steps, rungs=plan_rungs(total_steps),
-        search_seeds=(1, 2, 3), answer_seeds=(101, 102, 103), margin=Margin(), level=0.95, looks=1,
-        train_argv=train_argv, data="",
-    )  # fmt: skip
+make_rule = partial(make_study_rule, search_seeds=(1, 2, 3), train_argv=TRAIN_ARGV, data="")
 
 
 def train_all(folder: Path, rule: Rule, argv_by_name: dict[str, list[str]]) -> None:
@@ -78,12 +75,8 @@ def test_the_search_on_the_demo_is_within_a_standard_error_of_the_full_grid(meth
 def test_studies_of_the_demo_against_itself_seldom_call_a_difference(tmp_path):
     """Three pairs a study, LoRA against LoRA under other seeds. Studies: 20, or DEMO_STUDIES."""
     num_studies, num_seeds = int(os.environ.get("DEMO_STUDIES", 20)), 3
-    rule = make_rule(16, (*TRAIN_ARGV, "--test-fraction", "0", "--val-fraction", "0.1"))
-    rate = Candidate(method="lora", lora_rank=8, rate_index=-8, rates_per_decade=4)
-    specs = [
-        TrialSpec(phase="search", candidate=rate, num_steps=16, seed=seed)
-        for seed in range(2 * num_seeds * num_studies)
-    ]
+    rule = make_rule(16, train_argv=(*TRAIN_ARGV, "--test-fraction", "0", "--val-fraction", "0.1"))
+    specs = [make_trial(make_candidate("lora", -8), seed=seed) for seed in range(2 * num_seeds * num_studies)]
     losses = measure(tmp_path, rule, specs)
     assert all(map(math.isfinite, losses.values()))
     tables = [read_eval_records(tmp_path / spec.name / EVAL_RECORDS_FILE) for spec in specs]

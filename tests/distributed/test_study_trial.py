@@ -12,15 +12,11 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
 TRAIN_SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 
 
-def run(script: Path, argv: list[str], log: Path, **changes) -> int:
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_RUN_GROUP": "study-a"}
-    command = TrainCommand(
-        script=script, argv=tuple(argv), env={**env, **changes.pop("env", {})}, log=log, **{"num_ranks": 1, **changes}
-    )
+def run(script: Path, argv: list[str], log: Path, gpus: str = "") -> int | None:
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "OMP_NUM_THREADS": "1", "WANDB_RUN_GROUP": "study-a"}
     with open(log.with_suffix(".lock"), "w") as lock:
-        process = start_training(command, lock)
+        process = start_training(TrainCommand(script=script, argv=tuple(argv), env=env, log=log), lock)
         process.join(200)
-    assert process.exitcode is not None
     return process.exitcode
 
 
@@ -47,9 +43,9 @@ def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp
         "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('RANK'), 'torch' in sys.modules)\n"
         "sys.exit(3)\n"
     )
-    assert run(script, ["alone"], tmp_path / "alone.log", env={"CUDA_VISIBLE_DEVICES": "5"}) == 3
+    assert run(script, ["alone"], tmp_path / "alone.log", gpus="5") == 3
     assert (tmp_path / "alone.log").read_text() == "alone 5 None False\n"
     script.write_text(script.read_text().replace("sys.exit(3)", ""))
-    assert run(script, ["two"], tmp_path / "two.log", env={"CUDA_VISIBLE_DEVICES": "2,3"}, num_ranks=2) == 0
+    assert run(script, ["two"], tmp_path / "two.log", gpus="2,3") == 0
     lines = (tmp_path / "two.log").read_text().splitlines()
     assert sorted(line for line in lines if line.startswith("two")) == ["two 2,3 0 False", "two 2,3 1 False"]

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_run_folder, write_eval_records
+from helpers.study_rules import make_candidate
+from helpers.study_rules import make_rule as make_study_rule
 
 from trainer.config.errors import UserError
 from trainer.report.full_vs_lora import FullVsLora
@@ -18,25 +21,16 @@ from trainer.report.write import write_report
 from trainer.tools.study.answer import AnswerRefusedError, compare_study, judge, read_groups
 from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import Rule, write_rule
-from trainer.tools.study.search import Candidate, MethodSearch, SearchOutcome, StudyState, TrialSpec
+from trainer.tools.study.search import MethodSearch, SearchOutcome, StudyState, TrialSpec
 from trainer.tools.study.worker import run_folder
 
 SEEDS = (101, 102, 103)
 TARGETS = np.random.default_rng(1).integers(5, 60, 60).tolist()
-WINNERS = {
-    "full": Candidate(method="full", lora_rank=None, rate_index=-16, rates_per_decade=4),
-    "lora": Candidate(method="lora", lora_rank=8, rate_index=-12, rates_per_decade=4),
-}
+WINNERS = {"full": make_candidate("full", -16), "lora": make_candidate("lora", -12)}
 ANSWERS = [TrialSpec(phase="answer", candidate=w, num_steps=30, seed=seed) for seed in SEEDS for w in WINNERS.values()]
 
 
-def make_rule(**changes: Any) -> Rule:
-    values: dict[str, Any] = {
-        "methods": ("full", "lora"), "lora_ranks": (8,), "total_steps": 30, "rungs": (30,), "search_seeds": (1,),
-        "answer_seeds": SEEDS, "margin": Margin(kind="nats", value=0.02), "level": 0.95, "looks": 1, "train_argv": (),
-        "data": "d1" * 6,
-    }  # fmt: skip
-    return Rule(**{**values, **changes})
+make_rule = partial(make_study_rule, 30, rungs=(30,), margin=Margin(kind="nats", value=0.02))
 
 
 def write_run(

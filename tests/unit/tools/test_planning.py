@@ -4,24 +4,16 @@ import dataclasses
 import threading
 
 import pytest
+from helpers.study_rules import make_rule
 
 from trainer.config.errors import UserError
 from trainer.report.margin import Margin
 from trainer.tools.study import planning
 from trainer.tools.study.planning import TrialCost, cut_like, fit_to_budget, parse_duration, plan_study
-from trainer.tools.study.rule import Rule, plan_rungs
-
-
-def make_rule(methods: tuple[str, ...], answer_seeds: tuple[int, ...]) -> Rule:
-    return Rule(
-        methods=methods, lora_ranks=(8,), total_steps=160, rungs=plan_rungs(160), search_seeds=(1,),
-        answer_seeds=answer_seeds, margin=Margin(), level=0.95, looks=1, train_argv=(),
-        data="d1" * 6,
-    )  # fmt: skip
 
 
 def test_a_budget_leaves_out_methods_then_seeds_then_length_and_says_so():
-    rule = make_rule(("full", "lora", "dora"), (101, 102, 103, 104))
+    rule = make_rule(methods=("full", "lora", "dora"), answer_seeds=(101, 102, 103, 104))
     costs = {method: TrialCost(start_seconds=1.0, step_seconds=0.5) for method in rule.methods}
     whole = plan_study(rule, costs).seconds
     assert fit_to_budget(rule, whole + 1, costs, 1) == rule
@@ -36,10 +28,7 @@ def test_a_budget_leaves_out_methods_then_seeds_then_length_and_says_so():
     other_margin = dataclasses.replace(rule, margin=Margin(value=0.05))
     assert dataclasses.replace(cut_like(least, other_margin), margin=Margin()) == least, "and shows what else changed"
     assert fit_to_budget(rule, (whole + timing) / 2 + 1, costs, 2) == rule, "two workers take half, but for the timing"
-    with pytest.raises(
-        UserError,
-        match=r"--budget: 10 s are left of it, and the smallest study here takes [\d.]+ min",
-    ):
+    with pytest.raises(UserError, match=r"--budget: 10 s are left of it, and the smallest study here takes [\d.]+ min"):
         fit_to_budget(rule, 10, costs, 1)
     assert [parse_duration("--budget", text) for text in ("90s", "45m", "1.5h", "1d")] == [90, 2700, 5400, 86400]
 

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from helpers.study_rules import make_candidate, make_trial
 
 from trainer.config.errors import UserError
-from trainer.tools.study.search import Candidate, TrialSpec
+from trainer.tools.study.search import TrialSpec
 from trainer.tools.study.trial_queue import JOURNAL_FILE, LEASE_SECONDS, TrialQueue
 from trainer.tools.study.worker import Slot, train_command
 from trainer.tracking.wandb_environment import RUN_VARIABLES
@@ -22,19 +22,8 @@ from trainer.tracking.wandb_environment import RUN_VARIABLES
 ROOT = Path(__file__).parents[3]
 
 
-class Clock:
-    """A clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def make_specs(count: int) -> list[TrialSpec]:
-    candidates = [Candidate(method="full", lora_rank=None, rate_index=-n, rates_per_decade=4) for n in range(count)]
-    return [TrialSpec(phase="search", candidate=candidate, num_steps=10, seed=1) for candidate in candidates]
+    return [make_trial(make_candidate(rate_index=-n)) for n in range(count)]
 
 
 def test_a_trial_that_two_workers_enqueue_is_there_once(tmp_path):
@@ -65,28 +54,28 @@ def test_a_trial_that_was_enqueued_twice_at_one_moment_counts_as_the_first_of_it
 
 def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up_again(tmp_path):
     """Each worker by its own clock, which stands somewhere else on every machine."""
-    clock = Clock()
+    now = [1000.0]
     offsets = {"a": 0.0, "b": 1e6, "c": -1e6}
-    queues = {name: TrialQueue(tmp_path, name, clock=lambda name=name: clock() + offsets[name]) for name in offsets}
+    queues = {name: TrialQueue(tmp_path, name, clock=lambda name=name: now[0] + offsets[name]) for name in offsets}
     specs = make_specs(1)
     queues["a"].enqueue(specs)
     claim, _ = queues["a"].claim(specs)
     assert queues["b"].claim(specs) is None, "whoever comes watches it for a lease's length"
-    clock.now += LEASE_SECONDS - 1
+    now[0] += LEASE_SECONDS - 1
     assert queues["b"].claim(specs) is None
     assert queues["a"].renew(claim)
     assert queues["b"].claim(specs) is None
-    clock.now += LEASE_SECONDS - 1
+    now[0] += LEASE_SECONDS - 1
     assert queues["b"].claim(specs) is None, "the lease was renewed"
-    clock.now += 2
+    now[0] += 2
     own_trial, _ = queues["b"].claim(specs)
     assert (own_trial.attempt, own_trial.num_failures) == (2, 1)
     assert queues["c"].claim(specs) is None
     assert not queues["a"].renew(claim), "the one that was taken for dead must stop"
     assert not queues["a"].finish(claim, loss=9.0)
-    assert queues["b"].finish(own_trial, loss=2.0, seconds=3.5)
+    assert queues["b"].finish(own_trial, loss=2.0)
     trial = queues["c"].trials()[specs[0].name]
-    assert (trial.loss, trial.state) == (2.0, TrialState.COMPLETE)
+    assert (trial.loss, trial.is_finished) == (2.0, True)
 
 
 def test_a_released_trial_can_be_taken_up_at_once(tmp_path):
@@ -106,7 +95,7 @@ def test_a_trial_that_failed_is_a_result_with_its_reason(tmp_path, loss):
     claim, spec = queue.claim(make_specs(1))
     queue.finish(claim, loss=loss, failure="out of memory" if loss is None else "loss inf", has_diverged=bool(loss))
     trial = queue.trials()[spec.name]
-    assert (trial.state, trial.failure) == (TrialState.FAIL, "loss inf" if loss else "out of memory")
+    assert (trial.is_finished, trial.failure) == (True, "loss inf" if loss else "out of memory")
     assert math.isinf(trial.loss) if loss else math.isnan(trial.loss), "what failed otherwise says nothing of a rate"
     assert queue.claim([spec]) is None, "it is not run again"
 
@@ -135,10 +124,7 @@ def test_workers_that_race_claim_each_trial_once(tmp_path):
 def claim_and_finish_for_ever(folder: str) -> None:
     queue = TrialQueue(Path(folder), str(os.getpid()))
     for number in range(10**6):
-        spec = TrialSpec(
-            phase="search", num_steps=number, seed=os.getpid(),
-            candidate=Candidate(method="full", lora_rank=None, rate_index=0, rates_per_decade=4),
-        )  # fmt: skip
+        spec = make_trial(make_candidate(), num_steps=number, seed=os.getpid())
         queue.enqueue([spec])
         claim, _ = queue.claim([spec])
         queue.finish(claim, loss=1.0)

@@ -66,11 +66,6 @@ def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
     return pair
 
 
-def is_decided(study_folder: Path, rule: Rule, answers: Sequence[TrialSpec]) -> bool:
-    """Whether the runs of a look give the primary comparison an answer."""
-    return judge(read_groups(study_folder, answers), rule).answer != "cannot tell"
-
-
 def compare_study(
     study_folder: Path, rule: Rule, state: StudyState, results: Results, timing: Timing, price_per_hour: float | None
 ) -> Comparison:

@@ -48,10 +48,7 @@ class StudyPlan:
 
     def lines(self) -> list[str]:
         """For people."""
-        lines = [
-            f"{method}: {self.num_trials[method]} trials, {self.num_steps[method]:,} steps"
-            for method in self.num_trials
-        ]
+        lines = [f"{m}: {self.num_trials[m]} trials, {num_steps:,} steps" for m, num_steps in self.num_steps.items()]
         return [*lines, *([f"about {format_duration(self.seconds)} in all"] if self.seconds is not None else [])]
 
 
@@ -140,22 +137,18 @@ def plan_study(rule: Rule, costs: dict[str, TrialCost] | None = None, num_worker
     specs_by_method = {method: [spec for spec in specs if spec.candidate.method == method] for method in rule.methods}
     seconds = None
     if costs is not None:
-        shares = {"quarter": 4}  # of a step's examples
         seconds = sum(
             costs[spec.candidate.method].seconds(
-                spec.num_steps // shares.get(spec.phase, 1), is_exported=spec.phase != "search"
+                spec.num_steps // (4 if spec.phase == "quarter" else 1),  # by a step's examples
+                is_exported=spec.phase != "search",
             )
             for spec in specs
         )
         seconds /= num_workers
         seconds += MIN_ROUNDS * sum(costs[method].seconds(NUM_STEPS) for method in PRIMARY)  # the finalists' timing
-    return StudyPlan(
-        num_trials={method: len(method_specs) for method, method_specs in specs_by_method.items()},
-        num_steps={
-            method: sum(spec.num_steps for spec in method_specs) for method, method_specs in specs_by_method.items()
-        },
-        seconds=seconds,
-    )
+    num_steps = {method: sum(spec.num_steps for spec in own) for method, own in specs_by_method.items()}
+    num_trials = {method: len(own) for method, own in specs_by_method.items()}
+    return StudyPlan(num_trials=num_trials, num_steps=num_steps, seconds=seconds)
 
 
 def fit_to_budget(rule: Rule, budget_seconds: float, costs: dict[str, TrialCost], num_workers: int) -> Rule:
@@ -183,12 +176,11 @@ def fit_to_budget(rule: Rule, budget_seconds: float, costs: dict[str, TrialCost]
 
 
 def cut_like(stored: Rule, rule: Rule) -> Rule:
-    """The rule, cut as a budget may have cut it, that is most like the `stored` one of a study that goes on."""
-    candidates = _smaller_rules(rule)
-    if stored.total_steps < rule.total_steps:
-        candidates.append(_shorter(candidates[-1], stored.total_steps))
-    names = [field.name for field in dataclasses.fields(Rule)]
-    return max(candidates, key=lambda cut: sum(getattr(cut, name) == getattr(stored, name) for name in names))
+    """The rule, cut as a budget cut the `stored` one of a study that goes on."""
+    rules = _smaller_rules(rule)
+    if len(stored.left_out) < len(rules):
+        return rules[len(stored.left_out)]
+    return _shorter(rules[-1], stored.total_steps)
 
 
 def _shorter(rule: Rule, total_steps: int) -> Rule:

@@ -40,10 +40,10 @@ class Rule:
     search_seeds: tuple[int, ...]
     answer_seeds: tuple[int, ...]  #: of the runs that the answer is drawn from, on the test split; no search seed
     margin: Margin
-    level: float  #: of the answer's intervals over all looks
     looks: int
     train_argv: tuple[str, ...]  #: flags of launch/train.py that every run has
     data: str  #: the first 12 hex digits of the fingerprint of what they are trained and judged on
+    level: float = 0.95  #: of the answer's intervals over all looks
     quarter_batch: int | None = None  #: a quarter of the global batch, where the finalists run with that too
     left_out: tuple[str, ...] = ()  #: what --budget had no time for
 
@@ -53,7 +53,7 @@ class Rule:
             ("--methods", self.methods), ("--ranks", self.lora_ranks), ("--search-seeds", self.search_seeds),
             ("--seeds", self.answer_seeds),
         ):  # fmt: skip
-            if not values or len(set(values)) < len(values):
+            if len(set(values)) < len(values):
                 raise UserError(f"{flag} {','.join(map(str, values))}: expected one value or more, none of them twice")
         if shared := set(self.search_seeds) & set(self.answer_seeds):
             raise UserError(f"--seeds {min(shared)}: also in --search-seeds; the answer needs seeds of its own")
@@ -64,8 +64,6 @@ class Rule:
                 f"--looks {self.looks}: {len(self.answer_seeds)} seeds, of which the first look takes "
                 f"{MIN_ANSWER_SEEDS}, allow {len(self.seeds_by_look)}; give more --seeds"
             )
-        if not (0.5 < self.level < 1 and 0 < self.margin.value < float("inf")):
-            raise UserError(f"--margin {self.margin.describe()}: expected a number above 0")
 
     @property
     def seeds_by_look(self) -> tuple[tuple[int, ...], ...]:

@@ -47,9 +47,7 @@ class Candidate:
 
     def at(self, rate_index: int) -> "Candidate":
         """The same at another rate."""
-        return Candidate(
-            method=self.method, lora_rank=self.lora_rank, rate_index=rate_index, rates_per_decade=self.rates_per_decade
-        )
+        return dataclasses.replace(self, rate_index=rate_index)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import reduction
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO, Any
@@ -33,8 +33,7 @@ class TrainCommand:
 
     script: Path
     argv: tuple[str, ...]
-    env: Mapping[str, str]  #: all of its environment; CUDA_VISIBLE_DEVICES is empty on a processor
-    num_ranks: int
+    env: Mapping[str, str]  #: all of its environment; CUDA_VISIBLE_DEVICES has a GPU for each rank, or none
     log: Path
 
 
@@ -47,38 +46,23 @@ def start_training(command: TrainCommand, lock: IO[str]) -> ForkServerProcess:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and warn that there are none
     context: Any = multiprocessing.get_context("spawn" if command.env["CUDA_VISIBLE_DEVICES"] else "forkserver")
     context.set_forkserver_preload(PRELOADED_MODULES)
-    process = context.Process(target=_train, args=(command, _SharedFile(lock.fileno())))
+    # A connection is what multiprocessing hands on to another process by its descriptor, whatever file that is of.
+    process = context.Process(target=_train, args=(command, Connection(os.dup(lock.fileno()))))
     process.start()
     return process
 
 
-class _SharedFile:
-    """An open file that goes to another process: pickled as a duplicate of its descriptor."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor: Any = descriptor
-
-    def __getstate__(self) -> Any:
-        return reduction.DupFd(self._descriptor)
-
-    def __setstate__(self, duplicate: Any) -> None:
-        self._descriptor = duplicate.detach()
-
-
-def _train(command: TrainCommand, lock: _SharedFile) -> None:
+def _train(command: TrainCommand, lock: Connection) -> None:
+    """`lock`: kept open until the end."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     os.environ.clear()
     os.environ.update(command.env)
-    for path, flags, descriptors in (
-        (os.devnull, os.O_RDONLY, (0,)),
-        (command.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, (1, 2)),
-    ):
-        file = os.open(path, flags, 0o644)
-        for descriptor in descriptors:
-            os.dup2(file, descriptor)
-        os.close(file)
-    if command.num_ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={command.num_ranks}"]
+    with open(os.devnull, "rb") as null, open(command.log, "wb") as log:
+        for descriptor, file in enumerate((null, log, log)):
+            os.dup2(file.fileno(), descriptor)
+    num_ranks = len(command.env["CUDA_VISIBLE_DEVICES"].split(","))
+    if num_ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         os.execv(sys.executable, [sys.executable, *launcher, str(command.script), *command.argv])
     sys.argv = [str(command.script), *command.argv]
     runpy.run_path(str(command.script), run_name="__main__")

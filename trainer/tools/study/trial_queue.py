@@ -13,10 +13,9 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
@@ -30,7 +29,6 @@ from trainer.tools.study.search import TrialSpec
 JOURNAL_FILE = "journal.log"
 STUDY_NAME = "trials"
 LEASE_SECONDS = 120.0  # a worker that has not renewed its claim for so long is taken for dead
-_CLAIM = "claim"
 _STOPPED, _FAILED = 0.0, 1.0  # values of a claim that say why it was given up; those of a lease are above
 
 
@@ -38,7 +36,6 @@ _STOPPED, _FAILED = 0.0, 1.0  # values of a claim that say why it was given up; 
 class Claim:
     """A worker's hold on a trial, from `TrialQueue.claim`."""
 
-    name: str
     trial_id: int
     attempt: int  #: from 1
     num_failures: int  #: of the attempts before it those that failed, or whose workers died
@@ -51,22 +48,17 @@ class QueuedTrial:
 
     name: str
     trial_id: int
-    state: TrialState
+    is_finished: bool  #: whether there is a result, a failure among them
     loss: float  #: validation loss where it is complete, infinity where it diverged, else NaN
     failure: str | None  #: why it failed
     worker: str | None  #: who holds it now
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether there is a result, a failure among them."""
-        return self.state.is_finished()
 
 
 class FileLock:
     """The journal's lock: held by an open file, so it ends with the process; a half-written last line is cut off."""
 
     def __init__(self, journal: Path) -> None:
-        self._journal, self._path, self._file = journal, journal.with_name(journal.name + ".lock"), -1
+        self._journal, self._path = journal, journal.with_name(journal.name + ".lock")
 
     def acquire(self) -> bool:
         """Wait for the lock."""
@@ -83,8 +75,7 @@ class FileLock:
 
     def release(self) -> None:
         """Let the next one write."""
-        file, self._file = self._file, -1
-        os.close(file)
+        os.close(self._file)
 
 
 class TrialQueue:
@@ -143,14 +134,14 @@ class TrialQueue:
         trials = self.trials()
         for spec in specs:
             trial = trials.get(spec.name)
-            if trial is not None and not trial.is_finished and (claim := self._try_claim(trial.name, trial.trial_id)):
+            if trial is not None and not trial.is_finished and (claim := self._try_claim(trial.trial_id)):
                 return claim, spec
         return None
 
     def renew(self, claim: Claim) -> bool:
         """Extend the lease; False where the trial is no longer this worker's, which must then stop running it."""
         frozen = self._storage.get_trial(claim.trial_id)
-        if frozen.state.is_finished() or _holder(frozen, _last_attempt(frozen))[0] != claim.key:
+        if frozen.state.is_finished() or _last_claim(frozen)[1] != claim.key:
             return False
         self._write_lease(claim)
         return True
@@ -160,11 +151,13 @@ class TrialQueue:
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(claim.trial_id, claim.key, _FAILED if has_failed else _STOPPED)
 
-    def finish(self, claim: Claim, *, loss: float | None, failure: str | None = None, **facts: Any) -> bool:
+    def finish(
+        self, claim: Claim, *, loss: float | None, failure: str | None = None, has_diverged: bool = False
+    ) -> bool:
         """Write the result of a trial; False where it is no longer this worker's, and nothing was written."""
         if not self.renew(claim):
             return False
-        for name, value in {**facts, **({"failure": failure} if failure else {})}.items():
+        for name, value in {"has_diverged": has_diverged, "failure": failure}.items():
             self._storage.set_trial_user_attr(claim.trial_id, name, value)
         is_complete = loss is not None and math.isfinite(loss)
         state = TrialState.COMPLETE if is_complete else TrialState.FAIL
@@ -172,20 +165,20 @@ class TrialQueue:
             self._storage.set_trial_state_values(claim.trial_id, state, [loss] if is_complete else None)
         return True
 
-    def _try_claim(self, name: str, trial_id: int) -> Claim | None:
+    def _try_claim(self, trial_id: int) -> Claim | None:
         """Claim the next attempt where the last one's lease is over, and see in the journal whether we were first."""
         frozen = self._storage.get_trial(trial_id)
-        attempt = _last_attempt(frozen)
-        if attempt and self._is_held(trial_id, *_holder(frozen, attempt)):
+        attempt, key, value = _last_claim(frozen)
+        if self._is_held(trial_id, key, value):
             return None
         claim = Claim(
-            name=name, trial_id=trial_id, attempt=attempt + 1, key=f"{_CLAIM}/{attempt + 1}/{self.worker}",
-            num_failures=sum(_holder(frozen, n)[1] != _STOPPED for n in range(1, attempt + 1)),
+            trial_id=trial_id, attempt=attempt + 1, key=f"claim/{attempt + 1}/{self.worker}",
+            num_failures=sum(value != _STOPPED for _, value in _claims(frozen).values()),
         )  # fmt: skip
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._write_lease(claim)
             frozen = self._storage.get_trial(trial_id)
-            if not frozen.state.is_finished() and _holder(frozen, claim.attempt)[0] == claim.key:
+            if not frozen.state.is_finished() and _last_claim(frozen)[1] == claim.key:
                 self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
                 return claim
         return None
@@ -206,14 +199,14 @@ class TrialQueue:
         self._storage.set_trial_user_attr(claim.trial_id, claim.key, value)
 
     def _read(self, frozen: FrozenTrial) -> QueuedTrial:
-        attempt = _last_attempt(frozen)
-        key, value = _holder(frozen, attempt) if attempt else ("", _STOPPED)
-        is_held = not frozen.state.is_finished() and self._is_held(frozen._trial_id, key, value)
-        loss = math.inf if frozen.user_attrs.get("has_diverged") else math.nan
+        attributes, is_finished = frozen.user_attrs, frozen.state.is_finished()
+        _, key, value = _last_claim(frozen)
+        is_held = not is_finished and self._is_held(frozen._trial_id, key, value)
+        failed_loss = math.inf if attributes.get("has_diverged") else math.nan
         return QueuedTrial(
-            name=frozen.user_attrs["name"], trial_id=frozen._trial_id, state=frozen.state,
-            loss=loss if frozen.state != TrialState.COMPLETE or frozen.value is None else float(frozen.value),
-            failure=frozen.user_attrs.get("failure"), worker=key.split("/", 2)[2] if is_held else None,
+            name=attributes["name"], trial_id=frozen._trial_id, is_finished=is_finished,
+            loss=failed_loss if frozen.state != TrialState.COMPLETE or frozen.value is None else float(frozen.value),
+            failure=attributes.get("failure"), worker=key.split("/", 2)[2] if is_held else None,
         )  # fmt: skip
 
 
@@ -234,18 +227,15 @@ def _is_gone(worker: str) -> bool:
     return machine == _machine() and process_id.isdecimal() and not Path(f"/proc/{process_id}").exists()
 
 
-def _claims(frozen: FrozenTrial) -> Iterator[tuple[int, str, float]]:
-    """(attempt, key, value) of every claim, in the order in which they were first written."""
+def _claims(frozen: FrozenTrial) -> dict[int, tuple[str, float]]:
+    """{attempt: (key, value) of the claim that holds it, the first one written}."""
+    claims: dict[int, tuple[str, float]] = {}
     for key, value in frozen.user_attrs.items():
-        if key.startswith(f"{_CLAIM}/"):
-            yield int(key.split("/")[1]), key, float(value)
+        if key.startswith("claim/"):
+            claims.setdefault(int(key.split("/")[1]), (key, float(value)))
+    return claims
 
 
-def _last_attempt(frozen: FrozenTrial) -> int:
-    """The number of the newest attempt, 0 where there was none."""
-    return max((attempt for attempt, _, _ in _claims(frozen)), default=0)
-
-
-def _holder(frozen: FrozenTrial, attempt: int) -> tuple[str, float]:
-    """(key, value) of the claim that holds an attempt: the first one written."""
-    return next((key, value) for number, key, value in _claims(frozen) if number == attempt)
+def _last_claim(frozen: FrozenTrial) -> tuple[int, str, float]:
+    """(number, key, value) of the newest attempt; 0 and given up where there was none."""
+    return max(((attempt, *claim) for attempt, claim in _claims(frozen).items()), default=(0, "", _STOPPED))

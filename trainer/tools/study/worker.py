@@ -54,7 +54,6 @@ class TrialResult:
     failure: str | None = None
     has_diverged: bool = False  #: a failure that says something of its settings
     is_tried_again: bool = False  #: it failed, and not for the last time
-    elapsed_seconds: float = 0.0
 
     @property
     def is_final(self) -> bool:
@@ -73,12 +72,9 @@ def make_slots(num_workers: int, gpus_per_trial: int | None) -> list[Slot]:
         )
     num_threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
     return [
-        Slot(
-            name=worker_name(n), gpus=tuple(gpus[n * per_trial : (n + 1) * per_trial]),
-            num_threads=num_threads,
-        )
+        Slot(name=worker_name(n), gpus=tuple(gpus[n * per_trial : (n + 1) * per_trial]), num_threads=num_threads)
         for n in range(num_workers)
-    ]  # fmt: skip
+    ]
 
 
 def visible_gpus() -> list[str]:
@@ -107,20 +103,13 @@ def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
     return [*argv, "--output-dir", str(folder), "--run-name", spec.name]
 
 
-def wandb_group(study_folder: Path, rule: Rule) -> str:
-    """The group of a study's runs on W&B."""
-    return f"study-{study_folder.name}-{rule.sha256[:12]}"
-
-
 def train_command(slot: Slot, argv: Sequence[str], log: Path, group: str = "") -> TrainCommand:
     """launch/train.py with what a slot may use; its run is one of this group on W&B."""
     inherited = {name: value for name, value in without_launcher(os.environ).items() if name not in RUN_VARIABLES}
     env = {"OMP_NUM_THREADS": str(slot.num_threads), **inherited}
-    env["WANDB_RUN_GROUP"] = group
+    env |= {"WANDB_RUN_GROUP": group, "CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
     env.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")  # run.json has the versions; to list them takes 0.8 s a trial
-    env["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
-    num_ranks = max(1, len(slot.gpus))
-    return TrainCommand(script=LAUNCH_FOLDER / "train.py", argv=tuple(argv), env=env, num_ranks=num_ranks, log=log)
+    return TrainCommand(script=LAUNCH_FOLDER / "train.py", argv=tuple(argv), env=env, log=log)
 
 
 def execution_argv(rule: Rule, slot: Slot) -> list[str]:
@@ -165,10 +154,7 @@ class TrialRunner:
         if not result.is_final:
             self.queue.release(claim, has_failed=result.is_tried_again)
             return result
-        self.queue.finish(
-            claim, loss=result.loss, failure=result.failure, has_diverged=result.has_diverged,
-            seconds=result.elapsed_seconds,
-        )  # fmt: skip
+        self.queue.finish(claim, loss=result.loss, failure=result.failure, has_diverged=result.has_diverged)
         if spec.phase == "search":  # its losses are all that is needed of it
             shutil.rmtree(run_folder(self.study_folder, spec) / "checkpoints", ignore_errors=True)
         return result
@@ -176,7 +162,6 @@ class TrialRunner:
     def _run_process(self, claim: Claim, spec: TrialSpec) -> TrialResult:
         folder = run_folder(self.study_folder, spec)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        start_time = time.monotonic()
         log_path = folder.with_name(f"{folder.name}.log")
         with open(folder.with_name(f"{folder.name}.lock"), "w", encoding="utf-8") as lock:
             if not self._wait_for_lock(lock, claim):  # what a dead worker started may still be writing there
@@ -188,13 +173,13 @@ class TrialRunner:
                 *execution_argv(self.rule, self.slot),
                 *(["--resume"] if (folder / "run.json").exists() else []),
             ]
-            command = train_command(self.slot, argv, log_path, wandb_group(self.study_folder, self.rule))
+            group = f"study-{self.study_folder.name}-{self.rule.sha256[:12]}"
+            command = train_command(self.slot, argv, log_path, group)
             exit_code = self._watch(start_training(command, lock), claim)
-        elapsed_seconds = time.monotonic() - start_time
         self._check_data(folder)
         loss = final_loss(folder)
         if exit_code == 0 and loss is not None:
-            return TrialResult(loss=loss, elapsed_seconds=elapsed_seconds)
+            return TrialResult(loss=loss)
         if self.should_stop.is_set() or exit_code in {code for s in STOP_SIGNALS for code in (-s, 128 + s)}:
             return TrialResult()
         failure, has_diverged = last_log_line(log_path, exit_code), "not_finite" in run_events(folder)
@@ -202,7 +187,7 @@ class TrialRunner:
             raise UserError(f"{spec.name}: {failure}")
         if not has_diverged and claim.num_failures + 1 < MAX_ATTEMPTS:  # out of memory, or killed by somebody
             return TrialResult(failure=failure, is_tried_again=True)
-        return TrialResult(failure=failure, has_diverged=has_diverged, elapsed_seconds=elapsed_seconds)
+        return TrialResult(failure=failure, has_diverged=has_diverged)
 
     def _check_data(self, folder: Path) -> None:
         """UserError, and the run is removed, where it was trained on other data than the study began with."""
@@ -262,11 +247,9 @@ def _records(folder: Path) -> list[Record]:
 
 def last_log_line(log_path: Path, exit_code: int) -> str:
     """What a failed run said last."""
-    lines = [
-        line.strip() for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-    ]
+    lines = [line.strip() for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines()]
     errors = [line for line in lines if line.startswith("error: ")]
-    reason = (errors or lines or [""])[-1].removeprefix("error: ")[:300]
+    reason = (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")[:300]
     if exit_code < 0:
         return f"killed by signal {-exit_code}" + (f" after: {reason}" if reason else "")
     return reason or f"exit code {exit_code}"

@@ -1,0 +1,28 @@
+"""The rule of a study, for tests that change one thing of it, and trials of it."""
+
+from typing import Any
+
+from trainer.report.margin import Margin
+from trainer.tools.study.rule import Rule, plan_rungs
+from trainer.tools.study.search import Candidate, TrialSpec
+
+
+def make_rule(total_steps: int = 160, **changes: Any) -> Rule:
+    """Full against LoRA of rank 8 with three fresh seeds."""
+    values: dict[str, Any] = {
+        "methods": ("full", "lora"), "lora_ranks": (8,), "rungs": plan_rungs(total_steps), "search_seeds": (1,),
+        "answer_seeds": (101, 102, 103), "margin": Margin(), "looks": 1, "train_argv": (), "data": "d1" * 6,
+    }  # fmt: skip
+    return Rule(total_steps=total_steps, **{**values, **changes})
+
+
+def make_candidate(method: str = "full", rate_index: int = 0) -> Candidate:
+    """At the rate 10 ** (rate_index / 4)."""
+    return Candidate(
+        method=method, lora_rank=None if method == "full" else 8, rate_index=rate_index, rates_per_decade=4
+    )
+
+
+def make_trial(candidate: Candidate, *, num_steps: int = 16, seed: int = 1) -> TrialSpec:
+    """A run of a search."""
+    return TrialSpec(phase="search", candidate=candidate, num_steps=num_steps, seed=seed)
