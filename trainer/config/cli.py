@@ -6,24 +6,18 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
 from trainer.config.config_file import expand_config, flag_to_argv
 from trainer.config.errors import UserError
-from trainer.config.options import choices_of, without_none
-from trainer.config.presets import choose_preset, preset_defaults, resolve
+from trainer.config.options import choices_of, flag_of, without_none
+from trainer.config.presets import PRESET_VALUES, choose_preset, resolve
 from trainer.config.settings import GROUPS, Settings
 
-TITLES = {
-    "model": "model",
-    "lora": "LoRA (with --mode lora)",
-    "data": "data",
-    "train": "training",
-    "engine": "engine",
-    "output": "output",
-}
+TITLES = {name: name for name in GROUPS} | {"lora": "LoRA (with --mode lora)", "train": "training"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +79,15 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
     overrides: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
     overridden_flags = []
     for name, group in GROUPS.items():
-        for field in _flag_fields(group):
-            key = f"{name}.{field.name}"
-            if key in args:
+        for field in dataclasses.fields(group):
+            if (key := f"{name}.{field.name}") in args:
                 overrides[name][field.name] = args[key]
-                overridden_flags.append(field.metadata["flag"])
+                overridden_flags.append(flag_of(field))
     if args["mode"] is None:
         raise UserError(f"--mode is missing: expected --mode {' or --mode '.join(MODES)}")
-    _check_exclusive(args)
+    actions = [f"--{name.replace('_', '-')}" for name in ("find_lr", "find_batch", "dry_run", "resume") if args[name]]
+    if len(actions) > 1 and actions[0] != "--dry-run":
+        raise UserError(f"{actions[0]} and {actions[1]}: one at a time")
     preset = args["preset"] or choose_preset(overrides["model"].get("model"))
     return CliArgs(
         settings=resolve(args["mode"], preset, overrides, tuple(overridden_flags)),
@@ -107,19 +102,12 @@ def parse_args(argv: Sequence[str] | None = None, *, companion: ArgumentParser |
     )
 
 
-def _check_exclusive(args: Mapping[str, Any]) -> None:
-    """UserError where more than one thing is asked for."""
-    actions = [f"--{name.replace('_', '-')}" for name in ("find_lr", "find_batch", "dry_run", "resume") if args[name]]
-    if len(actions) > 1 and actions[0] != "--dry-run":
-        raise UserError(f"{actions[0]} and {actions[1]}: one at a time")
-
-
 def to_argv(cli_args: CliArgs, **replacements: Mapping[str, Any]) -> list[str]:
     """A command line of the mode, the preset and the overridden settings, with `replacements` (by group) over them."""
     argv = ["--mode", cli_args.settings.mode, "--preset", cli_args.settings.preset]
     for name, group in GROUPS.items():
         values = {**cli_args.overrides.get(name, {}), **replacements.get(name, {})}
-        for field in _flag_fields(group):
+        for field in dataclasses.fields(group):
             if field.name in values:
                 argv += flag_to_argv(field, values[field.name])
     return argv
@@ -137,7 +125,7 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     _add_run_flags(parser.add_argument_group("run"))
     for name, group in GROUPS.items():
         section = parser.add_argument_group(TITLES[name])
-        for field in _flag_fields(group):
+        for field in dataclasses.fields(group):
             _add_flag(section, name, field)
     return parser
 
@@ -181,44 +169,30 @@ def _add_run_flags(run_flags: Any) -> None:
         "--verbose", action="store_true",
         help="show what DeepSpeed, transformers and the others log and warn of, too (the launcher's own: deepspeed -q)",
     )  # fmt: skip
-    run_flags.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # the launcher passes it; LOCAL_RANK says the same
-
-
-def _flag_fields(group: Any) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(group) if "flag" in field.metadata]
+    # the launcher passes it; LOCAL_RANK says the same
+    run_flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _add_flag(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
-    meta = field.metadata
+    flag, help_text = flag_of(field), field.metadata["help"]
     common = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
     if field.type is bool:  # a switch: given, it is the other way round
         action = "store_false" if field.default else "store_true"
-        section.add_argument(meta["flag"], action=action, help=meta["help"], **common)
+        section.add_argument(flag, action=action, help=help_text, **common)
         return
     choices = choices_of(field.type)
     parse, metavar = (str, _choice_text(choices)) if choices else _PARSERS.get(without_none(field.type), _NAMES_PARSER)
-    section.add_argument(
-        meta["flag"], type=parse, help=f"{meta['help']}{_default_text(group, field)}", metavar=metavar, **common
-    )
+    section.add_argument(flag, type=parse, help=help_text + _default_text(group, field), metavar=metavar, **common)
 
 
 def _choice_text(choices: tuple[str, ...]) -> str:
     return f"{{{','.join(choices)}}}"
 
 
-def _parse_whole(text: str) -> int | str:
+def _parse_number(kind: type, text: str) -> Any:
     """The number, or the text as it is where it is none: the field's check then says what would be accepted."""
     try:
-        return int(text)
-    except ValueError:
-        return text
-
-
-def _parse_number(text: str) -> float | str:
-    try:
-        return float(text)
+        return kind(text)
     except ValueError:
         return text
 
@@ -227,14 +201,16 @@ def _split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-_PARSERS: dict[Any, tuple[Any, str]] = {int: (_parse_whole, "N"), float: (_parse_number, "X"), str: (str, "TEXT")}
 _NAMES_PARSER = (_split_names, "NAMES")
+_PARSERS: dict[Any, tuple[Any, str]] = {
+    int: (partial(_parse_number, int), "N"), float: (partial(_parse_number, float), "X"), str: (str, "TEXT"),
+}  # fmt: skip
 
 
 def _default_text(group: str, field: dataclasses.Field[Any]) -> str:
     """The default as `--help` prints it, with the unit; each preset's where they differ."""
-    unit = f" {field.metadata['unit']}" if field.metadata["unit"] else ""
-    presets = {name: preset_defaults(name).get(group, {}).get(field.name, field.default) for name in PRESETS}
+    unit = field.metadata["unit"] and f" {field.metadata['unit']}"
+    presets = {name: PRESET_VALUES[name].get(group, {}).get(field.name, field.default) for name in PRESETS}
     if field.default is None or field.default == ():
         return f" [{unit.strip()}]" if unit else ""
     if len(set(presets.values())) == 1:

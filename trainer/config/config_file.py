@@ -11,6 +11,7 @@ from trainer.config.argument_parser import ArgumentParser
 from trainer.config.errors import UserError
 from trainer.config.files import read_text_file
 from trainer.config.flag_suggestions import suggest_flag
+from trainer.config.options import flag_of
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings
 
@@ -50,7 +51,7 @@ def _run_to_argv(path: Path) -> list[str]:
     argv = ["--mode", settings.mode, "--preset", settings.preset]
     for name, group in GROUPS.items():
         for field in dataclasses.fields(group):
-            flag = field.metadata["flag"]
+            flag = flag_of(field)
             if flag in settings.overridden and flag != "--output-dir":
                 argv += flag_to_argv(field, getattr(getattr(settings, name), field.name))
     return argv
@@ -91,7 +92,7 @@ def _entry_to_argv(path: Path, key: str, value: Any, takes_value: dict[str, bool
 
 def flag_to_argv(field: dataclasses.Field[Any], value: Any) -> list[str]:
     """A settings field as words of a command line; none where it is left out, or a switch that is not thrown."""
-    flag = field.metadata["flag"]
+    flag = flag_of(field)
     if field.type is bool:
         return [flag] if value != field.default else []
     if value is None:

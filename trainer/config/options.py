@@ -7,16 +7,14 @@ import sys
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from trainer.config.errors import UserError
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Accepted:
+class Accepted(NamedTuple):
     """Which values of a field's type are accepted, as a check and in words."""
 
     check: Callable[[Any], bool]
@@ -25,35 +23,39 @@ class Accepted:
 
 def at_least(minimum: int) -> Accepted:
     """Whole numbers from `minimum`."""
-    return Accepted(check=lambda value: value >= minimum, description=f"a whole number from {minimum}")
+    return Accepted(lambda value: value >= minimum, f"a whole number from {minimum}")
 
 
-ABOVE_ZERO = Accepted(check=lambda value: 0 < value < math.inf, description="a number above 0")
-FROM_ZERO = Accepted(check=lambda value: 0 <= value < math.inf, description="0 or a number above it")
-PROBABILITY = Accepted(check=lambda value: 0 <= value < 1, description="a probability from 0 up to 1")
-SHARE = Accepted(check=lambda value: 0 < value < 1, description="a share between 0 and 1")
-SHARE_OR_NONE = Accepted(check=lambda value: 0 <= value < 1, description="0 (none) or a share between 0 and 1")
-NOT_EMPTY = Accepted(check=bool, description="a name or a folder")
+ABOVE_ZERO = Accepted(lambda value: 0 < value < math.inf, "a number above 0")
+FROM_ZERO = Accepted(lambda value: 0 <= value < math.inf, "0 or a number above it")
+PROBABILITY = Accepted(lambda value: 0 <= value < 1, "a probability from 0 up to 1")
+SHARE = Accepted(lambda value: 0 < value < 1, "a share between 0 and 1")
+SHARE_OR_NONE = Accepted(lambda value: 0 <= value < 1, "0 (none) or a share between 0 and 1")
+NOT_EMPTY = Accepted(bool, "a name or a folder")
 INTERVAL = Accepted(
-    check=lambda value: value in ("epoch", "never") or (value.isdecimal() and int(value) > 0),
-    description="a number of steps, `epoch` or `never`",
+    lambda value: value in ("epoch", "never") or (value.isdecimal() and int(value) > 0),
+    "a number of steps, `epoch` or `never`",
 )
 
 RUN_ID = Accepted(  # part of names of files and of W&B's paths
-    check=lambda value: re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is not None,
-    description="1 to 64 letters, digits, _ and -",
+    lambda value: re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value) is not None, "1 to 64 letters, digits, _ and -"
 )
 WANDB_PROJECT = Accepted(
-    check=lambda value: 0 < len(value) <= 128 and value.isprintable() and not set(value) & set("/\\#?%:"),
-    description="a name of at most 128 characters without / \\ # ? % :",
+    lambda value: 0 < len(value) <= 128 and value.isprintable() and not set(value) & set("/\\#?%:"),
+    "a name of at most 128 characters without / \\ # ? % :",
 )
 
 
 def option(
-    default: Any = dataclasses.MISSING, *, flag: str, help: str, unit: str = "", accepts: Accepted | None = None
+    default: Any = dataclasses.MISSING, *, help: str, flag: str = "", unit: str = "", accepts: Accepted | None = None
 ) -> Any:
-    """One field together with what `--help` says of it; `unit` is printed behind the default."""
-    return field(default=default, metadata={"flag": flag, "help": help, "unit": unit, "accepts": accepts})
+    """One field with what `--help` says of it and its unit; `flag` where that is not the field's own name."""
+    return dataclasses.field(default=default, metadata={"flag": flag, "help": help, "unit": unit, "accepts": accepts})
+
+
+def flag_of(item: dataclasses.Field[Any]) -> str:
+    """The flag of a settings field: `--max-steps` of `max_steps`."""
+    return item.metadata.get("flag") or f"--{item.name.replace('_', '-')}"
 
 
 def check_range(is_accepted: bool, flag: str, value: object, accepted: str) -> None:
@@ -70,7 +72,7 @@ def check_fields(group: Any) -> None:
         if problem:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             shown = text if str(text).isprintable() and text != "" else repr(text)
-            raise UserError(f"{item.metadata.get('flag', item.name)} {shown}: expected {problem}")
+            raise UserError(f"{flag_of(item)} {shown}: expected {problem}")
 
 
 def value_problem(value: object, item: dataclasses.Field[Any]) -> str:

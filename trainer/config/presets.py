@@ -1,9 +1,10 @@
 """The presets: values of the fields that have no default of their own, and how settings come of them."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.choices import DEMO_DATA, DEMO_MODEL, LORA_LR_FACTOR, MODES, PRESETS, Preset
+from trainer.config.choices import DEMO_DATA, DEMO_MODEL, LORA_LR_FACTOR, PRESETS, Preset
 from trainer.config.errors import UserError
 from trainer.config.options import check_range, join_words
 from trainer.config.settings import GROUPS, Settings
@@ -11,42 +12,28 @@ from trainer.config.settings import GROUPS, Settings
 CARD_MODELS = ("gpt2", "openai-community/gpt2")
 
 
-def card() -> dict[str, dict[str, Any]]:
-    """The published settings of `gpt2-acled-t2s`; AdamW, decay 0 and clip 1.0 are its program's defaults."""
-    return {
+#: {preset: {group: {field: value}}} for --mode full.
+PRESET_VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    # what `gpt2-acled-t2s` published; AdamW, decay 0 and clip 1.0 are its program's defaults
+    "card": {
         "model": {"model": "gpt2"},
         "data": {"data": DEMO_DATA, "objective": "blocks", "block_size": 1024},
         "train": {"global_batch": 2, "eval_batch": 2, "lr": 3e-5},
-    }
-
-
-def demo() -> dict[str, dict[str, Any]]:
-    """The embedded model and data, small enough for two CPU cores."""
-    return {
+    },
+    # the embedded model and data, small enough for two CPU cores
+    "demo": {
         "model": {"model": DEMO_MODEL},
         "data": {"data": DEMO_DATA, "block_size": 256},
         "train": {"global_batch": 8, "eval_batch": 16, "lr": 5e-4},
-    }
-
-
-def finetune() -> dict[str, dict[str, Any]]:
-    """Any other model: what instruction tuning commonly takes, a guess until --find-lr or study.py has looked.
-
-    2e-5 and a cosine after 3 % of warm-up: Alpaca and most full fine-tunings of 1 to 10 B parameters since; ten times
-    that with adapters, and 16 examples a step: QLoRA (arXiv 2305.14314, table 9).
-    """
-    return {
+    },
+    # any other model, a guess until --find-lr or study.py has looked. 2e-5 and a cosine after 3 % of warm-up: Alpaca
+    # and most full fine-tunings of 1 to 10 B parameters since; ten times that with adapters, and 16 examples a step:
+    # QLoRA (arXiv 2305.14314, table 9)
+    "finetune": {
         "data": {"data": DEMO_DATA, "block_size": 0},
-        "train": {
-            "global_batch": 16, "eval_batch": 8, "lr": 2e-5, "schedule": "cosine", "warmup_ratio": 0.03,
-        },
-    }  # fmt: skip
-
-
-def preset_defaults(preset: str) -> dict[str, dict[str, Any]]:
-    """The values of a preset that have no default of their own, for --mode full."""
-    check_range(preset in PRESETS, "--preset", preset, join_words(PRESETS))
-    return {"card": card, "demo": demo, "finetune": finetune}[preset]()
+        "train": {"global_batch": 16, "eval_batch": 8, "lr": 2e-5, "schedule": "cosine", "warmup_ratio": 0.03},
+    },
+}
 
 
 def choose_preset(model: str | None) -> Preset:
@@ -63,8 +50,8 @@ def resolve(
 
     The mode changes one number only, the learning rate, and only where the user gave none; a test holds it there.
     """
-    check_range(mode in MODES, "--mode", mode, join_words(MODES))
-    values = preset_defaults(preset)
+    check_range(preset in PRESETS, "--preset", preset, join_words(PRESETS))
+    values = copy.deepcopy(PRESET_VALUES[preset])
     if preset == "finetune" and "model" not in overrides.get("model", {}):
         raise UserError("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")
     if mode == "lora":

@@ -23,43 +23,33 @@ class EngineSettings:
     """How the work is divided over ranks and in which number format it is done."""
 
     ds_config: str | None = option(
-        None,
-        flag="--ds-config",
-        help=f"ZeRO file: {', '.join(DS_CONFIG_NAMES)}, or a path; left out: chosen, and the plan says why",
+        None, help=f"ZeRO file: {', '.join(DS_CONFIG_NAMES)}, or a path; left out: chosen, and the plan says why"
     )
     precision: Precision | None = option(
-        None,
-        flag="--precision",
-        help="arithmetic of forward and backward; left out: bf16 on a GPU that has it, else fp32",
+        None, help="arithmetic of forward and backward; left out: bf16 on a GPU that has it, else fp32"
     )
     hang_timeout: float = option(
         600.0,
-        flag="--hang-timeout",
         help="end the run where no rank moves for so long, and name who hangs",
         unit="seconds",
         accepts=Accepted(
-            check=lambda value: 5 <= value <= MAX_HANG_TIMEOUT_SECONDS,
-            description=f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}",
+            lambda value: 5 <= value <= MAX_HANG_TIMEOUT_SECONDS, f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}"
         ),
     )
     grace: float = option(
         60.0,
-        flag="--grace",
         help="end the run where it has not saved and ended so long after a signal",
         unit="seconds",
-        accepts=Accepted(check=lambda value: 1 <= value < math.inf, description="seconds from 1"),
+        accepts=Accepted(lambda value: 1 <= value < math.inf, "seconds from 1"),
     )
     execution: Execution = option(
         "auto",
-        flag="--execution",
         help="eager: operation by operation; graphs: recorded as CUDA graphs; compile: torch.compile, after a minute "
         "of compiling; auto: a GPU's long runs time them over their first steps and keep the fastest, short ones are "
         "recorded, a CPU is eager. What is recorded or compiled is first held against an eager step",
     )
     activation_checkpointing: bool = option(
-        False,
-        flag="--activation-checkpointing",
-        help="keep each block's input only and compute it again in backward: less memory, a third more work",
+        False, help="keep each block's input only and compute it again in backward: less memory, a third more work"
     )
 
     def __post_init__(self) -> None:
@@ -71,69 +61,44 @@ class OutputSettings:
     """What a run leaves and where."""
 
     eval_every: str = option(
-        "epoch",
-        flag="--eval-every",
-        help="evaluate every so many steps, every `epoch`, or `never` in between",
-        accepts=INTERVAL,
+        "epoch", help="evaluate every so many steps, every `epoch`, or `never` in between", accepts=INTERVAL
     )
     save_every: str = option(
-        "epoch",
-        flag="--save-every",
-        help="save a checkpoint every so many steps, every `epoch`, or `never` in between",
-        accepts=INTERVAL,
+        "epoch", help="save a checkpoint every so many steps, every `epoch`, or `never` in between", accepts=INTERVAL
     )
-    save_total_limit: int = option(
-        2, flag="--save-total-limit", help="newest checkpoints to keep, beside the best one", accepts=at_least(1)
-    )
-    output_dir: str | None = option(
-        None, flag="--output-dir", help="run folder; left out: runs/<run name>", accepts=NOT_EMPTY
-    )
-    wandb: WandbMode | None = option(None, flag="--wandb", help="left out: online where logged in, else offline")
+    save_total_limit: int = option(2, help="newest checkpoints to keep, beside the best one", accepts=at_least(1))
+    output_dir: str | None = option(None, help="run folder; left out: runs/<run name>", accepts=NOT_EMPTY)
+    wandb: WandbMode | None = option(None, help="left out: online where logged in, else offline")
     wandb_project: str | None = option(
-        None,
-        flag="--wandb-project",
-        help="project that runs to be compared share; left out: WANDB_PROJECT, or ours",
-        accepts=WANDB_PROJECT,
+        None, help="project that runs to be compared share; left out: WANDB_PROJECT, or ours", accepts=WANDB_PROJECT
     )
     run_name: str | None = option(
         None,
-        flag="--run-name",
         help="left out: <mode or adapter>-<data>",
         accepts=Accepted(
-            check=lambda value: re.fullmatch(r"(?!\.+$)[\w.+-]{1,128}", value) is not None,
-            description="up to 128 letters, digits and . _ + -, not dots alone",
+            lambda value: re.fullmatch(r"(?!\.+$)[\w.+-]{1,128}", value) is not None,
+            "up to 128 letters, digits and . _ + -, not dots alone",
         ),
     )
     report_to: tuple[ExtraLogger, ...] = option(
-        (),
-        flag="--report-to",
-        help=f"where the rows go beside metrics.jsonl and W&B, comma separated: {', '.join(EXTRA_LOGGERS)}",
+        (), help=f"where the rows go beside metrics.jsonl and W&B, comma separated: {', '.join(EXTRA_LOGGERS)}"
     )
     profile: int | None = option(
-        None,
-        flag="--profile",
-        help="profile so many steps of rank 0 into the run folder's profile/",
-        unit="steps",
-        accepts=at_least(1),
+        None, help="profile so many steps of rank 0 into the run folder's profile/", unit="steps", accepts=at_least(1)
     )
     export: ExportChoice = option(
         "last",
-        flag="--export",
         help="weights that go into the exported folder: of the last step, or of the checkpoint with the lowest "
         "validation loss (then one is saved at each evaluation that is the lowest so far); none: nothing is exported, "
         "and test records stay unseen",
     )
     num_samples: int = option(
         2,
-        flag="--num-samples",
         help=f"validation prompts completed at each evaluation, at most {MAX_NUM_SAMPLES}; 0: none",
-        accepts=Accepted(
-            check=lambda value: 0 <= value <= MAX_NUM_SAMPLES, description=f"a whole number from 0 to {MAX_NUM_SAMPLES}"
-        ),
+        accepts=Accepted(lambda value: 0 <= value <= MAX_NUM_SAMPLES, f"a whole number from 0 to {MAX_NUM_SAMPLES}"),
     )
     score_samples: bool = option(
         False,
-        flag="--score-samples",
         help="score completions of validation prompts at each evaluation: exact match, BLEU, chrF, ROUGE-L; of ACLED "
         "data also date, place and fatalities",
     )

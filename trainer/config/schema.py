@@ -43,21 +43,14 @@ _EARLY_STOP = re.compile(r"([1-9]\d*)(?::(\d+\.?\d*(?:e-?\d+)?))?")
 class ModelSettings:
     """Which weights training starts from."""
 
-    model: str = option(
-        flag="--model", help="hub id or folder of a causal LM, or the embedded `demo-base`", accepts=NOT_EMPTY
-    )
-    init: Init = option("pretrained", flag="--init", help="start from its weights, or from random ones")
+    model: str = option(help="hub id or folder of a causal LM, or the embedded `demo-base`", accepts=NOT_EMPTY)
+    init: Init = option("pretrained", help="start from its weights, or from random ones")
     quant: Quantization | None = option(
-        None,
-        flag="--quant",
-        help="with --mode lora: hold the frozen layers in 4 bits (nf4, fp4) or 8 (int8); left out: in float32",
+        None, help="with --mode lora: hold the frozen layers in 4 bits (nf4, fp4) or 8 (int8); left out: in float32"
     )
-    quant_double: bool = option(False, flag="--quant-double", help="with nf4 and fp4: hold their scales in 8 bits too")
+    quant_double: bool = option(False, help="with nf4 and fp4: hold their scales in 8 bits too")
     dropout: float | None = option(
-        None,
-        flag="--dropout",
-        help="every dropout of the model (GPT-2 has three); left out: the model's own",
-        accepts=PROBABILITY,
+        None, help="every dropout of the model (GPT-2 has three); left out: the model's own", accepts=PROBABILITY
     )
 
     def __post_init__(self) -> None:
@@ -70,32 +63,29 @@ class ModelSettings:
 class LoraSettings:
     """The shape of the adapters; only looked at with --mode lora."""
 
-    rank: int = option(8, flag="--lora-rank", help="inner dimension of each adapter", accepts=at_least(1))
-    alpha: float = option(16.0, flag="--lora-alpha", help="adapters are scaled by alpha / rank", accepts=ABOVE_ZERO)
-    dropout: float = option(0.0, flag="--lora-dropout", help="dropout before each adapter", accepts=PROBABILITY)
+    rank: int = option(8, help="inner dimension of each adapter", flag="--lora-rank", accepts=at_least(1))
+    alpha: float = option(16.0, help="adapters are scaled by alpha / rank", flag="--lora-alpha", accepts=ABOVE_ZERO)
+    dropout: float = option(0.0, help="dropout before each adapter", flag="--lora-dropout", accepts=PROBABILITY)
     target_modules: tuple[str, ...] = option(
         (),
-        flag="--lora-target-modules",
         help="layers to adapt, comma separated: attention, mlp, all, a layer's name or its end, or a pattern "
         "(*.h.0.*); left out: all, that is every Conv1D and Linear but the output layer",
-        accepts=Accepted(check=all, description="layer names separated by commas"),
+        flag="--lora-target-modules",
+        accepts=Accepted(all, "layer names separated by commas"),
     )
     adapter: Adapter = option(
         "lora",
-        flag="--adapter",
         help="lora; dora: magnitude and direction apart; rslora: scaled by alpha / sqrt(rank); "
         "pissa: begins with the base's largest singular vectors",
     )
     plus_ratio: float = option(
         1.0,
-        flag="--lora-plus-ratio",
         help="LoRA+: learning rate of the B matrices over that of all else",
+        flag="--lora-plus-ratio",
         accepts=ABOVE_ZERO,
     )
     modules_to_save: tuple[ModuleToSave, ...] = option(
-        (),
-        flag="--modules-to-save",
-        help=f"weights of the base to train beside the adapters, comma separated: {', '.join(MODULES_TO_SAVE)}",
+        (), help=f"weights of the base to train beside the adapters, comma separated: {', '.join(MODULES_TO_SAVE)}"
     )
 
     def __post_init__(self) -> None:
@@ -107,64 +97,43 @@ class DataSettings:
     """Which records are read and how they become rows of token ids."""
 
     data: str = option(
-        flag="--data",
         help="CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo",
-        accepts=Accepted(check=bool, description="a file, folder, glob, hub id or acled-demo"),
+        accepts=Accepted(bool, "a file, folder, glob, hub id or acled-demo"),
     )
-    val_data: str | None = option(
-        None, flag="--val-data", help="validation records, in the same forms; left out: split off --data"
-    )
-    val_fraction: float = option(
-        0.1, flag="--val-fraction", help="share split off for validation, by hash of the record", accepts=SHARE
-    )
-    test_data: str | None = option(
-        None, flag="--test-data", help="test records, evaluated once, at the weights that are exported"
-    )
+    val_data: str | None = option(None, help="validation records, in the same forms; left out: split off --data")
+    val_fraction: float = option(0.1, help="share split off for validation, by hash of the record", accepts=SHARE)
+    test_data: str | None = option(None, help="test records, evaluated once, at the weights that are exported")
     test_fraction: float = option(
-        0.0,
-        flag="--test-fraction",
-        help="share split off for a test, likewise; it is taken from the training records",
-        accepts=SHARE_OR_NONE,
+        0.0, help="share split off for a test, likewise; it is taken from the training records", accepts=SHARE_OR_NONE
     )
     retain_data: str | None = option(
-        None, flag="--retain-data", help="text of the base's kind (`demo-base`: the embedded one's): shows forgetting"
+        None, help="text of the base's kind (`demo-base`: the embedded one's): shows forgetting"
     )
     split_by: str | None = option(
-        None, flag="--split-by", help="column whose equal values stay in one split and count as one in an interval"
+        None, help="column whose equal values stay in one split and count as one in an interval"
     )
-    prompt: str | None = option(None, flag="--prompt", help="template of a record's prompt, for instance '{mr}'")
-    completion: str | None = option(
-        None, flag="--completion", help="template of the text to be learnt, for instance '{ref}'"
-    )
+    prompt: str | None = option(None, help="template of a record's prompt, for instance '{mr}'")
+    completion: str | None = option(None, help="template of the text to be learnt, for instance '{ref}'")
     format: DataFormat | None = option(
-        None, flag="--format", help="what the columns mean; left out: recognised from them, and the plan says so"
+        None, help="what the columns mean; left out: recognised from them, and the plan says so"
     )
-    chat_template: str | None = option(
-        None, flag="--chat-template", help="Jinja file that writes conversations; left out: the model's own"
-    )
+    chat_template: str | None = option(None, help="Jinja file that writes conversations; left out: the model's own")
     objective: Objective | None = option(
         None,
-        flag="--objective",
         help="blocks: all texts joined and cut; completion: one record a row, loss on the completion only; left out: "
         "completion for chat, prompt-completion and alpaca, else blocks",
     )
     unusable_records: UnusableRecords = option(
         "refuse",
-        flag="--unusable-records",
         help="conversations whose learnt tokens cannot be proven or lie beyond the block size: refuse, or drop them",
     )
     block_size: int = option(
-        flag="--block-size",
         help="length of a block, longest row with --objective completion; 0: from the lengths of the data",
         unit="tokens",
-        accepts=Accepted(
-            check=lambda value: value == 0 or value >= 2, description="2 tokens or more, or 0: from the data"
-        ),
+        accepts=Accepted(lambda value: value == 0 or value >= 2, "2 tokens or more, or 0: from the data"),
     )
-    packing: bool = option(
-        False, flag="--packing", help="completion and chat: several examples in a row, hidden from one another"
-    )
-    shuffle: bool = option(True, flag="--no-shuffle", help="take the examples in the order of the data")
+    packing: bool = option(False, help="completion and chat: several examples in a row, hidden from one another")
+    shuffle: bool = option(True, help="take the examples in the order of the data", flag="--no-shuffle")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -186,81 +155,61 @@ class DataSettings:
 class TrainSettings:
     """The optimisation: how much, how fast, in which batches."""
 
-    epochs: float = option(3.0, flag="--epochs", help="passes over the training set", accepts=ABOVE_ZERO)
+    epochs: float = option(3.0, help="passes over the training set", accepts=ABOVE_ZERO)
     max_steps: int | None = option(
-        None,
-        flag="--max-steps",
-        help="end here instead; the schedule ends here too",
-        unit="steps",
-        accepts=at_least(1),
+        None, help="end here instead; the schedule ends here too", unit="steps", accepts=at_least(1)
     )
-    global_batch: int = option(
-        flag="--global-batch", help="examples per optimizer step over all ranks", unit="examples", accepts=at_least(1)
-    )
+    global_batch: int = option(help="examples per optimizer step over all ranks", unit="examples", accepts=at_least(1))
     micro_batch: int | None = option(
         None,
-        flag="--micro-batch",
         help="examples in one forward on one rank; left out: global batch / ranks",
         unit="examples",
         accepts=at_least(1),
     )
     eval_batch: int = option(
-        flag="--eval-batch",
-        help="examples in one evaluation forward on one rank; changes no number",
-        unit="examples",
-        accepts=at_least(1),
+        help="examples in one evaluation forward on one rank; changes no number", unit="examples", accepts=at_least(1)
     )
-    lr: float = option(
-        flag="--lr", help="peak learning rate; left out: the preset's, times 10 with --mode lora", accepts=ABOVE_ZERO
-    )
-    warmup_steps: int = option(
-        0, flag="--warmup-steps", help="linear warm-up before the schedule", unit="steps", accepts=at_least(0)
-    )
+    lr: float = option(help="peak learning rate; left out: the preset's, times 10 with --mode lora", accepts=ABOVE_ZERO)
+    warmup_steps: int = option(0, help="linear warm-up before the schedule", unit="steps", accepts=at_least(0))
     warmup_ratio: float = option(
         0.0,
-        flag="--warmup-ratio",
         help="the same as a share of all steps, rounded up",
-        accepts=Accepted(check=PROBABILITY.check, description="a share from 0 up to 1"),
+        accepts=Accepted(PROBABILITY.check, "a share from 0 up to 1"),
     )
     schedule: Schedule = option(
         "linear",
-        flag="--schedule",
         help="after the warm-up: linear or half a cosine to --min-lr, constant, or wsd: constant, then half a cosine "
         "over the last tenth of the steps",
     )
-    min_lr: float = option(0.0, flag="--min-lr", help="learning rate at which the schedule ends", accepts=FROM_ZERO)
-    weight_decay: float = option(0.0, flag="--weight-decay", help="AdamW's decoupled weight decay", accepts=FROM_ZERO)
+    min_lr: float = option(0.0, help="learning rate at which the schedule ends", accepts=FROM_ZERO)
+    weight_decay: float = option(0.0, help="AdamW's decoupled weight decay", accepts=FROM_ZERO)
     max_grad_norm: float = option(
         1.0,
-        flag="--max-grad-norm",
         help="largest norm of the global gradient; 0: no clipping",
-        accepts=Accepted(check=FROM_ZERO.check, description="0 (off) or a number above it"),
+        accepts=Accepted(FROM_ZERO.check, "0 (off) or a number above it"),
     )
     seed: int = option(
         42,
-        flag="--seed",
         help="seed of initial weights, data order and dropout",
-        accepts=Accepted(check=lambda value: 0 <= value < 2**32, description="a whole number from 0 to 4294967295"),
+        accepts=Accepted(lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295"),
     )
     optim: Optimizer = option(
         "adamw_fused",
-        flag="--optim",
         help="adamw_fused: torch's AdamW in one kernel; adamw: its plain one, same formula, other rounding; "
         "adamw8bit, paged_adamw8bit: bitsandbytes', moments in 8 bits, not divided by ZeRO",
     )
     early_stop: str | None = option(
         None,
-        flag="--early-stop",
         help="PATIENCE or PATIENCE:MIN_DELTA: end the run after so many evaluations in a row whose validation loss is "
         "not more than MIN_DELTA nats below the lowest before them; left out: never",
         accepts=Accepted(
-            check=lambda value: _EARLY_STOP.fullmatch(value) is not None,
-            description="PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
+            lambda value: _EARLY_STOP.fullmatch(value) is not None,
+            "PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
         ),
     )
-    beta1: float = option(0.9, flag="--adam-beta1", help="AdamW's decay of the first moment", accepts=PROBABILITY)
-    beta2: float = option(0.999, flag="--adam-beta2", help="AdamW's decay of the second moment", accepts=PROBABILITY)
-    epsilon: float = option(1e-8, flag="--adam-epsilon", help="AdamW's addend of the denominator", accepts=ABOVE_ZERO)
+    beta1: float = option(0.9, help="AdamW's decay of the first moment", flag="--adam-beta1", accepts=PROBABILITY)
+    beta2: float = option(0.999, help="AdamW's decay of the second moment", flag="--adam-beta2", accepts=PROBABILITY)
+    epsilon: float = option(1e-8, help="AdamW's addend of the denominator", flag="--adam-epsilon", accepts=ABOVE_ZERO)
 
     def __post_init__(self) -> None:
         check_fields(self)

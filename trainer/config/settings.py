@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS, Mode, Preset
 from trainer.config.errors import UserError
-from trainer.config.options import check_fields, option
+from trainer.config.options import check_fields
 from trainer.config.runtime_schema import EngineSettings, OutputSettings
 from trainer.config.schema import DataSettings, LoraSettings, ModelSettings, TrainSettings
 
@@ -24,22 +24,17 @@ GROUPS: dict[str, Any] = {
     "engine": EngineSettings,
     "output": OutputSettings,
 }
-MUTABLE_ON_RESUME = (
-    "data.data",
-    "data.val_data",
-    "data.test_data",
-    "data.retain_data",
-    "train.micro_batch",
-    "train.eval_batch",
-)  # data: by fingerprint
+MUTABLE_ON_RESUME = (  # data: by fingerprint
+    "data.data", "data.val_data", "data.test_data", "data.retain_data", "train.micro_batch", "train.eval_batch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """One run, whole."""
 
-    mode: Mode = option(flag="--mode", help="train every weight, or LoRA adapters")
-    preset: Preset = option(flag="--preset", help="the values of what is not given")
+    mode: Mode
+    preset: Preset
     model: ModelSettings
     lora: LoraSettings
     data: DataSettings

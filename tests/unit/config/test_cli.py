@@ -6,6 +6,7 @@ import pytest
 
 from trainer.config import cli
 from trainer.config.errors import UserError
+from trainer.config.options import flag_of
 from trainer.config.presets import preset_notes
 from trainer.config.settings import GROUPS
 
@@ -69,8 +70,8 @@ VALUES = {
     "--adam-epsilon": ("1e-6", 1e-6),
 }  # fmt: skip
 FIELDS = {
-    field.metadata["flag"]: (name, field.name)
-    for name, group in GROUPS.items() for field in dataclasses.fields(group) if "flag" in field.metadata
+    flag_of(field): (name, field.name)
+    for name, group in GROUPS.items() for field in dataclasses.fields(group)
 }  # fmt: skip
 
 
