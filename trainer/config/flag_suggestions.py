@@ -1,168 +1,113 @@
 """What to answer to a flag that does not exist here: ours for the spelling of another trainer, or for a typo."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-#: Spellings elsewhere, with `_` for `-`, and ours. A flag alone takes the value over; a flag with a value stands as it
-#: is, for switches there; any other text says why there is none.
-SUGGESTIONS = {
-    # transformers: TrainingArguments and its example scripts
-    "learning_rate": "--lr",
-    "per_device_train_batch_size": "--micro-batch",
-    "per_gpu_train_batch_size": "--micro-batch",
-    "per_device_eval_batch_size": "--eval-batch",
-    "per_gpu_eval_batch_size": "--eval-batch",
-    "train_batch_size": "--global-batch",
-    "auto_find_batch_size": "--find-batch",
-    "gradient_accumulation_steps": "derived here from --global-batch / (--micro-batch x ranks); leave it out",
-    "num_train_epochs": "--epochs",
-    "lr_scheduler_type": "--schedule",
-    "adam_beta_1": "--adam-beta1",
-    "adam_beta_2": "--adam-beta2",
-    "eval_steps": "--eval-every",
-    "eval_strategy": "--eval-every",
-    "evaluation_strategy": "--eval-every",
-    "save_steps": "--save-every",
-    "save_strategy": "--save-every",
-    "logging_steps": "every step is recorded here; leave it out",
-    "logging_dir": "logs lie in the run folder; expected --output-dir",
-    "load_best_model_at_end": "--export best",
-    "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss; expected --export best",
-    "early_stopping_patience": "--early-stop",
-    "bf16": "--precision bf16",
-    "fp16": "--precision fp16",
-    "torch_dtype": "--precision",
-    "gradient_checkpointing": "--activation-checkpointing",
-    "torch_compile": "--execution compile",
-    "deepspeed": "--ds-config",
-    "resume_from_checkpoint": "--resume",
-    "overwrite_output_dir": "a run is never written over; expected --resume, or another --output-dir",
-    "data_seed": "--seed",
-    "do_train": "training is all that this program does; leave it out",
-    "do_eval": "the validation set is evaluated every epoch; expected --eval-every to change that",
-    "dataloader_num_workers": "data are tokenised once and then mapped; leave it out",
-    "no_cuda": "a processor is used where no GPU is seen; expected CUDA_VISIBLE_DEVICES= before the command",
-    "use_cpu": "a processor is used where no GPU is seen; expected CUDA_VISIBLE_DEVICES= before the command",
-    "tf32": "fp32 is full float32 here; expected --precision bf16 for speed",
-    "group_by_length": "completions of like length meet in a micro-batch here; leave it out",
-    "hub_token": "expected the environment variable HF_TOKEN",
-    "ddp_timeout": "--hang-timeout",
-    "fsdp": "sharding is ZeRO's here; expected --ds-config zero3",
-    "push_to_hub": "expected launch/export.py, after the run",
-    "model_name_or_path": "--model",
-    "train_file": "--data",
-    "validation_file": "--val-data",
-    "dataset_name": "--data",
-    "dataset_config_name": "expected it behind the data set's id, as --data ID:CONFIG",
-    "validation_split_percentage": "a share here, not a percentage; expected --val-fraction, for instance 0.05",
-    "tokenizer_name": "the tokenizer is the model's; leave it out",
-    "max_seq_length": "--block-size",
-    "trust_remote_code": "code of a model is never run here; expected a model that transformers has itself",
-    "attn_implementation": "chosen for the device, without a mask; leave it out",
-    # TRL: SFTConfig, ModelConfig
-    "max_length": "--block-size",
-    "use_peft": "--mode lora",
-    "completion_only_loss": "--objective completion",
-    "assistant_only_loss": "of a chat only assistant turns are learnt here; leave it out",
-    "dataset_text_field": "expected --completion with the column in braces, for instance --completion '{text}'",
-    "load_in_4bit": "--quant nf4",
-    "load_in_8bit": "--quant int8",
-    "bnb_4bit_quant_type": "--quant",
-    "use_bnb_nested_quant": "--quant-double",
-    "dataset_config": "expected it behind the data set's id, as --data ID:CONFIG",
-    # peft: LoraConfig
-    "r": "--lora-rank",
-    "lora_r": "--lora-rank",
-    "target_modules": "--lora-target-modules",
-    "lora_modules_to_save": "--modules-to-save",
-    "use_dora": "--adapter dora",
-    "use_rslora": "--adapter rslora",
-    "init_lora_weights": "--adapter",
-    # Axolotl
-    "base_model": "--model",
-    "datasets": "--data",
-    "test_datasets": "--val-data",
-    "val_set_size": "--val-fraction",
-    "sequence_len": "--block-size",
-    "micro_batch_size": "--micro-batch",
-    "eval_batch_size": "--eval-batch",
-    "num_epochs": "--epochs",
-    "lr_scheduler": "--schedule",
-    "optimizer": "--optim",
-    "gradient_accumulation": "derived here from --global-batch / (--micro-batch x ranks); leave it out",
-    "lora_target_linear": "--lora-target-modules all",
-    "peft_use_dora": "--adapter dora",
-    "peft_use_rslora": "--adapter rslora",
-    "loraplus_lr_ratio": "--lora-plus-ratio",
-    "evals_per_epoch": "expected --eval-every, in steps or `epoch`",
-    "saves_per_epoch": "expected --save-every, in steps or `epoch`",
-    "train_on_inputs": "the loss is on the completion only with --objective completion, on all tokens with blocks",
-    "wandb_name": "--run-name",
-    "wandb_mode": "--wandb",
-    "wandb_run_id": "the run folder keeps it; expected --resume",
-    "wandb_entity": "expected the environment variable WANDB_ENTITY",
-    "auto_resume_from_checkpoints": "--resume",
-    "dataset_prepared_path": "expected the environment variable TRAINER_CACHE",
-    # LLaMA-Factory
-    "finetuning_type": "--mode",
-    "stage": "supervised fine-tuning is all that this program does; leave it out",
-    "dataset": "--data",
-    "eval_dataset": "--val-data",
-    "dataset_dir": "--data",
-    "val_size": "--val-fraction",
-    "cutoff_len": "--block-size",
-    "lora_target": "--lora-target-modules",
-    "additional_target": "--modules-to-save",
-    "quantization_bit": "expected --quant nf4 (4 bits) or --quant int8 (8 bits)",
-    "double_quantization": "--quant-double",
-    "pissa_init": "--adapter pissa",
-    "compute_accuracy": "--score-samples",
-    # nanoGPT
-    "init_from": "--model",
-    "batch_size": "--micro-batch",
-    "max_iters": "--max-steps",
-    "warmup_iters": "--warmup-steps",
-    "lr_decay_iters": "the schedule ends with the run; expected --max-steps or --epochs",
-    "decay_lr": "expected --schedule, for instance constant",
-    "beta1": "--adam-beta1",
-    "beta2": "--adam-beta2",
-    "grad_clip": "--max-grad-norm",
-    "eval_interval": "--eval-every",
-    "log_interval": "every step is recorded here; leave it out",
-    "eval_iters": "the whole validation set is evaluated each time; leave it out",
-    "always_save_checkpoint": "expected --save-every",
-    "out_dir": "--output-dir",
-    "wandb_log": "expected --wandb online, offline or disabled",
-    "wandb_run_name": "--run-name",
-    "dtype": "--precision",
-    "device": "GPUs are used where there are any; expected CUDA_VISIBLE_DEVICES to choose among them",
-    "backend": "nccl on GPUs, gloo on CPUs; leave it out",
-    # this program before
-    "also": "--report-to",
-    "clip": "--max-grad-norm",
-    "train_also": "--modules-to-save",
-    "lora_targets": "--lora-target-modules",
-    "keep": "--save-total-limit",
-    "out": "--output-dir",
-    "compile": "--execution compile",
-    "samples": "--num-samples",
-    "metrics": "--score-samples",
-    "ways": "--methods",
-    "at_once": "--workers",
-    "checkpoint_activations": "--activation-checkpointing",
-}
+#: {our answer: the spellings it is for, with `_` for `-`}: those of transformers, TRL, peft, Axolotl, LLaMA-Factory,
+#: nanoGPT and of this program before. A flag alone takes the value over; a flag with a value stands as it is, for
+#: switches there; any other text says why there is none.
+_SPELLINGS = {
+    "--mode": "finetuning_type",
+    "--mode lora": "use_peft",
+    "--resume": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "--find-batch": "auto_find_batch_size",
+    "--model": "model_name_or_path base_model init_from",
+    "--quant": "bnb_4bit_quant_type",
+    "--quant nf4": "load_in_4bit",
+    "--quant int8": "load_in_8bit",
+    "--quant-double": "use_bnb_nested_quant double_quantization",
+    "--lora-rank": "r lora_r",
+    "--lora-target-modules": "target_modules lora_target lora_targets",
+    "--lora-target-modules all": "lora_target_linear",
+    "--lora-plus-ratio": "loraplus_lr_ratio",
+    "--modules-to-save": "lora_modules_to_save additional_target train_also",
+    "--adapter": "init_lora_weights",
+    "--adapter dora": "use_dora peft_use_dora",
+    "--adapter rslora": "use_rslora peft_use_rslora",
+    "--adapter pissa": "pissa_init",
+    "--data": "train_file dataset_name datasets dataset dataset_dir",
+    "--val-data": "validation_file test_datasets eval_dataset",
+    "--val-fraction": "val_set_size val_size",
+    "--objective completion": "completion_only_loss",
+    "--block-size": "max_seq_length max_length sequence_len cutoff_len",
+    "--epochs": "num_train_epochs num_epochs",
+    "--max-steps": "max_iters",
+    "--global-batch": "train_batch_size",
+    "--micro-batch": "per_device_train_batch_size per_gpu_train_batch_size micro_batch_size batch_size",
+    "--eval-batch": "per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size",
+    "--lr": "learning_rate",
+    "--warmup-steps": "warmup_iters",
+    "--schedule": "lr_scheduler_type lr_scheduler",
+    "--max-grad-norm": "grad_clip clip",
+    "--seed": "data_seed",
+    "--optim": "optimizer",
+    "--adam-beta1": "beta1",
+    "--adam-beta2": "beta2",
+    "--early-stop": "early_stopping_patience",
+    "--ds-config": "deepspeed",
+    "--precision": "torch_dtype dtype",
+    "--precision bf16": "bf16",
+    "--precision fp16": "fp16",
+    "--hang-timeout": "ddp_timeout",
+    "--execution compile": "torch_compile compile",
+    "--activation-checkpointing": "gradient_checkpointing checkpoint_activations",
+    "--eval-every": "eval_steps eval_strategy evaluation_strategy eval_interval",
+    "--save-every": "save_steps save_strategy",
+    "--save-total-limit": "keep",
+    "--output-dir": "out_dir out",
+    "--wandb": "wandb_mode",
+    "--run-name": "wandb_name wandb_run_name",
+    "--report-to": "also",
+    "--export best": "load_best_model_at_end",
+    "--num-samples": "samples",
+    "--score-samples": "compute_accuracy metrics",
+    "--methods": "ways",
+    "--workers": "at_once",
+    "derived here from --global-batch / (--micro-batch x ranks); leave it out":
+        "gradient_accumulation_steps gradient_accumulation",
+    "every step is recorded here; leave it out": "logging_steps log_interval",
+    "logs lie in the run folder; expected --output-dir": "logging_dir",
+    "the best checkpoint is the one with the lowest validation loss; expected --export best": "metric_for_best_model",
+    "a run is never written over; expected --resume, or another --output-dir": "overwrite_output_dir",
+    "training is all that this program does; leave it out": "do_train",
+    "the validation set is evaluated every epoch; expected --eval-every to change that": "do_eval",
+    "the whole validation set is evaluated each time; leave it out": "eval_iters",
+    "data are tokenised once and then mapped; leave it out": "dataloader_num_workers",
+    "a processor is used where no GPU is seen; expected CUDA_VISIBLE_DEVICES= before the command": "no_cuda use_cpu",
+    "GPUs are used where there are any; expected CUDA_VISIBLE_DEVICES to choose among them": "device",
+    "nccl on GPUs, gloo on CPUs; leave it out": "backend",
+    "fp32 is full float32 here; expected --precision bf16 for speed": "tf32",
+    "completions of like length meet in a micro-batch here; leave it out": "group_by_length",
+    "sharding is ZeRO's here; expected --ds-config zero3": "fsdp",
+    "expected launch/export.py, after the run": "push_to_hub",
+    "expected it behind the data set's id, as --data ID:CONFIG": "dataset_config_name dataset_config",
+    "a share here, not a percentage; expected --val-fraction, for instance 0.05": "validation_split_percentage",
+    "the tokenizer is the model's; leave it out": "tokenizer_name",
+    "code of a model is never run here; expected a model that transformers has itself": "trust_remote_code",
+    "chosen for the device, without a mask; leave it out": "attn_implementation",
+    "of a chat only assistant turns are learnt here; leave it out": "assistant_only_loss",
+    "expected --completion with the column in braces, for instance --completion '{text}'": "dataset_text_field",
+    "the loss is on the completion only with --objective completion, on all tokens with blocks": "train_on_inputs",
+    "supervised fine-tuning is all that this program does; leave it out": "stage",
+    "expected --quant nf4 (4 bits) or --quant int8 (8 bits)": "quantization_bit",
+    "the schedule ends with the run; expected --max-steps or --epochs": "lr_decay_iters",
+    "expected --schedule, for instance constant": "decay_lr",
+    "expected --eval-every, in steps or `epoch`": "evals_per_epoch",
+    "expected --save-every, in steps or `epoch`": "saves_per_epoch",
+    "expected --save-every": "always_save_checkpoint",
+    "expected --wandb online, offline or disabled": "wandb_log",
+    "the run folder keeps it; expected --resume": "wandb_run_id",
+    "expected the environment variable HF_TOKEN": "hub_token",
+    "expected the environment variable WANDB_ENTITY": "wandb_entity",
+    "expected the environment variable TRAINER_CACHE": "dataset_prepared_path",
+}  # fmt: skip
+SUGGESTIONS = {spelling: answer for answer, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 _NEGATIVE = ("false", "no", "0", "off", "none")
 #: Values elsewhere and ours, for flags that take the value over.
 _VALUES = {
-    "no": "never",
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "torch.bfloat16": "bf16",
-    "constant_with_warmup": "constant",
-    "cosine_with_min_lr": "cosine",
-    "warmup_stable_decay": "wsd",
-}
+    "no": "never", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "torch.bfloat16": "bf16",
+    "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd",
+}  # fmt: skip
 
 
 def suggest_flag(flag: str, value: str | None, takes_value: Mapping[str, bool]) -> str:
@@ -174,9 +119,13 @@ def suggest_flag(flag: str, value: str | None, takes_value: Mapping[str, bool]) 
     name = flag.lstrip("-").lower().replace("-", "_")
     answer = f"--{name.replace('_', '-')}"
     if answer not in takes_value:
-        answer = SUGGESTIONS.get(name) or _closest_flag(answer, takes_value) or _closest_suggestion(name)
-    if not answer.startswith("--"):
-        return f"{shown}: {answer}" if answer else f"{shown}: unknown flag (--help lists the flags)"
+        answer = (
+            SUGGESTIONS.get(name)
+            or _closest(answer, takes_value, cutoff=0.75)
+            or SUGGESTIONS.get(_closest(name, SUGGESTIONS, cutoff=0.85), "")
+        )
+    if answer and not answer.startswith("--"):
+        return f"{shown}: {answer}"
     suggested, _, fixed_value = answer.partition(" ")
     if suggested not in takes_value:
         return f"{shown}: unknown flag (--help lists the flags)"
@@ -188,11 +137,6 @@ def suggest_flag(flag: str, value: str | None, takes_value: Mapping[str, bool]) 
     return f"{shown}: did you mean {suggested}{f' {new_value}' if new_value else ''}?"
 
 
-def _closest_flag(flag: str, takes_value: Mapping[str, bool]) -> str:
-    """The flag that a typo most likely meant; empty where none is near."""
-    return next(iter(difflib.get_close_matches(flag, takes_value, n=1, cutoff=0.75)), "")
-
-
-def _closest_suggestion(name: str) -> str:
-    """What answers the foreign flag that a typo most likely meant; empty where none is near."""
-    return SUGGESTIONS.get(next(iter(difflib.get_close_matches(name, SUGGESTIONS, n=1, cutoff=0.85)), ""), "")
+def _closest(text: str, known: Iterable[str], cutoff: float) -> str:
+    """What a typo most likely meant; empty where none is near."""
+    return next(iter(difflib.get_close_matches(text, list(known), n=1, cutoff=cutoff)), "")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
@@ -13,7 +14,7 @@ from trainer.config.options import RUN_ID, WANDB_PROJECT, describe_type, has_typ
 from trainer.config.settings import Settings
 
 SCHEMA_VERSION = 2  # 1, under the key `format`: before modules, flags and columns got the field's names
-
+_MISSING = object()  #: the value of a key that is not there
 
 RunId = Annotated[str, RUN_ID]
 
@@ -46,16 +47,10 @@ class DataBlock(TypedDict):
 ModelBlock = TypedDict(
     "ModelBlock",
     {
-        "name": str,
-        "init": str,
-        "class": str,
-        "parameters": int,
-        "trainable": int,
-        "share": float,
-        "fingerprint": str,
-        "lora_targets": list[str],
+        "name": str, "init": str, "class": str, "parameters": int, "trainable": int, "share": float,
+        "fingerprint": str, "lora_targets": list[str],
     },
-)
+)  # fmt: skip
 
 
 class ResolvedBlock(TypedDict):
@@ -170,97 +165,65 @@ def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
 
 def find_problem(value: object, annotation: Any, key: str) -> Problem | None:
     """The first thing in a JSON value that is not of its type: TypedDict, settings, dict, list, Literal or scalar."""
-    if annotation is Any:
-        return None
-    if value is None and has_none(annotation):
+    if annotation is Any or (value is None and type(None) in typing.get_args(annotation)):
         return None
     annotation = without_none(annotation)
-    if typing.get_origin(annotation) is Annotated:
-        text_type, accepts = typing.get_args(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is NotRequired:
+        return None if value is _MISSING else find_problem(value, arguments[0], key)
+    if origin is Annotated:
+        text_type, accepts = arguments
         is_accepted = find_problem(value, text_type, key) is None and accepts.check(value)
         return None if is_accepted else Problem(key, _describe(value), accepts.description)
-    if dataclasses.is_dataclass(annotation):
-        return _find_settings_problem(value, annotation, key)
-    if typing.is_typeddict(annotation):
-        return _find_block_problem(value, annotation, key)
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is dict or origin is list:
-        if not isinstance(value, origin):
-            return Problem(key, _describe(value), "an object" if origin is dict else "a list")
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        element = arguments[-1]
-        return _first(find_problem(item, element, _join(key, name)) for name, item in items)
-    if origin is tuple:  # of a fixed length
-        if not isinstance(value, list) or len(value) != len(arguments):
-            return Problem(key, _describe(value), f"a list of {len(arguments)}")
-        return _first(find_problem(*item, _join(key, i)) for i, item in enumerate(zip(value, arguments, strict=True)))
+    if dataclasses.is_dataclass(annotation) or typing.is_typeddict(annotation) or origin is dict:
+        if not isinstance(value, dict):
+            return Problem(key, _describe(value), "an object")
+        if dataclasses.is_dataclass(annotation):
+            return _first(_iter_settings_problems(value, annotation, key))
+        if origin is dict:
+            return _first(find_problem(item, arguments[1], _join(key, name)) for name, item in value.items())
+        hints = typing.get_type_hints(annotation, include_extras=True)
+        return _first(find_problem(value.get(name, _MISSING), hints[name], _join(key, name)) for name in hints)
+    if origin is list or origin is tuple:  # a tuple is of a fixed length
+        if not isinstance(value, list) or (origin is tuple and len(value) != len(arguments)):
+            return Problem(key, _describe(value), "a list" if origin is list else f"a list of {len(arguments)}")
+        elements = arguments * len(value) if origin is list else arguments
+        pairs = enumerate(zip(value, elements, strict=True))
+        return _first(find_problem(item, element, _join(key, i)) for i, (item, element) in pairs)
     if not has_type(value, annotation) or (isinstance(value, str) and "\0" in value):
         return Problem(key, _describe(value), describe_type(annotation))
     return None
 
 
-def has_none(annotation: Any) -> bool:
-    """Whether a type is `X | None`."""
-    return type(None) in typing.get_args(annotation)
-
-
-def _find_block_problem(value: object, block: Any, key: str) -> Problem | None:
-    if not isinstance(value, dict):
-        return Problem(key, _describe(value), "an object")
-    hints = {
-        name: typing.get_args(hint)[0] if typing.get_origin(hint) is NotRequired else hint
-        for name, hint in typing.get_type_hints(block, include_extras=True).items()
-    }
-    for name in hints:
-        if name in block.__required_keys__ and name not in value:
-            return Problem(_join(key, name), "missing", _describe_expected(hints[name]))
-    return _first(find_problem(value[name], hints[name], _join(key, name)) for name in hints if name in value)
-
-
-def _find_settings_problem(value: object, settings_class: Any, key: str) -> Problem | None:
+def _iter_settings_problems(value: dict[str, Any], settings_class: Any, key: str) -> Iterator[Problem | None]:
     """As `find_problem`, field by field; an unknown setting is a problem too: it would be dropped without a word."""
-    if not isinstance(value, dict):
-        return Problem(key, _describe(value), "an object")
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
     for name, field in fields.items():
-        if name not in value:
-            return Problem(_join(key, name), "missing", _describe_expected(field.type))
+        item = value.get(name, _MISSING)
         if dataclasses.is_dataclass(field.type):
-            problem = _find_settings_problem(value[name], field.type, _join(key, name))
-        else:
-            problem = _find_field_problem(value[name], field, _join(key, name))
-        if problem is not None:
-            return problem
-    unknown = next((name for name in value if name not in fields), None)
-    return unknown and Problem(_join(key, unknown), "an unknown setting", f"one of {', '.join(fields)}")
+            yield find_problem(item, field.type, _join(key, name))
+            continue
+        expected = value_problem(tuple(item) if isinstance(item, list) else item, field)
+        if not expected and isinstance(item, str) and "\0" in item:
+            expected = describe_type(field.type)
+        yield Problem(_join(key, name), _describe(item), expected) if expected else None
+    for name in value:
+        if name not in fields:
+            yield Problem(_join(key, name), "an unknown setting", f"one of {', '.join(fields)}")
 
 
-def _find_field_problem(value: object, field: dataclasses.Field[Any], key: str) -> Problem | None:
-    expected = value_problem(tuple(value) if isinstance(value, list) else value, field)
-    if not expected and isinstance(value, str) and "\0" in value:
-        expected = describe_type(field.type)
-    return Problem(key, _describe(value), expected) if expected else None
-
-
-def _first(problems: typing.Iterator[Problem | None]) -> Problem | None:
-    return next((problem for problem in problems if problem is not None), None)
+def _first(problems: Iterator[Problem | None]) -> Problem | None:
+    return next(filter(None, problems), None)
 
 
 def _join(key: str, name: object) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def _describe_expected(annotation: Any) -> str:
-    annotation = without_none(annotation)
-    if typing.get_origin(annotation) is Annotated:
-        return str(typing.get_args(annotation)[1].description)
-    if typing.is_typeddict(annotation) or dataclasses.is_dataclass(annotation):
-        return "an object"
-    return {dict: "an object", list: "a list"}.get(typing.get_origin(annotation)) or describe_type(annotation)
-
-
 def _describe(value: object) -> str:
     """A JSON value in a few characters."""
+    if value is _MISSING:
+        return "missing"
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value, ensure_ascii=False)
