@@ -30,8 +30,8 @@ from trainer.distributed.deepspeed_config import (
     choose_deepspeed_file,
     read_deepspeed_file,
 )
+from trainer.distributed.device_copy import place_model
 from trainer.distributed.memory_estimate import ParamCounts
-from trainer.distributed.model_placement import place_model
 from trainer.distributed.process_group import peak_memory_bytes
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 
@@ -58,7 +58,7 @@ def test_every_shipped_zero_file_is_accepted_and_holds_zero_only(name):
     assert list(read.content) == ["zero_optimization"]
     assert read.name == name
     assert read.stage == int(name.removeprefix("zero")[0])
-    assert read.uses_offload == name.endswith("_offload")
+    assert read.offloads_optimizer == name.endswith("_offload")
 
 
 def test_the_names_of_ds_config_are_the_shipped_files():
@@ -71,7 +71,7 @@ def test_the_names_of_ds_config_are_the_shipped_files():
 def test_a_zero_file_may_be_a_path_and_is_named_by_its_stem(tmp_path):
     path = write_config(tmp_path, zero_config(stage=2, reduce_bucket_size=1000) | {"communication_data_type": "fp32"})
     read = read_deepspeed_file(str(path))
-    assert (read.name, read.stage, read.uses_offload, read.reason) == ("mine", 2, False, "asked for")
+    assert (read.name, read.stage, read.offloads_optimizer, read.reason) == ("mine", 2, False, "asked for")
 
 
 def test_documented_keys_of_zero_stage_3_are_accepted(tmp_path):
@@ -134,9 +134,8 @@ def test_a_missing_zero_file_is_refused_with_the_shipped_names(tmp_path):
 
 
 def test_an_offload_that_is_null_is_no_offload(tmp_path):
-    assert not read_deepspeed_file(
-        str(write_config(tmp_path, zero_config(stage=2, offload_optimizer=None)))
-    ).uses_offload
+    path = write_config(tmp_path, zero_config(stage=2, offload_optimizer=None))
+    assert not read_deepspeed_file(str(path)).offloads_optimizer
 
 
 # --- DeepSpeed's dict ---

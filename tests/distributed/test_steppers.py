@@ -128,7 +128,7 @@ def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
                 engine.launch_update(1e-3, sums)()
                 outcomes.append("taken")
             except NonFiniteError as error:
-                engine.discard_step()
+                engine.stepper.discard_step()
                 state_after = dict(engine.state.iter_state_dict())
                 is_unchanged = all(bool((state_after[name] == value).all()) for name, value in state_before.items())
                 outcomes.append(f"{str(error).split()[0]} {is_unchanged}")

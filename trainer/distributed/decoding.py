@@ -1,6 +1,7 @@
 """Continuations of prompts by a causal LM, greedy or sampled."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,19 +32,16 @@ def decode(
 ) -> list[list[int]]:
     """At most `max_new_tokens` token ids for each prompt, without the token of `end_token_ids` at which it stops.
 
-    One batch, padded on the left. `sampling`: left out: the likeliest token each time. `on_token` is called before
-    each token. Parameters: a prompt, how far, how, and two of the caller's device.
+    One batch, padded on the left. Without `sampling` the likeliest token each time. `on_token` is called before each.
+    Parameters: a prompt, how far, how, and two of the caller's device.
     """
     device, width, pad_id = causal.device, max(map(len, prompts)), end_token_ids[0]
-    padding = [width - len(prompt) for prompt in prompts]
-    ids = [[pad_id] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
-    mask = [[0] * n + [1] * (width - n) for n in padding]
-    how: dict[str, Any] = {"do_sample": False}
-    if sampling is not None:
-        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}
     config = GenerationConfig(
-        **how, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=list(end_token_ids), pad_token_id=pad_id,
-        use_cache=True,
+        do_sample=sampling is not None, **how, num_beams=1, max_new_tokens=max_new_tokens,
+        eos_token_id=list(end_token_ids), pad_token_id=pad_id, use_cache=True,
     )  # fmt: skip
 
     def observe(ids: Tensor, scores: Tensor) -> Tensor:
@@ -61,8 +59,7 @@ def decode(
             input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
             logits_processor=[observe], generation_config=config,
         )  # fmt: skip
-    return [_until_end(row, end_token_ids) for row in sequences[:, width:].tolist()]
-
-
-def _until_end(row: list[int], end_token_ids: Sequence[int]) -> list[int]:
-    return row[: next((i for i, token_id in enumerate(row) if token_id in end_token_ids), len(row))]
+    return [
+        list(itertools.takewhile(lambda token_id: token_id not in end_token_ids, row))
+        for row in sequences[:, width:].tolist()
+    ]

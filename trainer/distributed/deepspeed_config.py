@@ -46,11 +46,6 @@ class DeepSpeedFile:
         return int(self.content["zero_optimization"].get("stage", 0))
 
     @property
-    def uses_offload(self) -> bool:
-        """Whether optimizer state or weights live in the host's memory."""
-        return self.offloads_optimizer or self.offloads_params
-
-    @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer's state lives in the host's memory."""
         return self._offload_device("offload_optimizer") != "none"
@@ -78,9 +73,10 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    duplicates = {key for key, _ in pairs if sum(key == other_key for other_key, _ in pairs) > 1}
-    if duplicates:
-        raise ValueError(f"key {sorted(duplicates)[0]} stands there twice")
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key {key} stands there twice")
     return dict(pairs)
 
 
@@ -96,33 +92,34 @@ def _validate_keys(path: Path, content: Any) -> None:
         if key in _KEYS_SET_BY_FLAGS:
             raise UserError(f"--ds-config {path}: {key} comes from the flags, not from this file; take it out")
         if key not in _ALLOWED_KEYS:
-            raise UserError(
-                f"--ds-config {path}: unknown key {key}; known are "
-                f"{', '.join(k for k in _ALLOWED_KEYS if k not in _REFUSED_KEYS)}"
-            )
+            known = ", ".join(known_key for known_key in _ALLOWED_KEYS if known_key not in _REFUSED_KEYS)
+            raise UserError(f"--ds-config {path}: unknown key {key}; known are {known}")
+    _validate_zero_keys(path, content["zero_optimization"])
+    stage = content["zero_optimization"].get("stage", 0)
+    for key in content:
+        if stage == 0 and key != "zero_optimization":
+            raise UserError(f"--ds-config {path}: {key} is without effect under stage 0; take it out, or use stage 1")
+
+
+def _validate_zero_keys(path: Path, zero: dict[str, Any]) -> None:
     zero_config = import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
-    zero = content["zero_optimization"]
     fields = zero_config.model_fields  # their documented names are the aliases, but both are taken
-    canonical_names = {field.alias: name for name, field in fields.items() if field.alias} | {
-        name: name for name in fields
-    }
+    aliases = {field.alias: name for name, field in fields.items() if field.alias}
+    names_seen = set()
     for key in zero:
-        if key not in canonical_names:
+        name = aliases.get(key, key)
+        if name not in fields:
             raise UserError(f"--ds-config {path}: unknown key zero_optimization.{key}")
-        if [canonical_names[other_key] for other_key in zero if other_key in canonical_names].count(
-            canonical_names[key]
-        ) > 1:
+        if name in names_seen:
             raise UserError(f"--ds-config {path}: zero_optimization.{key} stands there twice, under two of its names")
-    if zero.get("stage", 0) not in range(4):
-        raise UserError(f"--ds-config {path}: zero_optimization.stage {zero['stage']}: expected 0, 1, 2 or 3")
+        names_seen.add(name)
+    stage = zero.get("stage", 0)
+    if stage not in range(4):
+        raise UserError(f"--ds-config {path}: zero_optimization.stage {stage}: expected 0, 1, 2 or 3")
     try:
         zero_config(**zero)
     except ValueError as error:  # pydantic's
         raise UserError(f"--ds-config {path}: {_describe_first_error(error)}") from error
-    stage = zero.get("stage", 0)
-    for key in content:
-        if stage == 0 and key != "zero_optimization":
-            raise UserError(f"--ds-config {path}: {key} is without effect under stage 0; take it out, or use stage 1")
     for key, min_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):
@@ -157,24 +154,19 @@ def choose_deepspeed_file(
     def state_bytes(stage: int) -> float:
         return estimate_model_states(counts, Sharding(stage=stage, world_size=world_size), precision=precision).total
 
-    def fits(num_bytes: float) -> bool:
-        return device_memory_bytes is None or num_bytes <= MAX_STATE_FRACTION * device_memory_bytes
+    def fits(stage: int) -> bool:
+        return device_memory_bytes is None or state_bytes(stage) <= MAX_STATE_FRACTION * device_memory_bytes
 
-    unsharded_bytes = state_bytes(0)
+    model_state = f"{state_bytes(0) / 2**30:.1f} GiB of model state"
     if world_size == 1 and precision != "fp16":
-        if fits(unsharded_bytes):
+        if fits(0):
             return read_deepspeed_file("zero0", "one rank: there is nothing to shard")
-        return read_deepspeed_file(
-            "zero2_offload",
-            f"one rank, and {unsharded_bytes / 2**30:.1f} GiB of model state: the optimizer's moves to the host",
-        )
-    if fits(state_bytes(1)):
+        return read_deepspeed_file("zero2_offload", f"one rank, and {model_state}: the optimizer's moves to the host")
+    if fits(1):
         return read_deepspeed_file("zero1", "the optimizer state is sharded over the ranks")
-    if fits(state_bytes(2)):
-        return read_deepspeed_file(
-            "zero2", f"{unsharded_bytes / 2**30:.1f} GiB of model state: gradients and optimizer state are sharded"
-        )
-    return read_deepspeed_file("zero3", f"{unsharded_bytes / 2**30:.1f} GiB of model state: weights are sharded too")
+    if fits(2):
+        return read_deepspeed_file("zero2", f"{model_state}: gradients and optimizer state are sharded")
+    return read_deepspeed_file("zero3", f"{model_state}: weights are sharded too")
 
 
 def build_deepspeed_config(
@@ -185,9 +177,8 @@ def build_deepspeed_config(
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": 1,  # never divides: the loss is already divided by the global batch's tokens
         "managed_gradient_accumulation": False,  # step() is the boundary, also after a short last group
-        "gradient_clipping": max_grad_norm
-        if deepspeed_file.stage
-        else 0.0,  # left out means 1.0; stage 0 is clipped where it is measured
+        # Left out means 1.0; stage 0 is clipped where it is measured.
+        "gradient_clipping": max_grad_norm if deepspeed_file.stage else 0.0,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

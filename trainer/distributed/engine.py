@@ -15,12 +15,10 @@ from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.schema import TrainSettings
 from trainer.data.sampler import GlobalBatch, MicroBatch
 from trainer.distributed.decoding import decode
-from trainer.distributed.device_copy import copy_to_device, copy_to_host
+from trainer.distributed.device_copy import add_sums, all_gather_sums, copy_to_device, copy_to_host, place_model
 from trainer.distributed.execution import ExecutionPlan
 from trainer.distributed.execution_tuner import ExecutionTuner
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
-from trainer.distributed.loss_sums import add_sums, all_gather_sums
-from trainer.distributed.model_placement import place_model
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.step_execution import StepExecution
@@ -65,7 +63,15 @@ class Engine:
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
         self.deepspeed_engine.train()
-        self.stepper = self._build_stepper(train_settings, plan)
+        trainable_params = list(self.trainable_params.values())
+        self.stepper: NativeStepper | DeepSpeedStepper
+        if plan.stepper == "deepspeed":
+            self.stepper = DeepSpeedStepper(self.deepspeed_engine, plan.precision)
+        else:
+            self.stepper = NativeStepper(
+                dist_context, self.deepspeed_engine, self._loss_module, trainable_params,
+                train_settings.max_grad_norm, skips_on_device=plan.finite_check == "device",
+            )  # fmt: skip
         self.state = EngineState(
             dist_context, self.deepspeed_engine, self.trainable_params, stage=self._stage, precision=plan.precision,
             uses_8bit_optimizer=train_settings.optim in EIGHT_BIT_OPTIMIZERS,
@@ -73,13 +79,7 @@ class Engine:
         casts = plan.frozen_dtype == "bfloat16"
         self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
         self.execution = StepExecution(
-            dist_context,
-            self._loss_module,
-            self.stepper,
-            list(self.trainable_params.values()),
-            plan,
-            tuner,
-            head_problem=head_problem,
+            dist_context, self._loss_module, self.stepper, trainable_params, plan, tuner, head_problem=head_problem
         )
 
     @property
@@ -96,16 +96,6 @@ class Engine:
             cpu_attention.install(self.model.module, self.model.causal)
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         quantization.set_compute_dtype(self.model.module, dtype)
-
-    def _build_stepper(
-        self, train_settings: TrainSettings, plan: ExecutionPlan
-    ) -> NativeStepper | DeepSpeedStepper:  # fmt: skip
-        if plan.stepper == "deepspeed":
-            return DeepSpeedStepper(self.deepspeed_engine, plan.precision)
-        return NativeStepper(
-            self.dist_context, self.deepspeed_engine, self._loss_module, list(self.trainable_params.values()),
-            train_settings.max_grad_norm, skips_on_device=plan.finite_check == "device",
-        )  # fmt: skip
 
     def run(
         self,
@@ -206,7 +196,7 @@ class Engine:
         """
         self.dist_context.watchdog.heartbeat(step)
         self._set_training(True)
-        self._seed_generators(_dropout_seed(self._seed, step, micro_batch.index))
+        self._seed_dropout(step, micro_batch.index)
         ids, labels = self._to_device(micro_batch)
         loss_weight = self.stepper.grad_divisor / num_target_tokens
         if micro_batch.position_ids is not None:  # several examples a row: ever other shapes, never recorded
@@ -214,15 +204,13 @@ class Engine:
             return self.stepper.backward(ids, labels, loss_weight, position_ids).double().sum()
         return self.execution.runner.backward(ids, labels, loss_weight).double().sum()
 
-    def _seed_generators(self, seed: int) -> None:
-        """What `torch.manual_seed` does, for the devices in use: for each other one it formats the call stack."""
+    def _seed_dropout(self, step: int, index: int) -> None:
+        """As `torch.manual_seed`, for the devices in use alone: for each other one that formats the call stack."""
+        digest = hashlib.sha256(f"{self._seed}/{step}/{index}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little") >> 1
         torch.default_generator.manual_seed(seed)
         if self.dist_context.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-
-    def discard_step(self) -> None:
-        """Let no gradient stay after a refused step. The state may be worthless then: for those who restore it."""
-        self.stepper.discard_step()
 
     def _timed(self, read: Callable[[], list[float]]) -> list[float]:
         """Numbers of the device, whose waiting time counts."""
@@ -273,7 +261,3 @@ class Engine:
                 autocast_dtype=torch.bfloat16 if self.plan.precision == "bf16" else None,
                 on_token=self.dist_context.watchdog.heartbeat,
             )  # fmt: skip
-
-
-def _dropout_seed(seed: int, step: int, index: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()[:8], "little") >> 1

@@ -43,7 +43,7 @@ def sweep(engine: Engine, data: PreparedDataset, schedule: TrainSchedule, lrs: l
             losses.append(result.update.loss_sum / batch.num_target_tokens)
         except NonFiniteError:
             losses.append(math.nan)
-            engine.discard_step()
+            engine.stepper.discard_step()
         if has_diverged(losses, len(lrs)):
             break
         if engine.dist_context.rank == 0 and len(losses) % max(1, len(lrs) // NUM_PROGRESS_LINES) == 0:
