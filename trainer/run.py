@@ -97,7 +97,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         print_examples(settings, data, args.show_example)
     check_prompts_available(settings, data)
     on_meta = args.dry_run or args.find_batch
-    model = build_model(settings, on_meta=on_meta, with_fingerprint=context.is_node_leader, device=context.device)
+    model = build_model(settings, on_meta=on_meta, with_fingerprint=context.local_rank == 0, device=context.device)
     refuse_differences(
         context, {"the data": data.metadata["fingerprint"], "the base model": model.metadata["fingerprint"]}
     )

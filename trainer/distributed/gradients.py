@@ -43,19 +43,16 @@ class LocalGradients:
 
     def reduce(self) -> list[Tensor]:
         """Each weight's gradient; `is_sharded`: each group's as one tensor, and the weights' own are let go."""
-        for parameter in (parameter for group in self.groups for parameter in group):
-            if parameter.grad is None:  # not in this forward; the other stages take it for zero, too
-                parameter.grad = torch.zeros_like(parameter)
-        if not self.is_sharded:
-            return [grad for group in self.groups for parameter in group if (grad := parameter.grad) is not None]
-        flats = []
+        results: list[Tensor] = []
         for group, flat_size in zip(self.groups, self.flat_sizes, strict=True):
-            grads = [grad for parameter in group if (grad := parameter.grad) is not None]
+            # One that is not in this forward has none; the other stages take it for zero, too.
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+            for parameter, grad in zip(group, grads, strict=True):
+                parameter.grad = None if self.is_sharded else grad
             padding = flat_size - sum(grad.numel() for grad in grads)
-            for parameter in group:
-                parameter.grad = None
-            flats.append(_flatten_dense_tensors([*grads, grads[0].new_zeros(padding)] if padding else grads))
-        return flats
+            flat_parts = [*grads, grads[0].new_zeros(padding)] if padding else grads
+            results += [_flatten_dense_tensors(flat_parts)] if self.is_sharded else grads
+        return results
 
 
 class GradientBuckets:
@@ -167,8 +164,8 @@ class GradientBuckets:
         for tag, bucket in enumerate(self.buckets):
             offset = self.rank * shard_sizes[bucket.group]
             for owner, start, end in self._parts_by_owner(bucket):
-                for source in range(self.world_size) if owner == self.rank else ():
-                    if source != self.rank:
+                for source in range(self.world_size):
+                    if owner == self.rank and source != self.rank:
                         part = self._received[bucket.group][source, start - offset : end - offset]
                         self._work.append(dist.irecv(part, src=source, tag=tag))
 

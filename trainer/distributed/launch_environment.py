@@ -72,22 +72,11 @@ FORWARDED_PREFIXES = (
     "WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "TRAINER_", "XDG_CACHE_HOME",
     "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "OMP_", "MKL_", "GOMP_", "CUDA_", "DS_",
     "LD_LIBRARY_PATH", "UCX_", "FI_", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
-    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
-    "ALL_PROXY",
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
 )  # fmt: skip
 _LAUNCHER_PREFIXES = (
-    "TORCHELASTIC_",
-    "OMPI_",
-    "PMI_",
-    "PMIX_",
-    "MPI_LOCAL",
-    "PALS_",
-    "MV2_",
-    "FLUX_",
-    "SLURM_",
-    "PET_",
-    "SKYPILOT_",
-)
+    "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "PALS_", "MV2_", "FLUX_", "SLURM_", "PET_", "SKYPILOT_",
+)  # fmt: skip
 _LAUNCHER_NAMES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
     "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -99,12 +88,12 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
 
     Processes that were started together are ranks of one run or are refused: never so many runs of one rank.
     """
-    variables = next((names for names in _LAUNCHERS if names.is_set(environ)), None)
+    variables = _find_launcher(environ)
     if variables is None:
         _refuse_unclear(environ)
         return LaunchEnvironment(
             rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1",
-            master_port=_port(environ, None), launcher="python",
+            master_port=_master_port(environ, 1), launcher="python",
         )  # fmt: skip
     rank, world_size = _number(environ, variables.rank), _number(environ, variables.world_size)
     if not 0 <= rank < world_size:
@@ -123,7 +112,7 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
     return LaunchEnvironment(
         rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size,
         master_addr=_master_address(environ, variables, is_one_host=is_one_host),
-        master_port=_port(environ, None if world_size == 1 else _default_port(environ)), launcher=variables.launcher,
+        master_port=_master_port(environ, world_size), launcher=variables.launcher,
     )  # fmt: skip
 
 
@@ -138,11 +127,15 @@ def is_first_of_host(environ: Mapping[str, str]) -> bool:
 
     Where nothing tells the ranks of a host apart, rank 0 alone speaks.
     """
-    launcher = next((names for names in _LAUNCHERS if names.is_set(environ)), None)
+    launcher = _find_launcher(environ)
     if launcher is not None and not launcher.local_rank:  # a process a node
         return True
     local_ranks = (environ[name] for name in (launcher.local_rank if launcher else ()) if name in environ)
     return next(local_ranks, str(reporting_rank(environ))) == "0"
+
+
+def _find_launcher(environ: Mapping[str, str]) -> _Variables | None:
+    return next((names for names in _LAUNCHERS if names.is_set(environ)), None)
 
 
 def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
@@ -226,22 +219,17 @@ def _master_address(environ: Mapping[str, str], variables: _Variables, *, is_one
     )
 
 
-def _default_port(environ: Mapping[str, str]) -> int:
-    job = environ.get("SLURM_JOB_ID", "")
-    if not job.isdecimal():
-        return DEFAULT_PORT
-    step = environ.get("SLURM_STEP_ID", "")
-    return _JOB_PORTS[(int(job) + (int(step) if step.isdecimal() else 0)) % len(_JOB_PORTS)]
-
-
-def _port(environ: Mapping[str, str], default: int | None) -> int | None:
+def _master_port(environ: Mapping[str, str], world_size: int) -> int | None:
     name = "MASTER_PORT" if "MASTER_PORT" in environ else "PET_MASTER_PORT"
-    if name not in environ:
-        return default
-    port = _number(environ, name)
-    if port > 65535:
-        raise UserError(f"{name}={port}: expected a port from 0 to 65535")
-    return port
+    if name in environ:
+        port = _number(environ, name)
+        if port > 65535:
+            raise UserError(f"{name}={port}: expected a port from 0 to 65535")
+        return port
+    job, step = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_STEP_ID", "")
+    if world_size == 1 or not job.isdecimal():
+        return None if world_size == 1 else DEFAULT_PORT
+    return _JOB_PORTS[(int(job) + (int(step) if step.isdecimal() else 0)) % len(_JOB_PORTS)]
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

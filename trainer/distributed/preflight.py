@@ -28,22 +28,17 @@ def refuse_differences(context: DistContext, facts: Mapping[str, Any]) -> None:
     facts_of_ranks = context.all_gather_object(dict(facts))
     differences = []
     for name in dict.fromkeys(name for other in facts_of_ranks for name in other):
-        values = [(rank, other.get(name)) for rank, other in enumerate(facts_of_ranks)]
-        known = [(rank, value) for rank, value in values if value is not None]
-        first_rank, first_value = known[0] if known else (0, None)
-        other_rank, other_value = next(((r, value) for r, value in known if value != first_value), (0, first_value))
-        if other_value != first_value:
-            differences.append(
-                f"{name} is {first_value} on {_where(context, first_rank)} and {other_value} on "
-                f"{_where(context, other_rank)}"
-            )
+        known = [(rank, other[name]) for rank, other in enumerate(facts_of_ranks) if other.get(name) is not None]
+        for rank, value in known:
+            if value != known[0][1]:
+                first = f"{known[0][1]} on {_where(context, known[0][0])}"
+                differences.append(f"{name} is {first} and {value} on {_where(context, rank)}")
+                break
     if differences:
-        more = len(differences) - MAX_DIFFERENCES_SHOWN
-        raise UserError(
-            "; ".join(differences[:MAX_DIFFERENCES_SHOWN])
-            + (f"; and {more} more" if more > 0 else "")
-            + ": all ranks must have the same"
-        )
+        shown = differences[:MAX_DIFFERENCES_SHOWN]
+        if num_more := len(differences) - len(shown):
+            shown.append(f"and {num_more} more")
+        raise UserError(f"{'; '.join(shown)}: all ranks must have the same")
 
 
 def program_facts(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class DistContext:
 
     def device_memory_bytes(self) -> int | None:
         """Bytes of the GPU's memory; None for a CPU, where state is not what runs out."""
-        return self.planned_gpu_bytes or device_memory_bytes(self.device)
+        if self.planned_gpu_bytes or self.device.type != "cuda":
+            return self.planned_gpu_bytes
+        return torch.cuda.get_device_properties(self.device).total_memory
 
     def supports_bf16(self) -> bool:
         """Whether the device computes in bf16 itself; a GPU that is only planned for is taken to."""
@@ -72,9 +74,8 @@ class DistContext:
                 self.all_gather_object((None, TrainingError(f"rank {self.rank}: {type(error).__name__}: {error}")))
                 raise
         results = self.all_gather_object((value, leader_error))
-        failures = [(rank, failure) for rank, (_, failure) in enumerate(results) if failure is not None]
-        if failures:
-            rank, failure = failures[0]
+        failures = {rank: failure for rank, (_, failure) in enumerate(results) if failure is not None}
+        for rank, failure in failures.items():
             if per_node and len(failures) < self.num_nodes:  # not what all would say alike
                 raise type(failure)(f"on {self.placement.hosts[rank]} (rank {rank}): {failure}")
             raise failure
@@ -84,11 +85,6 @@ class DistContext:
         """Rank 0's values into everybody's tensor of that shape, on the CPU; all ranks must call."""
         if self.cpu_group is not None:
             dist.broadcast(tensor, 0, group=self.cpu_group)
-
-    @property
-    def is_node_leader(self) -> bool:
-        """Whether this is the first rank of its host."""
-        return self.local_rank == 0
 
     @property
     def num_nodes(self) -> int:
@@ -169,9 +165,6 @@ def _init_process_groups(launch: LaunchEnvironment, store: Any, device: torch.de
     return dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if launch.world_size > 1 else None
 
 
-_MALLOC_OPTIONS = {-4: 0, -1: -1}  # mallopt: M_MMAP_MAX, M_TRIM_THRESHOLD
-
-
 def tune_malloc() -> None:
     """Let this process use freed memory again, instead of having the kernel clear new pages for each large tensor.
 
@@ -180,8 +173,8 @@ def tune_malloc() -> None:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        for option, value in _MALLOC_OPTIONS.items():
-            libc.mallopt(option, value)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def simulated_context(
@@ -191,16 +184,14 @@ def simulated_context(
 
     `gpu_memory_bytes`: plan for GPUs with so much memory, also where there is none.
     """
-    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-    on_gpu = on_gpu or gpu_memory_bytes is not None
+    on_gpu = gpu_memory_bytes is not None or (torch.cuda.is_available() if device is None else device == "cuda")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     rank_device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     here = Place(host=socket.gethostname(), identity="", address="", interface="")
     return DistContext(
         rank=0, world_size=world_size, local_rank=0, local_world_size=world_size, device=rank_device,
-        placement=Placement(places=(here,) * world_size),
-        num_threads=_threads_per_rank(world_size), cpu_group=None,
+        placement=Placement(places=(here,) * world_size), num_threads=_threads_per_rank(world_size), cpu_group=None,
         watchdog=Watchdog(0, world_size, None), planned_gpu_bytes=gpu_memory_bytes,
     )  # fmt: skip
 
@@ -225,13 +216,7 @@ def is_peer_failure(error: BaseException) -> bool:
     """Whether a collective failed because another rank is no longer there, as gloo and NCCL put it."""
     if isinstance(error, dist.DistError):
         return True
-    messages = (
-        "gloo/transport",
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Socket closed",
-    )
+    messages = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed"
     return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
@@ -253,11 +238,6 @@ def _threads_per_rank(local_world_size: int) -> int:
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         return int(os.environ["OMP_NUM_THREADS"])
     return max(1, len(os.sched_getaffinity(0)) // local_world_size)
-
-
-def device_memory_bytes(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory; None for a processor, where state is not what runs out."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

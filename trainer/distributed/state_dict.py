@@ -16,12 +16,8 @@ from trainer.config.errors import UserError
 from trainer.distributed.process_group import DistContext
 from trainer.model import optimizer
 
-_LOSS_SCALER_FIELDS = (
-    "cur_scale",
-    "cur_iter",
-    "last_overflow_iter",
-    "cur_hysteresis",
-)  # of DeepSpeed's DynamicLossScaler
+#: of DeepSpeed's DynamicLossScaler
+_LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _OPTIMIZER_MISMATCH = (
     "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; expected the one it had"
 )
@@ -33,8 +29,7 @@ class EngineState:
 
     def __init__(
         self, dist_context: DistContext, deepspeed_engine: Any, trainable_params: Mapping[str, nn.Parameter], *,
-        stage: int, precision: str,
-        uses_8bit_optimizer: bool,
+        stage: int, precision: str, uses_8bit_optimizer: bool,
     ):  # fmt: skip
         self.dist_context = dist_context
         self.deepspeed_engine = deepspeed_engine
@@ -43,6 +38,8 @@ class EngineState:
         self.precision = precision
         self.uses_8bit_optimizer = uses_8bit_optimizer
         self._stage = stage
+        self._torch_optimizer = self.optimizer if stage == 0 else self.optimizer.optimizer
+        self._fragments = import_module("deepspeed.utils.tensor_fragment")
 
     # --- a copy of this rank's part of the state ---
 
@@ -51,13 +48,10 @@ class EngineState:
 
         Between the two only whole steps may be taken: gradients are not kept.
         """
-        torch_optimizer = self._torch_optimizer()
         tensor_copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in self._local_tensors()]
         saved_states = {
-            flat: {
-                key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in state.items()
-            }
-            for flat, state in torch_optimizer.state.items()
+            flat: {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+            for flat, state in self._torch_optimizer.state.items()
         }
         lrs = [group["lr"] for group in self.optimizer.param_groups]
         counters = {name: getattr(self.deepspeed_engine, name) for name in _COUNTERS}
@@ -68,17 +62,16 @@ class EngineState:
         def restore() -> None:
             for tensor, saved in tensor_copies:
                 tensor.detach().copy_(saved)
-            for flat in [flat for flat in torch_optimizer.state if flat not in saved_states]:
-                for value in torch_optimizer.state[
-                    flat
-                ].values():  # not taken away, DeepSpeed points to them: AdamW begins at 0
+            states = self._torch_optimizer.state
+            for flat in states.keys() - saved_states.keys():
+                for value in states[flat].values():  # not taken away, DeepSpeed points to them: AdamW begins at 0
                     value.zero_()
             for flat, state in saved_states.items():
                 for key, value in state.items():
                     if isinstance(value, Tensor):
-                        torch_optimizer.state[flat][key].copy_(value)
+                        states[flat][key].copy_(value)
                     else:
-                        torch_optimizer.state[flat][key] = value
+                        states[flat][key] = value
             for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr
             for name, count in counters.items():
@@ -90,18 +83,13 @@ class EngineState:
 
         return restore
 
-    def _torch_optimizer(self) -> Any:
-        """torch's optimizer."""
-        return self.optimizer if self._stage == 0 else self.optimizer.optimizer
-
     def _local_tensors(self) -> list[Tensor]:
         """Weights as this rank holds them, and ZeRO's float32 copies of its share."""
         if self._stage == 3:
-            return [p.ds_tensor for p in self.trainable_params.values()] + list(
-                self.optimizer.fp32_partitioned_groups_flat
-            )
+            shares = [p.ds_tensor for p in self.trainable_params.values()]
+            return [*shares, *self.optimizer.fp32_partitioned_groups_flat]
         weights = [p.data for p in self.trainable_params.values()]
-        return weights if self._stage == 0 else weights + list(self.optimizer.single_partition_of_fp32_groups)
+        return weights if self._stage == 0 else [*weights, *self.optimizer.single_partition_of_fp32_groups]
 
     def _repartition(self) -> None:
         """Let go of weights that ZeRO-3 still holds whole, and put together those that it always holds."""
@@ -113,10 +101,7 @@ class EngineState:
             persistent[0].all_gather(persistent)
 
     def fits_unsharded(self) -> bool:
-        """Whether every rank has room for all weights beside what it holds; all ranks must call.
-
-        Half of what is free is left to the work on them.
-        """
+        """Whether every rank has room for all weights within half of what is free; all ranks must call."""
         device = self.dist_context.device
         if self._stage < 3 or device.type != "cuda":
             return True
@@ -143,7 +128,6 @@ class EngineState:
 
         The moments are float32, or 8-bit codes followed by their scales.
         """
-        fragments = import_module("deepspeed.utils.tensor_fragment")
         if self._stage in (1, 2):
             # DeepSpeed links weights to their state once, after the first group's first step: the state of the other
             # groups (LoRA+ has two) is not there yet.
@@ -156,9 +140,9 @@ class EngineState:
                 for state_key, tensor in optimizer.iter_named_state(self.optimizer.state[parameter]):
                     yield f"{state_key}/{name}", tensor
             else:
-                yield f"weight/{name}", fragments.safe_get_full_fp32_param(parameter)
-                yield f"exp_avg/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg")
-                yield f"exp_avg_sq/{name}", fragments.safe_get_full_optimizer_state(parameter, "exp_avg_sq")
+                yield f"weight/{name}", self._fragments.safe_get_full_fp32_param(parameter)
+                for key in optimizer.MOMENTS:
+                    yield f"{key}/{name}", self._fragments.safe_get_full_optimizer_state(parameter, key)
 
     def state_dict_layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of all that `iter_state_dict` yields, in its order, without gathering anything."""
@@ -174,7 +158,7 @@ class EngineState:
 
     def optimizer_bytes(self) -> int:
         """Bytes of the optimizer's state on this rank."""
-        return optimizer.count_state_bytes(self._torch_optimizer())
+        return optimizer.count_state_bytes(self._torch_optimizer)
 
     def loss_scale(self) -> dict[str, Any] | None:
         """Where fp16's dynamic loss scale stands; None in other precisions, where nothing is scaled."""
@@ -193,28 +177,24 @@ class EngineState:
         if self.uses_8bit_optimizer:
             self._load_8bit_states(read_tensor, num_steps)
             return
-        torch_optimizer = self._torch_optimizer()
+        torch_optimizer = self._torch_optimizer
         flat_params = [flat for group in torch_optimizer.param_groups for flat in group["params"]]
         if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
             flat_params = self.optimizer.fp32_partitioned_groups_flat
         is_fused = bool(torch_optimizer.defaults.get("fused"))  # the others read their counts: on a GPU they would wait
         for flat in flat_params:
             if flat not in torch_optimizer.state:
-                torch_optimizer.state[flat] = {
-                    "step": torch.zeros((), device=flat.device if is_fused else "cpu"),
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
+                torch_optimizer.state[flat] = {key: torch.zeros_like(flat) for key in optimizer.MOMENTS}
+                torch_optimizer.state[flat]["step"] = torch.zeros((), device=flat.device if is_fused else "cpu")
             torch_optimizer.state[flat]["step"].fill_(num_steps)
         for name, parameter in self.trainable_params.items():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in optimizer.MOMENTS:
                 value = read_tensor(f"{key}/{name}")
                 if value.dtype != torch.float32:
                     raise UserError(_OPTIMIZER_MISMATCH)
                 self._set_moment(parameter, key, value)
             if self.precision == "fp16":  # its float32 copy was made from the weights after they were halved
-                fragments = import_module("deepspeed.utils.tensor_fragment")
-                fragments.safe_set_full_fp32_param(parameter, read_tensor(f"weight/{name}"))
+                self._fragments.safe_set_full_fp32_param(parameter, read_tensor(f"weight/{name}"))
         for key, value in (loss_scale or {}).items():
             setattr(self.optimizer.loss_scaler, key, value)
 
@@ -247,24 +227,14 @@ class EngineState:
         if self._stage == 0:
             self.optimizer.state[parameter][key].copy_(value)
         elif self._stage == 3:
-            fragments = import_module("deepspeed.utils.tensor_fragment")
-            fragments.safe_set_local_optimizer_state(parameter, self._own_share(parameter, value), key)
+            self._fragments.safe_set_local_optimizer_state(parameter, self._own_share(parameter, value), key)
         elif parameter._hp_mapping is not None:  # None: another rank has all of it
-            mapping = parameter._hp_mapping
-            full_fragment, local = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
-            flat = self._flat_partition(parameter)
-            state = self.optimizer.optimizer.state[flat][key]
-            state.narrow(0, full_fragment.start, full_fragment.numel).copy_(
-                value.flatten().narrow(0, local.start, local.numel)
-            )
-
-    def _flat_partition(self, parameter: nn.Parameter) -> Tensor:
-        for group, flat in zip(
-            self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups, strict=True
-        ):
-            if any(member is parameter for member in group):
-                return flat
-        raise AssertionError("every trained parameter is in one of ZeRO's groups")
+            full = parameter._hp_mapping.get_hp_fragment_address()
+            local = parameter._hp_mapping.lp_fragment_address
+            groups = zip(self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups, strict=True)
+            flat = next(flat for group, flat in groups if any(member is parameter for member in group))
+            moment = self._torch_optimizer.state[flat][key].narrow(0, full.start, full.numel)
+            moment.copy_(value.flatten().narrow(0, local.start, local.numel))
 
     def gather_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor on the CPU) of every trained weight in the names of `model.module`; all ranks must iterate."""

@@ -64,10 +64,8 @@ class DeepSpeedStepper:
         """Reduce, measure, clip and update. Raises NonFiniteError, with the weights untouched, unless fp16 may skip."""
         previous_skipped_steps = self.deepspeed_engine.skipped_steps
         self.deepspeed_engine.step()
-        grad_norm, is_skipped = (
-            float(self.deepspeed_engine.get_global_grad_norm()),
-            self.deepspeed_engine.skipped_steps > previous_skipped_steps,
-        )
+        grad_norm = float(self.deepspeed_engine.get_global_grad_norm())
+        is_skipped = self.deepspeed_engine.skipped_steps > previous_skipped_steps
         if self.precision != "fp16" and (is_skipped or not math.isfinite(grad_norm)):
             raise NonFiniteError(f"gradient norm {grad_norm}")
         return OptimizerStepResult(grad_norm=grad_norm, is_skipped=is_skipped)
@@ -104,7 +102,10 @@ class NativeStepper:
         self.trainable_params = list(trainable_params)
         self.zero_optimizer: Any = deepspeed_engine.optimizer if deepspeed_engine.zero_optimization() else None
         self.optimizer: Any = self.zero_optimizer.optimizer if self.zero_optimizer else deepspeed_engine.optimizer
+        #: under a ZeRO stage this rank's float32 part of each group, with its gradient as the optimizer looks for it
+        self._partitions: list[Any] = []
         if self.zero_optimizer:
+            self._partitions = self.zero_optimizer.single_partition_of_fp32_groups
             for hook in self.zero_optimizer._grad_acc_hooks:
                 hook.remove()
         self.gradients = self._make_gradients()
@@ -151,7 +152,9 @@ class NativeStepper:
         until `discard_step`, which the caller sees in the numbers.
         """
         try:
-            grads = self._reduced_grads()
+            grads = self.gradients.reduce()
+            for partition, grad in zip(self._partitions, grads, strict=False):  # none without ZeRO
+                partition.grad = grad
             grad_norm = self._grad_norm(grads)
             if not self.skips_on_device and not torch.isfinite(grad_norm):
                 raise NonFiniteError(f"gradient norm {float(grad_norm)}")
@@ -170,19 +173,8 @@ class NativeStepper:
         self._found_inf = torch.zeros_like(self._found_inf)
 
     def _clear_grads(self) -> None:
-        for parameter in self.trainable_params:
-            parameter.grad = None
-        if self.zero_optimizer is not None:
-            for partition in self.zero_optimizer.single_partition_of_fp32_groups:
-                partition.grad = None
-
-    def _reduced_grads(self) -> list[Tensor]:
-        """Of every weight, or this rank's part of each group, where the optimizer looks for them."""
-        grads = self.gradients.reduce()
-        if self.zero_optimizer is not None:
-            for partition, grad in zip(self.zero_optimizer.single_partition_of_fp32_groups, grads, strict=True):
-                partition.grad = grad
-        return grads
+        for tensor in (*self.trainable_params, *self._partitions):
+            tensor.grad = None
 
     def _grad_norm(self, grads: list[Tensor]) -> Tensor:
         """Of the whole gradient, 0-dimensional float32 on the device."""
@@ -210,8 +202,7 @@ class NativeStepper:
         """Stages 1 and 2: give every rank the weights that this one has updated."""
         zero_optimizer = self.zero_optimizer
         for flat, shards, partition in zip(
-            zero_optimizer.bit16_groups_flat, zero_optimizer.parallel_partitioned_bit16_groups,
-            zero_optimizer.single_partition_of_fp32_groups,
+            zero_optimizer.bit16_groups_flat, zero_optimizer.parallel_partitioned_bit16_groups, self._partitions,
             strict=True,
         ):  # fmt: skip
             local_shard = shards[self.dist_context.rank]
