@@ -29,7 +29,7 @@ from trainer.model.flops import count_training_flops
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
-from trainer.tracking.loggers import check_loggers
+from trainer.tracking.extra_loggers import check_loggers
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.summary import show_plan

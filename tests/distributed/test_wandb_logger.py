@@ -186,30 +186,6 @@ def test_disabled_wandb_says_nothing_and_imports_nothing(tmp_path: Path, caplog:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_setting_that_an_older_wandb_client_lacks_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trainer.tracking import wandb_logger
-
-    class Old:
-        class Settings:
-            model_fields = dict.fromkeys(("init_timeout", "console"))
-
-            def __init__(self, **init_options: Any) -> None:
-                assert set(init_options) == {"init_timeout", "console"}
-
-        @staticmethod
-        def init(**init_options: Any) -> dict[str, Any]:
-            return init_options
-
-    init_options = wandb_logger._init(
-        Old, METADATA, tmp_path, "offline", True, {"init_timeout": 1.0, "finish_timeout_raises": True}
-    )
-    assert init_options["id"] == METADATA["run_id"]
-    assert init_options["resume"] == "allow"
-    assert init_options["mode"] == "offline"
-
-
 # Weights & Biases: the real client
 
 CHILD_CODE = """

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainer.config.credentials import mask_credentials
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
+from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 from trainer.tracking.safe_stream import SafeStream, escape_lines
 
 if TYPE_CHECKING:
@@ -34,9 +34,8 @@ def is_terminal(stream: "TextIO | SafeStream") -> bool:
 class ProgressBar:
     """A logger that shows where a run is; `print_line` puts a line above the bar.
 
-    `total_steps` and `num_epochs` are the length of the whole run. Rows of evaluations, epochs and
-    events are always shown, of steps the first, the last and one every `interval` seconds by `clock`. Output that
-    nobody can take any more (a closed pipe) ends the showing, not the run.
+    `total_steps` and `num_epochs` are the length of the whole run. Rows of evaluations, epochs and events are always
+    shown, of steps the first, the last and one every `interval` seconds by `clock`.
     """
 
     def __init__(
@@ -49,19 +48,14 @@ class ProgressBar:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream: Any = SafeStream(stream or sys.stdout)
-        self._total_steps, self._epochs_text, self._interval, self._clock = (
-            total_steps,
-            _format_num_epochs(num_epochs),
-            interval,
-            clock,
-        )
+        self._total_steps, self._interval, self._clock = total_steps, interval, clock
+        self._epochs_text = f"{round(num_epochs, 2):g}" if num_epochs >= 1 else f"{num_epochs:.2g}"
         self._start: tuple[int, float] | None = None  # step and time of the first row, for the time left
         self._last_print_time = -interval  # when the last plain line was printed
         self._pending_line: str | None = None  # a row that was too early to print; the last one is printed at the end
         self._bar: Any = None
-        self._task: Any = None
         if is_terminal(self._stream):
-            self._bar, self._task = _bar(self._stream, total_steps, self._epochs_text)
+            self._bar = _make_bar(self._stream, total_steps, self._epochs_text)
             self._bar.start()
 
     def log(self, record: Record) -> None:
@@ -89,8 +83,7 @@ class ProgressBar:
         """Print the row that was held back and let go of the bar; a second call does nothing."""
         self._flush_pending_line()
         if self._bar is not None:
-            bar, self._bar = self._bar, None
-            bar.stop()
+            self._bar.stop()
 
     def _flush_pending_line(self) -> None:
         if self._pending_line is not None:
@@ -102,7 +95,7 @@ class ProgressBar:
         time_left = self._time_left(record.step, now)
         if self._bar is not None:
             self._bar.update(
-                self._task, completed=record.step, epoch=_format_epoch(record.epoch), loss=f"{record.loss:.4f}",
+                self._bar.task_ids[0], completed=record.step, epoch=f"{record.epoch:.2f}", loss=f"{record.loss:.4f}",
                 lr=f"{record.lr:.1e}", speed=_format_short(record.tokens_per_second), left=time_left,
                 refresh=record.step >= self._total_steps,
             )  # fmt: skip
@@ -126,11 +119,10 @@ class ProgressBar:
             return "0:00" if step >= self._total_steps else "?"
         return format_duration((now - start_time) / (step - first_step) * max(0, self._total_steps - step))
 
-    def _position(self, label: str, record: Record) -> str:
+    def _position(self, label: str, record: StepRecord | EvalRecord | EpochRecord) -> str:
         """Where the run is: 'step  12/926  epoch 0.04/3'."""
-        width = len(str(self._total_steps))
-        epoch = "" if isinstance(record, EventRecord) else f"  epoch {_format_epoch(record.epoch)}/{self._epochs_text}"
-        return f"{label} {record.step:>{width}}/{self._total_steps}{epoch}"
+        step = f"{record.step:>{len(str(self._total_steps))}}/{self._total_steps}"
+        return f"{label} {step}  epoch {record.epoch:.2f}/{self._epochs_text}"
 
 
 class LogLines(logging.Handler):
@@ -156,16 +148,15 @@ class LogLines(logging.Handler):
         super().close()
 
 
-def _bar(stream: Any, total: int, epochs: str) -> tuple[Any, Any]:
-    """The bar and its task: one line that fits in 80 columns."""
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as Bar
+def _make_bar(stream: Any, total: int, epochs: str) -> Any:
+    """A bar with its only task: one line that fits in 80 columns."""
+    from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
 
     def text(template: str) -> TextColumn:
         return TextColumn(template, table_column=Column(no_wrap=True))
 
-    bar = Bar(
+    bar = Progress(
         text(f"epoch {{task.fields[epoch]}}/{epochs}"),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
         text("{task.completed}/{task.total}"),
@@ -177,8 +168,8 @@ def _bar(stream: Any, total: int, epochs: str) -> tuple[Any, Any]:
         expand=True,
         refresh_per_second=4,
     )
-    task = bar.add_task("", total=total, epoch="0.00", loss="-", lr="-", speed="-", left="?")
-    return bar, task
+    bar.add_task("", total=total, epoch="0.00", loss="-", lr="-", speed="-", left="?")
+    return bar
 
 
 def format_duration(seconds: float) -> str:
@@ -186,15 +177,6 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
-
-
-def _format_epoch(epoch: float) -> str:
-    return f"{epoch:.2f}"
-
-
-def _format_num_epochs(epochs: float) -> str:
-    """The epochs of a whole run: 3, 2.5, 0.11, 0.003."""
-    return f"{round(epochs, 2):g}" if epochs >= 1 else f"{epochs:.2g}"
 
 
 def _format_short(value: float) -> str:

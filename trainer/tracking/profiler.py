@@ -12,7 +12,7 @@ NUM_TOP_OPERATIONS = 10
 
 
 class ProfileLogger:
-    """Profiles rank 0 from step 4 of this start on, for `steps` steps, and writes OUT/profile/.
+    """Profiles rank 0 from step 4 of this start on, for `num_steps` steps, and writes OUT/profile/.
 
     trace.json.gz opens in Perfetto or chrome://tracing; top.md holds the operations that took the most time of
     their own. It changes no number, but the profiled steps take longer.
@@ -20,43 +20,38 @@ class ProfileLogger:
 
     def __init__(self, folder: Path, num_steps: int) -> None:
         self._folder, self._num_steps = folder / "profile", num_steps
-        self._num_steps_seen = 0
+        self._num_profiled = -NUM_WARMUP_STEPS  # below 0: the steps until it begins
         self._profiler: Any = None
 
     def log(self, record: Record) -> None:
         """Begin or end after a step."""
         if isinstance(record, StepRecord):
-            self._num_steps_seen += 1
-            if self._num_steps_seen == NUM_WARMUP_STEPS:
-                self._begin()
-            elif self._num_steps_seen == NUM_WARMUP_STEPS + self._num_steps:
+            self._num_profiled += 1
+            if self._num_profiled == 0:
+                from torch.profiler import profile
+
+                self._profiler = profile()  # of the processor, and of the GPU where there is one
+                self._profiler.start()
+            elif self._num_profiled == self._num_steps:
                 self._end()
 
     def close(self, exit_code: int) -> None:
-        """End, where the run was shorter than what was asked for; a second call does nothing."""
+        """End, where the run was shorter than what was asked for."""
+        if self._num_profiled <= 0:
+            logger.info(f"--profile: the run ended before its step {NUM_WARMUP_STEPS + 1}, nothing was profiled")
         if self._profiler is not None:
             self._end()
-        elif self._num_steps_seen < NUM_WARMUP_STEPS:
-            logger.info(f"--profile: the run ended before its step {NUM_WARMUP_STEPS + 1}, nothing was profiled")
-            self._num_steps_seen = NUM_WARMUP_STEPS
-
-    def _begin(self) -> None:
-        from torch.profiler import profile
-
-        self._profiler = profile()  # of the processor, and of the GPU where there is one
-        self._profiler.start()
 
     def _end(self) -> None:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
+        if self._num_profiled == 0:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(self._folder / "trace.json.gz"))
-        table = top_table(profiler.key_averages(), min(self._num_steps_seen - NUM_WARMUP_STEPS, self._num_steps))
+        table = top_table(profiler.key_averages(), self._num_profiled)
         (self._folder / "top.md").write_text(table, encoding="utf-8")
-        logger.info(
-            f"profile of {min(self._num_steps_seen - NUM_WARMUP_STEPS, self._num_steps)} steps in "
-            f"{self._folder}:\n{table.rstrip()}"
-        )
+        logger.info(f"profile of {self._num_profiled} steps in {self._folder}:\n{table.rstrip()}")
 
 
 def top_table(averages: Any, num_steps: int) -> str:
@@ -69,9 +64,7 @@ def top_table(averages: Any, num_steps: int) -> str:
     total = sum(map(self_time, averages)) or 1.0
     lines = [f"| operation | calls/step | {'GPU' if on_gpu else 'CPU'} ms/step | share |", "|---|--:|--:|--:|"]
     for row in sorted(averages, key=self_time, reverse=True)[:NUM_TOP_OPERATIONS]:
-        share = f"{100 * self_time(row) / total:.1f}%"
-        name = row.key.replace("|", "\\|")
-        lines.append(
-            f"| {name[:60]} | {row.count / num_steps:.1f} | {self_time(row) / 1000 / num_steps:.2f} | {share} |"
-        )
+        name = row.key.replace("|", "\\|")[:60]
+        time, share = self_time(row) / 1000 / num_steps, 100 * self_time(row) / total
+        lines.append(f"| {name} | {row.count / num_steps:.1f} | {time:.2f} | {share:.1f}% |")
     return "\n".join(lines) + "\n"

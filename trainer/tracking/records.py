@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeGuard, get_origin
+from typing import Any, Protocol, TypeGuard, get_origin
 
 from trainer.config.json_file import parse_json
 
@@ -81,6 +81,16 @@ Record = StepRecord | EvalRecord | EpochRecord | EventRecord
 RECORD_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord, "event": EventRecord}
 _COLUMN_TYPES = {cls: {column.name: column.type for column in fields(cls)} for cls in RECORD_CLASSES.values()}
 _RECORD_KINDS = {cls: kind for kind, cls in RECORD_CLASSES.items()}
+
+
+class RecordLogger(Protocol):
+    """What takes the records of a run, in order; rank 0 only."""
+
+    def log(self, record: Record) -> None:
+        """Take one record."""
+
+    def close(self, exit_code: int) -> None:
+        """The run is over; 0 is success."""
 
 
 def bits_per_byte(nll_sum: float, num_bytes: int) -> float | None:

@@ -1,6 +1,7 @@
 """What W&B's variables and files say of a run: its mode, its names, and whether somebody is logged in. Asks nobody."""
 
 import configparser
+import contextlib
 import netrc
 import os
 import secrets
@@ -14,11 +15,8 @@ from trainer.config.options import RUN_ID, WANDB_PROJECT, check_range
 from trainer.config.runtime_schema import OutputSettings
 from trainer.tracking.wandb_keys import run_group
 
-PUBLIC_HOSTS = (
-    "api.wandb.ai",
-    "api.forge.coreweave.com",
-    "forge.coreweave.com",
-)  # old and new name of the public server
+#: Old and new names of the public server.
+PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")
 DEFAULT_PROJECT = "gpt2-full-vs-lora"
 #: W&B's variables that name one run: a program that starts many must not hand them on.
 RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME")
@@ -30,9 +28,8 @@ def wandb_block(output: OutputSettings, source: str, env: Mapping[str, str] = os
 
     UserError where a variable holds what is no id or no project.
     """
-    run_id = env.get("WANDB_RUN_ID") or "".join(
-        secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8)
-    )
+    random_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+    run_id = env.get("WANDB_RUN_ID") or random_id
     project = output.wandb_project or env.get("WANDB_PROJECT") or DEFAULT_PROJECT
     check_range(RUN_ID.check(run_id), "WANDB_RUN_ID", run_id, RUN_ID.description)
     check_range(WANDB_PROJECT.check(project), "WANDB_PROJECT", project, WANDB_PROJECT.description)
@@ -56,12 +53,9 @@ def wandb_mode(flag: str | None, env: Mapping[str, str] = os.environ) -> str:
         return flag
     if env.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):  # of transformers' Trainer, up to 4
         return "disabled"
-    requested_mode = WANDB_MODES.get(env.get("WANDB_MODE", "").lower()) or WANDB_MODES.get(
-        _settings_entry("mode", env).lower()
-    )
-    if requested_mode in ("offline", "disabled"):
-        return requested_mode
-    return "online" if is_logged_in(env) else "offline"
+    requested_modes = (env.get("WANDB_MODE", ""), _settings_entry("mode", env))
+    mode = next((WANDB_MODES[name.lower()] for name in requested_modes if name.lower() in WANDB_MODES), "online")
+    return "offline" if mode == "online" and not is_logged_in(env) else mode
 
 
 def is_logged_in(env: Mapping[str, str] = os.environ) -> bool:
@@ -69,7 +63,7 @@ def is_logged_in(env: Mapping[str, str] = os.environ) -> bool:
     if env.get("WANDB_API_KEY") or env.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(env.get("WANDB_BASE_URL") or _settings_entry("base_url", env)).netloc
-    home = Path(env.get("HOME") or Path.home())
+    home = _home(env)
     for path in [Path(env["NETRC"]).expanduser()] if env.get("NETRC") else [home / ".netrc", home / "_netrc"]:
         try:
             entries = netrc.netrc(path)
@@ -81,13 +75,12 @@ def is_logged_in(env: Mapping[str, str] = os.environ) -> bool:
 
 def _settings_entry(name: str, env: Mapping[str, str]) -> str:
     """An entry of wandb's settings files (`wandb offline` and `wandb login --host` write them), '' without one."""
-    config_dir = Path(env.get("WANDB_CONFIG_DIR") or Path(env.get("HOME") or Path.home()) / ".config" / "wandb")
-    value = ""
-    for path in (config_dir / "settings", Path("wandb") / "settings"):
-        parser = configparser.ConfigParser(interpolation=None)
-        try:
-            parser.read(path)
-        except (OSError, configparser.Error, UnicodeDecodeError):
-            continue
-        value = parser.get("default", name, fallback=value)
-    return value
+    config_dir = Path(env.get("WANDB_CONFIG_DIR") or _home(env) / ".config" / "wandb")
+    parser = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError):  # what was read before that counts
+        parser.read([config_dir / "settings", Path("wandb") / "settings"])
+    return parser.get("default", name, fallback="")
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    return Path(env.get("HOME") or Path.home())

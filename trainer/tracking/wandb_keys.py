@@ -35,7 +35,7 @@ def wandb_row(record: Record) -> dict[str, float]:
     """The history row of a record, without its step; {} for an event, which goes to the summary instead."""
     if isinstance(record, EventRecord):
         return {}
-    fields = {**{axis: axis for axis in AXES}, **COLUMNS[type(record)]}
+    fields = {axis: axis for axis in AXES} | COLUMNS[type(record)]
     values = {name: getattr(record, field) for name, field in fields.items()}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -78,41 +78,32 @@ def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     the name of their field (LoRA's are prefixed `lora_`); what was resolved (the rate, the batch sum, the precision)
     replaces what was asked for.
     """
-    settings = dict(metadata["settings"])
-    config: dict[str, Any] = {"mode": metadata["mode"], "preset": metadata["preset"]}
-    config["overridden"] = list(metadata.get("overridden", ()))
+    settings, model, data = metadata["settings"], metadata["model"], metadata["data"]
+    config: dict[str, Any] = {name: metadata[name] for name in ("mode", "preset", "overridden")}
     for group in ("model", "data", "train", "engine"):
-        config.update(settings[group])
+        config |= settings[group]
     if metadata["mode"] == "lora":
-        config.update({f"lora_{name}": value for name, value in settings["lora"].items() if name != "target_modules"})
-        config["lora_targets"] = list(metadata["model"].get("lora_targets") or ())
-    config.update(metadata["resolved"])
-    config.update(_data_config(metadata["data"]))
-    config.update(_model_config(metadata["model"]))
-    config.update(
-        {"deepspeed": metadata["deepspeed"], "versions": metadata["versions"], "hardware": metadata["hardware"]}
-    )
+        config |= {f"lora_{name}": value for name, value in settings["lora"].items() if name != "target_modules"}
+        config["lora_targets"] = model["lora_targets"]
+    config |= metadata["resolved"]
+    config |= {f"data_{name}": data.get(name) for name in _DATA_NAMES}
+    for side in ("train", "val"):
+        config |= {f"{side}_{name}": count for name, count in data[side].items()}
+    config |= {name: data.get(name) for name in ("tokenizer", "vocabulary")}
+    config |= {name: model[key] for name, key in _MODEL_NAMES.items()}
+    config |= {name: metadata[name] for name in ("deepspeed", "versions", "hardware")}
     config["git_commit"] = (metadata.get("git") or {}).get("commit")
     return config | {"run": dict(metadata)}
 
 
-def _data_config(data: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("fingerprint", "train_fingerprint", "val_fingerprint", "split")
-    config = {f"data_{name}": data.get(name) for name in names}
-    config.update({"tokenizer": data.get("tokenizer"), "vocabulary": data.get("vocabulary")})
-    for side in ("train", "val"):
-        config.update({f"{side}_{name}": count for name, count in data.get(side, {}).items()})
-    return config
-
-
-def _model_config(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "model_class": model.get("class"),
-        "model_fingerprint": model.get("fingerprint"),
-        "parameters": model.get("parameters"),
-        "trainable_parameters": model.get("trainable"),
-        "trainable_share": model.get("share"),
-    }
+_DATA_NAMES = ("fingerprint", "train_fingerprint", "val_fingerprint", "split")
+_MODEL_NAMES = {  # {name on W&B: key of run.json's model}
+    "model_class": "class",
+    "model_fingerprint": "fingerprint",
+    "parameters": "parameters",
+    "trainable_parameters": "trainable",
+    "trainable_share": "share",
+}
 
 
 def data_name(source: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def start_wandb(
     init_seconds: float = INIT_TIMEOUT_SECONDS,
     finish_seconds: float = FINISH_TIMEOUT_SECONDS,
 ) -> "WandbLogger":
-    """The logger of the run that `run` (run.json) describes, in the mode that run["wandb"]["mode"] names.
+    """The logger of the run that `metadata` (run.json) describes, in the mode that it names.
 
     A server that does not answer makes the run an offline one; any other trouble is logged once and leaves a
     logger that takes records and does nothing.
@@ -49,26 +50,26 @@ def start_wandb(
     if mode == "disabled":
         return WandbLogger(None)
     timeouts = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
+    init = partial(_init, metadata, folder, is_resumed=is_resumed, timeouts=timeouts)
     try:
         prepare_environment(folder, mode)
-        import wandb
-
         if is_resumed:
             _say_what_a_resume_overrides(metadata["run_id"])
         try:
-            wandb_run = _init(wandb, metadata, folder, mode, is_resumed, timeouts)
+            wandb_run = init(mode)
         except Exception as error:
             if mode != "online":
                 raise
             logger.warning(f"W&B: no connection ({_one_line(error)}); going on offline")
             _teardown()  # the failed start still holds the id
             prepare_environment(folder, mode := "offline")
-            wandb_run = _init(wandb, metadata, folder, mode, is_resumed, timeouts)
+            wandb_run = init(mode)
         for axis in AXES:
             wandb_run.define_metric(axis, hidden=True)
         for pattern, axis, summary in METRICS:
             wandb_run.define_metric(pattern, step_metric=axis, summary=summary)
-        logger.info(_run_location(wandb_run, mode))
+        place = wandb_run.url if mode == "online" else f"offline, send it later with {_sync_command(wandb_run)}"
+        logger.info(f"W&B: {place}")
         last_step = _last_step(_wandb_dir(folder), metadata["run_id"]) if is_resumed else -1
         return WandbLogger(wandb_run, last_logged_step=last_step)
     except Exception as error:  # whatever happens in there, it must not cost the run
@@ -77,12 +78,11 @@ def start_wandb(
 
 
 def _init(
-    wandb: Any, metadata: Mapping[str, Any], folder: Path, mode: str, is_resumed: bool, timeouts: Mapping[str, float]
+    metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resumed: bool, timeouts: Mapping[str, float]
 ) -> Any:
-    """wandb.init for this run; what a variable of W&B's says goes before ours, except where a flag says it.
+    """wandb.init for this run; what a variable of W&B's says goes before ours, except where a flag says it."""
+    import wandb
 
-    A setting that the installed version does not know is left out.
-    """
     settings: dict[str, Any] = {
         **timeouts,
         "console": "off",
@@ -90,11 +90,7 @@ def _init(
         **({} if os.environ.get("WANDB_SAVE_CODE") else {"disable_code": True}),
         "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
     }
-    used = {
-        name: value
-        for name, value in settings.items()
-        if name in wandb.Settings.model_fields and f"WANDB_{name.upper()}" not in os.environ
-    }
+    settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
     name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
     tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
     return wandb.init(
@@ -108,7 +104,7 @@ def _init(
         config=wandb_config(metadata),
         dir=str(_wandb_dir(folder)),
         mode=mode,
-        settings=wandb.Settings(**used),
+        settings=wandb.Settings(**settings),
     )
 
 
@@ -171,12 +167,10 @@ def _samples_table(record: EventRecord) -> Any:
     """The samples of one evaluation as a table of W&B."""
     import wandb
 
-    columns = ["step", "epoch", "prompt", "reference", "base", "completion"]
-    rows = [
-        [record.step, record.facts["epoch"], *(text.get(name) for name in columns[2:])]
-        for text in record.facts["texts"]
-    ]
-    return wandb.Table(columns=columns, data=rows)
+    columns = ["prompt", "reference", "base", "completion"]
+    place = [record.step, record.facts["epoch"]]
+    rows = [place + [text.get(name) for name in columns] for text in record.facts["texts"]]
+    return wandb.Table(columns=["step", "epoch", *columns], data=rows)
 
 
 def _teardown() -> None:
@@ -185,13 +179,6 @@ def _teardown() -> None:
         import wandb
 
         wandb.teardown()
-
-
-def _run_location(run: Any, mode: str) -> str:
-    """One line on where to find the run."""
-    if mode == "online":
-        return f"W&B: {run.url}"
-    return f"W&B: offline, send it later with {_sync_command(run)}"
 
 
 def _sync_command(run: Any) -> str:

@@ -16,9 +16,8 @@ from trainer.tracking.eval_records import (
 )
 from trainer.tracking.extra_loggers import start_extra_loggers
 from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
-from trainer.tracking.loggers import RecordLogger
 from trainer.tracking.profiler import ProfileLogger
-from trainer.tracking.records import Record
+from trainer.tracking.records import Record, RecordLogger
 from trainer.tracking.summary import show_plan, show_summary
 from trainer.tracking.wandb_logger import start_wandb
 from trainer.training.run_plan import RunPlan

@@ -9,7 +9,8 @@ import pytest
 from helpers.fake_runs import make_metadata, make_records
 
 from trainer.config.errors import UserError
-from trainer.tracking.extra_loggers import FailSafeLogger, check_extra_loggers, start_extra_loggers
+from trainer.config.runtime_schema import OutputSettings
+from trainer.tracking.extra_loggers import FailSafeLogger, check_loggers, start_extra_loggers
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.wandb_keys import AXES, wandb_row
 
@@ -90,7 +91,7 @@ def test_an_extra_logger_that_fails_is_reported_once_and_dropped(caplog):
             calls.append(record.step)
             raise OSError("no space left")
 
-        def close(self) -> None:
+        def close(self, exit_code: int) -> None:
             raise AssertionError("it was left out")
 
     log_records([FailSafeLogger("tensorboard", Broken)], RECORDS)
@@ -101,7 +102,7 @@ def test_an_extra_logger_that_fails_is_reported_once_and_dropped(caplog):
 
 
 def test_an_extra_logger_that_is_not_installed_is_one_line(monkeypatch):
-    check_extra_loggers(["tensorboard", "trackio"])
+    check_loggers(OutputSettings(report_to=("tensorboard", "trackio")))
     monkeypatch.setattr("trainer.tracking.extra_loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--report-to trackio: it is not installed; pip install -e '\.\[trackio\]'"):
-        check_extra_loggers(["trackio"])
+        check_loggers(OutputSettings(report_to=("trackio",)))
