@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -16,17 +17,13 @@ from trainer.tools.bench.configs import BenchmarkConfig, build_configs
 from trainer.tools.bench.steps import add_relative_speeds, format_markdown
 from trainer.tools.bench.weight_products import WeightProducts, count_layer_shapes
 
-COMMON: dict[str, Any] = {"model": "demo-base", "block_size": 32}
 
-
-OURS = {"precision": ["fp32"], "world_size": [1], "ds_config": ["zero0"], "execution": ["auto"]}
+def list_configs(flags: str) -> list[BenchmarkConfig]:
+    return build_configs(bench_cli.build_parser("steps").parse_args(flags.split()), "cpu")
 
 
 def test_bench_runs_this_trainer_first_and_peers_on_one_rank():
-    configs = build_configs(
-        ours={**OURS, "world_size": [1, 2], "ds_config": ["zero0", "zero2"]}, peers=["hf", "hf-deepspeed"],
-        modes=["full", "lora"], global_batches=[2], common_fields=COMMON,
-    )  # fmt: skip
+    configs = list_configs("--ranks 1,2 --ds-config zero0,zero2 --against hf,hf-deepspeed")
     assert [config.name for config in configs if config.mode == "full"] == [
         "ours zero0 fp32", "ours zero2 fp32", "ours zero0 2 ranks fp32", "ours zero2 2 ranks fp32", "hf fp32",
         "hf-deepspeed zero0 fp32", "hf-deepspeed zero2 fp32",
@@ -35,10 +32,7 @@ def test_bench_runs_this_trainer_first_and_peers_on_one_rank():
 
 
 def test_bench_runs_this_trainer_in_every_precision_and_peers_in_the_first():
-    configs = build_configs(
-        ours={**OURS, "precision": ["fp32", "bf16"], "execution": ["auto", "compile"]}, peers=["hf"], modes=["full"],
-        global_batches=[2], common_fields=COMMON,
-    )  # fmt: skip
+    configs = list_configs("--precision fp32,bf16 --execution auto,compile --against hf --modes full")
     assert [config.name for config in configs] == [
         "ours zero0 fp32", "ours zero0 fp32 compile", "ours zero0 bf16", "ours zero0 bf16 compile", "hf fp32"
     ]  # fmt: skip
@@ -60,7 +54,7 @@ def test_bench_runs_this_trainer_in_every_precision_and_peers_in_the_first():
 )
 def test_a_wrong_bench_argument_is_one_line(argv, message):
     with pytest.raises(UserError) as caught:
-        bench_cli.run([*argv.split(), *(["--device", "cpu"] if argv.startswith(("-", "steps")) else [])])
+        bench_cli.run(argv.split())
     assert str(caught.value).startswith(message)
 
 
@@ -68,20 +62,15 @@ def test_weight_products_are_those_of_every_layer_with_a_gradient_of_the_weight_
     """One block: c_attn, c_proj, c_fc, c_proj of the MLP, and the output layer."""
     settings = cli.parse_args(["--mode", "lora", "--lora-rank", "4", "--model", "demo-base"]).settings
     model = build_model(settings, on_meta=True)
-    shapes = count_layer_shapes(model)
+    layer_shapes = count_layer_shapes(model)
     width, num_layers = model.causal.config.n_embd, model.causal.config.n_layer
-    assert shapes[width, 3 * width, False] == num_layers
-    assert shapes[width, 4, True] >= 2 * num_layers
+    assert layer_shapes[width, 3 * width, False] == num_layers
+    assert layer_shapes[width, 4, True] >= 2 * num_layers
     products = WeightProducts(Counter({(8, 16, True): 3, (8, 4, False): 1}), 10, torch.float32, torch.device("cpu"))
     assert [times for _, times in products.products] == [3, 3, 3, 1, 1]
-    assert [tuple(product().shape) for product, _ in products.products] == [
-        (10, 16),
-        (10, 8),
-        (8, 16),
-        (10, 4),
-        (10, 8),
-    ]
-    assert products.seconds(lambda: None) > 0
+    shapes = [tuple(product().shape) for product, _ in products.products]
+    assert shapes == [(10, 16), (10, 8), (8, 16), (10, 4), (10, 8)]
+    assert products.seconds() > 0
 
 
 def test_bench_speedup_is_the_ratio_round_by_round():
@@ -103,11 +92,8 @@ def test_a_benchmark_that_failed_says_so_in_its_line():
         "model": "m", "block_size": 8, "hardware": "h", "threads": 1, "versions": {"torch": "2"},
         "rounds": 1, "steps": "1", "ceiling_flops": 1e12, "ceiling_precision": "fp32",
     }  # fmt: skip
-    row = {
-        **BenchmarkConfig(program="hf", mode="full", global_batch=2, ds_config=None).as_dict(),
-        "name": "hf",
-        "problem": "failed: why",
-    }
+    config = BenchmarkConfig(program="hf", mode="full", global_batch=2, ds_config=None)
+    row = {**asdict(config), "name": "hf", "problem": "failed: why"}
     line = next(line for line in format_markdown([row], facts).splitlines() if "failed" in line)
     assert line.startswith("| full | 2 | hf | failed: why |")
     assert line.count("|") == 13

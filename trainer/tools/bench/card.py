@@ -9,50 +9,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.config.argument_parser import ArgumentParser
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import TrainingError
+from trainer.tools.bench.configs import check_names
+from trainer.tools.bench.tables import table_lines
+from trainer.tools.worker_processes import last_line
 from trainer.tracking.records import EvalRecord, EventRecord, StepRecord, read_records
 
-LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
+TRAIN_SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
 CARD_ROWS = 13_241  # training examples of the reference run, of 1,024 tokens each
 VAL_SHARE = 0.02  # of the rows, beside those
 HEADINGS = ("mode", "device", "steps", "time", "GPU hours", "tokens/s", "peak GiB", "execution", "validation loss")
 
 
-def add_flags(parser: ArgumentParser, number: Any) -> None:
-    """The flags of `bench.py card`."""
-    add = parser.add_argument
-    add("--modes", default="full,lora", metavar="NAMES", help="full, lora (default: both)")
-    add("--data", metavar="FILE", help="records to train on (default: rows of token ids made from a seed)")
-    add("--rows", type=number, default=CARD_ROWS, metavar="N", help=f"made from a seed (default: {CARD_ROWS})")
-    add("--model", default="gpt2", help="hub id or folder (default: gpt2)")
-    add("--init", default="random", metavar="HOW", help="pretrained, or random weights (default: random)")
-    add("--block-size", type=number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
-    add("--max-steps", type=number, metavar="N", help="end earlier than after 3 epochs")
-    add("--ranks", type=number, default=1, metavar="N", help="ranks, started by torchrun (default: 1)")
-    add("--output-dir", type=Path, default=Path("bench-card"), metavar="DIR", help="default: bench-card")
-
-
 def measure_card(args: argparse.Namespace) -> int:
     """Train each mode, then write card.json and card.md."""
-    modes = args.modes.split(",")
-    for mode in modes:
-        if mode not in ("full", "lora"):
-            raise UserError(f"--modes {mode}: expected full, lora")
+    check_names("--modes", args.modes, ("full", "lora"))
     folder = args.output_dir.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     data = args.data
     if data is None:
-        from transformers import AutoConfig
+        vocab_size = 50_257
+        if Path(args.model).is_dir():
+            from transformers import AutoConfig
 
-        config_source = args.model
-        vocab_size = (
-            AutoConfig.from_pretrained(config_source, trust_remote_code=False).vocab_size
-            if Path(config_source).is_dir()
-            else 50_257
-        )
+            vocab_size = AutoConfig.from_pretrained(args.model, trust_remote_code=False).vocab_size
         data = str(write_rows(folder / "rows.jsonl", args.rows, args.block_size, vocab_size))
-    rows = [_train(mode, data, args, folder / mode) for mode in modes]
+    rows = [_train(mode, data, args, folder / mode) for mode in args.modes]
     text = format_table(rows)
     (folder / "card.json").write_text(json.dumps(rows, indent=1) + "\n")
     (folder / "card.md").write_text(text)
@@ -80,27 +62,26 @@ def train_argv(mode: str, data: str, args: argparse.Namespace, folder: Path) -> 
 
 def _train(mode: str, data: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}"] if args.ranks > 1 else []
-    command = [sys.executable, *launcher, str(LAUNCH_FOLDER / "train.py"), *train_argv(mode, data, args, folder)]
+    command = [sys.executable, *launcher, str(TRAIN_SCRIPT), *train_argv(mode, data, args, folder)]
     print(f"training {mode}, {folder}", flush=True)
-    with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
+    log_file = folder.with_suffix(".log")
+    with open(log_file, "w", encoding="utf-8") as log:
         exit_code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
     if exit_code:
-        lines = [line for line in folder.with_suffix(".log").read_text().splitlines() if line.strip()]
-        raise TrainingError(f"{mode} ended with exit code {exit_code}: {lines[-1][:200] if lines else 'no output'}")
-    return read_row(folder)
+        raise TrainingError(f"{mode} ended with exit code {exit_code}: {last_line(log_file.read_text())}")
+    return _read_row(folder)
 
 
-def read_row(folder: Path) -> dict[str, Any]:
+def _read_row(folder: Path) -> dict[str, Any]:
     """What a finished run took and reached."""
     metadata = json.loads((folder / "run.json").read_text())
     records = list(read_records(folder / "metrics.jsonl"))
     steps = [record for record in records if isinstance(record, StepRecord)]
     finished = next(record for record in records if isinstance(record, EventRecord) and record.event == "finished")
-    hardware, resolved = metadata["hardware"], metadata["resolved"]
-    seconds = steps[-1].time - steps[0].time
+    hardware, seconds = metadata["hardware"], steps[-1].time - steps[0].time
     return {
         "mode": metadata["mode"],
-        "device": f"{resolved['ranks']} x {hardware['gpu'] or hardware['cpu']}",
+        "device": f"{metadata['resolved']['ranks']} x {hardware['gpu'] or hardware['cpu']}",
         "steps": len(steps),
         "seconds": finished.facts["wall_seconds"],
         "device_hours": finished.facts["device_hours"],
@@ -114,15 +95,15 @@ def read_row(folder: Path) -> dict[str, Any]:
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|---|--:|--:|--:|--:|--:|---|---|"]
-    for row in rows:
-        losses = ", ".join(f"{loss:.4f}" for _, loss in row["losses"])
-        cells = [
+    cells = (
+        [
             row["mode"], row["device"], f"{row['steps']:,}", f"{row['seconds'] / 60:.1f} min",
             f"{row['device_hours']:.2f}", f"{row['tokens_per_second'] or 0:,.0f}",
-            f"{row['peak_memory_bytes'] / 2**30:.2f}", row["execution"][-1]["path"], losses,
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+            f"{row['peak_memory_bytes'] / 2**30:.2f}", row["execution"][-1]["path"],
+            ", ".join(f"{loss:.4f}" for _, loss in row["losses"]),
+        ]
+        for row in rows
+    )  # fmt: skip
     versions = rows[0]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "deepspeed", "peft"))
-    return "\n".join([*lines, "", f"The card's preset; {named}."]) + "\n"
+    return "\n".join([*table_lines(HEADINGS, cells, num_left=2), "", f"The card's preset; {named}."]) + "\n"

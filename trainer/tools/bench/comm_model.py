@@ -10,18 +10,19 @@ tests/distributed/test_shaped_links.py holds this against steps over links of a 
 from dataclasses import dataclass, replace
 
 from trainer.distributed.bytes_sent import bytes_sent
+from trainer.tools.bench.tables import table_lines
 
-NVLINK_BYTES_PER_SECOND = 450e9  # bytes/s each way between the GPUs of an H100 node, as its maker states it
-GPUS_PER_NODE = 8  # GPUs
 BACKWARD_SHARE = 2 / 3  # of a step's arithmetic: two products for each one of the forward
 GLOO_GATHER = 1.3  # times a link's own time: both ways wait for one another; 1 to 1.6, test_shaped_links.py
 GPU_BUCKET_BYTES = 25 * 2**20  # `gradients.MIN_BUCKET_BYTES` of NCCL
-#: bytes/s that leave a node of `GPUS_PER_NODE`; a ring passes every NIC that it finds
-NETWORKS = {
-    "a 400 Gbit/s NIC a GPU": GPUS_PER_NODE * 50e9,
-    "one 400 Gbit/s NIC a node": 50e9,
-    "Ethernet, 25 Gbit/s a node": 25e9 / 8,
-}
+#: (GPUs, network, bytes/s of its slowest link); between the GPUs of an H100 node 450e9 each way, as its maker states
+#: it. Of nodes of 8 GPUs a ring passes every NIC that it finds.
+NETWORKS = (
+    (8, "within a node", 450e9),
+    (64, "a 400 Gbit/s NIC a GPU", 8 * 50e9),
+    (64, "one 400 Gbit/s NIC a node", 50e9),
+    (64, "Ethernet, 25 Gbit/s a node", 25e9 / 8),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +97,20 @@ def communication_of_two_processors(
     return Communication(hidden=half - exposed, exposed=exposed + half)  # and the weights' halves back
 
 
-def scaling_table(workloads: dict[str, tuple[int, Workload]], world_sizes: tuple[int, ...] = (8, 64)) -> str:
+def scaling_table(workloads: dict[str, tuple[int, Workload]]) -> str:
     """Markdown: efficiency against GPUs and networks, where each GPU computes on tokens of its own.
 
     `workloads`: {column: (stage, workload)}.
     """
-    lines = ["| GPUs | network | " + " | ".join(workloads) + " |", "|--:|---|" + "--:|" * len(workloads)]
-    for world_size in world_sizes:
-        fits_a_node = world_size <= GPUS_PER_NODE
-        for network, node_bandwidth in {"within a node": NVLINK_BYTES_PER_SECOND}.items() if fits_a_node else (
-            NETWORKS.items()
-        ):  # fmt: skip
-            bandwidth = min(NVLINK_BYTES_PER_SECOND, node_bandwidth)
-            cells = []
-            for stage, workload in workloads.values():
-                costs = communication(stage=stage, workload=workload, world_size=world_size, bandwidth=bandwidth)
-                efficiency = workload.compute_seconds / (workload.compute_seconds + costs.exposed)
-                all_seconds = costs.hidden + costs.exposed
-                cells.append(f"{efficiency:.0%} ({1e3 * all_seconds:,.1f} ms, {costs.hidden / all_seconds:.0%} hidden)")
-            lines.append(f"| {world_size} | {network} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+
+    def format_cell(stage: int, workload: Workload, world_size: int, bandwidth: float) -> str:
+        costs = communication(stage=stage, workload=workload, world_size=world_size, bandwidth=bandwidth)
+        efficiency = workload.compute_seconds / (workload.compute_seconds + costs.exposed)
+        seconds = costs.hidden + costs.exposed
+        return f"{efficiency:.0%} ({1e3 * seconds:,.1f} ms, {costs.hidden / seconds:.0%} hidden)"
+
+    rows = (
+        [str(num_gpus), name, *(format_cell(*workload, num_gpus, bandwidth) for workload in workloads.values())]
+        for num_gpus, name, bandwidth in NETWORKS
+    )
+    return "\n".join(table_lines(("GPUs", "network", *workloads), rows, num_left=2)) + "\n"

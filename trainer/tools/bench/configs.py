@@ -1,19 +1,29 @@
 """What is measured: one program at one setting; needs no torch."""
 
-import dataclasses
+import argparse
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.choices import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
 from trainer.config.errors import UserError
 
-PEERS = {
-    "plain": "a plain PyTorch loop: the model's own loss, clip, fused AdamW",
-    "hf": "Hugging Face Trainer, its defaults and the same numbers",
-    "hf-compile": "the same with torch_compile",
-    "hf-deepspeed": "the same through DeepSpeed with the ZeRO file",
+#: A plain PyTorch loop (the model's own loss, clip, fused AdamW), and Hugging Face's Trainer with its defaults and the
+#: same numbers: as it is, with torch_compile, and through DeepSpeed with the ZeRO file.
+PEERS = ("plain", "hf", "hf-compile", "hf-deepspeed")
+
+#: {way of training: its flags}
+METHODS = {
+    "full": "--mode full",
+    "full-adamw8bit": "--mode full --optim adamw8bit",
+    "full-checkpointing": "--mode full --activation-checkpointing",
+    "lora": "--mode lora",
+    "lora-checkpointing": "--mode lora --activation-checkpointing",
+    "dora": "--mode lora --adapter dora",
+    "lora-nf4": "--mode lora --quant nf4 --quant-double",
+    "lora-int8": "--mode lora --quant int8",
+    "lora-adamw8bit": "--mode lora --optim adamw8bit",
 }
 
 
@@ -39,13 +49,9 @@ class BenchmarkConfig:
     @property
     def name(self) -> str:
         """As the table prints it."""
-        parts = [
-            self.program,
-            self.ds_config,
-            f"{self.world_size} ranks" if self.world_size > 1 else None,
-            self.precision,
-        ]
-        return " ".join(part for part in (*parts, self.execution if self.execution != "auto" else None) if part)
+        ranks = f"{self.world_size} ranks" if self.world_size > 1 else None
+        execution = self.execution if self.execution != "auto" else None
+        return " ".join(filter(None, (self.program, self.ds_config, ranks, self.precision, execution)))
 
     @property
     def steps(self) -> int:
@@ -57,49 +63,48 @@ class BenchmarkConfig:
         """Tokens of one step."""
         return self.global_batch * self.block_size
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a job or a result file."""
-        return dataclasses.asdict(self)
 
-
-def build_configs(
-    *, ours: Mapping[str, Sequence[Any]], peers: Sequence[str], modes: Sequence[str], global_batches: Sequence[int],
-    common_fields: Mapping[str, Any],
-) -> list[BenchmarkConfig]:  # fmt: skip
-    """Ours in every combination of the fields of `ours`, then the other programs, for each mode and batch.
+def build_configs(args: argparse.Namespace, device: str) -> list[BenchmarkConfig]:
+    """What the flags of `bench.py steps` name, for each mode and batch: ours in every combination, then the others.
 
     Other programs run on one rank and in the first precision. UserError on a wrong name.
     """
-    _validate(ours, peers, modes, global_batches)
+    is_gpu = device == "cuda"
+    precisions = args.precision or ["bf16" if is_gpu else "fp32"]
+    check_names("--precision", precisions, PRECISIONS)
+    check_names("--execution", args.execution, EXECUTIONS)
+    check_names("--modes", args.modes, MODES)
+    check_names("--ds-config", args.ds_config, DS_CONFIG_NAMES)
+    check_names("--against", args.against, PEERS)
+    for global_batch, world_size in itertools.product(args.batches, args.ranks):
+        if global_batch % world_size:
+            raise UserError(f"--batches {global_batch}: does not divide over {world_size} ranks")
     configs = []
-    for mode, global_batch in itertools.product(modes, global_batches):
-        fields = {**common_fields, "mode": mode, "global_batch": global_batch}
+    for mode, global_batch in itertools.product(args.modes, args.batches):
+        fields: dict[str, Any] = {
+            "mode": mode, "global_batch": global_batch, "model": args.model, "block_size": args.block_size,
+            "device": device, "dropout": args.dropout, "num_windows": args.windows, "steps_per_window": args.window,
+            "warmup_steps": args.warmup or (10 if is_gpu else 3),
+        }  # fmt: skip
         configs += [
-            BenchmarkConfig(program="ours", **fields, **dict(zip(ours, values, strict=True)))
-            for values in itertools.product(*ours.values())
-        ]
+            BenchmarkConfig(
+                program="ours", precision=precision, world_size=world_size, ds_config=ds_config, execution=execution,
+                **fields,
+            )
+            for precision, world_size, ds_config, execution in itertools.product(
+                precisions, args.ranks, args.ds_config, args.execution
+            )
+        ]  # fmt: skip
         configs += [
-            BenchmarkConfig(program=program, precision=ours["precision"][0], ds_config=ds_config, **fields)
-            for program in peers
-            for ds_config in (ours["ds_config"] if program == "hf-deepspeed" else [None])
+            BenchmarkConfig(program=program, precision=precisions[0], ds_config=ds_config, **fields)
+            for program in args.against
+            for ds_config in (args.ds_config if program == "hf-deepspeed" else [None])
         ]
     return configs
 
 
-def _validate(
-    ours: Mapping[str, Sequence[Any]], peers: Sequence[str], modes: Sequence[str], global_batches: Sequence[int]
-) -> None:
-    _check_names("--precision", ours["precision"], PRECISIONS)
-    _check_names("--execution", ours["execution"], EXECUTIONS)
-    _check_names("--modes", modes, MODES)
-    _check_names("--ds-config", ours["ds_config"], DS_CONFIG_NAMES)
-    _check_names("--against", peers, tuple(PEERS))
-    for global_batch, world_size in itertools.product(global_batches, ours["world_size"]):
-        if global_batch % world_size:
-            raise UserError(f"--batches {global_batch}: does not divide over {world_size} ranks")
-
-
-def _check_names(flag: str, names: Sequence[str], allowed_names: Sequence[str]) -> None:
+def check_names(flag: str, names: Sequence[str], allowed_names: Sequence[str]) -> None:
+    """UserError for a name that is not allowed."""
     for name in names:
         if name not in allowed_names:
             raise UserError(f"{flag} {name}: expected {', '.join(allowed_names)}")

@@ -3,9 +3,10 @@
 Both forms of GPT-2 124M's shapes, forward and backward, in alternation; CPU time does not count other work here.
 """
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +18,27 @@ from trainer.kernels.cpu_attention import Dropout, blockwise_attention
 from trainer.kernels.fused_lora import FusedLoRALinear
 from trainer.kernels.linear_cross_entropy import LinearCrossEntropy, _nll_and_grad_inplace, even_chunk_size
 from trainer.model.lora import add_adapters, find_fusable_layers
+from trainer.tools.bench.tables import table_lines
 
 WIDTH, NUM_HEADS, VOCABULARY, RANK = 768, 12, 50_257, 8  # of GPT-2, and of an adapter
 ROWS, TOKENS = 2, 256
 Form = Callable[[], Tensor]
 
 
-def measure_kernels(num_rounds: int) -> None:
-    """Print Markdown, line by line as it comes: plain over ours, median (least to most) of the rounds."""
-    num_threads = torch.get_num_threads()
+def measure_kernels(args: argparse.Namespace) -> int:
+    """Print Markdown, line by line as it comes: plain over ours, median (least to most) of the rounds; 0."""
     torch.set_num_threads(1)
-    try:
-        print("| kernel | plain form | plain / ours |\n|---|---|--:|")
-        for name, plain_name, build in _CASES:
-            forms = build()
-            rounds = [[_cpu_seconds(form) for form in forms] for _ in range(num_rounds + 1)][1:]  # the first warms up
-            ratios = [plain / ours for plain, ours in rounds]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"| {name} | {plain_name} | {spread} |", flush=True)
-    finally:
-        torch.set_num_threads(num_threads)
+    for line in table_lines(("kernel", "plain form", "plain / ours"), _measure(args.rounds), num_left=2):
+        print(line, flush=True)
+    return 0
+
+
+def _measure(num_rounds: int) -> Iterator[list[str]]:
+    for name, plain_name, build in _CASES:
+        forms = build()
+        rounds = [[_cpu_seconds(form) for form in forms] for _ in range(num_rounds + 1)][1:]  # the first warms up
+        ratios = [plain / ours for plain, ours in rounds]
+        yield [name, plain_name, f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
 
 
 def _cpu_seconds(form: Form) -> float:
@@ -45,9 +47,13 @@ def _cpu_seconds(form: Form) -> float:
     return time.process_time() - start
 
 
+def _heads(num_rows: int, num_tokens: int) -> list[Tensor]:
+    """Query, key and value, each [rows, heads, tokens, width of a head]."""
+    return [torch.randn(num_rows, NUM_HEADS, num_tokens, WIDTH // NUM_HEADS, requires_grad=True) for _ in range(3)]
+
+
 def _attention() -> tuple[Form, Form]:
-    heads = [torch.randn(ROWS, NUM_HEADS, TOKENS, WIDTH // NUM_HEADS, requires_grad=True) for _ in range(3)]
-    query, key, value = heads
+    query, key, value = _heads(ROWS, TOKENS)
     return (
         lambda: functional.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=0.1).sum(),
         lambda: blockwise_attention(query, key, value, (WIDTH // NUM_HEADS) ** -0.5, 0.1).sum(),
@@ -60,7 +66,7 @@ def _dropout() -> tuple[Form, Form]:
 
 
 def _causal_attention() -> tuple[Form, Form]:
-    query, key, value = (torch.randn(1, NUM_HEADS, 1024, WIDTH // NUM_HEADS, requires_grad=True) for _ in range(3))
+    query, key, value = _heads(1, 1024)
     mask = torch.ones(1, 1, 1024, 1024, dtype=torch.bool).tril()
     return (
         lambda: functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum(),

@@ -13,18 +13,19 @@ import torch
 
 from trainer.config import cli
 from trainer.config.choices import LORA_LR_FACTOR
+from trainer.config.files import folder_size
 from trainer.data.dataset import PreparedDataset
 from trainer.data.token_dataset import TokenDataset
-from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model.build import build_model, load_config
+from trainer.tools.bench.made_data import make_blocks, wrap_rows
 from trainer.tools.bench.shapes import save_shape
+from trainer.tools.trial_engine import start_trial
 from trainer.tracking.records import EvalRecord, StepRecord
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
 from trainer.training.plan_validation import validate_early
 from trainer.training.provenance import cpu_name
-from trainer.training.run_plan import make_plan
 from trainer.training.train_state import TrainState
 
 FULL_LR = 3e-4  # of full training; adapters learn at ten times that, as the program has it
@@ -51,19 +52,17 @@ def measure(job: Mapping[str, Any], dist_context: DistContext, scratch: Path) ->
     build_model(cli.parse_args(["--mode", "lora", "--model", "demo-base"]).settings, on_meta=True)
     baseline_bytes = 0 if is_gpu else peak_memory_bytes(dist_context.device)
     data = _rows_to_learn(job, load_config(settings.model).vocab_size)
-    model = build_model(settings, with_fingerprint=False, device=dist_context.device)
-    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-    engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.untimed().execution)
+    plan, engine = start_trial(settings, data, dist_context)
     checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
     records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
     speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)]
     losses = [record.loss for record in records if isinstance(record, EvalRecord)]
     threads = f"{dist_context.num_threads} thread{'s' if dist_context.num_threads > 1 else ''}"
     return {
-        "trainable": model.metadata["trainable"],
+        "trainable": plan.model_info["trainable"],
         "optimizer_bytes": engine.state.optimizer_bytes(),
         "peak_bytes": peak_memory_bytes(dist_context.device) - baseline_bytes,
-        "checkpoint_bytes": sum(path.stat().st_size for path in (scratch / "checkpoints").rglob("*.*")),
+        "checkpoint_bytes": folder_size(scratch / "checkpoints"),
         "tokens_per_second": statistics.median(speeds[1:] or speeds),
         "loss": losses[-1],
         "loss_before": losses[0],
@@ -92,17 +91,10 @@ def _rows_to_learn(job: Mapping[str, Any], vocab_size: int) -> PreparedDataset:
     def make_split(num_rows: int) -> TokenDataset:
         strides = 1 + (rng.random((num_rows, width)) < 0.2)
         ids = (rng.integers(vocab_size, size=(num_rows, 1)) + strides.cumsum(1)) % min(vocab_size, MAX_TOKEN_ID)
-        return TokenDataset(
-            ids=ids.reshape(-1).astype(np.uint32), offsets=np.arange(num_rows + 1) * width,
-            first_target=np.ones(num_rows, dtype=np.int32),
-        )  # fmt: skip
+        return make_blocks(ids)
 
     train_rows, val_rows = make_split(job["micro_batch"] * job["steps"]), make_split(NUM_VAL_ROWS)
-    metadata = {
-        "vocabulary": vocab_size, "objective": "blocks", "fingerprint": "counting", "notices": [], "train": {},
-        "val": {},
-    }  # fmt: skip
-    return PreparedDataset(folder=Path(), metadata=metadata, train=train_rows, val=val_rows, val_texts=(), pad_id=0)
+    return wrap_rows(train_rows, val_rows, vocab_size=vocab_size)
 
 
 if __name__ == "__main__":

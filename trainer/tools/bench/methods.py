@@ -1,4 +1,4 @@
-"""What each way of training holds, writes and reaches, one process each; needs no torch.
+"""What each way of training holds, writes and reaches, one process each.
 
 All go through the program's own engine and loop, on one device: the GPU where there is one, else the CPU. Weights are
 random unless a folder has real ones, and the rows count upwards with some noise, so a loss says whether a method
@@ -13,19 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.tools.bench.configs import METHODS
+from trainer.tools.bench.tables import table_lines
+from trainer.tools.worker_processes import last_line
 
-METHODS = {
-    "full": "--mode full",
-    "full-adamw8bit": "--mode full --optim adamw8bit",
-    "full-checkpointing": "--mode full --activation-checkpointing",
-    "lora": "--mode lora",
-    "lora-checkpointing": "--mode lora --activation-checkpointing",
-    "dora": "--mode lora --adapter dora",
-    "lora-nf4": "--mode lora --quant nf4 --quant-double",
-    "lora-int8": "--mode lora --quant int8",
-    "lora-adamw8bit": "--mode lora --optim adamw8bit",
-}
-HEADINGS = ("trainable", "optimizer MiB", "peak MiB", "checkpoint MiB", "tokens/s", "validation loss")
+HEADINGS = ("method", "trainable", "optimizer MiB", "peak MiB", "checkpoint MiB", "tokens/s", "validation loss")
 
 
 def measure_methods(args: argparse.Namespace) -> int:
@@ -40,17 +32,18 @@ def measure_methods(args: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "trainer.tools.bench.method_worker", job]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
-            last_line = (process.stderr.strip().splitlines() or ["no output"])[-1]
-            rows.append([method, *["-"] * (len(HEADINGS) - 1), last_line])
-            print(f"{method}: failed: {last_line}", file=sys.stderr, flush=True)
+            reason = last_line(process.stderr)
+            rows.append([method, *["-"] * (len(HEADINGS) - 2), reason])
+            print(f"{method}: failed: {reason}", file=sys.stderr, flush=True)
             continue
-        results.append(json.loads(process.stdout.strip().splitlines()[-1]))
+        results.append(json.loads(last_line(process.stdout)))
         rows.append([method, *format_cells(results[-1])])
         print(f"{method}: {results[-1]}", file=sys.stderr, flush=True)
-    print("| method | " + " | ".join(HEADINGS) + " |\n|---|" + "--:|" * len(HEADINGS))
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    print("\n".join(table_lines(HEADINGS, rows)))
     if results:
-        print(f"\n{_describe(args, results[-1])}")
+        model = args.model or f"{args.shape}'s shape with random weights"
+        workload = f"{args.steps} steps of {args.micro_batch} rows of {args.block_size} tokens"
+        print("\n{}, {}, {precision}, on {device} with torch {torch}".format(model, workload, **results[-1]))
     return int(len(results) < len(rows))
 
 
@@ -58,9 +51,3 @@ def format_cells(result: Mapping[str, Any]) -> list[str]:
     """The cells of a row after its name."""
     sizes = [f"{result[name] / 2**20:,.1f}" for name in ("optimizer_bytes", "peak_bytes", "checkpoint_bytes")]
     return [f"{result['trainable']:,}", *sizes, f"{result['tokens_per_second']:,.0f}", f"{result['loss']:.4f}"]
-
-
-def _describe(args: argparse.Namespace, result: Mapping[str, Any]) -> str:
-    model = args.model or f"{args.shape}'s shape with random weights"
-    workload = f"{args.steps} steps of {args.micro_batch} rows of {args.block_size} tokens"
-    return f"{model}, {workload}, {result['precision']}, on {result['device']} with torch {result['torch']}"

@@ -3,8 +3,7 @@
 import argparse
 import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,28 +12,19 @@ from trainer.config import cli
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import padding_share
 from trainer.data.token_dataset import TokenDataset
-from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed
-from trainer.model.build import build_model, load_config
+from trainer.model.build import load_config
+from trainer.tools.bench.made_data import wrap_rows
 from trainer.tools.bench.shapes import save_shape
-from trainer.tracking.records import StepRecord
-from trainer.training.checkpoint import CheckpointManager
-from trainer.training.loop import train
+from trainer.tools.bench.tables import table_lines
+from trainer.tools.trial_engine import start_trial, take_steps
 from trainer.training.provenance import device_name
-from trainer.training.run_plan import RunPlan, make_plan
-from trainer.training.train_state import TrainState
 
 VARIANTS = {"as they come": "--no-shuffle", "like lengths together": "", "packed": "--packing"}
+HEADINGS = ("rows", "padding", "tokens/s", "over the first (least to most)")
 LENGTH_SPREAD = 0.6  # of the logarithm of a record's length, about that of E2E and ACLED records
 WARMUP_STEPS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackingResult:
-    """One variant: the share of padding, and tokens per second without padding, a value a round."""
-
-    padding: float
-    speeds: tuple[float, ...]
+Rounds = Sequence[Mapping[str, tuple[float, float]]]  # {variant: (padding, tokens per second without it)}
 
 
 def measure_packing(args: argparse.Namespace) -> int:
@@ -46,11 +36,7 @@ def measure_packing(args: argparse.Namespace) -> int:
                 {name: _measure(flags, args, dist_context, Path(scratch)) for name, flags in VARIANTS.items()}
                 for _ in range(args.rounds)
             ]
-        results = {
-            name: PackingResult(padding=rounds[0][name][0], speeds=tuple(results[name][1] for results in rounds))
-            for name in VARIANTS
-        }
-        print("\n".join(format_table(results)))
+        print("\n".join(table_lines(HEADINGS, _format_rows(rounds))))
         print(
             f"\n{args.shape}, records of {args.mean_length} tokens on average, rows of at most {args.block_size}, "
             f"{args.batch} records a step, full, fp32, {args.rounds} rounds, on {device_name(dist_context)} "
@@ -61,41 +47,30 @@ def measure_packing(args: argparse.Namespace) -> int:
         destroy_process_group()
 
 
-def format_table(results: dict[str, PackingResult]) -> Sequence[str]:
-    """Markdown; the speed beside the first variant's is the median of the rounds' ratios."""
-    lines = ["| rows | padding | tokens/s | over the first (least to most) |", "|---|--:|--:|--:|"]
-    first = next(iter(results.values()))
-    for name, result in results.items():
-        ratios = [speed / base for speed, base in zip(result.speeds, first.speeds, strict=True)]
+def _format_rows(rounds: Rounds) -> Iterator[list[str]]:
+    """The speed beside the first variant's is the median of the rounds' ratios."""
+    first = next(iter(VARIANTS))
+    for name in VARIANTS:
+        speeds = [results[name][1] for results in rounds]
+        ratios = [results[name][1] / results[first][1] for results in rounds]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(f"| {name} | {result.padding:.1%} | {statistics.median(result.speeds):,.0f} | {ratio} |")
-    return lines
+        yield [name, f"{rounds[0][name][0]:.1%}", f"{statistics.median(speeds):,.0f}", ratio]
 
 
-def _measure(
-    flags: str, args: argparse.Namespace, dist_context: DistContext, scratch: Path
-) -> tuple[float, float]:  # fmt: skip
+def _measure(flags: str, args: argparse.Namespace, dist_context: DistContext, scratch: Path) -> tuple[float, float]:
     """(share of padding, median of the steps' tokens per second) of one variant."""
     argv = f"--mode full --preset demo --init random --objective completion --dropout 0 --precision fp32 {flags}"
     argv += f" --block-size {args.block_size} --global-batch {args.batch} --max-steps {args.steps + WARMUP_STEPS}"
     argv += f" --eval-every never --save-every never --model {save_shape(scratch, args.shape)}"
     settings = cli.parse_args([*argv.split(), "--output-dir", str(scratch / "run")]).settings
-    config = load_config(settings.model)
-    data = _records(args, config.vocab_size)
-    model = build_model(settings, with_fingerprint=False, device=dist_context.device)
-    plan = make_plan(settings, dist_context, data, model.metadata, config)
-    engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.execution)
-    checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
-    records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
-    speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)][WARMUP_STEPS:]
-    return _padding(plan, data, len(speeds)), statistics.median(speeds)
+    data = _make_records(args, load_config(settings.model).vocab_size)
+    plan, engine = start_trial(settings, data, dist_context)
+    speeds = [record.tokens_per_second for record in take_steps(plan, engine, data)][WARMUP_STEPS:]
+    padding = padding_share(plan.schedule.batches(data.train, dist_context.rank), len(speeds))
+    return padding, statistics.median(speeds)
 
 
-def _padding(plan: RunPlan, data: PreparedDataset, num_steps: int) -> float:
-    return padding_share(plan.schedule.batches(data.train, plan.dist_context.rank), num_steps)
-
-
-def _records(args: argparse.Namespace, vocab_size: int) -> PreparedDataset:
+def _make_records(args: argparse.Namespace, vocab_size: int) -> PreparedDataset:
     """Random records whose lengths are lognormal, a quarter of each its prompt."""
     rng = np.random.default_rng(0)
 
@@ -108,8 +83,4 @@ def _records(args: argparse.Namespace, vocab_size: int) -> PreparedDataset:
         )  # fmt: skip
 
     train_rows, val_rows = make_split(args.batch * 64), make_split(4)  # a window of rows that are sorted by length
-    metadata = {
-        "vocabulary": vocab_size, "objective": "completion", "fingerprint": "random", "notices": [], "train": {},
-        "val": {},
-    }  # fmt: skip
-    return PreparedDataset(folder=Path(), metadata=metadata, train=train_rows, val=val_rows, val_texts=(), pad_id=0)
+    return wrap_rows(train_rows, val_rows, vocab_size=vocab_size, objective="completion")

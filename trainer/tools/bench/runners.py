@@ -4,14 +4,12 @@ They share model, token ids, batch, precision, optimizer numbers and clip, so wh
 and the device's queue are the caller's business.
 """
 
-import contextlib
 import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,17 +20,14 @@ from trainer.config import cli
 from trainer.config.choices import DEMO_MODEL
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
-from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext
 from trainer.model import lora
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tools.bench.configs import BenchmarkConfig
-from trainer.tracking.records import StepRecord
-from trainer.training.loop import train
-from trainer.training.run_plan import make_plan
-from trainer.training.train_state import TrainState
+from trainer.tools.bench.made_data import make_blocks, wrap_rows
+from trainer.tools.trial_engine import start_trial, take_steps
 
 NUM_EVAL_BATCHES = 4  # that the validation set is long
 
@@ -53,16 +48,11 @@ def build_setup(config: BenchmarkConfig, dist_context: DistContext) -> Benchmark
     settings = cli.parse_args(_to_argv(config)).settings
     model = build_model(settings, with_fingerprint=False) if config.program == "ours" else _build_plain_model(settings)
     vocab_size = model.causal.config.vocab_size
-    datasets = [
-        _random_dataset(num_batches * config.global_batch, vocab_size, config)
-        for num_batches in (config.steps, NUM_EVAL_BATCHES)
-    ]
-    data_metadata = {
-        "vocabulary": vocab_size, "objective": "blocks", "fingerprint": "random", "notices": [], "train": {}, "val": {},
-    }  # fmt: skip
-    data = PreparedDataset(
-        train=datasets[0], val=datasets[1], metadata=data_metadata, val_texts=(), pad_id=0, folder=Path("none"),
-    )  # fmt: skip
+    train, val = (
+        make_blocks(np.random.default_rng(n).integers(0, vocab_size, (n, config.block_size), dtype=np.uint32))
+        for n in (config.steps * config.global_batch, NUM_EVAL_BATCHES * config.global_batch)
+    )
+    data = wrap_rows(train, val, vocab_size=vocab_size)
     return BenchmarkSetup(config=config, settings=settings, dist_context=dist_context, data=data, model=model)
 
 
@@ -70,80 +60,47 @@ def _build_plain_model(settings: Settings) -> TrainableModel:
     """The model as transformers and peft make it, for the other programs."""
     torch.manual_seed(settings.train.seed)
     causal = AutoModelForCausalLM.from_config(load_config(settings.model), dtype=torch.float32, trust_remote_code=False)
-    num_parameters = sum(p.numel() for p in causal.parameters())
-    has_adapters = settings.mode == "lora"
-    module = (
-        lora.add_adapters(causal, settings.lora, lora.resolve_target_modules(causal, settings.lora))
-        if has_adapters
-        else causal
-    )
-    num_trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return TrainableModel(
-        module=module, causal=causal, metadata={"parameters": num_parameters, "trainable": num_trainable}
-    )
+    module = causal
+    if settings.mode == "lora":
+        module = lora.add_adapters(causal, settings.lora, lora.resolve_target_modules(causal, settings.lora))
+    return TrainableModel(module=module, causal=causal, metadata={})
 
 
 def _to_argv(config: BenchmarkConfig) -> list[str]:
     flags = f"--mode {config.mode} --preset card --model {config.model} --block-size {config.block_size}"
     flags += f" --global-batch {config.global_batch} --eval-batch {config.global_batch} --max-steps {config.steps}"
-    flags += f" --precision {config.precision} --eval-every never --save-every never"
-    flags += f" --execution {config.execution}"
-    has_no_weights = config.model == "gpt2" or not list(
-        Path(config.model).glob("*.safetensors")
-    )  # a shape without weights
-    flags += " --init random" if has_no_weights and config.model != DEMO_MODEL else ""
+    flags += f" --precision {config.precision} --eval-every never --save-every never --execution {config.execution}"
+    is_only_shape = config.model == "gpt2" or not list(Path(config.model).glob("*.safetensors"))
+    flags += " --init random" if is_only_shape and config.model != DEMO_MODEL else ""
     flags += f" --dropout {config.dropout}" if config.dropout is not None else ""
-    return [*flags.split(), *(["--ds-config", config.ds_config] if config.ds_config else [])]
+    flags += f" --ds-config {config.ds_config}" if config.ds_config else ""
+    return flags.split()
 
 
-def _random_dataset(num_rows: int, vocab_size: int, config: BenchmarkConfig) -> TokenDataset:
-    ids = np.random.default_rng(num_rows).integers(0, vocab_size, num_rows * config.block_size, dtype=np.uint32)
-    offsets = np.arange(num_rows + 1, dtype=np.int64) * config.block_size
-    return TokenDataset(ids=ids, offsets=offsets, first_target=np.ones(num_rows, dtype=np.int32))
-
-
-def run_ours(setup: BenchmarkSetup) -> tuple[Iterator[None], Engine]:
+def run_ours(setup: BenchmarkSetup) -> tuple[Iterator[object], Engine]:
     """Our own loop and engine, without loggers and checkpoints; also the engine, for evaluation."""
-    plan = make_plan(
-        setup.settings, setup.dist_context, setup.data, setup.model.metadata, load_config(setup.settings.model)
-    )
-    engine = Engine(
-        setup.dist_context, setup.model, plan.deepspeed_config, setup.settings.train, plan.untimed().execution
-    )
-    null_checkpoint_manager: Any = SimpleNamespace(save=lambda *_: None)
-
-    def steps() -> Iterator[None]:
-        state = TrainState(eval_pending=False)  # no evaluation before the first step
-        for record in train(engine, setup.data, plan.schedule, state, null_checkpoint_manager, lambda: False):
-            if isinstance(record, StepRecord):
-                yield
-
-    return steps(), engine
+    plan, engine = start_trial(setup.settings, setup.data, setup.dist_context, setup.model)
+    return take_steps(plan, engine, setup.data), engine
 
 
 def run_plain(setup: BenchmarkSetup) -> Iterator[None]:
     """What one writes by hand: the model's own loss on full logits, clip_grad_norm_, torch's fused AdamW."""
     config, device, train_settings = setup.config, setup.dist_context.device, setup.settings.train
     module = setup.model.module.to(device).train()
-    trainable_params = [p for p in module.parameters() if p.requires_grad]
+    params = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trainable_params, lr=train_settings.lr, eps=train_settings.epsilon, weight_decay=0.0, fused=True
-    )
-    uses_autocast = config.precision == "bf16"
+        params, lr=train_settings.lr, eps=train_settings.epsilon, weight_decay=0.0, fused=True
+    )  # fmt: skip
     for step in range(config.steps):
-        ids = _batch_input_ids(setup, step).to(device)
-        with torch.autocast(device.type, torch.bfloat16) if uses_autocast else contextlib.nullcontext():
+        rows = range(step * config.global_batch, (step + 1) * config.global_batch)
+        ids = torch.from_numpy(np.stack([setup.data.train.row(i) for i in rows])).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss = module(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable_params, train_settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(params, train_settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         yield
-
-
-def _batch_input_ids(setup: BenchmarkSetup, step: int) -> torch.Tensor:
-    row_indices = range(step * setup.config.global_batch, (step + 1) * setup.config.global_batch)
-    return torch.from_numpy(np.stack([setup.data.train.row(i) for i in row_indices]))
 
 
 def run_hf_trainer(setup: BenchmarkSetup) -> Iterator[None]:
@@ -151,7 +108,7 @@ def run_hf_trainer(setup: BenchmarkSetup) -> Iterator[None]:
 
     The Trainer calls us, we are called for the next step: it runs in a thread of its own, one step at a time.
     """
-    go_queue: queue.Queue[bool] = queue.Queue()
+    go_queue: queue.Queue[None] = queue.Queue()
     done_queue: queue.Queue[BaseException | None] = queue.Queue()
 
     def pause() -> None:
@@ -163,29 +120,23 @@ def run_hf_trainer(setup: BenchmarkSetup) -> Iterator[None]:
             go_queue.get()
             with tempfile.TemporaryDirectory() as scratch:
                 _build_trainer(setup, scratch, pause).train()
-            done_queue.put(StopIteration())
+            done_queue.put(EOFError("the Trainer took all its steps"))
         except BaseException as error:
             done_queue.put(error)
 
     threading.Thread(target=run_trainer, daemon=True).start()
     while True:
-        go_queue.put(True)
-        error = done_queue.get()
-        if isinstance(error, StopIteration):
-            return
-        if error is not None:
+        go_queue.put(None)
+        if (error := done_queue.get()) is not None:
             raise error
         yield
 
 
-def _build_trainer(setup: BenchmarkSetup, scratch: str, after_step: Callable[[], object]) -> Any:
+def _build_trainer(setup: BenchmarkSetup, scratch: str, after_step: Callable[[], None]) -> Any:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     config, train_settings = setup.config, setup.settings.train
-    examples = [
-        {"input_ids": input_ids, "labels": input_ids}
-        for input_ids in map(setup.data.train.row, range(len(setup.data.train)))
-    ]
+    rows = map(setup.data.train.row, range(len(setup.data.train)))
 
     class AfterStep(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -194,7 +145,7 @@ def _build_trainer(setup: BenchmarkSetup, scratch: str, after_step: Callable[[],
     deepspeed_config = None
     if config.program == "hf-deepspeed":
         deepspeed_config = {
-            **read_deepspeed_file(config.ds_config or "zero2").content,
+            **read_deepspeed_file(str(config.ds_config)).content,
             "train_micro_batch_size_per_gpu": config.global_batch, "gradient_clipping": train_settings.max_grad_norm,
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": config.precision == "bf16"},
@@ -202,10 +153,11 @@ def _build_trainer(setup: BenchmarkSetup, scratch: str, after_step: Callable[[],
     training_args = TrainingArguments(
         output_dir=scratch, max_steps=config.steps, per_device_train_batch_size=config.global_batch,
         learning_rate=train_settings.lr, lr_scheduler_type="linear", max_grad_norm=train_settings.max_grad_norm,
-        weight_decay=0.0,
-        bf16=config.precision == "bf16", use_cpu=config.device == "cpu",
-        torch_compile=config.program == "hf-compile",
-        deepspeed=deepspeed_config, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_num_workers=0,
+        weight_decay=0.0, bf16=config.precision == "bf16", use_cpu=config.device == "cpu",
+        torch_compile=config.program == "hf-compile", deepspeed=deepspeed_config, logging_strategy="no",
+        save_strategy="no", report_to="none", disable_tqdm=True, dataloader_num_workers=0,
     )  # fmt: skip
-    return Trainer(model=setup.model.module, args=training_args, train_dataset=examples, callbacks=[AfterStep()])
+    return Trainer(
+        model=setup.model.module, args=training_args, callbacks=[AfterStep()],
+        train_dataset=[{"input_ids": ids, "labels": ids} for ids in rows],
+    )  # fmt: skip

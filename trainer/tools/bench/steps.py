@@ -1,38 +1,45 @@
 """What a step costs: run the variants in alternation, each in its own processes; write JSON and a Markdown table."""
 
+import argparse
 import json
 import os
 import platform
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainer.config.errors import TrainingError
-from trainer.tools.bench.configs import BenchmarkConfig
+from trainer.tools.bench.configs import BenchmarkConfig, build_configs
+from trainer.tools.bench.tables import table_lines
+from trainer.tools.worker_processes import last_line, run_ranks
 from trainer.training.provenance import cpu_name
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 TIMEOUT_SECONDS = 3600.0  # seconds for one variant
+HEADINGS = (
+    "mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "products", "FLOP share", "peak GiB", "input",
+    "eval",
+)  # fmt: skip
 
 
-def run_benchmarks(configs: Sequence[BenchmarkConfig], *, rounds: int, output_dir: Path) -> int:
-    """Measure all variants `rounds` times in turn, write and print the table; 1 where a variant failed."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    rows = run_rounds(configs, rounds=rounds)
-    environment = _describe_environment(configs[0], rounds, rows)
+def measure_steps(args: argparse.Namespace) -> int:
+    """Measure all variants `args.rounds` times in turn, write and print the table; 1 where a variant failed."""
+    configs = build_configs(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = run_rounds(configs, rounds=args.rounds)
+    environment = _describe_environment(configs[0], args.rounds, rows)
     text = format_markdown(rows, environment)
-    (output_dir / "bench.json").write_text(
-        json.dumps({"facts": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
-    (output_dir / "bench.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{output_dir / 'bench.json'} has every window")
+    json_file = args.output_dir / "bench.json"
+    json_file.write_text(json.dumps({"facts": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (args.output_dir / "bench.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{json_file} has every window")
     return int(any(row["problem"] for row in rows))
 
 
@@ -40,22 +47,17 @@ def run_rounds(configs: Sequence[BenchmarkConfig], *, rounds: int) -> list[dict[
     """A row for each variant, each measured `rounds` times, in turn, in processes of its own."""
     results: dict[BenchmarkConfig, list[dict[str, Any]]] = {config: [] for config in configs}
     errors: dict[BenchmarkConfig, str] = {}
-    for round_index in range(rounds):
-        for config in configs:
-            if config in errors:
-                continue
+    for round_number in range(1, rounds + 1):
+        for config in (config for config in configs if config not in errors):
             start_time = time.monotonic()
             try:
                 results[config].append(_run_job(config))
+                outcome = f"{1000 * statistics.median(results[config][-1]['windows']):.1f} ms/step"
             except TrainingError as error:
-                errors[config] = str(error)
-            outcome = errors.get(config, f"{1000 * statistics.median(results[config][-1]['windows']):.1f} ms/step"
-                              if results[config] else "")  # fmt: skip
+                outcome = errors[config] = str(error)
             label = f"{config.mode}, batch {config.global_batch}, {config.name}"
-            print(
-                f"round {round_index + 1}/{rounds}  {label}: {outcome}  ({time.monotonic() - start_time:.0f} s)",
-                flush=True,
-            )
+            seconds = time.monotonic() - start_time
+            print(f"round {round_number}/{rounds}  {label}: {outcome}  ({seconds:.0f} s)", flush=True)
     rows = [_table_row(config, results[config], errors.get(config)) for config in configs]
     add_relative_speeds(rows)
     return rows
@@ -64,52 +66,29 @@ def run_rounds(configs: Sequence[BenchmarkConfig], *, rounds: int) -> list[dict[
 def _run_job(config: BenchmarkConfig) -> dict[str, Any]:
     """The result of a variant, by processes that begin anew; TrainingError with the last line that they said."""
     with tempfile.TemporaryDirectory() as scratch:
-        job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
-        job_file.write_text(json.dumps({"variant": config.as_dict(), "result": str(result_file)}))
-        log_file = Path(scratch) / "log"
-        with open(log_file, "wb") as output:
-            command = [sys.executable, "-m", "trainer.tools.bench.worker", str(job_file)]
-            processes = [
-                subprocess.Popen(command, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-                for env in _rank_environments(config.world_size)
-            ]
-            try:
-                exit_codes = [process.wait(TIMEOUT_SECONDS) for process in processes]
-            except subprocess.TimeoutExpired:
-                exit_codes = [1]
-            finally:
-                for process in processes:
-                    process.kill()
-        if any(exit_codes) or not result_file.exists():
-            lines = [
-                line for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-            ]
-            raise TrainingError(f"failed: {lines[-1][:200] if lines else 'without a word'}")
+        job_file, result_file, log = (Path(scratch) / name for name in ("job.json", "result.json", "log"))
+        job_file.write_text(json.dumps({"variant": asdict(config), "result": str(result_file)}))
+        argv = ["-m", "trainer.tools.bench.worker", str(job_file)]
+        exit_codes = run_ranks(argv, config.world_size, log, timeout_seconds=TIMEOUT_SECONDS)
+        if exit_codes is None or any(exit_codes):
+            raise TrainingError(f"failed: {last_line(log.read_text(encoding='utf-8', errors='replace'))}")
         return dict(json.loads(result_file.read_text()))
 
 
-def _rank_environments(world_size: int) -> list[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared_environment = {
-        **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }  # fmt: skip
-    return [{**shared_environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-
-
-def _table_row(
-    config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], error: str | None
-) -> dict[str, Any]:  # fmt: skip
-    """One line of the table. Times in seconds; spread: smallest and largest median of a round."""
-    row: dict[str, Any] = {**config.as_dict(), "name": config.name, "problem": error}
-    if not results or error:
+def _table_row(config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], error: str | None) -> dict[str, Any]:
+    """The variant and what all rounds say of it: medians, and the spread of the rounds' medians."""
+    row: dict[str, Any] = {**asdict(config), "name": config.name, "problem": error}
+    if error:
         return row
     medians = [statistics.median(result["windows"]) for result in results]
     step_seconds = statistics.median([window for result in results for window in result["windows"]])
     ceiling_flops = statistics.median(result["ceiling"] for result in results)
     evals = [result["eval"] for result in results if result["eval"] is not None]
+    product_shares = [
+        products / step
+        for result in results
+        for products, step in zip(result["products"], result["windows"], strict=True)
+    ]
     return row | {
         "windows": [result["windows"] for result in results],
         "step": step_seconds,
@@ -120,11 +99,7 @@ def _table_row(
         "ceiling_flops": ceiling_flops,
         "gpu": results[0]["gpu"],
         "threads": results[0]["threads"],
-        "product_share": statistics.median(
-            products / step
-            for result in results
-            for products, step in zip(result["products"], result["windows"], strict=True)
-        ),
+        "product_share": statistics.median(product_shares),
         "peak_memory": max(result["peak_memory"] for result in results),
         "input_share": statistics.median(result["input"] for result in results) / step_seconds,
         "first_step": statistics.median(result["first_step"] for result in results),
@@ -134,23 +109,15 @@ def _table_row(
 
 def add_relative_speeds(rows: list[dict[str, Any]]) -> None:
     """Give each row its rate over ours of the same mode and batch, round by round: median, smallest, largest."""
+    baselines: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
-        baseline_row = next(
-            candidate
-            for candidate in rows
-            if candidate["mode"] == row["mode"] and candidate["global_batch"] == row["global_batch"]
-        )
-        if "rounds" in row and "rounds" in baseline_row:
-            ratios = [
-                baseline_seconds / seconds
-                for baseline_seconds, seconds in zip(baseline_row["rounds"], row["rounds"], strict=False)
-            ]
+        baseline = baselines.setdefault((row["mode"], row["global_batch"]), row)
+        if "rounds" in row and "rounds" in baseline:
+            ratios = [base / seconds for base, seconds in zip(baseline["rounds"], row["rounds"], strict=True)]
             row["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def _describe_environment(
-    config: BenchmarkConfig, rounds: int, rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:  # fmt: skip
+def _describe_environment(config: BenchmarkConfig, rounds: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     measured = next((row for row in rows if "step" in row), {"gpu": None, "threads": None, "ceiling_flops": 0.0})
     return {
         "hardware": measured["gpu"] or f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
@@ -165,12 +132,6 @@ def _describe_environment(
     }
 
 
-HEADINGS = (
-    "mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "products", "FLOP share", "peak GiB", "input",
-    "eval",
-)  # fmt: skip
-
-
 def format_markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
     """The table and where it was measured, in Markdown."""
     packages = ", ".join(f"{name} {package_version}" for name, package_version in environment["versions"].items())
@@ -179,9 +140,7 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str,
         f"{environment['threads']} threads; {packages}; {environment['rounds']} rounds in alternation, "
         f"{environment['steps']}.",
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|---|--:|---|" + "--:|" * (len(HEADINGS) - 3),
-        *("| " + " | ".join(_format_cells(row)) + " |" for row in rows),
+        *table_lines(HEADINGS, map(_format_cells, rows), num_left=3),
         "",
         "ms/step: median over all windows; spread: of the rounds' medians; speed: tokens/s over the first line of the "
         "same mode and batch, median (least-most) of the rounds; products: share of a step that the bare matrix "
@@ -196,15 +155,14 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str,
 def _format_cells(row: Mapping[str, Any]) -> list[str]:
     leading_cells = [row["mode"], str(row["global_batch"]), row["name"]]
     if "step" not in row:
-        return [*leading_cells, row["problem"] or "not measured", *[""] * (len(HEADINGS) - 4)]
+        return [*leading_cells, row["problem"], *[""] * (len(HEADINGS) - 4)]
     low, high = (1000 * seconds for seconds in row["spread"])
-    speed = "{:.2f} ({:.2f}-{:.2f})".format(*row["speed"]) if "speed" in row else ""
     return [
         *leading_cells,
         f"{1000 * row['step']:.1f}",
         f"{low:.1f}-{high:.1f}",
         f"{row['tokens_per_second']:,.0f}",
-        speed,
+        "{:.2f} ({:.2f}-{:.2f})".format(*row["speed"]) if "speed" in row else "",
         f"{100 * row['product_share']:.0f}%",
         f"{100 * row['flop_share']:.0f}%",
         f"{row['peak_memory'] / 2**30:.2f}",

@@ -1,0 +1,57 @@
+"""Processes that bench, the finders and the doctor start: a group of ranks on this machine, and what they said last."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.distributed.launch_environment import without_launcher
+
+ROOT = Path(__file__).parents[2]
+POLL_SECONDS = 0.1
+
+
+def worker_environ() -> dict[str, str]:
+    """The environment for a process that is nobody's rank and imports this package, wherever it is started."""
+    return {**without_launcher(os.environ), "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
+def run_ranks(argv: Sequence[str], world_size: int, log: Path, *, timeout_seconds: float) -> list[int] | None:
+    """Run `python *argv` as so many ranks, their output in `log`; the exit codes, None where the time was not enough.
+
+    A rank that fails ends the others, which would wait for it; all have ended on return.
+    """
+    from trainer.distributed.process_group import find_free_port  # which needs torch
+
+    shared = {
+        **worker_environ(), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()),
+    }  # fmt: skip
+    deadline = time.monotonic() + timeout_seconds
+    with open(log, "wb") as output:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *argv], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+    try:
+        while time.monotonic() < deadline:
+            exit_codes = [rank.poll() for rank in ranks]
+            if any(exit_codes) or None not in exit_codes:
+                return [code or 0 for code in exit_codes]
+            time.sleep(POLL_SECONDS)
+        return None
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def last_line(output: str) -> str:
+    """The last line of a process' output that says something."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return (lines or ["no output"])[-1][:300]
