@@ -1,12 +1,10 @@
-"""Rules on the losses, the gradient, the rate and the adapters: functions of the records, the same on every machine.
-
-Long: one method for each thing that can be wrong, and nothing else.
-"""
+"""Rules on the losses, the gradient, the rate and the adapters: functions of the records, the same on every machine."""
 
 import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from statistics import fmean, median
+from typing import Any
 
 from trainer.tracking.records import EvalRecord, StepRecord
 from trainer.training.diagnostics.online_stats import MeanEstimate, OnlineLinearRegression, welch_t
@@ -55,12 +53,8 @@ class LossRules:
             self.check_flat_loss(),
         ]
         if self.loss_trend.n % WINDOW_STEPS == 0:
-            window_mean = self.compute_window_mean()
-            self.lowest_window = (
-                window_mean
-                if self.lowest_window is None or window_mean.value < self.lowest_window.value
-                else self.lowest_window
-            )
+            windows = filter(None, (self.lowest_window, MeanEstimate.from_values(self._recent_losses())))
+            self.lowest_window = min(windows, key=lambda window: window.value)
         return diagnostics
 
     def on_eval(self, record: EvalRecord) -> list[Diagnostic | None]:
@@ -73,10 +67,6 @@ class LossRules:
         self.eval_records.append(replace(record, row_nll=None))
         return [self.check_worse_than_start(), self.check_overfitting()]
 
-    def compute_window_mean(self) -> MeanEstimate:
-        """The mean loss of the last WINDOW_STEPS steps."""
-        return MeanEstimate.from_values(self._recent_losses())
-
     def _recent_losses(self) -> list[float]:
         return [row.loss for row in list(self.recent_steps)[-WINDOW_STEPS:]]
 
@@ -88,35 +78,26 @@ class LossRules:
         tell in n steps is about 2 sd sqrt(12 / n): 0.05 nats at the card's 10% of 19,863 steps with sd 0.3.
         """
         first_check_step = max(FLAT_STEPS, math.ceil(FLAT_SHARE * self.run_info.total_steps))
-        n, is_last_step = self.loss_trend.n, self.recent_steps[-1].step >= self.run_info.total_steps
+        trend, n = self.loss_trend, self.loss_trend.n
+        is_last_step = self.recent_steps[-1].step >= self.run_info.total_steps
         is_doubled = n >= first_check_step and n % first_check_step == 0 and (n // first_check_step).bit_count() == 1
-        if (
-            not (is_doubled or (is_last_step and n >= WINDOW_STEPS))
-            or self.loss_trend.t_statistic <= FLAT_MAX_T
-            or self._has_val_loss_fallen()
-        ):
+        is_due = is_doubled or (is_last_step and n >= WINDOW_STEPS)
+        if not is_due or trend.t_statistic <= FLAT_MAX_T:
             return None
-        recent_steps = list(self.recent_steps)
-        has_risen = len(self.eval_records) > 1 and self.eval_records[-1].loss > self.eval_records[0].loss * (
-            1 + MIN_VAL_DROP
-        )
+        first_loss, *later_losses = [row.loss for row in self.eval_records] or [math.inf]
+        if later_losses and min(later_losses) < first_loss * (1 - MIN_VAL_DROP):
+            return None
+        has_risen = bool(later_losses) and later_losses[-1] > first_loss * (1 + MIN_VAL_DROP)
         lr = self.run_info.lr
         return Diagnostic(
             code="flat_loss",
             seen=f"in {n} steps the training loss has no fall that stands out of its noise "
-            f"(slope {self.loss_trend.slope:+.1e} a step, t {self.loss_trend.t_statistic:+.1f}, mean "
-            f"{self.loss_trend.mean_y:.4f})",
+            f"(slope {trend.slope:+.1e} a step, t {trend.t_statistic:+.1f}, mean {trend.mean_y:.4f})",
             cause=f"the learning rate {lr:g} is too {'high' if has_risen else 'low'}",
             remedy=f"--lr {lr / 10 if has_risen else lr * 10:g}",
-            evidence={"steps": n, "slope": self.loss_trend.slope, "t": _finite_or_none(self.loss_trend.t_statistic),
-            "mean": self.loss_trend.mean_y,
-                      "recent": fmean(row.loss for row in recent_steps[-WINDOW_STEPS:])},
+            evidence={"steps": n, "slope": trend.slope, "t": _finite_or_none(trend.t_statistic), "mean": trend.mean_y,
+                      "recent": fmean(self._recent_losses())},
         )  # fmt: skip
-
-    def _has_val_loss_fallen(self) -> bool:
-        return len(self.eval_records) > 1 and min(row.loss for row in self.eval_records[1:]) < self.eval_records[
-            0
-        ].loss * (1 - MIN_VAL_DROP)
 
     def check_no_gradient(self) -> Diagnostic | None:
         """The gradient's root mean square is under AdamW's epsilon.
@@ -124,23 +105,25 @@ class LossRules:
         Adam moves a weight by lr g / (|g| + epsilon) (Kingma and Ba 2015, algorithm 1): under epsilon less than half
         of the rate is left of it. The norm over the square root of the number of weights is that mean.
         """
-        recent_steps = list(self.recent_steps)[-TINY_STEPS:]
+        run_info, recent_steps = self.run_info, list(self.recent_steps)[-TINY_STEPS:]
         norm = median(row.grad_norm for row in recent_steps)
-        rms = norm / math.sqrt(self.run_info.num_trainable_params)
-        if len(recent_steps) < TINY_STEPS or rms >= self.run_info.epsilon:
+        rms = norm / math.sqrt(run_info.num_trainable_params)
+        if len(recent_steps) < TINY_STEPS or rms >= run_info.epsilon:
             return None
-        is_fp16 = self.run_info.precision == "fp16"
+        cause, remedy = "gradients underflow in fp16", "--precision bf16"
+        if run_info.precision != "fp16":
+            cause = "what counts in the loss hardly depends on what trains"
+            remedy = "--objective blocks, where every token counts"
+            if run_info.mode == "lora":
+                remedy = "--lora-target-modules with layers that matter"
         return Diagnostic(
             code="no_gradient",
-            seen=f"the gradient of the last {TINY_STEPS} steps is next to nothing "
-            f"(norm {norm:.1e} over {self.run_info.num_trainable_params:,} weights: below AdamW's epsilon "
-            f"{self.run_info.epsilon:g})",
-            cause="gradients underflow in fp16" if is_fp16 else "what counts in the loss hardly depends on what trains",
-            remedy="--precision bf16" if is_fp16 else "--lora-target-modules with layers that "
-                "matter" if self.run_info.mode == "lora"
-            else "--objective blocks, where every token counts",
-            evidence={"grad_norm": norm, "rms": rms, "epsilon": self.run_info.epsilon},
-        )  # fmt: skip
+            seen=f"the gradient of the last {TINY_STEPS} steps is next to nothing (norm {norm:.1e} over "
+            f"{run_info.num_trainable_params:,} weights: below AdamW's epsilon {run_info.epsilon:g})",
+            cause=cause,
+            remedy=remedy,
+            evidence={"grad_norm": norm, "rms": rms, "epsilon": run_info.epsilon},
+        )
 
     def check_no_rate(self) -> Diagnostic | None:
         """The learning rate never rose above what float32 loses: a step of the rate is rounded away at 0.02."""
@@ -172,24 +155,18 @@ class LossRules:
     def check_always_clipped(self) -> Diagnostic | None:
         """Each of the last steps was clipped, to a tenth and less: the norm of most is MIN_CLIPPED_RATIO times the
         limit."""
-        recent_steps, max_grad_norm = self.recent_steps, self.run_info.max_grad_norm
-        if (
-            not max_grad_norm
-            or len(recent_steps) < CLIPPED_STEPS
-            or recent_steps[-1].grad_norm <= max_grad_norm  # as nearly always: the others need no look
-            or min(row.grad_norm for row in recent_steps) <= max_grad_norm
-        ):
+        norms, limit = [row.grad_norm for row in self.recent_steps], self.run_info.max_grad_norm
+        if not limit or len(norms) < CLIPPED_STEPS or min(norms) <= limit:
             return None
-        norm = median(row.grad_norm for row in recent_steps)
-        if norm < MIN_CLIPPED_RATIO * max_grad_norm:
+        norm = median(norms)
+        if norm < MIN_CLIPPED_RATIO * limit:
             return None
         return Diagnostic(
             code="always_clipped",
-            seen=f"each of the last {len(recent_steps)} steps was clipped (median gradient norm {norm:.3g}, limit "
-            f"{max_grad_norm:g})",
+            seen=f"each of the last {len(norms)} steps was clipped (median gradient norm {norm:.3g}, limit {limit:g})",
             cause="the limit is far below this model's gradients, so that only their direction is left",
             remedy=f"--max-grad-norm {float(f'{norm:.1g}'):g}",
-            evidence={"grad_norm": norm, "clip": max_grad_norm, "steps": len(recent_steps)},
+            evidence={"grad_norm": norm, "clip": limit, "steps": len(norms)},
         )
 
     def check_rising(self) -> Diagnostic | None:
@@ -197,26 +174,17 @@ class LossRules:
 
         Six, because of many windows the lowest is low by luck: two normal means differ by more once in 10^9 times.
         """
-        if self.lowest_window is None or self.loss_trend.n < 2 * WINDOW_STEPS:
+        lowest, losses = self.lowest_window, self._recent_losses()
+        if lowest is None or self.loss_trend.n < 2 * WINDOW_STEPS or fmean(losses) < lowest.value * (1 + MIN_RISE):
             return None
-        if fmean(self._recent_losses()) < self.lowest_window.value * (1 + MIN_RISE):
-            return None
-        window_mean = self.compute_window_mean()
-        std_errors = welch_t(window_mean, self.lowest_window)
+        window_mean = MeanEstimate.from_values(losses)
+        std_errors = welch_t(window_mean, lowest)
         if std_errors < RISE_STD_ERRORS:
             return None
-        return Diagnostic(
-            code="diverging",
-            seen=f"the training loss rose to {window_mean.value:.4f}, a mean of {WINDOW_STEPS} steps, from "
-            f"{self.lowest_window.value:.4f} "
-            f"at its lowest ({min(std_errors, 999):.0f} standard errors)",
-            cause=f"the learning rate {self.run_info.lr:g} is too high",
-            remedy=f"--lr {self.run_info.lr / 3:.1g}",
-            evidence={
-                "now": window_mean.value,
-                "lowest": self.lowest_window.value,
-                "errors": _finite_or_none(std_errors),
-            },
+        return self._diverging(
+            f"the training loss rose to {window_mean.value:.4f}, a mean of {WINDOW_STEPS} steps, from "
+            f"{lowest.value:.4f} at its lowest ({min(std_errors, 999):.0f} standard errors)",
+            {"now": window_mean.value, "lowest": lowest.value, "errors": _finite_or_none(std_errors)},
         )
 
     def check_worse_than_start(self) -> Diagnostic | None:
@@ -227,26 +195,25 @@ class LossRules:
         train_loss = self.train_loss_means[-1].value
         if min(last_eval.loss, train_loss) < first_eval.loss * (1 + MIN_RISE):
             return None
-        return Diagnostic(
-            code="diverging",
-            seen=f"the model is worse than before training: validation loss {first_eval.loss:.4f} -> "
-            f"{last_eval.loss:.4f}, "
+        return self._diverging(
+            f"the model is worse than before training: validation loss {first_eval.loss:.4f} -> {last_eval.loss:.4f}, "
             f"training loss {train_loss:.4f}",
-            cause=f"the learning rate {self.run_info.lr:g} is too high",
-            remedy=f"--lr {self.run_info.lr / 3:.1g}",
-            evidence={"before": first_eval.loss, "now": last_eval.loss, "train": train_loss},
+            {"before": first_eval.loss, "now": last_eval.loss, "train": train_loss},
         )
 
     def on_non_finite(self, step: int, message: str) -> Diagnostic:
         """The loss or the gradient is no number any more."""
-        return Diagnostic(
-            code="diverging",
-            seen=message.split(";", 1)[0],
-            cause=f"the learning rate {self.run_info.lr:g} is too high"
-            + (f" for {self.run_info.precision}" if self.run_info.precision != "fp32" else ""),
-            remedy=f"--lr {self.run_info.lr / 3:.1g}",
-            evidence={"step": step},
+        precision = self.run_info.precision
+        return self._diverging(
+            message.split(";", 1)[0], {"step": step}, f" for {precision}" if precision != "fp32" else ""
         )
+
+    def _diverging(self, seen: str, evidence: dict[str, Any], for_precision: str = "") -> Diagnostic:
+        lr = self.run_info.lr
+        return Diagnostic(
+            code="diverging", seen=seen, cause=f"the learning rate {lr:g} is too high{for_precision}",
+            remedy=f"--lr {lr / 3:.1g}", evidence=evidence,
+        )  # fmt: skip
 
     def check_overfitting(self) -> Diagnostic | None:
         """The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell.
@@ -255,32 +222,31 @@ class LossRules:
         The first is the generalisation loss GL of Prechelt, "Early stopping - but when?" (1998), equation 1, with
         his smallest threshold; the second tells it from diverging.
         """
-        last_eval = self.eval_records[-1]
-        best_index = min(range(len(self.eval_records)), key=lambda i: self.eval_records[i].loss)
-        best_eval, later_evals = self.eval_records[best_index], self.eval_records[best_index + 1 :]
-        generalization_loss = last_eval.loss / best_eval.loss - 1
-        is_sustained = len(later_evals) >= 2 or last_eval.epoch - best_eval.epoch >= 1 - 1e-6
-        if generalization_loss < GENERALISATION_LOSS or not is_sustained or len(self.train_loss_means) < 2:
+        evals, last_eval = self.eval_records, self.eval_records[-1]
+        best_index = min(range(len(evals)), key=lambda i: evals[i].loss)
+        best_eval, num_later = evals[best_index], len(evals) - best_index - 1
+        num_epochs = last_eval.epoch - best_eval.epoch
+        is_sustained = num_later >= 2 or num_epochs >= 1 - 1e-6
+        if last_eval.loss / best_eval.loss - 1 < GENERALISATION_LOSS or not is_sustained:
+            return None
+        if len(self.train_loss_means) < 2:
             return None
         mean_before, mean_after = self.train_loss_means[max(0, best_index - 1)], self.train_loss_means[-1]
-        if welch_t(mean_before, mean_after) < FALL_STD_ERRORS or mean_after.value > self.eval_records[0].loss:
+        if welch_t(mean_before, mean_after) < FALL_STD_ERRORS or mean_after.value > evals[0].loss:
             return None
-        num_epochs = last_eval.epoch - best_eval.epoch
-        remedy = f"--dropout {min(0.5, self.run_info.dropout + 0.1):.2g}" if self.run_info.has_early_stopping else (
-            f"--early-stop {max(1, len(later_evals) - 1)} --export best"
-        )  # fmt: skip
+        remedy = f"--early-stop {max(1, num_later - 1)} --export best"
+        if self.run_info.has_early_stopping:
+            remedy = f"--dropout {min(0.5, self.run_info.dropout + 0.1):.2g}"
         return Diagnostic(
             code="overfitting",
             seen=f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best_eval.epoch:.4g} (step "
-                f"{best_eval.step}): "
-            f"{best_eval.loss:.4f} -> {last_eval.loss:.4f}, while the training loss fell: {mean_before.value:.4f} -> "
-            f"{mean_after.value:.4f}",
+            f"{best_eval.step}): {best_eval.loss:.4f} -> {last_eval.loss:.4f}, while the training loss fell: "
+            f"{mean_before.value:.4f} -> {mean_after.value:.4f}",
             cause="the model learns the training rows by heart",
             remedy=remedy,
             evidence={"since_epoch": best_eval.epoch, "since_step": best_eval.step, "epochs": num_epochs,
-                "evaluations": len(later_evals),
-                      "best": best_eval.loss, "now": last_eval.loss, "train_before": mean_before.value,
-                      "train_now": mean_after.value},
+                      "evaluations": num_later, "best": best_eval.loss, "now": last_eval.loss,
+                      "train_before": mean_before.value, "train_now": mean_after.value},
         )  # fmt: skip
 
     def on_skipped_step(self, step: int) -> Diagnostic | None:
@@ -288,15 +254,15 @@ class LossRules:
         times, the first overflow only counts (DeepSpeed's hysteresis of 2), and it grows once in 1,000 good steps.
         """
         self.skipped_steps.append(step)
-        if len(self.skipped_steps) <= NUM_HALVINGS or step - self.skipped_steps[0] >= OVERFLOW_STEPS:
+        num_skipped, num_steps = len(self.skipped_steps), step - self.skipped_steps[0] + 1
+        if num_skipped <= NUM_HALVINGS or num_steps > OVERFLOW_STEPS:
             return None
         return Diagnostic(
             code="overflow",
-            seen=f"{len(self.skipped_steps)} updates of the last {step - self.skipped_steps[0] + 1} steps were left "
-            "out",
+            seen=f"{num_skipped} updates of the last {num_steps} steps were left out",
             cause="gradients overflow in fp16 at every loss scale",
             remedy="--precision bf16",
-            evidence={"skipped": len(self.skipped_steps), "steps": step - self.skipped_steps[0] + 1},
+            evidence={"skipped": num_skipped, "steps": num_steps},
         )
 
     def check_adapter(self, max_abs_b: float) -> Diagnostic | None:

@@ -36,7 +36,7 @@ class DiagnosticsMonitor:
         """What one more record of the loop shows."""
         diagnostics = self._apply_loss_rules(record)
         if isinstance(record, EvalRecord) and self._previous_time is not None:
-            self.throughput_rules.add_time("evaluation", record.time - self._previous_time)
+            self.add_time("evaluation", record.time - self._previous_time)
             self.throughput_rules.num_evaluations += 1
         self.throughput_rules.num_steps += isinstance(record, StepRecord)
         self._previous_time = record.time
@@ -47,8 +47,8 @@ class DiagnosticsMonitor:
         return self._select_new([self.loss_rules.check_adapter(max_abs_b)])
 
     def add_time(self, category: str, seconds: float) -> None:
-        """Count seconds that the loop or the loggers spent on `data`, `device` or `logging`."""
-        self.throughput_rules.add_time(category, seconds)
+        """Count seconds that were spent on `data`, `device`, `logging` or `evaluation`."""
+        self.throughput_rules.seconds[category] += seconds
 
     def _apply_loss_rules(self, record: Record) -> list[Diagnostic | None]:
         if isinstance(record, StepRecord):

@@ -11,9 +11,9 @@ class OnlineLinearRegression:
     """A straight line through (x, y) by least squares, from running sums."""
 
     n: int = 0
-    mean_x: float = 0.0  #: mean
-    mean_y: float = 0.0  #: mean
-    sum_xx: float = 0.0  #: sum of squared deviations
+    mean_x: float = 0.0
+    mean_y: float = 0.0
+    sum_xx: float = 0.0  #: sums of products of deviations from the means
     sum_yy: float = 0.0
     sum_xy: float = 0.0
 
@@ -52,8 +52,7 @@ class OnlineLinearRegression:
         """
         if self.n < 3 or not self.sum_xx:
             return 0.0
-        std_error = math.sqrt(self.residual_variance / self.sum_xx)
-        return self.slope / std_error if std_error else math.copysign(math.inf, self.slope) if self.slope else 0.0
+        return _in_std_errors(self.slope, self.residual_variance / self.sum_xx)
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,10 @@ class MeanEstimate:
 
 def welch_t(a: MeanEstimate, b: MeanEstimate) -> float:
     """By how many standard errors `a` lies above `b`, each with its own variance (Welch, Biometrika 34, 1947)."""
-    std_error = math.sqrt(a.variance + b.variance)
-    return (
-        (a.value - b.value) / std_error
-        if std_error
-        else math.copysign(math.inf, a.value - b.value) * (a.value != b.value)
-    )
+    return _in_std_errors(a.value - b.value, a.variance + b.variance)
+
+
+def _in_std_errors(value: float, variance: float) -> float:
+    if not value or not variance:
+        return math.copysign(math.inf, value) if value else 0.0
+    return value / math.sqrt(variance)

@@ -37,19 +37,12 @@ class Diagnostic:
     remedy: str  #: a flag with a value, as it would be typed
     evidence: dict[str, Any] = field(default_factory=dict)  #: the numbers
 
-    @property
-    def topic(self) -> str:
-        """What it means for the user."""
-        return TOPICS[self.code]
-
     def to_record(self, step: int, time: float) -> EventRecord:
         """The event that keeps it; its message is the one line for the console."""
-        message = f"{self.topic}: {self.seen}; likely cause: {self.cause}; try {self.remedy}"
-        details = {
-            "code": self.code, "topic": self.topic, "seen": self.seen, "cause": self.cause, "remedy": self.remedy,
-            "evidence": self.evidence,
-        }  # fmt: skip
-        return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=details)
+        topic = TOPICS[self.code]
+        message = f"{topic}: {self.seen}; likely cause: {self.cause}; try {self.remedy}"
+        facts = {"code": self.code, "topic": topic, **vars(self)}
+        return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +78,8 @@ class RunInfo:
         train = settings["train"]
         return cls(
             mode=metadata["mode"], lr=train["lr"], warmup_steps=resolved["warmup_steps"],
-            max_grad_norm=train["max_grad_norm"],
-            epsilon=train["epsilon"], dropout=resolved["dropout"], num_trainable_params=metadata["model"]["trainable"],
+            max_grad_norm=train["max_grad_norm"], epsilon=train["epsilon"], dropout=resolved["dropout"],
+            num_trainable_params=metadata["model"]["trainable"],
             total_steps=resolved["total_steps"], has_early_stopping=bool(train.get("early_stop")),
             eval_every=settings["output"]["eval_every"], precision=resolved["precision"], device=resolved["device"],
             world_size=resolved["ranks"], num_nodes=resolved["nodes"], micro_batch_size=resolved["micro_batch"],
