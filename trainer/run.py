@@ -117,9 +117,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     with hold_run_folder(Path(settings.run_folder), context.on_rank_zero):
         # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
         _, previous_metadata = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
-        training_run = TrainingRun(with_host_lines(plan), data, model)
-        training_run.setup(args, previous_metadata)
-        return training_run.run(signal_handler)
+        return TrainingRun(with_host_lines(plan), data, model, args, previous_metadata).run(signal_handler)
 
 
 def run_finder(args: CliArgs, plan: RunPlan, data: PreparedDataset, model: TrainableModel) -> int:
@@ -144,62 +142,53 @@ def build_engine(plan: RunPlan, model: TrainableModel, source: Checkpoint | None
 
 
 class TrainingRun:
-    """A run from its plan to its exported model: `setup`, then `run`, which trains and finalizes."""
+    """A run from its plan to its exported model: `run` trains and finalizes."""
 
-    metadata: dict[str, Any]  #: the content of run.json
-    engine: Engine
-    state: TrainState
-    metrics: MetricLogger
-    callbacks: Callbacks
-    checkpoints: CheckpointManager
-
-    def __init__(self, plan: RunPlan, data: PreparedDataset, model: TrainableModel):
-        self.plan = plan
-        self.data = data
-        self.model = model
-        self.folder = Path(plan.settings.run_folder)
-
-    def setup(self, args: CliArgs, previous_metadata: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        data: PreparedDataset,
+        model: TrainableModel,
+        args: CliArgs,
+        previous_metadata: Mapping[str, Any] | None,
+    ):
         """Write run.json, build the engine, at its start or where a checkpoint stood, and start the loggers."""
-        context, plan, folder = self.plan.dist_context, self.plan, self.folder
-        is_resumed = previous_metadata is not None
-        source = context.on_rank_zero(
-            lambda: select_checkpoint(folder, args.resume, self.model) if previous_metadata else None
-        )
-        checkpoint_bytes = MIN_BYTES_PER_TRAINED_WEIGHT * self.model.metadata["trainable"]
+        self.plan, self.data, self.model = plan, data, model
+        self.folder = folder = Path(plan.settings.run_folder)
+        context, is_resumed = plan.dist_context, previous_metadata is not None
+        source = context.on_rank_zero(lambda: select_checkpoint(folder, args.resume, model) if is_resumed else None)
+        checkpoint_bytes = MIN_BYTES_PER_TRAINED_WEIGHT * model.metadata["trainable"]
         context.on_rank_zero(lambda: refuse_full_disk(folder, checkpoint_bytes))
-        self.metadata = context.on_rank_zero(
+        #: the content of run.json
+        self.metadata: dict[str, Any] = context.on_rank_zero(
             lambda: write_metadata(folder, plan, previous_metadata, source, args.allow_change)
         )
-        self.engine, self.state = build_engine(plan, self.model, source)
+        self.engine, self.state = build_engine(plan, model, source)
         if is_resumed:  # before later rows go: after a kill in between rows are cut then, none is missing
             context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", self.state.step))
+        self.metrics = MetricLogger(plan, data, self.metadata, self.state, is_resumed=is_resumed)
         self.checkpoints = CheckpointManager(
             folder / "checkpoints", context, save_total_limit=plan.settings.output.save_total_limit,
             identity={"run_id": self.metadata["run_id"], "mode": plan.settings.mode,
-                      "base": self.model.metadata["fingerprint"]},
-            record_digests=lambda: self.metrics.record_digests(),
+                      "base": model.metadata["fingerprint"]},
+            record_digests=self.metrics.record_digests,
         )  # fmt: skip
-        self.metrics = MetricLogger(plan, self.data, self.metadata, self.state, is_resumed=is_resumed)
         if is_resumed:
             changes = self.metadata["resumed"]["changed"]
             self.metrics.log(resumed_event(plan, self.state, changes, source, self.metrics.num_truncated))
-        self.callbacks = Callbacks(
-            self.engine,
-            RunInfo.from_metadata({**self.metadata, "resolved": plan.resolved()}),
-            GenerationEvaluator(self.engine, self.data, plan.settings),
-            self.metrics.previous_records(),
-        )
+        self.generation_evaluator = GenerationEvaluator(self.engine, data, plan.settings)
+        run_info = RunInfo.from_metadata({**self.metadata, "resolved": plan.resolved()})
+        previous_records = self.metrics.previous_records()
+        self.callbacks = Callbacks(self.engine, run_info, self.generation_evaluator, previous_records)
 
     def run(self, signal_handler: SignalHandler) -> int:
         """Train and finalize; the exit code. Whatever happens, the loggers are closed with it."""
         exit_code = 1
         try:
-            exit_code = self.train(signal_handler)
-            if exit_code == 0:
-                exit_code = 1
+            signal_exit_code = self.train(signal_handler)
+            if not signal_exit_code:
                 self.finalize()
-                exit_code = 0
+            exit_code = signal_exit_code
             return exit_code
         finally:
             self.metrics.close(exit_code)
@@ -209,10 +198,8 @@ class TrainingRun:
         context = self.plan.dist_context
         for event in self.callbacks.on_train_begin(self.state.step, self.state.elapsed_seconds):
             self.metrics.log(event)
-        with (
-            signal_handler.defer_signals(),
-            context.watchdog.watch_for_hangs(self.plan.settings.engine.hang_timeout),
-        ):
+        hang_timeout = self.plan.settings.engine.hang_timeout
+        with signal_handler.defer_signals(), context.watchdog.watch_for_hangs(hang_timeout):
             if not self.state.step and self.state.eval_pending:
                 self._evaluate_other_splits(0)
             stream = train(
@@ -236,7 +223,7 @@ class TrainingRun:
                 return end.value
             start_time = time.perf_counter()
             self.metrics.log(record)
-            self.callbacks.add_logging_time(start_time)
+            self.callbacks.diagnostics.add_time("logging", time.perf_counter() - start_time)
             for event in self.callbacks.on_record(record):
                 self.metrics.log(event)
                 if event.event == "execution":
@@ -259,21 +246,15 @@ class TrainingRun:
     def finalize(self) -> None:
         """Export, load the export again, and say how it went. TrainingError where the export is not what was run."""
         start_time = time.perf_counter()
-        state = self.state
-        assert state.val_loss is not None, "the last step is always evaluated"
         export = self._export() if self.plan.settings.output.export != "none" else None
         measurements = export.measurements if export else measure_memory(self.engine)
         summary = export.verification.summary() if export else "nothing exported"
-        self.metrics.log(
-            finished_event(
-                self.plan,
-                state,
-                elapsed_seconds=state.elapsed_seconds + time.perf_counter() - start_time,
-                measurements={"sample_seconds": self.callbacks.sample_seconds, **measurements},
-                choice=export.choice if export else None,
-                export_summary=summary,
-            )
-        )
+        event = finished_event(
+            self.plan, self.state, export_summary=summary, choice=export.choice if export else None,
+            elapsed_seconds=self.state.elapsed_seconds + time.perf_counter() - start_time,
+            measurements={"sample_seconds": self.generation_evaluator.elapsed_seconds, **measurements},
+        )  # fmt: skip
+        self.metrics.log(event)
         if export and export.verification.problems:
             raise TrainingError(f"{self.folder / 'model'}: {summary}; checkpoints and records are whole")
 

@@ -1,7 +1,7 @@
 """A few fixed validation prompts, completed greedily at every evaluation: what the numbers look like as text."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -13,7 +13,7 @@ from trainer.data.dataset import PreparedDataset
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.engine import Engine
 from trainer.model.build import get_max_positions
-from trainer.tracking.records import EvalRecord, EventRecord
+from trainer.tracking.records import EvalRecord, EventRecord, Record
 from trainer.training.text_metrics import acled_scores, text_scores
 
 MAX_COMPLETION_TOKENS = 128  # tokens of a completion
@@ -58,47 +58,52 @@ def make_prompts(data: PreparedDataset, tokenizer: Any, max_positions: int | Non
 
 def completion_length(prompts: Sequence[EvalPrompt], max_positions: int | None) -> int:
     """Tokens to generate: some more than the longest reference, as many as fit behind the longest prompt."""
-    length = min(
-        MAX_COMPLETION_TOKENS,
-        EXTRA_COMPLETION_TOKENS + max((prompt.reference_length for prompt in prompts), default=0),
-    )
+    longest_reference = max((prompt.reference_length for prompt in prompts), default=0)
+    length = min(MAX_COMPLETION_TOKENS, EXTRA_COMPLETION_TOKENS + longest_reference)
     if max_positions is None or not prompts:
         return length
     return min(length, max_positions - max(len(prompt.ids) for prompt in prompts))
 
 
 class GenerationEvaluator:
-    """Completes prompts and, with --score-samples, scores them. `elapsed_seconds`: what that took so far, beside the
-    training."""
+    """Completes prompts and, with --score-samples, scores them."""
 
     def __init__(self, engine: Engine, data: PreparedDataset, settings: Settings):
-        self.engine, self.settings, self.elapsed_seconds = engine, settings, 0.0
+        self.engine, self.settings = engine, settings
+        self.elapsed_seconds = 0.0  #: what the samples of the whole run took so far
         self.base_completions: list[str] = []  #: of the model before the first step, where they are known
         self.is_acled = data.metadata["form"] == "acled"
         self.prompts: list[EvalPrompt] = []
         self.disabled_reason = ""  #: why none are made although they were asked for
-        if not should_generate(settings) or data.metadata["tokenizer"] is None:
+        output = settings.output
+        if not (output.num_samples or output.score_samples) or data.metadata["tokenizer"] is None:
             return
         self.tokenizer = load_tokenizer(settings.model.model)
         self.end_token_ids = end_token_ids(self.tokenizer, data.metadata.get("chat_template"))
         max_positions = get_max_positions(engine.model.causal.config)
         prompts = make_prompts(data, self.tokenizer, max_positions)
-        self.prompts = prompts if settings.output.score_samples else prompts[: settings.output.num_samples]
+        self.prompts = prompts if output.score_samples else prompts[: output.num_samples]
         if self.prompts and not engine.state.fits_unsharded():
-            self.prompts, self.disabled_reason = (
-                [],
-                "the whole model does not fit on one rank beside its share of ZeRO-3",
-            )
+            self.prompts = []
+            self.disabled_reason = "the whole model does not fit on one rank beside its share of ZeRO-3"
         self.max_new_tokens = completion_length(self.prompts, max_positions)
+
+    def replay(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The same rows, which an earlier process left; of its samples the time and the base's texts are taken over."""
+        for record in records:
+            if isinstance(record, EventRecord) and record.event == "samples":
+                self.elapsed_seconds += record.facts["seconds"]
+                if record.step == 0:
+                    self.base_completions = [text["completion"] for text in record.facts["texts"]]
+            yield record
 
     def evaluate(self, record: EvalRecord) -> EventRecord | None:
         """The samples of the weights that were just evaluated; all ranks must call, rank 0 gets the event."""
         if not self.prompts:
             return None
         start_time = time.perf_counter()
-        completions = self.engine.generate(
-            [prompt.ids for prompt in self.prompts], self.max_new_tokens, self.end_token_ids
-        )
+        prompt_ids = [prompt.ids for prompt in self.prompts]
+        completions = self.engine.generate(prompt_ids, self.max_new_tokens, self.end_token_ids)
         if completions is None:
             return None
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
@@ -134,16 +139,10 @@ class GenerationEvaluator:
         return scores
 
 
-def should_generate(settings: Settings) -> bool:
-    """Whether anything is to be completed."""
-    return bool(settings.output.num_samples or settings.output.score_samples)
-
-
 def check_prompts_available(settings: Settings, data: PreparedDataset) -> None:
     """UserError where --score-samples has nothing to compare: texts without prompts, or token ids."""
     if settings.output.score_samples and not any(prompt for prompt, _ in data.val_texts):
         raise UserError(
             f"--score-samples: {settings.data.data} has no prompts to complete; pass --prompt and --completion, or "
-            "leave "
-            "--score-samples out"
+            "leave --score-samples out"
         )

@@ -24,17 +24,6 @@ from trainer.training.train_state import TrainState
 _NON_FINITE_HINT = "a lower --lr or --precision fp32 may help"
 
 
-class Stopwatch:
-    """Seconds since the run began, going on from where a resumed run stood."""
-
-    def __init__(self, elapsed_seconds: float):
-        self.start_time = time.perf_counter() - elapsed_seconds
-
-    def __call__(self) -> float:
-        """Seconds so far."""
-        return time.perf_counter() - self.start_time
-
-
 def train(
     engine: Engine,
     data: PreparedDataset,
@@ -47,8 +36,12 @@ def train(
 
     Raises TrainingError, after saving the last finite state, on NaN or infinity.
     """
-    state = replace(state, stop_requested=False)
-    stopwatch = Stopwatch(state.elapsed_seconds)
+    state, start_time = replace(state, stop_requested=False), time.perf_counter() - state.elapsed_seconds
+
+    def stopwatch() -> float:
+        """Seconds since the run began, going on from where a resumed run stood."""
+        return time.perf_counter() - start_time
+
     batches = schedule.batches(data.train, engine.dist_context.rank)
     last_saved_step = state.step
     if state.eval_pending:  # a run that begins is evaluated first; one that was stopped had no time for what was due
@@ -85,19 +78,15 @@ def _run_due_actions(
     data: PreparedDataset,
     schedule: TrainSchedule,
     state: TrainState,
-    stopwatch: Stopwatch,
+    stopwatch: Callable[[], float],
     should_stop: Callable[[], bool],
 ) -> Generator[Record, None, TrainState]:
     """Evaluation, the epoch's row and early stopping, where due after a step; `stop_requested` where it was cut off."""
+    train_settings = schedule.settings.train
     if schedule.is_eval_due(state.step):
         try:
-            evaluation = evaluate(
-                engine,
-                data.val,
-                schedule.settings.train.eval_batch,
-                should_stop,
-                num_bytes=data.num_target_bytes("val"),
-            )
+            num_bytes = data.num_target_bytes("val")
+            evaluation = evaluate(engine, data.val, train_settings.eval_batch, should_stop, num_bytes=num_bytes)
             if not math.isfinite(evaluation.loss):
                 raise NonFiniteError(f"validation loss {evaluation.loss}")
         except StopRequested:
@@ -107,8 +96,7 @@ def _run_due_actions(
             yield EventRecord(event="not_finite", step=state.step, message=message, time=stopwatch())
             raise TrainingError(f"{message}; {_NON_FINITE_HINT}") from error
         axes = schedule.record_axes(state) | {"time": stopwatch()}
-        min_delta = schedule.settings.train.min_delta
-        state = state.after_evaluation(evaluation.loss, epoch=axes["epoch"], min_delta=min_delta)
+        state = state.after_evaluation(evaluation.loss, epoch=axes["epoch"], min_delta=train_settings.min_delta)
         yield EvalRecord(
             **axes, loss=evaluation.loss, perplexity=perplexity(evaluation.loss),
             eval_tokens=evaluation.num_target_tokens, bits_per_byte=evaluation.bits_per_byte,
