@@ -37,6 +37,7 @@ from trainer.training.checkpoint import CheckpointManager
 from trainer.training.diagnostics.monitor import DiagnosticsMonitor
 from trainer.training.diagnostics.online_stats import MeanEstimate, OnlineLinearRegression, welch_t
 from trainer.training.diagnostics.types import TIMING_CODES, TOPICS, RunInfo
+from trainer.training.generation import GenerationEvaluator
 from trainer.training.loop import train
 
 # --- the statistics --------------------------------------------------------------------------------------------------
@@ -314,7 +315,7 @@ def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
                 out / f"{job['name']}-checkpoints", dist_context, save_total_limit=1, identity={"base": "test"}
             )
             metadata = plan.to_metadata(run_id="x", wandb={"mode": "disabled"})
-            callbacks = Callbacks(engine, RunInfo.from_metadata(metadata))
+            callbacks = Callbacks(engine, RunInfo.from_metadata(metadata), GenerationEvaluator(engine, data, plan.settings))
             diagnostics = []
             try:
                 for record in train(engine, data, plan.schedule, state, checkpoint_manager, lambda: False):
@@ -341,6 +342,7 @@ def prepared_data(tiny_model: str, session_dir: Path) -> dict[str, tuple[list[st
     for name, path in paths.items():
         for objective in ("blocks", "completion"):
             text = f"--block-size 24 --eval-batch 20 --global-batch 8 --objective {objective} --save-every never"
+            text += " --num-samples 0"
             argv = tiny_argv(tiny_model, (path, val), text)
             folder = prepare_data(["--mode", "full", *argv])
             prepared[f"{name}-{objective}"] = (argv, str(folder))
