@@ -3,10 +3,9 @@
 A checkpoint is a folder `step-NNNNNN` with `state.safetensors` (of each *trained* weight its float32 value and
 AdamW's two moments: 12 bytes a parameter; with 8-bit moments 6, and a scale for each 256) and `state.json` (where the
 run stood, checksums of the other file, of the rows of metrics.jsonl and the evaluations of eval_records.parquet so far,
-and one of itself). It is written
-under another name, flushed and renamed, so a folder with the right name is whole. Dropout, data order and learning
-rate are functions of seed and step, so nothing else has to be kept: a frozen base, packed or reduced by pissa, is made
-again from its own weights.
+and one of itself). It is written under another name, flushed and renamed, so a folder with the right name is whole.
+Dropout, data order and learning rate are functions of seed and step, so nothing else has to be kept: a frozen base,
+packed or reduced by pissa, is made again from its own weights.
 
 Long: the reader, the choice and the writer of one format belong together.
 """
@@ -90,23 +89,23 @@ class Checkpoint:
 
     def find_damage(self) -> str | None:
         """Which of its files is missing, cut off or changed since it was written; None where it is whole."""
+        name = f"checkpoint {self.folder}"
         if not self.has_valid_metadata:
-            return f"checkpoint {self.folder}: {METADATA_FILE} was changed since it was written (checksum)"
-        path = self.folder / STATE_FILE
+            return f"{name}: {METADATA_FILE} was changed since it was written (checksum)"
         try:
-            size, digest = path.stat().st_size, _sha256(path)
+            with open(self.folder / STATE_FILE, "rb") as file:
+                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            return f"checkpoint {self.folder}: cannot read {STATE_FILE}: {error.strerror}"
+            return f"{name}: cannot read {STATE_FILE}: {error.strerror}"
         if size != self.metadata["bytes"]:
-            return f"checkpoint {self.folder}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
+            return f"{name}: {STATE_FILE} has {size} bytes of {self.metadata['bytes']}"
         if digest != self.metadata["sha256"]:
-            return f"checkpoint {self.folder}: {STATE_FILE} was changed since it was written (checksum)"
+            return f"{name}: {STATE_FILE} was changed since it was written (checksum)"
         return None
 
     def tensor_reader(self, device: torch.device) -> Callable[[str], Tensor]:
         """A function from a state's name to its tensor on `device`, read one at a time."""
-        file = safe_open(self.folder / STATE_FILE, framework="pt", device=str(device))
-        return file.get_tensor
+        return safe_open(self.folder / STATE_FILE, framework="pt", device=str(device)).get_tensor
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every trained weight in it."""
@@ -118,16 +117,18 @@ class Checkpoint:
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """The whole checkpoints under `folder`, oldest first. Half-written ones have other names and are not seen."""
     checkpoints = []
-    for path in _checkpoint_folders(folder):
+    for _, path in _numbered_folders(folder):
         with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
             metadata = read_json_object(path / METADATA_FILE)
             if metadata["format"] == FORMAT_VERSION and f"step-{metadata['progress']['step']:06d}" == path.name:
                 checkpoints.append(Checkpoint(folder=path, metadata=metadata))
-    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+    return checkpoints
 
 
-def _checkpoint_folders(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+def _numbered_folders(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of all that have a checkpoint's name, oldest first."""
+    matches = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def best_checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint | None:
@@ -160,10 +161,10 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
 
 def iter_checked_checkpoints(folder: Path) -> Iterator[tuple[Path, Checkpoint | None, str | None]]:
     """(folder, checkpoint where its state.json can be read, damage or None) of each, newest first; read whole."""
-    by_name = {checkpoint.folder.name: checkpoint for checkpoint in list_checkpoints(folder)}
-    for path in sorted(_checkpoint_folders(folder), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if path.name in by_name:
-            yield path, by_name[path.name], by_name[path.name].find_damage()
+    readable = {checkpoint.folder: checkpoint for checkpoint in list_checkpoints(folder)}
+    for _, path in reversed(_numbered_folders(folder)):
+        if path in readable:
+            yield path, readable[path], readable[path].find_damage()
         else:
             yield path, None, f"checkpoint {path}: {METADATA_FILE} is missing or damaged"
 
@@ -201,18 +202,13 @@ class CheckpointManager:
 
     def save(self, engine: Engine, state: TrainState) -> Path:
         """Write a checkpoint; all ranks must call. TrainingError on every rank where it cannot be written."""
-        target = self.folder / f"step-{state.step:06d}"
-        error_message = None
+        target, error_message = self.folder / f"step-{state.step:06d}", None
         if self.dist_context.rank == 0:
             error_message = self._write_checkpoint(engine, state, target)
         else:
             for _ in engine.state.iter_state_dict():  # the gathering needs everybody
                 pass
-        error_message = self.dist_context.all_gather_object(error_message)[0]
-        if error_message is not None:
-            raise TrainingError(
-                f"checkpoint {target} not written: {error_message}; the checkpoints before it are whole"
-            )
+        self._require_written(f"checkpoint {target}", error_message, "the checkpoints before it are whole")
         return target
 
     def update_train_state(self, state: TrainState) -> None:
@@ -223,9 +219,13 @@ class CheckpointManager:
                 write_atomically(path, self._format_metadata(read_json_object(path), state))
             except OSError as error:
                 error_message = str(error.strerror or error)
+        self._require_written(str(path), error_message, "the checkpoint is whole as it was")
+
+    def _require_written(self, name: str, error_message: str | None, intact: str) -> None:
+        """TrainingError on all ranks where rank 0 has an error message."""
         error_message = self.dist_context.all_gather_object(error_message)[0]
         if error_message is not None:
-            raise TrainingError(f"{path} not written: {error_message}; the checkpoint is whole as it was")
+            raise TrainingError(f"{name} not written: {error_message}; {intact}")
 
     def _write_checkpoint(self, engine: Engine, state: TrainState, target: Path) -> str | None:
         temp_folder = self.folder / f".{target.name}.{os.getpid()}.tmp"
@@ -269,12 +269,9 @@ class CheckpointManager:
         """
         name = f"not-finite-step-{step}-rank-*.npz"
         path = self.folder.parent / name.replace("*", str(self.dist_context.rank))
-        fields = ("input_ids", "labels", "index")
-        arrays = {
-            f"{field}_{n}": getattr(micro_batch, field)
-            for n, micro_batch in enumerate(micro_batches)
-            for field in fields
-        }
+        arrays: dict[str, Any] = {}
+        for n, micro_batch in enumerate(micro_batches):
+            arrays |= {f"{field}_{n}": getattr(micro_batch, field) for field in ("input_ids", "labels", "index")}
         try:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **arrays)
@@ -330,8 +327,8 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
     """
     try:
         _remove_temporary(folder)
-        for path in sorted(folder.glob("step-*"), reverse=True):  # newest first: a kill leaves no gap
-            if path.name.removeprefix("step-").isdigit() and int(path.name.removeprefix("step-")) > step:
+        for number, path in reversed(_numbered_folders(folder)):  # newest first: a kill leaves no gap
+            if number > step:
                 _delete_folder(path)
     except OSError as error:
         raise TrainingError(f"{folder}: cannot delete the checkpoints after step {step}: {error.strerror}") from error
@@ -340,8 +337,3 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 def _remove_temporary(folder: Path) -> None:
     for path in folder.glob(".step-*.tmp"):  # of a save or a deletion that was killed
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,11 +20,10 @@ def prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
             print(line, flush=True)
 
     def prepare_folder() -> Path:
-        global_batch = settings.train.global_batch
-        max_positions = get_max_positions(load_config(settings.model))
         return prepare(
-            settings.data, model=settings.model.model, global_batch=global_batch, max_positions=max_positions, log=log
-        ).folder
+            settings.data, model=settings.model.model, global_batch=settings.train.global_batch,
+            max_positions=get_max_positions(load_config(settings.model)), log=log,
+        ).folder  # fmt: skip
 
     return load(context.on_rank_zero(prepare_folder, per_node=True))
 

@@ -16,14 +16,7 @@ from typing import Any
 
 from trainer.config.settings import Settings
 from trainer.data.cache import resolve_cache_dir
-from trainer.distributed.execution import (
-    ExecutionPath,
-    ExecutionPlan,
-    choose_path,
-    paths_to_time,
-    possible_paths,
-)
-from trainer.distributed.execution_tuner import ExecutionTuner
+from trainer.distributed.execution import ExecutionPath, choose_path, paths_to_time, possible_paths
 from trainer.distributed.process_group import DistContext
 from trainer.training.provenance import cpu_name, device_name, package_versions
 from trainer.training.schedule import TrainSchedule
@@ -40,6 +33,7 @@ class ExecutionChoice:
     path: ExecutionPath
     reason: str = AS_PLANNED
     timed_paths: tuple[ExecutionPath, ...] = ()
+    file: Path | None = None  #: where the choice that timing leads to is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +78,11 @@ def choose_execution(facts: RunFacts, previous_execution: Sequence[Mapping[str, 
         return ExecutionChoice(path=last["path"], reason="as its earlier part ran")
     if not timed:
         return ExecutionChoice(path=choose_path(settings, paths))
-    known = facts.dist_context.on_rank_zero(lambda: read_choice(facts.choice_file()))
+    file = facts.choice_file()
+    known = facts.dist_context.on_rank_zero(lambda: read_choice(file))
     if known is not None and known["path"] in paths:
         return ExecutionChoice(path=known["path"], reason=f"timed before: {known['message']}")
-    return ExecutionChoice(path=timed[0], timed_paths=timed)
+    return ExecutionChoice(path=timed[0], timed_paths=timed, file=file)
 
 
 def read_choice(file: Path) -> dict[str, Any] | None:
@@ -117,14 +112,3 @@ def settle_choice(file: Path, choice: dict[str, Any]) -> dict[str, Any]:
     finally:
         temporary_file.unlink(missing_ok=True)
     return choice
-
-
-def make_tuner(facts: RunFacts, plans: Sequence[ExecutionPlan]) -> ExecutionTuner:
-    """What times these plans over a run's first steps and keeps what it finds."""
-    batch, context = facts.schedule.batch, facts.dist_context
-    num_rows = batch.micro_batch_size * batch.gradient_accumulation_steps
-    return ExecutionTuner(
-        plans,
-        positions_per_step=num_rows * facts.settings.data.block_size,
-        settle=lambda choice: context.on_rank_zero(lambda: settle_choice(facts.choice_file(), choice)),
-    )

@@ -1,5 +1,6 @@
 """What the plan of a run on several hosts says of them: the network between them, and what is not the same on all."""
 
+import contextlib
 import os
 import time
 from dataclasses import replace
@@ -23,25 +24,14 @@ def with_host_lines(plan: RunPlan) -> RunPlan:
     if speed is None:
         return plan
     counts = ParamCounts.from_model_info(plan.model_info)
-    lines = [
-        (
-            "network",
-            describe_link(speed, counts, stage=plan.deepspeed_file.stage, world_size=context.world_size),
-        ),
-        ("environment", _describe_environment(plan, context)),
-    ]
+    network = describe_link(speed, counts, stage=plan.deepspeed_file.stage, world_size=context.world_size)
+    lines = [("network", network), ("environment", _describe_environment(plan, context))]
     if note := _describe_clocks(context):
         lines.append(("note", note))
-    folder = Path(plan.settings.run_folder)
-    if without := hosts_without_run_folder(folder, context):
-        here = context.placement.hosts[0]
-        lines.append(
-            (
-                "note",
-                f"{folder} of {here} is not seen on {', '.join(without)}: only {here} holds the checkpoints and can be "
-                "the first to resume",
-            )
-        )
+    folder, here = Path(plan.settings.run_folder), context.placement.hosts[0]
+    if without := ", ".join(_hosts_without_run_folder(folder, context)):
+        only_here = f"only {here} holds the checkpoints and can be the first to resume"
+        lines.append(("note", f"{folder} of {here} is not seen on {without}: {only_here}"))
     return replace(plan, host_lines=tuple(lines))
 
 
@@ -64,17 +54,11 @@ def _describe_clocks(context: DistContext) -> str | None:
     return f"the clock of {late} is {seconds:,.0f} s ahead of that of {early}" if seconds > MAX_CLOCK_SECONDS else None
 
 
-def hosts_without_run_folder(folder: Path, context: DistContext) -> list[str]:
+def _hosts_without_run_folder(folder: Path, context: DistContext) -> list[str]:
     """The hosts that do not see the file which rank 0 keeps in the run folder while it writes there."""
-    probe = _read_probe(folder)
+    probe = None
+    with contextlib.suppress(OSError):
+        probe = (folder / LOCK_FILE).read_text()
     probes = context.all_gather_object(probe)
-    return list(
-        dict.fromkeys(host for host, other in zip(context.placement.hosts, probes, strict=True) if other != probes[0])
-    )
-
-
-def _read_probe(folder: Path) -> str | None:
-    try:
-        return (folder / LOCK_FILE).read_text()
-    except OSError:
-        return None
+    hosts = (host for host, other in zip(context.placement.hosts, probes, strict=True) if other != probes[0])
+    return list(dict.fromkeys(hosts))

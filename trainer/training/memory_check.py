@@ -65,11 +65,14 @@ def pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
         for size in (small_size, 2 * small_size)
     )
     factor = (setup.micro_batch_size - small_size) / small_size
+
+    def extrapolate(small_bytes: float, large_bytes: float) -> float:
+        return small_bytes + factor * (large_bytes - small_bytes)
+
     return PassMemory(
-        saved=small.saved + factor * (large.saved - small.saved),
-        peak=small.peak + factor * (large.peak - small.peak),
-        peak_with_gradients=small.peak_with_gradients
-        + factor * (large.peak_with_gradients - small.peak_with_gradients),
+        saved=extrapolate(small.saved, large.saved),
+        peak=extrapolate(small.peak, large.peak),
+        peak_with_gradients=extrapolate(small.peak_with_gradients, large.peak_with_gradients),
         cast_weights=small.cast_weights,
     )
 

@@ -18,11 +18,9 @@ def describe_targets(settings: Settings, model_info: dict[str, Any]) -> str:
 def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
     """What the adapters, the packing and the optimizer mean for this model, where that is worth a line."""
     notes = []
-    ignored_flags = (
-        [flag for flag in settings.overridden if flag.startswith("--lora-")] if settings.mode == "full" else []
-    )
-    if ignored_flags:
-        notes.append(f"{', '.join(ignored_flags)}: of no effect with --mode full")
+    lora_flags = [flag for flag in settings.overridden if flag.startswith("--lora-")]
+    if lora_flags and settings.mode == "full":
+        notes.append(f"{', '.join(lora_flags)}: of no effect with --mode full")
     if settings.mode == "lora" and settings.lora.plus_ratio != 1:
         notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
     if not_adapted := model_info.get("not_adapted"):
@@ -31,17 +29,14 @@ def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
         double_quant = ", scales in 8 bits" if settings.model.quant_double else ""
         notes.append(
             f"base in {settings.model.quant}{double_quant}: {model_info['frozen_bytes'] / 2**20:,.1f} MiB of frozen "
-            "weights; "
-            f"in float32 {model_info['parameters'] / 2**18:,.1f} MiB"
+            f"weights; in float32 {model_info['parameters'] / 2**18:,.1f} MiB"
         )
     fp32_moments = model_info.get("kept_in_32_bits")
     if fp32_moments and fp32_moments["kept_tensors"]:
         fraction = fp32_moments["kept_parameters"] / fp32_moments["parameters"]
         notes.append(
             f"{settings.train.optim}: {fp32_moments['kept_tensors']} of {fp32_moments['tensors']} trained tensors "
-            f"({fraction:.0%} of the "
-            f"parameters) are embeddings or under {optimizer.MIN_8BIT_SIZE:,} elements: their moments stay in 32 bits "
-            "and "
-            "nothing is saved"
+            f"({fraction:.0%} of the parameters) are embeddings or under {optimizer.MIN_8BIT_SIZE:,} elements: their "
+            "moments stay in 32 bits and nothing is saved"
         )
     return notes

@@ -13,7 +13,7 @@ from trainer.training.text_metrics import check_installed
 
 
 def validate_early(settings: Settings, dist_context: DistContext) -> None:
-    """What can be refused before data and weights are touched: batch sum, ZeRO file, device, targets, output."""
+    """Refuse what is wrong with batch sum, ZeRO file, device, targets or output."""
     settings.train.batch(dist_context.world_size)
     _check_writable(Path(settings.run_folder))
     optimizer.check_8bit_supported(settings.train, zero_stage=None, on_cpu=dist_context.device.type == "cpu")
@@ -50,17 +50,19 @@ def _check_writable(folder: Path) -> None:
 def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
     optimizer.check_8bit_supported(settings.train, zero_stage=deepspeed_file.stage, on_cpu=False)
-    if deepspeed_file.stage == 3 and settings.engine.execution == "compile":
+    if deepspeed_file.stage != 3:
+        return
+    if settings.engine.execution == "compile":
         raise UserError(
             "--execution compile: not under ZeRO 3, which brings each layer's weights together by hooks; expected "
             "zero0, zero1 or zero2"
         )
-    if deepspeed_file.stage == 3 and settings.model.quant and settings.lora.adapter == "dora":
+    if settings.model.quant and settings.lora.adapter == "dora":
         raise UserError(
             f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
             "--ds-config zero0, zero1 or zero2, or another --adapter"
         )
-    if deepspeed_file.stage == 3 and settings.model.quant == "int8":
+    if settings.model.quant == "int8":
         raise UserError(
             "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "
             "expected --ds-config zero0, zero1 or zero2, or --quant nf4"

@@ -25,11 +25,8 @@ def validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ..
                 f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {damage}; put it "
                 "back, or say --allow-change records to go on with the rows that are there"
             )
-    return (
-        {"records": ["as written", "; ".join(f"{name}: {damage}" for name, damage in changes.items())]}
-        if changes
-        else {}
-    )
+    differences = "; ".join(f"{name}: {damage}" for name, damage in changes.items())
+    return {"records": ["as written", differences]} if changes else {}
 
 
 def find_changed_records(run_folder: Path, checkpoint: Checkpoint) -> dict[str, str]:

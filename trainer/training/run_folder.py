@@ -26,9 +26,7 @@ METADATA_FILE = "run.json"
 REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
 
 
-def resolve_output_dir(
-    args: CliArgs, ignored_files: Collection[str] = ()
-) -> tuple[Settings, dict[str, Any] | None]:  # fmt: skip
+def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tuple[Settings, dict[str, Any] | None]:
     """The settings of the run and, where one is resumed, its run.json; UserError where the folder is not as asked.
 
     `ignored_files`: what may lie in the folder of a new run.

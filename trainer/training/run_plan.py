@@ -28,7 +28,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.kernels.causal_attention import attention_kernel
 from trainer.model.build import get_dropout_probabilities
 from trainer.training.example_packing import describe_padding, plan_packing
-from trainer.training.execution_choice import AS_PLANNED, RunFacts, choose_execution, make_tuner
+from trainer.training.execution_choice import AS_PLANNED, RunFacts, choose_execution, settle_choice
 from trainer.training.lr_schedule import describe_schedule
 from trainer.training.plan_notes import collect_notes, describe_targets
 from trainer.training.plan_validation import validate_stage
@@ -48,6 +48,7 @@ class RunPlan:
     execution: ExecutionPlan
     execution_reason: str  #: why steps begin by this plan
     timed_plans: tuple[ExecutionPlan, ...]  #: that are timed over the first steps; (): `execution` is kept
+    choice_file: Path | None  #: keeps what timing them leads to
     attention_kernel: str  #: which torch has for rows of this plan, on this device
     model_info: dict[str, Any]
     data_info: dict[str, Any]
@@ -62,48 +63,37 @@ class RunPlan:
 
     def summary_lines(self) -> list[tuple[str, str]]:
         """The plan as (what, value) for people."""
-        model_info, schedule, settings = self.model_info, self.schedule, self.settings
-        train, test = self.data_info["train"], self.data_info.get("test")
-        unit = "blocks" if self.data_info["objective"] == "blocks" else "rows"
-        train_settings = settings.train
+        model_info, data_info, schedule, settings = self.model_info, self.data_info, self.schedule, self.settings
+        train, train_settings = data_info["train"], settings.train
+        unit = "blocks" if data_info["objective"] == "blocks" else "rows"
         lr_shape = describe_schedule(
             train_settings.schedule, min_lr=train_settings.min_lr, warmup_steps=schedule.num_warmup_steps
         )
+        trainable = f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%)"
+        rows = f"{train['examples']:,} {unit} of at most {settings.data.block_size} tokens, {train['tokens']:,} tokens"
         lines = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
             ("overridden", " ".join(settings.overridden) or "nothing"),
             ("model", f"{model_info['name']}, {model_info['init']}: {model_info['parameters']:,} parameters"),
-            (
-                "trainable",
-                f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%)"
-                + describe_targets(settings, model_info),
-            ),
-            (
-                "data",
-                f"{self.data_info['source']}: {train['examples']:,} {unit} of at most {settings.data.block_size} "
-                "tokens, "
-                f"{train['tokens']:,} tokens, fingerprint {self.data_info['fingerprint'][:12]}",
-            ),
-            ("validation", f"{self._describe_split('val', unit)} ({self.data_info['split']})"),
-            ("format", f"{self.data_info['form']}: {self.data_info['form_meaning']}"),
-            ("example", self.data_info["example"] or "token ids"),
+            ("trainable", trainable + describe_targets(settings, model_info)),
+            ("data", f"{data_info['source']}: {rows}, fingerprint {data_info['fingerprint'][:12]}"),
+            ("validation", f"{self._describe_split('val', unit)} ({data_info['split']})"),
+            ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
+            ("example", data_info["example"] or "token ids"),
             ("batch", str(schedule.batch)),
             ("padding", self.padding),
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{train_settings.lr:g}, {lr_shape}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
             ("execution", self._describe_execution()),
-            (
-                "precision",
-                f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}",
-            ),
+            ("precision", f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}"),
             ("output", f"{settings.run_folder}"),
         ]
-        if test and test["examples"]:
+        if data_info.get("test", {}).get("examples"):
             lines.insert(6, ("test", self._describe_split("test", unit)))
         if self.dist_context.world_size > 1:
             lines[-1:-1] = [("hosts", self.dist_context.describe_hosts()), *self.host_lines]
-        notes = [*self.data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
+        notes = [*data_info.get("notices", []), *preset_notes(settings), *collect_notes(settings, model_info)]
         if settings.train.optim == "paged_adamw8bit" and self.dist_context.device.type == "cpu":
             notes.append("paged_adamw8bit: on a processor nothing is paged; the same as adamw8bit")
         return lines + [("note", note) for note in notes]
@@ -119,14 +109,16 @@ class RunPlan:
         return replace(self, timed_plans=(), execution=next(recorded, self.execution))
 
     def make_tuner(self) -> ExecutionTuner | None:
-        """What times `timed_plans`; None where there are none."""
-        if not self.timed_plans:
+        """What times `timed_plans` over the first steps and keeps what it finds; None where there are none."""
+        batch, file, on_rank_zero = self.schedule.batch, self.choice_file, self.dist_context.on_rank_zero
+        if not self.timed_plans or file is None:
             return None
-        facts = RunFacts(
-            settings=self.settings, dist_context=self.dist_context, deepspeed_config=self.deepspeed_config,
-            precision=self.precision, schedule=self.schedule, model_info=self.model_info,
-        )  # fmt: skip
-        return make_tuner(facts, self.timed_plans)
+        num_rows = batch.micro_batch_size * batch.gradient_accumulation_steps
+        return ExecutionTuner(
+            self.timed_plans,
+            positions_per_step=num_rows * self.settings.data.block_size,
+            settle=lambda choice: on_rank_zero(lambda: settle_choice(file, choice)),
+        )
 
     def _describe_execution(self) -> str:
         parts = [f"{self.execution.describe()}, attention by {self.attention_kernel}"]
@@ -194,9 +186,8 @@ class RunPlan:
         """Why the losses cannot be held against the card's."""
         return reference.why_not_comparable(
             data=self.data_info["source"], vocabulary=self.data_info["vocabulary"],
-            block_size=self.settings.data.block_size,
-            objective=self.data_info["objective"], model=self.settings.model.model,
-            examples=self.data_info["train"]["examples"],
+            block_size=self.settings.data.block_size, objective=self.data_info["objective"],
+            model=self.settings.model.model, examples=self.data_info["train"]["examples"],
         )  # fmt: skip
 
 
@@ -263,9 +254,8 @@ def make_plan(
     execution = make_execution(path=choice.path)
     return RunPlan(
         settings=settings, dist_context=dist_context, deepspeed_file=deepspeed_file, schedule=schedule,
-        deepspeed_config=deepspeed_config,
-        execution=execution, execution_reason=choice.reason,
-        timed_plans=tuple(make_execution(path=path) for path in choice.timed_paths),
+        deepspeed_config=deepspeed_config, execution=execution, execution_reason=choice.reason,
+        timed_plans=tuple(make_execution(path=path) for path in choice.timed_paths), choice_file=choice.file,
         attention_kernel=attention_kernel(
             model_config, dist_context.device, rows=batch.micro_batch_size, width=settings.data.block_size,
             precision=precision, dropout=dropout, is_blockwise=execution.blockwise_attention,

@@ -44,7 +44,8 @@ class TrainSchedule:
 
     def next_boundary(self, step: int) -> int:
         """The first step after `step` after which something is due: evaluation, checkpoint, end of an epoch or run."""
-        strides = [self.steps_per_epoch, *map(self._stride, (self._output.eval_every, self._output.save_every))]
+        output = self.settings.output
+        strides = [self.steps_per_epoch, *map(self._stride, (output.eval_every, output.save_every))]
         return min([self.total_steps, *((step // stride + 1) * stride for stride in strides)])
 
     def is_epoch_end(self, step: int) -> bool:
@@ -53,14 +54,13 @@ class TrainSchedule:
 
     def is_eval_due(self, step: int) -> bool:
         """Whether the validation set is evaluated after `step`; always at the end."""
-        return self._is_due(self._output.eval_every, step)
+        return self._is_due(self.settings.output.eval_every, step)
 
     def is_save_due(self, state: TrainState) -> bool:
         """Whether a checkpoint is saved: asked for, a new best where that is exported, the end, or a stop."""
-        is_best = self._output.export == "best" and state.best is not None and state.best.step == state.step
-        return (
-            state.stop_requested or is_best or self.is_done(state) or self._is_due(self._output.save_every, state.step)
-        )
+        output = self.settings.output
+        is_best = output.export == "best" and state.best is not None and state.best.step == state.step
+        return state.stop_requested or is_best or self.is_done(state) or self._is_due(output.save_every, state.step)
 
     def is_stopped_early(self, state: TrainState) -> bool:
         """Whether the validation loss has not fallen for as many evaluations as --early-stop allows."""
@@ -79,10 +79,6 @@ class TrainSchedule:
             "step": state.step, "epoch": epochs + fraction, "samples": state.examples_seen,
             "tokens": state.tokens_seen, "time": state.elapsed_seconds,
         }  # fmt: skip
-
-    @property
-    def _output(self) -> Any:
-        return self.settings.output
 
     def _stride(self, every: str) -> int:
         return {"epoch": self.steps_per_epoch, "never": self.total_steps}.get(every) or int(every)

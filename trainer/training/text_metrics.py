@@ -91,21 +91,15 @@ def _states_death_toll(note: str, event: Mapping[str, str]) -> bool | None:
     num_deaths = _parse_num_deaths(event)
     if not num_deaths:
         return None
-    number_pattern = f"{num_deaths}|{num_deaths:,}" + (
-        f"|{_NUMBER_WORDS[num_deaths]}" if num_deaths < len(_NUMBER_WORDS) else ""
-    )
-    return any(
-        re.search(rf"(?<![\w,.])(?:{number_pattern})(?![\w]|[,.]\d)", sentence, re.IGNORECASE)
-        for sentence in _death_sentences(note)
-    )
+    spellings = "|".join([f"{num_deaths}", f"{num_deaths:,}", *_NUMBER_WORDS[num_deaths : num_deaths + 1]])
+    number_pattern = re.compile(rf"(?<![\w,.])(?:{spellings})(?![\w]|[,.]\d)", re.IGNORECASE)
+    return any(number_pattern.search(sentence) for sentence in _death_sentences(note))
 
 
 def _invents_deaths(note: str, event: Mapping[str, str]) -> bool | None:
-    return (
-        None
-        if _parse_num_deaths(event) != 0
-        else any(not _NEGATION_PATTERN.search(sentence) for sentence in _death_sentences(note))
-    )
+    if _parse_num_deaths(event) != 0:
+        return None
+    return any(not _NEGATION_PATTERN.search(sentence) for sentence in _death_sentences(note))
 
 
 def _parse_num_deaths(event: Mapping[str, str]) -> int | None:
@@ -114,5 +108,4 @@ def _parse_num_deaths(event: Mapping[str, str]) -> int | None:
 
 
 def _death_sentences(note: str) -> list[str]:
-    """The sentences on deaths."""
     return [sentence for sentence in re.split(r"(?<=[.;!?])\s", note) if _DEATH_PATTERN.search(sentence)]
