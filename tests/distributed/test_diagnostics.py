@@ -5,25 +5,26 @@ The faults are real where a small model can have them; what needs a GPU or minut
 Long: one case a rule, found and not found.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import prepare_data, start_engine
+from helpers.engines import joined_ranks, prepare_data, start_engine
 from helpers.fake_runs import make_metadata as make_run_metadata
 from helpers.fake_runs import make_run_folder
 from helpers.launch_ranks import train as train_on_ranks
-from helpers.matrix import launch_jobs
+from helpers.matrix import launch_jobs, make_job
 from helpers.process_groups import read_events, read_records, read_reproducible_records
 from helpers.tiny_inputs import tiny_argv, write_records
 
 from trainer.config.errors import TrainingError
-from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import VerificationResult
 from trainer.report.comparison import compare
@@ -33,7 +34,6 @@ from trainer.report.write import write_report
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_summary
 from trainer.training.callbacks import Callbacks
-from trainer.training.checkpoint import CheckpointManager
 from trainer.training.diagnostics.monitor import DiagnosticsMonitor
 from trainer.training.diagnostics.online_stats import MeanEstimate, OnlineLinearRegression, welch_t
 from trainer.training.diagnostics.types import TIMING_CODES, TOPICS, RunInfo
@@ -148,6 +148,10 @@ def exploding_loss(step: int) -> float:
     return healthy_loss(step) * (1 + max(0, step - 120) / 80)
 
 
+def worse_run() -> Iterator[Record]:
+    return make_run_records(loss=lambda step: 9 - step / 100, val=lambda step: 4 + min(step, 100) / 50)
+
+
 def flat_loss_run(val_rise: float = 0.0) -> Callable[[], Iterator[Record]]:
     return lambda: make_run_records(loss=lambda _: 4.0, val=lambda step: 4.0 + val_rise * min(step, 30), eval_every=25)
 
@@ -161,29 +165,23 @@ def slow_run(**options: Any) -> Callable[[], Iterator[Record]]:
     return lambda: make_run_records(seconds=1.0, **options)
 
 
+STOPPING: Any = {"has_early_stopping": True, "dropout": 0.1}
+EIGHT_GPUS: Any = {"device": "cuda", "num_local_gpus": 8}
+FOUR_RANKS_TWO_BATCHES: Any = {"world_size": 4, "num_val_examples": 20, "eval_batch_size": 16}
 FAULTS = {
     "flat": make_fault("flat_loss", "--lr 1e-08", flat_loss_run(), lr=1e-9),
     "flat and worse": make_fault("flat_loss", "--lr 0.01", flat_loss_run(val_rise=0.01), lr=0.1),
     "no gradient": make_fault("no_gradient", "--objective blocks", lambda: make_run_records(norm=1e-6)),
-    "fp16 underflow": make_fault(
-        "no_gradient", "--precision bf16", lambda: make_run_records(norm=0.0), precision="fp16"
-    ),
+    "underflow": make_fault("no_gradient", "--precision bf16", lambda: make_run_records(norm=0.0), precision="fp16"),
     "no rate": make_fault("no_rate", "--lr", lambda: make_run_records(lr=1e-12)),
     "long warm-up": make_fault("no_rate", "--warmup-steps 0", lambda: make_run_records(lr=1e-12), warmup_steps=10**9),
     "masked": make_fault("masked_labels", "--prompt", target_token_share=0.05),
     "clipped": make_fault("always_clipped", "--max-grad-norm 0.", max_grad_norm=0.01),
     "rising": make_fault("diverging", "--lr 0.0002", lambda: make_run_records(loss=exploding_loss)),
-    "worse than before": make_fault(
-        "diverging",
-        "--lr 0.0002",
-        lambda: make_run_records(loss=lambda step: 9 - step / 100, val=lambda step: 4 + min(step, 100) / 50),
-        lr=5e-4,
-    ),
+    "worse than before": make_fault("diverging", "--lr 0.0002", worse_run, lr=5e-4),
     "not finite": make_fault("diverging", "--lr 0.0002", nan_loss_run, precision="bf16"),
     "by heart": make_fault("overfitting", "--early-stop 1 --export best", memorizing_run),
-    "by heart, stopping": make_fault(
-        "overfitting", "--dropout 0.2", memorizing_run, has_early_stopping=True, dropout=0.1
-    ),
+    "by heart, stopping": make_fault("overfitting", "--dropout 0.2", memorizing_run, **STOPPING),
     "overflow": make_fault("overflow", "--precision bf16", lambda: make_skipped_steps(3), precision="fp16"),
     "data": make_fault("waiting_for_data", "TRAINER_CACHE", slow_run(), add_time("data", 0.3)),
     "logging": make_fault("slow_logging", "--wandb offline", slow_run(), add_time("logging", 0.3), wandb_mode="online"),
@@ -191,17 +189,8 @@ FAULTS = {
         "much_evaluation", "--eval-every epoch", slow_run(eval_every=10, eval_seconds=30), eval_every="10"
     ),
     "python": make_fault("python_bound", "--micro-batch 16", slow_run(), add_time("device", 0.01), device="cuda"),
-    "gpus": make_fault(
-        "unused_ranks", "--num_gpus 8", slow_run(), add_time("device", 0.5), device="cuda", num_local_gpus=8
-    ),
-    "idle ranks": make_fault(
-        "unused_ranks",
-        "--eval-batch 5",
-        slow_run(eval_seconds=10),
-        world_size=4,
-        num_val_examples=20,
-        eval_batch_size=16,
-    ),
+    "gpus": make_fault("unused_ranks", "--num_gpus 8", slow_run(), add_time("device", 0.5), **EIGHT_GPUS),
+    "idle ranks": make_fault("unused_ranks", "--eval-batch 5", slow_run(eval_seconds=10), **FOUR_RANKS_TWO_BATCHES),
 }
 
 
@@ -244,10 +233,9 @@ def test_a_short_run_gets_no_throughput_diagnostic():
 
 
 def test_the_last_evaluation_alone_is_not_diagnosed_as_too_many():
-    assert diagnose(make_run_info(), make_run_records(steps=4, seconds=20, eval_every=4, eval_seconds=90)) == {}
-    assert set(diagnose(make_run_info(), make_run_records(steps=8, seconds=20, eval_every=4, eval_seconds=90))) == {
-        "much_evaluation"
-    }
+    for steps, expected in ((4, set()), (8, {"much_evaluation"})):
+        stream = make_run_records(steps=steps, seconds=20, eval_every=4, eval_seconds=90)
+        assert set(diagnose(make_run_info(), stream)) == expected
 
 
 def test_the_overfitting_diagnostic_says_since_when_and_for_how_long():
@@ -270,10 +258,7 @@ def test_a_diagnostic_is_reported_once_across_a_resume():
         second = DiagnosticsMonitor(make_run_info())
         assert second.replay(written) == []
         diagnostics = [finding for record in stream[cut:] for finding in second.on_record(record)]
-        assert [*first.reported_codes, *(f.code for f in diagnostics)] == [
-            *first.reported_codes,
-            *(c for c in whole if c not in first.reported_codes),
-        ]
+        assert [f.code for f in diagnostics] == [code for code in whole if code not in first.reported_codes]
         assert all(finding == whole[finding.code] for finding in diagnostics)
     lost = DiagnosticsMonitor(make_run_info())
     assert {f.code for f in lost.replay(stream)} == set(whole), "killed between a row and its finding"
@@ -302,50 +287,37 @@ INJECT = {"scaled_gradients": _scale_gradients, "no_update": _disable_update}
 
 
 def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
-    """Run each job `{name, flags, data, out, fault}` with an observer beside it; out/name.json lists the findings."""
-    dist_context = init_distributed()
-    try:
+    """Run each job, with its `fault`, and an observer beside it; out/name.json lists the findings."""
+    with joined_ranks() as dist_context:
         for job in jobs:
-            started = start_engine(job, dist_context)
-            data, plan = started.data, started.plan
-            engine, state = started.engine, started.state
-            INJECT.get(job.get("fault", ""), lambda _: None)(engine)
-            out = Path(job["out"])
-            checkpoint_manager = CheckpointManager(
-                out / f"{job['name']}-checkpoints", dist_context, save_total_limit=1, identity={"base": "test"}
-            )
-            metadata = plan.to_metadata(run_id="x", wandb={"mode": "disabled"})
-            callbacks = Callbacks(engine, RunInfo.from_metadata(metadata), GenerationEvaluator(engine, data, plan.settings))
+            run = start_engine(job, dist_context)
+            INJECT.get(job["fault"], lambda _: None)(run.engine)
+            manager = run.checkpoint_manager(Path(job["out"]) / f"{job['name']}-checkpoints", save_total_limit=1)
+            run_info = RunInfo.from_metadata(run.plan.to_metadata(run_id="x", wandb={"mode": "disabled"}))
+            callbacks = Callbacks(run.engine, run_info, GenerationEvaluator(run.engine, run.data, run.settings))
             diagnostics = []
-            try:
-                for record in train(engine, data, plan.schedule, state, checkpoint_manager, lambda: False):
+            with contextlib.suppress(TrainingError):
+                for record in train(run.engine, run.data, run.plan.schedule, run.state, manager, lambda: False):
                     diagnostics += [event.facts for event in callbacks.on_record(record)]
-            except TrainingError:
-                pass
-            (out / f"{job['name']}.json").write_text(json.dumps(diagnostics))
-    finally:
-        destroy_process_group()
+            (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(diagnostics))
     return 0
 
 
 @pytest.fixture(scope="module")
 def prepared_data(tiny_model: str, session_dir: Path) -> dict[str, tuple[list[str], str]]:
     """{data: (flags, prepared folder)}: many rows, few, and long prompts before short completions."""
-    paths = {}
-    for name, count in (("many", 200), ("few", 25)):
-        paths[name] = write_records(session_dir / f"diagnosed-{name}.jsonl", num_records=count, seed=3)
+    paths = {
+        name: write_records(session_dir / f"diagnosed-{name}.jsonl", num_records=count, seed=seed)
+        for name, count, seed in (("many", 200, 3), ("few", 25, 3), ("val", 40, 4))
+    }
     masked = [{"prompt": "w1 " * 20, "completion": f" w{n % 90 + 1}"} for n in range(200)]
-    (session_dir / "diagnosed-masked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in masked))
     paths["masked"] = str(session_dir / "diagnosed-masked.jsonl")
-    val = write_records(session_dir / "diagnosed-val.jsonl", num_records=40, seed=4)
+    Path(paths["masked"]).write_text("".join(json.dumps(row) + "\n" for row in masked))
     prepared = {}
-    for name, path in paths.items():
-        for objective in ("blocks", "completion"):
-            text = f"--block-size 24 --eval-batch 20 --global-batch 8 --objective {objective} --save-every never"
-            text += " --num-samples 0"
-            argv = tiny_argv(tiny_model, (path, val), text)
-            folder = prepare_data(["--mode", "full", *argv])
-            prepared[f"{name}-{objective}"] = (argv, str(folder))
+    for name, objective in itertools.product(("many", "few", "masked"), ("blocks", "completion")):
+        text = f"--block-size 24 --eval-batch 20 --global-batch 8 --objective {objective} --save-every never"
+        argv = tiny_argv(tiny_model, (paths[name], paths["val"]), f"{text} --num-samples 0")
+        prepared[f"{name}-{objective}"] = (argv, str(prepare_data(["--mode", "full", *argv])))
     return prepared
 
 
@@ -356,10 +328,8 @@ def diagnose_real_runs(
     rank_jobs = []
     for name, (data, flags, fault) in jobs.items():
         argv, folder = prepared_data[data]
-        rank_jobs.append(
-            {"name": name, "flags": [*flags.split(), *argv], "data": folder, "out": str(out), "fault": fault}
-        )
-    launch_jobs(1, rank_jobs, out / "log", target=diagnose_jobs)
+        rank_jobs.append(make_job(out, folder, name, [*flags.split(), *argv], fault=fault))
+    launch_jobs(1, rank_jobs, target=diagnose_jobs)
     return {name: json.loads((out / f"{name}.json").read_text()) for name in jobs}
 
 
@@ -386,13 +356,12 @@ ALSO_VALID_CODES = {
 def test_real_runs_with_a_fault_are_diagnosed(prepared_data, tmp_path):
     diagnostics = diagnose_real_runs(tmp_path, prepared_data, REAL_FAULTS)
     for code, findings in diagnostics.items():
-        assert code in [finding["code"] for finding in findings], (code, findings)
-        assert {finding["code"] for finding in findings} <= {code, *ALSO_VALID_CODES.get(code, ())}, findings
+        assert {code} <= {finding["code"] for finding in findings} <= {code, *ALSO_VALID_CODES.get(code, ())}, findings
 
 
-def make_healthy_runs(num_runs: int) -> dict[str, tuple[str, str, str]]:
+def make_healthy_runs(seeds: Iterable[int]) -> dict[str, tuple[str, str, str]]:
     jobs = {}
-    for seed in range(num_runs):
+    for seed in seeds:
         mode, objective = ("full", "lora")[seed % 2], ("blocks", "completion")[seed // 2 % 2]
         flags = f"--mode {mode} --seed {seed} --lr {(0.003, 0.02)[seed % 2]} --max-steps 60 --eval-every epoch"
         flags += f" --micro-batch {(8, 4, 2)[seed % 3]} --warmup-steps {(0, 5)[seed % 5 == 0]}"
@@ -400,16 +369,10 @@ def make_healthy_runs(num_runs: int) -> dict[str, tuple[str, str, str]]:
     return jobs
 
 
-def test_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
-    """Two of the twenty, every weight on blocks and adapters on completions; `-m sweep` runs them all."""
-    jobs = make_healthy_runs(20)
-    diagnostics = diagnose_real_runs(tmp_path, prepared_data, {name: jobs[name] for name in ("healthy-0", "healthy-3")})
-    assert {name: [f["code"] for f in findings] for name, findings in diagnostics.items() if findings} == {}
-
-
-@pytest.mark.sweep
-def test_twenty_healthy_real_runs_give_no_diagnostic(prepared_data, tmp_path):
-    diagnostics = diagnose_real_runs(tmp_path, prepared_data, make_healthy_runs(20))
+@pytest.mark.parametrize("seeds", [(0, 3), pytest.param(range(20), marks=pytest.mark.sweep)], ids=["two", "twenty"])
+def test_healthy_real_runs_give_no_diagnostic(seeds, prepared_data, tmp_path):
+    """Two of the twenty: every weight on blocks, and adapters on completions."""
+    diagnostics = diagnose_real_runs(tmp_path, prepared_data, make_healthy_runs(seeds))
     assert {name: [f["code"] for f in findings] for name, findings in diagnostics.items() if findings} == {}
 
 

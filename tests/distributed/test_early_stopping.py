@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
-from helpers.matrix import GLOBAL_BATCH, launch_jobs, read_job_result
+from helpers.matrix import GLOBAL_BATCH, launch_jobs, make_job, read_job_result
 from helpers.process_groups import read_events, read_records, read_reproducible_records
 from helpers.tiny_inputs import tiny_argv
 from transformers import GPT2Config, LlamaConfig, MambaConfig
@@ -24,7 +24,7 @@ from trainer.distributed.step_result import StepResult, UpdateResult
 from trainer.model.build import load_config
 from trainer.report.run_folder import read_folder
 from trainer.tracking.jsonl import rewind
-from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, to_line
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepRecord, to_line
 from trainer.training import checkpoint, loop
 from trainer.training.evaluation import Evaluation
 from trainer.training.run_folder import resolve_output_dir
@@ -40,7 +40,7 @@ def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def data_dir(argv: list[str], tiny_model: str) -> Path:
+def data_dir(argv: list[str]) -> Path:
     return prepare_data(["--mode", "full", *argv])
 
 
@@ -50,46 +50,50 @@ def data_dir(argv: list[str], tiny_model: str) -> Path:
 class StubEngine:
     """An engine that does nothing; what the evaluations say is put in the place of `loop.evaluate`."""
 
-    dist_context: Any = SimpleNamespace(rank=0, world_size=1, all_gather_object=lambda value: [value])
+    dist_context: Any = SimpleNamespace(rank=0)
+
+    def __init__(self, skipped_step: int):
+        self.skipped_step = skipped_step  # whose update fp16 leaves out
 
     def run(self, batches: Any, lr_at: Any, should_stop: Any) -> Any:
         for batch in batches:
-            update = UpdateResult(loss_sum=1.0, grad_norm=1.0, is_skipped=False, stop_requested=should_stop())
+            is_skipped = batch.step + 1 == self.skipped_step
+            update = UpdateResult(loss_sum=1.0, grad_norm=1.0, is_skipped=is_skipped, stop_requested=should_stop())
             yield batch, StepResult(update=update, lr=lr_at(batch.step), elapsed_seconds=1.0)
             if update.stop_requested:
                 return
 
 
-def run_scripted_losses(
-    monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path, losses: list[float], *flags: str,
-    state: TrainState | None = None, stop_after: int | None = None,
-) -> tuple[list[Any], list[TrainState]]:  # fmt: skip
-    """(records, saved states) of a run of up to 20 steps, 4 an epoch, whose evaluations give `losses` in turn."""
-    remaining_losses = iter(losses)
-    monkeypatch.setattr(
-        loop, "evaluate", lambda *_, **__: Evaluation(row_nll=[next(remaining_losses)], num_target_tokens=1)
-    )
-    settings = cli.parse_args(["--mode", "full", *argv, "--max-steps", "20", "--save-every", "never", *flags]).settings
-    schedule = TrainSchedule(
-        settings=settings,
-        batch=settings.train.batch(1),
-        num_examples=4 * GLOBAL_BATCH,
-        total_steps=20,
-        steps_per_epoch=4,
-    )
-    saved_states: list[TrainState] = []
-    checkpoint_manager: Any = SimpleNamespace(
-        save=lambda _, at: saved_states.append(at), update_train_state=lambda at: saved_states.append(at)
-    )
-    engine: Any = StubEngine()
-    records: list[Any] = []
-    stream = loop.train(
-        engine, load(data_dir), schedule, state or TrainState(), checkpoint_manager,
-        lambda: stop_after is not None and sum(getattr(r, "lr", 0) > 0 for r in records) == stop_after - 1,
-    )  # fmt: skip
-    for record in stream:
-        records.append(record)
-    return records, saved_states
+@pytest.fixture
+def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path) -> Any:
+    """A function: (records, saved states) of a run of up to 20 steps, 4 an epoch, whose evaluations give `losses`."""
+
+    def run(
+        losses: list[float], *flags: str, state: TrainState | None = None, stop_after: int = 0, skipped_step: int = 0
+    ) -> tuple[list[Any], list[TrainState]]:
+        remaining_losses = iter(losses)
+        monkeypatch.setattr(
+            loop, "evaluate", lambda *_, **__: Evaluation(row_nll=[next(remaining_losses)], num_target_tokens=1)
+        )
+        argv_of_run = ["--mode", "full", *argv, "--max-steps", "20", "--save-every", "never", *flags]
+        settings = cli.parse_args(argv_of_run).settings
+        schedule = TrainSchedule(
+            settings=settings, batch=settings.train.batch(1), num_examples=4 * GLOBAL_BATCH, total_steps=20,
+            steps_per_epoch=4,
+        )  # fmt: skip
+        records: list[Any] = []
+        saved: list[TrainState] = []
+        manager: Any = SimpleNamespace(save=lambda _, at: saved.append(at), update_train_state=saved.append)
+        engine: Any = StubEngine(skipped_step)
+
+        def should_stop() -> bool:
+            return sum(isinstance(record, StepRecord) for record in records) == stop_after - 1
+
+        for record in loop.train(engine, load(data_dir), schedule, state or TrainState(), manager, should_stop):
+            records.append(record)
+        return records, saved
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -102,14 +106,12 @@ def run_scripted_losses(
         ("2:0.5", [3, 2.8, 2.4, 2.3, 2.2, 9], 5),  # the mark moves to 2.4 only
     ],
 )
-def test_early_stopping_ends_a_run_after_its_patience_without_a_lower_loss(
-    monkeypatch, argv, data_dir, rule, losses, evaluations
-):
-    end_step, saved = run_scripted_losses(monkeypatch, argv, data_dir, losses, "--early-stop", rule)
+def test_early_stopping_ends_a_run_after_its_patience_without_a_lower_loss(run_losses, rule, losses, evaluations):
+    records, saved = run_losses(losses, "--early-stop", rule)
     last = 2 * (evaluations - 1)
-    assert [row.step for row in end_step if isinstance(row, EvalRecord)] == list(range(0, last + 1, 2))
-    assert [type(row) for row in end_step[-3:]] == [EvalRecord, EpochRecord, EventRecord]
-    event = end_step[-1]
+    assert [row.step for row in records if isinstance(row, EvalRecord)] == list(range(0, last + 1, 2))
+    assert [type(row) for row in records[-3:]] == [EvalRecord, EpochRecord, EventRecord]
+    event = records[-1]
     best = min(losses[:evaluations])
     assert (event.event, event.step, event.facts["stale"]) == ("early_stop", last, int(rule[0]))
     assert event.facts["best"]["loss"] == best
@@ -118,35 +120,50 @@ def test_early_stopping_ends_a_run_after_its_patience_without_a_lower_loss(
     assert [at.step for at in saved] == [last], "the last state is saved, as at any end"
 
 
-def test_a_run_without_early_stop_or_with_a_falling_loss_goes_to_its_end(monkeypatch, argv, data_dir):
-    rising = [float(n) for n in range(11)]
-    assert run_scripted_losses(monkeypatch, argv, data_dir, rising)[0][-1].step == 20
-    end_step, _ = run_scripted_losses(monkeypatch, argv, data_dir, rising[::-1], "--early-stop", "1")
-    assert not [row for row in end_step if isinstance(row, EventRecord)]
-    assert end_step[-1].step == 20
-    end_step, _ = run_scripted_losses(monkeypatch, argv, data_dir, [*rising[:0:-1], 99], "--early-stop", "1")
-    assert not [row for row in end_step if isinstance(row, EventRecord)], (
-        "at the last step there is nothing left to stop"
-    )
+RISING = [float(n) for n in range(11)]
 
 
-def test_a_resumed_run_stops_early_where_it_would_have_stopped(monkeypatch, argv, data_dir):
+@pytest.mark.parametrize(
+    ("losses", "flags"),
+    [
+        (RISING, ()),
+        (RISING[::-1], ("--early-stop", "1")),
+        ([*RISING[:0:-1], 99], ("--early-stop", "1")),  # at the last step there is nothing left to stop
+    ],
+)
+def test_a_run_without_early_stop_or_with_a_falling_loss_goes_to_its_end(run_losses, losses, flags):
+    records, _ = run_losses(losses, *flags)
+    assert not [row for row in records if isinstance(row, EventRecord)]
+    assert records[-1].step == 20
+
+
+def test_a_resumed_run_stops_early_where_it_would_have_stopped(run_losses):
     losses = [3, 2, 2.5, 2.4, 2.3, 9]
     rule = ("--early-stop", "3", "--save-every", "1")
-    whole, saved = run_scripted_losses(monkeypatch, argv, data_dir, losses, *rule)
+    whole, saved = run_losses(losses, *rule)
     assert whole[-1].step == 8
     for at in saved:
         seen = 1 + at.step // 2
-        again, _ = run_scripted_losses(monkeypatch, argv, data_dir, losses[seen:], *rule, state=at)
+        again, _ = run_losses(losses[seen:], *rule, state=at)
         assert [type(row) for row in again] == [type(row) for row in whole if row.step > at.step]
     assert not again, "from the stop itself nothing is left to do"
-    first, stopped = run_scripted_losses(monkeypatch, argv, data_dir, losses, *rule, stop_after=8)
+    first, stopped = run_losses(losses, *rule, stop_after=8)
     assert first[-1].event == "interrupted"
     assert stopped[-1].eval_pending
-    again, amended = run_scripted_losses(monkeypatch, argv, data_dir, losses[4:], *rule, state=stopped[-1])
+    again, amended = run_losses(losses[4:], *rule, state=stopped[-1])
     assert [type(row) for row in again] == [EvalRecord, EpochRecord, EventRecord]
     assert again[-1].event == "early_stop"
     assert not amended[-1].eval_pending
+
+
+def test_a_skipped_step_is_reported_and_not_counted_by_adam(run_losses):
+    """fp16 may leave out an update where the loss scale was too high."""
+    records, saved = run_losses([1.0] * 11, skipped_step=2)
+    assert [row.step for row in records if isinstance(row, StepRecord)] == [1, *range(3, 21)]
+    (event,) = [row for row in records if isinstance(row, EventRecord)]
+    assert (event.event, event.step) == ("skipped_step", 2)
+    assert "step 2: gradient overflow in fp16, update skipped" in event.message
+    assert (saved[-1].step, saved[-1].skipped_steps) == (20, 1), "AdamW's count of steps after a resume leaves it out"
 
 
 def test_records_that_an_evaluation_repeats_after_a_resume_are_cut(tmp_path):
@@ -167,19 +184,13 @@ def test_early_stopping_ends_at_the_same_step_under_every_number_of_ranks(argv, 
     """A fall of less than 10 nats does not count here, so the second evaluation after the first one ends the run."""
     rule = ["--max-steps", "12", "--early-stop", "2:10", "--save-every", "1"]
     for ranks, zero in ((1, "zero0"), (2, "zero3")):
-        name = f"{ranks}"
-        job = {
-            "name": name, "flags": ["--mode", "full", *argv, *rule, "--ds-config", zero], "data": str(data_dir),
-            "out": str(tmp_path),
-        }  # fmt: skip
-        again = {**job, "name": f"{name}-again", "resume": [name, 3]}
-        stopped = {**job, "name": f"{name}-stopped", "resume": [name, 4]}
-        launch_jobs(ranks, [job, again, stopped], tmp_path / "log")
-        whole, _ = read_job_result(tmp_path, name)
+        job = make_job(tmp_path, data_dir, f"{ranks}", ["--mode", "full", *argv, *rule, "--ds-config", zero])
+        parts = [{**job, "name": f"{ranks}-from-{step}", "resume": [f"{ranks}", step]} for step in (3, 4)]
+        launch_jobs(ranks, [job, *parts])
+        whole, resumed, stopped = (read_job_result(tmp_path, each["name"])[0] for each in (job, *parts))
         assert [(row["kind"], row["step"]) for row in whole[-3:]] == [("eval", 4), ("epoch", 4), ("event", 4)]
-        resumed = read_job_result(tmp_path, f"{name}-again")[0]
         assert [row.get("loss") for row in resumed] == [row.get("loss") for row in whole if row["step"] > 3]
-        assert read_job_result(tmp_path, f"{name}-stopped")[0] == []
+        assert stopped == []
 
 
 @pytest.fixture(scope="module")
@@ -197,15 +208,11 @@ def test_an_early_stop_is_a_good_end_and_the_record_says_so(overfitted_run):
     (stop,) = read_events(overfitted_run, "early_stop")
     (end,) = read_events(overfitted_run, "finished")
     assert end["facts"]["early_stop"] is True
-    assert (
-        end["step"] == stop["step"] < json.loads((overfitted_run / "run.json").read_text())["resolved"]["total_steps"]
-    )
     run = read_folder(overfitted_run)
+    assert end["step"] == stop["step"] < run.metadata["resolved"]["total_steps"]
     assert run.is_finished
     assert not run.notes
-    assert [saved_point.step for saved_point in checkpoint.list_checkpoints(overfitted_run / "checkpoints")][
-        -1
-    ] == stop["step"]
+    assert checkpoint.list_checkpoints(overfitted_run / "checkpoints")[-1].step == stop["step"]
 
 
 def test_export_best_exports_the_best_checkpoint_and_all_records_say_which(overfitted_run):
@@ -273,13 +280,12 @@ def test_dropout_sets_all_three_of_gpt2_and_the_plan_says_so(argv, data_dir):
 
 
 def test_dropout_of_other_models_goes_where_their_config_has_it_or_is_refused(tmp_path):
-    LlamaConfig().save_pretrained(tmp_path / "llama")
-    settings = cli.parse_args(["--mode", "full", "--model", str(tmp_path / "llama"), "--dropout", "0.1"]).settings
-    assert load_config(settings.model).attention_dropout == 0.1
-    MambaConfig().save_pretrained(tmp_path / "mamba")
-    settings = cli.parse_args(["--mode", "full", "--model", str(tmp_path / "mamba"), "--dropout", "0.1"]).settings
+    flags = ["--mode", "full", "--dropout", "0.1", "--model", str(tmp_path)]
+    LlamaConfig().save_pretrained(tmp_path)
+    assert load_config(cli.parse_args(flags).settings.model).attention_dropout == 0.1
+    MambaConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"--dropout 0.1: .*\(mamba\) has no dropout to set"):
-        load_config(settings.model)
+        load_config(cli.parse_args(flags).settings.model)
     assert GPT2Config().resid_pdrop == 0.1, "the class is left alone"
 
 

@@ -13,34 +13,30 @@ Long: every way to go on, over one set of runs.
 
 import itertools
 import json
-import math
 import os
 import shutil
 import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
-from helpers.matrix import GLOBAL_BATCH, LEARNING_RATE, RunDifference, launch_jobs, read_job_result, run_jobs
-from helpers.process_groups import reproducible_records
+from helpers.matrix import GLOBAL_BATCH, LEARNING_RATE, RunDifference, launch_jobs, make_job, read_job_result, run_jobs
+from helpers.process_groups import read_events, read_records, read_reproducible_records, reproducible_records
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import LOSS_TOLERANCE
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import TrainingError, UserError
-from trainer.data.dataset import load
-from trainer.distributed.step_result import StepResult, UpdateResult
 from trainer.run import resolve_output_dir
-from trainer.tracking.records import EventRecord, StepRecord
-from trainer.training import checkpoint, loop, run_plan
+from trainer.training import checkpoint, run_plan
 from trainer.training.checkpoint import CheckpointManager
-from trainer.training.schedule import TrainSchedule
 from trainer.training.train_state import BestCheckpoint, TrainState
 
 STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
@@ -60,16 +56,15 @@ def argv(dropout_model: str, data_files: tuple[str, str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def data_dir(argv: list[str], dropout_model: str) -> Path:
+def data_dir(argv: list[str]) -> Path:
     return prepare_data(["--mode", "full", *argv])
 
 
-def make_job(
-    out: Path, data_dir: Path, argv: list[str], name: str, mode: str, zero: str, **options: Any
-) -> dict[str, Any]:
+def make_resume_job(out: Path, data_dir: Path, argv: list[str], name: str, mode: str, zero: str, **options: Any) -> Any:
+    """Parameters: those of a job, and what it is of."""
     lora_flags = ["--lora-dropout", "0.1"] if mode == "lora" else []
     flags = ["--mode", mode, *argv, *lora_flags, "--micro-batch", "1", "--ds-config", zero]
-    return {"name": name, "flags": flags, "data": str(data_dir), "out": str(out), **options}
+    return make_job(out, data_dir, name, flags, **options)
 
 
 # --- the same ranks: bitwise -------------------------------------------------------------------------------------
@@ -79,25 +74,21 @@ def assert_bitwise_resume(
     out: Path, data_dir: Path, argv: list[str], world_size: int, steps: dict[str, tuple[int, ...]]
 ) -> None:
     """Run every mode and ZeRO file whole, and again from each of `steps[zero]`; rows and weights must be the same."""
+    runs = {f"{world_size}-{zero}-{mode}": (mode, zero) for zero in steps for mode in MODES}
     jobs = []
-    for zero in steps:
-        for mode in MODES:
-            name = f"{world_size}-{zero}-{mode}"
-            jobs.append(make_job(out, data_dir, argv, name, mode, zero))
-            for step in steps[zero]:
-                jobs.append(make_job(out, data_dir, argv, f"{name}-{step}", mode, zero, resume=[name, step]))
-    log = out / f"{world_size}.log"
-    launch_jobs(world_size, jobs, log)
-    for zero in steps:
-        for mode in MODES:
-            name = f"{world_size}-{zero}-{mode}"
-            records, weights = read_job_result(out, name)
-            assert [row["step"] for row in records if row["kind"] == "step"] == list(range(1, STEPS + 1))
-            for step in steps[zero]:
-                resumed_records, resumed_weights = read_job_result(out, f"{name}-{step}")
-                assert reproducible_records(resumed_records) == reproducible_records(records, step), (name, step)
-                assert all(np.array_equal(weights[key], resumed_weights[key]) for key in weights), (name, step)
-            print(f"{name}: bitwise from steps {steps[zero]}")
+    for name, run in runs.items():
+        jobs.append(make_resume_job(out, data_dir, argv, name, *run))
+        for step in steps[run[1]]:
+            jobs.append(make_resume_job(out, data_dir, argv, f"{name}-{step}", *run, resume=[name, step]))
+    launch_jobs(world_size, jobs)
+    for name, (_, zero) in runs.items():
+        records, weights = read_job_result(out, name)
+        assert [row["step"] for row in records if row["kind"] == "step"] == list(range(1, STEPS + 1))
+        for step in steps[zero]:
+            resumed_records, resumed_weights = read_job_result(out, f"{name}-{step}")
+            assert reproducible_records(resumed_records) == reproducible_records(records, step), (name, step)
+            assert all(np.array_equal(weights[key], resumed_weights[key]) for key in weights), (name, step)
+        print(f"{name}: bitwise from steps {steps[zero]}")
 
 
 @pytest.mark.slow
@@ -147,31 +138,30 @@ SAME_FILE = [
 OTHER_FILE = [(2, one, 2, other, mode) for one, other in itertools.permutations(DS_CONFIG_NAMES, 2) for mode in MODES]
 
 
-def assert_elastic_resume(moves: list[Move], out: Path, data_dir: Path, argv: list[str], step: int = 2) -> None:
-    """Go on from `step` elsewhere, and hold what follows against what follows where the run began."""
-    sources = {f"{ranks}-{zero}-{mode}": (ranks, zero, mode) for ranks, zero, _, _, mode in moves}
+def assert_elastic_resume(moves: list[Move], out: Path, data_dir: Path, argv: list[str]) -> None:
+    """Go on from step 2 elsewhere, and hold what follows against what follows where the run began."""
+    sources = {f"{before}-{old}-{mode}": (before, mode, old) for before, old, _, _, mode in moves}
+    names = {move: "-".join(map(str, move)) for move in moves}
     for world_size in sorted({move[0] for move in moves}):
         jobs = [
-            make_job(out, data_dir, argv, name, mode, zero)
-            for name, (size, zero, mode) in sources.items()
-            if size == world_size and not (out / f"{name}.jsonl").exists()
+            make_resume_job(out, data_dir, argv, name, mode, zero)
+            for name, (ranks, mode, zero) in sources.items()
+            if ranks == world_size and not (out / f"{name}.jsonl").exists()
         ]
-        log = out / f"from-{world_size}.log"
-        launch_jobs(world_size, jobs, log)
+        launch_jobs(world_size, jobs, out / f"from-{world_size}.log")
     for world_size in sorted({move[2] for move in moves}):
         jobs = [
-            make_job(out, data_dir, argv, "-".join(map(str, move)), mode, zero, resume=[f"{before}-{old}-{mode}", step])
+            make_resume_job(out, data_dir, argv, names[move], mode, zero, resume=[f"{before}-{old}-{mode}", 2])
             for move in moves
             for before, old, after, zero, mode in [move]
             if after == world_size
         ]
-        log = out / f"to-{world_size}.log"
-        launch_jobs(world_size, jobs, log)
+        launch_jobs(world_size, jobs, out / f"to-{world_size}.log")
     failures = []
     for move in moves:
         records, weights = read_job_result(out, f"{move[0]}-{move[1]}-{move[4]}")
-        resumed_records, resumed_weights = read_job_result(out, "-".join(map(str, move)))
-        expected = reproducible_records(records, step)
+        resumed_records, resumed_weights = read_job_result(out, names[move])
+        expected = reproducible_records(records, after=2)
         actual = reproducible_records(resumed_records)
         assert [row["tokens"] for row in actual] == [row["tokens"] for row in expected]
         difference = RunDifference.between((actual, resumed_weights), (expected, weights))
@@ -195,10 +185,6 @@ def test_a_run_resumes_under_every_change_of_ranks_and_of_zero_file(moves, argv,
 # --- the run folder --------------------------------------------------------------------------------------------------
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def read_metadata(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())
 
@@ -215,28 +201,24 @@ def finished_run(argv: list[str], session_dir: Path) -> Path:
     return session_dir / "ended"
 
 
-def copy_run(finished_run: Path, out_dir: Path) -> Path:
-    shutil.copytree(finished_run, out_dir, symlinks=True)
-    return out_dir
+@pytest.fixture
+def folder(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to go on with."""
+    return Path(shutil.copytree(finished_run, tmp_path / "again", symlinks=True))
 
 
 @pytest.mark.slow
-def test_resume_takes_everything_from_the_run_folder(finished_run, tmp_path):
-    folder = copy_run(finished_run, tmp_path / "again")
+def test_resume_takes_everything_from_the_run_folder(finished_run, folder):
     first = read_metadata(folder)
     (folder / "checkpoints/step-000099").mkdir()  # damaged, and later than where the run goes on
-    train(
-        ["--mode", "lora", "--resume", "step-3", "--save-total-limit", "2"],
-        out=folder,
-        world_size=2,
-        env={"WANDB_MODE": "offline"},
-    )
+    flags = ["--mode", "lora", "--resume", "step-3", "--save-total-limit", "2"]
+    train(flags, out=folder, world_size=2, env={"WANDB_MODE": "offline"})
 
     before, after = read_records(finished_run), read_records(folder)
     assert reproducible_records(after) == reproducible_records(before), "bitwise, and no row doubled or missing"
     times = [row["time"] for row in after]
     assert times == sorted(times), "the clock goes on from where the run stood"
-    (event,) = [row for row in after if row["kind"] == "event" and row["event"] == "resumed"]
+    (event,) = read_events(folder, "resumed")
     cut = len([row for row in before if row["step"] > 3 or row.get("event") == "finished"])
     assert event["message"] == f"resumed from step-000003, {cut} rows after it cut off"
     assert event["facts"]["rows_cut"] == cut
@@ -245,55 +227,46 @@ def test_resume_takes_everything_from_the_run_folder(finished_run, tmp_path):
 
     again = read_metadata(folder)
     assert {key: again[key] for key in first} == first, "run.json tells how the run began"
-    assert again["run_id"] == first["run_id"]
-    began = {path.name.split("-")[-1] for path in (folder / "wandb").glob("offline-run-*")}
-    assert began == {first["run_id"]}, "W&B goes on with the same run"
-    assert len(list((folder / "wandb").glob("offline-run-*"))) == 2
+    wandb_ids = [path.name.split("-")[-1] for path in (folder / "wandb").glob("offline-run-*")]
+    assert wandb_ids == [first["run_id"]] * 2, "W&B goes on with the same run"
     best = min((row for row in before if row["kind"] == "eval" and row["step"]), key=lambda row: row["loss"])["step"]
-    assert list_checkpoint_steps(folder) == sorted({best, 6, 7}), (
-        "those of the course that was left are gone, not counted as kept"
-    )
-    exported = [path / "model" / "adapter_model.safetensors" for path in (finished_run, folder)]
-    assert exported[0].read_bytes() == exported[1].read_bytes()
+    assert list_checkpoint_steps(folder) == sorted({best, 6, 7}), "those of the course that was left are gone"
+    exported = [(path / "model" / "adapter_model.safetensors").read_bytes() for path in (finished_run, folder)]
+    assert exported[0] == exported[1]
 
 
 @pytest.mark.slow
-def test_a_run_on_two_ranks_resumes_on_one_from_its_best_checkpoint(finished_run, tmp_path):
-    folder = copy_run(finished_run, tmp_path / "best")
+def test_a_run_on_two_ranks_resumes_on_one_from_its_best_checkpoint(finished_run, folder):
     evals = [row for row in read_records(finished_run) if row["kind"] == "eval" and row["step"]]
     best = min(evals, key=lambda row: row["loss"])
     train(["--mode", "lora", "--resume", "best", "--ds-config", "zero3"], out=folder, world_size=1)
-    events = [row for row in read_records(folder) if row["kind"] == "event" and row["event"] == "resumed"]
-    assert [row["step"] for row in events] == [best["step"]]
-    assert events[0]["facts"]["resolved"]["ranks"] == 1
-    for now, then in zip(
-        reproducible_records(read_records(folder)), reproducible_records(read_records(finished_run)), strict=True
-    ):
-        assert now["step"] == then["step"]
-        assert now.get("loss", now.get("train_loss")) == pytest.approx(
-            then.get("loss", then.get("train_loss")), rel=LOSS_TOLERANCE
-        )
+    (event,) = read_events(folder, "resumed")
+    assert (event["step"], event["facts"]["resolved"]["ranks"]) == (best["step"], 1)
+    now, then = (
+        {(row["kind"], row["step"]): row.get("loss", row.get("train_loss")) for row in read_reproducible_records(run)}
+        for run in (folder, finished_run)
+    )
+    assert now == pytest.approx(then, rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.slow
-def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, tmp_path):
-    folder = copy_run(finished_run, tmp_path / "changed")
+def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder):
     train(["--mode", "lora", "--resume", "step-5", "--lr", "1e-4", "--allow-change", "lr"], out=folder, world_size=1)
-    first = read_records(folder)
-    (event,) = [row for row in first if row["kind"] == "event" and row["event"] == "resumed"]
-    assert event["facts"]["changed"] == {"lr": [LEARNING_RATE, 1e-4]}
+    first, change = read_records(folder), {"lr": [LEARNING_RATE, 1e-4]}
+    (event,) = read_events(folder, "resumed")
+    assert event["facts"]["changed"] == change
     assert f"lr changed from {LEARNING_RATE} to 0.0001" in event["message"]
     rates = [row["lr"] for row in first if row["kind"] == "step"]
     assert rates == pytest.approx([(LEARNING_RATE if step < 5 else 1e-4) * (1 - step / STEPS) for step in range(STEPS)])
     assert read_metadata(folder)["settings"] == read_metadata(finished_run)["settings"]
-    assert read_metadata(folder)["resumed"]["changed"] == {"lr": [LEARNING_RATE, 1e-4]}
+    assert read_metadata(folder)["resumed"]["changed"] == change
 
     shutil.rmtree(folder / "checkpoints/step-000007")
     train(["--mode", "lora", "--resume"], out=folder, world_size=1)  # the newest, and the rate without saying it again
-    assert [row["step"] for row in read_records(folder) if row.get("event") == "resumed"] == [5, 6]
-    assert reproducible_records(read_records(folder)) == reproducible_records(first)
-    events = [row for row in read_records(folder) if row["kind"] == "event" and row["event"] == "resumed"]
-    assert events[-1]["facts"]["changed"] == {"lr": [LEARNING_RATE, 1e-4]}, "still another rate than the run began with"
+    assert read_reproducible_records(folder) == reproducible_records(first)
+    events = read_events(folder, "resumed")
+    assert [event["step"] for event in events] == [5, 6]
+    assert events[-1]["facts"]["changed"] == change, "still another rate than the run began with"
 
 
 @pytest.mark.slow
@@ -317,20 +290,17 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, tmp_pat
     ],
 )
 def test_a_setting_that_may_not_change_on_resume_is_refused_in_one_line(
-    flag_words, expected, finished_run, data_files, tmp_path
+    flag_words, expected, finished_run, folder, data_files, tmp_path
 ):
     """Before anything is loaded, and nothing in the folder is touched."""
-    folder = copy_run(finished_run, tmp_path / "refused")
     log = tmp_path / "refused.log"
     flag_words = [data_files[1] if word == "OTHER" else word for word in flag_words]
-    code = run_on_ranks(
-        1, run_train_script, ["--mode", "lora", "--resume", *flag_words, "--output-dir", str(folder)], log=log
-    )
-    lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert code == 2, log.read_text()
-    assert len(lines) == 1, log.read_text()
-    assert expected in lines[0]
-    assert "Traceback" not in log.read_text()
+    argv = ["--mode", "lora", "--resume", *flag_words, "--output-dir", str(folder)]
+    assert run_on_ranks(1, run_train_script, argv, log=log) == 2, log.read_text()
+    output = log.read_text()
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert expected in line
+    assert "Traceback" not in output
     for name in ("run.json", "metrics.jsonl"):
         assert (folder / name).read_bytes() == (finished_run / name).read_bytes()
     assert list_checkpoint_steps(folder) == list_checkpoint_steps(finished_run)
@@ -365,12 +335,11 @@ def run_fp16_jobs(jobs: list[dict[str, Any]]) -> int:
 def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(zero, argv, data_dir, tmp_path):
     """A resume that began anew with the scale would skip steps again, one from halved weights would drift."""
     base = ["--mode", "full", *argv, "--precision", "fp16", "--ds-config", zero, "--max-steps", "48"]
-    common = {"data": str(data_dir), "out": str(tmp_path)}
     jobs = [
-        {"name": "whole", "flags": [*base, "--save-every", "30"], **common},
-        {"name": "again", "flags": base, "resume": ["whole", 30], **common},
+        make_job(tmp_path, data_dir, "whole", [*base, "--save-every", "30"]),
+        make_job(tmp_path, data_dir, "again", base, resume=["whole", 30]),
     ]
-    launch_jobs(1, jobs, tmp_path / "log", run_fp16_jobs)
+    launch_jobs(1, jobs, target=run_fp16_jobs)
     whole, weights = read_job_result(tmp_path, "whole")
     again, resumed = read_job_result(tmp_path, "again")
     skipped = [row["step"] for row in whole if row.get("event") == "skipped_step"]
@@ -388,16 +357,11 @@ def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(zero, argv,
 
 def test_a_checkpoint_holds_twelve_bytes_per_trained_weight(finished_run, uninterrupted_runs):
     """The float32 value and two moments; with LoRA the adapters only, with full training tied weights once."""
+    model = read_metadata(finished_run)["model"]
     for folder, trainable in (
-        (finished_run / "checkpoints/step-000003", read_metadata(finished_run)["model"]["trainable"]),
-        (
-            uninterrupted_runs / "2-zero3_offload-lora-checkpoints/step-000003",
-            read_metadata(finished_run)["model"]["trainable"],
-        ),
-        (
-            uninterrupted_runs / "2-zero3_offload-full-checkpoints/step-000003",
-            read_metadata(finished_run)["model"]["parameters"],
-        ),
+        (finished_run / "checkpoints/step-000003", model["trainable"]),
+        (uninterrupted_runs / "2-zero3_offload-lora-checkpoints/step-000003", model["trainable"]),
+        (uninterrupted_runs / "2-zero3_offload-full-checkpoints/step-000003", model["parameters"]),
     ):
         state = folder / "state.safetensors"
         with open(state, "rb") as file:
@@ -406,7 +370,7 @@ def test_a_checkpoint_holds_twelve_bytes_per_trained_weight(finished_run, uninte
         size = sum(path.stat().st_size for path in folder.iterdir())
         constant = 16 * 1024  # names and shapes, and where the run stood
         assert size <= 1.1 * 12 * trainable + constant, size
-    assert read_metadata(finished_run)["model"]["trainable"] < read_metadata(finished_run)["model"]["parameters"] / 2
+    assert model["trainable"] < model["parameters"] / 2
 
 
 class StubEngine:
@@ -430,6 +394,10 @@ class StubEngine:
 SINGLE_RANK: Any = SimpleNamespace(rank=0, world_size=1, all_gather_object=lambda value: [value])
 
 
+def make_manager(tmp_path: Path, save_total_limit: int) -> CheckpointManager:
+    return CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=save_total_limit, identity={})
+
+
 def save_checkpoint(checkpoint_manager: CheckpointManager, step: int, loss: float | None) -> None:
     best = BestCheckpoint(step=step, epoch=0.0, loss=loss) if loss is not None else None
     evaluated = {"val_loss": loss, "val_step": step} if loss is not None else {}
@@ -438,7 +406,7 @@ def save_checkpoint(checkpoint_manager: CheckpointManager, step: int, loss: floa
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
-    manager = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=2, identity={})
+    manager = make_manager(tmp_path, save_total_limit=2)
     names_by_limit = {}
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.5, 1.0], start=1):
         save_checkpoint(manager, step, loss)
@@ -449,7 +417,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
 
 
 def test_old_checkpoints_are_deleted_after_everything_else_of_a_save(tmp_path, monkeypatch):
-    manager = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=1, identity={})
+    manager = make_manager(tmp_path, save_total_limit=1)
     save_checkpoint(manager, 1, None)
     there = []
     delete = checkpoint._delete_folder
@@ -460,13 +428,9 @@ def test_old_checkpoints_are_deleted_after_everything_else_of_a_save(tmp_path, m
     assert there == [[1, 2]], "the new one was whole under its name when the old one went"
     assert list_checkpoint_steps(tmp_path) == [2]
 
-    def full(_handle: int) -> None:
-        raise OSError(28, "No space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        TrainingError, match="step-000003 not written: No space left; the checkpoints before it are whole"
-    ):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left")))
+    message = "step-000003 not written: No space left; the checkpoints before it are whole"
+    with pytest.raises(TrainingError, match=message):
         save_checkpoint(manager, 3, None)
     assert list_checkpoint_steps(tmp_path) == [2]
     assert checkpoint.resolve_checkpoint(manager.folder, "latest").step == 2
@@ -474,47 +438,9 @@ def test_old_checkpoints_are_deleted_after_everything_else_of_a_save(tmp_path, m
 
 def test_resuming_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path):
     """Else they would count as the newest: the run's own would be deleted, the next resume take the wrong course."""
-    manager = CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=9, identity={})
+    manager = make_manager(tmp_path, save_total_limit=9)
     for step in (1, 2, 8, 9):
         save_checkpoint(manager, step, None)
     (manager.folder / "step-000009" / "state.json").write_text("cut off")
     checkpoint.delete_checkpoints_after(manager.folder, 2)
     assert sorted(path.name for path in manager.folder.iterdir()) == ["step-000001", "step-000002"]
-
-
-# --- the loop's own promises -----------------------------------------------------------------------------------------
-
-
-def test_a_skipped_step_is_reported_and_not_counted_by_adam(data_dir, argv):
-    """fp16 may leave out an update where the loss scale was too high; it needs a GPU, so the engine is a fake."""
-
-    class Skipping:
-        dist_context = SINGLE_RANK
-
-        def run(self, batches, lr_at, should_stop):
-            for batch in batches:
-                is_skipped = batch.step == 1
-                update = UpdateResult(
-                    loss_sum=1.0, grad_norm=math.inf if is_skipped else 1.0, is_skipped=is_skipped,
-                    stop_requested=should_stop(),
-                )  # fmt: skip
-                yield batch, StepResult(update=update, lr=lr_at(batch.step), elapsed_seconds=1.0)
-
-        def evaluate(self, micro):
-            return torch.ones(len(micro.input_ids), dtype=torch.float64)
-
-    settings = cli.parse_args(["--mode", "full", *argv, "--max-steps", "4", "--save-every", "never"]).settings
-    data = load(data_dir)
-    course = TrainSchedule(
-        settings=settings, batch=settings.train.batch(1), num_examples=len(data.train), total_steps=4, steps_per_epoch=4
-    )
-    saved: list[TrainState] = []
-    manager: Any = SimpleNamespace(save=lambda engine, progress: saved.append(progress))
-    engine: Any = Skipping()
-    rows = list(loop.train(engine, data, course, TrainState(), manager, lambda: False))
-    assert [row.step for row in rows if isinstance(row, StepRecord)] == [1, 3, 4]
-    (event,) = [row for row in rows if isinstance(row, EventRecord)]
-    assert (event.event, event.step) == ("skipped_step", 2)
-    assert "step 2: gradient overflow in fp16, update skipped" in event.message
-    assert saved[-1].step == 4
-    assert saved[-1].skipped_steps == 1, "AdamW's count of steps after a resume leaves it out"

@@ -14,12 +14,7 @@ from trainer.data.dataset import PreparedDataset, load, prepare
 from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.engine import Engine
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
-from trainer.distributed.process_group import (
-    DistContext,
-    destroy_process_group,
-    init_distributed,
-    simulated_context,
-)
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, simulated_context
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
@@ -27,7 +22,7 @@ from trainer.training.run_plan import RunPlan, make_plan
 from trainer.training.train_state import TrainState
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PlannedRun:
     """All that is decided before an engine starts."""
 
@@ -37,7 +32,7 @@ class PlannedRun:
     plan: RunPlan
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StartedRun(PlannedRun):
     """The same with its engine, at the beginning or where a checkpoint stood."""
 
@@ -46,9 +41,8 @@ class StartedRun(PlannedRun):
 
     def checkpoint_manager(self, folder: Path, *, save_total_limit: int = 99) -> CheckpointManager:
         """Of checkpoints of a run of which nothing but its base is known."""
-        return CheckpointManager(
-            folder, self.plan.dist_context, save_total_limit=save_total_limit, identity={"base": "test"}
-        )
+        context = self.plan.dist_context
+        return CheckpointManager(folder, context, save_total_limit=save_total_limit, identity={"base": "test"})
 
 
 @contextlib.contextmanager
@@ -74,7 +68,7 @@ def plan_run(
     dataset = load(Path(data) if data is not None else prepare_data(argv))
     model = build_model(settings, on_meta=True) if on_meta else build_model(settings, device=dist_context.device)
     plan = make_plan(settings, dist_context, dataset, model.metadata, load_config(settings.model))
-    return PlannedRun(settings=settings, data=dataset, model=model, plan=plan)
+    return PlannedRun(settings, dataset, model, plan)
 
 
 def plan_execution(*flags: str, device: str = "cpu", ranks: int = 1, model_dropout: float = 0.0) -> ExecutionPlan:
@@ -96,6 +90,4 @@ def start_engine(job: Mapping[str, Any], dist_context: DistContext, checkpoint: 
     planned = plan_run(job["flags"], dist_context, job["data"])
     plan = replace(planned.plan, execution=replace(planned.plan.execution, **job.get("execution", {})))
     engine, state = build_engine(plan, planned.model, checkpoint)
-    return StartedRun(
-        settings=planned.settings, data=planned.data, model=planned.model, plan=plan, engine=engine, state=state
-    )
+    return StartedRun(planned.settings, planned.data, planned.model, plan, engine, state)

@@ -54,16 +54,11 @@ def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    assert "helpers.preload" in sys.modules or environ.get("DS_ACCELERATOR") == "cuda", (
-        "the server has imported nothing"
-    )
+    has_packages = "helpers.preload" in sys.modules or environ.get("DS_ACCELERATOR") == "cuda"
+    assert has_packages, "the server has imported nothing"
     os.environ.update(environ)
     sys.executable = environ.get("TEST_PYTHON", sys.executable)  # `fast_python`, for what a rank starts
-    with (
-        open(log, "a", buffering=1) as log_file,
-        contextlib.redirect_stdout(log_file),
-        contextlib.redirect_stderr(log_file),
-    ):
+    with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
             exit_code = target(*args)
         except SystemExit as error:
@@ -86,18 +81,12 @@ def run_on_ranks(
 
     `on_gpu`: in processes of their own that see the GPUs, since CUDA cannot be initialised in a forked one.
     """
-    port = find_free_port()
-    if on_gpu:
-        env = {**(env or {}), **gpu_environ()}
+    port, env = find_free_port(), {**(env or {}), **(gpu_environ() if on_gpu else {})}
     start: Callable[..., Any] = multiprocessing.get_context("spawn").Process if on_gpu else make_process
-    workers = [
-        start(
-            target=_run_worker, args=({**make_environ(rank, world_size, port), **(env or {})}, str(log), target, args)
-        )
-        for rank in range(world_size)
-    ]
+    environs = [make_environ(rank, world_size, port) | env for rank in range(world_size)]
+    workers = [start(target=_run_worker, args=(environ, str(log), target, args)) for environ in environs]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (env or {}).items() if on_gpu else ():
+        for name, value in env.items() if on_gpu else ():
             patch.setenv(name, value)  # a fresh process imports before it gets its arguments
         for worker in workers:
             worker.start()
@@ -127,7 +116,7 @@ def run_train_script(argv: list[str]) -> int:
     """What launch/train.py does, in this process; the export is verified here unless FRESH_VERIFICATION is set."""
     from trainer.export import verify
 
-    sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
+    sys.path.insert(0, str(Path(TRAIN_SCRIPT).parent))
     import train as entry
 
     if not set(FRESH_VERIFICATION) <= set(os.environ):

@@ -15,6 +15,7 @@ from helpers.tiny_inputs import tiny_argv
 from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 from trainer.config import cli
 from trainer.data.dataset import load
+from trainer.data.sampler import epoch_order
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model
@@ -54,7 +55,7 @@ class RunDifference:
         """Of (rows, weights) of each; AssertionError where they are not of the same steps and weights."""
         (rows, weights), (other_rows, other_weights) = run, other
         pairs = [(a, b) for a, b in zip(rows, other_rows, strict=True) if "loss" in a]
-        assert [a["kind"] for a, _ in pairs] == [b["kind"] for _, b in pairs]
+        assert all(a["kind"] == b["kind"] for a, b in pairs)
         assert weights.keys() == other_weights.keys()
         parts = [[output_relevant_part(name, w[name]) for w in (weights, other_weights)] for name in weights]
         return cls(
@@ -72,17 +73,24 @@ class RunDifference:
         return f"loss {self.loss:.1e} norm {self.norm:.1e} weights {self.weight:.1e}"
 
 
+def make_job(out: Path, data: str | Path, name: str, flags: list[str], **options: Any) -> dict[str, Any]:
+    """A run `name` of `run_jobs`, with these flags on prepared data, that leaves its files in `out`."""
+    return {"name": name, "flags": flags, "data": str(data), "out": str(out), **options}
+
+
 def launch_jobs(
-    world_size: int, jobs: list[dict[str, Any]], log: Path, target: Callable[..., int] | None = None
-) -> None:
+    world_size: int, jobs: list[dict[str, Any]], log: Path | None = None, target: Callable[..., int] | None = None,
+    *, jobs_per_launch: int = JOBS_PER_LAUNCH,
+) -> None:  # fmt: skip
     """Do the jobs in groups of ranks, each small enough to tell a slow machine from a rank that hangs."""
-    for start in range(0, len(jobs), JOBS_PER_LAUNCH):
-        exit_code = run_on_ranks(world_size, target or run_jobs, jobs[start : start + JOBS_PER_LAUNCH], log=log)
+    log = log or Path(jobs[0]["out"]) / f"{world_size}.log"
+    for start in range(0, len(jobs), jobs_per_launch):
+        exit_code = run_on_ranks(world_size, target or run_jobs, jobs[start : start + jobs_per_launch], log=log)
         assert exit_code == 0, log.read_text()[-4000:]
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> int:
-    """Run each job `{name, flags, data, out}`: its records go to out/name.jsonl, its final weights to out/name.npz.
+    """Run each job: its records go to out/name.jsonl, its final weights to out/name.npz.
 
     With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks;
     its `execution` names fields of the execution plan that are other than planned.
@@ -149,8 +157,6 @@ def train_plain_loop(argv: list[str], data_dir: Path) -> tuple[list[dict[str, fl
 
     Long: the whole of a training loop, on purpose without our helpers.
     """
-    from trainer.data.sampler import epoch_order
-
     settings = cli.parse_args(argv).settings
     data = load(data_dir)
     model = build_model(settings)
@@ -178,25 +184,19 @@ def train_plain_loop(argv: list[str], data_dir: Path) -> tuple[list[dict[str, fl
     def evaluate() -> None:
         module.eval()
         with torch.no_grad():
-            nll_sums_and_counts = [sum_nll(np.array([i]), data.val) for i in range(len(data.val))]
-        records.append(
-            {
-                "kind": "eval",
-                "loss": sum(p[0].item() for p in nll_sums_and_counts) / sum(p[1] for p in nll_sums_and_counts),
-            }
-        )
+            nll_sums, counts = zip(*(sum_nll(np.array([i]), data.val) for i in range(len(data.val))), strict=True)
+        records.append({"kind": "eval", "loss": sum(nll.item() for nll in nll_sums) / sum(counts)})
         module.train()
 
     evaluate()
-    module.train()
     for step in range(total_steps):
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
         order = epoch_order(
             data.train, seed=train_settings.seed, epoch=epoch, global_batch=train_settings.global_batch,
             shuffle=settings.data.shuffle, group_by_length=settings.data.objective == "completion",
         )  # fmt: skip
-        batch = order[step_in_epoch * train_settings.global_batch : (step_in_epoch + 1) * train_settings.global_batch]
-        nll_sum, num_targets = sum_nll(batch, data.train)
+        first = step_in_epoch * train_settings.global_batch
+        nll_sum, num_targets = sum_nll(order[first : first + train_settings.global_batch], data.train)
         loss = nll_sum / num_targets
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable_params.values(), train_settings.max_grad_norm)

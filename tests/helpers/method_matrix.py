@@ -36,7 +36,7 @@ def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]
     settings, out = cli.parse_args(job["flags"]).settings, Path(job["out"])
     checkpoint = resolve_checkpoint(out / f"{job['name']}-checkpoints", "latest")
     run = start_engine(job, dist_context, checkpoint)
-    data, model, engine, state = run.data, run.model, run.engine, run.state
+    data, model, engine = run.data, run.model, run.engine
     loss = evaluate(engine, data.val, settings.train.eval_batch).loss
     input_ids = fixed_input_ids(data)
     logits = compute_logits(model.module, input_ids, dist_context.device)
@@ -57,14 +57,10 @@ def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]
     if job.get("merge"):
         merged = compute_logits(merge_adapters(model), input_ids, dist_context.device)
         result["merge_difference"] = float(np.abs(merged - logits).max())
-    trained_values = {"trained_loss": loss, "recorded": state.val_loss, "largest": float(np.abs(logits).max())}
     return {
-        **result,
-        **trained_values,
-        "optimizer_bytes": optimizer_bytes,
-        "facts": model.metadata,
-        "tied_here": model.has_tied_embeddings,
-    }
+        **result, "trained_loss": loss, "recorded": run.state.val_loss, "largest": float(np.abs(logits).max()),
+        "optimizer_bytes": optimizer_bytes, "facts": model.metadata, "tied_here": model.has_tied_embeddings,
+    }  # fmt: skip
 
 
 def read_method_result(out: Path, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool, dict[str, Any]]:

@@ -21,13 +21,11 @@ def make_tiny_gpt2(folder: Path, *, dropout: float, seed: int = 0, hidden_size: 
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer = Tokenizer(
-        models.WordLevel({EOS_TOKEN: 0, **{f"w{n}": n for n in range(1, VOCAB_SIZE)}}, unk_token=EOS_TOKEN)
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, bos_token=EOS_TOKEN).save_pretrained(
-        folder
-    )
+    vocabulary = {EOS_TOKEN: 0, **{f"w{n}": n for n in range(1, VOCAB_SIZE)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS_TOKEN))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=EOS_TOKEN, bos_token=EOS_TOKEN)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -36,16 +34,10 @@ def write_records(path: Path, *, num_records: int, seed: int) -> str:
     rng = random.Random(seed)
     with open(path, "w") as file:
         for _ in range(num_records):
-            num_words, num_prompt_words, first_word = (
-                rng.randint(8, 18),
-                rng.randint(2, 6),
-                rng.randrange(1, VOCAB_SIZE),
-            )
-            words = [f"w{1 + (first_word + n + rng.randrange(2)) % (VOCAB_SIZE - 1)}" for n in range(num_words)]
-            record = {
-                "prompt": " ".join(words[:num_prompt_words]),
-                "completion": " " + " ".join(words[num_prompt_words:]),
-            }
+            length, prompt_length, first_word = rng.randint(8, 18), rng.randint(2, 6), rng.randrange(1, VOCAB_SIZE)
+            words = [f"w{1 + (first_word + n + rng.randrange(2)) % (VOCAB_SIZE - 1)}" for n in range(length)]
+            prompt, completion = " ".join(words[:prompt_length]), " ".join(words[prompt_length:])
+            record = {"prompt": prompt, "completion": f" {completion}"}
             file.write(json.dumps(record) + "\n")
     return str(path)
 
