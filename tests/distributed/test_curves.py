@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.matrix import launch_jobs, read_job_result
-from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, write_records
-
-from trainer.config import cli
-from trainer.data.dataset import prepare
+from helpers.engines import prepare_data
+from helpers.matrix import launch_jobs, make_job, read_job_result
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 
 CURVES = Path(__file__).parent / "curves"
 RELATIVE_TOLERANCE = {"loss": 1e-6, "train_loss": 1e-6, "grad_norm": 1e-5}  # relative
@@ -55,21 +53,13 @@ def make_model(folder: Path) -> str:
 def compute_curves(out: Path) -> dict[str, dict[str, Any]]:
     """{name: {flags, rows}} of both runs, one rank."""
     model = make_model(out / "base")
-    files = [
-        write_records(out / "train.jsonl", num_records=14, seed=5),
-        write_records(out / "val.jsonl", num_records=5, seed=6),
-    ]
+    train_file = write_records(out / "train.jsonl", num_records=14, seed=5)
+    val_file = write_records(out / "val.jsonl", num_records=5, seed=6)
     jobs, results = [], {}
     for name, flags in RUNS.items():
-        argv = [
-            *f"--model {model} --data {files[0]} --val-data {files[1]} {flags} {COMMON_FLAGS}".split(),
-            "--preset",
-            "demo",
-            *TEMPLATE_FLAGS,
-        ]
-        folder = prepare(cli.parse_args(argv).settings.data, model=model, global_batch=4).folder
-        jobs.append({"name": name, "flags": argv, "data": str(folder), "out": str(out)})
-    launch_jobs(1, jobs, out / "log")
+        argv = tiny_argv(model, (train_file, val_file), f"{flags} {COMMON_FLAGS}")
+        jobs.append(make_job(out, prepare_data(argv), name, argv))
+    launch_jobs(1, jobs)
     columns = ("kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "eval_tokens", "train_loss")
     for name, flags in RUNS.items():
         records = [{key: row[key] for key in columns if key in row} for row in read_job_result(out, name)[0]]
@@ -78,7 +68,7 @@ def compute_curves(out: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def computed_curves(session_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def computed_curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return compute_curves(tmp_path_factory.mktemp("curves"))
 
 

@@ -5,18 +5,19 @@ width or stands among other rows, another kernel may add its products in another
 2^-24 = 6e-8 relative, which averages out over tokens and rows: BOUND. Rows fed alone give bitwise one number.
 """
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
-from helpers.matrix import evaluate_jobs, launch_jobs, train_plain_loop
+from helpers.engines import prepare_data
+from helpers.matrix import evaluate_jobs, launch_jobs, make_job, read_job_result, train_plain_loop
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import EVAL_TOLERANCE
 
-from trainer.config import cli
-from trainer.data.dataset import load, prepare
+from trainer.data.dataset import load
 
-MODES, OBJECTIVES = ("full", "lora"), ("blocks", "completion")
+OBJECTIVES = ("blocks", "completion")
 BATCHES = (1, 2, 3, 4, 5, 8, 9, 64)  # of 9 rows or 8 blocks: most leave a ragged or a missing batch on some rank
 
 
@@ -36,32 +37,24 @@ def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
     dropout_model, tiny_model, data_files, tmp_path
 ):
     cells = ((1, "zero0", "full"), (2, "zero2", "lora"), (2, "zero3", "full"), (3, "zero1", "lora"))
-    names = {(*cell, objective): "-".join(map(str, (*cell, objective))) for cell in cells for objective in OBJECTIVES}
-    folders = {}
-    for objective in OBJECTIVES:
-        settings = cli.parse_args(make_argv(dropout_model, data_files, "full", objective)).settings
-        folders[objective] = prepare(settings.data, model=dropout_model, global_batch=6).folder
+    folders = {o: prepare_data(make_argv(dropout_model, data_files, "full", o)) for o in OBJECTIVES}
     for ranks in (1, 2, 3):
-        jobs = [
-            {
-                "name": name, "data": str(folders[objective]), "out": str(tmp_path), "batches": BATCHES,
-                "flags": [*make_argv(dropout_model, data_files, mode, objective), "--ds-config", zero],
-            }
-            for (r, zero, mode, objective), name in names.items()
-            if r == ranks
-        ]  # fmt: skip
-        log = tmp_path / f"{ranks}.log"
-        launch_jobs(ranks, jobs, log, evaluate_jobs)
+        jobs = []
+        for objective, (r, zero, mode) in itertools.product(OBJECTIVES, cells):
+            flags = [*make_argv(dropout_model, data_files, mode, objective), "--ds-config", zero]
+            if r == ranks:
+                name = f"{objective}-{ranks}-{zero}-{mode}"
+                jobs.append(make_job(tmp_path, folders[objective], name, flags, batches=BATCHES))
+        launch_jobs(ranks, jobs, target=evaluate_jobs)
 
     for objective in OBJECTIVES:
         assert len(load(folders[objective]).val) % 2, "the rows must not divide among two ranks"
         # A plain loop over single rows of the same weights, without dropout; a fresh adapter changes nothing.
         plain = train_plain_loop(make_argv(tiny_model, data_files, "full", objective), folders[objective])[0][0]["loss"]
         actual: dict[int, set[float]] = {batch: set() for batch in BATCHES}
-        for (*_, other), name in names.items():
-            if other == objective:
-                for batch, losses in json.loads((tmp_path / f"{name}.json").read_text()).items():
-                    actual[int(batch)].update(losses)
+        for file in tmp_path.glob(f"{objective}-*.json"):
+            for batch, losses in json.loads(file.read_text()).items():
+                actual[int(batch)].update(losses)
         worst = max(abs(loss / plain - 1) for losses in actual.values() for loss in losses)
         print(f"{objective}: largest relative difference {worst:.1e}; values", {b: len(v) for b, v in actual.items()})
         assert worst <= EVAL_TOLERANCE, actual
@@ -70,21 +63,11 @@ def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
 
 def test_evaluating_more_often_changes_no_training_step(dropout_model, data_files, tmp_path):
     argv = make_argv(dropout_model, data_files, "full", "blocks")
-    folder = prepare(cli.parse_args(argv).settings.data, model=dropout_model, global_batch=6).folder
-    jobs = [
-        {
-            "name": every, "data": str(folder), "out": str(tmp_path),
-            "flags": [*argv, "--max-steps", "5", "--save-every", "never", "--eval-every", every],
-        }
-        for every in ("1", "never")
-    ]  # fmt: skip
-    launch_jobs(1, jobs, tmp_path / "log")
-    often, never = (
-        [json.loads(line) for line in (tmp_path / f"{every}.jsonl").read_text().splitlines()]
-        for every in ("1", "never")
-    )
-    assert len([row for row in often if row["kind"] == "eval"]) == 6
-    assert len([row for row in never if row["kind"] == "eval"]) == 2, "at the start and at the end"
+    data, flags = prepare_data(argv), [*argv, "--max-steps", "5", "--save-every", "never", "--eval-every"]
+    launch_jobs(1, [make_job(tmp_path, data, every, [*flags, every]) for every in ("1", "never")])
+    often, never = (read_job_result(tmp_path, every)[0] for every in ("1", "never"))
     losses = [[row["loss"] for row in rows if row["kind"] == "step"] for rows in (often, never)]
     assert losses[0] == losses[1]
-    assert [row["loss"] for row in often if row["kind"] == "eval"][-1] == never[-2]["loss"]
+    often_losses, never_losses = ([row["loss"] for row in rows if row["kind"] == "eval"] for rows in (often, never))
+    assert (len(often_losses), len(never_losses)) == (6, 2), "at the start and at the end"
+    assert often_losses[-1] == never_losses[-1]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.engines import prepare_data
-from helpers.matrix import launch_jobs
+from helpers.matrix import launch_jobs, make_job
 from helpers.method_matrix import STOP_STEP, read_method_result, run_resume_and_export
 from helpers.tiny_inputs import tiny_argv
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -16,7 +16,7 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.distributed.process_group import simulated_context
 from trainer.export.verify import LOGITS_BOUND
-from trainer.model.build import build_model
+from trainer.model.build import TrainableModel, build_model
 from trainer.training.plan_validation import validate_early
 
 SHAPE = {
@@ -74,13 +74,13 @@ def losses_after(records: list[dict[str, Any]]) -> list[float]:
 )
 def test_each_family_trains_resumes_exports_and_merges(families, tiny_model, data_files, tmp_path):
     models = {family: save_family(family, tmp_path / family, tiny_model) for family in families}
-    data = str(prepare_data(family_argv(models[families[0]], data_files, "full")))
-    jobs = [
-        {"name": f"{family}-{mode}", "flags": family_argv(model, data_files, mode), "data": data,
-         "out": str(tmp_path), "merge": mode == "lora"}
-        for family, model in models.items() for mode in ("full", *(["lora"] if FAMILIES[family][1] else []))
-    ]  # fmt: skip
-    launch_jobs(2, jobs, tmp_path / "log", target=run_resume_and_export)
+    data = prepare_data(family_argv(models[families[0]], data_files, "full"))
+    jobs = []
+    for family, model in models.items():
+        for mode in ("full", "lora") if FAMILIES[family][1] else ("full",):
+            argv = family_argv(model, data_files, mode)
+            jobs.append(make_job(tmp_path, data, f"{family}-{mode}", argv, merge=mode == "lora"))
+    launch_jobs(2, jobs, target=run_resume_and_export)
     for job in jobs:
         name = job["name"]
         records, resumed, is_bitwise_equal, result = read_method_result(tmp_path, name)
@@ -98,20 +98,21 @@ def test_each_family_trains_resumes_exports_and_merges(families, tiny_model, dat
             assert result["merge_difference"] <= 10 * bound, (name, result["merge_difference"])
 
 
+def build_lora(model: str) -> TrainableModel:
+    return build_model(cli.parse_args(["--mode", "lora", "--model", model]).settings, on_meta=True)
+
+
 def test_weights_of_experts_that_get_no_adapter_are_noted(tiny_model, tmp_path):
-    model = save_family("mixtral", tmp_path / "mixtral", tiny_model)
-    metadata = build_model(cli.parse_args(["--mode", "lora", "--model", model]).settings, on_meta=True).metadata
-    assert metadata["not_adapted"] == ["experts.down_proj", "experts.gate_up_proj"]
-    dense = build_model(cli.parse_args(["--mode", "lora", "--model", tiny_model]).settings, on_meta=True).metadata
-    assert dense["not_adapted"] == []
+    mixtral = save_family("mixtral", tmp_path / "mixtral", tiny_model)
+    assert build_lora(mixtral).metadata["not_adapted"] == ["experts.down_proj", "experts.gate_up_proj"]
+    assert build_lora(tiny_model).metadata["not_adapted"] == []
 
 
 def test_adapters_on_layers_whose_weights_are_read_past_them_are_refused(tiny_model, tmp_path):
     model = save_family("mamba", tmp_path / "mamba", tiny_model)
-    with pytest.raises(
-        UserError, match=r"MambaMixer reads its weights past an adapter \(mamba\); expected --mode full"
-    ):
-        build_model(cli.parse_args(["--mode", "lora", "--model", model]).settings, on_meta=True)
+    message = r"MambaMixer reads its weights past an adapter \(mamba\); expected --mode full"
+    with pytest.raises(UserError, match=message):
+        build_lora(model)
 
 
 @pytest.mark.parametrize("family", ["t5", "bert", "bart", "clip"])

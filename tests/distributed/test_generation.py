@@ -4,27 +4,29 @@ Long: the texts, their scores and the runs that they are made in.
 """
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import sacrebleu
 import torch
-from helpers.engines import prepare_data, start_engine
+from helpers.engines import joined_ranks, prepare_data, start_engine
 from helpers.launch_ranks import train
-from helpers.matrix import launch_jobs
+from helpers.matrix import launch_jobs, make_job
 from helpers.process_groups import read_events, read_reproducible_records
 from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv, write_records
 
 from trainer.config import cli
 from trainer.config.choices import DEMO_MODEL, MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
-from trainer.data.dataset import prepare
+from trainer.config.settings import Settings
+from trainer.data.dataset import PreparedDataset, prepare
 from trainer.data.tokenizer import load_tokenizer
-from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.model.build import build_model, load_config
 from trainer.report.comparison import compare
 from trainer.report.load import load_runs
@@ -44,20 +46,26 @@ def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def data_dir(argv: list[str], tiny_model: str) -> Path:
+def data_dir(argv: list[str]) -> Path:
     return prepare_data(["--mode", "full", *argv])
+
+
+def prepare_settings(text: str, *flags: str) -> tuple[Settings, PreparedDataset]:
+    """The settings of these flags, and their data."""
+    settings = cli.parse_args(["--mode", "full", "--global-batch", "2", *text.split(), *flags]).settings
+    return settings, prepare(settings.data, model=settings.model.model, global_batch=2)
 
 
 # --- the scores ------------------------------------------------------------------------------------------------------
 
 
+PERFECT_SCORES = {"exact_match": 1.0, "bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0}
+
+
 def test_text_metrics_of_identical_and_of_disjoint_texts():
     texts = ["the cat sat on the mat", "five dogs ran home together"]
-    assert text_scores(texts, [[f" {text} "] for text in texts]) == pytest.approx(
-        {"exact_match": 1.0, "bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0}
-    )
-    none = text_scores(["zzz qqq"], [["a b c d e f"]])
-    assert none == pytest.approx({"exact_match": 0.0, "bleu": 0.0, "chrf": 0.0, "rouge_l": 0.0})
+    assert text_scores(texts, [[f" {text} "] for text in texts]) == pytest.approx(PERFECT_SCORES)
+    assert text_scores(["zzz qqq"], [["a b c d e f"]]) == pytest.approx(dict.fromkeys(PERFECT_SCORES, 0.0))
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
@@ -71,9 +79,7 @@ def test_several_references_of_a_prompt_count_as_the_measures_define_them():
     """The best of them for a match and ROUGE-L, all of them for BLEU and chrF; texts may have different numbers."""
     texts = ["the cat sat on the mat today", "a dog ran in the park now"]
     references = [["a cat is here", texts[0]], [texts[1]]]
-    assert text_scores(texts, references) == pytest.approx(
-        {"exact_match": 1.0, "bleu": 100.0, "chrf": 100.0, "rouge_l": 1.0}
-    )
+    assert text_scores(texts, references) == pytest.approx(PERFECT_SCORES)
     texts = ["the cat sat on a mat today", "a dog ran in the park"]
     references = [["the cat sat on the mat today", "today a cat sat on a mat"], ["the dog ran in a park"]]
     scores = text_scores(texts, references)
@@ -84,14 +90,12 @@ def test_several_references_of_a_prompt_count_as_the_measures_define_them():
 
 
 def test_validation_records_of_one_prompt_are_its_references(tiny_model, tmp_path):
-    records = [
-        {"prompt": f"w{n} w{n + 1}", "completion": f" w{m} w{m + 1}"} for n in range(1, 61) for m in (20, 30, 40)
-    ]
+    pairs = itertools.product(range(1, 61), (20, 30, 40))
+    records = [{"prompt": f"w{n} w{n + 1}", "completion": f" w{m} w{m + 1}"} for n, m in pairs]
     for name in ("train", "val"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    flags = f"--mode full --model {tiny_model} --data {tmp_path}/train.jsonl --val-data {tmp_path}/val.jsonl"
-    settings = cli.parse_args([*flags.split(), "--preset", "demo", "--block-size", "16"]).settings
-    data = prepare(settings.data, model=tiny_model, global_batch=2)
+    flags = f"--preset demo --model {tiny_model} --data {tmp_path}/train.jsonl --val-data {tmp_path}/val.jsonl"
+    _, data = prepare_settings(f"{flags} --block-size 16")
     prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
     assert len(prompts) == MAX_NUM_SAMPLES
     assert {prompt.references for prompt in prompts} == {(" w20 w21", " w30 w31", " w40 w41")}
@@ -137,9 +141,8 @@ def test_text_metrics_without_their_packages_are_refused_before_data_are_read(mo
 def test_text_metrics_for_data_without_prompts_are_refused(tiny_model, tmp_path):
     path = tmp_path / "plain.jsonl"
     path.write_text("".join(json.dumps({"text": f"w{n} w{n + 1} " * 9}) + "\n" for n in range(1, 60)))
-    flags = f"--mode full --score-samples --model {tiny_model} --data {path} --block-size 16 --val-fraction 0.3"
-    settings = cli.parse_args(flags.split()).settings
-    data = prepare(settings.data, model=tiny_model, global_batch=8)
+    flags = f"--score-samples --model {tiny_model} --data {path} --block-size 16 --val-fraction 0.3"
+    settings, data = prepare_settings(flags)
     with pytest.raises(UserError, match=r"--score-samples: .*plain.jsonl has no prompts to complete"):
         check_prompts_available(settings, data)
     prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
@@ -151,58 +154,44 @@ def test_text_metrics_for_data_without_prompts_are_refused(tiny_model, tmp_path)
 
 # --- completions -----------------------------------------------------------------------------------------------------
 
+PROMPTS = [[5, 6, 7], [40], [3, 9, 27, 81, 50, 53, 60, 8]]
 MAX_NEW_TOKENS = 7
 
 
+def count_calls(owner: Any, name: str) -> Any:
+    return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+
+
 def generate_jobs(jobs: list[dict[str, Any]]) -> int:
-    """Complete each job's prompts by the engine, before and after a step; out/name.json has both and the gatherings."""
+    """Complete each job's prompts by the engine and token by token; out/name.json has both and the gatherings."""
     from deepspeed.runtime.zero import stage3
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    dist_context = init_distributed()
-    gathered, fetched = [], []
-    original_enter, original_fetch = (
-        stage3.GatheredParameters.__enter__,
-        PartitionedParameterCoordinator.fetch_sub_module,
-    )
-    try:
+    with joined_ranks() as dist_context:
         for job in jobs:
-            started = start_engine(job, dist_context)
-            settings, engine = started.settings, started.engine
-            for parameter in engine.trainable_params.values():  # the same on all ranks; adapters say something, too
-                with stage3.GatheredParameters([parameter], modifier_rank=0) if job["zero3"] else torch.no_grad():
-                    torch.manual_seed(parameter.numel() if not job["zero3"] else parameter.ds_numel)
+            run = start_engine(job, dist_context)
+            is_zero3 = run.plan.deepspeed_file.stage == 3
+            for parameter in run.engine.trainable_params.values():  # the same on all ranks; adapters say something, too
+                with stage3.GatheredParameters([parameter], modifier_rank=0) if is_zero3 else torch.no_grad():
+                    torch.manual_seed(parameter.ds_numel if is_zero3 else parameter.numel())
                     parameter.data += 0.1 * torch.randn(parameter.shape)
-            stage3.GatheredParameters.__enter__ = lambda self: (gathered.append(1), original_enter(self))[1]
-            PartitionedParameterCoordinator.fetch_sub_module = lambda *a, **k: (
-                fetched.append(1),
-                original_fetch(*a, **k),
-            )[1]
-            completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, [0])
-            counts = [len(gathered), len(fetched)]
-            repeated_completions = engine.generate(job["prompts"], MAX_NEW_TOKENS, [0])
-            stage3.GatheredParameters.__enter__, PartitionedParameterCoordinator.fetch_sub_module = (
-                original_enter,
-                original_fetch,
-            )
-            weights = {name: value for name, value in engine.state.gather_weights()}
-            if dist_context.rank == 0:
-                assert completions == repeated_completions
-                plain_model = build_model(settings).module.eval()
-                with torch.no_grad():
-                    for name, parameter in plain_model.named_parameters():
-                        if name in weights:
-                            parameter.copy_(weights[name])
-                result = {
-                    "made": completions,
-                    "plain": [generate_token_by_token(plain_model, prompt) for prompt in job["prompts"]],
-                    "counts": counts,
-                }
-                (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(result))
-            else:
+            with (
+                count_calls(stage3.GatheredParameters, "__enter__") as gather,
+                count_calls(PartitionedParameterCoordinator, "fetch_sub_module") as fetch,
+            ):
+                completions = run.engine.generate(PROMPTS, MAX_NEW_TOKENS, [0])
+            counts = [gather.call_count, fetch.call_count]
+            repeated_completions = run.engine.generate(PROMPTS, MAX_NEW_TOKENS, [0])
+            assert completions == repeated_completions
+            weights = dict(run.engine.state.gather_weights())
+            if dist_context.rank:
                 assert completions is None
-    finally:
-        destroy_process_group()
+                continue
+            plain_model = build_model(run.settings).module.eval()
+            plain_model.load_state_dict(weights, strict=False)
+            plain = [generate_token_by_token(plain_model, prompt) for prompt in PROMPTS]
+            result = {"made": completions, "plain": plain, "counts": counts}
+            (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(result))
     return 0
 
 
@@ -218,37 +207,26 @@ def generate_token_by_token(module: Any, prompt: list[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
-PROMPTS = [[5, 6, 7], [40], [3, 9, 27, 81, 50, 53, 60, 8]]
-
-
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero3")])
 def test_greedy_generation_equals_token_by_token_argmax(ranks, zero, argv, data_dir, tmp_path):
     """Batched, cached and padded, with every weight and with adapters; ZeRO-3 gathers once for all tokens."""
-    jobs = [
-        {
-            "name": mode, "flags": ["--mode", mode, *argv, "--ds-config", zero], "data": str(data_dir),
-            "out": str(tmp_path), "prompts": PROMPTS, "zero3": zero == "zero3",
-        }
-        for mode in ("full", "lora")
-    ]  # fmt: skip
-    launch_jobs(ranks, jobs, tmp_path / "log", target=generate_jobs)
-    for mode in ("full", "lora"):
-        report = json.loads((tmp_path / f"{mode}.json").read_text())
-        assert report["made"] == report["plain"]
-        assert any(len(set(tokens)) > 1 for tokens in report["made"]), "something to compare"
-    assert json.loads((tmp_path / "full.json").read_text())["counts"] == ([1, 0] if zero == "zero3" else [0, 0])
+    flags = [*argv, "--ds-config", zero, "--mode"]
+    jobs = [make_job(tmp_path, data_dir, mode, [*flags, mode]) for mode in ("full", "lora")]
+    launch_jobs(ranks, jobs, target=generate_jobs)
+    full, lora = (json.loads((tmp_path / f"{mode}.json").read_text()) for mode in ("full", "lora"))
+    for result in (full, lora):
+        assert result["made"] == result["plain"]
+        assert any(len(set(tokens)) > 1 for tokens in result["made"]), "something to compare"
+    assert full["counts"] == ([1, 0] if zero == "zero3" else [0, 0])
 
 
 @pytest.fixture(scope="module")
 def sampled_and_plain_runs(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same run under ZeRO-3 with samples and scores, and without any."""
     out = tmp_path_factory.mktemp("sampled")
-    flags = ["--max-steps", "5", "--eval-every", "2", "--dropout", "0.1", "--ds-config", "zero3"]
-    for name, sample_flags in (
-        ("with", ["--num-samples", "3", "--score-samples"]),
-        ("without", ["--num-samples", "0"]),
-    ):
-        train(["--mode", "full", *argv, *flags, *sample_flags], out=out / name)
+    flags = "--mode full --max-steps 5 --eval-every 2 --dropout 0.1 --ds-config zero3"
+    for name, sample_flags in (("with", "--num-samples 3 --score-samples"), ("without", "--num-samples 0")):
+        train([*argv, *f"{flags} {sample_flags}".split()], out=out / name)
     return out / "with", out / "without"
 
 
@@ -268,8 +246,8 @@ def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_a
     val_records = [json.loads(line) for line in Path(data_files[1]).read_text().splitlines()]
     for event in events:
         facts = event["facts"]
-        assert [text["prompt"] for text in facts["texts"]] == [record["prompt"] for record in val_records[:3]]
-        assert [text["reference"] for text in facts["texts"]] == [record["completion"] for record in val_records[:3]]
+        texts = [{"prompt": text["prompt"], "completion": text["reference"]} for text in facts["texts"]]
+        assert texts == val_records[:3]
         assert facts["scored"] == len(val_records)
         assert set(facts["scores"]) == {"exact_match", "bleu", "chrf", "rouge_l"}
         assert "exact_match" in event["message"]
@@ -279,9 +257,8 @@ def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_a
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_plain_runs, tmp_path):
-    runs, _ = load_runs([str(sampled_and_plain_runs[0]), str(sampled_and_plain_runs[1])])
-    comparison = compare(runs)
-    write_report(comparison, tmp_path)
+    runs, _ = load_runs([str(run) for run in sampled_and_plain_runs])
+    write_report(compare(runs), tmp_path)
     shown = json.loads((tmp_path / "comparison.json").read_text())
     events = read_events(sampled_and_plain_runs[0], "samples")
     first, last = events[0]["facts"]["texts"], events[-1]["facts"]["texts"]
@@ -304,15 +281,10 @@ def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
         table.writerow(["event_date", "event_type", "actor1", "location", "fatalities", "notes"])
         for n in range(1, 25):
             deaths = f"{n} people were killed." if n % 2 else "People were killed."
-            table.writerow(
-                [f"2022-01-{n:02d}", "Battles", "A", "Kanu", n, f"On {n} January 2022, in Kanu, A came. {deaths}"]
-            )
-    flags = (
-        f"--mode full --score-samples --model {DEMO_MODEL} --data {path} --block-size 64 --global-batch 2 "
-        "--val-fraction 0.4"
-    )
-    settings = cli.parse_args(flags.split()).settings
-    data = prepare(settings.data, model=DEMO_MODEL, global_batch=2)
+            note = f"On {n} January 2022, in Kanu, A came. {deaths}"
+            table.writerow([f"2022-01-{n:02d}", "Battles", "A", "Kanu", n, note])
+    flags = f"--score-samples --model {DEMO_MODEL} --data {path} --block-size 64 --val-fraction 0.4"
+    settings, data = prepare_settings(flags)
     encode = load_tokenizer(DEMO_MODEL)
 
     def perfect(prompts: Any, most: int, ends: Any) -> list[list[int]]:
@@ -335,22 +307,8 @@ def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
 
 def test_prepared_data_store_as_many_prompts_as_num_samples_allows(tiny_model, tmp_path):
     path = write_records(tmp_path / "many.jsonl", num_records=150, seed=5)
-    settings = cli.parse_args(
-        [
-            "--mode",
-            "full",
-            "--model",
-            tiny_model,
-            "--data",
-            path,
-            "--val-fraction",
-            "0.4",
-            "--preset",
-            "demo",
-            *TEMPLATE_FLAGS,
-        ]
-    ).settings
-    assert len(prepare(settings.data, model=tiny_model, global_batch=2).val_texts) == MAX_NUM_SAMPLES
+    flags = f"--preset demo --model {tiny_model} --data {path} --val-fraction 0.4"
+    assert len(prepare_settings(flags, *TEMPLATE_FLAGS)[1].val_texts) == MAX_NUM_SAMPLES
     with pytest.raises(UserError, match=f"--num-samples 33: expected a whole number from 0 to {MAX_NUM_SAMPLES}"):
         cli.parse_args(["--mode", "full", "--num-samples", "33"])
 

@@ -18,9 +18,10 @@ from helpers.matrix import (
     RunDifference,
     launch_jobs,
     make_argv,
+    make_job,
     read_job_result,
     train_plain_loop,
-)
+)  # fmt: skip
 from helpers.tolerances import NORM_TOLERANCE
 from safetensors.numpy import load_file
 
@@ -53,13 +54,8 @@ def data_dirs(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -
 
 
 def assert_cells_match(
-    cells: list[tuple[int, str, str, str, str]],
-    tiny_model: str,
-    data_files: tuple[str, str],
-    data_dirs: dict[str, Path],
-    out: Path,
+    cells: list[Cell], tiny_model: str, data_files: tuple[str, str], data_dirs: dict[str, Path], out: Path
 ) -> None:
-    """Parameters: the two sides and their bounds. Long: every bound in one place."""
     references = {
         (mode, objective): train_plain_loop(make_argv(tiny_model, data_files, mode, objective), data_dirs[objective])
         for mode, objective in sorted({cell[3:] for cell in cells})
@@ -67,56 +63,41 @@ def assert_cells_match(
     for world_size in sorted({cell[0] for cell in cells}):
         jobs = []
         for cell in cells:
-            if cell[0] == world_size:
-                _, split, zero, mode, objective = cell
+            ranks, split, zero, mode, objective = cell
+            if ranks == world_size:
                 micro_batch_size = GLOBAL_BATCH // world_size if split == "micro" else 1
-                argv = [
-                    *make_argv(tiny_model, data_files, mode, objective),
-                    "--ds-config",
-                    zero,
-                    "--micro-batch",
-                    str(micro_batch_size),
-                ]
-                name = "-".join(map(str, cell))
-                jobs.append({"name": name, "flags": argv, "data": str(data_dirs[objective]), "out": str(out)})
-        log = out / f"{world_size}.log"
-        launch_jobs(world_size, jobs, log)
+                flags = ["--ds-config", zero, "--micro-batch", str(micro_batch_size)]
+                argv = [*make_argv(tiny_model, data_files, mode, objective), *flags]
+                jobs.append(make_job(out, data_dirs[objective], "-".join(map(str, cell)), argv))
+        launch_jobs(world_size, jobs)
     failures = []
     for cell in cells:
         records, weights = read_job_result(out, "-".join(map(str, cell)))
-        expected, expected_weights = references[cell[3:]]
         records = [record for record in records if record["kind"] in ("step", "eval")]
-        difference = RunDifference.between((records, weights), (expected, expected_weights))
+        difference = RunDifference.between((records, weights), references[cell[3:]])
         print(*cell, difference)
         if not difference.is_rounding():
             failures.append((cell, difference))
     assert not failures
 
 
-def test_a_sample_of_ranks_batches_and_zero_files_equals_the_plain_loop(tiny_model, data_files, data_dirs, tmp_path):
-    assert_cells_match(SAMPLE_CELLS, tiny_model, data_files, data_dirs, tmp_path)
+@pytest.mark.parametrize(
+    "cells", [SAMPLE_CELLS, pytest.param(ALL_CELLS, marks=[pytest.mark.sweep, pytest.mark.timeout(3600)])],
+    ids=["sample", "all"],
+)  # fmt: skip
+def test_ranks_batches_and_zero_files_equal_the_plain_loop(cells, tiny_model, data_files, data_dirs, tmp_path):
+    assert_cells_match(cells, tiny_model, data_files, data_dirs, tmp_path)
 
 
 def test_the_gradient_norm_is_reported_before_clipping_under_every_zero_stage(
     tiny_model, data_files, data_dirs, tmp_path
 ):
     """AdamW's first moment after one step is a tenth of the clipped gradient, so it shows what clipping left."""
-    clip = 0.01
-    argv = [
-        *make_argv(tiny_model, data_files, "full", "blocks"),
-        "--max-grad-norm",
-        str(clip),
-        "--max-steps",
-        "1",
-        "--micro-batch",
-        "1",
-    ]
-    (_, expected, _), _ = train_plain_loop(argv, data_dirs["blocks"])
-    jobs = [
-        {"name": zero, "flags": [*argv, "--ds-config", zero], "data": str(data_dirs["blocks"]), "out": str(tmp_path)}
-        for zero in DS_CONFIG_NAMES
-    ]
-    launch_jobs(2, jobs, tmp_path / "log")
+    clip, data = 0.01, data_dirs["blocks"]
+    argv = make_argv(tiny_model, data_files, "full", "blocks")
+    argv += f"--max-grad-norm {clip} --max-steps 1 --micro-batch 1".split()
+    (_, expected, _), _ = train_plain_loop(argv, data)
+    launch_jobs(2, [make_job(tmp_path, data, zero, [*argv, "--ds-config", zero]) for zero in DS_CONFIG_NAMES])
     assert expected["grad_norm"] > 100 * clip
     for zero in DS_CONFIG_NAMES:
         (step,) = [row for row in read_job_result(tmp_path, zero)[0] if row["kind"] == "step"]
@@ -125,9 +106,3 @@ def test_the_gradient_norm_is_reported_before_clipping_under_every_zero_stage(
         moments = [value.astype(np.float64) for name, value in state.items() if name.startswith("exp_avg/")]
         left = sum((value**2).sum() for value in moments) ** 0.5 / (1 - 0.9)
         assert left == pytest.approx(clip, rel=1e-5), zero
-
-
-@pytest.mark.sweep
-@pytest.mark.timeout(3600)
-def test_all_ranks_batches_and_zero_files_equal_the_plain_loop(tiny_model, data_files, data_dirs, tmp_path):
-    assert_cells_match(ALL_CELLS, tiny_model, data_files, data_dirs, tmp_path)

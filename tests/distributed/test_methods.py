@@ -6,13 +6,12 @@ The default run takes each adapter, each packing and each optimizer once; all th
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks
-from helpers.matrix import launch_jobs, read_job_result, run_jobs
+from helpers.matrix import launch_jobs, make_job, read_job_result, run_jobs
 from helpers.method_matrix import STOP_STEP, read_method_result, run_resume_and_export
 from helpers.process_groups import reproducible_records
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
@@ -46,52 +45,42 @@ def argv(wide_model: str, data_files: tuple[str, str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def data_dir(argv: list[str], wide_model: str) -> str:
+def data_dir(argv: list[str]) -> str:
     return str(prepare_data(argv))
-
-
-def make_job(out: Path, data_dir: str, argv: list[str], name: str, *flags: str) -> dict[str, Any]:
-    return {"name": name, "flags": [*argv, *flags], "data": data_dir, "out": str(out)}
 
 
 def method_flags(adapter: str, quant: str | None, optim: str) -> list[str]:
     return ["--adapter", adapter, "--optim", optim, *(["--quant", quant] if quant else [])]
 
 
-def assert_promises(out: Path, name: str) -> dict[str, Any]:
-    """Assert the three promises of one run; returns its facts."""
+def assert_promises(out: Path, name: str) -> None:
+    """Assert the three promises of one run."""
     records, resumed_records, is_bitwise_equal, result = read_method_result(out, name)
     evals = [row["loss"] for row in records if row["kind"] == "eval"]
     assert evals[-1] < evals[0], (name, evals)
     assert reproducible_records(resumed_records, STOP_STEP) == reproducible_records(records, STOP_STEP), name
     assert is_bitwise_equal, f"{name}: weights differ after a resume"
     assert result["trained_loss"] == result["recorded"], name
-    assert result["logits_difference"] <= LOGITS_BOUND * max(1.0, result["largest"]), (
-        name,
-        result["logits_difference"],
-    )
+    logits_difference = result["logits_difference"]
+    assert logits_difference <= LOGITS_BOUND * max(1.0, result["largest"]), (name, logits_difference)
     assert result["loss"] == pytest.approx(result["recorded"], rel=1e-6), name
-    assert result["tied"] == result["tied_here"]
-    assert result["tied"]
+    assert result["tied"] is result["tied_here"] is True
     assert result["stored_dtypes"] == ["F32"]
-    print(f"{name}: {evals[0]:.4f} -> {evals[-1]:.4f}, logits differ by {result['logits_difference']:.1e}, "
+    print(f"{name}: {evals[0]:.4f} -> {evals[-1]:.4f}, logits differ by {logits_difference:.1e}, "
           f"{result['optimizer_bytes']} bytes of state")  # fmt: skip
-    return result
 
 
 def assert_all_promises(out: Path, data_dir: str, argv: list[str], methods: list[tuple[str, str | None, str]]) -> None:
-    jobs = [make_job(out, data_dir, argv, "-".join(map(str, m)), *method_flags(*m)) for m in methods]
-    for start in range(0, len(jobs), JOBS_PER_LAUNCH):
-        launch_jobs(1, jobs[start : start + JOBS_PER_LAUNCH], out / "log", run_resume_and_export)
+    jobs = [make_job(out, data_dir, "-".join(map(str, m)), [*argv, *method_flags(*m)]) for m in methods]
+    launch_jobs(1, jobs, target=run_resume_and_export, jobs_per_launch=JOBS_PER_LAUNCH)
     for job in jobs:
         assert_promises(out, job["name"])
 
 
 def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(argv, data_dir, tmp_path):
     assert_all_promises(tmp_path, data_dir, argv, EACH_ONCE)
-    other = make_job(tmp_path, data_dir, argv, "other", "--optim", "adamw", "--quant", "fp4") | {
-        "resume": ["lora-fp4-adamw8bit", STOP_STEP]
-    }
+    flags, source = [*argv, "--optim", "adamw", "--quant", "fp4"], ["lora-fp4-adamw8bit", STOP_STEP]
+    other = make_job(tmp_path, data_dir, "other", flags, resume=source)
     assert run_on_ranks(1, run_jobs, [other], log=tmp_path / "other.log") == 1
     assert "the checkpoint holds the moments of another kind of --optim" in (tmp_path / "other.log").read_text()
 
@@ -112,27 +101,23 @@ SAMPLE_METHODS = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict")]
 def assert_methods_agree(
     out: Path, data_dir: str, argv: list[str], strict_zero_file: str, cases: list[tuple[str, str]]
 ) -> None:
-    """Every promise of `holds`, and the same losses under each ZeRO file within the bounds of test_invariance.py.
+    """Every promise, and the same losses under each ZeRO file within the bounds of test_invariance.py.
 
     Layers in int8 round what goes into them to 8 bits too: there a last bit can turn into another code.
     """
-    extra_flags = {z: ["--micro-batch", "1", "--ds-config", strict_zero_file if z == "strict" else z] for _, z in cases}
-    jobs = [
-        make_job(out, data_dir, argv, f"{method}-{zero}", *METHOD_FLAGS[method].split(), *extra_flags[zero])
-        for method, zero in cases
-    ]
-    for start in range(0, len(jobs), JOBS_PER_LAUNCH):
-        launch_jobs(2, jobs[start : start + JOBS_PER_LAUNCH], out / "log", run_resume_and_export)
+    jobs = []
     for method, zero in cases:
-        assert_promises(out, f"{method}-{zero}")
-        losses, first = (
-            [row["loss"] for row in read_method_result(out, name)[0] if "loss" in row]
-            for name in (f"{method}-{zero}", next(f"{w}-{z}" for w, z in cases if w == method))
-        )
-        assert losses == pytest.approx(first, rel=INT8_TOLERANCE if method == "int8" else LOSS_TOLERANCE), (
-            method,
-            zero,
-        )
+        zero_flags = ["--micro-batch", "1", "--ds-config", strict_zero_file if zero == "strict" else zero]
+        flags = [*argv, *METHOD_FLAGS[method].split(), *zero_flags]
+        jobs.append(make_job(out, data_dir, f"{method}-{zero}", flags))
+    launch_jobs(2, jobs, target=run_resume_and_export, jobs_per_launch=JOBS_PER_LAUNCH)
+    first_losses: dict[str, list[float]] = {}
+    for method, zero in cases:
+        name = f"{method}-{zero}"
+        assert_promises(out, name)
+        losses = [row["loss"] for row in read_job_result(out, name)[0] if "loss" in row]
+        tolerance = INT8_TOLERANCE if method == "int8" else LOSS_TOLERANCE
+        assert losses == pytest.approx(first_losses.setdefault(method, losses), rel=tolerance), name
 
 
 @pytest.fixture(scope="module")
@@ -154,35 +139,19 @@ def test_every_method_learns_resumes_and_exports_under_every_zero_stage(
     method, argv, data_dir, strict_zero_file, tmp_path
 ):
     refused = {"int8": ("zero3", "zero3_offload", "strict"), "codes": (*DS_CONFIG_NAMES[1:], "strict")}.get(method, ())
-    assert_methods_agree(
-        tmp_path,
-        data_dir,
-        argv,
-        strict_zero_file,
-        [(method, z) for z in (*DS_CONFIG_NAMES, "strict") if z not in refused],
-    )
+    cases = [(method, zero) for zero in (*DS_CONFIG_NAMES, "strict") if zero not in refused]
+    assert_methods_agree(tmp_path, data_dir, argv, strict_zero_file, cases)
 
 
 def test_lora_plus_moves_only_the_b_matrices_faster(argv, data_dir, tmp_path):
     """The first update of AdamW is lr * sign(gradient), and B begins at zero: the ratio is read off the weights."""
+    flags = [*argv, "--max-steps", "1", "--max-grad-norm", "0", "--lora-plus-ratio"]
     jobs = [
-        make_job(
-            tmp_path,
-            data_dir,
-            argv,
-            name,
-            "--max-steps",
-            "1",
-            "--max-grad-norm",
-            "0",
-            "--lora-plus-ratio",
-            ratio,
-            *zero,
-        )
-        for name, ratio, zero in (("one", "1", ()), ("eight", "8", ()), ("eight-zero2", "8", ("--ds-config", "zero2")))
+        make_job(tmp_path, data_dir, name, [*flags, *more])
+        for name, more in (("one", ["1"]), ("eight", ["8"]), ("divided", ["8", "--ds-config", "zero2"]))
     ]
-    launch_jobs(1, jobs, tmp_path / "log")
-    (_, ratio_one), (_, eight), (_, divided) = (read_job_result(tmp_path, each["name"]) for each in jobs)
+    launch_jobs(1, jobs)
+    ratio_one, eight, divided = (read_job_result(tmp_path, job["name"])[1] for job in jobs)
     for name, weight in ratio_one.items():
         assert np.allclose(eight[name], weight * 8 if ".lora_B." in name else weight, rtol=1e-5), name
         assert np.allclose(divided[name], eight[name], rtol=1e-6), name

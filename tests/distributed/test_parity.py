@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.engines import prepare_data
-from helpers.matrix import launch_jobs, read_job_result
+from helpers.matrix import launch_jobs, make_job, read_job_result
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import TRAINER_EVAL_TOLERANCE, TRAINER_LOSS_TOLERANCE, TRAINER_NORM_TOLERANCE
 
@@ -59,11 +59,9 @@ def run_hugging_face_trainer(model: str, data: Path, out: Path, **overrides: Any
     prepared = load(data)
     torch.set_num_threads(1)  # the model is so small that a second one only waits
     trainer = InOrder(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        args=arguments,
-        train_dataset=blocks(prepared.train),
-        eval_dataset=blocks(prepared.val),
-    )
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=arguments,
+        train_dataset=blocks(prepared.train), eval_dataset=blocks(prepared.val),
+    )  # fmt: skip
     trainer.train()
     return trainer.state.log_history
 
@@ -75,26 +73,21 @@ def data_dir(tiny_model: str, data_files: tuple[str, str]) -> Path:
 
 def train_runs(out: Path, data: Path, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
     """{name: rows} of runs of ours on one rank."""
-    rank_jobs = [{"name": name, "flags": argv, "data": str(data), "out": str(out)} for name, argv in jobs.items()]
-    launch_jobs(1, rank_jobs, out / "log")
+    launch_jobs(1, [make_job(out, data, name, argv) for name, argv in jobs.items()])
     return {name: read_job_result(out, name)[0] for name in jobs}
 
 
 def test_the_card_preset_follows_hugging_faces_trainer_step_by_step(tiny_model, data_files, data_dir, tmp_path):
     faster = ["--lr", "1e-3"]  # the weights move thirty times as far, so that more than the start is compared
-    rows = train_runs(
-        tmp_path,
-        data_dir,
-        {"card": card_argv(tiny_model, data_files), "faster": card_argv(tiny_model, data_files, *faster)},
-    )
+    argvs = {"card": card_argv(tiny_model, data_files), "faster": card_argv(tiny_model, data_files, *faster)}
+    rows = train_runs(tmp_path, data_dir, argvs)
     for name, changed in (("card", {}), ("faster", {"learning_rate": 1e-3})):
         log = run_hugging_face_trainer(tiny_model, data_dir, tmp_path, **changed)
         theirs = [row for row in log if "loss" in row]
         steps = [row for row in rows[name] if row["kind"] == "step"]
         assert [row["step"] for row in theirs] == [row["step"] for row in steps] == list(range(1, STEPS + 1))
         pairs = list(zip(steps, theirs, strict=True))
-        loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in pairs)
-        norm = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in pairs)
+        loss, norm = (max(abs(a[key] / b[key] - 1) for a, b in pairs) for key in ("loss", "grad_norm"))
         evaluated = {row["step"]: row["eval_loss"] for row in log if "eval_loss" in row}
         mine = {row["step"]: row["loss"] for row in rows[name] if row["kind"] == "eval" and row["step"]}
         assert mine.keys() == evaluated.keys()

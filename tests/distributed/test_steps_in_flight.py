@@ -1,31 +1,22 @@
 """Steps that are asked for before the numbers of those before them are read, as on a GPU: nothing else changes."""
 
-import json
 import math
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from helpers.matrix import launch_jobs, make_argv
+from helpers.engines import joined_ranks, start_engine
+from helpers.matrix import launch_jobs, make_argv, make_job
 from safetensors.torch import load_file
 
-from trainer.config import cli
 from trainer.config.errors import TrainingError
-from trainer.data.dataset import load
 from trainer.distributed import engine as engine_module
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import destroy_process_group, init_distributed
-from trainer.model.build import build_model, load_config
-from trainer.run import build_engine
-from trainer.tracking.records import EvalRecord, EventRecord, StepRecord
-from trainer.training import checkpoint
-from trainer.training.checkpoint import CheckpointManager
+from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
+from trainer.training.checkpoint import STATE_FILE, resolve_checkpoint
 from trainer.training.loop import train
-from trainer.training.run_plan import make_plan
-from trainer.training.train_state import TrainState
 
 CallLog = list[tuple[str, int]]
 
@@ -67,20 +58,26 @@ def reads_of_a_late_device(call_log: CallLog) -> list[tuple[int, int]]:
     return reads
 
 
-def completion_argv(tiny_model: str, data_files: tuple[str, str], *flags: str) -> list[str]:
-    return [*make_argv(tiny_model, data_files, "full", "completion"), "--micro-batch", "1", *flags]
+@pytest.fixture
+def make_completion_job(tiny_model: str, data_files: tuple[str, str], data_dir: Path, tmp_path: Path) -> Any:
+    """A function: the job of that name with these flags."""
+
+    def make(name: str, *flags: str, **options: Any) -> dict[str, Any]:
+        argv = [*make_argv(tiny_model, data_files, "full", "completion"), "--micro-batch", "1", "--eval-every", "never"]
+        return make_job(tmp_path, data_dir, name, [*argv, *flags], **options)
+
+    return make
 
 
-def prepare_job(job: dict[str, Any], dist_context: Any) -> tuple[Any, ...]:
-    settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
-    model = build_model(settings)
-    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
-    plan = replace(plan, execution=replace(plan.execution, steps_in_flight=2))
-    engine, state = build_engine(plan, model, None)
-    checkpoint_manager = CheckpointManager(
-        Path(job["out"]) / job["name"], dist_context, save_total_limit=99, identity={"base": "test"}
-    )
-    return engine, data, plan.schedule, state, checkpoint_manager
+def checkpoint_folder(job: dict[str, Any]) -> Path:
+    return Path(job["out"]) / f"{job['name']}-checkpoints"
+
+
+def train_in_flight(job: dict[str, Any], dist_context: Any, should_stop: Callable[[], bool]) -> Iterator[Record]:
+    """The records of a run in which one more step is under way than is read."""
+    run = start_engine({**job, "execution": {"steps_in_flight": 2}}, dist_context)
+    manager = run.checkpoint_manager(checkpoint_folder(job))
+    return train(run.engine, run.data, run.plan.schedule, run.state, manager, should_stop)
 
 
 def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
@@ -88,126 +85,67 @@ def run_non_finite_jobs(jobs: list[dict[str, Any]]) -> int:
     call_log: CallLog = []
     log_steps(call_log)
     original = Engine.forward_backward
-    dist_context = init_distributed()
-    for job in jobs:
-        del call_log[:]
-        bad_step = job["bad"] - 1
+    with joined_ranks() as dist_context:
+        for job in jobs:
+            del call_log[:]
+            last_good = job["bad"] - 1
 
-        def forward_backward(
-            self: Any, micro_batch: Any, *, step: int, num_target_tokens: int, bad_step: int = bad_step
-        ) -> Any:
-            loss_sum = original(self, micro_batch, step=step, num_target_tokens=num_target_tokens)
-            return loss_sum * math.nan if step == bad_step and dist_context.rank == 0 else loss_sum
+            def forward_backward(self: Any, *args: Any, step: int, last_good: int = last_good, **kwargs: Any) -> Any:
+                loss_sum = original(self, *args, step=step, **kwargs)
+                return loss_sum * math.nan if step == last_good and dist_context.rank == 0 else loss_sum
 
-        Engine.forward_backward = forward_backward  # type: ignore[method-assign]
-        engine, data, schedule, state, checkpoint_manager = prepare_job(job, dist_context)
-        records = []
-        with pytest.raises(
-            TrainingError, match=f"step {job['bad']}: loss nan; the weights are those after step {bad_step},"
-        ):
-            records += list(
-                collect_records(train(engine, data, schedule, state, checkpoint_manager, lambda: False), records)
-            )
-        steps = [row.step for row in records if isinstance(row, StepRecord)]
-        assert steps == list(range(1, bad_step + 1))
-        assert isinstance(records[-1], EventRecord)
-        assert records[-1].event == "not_finite"
-        for index, num_launched in reads_of_a_late_device(call_log):
-            assert num_launched == min(index + 2, job["bad"] + 1), "one more step is under way while this one is read"
-        if dist_context.rank == 0:
-            weights = {name: tensor.numpy().copy() for name, tensor in engine.state.gather_weights()}
-            np.savez(Path(job["out"]) / f"{job['name']}.npz", **weights)
-            (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps({"told": call_log}))
-        else:
-            list(engine.state.gather_weights())
-    destroy_process_group()
+            Engine.forward_backward = forward_backward  # type: ignore[method-assign]
+            records: list[Any] = []
+            message = f"step {job['bad']}: loss nan; the weights are those after step {last_good},"
+            with pytest.raises(TrainingError, match=message):  # noqa: PT012  # what comes before the error is kept
+                for record in train_in_flight(job, dist_context, lambda: False):
+                    records.append(record)
+            assert [row.step for row in records if isinstance(row, StepRecord)] == list(range(1, last_good + 1))
+            assert isinstance(records[-1], EventRecord)
+            assert records[-1].event == "not_finite"
+            for index, num_launched in reads_of_a_late_device(call_log):
+                assert num_launched == min(index + 2, job["bad"] + 1), "one more step is under way while this is read"
+            last_launched = max(number for what, number in call_log if what == "asked")
+            assert last_launched == job["bad"], "one more, counted from zero"
     return 0
 
 
-def collect_records(stream: Any, records: list[Any]) -> Any:
-    """Everything that comes, kept even where the stream then raises."""
-    for record in stream:
-        records.append(record)
-    return ()
-
-
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.sweep), 2])
-def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(
-    ranks,
-    tiny_model,
-    data_files,
-    data_dir,
-    tmp_path,
-):
-    """Neither has the one that was asked for after it: weights and the checkpoint are those before the bad one."""
-    flag = ("--eval-every", "never", "--save-every", "never")
-    jobs = [
-        {"name": f"{zero}-{bad}", "bad": bad, "data": str(data_dir), "out": str(tmp_path),
-         "flags": completion_argv(tiny_model, data_files, "--ds-config", zero, *flag)}
-        for zero in ("zero0", "zero1") for bad in (2, 4)
-    ]  # fmt: skip
-    launch_jobs(ranks, jobs, tmp_path / "log", run_non_finite_jobs)
-    every = [
-        {"name": zero, "data": str(data_dir), "out": str(tmp_path),
-         "flags": completion_argv(tiny_model, data_files, "--ds-config", zero, "--eval-every", "never",
-             "--save-every", "1")}
-        for zero in ("zero0", "zero1")
-    ]  # fmt: skip
-    launch_jobs(ranks, every, tmp_path / "log")
+def test_a_non_finite_step_in_flight_is_found_late_and_has_changed_no_weight(ranks, make_completion_job):
+    """Neither has the one that was asked for after it: the checkpoint is that before the bad one."""
+    jobs, whole_jobs = [], {}
+    for zero in ("zero0", "zero1"):
+        flags = ("--ds-config", zero, "--save-every")
+        jobs += [make_completion_job(f"{zero}-{bad}", *flags, "never", bad=bad, zero=zero) for bad in (2, 4)]
+        whole_jobs[zero] = make_completion_job(zero, *flags, "1")
+    launch_jobs(ranks, jobs, target=run_non_finite_jobs)
+    launch_jobs(ranks, list(whole_jobs.values()))
     for job in jobs:
-        before, zero = job["bad"] - 1, job["name"].partition("-")[0]
-        calls = json.loads((tmp_path / f"{job['name']}.json").read_text())["told"]
-        last_launched = max(number for what, number in calls if what == "asked")
-        assert last_launched == job["bad"], "one more, counted from zero"
-        good = load_file(
-            checkpoint.resolve_checkpoint(tmp_path / f"{zero}-checkpoints", f"step-{before}").folder
-            / checkpoint.STATE_FILE
-        )
-        weights = load_file(
-            checkpoint.resolve_checkpoint(tmp_path / job["name"], "latest").folder / checkpoint.STATE_FILE
+        good, weights = (
+            load_file(resolve_checkpoint(checkpoint_folder(which), name).folder / STATE_FILE)
+            for which, name in ((whole_jobs[job["zero"]], f"step-{job['bad'] - 1}"), (job, "latest"))
         )
         assert good.keys() == weights.keys()
         assert all(torch.equal(weights[name], tensor) for name, tensor in good.items())
 
 
-def run_stopped_jobs(jobs: list[dict[str, Any]]) -> int:
+def run_stopped_job(jobs: list[dict[str, Any]]) -> int:
     """On a rank: a signal comes while the fourth step is asked for."""
     call_log: CallLog = []
     log_steps(call_log)
-    dist_context = init_distributed()
-    for job in jobs:
-        del call_log[:]
-        engine, data, schedule, state, checkpoint_manager = prepare_job(job, dist_context)
-        stream = train(
-            engine,
-            data,
-            schedule,
-            state,
-            checkpoint_manager,
-            lambda: sum(event == "asked" for event, _ in call_log) >= 4,
-        )
-        records = []
-        while True:
-            try:
-                records.append(next(stream))
-            except StopIteration as stop:
-                last_state: TrainState = stop.value
-                break
+
+    def num_asked() -> int:
+        return sum(event == "asked" for event, _ in call_log)
+
+    with joined_ranks() as dist_context:
+        records: list[Any] = list(train_in_flight(jobs[0], dist_context, lambda: num_asked() >= 4))
         steps = [row.step for row in records if isinstance(row, StepRecord)]
-        assert steps == list(range(1, last_state.step + 1))
-        assert len(steps) == sum(event == "asked" for event, _ in call_log), "what was asked for is told of"
+        assert steps == list(range(1, num_asked() + 1)), "what was asked for is told of"
         assert records[-1].event == "interrupted"
         assert not [row for row in records if isinstance(row, EvalRecord) and row.step]
-        assert checkpoint.resolve_checkpoint(checkpoint_manager.folder, "latest").step == last_state.step < 9
-    destroy_process_group()
+        assert resolve_checkpoint(checkpoint_folder(jobs[0]), "latest").step == records[-1].step == len(steps) < 9
     return 0
 
 
-def test_a_stop_waits_for_the_step_in_flight_and_saves_it(tiny_model, data_files, data_dir, tmp_path):
-    flag = completion_argv(tiny_model, data_files, "--eval-every", "never", "--save-every", "never")
-    launch_jobs(
-        2,
-        [{"name": "one", "flags": flag, "data": str(data_dir), "out": str(tmp_path)}],
-        tmp_path / "log",
-        run_stopped_jobs,
-    )
+def test_a_stop_waits_for_the_step_in_flight_and_saves_it(make_completion_job):
+    launch_jobs(2, [make_completion_job("one", "--save-every", "never")], target=run_stopped_job)

@@ -1,12 +1,21 @@
 """The learning rate: linear warm-up, linear to zero, number by number as Hugging Face's scheduler."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
+from trainer.config.presets import resolve
 from trainer.training.lr_schedule import learning_rate, num_decay_steps
 
 CARD = {"peak_lr": 3e-5, "warmup_steps": 0, "total_steps": 19_863}  # the card's rate and its 3 x 6,621 steps
+
+
+def rates(steps: Iterable[int], **options: Any) -> list[float]:
+    """At these steps, of a peak of 1 and 8 steps in all."""
+    return [learning_rate(step, **{"peak_lr": 1.0, "warmup_steps": 0, "total_steps": 8, **options}) for step in steps]
 
 
 def test_without_warmup_the_lr_falls_from_the_peak_to_one_decay_step_above_zero() -> None:
@@ -15,41 +24,19 @@ def test_without_warmup_the_lr_falls_from_the_peak_to_one_decay_step_above_zero(
     assert learning_rate(19_863, **CARD) == 0.0
 
 
-def test_the_learning_rate_falls_by_the_same_amount_every_step() -> None:
-    rates = [learning_rate(step, peak_lr=1.0, warmup_steps=0, total_steps=8) for step in range(9)]
-    assert rates == [1 - step / 8 for step in range(9)]
-
-
 def test_lr_warmup_rises_from_zero_to_the_peak_and_then_the_decay_begins() -> None:
-    rates = [learning_rate(step, peak_lr=1.0, warmup_steps=4, total_steps=8) for step in range(9)]
-    assert rates == [0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert rates(range(9)) == [1 - step / 8 for step in range(9)], "by the same amount every step"
+    assert rates(range(9), warmup_steps=4) == [0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def test_the_learning_rate_never_goes_below_zero_after_the_end() -> None:
-    assert learning_rate(12, peak_lr=1.0, warmup_steps=0, total_steps=8) == 0.0
-    assert learning_rate(9, peak_lr=1.0, warmup_steps=8, total_steps=8) == 0.0
-
-
-@pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 11), (5, 5), (0, 1)])
-def test_the_learning_rate_is_that_of_hugging_faces_linear_scheduler(warmup: int, total: int) -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import get_linear_schedule_with_warmup
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    scheduler = get_linear_schedule_with_warmup(optimizer, warmup, total)
-    for step in range(total):
-        assert learning_rate(step, peak_lr=0.3, warmup_steps=warmup, total_steps=total) == scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
+    assert rates([12]) == rates([9], warmup_steps=8) == [0.0]
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 0.06])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 7), (3, 11), (5, 5), (0, 1), (2, 40)])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
 def test_every_schedule_is_transformers_formula_step_by_step(schedule: Any, warmup: int, total: int, min_lr: float):
-    torch = pytest.importorskip("torch")
-    import transformers
-
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     scheduler = {
         "linear": lambda: transformers.get_linear_schedule_with_warmup(optimizer, warmup, total),
@@ -71,16 +58,11 @@ def test_every_schedule_is_transformers_formula_step_by_step(schedule: Any, warm
 
 
 def test_a_linear_schedule_ends_at_the_minimum_rate() -> None:
-    options: Any = {"peak_lr": 1.0, "warmup_steps": 0, "total_steps": 8, "min_lr": 0.2}
-    assert [learning_rate(step, **options) for step in (0, 4, 8, 9)] == pytest.approx([1.0, 0.6, 0.2, 0.2], rel=1e-15)
+    assert rates((0, 4, 8, 9), min_lr=0.2) == pytest.approx([1.0, 0.6, 0.2, 0.2], rel=1e-15)
 
 
 def test_the_warm_up_share_is_rounded_up_as_transformers_does(tmp_path: Any) -> None:
-    from transformers import TrainingArguments
-
-    from trainer.config.presets import resolve
-
     train = resolve("full", "demo", {"train": {"warmup_ratio": 0.03}}).train
-    arguments = TrainingArguments(output_dir=str(tmp_path), warmup_steps=0.03, use_cpu=True, report_to=[])
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), warmup_steps=0.03, use_cpu=True, report_to=[])
     for total in (1, 10, 33, 34, 100, 19_863):
         assert train.num_warmup_steps(total) == arguments.get_warmup_steps(total)
