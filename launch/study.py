@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.wandb_report is not None:
             from trainer.report.wandb_report import parse_target
 
-            parse_target(args.wandb_report)
+            args.wandb_report = parse_target(args.wandb_report)
         if args.join is not None:
             _refuse_rule_flags(args, train_argv, parser)
         elif not _plan(args, train_argv, parser):
@@ -91,7 +91,11 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
 
     start_time = time.monotonic()
     runs = [partial(planning.run_train, slot) for slot in worker.make_slots(args.workers, args.gpus_per_trial)]
-    worker.check_train_argv(train_argv)
+    for argument in train_argv:
+        if argument.partition("=")[0] in worker.RESERVED_FLAGS:
+            raise UserError(
+                f"{argument}: the study sets it for each of its runs; expected other flags of launch/train.py"
+            )
     has_test_data = any(argument.partition("=")[0] == "--test-data" for argument in train_argv)
     passed_argv = [*(["--test-fraction", "0"] if has_test_data else []), *train_argv]
     settings = parse_args(["--mode", "full", *worker.DEFAULT_ARGV, *passed_argv], companion=parser).settings
@@ -122,10 +126,8 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
         study_rule = planning.fit_to_budget(study_rule, seconds_left, costs, args.workers)
     elif args.budget is not None:  # what the time is for was decided when the study began
         study_rule = planning.cut_like(rule.read_rule(args.output_dir)[0], study_rule)
-    for line in planning.plan_study(study_rule, costs, args.workers).lines():
+    for line in planning.describe_plan(study_rule, costs, args.workers):
         print(line, flush=True)
-    for line in study_rule.left_out:
-        print(f"left out: {line}", flush=True)
     if not args.dry_run:
         rule.write_rule(args.output_dir, study_rule, working_dir=str(Path.cwd()))
         print(f"rule {study_rule.sha256[:12]} in {args.output_dir / rule.RULE_FILE}", flush=True)
@@ -183,9 +185,9 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
     exploratory = [line for line in verdict.details if line.startswith("Exploratory: ")]
     print_verdict(verdict, [*exploratory, f"a page to send: {paths[0]} (for machines: answer.json beside it)"])
     if args.wandb_report is not None:
-        from trainer.report.wandb_report import parse_target, save_report
+        from trainer.report.wandb_report import save_report
 
-        print(f"W&B Report: {save_report(comparison, *parse_target(args.wandb_report), study.folder)}")
+        print(f"W&B Report: {save_report(comparison, *args.wandb_report, study.folder)}")
     return REFUSED_EXIT_CODE if verdict.comparisons[0].is_margin_under_floor else 0
 
 

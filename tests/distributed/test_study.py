@@ -9,17 +9,18 @@ import json
 import os
 import random
 import runpy
-import signal
 import subprocess
 import threading
 import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from helpers.process_groups import wait_until
 from helpers.study_rules import make_candidate, make_trial
 from helpers.study_rules import make_rule as make_study_rule
 
@@ -43,9 +44,8 @@ if "--dry-run" in sys.argv:
     print("test           " + os.environ.get("STUB_TEST", "40 blocks") + ", 800 counted tokens")
     print("data           a.csv: 90 blocks, 900 tokens, fingerprint " + os.environ.get("STUB_DATA", "d1" * 6))
     sys.exit(0)
-from helpers.fake_runs import make_metadata
-from trainer.data.row_info import RowInfo
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
+from helpers.fake_runs import make_metadata, make_records, write_eval_records
+from trainer.tracking.records import to_line
 out, lr = Path(flags["--output-dir"]), float(flags["--lr"])
 steps, seed = int(flags["--max-steps"]), int(flags.get("--seed", 42))
 def note(word):
@@ -53,11 +53,11 @@ def note(word):
         file.write(f"{word} {out.name} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}\\n")
 note("resumed" if "--resume" in sys.argv else "began")
 out.mkdir(parents=True, exist_ok=True)
-precision = "bf16" if seed == int(os.environ.get("STUB_BF16", 0)) else "fp32"
-group = os.environ["WANDB_RUN_GROUP"]
-metadata = make_metadata(flags["--mode"], seed=seed, name=out.name, resolved__precision=precision, resolved__lr=lr,
-                         wandb__group=group, model__step_flops=1e6,
-                         data__fingerprint=os.environ.get("STUB_DATA", "d1" * 6))
+metadata = make_metadata(
+    flags["--mode"], seed=seed, name=out.name, resolved__lr=lr, resolved__steps_per_epoch=steps, model__step_flops=1e6,
+    resolved__precision="bf16" if seed == int(os.environ.get("STUB_BF16", 0)) else "fp32",
+    data__fingerprint=os.environ.get("STUB_DATA", "d1" * 6),
+)
 (out / "run.json").write_text(json.dumps(metadata))
 time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
 if seed == int(os.environ.get("STUB_KILLED", 0)) and "--resume" not in sys.argv:
@@ -71,23 +71,17 @@ is_lora = flags["--mode"] == "lora"
 optimum = float(os.environ.get("STUB_LORA", "-3.0")) if is_lora else -4.0
 loss = 2 + 0.3 * (math.log10(lr) - optimum) ** 2 + 20 / steps + 1e-3 * (seed % 7)
 if flags.get("--export") != "none":
-    rows = RowInfo(ids=[f"{n:016x}" for n in range(40)], groups=[None] * 40, targets=[10 + n % 5 for n in range(40)],
-                   num_bytes=[40] * 40, in_train=[False] * 40)
-    noise, excess = float(os.environ.get("STUB_NOISE", 0.01)), float(os.environ.get("STUB_EXCESS", 0.05))
-    for step, level in ((0, 3.0), (steps, 2 + excess * is_lora)):
-        nll = [t * (level + noise * math.sin(n * seed + is_lora)) for n, t in enumerate(rows.targets)]
-        append_evaluation(out / EVAL_RECORDS_FILE, evaluation_table(rows, step=step, split="test", nll=nll))
-at = {"epoch": 1.0, "samples": 1}
-records = [{"kind": "step", "step": n, "tokens": n, "loss": 2.0, "lr": lr, "grad_norm": 1.0, "tokens_per_second": 1.0,
-            "time": n * (0.3 if is_lora else 0.4), **at} for n in range(1, steps + 1)]
-records += [{"kind": "eval", "tokens": 10 * steps, "loss": loss, "perplexity": 1.0, "eval_tokens": 1, **at},
-            {"kind": "epoch", "tokens": 10 * steps, "train_loss": 3.0, **at},
-            {"kind": "event", "event": "finished", "message": "", "facts": {"peak_memory_bytes": 3 if is_lora else 4}}]
-records = [{"step": steps, "time": 1.0, **record} for record in records]
-(out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in records))
+    levels = {0: 3.0, steps: 2.05 if is_lora else 2.0}
+    losses = {step: [level + 0.01 * math.sin(n * seed + is_lora) for n in range(40)] for step, level in levels.items()}
+    write_eval_records(out, losses, targets=[10 + n % 5 for n in range(40)], split="test")
+records = make_records(
+    metadata, losses={1: loss}, epochs=1, wall_seconds=steps * (0.3 if is_lora else 0.4),
+    peak_memory_bytes=3 if is_lora else 4,
+)
+(out / "metrics.jsonl").write_text("".join(to_line(record) + "\\n" for record in records))
 note("ended")
 """
-STUB_MODULES = ["helpers.fake_runs", "trainer.tracking.eval_records"]
+STUB_MODULES = ["helpers.fake_runs"]
 
 
 @pytest.fixture
@@ -106,9 +100,25 @@ def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None)
 
 
 run_study = runpy.run_path(str(ROOT / "launch" / "study.py"))["main"]
-
-
 make_rule = partial(make_study_rule, train_argv=("--data", "acled-demo"))
+
+
+def begin_study(stub_dir: Path) -> Study:
+    """Of one rung."""
+    write_rule(stub_dir / "study", make_rule(16, rungs=(16,)), working_dir=str(stub_dir))
+    return Study.open(stub_dir / "study")
+
+
+def stop_after(num_trials: int, lines: list[str]) -> dict[str, Any]:
+    """Options of `Study.run` by which it stops so soon, and what it logs goes to `lines`."""
+    should_stop = threading.Event()
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if len(lines) == num_trials:
+            should_stop.set()
+
+    return {"should_stop": should_stop, "log": log}
 
 
 def count_log(stub_dir: Path, word: str) -> Counter[str]:
@@ -159,15 +169,6 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     assert "rule.json: was changed after the fact: its contents have the hash" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_an_under_tuned_method_is_refused_with_its_own_exit_code(stub_dir, capsys, monkeypatch):
-    monkeypatch.setenv("STUB_LORA", "-12")
-    assert run_study(["--output-dir", "other", "--max-steps", "8", "--workers", "2"]) == 3
-    refusal = "refused to rank: lora is under-tuned: its best rate 1e-07 is the lowest that the study may try"
-    assert refusal in capsys.readouterr().err
-    assert not (stub_dir / "other" / "answer.json").exists()
-
-
 DRIVER = """
 import sys
 sys.path.insert(0, {launch!r})
@@ -195,11 +196,9 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
     argv = ["--max-steps", "8", "--workers", "1"]
     for _ in range(num_kills):
         process = start("--output-dir", "killed", *argv)
-        while not (stub_dir / "killed" / "rule.json").exists():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
+        wait_until((stub_dir / "killed" / "rule.json").exists)
         time.sleep(rng.uniform(1, 3))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.communicate()
     workers = [start("--output-dir", "killed", *argv), start("--join", "killed")]
     outputs = [process.communicate(timeout=300)[0] for process in workers]
@@ -215,23 +214,15 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
 
 
 def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypatch):
-    rule = make_rule(16, rungs=(16,))
-    write_rule(stub_dir / "study", rule, working_dir=str(stub_dir))
-    study = Study.open(stub_dir / "study")
+    study = begin_study(stub_dir)
     queue = TrialQueue(study.folder, "reader")
-    should_stop = threading.Event()
-    lines: list[str] = []
-
-    def log(line: str) -> None:
-        lines.append(line)
-        if len(lines) == 3:
-            should_stop.set()
-
+    stop_after_3 = stop_after(3, lines := [])
     diverging = make_trial(make_candidate("lora"))
     queue.enqueue([diverging])
     runner = worker.TrialRunner(
-        rule=rule, study_folder=study.folder, slot=make_slots(1, None)[0], queue=queue, should_stop=should_stop
-    )
+        rule=study.rule, study_folder=study.folder, slot=make_slots(1, None)[0], queue=queue,
+        should_stop=stop_after_3["should_stop"],
+    )  # fmt: skip
     claim, spec = queue.claim([diverging])
     assert study_table(study).caption == f"running: {spec.name}"
     assert runner.run(claim, spec).failure == "step 3: loss nan"
@@ -244,7 +235,7 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
         result = runner.run(claim, spec)
         assert (result.loss, result.failure) == (loss, "killed by signal 9" if loss is None else None)
         assert result.is_final == (loss is not None), "out of memory, or by somebody: it is tried again"
-    study.run(num_workers=1, gpus_per_trial=None, should_stop=should_stop, log=log)
+    study.run(num_workers=1, gpus_per_trial=None, **stop_after_3)
     assert len([line for line in lines if ": validation loss " in line]) == 3
     table = study_table(study)
     assert [column.header for column in table.columns][:4] == ["method", "done", "running", "failed"]
@@ -252,8 +243,7 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
 
 
 def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(stub_dir, monkeypatch):
-    write_rule(stub_dir / "study", make_rule(16, rungs=(16,)), working_dir=str(stub_dir))
-    study = Study.open(stub_dir / "study")
+    study = begin_study(stub_dir)
     monkeypatch.setenv("STUB_DATA", "e2" * 8)
     for message in ("its data have the fingerprint e2e2e2e2e2e2, those that the", "s1: --data a.csv: no such file"):
         with pytest.raises(UserError, match=message):
@@ -275,10 +265,7 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [slot.gpus for slot in make_slots(2, None)] == [(), ()]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    write_rule(stub_dir / "study", make_rule(16, rungs=(16,)), working_dir=str(stub_dir))
-    should_stop, lines = threading.Event(), []
-    log = lambda line: (lines.append(line), should_stop.set() if len(lines) == 4 else None)  # noqa: E731
-    Study.open(stub_dir / "study").run(num_workers=2, gpus_per_trial=1, should_stop=should_stop, log=log)
+    begin_study(stub_dir).run(num_workers=2, gpus_per_trial=1, **stop_after(4, lines=[]))
     seen = {line.split()[2] for line in (stub_dir / "log").read_text().splitlines() if line.startswith("began")}
     assert seen == {"4", "5"}
 
@@ -321,23 +308,32 @@ def test_a_storage_that_cannot_be_written_any_more_ends_the_study_in_one_line(st
 
     monkeypatch.setattr(TrialQueue, "enqueue", fail)
     assert run_study(["--output-dir", "study", "--max-steps", "8"]) == 2
+    line = f"error: {stub_dir / 'study'}: cannot be written (No space left on device); make room, and the same command"
+    assert capsys.readouterr().err == f"{line} goes on\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("STUB_BF16", "102", "s101 ran in fp32 on 1 x some cpu, None steps of torch 2.13.0, answer-"),
+        ("STUB_DIVERGES", "103", "refused to rank: answer-full-lr0.0001-t8-s103 failed"),
+        (
+            "STUB_LORA",
+            "-12",
+            "refused to rank: lora is under-tuned: its best rate 1e-07 is the lowest that the study may",
+        ),
+    ],
+)
+def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(
+    stub_dir, capsys, monkeypatch, variable, value, message
+):
+    monkeypatch.setenv(variable, value)
+    assert run_study(["--output-dir", "refused", "--max-steps", "8", "--workers", "2"]) == 3
     error = capsys.readouterr().err
-    assert error == (
-        f"error: {stub_dir / 'study'}: cannot be written (No space left on device); make room, and the same command "
-        "goes on\n"
-    )
-
-
-def test_an_answer_that_is_refused_has_its_own_exit_code_and_is_one_line(stub_dir, capsys, monkeypatch):
-    argv = ["--max-steps", "8", "--workers", "2"]
-    monkeypatch.setenv("STUB_BF16", "102")
-    assert run_study(["--output-dir", "mixed", *argv]) == 3
-    assert "s101 ran in fp32 on 1 x some cpu, None steps of torch 2.13.0, answer-" in (error := capsys.readouterr().err)
+    assert message in error
     assert error.count("\n") == 1
-    monkeypatch.setenv("STUB_BF16", "0")
-    monkeypatch.setenv("STUB_DIVERGES", "103")
-    assert run_study(["--output-dir", "failed", *argv]) == 3
-    assert "refused to rank: answer-full-lr0.0001-t8-s103 failed" in capsys.readouterr().err
+    assert not (stub_dir / "refused" / "answer.json").exists()
 
 
 @pytest.mark.parametrize(

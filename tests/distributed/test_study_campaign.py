@@ -17,8 +17,7 @@ from helpers.study_rules import make_rule as make_study_rule
 from trainer.report.paired_interval import paired_interval
 from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, TrialSpec
-from trainer.tools.study.trial_process import start_training
-from trainer.tools.study.worker import final_loss, make_slots, train_command, trial_argv
+from trainer.tools.study.worker import final_loss, make_slots, start_run, trial_argv
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(7200)]
@@ -34,11 +33,7 @@ def train_all(folder: Path, rule: Rule, argv_by_name: dict[str, list[str]]) -> N
 
     def train(item: tuple[int, tuple[str, list[str]]]) -> None:
         number, (name, argv) = item
-        log = folder / f"{name}.log"
-        command = train_command(slots[number % 2], argv, log)
-        with open(folder / f"{name}.lock", "w") as lock:
-            process = start_training(command, lock)
-            process.join()
+        start_run(slots[number % 2], argv, folder / f"{name}.log").join()
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(train, enumerate(argv_by_name.items())))

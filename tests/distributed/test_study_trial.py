@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers.tiny_inputs import tiny_argv
 
-from trainer.tools.study.trial_process import TrainCommand, start_training
+from trainer.tools.study.trial_process import start_training
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
@@ -14,9 +14,8 @@ TRAIN_SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 
 def run(script: Path, argv: list[str], log: Path, gpus: str = "") -> int | None:
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "OMP_NUM_THREADS": "1", "WANDB_RUN_GROUP": "study-a"}
-    with open(log.with_suffix(".lock"), "w") as lock:
-        process = start_training(TrainCommand(script=script, argv=tuple(argv), env=env, log=log), lock)
-        process.join(200)
+    process = start_training(script, argv, env=env, log=log)
+    process.join(200)
     return process.exitcode
 
 

@@ -22,40 +22,23 @@ import pytest
 import torch
 from helpers.launch_ranks import train
 from helpers.process_groups import (
-    RankProcesses,
-    inject_at_call,
+    FORWARD,
+    assert_resumes_like,
+    fault_at,
     last_logged_step,
+    list_checkpoints,
     read_events,
     read_records,
     read_reproducible_records,
+    run_to_error,
 )
-from helpers.tiny_inputs import TEMPLATE_FLAGS, make_tiny_gpt2, tiny_argv, write_records
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
 from trainer.tools.doctor.run_checks import inspect_run, move_aside
 from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.checkpoint_loading import load_weights
-
-STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--mode full --block-size 16 --global-batch 6 --max-steps {STEPS} --eval-every 3 --save-every 2"
-    return tiny_argv(tiny_model, data_files, f"{text} --save-total-limit 9 --ds-config zero2")
-
-
-@pytest.fixture(scope="module")
-def finished_run(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that ended well; tests copy it."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(argv, out=out, world_size=2)
-    return out
-
-
-def list_checkpoints(out: Path) -> list[str]:
-    return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
 def copy_until_step_4(finished_run: Path, out: Path) -> Path:
@@ -73,9 +56,8 @@ def copy_until_step_4(finished_run: Path, out: Path) -> Path:
 def mounted_tmpfs(folder: Path, options: str) -> Iterator[Path]:
     """A file system of its own at `folder`; skips where this user may not mount one."""
     folder.mkdir(exist_ok=True)
-    process = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, text=True
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    process = subprocess.run(mount, capture_output=True, text=True)
     if process.returncode:
         pytest.skip(f"cannot mount a file system here: {process.stderr.strip()}")
     try:
@@ -98,21 +80,13 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_with_one_line(argv, fini
     """A checkpoint of this model takes 110 kB: there is room for one and a half."""
     with mounted_tmpfs(tmp_path / "disk", "size=4m") as disk:
         out = disk / "run"
-        full = partial(inject_at_call, target_rank=0, module="trainer.training.checkpoint",
-            name="CheckpointManager.save", call_number=2,
-                       action=partial(fill_disk, disk, 65536))  # fmt: skip
-        group = RankProcesses(argv, out=out, fault=full)
-        assert group.wait() == [1, 1]
-        assert len(group.error_lines) == 1
-        assert (
-            "step-000004 not written: No space left on device; the checkpoints before it are whole"
-            in group.error_lines[0]
-        )
+        full = fault_at("trainer.training.checkpoint:CheckpointManager.save", 2, partial(fill_disk, disk, 65536))
+        error = run_to_error(argv, out=out, fault=full, exit_code=1)
+        assert "step-000004 not written: No space left on device; the checkpoints before it are whole" in error
         assert list_checkpoints(out) == ["step-000002"], "and nothing half-written takes up room"
         assert last_logged_step(out) == 4
         (disk / "filler").unlink()
-        train([*argv, "--resume"], out=out, world_size=2)
-        assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+        assert_resumes_like(finished_run, argv, out)
 
 
 def test_a_disk_that_fills_up_while_logging_ends_the_run_with_one_line(argv, tmp_path):
@@ -120,19 +94,10 @@ def test_a_disk_that_fills_up_while_logging_ends_the_run_with_one_line(argv, tmp
     flags = [*argv, "--max-steps", "12", "--eval-every", "1", "--save-every", "6", "--num-samples", "0"]
     with mounted_tmpfs(tmp_path / "disk", "size=4m") as disk:
         out = disk / "run"
-        full = partial(
-            inject_at_call,
-            target_rank=0,
-            module="trainer.distributed.engine",
-            name="Engine.forward_backward",
-            call_number=7,
-            action=partial(fill_disk, disk, 0),
-        )
-        group = RankProcesses(flags, out=out, fault=full)
-        assert group.wait() == [1, 1]
-        assert len(group.error_lines) == 1
+        full = fault_at(FORWARD, 7, partial(fill_disk, disk, 0))
+        error = run_to_error(flags, out=out, fault=full, exit_code=1)
         written = rf"cannot write {re.escape(str(out))}/(metrics\.jsonl|eval_records\.parquet): No space left on device"
-        assert re.search(written, group.error_lines[0]), group.error_lines
+        assert re.search(written, error)
         assert (out / "metrics.jsonl").read_bytes().endswith(b"\n"), "no half row"
         assert last_logged_step(out) > 6
         (disk / "filler").unlink()
@@ -147,18 +112,14 @@ def test_a_read_only_run_folder_is_refused(resume, argv, finished_run, tmp_path)
         if resume:
             copy_until_step_4(finished_run, disk / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        group = RankProcesses([*argv, *(["--resume"] if resume else [])], out=disk / "run")
-        assert group.wait() == [2, 2]
-    assert len(group.error_lines) == 1
-    assert f"{disk / 'run'}: cannot write there: Read-only file system" in group.error_lines[0]
+        error = run_to_error([*argv, *(["--resume"] if resume else [])], out=disk / "run")
+    assert f"{disk / 'run'}: cannot write there: Read-only file system" in error
 
 
 def test_a_run_folder_under_a_file_is_refused(argv, tmp_path):
     (tmp_path / "file").write_text("")
-    group = RankProcesses(argv, out=tmp_path / "file" / "run")
-    assert group.wait() == [2, 2]
-    assert len(group.error_lines) == 1
-    assert "cannot write there: Not a directory" in group.error_lines[0]
+    error = run_to_error(argv, out=tmp_path / "file" / "run")
+    assert "cannot write there: Not a directory" in error
 
 
 # --- damaged checkpoints -----------------------------------------------------------------------------------------
@@ -206,29 +167,24 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_otherwise(messa
 def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one_and_says_so(argv, finished_run, tmp_path):
     out = copy_until_step_4(finished_run, tmp_path / "run")
     flip_byte(out / "checkpoints" / "step-000004")
-    named = RankProcesses([*argv, "--resume", "step-4"], out=out)
-    assert named.wait() == [2, 2]
-    assert len(named.error_lines) == 1
-    assert "step-000004: state.safetensors was changed since it was written" in named.error_lines[0]
-    output = train([*argv, "--resume"], out=out, world_size=2)
+    error = run_to_error([*argv, "--resume", "step-4"], out=out)
+    assert "step-000004: state.safetensors was changed since it was written" in error
+    output = assert_resumes_like(finished_run, argv, out)
     message = read_events(out, "resumed")[0]["message"]
     assert message.startswith("resumed from step-000002")
     assert "passed over: " in message
     assert "step-000004: state.safetensors was changed" in message
     assert message in output, "and it is said on the terminal"
-    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
 
 
 def test_resuming_without_an_intact_checkpoint_is_refused(argv, finished_run, tmp_path):
     out = copy_until_step_4(finished_run, tmp_path / "run")
     for name in list_checkpoints(out):
         truncate_state(out / "checkpoints" / name)
-    group = RankProcesses([*argv, "--resume"], out=out)
-    assert group.wait() == [2, 2]
-    assert len(group.error_lines) == 1
-    assert "no whole checkpoint in" in group.error_lines[0]
-    assert "state.safetensors has" in group.error_lines[0]
-    assert last_logged_step(out) == STEPS, "nothing was touched"
+    error = run_to_error([*argv, "--resume"], out=out)
+    assert "no whole checkpoint in" in error
+    assert "state.safetensors has" in error
+    assert last_logged_step(out) == 8, "nothing was touched"
 
 
 def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_is_touched(
@@ -237,22 +193,18 @@ def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_
     out = copy_until_step_4(finished_run, tmp_path / "run")
     evaluations = out / "eval_records.parquet"
     flip_byte(out, evaluations.name, offset=60)
-    changed = RankProcesses([*argv, "--resume"], out=out)
-    assert changed.wait() == [2, 2]
+    changed = run_to_error([*argv, "--resume"], out=out)
     move_aside(inspect_run(out))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    gone = RankProcesses([*argv, "--resume"], out=out)
-    assert gone.wait() == [2, 2]
+    gone = run_to_error([*argv, "--resume"], out=out)
     unreadable = f"{evaluations}: not whole records of evaluations"
     missing = f"{evaluations} is not as it was when step-000004 was saved: it is gone, with the 2 evaluations"
-    for group, reason, remedy in ((changed, unreadable, "--move-aside"), (gone, missing, "--allow-change records")):
-        (line,) = group.error_lines
+    for line, reason, remedy in ((changed, unreadable, "--move-aside"), (gone, missing, "--allow-change records")):
         assert reason in line
         assert remedy in line
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    train([*argv, "--resume", "--allow-change", "records"], out=out, world_size=2)
+    assert_resumes_like(finished_run, [*argv, "--allow-change", "records"], out)
     assert "records changed from as written to eval_records.parquet: it is gone" in str(read_events(out, "resumed"))
-    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
 
 
 def test_resuming_from_the_checkpoint_of_another_model_is_refused(
@@ -264,10 +216,8 @@ def test_resuming_from_the_checkpoint_of_another_model_is_refused(
     train([other if word == tiny_model else word for word in argv], out=stranger, world_size=2)
     shutil.rmtree(moved / "checkpoints" / "step-000004")
     shutil.copytree(stranger / "checkpoints" / "step-000004", moved / "checkpoints" / "step-000004")
-    group = RankProcesses([*argv, "--resume"], out=moved)
-    assert group.wait() == [2, 2]
-    assert len(group.error_lines) == 1
-    assert "step-000004 is of a run on another base model" in group.error_lines[0]
+    error = run_to_error([*argv, "--resume"], out=moved)
+    assert "step-000004 is of a run on another base model" in error
     assert "step-000004" in list_checkpoints(moved), "nothing was touched"
 
 
@@ -302,15 +252,13 @@ def inject_non_finite(rank: int, step: int, where: str, value: float) -> None:
     ],
 )
 def test_a_number_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
-    zero, where, value, argv, finished_run, tmp_path
+    zero, where, value, argv, finished_run, out
 ):
-    out = tmp_path / "run"
     flags = [*argv, "--ds-config", zero]
-    group = RankProcesses(flags, out=out, fault=partial(inject_non_finite, step=3, where=where, value=float(value)))
-    assert group.wait() == [1, 1], group.output
-    assert len(group.error_lines) == 1, group.output
-    assert "error: step 4: " in group.error_lines[0]
-    assert "the weights are those after step 3" in group.error_lines[0]
+    fault = partial(inject_non_finite, step=3, where=where, value=float(value))
+    error = run_to_error(flags, out=out, fault=fault, exit_code=1)
+    assert "error: step 4: " in error
+    assert "the weights are those after step 3" in error
     event = read_events(out, "not_finite")[0]
     assert event["step"] == 4
     assert ("loss" in event["message"]) == (where == "loss")
@@ -319,11 +267,10 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
     dumps = [np.load(out / f"not-finite-step-4-rank-{rank}.npz") for rank in range(2)]
     assert sum(len(dump["input_ids_0"]) for dump in dumps) >= len(event["facts"]["rows"]) > 0
     if where == "loss":  # one of them is enough
-        train([*flags, "--resume"], out=out, world_size=2)
-        assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+        assert_resumes_like(finished_run, flags, out)
 
 
-def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, tmp_path):
+def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, out, tmp_path):
     """A base whose last position is infinite: only one row of the training data is so long."""
     from safetensors.torch import load_file, save_file
 
@@ -332,21 +279,18 @@ def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, tm
     weights["transformer.wpe.weight"][20:] = float("inf")
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     write_records(tmp_path / "data.jsonl", num_records=25, seed=1)
-    long = {"prompt": "w1", "completion": " " + " ".join(f"w{n}" for n in range(2, 25))}
-    text = (tmp_path / "data.jsonl").read_text() + json.dumps(long)
-    (tmp_path / "data.jsonl").write_text(text)
+    with open(tmp_path / "data.jsonl", "a") as file:
+        json.dump({"prompt": "w1", "completion": " " + " ".join(f"w{n}" for n in range(2, 25))}, file)
     val = write_records(tmp_path / "val.jsonl", num_records=9, seed=2)
-    line = f"--mode full --model {tmp_path / 'base'} --data {tmp_path / 'data.jsonl'} --val-data {val}"
-    line += " --objective completion --block-size 32 --global-batch 6 --micro-batch 1 --max-steps 8 --ds-config zero2"
-    out = tmp_path / "run"
-    group = RankProcesses([*line.split(), "--preset", "demo", *TEMPLATE_FLAGS], out=out)
-    assert group.wait() == [1, 1], group.output
+    text = "--mode full --objective completion --block-size 32 --global-batch 6 --micro-batch 1 --max-steps 8"
+    argv = tiny_argv(str(tmp_path / "base"), (str(tmp_path / "data.jsonl"), val), f"{text} --ds-config zero2")
+    error = run_to_error(argv, out=out, exit_code=1)
     event = read_events(out, "not_finite")[0]
     step = event["step"]
     assert 25 in event["facts"]["rows"], "the long row"
     assert step > 1
-    assert f"the weights are those after step {step - 1}" in group.error_lines[0]
-    assert f"the rows are in not-finite-step-{step}-rank-*.npz" in group.error_lines[0]
+    assert f"the weights are those after step {step - 1}" in error
+    assert f"the rows are in not-finite-step-{step}-rank-*.npz" in error
 
     source = resolve_checkpoint(out / "checkpoints", "latest")
     assert source.step == step - 1
@@ -354,10 +298,8 @@ def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, tm
     load_weights(source, model)
     lengths = {}
     for rank in range(2):
-        dump = {
-            name: torch.from_numpy(array)
-            for name, array in np.load(out / f"not-finite-step-{step}-rank-{rank}.npz").items()
-        }
+        arrays = np.load(out / f"not-finite-step-{step}-rank-{rank}.npz").items()
+        dump = {name: torch.from_numpy(array) for name, array in arrays}
         for n in range(3):
             loss = model(input_ids=dump[f"input_ids_{n}"], labels=dump[f"labels_{n}"]).loss
             lengths[int(dump[f"index_{n}"])] = (dump[f"input_ids_{n}"].shape[1], bool(torch.isfinite(loss)))
@@ -366,11 +308,8 @@ def test_the_examples_recorded_for_a_non_finite_step_reproduce_it(tiny_model, tm
     assert sum(not finite for _, finite in lengths.values()) == 1
 
 
-def test_a_learning_rate_that_explodes_stops_the_run_with_one_line(argv, tmp_path):
-    out = tmp_path / "run"
-    group = RankProcesses([*argv, "--lr", "1e30", "--eval-every", "1"], out=out)
-    assert group.wait() == [1, 1]
-    assert len(group.error_lines) == 1
-    assert "evaluation after step 1: validation loss" in group.error_lines[0] or "step 2: " in group.error_lines[0]
+def test_a_learning_rate_that_explodes_stops_the_run_with_one_line(argv, out):
+    error = run_to_error([*argv, "--lr", "1e30", "--eval-every", "1"], out=out, exit_code=1)
+    assert "evaluation after step 1: validation loss" in error or "step 2: " in error
     assert read_events(out, "not_finite")
     assert all(np.isfinite(row["loss"]) for row in read_records(out) if "loss" in row)

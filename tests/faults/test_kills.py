@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,19 +22,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.launch_ranks import BIN_DIR, FRESH_VERIFICATION, TRAIN_SCRIPT, find_free_port, run_on_ranks, train
+from helpers.launch_ranks import FRESH_VERIFICATION, TRAIN_SCRIPT, run_on_ranks, train
 from helpers.process_groups import (
     EXIT_TIMEOUT_SECONDS,
+    FORWARD,
+    LaunchedRun,
     RankProcesses,
+    fault_at,
     find_processes,
-    inject_at_call,
     kill_self,
     last_logged_step,
     read_records,
     read_reproducible_records,
     record_names_at_step,
+    wait_until,
 )
-from helpers.tiny_inputs import tiny_argv
 
 from trainer.training.checkpoint import CheckpointManager, delete_checkpoints_after, resolve_checkpoint
 from trainer.training.train_state import TrainState
@@ -46,17 +47,15 @@ MID_ACCUMULATION_CALL = 8
 
 
 @pytest.fixture(scope="module")
-def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--mode full --block-size 16 --global-batch 6 --micro-batch 1 --max-steps {STEPS} --eval-every 3"
-    return tiny_argv(tiny_model, data_files, f"{text} --save-every 2 --save-total-limit 2 --ds-config zero2")
+def argv(argv: list[str]) -> list[str]:
+    """Steps of three micro-batches on each rank, and older checkpoints deleted."""
+    return [*argv, "--micro-batch", "1", "--save-total-limit", "2"]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted_records(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def uninterrupted_records(finished_run: Path) -> list[dict[str, Any]]:
     """The rows of the run that nobody kills."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(argv, out=out, world_size=2)
-    return read_reproducible_records(out)
+    return read_reproducible_records(finished_run)
 
 
 def assert_resumes(argv: list[str], out: Path, uninterrupted_records: list[dict[str, Any]]) -> None:
@@ -65,26 +64,17 @@ def assert_resumes(argv: list[str], out: Path, uninterrupted_records: list[dict[
     output = train([*argv, "--resume"], out=out, world_size=2)
     assert read_reproducible_records(out) == uninterrupted_records
     assert read_records(out)[-1]["event"] == "finished", output
-    resume_messages = [row["message"] for row in read_records(out) if row.get("event") == "resumed"]
-    assert len(resume_messages) == 1, resume_messages
+    (message,) = [row["message"] for row in read_records(out) if row.get("event") == "resumed"]
     assert not list(out.rglob("*.tmp")), "leftovers of the killed run"
     newest = max((row["step"] // 2 * 2 for row in records_before), default=0)
-    assert any(f"step-{step:06d}" in resume_messages[0] for step in (newest, newest - 2)) or newest < 4, (
-        resume_messages,
-        newest,
-    )
+    assert newest < 4 or any(f"step-{step:06d}" in message for step in (newest, newest - 2)), (message, newest)
 
 
 # --- one save, killed at every line ------------------------------------------------------------------------------
 
-SAVE_FUNCTIONS = {
-    "_write_checkpoint",
-    "_write_safetensors",
-    "_write_chunks",
-    "_format_metadata",
-    "_delete_old",
-    "_delete_folder",
-}
+SAVE_FUNCTIONS = (
+    "_write_checkpoint", "_write_safetensors", "_write_chunks", "_format_metadata", "_delete_old", "_delete_folder",
+)  # fmt: skip
 
 
 def make_stub_engine(value: float) -> Any:
@@ -143,55 +133,47 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
     steps_in_force = []
     for line in range(1, len(list(tmp_path.glob("[0-9]*"))) + 1):
         source = resolve_checkpoint(tmp_path / str(line), "latest")  # its checksums are verified
-        assert torch.equal(
-            source.tensor_reader(torch.device("cpu"))("weight/w"), torch.full((3, 5), float(source.step))
-        ), line
+        weight = source.tensor_reader(torch.device("cpu"))("weight/w")
+        assert torch.equal(weight, torch.full((3, 5), float(source.step))), line
         assert not source.skipped_reasons, "nothing half-written bears the name of a checkpoint"
         steps_in_force.append(source.step)
         delete_checkpoints_after(tmp_path / str(line), source.step)  # what a resume does first
         assert not [path.name for path in (tmp_path / str(line)).iterdir() if path.name.startswith(".")], line
-    assert len(steps_in_force) > 60
-    assert steps_in_force == sorted(steps_in_force), "the new one is in force from one moment on"
-    assert (steps_in_force[0], steps_in_force[-1]) == (2, 3)
-    num_old = steps_in_force.count(2)
-    print(
-        f"{len(steps_in_force) - 1} kills in a save: {num_old} left the old checkpoint in force, the rest the new one"
-    )
+    num_kills, num_old = len(steps_in_force) - 1, steps_in_force.count(2)
+    assert num_kills >= 60
+    assert steps_in_force == [2] * num_old + [3] * (num_kills + 1 - num_old), "one moment from which on it is in force"
+    assert 0 < num_old <= num_kills
+    print(f"{num_kills} kills in a save: {num_old} left the old checkpoint in force, the rest the new one")
 
 
 # --- a rank, all ranks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("rank", "module", "name", "number"),
+    ("rank", "place", "number"),
     [
-        (0, "trainer.distributed.engine", "Engine.forward_backward", MID_ACCUMULATION_CALL),
-        pytest.param(1, "trainer.distributed.engine", "Engine.step", 5, marks=pytest.mark.sweep),
-        pytest.param(1, "trainer.distributed.engine", "Engine.evaluate", 3, marks=pytest.mark.sweep),
-        (0, "trainer.training.checkpoint", "_write_chunks", 40),  # within the tensors of the first save
-        pytest.param(1, "trainer.training.checkpoint", "CheckpointManager.save", 2, marks=pytest.mark.sweep),
-        pytest.param(0, "trainer.training.checkpoint", "fsync_path", 3, marks=pytest.mark.sweep),
-        (0, "trainer.export.run_export", "export_folder", 1),
+        (0, FORWARD, MID_ACCUMULATION_CALL),
+        pytest.param(1, "trainer.distributed.engine:Engine.step", 5, marks=pytest.mark.sweep),
+        pytest.param(1, "trainer.distributed.engine:Engine.evaluate", 3, marks=pytest.mark.sweep),
+        (0, "trainer.training.checkpoint:_write_chunks", 40),  # within the tensors of the first save
+        pytest.param(1, "trainer.training.checkpoint:CheckpointManager.save", 2, marks=pytest.mark.sweep),
+        pytest.param(0, "trainer.training.checkpoint:fsync_path", 3, marks=pytest.mark.sweep),
+        (0, "trainer.export.run_export:export_folder", 1),
     ],
-)  # fmt: skip
-def test_a_killed_rank_ends_the_run_and_loses_nothing(
-    rank, module, name, number, argv, uninterrupted_records, tmp_path
-):
-    out = tmp_path / "run"
-    fault = partial(inject_at_call, target_rank=rank, module=module, name=name, call_number=number)
+)
+def test_a_killed_rank_ends_the_run_and_loses_nothing(rank, place, number, argv, uninterrupted_records, out):
+    fault = fault_at(place, number, rank=rank)
     group = RankProcesses(argv, out=out, fault=fault)
     codes = group.wait()
     assert codes[rank] == -signal.SIGKILL, group.output
     assert codes[1 - rank] == 1
-    assert len(group.error_lines) == 1, group.output
-    assert f"rank {rank} of this run ended without a word" in group.error_lines[0]
+    assert f"rank {rank} of this run ended without a word" in group.error_line
     assert not find_processes(str(out)), "nothing stays running"
     assert_resumes(argv, out, uninterrupted_records)
 
 
 @pytest.mark.parametrize("step", [*(pytest.param(n, marks=pytest.mark.sweep) for n in (0, 3)), 5])
-def test_a_run_whose_ranks_are_all_killed_at_once_resumes(step, argv, uninterrupted_records, tmp_path):
-    out = tmp_path / "run"
+def test_a_run_whose_ranks_are_all_killed_at_once_resumes(step, argv, uninterrupted_records, out):
     group = RankProcesses(argv, out=out)
     group.wait_until(lambda: last_logged_step(out) >= step)
     group.send_signal(signal.SIGKILL)
@@ -200,39 +182,31 @@ def test_a_run_whose_ranks_are_all_killed_at_once_resumes(step, argv, uninterrup
     assert_resumes(argv, out, uninterrupted_records)
 
 
-def test_child_processes_of_a_killed_rank_end_with_the_rank(argv, uninterrupted_records, tmp_path):
+def test_child_processes_of_a_killed_rank_end_with_the_rank(argv, uninterrupted_records, out):
     """The process that checks the export, and the W&B service: nobody else would end them."""
-    out = tmp_path / "run"
     group = RankProcesses(argv, out=out, env={"WANDB_MODE": "offline"} | FRESH_VERIFICATION)
-    group.wait_until(
-        lambda: (
-            last_logged_step(out) == STEPS
-            and has_child_program(out, "trainer.export.verify_worker")
-            and has_child_program(out, "wandb-core")
-        )
-    )
+    programs = ("trainer.export.verify_worker", "wandb-core")
+    group.wait_until(lambda: last_logged_step(out) == STEPS and all(has_child_program(out, name) for name in programs))
     group.send_signal(signal.SIGKILL, 0)
     assert group.wait() == [-signal.SIGKILL, 1]
-    wait_for(lambda: not find_processes(str(out)), EXIT_TIMEOUT_SECONDS, group.log)
+    wait_until(lambda: not find_processes(str(out)), EXIT_TIMEOUT_SECONDS)
     assert_resumes(argv, out, uninterrupted_records)
+
+
+def command_lines(out: Path) -> dict[int, str]:
+    """{process id: command line} of the ranks of this run and of what they have started."""
+    lines = {pid: Path(f"/proc/{pid}/cmdline") for pid in find_processes(str(out))}
+    return {pid: line.read_text() for pid, line in lines.items() if line.exists()}
 
 
 def has_child_program(out: Path, program: str) -> bool:
     """Whether a program with this name runs that a rank of this run has started."""
-    lines = (Path(f"/proc/{pid}/cmdline") for pid in find_processes(str(out)))
-    return any(program in line.read_text() for line in lines if line.exists())
+    return any(program in line for line in command_lines(out).values())
 
 
-def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninterrupted_records, tmp_path):
+def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninterrupted_records, out, tmp_path):
     """run.json is written and no more; and, one moment earlier, half of run.json."""
-    out = tmp_path / "run"
-    RankProcesses(
-        argv,
-        out=out,
-        fault=partial(
-            inject_at_call, target_rank=0, module="trainer.training.metric_logger", name="show_plan", call_number=1
-        ),
-    ).wait()
+    RankProcesses(argv, out=out, fault=fault_at("trainer.training.metric_logger:show_plan", 1)).wait()
     assert sorted(path.name for path in out.iterdir()) == [".run.lock", "run.json"], "the lock died with its process"
     assert_resumes(argv, out, uninterrupted_records)
 
@@ -246,31 +220,25 @@ def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninter
 # --- the launcher ------------------------------------------------------------------------------------------------
 
 
-def launcher_argv(launcher: str) -> list[str]:
-    port = str(find_free_port())
-    if launcher == "deepspeed":
-        return [str(BIN_DIR / "deepspeed"), "--num_gpus", "2", "--master_port", port]
-    return [str(BIN_DIR / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
-
-
 @pytest.mark.slow
 @pytest.mark.sweep
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_ranks_of_a_killed_launcher_save_and_end(launcher, argv, tmp_path):
+def test_ranks_of_a_killed_launcher_save_and_end(launcher, argv, out):
     """SIGKILL to the `deepspeed` command leaves a second launcher and its ranks without anybody who waits for them."""
-    out = tmp_path / "run"
-    with launched_run(launcher, argv, out) as (process, log):
-        process.kill()
-        process.wait(10)
-        wait_for(lambda: not find_processes(str(out)), EXIT_TIMEOUT_SECONDS, log)
-    output = log.read_text()
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, output
-    assert "launcher" in errors[0]
-    assert "Traceback" not in output
+    with launched_run(launcher, argv, out) as run:
+        run.process.kill()
+        run.wait()
+    (line,) = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert "launcher" in line
+    assert "Traceback" not in run.output
+    assert_saved(out, run.output)
+
+
+def assert_saved(out: Path, output: str) -> None:
+    """The step in hand ended and was saved."""
     last = read_records(out)[-1]
     assert last["event"] == "interrupted", output
-    assert (out / "checkpoints" / f"step-{last['step']:06d}").is_dir(), "the step in hand ended and was saved"
+    assert resolve_checkpoint(out / "checkpoints", "latest").step == last["step"]
 
 
 @pytest.mark.slow
@@ -284,63 +252,38 @@ def test_ranks_of_a_killed_launcher_save_and_end(launcher, argv, tmp_path):
         pytest.param(signal.SIGTERM, "the command", {-signal.SIGTERM, 1}, marks=pytest.mark.sweep),
     ],
 )
-def test_a_signal_under_the_deepspeed_launcher_saves_first(number, whom, codes, argv, tmp_path):
+def test_a_signal_under_the_deepspeed_launcher_saves_first(number, whom, codes, argv, out):
     """It signals the ranks once more in its own order, the W&B service of each before the rank.
 
     A rank's code is passed on. Where both of DeepSpeed's processes are signalled, its own code is by the signal, or 1
     where the inner one, which ends with 1, is waited for first.
     """
-    out = tmp_path / "run"
-    with launched_run("deepspeed", argv, out, WANDB_MODE="offline") as (process, log):
+    with launched_run("deepspeed", argv, out, WANDB_MODE="offline") as run:
         if whom == "all":
-            os.killpg(process.pid, number)
+            os.killpg(run.process.pid, number)
         else:
-            os.kill(process.pid if whom == "the command" else last_rank_pid(out), number)
-        assert process.wait(EXIT_TIMEOUT_SECONDS) in codes, log.read_text()
-        wait_for(lambda: not find_processes(str(out)), EXIT_TIMEOUT_SECONDS, log)
-    last = read_records(out)[-1]
-    assert last["event"] == "interrupted", log.read_text()
-    assert (out / "checkpoints" / f"step-{last['step']:06d}").is_dir(), "the step in hand ended and was saved"
-    assert resolve_checkpoint(out / "checkpoints", "latest").step == last["step"]
+            os.kill(run.process.pid if whom == "the command" else last_rank_pid(out), number)
+        assert run.wait()[0] in codes, run.output
+    assert_saved(out, run.output)
 
 
 def last_rank_pid(out: Path) -> int:
     """Process id of the last rank that the `deepspeed` command started into `out`."""
-    command_lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in find_processes(str(out))}
-    (pid_of_last_rank,) = [
-        pid for pid, line in command_lines.items() if "--local_rank=1" in line and "launcher" not in line
-    ]
-    return pid_of_last_rank
+    lines = command_lines(out)
+    (pid,) = [pid for pid, line in lines.items() if "--local_rank=1" in line and "launcher" not in line]
+    return pid
 
 
 @contextlib.contextmanager
-def launched_run(launcher: str, argv: list[str], out: Path, **env: str) -> Iterator[tuple[Any, Path]]:
-    """(launcher's process, log) of a long run past its third step; in the end nothing of it is left."""
+def launched_run(launcher: str, argv: list[str], out: Path, **env: str) -> Iterator[LaunchedRun]:
+    """A long run past its third step; in the end nothing of it is left."""
     long_argv = [*argv, "--max-steps", "5000", "--eval-every", "never", "--save-every", "never"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}"}
-    environ |= {"GROUP_OUT": str(out), **env}
-    log = out.with_suffix(".log")
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [*launcher_argv(launcher), TRAIN_SCRIPT, *long_argv, "--output-dir", str(out)], stdout=file, stderr=file,
-            stdin=subprocess.DEVNULL,
-            env=environ, start_new_session=True,
-        )  # fmt: skip
+    run = LaunchedRun(launcher, long_argv, out=out, env={"GROUP_OUT": str(out), **env})
     try:
-        wait_for(lambda: last_logged_step(out) >= 3, 120, log)
-        yield process, log
+        wait_until(lambda: last_logged_step(out) >= 3, 120, lambda: run.output)
+        yield run
     finally:
-        for pid in find_processes(str(out)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait(10)
-
-
-def wait_for(is_ready: Any, timeout_seconds: float, log: Path) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not is_ready():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
+        run.kill()
 
 
 def test_a_rank_that_no_launcher_started_ends_with_nobody():
@@ -376,38 +319,24 @@ def test_a_launcher_is_known_by_session_and_parent_alone(launcher, is_session_le
         "import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid()), "
         "sys.argv[2]]); sys.argv[2] == 'gone' or child.wait()"
     )
-    command = [sys.executable, "-c", starter, LOOK_AT_LAUNCHERS, launcher]
     process = subprocess.run(
-        command,
-        cwd=Path(TRAIN_SCRIPT).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        start_new_session=is_session_leader,
-    )
+        [sys.executable, "-c", starter, LOOK_AT_LAUNCHERS, launcher], cwd=Path(TRAIN_SCRIPT).parents[1],
+        capture_output=True, text=True, timeout=60, start_new_session=is_session_leader,
+    )  # fmt: skip
     assert process.stdout.strip() == str(expected), process.stderr
 
 
-def test_a_stopped_run_killed_before_it_amends_its_checkpoint_repeats_no_record(argv, uninterrupted_records, tmp_path):
+def test_a_stopped_run_killed_before_it_amends_its_checkpoint_repeats_no_record(argv, uninterrupted_records, out):
     """A signal's checkpoint has the evaluation of its step still to come: killed after its row, it is made again.
 
     The signal comes inside an accumulation window: the whole of the step in hand is done, and nothing of the next.
     """
-    out = tmp_path / "run"
-    stop = partial(inject_at_call, target_rank=1, module="trainer.distributed.engine",
-        name="Engine.forward_backward", call_number=MID_ACCUMULATION_CALL,
-                   action=partial(kill_self, signal.SIGTERM))  # fmt: skip
+    stop = fault_at(FORWARD, MID_ACCUMULATION_CALL, partial(kill_self, signal.SIGTERM), rank=1)
     assert RankProcesses(argv, out=out, fault=stop).wait() == [143, 143]
     state = json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())
     assert state["progress"]["eval_pending"], "step 3 has an evaluation due"
     assert record_names_at_step(out, 3) == ["step", "interrupted"]
-    kill = partial(
-        inject_at_call,
-        target_rank=0,
-        module="trainer.training.checkpoint",
-        name="CheckpointManager.update_train_state",
-        call_number=1,
-    )
+    kill = fault_at("trainer.training.checkpoint:CheckpointManager.update_train_state", 1)
     RankProcesses([*argv, "--resume"], out=out, fault=kill).wait()
     assert record_names_at_step(out, 3) == ["step", "interrupted", "resumed", "eval", "samples"]
     train([*argv, "--resume"], out=out, world_size=2)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.process_groups import RankProcesses, inject_at_call, kill_self, read_events
+from helpers.process_groups import FORWARD, RankProcesses, fault_at, kill_self, read_events
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 
 from trainer.training.checkpoint import _metadata_digest
@@ -115,8 +115,7 @@ def run_and_measure(*argv: str) -> tuple[int, float]:
 def test_a_metrics_file_of_a_gigabyte_is_compared_and_resumed_in_bounded_memory(tiny_model, data_files, tmp_path):
     text = f"--mode full --block-size 16 --global-batch 1 --max-steps {NUM_LONG_STEPS + 10} --num-samples 0"
     argv = tiny_argv(tiny_model, data_files, f"{text} --eval-every never --save-every never --ds-config zero0")
-    stop = partial(inject_at_call, target_rank=0, module="trainer.distributed.engine", name="Engine.forward_backward",
-                   call_number=5, action=partial(kill_self, signal.SIGTERM))  # fmt: skip
+    stop = fault_at(FORWARD, 5, partial(kill_self, signal.SIGTERM))
     assert RankProcesses(argv, out=tmp_path / "long", world_size=1, fault=stop).wait() == [143]
     step = int(next((tmp_path / "long" / "checkpoints").iterdir()).name.split("-")[1])
     shutil.copytree(tmp_path / "long", tmp_path / "short")

@@ -8,42 +8,25 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.launch_ranks import train
 from helpers.process_groups import (
+    FORWARD,
+    Fault,
     RankProcesses,
+    assert_resumes_like,
+    fault_at,
     find_processes,
-    inject_at_call,
     kill_self,
     last_logged_step,
+    list_checkpoints,
     read_events,
     read_reproducible_records,
     record_names_at_step,
 )
-from helpers.tiny_inputs import tiny_argv
 
 HANG_TIMEOUT_FLAGS = ["--hang-timeout", "6"]
-STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
-    text = f"--mode full --block-size 16 --global-batch 6 --max-steps {STEPS} --eval-every 3 --save-every 2"
-    return tiny_argv(tiny_model, data_files, f"{text} --save-total-limit 9 --ds-config zero2")
-
-
-@pytest.fixture(scope="module")
-def finished_run(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that ended well; tests copy it."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(argv, out=out, world_size=2)
-    return out
-
-
-def list_checkpoints(out: Path) -> list[str]:
-    return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
 # --- signals -----------------------------------------------------------------------------------------------------
@@ -57,15 +40,14 @@ def list_checkpoints(out: Path) -> list[str]:
         (signal.SIGUSR1, (1,), 138),  # the notice of SLURM's --signal, to any rank
     ],
 )
-def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, code, argv, finished_run, tmp_path):
-    out = tmp_path / "run"
+def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, code, argv, finished_run, out):
     group = RankProcesses([*argv, "--resume", "auto"], out=out)  # begins, since there is nothing yet
     group.wait_until(lambda: last_logged_step(out) >= 1)
     group.send_signal(number, *to)
     assert group.wait() == [code, code], group.output
     assert group.error_lines == []
     last = read_events(out, "interrupted")[0]["step"]
-    assert 1 <= last < STEPS
+    assert 1 <= last < 8
     assert f"step-{last:06d}" in list_checkpoints(out)
     assert (out / "requeue").read_text() == f"{signal.Signals(number).name}\n"
     if number == signal.SIGINT:  # one of them is enough
@@ -74,30 +56,21 @@ def test_a_signal_finishes_the_step_saves_and_the_run_resumes_later(number, to, 
         assert read_reproducible_records(out) == read_reproducible_records(finished_run)
 
 
-def test_a_signal_during_an_evaluation_does_not_wait_for_the_evaluation(argv, finished_run, tmp_path):
-    out = tmp_path / "run"
-    slow = partial(inject_at_call, target_rank=0, module="trainer.distributed.engine", name="Engine.evaluate",
-        call_number=range(5, 9),
-                   action=partial(time.sleep, 2.5))  # fmt: skip
-    group = RankProcesses(
-        [*argv, "--eval-batch", "1"], out=out, fault=slow
-    )  # 4 batches on each rank, 2.5 s each at step 3
+def test_a_signal_during_an_evaluation_does_not_wait_for_the_evaluation(argv, finished_run, out):
+    slow = fault_at("trainer.distributed.engine:Engine.evaluate", range(5, 9), partial(time.sleep, 2.5))
+    group = RankProcesses([*argv, "--eval-batch", "1"], out=out, fault=slow)  # at step 3: 4 batches of 2.5 s each
     group.wait_until(lambda: last_logged_step(out) >= 3)
     began = time.monotonic()
     group.send_signal(signal.SIGTERM)
     assert group.wait() == [143, 143]
     assert time.monotonic() - began < 7
     assert record_names_at_step(out, 3) == ["step", "interrupted"]
-    train([*argv, "--resume"], out=out, world_size=2)  # which makes the evaluation that was given up
-    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+    assert_resumes_like(finished_run, argv, out)  # which makes the evaluation that was given up
 
 
-def test_a_second_signal_stops_the_run_at_once(argv, tmp_path):
-    out = tmp_path / "run"
-    group = RankProcesses(argv, out=out,
-        fault=partial(inject_at_call, target_rank=1, module="trainer.distributed.engine",
-            name="Engine.forward_backward",
-                                                call_number=4, action=partial(time.sleep, 60)))  # fmt: skip
+def test_a_second_signal_stops_the_run_at_once(argv, out):
+    hang = fault_at(FORWARD, 4, partial(time.sleep, 60), rank=1)
+    group = RankProcesses(argv, out=out, fault=hang)
     group.wait_until(lambda: last_logged_step(out) >= 3)
     group.send_signal(signal.SIGTERM)  # rank 0 is in a collective, where Python runs no handler
     time.sleep(2.5)
@@ -108,28 +81,18 @@ def test_a_second_signal_stops_the_run_at_once(argv, tmp_path):
     assert list_checkpoints(out) == ["step-000002"]
 
 
-def test_a_run_that_does_not_end_within_the_grace_time_is_ended(argv, tmp_path):
-    out = tmp_path / "run"
-    hang = partial(inject_at_call, target_rank=1, module="trainer.distributed.engine",
-        name="Engine.forward_backward", call_number=4, action=partial(time.sleep, 60))  # fmt: skip
+def test_a_run_that_does_not_end_within_the_grace_time_is_ended(argv, out):
+    hang = fault_at(FORWARD, 4, partial(time.sleep, 60), rank=1)
     group = RankProcesses([*argv, "--grace", "3"], out=out, fault=hang)
     group.wait_until(lambda: last_logged_step(out) >= 3)
     group.send_signal(signal.SIGTERM)
     assert group.wait(15) == [143, 143]
-    (line,) = group.error_lines
-    assert line.startswith("error: the run did not end within 3 s (--grace) of SIGTERM; ")
+    assert group.error_line.startswith("error: the run did not end within 3 s (--grace) of SIGTERM; ")
     assert list_checkpoints(out) == ["step-000002"]
 
 
 def test_a_signal_before_the_first_step_ends_the_process_as_always(argv, tmp_path):
-    slow = partial(
-        inject_at_call,
-        target_rank=0,
-        module="trainer.training.data_setup",
-        name="prepare",
-        call_number=1,
-        action=partial(time.sleep, 60),
-    )
+    slow = fault_at("trainer.training.data_setup:prepare", 1, partial(time.sleep, 60))
     group = RankProcesses(argv, out=tmp_path / "run", fault=slow)
     time.sleep(4)
     group.send_signal(signal.SIGTERM)
@@ -146,8 +109,8 @@ def simulate_lost_launcher(rank: int, gone: Path) -> None:
         signals.TICK_SECONDS = 300.0
 
 
-def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, tmp_path):
-    out, gone = tmp_path / "run", tmp_path / "gone"
+def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, out, tmp_path):
+    gone = tmp_path / "gone"
     long = [*argv, "--max-steps", "5000", "--eval-every", "never", "--save-every", "never"]
     group = RankProcesses(long, out=out, fault=partial(simulate_lost_launcher, gone=gone))
     group.wait_until(lambda: last_logged_step(out) >= 1)
@@ -161,24 +124,19 @@ def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, tmp
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.sweep), 1])
-def test_a_rank_that_hangs_is_named(rank, argv, tmp_path):
-    out = tmp_path / "run"
-    hang = partial(inject_at_call, target_rank=rank, module="trainer.distributed.engine",
-        name="Engine.forward_backward", call_number=4,
-                   action=partial(time.sleep, 300))  # fmt: skip
+def test_a_rank_that_hangs_is_named(rank, argv, out):
+    hang = fault_at(FORWARD, 4, partial(time.sleep, 300), rank=rank)
     group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3, fault=hang)
     assert group.wait() == [1, 1, 1]
     others = "1, 2" if rank == 0 else "0, 2"
-    assert len(group.error_lines) == 1, group.output
-    assert f"no rank has moved for 6 s (--hang-timeout): rank {rank} hangs at engine.py:" in group.error_lines[0]
-    assert re.search(rf"ranks {others} waiting at (engine|steppers)\.py:", group.error_lines[0])
+    assert f"no rank has moved for 6 s (--hang-timeout): rank {rank} hangs at engine.py:" in group.error_line
+    assert re.search(rf"ranks {others} waiting at (engine|steppers)\.py:", group.error_line)
     assert list_checkpoints(out) == ["step-000002"]
 
 
 @pytest.mark.parametrize("target_rank", [0, pytest.param(1, marks=pytest.mark.sweep)])
-def test_a_frozen_rank_is_named(target_rank, argv, tmp_path):
+def test_a_frozen_rank_is_named(target_rank, argv, out):
     """Nothing of it runs any more, its watching threads included; woken when the others are gone, it has no news."""
-    out = tmp_path / "run"
     group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3)
     group.wait_until(lambda: last_logged_step(out) >= 1)
     group.send_signal(signal.SIGSTOP, target_rank)
@@ -186,22 +144,21 @@ def test_a_frozen_rank_is_named(target_rank, argv, tmp_path):
     for process in others:
         process.join(60)
     assert [process.exitcode for process in others] == [1, 1], group.output
-    assert len(group.error_lines) == 1, group.output
-    assert f"rank {target_rank} does not answer" in group.error_lines[0]
+    assert f"rank {target_rank} does not answer" in group.error_line
     group.send_signal(signal.SIGCONT, target_rank)
     assert group.wait(40) == [1, 1, 1], group.output
-    assert len(group.error_lines) == 1, group.output
+    assert group.error_line
 
 
-def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, tmp_path):
+def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, out):
     """A rank that saves for longer than the time-out moves all the same; the others wait for it."""
-    out = tmp_path / "run"
-    slow = partial(inject_at_call, target_rank=0, module="trainer.training.checkpoint", name="_write_chunks",
-        call_number=range(1, 16),
-                   action=partial(time.sleep, 0.5))  # fmt: skip
+    slow = fault_at("trainer.training.checkpoint:_write_chunks", range(1, 16), partial(time.sleep, 0.5))
     group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, fault=slow)
     assert group.wait(120) == [0, 0], group.output
     assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+
+
+MORE_FAILURES = ((1, "failure"), (0, "bug"))  # of the sweep
 
 
 def raise_failure(kind: str) -> None:
@@ -214,18 +171,10 @@ def raise_failure(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("rank", "kind"),
-    [
-        (0, "failure"),
-        (1, "bug"),
-        pytest.param(1, "failure", marks=pytest.mark.sweep),
-        pytest.param(0, "bug", marks=pytest.mark.sweep),
-    ],
+    [(0, "failure"), (1, "bug"), *(pytest.param(*case, marks=pytest.mark.sweep) for case in MORE_FAILURES)],
 )
-def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(rank, kind, argv, tmp_path):
-    out = tmp_path / "run"
-    fault = partial(inject_at_call, target_rank=rank, module="trainer.distributed.engine",
-        name="Engine.forward_backward", call_number=4,
-                    action=partial(raise_failure, kind))  # fmt: skip
+def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(rank, kind, argv, out):
+    fault = fault_at(FORWARD, 4, partial(raise_failure, kind), rank=rank)
     group = RankProcesses(argv, out=out, world_size=3, fault=fault)
     assert group.wait() == [1, 1, 1], group.output
     if kind == "bug":  # a mistake of ours: its traceback, from where it happened and nowhere else
@@ -239,31 +188,19 @@ def test_an_error_on_one_rank_ends_all_ranks_and_is_reported_once(rank, kind, ar
 
 def test_a_rank_that_waits_outside_of_gloo_ends_too(argv, tmp_path):
     """As with NCCL, which does not notice that another rank is gone: here the wait is a sleep that nothing ends."""
-    out = tmp_path / "run"
-    waiting = partial(inject_at_call, target_rank=1, module="trainer.distributed.engine",
-        name="Engine.forward_backward", call_number=4,
-                      action=partial(time.sleep, 300))  # fmt: skip
-    for other in (partial(kill_self, signal.SIGKILL), partial(raise_failure, "failure")):
-        failing = partial(
-            inject_at_call,
-            target_rank=0,
-            module="trainer.distributed.engine",
-            name="Engine.forward_backward",
-            call_number=4,
-            action=other,
-        )
-        group = RankProcesses(
-            argv, out=tmp_path / f"run-{other.func.__name__}", fault=partial(inject_both, waiting, failing)
-        )
+    waiting = fault_at(FORWARD, 4, partial(time.sleep, 300), rank=1)
+    for name, end in (("killed", partial(kill_self, signal.SIGKILL)), ("failed", partial(raise_failure, "failure"))):
+        both = partial(inject_both, waiting, fault_at(FORWARD, 4, end))
+        group = RankProcesses(argv, out=tmp_path / name, fault=both)
         began = time.monotonic()
         codes = group.wait()
         assert codes[1] == 1, group.output
         assert codes[0] in (1, -signal.SIGKILL)
-        assert len(group.error_lines) == 1, group.output
+        assert group.error_line
         assert time.monotonic() - began < 40
-    assert not find_processes(str(out))
+    assert not find_processes(str(tmp_path))
 
 
-def inject_both(first: Any, second: Any, rank: int) -> None:
+def inject_both(first: Fault, second: Fault, rank: int) -> None:
     first(rank)
     second(rank)

@@ -10,8 +10,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.process_groups import RankProcesses, inject_at_call, kill_self, last_logged_step, read_records
-from helpers.tiny_inputs import TEMPLATE_FLAGS
+from helpers.process_groups import (
+    FORWARD,
+    RankProcesses,
+    fault_at,
+    kill_self,
+    last_logged_step,
+    list_checkpoints,
+    read_records,
+)
+from helpers.tiny_inputs import tiny_argv
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,36 +29,32 @@ class Runs:
 
     def __init__(self, model: str, data_files: tuple[str, str], folder: Path):
         self.folder = folder
-        self.flags = [
-            "--mode", "full", "--model", model, "--data", data_files[0], "--val-data", data_files[1],
-            "--objective", "completion", "--block-size", "32", "--global-batch", "4", "--micro-batch", "4",
-            "--ds-config", "zero0", "--wandb", "disabled", "--preset", "demo", *TEMPLATE_FLAGS,
-        ]  # fmt: skip
+        text = "--mode full --objective completion --block-size 32 --global-batch 4 --micro-batch 4"
+        self.flags = tiny_argv(model, data_files, f"{text} --ds-config zero0 --wandb disabled")
         self.started: list[RankProcesses] = []
 
     def start(self, *flags: str, stop_at: int | None = None) -> RankProcesses:
         """`stop_at`: the step in which a SIGTERM ends it."""
-        fault = None
-        if stop_at is not None:
-            fault = partial(
-                inject_at_call, target_rank=0, module="trainer.distributed.engine", name="Engine.forward_backward",
-                call_number=stop_at, action=partial(kill_self, signal.SIGTERM),
-            )  # fmt: skip
+        fault = None if stop_at is None else fault_at(FORWARD, stop_at, partial(kill_self, signal.SIGTERM))
         run = RankProcesses([*self.flags, *flags], out=self.folder, world_size=1, fault=fault)
         self.started.append(run)
         return run
 
-    def finish(self, *flags: str, stop_at: int | None = None) -> tuple[int, list[str]]:
-        """(exit code, error lines)."""
-        run = self.start(*flags, stop_at=stop_at)
-        (code,) = run.wait(240)
-        return code, run.error_lines
+    def finish(self, *flags: str, stop_at: int | None = None) -> int:
+        """The exit code."""
+        return self.start(*flags, stop_at=stop_at).wait(240)[0]
+
+    def refuse(self, *flags: str) -> str:
+        """The one error line of a run that is refused."""
+        run = self.start(*flags)
+        assert run.wait(240) == [2], run.output
+        return run.error_line
 
     def finish_script(self, *flags: str, redirection: str = "") -> subprocess.CompletedProcess[str]:
         """The script in a shell, its streams as the shell sets them up."""
-        command = ["bash", "-c", f'exec "$@" {redirection}', "run", sys.executable, "launch/train.py"]
+        command = ["bash", "-c", f'exec "$@" {redirection}', "run", sys.executable, "launch/train.py", *self.flags]
         return subprocess.run(
-            [*command, *self.flags, "--output-dir", str(self.folder), *flags], cwd=ROOT, capture_output=True,
+            [*command, "--output-dir", str(self.folder), *flags], cwd=ROOT, capture_output=True,
             stdin=subprocess.DEVNULL, text=True, timeout=240, check=False,
         )  # fmt: skip
 
@@ -67,22 +71,15 @@ def runs(tiny_model, data_files, tmp_path) -> Iterator[Runs]:
             process.kill()
 
 
-def assert_one_line(lines: list[str], *fragments: str) -> None:
-    (line,) = lines
-    assert all(word in line for word in fragments), line
-
-
 @pytest.mark.slow
 def test_a_second_run_into_a_folder_changes_nothing_there(runs):
     first = runs.start("--epochs", "2000", "--lr", "1e-3")
     first.wait_until(lambda: last_logged_step(runs.folder) >= 3)
-    exit_code, lines = runs.finish("--epochs", "1", "--lr", "2e-3")
-    assert exit_code == 2
-    assert_one_line(lines, "is not empty")
+    assert "is not empty" in runs.refuse("--epochs", "1", "--lr", "2e-3")
     assert json.loads((runs.folder / "run.json").read_text())["settings"]["train"]["lr"] == 1e-3
-    exit_code, lines = runs.finish("--resume")
-    assert exit_code == 2
-    assert_one_line(lines, f"process {first.processes[0].pid} on ", "is writing there")
+    line = runs.refuse("--resume")
+    assert f"process {first.pid(0)} on " in line
+    assert "is writing there" in line
     step = max(runs.step_rows())
     first.wait_until(lambda: last_logged_step(runs.folder) >= step + 3)
     first.send_signal(signal.SIGTERM)
@@ -98,7 +95,7 @@ def test_of_several_new_runs_at_once_one_runs_and_run_json_is_its_own(runs):
     for lr, run in started.items():
         (exit_codes[lr],) = run.wait(240)
         if exit_codes[lr] == 2:
-            assert_one_line(run.error_lines)
+            assert run.error_line
     assert sorted(exit_codes.values()) == [2, 2, 143]
     winner = next(lr for lr, code in exit_codes.items() if code == 143)
     assert json.loads((runs.folder / "run.json").read_text())["settings"]["train"]["lr"] == float(winner)
@@ -111,23 +108,24 @@ def test_of_several_new_runs_at_once_one_runs_and_run_json_is_its_own(runs):
 @pytest.mark.slow
 def test_changed_rows_are_refused_at_a_resume_or_said(runs):
     """The runs are stopped by a signal, which saves: an export would take longer than all the rest."""
-    assert runs.finish("--epochs", "5", "--save-every", "3", stop_at=8)[0] == 143
+    assert runs.finish("--epochs", "5", "--save-every", "3", stop_at=8) == 143
     path = runs.folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:4] + lines[5:]))
-    checkpoints = sorted(folder.name for folder in (runs.folder / "checkpoints").iterdir())
-    exit_code, errors = runs.finish("--resume")
-    assert exit_code == 2
-    assert_one_line(errors, "metrics.jsonl is not as it was when ", "follows step", "--allow-change records")
-    assert sorted(folder.name for folder in (runs.folder / "checkpoints").iterdir()) == checkpoints
-    assert runs.finish("--resume", "--allow-change", "records", stop_at=3)[0] == 143
+    checkpoints = list_checkpoints(runs.folder)
+    line = runs.refuse("--resume")
+    assert all(
+        part in line for part in ("metrics.jsonl is not as it was when ", "follows step", "--allow-change records")
+    )
+    assert list_checkpoints(runs.folder) == checkpoints
+    assert runs.finish("--resume", "--allow-change", "records", stop_at=3) == 143
     event = next(row for row in read_records(runs.folder) if row.get("event") == "resumed")
     assert "records changed from as written to metrics.jsonl: line 5" in event["message"]
-    assert runs.finish("--resume", stop_at=2)[0] == 143, "the new rows are as written"
+    assert runs.finish("--resume", stop_at=2) == 143, "the new rows are as written"
     path.unlink()
-    exit_code, errors = runs.finish("--resume")
-    assert exit_code == 2
-    assert_one_line(errors, "metrics.jsonl", "it is gone")
+    line = runs.refuse("--resume")
+    assert "metrics.jsonl" in line
+    assert "it is gone" in line
 
 
 @pytest.mark.slow
@@ -154,12 +152,12 @@ def test_links_in_the_folder_are_not_written_through(runs, tmp_path):
     target.write_text("precious")
     runs.folder.mkdir()
     (runs.folder / ".run.json.tmp").symlink_to(target)
-    assert runs.finish("--epochs", "2", stop_at=3)[0] == 143
+    assert runs.finish("--epochs", "2", stop_at=3) == 143
     metadata = runs.folder / "run.json"
     metadata.rename(tmp_path / "run.json")
     metadata.symlink_to(tmp_path / "run.json")
     before = (tmp_path / "run.json").read_bytes()
     (runs.folder / "metrics.jsonl.tmp").symlink_to(target)
-    assert runs.finish("--resume")[0] == 0
+    assert runs.finish("--resume") == 0
     assert target.read_text() == "precious"
     assert (tmp_path / "run.json").read_bytes() == before

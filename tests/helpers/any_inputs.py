@@ -9,12 +9,9 @@ from hypothesis import strategies as st
 
 #: What stands for any value in a JSON file, numbers that no float holds and texts that are no UTF-8 included.
 JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=6)
-    | st.sampled_from(["\ud800", 10**400]),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6), st.sampled_from(["\ud800", 10**400])
+    ),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
 )

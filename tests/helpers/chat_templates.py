@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from helpers.data_helpers import make_tokenizer
+
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]", "<|begin_of_text|>",
     "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>",
@@ -73,15 +75,5 @@ TEMPLATES = {
 
 def make_chat_tokenizer(folder: Path, template: str | None = None) -> Path:
     """A byte-level BPE that knows the marks of every template above."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = ByteLevelBPETokenizer()
     texts = ["Hello there, how are you? I am fine. The answer is 42.\n\nassistant user system tool model"] * 20
-    tokenizer.train_from_iterator(texts, vocab_size=360, special_tokens=SPECIAL_TOKENS, show_progress=False)
-    fast_tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
-    fast_tokenizer.chat_template = template
-    fast_tokenizer.save_pretrained(folder)
-    return folder
+    return make_tokenizer(folder, texts, vocab_size=360, special_tokens=SPECIAL_TOKENS, template=template)

@@ -21,18 +21,22 @@ EVENTS = [
 ]
 
 
-def make_tokenizer(folder: Path) -> Path:
+EVENT_TEXTS = [" ".join(event.values()) for event in EVENTS]
+
+
+def make_tokenizer(
+    folder: Path, texts: Sequence[str] = EVENT_TEXTS, *, vocab_size: int = 400,
+    special_tokens: Sequence[str] = ("<|endoftext|>",), template: str | None = None,
+) -> Path:  # fmt: skip
     """A byte-level BPE of GPT-2's kind with a few hundred entries; its end-of-text token is also its padding."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = ByteLevelBPETokenizer()
-    texts = [" ".join(str(value) for value in event.values()) for event in EVENTS]
-    tokenizer.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
-    eos_token = "<|endoftext|>"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, eos_token=eos_token, pad_token=eos_token
-    ).save_pretrained(folder)
+    bpe, end = ByteLevelBPETokenizer(), "<|endoftext|>"
+    bpe.train_from_iterator(texts, vocab_size, special_tokens=list(special_tokens), show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=end, pad_token=end)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
     return folder
 
 

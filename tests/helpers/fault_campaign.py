@@ -7,13 +7,9 @@ namespaces) and then resumed, until it has come to its end; then the next run be
 three dies within a call by which a file is written (half of the bytes are), one in twelve while it starts, of those
 that begin anew two in three while the data are prepared; the others at any moment of one of their next five steps,
 within an accumulation window, an evaluation or the export at the end too, and half of these as soon as a checkpoint is
-being written. After each kill nothing of the run may be left running
-after 60 s, no survivor may end with exit code 0, and metrics.jsonl must be whole rows; at the end of each run its rows
-must be those of a run nobody killed, and no temporary file may be left. Prints kills tried, what was being written,
-resumes that worked, rows lost (missing, doubled or different at the end; must be 0), and rows done again because they
-came after the newest checkpoint. Exit code 1 where anything failed.
-
-Long: one campaign, and three ways to start what it kills.
+being written. After each kill nothing of the run may be left running after 60 s, no survivor may end with exit code 0,
+and metrics.jsonl must be whole rows; at the end of each run its rows must be those of a run nobody killed, and no
+temporary file may be left. Exit code 1 where a row was lost (missing, doubled or different) or a resume did not work.
 """
 
 import argparse
@@ -22,7 +18,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,11 +28,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helpers.hosts import Hosts, RanksOnHosts, started_hosts
-from helpers.launch_ranks import find_free_port
+from helpers.hosts import Hosts, started_hosts
 from helpers.process_groups import (
     EXIT_TIMEOUT_SECONDS,
+    Fault,
+    LaunchedRun,
     RankProcesses,
+    Ranks,
     find_processes,
     kill_self,
     last_logged_step,
@@ -123,20 +120,16 @@ class Campaign:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.args.seed)
 
-    def start(self, flags: list[str], out: Path, fault: Callable[[int], None] | None = None) -> Any:
+    def start(self, flags: list[str], out: Path, fault: Fault | None = None) -> Ranks | LaunchedRun:
         """A run that has just been started."""
-        argv, cache = [*self.argv, *flags], str(out.with_name(f"cache-{out.name}"))
+        argv, env = [*self.argv, *flags], {"TRAINER_CACHE": str(out.with_name(f"cache-{out.name}"))}
         if self.hosts is not None:
             logs = self.folder / f"logs-{time.monotonic_ns()}"
-            return HostsRun(self.hosts, [*argv, "--output-dir", str(out)], logs, cache)
+            return self.hosts.train([*argv, "--output-dir", str(out)], logs, env={**env, "GROUP_OUT": str(out)})
         if self.args.launcher is None:
-            env = {"TRAINER_CACHE": cache}
-            return DirectRun(argv, out=out, world_size=self.args.ranks, fault=fault, env=env)
-        script = str(Path(__file__).parents[2] / "launch" / "train.py")
-        num_ranks_flag = "--num_gpus" if self.args.launcher == "deepspeed" else "--nproc_per_node"
-        launcher = [str(Path(sys.executable).parent / self.args.launcher), num_ranks_flag, str(self.args.ranks)]
-        port = str(find_free_port())
-        return LaunchedRun([*launcher, "--master_port", port, script, *argv, "--output-dir", str(out)], out, cache)
+            return RankProcesses(argv, out=out, world_size=self.args.ranks, fault=fault, env=env)
+        env |= {"WANDB_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[2])}
+        return LaunchedRun(self.args.launcher, argv, out=out, num_ranks=self.args.ranks, env=env)
 
     def run_uninterrupted(self) -> None:
         """The run that nobody kills; the second of two counts: the first prepares the data."""
@@ -150,7 +143,7 @@ class Campaign:
                 num_steps, now = last_logged_step(out), time.monotonic()
                 first_step_time = now if num_steps < 0 else first_step_time
                 last_step_time = now if num_steps < NUM_STEPS else last_step_time
-            assert run.wait(300) == 0, run.output
+            assert not any(run.wait(300)), run.output
         self.expected_records = read_reproducible_records(out)
         self.start_seconds = first_step_time - start_time
         self.step_seconds = (last_step_time - first_step_time) / NUM_STEPS
@@ -166,7 +159,7 @@ class Campaign:
         while True:
             run, victim = self.start_and_kill(out)
             kill_time = time.monotonic()
-            exit_code = run.wait(EXIT_TIMEOUT_SECONDS)
+            exit_code = max(map(abs, run.wait(EXIT_TIMEOUT_SECONDS)))
             exit_seconds = time.monotonic() - kill_time
             if "resumed from" in run.output or "eval  0/" in run.output:
                 self.counts["resumed"], unconfirmed_kills = self.counts["resumed"] + unconfirmed_kills, 0
@@ -190,7 +183,7 @@ class Campaign:
         for path in (out, out.with_name(f"cache-{out.name}")):
             shutil.rmtree(path)
 
-    def start_and_kill(self, out: Path) -> tuple[Any, str | None]:
+    def start_and_kill(self, out: Path) -> tuple[Ranks | LaunchedRun, str | None]:
         """(run, who of it was killed); None where it has come to its end before that, or was spared."""
         rng = self.rng
         starts_before, num_steps = count_starts(out), max(0, last_logged_step(out))
@@ -202,7 +195,7 @@ class Campaign:
         run = self.start(["--resume"] if (out / "run.json").exists() else [], out, fault)
         if is_spared or fault is not None:
             wait_for(run, 300, lambda: False)
-            return run, "write" if fault is not None and run.has_killed_itself() else None
+            return run, "write" if fault is not None and has_killed_itself(run) else None
         if not (out / "run.json").exists() and rng.random() < 2 / 3:  # nothing is prepared yet
             wait_for(run, 300, lambda: bool(set(self.folder.glob(LEFTOVERS["prepared data"])) - self.leftovers))
             wait_for(run, rng.uniform(0, 0.01), lambda: False)
@@ -217,7 +210,7 @@ class Campaign:
             else:
                 is_last = target_step == NUM_STEPS
                 wait_for(run, rng.uniform(0, self.export_seconds if is_last else self.step_seconds), lambda: False)
-        return run, run.kill(rng) if run.is_alive() else None
+        return run, kill_some(run, rng) if run.is_alive() else None
 
     def count_kill(self, out: Path, victim: str, exit_seconds: float) -> None:
         """Of whom, and what was being done."""
@@ -250,109 +243,34 @@ def kill_in_write(rank: int, name: str, call_number: int) -> None:
     setattr(os, name, faulty)
 
 
+def has_killed_itself(run: Any) -> bool:
+    """Whether rank 0 has died of the fault that was put into it."""
+    run.processes[0].join(EXIT_TIMEOUT_SECONDS)
+    return run.processes[0].exitcode == -signal.SIGKILL
+
+
 def count_starts(out: Path) -> int:
     """How often the run has come to its first row so far."""
     return (last_logged_step(out) >= 0) + len(read_events(out, "resumed")) if (out / "metrics.jsonl").exists() else 0
 
 
-def wait_for(run: Any, timeout_seconds: float, is_ready: Callable[[], bool]) -> None:
+def wait_for(run: Ranks | LaunchedRun, timeout_seconds: float, is_ready: Callable[[], bool]) -> None:
     """Until it is ready, the time is over, or one of the processes has ended."""
     deadline = time.monotonic() + timeout_seconds
     while run.is_alive() and time.monotonic() < deadline and not is_ready():
         time.sleep(0.0005)
 
 
-class DirectRun(RankProcesses):
-    """Ranks without a launcher."""
-
-    def is_alive(self) -> bool:
-        """Whether all are running."""
-        return all(process.is_alive() for process in self.processes)
-
-    def kill(self, rng: random.Random) -> str:
-        """Kill one or all; all while they are still meeting: without a launcher a dead rank is like a late one then."""
-        ranks = range(len(self.processes))
-        victims = rng.choice([*([rank] for rank in ranks), list(ranks)]) if self.output else list(ranks)
-        for rank in victims:
-            self.processes[rank].kill()
-        return "one" if len(victims) < len(ranks) else "all"
-
-    def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> Any:
-        """The largest exit code."""
-        return max(abs(code) for code in super().wait(timeout_seconds)) if self.processes else 0
-
-    def has_killed_itself(self) -> bool:
-        """Whether rank 0 has died of the fault that was put into it."""
-        self.processes[0].join(EXIT_TIMEOUT_SECONDS)
-        return self.processes[0].exitcode == -signal.SIGKILL
-
-
-class HostsRun:
-    """A rank on each of two hosts."""
-
-    def __init__(self, hosts: Hosts, argv: list[str], logs: Path, cache: str):
-        self.ranks: RanksOnHosts = hosts.train(argv, logs, env={"TRAINER_CACHE": cache, "GROUP_OUT": argv[-1]})
-
-    @property
-    def output(self) -> str:
-        """What was printed."""
-        return self.ranks.output()
-
-    def is_alive(self) -> bool:
-        """Whether both are running."""
-        return all(process.is_alive() for process in self.ranks.processes)
-
-    def kill(self, rng: random.Random) -> str:
-        """Kill one or both, by the process that has entered the host: the rank dies with it."""
-        victims = rng.choice([[0], [1], [0, 1]]) if self.output.strip() else [0, 1]
-        for rank in victims:
-            self.ranks.processes[rank].kill()
-        return "one" if len(victims) == 1 else "all"
-
-    def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> int:
-        """The largest exit code."""
-        return max(abs(code) for code in self.ranks.wait(timeout_seconds))
-
-
-class LaunchedRun:
-    """The same under a launcher."""
-
-    def __init__(self, command: list[str], out: Path, cache: str):
-        self.out, self.log = out, out.parent / f"{out.name}.log"
-        root = str(Path(__file__).parents[2])
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": root}
-        environ["TRAINER_CACHE"] = cache
-        environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ, start_new_session=True
-            )
-
-    @property
-    def output(self) -> str:
-        """What was printed."""
-        return self.log.read_text()
-
-    def is_alive(self) -> bool:
-        """Whether the launcher is running."""
-        return self.process.poll() is None
-
-    def kill(self, rng: random.Random) -> str:
-        """Kill the launcher alone; the ranks are left to themselves."""
-        self.process.send_signal(signal.SIGKILL)
+def kill_some(run: Ranks | LaunchedRun, rng: random.Random) -> str:
+    """Kill the launcher alone, one rank or all; all while they are meeting: a dead one is like a late one then."""
+    if isinstance(run, LaunchedRun):
+        run.process.kill()
         return "launcher"
-
-    def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> int:
-        """The launcher's exit code, once all that it started is gone too."""
-        deadline = time.monotonic() + timeout_seconds
-        exit_code = self.process.wait(timeout_seconds)
-        while find_processes(str(self.out)):
-            if time.monotonic() > deadline:
-                for pid in find_processes(str(self.out)):
-                    os.kill(pid, signal.SIGKILL)
-                raise AssertionError(f"ranks stay running:\n{self.output}")
-            time.sleep(0.1)
-        return abs(exit_code)
+    everyone = list(range(len(run.processes)))
+    victims = rng.choice([*([rank] for rank in everyone), everyone]) if run.output else everyone
+    for rank in victims:
+        run.processes[rank].kill()
+    return "one" if len(victims) < len(everyone) else "all"
 
 
 def count_differences(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> int:

@@ -22,7 +22,7 @@ import pytest
 
 from helpers.fast_python import serve_interpreter
 from helpers.launch_ranks import _run_worker, make_process, run_train_script
-from helpers.process_groups import last_logged_step
+from helpers.process_groups import Ranks, last_logged_step, wait_until
 
 ROOT = Path(__file__).parents[2]
 SSHD, SSH_CONFIG = "/usr/sbin/sshd", "/etc/ssh/ssh_config"
@@ -36,9 +36,7 @@ def skip_without_namespaces() -> None:
     """Skip where hosts cannot be made here."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         pytest.skip("needs `ip` and `unshare`")
-    probe = run_tool(
-        "unshare", "-n", "-m", "-u", "-p", "--fork", "ip", "link", "add", "br0", "type", "bridge", check=False
-    )
+    probe = run_tool("unshare", "-nmup", "--fork", "ip", "link", "add", "br0", "type", "bridge", check=False)
     if probe.returncode:
         pytest.skip(f"no namespaces here: {probe.stderr.strip()}")
 
@@ -49,7 +47,7 @@ class Hosts:
     def __init__(self, folder: Path, count: int, *, private: tuple[Path, ...] = (), etc_hosts: str = ""):
         self.folder, self.private = folder, private
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.ranks: list[Any] = []
+        self.runs: list[RanksOnHosts] = []
         self.pids: dict[str, int] = {}
         lines = [f"10.77.0.{n} h{n}" for n in range(1, count + 1)]
         (folder / "etc-hosts").write_text("\n".join(["127.0.0.1 localhost", *lines]) + "\n")
@@ -72,10 +70,8 @@ class Hosts:
     def _start_host(self, number: int, etc_hosts: str) -> None:
         name, home = f"h{number}", self.folder / f"h{number}"
         self._write_ssh_files(home)
-        own_hosts = (
-            etc_hosts.format(name=name) + (self.folder / "etc-hosts").read_text()
-        )  # the first line of a name counts
-        (home / "etc-hosts").write_text(own_hosts)
+        own_line = etc_hosts.format(name=name)  # the first line of a name counts
+        (home / "etc-hosts").write_text(own_line + (self.folder / "etc-hosts").read_text())
         binds = [(home / f"private-{index}", path) for index, path in enumerate(self.private)]
         for source, _ in binds:
             source.mkdir()
@@ -94,10 +90,7 @@ class Hosts:
         namespaces = ["-n", "-p", "-m", "-u", "--fork", "--kill-child", "--mount-proc"]
         unshare = self._start(["unshare", *namespaces, "sh", str(script)])
         children = Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")
-        deadline = time.monotonic() + 10
-        while not children.read_text().split():
-            assert time.monotonic() < deadline, f"{name} does not start"
-            time.sleep(0.05)
+        wait_until(children.read_text, 10)
         self.pids[name] = int(children.read_text().split()[0])
         self._in_switch(
             f"ip link add c{number} type veth peer name p{number} && ip link set c{number} master br0 up && "
@@ -145,17 +138,13 @@ class Hosts:
             else {"WORLD_SIZE": size, "MASTER_ADDR": ranks[0], "MASTER_PORT": "29500"}
         )
         shared = {**launch, **ENVIRON, **(env or {})}
+        logs_of_ranks = [logs / f"rank-{rank}" for rank in range(len(ranks))]
         processes = [
-            make_process(
-                target=_enter_host,
-                args=(self.pids[name], {**shared, rank_name: str(rank)}, str(logs / f"rank-{rank}"), flags),
-            )
-            for rank, name in enumerate(ranks)
+            make_process(target=_enter_host, args=(self.pids[name], {**shared, rank_name: str(rank)}, str(log), flags))
+            for rank, (name, log) in enumerate(zip(ranks, logs_of_ranks, strict=True))
         ]
-        for process in processes:
-            process.start()
-        self.ranks += processes
-        return RanksOnHosts(processes, logs, ranks)
+        self.runs.append(RanksOnHosts(processes, logs_of_ranks))
+        return self.runs[-1]
 
     @contextlib.contextmanager
     def fast_python(self) -> Iterator[Path]:
@@ -185,17 +174,11 @@ class Hosts:
 
     def wait_until_idle(self, names: Sequence[str], timeout_seconds: float = 20) -> None:
         """Until nothing is left on these hosts."""
-        deadline = time.monotonic() + timeout_seconds
-        while left := [line for name in names for line in self.processes_of(name).values()]:
-            assert time.monotonic() < deadline, left
-            time.sleep(0.1)
+        wait_until(lambda: not self.command_lines(names), timeout_seconds, lambda: self.command_lines(names))
 
-    def power_off(self, name: str, ranks: "RanksOnHosts") -> None:
-        """The host is gone at once: its cable and its ranks."""
-        self.cut_cable(name)
-        for rank, other in enumerate(ranks.hosts):
-            if other == name:
-                os.kill(ranks.pid(rank), signal.SIGKILL)
+    def command_lines(self, names: Sequence[str]) -> list[str]:
+        """Of all that runs on these hosts."""
+        return [line for name in names for line in self.processes_of(name).values()]
 
     def plug_in(self, name: str) -> None:
         self._in_switch(f"ip link set c{name[1:]} up")
@@ -224,9 +207,8 @@ class Hosts:
 
     def close(self) -> None:
         """End what was started here, and nothing else."""
-        for rank in self.ranks:
-            if rank.is_alive():
-                rank.kill()
+        for rank in (process for run in self.runs for process in run.processes):
+            rank.kill()
             rank.join(10)
         for process in reversed(self.processes):
             with contextlib.suppress(ProcessLookupError):
@@ -234,46 +216,23 @@ class Hosts:
             process.wait(10)
 
 
-class RanksOnHosts:
-    """The ranks of one run; each writes to a log of its own."""
-
-    def __init__(self, processes: list[Any], logs: Path, hosts: Sequence[str]):
-        self.processes, self.logs, self.hosts = processes, logs, tuple(hosts)
+class RanksOnHosts(Ranks):
+    """The ranks of one run on several hosts."""
 
     def wait(self, timeout_seconds: float = 240) -> list[int]:
         """Exit codes; those of a signal are 128 + its number."""
-        deadline = time.monotonic() + timeout_seconds
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        assert None not in codes, f"still running: {codes}\n{self.output()}"
-        return codes
-
-    def wait_for_step(self, out: Path, step: int, timeout_seconds: float = 240) -> None:
-        deadline = time.monotonic() + timeout_seconds
-        while last_logged_step(out) < step:
-            assert time.monotonic() < deadline, self.output()
-            assert all(process.is_alive() for process in self.processes), self.output()
-            time.sleep(0.05)
+        return super().wait(timeout_seconds)
 
     def stop_after_step(self, out: Path, step: int) -> None:
         """By a signal to rank 0: an export would take longer than all the rest."""
-        self.wait_for_step(out, step)
-        os.kill(self.pid(0), signal.SIGTERM)
-        assert set(self.wait()) == {128 + signal.SIGTERM}, self.output()
+        self.wait_until(lambda: last_logged_step(out) >= step, 240)
+        self.send_signal(signal.SIGTERM, 0)
+        assert set(self.wait()) == {128 + signal.SIGTERM}, self.output
 
     def pid(self, rank: int) -> int:
         """The rank itself; its parent is the process that has entered the host."""
-        parent = self.processes[rank].pid
+        parent = super().pid(rank)
         return int(Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[0])
-
-    def output(self, rank: int | None = None) -> str:
-        ranks = range(len(self.hosts)) if rank is None else [rank]
-        return "\n".join((self.logs / f"rank-{rank}").read_text() for rank in ranks)
-
-    def error_lines(self) -> list[str]:
-        assert "Traceback" not in self.output(), self.output()
-        return [line for line in self.output().splitlines() if line.startswith("error: ")]
 
 
 def _join_namespaces(host_pid: int) -> Any:

@@ -1,64 +1,76 @@
 """Real ranks of a real run that can be killed, frozen and waited for, with a fault put into one of them if asked."""
 
-import importlib
+import contextlib
 import json
 import os
+import pkgutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.launch_ranks import _run_worker, find_free_port, make_environ, make_process, run_train_script
+from helpers.launch_ranks import (
+    BIN_DIR,
+    TRAIN_SCRIPT,
+    _run_worker,
+    find_free_port,
+    make_environ,
+    make_process,
+    run_train_script,
+    train,
+)
 from trainer.tracking.silence import silence_libraries
 
 silence_libraries()  # before the ranks' server imports torch: its store says on stderr that a killed rank is gone
-EXIT_TIMEOUT_SECONDS = 60  # seconds after which a run that lost a rank must be gone
+EXIT_TIMEOUT_SECONDS = 60.0  # after which a run that lost a rank must be gone
+FORWARD = "trainer.distributed.engine:Engine.forward_backward"  # the function in which most faults happen
+
+Fault = Callable[[int], None]  # what is called in each rank, with its number, before it begins
 
 
-class RankProcesses:
-    """`train.py` with these flags on `world_size` processes; `fault(rank)` is called in each before it begins."""
+def wait_until(is_ready: Callable[[], Any], timeout_seconds: float = 120, report: Callable[[], object] = str) -> None:
+    """Until `is_ready()` is true; fails with what `report()` says after so many seconds."""
+    deadline = time.monotonic() + timeout_seconds
+    while not is_ready():
+        assert time.monotonic() < deadline, f"not ready:\n{report()}"
+        time.sleep(0.02)
 
-    def __init__(
-        self, flags: list[str], *, out: Path, world_size: int = 2, fault: Callable[[int], None] | None = None,
-        env: Mapping[str, str] | None = None,
-    ):  # fmt: skip
-        self.out = out
-        self.log = Path(os.environ["TRAINER_CACHE"]).parent / f"group-{time.monotonic_ns()}.log"  # not on a full disk
-        self.log.touch()
-        port, argv = find_free_port(), [*flags, "--output-dir", str(out)]
-        marker = {"GROUP_OUT": str(out)}  # by it `relatives` knows the programs that a rank starts
-        self.processes = [
-            make_process(
-                target=_run_worker,
-                args=(
-                    {**make_environ(rank, world_size, port), **marker, **(env or {})},
-                    str(self.log),
-                    _run_with_fault,
-                    (fault, rank, argv),
-                ),
-            )
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
+
+class Ranks:
+    """The processes of one run, which are started, and what they print into these logs."""
+
+    def __init__(self, processes: Sequence[BaseProcess], logs: Sequence[Path]):
+        self.processes, self.logs = processes, logs
+        for process in processes:
             process.start()
+
+    def is_alive(self) -> bool:
+        """Whether all are running."""
+        return all(process.is_alive() for process in self.processes)
 
     def wait_until(self, is_ready: Callable[[], Any], timeout_seconds: float = 120) -> None:
         """Wait until `is_ready()` is true while all ranks live."""
-        deadline = time.monotonic() + timeout_seconds
-        while not is_ready():
-            assert time.monotonic() < deadline, f"not ready:\n{self.log.read_text()}"
-            assert all(process.is_alive() for process in self.processes), self.log.read_text()
-            time.sleep(0.01)
+
+        def is_ready_while_alive() -> Any:
+            assert self.is_alive(), self.output
+            return is_ready()
+
+        wait_until(is_ready_while_alive, timeout_seconds, lambda: self.output)
+
+    def pid(self, rank: int) -> int:
+        """The rank's process id."""
+        return self.processes[rank].pid or 0
 
     def send_signal(self, signum: int, *ranks: int) -> None:
         """Send a signal to these ranks, to all where none is named."""
         for rank in ranks or range(len(self.processes)):
-            pid = self.processes[rank].pid
-            assert pid is not None
-            os.kill(pid, signum)
+            os.kill(self.pid(rank), signum)
 
     def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> list[int]:
         """The ranks' exit codes; fails where one is still there after so many seconds."""
@@ -68,7 +80,7 @@ class RankProcesses:
                 process.join(max(0.0, deadline - time.monotonic()))
             exit_codes = [process.exitcode for process in self.processes]
             if None in exit_codes:
-                pytest.fail(f"still running after {timeout_seconds} s: {exit_codes}\n{self.log.read_text()}")
+                pytest.fail(f"still running after {timeout_seconds} s: {exit_codes}\n{self.output}")
             return [exit_code for exit_code in exit_codes if exit_code is not None]
         finally:
             for process in self.processes:
@@ -78,7 +90,7 @@ class RankProcesses:
     @property
     def output(self) -> str:
         """All that the ranks printed."""
-        return self.log.read_text()
+        return "".join(log.read_text() for log in self.logs)
 
     @property
     def error_lines(self) -> list[str]:
@@ -86,8 +98,81 @@ class RankProcesses:
         assert "Traceback" not in self.output, self.output
         return [line for line in self.output.splitlines() if line.startswith("error: ")]
 
+    @property
+    def error_line(self) -> str:
+        """The only one of them."""
+        assert len(self.error_lines) == 1, self.output
+        return self.error_lines[0]
 
-def _run_with_fault(fault: Callable[[int], None] | None, rank: int, argv: list[str]) -> int:
+
+class RankProcesses(Ranks):
+    """`train.py` with these flags on `world_size` processes of this machine."""
+
+    def __init__(
+        self, flags: list[str], *, out: Path, world_size: int = 2, fault: Fault | None = None,
+        env: Mapping[str, str] | None = None,
+    ):  # fmt: skip
+        log = Path(os.environ["TRAINER_CACHE"]).parent / f"group-{time.monotonic_ns()}.log"  # not on a full disk
+        log.touch()
+        port, argv = find_free_port(), [*flags, "--output-dir", str(out)]
+        marker = {"GROUP_OUT": str(out)}  # by it `find_processes` knows the programs that a rank starts
+        environs = [{**make_environ(rank, world_size, port), **marker, **(env or {})} for rank in range(world_size)]
+        super().__init__([
+            make_process(target=_run_worker, args=(environ, str(log), _run_with_fault, (fault, rank, argv)))
+            for rank, environ in enumerate(environs)
+        ], [log])  # fmt: skip
+
+
+def run_to_error(flags: list[str], *, out: Path, fault: Fault | None = None, exit_code: int = 2) -> str:
+    """The one error line of a run of two ranks that both end with this exit code."""
+    run = RankProcesses(flags, out=out, fault=fault)
+    assert run.wait() == [exit_code] * 2, run.output
+    return run.error_line
+
+
+class LaunchedRun:
+    """`train.py` with these flags under the `deepspeed` command or torchrun, in a session of its own."""
+
+    def __init__(
+        self, launcher: str, argv: list[str], *, out: Path, num_ranks: int = 2, env: Mapping[str, str] | None = None
+    ):
+        self.out, self.log = out, out.with_suffix(".log")
+        num_ranks_flag = "--num_gpus" if launcher == "deepspeed" else "--nproc_per_node"
+        command = [str(BIN_DIR / launcher), num_ranks_flag, str(num_ranks), "--master_port", str(find_free_port())]
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [*command, TRAIN_SCRIPT, *argv, "--output-dir", str(out)], env={**environ, **(env or {})},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        """All that was printed."""
+        return self.log.read_text()
+
+    def is_alive(self) -> bool:
+        """Whether the launcher is running."""
+        return self.process.poll() is None
+
+    def wait(self, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> list[int]:
+        """The launcher's exit code, once all that it started is gone too."""
+        exit_code = self.process.wait(timeout_seconds)
+        try:
+            wait_until(lambda: not find_processes(str(self.out)), timeout_seconds, lambda: self.output)
+        finally:
+            self.kill()
+        return [exit_code]
+
+    def kill(self) -> None:
+        """End whatever is left."""
+        for pid in find_processes(str(self.out)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+def _run_with_fault(fault: Fault | None, rank: int, argv: list[str]) -> int:
     if fault is not None:
         fault(rank)
     return run_train_script(argv)
@@ -114,6 +199,13 @@ def reproducible_records(records: Iterable[dict[str, Any]], after: int = -1) -> 
     ]
 
 
+def assert_resumes_like(finished_run: Path, argv: list[str], out: Path) -> str:
+    """--resume ends well and leaves the rows of a run that nothing happened to; what it printed."""
+    output = train([*argv, "--resume"], out=out, world_size=2)
+    assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+    return output
+
+
 def read_events(out: Path, name: str) -> list[dict[str, Any]]:
     """The events of that name."""
     return [record for record in read_records(out) if record["kind"] == "event" and record["event"] == name]
@@ -128,6 +220,11 @@ def record_names_at_step(out: Path, step: int) -> list[str]:
 def last_logged_step(out: Path) -> int:
     """The newest step in metrics.jsonl, -1 before the first row."""
     return max((record["step"] for record in read_records(out)), default=-1) if (out / "metrics.jsonl").exists() else -1
+
+
+def list_checkpoints(out: Path) -> list[str]:
+    """The names of its checkpoints, oldest first."""
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
 def find_processes(text: str) -> list[int]:
@@ -149,16 +246,17 @@ def kill_self(signum: int = signal.SIGKILL) -> None:
     time.sleep(0.5)
 
 
-def inject_at_call(
-    rank: int, target_rank: int, module: str, name: str, call_number: int | range, action: Callable[[], Any] = kill_self
-) -> None:
-    """A fault: in rank `target_rank`, do `action` before the `call_number`-th call (or calls) of a function."""
+def fault_at(place: str, call_number: int | range, action: Callable[[], Any] = kill_self, *, rank: int = 0) -> Fault:
+    """A fault: rank `rank` does `action` before the so-maniest call (or calls) of a function, `module:name`."""
+    return partial(_inject, place=place, call_number=call_number, action=action, target_rank=rank)
+
+
+def _inject(rank: int, place: str, call_number: int | range, action: Callable[[], Any], target_rank: int) -> None:
     if rank != target_rank:
         return
-    owner: Any = importlib.import_module(module)
-    *path, function_name = name.split(".")
-    for attribute in path:
-        owner = getattr(owner, attribute)
+    module, _, name = place.partition(":")
+    owner_name, _, function_name = name.rpartition(".")
+    owner = pkgutil.resolve_name(f"{module}:{owner_name}")
     original, num_calls = getattr(owner, function_name), 0
 
     def faulty(*args: Any, **kwargs: Any) -> Any:

@@ -26,11 +26,10 @@ def find_offenders(path: Path) -> Iterator[str]:
             continue
         docstring = ast.get_docstring(node) or ""
         is_test = node.name.startswith("test_") or any("fixture" in ast.unparse(d) for d in node.decorator_list)
-        parameters = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        num_parameters = len([p for p in parameters if p not in ("self", "cls")])
+        parameters = {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}
         num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
         if (num_lines > MAX_FUNCTION_LINES and "Long:" not in docstring) or (
-            num_parameters > MAX_PARAMETERS and not is_test and "Parameters:" not in docstring
+            len(parameters) > MAX_PARAMETERS and not is_test and "Parameters:" not in docstring
         ):
             yield f"{name}: {node.name}"
 

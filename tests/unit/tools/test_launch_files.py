@@ -11,10 +11,10 @@ import shutil
 import signal
 import stat
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from helpers.process_groups import wait_until
 from helpers.slurm import start_job
 
 ROOT = Path(__file__).parents[3]
@@ -158,10 +158,7 @@ def test_a_job_that_gets_slurms_notice_saves_and_is_queued_again(leaves_marker, 
     rank = RANK.replace("{leaves_marker}", str(leaves_marker))
     programs = {"rank": rank, "torchrun": TORCHRUN, "pkill": SLOW_PKILL}
     job = start_job(tmp_path, script, env={"TMPDIR": str(tmp_path)}, **programs)
-    deadline = time.monotonic() + 20
-    while len(list(tmp_path.glob("ready-*"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, 20)
     srun = int(subprocess.run(["pgrep", "-P", str(job.pid), "srun"], capture_output=True, text=True).stdout)
     os.kill(srun, signal.SIGUSR1)
     output, _ = job.communicate(timeout=20)

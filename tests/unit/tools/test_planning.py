@@ -9,19 +9,19 @@ from helpers.study_rules import make_rule
 from trainer.config.errors import UserError
 from trainer.report.margin import Margin
 from trainer.tools.study import planning
-from trainer.tools.study.planning import TrialCost, cut_like, fit_to_budget, parse_duration, plan_study
+from trainer.tools.study.planning import TrialCost, cut_like, expected_seconds, fit_to_budget, parse_duration
 
 
 def test_a_budget_leaves_out_methods_then_seeds_then_length_and_says_so():
     rule = make_rule(methods=("full", "lora", "dora"), answer_seeds=(101, 102, 103, 104))
     costs = {method: TrialCost(start_seconds=1.0, step_seconds=0.5) for method in rule.methods}
-    whole = plan_study(rule, costs).seconds
+    whole = expected_seconds(rule, costs, 1)
     assert fit_to_budget(rule, whole + 1, costs, 1) == rule
     smaller = fit_to_budget(rule, whole - 1, costs, 1)
     assert (smaller.methods, smaller.left_out) == (("full", "lora"), ("method dora",))
     least = fit_to_budget(rule, whole / 4, costs, 1)
     assert least.left_out == ("method dora", "seed 104", f"runs of 160 steps, these have {least.total_steps}")
-    assert 0.97 * whole / 4 < plan_study(least, costs).seconds <= whole / 4
+    assert 0.97 * whole / 4 < expected_seconds(least, costs, 1) <= whole / 4
     assert len(least.answer_seeds) == 3
     timing = 6 * costs["full"].seconds(16)
     assert cut_like(least, rule) == least, "the same command goes on"

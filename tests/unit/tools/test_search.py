@@ -10,9 +10,9 @@ import pytest
 from helpers.study_rules import make_rule
 
 from trainer.report.margin import Margin
-from trainer.tools.study.planning import plan_study
+from trainer.tools.study.planning import expected_trials
 from trainer.tools.study.rule import Rule, plan_rungs
-from trainer.tools.study.search import Candidate, MethodSearch, StudyState, TrialSpec, study_state, with_quarter_batch
+from trainer.tools.study.search import Candidate, MethodSearch, StudyState, TrialSpec, study_state
 from trainer.tools.study.worker import trial_argv
 
 Objective = Callable[[TrialSpec], float]
@@ -177,26 +177,21 @@ def test_looks_share_the_level_and_each_has_more_seeds_than_the_one_before():
     assert [len(look) for look in make_rule(answer_seeds=seeds, looks=6).seeds_by_look] == [3, 4, 5, 6, 7, 8]
     results: dict[str, float] = {}
     rule = make_rule(answer_seeds=seeds, looks=3)
-    while needed := study_state(rule, results, 0).needed:
+    while needed := study_state(rule, results, lambda answers: True).needed:
         results |= {spec.name: bowl()(spec) for spec in needed}
-    assert {spec.seed for spec in study_state(rule, results, 0).answers} == {101, 102, 103}
-    assert {spec.seed for spec in study_state(rule, results, 1).needed} == {104, 105, 106}
+    assert {spec.seed for spec in study_state(rule, results, lambda answers: True).answers} == {101, 102, 103}
+    assert {spec.seed for spec in study_state(rule, results).needed} == {104, 105, 106}
 
 
 def test_a_quarter_of_the_batch_has_the_answers_pairs_as_many_examples_and_half_the_rates():
     rule = make_rule(quarter_batch=2)
-    state, results = run_study(rule, bowl())
-    quarter = with_quarter_batch(state, results)
-    assert [(s.seed, s.candidate.method) for s in quarter.needed] == [
-        (spec.seed, spec.candidate.method) for spec in state.answers
-    ]
-    assert {spec.num_steps for spec in quarter.needed} == {640}
-    for spec, whole in zip(quarter.quarter, state.answers, strict=True):
+    state, _ = run_study(rule, bowl())
+    assert len(state.quarter) == len(state.answers) == 6
+    for spec, whole in zip(state.quarter, state.answers, strict=True):
+        assert (spec.seed, spec.candidate.method, spec.num_steps) == (whole.seed, whole.candidate.method, 640)
         assert whole.candidate.lr / spec.candidate.lr == pytest.approx(2, rel=0.12), "as near as the grid has one"
         assert "--global-batch 2 --output-dir run" in " ".join(trial_argv(rule, spec, Path("run")))
-    results |= {spec.name: 2.0 for spec in quarter.quarter}
-    assert with_quarter_batch(state, results).needed == ()
-    assert plan_study(rule).num_trials["full"] == plan_study(make_rule()).num_trials["full"] + 3
+    assert len(expected_trials(rule)) == len(expected_trials(make_rule())) + 6
 
 
 def test_an_answer_run_that_failed_refuses_the_answer_and_is_named():

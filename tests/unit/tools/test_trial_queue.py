@@ -3,53 +3,39 @@
 import math
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from helpers.process_groups import wait_until
 from helpers.study_rules import make_candidate, make_trial
 
 from trainer.config.errors import UserError
 from trainer.tools.study.search import TrialSpec
 from trainer.tools.study.trial_queue import JOURNAL_FILE, LEASE_SECONDS, TrialQueue
-from trainer.tools.study.worker import Slot, train_command
+from trainer.tools.study.worker import Slot, train_environ
 from trainer.tracking.wandb_environment import RUN_VARIABLES
-
-ROOT = Path(__file__).parents[3]
 
 
 def make_specs(count: int) -> list[TrialSpec]:
     return [make_trial(make_candidate(rate_index=-n)) for n in range(count)]
 
 
-def test_a_trial_that_two_workers_enqueue_is_there_once(tmp_path):
-    queues = [TrialQueue(tmp_path, name) for name in ("a", "b")]
-    for queue in queues:
-        queue.enqueue(make_specs(3))
-    assert list(queues[0].trials()) == [spec.name for spec in make_specs(3)]
-    first, second = queues
-    claim, _ = first.claim(make_specs(1))
-    assert second.claim(make_specs(1)) is None
-    assert first.finish(claim, loss=1.5)
-    assert second.results() == {make_specs(1)[0].name: 1.5}
-    assert second.claim(make_specs(1)) is None
-
-
-def test_a_trial_that_was_enqueued_twice_at_one_moment_counts_as_the_first_of_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_at_one_moment", [False, True])
+def test_a_trial_that_two_workers_enqueue_counts_once(is_at_one_moment, tmp_path, monkeypatch):
     first, second = (TrialQueue(tmp_path, name) for name in ("a", "b"))
-    first.enqueue(make_specs(1))
+    specs = make_specs(3)
+    first.enqueue(specs)
     with monkeypatch.context() as patch:
-        patch.setattr(second, "trials", dict)  # as it was when the other had not yet written
-        second.enqueue(make_specs(1))
-    claim, spec = first.claim(make_specs(1))
-    assert second.claim([spec]) is None
+        if is_at_one_moment:
+            patch.setattr(second, "trials", dict)  # as it was when the other had not yet written
+        second.enqueue(specs)
+    assert list(first.trials()) == [spec.name for spec in specs]
+    claim, _ = first.claim(specs[:1])
+    assert second.claim(specs[:1]) is None
     assert first.finish(claim, loss=1.5)
-    assert second.results() == {spec.name: 1.5}
-    assert second.claim([spec]) is None
+    assert second.results() == {specs[0].name: 1.5}
+    assert second.claim(specs[:1]) is None
 
 
 def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up_again(tmp_path):
@@ -135,15 +121,13 @@ def test_a_worker_killed_while_it_writes_leaves_a_journal_that_the_others_go_on_
     workers = [context.Process(target=claim_and_finish_for_ever, args=(str(tmp_path),)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    deadline = time.monotonic() + 60
-    while len((tmp_path / JOURNAL_FILE).read_bytes() if (tmp_path / JOURNAL_FILE).exists() else b"") < 20_000:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    journal = tmp_path / JOURNAL_FILE
+    wait_until(lambda: journal.exists() and journal.stat().st_size >= 20_000, 60)
     for worker in workers:
-        os.kill(worker.pid, signal.SIGKILL)
+        worker.kill()
         worker.join(30)
-    with open(tmp_path / JOURNAL_FILE, "ab") as journal:
-        journal.write(b'{"op_code": 4, "worker_id": "cut o')
+    with open(journal, "ab") as file:
+        file.write(b'{"op_code": 4, "worker_id": "cut o')
     queue = TrialQueue(tmp_path, "after")
     num_finished = len(queue.results())
     assert num_finished > 5
@@ -161,33 +145,22 @@ def test_a_journal_of_another_rule_is_refused(tmp_path):
         TrialQueue(tmp_path, "c").bind("2" * 64)
 
 
-def test_a_journal_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / JOURNAL_FILE).mkdir()
-    with pytest.raises(UserError, match=r"journal.log: cannot be used as the study's journal"):
-        TrialQueue(tmp_path, "a")
+OTHER_LINES = [b"[]", b"3", b"null", b"{}", b'{"op_code": 99}', b'{"op_code": "x"}', b"\xff\xfe", b"[" * 100_000]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [b"[]", b"3", b"null", b"{}", b'{"op_code": 99}', b'{"op_code": "x"}', b"\xff\xfe", b"[" * 100_000, b"9" * 5000],
-)
-def test_a_journal_that_holds_something_else_is_one_line(line, tmp_path):
-    (tmp_path / JOURNAL_FILE).write_bytes(line + b"\n")
+@pytest.mark.parametrize("line", [*OTHER_LINES, b"9" * 5000, None])
+def test_a_journal_that_holds_something_else_or_is_a_folder_is_one_line(line, tmp_path):
+    path = tmp_path / JOURNAL_FILE
+    path.mkdir() if line is None else path.write_bytes(line + b"\n")
     with pytest.raises(UserError, match=r"journal.log: cannot be used as the study's journal \(.*\); check") as caught:
         TrialQueue(tmp_path, "a")
     assert "\n" not in str(caught.value)
 
 
-def test_the_study_loads_without_torch():
-    line = "import sys, trainer.tools.study.trial_queue; print('torch' in sys.modules)"
-    process = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert process.stdout.strip() == "False", process.stderr
-
-
-def test_variables_that_name_one_wandb_run_do_not_reach_a_studys_trials(monkeypatch, tmp_path):
+def test_variables_that_name_one_wandb_run_do_not_reach_a_studys_trials(monkeypatch):
     for name in RUN_VARIABLES:
         monkeypatch.setenv(name, "mine")
     slot = Slot(name="a", gpus=(), num_threads=1)
-    environ = train_command(slot, [], tmp_path / "log", "study-f").env
+    environ = train_environ(slot, "study-f")
     assert not set(RUN_VARIABLES) & set(environ)
     assert environ["WANDB_RUN_GROUP"] == "study-f"

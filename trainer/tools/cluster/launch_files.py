@@ -171,11 +171,9 @@ def _quote_for_pdsh(text: str) -> str:
     """As the shells of the hosts read it: deepspeed hands it on unquoted and changes what has a blank, pdsh any %."""
     if re.fullmatch(r"[\w@+=:,./-]+", text, re.ASCII):
         return text
-    characters = (
-        character if character.isascii() and character.isalnum() else "".join(f"\\x{byte:02x}" for byte in data)
-        for character, data in ((each, each.encode("utf-8", "surrogateescape")) for each in text)
-    )
-    return f"$'{''.join(characters)}'"
+    escape = "\\x{:02x}".format
+    escaped = re.sub(r"[^A-Za-z0-9]", lambda match: "".join(map(escape, os.fsencode(match[0]))), text)
+    return f"$'{escaped}'"
 
 
 def parse_hosts(text: str) -> dict[str, int]:

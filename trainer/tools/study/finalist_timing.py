@@ -25,8 +25,7 @@ from trainer.report.run_data import RunData
 from trainer.report.run_folder import read_folder
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
-from trainer.tools.study.trial_process import start_training
-from trainer.tools.study.worker import Slot, last_log_line, method_argv, train_command
+from trainer.tools.study.worker import Slot, last_log_line, method_argv, start_run
 
 TIMING_FILE = "timing.json"
 MIN_ROUNDS, MAX_ROUNDS = 3, 8
@@ -154,7 +153,7 @@ def _start(folder: Path, method: str, argv: Sequence[str], slot: Slot, lock: IO[
     run_folder, log = folder / "timing" / method, folder / f"timing-{method}.log"
     shutil.rmtree(run_folder, ignore_errors=True)
     flags = ["--max-steps", str(NUM_STEPS), "--export", "none", "--wandb", "disabled", "--output-dir", str(run_folder)]
-    return start_training(train_command(slot, [*argv, *flags], log), lock), log
+    return start_run(slot, [*argv, *flags], log, lock=lock), log
 
 
 def _add(timing: Timing, method: str, run: RunData) -> Timing:

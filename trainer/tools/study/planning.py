@@ -6,7 +6,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,8 @@ from trainer.config.errors import UserError
 from trainer.report.formats import format_duration
 from trainer.tools.study.finalist_timing import MIN_ROUNDS, NUM_STEPS
 from trainer.tools.study.rule import METHODS, MIN_ANSWER_SEEDS, MIN_RUNG_STEPS, MIN_UNITS, PRIMARY, Rule, plan_rungs
-from trainer.tools.study.search import TrialSpec, study_state, with_quarter_batch
-from trainer.tools.study.trial_process import start_training
-from trainer.tools.study.worker import DEFAULT_ARGV, Slot, last_log_line, train_command
+from trainer.tools.study.search import TrialSpec, study_state
+from trainer.tools.study.worker import DEFAULT_ARGV, Slot, last_log_line, start_run
 
 CALIBRATION_STEPS = (8, 24)  # of two runs whose difference is the time of a step, the rest that of a start
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -38,27 +37,12 @@ class TrialCost:
         return self.start_seconds + num_steps * self.step_seconds + self.export_seconds * is_exported
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudyPlan:
-    """What a study comes to where nothing fails and no grid is extended."""
-
-    num_trials: dict[str, int]  #: of each method, the answer's among them
-    num_steps: dict[str, int]
-    seconds: float | None  #: on the workers that were asked for; None where nothing was measured
-
-    def lines(self) -> list[str]:
-        """For people."""
-        lines = [f"{m}: {self.num_trials[m]} trials, {num_steps:,} steps" for m, num_steps in self.num_steps.items()]
-        return [*lines, *([f"about {format_duration(self.seconds)} in all"] if self.seconds is not None else [])]
-
-
 def run_train(slot: Slot, argv: Sequence[str]) -> str:
     """The output of launch/train.py, run as a trial is; UserError with its last line where it refuses."""
     with tempfile.TemporaryDirectory(prefix="study-") as folder:
         log = Path(folder, "log")
-        with open(Path(folder, "lock"), "w", encoding="utf-8") as lock:
-            process = start_training(train_command(slot, argv, log), lock)
-            process.join()
+        process = start_run(slot, argv, log)
+        process.join()
         if process.exitcode:
             raise UserError(last_log_line(log, process.exitcode))
         return log.read_text(encoding="utf-8", errors="replace")
@@ -123,8 +107,8 @@ def measure_costs(
     return costs
 
 
-def plan_study(rule: Rule, costs: dict[str, TrialCost] | None = None, num_workers: int = 1) -> StudyPlan:
-    """Walk through a study whose best rates lie in the middle of the grids, and add up."""
+def expected_trials(rule: Rule) -> list[TrialSpec]:
+    """All trials of a study where nothing fails and the best rates lie in the middle of the grids."""
     results: dict[str, float] = {}
     specs: list[TrialSpec] = []
     while needed := study_state(rule, results).needed:
@@ -132,33 +116,37 @@ def plan_study(rule: Rule, costs: dict[str, TrialCost] | None = None, num_worker
             middle = -4.0 if spec.candidate.method == "full" else -3.0
             results[spec.name] = abs(math.log10(spec.candidate.lr) - middle)
         specs += needed
-    if rule.quarter_batch is not None:
-        specs += with_quarter_batch(study_state(rule, results), results).quarter
-    specs_by_method = {method: [spec for spec in specs if spec.candidate.method == method] for method in rule.methods}
-    seconds = None
+    return specs
+
+
+def expected_seconds(rule: Rule, costs: Mapping[str, TrialCost], num_workers: int) -> float:
+    """What these trials take on so many workers, and the finalists' timing on one."""
+    seconds = 0.0
+    for spec in expected_trials(rule):
+        num_whole_steps = spec.num_steps // (4 if spec.phase == "quarter" else 1)
+        seconds += costs[spec.candidate.method].seconds(num_whole_steps, is_exported=spec.phase != "search")
+    return seconds / num_workers + MIN_ROUNDS * sum(costs[method].seconds(NUM_STEPS) for method in PRIMARY)
+
+
+def describe_plan(rule: Rule, costs: Mapping[str, TrialCost] | None, num_workers: int) -> list[str]:
+    """For people; the time where costs were measured."""
+    lines = []
+    for method in rule.methods:
+        num_steps = [spec.num_steps for spec in expected_trials(rule) if spec.candidate.method == method]
+        lines.append(f"{method}: {len(num_steps)} trials, {sum(num_steps):,} steps")
     if costs is not None:
-        seconds = sum(
-            costs[spec.candidate.method].seconds(
-                spec.num_steps // (4 if spec.phase == "quarter" else 1),  # by a step's examples
-                is_exported=spec.phase != "search",
-            )
-            for spec in specs
-        )
-        seconds /= num_workers
-        seconds += MIN_ROUNDS * sum(costs[method].seconds(NUM_STEPS) for method in PRIMARY)  # the finalists' timing
-    num_steps = {method: sum(spec.num_steps for spec in own) for method, own in specs_by_method.items()}
-    num_trials = {method: len(own) for method, own in specs_by_method.items()}
-    return StudyPlan(num_trials=num_trials, num_steps=num_steps, seconds=seconds)
+        lines.append(f"about {format_duration(expected_seconds(rule, costs, num_workers))} in all")
+    return lines + [f"left out: {line}" for line in rule.left_out]
 
 
-def fit_to_budget(rule: Rule, budget_seconds: float, costs: dict[str, TrialCost], num_workers: int) -> Rule:
+def fit_to_budget(rule: Rule, budget_seconds: float, costs: Mapping[str, TrialCost], num_workers: int) -> Rule:
     """The largest study that fits: first fewer methods beside the primary ones, then seeds, then shorter runs go.
 
     The rule says what was left out. UserError where not even the smallest one fits.
     """
 
     def seconds(candidate: Rule) -> float:
-        return plan_study(candidate, costs, num_workers).seconds or 0.0
+        return expected_seconds(candidate, costs, num_workers)
 
     rules = _smaller_rules(rule)
     for candidate in rules:

@@ -10,7 +10,7 @@ Schulman et al., "LoRA Without Regret", 2025.)
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -209,26 +209,43 @@ class StudyState:
     refusal: str | None = None  #: why the study will not rank its primary methods
 
 
-def study_state(rule: Rule, results: Results, look: int | None = None) -> StudyState:
-    """What is to be done next: the searches of all methods side by side, then the answer's runs with fresh seeds.
+def study_state(
+    rule: Rule, results: Results, is_decided: Callable[[Sequence[TrialSpec]], bool] = lambda answers: False
+) -> StudyState:
+    """What is next: the searches of all methods side by side, then the answer's runs, then those of a quarter batch.
 
-    `look`: the look, from 0, whose seeds the answer is to have; None: the last one.
+    `is_decided`: whether the runs of a look tell; else the seeds of the next one are needed too.
     """
     searches = [MethodSearch(rule, method) for method in rule.methods]
     outcomes = {s.method: outcome for s in searches if (outcome := s.outcome(results)) is not None}
     refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in PRIMARY), None)
-    if len(outcomes) < len(searches) and refusal is None:
+    if refusal is not None:
+        return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
+    if len(outcomes) < len(searches):
         waiting = []
         for search in searches:  # in turn, the method with the fewest results first: fair when cut off
             num_results = sum(spec.name in results for spec in search.trials(results))
             waiting += [(num_results + n, spec) for n, spec in enumerate(search.next_trials(results))]
         needed = tuple(spec for _, spec in sorted(waiting, key=lambda item: item[0]))
         return StudyState(needed=needed, outcomes=outcomes)
-    if refusal is not None:
-        return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
+    for seeds in rule.seeds_by_look:
+        state = _look_state(rule, results, outcomes, seeds)
+        if state.needed or state.refusal or (seeds != rule.answer_seeds and is_decided(state.answers)):
+            break
+    if state.needed or state.refusal or rule.quarter_batch is None:
+        return state
+    quarter = tuple(_at_quarter_batch(spec) for spec in state.answers if spec.candidate.method in PRIMARY)
+    needed = tuple(spec for spec in quarter if spec.name not in results)
+    return dataclasses.replace(state, quarter=quarter, needed=needed)
+
+
+def _look_state(
+    rule: Rule, results: Results, outcomes: Mapping[str, SearchOutcome], seeds: Sequence[int]
+) -> StudyState:
+    """Where the runs of the answer with these seeds stand."""
     answers = tuple(
         TrialSpec(phase="answer", candidate=outcome.winner, num_steps=rule.total_steps, seed=seed)
-        for seed in rule.seeds_by_look[-1 if look is None else look]
+        for seed in seeds
         for outcome in outcomes.values()
         if outcome.winner is not None and outcome.problem is None
     )
@@ -236,23 +253,15 @@ def study_state(rule: Rule, results: Results, look: int | None = None) -> StudyS
     if name := next((failed[method] for method in PRIMARY if method in failed), None):
         return StudyState(needed=(), outcomes=outcomes, refusal=f"{name} failed, and each pair of seeds is needed")
     answers = tuple(spec for spec in answers if spec.candidate.method not in failed)
-    needed_answers = tuple(spec for spec in answers if spec.name not in results)
-    return StudyState(needed=needed_answers, outcomes=outcomes, answers=answers)
+    needed = tuple(spec for spec in answers if spec.name not in results)
+    return StudyState(needed=needed, outcomes=outcomes, answers=answers)
 
 
-def with_quarter_batch(state: StudyState, results: Results) -> StudyState:
-    """The finalists of an answered study with a quarter of the batch and as many examples; those needed, if any.
+def _at_quarter_batch(spec: TrialSpec) -> TrialSpec:
+    """The same with a quarter of the batch and as many examples.
 
     Adam's best rate goes with the square root of the batch (Malladi et al., arXiv 2205.10287): half of it, on the grid.
     """
-    specs = tuple(
-        TrialSpec(
-            phase="quarter", num_steps=4 * spec.num_steps, seed=spec.seed,
-            candidate=spec.candidate.at(
-                spec.candidate.rate_index - round(math.log10(2) * spec.candidate.rates_per_decade)
-            ),
-        )
-        for spec in state.answers
-        if spec.candidate.method in PRIMARY
-    )  # fmt: skip
-    return dataclasses.replace(state, quarter=specs, needed=tuple(spec for spec in specs if spec.name not in results))
+    candidate = spec.candidate
+    half_rate = candidate.at(candidate.rate_index - round(math.log10(2) * candidate.rates_per_decade))
+    return TrialSpec(phase="quarter", candidate=half_rate, num_steps=4 * spec.num_steps, seed=spec.seed)

@@ -4,7 +4,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,9 @@ from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.tools.study.answer import judge, read_groups
-from trainer.tools.study.planning import plan_study
+from trainer.tools.study.planning import expected_trials
 from trainer.tools.study.rule import Rule, read_rule
-from trainer.tools.study.search import StudyState, study_state, with_quarter_batch
+from trainer.tools.study.search import StudyState, TrialSpec, study_state
 from trainer.tools.study.trial_queue import TrialQueue
 from trainer.tools.study.worker import Slot, TrialResult, TrialRunner, make_slots
 
@@ -48,17 +49,11 @@ class Study:
 
     def state(self, queue: TrialQueue) -> StudyState:
         """Where it stands: a later look's seeds are needed only where the one before could not tell."""
-        rule, results = self.rule, queue.results()
-        for look in range(len(rule.seeds_by_look)):
-            state = study_state(rule, results, look)
-            if state.needed or state.refusal:
-                return state
-            is_last = look == len(rule.seeds_by_look) - 1
-            if is_last or judge(read_groups(self.folder, state.answers), rule).answer != "cannot tell":
-                break
-        if rule.quarter_batch is not None:
-            return with_quarter_batch(state, results)
-        return state
+
+        def is_decided(answers: Sequence[TrialSpec]) -> bool:
+            return judge(read_groups(self.folder, answers), self.rule).answer != "cannot tell"
+
+        return study_state(self.rule, queue.results(), is_decided)
 
     def run(self, *, num_workers: int, gpus_per_trial: int | None, should_stop: threading.Event, log: LogFn) -> None:
         """Work on the study with so many workers until nothing is needed, or until it is to stop."""
@@ -118,7 +113,8 @@ def study_table(study: Study) -> Any:
     """Each method's trials: how many are done, run now or failed, its best rate, and below them what runs now."""
     from rich.table import Table
 
-    trials, planned = TrialQueue(study.folder, "reader").trials(), plan_study(study.rule).num_trials
+    trials = TrialQueue(study.folder, "reader").trials()
+    num_expected = Counter(spec.candidate.method for spec in expected_trials(study.rule))
     running = [trial.name for trial in trials.values() if trial.worker is not None]
     table = Table(caption=f"running: {', '.join(running)}" if running else None, caption_justify="left")
     for heading in ("method", "done", "running", "failed", "best rate", "validation loss"):
@@ -132,7 +128,7 @@ def study_table(study: Study) -> Any:
         last_rung = [t for t in finished if num_steps[t.name] == longest and math.isfinite(t.loss)]
         best = min(last_rung, key=lambda trial: trial.loss, default=None)
         table.add_row(
-            method, f"{len(finished)} of {max(planned[method], len(method_trials))}",
+            method, f"{len(finished)} of {max(num_expected[method], len(method_trials))}",
             str(sum(trial.worker is not None for trial in method_trials)),
             str(sum(trial.failure is not None for trial in method_trials)),
             best.name.split("-lr")[1].split("-t")[0] if best else "", f"{best.loss:.4f}" if best else "",

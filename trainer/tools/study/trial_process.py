@@ -11,8 +11,7 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -27,42 +26,38 @@ PRELOADED_MODULES = ["trainer.run", "deepspeed", "peft", "wandb.sdk.launch"]
 _PR_SET_PDEATHSIG = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainCommand:
-    """One call of launch/train.py."""
+def start_training(
+    script: Path, argv: Sequence[str], *, env: Mapping[str, str], log: Path, lock: IO[str] | None = None
+) -> ForkServerProcess:
+    """Start launch/train.py; it ends with this process, and until it ends `lock` stays locked.
 
-    script: Path
-    argv: tuple[str, ...]
-    env: Mapping[str, str]  #: all of its environment; CUDA_VISIBLE_DEVICES has a GPU for each rank, or none
-    log: Path
-
-
-def start_training(command: TrainCommand, lock: IO[str]) -> ForkServerProcess:
-    """Start it; `lock` stays locked until it ends, and it ends with this process."""
+    `env`: all of its environment; CUDA_VISIBLE_DEVICES has a GPU for each rank, or none.
+    """
     silence_libraries()
     set_library_environment()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read while wandb is imported
-    if not command.env["CUDA_VISIBLE_DEVICES"]:
+    if not env["CUDA_VISIBLE_DEVICES"]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for others, and warn that there are none
-    context: Any = multiprocessing.get_context("spawn" if command.env["CUDA_VISIBLE_DEVICES"] else "forkserver")
+    context: Any = multiprocessing.get_context("spawn" if env["CUDA_VISIBLE_DEVICES"] else "forkserver")
     context.set_forkserver_preload(PRELOADED_MODULES)
     # A connection is what multiprocessing hands on to another process by its descriptor, whatever file that is of.
-    process = context.Process(target=_train, args=(command, Connection(os.dup(lock.fileno()))))
+    held = Connection(os.dup(lock.fileno())) if lock is not None else None
+    process = context.Process(target=_train, args=(script, argv, env, log, held))
     process.start()
     return process
 
 
-def _train(command: TrainCommand, lock: Connection) -> None:
-    """`lock`: kept open until the end."""
+def _train(script: Path, argv: Sequence[str], env: Mapping[str, str], log: Path, held: Connection | None) -> None:
+    """`held`: open until the end."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     os.environ.clear()
-    os.environ.update(command.env)
-    with open(os.devnull, "rb") as null, open(command.log, "wb") as log:
-        for descriptor, file in enumerate((null, log, log)):
+    os.environ.update(env)
+    with open(os.devnull, "rb") as null, open(log, "wb") as output:
+        for descriptor, file in enumerate((null, output, output)):
             os.dup2(file.fileno(), descriptor)
-    num_ranks = len(command.env["CUDA_VISIBLE_DEVICES"].split(","))
+    num_ranks = len(env["CUDA_VISIBLE_DEVICES"].split(","))
     if num_ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        os.execv(sys.executable, [sys.executable, *launcher, str(command.script), *command.argv])
-    sys.argv = [str(command.script), *command.argv]
-    runpy.run_path(str(command.script), run_name="__main__")
+        os.execv(sys.executable, [sys.executable, *launcher, str(script), *argv])
+    sys.argv = [str(script), *argv]
+    runpy.run_path(str(script), run_name="__main__")

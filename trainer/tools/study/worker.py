@@ -20,7 +20,7 @@ from trainer.config.errors import UserError
 from trainer.distributed.launch_environment import without_launcher
 from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import Candidate, TrialSpec
-from trainer.tools.study.trial_process import TrainCommand, start_training
+from trainer.tools.study.trial_process import start_training
 from trainer.tools.study.trial_queue import LEASE_SECONDS, Claim, TrialQueue, worker_name
 from trainer.tracking.records import EvalRecord, EventRecord, Record, read_records
 from trainer.tracking.wandb_environment import RUN_VARIABLES
@@ -103,13 +103,19 @@ def trial_argv(rule: Rule, spec: TrialSpec, folder: Path) -> list[str]:
     return [*argv, "--output-dir", str(folder), "--run-name", spec.name]
 
 
-def train_command(slot: Slot, argv: Sequence[str], log: Path, group: str = "") -> TrainCommand:
-    """launch/train.py with what a slot may use; its run is one of this group on W&B."""
+def train_environ(slot: Slot, group: str = "") -> dict[str, str]:
+    """All variables of a run that has what a slot may use, and is one of this group on W&B."""
     inherited = {name: value for name, value in without_launcher(os.environ).items() if name not in RUN_VARIABLES}
     env = {"OMP_NUM_THREADS": str(slot.num_threads), **inherited}
-    env |= {"WANDB_RUN_GROUP": group, "CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
     env.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")  # run.json has the versions; to list them takes 0.8 s a trial
-    return TrainCommand(script=LAUNCH_FOLDER / "train.py", argv=tuple(argv), env=env, log=log)
+    return env | {"WANDB_RUN_GROUP": group, "CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
+
+
+def start_run(
+    slot: Slot, argv: Sequence[str], log: Path, *, group: str = "", lock: IO[str] | None = None
+) -> ForkServerProcess:
+    """launch/train.py with what a slot may use."""
+    return start_training(LAUNCH_FOLDER / "train.py", argv, env=train_environ(slot, group), log=log, lock=lock)
 
 
 def execution_argv(rule: Rule, slot: Slot) -> list[str]:
@@ -174,8 +180,7 @@ class TrialRunner:
                 *(["--resume"] if (folder / "run.json").exists() else []),
             ]
             group = f"study-{self.study_folder.name}-{self.rule.sha256[:12]}"
-            command = train_command(self.slot, argv, log_path, group)
-            exit_code = self._watch(start_training(command, lock), claim)
+            exit_code = self._watch(start_run(self.slot, argv, log_path, group=group, lock=lock), claim)
         self._check_data(folder)
         loss = final_loss(folder)
         if exit_code == 0 and loss is not None:
@@ -253,12 +258,3 @@ def last_log_line(log_path: Path, exit_code: int) -> str:
     if exit_code < 0:
         return f"killed by signal {-exit_code}" + (f" after: {reason}" if reason else "")
     return reason or f"exit code {exit_code}"
-
-
-def check_train_argv(argv: Sequence[str]) -> None:
-    """UserError for a flag that the study sets itself."""
-    for argument in argv:
-        if argument.partition("=")[0] in RESERVED_FLAGS:
-            raise UserError(
-                f"{argument}: the study sets it for each of its runs; expected other flags of launch/train.py"
-            )
