@@ -187,7 +187,8 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
     if args.wandb_report is not None:
         from trainer.report.wandb_report import save_report
 
-        print(f"W&B Report: {save_report(comparison, *args.wandb_report, study.folder)}")
+        entity, project = args.wandb_report
+        print(f"W&B Report: {save_report(comparison, entity, project, study.folder)}")
     return REFUSED_EXIT_CODE if verdict.comparisons[0].is_margin_under_floor else 0
 
 
