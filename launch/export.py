@@ -21,13 +21,11 @@ def build_parser() -> ArgumentParser:
         "and hold it against the trained model; the result stands in the folder's model card.",
         epilog="Exit code: 0 exported and checked, 1 the check failed, 2 a mistake in what was asked.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, for instance runs/lora-acled-demo")
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, for instance runs/lora-acled-demo")
     parser.add_argument(
-        "--checkpoint",
-        default="latest",
-        metavar="step-N|best|latest",
+        "--checkpoint", default="latest", metavar="step-N|best|latest",
         help="which of the run's checkpoints (default: latest)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--merge", action="store_true", help="fold the adapters of a LoRA run into the weights of a plain model"
     )
@@ -35,25 +33,19 @@ def build_parser() -> ArgumentParser:
         "--answer", type=Path, metavar="FILE", help="answer.json of a study or a comparison: its sentence for the card"
     )
     parser.add_argument(
-        "--dtype",
-        choices=get_args(ExportDtype),
-        default="fp32",
-        metavar=f"{{{','.join(get_args(ExportDtype))}}}",
+        "--dtype", choices=get_args(ExportDtype), default="fp32", metavar=f"{{{','.join(get_args(ExportDtype))}}}",
         help="round the weights to it; their loss after that is evaluated and said (default: fp32)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--push",
-        metavar="NAMESPACE/NAME",
+        "--push", metavar="NAMESPACE/NAME",
         help="upload the folder to this repository of the hub, once its check has passed",
-    )
+    )  # fmt: skip
     parser.add_argument("--private", action="store_true", help="with --push: make a new repository a private one")
     parser.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="DIR",
+        "--output-dir", type=Path, metavar="DIR",
         help="where the folder goes; it must be empty or not there yet "
         "(default: RUN/export-step-N, with --merge RUN/merged-step-N; -DTYPE behind it)",
-    )
+    )  # fmt: skip
     return parser
 
 
@@ -70,11 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("--private: goes with --push NAMESPACE/NAME")
         from trainer.export.export_cli import ExportRequest, export_checkpoint
 
-        request = ExportRequest(
-            run_folder=args.run, checkpoint_name=args.checkpoint, merge=args.merge, dtype=args.dtype,
-            output_dir=args.output_dir, answer_file=args.answer, push=args.push, private=args.private,
-        )  # fmt: skip
-        return export_checkpoint(request)
+        return export_checkpoint(ExportRequest(**vars(args)))
     except (UserError, TrainingError) as error:
         return report_error(error)
 

@@ -55,20 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 
         silence_libraries()  # before the libraries it silences are imported
         set_library_environment()
-        from trainer.distributed.decoding import Sampling
         from trainer.tools.generate import GenerateRequest, generate
         from trainer.training.text_metrics import check_installed
 
         if args.score:
             check_installed("--score")
-        sampling = (
-            Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed) if args.temperature else None
-        )
-        return generate(GenerateRequest(
-            run_folders=tuple(args.runs), prompts=tuple(args.prompt), prompts_file=args.prompts, num_prompts=args.num,
-            checkpoint_name=args.checkpoint, max_new_tokens=args.max_new_tokens, sampling=sampling, as_text=args.text,
-            score=args.score, output_file=args.output,
-        ))  # fmt: skip
+        return generate(GenerateRequest(**vars(args)))
     except (UserError, TrainingError) as error:
         return report_error(error)
 

@@ -40,14 +40,14 @@ NUM_RANDOM_ROWS, RANDOM_ROW_LENGTH = 2, 64  # of made-up token ids, where the ru
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What is to be exported of a run, in which form, and where to."""
+    """What is to be exported of a run, in which form, and where to: the flags of `launch/export.py`."""
 
     run_folder: Path
-    checkpoint_name: str = "latest"
+    checkpoint: str = "latest"
     merge: bool = False  #: fold the adapters into the weights
     dtype: ExportDtype = "fp32"
     output_dir: Path | None = None
-    answer_file: Path | None = None  #: answer.json, whose sentence the card repeats
+    answer: Path | None = None  #: answer.json, whose sentence the card repeats
     push: str | None = None  #: repository of the hub, NAMESPACE/NAME
     private: bool = False
 
@@ -63,34 +63,35 @@ def export_checkpoint(request: ExportRequest) -> int:
     settings = Settings.from_dict(metadata["settings"])
     if merge and settings.mode != "lora":
         raise UserError(f"--merge: {run_folder} is a run of --mode {settings.mode}; it has no adapters to merge")
-    answer = "" if request.answer_file is None else read_answer_sentence(request.answer_file)
+    answer = read_answer_sentence(request.answer) if request.answer else ""
     if request.dtype != "fp32" and settings.mode == "lora" and settings.lora.adapter == "pissa" and not merge:
         raise UserError(f"--dtype {request.dtype}: a pissa adapter holds its start twice, rounded apart; add --merge")
-    source_checkpoint = select_run_checkpoint(run_folder, request.checkpoint_name)
+    source_checkpoint = select_run_checkpoint(run_folder, request.checkpoint)
     destination = _resolve_output_dir(request, source_checkpoint)
     if request.push is not None:
         check_push(request.push)
     model = load_model_at_checkpoint(run_folder, settings, source_checkpoint, metadata, dequantize=merge)
     data, data_missing_reason = _prepare_data(settings, metadata)
-    is_base_dequantized = merge and bool(
-        settings.model.quant
-    )  # onto weights other than those the adapters were trained on
-    reference_outputs = _build_reference_outputs(
-        model, settings, source_checkpoint, metadata, data, data_missing_reason, is_base_dequantized=is_base_dequantized
-    )
+    causes = [  # of another validation loss than that of the trained weights, beyond rounding of its sums
+        *(["merged onto the float32 base instead of the quantised one"] if merge and settings.model.quant else []),
+        *([f"rounded to {request.dtype}"] if request.dtype != "fp32" else []),
+    ]
+    loss_missing_reason = data_missing_reason or ("" if causes else "none was recorded")
+    loss = None if causes else source_checkpoint.val_loss
+    reference_outputs = _build_reference_outputs(model, settings, metadata, data, loss, loss_missing_reason)
     module = merge_adapters(model) if merge else model.module
     state_dict = {n: p.detach() for n, p in module.named_parameters() if merge or p.requires_grad}
     if request.dtype != "fp32":
         reference_outputs = _round_weights(module, state_dict, request.dtype, reference_outputs)
     run_records = _read_records(run_folder)
-    loss_change = _LossChange(
-        recorded=source_checkpoint.val_loss, is_base_dequantized=is_base_dequantized, dtype=request.dtype
-    )
+
+    def describe_loss_change(verification: VerificationResult) -> str:
+        return _describe_loss_change(causes, source_checkpoint.val_loss, verification.loss)
 
     def render_card(verification: VerificationResult) -> str:
         return render_model_card(
             metadata, run_records, verification, step=source_checkpoint.step, is_merged=merge,
-            loss_change=loss_change.describe(verification), measurements=_final_measurements(run_records),
+            loss_change=describe_loss_change(verification), measurements=_final_measurements(run_records),
             answer=answer,
         )  # fmt: skip
 
@@ -101,7 +102,7 @@ def export_checkpoint(request: ExportRequest) -> int:
     verification = export_folder(destination, content, reference_outputs, render_card)
     summary = (
         f"{source_checkpoint.folder.name} of {run_folder} -> {destination}: "
-        f"{verification.summary()}{loss_change.describe(verification)}"
+        f"{verification.summary()}{describe_loss_change(verification)}"
     )
     if verification.problems:
         raise TrainingError(summary + ("; nothing is pushed" if request.push else ""))
@@ -134,43 +135,28 @@ def _round_weights(
     if not difference <= bound:
         raise TrainingError(f"logits differ by {difference:.1e} before rounding, more than {bound:.1e}")
     for name, weight in state_dict.items():
-        rounded = weight.to(getattr(torch, STORED_DTYPES[dtype].config))
+        rounded = weight.to(getattr(torch, STORED_DTYPES[dtype][0]))
         if not rounded.isfinite().all():
             raise UserError(f"--dtype {dtype}: {name} holds {float(weight.abs().max()):.3g}; expected bf16 or fp32")
         weight.copy_(rounded)
     logits = compute_logits(module, reference_outputs.input_ids, device)
-    return dataclasses.replace(reference_outputs, logits=logits, loss=None, no_loss_reason="", stored_dtype=dtype)
+    return dataclasses.replace(reference_outputs, logits=logits, stored_dtype=dtype)
 
 
 def _final_measurements(run_records: list[records.Record]) -> dict[str, Any]:
     """What the run measured at its end; {} where it has not ended."""
-    finished_events = [
-        record for record in run_records if isinstance(record, records.EventRecord) and record.event == "finished"
-    ]
-    return finished_events[-1].facts if finished_events else {}
+    events = [r for r in run_records if isinstance(r, records.EventRecord) and r.event == "finished"]
+    return events[-1].facts if events else {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _LossChange:
-    """What the form of the export does to the validation loss, beyond rounding of its sums."""
-
-    recorded: float | None  #: of the trained weights
-    is_base_dequantized: bool
-    dtype: ExportDtype
-
-    def describe(self, verification: VerificationResult) -> str:
-        """Half a sentence; "" where the loss is the same."""
-        causes = [
-            *(["merged onto the float32 base instead of the quantised one"] if self.is_base_dequantized else []),
-            *([f"rounded to {self.dtype}"] if self.dtype != "fp32" else []),
-        ]
-        if not causes:
-            return ""
-        cause = " and ".join(causes)
-        if verification.loss is None or self.recorded is None:
-            return f"; {cause}: how its validation loss changed by that is not known"
-        change = verification.loss - self.recorded
-        return f"; {cause}: validation loss {verification.loss:.6f}, before {self.recorded:.6f} ({change:+.6f})"
+def _describe_loss_change(causes: list[str], recorded: float | None, exported: float | None) -> str:
+    """Half a sentence on what the form of the export does to the validation loss; "" where it does nothing."""
+    if not causes:
+        return ""
+    cause = " and ".join(causes)
+    if exported is None or recorded is None:
+        return f"; {cause}: how its validation loss changed by that is not known"
+    return f"; {cause}: validation loss {exported:.6f}, before {recorded:.6f} ({exported - recorded:+.6f})"
 
 
 def select_run_checkpoint(run_folder: Path, checkpoint_name: str) -> Checkpoint:
@@ -248,28 +234,23 @@ def _prepare_data(settings: Settings, metadata: dict[str, Any]) -> tuple[Prepare
 
 
 def _build_reference_outputs(
-    model: TrainableModel, settings: Settings, source_checkpoint: Checkpoint, metadata: dict[str, Any],
-    data: PreparedDataset | None, data_missing_reason: str,
-    *, is_base_dequantized: bool,
+    model: TrainableModel, settings: Settings, metadata: dict[str, Any], data: PreparedDataset | None,
+    loss: float | None, loss_missing_reason: str,
 ) -> ReferenceOutputs:  # fmt: skip
-    """Parameters: what the reference is computed from."""
-    device = next(model.module.parameters()).device
-    input_ids = fixed_input_ids(data) if data is not None else _random_input_ids(model)
+    """The model's answers on validation rows, on made-up ones where the data are gone."""
+    device, vocab_size = next(model.module.parameters()).device, model.causal.config.vocab_size
+    if data is not None:
+        input_ids = fixed_input_ids(data)
+    else:
+        row_length = min(RANDOM_ROW_LENGTH, get_max_positions(model.causal.config) or RANDOM_ROW_LENGTH)
+        input_ids = np.random.default_rng(0).integers(0, vocab_size, (NUM_RANDOM_ROWS, row_length))
     return ReferenceOutputs(
         input_ids=input_ids, logits=compute_logits(model.module, input_ids, device), is_tied=model.has_tied_embeddings,
-        loss=None if is_base_dequantized else source_checkpoint.val_loss,
-        no_loss_reason="" if is_base_dequantized else "none was recorded",
-        data_folder=data.folder if data is not None else None, data_missing_reason=data_missing_reason,
+        loss=loss, loss_missing_reason=loss_missing_reason, data_folder=data.folder if data is not None else None,
         eval_batch=settings.train.eval_batch,
         device=device.type, precision=metadata["resolved"]["precision"], num_threads=torch.get_num_threads(),
         is_cross_device=metadata["resolved"]["device"] != device.type,
     )  # fmt: skip
-
-
-def _random_input_ids(model: TrainableModel) -> np.ndarray:
-    """int64 [NUM_RANDOM_ROWS, RANDOM_ROW_LENGTH or less]: token ids from a seed."""
-    row_length = min(RANDOM_ROW_LENGTH, get_max_positions(model.causal.config) or RANDOM_ROW_LENGTH)
-    return np.random.default_rng(0).integers(0, model.causal.config.vocab_size, (NUM_RANDOM_ROWS, row_length))
 
 
 def _read_records(run_folder: Path) -> list[records.Record]:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,8 @@ class BaseModelRef:
 
     path: str  #: hub id or folder from which the untouched weights are loaded here
     name: str  #: how the exported folder calls it: a hub id, else a name without the place of the folder
-    revision: str | None = None  #: commit of the hub, where known
-    initial_adapters: Mapping[str, Tensor] = field(default_factory=dict)  #: what pissa took out of them, as adapters
-    quantization_config: Mapping[str, Any] | None = (
-        None  #: arguments of transformers' BitsAndBytesConfig, None for float32
-    )
-    fingerprint: str | None = None  #: of the untouched weights (`trainer.model.build.compute_fingerprint`)
+    revision: str | None  #: commit of the hub, where known
+    model: TrainableModel  #: the adapter on it, which knows how it was packed and what pissa took out of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +54,7 @@ class FolderContent:
 
 def collect_state_dict(named_tensors: Iterable[tuple[str, Tensor]], *, should_keep: bool) -> dict[str, Tensor]:
     """{name: tensor} of a stream that every rank must read to its end; only the rank that keeps them holds a copy."""
-    state_dict = {}
-    for name, tensor in named_tensors:
-        if should_keep:
-            state_dict[name] = tensor
-    return state_dict
+    return {name: tensor for name, tensor in named_tensors if should_keep}
 
 
 def export_folder(
@@ -88,23 +80,23 @@ def export_folder(
 
 def save_folder(folder: Path, content: FolderContent) -> None:
     """Write weights, tokenizer and generation config into an existing folder; no path of this machine among them."""
-    base_model, torch_dtype = content.base_model, getattr(torch, STORED_DTYPES[content.dtype].config)
-    state_dict = {name: tensor.to(torch_dtype) for name, tensor in content.state_dict.items()}
-    if base_model is not None:
+    base_model, torch_dtype = content.base_model, STORED_DTYPES[content.dtype][0]
+    state_dict = {name: tensor.to(getattr(torch, torch_dtype)) for name, tensor in content.state_dict.items()}
+    if base_model is None:
+        content.module.save_pretrained(folder, state_dict=state_dict)
+        _complete_config(folder / "config.json", torch_dtype)
+    else:
         lora.save_adapter(
-            folder, content.module, state_dict, base_model.initial_adapters,
+            folder, content.module, state_dict, base_model.model.initial_adapter,
             base_name=base_model.name, base_revision=base_model.revision,
         )  # fmt: skip
-        if base_model.quantization_config:
+        if quantization_config := base_model.model.quantization_config:
             quantization_info = {
                 "base": base_model.name,
-                "fingerprint": base_model.fingerprint,
-                "quantization_config": base_model.quantization_config,
+                "fingerprint": base_model.model.metadata["fingerprint"],
+                "quantization_config": quantization_config,
             }
             (folder / QUANTIZATION_FILE).write_text(json.dumps(quantization_info, indent=2) + "\n", encoding="utf-8")
-    else:
-        content.module.save_pretrained(folder, state_dict=state_dict)
-        _complete_config(folder / "config.json", STORED_DTYPES[content.dtype].config)
     if content.tokenizer is not None:
         content.tokenizer.save_pretrained(folder)
         _save_generation_config(folder, content)
@@ -138,14 +130,7 @@ def base_model_ref(model: TrainableModel, run_folder: Path) -> BaseModelRef | No
     base_folder = run_folder / "base"
     path = str(base_folder) if base_folder.is_dir() else resolve_model_path(model.metadata["name"])
     name, revision = hub_snapshot(_cached_folder(path)) or (public_name(model.metadata["name"]), None)
-    return BaseModelRef(
-        path=path,
-        name=name,
-        revision=revision,
-        initial_adapters=model.initial_adapter,
-        quantization_config=model.quantization_config,
-        fingerprint=model.metadata["fingerprint"],
-    )
+    return BaseModelRef(path=path, name=name, revision=revision, model=model)
 
 
 def _cached_folder(model: str) -> str:

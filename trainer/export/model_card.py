@@ -19,8 +19,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 def render_model_card(
     metadata: Mapping[str, Any], records: Iterable[Record], verification: VerificationResult, *, step: int,
     is_merged: bool = False,
-    loss_change: str = "", measurements: Mapping[str, Any] | None = None, choice_reason: str = "",
-    answer: str = "",
+    loss_change: str = "", measurements: Mapping[str, Any] | None = None, choice_reason: str = "", answer: str = "",
 ) -> str:  # fmt: skip
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
@@ -34,21 +33,19 @@ def render_model_card(
     Parameters: what the card tells, each from another part of the run. Long: the card from top to bottom.
     """
     all_records = list(records)
-    records_until_step = [r for r in all_records if r.step <= step]
     lines = [
         *_front_matter(metadata, verification, is_merged), "",
         f"# {_plain(metadata['name'])}", "",
         _describe_model(metadata, step, is_merged) + (f" {choice_reason}" if choice_reason else ""), "",
         f"Exported weights: {_plain(verification.summary())}{loss_change}."
-        + _describe_embedding_tying(verification, is_merged),
-        "",
+        + _describe_embedding_tying(verification, is_merged), "",
         "## Training procedure", "",
         "### Training hyperparameters", "",
         "| setting | value |", "|---|---|",
         *(f"| {name} | {value} |" for name, value in _hyperparameters(metadata, measurements or {})), "",
         "### Training results", "",
         "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|",
-        *_results_table(records_until_step), "",
+        *_results_table([r for r in all_records if r.step <= step]), "",
         "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved."
         + _describe_early_stop(all_records), "",
         *_reference_section(metadata),
@@ -70,29 +67,20 @@ def _front_matter(metadata: Mapping[str, Any], verification: VerificationResult,
     if metadata["model"]["init"] == "pretrained" and is_hub_id(metadata["model"]["name"]):
         front_matter["base_model"] = metadata["model"]["name"]
         front_matter["base_model_relation"] = "adapter" if is_adapter else "finetune"
-    front_matter["tags"] = [
-        _architecture(metadata["model"]["class"]),
-        metadata["mode"],
-        "deepspeed",
-        *(["lora-merged"] if is_merged else []),
-    ]
+    architecture = re.sub(r"(LMHeadModel|ForCausalLM)$", "", metadata["model"]["class"]).lower()
+    merged_tags = ["lora-merged"] if is_merged else []
+    front_matter["tags"] = [architecture, metadata["mode"], "deepspeed", *merged_tags]
     if verification.loss is not None:
-        metrics = [
-            ("loss", "validation loss", verification.loss),
-            ("perplexity", "perplexity", perplexity(verification.loss)),
-        ]
-        source = public_name(metadata["data"]["source"])
+        source, loss = public_name(metadata["data"]["source"]), verification.loss
         front_matter["model-index"] = [{"name": metadata["name"], "results": [{
             "task": {"type": "text-generation"},
             "dataset": {"name": source, "type": source, "split": "validation"},
-            "metrics": [{"type": kind, "name": name, "value": value} for kind, name, value in metrics],
+            "metrics": [
+                {"type": "loss", "name": "validation loss", "value": loss},
+                {"type": "perplexity", "name": "perplexity", "value": perplexity(loss)},
+            ],
         }]}]  # fmt: skip
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front_matter.items()), "---"]
-
-
-def _architecture(class_name: str) -> str:
-    """The architecture by the name of its class: gpt2 of GPT2LMHeadModel."""
-    return re.sub(r"(LMHeadModel|ForCausalLM)$", "", class_name).lower()
 
 
 def _plain(text: str) -> str:
@@ -110,9 +98,11 @@ def _code(text: str) -> str:
 
 def _describe_model(metadata: Mapping[str, Any], step: int, is_merged: bool) -> str:
     model, lora, total_steps = metadata["model"], metadata["settings"]["lora"], metadata["resolved"]["total_steps"]
+    modules = lora.get("modules_to_save")
+    modules_to_save = f", and the base's own {', '.join(modules)}" if modules else ""
     method = "every weight" if metadata["mode"] == "full" else (
         f"{_ADAPTER_NAMES[lora.get('adapter', 'lora')]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, "
-        f"on {_plain(', '.join(model['lora_targets']))}{_describe_modules_to_save(lora)}"
+        f"on {_plain(', '.join(model['lora_targets']))}{modules_to_save}"
     )  # fmt: skip
     initialization = "" if model["init"] == "pretrained" else ", from random weights,"
     return (
@@ -127,18 +117,11 @@ def _describe_model(metadata: Mapping[str, Any], step: int, is_merged: bool) -> 
 _ADAPTER_NAMES = {"lora": "LoRA", "dora": "DoRA", "rslora": "rank-stabilised LoRA", "pissa": "PiSSA"}
 
 
-def _describe_modules_to_save(lora: Mapping[str, Any]) -> str:
-    return f", and the base's own {', '.join(lora['modules_to_save'])}" if lora.get("modules_to_save") else ""
-
-
 def _describe_embedding_tying(verification: VerificationResult, is_merged: bool) -> str:
     if verification.is_tied is None:
         return ""
-    suffix = " after the adapters were folded in" if is_merged else ""
-    return (
-        " Input and output embeddings are "
-        f"{'one tensor, stored once' if verification.is_tied else 'two tensors'}{suffix}."
-    )
+    tensors = "one tensor, stored once" if verification.is_tied else "two tensors"
+    return f" Input and output embeddings are {tensors}{' after the adapters were folded in' * is_merged}."
 
 
 def _describe_base(metadata: Mapping[str, Any]) -> str:
@@ -165,7 +148,10 @@ def _hyperparameters(metadata: Mapping[str, Any], measurements: Mapping[str, Any
     settings, resolved, data = metadata["settings"], metadata["resolved"], metadata["data"]
     train = settings["train"]
     lr_shape = describe_schedule(train["schedule"], min_lr=train["min_lr"], warmup_steps=resolved["warmup_steps"])
-    betas = f"betas ({train['beta1']}, {train['beta2']})"
+    optimizer = (
+        f"{_OPTIMIZER_NAMES[train.get('optim', 'adamw_fused')]}, betas ({train['beta1']}, {train['beta2']}), "
+        f"epsilon {train['epsilon']:g}, weight decay {train['weight_decay']:g}"
+    )
     batch = (
         f"{resolved['micro_batch']} micro-batch x {resolved['accumulation']} accumulation x {resolved['ranks']} "
         f"rank{'s' * (resolved['ranks'] > 1)}"
@@ -174,16 +160,8 @@ def _hyperparameters(metadata: Mapping[str, Any], measurements: Mapping[str, Any
     epochs = resolved["total_steps"] / resolved["steps_per_epoch"]
     return [
         ("learning rate", f"{train['lr']:g}, {lr_shape}"),
-        (
-            "optimizer",
-            f"{_OPTIMIZER_NAMES[train.get('optim', 'adamw_fused')]}, {betas}, epsilon {train['epsilon']:g}, "
-            f"weight decay {train['weight_decay']:g}",
-        ),
-        *(
-            (name, f"{measurements[key]:,} bytes on a rank")
-            for key, name in _MEASUREMENT_NAMES.items()
-            if key in measurements
-        ),
+        ("optimizer", optimizer),
+        *((name, f"{measurements[key]:,} bytes on a rank") for name, key in _MEASUREMENTS if key in measurements),
         *_optional_hyperparameters(settings),
         ("gradient clipping", f"{train['max_grad_norm']:g}" if train["max_grad_norm"] else "off"),
         ("batch", f"{batch} = {resolved['global_batch']} examples a step"),
@@ -197,7 +175,7 @@ def _hyperparameters(metadata: Mapping[str, Any], measurements: Mapping[str, Any
     ]
 
 
-_MEASUREMENT_NAMES = {"optimizer_bytes": "optimizer state", "peak_memory_bytes": "peak memory"}
+_MEASUREMENTS = (("optimizer state", "optimizer_bytes"), ("peak memory", "peak_memory_bytes"))
 _OPTIMIZER_NAMES = {
     "adamw_fused": "AdamW", "adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits",
     "paged_adamw8bit": "paged AdamW with moments in 8 bits",
@@ -216,36 +194,33 @@ def _optional_hyperparameters(settings: Mapping[str, Any]) -> list[tuple[str, st
     return rows
 
 
+def _events(records: list[Record], event: str) -> list[EventRecord]:
+    return [r for r in records if isinstance(r, EventRecord) and r.event == event]
+
+
 def _describe_early_stop(records: list[Record]) -> str:
-    stop_events = [r for r in records if isinstance(r, EventRecord) and r.event == "early_stop"]
-    return f" The run {_plain(stop_events[-1].message)}." if stop_events else ""
+    return "".join(f" The run {_plain(event.message)}." for event in _events(records, "early_stop")[-1:])
 
 
 def _diagnostics_section(records: list[Record]) -> list[str]:
     """What the run noticed of itself, over its whole length; nothing where all was well."""
-    diagnosis_events = [r for r in records if isinstance(r, EventRecord) and r.event == "diagnosis"]
-    if not diagnosis_events:
-        return []
-    return ["### Diagnosis", "", "What the run noticed of itself:", "",
-            *(f"- step {event.step:,}: {_plain(event.message)}" for event in diagnosis_events), ""]  # fmt: skip
+    lines = [f"- step {event.step:,}: {_plain(event.message)}" for event in _events(records, "diagnosis")]
+    return ["### Diagnosis", "", "What the run noticed of itself:", "", *lines, ""] if lines else []
 
 
 def _reference_section(metadata: Mapping[str, Any]) -> list[str]:
     """Why the run cannot be held against the reference; nothing where nobody asked for that."""
     if not reference.is_asked_for(metadata["preset"], metadata["not_comparable_with_card"]):
         return []
-    return [
-        "### Compared with", "",
-        f"The card `{reference.NAME}` (validation loss {', '.join(f'{row.val_loss}' for row in reference.CURVE)} after "
-        f"its three epochs): not comparable, for these reasons: {_incomparability_reasons(metadata)}.", "",
-    ]  # fmt: skip
-
-
-def _incomparability_reasons(metadata: Mapping[str, Any]) -> str:
     reasons = "; ".join(metadata["not_comparable_with_card"])
     for name in (metadata["data"]["source"], metadata["model"]["name"]):
         reasons = reasons.replace(name, public_name(name))
-    return _plain(reasons)
+    losses = ", ".join(f"{row.val_loss}" for row in reference.CURVE)
+    return [
+        "### Compared with", "",
+        f"The card `{reference.NAME}` (validation loss {losses} after its three epochs): not comparable, for these "
+        f"reasons: {_plain(reasons)}.", "",
+    ]  # fmt: skip
 
 
 def _results_table(records: list[Record]) -> list[str]:

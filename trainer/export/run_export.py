@@ -9,13 +9,7 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import peak_memory_bytes
 from trainer.export.export_cli import load_model_at_checkpoint
-from trainer.export.folder import (
-    FolderContent,
-    base_model_ref,
-    collect_state_dict,
-    export_folder,
-    training_tokenizer,
-)
+from trainer.export.folder import FolderContent, base_model_ref, collect_state_dict, export_folder, training_tokenizer
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import ReferenceOutputs, VerificationResult, compute_logits, fixed_input_ids
 from trainer.model.build import TrainableModel
@@ -36,13 +30,9 @@ class RunExport:
 
 
 def export_run(
-    plan: RunPlan,
-    data: PreparedDataset,
-    model: TrainableModel,
-    engine: Engine,
-    state: TrainState,
+    plan: RunPlan, data: PreparedDataset, model: TrainableModel, engine: Engine, state: TrainState,
     metadata: dict[str, Any],
-) -> RunExport:
+) -> RunExport:  # fmt: skip
     """Write `model/` of the run folder on rank 0 and verify it in a fresh process; all ranks must call.
 
     Long: the collectives and what rank 0 does between them, in their order. Parameters: the parts of a run.

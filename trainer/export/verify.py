@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +18,9 @@ from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import eval_batches
 from trainer.distributed.launch_environment import without_launcher
 
-
-class StoredDtype(NamedTuple):
-    """What a dtype is called in config.json and torch, and in a safetensors file."""
-
-    config: str
-    stored: str
-
-
-STORED_DTYPES: dict[ExportDtype, StoredDtype] = {
-    "fp32": StoredDtype("float32", "F32"), "bf16": StoredDtype("bfloat16", "BF16"),
-    "fp16": StoredDtype("float16", "F16"),
+#: {dtype: (its name in torch and config.json, its name in a safetensors file)}
+STORED_DTYPES: dict[ExportDtype, tuple[str, str]] = {
+    "fp32": ("float32", "F32"), "bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16"),
 }  # fmt: skip
 #: Largest difference of the logits, as a share of the largest logit (of 1 where that is smaller). bf16 is autocast over
 #: float32 weights, which answer here in float32; a model that trained in fp16 answers in that, with 11 bits.
@@ -36,9 +28,8 @@ LOGITS_BOUND, FP16_LOGITS_BOUND = 1e-5, 2e-2
 #: Relative: another process may choose other kernels, which add in another order.
 LOSS_BOUND = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 2e-3}
 CROSS_DEVICE_FACTOR = 10  # times that, where a run on a GPU is checked on a processor
-MAX_COMPARED_TOKENS = (
-    128  # tokens of a row whose logits are compared: more are hundreds of megabytes, and the loss sees them all
-)
+#: Of a row, whose logits are compared: more are hundreds of megabytes, and the loss sees them all.
+MAX_COMPARED_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +41,7 @@ class ReferenceOutputs:
     is_tied: bool  #: whether its input and output embeddings are one tensor
     loss: float | None  #: validation loss that was recorded of these weights; None where they were not evaluated
     data_folder: Path | None  #: prepared data whose validation rows are evaluated again; None where it is gone
-    data_missing_reason: str = ""  #: why there is none
-    no_loss_reason: str = "none was recorded"  #: beside a loss with none to compare; "" where it is said elsewhere
+    loss_missing_reason: str = "none was recorded"  #: why no loss is compared; "" where it is said elsewhere
     eval_batch: int
     device: str  #: `cpu` or `cuda`, of the fresh process
     precision: str  #: of the recorded loss
@@ -71,15 +61,14 @@ class VerificationResult:
     recorded_loss: float | None = None
     loss_missing_reason: str = ""  #: why there is no loss to compare
     is_tied: bool | None = None
-    num_tensors: int = 0
     dtype: str = ""
     problems: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for people and for the model card."""
-        if self.max_logits_difference is None:
-            return "CHECK FAILED: " + "; ".join(self.problems)
         verdict = "reloaded and checked" if not self.problems else "CHECK FAILED: " + "; ".join(self.problems)
+        if self.max_logits_difference is None:
+            return verdict
         scale = f" (the largest is {self.max_abs_logit:.1f})" if self.max_logits_difference > LOGITS_BOUND else ""
         return (
             f"{verdict}: logits differ by at most {self.max_logits_difference:.1e}{scale}, "
@@ -89,8 +78,7 @@ class VerificationResult:
     def _describe_losses(self) -> str:
         if self.loss is None:
             return f"validation loss not evaluated again ({self.loss_missing_reason})"
-        recorded = "" if self.recorded_loss is None else f"recorded {self.recorded_loss:.6f}"
-        remark = recorded or self.loss_missing_reason
+        remark = self.loss_missing_reason if self.recorded_loss is None else f"recorded {self.recorded_loss:.6f}"
         return f"validation loss {self.loss:.6f}" + (f" ({remark})" if remark else "")
 
 
@@ -134,52 +122,40 @@ def verify_folder(
 
 
 def run_worker(job_file: Path) -> "subprocess.CompletedProcess[str]":
-    """Run the verification; it ends with us, because it reads from a pipe of which we hold the other end."""
-    write_end, read_end = os.pipe()[::-1]
+    """Run the verification, as nobody's rank; it ends with us: it reads from a pipe of which we hold the other end."""
+    environment = {name: value for name, value in without_launcher(os.environ).items() if not name.startswith("WANDB_")}
+    root = str(Path(__file__).parents[2])
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")])),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",  # a base of the hub is in its local cache: this process's parent has just used it
+    }
+    read_end, write_end = os.pipe()
     try:
         return subprocess.run(
             [sys.executable, "-m", "trainer.export.verify_worker", str(job_file)],
-            stdin=read_end, capture_output=True, text=True, env=_environment_without_launcher(),
+            stdin=read_end, capture_output=True, text=True, env=environment,
         )  # fmt: skip
     finally:
         os.close(read_end)
         os.close(write_end)
 
 
-def _environment_without_launcher() -> dict[str, str]:
-    """The environment without what a launcher set: the fresh process is nobody's rank."""
-    root = str(Path(__file__).parent.parent.parent)
-    environment = {name: value for name, value in without_launcher(os.environ).items() if not name.startswith("WANDB_")}
-    return environment | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")])),
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_OFFLINE": "1",  # a base of the hub is in its local cache: this process's parent has just used it
-    }
-
-
 def compare_with_reference(answer: Mapping[str, Any], reference_outputs: ReferenceOutputs) -> VerificationResult:
     """Hold the answers of `trainer.export.verify_worker` against the trained model."""
-    loss_missing_reason = (
-        reference_outputs.data_missing_reason
-        if reference_outputs.data_folder is None
-        else ""
-        if reference_outputs.loss is not None
-        else reference_outputs.no_loss_reason
-    )
     return VerificationResult(
         max_logits_difference=answer["logits_difference"],
         max_abs_logit=float(np.abs(reference_outputs.logits).max()),
         loss=answer["loss"],
         recorded_loss=reference_outputs.loss,
-        loss_missing_reason=loss_missing_reason,
+        loss_missing_reason=reference_outputs.loss_missing_reason,
         is_tied=answer["tied"],
-        num_tensors=answer["tensors"],
-        dtype=STORED_DTYPES[reference_outputs.stored_dtype].config,
+        dtype=STORED_DTYPES[reference_outputs.stored_dtype][0],
         problems=tuple(_find_problems(answer, reference_outputs)),
     )
 
 
-def _find_problems(answer: Mapping[str, Any], reference_outputs: ReferenceOutputs) -> Iterator[str]:
+def _find_problems(answer: Mapping[str, Any], expected: ReferenceOutputs) -> Iterator[str]:
     """What is wrong with the folder, each a half sentence; the first ones explain the later ones."""
     if not answer["tensors"]:
         yield "it holds no tensors"
@@ -187,24 +163,21 @@ def _find_problems(answer: Mapping[str, Any], reference_outputs: ReferenceOutput
         yield f"{answer['empty'][0]} is empty"
     if answer["adapters"] and not answer["adapters_moved"]:
         yield "every adapter's B is zero: nothing was learnt"
+    torch_dtype, safetensors_dtype = STORED_DTYPES[expected.stored_dtype]
     config_dtype = answer["said_dtype"]  # an adapter's config says nothing
-    expected, stored = STORED_DTYPES[reference_outputs.stored_dtype], answer["stored_dtypes"]
-    if stored != [expected.stored] or config_dtype not in (None, expected.config):
-        yield f"stored as {', '.join(stored)}, its config says {config_dtype}, expected {expected.config}"
-    if answer["tied"] != reference_outputs.is_tied:
-        yield f"input and output embeddings are {'no longer' if reference_outputs.is_tied else 'now'} tied"
-    if reference_outputs.is_tied and answer["embedding_copies"] > 1:
+    if answer["stored_dtypes"] != [safetensors_dtype] or config_dtype not in (None, torch_dtype):
+        stored = ", ".join(answer["stored_dtypes"])
+        yield f"stored as {stored}, its config says {config_dtype}, expected {torch_dtype}"
+    if answer["tied"] != expected.is_tied:
+        yield f"input and output embeddings are {'no longer' if expected.is_tied else 'now'} tied"
+    if expected.is_tied and answer["embedding_copies"] > 1:
         yield f"the tied embedding is stored {answer['embedding_copies']} times"
-    bound = (FP16_LOGITS_BOUND if reference_outputs.is_fp16 else LOGITS_BOUND) * max(
-        1.0, float(np.abs(reference_outputs.logits).max())
-    )
+    bound = FP16_LOGITS_BOUND if expected.is_fp16 else LOGITS_BOUND
+    bound *= max(1.0, float(np.abs(expected.logits).max()))
     if not answer["logits_difference"] <= bound:
         yield f"logits differ by {answer['logits_difference']:.1e}, more than {bound:.1e}"
-    if reference_outputs.loss is not None and answer["loss"] is not None:
-        bound = (
-            LOSS_BOUND[reference_outputs.precision]
-            * reference_outputs.loss
-            * (CROSS_DEVICE_FACTOR if reference_outputs.is_cross_device else 1)
-        )
-        if not abs(answer["loss"] - reference_outputs.loss) <= bound:
-            yield f"validation loss {answer['loss']:.6f}, recorded {reference_outputs.loss:.6f}"
+    if expected.loss is not None and answer["loss"] is not None:
+        bound = LOSS_BOUND[expected.precision] * expected.loss
+        bound *= CROSS_DEVICE_FACTOR if expected.is_cross_device else 1
+        if not abs(answer["loss"] - expected.loss) <= bound:
+            yield f"validation loss {answer['loss']:.6f}, recorded {expected.loss:.6f}"

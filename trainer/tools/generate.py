@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from trainer.export.export_cli import load_model_at_checkpoint, select_run_check
 from trainer.model.build import build_model, get_max_positions, load_config
 from trainer.report.markdown import escape
 from trainer.tracking.summary import show_plan
+from trainer.training.checkpoint import Checkpoint
 from trainer.training.generation import EvalPrompt, completion_length, make_prompts
 from trainer.training.text_metrics import text_scores
 
@@ -34,18 +36,20 @@ LEAVE = ("", "exit", "quit")  # what ends the dialogue
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """What is to be completed, by which runs, and how."""
+    """What is to be completed, by which runs, and how: the flags of `launch/generate.py`."""
 
-    run_folders: tuple[Path, ...]
-    prompts: tuple[str, ...] = ()
-    prompts_file: Path | None = None  #: JSON lines of `prompt` or `messages`, with `reference` where there is one
-    num_prompts: int = 4  #: validation prompts that are taken where none are given
-    checkpoint_name: str = "latest"
-    max_new_tokens: int | None = None  #: None: some more than the longest reference, or 64
-    sampling: Sampling | None = None  #: None: greedy
-    as_text: bool = False  #: prompts as they are, although the runs were trained on conversations
-    score: bool = False
-    output_file: Path | None = None  #: the table as Markdown
+    runs: list[Path]
+    prompt: list[str]
+    prompts: Path | None  #: JSON lines of `prompt` or `messages`, with `reference` where there is one
+    num: int  #: validation prompts that are taken where none are given
+    checkpoint: str
+    max_new_tokens: int | None  #: None: some more than the longest reference, or 64
+    temperature: float  #: 0: greedy
+    top_p: float
+    seed: int
+    text: bool  #: prompts as they are, although the runs were trained on conversations
+    score: bool
+    output: Path | None  #: the table as Markdown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,32 +66,24 @@ class _Run:
         return template
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Column:
-    """One model of the table: how it is called, and how it is loaded."""
-
-    label: str
-    load: Callable[[], Any]
-
-
 def generate(request: GenerateRequest) -> int:
     """Complete the prompts by each model and show the texts; without prompts on a terminal: a dialogue. 0, or
     UserError."""
-    runs = [_read_run(folder) for folder in request.run_folders]
+    runs = [_read_run(folder) for folder in request.runs]
     _check_one_tokenizer(runs)
-    columns = list(_columns(runs, request.checkpoint_name))
+    loaders = _list_models(runs, request.checkpoint)
     writer = _Writer(request, runs[0])
-    if not request.prompts and request.prompts_file is None and sys.stdin.isatty() and sys.stdout.isatty():
-        return _talk(columns, writer)
+    if not request.prompt and request.prompts is None and sys.stdin.isatty() and sys.stdout.isatty():
+        return _talk({label: load() for label, load in loaders.items()}, writer)
     prompts = writer.prompts()
-    texts = {column.label: writer.complete(column.load(), prompts) for column in columns}
+    texts = {label: writer.complete(load(), prompts) for label, load in loaders.items()}
     for i, prompt in enumerate(prompts):
-        show_plan([*_about(prompt), *((label, completions[i]) for label, completions in texts.items())])
+        show_plan([*_describe_prompt(prompt), *((label, completions[i]) for label, completions in texts.items())])
         print(flush=True)
     lines = [_describe_scores(label, completions, prompts) for label, completions in texts.items() if request.score]
     print("".join(f"{line}\n" for line in lines), end="", flush=True)
-    if request.output_file is not None:
-        request.output_file.write_text(_markdown(prompts, texts) + "".join(f"\n{line}\n" for line in lines), "utf-8")
+    if request.output is not None:
+        request.output.write_text(_markdown(prompts, texts) + "".join(f"\n{line}\n" for line in lines), "utf-8")
     return 0
 
 
@@ -98,36 +94,30 @@ def _read_run(folder: Path) -> _Run:
 
 def _check_one_tokenizer(runs: Sequence[_Run]) -> None:
     """UserError where the runs cannot be given the same prompts."""
+    first = runs[0]
     for run in runs:
         name = run.metadata["data"]["tokenizer"]
         if name is None:
             raise UserError(f"{run.folder}: trained on token ids; expected a run on text")
-        if name != runs[0].metadata["data"]["tokenizer"] or run.chat_template != runs[0].chat_template:
+        if name != first.metadata["data"]["tokenizer"] or run.chat_template != first.chat_template:
             raise UserError(
-                f"{run.folder}: another tokenizer or chat template than {runs[0].folder}; expected runs with one"
+                f"{run.folder}: another tokenizer or chat template than {first.folder}; expected runs with one"
             )
 
 
-def _columns(runs: Sequence[_Run], checkpoint_name: str) -> Iterator[_Column]:
-    """Each base once, before the first run on it, then the run."""
+def _list_models(runs: Sequence[_Run], checkpoint_name: str) -> dict[str, Callable[[], Any]]:
+    """{label: what loads it}: each base once, before the first run on it, then the run."""
+    loaders: dict[str, Callable[[], Any]] = {}
     seen = set()
-    for run in runs:
-        model = run.metadata["model"]
-        if model["fingerprint"] not in seen:
-            seen.add(model["fingerprint"])
-            name = model["name"].rstrip("/").rsplit("/", 1)[-1]
-            yield _Column(label=f"base ({name})", load=lambda run=run: _load_base(run))  # type: ignore[misc]
-        checkpoint = select_run_checkpoint(run.folder, checkpoint_name)
-        names = [other.metadata["name"] for other in runs]
-        label = run.metadata["name"] if names.count(run.metadata["name"]) == 1 else str(run.folder)
-        yield _Column(
-            label=label,
-            load=lambda run=run, checkpoint=checkpoint: (
-                load_model_at_checkpoint(  # type: ignore[misc]
-                    run.folder, run.settings, checkpoint, run.metadata
-                ).causal
-            ),
-        )
+    names = [run.metadata["name"] for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        base = run.metadata["model"]
+        if base["fingerprint"] not in seen:
+            seen.add(base["fingerprint"])
+            loaders[f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"] = partial(_load_base, run)
+        label = name if names.count(name) == 1 else str(run.folder)
+        loaders[label] = partial(_load_checkpoint, run, select_run_checkpoint(run.folder, checkpoint_name))
+    return loaders
 
 
 def _load_base(run: _Run) -> Any:
@@ -140,6 +130,10 @@ def _load_base(run: _Run) -> Any:
     return model.causal.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def _load_checkpoint(run: _Run, checkpoint: Checkpoint) -> Any:
+    return load_model_at_checkpoint(run.folder, run.settings, checkpoint, run.metadata).causal
+
+
 class _Writer:
     """Prompts as token ids, and completions as text, for all models alike."""
 
@@ -147,20 +141,22 @@ class _Writer:
         self.request, self.run = request, run
         self.tokenizer = load_tokenizer(run.settings.model.model)
         self.max_positions = get_max_positions(load_config(run.settings.model))
-        self.chat = None
-        if run.chat_template is not None and not request.as_text:
-            self.chat = ChatTemplate(self.tokenizer, run.chat_template)
+        template = None if request.text else run.chat_template
+        self.chat = None if template is None else ChatTemplate(self.tokenizer, template)
         self.end_token_ids = end_token_ids(self.tokenizer, self.chat.template if self.chat else None)
+        self.sampling = None
+        if request.temperature:
+            self.sampling = Sampling(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
 
     def prompts(self) -> list[EvalPrompt]:
         """Those given, or the first ones of the run's validation records; UserError where there are none."""
         request, settings = self.request, self.run.settings
-        if request.prompts:
-            return [self.prompt(text) for text in request.prompts]
-        if request.prompts_file is not None:
-            return list(self._read_file(request.prompts_file))
+        if request.prompt:
+            return [self.prompt(text) for text in request.prompt]
+        if request.prompts is not None:
+            return list(self._read_file(request.prompts))
         data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
-        prompts = make_prompts(data, self.tokenizer, self.max_positions)[: request.num_prompts]
+        prompts = make_prompts(data, self.tokenizer, self.max_positions)[: request.num]
         if not prompts:
             raise UserError(f"{self.run.folder}: no validation record fits the model; pass --prompt TEXT")
         return prompts
@@ -218,13 +214,12 @@ class _Writer:
         completions: list[list[int]] = []
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = [prompt.ids for prompt in prompts[start : start + BATCH_SIZE]]
-            completions += decode(causal, batch, length, self.end_token_ids, sampling=self.request.sampling)
+            completions += decode(causal, batch, length, self.end_token_ids, sampling=self.sampling)
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
 
 
-def _talk(columns: Sequence[_Column], writer: _Writer) -> int:
+def _talk(models: Mapping[str, Any], writer: _Writer) -> int:
     """Answer one line after another by every model, until an empty one."""
-    models = [(column.label, column.load()) for column in columns]
     print("a prompt a line; an empty line ends", flush=True)
     while True:
         try:
@@ -238,10 +233,10 @@ def _talk(columns: Sequence[_Column], writer: _Writer) -> int:
         except UserError as error:
             print(f"error: {error}", flush=True)
             continue
-        show_plan([(label, writer.complete(causal, prompts)[0]) for label, causal in models])
+        show_plan([(label, writer.complete(causal, prompts)[0]) for label, causal in models.items()])
 
 
-def _about(prompt: EvalPrompt) -> list[tuple[str, str]]:
+def _describe_prompt(prompt: EvalPrompt) -> list[tuple[str, str]]:
     count = len(prompt.references)
     names = ["reference"] if count == 1 else [f"reference {i + 1}" for i in range(count)]
     return [("prompt", prompt.text), *zip(names, prompt.references, strict=True)]
