@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -43,34 +43,6 @@ SCHEMA = pa.schema(
 )
 _REMEDY = "move the file away, or remove the run"
 _MANIFEST_KEY = b"evaluations"  # of the file's own metadata
-
-
-class EvalRows(Protocol):
-    """What is known of each row of an evaluation split before any model sees it (`trainer.data.row_info`)."""
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """A hash of each record, 16 hex digits."""
-
-    @property
-    def occurrences(self) -> Sequence[int]:
-        """How many equal rows stand before each."""
-
-    @property
-    def groups(self) -> Sequence[str | None]:
-        """What keeps rows together as one unit; None for a row that is one by itself."""
-
-    @property
-    def targets(self) -> Sequence[int]:
-        """Counted tokens."""
-
-    @property
-    def num_bytes(self) -> Sequence[int]:
-        """UTF-8 bytes of the targets, 0 where the text is not known."""
-
-    @property
-    def in_train(self) -> Sequence[bool]:
-        """Whether a row equals a training record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +78,10 @@ class _Evaluations:
         return _Evaluations([entry for kept, entry in zip(is_kept, self.entries, strict=True) if kept], rows)
 
 
-def evaluation_table(rows: EvalRows, *, step: int, split: EvalSplit, nll: Sequence[float]) -> pa.Table:
-    """The rows of one evaluation; `nll`: summed negative log-likelihood of each row in nats, in the rows' order."""
+def evaluation_table(rows: Any, *, step: int, split: EvalSplit, nll: Sequence[float]) -> pa.Table:
+    """The rows of one evaluation. `rows`: what is known of each before any model sees it (`data.row_info.RowInfo`);
+    `nll`: summed negative log-likelihood of each in nats, in their order."""
     num_rows = len(rows.ids)
-    if len(nll) != num_rows:
-        raise ValueError(f"{len(nll)} losses for {num_rows} rows")
     columns = {
         "step": [step] * num_rows, "split": [split] * num_rows, "id": rows.ids, "occurrence": rows.occurrences,
         "group": rows.groups, "nll": nll, "targets": rows.targets, "bytes": rows.num_bytes, "in_train": rows.in_train,
@@ -121,7 +92,7 @@ def evaluation_table(rows: EvalRows, *, step: int, split: EvalSplit, nll: Sequen
 class EvalRecordsLogger:
     """Appends the rows of every evaluation of the validation split that a record carries (`EvalRecord.row_nll`)."""
 
-    def __init__(self, folder: Path, rows: EvalRows) -> None:
+    def __init__(self, folder: Path, rows: Any) -> None:
         self._path, self._rows = folder / EVAL_RECORDS_FILE, rows
 
     def log(self, record: Record) -> None:
@@ -261,30 +232,23 @@ def _hash_file(entries: Sequence[EvaluationEntry], rows: pa.Table) -> str:
 
 def _thin_out(evaluations: _Evaluations) -> _Evaluations:
     """At most MAX_ROWS rows: the oldest evaluations that are neither the base's, the best, nor the newest go."""
-    num_rows = len(evaluations.rows)
+    entries, num_rows = evaluations.entries, len(evaluations.rows)
     if num_rows <= MAX_ROWS:
         return evaluations
     losses, start = {}, 0  # of the stored validations, by their place in the list
-    for number, entry in enumerate(evaluations.entries):
+    for number, entry in enumerate(entries):
         if entry.is_stored:
             if entry.split == "val":
                 losses[number] = token_mean(evaluations.rows.slice(start, entry.num_rows))
             start += entry.num_rows
-    removable = [
-        n for n in list(losses)[:-1] if evaluations.entries[n].step and n != min(losses, key=losses.__getitem__)
-    ]
-    dropped = set()
-    for number in removable:
-        if num_rows <= MAX_ROWS:
-            break
-        dropped.add(number)
-        num_rows -= evaluations.entries[number].num_rows
-    rows = evaluations.filter([number not in dropped for number in range(len(evaluations.entries))]).rows
-    entries = [
-        replace(entry, is_stored=entry.is_stored and number not in dropped)
-        for number, entry in enumerate(evaluations.entries)
-    ]
-    return _Evaluations(entries, rows)
+    best, newest = min(losses, key=losses.__getitem__, default=None), max(losses, default=None)
+    is_kept = [True] * len(entries)
+    for number in losses:
+        if num_rows > MAX_ROWS and entries[number].step and number not in (best, newest):
+            is_kept[number] = False
+            num_rows -= entries[number].num_rows
+    listed = [replace(e, is_stored=e.is_stored and kept) for e, kept in zip(entries, is_kept, strict=True)]
+    return _Evaluations(listed, evaluations.filter(is_kept).rows)
 
 
 def _write(path: Path, evaluations: _Evaluations) -> None:

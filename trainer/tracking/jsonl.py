@@ -137,8 +137,7 @@ def _find_step_gap(path: Path, num_rows: int) -> str | None:
             record = from_line(line)
         except ValueError:
             return f"line {number} is not a record"
-        is_step = isinstance(record, StepRecord) or (isinstance(record, EventRecord) and record.event == "skipped_step")
-        if is_step:
+        if isinstance(record, StepRecord) or (isinstance(record, EventRecord) and record.event == "skipped_step"):
             if record.step != last_step + 1:
                 return f"line {number}: step {record.step} follows step {last_step}"
             last_step = record.step
@@ -179,12 +178,9 @@ def _is_continued(path: Path, number: int, line: bytes, step: int, eval_pending:
         record = from_line(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
-    is_run_end = isinstance(record, EventRecord) and (
-        record.event == "finished" or (record.event in FINAL_EVALUATIONS and record.step > 0)
-    )
-    follows_evaluation = isinstance(record, EvalRecord | EpochRecord) or (
-        isinstance(record, EventRecord) and record.event in EVALUATION_EVENTS
-    )
+    event = record.event if isinstance(record, EventRecord) else None
+    is_run_end = event == "finished" or (event in FINAL_EVALUATIONS and record.step > 0)
+    follows_evaluation = isinstance(record, EvalRecord | EpochRecord) or event in EVALUATION_EVENTS
     is_repeated = eval_pending and record.step == step and follows_evaluation
     return not (record.step > step or is_run_end or is_repeated)
 

@@ -174,9 +174,7 @@ def _is_valid(value: Any, expected: Any) -> bool:
 def iter_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file of rows, one at a time; ValueError, naming it, for one that is too long to be a row."""
     with open(path, "rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES):
-            number += 1
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 raise ValueError(f"{path}, line {number}: longer than {MAX_LINE_BYTES:,} bytes")
             yield line

@@ -134,11 +134,6 @@ def test_a_row_takes_about_twenty_bytes(tmp_path):
     assert (tmp_path / "x").stat().st_size / num_rows < 25
 
 
-def test_as_many_losses_as_rows_are_needed():
-    with pytest.raises(ValueError, match="4 losses for 5 rows"):
-        evaluation_table(make_rows(), step=0, split="val", nll=[1.0] * 4)
-
-
 @pytest.mark.parametrize("content", [b"", b"PAR1 damaged", b"PAR1" + bytes(100) + b"PAR1"])
 def test_a_damaged_file_is_one_line(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
