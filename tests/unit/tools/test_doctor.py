@@ -272,6 +272,7 @@ def test_the_smoke_test_of_doctor_says_what_failed(doctor_inputs, fault, tmp_pat
     line, expected = FAULTS[fault]
     script = tmp_path / "train.py"
     script.write_text(FAKE_TRAIN_SCRIPT.replace("FAULT", line))
+    (tmp_path / "near").mkdir()
     monkeypatch.setattr(smoke_test, "TRAIN_SCRIPT", script)
     limit = 1 if fault == "slow" else 60
     played = smoke_test.SmokeTest(
@@ -308,7 +309,7 @@ def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, ti
     data = load(prepare(request.settings.data, model=tiny_model, global_batch=2).folder)
     model = build_model(request.settings, on_meta=True)
     plan = make_plan(request.settings, simulated_context(1), data, model.metadata, load_config(request.settings.model))
-    data_overrides = sample_data.sample_overrides(request, plan, data, 4, tmp_path)["data"]
+    data_overrides = sample_data.sample_overrides(plan, data, 4, tmp_path)
     lines = {side: Path(data_overrides[side]).read_text().splitlines() for side in ("data", "val_data")}
     assert 8 <= len(lines["data"]) < 400, "4 steps of 2, and not much more"
     assert 1 <= len(lines["val_data"]) < 400
@@ -325,7 +326,7 @@ def test_doctor_turns_a_user_error_into_a_check_result():
         yield CheckResult(level="ok", name="a", message="b")
         raise UserError("--data x: no such file; expected CSV")
 
-    checks = list(catch_user_errors("run", mistake))
+    checks = list(catch_user_errors("run", mistake()))
     assert [check.level for check in checks] == ["ok", "error"]
     assert checks[1].remedy == "expected CSV"
 

@@ -36,7 +36,7 @@ def measure_methods(args: argparse.Namespace) -> int:
             rows.append([method, *["-"] * (len(HEADINGS) - 2), reason])
             print(f"{method}: failed: {reason}", file=sys.stderr, flush=True)
             continue
-        results.append(json.loads(last_line(process.stdout)))
+        results.append(json.loads(process.stdout.strip().splitlines()[-1]))
         rows.append([method, *format_cells(results[-1])])
         print(f"{method}: {results[-1]}", file=sys.stderr, flush=True)
     print("\n".join(table_lines(HEADINGS, rows)))

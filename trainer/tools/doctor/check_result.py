@@ -1,15 +1,14 @@
 """What the doctor finds: one line each, with the remedy."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from trainer.config.errors import UserError
 
-OK, WARNING, ERROR = "ok", "warning", "error"
-LEVELS = (OK, WARNING, ERROR)
+OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CheckResult:
     """One thing that was looked at: how it stands, what was found, and what to do about it (empty where nothing)."""
 
@@ -18,27 +17,24 @@ class CheckResult:
     message: str
     remedy: str = ""
 
-    def __post_init__(self) -> None:
-        assert self.level in LEVELS, self.level
-
 
 def ok_result(name: str, message: str) -> CheckResult:
     """Nothing to do."""
-    return CheckResult(level=OK, name=name, message=message)
+    return CheckResult(OK, name, message)
 
 
 def make_result(is_bad: bool, level: str, name: str, message: str, remedy: str) -> CheckResult:
     """`level` with its remedy where it is bad, else ok without."""
-    return CheckResult(level=level, name=name, message=message, remedy=remedy) if is_bad else ok_result(name, message)
+    return CheckResult(level, name, message, remedy) if is_bad else ok_result(name, message)
 
 
-def catch_user_errors(name: str, run_checks: Callable[[], Iterable[CheckResult]]) -> Iterator[CheckResult]:
-    """The results of `run_checks`; a mistake of the user's that stops it becomes an error among them."""
+def catch_user_errors(name: str, checks: Iterable[CheckResult]) -> Iterator[CheckResult]:
+    """The checks as they come; a mistake of the user's that stops them becomes an error among them."""
     try:
-        yield from run_checks()
+        yield from checks
     except UserError as error:
         message, _, remedy = str(error).partition("; ")
-        yield CheckResult(level=ERROR, name=name, message=message, remedy=remedy)
+        yield CheckResult(ERROR, name, message, remedy)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -55,7 +51,6 @@ def format_duration(seconds: float) -> str:
 
 def join_names(names: Iterable[str], max_shown: int = 6) -> str:
     """Names with commas, the first few of many."""
-    all_names = list(names)
-    return ", ".join(all_names[:max_shown]) + (
-        f" and {len(all_names) - max_shown} more" if len(all_names) > max_shown else ""
-    )
+    shown = list(names)
+    more = f" and {len(shown) - max_shown} more" if len(shown) > max_shown else ""
+    return ", ".join(shown[:max_shown]) + more

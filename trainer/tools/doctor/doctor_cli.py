@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from trainer.config.cli import CliArgs
 from trainer.data.dataset import PreparedDataset, prepare
@@ -15,7 +17,17 @@ from trainer.distributed.network_check import describe_link
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
-from trainer.tools.doctor.check_result import ERROR, LEVELS, OK, CheckResult, catch_user_errors, format_bytes, ok_result
+from trainer.tools.doctor.check_result import (
+    ERROR,
+    LEVELS,
+    OK,
+    WARNING,
+    CheckResult,
+    catch_user_errors,
+    format_bytes,
+    make_result,
+    ok_result,
+)
 from trainer.tools.doctor.host_checks import check_hosts, describe_links, measure_links
 from trainer.tools.doctor.prove import Proof
 from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
@@ -23,9 +35,10 @@ from trainer.tools.finders.files import FINDER_FILES, PROOF_FILE
 from trainer.tracking.console import make_console
 from trainer.tracking.extra_loggers import check_loggers
 from trainer.training.plan_validation import validate_early
+from trainer.training.run_folder import is_unused
 from trainer.training.run_plan import RunPlan, make_plan
 
-COLOURS = {OK: "green", "warning": "yellow", ERROR: "red bold"}
+COLOURS = {OK: "green", WARNING: "yellow", ERROR: "red bold"}
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")
 
 
@@ -45,14 +58,12 @@ class DoctorReport:
     def add_section(self, title: str, checks: Iterable[CheckResult]) -> None:
         """Take the checks of a section, one at a time; a mistake of the user's becomes one of them."""
         self.print_line(f"\n[bold]{title}[/bold]")
-        for result in catch_user_errors(title, lambda: checks):
+        for result in catch_user_errors(title, checks):
             self.results.append((title, result))
             colour = COLOURS[result.level]
-            self.print_line(
-                f"  [{colour}]{result.level:<8}[/{colour}] {result.name:<13} {_escape_markup(result.message)}"
-            )
+            self.print_line(f"  [{colour}]{result.level:<8}[/{colour}] {result.name:<13} {escape(result.message)}")
             if result.remedy:
-                self.print_line(f"  {'':<8} {'remedy':<13} {_escape_markup(result.remedy)}")
+                self.print_line(f"  {'':<8} {'remedy':<13} {escape(result.remedy)}")
 
     def print_line(self, line: str) -> None:
         """Print a line, unless only JSON is asked for."""
@@ -68,16 +79,14 @@ class DoctorReport:
         yield ok_result("settings", " ".join(settings.overridden) or "nothing overridden")
         yield _check_run_folder(settings.run_folder, is_resumed=self.cli_args.resume is not None)
 
-        def log(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
-
+        model_config = load_config(settings.model)
         self.data = prepare(
             settings.data, model=settings.model.model, global_batch=settings.train.global_batch,
-            max_positions=get_max_positions(load_config(settings.model)), log=log,
+            max_positions=get_max_positions(model_config), log=partial(print, file=sys.stderr, flush=True),
         )  # fmt: skip
         yield ok_result("data", f"{self.data.metadata['source']}: read and tokenised")
         self.model = build_model(settings, on_meta=True)
-        self.plan = make_plan(settings, dist_context, self.data, self.model.metadata, load_config(settings.model))
+        self.plan = make_plan(settings, dist_context, self.data, self.model.metadata, model_config)
         world_size = dist_context.world_size
         yield ok_result("plan", f"{self.plan.settings.run_name} on {world_size} rank{'s' * (world_size > 1)}")
 
@@ -140,27 +149,27 @@ def run_doctor(
         report.add_section("memory, counted", memory_checks.check_memory(plan, report.memory_table))
         report.print_memory_table()
         chosen_row = next(row for row in report.memory_table if row.is_chosen)
-        if limit_seconds is not None and not is_elsewhere and proves:
-            _run_proof(report, plan, data, limit_seconds)
-        elif limit_seconds is not None and not is_elsewhere and chosen_row.fits:
-            measured_cost = _run_rehearsal(report, plan, data, limit_seconds, chosen_row.device_bytes)
-        if len(ranks_of_hosts) > 1 and all(
-            result.level != ERROR for section, result in report.results if section == "hosts"
-        ):
+        if limit_seconds is not None and not is_elsewhere:
+            if proves:
+                _run_proof(report, plan, data, limit_seconds)
+            elif chosen_row.fits:
+                measured_cost = _run_rehearsal(report, plan, data, limit_seconds, chosen_row.device_bytes)
+        host_levels = {result.level for section, result in report.results if section == "hosts"}
+        if len(ranks_of_hosts) > 1 and ERROR not in host_levels:
             report.add_section("network", _check_links(plan, list(ranks_of_hosts), measured_cost.get("step_seconds")))
     result = report.as_json(measured_cost)
     if as_json:
         print(json.dumps(result, indent=1))
-    else:
-        report.print_line(f"\n{result[OK]} ok, {result['warning']} warnings, {result[ERROR]} errors")
-    return 1 if result[ERROR] else 0
+    report.print_line(f"\n{result[OK]} ok, {result[WARNING]} warnings, {result[ERROR]} errors")
+    return int(result[ERROR] > 0)
 
 
 def _run_rehearsal(
     report: DoctorReport, plan: RunPlan, data: PreparedDataset, limit_seconds: float, estimated_bytes: float
 ) -> dict[str, Any]:
-    """The sections of a rehearsal; what it measured."""
-    parent_folder = _existing_parent(Path(plan.settings.run_folder))
+    """The sections of a rehearsal, on the disk of the run folder, which is what will be filled; what it measured."""
+    parents = Path(plan.settings.run_folder).absolute().parents
+    parent_folder = next(parent for parent in parents if parent.exists())
     smoke_test = SmokeTest(report.cli_args, plan, data, limit_seconds=limit_seconds, parent_folder=parent_folder)
     report.add_section("rehearsal", smoke_test.run_checks())
     if smoke_test.cost is None:
@@ -190,20 +199,8 @@ def _run_proof(report: DoctorReport, plan: RunPlan, data: PreparedDataset, limit
     report.print_line(f"  numbers  {path}")
 
 
-def _existing_parent(folder: Path) -> Path:
-    """Where the rehearsal's files go: on the disk of the run folder, which is what will be filled."""
-    return next(parent for parent in folder.absolute().parents if parent.exists())
-
-
 def _check_run_folder(folder: str, *, is_resumed: bool) -> CheckResult:
-    path = Path(folder)
-    if not is_resumed and path.is_dir() and any(entry.name not in FINDER_FILES for entry in path.iterdir()):
-        return CheckResult(
-            level=ERROR, name="run folder", message=f"{folder} is not empty",
-            remedy="another --output-dir, or --resume to go on with that run",
-        )  # fmt: skip
-    return ok_result("run folder", folder)
-
-
-def _escape_markup(text: str) -> str:
-    return text.replace("[", r"\[")
+    is_used = not is_resumed and not is_unused(Path(folder), FINDER_FILES)
+    message = f"{folder} is not empty" if is_used else folder
+    remedy = "another --output-dir, or --resume to go on with that run"
+    return make_result(is_used, ERROR, "run folder", message, remedy)

@@ -18,6 +18,7 @@ from trainer.distributed.preflight import program_facts
 from trainer.distributed.process_group import find_free_port
 from trainer.tools.cluster.launch_files import SSH_OPTIONS
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, join_names, make_result
+from trainer.tools.worker_processes import last_line
 
 SSH_TIMEOUT_SECONDS = 60  # of the imports there, from a network file system that has not seen them yet
 LINKS_TIMEOUT_SECONDS = 180  # with a second or less for each host
@@ -32,20 +33,16 @@ def check_hosts(hosts: Sequence[str]) -> Iterator[CheckResult]:
     addresses = {host: _resolve(host) for host in hosts}
     for host, address in addresses.items():
         if address is None:
-            yield CheckResult(
-                level=ERROR,
-                name=host,
-                message="has no address here",
-                remedy="a name that every host resolves, or its IP",
-            )
+            yield CheckResult(ERROR, host, "has no address here", "a name that every host resolves, or its IP")
     here = program_facts({})
-    for host in (host for host, address in addresses.items() if address is not None):
-        yield _check_host(host, addresses[host] or "", here)
+    for host, address in addresses.items():
+        if address is not None:
+            yield _check_host(host, address, here)
 
 
-def check_own_name(name: str | None = None) -> CheckResult:
+def check_own_name() -> CheckResult:
     """Whether this host's name leads others, and torchrun, to it: Debian's /etc/hosts says 127.0.1.1."""
-    name = name or socket.gethostname()
+    name = socket.gethostname()
     address = _resolve(name)
     is_loopback = address is not None and address.startswith("127.")
     return make_result(
@@ -67,27 +64,27 @@ def measure_links(hosts: Sequence[str]) -> list[LinkSpeed]:
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     ranks = [
         subprocess.Popen(
-            argv if rank == 0 else _ssh_argv(host, f"RANK={rank} {variables} {shlex.join(argv)}"),
-            env={**without_launcher(os.environ), **place, "RANK": "0"} if rank == 0 else None, text=True, **pipes,
+            argv if n == 0 else _ssh_argv(host, f"RANK={n} {variables} {shlex.join(argv)}"),
+            env={**without_launcher(os.environ), **place, "RANK": "0"} if n == 0 else None, text=True, **pipes,
         )
-        for rank, host in enumerate(hosts)
+        for n, host in enumerate(hosts)
     ]  # fmt: skip
     deadline = time.monotonic() + LINKS_TIMEOUT_SECONDS
     try:
-        while ranks[0].poll() is None and not any(process.poll() for process in ranks) and time.monotonic() < deadline:
+        while ranks[0].poll() is None and not any(rank.poll() for rank in ranks) and time.monotonic() < deadline:
             time.sleep(0.05)
         if ranks[0].poll() == 0:
             speeds = [LinkSpeed(**row) for row in json.loads(ranks[0].communicate()[0].splitlines()[-1])]
             return sorted(speeds, key=lambda speed: speed.bandwidth)
-        failed = next((rank for rank, process in enumerate(ranks) if process.poll()), None)
+        failed = [(host, rank) for host, rank in zip(hosts, ranks, strict=True) if rank.poll()]
     finally:
-        for process in ranks:
-            process.kill()
-        errors = [process.communicate()[1].strip().splitlines() for process in ranks]
-    if failed is None:
-        raise UserError(f"the ranks on {', '.join(hosts)} have not measured within {LINKS_TIMEOUT_SECONDS} s")
-    reason = (errors[failed] or [f"exit code {ranks[failed].returncode}"])[-1].removeprefix("error: ")
-    raise UserError(f"a rank on {hosts[failed]}: {reason}; let the hosts reach one another at any port")
+        for rank in ranks:
+            rank.kill()
+        errors = {rank: rank.communicate()[1] for rank in ranks}
+    for host, rank in failed:
+        reason = last_line(errors[rank] or f"exit code {rank.returncode}").removeprefix("error: ")
+        raise UserError(f"a rank on {host}: {reason}; let the hosts reach one another at any port")
+    raise UserError(f"the ranks on {', '.join(hosts)} have not measured within {LINKS_TIMEOUT_SECONDS} s")
 
 
 def describe_links(speeds: Sequence[LinkSpeed]) -> str:
@@ -111,20 +108,17 @@ def _check_host(host: str, address: str, here: dict[str, Any]) -> CheckResult:
             capture_output=True, text=True, timeout=SSH_TIMEOUT_SECONDS, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         there = json.loads(answer.stdout.strip().splitlines()[-1]) if answer.returncode == 0 else None
-        reason = (answer.stderr.strip().splitlines() or ["no answer"])[-1]
+        reason = last_line(answer.stderr)
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
         there, reason = None, type(error).__name__
     if there is None:
-        return CheckResult(
-            level=ERROR, name=host, message=f"{address}: ssh does not start this program there ({reason})",
-            remedy=f"let `ssh {host}` work without a password, and have checkout and environment under the same paths",
-        )  # fmt: skip
+        message = f"{address}: ssh does not start this program there ({reason})"
+        remedy = f"let `ssh {host}` work without a password, and have checkout and environment under the same paths"
+        return CheckResult(ERROR, host, message, remedy)
     differences = [f"{name} is {there.get(name)}, here {here[name]}" for name in here if there.get(name) != here[name]]
-    return make_result(
-        bool(differences), ERROR, host,
-        f"{address}: {join_names(differences)}" if differences else f"{address}: the same program and packages",
-        "install the same on all hosts (a run refuses it before its first step)",
-    )  # fmt: skip
+    message = f"{address}: {join_names(differences) or 'the same program and packages'}"
+    remedy = "install the same on all hosts (a run refuses it before its first step)"
+    return make_result(bool(differences), ERROR, host, message, remedy)
 
 
 def _resolve(host: str) -> str | None:

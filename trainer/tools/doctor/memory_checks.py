@@ -55,27 +55,24 @@ def _build_row(plan: RunPlan, deepspeed_file: DeepSpeedFile, row_length: int) ->
 
 def check_memory(plan: RunPlan, table: list[MemoryEstimateRow]) -> Iterator[CheckResult]:
     """Whether the chosen file fits, and what would, where it does not."""
-    chosen_row = next(row for row in table if row.is_chosen)
+    chosen = next(row for row in table if row.is_chosen)
     limit_bytes, is_gpu = available_bytes(plan), plan.dist_context.device.type == "cuda"
     capacity = "a GPU" if is_gpu else f"free memory for each of {plan.dist_context.local_world_size}"
-    needed = f"{chosen_row.name}: {format_bytes(chosen_row.device_bytes)} at most"
-    message = f"{needed}, {format_bytes(limit_bytes)} {capacity}"
-    if not chosen_row.fits:
-        fitting_names = [row.name for row in table if row.fits]
+    message = f"{chosen.name}: {format_bytes(chosen.device_bytes)} at most, {format_bytes(limit_bytes)} {capacity}"
+    if not chosen.fits:
+        fitting = next((row.name for row in table if row.fits), None)
         remedy = "lower --micro-batch, pass --activation-checkpointing, or take --mode lora or a smaller model"
-        if fitting_names:
-            remedy = f"--ds-config {fitting_names[0]} would fit"
-        remedy += "; --micro-batch 1 needs the least"
-        yield CheckResult(level=ERROR, name="memory", message=message, remedy=remedy)
+        remedy = f"--ds-config {fitting} would fit" if fitting else remedy
+        yield CheckResult(ERROR, "memory", message, f"{remedy}; --micro-batch 1 needs the least")
         return
     yield make_result(
-        chosen_row.device_bytes > TIGHT_SHARE * limit_bytes, WARNING, "memory", message,
+        chosen.device_bytes > TIGHT_SHARE * limit_bytes, WARNING, "memory", message,
         "lower --micro-batch: so close to the limit it may not fit",
     )  # fmt: skip
-    estimate = chosen_row.estimate
+    estimate = chosen.estimate
     parts = {
         "activations": estimate.activations, "logits, products and gradients in passing": estimate.passing,
         "weights": estimate.model_states.weights, "optimizer state": estimate.model_states.optimizer,
     }  # fmt: skip
-    largest = max(parts, key=lambda name: parts[name])
-    yield ok_result("largest", f"{largest}, {format_bytes(parts[largest])}")
+    name, num_bytes = max(parts.items(), key=lambda part: part[1])
+    yield ok_result("largest", f"{name}, {format_bytes(num_bytes)}")

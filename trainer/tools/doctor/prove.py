@@ -6,10 +6,6 @@ to have failed and a new group goes on with the next. Dropout is off: its masks 
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,11 +21,11 @@ from trainer.data.dataset import PreparedDataset
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
 from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import possible_paths
-from trainer.distributed.launch_environment import without_launcher
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.step_check import MAX_DIFFERENCE
 from trainer.kernels.device_branch import uses_gpu_form
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, ok_result
+from trainer.tools.worker_processes import last_line, run_ranks
 from trainer.training.run_plan import RunPlan
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -77,27 +73,24 @@ def proof_settings(settings: Settings) -> Settings:
     )  # fmt: skip
 
 
-def list_rows(plan: RunPlan, world_sizes: Sequence[int]) -> list[ProofRow]:
+def list_rows(plan: RunPlan, world_size: int) -> list[ProofRow]:
     """All that can run here; compiled under the plan's own ZeRO file alone, which takes a minute each time."""
+    if plan.schedule.batch.global_batch % world_size:
+        return []
     rows = []
     settings = proof_settings(plan.settings)
-    names = dict.fromkeys([*STAGES, settings.engine.ds_config or plan.deepspeed_file.name])
-    for world_size in world_sizes:
-        if plan.schedule.batch.global_batch % world_size:
-            continue
-        batch = settings.train.batch(world_size)
-        for name in names:
-            file = read_deepspeed_file(name)
-            config = build_deepspeed_config(
-                file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=plan.precision
-            )
-            context = simulated_context(world_size, plan.dist_context.device.type)
-            paths = possible_paths(settings, context, config, precision=plan.precision)
-            executions = ["eager", *["graphs"] * ("graphs" in paths)]
-            wants_compile = uses_gpu_form(context.device) or settings.engine.execution == "compile"
-            if "compile" in paths and name == plan.deepspeed_file.name and wants_compile:
-                executions.append("compile")
-            rows += [ProofRow(ds_config=name, world_size=world_size, execution=way) for way in executions]
+    batch, max_grad_norm = settings.train.batch(world_size), settings.train.max_grad_norm
+    context = simulated_context(world_size, plan.dist_context.device.type)
+    wants_compile = uses_gpu_form(context.device) or settings.engine.execution == "compile"
+    for name in dict.fromkeys([*STAGES, settings.engine.ds_config or plan.deepspeed_file.name]):
+        config = build_deepspeed_config(
+            read_deepspeed_file(name), batch=batch, max_grad_norm=max_grad_norm, precision=plan.precision
+        )
+        paths = possible_paths(settings, context, config, precision=plan.precision)
+        executions = ["eager", *["graphs"] * ("graphs" in paths)]
+        if "compile" in paths and name == plan.deepspeed_file.name and wants_compile:
+            executions.append("compile")
+        rows += [ProofRow(ds_config=name, world_size=world_size, execution=way) for way in executions]
     return rows
 
 
@@ -122,14 +115,11 @@ class Proof:
             plain_row = ProofRow(ds_config=PLAIN, world_size=1, execution="eager")
             reference = next(self._run_group(folder, [plain_row], 1))
             if reference.problem:
-                yield CheckResult(
-                    level=ERROR, name=PLAIN, message=reference.problem, remedy="nothing to compare with: see above"
-                )
+                yield CheckResult(ERROR, PLAIN, reference.problem, "nothing to compare with: see above")
                 return
             yield ok_result(PLAIN, _describe(reference))
             for world_size in world_sizes:
-                rows = [row for row in list_rows(self.plan, world_sizes) if row.world_size == world_size]
-                for row in self._run_group(folder, rows, world_size):
+                for row in self._run_group(folder, list_rows(self.plan, world_size), world_size):
                     self.rows.append(row)
                     yield self._judge(row)
 
@@ -140,17 +130,15 @@ class Proof:
         if verdict == "equal":
             return ok_result(name, message)
         if verdict == "fell back":
-            return CheckResult(
-                level=WARNING, name=name, message=f"{message}; {row.problem}", remedy="the numbers are right: none"
-            )
+            return CheckResult(WARNING, name, f"{message}; {row.problem}", "the numbers are right: none")
         remedy = f"do not train with --ds-config {row.ds_config} --execution {row.execution} here; report this row"
-        return CheckResult(level=ERROR, name=name, message=message, remedy=remedy)
+        return CheckResult(ERROR, name, message, remedy)
 
     def _run_group(self, folder: Path, rows: list[ProofRow], world_size: int) -> Iterator[ProofRow]:
         """The rows with their numbers, by as many groups of processes as it takes."""
+        answer = folder / f"answer-{world_size}"
         while rows:
-            answer = folder / f"answer-{world_size}"
-            answer.unlink(missing_ok=True)
+            answer.write_text("")
             job = {
                 "settings": proof_settings(self.plan.settings).as_dict(), "data": str(self.data.folder),
                 "rows": [[row.ds_config, row.execution] for row in rows], "num_steps": self.num_steps,
@@ -160,7 +148,7 @@ class Proof:
             }  # fmt: skip
             (folder / "job.json").write_text(json.dumps(job))
             problem = self._run_processes(folder, world_size)
-            lines = answer.read_text().splitlines() if answer.exists() else []
+            lines = answer.read_text().splitlines()
             for row, line in zip(rows, lines, strict=False):
                 yield replace(row, **json.loads(line))
             rows = rows[len(lines) :]
@@ -173,45 +161,11 @@ class Proof:
         timeout_seconds = self.deadline - time.monotonic()
         if timeout_seconds <= 0:
             return "not begun: the time was used up (--limit SECONDS)"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        shared = {
-            **without_launcher(os.environ), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "PYTHONPATH": f"{Path(__file__).parents[3]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        }  # fmt: skip
-        with open(folder / "output", "w+", encoding="utf-8") as output:
-            command = [sys.executable, *WORKER_COMMAND, str(folder / "job.json")]
-            processes = [
-                subprocess.Popen(
-                    command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL,
-                    stdout=output, stderr=output,
-                )
-                for rank in range(world_size)
-            ]  # fmt: skip
-            try:
-                exit_codes = self._wait(processes, timeout_seconds)
-            finally:
-                for process in processes:
-                    process.kill()
-                    process.wait()
-            output.seek(0)
-            lines = [line.strip() for line in output.read().splitlines() if line.strip()]
+        argv = [*WORKER_COMMAND, str(folder / "job.json")]
+        exit_codes = run_ranks(argv, world_size, folder / "log", timeout_seconds=timeout_seconds)
         if exit_codes is None:
             return "given up: the time was used up (--limit SECONDS)"
-        return (lines or ["ended without a word"])[-1][:200] if any(exit_codes) else ""
-
-    @staticmethod
-    def _wait(processes: Sequence["subprocess.Popen[bytes]"], timeout_seconds: float) -> list[int] | None:
-        """Exit codes; None after the time. One that fails ends the others, which would wait for it."""
-        end = time.monotonic() + timeout_seconds
-        while time.monotonic() < end:
-            codes = [process.poll() for process in processes]
-            if all(code is not None for code in codes) or any(codes):
-                return [code or 0 for code in codes]
-            time.sleep(0.1)
-        return None
+        return last_line((folder / "log").read_text(encoding="utf-8", errors="replace")) if any(exit_codes) else ""
 
     def write(self, path: Path) -> None:
         """The table as JSON."""
@@ -233,8 +187,6 @@ def _describe(row: ProofRow) -> str:
             f"loss {row.loss_difference:.0e}, gradient norm {row.norm_difference:.0e}, weights "
             f"{row.weight_difference:.1%} of their steps"
         )
-    if row.step_ms is not None:
-        parts.append(f"{row.step_ms:.1f} ms, {row.device_wait_share or 0:.0%} of it waiting for the device")
-    if row.peak_memory_bytes is not None:
-        parts.append(f"peak {format_bytes(row.peak_memory_bytes)}")
+    parts.append(f"{row.step_ms:.1f} ms, {row.device_wait_share or 0:.0%} of it waiting for the device")
+    parts.append(f"peak {format_bytes(row.peak_memory_bytes or 0)}")
     return ", ".join(parts)

@@ -1,28 +1,26 @@
 """One rank of a proof: `python -m trainer.tools.doctor.prove_worker JOB` runs the job's rows, one JSON line each."""
 
-import contextlib
-import dataclasses
 import gc
 import json
 import math
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch
-from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model.build import build_model, load_config
 from trainer.tools.doctor.prove import NUM_STEPS, PLAIN
+from trainer.tools.trial_engine import reset_peak_memory, start_trial
 from trainer.tracking.silence import silence_libraries
-from trainer.training.run_plan import RunPlan, make_plan
+from trainer.training.run_plan import make_plan
 
 
 def main(job_file: str) -> None:
@@ -31,14 +29,13 @@ def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     dist_context = init_distributed(job["device"])
     try:
-        torch.set_num_threads(dist_context.num_threads)
         data = load(Path(job["data"]))
         for ds_config, execution in job["rows"]:
-            is_plain = ds_config == PLAIN
-            _reset_peak(dist_context.device)
-            numbers = run_plain(job, data, dist_context) if is_plain else run_row(
-                job, data, dist_context, ds_config, execution
-            )  # fmt: skip
+            reset_peak_memory(dist_context.device)
+            if ds_config == PLAIN:
+                numbers = run_plain(job, data, dist_context)
+            else:
+                numbers = run_row(job, data, dist_context, ds_config, execution)
             numbers["peak_memory_bytes"] = max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device)))
             if dist_context.rank == 0:
                 with open(job["answer"], "a", encoding="utf-8") as answer:
@@ -49,21 +46,13 @@ def main(job_file: str) -> None:
         destroy_process_group()
 
 
-def _plan(settings: Settings, data: PreparedDataset, dist_context: DistContext) -> tuple[RunPlan, Any]:
-    model = build_model(settings, device=dist_context.device, with_fingerprint=False)
-    return make_plan(settings, dist_context, data, model.metadata, load_config(settings.model)).untimed(), model
-
-
 def run_row(
     job: dict[str, Any], data: PreparedDataset, dist_context: DistContext, ds_config: str, execution: Any
 ) -> dict[str, Any]:
     """Take the steps as a run does, and hold losses, norms and weights against the plain loop's."""
     settings = Settings.from_dict(job["settings"])
-    engine_settings = dataclasses.replace(
-        settings.engine, ds_config=ds_config, execution=execution, precision=job["precision"]
-    )
-    plan, model = _plan(dataclasses.replace(settings, engine=engine_settings), data, dist_context)
-    engine = Engine(dist_context, model, plan.deepspeed_config, settings.train, plan.execution)
+    engine_settings = replace(settings.engine, ds_config=ds_config, execution=execution, precision=job["precision"])
+    plan, engine = start_trial(replace(settings, engine=engine_settings), data, dist_context)
     batches = plan.schedule.batches(data.train, dist_context.rank)(0, job["num_steps"])
     losses, norms, seconds, waits = [], [], [], []
     for batch, result in engine.run(batches, lambda _: settings.train.lr):
@@ -100,9 +89,10 @@ def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistCont
 
     Leaves losses, norms, weights, and which weights had a gradient to speak of in every step, in the job's reference.
     """
-    settings = Settings.from_dict(job["settings"])
-    plan, model = _plan(settings, data, dist_context)
-    train, device = settings.train, dist_context.device
+    settings, device = Settings.from_dict(job["settings"]), dist_context.device
+    model = build_model(settings, device=device, with_fingerprint=False)
+    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    train = settings.train
     module = model.module.to(device).train()
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -137,11 +127,12 @@ def _plain_backward(module: Any, batch: GlobalBatch, device: torch.device, *, us
     """Forward and backward of a whole global batch; returns its mean loss."""
     total = 0.0
     for micro_batch in batch.micro_batches:
-        ids, labels = (torch.from_numpy(array).to(device) for array in (micro_batch.input_ids, micro_batch.labels))
-        inputs: dict[str, Tensor] = {"input_ids": ids}
+        arrays = {"input_ids": micro_batch.input_ids, "labels": micro_batch.labels}
         if micro_batch.position_ids is not None:
-            inputs["position_ids"] = torch.from_numpy(micro_batch.position_ids).to(device)
-        with torch.autocast(device.type, torch.bfloat16) if uses_bf16 else contextlib.nullcontext():
+            arrays["position_ids"] = micro_batch.position_ids
+        inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        labels = inputs.pop("labels")
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
             logits = module(**inputs, use_cache=False).logits
         nll = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -149,16 +140,6 @@ def _plain_backward(module: Any, batch: GlobalBatch, device: torch.device, *, us
         (nll / batch.num_target_tokens).backward()
         total += nll.item()
     return total / batch.num_target_tokens
-
-
-def _reset_peak(device: torch.device) -> None:
-    """Let the peak begin anew: the allocator's, or the one that Linux counts of this process."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 if __name__ == "__main__":

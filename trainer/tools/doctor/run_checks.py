@@ -37,11 +37,15 @@ class RunInspection:
     has_changed_rows: bool = False  #: against what the newest checkpoint knows of them
     has_whole_evaluations: bool = True
 
-    def add(self, name: str, problem: str | None, message: str, *, path: Path | None = None, remedy: str = "") -> None:
+    def add(self, name: str, problem: str | None, message: str, path: Path | None = None, remedy: str = "") -> None:
         """One thing that was looked at: `problem`, or None and what there is to say of it."""
         self.results.append(make_result(problem is not None, ERROR, name, problem or message, remedy))
         if problem is not None and path is not None:
             self.damaged.append(path)
+
+    def warn(self, name: str, message: str) -> None:
+        """Something that damages nothing."""
+        self.results.append(CheckResult(WARNING, name, message))
 
 
 def inspect_run(folder: Path) -> RunInspection:
@@ -56,7 +60,7 @@ def inspect_run(folder: Path) -> RunInspection:
     except UserError as error:
         inspection.add("run.json", str(error), "", remedy="put it back: nothing can be done with the run without it")
     for path, checkpoint, damage in iter_checked_checkpoints(folder / "checkpoints"):
-        inspection.add(path.name, damage, "whole", path=path)
+        inspection.add(path.name, damage, "whole", path)
         if damage is None and inspection.newest is None:
             inspection.newest = checkpoint
     _check_rows(inspection)
@@ -67,8 +71,7 @@ def inspect_run(folder: Path) -> RunInspection:
         inspection.add(str(path.relative_to(folder)), problem, "a whole safetensors file", remedy="export again")
     for path in sorted((*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp"))):
         if not inspection.is_running:
-            message = "left by a process that was killed; the next save or export removes it"
-            inspection.results.append(CheckResult(level=WARNING, name=path.name, message=message))
+            inspection.warn(path.name, "left by a process that was killed; the next save or export removes it")
             inspection.damaged.append(path)
     return inspection
 
@@ -81,7 +84,7 @@ def _check_running(inspection: RunInspection) -> None:
         lock.acquire()
     except UserError as error:
         inspection.is_running = True
-        inspection.results.append(CheckResult(level=WARNING, name="running", message=str(error)))
+        inspection.warn("running", str(error))
     finally:
         lock.release()
 
@@ -105,7 +108,7 @@ def _check_rows(inspection: RunInspection) -> None:
         _describe_end(inspection, from_line(last))
     more = f" and {num_problems - 1} lines more" if num_problems > 1 else ""
     problem = first_problem + more if first_problem else None
-    inspection.add(METRICS_FILE, problem, f"{num_rows} rows", path=path if path.is_file() else None)
+    inspection.add(METRICS_FILE, problem, f"{num_rows} rows", path if path.is_file() else None)
     inspection.num_rows = None if problem and path.exists() else num_rows
 
 
@@ -114,8 +117,7 @@ def _describe_end(inspection: RunInspection, last: Record) -> None:
     if isinstance(last, EventRecord) and last.event == "finished":
         inspection.results.append(ok_result("end", f"finished after step {last.step}"))
     elif not inspection.is_running:
-        message = f"not finished: its last row is of step {last.step}"
-        inspection.results.append(CheckResult(level=WARNING, name="end", message=message))
+        inspection.warn("end", f"not finished: its last row is of step {last.step}")
 
 
 def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:
@@ -136,7 +138,7 @@ def _check_eval_records(inspection: RunInspection) -> None:
     try:
         inspection.add(EVAL_RECORDS_FILE, None, f"{len(read_eval_records(path))} rows")
     except (OSError, UserError) as error:
-        inspection.add(EVAL_RECORDS_FILE, f"cannot be read: {first_line(error)}", "", path=path)
+        inspection.add(EVAL_RECORDS_FILE, f"cannot be read: {first_line(error)}", "", path)
         inspection.has_whole_evaluations = False
 
 
@@ -152,20 +154,21 @@ def _check_unchanged(inspection: RunInspection) -> None:
 
 def judge_uses(inspection: RunInspection) -> list[CheckResult]:
     """Whether the run can be resumed, exported and compared, each with the reason why not."""
-    no_metadata = "" if inspection.metadata is not None else "run.json cannot be read"
-    no_checkpoint = "" if inspection.newest is not None else "no whole checkpoint"
-    source = inspection.newest.folder.name if inspection.newest else ""
-    rows_note = " with --allow-change records" if inspection.has_changed_rows else ""
-    unreadable = "" if inspection.num_rows is not None else f"{METRICS_FILE} has lines that are no records"
-    damaged = unreadable or ("" if inspection.has_whole_evaluations else f"{EVAL_RECORDS_FILE} is damaged")
-    running = "it is running" if inspection.is_running else ""
+    newest = inspection.newest
+    source = newest.folder.name if newest else ""
+    rows_note = " with --allow-change records" * inspection.has_changed_rows
+    no_metadata = "run.json cannot be read" * (inspection.metadata is None)
+    no_checkpoint = "no whole checkpoint" * (newest is None)
+    unreadable = f"{METRICS_FILE} has lines that are no records" * (inspection.num_rows is None)
+    damaged = unreadable or f"{EVAL_RECORDS_FILE} is damaged" * (not inspection.has_whole_evaluations)
+    running = "it is running" * inspection.is_running
     blockers = {
         "resume": (no_metadata or running or no_checkpoint or damaged, f"from {source}{rows_note}"),
         "export": (no_metadata or no_checkpoint, f"of {source}"),
         "compare": (no_metadata or ("" if inspection.num_rows else unreadable or "no rows"), "yes"),
     }
     return [
-        CheckResult(level=ERROR, name=name, message=f"not possible: {blocker}") if blocker else ok_result(name, message)
+        CheckResult(ERROR, name, f"not possible: {blocker}") if blocker else ok_result(name, message)
         for name, (blocker, message) in blockers.items()
     ]
 
@@ -206,18 +209,17 @@ def _move_one(folder: Path, path: Path) -> str:
 def run_check(folder: Path, *, as_json: bool = False, should_move: bool = False) -> int:
     """Print what a run folder holds and is good for; 0, or 1 where something in it is damaged."""
     inspection = inspect_run(folder)
-    uses = judge_uses(inspection)
+    results = [*inspection.results, *judge_uses(inspection)]
     moved = move_aside(inspection) if should_move and inspection.damaged else []
-    is_damaged = any(result.level == ERROR for result in inspection.results)
     if as_json:
-        checks = [vars(result) for result in (*inspection.results, *uses)]
-        print(json.dumps({"run": str(folder), "checks": checks, "moved": moved}, indent=1))
-        return int(is_damaged)
-    for result in (*inspection.results, *uses):
-        print(f"{result.level:<8} {result.name:<20} {escape_controls(result.message)}")
-    for line in moved:
-        print(f"moved    {escape_controls(line)}")
-    if inspection.damaged and not moved:
-        names = ", ".join(path.name for path in inspection.damaged)
-        print(f"remedy   --move-aside puts {escape_controls(names)} into {folder / DAMAGED_FOLDER}; nothing is deleted")
-    return int(is_damaged)
+        print(
+            json.dumps({"run": str(folder), "checks": [vars(result) for result in results], "moved": moved}, indent=1)
+        )
+    else:
+        lines = [f"{result.level:<8} {result.name:<20} {result.message}" for result in results]
+        lines += [f"moved    {line}" for line in moved]
+        if inspection.damaged and not moved:
+            names = ", ".join(path.name for path in inspection.damaged)
+            lines.append(f"remedy   --move-aside puts {names} into {folder / DAMAGED_FOLDER}; nothing is deleted")
+        print("\n".join(map(escape_controls, lines)))
+    return int(any(result.level == ERROR for result in inspection.results))

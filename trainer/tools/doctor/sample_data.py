@@ -2,9 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-from trainer.config.cli import CliArgs
 from trainer.data import readers, sources
 from trainer.data.dataset import PreparedDataset
 from trainer.training.run_plan import RunPlan
@@ -14,9 +12,9 @@ CHARACTERS_PER_TOKEN = 12  # of text for a token, more than any tokenizer takes 
 
 
 def sample_overrides(
-    cli_args: CliArgs, plan: RunPlan, data: PreparedDataset, num_steps: int, folder: Path
-) -> dict[str, dict[str, Any]]:
-    """The settings that put a sample in place of large data; {} where they are small enough as they are."""
+    plan: RunPlan, data: PreparedDataset, num_steps: int, folder: Path
+) -> dict[str, str]:  # fmt: skip
+    """The data settings that put a sample in place of large data; {} where they are small enough as they are."""
     settings = plan.settings
     num_tokens_needed = num_steps * plan.schedule.batch.global_batch * settings.data.block_size
     num_tokens = data.metadata["train"]["tokens"] + data.metadata["val"]["tokens"]
@@ -28,12 +26,9 @@ def sample_overrides(
         "val": CHARACTERS_PER_TOKEN * num_tokens_needed // num_steps,
     }
     overrides = {}
-    for split, argument, flag in (
-        ("train", settings.data.data, "--data"),
-        ("val", settings.data.val_data, "--val-data"),
-    ):
+    for split, name, argument in (("train", "data", settings.data.data), ("val", "val_data", settings.data.val_data)):
         path = folder / f"{split}.jsonl"
-        source = sources.find(argument or settings.data.data, flag)
+        source = sources.find(argument or settings.data.data, "--data" if split == "train" else "--val-data")
         characters_left = max_characters[split]
         if argument is None:
             characters_left += max_characters["train"]  # the validation sample is what follows that of training
@@ -45,5 +40,5 @@ def sample_overrides(
                 characters_left -= len(line)
                 if characters_left < 0:
                     break
-        overrides["data" if split == "train" else "val_data"] = str(path)
-    return {"data": overrides}
+        overrides[name] = str(path)
+    return overrides

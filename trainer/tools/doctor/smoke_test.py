@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,6 @@ from typing import Any
 from trainer.config.cli import CliArgs, to_argv
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
-from trainer.distributed.launch_environment import without_launcher
 from trainer.distributed.step_check import MAX_DIFFERENCE
 from trainer.tools.doctor.check_result import (
     ERROR,
@@ -34,6 +34,7 @@ from trainer.tools.doctor.check_result import (
     ok_result,
 )
 from trainer.tools.doctor.sample_data import sample_overrides
+from trainer.tools.worker_processes import worker_environ
 from trainer.training.run_plan import RunPlan
 
 TRAIN_SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
@@ -62,11 +63,18 @@ class RunOutcome:
     output: str
     elapsed_seconds: float
 
-    def select_records(self, kind: str, event: str = "") -> list[dict[str, Any]]:
+    def select_records(self, kind: str, event: str | None = None) -> list[dict[str, Any]]:
         """The rows of a kind, of an event where one is named."""
-        return [
-            record for record in self.records if record["kind"] == kind and (not event or record.get("event") == event)
-        ]
+        return [row for row in self.records if row["kind"] == kind and event in (None, row.get("event"))]
+
+    def losses(self, kind: str) -> list[float]:
+        """Of the rows of a kind."""
+        return [row["loss"] for row in self.select_records(kind)]
+
+    @property
+    def finished(self) -> dict[str, Any]:
+        """The last row of a run that came to its end."""
+        return self.select_records("event", "finished")[-1]
 
     @property
     def failure_reason(self) -> str:
@@ -77,7 +85,7 @@ class RunOutcome:
 
 
 class SmokeTest:
-    """Both parts of a rehearsal, in a temporary folder; `limit`: seconds for all of it."""
+    """Both parts of a rehearsal, in a temporary folder; `limit_seconds`: for all of it."""
 
     def __init__(
         self, cli_args: CliArgs, plan: RunPlan, data: PreparedDataset, *, limit_seconds: float, parent_folder: Path
@@ -94,45 +102,34 @@ class SmokeTest:
 
     def run_checks(self) -> Iterator[CheckResult]:
         """Do it all; stops at the first part that fails."""
-        self.parent_folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=self.parent_folder) as temporary_folder:
             folder = Path(temporary_folder)
-            overrides = sample_overrides(self.cli_args, self.plan, self.data, self.num_steps, folder)
-            run_folder = folder / "run"
-            first_run = self._run_training(run_folder, overrides)
-            yield from self._check_first_run(first_run, is_sampled="data" in overrides)
+            sample = sample_overrides(self.plan, self.data, self.num_steps, folder)
+            first_run = self._run_training(folder / "run", sample)
+            yield from self._check_first_run(first_run, " on a sample of the data" * bool(sample))
             if first_run.exit_code != 0:
                 return
             self.cost = _measure_cost(first_run, self.num_warmup_steps)
-            resumed_run = self._run_training(run_folder, overrides, "--resume", f"step-{self.save_step}")
-            yield from self._check_resumed_run(first_run, resumed_run)
+            resumed_run = self._run_training(folder / "run", sample, "--resume", f"step-{self.save_step}")
+            yield self._check_resumed_run(first_run, resumed_run)
 
-    def _run_training(
-        self, run_folder: Path, overrides: Mapping[str, Mapping[str, Any]], *extra_argv: str
-    ) -> RunOutcome:
+    def _run_training(self, run_folder: Path, sample: Mapping[str, str], *extra_argv: str) -> RunOutcome:
         world_size = self.plan.dist_context.world_size
         launcher_argv = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}"] if world_size > 1 else []
-        train_overrides = {
-            **overrides.get("train", {}),
-            "max_steps": self.num_steps,
-            "warmup_steps": 0,
-            "warmup_ratio": 0.0,
-        }
-        output_overrides = {
-            "output_dir": str(run_folder), "eval_every": "never", "save_every": str(self.save_step),
-            "save_total_limit": 3,
-            "wandb": "disabled",
-            "run_name": "rehearsal",
-        }  # fmt: skip
-        argv = to_argv(self.cli_args, data=overrides.get("data", {}), train=train_overrides, output=output_overrides)
+        argv = to_argv(
+            self.cli_args, data=sample,
+            train={"max_steps": self.num_steps, "warmup_steps": 0, "warmup_ratio": 0.0},
+            output={
+                "output_dir": str(run_folder), "eval_every": "never", "save_every": str(self.save_step),
+                "save_total_limit": 3, "wandb": "disabled", "run_name": "rehearsal",
+            },
+        )  # fmt: skip
         start_time = time.monotonic()
-        with open(run_folder.parent / "output", "w+", encoding="utf-8") as log_file:
+        log = run_folder.parent / "output"
+        with open(log, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, *launcher_argv, str(TRAIN_SCRIPT), *argv, *extra_argv], stdout=log_file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**without_launcher(os.environ),
-                    "PYTHONPATH": f"{TRAIN_SCRIPT.parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+                [sys.executable, *launcher_argv, str(TRAIN_SCRIPT), *argv, *extra_argv], stdout=output,
+                stderr=output, stdin=subprocess.DEVNULL, start_new_session=True, env=worker_environ(),
             )  # fmt: skip
             try:
                 exit_code: int | None = process.wait(max(1.0, self.deadline - time.monotonic()))
@@ -140,49 +137,31 @@ class SmokeTest:
                 exit_code = None
             finally:
                 _terminate(process)
-            log_file.seek(0)
-            text = log_file.read()
         return RunOutcome(
-            exit_code=exit_code,
-            records=_read_records(run_folder / "metrics.jsonl"),
-            output=text,
-            elapsed_seconds=time.monotonic() - start_time,
-        )
+            exit_code=exit_code, records=_read_records(run_folder / "metrics.jsonl"),
+            output=log.read_text(encoding="utf-8", errors="replace"), elapsed_seconds=time.monotonic() - start_time,
+        )  # fmt: skip
 
-    def _check_first_run(self, outcome: RunOutcome, *, is_sampled: bool) -> Iterator[CheckResult]:
-        num_steps_done = len(outcome.select_records("step"))
-        sample_note = " on a sample of the data" if is_sampled else ""
+    def _check_first_run(self, outcome: RunOutcome, sample_note: str) -> Iterator[CheckResult]:
+        losses = outcome.losses("step")
         if outcome.exit_code is None:
-            yield CheckResult(
-                level=WARNING, name="rehearsal", message=f"{num_steps_done} of {self.num_steps} steps in "
-                    f"{self.limit_seconds:.0f} s, given up{sample_note}",
-                remedy="give it more with --limit SECONDS, or rehearse with fewer examples a step (--global-batch)",
-            )  # fmt: skip
+            done = f"{len(losses)} of {self.num_steps} steps in {self.limit_seconds:.0f} s"
+            remedy = "give it more with --limit SECONDS, or rehearse with fewer examples a step (--global-batch)"
+            yield CheckResult(WARNING, "rehearsal", f"{done}, given up{sample_note}", remedy)
             return
         if outcome.exit_code != 0:
-            yield CheckResult(
-                level=ERROR, name="rehearsal", message=f"failed after {num_steps_done} steps: {outcome.failure_reason}",
-                remedy="the run itself would fail like this",
-            )  # fmt: skip
+            message = f"failed after {len(losses)} steps: {outcome.failure_reason}"
+            yield CheckResult(ERROR, "rehearsal", message, "the run itself would fail like this")
             return
-        losses = [record["loss"] for record in outcome.select_records("step")]
-        message = (
-            f"{self.num_steps} steps{sample_note} in {outcome.elapsed_seconds:.0f} s, loss {losses[0]:.4f} to "
-            f"{losses[-1]:.4f}"
-        )
-        yield ok_result("train", message)
+        done = f"{self.num_steps} steps{sample_note} in {outcome.elapsed_seconds:.0f} s"
+        yield ok_result("train", f"{done}, loss {losses[0]:.4f} to {losses[-1]:.4f}")
         if self.plan.execution.path != "eager":
             yield self._check_execution(outcome)
-        evals = outcome.select_records("eval")
-        yield ok_result("evaluate", f"validation loss {evals[0]['loss']:.4f} before, {evals[-1]['loss']:.4f} after")
-        finished_record = outcome.select_records("event", "finished")[-1]
-        yield ok_result("save", f"checkpoint of {format_bytes(finished_record['checkpoint_bytes'])}")
-        yield ok_result("export", f"{format_bytes(finished_record['export_bytes'])}, {finished_record['export']}")
-
-    def _resume_tolerance(self) -> float:
-        """A GPU's attention adds its gradients in any order, and the steps after a resume are eager at first."""
-        is_gpu = self.plan.dist_context.device.type == "cuda"
-        return MAX_DIFFERENCE[self.plan.precision] if is_gpu else CPU_RESUME_TOLERANCE
+        val_losses = outcome.losses("eval")
+        yield ok_result("evaluate", f"validation loss {val_losses[0]:.4f} before, {val_losses[-1]:.4f} after")
+        finished = outcome.finished
+        yield ok_result("save", f"checkpoint of {format_bytes(finished['checkpoint_bytes'])}")
+        yield ok_result("export", f"{format_bytes(finished['export_bytes'])}, {finished['export']}")
 
     def _check_execution(self, outcome: RunOutcome) -> CheckResult:
         """What steps really ran by, what was verified, and why something was not."""
@@ -192,34 +171,25 @@ class SmokeTest:
         message = "; ".join([f"{path}, attention by {self.plan.attention_kernel}", *checks])
         if not fallbacks:
             return ok_result("execution", message)
-        reason = fallbacks[-1]["message"]
-        return CheckResult(
-            level=WARNING, name="execution", message=f"{message}; {reason}",
-            remedy=f"the numbers are right; --execution {'eager' if path == 'eager' else 'auto'} asks for nothing else",
-        )  # fmt: skip
+        remedy = f"the numbers are right; --execution {'eager' if path == 'eager' else 'auto'} asks for nothing else"
+        return CheckResult(WARNING, "execution", f"{message}; {fallbacks[-1]['message']}", remedy)
 
-    def _check_resumed_run(self, first_run: RunOutcome, resumed_run: RunOutcome) -> Iterator[CheckResult]:
+    def _check_resumed_run(self, first_run: RunOutcome, resumed_run: RunOutcome) -> CheckResult:
         if resumed_run.exit_code is None:
-            message = f"not done within {self.limit_seconds:.0f} s"
-            yield CheckResult(level=WARNING, name="resume", message=message, remedy="--limit SECONDS")
-            return
+            return CheckResult(WARNING, "resume", f"not done within {self.limit_seconds:.0f} s", "--limit SECONDS")
         if resumed_run.exit_code != 0:
             message = f"failed: {resumed_run.failure_reason}"
-            yield CheckResult(level=ERROR, name="resume", message=message, remedy="a stopped run could not go on")
-            return
-        expected_losses, resumed_losses = (
-            [record["loss"] for record in outcome.select_records("step")[self.save_step :]]
-            + [record["loss"] for record in outcome.select_records("eval")[-1:]]
+            return CheckResult(ERROR, "resume", message, "a stopped run could not go on")
+        expected, resumed = (
+            [*outcome.losses("step")[self.save_step :], *outcome.losses("eval")[-1:]]
             for outcome in (first_run, resumed_run)
         )
-        max_difference = max(
-            (abs(a / b - 1) for a, b in zip(resumed_losses, expected_losses, strict=True)), default=1.0
-        )
-        agreement = (
-            "bit for bit the same" if expected_losses == resumed_losses else f"the same within {max_difference:.0e}"
-        )
-        yield make_result(
-            max_difference > self._resume_tolerance(), ERROR, "resume",
+        max_difference = max(abs(a / b - 1) for a, b in zip(resumed, expected, strict=True))
+        agreement = "bit for bit the same" if expected == resumed else f"the same within {max_difference:.0e}"
+        # A GPU's attention adds its gradients in any order, and the steps after a resume are eager at first.
+        is_gpu = self.plan.dist_context.device.type == "cuda"
+        return make_result(
+            max_difference > (MAX_DIFFERENCE[self.plan.precision] if is_gpu else CPU_RESUME_TOLERANCE), ERROR, "resume",
             f"from step {self.save_step}: losses {agreement}",
             "a resumed run would not be the run that was stopped; report this with the flags",
         )  # fmt: skip
@@ -238,57 +208,46 @@ def _terminate(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_bytes()
-    except OSError:
-        return []
-    records = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+    """Its whole rows, the facts of events among their other fields."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith(b"\n")]
     return [{**record, **(record.get("facts") or {})} for record in records]
 
 
 def _measure_cost(outcome: RunOutcome, num_warmup_steps: int) -> Cost:
-    steps, evals, finished_record = (
-        outcome.select_records("step"),
-        outcome.select_records("eval"),
-        outcome.select_records("event", "finished")[-1],
-    )
+    steps, evals, finished = outcome.select_records("step"), outcome.select_records("eval"), outcome.finished
     # The first step warms up, too; the time of the first evaluation is all that was before it.
     step_times = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in itertools.pairwise(steps)]
-    timed = step_times[num_warmup_steps:]
     return Cost(
-        step_seconds=sum(timed) / len(timed), overhead_seconds=outcome.elapsed_seconds - evals[-1]["time"],
+        step_seconds=statistics.fmean(step_times[num_warmup_steps:]),
+        overhead_seconds=outcome.elapsed_seconds - evals[-1]["time"],
         eval_seconds_per_token=evals[0]["time"] / evals[0]["eval_tokens"],
-        checkpoint_bytes=finished_record["checkpoint_bytes"],
-        export_bytes=finished_record["export_bytes"], peak_memory_bytes=finished_record["peak_memory_bytes"],
+        checkpoint_bytes=finished["checkpoint_bytes"], export_bytes=finished["export_bytes"],
+        peak_memory_bytes=finished["peak_memory_bytes"],
     )  # fmt: skip
 
 
 def estimate_costs(plan: RunPlan, data: PreparedDataset, cost: Cost, estimated_bytes: float) -> Iterator[CheckResult]:
     """Time and disk of the whole run, from what the rehearsal took; its memory beside `estimated_bytes`."""
-    schedule, output_settings = plan.schedule, plan.settings.output
-    num_evaluations = sum(schedule.is_eval_due(step) for step in range(schedule.total_steps + 1))
+    total_steps = plan.schedule.total_steps
+    num_evaluations = sum(plan.schedule.is_eval_due(step) for step in range(total_steps + 1))
     evaluation_seconds = cost.eval_seconds_per_token * data.metadata["val"]["counted_tokens"]
-    total_seconds = (
-        schedule.total_steps * cost.step_seconds + num_evaluations * evaluation_seconds + cost.overhead_seconds
-    )
+    total_seconds = total_steps * cost.step_seconds + num_evaluations * evaluation_seconds + cost.overhead_seconds
     yield ok_result(
-        "time", f"about {format_duration(total_seconds)}: {schedule.total_steps:,} steps of {cost.step_seconds:.2f} s, "
+        "time", f"about {format_duration(total_seconds)}: {total_steps:,} steps of {cost.step_seconds:.2f} s, "
         f"{num_evaluations} evaluations of {evaluation_seconds:.1f} s, {cost.overhead_seconds:.0f} s around them",
     )  # fmt: skip
-    yield ok_result(
-        "memory",
-        f"{format_bytes(cost.peak_memory_bytes)} at most on a rank in the rehearsal, {format_bytes(estimated_bytes)} "
-        "as counted",
-    )
-    yield check_disk_space(Path(plan.settings.run_folder), cost, output_settings.save_total_limit)
+    measured, counted = format_bytes(cost.peak_memory_bytes), format_bytes(estimated_bytes)
+    yield ok_result("memory", f"{measured} at most on a rank in the rehearsal, {counted} as counted")
+    yield check_disk_space(Path(plan.settings.run_folder), cost, plan.settings.output.save_total_limit)
 
 
 def check_disk_space(folder: Path, cost: Cost, save_total_limit: int) -> CheckResult:
     """Whether the disk has room for the checkpoints that are kept, one being written, and the export."""
     num_checkpoints = save_total_limit + 2  # with the best one and the one that is being written
     needed_bytes = num_checkpoints * cost.checkpoint_bytes + 2 * cost.export_bytes
-    existing_folder = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free_bytes = shutil.disk_usage(existing_folder).free
+    nearest_folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(nearest_folder).free
     parts = f"{num_checkpoints} checkpoints of {format_bytes(cost.checkpoint_bytes)}, "
     parts += f"export {format_bytes(cost.export_bytes)}"
     return make_result(
