@@ -34,16 +34,14 @@ class FrozenWeightCast:
 def _castable_layers(model: TrainableModel) -> list[nn.Module]:
     """Layers with a frozen weight, but the output layer, whose weight may be the embedding's, and those of DoRA,
     which takes its norms."""
-    output_layer = model.causal.get_output_embeddings()
-    dora_layers = {
+    excluded = {model.causal.get_output_embeddings()} | {
         layer.base_layer for layer in model.module.modules() if len(getattr(layer, "lora_magnitude_vector", None) or ())
     }
     return [
         layer
         for layer in model.module.modules()
         if type(layer) in (Conv1D, nn.Linear)
-        and layer is not output_layer
-        and layer not in dora_layers
+        and layer not in excluded
         and not layer.weight.requires_grad
         and layer.weight.dtype == torch.float32
     ]

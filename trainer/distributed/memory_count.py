@@ -7,8 +7,8 @@ not in it; `trainer.distributed.memory_estimate` adds them.
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,20 +61,19 @@ def simulated_pass(build: Callable[[], TrainableModel], setup: PassSetup) -> Ite
 def count_pass_memory(build: Callable[[], TrainableModel], setup: PassSetup) -> PassMemory:
     """The bytes of one forward and backward; takes a second or two for GPT-2 124M."""
     with simulated_pass(build, setup) as (loss_module, ids, num_cast):
-        params = [p for p in loss_module.parameters() if p.requires_grad]
-        with LiveBytes(loss_module) as live, live.count_gradients(params):
-            if setup.accumulates:
-                for parameter in params:
-                    parameter.grad = torch.zeros_like(parameter)
-                    live.mark_gradient(parameter)
-            loss_sum, row_losses = loss_module(ids, ids)
-            saved_bytes = live.bytes
-            loss_sum.backward()
-            del loss_sum, row_losses
-    return PassMemory(
-        saved=saved_bytes, peak=live.peak_bytes, peak_with_gradients=live.peak_bytes_with_gradients,
-        cast_weights=num_cast,
-    )  # fmt: skip
+        return replace(measure_pass(loss_module, ids, accumulates=setup.accumulates), cast_weights=num_cast)
+
+
+def measure_pass(loss_module: CausalLMLoss, ids: Tensor, *, accumulates: bool = False) -> PassMemory:
+    """The bytes of one forward and backward of tensors, with data or without; afterwards the module is of no use."""
+    with LiveBytes(loss_module) as live:
+        for parameter in live.trained_params if accumulates else ():
+            parameter.grad = torch.zeros_like(parameter)
+            live.mark_gradient(parameter)
+        loss_sum, _ = loss_module(ids, ids)
+        saved_bytes = live.bytes
+        loss_sum.backward()
+    return PassMemory(saved=saved_bytes, peak=live.peak_bytes, peak_with_gradients=live.peak_bytes_with_gradients)
 
 
 def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int]:
@@ -210,7 +209,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operations made while it was on and that are still referenced."""
 
     def __init__(self, module: nn.Module):
-        """What `module` holds already is not counted."""
+        """What `module` holds already is not counted; what a backward leaves at its trained weights is a gradient."""
         super().__init__()
         self.bytes = self.gradient_bytes = 0  #: alive now: gradients that lie at their weight apart from all else
         self.peak_bytes = self.peak_bytes_with_gradients = 0
@@ -218,6 +217,9 @@ class LiveBytes(TorchDispatchMode):
         self._own = {id(storage): storage for storage in storages}
         self._live: dict[int, weakref.ref[Any]] = {}
         self._gradients: set[int] = set()
+        self.trained_params = [p for p in module.parameters() if p.requires_grad]
+        for parameter in self.trained_params:
+            parameter.register_post_accumulate_grad_hook(self.mark_gradient)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -252,11 +254,3 @@ class LiveBytes(TorchDispatchMode):
             self._gradients.add(id(storage))
             self.bytes -= storage.nbytes()
             self.gradient_bytes += storage.nbytes()
-
-    @contextmanager
-    def count_gradients(self, params: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Within it what the backward leaves at these weights is a gradient."""
-        with ExitStack() as hooks:
-            for parameter in params:
-                hooks.callback(parameter.register_post_accumulate_grad_hook(self.mark_gradient).remove)
-            yield

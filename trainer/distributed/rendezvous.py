@@ -5,6 +5,7 @@ found by the host's identity, not computed from variables that a launcher may no
 """
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -61,15 +62,14 @@ class Placement:
         scheduler shows each rank its own.
         """
         for leader in range(len(self.places)):
-            leaders_by_gpu: dict[str, int] = {}
+            taken_gpus: set[str] = set()
             for other in self.ranks_beside(leader):
                 gpus = self.places[other].gpus
-                index = next((n for n, gpu in enumerate(gpus) if gpu not in leaders_by_gpu), None)
+                index = next((n for n, gpu in enumerate(gpus) if gpu not in taken_gpus), None)
                 if index is None:
-                    num_ranks = len(self.ranks_beside(leader))
-                    counts = f"{num_ranks} ranks on {self.hosts[leader]} with {len(leaders_by_gpu)} GPUs"
-                    raise UserError(f"{counts}: start at most one rank a GPU")
-                leaders_by_gpu[gpus[index]] = index
+                    ranks = f"{len(self.ranks_beside(leader))} ranks on {self.hosts[leader]}"
+                    raise UserError(f"{ranks} with {len(taken_gpus)} GPUs: start at most one rank a GPU")
+                taken_gpus.add(gpus[index])
                 if other == rank:
                     rank_index = index
         return rank_index
@@ -109,12 +109,10 @@ def _open_store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
             "is it started, is that its address, is the port open?"
         )
 
-    def make_store() -> Any:
-        return dist.TCPStore(
-            launch.master_addr, launch.master_port, launch.world_size, is_server, timeout,
-            wait_for_workers=False, multi_tenant=True,
-        )  # fmt: skip
-
+    make_store = functools.partial(
+        dist.TCPStore, launch.master_addr, launch.master_port, launch.world_size, is_server, timeout,
+        wait_for_workers=False, multi_tenant=True,
+    )  # fmt: skip
     try:
         # In a thread: torch waits for ever for the answer of whoever else listens there.
         store = make_store() if is_server else call_with_timeout(ANSWER_SECONDS, make_store)

@@ -4,13 +4,14 @@ The main thread may sit in a collective for ever; so threads look after these.
 """
 
 import contextlib
+import json
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,13 @@ SILENT_TICKS = 4  # ticks without a word after which a rank counts as lost, once
 
 @dataclass(frozen=True, kw_only=True)
 class RankState:
-    """What a rank says of itself: its ticks and heartbeats so far, and where its main thread is."""
+    """What a rank says of itself in the store, as JSON: its ticks and heartbeats so far, where its main thread is."""
 
     ticks: int
     heartbeats: int  #: of evaluations a rank with more rows has more than others
     step: int  #: the one that it began last
     is_waiting: bool  #: whether it is in a collective
     location: str
-
-    def encode(self) -> str:
-        """As it stands in the store."""
-        return f"{self.ticks} {self.heartbeats} {self.step} {int(self.is_waiting)} {self.location}"
-
-    @classmethod
-    def decode(cls, row: bytes) -> "RankState":
-        """What `encode` wrote."""
-        *counts, is_waiting, location = row.decode().split(" ", 4)
-        ticks, heartbeats, step = map(int, counts)
-        return cls(ticks=ticks, heartbeats=heartbeats, step=step, is_waiting=is_waiting == "1", location=location)
 
 
 class Watchdog:
@@ -143,17 +133,17 @@ class Watchdog:
         return int(self._store.add("failed", 1))
 
     def _wait_for_silent_ranks(self) -> list[int]:
+        def read_failed_ranks() -> list[int]:
+            return [rank for rank in range(self.world_size) if self._store.check([f"failed/{rank}"])]
+
         first_tick, failed_ranks = self._ticks, {self.rank}
         deadline = time.monotonic() + 2 * SILENT_TICKS * TICK_SECONDS
         while self._ticks < first_tick + SILENT_TICKS and time.monotonic() < deadline:
             # Asked all the time: rank 0 takes the store with it when it leaves.
-            failed_ranks.update(call_with_timeout(1.0, self._read_failed_ranks) or ())
+            failed_ranks.update(call_with_timeout(1.0, read_failed_ranks) or ())
             time.sleep(TICK_SECONDS / 10)
         # What is heard for the first time at the next tick may have been said before.
         return [r for r, tick in enumerate(self._last_heard_ticks) if tick <= first_tick + 1 and r not in failed_ranks]
-
-    def _read_failed_ranks(self) -> list[int]:
-        return [rank for rank in range(self.world_size) if self._store.check([f"failed/{rank}"])]
 
     def _wait_until_all_know(self) -> None:
         if self.rank == 0 and self._store is not None:
@@ -166,12 +156,14 @@ class Watchdog:
 
     def _publish(self) -> None:
         location, is_waiting = _main_thread_location()
-        counts = {"ticks": self._ticks, "heartbeats": self._heartbeats, "step": self._step}
-        state = RankState(**counts, is_waiting=is_waiting, location=location)
-        self._store.set(f"rank/{self.rank}", state.encode())
+        state = RankState(
+            ticks=self._ticks, heartbeats=self._heartbeats, step=self._step, is_waiting=is_waiting, location=location
+        )
+        self._store.set(f"rank/{self.rank}", json.dumps(asdict(state)))
 
     def _read_states(self) -> list[RankState]:
-        return [RankState.decode(row) for row in self._store.multi_get([f"rank/{r}" for r in range(self.world_size)])]
+        rows = self._store.multi_get([f"rank/{rank}" for rank in range(self.world_size)])
+        return [RankState(**json.loads(row)) for row in rows]
 
     def _exchange(self) -> None:
         try:
@@ -205,26 +197,23 @@ class Watchdog:
                 if not is_told and self.rank == self._deputy_rank():
                     print_error(self.describe_lost_peer())
                 os._exit(1)  # the main thread waits for those who have left
-            if (
-                self._hang_timeout_seconds
-                and self._rank_states
-                and (self._ticks - self._last_progress_tick) * TICK_SECONDS > self._hang_timeout_seconds
-            ):
+            still_seconds = (self._ticks - self._last_progress_tick) * TICK_SECONDS
+            if self._rank_states and 0 < self._hang_timeout_seconds < still_seconds:
                 self._abort_hung_run()
 
     def _abort_hung_run(self) -> None:
         all_ranks = range(self.world_size)
         stale_tick = self._ticks - self._hang_timeout_seconds / TICK_SECONDS / 2
         is_store_frozen = self._last_exchange_tick < stale_tick  # and with it rank 0, which keeps it
-        silent_ranks = (
-            [0] if is_store_frozen else [rank for rank in all_ranks if self._last_heard_ticks[rank] < stale_tick]
-        )
+        silent_ranks = [0] if is_store_frozen else [r for r in all_ranks if self._last_heard_ticks[r] < stale_tick]
         hung_ranks = silent_ranks or self._find_hung_ranks()
         waiting_ranks = [rank for rank in all_ranks if rank not in hung_ranks]
         if self.rank == min(waiting_ranks or hung_ranks) and not self._was_stopped():
             self._has_failed = True
             call_with_timeout(2.0, self._announce_failure)
-            message = self._describe_ranks(hung_ranks, silent_ranks)
+            locations = [f"hangs at {self._rank_states[rank].location}" for rank in hung_ranks]
+            states = ["does not answer"] * len(silent_ranks) or locations
+            message = ", ".join(f"{self._name(r)} {state}" for r, state in zip(hung_ranks, states, strict=True))
             if waiting_ranks and not is_store_frozen:
                 plural, location = "s" * (len(waiting_ranks) > 1), self._rank_states[waiting_ranks[0]].location
                 message += f"; rank{plural} {', '.join(map(str, waiting_ranks))} waiting at {location}"
@@ -243,13 +232,6 @@ class Watchdog:
         ranks_behind = [rank for rank in all_ranks if self._rank_states[rank].step == min_step]
         computing_ranks = [rank for rank in all_ranks if not self._rank_states[rank].is_waiting]
         return (ranks_behind if len(ranks_behind) < self.world_size else computing_ranks) or list(all_ranks)
-
-    def _describe_ranks(self, ranks: Iterable[int], silent_ranks: Sequence[int]) -> str:
-        return ", ".join(
-            f"{self._name(rank)} "
-            + ("does not answer" if rank in silent_ranks else f"hangs at {self._rank_states[rank].location}")
-            for rank in ranks
-        )
 
 
 def call_with_timeout(timeout_seconds: float, fn: Callable[[], Any]) -> Any:

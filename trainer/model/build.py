@@ -45,9 +45,8 @@ class TrainableModel:
     @property
     def quantization_config(self) -> dict[str, Any] | None:
         """How transformers packs the base in the same way; None for a base in float32."""
-        return (
-            quantization.bitsandbytes_config_kwargs(self.quant_settings, self.module) if self.quant_settings else None
-        )
+        settings = self.quant_settings
+        return quantization.bitsandbytes_config_kwargs(settings, self.module) if settings else None
 
     @property
     def embedding_weights(self) -> list[nn.Parameter]:
@@ -93,14 +92,11 @@ def build_model(
         fuse_gelu(causal)
         causal_attention.install(causal)
         metadata = {
-            "name": settings.model.model,
-            "init": settings.model.init,
-            "class": type(causal).__name__,
+            "name": settings.model.model, "init": settings.model.init, "class": type(causal).__name__,
             "parameters": sum(p.numel() for p in causal.parameters()),
             "fingerprint": compute_fingerprint(causal) if with_fingerprint and not on_meta else None,
-            "lora_targets": [],
-            "not_adapted": [],
-        }
+            "lora_targets": [], "not_adapted": [],
+        }  # fmt: skip
         module: Any = causal
         if settings.mode == "lora":
             target_modules = metadata["lora_targets"] = lora.resolve_target_modules(causal, settings.lora)
@@ -200,9 +196,8 @@ def _init_random(settings: ModelSettings, config: Any) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # as many kinds as there are mistakes in a configuration
-        raise UserError(
-            f"--model {settings.model}: no model can be made of config.json: {model_files.reason(error)}"
-        ) from error
+        reason = model_files.reason(error)
+        raise UserError(f"--model {settings.model}: no model can be made of config.json: {reason}") from error
 
 
 def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> PreTrainedModel:
@@ -220,9 +215,8 @@ def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> Pr
     except Exception as error:
         if isinstance(error, OSError) and not (folder / model_files.WEIGHTS_FILE).exists():
             raise UserError(_not_found_message(settings.model, "weights")) from error
-        raise UserError(
-            f"--model {settings.model}: the weights cannot be loaded: {model_files.reason(error)}"
-        ) from error
+        reason = model_files.reason(error)
+        raise UserError(f"--model {settings.model}: the weights cannot be loaded: {reason}") from error
     model_files.check_loaded_weights(settings.model, loading_info)
     if causal.device.type != "meta":
         model_files.check_causal(settings.model, causal)
@@ -230,9 +224,8 @@ def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> Pr
 
 
 def _not_found_message(model: str, missing: str) -> str:
-    reason = (
-        "has no " + missing if Path(model).is_dir() else f"no such folder, and its {missing} cannot be had from the hub"
-    )
+    no_folder = f"no such folder, and its {missing} cannot be had from the hub"
+    reason = f"has no {missing}" if Path(model).is_dir() else no_folder
     remedy = " (or pass --init random)" if missing == "weights" else ""
     return f"--model {model}: {reason}; pass --model FOLDER with a copy in Hugging Face's form{remedy}"
 
@@ -243,8 +236,8 @@ def get_max_positions(config: Any) -> int | None:
 
 
 def merge_adapters(model: TrainableModel) -> Any:
-    """The plain causal LM with the adapters folded into its weights; `model` is used up."""
-    return lora.merge_and_unload(model.module)
+    """The plain causal LM with the adapters folded into its weights, in float32; `model` is used up."""
+    return model.module.merge_and_unload(safe_merge=True)  # safe: refuses weights that are not finite
 
 
 def compute_fingerprint(causal: nn.Module) -> str:

@@ -56,8 +56,7 @@ def count_step_flops(
     forward = sum(2 * product.num_weights for product in products) * num_tokens + attention * len(attention_stages)
     # with checkpointing transformers lets the embedded tokens require a gradient, or the first block had none
     first_stage = -1 if activation_checkpointing else _first_trained_stage(model, products)
-    num_grads = [_num_gradients(product, first_stage) for product in products]
-    backward = num_tokens * sum(2 * p.num_weights * n for p, n in zip(products, num_grads, strict=True))
+    backward = num_tokens * sum(2 * p.num_weights * _num_gradients(p, first_stage) for p in products)
     backward += 2 * attention * sum(stage >= first_stage for stage in attention_stages)
     recompute = 0
     if activation_checkpointing:
@@ -128,15 +127,10 @@ def _attention_of(name: str) -> str | None:
 
 def _first_trained_stage(model: TrainableModel, products: list[_Product]) -> int:
     """The stage from which on gradients are computed; -1 where embeddings or the first norms are trained."""
-    first_stage = min((product.stage for product in products if product.is_trained), default=len(products))
-    trained_layers = {
-        name.rpartition(".")[0] for name, parameter in model.causal.named_parameters() if parameter.requires_grad
-    }
-    other_layers = [
-        name for name, m in model.causal.named_modules()
-        if name in trained_layers and not isinstance(m, (Conv1D, nn.Linear))
-    ]  # fmt: skip
-    return -1 if other_layers else first_stage
+    for module in model.causal.modules():
+        if not isinstance(module, (Conv1D, nn.Linear)) and any(p.requires_grad for p in module.parameters(False)):
+            return -1
+    return min((product.stage for product in products if product.is_trained), default=len(products))
 
 
 def _has_dropout(model: TrainableModel) -> bool:

@@ -1,7 +1,6 @@
 """Adapters on a causal LM: which layers get one, of which kind, and how they leave the run. The only door to peft."""
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,9 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config.errors import UserError
 from trainer.config.schema import LoraSettings
-
-TARGET_GROUPS = ("attention", "mlp", "all")
-
 
 # --- which layers ---
 
@@ -66,30 +62,25 @@ def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
 def _matches(name: str, target: str) -> bool:
     if target == "all":
         return True
-    if target in TARGET_GROUPS:  # a block's layers are those of its attention and, all others, of its MLP
-        is_attention = any(re.search("attn|attention", part) for part in name.split(".")[:-1])
-        return _is_in_block(name) and is_attention == (target == "attention")
+    if target in ("attention", "mlp"):  # a numbered block's layers are those of its attention and, all others, its MLP
+        parts = name.split(".")
+        is_attention = any("attn" in part or "attention" in part for part in parts[:-1])
+        return any(part.isdigit() for part in parts) and is_attention == (target == "attention")
     if "*" in target or "?" in target:
         return fnmatchcase(name, target)
-    return name == target or name.endswith(f".{target}")
+    return _ends_with(name, target)
 
 
-def _is_in_block(name: str) -> bool:
-    """Whether a layer is in one of the numbered blocks."""
-    return any(part.isdigit() for part in name.split("."))
+def _ends_with(name: str, suffix: str) -> bool:
+    """Whether the last parts of a layer's name are these."""
+    return f".{name}".endswith(f".{suffix}")
 
 
 def _shortest_suffix(name: str, selected: set[str], layer_names: list[str]) -> str:
     parts = name.split(".")
-    for start in range(len(parts) - 1, -1, -1):
-        suffix = ".".join(parts[start:])
-        if all(
-            layer_name in selected
-            for layer_name in layer_names
-            if layer_name == suffix or layer_name.endswith(f".{suffix}")
-        ):
-            return suffix
-    return name
+    suffixes = [".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1)]
+    others = [layer_name for layer_name in layer_names if layer_name not in selected]
+    return next((suffix for suffix in suffixes if not any(_ends_with(other, suffix) for other in others)), name)
 
 
 # --- adapting ---
@@ -99,12 +90,13 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
     """The peft model around `causal`, whose own weights are frozen but for those of `modules_to_save`.
 
     pissa moves the largest singular vectors of each layer's weight from the base into its adapter
-    (Meng et al., arXiv 2404.02948); the others begin as the identity.
+    (Meng et al., arXiv 2404.02948); the others begin as the identity. UserError for a kind of `modules_to_save` of
+    which the model has none.
     """
     from peft import LoraConfig, TaskType, get_peft_model  # imports bitsandbytes: only where it is needed
 
     fan_in_fan_out = any(
-        isinstance(layer, Conv1D) and any(name == target or name.endswith(f".{target}") for target in target_modules)
+        isinstance(layer, Conv1D) and any(_ends_with(name, target) for target in target_modules)
         for name, layer in causal.named_modules()
     )
     if settings.adapter == "pissa":
@@ -122,37 +114,27 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
         init_lora_weights="pissa" if settings.adapter == "pissa" and not on_meta else True,
     )
     module = get_peft_model(causal, config)
-    for parameter in _find_extra_parameters(causal, settings.modules_to_save):
-        parameter.requires_grad_(True)
+    for group in settings.modules_to_save:
+        parameters = list(_iter_group_parameters(causal, group))
+        if not parameters:
+            raise UserError(f"--modules-to-save {group}: this model has none; leave it out")
+        for parameter in parameters:
+            parameter.requires_grad_(True)
     return module
 
 
 def _check_rank(causal: PreTrainedModel, lora_rank: int, target_modules: list[str]) -> None:
     """UserError where a layer has fewer singular vectors than pissa is to take."""
     for name, layer in causal.named_modules():
-        if any(name == target or name.endswith(f".{target}") for target in target_modules):
-            max_rank = min(layer.weight.shape)
-            if lora_rank > max_rank:
-                raise UserError(
-                    f"--lora-rank {lora_rank}: pissa on {name} expects {max_rank} or less, the rank of its weight"
-                )
-
-
-def _find_extra_parameters(causal: PreTrainedModel, groups: tuple[str, ...]) -> list[nn.Parameter]:
-    """The base's own weights that are trained beside the adapters; tied ones are one tensor and count once.
-
-    UserError for a kind of which the model has none.
-    """
-    parameters: list[nn.Parameter] = []
-    for group in groups:
-        group_parameters = list(_iter_group_parameters(causal, group))
-        if not group_parameters:
-            raise UserError(f"--modules-to-save {group}: this model has none; leave it out")
-        parameters += group_parameters
-    return parameters
+        if any(_ends_with(name, target) for target in target_modules) and lora_rank > min(layer.weight.shape):
+            raise UserError(
+                f"--lora-rank {lora_rank}: pissa on {name} expects {min(layer.weight.shape)} or less, the rank of its "
+                "weight"
+            )
 
 
 def _iter_group_parameters(causal: PreTrainedModel, group: str) -> Iterator[nn.Parameter]:
+    """The base's own weights of a kind of `--modules-to-save`."""
     if group == "wte":
         yield from causal.get_input_embeddings().parameters()
     elif group == "lm_head":
@@ -197,11 +179,6 @@ def copy_initial_adapter(module: Any, settings: LoraSettings) -> dict[str, Tenso
 # --- leaving the run ---
 
 
-def merge_and_unload(module: Any) -> Any:
-    """The plain causal LM with the adapters folded into its weights; `module` is used up. All weights in float32."""
-    return module.merge_and_unload(safe_merge=True)  # safe: refuses weights that are not finite
-
-
 def save_adapter(
     folder: Path,
     module: Any,
@@ -225,9 +202,8 @@ def save_adapter(
         for name, initial in initial_adapter.items():
             current = adapter_weights[name].cpu()
             initial = initial.to(current.dtype)
-            adapter_weights[name] = (
-                torch.cat((current, initial)) if ".lora_A." in name else torch.cat((current, -initial), dim=1)
-            )
+            is_a = ".lora_A." in name
+            adapter_weights[name] = torch.cat((current, initial if is_a else -initial), dim=0 if is_a else 1)
     config.init_lora_weights = True  # the file holds the whole adapter: nothing is to be made from the base
     config.save_pretrained(folder)
     tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in adapter_weights.items()}

@@ -4,7 +4,7 @@ No code that comes with a model is ever run, and nobody is asked whether it shou
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -175,5 +175,5 @@ def check_causal(model: str, causal: PreTrainedModel, *, length: int = 8) -> Non
 
 def reason(error: BaseException) -> str:
     """The kind of an error of a library and the last line of its text, which says most."""
-    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
-    return f"{type(error).__name__}: {([line for line in lines if line] or ['no reason given'])[-1][:200]}"
+    text = str(error).strip() or "no reason given"
+    return f"{type(error).__name__}: {text.splitlines()[-1].strip()[:200]}"

@@ -62,9 +62,8 @@ def check_8bit_supported(settings: TrainSettings, *, zero_stage: int | None, on_
         return
     if zero_stage:
         raise UserError(
-            f"--optim {settings.optim}: not under ZeRO {zero_stage}, which joins all tensors and cuts them by rank, "
-            "so the "
-            "8-bit blocks and every number would depend on how many ranks there are; expected --ds-config zero0"
+            f"--optim {settings.optim}: not under ZeRO {zero_stage}, which joins all tensors and cuts them by rank, so "
+            "the 8-bit blocks and every number would depend on how many ranks there are; expected --ds-config zero0"
         )
     if on_cpu and tuple(int(part) for part in version("bitsandbytes").split(".")[:2]) < (0, 50):
         raise UserError(

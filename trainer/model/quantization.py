@@ -58,7 +58,7 @@ def _quantize_layer(layer: nn.Module, settings: ModelSettings, device: torch.dev
             weight, requires_grad=False, compress_statistics=settings.quant_double, quant_type=settings.quant,
             module=quantized,
         )  # fmt: skip
-        _disable_avx512_repacking(quantized)
+        disable_avx512_repacking(quantized)
     return quantized.to(device).requires_grad_(False)
 
 
@@ -75,11 +75,7 @@ def disable_avx512_repacking(model: nn.Module) -> None:
     on, and gives their input no gradient any more.
     """
     for layer in _iter_4bit_layers(model):
-        _disable_avx512_repacking(layer)
-
-
-def _disable_avx512_repacking(layer: Any) -> None:
-    layer.support_avx512bf16_for_cpu = False
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _iter_4bit_layers(model: nn.Module) -> Iterator[Any]:
@@ -91,18 +87,14 @@ def _iter_4bit_layers(model: nn.Module) -> Iterator[Any]:
 
 def count_frozen_bytes(model: nn.Module) -> int:
     """Bytes of the frozen weights as they are held, with the scales of packed ones."""
-    num_bytes = 0
+    tensors: list[Tensor] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             quant_state = getattr(parameter, "quant_state", None)
-            scales = (
-                [quant_state.absmax, *([quant_state.state2.absmax] if quant_state.nested else [])]
-                if quant_state is not None
-                else []
-            )
-            scales += [parameter.SCB] if getattr(parameter, "SCB", None) is not None else []
-            num_bytes += sum(t.numel() * t.element_size() for t in (parameter, *scales))
-    return num_bytes
+            tensors += [parameter] + ([quant_state.absmax] if quant_state else [])
+            tensors += [quant_state.state2.absmax] if quant_state and quant_state.nested else []
+            tensors += [parameter.SCB] if getattr(parameter, "SCB", None) is not None else []
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def estimate_frozen_bytes(model: nn.Module, output_layer: nn.Module | None, settings: ModelSettings) -> int:
@@ -112,10 +104,10 @@ def estimate_frozen_bytes(model: nn.Module, output_layer: nn.Module | None, sett
         for layer in model.modules()
         if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output_layer
     }
-    frozen_parameters = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return sum(
         _quantized_bytes(p.numel(), out_features[id(p)], settings) if id(p) in out_features else p.numel() * 4
-        for p in frozen_parameters
+        for p in model.parameters()
+        if not p.requires_grad
     )
 
 
