@@ -1,7 +1,5 @@
 """A frozen base held in bfloat16 while it trains: no number changes by a bit, and float32 comes back."""
 
-from typing import Any
-
 import torch
 from helpers.matrix import make_argv
 from torch import nn
@@ -9,23 +7,20 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config import cli
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
-from trainer.model.build import build_model
+from trainer.model.build import TrainableModel, build_model
 
 
-def parse_settings(tiny_model: str, data_files: tuple[str, str], *flags: str) -> Any:
-    return cli.parse_args([*make_argv(tiny_model, data_files, "lora", "completion"), *flags]).settings
+def build(tiny_model: str, data_files: tuple[str, str], *flags: str) -> TrainableModel:
+    return build_model(cli.parse_args([*make_argv(tiny_model, data_files, "lora", "completion"), *flags]).settings)
 
 
 def test_only_frozen_matmul_weights_are_cast_to_bf16_and_all_are_restored(tiny_model, data_files):
-    model = build_model(parse_settings(tiny_model, data_files))
+    model = build(tiny_model, data_files)
     before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
     halves = FrozenWeightCast(model, keep_fp32_copy=True)
     half = {name for name, p in model.module.named_parameters() if p.dtype == torch.bfloat16}
-    products = {
-        f"{name}.weight" for name, layer in model.module.named_modules() if type(layer) is Conv1D
-    }  # c_attn, c_proj, c_fc and c_proj of two blocks
-    assert half == products
-    assert len(half) == 8
+    assert half == {f"{name}.weight" for name, layer in model.module.named_modules() if type(layer) is Conv1D}
+    assert len(half) == 8, "c_attn, c_proj, c_fc and c_proj of two blocks"
     assert all(torch.equal(p, before[name].bfloat16()) for name, p in model.module.named_parameters() if name in half)
     halves.restore_fp32()
     for name, parameter in model.module.named_parameters():
@@ -34,13 +29,13 @@ def test_only_frozen_matmul_weights_are_cast_to_bf16_and_all_are_restored(tiny_m
 
 
 def test_restoring_a_frozen_cast_without_saved_weights_restores_the_dtype(tiny_model, data_files):
-    model = build_model(parse_settings(tiny_model, data_files))
+    model = build(tiny_model, data_files)
     FrozenWeightCast(model, keep_fp32_copy=False).restore_fp32()
     assert {p.dtype for p in model.module.parameters()} == {torch.float32}
 
 
 def test_the_frozen_cast_leaves_weights_of_dora_layers_in_float32(tiny_model, data_files):
-    model = build_model(parse_settings(tiny_model, data_files, "--adapter", "dora", "--lora-target-modules", "c_attn"))
+    model = build(tiny_model, data_files, "--adapter", "dora", "--lora-target-modules", "c_attn")
     FrozenWeightCast(model, keep_fp32_copy=True)
     for layer in model.module.modules():
         if isinstance(layer, (Conv1D, nn.Linear)) and not layer.weight.requires_grad:

@@ -1,7 +1,6 @@
 """The memory estimate: state by hand, passes against real tensors, and the sum against what a process grows by."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +10,13 @@ from trainer.config import cli
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.memory_count import PassSetup, count_pass_memory, measure_pass
 from trainer.distributed.memory_estimate import (
+    MemoryEstimate,
     ParamCounts,
     PassMemory,
     Sharding,
     estimate_memory,
     estimate_model_states,
-)
+)  # fmt: skip
 from trainer.kernels import cpu_attention, fused_lora
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model.build import TrainableModel, build_model
@@ -24,10 +24,13 @@ from trainer.model.lora import find_fusable_layers
 from trainer.model.quantization import set_compute_dtype
 from trainer.training.memory_check import MAX_COUNTED_TOKENS, pass_memory
 
-ROOT = Path(__file__).parents[3]
-GPT2 = 124_439_808
 GIB = 2**30
 NO_PASS = PassMemory(saved=0, peak=0, peak_with_gradients=0)
+
+
+def estimate(counts: ParamCounts, passes: PassMemory, stage: int = 0, ranks: int = 1, **fields: Any) -> MemoryEstimate:
+    settings = {"precision": "fp32", "is_gpu": True, "accumulates": False, **fields}
+    return estimate_memory(counts, passes, Sharding(stage=stage, world_size=ranks), **settings)
 
 
 # --- state, by hand ---
@@ -71,19 +74,17 @@ def test_param_counts_add_adapters_to_the_base():
 def test_the_memory_estimate_counts_a_quantized_base_at_its_own_size():
     """Embeddings and norms of it in float32, so by bytes and not by elements."""
     model_info = {"parameters": 1000, "trainable": 10, "lora_targets": ["c_attn"], "frozen_bytes": 700}
-    counts, zero3 = ParamCounts.from_model_info(model_info), Sharding(stage=3, world_size=4)
-    assert estimate_model_states(counts, Sharding(stage=0, world_size=4)).weights == 700 + 4 * 10
-    assert estimate_model_states(counts, zero3).weights == (700 + 4 * 10) / 4
-    estimate = estimate_memory(counts, NO_PASS, zero3, precision="fp32", is_gpu=False, accumulates=False)
-    assert estimate.gathered == 700 + 4 * 10
+    counts = ParamCounts.from_model_info(model_info)
+    zero0, zero3 = (estimate(counts, NO_PASS, stage, 4, is_gpu=False) for stage in (0, 3))
+    assert zero0.model_states.weights == 700 + 4 * 10
+    assert zero3.model_states.weights == (700 + 4 * 10) / 4
+    assert zero3.gathered == 700 + 4 * 10
 
 
 def test_the_memory_estimate_moves_frozen_weights_in_bf16_to_the_host_of_a_gpu():
     counts, passes = ParamCounts(frozen=1000, trainable=10), dataclasses.replace(NO_PASS, cast_weights=900)
     for is_gpu, device_bytes, host_bytes in ((True, -2 * 900, 4 * 900), (False, 2 * 900, 0)):
-        states = estimate_memory(
-            counts, passes, Sharding(stage=0, world_size=1), precision="bf16", is_gpu=is_gpu, accumulates=False
-        ).model_states
+        states = estimate(counts, passes, precision="bf16", is_gpu=is_gpu).model_states
         assert states.weights == 4 * 1010 + device_bytes
         assert states.host == host_bytes
 
@@ -98,17 +99,15 @@ def test_the_memory_estimate_moves_frozen_weights_in_bf16_to_the_host_of_a_gpu()
 )  # fmt: skip
 def test_a_pass_holds_all_gradients_up_to_zero_1_and_a_share_beyond(stage, ranks, expected):
     passes = PassMemory(saved=30, peak=50, peak_with_gradients=70)
-    estimate = estimate_memory(
-        ParamCounts(frozen=0, trainable=100), passes, Sharding(stage=stage, world_size=ranks), precision="fp32",
-        is_gpu=True, accumulates=False,
-    )  # fmt: skip
-    assert estimate.forward_backward == expected
-    assert estimate.activations == 30
+    memory = estimate(ParamCounts(frozen=0, trainable=100), passes, stage, ranks)
+    assert memory.forward_backward == expected
+    assert memory.activations == 30
 
 
 # --- the count, against real tensors ---
 
 ROWS, WIDTH = 2, 160  # not a whole number of the attention's blocks
+FUSED = {"uses_fused_lora": True}
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +150,13 @@ def real_pass_memory(model: TrainableModel, setup: PassSetup) -> PassMemory:
         pytest.param("--mode full", {}, "fp32", marks=pytest.mark.sweep),
         ("--mode full", {}, "bf16"),
         pytest.param("--mode full --dropout 0", {}, "bf16", marks=pytest.mark.sweep),
-        pytest.param("--mode lora", {"uses_fused_lora": True}, "fp32", marks=pytest.mark.sweep),
-        ("--mode lora", {"uses_fused_lora": True}, "bf16"),
-        pytest.param(
-            "--mode lora --lora-target-modules c_attn --dropout 0",
-            {"uses_fused_lora": True},
-            "fp32",
-            marks=pytest.mark.sweep,
-        ),
+        pytest.param("--mode lora", FUSED, "fp32", marks=pytest.mark.sweep),
+        ("--mode lora", FUSED, "bf16"),
+        pytest.param("--mode lora --lora-target-modules c_attn --dropout 0", FUSED, "fp32", marks=pytest.mark.sweep),
         ("--mode lora --lora-dropout 0.1", {}, "bf16"),
         ("--mode lora --adapter dora", {}, "fp32"),
         ("--mode full --activation-checkpointing", {}, "bf16"),
-        ("--mode lora --activation-checkpointing", {"uses_fused_lora": True}, "fp32"),
+        ("--mode lora --activation-checkpointing", FUSED, "fp32"),
     ],
 )
 def test_the_count_without_data_is_what_real_tensors_hold(small_model, flags, fields, precision):
@@ -212,29 +206,20 @@ def test_a_large_micro_batch_follows_from_two_small_ones(small_model):
 # --- a GPU's memory, counted without one ---
 
 
-def gpu_peak_gib(flags: str, micro_batch_size: int, **fields: Any) -> float:
-    """GPT-2 124M unless the flags say otherwise, 1,024 tokens, bf16, AdamW, ZeRO 0 on one rank."""
-    settings = parse("gpt2", flags)
-    model_info = build_model(settings, on_meta=True).metadata
-    setup = PassSetup(
-        micro_batch_size=micro_batch_size, sequence_length=1024, precision="bf16", is_gpu=True, **fields
-    )  # fmt: skip
-    estimate = estimate_memory(
-        ParamCounts.from_model_info(model_info), pass_memory(settings, setup), Sharding(stage=0, world_size=1),
-        precision="bf16", is_gpu=True, accumulates=False,
-    )  # fmt: skip
-    return estimate.peak / GIB
-
-
-LORA_FIELDS = {"uses_fused_lora": True, "casts_frozen_weights": True}
+def gpu_peak_gib(model: str, flags: str, micro_batch_size: int, **fields: Any) -> float:
+    """1,024 tokens a row, bf16, AdamW, ZeRO 0 on one rank."""
+    settings = parse(model, flags)
+    counts = ParamCounts.from_model_info(build_model(settings, on_meta=True).metadata)
+    setup = PassSetup(micro_batch_size=micro_batch_size, sequence_length=1024, precision="bf16", is_gpu=True, **fields)
+    return estimate(counts, pass_memory(settings, setup), precision="bf16").peak / GIB
 
 
 def test_the_count_for_a_gpu_meets_the_targets():
     """GiB; at most 2.8, 1.3 and 9 are wanted. Live storages on the CUDA build of torch 2.11 were 2.69, 1.21 and 7.6
     while the loss took pieces of any number of rows; pieces in multiples of 128 hold more logits."""
-    assert gpu_peak_gib("--mode full", 2) == pytest.approx(2.70, abs=0.01)
-    assert gpu_peak_gib("--mode lora", 2, **LORA_FIELDS) == pytest.approx(1.26, abs=0.01)
-    assert gpu_peak_gib("--mode full", 16) == pytest.approx(7.68, abs=0.01)
+    assert gpu_peak_gib("gpt2", "--mode full", 2) == pytest.approx(2.70, abs=0.01)
+    assert gpu_peak_gib("gpt2", "--mode lora", 2, **FUSED, casts_frozen_weights=True) == pytest.approx(1.26, abs=0.01)
+    assert gpu_peak_gib("gpt2", "--mode full", 16) == pytest.approx(7.68, abs=0.01)
 
 
 def test_activation_checkpointing_saves_block_inputs_only(small_model):
@@ -254,11 +239,4 @@ def test_gpt2_xl_on_an_nf4_base_fits_into_six_gib_by_estimate(tmp_path):
     config = GPT2Config(n_layer=48, n_embd=1600, n_head=25)
     config.architectures = ["GPT2LMHeadModel"]
     config.save_pretrained(tmp_path)
-    settings = parse(str(tmp_path), "--mode lora --quant nf4 --quant-double")
-    counts = ParamCounts.from_model_info(build_model(settings, on_meta=True).metadata)
-    setup = PassSetup(micro_batch_size=1, sequence_length=1024, precision="bf16", is_gpu=True)
-    estimate = estimate_memory(
-        counts, pass_memory(settings, setup), Sharding(stage=0, world_size=1), precision="bf16", is_gpu=True,
-        accumulates=False,
-    )  # fmt: skip
-    assert 4 < estimate.peak / GIB < 6
+    assert 4 < gpu_peak_gib(str(tmp_path), "--mode lora --quant nf4 --quant-double", 1) < 6

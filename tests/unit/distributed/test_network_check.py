@@ -1,25 +1,21 @@
 """Which link is the slowest, and what a step sends over it, from times that are made up."""
 
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import pytest
+from helpers.engines import context_of_hosts
 
 from trainer.distributed import network_check
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.network_check import LinkSpeed, describe_link, measure_pairs, measure_ring, pair_rounds
-from trainer.distributed.process_group import DistContext, simulated_context
-from trainer.distributed.rendezvous import Place, Placement
+from trainer.distributed.process_group import DistContext
 
 LORA = ParamCounts(frozen=1_915_360, trainable=102_400)
 
 
 def make_context(hosts: tuple[str, ...], seconds: tuple[float, ...] = ()) -> DistContext:
-    places = tuple(Place(host=host, identity=host, address="", interface="") for host in hosts)
-    context = replace(simulated_context(len(hosts), "cpu"), placement=Placement(places=places))
-    object.__setattr__(context, "all_gather_object", lambda _: [(each, 0.001) for each in seconds])
-    return context
+    return context_of_hosts(*hosts, gather=lambda _: [(each, 0.001) for each in seconds])
 
 
 def record_messages(monkeypatch, seconds: float = 0.001) -> list[tuple[int, int | None]]:

@@ -1,23 +1,19 @@
 """Facts that must be the same on all ranks: a difference is named with both values and where they are."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.engines import context_of_hosts
 
 from trainer.config.errors import UserError
 from trainer.distributed import preflight
-from trainer.distributed.process_group import simulated_context
-from trainer.distributed.rendezvous import Place, Placement
 from trainer.training import host_report
 
 
 def compare(*facts_of_ranks: dict[str, Any], hosts: tuple[str, ...] = ("h1", "h2", "h2")) -> None:
     """What rank 0 is told where the ranks have these facts."""
-    places = tuple(Place(host=host, identity=host, address="", interface="") for host in hosts[: len(facts_of_ranks)])
-    context = replace(simulated_context(len(places), "cpu"), placement=Placement(places=places))
-    object.__setattr__(context, "all_gather_object", lambda _: list(facts_of_ranks))
+    context = context_of_hosts(*hosts[: len(facts_of_ranks)], gather=lambda _: list(facts_of_ranks))
     preflight.refuse_differences(context, facts_of_ranks[0])
 
 
@@ -57,25 +53,18 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path):
         preflight.refuse_full_disk(tmp_path / "runs" / "new", 1e9 * 2**20)
 
 
-@pytest.mark.parametrize(
-    ("failing", "message"),
-    [({2}, "on h2 (rank 2): no such file"), ({0, 2}, "no such file")],
-)
+@pytest.mark.parametrize(("failing", "message"), [({2}, "on h2 (rank 2): no such file"), ({0, 2}, "no such file")])
 def test_what_one_host_alone_cannot_do_is_said_with_its_name(failing, message):
     """Ranks 0 and 1 are on h1, 2 on h2."""
-    places = tuple(Place(host=host, identity=host, address="", interface="") for host in ("h1", "h1", "h2"))
-    context = replace(simulated_context(3, "cpu"), placement=Placement(places=places))
     results = [(None, UserError("no such file") if rank in failing else None) for rank in range(3)]
-    object.__setattr__(context, "all_gather_object", lambda _: results)
+    context = context_of_hosts("h1", "h1", "h2", gather=lambda _: results)
     with pytest.raises(UserError) as refusal:
         context.on_rank_zero(lambda: None, per_node=True)
     assert str(refusal.value) == message
 
 
 def test_clocks_that_differ_are_a_note(monkeypatch):
-    places = tuple(Place(host=host, identity=host, address="", interface="") for host in ("h1", "h2"))
-    context = replace(simulated_context(2, "cpu"), placement=Placement(places=places))
-    object.__setattr__(context, "all_gather_object", lambda value: [value, value and value + 90.4])
+    context = context_of_hosts("h1", "h2", gather=lambda value: [value, value and value + 90.4])
     assert host_report._describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
     monkeypatch.setattr(host_report, "MAX_CLOCK_SECONDS", 91)
     assert host_report._describe_clocks(context) is None
