@@ -4,14 +4,13 @@ Counts are held against closed formulas. An adapter of rank r on a layer [in, ou
 layers of GPT-2's blocks are c_attn [d, 3d], c_proj [d, d], c_fc [d, 4d] and c_proj [4d, d].
 """
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_inputs import make_tiny_gpt2
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers.activations import NewGELUActivation
 
 from trainer.config import cli
 from trainer.config.errors import UserError
@@ -23,9 +22,8 @@ from trainer.model.build import (
     compute_fingerprint,
     get_max_positions,
     load_config,
-    merge_adapters,
     save_base_model,
-)
+)  # fmt: skip
 from trainer.model.lora import resolve_target_modules as lora_targets
 
 D, LAYERS = 768, 12  # GPT-2 124M
@@ -43,10 +41,11 @@ def build_from_config(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-LLAMA = LlamaConfig(
-    vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-)  # fmt: skip
-NEOX = GPTNeoXConfig(vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA, NEOX = LlamaConfig(vocab_size=97, **SIZES), GPTNeoXConfig(vocab_size=97, **SIZES)
+
+
+GPT2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=97)
 
 
 # --- counts ---
@@ -61,43 +60,28 @@ def test_gpt2_has_the_cards_number_of_parameters():
     assert facts["parameters"] == 50_257 * d + 1024 * d + LAYERS * block + 2 * d  # the tied output layer counts once
 
 
-@pytest.mark.parametrize(
-    ("targets", "formula", "expected"),
-    [
-        ("", LAYERS * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D)), 1_179_648),
-        ("c_attn", LAYERS * 8 * (D + 3 * D), 294_912),
-        ("mlp.c_proj", LAYERS * 8 * (4 * D + D), 368_640),
-        ("attn.c_proj,c_fc", LAYERS * 8 * (D + D + D + 4 * D), 516_096),
-    ],
-)
-def test_lora_trains_the_number_of_parameters_of_the_formula(targets, formula, expected):
-    more = ["--lora-target-modules", targets] if targets else []
-    facts = build_model(gpt2_settings("lora", *more), on_meta=True).metadata
-    assert facts["trainable"] == formula == expected
-    assert facts["parameters"] == 124_439_808, "of the base model, adapters left out"
-    assert facts["share"] == expected / 124_439_808
-
-
-def test_lora_parameters_are_proportional_to_the_lora_rank():
-    assert build_model(gpt2_settings("lora", "--lora-rank", "16"), on_meta=True).metadata["trainable"] == 2 * 1_179_648
-
-
 # --- targets ---
 
 
-def test_default_lora_targets_are_every_layer_but_the_output(tiny_model):
-    assert build_model(parse_settings(tiny_model)).metadata["lora_targets"] == ["c_attn", "c_fc", "c_proj"]
-    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert lora_targets(build_from_config(LLAMA), LoraSettings()) == names
-    assert lora_targets(build_from_config(NEOX), LoraSettings()) == [
-        "dense",
-        "dense_4h_to_h",
-        "dense_h_to_4h",
-        "query_key_value",
-    ]
+@pytest.mark.parametrize(
+    ("config", "targets", "expected"),
+    [
+        (LLAMA, (), "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"),  # every layer but the output
+        (LLAMA, ("attention",), "k_proj o_proj q_proj v_proj"),
+        (LLAMA, ("mlp",), "down_proj gate_proj up_proj"),
+        (LLAMA, ("*.layers.1.*.q_proj",), "1.self_attn.q_proj"),
+        (NEOX, (), "dense dense_4h_to_h dense_h_to_4h query_key_value"),
+        (NEOX, ("attention",), "dense query_key_value"),
+        (NEOX, ("mlp",), "dense_4h_to_h dense_h_to_4h"),
+        (GPT2, (), "c_attn c_fc c_proj"),
+        (GPT2, ("attention",), "attn.c_proj c_attn"),  # the MLP has a c_proj too
+    ],
+)
+def test_lora_targets_become_the_shortest_unambiguous_layer_names(config, targets, expected):
+    assert lora_targets(build_from_config(config), LoraSettings(target_modules=targets)) == expected.split()
 
 
-@pytest.mark.parametrize("config", [GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=97), LLAMA, NEOX])
+@pytest.mark.parametrize("config", [GPT2, LLAMA, NEOX])
 def test_the_output_layer_is_never_adapted(config):
     causal = build_from_config(config)
     output = next(n for n, m in causal.named_modules() if m is causal.get_output_embeddings())
@@ -106,7 +90,9 @@ def test_the_output_layer_is_never_adapted(config):
         lora_targets(causal, LoraSettings(target_modules=(output,)))
 
 
-@pytest.mark.parametrize("targets", ["q_proj", "c_attn,q_proj", "q_proj,c_attn", "proj", "attn", "wte"])
+@pytest.mark.parametrize(
+    "targets", ["q_proj", "c_attn,q_proj", "q_proj,c_attn", "proj", "attn", "wte", "c_attn,*.h.9.*"]
+)
 def test_a_lora_target_that_matches_nothing_is_refused_even_beside_one_that_does(tiny_model, targets):
     with pytest.raises(UserError) as caught:
         build_model(parse_settings(tiny_model, "lora", "--lora-target-modules", targets))
@@ -134,18 +120,6 @@ def test_each_mode_trains_only_what_it_says(tiny_model):
     assert not build_model(parse_settings(tiny_model, "full")).is_adapter
 
 
-def test_adapters_start_as_the_identity_and_change_outputs_once_trained(tiny_model):
-    ids = torch.arange(1, 31)[None]
-    with torch.no_grad():
-        before = build_model(parse_settings(tiny_model, "full")).module.eval()(ids).logits
-        built = build_model(parse_settings(tiny_model))
-        assert torch.equal(built.module.eval()(ids).logits, before)
-        for name, parameter in built.module.named_parameters():
-            if ".lora_B." in name:
-                parameter.fill_(0.1)
-        assert (built.module(ids).logits - before).abs().max() > 0.1
-
-
 def test_a_conv1d_adapter_computes_what_its_formula_says(tiny_model):
     """W is stored [in, out], so y = xW + b + (alpha / r) x A^T B^T."""
     built = build_model(
@@ -159,42 +133,24 @@ def test_a_conv1d_adapter_computes_what_its_formula_says(tiny_model):
     torch.testing.assert_close(layer(x), x @ base.weight + base.bias + 6 / 2 * x @ a.T @ b.T)
 
 
-def test_merged_adapters_give_the_same_logits_and_stay_tied(tiny_model):
-    built = build_model(parse_settings(tiny_model))
-    with torch.no_grad():
-        for name, parameter in built.module.named_parameters():
-            if ".lora_B." in name:
-                parameter.normal_(std=0.1)
-        ids = torch.arange(1, 31)[None]
-        expected = built.module.eval()(ids).logits
-        assert built.has_tied_embeddings
-        merged = merge_adapters(built).eval()
-        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-4)  # float32, logits of 30
-    assert merged.lm_head.weight is merged.transformer.wte.weight
-    assert not any("lora" in name for name, _ in merged.named_parameters())
-
-
 # --- the same start ---
 
 
+def fingerprint(model_dir: str, mode: str = "lora", *flags: str) -> str:
+    return build_model(parse_settings(model_dir, mode, *flags)).metadata["fingerprint"]
+
+
 def test_both_modes_start_from_the_same_base(tiny_model):
-    assert (
-        build_model(parse_settings(tiny_model)).metadata["fingerprint"]
-        == build_model(parse_settings(tiny_model, "full")).metadata["fingerprint"]
-    )
-    random = [
-        build_model(parse_settings(tiny_model, mode, "--init", "random")).metadata["fingerprint"]
-        for mode in ("full", "lora")
-    ]
-    assert random[0] == random[1]
-    assert random[0] != build_model(parse_settings(tiny_model)).metadata["fingerprint"]
+    stored, random = ({fingerprint(tiny_model, mode, "--init", init) for mode in ("full", "lora")}
+                      for init in ("pretrained", "random"))  # fmt: skip
+    assert len(stored) == len(random) == 1
+    assert stored != random
 
 
 def test_the_seed_decides_random_weights_and_adapters(tiny_model):
     def adapters(*more: str) -> torch.Tensor:
-        return torch.cat(
-            [p.detach().flatten() for p in build_model(parse_settings(tiny_model, "lora", *more)).module.parameters()]
-        )
+        module = build_model(parse_settings(tiny_model, "lora", *more)).module
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
 
     assert torch.equal(adapters(), adapters())
     assert not torch.equal(adapters(), adapters("--seed", "43"))
@@ -209,12 +165,8 @@ def test_the_model_fingerprint_depends_on_every_weight(tiny_model):
 
 
 def test_the_saved_random_base_is_the_one_that_was_built(tiny_model, tmp_path):
-    settings = parse_settings(tiny_model, "lora", "--init", "random")
-    save_base_model(settings, tmp_path / "base")
-    assert (
-        build_model(parse_settings(str(tmp_path / "base"))).metadata["fingerprint"]
-        == build_model(settings).metadata["fingerprint"]
-    )
+    save_base_model(parse_settings(tiny_model, "lora", "--init", "random"), tmp_path / "base")
+    assert fingerprint(str(tmp_path / "base")) == fingerprint(tiny_model, "lora", "--init", "random")
 
 
 def test_training_leaves_the_cache_of_generation_on(tiny_model):
@@ -235,21 +187,6 @@ def test_the_maximum_block_size_comes_from_the_model_configuration(tiny_model):
     assert get_max_positions(LLAMA) == 2048
 
 
-@pytest.mark.parametrize(
-    ("remove", "named", "message"),
-    [("config.json", "tiny", "has no config.json"), ("model.safetensors", "tiny", "has no weights")],
-)
-def test_a_folder_without_a_model_is_one_line_that_names_the_flag(session_dir, tmp_path, remove, named, message):
-    folder = tmp_path / named
-    shutil.copytree(make_tiny_gpt2(session_dir / "for-removal", dropout=0.0), folder)
-    (folder / remove).unlink()
-    with pytest.raises(UserError) as caught:
-        build_model(parse_settings(str(folder)))
-    assert message in str(caught.value)
-    assert "--model FOLDER" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_missing_model_is_one_line_that_names_the_flag(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"--model no-such-org/no-such-model: no such folder.*pass --model FOLDER"):
@@ -257,20 +194,15 @@ def test_a_missing_model_is_one_line_that_names_the_flag(monkeypatch):
 
 
 def test_weights_are_float32_whatever_the_folder_holds(tiny_model, tmp_path):
-    half = AutoModelForCausalLM.from_pretrained(tiny_model).half()
-    half.save_pretrained(tmp_path / "half")
-    built = build_model(parse_settings(str(tmp_path / "half"), "full"))
+    AutoModelForCausalLM.from_pretrained(tiny_model).half().save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
+    built = build_model(parse_settings(str(tmp_path), "full"))
     assert {p.dtype for p in built.module.parameters()} == {torch.float32}
-    assert (
-        Path(tiny_model, "model.safetensors").stat().st_size > (tmp_path / "half" / "model.safetensors").stat().st_size
-    )
 
 
 def test_the_one_kernel_activation_equals_that_of_transformers(tiny_model):
     """The same formula: outputs and gradients differ by rounding only, and the exported configuration is untouched."""
-    from transformers.activations import NewGELUActivation
-
-    model = build_model(cli.parse_args(["--mode", "full", "--model", tiny_model]).settings)
+    model = build_model(parse_settings(tiny_model, "full"))
     kinds = {type(m).__name__ for m in model.causal.modules()}
     assert "GELU" in kinds
     assert "NewGELUActivation" not in kinds

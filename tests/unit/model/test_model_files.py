@@ -16,10 +16,10 @@ from helpers.tiny_inputs import make_tiny_gpt2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_build import parse_settings
 from transformers import AutoModelForCausalLM, BartConfig, BertConfig, T5Config, XLNetConfig
 
 import trainer
-from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.model.build import _from_pretrained_kwargs, build_model
 
@@ -36,10 +36,8 @@ def folder(pristine_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine_folder, tmp_path / "model"))
 
 
-def build(folder: Path, *flags: str, on_meta: bool = False) -> Any:
-    return build_model(
-        cli.parse_args(["--mode", "full", "--model", str(folder), *flags]).settings, on_meta=on_meta
-    ).causal
+def build(folder: Path, *, on_meta: bool = False) -> Any:
+    return build_model(parse_settings(str(folder), "full"), on_meta=on_meta).causal
 
 
 def change_config(folder: Path, **values: Any) -> None:
@@ -68,13 +66,18 @@ class Canary:
 # --- code ---
 
 
+def put_code(folder: Path, tmp_path: Path) -> Path:
+    """Have the folder name code of its own; returns the folder which that makes where it is run."""
+    canary = tmp_path / "canary"
+    change_config(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\nclass Config: pass\nclass Model: pass\n")
+    return canary
+
+
 @pytest.mark.parametrize("answer", ["", "y\n", "yes\n"])
 def test_code_in_a_model_folder_is_never_run_and_never_asked_about(folder, tmp_path, monkeypatch, capsys, answer):
-    canary = tmp_path / "canary"
-    change_config(
-        folder, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    )
-    (folder / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\nclass Config: pass\nclass Model: pass\n")
+    canary = put_code(folder, tmp_path)
+    change_config(folder, model_type="evil")
     read_end, write_end = os.pipe()
     os.write(write_end, answer.encode())
     os.close(write_end)
@@ -86,9 +89,7 @@ def test_code_in_a_model_folder_is_never_run_and_never_asked_about(folder, tmp_p
 
 
 def test_code_beside_a_known_model_type_is_left_alone(folder, tmp_path):
-    canary = tmp_path / "canary"
-    change_config(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
-    (folder / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\n")
+    canary = put_code(folder, tmp_path)
     assert type(build(folder)).__module__.startswith("transformers.models.gpt2")
     assert not canary.exists()
 
@@ -209,24 +210,29 @@ def test_weights_in_several_files_load(folder):
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("on_meta", [True, False])
-@pytest.mark.parametrize(
-    "content", [b"", b"\0" * 7, struct.pack("<Q", 2**60), struct.pack("<Q", 2) + b"{}x", struct.pack("<Q", 2) + b"[]"]
-)
-def test_a_damaged_weights_file_is_refused_also_by_a_dry_run(folder, content, on_meta):
-    (folder / WEIGHTS).write_bytes(content)
-    assert "model.safetensors: not a whole safetensors file" in refusal(folder, on_meta=on_meta)
+DAMAGES = {
+    "empty": lambda _: b"", "zeros": lambda _: b"\0" * 7, "an endless header": lambda _: struct.pack("<Q", 2**60),
+    "a list": lambda _: struct.pack("<Q", 2) + b"[]", "no weights": lambda _: struct.pack("<Q", 2) + b"{}x",
+    "a byte short": lambda b: b[:-1], "a page short": lambda b: b[:-4096], "a byte long": lambda b: b + b"x",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:-4096]], ids=["-1", "1", "4096"])
-def test_a_weights_file_that_is_cut_off_or_too_long_is_refused(folder, change):
-    (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
-    assert "model.safetensors: not a whole safetensors file" in refusal(folder)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_weights_file_is_refused_also_by_a_dry_run(folder, damage):
+    (folder / WEIGHTS).write_bytes(DAMAGES[damage]((folder / WEIGHTS).read_bytes()))
+    for on_meta in (True, False):
+        assert "model.safetensors: not a whole safetensors file" in refusal(folder, on_meta=on_meta)
 
 
-def test_a_folder_without_weights_and_one_with_a_pipe_are_refused_at_once(folder):
-    (folder / WEIGHTS).rename(folder / "tf_model.h5")
-    assert "has no weights" in refusal(folder, on_meta=True)
+@pytest.mark.parametrize(("name", "missing"), [("config.json", "config.json"), (WEIGHTS, "weights")])
+def test_a_folder_without_a_model_is_refused_with_the_flag_to_pass(folder, name, missing):
+    (folder / name).rename(folder / "tf_model.h5")
+    for on_meta in (True, False):
+        assert f"has no {missing}; pass --model FOLDER" in refusal(folder, on_meta=on_meta)
+
+
+def test_a_pipe_in_place_of_weights_is_refused_at_once(folder):
+    (folder / WEIGHTS).unlink()
     os.mkfifo(folder / WEIGHTS)
     assert "model.safetensors: not a regular file" in refusal(folder)
 
