@@ -19,8 +19,8 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings, fields_fixed_on_resume
 from trainer.data.dataset import load
+from trainer.distributed.engine import StepResult, UpdateResult
 from trainer.distributed.process_group import simulated_context
-from trainer.distributed.step_result import StepResult, UpdateResult
 from trainer.model.build import load_config
 from trainer.report.run_folder import read_folder
 from trainer.tracking.jsonl import rewind

@@ -5,6 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +23,6 @@ from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.step_execution import StepExecution
-from trainer.distributed.step_result import LaunchedStep, StepResult, UpdateResult
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
 from trainer.kernels import cpu_attention
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
@@ -30,6 +30,34 @@ from trainer.model import optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions
 
 RECORDED_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it, so that shapes come again
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateResult:
+    """What one update did."""
+
+    loss_sum: float  #: summed loss of the global batch, nats
+    grad_norm: float  #: of the global gradient before clipping
+    is_skipped: bool  #: whether fp16 left the update out
+    stop_requested: bool  #: whether any rank wants the run to stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """An update, and how the step came to it."""
+
+    update: UpdateResult
+    lr: float
+    elapsed_seconds: float  #: since it was launched, or since the step before it ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchedStep:
+    """A step whose numbers have not been read."""
+
+    lr: float
+    launch_time: float
+    wait: Callable[[], UpdateResult]
 
 
 class Engine:

@@ -16,7 +16,7 @@ class FrozenWeightCast:
 
     def __init__(self, model: TrainableModel, *, keep_fp32_copy: bool):
         """Round every frozen weight that only goes into products; `keep_fp32_copy` what it was, on the host."""
-        self.layers = list(_castable_layers(model))
+        self.layers = [layer for layer in find_frozen_layers(model) if layer.weight.dtype == torch.float32]
         self.fp32_weights: list[Tensor] = []
         for layer in self.layers:
             if keep_fp32_copy:
@@ -31,7 +31,7 @@ class FrozenWeightCast:
         self.layers, self.fp32_weights = [], []
 
 
-def _castable_layers(model: TrainableModel) -> list[nn.Module]:
+def find_frozen_layers(model: TrainableModel) -> list[nn.Module]:
     """Layers with a frozen weight, but the output layer, whose weight may be the embedding's, and those of DoRA,
     which takes its norms."""
     excluded = {model.causal.get_output_embeddings()} | {
@@ -40,8 +40,5 @@ def _castable_layers(model: TrainableModel) -> list[nn.Module]:
     return [
         layer
         for layer in model.module.modules()
-        if type(layer) in (Conv1D, nn.Linear)
-        and layer not in excluded
-        and not layer.weight.requires_grad
-        and layer.weight.dtype == torch.float32
+        if type(layer) in (Conv1D, nn.Linear) and layer not in excluded and not layer.weight.requires_grad
     ]

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
-from trainer.distributed.frozen_bf16 import FrozenWeightCast
+from trainer.distributed.frozen_bf16 import FrozenWeightCast, find_frozen_layers
 from trainer.distributed.memory_estimate import PassMemory
 from trainer.kernels import causal_attention, cpu_attention, fused_lora
 from trainer.kernels.device_branch import simulate_gpu
@@ -87,10 +87,7 @@ def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss,
     if model.quant_settings is not None:
         _pack(model, torch.bfloat16 if is_bf16 else torch.float32)
     _install_attention(model.causal, is_gpu=setup.is_gpu)
-    if setup.is_gpu:
-        _install_gpu_dropout(model.module)
-    else:
-        cpu_attention.install_dropout(model.module)
+    cpu_attention.install_dropout(model.module, _GPUDropout if setup.is_gpu else None)
     if setup.uses_fused_lora:
         fused_lora.install(find_fusable_layers(model.module), model.causal.base_model)
     loss_module = CausalLMLoss(model.causal, torch.bfloat16 if is_bf16 else None).train()
@@ -112,14 +109,11 @@ def materialize(module: nn.Module, device: str = "cpu") -> None:
 
 def _pack(model: TrainableModel, compute_dtype: torch.dtype) -> None:
     """Put stand-ins in the place of the frozen layers that `trainer.model.quantization` would pack."""
-    output_layer = model.causal.get_output_embeddings()
     is_int8 = model.quant_settings is not None and model.quant_settings.quant == "int8"
-    for parent in list(model.module.modules()):
-        is_dora = len(getattr(parent, "lora_magnitude_vector", None) or ()) > 0  # it reads its layer's weight
-        for name, child in list(parent.named_children()):
-            is_packed = type(child) in (Conv1D, nn.Linear) and child is not output_layer
-            if is_packed and not child.weight.requires_grad and not is_dora:
-                setattr(parent, name, _PackedLinear(child, compute_dtype, is_int8=is_int8))
+    frozen_layers = set(find_frozen_layers(model))
+    for name, layer in list(model.module.named_modules()):
+        if layer in frozen_layers:
+            model.module.set_submodule(name, _PackedLinear(layer, compute_dtype, is_int8=is_int8))
 
 
 class _PackedLinear(nn.Module):
@@ -196,13 +190,6 @@ class _GPUDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.native_dropout(input, self.p, True)[0]
-
-
-def _install_gpu_dropout(module: nn.Module) -> None:
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Dropout and child.p > 0:
-                setattr(parent, name, _GPUDropout(child.p))
 
 
 class LiveBytes(TorchDispatchMode):

@@ -38,12 +38,12 @@ def install(module: nn.Module, causal: PreTrainedModel) -> None:
         causal.set_attn_implementation(ATTENTION_NAME)
 
 
-def install_dropout(module: nn.Module) -> None:
-    """Put `Dropout` in the place of torch's everywhere in `module`."""
+def install_dropout(module: nn.Module, kind: type[nn.Dropout] | None = None) -> None:
+    """Put `Dropout`, or another kind, in the place of torch's everywhere in `module`."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout and child.p > 0:
-                setattr(parent, name, Dropout(child.p).train(child.training))
+                setattr(parent, name, (kind or Dropout)(child.p).train(child.training))
 
 
 class Dropout(nn.Dropout):

@@ -18,8 +18,8 @@ from trainer.config.settings import Settings
 from trainer.data import hf_hub
 from trainer.kernels import causal_attention
 from trainer.model import lora, model_files, optimizer, quantization
-from trainer.model.demo.files import DEMO_MODEL_FOLDER
 
+DEMO_MODEL_FOLDER = Path(__file__).parent / "demo"
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
 DROPOUT_FIELDS = (
     "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "embed_dropout", "resid_dropout",

@@ -25,8 +25,7 @@ def quantize(causal: PreTrainedModel, settings: ModelSettings, device: torch.dev
     output_layer = causal.get_output_embeddings()
     for name, layer in list(causal.named_modules()):
         if isinstance(layer, (Conv1D, nn.Linear)) and layer is not output_layer:
-            parent, _, child = name.rpartition(".")
-            setattr(causal.get_submodule(parent), child, _quantize_layer(layer, settings, device))
+            causal.set_submodule(name, _quantize_layer(layer, settings, device))
     # peft looks here for which kind of layer it adapts.
     causal.is_loaded_in_8bit = settings.quant == "int8"
     causal.is_loaded_in_4bit = settings.quant != "int8"

@@ -12,8 +12,7 @@ from dataclasses import replace
 from trainer.config.errors import TrainingError
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import GlobalBatch
-from trainer.distributed.engine import Engine
-from trainer.distributed.step_result import StepResult
+from trainer.distributed.engine import Engine, StepResult
 from trainer.distributed.steppers import NonFiniteError
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
 from trainer.training.checkpoint import CheckpointManager

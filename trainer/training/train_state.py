@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.data.sampler import GlobalBatch
-    from trainer.distributed.step_result import StepResult
+    from trainer.distributed.engine import StepResult
 
 
 @dataclass(frozen=True, kw_only=True)

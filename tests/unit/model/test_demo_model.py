@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trainer.data.acled import format_completion, format_prompt
 from trainer.data.demo import DEMO_RECORDS, Rng, events, invented_world
 from trainer.data.demo_base_text import DOCUMENT_TYPES, documents
+from trainer.model.build import DEMO_MODEL_FOLDER
 from trainer.model.demo import pretrain
-from trainer.model.demo.files import DEMO_MODEL_FOLDER
 
 
 @pytest.fixture(scope="module")

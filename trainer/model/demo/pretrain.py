@@ -162,23 +162,18 @@ def save(model: transformers.GPT2LMHeadModel, tokenizer: Tokenizer, output_dir: 
         tokenizer_object=tokenizer, model_max_length=BLOCK_SIZE, **special_tokens
     )
     hf_tokenizer.save_pretrained(output_dir)
-    (output_dir / "tokenizer.json").write_text(
-        tokenizer.to_str(pretty=False), encoding="utf-8"
-    )  # half of the indented one
+    # not indented, which takes half
+    (output_dir / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
 
 
 def model_card(options: argparse.Namespace, metrics: dict[str, float], num_parameters: int, device: str) -> str:
     """The folder's README: what the model is, how it was made, and what it reached."""
     cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     hardware = torch.cuda.get_device_name() if device == "cuda" else cpu
-    size_flags = f"--steps {options.steps} --batch {options.batch} --tokens {options.tokens}"
-    command = (
-        f"python -m trainer.model.demo.pretrain --out trainer/model/demo {size_flags} --lr {options.lr:g} "
-        f"--seed {options.seed}"
-    )
-    training = (
-        f"{options.steps:,} steps of {options.batch} rows = {options.steps * options.batch * BLOCK_SIZE:,} tokens"
-    )
+    flags = f"--steps {options.steps} --batch {options.batch} --tokens {options.tokens} --lr {options.lr:g}"
+    command = f"python -m trainer.model.demo.pretrain --out trainer/model/demo {flags} --seed {options.seed}"
+    num_tokens = options.steps * options.batch * BLOCK_SIZE
+    training = f"{options.steps:,} steps of {options.batch} rows = {num_tokens:,} tokens"
     return f"""---
 language: en
 library_name: transformers
@@ -224,9 +219,7 @@ def main() -> None:
     num_bytes = sum(file.stat().st_size for file in options.out.iterdir() if file.is_file())
     print(f"val {metrics['val']:.4f}; {options.out}: {num_bytes:,} bytes, {time.time() - start_seconds:.0f} s in all")
     if num_bytes > MAX_FOLDER_BYTES:
-        raise SystemExit(
-            f"{options.out}: {num_bytes:,} bytes, more than the {MAX_FOLDER_BYTES:,} that the repository takes"
-        )
+        raise SystemExit(f"{options.out}: more than the {MAX_FOLDER_BYTES:,} bytes that the repository takes")
 
 
 if __name__ == "__main__":
