@@ -1,6 +1,7 @@
 """Ranks that do not find one another say so in one line and end, within the time of --hang-timeout."""
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,28 +10,30 @@ from helpers.process_groups import RankProcesses
 FLAGS = ["--mode", "full", "--hang-timeout", "5"]
 
 
-def test_a_rank_that_does_not_come_is_named_once(session_dir, tmp_path):
-    group = RankProcesses(FLAGS, out=tmp_path / "run", env={"WORLD_SIZE": "3"})
-    assert group.wait() == [1, 1], group.output
+def refusal(tmp_path: Path, codes: list[int], fault: Callable[[int], None] | None = None, **env: str) -> str:
+    """The one line of ranks that end with these codes; `env`: what is other than where they find one another."""
+    group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=len(codes), env=env, fault=fault)
+    assert group.wait() == codes, group.output
     (line,) = group.error_lines
+    return line
+
+
+def test_a_rank_that_does_not_come_is_named_once(session_dir, tmp_path):
+    line = refusal(tmp_path, [1, 1], WORLD_SIZE="3")
     assert line.startswith("error: of 3 ranks these have not come to 127.0.0.1:")
     assert line.endswith("within 5 s (--hang-timeout): 2")
 
 
 def test_a_rank_that_cannot_reach_rank_0_says_where_it_looked(session_dir, tmp_path):
-    group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env={"WORLD_SIZE": "2", "RANK": "1"})
-    assert group.wait() == [1], group.output
-    (line,) = group.error_lines
+    line = refusal(tmp_path, [1], WORLD_SIZE="2", RANK="1")
     assert line.startswith(f"error: rank 1 on {socket.gethostname()} cannot reach rank 0 at 127.0.0.1:")
 
 
 def test_a_port_that_is_taken_is_named(session_dir, tmp_path):
     with socket.create_server(("", 0)) as holder:
-        env = {"WORLD_SIZE": "2", "MASTER_PORT": str(holder.getsockname()[1])}
-        group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env=env)
-        assert group.wait() == [2], group.output
-    (line,) = group.error_lines
-    assert f"cannot listen at port {env['MASTER_PORT']} of {socket.gethostname()}" in line
+        port = holder.getsockname()[1]
+        line = refusal(tmp_path, [2], WORLD_SIZE="2", MASTER_PORT=str(port))
+    assert f"cannot listen at port {port} of {socket.gethostname()}" in line
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -47,10 +50,7 @@ def test_a_port_at_which_another_run_has_met_is_named(session_dir, tmp_path):
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     dist.PrefixStore("trainer/0", store).add("came/1", 1)
-    env = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": str(store.port)}
-    group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env=env)
-    assert group.wait() == [1], group.output
-    (line,) = group.error_lines
+    line = refusal(tmp_path, [1], WORLD_SIZE="2", RANK="1", MASTER_PORT=str(store.port))
     assert f"at 127.0.0.1:{store.port} is not this run's rank 0 (somebody else is rank 1 there)" in line
 
 
@@ -62,8 +62,6 @@ def answer_soon(rank: int) -> None:
 
 def test_a_port_where_somebody_listens_and_says_nothing_is_named(session_dir, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        env = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": str(mute.getsockname()[1])}
-        group = RankProcesses(FLAGS, out=tmp_path / "run", world_size=1, env=env, fault=answer_soon)
-        assert group.wait() == [1], group.output
-    (line,) = group.error_lines
-    assert f":{env['MASTER_PORT']} is not this run's rank 0 (what listens there does not answer); pass a free" in line
+        port = mute.getsockname()[1]
+        line = refusal(tmp_path, [1], answer_soon, WORLD_SIZE="2", RANK="1", MASTER_PORT=str(port))
+    assert f":{port} is not this run's rank 0 (what listens there does not answer); pass a free" in line

@@ -64,15 +64,12 @@ print(json.dumps({"grown": grown, "estimate": estimate.peak}))
 world.watchdog.close()
 destroy_process_group()
 """
-CELLS = [("full", "zero0", 4)]
-SWEEP_CELLS = [
-    ("lora", "zero0", 4),
-    ("full", "zero2", 4),
-    ("full", "zero3", 4),
-    ("lora", "zero3", 4),
-    ("full", "zero0", 2),
-    ("full", "zero1", 8),
-]
+SWEEP_CASES = [
+    ("--mode lora --ds-config zero0", 4), ("--mode full --ds-config zero2", 4), ("--mode full --ds-config zero3", 4),
+    ("--mode lora --ds-config zero3", 4), ("--mode full --ds-config zero0", 2), ("--mode full --ds-config zero1", 8),
+    ("--mode full --ds-config zero0 --activation-checkpointing", 16),
+    ("--mode lora --ds-config zero0 --activation-checkpointing", 16),
+]  # fmt: skip
 #: What is freed goes back at once, else the C library keeps a part of every size that ever was.
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -90,40 +87,22 @@ def medium_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def assert_estimate_matches(model: str, mode: str, zero: str, micro_batch_size: int, *extra_flags: str) -> None:
-    flags = (
-        f"--mode {mode} --preset demo --model {model} --init random --ds-config {zero} --block-size 256 "
-        "--global-batch 4"
-    )
-    flags = flags.replace(
-        "--global-batch 4", f"--global-batch {max(4, micro_batch_size)} --micro-batch {micro_batch_size}"
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "micro_batch"),
+    [
+        ("--mode full --ds-config zero0", 4),
+        *(pytest.param(*case, marks=pytest.mark.sweep) for case in SWEEP_CASES),
+    ],
+)
+def test_a_process_grows_by_the_estimated_bytes(medium_model, case, micro_batch):
+    flags = f"--preset demo --model {medium_model} --init random --block-size 256 {case}"
+    flags += f" --micro-batch {micro_batch} --global-batch {max(4, micro_batch)}"
     process = subprocess.run(
-        [sys.executable, "-c", MEASURE_MEMORY_CODE, *flags.split(), *extra_flags], capture_output=True, text=True,
-        timeout=300,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **MALLOC_ENV},
+        [sys.executable, "-c", MEASURE_MEMORY_CODE, *flags.split()], capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **MALLOC_ENV},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     result = json.loads(process.stdout.splitlines()[-1])
-    ratio = result["estimate"] / result["grown"]
-    print(f"{mode} {zero} micro-batch {micro_batch_size}: estimate {ratio:.3f} of the growth")
+    print(f"{case} micro-batch {micro_batch}: estimate {result['estimate'] / result['grown']:.3f} of the growth")
     assert result["estimate"] == pytest.approx(result["grown"], rel=MEMORY_TOLERANCE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "zero", "micro"), CELLS)
-def test_a_process_grows_by_the_estimated_bytes(medium_model, mode, zero, micro):
-    assert_estimate_matches(medium_model, mode, zero, micro)
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize(("mode", "zero", "micro"), SWEEP_CELLS)
-def test_a_process_grows_by_the_estimated_bytes_under_the_other_zero_files(medium_model, mode, zero, micro):
-    assert_estimate_matches(medium_model, mode, zero, micro)
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize("mode", ["full", "lora"])
-def test_a_process_grows_by_the_estimated_bytes_with_activation_checkpointing(medium_model, mode):
-    assert_estimate_matches(medium_model, mode, "zero0", 16, "--activation-checkpointing")

@@ -8,6 +8,7 @@ and what leaves a host without a limit against the bytes that it counts.
 
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -38,6 +39,17 @@ CASES = [("full", "zero0", MIN_BUCKET_BYTES["gloo"]), ("full", "zero0", AT_ONCE)
 ]
 
 
+def start_ranks(hosts: Hosts, module: str, file: Path, log_folder: Path) -> list[subprocess.Popen[bytes]]:
+    """A worker on each host, with the file that it reads or writes."""
+    env = {**ENVIRON, "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29500",
+           "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # fmt: skip
+    argv = [sys.executable, "-m", module, str(file)]
+    return [
+        hosts.start(name, argv, log_folder / f"{name}.log", env | {"RANK": str(rank)})
+        for rank, name in enumerate(hosts.pids)
+    ]
+
+
 def measure(hosts: Hosts, mode: str, zero: str, bucket_bytes: int, folder: Path) -> dict[int | None, list[list[float]]]:
     """{Mbit/s: [seconds of a step, bytes that leave a host meanwhile] in each round}."""
     rates = RATES[mode]
@@ -49,13 +61,7 @@ def measure(hosts: Hosts, mode: str, zero: str, bucket_bytes: int, folder: Path)
     job = folder / "job.json"
     job.write_text(json.dumps({"config": asdict(config), "folder": str(folder), "bucket_bytes": bucket_bytes}))
     hosts.shape_links(None)
-    env = {**ENVIRON, "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29500",
-           "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # fmt: skip
-    argv = [sys.executable, "-m", "helpers.link_worker", str(job)]
-    ranks = [
-        hosts.start(name, argv, folder / f"{name}.log", env | {"RANK": str(rank)})
-        for rank, name in enumerate(hosts.pids)
-    ]
+    ranks = start_ranks(hosts, "helpers.link_worker", job, folder)
 
     def wait_for(name: str) -> None:
         deadline = time.monotonic() + 240
@@ -166,18 +172,10 @@ def test_shards_take_what_the_link_takes(tmp_path):
     megabits = 20
     with started_hosts(tmp_path / "hosts") as hosts:
         hosts.shape_links(megabits)
-        env = {**ENVIRON, "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29500",
-               "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # fmt: skip
-        ranks = [
-            hosts.start(
-                name, [sys.executable, "-m", "helpers.exchange_worker", str(tmp_path / f"{name}.json")],
-                tmp_path / f"{name}.log", env | {"RANK": str(rank)},
-            )
-            for rank, name in enumerate(hosts.pids)
-        ]  # fmt: skip
+        ranks = start_ranks(hosts, "helpers.exchange_worker", tmp_path / "seconds.json", tmp_path)
         codes = [process.wait(240) for process in ranks]
         assert codes == [0, 0], [(tmp_path / f"{name}.log").read_text() for name in hosts.pids]
-    seconds = json.loads((tmp_path / "h1.json").read_text())
+    seconds = json.loads((tmp_path / "seconds.json").read_text())
     print(*(f"\n{name}: {', '.join(f'{value:.2f}' for value in values)} s" for name, values in seconds.items()))
     expected = 4 * NUM_ELEMENTS / (megabits * 1e6 / 8 * PAYLOAD)
     for name in ("our all_gather", "our reduce_scatter"):

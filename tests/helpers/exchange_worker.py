@@ -36,7 +36,8 @@ def main(file: str) -> None:
             ways[name]()
             context.all_gather_object(None)
             seconds[name].append(time.perf_counter() - start)
-    Path(file).write_text(json.dumps(seconds))
+    if context.rank == 0:
+        Path(file).write_text(json.dumps(seconds))
     destroy_process_group()
 
 
