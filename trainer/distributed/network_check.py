@@ -5,6 +5,7 @@ doctor measures every pair.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,55 +31,45 @@ class LinkSpeed:
 
 
 def measure_ring(context: DistContext) -> LinkSpeed | None:
-    """The slowest link between neighbours on two hosts; None where there is one host. All ranks must call.
-
-    A slow link is seen by both of its ends, so the faster of the two says how slow it is.
-    """
+    """The slowest link between neighbours on two hosts; None where there is one host. All ranks must call."""
     if context.num_nodes == 1:
         return None
     size = context.world_size
     right, left = (context.rank + 1) % size, (context.rank - 1) % size
     latency_seconds = min(_exchange_seconds(context, 8, right, left) for _ in range(LATENCY_ROUNDS))
     for num_bytes in MESSAGE_BYTES:
-        seconds = _exchange_seconds(context, num_bytes, right, left)
-        rows = context.all_gather_object((seconds, latency_seconds))
-        if max(row[0] for row in rows) > MAX_MESSAGE_SECONDS:
+        rows = context.all_gather_object((_exchange_seconds(context, num_bytes, right, left), latency_seconds))
+        if max(seconds for seconds, _ in rows) > MAX_MESSAGE_SECONDS:
             break
-    hosts = context.placement.hosts
-    links = [(rank - 1, rank) for rank in range(size) if hosts[rank - 1] != hosts[rank]]
-    link_seconds, source, target = max((min(rows[a][0], rows[b][0]), a, b) for a, b in links)
-    return LinkSpeed(
-        source=hosts[source], target=hosts[target], bandwidth=num_bytes / link_seconds,
-        latency_seconds=min(rows[source][1], rows[target][1]),
-    )  # fmt: skip
+    links = [_link_speed(context, rows, num_bytes, rank, (rank + 1) % size) for rank in range(size)]
+    return min((link for link in links if link.source != link.target), key=lambda link: link.bandwidth)
 
 
 def measure_pairs(context: DistContext) -> list[LinkSpeed]:
     """The link of every two ranks, in as many rounds as a rank has others: each meets one at a time. All must call."""
-    speeds = []
+    links: dict[tuple[int, int], LinkSpeed] = {}
     for pairs in pair_rounds(context.world_size):
-        peers = {a: b for a, b in pairs} | {b: a for a, b in pairs}
-        peer = peers.get(context.rank)
+        own_pair = next((pair for pair in pairs if context.rank in pair), None)
+        peer = sum(own_pair) - context.rank if own_pair else None
         latency_seconds = min(_exchange_seconds(context, 8, peer, peer) for _ in range(LATENCY_ROUNDS))
-        measured: dict[tuple[int, int], tuple[float, float]] = {}
         for num_bytes in MESSAGE_BYTES:
-            seconds = _exchange_seconds(context, num_bytes, peer, peer)
-            rows = context.all_gather_object((seconds, latency_seconds))
-            for a, b in pairs:
-                if measured.get((a, b), (0.0,))[0] <= MAX_MESSAGE_SECONDS:  # a pair that is slow sends no more
-                    pair_seconds = min(rows[a][0], rows[b][0])
-                    measured[a, b] = (pair_seconds, num_bytes / pair_seconds)
-            if peer is not None and measured[min(context.rank, peer), max(context.rank, peer)][0] > MAX_MESSAGE_SECONDS:
+            rows = context.all_gather_object((_exchange_seconds(context, num_bytes, peer, peer), latency_seconds))
+            links |= {pair: _link_speed(context, rows, num_bytes, *pair) for pair in pairs}
+            pairs = [pair for pair in pairs if num_bytes / links[pair].bandwidth <= MAX_MESSAGE_SECONDS]
+            if own_pair not in pairs:  # a pair that is slow sends no more
                 peer = None
-        hosts = context.placement.hosts
-        speeds += [
-            LinkSpeed(
-                source=hosts[a], target=hosts[b], bandwidth=measured[a, b][1],
-                latency_seconds=min(rows[a][1], rows[b][1]),
-            )
-            for a, b in pairs
-        ]  # fmt: skip
-    return speeds
+    return list(links.values())
+
+
+def _link_speed(
+    context: DistContext, rows: Sequence[tuple[float, float]], num_bytes: int, source: int, target: int
+) -> LinkSpeed:
+    """From (seconds of a message, latency) of each rank: both ends see a slow link, so the faster says how slow."""
+    seconds, latency_seconds = map(min, rows[source], rows[target])
+    hosts = context.placement.hosts
+    return LinkSpeed(
+        source=hosts[source], target=hosts[target], bandwidth=num_bytes / seconds, latency_seconds=latency_seconds
+    )
 
 
 def pair_rounds(size: int) -> list[list[tuple[int, int]]]:
@@ -114,15 +105,15 @@ def describe_link(
 
     `step_seconds`: of a step without that wait, where it is known.
     """
+
+    def describe_bytes(num_trainable: int, num_frozen: int) -> str:
+        num_bytes = bytes_sent(stage=stage, num_trainable=num_trainable, num_frozen=num_frozen, world_size=world_size)
+        return f"{num_bytes / 1e6:.3g} MB, {num_bytes / speed.bandwidth * 1e3:,.0f} ms"
+
     text = (
         f"{speed.bandwidth / 1e9:.3g} GB/s and {speed.latency_seconds * 1e3:.2g} ms from {speed.source} to "
-        f"{speed.target}, the slowest link"
+        f"{speed.target}, the slowest link: a step sends {describe_bytes(counts.trainable, counts.frozen)}"
     )
-    num_bytes = bytes_sent(stage=stage, num_trainable=counts.trainable, num_frozen=counts.frozen, world_size=world_size)
-    text += f": a step sends {num_bytes / 1e6:.3g} MB, {num_bytes / speed.bandwidth * 1e3:,.0f} ms"
     if step_seconds is not None:
         text += f" beside the {step_seconds * 1e3:,.0f} ms that a step takes here"
-    if counts.frozen:
-        full_bytes = bytes_sent(stage=stage, num_trainable=counts.frozen, num_frozen=0, world_size=world_size)
-        text += f"; one of --mode full {full_bytes / 1e6:.3g} MB, {full_bytes / speed.bandwidth * 1e3:,.0f} ms"
-    return text
+    return text + f"; one of --mode full {describe_bytes(counts.frozen, 0)}" * bool(counts.frozen)

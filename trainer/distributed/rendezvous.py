@@ -84,34 +84,30 @@ def meet(launch: LaunchEnvironment, *, gpus: Sequence[str], timeout_seconds: flo
     here = Place(host=socket.gethostname(), identity=_host_identity(), address="", interface="", gpus=tuple(gpus))
     if launch.world_size == 1:
         return dist.HashStore(), Placement(places=(here,))
-    timeout = timedelta(seconds=timeout_seconds)
-    store = _open_store(launch, timeout)
+    store = _open_store(launch, timeout_seconds)
     address = _address_towards(launch.master_addr)
     places = _exchange(store, launch, "meet", {**asdict(here), "address": address}, timeout_seconds)
     address = _routable_address(address, here.identity, places)
     endpoint = {"address": address, "interface": _interface_of(address)}
     endpoints = _exchange(store, launch, "endpoint", endpoint, timeout_seconds)
-    return store, Placement(
-        places=tuple(
-            Place(**{**place, "gpus": tuple(place["gpus"]), **endpoint})
-            for place, endpoint in zip(places, endpoints, strict=True)
-        )
-    )
+    for place, endpoint in zip(places, endpoints, strict=True):
+        place.update(endpoint, gpus=tuple(place["gpus"]))
+    return store, Placement(places=tuple(Place(**place) for place in places))
 
 
-def _open_store(launch: LaunchEnvironment, timeout: timedelta) -> Any:
+def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
     """The store on rank 0, or torchrun's own where it keeps one, as torch's `env://` does it."""
     is_server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not is_server and not _wait_for_port(launch.master_addr, launch.master_port, timeout.total_seconds()):
+    if not is_server and not _wait_for_port(launch.master_addr, launch.master_port, timeout_seconds):
         _give_up(
             f"rank {launch.rank} on {socket.gethostname()} cannot reach rank 0 at "
-            f"{launch.master_addr}:{launch.master_port} within {timeout.total_seconds():g} s (--hang-timeout): "
+            f"{launch.master_addr}:{launch.master_port} within {timeout_seconds:g} s (--hang-timeout): "
             "is it started, is that its address, is the port open?"
         )
 
     make_store = functools.partial(
-        dist.TCPStore, launch.master_addr, launch.master_port, launch.world_size, is_server, timeout,
-        wait_for_workers=False, multi_tenant=True,
+        dist.TCPStore, launch.master_addr, launch.master_port, launch.world_size, is_server,
+        timedelta(seconds=timeout_seconds), wait_for_workers=False, multi_tenant=True,
     )  # fmt: skip
     try:
         # In a thread: torch waits for ever for the answer of whoever else listens there.

@@ -1,7 +1,6 @@
 """Signals, and a launcher that is gone: both ask a run to end with the step in hand, within a bounded time.
 
-The main thread may sit in a collective for ever, and Python runs no signal handler there;
-so a thread looks after these.
+The main thread may sit in a collective for ever, and Python runs no signal handler there: a thread looks after these.
 """
 
 import contextlib
@@ -107,16 +106,14 @@ class SignalHandler:
                 self._end_after_grace()
 
     def _handle_signal(self, signum: int) -> None:
-        if signum not in self.SIGNALS:
-            return
-        if self.signal_number and time.monotonic() - self._signal_time > self.REPEAT_GRACE_SECONDS:
-            os._exit(128 + signum)
-        if not self.signal_number:
+        if signum in self.SIGNALS and not self.signal_number:
             self.signal_number, self._signal_time = signum, time.monotonic()
+        elif signum in self.SIGNALS and time.monotonic() - self._signal_time > self.REPEAT_GRACE_SECONDS:
+            os._exit(128 + signum)
 
     def _end_after_grace(self) -> None:
-        name = signal.Signals(self.signal_number).name
         if not self._is_quiet:
+            name = signal.Signals(self.signal_number).name
             print_error(f"the run did not end within {self.grace_seconds:g} s (--grace) of {name}; {RESUME_HINT}")
         os._exit(128 + self.signal_number)
 

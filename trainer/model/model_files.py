@@ -132,9 +132,7 @@ def _list_weight_files(model: str, folder: Path) -> list[str]:
 def check_loaded_weights(model: str, loading_info: Mapping[str, Any]) -> None:
     """UserError where weights were missing, left over or of another shape, transformers' exceptions and ties aside."""
     name = f"--model {model}"
-    if mismatched := sorted(
-        (str(key), tuple(ours), tuple(theirs)) for key, ours, theirs in loading_info["mismatched_keys"]
-    ):
+    if mismatched := sorted(loading_info["mismatched_keys"]):
         weight, stored, expected = mismatched[0]
         others = f", and {len(mismatched) - 1} more differ" if len(mismatched) > 1 else ""
         raise UserError(
@@ -142,9 +140,8 @@ def check_loaded_weights(model: str, loading_info: Mapping[str, Any]) -> None:
             "expected the weights of this configuration"
         )
     if missing := sorted(loading_info["missing_keys"]):
-        raise UserError(
-            f"{name}: the weights lack {_shorten(missing)}, which config.json asks for; copy the model again"
-        )
+        lack = f"the weights lack {_shorten(missing)}, which config.json asks for"
+        raise UserError(f"{name}: {lack}; copy the model again")
     if unexpected := sorted(key for key in loading_info["unexpected_keys"] if not OBSOLETE_BUFFERS.search(key)):
         raise UserError(f"{name}: the weights hold {_shorten(unexpected)}, for which config.json has no place")
     if errors := list(loading_info["error_msgs"]):
