@@ -36,7 +36,7 @@ from trainer.tracking.wandb_keys import wandb_config, wandb_summary
 from trainer.training.callbacks import Callbacks
 from trainer.training.diagnostics.monitor import DiagnosticsMonitor
 from trainer.training.diagnostics.online_stats import MeanEstimate, OnlineLinearRegression, welch_t
-from trainer.training.diagnostics.types import TIMING_CODES, TOPICS, RunInfo
+from trainer.training.diagnostics.types import TIMING_CODES, TOPICS, Diagnostic, RunInfo
 from trainer.training.generation import GenerationEvaluator
 from trainer.training.loop import train
 
@@ -108,36 +108,28 @@ def make_run_records(
 
 
 def diagnose(
-    run_info: RunInfo, stream: Any, spend: Callable[[DiagnosticsMonitor], None] = lambda _: None
-) -> dict[str, Any]:
-    """{code: finding} of a stream of records; `spend` counts times after each."""
-    diagnosis, diagnostics = DiagnosticsMonitor(run_info), {}
+    run_info: RunInfo, stream: Iterable[Record], seconds_per_record: tuple[str, float] = ("device", 0.0)
+) -> dict[str, Diagnostic]:
+    """{code: finding} of a stream of records; `seconds_per_record`: on what, and how many, are spent before each."""
+    monitor, diagnostics = DiagnosticsMonitor(run_info), {}
     for record in stream:
-        spend(diagnosis)
-        for diagnostic in diagnosis.on_record(record):
+        monitor.add_time(*seconds_per_record)
+        for diagnostic in monitor.on_record(record):
             assert diagnostic.code not in diagnostics, "said once"
             diagnostics[diagnostic.code] = diagnostic
     return diagnostics
 
 
-def add_time(what: str, seconds: float) -> Callable[[DiagnosticsMonitor], None]:
-    return lambda diagnosis: diagnosis.add_time(what, seconds)
-
-
-def make_skipped_steps(every: int) -> list[EventRecord]:
-    return [EventRecord(event="skipped_step", step=step, message="", time=0.0) for step in range(1, 60, every)]
-
-
-Fault = tuple[str, dict[str, Any], Callable[[], Any], Callable[[DiagnosticsMonitor], None], str]
+def make_skipped_steps(steps: Iterable[int]) -> list[EventRecord]:
+    return [EventRecord(event="skipped_step", step=step, message="", time=0.0) for step in steps]
 
 
 def make_fault(
-    code: str, remedy: str, stream: Callable[[], Any] = make_run_records,
-    spend: Callable[[DiagnosticsMonitor], None] = lambda _: None,
+    code: str, remedy: str, stream: Iterable[Record] | None = None, spent: tuple[str, float] = ("device", 0.0),
     **facts: Any,
-) -> Fault:  # fmt: skip
+) -> tuple[str, str, Iterable[Record], tuple[str, float], dict[str, Any]]:  # fmt: skip
     """The code to be found, with a word of its remedy, in these rows of a run with these facts."""
-    return code, facts, stream, spend, remedy
+    return code, remedy, stream or make_run_records(), spent, facts
 
 
 def memorizing_run() -> Iterator[Record]:
@@ -152,8 +144,8 @@ def worse_run() -> Iterator[Record]:
     return make_run_records(loss=lambda step: 9 - step / 100, val=lambda step: 4 + min(step, 100) / 50)
 
 
-def flat_loss_run(val_rise: float = 0.0) -> Callable[[], Iterator[Record]]:
-    return lambda: make_run_records(loss=lambda _: 4.0, val=lambda step: 4.0 + val_rise * min(step, 30), eval_every=25)
+def flat_loss_run(val_rise: float = 0.0) -> Iterator[Record]:
+    return make_run_records(loss=lambda _: 4.0, val=lambda step: 4.0 + val_rise * min(step, 30), eval_every=25)
 
 
 def nan_loss_run() -> list[Record]:
@@ -161,43 +153,42 @@ def nan_loss_run() -> list[Record]:
     return [*make_run_records(steps=9), EventRecord(event="not_finite", step=10, message=message, time=1.0)]
 
 
-def slow_run(**options: Any) -> Callable[[], Iterator[Record]]:
-    return lambda: make_run_records(seconds=1.0, **options)
+def slow_run(**options: Any) -> Iterator[Record]:
+    return make_run_records(seconds=1.0, **options)
 
 
 STOPPING: Any = {"has_early_stopping": True, "dropout": 0.1}
-EIGHT_GPUS: Any = {"device": "cuda", "num_local_gpus": 8}
 FOUR_RANKS_TWO_BATCHES: Any = {"world_size": 4, "num_val_examples": 20, "eval_batch_size": 16}
 FAULTS = {
     "flat": make_fault("flat_loss", "--lr 1e-08", flat_loss_run(), lr=1e-9),
     "flat and worse": make_fault("flat_loss", "--lr 0.01", flat_loss_run(val_rise=0.01), lr=0.1),
-    "no gradient": make_fault("no_gradient", "--objective blocks", lambda: make_run_records(norm=1e-6)),
-    "underflow": make_fault("no_gradient", "--precision bf16", lambda: make_run_records(norm=0.0), precision="fp16"),
-    "no rate": make_fault("no_rate", "--lr", lambda: make_run_records(lr=1e-12)),
-    "long warm-up": make_fault("no_rate", "--warmup-steps 0", lambda: make_run_records(lr=1e-12), warmup_steps=10**9),
+    "no gradient": make_fault("no_gradient", "--objective blocks", make_run_records(norm=1e-6)),
+    "underflow": make_fault("no_gradient", "--precision bf16", make_run_records(norm=0.0), precision="fp16"),
+    "no rate": make_fault("no_rate", "--lr", make_run_records(lr=1e-12)),
+    "long warm-up": make_fault("no_rate", "--warmup-steps 0", make_run_records(lr=1e-12), warmup_steps=10**9),
     "masked": make_fault("masked_labels", "--prompt", target_token_share=0.05),
     "clipped": make_fault("always_clipped", "--max-grad-norm 0.", max_grad_norm=0.01),
-    "rising": make_fault("diverging", "--lr 0.0002", lambda: make_run_records(loss=exploding_loss)),
-    "worse than before": make_fault("diverging", "--lr 0.0002", worse_run, lr=5e-4),
-    "not finite": make_fault("diverging", "--lr 0.0002", nan_loss_run, precision="bf16"),
-    "by heart": make_fault("overfitting", "--early-stop 1 --export best", memorizing_run),
-    "by heart, stopping": make_fault("overfitting", "--dropout 0.2", memorizing_run, **STOPPING),
-    "overflow": make_fault("overflow", "--precision bf16", lambda: make_skipped_steps(3), precision="fp16"),
-    "data": make_fault("waiting_for_data", "TRAINER_CACHE", slow_run(), add_time("data", 0.3)),
-    "logging": make_fault("slow_logging", "--wandb offline", slow_run(), add_time("logging", 0.3), wandb_mode="online"),
+    "rising": make_fault("diverging", "--lr 0.0002", make_run_records(loss=exploding_loss)),
+    "worse than before": make_fault("diverging", "--lr 0.0002", worse_run(), lr=5e-4),
+    "not finite": make_fault("diverging", "--lr 0.0002", nan_loss_run(), precision="bf16"),
+    "by heart": make_fault("overfitting", "--early-stop 1 --export best", memorizing_run()),
+    "by heart, stopping": make_fault("overfitting", "--dropout 0.2", memorizing_run(), **STOPPING),
+    "overflow": make_fault("overflow", "--precision bf16", make_skipped_steps(range(1, 60, 3)), precision="fp16"),
+    "data": make_fault("waiting_for_data", "TRAINER_CACHE", slow_run(), ("data", 0.3)),
+    "logging": make_fault("slow_logging", "--wandb offline", slow_run(), ("logging", 0.3), wandb_mode="online"),
     "evaluation": make_fault(
         "much_evaluation", "--eval-every epoch", slow_run(eval_every=10, eval_seconds=30), eval_every="10"
     ),
-    "python": make_fault("python_bound", "--micro-batch 16", slow_run(), add_time("device", 0.01), device="cuda"),
-    "gpus": make_fault("unused_ranks", "--num_gpus 8", slow_run(), add_time("device", 0.5), **EIGHT_GPUS),
+    "python": make_fault("python_bound", "--micro-batch 16", slow_run(), ("device", 0.01), device="cuda"),
+    "gpus": make_fault("unused_ranks", "--num_gpus 8", slow_run(), ("device", 0.5), device="cuda", num_local_gpus=8),
     "idle ranks": make_fault("unused_ranks", "--eval-batch 5", slow_run(eval_seconds=10), **FOUR_RANKS_TWO_BATCHES),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_diagnosed_once_and_nothing_else_is(name):
-    code, facts, stream, spend, remedy = FAULTS[name]
-    diagnostics = diagnose(make_run_info(**facts), stream(), spend)
+    code, remedy, stream, spent, facts = FAULTS[name]
+    diagnostics = diagnose(make_run_info(**facts), stream, spent)
     assert set(diagnostics) == {code}
     finding = diagnostics[code]
     assert remedy in finding.remedy
@@ -216,20 +207,18 @@ def test_every_diagnostic_code_has_a_fault_in_the_tests():
 def test_records_of_a_healthy_run_give_no_diagnostic(seed):
     """Noisy, slow enough to be timed, with the ups and downs of an evaluation that stands still."""
     dice = random.Random(seed)
-    facts = make_run_info(
-        **dice.choice([{}, {"device": "cuda"}, {"world_size": 2, "precision": "bf16", "max_grad_norm": 0.5}])
-    )
+    facts = dice.choice([{}, {"device": "cuda"}, {"world_size": 2, "precision": "bf16", "max_grad_norm": 0.5}])
     stream = make_run_records(
         seed=seed, noise=dice.uniform(0.02, 0.4), norm=dice.uniform(0.3, 3), seconds=dice.uniform(0.1, 2),
         val=lambda step: healthy_loss(step) + dice.gauss(0, 0.003), eval_every=dice.choice([10, 25, 50]),
     )  # fmt: skip
-    assert diagnose(facts, stream, add_time("device", 0.5)) == {}
-    first = [EventRecord(event="skipped_step", step=step, message="", time=0.0) for step in (1, 2, 3, 4, 5, 40)]
-    assert diagnose(make_run_info(precision="fp16"), first) == {}, "a loss scale on its way down"
+    assert diagnose(make_run_info(**facts), stream, ("device", 0.5)) == {}
+    first_skipped = make_skipped_steps((1, 2, 3, 4, 5, 40))
+    assert diagnose(make_run_info(precision="fp16"), first_skipped) == {}, "a loss scale on its way down"
 
 
 def test_a_short_run_gets_no_throughput_diagnostic():
-    assert diagnose(make_run_info(), make_run_records(seconds=0.2), add_time("data", 0.1)) == {}, "40 seconds"
+    assert diagnose(make_run_info(), make_run_records(seconds=0.2), ("data", 0.1)) == {}, "40 seconds"
 
 
 def test_the_last_evaluation_alone_is_not_diagnosed_as_too_many():
@@ -317,7 +306,7 @@ def prepared_data(tiny_model: str, session_dir: Path) -> dict[str, tuple[list[st
     for name, objective in itertools.product(("many", "few", "masked"), ("blocks", "completion")):
         text = f"--block-size 24 --eval-batch 20 --global-batch 8 --objective {objective} --save-every never"
         argv = tiny_argv(tiny_model, (paths[name], paths["val"]), f"{text} --num-samples 0")
-        prepared[f"{name}-{objective}"] = (argv, str(prepare_data(["--mode", "full", *argv])))
+        prepared[f"{name}-{objective}"] = (argv, str(prepare_data(argv)))
     return prepared
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.matrix import GLOBAL_BATCH, launch_jobs, make_job, read_job_result
 from helpers.process_groups import read_events, read_records, read_reproducible_records
@@ -37,11 +36,6 @@ from trainer.training.train_state import TrainState
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
     text = f"--block-size 16 --eval-batch 4 --global-batch {GLOBAL_BATCH} --eval-every 2 --lr 0.02"
     return tiny_argv(tiny_model, data_files, text)
-
-
-@pytest.fixture(scope="module")
-def data_dir(argv: list[str]) -> Path:
-    return prepare_data(["--mode", "full", *argv])
 
 
 # --- the rule, without a model ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from helpers.engines import joined_ranks, prepare_data, start_engine
+from helpers.engines import joined_ranks, start_engine
 from helpers.launch_ranks import train
 from helpers.matrix import launch_jobs, make_job
 from helpers.process_groups import read_events, read_reproducible_records
@@ -43,11 +43,6 @@ from trainer.training.text_metrics import acled_scores, parse_fields, text_score
 def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
     text = "--block-size 24 --eval-batch 4 --global-batch 6 --objective completion --lr 0.003"
     return tiny_argv(tiny_model, data_files, text)
-
-
-@pytest.fixture(scope="module")
-def data_dir(argv: list[str]) -> Path:
-    return prepare_data(["--mode", "full", *argv])
 
 
 def prepare_settings(text: str, *flags: str) -> tuple[Settings, PreparedDataset]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import launch_jobs, make_job, read_job_result, run_jobs
 from helpers.method_matrix import STOP_STEP, read_method_result, run_resume_and_export
@@ -44,11 +43,6 @@ def argv(wide_model: str, data_files: tuple[str, str]) -> list[str]:
     return tiny_argv(wide_model, data_files, text)
 
 
-@pytest.fixture(scope="module")
-def data_dir(argv: list[str]) -> str:
-    return str(prepare_data(argv))
-
-
 def method_flags(adapter: str, quant: str | None, optim: str) -> list[str]:
     return ["--adapter", adapter, "--optim", optim, *(["--quant", quant] if quant else [])]
 
@@ -70,7 +64,7 @@ def assert_promises(out: Path, name: str) -> None:
           f"{result['optimizer_bytes']} bytes of state")  # fmt: skip
 
 
-def assert_all_promises(out: Path, data_dir: str, argv: list[str], methods: list[tuple[str, str | None, str]]) -> None:
+def assert_all_promises(out: Path, data_dir: Path, argv: list[str], methods: list[tuple[str, str | None, str]]) -> None:
     jobs = [make_job(out, data_dir, "-".join(map(str, m)), [*argv, *method_flags(*m)]) for m in methods]
     launch_jobs(1, jobs, target=run_resume_and_export, jobs_per_launch=JOBS_PER_LAUNCH)
     for job in jobs:
@@ -99,7 +93,7 @@ SAMPLE_METHODS = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict")]
 
 
 def assert_methods_agree(
-    out: Path, data_dir: str, argv: list[str], strict_zero_file: str, cases: list[tuple[str, str]]
+    out: Path, data_dir: Path, argv: list[str], strict_zero_file: str, cases: list[tuple[str, str]]
 ) -> None:
     """Every promise, and the same losses under each ZeRO file within the bounds of test_invariance.py.
 

@@ -24,7 +24,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from helpers.engines import prepare_data
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.matrix import GLOBAL_BATCH, LEARNING_RATE, RunDifference, launch_jobs, make_job, read_job_result, run_jobs
 from helpers.process_groups import read_events, read_records, read_reproducible_records, reproducible_records
@@ -53,11 +52,6 @@ def dropout_model(tiny_model: str, session_dir: Path) -> str:
 def argv(dropout_model: str, data_files: tuple[str, str]) -> list[str]:
     text = f"--block-size 16 --lr {LEARNING_RATE} --global-batch {GLOBAL_BATCH} --eval-batch 4 --max-steps {STEPS}"
     return tiny_argv(dropout_model, data_files, f"{text} --eval-every 2 --save-every 1 --save-total-limit 99")
-
-
-@pytest.fixture(scope="module")
-def data_dir(argv: list[str]) -> Path:
-    return prepare_data(["--mode", "full", *argv])
 
 
 def make_resume_job(out: Path, data_dir: Path, argv: list[str], name: str, mode: str, zero: str, **options: Any) -> Any:

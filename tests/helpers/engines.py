@@ -64,8 +64,8 @@ def context_of_hosts(*hosts: str, gather: Callable[[Any], list[Any]]) -> DistCon
 
 
 def prepare_data(argv: Sequence[str]) -> Path:
-    """The folder of the prepared data that these flags name."""
-    settings = cli.parse_args(list(argv)).settings
+    """The folder of the prepared data that these flags name, with or without a mode."""
+    settings = cli.parse_args(["--mode", "full", *argv]).settings
     return prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch).folder
 
 
