@@ -8,14 +8,13 @@ import pytest
 import torch
 from helpers.engines import prepare_data
 from helpers.matrix import launch_jobs, make_job
-from helpers.method_matrix import STOP_STEP, read_method_result, run_resume_and_export
+from helpers.method_matrix import assert_promises, logits_bound, run_resume_and_export
 from helpers.tiny_inputs import tiny_argv
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.distributed.process_group import simulated_context
-from trainer.export.verify import LOGITS_BOUND
 from trainer.model.build import TrainableModel, build_model
 from trainer.training.plan_validation import validate_early
 
@@ -62,11 +61,6 @@ def family_argv(model: str, data_files: tuple[str, str], mode: str) -> list[str]
     return tiny_argv(model, data_files, f"{text} --eval-every 3 --save-every 1 --save-total-limit 99")
 
 
-def losses_after(records: list[dict[str, Any]]) -> list[float]:
-    """Of the steps and evaluations after the one at which a run was stopped."""
-    return [record["loss"] for record in records if record["step"] > STOP_STEP and record["kind"] in ("step", "eval")]
-
-
 @pytest.mark.parametrize(
     "families",
     [FIRST, pytest.param(tuple(f for f in FAMILIES if f not in FIRST), marks=pytest.mark.slow)],
@@ -83,19 +77,11 @@ def test_each_family_trains_resumes_exports_and_merges(families, tiny_model, dat
     launch_jobs(2, jobs, target=run_resume_and_export)
     for job in jobs:
         name = job["name"]
-        records, resumed, is_bitwise_equal, result = read_method_result(tmp_path, name)
-        losses = [record["loss"] for record in records if record["kind"] == "eval"]
-        assert losses[-1] < losses[0], (name, losses)
-        assert is_bitwise_equal, f"{name}: weights differ after a resume"
-        assert losses_after(resumed) == losses_after(records), name
-        bound = LOGITS_BOUND * max(1.0, result["largest"])
-        assert result["logits_difference"] <= bound, (name, result["logits_difference"])
-        assert result["loss"] == pytest.approx(result["recorded"], rel=2e-6), name
-        assert result["tied"] == result["tied_here"], name
+        result = assert_promises(tmp_path, name, loss_tolerance=2e-6)
         layers = result["facts"]["lora_targets"]
         assert layers == (FAMILIES[name.rpartition("-")[0]][1].split() if job["merge"] else []), name
         if job["merge"]:
-            assert result["merge_difference"] <= 10 * bound, (name, result["merge_difference"])
+            assert result["merge_difference"] <= 10 * logits_bound(result), (name, result["merge_difference"])
 
 
 def build_lora(model: str) -> TrainableModel:

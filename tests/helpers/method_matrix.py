@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from helpers.engines import joined_ranks, start_engine
 from helpers.matrix import read_job_result, run_job
+from helpers.process_groups import reproducible_records
 from trainer.config import cli
 from trainer.export import verify_worker
 from trainer.export.folder import FolderContent, base_model_ref, collect_state_dict, save_folder
-from trainer.export.verify import compute_logits, fixed_input_ids
+from trainer.export.verify import LOGITS_BOUND, compute_logits, fixed_input_ids
 from trainer.model.build import merge_adapters
 from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.evaluation import evaluate
@@ -63,11 +65,25 @@ def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]
     }  # fmt: skip
 
 
-def read_method_result(out: Path, name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool, dict[str, Any]]:
-    """(rows of the whole run, rows after STOP of the resumed one, whether all weights ended bitwise equal, facts)."""
+def assert_promises(out: Path, name: str, *, loss_tolerance: float = 1e-6) -> dict[str, Any]:
+    """Assert that a run learns, resumes bitwise and exports what was trained; returns the facts of its export."""
     records, weights = read_job_result(out, name)
     resumed_records, resumed_weights = read_job_result(out, f"{name}-again")
-    is_bitwise_equal = weights.keys() == resumed_weights.keys() and all(
-        np.array_equal(weights[key], resumed_weights[key]) for key in weights
-    )
-    return records, resumed_records, is_bitwise_equal, json.loads((out / f"{name}.json").read_text())
+    result = json.loads((out / f"{name}.json").read_text())
+    losses = [record["loss"] for record in records if record["kind"] == "eval"]
+    assert losses[-1] < losses[0], (name, losses)
+    assert reproducible_records(resumed_records, STOP_STEP) == reproducible_records(records, STOP_STEP), name
+    assert weights.keys() == resumed_weights.keys(), name
+    assert all(np.array_equal(weights[key], resumed_weights[key]) for key in weights), f"{name}: weights differ"
+    assert result["trained_loss"] == result["recorded"], name
+    assert result["logits_difference"] <= logits_bound(result), (name, result["logits_difference"])
+    assert result["loss"] == pytest.approx(result["recorded"], rel=loss_tolerance), name
+    assert result["tied"] == result["tied_here"], name
+    assert result["stored_dtypes"] == ["F32"], name
+    print(f"{name}: {losses[0]:.4f} -> {losses[-1]:.4f}, logits differ by {result['logits_difference']:.1e}, "
+          f"{result['optimizer_bytes']} bytes of state")  # fmt: skip
+    return result
+
+
+def logits_bound(result: dict[str, Any]) -> float:
+    return LOGITS_BOUND * max(1.0, result["largest"])

@@ -124,12 +124,9 @@ def _step_record(schedule: TrainSchedule, state: TrainState, batch: GlobalBatch,
 
 
 def _non_finite_event(state: TrainState, error: NonFiniteError, dump_name: str, elapsed_seconds: float) -> EventRecord:
-    message = f"step {state.step + 1}: {error}; the weights are those after step {state.step}"
-    facts = {"rows": error.batch.example_ids if error.batch else []}
-    return EventRecord(
-        event="not_finite", step=state.step + 1, message=f"{message}, the rows are in {dump_name}",
-        time=elapsed_seconds, facts=facts,
-    )  # fmt: skip
+    step, facts = state.step + 1, {"rows": error.batch.example_ids if error.batch else []}
+    message = f"step {step}: {error}; the weights are those after step {state.step}, the rows are in {dump_name}"
+    return EventRecord(event="not_finite", step=step, message=message, time=elapsed_seconds, facts=facts)
 
 
 def _early_stop_event(schedule: TrainSchedule, state: TrainState, elapsed_seconds: float) -> EventRecord:

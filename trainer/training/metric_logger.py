@@ -28,30 +28,22 @@ class MetricLogger:
     """Where the records go: on rank 0 to metrics.jsonl, the terminal and W&B; nowhere on the others."""
 
     def __init__(
-        self,
-        plan: RunPlan,
-        data: PreparedDataset,
-        metadata: dict[str, Any],
-        state: TrainState,
-        *,
-        is_resumed: bool,
+        self, plan: RunPlan, data: PreparedDataset, metadata: dict[str, Any], state: TrainState, *, is_resumed: bool
     ):
         """`metadata`: the content of run.json; a resumed run's rows after `state` are cut off."""
-        folder = Path(plan.settings.run_folder)
+        folder, output, schedule = Path(plan.settings.run_folder), plan.settings.output, plan.schedule
         self.plan = plan
         self.metrics_path, self.eval_records_path = folder / METRICS_FILE, folder / EVAL_RECORDS_FILE
         self.loggers: list[RecordLogger] = []
-        self._log_lines: LogLines | None = None
-        self.num_truncated = 0
+        self.num_truncated = 0  #: rows that were cut off
         if plan.dist_context.rank != 0:
             return
         show_plan(plan.summary_lines())
         if is_resumed:
-            last_step = state.step if state.step else -1
+            last_step = state.step or -1
             if self.metrics_path.exists():
                 self.num_truncated = rewind(self.metrics_path, last_step, eval_pending=state.eval_pending)
             rewind_evaluations(self.eval_records_path, last_step, eval_pending=state.eval_pending)
-        output, schedule = plan.settings.output, plan.schedule
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
         self._log_lines = LogLines(progress_bar)
         resume_step = state.step if is_resumed else -1
@@ -82,11 +74,12 @@ class MetricLogger:
 
     def close(self, exit_code: int) -> None:
         """Close every logger, then show the table of a run that ended well."""
+        if not self.loggers:
+            return
         for logger in self.loggers:
             logger.close(exit_code)
-        if self._log_lines is not None:
-            self._log_lines.close()
-        if self.loggers and exit_code == 0:
+        self._log_lines.close()
+        if exit_code == 0:
             reasons = self.plan.incomparable_reasons()
             with_reference = reference.is_asked_for(self.plan.settings.preset, reasons)
             rows = records.read_records(self.metrics_path, with_steps=False)

@@ -16,7 +16,13 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandby
 
 def package_versions() -> dict[str, str | None]:
     """{package: version} of what the numbers depend on; None where it is not installed."""
-    return {"python": platform.python_version(), **{name: _package_version(name) for name in PACKAGES}}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def device_name(dist_context: DistContext) -> str:
@@ -27,24 +33,16 @@ def device_name(dist_context: DistContext) -> str:
     return torch.cuda.get_device_name(dist_context.device) if is_gpu else "CPU"
 
 
-def _package_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def git_state() -> dict[str, Any] | None:
     """Commit of the code that runs, and whether it was changed since; None outside a checkout."""
     package_dir = Path(__file__).parents[1]
 
     def run_git(*argv: str) -> str:
-        return subprocess.run(
-            ["git", *argv], cwd=package_dir, capture_output=True, text=True, check=True, timeout=10
-        ).stdout
+        output = subprocess.check_output(["git", *argv], cwd=package_dir, stderr=subprocess.DEVNULL, timeout=10)
+        return output.decode().strip()
 
     try:
-        return {"commit": run_git("rev-parse", "HEAD").strip(), "dirty": bool(run_git("status", "--porcelain").strip())}
+        return {"commit": run_git("rev-parse", "HEAD"), "dirty": bool(run_git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -152,9 +152,9 @@ def validate_resume_overrides(
     current = fields_fixed_on_resume(plan.settings)
     current |= {"data": plan.data_info["fingerprint"], "precision": plan.precision}
     known_names = sorted((*current, "records"))
-    unknown_names = [name for name in allowed_names if name not in known_names]
-    if unknown_names:
-        raise UserError(f"--allow-change {unknown_names[0]}: expected one of {', '.join(known_names)}")
+    for name in allowed_names:
+        if name not in known_names:
+            raise UserError(f"--allow-change {name}: expected one of {', '.join(known_names)}")
     for name in current:
         if current[name] != before[name] and name not in allowed_names:
             raise UserError(

@@ -37,14 +37,13 @@ def evaluate_other_split(
     plan.dist_context.on_rank_zero(lambda: _write_rows(folder, data, split, step, evaluation))
     bits = f", {evaluation.bits_per_byte:.4f} bits per byte" if evaluation.bits_per_byte is not None else ""
     message = f"{_NAMES[split]} {evaluation.loss:.4f} nats per token{bits} over {len(dataset)} rows, with the weights "
+    message += f"of step {step}"
     facts = {
         "step": step, "loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte,
         "num_target_tokens": evaluation.num_target_tokens, "num_rows": len(dataset),
     }  # fmt: skip
-    return EventRecord(
-        event=f"{split}_evaluation", step=step, message=f"{message}of step {step}", time=train_state.elapsed_seconds,
-        facts=facts,
-    )  # fmt: skip
+    time = train_state.elapsed_seconds
+    return EventRecord(event=f"{split}_evaluation", step=step, message=message, time=time, facts=facts)
 
 
 def _write_rows(folder: Path, data: PreparedDataset, split: OtherSplit, step: int, evaluation: Evaluation) -> None:
