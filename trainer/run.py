@@ -30,7 +30,7 @@ from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
 from trainer.tracking.extra_loggers import check_loggers
-from trainer.tracking.records import EventRecord, Record
+from trainer.tracking.records import Record
 from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.summary import show_plan
 from trainer.training import checkpoint
@@ -226,8 +226,10 @@ class TrainingRun:
             self.callbacks.diagnostics.add_time("logging", time.perf_counter() - start_time)
             for event in self.callbacks.on_record(record):
                 self.metrics.log(event)
-                if event.event == "execution":
-                    self._record_execution(event)
+                if event.event == "execution":  # run.json keeps every plan by which steps ran
+                    self.metadata = {**self.metadata, "execution": [*self.metadata["execution"], event.facts]}
+                    if self.plan.dist_context.rank == 0:
+                        write_run_json(self.folder, self.metadata)
 
     def _evaluate_other_splits(self, step: int) -> None:
         if self.plan.settings.output.export == "none":  # they are for what is exported
@@ -236,12 +238,6 @@ class TrainingRun:
             event = evaluate_other_split(self.plan, self.data, self.engine, split, self.state, step)
             if event is not None:
                 self.metrics.log(event)
-
-    def _record_execution(self, event: EventRecord) -> None:
-        """run.json keeps every plan by which steps ran."""
-        self.metadata = {**self.metadata, "execution": [*self.metadata["execution"], event.facts]}
-        if self.plan.dist_context.rank == 0:
-            write_run_json(self.folder, self.metadata)
 
     def finalize(self) -> None:
         """Export, load the export again, and say how it went. TrainingError where the export is not what was run."""

@@ -24,23 +24,18 @@ def learning_rate(
     """
     min_ratio = min_lr / peak_lr
     if step < warmup_steps:
-        factor = step / max(1, warmup_steps)
+        factor = step / warmup_steps
         return peak_lr * (_raise_floor(factor, min_ratio) if schedule == "wsd" else factor)
-    if schedule == "constant":
+    decay_start = total_steps - num_decay_steps(warmup_steps, total_steps) if schedule == "wsd" else warmup_steps
+    if schedule == "constant" or step < decay_start:
         return peak_lr
-    first_step = warmup_steps
-    if schedule == "wsd":
-        first_step = total_steps - num_decay_steps(warmup_steps, total_steps)
-        if step < first_step:
-            return peak_lr
     if step >= total_steps:
         return min_lr
     if schedule == "linear":
-        factor = (total_steps - step) / max(1, total_steps - first_step)
+        factor = (total_steps - step) / (total_steps - decay_start)
     else:
-        progress = (step - first_step) / max(1, total_steps - first_step)
-        factor = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak_lr * max(0.0, _raise_floor(factor, min_ratio))
+        factor = 0.5 * (1.0 + math.cos(math.pi * ((step - decay_start) / (total_steps - decay_start))))
+    return peak_lr * _raise_floor(factor, min_ratio)
 
 
 def num_decay_steps(warmup_steps: int, total_steps: int) -> int:
