@@ -11,6 +11,7 @@ import torch
 
 from helpers.engines import joined_ranks, start_engine
 from helpers.launch_ranks import run_on_ranks
+from helpers.process_groups import reproducible_records
 from helpers.tiny_inputs import tiny_argv
 from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 from trainer.config import cli
@@ -147,6 +148,15 @@ def read_job_result(out: Path, name: str) -> tuple[list[dict[str, Any]], dict[st
     """(rows, weights) of a cell."""
     records = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
     return records, dict(np.load(out / f"{name}.npz"))
+
+
+def assert_resumed_bitwise(out: Path, name: str, resumed_name: str, step: int) -> None:
+    """The rows of a run that went on from `step` of another, and its weights, are bitwise those of the other."""
+    records, weights = read_job_result(out, name)
+    resumed_records, resumed_weights = read_job_result(out, resumed_name)
+    assert reproducible_records(resumed_records) == reproducible_records(records, after=step), resumed_name
+    assert weights.keys() == resumed_weights.keys(), resumed_name
+    assert all(np.array_equal(weights[key], resumed_weights[key]) for key in weights), resumed_name
 
 
 def train_plain_loop(argv: list[str], data_dir: Path) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
