@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
@@ -65,10 +66,8 @@ def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path)
     def run(
         losses: list[float], *flags: str, state: TrainState | None = None, stop_after: int = 0, skipped_step: int = 0
     ) -> tuple[list[Any], list[TrainState]]:
-        remaining_losses = iter(losses)
-        monkeypatch.setattr(
-            loop, "evaluate", lambda *_, **__: Evaluation(row_nll=[next(remaining_losses)], num_target_tokens=1)
-        )
+        evaluations = [Evaluation(row_nll=[loss], num_target_tokens=1) for loss in losses]
+        monkeypatch.setattr(loop, "evaluate", Mock(side_effect=evaluations))
         argv_of_run = ["--mode", "full", *argv, "--max-steps", "20", "--save-every", "never", *flags]
         settings = cli.parse_args(argv_of_run).settings
         schedule = TrainSchedule(
