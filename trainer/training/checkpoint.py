@@ -107,11 +107,12 @@ class Checkpoint:
         """A function from a state's name to its tensor on `device`, read one at a time."""
         return safe_open(self.folder / STATE_FILE, framework="pt", device=str(device)).get_tensor
 
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every trained weight in it."""
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor in it, by name."""
+        dtypes = {written: dtype for dtype, written in DTYPES.items()}
         with safe_open(self.folder / STATE_FILE, framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith("weight/")]  # noqa: SIM118  # not a mapping
-            return {key.removeprefix("weight/"): tuple(file.get_slice(key).get_shape()) for key in keys}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            return {name: (tuple(part.get_shape()), dtypes[part.get_dtype()]) for name, part in slices.items()}
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:

@@ -7,13 +7,12 @@ see its folder, and what may lie under that name on their disks is not looked at
 from collections.abc import Callable
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from trainer.config.errors import UserError
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext
-from trainer.training.checkpoint import DTYPES, STATE_FILE, Checkpoint
+from trainer.training.checkpoint import Checkpoint
 
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module, context: DistContext | None = None) -> None:
@@ -22,7 +21,10 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module, context: DistContext
     `context`: of the ranks, which must all call; None: of one process that is nobody's rank.
     """
     trainable_params = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    saved_shapes = checkpoint.weight_shapes() if context is None else context.on_rank_zero(checkpoint.weight_shapes)
+    layout = checkpoint.layout() if context is None else context.on_rank_zero(checkpoint.layout)
+    saved_shapes = {
+        name.removeprefix("weight/"): shape for name, (shape, _) in layout.items() if name.startswith("weight/")
+    }
     if {name: tuple(p.shape) for name, p in trainable_params.items()} != saved_shapes:
         mismatched = sorted(set(trainable_params) ^ set(saved_shapes)) or [
             n for n, p in trainable_params.items() if tuple(p.shape) != saved_shapes[n]
@@ -40,10 +42,8 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module, context: DistContext
 def load_optimizer(checkpoint: Checkpoint, engine: Engine) -> None:
     """Put a checkpoint's moments and counts into an engine that was built around its weights; all ranks must call."""
     state = checkpoint.train_state
-    engine.state.load_state_dict(
-        _shared_reader(checkpoint, engine.dist_context, engine.dist_context.device), state.step - state.skipped_steps,
-        checkpoint.metadata.get("loss_scale"),
-    )  # fmt: skip
+    reader = _shared_reader(checkpoint, engine.dist_context, engine.dist_context.device)
+    engine.state.load_state_dict(reader, state.step - state.skipped_steps, checkpoint.metadata.get("loss_scale"))
 
 
 def load_for_evaluation(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -55,7 +55,7 @@ def _shared_reader(checkpoint: Checkpoint, context: DistContext, device: torch.d
     """As `Checkpoint.tensor_reader`; all ranks must ask for the same names in one order."""
     if context.num_nodes == 1:
         return checkpoint.tensor_reader(device)
-    layout = context.on_rank_zero(lambda: _read_layout(checkpoint))
+    layout = context.on_rank_zero(checkpoint.layout)
     read_from_disk = checkpoint.tensor_reader(torch.device("cpu")) if context.rank == 0 else None
 
     def read(name: str) -> Tensor:
@@ -65,11 +65,3 @@ def _shared_reader(checkpoint: Checkpoint, context: DistContext, device: torch.d
         return tensor.to(device)
 
     return read
-
-
-def _read_layout(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor in it, by name."""
-    dtypes = {written: dtype for dtype, written in DTYPES.items()}
-    with safe_open(checkpoint.folder / STATE_FILE, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        return {name: (tuple(part.get_shape()), dtypes[part.get_dtype()]) for name, part in slices.items()}

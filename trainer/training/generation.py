@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -48,11 +48,9 @@ def make_prompts(data: PreparedDataset, tokenizer: Any, max_positions: int | Non
             ids, reference_ids = reference_ids[:num_opening_tokens], reference_ids[num_opening_tokens:]
             prompt, reference = tokenizer.decode(ids), tokenizer.decode(reference_ids)
         if ids and reference_ids and (max_positions is None or len(ids) + MIN_COMPLETION_TOKENS <= max_positions):
-            earlier = prompts.get(key)
-            prompts[key] = EvalPrompt(
-                text=prompt, ids=tuple(ids), references=(*(earlier.references if earlier else ()), reference),
-                reference_length=max(len(reference_ids), earlier.reference_length if earlier else 0),
-            )  # fmt: skip
+            known = prompts.get(key, EvalPrompt(text=prompt, ids=tuple(ids)))
+            length = max(len(reference_ids), known.reference_length)
+            prompts[key] = replace(known, references=(*known.references, reference), reference_length=length)
     return list(prompts.values())
 
 
