@@ -49,10 +49,11 @@ def measure(folder: Path, rule: Rule, specs: list[TrialSpec]) -> dict[str, float
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_search_on_the_demo_is_within_a_standard_error_of_the_full_grid(method, tmp_path):
     rule = make_rule(48)
-    search, results = MethodSearch(rule, method), {}
-    while missing := search.next_trials(results):
+    results: dict[str, float] = {}
+    while missing := MethodSearch(rule, method, results).missing:
         results |= measure(tmp_path, rule, missing)
-    outcome = search.outcome(results)
+    search = MethodSearch(rule, method, results)
+    outcome = search.outcome
     grid = [spec for candidate in search.grid for spec in search.specs_at(candidate, -1)]
     results |= measure(tmp_path, rule, [spec for spec in grid if spec.name not in results])
     by_rate = {candidate: [results[s.name] for s in search.specs_at(candidate, -1)] for candidate in search.grid}

@@ -93,8 +93,7 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
     for spec in answers:
         write_run(tmp_path, spec, num_in_train=2)
     for method, winner in WINNERS.items():
-        search = MethodSearch(rule, method)
-        while missing := search.next_trials(results):
+        while missing := MethodSearch(rule, method, results).missing:
             results |= {s.name: 2 + abs(s.candidate.rate_index - winner.rate_index) for s in missing}
             for spec in missing:
                 write_run(tmp_path, spec, run_id=f"id-{spec.name}".replace(".", "-"))

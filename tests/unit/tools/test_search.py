@@ -50,12 +50,16 @@ def exponent(candidate: Candidate) -> float:
     return math.log10(candidate.lr)
 
 
-@pytest.mark.parametrize("optimum", [-5.3, -4.0, -2.8])
-def test_the_search_finds_a_planted_optimum_of_either_method(optimum):
-    state, _ = run_study(make_rule(), bowl(full=optimum, lora=optimum + 1))
+@pytest.mark.parametrize(("full", "lora"), [(-5.3, -4.3), (-4.0, -3.0), (-2.8, -1.8), (-1.2, -0.2)])
+def test_the_search_finds_a_planted_optimum_of_either_method_outside_the_grid_too(full, lora):
+    state, results = run_study(make_rule(), bowl(full=full, lora=lora))
     assert state.refusal is None
-    assert exponent(state.outcomes["full"].winner) == pytest.approx(optimum, abs=1 / 8 + 0.01)
-    assert exponent(state.outcomes["lora"].winner) == pytest.approx(optimum + 1, abs=1 / 8 + 0.01)
+    for method, optimum in (("full", full), ("lora", lora)):
+        winner = state.outcomes[method].winner
+        assert exponent(winner) == pytest.approx(optimum, abs=1 / 8 + 0.01)
+        for index in (winner.rate_index - 1, winner.rate_index + 1):
+            name = f"search-{winner.at(index).label}-t160-s1"
+            assert name in results, "both neighbours were tried"
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -64,15 +68,6 @@ def test_the_order_in_which_trials_finish_changes_nothing(batch):
     one_by_one, other_results = run_study(make_rule(), bowl(noise=0.01), batch=batch)
     assert at_once == one_by_one
     assert results == other_results
-
-
-def test_a_planted_optimum_outside_the_grid_is_extended_to():
-    state, results = run_study(make_rule(), bowl(full=-1.2))
-    winner = state.outcomes["full"].winner
-    assert exponent(winner) == pytest.approx(-1.2, abs=1 / 8 + 0.01)
-    assert state.refusal is None
-    last = [name for name in results if name.startswith("search-full") and "-t160-" in name]
-    assert any(f"lr{winner.at(winner.rate_index + 1).lr:g}-" in name for name in last), "both neighbours were tried"
 
 
 @pytest.mark.parametrize(("method", "optimum", "side"), [("full", 3.0, "highest"), ("lora", -9.0, "lowest")])
@@ -117,9 +112,8 @@ def test_a_trial_beside_the_winner_that_failed_and_not_for_its_rate_is_no_bracke
 def test_both_methods_get_the_same_budget_with_one_rank_and_with_several():
     for ranks in ((8,), (2, 8, 32)):
         rule = make_rule(lora_ranks=ranks)
-        grids = {method: MethodSearch(rule, method).grid for method in rule.methods}
-        assert len(grids["lora"]) == 17 * len(ranks)
-        assert len(grids["full"]) == 16 * len(ranks) + 1
+        grids = {method: MethodSearch(rule, method, {}).grid for method in rule.methods}
+        assert (len(grids["full"]), len(grids["lora"])) == (16 * len(ranks) + 1, 17 * len(ranks))
         state, _ = run_study(rule, bowl())
         steps = [state.outcomes[method].num_steps for method in rule.methods]
         assert max(steps) / min(steps) < 1.15, steps
@@ -127,7 +121,7 @@ def test_both_methods_get_the_same_budget_with_one_rank_and_with_several():
 
 def test_the_default_grids_are_absolute_and_wide_enough_to_bracket():
     for method, low, high in (("full", 1e-6, 1e-2), ("lora", 1e-5, 1e-1), ("dora", 1e-5, 1e-1)):
-        rates = [candidate.lr for candidate in MethodSearch(make_rule(), method).grid]
+        rates = [candidate.lr for candidate in MethodSearch(make_rule(), method, {}).grid]
         assert (rates[0], rates[-1], len(rates)) == (low, high, 17)
 
 
@@ -140,25 +134,22 @@ def test_the_winner_is_as_good_as_the_full_grids_best_at_forty_percent_of_its_st
     rule = make_rule()
     state, _ = run_study(rule, objective)
     for method in rule.methods:
-        search, outcome = MethodSearch(rule, method), state.outcomes[method]
+        search, outcome = MethodSearch(rule, method, {}), state.outcomes[method]
         full_grid = [objective(spec) for candidate in search.grid for spec in search.specs_at(candidate, 2)]
         assert outcome.loss <= min(full_grid) + 2 * noise
         assert outcome.num_steps <= 0.4 * len(search.grid) * rule.total_steps, (outcome.num_steps, method)
 
 
-def test_the_answer_runs_have_fresh_seeds_full_length_and_one_pair_for_each_seed():
-    state, _ = run_study(make_rule(), bowl())
+def test_the_answers_runs_have_fresh_seeds_in_pairs_and_full_length_and_they_alone_see_the_test_records():
+    rule = make_rule()
+    state, results = run_study(rule, bowl())
     assert [spec.seed for spec in state.answers] == [101, 101, 102, 102, 103, 103]
     assert {spec.num_steps for spec in state.answers} == {160}
     assert {spec.candidate for spec in state.answers} == {outcome.winner for outcome in state.outcomes.values()}
-
-
-def test_only_the_answers_runs_are_exported_and_see_the_test_records():
-    rule = make_rule()
-    state, results = run_study(rule, bowl())
-    assert not any("--export" in trial_argv(rule, spec, Path("run")) for spec in state.answers)
-    for spec in MethodSearch(rule, "lora").trials(results):
-        assert "--export none" in " ".join(trial_argv(rule, spec, Path("run")))
+    for specs, is_exported in ((state.answers, True), (MethodSearch(rule, "lora", results).trials, False)):
+        argvs = [" ".join(trial_argv(rule, spec, Path("run"))) for spec in specs]
+        assert argvs
+        assert all(("--export none" in argv) != is_exported for argv in argvs)
 
 
 @pytest.mark.parametrize(

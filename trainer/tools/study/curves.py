@@ -21,12 +21,11 @@ def rate_curves(folder: Path, rule: Rule, results: Results) -> tuple[RateCurve, 
     """Both methods' validation losses by rate, a curve a rung: the mean over search seeds, the best of the ranks."""
     curves = []
     for method in PRIMARY:
-        search = MethodSearch(rule, method)
-        specs = search.trials(results)
+        search = MethodSearch(rule, method, results)
         for rung, num_steps in enumerate(rule.rungs):
             losses: dict[float, float] = {}
             run_ids: list[str] = []
-            for candidate in {spec.candidate for spec in specs if spec.num_steps == num_steps}:
+            for candidate in {spec.candidate for spec in search.trials if spec.num_steps == num_steps}:
                 trials = search.specs_at(candidate, rung)
                 loss = sum(results[spec.name] for spec in trials) / len(trials)
                 if math.isfinite(loss):
@@ -52,7 +51,7 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
 
 def _curve(folder: Path, rule: Rule, results: Results, method: str, seed: int, timing: Timing) -> Curve:
     """The best run of each rung. Parameters: what decides which runs these are, and their cost."""
-    specs = [spec for spec in MethodSearch(rule, method).trials(results) if spec.seed == seed]
+    specs = [spec for spec in MethodSearch(rule, method, results).trials if spec.seed == seed]
     best = [
         min(
             (spec for spec in specs if spec.num_steps == num_steps and math.isfinite(results[spec.name])),

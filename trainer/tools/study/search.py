@@ -106,88 +106,80 @@ class SearchOutcome:
 
 
 class MethodSearch:
-    """The search of one method under a rule."""
+    """The search of one method under a rule, as far as these results go."""
 
-    def __init__(self, rule: Rule, method: str) -> None:
-        self.rule, self.method = rule, method
+    def __init__(self, rule: Rule, method: str, results: Results) -> None:
+        self.rule, self.method, self._results = rule, method, results
         ranks = rule.lora_ranks if method != "full" else (None,)
         refinement = len(rule.lora_ranks) // len(ranks)  # more rates where there are no ranks: equal budgets
-        self.rates_per_decade = RATES_PER_DECADE * refinement
+        per_decade = RATES_PER_DECADE * refinement
         low, high = RATE_DECADES.get(method, ADAPTER_RATE_DECADES)
         self.grid = [
-            Candidate(method=method, lora_rank=rank, rate_index=index, rates_per_decade=self.rates_per_decade)
+            Candidate(method=method, lora_rank=rank, rate_index=index, rates_per_decade=per_decade)
             for rank in ranks
-            for index in range(low * self.rates_per_decade, high * self.rates_per_decade + 1)
+            for index in range(low * per_decade, high * per_decade + 1)
         ]
-        self.bounds = (
-            (low - EXTENSION_DECADES) * self.rates_per_decade,
-            (high + EXTENSION_DECADES) * self.rates_per_decade,
-        )
+        self.bounds = ((low - EXTENSION_DECADES) * per_decade, (high + EXTENSION_DECADES) * per_decade)
+        self.trials: list[TrialSpec] = []  #: all that were needed so far
+        self.missing: list[TrialSpec] = []  #: those without a result; none where the search is over
+        self._last_rung = self._walk()
 
-    def next_trials(self, results: Results) -> list[TrialSpec]:
-        """The trials that are needed now and have no result; none where the search is over."""
-        return self._walk(results)[0]
-
-    def trials(self, results: Results) -> list[TrialSpec]:
-        """All trials of the search so far."""
-        return self._walk(results)[1]
-
-    def outcome(self, results: Results) -> SearchOutcome | None:
+    @property
+    def outcome(self) -> SearchOutcome | None:
         """What the search came to; None where it is not over."""
-        missing, specs, last_rung = self._walk(results)
-        if missing:
+        if self.missing:
             return None
-        num_steps = sum(spec.num_steps for spec in specs)
-        leader, loss = self._leader(last_rung, len(self.rule.rungs) - 1, results)
+        leader, loss = self._leader(self._last_rung, -1)
         winner = None if math.isinf(loss) else leader
         edge: Literal["lowest", "highest"] | None = None
         if winner is not None and winner.rate_index in self.bounds:
             edge = "lowest" if winner.rate_index == self.bounds[0] else "highest"
         beside = [spec.name for neighbour in self._neighbours(leader) for spec in self.specs_at(neighbour, -1)]
         return SearchOutcome(
-            method=self.method, winner=winner, loss=loss, edge=edge, num_trials=len(specs), num_steps=num_steps,
-            unknown=next((name for name in beside if math.isnan(results.get(name, 0.0))), None),
+            method=self.method, winner=winner, loss=loss, edge=edge,
+            unknown=next((name for name in beside if math.isnan(self._results.get(name, 0.0))), None),
+            num_trials=len(self.trials), num_steps=sum(spec.num_steps for spec in self.trials),
         )  # fmt: skip
 
-    def _walk(self, results: Results) -> tuple[list[TrialSpec], list[TrialSpec], list[Candidate]]:
-        """(trials missing now, all trials asked for so far, candidates of the last rung that was reached)."""
-        specs: list[TrialSpec] = []
+    def _walk(self) -> list[Candidate]:
+        """Note what is needed, rung by rung; the candidates of the last one that was reached."""
         candidates = [c for c in self.grid if (c.rate_index - self.grid[0].rate_index) % FIRST_RUNG_STRIDE == 0]
         for rung in range(len(self.rule.rungs)):
             pending = list(candidates)
             while pending:
-                new_specs = [spec for candidate in pending for spec in self.specs_at(candidate, rung)]
-                specs += new_specs
-                if missing := [spec for spec in new_specs if spec.name not in results]:
-                    return missing, specs, candidates
-                leader, loss = self._leader(candidates, rung, results)
+                new_trials = [spec for candidate in pending for spec in self.specs_at(candidate, rung)]
+                self.trials += new_trials
+                self.missing = [spec for spec in new_trials if spec.name not in self._results]
+                if self.missing:
+                    return candidates
+                leader, loss = self._leader(candidates, rung)
                 if math.isinf(loss):  # nothing can be trained: longer runs will not change that
-                    return [], specs, candidates
+                    return candidates
                 pending = [neighbour for neighbour in self._neighbours(leader) if neighbour not in candidates]
                 candidates = [*candidates, *pending]
             if rung < len(self.rule.rungs) - 1:
-                candidates = self._survivors(candidates, rung, results)
-        return [], specs, candidates
+                candidates = self._survivors(candidates, rung)
+        return candidates
 
-    def _survivors(self, candidates: list[Candidate], rung: int, results: Results) -> list[Candidate]:
+    def _survivors(self, candidates: list[Candidate], rung: int) -> list[Candidate]:
         """The best, a fourth of the grid at most, and the leader's neighbours; of the last rung, the leader's only."""
         is_before_last = rung == len(self.rule.rungs) - 2
         num_best = 1 if is_before_last else len(self.grid) // RUNG_FACTOR
-        ranked = sorted(candidates, key=lambda candidate: (self._loss(candidate, rung, results), candidate))
-        best = [candidate for candidate in ranked[:num_best] if not math.isinf(self._loss(candidate, rung, results))]
+        ranked = sorted(candidates, key=lambda candidate: (self._loss(candidate, rung), candidate))
+        best = [candidate for candidate in ranked[:num_best] if not math.isinf(self._loss(candidate, rung))]
         return list(dict.fromkeys([*best, *self._neighbours(ranked[0])]))
 
     def _neighbours(self, leader: Candidate) -> list[Candidate]:
         low, high = self.bounds
         return [leader.at(i) for i in (leader.rate_index - 1, leader.rate_index + 1) if low <= i <= high]
 
-    def _leader(self, candidates: Iterable[Candidate], rung: int, results: Results) -> tuple[Candidate, float]:
+    def _leader(self, candidates: Iterable[Candidate], rung: int) -> tuple[Candidate, float]:
         """The candidate with the lowest mean loss, the lower rate of equals."""
-        loss, leader = min((self._loss(candidate, rung, results), candidate) for candidate in candidates)
+        loss, leader = min((self._loss(candidate, rung), candidate) for candidate in candidates)
         return leader, loss
 
-    def _loss(self, candidate: Candidate, rung: int, results: Results) -> float:
-        losses = [results.get(spec.name, math.inf) for spec in self.specs_at(candidate, rung)]
+    def _loss(self, candidate: Candidate, rung: int) -> float:
+        losses = [self._results.get(spec.name, math.inf) for spec in self.specs_at(candidate, rung)]
         return math.inf if any(map(math.isnan, losses)) else sum(losses) / len(losses)
 
     def specs_at(self, candidate: Candidate, rung: int) -> list[TrialSpec]:
@@ -216,16 +208,16 @@ def study_state(
 
     `is_decided`: whether the runs of a look tell; else the seeds of the next one are needed too.
     """
-    searches = [MethodSearch(rule, method) for method in rule.methods]
-    outcomes = {s.method: outcome for s in searches if (outcome := s.outcome(results)) is not None}
+    searches = [MethodSearch(rule, method, results) for method in rule.methods]
+    outcomes = {search.method: search.outcome for search in searches if search.outcome is not None}
     refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in PRIMARY), None)
     if refusal is not None:
         return StudyState(needed=(), outcomes=outcomes, refusal=refusal)
     if len(outcomes) < len(searches):
         waiting = []
         for search in searches:  # in turn, the method with the fewest results first: fair when cut off
-            num_results = sum(spec.name in results for spec in search.trials(results))
-            waiting += [(num_results + n, spec) for n, spec in enumerate(search.next_trials(results))]
+            num_results = len(search.trials) - len(search.missing)
+            waiting += [(num_results + n, spec) for n, spec in enumerate(search.missing)]
         needed = tuple(spec for _, spec in sorted(waiting, key=lambda item: item[0]))
         return StudyState(needed=needed, outcomes=outcomes)
     for seeds in rule.seeds_by_look:
