@@ -15,7 +15,6 @@ from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
 from trainer.tools.cluster.launch_files import (
     LaunchFile,
-    LaunchRequest,
     forwarded_names,
     parse_hosts,
     slurm_files,
@@ -72,9 +71,13 @@ def main(argv: list[str] | None = None) -> int:
         num_ranks = _check_slurm_flags(args) if args.slurm else _check_ssh_flags(args)
         cli_args.settings.train.batch(num_ranks)
         script = os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT)
-        folder = args.folder.absolute()
-        request = LaunchRequest(script=script, flags=tuple(run_argv), settings=cli_args.settings, folder=folder)
-        files = slurm_files(request, args) if args.slurm else ssh_files(request, parse_hosts(args.hosts), os.environ)
+        is_resumed = any(flag.partition("=")[0] == "--resume" for flag in run_argv)  # else they go on where they were
+        command = [script, *run_argv, *([] if is_resumed else ["--resume", "auto"])]
+        settings, folder = cli_args.settings, args.folder.absolute()
+        if args.slurm:
+            files = slurm_files(command, settings, args)
+        else:
+            files = ssh_files(command, settings, parse_hosts(args.hosts), folder, os.environ)
         write_files(folder, files)
     except UserError as error:
         return report_error(error)

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,35 +31,19 @@ class LaunchFile:
     mode: int = 0o644
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaunchRequest:
-    """What is to be started, wherever that is: from this folder and environment, under the same paths on all hosts."""
-
-    script: str  #: launch/train.py, from this folder
-    flags: tuple[str, ...]
-    settings: Settings  #: what the flags say
-    folder: Path  #: where the files go
-
-    @property
-    def straggler_seconds(self) -> int:
-        """Seconds after the end of one host by which the others have ended, or are ended: a frozen rank never does."""
-        return max(MIN_STRAGGLER_SECONDS, round(self.settings.engine.hang_timeout))
-
-    @property
-    def train_argv(self) -> list[str]:
-        """The script and its flags; without --resume they go on where there is a run."""
-        resume = () if any(flag.split("=")[0] == "--resume" for flag in self.flags) else ("--resume", "auto")
-        return [self.script, *self.flags, *resume]
+def straggler_seconds(settings: Settings) -> int:
+    """Seconds after the end of one host by which the others have ended, or are ended: a frozen rank never does."""
+    return max(MIN_STRAGGLER_SECONDS, round(settings.engine.hang_timeout))
 
 
-def slurm_files(request: LaunchRequest, args: argparse.Namespace) -> list[LaunchFile]:
+def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Namespace) -> list[LaunchFile]:
     """One batch script: a task a node, torchrun in each, SLURM's notice handed on, and the job queued again after it.
 
-    `args`: cluster.py's own flags; what is None there is left to the cluster's defaults.
+    `command`: launch/train.py and its flags, from this folder; `settings`: what they say; `args`: cluster.py's own
+    flags, of which None is left to the cluster's defaults.
     Options are those of sbatch(1) and srun(1); srun takes no --cpus-per-task of sbatch since 22.05.
     Long: the script as it is written.
     """
-    settings = request.settings
     options = {
         "job-name": re.sub(r"[^\w.-]", "-", settings.run_name),
         "nodes": args.nodes,
@@ -102,8 +86,8 @@ trap "[ $SLURM_NODEID != 0 ] || echo SIGUSR1 >$NOTICE; pkill -USR1 -P $launcher"
 while kill -0 $launcher 2>/dev/null; do wait $launcher; done; wait $launcher'
 
 cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
-srun --export=ALL --wait={request.straggler_seconds} $cores bash -c "$task" task \\
-    {shlex.join(request.train_argv)}
+srun --export=ALL --wait={straggler_seconds(settings)} $cores bash -c "$task" task \\
+    {shlex.join(command)}
 code=$?
 # The ranks leave the marker when a signal has stopped them (torchrun turns every exit code into 1).
 if [ $code -ne 0 ] && grep -qs SIGUSR1 {marker} "$NOTICE"; then
@@ -116,14 +100,18 @@ exit $code
 
 
 def ssh_files(
-    request: LaunchRequest, ranks_of_hosts: Mapping[str, int], environ: Mapping[str, str]
-) -> list[LaunchFile]:
-    """The host list and the command of `deepspeed --hostfile`, and a file with the variables, for its owner only."""
-    environment, hostfile = (shlex.quote(str(request.folder / name)) for name in ("environment", "hostfile"))
+    command: Sequence[str], settings: Settings, ranks_of_hosts: Mapping[str, int], folder: Path,
+    environ: Mapping[str, str],
+) -> list[LaunchFile]:  # fmt: skip
+    """The host list and the command of `deepspeed --hostfile`, and a file with the variables, for its owner only.
+
+    `command`, `settings`: as for `slurm_files`; `folder`: where the files go, under the same path on all hosts.
+    """
+    environment, hostfile = (shlex.quote(str(folder / name)) for name in ("environment", "hostfile"))
     is_over_pdsh = len(ranks_of_hosts) > 1  # deepspeed starts the ranks of one host itself
-    train_argv = [_quote_for_pdsh(each) if is_over_pdsh else each for each in request.train_argv]
-    first_host, quiet = next(iter(ranks_of_hosts)), "" if "--verbose" in request.flags else " --quiet"
-    command = f"""#!/bin/bash
+    quoted = [_quote_for_pdsh(word) if is_over_pdsh else word for word in command]
+    first_host, quiet = next(iter(ranks_of_hosts)), "" if "--verbose" in command else " --quiet"
+    script = f"""#!/bin/bash
 cd {shlex.quote(str(Path.cwd()))} || exit 1
 {_path_export()}
 # Without these deepspeed waits for ever for a host that is gone.
@@ -131,7 +119,7 @@ export PDSH_SSH_ARGS_APPEND="{SSH_OPTIONS}"
 # Hosts that do not share this folder get the variables too.
 for host in {shlex.join(ranks_of_hosts)}; do
     ssh {SSH_OPTIONS} "$host" cmp -s - {environment} <{environment} && continue
-    ssh {SSH_OPTIONS} "$host" mkdir -p {shlex.quote(str(request.folder))} &&
+    ssh {SSH_OPTIONS} "$host" mkdir -p {shlex.quote(str(folder))} &&
         scp -pq {SSH_OPTIONS} {environment} "$host":{environment} || exit 1
 done
 port=$((20000 + RANDOM % 10000))
@@ -144,18 +132,18 @@ signal_ranks() {{  # deepspeed itself reaches none where a script is sourced bef
 }}
 set -m  # a signal comes to this script alone
 deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
-    --master_port=$port {shlex.join(train_argv)} </dev/null &
+    --master_port=$port {shlex.join(quoted)} </dev/null &
 launcher=$!
 trap "pgrep -P $launcher >/dev/null && signal_ranks TERM || kill $launcher" INT TERM
 trap "signal_ranks USR1" USR1
-# When one host has ended, the others have {request.straggler_seconds} s: deepspeed waits for ever for a frozen rank.
+# When one host has ended, the others have {straggler_seconds(settings)} s: deepspeed waits for ever for a frozen rank.
 seconds=0
 while kill -0 $launcher 2>/dev/null; do
     sleep 5 &
     wait -n $launcher $!
     num_hosts=$(pgrep -c -x ssh -P "$(pgrep pdsh -P $launcher)" 2>/dev/null)
     [ "${{num_hosts:-{len(ranks_of_hosts)}}}" -lt {len(ranks_of_hosts)} ] && seconds=$((seconds + 5)) || seconds=0
-    [ $seconds -lt {request.straggler_seconds} ] || signal_ranks KILL
+    [ $seconds -lt {straggler_seconds(settings)} ] || signal_ranks KILL
 done
 kill %sleep 2>/dev/null
 wait $launcher
@@ -163,7 +151,7 @@ wait $launcher
     return [
         LaunchFile(name="hostfile", content="".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())),
         LaunchFile(name="environment", content=_environment_script(environ), mode=0o600),
-        LaunchFile(name="run.sh", content=command, mode=0o755),
+        LaunchFile(name="run.sh", content=script, mode=0o755),
     ]
 
 
