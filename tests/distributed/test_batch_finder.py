@@ -7,15 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.engines import joined_ranks, plan_run
-from helpers.launch_ranks import run_on_ranks, train
+import torch
+from helpers.engines import joined_ranks, plan_run, prepare_data
+from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.tiny_inputs import tiny_argv
 
-from trainer.config import cli
+from trainer.config.batch_config import BatchConfig
 from trainer.config.errors import TrainingError
-from trainer.data.dataset import prepare
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.kernels.device_branch import simulate_gpu
 from trainer.tools.finders import batch_finder, batch_size_worker
 from trainer.tools.finders.batch_sizes import TrialResult, candidate_sizes, fastest, ladder, next_sizes
@@ -50,41 +49,30 @@ def test_the_batch_search_finds_the_largest_size_that_fits(most):
     assert groups <= 4
 
 
-def make_trial_result(micro_batch_size: int, tokens_per_second: float) -> TrialResult:
+def make_trial(micro_batch_size: int, tokens_per_second: float) -> TrialResult:
     return TrialResult(
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=1,
-        fits=True,
-        step_seconds=1.0,
+        micro_batch_size=micro_batch_size, gradient_accumulation_steps=1, fits=True, step_seconds=1.0,
         tokens_per_second=tokens_per_second,
-    )
-
-
-def test_the_batch_search_suggests_the_fastest_size_not_the_largest():
-    assert (
-        fastest([make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, 150)]).micro_batch_size == 2
-    )
-    assert (
-        fastest([make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, 184)]).micro_batch_size == 2
-    ), "as fast, with less memory"
-    assert (
-        fastest([make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, 200)]).micro_batch_size == 4
-    )
-    assert fastest([TrialResult(micro_batch_size=1, gradient_accumulation_steps=1, fits=False)]) is None
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("largest", "message"),
+    ("largest", "suggestion", "comparison"),
     [
-        (150, "--micro-batch 2: 180 tokens/s, +20% against 4, the largest that fits"),
-        (181, "--micro-batch 2: 180 tokens/s, in less memory and as fast as 4, the largest that fits"),
-        (200, "--micro-batch 4: 200 tokens/s"),
+        (150, "--micro-batch 2: 180 tokens/s", ", +20% against 4, the largest that fits"),
+        (181, "--micro-batch 2: 180 tokens/s", ", in less memory and as fast as 4, the largest that fits"),
+        (184, "--micro-batch 2: 180 tokens/s", ", in less memory and as fast as 4, the largest that fits"),
+        (200, "--micro-batch 4: 200 tokens/s", ""),
     ],
 )
-def test_the_batch_size_suggestion_says_what_improves(largest, message):
-    sizes = [make_trial_result(1, 100), make_trial_result(2, 180), make_trial_result(4, largest)]
-    lines = batch_finder.format_lines(SimpleNamespace(dropout=0.0), sizes, fastest(sizes), "")
-    assert [line for line in lines if line.startswith("suggestion")] == [f"suggestion     {message}"]
+def test_the_batch_search_suggests_the_fastest_size_not_the_largest(largest, suggestion, comparison):
+    trials = [make_trial(1, 100), make_trial(2, 180), make_trial(4, largest)]
+    lines = batch_finder.format_lines(SimpleNamespace(dropout=0.0), trials, fastest(trials), "")
+    assert [line for line in lines if line.startswith("suggestion")] == [f"suggestion     {suggestion}{comparison}"]
+
+
+def test_the_batch_search_suggests_nothing_where_nothing_fits():
+    assert fastest([TrialResult(micro_batch_size=1, gradient_accumulation_steps=1, fits=False)]) is None
 
 
 @pytest.mark.parametrize(
@@ -107,39 +95,32 @@ def make_argv(tiny_model: str, data_files: tuple[str, str], *extra_flags: str) -
     return tiny_argv(tiny_model, data_files, text, *extra_flags)
 
 
-def make_plan_and_data(argv: list[str], dist_context: Any) -> tuple[Any, Any]:
-    planned = plan_run(argv, dist_context, on_meta=True)
-    return planned.plan, planned.data
-
-
 def try_fake_sizes(argv: list[str], out: str, scripts: list[str]) -> int:
     """`try_sizes` with, in place of the real trial, a Python line for each rank; what came out goes to out-rank."""
-    dist_context = init_distributed()
-    try:
-        plan, data = make_plan_and_data(argv, dist_context)
-        batch_finder.WORKER_COMMAND = ("-S", "-c", _FAKE_TRIAL_CODE + scripts[dist_context.rank])  # type: ignore[assignment]
+    with joined_ranks() as dist_context:
+        planned = plan_run(argv, dist_context, on_meta=True)
+        batch_finder.WORKER_COMMAND = ("-S", "-c", FAKE_TRIAL_CODE + scripts[dist_context.rank])  # type: ignore[assignment]
         batch_finder.GRACE_SECONDS = 0.5
         try:
-            result: Any = [vars(trial_result) for trial_result in batch_finder.run_trials(plan, data.folder, [1, 2, 4])]
+            result: Any = [
+                vars(trial) for trial in batch_finder.run_trials(planned.plan, planned.data.folder, [1, 2, 4])
+            ]
         except TrainingError as error:
             result = str(error)
         Path(f"{out}-{dist_context.rank}").write_text(json.dumps(result))
-    finally:
         dist_context.watchdog.close()
-        destroy_process_group()
     return 0
 
 
-_FAKE_TRIAL_CODE = """
+FAKE_TRIAL_CODE = """
 import json, os, sys, time
 job = json.loads(open(sys.argv[1]).read())
-def report_trial(micro):
-    with open(job["answer"] + "-" + os.environ["RANK"], "a") as file:
-        file.write(json.dumps({"micro_batch_size": micro, "seconds": 0.5, "tokens": 100, "peak_memory_bytes": 7}) +
-        chr(10))
+def report_trial():
+    with open(job["answer"], "a") as file:
+        file.write(json.dumps({"seconds": 0.5, "tokens": 100, "peak_memory_bytes": 7}) + chr(10))
 """
-WAITS = "report_trial(1); report_trial(2); time.sleep(600)"  # in a collective with one who is gone
-ENDS = "report_trial(1); report_trial(2); time.sleep(2); "  # by then the other rank's process has begun, too
+WAITS = "report_trial(); report_trial(); time.sleep(600)"  # in a collective with one who is gone
+ENDS = "report_trial(); report_trial(); time.sleep(2); "  # by then the other rank's process has begun, too
 
 
 @pytest.mark.parametrize(
@@ -152,11 +133,10 @@ ENDS = "report_trial(1); report_trial(2); time.sleep(2); "  # by then the other 
 )
 def test_a_batch_trial_whose_rank_ends_is_seen_by_all_ranks(tiny_model, data_files, tmp_path, ends, message):
     argv = make_argv(tiny_model, data_files)
-    prepare(cli.parse_args(argv).settings.data, model=tiny_model, global_batch=8)
+    prepare_data(argv)
     log = tmp_path / "log"
-    assert run_on_ranks(2, try_fake_sizes, argv, str(tmp_path / "result"), [WAITS, ENDS + ends], log=log) == 0, (
-        log.read_text()
-    )
+    exit_code = run_on_ranks(2, try_fake_sizes, argv, str(tmp_path / "result"), [WAITS, ENDS + ends], log=log)
+    assert exit_code == 0, log.read_text()
     results = [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(2)]
     assert results[0] == results[1]
     if message is None:
@@ -173,12 +153,8 @@ def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_fil
     argv = [*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", "zero2"]
     output = train(argv, out=out, env={"TEST_PYTHON": fast_python})
     content = json.loads((out / "find-batch.json").read_text())
-    assert [(trial["micro_batch_size"], trial["gradient_accumulation_steps"]) for trial in content["tried"]] == [
-        (1, 8),
-        (2, 4),
-        (4, 2),
-        (8, 1),
-    ]
+    sizes = [(trial["micro_batch_size"], trial["gradient_accumulation_steps"]) for trial in content["tried"]]
+    assert sizes == [(1, 8), (2, 4), (4, 2), (8, 1)]
     assert all(trial["fits"] and trial["tokens_per_second"] > 0 for trial in content["tried"])
     best = max(content["tried"], key=lambda trial: trial["tokens_per_second"])["tokens_per_second"]
     chosen = next(trial for trial in content["tried"] if trial["micro_batch_size"] == content["suggestion"])
@@ -188,25 +164,19 @@ def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_fil
     assert sorted(path.name for path in out.iterdir()) == ["find-batch.json"], "nothing was trained"
 
 
-def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(
-    tiny_model, data_files, session_dir, monkeypatch
-):
-    world = init_distributed()
-    try:
-        plan, _ = make_plan_and_data(make_argv(tiny_model, data_files), world)
-    finally:
-        destroy_process_group()
+def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(tiny_model, data_files, monkeypatch):
+    with joined_ranks() as dist_context:
+        plan = plan_run(make_argv(tiny_model, data_files), dist_context, on_meta=True).plan
     monkeypatch.setattr(batch_finder, "free_host_bytes", lambda plan: 2**40)
     assert batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
     monkeypatch.setattr(batch_finder, "required_bytes", lambda plan, estimate: (estimate.activations, 0.0))
     two, four = (batch_finder.estimate_plan(plan, plan.deepspeed_file, 32, size).activations for size in (2, 4))
-    monkeypatch.setattr(
-        batch_finder, "free_host_bytes", lambda plan: (two + four) / 2 / batch_finder.MEMORY_BUDGET_SHARE
-    )
+    limit = (two + four) / 2 / batch_finder.MEMORY_BUDGET_SHARE
+    monkeypatch.setattr(batch_finder, "free_host_bytes", lambda plan: limit)
     sizes, notice = batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)
     assert sizes == [1, 2]
     assert "not tried: 4 and above" in notice
-    gpu = replace(plan, dist_context=replace(plan.dist_context, device=__import__("torch").device("cuda", 0)))
+    gpu = replace(plan, dist_context=replace(plan.dist_context, device=torch.device("cuda", 0)))
     assert batch_finder.sizes_within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
 
 
@@ -214,7 +184,6 @@ def measure_sizes_with_graphs(argv: list[str], out: str) -> int:
     """On the stand-in device: what was recorded for each size, and how often it was replayed."""
     from test_cuda_graphs import FakeCapturedGraph
 
-    from trainer.config.batch_config import BatchConfig
     from trainer.distributed import cuda_graphs
 
     cuda_graphs.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
@@ -260,8 +229,6 @@ sys.exit(batch_size_worker.main(sys.argv[1]))
 
 
 def train_with_oom(argv: list[str]) -> int:
-    from helpers.launch_ranks import run_train_script
-
     batch_finder.WORKER_COMMAND = ("-c", OOM_TRIAL_CODE.format(tests=str(Path(__file__).parents[1])))  # type: ignore[assignment]
     return run_train_script(argv)
 
@@ -274,10 +241,7 @@ def test_find_batch_survives_a_rank_that_runs_out_of_memory(tiny_model, data_fil
     log = tmp_path / "log"
     assert run_on_ranks(2, train_with_oom, argv, log=log) == 0, log.read_text()
     content = json.loads((out / "find-batch.json").read_text())
-    assert [(trial["micro_batch_size"], trial["fits"]) for trial in content["tried"]] == [
-        (1, True),
-        (2, True),
-        (4, False),
-    ]
+    sizes = [(trial["micro_batch_size"], trial["fits"]) for trial in content["tried"]]
+    assert sizes == [(1, True), (2, True), (4, False)]
     assert "out of memory on rank 1" in content["tried"][-1]["failure_reason"]
     assert content["suggestion"] in (1, 2)

@@ -1,39 +1,39 @@
 """`--find-batch`: the fastest micro-batch that fits, for the same global batch, by real steps of the longest rows.
 
 Each rank starts a process of its own for the trials (`trainer.tools.finders.batch_size_worker`) and watches it. One
-rank's process that runs
-out of memory leaves the others waiting in a collective: the parents tell one another through their own group, and end
-all of them.
+rank's process that runs out of memory leaves the others waiting in a collective: the parents tell one another through
+their own group, and end all of them.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.batch_config import BatchConfig
+from trainer.config.errors import TrainingError
 from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.process_group import find_free_port
 from trainer.tools.finders.batch_size_worker import OUT_OF_MEMORY_EXIT_CODE
 from trainer.tools.finders.batch_sizes import EQUAL_SPEED_SHARE, TrialResult, candidate_sizes, fastest, next_sizes
+from trainer.tools.finders.files import output_folder
+from trainer.tools.worker_processes import ROOT, last_line
 from trainer.training.memory_check import estimate_plan, free_host_bytes, required_bytes
 from trainer.training.run_plan import RunPlan
 
-MEMORY_BUDGET_SHARE = (
-    0.8  # of the memory that is free; on a processor what is beyond is taken from other programs, not refused
-)
+#: Of the memory that is free; on a processor what is beyond is taken from other programs, not refused.
+MEMORY_BUDGET_SHARE = 0.8
 POLL_SECONDS = 0.2  # seconds between two looks at the process
 GRACE_SECONDS = 3.0  # seconds that the other ranks' processes get to say why they ended
 WORKER_COMMAND = ("-m", "trainer.tools.finders.batch_size_worker")
-OOM_KILL_EXIT_CODES = (-9, 137)  # by the system, which is how a processor's memory runs out
+#: By the system, which is how a processor's memory runs out.
+OOM_KILL_EXIT_CODES = (-9, 137)
 
 
 def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
@@ -42,13 +42,11 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
     sizes = candidate_sizes(plan.schedule.batch.global_batch, plan.dist_context.world_size)
     sizes, budget = sizes_within_budget(plan, sizes, row_length)
     trials: dict[int, TrialResult] = {}
-    while sizes_to_try := next_sizes(
-        sizes, {micro_batch_size: trial.fits for micro_batch_size, trial in trials.items()}
-    ):
+    while sizes_to_try := next_sizes(sizes, {size: trial.fits for size, trial in trials.items()}):
         if plan.dist_context.rank == 0:
             print(f"trying micro-batch {', '.join(map(str, sizes_to_try))} ...", flush=True)
         trials |= {trial.micro_batch_size: trial for trial in run_trials(plan, data.folder, sizes_to_try)}
-    sorted_trials = sorted(trials.values(), key=lambda trial: trial.micro_batch_size)
+    sorted_trials = [trials[size] for size in sorted(trials)]
     plan.dist_context.on_rank_zero(lambda: _report(plan, sorted_trials, row_length, budget))
     return 0
 
@@ -75,135 +73,101 @@ def run_trials(plan: RunPlan, data_folder: Path, sizes: Sequence[int]) -> list[T
     """
     dist_context = plan.dist_context
     port = dist_context.on_rank_zero(find_free_port)
-    folder = Path(tempfile.mkdtemp(prefix="find-batch-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="find-batch-") as scratch:
+        folder = Path(scratch)
         job = {
-            "settings": plan.settings.as_dict(), "data": str(data_folder),
-            "deepspeed": plan.deepspeed_config, "execution": asdict(plan.execution), "sizes": list(sizes),
+            "settings": plan.settings.as_dict(), "data": str(data_folder), "sizes": list(sizes),
             "answer": str(folder / "answer"),
         }  # fmt: skip
-        write_atomically(folder / "job.json", json.dumps(job))
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        (folder / "answer").touch()
         exit_code, output = _watch_worker(plan, folder, port)
-        exit_codes = dist_context.all_gather_object(exit_code)
-        answers = dist_context.all_gather_object(_read_answers(folder / f"answer-{dist_context.rank}"))
-        outputs = dist_context.all_gather_object(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    trials = [_merge_ranks(plan, micro_batch_size, [answer[micro_batch_size] for answer in answers])
-            for micro_batch_size in sizes if all(micro_batch_size in answer for answer in answers)]  # fmt: skip
+        lines = (folder / "answer").read_text(encoding="utf-8").splitlines(keepends=True)
+    answers = [json.loads(line) for line in lines if line.endswith("\n")]
+    ranks = dist_context.all_gather_object((exit_code, output, answers))
+    trials = [
+        _merge_ranks(plan, size, answers_of_size)
+        for size, *answers_of_size in zip(sizes, *(answers for _, _, answers in ranks), strict=False)
+    ]
     if len(trials) == len(sizes):
         return trials
-    oom_ranks = [
-        rank for rank, code in enumerate(exit_codes) if code == OUT_OF_MEMORY_EXIT_CODE or code in OOM_KILL_EXIT_CODES
-    ]
-    if not oom_ranks:
-        rank = next((rank for rank, code in enumerate(exit_codes) if code), 0)  # None: ended here, because of another
-        raise TrainingError(f"--find-batch: micro-batch {sizes[len(trials)]} failed on rank {rank}: {outputs[rank]}")
-    micro_batch_size = sizes[len(trials)]
-    failure_reason = (
-        "out of memory"
-        if exit_codes[oom_ranks[0]] == OUT_OF_MEMORY_EXIT_CODE
-        else "killed by the system, most likely for its memory"
-    )
-    gradient_accumulation_steps = plan.schedule.batch.global_batch // (micro_batch_size * dist_context.world_size)
-    return [
-        *trials,
-        TrialResult(
-            micro_batch_size=micro_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            fits=False,
-            failure_reason=f"{failure_reason} on rank {oom_ranks[0]}",
-        ),
-    ]
+    failed_size = sizes[len(trials)]
+    for rank, (exit_code, _, _) in enumerate(ranks):
+        if exit_code == OUT_OF_MEMORY_EXIT_CODE or exit_code in OOM_KILL_EXIT_CODES:
+            killed = "killed by the system, most likely for its memory"
+            reason = "out of memory" if exit_code == OUT_OF_MEMORY_EXIT_CODE else killed
+            return [*trials, _make_result(plan, failed_size, failure_reason=f"{reason} on rank {rank}")]
+    # None: ended here, because of another
+    rank, output = next(((rank, output) for rank, (code, output, _) in enumerate(ranks) if code), (0, ranks[0][1]))
+    raise TrainingError(f"--find-batch: micro-batch {failed_size} failed on rank {rank}: {output}")
 
 
 def _watch_worker(plan: RunPlan, folder: Path, port: int) -> tuple[int | None, str]:
     """(exit code of this rank's process, None where it was ended here; its last line). All ranks return together."""
-    root = str(Path(__file__).parents[3])
     environ = {
-        **os.environ,
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
+        **os.environ, "MASTER_PORT": str(port), "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    }  # fmt: skip
     environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the processes meet on a port of their own
-    with open(folder / "output", "w+", encoding="utf-8") as log_file:
+    log, answer_file = folder / "log", folder / "answer"
+    with open(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, *WORKER_COMMAND, str(folder / "job.json")],
-            stdin=subprocess.PIPE,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=environ,
-        )
-        failed_at: float | None = None
-        answer_size, last_progress_time = -1, time.monotonic()
-        try:
-            while True:
-                plan.dist_context.watchdog.heartbeat()
-                exit_codes = plan.dist_context.all_gather_object(process.poll())
-                if all(code is not None for code in exit_codes):
-                    break
-                if any(code not in (None, 0) for code in exit_codes):
-                    failed_at = failed_at or time.monotonic()
-                if (new_size := _answer_size(folder, plan.dist_context.rank)) != answer_size:
-                    answer_size, last_progress_time = new_size, time.monotonic()
-                is_hung = time.monotonic() - last_progress_time > plan.settings.engine.hang_timeout
-                is_grace_over = failed_at is not None and time.monotonic() - failed_at > GRACE_SECONDS
-                if any(
-                    plan.dist_context.all_gather_object(is_hung or is_grace_over)
-                ):  # all at once, or one would leave while another still asks
-                    break
-                time.sleep(POLL_SECONDS)
-            exit_code = process.poll()
-        finally:
-            process.kill()
-            process.wait()
-        log_file.seek(0)
-        output_lines = [line.strip() for line in log_file.read().splitlines() if line.strip()]
-    return exit_code, (output_lines or ["no output"])[-1][:300]
-
-
-def _answer_size(folder: Path, rank: int) -> int:
-    answer_file = folder / f"answer-{rank}"
-    return answer_file.stat().st_size if answer_file.exists() else 0
-
-
-def _read_answers(path: Path) -> dict[int, dict[str, Any]]:
+            stdin=subprocess.PIPE, stdout=output, stderr=output, env=environ,
+        )  # fmt: skip
+    failed_at: float | None = None
+    answer_size, last_progress_time = 0, time.monotonic()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError:
-        return {}
-    return {row["micro_batch_size"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
+        while True:
+            plan.dist_context.watchdog.heartbeat()
+            exit_codes = plan.dist_context.all_gather_object(process.poll())
+            if None not in exit_codes:
+                break
+            now = time.monotonic()
+            if any(exit_codes):
+                failed_at = failed_at or now
+            if (new_size := answer_file.stat().st_size) != answer_size:
+                answer_size, last_progress_time = new_size, now
+            is_hung = now - last_progress_time > plan.settings.engine.hang_timeout
+            is_grace_over = failed_at is not None and now - failed_at > GRACE_SECONDS
+            if any(plan.dist_context.all_gather_object(is_hung or is_grace_over)):
+                break  # all at once, or one would leave while another still asks
+            time.sleep(POLL_SECONDS)
+        exit_code = process.poll()
+    finally:
+        process.kill()
+        process.wait()
+    return exit_code, last_line(log.read_text(encoding="utf-8", errors="replace"))
 
 
-def _merge_ranks(plan: RunPlan, micro_batch_size: int, answers: list[dict[str, Any]]) -> TrialResult:
+def _merge_ranks(plan: RunPlan, micro_batch_size: int, answers: Sequence[dict[str, Any]]) -> TrialResult:
     """One size on all ranks: the slowest one's seconds, the largest one's bytes."""
     step_seconds = max(answer["seconds"] for answer in answers)
-    return TrialResult(
-        micro_batch_size=micro_batch_size,
-        gradient_accumulation_steps=plan.schedule.batch.global_batch
-        // (micro_batch_size * plan.dist_context.world_size),
-        fits=True,
-        step_seconds=step_seconds, tokens_per_second=answers[0]["tokens"] / step_seconds,
+    return _make_result(
+        plan, micro_batch_size, fits=True, step_seconds=step_seconds,
+        tokens_per_second=answers[0]["tokens"] / step_seconds,
         peak_memory_bytes=max(answer["peak_memory_bytes"] for answer in answers),
+    )  # fmt: skip
+
+
+def _make_result(plan: RunPlan, micro_batch_size: int, *, fits: bool = False, **fields: Any) -> TrialResult:
+    batch, num_ranks = plan.schedule.batch, plan.dist_context.world_size
+    accumulation = BatchConfig.divide(batch.global_batch, micro_batch_size, num_ranks).gradient_accumulation_steps
+    return TrialResult(
+        micro_batch_size=micro_batch_size, gradient_accumulation_steps=accumulation, fits=fits, **fields
     )  # fmt: skip
 
 
 def _report(plan: RunPlan, trials: list[TrialResult], row_length: int, budget: str) -> None:
     best_trial = fastest(trials)
-    folder = Path(plan.settings.run_folder)
     content = {
         "format": 1, "mode": plan.settings.mode, "global_batch": plan.schedule.batch.global_batch, "width": row_length,
         "tried": [vars(trial) for trial in trials], "suggestion": best_trial.micro_batch_size if best_trial else None,
-        "budget": budget,
-        "settings": plan.settings.as_dict(), "resolved": plan.resolved(), "data": plan.data_info["fingerprint"],
+        "budget": budget, "settings": plan.settings.as_dict(), "resolved": plan.resolved(),
+        "data": plan.data_info["fingerprint"],
     }  # fmt: skip
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "find-batch.json", json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
-        ) from error
+    with output_folder(plan) as folder:
+        path = folder / "find-batch.json"
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
     for line in format_lines(plan, trials, best_trial, budget):
         print(line, flush=True)
     if best_trial is None:
@@ -211,7 +175,7 @@ def _report(plan: RunPlan, trials: list[TrialResult], row_length: int, budget: s
             "--find-batch: not even the smallest micro-batch fits; --ds-config zero3 or zero2_offload, --mode lora "
             "or a shorter --block-size need less"
         )
-    print(f"numbers        {folder / 'find-batch.json'}; nothing was trained", flush=True)
+    print(f"numbers        {path}; nothing was trained", flush=True)
 
 
 def format_lines(
@@ -220,27 +184,22 @@ def format_lines(
     """The table and the suggestion for people."""
     lines = ["", "micro-batch  accumulation  ms per step    tokens/s  memory of a rank"]
     for trial in trials:
-        row = f"{trial.micro_batch_size:>11}  {trial.gradient_accumulation_steps:>12}  "
-        lines.append(
-            row + f"{1000 * trial.step_seconds:>11,.0f}  {trial.tokens_per_second:>10,.0f}  "
+        numbers = (
+            f"{1000 * trial.step_seconds:>11,.0f}  {trial.tokens_per_second:>10,.0f}  "
             f"{trial.peak_memory_bytes / 2**30:.2f} GiB"
-            if trial.fits
-            else row + f"does not fit: {trial.failure_reason}"
         )
+        outcome = numbers if trial.fits else f"does not fit: {trial.failure_reason}"
+        lines.append(f"{trial.micro_batch_size:>11}  {trial.gradient_accumulation_steps:>12}  {outcome}")
     if budget:
         lines.append(budget)
     if best_trial is not None:
-        largest_fitting = max((trial for trial in trials if trial.fits), key=lambda trial: trial.micro_batch_size)
-        gain = best_trial.tokens_per_second / largest_fitting.tokens_per_second - 1
+        largest = max((trial for trial in trials if trial.fits), key=lambda trial: trial.micro_batch_size)
+        gain = best_trial.tokens_per_second / largest.tokens_per_second - 1
         comparison = f"{gain:+.0%} against" if abs(gain) > EQUAL_SPEED_SHARE else "in less memory and as fast as"
-        comparison_note = (
-            f", {comparison} {largest_fitting.micro_batch_size}, the largest that fits"
-            if largest_fitting is not best_trial
-            else ""
-        )
+        note = f", {comparison} {largest.micro_batch_size}, the largest that fits" * (largest is not best_trial)
         lines.append(
             f"suggestion     --micro-batch {best_trial.micro_batch_size}: {best_trial.tokens_per_second:,.0f} "
-            f"tokens/s{comparison_note}"
+            f"tokens/s{note}"
         )
         if plan.dropout:
             lines.append("note           another micro-batch draws other dropout masks; all else stays the same run")

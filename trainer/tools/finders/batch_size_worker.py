@@ -1,5 +1,4 @@
-"""One rank of a trial: `python -m trainer.tools.finders.batch_size_worker JOB` takes real steps of growing
-micro-batches.
+"""One rank of a trial, which takes real steps of growing micro-batches: `python -m ...batch_size_worker JOB`.
 
 A process of its own, because nothing can be said of the ranks after one of them ran out of memory in the middle of a
 collective: all are ended, and the parents, which hold no model, go on.
@@ -9,7 +8,6 @@ import json
 import os
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,8 @@ from trainer.data.dataset import load
 from trainer.data.sampler import PAD_ID, step_batches, step_counts
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine
-from trainer.distributed.execution import ExecutionPlan
 from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
-from trainer.model.build import build_model
+from trainer.tools.trial_engine import device_seconds, start_trial
 
 OUT_OF_MEMORY_EXIT_CODE = 77  # the exit code that says so
 MAX_MICRO_BATCHES = 4  # micro-batches of one trial step; a step of more is reckoned from their mean
@@ -36,32 +33,15 @@ def main(job_file: str) -> int:
     """Try the job's sizes in order; one JSON line each goes to the job's answer. Returns the exit code."""
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     dist_context = init_distributed()
-    settings = Settings.from_dict(job["settings"])
-    dataset = load(Path(job["data"])).train
+    settings, data = Settings.from_dict(job["settings"]), load(Path(job["data"]))
     try:
-        engine = Engine(
-            dist_context,
-            build_model(settings, with_fingerprint=False),
-            job["deepspeed"],
-            settings.train,
-            ExecutionPlan(**job["execution"]),
-        )
-        with open(f"{job['answer']}-{dist_context.rank}", "a", encoding="utf-8", buffering=1) as answer_file:
+        _, engine = start_trial(settings, data, dist_context)
+        with open(job["answer"], "a", encoding="utf-8", buffering=1) as answer_file:
             for micro_batch_size in job["sizes"]:
                 use_plan_for(engine, micro_batch_size, settings.data.block_size)
-                gradient_accumulation_steps = settings.train.global_batch // (
-                    micro_batch_size * dist_context.world_size
-                )
-                measurements = measure_step(
-                    engine,
-                    dataset,
-                    BatchConfig(
-                        micro_batch_size=micro_batch_size,
-                        gradient_accumulation_steps=gradient_accumulation_steps,
-                        world_size=dist_context.world_size,
-                    ),
-                )
-                answer_file.write(json.dumps({"micro_batch_size": micro_batch_size, **measurements}) + "\n")
+                batch = BatchConfig.divide(settings.train.global_batch, micro_batch_size, dist_context.world_size)
+                measurements = measure_step(engine, data.train, batch)
+                answer_file.write(json.dumps(measurements) + "\n")
         return 0
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -84,47 +64,36 @@ def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> d
 
     `seconds` is that of the whole step: accumulation x the mean of the passes taken + the update.
     """
+    device, rank = engine.dist_context.device, engine.dist_context.rank
     longest_indices = np.argsort(-dataset.lengths(), kind="stable").astype(np.int64)[: batch.global_batch]
-    micro_batches = step_batches(dataset, longest_indices, 0, batch, engine.dist_context.rank, PAD_ID)[
-        :MAX_MICRO_BATCHES
-    ]
+    micro_batches = step_batches(dataset, longest_indices, 0, batch, rank, PAD_ID)[:MAX_MICRO_BATCHES]
     _, num_tokens, num_target_tokens = step_counts(dataset, longest_indices, 0, batch.global_batch)
-    is_gpu = engine.dist_context.device.type == "cuda"
-    if is_gpu:
-        torch.cuda.reset_peak_memory_stats(engine.dist_context.device)
-    step_times = []
-    for _ in range(engine.execution.num_warmup_steps + NUM_TIMED_STEPS):
-        start_time = _synchronized_time(is_gpu)
-        loss_sums = [
+    loss_sums: list[Any] = []
+
+    def run_passes() -> None:
+        loss_sums[:] = [
             engine.forward_backward(micro_batch, step=0, num_target_tokens=num_target_tokens)
             for micro_batch in micro_batches
         ]
-        backward_end_time = _synchronized_time(is_gpu)
-        engine.launch_update(0.0, loss_sums)()
-        step_times.append(
-            (backward_end_time - start_time) / len(micro_batches) * batch.gradient_accumulation_steps
-            + _synchronized_time(is_gpu)
-            - backward_end_time
-        )
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step_times = []
+    for _ in range(engine.execution.num_warmup_steps + NUM_TIMED_STEPS):
+        passes_seconds = device_seconds(run_passes, device)
+        update_seconds = device_seconds(lambda: engine.launch_update(0.0, loss_sums)(), device)
+        step_times.append(passes_seconds / len(micro_batches) * batch.gradient_accumulation_steps + update_seconds)
     return {
-        "seconds": min(step_times[-NUM_TIMED_STEPS:]),
-        "tokens": num_tokens,
-        "peak_memory_bytes": peak_memory_bytes(engine.dist_context.device),
-    }
-
-
-def _synchronized_time(is_gpu: bool) -> float:
-    if is_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+        "seconds": min(step_times[-NUM_TIMED_STEPS:]), "tokens": num_tokens,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is that memory ran out, as torch's allocators and libraries put it."""
     messages = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        message in str(error) for message in messages
-    )
+    is_allocators_own = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_allocators_own or any(message in str(error) for message in messages)
 
 
 def exit_with_parent() -> None:

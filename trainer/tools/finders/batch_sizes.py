@@ -36,8 +36,8 @@ def ladder(sizes: Sequence[int]) -> list[int]:
 
 def next_sizes(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> list[int]:
     """What to try after what is known: up the ladder until one does not fit, then halving the gap; [] at the end."""
-    largest_fitting = max((size for size, is_fitting in fits_by_size.items() if is_fitting), default=0)
-    smallest_failing = min((size for size, is_fitting in fits_by_size.items() if not is_fitting), default=None)
+    largest_fitting = max((size for size, fits in fits_by_size.items() if fits), default=0)
+    smallest_failing = min((size for size, fits in fits_by_size.items() if not fits), default=None)
     if smallest_failing is None:
         return ladder([size for size in sizes if size > largest_fitting])
     sizes_between = [size for size in sizes if largest_fitting < size < smallest_failing]
@@ -46,15 +46,7 @@ def next_sizes(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> list[i
 
 def fastest(trials: Sequence[TrialResult]) -> TrialResult | None:
     """The one with the most tokens per second; of those within EQUAL_SPEED_SHARE of it the smallest."""
-    fitting_trials = [trial for trial in trials if trial.fits]
-    if not fitting_trials:
-        return None
-    max_tokens_per_second = max(trial.tokens_per_second for trial in fitting_trials)
-    return min(
-        (
-            trial
-            for trial in fitting_trials
-            if trial.tokens_per_second >= (1 - EQUAL_SPEED_SHARE) * max_tokens_per_second
-        ),
-        key=lambda trial: trial.micro_batch_size,
-    )
+    fitting = [trial for trial in trials if trial.fits]
+    min_speed = (1 - EQUAL_SPEED_SHARE) * max((trial.tokens_per_second for trial in fitting), default=0.0)
+    fast = [trial for trial in fitting if trial.tokens_per_second >= min_speed]
+    return min(fast, key=lambda trial: trial.micro_batch_size, default=None)

@@ -1,5 +1,23 @@
-"""Short trials before a run that choose a number for it: the learning rate, the micro-batch. Nothing is trained."""
+"""What the finders and `doctor.py --prove` leave in a run folder."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainer.config.errors import UserError
+from trainer.training.run_plan import RunPlan
 
 PROOF_FILE = "prove.json"
-#: What the finders and `doctor.py --prove` leave in a run folder; a run may begin beside it.
-FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", PROOF_FILE)
+FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", PROOF_FILE)  # a run may begin beside them
+
+
+@contextlib.contextmanager
+def output_folder(plan: RunPlan) -> Iterator[Path]:
+    """The run folder, for a block that writes there; UserError where it cannot."""
+    folder = Path(plan.settings.run_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        raise UserError(message) from error

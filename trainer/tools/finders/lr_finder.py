@@ -2,15 +2,14 @@
 
 import json
 import math
-from pathlib import Path
 
 from trainer.config.cli import LRRange
-from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.steppers import NonFiniteError
 from trainer.report.lr_range_plot import plot_lr_range_test
+from trainer.tools.finders.files import output_folder
 from trainer.tools.finders.lr_curve import LRSuggestion, geometric_lrs, has_diverged, smooth, smoothing_beta, suggest_lr
 from trainer.training.run_plan import RunPlan
 from trainer.training.schedule import TrainSchedule
@@ -55,7 +54,6 @@ def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[flo
     """On one rank: the verdict in words, as JSON and as a picture."""
     settings = plan.settings
     suggestion = suggest_lr(lrs, losses, lr_range.steps)
-    folder = Path(settings.run_folder)
     finite_losses = [loss for loss in losses if math.isfinite(loss)]
     content = {
         "format": 1, "mode": settings.mode, "range": [lr_range.start, lr_range.end], "steps": lr_range.steps, "lr": lrs,
@@ -65,17 +63,12 @@ def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[flo
         "warning": suggestion.warning, "settings": settings.as_dict(), "resolved": plan.resolved(),
         "data": plan.data_info["fingerprint"],
     }  # fmt: skip
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with output_folder(plan) as folder:
         write_atomically(folder / "find-lr.json", json.dumps(content, indent=1) + "\n")
         plot_lr_range_test(
             folder / "find-lr.png", mode=settings.mode, lrs=lrs[: len(finite_losses)], losses=finite_losses,
             smoothed_losses=content["smoothed"], suggested_lr=suggestion.lr, name=settings.run_name,
         )  # fmt: skip
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
-        ) from error
     for line in format_lines(suggestion, settings.mode, settings.train.lr):
         print(line, flush=True)
     print(f"plot           {folder / 'find-lr.png'}, numbers in find-lr.json; nothing was trained", flush=True)
@@ -83,15 +76,13 @@ def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[flo
 
 def format_lines(suggestion: LRSuggestion, mode: str, lr: float) -> list[str]:
     """The verdict for people."""
-    lines = []
+    lines = ["suggestion     none"]
     if suggestion.lr is not None:
-        lines.append(
+        lines = [
             f"suggestion     --lr {suggestion.lr:g} for --mode {mode} (a tenth of {suggestion.lr_at_lowest_loss:.1e}, "
-            "where the "
-            f"loss is lowest; it falls fastest at {suggestion.lr_at_steepest_fall:.1e}; these settings have {lr:g})"
-        )
-    else:
-        lines.append("suggestion     none")
+            f"where the loss is lowest; it falls fastest at {suggestion.lr_at_steepest_fall:.1e}; these settings have "
+            f"{lr:g})"
+        ]
     if suggestion.warning:
         lines.append(f"range          {suggestion.warning}: --find-lr START:END")
     return lines
