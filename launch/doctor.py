@@ -24,38 +24,28 @@ def build_parser() -> ArgumentParser:
         epilog="Exit code: 0 no error, 1 an error was found, 2 a mistake in the flags. "
         "python launch/train.py --help lists the flags of the run.",
     )
-    parser.add_argument(
-        "--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)"
-    )
-    parser.add_argument(
-        "--hosts", metavar="NAME:RANKS,...", help="the hosts that the run will have: look at each over ssh as well"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)")
+    add("--hosts", metavar="NAME:RANKS,...", help="the hosts that the run will have: look at each over ssh as well")
+    add(
         "--gpu-memory", type=float, metavar="GIB",
         help="plan for GPUs with so much memory, which this machine need not have; without a rehearsal",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--prove", action="store_true",
         help="in the place of the rehearsal: hold every ZeRO stage x ranks x way to run steps against a plain PyTorch "
         "loop on this machine, three steps each, and write prove.json to the run folder",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument(
-        "--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it"
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
+    add("--json", action="store_true", help="print one JSON object instead")
+    add("--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it")
+    add(
+        "--limit", type=float, default=600.0, metavar="SECONDS",
         help="give the rehearsal up after so long (default: 600)",
-    )
-    parser.add_argument(
+    )  # fmt: skip
+    add(
         "--check-run", metavar="RUN", help="instead: read a run folder whole and say what is damaged and still possible"
     )
-    parser.add_argument(
-        "--move-aside", action="store_true", help="with --check-run: move what is damaged to RUN/damaged"
-    )
+    add("--move-aside", action="store_true", help="with --check-run: move what is damaged to RUN/damaged")
     return parser
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import start_engine
+from helpers.engines import joined_ranks, prepare_data, start_engine
 from helpers.launch_ranks import train
 from helpers.matrix import launch_jobs, run_jobs
 from helpers.process_groups import reproducible_records
@@ -15,14 +15,11 @@ from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.data.dataset import prepare
-from trainer.distributed.process_group import destroy_process_group, init_distributed
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_curve import geometric_lrs, has_diverged, smooth, suggest_lr
 from trainer.tools.finders.lr_finder import sweep
 from trainer.tracking.records import to_line
 from trainer.training import loop
-from trainer.training.checkpoint import CheckpointManager
 from trainer.training.run_folder import is_unused
 from trainer.training.train_state import TrainState
 
@@ -43,19 +40,13 @@ def test_lr_curve_smoothing_is_fastais_formula():
     assert smooth([1.0, 2.0], beta=0.5) == pytest.approx([1.0, (0.5 * 0.5 + 0.5 * 2.0) / 0.75])
 
 
-def make_sweep(
-    best_lr: float, *, lowest_loss: float = 2.0, noise: float = 0.02, seed: int = 0
-) -> tuple[list[float], list[float]]:
-    """A made-up sweep over 1e-7..1: flat at 4, falling to `lowest_loss` at `best_lr`, then rising steeply."""
+def make_sweep(best_lr: float, *, noise: float = 0.02, seed: int = 0) -> tuple[list[float], list[float]]:
+    """A made-up sweep over 1e-7..1: flat at 4, falling to 2 at `best_lr`, then rising steeply."""
     rng, losses = random.Random(seed), []
     lrs = geometric_lrs(1e-7, 1.0, STEPS)
     for lr in lrs:
-        log10_distance = math.log10(lr / best_lr)
-        level = (
-            4.0 - (4.0 - lowest_loss) * math.exp(-(log10_distance**2))
-            if log10_distance < 0
-            else lowest_loss + 3.0 * log10_distance**2
-        )
+        decades = math.log10(lr / best_lr)
+        level = 4.0 - 2.0 * math.exp(-(decades**2)) if decades < 0 else 2.0 + 3.0 * decades**2
         losses.append(level + rng.gauss(0, noise))
         if has_diverged(losses, STEPS):
             break
@@ -142,13 +133,9 @@ def test_find_lr_with_another_program_flag_is_refused(other):
 
 CELLS = [(2, "zero0", "lora"), (2, "zero3", "full")]
 SWEEP_CELLS = [
-    (1, "zero0", "full"),
-    (1, "zero2", "lora"),
-    (2, "zero1", "full"),
-    (2, "zero2_offload", "lora"),
-    (2, "zero3", "lora"),
-    (2, "zero3_offload", "lora"),
-]
+    (1, "zero0", "full"), (1, "zero2", "lora"), (2, "zero1", "full"), (2, "zero2_offload", "lora"),
+    (2, "zero3", "lora"), (2, "zero3_offload", "lora"),
+]  # fmt: skip
 
 
 def make_argv(tiny_model: str, data_files: tuple[str, str], mode: str) -> list[str]:
@@ -158,35 +145,30 @@ def make_argv(tiny_model: str, data_files: tuple[str, str], mode: str) -> list[s
 
 def run_jobs_after_sweep(jobs: list[dict[str, Any]]) -> int:
     """`matrix.run_jobs` with a sweep before each run, to rates at which no number is left of the model."""
-    dist_context = init_distributed()
-    try:
+    with joined_ranks() as dist_context:
         for job in jobs:
-            started = start_engine(job, dist_context)
-            data, plan, engine = started.data, started.plan, started.engine
-            restore_initial = engine.state.snapshot()
-            sweep(engine, data, plan.schedule, [1e-3, 1e-3])  # so that there are moments
-            before = read_trained_state(engine)
-            restore = engine.state.snapshot()
-            losses = sweep(engine, data, plan.schedule, [*geometric_lrs(1e-3, 1e5, 20), *[1e30] * 4])
-            moved = read_trained_state(engine)
+            run = start_engine(job, dist_context)
+            state, schedule = run.engine.state, run.plan.schedule
+            restore_initial = state.snapshot()
+            sweep(run.engine, run.data, schedule, [1e-3, 1e-3])  # so that there are moments
+            before = read_trained_state(run.engine)
+            restore = state.snapshot()
+            losses = sweep(run.engine, run.data, schedule, [*geometric_lrs(1e-3, 1e5, 20), *[1e30] * 4])
+            moved = read_trained_state(run.engine)
             restore()
-            after = read_trained_state(engine)
+            after = read_trained_state(run.engine)
             restore_initial()
-            out, name = Path(job["out"]), job["name"]
+            is_same = len({json.dumps(rank_losses) for rank_losses in dist_context.all_gather_object(losses)}) == 1
             result = {
-                "losses": losses,
-                "same": len({json.dumps(rank_losses) for rank_losses in dist_context.all_gather_object(losses)}) == 1,
-                "moved": sum(moved[key] != before[key] for key in before) / len(before), "restored": after == before,
+                "losses": losses, "same": is_same, "restored": after == before,
+                "moved": sum(moved[key] != before[key] for key in before) / len(before),
             }  # fmt: skip
-            checkpoint_manager = CheckpointManager(
-                out / f"{name}-checkpoints", dist_context, save_total_limit=9, identity={"base": "test"}
-            )
-            records = list(loop.train(engine, data, plan.schedule, TrainState(), checkpoint_manager, lambda: False))
+            out, name = Path(job["out"]), job["name"]
+            checkpoints = run.checkpoint_manager(out / f"{name}-checkpoints")
+            records = list(loop.train(run.engine, run.data, schedule, TrainState(), checkpoints, lambda: False))
             if dist_context.rank == 0:
                 (out / f"{name}.jsonl").write_text("".join(to_line(record) + "\n" for record in records))
                 (out / f"{name}.json").write_text(json.dumps(result))
-    finally:
-        destroy_process_group()
     return 0
 
 
@@ -199,48 +181,35 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return reproducible_records(map(json.loads, path.read_text().splitlines()))
 
 
-def test_an_lr_sweep_changes_no_bit_of_the_run_after_it(tiny_model, data_files, tmp_path):
-    assert_sweep_changes_nothing(CELLS, tiny_model, data_files, tmp_path)
-
-
-@pytest.mark.sweep
-def test_an_lr_sweep_changes_no_bit_of_the_run_after_it_under_the_other_zero_files(tiny_model, data_files, tmp_path):
-    assert_sweep_changes_nothing(SWEEP_CELLS, tiny_model, data_files, tmp_path)
-
-
-def assert_sweep_changes_nothing(
-    cells: list[tuple[int, str, str]], tiny_model: str, data_files: tuple[str, str], tmp_path: Path
-) -> None:
-    settings = cli.parse_args(make_argv(tiny_model, data_files, "full")).settings
-    folder = prepare(settings.data, model=tiny_model, global_batch=6).folder
+@pytest.mark.parametrize("cells", [CELLS, pytest.param(SWEEP_CELLS, marks=pytest.mark.sweep)], ids=["some", "more"])
+def test_an_lr_sweep_changes_no_bit_of_the_run_after_it(cells, tiny_model, data_files, tmp_path):
+    data = str(prepare_data(make_argv(tiny_model, data_files, "full")))
     plain_dir, swept_dir = tmp_path / "plain", tmp_path / "swept"
     for out, target in ((plain_dir, run_jobs), (swept_dir, run_jobs_after_sweep)):
         out.mkdir()
         for ranks in sorted({cell[0] for cell in cells}):
             jobs = [
                 {
-                    "name": f"{r}-{zero}-{mode}", "data": str(folder), "out": str(out),
+                    "name": f"{r}-{zero}-{mode}", "data": data, "out": str(out),
                     "flags": [*make_argv(tiny_model, data_files, mode), "--ds-config", zero],
                 }
                 for r, zero, mode in cells if r == ranks
             ]  # fmt: skip
             launch_jobs(ranks, jobs, tmp_path / f"{out.name}-{ranks}.log", target)
-    sweeps: dict[str, list[list[float]]] = {"full": [], "lora": []}
+    first_losses: dict[str, list[float]] = {}
     for r, zero, mode in cells:
         name = f"{r}-{zero}-{mode}"
         result = json.loads((swept_dir / f"{name}.json").read_text())
         assert result["moved"] > 0.9, f"{name}: the sweep does train"
         assert result["restored"], name
         assert result["same"], f"{name}: every rank sees the loss of the global batch"
-        assert len(result["losses"]) < 24, f"{name}: it ends where the loss diverges"
+        losses = result["losses"]
+        assert len(losses) < 24, f"{name}: it ends where the loss diverges"
         assert read_rows(plain_dir / f"{name}.jsonl") == read_rows(swept_dir / f"{name}.jsonl"), name
         last = [(out / f"{name}-checkpoints" / "step-000007" / "state.safetensors") for out in (plain_dir, swept_dir)]
         assert last[0].read_bytes() == last[1].read_bytes(), f"{name}: weights and moments at the end of the run"
-        sweeps[mode].append(result["losses"][:6])
-    for mode, losses in sweeps.items():
-        assert all(sweep_losses == pytest.approx(losses[0], rel=1e-4) for sweep_losses in losses), (
-            f"{mode}: ranks and stages change nothing"
-        )
+        expected = pytest.approx(first_losses.setdefault(mode, losses[:6]), rel=1e-4)
+        assert losses[:6] == expected, f"{name}: ranks and stages change nothing"
 
 
 def test_find_lr_writes_a_suggestion_and_a_picture_and_trains_nothing(tiny_model, data_files, tmp_path):

@@ -6,23 +6,22 @@ Long: one case a check.
 import json
 import os
 import socket
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.engines import plan_run
-from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
+from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv, write_records
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.data.dataset import PreparedDataset, load, prepare
+from trainer.data.dataset import PreparedDataset, prepare
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import simulated_context
-from trainer.model.build import build_model, load_config
 from trainer.tools.doctor import (
     data_checks,
     doctor_cli,
@@ -32,34 +31,26 @@ from trainer.tools.doctor import (
     sample_data,
     smoke_test,
 )
-from trainer.tools.doctor.check_result import CheckResult, catch_user_errors, format_bytes
-from trainer.training.run_plan import make_plan
+from trainer.tools.doctor.check_result import LEVELS, CheckResult, catch_user_errors, format_bytes
 
 
 def worst_levels(checks: Any) -> dict[str, str]:
     """{what: level}, the worst of those of one name."""
-    levels_by_name: dict[str, str] = {}
+    levels: dict[str, str] = {}
     for check in checks:
         assert check.level == "ok" or check.remedy, f"{check} without a remedy"
-        levels_by_name[check.name] = max(
-            levels_by_name.get(check.name, "ok"), check.level, key=("ok", "warning", "error").index
-        )
-    return levels_by_name
+        levels[check.name] = max(levels.get(check.name, "ok"), check.level, key=LEVELS.index)
+    return levels
 
 
 # --- environment ---
 
 
 def test_doctor_checks_versions_against_the_supported_ranges():
-    import torch
-
     good = environment_checks.check_packages((">=3.11", ["torch>=2", "numpy", "pytest>=99; extra == 'test'"]))
     assert worst_levels(good) == {"packages": "ok"}
-    bad = list(
-        environment_checks.check_packages(
-            (">=3.99", [f"torch<{torch.__version__.split('+')[0]}", "no-such-package>=1"])
-        )
-    )
+    needs = [f"torch<{torch.__version__.split('+')[0]}", "no-such-package>=1"]
+    bad = list(environment_checks.check_packages((">=3.99", needs)))
     assert worst_levels(bad) == {"Python": "error", "torch": "error", "no-such-package": "error", "packages": "ok"}
     assert any("pip install 'no-such-package>=1'" in check.remedy for check in bad)
     assert worst_levels(environment_checks.check_packages(None)) == {"packages": "warning"}
@@ -87,7 +78,7 @@ def test_doctor_names_environment_variables_but_never_shows_values(monkeypatch, 
     assert environment_checks.check_forwarded_variables(environ, True).level == "ok"
 
 
-def test_doctor_checks_builds_leftover_processes_and_addresses(monkeypatch, tmp_path):
+def test_doctor_checks_builds_leftover_buffers_and_addresses(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert worst_levels(environment_checks.check_op_builds()) == {"op builds": "ok"}
@@ -100,10 +91,9 @@ def test_doctor_checks_builds_leftover_processes_and_addresses(monkeypatch, tmp_
     assert not list(environment_checks.check_leftover_buffers(tmp_path))
     (tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0").write_bytes(b"1")
     assert worst_levels(environment_checks.check_leftover_buffers(tmp_path)) == {"/dev/shm": "warning"}
-    assert worst_levels(environment_checks.check_master_address({"MASTER_ADDR": "no-such-host.invalid"})) == {
-        "MASTER_ADDR": "error"
-    }
-    assert worst_levels(environment_checks.check_master_address({"MASTER_ADDR": "127.0.0.1"})) == {"MASTER_ADDR": "ok"}
+    for address, level in (("no-such-host.invalid", "error"), ("127.0.0.1", "ok")):
+        checks = environment_checks.check_master_address({"MASTER_ADDR": address})
+        assert worst_levels(checks) == {"MASTER_ADDR": level}
 
 
 def test_doctor_checks_threads_against_the_cores(monkeypatch):
@@ -118,27 +108,22 @@ def test_doctor_checks_threads_against_the_cores(monkeypatch):
 # --- data ---
 
 
-def make_dataset(texts: list[list[int]], first: int = 1) -> TokenDataset:
+def make_dataset(texts: list[list[int]], first: int) -> TokenDataset:
     return TokenDataset(
         ids=np.concatenate([np.asarray(text, dtype=np.uint16) for text in texts]),
         offsets=np.cumsum([0, *map(len, texts)]), first_target=np.full(len(texts), first, dtype=np.int32),
     )  # fmt: skip
 
 
-def make_prepared_dataset(
-    train: list[list[int]], val: list[list[int]], first: int = 1, num_left_out: int = 0
-) -> PreparedDataset:
+def make_data(train: list[list[int]], val: list[list[int]], first: int = 1, num_left_out: int = 0) -> PreparedDataset:
+    metadata: dict[str, Any] = {"vocabulary": 3000, "tokenizer": "x", "notices": ["one notice"]}
     datasets = {"train": make_dataset(train, first), "val": make_dataset(val, first)}
-    facts: dict[str, Any] = {
-        split: {
-            "records": len(datasets[split]) + (num_left_out if split == "train" else 0),
-            "examples": len(datasets[split]),
-            "tokens": len(datasets[split].ids), "counted_tokens": int(datasets[split].num_target_tokens().sum()),
-        }
-        for split in datasets
-    }  # fmt: skip
-    facts |= {"vocabulary": 3000, "tokenizer": "x", "notices": ["one notice"]}
-    return PreparedDataset(**datasets, metadata=facts, val_texts=(), pad_id=0, folder=Path())
+    for split, dataset in datasets.items():
+        metadata[split] = {
+            "records": len(dataset) + num_left_out * (split == "train"), "examples": len(dataset),
+            "tokens": len(dataset.ids), "counted_tokens": int(dataset.num_target_tokens().sum()),
+        }  # fmt: skip
+    return PreparedDataset(**datasets, metadata=metadata, val_texts=(), pad_id=0, folder=Path())
 
 
 def make_texts(count: int, stride: int, length: int = 30) -> list[list[int]]:
@@ -153,11 +138,8 @@ def parse_settings(objective: str, block_size: int = 32) -> Any:
 @pytest.mark.parametrize("block", [32, 1024])
 def test_doctor_finds_no_fault_in_sound_data(block):
     """Whatever room a row has: rows are padded to the longest beside them, not to the block size."""
-    checks = list(
-        data_checks.check_data(
-            parse_settings("completion", block), make_prepared_dataset(make_texts(600, 1), make_texts(200, 2))
-        )
-    )
+    data = make_data(make_texts(600, 1), make_texts(200, 2))
+    checks = list(data_checks.check_data(parse_settings("completion", block), data))
     assert set(worst_levels(checks).values()) == {"ok"}, [check for check in checks if check.level != "ok"]
     assert any(check.message == "one notice" for check in checks)
 
@@ -165,17 +147,13 @@ def test_doctor_finds_no_fault_in_sound_data(block):
 @pytest.mark.parametrize(
     ("what", "level", "data"),
     [
-        ("validation", "warning", make_prepared_dataset(make_texts(600, 1), make_texts(5, 2))),
-        ("duplicates", "warning", make_prepared_dataset(make_texts(300, 1), make_texts(300, 1))),
-        ("repeats", "warning", make_prepared_dataset(make_texts(100, 1) * 2, make_texts(200, 2))),
-        ("masked", "warning", make_prepared_dataset(make_texts(600, 1), make_texts(200, 2), first=29)),
-        ("masked", "error", make_prepared_dataset(make_texts(600, 1), make_texts(200, 2), first=30)),
-        ("too long", "warning", make_prepared_dataset(make_texts(600, 1), make_texts(200, 2), num_left_out=30)),
-        (
-            "coverage",
-            "warning",
-            make_prepared_dataset(make_texts(20, 1), [[2000 + n for n in range(30)] for _ in range(200)]),
-        ),
+        ("validation", "warning", make_data(make_texts(600, 1), make_texts(5, 2))),
+        ("duplicates", "warning", make_data(make_texts(300, 1), make_texts(300, 1))),
+        ("repeats", "warning", make_data(make_texts(100, 1) * 2, make_texts(200, 2))),
+        ("masked", "warning", make_data(make_texts(600, 1), make_texts(200, 2), first=29)),
+        ("masked", "error", make_data(make_texts(600, 1), make_texts(200, 2), first=30)),
+        ("too long", "warning", make_data(make_texts(600, 1), make_texts(200, 2), num_left_out=30)),
+        ("coverage", "warning", make_data(make_texts(20, 1), [list(range(2000, 2030))] * 200)),
     ],
 )
 def test_doctor_finds_every_fault_planted_in_the_data(what, level, data):
@@ -185,11 +163,9 @@ def test_doctor_finds_every_fault_planted_in_the_data(what, level, data):
 def test_doctor_finds_duplicate_texts_inside_blocks():
     """Blocks cut texts anywhere; what stands between two ends of text is compared."""
     train, val = make_texts(40, 1, 29), make_texts(3, 1, 29) + make_texts(7, 2, 29)
-    flat = {
-        side: [token for text in side_texts for token in [*text, 0]] for side, side_texts in (("t", train), ("v", val))
-    }
-    cut = {side: [ids[at : at + 16] for at in range(0, len(ids) - 15, 16)] for side, ids in flat.items()}
-    checks = list(data_checks.check_duplicates(parse_settings("blocks"), make_prepared_dataset(cut["t"], cut["v"])))
+    flat = [[token for text in texts for token in [*text, 0]] for texts in (train, val)]
+    blocks = [[ids[at : at + 16] for at in range(0, len(ids) - 15, 16)] for ids in flat]
+    checks = list(data_checks.check_duplicates(parse_settings("blocks"), make_data(*blocks)))
     assert checks[0].message.startswith("3 of 9 "), "the last text is cut off"
 
 
@@ -216,12 +192,8 @@ def test_doctor_judges_the_training_schedule(doctor_inputs):
     plan = doctor_inputs["plan"]
     assert worst_levels(plan_checks.check_schedule(plan))["steps"] == "ok"
     train = replace(plan.settings.train, warmup_steps=10**6, max_steps=3)
-    output = replace(plan.settings.output, eval_every="50")
-    late = replace(
-        plan,
-        settings=replace(plan.settings, train=train, output=output),
-        schedule=replace(plan.schedule, total_steps=3),
-    )
+    settings = replace(plan.settings, train=train, output=replace(plan.settings.output, eval_every="50"))
+    late = replace(plan, settings=settings, schedule=replace(plan.schedule, total_steps=3))
     levels = worst_levels(plan_checks.check_schedule(late))
     assert (levels["steps"], levels["learning rate"], levels["--eval-every"]) == ("warning", "warning", "warning")
 
@@ -274,15 +246,10 @@ def test_the_smoke_test_of_doctor_says_what_failed(doctor_inputs, fault, tmp_pat
     script.write_text(FAKE_TRAIN_SCRIPT.replace("FAULT", line))
     (tmp_path / "near").mkdir()
     monkeypatch.setattr(smoke_test, "TRAIN_SCRIPT", script)
+    request, plan, data = (doctor_inputs[name] for name in ("request", "plan", "data"))
     limit = 1 if fault == "slow" else 60
-    played = smoke_test.SmokeTest(
-        doctor_inputs["request"],
-        doctor_inputs["plan"],
-        doctor_inputs["data"],
-        limit_seconds=limit,
-        parent_folder=tmp_path / "near",
-    )
-    checks = list(played.run_checks())
+    rehearsal = smoke_test.SmokeTest(request, plan, data, limit_seconds=limit, parent_folder=tmp_path / "near")
+    checks = list(rehearsal.run_checks())
     levels = worst_levels(checks)
     assert {what: levels[what] for what in expected} == expected, checks
     assert set(levels) <= {"train", "evaluate", "save", "export", "resume", "rehearsal"}
@@ -290,26 +257,20 @@ def test_the_smoke_test_of_doctor_says_what_failed(doctor_inputs, fault, tmp_pat
     if fault == "crash":
         assert "--lr: no" in checks[0].message
     if fault == "sound":
-        assert played.cost.step_seconds == pytest.approx(2.0), "10 tokens at 5 a second, the first step left out"
-        costs = {
-            check.name: check
-            for check in smoke_test.estimate_costs(doctor_inputs["plan"], doctor_inputs["data"], played.cost, 7.0)
-        }
+        cost = rehearsal.cost
+        assert cost.step_seconds == pytest.approx(2.0), "10 tokens at 5 a second, the first step left out"
+        costs = {check.name: check for check in smoke_test.estimate_costs(plan, data, cost, 7.0)}
         assert "steps of 2.00 s" in costs["time"].message
         assert costs["disk"].level == "ok"
-        assert smoke_test.check_disk_space(tmp_path, replace(played.cost, checkpoint_bytes=2**60), 2).level == "error"
+        assert smoke_test.check_disk_space(tmp_path, replace(cost, checkpoint_bytes=2**60), 2).level == "error"
 
 
 def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, tiny_model):
-    from helpers.tiny_inputs import write_records
-
     path = write_records(tmp_path / "large.jsonl", num_records=4000, seed=3)
     flags = f"--mode full --model {tiny_model} --data {path} --objective completion --block-size 32 --global-batch 2"
-    request = cli.parse_args([*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS])
-    data = load(prepare(request.settings.data, model=tiny_model, global_batch=2).folder)
-    model = build_model(request.settings, on_meta=True)
-    plan = make_plan(request.settings, simulated_context(1), data, model.metadata, load_config(request.settings.model))
-    data_overrides = sample_data.sample_overrides(plan, data, 4, tmp_path)
+    argv = [*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS]
+    request, planned = cli.parse_args(argv), plan_run(argv, simulated_context(1), on_meta=True)
+    data_overrides = sample_data.sample_overrides(planned.plan, planned.data, 4, tmp_path)
     lines = {side: Path(data_overrides[side]).read_text().splitlines() for side in ("data", "val_data")}
     assert 8 <= len(lines["data"]) < 400, "4 steps of 2, and not much more"
     assert 1 <= len(lines["val_data"]) < 400
@@ -331,15 +292,15 @@ def test_doctor_turns_a_user_error_into_a_check_result():
     assert checks[1].remedy == "expected CSV"
 
 
-def run_doctor(argv: list[str], capsys: Any, **options: Any) -> tuple[int, str]:
+def run_doctor(
+    argv: list[str], capsys: Any, *, ranks: int = 1, gpu_memory_bytes: int | None = None,
+    limit_seconds: float | None = None, as_json: bool = True,
+) -> tuple[int, str]:  # fmt: skip
+    """(exit code, what was printed)."""
     code = doctor_cli.run_doctor(
-        cli.parse_args(argv),
-        doctor_cli.planned_context(options.pop("ranks", 1), options.pop("gpu_memory_bytes", None)),
-        environ={},
-        limit_seconds=None,
-        as_json=options.pop("as_json", True),
-        ranks_of_hosts={},
-    )
+        cli.parse_args(argv), doctor_cli.planned_context(ranks, gpu_memory_bytes), environ={}, as_json=as_json,
+        limit_seconds=limit_seconds, ranks_of_hosts={},
+    )  # fmt: skip
     return code, capsys.readouterr().out
 
 
@@ -404,18 +365,8 @@ def test_doctor_formats_sizes_for_people():
 
 
 def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
-    line = [
-        "--mode",
-        "lora",
-        "--lr",
-        "0.001",
-        "--lora-target-modules",
-        "c_attn,c_fc",
-        "--no-shuffle",
-        "--output-dir",
-        "a b",
-    ]
-    request = cli.parse_args(line)
+    flags = "--mode lora --lr 0.001 --lora-target-modules c_attn,c_fc --no-shuffle --output-dir"
+    request = cli.parse_args([*flags.split(), "a b"])
     again = cli.parse_args(cli.to_argv(request, train={"max_steps": 4}))
     assert again.settings.train.max_steps == 4
     assert again.settings.lora.target_modules == ("c_attn", "c_fc")
@@ -427,18 +378,10 @@ def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_smoke_test_of_doctor_passes_on_real_ranks(tiny_model, data_files, tmp_path, ranks, capsys):
     text = f"--mode lora --objective completion --block-size 32 --global-batch 4 --output-dir {tmp_path}/run"
-    code = doctor_cli.run_doctor(
-        cli.parse_args(tiny_argv(tiny_model, data_files, text)),
-        doctor_cli.planned_context(ranks, None),
-        environ={},
-        limit_seconds=400.0,
-        as_json=True,
-        ranks_of_hosts={},
-    )
-    report = json.loads(capsys.readouterr().out)
+    code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys, ranks=ranks, limit_seconds=400.0)
+    report = json.loads(printed)
     assert code == 0, [check for check in report["checks"] if check["level"] == "error"]
     checks = {check["name"]: check["message"] for check in report["checks"] if check["section"] == "rehearsal"}
     assert set(checks) == {"train", "evaluate", "save", "export", "resume"}
     assert checks["resume"] == "from step 2: losses bit for bit the same"
     assert report["measured"]["step_seconds"] > 0
-    assert sys.executable
