@@ -17,7 +17,7 @@ from trainer.config.errors import TrainingError
 from trainer.distributed.engine import Engine
 from trainer.kernels.device_branch import simulate_gpu
 from trainer.tools.finders import batch_finder, batch_size_worker
-from trainer.tools.finders.batch_sizes import TrialResult, candidate_sizes, fastest, ladder, next_sizes
+from trainer.tools.finders.batch_finder import TrialResult, candidate_sizes, fastest, ladder, next_sizes
 
 # --- what to try, pure ---
 

@@ -15,7 +15,7 @@ from trainer.model.build import build_model
 from trainer.tools.bench import bench_cli
 from trainer.tools.bench.configs import BenchmarkConfig, build_configs
 from trainer.tools.bench.steps import add_relative_speeds, format_markdown
-from trainer.tools.bench.weight_products import WeightProducts, count_layer_shapes
+from trainer.tools.bench.worker import WeightProducts, count_layer_shapes
 
 
 def list_configs(flags: str) -> list[BenchmarkConfig]:

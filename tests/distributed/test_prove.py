@@ -108,10 +108,7 @@ def test_every_stage_on_one_and_two_ranks_gives_the_plain_loops_numbers(
     assert all(item["step_ms"] > 0 and item["peak_memory_bytes"] > 2**26 for item in content["rows"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("wrong", "eager    differs"), ("dies", "boom in zero1")],
-)
+@pytest.mark.parametrize(("kind", "expected"), [("wrong", "eager    differs"), ("dies", "boom in zero1")])
 def test_a_stage_that_gives_other_numbers_or_dies_is_named_and_the_others_go_on(
     kind, expected, tiny_model, data_files, tmp_path, capsys, fast_python, monkeypatch
 ):

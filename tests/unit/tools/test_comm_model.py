@@ -5,12 +5,7 @@ import pytest
 from trainer.distributed.bytes_sent import bytes_sent
 from trainer.distributed.gradients import MIN_BUCKET_BYTES
 from trainer.tools.bench import bench_cli
-from trainer.tools.bench.comm_model import (
-    GPU_BUCKET_BYTES,
-    Workload,
-    communication,
-    communication_of_two_processors,
-)
+from trainer.tools.bench.comm_model import GPU_BUCKET_BYTES, Workload, communication, communication_of_two_processors
 
 GPT2, ADAPTERS = 124_439_808, 1_179_648
 FULL = Workload(compute_seconds=0.03, num_trainable=GPT2)

@@ -18,7 +18,6 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv, write_records
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
-from trainer.config.errors import UserError
 from trainer.data.dataset import PreparedDataset, prepare
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import simulated_context
@@ -31,7 +30,7 @@ from trainer.tools.doctor import (
     sample_data,
     smoke_test,
 )
-from trainer.tools.doctor.check_result import LEVELS, CheckResult, catch_user_errors, format_bytes
+from trainer.tools.doctor.check_result import LEVELS, format_bytes
 
 
 def worst_levels(checks: Any) -> dict[str, str]:
@@ -282,16 +281,6 @@ def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, ti
 # --- the command ---
 
 
-def test_doctor_turns_a_user_error_into_a_check_result():
-    def mistake() -> Any:
-        yield CheckResult(level="ok", name="a", message="b")
-        raise UserError("--data x: no such file; expected CSV")
-
-    checks = list(catch_user_errors("run", mistake()))
-    assert [check.level for check in checks] == ["ok", "error"]
-    assert checks[1].remedy == "expected CSV"
-
-
 def run_doctor(
     argv: list[str], capsys: Any, *, ranks: int = 1, gpu_memory_bytes: int | None = None,
     limit_seconds: float | None = None, as_json: bool = True,
@@ -339,15 +328,15 @@ def test_doctor_json_holds_all_checks_and_the_exit_code_says_whether_there_are_e
 
 
 @pytest.mark.parametrize(
-    ("more", "output"),
+    ("more", "output", "remedy"),
     [
-        ("--global-batch 5", "5 examples / 2 ranks is not whole"),
-        ("--output-dir {file}/run", "cannot write there: Not a directory"),
-        ("--wandb online", "--wandb online: not logged in"),
+        ("--global-batch 5", "5 examples / 2 ranks is not whole", "use 1 rank, or pass --global-batch 6"),
+        ("--output-dir {file}/run", "cannot write there: Not a directory", "name another folder with --output-dir"),
+        ("--wandb online", "--wandb online: not logged in", "run `wandb login`"),
     ],
 )
 def test_doctor_reports_what_train_would_refuse_before_data_are_read(
-    more, output, tiny_model, data_files, capsys, tmp_path, monkeypatch
+    more, output, remedy, tiny_model, capsys, tmp_path, monkeypatch
 ):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -357,6 +346,7 @@ def test_doctor_reports_what_train_would_refuse_before_data_are_read(
     code, printed = run_doctor([*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS], capsys, ranks=2, as_json=False)
     assert code == 1
     assert output in printed
+    assert f"remedy        {remedy}" in printed
     assert "1 errors" in printed
 
 

@@ -79,10 +79,7 @@ def _fused_lora() -> tuple[Form, Form]:
     (layer,) = find_fusable_layers(add_adapters(causal, LoraSettings(rank=RANK), ["c_attn"]))
     x = torch.randn(ROWS, TOKENS, WIDTH, requires_grad=True)
     base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return (
-        lambda: layer(x).sum(),
-        lambda: FusedLoRALinear.apply(x, base.weight, base.bias, a, b, 2.0, None).sum(),
-    )
+    return (lambda: layer(x).sum(), lambda: FusedLoRALinear.apply(x, base.weight, base.bias, a, b, 2.0, None).sum())
 
 
 def _linear_cross_entropy() -> tuple[Form, Form]:

@@ -7,16 +7,41 @@ learns, not how good it is.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import UserError
-from trainer.tools.bench.configs import METHODS
-from trainer.tools.bench.tables import table_lines
-from trainer.tools.worker_processes import last_line
+import numpy as np
+import torch
 
+from trainer.config import cli
+from trainer.config.choices import LORA_LR_FACTOR
+from trainer.config.errors import UserError
+from trainer.config.files import folder_size
+from trainer.data.dataset import PreparedDataset
+from trainer.data.token_dataset import TokenDataset
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.model.build import build_model, load_config
+from trainer.tools.bench.configs import METHODS
+from trainer.tools.bench.made_data import make_blocks, wrap_rows
+from trainer.tools.bench.shapes import save_shape
+from trainer.tools.bench.tables import table_lines
+from trainer.tools.trial_engine import start_trial
+from trainer.tools.worker_processes import last_line
+from trainer.tracking.records import EvalRecord, StepRecord
+from trainer.training.checkpoint import CheckpointManager
+from trainer.training.loop import train
+from trainer.training.plan_validation import validate_early
+from trainer.training.provenance import cpu_name
+from trainer.training.train_state import TrainState
+
+FULL_LR = 3e-4  # of full training; adapters learn at ten times that, as the program has it
+NUM_VAL_ROWS = 4
+MAX_TOKEN_ID = 256  # the ids that rows count through
 HEADINGS = ("method", "trainable", "optimizer MiB", "peak MiB", "checkpoint MiB", "tokens/s", "validation loss")
 
 
@@ -29,7 +54,7 @@ def measure_methods(args: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     for method in args.methods:
         job = json.dumps({**vars(args), "flags": METHODS[method]})
-        command = [sys.executable, "-m", "trainer.tools.bench.method_worker", job]
+        command = [sys.executable, "-m", "trainer.tools.bench.methods", job]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
             reason = last_line(process.stderr)
@@ -51,3 +76,71 @@ def format_cells(result: Mapping[str, Any]) -> list[str]:
     """The cells of a row after its name."""
     sizes = [f"{result[name] / 2**20:,.1f}" for name in ("optimizer_bytes", "peak_bytes", "checkpoint_bytes")]
     return [f"{result['trainable']:,}", *sizes, f"{result['tokens_per_second']:,.0f}", f"{result['loss']:.4f}"]
+
+
+def main(job: Mapping[str, Any]) -> None:
+    """Measure the job's method and print one line."""
+    dist_context = init_distributed()
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            print(json.dumps(measure(job, dist_context, Path(scratch))), flush=True)
+    finally:
+        destroy_process_group()
+
+
+def measure(job: Mapping[str, Any], dist_context: DistContext, scratch: Path) -> dict[str, Any]:
+    """What a method trains, holds, writes and reaches. Bytes; the peak on a CPU is above the start."""
+    is_gpu = dist_context.device.type == "cuda"
+    settings = cli.parse_args(_to_argv(job, scratch)).settings
+    validate_early(settings, dist_context)
+    # Every method imports what adapters need, so that no peak counts it.
+    build_model(cli.parse_args(["--mode", "lora", "--model", "demo-base"]).settings, on_meta=True)
+    baseline_bytes = 0 if is_gpu else peak_memory_bytes(dist_context.device)
+    data = _rows_to_learn(job, load_config(settings.model).vocab_size)
+    plan, engine = start_trial(settings, data, dist_context)
+    checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
+    records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
+    speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)]
+    losses = [record.loss for record in records if isinstance(record, EvalRecord)]
+    threads = f"{dist_context.num_threads} thread{'s' if dist_context.num_threads > 1 else ''}"
+    return {
+        "trainable": plan.model_info["trainable"],
+        "optimizer_bytes": engine.state.optimizer_bytes(),
+        "peak_bytes": peak_memory_bytes(dist_context.device) - baseline_bytes,
+        "checkpoint_bytes": folder_size(scratch / "checkpoints"),
+        "tokens_per_second": statistics.median(speeds[1:] or speeds),
+        "loss": losses[-1],
+        "loss_before": losses[0],
+        "precision": plan.precision,
+        "device": torch.cuda.get_device_name() if is_gpu else f"{cpu_name()} ({threads})",
+        "torch": torch.__version__,
+    }
+
+
+def _to_argv(job: Mapping[str, Any], scratch: Path) -> list[str]:
+    """The flags of train.py; a shape becomes a folder with nothing but its configuration."""
+    lr = FULL_LR * (LORA_LR_FACTOR if "--mode lora" in job["flags"] else 1)
+    flags = f"{job['flags']} --preset card --ds-config zero0 --lr {lr} --max-steps {job['steps']} --eval-every never"
+    flags += f" --save-every never --global-batch {job['micro_batch']} --eval-batch {job['micro_batch']}"
+    flags += f" --block-size {job['block_size']}"
+    flags += f" --precision {job['precision']}" if job["precision"] else ""
+    flags += "" if job["model"] else " --init random"
+    model = job["model"] or save_shape(scratch, job["shape"])
+    return [*flags.split(), "--model", model, "--output-dir", str(scratch / "run")]
+
+
+def _rows_to_learn(job: Mapping[str, Any], vocab_size: int) -> PreparedDataset:
+    """Training and validation rows whose ids count upwards from a random start, two steps at a time now and then."""
+    rng, width = np.random.default_rng(0), job["block_size"]
+
+    def make_split(num_rows: int) -> TokenDataset:
+        strides = 1 + (rng.random((num_rows, width)) < 0.2)
+        ids = (rng.integers(vocab_size, size=(num_rows, 1)) + strides.cumsum(1)) % min(vocab_size, MAX_TOKEN_ID)
+        return make_blocks(ids)
+
+    train_rows, val_rows = make_split(job["micro_batch"] * job["steps"]), make_split(NUM_VAL_ROWS)
+    return wrap_rows(train_rows, val_rows, vocab_size=vocab_size)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -5,25 +5,29 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trainer.data.sampler import epoch_order, step_batches
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.model.build import TrainableModel
 from trainer.model.flops import count_step_flops
 from trainer.tools.bench import runners
 from trainer.tools.bench.configs import BenchmarkConfig
-from trainer.tools.bench.weight_products import WeightProducts, count_layer_shapes
 from trainer.tools.trial_engine import device_seconds
 from trainer.tracking.silence import silence_libraries
 from trainer.training.evaluation import evaluate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_OUTPUT_BYTES = 2**27  # of one product; over more rows it is several
+LayerShapes = Counter[tuple[int, int, bool]]  #: layers by inputs, outputs, and whether they train
 
 
 def main(job_file: str) -> None:
@@ -72,7 +76,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
 
 
 def time_windows(
-    steps: Iterator[object], setup: runners.BenchmarkSetup, layer_shapes: Counter[tuple[int, int, bool]]
+    steps: Iterator[object], setup: runners.BenchmarkSetup, layer_shapes: LayerShapes
 ) -> tuple[list[float], list[float], int]:
     """(seconds of a step in each window, seconds of its bare products after each, peak bytes without these)."""
     config, device = setup.config, setup.dist_context.device
@@ -85,6 +89,45 @@ def time_windows(
         windows.append(device_seconds(lambda: next(steps), device, config.steps_per_window))
         product_seconds.append(products.seconds())
     return windows, product_seconds, peak_memory
+
+
+def count_layer_shapes(model: TrainableModel) -> LayerShapes:
+    """The linear layers of the model, before ZeRO shards them."""
+    shapes: LayerShapes = Counter()
+    for layer in model.causal.modules():
+        if isinstance(layer, (Conv1D, nn.Linear)):
+            num_in, num_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+            shapes[num_in, num_out, layer.weight.requires_grad] += 1
+    return shapes
+
+
+class WeightProducts:
+    """The matrix products of a step with the model's weights, bare: the time that the machine itself takes for them.
+
+    For each layer the product forward, the gradient of its input and, where it trains, that of its weight.
+    """
+
+    def __init__(self, layer_shapes: LayerShapes, num_tokens: int, dtype: torch.dtype, device: torch.device):
+        """`num_tokens`: of this rank's step; `dtype`: in which the step's products are computed."""
+        self.device = device
+        self.products: list[tuple[Callable[[], torch.Tensor], float]] = []  # each with how often a step has it
+        for (num_in, num_out, is_trained), num_layers in layer_shapes.items():
+            num_rows = min(num_tokens, max(1, MAX_OUTPUT_BYTES // (4 * max(num_in, num_out))))
+            x, weight, grad = (
+                torch.randn(size, dtype=dtype, device=device)
+                for size in ((num_rows, num_in), (num_in, num_out), (num_rows, num_out))
+            )
+            for left, right in [(x, weight), (grad, weight.T), (x.T, grad)][: 3 if is_trained else 2]:
+                output = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=device)
+                product = partial(torch.mm, left, right, out=output)
+                self.products.append((product, num_layers * num_tokens / num_rows))
+
+    def seconds(self) -> float:
+        """The time of all of them once; each is repeated as often as a step has it."""
+        return sum(
+            times_per_step * device_seconds(product, self.device, max(1, round(times_per_step)))
+            for product, times_per_step in self.products
+        )
 
 
 def _input_seconds(setup: runners.BenchmarkSetup) -> float:

@@ -1,9 +1,7 @@
 """What the doctor finds: one line each, with the remedy."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from trainer.config.errors import UserError
 
 OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")
 
@@ -28,25 +26,9 @@ def make_result(is_bad: bool, level: str, name: str, message: str, remedy: str) 
     return CheckResult(level, name, message, remedy) if is_bad else ok_result(name, message)
 
 
-def catch_user_errors(name: str, checks: Iterable[CheckResult]) -> Iterator[CheckResult]:
-    """The checks as they come; a mistake of the user's that stops them becomes an error among them."""
-    try:
-        yield from checks
-    except UserError as error:
-        message, _, remedy = str(error).partition("; ")
-        yield CheckResult(ERROR, name, message, remedy)
-
-
 def format_bytes(num_bytes: float) -> str:
     """Bytes for people: 812 MiB, 3.4 GiB."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds for people: 40 s, 12 min, 3.5 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def join_names(names: Iterable[str], max_shown: int = 6) -> str:

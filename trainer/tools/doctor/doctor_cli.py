@@ -11,23 +11,14 @@ import torch
 from rich.markup import escape
 
 from trainer.config.cli import CliArgs
+from trainer.config.errors import UserError
 from trainer.data.dataset import PreparedDataset, prepare
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.network_check import describe_link
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
-from trainer.tools.doctor.check_result import (
-    ERROR,
-    LEVELS,
-    OK,
-    WARNING,
-    CheckResult,
-    catch_user_errors,
-    format_bytes,
-    make_result,
-    ok_result,
-)
+from trainer.tools.doctor.check_result import ERROR, LEVELS, CheckResult, format_bytes, make_result, ok_result
 from trainer.tools.doctor.host_checks import check_hosts, describe_links, measure_links
 from trainer.tools.doctor.prove import Proof
 from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
@@ -38,7 +29,7 @@ from trainer.training.plan_validation import validate_early
 from trainer.training.run_folder import is_unused
 from trainer.training.run_plan import RunPlan, make_plan
 
-COLOURS = {OK: "green", WARNING: "yellow", ERROR: "red bold"}
+COLOURS = dict(zip(LEVELS, ("green", "yellow", "red bold"), strict=True))
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")
 
 
@@ -58,12 +49,19 @@ class DoctorReport:
     def add_section(self, title: str, checks: Iterable[CheckResult]) -> None:
         """Take the checks of a section, one at a time; a mistake of the user's becomes one of them."""
         self.print_line(f"\n[bold]{title}[/bold]")
-        for result in catch_user_errors(title, checks):
-            self.results.append((title, result))
-            colour = COLOURS[result.level]
-            self.print_line(f"  [{colour}]{result.level:<8}[/{colour}] {result.name:<13} {escape(result.message)}")
-            if result.remedy:
-                self.print_line(f"  {'':<8} {'remedy':<13} {escape(result.remedy)}")
+        try:
+            for result in checks:
+                self._add(title, result)
+        except UserError as error:
+            message, _, remedy = str(error).partition("; ")
+            self._add(title, CheckResult(ERROR, title, message, remedy))
+
+    def _add(self, title: str, result: CheckResult) -> None:
+        self.results.append((title, result))
+        colour = COLOURS[result.level]
+        self.print_line(f"  [{colour}]{result.level:<8}[/{colour}] {result.name:<13} {escape(result.message)}")
+        if result.remedy:
+            self.print_line(f"  {'':<8} {'remedy':<13} {escape(result.remedy)}")
 
     def print_line(self, line: str) -> None:
         """Print a line, unless only JSON is asked for."""
@@ -160,7 +158,7 @@ def run_doctor(
     result = report.as_json(measured_cost)
     if as_json:
         print(json.dumps(result, indent=1))
-    report.print_line(f"\n{result[OK]} ok, {result[WARNING]} warnings, {result[ERROR]} errors")
+    report.print_line("\n{ok} ok, {warning} warnings, {error} errors".format(**result))
     return int(result[ERROR] > 0)
 
 

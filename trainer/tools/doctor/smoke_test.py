@@ -24,15 +24,8 @@ from trainer.config.cli import CliArgs, to_argv
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
 from trainer.distributed.step_check import MAX_DIFFERENCE
-from trainer.tools.doctor.check_result import (
-    ERROR,
-    WARNING,
-    CheckResult,
-    format_bytes,
-    format_duration,
-    make_result,
-    ok_result,
-)
+from trainer.report.formats import format_duration
+from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, make_result, ok_result
 from trainer.tools.doctor.sample_data import sample_overrides
 from trainer.tools.worker_processes import worker_environ
 from trainer.training.run_plan import RunPlan

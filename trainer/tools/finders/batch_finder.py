@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.process_group import find_free_port
 from trainer.tools.finders.batch_size_worker import OUT_OF_MEMORY_EXIT_CODE
-from trainer.tools.finders.batch_sizes import EQUAL_SPEED_SHARE, TrialResult, candidate_sizes, fastest, next_sizes
 from trainer.tools.finders.files import output_folder
 from trainer.tools.worker_processes import ROOT, last_line
 from trainer.training.memory_check import estimate_plan, free_host_bytes, required_bytes
@@ -34,6 +34,20 @@ GRACE_SECONDS = 3.0  # seconds that the other ranks' processes get to say why th
 WORKER_COMMAND = ("-m", "trainer.tools.finders.batch_size_worker")
 #: By the system, which is how a processor's memory runs out.
 OOM_KILL_EXIT_CODES = (-9, 137)
+EQUAL_SPEED_SHARE = 0.03  # of the speed; within it two sizes are as fast, and the smaller one needs less memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One micro-batch as it ran: a whole step of the global batch, or why there is none."""
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    fits: bool
+    failure_reason: str = ""  #: why it does not fit
+    step_seconds: float = 0.0  #: of one step
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0  #: bytes on the rank that needs most
 
 
 def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
@@ -49,6 +63,39 @@ def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
     sorted_trials = [trials[size] for size in sorted(trials)]
     plan.dist_context.on_rank_zero(lambda: _report(plan, sorted_trials, row_length, budget))
     return 0
+
+
+def candidate_sizes(global_batch: int, world_size: int) -> list[int]:
+    """Every micro-batch that leaves the global batch as it is: the divisors of a rank's share, ascending."""
+    examples_per_rank = global_batch // world_size
+    return [size for size in range(1, examples_per_rank + 1) if examples_per_rank % size == 0]
+
+
+def ladder(sizes: Sequence[int]) -> list[int]:
+    """The sizes to climb: each at least twice the one before, and the largest."""
+    ladder_sizes: list[int] = []
+    for size in sizes:
+        if not ladder_sizes or size >= 2 * ladder_sizes[-1] or size == sizes[-1]:
+            ladder_sizes.append(size)
+    return ladder_sizes
+
+
+def next_sizes(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> list[int]:
+    """What to try after what is known: up the ladder until one does not fit, then halving the gap; [] at the end."""
+    largest_fitting = max((size for size, fits in fits_by_size.items() if fits), default=0)
+    smallest_failing = min((size for size, fits in fits_by_size.items() if not fits), default=None)
+    if smallest_failing is None:
+        return ladder([size for size in sizes if size > largest_fitting])
+    sizes_between = [size for size in sizes if largest_fitting < size < smallest_failing]
+    return [sizes_between[len(sizes_between) // 2]] if sizes_between else []
+
+
+def fastest(trials: Sequence[TrialResult]) -> TrialResult | None:
+    """The one with the most tokens per second; of those within EQUAL_SPEED_SHARE of it the smallest."""
+    fitting = [trial for trial in trials if trial.fits]
+    min_speed = (1 - EQUAL_SPEED_SHARE) * max((trial.tokens_per_second for trial in fitting), default=0.0)
+    fast = [trial for trial in fitting if trial.tokens_per_second >= min_speed]
+    return min(fast, key=lambda trial: trial.micro_batch_size, default=None)
 
 
 def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) -> tuple[list[int], str]:
