@@ -200,12 +200,12 @@ def test_doctor_judges_the_training_schedule(doctor_inputs):
 def test_doctor_estimates_memory_for_every_zero_file_and_too_little_is_an_error(doctor_inputs, monkeypatch):
     plan = doctor_inputs["plan"]
     table = memory_checks.build_memory_table(plan, 32)
-    assert [row.name for row in table] == list(DS_CONFIG_NAMES)
-    assert [row.name for row in table if row.is_chosen] == ["zero0"]
+    assert [row["ds_config"] for row in table] == list(DS_CONFIG_NAMES)
+    assert [row["ds_config"] for row in table if row["chosen"]] == ["zero0"]
     assert set(worst_levels(memory_checks.check_memory(plan, table)).values()) == {"ok"}
     monkeypatch.setattr(memory_checks, "available_bytes", lambda plan: 1000.0)
     small = memory_checks.build_memory_table(plan, 32)
-    assert not any(row.fits for row in small)
+    assert not any(row["fits"] for row in small)
     assert worst_levels(memory_checks.check_memory(plan, small)) == {"memory": "error"}
 
 

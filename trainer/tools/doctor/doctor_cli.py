@@ -44,7 +44,7 @@ class DoctorReport:
         self.plan: RunPlan | None = None
         self.model: TrainableModel | None = None
         self.data: PreparedDataset | None = None
-        self.memory_table: list[memory_checks.MemoryEstimateRow] = []
+        self.memory_table: list[dict[str, Any]] = []
 
     def add_section(self, title: str, checks: Iterable[CheckResult]) -> None:
         """Take the checks of a section, one at a time; a mistake of the user's becomes one of them."""
@@ -76,7 +76,6 @@ class DoctorReport:
         check_loggers(settings.output)
         yield ok_result("settings", " ".join(settings.overridden) or "nothing overridden")
         yield _check_run_folder(settings.run_folder, is_resumed=self.cli_args.resume is not None)
-
         model_config = load_config(settings.model)
         self.data = prepare(
             settings.data, model=settings.model.model, global_batch=settings.train.global_batch,
@@ -92,11 +91,10 @@ class DoctorReport:
         """The table of ZeRO files; the chosen one is marked."""
         self.print_line("\n  per rank       " + " ".join(f"{name:>11}" for name in MEMORY_COLUMNS))
         for row in self.memory_table:
-            values = row.as_json()
-            cells = " ".join(f"{format_bytes(values[name]):>11}" for name in MEMORY_COLUMNS)
-            host_note = f"  {format_bytes(row.host_bytes)} of the host's" if row.host_bytes else ""
-            mark = "  <- chosen" if row.is_chosen else ""
-            self.print_line(f"  {row.name:<14} {cells}{host_note}{'' if row.fits else '  does not fit'}{mark}")
+            cells = " ".join(f"{format_bytes(row[name]):>11}" for name in MEMORY_COLUMNS)
+            host_note = f"  {format_bytes(row['host'])} of the host's" if row["host"] else ""
+            notes = host_note + "  does not fit" * (not row["fits"]) + "  <- chosen" * row["chosen"]
+            self.print_line(f"  {row['ds_config']:<14} {cells}{notes}")
 
     def as_json(self, measured_cost: dict[str, Any]) -> dict[str, Any]:
         """Everything for machines."""
@@ -104,7 +102,7 @@ class DoctorReport:
             "format": 1,
             "plan": dict(self.plan.summary_lines()) if self.plan else None,
             "checks": [{"section": section, **vars(result)} for section, result in self.results],
-            "memory": [row.as_json() for row in self.memory_table],
+            "memory": self.memory_table,
             "measured": measured_cost,
             **{level: sum(result.level == level for _, result in self.results) for level in LEVELS},
         }
@@ -146,12 +144,12 @@ def run_doctor(
         report.memory_table = memory_checks.build_memory_table(plan, int(data.train.lengths().max()))
         report.add_section("memory, counted", memory_checks.check_memory(plan, report.memory_table))
         report.print_memory_table()
-        chosen_row = next(row for row in report.memory_table if row.is_chosen)
+        chosen_row = next(row for row in report.memory_table if row["chosen"])
         if limit_seconds is not None and not is_elsewhere:
             if proves:
                 _run_proof(report, plan, data, limit_seconds)
-            elif chosen_row.fits:
-                measured_cost = _run_rehearsal(report, plan, data, limit_seconds, chosen_row.device_bytes)
+            elif chosen_row["fits"]:
+                measured_cost = _run_rehearsal(report, plan, data, limit_seconds, chosen_row["peak"])
         host_levels = {result.level for section, result in report.results if section == "hosts"}
         if len(ranks_of_hosts) > 1 and ERROR not in host_levels:
             report.add_section("network", _check_links(plan, list(ranks_of_hosts), measured_cost.get("step_seconds")))
