@@ -108,10 +108,7 @@ def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistCont
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
             root_mean_square = gradient.square().mean().sqrt()
             counted[name] &= gradient.abs() >= (job["min_gradient"] * root_mean_square).clamp(min=1e-30)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
-        norms.append(float(norm))
-        if train.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(params.values(), train.max_grad_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(params.values(), train.max_grad_norm or math.inf)))
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start_time)
