@@ -411,7 +411,7 @@ def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path
     history = [{"_step": 0, "val/loss": 2.0, "epoch": 0.0}]
     config = wandb_config(make_run_metadata("full"))
     summary = {**summary, "wall_seconds": 1.0}
-    wandb_run = WandbRun(run_id="id", name="name", config=config, summary=summary, is_finished=True, age_seconds=0.0)
+    wandb_run = WandbRun(config=config, summary=summary, exit_code=0)
     run = to_run_data("w", wandb_run, collect_rows(history))
     assert run.diagnostics == ((0, event.message),), "from W&B, too, where the summary keeps no step"
     metadata = make_run_metadata("full", model__init="pretrained", not_comparable_with_card=[])

@@ -21,13 +21,13 @@ from helpers.fake_wandb import ENTITY, FakeWandb, child_env
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import reference
-from trainer.report import comparability, series_collector, wandb_runs
+from trainer.report import comparability, run_records
 from trainer.report.comparison import compare
 from trainer.report.load import load_runs
 from trainer.report.run_data import RunData, RunReadError
 from trainer.report.run_folder import read_folder
 from trainer.report.wandb_reference import REFERENCE_RUN_ID
-from trainer.report.wandb_runs import is_wandb_path, metadata_from_config, read_offline, unflatten
+from trainer.report.wandb_runs import is_wandb_path, metadata_from_config, read_offline
 from trainer.tracking.records import EventRecord, to_line
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
@@ -133,8 +133,8 @@ def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: P
     run = read_offline("x", [file])
     assert dict(zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True)) == theirs
     assert len(run.steps["step"]) == sum("train/loss" in item for item in items) == 90
-    monkeypatch.setattr(series_collector, "MAX_STEP_ROWS", 25)  # of a long run it keeps as much as of a short one
-    monkeypatch.setattr(wandb_runs, "_NUM_ROWS_AT_A_TIME", 10)
+    monkeypatch.setattr(run_records, "MAX_STEP_ROWS", 25)  # of a long run it keeps as much as of a short one
+    monkeypatch.setattr(run_records, "ROWS_AT_A_TIME", 10)
     assert len(read_offline("x", [file]).steps["step"]) <= 30
 
 
@@ -176,10 +176,9 @@ def test_run_json_comes_back_whole_from_the_wandb_config() -> None:
         metadata_from_config({"mode": "card"})
 
 
-def test_wandb_paths_are_recognised_and_flat_keys_are_nested() -> None:
+def test_wandb_paths_are_recognised() -> None:
     assert is_wandb_path("entity/project/abcd1234")
     assert not any(map(is_wandb_path, ("runs/full", "a/b/c/d", "/abs/a/b", "./a/b", "../a/b")))
-    assert unflatten({"best/loss": 1, "best/step": 2, "wall": 3}, "/") == {"best": {"loss": 1, "step": 2}, "wall": 3}
 
 
 # the server, on loopback

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import reference
-from trainer.report.run_data import RunData, changed_on_resume
+from trainer.report.run_data import RunData
 
 #: what must agree before two losses may be held against one another, by its name for people
 COMPARABILITY_KEYS = {
@@ -40,7 +40,7 @@ def comparison_blockers(a: RunData, b: RunData) -> list[str]:
     A fact that a run does not tell is a reason, too. The tokenizer alone may be absent on both sides: rows that
     came as token ids have none, and are the same where the data are.
     """
-    reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in changed_on_resume(run)]
+    reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in run.changed_on_resume]
     for name, path in COMPARABILITY_KEYS.items():
         value_a, value_b = a.get(path), b.get(path)
         if value_a is None and value_b is None and name != "tokenizer":
@@ -115,7 +115,7 @@ def is_comparable(a: RunData, b: RunData) -> bool:
 
 def reference_blockers(run: RunData) -> list[str]:
     """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN`."""
-    if "data" in changed_on_resume(run):
+    if "data" in run.changed_on_resume:
         return ["data changed on resume"]
     known_values = {name: run.get(path) for name, path in _REFERENCE_CHECK_PATHS.items()}
     missing = [name for name, value in known_values.items() if value is None]

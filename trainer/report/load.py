@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.report.run_data import RunData, RunReadError, escape_control
 from trainer.report.run_folder import read_folder
+from trainer.report.wandb_runs import is_wandb_path, offline_files, read_offline, read_online
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +32,10 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
             duplicate = next((loaded_run for loaded_run in runs if loaded_run.run_id == run.run_id), None)
             if duplicate is not None:
                 raise RunReadError(f"same run id as {duplicate.source} ({run.run_id}): the same run, or a copy of it")
-            runs.append(run)
         except RunReadError as error:
             problems.append(LoadProblem(source, f"{error}; left out", is_excluded=True))
             continue
+        runs.append(run)
         problems += [LoadProblem(source, note, is_excluded=False) for note in run.notes]
     return disambiguate_names(runs), problems
 
@@ -45,14 +46,10 @@ def load_run(source: str) -> RunData:
     if (path / "run.json").exists() or (path / "metrics.jsonl").exists():
         return read_folder(path)
     if path.exists():
-        from trainer.report.wandb_runs import offline_files, read_offline
-
         files = offline_files(path)
         if not files:
             raise RunReadError("holds neither run.json and metrics.jsonl nor a W&B run")
         return read_offline(source, files)
-    from trainer.report.wandb_runs import is_wandb_path, read_online
-
     if not is_wandb_path(source):
         raise RunReadError("no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id")
     return read_online(source)
@@ -68,10 +65,7 @@ def disambiguate_names(runs: list[RunData]) -> list[RunData]:
         seeds_of_name = seeds[run.name]
         if len(seeds_of_name) == 1:
             return run.name
-        return (
-            f"{run.name} (seed {run.get('settings.train.seed')})"
-            if len(set(seeds_of_name)) == len(seeds_of_name)
-            else (f"{run.name} ({run.run_id})")
-        )
+        are_distinct = len(set(seeds_of_name)) == len(seeds_of_name)
+        return f"{run.name} (seed {run.get('settings.train.seed')})" if are_distinct else f"{run.name} ({run.run_id})"
 
     return [dataclasses.replace(run, name=unique_name(run)) for run in runs]

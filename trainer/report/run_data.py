@@ -1,22 +1,16 @@
 """One run as the report sees it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trainer.tracking.records import EpochRecord, EvalRecord, StepRecord, is_number
+from trainer.report.run_records import RunRecords, Series
+from trainer.tracking.records import EventRecord, is_number
 
-#: columns of one kind of record, each an array of float64 of the same length; NaN where a row lacks the value
-Series = dict[str, NDArray[np.float64]]
-
-STEP_FIELDS = tuple(f.name for f in dataclasses.fields(StepRecord))
-EVAL_FIELDS = tuple(f.name for f in dataclasses.fields(EvalRecord) if f.name != "row_nll")
-EPOCH_FIELDS = tuple(f.name for f in dataclasses.fields(EpochRecord))
 STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
 
@@ -69,15 +63,20 @@ class RunData:
         trained_indices = np.flatnonzero((self.evals["step"] > 0) & np.isfinite(self.evals["loss"]))
         if not len(trained_indices):
             return None
-        best_index = trained_indices[np.argmin(self.evals["loss"][trained_indices])]
-        return {name: float(self.evals[name][best_index]) for name in ("step", "epoch", "loss")}
+        return self._eval_at(trained_indices[np.argmin(self.evals["loss"][trained_indices])])
 
     @property
     def final_eval(self) -> dict[str, float] | None:
         """Step, epoch and loss of the last evaluation after step 0."""
-        if not len(self.evals["step"]) or self.evals["step"][-1] == 0:
-            return None
-        return {name: float(self.evals[name][-1]) for name in ("step", "epoch", "loss")}
+        return self._eval_at(-1) if np.any(self.evals["step"][-1:] > 0) else None
+
+    def _eval_at(self, index: int) -> dict[str, float]:
+        return {name: float(self.evals[name][index]) for name in ("step", "epoch", "loss")}
+
+    @property
+    def changed_on_resume(self) -> Mapping[str, Any]:
+        """{setting or `data`: [when the run began, now]} of what a resume was allowed to change."""
+        return self.get("resumed.changed") or {}
 
     @property
     def forgetting(self) -> float | None:
@@ -94,84 +93,48 @@ class RunData:
         return index if abs(series["epoch"][index] - epoch) <= max_distance else None
 
 
-def to_series(rows: Iterable[Mapping[str, Any]], column_names: tuple[str, ...]) -> Series:
-    """Columns of `rows`; what a row lacks, or is no number, becomes NaN."""
-    table = [[_to_float(row.get(name)) for name in column_names] for row in rows]
-    columns = np.array(table, dtype=np.float64).reshape(len(table), len(column_names)).T
-    return {name: np.ascontiguousarray(column) for name, column in zip(column_names, columns, strict=True)}
-
-
-def _to_float(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return np.nan
-
-
-def drop_superseded_rows(series: Series) -> Series:
-    """The rows that stand: one that a later row steps back behind was done again after a resume, and is left out."""
-    if not np.all(np.isfinite(series["step"])):
-        series = {name: column[np.isfinite(series["step"])] for name, column in series.items()}
-    step = series["step"]
-    if len(step) < 2 or bool(np.all(np.diff(step) > 0)):
-        return series
-    min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)
-    return {name: column[step < min_later_step] for name, column in series.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecords:
-    """What a run wrote, by kind, and what could not be read of it."""
-
-    steps: Series
-    evals: Series
-    epochs: Series
-    events: list[Mapping[str, Any]]
-    notes: list[str]
-    age_seconds: float  #: since the last of it was written
-    eval_records_path: Path | None = None
-
-
-def build_run(source: str, metadata: Mapping[str, Any], records: RunRecords, run_id: str | None = None) -> RunData:
-    """A RunData from its parts, with what is missing said in its notes; RunReadError where there is no row at all."""
-    metadata, events = escape_control(metadata), escape_control(records.events)
-    mode = metadata.get("mode")
-    if mode not in ("full", "lora"):
-        raise RunReadError(f"mode {mode!r} in its settings: expected full or lora")
-    if not len(records.steps["step"]) and not len(records.evals["step"]):
+def build_run(source: str, metadata: Mapping[str, Any], records: RunRecords) -> RunData:
+    """A run of valid metadata, with what is missing said in its notes; RunReadError where there is no row at all."""
+    metadata = escape_control(metadata)
+    steps, evals, epochs = (records.series(kind) for kind in ("step", "eval", "epoch"))
+    if not len(steps["step"]) and not len(evals["step"]):
         raise RunReadError("no metrics: neither a step nor an evaluation was written")
-    facts = next((event.get("facts") for event in reversed(events) if event.get("event") == "finished"), None) or {}
+    events = [EventRecord(**escape_control(vars(event))) for event in records.events]
+    facts: dict[str, list[Mapping[str, Any]]] = {}
+    for event in events:
+        facts.setdefault(event.event, []).append(event.facts)
+    notes = list(records.notes)
+    if records.steps_per_row > 1:
+        notes.append(f"its steps are read as means of {records.steps_per_row} each")
     run = RunData(
         source=source,
-        run_id=str(run_id or metadata.get("run_id") or source),
-        name=str(metadata.get("name") or source),
-        mode=mode,
+        run_id=metadata["run_id"],
+        name=metadata["name"],
+        mode=metadata["mode"],
         metadata=metadata,
-        steps=drop_superseded_rows(records.steps),
-        evals=drop_superseded_rows(records.evals),
-        epochs=drop_superseded_rows(records.epochs),
-        summary={name: value for name, value in facts.items() if is_number(value) or isinstance(value, bool)},
-        diagnostics=tuple(
-            (int(event.get("step") or 0), str(event.get("message")))
-            for event in events
-            if event.get("event") == "diagnosis"
-        ),
-        generations=tuple(_read_generations(event) for event in events if event.get("event") == "samples"),
+        steps=steps,
+        evals=evals,
+        epochs=epochs,
+        summary={
+            name: value
+            for name, value in facts.get("finished", [{}])[-1].items()
+            if is_number(value) or isinstance(value, bool)
+        },
+        diagnostics=tuple((event.step, event.message) for event in events if event.event == "diagnosis"),
+        generations=tuple(map(_read_generations, facts.get("samples", ()))),
         retained=tuple(
-            float(loss)
-            for event in events
-            if event.get("event") == "retain_evaluation" and is_number(loss := (event.get("facts") or {}).get("loss"))
+            float(fact["loss"]) for fact in facts.get("retain_evaluation", ()) if is_number(fact.get("loss"))
         ),
-        notes=tuple(records.notes),
+        notes=tuple(notes),
         eval_records_path=records.eval_records_path,
     )
     run = dataclasses.replace(run, state=_state(run, events, records.age_seconds))
     return dataclasses.replace(run, notes=(*run.notes, *_missing_data_notes(run, events)))
 
 
-def _read_generations(event: Mapping[str, Any]) -> Mapping[str, Any]:
+def _read_generations(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     """What an evaluation generated: epoch, texts, and scores where asked for; what is not of that form is left out."""
-    facts, names = event.get("facts") or {}, ("prompt", "completion", "reference")
+    names = ("prompt", "completion", "reference")
     texts, scores = facts.get("texts"), facts.get("scores")
     texts = [text for text in texts if isinstance(text, Mapping)] if isinstance(texts, list) else []
     scores = scores if isinstance(scores, Mapping) else {}
@@ -182,13 +145,13 @@ def _read_generations(event: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def _state(run: RunData, events: list[Mapping[str, Any]], age_seconds: float) -> str:
+def _state(run: RunData, events: Sequence[EventRecord], age_seconds: float) -> str:
     """finished, going or stopped; a run that was evaluated at its last step is finished whatever came after."""
     final_eval = run.final_eval
     is_evaluated_to_end = final_eval is not None and final_eval["step"] == run.get("resolved.total_steps")
-    if any(event.get("event") == "finished" for event in events) or is_evaluated_to_end:
+    if is_evaluated_to_end or any(event.event == "finished" for event in events):
         return "finished"
-    was_stopped = bool(events) and events[-1].get("event") in STOP_EVENTS
+    was_stopped = bool(events) and events[-1].event in STOP_EVENTS
     return "stopped" if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS else "going"
 
 
@@ -208,28 +171,21 @@ def escape_control(value: Any) -> Any:
     return value
 
 
-def changed_on_resume(run: RunData) -> Mapping[str, Any]:
-    """{setting or `data`: [when the run began, now]} of what a resume was allowed to change."""
-    return run.get("resumed.changed") or {}
-
-
-def _missing_data_notes(run: RunData, events: list[Mapping[str, Any]]) -> list[str]:
+def _missing_data_notes(run: RunData, events: Sequence[EventRecord]) -> list[str]:
     """One line for each thing that keeps this run from being compared in full."""
     notes = []
     if not run.is_finished:
-        last_step = max(
-            (float(series["step"][-1]) for series in (run.steps, run.evals) if len(series["step"])), default=0.0
-        )
+        last_step = max(float(series["step"][-1]) for series in (run.steps, run.evals) if len(series["step"]))
         total_steps = run.get("resolved.total_steps")
         progress = f"step {last_step:,.0f}" + (f" of {total_steps:,}" if total_steps else "")
         status = "still going" if run.state == "going" else "stopped before its end"
-        reason = f": {events[-1].get('message')}" if events and events[-1].get("event") in STOP_EVENTS else ""
+        reason = f": {events[-1].message}" if events and events[-1].event in STOP_EVENTS else ""
         notes.append(f"{status} ({progress}){reason}; left out of the verdict")
     elif not run.summary:
         notes.append("evaluated to its end but not closed: its time and memory are unknown")
     notes += [
         f"{name} was changed on resume, from {old} to {new}"
-        for name, (old, new) in sorted(changed_on_resume(run).items())
+        for name, (old, new) in sorted(run.changed_on_resume.items())
     ]
     if run.best_eval is None:
         notes.append("no evaluation after step 0: no validation loss to compare")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
-from trainer.report import run_folder, series_collector
+from trainer.report import run_records
 from trainer.report.run_folder import read_folder
 from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking import records
@@ -143,8 +143,8 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_path, monkeypatch):
     """A resume reads it in the first five ways."""
-    monkeypatch.setattr(run_folder, "_CHUNK_BYTES", 20_000)
-    monkeypatch.setattr(series_collector, "MAX_STEP_ROWS", 1_000)
+    monkeypatch.setattr(run_records, "ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr(run_records, "MAX_STEP_ROWS", 1_000)
     source, digest = long_file
     (tmp_path / "metrics.jsonl").write_bytes(source.read_bytes())
     (tmp_path / "run.json").write_text(json.dumps(make_metadata("full")))
