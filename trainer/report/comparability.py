@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from trainer.config import reference
@@ -18,48 +19,28 @@ COMPARABILITY_KEYS = {
 }
 #: facts of run.json that differ between any two runs and say nothing of what was compared
 _IGNORED_METADATA = (
-    "schema_version",
-    "run_id",
-    "name",
-    "mode",
-    "preset",
-    "started",
-    "command",
-    "wandb",
-    "overridden",
-    "settings.overridden",
-    "resumed.settings",
-    "not_comparable_with_card",  # said of each run, in words
-)
+    "schema_version", "run_id", "name", "mode", "preset", "started", "command", "wandb", "overridden",
+    "settings.overridden", "resumed.settings", "not_comparable_with_card",
+)  # fmt: skip
 NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 
 
 def comparison_blockers(a: RunData, b: RunData) -> list[str]:
-    """The reasons by which the losses of two runs cannot be compared; empty where they can.
-
-    A fact that a run does not tell is a reason, too. The tokenizer alone may be absent on both sides: rows that
-    came as token ids have none, and are the same where the data are.
-    """
+    """The reasons by which the losses of two runs cannot be compared; empty where they can."""
     reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in run.changed_on_resume]
     for name, path in COMPARABILITY_KEYS.items():
-        value_a, value_b = a.get(path), b.get(path)
-        if value_a is None and value_b is None and name != "tokenizer":
-            reasons.append(f"{name} unknown")
-        elif (value_a is None) != (value_b is None):
-            reasons.append(
-                f"{name} unknown of {(a if value_a is None else b).name}"
-                if name != "tokenizer"
-                else "other tokenizer (one came as token ids)"
-            )
-        elif value_a != value_b:
-            reasons.append(f"other {name} ({_truncate(value_a)} against {_truncate(value_b)})")
+        values = a.get(path), b.get(path)
+        if None in values and values != (None, None):  # rows that came as token ids have no tokenizer
+            reasons.append(f"other {name} (one came as token ids)")
+        elif values[0] != values[1]:
+            reasons.append(f"other {name} ({_truncate(values[0])} against {_truncate(values[1])})")
     return reasons
 
 
 def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
     """Why two runs on the same data may not be ranked: other base weights, init, tokens seen or data order.
 
-    What a run does not tell is no agreement, as with `comparison_blockers`.
+    What a run does not tell is no agreement.
     """
     reasons = []
     for name, get_value in _RANKING_KEYS.items():
@@ -91,61 +72,43 @@ def _tokens_seen(run: RunData) -> str | None:
     return None if tokens is None else f"{tokens:,.0f}"
 
 
+def _data_order(run: RunData) -> str:
+    is_shuffled = run.get("settings.data.shuffle") is not False
+    order = f"seed {run.get('settings.train.seed')}" if is_shuffled else "as in the data"
+    return order + (", packed" if run.get("settings.data.packing") else "")
+
+
 _RANKING_KEYS: dict[str, Callable[[RunData], Any]] = {
-    "base model": lambda run: str(run.get("model.name") or "unknown").rstrip("/").rsplit("/", 1)[-1],
+    "base model": lambda run: PurePosixPath(run.get("model.name")).name,
     "init": lambda run: run.get("settings.model.init"),
     "base weights": _base_weights,
     "tokens seen": _tokens_seen,
     "batch": lambda run: run.get("resolved.global_batch"),
-    "data order": lambda run: (
-        (
-            f"seed {run.get('settings.train.seed')}"
-            if run.get("settings.data.shuffle") is not False
-            else "as in the data"
-        )
-        + (", packed" if run.get("settings.data.packing") else "")
-    ),
+    "data order": _data_order,
 }
-
-
-def is_comparable(a: RunData, b: RunData) -> bool:
-    """Whether the losses of two runs may be held against one another."""
-    return not comparison_blockers(a, b)
 
 
 def reference_blockers(run: RunData) -> list[str]:
     """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN`."""
     if "data" in run.changed_on_resume:
         return ["data changed on resume"]
-    known_values = {name: run.get(path) for name, path in _REFERENCE_CHECK_PATHS.items()}
-    missing = [name for name, value in known_values.items() if value is None]
-    if missing:
-        return [f"{' and '.join(missing)} of the run unknown"]
     return reference.disagreements(
-        **known_values, init=run.get("settings.model.init") or "pretrained", parameters=run.get("model.parameters")
+        data=run.get("data.source"),
+        vocabulary=run.get("data.vocabulary"),
+        block_size=run.get("data.block_size"),
+        objective=run.get("data.objective"),
+        model=run.get("model.name"),
+        examples=run.get("data.train.examples"),
+        init=run.get("settings.model.init"),
+        parameters=run.get("model.parameters"),
     )
-
-
-_REFERENCE_CHECK_PATHS = {
-    "data": "data.source",
-    "vocabulary": "data.vocabulary",
-    "block_size": "data.block_size",
-    "objective": "data.objective",
-    "model": "model.name",
-    "examples": "data.train.examples",
-}
-
-
-def shorten_reason(reason: str) -> str:
-    """A reason without its details: `other data (e2e: ...)` -> `other data`."""
-    return reason.split(" (", 1)[0]
 
 
 def comparable_sets(runs: Sequence[RunData]) -> list[list[RunData]]:
     """The runs in sets within which each is comparable with each, in the order of their first run."""
     sets: list[list[RunData]] = []
     for run in runs:
-        members = next((members for members in sets if is_comparable(run, members[0])), None)
+        members = next((members for members in sets if not comparison_blockers(run, members[0])), None)
         if members is None:
             sets.append(members := [])
         members.append(run)
@@ -167,6 +130,10 @@ class MetadataField:
         return all(value == known_values[0] and not isinstance(value, tuple) for value in known_values)
 
 
+_REFERENCE_TRAIN_SETTINGS = (
+    "lr", "global_batch", "eval_batch", "seed", "beta1", "beta2", "epsilon", "epochs", "warmup_steps", "weight_decay",
+    "max_grad_norm",
+)  # fmt: skip
 #: what the card states, by our names for it
 REFERENCE_METADATA = {
     "settings.mode": "full",
@@ -183,22 +150,7 @@ REFERENCE_METADATA = {
     "resolved.lr": reference.SETTINGS["lr"],
     "resolved.dropout": reference.SETTINGS["dropout"],
     "resolved.global_batch": 2,
-    **{
-        f"settings.train.{name}": reference.SETTINGS[name]
-        for name in (
-            "lr",
-            "global_batch",
-            "eval_batch",
-            "seed",
-            "beta1",
-            "beta2",
-            "epsilon",
-            "epochs",
-            "warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-        )
-    },
+    **{f"settings.train.{name}": reference.SETTINGS[name] for name in _REFERENCE_TRAIN_SETTINGS},
     "settings.data.objective": "blocks",
     "settings.data.block_size": 1024,
 }
@@ -213,9 +165,9 @@ def compare_metadata(columns: Sequence[Sequence[RunData]], with_reference: bool)
 
 def _used_metadata(run: RunData) -> dict[str, Any]:
     """The facts of a run by dotted path; LoRA settings, which run.json always has, only where they were used."""
-    metadata = dict(flatten(run.metadata))
     return {
-        name: NOT_USED if run.mode == "full" and _is_lora_field(name) else value for name, value in metadata.items()
+        name: NOT_USED if run.mode == "full" and _is_lora_field(name) else value
+        for name, value in flatten(run.metadata)
     }
 
 

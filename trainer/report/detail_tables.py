@@ -3,21 +3,12 @@
 import math
 import re
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from trainer.report.comparability import compare_metadata
 from trainer.report.seed_groups import SeedGroup
-from trainer.report.tables import (
-    NOT_STATED,
-    REFERENCE_LABEL,
-    Format,
-    Table,
-    format_count,
-    format_loss,
-    format_plain,
-    format_short,
-    make_table,
-)
+from trainer.report.tables import NOT_STATED, REFERENCE_LABEL, Format, Table, format_count, format_loss, format_short
 
 MAX_TEXT_CHARS = 300  # characters of a text in a cell
 MAX_HASH_CHARS = 12  # of a fingerprint in a cell; comparison.json has it whole
@@ -37,18 +28,17 @@ def build_generation_table(groups: Sequence[SeedGroup]) -> Table:
     rows: dict[str, dict[str, Any]] = {}
     runs = (next((run for run in group.runs if run.generations), None) for group in groups)
     for number, run in enumerate(run for run in runs if run is not None):
-        model = run.metadata.get("model") or {}
-        name, last = str(model.get("name", "")), run.generations[-1]
-        for text in last.get("texts", ()):
+        last = run.generations[-1]
+        for text in last["texts"]:
             row = rows.setdefault(text["prompt"], {"prompt": text["prompt"], "reference": text["reference"]})
             if text.get("base") is not None:
-                base = f"base {model.get('fingerprint') or name}"
-                headings.setdefault(base, f"base ({name.rstrip('/').rsplit('/', 1)[-1]})")
+                base = f"base {run.get('model.fingerprint')}"
+                headings.setdefault(base, f"base ({PurePosixPath(run.get('model.name')).name})")
                 row.setdefault(base, text["base"])
             headings[f"run {number}"] = f"{run.name}, epoch {last.get('epoch', math.nan):.4g}"
             row[f"run {number}"] = text["completion"]
     notes = ["Completed greedily, the likeliest token each time; base: before the first step."]
-    return make_table("Samples", headings, list(rows.values()), dict.fromkeys(headings, _shorten), notes)
+    return Table(title="Samples", headings=headings, rows=list(rows.values()), format_text=_shorten, notes=notes)
 
 
 def build_score_table(groups: Sequence[SeedGroup]) -> Table:
@@ -57,7 +47,7 @@ def build_score_table(groups: Sequence[SeedGroup]) -> Table:
         (run, run.generations[-1])
         for group in groups
         for run in group.runs
-        if run.generations and run.generations[-1].get("scores")
+        if run.generations and run.generations[-1]["scores"]
     ]
     names = list(dict.fromkeys(name for _, event in scored for name in event["scores"]))
     headings = {"run": "run", "epoch": "epoch", "texts": "texts"} | {
@@ -68,7 +58,7 @@ def build_score_table(groups: Sequence[SeedGroup]) -> Table:
         for run, event in scored
     ]
     formats: dict[str, Format] = {"epoch": format_short, "texts": format_count, **dict.fromkeys(names, format_loss)}
-    return make_table("Completions against their references", headings, rows, formats)
+    return Table(title="Completions against their references", headings=headings, rows=rows, formats=formats)
 
 
 def build_diagnostics_table(groups: Sequence[SeedGroup]) -> Table:
@@ -80,7 +70,7 @@ def build_diagnostics_table(groups: Sequence[SeedGroup]) -> Table:
         for run in group.runs
         for step, line in run.diagnostics
     ]
-    return make_table("Diagnosis", headings, rows, {"step": format_count})
+    return Table(title="Diagnosis", headings=headings, rows=rows, formats={"step": format_count})
 
 
 def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> tuple[Table, Table]:
@@ -105,8 +95,9 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
         if field.is_same
     ]
     shared_headings = {"fact": "setting or fact", "value": "value"}
-    return make_table("Different", headings, differing, {}), make_table(
-        "Same, where known", shared_headings, shared, {}
+    return (
+        Table(title="Different", headings=headings, rows=differing),
+        Table(title="Same, where known", headings=shared_headings, rows=shared),
     )
 
 
@@ -126,7 +117,7 @@ def _format_field(name: str, value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _shorten(text: Any) -> str:
+def _shorten(text: str) -> str:
     """A text on one line, cut where it is very long."""
-    line = " ".join(format_plain(text).split())
+    line = " ".join(text.split())
     return line if len(line) <= MAX_TEXT_CHARS else line[: MAX_TEXT_CHARS - 1] + "…"

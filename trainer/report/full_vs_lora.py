@@ -14,7 +14,6 @@ from trainer.report.comparability import (
     comparison_blockers,
     ranking_blockers,
     reference_blockers,
-    shorten_reason,
 )
 from trainer.report.margin import Margin
 from trainer.report.options import ComparisonOptions, CostRatio
@@ -80,26 +79,24 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions)
     if not pairs:
         seeds = [", ".join(sorted({str(_seed(run)) for run in group.finished_runs})) for group in (lora, full)]
         blockers = (f"other data order (seeds {seeds[0]} against {seeds[1]})",)
-    judged: dict[str, Any] = {
-        "full_loss": best_loss(full).mean,
-        "lora_loss": best_loss(lora).mean,
-    }
-    if not blockers:
-        try:
-            judged |= _judge(pairs, options)
-        except SharedRecordsError as error:
-            blockers = (str(error),)
-    return FullVsLora(
+    pair = FullVsLora(
         full=full,
         lora=lora,
         pairs=tuple(pairs),
         blockers=blockers,
         margin=options.margin,
+        full_loss=best_loss(full),
+        lora_loss=best_loss(lora),
         parameters=_ratio(*(_mean(group, lambda run: run.get("model.trainable")) for group in (lora, full))),
         time=options.step_time or _own_clocks(full, lora),
         memory=_cost(full, lora, "peak_memory_bytes"),
-        **judged,
     )
+    if blockers:
+        return pair
+    try:
+        return replace(pair, **_judge(pairs, options))
+    except SharedRecordsError as error:
+        return replace(pair, blockers=(str(error),))
 
 
 def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> list[tuple[RunData, RunData]]:
@@ -154,7 +151,7 @@ def comparable_groups(
         tuple(
             sorted(
                 (group for group in members if group.mode == mode),
-                key=lambda group: best_loss(group).mean if best_first else 0.0,
+                key=lambda group: best_loss(group) if best_first else 0.0,
             )
             for mode in ("full", "lora")
         )
@@ -239,8 +236,3 @@ def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
     run_indices = [(run, run.index_at_epoch(run.evals, epoch)) for run in group.runs]
     losses = [float(run.evals["loss"][index]) for run, index in run_indices if index is not None]
     return sum(losses) / len(losses) - row.val_loss if losses else None
-
-
-def describe_blockers(reasons: Sequence[str]) -> str:
-    """The reasons by their short forms, each once."""
-    return ", ".join(dict.fromkeys(map(shorten_reason, reasons)))

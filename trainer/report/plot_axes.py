@@ -112,7 +112,7 @@ def rate_curves(groups: Sequence[SeedGroup]) -> tuple[RateCurve, ...]:
     for mode in MODE_NAMES:
         lowest: dict[float, float] = {}
         for group in (group for group in groups if group.mode == mode and group.finished_runs):
-            loss = best_loss(group).mean
+            loss = best_loss(group)
             lowest[group.lr] = min(loss, lowest.get(group.lr, loss))
         curves += [RateCurve(mode=mode, losses=dict(sorted(lowest.items())))] if lowest else []
     return tuple(curves)
@@ -133,7 +133,7 @@ def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> N
         axis.plot(list(curve.losses), list(curve.losses.values()), color=COLOURS[curve.mode], alpha=alpha,
                   linestyle=DASHES[curve.mode], linewidth=1.6, marker=MARKERS[curve.mode], markersize=4,
                   label=MODE_NAMES[curve.mode] + steps)  # fmt: skip
-        chosen[curve.mode] = curve.losses.get(group.lr, best_loss(group).mean)
+        chosen[curve.mode] = curve.losses.get(group.lr, best_loss(group))
     for group in (pair.full, pair.lora):
         axis.plot([group.lr], [chosen[group.mode]], linestyle="none", marker="o", markersize=11, fillstyle="none",
                   markeredgewidth=1.5, color=COLOURS[group.mode])  # fmt: skip

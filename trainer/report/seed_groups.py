@@ -3,39 +3,27 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
-from trainer.report.comparability import COMPARABILITY_KEYS, flatten, is_comparable
+from trainer.report.comparability import COMPARABILITY_KEYS, flatten
 from trainer.report.run_data import RunData
 
 MODE_NAMES = {"full": "full", "lora": "LoRA"}
 #: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
 _IGNORED_SETTINGS = (
-    "settings.train.seed",
-    "settings.train.micro_batch",
-    "settings.train.eval_batch",
-    "settings.preset",
-    "settings.engine.ds_config",
-    "settings.data.data",
-    "settings.data.val_data",
+    "settings.train.seed", "settings.train.micro_batch", "settings.train.eval_batch", "settings.preset",
+    "settings.engine.ds_config", "settings.engine.precision", "settings.data.data", "settings.data.val_data",
     "settings.model.model",
-    "settings.engine.precision",
-)
+)  # fmt: skip
 _GROUPING_PATHS = (
-    *COMPARABILITY_KEYS.values(),
-    "mode",
-    "model.name",
-    "resolved.lr",
-    "resolved.ranks",
-    "resolved.precision",
-    "resolved.ds_config",
-    "resolved.device",
-    "resolved.micro_batch",
-)
+    *COMPARABILITY_KEYS.values(), "mode", "model.name", "resolved.lr", "resolved.ranks", "resolved.precision",
+    "resolved.ds_config", "resolved.device", "resolved.micro_batch",
+)  # fmt: skip
 #: what a label says of a group when its mode alone does not name it: path and how it reads
 _LABEL_FORMATS: tuple[tuple[str, Callable[[Any], str]], ...] = (
-    ("data.source", lambda value: str(value).rstrip("/").rsplit("/", 1)[-1]),
-    ("model.name", lambda value: str(value).rstrip("/").rsplit("/", 1)[-1]),
+    ("data.source", lambda value: PurePosixPath(value).name),
+    ("model.name", lambda value: PurePosixPath(value).name),
     ("settings.lora.adapter", str),
     ("settings.model.quant", str),
     ("settings.train.optim", str),
@@ -66,9 +54,8 @@ class SeedGroup:
 
     @property
     def lr(self) -> float:
-        """Peak learning rate; NaN where unknown."""
-        lr = self.runs[0].get("resolved.lr")
-        return float(lr) if isinstance(lr, int | float) else float("nan")
+        """Peak learning rate."""
+        return float(self.runs[0].get("resolved.lr"))
 
     @property
     def label_with_lr(self) -> str:
@@ -84,79 +71,55 @@ class SeedGroup:
         return tuple(run for run in self.runs if run.is_finished and run.best_eval is not None)
 
 
-@dataclass(frozen=True)
-class MeanStd:
-    """Mean, sample standard deviation (None for fewer than two values) and number of values."""
-
-    mean: float
-    sd: float | None
-    n: int
-
-
 def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
     """The runs by what they have in common, full ones first, in the order they were given."""
     runs_by_key: dict[tuple[Any, ...], list[RunData]] = {}
     for run in runs:
         runs_by_key.setdefault(_grouping_key(run), []).append(run)
     run_groups = sorted(runs_by_key.values(), key=lambda group: group[0].mode)
-    labels = _make_labels(run_groups)
+    labels = [_make_label(group[0], [other[0] for other in run_groups]) for group in run_groups]
+    labels = [
+        label if labels.count(label) == 1 else f"{label}: {group[0].name}"
+        for label, group in zip(labels, run_groups, strict=True)
+    ]
     return [SeedGroup(label, group[0].mode, tuple(group)) for label, group in zip(labels, run_groups, strict=True)]
 
 
-def mean_std(values: Sequence[float]) -> MeanStd | None:
-    """The spread of `values`; None without any."""
-    if not values:
-        return None
-    return MeanStd(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+def best_loss(group: SeedGroup) -> float:
+    """Mean of the lowest validation losses of the finished runs of a group, of which there must be one."""
+    return statistics.fmean(run.best_eval["loss"] for run in group.finished_runs if run.best_eval)
 
 
-def best_loss(group: SeedGroup) -> MeanStd:
-    """The lowest validation losses of the finished runs of a group, of which there must be one."""
-    stats = mean_std([run.best_eval["loss"] for run in group.finished_runs if run.best_eval])
-    assert stats is not None, "only groups with evaluated runs get here"
-    return stats
-
-
-def improvement(group: SeedGroup) -> MeanStd | None:
-    """Improvement on the base; None where a run was not evaluated at step 0."""
+def improvement(group: SeedGroup) -> float | None:
+    """Mean improvement of the finished runs on the base; None where one was not evaluated at step 0."""
     gains = [
         run.initial_loss - run.best_eval["loss"]
         for run in group.finished_runs
         if run.best_eval and run.initial_loss is not None
     ]
-    return mean_std(gains) if len(gains) == len(group.finished_runs) else None
+    return statistics.fmean(gains) if len(gains) == len(group.finished_runs) else None
 
 
 def _grouping_key(run: RunData) -> tuple[Any, ...]:
-    settings = run.get("settings") or {}
-    values_by_path = {f"settings.{name}": value for name, value in flatten(settings)}
-    compared_values = [
+    compared_settings = [
         (name, repr(value))
-        for name, value in sorted(values_by_path.items())
-        if name not in _IGNORED_SETTINGS and not name.startswith(("settings.output.", "settings.overridden"))
+        for name, value in sorted(flatten(run.get("settings"), "settings."))
+        if name not in _IGNORED_SETTINGS and not name.startswith("settings.output.")
     ]
-    identity = (
-        () if settings and is_comparable(run, run) else (run.run_id,)
-    )  # of which too little is known to join it to others
-    return (run.mode, *compared_values, *(repr(run.get(path)) for path in _GROUPING_PATHS), *identity)
+    return (*compared_settings, *(repr(run.get(path)) for path in _GROUPING_PATHS))
 
 
-def _make_labels(run_groups: Sequence[Sequence[RunData]]) -> list[str]:
-    """A label of each group: its mode, with what tells it apart from the other groups of that mode."""
-    labels = []
-    for group in run_groups:
-        first_runs = [other_group[0] for other_group in run_groups if other_group[0].mode == group[0].mode]
-        parts = []
-        for path, format_value in _LABEL_FORMATS:
-            values = {repr(run.get(path)) for run in first_runs}
-            if len(values) > 1 and group[0].get(path) is not None and not _is_implied_by_data(path, first_runs):
-                parts.append(format_value(group[0].get(path)))
-        mode_name = MODE_NAMES[group[0].mode]
-        labels.append(f"{mode_name} ({', '.join(parts[:4])})" if parts else mode_name)
-    return [
-        label if labels.count(label) == 1 else f"{label}: {group[0].name}"
-        for label, group in zip(labels, run_groups, strict=True)
+def _make_label(run: RunData, first_runs: Sequence[RunData]) -> str:
+    """The mode of a run with what tells it apart from those of its mode among the first runs of each group."""
+    peers = [other for other in first_runs if other.mode == run.mode]
+    parts = [
+        format_value(run.get(path))
+        for path, format_value in _LABEL_FORMATS
+        if run.get(path) is not None
+        and len({repr(peer.get(path)) for peer in peers}) > 1
+        and not _is_implied_by_data(path, peers)
     ]
+    return MODE_NAMES[run.mode] + (f" ({', '.join(parts[:4])})" if parts else "")
 
 
 def _is_implied_by_data(path: str, runs: Sequence[RunData]) -> bool:

@@ -1,19 +1,19 @@
-"""The tables of the comparison as pandas frames: values for JSON, and the same as text for pages and the console."""
+"""The tables of the comparison: values for JSON, and the same as text in pandas frames for pages and the console."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from trainer.config import reference
 from trainer.report.comparability import reference_blockers
 from trainer.report.formats import format_bytes, format_duration, format_percent
 from trainer.report.full_vs_lora import difference_to_reference
-from trainer.report.run_data import RunData, Series
-from trainer.report.seed_groups import MODE_NAMES, MeanStd, SeedGroup, mean_std
+from trainer.report.run_data import RunData
+from trainer.report.seed_groups import MODE_NAMES, SeedGroup
 
 REFERENCE_LABEL = "card"
 NO_VALUE = "-"  # what a cell shows that has no value
@@ -21,43 +21,46 @@ NOT_STATED = ""  # what the card's row shows where the card says nothing
 Format = Callable[[Any], str]
 
 
+@dataclass(frozen=True)
+class MeanStd:
+    """Mean and sample standard deviation of n values, two or more."""
+
+    mean: float
+    sd: float
+    n: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A frame of values whose columns are keys, how each column is headed and formatted, and notes to read with it."""
+    """Rows by column, how each column is headed and its numbers are formatted, and notes to read with it."""
 
     title: str
-    frame: pd.DataFrame
+    rows: Sequence[Mapping[str, Any]]
     headings: Mapping[str, str]
     formats: Mapping[str, Format] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    format_text: Callable[[str], str] = str
+    notes: Sequence[str] = ()
     is_transposed: bool = False
 
     def __len__(self) -> int:
-        return len(self.frame)
+        return len(self.rows)
 
     def to_records(self) -> list[dict[str, Any]]:
         """The rows as {key: value}, for comparison.json."""
-        return [{key: _to_json(value) for key, value in row.items()} for row in self.frame.to_dict("records")]
+        return [{key: _to_json(row.get(key)) for key in self.headings} for row in self.rows]
 
     def to_text(self) -> pd.DataFrame:
         """The same in words under the headings; columns become rows where the table is transposed."""
-        columns = [self.frame[key].map(self.formats.get(key, format_plain)) for key in self.headings]
-        text = pd.concat(columns, axis=1) if columns else pd.DataFrame()
-        text.columns = pd.Index(list(self.headings.values()))
-        if not self.is_transposed:
-            return text
-        rows = [[heading, *text[heading]] for heading in text.columns[1:]]
-        return pd.DataFrame(rows, columns=pd.Index([text.columns[0], *text.iloc[:, 0]]))
+        cells = [[self._format(key, row.get(key)) for key in self.headings] for row in self.rows]
+        headings = list(self.headings.values())
+        if self.is_transposed:
+            headings, *cells = map(list, zip(headings, *cells, strict=True))
+        return pd.DataFrame(cells, columns=pd.Index(headings), dtype=object)
 
-
-def make_table(
-    title: str, headings: Mapping[str, str], rows: Sequence[Mapping[str, Any]], formats: Mapping[str, Format],
-    notes: Sequence[str] = (),
-) -> Table:  # fmt: skip
-    """A table of `rows`; what a row lacks is None."""
-    records = [{key: row.get(key) for key in headings} for row in rows]
-    frame = pd.DataFrame(records, columns=list(headings), dtype=object)
-    return Table(title=title, frame=frame, headings=headings, formats=formats, notes=tuple(notes))
+    def _format(self, key: str, value: Any) -> str:
+        if value is None:
+            return NO_VALUE
+        return self.format_text(value) if isinstance(value, str) else self.formats.get(key, str)(value)
 
 
 def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
@@ -86,14 +89,12 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool) -> Tabl
         notes.append("Several seeds: mean ± one sample standard deviation, n is the number of runs.")
     formats: dict[str, Format] = {
         "epoch": lambda value: f"{value:g}",
-        "step": format_count,
-        "examples": format_count,
-        "train_loss": format_loss,
-        "val_loss": format_loss,
+        **dict.fromkeys(("step", "examples"), format_count),
+        **dict.fromkeys(("train_loss", "val_loss"), format_loss),
         "perplexity": lambda value: format_loss(value, digits=3),
-        "to_card": lambda value: value if isinstance(value, str) else format_loss(value, sign="+"),
+        "to_card": lambda value: format_loss(value, sign="+"),
     }
-    return make_table("By epoch", headings, rows, formats, notes)
+    return Table(title="By epoch", headings=headings, rows=rows, formats=formats, notes=notes)
 
 
 def _evaluated_epochs(run: RunData) -> set[float]:
@@ -124,30 +125,25 @@ def _group_row(group: SeedGroup, epoch: float) -> dict[str, Any] | None:
     if not evaluated:
         return None
     run, index = evaluated[0]
-    train_losses = [_value_at_epoch(run, run.epochs, "train_loss", epoch) for run, _ in evaluated if epoch > 0]
+    train_rows = [(run, run.index_at_epoch(run.epochs, epoch)) for run, _ in evaluated if epoch > 0]
     return {
         "epoch": epoch,
         "run": group.label + (f", n = {len(evaluated)}" if len(group.runs) > 1 else ""),
         "step": _finite_or_none(run.evals["step"][index]),
         "examples": _finite_or_none(run.evals["samples"][index]),
-        "train_loss": _mean_value([loss for loss in train_losses if loss is not None]),
-        "val_loss": _mean_value([float(run.evals["loss"][index]) for run, index in evaluated]),
-        "perplexity": _mean_value([float(run.evals["perplexity"][index]) for run, index in evaluated]),
+        "train_loss": _mean_value([run.epochs["train_loss"][row] for run, row in train_rows if row is not None]),
+        "val_loss": _mean_value([run.evals["loss"][row] for run, row in evaluated]),
+        "perplexity": _mean_value([run.evals["perplexity"][row] for run, row in evaluated]),
         "to_card": difference_to_reference(group, epoch),
     }
 
 
-def _value_at_epoch(run: RunData, series: Series, column: str, epoch: float) -> float | None:
-    index = run.index_at_epoch(series, epoch)
-    return None if index is None else _finite_or_none(series[column][index])
-
-
 def _mean_value(values: Sequence[float]) -> float | MeanStd | None:
     """The value of one run, mean and spread of several."""
-    stats = mean_std(values)
-    if stats is None or not np.isfinite(stats.mean):
+    if not values or not np.isfinite(values).all():
         return None
-    return stats.mean if stats.sd is None else stats
+    mean = statistics.fmean(values)
+    return mean if len(values) == 1 else MeanStd(mean, statistics.stdev(map(float, values)), len(values))
 
 
 def build_run_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
@@ -172,14 +168,11 @@ def build_run_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
         **dict.fromkeys(("peak_memory_bytes", "optimizer_bytes", "checkpoint_bytes", "export_bytes"), format_bytes),
         "bits_per_byte": format_loss,
         "forgetting": lambda value: format_loss(value, sign="+"),
-        "share": lambda value: NO_VALUE if value is None else format_percent(value),
-        "best_epoch": format_short,
-        "lr": format_short,
-        "device_hours": format_short,
+        "share": format_percent,
+        **dict.fromkeys(("best_epoch", "lr", "device_hours"), format_short),
         "wall_seconds": format_duration,
     }
-    formats = {key: _allow_text(format_value) for key, format_value in formats.items()}
-    return make_table("By run: quality and cost", headings, rows, formats)
+    return Table(title="By run: quality and cost", headings=headings, rows=rows, formats=formats)
 
 
 def _run_row(run: RunData) -> dict[str, Any]:
@@ -202,7 +195,7 @@ def _run_row(run: RunData) -> dict[str, Any]:
         "best_epoch": best.get("epoch"),
         "best_step": best.get("step"),
         "final_val_loss": final.get("loss"),
-        "bits_per_byte": _last_finite(run.evals["bits_per_byte"]),
+        "bits_per_byte": next(map(_finite_or_none, run.evals["bits_per_byte"][-1:]), None),
         "forgetting": run.forgetting,
         "lr": run.get("resolved.lr"),
         "ds_config": run.get("resolved.ds_config"),
@@ -214,7 +207,7 @@ def _run_row(run: RunData) -> dict[str, Any]:
 
 def _reference_run_row(headings: Mapping[str, str]) -> dict[str, Any]:
     last_row = reference.CURVE[-1]
-    values = {
+    values: dict[str, Any] = {
         "run": REFERENCE_LABEL,
         "run_id": reference.NAME,
         "mode": "full",
@@ -234,45 +227,27 @@ def _reference_run_row(headings: Mapping[str, str]) -> dict[str, Any]:
 # --- how values read ---
 
 
-def format_plain(value: Any) -> str:
-    """A value that reads as itself."""
-    return NO_VALUE if value is None else str(value)
-
-
-def format_loss(value: float | MeanStd | None, digits: int = 4, sign: str = "") -> str:
+def format_loss(value: float | MeanStd, digits: int = 4, sign: str = "") -> str:
     """A loss in nats per token, to four digits as the card has them; with its spread over several seeds."""
-    if value is None:
-        return NO_VALUE
     if isinstance(value, MeanStd):
         return f"{value.mean:{sign}.{digits}f} ± {value.sd:.{digits}f}"
     return f"{value:{sign}.{digits}f}"
 
 
-def format_count(value: float | list[int] | None) -> str:
+def format_count(value: float | list[int]) -> str:
     """A whole number with separators, or the range of two."""
-    if value is None:
-        return NO_VALUE
     return "–".join(f"{bound:,}" for bound in value) if isinstance(value, list) else f"{value:,.0f}"
 
 
-def format_short(value: float | None) -> str:
+def format_short(value: float) -> str:
     """Three or four significant digits."""
-    return NO_VALUE if value is None else f"{value:.4g}"
-
-
-def _allow_text(format_value: Callable[[Any], str]) -> Format:
-    """The format, texts (what a cell says instead of a number) left as they are."""
-    return lambda value: value if isinstance(value, str) else format_value(value)
+    return f"{value:.4g}"
 
 
 def _to_json(value: Any) -> Any:
     if isinstance(value, MeanStd):
         return vars(value)
-    return None if value == NOT_STATED and isinstance(value, str) else value
-
-
-def _last_finite(values: NDArray[np.float64]) -> float | None:
-    return _finite_or_none(values[-1]) if len(values) else None
+    return None if isinstance(value, str) and value == NOT_STATED else value
 
 
 def _finite_or_none(value: Any) -> float | None:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers
-from trainer.report.exploratory import build_views_of, describe_capacity, describe_forgetting, describe_views
+from trainer.report.exploratory import build_views_of, describe_forgetting, describe_group_capacity
 from trainer.report.formats import capitalize, join_words
 from trainer.report.full_vs_lora import (
     FullVsLora,
     comparable_groups,
     compare_set,
-    describe_blockers,
     difference_to_reference,
 )
 from trainer.report.headlines import (
@@ -25,6 +24,7 @@ from trainer.report.headlines import (
 from trainer.report.options import DEFAULT_OPTIONS, ComparisonOptions, StudyContext
 from trainer.report.paired_interval import MIN_SEEDS, PairedInterval, holm, what_would_tell
 from trainer.report.seed_groups import MODE_NAMES, SeedGroup, best_loss, improvement
+from trainer.report.views import describe_views
 
 INTERVAL_RULE = (
     "[a, b] is a {level:.3g} % interval over seeds and evaluation records taken as crossed random effects, from the "
@@ -78,7 +78,7 @@ def build_verdict(
     for members, (full_groups, lora_groups) in zip(compared, sets, strict=True):
         details += describe_views(build_views_of(members[0], study), options.price_per_hour)
         details += describe_forgetting([*full_groups, *lora_groups])
-        details += describe_capacity(members[0].lora)
+        details += describe_group_capacity(members[0].lora)
     details += study.lines if study else ()
     if any(comparison.losses for comparison in comparisons):
         details.append(INTERVAL_RULE.format(level=100 * options.level))
@@ -220,7 +220,8 @@ def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
     descriptions = "; ".join(_describe_alone(group) for group in groups[:4])
     if full_groups and lora_groups:
         reasons = comparison_blockers(lora_groups[0].finished_runs[0], full_groups[0].finished_runs[0])
-        return f"LoRA and full are not comparable with one another ({describe_blockers(reasons)}): {descriptions}."
+        short_reasons = ", ".join(dict.fromkeys(reason.split(" (", 1)[0] for reason in reasons))
+        return f"LoRA and full are not comparable with one another ({short_reasons}): {descriptions}."
     missing_mode = "LoRA" if full_groups else "full"
     return f"{capitalize(descriptions)}; there is no finished {missing_mode} run to compare with."
 
@@ -228,9 +229,9 @@ def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
 def _describe_alone(group: SeedGroup) -> str:
     best, gain = best_loss(group), improvement(group)
     if gain is None:
-        return f"{group.label} reached a best validation loss of {best.mean:.4f} (its base was not evaluated)"
-    verb = "improved" if gain.mean > 0 else "did not improve"
-    return f"{group.label} {verb} on its base ({best.mean + gain.mean:.4f} -> {best.mean:.4f} at best)"
+        return f"{group.label} reached a best validation loss of {best:.4f} (its base was not evaluated)"
+    verb = "improved" if gain > 0 else "did not improve"
+    return f"{group.label} {verb} on its base ({best + gain:.4f} -> {best:.4f} at best)"
 
 
 def _describe_against_reference(group: SeedGroup) -> str:

@@ -9,14 +9,11 @@ Views are exploratory: the primary comparison is the one at equal tokens that th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from trainer.report.paired_interval import PairedInterval, seeds_interval
 
-Resource = Literal["tokens", "flops", "seconds", "peak_memory_bytes"]
-RESOURCES: tuple[Resource, ...] = get_args(Resource)
 RESOURCE_NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds", "peak_memory_bytes": "peak memory"}
-
 MEMORY_SLACK = 0.05  # peaks of a processor's process differ by so much from run to run: 1 % decided a study's view
 
 
@@ -38,7 +35,7 @@ Curve = Sequence[Point]
 class View:
     """Both modes within one budget, losses as means over seeds; `reason` says why there is none."""
 
-    resource: Resource
+    resource: str
     budget: float | None = None
     full_loss: float | None = None  #: None where full does not fit into the budget
     lora_loss: float | None = None
@@ -77,21 +74,24 @@ def build_views(full: Sequence[Curve], lora: Sequence[Curve], *, no_seconds: str
     """One view a resource, of curves paired by seed; `no_seconds`: why there are none. ValueError without a pair."""
     if not full or len(full) != len(lora):
         raise ValueError(f"{len(full)} curves of full and {len(lora)} of LoRA: expected pairs")
-    return tuple(_build_view(resource, full, lora, no_seconds) for resource in RESOURCES)
+    return tuple(_build_view(resource, full, lora, no_seconds) for resource in RESOURCE_NAMES)
 
 
-def disagreements(views: Sequence[View], price_per_hour: float | None = None) -> list[str]:
-    """A sentence for each view that puts another mode ahead than the view at equal tokens does."""
+def describe_views(views: Sequence[View], price_per_hour: float | None = None) -> list[str]:
+    """One line a view beside equal tokens; first a sentence for each that puts another mode ahead than equal tokens."""
     primary = next((view.favours for view in views if view.resource == "tokens"), "")
     names = {"lora": "LoRA is ahead", "full": "full is ahead", "": "neither is ahead for certain"}
-    return [
-        f"{names[view.favours]} {view.describe(price_per_hour)}, where at equal tokens {names[primary]}"
-        for view in views
-        if view.budget is not None and view.favours != primary
-    ]
+    different, others = [], []
+    for view in (view for view in views if view.resource != "tokens"):
+        line = view.describe(price_per_hour)
+        if view.budget is not None and view.favours != primary:
+            different.append(f"Exploratory: {names[view.favours]} {line}, where at equal tokens {names[primary]}.")
+        else:
+            others.append(f"Exploratory: {line}.")
+    return different + others
 
 
-def _build_view(resource: Resource, full: Sequence[Curve], lora: Sequence[Curve], no_seconds: str) -> View:
+def _build_view(resource: str, full: Sequence[Curve], lora: Sequence[Curve], no_seconds: str) -> View:
     spent = [[getattr(point, resource) for point in curve] for curve in (*full, *lora)]
     if any(value is None for values in spent for value in values) or not all(spent):
         return View(resource=resource, reason=no_seconds if resource == "seconds" else "not recorded by every run")
@@ -110,7 +110,7 @@ def _build_view(resource: Resource, full: Sequence[Curve], lora: Sequence[Curve]
     return View(resource=resource, budget=budget, full_loss=means[0], lora_loss=means[1], difference=difference)
 
 
-def _loss_within(curve: Curve, resource: Resource, budget: float) -> float | None:
+def _loss_within(curve: Curve, resource: str, budget: float) -> float | None:
     """The lowest loss that a curve reaches within a budget; None where its first point is beyond it."""
     points = sorted((getattr(point, resource), point.loss) for point in curve)
     slack = 1 + MEMORY_SLACK if resource == "peak_memory_bytes" else 1
@@ -124,7 +124,7 @@ def _loss_within(curve: Curve, resource: Resource, budget: float) -> float | Non
     return min(within)
 
 
-def _format_amount(resource: Resource, amount: float) -> str:
+def _format_amount(resource: str, amount: float) -> str:
     if resource == "peak_memory_bytes":
         return f"{amount / 1e9:.2f} GB"
     if resource == "flops":

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from trainer.report.capacity import Capacity
+from trainer.report.exploratory import describe_capacity
 from trainer.report.paired_interval import holm
-from trainer.report.views import Point, build_views, disagreements
+from trainer.report.views import Point, build_views, describe_views
 
 
 def curve(losses: list[float], *, flops: float, seconds: float | None = None, memory: float = 1e9) -> list[Point]:
@@ -29,10 +29,11 @@ def test_at_equal_flops_the_dearer_mode_is_read_off_its_curve_where_the_cheaper_
     assert seconds.describe() == "at equal seconds: not known (not timed in alternation)"
     assert memory.describe() == "at equal peak memory (1.00 GB): only LoRA fits, with loss 1.9000"
     assert build_views([full], [curve([1.9], flops=2, memory=1.99e9)])[3].full_loss == 1.8, "1 % less is no advantage"
-    sentences = disagreements([tokens, flops, seconds, memory])
-    assert len(sentences) == 2
-    assert sentences[0].startswith("LoRA is ahead at equal FLOPs (600): LoRA 1.9000, full 2.0000")
-    assert sentences[0].endswith("where at equal tokens full is ahead")
+    lines = describe_views([tokens, flops, seconds, memory])
+    assert [line.removeprefix("Exploratory: ").split(" at ")[0] for line in lines[:2]] == ["LoRA is ahead"] * 2
+    assert lines[0].startswith("Exploratory: LoRA is ahead at equal FLOPs (600): LoRA 1.9000, full 2.0000")
+    assert lines[0].endswith("where at equal tokens full is ahead.")
+    assert lines[2] == f"Exploratory: {seconds.describe()}."
 
 
 def test_between_two_evaluations_the_loss_is_linear_in_the_logarithm_of_what_was_spent() -> None:
@@ -55,13 +56,11 @@ def test_with_two_seeds_a_view_favours_a_mode_by_its_interval_only() -> None:
 
 def test_capacity_is_two_bits_a_weight_against_the_first_epochs_loss_in_bits() -> None:
     """102,400 weights hold 0.2 Mbit; 500,000 targets at 4.3 nats carry 500,000 x 4.3 / ln 2 = 3.1 Mbit."""
-    small = Capacity(num_trained=102_400, num_targets=500_000, first_epoch_loss=4.3, lora_rank=8)
-    assert (small.weight_bits, round(small.data_bits)) == (204_800, 3_101_794)
-    assert small.describe().startswith(
+    assert describe_capacity(102_400, 500_000, 4.3, 8).startswith(
         "adapters hold 0.2 Mbit, the data 3.1 Mbit: expect a plateau; rank 32 holds 0.8 (rule of thumb"
     )
-    large = Capacity(num_trained=2_000_000, num_targets=500_000, first_epoch_loss=4.3, lora_rank=128)
-    assert "hold 4.0 Mbit, the data 3.1 Mbit: no plateau for want of weights is expected (rule" in large.describe()
+    line = describe_capacity(2_000_000, 500_000, 4.3, 128)
+    assert "hold 4.0 Mbit, the data 3.1 Mbit: no plateau for want of weights is expected (rule" in line
 
 
 def test_holm_multiplies_the_smallest_by_their_number_and_never_falls() -> None:
