@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config.errors import UserError
+from trainer.report import wandb_report
 from trainer.report.assertions import AssertionResult, check_runs, exit_code, parse_condition
 from trainer.report.comparison import Comparison, compare
 from trainer.report.load import LoadProblem, load_runs
@@ -13,6 +14,7 @@ from trainer.report.margin import parse_margin
 from trainer.report.options import ComparisonOptions
 from trainer.report.tables import REFERENCE_LABEL
 from trainer.report.verdict import Verdict
+from trainer.report.wandb_reference import log_reference
 from trainer.report.write import write_report
 
 REFUSED_EXIT_CODE = 3
@@ -32,9 +34,8 @@ def run_comparison(args: argparse.Namespace) -> int:
     """Carry out a parsed command line; the exit code. UserError on a mistake, before any slow work."""
     _validate_args(args)
     options = ComparisonOptions(margin=parse_margin(args.margin))
+    report_target = wandb_report.parse_target(args.wandb_report) if args.wandb_report else None
     if args.log_card:
-        from trainer.report.wandb_reference import log_reference
-
         print(log_reference(args.log_card))
         if not args.runs:
             return 0
@@ -47,8 +48,12 @@ def run_comparison(args: argparse.Namespace) -> int:
     results = check_runs(args.check, runs, args.tolerance) + _unreadable_results(args.check, problems)
     paths = write_report(comparison, args.output_dir, [dataclasses.asdict(result) for result in results])
     print_comparison(comparison, results)
-    if args.wandb_report_json or args.wandb_report:
-        _publish_wandb_report(args, comparison)
+    if args.wandb_report_json:
+        args.wandb_report_json.parent.mkdir(parents=True, exist_ok=True)
+        args.wandb_report_json.write_text(wandb_report.to_spec_json(comparison), encoding="utf-8")
+        print(f"W&B Report, not sent: {args.wandb_report_json}")
+    if report_target:
+        print(f"W&B Report: {wandb_report.save_report(comparison, *report_target, args.output_dir)}")
     print(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
     primary = comparison.verdict.primary
     is_refused = primary is not None and bool(primary.blockers)
@@ -56,24 +61,15 @@ def run_comparison(args: argparse.Namespace) -> int:
 
 
 def _validate_args(args: argparse.Namespace) -> None:
-    if not args.runs and not args.log_card:
+    if not args.runs and (not args.log_card or args.check or args.wandb_report or args.wandb_report_json):
         raise UserError(
             "no RUN given: expected run folders, offline W&B folders or entity/project/run_id, "
             "for instance runs/full-acled-demo"
         )
     if not 0 <= args.tolerance < float("inf"):
         raise UserError(f"--tolerance {args.tolerance}: expected 0 or a number above it")
-    for text in args.check:
-        if parse_condition(text) is None and args.no_card:
-            raise UserError("--check card with --no-card: leave one of them out")
-    if args.check and not args.runs:
-        raise UserError("--check without a RUN: there is nothing to check")
-    if (args.wandb_report or args.wandb_report_json) and not args.runs:
-        raise UserError("--wandb-report without a RUN: there is nothing to report")
-    if args.wandb_report:
-        from trainer.report.wandb_report import parse_target
-
-        parse_target(args.wandb_report)
+    if args.no_card and None in map(parse_condition, args.check):
+        raise UserError("--check card with --no-card: leave one of them out")
     if args.log_card is not None and not 1 <= len([part for part in args.log_card.split("/") if part]) <= 2:
         raise UserError(f"--log-card {args.log_card}: expected PROJECT or ENTITY/PROJECT")
 
@@ -86,18 +82,6 @@ def _unreadable_results(checks: Sequence[str], problems: Sequence[LoadProblem]) 
         for problem in problems
         if problem.is_excluded
     ]
-
-
-def _publish_wandb_report(args: argparse.Namespace, comparison: Comparison) -> None:
-    from trainer.report import wandb_report
-
-    if args.wandb_report_json:
-        args.wandb_report_json.parent.mkdir(parents=True, exist_ok=True)
-        args.wandb_report_json.write_text(wandb_report.to_spec_json(comparison), encoding="utf-8")
-        print(f"W&B Report, not sent: {args.wandb_report_json}")
-    if args.wandb_report:
-        target = wandb_report.parse_target(args.wandb_report)
-        print(f"W&B Report: {wandb_report.save_report(comparison, *target, args.output_dir)}")
 
 
 def print_comparison(comparison: Comparison, results: Sequence[AssertionResult]) -> None:

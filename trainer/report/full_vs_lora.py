@@ -4,7 +4,7 @@ Runs are paired by seed. What may not be ranked gets no number; a ratio of time 
 measured under the same conditions, and is withheld with the reason where they were not.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +44,7 @@ class FullVsLora:
     no_losses: str = ""  #: why single records could not be paired
     excess: PairedInterval | None = None
     contrast: PairedInterval | None = None  #: excess beyond the margin
-    parameters: float | None  #: trainable ones, LoRA's / full's
+    parameters: float  #: trainable ones, LoRA's / full's
     time: CostRatio
     memory: CostRatio
 
@@ -87,7 +87,7 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions)
         margin=options.margin,
         full_loss=best_loss(full),
         lora_loss=best_loss(lora),
-        parameters=_ratio(*(_mean(group, lambda run: run.get("model.trainable")) for group in (lora, full))),
+        parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
         time=options.step_time or _own_clocks(full, lora),
         memory=_cost(full, lora, "peak_memory_bytes"),
     )
@@ -127,11 +127,8 @@ def _judge(pairs: Sequence[tuple[RunData, RunData]], options: ComparisonOptions)
                 judged["contrast"] = seeds_interval([lora - full - margin.value for full, lora in best], level)
         return judged
     contrast = None
-    if not margin.why_not(has_base=losses.base is not None, has_bytes=losses.has_bytes):
-        beyond = margin.contrast(
-            losses.lora, losses.full, base=losses.base, targets=losses.targets, num_bytes=losses.num_bytes
-        )
-        contrast = paired_interval(beyond, losses.targets, level)
+    if not margin.why_not(losses):
+        contrast = paired_interval(margin.contrast(losses), losses.targets, level)
     return {
         "full_loss": losses.mean_loss(losses.full),
         "lora_loss": losses.mean_loss(losses.lora),
@@ -191,15 +188,16 @@ def _own_clocks(full: SeedGroup, lora: SeedGroup) -> CostRatio:
 
 
 def _cost(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
-    means = [_mean(group, lambda run: run.summary.get(key)) for group in (lora, full)]
-    a, b = full.finished_runs[0], lora.finished_runs[0]
+    full_cost, lora_cost = _mean_cost(full, key), _mean_cost(lora, key)
     resumed = [run.name for run in (*full.finished_runs, *lora.finished_runs) if run.get("resumed")]
-    reason = (
-        f"{resumed[0]} was resumed and measured in parts"
-        if resumed
-        else _conditions_blocker(a, b) or ("not measured" if None in means or not means[1] else "")
-    )
-    return CostRatio(ratio=None if reason else _ratio(*means), reason=reason, lora=means[0], full=means[1])
+    if resumed:
+        reason = f"{resumed[0]} was resumed and measured in parts"
+    else:
+        reason = _conditions_blocker(full.finished_runs[0], lora.finished_runs[0])
+    if not lora_cost or not full_cost:
+        reason = reason or "not measured"
+    ratio = lora_cost / full_cost if lora_cost and full_cost and not reason else None
+    return CostRatio(ratio=ratio, reason=reason, lora=lora_cost, full=full_cost)
 
 
 def _conditions_blocker(a: RunData, b: RunData) -> str:
@@ -216,16 +214,10 @@ def _conditions_blocker(a: RunData, b: RunData) -> str:
     return ""
 
 
-def _mean(group: SeedGroup, get_value: Callable[[RunData], Any]) -> float | None:
+def _mean_cost(group: SeedGroup, key: str) -> float | None:
     """The mean over finished runs; None where one does not tell."""
-    values = [get_value(run) for run in group.finished_runs]
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-        return None
-    return sum(values) / len(values)
-
-
-def _ratio(lora: float | None, full: float | None) -> float | None:
-    return None if lora is None or not full else lora / full
+    values = [run.summary[key] for run in group.finished_runs if key in run.summary]
+    return sum(values) / len(values) if len(values) == len(group.finished_runs) else None
 
 
 def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:

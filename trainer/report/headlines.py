@@ -65,7 +65,8 @@ def describe_numbers(pair: FullVsLora) -> list[str]:
         line += f"; beyond the margin of {describe_margin(pair)}: at most {pair.contrast.upper:+.4f} "
         line += f"(one-sided {100 * pair.contrast.level:.3g} %)"
     elif pair.excess is not None:
-        line += f"; whether it is within the margin is not known: {_margin_blocker(pair)}"
+        reason = pair.margin.why_not(pair.losses) if pair.losses else "that needs the losses of single records"
+        line += f"; whether it is within the margin is not known: {reason}"
     lines = [line + "."]
     if pair.losses and pair.losses.num_in_train:
         lines.append(f"{names}: {pair.losses.num_in_train:,} records that equal a training record are left out.")
@@ -80,29 +81,22 @@ def describe_numbers(pair: FullVsLora) -> list[str]:
 
 
 def describe_costs(pair: FullVsLora) -> list[str]:
-    """What LoRA cost beside full, and what that depends on."""
-    names = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}"
-    return [f"{names}: {describe_cost(pair)}.", *_cost_notes(pair)]
+    """`LoRA against full: 0.95% of its trainable parameters, 0.43x its memory; time not compared (other hardware).`
 
-
-def describe_cost(pair: FullVsLora) -> str:
-    """`0.95% of its trainable parameters, 0.43x its memory; time not compared (other hardware)`."""
-    parts = [
-        "an unknown share of its trainable parameters"
-        if pair.parameters is None
-        else f"{format_percent(pair.parameters)} of its trainable parameters"
-    ]
+    And what time and memory depend on and was not the same.
+    """
+    parts = [f"{format_percent(pair.parameters)} of its trainable parameters"]
     withheld: dict[str, list[str]] = {}
     for name, cost in (("time", pair.time), ("memory", pair.memory)):
         if cost.ratio is None:
             withheld.setdefault(cost.reason, []).append(name)
         else:
             parts.append(f"{cost.ratio:.2f}x its {name}")
-    return join_words(parts) + "".join(f"; {join_words(names)} not compared ({why})" for why, names in withheld.items())
+    text = join_words(parts) + "".join(f"; {join_words(names)} not compared ({why})" for why, names in withheld.items())
+    return [f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}: {text}.", *_cost_notes(pair)]
 
 
 def _cost_notes(pair: FullVsLora) -> list[str]:
-    """What time and memory depend on and was not the same."""
     if pair.time.ratio is None and pair.memory.ratio is None:
         return []
     a, b = pair.lora.finished_runs[0], pair.full.finished_runs[0]
@@ -123,15 +117,6 @@ def _cost_notes(pair: FullVsLora) -> list[str]:
 
 def describe_margin(pair: FullVsLora) -> str:
     """The margin, with what it comes to where the gain is known."""
-    gained = (
-        pair.losses.mean_loss(pair.losses.base - pair.losses.full)
-        if pair.losses and pair.losses.base is not None
-        else None
-    )
-    return pair.margin.describe(gained)
-
-
-def _margin_blocker(pair: FullVsLora) -> str:
-    if pair.losses is None:
-        return "that needs the losses of single records"
-    return pair.margin.why_not(has_base=pair.losses.base is not None, has_bytes=pair.losses.has_bytes)
+    if pair.losses is None or pair.losses.base is None:
+        return pair.margin.describe()
+    return pair.margin.describe(pair.losses.mean_loss(pair.losses.base - pair.losses.full))

@@ -3,13 +3,15 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.config.errors import UserError
 from trainer.report.paired_interval import Matrix, margin_contrast
+
+if TYPE_CHECKING:
+    from trainer.report.record_losses import MatchedLosses
 
 MarginKind = Literal["share", "nats", "bits_per_byte"]
 #: (suffix, kind, what a number with it is multiplied by, and must stay under)
@@ -34,29 +36,21 @@ class Margin:
             return f"{100 * self.value:g} % of what full gained{amount}"
         return f"{self.value:g} {'nats per token' if self.kind == 'nats' else 'bits per byte'}"
 
-    def why_not(self, *, has_base: bool, has_bytes: bool) -> str:
+    def why_not(self, losses: "MatchedLosses") -> str:
         """Why these losses cannot be held against it, "" where they can."""
-        if self.kind == "share" and not has_base:
+        if self.kind == "share" and losses.base is None:
             return "the base's losses of these records are not there"
-        if self.kind == "bits_per_byte" and not has_bytes:
+        if self.kind == "bits_per_byte" and not losses.has_bytes:
             return "the bytes of these records are not known; give the margin in nats"
         return ""
 
-    def contrast(
-        self, lora: Matrix, full: Matrix, *, base: Matrix | None, targets: NDArray[np.float64],
-        num_bytes: NDArray[np.float64],
-    ) -> Matrix:  # fmt: skip
-        """LoRA's excess beyond the margin a unit, in nats: below 0 is inside.
-
-        Shapes: losses (seeds, units), counts (units,). ValueError where `why_not` has a reason.
-        """
-        if reason := self.why_not(has_base=base is not None, has_bytes=bool(num_bytes.all())):
-            raise ValueError(reason)
+    def contrast(self, losses: "MatchedLosses") -> Matrix:
+        """LoRA's excess beyond the margin in nats, (seeds, units): below 0 is inside. `why_not` must have no reason."""
         if self.kind == "share":  # what full gained is an estimate too: its error is part of the contrast
-            assert base is not None
-            return margin_contrast(lora, full, base, self.value)
-        allowed = self.value * (targets if self.kind == "nats" else np.log(2) * num_bytes)
-        return np.asarray(lora - full - allowed, dtype=np.float64)
+            assert losses.base is not None
+            return margin_contrast(losses.lora, losses.full, losses.base, self.value)
+        allowed = self.value * (losses.targets if self.kind == "nats" else np.log(2) * losses.num_bytes)
+        return np.asarray(losses.lora - losses.full - allowed, dtype=np.float64)
 
 
 def parse_margin(text: str) -> Margin:

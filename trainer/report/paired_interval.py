@@ -19,7 +19,7 @@ cover too seldom. Paired and clustered errors of evaluations: Miller, arXiv 2411
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,7 +76,8 @@ class _MeanSquares:
         s, n = self.num_seeds, self.num_units
         if s == 1:
             return n - 1
-        denominator = self.seed**2 / (s - 1) + self.unit**2 / (n - 1) + self.rest**2 / ((s - 1) * (n - 1))
+        units = max(n - 1, 1)  # of seeds alone, without units, the other mean squares are 0
+        denominator = self.seed**2 / (s - 1) + self.unit**2 / units + self.rest**2 / ((s - 1) * units)
         total = self.seed + self.unit - self.rest
         return max(s - 1, total**2 / denominator) if denominator > 0 else s - 1
 
@@ -116,22 +117,8 @@ def paired_interval(differences: Matrix, targets: NDArray[np.float64], level: fl
         raise ValueError(f"differences {differences.shape}, targets {targets.shape}: expected (S, N) and (N,), N >= 2")
     if not (np.isfinite(differences).all() and (targets > 0).all()):
         raise ValueError("differences must be finite and every unit must have a target")
-    num_seeds = len(differences)
-    estimate = math.fsum(differences.ravel()) / (num_seeds * math.fsum(targets))
-    residuals = (differences - estimate * targets) / targets.mean()
-    squares = _mean_squares(residuals)
-    width = squares.half_width((1 + level) / 2)
-    return PairedInterval(
-        estimate=estimate,
-        low=estimate - width,
-        high=estimate + width,
-        upper=estimate + squares.half_width(level),
-        p_value=squares.p_value(estimate),
-        level=level,
-        num_seeds=num_seeds,
-        num_units=len(targets),
-        components=squares.components(),
-    )
+    estimate = math.fsum(differences.ravel()) / (len(differences) * math.fsum(targets))
+    return _interval(estimate, _mean_squares((differences - estimate * targets) / targets.mean()), level)
 
 
 def seeds_interval(differences: Sequence[float], level: float = LEVEL) -> PairedInterval:
@@ -142,20 +129,23 @@ def seeds_interval(differences: Sequence[float], level: float = LEVEL) -> Paired
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < 2:
         raise ValueError("expected the differences of two seeds or more")
-    mean, variance = float(values.mean()), float(values.var(ddof=1))
-    width, one_sided = (
-        float(stdtrit(len(values) - 1, q)) * math.sqrt(variance / len(values)) for q in ((1 + level) / 2, level)
-    )
+    variance = float(values.var(ddof=1))
+    squares = _MeanSquares(seed=variance, unit=0.0, rest=0.0, num_seeds=len(values), num_units=1)
+    return replace(_interval(float(values.mean()), squares, level), num_units=0)
+
+
+def _interval(estimate: float, squares: _MeanSquares, level: float) -> PairedInterval:
+    width = squares.half_width((1 + level) / 2)
     return PairedInterval(
-        estimate=mean,
-        low=mean - width,
-        high=mean + width,
-        upper=mean + one_sided,
-        p_value=_two_sided_p(mean, math.sqrt(variance / len(values)), len(values) - 1),
+        estimate=estimate,
+        low=estimate - width,
+        high=estimate + width,
+        upper=estimate + squares.half_width(level),
+        p_value=squares.p_value(estimate),
         level=level,
-        num_seeds=len(values),
-        num_units=0,
-        components=VarianceComponents(seed=variance, unit=0.0, rest=0.0),
+        num_seeds=squares.num_seeds,
+        num_units=squares.num_units,
+        components=squares.components(),
     )
 
 
@@ -192,13 +182,9 @@ def predict_half_width(
 
     A standard deviation of f degrees of freedom is on average sqrt(2/f) Gamma((f+1)/2) / Gamma(f/2) times the true one.
     """
-    c = components
+    seed, unit, rest = components.seed, components.unit, components.rest
     squares = _MeanSquares(
-        seed=c.rest + num_units * c.seed,
-        unit=c.rest + num_seeds * c.unit,
-        rest=c.rest,
-        num_seeds=num_seeds,
-        num_units=num_units,
+        seed=rest + num_units * seed, unit=rest + num_seeds * unit, rest=rest, num_seeds=num_seeds, num_units=num_units
     )
     quantile = level if is_one_sided else (1 + level) / 2
     return max(float(stdtrit(f, quantile) * np.sqrt(2 / f) * poch(f / 2, 0.5)) * error for error, f in squares.errors())
@@ -249,13 +235,9 @@ def _mean_squares(residuals: Matrix) -> _MeanSquares:
     if s == 1:
         return _MeanSquares(seed=0.0, unit=unit, rest=0.0, num_seeds=s, num_units=n)
     rest = residuals - unit_means - seed_means[:, None] + residuals.mean()
-    return _MeanSquares(
-        seed=n * float(seed_means.var(ddof=1)),
-        unit=unit,
-        rest=float((rest**2).sum()) / ((s - 1) * (n - 1)),
-        num_seeds=s,
-        num_units=n,
-    )
+    mean_square = float((rest**2).sum()) / ((s - 1) * (n - 1))
+    seed = n * float(seed_means.var(ddof=1))
+    return _MeanSquares(seed=seed, unit=unit, rest=mean_square, num_seeds=s, num_units=n)
 
 
 def _two_sided_p(estimate: float, standard_error: float, degrees_of_freedom: float) -> float:

@@ -22,19 +22,15 @@ MAX_RUNS_PER_PANEL = 100  # lines that a panel shows; W&B's own limit is 10
 
 def to_spec_json(comparison: Comparison) -> str:
     """The report as the JSON that W&B keeps of it, made without any network."""
-    report = _build_report(comparison, "entity", "project", own_project=True)
-    return (
-        json.dumps(json.loads(report._to_model().spec.model_dump_json(by_alias=True, exclude_none=True)), indent=1)
-        + "\n"
-    )
+    spec = _build_report(comparison, "entity", "project", own_project=True)._to_model().spec
+    return json.dumps(json.loads(spec.model_dump_json(by_alias=True, exclude_none=True)), indent=1) + "\n"
 
 
 def save_report(comparison: Comparison, entity: str, project: str, output_dir: Path) -> str:
     """Save the report and return its address; one saved before under the same project and title is updated.
 
-    UserError where nobody is logged in, or W&B does not take it.
+    UserError where W&B does not take it.
     """
-    check_can_save()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     _import_workspaces()
@@ -42,32 +38,24 @@ def save_report(comparison: Comparison, entity: str, project: str, output_dir: P
         with contextlib.redirect_stderr(io.StringIO()):  # wandb's own voice; ours says where the report is
             _ensure_project(entity, project)
             report = _build_report(comparison, entity, project, own_project=False)
-            report.id = _find_saved_report_id(entity, project, report.title, output_dir) or ""
+            report.id = _find_saved_report_id(entity, project, report.title, output_dir)
             report.save()
     except Exception as error:
         raise UserError(
             f"--wandb-report {entity}/{project}: W&B did not take it ({' '.join(str(error).split())[:200]})"
         ) from error
-    (output_dir / SAVED_REPORT_FILE).write_text(
-        json.dumps({"entity": entity, "project": project, "title": report.title, "id": report.id}) + "\n",
-        encoding="utf-8",
-    )
+    saved = {"entity": entity, "project": project, "title": report.title, "id": report.id}
+    (output_dir / SAVED_REPORT_FILE).write_text(json.dumps(saved) + "\n", encoding="utf-8")
     return str(report.url)
 
 
 def parse_target(text: str) -> tuple[str, str]:
-    """(entity, project) of --wandb-report; UserError where it is none, or `check_can_save` has a reason."""
-    parts = [part for part in text.split("/") if part]
-    if len(parts) != 2:
-        raise UserError(f"--wandb-report {text}: expected ENTITY/PROJECT")
-    check_can_save()
-    return parts[0], parts[1]
-
-
-def check_can_save() -> None:
-    """Refuse before any slow work where nothing could be sent: nobody is logged in, or W&B is switched off."""
+    """(entity, project) of --wandb-report; UserError where it is none, or nothing could be sent, before slow work."""
     from trainer.tracking.wandb_environment import is_logged_in
 
+    entity, _, project = text.strip("/").partition("/")
+    if not entity or not project or "/" in project:
+        raise UserError(f"--wandb-report {text}: expected ENTITY/PROJECT")
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         raise UserError(
             f"--wandb-report: WANDB_MODE is {os.environ['WANDB_MODE']}; unset it, or use --wandb-report-json FILE"
@@ -76,6 +64,7 @@ def check_can_save() -> None:
         raise UserError(
             "--wandb-report: not logged in; run `wandb login` or set WANDB_API_KEY, or use --wandb-report-json FILE"
         )
+    return entity, project
 
 
 def _import_workspaces() -> Any:
@@ -97,22 +86,17 @@ def _ensure_project(entity: str, project: str) -> None:
         api.create_project(project, entity)
 
 
-def _find_saved_report_id(entity: str, project: str, title: str, output_dir: Path) -> str | None:
-    """The id of the report that this one replaces: noted in the output folder, else found by its title."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        saved_report = json.loads((output_dir / SAVED_REPORT_FILE).read_text(encoding="utf-8"))
-        if (saved_report.get("entity"), saved_report.get("project"), saved_report.get("title")) == (
-            entity,
-            project,
-            title,
-        ):
-            return str(saved_report["id"])
+def _find_saved_report_id(entity: str, project: str, title: str, output_dir: Path) -> str:
+    """The id of the report that this one replaces: noted in the output folder, else found by its title; "" if none."""
+    target = {"entity": entity, "project": project, "title": title}
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
+        saved = json.loads((output_dir / SAVED_REPORT_FILE).read_text(encoding="utf-8"))
+        if saved.items() >= target.items():
+            return str(saved["id"])
     import wandb
 
-    for report in wandb.Api().reports(f"{entity}/{project}"):
-        if report.display_name == title:
-            return str(report.id)
-    return None
+    reports = wandb.Api().reports(f"{entity}/{project}")
+    return next((str(report.id) for report in reports if report.display_name == title), "")
 
 
 def report_title(comparison: Comparison) -> str:
@@ -148,24 +132,17 @@ def _build_report(comparison: Comparison, entity: str, project: str, *, own_proj
         filters=run_filter(comparison),
         run_settings={run_id: wr.RunSettings(color=colour) for run_id, colour in colours.items()},
     )
-    tables = [
-        ("By epoch", markdown.render_table(comparison.by_epoch)),
-        (comparison.by_run.title, markdown.render_table(comparison.by_run)),
-        (
-            "Same and different",
-            markdown.render_list(comparison.comparability_notes)
-            + "\n\n"
-            + markdown.render_table(comparison.differing_settings),
-        ),
-    ]
+    notes = markdown.render_list(comparison.comparability_notes)
+    sections = {table.title: markdown.render_table(table) for table in (comparison.by_epoch, comparison.by_run)}
+    sections["Same and different"] = f"{notes}\n\n{markdown.render_table(comparison.differing_settings)}"
     optional_tables = (comparison.diagnostics, comparison.scores, comparison.generations)  # the samples side by side
-    tables += [(table.title, markdown.render_table(table)) for table in optional_tables if len(table)]
+    sections |= {table.title: markdown.render_table(table) for table in optional_tables if len(table)}
     blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown.render_verdict(comparison))]
     if comparison.verdict.study is not None:
         blocks.append(_rate_grid(wr, comparison.verdict.study.rate_curves, where))
     if comparison.problems:
         blocks.append(wr.MarkdownBlock(markdown.render_list(map(str, comparison.problems))))
-    for heading, text in tables:
+    for heading, text in sections.items():
         blocks += [wr.H1(heading), wr.MarkdownBlock(text)]
     blocks += [wr.H1("Curves"), wr.PanelGrid(runsets=[runset], panels=_panels(wr, comparison))]
     return wr.Report(

@@ -61,7 +61,7 @@ def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
             "--test-fraction or give --test-data"
         )
     if pair.contrast is None:
-        reason = rule.margin.why_not(has_base=pair.losses.base is not None, has_bytes=pair.losses.has_bytes)
+        reason = rule.margin.why_not(pair.losses)
         raise UserError(f"--margin {rule.margin.describe()}: {reason}")
     return pair
 
