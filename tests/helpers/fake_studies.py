@@ -24,7 +24,7 @@ def run_maker(folder: Path) -> MakeRun:
     names: Iterator[str] = map(str, range(100))
 
     def make_run(
-        mode: str, losses: Sequence[float], *, like_card: bool = False,
+        mode: str = "full", losses: Sequence[float] = (4.0, 2.0), *, like_card: bool = False,
         record_losses: Mapping[int, Sequence[float]] | None = None, record_options: Mapping[str, Any] | None = None,
         how: Mapping[str, Any] | None = None, **overrides: Any,
     ) -> RunData:  # fmt: skip

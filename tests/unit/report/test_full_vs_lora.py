@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers.fake_runs import make_metadata
-from helpers.fake_studies import GPU, MakeRun, judge_runs, make_study, run_maker
+from helpers.fake_studies import GPU, MakeRun, judge_runs, make_study
 
 from trainer.config.errors import UserError
 from trainer.report.margin import Margin, parse_margin
@@ -12,11 +12,6 @@ from trainer.report.options import ComparisonOptions, CostRatio
 from trainer.report.run_folder import read_folder
 from trainer.report.seed_groups import group_by_seed
 from trainer.report.verdict import Verdict, build_verdict
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> MakeRun:
-    return run_maker(tmp_path)
 
 
 def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRun) -> None:

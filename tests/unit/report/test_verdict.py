@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.fake_runs import write_eval_records
-from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study, run_maker
+from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study
 
 from trainer.report.formats import format_percent
 from trainer.report.full_vs_lora import Margin
@@ -17,11 +17,6 @@ from trainer.report.headlines import describe_numbers
 from trainer.report.paired_interval import margin_contrast, paired_interval
 from trainer.report.run_folder import read_folder
 from trainer.report.write import to_answer
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> MakeRun:
-    return run_maker(tmp_path)
 
 
 def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_run: MakeRun) -> None:
