@@ -1,10 +1,11 @@
 """Conditions on runs, for use in CI: `val_loss<=1.0048@epoch 2`, and the built-in `card`."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.config import reference
 from trainer.config.errors import UserError
@@ -12,13 +13,7 @@ from trainer.report.comparability import reference_blockers
 from trainer.report.run_data import RunData, Series
 
 PASSED, FAILED, NOT_COMPARABLE = "passed", "failed", "not comparable"
-OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    "<=": operator.le,
-    "<": operator.lt,
-    ">=": operator.ge,
-    ">": operator.gt,
-    "==": operator.eq,
-}
+OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 #: metrics that have a value at a place: which records hold it, and in which column
 SERIES_METRICS = {
     "val_loss": ("evals", "loss"),
@@ -44,11 +39,9 @@ _CONDITION_PATTERN = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(NamedTuple):
     """One condition; `axis` None means the last value of a run that came to its end."""
 
-    text: str
     metric: str
     op: str
     limit: float
@@ -88,7 +81,7 @@ def parse_condition(text: str) -> Condition | None:
     axis_value = _parse_number(match["axis_value"], text) if match["axis"] else 0.0
     if axis_value < 0:
         raise UserError(f"--check {text!r}: expected an {match['axis']} from 0")
-    return Condition(text, metric, match["op"], limit, match["axis"], axis_value)
+    return Condition(metric, match["op"], limit, match["axis"], axis_value)
 
 
 def _parse_number(text: str, check: str) -> float:
@@ -96,7 +89,7 @@ def _parse_number(text: str, check: str) -> float:
         number = float(text)
     except ValueError:
         raise UserError(f"--check {check!r}: {text} is no number") from None
-    if number - number != 0:
+    if not math.isfinite(number):
         raise UserError(f"--check {check!r}: {text} is not finite")
     return number
 
@@ -107,11 +100,10 @@ def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) 
     for text in texts:
         condition = parse_condition(text)
         for run in runs:
-            outcome, reason = (
-                _check_against_reference(run, tolerance)
-                if condition is None
-                else _check_condition(condition, run, tolerance)
-            )
+            if condition is None:
+                outcome, reason = _check_against_reference(run, tolerance)
+            else:
+                outcome, reason = _check_condition(condition, run, tolerance)
             results.append(AssertionResult(text.strip(), run.name, outcome, reason))
     return results
 
@@ -126,11 +118,11 @@ def _check_condition(condition: Condition, run: RunData, tolerance: float) -> tu
     value, detail = _find_value(condition, run)
     if value is None:
         return FAILED, detail
-    sign = {"<": 1, ">": -1}.get(condition.op[0])
-    if sign is None:
+    if condition.op == "==":
         is_satisfied = abs(value - condition.limit) <= tolerance
     else:
-        is_satisfied = OPERATORS[condition.op](value, condition.limit + sign * tolerance)
+        widening = tolerance if condition.op.startswith("<") else -tolerance
+        is_satisfied = OPERATORS[condition.op](value, condition.limit + widening)
     text = f"{value:.6g} {detail}" + (f", tolerance {tolerance:g}" if tolerance else "")
     return (PASSED if is_satisfied else FAILED), text
 
@@ -141,9 +133,9 @@ def _find_value(condition: Condition, run: RunData) -> tuple[float | None, str]:
         return None, f"the run is not finished ({run.state}), so it has no final value"
     if condition.metric in RUN_METRICS:
         value = RUN_METRICS[condition.metric](run)
-        return (
-            (None, f"the run does not tell its {condition.metric}") if value is None else (float(value), "over the run")
-        )
+        if value is None:
+            return None, f"the run does not tell its {condition.metric}"
+        return float(value), "over the run"
     series_name, column = SERIES_METRICS[condition.metric]
     if condition.metric == "train_loss" and condition.axis == "step":
         series_name, column = "steps", "loss"  # the mean of an epoch has no step of its own

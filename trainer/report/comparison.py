@@ -1,7 +1,7 @@
 """The whole comparison, made once: groups, verdict and tables, before it is written in any form."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from trainer.config import reference
 from trainer.report.comparability import COMPARABILITY_KEYS, comparable_sets, comparison_blockers, reference_blockers
@@ -17,8 +17,6 @@ from trainer.report.run_data import RunData
 from trainer.report.seed_groups import SeedGroup, group_by_seed
 from trainer.report.tables import Table, build_epoch_table, build_run_table
 from trainer.report.verdict import Verdict, build_verdict
-
-MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +35,11 @@ class Comparison:
     diagnostics: Table
     scores: Table
     generations: Table
+
+    @property
+    def optional_tables(self) -> list[Table]:
+        """What runs noticed, scored and generated, where there is any of it."""
+        return [table for table in (self.diagnostics, self.scores, self.generations) if len(table)]
 
     @property
     def runs(self) -> list[RunData]:
@@ -58,7 +61,6 @@ def compare_run_groups(
 ) -> Comparison:  # fmt: skip
     """The same of runs whose groups are known."""
     runs = [run for group in groups for run in group.runs]
-    by_run = build_run_table(groups, with_reference)
     differing_settings, shared_settings = build_settings_tables(groups, with_reference)
     return Comparison(
         groups=tuple(groups),
@@ -67,7 +69,7 @@ def compare_run_groups(
         verdict=build_verdict(groups, with_reference, options),
         comparability_notes=tuple(_comparability_notes(runs, with_reference)),
         by_epoch=build_epoch_table(groups, with_reference),
-        by_run=replace(by_run, is_transposed=len(by_run) <= MAX_SIDE_BY_SIDE),
+        by_run=build_run_table(groups, with_reference),
         differing_settings=differing_settings,
         shared_settings=shared_settings,
         diagnostics=build_diagnostics_table(groups),

@@ -27,7 +27,6 @@ def render(comparison: Comparison) -> str:
         **{group.label: group.mode for group in comparison.groups},
         REFERENCE_LABEL: "card",
     }
-    optional_tables = [comparison.diagnostics, comparison.scores, comparison.generations]
     return "\n".join(
         [
             "<!doctype html>",
@@ -48,7 +47,7 @@ def render(comparison: Comparison) -> str:
             _render_section(comparison.by_run, modes, "runs"),
             "<h2>Curves</h2>",
             _render_plots(comparison),
-            *(_render_section(table, modes) for table in optional_tables if len(table)),
+            *(_render_section(table, modes) for table in comparison.optional_tables),
             "<h2>Same and different</h2>",
             _render_list(comparison.comparability_notes),
             _render_details(comparison.differing_settings, modes, is_open=True),

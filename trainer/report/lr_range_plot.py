@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.config.files import write_atomically
 from trainer.report.plot_axes import COLOURS
-from trainer.report.plots import PLOT_SIZE_INCHES, PNG_DPI, TEXT_COLOUR, plot_style
+from trainer.report.plots import PLOT_SIZE_INCHES, PNG_DPI, TEXT_COLOUR, styled_figure
 
 
 def plot_lr_range_test(
@@ -17,16 +17,7 @@ def plot_lr_range_test(
 
     Parameters: what is drawn, each from another source.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with plot_style():
-        figure = Figure(
-            figsize=(1.4 * PLOT_SIZE_INCHES[0], 1.2 * PLOT_SIZE_INCHES[1]),
-            facecolor="white",
-            dpi=PNG_DPI,
-            layout="constrained",
-        )
+    with styled_figure((1.4 * PLOT_SIZE_INCHES[0], 1.2 * PLOT_SIZE_INCHES[1])) as figure:
         axis = figure.subplots()
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the page's style draws no formulas
@@ -35,21 +26,13 @@ def plot_lr_range_test(
         if smoothed_losses:
             min_loss, first_loss = min(*smoothed_losses, *losses), smoothed_losses[0]
             loss_range = max(first_loss - min_loss, 0.1 * first_loss)
-            axis.set_ylim(
-                min_loss - 0.1 * loss_range, first_loss + 0.8 * loss_range
-            )  # what diverges leaves the picture
+            # what diverges leaves the picture
+            axis.set_ylim(min_loss - 0.1 * loss_range, first_loss + 0.8 * loss_range)
         if suggested_lr is not None:
             axis.axvline(suggested_lr, color=TEXT_COLOUR, linestyle="--", linewidth=1)
-            axis.annotate(
-                f" {suggested_lr:g}",
-                (suggested_lr, 0.02),
-                xycoords=("data", "axes fraction"),
-                color=TEXT_COLOUR,
-                va="bottom",
-            )
-        axis.set(
-            title=f"Learning-rate range test: {name}", xlabel="learning rate", ylabel="train loss (nats per token)"
-        )
+            axis.text(suggested_lr, 0.02, f" {suggested_lr:g}", transform=axis.get_xaxis_transform(), va="bottom")
+        title = f"Learning-rate range test: {name}"
+        axis.set(title=title, xlabel="learning rate", ylabel="train loss (nats per token)")
         png = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(png)
+        figure.savefig(png, format="png", dpi=PNG_DPI)
     write_atomically(path, png.getvalue())

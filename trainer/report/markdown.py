@@ -16,15 +16,8 @@ def render(comparison: Comparison) -> str:
     ]
     if comparison.problems:
         parts += ["## Not as it should be", render_list(map(str, comparison.problems))]
-    parts += [
-        f"## {comparison.by_epoch.title}",
-        render_table(comparison.by_epoch),
-        f"## {comparison.by_run.title}",
-        render_table(comparison.by_run),
-    ]
-    for optional_table in (comparison.diagnostics, comparison.scores, comparison.generations):
-        if len(optional_table):
-            parts += [f"## {optional_table.title}", render_table(optional_table)]
+    for table in (comparison.by_epoch, comparison.by_run, *comparison.optional_tables):
+        parts += [f"## {table.title}", render_table(table)]
     parts += ["## Same and different", render_list(comparison.comparability_notes)]
     parts += [f"### {comparison.differing_settings.title}", render_table(comparison.differing_settings)]
     shared = comparison.shared_settings

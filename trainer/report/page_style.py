@@ -13,7 +13,6 @@ body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 4rem; max-width:
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 0 0 .3rem; }
 p, ul { max-width: 62rem; }
 ul { padding-left: 1.2rem; }
 .first { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 1rem 2.2rem; align-items: start; }

@@ -4,10 +4,11 @@ A mode has one colour everywhere (Okabe and Ito's colour-blind safe palette), fu
 dashed. Lines of many steps are drawn as means of equal bins.
 """
 
+import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -37,6 +38,7 @@ from trainer.report.verdict import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: every colour a figure may hold, and the CSS variable that takes its place in the HTML
 TEXT_COLOUR, GRID_COLOUR = "#222223", "#dadadb"
@@ -99,14 +101,8 @@ PLOTS = (
 
 def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:
     """Write curves.png and curves.svg: all plots on one page, on white."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     num_rows = (len(PLOTS) + 1) // 2
-    with plot_style():
-        size = (2 * PLOT_SIZE_INCHES[0], num_rows * PLOT_SIZE_INCHES[1])
-        figure = Figure(figsize=size, facecolor="white", layout="constrained")
+    with styled_figure((2 * PLOT_SIZE_INCHES[0], num_rows * PLOT_SIZE_INCHES[1])) as figure:
         axes = figure.subplots(num_rows, 2).ravel()
         for axis, plot in zip(axes, PLOTS, strict=False):
             draw_plot(axis, plot, groups, with_reference)
@@ -114,9 +110,8 @@ def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: P
             axis.set_axis_off()
         add_legend(figure, axes)
         svg, png = io.BytesIO(), io.BytesIO()
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
-        figure.set_dpi(PNG_DPI)
-        FigureCanvasAgg(figure).print_png(png)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        figure.savefig(png, format="png", dpi=PNG_DPI)
     write_atomically(output_dir / "curves.svg", svg.getvalue())
     write_atomically(output_dir / "curves.png", png.getvalue())
 
@@ -137,63 +132,57 @@ def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference
 
 def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple[str, str]]:
     """(title, SVG) of each plot for one HTML page: its colours are CSS variables, its ids its own."""
-    svgs = []
+    pictures: list[tuple[str, str, Callable[[Axes], None]]] = [
+        (plot.name, plot.title, partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference))
+        for plot in PLOTS
+    ]
     if any(len({group.lr for group in groups if group.mode == mode}) > 1 for mode in MODE_NAMES):
-        svg = _render_svg(lambda axis: draw_lowest(axis, groups), "lowest", LOWEST_TITLE, PLOT_SIZE_INCHES)
-        svgs.append((LOWEST_TITLE, svg))
-    for plot in PLOTS:
-        svg = _render_svg(
-            lambda axis, plot=plot: draw_plot(axis, plot, groups, with_reference),  # type: ignore[misc]
-            plot.name, plot.title, PLOT_SIZE_INCHES,
-        )  # fmt: skip
-        svgs.append((plot.title, svg))
-    return svgs
+        pictures.insert(0, ("lowest", LOWEST_TITLE, partial(draw_lowest, groups=groups)))
+    return [(title, _render_svg(draw, name, title, PLOT_SIZE_INCHES)) for name, title, draw in pictures]
 
 
 def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tuple[float, float]) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with plot_style():
-        figure = Figure(figsize=size, facecolor="none", layout="constrained")
+    with styled_figure(size, facecolor="none") as figure:
         axis = figure.subplots()
         draw(axis)
         axis.set_title("")  # the page has it as a heading
         add_legend(figure, [axis])
         buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _adapt_svg_for_html(buffer.getvalue(), name, title)
 
 
-def plot_style() -> Any:
-    """matplotlib's settings for every plot, as a context."""
+@contextlib.contextmanager
+def styled_figure(size: tuple[float, float], facecolor: str = "white") -> "Iterator[Figure]":
+    """A figure to be drawn and written inside the context, by matplotlib's settings for every plot."""
     import matplotlib
+    from matplotlib.figure import Figure
 
     # on a new machine it says that it looks through the fonts: no word of ours, and nothing to act on
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     text_keys = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
-    return matplotlib.rc_context(
-        {
-            **dict.fromkeys(text_keys, TEXT_COLOUR),
-            "svg.fonttype": "none",
-            "svg.hashsalt": "curves",
-            "text.parse_math": False,
-            "font.size": 9,
-            "font.family": "sans-serif",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.facecolor": "none",
-            "grid.color": GRID_COLOUR,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.linewidth": 0.6,
-            "axes.linewidth": 0.8,
-            "axes.titlesize": 10,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "path.simplify": True,
-        }
-    )
+    style: Any = {
+        **dict.fromkeys(text_keys, TEXT_COLOUR),
+        "svg.fonttype": "none",
+        "svg.hashsalt": "curves",
+        "text.parse_math": False,
+        "font.size": 9,
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": "none",
+        "grid.color": GRID_COLOUR,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.linewidth": 0.6,
+        "axes.linewidth": 0.8,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "path.simplify": True,
+    }
+    with matplotlib.rc_context(style):
+        yield Figure(figsize=size, facecolor=facecolor, layout="constrained")
 
 
 def _adapt_svg_for_html(svg: str, name: str, title: str) -> str:

@@ -18,6 +18,7 @@ from trainer.report.seed_groups import MODE_NAMES, SeedGroup
 REFERENCE_LABEL = "card"
 NO_VALUE = "-"  # what a cell shows that has no value
 NOT_STATED = ""  # what the card's row shows where the card says nothing
+MAX_SIDE_BY_SIDE = 8  # runs side by side; more are one below the other
 Format = Callable[[Any], str]
 
 
@@ -172,7 +173,10 @@ def build_run_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
         **dict.fromkeys(("best_epoch", "lr", "device_hours"), format_short),
         "wall_seconds": format_duration,
     }
-    return Table(title="By run: quality and cost", headings=headings, rows=rows, formats=formats)
+    return Table(
+        title="By run: quality and cost", headings=headings, rows=rows, formats=formats,
+        is_transposed=len(rows) <= MAX_SIDE_BY_SIDE,
+    )  # fmt: skip
 
 
 def _run_row(run: RunData) -> dict[str, Any]:

@@ -71,17 +71,10 @@ def _log_run(wandb: Any, entity: str | None, project: str, log_dir: Path, mode: 
         mode=mode,
         reinit="create_new",
         settings=wandb.Settings(
-            console="off",
-            silent=True,
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_save_requirements=False,
-            disable_git=True,
-            disable_code=True,
-            init_timeout=20,
-            finish_timeout=60,
+            console="off", silent=True, x_disable_stats=True, x_disable_meta=True, x_save_requirements=False,
+            disable_git=True, disable_code=True, init_timeout=20, finish_timeout=60,
         ),
-    )
+    )  # fmt: skip
     for axis in AXES:
         run.define_metric(axis, hidden=True)
     for pattern, axis, summary in METRICS:
@@ -95,12 +88,11 @@ def _log_run(wandb: Any, entity: str | None, project: str, log_dir: Path, mode: 
 
 def _build_config() -> dict[str, Any]:
     """What the card states, under the names that the config of a run has, and what it leaves unsaid."""
-    settings = {name: value for name, value in reference.SETTINGS.items() if name != "mode"}
     return {
+        **reference.SETTINGS,
+        **reference.KNOWN_DATA,
         "mode": "card",
         "source": f"model card {reference.NAME}",
-        **settings,
-        **reference.KNOWN_DATA,
         "steps_per_epoch": reference.STEPS_PER_EPOCH,
         "from_its_program": list(reference.PROGRAM_DEFAULTS),
         "unknown": list(reference.UNKNOWN_DATA),

@@ -135,8 +135,7 @@ def _build_report(comparison: Comparison, entity: str, project: str, *, own_proj
     notes = markdown.render_list(comparison.comparability_notes)
     sections = {table.title: markdown.render_table(table) for table in (comparison.by_epoch, comparison.by_run)}
     sections["Same and different"] = f"{notes}\n\n{markdown.render_table(comparison.differing_settings)}"
-    optional_tables = (comparison.diagnostics, comparison.scores, comparison.generations)  # the samples side by side
-    sections |= {table.title: markdown.render_table(table) for table in optional_tables if len(table)}
+    sections |= {table.title: markdown.render_table(table) for table in comparison.optional_tables}
     blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown.render_verdict(comparison))]
     if comparison.verdict.study is not None:
         blocks.append(_rate_grid(wr, comparison.verdict.study.rate_curves, where))

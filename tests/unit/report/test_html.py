@@ -285,15 +285,11 @@ def test_a_mode_has_one_colour_and_dash_everywhere(tmp_path: Path) -> None:
 
 def draw_with_legend(comparison: Comparison, plot: plot_axes.PlotSpec) -> tuple[Any, Any, Any]:
     """(figure, axis, legend) of one plot as the page has it, drawn."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with plots.plot_style():
-        figure = Figure(figsize=plots.PLOT_SIZE_INCHES, layout="constrained")
+    with plots.styled_figure(plots.PLOT_SIZE_INCHES) as figure:
         axis = figure.subplots()
         plot_axes.draw_plot(axis, plot, comparison.groups, comparison.with_reference)
         plot_axes.add_legend(figure, [axis])
-        FigureCanvasAgg(figure).draw()
+        figure.draw_without_rendering()
     return figure, axis, figure.legends[0]
 
 
