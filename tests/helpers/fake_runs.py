@@ -17,10 +17,19 @@ from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Recor
 from trainer.training.lr_schedule import learning_rate
 
 NUM_EXAMPLES = 240
+NUM_PARAMS = 2_000_000
 BLOCK_SIZE = 256
 #: where the invented validation loss starts, and the floor it falls to by mode
 INITIAL_LOSS = 4.0
 LOSS_FLOOR = {"full": 2.0, "lora": 2.1}
+
+
+def count_split(num_records: int, num_examples: int) -> dict[str, int]:
+    """The counts of a split of joined texts."""
+    return {
+        "records": num_records, "examples": num_examples, "tokens": num_examples * BLOCK_SIZE,
+        "counted_tokens": num_examples * (BLOCK_SIZE - 1),
+    }  # fmt: skip
 
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
@@ -30,79 +39,38 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
     """
     settings = presets.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
     steps_per_epoch = math.ceil(NUM_EXAMPLES / settings.train.global_batch)
-    num_params = 2_000_000
-    num_trainable = num_params if mode == "full" else 19_000
+    num_trainable = NUM_PARAMS if mode == "full" else 19_000
     metadata = {
-        "schema_version": SCHEMA_VERSION,
-        "run_id": f"{mode}{seed:04d}",
-        "name": f"{mode}-s{seed}",
-        "mode": mode,
-        "preset": preset,
-        "started": "2026-01-02T03:04:05+00:00",
-        "command": ["launch/train.py", "--mode", mode],
-        "settings": settings.as_dict(),
-        "overridden": ["--seed"],
+        "schema_version": SCHEMA_VERSION, "run_id": f"{mode}{seed:04d}", "name": f"{mode}-s{seed}", "mode": mode,
+        "preset": preset, "started": "2026-01-02T03:04:05+00:00", "command": ["launch/train.py", "--mode", mode],
+        "settings": settings.as_dict(), "overridden": ["--seed"], "not_comparable_with_card": [],
         "resolved": {
-            "lr": settings.train.lr,
-            "precision": "fp32",
-            "ds_config": "zero0",
-            "ds_reason": "one rank",
-            "ranks": 1,
-            "nodes": 1,
-            "device": "cpu",
-            "backend": "gloo",
-            "micro_batch": 8,
-            "accumulation": 1,
-            "global_batch": 8,
-            "steps_per_epoch": steps_per_epoch,
-            "total_steps": 3 * steps_per_epoch,
-            "warmup_steps": 0,
-            "threads_per_rank": 2,
-            "dropout": 0.1,
-            "adapters_fused": mode == "lora",
+            "lr": settings.train.lr, "precision": "fp32", "ds_config": "zero0", "ds_reason": "one rank", "ranks": 1,
+            "nodes": 1, "device": "cpu", "backend": "gloo", "threads_per_rank": 2, "micro_batch": 8, "accumulation": 1,
+            "global_batch": 8, "steps_per_epoch": steps_per_epoch, "total_steps": 3 * steps_per_epoch,
+            "warmup_steps": 0, "dropout": 0.1, "adapters_fused": mode == "lora",
         },
         "execution": [{"step": 0, "reason": "as planned"}],
         "deepspeed": {"train_batch_size": 8, "zero_optimization": {"stage": 0}},
         "data": {
-            "source": "acled-demo",
-            "fingerprint": "d1" * 8,
-            "train_fingerprint": "a1" * 8,
-            "val_fingerprint": "b1" * 8,
-            "split": "hash 0.1",
-            "tokenizer": "c1" * 8,
-            "vocabulary": 4096,
-            "objective": "blocks",
-            "block_size": BLOCK_SIZE,
-            "train": {
-                "records": 900,
-                "examples": NUM_EXAMPLES,
-                "tokens": NUM_EXAMPLES * BLOCK_SIZE,
-                "counted_tokens": NUM_EXAMPLES * (BLOCK_SIZE - 1),
-            },
-            "val": {"records": 100, "examples": 27, "tokens": 27 * BLOCK_SIZE, "counted_tokens": 27 * (BLOCK_SIZE - 1)},
+            "source": "acled-demo", "fingerprint": "d1" * 8, "train_fingerprint": "a1" * 8, "val_fingerprint": "b1" * 8,
+            "split": "hash 0.1", "tokenizer": "c1" * 8, "vocabulary": 4096, "objective": "blocks",
+            "block_size": BLOCK_SIZE, "train": count_split(900, NUM_EXAMPLES), "val": count_split(100, 27),
             "notices": ["41 tail tokens dropped"],
         },
         "model": {
-            "name": "demo-base",
-            "init": "pretrained",
-            "class": "GPT2LMHeadModel",
-            "parameters": num_params,
-            "trainable": num_trainable,
-            "share": num_trainable / num_params,
-            "fingerprint": "e1" * 8,
+            "name": "demo-base", "init": "pretrained", "class": "GPT2LMHeadModel", "parameters": NUM_PARAMS,
+            "trainable": num_trainable, "share": num_trainable / NUM_PARAMS, "fingerprint": "e1" * 8,
             "lora_targets": ["c_attn", "c_fc"] if mode == "lora" else [],
         },
-        "not_comparable_with_card": [],
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "git": {"commit": "0" * 40, "dirty": False},
         "hardware": {"cpu": "some cpu", "cores": 2, "memory_gb": 8.0, "gpu": None, "gpus": 0},
         "wandb": {
-            "id": f"{mode}{seed:04d}",
-            "project": "gpt2-full-vs-lora",
-            "group": "full-vs-lora-acled-demo",
+            "id": f"{mode}{seed:04d}", "project": "gpt2-full-vs-lora", "group": "full-vs-lora-acled-demo",
             "mode": "offline",
         },
-    }
+    }  # fmt: skip
     for path, value in overrides.items():
         section: dict[str, Any] = metadata
         *sections, key = path.split("__")
@@ -153,76 +121,57 @@ def make_records(
     Parameters: the shape of a made-up run. Long: all that a run writes.
     """
     steps_per_epoch, global_batch = metadata["resolved"]["steps_per_epoch"], metadata["resolved"]["global_batch"]
-    block_size, peak_lr = metadata["data"]["block_size"], metadata["resolved"]["lr"]
-    total_steps = steps_per_epoch * epochs
     floor = LOSS_FLOOR[metadata["mode"]] if floor is None else floor
-    step_seconds = wall_seconds / total_steps
+    total_steps = steps_per_epoch * epochs
+    step_seconds, step_tokens = wall_seconds / total_steps, global_batch * metadata["data"]["block_size"]
 
     def record_axes(step: int) -> dict[str, Any]:
-        samples = step * global_batch
         return {
-            "step": step,
-            "epoch": step / steps_per_epoch,
-            "samples": samples,
-            "tokens": samples * block_size,
+            "step": step, "epoch": step / steps_per_epoch, "samples": step * global_batch, "tokens": step * step_tokens,
             "time": step * step_seconds,
-        }
+        }  # fmt: skip
 
-    def make_eval_record(step: int) -> EvalRecord:
-        epoch = step / steps_per_epoch
-        loss = losses[epoch] if losses is not None else synthetic_val_loss(epoch, floor, base)
-        return EvalRecord(
-            **record_axes(step),
-            loss=loss,
-            perplexity=perplexity(loss),
-            eval_tokens=metadata["data"]["val"]["counted_tokens"],
-        )
+    def loss_at(epoch: float) -> float:
+        return synthetic_val_loss(epoch, floor, base)
 
-    records: list[Record] = [make_eval_record(0)] if losses is None or 0 in losses else []
+    def make_evals(step: int) -> list[Record]:
+        epoch, num_targets = step / steps_per_epoch, metadata["data"]["val"]["counted_tokens"]
+        if losses is not None and epoch not in losses:
+            return []
+        loss = loss_at(epoch) if losses is None else losses[epoch]
+        return [EvalRecord(**record_axes(step), loss=loss, perplexity=perplexity(loss), eval_tokens=num_targets)]
+
+    records = make_evals(0)
     records += [
         EventRecord(event="retain_evaluation", step=n * total_steps, message="", time=0.0, facts={"loss": loss})
         for n, loss in enumerate(retained)
     ]
     for step in range(1, total_steps + 1):
         if step % every == 0 or step == total_steps:
-            loss = synthetic_val_loss(step / steps_per_epoch, floor, base) + 0.05 * math.sin(step)
-            lr = learning_rate(step - 1, peak_lr=peak_lr, warmup_steps=0, total_steps=total_steps)
-            records.append(
-                StepRecord(
-                    **record_axes(step),
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=1 + 0.2 * math.cos(step),
-                    tokens_per_second=global_batch * block_size / step_seconds,
-                )
-            )
+            loss = loss_at(step / steps_per_epoch) + 0.05 * math.sin(step)
+            lr = learning_rate(step - 1, peak_lr=metadata["resolved"]["lr"], warmup_steps=0, total_steps=total_steps)
+            records.append(StepRecord(
+                **record_axes(step), loss=loss, lr=lr, grad_norm=1 + 0.2 * math.cos(step),
+                tokens_per_second=step_tokens / step_seconds,
+            ))  # fmt: skip
         if step % steps_per_epoch == 0:
             epoch = step // steps_per_epoch
-            records.append(
-                EpochRecord(
-                    **{**record_axes(step), "epoch": epoch}, train_loss=synthetic_val_loss(epoch - 0.5, floor, base)
-                )
-            )
-            if losses is None or epoch in losses:
-                records.append(make_eval_record(step))
+            axes = {**record_axes(step), "epoch": epoch}
+            records += [EpochRecord(**axes, train_loss=loss_at(epoch - 0.5)), *make_evals(step)]
     if not finished:
-        records = [record for record in records if record.step < total_steps]
-    if finished:
-        evals = [record for record in records if isinstance(record, EvalRecord)]
-        best = min(evals, key=lambda record: record.loss, default=None)
-        summary = {
-            "wall_seconds": wall_seconds,
-            "device_hours": wall_seconds / 3600,
-            "peak_memory_bytes": peak_memory_bytes,
-            "checkpoint_bytes": 24_000_000,
-            "export_bytes": 8_000_000,
-            "best": best and {"step": best.step, "epoch": best.epoch, "loss": best.loss},
-            "final": (evals and {"step": evals[-1].step, "epoch": evals[-1].epoch, "loss": evals[-1].loss}) or None,
-        }
-        records.append(
-            EventRecord(event="finished", step=total_steps, message="done", time=wall_seconds, facts=summary)
-        )
-    return records
+        return [record for record in records if record.step < total_steps]
+    evals = [
+        {"step": record.step, "epoch": record.epoch, "loss": record.loss}
+        for record in records
+        if isinstance(record, EvalRecord)
+    ]
+    summary = {
+        "wall_seconds": wall_seconds, "device_hours": wall_seconds / 3600, "peak_memory_bytes": peak_memory_bytes,
+        "checkpoint_bytes": 24_000_000, "export_bytes": 8_000_000,
+        "best": min(evals, key=lambda row: row["loss"], default=None), "final": evals[-1] if evals else None,
+    }  # fmt: skip
+    end = EventRecord(event="finished", step=total_steps, message="done", time=wall_seconds, facts=summary)
+    return [*records, end]
 
 
 def write_eval_records(
