@@ -8,7 +8,9 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,28 +53,33 @@ sink.close(0)
 """
 
 
+def run_python(
+    folder: Path, *argv: object, server: FakeWandb | None = None, python: str = sys.executable, **variables: str
+) -> "subprocess.CompletedProcess[str]":
+    """A process in `folder` that knows nobody's W&B login, or with `server` one there."""
+    own_variables = {"HOME": str(folder), "TRAINER_CACHE": str(folder / "cache"), "MPLCONFIGDIR": str(folder / "mpl")}
+    env = child_env(**{**own_variables, **(server.env(folder) if server else {}), **variables})
+    command = [python, *map(str, argv)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+
+
 def log_wandb_run(
     folder: Path, content: dict[str, Any], last_step: int = 0, mode: str = "offline", **variables: str
 ) -> Path:
     folder.mkdir(parents=True)
-    command = [sys.executable, "-c", LOG_RUN_CODE, json.dumps(content), str(folder), str(last_step), mode]
-    process = subprocess.run(
-        command, env=child_env(HOME=str(folder), **variables), capture_output=True, text=True, timeout=120
-    )
+    process = run_python(folder, "-c", LOG_RUN_CODE, json.dumps(content), folder, last_step, mode, **variables)
     assert process.returncode == (9 if last_step else 0), process.stderr
     return folder
 
 
 def assert_same_records(a: RunData, b: RunData) -> None:
-    for series_name, names in (
+    for kind, names in (
         ("steps", ("step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm")),
         ("evals", ("step", "epoch", "loss", "perplexity")),
         ("epochs", ("step", "epoch", "train_loss")),
     ):
         for name in names:
-            np.testing.assert_array_equal(
-                getattr(a, series_name)[name], getattr(b, series_name)[name], err_msg=f"{series_name} {name}"
-            )
+            np.testing.assert_array_equal(getattr(a, kind)[name], getattr(b, kind)[name], err_msg=f"{kind} {name}")
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +101,7 @@ def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: P
     assert theirs.summary == ours.summary
     assert theirs.forgetting == ours.forgetting == 0.25
     assert comparability.comparison_blockers(ours, theirs) == []
-    for path in (
-        "model.trainable",
-        "model.share",
-        "resolved.ds_config",
-        "resolved.ranks",
-        "settings.train.seed",
-        "settings.train.lr",
-        "settings.lora.rank",
-        "data.source",
-        "data.train.examples",
-        "hardware",
-        "versions",
-        "resolved.steps_per_epoch",
-    ):
-        assert theirs.get(path) == ours.get(path), path
+    assert {**theirs.metadata, "wandb": None} == {**ours.metadata, "wandb": None}
     assert comparability.reference_blockers(theirs) == comparability.reference_blockers(ours)
 
 
@@ -117,17 +110,8 @@ def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: P
 
     file = next(offline_run_dir.glob("*.wandb"))
     core = Path(wandb.__file__).parent / "bin" / "wandb-core"
-    command = [
-        str(core),
-        "leet",
-        "inspect",
-        "--no-observability",
-        "--json",
-        "--run-file",
-        str(file),
-        str(offline_run_dir),
-    ]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    flags = ["leet", "inspect", "--no-observability", "--json", "--run-file", file, offline_run_dir]
+    lines = subprocess.run([core, *flags], capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     items = [json.loads(line)["history"]["item"] for line in lines if '"history"' in line]
     theirs = {item["_step"]: item["val/loss"] for item in items if "val/loss" in item}
     run = read_offline("x", [file])
@@ -191,28 +175,10 @@ def server() -> Iterator[FakeWandb]:
     assert not fake.unknown_requests
 
 
-_interpreter = [sys.executable]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter(fast_python: str) -> None:
-    """What `run_compare_script` starts the script by."""
-    _interpreter[0] = fast_python
-
-
-def run_compare_script(
-    folder: Path, server: FakeWandb | None, *args: object, **variables: str
-) -> "subprocess.CompletedProcess[str]":
-    own_variables = {"HOME": str(folder), "TRAINER_CACHE": str(folder / "cache"), "MPLCONFIGDIR": str(folder / "mpl")}
-    env = child_env(**{**own_variables, **(server.env(folder) if server else {}), **variables})
-    return subprocess.run(
-        [_interpreter[0], str(SCRIPT), *map(str, args)],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+@pytest.fixture
+def run_compare(tmp_path: Path, fast_python: str) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Runs launch/compare.py in `tmp_path`: `run_compare(argument, ..., server=, VARIABLE=)`."""
+    return partial(run_python, tmp_path, SCRIPT, python=fast_python)
 
 
 def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWandb, tmp_path: Path) -> None:
@@ -224,14 +190,7 @@ def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWand
         "problems, dict(run.metadata), dict(run.summary)]))"
     )
     path = f"{ENTITY}/{content['wandb']['project']}/{content['run_id']}"
-    process = subprocess.run(
-        [sys.executable, "-c", code, path],
-        env=child_env(HOME=str(tmp_path), **server.env(tmp_path)),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    process = run_python(tmp_path, "-c", code, path, server=server)
     assert process.returncode == 0, process.stderr
     run_id, state, mode, evals, steps, problems, metadata, end = json.loads(process.stdout)
     ours = read_folder(write_run_folder(tmp_path / "ours", content, make_records(content)))
@@ -241,15 +200,15 @@ def test_a_run_on_the_wandb_server_reads_as_its_run_folder_does(server: FakeWand
     assert end["wall_seconds"] == 100.0
 
 
-def test_a_run_that_the_server_does_not_have_is_one_line(server: FakeWandb, tmp_path: Path) -> None:
-    process = run_compare_script(tmp_path, server, f"{ENTITY}/p/gone0000")
+def test_a_run_that_the_server_does_not_have_is_one_line(server: FakeWandb, run_compare: Any) -> None:
+    process = run_compare(f"{ENTITY}/p/gone0000", server=server)
     assert process.returncode == 2
     assert "W&B does not give it: Could not find run" in process.stderr
     assert "Traceback" not in process.stderr
 
 
-def test_reading_from_wandb_without_a_login_is_refused_without_a_prompt(tmp_path: Path) -> None:
-    process = run_compare_script(tmp_path, None, "entity/project/abcd1234")
+def test_reading_from_wandb_without_a_login_is_refused_without_a_prompt(run_compare: Any) -> None:
+    process = run_compare("entity/project/abcd1234")
     assert process.returncode == 2
     assert "to read it from W&B, run `wandb login` or set WANDB_API_KEY first" in process.stderr
 
@@ -270,15 +229,7 @@ for folder in ("comparison", "comparison", "elsewhere"):  # the second is found 
 def test_the_wandb_report_is_saved_once_and_updated_after(server: FakeWandb, tmp_path: Path) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora")
-    env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
-    process = subprocess.run(
-        [sys.executable, "-c", SAVE_REPORT_CODE, ENTITY],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    process = run_python(tmp_path, "-c", SAVE_REPORT_CODE, ENTITY, server=server)
     assert process.returncode == 0, process.stderr
     (address,) = set(process.stdout.splitlines())
     assert address.startswith(f"{server.url}/{ENTITY}/p/reports/")
@@ -289,20 +240,18 @@ def test_the_wandb_report_is_saved_once_and_updated_after(server: FakeWandb, tmp
 
 
 def test_real_runs_are_synced_compared_and_reported(
-    server: FakeWandb, tiny_model: str, data_files: tuple[str, str], tmp_path: Path
+    server: FakeWandb, run_compare: Any, tiny_model: str, data_files: tuple[str, str], tmp_path: Path
 ) -> None:
     """Both modes trained for real and offline, compared from folder and W&B file, sent with the card, and reported."""
     for mode in ("full", "lora"):
         text = f"--mode {mode} --objective completion --block-size 32 --global-batch 4 --epochs 2 --save-every never"
         argv = tiny_argv(tiny_model, data_files, f"{text} --lr 1e-2 --wandb offline")
         launch_ranks.train(argv, out=tmp_path / mode, env={"WANDB_MODE": "offline"})
-    card = run_compare_script(tmp_path, None, "--log-card", "gpt2-full-vs-lora")
+    card = run_compare("--log-card", "gpt2-full-vs-lora")
     assert card.returncode == 0, card.stderr
     folders = {mode: next((tmp_path / mode / "wandb").glob("offline-run-*")) for mode in ("full", "lora")}
     (run_dir,) = tmp_path.glob("cache/card/*/wandb/offline-run-*")
-    sync = [sys.executable, "-m", "wandb", "sync", *map(str, folders.values()), str(run_dir)]
-    env = child_env(HOME=str(tmp_path), **server.env(tmp_path))
-    synced = subprocess.run(sync, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    synced = run_python(tmp_path, "-m", "wandb", "sync", *folders.values(), run_dir, server=server)
     assert "ERROR" not in synced.stdout + synced.stderr
     runs, problems = load_runs([str(tmp_path / "full"), str(folders["lora"])])
     assert [(run.mode, run.state) for run in runs] == [("full", "finished"), ("lora", "finished")]
@@ -316,9 +265,7 @@ def test_real_runs_are_synced_compared_and_reported(
         assert there.config_values()["mode"] == run.mode
     assert {run.project for run in server.runs.values()} == {"gpt2-full-vs-lora"}
     check_reference_run(server)
-    process = run_compare_script(
-        tmp_path, server, "full", folders["lora"], "--wandb-report", f"{ENTITY}/gpt2-full-vs-lora"
-    )
+    process = run_compare("full", folders["lora"], "--wandb-report", f"{ENTITY}/gpt2-full-vs-lora", server=server)
     assert process.returncode == 0, process.stderr
     assert re.search(r"LoRA .* full ", process.stdout)
     assert re.search(r" not comparable with the card: other data .*other tokenizer", process.stdout)
@@ -327,7 +274,9 @@ def test_real_runs_are_synced_compared_and_reported(
     assert set(grid["metadata"]["customRunColors"]) >= {run.run_id for run in runs} | {REFERENCE_RUN_ID}
 
 
-def test_the_wandb_report_spec_is_written_without_any_network(server: FakeWandb, tmp_path: Path) -> None:
+def test_the_wandb_report_spec_is_written_without_any_network(
+    server: FakeWandb, run_compare: Any, tmp_path: Path
+) -> None:
     make_run_folder(tmp_path / "full")
     make_run_folder(tmp_path / "lora", "lora")
     for name in ("full", "lora"):
@@ -335,7 +284,7 @@ def test_the_wandb_report_spec_is_written_without_any_network(server: FakeWandb,
         event = EventRecord(event="samples", step=90, message="", time=1.0, facts={"epoch": 3.0, "texts": texts})
         with open(tmp_path / name / "metrics.jsonl", "a") as file:
             file.write(to_line(event) + "\n")
-    process = run_compare_script(tmp_path, server, "full", "lora", "--wandb-report-json", "specs/report.json")
+    process = run_compare("full", "lora", "--wandb-report-json", "specs/report.json", server=server)
     assert process.returncode == 0, process.stderr
     assert server.operations == []
     assert server.connections == 0
@@ -353,11 +302,7 @@ def check_spec(spec: dict[str, Any]) -> None:
     assert "unknown of the card" in text.lower()
     (grid,) = (block for block in spec["blocks"] if block["type"] == "panel-grid")
     (runs,) = grid["metadata"]["runSets"]
-    (mode,) = (
-        filter_spec
-        for filter_spec in runs["filters"]["filters"]
-        if filter_spec["key"] == {"section": "config", "name": "mode"}
-    )
+    (mode,) = (row for row in runs["filters"]["filters"] if row["key"] == {"section": "config", "name": "mode"})
     assert (mode["op"], mode["value"]) == ("IN", ["full", "lora", "card"])
     panels = grid["metadata"]["panelBankSectionConfig"]["panels"]
     lines = {
@@ -366,19 +311,12 @@ def check_spec(spec: dict[str, Any]) -> None:
         if panel["viewType"] == "Run History Line Plot"
     }
     assert lines == {
-        ("epoch", "val/loss"),
-        ("epoch", "train/loss"),
-        ("epoch", "train/loss_epoch"),
-        ("tokens", "train/loss"),
-        ("_runtime", "val/loss"),
-        ("epoch", "train/lr"),
-        ("epoch", "train/grad_norm"),
+        ("epoch", "val/loss"), ("epoch", "train/loss"), ("epoch", "train/loss_epoch"), ("tokens", "train/loss"),
+        ("_runtime", "val/loss"), ("epoch", "train/lr"), ("epoch", "train/grad_norm"),
         ("epoch", "train/tokens_per_second"),
-    }
-    view_types = [panel["viewType"] for panel in panels]
-    assert view_types.count("Bar Chart") == 2
-    assert view_types.count("Scatter Plot") == 1
-    assert view_types.count("Run Comparer") == 1
+    }  # fmt: skip
+    view_types = Counter(panel["viewType"] for panel in panels)
+    assert (view_types["Bar Chart"], view_types["Scatter Plot"], view_types["Run Comparer"]) == (2, 1, 1)
     first_plot = next(panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot")
     assert first_plot["overrideMarks"] == {"lora0042:val/loss": "dashed", f"{REFERENCE_RUN_ID}:val/loss": "dashed"}
     assert first_plot["overrideColors"][f"{REFERENCE_RUN_ID}:val/loss"]["color"] == "#767676"
@@ -386,35 +324,27 @@ def check_spec(spec: dict[str, Any]) -> None:
     assert len(set(positions)) == len(positions), "panels on top of one another"
 
 
-def test_a_wandb_server_that_is_gone_is_one_line(tmp_path: Path) -> None:
+def test_a_wandb_server_that_is_gone_is_one_line(run_compare: Any, tmp_path: Path) -> None:
     with FakeWandb() as fake:
         env = fake.env(tmp_path)  # and then it is closed
     make_run_folder(tmp_path / "full")
     with socket.socket() as holder:  # bound and not listening: refused, and no other test's server gets the port
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", urlsplit(env["WANDB_BASE_URL"]).port or 0))
-        flags = ("full", "--wandb-report", f"{ENTITY}/p")
-        process = run_compare_script(tmp_path, None, *flags, WANDB_HTTP_TIMEOUT="3", **env)
+        process = run_compare("full", "--wandb-report", f"{ENTITY}/p", WANDB_HTTP_TIMEOUT="3", **env)
     assert process.returncode == 2
     assert process.stderr.startswith(f"error: --wandb-report {ENTITY}/p: W&B did not take it (")
     assert "Traceback" not in process.stderr
 
 
-def test_the_reference_run_is_logged_to_wandb_once_online(server: FakeWandb, tmp_path: Path) -> None:
-    first, again = (run_compare_script(tmp_path, server, "--log-card", f"{ENTITY}/p") for _ in range(2))
-    (tmp_path / "other").mkdir()
-    elsewhere = subprocess.run(
-        [sys.executable, str(SCRIPT), "--log-card", f"{ENTITY}/p"],
-        cwd=tmp_path / "other",
-        env=child_env(HOME=str(tmp_path), TRAINER_CACHE=str(tmp_path / "elsewhere"), **server.env(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert [process.returncode for process in (first, again, elsewhere)] == [0, 0, 0], first.stderr
-    assert "the card is logged in" in first.stdout
-    assert "already logged" in again.stdout
-    assert "already logged" in elsewhere.stdout
+def test_the_reference_run_is_logged_to_wandb_once_online(server: FakeWandb, run_compare: Any, tmp_path: Path) -> None:
+    caches = ("cache", "cache", "elsewhere")  # from there it is found on the server
+    processes = [
+        run_compare("--log-card", f"{ENTITY}/p", server=server, TRAINER_CACHE=str(tmp_path / cache)) for cache in caches
+    ]
+    assert [process.returncode for process in processes] == [0, 0, 0], processes[0].stderr
+    assert "the card is logged in" in processes[0].stdout
+    assert all("already logged" in process.stdout for process in processes[1:])
     check_reference_run(server)
 
 
@@ -431,10 +361,12 @@ def check_reference_run(server: FakeWandb) -> None:
     assert run.config_values()["unknown"] == list(reference.UNKNOWN_DATA)
 
 
-def test_the_reference_run_is_logged_to_wandb_once_offline(tmp_path: Path) -> None:
+def test_the_reference_run_is_logged_to_wandb_once_offline(tmp_path: Path, fast_python: str) -> None:
     (tmp_path / "other").mkdir()
     home = {"TRAINER_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
-    first, again = (run_compare_script(tmp_path / place, None, "--log-card", "p", **home) for place in ("", "other"))
+    first, again = (
+        run_python(tmp_path / place, SCRIPT, "--log-card", "p", python=fast_python, **home) for place in ("", "other")
+    )
     assert [process.returncode for process in (first, again)] == [0, 0], first.stderr
     assert "logged offline, send it with `wandb sync" in first.stdout
     assert "already logged" in again.stdout
