@@ -23,6 +23,8 @@ from trainer.report.formats import format_bytes, format_duration
 from trainer.report.load import load_runs
 from trainer.report.write import to_json, write_report
 
+Plain = tuple[Comparison, dict[str, str]]
+
 
 def make_comparison(tmp_path: Path, *contents: dict[str, Any], with_card: bool = True, **options: Any) -> Comparison:
     folders = [
@@ -33,7 +35,7 @@ def make_comparison(tmp_path: Path, *contents: dict[str, Any], with_card: bool =
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, dict[str, str]]:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Plain:
     """Full and LoRA of the demo, and the text of each file of their report."""
     folder = tmp_path_factory.mktemp("plain")
     comparison = make_comparison(folder, make_metadata("full"), make_metadata("lora"))
@@ -49,10 +51,15 @@ def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 CARD_LIKE = {0: 4.0, 1: 1.3, 2: 1.1, 3: 1.0}
 
 
-def test_the_epoch_table_has_reference_full_lora_and_their_difference(tmp_path: Path) -> None:
-    table = make_comparison(
-        tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"), losses=CARD_LIKE
-    ).by_epoch
+@pytest.fixture
+def card_like(tmp_path: Path) -> Comparison:
+    """Full and LoRA that may be held against the card."""
+    contents = [make_reference_like_metadata(mode) for mode in ("full", "lora")]
+    return make_comparison(tmp_path, *contents, losses=CARD_LIKE)
+
+
+def test_the_epoch_table_has_reference_full_lora_and_their_difference(card_like: Comparison) -> None:
+    table = card_like.by_epoch
     assert list(table.to_text().iloc[:, :2].itertuples(index=False, name=None)) == [
         ("0", "full"),
         ("0", "LoRA"),
@@ -69,12 +76,8 @@ def test_the_epoch_table_has_reference_full_lora_and_their_difference(tmp_path: 
 @pytest.mark.usefixtures("few_plots")
 def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) -> None:
     """Another data set on each side: no difference, share or ratio may show, in any form."""
-    comparison = make_comparison(
-        tmp_path,
-        make_metadata("full"),
-        make_metadata("lora", data__fingerprint="ff"),
-        losses={0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25},
-    )
+    contents = make_metadata("full"), make_metadata("lora", data__fingerprint="ff")
+    comparison = make_comparison(tmp_path, *contents, losses={0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25})
     files = {path.name: path for path in write_report(comparison, tmp_path / "out")}
     data = json.loads(files["comparison.json"].read_text())
     assert data["verdict"]["comparisons"] == []
@@ -91,19 +94,16 @@ def test_no_report_file_compares_numbers_of_incomparable_runs(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("few_plots")
-def test_every_report_format_has_the_same_numbers(tmp_path: Path) -> None:
-    comparison = make_comparison(
-        tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"), losses=CARD_LIKE
-    )
-    files = {path.name: path for path in write_report(comparison, tmp_path / "out")}
+def test_every_report_format_has_the_same_numbers(card_like: Comparison, tmp_path: Path) -> None:
+    files = {path.name: path for path in write_report(card_like, tmp_path / "out")}
     data = json.loads(files["comparison.json"].read_text())
     html, page = files["report.html"].read_text(), files["report.md"].read_text()
-    for text in comparison.by_epoch.to_text().to_numpy().ravel():
+    for text in card_like.by_epoch.to_text().to_numpy().ravel():
         assert f">{text}<" in html
         assert f" {markdown.escape(text)} " in page
     assert [row["val_loss"] for row in data["by_epoch"] if row["run"] == "LoRA"] == [4.0, 1.3, 1.1, 1.0]
     assert data["by_run"][1]["trainable"] == 124_439_808
-    assert len(data["facts"]) == len(comparison.shared_settings) + len(comparison.differing_settings)
+    assert len(data["facts"]) == len(card_like.shared_settings) + len(card_like.differing_settings)
     assert list(files) == ["report.html", "report.md", "curves.png", "curves.svg", "answer.json", "comparison.json"]
     assert files["curves.png"].read_bytes().startswith(b"\x89PNG")
 
@@ -142,7 +142,7 @@ def parse_page(html: str) -> PageParser:
     return page
 
 
-def test_the_html_report_fetches_nothing_and_runs_nothing(plain: tuple[Comparison, dict[str, str]]) -> None:
+def test_the_html_report_fetches_nothing_and_runs_nothing(plain: Plain) -> None:
     html = plain[1]["report.html"]
     page = parse_page(html)
     assert all(link.startswith(("#", "data:,", "data:application/json;base64,")) for link in page.links)
@@ -158,31 +158,21 @@ def test_the_html_report_fetches_nothing_and_runs_nothing(plain: tuple[Compariso
 @pytest.mark.usefixtures("few_plots")
 def test_a_run_name_cannot_break_the_report_pages(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>|$x_1$ `*a*` [b](c)\x1b[31m\u202e"
-    comparison = make_comparison(
-        tmp_path,
-        make_metadata("full", name=name),
-        make_metadata("lora"),
-        make_metadata("lora", data__source=name, data__fingerprint="ff"),
-    )
+    other_data = make_metadata("lora", data__source=name, data__fingerprint="ff")
+    comparison = make_comparison(tmp_path, make_metadata("full", name=name), make_metadata("lora"), other_data)
     write_report(comparison, tmp_path / "out")
     html, page = ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md"))
     assert "script" not in parse_page(html).tags
     assert "<script>" not in page
-    for text in (
-        html,
-        page,
-        (tmp_path / "out" / "curves.svg").read_text(),
-        (tmp_path / "out" / "answer.json").read_text(),
-    ):
-        assert "\x1b" not in text
-        assert "\u202e" not in text
-    assert "<script" not in (tmp_path / "out" / "curves.svg").read_text()
+    svg, answer = ((tmp_path / "out" / file).read_text() for file in ("curves.svg", "answer.json"))
+    assert not re.search("[\x1b\u202e]", html + page + svg + answer)
+    assert "<script" not in svg
     lines = page.split("## By run")[1].split("##")[0].strip().splitlines()
     columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if line.startswith("|")}
     assert len(columns) == 1, "a name added a column"
 
 
-def test_report_pages_are_ordered_verdict_epochs_runs_settings(plain: tuple[Comparison, dict[str, str]]) -> None:
+def test_report_pages_are_ordered_verdict_epochs_runs_settings(plain: Plain) -> None:
     for text in (plain[1][file] for file in ("report.html", "report.md")):
         parts = ("Cannot tell", "Loss", "By epoch", "By run", "Same and different", "Different", "Same, where known")
         places = [text.index(part) for part in parts]
@@ -190,7 +180,7 @@ def test_report_pages_are_ordered_verdict_epochs_runs_settings(plain: tuple[Comp
 
 
 def test_the_first_screen_is_the_sentence_three_numbers_and_one_picture(
-    plain: tuple[Comparison, dict[str, str]],
+    plain: Plain,
 ) -> None:
     actual, files = plain
     html = files["report.html"]
@@ -224,7 +214,7 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
 
 
 def test_only_the_different_settings_are_expanded_and_no_column_is_all_unknown(
-    plain: tuple[Comparison, dict[str, str]],
+    plain: Plain,
 ) -> None:
     actual, files = plain
     html = files["report.html"]
@@ -236,7 +226,7 @@ def test_only_the_different_settings_are_expanded_and_no_column_is_all_unknown(
 
 
 def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(
-    plain: tuple[Comparison, dict[str, str]],
+    plain: Plain,
 ) -> None:
     """The style moves columns by their number, so each must be where the style thinks it is."""
     actual, files = plain
@@ -245,9 +235,7 @@ def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(
     assert list(actual.by_epoch.headings)[:6] == ["epoch", "run", "step", "examples", "train_loss", "val_loss"]
     moved = dict.fromkeys((3, 4), "2") | dict.fromkeys((5, "n+7"), "1")  # the sixth is left, right after the names
     for child, order in moved.items():
-        assert re.search(rf"\.epochs tr > :nth-child\({re.escape(str(child))}\)[^{{}}]*{{ order: {order}; }}", html), (
-            child
-        )
+        assert re.search(rf"\.epochs tr > :nth-child\({re.escape(str(child))}\)[^{{}}]*{{ order: {order}; }}", html)
 
 
 def test_a_fingerprint_is_short_in_the_report_pages_and_whole_in_the_json(tmp_path: Path) -> None:
@@ -268,13 +256,12 @@ def test_unfinished_and_unreadable_runs_are_listed_in_every_report_format(tmp_pa
         assert "no such run folder" in text
 
 
-def test_a_mode_has_one_colour_and_dash_everywhere(tmp_path: Path) -> None:
+def test_a_mode_has_one_colour_and_dash_everywhere(card_like: Comparison) -> None:
     from matplotlib.figure import Figure
 
-    comparison = make_comparison(tmp_path, make_reference_like_metadata("full"), make_reference_like_metadata("lora"))
     for plot in plots.PLOTS:
         axis = Figure().subplots()
-        plot_axes.draw_plot(axis, plot, comparison.groups, with_reference=True)
+        plot_axes.draw_plot(axis, plot, card_like.groups, with_reference=True)
         line_styles = [(line.get_color(), line.get_linestyle()) for line in axis.get_lines()]
         dashes = ["None", "None"] if plot.is_scatter else ["-", "--"]
         card = [("#767676", "--")] if plot.reference_curve is not None else []
@@ -315,18 +302,19 @@ def test_no_name_of_a_line_is_cut_off_lies_on_another_or_on_the_axes(tmp_path: P
             assert not actual.overlaps(other), plot.name
 
 
-def test_the_validation_loss_says_its_last_value_beside_its_name(tmp_path: Path) -> None:
-    losses = {0: 4.0, 1: 3.0, 2: 2.5, 3: 2.25}
-    comparison = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses=losses)
-    texts = [text.get_text() for text in draw_with_legend(comparison, plots.LOSS_PLOT)[2].get_texts()]
-    assert texts == ["full: 2.2500", "LoRA: 2.2500"]
-
-
-def test_the_card_is_drawn_only_where_a_run_is_comparable_with_it(tmp_path: Path) -> None:
-    """Else its epochs and losses would squeeze the curves that the page is about."""
-    comparison = make_comparison(tmp_path, make_reference_like_metadata("full"), losses=CARD_LIKE)
-    texts = [text.get_text() for text in draw_with_legend(comparison, plots.LOSS_PLOT)[2].get_texts()]
-    assert texts == ["full: 1.0000", "card: 0.9414"]
+@pytest.mark.parametrize(
+    ("make_content", "legend"),
+    [
+        (make_metadata, ["full: 1.0000", "LoRA: 1.0000"]),
+        (make_reference_like_metadata, ["full: 1.0000", "LoRA: 1.0000", "card: 0.9414"]),
+    ],
+)
+def test_the_validation_loss_says_its_last_value_and_has_the_card_only_where_it_is_comparable(
+    tmp_path: Path, make_content: Any, legend: list[str]
+) -> None:
+    """Else the card's epochs and losses would squeeze the curves that the page is about."""
+    comparison = make_comparison(tmp_path, make_content("full"), make_content("lora"), losses=CARD_LIKE)
+    assert [text.get_text() for text in draw_with_legend(comparison, plots.LOSS_PLOT)[2].get_texts()] == legend
 
 
 def test_thinning_a_curve_keeps_the_mean_and_leaves_short_curves_alone() -> None:
@@ -348,9 +336,8 @@ def test_a_run_without_evaluations_is_still_in_the_report(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("few_plots")
 def test_without_the_reference_no_report_format_mentions_it(tmp_path: Path) -> None:
-    write_report(
-        make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), with_card=False), tmp_path / "out"
-    )
+    comparison = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), with_card=False)
+    write_report(comparison, tmp_path / "out")
     for file in ("report.html", "report.md", "comparison.json", "curves.svg"):
         text = (tmp_path / "out" / file).read_text().split("</style>")[-1]
         assert "1.2262" not in text

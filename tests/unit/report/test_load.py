@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,8 +44,7 @@ def test_steps_of_a_very_long_run_are_means_of_several_each(tmp_path: Path, monk
     assert thinned.steps["loss"][0] == pytest.approx(whole.steps["loss"][:8].mean())
     assert thinned.steps["step"][:2].tolist() == [8, 16]
     for kind in ("evals", "epochs"):
-        for name, column in getattr(whole, kind).items():
-            np.testing.assert_array_equal(getattr(thinned, kind)[name], column)
+        np.testing.assert_equal(getattr(thinned, kind), getattr(whole, kind))
 
 
 def test_the_best_evaluation_is_the_lowest_after_step_0_and_need_not_be_the_last(tmp_path: Path) -> None:
@@ -65,18 +65,18 @@ def test_a_truncated_and_a_broken_record_are_ignored_and_reported(tmp_path: Path
     assert run_data.best_eval is not None
 
 
-@pytest.mark.parametrize(
-    "change", [lambda text: text.replace('": ', '":').replace(', "', ',"'), lambda text: text.replace("\n", "\n\n")]
-)
-def test_records_with_other_json_spacing_read_the_same(tmp_path: Path, change: object) -> None:
-    plain = read_folder(make_run_folder(tmp_path / "a"))
-    other = make_run_folder(tmp_path / "b")
-    (other / "metrics.jsonl").write_text(change((other / "metrics.jsonl").read_text()))  # type: ignore[operator]
-    run_data = read_folder(other)
+@pytest.mark.parametrize("changes", [[('": ', '":'), (', "', ',"')], [("\n", "\n\n")]])
+def test_records_with_other_json_spacing_read_the_same(tmp_path: Path, changes: list[tuple[str, str]]) -> None:
+    folder = make_run_folder(tmp_path / "run")
+    plain = read_folder(folder)
+    text = (folder / "metrics.jsonl").read_text()
+    for old, new in changes:
+        text = text.replace(old, new)
+    (folder / "metrics.jsonl").write_text(text)
+    run_data = read_folder(folder)
     assert run_data.notes == ()
     for kind in ("steps", "evals", "epochs"):
-        for name, column in getattr(plain, kind).items():
-            np.testing.assert_array_equal(getattr(run_data, kind)[name], column)
+        np.testing.assert_equal(getattr(run_data, kind), getattr(plain, kind))
 
 
 def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_path: Path) -> None:
@@ -124,23 +124,24 @@ def test_a_run_without_evaluations_is_reported(tmp_path: Path) -> None:
     assert no_base.notes == ("no evaluation at step 0: how far it improved on its base is unknown",)
 
 
-def test_a_run_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -> None:
-    bare = make_run_folder(tmp_path / "bare")
-    (bare / "run.json").unlink()
-    with pytest.raises(RunReadError, match=r"no run.json there"):
-        read_folder(bare)
-    torn = make_run_folder(tmp_path / "torn")
-    (torn / "run.json").write_text('{"mode": "fu')
-    with pytest.raises(RunReadError, match=r"run.json: is not JSON"):
-        read_folder(torn)
-    odd = make_run_folder(tmp_path / "odd")
-    (odd / "run.json").write_text(json.dumps({**make_metadata(), "mode": "half"}))
-    with pytest.raises(RunReadError, match='mode is "half"; expected full or lora'):
-        read_folder(odd)
-    empty = make_run_folder(tmp_path / "empty")
-    (empty / "metrics.jsonl").write_text("")
-    with pytest.raises(RunReadError, match="no metrics"):
-        read_folder(empty)
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", None, r"no run.json there"),
+        ("run.json", '{"mode": "fu', r"run.json: is not JSON"),
+        ("run.json", json.dumps({**make_metadata(), "mode": "half"}), 'mode is "half"; expected full or lora'),
+        ("metrics.jsonl", "", "no metrics"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_refused_with_the_reason(
+    tmp_path: Path, file: str, content: str | None, message: str
+) -> None:
+    folder = make_run_folder(tmp_path / "run")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(RunReadError, match=message):
+        read_folder(folder)
 
 
 def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: Path) -> None:
@@ -152,24 +153,27 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: P
         [str(good), str(copy), str(empty), str(tmp_path / "nothing"), str(tmp_path / "a b" / "gone")]
     )
     assert [run.name for run in runs] == ["full-s42"]
-    assert [problem.is_excluded for problem in problems] == [True] * 4
-    assert f"same run id as {good} (full0042)" in problems[0].text
-    assert "no metrics: cannot read metrics.jsonl" in problems[1].text
-    assert "holds neither run.json and metrics.jsonl nor a W&B run" in problems[2].text
-    assert (
-        "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id" in problems[3].text
-    )
+    assert all(problem.is_excluded for problem in problems)
+    for problem, text in zip(problems, (
+        f"same run id as {good} (full0042)",
+        "no metrics: cannot read metrics.jsonl",
+        "holds neither run.json and metrics.jsonl nor a W&B run",
+        "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id",
+    ), strict=True):  # fmt: skip
+        assert text in problem.text
 
 
-def test_runs_of_one_name_are_told_apart_by_their_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("contents", "names"),
+    [
+        ([{"run_id": "aaaa0001"}, {"run_id": "bbbb0002"}], ["full-s42 (aaaa0001)", "full-s42 (bbbb0002)"]),
+        ([{"seed": 1, "name": "full"}, {"seed": 2, "name": "full"}], ["full (seed 1)", "full (seed 2)"]),
+    ],
+)
+def test_runs_of_one_name_are_told_apart_by_their_seed_or_id(
+    tmp_path: Path, contents: list[dict[str, Any]], names: list[str]
+) -> None:
     folders = [
-        make_run_folder(tmp_path / run_id, metadata=make_metadata(run_id=run_id)) for run_id in ("aaaa0001", "bbbb0002")
+        make_run_folder(tmp_path / str(n), metadata=make_metadata(**content)) for n, content in enumerate(contents)
     ]
-    runs, _ = load_runs([str(folder) for folder in folders])
-    assert [run.name for run in runs] == ["full-s42 (aaaa0001)", "full-s42 (bbbb0002)"]
-
-
-def test_seeds_of_one_name_are_told_apart_by_their_seed(tmp_path: Path) -> None:
-    folders = [make_run_folder(tmp_path / str(seed), metadata=make_metadata(seed=seed, name="full")) for seed in (1, 2)]
-    runs, _ = load_runs([str(folder) for folder in folders])
-    assert [run.name for run in runs] == ["full (seed 1)", "full (seed 2)"]
+    assert [run.name for run in load_runs(list(map(str, folders)))[0]] == names
