@@ -18,9 +18,7 @@ def make_blocks(ids: NDArray[np.integer]) -> TokenDataset:
     )  # fmt: skip
 
 
-def wrap_rows(
-    train: TokenDataset, val: TokenDataset, *, vocab_size: int, objective: str = "blocks"
-) -> PreparedDataset:  # fmt: skip
+def wrap_rows(train: TokenDataset, val: TokenDataset, *, vocab_size: int, objective: str = "blocks") -> PreparedDataset:
     """Rows as a run takes them."""
     metadata = {
         "vocabulary": vocab_size, "objective": objective, "fingerprint": "made", "notices": [], "train": {}, "val": {}

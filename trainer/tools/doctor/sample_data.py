@@ -11,9 +11,7 @@ LARGE_DATA_FACTOR = 20  # times the tokens of the rehearsed steps: data beyond i
 CHARACTERS_PER_TOKEN = 12  # of text for a token, more than any tokenizer takes on the mean
 
 
-def sample_overrides(
-    plan: RunPlan, data: PreparedDataset, num_steps: int, folder: Path
-) -> dict[str, str]:  # fmt: skip
+def sample_overrides(plan: RunPlan, data: PreparedDataset, num_steps: int, folder: Path) -> dict[str, str]:
     """The data settings that put a sample in place of large data; {} where they are small enough as they are."""
     settings = plan.settings
     num_tokens_needed = num_steps * plan.schedule.batch.global_batch * settings.data.block_size

@@ -32,8 +32,7 @@ MEMORY_BUDGET_SHARE = 0.8
 POLL_SECONDS = 0.2  # seconds between two looks at the process
 GRACE_SECONDS = 3.0  # seconds that the other ranks' processes get to say why they ended
 WORKER_COMMAND = ("-m", "trainer.tools.finders.batch_size_worker")
-#: By the system, which is how a processor's memory runs out.
-OOM_KILL_EXIT_CODES = (-9, 137)
+OOM_KILL_EXIT_CODES = (-9, 137)  # by the system, which is how a processor's memory runs out
 EQUAL_SPEED_SHARE = 0.03  # of the speed; within it two sizes are as fast, and the smaller one needs less memory
 
 
@@ -199,9 +198,7 @@ def _merge_ranks(plan: RunPlan, micro_batch_size: int, answers: Sequence[dict[st
 def _make_result(plan: RunPlan, micro_batch_size: int, *, fits: bool = False, **fields: Any) -> TrialResult:
     batch, num_ranks = plan.schedule.batch, plan.dist_context.world_size
     accumulation = BatchConfig.divide(batch.global_batch, micro_batch_size, num_ranks).gradient_accumulation_steps
-    return TrialResult(
-        micro_batch_size=micro_batch_size, gradient_accumulation_steps=accumulation, fits=fits, **fields
-    )  # fmt: skip
+    return TrialResult(micro_batch_size=micro_batch_size, gradient_accumulation_steps=accumulation, fits=fits, **fields)
 
 
 def _report(plan: RunPlan, trials: list[TrialResult], row_length: int, budget: str) -> None:
