@@ -8,7 +8,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 
 from helpers.gpu_visibility import gpu_environ
+from trainer.distributed.process_group import find_free_port
 
 MP_CONTEXT = multiprocessing.get_context("forkserver")
 MP_CONTEXT.set_forkserver_preload(["helpers.preload"])
@@ -29,12 +29,6 @@ TRAIN_SCRIPT = str(Path(__file__).parents[2] / "launch" / "train.py")
 #: for `env`: the export is loaded in a process of its own, as outside of tests; else here, which saves ten seconds
 FRESH_VERIFICATION = {"TEST_FRESH_VERIFICATION": "1"}
 TIMEOUT_SECONDS = 240  # seconds; a healthy run takes 2 to 10
-
-
-def find_free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def make_process(target: Callable[..., Any], args: tuple[Any, ...]) -> BaseProcess:
