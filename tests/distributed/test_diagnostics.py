@@ -36,7 +36,7 @@ from trainer.tracking.wandb_keys import wandb_config, wandb_summary
 from trainer.training.callbacks import Callbacks
 from trainer.training.diagnostics.monitor import DiagnosticsMonitor
 from trainer.training.diagnostics.online_stats import MeanEstimate, OnlineLinearRegression, welch_t
-from trainer.training.diagnostics.types import TIMING_CODES, TOPICS, Diagnostic, RunInfo
+from trainer.training.diagnostics.types import TOPICS, Diagnostic, RunInfo
 from trainer.training.generation import GenerationEvaluator
 from trainer.training.loop import train
 
@@ -387,7 +387,7 @@ def test_a_run_writes_a_diagnostic_once_shows_it_once_and_keeps_it_over_a_resume
     (repeated,) = read_events(again, "diagnosis")
     assert repeated["facts"] == event["facts"], "of steps on both sides of the resume"
     assert repeated["step"] == 50
-    assert not [row for row in read_records(again) if row.get("facts", {}).get("code") in TIMING_CODES]
+    assert not [row for row in read_records(again) if row.get("facts", {}).get("topic") == "too slow"]
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -22,7 +22,7 @@ BATCHES = (1, 2, 3, 4, 5, 8, 9, 64)  # of 9 rows or 8 blocks: most leave a ragge
 
 
 @pytest.fixture(scope="module")
-def dropout_model(tiny_model: str, session_dir: Path) -> str:
+def dropout_model(session_dir: Path) -> str:
     """Dropout that would show at once if it were left on."""
     return make_tiny_gpt2(session_dir / "half-dropped", dropout=0.5)
 

@@ -49,7 +49,7 @@ SAMPLE_CELLS = [
 
 
 @pytest.fixture(scope="module")
-def data_dirs(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> dict[str, Path]:
+def data_dirs(tiny_model: str, data_files: tuple[str, str]) -> dict[str, Path]:
     return {o: prepare_data(make_argv(tiny_model, data_files, "full", o)) for o in ("blocks", "completion")}
 
 

@@ -29,7 +29,7 @@ EACH_ONCE = [("lora", "fp4", "adamw8bit"), ("dora", "nf4", "adamw"), ("rslora", 
 
 
 @pytest.fixture(scope="module")
-def wide_model(tiny_model: str, session_dir: Path) -> str:
+def wide_model(session_dir: Path) -> str:
     """The tiny model four times as wide."""
     return make_tiny_gpt2(session_dir / "wide", dropout=0.0, hidden_size=64)
 

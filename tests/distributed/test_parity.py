@@ -119,9 +119,9 @@ def test_with_dropout_final_losses_have_the_distribution_of_hugging_faces_traine
     rows = train_runs(tmp_path, data_dir, jobs | {"without": card_argv(tiny_model, data_files, *rate)})
     logs = [run_hugging_face_trainer(model, data_dir, tmp_path, learning_rate=1e-3, seed=seed) for seed in SEEDS]
     for kind in ("train", "val"):
-        theirs = [final_loss(log, kind, "loss", "eval_loss") for log in logs]
-        mine = [final_loss(rows[name], kind, "train_loss", "loss") for name in jobs]
-        without = final_loss(rows["without"], kind, "train_loss", "loss")
+        theirs = [final_loss(log, kind, "eval_loss") for log in logs]
+        mine = [final_loss(rows[name], kind, "loss") for name in jobs]
+        without = final_loss(rows["without"], kind, "loss")
         spread = statistics.stdev(theirs)
         p, control = permutation_p(mine, theirs), permutation_p([without] * 5, theirs)
         print(
@@ -151,7 +151,7 @@ def power(shift: float, size: int = 5) -> float:
     return float(np.sum(density * (lower + upper)) * width)
 
 
-def final_loss(rows: list[dict[str, Any]], kind: str, train: str, val: str) -> float:
+def final_loss(rows: list[dict[str, Any]], kind: str, val: str) -> float:
     """The mean training loss of the last whole epoch (steps 45 to 55), or the last validation loss."""
     if kind == "val":
         return [row[val] for row in rows if val in row and row.get("kind", "eval") == "eval"][-1]

@@ -51,7 +51,7 @@ MODES = ("full", "lora")
 
 
 @pytest.fixture(scope="module")
-def dropout_model(tiny_model: str, session_dir: Path) -> str:
+def dropout_model(session_dir: Path) -> str:
     """The tiny model with GPT-2's own dropout of 0.1."""
     return make_tiny_gpt2(session_dir / "dropped", dropout=0.1)
 

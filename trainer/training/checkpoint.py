@@ -201,7 +201,7 @@ class CheckpointManager:
         self.save_total_limit = save_total_limit
         self.identity = dict(identity)  # of which run and model this is the state, written into each
 
-    def save(self, engine: Engine, state: TrainState) -> Path:
+    def save(self, engine: Engine, state: TrainState) -> None:
         """Write a checkpoint; all ranks must call. TrainingError on every rank where it cannot be written."""
         target, error_message = self.folder / f"step-{state.step:06d}", None
         if self.dist_context.rank == 0:
@@ -210,7 +210,6 @@ class CheckpointManager:
             for _ in engine.state.iter_state_dict():  # the gathering needs everybody
                 pass
         self._require_written(f"checkpoint {target}", error_message, "the checkpoints before it are whole")
-        return target
 
     def update_train_state(self, state: TrainState) -> None:
         """Let the checkpoint of this step, which holds the same weights, say where the run stands; all must call."""

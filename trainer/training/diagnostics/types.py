@@ -23,8 +23,6 @@ TOPICS = {
     "much_evaluation": "too slow",
     "unused_ranks": "too slow",
 }
-#: those that a clock decides: another machine, or a resumed run, may see others
-TIMING_CODES = tuple(code for code, topic in TOPICS.items() if topic == "too slow")
 
 
 @dataclass(frozen=True, kw_only=True)
