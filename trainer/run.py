@@ -33,7 +33,7 @@ from trainer.tracking.extra_loggers import check_loggers
 from trainer.tracking.records import Record
 from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.summary import show_plan
-from trainer.training import checkpoint
+from trainer.training import checkpoint, run_folder
 from trainer.training.callbacks import Callbacks
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, CheckpointManager
 from trainer.training.checkpoint_loading import load_for_evaluation, load_optimizer, load_weights
@@ -45,14 +45,6 @@ from trainer.training.loop import train
 from trainer.training.metric_logger import MetricLogger
 from trainer.training.plan_validation import validate_early
 from trainer.training.run_events import finished_event, resumed_event
-from trainer.training.run_folder import (
-    refuse_run_elsewhere,
-    resolve_output_dir,
-    select_checkpoint,
-    write_metadata,
-    write_requeue_marker,
-    write_run_json,
-)
 from trainer.training.run_plan import RunPlan, make_plan
 from trainer.training.split_evaluation import OTHER_SPLITS, evaluate_other_split
 from trainer.training.train_state import TrainState
@@ -87,9 +79,9 @@ def run(args: CliArgs, signal_handler: SignalHandler) -> int:
 
 def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> int:
     refuse_differences(context, program_facts(args.settings.as_dict()))
-    settings, previous_metadata = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
+    settings, previous_metadata = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args, FINDER_FILES))
     if args.resume == "auto" and previous_metadata is None:
-        refuse_run_elsewhere(Path(settings.run_folder), context)
+        run_folder.refuse_run_elsewhere(Path(settings.run_folder), context)
     context.on_rank_zero(lambda: validate_early(settings, context))
     context.on_rank_zero(lambda: check_loggers(settings.output))
     data = prepare_data(settings, context)
@@ -116,7 +108,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         return run_finder(args, plan, data, model)
     with hold_run_folder(Path(settings.run_folder), context.on_rank_zero):
         # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
-        _, previous_metadata = context.on_rank_zero(lambda: resolve_output_dir(args, FINDER_FILES))
+        _, previous_metadata = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args, FINDER_FILES))
         return TrainingRun(with_host_lines(plan), data, model, args, previous_metadata).run(signal_handler)
 
 
@@ -156,12 +148,14 @@ class TrainingRun:
         self.plan, self.data, self.model = plan, data, model
         self.folder = folder = Path(plan.settings.run_folder)
         context, is_resumed = plan.dist_context, previous_metadata is not None
-        source = context.on_rank_zero(lambda: select_checkpoint(folder, args.resume, model) if is_resumed else None)
+        source = None
+        if is_resumed:
+            source = context.on_rank_zero(lambda: run_folder.select_checkpoint(folder, args.resume, model))
         checkpoint_bytes = MIN_BYTES_PER_TRAINED_WEIGHT * model.metadata["trainable"]
         context.on_rank_zero(lambda: refuse_full_disk(folder, checkpoint_bytes))
         #: the content of run.json
         self.metadata: dict[str, Any] = context.on_rank_zero(
-            lambda: write_metadata(folder, plan, previous_metadata, source, args.allow_change)
+            lambda: run_folder.write_metadata(folder, plan, previous_metadata, source, args.allow_change)
         )
         self.engine, self.state = build_engine(plan, model, source)
         if is_resumed:  # before later rows go: after a kill in between rows are cut then, none is missing
@@ -211,7 +205,7 @@ class TrainingRun:
         if not any(signal_numbers):
             return 0
         if context.rank == 0:
-            write_requeue_marker(self.folder, signal_numbers)
+            run_folder.write_requeue_marker(self.folder, signal_numbers)
         return 128 + max(signal_numbers)
 
     def _consume(self, stream: Generator[Record, None, TrainState]) -> TrainState:
@@ -229,7 +223,7 @@ class TrainingRun:
                 if event.event == "execution":  # run.json keeps every plan by which steps ran
                     self.metadata = {**self.metadata, "execution": [*self.metadata["execution"], event.facts]}
                     if self.plan.dist_context.rank == 0:
-                        write_run_json(self.folder, self.metadata)
+                        run_folder.write_run_json(self.folder, self.metadata)
 
     def _evaluate_other_splits(self, step: int) -> None:
         if self.plan.settings.output.export == "none":  # they are for what is exported

@@ -41,9 +41,9 @@ from helpers.tolerances import LOSS_TOLERANCE
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import TrainingError, UserError
-from trainer.run import resolve_output_dir
 from trainer.training import checkpoint, run_plan
 from trainer.training.checkpoint import CheckpointManager
+from trainer.training.run_folder import resolve_output_dir
 from trainer.training.train_state import BestCheckpoint, TrainState
 
 STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
