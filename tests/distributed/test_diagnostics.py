@@ -6,7 +6,6 @@ Long: one case a rule, found and not found.
 """
 
 import contextlib
-import itertools
 import json
 import math
 import random
@@ -292,9 +291,12 @@ def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
     return 0
 
 
+Job = tuple[str, str, str]  # data (many rows, few, or long prompts before short completions), flags, fault
+
+
 @pytest.fixture(scope="module")
-def prepared_data(tiny_model: str, session_dir: Path) -> dict[str, tuple[list[str], str]]:
-    """{data: (flags, prepared folder)}: many rows, few, and long prompts before short completions."""
+def diagnose_real_runs(tiny_model: str, session_dir: Path) -> Callable[[Path, dict[str, Job]], dict[str, Any]]:
+    """A function: {name: findings} of real runs on one rank."""
     paths = {
         name: write_records(session_dir / f"diagnosed-{name}.jsonl", num_records=count, seed=seed)
         for name, count, seed in (("many", 200, 3), ("few", 25, 3), ("val", 40, 4))
@@ -302,35 +304,28 @@ def prepared_data(tiny_model: str, session_dir: Path) -> dict[str, tuple[list[st
     masked = [{"prompt": "w1 " * 20, "completion": f" w{n % 90 + 1}"} for n in range(200)]
     paths["masked"] = str(session_dir / "diagnosed-masked.jsonl")
     Path(paths["masked"]).write_text("".join(json.dumps(row) + "\n" for row in masked))
-    prepared = {}
-    for name, objective in itertools.product(("many", "few", "masked"), ("blocks", "completion")):
-        text = f"--block-size 24 --eval-batch 20 --global-batch 8 --objective {objective} --save-every never"
-        argv = tiny_argv(tiny_model, (paths[name], paths["val"]), f"{text} --num-samples 0")
-        prepared[f"{name}-{objective}"] = (argv, str(prepare_data(argv)))
-    return prepared
 
+    def diagnose_runs(out: Path, jobs: dict[str, Job]) -> dict[str, Any]:
+        rank_jobs = []
+        for name, (data, flags, fault) in jobs.items():
+            text = "--objective blocks --block-size 24 --eval-batch 20 --global-batch 8 --save-every never --num-samples 0"
+            argv = tiny_argv(tiny_model, (paths[data], paths["val"]), f"{text} {flags}")
+            rank_jobs.append(make_job(out, prepare_data(argv), name, argv, fault=fault))
+        launch_jobs(1, rank_jobs, target=diagnose_jobs)
+        return {name: json.loads((out / f"{name}.json").read_text()) for name in jobs}
 
-def diagnose_real_runs(
-    out: Path, prepared_data: Any, jobs: dict[str, tuple[str, str, str]]
-) -> dict[str, list[dict[str, Any]]]:
-    """{name: findings} of real runs on one rank; a job is (data, flags, fault)."""
-    rank_jobs = []
-    for name, (data, flags, fault) in jobs.items():
-        argv, folder = prepared_data[data]
-        rank_jobs.append(make_job(out, folder, name, [*flags.split(), *argv], fault=fault))
-    launch_jobs(1, rank_jobs, target=diagnose_jobs)
-    return {name: json.loads((out / f"{name}.json").read_text()) for name in jobs}
+    return diagnose_runs
 
 
 REAL_FAULTS = {
-    "flat_loss": ("many-blocks", "--mode full --lr 1e-7 --max-steps 60 --eval-every 20", ""),
-    "no_rate": ("many-blocks", "--mode full --lr 1e-10 --max-steps 20", ""),
-    "no_gradient": ("many-blocks", "--mode full --lr 3e-3 --max-steps 12", "scaled_gradients"),
-    "adapter_still_zero": ("many-blocks", "--mode lora --lr 3e-3 --max-steps 6 --eval-every 3", "no_update"),
-    "always_clipped": ("many-blocks", "--mode full --lr 3e-3 --max-grad-norm 1e-3 --max-steps 52", ""),
-    "masked_labels": ("masked-completion", "--mode full --lr 3e-3 --max-steps 2", ""),
-    "diverging": ("many-blocks", "--mode full --lr 3 --max-steps 80", ""),
-    "overfitting": ("few-blocks", "--mode full --lr 0.02 --epochs 25 --eval-every epoch", ""),
+    "flat_loss": ("many", "--mode full --lr 1e-7 --max-steps 60 --eval-every 20", ""),
+    "no_rate": ("many", "--mode full --lr 1e-10 --max-steps 20", ""),
+    "no_gradient": ("many", "--mode full --lr 3e-3 --max-steps 12", "scaled_gradients"),
+    "adapter_still_zero": ("many", "--mode lora --lr 3e-3 --max-steps 6 --eval-every 3", "no_update"),
+    "always_clipped": ("many", "--mode full --lr 3e-3 --max-grad-norm 1e-3 --max-steps 52", ""),
+    "masked_labels": ("masked", "--objective completion --mode full --lr 3e-3 --max-steps 2", ""),
+    "diverging": ("many", "--mode full --lr 3 --max-steps 80", ""),
+    "overfitting": ("few", "--mode full --lr 0.02 --epochs 25 --eval-every epoch", ""),
 }
 
 
@@ -342,26 +337,26 @@ ALSO_VALID_CODES = {
 }
 
 
-def test_real_runs_with_a_fault_are_diagnosed(prepared_data, tmp_path):
-    diagnostics = diagnose_real_runs(tmp_path, prepared_data, REAL_FAULTS)
+def test_real_runs_with_a_fault_are_diagnosed(diagnose_real_runs, tmp_path):
+    diagnostics = diagnose_real_runs(tmp_path, REAL_FAULTS)
     for code, findings in diagnostics.items():
         assert {code} <= {finding["code"] for finding in findings} <= {code, *ALSO_VALID_CODES.get(code, ())}, findings
 
 
-def make_healthy_runs(seeds: Iterable[int]) -> dict[str, tuple[str, str, str]]:
+def make_healthy_runs(seeds: Iterable[int]) -> dict[str, Job]:
     jobs = {}
     for seed in seeds:
         mode, objective = ("full", "lora")[seed % 2], ("blocks", "completion")[seed // 2 % 2]
-        flags = f"--mode {mode} --seed {seed} --lr {(0.003, 0.02)[seed % 2]} --max-steps 60 --eval-every epoch"
-        flags += f" --micro-batch {(8, 4, 2)[seed % 3]} --warmup-steps {(0, 5)[seed % 5 == 0]}"
-        jobs[f"healthy-{seed}"] = (f"many-{objective}", flags, "")
+        flags = f"--objective {objective} --mode {mode} --seed {seed} --lr {(0.003, 0.02)[seed % 2]} --max-steps 60"
+        flags += f" --eval-every epoch --micro-batch {(8, 4, 2)[seed % 3]} --warmup-steps {(0, 5)[seed % 5 == 0]}"
+        jobs[f"healthy-{seed}"] = ("many", flags, "")
     return jobs
 
 
 @pytest.mark.parametrize("seeds", [(0, 3), pytest.param(range(20), marks=pytest.mark.sweep)], ids=["two", "twenty"])
-def test_healthy_real_runs_give_no_diagnostic(seeds, prepared_data, tmp_path):
+def test_healthy_real_runs_give_no_diagnostic(seeds, diagnose_real_runs, tmp_path):
     """Two of the twenty: every weight on blocks, and adapters on completions."""
-    diagnostics = diagnose_real_runs(tmp_path, prepared_data, make_healthy_runs(seeds))
+    diagnostics = diagnose_real_runs(tmp_path, make_healthy_runs(seeds))
     assert {name: [f["code"] for f in findings] for name, findings in diagnostics.items() if findings} == {}
 
 
