@@ -304,11 +304,11 @@ def diagnose_real_runs(tiny_model: str, session_dir: Path) -> Callable[[Path, di
     masked = [{"prompt": "w1 " * 20, "completion": f" w{n % 90 + 1}"} for n in range(200)]
     paths["masked"] = str(session_dir / "diagnosed-masked.jsonl")
     Path(paths["masked"]).write_text("".join(json.dumps(row) + "\n" for row in masked))
+    text = "--objective blocks --block-size 24 --eval-batch 20 --global-batch 8 --save-every never --num-samples 0"
 
     def diagnose_runs(out: Path, jobs: dict[str, Job]) -> dict[str, Any]:
         rank_jobs = []
         for name, (data, flags, fault) in jobs.items():
-            text = "--objective blocks --block-size 24 --eval-batch 20 --global-batch 8 --save-every never --num-samples 0"
             argv = tiny_argv(tiny_model, (paths[data], paths["val"]), f"{text} {flags}")
             rank_jobs.append(make_job(out, prepare_data(argv), name, argv, fault=fault))
         launch_jobs(1, rank_jobs, target=diagnose_jobs)
