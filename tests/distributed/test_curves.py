@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.engines import prepare_data
 from helpers.matrix import launch_jobs, make_job, read_job_result
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 
@@ -58,7 +57,7 @@ def compute_curves(out: Path) -> dict[str, dict[str, Any]]:
     jobs, results = [], {}
     for name, flags in RUNS.items():
         argv = tiny_argv(model, (train_file, val_file), f"{flags} {COMMON_FLAGS}")
-        jobs.append(make_job(out, prepare_data(argv), name, argv))
+        jobs.append(make_job(out, name, argv))
     launch_jobs(1, jobs)
     columns = ("kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "eval_tokens", "train_loss")
     for name, flags in RUNS.items():

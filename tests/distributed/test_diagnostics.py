@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import joined_ranks, prepare_data, start_engine
+from helpers.engines import joined_ranks, start_engine
 from helpers.fake_runs import make_metadata as make_run_metadata
 from helpers.fake_runs import make_run_folder
 from helpers.launch_ranks import train as train_on_ranks
@@ -310,7 +310,7 @@ def diagnose_real_runs(tiny_model: str, session_dir: Path) -> Callable[[Path, di
         rank_jobs = []
         for name, (data, flags, fault) in jobs.items():
             argv = tiny_argv(tiny_model, (paths[data], paths["val"]), f"{text} {flags}")
-            rank_jobs.append(make_job(out, prepare_data(argv), name, argv, fault=fault))
+            rank_jobs.append(make_job(out, name, argv, fault=fault))
         launch_jobs(1, rank_jobs, target=diagnose_jobs)
         return {name: json.loads((out / f"{name}.json").read_text()) for name in jobs}
 

@@ -173,11 +173,11 @@ def test_records_that_an_evaluation_repeats_after_a_resume_are_cut(tmp_path):
 # --- real ranks ------------------------------------------------------------------------------------------------------
 
 
-def test_early_stopping_ends_at_the_same_step_under_every_number_of_ranks(argv, data_dir, tmp_path):
+def test_early_stopping_ends_at_the_same_step_under_every_number_of_ranks(argv, tmp_path):
     """A fall of less than 10 nats does not count here, so the second evaluation after the first one ends the run."""
     rule = ["--max-steps", "12", "--early-stop", "2:10", "--save-every", "1"]
     for ranks, zero in ((1, "zero0"), (2, "zero3")):
-        job = make_job(tmp_path, data_dir, f"{ranks}", ["--mode", "full", *argv, *rule, "--ds-config", zero])
+        job = make_job(tmp_path, f"{ranks}", ["--mode", "full", *argv, *rule, "--ds-config", zero])
         parts = [{**job, "name": f"{ranks}-from-{step}", "resume": [f"{ranks}", step]} for step in (3, 4)]
         launch_jobs(ranks, [job, *parts])
         whole, resumed, stopped = (read_job_result(tmp_path, each["name"])[0] for each in (job, *parts))

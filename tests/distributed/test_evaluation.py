@@ -37,20 +37,20 @@ def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
     dropout_model, tiny_model, data_files, tmp_path
 ):
     cells = ((1, "zero0", "full"), (2, "zero2", "lora"), (2, "zero3", "full"), (3, "zero1", "lora"))
-    folders = {o: prepare_data(make_argv(dropout_model, data_files, "full", o)) for o in OBJECTIVES}
     for ranks in (1, 2, 3):
         jobs = []
         for objective, (r, zero, mode) in itertools.product(OBJECTIVES, cells):
             flags = [*make_argv(dropout_model, data_files, mode, objective), "--ds-config", zero]
             if r == ranks:
                 name = f"{objective}-{ranks}-{zero}-{mode}"
-                jobs.append(make_job(tmp_path, folders[objective], name, flags, batches=BATCHES))
+                jobs.append(make_job(tmp_path, name, flags, batches=BATCHES))
         launch_jobs(ranks, jobs, target=evaluate_jobs)
 
     for objective in OBJECTIVES:
-        assert len(load(folders[objective]).val) % 2, "the rows must not divide among two ranks"
         # A plain loop over single rows of the same weights, without dropout; a fresh adapter changes nothing.
-        plain = train_plain_loop(make_argv(tiny_model, data_files, "full", objective), folders[objective])[0][0]["loss"]
+        argv = make_argv(tiny_model, data_files, "full", objective)
+        assert len(load(prepare_data(argv)).val) % 2, "the rows must not divide among two ranks"
+        plain = train_plain_loop(argv)[0][0]["loss"]
         actual: dict[int, set[float]] = {batch: set() for batch in BATCHES}
         for file in tmp_path.glob(f"{objective}-*.json"):
             for batch, losses in json.loads(file.read_text()).items():
@@ -63,8 +63,8 @@ def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
 
 def test_evaluating_more_often_changes_no_training_step(dropout_model, data_files, tmp_path):
     argv = make_argv(dropout_model, data_files, "full", "blocks")
-    data, flags = prepare_data(argv), [*argv, "--max-steps", "5", "--save-every", "never", "--eval-every"]
-    launch_jobs(1, [make_job(tmp_path, data, every, [*flags, every]) for every in ("1", "never")])
+    flags = [*argv, "--max-steps", "5", "--save-every", "never", "--eval-every"]
+    launch_jobs(1, [make_job(tmp_path, every, [*flags, every]) for every in ("1", "never")])
     often, never = (read_job_result(tmp_path, every)[0] for every in ("1", "never"))
     losses = [[row["loss"] for row in rows if row["kind"] == "step"] for rows in (often, never)]
     assert losses[0] == losses[1]

@@ -203,10 +203,10 @@ def generate_token_by_token(module: Any, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero3")])
-def test_greedy_generation_equals_token_by_token_argmax(ranks, zero, argv, data_dir, tmp_path):
+def test_greedy_generation_equals_token_by_token_argmax(ranks, zero, argv, tmp_path):
     """Batched, cached and padded, with every weight and with adapters; ZeRO-3 gathers once for all tokens."""
     flags = [*argv, "--ds-config", zero, "--mode"]
-    jobs = [make_job(tmp_path, data_dir, mode, [*flags, mode]) for mode in ("full", "lora")]
+    jobs = [make_job(tmp_path, mode, [*flags, mode]) for mode in ("full", "lora")]
     launch_jobs(ranks, jobs, target=generate_jobs)
     full, lora = (json.loads((tmp_path / f"{mode}.json").read_text()) for mode in ("full", "lora"))
     for result in (full, lora):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.engines import prepare_data
 from helpers.matrix import (
     GLOBAL_BATCH,
     RunDifference,
@@ -48,16 +47,9 @@ SAMPLE_CELLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def data_dirs(tiny_model: str, data_files: tuple[str, str]) -> dict[str, Path]:
-    return {o: prepare_data(make_argv(tiny_model, data_files, "full", o)) for o in ("blocks", "completion")}
-
-
-def assert_cells_match(
-    cells: list[Cell], tiny_model: str, data_files: tuple[str, str], data_dirs: dict[str, Path], out: Path
-) -> None:
+def assert_cells_match(cells: list[Cell], tiny_model: str, data_files: tuple[str, str], out: Path) -> None:
     references = {
-        (mode, objective): train_plain_loop(make_argv(tiny_model, data_files, mode, objective), data_dirs[objective])
+        (mode, objective): train_plain_loop(make_argv(tiny_model, data_files, mode, objective))
         for mode, objective in sorted({cell[3:] for cell in cells})
     }
     for world_size in sorted({cell[0] for cell in cells}):
@@ -68,7 +60,7 @@ def assert_cells_match(
                 micro_batch_size = GLOBAL_BATCH // world_size if split == "micro" else 1
                 flags = ["--ds-config", zero, "--micro-batch", str(micro_batch_size)]
                 argv = [*make_argv(tiny_model, data_files, mode, objective), *flags]
-                jobs.append(make_job(out, data_dirs[objective], "-".join(map(str, cell)), argv))
+                jobs.append(make_job(out, "-".join(map(str, cell)), argv))
         launch_jobs(world_size, jobs)
     failures = []
     for cell in cells:
@@ -85,19 +77,17 @@ def assert_cells_match(
     "cells", [SAMPLE_CELLS, pytest.param(ALL_CELLS, marks=[pytest.mark.sweep, pytest.mark.timeout(3600)])],
     ids=["sample", "all"],
 )  # fmt: skip
-def test_ranks_batches_and_zero_files_equal_the_plain_loop(cells, tiny_model, data_files, data_dirs, tmp_path):
-    assert_cells_match(cells, tiny_model, data_files, data_dirs, tmp_path)
+def test_ranks_batches_and_zero_files_equal_the_plain_loop(cells, tiny_model, data_files, tmp_path):
+    assert_cells_match(cells, tiny_model, data_files, tmp_path)
 
 
-def test_the_gradient_norm_is_reported_before_clipping_under_every_zero_stage(
-    tiny_model, data_files, data_dirs, tmp_path
-):
+def test_the_gradient_norm_is_reported_before_clipping_under_every_zero_stage(tiny_model, data_files, tmp_path):
     """AdamW's first moment after one step is a tenth of the clipped gradient, so it shows what clipping left."""
-    clip, data = 0.01, data_dirs["blocks"]
+    clip = 0.01
     argv = make_argv(tiny_model, data_files, "full", "blocks")
     argv += f"--max-grad-norm {clip} --max-steps 1 --micro-batch 1".split()
-    (_, expected, _), _ = train_plain_loop(argv, data)
-    launch_jobs(2, [make_job(tmp_path, data, zero, [*argv, "--ds-config", zero]) for zero in DS_CONFIG_NAMES])
+    (_, expected, _), _ = train_plain_loop(argv)
+    launch_jobs(2, [make_job(tmp_path, zero, [*argv, "--ds-config", zero]) for zero in DS_CONFIG_NAMES])
     assert expected["grad_norm"] > 100 * clip
     for zero in DS_CONFIG_NAMES:
         (step,) = [row for row in read_job_result(tmp_path, zero)[0] if row["kind"] == "step"]

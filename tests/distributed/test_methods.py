@@ -45,17 +45,17 @@ def method_flags(adapter: str, quant: str | None, optim: str) -> list[str]:
     return ["--adapter", adapter, "--optim", optim, *(["--quant", quant] if quant else [])]
 
 
-def assert_all_promises(out: Path, data_dir: Path, argv: list[str], methods: list[tuple[str, str | None, str]]) -> None:
-    jobs = [make_job(out, data_dir, "-".join(map(str, m)), [*argv, *method_flags(*m)]) for m in methods]
+def assert_all_promises(out: Path, argv: list[str], methods: list[tuple[str, str | None, str]]) -> None:
+    jobs = [make_job(out, "-".join(map(str, m)), [*argv, *method_flags(*m)]) for m in methods]
     launch_jobs(1, jobs, target=run_resume_and_export, jobs_per_launch=JOBS_PER_LAUNCH)
     for job in jobs:
         assert assert_promises(out, job["name"])["tied"]
 
 
-def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(argv, data_dir, tmp_path):
-    assert_all_promises(tmp_path, data_dir, argv, EACH_ONCE)
+def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(argv, tmp_path):
+    assert_all_promises(tmp_path, argv, EACH_ONCE)
     flags, source = [*argv, "--optim", "adamw", "--quant", "fp4"], ["lora-fp4-adamw8bit", STOP_STEP]
-    other = make_job(tmp_path, data_dir, "other", flags, resume=source)
+    other = make_job(tmp_path, "other", flags, resume=source)
     assert run_on_ranks(1, run_jobs, [other], log=tmp_path / "other.log") == 1
     assert "the checkpoint holds the moments of another kind of --optim" in (tmp_path / "other.log").read_text()
 
@@ -73,9 +73,7 @@ METHOD_FLAGS = {
 SAMPLE_METHODS = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict")]
 
 
-def assert_methods_agree(
-    out: Path, data_dir: Path, argv: list[str], strict_zero_file: str, cases: list[tuple[str, str]]
-) -> None:
+def assert_methods_agree(out: Path, argv: list[str], strict_zero_file: str, cases: list[tuple[str, str]]) -> None:
     """Every promise, and the same losses under each ZeRO file within the bounds of test_invariance.py.
 
     Layers in int8 round what goes into them to 8 bits too: there a last bit can turn into another code.
@@ -84,7 +82,7 @@ def assert_methods_agree(
     for method, zero in cases:
         zero_flags = ["--micro-batch", "1", "--ds-config", strict_zero_file if zero == "strict" else zero]
         flags = [*argv, *METHOD_FLAGS[method].split(), *zero_flags]
-        jobs.append(make_job(out, data_dir, f"{method}-{zero}", flags))
+        jobs.append(make_job(out, f"{method}-{zero}", flags))
     launch_jobs(2, jobs, target=run_resume_and_export, jobs_per_launch=JOBS_PER_LAUNCH)
     first_losses: dict[str, list[float]] = {}
     for method, zero in cases:
@@ -103,26 +101,24 @@ def strict_zero_file(session_dir: Path) -> str:
     return str(path)
 
 
-def test_methods_on_two_ranks_learn_resume_and_export_under_zero(argv, data_dir, strict_zero_file, tmp_path):
-    assert_methods_agree(tmp_path, data_dir, argv, strict_zero_file, SAMPLE_METHODS)
+def test_methods_on_two_ranks_learn_resume_and_export_under_zero(argv, strict_zero_file, tmp_path):
+    assert_methods_agree(tmp_path, argv, strict_zero_file, SAMPLE_METHODS)
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("method", sorted(METHOD_FLAGS))
-def test_every_method_learns_resumes_and_exports_under_every_zero_stage(
-    method, argv, data_dir, strict_zero_file, tmp_path
-):
+def test_every_method_learns_resumes_and_exports_under_every_zero_stage(method, argv, strict_zero_file, tmp_path):
     refused = {"int8": ("zero3", "zero3_offload", "strict"), "codes": (*DS_CONFIG_NAMES[1:], "strict")}.get(method, ())
     cases = [(method, zero) for zero in (*DS_CONFIG_NAMES, "strict") if zero not in refused]
-    assert_methods_agree(tmp_path, data_dir, argv, strict_zero_file, cases)
+    assert_methods_agree(tmp_path, argv, strict_zero_file, cases)
 
 
-def test_lora_plus_moves_only_the_b_matrices_faster(argv, data_dir, tmp_path):
+def test_lora_plus_moves_only_the_b_matrices_faster(argv, tmp_path):
     """The first update of AdamW is lr * sign(gradient), and B begins at zero: the ratio is read off the weights."""
     flags = [*argv, "--max-steps", "1", "--max-grad-norm", "0", "--lora-plus-ratio"]
     jobs = [
-        make_job(tmp_path, data_dir, name, [*flags, *more])
+        make_job(tmp_path, name, [*flags, *more])
         for name, more in (("one", ["1"]), ("eight", ["8"]), ("divided", ["8", "--ds-config", "zero2"]))
     ]
     launch_jobs(1, jobs)
@@ -139,7 +135,7 @@ def test_lora_plus_moves_only_the_b_matrices_faster(argv, data_dir, tmp_path):
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("optim", OPTIMS)
-def test_every_combination_of_adapter_quantization_and_optimizer_keeps_the_promises(optim, argv, data_dir, tmp_path):
+def test_every_combination_of_adapter_quantization_and_optimizer_keeps_the_promises(optim, argv, tmp_path):
     refused = {("pissa", "nf4"), ("pissa", "fp4"), ("pissa", "int8"), ("dora", "int8")}
     methods = [(a, q, optim) for a, q in itertools.product(ADAPTERS, QUANTS) if (a, q) not in refused]
-    assert_all_promises(tmp_path, data_dir, argv, methods)
+    assert_all_promises(tmp_path, argv, methods)

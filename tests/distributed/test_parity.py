@@ -72,16 +72,16 @@ def data_dir(tiny_model: str, data_files: tuple[str, str]) -> Path:
     return prepare_data(card_argv(tiny_model, data_files))
 
 
-def train_runs(out: Path, data: Path, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
+def train_runs(out: Path, jobs: dict[str, list[str]]) -> dict[str, list[dict[str, Any]]]:
     """{name: rows} of runs of ours on one rank."""
-    launch_jobs(1, [make_job(out, data, name, argv) for name, argv in jobs.items()])
+    launch_jobs(1, [make_job(out, name, argv) for name, argv in jobs.items()])
     return {name: read_job_result(out, name)[0] for name in jobs}
 
 
 def test_the_card_preset_follows_hugging_faces_trainer_step_by_step(tiny_model, data_files, data_dir, tmp_path):
     faster = ["--lr", "1e-3"]  # the weights move thirty times as far, so that more than the start is compared
     argvs = {"card": card_argv(tiny_model, data_files), "faster": card_argv(tiny_model, data_files, *faster)}
-    rows = train_runs(tmp_path, data_dir, argvs)
+    rows = train_runs(tmp_path, argvs)
     for name, changed in (("card", {}), ("faster", {"learning_rate": 1e-3})):
         log = run_hugging_face_trainer(tiny_model, data_dir, tmp_path, **changed)
         theirs = [row for row in log if "loss" in row]
@@ -116,7 +116,7 @@ def test_with_dropout_final_losses_have_the_distribution_of_hugging_faces_traine
     model = make_tiny_gpt2(tmp_path / "dropped", dropout=CARD["dropout"])
     rate = ("--lr", "1e-3")
     jobs = {f"seed{seed}": card_argv(model, data_files, *rate, "--seed", str(seed)) for seed in SEEDS}
-    rows = train_runs(tmp_path, data_dir, jobs | {"without": card_argv(tiny_model, data_files, *rate)})
+    rows = train_runs(tmp_path, jobs | {"without": card_argv(tiny_model, data_files, *rate)})
     logs = [run_hugging_face_trainer(model, data_dir, tmp_path, learning_rate=1e-3, seed=seed) for seed in SEEDS]
     for kind in ("train", "val"):
         theirs = [final_loss(log, kind, "eval_loss") for log in logs]

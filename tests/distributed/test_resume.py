@@ -62,26 +62,24 @@ def argv(dropout_model: str, data_files: tuple[str, str]) -> list[str]:
     return tiny_argv(dropout_model, data_files, f"{text} --eval-every 2 --save-every 1 --save-total-limit 99")
 
 
-def make_resume_job(out: Path, data_dir: Path, argv: list[str], name: str, mode: str, zero: str, **options: Any) -> Any:
+def make_resume_job(out: Path, argv: list[str], name: str, mode: str, zero: str, **options: Any) -> Any:
     """Parameters: those of a job, and what it is of."""
     lora_flags = ["--lora-dropout", "0.1"] if mode == "lora" else []
     flags = ["--mode", mode, *argv, *lora_flags, "--micro-batch", "1", "--ds-config", zero]
-    return make_job(out, data_dir, name, flags, **options)
+    return make_job(out, name, flags, **options)
 
 
 # --- the same ranks: bitwise -------------------------------------------------------------------------------------
 
 
-def assert_bitwise_resume(
-    out: Path, data_dir: Path, argv: list[str], world_size: int, steps: dict[str, tuple[int, ...]]
-) -> None:
+def assert_bitwise_resume(out: Path, argv: list[str], world_size: int, steps: dict[str, tuple[int, ...]]) -> None:
     """Run every mode and ZeRO file whole, and again from each of `steps[zero]`; rows and weights must be the same."""
     runs = {f"{world_size}-{zero}-{mode}": (mode, zero) for zero in steps for mode in MODES}
     jobs = []
     for name, run in runs.items():
-        jobs.append(make_resume_job(out, data_dir, argv, name, *run))
+        jobs.append(make_resume_job(out, argv, name, *run))
         for step in steps[run[1]]:
-            jobs.append(make_resume_job(out, data_dir, argv, f"{name}-{step}", *run, resume=[name, step]))
+            jobs.append(make_resume_job(out, argv, f"{name}-{step}", *run, resume=[name, step]))
     launch_jobs(world_size, jobs)
     for name, (_, zero) in runs.items():
         records, _ = read_job_result(out, name)
@@ -92,16 +90,16 @@ def assert_bitwise_resume(
 
 
 @pytest.mark.slow
-def test_resume_in_warm_up_and_in_the_middle_of_a_cosine_is_bitwise(argv, data_dir, tmp_path):
+def test_resume_in_warm_up_and_in_the_middle_of_a_cosine_is_bitwise(argv, tmp_path):
     schedule = ["--schedule", "cosine", "--warmup-ratio", "0.4", "--min-lr", "1e-4"]  # 3 of 7 steps of warm-up
-    assert_bitwise_resume(tmp_path, data_dir, [*argv, *schedule], 1, {"zero0": (2, 5)})
+    assert_bitwise_resume(tmp_path, [*argv, *schedule], 1, {"zero0": (2, 5)})
 
 
 @pytest.fixture(scope="module")
-def uninterrupted_runs(argv: list[str], data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted_runs(argv: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Whole runs of every mode and each kind of ZeRO file on two ranks, with a checkpoint of every step."""
     out = tmp_path_factory.mktemp("whole")
-    assert_bitwise_resume(out, data_dir, argv, 2, {"zero0": (2,), "zero2": (1, 4, 6), "zero3_offload": (2,)})
+    assert_bitwise_resume(out, argv, 2, {"zero0": (2,), "zero2": (1, 4, 6), "zero3_offload": (2,)})
     return out
 
 
@@ -113,10 +111,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupted_runs):
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_a_run_resumed_from_any_step_of_any_zero_stage_is_bitwise_the_uninterrupted_one(
-    ranks, argv, data_dir, tmp_path
-):
-    assert_bitwise_resume(tmp_path, data_dir, argv, ranks, dict.fromkeys(DS_CONFIG_NAMES, tuple(range(1, STEPS + 1))))
+def test_a_run_resumed_from_any_step_of_any_zero_stage_is_bitwise_the_uninterrupted_one(ranks, argv, tmp_path):
+    assert_bitwise_resume(tmp_path, argv, ranks, dict.fromkeys(DS_CONFIG_NAMES, tuple(range(1, STEPS + 1))))
 
 
 # --- other ranks, another ZeRO file: within the bounds of test_invariance ---------------------------------------------
@@ -138,20 +134,20 @@ SAME_FILE = [
 OTHER_FILE = [(2, one, 2, other, mode) for one, other in itertools.permutations(DS_CONFIG_NAMES, 2) for mode in MODES]
 
 
-def assert_elastic_resume(moves: list[Move], out: Path, data_dir: Path, argv: list[str]) -> None:
+def assert_elastic_resume(moves: list[Move], out: Path, argv: list[str]) -> None:
     """Go on from step 2 elsewhere, and hold what follows against what follows where the run began."""
     sources = {f"{before}-{old}-{mode}": (before, mode, old) for before, old, _, _, mode in moves}
     names = {move: "-".join(map(str, move)) for move in moves}
     for world_size in sorted({move[0] for move in moves}):
         jobs = [
-            make_resume_job(out, data_dir, argv, name, mode, zero)
+            make_resume_job(out, argv, name, mode, zero)
             for name, (ranks, mode, zero) in sources.items()
             if ranks == world_size and not (out / f"{name}.jsonl").exists()
         ]
         launch_jobs(world_size, jobs, out / f"from-{world_size}.log")
     for world_size in sorted({move[2] for move in moves}):
         jobs = [
-            make_resume_job(out, data_dir, argv, names[move], mode, zero, resume=[f"{before}-{old}-{mode}", 2])
+            make_resume_job(out, argv, names[move], mode, zero, resume=[f"{before}-{old}-{mode}", 2])
             for move in moves
             for before, old, after, zero, mode in [move]
             if after == world_size
@@ -171,15 +167,15 @@ def assert_elastic_resume(moves: list[Move], out: Path, data_dir: Path, argv: li
     assert not failures
 
 
-def test_a_run_resumes_with_other_ranks_and_another_zero_file(uninterrupted_runs, argv, data_dir):
-    assert_elastic_resume(SAMPLE_MOVES, uninterrupted_runs, data_dir, argv)
+def test_a_run_resumes_with_other_ranks_and_another_zero_file(uninterrupted_runs, argv):
+    assert_elastic_resume(SAMPLE_MOVES, uninterrupted_runs, argv)
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("moves", [SAME_FILE, OTHER_FILE], ids=["ranks", "file"])
-def test_a_run_resumes_under_every_change_of_ranks_and_of_zero_file(moves, argv, data_dir, tmp_path):
-    assert_elastic_resume(moves, tmp_path, data_dir, argv)
+def test_a_run_resumes_under_every_change_of_ranks_and_of_zero_file(moves, argv, tmp_path):
+    assert_elastic_resume(moves, tmp_path, argv)
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
@@ -332,12 +328,12 @@ def run_fp16_jobs(jobs: list[dict[str, Any]]) -> int:
 
 
 @pytest.mark.parametrize("zero", [*(pytest.param(f"zero{n}", marks=pytest.mark.sweep) for n in (1, 2)), "zero3"])
-def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(zero, argv, data_dir, tmp_path):
+def test_an_fp16_run_resumes_with_its_float32_weights_and_loss_scale(zero, argv, tmp_path):
     """A resume that began anew with the scale would skip steps again, one from halved weights would drift."""
     base = ["--mode", "full", *argv, "--precision", "fp16", "--ds-config", zero, "--max-steps", "48"]
     jobs = [
-        make_job(tmp_path, data_dir, "whole", [*base, "--save-every", "30"]),
-        make_job(tmp_path, data_dir, "again", base, resume=["whole", 30]),
+        make_job(tmp_path, "whole", [*base, "--save-every", "30"]),
+        make_job(tmp_path, "again", base, resume=["whole", 30]),
     ]
     launch_jobs(1, jobs, target=run_fp16_jobs)
     whole, again = (read_job_result(tmp_path, name)[0] for name in ("whole", "again"))

@@ -59,12 +59,12 @@ def reads_of_a_late_device(call_log: CallLog) -> list[tuple[int, int]]:
 
 
 @pytest.fixture
-def make_completion_job(tiny_model: str, data_files: tuple[str, str], data_dir: Path, tmp_path: Path) -> Any:
+def make_completion_job(tiny_model: str, data_files: tuple[str, str], tmp_path: Path) -> Any:
     """A function: the job of that name with these flags."""
 
     def make(name: str, *flags: str, **options: Any) -> dict[str, Any]:
         argv = [*make_argv(tiny_model, data_files, "full", "completion"), "--micro-batch", "1", "--eval-every", "never"]
-        return make_job(tmp_path, data_dir, name, [*argv, *flags], **options)
+        return make_job(tmp_path, name, [*argv, *flags], **options)
 
     return make
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from helpers.engines import joined_ranks, start_engine
+from helpers.engines import joined_ranks, prepare_data, start_engine
 from helpers.launch_ranks import run_on_ranks
 from helpers.process_groups import reproducible_records
 from helpers.tiny_inputs import tiny_argv
@@ -74,9 +74,9 @@ class RunDifference:
         return f"loss {self.loss:.1e} norm {self.norm:.1e} weights {self.weight:.1e}"
 
 
-def make_job(out: Path, data: str | Path, name: str, flags: list[str], **options: Any) -> dict[str, Any]:
-    """A run `name` of `run_jobs`, with these flags on prepared data, that leaves its files in `out`."""
-    return {"name": name, "flags": flags, "data": str(data), "out": str(out), **options}
+def make_job(out: Path, name: str, flags: list[str], **options: Any) -> dict[str, Any]:
+    """A run `name` of `run_jobs`, with these flags on their data, prepared, that leaves its files in `out`."""
+    return {"name": name, "flags": flags, "data": str(prepare_data(flags)), "out": str(out), **options}
 
 
 def launch_jobs(
@@ -159,7 +159,7 @@ def assert_resumed_bitwise(out: Path, name: str, resumed_name: str, step: int) -
     assert all(np.array_equal(weights[key], resumed_weights[key]) for key in weights), resumed_name
 
 
-def train_plain_loop(argv: list[str], data_dir: Path) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+def train_plain_loop(argv: list[str]) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     """The same run as a plain PyTorch loop in one process: no DeepSpeed, no micro-batches, no code of the loop's.
 
     Each step feeds the whole global batch as one padded batch through the model's own logits. Returns
@@ -168,7 +168,7 @@ def train_plain_loop(argv: list[str], data_dir: Path) -> tuple[list[dict[str, fl
     Long: the whole of a training loop, on purpose without our helpers.
     """
     settings = cli.parse_args(argv).settings
-    data = load(data_dir)
+    data = load(prepare_data(argv))
     model = build_model(settings)
     train_settings, module = settings.train, model.module
     trainable_params = {name: p for name, p in module.named_parameters() if p.requires_grad}
