@@ -29,6 +29,7 @@ from helpers.matrix import (
     LEARNING_RATE,
     RunDifference,
     assert_resumed_bitwise,
+    launch_by_ranks,
     launch_jobs,
     make_job,
     read_job_result,
@@ -136,27 +137,18 @@ OTHER_FILE = [(2, one, 2, other, mode) for one, other in itertools.permutations(
 
 def assert_elastic_resume(moves: list[Move], out: Path, argv: list[str]) -> None:
     """Go on from step 2 elsewhere, and hold what follows against what follows where the run began."""
-    sources = {f"{before}-{old}-{mode}": (before, mode, old) for before, old, _, _, mode in moves}
-    names = {move: "-".join(map(str, move)) for move in moves}
-    for world_size in sorted({move[0] for move in moves}):
-        jobs = [
-            make_resume_job(out, argv, name, mode, zero)
-            for name, (ranks, mode, zero) in sources.items()
-            if ranks == world_size and not (out / f"{name}.jsonl").exists()
-        ]
-        launch_jobs(world_size, jobs, out / f"from-{world_size}.log")
-    for world_size in sorted({move[2] for move in moves}):
-        jobs = [
-            make_resume_job(out, argv, names[move], mode, zero, resume=[f"{before}-{old}-{mode}", 2])
-            for move in moves
-            for before, old, after, zero, mode in [move]
-            if after == world_size
-        ]
-        launch_jobs(world_size, jobs, out / f"to-{world_size}.log")
+    sources, jobs = {}, []
+    for before, old, after, new, mode in moves:
+        source, name = f"{before}-{old}-{mode}", f"{before}-{old}-{after}-{new}-{mode}"
+        if not (out / f"{source}.jsonl").exists():
+            sources[source] = make_resume_job(out, argv, source, mode, old, ranks=before)
+        jobs.append(make_resume_job(out, argv, name, mode, new, ranks=after, resume=[source, 2]))
+    launch_by_ranks(list(sources.values()))
+    launch_by_ranks(jobs)
     failures = []
-    for move in moves:
-        records, weights = read_job_result(out, f"{move[0]}-{move[1]}-{move[4]}")
-        resumed_records, resumed_weights = read_job_result(out, names[move])
+    for move, job in zip(moves, jobs, strict=True):
+        records, weights = read_job_result(out, job["resume"][0])
+        resumed_records, resumed_weights = read_job_result(out, job["name"])
         expected = reproducible_records(records, after=2)
         actual = reproducible_records(resumed_records)
         assert [row["tokens"] for row in actual] == [row["tokens"] for row in expected]

@@ -90,6 +90,12 @@ def launch_jobs(
         assert exit_code == 0, log.read_text()[-4000:]
 
 
+def launch_by_ranks(jobs: list[dict[str, Any]], target: Callable[..., int] | None = None) -> None:
+    """Do each job on as many ranks as its `ranks` says."""
+    for world_size in sorted({job["ranks"] for job in jobs}):
+        launch_jobs(world_size, [job for job in jobs if job["ranks"] == world_size], target=target)
+
+
 def run_jobs(jobs: list[dict[str, Any]]) -> int:
     """Run each job: its records go to out/name.jsonl, its final weights to out/name.npz.
 
