@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.engines import prepare_data
 from helpers.matrix import launch_jobs, make_job
 from helpers.method_matrix import assert_promises, logits_bound, run_resume_and_export
 from helpers.tiny_inputs import tiny_argv
@@ -67,11 +68,12 @@ def family_argv(model: str, data_files: tuple[str, str], mode: str) -> list[str]
 )
 def test_each_family_trains_resumes_exports_and_merges(families, tiny_model, data_files, tmp_path):
     models = {family: save_family(family, tmp_path / family, tiny_model) for family in families}
+    data = prepare_data(family_argv(tiny_model, data_files, "full"))  # families have tokenizers of their own kinds
     jobs = []
     for family, model in models.items():
         for mode in ("full", "lora") if FAMILIES[family][1] else ("full",):
             argv = family_argv(model, data_files, mode)
-            jobs.append(make_job(tmp_path, f"{family}-{mode}", argv, merge=mode == "lora"))
+            jobs.append(make_job(tmp_path, f"{family}-{mode}", argv, data=data, merge=mode == "lora"))
     launch_jobs(2, jobs, target=run_resume_and_export)
     for job in jobs:
         name = job["name"]

@@ -74,9 +74,9 @@ class RunDifference:
         return f"loss {self.loss:.1e} norm {self.norm:.1e} weights {self.weight:.1e}"
 
 
-def make_job(out: Path, name: str, flags: list[str], **options: Any) -> dict[str, Any]:
-    """A run `name` of `run_jobs`, with these flags on their data, prepared, that leaves its files in `out`."""
-    return {"name": name, "flags": flags, "data": str(prepare_data(flags)), "out": str(out), **options}
+def make_job(out: Path, name: str, flags: list[str], *, data: Path | None = None, **options: Any) -> dict[str, Any]:
+    """A run `name` of `run_jobs` that leaves its files in `out`; `data`: prepared ones that are not of these flags."""
+    return {"name": name, "flags": flags, "data": str(data or prepare_data(flags)), "out": str(out), **options}
 
 
 def launch_jobs(
