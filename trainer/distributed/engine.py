@@ -139,16 +139,22 @@ class Engine:
         """
         in_flight: deque[tuple[GlobalBatch, LaunchedStep]] = deque()
         iterator = iter(batches)
-        while (batch := self._draw(iterator)) is not None:
-            in_flight.append((batch, self._launch(batch, lr_at(batch.step), should_stop)))
-            if len(in_flight) < self.plan.steps_in_flight:
-                continue
-            result = self._wait(*in_flight[0])
-            yield in_flight.popleft()[0], result
-            if result.update.stop_requested:
-                break
-        for batch, launched in in_flight:
-            yield batch, self._wait(batch, launched)
+        batch: GlobalBatch | None
+        try:
+            while (batch := self._draw(iterator)) is not None:
+                in_flight.append((batch, self._launch(batch, lr_at(batch.step), should_stop)))
+                if len(in_flight) < self.plan.steps_in_flight:
+                    continue
+                batch, launched = in_flight.popleft()
+                result = self._wait(batch, launched)
+                yield batch, result
+                if result.update.stop_requested:
+                    break
+            for batch, launched in in_flight:
+                yield batch, self._wait(batch, launched)
+        except NonFiniteError as error:
+            error.batch = batch
+            raise
 
     def _draw(self, batches: Iterator[GlobalBatch]) -> GlobalBatch | None:
         start_time = time.perf_counter()
@@ -167,11 +173,7 @@ class Engine:
             loss_sums.append(
                 self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
             )
-        try:
-            wait = self.launch_update(lr, loss_sums, should_stop=should_stop())
-        except NonFiniteError as error:
-            error.batch = batch
-            raise
+        wait = self.launch_update(lr, loss_sums, should_stop=should_stop())
         return LaunchedStep(lr=lr, launch_time=launch_time, wait=wait)
 
     def launch_update(
@@ -206,11 +208,7 @@ class Engine:
 
     def _wait(self, batch: GlobalBatch, launched: LaunchedStep) -> StepResult:
         """What the step did, once it has done it."""
-        try:
-            update = launched.wait()
-        except NonFiniteError as error:
-            error.batch = batch
-            raise
+        update = launched.wait()
         start_time, self._last_end_time = max(launched.launch_time, self._last_end_time), time.perf_counter()
         elapsed_seconds = self._last_end_time - start_time
         self.execution.end_step(batch.step, sum(m.input_ids.size for m in batch.micro_batches), elapsed_seconds)

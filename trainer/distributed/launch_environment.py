@@ -23,7 +23,7 @@ class LaunchEnvironment:
     launcher: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Variables:
     """The names under which a launcher says what; `marker` tells it from those that use the same names."""
 
@@ -41,31 +41,19 @@ class _Variables:
 #: In order of precedence: what runs inside something else comes first (torchrun in a step of SLURM, mpirun whose
 #: helpers SLURM has started).
 _LAUNCHERS = (
+    _Variables("torchrun", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",), marker="TORCHELASTIC_RUN_ID"),
+    _Variables("deepspeed", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_SIZE",), marker="CROSS_SIZE"),
+    _Variables("environment", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     _Variables(
-        launcher="torchrun", marker="TORCHELASTIC_RUN_ID", rank="RANK", world_size="WORLD_SIZE",
-        local_rank=("LOCAL_RANK",), local_world_size=("LOCAL_WORLD_SIZE",),
+        "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",), ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
     _Variables(
-        launcher="deepspeed", marker="CROSS_SIZE", rank="RANK", world_size="WORLD_SIZE",
-        local_rank=("LOCAL_RANK",), local_world_size=("LOCAL_SIZE",),
+        "PMI", "PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
     ),
-    _Variables(
-        launcher="environment", rank="RANK", world_size="WORLD_SIZE",
-        local_rank=("LOCAL_RANK",), local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-    ),
-    _Variables(
-        launcher="Open MPI", rank="OMPI_COMM_WORLD_RANK", world_size="OMPI_COMM_WORLD_SIZE",
-        local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",), local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
-    ),
-    _Variables(
-        launcher="PMI", rank="PMI_RANK", world_size="PMI_SIZE",
-        local_rank=("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), local_world_size=("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
-    ),
-    _Variables(
-        launcher="SLURM", rank="SLURM_PROCID", world_size="SLURM_STEP_NUM_TASKS", local_rank=("SLURM_LOCALID",)
-    ),
-    _Variables(launcher="Kubeflow Trainer", rank="PET_NODE_RANK", world_size="PET_NNODES"),
-    _Variables(launcher="SkyPilot", rank="SKYPILOT_NODE_RANK", world_size="SKYPILOT_NUM_NODES"),
+    _Variables("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",)),
+    _Variables("Kubeflow Trainer", "PET_NODE_RANK", "PET_NNODES"),
+    _Variables("SkyPilot", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
 )  # fmt: skip
 #: Variables that change what a run does, by their beginnings: a run on another machine needs them too.
 FORWARDED_PREFIXES = (

@@ -1,7 +1,6 @@
 """How a gradient comes to be and becomes an update: through DeepSpeed's hooks, or directly where nothing needs them.
 
-Both leave the same numbers up to the rounding of the summation order;
-tests/distributed/test_invariance.py holds them together.
+Both leave the same numbers up to the rounding of the summation order (tests/distributed/test_invariance.py).
 """
 
 import math
@@ -48,14 +47,11 @@ class DeepSpeedStepper:
         """DeepSpeed's own hooks decide when what is sent."""
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Each row's summed loss, for evaluation."""
+        """As `NativeStepper`'s."""
         return self.deepspeed_engine(ids, labels)[1]
 
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float, *packed: Tensor) -> Tensor:
-        """Add the gradient of the micro-batch's summed loss times `loss_weight`; returns each row's sum.
-
-        `packed`: the position ids of rows that hold several examples.
-        """
+        """As `NativeStepper`'s."""
         loss_sum, row_losses = self.deepspeed_engine(ids, labels, *packed)
         self.deepspeed_engine.backward(loss_sum * loss_weight, scale_wrt_gas=False)
         return row_losses

@@ -38,26 +38,18 @@ def _quantize_layer(layer: nn.Module, settings: ModelSettings, device: torch.dev
     weight: Tensor = layer.weight.detach()
     weight = (weight.T if isinstance(layer, Conv1D) else weight).contiguous()
     out_features, in_features = weight.shape
-    with torch.device("meta"):
-        quantized = (
-            bnb.nn.Linear8bitLt(
-                in_features, out_features, layer.bias is not None, has_fp16_weights=False, threshold=INT8_THRESHOLD
-            )
-            if settings.quant == "int8"
-            else bnb.nn.Linear4bit(
-                in_features, out_features, layer.bias is not None, compress_statistics=settings.quant_double,
-                quant_type=settings.quant,
-            )
-        )  # fmt: skip
-    quantized.bias = layer.bias
+    sizes = (in_features, out_features, layer.bias is not None)
     if settings.quant == "int8":
+        with torch.device("meta"):
+            quantized = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=INT8_THRESHOLD)
         quantized.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        quantized.weight = bnb.nn.Params4bit(
-            weight, requires_grad=False, compress_statistics=settings.quant_double, quant_type=settings.quant,
-            module=quantized,
-        )  # fmt: skip
+        kind = {"compress_statistics": settings.quant_double, "quant_type": settings.quant}
+        with torch.device("meta"):
+            quantized = bnb.nn.Linear4bit(*sizes, **kind)
+        quantized.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=quantized, **kind)
         disable_avx512_repacking(quantized)
+    quantized.bias = layer.bias
     return quantized.to(device).requires_grad_(False)
 
 
