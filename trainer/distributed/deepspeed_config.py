@@ -68,7 +68,8 @@ def read_deepspeed_file(name: str, reason: str = "asked for") -> DeepSpeedFile:
         content = parse_json(path.read_bytes(), _reject_duplicate_keys)
     except (OSError, ValueError) as error:
         raise UserError(f"--ds-config {path}: not JSON: {error}") from error
-    _validate_keys(path, content)
+    if mistake := next(_find_mistakes(content), None):
+        raise UserError(f"--ds-config {path}: {mistake}")
     return DeepSpeedFile(name=name if name in DS_CONFIG_NAMES else path.stem, content=content, reason=reason)
 
 
@@ -80,52 +81,47 @@ def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _validate_keys(path: Path, content: Any) -> None:
+def _find_mistakes(content: Any) -> Iterator[str]:
+    """What is wrong with a file's content; the first is what to say, those after it may follow from it."""
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization"), dict):
-        raise UserError(f"--ds-config {path}: expected an object with the key zero_optimization")
+        yield "expected an object with the key zero_optimization"
+        return
     for key, key_path, value in _walk_keys(content):
         if value == "auto":
-            raise UserError(f'--ds-config {path}: {key_path} is "auto"; give a value, nothing here fills it in')
+            yield f'{key_path} is "auto"; give a value, nothing here fills it in'
         if key in _REFUSED_KEYS:
-            raise UserError(f"--ds-config {path}: {key_path} is refused: {_REFUSED_KEYS[key]}")
+            yield f"{key_path} is refused: {_REFUSED_KEYS[key]}"
     for key in content:
         if key in _KEYS_SET_BY_FLAGS:
-            raise UserError(f"--ds-config {path}: {key} comes from the flags, not from this file; take it out")
-        if key not in _ALLOWED_KEYS:
+            yield f"{key} comes from the flags, not from this file; take it out"
+        elif key not in _ALLOWED_KEYS:
             known = ", ".join(known_key for known_key in _ALLOWED_KEYS if known_key not in _REFUSED_KEYS)
-            raise UserError(f"--ds-config {path}: unknown key {key}; known are {known}")
-    _validate_zero_keys(path, content["zero_optimization"])
-    stage = content["zero_optimization"].get("stage", 0)
-    for key in content:
-        if stage == 0 and key != "zero_optimization":
-            raise UserError(f"--ds-config {path}: {key} is without effect under stage 0; take it out, or use stage 1")
-
-
-def _validate_zero_keys(path: Path, zero: dict[str, Any]) -> None:
+            yield f"unknown key {key}; known are {known}"
+    zero = content["zero_optimization"]
     zero_config = import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
     fields = zero_config.model_fields  # their documented names are the aliases, but both are taken
     aliases = {field.alias: name for name, field in fields.items() if field.alias}
-    names_seen = set()
-    for key in zero:
-        name = aliases.get(key, key)
+    names = [aliases.get(key, key) for key in zero]
+    for key, name in zip(zero, names, strict=True):
         if name not in fields:
-            raise UserError(f"--ds-config {path}: unknown key zero_optimization.{key}")
-        if name in names_seen:
-            raise UserError(f"--ds-config {path}: zero_optimization.{key} stands there twice, under two of its names")
-        names_seen.add(name)
+            yield f"unknown key zero_optimization.{key}"
+        if names.count(name) > 1:
+            yield f"zero_optimization.{key} stands there twice, under two of its names"
     stage = zero.get("stage", 0)
     if stage not in range(4):
-        raise UserError(f"--ds-config {path}: zero_optimization.stage {stage}: expected 0, 1, 2 or 3")
+        yield f"zero_optimization.stage {stage}: expected 0, 1, 2 or 3"
     try:
         zero_config(**zero)
     except ValueError as error:  # pydantic's
-        raise UserError(f"--ds-config {path}: {_describe_first_error(error)}") from error
+        yield _describe_first_error(error)
+    if stage == 0 and (others := [key for key in content if key != "zero_optimization"]):
+        yield f"{others[0]} is without effect under stage 0; take it out, or use stage 1"
     for key, min_stage in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(key) or {}).get("device", "none")
         if device not in ("none", "cpu"):
-            raise UserError(f"--ds-config {path}: zero_optimization.{key}.device {device}: expected cpu or none")
+            yield f"zero_optimization.{key}.device {device}: expected cpu or none"
         if device == "cpu" and stage < min_stage:
-            raise UserError(f"--ds-config {path}: zero_optimization.{key} needs stage {min_stage} or more, not {stage}")
+            yield f"zero_optimization.{key} needs stage {min_stage} or more, not {stage}"
 
 
 def _describe_first_error(validation_error: Any) -> str:

@@ -321,13 +321,14 @@ def test_an_exported_adapter_names_its_quantized_base(tiny_model, tmp_path):
         ("lora", "--quant int8 --adapter dora", "--quant int8: dora takes the norms of its layers"),
         ("lora", "--quant int8 --quant-double", "--quant-double: expected with --quant nf4 or fp4"),
         ("lora", "--quant-double", "--quant-double: expected with --quant nf4 or fp4"),
-        ("lora", "--quant nf4 --modules-to-save bias", "--modules-to-save bias: bitsandbytes rounds the biases of nf4"),
+        ("lora", "--quant nf4 --modules-to-save bias",
+         "--modules-to-save bias: bitsandbytes rounds the biases of nf4 layers"),
         ("lora", "--quant fp4 --precision fp16", "--precision fp16: rounds the packed weights of --quant fp4"),
         ("full", "--optim adamw8bit --precision fp16", "--optim adamw8bit: not with --precision fp16"),
         ("lora", "--modules-to-save wpe", "--modules-to-save wpe: expected wte, lm_head, layernorm or bias"),
         ("lora", "--lora-plus-ratio 0", "--lora-plus-ratio 0.0: expected a number above 0"),
     ],
-)
+)  # fmt: skip
 def test_adapter_flags_that_exclude_each_other_are_refused(mode, argv, message):
     with pytest.raises(UserError) as caught:
         gpt2_settings(mode, *argv.split())
