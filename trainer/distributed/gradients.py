@@ -64,10 +64,7 @@ class GradientBuckets:
         self.is_sharded = is_sharded
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._sends_directly = is_sharded and dist.get_backend() == "gloo"
-        self.flats = [
-            group[0].new_zeros(flat_size, requires_grad=False)
-            for group, flat_size in zip(groups, flat_sizes, strict=True)
-        ]
+        self.flats = [group[0].new_zeros(size) for group, size in zip(groups, flat_sizes, strict=True)]
         #: for each weight the part of the flat buffer that is its gradient
         self.views: dict[nn.Parameter, Tensor] = {}
         for group, flat in zip(groups, self.flats, strict=True):
@@ -100,7 +97,6 @@ class GradientBuckets:
                 view.copy_(parameter.grad)
             parameter.grad = view
         parts = self._finish_overlapped() if self._is_overlapping else self._reduce_whole()
-        self._is_overlapping = False
         if not self.is_sharded:
             return list(self.views.values())
         for parameter in self.views:
@@ -111,7 +107,6 @@ class GradientBuckets:
         """Wait for what a refused step has sent: the next one needs the buffers. All ranks must call."""
         if self._is_overlapping:
             self._finish_overlapped()
-            self._is_overlapping = False
 
     def _take(self, parameter: nn.Parameter) -> None:
         """After each backward: the gradient moves to its place; buckets that are whole are sent, in their order."""
@@ -157,12 +152,9 @@ class GradientBuckets:
 
     def _post_receives(self) -> None:
         """Every other rank's parts of this rank's share: posted before they are sent, whenever that is."""
-        shard_sizes = [len(flat) // self.world_size for flat in self.flats]
-        self._received = [
-            flat.new_zeros(self.world_size, size) for flat, size in zip(self.flats, shard_sizes, strict=True)
-        ]
+        self._received = [torch.zeros_like(flat).view(self.world_size, -1) for flat in self.flats]
         for tag, bucket in enumerate(self.buckets):
-            offset = self.rank * shard_sizes[bucket.group]
+            offset = self.rank * self._received[bucket.group].shape[1]
             for owner, start, end in self._parts_by_owner(bucket):
                 for source in range(self.world_size):
                     if owner == self.rank and source != self.rank:
@@ -174,7 +166,7 @@ class GradientBuckets:
             self._launch_next()
         for work in self._work:
             work.wait()
-        self._work = []
+        self._work, self._is_overlapping = [], False
         if not self.is_sharded:
             return []
         own_parts = [flat.view(self.world_size, -1)[self.rank] for flat in self.flats]
