@@ -117,9 +117,8 @@ def estimate_memory(
     states = estimate_model_states(counts, sharding, precision=precision)
     if passes.cast_weights:  # a GPU holds them in place of the float32 ones, which the host keeps; a CPU holds both
         moved_bytes = 4 * passes.cast_weights if is_gpu else 0
-        states = replace(
-            states, weights=states.weights + 2 * passes.cast_weights - moved_bytes, host=states.host + moved_bytes
-        )
+        weights = states.weights + 2 * passes.cast_weights - moved_bytes
+        states = replace(states, weights=weights, host=states.host + moved_bytes)
     stage, world_size = sharding.stage, sharding.world_size
     bytes_per_weight = 2 if precision == "fp16" else 4
     gathered_bytes = 0.0

@@ -50,7 +50,7 @@ def program_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in fields.items()
     }
     flags |= {f"the setting {name}": value for name, value in settings.items() if isinstance(value, str)}
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: package_version(name) or "missing" for name in PACKAGES}
     return {"this program": _source_fingerprint(), "Python": platform.python_version(), **versions, **flags}
 
 
@@ -69,11 +69,12 @@ def _where(context: DistContext, rank: int) -> str:
     return f"{context.placement.hosts[rank]} (rank {rank})" if context.num_nodes > 1 else f"rank {rank}"
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "missing"
+        return None
 
 
 def _source_fingerprint() -> str:

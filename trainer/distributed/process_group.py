@@ -74,8 +74,9 @@ class DistContext:
                 self.all_gather_object((None, TrainingError(f"rank {self.rank}: {type(error).__name__}: {error}")))
                 raise
         results = self.all_gather_object((value, leader_error))
-        failures = {rank: failure for rank, (_, failure) in enumerate(results) if failure is not None}
-        for rank, failure in failures.items():
+        failures = [(rank, failure) for rank, (_, failure) in enumerate(results) if failure is not None]
+        if failures:
+            rank, failure = failures[0]
             if per_node and len(failures) < self.num_nodes:  # not what all would say alike
                 raise type(failure)(f"on {self.placement.hosts[rank]} (rank {rank}): {failure}")
             raise failure

@@ -116,13 +116,11 @@ def build_model(
     )  # fmt: skip
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
         metadata["kept_in_32_bits"] = optimizer.count_fp32_state(module.named_parameters(), model.embedding_weights)
-    if settings.model.quant:
+    if settings.model.quant and on_meta:
         output_layer = causal.get_output_embeddings()
-        metadata["frozen_bytes"] = (
-            quantization.estimate_frozen_bytes(module, output_layer, settings.model)
-            if on_meta
-            else quantization.count_frozen_bytes(module)
-        )
+        metadata["frozen_bytes"] = quantization.estimate_frozen_bytes(module, output_layer, settings.model)
+    elif settings.model.quant:
+        metadata["frozen_bytes"] = quantization.count_frozen_bytes(module)
     return model
 
 
@@ -132,10 +130,9 @@ def fuse_gelu(causal: nn.Module) -> None:
     transformers writes the same formula as eight operations, which read and write the widest tensors of a block over
     and over and keep four of them for backward instead of one. The configuration stays as it is.
     """
-    for module in list(causal.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
+    for name, module in list(causal.named_modules(remove_duplicate=False)):
+        if isinstance(module, NewGELUActivation):
+            causal.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
 def save_base_model(settings: Settings, folder: Path) -> None:
@@ -157,18 +154,15 @@ def load_config(settings: ModelSettings) -> Any:
                 raise UserError(_not_found_message(settings.model, "config.json")) from error
             raise UserError(f"--model {settings.model}: config.json: {model_files.reason(error)}") from error
         model_files.check_config(settings.model, config)
-    return config if settings.dropout is None else _set_dropout(config, settings)
-
-
-def _set_dropout(config: Any, settings: ModelSettings) -> Any:
-    probabilities = get_dropout_probabilities(config)
-    if not probabilities:
-        raise UserError(
-            f"--dropout {settings.dropout:g}: {settings.model} ({config.model_type}) has no dropout to set; "
-            f"leave it out, or use a model whose config has one of {', '.join(DROPOUT_FIELDS)}"
-        )
-    for name in probabilities:
-        setattr(config, name, settings.dropout)
+    if settings.dropout is not None:
+        probabilities = get_dropout_probabilities(config)
+        if not probabilities:
+            raise UserError(
+                f"--dropout {settings.dropout:g}: {settings.model} ({config.model_type}) has no dropout to set; "
+                f"leave it out, or use a model whose config has one of {', '.join(DROPOUT_FIELDS)}"
+            )
+        for name in probabilities:
+            setattr(config, name, settings.dropout)
     return config
 
 

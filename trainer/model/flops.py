@@ -100,8 +100,8 @@ def _list_products(model: TrainableModel) -> tuple[list[_Product], list[int]]:
     output_projections = {_attention_of(name): name for name in names if _attention_of(name)}  # the last of each
     stages: dict[str, int] = {}
     for name in names:
-        is_beside_another = stages and name not in output_projections.values() and _attention_of(name) is not None
-        is_beside_another = is_beside_another and _attention_of(name) == _attention_of(list(stages)[-1])
+        is_input_projection = _attention_of(name) is not None and name not in output_projections.values()
+        is_beside_another = stages and is_input_projection and _attention_of(name) == _attention_of(list(stages)[-1])
         stages[name] = max(stages.values(), default=-1) + (not is_beside_another)
     products = [_product(name, layer, stages[_PEFT_PART.sub("", name)]) for name, layer in layers]
     if isinstance(output_layer, nn.Linear):

@@ -3,12 +3,12 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.distributed.preflight import package_version
 from trainer.distributed.process_group import DistContext
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandbytes", "wandb", "numpy")
@@ -16,13 +16,7 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed", "datasets", "bitsandby
 
 def package_versions() -> dict[str, str | None]:
     """{package: version} of what the numbers depend on; None where it is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
+    return {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
 
 
 def device_name(dist_context: DistContext) -> str:

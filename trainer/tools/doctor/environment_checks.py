@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from trainer.distributed.launch_environment import FORWARDED_PREFIXES
+from trainer.distributed.preflight import package_version
 from trainer.distributed.process_group import find_free_port, forwarded_env_prefixes, supports_bf16
 from trainer.tools.doctor.check_result import (
     ERROR,
@@ -74,14 +75,11 @@ def check_packages(requirements: tuple[str, list[str]] | None) -> Iterator[Check
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         name, specifier = requirement.name, requirement.specifier
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            version = "missing"
-        if version != "missing" and specifier.contains(version, prereleases=True):
+        version = package_version(name)
+        if version is not None and specifier.contains(version, prereleases=True):
             satisfied_packages.append(f"{name} {version}")
         else:
-            message = f"{version}, supported is {specifier or 'any'}"
+            message = f"{version or 'missing'}, supported is {specifier or 'any'}"
             yield CheckResult(ERROR, name, message, f"pip install '{name}{specifier}'")
     yield ok_result("packages", f"{join_names(satisfied_packages, 20)}: in the supported ranges")
 
