@@ -176,10 +176,8 @@ def _refuse_contradiction(environ: Mapping[str, str], rank: int, world_size: int
 
 def _refuse_several_per_node(environ: Mapping[str, str], variables: _Variables) -> None:
     """UserError where one process a node was started and more were meant: the others would be waited for."""
-    if variables.launcher == "SkyPilot":
-        name, num_processes = "SKYPILOT_NUM_GPUS_PER_NODE", environ.get("SKYPILOT_NUM_GPUS_PER_NODE", "0")
-    else:
-        name, num_processes = "PET_NPROC_PER_NODE", environ.get("PET_NPROC_PER_NODE", "1")
+    name = "SKYPILOT_NUM_GPUS_PER_NODE" if variables.launcher == "SkyPilot" else "PET_NPROC_PER_NODE"
+    num_processes = environ.get(name, "1")
     # PyTorchJob's default is auto: WORLD_SIZE then counts pods, and a process a pod is what was meant.
     is_one = num_processes in ("", "0", "1") or (num_processes == "auto" and variables.launcher == "environment")
     if not is_one and "LOCAL_RANK" not in environ:

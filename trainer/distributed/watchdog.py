@@ -211,9 +211,11 @@ class Watchdog:
         if self.rank == min(waiting_ranks or hung_ranks) and not self._was_stopped():
             self._has_failed = True
             call_with_timeout(2.0, self._announce_failure)
-            locations = [f"hangs at {self._rank_states[rank].location}" for rank in hung_ranks]
-            states = ["does not answer"] * len(silent_ranks) or locations
-            message = ", ".join(f"{self._name(r)} {state}" for r, state in zip(hung_ranks, states, strict=True))
+            message = ", ".join(
+                f"{self._name(rank)} "
+                + ("does not answer" if silent_ranks else f"hangs at {self._rank_states[rank].location}")
+                for rank in hung_ranks
+            )
             if waiting_ranks and not is_store_frozen:
                 plural, location = "s" * (len(waiting_ranks) > 1), self._rank_states[waiting_ranks[0]].location
                 message += f"; rank{plural} {', '.join(map(str, waiting_ranks))} waiting at {location}"
