@@ -78,19 +78,19 @@ def measure_pass(loss_module: CausalLMLoss, ids: Tensor, *, accumulates: bool = 
 
 def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int]:
     """(the loss as the engine would run it, frozen weights that are held in bfloat16)."""
-    is_bf16 = setup.precision == "bf16"
+    autocast_dtype = torch.bfloat16 if setup.precision == "bf16" else None
     num_cast = 0
     if setup.precision == "fp16":
         model.module.half()
     if setup.casts_frozen_weights:
         num_cast = sum(layer.weight.numel() for layer in FrozenWeightCast(model, keep_fp32_copy=False).layers)
     if model.quant_settings is not None:
-        _pack(model, torch.bfloat16 if is_bf16 else torch.float32)
+        _pack(model, autocast_dtype or torch.float32)
     _install_attention(model.causal, is_gpu=setup.is_gpu)
     cpu_attention.install_dropout(model.module, _GPUDropout if setup.is_gpu else None)
     if setup.uses_fused_lora:
         fused_lora.install(find_fusable_layers(model.module), model.causal.base_model)
-    loss_module = CausalLMLoss(model.causal, torch.bfloat16 if is_bf16 else None).train()
+    loss_module = CausalLMLoss(model.causal, autocast_dtype).train()
     loss_module.is_head_sharded = setup.is_zero3
     return loss_module, num_cast
 
