@@ -1,6 +1,7 @@
-"""Ranks that do not find one another say so in one line and end, within the time of --hang-timeout."""
+"""Ranks that do not find one another, or were not given the same, say so in one line and end."""
 
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,3 +66,20 @@ def test_a_port_where_somebody_listens_and_says_nothing_is_named(session_dir, tm
         port = mute.getsockname()[1]
         line = refusal(tmp_path, [1], answer_soon, WORLD_SIZE="2", RANK="1", MASTER_PORT=str(port))
     assert f":{port} is not this run's rank 0 (what listens there does not answer); pass a free" in line
+
+
+def type_other_rate(rank: int) -> None:
+    """A fault: what the user typed on the second host."""
+    if rank == 1:
+        from trainer.config import cli
+
+        parse_args = cli.parse_args
+        cli.parse_args = lambda: parse_args([*sys.argv[1:], "--lr", "0.05"])
+
+
+def test_other_flags_on_one_rank_are_refused_once(session_dir, tmp_path):
+    group = RankProcesses(["--mode", "full"], out=tmp_path / "run", fault=type_other_rate)
+    assert group.wait() == [2, 2], group.output
+    (line,) = group.error_lines
+    assert line == "error: the setting train.lr is 0.0005 on rank 0 and 0.05 on rank 1: all ranks must have the same"
+    assert not (tmp_path / "run").exists()

@@ -19,7 +19,6 @@ from trainer.distributed.launch_environment import reporting_rank
 TICK_SECONDS = 1.0  # between two looks at the launcher
 DEFAULT_GRACE_SECONDS = 60.0
 RESUME_HINT = "--resume goes on from the newest checkpoint"
-_PR_SET_PDEATHSIG = 1  # Linux, prctl(2): the signal that this process gets when the one that started it ends
 
 
 def print_error(line: str) -> None:
@@ -173,4 +172,4 @@ def _parent_of(pid: int) -> int:
 def _request_parent_death_signal() -> None:
     """Let the kernel send SIGTERM when the launcher ends, also while this process only imports."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux: the thread sees it within TICK_SECONDS
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -16,7 +16,7 @@ from trainer.distributed.memory_estimate import (
     Sharding,
     estimate_memory,
     estimate_model_states,
-)  # fmt: skip
+)
 from trainer.kernels import cpu_attention, fused_lora
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model.build import TrainableModel, build_model

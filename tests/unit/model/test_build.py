@@ -23,7 +23,7 @@ from trainer.model.build import (
     get_max_positions,
     load_config,
     save_base_model,
-)  # fmt: skip
+)
 from trainer.model.lora import resolve_target_modules as lora_targets
 
 D, LAYERS = 768, 12  # GPT-2 124M
