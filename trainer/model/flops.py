@@ -22,20 +22,6 @@ _PEFT_PART = re.compile(r"\.(?:base_layer|lora_A\..*|lora_B\..*|lora_magnitude_v
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFlops:
-    """Operations of one forward and backward, without an optimizer step."""
-
-    forward: int
-    backward: int
-    recompute: int  #: forward of the blocks again, with activation checkpointing
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.forward + self.backward + self.recompute
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Product:
     """A matrix product of the forward, once a token. `stage`: layers that read the same tensor have the same."""
 
@@ -48,8 +34,8 @@ class _Product:
 
 def count_step_flops(
     model: TrainableModel, *, num_rows: int, sequence_length: int, activation_checkpointing: bool = False
-) -> StepFlops:
-    """Operations of a step over `num_rows` rows of `sequence_length` tokens, padding included."""
+) -> int:
+    """Operations of one forward and backward over `num_rows` rows of `sequence_length` tokens, padding included."""
     num_tokens = num_rows * sequence_length
     products, attention_stages = _list_products(model)
     attention = 4 * sequence_length * _attention_width(model) * num_tokens
@@ -58,13 +44,13 @@ def count_step_flops(
     first_stage = -1 if activation_checkpointing else _first_trained_stage(model, products)
     backward = num_tokens * sum(2 * p.num_weights * _num_gradients(p, first_stage) for p in products)
     backward += 2 * attention * sum(stage >= first_stage for stage in attention_stages)
-    recompute = 0
+    recompute = 0  # the blocks' forward again
     if activation_checkpointing:
         in_blocks = [product for product in products if product.block is not None]
         last_weights = 0 if _has_dropout(model) else sum({p.block: p.num_weights for p in in_blocks}.values())
         recompute = 2 * (sum(product.num_weights for product in in_blocks) - last_weights) * num_tokens
         recompute += attention * len(attention_stages)
-    return StepFlops(forward=forward, backward=backward, recompute=recompute)
+    return forward + backward + recompute
 
 
 def count_training_flops(
@@ -75,7 +61,7 @@ def count_training_flops(
     Padding is left out, and so is what a row of packed examples computes across them.
     """
     counts = [
-        count_step_flops(model, num_rows=1, sequence_length=n, activation_checkpointing=activation_checkpointing).total
+        count_step_flops(model, num_rows=1, sequence_length=n, activation_checkpointing=activation_checkpointing)
         for n in (1, 2)
     ]
     quadratic = (counts[1] - 2 * counts[0]) // 2  # of a n + b n^2: products of weights, and attention

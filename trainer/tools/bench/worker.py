@@ -67,7 +67,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
             "eval": _eval_seconds(setup, engine) if engine is not None else None,
             "threads": dist_context.num_threads,
             "gpu": torch.cuda.get_device_name() if config.device == "cuda" else None,
-            "flops_per_token": step_flops.total / config.tokens,
+            "flops_per_token": step_flops / config.tokens,
             "ceiling": measure_ceiling(config, device),
         }
         return result if dist_context.rank == 0 else None
