@@ -20,7 +20,6 @@ class LaunchEnvironment:
     local_world_size: int | None
     master_addr: str  #: the host of rank 0
     master_port: int | None  #: None: whichever is free, since nobody else has to know
-    launcher: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
         _refuse_unclear(environ)
         return LaunchEnvironment(
             rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1",
-            master_port=_master_port(environ, 1), launcher="python",
+            master_port=_master_port(environ, 1),
         )  # fmt: skip
     rank, world_size = _number(environ, variables.rank), _number(environ, variables.world_size)
     if not 0 <= rank < world_size:
@@ -100,7 +99,7 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
     return LaunchEnvironment(
         rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size,
         master_addr=_master_address(environ, variables, is_one_host=is_one_host),
-        master_port=_master_port(environ, world_size), launcher=variables.launcher,
+        master_port=_master_port(environ, world_size),
     )  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from trainer.distributed.launch_environment import reporting_rank
 
 TICK_SECONDS = 1.0  # between two looks at the launcher
-DEFAULT_GRACE_SECONDS = 60.0
 RESUME_HINT = "--resume goes on from the newest checkpoint"
 
 
@@ -38,17 +37,15 @@ class SignalHandler:
     REPEAT_GRACE_SECONDS = 2.0  # a launcher passes Ctrl-C on to ranks that the terminal has already signalled
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(
-        self, *, grace_seconds: float = DEFAULT_GRACE_SECONDS, environ: Mapping[str, str] = os.environ
-    ) -> None:
+    def __init__(self, *, grace_seconds: float) -> None:
         self.grace_seconds = grace_seconds
         self.signal_number = 0
         self._signal_time = 0.0
         self._is_deferred = False
         self._is_launcher_lost = False
         self._lock = threading.Lock()
-        self._is_quiet = reporting_rank(environ) != 0
-        self._launchers = find_launchers(environ)
+        self._is_quiet = reporting_rank(os.environ) != 0
+        self._launchers = find_launchers(os.environ)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # told at once, wherever the main thread is
@@ -78,10 +75,8 @@ class SignalHandler:
     def check_launcher(self) -> bool:
         """Whether the launcher is seen to be gone, for the first time: the run is then asked to end, and told why."""
         with self._lock:
-            if self._is_launcher_lost:
-                return False
             lost_pid = next((pid for pid, is_attached in self._launchers if not is_attached()), None)
-            if lost_pid is None:
+            if self._is_launcher_lost or lost_pid is None:
                 return False
             self._is_launcher_lost = True
             if self.signal_number:  # one that went to all of them
