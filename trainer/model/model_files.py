@@ -4,7 +4,7 @@ No code that comes with a model is ever run, and nobody is asked whether it shou
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,30 +54,26 @@ def check_config_file(model: str, folder: Path) -> None:
 
 def check_config(model: str, config: Any) -> None:
     """UserError where a loaded configuration is not that of a causal language model, or a size of it cannot be."""
-    name = f"--model {model}: config.json"
+    if mistake := next(_find_config_mistakes(config), None):
+        raise UserError(f"--model {model}: config.json: {mistake}")
+
+
+def _find_config_mistakes(config: Any) -> Iterator[str]:
     model_type = config.model_type
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{name}: {model_type} is not a causal language model; expected one, for instance gpt2 or llama"
-        )
+        yield f"{model_type} is not a causal language model; expected one, for instance gpt2 or llama"
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise UserError(
-            f"{name}: {model_type} without is_decoder sees the tokens it is to predict; expected a causal language "
-            "model, for instance gpt2 or llama"
+        yield (
+            f"{model_type} without is_decoder sees the tokens it is to predict; expected a causal language model, for "
+            "instance gpt2 or llama"
         )
     for key in ("transformers_weights", "configuration_files"):
         if getattr(config, key, None) is not None:
-            raise UserError(f"{name}: {key} names other files; expected {WEIGHTS_FILE} or {INDEX_FILE} alone")
+            yield f"{key} names other files; expected {WEIGHTS_FILE} or {INDEX_FILE} alone"
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{name}: quantization_config: packed weights; expected a model in floats (--quant packs it here)"
-        )
+        yield "quantization_config: packed weights; expected a model in floats (--quant packs it here)"
     if "/" in str(getattr(config, "_attn_implementation", None) or ""):
-        raise UserError(f"{name}: attn_implementation names code of the hub, which is never run; leave it out")
-    _check_sizes(name, config)
-
-
-def _check_sizes(name: str, config: Any) -> None:
+        yield "attn_implementation names code of the hub, which is never run; leave it out"
     text_config = config.get_text_config()
     for key, largest in MAX_SIZES.items():
         value = getattr(text_config, key, 1)
@@ -85,7 +81,7 @@ def _check_sizes(name: str, config: Any) -> None:
             continue
         if type(value) is not int or not 1 <= value <= largest:
             key = getattr(text_config, "attribute_map", {}).get(key, key)
-            raise UserError(f"{name}: {key} = {value!r}; expected a whole number from 1 to {largest}")
+            yield f"{key} = {value!r}; expected a whole number from 1 to {largest}"
 
 
 def check_weight_files(model: str, folder: Path) -> None:
@@ -131,21 +127,24 @@ def _list_weight_files(model: str, folder: Path) -> list[str]:
 
 def check_loaded_weights(model: str, loading_info: Mapping[str, Any]) -> None:
     """UserError where weights were missing, left over or of another shape, transformers' exceptions and ties aside."""
-    name = f"--model {model}"
+    if mistake := next(_find_loading_mistakes(loading_info), None):
+        raise UserError(f"--model {model}: {mistake}")
+
+
+def _find_loading_mistakes(loading_info: Mapping[str, Any]) -> Iterator[str]:
     if mismatched := sorted(loading_info["mismatched_keys"]):
         weight, stored, expected = mismatched[0]
         others = f", and {len(mismatched) - 1} more differ" if len(mismatched) > 1 else ""
-        raise UserError(
-            f"{name}: {weight} has shape {list(stored)} in the file and {list(expected)} by config.json{others}; "
-            "expected the weights of this configuration"
+        yield (
+            f"{weight} has shape {list(stored)} in the file and {list(expected)} by config.json{others}; expected the "
+            "weights of this configuration"
         )
     if missing := sorted(loading_info["missing_keys"]):
-        lack = f"the weights lack {_shorten(missing)}, which config.json asks for"
-        raise UserError(f"{name}: {lack}; copy the model again")
+        yield f"the weights lack {_shorten(missing)}, which config.json asks for; copy the model again"
     if unexpected := sorted(key for key in loading_info["unexpected_keys"] if not OBSOLETE_BUFFERS.search(key)):
-        raise UserError(f"{name}: the weights hold {_shorten(unexpected)}, for which config.json has no place")
+        yield f"the weights hold {_shorten(unexpected)}, for which config.json has no place"
     if errors := list(loading_info["error_msgs"]):
-        raise UserError(f"{name}: weights cannot be loaded ({errors[0]})")
+        yield f"weights cannot be loaded ({errors[0]})"
 
 
 def _shorten(names: list[str]) -> str:
