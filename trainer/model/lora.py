@@ -91,16 +91,21 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
 
     pissa moves the largest singular vectors of each layer's weight from the base into its adapter
     (Meng et al., arXiv 2404.02948); the others begin as the identity. UserError for a kind of `modules_to_save` of
-    which the model has none.
+    which the model has none, and for a rank of pissa that is more than a layer has singular vectors.
     """
     from peft import LoraConfig, TaskType, get_peft_model  # imports bitsandbytes: only where it is needed
 
-    fan_in_fan_out = any(
-        isinstance(layer, Conv1D) and any(_ends_with(name, target) for target in target_modules)
+    layers = {
+        name: layer
         for name, layer in causal.named_modules()
-    )
-    if settings.adapter == "pissa":
-        _check_rank(causal, settings.rank, target_modules)
+        if any(_ends_with(name, target) for target in target_modules)
+    }
+    for name, layer in layers.items() if settings.adapter == "pissa" else ():
+        if settings.rank > min(layer.weight.shape):
+            raise UserError(
+                f"--lora-rank {settings.rank}: pissa on {name} expects {min(layer.weight.shape)} or less, the rank of "
+                "its weight"
+            )
     on_meta = next(causal.parameters()).device.type == "meta"
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -108,7 +113,7 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
         lora_alpha=settings.alpha,  # peft divides it by r; a float is as good
         lora_dropout=settings.dropout,
         target_modules=target_modules,
-        fan_in_fan_out=fan_in_fan_out,  # Conv1D keeps its weight as [in, out]
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),  # its weight is [in, out]
         use_dora=settings.adapter == "dora",
         use_rslora=settings.adapter == "rslora",
         init_lora_weights="pissa" if settings.adapter == "pissa" and not on_meta else True,
@@ -121,16 +126,6 @@ def add_adapters(causal: PreTrainedModel, settings: LoraSettings, target_modules
         for parameter in parameters:
             parameter.requires_grad_(True)
     return module
-
-
-def _check_rank(causal: PreTrainedModel, lora_rank: int, target_modules: list[str]) -> None:
-    """UserError where a layer has fewer singular vectors than pissa is to take."""
-    for name, layer in causal.named_modules():
-        if any(_ends_with(name, target) for target in target_modules) and lora_rank > min(layer.weight.shape):
-            raise UserError(
-                f"--lora-rank {lora_rank}: pissa on {name} expects {min(layer.weight.shape)} or less, the rank of its "
-                "weight"
-            )
 
 
 def _iter_group_parameters(causal: PreTrainedModel, group: str) -> Iterator[nn.Parameter]:
