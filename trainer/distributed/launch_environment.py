@@ -211,9 +211,11 @@ def _master_port(environ: Mapping[str, str], world_size: int) -> int | None:
         if port > 65535:
             raise UserError(f"{name}={port}: expected a port from 0 to 65535")
         return port
+    if world_size == 1:
+        return None
     job, step = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_STEP_ID", "")
-    if world_size == 1 or not job.isdecimal():
-        return None if world_size == 1 else DEFAULT_PORT
+    if not job.isdecimal():
+        return DEFAULT_PORT
     return _JOB_PORTS[(int(job) + (int(step) if step.isdecimal() else 0)) % len(_JOB_PORTS)]
 
 
