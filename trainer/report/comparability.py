@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.config import reference
 from trainer.report.run_data import RunData
@@ -22,6 +22,7 @@ _IGNORED_METADATA = (
     "schema_version", "run_id", "name", "mode", "preset", "started", "command", "wandb", "overridden",
     "settings.overridden", "resumed.settings", "not_comparable_with_card",
 )  # fmt: skip
+Item = TypeVar("Item")
 NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 
 
@@ -104,30 +105,30 @@ def reference_blockers(run: RunData) -> list[str]:
     )
 
 
-def comparable_sets(runs: Sequence[RunData]) -> list[list[RunData]]:
-    """The runs in sets within which each is comparable with each, in the order of their first run."""
-    sets: list[list[RunData]] = []
-    for run in runs:
-        members = next((members for members in sets if not comparison_blockers(run, members[0])), None)
+def comparable_sets(items: Sequence[Item], get_run: Callable[[Item], RunData]) -> list[list[Item]]:
+    """The items in sets within which each one's run is comparable with each, in the order of their first."""
+    sets: list[list[Item]] = []
+    for item in items:
+        run = get_run(item)
+        members = next((members for members in sets if not comparison_blockers(run, get_run(members[0]))), None)
         if members is None:
             sets.append(members := [])
-        members.append(run)
+        members.append(item)
     return sets
 
 
 @dataclass(frozen=True)
 class MetadataField:
-    """One setting or fact and its value in each column: None where unknown, a tuple where a column's runs differ."""
+    """One setting or fact and its value by column: none where unknown, a tuple where a column's runs differ."""
 
     name: str
-    values: tuple[Any, ...]
-    is_known: tuple[bool, ...]
+    values: Mapping[int, Any]
 
     @property
     def is_same(self) -> bool:
         """Whether all columns that know it agree."""
-        known_values = [value for value, is_known in zip(self.values, self.is_known, strict=True) if is_known]
-        return all(value == known_values[0] and not isinstance(value, tuple) for value in known_values)
+        known = list(self.values.values())
+        return all(value == known[0] and not isinstance(value, tuple) for value in known)
 
 
 _REFERENCE_TRAIN_SETTINGS = (
@@ -178,14 +179,13 @@ def _is_lora_field(name: str) -> bool:
 
 def _compare_field(name: str, columns: Sequence[Sequence[Mapping[str, Any]]], with_reference: bool) -> MetadataField:
     reference_value = NOT_USED if _is_lora_field(name) else REFERENCE_METADATA.get(name)
-    values: list[Any] = [reference_value] if with_reference else []
-    is_known = [reference_value is not None] if with_reference else []
-    for runs in columns:
+    values = {0: reference_value} if with_reference and reference_value is not None else {}
+    for column, runs in enumerate(columns, start=int(with_reference)):
         run_values = [run[name] for run in runs if name in run]
-        is_uniform = all(value == run_values[0] for value in run_values)
-        values.append((run_values[0] if is_uniform else tuple(run_values)) if run_values else None)
-        is_known.append(bool(run_values))
-    return MetadataField(name, tuple(values), tuple(is_known))
+        if run_values:
+            is_uniform = all(value == run_values[0] for value in run_values)
+            values[column] = run_values[0] if is_uniform else tuple(run_values)
+    return MetadataField(name, values)
 
 
 def _section_order(name: str) -> int:

@@ -81,7 +81,7 @@ def compare_run_groups(
 def _comparability_notes(runs: Sequence[RunData], with_reference: bool) -> list[str]:
     """What may be held against what, and why not."""
     lines = []
-    sets = comparable_sets(runs)
+    sets = comparable_sets(runs, lambda run: run)
     if len(sets) == 1 and len(runs) > 1:
         lines.append(f"The losses of all runs are on the same data: {', '.join(COMPARABILITY_KEYS)} agree.")
     first_run = sets[0][0]

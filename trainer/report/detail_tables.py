@@ -78,19 +78,13 @@ def build_settings_tables(groups: Sequence[SeedGroup], with_reference: bool) -> 
     fields = compare_metadata([group.runs for group in groups], with_reference)
     names = ([REFERENCE_LABEL] if with_reference else []) + [group.label for group in groups]
     headings = {"fact": "setting or fact", **{str(i): name for i, name in enumerate(names)}}
-    differing = [
-        {"fact": field.name}
-        | {
-            str(i): _format_field(field.name, value)
-            if is_known
-            else (NOT_STATED if names[i] == REFERENCE_LABEL else "unknown")
-            for i, (value, is_known) in enumerate(zip(field.values, field.is_known, strict=True))
-        }
-        for field in fields
-        if not field.is_same
-    ]
+    differing = []
+    for field in (field for field in fields if not field.is_same):
+        unknown = {str(i): NOT_STATED if name == REFERENCE_LABEL else "unknown" for i, name in enumerate(names)}
+        known = {str(i): _format_field(field.name, value) for i, value in field.values.items()}
+        differing.append({"fact": field.name, **unknown, **known})
     shared = [
-        {"fact": field.name, "value": _format_field(field.name, field.values[field.is_known.index(True)])}
+        {"fact": field.name, "value": _format_field(field.name, next(iter(field.values.values())))}
         for field in fields
         if field.is_same
     ]

@@ -26,7 +26,7 @@ from trainer.report.record_losses import (
     refuse_shared_records,
 )
 from trainer.report.run_data import RunData
-from trainer.report.seed_groups import SeedGroup, best_loss
+from trainer.report.seed_groups import MODE_NAMES, SeedGroup, best_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,35 +142,30 @@ def comparable_groups(
     groups: Sequence[SeedGroup], *, best_first: bool = True
 ) -> list[tuple[list[SeedGroup], list[SeedGroup]]]:
     """For each set of groups on the same data that has both modes: its full and its LoRA groups."""
-    by_run = {id(group.runs[0]): group for group in groups}
-    sets = [[by_run[id(run)] for run in runs] for runs in comparable_sets([group.runs[0] for group in groups])]
-    by_mode = [
-        tuple(
-            sorted(
-                (group for group in members if group.mode == mode),
-                key=lambda group: best_loss(group) if best_first else 0.0,
-            )
-            for mode in ("full", "lora")
-        )
-        for members in sets
-    ]
-    return [(full_groups, lora_groups) for full_groups, lora_groups in by_mode if full_groups and lora_groups]
+
+    def rank(group: SeedGroup) -> float:
+        return best_loss(group) if best_first else 0.0
+
+    sets = []
+    for members in comparable_sets(groups, lambda group: group.runs[0]):
+        full, lora = (sorted((group for group in members if group.mode == mode), key=rank) for mode in MODE_NAMES)
+        if full and lora:
+            sets.append((full, lora))
+    return sets
 
 
 def compare_set(
     full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup], options: ComparisonOptions
 ) -> list[FullVsLora]:
     """Each LoRA group against the best full group that it may be ranked with; the first is the best pair ranked."""
+
+    def may_be_ranked(full: SeedGroup, lora: SeedGroup) -> bool:
+        pairs = pair_by_seed(full, lora)
+        return bool(pairs) and not any(ranking_blockers(*pair) for pair in pairs)
+
     comparisons = []
     for lora in lora_groups:
-        partner = next(
-            (
-                full
-                for full in full_groups
-                if (pairs := pair_by_seed(full, lora)) and not any(ranking_blockers(*pair) for pair in pairs)
-            ),
-            full_groups[0],
-        )
+        partner = next((full for full in full_groups if may_be_ranked(full, lora)), full_groups[0])
         comparisons.append(compare_groups(partner, lora, options))
     return comparisons if options.study else sorted(comparisons, key=lambda comparison: bool(comparison.blockers))
 

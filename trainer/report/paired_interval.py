@@ -197,7 +197,6 @@ class WhatWouldTell:
     num_seeds: int | None
     num_units: int | None
     floor: float  #: half width (nats per token) that today's units allow with any number of seeds
-    is_floor_binding: bool  #: whether the floor exceeds the distance: only more records can tell
 
 
 def what_would_tell(
@@ -223,9 +222,7 @@ def what_would_tell(
     if units and seeds > 1:
         sizes = [math.ceil(units * 1.25**k) for k in range(1, 25)]  # up to 200 times as many
         enough_units = next((n for n in sizes if half_width(seeds, n) < distance), None)
-    return WhatWouldTell(
-        num_seeds=enough_seeds, num_units=enough_units, floor=floor, is_floor_binding=floor >= distance
-    )
+    return WhatWouldTell(num_seeds=enough_seeds, num_units=enough_units, floor=floor)
 
 
 def _mean_squares(residuals: Matrix) -> _MeanSquares:

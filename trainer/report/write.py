@@ -40,7 +40,7 @@ def to_json(comparison: Comparison, checks: Sequence[dict[str, Any]] = ()) -> di
         "verdict": {**to_answer(comparison.verdict), "details": list(comparison.verdict.details)},
         "comparable": {
             "lines": list(comparison.comparability_notes),
-            "sets": [[run.run_id for run in members] for members in comparable_sets(runs)],
+            "sets": [[run.run_id for run in members] for members in comparable_sets(runs, lambda run: run)],
             "card": {
                 run.run_id: {"comparable": not reference_blockers(run), "reasons": reference_blockers(run)}
                 for run in runs
@@ -74,10 +74,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
     return {
         field.name: {
             "same": field.is_same,
-            "values": {
-                name: value if is_known else "unknown"
-                for name, value, is_known in zip(names, field.values, field.is_known, strict=True)
-            },
+            "values": {name: field.values.get(column, "unknown") for column, name in enumerate(names)},
         }
         for field in compare_metadata([group.runs for group in comparison.groups], comparison.with_reference)
     }

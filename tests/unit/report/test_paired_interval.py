@@ -238,12 +238,12 @@ def test_what_would_tell_counts_the_seeds_or_says_that_records_are_the_floor():
     by_seeds = paired_interval(*simulate(rng, normal, (0.05, 0.01, 0.01), num_seeds=3))
     advice = what_would_tell(by_seeds, 0.03)
     assert advice.num_seeds is not None
-    assert not advice.is_floor_binding
+    assert advice.floor < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds, NUM_UNITS) < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds - 1, NUM_UNITS) >= 0.03
     by_records = paired_interval(*simulate(rng, normal, (0.0, 0.5, 0.05), num_seeds=5))
     advice = what_would_tell(by_records, 0.02)
-    assert advice.is_floor_binding
+    assert advice.floor >= 0.02
     assert advice.num_seeds is None
     assert advice.num_units is not None
     assert predict_half_width(by_records.components, 5, advice.num_units) < 0.02
