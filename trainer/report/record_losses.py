@@ -59,9 +59,8 @@ class MatchedLosses:
     @property
     def unit_name(self) -> str:
         """What the sentence calls the units."""
-        return (
-            f"{SPLIT_NAMES[self.split]} {'groups' if self.has_groups else 'blocks' if self.are_blocks else 'records'}"
-        )
+        kind = "groups" if self.has_groups else "blocks" if self.are_blocks else "records"
+        return f"{SPLIT_NAMES[self.split]} {kind}"
 
     @property
     def has_bytes(self) -> bool:
@@ -84,43 +83,39 @@ def match_losses(pairs: Sequence[tuple[RunData, RunData]]) -> MatchedLosses:
 
     MatchError where a run left no losses, or records or their targets differ; SharedRecordsError.
     """
-    frames = [[_read(run) for run in pair] for pair in pairs]
-    has_test = all((frame["split"] == "test").any() for pair in frames for frame in pair)
-    split = "test" if has_test else "val"
-    trained = [
-        [_at_step(frame, run, split) for frame, run in zip(frame_pair, run_pair, strict=True)]
-        for frame_pair, run_pair in zip(frames, pairs, strict=True)
-    ]
-    num_in_train, num_all = int(trained[0][0]["in_train"].sum()), len(trained[0][0])
+    runs = [run for pair in pairs for run in pair]  # full and LoRA by turns
+    frames = [_read(run) for run in runs]
+    split = "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
+    trained = [_at_step(frame, run, split) for frame, run in zip(frames, runs, strict=True)]
+    base = [_select(frame, split, 0) for frame in frames[::2]]
+    num_in_train, num_all = int(trained[0]["in_train"].sum()), len(trained[0])
     if num_in_train > MAX_SHARED_FRACTION * num_all:
         raise SharedRecordsError(split, num_in_train, num_all)
-    trained = [[frame[~frame["in_train"]] for frame in pair] for pair in trained]
-    reference = trained[0][0]
+    trained, base = ([frame[~frame["in_train"]] for frame in members] for members in (trained, base))
+    reference = trained[0]
     if not len(reference):
-        raise MatchError(f"{pairs[0][0].name} left no losses of {SPLIT_NAMES[split]} records at its chosen step")
-    units = reference["group"].where(reference["group"].notna(), reference.index.get_level_values("id"))
-    if units.nunique() < 2:
+        raise MatchError(f"{runs[0].name} left no losses of {SPLIT_NAMES[split]} records at its chosen step")
+    has_group = reference["group"].notna()
+    units = reference["group"].where(has_group, reference.index.get_level_values("id")).to_numpy(dtype=str)
+    if len(set(units)) < 2:
         raise MatchError(f"the {SPLIT_NAMES[split]} records are one, or share one meaning")
 
     def stack(rows: Sequence[pd.DataFrame]) -> Matrix:
         for frame in rows:
             _check_same_records(reference, frame)
-        values = np.stack([frame["nll"].reindex(reference.index).to_numpy(np.float64) for frame in rows])
-        return sum_by_unit(values, units.to_numpy(dtype=str))
+        return sum_by_unit(np.stack([frame["nll"].to_numpy(np.float64) for frame in rows]), units)
 
-    base = [_select(full_frame, split, 0) for full_frame, _ in frames]
-    base = [frame[~frame["in_train"]] for frame in base]
     return MatchedLosses(
         split=split,
-        full=stack([full for full, _ in trained]),
-        lora=stack([lora for _, lora in trained]),
-        base=stack(base) if all(len(frame) for frame in base) else None,
-        targets=sum_by_unit(reference["targets"].to_numpy(np.float64), units.to_numpy(dtype=str)),
-        num_bytes=sum_by_unit(reference["bytes"].to_numpy(np.float64), units.to_numpy(dtype=str)),
+        full=stack(trained[::2]),
+        lora=stack(trained[1::2]),
+        base=stack(base) if all(map(len, base)) else None,
+        targets=sum_by_unit(reference["targets"].to_numpy(np.float64), units),
+        num_bytes=sum_by_unit(reference["bytes"].to_numpy(np.float64), units),
         num_records=len(reference),
         num_in_train=num_in_train,
-        has_groups=bool(reference["group"].notna().any()),
-        are_blocks=pairs[0][0].get("data.objective") == "blocks",
+        has_groups=bool(has_group.any()),
+        are_blocks=runs[0].get("data.objective") == "blocks",
     )
 
 
