@@ -24,7 +24,6 @@ from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import reference
 from trainer.report import comparability, run_records
-from trainer.report.comparison import compare
 from trainer.report.load import load_runs
 from trainer.report.run_data import RunData, RunReadError
 from trainer.report.run_folder import read_folder
@@ -371,8 +370,3 @@ def test_the_reference_run_is_logged_to_wandb_once_offline(tmp_path: Path, fast_
     assert "logged offline, send it with `wandb sync" in first.stdout
     assert "already logged" in again.stdout
     assert len(list((tmp_path / "cache" / "card").glob("p/wandb/offline-run-*"))) == 1
-
-
-def test_runs_from_folders_and_from_wandb_are_compared_together(offline_run_dir: Path, tmp_path: Path) -> None:
-    comparison = compare(*load_runs([str(make_run_folder(tmp_path / "full")), str(offline_run_dir)]))
-    assert comparison.verdict.sentence.startswith("Cannot tell whether LoRA (lr 0.005) is as good as full (lr 0.0005)")

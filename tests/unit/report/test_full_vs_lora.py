@@ -1,6 +1,7 @@
 """What LoRA cost beside full, withheld where it was not measured under one condition, and the margin."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.fake_runs import make_metadata
@@ -19,7 +20,6 @@ def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRu
     full = make_run("full", [4.0, 2.0], how={"wall_seconds": 200.0, "peak_memory_bytes": 1000}, **GPU)
     lora = make_run("lora", [4.0, 2.5], how={"wall_seconds": 8.0, "peak_memory_bytes": 430}, **GPU)
     own_clocks = judge_runs(full, lora)
-    assert own_clocks.primary is not None
     assert (own_clocks.primary.time.ratio, own_clocks.primary.memory.ratio) == (None, 0.43)
     assert own_clocks.primary.parameters == 0.0095  # 19,000 / 2,000,000
     time = own_clocks.headlines[1]
@@ -54,7 +54,7 @@ def test_records_that_were_trained_on_are_refused_over_five_percent(make_run: Ma
     def study(number: int) -> Verdict:
         return judge_runs(*make_study(make_run, num_seeds=2, excess=0.2, record_options={"num_in_train": number}))
 
-    assert study(6).primary.answer == "worse"  # type: ignore[union-attr]
+    assert study(6).primary.answer == "worse"
     refused = study(7)
     assert "not ranked: 7 of 120 validation records also stand in the training data, over 5%" in refused.sentence
     assert refused.headlines[0].value == "-"
@@ -67,37 +67,40 @@ def test_records_of_one_meaning_alone_give_no_interval_over_records(make_run: Ma
     """A single record, block or group: three seeds still have an interval over seeds."""
     options = {"groups": ["one meaning"] * 120}
     verdict = judge_runs(*make_study(make_run, num_seeds=num_seeds, excess=0.2, record_options=options))
-    assert verdict.primary is not None
     assert "the validation records are one, or share one meaning" in verdict.primary.no_losses
     assert (verdict.primary.excess is None) == (num_seeds == 1)
 
 
-def test_cost_is_compared_only_on_the_same_hardware_and_ranks(make_run: MakeRun) -> None:
-    full = make_run("full", [4.0, 2.0])
-    for overrides, reason in (
+RESUMED = {"settings": make_metadata("lora")["settings"], "changed": {}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
         ({"hardware__gpu": "H100"}, "other hardware"),
         ({"resolved__ranks": 2}, "other number of ranks"),
-    ):
-        verdict = judge_runs(full, make_run("lora", [4.0, 2.5], **overrides))
-        assert any(f"time and memory not compared ({reason})" in line for line in verdict.details)
-        assert verdict.primary is not None
-        assert (verdict.primary.time.ratio, verdict.primary.memory.ratio) == (None, None)
-    zero = judge_runs(full, make_run("lora", [4.0, 2.5], resolved__ds_config="zero2"))
-    assert any("ZeRO file zero2 against zero0" in line for line in zero.details)
-    threads = judge_runs(full, make_run("lora", [4.0, 2.5], resolved__threads_per_rank=1))
-    assert any("measured with different settings: threads per rank 1 against 2" in line for line in threads.details)
+        # the recorded peak is the last process's: 1.23x was said where 0.52x was true
+        ({"resumed": RESUMED}, "lora-s42 was resumed and measured in parts"),
+    ],
+)
+def test_costs_that_were_not_measured_alike_are_withheld(
+    make_run: MakeRun, overrides: dict[str, Any], reason: str
+) -> None:
+    verdict = judge_runs(make_run("full"), make_run("lora", **overrides))
+    assert any(f"time and memory not compared ({reason})" in line for line in verdict.details)
+    assert (verdict.primary.time.ratio, verdict.primary.memory.ratio) == (None, None)
 
 
-def test_time_and_memory_of_a_resumed_run_are_withheld(make_run: MakeRun) -> None:
-    """The recorded peak is the last process's: 1.23x was said where 0.52x was true."""
-    resumed = make_run(
-        "lora", [4.0, 2.5], resumed={"settings": make_metadata("lora")["settings"], "changed": {}}, **GPU
-    )
-    verdict = judge_runs(make_run("full", [4.0, 2.0], **GPU), resumed).primary
-    assert verdict is not None
-    for cost in (verdict.time, verdict.memory):
-        assert cost.ratio is None
-        assert "was resumed and measured in parts" in cost.reason
+@pytest.mark.parametrize(
+    ("overrides", "difference"),
+    [
+        ({"resolved__ds_config": "zero2"}, "ZeRO file zero2 against zero0"),
+        ({"resolved__threads_per_rank": 1}, "threads per rank 1 against 2"),
+    ],
+)
+def test_what_costs_depend_on_is_said(make_run: MakeRun, overrides: dict[str, Any], difference: str) -> None:
+    verdict = judge_runs(make_run("full"), make_run("lora", **overrides))
+    assert any(f"measured with different settings: {difference}" in line for line in verdict.details)
 
 
 def test_a_run_killed_after_its_last_evaluation_counts_and_has_no_cost(make_run: MakeRun) -> None:
@@ -108,7 +111,6 @@ def test_a_run_killed_after_its_last_evaluation_counts_and_has_no_cost(make_run:
     assert ended.is_finished
     assert "evaluated to its end but not closed: its time and memory are unknown" in ended.notes
     verdict = judge_runs(full, ended)
-    assert verdict.primary is not None
     assert verdict.primary.answer == "worse"
     assert verdict.primary.memory.reason == "not measured"
 
@@ -132,7 +134,6 @@ def test_a_margin_is_tested_by_the_upper_bound(make_run: MakeRun) -> None:
         sentence = judge_runs(*runs, margin=parse_margin(f"{loose}{unit}")).sentence
         assert f"within the margin of {loose} {'nats per token' if unit == 'nats' else 'bits per byte'}" in sentence
         primary = judge_runs(*runs, margin=parse_margin(f"{tight}{unit}")).primary
-        assert primary is not None
         assert primary.answer == "worse"
     unknown = judge_runs(
         *make_study(make_run, num_seeds=3, excess=0.2, record_options={"bytes_per_target": 0}),

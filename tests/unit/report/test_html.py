@@ -191,7 +191,6 @@ def test_the_first_screen_is_the_sentence_three_numbers_and_one_picture(
     assert "Validation loss by epoch" in first
     assert "<table" not in html.split('<section class="first">')[0]
     packed = re.search(r'download="answer.json" href="data:application/json;base64,([^"]+)"', first)
-    assert packed is not None
     assert base64.b64decode(packed[1]).decode("latin-1") == files["answer.json"]
     for anchor in re.findall(r'href="#(rule|runs)"', first):
         assert f'id="{anchor}"' in html
@@ -204,7 +203,6 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
     comparison = make_comparison(tmp_path, make_metadata("full"), *loras)
     assert plots.render_picture(comparison.groups, comparison.verdict, True)[0] == "Loss by learning rate"
     pair = comparison.verdict.primary
-    assert pair is not None
     axis = Figure().subplots()
     plot_axes.draw_rates(axis, plot_axes.rate_curves(comparison.groups), pair)
     lines = {line.get_label(): line for line in axis.get_lines()}

@@ -3,7 +3,7 @@
 The fast sample runs with the others; the full one (3,000 studies a case) under `-m sweep -s`, which prints its rates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -52,9 +52,9 @@ def simulate(
 
 
 def simulate_studies(num_studies: int, *args: object, **kwargs: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    rng = np.random.default_rng([20261125, kwargs["num_seeds"]])  # type: ignore[list-item]
+    rng = np.random.default_rng([20261125, kwargs["num_seeds"]])
     for _ in range(num_studies):
-        yield simulate(rng, *args, **kwargs)  # type: ignore[arg-type]
+        yield simulate(rng, *args, **kwargs)
 
 
 # --- by hand ---
@@ -143,77 +143,78 @@ def test_the_margin_contrast_is_zero_where_lora_loses_exactly_that_share_of_the_
 # --- simulated studies ---
 
 
+def print_share(label: str, outcomes: Iterable[bool]) -> float:
+    share = float(np.mean(list(outcomes)))
+    print(f"{label} {share:.3f}")
+    return share
+
+
+def covers(differences: np.ndarray, targets: np.ndarray, truth: float = 0.02) -> bool:
+    interval = paired_interval(differences, targets)
+    return interval.low <= truth <= interval.high
+
+
+each_number_of_seeds = pytest.mark.parametrize("num_seeds", [3, pytest.param(5, marks=pytest.mark.sweep)])
+
+
 @each_size
-@pytest.mark.parametrize("num_seeds", [3, pytest.param(5, marks=pytest.mark.sweep)])
+@each_number_of_seeds
 @pytest.mark.parametrize("draw", [normal, student_t])
 def test_the_interval_covers_the_truth(num_studies, num_seeds, draw):
     for case in CASES:
-        covered = 0
-        for differences, targets in simulate_studies(num_studies, draw, case, num_seeds=num_seeds, excess=0.02):
-            interval = paired_interval(differences, targets)
-            covered += interval.low <= 0.02 <= interval.high
-        print(f"{draw.__name__}, {num_seeds} seeds, {case}: coverage {covered / num_studies:.3f}")
-        assert covered / num_studies >= MIN_COVERAGE
+        studies = simulate_studies(num_studies, draw, case, num_seeds=num_seeds, excess=0.02)
+        label = f"{draw.__name__}, {num_seeds} seeds, {case}: coverage"
+        assert print_share(label, (covers(*study) for study in studies)) >= MIN_COVERAGE
 
 
 @each_size
-@pytest.mark.parametrize("num_seeds", [3, pytest.param(5, marks=pytest.mark.sweep)])
+@each_number_of_seeds
 def test_lora_at_the_margin_is_called_good_enough_no_oftener_than_the_level(num_studies, num_seeds):
     """Base 1 nat above full, so a margin of 2 % is 0.02; base's own spread over units makes the margin an estimate."""
     for case in CASES:
-        called, rng = 0, np.random.default_rng([7, num_seeds])
+        rng, called = np.random.default_rng([7, num_seeds]), []
         for _ in range(num_studies):
             excess, targets = simulate(rng, normal, case, num_seeds=num_seeds, excess=0.02)
-            gain = targets * (1 + 0.3 * rng.standard_normal(NUM_UNITS)) + 0.1 * targets * normal(
-                rng, num_seeds, NUM_UNITS
-            )
+            gain = targets * (1 + 0.3 * normal(rng, NUM_UNITS)) + 0.1 * targets * normal(rng, num_seeds, NUM_UNITS)
             contrast = margin_contrast(excess, np.zeros_like(excess), gain, 0.02)
-            called += paired_interval(contrast, targets).upper < 0
-        print(f"{num_seeds} seeds, {case}: good enough at the margin {called / num_studies:.3f}")
-        assert called / num_studies <= MAX_SIZE
+            called.append(paired_interval(contrast, targets).upper < 0)
+        assert print_share(f"{num_seeds} seeds, {case}: good enough at the margin", called) <= MAX_SIZE
 
 
 @each_size
 def test_studies_of_a_method_against_itself_seldom_call_a_difference(num_studies):
     for case in CASES:
-        called = sum(
-            paired_interval(*study).excludes_zero for study in simulate_studies(num_studies, normal, case, num_seeds=3)
-        )
-        print(f"{case}: a difference of nothing called {called / num_studies:.3f}")
-        assert called / num_studies <= MAX_FALSE_DIFFERENCES
+        studies = simulate_studies(num_studies, normal, case, num_seeds=3)
+        called = (paired_interval(*study).excludes_zero for study in studies)
+        assert print_share(f"{case}: a difference of nothing called", called) <= MAX_FALSE_DIFFERENCES
 
 
 @each_size
 def test_groups_of_records_are_covered_as_units_and_not_as_records(num_studies):
     """Five references of one meaning: taken for five records they would cover 69 % (facts of the design)."""
-    rng, covered, covered_as_records = np.random.default_rng(8), 0, 0
+    rng, covered, covered_as_records = np.random.default_rng(8), [], []
     units = np.repeat(np.arange(60).astype(str), 5)
     for _ in range(num_studies):
         targets = rng.integers(5, 61, len(units)).astype(float)
         shared = np.repeat(0.1 * rng.standard_normal(60), 5)
         differences = targets * (0.02 + shared + 0.02 * rng.standard_normal((3, len(units))))
-        interval = paired_interval(sum_by_unit(differences, units), sum_by_unit(targets, units))
-        covered += interval.low <= 0.02 <= interval.high
-        ignoring = paired_interval(differences, targets)
-        covered_as_records += ignoring.low <= 0.02 <= ignoring.high
-    print(f"groups: coverage {covered / num_studies:.3f}, as records {covered_as_records / num_studies:.3f}")
-    assert covered / num_studies >= MIN_COVERAGE
-    assert covered_as_records / num_studies < 0.8
+        covered.append(covers(sum_by_unit(differences, units), sum_by_unit(targets, units)))
+        covered_as_records.append(covers(differences, targets))
+    assert print_share("groups: coverage", covered) >= MIN_COVERAGE
+    assert print_share("as records", covered_as_records) < 0.8
 
 
 @each_size
 def test_looks_that_share_the_level_keep_the_size_and_looks_that_do_not_lose_it(num_studies):
     """Three to eight seeds, one added at a time until a difference shows."""
-    rng, shared, unshared = np.random.default_rng(9), 0, 0
-    num_looks, num_studies = 6, num_studies // 2
-    for _ in range(num_studies):
+    rng, shared, unshared = np.random.default_rng(9), [], []
+    for _ in range(num_studies // 2):
         differences, targets = simulate(rng, normal, CASES[2], num_seeds=8)
         looks = [differences[:s] for s in range(3, 9)]
-        shared += any(paired_interval(d, targets, level=1 - 0.05 / num_looks).excludes_zero for d in looks)
-        unshared += any(paired_interval(d, targets).excludes_zero for d in looks)
-    print(f"looks: sharing the level {shared / num_studies:.3f}, not sharing it {unshared / num_studies:.3f}")
-    assert shared / num_studies <= MAX_SIZE
-    assert unshared / num_studies > 0.09
+        shared.append(any(paired_interval(d, targets, level=1 - 0.05 / len(looks)).excludes_zero for d in looks))
+        unshared.append(any(paired_interval(d, targets).excludes_zero for d in looks))
+    assert print_share("looks: sharing the level", shared) <= MAX_SIZE
+    assert print_share("not sharing it", unshared) > 0.09
 
 
 @each_size
@@ -237,7 +238,6 @@ def test_what_would_tell_counts_the_seeds_or_says_that_records_are_the_floor():
     rng = np.random.default_rng(11)
     by_seeds = paired_interval(*simulate(rng, normal, (0.05, 0.01, 0.01), num_seeds=3))
     advice = what_would_tell(by_seeds, 0.03)
-    assert advice.num_seeds is not None
     assert advice.floor < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds, NUM_UNITS) < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds - 1, NUM_UNITS) >= 0.03
@@ -245,5 +245,4 @@ def test_what_would_tell_counts_the_seeds_or_says_that_records_are_the_floor():
     advice = what_would_tell(by_records, 0.02)
     assert advice.floor >= 0.02
     assert advice.num_seeds is None
-    assert advice.num_units is not None
     assert predict_half_width(by_records.components, 5, advice.num_units) < 0.02

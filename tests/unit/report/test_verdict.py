@@ -22,7 +22,6 @@ from trainer.report.write import to_answer
 def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_run: MakeRun) -> None:
     runs = make_study(make_run, num_seeds=3, excess=0.2)
     pair = judge_runs(*reversed(runs)).primary
-    assert pair is not None
 
     def losses_of(mode: str, step: int) -> np.ndarray:
         paths = [run.eval_records_path for run in runs if run.mode == mode]
@@ -52,12 +51,10 @@ def test_three_seeds_answer_with_rates_seeds_steps_records_and_interval(
     make_run: MakeRun, excess: float, answer: str, fragment: str
 ) -> None:
     verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=excess, unit_sd=0.02))
-    assert verdict.primary is not None
     assert verdict.primary.answer == answer
     assert fragment in verdict.sentence
     assert verdict.sentence.endswith("on 120 validation blocks, seeds 0, 1 and 2, 30 steps; one rate each was tried.")
     interval = verdict.primary.excess
-    assert interval is not None
     assert f"nats per token [{interval.low:+.4f}, {interval.high:+.4f}]" in verdict.sentence
     if answer == "good enough":
         assert "within the margin of 2 % of what full gained (0.0" in verdict.sentence
@@ -99,8 +96,6 @@ def test_records_of_one_group_are_one_unit(make_run: MakeRun) -> None:
     options = {"groups": [f"meaning{i // 4}" for i in range(len(TARGETS))]}
     verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options=options))
     assert "on 30 validation groups" in verdict.sentence
-    assert verdict.primary is not None
-    assert verdict.primary.excess is not None
     assert verdict.primary.excess.num_units == 30
 
 
@@ -109,7 +104,6 @@ def test_records_that_equal_a_training_record_are_left_out_and_counted(make_run:
     assert "on 116 validation blocks" in verdict.sentence
     assert any("4 records that equal a training record are left out" in line for line in verdict.details)
     assert not any("may stand in several blocks" in line for line in verdict.details)
-    assert verdict.primary is not None
     for run in verdict.primary.full.runs:
         run.metadata["data"]["split_by"] = "mr"
     lines = describe_numbers(verdict.primary)
@@ -146,7 +140,6 @@ def test_the_same_seed_twice_is_not_a_second_sample(make_run: MakeRun) -> None:
     fulls = [make_run("full", [4.0, 2.0], run_id=f"full{n}") for n in range(2)]
     loras = [make_run("lora", [4.0, 2.5], run_id=f"lora{n}") for n in range(2)]
     verdict = judge_runs(*fulls, *loras)
-    assert verdict.primary is not None
     assert len(verdict.primary.pairs) == 1
     assert verdict.sentence.startswith("Cannot tell whether")
 
@@ -191,7 +184,6 @@ def test_runs_that_saw_another_number_of_tokens_are_not_ranked(make_run: MakeRun
 def test_each_lora_setting_is_compared_with_the_best_full_one_it_may_be_ranked_with(make_run: MakeRun) -> None:
     longer = make_run("full", [4.0, 3.0, 1.5], resolved__lr=1e-4)
     verdict = judge_runs(longer, make_run("full", [4.0, 2.0]), make_run("lora", [4.0, 2.5]))
-    assert verdict.primary is not None
     assert verdict.primary.full.lr == 5e-4
     assert verdict.primary.blockers == ()
 
