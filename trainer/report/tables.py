@@ -109,16 +109,8 @@ def _evaluated_epochs(run: RunData) -> set[float]:
 
 
 def _reference_row(row: reference.ReferenceRow) -> dict[str, Any]:
-    return {
-        "epoch": row.epoch,
-        "run": REFERENCE_LABEL,
-        "step": row.step,
-        "examples": [examples * row.epoch for examples in reference.EXAMPLES_PER_EPOCH],
-        "train_loss": row.train_loss,
-        "val_loss": row.val_loss,
-        "perplexity": row.perplexity,
-        "to_card": NOT_STATED,
-    }
+    examples = [num_examples * row.epoch for num_examples in reference.EXAMPLES_PER_EPOCH]
+    return {**vars(row), "run": REFERENCE_LABEL, "examples": examples, "to_card": NOT_STATED}
 
 
 def _group_row(group: SeedGroup, epoch: float) -> dict[str, Any] | None:

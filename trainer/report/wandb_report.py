@@ -23,7 +23,7 @@ MAX_RUNS_PER_PANEL = 100  # lines that a panel shows; W&B's own limit is 10
 def to_spec_json(comparison: Comparison) -> str:
     """The report as the JSON that W&B keeps of it, made without any network."""
     spec = _build_report(comparison, "entity", "project", own_project=True)._to_model().spec
-    return json.dumps(json.loads(spec.model_dump_json(by_alias=True, exclude_none=True)), indent=1) + "\n"
+    return str(spec.model_dump_json(by_alias=True, exclude_none=True, indent=1)) + "\n"
 
 
 def save_report(comparison: Comparison, entity: str, project: str, output_dir: Path) -> str:
@@ -34,11 +34,15 @@ def save_report(comparison: Comparison, entity: str, project: str, output_dir: P
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     _import_workspaces()
+    import wandb
+
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # wandb's own voice; ours says where the report is
-            _ensure_project(entity, project)
+            api = wandb.Api()
+            if project not in (existing_project.name for existing_project in api.projects(entity)):
+                api.create_project(project, entity)  # a run set asks the server for it
             report = _build_report(comparison, entity, project, own_project=False)
-            report.id = _find_saved_report_id(entity, project, report.title, output_dir)
+            report.id = _find_saved_report_id(api, entity, project, report.title, output_dir)
             report.save()
     except Exception as error:
         raise UserError(
@@ -77,25 +81,14 @@ def _import_workspaces() -> Any:
     return workspaces
 
 
-def _ensure_project(entity: str, project: str) -> None:
-    """Make the project where it is new: a run set asks the server for it."""
-    import wandb
-
-    api = wandb.Api()
-    if project not in (existing_project.name for existing_project in api.projects(entity)):
-        api.create_project(project, entity)
-
-
-def _find_saved_report_id(entity: str, project: str, title: str, output_dir: Path) -> str:
+def _find_saved_report_id(api: Any, entity: str, project: str, title: str, output_dir: Path) -> str:
     """The id of the report that this one replaces: noted in the output folder, else found by its title; "" if none."""
     target = {"entity": entity, "project": project, "title": title}
     with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
         saved = json.loads((output_dir / SAVED_REPORT_FILE).read_text(encoding="utf-8"))
         if saved.items() >= target.items():
             return str(saved["id"])
-    import wandb
-
-    reports = wandb.Api().reports(f"{entity}/{project}")
+    reports = api.reports(f"{entity}/{project}")
     return next((str(report.id) for report in reports if report.display_name == title), "")
 
 
