@@ -1,8 +1,4 @@
-"""Put runs side by side with one another and with the card: `python launch/compare.py runs/full runs/lora`.
-
-Exit code 0: done, and every check passed; 1: a check failed; 2: a mistake in what was asked; 3: refused: LoRA and full
-may not be ranked, or a check could not be made because the run is not comparable with the card.
-"""
+"""Put runs side by side with one another and with the card: `python launch/compare.py runs/full runs/lora`."""
 
 import sys
 from pathlib import Path
