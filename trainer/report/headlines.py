@@ -25,10 +25,8 @@ def build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
         loss = Headline(label="Loss", value="-", note="; ".join(pair.blockers) or "no interval: " + pair.no_losses)
     else:
         interval = f"[{pair.excess.low:+.4f}, {pair.excess.high:+.4f}]"
-        bits = _bits_per_byte(pair, pair.excess.estimate)
-        loss = Headline(
-            label="Loss", value=f"{pair.excess.estimate:+.4f}", note=f"{interval} {UNIT}{bits}, LoRA − full"
-        )
+        note = f"{interval} {UNIT}{_bits_per_byte(pair)}, LoRA − full"
+        loss = Headline(label="Loss", value=f"{pair.excess.estimate:+.4f}", note=note)
     return (
         loss,
         _cost_headline("Time", pair.time, format_duration),
@@ -36,9 +34,9 @@ def build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
     )
 
 
-def _bits_per_byte(pair: FullVsLora, nats_per_token: float) -> str:
-    """` = +0.0100 bits per byte`, "" where the bytes of the records are not known."""
-    bits = pair.losses.to_bits_per_byte(nats_per_token) if pair.losses else None
+def _bits_per_byte(pair: FullVsLora) -> str:
+    """` = +0.0100 bits per byte` of the excess, "" where the bytes of the records are not known."""
+    bits = pair.losses.to_bits_per_byte(pair.excess.estimate) if pair.losses and pair.excess else None
     return "" if bits is None else f" = {bits:+.4f} bits per byte"
 
 
@@ -59,8 +57,7 @@ def describe_numbers(pair: FullVsLora) -> list[str]:
         return [f"{names}: not ranked ({'; '.join(pair.blockers)})."]
     line = f"{names}: {pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f}"
     line += f", {UNIT}" if pair.excess is None else f", difference {format_interval(pair.excess)} {UNIT}"
-    if pair.excess is not None:
-        line += _bits_per_byte(pair, pair.excess.estimate)
+    line += _bits_per_byte(pair)
     if pair.contrast is not None:
         line += f"; beyond the margin of {describe_margin(pair)}: at most {pair.contrast.upper:+.4f} "
         line += f"(one-sided {100 * pair.contrast.level:.3g} %)"

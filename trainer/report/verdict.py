@@ -61,21 +61,19 @@ def build_verdict(
             sentence="No run is finished and evaluated, so there is nothing to compare yet.",
             num_not_counted=num_left_out,
         )
-    sets = comparable_groups(finished, best_first=study is None)
-    compared = [compare_set(*full_and_lora, options) for full_and_lora in sets]
-    sentences = [
-        _describe_set(comparisons, full_groups, lora_groups, study)
-        for comparisons, (full_groups, lora_groups) in zip(compared, sets, strict=True)
-    ] or [_describe_unpaired(finished)]
+    sets = [
+        (compare_set(full_groups, lora_groups, options), full_groups, lora_groups)
+        for full_groups, lora_groups in comparable_groups(finished, best_first=study is None)
+    ]
+    sentences = [_describe_set(*members, study) for members in sets] or [_describe_unpaired(finished)]
     if num_left_out:
-        sentences.append(
-            f"{num_left_out} run{'s' if num_left_out > 1 else ''} without an end or an evaluation not counted."
-        )
-    comparisons = [comparison for members in compared for comparison in members]
+        plural = "s" if num_left_out > 1 else ""
+        sentences.append(f"{num_left_out} run{plural} without an end or an evaluation not counted.")
+    comparisons = [comparison for members, _, _ in sets for comparison in members]
     details = [line for comparison in comparisons for line in describe_numbers(comparison)]
-    details += _describe_other_comparisons(compared)
-    details += [line for members in compared for line in describe_costs(members[0])]
-    for members, (full_groups, lora_groups) in zip(compared, sets, strict=True):
+    details += _describe_other_comparisons([comparison for members, _, _ in sets for comparison in members[1:]])
+    details += [line for members, _, _ in sets for line in describe_costs(members[0])]
+    for members, full_groups, lora_groups in sets:
         details += describe_views(build_views_of(members[0], study), options.price_per_hour)
         details += describe_forgetting([*full_groups, *lora_groups])
         details += describe_group_capacity(members[0].lora)
@@ -97,13 +95,13 @@ def build_verdict(
 # --- the sentence ---
 
 
-def _describe_other_comparisons(compared: Sequence[Sequence[FullVsLora]]) -> list[str]:
+def _describe_other_comparisons(others: Sequence[FullVsLora]) -> list[str]:
     """That those beside the first of a data set are exploratory, and what is left of them after Holm's correction."""
-    others = [pair for members in compared for pair in members[1:] if pair.excess is not None]
-    if not others:
+    judged = [(pair.lora.label_with_lr, pair.excess.p_value) for pair in others if pair.excess is not None]
+    if not judged:
         return []
-    adjusted = holm([pair.excess.p_value for pair in others if pair.excess is not None])
-    parts = [f"{pair.lora.label_with_lr} p = {p:.2g}" for pair, p in zip(others, adjusted, strict=True)]
+    adjusted = holm([p_value for _, p_value in judged])
+    parts = [f"{label} p = {p_value:.2g}" for (label, _), p_value in zip(judged, adjusted, strict=True)]
     return [f"Exploratory: all comparisons but the first; that their loss differs, after Holm: {', '.join(parts)}."]
 
 
