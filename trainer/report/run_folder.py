@@ -39,7 +39,7 @@ def read_folder(folder: Path) -> RunData:
 def _read_metrics(path: Path) -> RunRecords:
     """The rows by kind, and notes on what could not be read; of a long run the means of several steps each."""
     records, num_bad = RunRecords(), 0
-    for lines in split_rows(iter_lines(path)):
+    for lines in split_rows(iter_lines(path), len):
         if not lines[-1].endswith(b"\n"):  # rows are written newline last
             lines.pop()
             records.notes.append("its last row was cut off and is left out")

@@ -1,7 +1,6 @@
 """What a run wrote, by kind of record: columns, collected portion by portion in bounded memory."""
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ COLUMN_NAMES = {
     kind: tuple(column.name for column in fields(record_class) if column.name != "row_nll")
     for kind, record_class in RECORD_CLASSES.items()
 }
-ROWS_AT_A_TIME = 20_000
+PORTION_BYTES = 8_000_000  # of rows at a time
 MAX_STEP_ROWS = 2**18  # of a run in memory (19 MB); of more, so many means of 2, 4, 8 ... steps each
 _MEAN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_second")  # of the others the last of the steps stands
 Row = TypeVar("Row")
@@ -54,10 +53,17 @@ class RunRecords:
         return drop_superseded_rows(columns)
 
 
-def split_rows(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows, some thousands at a time."""
-    rows = (row for row in rows)  # a generator stays at its end, W&B's own scan need not
-    while portion := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+def split_rows(rows: Iterable[Row], get_size: Callable[[Row], int]) -> Iterator[list[Row]]:
+    """The rows, some megabytes at a time."""
+    portion: list[Row] = []
+    num_bytes = 0
+    for row in rows:
+        portion.append(row)
+        num_bytes += get_size(row)
+        if num_bytes > PORTION_BYTES:
+            yield portion
+            portion, num_bytes = [], 0
+    if portion:
         yield portion
 
 

@@ -17,6 +17,7 @@ from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 
+_ROW_BYTES = 800  # of a row of W&B in memory, about
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
 
@@ -117,7 +118,7 @@ def to_run_data(source: str, run: WandbRun, records: RunRecords) -> RunData:
 def collect_rows(rows: Iterable[Mapping[str, Any]]) -> RunRecords:
     """Rows of W&B by kind, in bounded memory; `train/*` and `val/*` of one step may share a row or have their own."""
     records, start_time = RunRecords(), None
-    for portion in split_rows(rows):
+    for portion in split_rows(rows, lambda row: _ROW_BYTES):
         start_time = to_float(portion[0].get("_timestamp")) if start_time is None else start_time
         for kind, record_class in RECORD_CLASSES.items():
             series = to_series(_select_rows(portion, COLUMNS[record_class]), kind)

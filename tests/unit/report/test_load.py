@@ -33,8 +33,8 @@ def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Pat
 def test_steps_of_a_very_long_run_are_means_of_several_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run_folder(tmp_path / "run")
     whole = read_folder(folder)
-    monkeypatch.setattr(run_records, "MAX_STEP_ROWS", 20)
-    monkeypatch.setattr(run_records, "ROWS_AT_A_TIME", 10)
+    monkeypatch.setattr(run_records, "MAX_STEP_ROWS", 25)
+    monkeypatch.setattr(run_records, "PORTION_BYTES", 2000)
     thinned = read_folder(folder)
     assert thinned.notes == ("its steps are read as means of 8 each",)
     assert len(thinned.steps["step"]) <= 30
