@@ -83,8 +83,10 @@ class WandbRun:
                         yield {key: _to_number(value) for key, value in content["item"].items()}
                     elif record["type"] == "run":
                         self.config.update(content.get("config", {}).get("update", {}))
-                    elif record["type"] in ("config", "summary"):
-                        getattr(self, record["type"]).update(content.get("update", {}))
+                    elif record["type"] == "config":
+                        self.config.update(content.get("update", {}))
+                    elif record["type"] == "summary":
+                        self.summary.update(content.get("update", {}))
                     elif record["type"] == "exit":
                         self.exit_code = content.get("exit_code", 0)
             except ValueError as error:
