@@ -1,10 +1,10 @@
 """launch/generate.py: base, full and LoRA complete the same prompts; what it shows is what the runs themselves made."""
 
-import importlib.util
 import json
 import os
 import pty
 import re
+import runpy
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, session_dir: Path) -> tuple[P
 @pytest.fixture
 def generate(capsys: pytest.CaptureFixture[str]) -> Any:
     """launch/generate.py in this process; returns (exit code, stdout, or stderr where it failed)."""
-    spec = importlib.util.spec_from_file_location("generate_command", ROOT / "launch" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    main = runpy.run_path(str(ROOT / "launch" / "generate.py"))["main"]
 
     def call(*arguments: object) -> tuple[int, str]:
         capsys.readouterr()
-        exit_code = module.main([str(argument) for argument in arguments])
+        exit_code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return exit_code, captured.out if exit_code == 0 else captured.err
 

@@ -25,6 +25,7 @@ from trainer.config.reference import CURVE
 from trainer.config.runtime_schema import OutputSettings
 from trainer.tracking.records import EvalRecord, EventRecord, Record
 from trainer.tracking.wandb_environment import wandb_block, wandb_mode
+from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, reference_row, run_group, run_tags, wandb_config, wandb_row
 from trainer.tracking.wandb_logger import WandbLogger, start_wandb
 
@@ -215,37 +216,30 @@ KILL_SERVICE_CODE = "import psutil; [process.kill() for process in psutil.Proces
 KILL_CODE = "os.kill(os.getpid(), signal.SIGKILL)\n"
 
 
-def run_child(
-    folder: Path,
-    mode: str,
-    *,
-    first_step: int = 0,
-    last_step: int = LAST_STEP,
-    last_code: str = CLOSE_CODE,
-    **variables: str,
-) -> subprocess.CompletedProcess[str]:
-    """A process that logs the rows from `first_step` to `last_step` of a lora run into folder/run."""
+def start_child(folder: Path, *arguments: object, code: str, **variables: str) -> "subprocess.Popen[str]":
+    """A process in which `code` runs with these arguments, folder/run being there."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", CHILD_CODE + last_code, mode, str(first_step), str(last_step)]
-    home = {"HOME": str(folder)}
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=child_env(**{**home, **variables}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=folder, env=child_env(HOME=str(folder), **variables),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
-def read_wandb_file(file: Path) -> list[dict[str, Any]]:
-    """The records of a .wandb file, read by wandb's own reader."""
-    wandb = pytest.importorskip("wandb")
-    core = str(Path(wandb.__file__).parent / "bin" / "wandb-core")
-    command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parent)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-    return [json.loads(line) for line in lines]
+def run_child(
+    folder: Path, mode: str, *, first_step: int = 0, last_step: int = LAST_STEP, last_code: str = CLOSE_CODE,
+    **variables: str,
+) -> tuple[int, str]:  # fmt: skip
+    """(exit code, output) of a process that logs the rows of these steps of a lora run into folder/run, and has said
+    nothing on stderr."""
+    process = start_child(folder, mode, first_step, last_step, code=CHILD_CODE + last_code, **variables)
+    output, errors = process.communicate(timeout=60)
+    assert errors == ""
+    return process.returncode, output
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """The rows of a .wandb file."""
+    return [record["history"]["item"] for record in WandbFile(file) if record["type"] == "history"]
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -263,34 +257,28 @@ def sync_offline_runs(server: FakeWandb, folder: Path) -> str:
     return process.stdout + process.stderr
 
 
+def assert_history(history: list[dict[str, Any]], records: list[Record]) -> None:
+    """Each row of the history has the numbers of the records of its step, to the last bit, in order."""
+    expected: dict[int, dict[str, float]] = {}
+    for record in records:
+        if not isinstance(record, EventRecord):
+            expected.setdefault(record.step, {}).update(wandb_row(record))
+    assert [row["_step"] for row in history] == list(expected)
+    for row in history:
+        assert {name: value for name, value in row.items() if not name.startswith("_")} == expected[row["_step"]]
+
+
 @pytest.fixture(scope="module")
 def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one offline run by a real process that could reach only the listener given as its proxy."""
     folder = tmp_path_factory.mktemp("offline")
     with FakeWandb() as listener:
         proxies = {name: listener.url for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-        process = run_child(folder, "offline", **proxies)
-        (folder / "stdout").write_text(process.stdout)
+        exit_code, output = run_child(folder, "offline", **proxies)
+        (folder / "stdout").write_text(output)
         (folder / "connections").write_text(str(listener.connections))
-    assert (process.returncode, process.stderr) == (0, "")
+    assert exit_code == 0
     return folder
-
-
-def expected_history(records: list[Record]) -> dict[int, dict[str, float]]:
-    """What the history must hold: rows of one step are one row."""
-    history: dict[int, dict[str, float]] = {}
-    for record in records:
-        if not isinstance(record, EventRecord):
-            history.setdefault(record.step, {}).update(wandb_row(record))
-    return history
-
-
-def assert_history(history: list[dict[str, Any]], records: list[Record]) -> None:
-    """Each row of the history has the numbers of the records of its step, to the last bit, in order."""
-    expected = expected_history(records)
-    assert [row["_step"] for row in history] == list(expected)
-    for row in history:
-        assert {name: value for name, value in row.items() if not name.startswith("_")} == expected[row["_step"]]
 
 
 def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said(tmp_path: Path) -> None:
@@ -300,13 +288,13 @@ def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said
         "WANDB_JOB_TYPE": "sweep", "WANDB_DIR": str(tmp_path / "elsewhere"), "WANDB_RUN_ID": "other",
         "WANDB_RESUME": "never", "WANDB_CONSOLE": "wrap", "WANDB_SAVE_CODE": "true",
     }  # fmt: skip
-    process = run_child(tmp_path, "offline", first_step=80, **variables)
-    assert (process.returncode, process.stderr) == (0, "")
-    assert "W&B: WANDB_RUN_ID is other, of no effect: --resume goes on with " in process.stdout
-    assert "W&B: WANDB_RESUME is never, of no effect: --resume goes on with allow" in process.stdout
+    exit_code, output = run_child(tmp_path, "offline", first_step=80, **variables)
+    assert exit_code == 0
+    assert "W&B: WANDB_RUN_ID is other, of no effect: --resume goes on with " in output
+    assert "W&B: WANDB_RESUME is never, of no effect: --resume goes on with allow" in output
     assert not run_files(tmp_path)
     (file,) = (tmp_path / "elsewhere").glob("wandb/offline-run-*/run-*.wandb")
-    records = read_wandb_file(file)
+    records = list(WandbFile(file))
     run = next(record["run"] for record in records if record["type"] == "run")
     assert [run[name] for name in ("entity", "display_name", "notes", "job_type", "run_id")] == [
         "team", "mine", "a note", "sweep", METADATA["run_id"],
@@ -317,8 +305,8 @@ def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said
 
 def test_an_offline_wandb_run_holds_every_row_with_axes_and_config(offline_run_dir: Path) -> None:
     (file,) = run_files(offline_run_dir)
-    records = read_wandb_file(file)
-    assert_history([record["history"]["item"] for record in records if record["type"] == "history"], RECORDS)
+    assert_history(read_history(file), RECORDS)
+    records = list(WandbFile(file))
     run = next(record["run"] for record in records if record["type"] == "run")
     assert (run["run_id"], run["display_name"], run["job_type"]) == (METADATA["run_id"], METADATA["name"], "train")
     assert run["run_group"] == "full-vs-lora-acled-demo"
@@ -332,22 +320,15 @@ def test_an_offline_wandb_run_holds_every_row_with_axes_and_config(offline_run_d
     assert [record["exit"].get("exit_code", 0) for record in records if record["type"] == "exit"] == [0]
 
 
-def test_an_offline_run_says_one_line_with_the_command_that_sends_it(offline_run_dir: Path) -> None:
+def test_an_offline_run_says_one_line_writes_into_its_folder_only_and_opens_no_connection(
+    offline_run_dir: Path,
+) -> None:
+    """Neither Python (an audit hook in the process prints each attempt) nor wandb-core (its proxy heard nothing)."""
     (file,) = run_files(offline_run_dir)
     assert (offline_run_dir / "stdout").read_text() == (
         f"W&B: offline, send it later with `wandb sync {file.parent.relative_to(offline_run_dir)}`\n"
     )
-
-
-def test_an_offline_run_opens_no_connection(offline_run_dir: Path) -> None:
-    """Neither Python (an audit hook in the process prints each attempt) nor wandb-core (its proxy heard nothing)."""
-    text = (offline_run_dir / "stdout").read_text()
-    assert "CONNECT" not in text
-    assert "LOOKUP" not in text
     assert (offline_run_dir / "connections").read_text() == "0"
-
-
-def test_an_offline_run_writes_into_its_run_folder_only(offline_run_dir: Path) -> None:
     assert sorted(path.name for path in offline_run_dir.iterdir()) == ["connections", "run", "stdout"]
     assert [path.name for path in (offline_run_dir / "run").iterdir()] == ["wandb"]
 
@@ -373,13 +354,11 @@ def test_an_online_wandb_run_sends_rows_axes_config_no_secret_and_nothing_unknow
     for command in (["git", "init", "-q"], ["git", *author, "commit", "-qm", "x", "--allow-empty"], remote):
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     with FakeWandb() as server:
-        process = run_child(tmp_path, "online", HF_TOKEN=hub_token, **server.env(tmp_path))
-        assert (process.returncode, process.stderr) == (0, "")
+        exit_code, output = run_child(tmp_path, "online", HF_TOKEN=hub_token, **server.env(tmp_path))
         run = server.runs[METADATA["run_id"]]
     assert_history(run.history, RECORDS)
-    assert run.exit_code == 0
-    assert server.unknown_requests == []
-    assert process.stdout == f"W&B: {server.url}/{run.entity}/{run.project}/runs/{run.name}\n"
+    assert (exit_code, run.exit_code, server.unknown_requests) == (0, 0, [])
+    assert output == f"W&B: {server.url}/{run.entity}/{run.project}/runs/{run.name}\n"
     contents = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     for secret in (API_KEY, hub_token, git_token):
         assert secret not in repr(run)
@@ -395,31 +374,23 @@ def silent_port() -> Iterator[int]:
 
 def test_a_wandb_server_that_never_answers_makes_the_run_offline(tmp_path: Path, silent_port: int) -> None:
     began = time.monotonic()
-    process = run_child(tmp_path, "online", WANDB_BASE_URL=f"http://127.0.0.1:{silent_port}", WANDB_API_KEY=API_KEY)
-    assert process.returncode == 0
-    assert process.stderr == ""
+    url = f"http://127.0.0.1:{silent_port}"
+    exit_code, output = run_child(tmp_path, "online", WANDB_BASE_URL=url, WANDB_API_KEY=API_KEY)
     assert time.monotonic() - began < 45
-    assert process.stdout.count("\n") == 2
-    assert "going on offline" in process.stdout
+    assert (exit_code, output.count("\n")) == (0, 2)
+    assert "going on offline" in output
     (file,) = run_files(tmp_path)
-    assert_history(
-        [record["history"]["item"] for record in read_wandb_file(file) if record["type"] == "history"], RECORDS
-    )
+    assert_history(read_history(file), RECORDS)
 
 
 @pytest.mark.slow
 def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
     with FakeWandb() as server:
-        body = CHILD_CODE.replace(
+        code = CHILD_CODE.replace(
             "for record in make_records",
             "print('STARTED', flush=True); sys.stdin.readline()\nfor record in make_records",
         )
-        process = subprocess.Popen(
-            [sys.executable, "-c", body + CLOSE_CODE, "online", "0", str(LAST_STEP)], cwd=tmp_path, text=True,
-            env=child_env(**server.env(tmp_path)),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        process = start_child(tmp_path, "online", 0, LAST_STEP, code=code + CLOSE_CODE, **server.env(tmp_path))
         assert process.stdout is not None
         while "STARTED" not in process.stdout.readline():
             assert process.poll() is None
@@ -427,17 +398,14 @@ def test_a_wandb_server_that_dies_within_the_run_costs_no_record_and_little_time
     assert (process.returncode, err) == (0, "")
     assert "the server did not take everything in time; send the rest with `wandb sync run/wandb/run-" in out
     (file,) = tmp_path.glob("run/wandb/run-*/run-*.wandb")
-    assert_history(
-        [record["history"]["item"] for record in read_wandb_file(file) if record["type"] == "history"], RECORDS
-    )
+    assert_history(read_history(file), RECORDS)
 
 
 def test_a_killed_wandb_service_is_reported_once_and_the_run_ends_well(tmp_path: Path) -> None:
     more = KILL_SERVICE_CODE + "time.sleep(0.5)\nfor record in make_records(run)[20:]:\n    sink.log(record)\n"
-    process = run_child(tmp_path, "offline", last_step=15, last_code=more + CLOSE_CODE + "print('the end')\n")
-    assert (process.returncode, process.stderr) == (0, "")
-    assert process.stdout.count("W&B stopped working") == 1
-    assert process.stdout.endswith("the end\n")
+    exit_code, output = run_child(tmp_path, "offline", last_step=15, last_code=more + CLOSE_CODE + "print('the end')\n")
+    assert (exit_code, output.count("W&B stopped working")) == (0, 1)
+    assert output.endswith("the end\n")
 
 
 @pytest.mark.slow
@@ -446,14 +414,11 @@ def test_a_killed_wandb_run_loses_a_second_and_its_resume_repeats_no_step(tmp_pa
 
     Resumed from a checkpoint of step 30: the rows 31 to 49 lie in the first file already.
     """
-    killed = run_child(tmp_path, "offline", last_step=50, last_code="time.sleep(2)\n" + KILL_SERVICE_CODE + KILL_CODE)
-    assert killed.returncode == -signal.SIGKILL
+    code = "time.sleep(2)\n" + KILL_SERVICE_CODE + KILL_CODE
+    assert run_child(tmp_path, "offline", last_step=50, last_code=code)[0] == -signal.SIGKILL
     time.sleep(1.1)  # run folders are named by the second
-    assert run_child(tmp_path, "offline", first_step=30).returncode == 0
-    first, second = (
-        [r["history"]["item"]["_step"] for r in read_wandb_file(f) if r["type"] == "history"]
-        for f in run_files(tmp_path)
-    )
+    assert run_child(tmp_path, "offline", first_step=30)[0] == 0
+    first, second = ([row["_step"] for row in read_history(file)] for file in run_files(tmp_path))
     assert first == list(range(50))
     assert second == list(range(50, LAST_STEP + 1))
     with FakeWandb() as server:

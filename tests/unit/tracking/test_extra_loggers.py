@@ -1,5 +1,6 @@
 """Second sinks: the rows that W&B gets, under the same names, read back from TensorBoard's and Trackio's own stores."""
 
+import json
 import sqlite3
 import sys
 from pathlib import Path
@@ -32,55 +33,48 @@ def log_records(loggers: list[FailSafeLogger], records: list[Record]) -> None:
         logger.close(0)
 
 
-def log_in_two_parts(name: str, folder: Path) -> None:
+def log_in_two_parts(name: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A run that is killed after step 40, with its newest checkpoint at step 30, and then resumed."""
-    log_records(
-        start_extra_loggers([name], METADATA, folder, resume_step=-1),
-        [row for row in RECORDS if row.step <= 40],
-    )
-    log_records(
-        start_extra_loggers([name], METADATA, folder, resume_step=30),
-        [row for row in RECORDS if row.step > 30],
-    )
+    caplog.set_level("INFO", "trainer")
+    for rows, resume_step in (([r for r in RECORDS if r.step <= 40], -1), ([r for r in RECORDS if r.step > 30], 30)):
+        log_records(start_extra_loggers([name], METADATA, folder, resume_step=resume_step), rows)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
+    assert f"`{name} " in messages[0]
+    assert len(messages) == 2, "nothing went wrong"
+
+
+def assert_logged_once(actual: dict[tuple[str, int], list[float]], expected: Any = EXPECTED_VALUES) -> None:
+    """`actual`: all values that a store has of a name at a step."""
+    assert {key: values[-1] for key, values in actual.items() if key in EXPECTED_VALUES} == expected
+    assert all(len(values) == 1 for (name, _), values in actual.items() if name not in AXES)
 
 
 def test_tensorboard_has_every_record_once_also_after_a_resume(tmp_path, caplog):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    caplog.set_level("INFO", "trainer")
-    log_in_two_parts("tensorboard", tmp_path)
+    log_in_two_parts("tensorboard", tmp_path, caplog)
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     actual: dict[tuple[str, int], list[float]] = {}
     for name in events.Tags()["scalars"]:
         for event in events.Scalars(name):
             actual.setdefault((name, event.step), []).append(event.value)
-    assert {key: values[-1] for key, values in actual.items()} == pytest.approx(EXPECTED_VALUES, rel=1e-7), "in float32"
-    assert all(len(values) == 1 for (name, _), values in actual.items() if name not in AXES)
-    messages = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
-    assert "tensorboard --logdir" in messages[0]
-    assert len(messages) == 2, "nothing went wrong"
+    assert set(actual) == set(EXPECTED_VALUES)
+    assert_logged_once(actual, pytest.approx(EXPECTED_VALUES, rel=1e-7))  # in float32
 
 
 def test_trackio_has_every_record_once_also_after_a_resume(tmp_path, monkeypatch, caplog):
     for module in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
         monkeypatch.delitem(sys.modules, module)  # it reads its folder when it is imported
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    caplog.set_level("INFO", "trainer")
-    log_in_two_parts("trackio", tmp_path / "run")
+    log_in_two_parts("trackio", tmp_path / "run", caplog)
     (store,) = tmp_path.glob("*.db")
-    import json
-
     with sqlite3.connect(store) as connection:
         result = connection.execute("SELECT step, metrics FROM metrics ORDER BY id").fetchall()
     actual: dict[tuple[str, int], list[Any]] = {}
     for step, text in result:
         for name, value in json.loads(text).items():
             actual.setdefault((name, step), []).append(value)
-    assert {key: values[-1] for key, values in actual.items() if key in EXPECTED_VALUES} == EXPECTED_VALUES
-    assert all(len(values) == 1 for (name, _), values in actual.items() if name not in AXES)
-    messages = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
-    assert "trackio show" in messages[0]
-    assert len(messages) == 2, messages
+    assert_logged_once(actual)
 
 
 def test_an_extra_logger_that_fails_is_reported_once_and_dropped(caplog):

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from trainer.config.errors import UserError
-from trainer.config.files import open_for_append, write_atomically
+from trainer.config.errors import TrainingError, UserError
+from trainer.config.files import write_atomically
 from trainer.tracking import run_lock
 from trainer.tracking.jsonl import JsonlLogger
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
@@ -119,8 +118,8 @@ def test_files_of_a_run_are_not_written_through_links(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / "target")
     write_run_json(tmp_path, {"run_id": "x"})
     assert not (tmp_path / "run.json").is_symlink()
-    with pytest.raises(OSError, match="symbolic links"):
-        open_for_append(tmp_path / "metrics.jsonl")
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl"):
+        JsonlLogger(tmp_path / "metrics.jsonl", resume=True)
     assert (tmp_path / "target").read_text() == "precious"
 
 
@@ -173,15 +172,6 @@ while done < 20 and time.monotonic() < end:
     done += 1
 sys.exit(done < 20)
 """
-    start = time.monotonic()
     processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")]) for _ in range(3)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
     assert (tmp_path / "journal").read_text() == "()" * 60
-    assert time.monotonic() - start < 120
-
-
-def test_a_resumed_metrics_file_behind_a_link_is_one_line(tmp_path):
-    (tmp_path / "target").write_text("")
-    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "target")
-    with pytest.raises(Exception, match=r"cannot write .*metrics\.jsonl"):
-        JsonlLogger(tmp_path / "metrics.jsonl", resume=True)
