@@ -23,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -38,12 +37,8 @@ def child_env(**variables: str) -> dict[str, str]:
     """The environment of a child process: this project, one thread, and none of the caller's own W&B."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     tests_dir = Path(__file__).parents[1]
-    return {
-        **inherited,
-        "PYTHONPATH": f"{tests_dir.parent}{os.pathsep}{tests_dir}",
-        "OMP_NUM_THREADS": "1",
-        **variables,
-    }
+    path = f"{tests_dir.parent}{os.pathsep}{tests_dir}"
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
 @dataclass
@@ -57,7 +52,6 @@ class FakeRun:
     config: Json = field(default_factory=dict)  #: {key: {"value": ...}}, with the client's own under "_wandb"
     summary: Json = field(default_factory=dict)
     history: list[Json] = field(default_factory=list)
-    system_metrics: list[Json] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     exit_code: int | None = None
 
@@ -91,16 +85,12 @@ class FakeRun:
             "summaryMetrics": json.dumps(self.summary),
             "wandbConfig": json.dumps({"t": 1}),
             "historyLineCount": len(self.history),
-            "historyTail": _last_row(self.history),
-            "eventsLineCount": len(self.system_metrics),
-            "eventsTail": _last_row(self.system_metrics),
+            "historyTail": json.dumps([json.dumps(row) for row in self.history[-1:]]),
+            "eventsLineCount": 0,
+            "eventsTail": "[]",
             "logLineCount": 0,
             "project": _project_response(self.entity, self.project),
         }
-
-
-def _last_row(rows: list[Json]) -> str:
-    return json.dumps([json.dumps(row) for row in rows[-1:]])
 
 
 def _project_response(entity: str, name: str) -> Json:
@@ -143,23 +133,17 @@ class FakeWandb:
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
-    def __exit__(self, exc_type: type | None, exc: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._http.shutdown()
         self._http.server_close()
 
     def env(self, folder: Path) -> dict[str, str]:
         """The variables that send a child process here, logged in, with wandb's own files under `folder`."""
         return {
-            "WANDB_BASE_URL": self.url,
-            "WANDB_API_KEY": API_KEY,
-            "WANDB_ENTITY": ENTITY,
-            "WANDB_CACHE_DIR": str(folder / "cache"),
-            "WANDB_DATA_DIR": str(folder / "data"),
-            "WANDB_CONFIG_DIR": str(folder / "config"),
-            "WANDB_ERROR_REPORTING": "false",
-            "no_proxy": "127.0.0.1",
-            "NO_PROXY": "127.0.0.1",
-        }
+            "WANDB_BASE_URL": self.url, "WANDB_API_KEY": API_KEY, "WANDB_ENTITY": ENTITY,
+            **{f"WANDB_{name.upper()}_DIR": str(folder / name) for name in ("cache", "data", "config")},
+            "WANDB_ERROR_REPORTING": "false", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
+        }  # fmt: skip
 
     def respond(self, method: str, path: str, body: bytes) -> tuple[int, Json]:
         """Status and JSON for one request."""
@@ -192,8 +176,6 @@ class FakeWandb:
             start, lines = chunk.get("offset", 0), chunk.get("content") or []
             if file == "wandb-history.jsonl":
                 run.history[start:] = [json.loads(line) for line in lines]
-            elif file == "wandb-events.jsonl":
-                run.system_metrics[start:] = [json.loads(line) for line in lines]
             elif file == "wandb-summary.json" and lines:
                 run.summary = json.loads(lines[-1])
         if message.get("complete"):
@@ -238,10 +220,9 @@ def _upsert_run(server: FakeWandb, variables: Json) -> Json:
 
 
 def _create_run_files(server: FakeWandb, variables: Json) -> Json:
-    files = [
-        {"name": name, "uploadUrl": server.upload_url("run", variables["run"], name)} for name in variables["files"]
-    ]
-    return {"createRunFiles": {"runID": f"id-{variables['run']}", "uploadHeaders": [], "files": files}}
+    run = variables["run"]
+    files = [{"name": name, "uploadUrl": server.upload_url("run", run, name)} for name in variables["files"]]
+    return {"createRunFiles": {"runID": f"id-{run}", "uploadHeaders": [], "files": files}}
 
 
 def _create_artifact(server: FakeWandb, variables: Json) -> Json:
@@ -273,10 +254,9 @@ def _commit_artifact(server: FakeWandb, variables: Json) -> Json:
 
 
 def _get_artifact_by_client_id(server: FakeWandb, variables: Json) -> Json:
-    artifact_ids = [
-        name for name, artifact in server.artifacts.items() if artifact.get("clientID") == variables["clientID"]
-    ]
-    return {"clientIDMapping": {"serverID": artifact_ids[0]} if artifact_ids else None}
+    client_id = variables["clientID"]
+    found = [name for name, artifact in server.artifacts.items() if artifact.get("clientID") == client_id]
+    return {"clientIDMapping": {"serverID": found[0]} if found else None}
 
 
 def _get_project(server: FakeWandb, variables: Json) -> Json:
@@ -285,11 +265,8 @@ def _get_project(server: FakeWandb, variables: Json) -> Json:
 
 
 def _list_projects(server: FakeWandb, variables: Json) -> Json:
-    edges = [
-        {"node": _project_response(*project)}
-        for project in sorted(server.projects)
-        if project[0] == variables["entity"]
-    ]
+    projects = [project for project in sorted(server.projects) if project[0] == variables["entity"]]
+    edges = [{"node": _project_response(*project)} for project in projects]
     page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
     return {"models": {"pageInfo": page, "edges": edges}}
 
@@ -305,13 +282,8 @@ def _view_response(view: Json) -> Json:
     """A report as GraphQL answers name it."""
     fields = {key: view.get(key) for key in ("id", "type", "name", "displayName", "description")}
     project = _project_response(view.get("entityName") or ENTITY, view["projectName"])
-    return {
-        **fields,
-        "spec": json.dumps(view["spec"]),
-        "project": project,
-        "createdAt": TIMESTAMP,
-        "updatedAt": TIMESTAMP,
-    }
+    times = {"createdAt": TIMESTAMP, "updatedAt": TIMESTAMP}
+    return {**fields, "spec": json.dumps(view["spec"]), "project": project, **times}
 
 
 def _save_view(server: FakeWandb, variables: Json) -> Json:
@@ -337,34 +309,15 @@ def _read_run(server: FakeWandb, variables: Json) -> Json:
     run = _find_run(server, variables)
     if run is None:
         return {"project": {"run": None}}
-    state = {None: "running", 0: "finished"}.get(run.exit_code, "failed")
     last_step = max((row["_step"] for row in run.history), default=-1)
-    user = {"name": ENTITY, "username": ENTITY}
     run_fields = {
-        "group": run.fields.get("groupName"),
-        "jobType": run.fields.get("jobType"),
-        "state": state,
-        "user": user,
-    }
-    constant_fields = {
-        "commit": None,
-        "readOnly": False,
-        "createdAt": TIMESTAMP,
-        "heartbeatAt": TIMESTAMP,
-        "notes": None,
-        "systemMetrics": "{}",
-    }
-    return {
-        "project": {
-            "run": {
-                **run.to_graphql(),
-                **run_fields,
-                **constant_fields,
-                "projectId": "1",
-                "historyKeys": {"lastStep": last_step, "sets": [], "keys": {}},
-            }
-        }
-    }
+        "group": run.fields.get("groupName"), "jobType": run.fields.get("jobType"), "projectId": "1",
+        "state": {None: "running", 0: "finished"}.get(run.exit_code, "failed"),
+        "user": {"name": ENTITY, "username": ENTITY}, "commit": None, "readOnly": False, "createdAt": TIMESTAMP,
+        "heartbeatAt": TIMESTAMP, "notes": None, "systemMetrics": "{}",
+        "historyKeys": {"lastStep": last_step, "sets": [], "keys": {}},
+    }  # fmt: skip
+    return {"project": {"run": {**run.to_graphql(), **run_fields}}}
 
 
 def _get_history_page(server: FakeWandb, variables: Json) -> Json:
@@ -422,12 +375,12 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(self, fake: FakeWandb) -> None:
-        super().__init__(("127.0.0.1", 0), _make_handler(fake))
-        self._fake = fake
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.fake = fake
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Count every connection, whatever is then asked on it."""
-        self._fake.connections += 1
+        self.fake.connections += 1
         return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -436,38 +389,36 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def _make_handler(server: FakeWandb) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
 
-        def do_POST(self) -> None:
-            status, response = server.respond(self.command, self.path, self._body())
-            content = json.dumps(response).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def do_POST(self) -> None:
+        status, response = self.server.fake.respond(self.command, self.path, self._body())
+        content = json.dumps(response).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
-        do_GET = do_PUT = do_POST
+    do_GET = do_PUT = do_POST
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing: the tests look at what was kept."""
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the tests look at what was kept."""
 
-        def _body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-                body = b"".join(iter(self._chunk, b""))
-            else:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            encoding = self.headers.get("Content-Encoding", "")
-            if encoding == "gzip":
-                return gzip.decompress(body)
-            return zlib.decompress(body) if encoding == "deflate" else body
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            body = b"".join(iter(self._chunk, b""))
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        encoding = self.headers.get("Content-Encoding", "")
+        if encoding == "gzip":
+            return gzip.decompress(body)
+        return zlib.decompress(body) if encoding == "deflate" else body
 
-        def _chunk(self) -> bytes:
-            size = int(self.rfile.readline().split(b";")[0], 16)
-            content = self.rfile.read(size)
-            self.rfile.readline()
-            return content
-
-    return Handler
+    def _chunk(self) -> bytes:
+        size = int(self.rfile.readline().split(b";")[0], 16)
+        content = self.rfile.read(size)
+        self.rfile.readline()
+        return content
