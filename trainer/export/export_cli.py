@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,11 @@ from trainer.config.json_file import read_json_object
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, prepare
+from trainer.export import verify
 from trainer.export.folder import FolderContent, base_model_ref, export_folder, training_tokenizer
 from trainer.export.model_card import render_model_card
 from trainer.export.push import check_push, push_folder
-from trainer.export.verify import (
-    LOGITS_BOUND,
-    STORED_DTYPES,
-    ReferenceOutputs,
-    VerificationResult,
-    compute_logits,
-    fixed_input_ids,
-)
+from trainer.export.verify import ReferenceOutputs, VerificationResult, compute_logits, fixed_input_ids
 from trainer.model import quantization
 from trainer.model.build import TrainableModel, build_model, get_max_positions, merge_adapters, resolve_model_path
 from trainer.tracking import records
@@ -84,15 +79,12 @@ def export_checkpoint(request: ExportRequest) -> int:
     if request.dtype != "fp32":
         reference_outputs = _round_weights(module, state_dict, request.dtype, reference_outputs)
     run_records = _read_records(run_folder)
-
-    def describe_loss_change(verification: VerificationResult) -> str:
-        return _describe_loss_change(causes, source_checkpoint.val_loss, verification.loss)
+    describe_loss_change = partial(_describe_loss_change, causes, source_checkpoint.val_loss)
 
     def render_card(verification: VerificationResult) -> str:
         return render_model_card(
             metadata, run_records, verification, step=source_checkpoint.step, is_merged=merge,
-            loss_change=describe_loss_change(verification), measurements=_final_measurements(run_records),
-            answer=answer,
+            loss_change=describe_loss_change(verification.loss), answer=answer,
         )  # fmt: skip
 
     content = FolderContent(
@@ -100,10 +92,8 @@ def export_checkpoint(request: ExportRequest) -> int:
         tokenizer=training_tokenizer(settings.model.model, metadata["data"]), dtype=request.dtype,
     )  # fmt: skip
     verification = export_folder(destination, content, reference_outputs, render_card)
-    summary = (
-        f"{source_checkpoint.folder.name} of {run_folder} -> {destination}: "
-        f"{verification.summary()}{describe_loss_change(verification)}"
-    )
+    outcome = f"{verification.summary()}{describe_loss_change(verification.loss)}"
+    summary = f"{source_checkpoint.folder.name} of {run_folder} -> {destination}: {outcome}"
     if verification.problems:
         raise TrainingError(summary + ("; nothing is pushed" if request.push else ""))
     print(summary, flush=True)
@@ -131,22 +121,16 @@ def _round_weights(
     device = next(module.parameters()).device
     exact = compute_logits(module, reference_outputs.input_ids, device)
     difference = float(np.abs(exact - reference_outputs.logits).max())
-    bound = LOGITS_BOUND * max(1.0, float(np.abs(reference_outputs.logits).max()))
+    bound = verify.LOGITS_BOUND * max(1.0, float(np.abs(reference_outputs.logits).max()))
     if not difference <= bound:
         raise TrainingError(f"logits differ by {difference:.1e} before rounding, more than {bound:.1e}")
     for name, weight in state_dict.items():
-        rounded = weight.to(getattr(torch, STORED_DTYPES[dtype][0]))
+        rounded = weight.to(getattr(torch, verify.STORED_DTYPES[dtype][0]))
         if not rounded.isfinite().all():
             raise UserError(f"--dtype {dtype}: {name} holds {float(weight.abs().max()):.3g}; expected bf16 or fp32")
         weight.copy_(rounded)
     logits = compute_logits(module, reference_outputs.input_ids, device)
     return dataclasses.replace(reference_outputs, logits=logits, stored_dtype=dtype)
-
-
-def _final_measurements(run_records: list[records.Record]) -> dict[str, Any]:
-    """What the run measured at its end; {} where it has not ended."""
-    events = [r for r in run_records if isinstance(r, records.EventRecord) and r.event == "finished"]
-    return events[-1].facts if events else {}
 
 
 def _describe_loss_change(causes: list[str], recorded: float | None, exported: float | None) -> str:
@@ -179,13 +163,9 @@ def _resolve_output_dir(request: ExportRequest, source_checkpoint: Checkpoint) -
 
 
 def load_model_at_checkpoint(
-    run_folder: Path,
-    settings: Settings,
-    source_checkpoint: Checkpoint,
-    metadata: dict[str, Any],
-    *,
-    dequantize: bool = False,
-) -> TrainableModel:
+    run_folder: Path, settings: Settings, source_checkpoint: Checkpoint, metadata: dict[str, Any],
+    *, dequantize: bool = False,
+) -> TrainableModel:  # fmt: skip
     """The model as it stood at the checkpoint, on one device, in evaluation mode; `dequantize`: on the float32 base."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base_folder = run_folder / "base"
@@ -196,12 +176,10 @@ def load_model_at_checkpoint(
         model_settings = dataclasses.replace(model_settings, model=str(base_folder), init="pretrained")
     if dequantize:
         model_settings = dataclasses.replace(model_settings, quant=None, quant_double=False)
-    model = build_model(
-        dataclasses.replace(settings, model=model_settings), with_fingerprint=settings.mode == "lora", device=device
-    )
-    quantization.set_compute_dtype(
-        model.module, torch.bfloat16 if metadata["resolved"]["precision"] == "bf16" else torch.float32
-    )
+    settings = dataclasses.replace(settings, model=model_settings)
+    model = build_model(settings, with_fingerprint=settings.mode == "lora", device=device)
+    is_bf16 = metadata["resolved"]["precision"] == "bf16"
+    quantization.set_compute_dtype(model.module, torch.bfloat16 if is_bf16 else torch.float32)
     if settings.mode == "lora" and model.metadata["fingerprint"] != metadata["model"]["fingerprint"]:
         raise UserError(
             f"{run_folder}: its adapters were trained on another base model than "

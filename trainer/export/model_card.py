@@ -24,15 +24,16 @@ def render_model_card(
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
     `metadata`: the content of run.json; `step`: the one after which these weights stood; `is_merged`: adapters folded
-    in; `loss_change`: what merging onto another base than the one trained on did to the loss; `measurements`: may hold
-    `optimizer_bytes` and `peak_memory_bytes`, of the largest rank; `choice_reason`: why these weights and not the last;
-    `answer`: the sentence of a comparison of LoRA with full.
+    in; `loss_change`: what the form of the export did to the loss; `measurements`: may hold `optimizer_bytes` and
+    `peak_memory_bytes`, of the largest rank (left out: those of the run's end); `choice_reason`: why these weights and
+    not the last; `answer`: the sentence of a comparison of LoRA with full.
 
     Names and texts of the run are data: whatever they hold, none of it is markup of the card.
 
     Parameters: what the card tells, each from another part of the run. Long: the card from top to bottom.
     """
     all_records = list(records)
+    measured = next((event.facts for event in _events(all_records, "finished")[-1:]), {})
     lines = [
         *_front_matter(metadata, verification, is_merged), "",
         f"# {_plain(metadata['name'])}", "",
@@ -42,7 +43,7 @@ def render_model_card(
         "## Training procedure", "",
         "### Training hyperparameters", "",
         "| setting | value |", "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _hyperparameters(metadata, measurements or {})), "",
+        *(f"| {name} | {value} |" for name, value in _hyperparameters(metadata, measurements or measured)), "",
         "### Training results", "",
         "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|",
         *_results_table([r for r in all_records if r.step <= step]), "",

@@ -23,10 +23,9 @@ from trainer.data.templates import RecordError
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.decoding import Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint, select_run_checkpoint
-from trainer.model.build import build_model, get_max_positions, load_config
+from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.report.markdown import escape
 from trainer.tracking.summary import show_plan
-from trainer.training.checkpoint import Checkpoint
 from trainer.training.generation import EvalPrompt, completion_length, make_prompts
 from trainer.training.text_metrics import text_scores
 
@@ -59,11 +58,7 @@ class _Run:
     folder: Path
     metadata: dict[str, Any]
     settings: Settings
-
-    @property
-    def chat_template(self) -> str | None:
-        template: str | None = self.metadata["data"].get("chat_template")
-        return template
+    chat_template: str | None
 
 
 def generate(request: GenerateRequest) -> int:
@@ -74,9 +69,9 @@ def generate(request: GenerateRequest) -> int:
     loaders = _list_models(runs, request.checkpoint)
     writer = _Writer(request, runs[0])
     if not request.prompt and request.prompts is None and sys.stdin.isatty() and sys.stdout.isatty():
-        return _talk({label: load() for label, load in loaders.items()}, writer)
+        return _talk({label: load().causal for label, load in loaders.items()}, writer)
     prompts = writer.prompts()
-    texts = {label: writer.complete(load(), prompts) for label, load in loaders.items()}
+    texts = {label: writer.complete(load().causal, prompts) for label, load in loaders.items()}
     for i, prompt in enumerate(prompts):
         show_plan([*_describe_prompt(prompt), *((label, completions[i]) for label, completions in texts.items())])
         print(flush=True)
@@ -89,7 +84,10 @@ def generate(request: GenerateRequest) -> int:
 
 def _read_run(folder: Path) -> _Run:
     metadata = read_run_metadata(folder / "run.json")
-    return _Run(folder=folder, metadata=metadata, settings=Settings.from_dict(metadata["settings"]))
+    settings = Settings.from_dict(metadata["settings"])
+    return _Run(
+        folder=folder, metadata=metadata, settings=settings, chat_template=metadata["data"].get("chat_template")
+    )
 
 
 def _check_one_tokenizer(runs: Sequence[_Run]) -> None:
@@ -105,9 +103,9 @@ def _check_one_tokenizer(runs: Sequence[_Run]) -> None:
             )
 
 
-def _list_models(runs: Sequence[_Run], checkpoint_name: str) -> dict[str, Callable[[], Any]]:
+def _list_models(runs: Sequence[_Run], checkpoint_name: str) -> dict[str, Callable[[], TrainableModel]]:
     """{label: what loads it}: each base once, before the first run on it, then the run."""
-    loaders: dict[str, Callable[[], Any]] = {}
+    loaders: dict[str, Callable[[], TrainableModel]] = {}
     seen = set()
     names = [run.metadata["name"] for run in runs]
     for run, name in zip(runs, names, strict=True):
@@ -116,22 +114,20 @@ def _list_models(runs: Sequence[_Run], checkpoint_name: str) -> dict[str, Callab
             seen.add(base["fingerprint"])
             loaders[f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"] = partial(_load_base, run)
         label = name if names.count(name) == 1 else str(run.folder)
-        loaders[label] = partial(_load_checkpoint, run, select_run_checkpoint(run.folder, checkpoint_name))
+        checkpoint = select_run_checkpoint(run.folder, checkpoint_name)
+        loaders[label] = partial(load_model_at_checkpoint, run.folder, run.settings, checkpoint, run.metadata)
     return loaders
 
 
-def _load_base(run: _Run) -> Any:
+def _load_base(run: _Run) -> TrainableModel:
     """The model that the run began with, in float32; UserError where it is not there any more."""
     model_settings = dataclasses.replace(run.settings.model, quant=None, quant_double=False)
     settings = dataclasses.replace(run.settings, mode="full", lora=LoraSettings(), model=model_settings)
     model = build_model(settings)
     if model.metadata["fingerprint"] != run.metadata["model"]["fingerprint"]:
         raise UserError(f"{run.folder}: its base model is not as it was; put that one back")
-    return model.causal.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _load_checkpoint(run: _Run, checkpoint: Checkpoint) -> Any:
-    return load_model_at_checkpoint(run.folder, run.settings, checkpoint, run.metadata).causal
+    model.causal.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model
 
 
 class _Writer:

@@ -10,7 +10,6 @@ from trainer.config.errors import escape_controls
 from trainer.tracking.console import is_terminal, make_console
 from trainer.tracking.records import EpochRecord, EvalRecord, Record
 
-MAX_ROWS = 24  # a table longer than a screen is thinned out
 HEADINGS = ("epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
 EPOCH_TOLERANCE = 1e-6  # an epoch this close to a whole number is one: fractions of steps are floats
 
@@ -64,16 +63,13 @@ def show_summary(
     evals = [r for r in loss_records if isinstance(r, EvalRecord)]
     best_eval = min(evals, key=lambda r: (r.loss, r.step), default=None)
     best_epoch = _snap_to_whole(best_eval.epoch) if best_eval else None
-    rows = summarize_epochs(loss_records)
     headings = HEADINGS if with_reference else HEADINGS[:-2]
-    cells = {row.epoch: _cells(row)[: len(headings)] for row in _thin_out(rows, best_epoch)}
+    cells = {row.epoch: _cells(row)[: len(headings)] for row in summarize_epochs(loss_records)}
     stream, lines = stream or sys.stdout, []
     if is_terminal(stream):
         _print_table(headings, cells, best_epoch, stream)
     else:
         lines = _plain_table([headings, *cells.values()])
-    if len(rows) > MAX_ROWS:
-        lines.append(f"{len(rows)} rows thinned out to {MAX_ROWS}; metrics.jsonl has all of them")
     if best_eval is not None:
         best = f"{best_eval.loss:.4f} at epoch {_format_epoch(best_eval.epoch)} (step {best_eval.step})"
         lines.append(f"best validation loss {best}")
@@ -101,19 +97,6 @@ def show_plan(lines: Sequence[tuple[str, str]], *, stream: TextIO | None = None)
     for key, value in lines:
         grid.add_row(Text(key), Text(value))
     make_console(stream).print(grid)
-
-
-def _thin_out(rows: list[EpochSummary], best_epoch: float | None) -> list[EpochSummary]:
-    """At most MAX_ROWS of them: the start, the card's epochs, the best, the last, and others evenly in between."""
-    if len(rows) <= MAX_ROWS:
-        return rows
-    fixed_rows = [
-        row for row in rows if row in (rows[0], rows[-1]) or row.reference_val_loss or row.epoch == best_epoch
-    ]
-    other_rows = [row for row in rows if row not in fixed_rows]
-    num_free = MAX_ROWS - len(fixed_rows)
-    fixed_rows += [other_rows[k * len(other_rows) // num_free] for k in range(num_free)]
-    return sorted(fixed_rows, key=lambda row: row.epoch)
 
 
 def _cells(row: EpochSummary) -> list[str]:

@@ -181,25 +181,6 @@ def test_durations_are_printed_as_clock_times() -> None:
     assert [format_duration(s) for s in (0, 7.4, 59.6, 750, 20_530)] == ["0:00", "0:07", "1:00", "12:30", "5:42:10"]
 
 
-def test_a_closed_pipe_ends_the_progress_lines_and_not_the_run(tmp_path: Path) -> None:
-    code = (
-        "import time; from helpers.fake_runs import make_metadata, make_records; from trainer.tracking.console import "
-        "ProgressBar\n"
-        "progress = ProgressBar(90, 3.0, interval=0.0)\n"
-        "for record in make_records(make_metadata()):\n    progress.log(record); time.sleep(0.002)\n"
-        "progress.close(0); open('done', 'w').close()"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, env=child_env()
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline().startswith(b"eval")
-    child.stdout.close()
-    assert child.communicate(timeout=30)[1] == b""
-    assert child.returncode == 0
-    assert (tmp_path / "done").exists()
-
-
 def run_on_terminal(code: str, **variables: str) -> str:
     """What `code` writes on a terminal of 80 columns; it must end within 30 seconds."""
     master_fd, slave_fd = pty.openpty()
@@ -322,17 +303,6 @@ def test_the_summary_says_one_short_line_of_the_card_where_nobody_asked_for_it()
 )  # fmt: skip
 def test_the_card_is_asked_for_by_its_preset_or_by_data_like_its_own(preset, reasons, is_asked) -> None:
     assert is_asked_for(preset, reasons) is is_asked
-
-
-def test_the_summary_table_of_fifty_epochs_is_thinned_and_keeps_first_best_and_last() -> None:
-    losses = [3.0 - epoch / 20 if epoch < 38 else 2.0 + epoch / 20 for epoch in range(51)]
-    records = [make_eval_record(epoch * 10, float(epoch), loss) for epoch, loss in enumerate(losses)]
-    stream = io.StringIO()
-    show_summary(records, [], with_reference=True, stream=stream)
-    epochs = [line.split("|")[1].strip() for line in stream.getvalue().splitlines()[2:] if line.startswith("|")]
-    assert len(epochs) == 24
-    assert {"0", "1", "2", "3", "37", "50"} <= set(epochs)
-    assert "51 rows thinned out to 24; metrics.jsonl has all of them" in stream.getvalue()
 
 
 def test_the_printed_plan_is_aligned() -> None:
