@@ -84,10 +84,8 @@ def generate(request: GenerateRequest) -> int:
 
 def _read_run(folder: Path) -> _Run:
     metadata = read_run_metadata(folder / "run.json")
-    settings = Settings.from_dict(metadata["settings"])
-    return _Run(
-        folder=folder, metadata=metadata, settings=settings, chat_template=metadata["data"].get("chat_template")
-    )
+    settings, chat_template = Settings.from_dict(metadata["settings"]), metadata["data"].get("chat_template")
+    return _Run(folder=folder, metadata=metadata, settings=settings, chat_template=chat_template)
 
 
 def _check_one_tokenizer(runs: Sequence[_Run]) -> None:
