@@ -1,7 +1,4 @@
-"""What a run shows and leaves on disk: metrics.jsonl, progress, the plan and the table at the end.
-
-Long: what a person sees of a run, line by line.
-"""
+"""What a run shows: progress, the plan and the table at the end."""
 
 import contextlib
 import io
@@ -12,34 +9,22 @@ import select
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from helpers.fake_runs import make_metadata, make_records
 from helpers.fake_wandb import child_env
 
-from trainer.config.errors import TrainingError, UserError
 from trainer.config.reference import CURVE, UNKNOWN_REASON, is_asked_for
 from trainer.tracking.console import ProgressBar, format_duration
-from trainer.tracking.jsonl import JsonlLogger, rewind
-from trainer.tracking.records import (
-    EpochRecord,
-    EvalRecord,
-    EventRecord,
-    Record,
-    StepRecord,
-    perplexity,
-    read_records,
-    to_line,
-)
+from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
 from trainer.tracking.summary import show_plan, show_summary, summarize_epochs
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
 
 
-def make_step_record(step: int, loss: float = 2.5) -> StepRecord:
+def make_step_record(step: int) -> StepRecord:
     return StepRecord(
-        step=step, epoch=step * 3 / 100, samples=step * 8, tokens=step * 2048, loss=loss, lr=3e-5, grad_norm=1.0,
+        step=step, epoch=step * 3 / 100, samples=step * 8, tokens=step * 2048, loss=2.5, lr=3e-5, grad_norm=1.0,
         tokens_per_second=12_345.0, time=float(step),
     )  # fmt: skip
 
@@ -51,74 +36,6 @@ def make_eval_record(step: int, epoch: float, loss: float) -> EvalRecord:
 
 def make_epoch_record(step: int, epoch: float, loss: float) -> EpochRecord:
     return EpochRecord(epoch=epoch, train_loss=loss, step=step, samples=step * 8, tokens=step * 2048, time=float(step))
-
-
-# metrics.jsonl
-
-
-def test_each_record_is_on_disk_before_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    sink = JsonlLogger(path)
-    for number, record in enumerate(RECORDS, start=1):
-        sink.log(record)
-        assert path.read_bytes().count(b"\n") == number
-    sink.close(0)
-    sink.close(0)
-    assert list(read_records(path)) == RECORDS
-
-
-def test_a_metrics_file_with_records_is_refused_unless_resumed(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(to_line(RECORDS[0]) + "\n" + to_line(RECORDS[1])[:30])  # the last row was cut off by a kill
-    with pytest.raises(UserError, match="already holds the rows of a run: pass --resume"):
-        JsonlLogger(path)
-    sink = JsonlLogger(path, resume=True)
-    sink.log(RECORDS[1])
-    sink.close(0)
-    assert list(read_records(path)) == RECORDS[:2]
-
-
-@pytest.mark.parametrize("step", [60, 90])
-def test_a_resumed_run_drops_the_records_after_its_checkpoint_and_its_end(step: int, tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(to_line(record) + "\n" for record in RECORDS) + '{"kind"')
-    earlier_records = [record for record in RECORDS[:-1] if record.step <= step]
-    assert rewind(path, step) == len(RECORDS) - len(earlier_records) + 1
-    assert list(read_records(path)) == earlier_records
-    assert rewind(path, step) == 0
-
-
-def test_a_nan_record_is_refused_and_leaves_no_line(tmp_path: Path) -> None:
-    sink = JsonlLogger(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        sink.log(make_step_record(1, loss=float("nan")))
-    sink.close(1)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
-
-
-def test_a_missing_metrics_folder_and_a_full_disk_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: No such file or directory"):
-        JsonlLogger(tmp_path / "nowhere" / "metrics.jsonl")
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full on this system")
-    sink = JsonlLogger(Path("/dev/full"))
-    with pytest.raises(TrainingError, match="cannot write /dev/full: No space left on device"):
-        sink.log(RECORDS[0])
-
-
-def test_a_record_that_fits_only_in_part_is_removed_from_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    sink = JsonlLogger(path)
-    sink.log(RECORDS[0])
-    whole = os.write
-    monkeypatch.setattr(os, "write", lambda file, line: whole(file, line[:10]))
-    with pytest.raises(TrainingError, match="No space left"):
-        sink.log(RECORDS[1])
-    monkeypatch.undo()
-    assert list(read_records(path)) == RECORDS[:1]
-    assert path.read_bytes().endswith(b"\n")
 
 
 # progress

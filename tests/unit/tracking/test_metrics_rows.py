@@ -1,16 +1,17 @@
-"""The rows of metrics.jsonl are those that were written: a checkpoint knows how many there were, and their hash."""
+"""The rows of metrics.jsonl: on disk before the next step, and those that were written, as a checkpoint knows."""
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
 import pytest
 from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
-from helpers.fake_runs import make_metadata, make_run_folder
+from helpers.fake_runs import make_metadata, make_records, make_run_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config.errors import UserError
+from trainer.config.errors import TrainingError, UserError
 from trainer.report import run_records
 from trainer.report.run_folder import read_folder
 from trainer.tools.doctor.run_checks import inspect_run
@@ -20,6 +21,7 @@ from trainer.tracking.records import EvalRecord, EventRecord, StepRecord, from_l
 from trainer.training.diagnostics.monitor import DiagnosticsMonitor
 from trainer.training.diagnostics.types import RunInfo
 
+RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
 NUM_STEPS = 30
 RUN_INFO = RunInfo.from_metadata(make_metadata("full"))
 
@@ -29,6 +31,58 @@ def step_record(step: int, loss: float = 2.0) -> StepRecord:
         step=step, epoch=step / 10, samples=4 * step, tokens=64 * step, loss=loss, lr=1e-3, grad_norm=1.0,
         tokens_per_second=100.0, time=float(step),
     )  # fmt: skip
+
+
+def test_each_record_is_on_disk_before_the_next(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    for number, record in enumerate(RECORDS, start=1):
+        logger.log(record)
+        assert path.read_bytes().count(b"\n") == number
+    logger.close(0)
+    logger.close(0)
+    assert list(read_records(path)) == RECORDS
+
+
+@pytest.mark.parametrize("step", [60, 90])
+def test_a_resumed_run_drops_the_records_after_its_checkpoint_and_its_end(step, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(to_line(record) + "\n" for record in RECORDS) + '{"kind"')
+    earlier_records = [record for record in RECORDS[:-1] if record.step <= step]
+    assert rewind(path, step) == len(RECORDS) - len(earlier_records) + 1
+    assert list(read_records(path)) == earlier_records
+    assert rewind(path, step) == 0
+
+
+def test_a_nan_record_is_refused_and_leaves_no_line(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        logger.log(step_record(1, loss=float("nan")))
+    logger.close(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_a_missing_metrics_folder_and_a_full_disk_are_one_line(tmp_path):
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: No such file or directory"):
+        JsonlLogger(tmp_path / "nowhere" / "metrics.jsonl")
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    logger = JsonlLogger(Path("/dev/full"))
+    with pytest.raises(TrainingError, match="cannot write /dev/full: No space left on device"):
+        logger.log(RECORDS[0])
+
+
+def test_a_record_that_fits_only_in_part_is_removed_from_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.log(RECORDS[0])
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda file, line: whole(file, line[:10]))
+    with pytest.raises(TrainingError, match="No space left"):
+        logger.log(RECORDS[1])
+    monkeypatch.undo()
+    assert list(read_records(path)) == RECORDS[:1]
+    assert path.read_bytes().endswith(b"\n")
 
 
 @pytest.fixture
@@ -100,16 +154,16 @@ def test_no_changed_byte_goes_unnoticed(data, tmp_path_factory):
     assert find_changed_rows(path, [digest]) is not None
 
 
-def test_the_hash_goes_on_over_a_resume(written):
+def test_rows_are_continued_by_a_resume_only_and_their_hash_goes_on(written):
     path, _ = written
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"kind": "st')  # cut off by a kill
+    path.write_bytes(path.read_bytes() + b'{"kind": "st')  # cut off by a kill
+    with pytest.raises(UserError, match="already holds the rows of a run: pass --resume"):
+        JsonlLogger(path)
     logger = JsonlLogger(path, resume=True)
     logger.log(step_record(NUM_STEPS + 1))
-    digest = logger.digest()
     logger.close(0)
-    assert digest.num_rows == NUM_STEPS + 1
-    assert find_changed_rows(path, [digest]) is None
+    assert [record.step for record in read_records(path)] == list(range(1, NUM_STEPS + 2))
+    assert find_changed_rows(path, [logger.digest()]) is None
 
 
 def test_rows_before_a_checkpoint_stay_when_later_ones_are_dropped(written):
