@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,10 @@ def verify(job: Mapping[str, Any]) -> dict[str, Any]:
     """The facts about a job's folder: what is stored in it, and what the model in it answers."""
     folder = Path(job["folder"])
     model = load_folder(folder, job["base"], job["device"]).eval()
-    embedding_keys = embedding_names(model)
-    answer = inspect_tensors(folder, embedding_keys)
-    answer["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    embedding_names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
+    answer = inspect_tensors(folder, embedding_names)
+    answer["tied"] = embedding is model.get_output_embeddings().weight
     reference = np.load(job["logits"])
     with torch.no_grad():
         logits = model(torch.from_numpy(reference["input_ids"]).to(job["device"]), use_cache=False).logits
@@ -83,40 +84,30 @@ def load_folder(folder: Path, base: str | None, device: str) -> Any:
     return model
 
 
-def embedding_names(model: Any) -> set[str]:
-    """All the names under which the input embedding could be stored."""
-    embedding = model.get_input_embeddings().weight
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
+def inspect_tensors(folder: Path, embedding_names: set[str]) -> dict[str, Any]:
+    """Facts about the stored tensors themselves, read one at a time; `embedding_names`: all that the input embedding
+    could be stored under."""
+    from safetensors import safe_open
 
-
-def inspect_tensors(folder: Path, embedding_keys: set[str]) -> dict[str, Any]:
-    """Facts about the stored tensors themselves, read one at a time."""
     config = folder / "config.json"
     tensor_info: dict[str, Any] = {
         "tensors": 0, "empty": [], "adapters": 0, "adapters_moved": 0, "embedding_copies": 0,
         "said_dtype": json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else None,
     }  # fmt: skip
     dtypes = set()
-    for name, tensor_slice, read_tensor in _iter_tensors(folder):
-        tensor_info["tensors"] += 1
-        tensor_info["embedding_copies"] += name in embedding_keys
-        dtypes.add(tensor_slice.get_dtype())
-        if 0 in tensor_slice.get_shape():
-            tensor_info["empty"].append(name)
-        if ".lora_B." in name:
-            tensor_info["adapters"] += 1
-            tensor_info["adapters_moved"] += bool(read_tensor(name).any())
-    return tensor_info | {"stored_dtypes": sorted(dtypes)}
-
-
-def _iter_tensors(folder: Path) -> Iterator[tuple[str, Any, Any]]:
-    """(name, what the file says of it, a function that reads it) of every tensor in the folder."""
-    from safetensors import safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a mapping
-                yield name, file.get_slice(name), file.get_tensor
+                tensor_slice = file.get_slice(name)
+                dtypes.add(tensor_slice.get_dtype())
+                tensor_info["tensors"] += 1
+                tensor_info["embedding_copies"] += name in embedding_names
+                if 0 in tensor_slice.get_shape():
+                    tensor_info["empty"].append(name)
+                if ".lora_B." in name:
+                    tensor_info["adapters"] += 1
+                    tensor_info["adapters_moved"] += bool(file.get_tensor(name).any())
+    return tensor_info | {"stored_dtypes": sorted(dtypes)}
 
 
 @torch.no_grad()

@@ -135,13 +135,10 @@ class WandbLogger:
         if self._run is None:
             return
         try:
-            if isinstance(record, EventRecord) and record.event == "samples":
-                if record.step > self._last_logged_step:
-                    self._run.log({**sample_row(record), "sample/texts": _samples_table(record)}, step=record.step)
-            elif isinstance(record, EventRecord):
+            if isinstance(record, EventRecord) and record.event != "samples":
                 self._run.summary.update(wandb_summary(record))
             elif record.step > self._last_logged_step:
-                self._run.log(wandb_row(record), step=record.step)
+                self._run.log(_history_row(record), step=record.step)
         except Exception as error:
             self._give_up(error)
 
@@ -163,14 +160,16 @@ class WandbLogger:
         logger.warning(f"W&B stopped working ({_one_line(error)}); going on without it, metrics.jsonl has every row")
 
 
-def _samples_table(record: EventRecord) -> Any:
-    """The samples of one evaluation as a table of W&B."""
+def _history_row(record: Record) -> dict[str, Any]:
+    """The row of a record; of an evaluation's samples their scores, and the texts as a table of W&B."""
+    if not isinstance(record, EventRecord):
+        return wandb_row(record)
     import wandb
 
     columns = ["prompt", "reference", "base", "completion"]
     place = [record.step, record.facts["epoch"]]
     rows = [place + [text.get(name) for name in columns] for text in record.facts["texts"]]
-    return wandb.Table(columns=["step", "epoch", *columns], data=rows)
+    return {**sample_row(record), "sample/texts": wandb.Table(columns=["step", "epoch", *columns], data=rows)}
 
 
 def _teardown() -> None:
