@@ -11,9 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from helpers.fake_wandb import API_KEY, FakeWandb, child_env
 from trainer.config.errors import UserError
 from trainer.config.reference import CURVE
 from trainer.config.runtime_schema import OutputSettings
+from trainer.tracking import wandb_file, wandb_logger
 from trainer.tracking.records import EvalRecord, EventRecord, Record
 from trainer.tracking.wandb_environment import wandb_block, wandb_mode
 from trainer.tracking.wandb_file import WandbFile
@@ -187,11 +190,36 @@ def test_disabled_wandb_says_nothing_and_imports_nothing(tmp_path: Path, caplog:
     assert not list(tmp_path.iterdir())
 
 
+ROW = '{{"history": {{"item": {{"_step": {}}}}}}}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [([ROW.format(3), "{}", ROW.format(7)], 7), ([], -1), ([ROW.format(3), '{"_step": broken'], 3)],
+    ids=["steps", "nothing", "a broken line"],
+)
+def test_the_last_step_is_read_and_no_thread_stays(lines, expected, tmp_path, monkeypatch):
+    """A timer left behind holds the process at its end."""
+    core = tmp_path / "bin" / "wandb-core"
+    core.parent.mkdir()
+    core.write_text("#!/bin/sh\ncat <<'END'\n" + "".join(f"{line}\n" for line in lines) + "END\n")
+    core.chmod(0o755)
+    file = tmp_path / "wandb" / "offline-run-1-mine" / "run-mine.wandb"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(wandb_file.importlib.util, "find_spec", lambda name: spec)
+    assert wandb_logger._last_step(tmp_path, "mine") == expected
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)
+
+
 # Weights & Biases: the real client
 
 CHILD_CODE = """
 import logging, os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from helpers.fake_runs import make_metadata, make_records
 from trainer.tracking.wandb_logger import start_wandb
 
