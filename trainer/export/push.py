@@ -4,7 +4,7 @@ reads HF_TOKEN or what `hf auth login` kept, and nothing here prints or writes i
 import re
 from pathlib import Path
 
-from trainer.config.errors import TrainingError, UserError
+from trainer.config.errors import TrainingError, UserError, first_line
 
 
 def check_push(repo_id: str) -> None:
@@ -40,7 +40,6 @@ def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Kind and first line of an error or of its cause, without anything that could be a token."""
+    """Kind and first line of an error or of its cause."""
     error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"hf_\w+", "hf_...", f"{type(error).__name__}: {(lines or ['no reason given'])[0][:200]}")
+    return f"{type(error).__name__}: {first_line(error)}"
