@@ -56,10 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     try:
         args, train_argv = parser.parse_known_args(argv)
-        if args.workers < 1:
-            raise UserError(f"--workers {args.workers}: expected a whole number from 1")
-        if args.gpus_per_trial is not None and args.gpus_per_trial < 0:
-            raise UserError(f"--gpus-per-trial {args.gpus_per_trial}: expected a whole number from 0")
+        for flag, number, least in (("--workers", args.workers, 1), ("--gpus-per-trial", args.gpus_per_trial, 0)):
+            if number is not None and number < least:
+                raise UserError(f"{flag} {number}: expected a whole number from {least}")
         if args.price_per_hour is not None and not 0 < args.price_per_hour < float("inf"):
             raise UserError(f"--price-per-hour {args.price_per_hour:g}: expected a number above 0")
         if args.wandb_report is not None:

@@ -46,22 +46,17 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hosts(private: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """h1 to h3; their own names lead to a loopback, as Debian writes it, and the ranks meet all the same."""
     folder = tmp_path_factory.mktemp("hosts")
-    with started_hosts(folder, 3, private=(private,), etc_hosts="127.0.1.1 {name}\n") as hosts:
+    with started_hosts(folder, 3, private=private, etc_hosts="127.0.1.1 {name}\n") as hosts:
         yield hosts
-
-
-def own_folder(hosts: Hosts, name: str) -> Path:
-    """What the host sees under the private path."""
-    return hosts.folder / name / "private-0"
 
 
 def test_other_data_and_another_base_on_the_second_host_are_refused_by_name(
     flags, tiny_model, hosts, private, tmp_path
 ):
     for number in (1, 2):
-        write_records(own_folder(hosts, f"h{number}") / "d.jsonl", num_records=25, seed=number)
-        shutil.copytree(tiny_model, own_folder(hosts, f"h{number}") / "base")
-    weights = own_folder(hosts, "h2") / "base" / "model.safetensors"
+        write_records(hosts.own_folder(f"h{number}") / "d.jsonl", num_records=25, seed=number)
+        shutil.copytree(tiny_model, hosts.own_folder(f"h{number}") / "base")
+    weights = hosts.own_folder("h2") / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     argv = [*flags, "--model", str(private / "base"), "--data", str(private / "d.jsonl"), "--max-steps", "4"]
     argv += ["--output-dir", str(tmp_path / "run")]
@@ -80,7 +75,7 @@ def test_only_rank_0s_host_needs_the_run_folder(flags, data_files, hosts, privat
     argv = [*flags, "--test-data", data_files[1], "--output-dir", str(private / "run")]
     more_flags = "--ds-config zero1 --max-steps 4 --save-every 2 --eval-every 2 --lr 0.5 --schedule constant"
     argv += [*more_flags.split(), "--export", "best"]
-    h1, h2 = own_folder(hosts, "h1") / "run", own_folder(hosts, "h2") / "run"
+    h1, h2 = hosts.own_folder("h1") / "run", hosts.own_folder("h2") / "run"
     run = hosts.train(argv, tmp_path / "first")
     assert run.wait() == [0, 0], run.output
     plan = " ".join(run.logs[0].read_text().split())

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -42,9 +41,9 @@ def skip_without_namespaces() -> None:
 
 
 class Hosts:
-    """h1, h2, ... at 10.77.0.1, 10.77.0.2, ...; `private`: folders of which each host has its own, empty at first."""
+    """h1, h2, ... at 10.77.0.1, 10.77.0.2, ...; `private`: a path under which each has a folder of its own."""
 
-    def __init__(self, folder: Path, count: int, *, private: tuple[Path, ...] = (), etc_hosts: str = ""):
+    def __init__(self, folder: Path, count: int, *, private: Path | None = None, etc_hosts: str = ""):
         self.folder, self.private = folder, private
         self.processes: list[subprocess.Popen[bytes]] = []
         self.runs: list[RanksOnHosts] = []
@@ -72,12 +71,10 @@ class Hosts:
         self._write_ssh_files(home)
         own_line = etc_hosts.format(name=name)  # the first line of a name counts
         (home / "etc-hosts").write_text(own_line + (self.folder / "etc-hosts").read_text())
-        binds = [(home / f"private-{index}", path) for index, path in enumerate(self.private)]
-        for source, _ in binds:
-            source.mkdir()
+        self.own_folder(name).mkdir()
         init = [
             f"hostname {name}",
-            *(f"mount --bind {shlex.quote(str(source))} {shlex.quote(str(path))}" for source, path in binds),
+            f"mount --bind {self.own_folder(name)} {self.private}" if self.private else "",
             f"mount --bind {home}/etc-hosts /etc/hosts",
             f"test -e {SSH_CONFIG} && mount --bind {self.folder}/ssh_config {SSH_CONFIG}",
             "mount -t tmpfs tmpfs /dev/shm",
@@ -116,6 +113,10 @@ class Hosts:
             f"AuthorizedKeysFile {key}.pub\n"
         )
 
+    def own_folder(self, name: str) -> Path:
+        """What the host sees under the private path."""
+        return self.folder / name / "private"
+
     def start(self, name: str, argv: list[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """A command on a host, its output in `log`."""
         variables = [f"{key}={value}" for key, value in env.items()]
@@ -149,10 +150,11 @@ class Hosts:
     @contextlib.contextmanager
     def fast_python(self) -> Iterator[Path]:
         """A folder that each host has of its own, with `bin/python3` and `bin/deepspeed` that start at once there."""
-        path = self.private[0]
+        path = self.private
+        assert path is not None
         with contextlib.ExitStack() as stack:
             for name, pid in self.pids.items():
-                folder = self.folder / name / "private-0"
+                folder = self.own_folder(name)
                 before = functools.partial(_join_namespaces, pid)
                 stack.enter_context(serve_interpreter(folder, path=path, before=before))
                 (folder / "bin").mkdir()

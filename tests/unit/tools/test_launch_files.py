@@ -24,8 +24,6 @@ SLURM_OPTIONS = dict(
 SLURM_FLAGS = ["--slurm", "--nodes", "2", "--ranks-per-node", "3", "--mode", "lora", "--global-batch", "6"]
 GRACE = ["--grace", "90"]
 SSH_FLAGS = ["--hosts", "a:1,b:2", "--mode", "lora", "--global-batch", "6"]
-
-
 write_launch_files = runpy.run_path(str(ROOT / "launch" / "cluster.py"))["main"]
 
 
@@ -101,9 +99,9 @@ def test_keys_are_in_a_file_of_their_owner_only_and_nowhere_else(tmp_path, monke
     environ = eval(subprocess.run(shell, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True).stdout)
     assert {name: environ.get(name) for name in values} == values
     assert "EDITOR" not in environ
-    others = [path.read_text() for path in tmp_path.rglob("*") if path.is_file() and path.name != "environment"]
-    for value in values.values():
-        assert not any(value in text for text in [*others, capsys.readouterr().out])
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file() and path.name != "environment"]
+    texts.append(capsys.readouterr().out)
+    assert not [(value, text) for value in values.values() for text in texts if value in text]
 
 
 @pytest.mark.parametrize(
