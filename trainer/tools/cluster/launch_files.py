@@ -106,6 +106,7 @@ def ssh_files(
     """The host list and the command of `deepspeed --hostfile`, and a file with the variables, for its owner only.
 
     `command`, `settings`: as for `slurm_files`; `folder`: where the files go, under the same path on all hosts.
+    Long: the script as it is written.
     """
     environment, hostfile = (shlex.quote(str(folder / name)) for name in ("environment", "hostfile"))
     is_over_pdsh = len(ranks_of_hosts) > 1  # deepspeed starts the ranks of one host itself
