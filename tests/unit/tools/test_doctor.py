@@ -21,15 +21,7 @@ from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.data.dataset import PreparedDataset, prepare
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import simulated_context
-from trainer.tools.doctor import (
-    data_checks,
-    doctor_cli,
-    environment_checks,
-    memory_checks,
-    plan_checks,
-    sample_data,
-    smoke_test,
-)
+from trainer.tools.doctor import data_checks, doctor_cli, environment_checks, memory_checks, plan_checks, smoke_test
 from trainer.tools.doctor.check_result import LEVELS, format_bytes
 
 
@@ -269,7 +261,7 @@ def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, ti
     flags = f"--mode full --model {tiny_model} --data {path} --objective completion --block-size 32 --global-batch 2"
     argv = [*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS]
     request, planned = cli.parse_args(argv), plan_run(argv, simulated_context(1), on_meta=True)
-    data_overrides = sample_data.sample_overrides(planned.plan, planned.data, 4, tmp_path)
+    data_overrides = smoke_test.sample_overrides(planned.plan, planned.data, 4, tmp_path)
     lines = {side: Path(data_overrides[side]).read_text().splitlines() for side in ("data", "val_data")}
     assert 8 <= len(lines["data"]) < 400, "4 steps of 2, and not much more"
     assert 1 <= len(lines["val_data"]) < 400

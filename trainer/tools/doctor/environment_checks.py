@@ -29,6 +29,7 @@ from trainer.tools.doctor.check_result import (
 
 DISTRIBUTION = "gpt2-full-vs-lora"
 LAUNCHER_PORT = 29500  # of `deepspeed` and `torchrun`, where none is named
+SHARED_MEMORY = Path("/dev/shm")
 MIN_SHM_BYTES = 2**30  # bytes; NCCL's buffers between the GPUs of one machine, some 10 MB a pair
 HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default: where it is, `deepspeed` starts on several machines
 
@@ -43,7 +44,7 @@ def check_environment(world_size: int, environ: Mapping[str, str], *, is_multi_n
     yield check_backends(world_size)
     yield from check_op_builds()
     yield check_shared_memory(world_size)
-    yield from check_leftover_buffers(Path("/dev/shm"))
+    yield from check_leftover_buffers(SHARED_MEMORY)
     yield check_port()
     yield from check_master_address(environ)
     yield check_threads(world_size)
@@ -135,11 +136,11 @@ def check_op_builds() -> Iterator[CheckResult]:
         yield CheckResult(WARNING, "op builds", message, "write 9.0 for 9.0a, or unset it")
 
 
-def check_shared_memory(world_size: int, folder: Path = Path("/dev/shm")) -> CheckResult:
+def check_shared_memory(world_size: int) -> CheckResult:
     """/dev/shm, through which NCCL's ranks of one machine talk."""
-    if not folder.is_dir():
+    if not SHARED_MEMORY.is_dir():
         return ok_result("/dev/shm", "not there")
-    free_bytes = shutil.disk_usage(folder).free
+    free_bytes = shutil.disk_usage(SHARED_MEMORY).free
     is_short = world_size > 1 and torch.cuda.is_available() and free_bytes < MIN_SHM_BYTES
     remedy = "docker run --shm-size=2g (or --ipc=host)"
     return make_result(is_short, WARNING, "/dev/shm", f"{format_bytes(free_bytes)} free", remedy)

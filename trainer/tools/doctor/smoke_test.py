@@ -21,18 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.cli import CliArgs, to_argv
+from trainer.data import readers, sources
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
 from trainer.distributed.step_check import MAX_DIFFERENCE
 from trainer.report.formats import format_duration
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, make_result, ok_result
-from trainer.tools.doctor.sample_data import sample_overrides
 from trainer.tools.worker_processes import worker_environ
 from trainer.training.run_plan import RunPlan
 
 TRAIN_SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
 NUM_STEPS = 2  # before the checkpoint and after it, beside those that come before steps are recorded
 CPU_RESUME_TOLERANCE = 1e-5  # relative difference of losses after a resume, where sums may be taken in another order
+
+LARGE_DATA_FACTOR = 20  # times the tokens of the rehearsed steps: data beyond it are sampled
+CHARACTERS_PER_TOKEN = 12  # of text for a token, more than any tokenizer takes on the mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +189,37 @@ class SmokeTest:
             f"from step {self.save_step}: losses {agreement}",
             "a resumed run would not be the run that was stopped; report this with the flags",
         )  # fmt: skip
+
+
+def sample_overrides(plan: RunPlan, data: PreparedDataset, num_steps: int, folder: Path) -> dict[str, str]:
+    """The data settings that put a sample in place of large data; {} where they are small enough as they are."""
+    settings = plan.settings
+    num_tokens_needed = num_steps * plan.schedule.batch.global_batch * settings.data.block_size
+    num_tokens = data.metadata["train"]["tokens"] + data.metadata["val"]["tokens"]
+    record_format = data.metadata["form"]
+    if num_tokens <= LARGE_DATA_FACTOR * num_tokens_needed or record_format == "input_ids":
+        return {}
+    max_characters = {
+        "train": 2 * CHARACTERS_PER_TOKEN * num_tokens_needed,
+        "val": CHARACTERS_PER_TOKEN * num_tokens_needed // num_steps,
+    }
+    overrides = {}
+    for split, name, argument in (("train", "data", settings.data.data), ("val", "val_data", settings.data.val_data)):
+        path = folder / f"{split}.jsonl"
+        source = sources.find(argument or settings.data.data, "--data" if split == "train" else "--val-data")
+        characters_left = max_characters[split]
+        if argument is None:
+            characters_left += max_characters["train"]  # the validation sample is what follows that of training
+        with open(path, "w", encoding="utf-8") as file:
+            for sourced_record in readers.records(source):
+                line = json.dumps(sourced_record.record, default=str)
+                if argument is not None or characters_left < max_characters["val"]:
+                    file.write(line + "\n")
+                characters_left -= len(line)
+                if characters_left < 0:
+                    break
+        overrides[name] = str(path)
+    return overrides
 
 
 def _terminate(process: "subprocess.Popen[bytes]") -> None:
