@@ -370,7 +370,7 @@ def take_steps(
         micro_batch_size=batch.micro_batch_size,
     )  # fmt: skip
     shapes = ((batch.micro_batch_size, WIDTH),) if compiled else ()
-    plan = replace(plan, cuda_graphs=recorded, compiled_shapes=shapes, fused_lora=plan.fused_lora and not compiled)
+    plan = replace(plan, cuda_graphs=recorded, compiled_shapes=shapes)
 
     def make_engine(model: Any) -> Engine:
         return Engine(dist_context, model, config, settings.train, plan)

@@ -192,7 +192,6 @@ def make_plans(*paths: str) -> list[Any]:
     return [
         replace(
             base, cuda_graphs="graphs" in path, compiled_shapes=((2, 1024),) if "compile" in path else (),
-            fused_lora="compile" not in path,
         )
         for path in paths
     ]  # fmt: skip

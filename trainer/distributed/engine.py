@@ -24,10 +24,11 @@ from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.step_execution import StepExecution
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
-from trainer.kernels import cpu_attention
+from trainer.kernels import cpu_attention, fused_lora
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model import optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions
+from trainer.model.lora import find_fusable_layers
 
 RECORDED_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it, so that shapes come again
 
@@ -122,6 +123,8 @@ class Engine:
             self.model.causal.set_attn_implementation("sdpa")
         if plan.blockwise_attention:
             cpu_attention.install(self.model.module, self.model.causal)
+        if plan.fused_lora:
+            fused_lora.install(find_fusable_layers(self.model.module), self.model.causal.base_model)
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         quantization.set_compute_dtype(self.model.module, dtype)
 

@@ -140,7 +140,7 @@ def make_execution_plan(
         stepper="native" if is_native else "deepspeed",
         cuda_graphs="graphs" in path,
         compiled_shapes=tuple((n, settings.data.block_size) for n in dict.fromkeys(rows)) if is_compiled else (),
-        fused_lora=is_plain_lora and stage < 3 and not is_compiled,
+        fused_lora=is_plain_lora and stage < 3,
         blockwise_attention=(
             not (is_gpu or is_compiled or settings.data.packing) and max(model_dropout, lora_dropout) > 0
         ),

@@ -1,6 +1,6 @@
 """Forward and backward by the plan in force, which gives way where a part of it fails, or where another is faster."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,9 +12,7 @@ from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.execution_tuner import ExecutionTuner
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper
-from trainer.kernels import fused_lora
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
-from trainer.model.lora import find_fusable_layers
 
 
 class StepExecution:
@@ -46,7 +44,6 @@ class StepExecution:
         self._past_checks: list[str] = []
         self._compiled: CompiledStepRunner | None = None
         self._graphs: CUDAGraphRunner | None = None
-        self._remove_fused_lora: Callable[[], None] | None = None
         self._set_plan(plan)
         if head_problem:
             self.changes.append(PlanChange(step=0, plan=self.plan, reason=head_problem))
@@ -54,7 +51,6 @@ class StepExecution:
     def _set_plan(self, plan: ExecutionPlan) -> None:
         self.plan = replace(plan, chunked_loss=self._has_chunked_loss)
         self._past_checks, self._compiled, self._graphs = self.checks, None, None
-        self._install_fused_lora()
         backward, forward = self.stepper.backward, self.stepper.forward
         self.loss_module.compile_for_shapes(set())
         if plan.compiled_shapes:
@@ -70,16 +66,8 @@ class StepExecution:
                 static_grads=self.stepper.flat_grads,
             )  # fmt: skip
 
-    def _install_fused_lora(self) -> None:
-        if self._remove_fused_lora is not None and not self.plan.fused_lora:
-            self._remove_fused_lora()
-            self._remove_fused_lora = None
-        elif self._remove_fused_lora is None and self.plan.fused_lora:
-            layers = find_fusable_layers(self.loss_module)
-            self._remove_fused_lora = fused_lora.install(layers, self.loss_module.causal.base_model)
-
     def use_plan(self, plan: ExecutionPlan) -> None:
-        """Run by another plan from here on, one that differs in path, compiled shapes or fused adapters alone.
+        """Run by another plan from here on, one that differs in path and compiled shapes alone.
 
         What was recorded or compiled for the last one is dropped, with the memory that it holds.
         """

@@ -93,16 +93,21 @@ class CausalLMLoss(nn.Module):
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
         return torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
 
-    def compile_for_shapes(self, shapes: set[tuple[int, ...]]) -> None:
-        """Compile for ids of these shapes, at their first use; all others stay eager, as do ends of an epoch."""
+    def compile_for_shapes(self, shapes: set[tuple[int, ...]], backend: Any = "inductor") -> None:
+        """Compile for ids of these shapes, at their first use; all others stay eager, as do ends of an epoch.
+
+        `backend`: torch.compile's.
+        """
         self._compiled_shapes = shapes
         if not shapes:
             return
         # Dropout by torch's own kernels: the masks are those of eager steps, before and after a fallback or a resume.
         inductor_config: Any = import_module("torch._inductor.config")
         inductor_config.fallback_random = True
-        self._compiled_base_model = torch.compile(self.causal.base_model.forward, dynamic=False)
-        self._compiled_nll_and_grad = torch.compile(_compilable_nll_and_grad_inplace, dynamic=False)
+        self._compiled_base_model = torch.compile(self.causal.base_model.forward, dynamic=False, backend=backend)
+        self._compiled_nll_and_grad = torch.compile(
+            _compilable_nll_and_grad_inplace, dynamic=False, backend=backend
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -122,6 +127,8 @@ class CausalLMLoss(nn.Module):
         ):
             from torch._dynamo.exc import TorchDynamoException  # takes a second: only where it is needed
 
+            for hook in self.causal.base_model._forward_pre_hooks.values():  # which its bare forward does not call
+                hook(self.causal.base_model, ())
             try:
                 hidden = self._compiled_base_model(**inputs, use_cache=False).last_hidden_state
                 return hidden, self._compiled_nll_and_grad
@@ -385,7 +392,8 @@ def _compilable_nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
     target_index = targets.clamp(min=0)[:, None]
     log_probs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
     one_hot = torch.arange(logits.shape[1], device=logits.device)[None] == target_index
-    nll = -log_probs.gather(1, target_index)[:, 0] * (targets != IGNORE_INDEX)
+    # A sum over the row, not a gather: what looks elsewhere in logits that are overwritten is a kernel of its own.
+    nll = -torch.where(one_hot, log_probs, 0).sum(1) * (targets != IGNORE_INDEX)
     logits.copy_(log_probs.exp() - one_hot.float())
     return nll
 

@@ -17,7 +17,7 @@ from trainer.kernels.device_branch import uses_gpu_form
 
 def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32."""
-    if left.dtype != torch.float32 and sums_in_fp32(left):
+    if left.dtype != torch.float32 and sums_in_fp32(left.device, left.dtype):
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left, right).float()
 
@@ -29,7 +29,7 @@ def accumulate_matmul(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bo
             torch.mm(left, right, out=out)
         else:
             out.addmm_(left, right)
-    elif out.dtype == torch.float32 and sums_in_fp32(left):
+    elif out.dtype == torch.float32 and sums_in_fp32(left.device, left.dtype):
         if overwrite:
             torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=out)
         else:
@@ -40,11 +40,12 @@ def accumulate_matmul(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bo
         out.add_(left @ right)
 
 
-def sums_in_fp32(example: Tensor) -> bool:
-    """Whether the device of this 16-bit tensor does so; fake ones stand for a GPU's where its forms are simulated."""
-    if isinstance(example, FakeTensor):
-        return uses_gpu_form(example.device)
-    return _device_sums_in_fp32(example.device, example.dtype)
+@torch.compiler.assume_constant_result
+def sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device does so with this 16-bit type; tensors without data stand for those of a simulated GPU."""
+    if isinstance(torch.empty(0), FakeTensor):
+        return uses_gpu_form(device)
+    return _device_sums_in_fp32(device, dtype)
 
 
 @functools.cache

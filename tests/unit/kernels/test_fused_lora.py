@@ -132,6 +132,19 @@ def test_the_gpu_form_of_fused_lora_gives_the_same_numbers():
         torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_a_compiler_takes_adapted_layers_in_one_graph_with_the_same_numbers(is_gpu):
+    """In the GPU's form with the casts of all layers that are made before the compiled part."""
+    model, x = make_adapted(), torch.randn(2, 20, 64, requires_grad=True)
+    fused_lora.install(find_fusable_layers(model), model)
+    with torch.autocast("cpu", torch.bfloat16), simulate_gpu(is_gpu):
+        expected = output_and_gradients(model, x)
+        model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+        actual = output_and_gradients(model, x)
+    for compiled, eager in zip(actual, expected, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
+
+
 def test_fused_lora_respects_disabled_and_merged_adapters(tiny_model):
     module = build_model(cli.parse_args(["--mode", "lora", "--model", tiny_model]).settings).module
     for parameter in (p for name, p in module.named_parameters() if ".lora_B." in name):

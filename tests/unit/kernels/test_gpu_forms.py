@@ -13,7 +13,7 @@ from trainer.tools.bench.operations import OperationCount
 def test_products_are_summed_in_float32_where_the_device_shows_that_it_does_and_rounded_elsewhere():
     """torch has it for no processor: the plain form there. A GPU's operations, by their shapes and types alone."""
     left, right = torch.randn(8, 32).bfloat16(), torch.randn(32, 8).bfloat16()
-    assert not mixed_matmul.sums_in_fp32(left)
+    assert not mixed_matmul.sums_in_fp32(left.device, left.dtype)
     assert torch.equal(matmul_fp32(left, right), (left @ right).float())
     out = torch.ones(8, 8)
     accumulate_matmul(out, left, right, overwrite=False)
