@@ -169,12 +169,11 @@ def test_the_first_wandb_failure_is_reported_once_and_ends_wandb_logging(caplog:
         ]
 
 
-def test_a_wandb_client_that_cannot_be_imported_is_reported_and_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_wandb_client_that_cannot_be_imported_is_reported_and_skipped(mode, tmp_path, monkeypatch, caplog) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    sink = start_wandb(METADATA, tmp_path)
+    sink = start_wandb(make_metadata("lora", wandb__mode=mode), tmp_path)
     sink.log(RECORDS[0])
     sink.close(0)
     (message,) = caplog.messages

@@ -50,9 +50,11 @@ def start_wandb(
     if mode == "disabled":
         return WandbLogger(None)
     timeouts = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
-    init = partial(_init, metadata, folder, is_resumed=is_resumed, timeouts=timeouts)
     try:
         prepare_environment(folder, mode)
+        import wandb
+
+        init = partial(_init, wandb, metadata, folder, is_resumed=is_resumed, timeouts=timeouts)
         if is_resumed:
             _say_what_a_resume_overrides(metadata["run_id"])
         try:
@@ -78,11 +80,10 @@ def start_wandb(
 
 
 def _init(
-    metadata: Mapping[str, Any], folder: Path, mode: Any, *, is_resumed: bool, timeouts: Mapping[str, float]
-) -> Any:
+    wandb: Any, metadata: Mapping[str, Any], folder: Path, mode: str, *, is_resumed: bool,
+    timeouts: Mapping[str, float],
+) -> Any:  # fmt: skip
     """wandb.init for this run; what a variable of W&B's says goes before ours, except where a flag says it."""
-    import wandb
-
     settings: dict[str, Any] = {
         **timeouts,
         "console": "off",
