@@ -235,6 +235,63 @@ def test_a_failed_capture_is_reported_once_and_steps_go_on_eagerly(loss_module, 
     )
 
 
+def test_after_a_failure_what_was_recorded_before_is_not_replayed_within_the_step_either(loss_module, monkeypatch):
+    """Its generator's state is no longer the one that is seeded: dropout would draw other masks, or raise."""
+    runner = make_runner(loss_module)
+    for number in range(cuda_graphs.NUM_WARMUP_CALLS + 1):
+        graph_gradients(runner, loss_module, [make_micro_batch(2, number), make_micro_batch(2, number)])
+    replays = [graph.num_replays for graph in FakeCapturedGraph.instances]
+    monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", True)
+    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_CALLS", 0)
+    shapes = [1, 2]  # the first one's recording fails
+    micros = [make_micro_batch(rows, rows) for rows in shapes]
+    assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
+    assert "stream is capturing" in runner.capture_error
+    assert [graph.num_replays for graph in FakeCapturedGraph.instances] == replays
+
+
+@pytest.mark.parametrize("part", ["clone", "of", "replay"])
+def test_a_recording_for_whose_verification_there_is_no_memory_costs_the_recording_alone(
+    part, loss_module, monkeypatch
+):
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runner = make_runner(loss_module)
+    for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
+        if number == cuda_graphs.NUM_WARMUP_CALLS:
+            owner = {"clone": cuda_graphs, "of": cuda_graphs.Measured, "replay": FakeCapturedGraph}[part]
+            monkeypatch.setattr(owner, "_clone_all" if part == "clone" else part, fail)
+        micros = [make_micro_batch(2, number), make_micro_batch(2, number + 1)]
+        assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
+    assert runner.capture_error == "steps are not recorded as CUDA graphs: CUDA out of memory"
+
+
+def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(dropout_loss_module):
+    """A ragged step, after its forward has drawn its masks, or an evaluation."""
+    runner = make_runner(dropout_loss_module)
+    for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 1):
+        seeded_gradients(runner, dropout_loss_module, seed)
+    eager_backward = runner.eager_backward
+
+    def fits_alone(*inputs: Any) -> torch.Tensor:
+        if runner._captured:
+            torch.rand(5)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return eager_backward(*inputs)
+
+    runner.eager_backward = fits_alone
+    ids = make_micro_batch(1, 7)
+    torch.manual_seed(7)
+    expected = eager_gradients(dropout_loss_module, [ids])
+    torch.manual_seed(7)
+    assert_all_close(graph_gradients(runner, dropout_loss_module, [ids]), expected)
+    assert runner.capture_error == "steps are not recorded as CUDA graphs: beside the recordings CUDA out of memory"
+    runner.eager_backward = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        graph_gradients(runner, dropout_loss_module, [ids])
+
+
 class FakeGeneratorState:
     """Of CUDA's generator: drawing from one that is capturing, while nothing captures, raises."""
 
@@ -243,14 +300,23 @@ class FakeGeneratorState:
 
 
 class FakeCudaDevice:
-    """The default generator and the current stream, as torch 2.11 leaves them when a capture fails.
+    """The default generator, the current stream and the allocator, as torch 2.11 leaves them when a capture fails.
 
-    `torch.cuda.graph` asks for the end of the capture first; where that raises, neither the generator's epilogue nor
-    the return to the stream before is reached.
+    `torch.cuda.graph` asks for the end of the capture first; where that raises, neither the allocator's and the
+    generator's epilogue nor the return to the stream before is reached, and the graph's end does not release its pool.
     """
 
     def __init__(self) -> None:
         self.state, self.stream = FakeGeneratorState(), "main"
+        self.gives_to_pool, self.pool_users = False, 0
+
+    def end_allocate(self, index: int, pool: str) -> None:
+        if not self.gives_to_pool:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.gives_to_pool = False
+
+    def release_pool(self, index: int, pool: str) -> None:
+        self.pool_users -= 1
 
     def clone_state(self) -> FakeGeneratorState:
         return FakeGeneratorState(self.state.offset)
@@ -267,7 +333,8 @@ class FakeCudaDevice:
         self.stream = "side"
         if failing == "begin":
             raise RuntimeError("capture_begin failed")
-        self.state.is_capturing = True
+        self.state.is_capturing = self.gives_to_pool = True
+        self.pool_users += 1
         self.dropout()
         try:
             if failing == "inside":
@@ -277,6 +344,8 @@ class FakeCudaDevice:
         finally:
             if failing in ("inside", "end"):
                 raise RuntimeError("operation failed due to a previous error during capture")
+            self.end_allocate(0, "pool")
+            self.release_pool(0, "pool")  # as the graph that had its end does when it is dropped
             self.state.is_capturing, self.stream = False, "main"
 
 
@@ -286,16 +355,19 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> FakeCudaDevice:
     monkeypatch.setattr(torch.cuda, "default_generators", [device])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device.stream)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(device, "stream", stream))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", device.end_allocate)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", device.release_pool)
     return device
 
 
 @pytest.mark.parametrize("failing", ["begin", "inside", "end", "memory"])
 def test_after_a_capture_that_fails_anywhere_the_next_dropout_draws_as_if_there_had_been_none(fake_device, failing):
     fake_device.dropout()
-    with pytest.raises(RuntimeError), cuda_graphs._restored_on_failure(torch.device("cuda", 0)):
+    with pytest.raises(RuntimeError), cuda_graphs._restored_on_failure(torch.device("cuda", 0), "pool"):
         fake_device.capture(failing)
     fake_device.dropout()
     assert (fake_device.state.offset, fake_device.stream) == (8, "main")
+    assert (fake_device.gives_to_pool, fake_device.pool_users) == (False, 0), "its memory can be had again"
 
 
 def test_the_stand_in_device_is_left_as_cuda_leaves_it(fake_device):
@@ -305,6 +377,7 @@ def test_the_stand_in_device_is_left_as_cuda_leaves_it(fake_device):
     fake_device.stream = "main"
     with pytest.raises(RuntimeError, match="outside graph capture"):
         fake_device.dropout()
+    assert (fake_device.gives_to_pool, fake_device.pool_users) == (True, 1)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -17,10 +17,12 @@ from helpers.engines import joined_ranks, plan_execution, plan_run
 from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from test_cuda_graphs import FakeCapturedGraph
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from trainer.distributed import cuda_graphs, execution
 from trainer.distributed.compiled_steps import CompiledStepRunner
 from trainer.distributed.execution_tuner import ExecutionTuner
+from trainer.distributed.step_check import MAX_DIFFERENCE, Measured
 from trainer.distributed.step_execution import StepExecution
 from trainer.kernels import linear_cross_entropy
 from trainer.kernels.device_branch import simulate_gpu
@@ -69,8 +71,6 @@ class _FailsInBackward(torch.autograd.Function):
 
 @pytest.fixture
 def loss_module(session_dir: Path) -> CausalLMLoss:
-    from transformers import AutoModelForCausalLM
-
     folder = make_tiny_gpt2(session_dir / "tuned", dropout=0.1)
     return CausalLMLoss(AutoModelForCausalLM.from_pretrained(folder), None).train()
 
@@ -102,7 +102,7 @@ def plain_backward(loss_module: CausalLMLoss) -> Any:
     return lambda ids, labels, weight: (loss_module(ids, labels)[0] * weight).backward()
 
 
-@pytest.mark.parametrize("failure", ["", "forward", "backward"])
+@pytest.mark.parametrize("failure", ["", "forward", "backward", "memory"])
 def test_a_compiled_shape_is_verified_once_and_a_compiler_that_fails_anywhere_costs_no_step(
     loss_module, monkeypatch, failure
 ):
@@ -111,11 +111,15 @@ def test_a_compiled_shape_is_verified_once_and_a_compiler_that_fails_anywhere_co
     expected = [step_gradients(plain_backward(loss_module), loss_module, seed) for seed in range(3)]
     monkeypatch.setattr(torch, "compile", compiler)
     runner = make_compiled_runner(loss_module)
+    if failure == "memory":  # for the gradients of the eager call that it is held against
+        out_of_memory = torch.OutOfMemoryError("CUDA out of memory")
+        monkeypatch.setattr(runner, "_measure", lambda *_: (_ for _ in ()).throw(out_of_memory))
     for seed in range(3):
         for actual, gradient in zip(step_gradients(runner.backward, loss_module, seed), expected[seed], strict=True):
             torch.testing.assert_close(actual, gradient, rtol=1e-6, atol=1e-7)
     if failure:
-        cause = {"forward": "no compiler here", "backward": "the compiler of the backward failed"}[failure]
+        cause = {"forward": "no compiler here", "backward": "the compiler of the backward failed",
+                 "memory": "CUDA out of memory"}[failure]  # fmt: skip
         assert runner.error == f"steps are not compiled: {cause}"
         assert runner.checks == []
     else:
@@ -182,6 +186,26 @@ def test_a_compiled_shape_that_gives_another_gradient_is_named_with_both_figures
         torch.testing.assert_close(actual, gradient, rtol=1e-5, atol=1e-6)
     assert runner.error.startswith("steps are not compiled: train 2x16 gives loss ")
     assert "the eager step loss" in runner.error
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_right_ways_to_compute_are_equal_also_where_a_gradient_is_rounding_alone(precision):
+    """The key bias of OPT shifts all scores of a query alike: its gradient is 0 but for rounding."""
+    config = OPTConfig(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=97, word_embed_proj_dim=32,
+        max_position_embeddings=32, dropout=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    module = CausalLMLoss(AutoModelForCausalLM.from_config(config), torch.bfloat16 if precision == "bf16" else None)
+    ids, params = torch.randint(1, 97, (2, 32)), [p for p in module.parameters() if p.requires_grad]
+    measured = []
+    for attention in ("sdpa", "eager"):
+        module.causal.set_attn_implementation(attention)
+        loss_sum, row_losses = module(ids, ids)
+        measured.append(Measured.of(row_losses, torch.autograd.grad(loss_sum, params)))
+    assert measured[0].relative_difference(measured[1]) < MAX_DIFFERENCE[precision]
+    negated = replace(measured[0], samples=tuple(tuple(-x for x in row) for row in measured[0].samples))
+    assert measured[0].relative_difference(negated) > 1, "gradients of the same size in another direction"
 
 
 # --- the choice, pure ---

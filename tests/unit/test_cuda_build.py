@@ -34,11 +34,14 @@ def test_every_module_imports():
 
 
 def test_every_name_of_cuda_that_the_product_uses_is_there():
-    names = ("CUDAGraph", "graph", "default_generators", "current_stream", "set_stream", "Event", "OutOfMemoryError")
+    names = ("CUDAGraph", "graph", "default_generators", "current_stream", "set_stream", "Event", "OutOfMemoryError",
+             "graph_pool_handle")  # fmt: skip
     assert [name for name in names if not hasattr(torch.cuda, name)] == []
     generator = torch.Generator  # of the state that a failed capture leaves behind
     assert hasattr(generator, "clone_state")
     assert hasattr(generator, "graphsafe_set_state")
+    assert hasattr(torch._C, "_cuda_endAllocateToPool")  # of the memory that it leaves behind
+    assert hasattr(torch._C, "_cuda_releasePool")
     assert "out_dtype" in str(torch.ops.aten.mm.dtype._schema)
 
 

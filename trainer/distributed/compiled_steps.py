@@ -56,15 +56,15 @@ class CompiledStepRunner:
         shape = tuple(ids.shape)
         if self.error or shape not in self.shapes or (kind, shape) in self._verified:
             return
-        with unchanged_rng(ids.device), self.loss_module.uncompiled():
-            eager = self._measure(kind, ids, labels)
-        if not eager.is_finite:  # nothing to compare with: the step is refused, and the shape verified at its next call
-            return
         label = f"{kind} {'x'.join(map(str, shape))}"
         try:
+            with unchanged_rng(ids.device), self.loss_module.uncompiled():
+                eager = self._measure(kind, ids, labels)
+            if not eager.is_finite:  # nothing to compare with: the step is refused, the shape verified at its next call
+                return
             with unchanged_rng(ids.device):
                 compiled = self._measure(kind, ids, labels)
-        except Exception as error:  # the compilers raise whatever they like, also of the backward, which comes late
+        except Exception as error:  # compilers raise whatever they like, also late, of the backward; or memory is short
             self._give_up(f"steps are not compiled: {' '.join(root_cause(error).split())[:200]}")
             return
         if self.loss_module.compile_error:

@@ -6,16 +6,24 @@ Before a recording is used it is replayed on the rows at hand and held against t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed.step_check import MAX_DIFFERENCE, Measured, get_rng_state, root_cause, set_rng_state
+from trainer.distributed.step_check import (
+    MAX_DIFFERENCE,
+    Measured,
+    get_rng_state,
+    root_cause,
+    set_rng_state,
+    unchanged_rng,
+)
 
 # Eager calls of a shape before it is recorded: libraries choose kernels and make their workspaces in them.
 NUM_WARMUP_CALLS = 3
+NOT_RECORDED = "steps are not recorded as CUDA graphs"
 MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the memory with graphs
 
 BackwardFn = Callable[[Tensor, Tensor, float], Tensor]
@@ -63,53 +71,76 @@ class CUDAGraphRunner:
         kind = "overwrite" if overwrite else "accumulate"
         if not overwrite and not self._owns_grads(grads):
             return self.eager_backward(ids, labels, loss_weight)  # an eager micro-batch of this step came before
-        graph = self._captured.get((kind, tuple(ids.shape)))
+        graph = self._find(kind, ids)
         if graph is not None:
             self._use_static_grads()
             return graph.replay(ids, labels, loss_weight)
         if not self._should_capture(kind, ids):
-            return self.eager_backward(ids, labels, loss_weight)
+            return self._call_eagerly(self.eager_backward, ids, labels, loss_weight)
         return self._capture_backward(kind, ids, labels, loss_weight)
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Each row's sum without gradients."""
-        graph = self._captured.get(("eval", tuple(ids.shape)))
+        graph = self._find("eval", ids)
         if graph is not None:
             return graph.replay(ids, labels, 1.0)
-        row_losses = self.eager_forward(ids, labels)
+        row_losses = self._call_eagerly(self.eager_forward, ids, labels)
         if self._should_capture("eval", ids):
-            graph = self._capture("eval", ids, lambda ids, labels, _: self.loss_fn(ids, labels)[1])
-            if graph is not None:
+            with self._gives_up_on_error():
+                graph = self._capture("eval", ids, lambda ids, labels, _: self.loss_fn(ids, labels)[1])
                 replayed = Measured.of(graph.replay(ids, labels, 1.0), [])
                 self._keep_if_equal("eval", ids, graph, Measured.of(row_losses, []), replayed)
         return row_losses
 
+    def _find(self, kind: str, ids: Tensor) -> "CapturedGraph | None":
+        """A recording of this shape; none after a failure, which gave the generator a state that no recording knows."""
+        return None if self.capture_error else self._captured.get((kind, tuple(ids.shape)))
+
+    def _call_eagerly(self, call: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Without the recordings, where there is not enough memory beside what they hold."""
+        may_repeat = bool(self._captured) and all(parameter.grad is None for parameter in self.trainable_params)
+        rng_before = get_rng_state(inputs[0].device)
+        try:
+            return call(*inputs)
+        except torch.OutOfMemoryError as error:
+            if not may_repeat:
+                raise
+            self.capture_error = f"{NOT_RECORDED}: beside the recordings {root_cause(error)}"
+        for parameter in self.trainable_params:
+            parameter.grad = None
+        self._captured.clear()
+        if inputs[0].is_cuda:
+            torch.cuda.synchronize(inputs[0].device)  # a replay of what is dropped may still be under way
+            torch.cuda.empty_cache()
+        set_rng_state(inputs[0].device, rng_before)
+        return call(*inputs)
+
     def _capture_backward(self, kind: str, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """The eager call, and a recording of it that is kept where its replay gives the same."""
-        before = [None if p.grad is None else p.grad.clone() for p in self.trainable_params]
+        before: list[Tensor | None] = []
+        with self._gives_up_on_error():
+            before = _clone_all([p.grad for p in self.trainable_params])
         rng_before = get_rng_state(ids.device)
         row_losses = self.eager_backward(ids, labels, loss_weight)
-        eager_grads = [p.grad for p in self.trainable_params]
-        eager = Measured.of(row_losses, eager_grads)
+        if self.capture_error:
+            return row_losses
         rng_after = get_rng_state(ids.device)
-        graph = self._capture(kind, ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
-        if graph is not None:
+        eager_grads = [p.grad for p in self.trainable_params]
+        is_kept, overwritten = False, None
+        with self._gives_up_on_error():
+            eager = Measured.of(row_losses, eager_grads)
+            graph = self._capture(kind, ids, lambda *inputs: self._forward_backward(kind == "overwrite", *inputs))
             assert self._static_grads is not None
-            kept = (
-                [g.clone() if g is not None else None for g in eager_grads] if self._owns_grads(eager_grads) else None
-            )
-            for static, gradient in zip(self._static_grads, before, strict=True):
-                if static is not None and gradient is not None:
-                    static.copy_(gradient)
+            overwritten = _clone_all(eager_grads) if self._owns_grads(eager_grads) else None
+            _copy_all(before, self._static_grads)
             set_rng_state(ids.device, rng_before)
             replayed = Measured.of(graph.replay(ids, labels, loss_weight), self._static_grads)
-            if self._keep_if_equal(kind, ids, graph, eager, replayed):
-                self._use_static_grads()
-            elif kept is not None:  # the replay has written over what the eager call left
-                for static, gradient in zip(self._static_grads, kept, strict=True):
-                    if static is not None and gradient is not None:
-                        static.copy_(gradient)
-            set_rng_state(ids.device, rng_after)
+            is_kept = self._keep_if_equal(kind, ids, graph, eager, replayed)
+        if is_kept:
+            self._use_static_grads()
+        elif overwritten is not None and self._static_grads is not None:  # what the eager call left
+            _copy_all(overwritten, self._static_grads)
+        set_rng_state(ids.device, rng_after)
         return row_losses
 
     def _keep_if_equal(
@@ -121,8 +152,8 @@ class CUDAGraphRunner:
         label = f"{kind} {'x'.join(map(str, ids.shape))}"
         if not difference <= self.max_difference:  # NaN is never equal
             self.capture_error = (
-                f"steps are not recorded as CUDA graphs: the recording of {label} gives {replayed}, the eager step "
-                f"{eager}: {difference:.1e} apart, at most {self.max_difference:.0e} is rounding"
+                f"{NOT_RECORDED}: the recording of {label} gives {replayed}, the eager step {eager}: "
+                f"{difference:.1e} apart, at most {self.max_difference:.0e} is rounding"
             )
             return False
         self.checked_to = max(self.checked_to, difference)
@@ -161,21 +192,37 @@ class CUDAGraphRunner:
         is_warm = count > NUM_WARMUP_CALLS or (kind == "accumulate" and ("overwrite", shape) in self._captured)
         return is_warm and not self.capture_error and len(self._captured) < MAX_GRAPHS
 
-    def _capture(
-        self, kind: str, ids: Tensor, fn: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> "CapturedGraph | None":
-        """A recording; None, with the generator and the stream as they were, where it failed."""
+    def _capture(self, kind: str, ids: Tensor, fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> "CapturedGraph":
+        """A recording; where it fails generator, stream and memory are as they were."""
         previous_grads = self._static_grads
+        pool = self._pool or (torch.cuda.graph_pool_handle() if ids.is_cuda else None)
         try:
-            with _restored_on_failure(ids.device):
-                graph = CapturedGraph(fn, ids, self._pool)
-        except RuntimeError as error:  # an operation that waits for the device, or not enough memory
+            with _restored_on_failure(ids.device, pool):
+                graph = CapturedGraph(fn, ids, pool)
+        except BaseException:
             self._static_grads = previous_grads
-            self.capture_error = f"steps are not recorded as CUDA graphs: {root_cause(error)}"
-            return None
+            raise
         if ids.is_cuda:
             torch.cuda.empty_cache()  # what the eager calls used is of no more use
         return graph
+
+    @contextmanager
+    def _gives_up_on_error(self) -> Iterator[None]:
+        """All is eager from there on: an operation that waits for the device, or not enough memory."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.capture_error = f"{NOT_RECORDED}: {root_cause(error)}"
+
+
+def _clone_all(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.clone() for tensor in tensors]
+
+
+def _copy_all(sources: Sequence[Tensor | None], targets: Sequence[Tensor | None]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        if source is not None and target is not None:
+            target.copy_(source)
 
 
 class CapturedGraph:
@@ -188,7 +235,7 @@ class CapturedGraph:
         # Of this thread: NCCL's own thread may ask the device how it stands meanwhile.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.row_losses = fn(self.ids, self.labels, self.loss_weight)
-        self.pool = self.graph.pool()
+        self.pool = pool
 
     def replay(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """Run it on these inputs; the output is overwritten by the next replay."""
@@ -200,25 +247,26 @@ class CapturedGraph:
 
 
 @contextmanager
-def _restored_on_failure(device: torch.device) -> Iterator[None]:
-    """Generator and current stream as they were, where a capture fails.
+def _restored_on_failure(device: torch.device, pool: Any) -> Iterator[None]:
+    """Generator, current stream and allocator as they were, where a capture fails.
 
     An invalidated capture leaves torch's default generator "capturing" and the side stream current: the next dropout
-    would raise. Another state object of the same seed and offset is not capturing.
+    would raise. Another state object of the same seed and offset is not capturing. It also leaves the allocator giving
+    to the pool: what the capture had taken would be held for good, and no cached memory released when it runs out.
     """
     if device.type != "cuda":
-        state = torch.get_rng_state()
-        try:
+        with unchanged_rng(device):
             yield
-        except BaseException:
-            torch.set_rng_state(state)
-            raise
         return
-    generator, stream = torch.cuda.default_generators[device.index or 0], torch.cuda.current_stream(device)
+    index = device.index or 0
+    generator, stream = torch.cuda.default_generators[index], torch.cuda.current_stream(device)
     saved = generator.clone_state()
     try:
         yield
     except BaseException:
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(saved)
+        with suppress(RuntimeError):  # a capture that came to its end, as one out of memory does, has let go itself
+            torch._C._cuda_endAllocateToPool(index, pool)
+            torch._C._cuda_releasePool(index, pool)
         raise
