@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from trainer.config import cli
-from trainer.config.errors import UserError
+from trainer.config.errors import TrainingError, UserError
 from trainer.model.build import build_model
-from trainer.tools.bench import bench_cli
+from trainer.tools.bench import bench_cli, steps
 from trainer.tools.bench.configs import BenchmarkConfig, build_configs
 from trainer.tools.bench.steps import add_relative_speeds, format_markdown
 from trainer.tools.bench.worker import WeightProducts, count_layer_shapes
@@ -87,6 +88,30 @@ def test_bench_speedup_is_the_ratio_round_by_round():
     assert "speed" not in rows[3]
 
 
+@pytest.mark.parametrize(("device", "at_once"), [("cpu", 1), ("cuda", 2)])
+def test_rows_are_handed_over_after_each_variant_and_on_a_gpu_the_next_one_starts_meanwhile(
+    device, at_once, monkeypatch
+):
+    started: list[str] = []
+    seen: list[list[str]] = []
+
+    def run_job(config: BenchmarkConfig, turn: str) -> dict[str, Any]:
+        started.append(config.program)
+        while len(started) < at_once:
+            time.sleep(0.01)
+        raise TrainingError(f"failed: {config.program}")
+
+    monkeypatch.setattr(steps, "_run_job", run_job)
+    configs = [
+        BenchmarkConfig(program=program, mode="full", global_batch=2, ds_config=None, device=device)
+        for program in ("ours", "hf")
+    ]
+    steps.run_rounds(configs, rounds=2, after_each=lambda rows: seen.append([row["problem"] for row in rows]))
+    assert seen == [
+        ["failed: ours", "not measured"], ["failed: ours", "failed: hf"]
+    ], "and what failed is not tried again"  # fmt: skip
+
+
 def test_a_benchmark_that_failed_says_so_in_its_line():
     facts = {
         "model": "m", "block_size": 8, "hardware": "h", "threads": 1, "versions": {"torch": "2"},
@@ -116,5 +141,5 @@ def test_a_tiny_bench_call_measures_this_trainer_and_a_plain_loop(tmp_path, caps
         assert row["peak_memory"] > 2**26
     assert ours["eval_over_training"] > 0
     assert content["facts"]["ceiling_flops"] > 1e6
-    assert "| lora | 2 | ours zero0 fp32 |" in (tmp_path / "bench.md").read_text()
+    assert "| lora | 2 | ours zero0 fp32 (eager) |" in (tmp_path / "bench.md").read_text()
     assert "round 1/1" in printed

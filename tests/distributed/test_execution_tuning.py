@@ -9,6 +9,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,12 @@ from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from test_cuda_graphs import FakeCapturedGraph
 from transformers import AutoModelForCausalLM, OPTConfig
 
+from trainer.config import cli
 from trainer.distributed import cuda_graphs, execution
 from trainer.distributed.compiled_steps import CompiledStepRunner
+from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution_tuner import ExecutionTuner
+from trainer.distributed.process_group import simulated_context
 from trainer.distributed.step_check import MAX_DIFFERENCE, Measured
 from trainer.distributed.step_execution import StepExecution
 from trainer.kernels import linear_cross_entropy
@@ -274,6 +278,41 @@ def test_a_choice_that_another_run_made_meanwhile_holds(tmp_path):
     assert tuner.decide(lambda own: [own])[:2] == (tuner.candidates[0].plan, "eager first")
 
 
+@pytest.fixture
+def facts(tiny_model: str, data_files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of a run that is long enough to be timed."""
+    monkeypatch.setenv("TRAINER_CACHE", str(tmp_path / "cache"))
+    settings = cli.parse_args(
+        tiny_argv(tiny_model, data_files, "--mode full --objective blocks --max-steps 300")
+    ).settings
+    batch = settings.train.batch(1)
+    file = read_deepspeed_file("zero0")
+    return execution_choice.RunFacts(
+        settings=settings, dist_context=simulated_context(1), precision="fp32", model_info={"width": 16},
+        deepspeed_config=build_deepspeed_config(file, batch=batch, max_grad_norm=1.0, precision="fp32"),
+        schedule=SimpleNamespace(batch=batch, total_steps=300),
+    )  # fmt: skip
+
+
+def test_a_kept_choice_holds_for_the_device_and_the_ways_that_were_timed(facts, monkeypatch):
+    def choose(*previous: dict[str, Any], tokens: int = execution.MIN_COMPILED_TOKENS) -> Any:
+        monkeypatch.setattr(execution, "MIN_COMPILED_TOKENS", tokens)
+        with simulate_gpu():
+            return execution_choice.choose_execution(facts, previous)
+
+    first = choose()
+    assert first.timed_paths == ("eager", "graphs")
+    execution_choice.settle_choice(first.file, {"path": "graphs", "message": "recorded steps: 9.0 ms"})
+    assert (choose().path, choose().timed_paths) == ("graphs", ())
+    assert choose(tokens=0).timed_paths == execution.PATHS, "a longer run has compiled steps to time as well"
+    monkeypatch.setattr(execution_choice, "device_name", lambda _: "another GPU")
+    assert choose().timed_paths == ("eager", "graphs")
+    resumed = choose({"path": "graphs", "timed": []})
+    assert (resumed.path, resumed.timed_paths) == ("graphs", ()), "what its steps were checked with, there as well"
+    assert choose({"path": "eager", "timed": ["eager", "graphs"]}).timed_paths, "stopped before they all were timed"
+    assert choose({"path": "compile", "timed": []}).path == "compile"
+
+
 # --- whole runs ---
 
 
@@ -306,7 +345,9 @@ def train_tuned(argv: list[str], failing: str = "") -> int:
 
 
 def tuned_argv(tiny_model: str, data_files: tuple[str, str], mode: str, out: Path, *flags: str) -> list[str]:
-    text = f"--objective blocks --block-size 16 --mode {mode} --lr 1e-3 --global-batch 7 --eval-batch 7"
+    """Of adapters with rows of many widths, padded where they are recorded, and a ragged step an epoch."""
+    rows = {"full": "--objective blocks --global-batch 7", "lora": "--objective completion --global-batch 6"}[mode]
+    text = f"{rows} --block-size 16 --mode {mode} --lr 1e-3 --eval-batch 7"
     text += f" --max-steps 44 --eval-every never --save-every 20 --num-samples 0 --output-dir {out}"
     return tiny_argv(tiny_model, data_files, text, *flags)
 

@@ -47,11 +47,15 @@ class RunFacts:
     schedule: TrainSchedule
     model_info: Mapping[str, Any]
 
-    def choice_file(self) -> Path:
-        """Where the choice is kept for this model's shape, device, versions, ranks, batch and rows."""
+    def choice_file(self, timed_paths: Sequence[str]) -> Path:
+        """Where the choice among these is kept for this model's shape, device, versions, ranks, batch and rows.
+
+        A longer run has more to choose from, and does not take what a short one found without them.
+        """
         settings, context = self.settings, self.dist_context
         key = {
             "version": CHOICE_VERSION,
+            "timed": list(timed_paths),
             "model": {name: value for name, value in self.model_info.items() if name not in NOT_OF_THE_SHAPE},
             "device": [device_name(context), cpu_name()],
             "ranks": [context.world_size, context.num_nodes],
@@ -78,7 +82,7 @@ def choose_execution(facts: RunFacts, previous_execution: Sequence[Mapping[str, 
         return ExecutionChoice(path=last["path"], reason="as its earlier part ran")
     if not timed:
         return ExecutionChoice(path=choose_path(settings, paths))
-    file = facts.choice_file()
+    file = facts.choice_file(timed)
     known = facts.dist_context.on_rank_zero(lambda: read_choice(file))
     if known is not None and known["path"] in paths:
         return ExecutionChoice(path=known["path"], reason=f"timed before: {known['message']}")

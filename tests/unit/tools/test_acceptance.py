@@ -21,7 +21,7 @@ def test_every_part_calls_a_program_that_is_there_with_flags_it_takes(tmp_path):
         assert command[1] == "-m" or (acceptance.ROOT / command[1]).exists()
     settings = cli.parse_args(parts["prove"][3 : parts["prove"].index("--limit")]).settings
     assert (settings.mode, settings.train.max_steps) == ("full", acceptance.Sizes().num_steps)
-    args = argparse.Namespace(model="gpt2", init="random", block_size=1024, max_steps=60)
+    args = argparse.Namespace(model="gpt2", init="random", block_size=1024, max_steps=220)
     for mode in ("full", "lora"):
         assert cli.parse_args(card.train_argv(mode, "rows.jsonl", args, tmp_path)).settings.mode == mode
 
@@ -33,6 +33,17 @@ def test_the_rows_of_the_card_run_are_token_ids(tmp_path):
     assert {len(row) for row in rows} == {16}
     assert max(map(max, rows)) < 97
     assert "input_ids" in {record_format.name for record_format in FORMATS}
+
+
+def test_parts_of_one_stage_run_beside_one_another_and_their_tables_stand_in_one_file(tmp_path):
+    waits = "import sys, time, pathlib; f = pathlib.Path(sys.argv[1]); f.mkdir(); (f / 'card.md').write_text('| a |')\n"
+    waits += "while not all((f.parent / name).exists() for name in ('prove', 'card')): time.sleep(0.05)\n"
+    waits += "print('\\nproof, 3 steps\\n  ok zero0')"
+    parts = {name: [sys.executable, "-c", waits, str(tmp_path / name)] for name in ("prove", "card")}
+    assert acceptance.run_parts(parts, tmp_path, limit_seconds=60.0) == 0
+    results = (tmp_path / "results.md").read_text()
+    assert "\n## card\n\n| a |" in results
+    assert "\n## prove\n\n```text\n3 steps\n  ok zero0\n```" in results
 
 
 @pytest.mark.sweep  # every part with tiny sizes: two minutes on a quiet core

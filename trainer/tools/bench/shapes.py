@@ -22,8 +22,9 @@ def save_config(folder: Path, **fields: int) -> str:
     if not folder.exists():
         from transformers import GPT2Config
 
-        config = GPT2Config(**fields)
-        config.bos_token_id = config.eos_token_id = min(config.eos_token_id, config.vocab_size - 1)
+        end_token = GPT2Config().eos_token_id
+        end_token = min(end_token, fields.get("vocab_size", end_token + 1) - 1)
+        config = GPT2Config(**fields, bos_token_id=end_token, eos_token_id=end_token)
         config.architectures = ["GPT2LMHeadModel"]
         config.save_pretrained(folder)
     return str(folder)

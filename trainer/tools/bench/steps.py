@@ -7,7 +7,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,41 +34,62 @@ def measure_steps(args: argparse.Namespace) -> int:
     """Measure all variants `args.rounds` times in turn, write and print the table; 1 where a variant failed."""
     configs = build_configs(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = run_rounds(configs, rounds=args.rounds)
-    environment = _describe_environment(configs[0], args.rounds, rows)
-    text = format_markdown(rows, environment)
+
+    def write(rows: Sequence[Mapping[str, Any]]) -> str:
+        environment = _describe_environment(configs[0], args.rounds, rows)
+        text = format_markdown(rows, environment)
+        json_file.write_text(json.dumps({"facts": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        (args.output_dir / "bench.md").write_text(text, encoding="utf-8")
+        return text
+
     json_file = args.output_dir / "bench.json"
-    json_file.write_text(json.dumps({"facts": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    (args.output_dir / "bench.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{json_file} has every window")
+    rows = run_rounds(configs, rounds=args.rounds, after_each=write)
+    print(f"\n{write(rows)}\n{json_file} has every window")
     return int(any(row["problem"] for row in rows))
 
 
-def run_rounds(configs: Sequence[BenchmarkConfig], *, rounds: int) -> list[dict[str, Any]]:
-    """A row for each variant, each measured `rounds` times, in turn, in processes of its own."""
+def run_rounds(
+    configs: Sequence[BenchmarkConfig], *, rounds: int, after_each: Callable[[list[dict[str, Any]]], object] = len
+) -> list[dict[str, Any]]:
+    """A row for each variant, each measured `rounds` times, in turn, in processes of its own.
+
+    `after_each`: called with the rows after each of them, so that what is cut off leaves what it had. On a GPU a
+    variant's processes import while the one before is measured: then they wait for their turn.
+    """
     results: dict[BenchmarkConfig, list[dict[str, Any]]] = {config: [] for config in configs}
     errors: dict[BenchmarkConfig, str] = {}
-    for round_number in range(1, rounds + 1):
-        for config in (config for config in configs if config not in errors):
-            start_time = time.monotonic()
-            try:
-                results[config].append(_run_job(config))
-                outcome = f"{1000 * statistics.median(results[config][-1]['windows']):.1f} ms/step"
-            except TrainingError as error:
-                outcome = errors[config] = str(error)
-            label = f"{config.mode}, batch {config.global_batch}, {config.name}"
-            seconds = time.monotonic() - start_time
-            print(f"round {round_number}/{rounds}  {label}: {outcome}  ({seconds:.0f} s)", flush=True)
-    rows = [_table_row(config, results[config], errors.get(config)) for config in configs]
-    add_relative_speeds(rows)
+    rows: list[dict[str, Any]] = []
+    start_time = time.monotonic()
+    with (
+        tempfile.NamedTemporaryFile() as turn,
+        ThreadPoolExecutor(2 if configs[0].device == "cuda" else 1) as pool,
+    ):
+        for round_number in range(1, rounds + 1):
+            remaining = [config for config in configs if config not in errors]
+            jobs = [pool.submit(_run_job, config, turn.name) for config in remaining]
+            for config, job in zip(remaining, jobs, strict=True):
+                try:
+                    results[config].append(job.result())
+                    outcome = f"{1000 * statistics.median(results[config][-1]['windows']):.1f} ms/step"
+                except TrainingError as error:
+                    outcome = errors[config] = str(error)
+                label = f"{config.mode}, batch {config.global_batch}, {config.name}"
+                start_time, seconds = time.monotonic(), time.monotonic() - start_time
+                print(f"round {round_number}/{rounds}  {label}: {outcome}  ({seconds:.0f} s)", flush=True)
+                rows = [_table_row(config, results[config], errors.get(config)) for config in configs]
+                add_relative_speeds(rows)
+                after_each(rows)
     return rows
 
 
-def _run_job(config: BenchmarkConfig) -> dict[str, Any]:
-    """The result of a variant, by processes that begin anew; TrainingError with the last line that they said."""
+def _run_job(config: BenchmarkConfig, turn: str) -> dict[str, Any]:
+    """The result of a variant, by processes that begin anew; TrainingError with the last line that they said.
+
+    `turn`: a file that is locked by those that measure.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         job_file, result_file, log = (Path(scratch) / name for name in ("job.json", "result.json", "log"))
-        job_file.write_text(json.dumps({"variant": asdict(config), "result": str(result_file)}))
+        job_file.write_text(json.dumps({"variant": asdict(config), "result": str(result_file), "turn": turn}))
         argv = ["-m", "trainer.tools.bench.worker", str(job_file)]
         exit_codes = run_ranks(argv, config.world_size, log, timeout_seconds=TIMEOUT_SECONDS)
         if exit_codes is None or any(exit_codes):
@@ -77,8 +99,9 @@ def _run_job(config: BenchmarkConfig) -> dict[str, Any]:
 
 def _table_row(config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], error: str | None) -> dict[str, Any]:
     """The variant and what all rounds say of it: medians, and the spread of the rounds' medians."""
-    row: dict[str, Any] = {**asdict(config), "name": config.name, "problem": error}
-    if error:
+    problem = error or ("" if results else "not measured")
+    row: dict[str, Any] = {**asdict(config), "name": config.name, "problem": problem}
+    if problem:
         return row
     medians = [statistics.median(result["windows"]) for result in results]
     step_seconds = statistics.median([window for result in results for window in result["windows"]])
@@ -90,6 +113,7 @@ def _table_row(config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], er
         for products, step in zip(result["products"], result["windows"], strict=True)
     ]
     return row | {
+        "ran_by": results[0]["ran_by"],
         "windows": [result["windows"] for result in results],
         "step": step_seconds,
         "spread": [min(medians), max(medians)],
@@ -142,7 +166,8 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str,
         "",
         *table_lines(HEADINGS, map(_format_cells, rows), num_left=3),
         "",
-        "ms/step: median over all windows; spread: of the rounds' medians; speed: tokens/s over the first line of the "
+        "program: in brackets how its steps really ran; ms/step: median over all windows; spread: of the rounds' "
+        "medians; speed: tokens/s over the first line of the "
         "same mode and batch, median (least-most) of the rounds; products: share of a step that the bare matrix "
         "products with its weights take on this machine, timed between its windows; FLOP share: of "
         f"{environment['ceiling_flops'] / 1e12:.3g} TFLOP/s, a {environment['ceiling_precision']} matrix product "
@@ -153,7 +178,8 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str,
 
 
 def _format_cells(row: Mapping[str, Any]) -> list[str]:
-    leading_cells = [row["mode"], str(row["global_batch"]), row["name"]]
+    program = f"{row['name']} ({row['ran_by']})" if row.get("ran_by") else row["name"]
+    leading_cells = [row["mode"], str(row["global_batch"]), program]
     if "step" not in row:
         return [*leading_cells, row["problem"], *[""] * (len(HEADINGS) - 4)]
     low, high = (1000 * seconds for seconds in row["spread"])

@@ -1,12 +1,15 @@
 """One rank of a variant: `python -m trainer.tools.bench.worker JOB`, which writes its result."""
 
+import fcntl
 import json
+import os
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,13 @@ def main(job_file: str) -> None:
     """Do the job that the file names and write its result beside it."""
     silence_libraries()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    result = measure(BenchmarkConfig(**job["variant"]))
+    config = BenchmarkConfig(**job["variant"])
+    if config.device == "cuda":
+        import_module("deepspeed")
+    with open(job["turn"], "ab") as turn:
+        if os.environ.get("RANK", "0") == "0":  # the others wait for it
+            fcntl.flock(turn, fcntl.LOCK_EX)  # all is imported: one variant measures at a time
+        result = measure(config)
     if result is not None:
         Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
@@ -59,6 +68,9 @@ def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
             next(steps)
         windows, product_seconds, peak_memory = time_windows(steps, setup, layer_shapes)
         result = {
+            "ran_by": "; ".join([engine.plan.path, *(change.reason for change in engine.execution.changes)])
+            if engine is not None
+            else "",
             "windows": windows,
             "products": product_seconds,
             "first_step": first_step_seconds,
