@@ -121,7 +121,7 @@ def test_a_benchmark_that_failed_says_so_in_its_line():
     row = {**asdict(config), "name": "hf", "problem": "failed: why"}
     line = next(line for line in format_markdown([row], facts).splitlines() if "failed" in line)
     assert line.startswith("| full | 2 | hf | failed: why |")
-    assert line.count("|") == 13
+    assert line.count("|") == 14
 
 
 def test_a_tiny_bench_call_measures_this_trainer_and_a_plain_loop(tmp_path, capsys, fast_python, monkeypatch):

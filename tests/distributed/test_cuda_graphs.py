@@ -62,41 +62,44 @@ def loss_module(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> CausalLMLos
     return CausalLMLoss(AutoModelForCausalLM.from_pretrained(tiny_model), None)
 
 
-def make_runner(loss_module: CausalLMLoss) -> CUDAGraphRunner:
-    def eager_backward(ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
+def eager_calls(loss_module: CausalLMLoss) -> tuple[Any, Any]:
+    """Backward and forward, as a stepper has them."""
+
+    def backward(ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
         loss_sum, row_losses = loss_module(ids, labels)
         (loss_sum * loss_weight).backward()
         return row_losses
 
-    def eager_forward(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return loss_module(ids, labels)[1]
+    return backward, lambda ids, labels: loss_module(ids, labels)[1]
 
+
+def make_runner(loss_module: CausalLMLoss) -> CUDAGraphRunner:
     params = list(loss_module.parameters())
-    return CUDAGraphRunner(loss_module, params, eager_backward, eager_forward, precision="fp32")
+    return CUDAGraphRunner(loss_module, params, *eager_calls(loss_module), precision="fp32")
 
 
 def make_micro_batch(rows: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(1, 97, (rows, WIDTH)))
 
 
-def eager_gradients(loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
+def step_gradients(backward: Any, loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
     """The gradients of a step of these micro-batches."""
     for parameter in loss_module.parameters():
         parameter.grad = None
     for ids in micro_batches:
-        (loss_module(ids, ids)[0] * 0.5).backward()
+        backward(ids, ids, 0.5)
     return [p.grad.clone() for p in loss_module.parameters() if p.grad is not None]
+
+
+def eager_gradients(loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    return step_gradients(eager_calls(loss_module)[0], loss_module, micro_batches)
 
 
 def graph_gradients(
     graph_runner: CUDAGraphRunner, loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The same through the graphs, eager where they do not take a micro-batch."""
-    for parameter in loss_module.parameters():
-        parameter.grad = None
-    for ids in micro_batches:
-        graph_runner.backward(ids, ids, 0.5)
-    return [p.grad.clone() for p in loss_module.parameters() if p.grad is not None]
+    return step_gradients(graph_runner.backward, loss_module, micro_batches)
 
 
 def assert_all_close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:

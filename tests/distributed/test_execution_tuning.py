@@ -17,14 +17,14 @@ import torch
 from helpers.engines import joined_ranks, plan_execution, plan_run
 from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
-from test_cuda_graphs import FakeCapturedGraph
+from test_cuda_graphs import FakeCapturedGraph, eager_calls, step_gradients
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from trainer.config import cli
 from trainer.distributed import cuda_graphs, execution
 from trainer.distributed.compiled_steps import CompiledStepRunner
 from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
-from trainer.distributed.execution_tuner import ExecutionTuner
+from trainer.distributed.execution_tuner import PATH_NAMES, ExecutionTuner
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.step_check import MAX_DIFFERENCE, Measured
 from trainer.distributed.step_execution import StepExecution
@@ -80,30 +80,17 @@ def loss_module(session_dir: Path) -> CausalLMLoss:
 
 
 def make_compiled_runner(loss_module: CausalLMLoss, precision: str = "fp32") -> CompiledStepRunner:
-    def backward(ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
-        loss_sum, row_losses = loss_module(ids, labels)
-        (loss_sum * loss_weight).backward()
-        return row_losses
-
-    def forward(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return loss_module(ids, labels)[1]
-
+    params = list(loss_module.parameters())
     return CompiledStepRunner(
-        loss_module, list(loss_module.parameters()), backward, forward, shapes={(2, 16)}, precision=precision
-    )
+        loss_module, params, *eager_calls(loss_module), shapes={(2, 16)}, precision=precision
+    )  # fmt: skip
 
 
-def step_gradients(run: Any, loss_module: CausalLMLoss, seed: int) -> list[torch.Tensor]:
+def seeded_step(backward: Any, loss_module: CausalLMLoss, seed: int) -> list[torch.Tensor]:
+    """The gradients of a step whose rows and dropout masks are those of the seed; `backward` None: an eager one."""
     torch.manual_seed(seed)
-    for parameter in loss_module.parameters():
-        parameter.grad = None
     ids = torch.randint(1, 97, (2, 16))
-    run(ids, ids, 0.5)
-    return [p.grad.clone() for p in loss_module.parameters() if p.grad is not None]
-
-
-def plain_backward(loss_module: CausalLMLoss) -> Any:
-    return lambda ids, labels, weight: (loss_module(ids, labels)[0] * weight).backward()
+    return step_gradients(backward or eager_calls(loss_module)[0], loss_module, [ids])
 
 
 @pytest.mark.parametrize("failure", ["", "forward", "backward", "memory"])
@@ -112,14 +99,14 @@ def test_a_compiled_shape_is_verified_once_and_a_compiler_that_fails_anywhere_co
 ):
     """With dropout: neither the check nor the failure moves the generator, so every step has the eager masks."""
     compiler = FakeCompiler(failure)
-    expected = [step_gradients(plain_backward(loss_module), loss_module, seed) for seed in range(3)]
+    expected = [seeded_step(None, loss_module, seed) for seed in range(3)]
     monkeypatch.setattr(torch, "compile", compiler)
     runner = make_compiled_runner(loss_module)
     if failure == "memory":  # for the gradients of the eager call that it is held against
         out_of_memory = torch.OutOfMemoryError("CUDA out of memory")
         monkeypatch.setattr(runner, "_measure", lambda *_: (_ for _ in ()).throw(out_of_memory))
     for seed in range(3):
-        for actual, gradient in zip(step_gradients(runner.backward, loss_module, seed), expected[seed], strict=True):
+        for actual, gradient in zip(seeded_step(runner.backward, loss_module, seed), expected[seed], strict=True):
             torch.testing.assert_close(actual, gradient, rtol=1e-6, atol=1e-7)
     if failure:
         cause = {"forward": "no compiler here", "backward": "the compiler of the backward failed",
@@ -144,8 +131,8 @@ def test_the_real_compiler_gives_the_eager_loss_and_gradients(loss_module, monke
     loss_module.autocast_dtype = autocast
     monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
     runner = make_compiled_runner(loss_module, "bf16" if autocast else "fp32")
-    expected = step_gradients(plain_backward(loss_module), loss_module, 0)
-    gradients = step_gradients(runner.backward, loss_module, 0)
+    expected = seeded_step(None, loss_module, 0)
+    gradients = seeded_step(runner.backward, loss_module, 0)
     assert runner.error == ""
     assert len(runner.checks) == 1
     num_graphs = counters["stats"]["unique_graphs"]
@@ -153,7 +140,7 @@ def test_the_real_compiler_gives_the_eager_loss_and_gradients(loss_module, monke
     if autocast is None:
         for actual, gradient in zip(gradients, expected, strict=True):
             torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)
-    again = step_gradients(runner.backward, loss_module, 0)
+    again = seeded_step(runner.backward, loss_module, 0)
     assert all(map(torch.equal, again, gradients)), "the second call is the first one's"
     loss_module.eval()
     ids = torch.randint(1, 97, (2, 16))
@@ -183,10 +170,10 @@ def test_a_compiled_shape_that_gives_another_gradient_is_named_with_both_figures
 
         return compiled
 
-    expected = step_gradients(plain_backward(loss_module), loss_module, 1)
+    expected = seeded_step(None, loss_module, 1)
     monkeypatch.setattr(torch, "compile", stale)
     runner = make_compiled_runner(loss_module)
-    for actual, gradient in zip(step_gradients(runner.backward, loss_module, 1), expected, strict=True):
+    for actual, gradient in zip(seeded_step(runner.backward, loss_module, 1), expected, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-5, atol=1e-6)
     assert runner.error.startswith("steps are not compiled: train 2x16 gives loss ")
     assert "the eager step loss" in runner.error
@@ -344,10 +331,8 @@ def train_tuned(argv: list[str], failing: str = "") -> int:
         return run_train_script(argv)
 
 
-def tuned_argv(tiny_model: str, data_files: tuple[str, str], mode: str, out: Path, *flags: str) -> list[str]:
-    """Of adapters with rows of many widths, padded where they are recorded, and a ragged step an epoch."""
-    rows = {"full": "--objective blocks --global-batch 7", "lora": "--objective completion --global-batch 6"}[mode]
-    text = f"{rows} --block-size 16 --mode {mode} --lr 1e-3 --eval-batch 7"
+def tuned_argv(tiny_model: str, data_files: tuple[str, str], rows: str, out: Path, *flags: str) -> list[str]:
+    text = f"{rows} --block-size 16 --lr 1e-3 --eval-batch 7"
     text += f" --max-steps 44 --eval-every never --save-every 20 --num-samples 0 --output-dir {out}"
     return tiny_argv(tiny_model, data_files, text, *flags)
 
@@ -363,31 +348,38 @@ def step_losses(out: Path) -> list[float]:
     return [row["loss"] for row in records if row["kind"] == "step"]
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("rows", "timed"),
+    [
+        ("--mode full --objective blocks --global-batch 7", execution.PATHS),
+        ("--mode lora --objective blocks --global-batch 6", execution.PATHS),  # a ragged step an epoch
+        ("--mode full --objective completion --global-batch 6", execution.PATHS[:2]),  # rows of many widths
+    ],
+)
 def test_a_run_times_its_ways_and_goes_on_by_the_fastest_with_the_numbers_of_an_eager_run(
-    mode, tiny_model, data_files, tmp_path
+    rows, timed, tiny_model, data_files, tmp_path
 ):
     """Also: the next run takes the choice from the cache, and a resumed one keeps the path that it ran by."""
     out, eager, log = tmp_path / "run", tmp_path / "eager", tmp_path / "log"
     env = {"TRAINER_CACHE": str(tmp_path / "cache")}
-    argv = tuned_argv(tiny_model, data_files, mode, out)
+    argv = tuned_argv(tiny_model, data_files, rows, out)
     assert run_on_ranks(1, train_tuned, argv, log=log, env=env) == 0, log.read_text()
     planned, chosen = execution_entries(out)
-    assert (planned["path"], planned["timed"]) == ("eager", list(execution.PATHS))
-    assert chosen["path"] == "compile+graphs"
+    assert (planned["path"], planned["timed"]) == ("eager", list(timed))
+    assert chosen["path"] == timed[-1]
     assert chosen["step"] == sum(row["steps"] for row in chosen["timings"])
-    assert "compiled and recorded steps: " in log.read_text()
-    eager_argv = tuned_argv(tiny_model, data_files, mode, eager, "--execution", "eager")
+    assert f"{PATH_NAMES[timed[-1]]}: " in log.read_text()
+    eager_argv = tuned_argv(tiny_model, data_files, rows, eager, "--execution", "eager")
     assert run_on_ranks(1, train_tuned, eager_argv, log=log, env=env) == 0, log.read_text()
     assert step_losses(out) == pytest.approx(step_losses(eager), rel=1e-5)
     assert len(step_losses(out)) == 44
-    next_run = tuned_argv(tiny_model, data_files, mode, tmp_path / "next")
+    next_run = tuned_argv(tiny_model, data_files, rows, tmp_path / "next")
     assert run_on_ranks(1, train_tuned, [*next_run, "--dry-run"], log=log, env=env) == 0, log.read_text()
-    assert "timed before: compiled and recorded steps" in log.read_text()
+    assert f"timed before: {PATH_NAMES[timed[-1]]}" in log.read_text()
     resumed = [*argv, "--resume", "step-40"]
     (tmp_path / "cache" / "execution").rename(tmp_path / "gone")
     assert run_on_ranks(1, train_tuned, resumed, log=log, env=env) == 0, log.read_text()
-    assert [entry["path"] for entry in execution_entries(out)] == ["eager", "compile+graphs"]
+    assert [entry["path"] for entry in execution_entries(out)] == ["eager", timed[-1]]
     assert not (tmp_path / "cache" / "execution").exists(), "nothing was timed again"
 
 
@@ -397,7 +389,7 @@ def train_with_failing_graphs(argv: list[str]) -> int:
 
 def test_a_way_that_fails_while_it_is_timed_costs_no_step_and_is_named(tiny_model, data_files, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
-    argv = tuned_argv(tiny_model, data_files, "full", out)
+    argv = tuned_argv(tiny_model, data_files, "--mode full --objective blocks --global-batch 7", out)
     env = {"TRAINER_CACHE": str(tmp_path / "cache")}
     assert run_on_ranks(1, train_with_failing_graphs, argv, log=log, env=env) == 0, log.read_text()
     assert len(step_losses(out)) == 44

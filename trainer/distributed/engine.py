@@ -61,6 +61,11 @@ class LaunchedStep:
     wait: Callable[[], UpdateResult]
 
 
+def import_deepspeed() -> Any:
+    """It takes seconds, and looks for devices."""
+    return import_module("deepspeed")
+
+
 class Engine:
     """The model on its ranks: optimizer steps, evaluation, generation, and the full state."""
 
@@ -88,7 +93,7 @@ class Engine:
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         groups = optimizer.group_by_lr(self.trainable_params, train_settings.lr, model.get_lr_multiplier)
         adamw = optimizer.build_optimizer(groups, train_settings, fp32_state_params=model.embedding_weights)
-        self.deepspeed_engine, self.optimizer = import_module("deepspeed").initialize(
+        self.deepspeed_engine, self.optimizer = import_deepspeed().initialize(
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
         self.deepspeed_engine.train()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.gpu_visibility import has_gpu
 
 from trainer.config import cli
 from trainer.config.errors import UserError
@@ -68,6 +69,12 @@ def test_a_part_that_fails_or_hangs_is_named_and_stops_no_other(tmp_path, capsys
     assert r"a \| b" in (tmp_path / "results.md").read_text()
     assert capsys.readouterr().out.startswith("good       passed")
     assert acceptance.run_parts({"good": parts["good"]}, tmp_path, limit_seconds=60.0) == 0
+
+
+@pytest.mark.skipif(has_gpu(), reason="a GPU is here")
+def test_without_a_gpu_it_is_refused_and_the_rehearsal_named(tmp_path):
+    with pytest.raises(UserError, match=r"no NVIDIA GPU is here.*--rehearse"):
+        acceptance.run(["--output-dir", str(tmp_path / "out")])
 
 
 def test_an_unknown_part_is_refused_before_any_runs(tmp_path):

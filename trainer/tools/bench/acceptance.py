@@ -73,6 +73,10 @@ def run(argv: Sequence[str]) -> int:
     for name in names:
         if name not in PARTS:
             raise UserError(f"--parts {name}: expected some of {', '.join(PARTS)}")
+    if not (args.rehearse or Path("/dev/nvidiactl").exists()):
+        raise UserError(
+            "no NVIDIA GPU is here, which is what this settles; --rehearse tries the script itself on a CPU"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     sizes = tiny_sizes(folder) if args.rehearse else Sizes()
     write_rows(folder / "rows.jsonl", sizes.num_rows, sizes.block_size, sizes.vocab_size)
@@ -81,7 +85,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 #: Parts of one stage run beside one another: what they take is no measurement.
-STAGES = (("tests", "prove", "card"), ("compare",), ("full",), ("large",), ("lora",))
+STAGES = (("tests", "prove", "card"), ("compare",), ("bench-full",), ("bench-large",), ("bench-lora",))
 PARTS = tuple(name for stage in STAGES for name in stage)
 
 
@@ -97,12 +101,12 @@ def build_parts(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
         "prove": f"{{python}} launch/doctor.py --prove {run} --data {folder}/rows.jsonl --limit 200 "
         f"--output-dir {folder}/prove",
         "card": f"{{python}} launch/bench.py card --model {sizes.model} --block-size {sizes.block_size} "
-        f"--rows {sizes.num_rows} --max-steps {sizes.num_steps} --output-dir {folder}/card",
+        f"--data {folder}/rows.jsonl --max-steps {sizes.num_steps} --output-dir {folder}/card",
         "compare": f"{{python}} launch/compare.py {folder}/card/full {folder}/card/lora --no-card "
         f"--output-dir {folder}/compare",
-        "full": f"{bench} --modes full --batches 2 --against {sizes.against} --output-dir {folder}/full",
-        "large": f"{bench} --modes full --batches {sizes.large_batch} --output-dir {folder}/large",
-        "lora": f"{bench} --modes lora --batches 2 --against plain,hf --output-dir {folder}/lora",
+        "bench-full": f"{bench} --modes full --batches 2 --against {sizes.against} --output-dir {folder}/bench-full",
+        "bench-large": f"{bench} --modes full --batches {sizes.large_batch} --output-dir {folder}/bench-large",
+        "bench-lora": f"{bench} --modes lora --batches 2 --against plain,hf --output-dir {folder}/bench-lora",
     }  # fmt: skip
     return {name: [sys.executable if word == "{python}" else word for word in commands[name].split()] for name in PARTS}
 
@@ -135,7 +139,8 @@ def _measured(folder: Path) -> str:
         proof_log.read_text(encoding="utf-8", errors="replace").partition("\nproof, ")[2] if proof_log.exists() else ""
     )
     texts += [("prove", f"```text\n{proof.strip()}\n```\n")] if proof else []
-    return "".join(f"\n## {name}\n\n{text}" for name, text in texts)
+    note = "\nTests, prove and card ran beside one another: their times are no measurements, those of bench are.\n"
+    return note + "".join(f"\n## {name}\n\n{text}" for name, text in texts)
 
 
 def _run_part(name: str, command: Sequence[str], log_path: Path, deadline: float) -> PartResult:
@@ -167,7 +172,8 @@ def _describe(result: PartResult) -> str:
 
 
 def format_table(results: Sequence[PartResult]) -> str:
-    """Markdown."""
+    """Markdown, in the order of the parts."""
+    results = sorted(results, key=lambda result: PARTS.index(result.name) if result.name in PARTS else len(PARTS))
     lines = ["| part | exit code | seconds | last line |", "|---|--:|--:|---|"]
     for result in results:
         exit_code = "-" if result.exit_code is None else str(result.exit_code)

@@ -25,8 +25,8 @@ from trainer.training.provenance import cpu_name
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 TIMEOUT_SECONDS = 3600.0  # seconds for one variant
 HEADINGS = (
-    "mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "products", "FLOP share", "peak GiB", "input",
-    "eval",
+    "mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "products", "FLOP share", "peak GiB",
+    "device GiB", "input", "eval",
 )  # fmt: skip
 
 
@@ -104,6 +104,7 @@ def _table_row(config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], er
     if problem:
         return row
     medians = [statistics.median(result["windows"]) for result in results]
+    spread = medians if len(results) > 1 else results[0]["windows"]
     step_seconds = statistics.median([window for result in results for window in result["windows"]])
     ceiling_flops = statistics.median(result["ceiling"] for result in results)
     evals = [result["eval"] for result in results if result["eval"] is not None]
@@ -116,7 +117,7 @@ def _table_row(config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], er
         "ran_by": results[0]["ran_by"],
         "windows": [result["windows"] for result in results],
         "step": step_seconds,
-        "spread": [min(medians), max(medians)],
+        "spread": [min(spread), max(spread)],
         "rounds": medians,
         "tokens_per_second": config.tokens / step_seconds,
         "flop_share": results[0]["flops_per_token"] * config.tokens / step_seconds / ceiling_flops,
@@ -125,6 +126,7 @@ def _table_row(config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], er
         "threads": results[0]["threads"],
         "product_share": statistics.median(product_shares),
         "peak_memory": max(result["peak_memory"] for result in results),
+        "device_memory": max(result["device_memory"] for result in results),
         "input_share": statistics.median(result["input"] for result in results) / step_seconds,
         "first_step": statistics.median(result["first_step"] for result in results),
         "eval_over_training": step_seconds / config.tokens / statistics.median(evals) if evals else None,
@@ -161,17 +163,18 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], environment: Mapping[str,
     packages = ", ".join(f"{name} {package_version}" for name, package_version in environment["versions"].items())
     lines = [
         f"{environment['model']}, blocks of {environment['block_size']} tokens, {environment['hardware']}, "
-        f"{environment['threads']} threads; {packages}; {environment['rounds']} rounds in alternation, "
+        f"{environment['threads']} threads; {packages}; {environment['rounds']} round(s) in alternation, "
         f"{environment['steps']}.",
         "",
         *table_lines(HEADINGS, map(_format_cells, rows), num_left=3),
         "",
         "program: in brackets how its steps really ran; ms/step: median over all windows; spread: of the rounds' "
-        "medians; speed: tokens/s over the first line of the "
+        "medians, of one round its windows; speed: tokens/s over the first line of the "
         "same mode and batch, median (least-most) of the rounds; products: share of a step that the bare matrix "
         "products with its weights take on this machine, timed between its windows; FLOP share: of "
         f"{environment['ceiling_flops'] / 1e12:.3g} TFLOP/s, a {environment['ceiling_precision']} matrix product "
-        "measured by the same processes; input: share of a step to draw its rows; eval: tokens/s of evaluation over "
+        "measured by the same processes; peak GiB: in use at most; device GiB: taken of the GPU, "
+        "as nvidia-smi says; input: share of a step to draw its rows; eval: tokens/s of evaluation over "
         "training.",
     ]
     return "\n".join(lines) + "\n"
@@ -192,6 +195,7 @@ def _format_cells(row: Mapping[str, Any]) -> list[str]:
         f"{100 * row['product_share']:.0f}%",
         f"{100 * row['flop_share']:.0f}%",
         f"{row['peak_memory'] / 2**30:.2f}",
+        f"{row['device_memory'] / 2**30:.2f}" if row["device_memory"] else "",
         f"{100 * row['input_share']:.1f}%",
         f"{row['eval_over_training']:.1f}x" if row["eval_over_training"] else "",
     ]

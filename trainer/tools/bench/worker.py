@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trainer.data.sampler import epoch_order, step_batches
-from trainer.distributed.engine import Engine
+from trainer.distributed.engine import Engine, import_deepspeed
 from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model.build import TrainableModel
 from trainer.model.flops import count_step_flops
@@ -39,7 +38,7 @@ def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     config = BenchmarkConfig(**job["variant"])
     if config.device == "cuda":
-        import_module("deepspeed")
+        import_deepspeed()
     with open(job["turn"], "ab") as turn:
         if os.environ.get("RANK", "0") == "0":  # the others wait for it
             fcntl.flock(turn, fcntl.LOCK_EX)  # all is imported: one variant measures at a time
@@ -66,7 +65,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
         first_step_seconds = time.perf_counter() - start_time
         for _ in range(config.warmup_steps - 1):
             next(steps)
-        windows, product_seconds, peak_memory = time_windows(steps, setup, layer_shapes)
+        windows, product_seconds, (peak_memory, device_memory) = time_windows(steps, setup, layer_shapes)
         result = {
             "ran_by": "; ".join([engine.plan.path, *(change.reason for change in engine.execution.changes)])
             if engine is not None
@@ -75,6 +74,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
             "products": product_seconds,
             "first_step": first_step_seconds,
             "peak_memory": max(dist_context.all_gather_object(peak_memory)),
+            "device_memory": device_memory,
             "input": _input_seconds(setup),
             "eval": _eval_seconds(setup, engine) if engine is not None else None,
             "threads": dist_context.num_threads,
@@ -89,18 +89,22 @@ def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
 
 def time_windows(
     steps: Iterator[object], setup: runners.BenchmarkSetup, layer_shapes: LayerShapes
-) -> tuple[list[float], list[float], int]:
-    """(seconds of a step in each window, seconds of its bare products after each, peak bytes without these)."""
+) -> tuple[list[float], list[float], tuple[int, int]]:
+    """(seconds of a step in each window, seconds of its bare products after each, bytes without these).
+
+    Bytes: the peak of what is in use, and what is taken of the device, as nvidia-smi says (0: of a CPU).
+    """
     config, device = setup.config, setup.dist_context.device
     windows = [device_seconds(lambda: next(steps), device, config.steps_per_window)]
-    peak_memory = peak_memory_bytes(device)
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    memory = peak_memory_bytes(device), total - free
     products = WeightProducts(layer_shapes, config.tokens // config.world_size, DTYPES[config.precision], device)
     products.seconds()  # the first time is not that of the others
     product_seconds = [products.seconds()]
     for _ in range(config.num_windows - 1):
         windows.append(device_seconds(lambda: next(steps), device, config.steps_per_window))
         product_seconds.append(products.seconds())
-    return windows, product_seconds, peak_memory
+    return windows, product_seconds, memory
 
 
 def count_layer_shapes(model: TrainableModel) -> LayerShapes:
