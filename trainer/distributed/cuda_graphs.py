@@ -109,6 +109,7 @@ class CUDAGraphRunner:
         for parameter in self.trainable_params:
             parameter.grad = None
         self._captured.clear()
+        self._static_grads = None
         if inputs[0].is_cuda:
             torch.cuda.synchronize(inputs[0].device)  # a replay of what is dropped may still be under way
             torch.cuda.empty_cache()
@@ -231,6 +232,11 @@ class CapturedGraph:
     def __init__(self, fn: Callable[[Tensor, Tensor, Tensor], Tensor], example_ids: Tensor, pool: Any):
         self.ids, self.labels = torch.zeros_like(example_ids), torch.zeros_like(example_ids)
         self.loss_weight = torch.ones((), device=example_ids.device)
+        for add_or_copy in (
+            torch._foreach_add_,
+            torch._foreach_copy_,
+        ):  # its first use loads a kernel, not in a capture
+            add_or_copy([torch.zeros_like(self.loss_weight)], [self.loss_weight])
         self.graph = torch.cuda.CUDAGraph()
         # Of this thread: NCCL's own thread may ask the device how it stands meanwhile.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
