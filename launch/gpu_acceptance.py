@@ -1,7 +1,7 @@
 """Settle what only a GPU can: `python launch/gpu_acceptance.py` runs tests, doctor, benchmark and a short card run.
 
-Every part is a process of its own with a log; results.json and results.md name each part's exit code and time. Exit
-code: 0 all parts passed, 1 one failed or was cut off, 2 a mistake.
+Every part is a process of its own with a log; results.json and results.md name each part's exit code and time, and
+results.md has the tables as they come. Exit code: 0 all parts passed, 1 one failed or was cut off, 2 a mistake.
 """
 
 import sys
