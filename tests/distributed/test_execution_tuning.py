@@ -367,7 +367,8 @@ def test_a_run_times_its_ways_and_goes_on_by_the_fastest_with_the_numbers_of_an_
     planned, chosen = execution_entries(out)
     assert (planned["path"], planned["timed"]) == ("eager", list(timed))
     assert chosen["path"] == timed[-1]
-    assert chosen["step"] == sum(row["steps"] for row in chosen["timings"])
+    num_steps = sum(row["steps"] for row in chosen["timings"])
+    assert chosen["step"] in (num_steps, num_steps + 1), "one may be in flight, but not over an epoch's end"
     assert f"{PATH_NAMES[timed[-1]]}: " in log.read_text()
     eager_argv = tuned_argv(tiny_model, data_files, rows, eager, "--execution", "eager")
     assert run_on_ranks(1, train_tuned, eager_argv, log=log, env=env) == 0, log.read_text()

@@ -6,6 +6,7 @@ Skipped under a CPU build; `pip install torch` of the registry gives the other o
 
 import importlib
 import pkgutil
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import trainer
 from trainer.config import cli
-from trainer.distributed.memory_count import PassSetup, materialize, prepare_loss
+from trainer.distributed.memory_count import PassSetup, count_pass_memory, materialize, prepare_loss
 from trainer.distributed.steppers import NativeStepper
+from trainer.kernels import linear_cross_entropy
 from trainer.model.build import build_model
 
 pytestmark = [
@@ -79,3 +81,24 @@ def test_forward_and_update_keep_device_and_types(flags, precision, tiny_model, 
         assert result.grad_norm.device.type == "cuda"
         steps = [optimizer.state[parameter]["step"] for parameter in params]
         assert {step.device.type for step in steps} == {"cuda"}, "a step count of the host would be waited for"
+
+
+def test_the_memory_of_a_gpus_products_is_counted(tiny_model):
+    """Of tensors without data, for which torch 2.11 has no sum in float32 of 16-bit products."""
+    settings = cli.parse_args(f"--mode full --preset demo --model {tiny_model} --block-size 16".split()).settings
+    setup = PassSetup(micro_batch_size=2, sequence_length=16, precision="bf16", is_gpu=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 16 * 4 * 97)  # pieces, whose products are added
+        assert count_pass_memory(lambda: build_model(settings, on_meta=True), setup).peak > 0
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a processor needs a C++ compiler")
+def test_the_compiled_loss_and_slopes_are_the_eager_ones():
+    logits = 3 * torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
+    logits[:, 97:] = -torch.inf  # of no word
+    targets = torch.tensor([0, 96, -100, 4, 4, 7, -100, 1, 2])
+    compiled = torch.compile(linear_cross_entropy._compilable_nll_and_grad_inplace, dynamic=False)
+    slopes = logits.clone()
+    nll = linear_cross_entropy._nll_and_grad_inplace(slopes, targets)
+    torch.testing.assert_close(compiled(logits, targets), nll, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, slopes, rtol=1e-6, atol=1e-6)

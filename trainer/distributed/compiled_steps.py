@@ -32,9 +32,14 @@ class CompiledStepRunner:
         self.shapes, self.precision = shapes, precision
         self.checks: list[str] = []  #: one line a shape that was verified
         self.checked_to = 0.0  #: the largest difference among them
-        self.error = ""  #: why nothing is compiled any more; empty where all goes well
+        self._error = ""
         self._verified: set[tuple[str, tuple[int, ...]]] = set()
         loss_module.compile_for_shapes(shapes)
+
+    @property
+    def error(self) -> str:
+        """Why nothing is compiled any more; empty where all goes well."""
+        return self._error or self.loss_module.compile_error
 
     def backward(self, ids: Tensor, labels: Tensor, loss_weight: float) -> Tensor:
         """Each row's sum; the gradients are added to those that the weights have."""
@@ -62,6 +67,8 @@ class CompiledStepRunner:
         except Exception as error:  # compilers raise whatever they like, also late, of the backward; or memory is short
             self._give_up(f"steps are not compiled: {' '.join(root_cause(error).split())[:200]}")
             return
+        if self.loss_module.compile_error:
+            return
         difference = eager.relative_difference(compiled)
         if not difference <= MAX_DIFFERENCE[self.precision]:  # NaN is never equal
             self._give_up(
@@ -82,5 +89,5 @@ class CompiledStepRunner:
         return Measured.of(row_losses, torch.autograd.grad(loss_sum, self.trainable_params, allow_unused=True))
 
     def _give_up(self, reason: str) -> None:
-        self.error = reason
+        self._error = reason
         self.loss_module.compile_for_shapes(set())

@@ -48,6 +48,7 @@ class CausalLMLoss(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.head = find_output_head(causal)  #: None: the model makes all its logits at once
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
+        self.compile_error = ""  #: one line where compiling failed
         self._packed: dict[str, Tensor] = {}  # the positions of the rows in work, where they hold several examples
         self._compiled_shapes: set[tuple[int, ...]] = set()
         self._compiled_base_model: Any = None
@@ -119,11 +120,21 @@ class CausalLMLoss(nn.Module):
 
     def _compute_hidden(self, **inputs: Tensor) -> tuple[Tensor, Any]:
         """(last hidden states, the function for the slopes), compiled where that was asked for this shape."""
-        if not self._packed and tuple(next(iter(inputs.values())).shape[:2]) in self._compiled_shapes:
+        if (
+            self._compiled_base_model is not None
+            and not self._packed
+            and tuple(next(iter(inputs.values())).shape[:2]) in self._compiled_shapes
+        ):
+            from torch._dynamo.exc import TorchDynamoException  # takes a second: only where it is needed
+
             for hook in self.causal.base_model._forward_pre_hooks.values():  # which its bare forward does not call
                 hook(self.causal.base_model, ())
-            hidden = self._compiled_base_model(**inputs, use_cache=False).last_hidden_state
-            return hidden, self._compiled_nll_and_grad
+            try:
+                hidden = self._compiled_base_model(**inputs, use_cache=False).last_hidden_state
+                return hidden, self._compiled_nll_and_grad
+            except TorchDynamoException as error:  # no compiler here, or a model that it does not understand
+                self._compiled_base_model = None
+                self.compile_error = f"steps are not compiled: {' '.join(str(error).split())[:200]}"
         hidden = self.causal.base_model(**inputs, **self._packed, use_cache=False).last_hidden_state
         return hidden, _nll_and_grad_inplace
 

@@ -209,6 +209,25 @@ def test_the_compilable_loss_is_the_same_function():
     torch.testing.assert_close(logits, other, rtol=1e-6, atol=1e-7)
 
 
+def test_a_failed_compilation_is_reported_once_and_steps_are_eager(causal, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    module = CausalLMLoss(causal, None)
+    ids, labels = make_batch()
+    whole, _ = compute_gradients(module, ids, labels)
+
+    def broken(*_, **__):
+        raise BackendCompilerFailed(None, RuntimeError("no compiler\nhere"), None)
+
+    monkeypatch.setattr(linear_cross_entropy.torch, "compile", lambda *_, **__: broken)
+    module.compile_for_shapes({tuple(ids.shape)})
+    for _ in range(2):
+        assert torch.equal(compute_gradients(module, ids, labels)[0], whole)
+    line = module.compile_error
+    assert line.startswith("steps are not compiled: ")
+    assert "no compiler here" in line
+
+
 def test_padding_changes_no_loss(causal):
     module = CausalLMLoss(causal, None)
     ids, labels = make_batch()
