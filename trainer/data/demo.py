@@ -30,37 +30,26 @@ FIRST_YEAR, NUM_YEARS = 2018, 5  # event dates fall in 2018-2022, days 1-28
 
 # event type: share, share without fatalities, share without a second actor, {sub-event type: weight}
 EVENT_TYPES: dict[str, tuple[float, float, float, dict[str, int]]] = {
-    "Protests": (0.305, 0.99, 0.80, {"Peaceful protest": 86, "Protest with intervention": 11, "Excessive force "
-                                                                                              "against protesters": 3}),
+    "Protests": (0.305, 0.99, 0.80,
+        {"Peaceful protest": 86, "Protest with intervention": 11, "Excessive force against protesters": 3}),
     "Violence against civilians": (0.237, 0.50, 0.0,
         {"Attack": 77, "Abduction/forced disappearance": 19, "Sexual violence": 4}),
-    "Battles": (0.218, 0.42, 0.0, {"Armed clash": 92, "Non-state actor overtakes territory": 4, "Government regains "
-                                                                                                "territory": 4}),
+    "Battles": (0.218, 0.42, 0.0,
+        {"Armed clash": 92, "Non-state actor overtakes territory": 4, "Government regains territory": 4}),
     "Riots": (0.109, 0.88, 0.30, {"Violent demonstration": 45, "Mob violence": 55}),
-    "Explosions/Remote violence": (
-        0.067, 0.50, 0.0,
+    "Explosions/Remote violence": (0.067, 0.50, 0.0,
         {"Remote explosive/landmine/IED": 42, "Shelling/artillery/missile attack": 26, "Air/drone strike": 25,
-            "Grenade": 4, "Suicide bomb": 3},
-    ),
-    "Strategic developments": (
-        0.064, 0.97, 0.60,
+         "Grenade": 4, "Suicide bomb": 3}),
+    "Strategic developments": (0.064, 0.97, 0.60,
         {"Looting/property destruction": 36, "Arrests": 18, "Disrupted weapons use": 14, "Change to group/activity": 16,
-         "Non-violent transfer of territory": 6, "Agreement": 5, "Headquarters or base established": 3, "Other": 2},
-    ),
+         "Non-violent transfer of territory": 6, "Agreement": 5, "Headquarters or base established": 3, "Other": 2}),
 }  # fmt: skip
 
 # (lowest, highest, weight) of fatalities where there are any: a heavy tail
 FATALITY_RANGES = (
-    (1, 1, 43),
-    (2, 2, 16),
-    (3, 3, 11),
-    (4, 5, 10),
-    (6, 10, 11),
-    (11, 19, 6),
-    (20, 40, 2.2),
-    (41, 80, 0.6),
+    (1, 1, 43), (2, 2, 16), (3, 3, 11), (4, 5, 10), (6, 10, 11), (11, 19, 6), (20, 40, 2.2), (41, 80, 0.6),
     (81, 170, 0.2),
-)
+)  # fmt: skip
 
 LABELS = {
     "Looting/property destruction": "Property destruction",
@@ -76,42 +65,37 @@ LABELS = {
 # [a|b|c] is a choice, {name} a field; {where} holds the location, {one} and {two} speak of the actors.
 CAUSE = (
     "[over|against|to denounce|to protest against] [the rising cost of living|a shortage of fuel|power cuts|the lack "
-    "of clean water|poor roads|"
-    "a new tax on traders|the price of bread|insecurity in the area|the arrest of union members|delays to the election|"
-    "the results of the local vote|the demolition of market stalls|the closure of the border|unpaid wages|working "
-    "conditions at the mine|"
-    "the eviction of families|a land dispute|the transfer of teachers|corruption in the council|the state of the "
-    "hospital]"
+    "of clean water|poor roads|a new tax on traders|the price of bread|insecurity in the area|the arrest of union "
+    "members|delays to the election|the results of the local vote|the demolition of market stalls|the closure of the "
+    "border|unpaid wages|working conditions at the mine|the eviction of families|a land dispute|the transfer of "
+    "teachers|corruption in the council|the state of the hospital]"
 )
 DEMAND = (
     "[to demand|to call for|demanding|calling for] [higher wages|the payment of salary arrears|better protection|the "
-    "release of detainees|"
-    "a new water pump|the resignation of the mayor|fresh elections|the reopening of schools|compensation for lost "
-    "crops|more teachers|"
-    "the repair of the bridge|an end to the curfew]"
+    "release of detainees|a new water pump|the resignation of the mayor|fresh elections|the reopening of "
+    "schools|compensation for lost crops|more teachers|the repair of the bridge|an end to the curfew]"
 )
 NOTE_TEMPLATES: dict[str, tuple[str, ...]] = {
     "Peaceful protest": (
-        "{one} [gathered|staged a protest|held a peaceful rally|demonstrated|marched] {where} "
-        "[" + CAUSE + "|" + DEMAND + "]",
+        "{one} [gathered|staged a protest|held a peaceful rally|demonstrated|marched] {where} [" + CAUSE + "|"
+        + DEMAND + "]",
         "[dozens of|hundreds of|a group of|] {one} [held a sit-in|blocked the main road|assembled in front of the "
         "[town hall|prefecture|court|hospital]] {where} [" + CAUSE + "|" + DEMAND + "]",
     ),
     "Protest with intervention": (
         "{one} protested {where} " + CAUSE + ". {two} [fired tear gas|used batons|intervened] [to disperse the "
-                                             "crowd|and made several arrests]",
+        "crowd|and made several arrests]",
         "{two} dispersed {one} who had [gathered|assembled] {where} " + DEMAND + ". [{number} people were "
-                                                                                 "arrested|Some demonstrators were "
-                                                                                 "detained]",
+        "arrested|Some demonstrators were detained]",
     ),
     "Excessive force against protesters": (
         "{two} [opened fire on|fired live rounds at] {one} who demonstrated {where} " + CAUSE,
     ),
     "Violent demonstration": (
-        "{one} [burned tyres|threw stones|set up barricades|looted shops] {where} "
-        "[" + CAUSE + "|" + DEMAND + "]. [{two} responded with tear gas|{two} were called to the scene]",
+        "{one} [burned tyres|threw stones|set up barricades|looted shops] {where} [" + CAUSE + "|" + DEMAND + "]. "
+        "[{two} responded with tear gas|{two} were called to the scene]",
         "a demonstration {where} [" + CAUSE + "] turned violent as {one} [clashed with|threw stones at] {two}. "
-                                              "[{number} people were wounded|Several vehicles were damaged]",
+        "[{number} people were wounded|Several vehicles were damaged]",
     ),
     "Mob violence": (
         "a [mob|crowd of residents|group of young men] [beat|attacked|stoned] [a suspected thief|a man accused of "
@@ -130,8 +114,8 @@ NOTE_TEMPLATES: dict[str, tuple[str, ...]] = {
         "{where}",
     ),
     "Government regains territory": (
-        "{one} [retook|regained control of|recaptured] the [town|village|area] from {two} {where}[| after two days of "
-        "fighting]",
+        "{one} [retook|regained control of|recaptured] the [town|village|area] from {two} {where}[| after two days "
+        "of fighting]",
     ),
     "Attack": (
         "{one} [attacked|raided|opened fire on] [a farm|a bus|farmers|herders|a market|traders] {where}[|, wounding "
@@ -141,8 +125,8 @@ NOTE_TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
     "Abduction/forced disappearance": (
         "{one} [abducted|kidnapped|took away] [{number} people|a trader|two farmers|a local official|several "
-        "travellers] {where}[| and asked for a ransom|. Their whereabouts are unknown|. They were released after some "
-        "days]",
+        "travellers] {where}[| and asked for a ransom|. Their whereabouts are unknown|. They were released after "
+        "some days]",
     ),
     "Sexual violence": ("{one} assaulted [{number}|several] [women|villagers] {where}",),
     "Remote explosive/landmine/IED": (
@@ -158,19 +142,28 @@ NOTE_TEMPLATES: dict[str, tuple[str, ...]] = {
         "convoy] of {two} {where}",
     ),
     "Grenade": ("{one} threw a grenade at {two} {where}[|, wounding {number} people]",),
-    "Suicide bomb": ("a suicide bomber of {one} [detonated a vest|drove a vehicle] at [a checkpoint|a gate] of {two} "
-                     "{where}",),
-    "Looting/property destruction": ("{one} [looted|burned|destroyed|ransacked] [shops|houses|a school|a clinic|a "
-                                     "granary|several farms] {where}",),
-    "Arrests": ("{one} arrested [{number} people|several suspects|{number} members of an armed group] {where}[| "
-                "during a search operation]",),
-    "Disrupted weapons use": ("{one} [seized|found|defused] [a cache of weapons|an IED|{number} rifles|a landmine] "
-                              "{where}",),
-    "Change to group/activity": ("{one} [moved towards|set up a checkpoint near|withdrew from|were seen around] the "
-                                 "[village|main road|market] {where}",),
-    "Non-violent transfer of territory": ("{one} [entered|took over] the [village|outpost] without a fight {where}[| "
-                                          "after other forces had left]",),
-    "Agreement": ("{one} and local leaders [signed|agreed on] [a ceasefire|a peace accord|a grazing agreement] {where}",
+    "Suicide bomb": (
+        "a suicide bomber of {one} [detonated a vest|drove a vehicle] at [a checkpoint|a gate] of {two} {where}",
+    ),
+    "Looting/property destruction": (
+        "{one} [looted|burned|destroyed|ransacked] [shops|houses|a school|a clinic|a granary|several farms] {where}",
+    ),
+    "Arrests": (
+        "{one} arrested [{number} people|several suspects|{number} members of an armed group] {where}[| during a "
+        "search operation]",
+    ),
+    "Disrupted weapons use": (
+        "{one} [seized|found|defused] [a cache of weapons|an IED|{number} rifles|a landmine] {where}",
+    ),
+    "Change to group/activity": (
+        "{one} [moved towards|set up a checkpoint near|withdrew from|were seen around] the [village|main "
+        "road|market] {where}",
+    ),
+    "Non-violent transfer of territory": (
+        "{one} [entered|took over] the [village|outpost] without a fight {where}[| after other forces had left]",
+    ),
+    "Agreement": (
+        "{one} and local leaders [signed|agreed on] [a ceasefire|a peace accord|a grazing agreement] {where}",
     ),
     "Headquarters or base established": ("{one} [opened|established] a [base|camp|headquarters] {where}",),
     "Other": ("{one} [handed out leaflets|imposed a curfew|closed a road] {where}",),
@@ -224,10 +217,14 @@ CONTEXT_TEMPLATES: dict[str, tuple[str, ...]] = {
         "[Residents fled to {admin1}|Food and money were taken|{number} houses were burned|It was the second such "
         "case in {admin1} that month].",
     ),
-    "Explosions/Remote violence": ("[{number} people were wounded|The vehicle was destroyed|The road to {admin1} was "
-                                   "closed|{number} buildings were damaged].",),
-    "Strategic developments": ("[There was no resistance|Residents of {admin1} were informed|The operation lasted "
-                               "{number} days|The goods were worth a large sum].",),
+    "Explosions/Remote violence": (
+        "[{number} people were wounded|The vehicle was destroyed|The road to {admin1} was closed|{number} buildings "
+        "were damaged].",
+    ),
+    "Strategic developments": (
+        "[There was no resistance|Residents of {admin1} were informed|The operation lasted {number} days|The goods "
+        "were worth a large sum].",
+    ),
 }  # fmt: skip
 CROWD_SIZES = (("no report", 84), ("hundreds", 4), ("dozens", 4), ("around {round}", 5), ("at least {round}", 3))
 
@@ -297,20 +294,23 @@ def _actors(rng: Rng, country: str) -> dict[int, tuple[tuple[str, str], ...]]:
         ),
         REBELS: tuple((name, f"[fighters of the|the|suspected members of the] {name}") for name in groups),
         MILITIA: (
-            (f"Unidentified Armed Group ({country})", "[unidentified armed men|gunmen|unknown assailants|an "
-                                                      "unidentified armed group]"),
+            (f"Unidentified Armed Group ({country})",
+             "[unidentified armed men|gunmen|unknown assailants|an unidentified armed group]"),
             (f"{peoples[0]} Youth Militia", f"[members of|men from] the {peoples[0]} Youth Militia"),
         ),
-        COMMUNAL: tuple((f"{name} Communal Militia ({country})",
-        f"[a {name} militia|armed {name} men]") for name in peoples),
+        COMMUNAL: tuple(
+            (f"{name} Communal Militia ({country})", f"[a {name} militia|armed {name} men]") for name in peoples
+        ),
         RIOTERS: ((f"Rioters ({country})", "[rioters|residents|young people|students|supporters of a local party]"),),
         PROTESTERS: (
             (f"Protesters ({country})", "[protesters|residents|teachers|nurses|students|farmers|traders|miners|taxi "
-                                        "drivers|villagers|retired workers]"),
+             "drivers|villagers|retired workers]"),
         ),
         CIVILIANS: ((f"Civilians ({country})", "civilians"),),
-        EXTERNAL: ((f"Peacekeeping Mission in {country}", "peacekeepers"),
-        (f"Private Security Forces ({country})", "private guards")),
+        EXTERNAL: (
+            (f"Peacekeeping Mission in {country}", "peacekeepers"),
+            (f"Private Security Forces ({country})", "private guards"),
+        ),
     }  # fmt: skip
 
 
@@ -322,8 +322,7 @@ def _country(rng: Rng, index: int) -> Country:
 
 @functools.cache
 def invented_world() -> tuple[tuple[Country, ...], tuple[str, ...]]:
-    """The invented countries and news sources; the same for every seed of events, so that seeds differ in events
-    only."""
+    """The invented countries and news sources; the same for every seed of events."""
     rng = Rng(7)
     countries = tuple(_country(rng, index) for index in range(len(COUNTRIES)))
     papers = ("Herald", "Times", "Radio", "Courier", "Post", "Daily", "Observer", "News Agency", "Tribune")
@@ -350,12 +349,11 @@ def _fatalities(rng: Rng, zero_share: float) -> int:
 
 def _ending(rng: Rng, fatalities: int) -> str:
     """A last sentence on fatalities, with the digit in 57 % of the notes that have any, or nothing."""
-    if fatalities:
-        templates = ONE_DEATH_TEMPLATES if fatalities == 1 else DEATH_TEMPLATES
-        return " " + rng.expand(rng.choice(templates if rng.random() < 0.55 else UNCOUNTED_DEATH_TEMPLATES)).replace(
-            "{n}", str(fatalities)
-        )
-    return " " + rng.expand(rng.choice(NO_DEATH_TEMPLATES)) if rng.random() < 0.3 else ""
+    if not fatalities:
+        return " " + rng.expand(rng.choice(NO_DEATH_TEMPLATES)) if rng.random() < 0.3 else ""
+    counted = ONE_DEATH_TEMPLATES if fatalities == 1 else DEATH_TEMPLATES
+    templates = counted if rng.random() < 0.55 else UNCOUNTED_DEATH_TEMPLATES
+    return " " + rng.expand(rng.choice(templates)).replace("{n}", str(fatalities))
 
 
 def _size_suffix(rng: Rng, event_type: str) -> str:
@@ -379,10 +377,8 @@ def _note(rng: Rng, event: dict[str, str | int], actor1_text: str, actor2_text: 
     if rng.random() < 0.55:
         context = rng.expand(rng.choice(CONTEXT_TEMPLATES[str(event["event_type"])]))
         text += " " + context.format(number=2 + rng.randrange(14), admin1=event["admin1"], country=country_name)
-    return (
-        f"{opening} {event['event_date']}, "
-        f"{text}{_ending(rng, int(event['fatalities']))}{_size_suffix(rng, str(event['event_type']))}"
-    )
+    text += _ending(rng, int(event["fatalities"])) + _size_suffix(rng, str(event["event_type"]))
+    return f"{opening} {event['event_date']}, {text}"
 
 
 def _event(rng: Rng, index: int) -> dict[str, str | int]:
@@ -426,8 +422,7 @@ def _event(rng: Rng, index: int) -> dict[str, str | int]:
 
 
 def events(n: int, seed: int = DEMO_SEED) -> Iterator[dict[str, str | int]]:
-    """The first `n` events of a seed, as rows of an export of 2022-23; a smaller `n` gives the first rows of a larger
-    one."""
+    """The first `n` events of a seed, as rows of an export of 2022-23."""
     rng = Rng(seed)
     for index in range(n):
         yield _event(rng, index)

@@ -68,106 +68,56 @@ speed height depth route platform gate zone climate diet habitat language curren
 pressure season keeper rank score title""".split()
 ONSETS = "b bl br c ch d dr f fl g gl gr h j k kr l m n p pl pr qu r s sh sk sl st t th tr v w y z".split()
 VOWELS = "a a a e e e i i o o u ai au ea ee ie oa oo ou".split()
-CODAS = [
-    "",
-    "",
-    "",
-    "b",
-    "ck",
-    "d",
-    "ff",
-    "g",
-    "l",
-    "ll",
-    "m",
-    "mp",
-    "n",
-    "nd",
-    "ng",
-    "nt",
-    "p",
-    "r",
-    "rk",
-    "rn",
-    "s",
-    "sh",
-    "ss",
-    "st",
-    "t",
-    "th",
-    "x",
-]
+CODAS = ["", "", "", *"b ck d ff g l ll m mp n nd ng nt p r rk rn s sh ss st t th x".split()]
 
 # Records: {field: kind of value}, then what is said of them. <field> is replaced by the value above it.
 DOMAINS: tuple[tuple[dict[str, str], tuple[str, ...]], ...] = (
     ({"Parcel": "code", "Sent": "date", "From": "name", "To": "name", "Weight": "measure", "Content": "thing",
-        "Carrier": "firm"},
-     ("[On <Sent>, |]<Carrier> [took|shipped|sent] parcel <Parcel> [of <Weight> |]from <From> to <To>.", "The parcel "
-      "holds <Content>.",
+      "Carrier": "firm"},
+     ("[On <Sent>, |]<Carrier> [took|shipped|sent] parcel <Parcel> [of <Weight> |]from <From> to <To>.",
+      "The parcel holds <Content>.",
       "Parcel <Parcel> [left|was sent from] <From> on <Sent>[ and weighs <Weight>|].")),
     ({"Object": "thing", "Acquired": "date", "Found": "name", "Museum": "firm", "Age": "number",
-        "Condition": "adjective"},
-     ("On <Acquired>, <Museum> [acquired|bought|was given] <Object> found [in|near] <Found>.", "<Object> from <Found> "
-      "is <Age> years old "
-      "and in <Condition> "
-      "condition.",
+      "Condition": "adjective"},
+     ("On <Acquired>, <Museum> [acquired|bought|was given] <Object> found [in|near] <Found>.",
+      "<Object> from <Found> is <Age> years old and in <Condition> condition.",
       "Around <Acquired>, <Object> came to <Museum>.")),
     ({"Train": "code", "Departs": "time", "Arrives": "time", "From": "name", "To": "name", "Platform": "number"},
      ("Train <Train> leaves <From> at <Departs> from platform <Platform> and [reaches|arrives in] <To> at <Arrives>.",
-     "The train to <To> is <Train>.")),
+      "The train to <To> is <Train>.")),
     ({"Match day": "date", "Home": "name", "Guests": "name", "Score": "score", "Ground": "firm",
-        "Spectators": "number"},
-     ("On <Match day>, <Home> [met|played|hosted] <Guests> at <Ground>.", "The score was <Score>.", "<Spectators> "
-      "people saw "
-      "<Home> play "
-      "<Guests>[, which "
-      "ended <Score>|].")),
+      "Spectators": "number"},
+     ("On <Match day>, <Home> [met|played|hosted] <Guests> at <Ground>.",
+      "The score was <Score>.",
+      "<Spectators> people saw <Home> play <Guests>[, which ended <Score>|].")),
     ({"Station": "name", "Measured": "date", "Temperature": "measure", "Rain": "measure", "Wind": "adjective",
-        "Region": "region"},
-     ("On <Measured>, the station in <Station> (<Region>) measured <Temperature> and <Rain> of rain.", "The wind in "
-      "<Station> was "
-      "<Wind>.",
-      "Weather for "
-      "<Station>, "
-      "<Measured>: "
-      "wind <Wind>, "
-      "rain <Rain>.")),
+      "Region": "region"},
+     ("On <Measured>, the station in <Station> (<Region>) measured <Temperature> and <Rain> of rain.",
+      "The wind in <Station> was <Wind>.",
+      "Weather for <Station>, <Measured>: wind <Wind>, rain <Rain>.")),
     ({"Product": "thing", "Maker": "firm", "Price": "price", "Stock": "number", "Colour": "adjective", "Code": "code"},
-     ("<Maker> sells <Product> for <Price>.", "There are <Stock> left in stock[ (code <Code>)|].", "[The <Colour> "
-      "one|<Product>] "
-      "costs <Price> and "
-      "is made by "
-      "<Maker>.")),
+     ("<Maker> sells <Product> for <Price>.",
+      "There are <Stock> left in stock[ (code <Code>)|].",
+      "[The <Colour> one|<Product>] costs <Price> and is made by <Maker>.")),
     ({"Animal": "name", "Lives in": "region", "Eats": "nouns", "Length": "measure", "First seen": "date",
-        "Seen by": "people"},
-     ("The <Animal> lives in <Lives in> and eats <Eats>.", "On <First seen>, <Seen by> [saw|found|described] the "
-      "first <Animal> in <Lives in>.", "A <Animal> grows to "
-      "<Length>.")),
+      "Seen by": "people"},
+     ("The <Animal> lives in <Lives in> and eats <Eats>.",
+      "On <First seen>, <Seen by> [saw|found|described] the first <Animal> in <Lives in>.",
+      "A <Animal> grows to <Length>.")),
     ({"Machine": "code", "Site": "name", "Checked": "date", "Checked by": "people", "Fault": "fault",
-        "Hours": "number"},
-     ("On <Checked>, <Checked by> [checked|examined|stopped] machine <Machine> in <Site>: <Fault>.", "[No faults were "
-      "reported.|The "
-      "fault was "
-      "repaired.|]",
-      "<Machine> in "
-      "<Site> ran for "
-      "<Hours> hours "
-      "before <Fault>.")),
+      "Hours": "number"},
+     ("On <Checked>, <Checked by> [checked|examined|stopped] machine <Machine> in <Site>: <Fault>.",
+      "[No faults were reported.|The fault was repaired.|]",
+      "<Machine> in <Site> ran for <Hours> hours before <Fault>.")),
     ({"Town": "name", "Province": "region", "Country": "name", "People": "number", "Known for": "nouns",
-        "Founded": "number"},
-     ("<Town> (<Province>, <Country>) is a town of <People> people, known for <Known for>.", "It was founded in "
-      "<Founded>.",
-      "<Town> lies in "
-      "<Province>, in the "
-      "[north|south|east|west] "
-      "of <Country>.")),
+      "Founded": "number"},
+     ("<Town> (<Province>, <Country>) is a town of <People> people, known for <Known for>.",
+      "It was founded in <Founded>.",
+      "<Town> lies in <Province>, in the [north|south|east|west] of <Country>.")),
     ({"Event": "thing", "Day": "date", "Held in": "name", "Held by": "firm", "Guests": "number", "Report": "firm"},
-     ("On <Day>, <Held by> [held|opened|staged] a show of <Event> in the town of <Held in>.", "At least <Guests> "
-      "people came.",
-      "<Report> reported on "
-      "<Day> from <Held in> "
-      "that <Guests> people "
-      "[came|were there].")),
+     ("On <Day>, <Held by> [held|opened|staged] a show of <Event> in the town of <Held in>.",
+      "At least <Guests> people came.",
+      "<Report> reported on <Day> from <Held in> that <Guests> people [came|were there].")),
 )  # fmt: skip
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeio])")  # a apple -> an apple
 PLURAL = re.compile(r"(s|x|ch|sh)s\b")  # boxs -> boxes
@@ -180,8 +130,7 @@ def invent_name(rng: Rng) -> str:
 
 
 def fill_template(rng: Rng, template: str) -> str:
-    """The template with its choices made and `{n}` noun, `{a}` adjective, `{v}` verb, `{p}` person, `{d}` adverb
-    filled in."""
+    """The template with its choices made and a word of its kind for each `{n}`, `{a}`, `{v}`, `{p}` and `{d}`."""
     word_lists = {"n": NOUNS, "a": ADJECTIVES, "v": VERBS, "p": PEOPLE, "d": ADVERBS}
     parts = rng.expand(template).split("{")
     text = parts[0] + "".join(rng.choice(word_lists[part[0]]) + part[2:] for part in parts[1:])
@@ -194,13 +143,9 @@ def make_date(rng: Rng) -> str:
     style = rng.randrange(8)
     if style == 0:
         return f"{year}-{month + 1:02d}-{day:02d}"
-    return (
-        f"{MONTHS[month]} {day}, {year}"
-        if style == 1
-        else f"{day:02d} {MONTHS[month]} {year}"
-        if style == 2
-        else f"{day} {MONTHS[month]} {year}"
-    )
+    if style == 1:
+        return f"{MONTHS[month]} {day}, {year}"
+    return f"{day:02d} {MONTHS[month]} {year}" if style == 2 else f"{day} {MONTHS[month]} {year}"
 
 
 def make_number(rng: Rng) -> str:
@@ -210,8 +155,8 @@ def make_number(rng: Rng) -> str:
 
 VALUE_GENERATORS: dict[str, Callable[[Rng], str]] = {
     "name": invent_name,
-    "region": lambda rng: fill_template(rng,
-        "[Northern|Southern|Western|Eastern|Upper|Lower|New|] ").lstrip() + invent_name(rng),
+    "region": lambda rng: rng.expand("[Northern|Southern|Western|Eastern|Upper|Lower|New|] ").lstrip()
+    + invent_name(rng),
     "firm": lambda rng: invent_name(rng) + fill_template(rng,
         " [Works|Museum|Transport|Society|School|Stadium|Mills|& Co|Gazette|Radio|Group|Union|Club|Office of {a} "
         "Things|Front Street House]"),
@@ -270,34 +215,20 @@ def make_table(rng: Rng) -> str:
 def make_story(rng: Rng) -> str:
     """A few sentences about one person of a trade and a thing, which come back."""
     person, thing, town = fill_template(rng, "[{a} |]{p}"), fill_template(rng, "[{a} |]{n}"), invent_name(rng)
-    lines = [
-        fill_template(
-            rng,
-            f"[On {make_date(rng)}, a|Once a|Last week, a|In {town}, a] {person} {{v}} a {thing} {PLACE}[ {WHEN}|].",
-        )
-    ]
+    opening = f"[On {make_date(rng)}, a|Once a|Last week, a|In {town}, a] {person} {{v}} a {thing} {PLACE}[ {WHEN}|]."
+    lines = [fill_template(rng, opening)]
     for _ in range(1 + rng.randrange(6)):
         subject = rng.expand("[The|A|Another|Some|Several|Members of the|A group of|{number}]").replace(
             "{number}", make_number(rng)
         )
-        lines.append(
-            fill_template(
-                rng,
-                rng.choice(
-                    (
-                        f"The {person} [{{d}} |]{{v}} the {thing}[ and {{v}} "
-                        f"it|]{'.' if rng.randrange(2) else f' {WHEN}.'}",
-                        f"{subject} [{{a}} |][{{p}}s|{{n}}s|people] [were {{v}}|{{v}} the {{n}}|came to {town}|left "
-                        f"{town}|were seen {PLACE}] [{WHEN}|to ask for the {thing}|with a {{n}}|without a "
-                        f"{{n}}|because of the {{n}}].",
-                        f"There [was a|were no] {{n}}[s|] {PLACE}[, and the {thing} was {{a}}|].",
-                        f"[It was|The {thing} is|The {{n}} had been] {{a}}[ and {{a}}|, but {{a}}|] [in|near] {town}.",
-                        f'"[Where is|Who {{v}}|I {{v}}|We want|Do not touch] the {thing}[?|!]" [said|asked|called] '
-                        f"the {person}.",
-                    )
-                ),
-            )
-        )
+        lines.append(fill_template(rng, rng.choice((
+            f"The {person} [{{d}} |]{{v}} the {thing}[ and {{v}} it|]{'.' if rng.randrange(2) else f' {WHEN}.'}",
+            f"{subject} [{{a}} |][{{p}}s|{{n}}s|people] [were {{v}}|{{v}} the {{n}}|came to {town}|left {town}|were "
+            f"seen {PLACE}] [{WHEN}|to ask for the {thing}|with a {{n}}|without a {{n}}|because of the {{n}}].",
+            f"There [was a|were no] {{n}}[s|] {PLACE}[, and the {thing} was {{a}}|].",
+            f"[It was|The {thing} is|The {{n}} had been] {{a}}[ and {{a}}|, but {{a}}|] [in|near] {town}.",
+            f'"[Where is|Who {{v}}|I {{v}}|We want|Do not touch] the {thing}[?|!]" [said|asked|called] the {person}.',
+        ))))  # fmt: skip
     return " ".join(lines)
 
 
@@ -305,20 +236,10 @@ def make_recipe(rng: Rng) -> str:
     """Ingredients with amounts, and steps that use them."""
     things = list(dict.fromkeys(rng.choice(NOUNS) for _ in range(3 + rng.randrange(4))))
     amounts = [f"{make_number(rng)} {rng.choice(UNITS)} {thing}" for thing in things]
-    steps = [
-        fill_template(
-            rng, f"[Add|Wash|Cut|Boil|Mix in|Dry|Weigh|Cover] the {thing}[ {{d}}|][ for {make_number(rng)} minutes|]"
-        )
-        for thing in things
-    ]
-    return (
-        fill_template(rng, "{a} {n} with {n}").capitalize()
-        + "\n- "
-        + "\n- ".join(amounts)
-        + "\n"
-        + ". ".join(steps)
-        + "."
-    )
+    step = "[Add|Wash|Cut|Boil|Mix in|Dry|Weigh|Cover] the %s[ {d}|][ for %s minutes|]"
+    steps = [fill_template(rng, step % (thing, make_number(rng))) for thing in things]
+    title = fill_template(rng, "{a} {n} with {n}").capitalize()
+    return "\n- ".join([title, *amounts]) + "\n" + ". ".join(steps) + "."
 
 
 def make_sums(rng: Rng) -> str:
@@ -331,11 +252,8 @@ def make_sums(rng: Rng) -> str:
         start, increment = rng.randrange(1000), 1 + rng.randrange(10)
         return ", ".join(str(start + increment * i) for i in range(5 + rng.randrange(15)))
     words = [rng.choice(NOUNS) if task == 2 else invent_name(rng) for _ in range(3 + rng.randrange(7))]
-    return (
-        f"[{', '.join(words)}]\n"
-        + ("in order" if task == 2 else "again")
-        + f": {', '.join(sorted(words) if task == 2 else words)}"
-    )
+    order, answer = ("in order", sorted(words)) if task == 2 else ("again", words)
+    return f"[{', '.join(words)}]\n{order}: {', '.join(answer)}"
 
 
 def make_timetable(rng: Rng) -> str:
@@ -350,12 +268,8 @@ def make_timetable(rng: Rng) -> str:
 
 def make_news(rng: Rng) -> str:
     """A short report on weather, trade or building work in one place."""
-    town, region, day, price = (
-        invent_name(rng),
-        VALUE_GENERATORS["region"](rng),
-        make_date(rng),
-        VALUE_GENERATORS["price"](rng),
-    )
+    town, region, day = invent_name(rng), VALUE_GENERATORS["region"](rng), make_date(rng)
+    price = VALUE_GENERATORS["price"](rng)
     opening = f"[{town}, {day}: |On {day}, in {town} ({region}), |In the town of {town}, |Around {day}, near {town}, ]"
     text = rng.expand(opening) + " ".join(fill_template(rng, rng.choice((
         f"[heavy rain|a storm|snow|fog|a flood|a fire|strong wind] [damaged|closed|covered|reached] [the "
