@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 NAME = "gpt2-acled-t2s"
 
@@ -81,14 +82,6 @@ def is_asked_for(preset: str, reasons: Sequence[str]) -> bool:
     return preset == "card" or list(reasons) == [UNKNOWN_REASON]
 
 
-def why_not_comparable(
-    *, data: str, vocabulary: int, block_size: int, objective: str, model: str, examples: int
-) -> list[str]:
-    """The reasons by which a run's losses cannot be held against the card's; never empty.
-
-    The card names neither its data set nor its split, so "unknown" remains even where all that is known agrees.
-    """
-    reasons = disagreements(
-        data=data, vocabulary=vocabulary, block_size=block_size, objective=objective, model=model, examples=examples
-    )
-    return [*reasons, UNKNOWN_REASON]
+def why_not_comparable(**run_info: Any) -> list[str]:
+    """`disagreements`, and that the card names neither its data set nor its split: never empty."""
+    return [*disagreements(**run_info), UNKNOWN_REASON]

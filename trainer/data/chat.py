@@ -80,28 +80,28 @@ class ChatTemplate:
 
     def prompt_text(self, conversation: Conversation) -> str:
         """What a model is given when it is to write the next turn; MaskError where the template refuses it."""
-        return self._render(conversation.messages, conversation.tools, add_generation_prompt=True)
+        return self._render(conversation.messages, conversation.tools, add_generation_prompt=True)[0]
 
     def _locate(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """(the whole text, where each learnt turn stands in it)."""
         messages, turns = conversation.messages, conversation.learnt_turns()
         if self.has_generation_marks:
-            text, spans = self._render_marked(conversation)
+            text, spans = self._render(messages, conversation.tools, return_assistant_tokens_mask=True)
             all_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             if len(spans) != len(all_turns):
                 raise MaskError(f"the template marks {len(spans)} of {len(all_turns)} assistant turns as generated")
-            learnt = [span for i, span in zip(all_turns, spans, strict=True) if i in turns and span[0] < span[1]]
+            learnt = [(a, b) for i, (a, b) in zip(all_turns, spans, strict=True) if i in turns and a < b]
             if not learnt:
                 raise MaskError("the template marks no character of the assistant's turns as generated")
             return text, learnt
-        text = self._render(messages, conversation.tools)
+        text, _ = self._render(messages, conversation.tools)
         return text, [self._locate_turn(text, conversation, i) for i in turns]
 
     def _locate_turn(self, text: str, conversation: Conversation, i: int) -> Span:
         """Where turn i stands, from its first character to the end mark that closes it."""
         messages, tools = conversation.messages, conversation.tools
-        prefix = self._render(messages[:i], tools, add_generation_prompt=True)
-        through = self._render(messages[: i + 1], tools)
+        prefix, _ = self._render(messages[:i], tools, add_generation_prompt=True)
+        through, _ = self._render(messages[: i + 1], tools)
         start, content = len(prefix), messages[i]["content"].strip()
         if not (text.startswith(prefix) and through.startswith(prefix)):
             raise MaskError(
@@ -134,17 +134,11 @@ class ChatTemplate:
         marks = [token for token in self.tokenizer.get_added_vocab() if token in common.partition(content)[2]]
         return start + len(common) if is_exact and content in common and marks else None
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool = False) -> str:
-        return self._call(messages, tools, add_generation_prompt=add_generation_prompt)[0]
-
-    def _render_marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        text, spans = self._call(conversation.messages, conversation.tools, return_assistant_tokens_mask=True)
-        return text, [(start, end) for start, end in spans]
-
-    def _call(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> tuple[str, list[Any]]:
+    def _render(self, messages: list[dict[str, Any]], tools: Any, **options: bool) -> tuple[str, list[Any]]:
+        """(the text, the characters from and to that the template marks as generated where that is asked for)."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        special_tokens = {name: token for name, token in self.tokenizer.special_tokens_map.items()}
+        special_tokens = self.tokenizer.special_tokens_map
         try:
             with _time_limit():
                 texts, spans = render_jinja_template(

@@ -193,26 +193,20 @@ def _content_key(data_input: DataInput) -> list[Any]:
 def _check_sizes(dataset: PreparedDataset, settings: DataSettings, objective: Objective, global_batch: int) -> None:
     is_blocks = objective == "blocks"
     unit, hint = (f"blocks of {settings.block_size} tokens", ", lower --block-size") if is_blocks else ("examples", "")
-    train, val = dataset.metadata["train"], dataset.metadata["val"]
+    train = dataset.metadata["train"]
     if train["examples"] < global_batch:
         raise UserError(
             f"--data {settings.data}: {train['records']} training records make {train['examples']} {unit}, fewer than "
             f"one global batch of {global_batch}; lower --global-batch{hint}, or give more data"
         )
-    if (settings.test_data is not None or settings.test_fraction) and dataset.metadata["test"]["examples"] == 0:
-        spec = settings.test_data if settings.test_data is not None else settings.data
-        raise UserError(
-            f"{'--test-data' if settings.test_data is not None else '--data'} {spec}: "
-            f"{dataset.metadata['test']['records']} test records make 0 {unit}; give more of them{hint}"
-        )
-    if settings.retain_data is not None and dataset.metadata["retain"]["examples"] == 0:
-        raise UserError(
-            f"--retain-data {settings.retain_data}: {dataset.metadata['retain']['records']} records make 0 blocks of "
-            f"{settings.block_size} tokens; give more of them, or lower --block-size"
-        )
-    if val["examples"] == 0:
-        remedy = "give more of it" if settings.val_data is not None else "raise --val-fraction, give --val-data"
-        raise UserError(
-            f"{'--val-data ' + settings.val_data if settings.val_data is not None else '--data ' + settings.data}: "
-            f"{val['records']} validation records make 0 {unit}; {remedy}{hint or ', or raise --block-size'}"
-        )
+    more_val = "give more of it" if settings.val_data is not None else "raise --val-fraction, give --val-data"
+    for split, name, spec, remedy in (
+        ("test", "test ", settings.test_data, f"give more of them{hint}"),
+        ("retain", "", settings.retain_data, "give more of them, or lower --block-size"),
+        ("val", "validation ", settings.val_data, more_val + (hint or ", or raise --block-size")),
+    ):
+        is_wanted = split == "val" or spec is not None or (split == "test" and settings.test_fraction)
+        if is_wanted and dataset.metadata[split]["examples"] == 0:
+            source = f"--{split}-data {spec}" if spec is not None else f"--data {settings.data}"
+            rows = f"blocks of {settings.block_size} tokens" if split == "retain" else unit
+            raise UserError(f"{source}: {dataset.metadata[split]['records']} {name}records make 0 {rows}; {remedy}")

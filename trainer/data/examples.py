@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.data import formats, readers
+from trainer.data import readers
 from trainer.data.acled import column_names, format_date
 from trainer.data.conversations import Conversation
 from trainer.data.formats import RecordFormat
@@ -116,9 +116,9 @@ def iter_examples(data_input: DataInput, split_by: str | None) -> Iterator[Examp
 
 
 def _to_example(file: Path | None, place: str, record: Record, record_format: RecordFormat) -> Example | None:
-    if record_format.name == "input_ids":
-        return Example(file, place, "", "", ids=formats.parse_token_ids(record))
     rendered = record_format.render(record)
+    if isinstance(rendered, list):
+        return Example(file, place, "", "", ids=rendered)
     if isinstance(rendered, Conversation):
         return Example(file, place, "", "", conversation=rendered, group=rendered.first_prompt())
     prompt, completion = rendered

@@ -39,12 +39,12 @@ ALPACA_WITHOUT_INPUT = (
 class RecordFormat:
     """How the records of a source become text.
 
-    render: record -> (prompt, completion) or a conversation, raises RecordError; a text without a prompt is all
-    completion.
+    render: record -> (prompt, completion), a conversation or token ids, raises RecordError; a text without a prompt is
+    all completion.
     """
 
     name: str  #: as --format has it, or "template"
-    render: Callable[[Record], Pair | Conversation]
+    render: Callable[[Record], Pair | Conversation | list[int]]
     needs: tuple[str, ...] = ()  #: columns by which it is known
     columns: tuple[str, ...] | None = None  #: the ones that are read, None for all
     is_keyed_by_prompt: bool = True  #: whether the prompt tells records apart: the validation split goes by it
@@ -82,13 +82,26 @@ def _render_text(record: Record) -> Pair:
     return "", "" if "text" in record and is_missing(record["text"]) else require_text(record, "text")
 
 
-def _render_token_ids(record: Record) -> Pair:
-    raise AssertionError("token ids are not rendered")
+def parse_token_ids(record: Record) -> list[int]:
+    """The `input_ids` of a record; RecordError where they are not a list of whole numbers from 0."""
+    ids = record.get("input_ids")
+    if is_missing(ids):
+        raise RecordError("column 'input_ids' is null: fill it or drop the row")
+    if not isinstance(ids, list):
+        raise RecordError(f"column 'input_ids' holds a {type(ids).__name__}, expected a list of whole numbers")
+    if not ids:
+        raise RecordError("column 'input_ids' is empty: drop the row")
+    for position, value in enumerate(ids):
+        if type(value) is not int or not 0 <= value <= MAX_TOKEN_ID:
+            raise RecordError(
+                f"column 'input_ids' holds {shorten(value)} at place {position}, expected a whole number from 0"
+            )
+    return ids
 
 
 FORMATS = (
     RecordFormat(
-        name="input_ids", needs=("input_ids",), columns=("input_ids",), render=_render_token_ids,
+        name="input_ids", needs=("input_ids",), columns=("input_ids",), render=parse_token_ids,
         is_keyed_by_prompt=False, objectives=("blocks",), meaning="token ids as they are",
     ),
     RecordFormat(
@@ -155,20 +168,3 @@ def choose_format(columns: Sequence[str], settings: DataSettings, where: str) ->
 
 def _fits(record_format: RecordFormat, columns: Sequence[str]) -> bool:
     return acled.is_acled(columns) if record_format.name == "acled" else set(record_format.needs) <= set(columns)
-
-
-def parse_token_ids(record: Record) -> list[int]:
-    """The `input_ids` of a record; RecordError where they are not a list of whole numbers from 0."""
-    ids = record.get("input_ids")
-    if is_missing(ids):
-        raise RecordError("column 'input_ids' is null: fill it or drop the row")
-    if not isinstance(ids, list):
-        raise RecordError(f"column 'input_ids' holds a {type(ids).__name__}, expected a list of whole numbers")
-    if not ids:
-        raise RecordError("column 'input_ids' is empty: drop the row")
-    for position, value in enumerate(ids):
-        if type(value) is not int or not 0 <= value <= MAX_TOKEN_ID:
-            raise RecordError(
-                f"column 'input_ids' holds {shorten(value)} at place {position}, expected a whole number from 0"
-            )
-    return ids

@@ -80,27 +80,26 @@ def file_columns(source: Source, file: Path) -> tuple[str, ...]:
 def records(source: Source, column_names: Sequence[str] | None = None) -> Iterator[SourcedRecord]:
     """Every record in order, a bounded number in memory; `column_names` only, where the kind lets us choose."""
     if source.kind == "demo":
-        is_events = source.spec == DEMO_DATA
-        made: Iterator[Mapping[str, Any]] = demo_base_text.retained_records()
-        if is_events:
-            made = demo.events(demo.DEMO_RECORDS, demo.DEMO_SEED)
+        made: Iterator[Mapping[str, Any]] = (
+            demo.events(demo.DEMO_RECORDS) if source.spec == DEMO_DATA else demo_base_text.retained_records()
+        )
         for number, record in enumerate(made, start=1):
             yield SourcedRecord(None, f"row {number}", record)
     elif source.dataset is not None:
         dataset = source.dataset.select_columns(list(column_names)) if column_names else source.dataset
-        yield from _iter_tables(source, None, dataset.with_format("arrow").iter(batch_size=READ_BATCH_SIZE))
+        tables = dataset.with_format("arrow").iter(batch_size=READ_BATCH_SIZE)
+        yield from _iter_checked(source, None, _iter_tables(None, tables))
     else:
         for file in source.files:
             if source.kind in ("Parquet", "Arrow"):
                 names = [name for name in file_columns(source, file) if column_names is None or name in column_names]
-                tables = hf_readers.iter_arrow(file, source.kind, names, READ_BATCH_SIZE)
-                yield from _iter_tables(source, file, tables)
+                file_records = _iter_tables(file, hf_readers.iter_arrow(file, source.kind, names, READ_BATCH_SIZE))
             else:
-                iter_file = {"JSON": _iter_json, "text": _iter_text}.get(source.kind, _iter_csv)
-                yield from _iter_checked(source, file, iter_file(source, file))
+                file_records = {"JSON": _iter_json, "text": _iter_text}.get(source.kind, _iter_csv)(source, file)
+            yield from _iter_checked(source, file, file_records)
 
 
-def _iter_checked(source: Source, file: Path, file_records: Iterator[SourcedRecord]) -> Iterator[SourcedRecord]:
+def _iter_checked(source: Source, file: Path | None, file_records: Iterator[SourcedRecord]) -> Iterator[SourcedRecord]:
     """The same records; what the reader cannot read becomes one line."""
     place = "the beginning"
     try:
@@ -111,16 +110,11 @@ def _iter_checked(source: Source, file: Path, file_records: Iterator[SourcedReco
         raise _read_error(source, file, place, error) from error
 
 
-def _iter_tables(source: Source, file: Path | None, tables: Iterator[Any]) -> Iterator[SourcedRecord]:
+def _iter_tables(file: Path | None, tables: Iterator[Any]) -> Iterator[SourcedRecord]:
     """The rows of Arrow tables, numbered from 1."""
-    number = 0
-    try:
-        for table in tables:
-            for record in table.to_pylist():
-                number += 1
-                yield SourcedRecord(file, f"row {number}", record)
-    except READ_ERRORS as error:
-        raise _read_error(source, file, f"after row {number}", error) from error
+    rows = (record for table in tables for record in table.to_pylist())
+    for number, record in enumerate(rows, start=1):
+        yield SourcedRecord(file, f"row {number}", record)
 
 
 def _read_error(source: Source, file: Path | None, place: str, error: Exception) -> UserError:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.config.errors import escape_controls
 from trainer.data.token_dataset import TokenDataset
 
 MAX_MARKED_CHARACTERS = 400  # of a row in the plan; its middle is left out
@@ -18,7 +19,7 @@ def mark_targets(tokenizer: Any, ids: NDArray[Any], is_target: NDArray[np.bool_]
     text, start = "", 0
     edges = [*(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(ids)]
     for end in edges:
-        part = _on_one_line(tokenizer.decode(ids[start:end].tolist()))
+        part = escape_controls(tokenizer.decode(ids[start:end].tolist()))
         limit = MAX_MARKED_CHARACTERS // len(edges) + 20
         part = part if len(part) <= limit else f"{part[: limit // 2]} … {part[-limit // 2 :]}"
         text += f"{OPEN}{part}{CLOSE}" if is_target[start] else part
@@ -33,13 +34,9 @@ def show_examples(dataset: TokenDataset, tokenizer: Any, number: int, is_coloure
         yield f"example {i + 1}: {len(ids)} tokens, {int(is_target.sum())} of them learnt"
         pieces = []
         for token_id, learnt in zip(ids.tolist(), is_target.tolist(), strict=True):
-            piece = _on_one_line(tokenizer.decode([token_id]))
+            piece = escape_controls(tokenizer.decode([token_id]))
             if is_coloured:
                 pieces.append(f"{LEARNT_STYLE if learnt else ''}{piece}{PLAIN_STYLE if learnt else ''}")
             else:
                 pieces.append(f"{OPEN}{piece}{CLOSE}" if learnt else piece)
         yield "|".join(pieces)
-
-
-def _on_one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
