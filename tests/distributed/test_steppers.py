@@ -83,8 +83,8 @@ def try_step(run: StartedRun, step: int, bad: str | None) -> str:
     """taken; or the word for what was not finite, and whether the state is as it was. `bad`: made so on rank 0."""
     engine, train = run.engine, run.data.train
     rank, order = engine.dist_context.rank, np.arange(len(train))
-    micro_batches = step_batches(train, order, step % 3, run.plan.schedule.batch, rank, 0)
-    num_target_tokens = step_counts(train, order, step % 3, 6)[2]
+    micro_batches = step_batches(train, order, step % 3, run.plan.schedule.batch, rank)
+    num_target_tokens = step_counts(train, order, step % 3, 6)[1]
     factor = math.inf if bad == "gradient" and rank == 0 else 1.0
     hook = next(iter(engine.trainable_params.values())).register_hook(lambda gradient: gradient * factor)
     state_before = {name: tensor.clone() for name, tensor in engine.state.iter_state_dict()} if bad else {}

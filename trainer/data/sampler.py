@@ -87,9 +87,7 @@ def epoch_order(
     return np.concatenate([full_batches[_permutation(len(full_batches), seed, epoch, 1)].ravel(), order[full_length:]])
 
 
-def collate(
-    dataset: TokenDataset, indices: Int64, pad_id: int, index: int, packed_width: int | None = None
-) -> MicroBatch:
+def collate(dataset: TokenDataset, indices: Int64, index: int, packed_width: int | None = None) -> MicroBatch:
     """The examples at `indices`, one a row, padded on the right to the longest of them.
 
     packed_width: several examples share a row of at most so many tokens, each with positions from 0: what attends by
@@ -98,12 +96,12 @@ def collate(
     it ends a text. Without any row: one row of padding that counts nothing, so that every rank does a forward.
     """
     if not len(indices):
-        padding = np.full((1, 2), pad_id, dtype=np.int64)
+        padding = np.full((1, 2), PAD_ID, dtype=np.int64)
         return MicroBatch(input_ids=padding, labels=np.full_like(padding, IGNORE_INDEX), tokens=0, index=index)
     lengths = dataset.offsets[indices + 1] - dataset.offsets[indices]
     rows = pack_rows(lengths, packed_width) if packed_width else [[place] for place in range(len(indices))]
     width = max(int(lengths[row].sum()) for row in rows)
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    input_ids = np.full((len(rows), width), PAD_ID, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
     position_ids = np.broadcast_to(np.arange(width, dtype=np.int64), (len(rows), width)).copy()
     for row, places in enumerate(rows):
@@ -159,12 +157,7 @@ def padding_share(batches: "TrainBatches", num_steps: int) -> float:
 
 
 def step_batches(
-    dataset: TokenDataset,
-    order: Int64,
-    step_in_epoch: int,
-    batch: BatchConfig,
-    rank: int,
-    pad_id: int,
+    dataset: TokenDataset, order: Int64, step_in_epoch: int, batch: BatchConfig, rank: int
 ) -> list[MicroBatch]:
     """The micro-batches of `rank` in a step, always `batch.gradient_accumulation_steps` of them.
 
@@ -175,18 +168,16 @@ def step_batches(
     batch_indices = order[start : start + batch.global_batch]
     offsets = [(j * batch.world_size + rank) * batch.micro_batch_size for j in range(batch.gradient_accumulation_steps)]
     return [
-        collate(
-            dataset, batch_indices[offset : offset + batch.micro_batch_size], pad_id, start + offset, batch.packed_width
-        )
+        collate(dataset, batch_indices[offset : offset + batch.micro_batch_size], start + offset, batch.packed_width)
         for offset in offsets
     ]
 
 
-def step_counts(dataset: TokenDataset, order: Int64, step_in_epoch: int, global_batch: int) -> tuple[int, int, int]:
-    """(examples, tokens, counted tokens) of a global batch; every rank gets the same without asking the others."""
+def step_counts(dataset: TokenDataset, order: Int64, step_in_epoch: int, global_batch: int) -> tuple[int, int]:
+    """(tokens, counted tokens) of a global batch; every rank gets the same without asking the others."""
     indices = order[step_in_epoch * global_batch : (step_in_epoch + 1) * global_batch]
     lengths = dataset.offsets[indices + 1] - dataset.offsets[indices]
-    return len(indices), int(lengths.sum()), int(dataset.num_target_tokens(indices).sum())
+    return int(lengths.sum()), int(dataset.num_target_tokens(indices).sum())
 
 
 @dataclass(kw_only=True, eq=False)
@@ -214,11 +205,11 @@ class TrainBatches:
         global_batch = self.batch_config.global_batch
         epoch, step_in_epoch = divmod(step, math.ceil(len(self.dataset) / global_batch))
         order = self._epoch_order(epoch)
-        _, num_tokens, num_target_tokens = step_counts(self.dataset, order, step_in_epoch, global_batch)
+        num_tokens, num_target_tokens = step_counts(self.dataset, order, step_in_epoch, global_batch)
         return GlobalBatch(
             step=step, epoch=epoch, step_in_epoch=step_in_epoch,
             example_ids=order[step_in_epoch * global_batch :][:global_batch].tolist(),
-            micro_batches=step_batches(self.dataset, order, step_in_epoch, self.batch_config, self.rank, PAD_ID),
+            micro_batches=step_batches(self.dataset, order, step_in_epoch, self.batch_config, self.rank),
             num_tokens=num_tokens, num_target_tokens=num_target_tokens,
         )  # fmt: skip
 
@@ -238,9 +229,7 @@ def eval_order(dataset: TokenDataset) -> Int64:
     return np.argsort(-dataset.lengths(), kind="stable").astype(np.int64)
 
 
-def eval_batches(
-    dataset: TokenDataset, eval_batch: int, rank: int, world_size: int, pad_id: int
-) -> Iterator[MicroBatch]:
+def eval_batches(dataset: TokenDataset, eval_batch: int, rank: int, world_size: int) -> Iterator[MicroBatch]:
     """The share of `rank` in one pass over all rows; every rank gets the same number of micro-batches.
 
     Every row stands in exactly one of them over all ranks, at `eval_order(dataset)[index:]`; what is missing at the
@@ -250,4 +239,4 @@ def eval_batches(
     num_batches = -(-len(order) // (eval_batch * world_size))
     for batch_index in range(num_batches):
         offset = (batch_index * world_size + rank) * eval_batch
-        yield collate(dataset, order[offset : offset + eval_batch], pad_id, offset)
+        yield collate(dataset, order[offset : offset + eval_batch], offset)

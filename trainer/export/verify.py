@@ -84,7 +84,7 @@ class VerificationResult:
 
 def fixed_input_ids(data: PreparedDataset) -> np.ndarray:
     """int64 [1 or 2, width up to MAX_COMPARED_TOKENS]: the beginnings of the longest validation rows."""
-    return next(eval_batches(data.val, 2, 0, 1, 0)).input_ids[:, :MAX_COMPARED_TOKENS]
+    return next(eval_batches(data.val, 2, 0, 1)).input_ids[:, :MAX_COMPARED_TOKENS]
 
 
 def compute_logits(module: Any, input_ids: np.ndarray, device: torch.device) -> np.ndarray:

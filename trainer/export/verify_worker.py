@@ -115,7 +115,7 @@ def compute_validation_loss(model: Any, job: Mapping[str, Any]) -> float:
     """Token mean of the loss over the prepared validation rows, nats."""
     dataset = load(Path(job["data"])).val
     loss_sums = []
-    for micro_batch in eval_batches(dataset, job["eval_batch"], 0, 1, 0):
+    for micro_batch in eval_batches(dataset, job["eval_batch"], 0, 1):
         labels = torch.from_numpy(micro_batch.labels)[:, 1:].flatten().to(job["device"])
         with torch.autocast(job["device"], torch.bfloat16, enabled=job["precision"] == "bf16"):
             logits = model(torch.from_numpy(micro_batch.input_ids).to(job["device"]), use_cache=False).logits[:, :-1]

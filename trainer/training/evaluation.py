@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from trainer.data.sampler import PAD_ID, eval_batches, eval_order
+from trainer.data.sampler import eval_batches, eval_order
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine
 from trainer.tracking.records import bits_per_byte
@@ -48,7 +48,7 @@ def evaluate(
     dist_context = engine.dist_context
     order = eval_order(dataset)
     batch_losses, row_indices = [], []  # losses stay on the device: nobody waits for one batch before the next
-    for micro_batch in eval_batches(dataset, eval_batch_size, dist_context.rank, dist_context.world_size, PAD_ID):
+    for micro_batch in eval_batches(dataset, eval_batch_size, dist_context.rank, dist_context.world_size):
         if any(dist_context.all_gather_object(should_stop())):
             raise StopRequested
         indices = order[micro_batch.index : micro_batch.index + eval_batch_size]

@@ -202,7 +202,7 @@ def test_counts_labels_and_bytes_follow_the_mask(tmp_path, prepare_chat, tokeniz
         counts = [int(dataset.is_target(i).sum()) for i in range(len(dataset))]
         assert dataset.num_target_tokens().tolist() == counts
         assert data.metadata[split]["counted_tokens"] == sum(counts)
-        batch = collate(dataset, np.arange(len(dataset)), 0, 0)
+        batch = collate(dataset, np.arange(len(dataset)), 0)
         assert (batch.labels != IGNORE_INDEX).sum() == sum(counts)
     info = data.row_info("val")
     for i, num_bytes in enumerate(info.num_bytes):

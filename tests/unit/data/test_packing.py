@@ -52,7 +52,7 @@ def test_every_example_stands_in_one_row_and_no_row_is_too_long(lengths):
 def test_a_packed_micro_batch_holds_the_tokens_labels_and_positions_of_its_examples(with_mask):
     dataset = make_dataset([9, 30, 5, 12, 40, 3, 8], with_mask=with_mask)
     indices = np.arange(len(dataset))
-    batch = collate(dataset, indices, 0, 0, WIDTH)
+    batch = collate(dataset, indices, 0, WIDTH)
     assert len(batch.input_ids) == 3
     assert batch.tokens == 107
     actual = []
@@ -87,8 +87,8 @@ def test_packed_rows_give_each_example_the_loss_and_the_weights_the_gradient_of_
         total.backward()
         return rows, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
-    single_rows, single_grads = loss_and_grads(collate(dataset, indices, 0, 0))
-    packed = collate(dataset, indices, 0, 0, WIDTH)
+    single_rows, single_grads = loss_and_grads(collate(dataset, indices, 0))
+    packed = collate(dataset, indices, 0, WIDTH)
     packed_rows, packed_grads = loss_and_grads(packed)
     by_row = [sum(float(single_rows[place]) for place in row) for row in pack_rows(dataset.lengths(), WIDTH)]
     torch.testing.assert_close(packed_rows.double(), torch.tensor(by_row).double(), rtol=1e-6, atol=1e-6)
@@ -115,6 +115,6 @@ def test_packing_changes_rows_and_padding_and_neither_examples_nor_counts():
 def test_an_attention_that_does_not_mask_packed_rows_is_refused():
     model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"], attn_implementation="sdpa")
     causal_attention.install(model)
-    batch = collate(make_dataset([5, 6]), np.arange(2), 0, 0, WIDTH)
+    batch = collate(make_dataset([5, 6]), np.arange(2), 0, WIDTH)
     with pytest.raises(ValueError, match="packed rows need an attention that masks"):
         CausalLMLoss(model, None)(*map(torch.from_numpy, (batch.input_ids, batch.labels, batch.position_ids)))

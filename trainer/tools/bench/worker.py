@@ -151,7 +151,7 @@ def _input_seconds(setup: runners.BenchmarkSetup) -> float:
     data, batch, rank = setup.data.train, setup.settings.train.batch(setup.config.world_size), setup.dist_context.rank
     order = epoch_order(data, seed=42, epoch=0, global_batch=batch.global_batch, shuffle=True, group_by_length=False)
     return statistics.median(
-        device_seconds(partial(step_batches, data, order, step, batch, rank, 0), torch.device("cpu"))
+        device_seconds(partial(step_batches, data, order, step, batch, rank), torch.device("cpu"))
         for step in range(min(20, setup.config.steps))
     )
 

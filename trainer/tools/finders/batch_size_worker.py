@@ -18,7 +18,7 @@ import torch
 from trainer.config.batch_config import BatchConfig
 from trainer.config.settings import Settings
 from trainer.data.dataset import load
-from trainer.data.sampler import PAD_ID, step_batches, step_counts
+from trainer.data.sampler import step_batches, step_counts
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
@@ -66,8 +66,8 @@ def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> d
     """
     device, rank = engine.dist_context.device, engine.dist_context.rank
     longest_indices = np.argsort(-dataset.lengths(), kind="stable").astype(np.int64)[: batch.global_batch]
-    micro_batches = step_batches(dataset, longest_indices, 0, batch, rank, PAD_ID)[:MAX_MICRO_BATCHES]
-    _, num_tokens, num_target_tokens = step_counts(dataset, longest_indices, 0, batch.global_batch)
+    micro_batches = step_batches(dataset, longest_indices, 0, batch, rank)[:MAX_MICRO_BATCHES]
+    num_tokens, num_target_tokens = step_counts(dataset, longest_indices, 0, batch.global_batch)
     loss_sums: list[Any] = []
 
     def run_passes() -> None:
