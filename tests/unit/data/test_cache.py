@@ -103,11 +103,38 @@ def test_wrong_facts_are_refused_even_with_a_right_checksum(prepare_pairs, damag
     assert prepare_pairs()[0].metadata == data.metadata
 
 
-@pytest.mark.parametrize("name", ["facts.json", "val.rows.parquet", "train.ids.bin"])
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(prepare_pairs, name):
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+INCOMPLETE = {
+    "no facts": ("facts.json", os.unlink),
+    "half facts": ("facts.json", lambda path: os.truncate(path, 100)),
+    "a pipe for facts": ("facts.json", replace_by_pipe),
+    "other format": ("facts.json", lambda p: p.write_text(json.dumps({**json.loads(p.read_text()), "format": -1}))),
+    "short ids": ("train.ids.bin", lambda path: os.truncate(path, 10)),
+    "a pipe for ids": ("train.ids.bin", replace_by_pipe),
+    "no offsets": ("val.offsets.bin", os.unlink),
+}
+
+
+@pytest.mark.parametrize(("name", "damage"), INCOMPLETE.values(), ids=INCOMPLETE)
+def test_an_incomplete_folder_is_refused_not_waited_for_and_made_anew(prepare_pairs, name, damage):
     data, _ = prepare_pairs()
-    (data.folder / name).unlink()
-    os.mkfifo(data.folder / name)
+    folder, expected, ids = data.folder, data.metadata, np.array(data.train.ids)
+    damage(folder / name)
+    with pytest.raises(ValueError, match=folder.name):
+        load(folder)
+    again, _ = prepare_pairs()
+    assert again.metadata == expected
+    assert np.array_equal(again.train.ids, ids)
+    assert os.listdir(folder.parent) == [folder.name]
+
+
+def test_a_pipe_in_the_place_of_the_rows_columns_is_not_waited_for(prepare_pairs):
+    data, _ = prepare_pairs()
+    replace_by_pipe(data.folder / "val.rows.parquet")
     assert prepare_pairs()[0].metadata == data.metadata
 
 

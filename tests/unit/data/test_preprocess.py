@@ -6,6 +6,7 @@ Long: what preparing promises, over small files.
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from trainer.config.schema import DataSettings
 from trainer.data import cache as store
 from trainer.data.dataset import load, prepare
 from trainer.data.preprocess import split_of
+from trainer.data.tokenizer import load_tokenizer
 
 EOS_ID = 0  # <|endoftext|> of the tokenizer that the samples train
 PAIRS = [{"mr": f"Town {i}", "ref": f"On {i} January people met in Town {i}."} for i in range(60)]
@@ -31,8 +33,6 @@ TEMPLATES = {"prompt": "{mr}:", "completion": " {ref}"}
 
 @pytest.fixture(scope="package")
 def tokenizer(model):
-    from trainer.data.tokenizer import load_tokenizer
-
     return load_tokenizer(model)
 
 
@@ -66,10 +66,8 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
         blocks = whole // 32
         counts = {"records": len(mine), "examples": blocks, "tokens": whole, "counted_tokens": blocks * 31}
         assert {name: facts[name] for name in counts} == counts
-        assert (
-            f"{side}: the last {len(stream) - whole} tokens do not fill a block and are left out"
-            in made_of.metadata["notices"]
-        )
+        notice = f"{side}: the last {len(stream) - whole} tokens do not fill a block and are left out"
+        assert notice in made_of.metadata["notices"]
     assert f"{tmp_path / 'a.txt'}: 2 blank records are left out" in made_of.metadata["notices"]
 
 
@@ -123,10 +121,7 @@ def test_every_format_gives_the_same_tokens(tmp_path, prepare_file, objective):
 def test_dates_in_no_known_spelling_are_counted(tmp_path, prepare_file):
     events = [{**samples.EVENTS[0], "event_date": "05/01/2022"}, *samples.EVENTS]
     notices = prepare_file(samples.write_csv(tmp_path / "a.csv", events)).metadata["notices"]
-    assert any(
-        "1 dates stand as they were written (first: " in line and "row 1 (line 2): 05/01/2022" in line
-        for line in notices
-    )
+    assert re.search(r"1 dates stand as they were written \(first: .*row 1 \(line 2\): 05/01/2022", "\n".join(notices))
 
 
 def test_token_ids_are_taken_as_they_are_and_need_no_tokenizer(tmp_path, prepare_file):
@@ -202,14 +197,13 @@ def test_validation_prompts_are_stored_for_generation(tmp_path, prepare_file):
 
 def test_too_little_data_is_refused_with_a_remedy(tmp_path, prepare_file):
     file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    with pytest.raises(
-        UserError, match=r"make \d+ blocks of 32 tokens, fewer than one global batch of 5000; lower --global-batch"
+    for settings, problem in (
+        ({"global_batch": 5000}, r"\d+ blocks of 32 tokens, fewer than one global batch of 5000; lower --global-batch"),
+        ({"block_size": 150, "val_fraction": 0.05}, "validation records make 0 blocks of 150 tokens; raise --val-frac"),
+        ({"val_fraction": 1e-6}, r"split by hash leaves 0 of 60 records for validation.*raise --val-fraction"),
     ):
-        prepare_file(file, global_batch=5000, **TEMPLATES)
-    with pytest.raises(UserError, match="validation records make 0 blocks of 150 tokens; raise --val-fraction"):
-        prepare_file(file, block_size=150, val_fraction=0.05, **TEMPLATES)
-    with pytest.raises(UserError, match=r"split by hash leaves 0 of 60 records for validation.*raise --val-fraction"):
-        prepare_file(file, val_fraction=1e-6, **TEMPLATES)
+        with pytest.raises(UserError, match=problem):
+            prepare_file(file, **settings, **TEMPLATES)
 
 
 def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_path, prepare_file, monkeypatch):
@@ -240,13 +234,8 @@ def test_the_same_contents_are_prepared_once_whatever_they_are_called(tmp_path, 
 
 def test_changed_contents_tokenizer_or_settings_are_prepared_again(tmp_path, prepare_file, model):
     file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    folders = [prepare_file(file, **TEMPLATES).folder]
-    folders.append(prepare_file(file, **{**TEMPLATES, "prompt": "{mr}"}).folder)
-    folders.append(prepare_file(file, block_size=31, **TEMPLATES).folder)
-    folders.append(prepare_file(file, val_fraction=0.2, **TEMPLATES).folder)
-    folders.append(prepare_file(file, objective="completion", **TEMPLATES).folder)
-    from trainer.data.tokenizer import load_tokenizer
-
+    changes = ({}, {"prompt": "{mr}"}, {"block_size": 31}, {"val_fraction": 0.2}, {"objective": "completion"})
+    folders = [prepare_file(file, **{**TEMPLATES, **change}).folder for change in changes]
     other = load_tokenizer(model)
     other.add_tokens(["January"])
     other.save_pretrained(tmp_path / "other")
@@ -254,31 +243,6 @@ def test_changed_contents_tokenizer_or_settings_are_prepared_again(tmp_path, pre
     samples.write_csv(file, PAIRS[1:])
     folders.append(prepare_file(file, **TEMPLATES).folder)
     assert len(set(folders)) == 7
-
-
-@pytest.mark.parametrize("damage", ["no facts", "half facts", "short ids", "no offsets", "other format"])
-def test_an_incomplete_prepared_folder_is_prepared_again(tmp_path, prepare_file, damage):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    first = prepare_file(file, **TEMPLATES)
-    folder, facts = first.folder, first.folder / "facts.json"
-    expected, ids = first.metadata, np.array(first.train.ids)
-    del first
-    if damage == "no facts":
-        facts.unlink()
-    elif damage == "half facts":
-        facts.write_bytes(facts.read_bytes()[:100])
-    elif damage == "short ids":
-        os.truncate(folder / "train.ids.bin", 10)
-    elif damage == "no offsets":
-        (folder / "val.offsets.bin").unlink()
-    else:
-        facts.write_text(json.dumps({**json.loads(facts.read_text()), "format": -1}))
-    with pytest.raises(ValueError, match=folder.name):
-        load(folder)
-    again = prepare_file(file, **TEMPLATES)
-    assert again.metadata == expected
-    assert np.array_equal(again.train.ids, ids)
-    assert os.listdir(folder.parent) == [folder.name]
 
 
 SLOW_PREPARE_CODE = """
@@ -315,9 +279,8 @@ def test_a_killed_preparation_is_never_taken_for_whole_and_does_not_stand_in_the
     for path in (*left.iterdir(), left):
         os.utime(path, (old, old))
     shutil.rmtree(prepared.folder)
-    assert os.listdir(prepare_file(file, **TEMPLATES).folder.parent) == [
-        prepared.folder.name
-    ]  # what was left is swept away
+    again = prepare_file(file, **TEMPLATES)  # which sweeps away what was left
+    assert os.listdir(again.folder.parent) == [prepared.folder.name]
 
 
 def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_file):
@@ -326,18 +289,11 @@ def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_f
     copy = tmp_path / "copy"
     shutil.move(first.folder, copy)
 
-    def fill(folder):
-        for path in copy.iterdir():
-            shutil.copy(path, folder)
-        stored = dataclasses.asdict(store.read_manifest(copy / "facts.json"))
-        if not first.folder.exists():  # another one finishes while this one is still writing
-            store.build(first.folder, fill_now)
-        return stored
-
-    def fill_now(folder):
-        for path in copy.iterdir():
-            shutil.copy(path, folder)
-        return {**dataclasses.asdict(store.read_manifest(copy / "facts.json")), "pad_id": 7}
+    def fill(folder, **changes):
+        shutil.copytree(copy, folder, dirs_exist_ok=True)
+        if not changes:  # another one finishes while this one is still writing
+            store.build(first.folder, lambda other: fill(other, pad_id=7))
+        return {**dataclasses.asdict(store.read_manifest(copy / "facts.json")), **changes}
 
     store.build(first.folder, fill)
     assert load(first.folder).pad_id == 7  # the first to finish named the folder
@@ -412,9 +368,7 @@ def test_a_test_split_may_be_a_file_of_its_own(tmp_path, prepare_file):
         prepare_file(file, test_data=str(test_file), test_fraction=0.2, **TEMPLATES)
     with pytest.raises(UserError, match=r"--test-fraction 0.95: expected a share under 0.9, beside validation"):
         prepare_file(file, test_fraction=0.95, **TEMPLATES)
-    with pytest.raises(
-        UserError, match="leaves 0 of 60 records for the test at --test-fraction 1e-06; raise --test-fr"
-    ):
+    with pytest.raises(UserError, match="leaves 0 of 60 records for the test at --test-fraction 1e-06; raise --test-f"):
         prepare_file(file, test_fraction=1e-6, **TEMPLATES)
 
 

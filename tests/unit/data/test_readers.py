@@ -7,15 +7,11 @@ import os
 import pyarrow.parquet
 import pytest
 from helpers import data_helpers as samples
+from helpers.data_helpers import NO_TEMPLATES, PAIRS
 
 from trainer.config.schema import DataSettings
 from trainer.data import readers, sources, validate_files
 from trainer.data.dataset import prepare
-
-PAIRS = [{"mr": f"name[{i}], area[a, b]", "ref": f'It is "{i}".'} for i in range(40)]
-
-
-NO_TEMPLATES = {"prompt": None, "completion": None}
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])

@@ -9,13 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers import data_helpers as samples
+from helpers.data_helpers import NO_TEMPLATES, PAIRS
 
 from trainer.data import hf_hub, hf_readers, readers, sources, validate_files
-
-PAIRS = [{"mr": f"name[{i}], area[a, b]", "ref": f'It is "{i}".'} for i in range(40)]
-
-
-NO_TEMPLATES = {"prompt": None, "completion": None}
 
 
 def test_every_file_format_gives_the_same_records(tmp_path):

@@ -3,14 +3,10 @@
 import pyarrow.parquet
 import pytest
 from helpers import data_helpers as samples
+from helpers.data_helpers import NO_TEMPLATES, PAIRS
 
 from trainer.config.errors import UserError
 from trainer.data import readers, sources
-
-PAIRS = [{"mr": f"name[{i}], area[a, b]", "ref": f'It is "{i}".'} for i in range(40)]
-
-
-NO_TEMPLATES = {"prompt": None, "completion": None}
 
 
 def find_splits(spec, val_data=None, test_data=None):

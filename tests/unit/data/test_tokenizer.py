@@ -62,10 +62,12 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused(tokenizer_dir, tmp_
         load_tokenizer(str(tmp_path))
 
 
-def test_an_unknown_hub_id_without_a_network_is_one_line_that_names_the_folder_flag(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_an_unknown_hub_id_without_a_network_is_one_line_that_names_the_folder_flag(monkeypatch, variable):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv(variable, "1")
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"--model nobody-has-this: .*pass --model FOLDER") as caught:
+    with pytest.raises(UserError, match=r"--model nobody-has-this: .*cannot be reached; pass --model FOLDER") as caught:
         load_tokenizer("nobody-has-this")
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 30
