@@ -1,5 +1,6 @@
 """The block size that the lengths of the records ask for, where none is given."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -34,10 +35,9 @@ def block_size_for(lengths: Sequence[int], objective: Objective, max_positions: 
         longest = max(lengths, default=0)
         size = next((size for size in BLOCK_SIZES if size >= longest), BLOCK_SIZES[-1])
     else:
-        num_tokens = sum(lengths) if len(lengths) < NUM_SAMPLED_RECORDS else None
-        sizes = [size for size in BLOCK_SIZES if size <= MAX_JOINED]
-        filled = [size for size in sizes if num_tokens is None or num_tokens >= MIN_BLOCKS * size]
-        size = filled[-1] if filled else sizes[0]
+        num_tokens = sum(lengths) if len(lengths) < NUM_SAMPLED_RECORDS else math.inf
+        sizes = [size for size in BLOCK_SIZES if size <= MAX_JOINED and num_tokens >= MIN_BLOCKS * size]
+        size = max(sizes, default=BLOCK_SIZES[0])
     return min(size, max_positions or size)
 
 

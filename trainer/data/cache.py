@@ -64,13 +64,8 @@ def read_manifest(path: Path) -> Manifest:
 
 def _check_manifest(content: dict[str, Any]) -> None:
     """ValueError, KeyError or TypeError for what a builder of prepared data does not write."""
-    expected: dict[tuple[str, ...], type] = {
-        ("dtype",): str,
-        ("pad_id",): int,
-        ("val_texts",): list,
-        ("facts",): dict,
-        ("sha256",): dict,
-    }
+    kinds = {"dtype": str, "pad_id": int, "val_texts": list, "facts": dict, "sha256": dict}
+    expected: dict[tuple[str, ...], type] = {(name,): kind for name, kind in kinds.items()}
     expected |= {("facts", name): kind for name, kind in FACT_TYPES.items()}
     expected |= {("facts", split, name): int for split in SPLITS for name in ("records", "examples", "tokens")}
     expected |= {("sha256", array_files(Path(), split)[name].name): str for split in SPLITS for name in REQUIRED_ARRAYS}
@@ -88,11 +83,8 @@ def _check_manifest(content: dict[str, Any]) -> None:
 
 def resolve_cache_dir(override: Path | None = None) -> Path:
     """The cache folder: `override`, TRAINER_CACHE or gpt2-full-vs-lora under the user's cache folder; made here."""
-    env_cache_dir = os.environ.get("TRAINER_CACHE")
-    user_cache_root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache_dir = override or (
-        Path(env_cache_dir).expanduser() if env_cache_dir else Path(user_cache_root) / "gpt2-full-vs-lora"
-    )
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache_dir = override or Path(os.environ.get("TRAINER_CACHE") or user_cache / "gpt2-full-vs-lora").expanduser()
     require_utf8_path(cache_dir, f"{cache_dir}, the folder of prepared data (TRAINER_CACHE)")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

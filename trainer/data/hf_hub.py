@@ -15,24 +15,18 @@ from trainer.data.hf_readers import import_datasets
 
 def is_reachable(timeout_seconds: float = 3.0) -> bool:
     """Whether the hub answers; asked first because its libraries try for half a minute before they give up."""
-    offline = (
-        os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    )  # as huggingface_hub does
+    # as huggingface_hub does
+    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     if offline.upper() in ("1", "ON", "YES", "TRUE"):
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the proxy knows
     address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    host_and_port = (address.hostname or "", address.port or (80 if address.scheme == "http" else 443))
     successes: list[bool] = []
 
     def connect() -> None:
-        with (
-            contextlib.suppress(OSError),
-            socket.create_connection(
-                (address.hostname or "", address.port or (80 if address.scheme == "http" else 443)),
-                timeout=timeout_seconds,
-            ),
-        ):
+        with contextlib.suppress(OSError), socket.create_connection(host_and_port, timeout=timeout_seconds):
             successes.append(True)
 
     thread = threading.Thread(target=connect, daemon=True)  # looking up the name has no time limit of its own

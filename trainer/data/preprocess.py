@@ -47,11 +47,10 @@ class Preprocessor:
         A record is assigned to its split by its own content; validation and test data of their own are a split each.
         """
         self._check_records()
-        vocab_size = (
-            len(self.tokenizer)
-            if self.tokenizer is not None
-            else 1 + max(data_input.max_token_id for data_input in self.inputs)
-        )
+        if self.tokenizer is not None:
+            vocab_size = len(self.tokenizer)
+        else:
+            vocab_size = 1 + max(data_input.max_token_id for data_input in self.inputs)
         writer = RowWriter(
             folder=folder, objective=self.objective, block_size=self.settings.block_size, tokenizer=self.tokenizer,
             chat=ChatTemplate(self.tokenizer, self.chat_template) if self._is_chat() else None,  # type: ignore[arg-type]
@@ -166,18 +165,13 @@ class Preprocessor:
 
     def _check_split_sizes(self) -> None:
         """What is certain before tokenising: an empty split, for records; more is known when they are packed."""
-        sizes, fractions = (
-            self.inputs[0].split_sizes,
-            {"val": self._val_fraction(), "test": self.settings.test_fraction},
-        )
-        wanted_splits = ["train", *(split for split, fraction in fractions.items() if fraction)]
-        empty_split = next((split for split in wanted_splits if not sizes[split]), None)
-        if len(wanted_splits) == 1 or empty_split is None:
+        sizes = self.inputs[0].split_sizes
+        fractions = {"val": self._val_fraction(), "test": self.settings.test_fraction}
+        split_off = [split for split, fraction in fractions.items() if fraction]
+        empty_split = next((split for split in ("train", *split_off) if not sizes[split]), None)
+        if not split_off or empty_split is None:
             return
-        if empty_split == "train":
-            flag, remedy = wanted_splits[1], "lower"
-        else:
-            flag, remedy = empty_split, "raise"
+        flag, remedy = (split_off[0], "lower") if empty_split == "train" else (empty_split, "raise")
         name = {"train": "training", "val": "validation", "test": "the test"}[empty_split]
         raise UserError(
             f"--data {self.settings.data}: the split by hash leaves 0 of {self.inputs[0].num_records} records for "

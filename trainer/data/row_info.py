@@ -108,15 +108,11 @@ def write_row_info(folder: Path, split: str, info: RowInfo) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {
-        "ids": pa.string(),
-        "groups": pa.string(),
-        "targets": pa.int32(),
-        "num_bytes": pa.int32(),
+    schema = pa.schema({
+        "ids": pa.string(), "groups": pa.string(), "targets": pa.int32(), "num_bytes": pa.int32(),
         "in_train": pa.bool_(),
-    }
-    columns = {name: pa.array(getattr(info, name), type=dtype) for name, dtype in types.items()}
-    pq.write_table(pa.table(columns), row_info_file(folder, split), compression="zstd")
+    })  # fmt: skip
+    pq.write_table(pa.table(vars(info), schema=schema), row_info_file(folder, split), compression="zstd")
 
 
 def read_row_info(folder: Path, split: str) -> RowInfo:
