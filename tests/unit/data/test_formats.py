@@ -42,16 +42,6 @@ def test_a_stray_brace_is_refused_with_its_place(template):
         parse_template(template, "--prompt")
 
 
-def test_an_unknown_column_is_refused_with_those_that_exist():
-    with pytest.raises(UserError, match=r"--completion: d\.csv has no column 'reff'; its columns are mr, ref"):
-        format_of(["mr", "ref"], prompt="{mr}", completion="{reff}")
-
-
-def test_a_completion_must_name_a_column():
-    with pytest.raises(UserError, match="--completion 'done': names no column"):
-        format_of(["mr"], completion="done")
-
-
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -64,25 +54,18 @@ def test_numbers_and_dates_are_written_as_in_a_csv_file(value, text):
 
 
 @pytest.mark.parametrize(
-    ("value", "problem"),
+    ("record", "problem"),
     [
-        (None, "null or empty"), (float("nan"), "null or empty"), ([1], "holds a list"), ({}, "holds a dict"),
-        (b"x", "holds a bytes"), ("a\ud800", "half a character"),
+        ({"v": None, "w": "x"}, "column 'v' is null or empty"), ({"v": float("nan"), "w": "x"}, "column 'v' is null"),
+        ({"v": "", "w": "x"}, "column 'v' is null or empty"),  # as in a CSV file, which has no other null
+        ({"v": [1], "w": "x"}, "column 'v' holds a list"), ({"v": {}, "w": "x"}, "column 'v' holds a dict"),
+        ({"v": b"x", "w": "x"}, "column 'v' holds a bytes"), ({"v": "a\ud800", "w": "x"}, "'v' holds half a character"),
+        ({"w": "x"}, "column 'v' is missing"), ({"v": "x", "w": " "}, "--completion is empty"),
     ],
 )  # fmt: skip
-def test_a_value_that_is_no_text_is_refused_with_its_column(value, problem):
-    with pytest.raises(RecordError, match=f"column 'v'.*{problem}"):
-        format_of(["v", "w"], prompt="{v}", completion="{w}").render({"v": value, "w": "x"})
-
-
-def test_a_missing_key_and_an_empty_completion_are_refused():
-    chosen = format_of(["v", "w"], prompt="{v}", completion="{w}")
-    with pytest.raises(RecordError, match="column 'v' is missing"):
-        chosen.render({"w": "x"})
-    with pytest.raises(RecordError, match="--completion is empty"):
-        chosen.render({"v": "x", "w": " "})
-    with pytest.raises(RecordError, match="column 'v' is null or empty"):  # as in a CSV file, which has no other null
-        chosen.render({"v": "", "w": "x"})
+def test_a_value_that_is_no_text_is_refused_with_its_column(record, problem):
+    with pytest.raises(RecordError, match=problem):
+        format_of(["v", "w"], prompt="{v}", completion="{w}").render(record)
 
 
 def test_old_and_new_acled_exports_of_one_event_become_the_same_text():
@@ -155,23 +138,27 @@ def test_templates_go_before_token_ids_before_acled_before_text():
     assert format_of(["text"]).name == "text"
 
 
-def test_unknown_columns_are_refused_and_the_flags_for_templates_named():
-    with pytest.raises(UserError, match=r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"):
-        format_of(["mr", "ref"])
+@pytest.mark.parametrize(
+    ("columns", "settings", "problem"),
+    [
+        (["mr", "ref"], {"completion": "{reff}"}, "--completion: d.csv has no column 'reff'; its columns are mr, ref"),
+        (["mr"], {"completion": "done"}, "--completion 'done': names no column"),
+        (["mr", "ref"], {}, r"d\.csv: no column `text`.*--prompt and --completion.*columns: mr, ref"),
+        (["prompt", "chosen", "rejected"], {}, r"preferences \(columns chosen, rejected\).*; one answer a prompt is"),
+        (["chosen", "rejected"], {}, r"preferences \(columns chosen, rejected\).*; one answer a prompt is learnt"),
+        (["text"], {"objective": "completion"}, "--objective completion needs .*--completion"),
+        (["input_ids"], {"objective": "completion"}, "--objective completion needs .*--completion"),
+        (["mr", "ref"], {"objective": "completion"}, "--objective completion needs .*--completion"),
+    ],
+)  # fmt: skip
+def test_columns_that_make_no_format_are_refused_with_the_flags_that_help(columns, settings, problem):
+    with pytest.raises(UserError, match=problem):
+        format_of(columns, **settings)
 
 
-@pytest.mark.parametrize("columns", [["prompt", "chosen", "rejected"], ["chosen", "rejected"]])
-def test_preferences_are_refused_by_name(columns):
-    with pytest.raises(UserError, match=r"preferences \(columns chosen, rejected\).*; one answer a prompt is learnt"):
-        format_of(columns)
+def test_a_preference_is_refused_by_its_column():
     with pytest.raises(RecordError, match="'label' says whether the completion is wanted"):
         format_of(["prompt", "completion", "label"]).render({"prompt": "a", "completion": " b", "label": False})
-
-
-@pytest.mark.parametrize("columns", [["text"], ["input_ids"], ["mr", "ref"]])
-def test_the_completion_objective_needs_a_completion(columns):
-    with pytest.raises(UserError, match=r"--objective completion needs .*--completion"):
-        format_of(columns, objective="completion")
 
 
 @pytest.mark.parametrize(

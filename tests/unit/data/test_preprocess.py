@@ -37,6 +37,11 @@ def tokenizer(model):
 
 
 @pytest.fixture
+def pairs_csv(tmp_path):
+    return samples.write_csv(tmp_path / "a.csv", PAIRS)
+
+
+@pytest.fixture
 def prepare_file(tmp_path, model):
     """Prepare a file with the cache in the folder of the test."""
 
@@ -71,8 +76,8 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
     assert f"{tmp_path / 'a.txt'}: 2 blank records are left out" in made_of.metadata["notices"]
 
 
-def test_a_completion_row_counts_the_completion_and_its_end_only(tmp_path, prepare_file, tokenizer):
-    rows = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), objective="completion", **TEMPLATES).train
+def test_a_completion_row_counts_the_completion_and_its_end_only(pairs_csv, prepare_file, tokenizer):
+    rows = prepare_file(pairs_csv, objective="completion", **TEMPLATES).train
     pairs = [pair for pair in PAIRS if split_of(f"{pair['mr']}:", 0.1) == "train"]
     assert len(rows) == len(pairs)
     for i, pair in enumerate(pairs):
@@ -82,8 +87,8 @@ def test_a_completion_row_counts_the_completion_and_its_end_only(tmp_path, prepa
     assert rows.num_target_tokens().sum() == sum(len(tokenizer(f" {pair['ref']}")["input_ids"]) + 1 for pair in pairs)
 
 
-def test_without_a_prompt_the_first_token_is_no_target(tmp_path, prepare_file):
-    prepared = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), objective="completion", completion="{ref}")
+def test_without_a_prompt_the_first_token_is_no_target(pairs_csv, prepare_file):
+    prepared = prepare_file(pairs_csv, objective="completion", completion="{ref}")
     assert set(prepared.train.first_target) == {1}
 
 
@@ -167,10 +172,8 @@ def test_no_prompt_is_in_both_training_and_validation_data(tmp_path, prepare_fil
     assert len(train | val) == 60
 
 
-def test_a_prompt_that_is_the_same_everywhere_does_not_decide_the_split(tmp_path, prepare_file):
-    prepared = prepare_file(
-        samples.write_csv(tmp_path / "a.csv", PAIRS), prompt="Say:", completion=" {ref}", objective="completion"
-    )
+def test_a_prompt_that_is_the_same_everywhere_does_not_decide_the_split(pairs_csv, prepare_file):
+    prepared = prepare_file(pairs_csv, prompt="Say:", completion=" {ref}", objective="completion")
     assert prepared.metadata["val"]["records"] > 0
 
 
@@ -189,21 +192,20 @@ def test_validation_data_of_a_flag_are_used_whole_and_overlap_is_reported(tmp_pa
     assert "3 of 13 validation records also stand in the training data" in prepared.metadata["notices"]
 
 
-def test_validation_prompts_are_stored_for_generation(tmp_path, prepare_file):
-    prepared = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), **TEMPLATES)
+def test_validation_prompts_are_stored_for_generation(pairs_csv, prepare_file):
+    prepared = prepare_file(pairs_csv, **TEMPLATES)
     expected = [(f"{p['mr']}:", f" {p['ref']}") for p in PAIRS if split_of(f"{p['mr']}:", 0.1) == "val"]
     assert list(prepared.val_texts) == expected[:MAX_NUM_SAMPLES]
 
 
-def test_too_little_data_is_refused_with_a_remedy(tmp_path, prepare_file):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+def test_too_little_data_is_refused_with_a_remedy(pairs_csv, prepare_file):
     for settings, problem in (
         ({"global_batch": 5000}, r"\d+ blocks of 32 tokens, fewer than one global batch of 5000; lower --global-batch"),
         ({"block_size": 150, "val_fraction": 0.05}, "validation records make 0 blocks of 150 tokens; raise --val-frac"),
         ({"val_fraction": 1e-6}, r"split by hash leaves 0 of 60 records for validation.*raise --val-fraction"),
     ):
         with pytest.raises(UserError, match=problem):
-            prepare_file(file, **settings, **TEMPLATES)
+            prepare_file(pairs_csv, **settings, **TEMPLATES)
 
 
 def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_path, prepare_file, monkeypatch):
@@ -216,11 +218,10 @@ def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_pat
         prepare_file(file, **TEMPLATES)
 
 
-def test_the_same_contents_are_prepared_once_whatever_they_are_called(tmp_path, prepare_file, monkeypatch):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    first = prepare_file(file, **TEMPLATES)
+def test_the_same_contents_are_prepared_once_whatever_they_are_called(pairs_csv, tmp_path, prepare_file, monkeypatch):
+    first = prepare_file(pairs_csv, **TEMPLATES)
     monkeypatch.setattr("trainer.data.dataset.Preprocessor", None)  # making them again would fail
-    shutil.copy(file, tmp_path / "b.csv")
+    shutil.copy(pairs_csv, tmp_path / "b.csv")
     again = prepare_file(tmp_path / "b.csv", **TEMPLATES)
     assert again.folder == first.folder
     assert again.metadata == {**first.metadata, "source": str(tmp_path / "b.csv")}
@@ -232,16 +233,15 @@ def test_the_same_contents_are_prepared_once_whatever_they_are_called(tmp_path, 
     assert isinstance(loaded.train.ids, np.memmap)
 
 
-def test_changed_contents_tokenizer_or_settings_are_prepared_again(tmp_path, prepare_file, model):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+def test_changed_contents_tokenizer_or_settings_are_prepared_again(pairs_csv, tmp_path, prepare_file, model):
     changes = ({}, {"prompt": "{mr}"}, {"block_size": 31}, {"val_fraction": 0.2}, {"objective": "completion"})
-    folders = [prepare_file(file, **{**TEMPLATES, **change}).folder for change in changes]
+    folders = [prepare_file(pairs_csv, **{**TEMPLATES, **change}).folder for change in changes]
     other = load_tokenizer(model)
     other.add_tokens(["January"])
     other.save_pretrained(tmp_path / "other")
-    folders.append(prepare_file(file, model=str(tmp_path / "other"), **TEMPLATES).folder)
-    samples.write_csv(file, PAIRS[1:])
-    folders.append(prepare_file(file, **TEMPLATES).folder)
+    folders.append(prepare_file(pairs_csv, model=str(tmp_path / "other"), **TEMPLATES).folder)
+    samples.write_csv(pairs_csv, PAIRS[1:])
+    folders.append(prepare_file(pairs_csv, **TEMPLATES).folder)
     assert len(set(folders)) == 7
 
 
@@ -263,9 +263,8 @@ prepare(settings, model=model, global_batch=2, cache=Path(cache))
 """
 
 
-def test_a_killed_preparation_is_never_taken_for_whole_and_does_not_stand_in_the_way(tmp_path, prepare_file, model):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    command = [sys.executable, "-c", SLOW_PREPARE_CODE, str(file), model, str(tmp_path / "cache")]
+def test_a_killed_preparation_is_never_taken_for_whole_nor_in_the_way(pairs_csv, tmp_path, prepare_file, model):
+    command = [sys.executable, "-c", SLOW_PREPARE_CODE, str(pairs_csv), model, str(tmp_path / "cache")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout.readline() == "writing\n"
         killed.send_signal(signal.SIGKILL)
@@ -273,19 +272,18 @@ def test_a_killed_preparation_is_never_taken_for_whole_and_does_not_stand_in_the
     assert ".unfinished-" in left.name
     with pytest.raises(ValueError, match="is not prepared data"):
         load(left)
-    prepared = prepare_file(file, **TEMPLATES)
+    prepared = prepare_file(pairs_csv, **TEMPLATES)
     assert prepared.metadata["train"]["records"] + prepared.metadata["val"]["records"] == 60
     old = time.time() - 2 * store.ABANDONED_AFTER_SECONDS
     for path in (*left.iterdir(), left):
         os.utime(path, (old, old))
     shutil.rmtree(prepared.folder)
-    again = prepare_file(file, **TEMPLATES)  # which sweeps away what was left
+    again = prepare_file(pairs_csv, **TEMPLATES)  # which sweeps away what was left
     assert os.listdir(again.folder.parent) == [prepared.folder.name]
 
 
-def test_several_processes_may_prepare_the_same_data_at_once(tmp_path, prepare_file):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    first = prepare_file(file, **TEMPLATES)
+def test_several_processes_may_prepare_the_same_data_at_once(pairs_csv, tmp_path, prepare_file):
+    first = prepare_file(pairs_csv, **TEMPLATES)
     copy = tmp_path / "copy"
     shutil.move(first.folder, copy)
 
@@ -329,8 +327,8 @@ def test_the_demo_data_are_prepared_without_a_data_flag(prepare_file, objective)
     assert not any(str(Path.home()) in line for line in prepared.metadata["notices"])
 
 
-def test_data_metadata_have_the_fields_that_run_json_promises(tmp_path, prepare_file):
-    facts = prepare_file(samples.write_csv(tmp_path / "a.csv", PAIRS), **TEMPLATES).metadata
+def test_data_metadata_have_the_fields_that_run_json_promises(pairs_csv, prepare_file):
+    facts = prepare_file(pairs_csv, **TEMPLATES).metadata
     promised = "source fingerprint train_fingerprint val_fingerprint split tokenizer vocabulary objective block_size "
     promised += "train val notices"
     assert set(promised.split()) <= set(facts)
@@ -344,10 +342,9 @@ def test_data_metadata_have_the_fields_that_run_json_promises(tmp_path, prepare_
 # --- the test split, and who the rows are ---
 
 
-def test_a_test_split_is_taken_from_the_training_records_only(tmp_path, prepare_file):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    without = prepare_file(file, objective="completion", **TEMPLATES)
-    prepared = prepare_file(file, objective="completion", test_fraction=0.3, **TEMPLATES)
+def test_a_test_split_is_taken_from_the_training_records_only(pairs_csv, prepare_file):
+    without = prepare_file(pairs_csv, objective="completion", **TEMPLATES)
+    prepared = prepare_file(pairs_csv, objective="completion", test_fraction=0.3, **TEMPLATES)
     assert len(without.test) == 0
     assert len(prepared.test) > 5
     assert prepared.metadata["val_fingerprint"] == without.metadata["val_fingerprint"]
@@ -359,17 +356,16 @@ def test_a_test_split_is_taken_from_the_training_records_only(tmp_path, prepare_
     assert prepared.metadata["fingerprint"] != without.metadata["fingerprint"]
 
 
-def test_a_test_split_may_be_a_file_of_its_own(tmp_path, prepare_file):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    test_file = samples.write_csv(tmp_path / "t.csv", [{"mr": "Elsewhere", "ref": "Nobody met."}])
-    prepared = prepare_file(file, objective="completion", test_data=str(test_file), **TEMPLATES)
+def test_a_test_split_may_be_a_file_of_its_own(pairs_csv, tmp_path, prepare_file):
+    test_csv = samples.write_csv(tmp_path / "t.csv", [{"mr": "Elsewhere", "ref": "Nobody met."}])
+    prepared = prepare_file(pairs_csv, objective="completion", test_data=str(test_csv), **TEMPLATES)
     assert (len(prepared.test), len(prepared.train) + len(prepared.val)) == (1, len(PAIRS))
     with pytest.raises(UserError, match=r"--test-fraction 0.2 and --test-data: expected one of them"):
-        prepare_file(file, test_data=str(test_file), test_fraction=0.2, **TEMPLATES)
+        prepare_file(pairs_csv, test_data=str(test_csv), test_fraction=0.2, **TEMPLATES)
     with pytest.raises(UserError, match=r"--test-fraction 0.95: expected a share under 0.9, beside validation"):
-        prepare_file(file, test_fraction=0.95, **TEMPLATES)
+        prepare_file(pairs_csv, test_fraction=0.95, **TEMPLATES)
     with pytest.raises(UserError, match="leaves 0 of 60 records for the test at --test-fraction 1e-06; raise --test-f"):
-        prepare_file(file, test_fraction=1e-6, **TEMPLATES)
+        prepare_file(pairs_csv, test_fraction=1e-6, **TEMPLATES)
 
 
 def test_records_with_one_value_of_the_split_column_stay_in_one_split(tmp_path, prepare_file):
@@ -416,36 +412,32 @@ def test_the_bytes_of_the_targets_are_those_of_the_text(tmp_path, prepare_file, 
             assert info.num_bytes[i] == sum(map(len, pieces))
 
 
-def test_evaluation_records_that_equal_a_training_record_are_marked_and_many_are_refused(tmp_path, prepare_file):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+def test_evaluation_records_equal_to_a_training_record_are_marked_and_many_refused(pairs_csv, tmp_path, prepare_file):
     fresh = [{"mr": f"Elsewhere {i}", "ref": "Nobody met."} for i in range(40)]
     few = samples.write_csv(tmp_path / "few.csv", [*fresh, PAIRS[0], *PAIRS[:1]])
     options = {"objective": "completion", "val_data": str(samples.write_csv(tmp_path / "v.csv", fresh)), **TEMPLATES}
-    prepared = prepare_file(file, test_data=str(few), **options)
+    prepared = prepare_file(pairs_csv, test_data=str(few), **options)
     assert list(prepared.row_info("test").in_train) == [False] * 40 + [True] * 2
     assert list(prepared.row_info("test").occurrences)[-2:] == [0, 1]
     assert prepared.metadata["equal_to_train"] == {"val": 0, "test": 2, "retain": 0}
     assert "2 of 42 test records also stand in the training data" in prepared.metadata["notices"]
     many = samples.write_csv(tmp_path / "many.csv", [*fresh, *PAIRS[:3]])
     with pytest.raises(UserError, match="3 of 43 test records also stand in the training data; expected at most 5%"):
-        prepare_file(file, test_data=str(many), **options)
+        prepare_file(pairs_csv, test_data=str(many), **options)
 
 
-def test_retained_text_is_cut_into_blocks_changes_no_fingerprint_and_is_refused_where_it_is_trained_on(
-    tmp_path, prepare_file
-):
-    file = samples.write_csv(tmp_path / "a.csv", PAIRS)
+def test_retained_text_makes_blocks_changes_no_fingerprint_and_is_not_trained_on(pairs_csv, tmp_path, prepare_file):
     options = {"objective": "completion", "val_fraction": 0.4, **TEMPLATES}
-    prepared, without = prepare_file(file, retain_data="demo-base", **options), prepare_file(file, **options)
+    prepared, without = prepare_file(pairs_csv, retain_data="demo-base", **options), prepare_file(pairs_csv, **options)
     assert set(prepared.retain.lengths()) == {prepared.metadata["block_size"]}
     assert prepared.metadata["retain"]["records"] == 240
     assert prepared.metadata["fingerprint"] == without.metadata["fingerprint"]
     assert len(without.retain) == 0
     (tmp_path / "old.txt").write_text("".join(f"{pair['mr']}: {pair['ref']}\n" for pair in PAIRS))
     with pytest.raises(UserError, match="retained records also stand in the training data; expected at most 5%, take"):
-        prepare_file(file, retain_data=str(tmp_path / "old.txt"), **options)
+        prepare_file(pairs_csv, retain_data=str(tmp_path / "old.txt"), **options)
     with pytest.raises(UserError, match=r"--retain-data .*: 1 records make 0 blocks of"):
-        prepare_file(file, retain_data=str(samples.write_csv(tmp_path / "b.csv", [{"text": "short"}])), **options)
+        prepare_file(pairs_csv, retain_data=str(samples.write_csv(tmp_path / "b.csv", [{"text": "short"}])), **options)
 
 
 def test_a_row_keeps_its_id_whatever_stands_around_it(tmp_path, prepare_file):
