@@ -52,7 +52,6 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
     ("content", "answer"),
     [
         ([], "its content is a list; expected an object"),
-        (None, "its content is null; expected an object"),
         (3, "its content is 3; expected an object"),
         ({}, "schema_version is missing; expected a whole number"),
         ({**METADATA, "schema_version": 3}, "schema_version is 3, expected 2: the run is of another version"),
@@ -69,10 +68,7 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
         (edit("settings.train.lr", "x"), 'settings.train.lr is "x"; expected a number above 0'),
         (edit("settings.train.lr", None), "settings.train.lr is null; expected a number above 0"),
         (edit("settings.train.lr", -1), "settings.train.lr is -1; expected a number above 0"),
-        (
-            edit("settings.train.lr", 10**400),
-            "settings.train.lr is 1000000000000000000000000000000000000...; expected a",
-        ),
+        (edit("settings.train.lr", 10**400), "settings.train.lr is 1000000000000000000000000000000000000...; expect"),
         (edit("data.train.examples", 10**400), "data.train.examples is 1000000000000000000000000000000000000..."),
         (edit("settings.lora.rank", [8]), "settings.lora.rank is a list; expected a whole number from 1"),
         (edit("settings.lora.rank", True), "settings.lora.rank is true; expected a whole number from 1"),
@@ -88,32 +84,19 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
         (edit("wandb.project", "a/b"), 'wandb.project is "a/b"; expected a name of at most 128 characters without'),
         (edit("wandb.mode", "x"), 'wandb.mode is "x"; expected online, offline or disabled'),
         (edit("versions.torch", 3), "versions.torch is 3; expected a text"),
+        (b"", "is not JSON"),
+        (b'{"mode": "fu', "is not JSON"),
+        (b"\xff", "is not JSON"),
+        (b"9" * 5000, "is not JSON"),
+        (b"[" * 200_000, "is not JSON"),
+        (b'{"schema_version": NaN}', "is not JSON (NaN is not JSON)"),
         (edit("resumed", {}), "resumed.settings is missing; expected an object"),
         (edit("resumed", {"settings": METADATA["settings"], "changed": []}), "resumed.changed is a list; expected"),
     ],
 )
 def test_a_damaged_run_json_is_one_line_that_names_key_found_and_expected(content, answer, tmp_path):
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError) as caught:
-        read_run_metadata(path)
-    assert str(caught.value).startswith(f"{path}: {answer}")
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("", "is not JSON"),
-        ('{"mode": "fu', "is not JSON"),
-        ("\xff", "is not JSON"),
-        ("9" * 5000, "is not JSON"),
-        ("[" * 200_000, "is not JSON"),
-        ('{"schema_version": NaN}', "is not JSON (NaN is not JSON)"),
-    ],
-)
-def test_what_is_not_json_is_one_line(text, answer, tmp_path):
-    path = tmp_path / "run.json"
-    path.write_bytes(text.encode("latin-1"))
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(UserError) as caught:
         read_run_metadata(path)
     assert str(caught.value).startswith(f"{path}: {answer}")

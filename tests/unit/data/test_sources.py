@@ -223,15 +223,10 @@ def test_the_hub_is_asked_whether_it_answers_before_it_is_waited_for(monkeypatch
 def test_a_hub_data_set_gives_the_split_of_the_flag(monkeypatch, flag, split):
     import datasets
 
-    splits = datasets.DatasetDict(
-        {
-            name: datasets.Dataset.from_list([{"text": f"{name} {i}"} for i in range(3)])
-            for name in ("train", "validation")
-        }
-    )
-    stand_in = SimpleNamespace(
-        load_dataset=lambda name, config_name: splits, config=SimpleNamespace(HF_HUB_OFFLINE=False)
-    )
+    names = ("train", "validation")
+    splits = {name: datasets.Dataset.from_list([{"text": f"{name} {i}"} for i in range(3)]) for name in names}
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+    stand_in = SimpleNamespace(load_dataset=lambda name, config_name: splits, config=config)
     monkeypatch.setattr(hf_hub, "import_datasets", lambda: stand_in)  # the hub itself cannot be asked in a test
     source = sources.find("some/name", flag)
     assert [record["text"] for _, _, record in readers.records(source)] == [f"{split} {i}" for i in range(3)]

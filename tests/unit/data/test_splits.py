@@ -103,10 +103,9 @@ def test_files_of_two_formats_in_one_folder_are_refused_by_name(refusal_message,
     assert "mix/b.jsonl: another format than a.jsonl, whose records are messages" in refusal_message(
         "mix", **NO_TEMPLATES
     )
+    (tmp_path / "two").mkdir()
+    samples.write_jsonl(tmp_path / "two" / "train.jsonl", [{"prompt": "x", "completion": "y"}])
     for content, other in (({"text": "x"}, "text"), ({"instruction": "x", "output": "y"}, "alpaca")):
-        samples.write_jsonl(tmp_path / "mix" / "a.jsonl", [{"prompt": "x", "completion": "y"}])
-        samples.write_jsonl(tmp_path / "mix" / "b.jsonl", [content])
-        (tmp_path / "mix" / "b.jsonl").rename(tmp_path / "mix" / "val.jsonl")
-        (tmp_path / "mix" / "a.jsonl").rename(tmp_path / "mix" / "train.jsonl")
-        line = refusal_message("mix", **NO_TEMPLATES)
+        samples.write_jsonl(tmp_path / "two" / "val.jsonl", [content])
+        line = refusal_message("two", **NO_TEMPLATES)
         assert f"one holds prompt-completion, the other {other}; give both in one format" in line
