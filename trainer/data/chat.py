@@ -22,7 +22,8 @@ from trainer.config.errors import UserError, first_line
 from trainer.config.files import read_text_file
 from trainer.data.conversations import Conversation
 from trainer.data.templates import RecordError, require_valid_unicode
-from trainer.data.tokenizer import TokenIds, encode
+from trainer.data.token_dataset import TokenIds
+from trainer.data.tokenizer import encode
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MAX_RENDER_SECONDS = 10  # of one conversation by its template, which takes well under a millisecond

@@ -7,9 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.token_dataset import array_files
-
-TokenIds = NDArray[np.uint32]
+from trainer.data.token_dataset import TokenIds, array_files
 
 
 class Packer:

@@ -14,10 +14,10 @@ from trainer.config.errors import UserError
 from trainer.data import tokenizer
 from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.examples import DataInput, Example, content_of
-from trainer.data.packing import Packer, TokenIds
+from trainer.data.packing import Packer
 from trainer.data.row_info import RowInfo, block_ids, count_target_bytes, hash_text
 from trainer.data.show import mark_targets
-from trainer.data.token_dataset import SPLITS, load_token_dataset
+from trainer.data.token_dataset import SPLITS, TokenIds, load_token_dataset
 
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 MAX_REFERENCES = 16  # of one prompt that are kept

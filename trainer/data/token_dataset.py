@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int64 = NDArray[np.int64]
+TokenIds = NDArray[np.uint32]
 SPLITS = ("train", "val", "test", "retain")  # the last: text of the base model's own kind, in blocks
 
 

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.config.choices import DEMO_MODEL
 from trainer.config.errors import UserError, first_line
 from trainer.data import hf_hub
+from trainer.data.token_dataset import TokenIds
 
 MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text
 MAX_CALL_CHARACTERS = 2**20  # characters handed to the tokenizer at a time
-
-
-TokenIds = NDArray[np.uint32]
 
 
 def model_folder(model: str) -> str:
@@ -48,11 +45,8 @@ def _is_empty(tokenizer: Any) -> bool:
 
 
 def _is_path(name_or_path: str) -> bool:
-    return (
-        Path(name_or_path).expanduser().exists()
-        or name_or_path.startswith((".", "/", "~"))
-        or name_or_path.count("/") > 1
-    )
+    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    return looks_like_path or Path(name_or_path).expanduser().exists()
 
 
 def _from_folder(model: str, folder: Path) -> Any:
@@ -128,13 +122,10 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[TokenIds]:
     """
     pieces_by_text = [split_long(text) for text in texts]
     pieces = [piece for parts in pieces_by_text for piece in parts]
-    encoded: list[TokenIds] = []
-    for batch in _iter_batches(pieces):
-        encoded += [np.asarray(ids, dtype=np.uint32) for ids in _encode_batch(tokenizer, batch)]
-    encoded_pieces = iter(encoded)
+    batches = (_encode_batch(tokenizer, batch) for batch in _iter_batches(pieces))
+    encoded = (np.asarray(ids, dtype=np.uint32) for batch in batches for ids in batch)
     return [
-        np.concatenate([next(encoded_pieces) for _ in parts]) if len(parts) > 1 else next(encoded_pieces)
-        for parts in pieces_by_text
+        np.concatenate([next(encoded) for _ in parts]) if len(parts) > 1 else next(encoded) for parts in pieces_by_text
     ]
 
 
