@@ -21,6 +21,13 @@ from trainer.data.token_dataset import SPLITS, TokenIds, load_token_dataset
 
 MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
 MAX_REFERENCES = 16  # of one prompt that are kept
+#: What makes no whole row, and what is said of it.
+PROBLEMS = {
+    "too long": "records are longer than --block-size {} tokens and are left out",
+    "cut": "conversations are cut at --block-size {} tokens",
+    "tools": "conversations have tools, which the chat template does not write",
+    "unusable": "conversations cannot be learnt from and are left out",
+}
 
 
 @dataclass(kw_only=True)
@@ -174,9 +181,10 @@ class RowWriter:
             num_records = packer.num_records + self.problems[split, "unusable"]
             if self._objective(split) == "blocks" and packer.num_dropped:
                 lines.append(f"{split}: the last {packer.num_dropped} tokens do not fill a block and are left out")
-            for kind in ("too long", "cut", "tools", "unusable"):
+            for kind, text in PROBLEMS.items():
                 if number := self.problems[split, kind]:
-                    lines.append(self._describe_problem(split, kind, f"{number} of {num_records}"))
+                    first = f"(first: {self.first_problems[split, kind]})"
+                    lines.append(f"{split}: {number} of {num_records} {text.format(self.block_size)} {first}")
                 if kind == "too long" and 0 < number == num_records:
                     raise UserError(
                         f"--block-size {self.block_size}: all {num_records} {split} records are longer (first: "
@@ -188,12 +196,3 @@ class RowWriter:
                 remedy = "leave them out with --unusable-records drop" if is_some else "pass another --chat-template"
                 raise UserError(f"{lines[-1].replace(' and are left out', '')}; mend them, or {remedy}")
         return lines
-
-    def _describe_problem(self, split: str, kind: str, share: str) -> str:
-        block, first = f"--block-size {self.block_size}", f"(first: {self.first_problems[split, kind]})"
-        return {
-            "too long": f"{split}: {share} records are longer than {block} tokens and are left out {first}",
-            "tools": f"{split}: {share} conversations have tools, which the chat template does not write {first}",
-            "cut": f"{split}: {share} conversations are cut at {block} tokens {first}",
-            "unusable": f"{split}: {share} conversations cannot be learnt from and are left out {first}",
-        }[kind]

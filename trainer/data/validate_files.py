@@ -8,8 +8,8 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from trainer.config.errors import UserError, first_line
 from trainer.config.files import write_atomically
@@ -45,11 +45,8 @@ def scan(source: Source, cache: Path) -> tuple[FileFingerprint, ...]:
 
     Fingerprints are remembered in `cache`, so that a large file that did not change is not read again at each start.
     """
-
-    def compute_sha256(file: Path) -> str:
-        is_binary = source.kind in ("Parquet", "Arrow", "hub", "saved")
-        return sha256(file) if is_binary else _check_text(source, file)
-
+    is_binary = source.kind in ("Parquet", "Arrow", "hub", "saved")
+    compute_sha256 = sha256 if is_binary else partial(_check_text, source)
     return tuple(remembered_fingerprint(file, cache, source.kind, compute_sha256) for file in source.files)
 
 
@@ -86,14 +83,10 @@ def remembered_fingerprint(
             return FileFingerprint(current_stamp, record["sha256"])
     fingerprint = FileFingerprint(current_stamp, compute_sha256(file))
     if time.time_ns() - max(current_stamp[1], current_stamp[2]) > SETTLE_SECONDS * 1e9:
-        _save_record(record_file, asdict(fingerprint))
+        with contextlib.suppress(OSError):  # it only saves time
+            record_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(record_file, json.dumps(asdict(fingerprint)))
     return fingerprint
-
-
-def _save_record(path: Path, record: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # it only saves time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(record))
 
 
 def _check_text(source: Source, file: Path) -> str:
