@@ -8,7 +8,7 @@ import torch
 
 from trainer.config import cli
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
-from trainer.distributed.memory_count import PassSetup, count_pass_memory, measure_pass
+from trainer.distributed.memory_count import LiveBytes, PassSetup, count_pass_memory, measure_pass
 from trainer.distributed.memory_estimate import (
     MemoryEstimate,
     ParamCounts,
@@ -178,6 +178,13 @@ def test_the_count_of_a_quantized_base_is_near_what_real_tensors_hold(small_mode
     real = real_pass_memory(build_model(settings, with_fingerprint=False), setup)
     assert counted.saved == pytest.approx(real.saved, rel=0.01)
     assert counted.peak == pytest.approx(real.peak, rel=0.05), "passing tensors of its own as well"
+
+
+def test_gradients_that_have_arrived_at_their_weight_are_counted_apart():
+    layer = torch.nn.Linear(8, 8)
+    with LiveBytes(layer) as live:
+        layer(torch.ones(1, 8)).sum().backward()
+    assert live.gradient_bytes == 4 * (8 * 8 + 8)
 
 
 def test_the_count_changes_no_random_state_and_accumulated_gradients_are_in_it(small_model):
