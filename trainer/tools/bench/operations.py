@@ -11,7 +11,6 @@ tests/unit/tools/test_operations.py guards.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -105,15 +104,16 @@ class OperationCount(TorchDispatchMode):
 
 def _joined_kernels(graph_module: Any, inputs: Sequence[Any]) -> list[tuple[int, int]]:
     """(bytes moved, operations of products) of each kernel that inductor makes of a graph."""
-    compile_fx, ir, scheduler = (import_module(f"torch._inductor.{name}") for name in ("compile_fx", "ir", "scheduler"))
     from torch._guards import detect_fake_mode
+    from torch._inductor import ir, scheduler
+    from torch._inductor.compile_fx import _recursive_post_grad_passes
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
     mode: Any = detect_fake_mode(inputs)
     with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
-        compile_fx._recursive_post_grad_passes(graph_module, False)
+        _recursive_post_grad_passes(graph_module, False)
         graph: Any = GraphLowering(graph_module, shape_env=mode.shape_env)
         with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
             graph.run(*inputs)
