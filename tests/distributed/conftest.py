@@ -1,5 +1,6 @@
 """What the runs on real ranks share."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,15 @@ def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
 def data_dir(argv: list[str]) -> Path:
     """The data of these flags, in the cache."""
     return prepare_data(argv)
+
+
+@pytest.fixture(scope="module")
+def strict_zero_files(session_dir: Path) -> dict[str, str]:
+    """ZeRO-3 files in which no weight stays gathered after a step: a wrong export would be right by luck."""
+    limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
+    zero3 = {"stage": 3, **{f"stage3_{name}": 0 for name in limits}}
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    files = {"zero3": zero3, "zero3_offload": zero3 | offload}
+    for name, content in files.items():
+        (session_dir / f"strict_{name}.json").write_text(json.dumps({"zero_optimization": content}))
+    return {name: str(session_dir / f"strict_{name}.json") for name in files}

@@ -48,18 +48,6 @@ def make_argv(model: str, data_files: tuple[str, str], mode: str, *more: str) ->
 
 
 @pytest.fixture(scope="module")
-def strict_zero_files(session_dir: Path) -> dict[str, str]:
-    """ZeRO-3 files in which no weight stays gathered after a step: a wrong export would be right by luck."""
-    limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
-    zero3 = {"stage": 3, **{f"stage3_{name}": 0 for name in limits}}
-    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
-    files = {"zero3": zero3, "zero3_offload": zero3 | offload}
-    for name, content in files.items():
-        (session_dir / f"strict_{name}.json").write_text(json.dumps({"zero_optimization": content}))
-    return {name: str(session_dir / f"strict_{name}.json") for name in files}
-
-
-@pytest.fixture(scope="module")
 def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path, fast_python: str) -> Path:
     """A full run with checkpoints at 2, 4 and 6, of which 2 and 6 were not and were evaluated: 3 and 6."""
     flags = "--max-steps 6 --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero0"

@@ -4,7 +4,6 @@ The default run takes each adapter, each packing and each optimizer once; all th
 """
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from helpers.matrix import launch_jobs, make_job, read_job_result, run_jobs
 from helpers.method_matrix import STOP_STEP, assert_promises, run_resume_and_export
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import INT8_TOLERANCE, LOSS_TOLERANCE
-from test_export import STRICT
 
 from trainer.config.choices import DS_CONFIG_NAMES
 
@@ -73,14 +71,16 @@ METHOD_FLAGS = {
 SAMPLE_METHODS = [("plus", "zero2"), ("plus", "strict"), ("packed", "strict")]
 
 
-def assert_methods_agree(out: Path, argv: list[str], strict_zero_file: str, cases: list[tuple[str, str]]) -> None:
+def assert_methods_agree(
+    out: Path, argv: list[str], strict_zero_files: dict[str, str], cases: list[tuple[str, str]]
+) -> None:
     """Every promise, and the same losses under each ZeRO file within the bounds of test_invariance.py.
 
     Layers in int8 round what goes into them to 8 bits too: there a last bit can turn into another code.
     """
     jobs = []
     for method, zero in cases:
-        zero_flags = ["--micro-batch", "1", "--ds-config", strict_zero_file if zero == "strict" else zero]
+        zero_flags = ["--micro-batch", "1", "--ds-config", strict_zero_files["zero3"] if zero == "strict" else zero]
         flags = [*argv, *METHOD_FLAGS[method].split(), *zero_flags]
         jobs.append(make_job(out, f"{method}-{zero}", flags))
     launch_jobs(2, jobs, target=run_resume_and_export, jobs_per_launch=JOBS_PER_LAUNCH)
@@ -93,25 +93,17 @@ def assert_methods_agree(out: Path, argv: list[str], strict_zero_file: str, case
         assert losses == pytest.approx(first_losses.setdefault(method, losses), rel=tolerance), name
 
 
-@pytest.fixture(scope="module")
-def strict_zero_file(session_dir: Path) -> str:
-    """ZeRO 3 with every weight divided, also right after a step: nothing is right because it is still whole."""
-    path = session_dir / "strict-methods.json"
-    path.write_text(json.dumps({"zero_optimization": STRICT}))
-    return str(path)
-
-
-def test_methods_on_two_ranks_learn_resume_and_export_under_zero(argv, strict_zero_file, tmp_path):
-    assert_methods_agree(tmp_path, argv, strict_zero_file, SAMPLE_METHODS)
+def test_methods_on_two_ranks_learn_resume_and_export_under_zero(argv, strict_zero_files, tmp_path):
+    assert_methods_agree(tmp_path, argv, strict_zero_files, SAMPLE_METHODS)
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("method", sorted(METHOD_FLAGS))
-def test_every_method_learns_resumes_and_exports_under_every_zero_stage(method, argv, strict_zero_file, tmp_path):
+def test_every_method_learns_resumes_and_exports_under_every_zero_stage(method, argv, strict_zero_files, tmp_path):
     refused = {"int8": ("zero3", "zero3_offload", "strict"), "codes": (*DS_CONFIG_NAMES[1:], "strict")}.get(method, ())
     cases = [(method, zero) for zero in (*DS_CONFIG_NAMES, "strict") if zero not in refused]
-    assert_methods_agree(tmp_path, argv, strict_zero_file, cases)
+    assert_methods_agree(tmp_path, argv, strict_zero_files, cases)
 
 
 def test_lora_plus_moves_only_the_b_matrices_faster(argv, tmp_path):
