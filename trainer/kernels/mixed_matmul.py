@@ -7,7 +7,6 @@ since steps are computed in float32 there.
 """
 
 import functools
-from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -31,12 +30,11 @@ def accumulate_matmul(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bo
         else:
             out.addmm_(left, right)
     elif out.dtype == torch.float32 and sums_in_fp32(left.device, left.dtype):
-        if overwrite:
+        # torch 2.11's sum fails for tensors without data, of which nothing is wanted but what it allocates.
+        if overwrite or (isinstance(out, FakeTensor) and torch.__version__ < (2, 13)):
             torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=out)
         else:
-            # torch 2.11 has no form of it for tensors without data, of which nothing is wanted but what it allocates
-            with suppress(TypeError) if isinstance(out, FakeTensor) else nullcontext():
-                torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
+            torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
     elif overwrite:
         out.copy_(left @ right)
     else:

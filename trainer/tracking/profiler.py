@@ -30,7 +30,7 @@ class ProfileLogger:
             if self._num_profiled == 0:
                 from torch.profiler import profile
 
-                self._profiler = profile()  # of the processor, and of the GPU where there is one
+                self._profiler = profile(acc_events=True)  # of the processor, and of the GPU where there is one
                 self._profiler.start()
             elif self._num_profiled == self._num_steps:
                 self._end()

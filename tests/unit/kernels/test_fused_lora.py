@@ -111,7 +111,7 @@ def test_the_gpu_form_of_fused_lora_casts_all_small_weights_together():
     """Two operations on lists for all layers, where each layer would take five."""
     model = make_adapted()
     fused_lora.install(find_fusable_layers(model), model)
-    with torch.autocast("cpu", torch.bfloat16), simulate_gpu(), torch.profiler.profile() as seen:
+    with torch.autocast("cpu", torch.bfloat16), simulate_gpu(), torch.profiler.profile(acc_events=True) as seen:
         model(torch.randn(2, 20, 64))
     counts = {event.key: event.count for event in seen.key_averages()}
     assert counts["aten::_foreach_mul"] == counts["aten::_foreach_copy_"] == 1

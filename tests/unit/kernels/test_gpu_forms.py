@@ -26,7 +26,10 @@ def test_products_are_summed_in_float32_where_the_device_shows_that_it_does_and_
             for overwrite in (True, False):
                 accumulate_matmul(*fakes, overwrite=overwrite)
             assert matmul_fp32(*fakes[1:]).dtype == torch.float32
-    assert set(count.counts) == {"aten.mm.dtype_out", "aten.addmm.dtype_out", "aten.mm.dtype"}
+    sums = {"aten.mm.dtype_out": 1, "aten.addmm.dtype_out": 1}
+    if torch.__version__ < (2, 13):  # whose sum of products has no form without data
+        sums = {"aten.mm.dtype_out": 2}
+    assert count.counts == {**sums, "aten.mm.dtype": 1}
 
 
 def test_pieces_on_a_gpu_are_whole_tiles():

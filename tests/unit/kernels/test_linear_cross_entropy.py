@@ -130,7 +130,7 @@ def test_a_tied_embedding_makes_one_gradient_and_not_two(causal):
     """The rows' are added where the output layer's lie: no second tensor of the vocabulary's size, no sum of two."""
     ids, labels = make_batch()
     total, _ = CausalLMLoss(causal, None)(ids, labels)
-    with torch.profiler.profile(record_shapes=True) as seen:
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as seen:
         total.backward()
     table = [event for event in seen.events() if event.input_shapes and [97, 16] in event.input_shapes]
     names = {event.name for event in table}
