@@ -1,6 +1,7 @@
 """run.json: its shape as types, and the one reader of it, which trusts nothing that it reads."""
 
 import dataclasses
+import functools
 import json
 import typing
 from collections.abc import Iterator
@@ -182,7 +183,7 @@ def find_problem(value: object, annotation: Any, key: str) -> Problem | None:
             return _first(_iter_settings_problems(value, annotation, key))
         if origin is dict:
             return _first(find_problem(item, arguments[1], _join(key, name)) for name, item in value.items())
-        hints = typing.get_type_hints(annotation, include_extras=True)
+        hints = _type_hints(annotation)
         return _first(find_problem(value.get(name, _MISSING), hints[name], _join(key, name)) for name in hints)
     if origin is list or origin is tuple:  # a tuple is of a fixed length
         if not isinstance(value, list) or (origin is tuple and len(value) != len(arguments)):
@@ -193,6 +194,11 @@ def find_problem(value: object, annotation: Any, key: str) -> Problem | None:
     if not has_type(value, annotation) or (isinstance(value, str) and "\0" in value):
         return Problem(key, _describe(value), describe_type(annotation))
     return None
+
+
+@functools.cache
+def _type_hints(block: Any) -> dict[str, Any]:
+    return typing.get_type_hints(block, include_extras=True)
 
 
 def _iter_settings_problems(value: dict[str, Any], settings_class: Any, key: str) -> Iterator[Problem | None]:
