@@ -153,7 +153,7 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
     ("rank", "place", "number"),
     [
         (0, FORWARD, MID_ACCUMULATION_CALL),
-        pytest.param(1, "trainer.distributed.engine:Engine.step", 5, marks=pytest.mark.sweep),
+        pytest.param(1, "trainer.distributed.engine:Engine.launch_update", 5, marks=pytest.mark.sweep),
         pytest.param(1, "trainer.distributed.engine:Engine.evaluate", 3, marks=pytest.mark.sweep),
         (0, "trainer.training.checkpoint:_write_chunks", 40),  # within the tensors of the first save
         pytest.param(1, "trainer.training.checkpoint:CheckpointManager.save", 2, marks=pytest.mark.sweep),
