@@ -160,10 +160,10 @@ def count_step(mode: str, micro_batch_size: int, *, is_compiled: bool = False, m
         with OperationCount() as count:
             if is_compiled:
                 loss_module.compile_for_shapes({tuple(ids.shape)}, backend=count.backend)
-            loss_module(ids, ids)[0].backward()  # compiles
-            for parameter in params:
-                parameter.grad = None
-            count.total = Operations()
+                loss_module(ids, ids)[0].backward()  # compiles
+                for parameter in params:
+                    parameter.grad = None
+                count.total = Operations()
             loss_module(ids, ids)[0].backward()
             in_pass = count.total
         assert not loss_module.compile_error, loss_module.compile_error
