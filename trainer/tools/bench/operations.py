@@ -5,7 +5,7 @@ for a processor, as those for a GPU ask for one; neither compiles anything here)
 each once: what it would move if nothing stayed in a cache. Predicted time: each operation takes the longest of its
 bytes at an H100's memory, its products at its matrix units, both at what large kernels reach of them, and a kernel's
 own least; without the host and any overlap. `launch/bench.py operations` prints the table that
-tests/unit/tools/test_operations.py guards.
+tests/distributed/test_operations.py guards.
 """
 
 from collections import Counter
