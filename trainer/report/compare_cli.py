@@ -40,10 +40,10 @@ def run_comparison(args: argparse.Namespace) -> int:
         if not args.runs:
             return 0
     runs, problems = load_runs(args.runs)
-    for problem in problems:
-        print(f"note: {problem}", file=sys.stderr)
     if not runs:
         raise UserError("none of the runs could be read: " + "; ".join(map(str, problems)))
+    for problem in problems:
+        print(f"note: {problem}", file=sys.stderr)
     comparison = compare(runs, problems, with_reference=not args.no_card, options=options)
     results = check_runs(args.check, runs, args.tolerance) + _unreadable_results(args.check, problems)
     paths = write_report(comparison, args.output_dir, [dataclasses.asdict(result) for result in results])

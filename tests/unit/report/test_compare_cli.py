@@ -116,9 +116,9 @@ def test_a_mistake_in_compare_is_one_line_and_exit_code_2(
 ) -> None:
     make_run_folder(tmp_path / "full")
     assert main(*arguments) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
     assert not (tmp_path / "comparison").exists(), "slow work before the mistake was found"
 
 
