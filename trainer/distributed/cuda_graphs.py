@@ -232,10 +232,8 @@ class CapturedGraph:
     def __init__(self, fn: Callable[[Tensor, Tensor, Tensor], Tensor], example_ids: Tensor, pool: Any):
         self.ids, self.labels = torch.zeros_like(example_ids), torch.zeros_like(example_ids)
         self.loss_weight = torch.ones((), device=example_ids.device)
-        for add_or_copy in (
-            torch._foreach_add_,
-            torch._foreach_copy_,
-        ):  # its first use loads a kernel, not in a capture
+        # The first use of a kernel loads it: not in a capture.
+        for add_or_copy in (torch._foreach_add_, torch._foreach_copy_):
             add_or_copy([torch.zeros_like(self.loss_weight)], [self.loss_weight])
         self.graph = torch.cuda.CUDAGraph()
         # Of this thread: NCCL's own thread may ask the device how it stands meanwhile.

@@ -149,8 +149,9 @@ class NativeStepper:
         """
         try:
             grads = self.gradients.reduce()
-            for partition, grad in zip(self._partitions, grads, strict=False):  # none without ZeRO
-                partition.grad = grad
+            if self._partitions:  # none without ZeRO
+                for partition, grad in zip(self._partitions, grads, strict=True):
+                    partition.grad = grad
             grad_norm = self._grad_norm(grads)
             if not self.skips_on_device and not torch.isfinite(grad_norm):
                 raise NonFiniteError(f"gradient norm {float(grad_norm)}")

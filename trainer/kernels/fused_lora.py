@@ -4,7 +4,7 @@ peft makes both products apart, scales the second and adds it: as many passes ov
 needs. Here the second is added while it is made, and on a processor the bias with it, as one more column of the inner
 dimension. What is kept for the backward is the input and x A'.
 
-Gain (`launch/bench.py kernels`, one thread of an AMD EPYC): 1.12 times (1.04 to 1.16) over peft's layer; on a GPU 827
+Gain (`launch/bench.py kernels`, one thread of an AMD EPYC): 1.06 times (1.01 to 1.17) over peft's layer; on a GPU 827
 operations a step for 1,198 (`launch/bench.py operations`), not measured.
 """
 
