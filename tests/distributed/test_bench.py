@@ -88,6 +88,22 @@ def test_bench_speedup_is_the_ratio_round_by_round():
     assert "speed" not in rows[3]
 
 
+def test_a_bench_of_several_rounds_compares_what_is_there_after_each_variant(monkeypatch):
+    result = {
+        "ran_by": "eager", "products": [0.5], "first_step": 1.0, "peak_memory": 1, "device_memory": 0, "input": 0.0,
+        "eval": None, "threads": 1, "gpu": None, "flops_per_token": 1.0, "ceiling": 1e9,
+    }  # fmt: skip
+    seconds = iter([1.0, 2.0, 3.0, 12.0])
+    monkeypatch.setattr(steps, "_run_job", lambda config, turn: {**result, "windows": [next(seconds)]})
+    configs = [
+        BenchmarkConfig(program=program, mode="full", global_batch=2, ds_config=None) for program in ("ours", "hf")
+    ]
+    speeds: list[Any] = []
+    ours, hf = steps.run_rounds(configs, rounds=2, after_each=lambda rows: speeds.append(rows[1].get("speed")))
+    assert (ours["rounds"], hf["rounds"]) == ([1.0, 3.0], [2.0, 12.0])
+    assert speeds == [None, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.375, 0.25, 0.5]]
+
+
 @pytest.mark.parametrize(("device", "at_once"), [("cpu", 1), ("cuda", 2)])
 def test_rows_are_handed_over_after_each_variant_and_on_a_gpu_the_next_one_starts_meanwhile(
     device, at_once, monkeypatch

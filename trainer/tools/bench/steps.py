@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -60,16 +60,18 @@ def run_rounds(
     errors: dict[BenchmarkConfig, str] = {}
     rows: list[dict[str, Any]] = []
     start_time = time.monotonic()
+    # Not with several ranks, which would wait for rank 0 longer than a group may take to meet.
+    imports_ahead = all(config.device == "cuda" and config.world_size == 1 for config in configs)
     with (
         tempfile.NamedTemporaryFile() as turn,
-        ThreadPoolExecutor(2 if configs[0].device == "cuda" else 1) as pool,
+        ThreadPoolExecutor(2 if imports_ahead else 1) as pool,
     ):
         for round_number in range(1, rounds + 1):
             remaining = [config for config in configs if config not in errors]
             jobs = [pool.submit(_run_job, config, turn.name) for config in remaining]
             for config, job in zip(remaining, jobs, strict=True):
                 try:
-                    results[config].append(job.result())
+                    results[config].append(_result_of(job, jobs))
                     outcome = f"{1000 * statistics.median(results[config][-1]['windows']):.1f} ms/step"
                 except TrainingError as error:
                     outcome = errors[config] = str(error)
@@ -82,6 +84,16 @@ def run_rounds(
     return rows
 
 
+def _result_of(job: "Future[dict[str, Any]]", jobs: Sequence["Future[dict[str, Any]]"]) -> dict[str, Any]:
+    """What a job leaves; where the wait is interrupted the others are not begun."""
+    try:
+        return job.result()
+    except KeyboardInterrupt:
+        for other in jobs:
+            other.cancel()
+        raise
+
+
 def _run_job(config: BenchmarkConfig, turn: str) -> dict[str, Any]:
     """The result of a variant, by processes that begin anew; TrainingError with the last line that they said.
 
@@ -92,7 +104,7 @@ def _run_job(config: BenchmarkConfig, turn: str) -> dict[str, Any]:
         job_file.write_text(json.dumps({"variant": asdict(config), "result": str(result_file), "turn": turn}))
         argv = ["-m", "trainer.tools.bench.worker", str(job_file)]
         exit_codes = run_ranks(argv, config.world_size, log, timeout_seconds=TIMEOUT_SECONDS)
-        if exit_codes is None or any(exit_codes):
+        if exit_codes is None or any(exit_codes) or not result_file.exists():
             raise TrainingError(f"failed: {last_line(log.read_text(encoding='utf-8', errors='replace'))}")
         return dict(json.loads(result_file.read_text()))
 
@@ -139,7 +151,8 @@ def add_relative_speeds(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         baseline = baselines.setdefault((row["mode"], row["global_batch"]), row)
         if "rounds" in row and "rounds" in baseline:
-            ratios = [base / seconds for base, seconds in zip(baseline["rounds"], row["rounds"], strict=True)]
+            pairs = zip(baseline["rounds"], row["rounds"], strict=False)  # within a round the first is one ahead
+            ratios = [base / seconds for base, seconds in pairs]
             row["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
 
 
