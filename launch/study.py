@@ -109,6 +109,7 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     rule.check_methods(methods)
     print(f"reading the data and loading {', '.join(methods)}", flush=True)
     total_steps, data = planning.resolve_run(methods, passed_argv, runs[0])
+    passed_argv = _without_flag(passed_argv, "--max-steps")  # each run has its own
     study_rule = rule.Rule(
         methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
         rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
@@ -194,6 +195,17 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
 def _stopped() -> int:
     print("stopped; the same command goes on", file=sys.stderr)
     return 130
+
+
+def _without_flag(argv: list[str], flag: str) -> list[str]:
+    """The arguments without a flag and its value."""
+    rest, is_value = [], False
+    for argument in argv:
+        if is_value or argument.partition("=")[0] == flag:
+            is_value = argument == flag and not is_value
+        else:
+            rest.append(argument)
+    return rest
 
 
 def _parse_numbers(flag: str, text: str) -> tuple[int, ...]:

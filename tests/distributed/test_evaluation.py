@@ -49,7 +49,9 @@ def test_the_validation_loss_is_the_same_for_every_batch_size_ranks_and_order(
         assert len(load(prepare_data(argv)).val) % 2, "the rows must not divide among two ranks"
         plain = train_plain_loop(argv)[0][0]["loss"]
         actual: dict[int, set[float]] = {batch: set() for batch in BATCHES}
-        for file in tmp_path.glob(f"{objective}-*.json"):
+        files = list(tmp_path.glob(f"{objective}-*.json"))
+        assert len(files) == len(cells)
+        for file in files:
             for batch, losses in json.loads(file.read_text()).items():
                 actual[int(batch)].update(losses)
         worst = max(abs(loss / plain - 1) for losses in actual.values() for loss in losses)

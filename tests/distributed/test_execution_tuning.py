@@ -137,9 +137,8 @@ def test_the_real_compiler_gives_the_eager_loss_and_gradients(loss_module, monke
     assert len(runner.checks) == 1
     num_graphs = counters["stats"]["unique_graphs"]
     assert num_graphs > 0
-    if autocast is None:
-        for actual, gradient in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)
+    for actual, gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4 if autocast is None else 2e-2)
     again = seeded_step(runner.backward, loss_module, 0)
     assert all(map(torch.equal, again, gradients)), "the second call is the first one's"
     loss_module.eval()

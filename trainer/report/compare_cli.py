@@ -68,7 +68,8 @@ def _validate_args(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.tolerance < float("inf"):
         raise UserError(f"--tolerance {args.tolerance}: expected 0 or a number above it")
-    if args.no_card and None in map(parse_condition, args.check):
+    conditions = [parse_condition(text) for text in args.check]
+    if args.no_card and None in conditions:
         raise UserError("--check card with --no-card: leave one of them out")
     if args.log_card is not None and not 1 <= len([part for part in args.log_card.split("/") if part]) <= 2:
         raise UserError(f"--log-card {args.log_card}: expected PROJECT or ENTITY/PROJECT")

@@ -9,12 +9,11 @@ import pyarrow as pa
 import pyarrow.json as pa_json
 
 from trainer.config.errors import UserError
-from trainer.config.json_file import parse_json
 from trainer.config.run_metadata import read_run_metadata
 from trainer.report.run_data import RunData, RunReadError, build_run
-from trainer.report.run_records import COLUMN_NAMES, RECORD_CLASSES, RunRecords, Series, split_rows, to_series
+from trainer.report.run_records import COLUMN_NAMES, SERIES_CLASSES, RunRecords, Series, split_rows, to_series
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE
-from trainer.tracking.records import STEP_PREFIX, EventRecord, Record, StepRecord, iter_lines, to_record
+from trainer.tracking.records import STEP_PREFIX, EventRecord, Record, StepRecord, from_line, iter_lines
 
 
 def read_folder(folder: Path) -> RunData:
@@ -45,7 +44,7 @@ def _read_metrics(path: Path) -> RunRecords:
             records.notes.append("its last row was cut off and is left out")
         steps, others, num_bad_here = _parse_lines(lines)
         num_bad += num_bad_here
-        for kind, record_class in RECORD_CLASSES.items():
+        for kind, record_class in SERIES_CLASSES.items():
             rows = to_series((vars(record) for record in others if isinstance(record, record_class)), kind)
             records.add(kind, steps if steps is not None and kind == "step" else rows)
         records.events += [record for record in others if isinstance(record, EventRecord)]
@@ -83,7 +82,7 @@ def _parse_json(lines: Iterable[bytes]) -> tuple[list[Record], int]:
     records, num_bad = [], 0
     for line in filter(bytes.strip, lines):
         try:
-            records.append(to_record(parse_json(line)))
+            records.append(from_line(line))
         except ValueError:
             num_bad += 1
     return records, num_bad

@@ -12,10 +12,10 @@ from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepR
 
 #: columns of one kind of record, each an array of float64 of the same length; NaN where a row lacks the value
 Series = dict[str, NDArray[np.float64]]
-RECORD_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord}
+SERIES_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord}
 COLUMN_NAMES = {
     kind: tuple(column.name for column in fields(record_class) if column.name != "row_nll")
-    for kind, record_class in RECORD_CLASSES.items()
+    for kind, record_class in SERIES_CLASSES.items()
 }
 PORTION_BYTES = 8_000_000  # of rows at a time
 MAX_STEP_ROWS = 2**18  # of a run in memory (19 MB); of more, so many means of 2, 4, 8 ... steps each

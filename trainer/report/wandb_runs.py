@@ -12,7 +12,7 @@ from typing import Any
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import check_run_metadata
 from trainer.report.run_data import RunData, RunReadError, build_run
-from trainer.report.run_records import RECORD_CLASSES, RunRecords, split_rows, to_float, to_series
+from trainer.report.run_records import SERIES_CLASSES, RunRecords, split_rows, to_float, to_series
 from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
@@ -122,7 +122,7 @@ def collect_rows(rows: Iterable[Mapping[str, Any]]) -> RunRecords:
     records, start_time = RunRecords(), None
     for portion in split_rows(rows, lambda row: _ROW_BYTES):
         start_time = to_float(portion[0].get("_timestamp")) if start_time is None else start_time
-        for kind, record_class in RECORD_CLASSES.items():
+        for kind, record_class in SERIES_CLASSES.items():
             series = to_series(_select_rows(portion, COLUMNS[record_class]), kind)
             series["time"] -= start_time
             records.add(kind, series)

@@ -53,6 +53,7 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
     [
         ([], "its content is a list; expected an object"),
         (3, "its content is 3; expected an object"),
+        (None, "its content is null; expected an object"),
         ({}, "schema_version is missing; expected a whole number"),
         ({**METADATA, "schema_version": 3}, "schema_version is 3, expected 2: the run is of another version"),
         ({"format": 1, "settings": {}}, "schema_version is 1, expected 2: the run is of another version"),

@@ -60,6 +60,11 @@ def test_overrides_win_over_the_preset_and_leave_the_rest():
     assert {name for name in base if base[name] != overridden[name]} == {"train.seed"}
 
 
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve("full", "demo", {}).train.lr = 1.0  # type: ignore[misc]
+
+
 # --- the batch sum ---
 
 
