@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,14 @@ def test_an_unknown_part_is_refused_before_any_runs(tmp_path):
     with pytest.raises(UserError, match="--parts speed: expected some of tests, prove"):
         acceptance.run(["--parts", "speed", "--output-dir", str(tmp_path / "out")])
     assert not Path(tmp_path / "out").exists()
+
+
+def test_an_interruption_ends_the_parts_that_run(tmp_path, monkeypatch):
+    def interrupted(running):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(acceptance, "as_completed", interrupted)
+    start_time = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        acceptance.run_parts({"tests": ["sleep", "60"]}, tmp_path, 100.0)
+    assert time.monotonic() - start_time < 30

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -116,17 +117,21 @@ def run_parts(parts: Mapping[str, Sequence[str]], folder: Path, limit_seconds: f
     deadline = time.monotonic() + limit_seconds
     results: list[PartResult] = []
     for stage in (*STAGES, *([name] for name in parts if name not in PARTS)):
+        is_over = threading.Event()
         with ThreadPoolExecutor() as pool:
             running = [
-                pool.submit(_run_part, name, parts[name], folder / f"{name}.log", deadline)
+                pool.submit(_run_part, name, parts[name], folder / f"{name}.log", deadline, is_over)
                 for name in stage if name in parts
             ]  # fmt: skip
-            for part in as_completed(running):
-                results.append(part.result())
-                print(_describe(results[-1]), flush=True)
-                content = [asdict(result) for result in results]
-                (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-                (folder / "results.md").write_text(format_table(results) + _measured(folder), encoding="utf-8")
+            try:
+                for part in as_completed(running):
+                    results.append(part.result())
+                    print(_describe(results[-1]), flush=True)
+                    content = [asdict(result) for result in results]
+                    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                    (folder / "results.md").write_text(format_table(results) + _measured(folder), encoding="utf-8")
+            finally:
+                is_over.set()  # an interruption ends those that run, which are in sessions of their own
     return int(any(result.exit_code != 0 for result in results))
 
 
@@ -143,7 +148,9 @@ def _measured(folder: Path) -> str:
     return note + "".join(f"\n## {name}\n\n{text}" for name, text in texts)
 
 
-def _run_part(name: str, command: Sequence[str], log_path: Path, deadline: float) -> PartResult:
+def _run_part(
+    name: str, command: Sequence[str], log_path: Path, deadline: float, is_over: threading.Event
+) -> PartResult:
     start_time = time.monotonic()
     if deadline <= start_time:
         return PartResult(name=name, exit_code=None, elapsed_seconds=0.0, last_line="not begun: the time was used up")
@@ -152,10 +159,9 @@ def _run_part(name: str, command: Sequence[str], log_path: Path, deadline: float
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT,
             start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
-        try:
-            exit_code: int | None = process.wait(deadline - start_time)
-        except subprocess.TimeoutExpired:
-            exit_code = None
+        while (exit_code := process.poll()) is None and time.monotonic() < deadline and not is_over.wait(0.1):
+            pass
+        if exit_code is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     lines = [
