@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 from trainer.config.choices import Mode, Precision, Preset, WandbMode
 from trainer.config.errors import UserError
 from trainer.config.json_file import parse_json
-from trainer.config.options import RUN_ID, WANDB_PROJECT, describe_type, has_type, value_problem, without_none
+from trainer.config.options import RUN_ID, WANDB_PROJECT, at_least, describe_type, has_type, value_problem, without_none
 from trainer.config.settings import Settings
 
 SCHEMA_VERSION = 2  # 1, under the key `format`: before modules, flags and columns got the field's names
@@ -48,8 +48,8 @@ class DataBlock(TypedDict):
 ModelBlock = TypedDict(
     "ModelBlock",
     {
-        "name": str, "init": str, "class": str, "parameters": int, "trainable": int, "share": float,
-        "fingerprint": str, "lora_targets": list[str],
+        "name": str, "init": str, "class": str, "parameters": int,
+        "trainable": Annotated[int, at_least(1)], "share": float, "fingerprint": str, "lora_targets": list[str],
     },
 )  # fmt: skip
 

@@ -119,9 +119,11 @@ def to_run_data(source: str, run: WandbRun, records: RunRecords) -> RunData:
 
 def collect_rows(rows: Iterable[Mapping[str, Any]]) -> RunRecords:
     """Rows of W&B by kind, in bounded memory; `train/*` and `val/*` of one step may share a row or have their own."""
-    records, start_time = RunRecords(), None
+    records, start_time = RunRecords(), math.nan
     for portion in split_rows(rows, lambda row: _ROW_BYTES):
-        start_time = to_float(portion[0].get("_timestamp")) if start_time is None else start_time
+        if math.isnan(start_time):
+            times = (to_float(row.get("_timestamp")) for row in portion)
+            start_time = min(filter(math.isfinite, times), default=math.nan)
         for kind, record_class in SERIES_CLASSES.items():
             series = to_series(_select_rows(portion, COLUMNS[record_class]), kind)
             series["time"] -= start_time

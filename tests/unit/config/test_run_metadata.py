@@ -60,6 +60,7 @@ def test_what_a_run_writes_is_read_back_whole(mode, tmp_path):
         (edit("settings"), "settings is missing; expected an object"),
         (edit("data"), "data is missing; expected an object"),
         (edit("data.fingerprint"), "data.fingerprint is missing; expected a text"),
+        (edit("model.trainable", 0), "model.trainable is 0; expected a whole number from 1"),
         (edit("data.train.examples", "9"), 'data.train.examples is "9"; expected a whole number'),
         (edit("resolved.precision"), "resolved.precision is missing; expected fp32, bf16 or fp16"),
         (edit("settings", None), "settings is null; expected an object"),

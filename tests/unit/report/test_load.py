@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, synthetic_val_loss, write_run_folder
 
-from trainer.report import run_records
+from trainer.report import run_records, wandb_runs
 from trainer.report.load import load_runs
 from trainer.report.run_data import RunReadError
 from trainer.report.run_folder import read_folder
@@ -177,3 +177,11 @@ def test_runs_of_one_name_are_told_apart_by_their_seed_or_id(
         make_run_folder(tmp_path / str(n), metadata=make_metadata(**content)) for n, content in enumerate(contents)
     ]
     assert [run.name for run in load_runs(list(map(str, folders)))[0]] == names
+
+
+def test_the_time_of_a_wandb_run_begins_with_its_first_row_that_has_one():
+    rows = [{"_step": 0, "val/loss": 2.0}, {"_step": 1, "val/loss": 1.5, "_timestamp": 107.0},
+            {"_step": 2, "val/loss": 1.0, "_timestamp": 100.0}]  # fmt: skip
+    times = wandb_runs.collect_rows(rows).series("eval")["time"]
+    assert np.isnan(times[0])
+    assert times[1:].tolist() == [7.0, 0.0]
