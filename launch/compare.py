@@ -18,27 +18,40 @@ def build_parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "runs", nargs="*", metavar="RUN",
+        "runs",
+        nargs="*",
+        metavar="RUN",
         help="a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B",
-    )  # fmt: skip
+    )
     add(
-        "--output-dir", type=Path, default=Path("comparison"), metavar="DIR",
+        "--output-dir",
+        type=Path,
+        default=Path("comparison"),
+        metavar="DIR",
         help="where the report goes (default: comparison)",
-    )  # fmt: skip
+    )
     add("--no-card", action="store_true", help="leave the card out")
     add(
-        "--margin", default="2%", metavar="X",
+        "--margin",
+        default="2%",
+        metavar="X",
         help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
-    )  # fmt: skip
+    )
     add(
-        "--check", action="append", default=[], metavar="CONDITION",
+        "--check",
+        action="append",
+        default=[],
+        metavar="CONDITION",
         help="'val_loss<=1.0048@epoch 2' (every run must hold it), or `card`: each epoch at or under the card's; "
         "may be given more than once",
-    )  # fmt: skip
+    )
     add(
-        "--tolerance", type=float, default=0.0, metavar="X",
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="X",
         help="widens the limit of each check, in its unit (default: 0)",
-    )  # fmt: skip
+    )
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; again: update it")
     add("--wandb-report-json", type=Path, metavar="FILE", help="write that report's spec to FILE, without any network")
     add("--log-card", metavar="[ENTITY/]PROJECT", help="log the card as a W&B run of its own, once per project")

@@ -28,20 +28,26 @@ def build_parser() -> ArgumentParser:
     add("--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)")
     add("--hosts", metavar="NAME:RANKS,...", help="the hosts that the run will have: look at each over ssh as well")
     add(
-        "--gpu-memory", type=float, metavar="GIB",
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
         help="plan for GPUs with so much memory, which this machine need not have; without a rehearsal",
-    )  # fmt: skip
+    )
     add(
-        "--prove", action="store_true",
+        "--prove",
+        action="store_true",
         help="in the place of the rehearsal: hold every ZeRO stage x ranks x way to run steps against a plain PyTorch "
         "loop on this machine, three steps each, and write prove.json to the run folder",
-    )  # fmt: skip
+    )
     add("--json", action="store_true", help="print one JSON object instead")
     add("--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it")
     add(
-        "--limit", type=float, default=600.0, metavar="SECONDS",
+        "--limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
         help="give the rehearsal up after so long (default: 600)",
-    )  # fmt: skip
+    )
     add(
         "--check-run", metavar="RUN", help="instead: read a run folder whole and say what is damaged and still possible"
     )
@@ -79,10 +85,14 @@ def main(argv: list[str] | None = None) -> int:
         hosts = {} if args.hosts is None else parse_hosts(args.hosts)
         gpu_memory_bytes = None if args.gpu_memory is None else int(args.gpu_memory * 2**30)
         return run_doctor(
-            cli_args, planned_context(args.ranks or sum(hosts.values()) or None, gpu_memory_bytes), environ=environ,
-            as_json=args.json, limit_seconds=None if args.no_rehearsal else args.limit, ranks_of_hosts=hosts,
+            cli_args,
+            planned_context(args.ranks or sum(hosts.values()) or None, gpu_memory_bytes),
+            environ=environ,
+            as_json=args.json,
+            limit_seconds=None if args.no_rehearsal else args.limit,
+            ranks_of_hosts=hosts,
             proves=args.prove,
-        )  # fmt: skip
+        )
     except UserError as error:
         return report_error(error)
 

@@ -23,9 +23,11 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder, for instance runs/lora-acled-demo")
     parser.add_argument(
-        "--checkpoint", default="latest", metavar="step-N|best|latest",
+        "--checkpoint",
+        default="latest",
+        metavar="step-N|best|latest",
         help="which of the run's checkpoints (default: latest)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--merge", action="store_true", help="fold the adapters of a LoRA run into the weights of a plain model"
     )
@@ -33,19 +35,25 @@ def build_parser() -> ArgumentParser:
         "--answer", type=Path, metavar="FILE", help="answer.json of a study or a comparison: its sentence for the card"
     )
     parser.add_argument(
-        "--dtype", choices=get_args(ExportDtype), default="fp32", metavar=f"{{{','.join(get_args(ExportDtype))}}}",
+        "--dtype",
+        choices=get_args(ExportDtype),
+        default="fp32",
+        metavar=f"{{{','.join(get_args(ExportDtype))}}}",
         help="round the weights to it; their loss after that is evaluated and said (default: fp32)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--push", metavar="NAMESPACE/NAME",
+        "--push",
+        metavar="NAMESPACE/NAME",
         help="upload the folder to this repository of the hub, once its check has passed",
-    )  # fmt: skip
+    )
     parser.add_argument("--private", action="store_true", help="with --push: make a new repository a private one")
     parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR",
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
         help="where the folder goes; it must be empty or not there yet "
         "(default: RUN/export-step-N, with --merge RUN/merged-step-N; -DTYPE behind it)",
-    )  # fmt: skip
+    )
     return parser
 
 

@@ -21,9 +21,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may stand repeatedly")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE",
+        "--prompts",
+        type=Path,
+        metavar="FILE",
         help="JSON lines with `prompt` or `messages`, and `reference`: a text, or a list of several",
-    )  # fmt: skip
+    )
     parser.add_argument("--num", type=int, default=4, metavar="N", help="validation prompts to take (default: 4)")
     parser.add_argument("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="left out: a little over the references, or 64")

@@ -29,20 +29,27 @@ def build_parser() -> ArgumentParser:
     add("--workers", type=int, default=1, metavar="N", help="trials side by side on this machine (default: 1)")
     add("--gpus-per-trial", type=int, metavar="G", help="each trial's own GPUs; left out: 1 where there are any")
     add(
-        "--methods", default="full,lora", metavar="NAMES",
+        "--methods",
+        default="full,lora",
+        metavar="NAMES",
         help="full, lora and, for exploration, dora, rslora, pissa, lora-nf4, lora-int8 (default: full,lora)",
-    )  # fmt: skip
+    )
     add("--ranks", default="8", metavar="N,N", help="LoRA ranks to try; full tries so many more rates (default: 8)")
     add("--seeds", default="101,102,103", metavar="N,N", help="of the answer's runs (default: 101,102,103)")
     add("--search-seeds", default="1", metavar="N,N", help="of the search's runs, none of --seeds (default: 1)")
     add(
-        "--margin", default="2%", metavar="X",
+        "--margin",
+        default="2%",
+        metavar="X",
         help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
-    )  # fmt: skip
+    )
     add(
-        "--looks", type=int, default=1, metavar="N",
+        "--looks",
+        type=int,
+        default=1,
+        metavar="N",
         help="times to look at the answer, with ever more of --seeds; they share the level (default: 1, at the end)",
-    )  # fmt: skip
+    )
     add("--quarter-batch", action="store_true", help="run the finalists with a quarter of the batch too")
     add("--price-per-hour", type=float, metavar="X", help="of this machine: equal seconds are shown as money too")
     add("--budget", metavar="TIME", help="fit the study into 45m, 2h or 1d, and say what was left out")
@@ -111,12 +118,18 @@ def _plan(args: Any, train_argv: list[str], parser: ArgumentParser) -> bool:
     total_steps, data = planning.resolve_run(methods, passed_argv, runs[0])
     passed_argv = _without_flag(passed_argv, "--max-steps")  # each run has its own
     study_rule = rule.Rule(
-        methods=methods, lora_ranks=_parse_numbers("--ranks", args.ranks), total_steps=total_steps,
-        rungs=rule.plan_rungs(total_steps), search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
-        answer_seeds=_parse_numbers("--seeds", args.seeds), margin=margin.parse_margin(args.margin),
-        looks=args.looks, quarter_batch=settings.train.global_batch // 4 if args.quarter_batch else None,
-        train_argv=tuple(passed_argv), data=data,
-    )  # fmt: skip
+        methods=methods,
+        lora_ranks=_parse_numbers("--ranks", args.ranks),
+        total_steps=total_steps,
+        rungs=rule.plan_rungs(total_steps),
+        search_seeds=_parse_numbers("--search-seeds", args.search_seeds),
+        answer_seeds=_parse_numbers("--seeds", args.seeds),
+        margin=margin.parse_margin(args.margin),
+        looks=args.looks,
+        quarter_batch=settings.train.global_batch // 4 if args.quarter_batch else None,
+        train_argv=tuple(passed_argv),
+        data=data,
+    )
     costs = None
     if args.budget is not None and not (args.output_dir / rule.RULE_FILE).exists():
         seconds = planning.parse_duration("--budget", args.budget)
@@ -147,9 +160,11 @@ def _run(args: Any) -> int:
         signal.signal(signal_number, lambda *_: should_stop.set())
     with live_table(study) if is_shown else contextlib.nullcontext():
         study.run(
-            num_workers=args.workers, gpus_per_trial=args.gpus_per_trial, should_stop=should_stop,
+            num_workers=args.workers,
+            gpus_per_trial=args.gpus_per_trial,
+            should_stop=should_stop,
             log=(lambda line: None) if is_shown else partial(print, flush=True),
-        )  # fmt: skip
+        )
     queue = TrialQueue(study.folder, "answer")
     state = study.state(queue)
     if state.needed or should_stop.is_set():

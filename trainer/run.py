@@ -94,9 +94,11 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         context, {"the data": data.metadata["fingerprint"], "the base model": model.metadata["fingerprint"]}
     )
     step_flops = count_training_flops(
-        model, lengths=data.train.lengths(), global_batch=settings.train.global_batch,
+        model,
+        lengths=data.train.lengths(),
+        global_batch=settings.train.global_batch,
         activation_checkpointing=settings.engine.activation_checkpointing,
-    )  # fmt: skip
+    )
     model_info = {**model.metadata, "step_flops": step_flops}
     previous_execution = (previous_metadata or {}).get("execution", ())
     plan = make_plan(settings, context, data, model_info, load_config(settings.model), previous_execution)
@@ -162,11 +164,16 @@ class TrainingRun:
             context.on_rank_zero(lambda: checkpoint.delete_checkpoints_after(folder / "checkpoints", self.state.step))
         self.metrics = MetricLogger(plan, data, self.metadata, self.state, is_resumed=is_resumed)
         self.checkpoints = CheckpointManager(
-            folder / "checkpoints", context, save_total_limit=plan.settings.output.save_total_limit,
-            identity={"run_id": self.metadata["run_id"], "mode": plan.settings.mode,
-                      "base": model.metadata["fingerprint"]},
+            folder / "checkpoints",
+            context,
+            save_total_limit=plan.settings.output.save_total_limit,
+            identity={
+                "run_id": self.metadata["run_id"],
+                "mode": plan.settings.mode,
+                "base": model.metadata["fingerprint"],
+            },
             record_digests=self.metrics.record_digests,
-        )  # fmt: skip
+        )
         if is_resumed:
             changes = self.metadata["resumed"]["changed"]
             self.metrics.log(resumed_event(plan, self.state, changes, source, self.metrics.num_truncated))
@@ -240,10 +247,13 @@ class TrainingRun:
         measurements = export.measurements if export else measure_memory(self.engine)
         summary = export.verification.summary() if export else "nothing exported"
         event = finished_event(
-            self.plan, self.state, export_summary=summary, choice=export.choice if export else None,
+            self.plan,
+            self.state,
+            export_summary=summary,
+            choice=export.choice if export else None,
             elapsed_seconds=self.state.elapsed_seconds + time.perf_counter() - start_time,
             measurements={"sample_seconds": self.generation_evaluator.elapsed_seconds, **measurements},
-        )  # fmt: skip
+        )
         self.metrics.log(event)
         if export and export.verification.problems:
             raise TrainingError(f"{self.folder / 'model'}: {summary}; checkpoints and records are whole")

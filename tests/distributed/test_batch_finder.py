@@ -51,9 +51,12 @@ def test_the_batch_search_finds_the_largest_size_that_fits(most):
 
 def make_trial(micro_batch_size: int, tokens_per_second: float) -> TrialResult:
     return TrialResult(
-        micro_batch_size=micro_batch_size, gradient_accumulation_steps=1, fits=True, step_seconds=1.0,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=1,
+        fits=True,
+        step_seconds=1.0,
         tokens_per_second=tokens_per_second,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,11 +81,13 @@ def test_the_batch_search_suggests_nothing_where_nothing_fits():
 @pytest.mark.parametrize(
     ("problem", "is_one"),
     [
-        (MemoryError(), True), (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True), (RuntimeError("Connection closed by peer"), False),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Connection closed by peer"), False),
     ],
-)  # fmt: skip
+)
 def test_running_out_of_memory_is_told_from_other_errors(problem, is_one):
     assert batch_size_worker.is_out_of_memory(problem) == is_one
 

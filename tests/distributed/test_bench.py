@@ -26,17 +26,26 @@ def list_configs(flags: str) -> list[BenchmarkConfig]:
 def test_bench_runs_this_trainer_first_and_peers_on_one_rank():
     configs = list_configs("--ranks 1,2 --ds-config zero0,zero2 --against hf,hf-deepspeed")
     assert [config.name for config in configs if config.mode == "full"] == [
-        "ours zero0 fp32", "ours zero2 fp32", "ours zero0 2 ranks fp32", "ours zero2 2 ranks fp32", "hf fp32",
-        "hf-deepspeed zero0 fp32", "hf-deepspeed zero2 fp32",
-    ]  # fmt: skip
+        "ours zero0 fp32",
+        "ours zero2 fp32",
+        "ours zero0 2 ranks fp32",
+        "ours zero2 2 ranks fp32",
+        "hf fp32",
+        "hf-deepspeed zero0 fp32",
+        "hf-deepspeed zero2 fp32",
+    ]
     assert len(set(configs)) == len(configs) == 14
 
 
 def test_bench_runs_this_trainer_in_every_precision_and_peers_in_the_first():
     configs = list_configs("--precision fp32,bf16 --execution auto,compile --against hf --modes full")
     assert [config.name for config in configs] == [
-        "ours zero0 fp32", "ours zero0 fp32 compile", "ours zero0 bf16", "ours zero0 bf16 compile", "hf fp32"
-    ]  # fmt: skip
+        "ours zero0 fp32",
+        "ours zero0 fp32 compile",
+        "ours zero0 bf16",
+        "ours zero0 bf16 compile",
+        "hf fp32",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,9 +99,18 @@ def test_bench_speedup_is_the_ratio_round_by_round():
 
 def test_a_bench_of_several_rounds_compares_what_is_there_after_each_variant(monkeypatch):
     result = {
-        "ran_by": "eager", "products": [0.5], "first_step": 1.0, "peak_memory": 1, "device_memory": 0, "input": 0.0,
-        "eval": None, "threads": 1, "gpu": None, "flops_per_token": 1.0, "ceiling": 1e9,
-    }  # fmt: skip
+        "ran_by": "eager",
+        "products": [0.5],
+        "first_step": 1.0,
+        "peak_memory": 1,
+        "device_memory": 0,
+        "input": 0.0,
+        "eval": None,
+        "threads": 1,
+        "gpu": None,
+        "flops_per_token": 1.0,
+        "ceiling": 1e9,
+    }
     seconds = iter([1.0, 2.0, 3.0, 12.0])
     monkeypatch.setattr(steps, "_run_job", lambda config, turn: {**result, "windows": [next(seconds)]})
     configs = [
@@ -123,16 +141,23 @@ def test_rows_are_handed_over_after_each_variant_and_on_a_gpu_the_next_one_start
         for program in ("ours", "hf")
     ]
     steps.run_rounds(configs, rounds=2, after_each=lambda rows: seen.append([row["problem"] for row in rows]))
-    assert seen == [
-        ["failed: ours", "not measured"], ["failed: ours", "failed: hf"]
-    ], "and what failed is not tried again"  # fmt: skip
+    assert seen == [["failed: ours", "not measured"], ["failed: ours", "failed: hf"]], (
+        "and what failed is not tried again"
+    )
 
 
 def test_a_benchmark_that_failed_says_so_in_its_line():
     facts = {
-        "model": "m", "block_size": 8, "hardware": "h", "threads": 1, "versions": {"torch": "2"},
-        "rounds": 1, "steps": "1", "ceiling_flops": 1e12, "ceiling_precision": "fp32",
-    }  # fmt: skip
+        "model": "m",
+        "block_size": 8,
+        "hardware": "h",
+        "threads": 1,
+        "versions": {"torch": "2"},
+        "rounds": 1,
+        "steps": "1",
+        "ceiling_flops": 1e12,
+        "ceiling_precision": "fp32",
+    }
     config = BenchmarkConfig(program="hf", mode="full", global_batch=2, ds_config=None)
     row = {**asdict(config), "name": "hf", "problem": "failed: why"}
     line = next(line for line in format_markdown([row], facts).splitlines() if "failed" in line)

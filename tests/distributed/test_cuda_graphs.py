@@ -416,9 +416,17 @@ def save_steps(out: str, jobs: list[dict[str, Any]], device: str) -> None:
 
 
 def take_steps(
-    dist_context: Any, out: Path, *, folder: str, words: str, recorded: bool, compiled: bool = False, steps: int = 50,
-    dropout: float = 0.0, resumed_after: int | None = None,
-) -> Steps:  # fmt: skip
+    dist_context: Any,
+    out: Path,
+    *,
+    folder: str,
+    words: str,
+    recorded: bool,
+    compiled: bool = False,
+    steps: int = 50,
+    dropout: float = 0.0,
+    resumed_after: int | None = None,
+) -> Steps:
     """(losses and gradient norms, final weights) of so many steps of a small GPT-2.
 
     `resumed_after`: a step after which another engine goes on from a checkpoint.
@@ -442,9 +450,13 @@ def take_steps(
     batch = settings.train.batch(dist_context.world_size)
     config = build_deepspeed_config(zero_file, batch=batch, max_grad_norm=1.0, precision=precision)
     plan = make_execution_plan(
-        settings, dist_context, config, precision=precision, model_dropout=dropout,
+        settings,
+        dist_context,
+        config,
+        precision=precision,
+        model_dropout=dropout,
         micro_batch_size=batch.micro_batch_size,
-    )  # fmt: skip
+    )
     shapes = ((batch.micro_batch_size, WIDTH),) if compiled else ()
     plan = replace(plan, cuda_graphs=recorded, compiled_shapes=shapes)
 
@@ -496,18 +508,23 @@ def test_fifty_replayed_steps_are_the_eager_ones(session_dir, zero, mark):
     cases = [
         {"words": f"{mode} --precision {precision} --ds-config {zero}", "recorded": True, "dropout": dropout}
         for mode in ("--mode full", "--mode lora", "--mode full --micro-batch 2")
-        for precision in BOUNDS for dropout in (0.0, 0.1)
-    ]  # fmt: skip
+        for precision in BOUNDS
+        for dropout in (0.0, 0.1)
+    ]
     assert_faster_steps_are_the_eager_ones(session_dir, cases)
 
 
 @pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
 def test_fifty_compiled_steps_recorded_or_not_are_the_eager_ones(session_dir, mark):
     cases = [
-        {"words": f"--mode {mode} --precision {precision} --ds-config zero0", "recorded": recorded, "compiled": True,
-         "dropout": 0.1}
+        {
+            "words": f"--mode {mode} --precision {precision} --ds-config zero0",
+            "recorded": recorded,
+            "compiled": True,
+            "dropout": 0.1,
+        }
         for mode, precision, recorded in (("full", "fp32", True), ("full", "bf16", False), ("lora", "bf16", True))
-    ]  # fmt: skip
+    ]
     assert_faster_steps_are_the_eager_ones(session_dir, cases)
 
 
@@ -516,8 +533,9 @@ def test_fifty_replayed_steps_of_two_ranks_are_the_eager_ones(session_dir, mark)
     """Over NCCL, whose own thread asks the device how it stands while a step is recorded."""
     cases = [
         {"words": f"--mode {mode} --precision bf16 --ds-config {zero}", "recorded": True, "dropout": 0.1}
-        for mode in ("full", "lora") for zero in ("zero0", "zero1")
-    ]  # fmt: skip
+        for mode in ("full", "lora")
+        for zero in ("zero0", "zero1")
+    ]
     assert_faster_steps_are_the_eager_ones(session_dir, cases, ranks=2)
 
 
@@ -525,10 +543,15 @@ def test_fifty_replayed_steps_of_two_ranks_are_the_eager_ones(session_dir, mark)
 def test_a_resume_with_captured_steps_gives_the_numbers_of_the_uninterrupted_run(session_dir, device):
     """The steps after it are eager until they are recorded anew; without recording there is not even a last bit."""
     cases = [
-        {"words": f"--mode {mode} --precision {precision} --ds-config zero0", "recorded": device == "cuda",
-         "dropout": 0.1, "steps": 20 if device == "cuda" else 8}
-        for mode in ("full", "lora") for precision in BOUNDS
-    ]  # fmt: skip
+        {
+            "words": f"--mode {mode} --precision {precision} --ds-config zero0",
+            "recorded": device == "cuda",
+            "dropout": 0.1,
+            "steps": 20 if device == "cuda" else 8,
+        }
+        for mode in ("full", "lora")
+        for precision in BOUNDS
+    ]
     jobs = [{**case, **fields} for case in cases for fields in ({}, {"resumed_after": case["steps"] // 2 + 1})]
     results = take_steps_in_a_process(session_dir, jobs, device=device)
     for job, (straight, weights), (resumed, actual) in zip(cases, results[::2], results[1::2], strict=True):

@@ -11,9 +11,21 @@ from trainer.config.errors import UserError
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 
 KEYS = st.sampled_from(
-    ["stage", "offload_optimizer", "offload_param", "device", "reduce_bucket_size", "overlap_comm", "sub_group_size",
-     "zero_optimization", "communication_data_type", "train_batch_size", "gradient_clipping", "pin_memory"]
-)  # fmt: skip
+    [
+        "stage",
+        "offload_optimizer",
+        "offload_param",
+        "device",
+        "reduce_bucket_size",
+        "overlap_comm",
+        "sub_group_size",
+        "zero_optimization",
+        "communication_data_type",
+        "train_batch_size",
+        "gradient_clipping",
+        "pin_memory",
+    ]
+)
 OBJECTS = st.dictionaries(KEYS, JSON_VALUES | st.dictionaries(KEYS, JSON_VALUES, max_size=3), max_size=4)
 CONTENTS = (
     st.binary(max_size=40)

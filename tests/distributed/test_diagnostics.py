@@ -78,10 +78,18 @@ def healthy_loss(step: int) -> float:
 
 
 def make_run_records(
-    *, seed: int = 0, steps: int = STEPS, loss: Callable[[int], float] = healthy_loss,
-    val: Callable[[int], float] = healthy_loss, noise: float = 0.1, norm: float = 0.8, lr: float = 5e-4,
-    seconds: float = 0.1, eval_every: int = 50, eval_seconds: float = 1.0,
-) -> Iterator[Record]:  # fmt: skip
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    loss: Callable[[int], float] = healthy_loss,
+    val: Callable[[int], float] = healthy_loss,
+    noise: float = 0.1,
+    norm: float = 0.8,
+    lr: float = 5e-4,
+    seconds: float = 0.1,
+    eval_every: int = 50,
+    eval_seconds: float = 1.0,
+) -> Iterator[Record]:
     """Steps with noise of this standard deviation, of so many seconds; evaluations in between; 50 steps an epoch.
 
     Parameters: the shape of a made-up run.
@@ -98,9 +106,12 @@ def make_run_records(
     for step in range(1, steps + 1):
         clock += seconds
         yield StepRecord(
-            **record_axes(step), loss=loss(step) + rng.gauss(0, noise), lr=lr * (1 - (step - 1) / STEPS),
-            grad_norm=norm * rng.uniform(0.7, 1.4), tokens_per_second=1.0,
-        )  # fmt: skip
+            **record_axes(step),
+            loss=loss(step) + rng.gauss(0, noise),
+            lr=lr * (1 - (step - 1) / STEPS),
+            grad_norm=norm * rng.uniform(0.7, 1.4),
+            tokens_per_second=1.0,
+        )
         if step % eval_every == 0:
             clock += eval_seconds
             yield make_eval_record(step)
@@ -124,9 +135,12 @@ def make_skipped_steps(steps: Iterable[int]) -> list[EventRecord]:
 
 
 def make_fault(
-    code: str, remedy: str, stream: Iterable[Record] | None = None, spent: tuple[str, float] = ("device", 0.0),
+    code: str,
+    remedy: str,
+    stream: Iterable[Record] | None = None,
+    spent: tuple[str, float] = ("device", 0.0),
     **facts: Any,
-) -> tuple[str, str, Iterable[Record], tuple[str, float], dict[str, Any]]:  # fmt: skip
+) -> tuple[str, str, Iterable[Record], tuple[str, float], dict[str, Any]]:
     """The code to be found, with a word of its remedy, in these rows of a run with these facts."""
     return code, remedy, stream or make_run_records(), spent, facts
 
@@ -208,9 +222,13 @@ def test_records_of_a_healthy_run_give_no_diagnostic(seed):
     dice = random.Random(seed)
     facts = dice.choice([{}, {"device": "cuda"}, {"world_size": 2, "precision": "bf16", "max_grad_norm": 0.5}])
     stream = make_run_records(
-        seed=seed, noise=dice.uniform(0.02, 0.4), norm=dice.uniform(0.3, 3), seconds=dice.uniform(0.1, 2),
-        val=lambda step: healthy_loss(step) + dice.gauss(0, 0.003), eval_every=dice.choice([10, 25, 50]),
-    )  # fmt: skip
+        seed=seed,
+        noise=dice.uniform(0.02, 0.4),
+        norm=dice.uniform(0.3, 3),
+        seconds=dice.uniform(0.1, 2),
+        val=lambda step: healthy_loss(step) + dice.gauss(0, 0.003),
+        eval_every=dice.choice([10, 25, 50]),
+    )
     assert diagnose(make_run_info(**facts), stream, ("device", 0.5)) == {}
     first_skipped = make_skipped_steps((1, 2, 3, 4, 5, 40))
     assert diagnose(make_run_info(precision="fp16"), first_skipped) == {}, "a loss scale on its way down"

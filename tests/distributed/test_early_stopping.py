@@ -71,9 +71,12 @@ def run_losses(monkeypatch: pytest.MonkeyPatch, argv: list[str], data_dir: Path)
         argv_of_run = ["--mode", "full", *argv, "--max-steps", "20", "--save-every", "never", *flags]
         settings = cli.parse_args(argv_of_run).settings
         schedule = TrainSchedule(
-            settings=settings, batch=settings.train.batch(1), num_examples=4 * GLOBAL_BATCH, total_steps=20,
+            settings=settings,
+            batch=settings.train.batch(1),
+            num_examples=4 * GLOBAL_BATCH,
+            total_steps=20,
             steps_per_epoch=4,
-        )  # fmt: skip
+        )
         records: list[Any] = []
         saved: list[TrainState] = []
         manager: Any = SimpleNamespace(save=lambda _, at: saved.append(at), update_train_state=saved.append)

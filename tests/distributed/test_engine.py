@@ -83,14 +83,20 @@ def test_documented_keys_of_zero_stage_3_are_accepted(tmp_path):
         ({"zero_optimization": 3}, "expected an object with the key zero_optimization"),
         (zero_config(stage=1) | {"zero": 1}, "unknown key zero;"),
         (zero_config(stage=1, stages=1), "unknown key zero_optimization.stages"),
-        (zero_config(stage=2, offload_optimizer={"device": "cpu", "pin": 1}),
-         "unknown key zero_optimization.offload_optimizer.pin"),
+        (
+            zero_config(stage=2, offload_optimizer={"device": "cpu", "pin": 1}),
+            "unknown key zero_optimization.offload_optimizer.pin",
+        ),
         (zero_config(stage=4), "zero_optimization.stage 4: expected 0, 1, 2 or 3"),
-        (zero_config(stage=2, reduce_bucket_size=-1),
-         "zero_optimization.reduce_bucket_size -1: input should be greater"),
+        (
+            zero_config(stage=2, reduce_bucket_size=-1),
+            "zero_optimization.reduce_bucket_size -1: input should be greater",
+        ),
         (zero_config(stage="auto"), 'zero_optimization.stage is "auto"'),
-        (zero_config(stage=2, offload_optimizer={"device": "auto"}),
-         'zero_optimization.offload_optimizer.device is "auto"'),
+        (
+            zero_config(stage=2, offload_optimizer={"device": "auto"}),
+            'zero_optimization.offload_optimizer.device is "auto"',
+        ),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "key stage stands there twice"),
         ('{"zero_optimization": {}, "zero_optimization": {}}', "key zero_optimization stands there twice"),
         (zero_config(stage=3, max_live_parameters=1, stage3_max_live_parameters=2), "under two of its names"),
@@ -103,7 +109,7 @@ def test_documented_keys_of_zero_stage_3_are_accepted(tmp_path):
         (zero_config(stage=1, round_robin_gradients=True), "zero_optimization.round_robin_gradients is refused"),
         (zero_config(stage=1) | {"prescale_gradients": True}, "prescale_gradients is refused"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_zero_file_is_one_line_that_names_file_and_key(content, expected_message, tmp_path):
     path = write_config(tmp_path, content)
     with pytest.raises(UserError) as caught:

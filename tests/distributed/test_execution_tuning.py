@@ -81,9 +81,7 @@ def loss_module(session_dir: Path) -> CausalLMLoss:
 
 def make_compiled_runner(loss_module: CausalLMLoss, precision: str = "fp32") -> CompiledStepRunner:
     params = list(loss_module.parameters())
-    return CompiledStepRunner(
-        loss_module, params, *eager_calls(loss_module), shapes={(2, 16)}, precision=precision
-    )  # fmt: skip
+    return CompiledStepRunner(loss_module, params, *eager_calls(loss_module), shapes={(2, 16)}, precision=precision)
 
 
 def seeded_step(backward: Any, loss_module: CausalLMLoss, seed: int) -> list[torch.Tensor]:
@@ -109,8 +107,11 @@ def test_a_compiled_shape_is_verified_once_and_a_compiler_that_fails_anywhere_co
         for actual, gradient in zip(seeded_step(runner.backward, loss_module, seed), expected[seed], strict=True):
             torch.testing.assert_close(actual, gradient, rtol=1e-6, atol=1e-7)
     if failure:
-        cause = {"forward": "no compiler here", "backward": "the compiler of the backward failed",
-                 "memory": "CUDA out of memory"}[failure]  # fmt: skip
+        cause = {
+            "forward": "no compiler here",
+            "backward": "the compiler of the backward failed",
+            "memory": "CUDA out of memory",
+        }[failure]
         assert runner.error == f"steps are not compiled: {cause}"
         assert runner.checks == []
     else:
@@ -182,9 +183,15 @@ def test_a_compiled_shape_that_gives_another_gradient_is_named_with_both_figures
 def test_two_right_ways_to_compute_are_equal_also_where_a_gradient_is_rounding_alone(precision):
     """The key bias of OPT shifts all scores of a query alike: its gradient is 0 but for rounding."""
     config = OPTConfig(
-        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=97, word_embed_proj_dim=32,
-        max_position_embeddings=32, dropout=0.0,
-    )  # fmt: skip
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=97,
+        word_embed_proj_dim=32,
+        max_position_embeddings=32,
+        dropout=0.0,
+    )
     torch.manual_seed(0)
     module = CausalLMLoss(AutoModelForCausalLM.from_config(config), torch.bfloat16 if precision == "bf16" else None)
     ids, params = torch.randint(1, 97, (2, 32)), [p for p in module.parameters() if p.requires_grad]
@@ -207,10 +214,12 @@ def make_plans(*paths: str) -> list[Any]:
     base = plan_execution("--execution", "eager")
     return [
         replace(
-            base, cuda_graphs="graphs" in path, compiled_shapes=((2, 1024),) if "compile" in path else (),
+            base,
+            cuda_graphs="graphs" in path,
+            compiled_shapes=((2, 1024),) if "compile" in path else (),
         )
         for path in paths
-    ]  # fmt: skip
+    ]
 
 
 def run_tuner(tuner: ExecutionTuner, lag: int = 0) -> list[str]:
@@ -274,10 +283,13 @@ def facts(tiny_model: str, data_files: tuple[str, str], tmp_path: Path, monkeypa
     batch = settings.train.batch(1)
     file = read_deepspeed_file("zero0")
     return execution_choice.RunFacts(
-        settings=settings, dist_context=simulated_context(1), precision="fp32", model_info={"width": 16},
+        settings=settings,
+        dist_context=simulated_context(1),
+        precision="fp32",
+        model_info={"width": 16},
         deepspeed_config=build_deepspeed_config(file, batch=batch, max_grad_norm=1.0, precision="fp32"),
         schedule=SimpleNamespace(batch=batch, total_steps=300),
-    )  # fmt: skip
+    )
 
 
 def test_a_kept_choice_holds_for_the_device_and_the_ways_that_were_timed(facts, monkeypatch):

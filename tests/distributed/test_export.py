@@ -176,11 +176,17 @@ def test_every_zero_stage_exports_what_was_trained_with_one_copy_on_rank_0(
     data = prepare(settings.data, model=tiny_model, global_batch=6).folder
     zeros = {"zero1": "zero1", "zero2": "zero2", **strict_zero_files}
     jobs = [
-        {"name": f"{mode}-{zero}", "data": str(data), "out": str(tmp_path),
-         "flags": make_argv(tiny_model, data_files, mode, "--max-steps", "2", "--save-every", "never", "--ds-config",
-             path)}
-        for zero, path in zeros.items() for mode in ("full", "lora")
-    ]  # fmt: skip
+        {
+            "name": f"{mode}-{zero}",
+            "data": str(data),
+            "out": str(tmp_path),
+            "flags": make_argv(
+                tiny_model, data_files, mode, "--max-steps", "2", "--save-every", "never", "--ds-config", path
+            ),
+        }
+        for zero, path in zeros.items()
+        for mode in ("full", "lora")
+    ]
     assert run_on_ranks(2, export_jobs, jobs, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-4000:]
     for job in jobs:
         known = dict(np.load(tmp_path / f"{job['name']}.npz"))
@@ -195,9 +201,16 @@ def test_every_zero_stage_exports_what_was_trained_with_one_copy_on_rank_0(
 
 def make_reference_outputs(ids: Any, logits: Any, *, data: Path | None = None, loss: float | None = None) -> Any:
     return ReferenceOutputs(
-        input_ids=ids, logits=logits, is_tied=True, loss=loss, data_folder=data, eval_batch=4, device="cpu",
-        precision="fp32", num_threads=1,
-    )  # fmt: skip
+        input_ids=ids,
+        logits=logits,
+        is_tied=True,
+        loss=loss,
+        data_folder=data,
+        eval_batch=4,
+        device="cpu",
+        precision="fp32",
+        num_threads=1,
+    )
 
 
 # --- the command ---
@@ -440,9 +453,18 @@ def test_verification_finds_a_damaged_folder(harm, message, full_run, tmp_path, 
 
 def test_verification_finds_a_different_validation_loss(full_run):
     answer = {
-        "tensors": 1, "empty": [], "adapters": 0, "adapters_moved": 0, "stored_dtypes": ["F32"], "dtype": "float32",
-        "said_dtype": "float32", "tied": True, "embedding_copies": 1, "logits_difference": 0.0, "loss": 2.00001,
-    }  # fmt: skip
+        "tensors": 1,
+        "empty": [],
+        "adapters": 0,
+        "adapters_moved": 0,
+        "stored_dtypes": ["F32"],
+        "dtype": "float32",
+        "said_dtype": "float32",
+        "tied": True,
+        "embedding_copies": 1,
+        "logits_difference": 0.0,
+        "loss": 2.00001,
+    }
     expected = make_reference_outputs(np.zeros((1, 1)), np.ones((1, 1, 1)), data=full_run, loss=2.0)
     assert compare_with_reference(answer, expected).problems == ("validation loss 2.000010, recorded 2.000000",)
     assert compare_with_reference(answer | {"loss": 2.000001}, expected).problems == ()

@@ -19,9 +19,16 @@ from trainer.model.build import TrainableModel, build_model
 from trainer.training.plan_validation import validate_early
 
 SHAPE = {
-    "vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 GROUPED = {"num_key_value_heads": 1}
 LLAMA_LAYERS = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"
 NEOX_LAYERS = "dense dense_4h_to_h dense_h_to_4h query_key_value"
@@ -47,8 +54,15 @@ FIRST = ("gpt2", "gpt_neox", "llama", "qwen3")
 
 def save_family(family: str, folder: Path, tokenizer_folder: str) -> str:
     """A folder with a random model of the family and the tiny tokenizer."""
-    config = CONFIG_MAPPING[family](**{**({} if family == "gpt2" else SHAPE), "vocab_size": 97,
-                                       "bos_token_id": 0, "eos_token_id": 0, **FAMILIES[family][0]})  # fmt: skip
+    config = CONFIG_MAPPING[family](
+        **{
+            **({} if family == "gpt2" else SHAPE),
+            "vocab_size": 97,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            **FAMILIES[family][0],
+        }
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -32,30 +32,47 @@ PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
     "buckets, another order of three": ("--mode full --ds-config zero0", {"overlaps_reduction": False}, ROUNDED, (3,)),
     "buckets, sharded": ("--mode full --ds-config zero1", {"overlaps_reduction": False}, EXACT, (3,)),
     "reductions, sharded": (
-        "--mode full --ds-config zero1 --max-steps 9", {"overlaps_reduction": False}, ROUNDED, (3,)
+        "--mode full --ds-config zero1 --max-steps 9",
+        {"overlaps_reduction": False},
+        ROUNDED,
+        (3,),
     ),
     "buckets, sharded, two groups": (
-        "--mode lora --lora-plus-ratio 4 --ds-config zero1", {"overlaps_reduction": False}, EXACT, (2,)
+        "--mode lora --lora-plus-ratio 4 --ds-config zero1",
+        {"overlaps_reduction": False},
+        EXACT,
+        (2,),
     ),
     "finite check on the device": ("--mode full --ds-config zero0", {"finite_check": "host"}, ROUNDED, (1, 2)),
     "finite check on the device, sharded": ("--mode lora --ds-config zero1", {"finite_check": "host"}, ROUNDED, (2,)),
     "two steps in flight": ("--mode lora --ds-config zero0", {"steps_in_flight": 2}, EXACT, (1, 2)),
     "two steps in flight, sharded": (
-        "--mode full --ds-config zero1 --eval-every 1", {"steps_in_flight": 2}, EXACT, (2,)
+        "--mode full --ds-config zero1 --eval-every 1",
+        {"steps_in_flight": 2},
+        EXACT,
+        (2,),
     ),
     "frozen base in bfloat16": ("--mode lora --precision bf16", {"frozen_dtype": "float32"}, EXACT, (2,)),
     "frozen base in bfloat16, zero2": (
-        "--mode lora --precision bf16 --ds-config zero2", {"frozen_dtype": "float32"}, EXACT, (2,)
+        "--mode lora --precision bf16 --ds-config zero2",
+        {"frozen_dtype": "float32"},
+        EXACT,
+        (2,),
     ),
     "fused adapters": ("--mode lora --lora-plus-ratio 4", {"fused_lora": False}, ROUNDED, (1, 2)),
     "graphs, by a stand-in": (
-        "--ds-config zero0 --max-steps 9", {"cuda_graphs": True, "overlaps_reduction": False}, ROUNDED, (1, 2)
+        "--ds-config zero0 --max-steps 9",
+        {"cuda_graphs": True, "overlaps_reduction": False},
+        ROUNDED,
+        (1, 2),
     ),
     "a recording that fails on one rank": (
-        "--mode lora --ds-config zero0 --max-steps 9", {"cuda_graphs": True, "overlaps_reduction": False}, ROUNDED,
+        "--mode lora --ds-config zero0 --max-steps 9",
+        {"cuda_graphs": True, "overlaps_reduction": False},
+        ROUNDED,
         (2,),
     ),
-}  # fmt: skip
+}
 
 
 def run_with_stand_in_graphs(jobs: list[dict[str, Any]]) -> int:
@@ -120,9 +137,10 @@ def run_with_reductions_to_owners(jobs: list[dict[str, Any]]) -> int:
 def target_of(name: str, ranks: int) -> Callable[..., int]:
     """What runs the jobs of a path, on so many ranks."""
     special = {
-        "reductions": run_with_reductions_to_owners, "graphs": run_with_stand_in_graphs,
+        "reductions": run_with_reductions_to_owners,
+        "graphs": run_with_stand_in_graphs,
         "a recording that fails on one rank": run_with_a_failed_recording,
-    }  # fmt: skip
+    }
     return special.get(name.partition(",")[0], run_with_small_buckets if ranks > 1 else run_jobs)
 
 
@@ -147,9 +165,12 @@ def results(tiny_model: str, data_files: tuple[str, str], data_dir: Path, tmp_pa
                         argv = [*make_argv(tiny_model, data_files, mode, "completion"), "--micro-batch", "1"]
                         job = job_name(flags, mode, changed)
                         jobs[job] = {
-                            "name": job, "data": str(data_dir), "out": str(out), "flags": [*argv, *flags.split()],
+                            "name": job,
+                            "data": str(data_dir),
+                            "out": str(out),
+                            "flags": [*argv, *flags.split()],
                             "execution": changed,
-                        }  # fmt: skip
+                        }
             launch_jobs(ranks, list(jobs.values()), out / "log", target)
         return folders[key]
 
@@ -163,8 +184,9 @@ def modes_of(flags: str) -> list[str]:
 def cases() -> list[Any]:
     return [
         pytest.param(name, ranks, id=f"{name}, {ranks} rank{'s' * (ranks > 1)}")
-        for name in PATHS for ranks in PATHS[name][3]
-    ]  # fmt: skip
+        for name in PATHS
+        for ranks in PATHS[name][3]
+    ]
 
 
 @pytest.mark.parametrize(("name", "ranks"), cases())
@@ -222,14 +244,16 @@ def test_an_engine_runs_what_its_plan_records(tiny_model, data_files, data_dir, 
         return {"flags": argv, "data": str(data_dir), "expected": (fused, blockwise)}
 
     jobs = [
-        job("full", fused=False), job("full", *dropout_model, fused=False, blockwise=True),
+        job("full", fused=False),
+        job("full", *dropout_model, fused=False, blockwise=True),
         job("lora", *dropout_model, fused=True, blockwise=True),
         job("lora", "--dropout", "0", "--lora-dropout", "0.1", fused=False, blockwise=True),
         *(job("lora", "--ds-config", f"zero{stage}", fused=stage < 3) for stage in (1, 2, 3)),
         *(job("lora", "--adapter", adapter, fused=adapter != "dora") for adapter in ("rslora", "pissa", "dora")),
-        job("lora", "--quant", "nf4", fused=False), job("lora", "--precision", "bf16", fused=True),
+        job("lora", "--quant", "nf4", fused=False),
+        job("lora", "--precision", "bf16", fused=True),
         job("lora", "--activation-checkpointing", fused=True),
-    ]  # fmt: skip
+    ]
     launch_jobs(1, jobs, tmp_path / "log", check_engines)
 
 

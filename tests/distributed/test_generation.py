@@ -259,10 +259,14 @@ def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_
     first, last = events[0]["facts"]["texts"], events[-1]["facts"]["texts"]
     base = f"base {runs[0].metadata['model']['fingerprint']}"
     assert shown["samples"] == [
-        {"prompt": text["prompt"], "reference": text["reference"], base: begun["completion"],
-         "run 0": text["completion"]}
+        {
+            "prompt": text["prompt"],
+            "reference": text["reference"],
+            base: begun["completion"],
+            "run 0": text["completion"],
+        }
         for begun, text in zip(first, last, strict=True)
-    ]  # fmt: skip
+    ]
     assert shown["scores"][0]["chrf"] == events[-1]["facts"]["scores"]["chrf"]
     for page in ("report.html", "report.md"):
         assert "Completions against their references" in (tmp_path / page).read_text()

@@ -73,9 +73,10 @@ def assert_cells_match(cells: list[Cell], tiny_model: str, data_files: tuple[str
 
 
 @pytest.mark.parametrize(
-    "cells", [SAMPLE_CELLS, pytest.param(ALL_CELLS, marks=[pytest.mark.sweep, pytest.mark.timeout(3600)])],
+    "cells",
+    [SAMPLE_CELLS, pytest.param(ALL_CELLS, marks=[pytest.mark.sweep, pytest.mark.timeout(3600)])],
     ids=["sample", "all"],
-)  # fmt: skip
+)
 def test_ranks_batches_and_zero_files_equal_the_plain_loop(cells, tiny_model, data_files, tmp_path):
     assert_cells_match(cells, tiny_model, data_files, tmp_path)
 

@@ -18,9 +18,15 @@ def run_launcher(launcher: list[str], *flags: str, cwd: Path, timeout_seconds: i
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environ |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN_DIR}{os.pathsep}{environ['PATH']}"}
     process = subprocess.Popen(
-        [*launcher, TRAIN_SCRIPT, *flags], cwd=cwd, env=environ, text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [*launcher, TRAIN_SCRIPT, *flags],
+        cwd=cwd,
+        env=environ,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:

@@ -133,9 +133,13 @@ def test_find_lr_with_another_program_flag_is_refused(other):
 
 CELLS = [(2, "zero0", "lora"), (2, "zero3", "full")]
 SWEEP_CELLS = [
-    (1, "zero0", "full"), (1, "zero2", "lora"), (2, "zero1", "full"), (2, "zero2_offload", "lora"),
-    (2, "zero3", "lora"), (2, "zero3_offload", "lora"),
-]  # fmt: skip
+    (1, "zero0", "full"),
+    (1, "zero2", "lora"),
+    (2, "zero1", "full"),
+    (2, "zero2_offload", "lora"),
+    (2, "zero3", "lora"),
+    (2, "zero3_offload", "lora"),
+]
 
 
 def make_argv(tiny_model: str, data_files: tuple[str, str], mode: str) -> list[str]:
@@ -160,9 +164,11 @@ def run_jobs_after_sweep(jobs: list[dict[str, Any]]) -> int:
             restore_initial()
             is_same = len({json.dumps(rank_losses) for rank_losses in dist_context.all_gather_object(losses)}) == 1
             result = {
-                "losses": losses, "same": is_same, "restored": after == before,
+                "losses": losses,
+                "same": is_same,
+                "restored": after == before,
                 "moved": sum(moved[key] != before[key] for key in before) / len(before),
-            }  # fmt: skip
+            }
             out, name = Path(job["out"]), job["name"]
             checkpoints = run.checkpoint_manager(out / f"{name}-checkpoints")
             records = list(loop.train(run.engine, run.data, schedule, TrainState(), checkpoints, lambda: False))
@@ -190,11 +196,14 @@ def test_an_lr_sweep_changes_no_bit_of_the_run_after_it(cells, tiny_model, data_
         for ranks in sorted({cell[0] for cell in cells}):
             jobs = [
                 {
-                    "name": f"{r}-{zero}-{mode}", "data": data, "out": str(out),
+                    "name": f"{r}-{zero}-{mode}",
+                    "data": data,
+                    "out": str(out),
                     "flags": [*make_argv(tiny_model, data_files, mode), "--ds-config", zero],
                 }
-                for r, zero, mode in cells if r == ranks
-            ]  # fmt: skip
+                for r, zero, mode in cells
+                if r == ranks
+            ]
             launch_jobs(ranks, jobs, tmp_path / f"{out.name}-{ranks}.log", target)
     first_losses: dict[str, list[float]] = {}
     for r, zero, mode in cells:

@@ -22,8 +22,12 @@ ADAPTERS = ("lora", "dora", "rslora", "pissa")
 QUANTS = (None, "nf4", "fp4", "int8")
 OPTIMS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
 LORA_RANK = 16  # with layers of 64 and 256: A and B of c_fc and c_proj have 4,096 elements, which 8-bit optimizers pack
-EACH_ONCE = [("lora", "fp4", "adamw8bit"), ("dora", "nf4", "adamw"), ("rslora", "int8", "adamw_fused"),
-         ("pissa", None, "paged_adamw8bit")]  # fmt: skip
+EACH_ONCE = [
+    ("lora", "fp4", "adamw8bit"),
+    ("dora", "nf4", "adamw"),
+    ("rslora", "int8", "adamw_fused"),
+    ("pissa", None, "paged_adamw8bit"),
+]
 
 
 @pytest.fixture(scope="module")

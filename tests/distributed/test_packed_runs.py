@@ -26,10 +26,14 @@ def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
 
 def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(argv, tmp_path):
     data = str(prepare_data(argv))
-    launch_jobs(2, [
-        {"name": name, "flags": [*argv, *extra], "data": data, "out": str(tmp_path)}
-        for name, extra in (("single", []), ("packed", ["--packing"]))
-    ], tmp_path / "log")  # fmt: skip
+    launch_jobs(
+        2,
+        [
+            {"name": name, "flags": [*argv, *extra], "data": data, "out": str(tmp_path)}
+            for name, extra in (("single", []), ("packed", ["--packing"]))
+        ],
+        tmp_path / "log",
+    )
     (single_records, single_weights), (packed_records, packed_weights) = (
         read_job_result(tmp_path, name) for name in ("single", "packed")
     )

@@ -47,22 +47,37 @@ def run_hugging_face_trainer(model: str, data: Path, out: Path, **overrides: Any
         return [{"input_ids": row, "labels": torch.cat([torch.tensor([-100]), row[1:]])} for row in ids]
 
     numbers = {
-        "learning_rate": CARD["lr"], "per_device_train_batch_size": CARD["global_batch"], "seed": CARD["seed"],
-        "per_device_eval_batch_size": CARD["eval_batch"], "adam_beta1": CARD["beta1"], "adam_beta2": CARD["beta2"],
-        "adam_epsilon": CARD["epsilon"], "lr_scheduler_type": CARD["schedule"],
-    }  # fmt: skip
+        "learning_rate": CARD["lr"],
+        "per_device_train_batch_size": CARD["global_batch"],
+        "seed": CARD["seed"],
+        "per_device_eval_batch_size": CARD["eval_batch"],
+        "adam_beta1": CARD["beta1"],
+        "adam_beta2": CARD["beta2"],
+        "adam_epsilon": CARD["epsilon"],
+        "lr_scheduler_type": CARD["schedule"],
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # accelerate would set it, aloud
         arguments = TrainingArguments(
-            output_dir=str(out), max_steps=STEPS, logging_steps=1, logging_first_step=True, eval_strategy="epoch",
-            save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, **{**numbers, **overrides},
-        )  # fmt: skip
+            output_dir=str(out),
+            max_steps=STEPS,
+            logging_steps=1,
+            logging_first_step=True,
+            eval_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            **{**numbers, **overrides},
+        )
     prepared = load(data)
     torch.set_num_threads(1)  # the model is so small that a second one only waits
     trainer = InOrder(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), args=arguments,
-        train_dataset=blocks(prepared.train), eval_dataset=blocks(prepared.val),
-    )  # fmt: skip
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=arguments,
+        train_dataset=blocks(prepared.train),
+        eval_dataset=blocks(prepared.val),
+    )
     trainer.train()
     return trainer.state.log_history
 

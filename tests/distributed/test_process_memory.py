@@ -65,11 +65,15 @@ world.watchdog.close()
 destroy_process_group()
 """
 SWEEP_CASES = [
-    ("--mode lora --ds-config zero0", 4), ("--mode full --ds-config zero2", 4), ("--mode full --ds-config zero3", 4),
-    ("--mode lora --ds-config zero3", 4), ("--mode full --ds-config zero0", 2), ("--mode full --ds-config zero1", 8),
+    ("--mode lora --ds-config zero0", 4),
+    ("--mode full --ds-config zero2", 4),
+    ("--mode full --ds-config zero3", 4),
+    ("--mode lora --ds-config zero3", 4),
+    ("--mode full --ds-config zero0", 2),
+    ("--mode full --ds-config zero1", 8),
     ("--mode full --ds-config zero0 --activation-checkpointing", 16),
     ("--mode lora --ds-config zero0 --activation-checkpointing", 16),
-]  # fmt: skip
+]
 #: What is freed goes back at once, else the C library keeps a part of every size that ever was.
 MALLOC_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -81,9 +85,17 @@ def medium_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     folder = tmp_path_factory.mktemp("model")
     GPT2Config(
-        vocab_size=2048, n_positions=256, n_embd=384, n_layer=4, n_head=6, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    ).save_pretrained(folder)  # fmt: skip
+        vocab_size=2048,
+        n_positions=256,
+        n_embd=384,
+        n_layer=4,
+        n_head=6,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -99,9 +111,13 @@ def test_a_process_grows_by_the_estimated_bytes(medium_model, case, micro_batch)
     flags = f"--preset demo --model {medium_model} --init random --block-size 256 {case}"
     flags += f" --micro-batch {micro_batch} --global-batch {max(4, micro_batch)}"
     process = subprocess.run(
-        [sys.executable, "-c", MEASURE_MEMORY_CODE, *flags.split()], capture_output=True, text=True, timeout=300,
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **MALLOC_ENV},
-    )  # fmt: skip
+        [sys.executable, "-c", MEASURE_MEMORY_CODE, *flags.split()],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **MALLOC_ENV},
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     result = json.loads(process.stdout.splitlines()[-1])
     print(f"{case} micro-batch {micro_batch}: estimate {result['estimate'] / result['grown']:.3f} of the growth")

@@ -87,9 +87,14 @@ prove_worker.main(sys.argv[1])
 def run_prove(argv: list[str], ranks: int, capsys: Any) -> tuple[int, dict[str, str], dict[str, str]]:
     """(exit code, {row: level}, {row: message})."""
     code = doctor_cli.run_doctor(
-        cli.parse_args(argv), doctor_cli.planned_context(ranks, None), environ={}, as_json=True, limit_seconds=200.0,
-        ranks_of_hosts={}, proves=True,
-    )  # fmt: skip
+        cli.parse_args(argv),
+        doctor_cli.planned_context(ranks, None),
+        environ={},
+        as_json=True,
+        limit_seconds=200.0,
+        ranks_of_hosts={},
+        proves=True,
+    )
     checks = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["section"].startswith("proof")]
     return code, {c["name"]: c["level"] for c in checks}, {c["name"]: c["message"] for c in checks}
 

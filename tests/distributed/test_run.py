@@ -178,6 +178,8 @@ def test_evaluations_are_due_every_n_steps_every_epoch_or_never_but_always_at_th
     schedule = TrainSchedule(
         settings=parse_args(["--mode", "full", "--eval-every", every]).settings,
         batch=BatchConfig(micro_batch_size=1, gradient_accumulation_steps=1, world_size=1),
-        num_examples=4, total_steps=10, steps_per_epoch=4,
-    )  # fmt: skip
+        num_examples=4,
+        total_steps=10,
+        steps_per_epoch=4,
+    )
     assert [step for step in range(1, 11) if schedule.is_eval_due(step)] == steps

@@ -41,8 +41,13 @@ CASES = [("full", "zero0", MIN_BUCKET_BYTES["gloo"]), ("full", "zero0", AT_ONCE)
 
 def start_ranks(hosts: Hosts, module: str, file: Path, log_folder: Path) -> list[subprocess.Popen[bytes]]:
     """A worker on each host, with the file that it reads or writes."""
-    env = {**ENVIRON, "WORLD_SIZE": "2", "MASTER_ADDR": "h1", "MASTER_PORT": "29500",
-           "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}  # fmt: skip
+    env = {
+        **ENVIRON,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "h1",
+        "MASTER_PORT": "29500",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
     argv = [sys.executable, "-m", module, str(file)]
     return [
         hosts.start(name, argv, log_folder / f"{name}.log", env | {"RANK": str(rank)})
@@ -54,9 +59,17 @@ def measure(hosts: Hosts, mode: str, zero: str, bucket_bytes: int, folder: Path)
     """{Mbit/s: [seconds of a step, bytes that leave a host meanwhile] in each round}."""
     rates = RATES[mode]
     config = BenchmarkConfig(
-        program="ours", mode=mode, global_batch=4, ds_config=zero, world_size=2, model="demo-base", block_size=64,
-        dropout=0.0, num_windows=NUM_ROUNDS * len(rates), steps_per_window=3,
-    )  # fmt: skip
+        program="ours",
+        mode=mode,
+        global_batch=4,
+        ds_config=zero,
+        world_size=2,
+        model="demo-base",
+        block_size=64,
+        dropout=0.0,
+        num_windows=NUM_ROUNDS * len(rates),
+        steps_per_window=3,
+    )
     folder.mkdir()
     job = folder / "job.json"
     job.write_text(json.dumps({"config": asdict(config), "folder": str(folder), "bucket_bytes": bucket_bytes}))
@@ -95,9 +108,11 @@ def make_workload(mode: str, compute_seconds: float) -> Workload:
 def model(mode: str, zero: str, bucket_bytes: int, compute_seconds: float, megabits: float) -> tuple[float, float]:
     """(seconds of a step, hidden share of its communication)."""
     costs = communication_of_two_processors(
-        stage=int(zero[-1]), workload=make_workload(mode, compute_seconds), bandwidth=megabits * 1e6 / 8 * PAYLOAD,
+        stage=int(zero[-1]),
+        workload=make_workload(mode, compute_seconds),
+        bandwidth=megabits * 1e6 / 8 * PAYLOAD,
         bucket_bytes=bucket_bytes,
-    )  # fmt: skip
+    )
     return compute_seconds + costs.exposed, costs.hidden / (costs.hidden + costs.exposed)
 
 
@@ -105,9 +120,12 @@ def count_bytes(mode: str, zero: str) -> float:
     """What a rank sends in a step; DeepSpeed's reduce_scatter over gloo sends twice what is needed."""
     workload, stage = make_workload(mode, compute_seconds=1), int(zero[-1])
     num_bytes = bytes_sent(
-        stage=stage, num_trainable=workload.num_trainable, num_frozen=workload.num_frozen, world_size=2,
+        stage=stage,
+        num_trainable=workload.num_trainable,
+        num_frozen=workload.num_frozen,
+        world_size=2,
         num_persistent=workload.num_persistent,
-    )  # fmt: skip
+    )
     return num_bytes + (workload.gradient_bytes / 2 if stage == 3 else 0)
 
 

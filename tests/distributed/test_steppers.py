@@ -112,12 +112,17 @@ def test_a_non_finite_gradient_changes_no_weight_or_moment_and_the_next_step_is_
 ):
     jobs = [
         {
-            "name": f"{zero}-{by}-{bad}", "execution": {"finite_check": by}, "bad": bad, "data": str(data_dir),
-            "out": str(tmp_path), "says": "loss" if (by, bad) == ("host", "loss") else "gradient",
+            "name": f"{zero}-{by}-{bad}",
+            "execution": {"finite_check": by},
+            "bad": bad,
+            "data": str(data_dir),
+            "out": str(tmp_path),
+            "says": "loss" if (by, bad) == ("host", "loss") else "gradient",
             "flags": [*make_argv(tiny_model, data_files, "full", "completion"), "--ds-config", zero],
         }
-        for zero in ("zero0", "zero1") for by, bad in (("device", "gradient"), ("host", "gradient"), ("host", "loss"))
-    ]  # fmt: skip
+        for zero in ("zero0", "zero1")
+        for by, bad in (("device", "gradient"), ("host", "gradient"), ("host", "loss"))
+    ]
     launch_jobs(ranks, jobs, tmp_path / "log", check_non_finite_refused)
     for zero in ("zero0", "zero1"):  # the step after it is not disturbed by what was on its way
         by_gradient, by_loss = (dict(np.load(tmp_path / f"{zero}-host-{bad}.npz")) for bad in ("gradient", "loss"))

@@ -184,9 +184,13 @@ sys.exit(study.main(sys.argv[1:]))
 def start_study(python: str, stub_dir: Path, *argv: str) -> "subprocess.Popen[str]":
     code = DRIVER.format(launch=str(ROOT / "launch"), stub=str(stub_dir / "launch"), preloaded=STUB_MODULES)
     return subprocess.Popen(
-        [python, "-c", code, *argv], cwd=stub_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [python, "-c", code, *argv],
+        cwd=stub_dir,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env={**os.environ, "STUB_SECONDS": "0.1"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -220,9 +224,12 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
     diverging = make_trial(make_candidate("lora"))
     queue.enqueue([diverging])
     runner = worker.TrialRunner(
-        rule=study.rule, study_folder=study.folder, slot=make_slots(1, None)[0], queue=queue,
+        rule=study.rule,
+        study_folder=study.folder,
+        slot=make_slots(1, None)[0],
+        queue=queue,
         should_stop=stop_after_3["should_stop"],
-    )  # fmt: skip
+    )
     claim, spec = queue.claim([diverging])
     assert study_table(study).caption == f"running: {spec.name}"
     assert runner.run(claim, spec).failure == "step 3: loss nan"

@@ -247,15 +247,25 @@ def start_child(folder: Path, *arguments: object, code: str, **variables: str) -
     """A process in which `code` runs with these arguments, folder/run being there."""
     (folder / "run").mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=folder, env=child_env(HOME=str(folder), **variables),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder,
+        env=child_env(HOME=str(folder), **variables),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run_child(
-    folder: Path, mode: str, *, first_step: int = 0, last_step: int = LAST_STEP, last_code: str = CLOSE_CODE,
+    folder: Path,
+    mode: str,
+    *,
+    first_step: int = 0,
+    last_step: int = LAST_STEP,
+    last_code: str = CLOSE_CODE,
     **variables: str,
-) -> tuple[int, str]:  # fmt: skip
+) -> tuple[int, str]:
     """(exit code, output) of a process that logs the rows of these steps of a lora run into folder/run, and has said
     nothing on stderr."""
     process = start_child(folder, mode, first_step, last_step, code=CHILD_CODE + last_code, **variables)
@@ -311,10 +321,17 @@ def offline_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     variables = {
-        "WANDB_ENTITY": "team", "WANDB_NAME": "mine", "WANDB_NOTES": "a note", "WANDB_TAGS": "night, second",
-        "WANDB_JOB_TYPE": "sweep", "WANDB_DIR": str(tmp_path / "elsewhere"), "WANDB_RUN_ID": "other",
-        "WANDB_RESUME": "never", "WANDB_CONSOLE": "wrap", "WANDB_SAVE_CODE": "true",
-    }  # fmt: skip
+        "WANDB_ENTITY": "team",
+        "WANDB_NAME": "mine",
+        "WANDB_NOTES": "a note",
+        "WANDB_TAGS": "night, second",
+        "WANDB_JOB_TYPE": "sweep",
+        "WANDB_DIR": str(tmp_path / "elsewhere"),
+        "WANDB_RUN_ID": "other",
+        "WANDB_RESUME": "never",
+        "WANDB_CONSOLE": "wrap",
+        "WANDB_SAVE_CODE": "true",
+    }
     exit_code, output = run_child(tmp_path, "offline", first_step=80, **variables)
     assert exit_code == 0
     assert "W&B: WANDB_RUN_ID is other, of no effect: --resume goes on with " in output
@@ -324,8 +341,12 @@ def test_variables_of_wandb_reach_its_client_and_what_a_resume_overrides_is_said
     records = list(WandbFile(file))
     run = next(record["run"] for record in records if record["type"] == "run")
     assert [run[name] for name in ("entity", "display_name", "notes", "job_type", "run_id")] == [
-        "team", "mine", "a note", "sweep", METADATA["run_id"],
-    ]  # fmt: skip
+        "team",
+        "mine",
+        "a note",
+        "sweep",
+        METADATA["run_id"],
+    ]
     assert run["tags"] == [*run_tags("lora", METADATA["model"]["name"], METADATA["data"]["source"]), "night", "second"]
     assert any(record["type"] == "output_raw" for record in records), "WANDB_CONSOLE brings the console back"
 

@@ -310,10 +310,15 @@ def check_spec(spec: dict[str, Any]) -> None:
         if panel["viewType"] == "Run History Line Plot"
     }
     assert lines == {
-        ("epoch", "val/loss"), ("epoch", "train/loss"), ("epoch", "train/loss_epoch"), ("tokens", "train/loss"),
-        ("_runtime", "val/loss"), ("epoch", "train/lr"), ("epoch", "train/grad_norm"),
+        ("epoch", "val/loss"),
+        ("epoch", "train/loss"),
+        ("epoch", "train/loss_epoch"),
+        ("tokens", "train/loss"),
+        ("_runtime", "val/loss"),
+        ("epoch", "train/lr"),
+        ("epoch", "train/grad_norm"),
         ("epoch", "train/tokens_per_second"),
-    }  # fmt: skip
+    }
     view_types = Counter(panel["viewType"] for panel in panels)
     assert (view_types["Bar Chart"], view_types["Scatter Plot"], view_types["Run Comparer"]) == (2, 1, 1)
     first_plot = next(panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot")

@@ -73,8 +73,13 @@ def assert_resumes(argv: list[str], out: Path, uninterrupted_records: list[dict[
 # --- one save, killed at every line ------------------------------------------------------------------------------
 
 SAVE_FUNCTIONS = (
-    "_write_checkpoint", "_write_safetensors", "_write_chunks", "_format_metadata", "_delete_old", "_delete_folder",
-)  # fmt: skip
+    "_write_checkpoint",
+    "_write_safetensors",
+    "_write_chunks",
+    "_format_metadata",
+    "_delete_old",
+    "_delete_folder",
+)
 
 
 def make_stub_engine(value: float) -> Any:
@@ -85,7 +90,7 @@ def make_stub_engine(value: float) -> Any:
         iter_state_dict=lambda: ((f"{state_key}/w", weight) for state_key in state_keys),
         state_dict_layout=lambda: ((f"{state_key}/w", torch.float32, (3, 5)) for state_key in state_keys),
         loss_scale=lambda: None,
-    )  # fmt: skip
+    )
     return SimpleNamespace(trainable_params={"w": weight}, state=state)
 
 
@@ -320,9 +325,13 @@ def test_a_launcher_is_known_by_session_and_parent_alone(launcher, is_session_le
         "sys.argv[2]]); sys.argv[2] == 'gone' or child.wait()"
     )
     process = subprocess.run(
-        [sys.executable, "-c", starter, LOOK_AT_LAUNCHERS, launcher], cwd=Path(TRAIN_SCRIPT).parents[1],
-        capture_output=True, text=True, timeout=60, start_new_session=is_session_leader,
-    )  # fmt: skip
+        [sys.executable, "-c", starter, LOOK_AT_LAUNCHERS, launcher],
+        cwd=Path(TRAIN_SCRIPT).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=is_session_leader,
+    )
     assert process.stdout.strip() == str(expected), process.stderr
 
 

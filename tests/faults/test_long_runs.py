@@ -103,9 +103,11 @@ def lengthen(out: Path, step: int, num_steps: int) -> int:
 def run_and_measure(*argv: str) -> tuple[int, float]:
     """(largest resident bytes, CPU seconds) of a script that must end well."""
     process = subprocess.Popen(
-        [sys.executable, *argv], cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL,
+        [sys.executable, *argv],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"},
-    )  # fmt: skip
+    )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
@@ -129,6 +131,8 @@ def test_a_metrics_file_of_a_gigabyte_is_compared_and_resumed_in_bounded_memory(
         results["resume", name] = run_and_measure("launch/train.py", *argv, "--output-dir", out, "--resume", *limits)
     for what in ("compare", "resume"):
         (short, short_seconds), (long, long_seconds) = results[what, "short"], results[what, "long"]
-        print(f"{what} {num_bytes['long'] / 1e9:.2f} GB: {(long - short) / 1e6:.0f} MB above {short / 1e6:.0f} MB, "
-              f"{long_seconds - short_seconds:.0f} CPU seconds above {short_seconds:.0f}")  # fmt: skip
+        print(
+            f"{what} {num_bytes['long'] / 1e9:.2f} GB: {(long - short) / 1e6:.0f} MB above {short / 1e6:.0f} MB, "
+            f"{long_seconds - short_seconds:.0f} CPU seconds above {short_seconds:.0f}"
+        )
         assert long - short < MAX_GROWTH_BYTES

@@ -54,20 +54,29 @@ def test_secrets_of_the_environment_appear_nowhere_on_two_ranks(tiny_model, data
     bin_dir, out = Path(sys.executable).parent, tmp_path / "run"
     with fake_hub() as hub, FakeWandb() as server:
         hub.files["me/tiny"] = {path.name: path.read_bytes() for path in Path(tiny_model).iterdir()}
-        environ = child_env(**{
-            **server.env(tmp_path / "home"), **SECRETS, "HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1",
-            "HF_ENDPOINT": hub.url.replace("//", "//hubuser:hub-pass-word@"), "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home" / "hf"), "TRAINER_CACHE": str(tmp_path / "cache"),
-            "WANDB_BASE_URL": server.url.replace("//", "//wanduser:wand-pass-word@"),
-            "PATH": f"{bin_dir}:/usr/bin:/bin",
-        })  # fmt: skip
+        environ = child_env(
+            **{
+                **server.env(tmp_path / "home"),
+                **SECRETS,
+                "HOME": str(tmp_path / "home"),
+                "no_proxy": "127.0.0.1",
+                "HF_ENDPOINT": hub.url.replace("//", "//hubuser:hub-pass-word@"),
+                "HF_HUB_OFFLINE": "0",
+                "HF_HOME": str(tmp_path / "home" / "hf"),
+                "TRAINER_CACHE": str(tmp_path / "cache"),
+                "WANDB_BASE_URL": server.url.replace("//", "//wanduser:wand-pass-word@"),
+                "PATH": f"{bin_dir}:/usr/bin:/bin",
+            }
+        )
         (tmp_path / "home").mkdir()
         launcher = [str(bin_dir / "deepspeed"), "--num_gpus", "2", "--master_port", str(find_free_port())]
         train = [*launcher, str(ROOT / "launch" / "train.py"), *argv, "--output-dir", str(out), "--verbose"]
         code, output, lines = run(train, environ, tmp_path)
         assert code == 0, output
-        for script, *flags in (["compare.py", str(out), "--output-dir", str(tmp_path / "compared")],
-                               ["doctor.py", "--check-run", str(out)]):  # fmt: skip
+        for script, *flags in (
+            ["compare.py", str(out), "--output-dir", str(tmp_path / "compared")],
+            ["doctor.py", "--check-run", str(out)],
+        ):
             code, output, more = run([sys.executable, str(ROOT / "launch" / script), *flags], environ, tmp_path)
             lines |= more
         sent = repr(server.runs).encode()

@@ -54,9 +54,14 @@ class Runs:
         """The script in a shell, its streams as the shell sets them up."""
         command = ["bash", "-c", f'exec "$@" {redirection}', "run", sys.executable, "launch/train.py", *self.flags]
         return subprocess.run(
-            [*command, "--output-dir", str(self.folder), *flags], cwd=ROOT, capture_output=True,
-            stdin=subprocess.DEVNULL, text=True, timeout=240, check=False,
-        )  # fmt: skip
+            [*command, "--output-dir", str(self.folder), *flags],
+            cwd=ROOT,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=240,
+            check=False,
+        )
 
     def step_rows(self) -> list[int]:
         return [row["step"] for row in read_records(self.folder) if row["kind"] == "step"]

@@ -27,9 +27,13 @@ EVENT_TEXTS = [" ".join(event.values()) for event in EVENTS]
 
 
 def make_tokenizer(
-    folder: Path, texts: Sequence[str] = EVENT_TEXTS, *, vocab_size: int = 400,
-    special_tokens: Sequence[str] = ("<|endoftext|>",), template: str | None = None,
-) -> Path:  # fmt: skip
+    folder: Path,
+    texts: Sequence[str] = EVENT_TEXTS,
+    *,
+    vocab_size: int = 400,
+    special_tokens: Sequence[str] = ("<|endoftext|>",),
+    template: str | None = None,
+) -> Path:
     """A byte-level BPE of GPT-2's kind with a few hundred entries; its end-of-text token is also its padding."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast

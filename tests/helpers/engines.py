@@ -85,9 +85,11 @@ def plan_execution(*flags: str, device: str = "cpu", ranks: int = 1, model_dropo
     settings = cli.parse_args(["--mode", "lora", "--preset", "card", *flags]).settings
     precision = settings.engine.precision or "fp32"
     config = build_deepspeed_config(
-        read_deepspeed_file(settings.engine.ds_config or "zero0"), batch=settings.train.batch(1), max_grad_norm=1.0,
+        read_deepspeed_file(settings.engine.ds_config or "zero0"),
+        batch=settings.train.batch(1),
+        max_grad_norm=1.0,
         precision=precision,
-    )  # fmt: skip
+    )
     context = replace(simulated_context(ranks, "cpu"), device=torch.device(device))
     return make_execution_plan(
         settings, context, config, precision=precision, model_dropout=model_dropout, micro_batch_size=2

@@ -37,16 +37,22 @@ def export_jobs(jobs: list[dict[str, Any]]) -> int:
             if dist_context.rank == 0:
                 (out / job["name"]).mkdir()
                 content = FolderContent(
-                    module=model.module, state_dict=weights, base_model=base_model_ref(model, out),
+                    module=model.module,
+                    state_dict=weights,
+                    base_model=base_model_ref(model, out),
                     tokenizer=training_tokenizer(settings.model.model, data.metadata),
-                )  # fmt: skip
+                )
                 save_folder(out / job["name"], content)
                 loss = [r.loss for r in records if hasattr(r, "eval_tokens")][-1]
                 np.savez(
-                    out / f"{job['name']}.npz", ids=input_ids, logits=logits, loss=loss, alive=peak_counts,
+                    out / f"{job['name']}.npz",
+                    ids=input_ids,
+                    logits=logits,
+                    loss=loss,
+                    alive=peak_counts,
                     count=len(weights),
                     tied=model.has_tied_embeddings,
-                )  # fmt: skip
+                )
     return 0
 
 

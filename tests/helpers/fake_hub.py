@@ -48,13 +48,19 @@ class FakeHub:
             return {"errors": [], "warnings": []}
         if "preupload" in parts:
             files = json.loads(body)["files"]
-            return {"files": [{"path": file["path"], "shouldIgnore": False, "uploadMode": _upload_mode(file)}
-                              for file in files]}  # fmt: skip
+            return {
+                "files": [
+                    {"path": file["path"], "shouldIgnore": False, "uploadMode": _upload_mode(file)} for file in files
+                ]
+            }
         if parts[-2:] == ["objects", "batch"]:
             objects = json.loads(body)["objects"]
-            return {"transfer": "basic", "objects": [
-                {**item, "actions": {"upload": {"href": f"{self.url}/large/{item['oid']}"}}} for item in objects
-            ]}  # fmt: skip
+            return {
+                "transfer": "basic",
+                "objects": [
+                    {**item, "actions": {"upload": {"href": f"{self.url}/large/{item['oid']}"}}} for item in objects
+                ],
+            }
         if parts[0] == "large" and method == "PUT":
             self.large_files[parts[1]] = body
             return {}
@@ -123,9 +129,11 @@ def fake_hub() -> Iterator[FakeHub]:
             self.send_response(status)
             is_repository = _repository(self.path.strip("/").split("/")) in hub.files
             for name, value in {
-                "Content-Length": str(len(content)), "ETag": hashlib.sha256(content).hexdigest(),
-                "X-Repo-Commit": COMMIT, "X-Error-Code": "EntryNotFound" if is_repository else "RepoNotFound",
-            }.items():  # fmt: skip
+                "Content-Length": str(len(content)),
+                "ETag": hashlib.sha256(content).hexdigest(),
+                "X-Repo-Commit": COMMIT,
+                "X-Error-Code": "EntryNotFound" if is_repository else "RepoNotFound",
+            }.items():
                 if name != "X-Error-Code" or status == 404:
                     self.send_header(name, value)
             self.end_headers()

@@ -27,9 +27,11 @@ LOSS_FLOOR = {"full": 2.0, "lora": 2.1}
 def count_split(num_records: int, num_examples: int) -> dict[str, int]:
     """The counts of a split of joined texts."""
     return {
-        "records": num_records, "examples": num_examples, "tokens": num_examples * BLOCK_SIZE,
+        "records": num_records,
+        "examples": num_examples,
+        "tokens": num_examples * BLOCK_SIZE,
         "counted_tokens": num_examples * (BLOCK_SIZE - 1),
-    }  # fmt: skip
+    }
 
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
@@ -41,36 +43,71 @@ def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", *
     steps_per_epoch = math.ceil(NUM_EXAMPLES / settings.train.global_batch)
     num_trainable = NUM_PARAMS if mode == "full" else 19_000
     metadata = {
-        "schema_version": SCHEMA_VERSION, "run_id": f"{mode}{seed:04d}", "name": f"{mode}-s{seed}", "mode": mode,
-        "preset": preset, "started": "2026-01-02T03:04:05+00:00", "command": ["launch/train.py", "--mode", mode],
-        "settings": settings.as_dict(), "overridden": ["--seed"], "not_comparable_with_card": [],
+        "schema_version": SCHEMA_VERSION,
+        "run_id": f"{mode}{seed:04d}",
+        "name": f"{mode}-s{seed}",
+        "mode": mode,
+        "preset": preset,
+        "started": "2026-01-02T03:04:05+00:00",
+        "command": ["launch/train.py", "--mode", mode],
+        "settings": settings.as_dict(),
+        "overridden": ["--seed"],
+        "not_comparable_with_card": [],
         "resolved": {
-            "lr": settings.train.lr, "precision": "fp32", "ds_config": "zero0", "ds_reason": "one rank", "ranks": 1,
-            "nodes": 1, "device": "cpu", "backend": "gloo", "threads_per_rank": 2, "micro_batch": 8, "accumulation": 1,
-            "global_batch": 8, "steps_per_epoch": steps_per_epoch, "total_steps": 3 * steps_per_epoch,
-            "warmup_steps": 0, "dropout": 0.1, "adapters_fused": mode == "lora",
+            "lr": settings.train.lr,
+            "precision": "fp32",
+            "ds_config": "zero0",
+            "ds_reason": "one rank",
+            "ranks": 1,
+            "nodes": 1,
+            "device": "cpu",
+            "backend": "gloo",
+            "threads_per_rank": 2,
+            "micro_batch": 8,
+            "accumulation": 1,
+            "global_batch": 8,
+            "steps_per_epoch": steps_per_epoch,
+            "total_steps": 3 * steps_per_epoch,
+            "warmup_steps": 0,
+            "dropout": 0.1,
+            "adapters_fused": mode == "lora",
         },
         "execution": [{"step": 0, "reason": "as planned"}],
         "deepspeed": {"train_batch_size": 8, "zero_optimization": {"stage": 0}},
         "data": {
-            "source": "acled-demo", "fingerprint": "d1" * 8, "train_fingerprint": "a1" * 8, "val_fingerprint": "b1" * 8,
-            "split": "hash 0.1", "tokenizer": "c1" * 8, "vocabulary": 4096, "objective": "blocks",
-            "block_size": BLOCK_SIZE, "train": count_split(900, NUM_EXAMPLES), "val": count_split(100, 27),
+            "source": "acled-demo",
+            "fingerprint": "d1" * 8,
+            "train_fingerprint": "a1" * 8,
+            "val_fingerprint": "b1" * 8,
+            "split": "hash 0.1",
+            "tokenizer": "c1" * 8,
+            "vocabulary": 4096,
+            "objective": "blocks",
+            "block_size": BLOCK_SIZE,
+            "train": count_split(900, NUM_EXAMPLES),
+            "val": count_split(100, 27),
             "notices": ["41 tail tokens dropped"],
         },
         "model": {
-            "name": "demo-base", "init": "pretrained", "class": "GPT2LMHeadModel", "parameters": NUM_PARAMS,
-            "trainable": num_trainable, "share": num_trainable / NUM_PARAMS, "fingerprint": "e1" * 8,
+            "name": "demo-base",
+            "init": "pretrained",
+            "class": "GPT2LMHeadModel",
+            "parameters": NUM_PARAMS,
+            "trainable": num_trainable,
+            "share": num_trainable / NUM_PARAMS,
+            "fingerprint": "e1" * 8,
             "lora_targets": ["c_attn", "c_fc"] if mode == "lora" else [],
         },
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
         "git": {"commit": "0" * 40, "dirty": False},
         "hardware": {"cpu": "some cpu", "cores": 2, "memory_gb": 8.0, "gpu": None, "gpus": 0},
         "wandb": {
-            "id": f"{mode}{seed:04d}", "project": "gpt2-full-vs-lora", "group": "full-vs-lora-acled-demo",
+            "id": f"{mode}{seed:04d}",
+            "project": "gpt2-full-vs-lora",
+            "group": "full-vs-lora-acled-demo",
             "mode": "offline",
         },
-    }  # fmt: skip
+    }
     for path, value in overrides.items():
         section: dict[str, Any] = metadata
         *sections, key = path.split("__")
@@ -127,9 +164,12 @@ def make_records(
 
     def record_axes(step: int) -> dict[str, Any]:
         return {
-            "step": step, "epoch": step / steps_per_epoch, "samples": step * global_batch, "tokens": step * step_tokens,
+            "step": step,
+            "epoch": step / steps_per_epoch,
+            "samples": step * global_batch,
+            "tokens": step * step_tokens,
             "time": step * step_seconds,
-        }  # fmt: skip
+        }
 
     def loss_at(epoch: float) -> float:
         return synthetic_val_loss(epoch, floor, base)
@@ -150,10 +190,15 @@ def make_records(
         if step % every == 0 or step == total_steps:
             loss = loss_at(step / steps_per_epoch) + 0.05 * math.sin(step)
             lr = learning_rate(step - 1, peak_lr=metadata["resolved"]["lr"], warmup_steps=0, total_steps=total_steps)
-            records.append(StepRecord(
-                **record_axes(step), loss=loss, lr=lr, grad_norm=1 + 0.2 * math.cos(step),
-                tokens_per_second=step_tokens / step_seconds,
-            ))  # fmt: skip
+            records.append(
+                StepRecord(
+                    **record_axes(step),
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=1 + 0.2 * math.cos(step),
+                    tokens_per_second=step_tokens / step_seconds,
+                )
+            )
         if step % steps_per_epoch == 0:
             epoch = step // steps_per_epoch
             axes = {**record_axes(step), "epoch": epoch}
@@ -166,10 +211,14 @@ def make_records(
         if isinstance(record, EvalRecord)
     ]
     summary = {
-        "wall_seconds": wall_seconds, "device_hours": wall_seconds / 3600, "peak_memory_bytes": peak_memory_bytes,
-        "checkpoint_bytes": 24_000_000, "export_bytes": 8_000_000,
-        "best": min(evals, key=lambda row: row["loss"], default=None), "final": evals[-1] if evals else None,
-    }  # fmt: skip
+        "wall_seconds": wall_seconds,
+        "device_hours": wall_seconds / 3600,
+        "peak_memory_bytes": peak_memory_bytes,
+        "checkpoint_bytes": 24_000_000,
+        "export_bytes": 8_000_000,
+        "best": min(evals, key=lambda row: row["loss"], default=None),
+        "final": evals[-1] if evals else None,
+    }
     end = EventRecord(event="finished", step=total_steps, message="done", time=wall_seconds, facts=summary)
     return [*records, end]
 
@@ -190,10 +239,13 @@ def write_eval_records(
     Parameters: those of the file's columns.
     """
     rows = SimpleNamespace(
-        ids=ids or [f"record{i:04d}" for i in range(len(targets))], occurrences=[0] * len(targets),
-        groups=groups or [None] * len(targets), targets=list(targets),
-        num_bytes=[bytes_per_target * n for n in targets], in_train=[i < num_in_train for i in range(len(targets))],
-    )  # fmt: skip
+        ids=ids or [f"record{i:04d}" for i in range(len(targets))],
+        occurrences=[0] * len(targets),
+        groups=groups or [None] * len(targets),
+        targets=list(targets),
+        num_bytes=[bytes_per_target * n for n in targets],
+        in_train=[i < num_in_train for i in range(len(targets))],
+    )
     for step, losses in losses_by_step.items():
         nll = np.asarray(losses, np.float64) * np.asarray(targets)
         table = evaluation_table(rows, step=step, split=split, nll=nll)  # type: ignore[arg-type]

@@ -24,10 +24,15 @@ def run_maker(folder: Path) -> MakeRun:
     names: Iterator[str] = map(str, range(100))
 
     def make_run(
-        mode: str = "full", losses: Sequence[float] = (4.0, 2.0), *, like_card: bool = False,
-        record_losses: Mapping[int, Sequence[float]] | None = None, record_options: Mapping[str, Any] | None = None,
-        how: Mapping[str, Any] | None = None, **overrides: Any,
-    ) -> RunData:  # fmt: skip
+        mode: str = "full",
+        losses: Sequence[float] = (4.0, 2.0),
+        *,
+        like_card: bool = False,
+        record_losses: Mapping[int, Sequence[float]] | None = None,
+        record_options: Mapping[str, Any] | None = None,
+        how: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> RunData:
         """A run with these validation losses at epoch 0, 1, ...; `record_losses` of each record by step.
 
         Parameters: each test names the one or two that it is about.
@@ -35,9 +40,13 @@ def run_maker(folder: Path) -> MakeRun:
         content = (make_reference_like_metadata if like_card else make_metadata)(mode, **overrides)
         content["resolved"]["total_steps"] = content["resolved"]["steps_per_epoch"] * (len(losses) - 1)
         run_folder = make_run_folder(
-            folder / next(names), metadata=content, losses={float(i): loss for i, loss in enumerate(losses)},
-            every=500, epochs=len(losses) - 1, **(how or {}),
-        )  # fmt: skip
+            folder / next(names),
+            metadata=content,
+            losses={float(i): loss for i, loss in enumerate(losses)},
+            every=500,
+            epochs=len(losses) - 1,
+            **(how or {}),
+        )
         if record_losses is not None:
             write_eval_records(run_folder, record_losses, targets=TARGETS.tolist(), **(record_options or {}))
         return read_folder(run_folder)
@@ -51,9 +60,14 @@ def judge_runs(*runs: RunData, with_card: bool = False, margin: Margin | None = 
 
 
 def make_study(
-    make_run: MakeRun, *, num_seeds: int, excess: float, unit_sd: float = 0.05, seed_sd: float = 0.002,
+    make_run: MakeRun,
+    *,
+    num_seeds: int,
+    excess: float,
+    unit_sd: float = 0.05,
+    seed_sd: float = 0.002,
     record_options: Mapping[str, Any] | None = None,
-) -> list[RunData]:  # fmt: skip
+) -> list[RunData]:
     """Full and LoRA of each seed, LoRA `excess` nats per token worse; full gains 2 nats over the base."""
     rng = np.random.default_rng(3)
     base = 4.0 + 0.3 * rng.standard_normal(len(TARGETS))

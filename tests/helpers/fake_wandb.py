@@ -140,10 +140,14 @@ class FakeWandb:
     def env(self, folder: Path) -> dict[str, str]:
         """The variables that send a child process here, logged in, with wandb's own files under `folder`."""
         return {
-            "WANDB_BASE_URL": self.url, "WANDB_API_KEY": API_KEY, "WANDB_ENTITY": ENTITY,
+            "WANDB_BASE_URL": self.url,
+            "WANDB_API_KEY": API_KEY,
+            "WANDB_ENTITY": ENTITY,
             **{f"WANDB_{name.upper()}_DIR": str(folder / name) for name in ("cache", "data", "config")},
-            "WANDB_ERROR_REPORTING": "false", "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1",
-        }  # fmt: skip
+            "WANDB_ERROR_REPORTING": "false",
+            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1",
+        }
 
     def respond(self, method: str, path: str, body: bytes) -> tuple[int, Json]:
         """Status and JSON for one request."""
@@ -311,12 +315,19 @@ def _read_run(server: FakeWandb, variables: Json) -> Json:
         return {"project": {"run": None}}
     last_step = max((row["_step"] for row in run.history), default=-1)
     run_fields = {
-        "group": run.fields.get("groupName"), "jobType": run.fields.get("jobType"), "projectId": "1",
+        "group": run.fields.get("groupName"),
+        "jobType": run.fields.get("jobType"),
+        "projectId": "1",
         "state": {None: "running", 0: "finished"}.get(run.exit_code, "failed"),
-        "user": {"name": ENTITY, "username": ENTITY}, "commit": None, "readOnly": False, "createdAt": TIMESTAMP,
-        "heartbeatAt": TIMESTAMP, "notes": None, "systemMetrics": "{}",
+        "user": {"name": ENTITY, "username": ENTITY},
+        "commit": None,
+        "readOnly": False,
+        "createdAt": TIMESTAMP,
+        "heartbeatAt": TIMESTAMP,
+        "notes": None,
+        "systemMetrics": "{}",
         "historyKeys": {"lastStep": last_step, "sets": [], "keys": {}},
-    }  # fmt: skip
+    }
     return {"project": {"run": {**run.to_graphql(), **run_fields}}}
 
 

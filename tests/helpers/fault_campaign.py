@@ -150,8 +150,9 @@ class Campaign:
         self.export_seconds = time.monotonic() - last_step_time
         print(
             f"a run that nobody kills: {len(self.expected_records)} rows; start {self.start_seconds:.1f} s, step "
-            f"{self.step_seconds:.3f} s, export {self.export_seconds:.1f} s", flush=True,
-        )  # fmt: skip
+            f"{self.step_seconds:.3f} s, export {self.export_seconds:.1f} s",
+            flush=True,
+        )
 
     def run_with_kills(self, out: Path) -> None:
         """One run from its beginning to its end, killed at random moments in between; its folder is gone after."""

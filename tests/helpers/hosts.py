@@ -127,9 +127,14 @@ class Hosts:
         return process
 
     def train(
-        self, flags: list[str], logs: Path, *, ranks: Sequence[str] = ("h1", "h2"), with_srun: bool = False,
+        self,
+        flags: list[str],
+        logs: Path,
+        *,
+        ranks: Sequence[str] = ("h1", "h2"),
+        with_srun: bool = False,
         env: Mapping[str, str] | None = None,
-    ) -> "RanksOnHosts":  # fmt: skip
+    ) -> "RanksOnHosts":
         """A rank on each of these hosts, as a scheduler starts them that sets RANK and WORLD_SIZE, or as srun does."""
         logs.mkdir(exist_ok=True)
         size, rank_name = str(len(ranks)), "SLURM_PROCID" if with_srun else "RANK"
@@ -259,9 +264,12 @@ def _enter_host(host_pid: int, environ: Mapping[str, str], log: str, flags: list
 
 
 ENVIRON = {
-    "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "disabled",
+    "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",
     "GOMP_SPINCOUNT": "0",
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager

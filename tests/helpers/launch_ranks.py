@@ -41,10 +41,17 @@ def make_process(target: Callable[..., Any], args: tuple[Any, ...]) -> BaseProce
 
 def make_environ(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-        "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "WANDB_MODE": "disabled",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def _run_worker(environ: Mapping[str, str], log: str, target: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -80,9 +80,13 @@ def make_job(out: Path, name: str, flags: list[str], *, data: Path | None = None
 
 
 def launch_jobs(
-    world_size: int, jobs: list[dict[str, Any]], log: Path | None = None, target: Callable[..., int] | None = None,
-    *, jobs_per_launch: int = JOBS_PER_LAUNCH,
-) -> None:  # fmt: skip
+    world_size: int,
+    jobs: list[dict[str, Any]],
+    log: Path | None = None,
+    target: Callable[..., int] | None = None,
+    *,
+    jobs_per_launch: int = JOBS_PER_LAUNCH,
+) -> None:
     """Do the jobs in groups of ranks, each small enough to tell a slow machine from a rank that hangs."""
     log = log or Path(jobs[0]["out"]) / f"{world_size}.log"
     for start in range(0, len(jobs), jobs_per_launch):
@@ -208,9 +212,13 @@ def train_plain_loop(argv: list[str]) -> tuple[list[dict[str, float]], dict[str,
     for step in range(total_steps):
         epoch, step_in_epoch = divmod(step, steps_per_epoch)
         order = epoch_order(
-            data.train, seed=train_settings.seed, epoch=epoch, global_batch=train_settings.global_batch,
-            shuffle=settings.data.shuffle, group_by_length=settings.data.objective == "completion",
-        )  # fmt: skip
+            data.train,
+            seed=train_settings.seed,
+            epoch=epoch,
+            global_batch=train_settings.global_batch,
+            shuffle=settings.data.shuffle,
+            group_by_length=settings.data.objective == "completion",
+        )
         first = step_in_epoch * train_settings.global_batch
         nll_sum, num_targets = sum_nll(order[first : first + train_settings.global_batch], data.train)
         loss = nll_sum / num_targets

@@ -50,18 +50,29 @@ def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]
     base_model = base_model_ref(model, out)
     save_folder(folder, FolderContent(module=model.module, state_dict=weights, base_model=base_model))
     np.savez(out / f"{job['name']}-logits.npz", input_ids=input_ids, logits=logits)
-    result = verify_worker.verify({
-        "folder": str(folder), "base": base_model and base_model.path,
-        "logits": str(out / f"{job['name']}-logits.npz"), "data": job["data"],
-        "eval_batch": settings.train.eval_batch, "device": "cpu", "precision": "fp32",
-    })  # fmt: skip
+    result = verify_worker.verify(
+        {
+            "folder": str(folder),
+            "base": base_model and base_model.path,
+            "logits": str(out / f"{job['name']}-logits.npz"),
+            "data": job["data"],
+            "eval_batch": settings.train.eval_batch,
+            "device": "cpu",
+            "precision": "fp32",
+        }
+    )
     if job.get("merge"):
         merged = compute_logits(merge_adapters(model), input_ids, dist_context.device)
         result["merge_difference"] = float(np.abs(merged - logits).max())
     return {
-        **result, "trained_loss": loss, "recorded": run.state.val_loss, "largest": float(np.abs(logits).max()),
-        "optimizer_bytes": optimizer_bytes, "facts": model.metadata, "tied_here": model.has_tied_embeddings,
-    }  # fmt: skip
+        **result,
+        "trained_loss": loss,
+        "recorded": run.state.val_loss,
+        "largest": float(np.abs(logits).max()),
+        "optimizer_bytes": optimizer_bytes,
+        "facts": model.metadata,
+        "tied_here": model.has_tied_embeddings,
+    }
 
 
 def assert_promises(out: Path, name: str, *, loss_tolerance: float = 1e-6) -> dict[str, Any]:
@@ -75,8 +86,10 @@ def assert_promises(out: Path, name: str, *, loss_tolerance: float = 1e-6) -> di
     assert result["loss"] == pytest.approx(result["recorded"], rel=loss_tolerance), name
     assert result["tied"] == result["tied_here"], name
     assert result["stored_dtypes"] == ["F32"], name
-    print(f"{name}: {losses[0]:.4f} -> {losses[-1]:.4f}, logits differ by {result['logits_difference']:.1e}, "
-          f"{result['optimizer_bytes']} bytes of state")  # fmt: skip
+    print(
+        f"{name}: {losses[0]:.4f} -> {losses[-1]:.4f}, logits differ by {result['logits_difference']:.1e}, "
+        f"{result['optimizer_bytes']} bytes of state"
+    )
     return result
 
 

@@ -109,18 +109,26 @@ class RankProcesses(Ranks):
     """`train.py` with these flags on `world_size` processes of this machine."""
 
     def __init__(
-        self, flags: list[str], *, out: Path, world_size: int = 2, fault: Fault | None = None,
+        self,
+        flags: list[str],
+        *,
+        out: Path,
+        world_size: int = 2,
+        fault: Fault | None = None,
         env: Mapping[str, str] | None = None,
-    ):  # fmt: skip
+    ):
         log = Path(os.environ["TRAINER_CACHE"]).parent / f"group-{time.monotonic_ns()}.log"  # not on a full disk
         log.touch()
         port, argv = find_free_port(), [*flags, "--output-dir", str(out)]
         marker = {"GROUP_OUT": str(out)}  # by it `find_processes` knows the programs that a rank starts
         environs = [{**make_environ(rank, world_size, port), **marker, **(env or {})} for rank in range(world_size)]
-        super().__init__([
-            make_process(target=_run_worker, args=(environ, str(log), _run_with_fault, (fault, rank, argv)))
-            for rank, environ in enumerate(environs)
-        ], [log])  # fmt: skip
+        super().__init__(
+            [
+                make_process(target=_run_worker, args=(environ, str(log), _run_with_fault, (fault, rank, argv)))
+                for rank, environ in enumerate(environs)
+            ],
+            [log],
+        )
 
 
 def run_to_error(flags: list[str], *, out: Path, fault: Fault | None = None, exit_code: int = 2) -> str:
@@ -142,9 +150,13 @@ class LaunchedRun:
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN_DIR}{os.pathsep}{os.environ['PATH']}"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [*command, TRAIN_SCRIPT, *argv, "--output-dir", str(out)], env={**environ, **(env or {})},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                [*command, TRAIN_SCRIPT, *argv, "--output-dir", str(out)],
+                env={**environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     @property
     def output(self) -> str:

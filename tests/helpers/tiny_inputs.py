@@ -16,10 +16,18 @@ def make_tiny_gpt2(folder: Path, *, dropout: float, seed: int = 0, hidden_size: 
 
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCAB_SIZE, n_positions=32, n_embd=hidden_size, n_layer=2, n_head=2,
+        vocab_size=VOCAB_SIZE,
+        n_positions=32,
+        n_embd=hidden_size,
+        n_layer=2,
+        n_head=2,
         initializer_range=1.2 / hidden_size**0.5,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     vocabulary = {EOS_TOKEN: 0, **{f"w{n}": n for n in range(1, VOCAB_SIZE)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS_TOKEN))

@@ -36,8 +36,16 @@ def test_every_module_imports():
 
 
 def test_every_name_of_cuda_that_the_product_uses_is_there():
-    names = ("CUDAGraph", "graph", "default_generators", "current_stream", "set_stream", "Event", "OutOfMemoryError",
-             "graph_pool_handle")  # fmt: skip
+    names = (
+        "CUDAGraph",
+        "graph",
+        "default_generators",
+        "current_stream",
+        "set_stream",
+        "Event",
+        "OutOfMemoryError",
+        "graph_pool_handle",
+    )
     assert [name for name in names if not hasattr(torch.cuda, name)] == []
     generator = torch.Generator  # of the state that a failed capture leaves behind
     assert hasattr(generator, "clone_state")
@@ -53,15 +61,20 @@ def test_every_name_of_cuda_that_the_product_uses_is_there():
 )
 def test_forward_and_update_keep_device_and_types(flags, precision, tiny_model, monkeypatch):
     for module, name, answer in (  # as on a machine with a GPU
-        (torch.cuda.amp.common, "amp_definitely_not_available", False), (torch.cuda, "is_bf16_supported", True),
-    ):  # fmt: skip
+        (torch.cuda.amp.common, "amp_definitely_not_available", False),
+        (torch.cuda, "is_bf16_supported", True),
+    ):
         monkeypatch.setattr(module, name, lambda answer=answer, **_: answer)
     settings = cli.parse_args(f"{flags} --preset demo --model {tiny_model} --block-size 16".split()).settings
     is_plain_lora = "lora" in flags and "dora" not in flags
     setup = PassSetup(
-        micro_batch_size=2, sequence_length=16, precision=precision, is_gpu=True, uses_fused_lora=is_plain_lora,
+        micro_batch_size=2,
+        sequence_length=16,
+        precision=precision,
+        is_gpu=True,
+        uses_fused_lora=is_plain_lora,
         casts_frozen_weights="lora" in flags and precision == "bf16",
-    )  # fmt: skip
+    )
     loss_module, _ = prepare_loss(build_model(settings, on_meta=True), setup)
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialize(loss_module, "cuda")

@@ -7,9 +7,21 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FORBIDDEN_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "pty"}
 FORBIDDEN_CALLS = {
-    "eval", "exec", "compile", "__import__", "breakpoint", "os.system", "os.popen", "torch.load", "yaml.load",
-    "yaml.unsafe_load", "yaml.full_load", "runpy.run_path", "runpy.run_module", "import_module",
-}  # fmt: skip
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "breakpoint",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "runpy.run_path",
+    "runpy.run_module",
+    "import_module",
+}
 STARTS_A_PROGRAM = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_output"}
 #: {(file, call): why no one else's code runs there}; modules imported by a name that stands in the source need no entry
 ALLOWED = {

@@ -14,20 +14,38 @@ READMES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob(
 
 #: Flags of other programs that our commands are started with.
 OUTSIDE_FLAGS = {
-    "--num_gpus": "deepspeed", "--num_nodes": "deepspeed", "--hostfile": "deepspeed", "--master_port": "deepspeed",
-    "--nproc_per_node": "torchrun", "--nnodes": "torchrun", "--node_rank": "torchrun",
-    "--master_addr": "torchrun", "--signal": "sbatch",
-    "--enable-lora": "vllm", "--lora-modules": "vllm",
-    "--outfile": "llama.cpp", "--model_args": "lm_eval", "--tasks": "lm_eval",
-}  # fmt: skip
+    "--num_gpus": "deepspeed",
+    "--num_nodes": "deepspeed",
+    "--hostfile": "deepspeed",
+    "--master_port": "deepspeed",
+    "--nproc_per_node": "torchrun",
+    "--nnodes": "torchrun",
+    "--node_rank": "torchrun",
+    "--master_addr": "torchrun",
+    "--signal": "sbatch",
+    "--enable-lora": "vllm",
+    "--lora-modules": "vllm",
+    "--outfile": "llama.cpp",
+    "--model_args": "lm_eval",
+    "--tasks": "lm_eval",
+}
 #: What a run, a comparison or a study writes: named in a README, absent from the repository.
 GENERATED = ("STUDY/", "runs/", "comparison/", "checkpoints/", "model/", "wandb/", "studies/", "benchmarks/")
 OWN_PATH = r"(trainer|launch|tests|ds_configs|\.github|\.ci)(/[\w.*-]+)*/?"
 SUFFIXES = (".py", ".md", ".json", ".toml", ".yml", ".png", ".safetensors")
 GENERATED_FILES = {
-    "run.json", "metrics.jsonl", "config.json", "report.html", "answer.json", "rule.json", "index.json", "README.md",
-    "bench.json", "suggestion.json", "convert_hf_to_gguf.py",  # the last is llama.cpp's
-}  # fmt: skip
+    "run.json",
+    "metrics.jsonl",
+    "config.json",
+    "report.html",
+    "answer.json",
+    "rule.json",
+    "index.json",
+    "README.md",
+    "bench.json",
+    "suggestion.json",
+    "convert_hf_to_gguf.py",  # the last is llama.cpp's
+}
 
 
 def code_of(text: str) -> str:
@@ -53,10 +71,12 @@ def paths_in(text: str) -> set[str]:
     """What reads as a path of this repository: it has a slash or the suffix of a file we have."""
     words = re.findall(r"[\w./*<>-]+", text)
     return {
-        word.rstrip(".") for word in words
+        word.rstrip(".")
+        for word in words
         if (word.endswith(SUFFIXES) or re.fullmatch(OWN_PATH, word))
-        and "<" not in word and not word.startswith(("/", "--"))
-    }  # fmt: skip
+        and "<" not in word
+        and not word.startswith(("/", "--"))
+    }
 
 
 def exists(path: str, readme: Path) -> bool:
@@ -67,9 +87,10 @@ def exists(path: str, readme: Path) -> bool:
 def test_every_path_that_a_readme_names_exists(readme):
     named = paths_in(code_of(readme.read_text()))
     missing = [
-        path for path in sorted(named)
+        path
+        for path in sorted(named)
         if not path.startswith(GENERATED) and path not in GENERATED_FILES and not exists(path, readme)
-    ]  # fmt: skip
+    ]
     assert not missing
 
 

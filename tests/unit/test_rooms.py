@@ -14,9 +14,16 @@ PACKAGE = ROOT / "trainer"
 
 #: From the bottom up. A room imports only rooms of earlier sets; those of one set do not know one another.
 ORDER = (
-    {"config"}, {"tracking", "data"}, {"kernels"}, {"model"}, {"report", "distributed"}, {"training"}, {"export"},
-    {"tools"}, {"run"},
-)  # fmt: skip
+    {"config"},
+    {"tracking", "data"},
+    {"kernels"},
+    {"model"},
+    {"report", "distributed"},
+    {"training"},
+    {"export"},
+    {"tools"},
+    {"run"},
+)
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 #: Where an outside package may be imported.
@@ -37,10 +44,19 @@ DOORS = {
     "rouge_score": {"training/text_metrics"},
 }
 TORCH_FREE = (
-    "config.cli", "config.reference", "tracking.records", "training.lr_schedule", "training.diagnostics.monitor",
-    "distributed.watchdog", "distributed.signals", "distributed.launch_environment", "distributed.memory_estimate",
-    "report.compare_cli", "tools.study.study", "tools.cluster.launch_files",
-)  # fmt: skip
+    "config.cli",
+    "config.reference",
+    "tracking.records",
+    "training.lr_schedule",
+    "training.diagnostics.monitor",
+    "distributed.watchdog",
+    "distributed.signals",
+    "distributed.launch_environment",
+    "distributed.memory_estimate",
+    "report.compare_cli",
+    "tools.study.study",
+    "tools.cluster.launch_files",
+)
 
 
 def room_of(path: Path) -> str:

@@ -134,41 +134,57 @@ def _add_run_flags(run_flags: Any) -> None:
     """The flags that are no settings."""
     run_flags.add_argument("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     run_flags.add_argument(
-        "--config", metavar="FILE",
+        "--config",
+        metavar="FILE",
         help="flags from a file, before all that are given: YAML with the flags' names, or a run's run.json",
-    )  # fmt: skip
+    )
     run_flags.add_argument(
-        "--preset", metavar=_choice_text(PRESETS),
+        "--preset",
+        metavar=_choice_text(PRESETS),
         help="demo: embedded model and data, sized for a CPU; card: the published settings of gpt2-acled-t2s; "
         "finetune: any other model (default: the one that fits --model)",
-    )  # fmt: skip
+    )
     run_flags.add_argument(
-        "--resume", nargs="?", const="latest", metavar="step-N|best|auto",
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="step-N|best|auto",
         help="go on from the run folder's newest whole checkpoint, or from the one named; auto: begin where there is "
         "no run yet",
-    )  # fmt: skip
+    )
     run_flags.add_argument(
-        "--allow-change", action="append", default=[], metavar="NAME",
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="NAME",
         help="with --resume: let this setting differ from the first part of the run; recorded (for instance lr)",
-    )  # fmt: skip
+    )
     run_flags.add_argument("--dry-run", action="store_true", help="resolve everything, print the plan, train nothing")
     run_flags.add_argument(
-        "--show-example", type=int, default=0, metavar="N",
+        "--show-example",
+        type=int,
+        default=0,
+        metavar="N",
         help="print the tokens of N training examples, those that are learnt coloured, and the plan; train nothing",
-    )  # fmt: skip
+    )
     run_flags.add_argument(
-        "--find-lr", nargs="?", const="default", metavar="START:END[:STEPS]",
+        "--find-lr",
+        nargs="?",
+        const="default",
+        metavar="START:END[:STEPS]",
         help="suggest a learning rate by a range test, train nothing (default: 1e-7:1, with --mode lora 1e-6:10, "
         "in 100 steps)",
-    )  # fmt: skip
+    )
     run_flags.add_argument(
-        "--find-batch", action="store_true",
+        "--find-batch",
+        action="store_true",
         help="try micro-batches for this global batch, suggest the fastest that fits, train nothing",
-    )  # fmt: skip
+    )
     run_flags.add_argument(
-        "--verbose", action="store_true",
+        "--verbose",
+        action="store_true",
         help="show what DeepSpeed, transformers and the others log and warn of, too (the launcher's own: deepspeed -q)",
-    )  # fmt: skip
+    )
     # the launcher passes it; LOCAL_RANK says the same
     run_flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
@@ -203,8 +219,10 @@ def _split_names(text: str) -> tuple[str, ...]:
 
 _NAMES_PARSER = (_split_names, "NAMES")
 _PARSERS: dict[Any, tuple[Any, str]] = {
-    int: (partial(_parse_number, int), "N"), float: (partial(_parse_number, float), "X"), str: (str, "TEXT"),
-}  # fmt: skip
+    int: (partial(_parse_number, int), "N"),
+    float: (partial(_parse_number, float), "X"),
+    str: (str, "TEXT"),
+}
 
 
 def _default_text(group: str, field: dataclasses.Field[Any]) -> str:

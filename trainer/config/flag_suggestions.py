@@ -63,8 +63,9 @@ _SPELLINGS = {
     "--score-samples": "compute_accuracy metrics",
     "--methods": "ways",
     "--workers": "at_once",
-    "derived here from --global-batch / (--micro-batch x ranks); leave it out":
-        "gradient_accumulation_steps gradient_accumulation",
+    "derived here from --global-batch / (--micro-batch x ranks); leave it out": (
+        "gradient_accumulation_steps gradient_accumulation"
+    ),
     "every step is recorded here; leave it out": "logging_steps log_interval",
     "logs lie in the run folder; expected --output-dir": "logging_dir",
     "the best checkpoint is the one with the lowest validation loss; expected --export best": "metric_for_best_model",
@@ -100,14 +101,20 @@ _SPELLINGS = {
     "expected the environment variable HF_TOKEN": "hub_token",
     "expected the environment variable WANDB_ENTITY": "wandb_entity",
     "expected the environment variable TRAINER_CACHE": "dataset_prepared_path",
-}  # fmt: skip
+}
 SUGGESTIONS = {spelling: answer for answer, spellings in _SPELLINGS.items() for spelling in spellings.split()}
 _NEGATIVE = ("false", "no", "0", "off", "none")
 #: Values elsewhere and ours, for flags that take the value over.
 _VALUES = {
-    "no": "never", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "torch.bfloat16": "bf16",
-    "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd",
-}  # fmt: skip
+    "no": "never",
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "torch.bfloat16": "bf16",
+    "constant_with_warmup": "constant",
+    "cosine_with_min_lr": "cosine",
+    "warmup_stable_decay": "wsd",
+}
 
 
 def suggest_flag(flag: str, value: str | None, takes_value: Mapping[str, bool]) -> str:

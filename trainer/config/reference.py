@@ -26,10 +26,24 @@ CURVE = (
 
 #: What the card states, under the names that run.json uses; "program" marks defaults of the program that made it.
 SETTINGS = {
-    "lr": 3e-5, "global_batch": 2, "eval_batch": 2, "seed": 42, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8,
-    "epochs": 3.0, "schedule": "linear", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "dropout": 0.1,
-    "optimizer": "AdamW", "mode": "full", "model": "gpt2", "trainable_parameters": 124_439_808,
-}  # fmt: skip
+    "lr": 3e-5,
+    "global_batch": 2,
+    "eval_batch": 2,
+    "seed": 42,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "epsilon": 1e-8,
+    "epochs": 3.0,
+    "schedule": "linear",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "dropout": 0.1,
+    "optimizer": "AdamW",
+    "mode": "full",
+    "model": "gpt2",
+    "trainable_parameters": 124_439_808,
+}
 PROGRAM_DEFAULTS = ("warmup_steps", "weight_decay", "max_grad_norm", "dropout", "optimizer")
 
 STEPS_PER_EPOCH = 6_621

@@ -48,10 +48,16 @@ class DataBlock(TypedDict):
 ModelBlock = TypedDict(
     "ModelBlock",
     {
-        "name": str, "init": str, "class": str, "parameters": int,
-        "trainable": Annotated[int, at_least(1)], "share": float, "fingerprint": str, "lora_targets": list[str],
+        "name": str,
+        "init": str,
+        "class": str,
+        "parameters": int,
+        "trainable": Annotated[int, at_least(1)],
+        "share": float,
+        "fingerprint": str,
+        "lora_targets": list[str],
     },
-)  # fmt: skip
+)
 
 
 class ResolvedBlock(TypedDict):

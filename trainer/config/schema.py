@@ -217,9 +217,11 @@ class TrainSettings:
             raise UserError(f"--warmup-ratio {self.warmup_ratio}: not with --warmup-steps {self.warmup_steps}")
         check_range(self.min_lr <= self.lr, "--min-lr", self.min_lr, f"at most --lr {self.lr:g}")
         check_range(
-            not self.min_lr or self.schedule != "constant", "--min-lr", self.min_lr,
+            not self.min_lr or self.schedule != "constant",
+            "--min-lr",
+            self.min_lr,
             "with --schedule linear, cosine or wsd",
-        )  # fmt: skip
+        )
 
     def num_warmup_steps(self, total_steps: int) -> int:
         """Steps of the warm-up of a run of so many, as transformers counts a share of them."""

@@ -25,8 +25,13 @@ GROUPS: dict[str, Any] = {
     "output": OutputSettings,
 }
 MUTABLE_ON_RESUME = (  # data: by fingerprint
-    "data.data", "data.val_data", "data.test_data", "data.retain_data", "train.micro_batch", "train.eval_batch",
-)  # fmt: skip
+    "data.data",
+    "data.val_data",
+    "data.test_data",
+    "data.retain_data",
+    "train.micro_batch",
+    "train.eval_batch",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +143,10 @@ def _validate_full(settings: Settings) -> None:
     if settings.model.quant:
         raise UserError(f"--quant {settings.model.quant}: a quantised weight has no gradient; expected --mode lora")
     for flag, value, default in (
-        ("--adapter", lora.adapter, "lora"), ("--lora-plus-ratio", lora.plus_ratio, 1.0),
+        ("--adapter", lora.adapter, "lora"),
+        ("--lora-plus-ratio", lora.plus_ratio, 1.0),
         ("--modules-to-save", ",".join(lora.modules_to_save), ""),
-    ):  # fmt: skip
+    ):
         if value != default:
             raise UserError(f"{flag} {value}: is about adapters; expected --mode lora")
 

@@ -13,17 +13,32 @@ from trainer.data.demo import MONTHS
 
 #: The fields of a prompt in their order, and the label each one gets.
 FIELDS = {
-    "event_date": "Date", "event_type": "Type", "sub_event_type": "Sub-type", "actor1": "Actor 1", "inter1": "Inter 1",
-    "actor2": "Actor 2", "inter2": "Inter 2", "country": "Country", "admin1": "Admin 1", "location": "Location",
-    "fatalities": "Fatalities", "source": "Source",
-}  # fmt: skip
+    "event_date": "Date",
+    "event_type": "Type",
+    "sub_event_type": "Sub-type",
+    "actor1": "Actor 1",
+    "inter1": "Inter 1",
+    "actor2": "Actor 2",
+    "inter2": "Inter 2",
+    "country": "Country",
+    "admin1": "Admin 1",
+    "location": "Location",
+    "fatalities": "Fatalities",
+    "source": "Source",
+}
 NOTES = "notes"
 
 #: Old exports hold the code, newer ones a text in one of several spellings.
 INTER_NAMES = {
-    1: "State Forces", 2: "Rebel Groups", 3: "Political Militias", 4: "Identity Militias", 5: "Rioters",
-    6: "Protesters", 7: "Civilians", 8: "External/Other Forces",
-}  # fmt: skip
+    1: "State Forces",
+    2: "Rebel Groups",
+    3: "Political Militias",
+    4: "Identity Militias",
+    5: "Rioters",
+    6: "Protesters",
+    7: "Civilians",
+    8: "External/Other Forces",
+}
 _INTER_BY_TEXT = {name.casefold().rstrip("s"): name for name in INTER_NAMES.values()}
 
 _MONTH_NUMBERS = {name[:length].casefold(): n for n, name in enumerate(MONTHS, 1) for length in (3, len(name))}

@@ -104,11 +104,15 @@ def read(folder: Path) -> tuple[Manifest, dict[str, TokenDataset]]:
     manifest = read_manifest(folder / MANIFEST_FILE)
     return manifest, {
         split: load_token_dataset(
-            folder, split, dtype=manifest.dtype, num_rows=manifest.facts[split]["examples"],
-            num_tokens=manifest.facts[split]["tokens"], has_mask=f"{split}.mask.bin" in manifest.sha256,
+            folder,
+            split,
+            dtype=manifest.dtype,
+            num_rows=manifest.facts[split]["examples"],
+            num_tokens=manifest.facts[split]["tokens"],
+            has_mask=f"{split}.mask.bin" in manifest.sha256,
         )
         for split in SPLITS
-    }  # fmt: skip
+    }
 
 
 def verify(folder: Path, cache_root: Path | None) -> None:

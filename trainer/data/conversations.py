@@ -11,10 +11,17 @@ from trainer.data.templates import Record, RecordError, is_missing, require_vali
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "bot": "assistant",
-    "model": "assistant", "observation": "tool", "function_response": "tool", "function": "tool",
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function": "tool",
     **{role: role for role in ROLES},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)

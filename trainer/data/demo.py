@@ -30,26 +30,66 @@ FIRST_YEAR, NUM_YEARS = 2018, 5  # event dates fall in 2018-2022, days 1-28
 
 # event type: share, share without fatalities, share without a second actor, {sub-event type: weight}
 EVENT_TYPES: dict[str, tuple[float, float, float, dict[str, int]]] = {
-    "Protests": (0.305, 0.99, 0.80,
-        {"Peaceful protest": 86, "Protest with intervention": 11, "Excessive force against protesters": 3}),
-    "Violence against civilians": (0.237, 0.50, 0.0,
-        {"Attack": 77, "Abduction/forced disappearance": 19, "Sexual violence": 4}),
-    "Battles": (0.218, 0.42, 0.0,
-        {"Armed clash": 92, "Non-state actor overtakes territory": 4, "Government regains territory": 4}),
+    "Protests": (
+        0.305,
+        0.99,
+        0.80,
+        {"Peaceful protest": 86, "Protest with intervention": 11, "Excessive force against protesters": 3},
+    ),
+    "Violence against civilians": (
+        0.237,
+        0.50,
+        0.0,
+        {"Attack": 77, "Abduction/forced disappearance": 19, "Sexual violence": 4},
+    ),
+    "Battles": (
+        0.218,
+        0.42,
+        0.0,
+        {"Armed clash": 92, "Non-state actor overtakes territory": 4, "Government regains territory": 4},
+    ),
     "Riots": (0.109, 0.88, 0.30, {"Violent demonstration": 45, "Mob violence": 55}),
-    "Explosions/Remote violence": (0.067, 0.50, 0.0,
-        {"Remote explosive/landmine/IED": 42, "Shelling/artillery/missile attack": 26, "Air/drone strike": 25,
-         "Grenade": 4, "Suicide bomb": 3}),
-    "Strategic developments": (0.064, 0.97, 0.60,
-        {"Looting/property destruction": 36, "Arrests": 18, "Disrupted weapons use": 14, "Change to group/activity": 16,
-         "Non-violent transfer of territory": 6, "Agreement": 5, "Headquarters or base established": 3, "Other": 2}),
-}  # fmt: skip
+    "Explosions/Remote violence": (
+        0.067,
+        0.50,
+        0.0,
+        {
+            "Remote explosive/landmine/IED": 42,
+            "Shelling/artillery/missile attack": 26,
+            "Air/drone strike": 25,
+            "Grenade": 4,
+            "Suicide bomb": 3,
+        },
+    ),
+    "Strategic developments": (
+        0.064,
+        0.97,
+        0.60,
+        {
+            "Looting/property destruction": 36,
+            "Arrests": 18,
+            "Disrupted weapons use": 14,
+            "Change to group/activity": 16,
+            "Non-violent transfer of territory": 6,
+            "Agreement": 5,
+            "Headquarters or base established": 3,
+            "Other": 2,
+        },
+    ),
+}
 
 # (lowest, highest, weight) of fatalities where there are any: a heavy tail
 FATALITY_RANGES = (
-    (1, 1, 43), (2, 2, 16), (3, 3, 11), (4, 5, 10), (6, 10, 11), (11, 19, 6), (20, 40, 2.2), (41, 80, 0.6),
+    (1, 1, 43),
+    (2, 2, 16),
+    (3, 3, 11),
+    (4, 5, 10),
+    (6, 10, 11),
+    (11, 19, 6),
+    (20, 40, 2.2),
+    (41, 80, 0.6),
     (81, 170, 0.2),
-)  # fmt: skip
+)
 
 LABELS = {
     "Looting/property destruction": "Property destruction",
@@ -77,77 +117,100 @@ DEMAND = (
 )
 NOTE_TEMPLATES: dict[str, tuple[str, ...]] = {
     "Peaceful protest": (
-        "{one} [gathered|staged a protest|held a peaceful rally|demonstrated|marched] {where} [" + CAUSE + "|"
-        + DEMAND + "]",
+        "{one} [gathered|staged a protest|held a peaceful rally|demonstrated|marched] {where} ["
+        + CAUSE
+        + "|"
+        + DEMAND
+        + "]",
         "[dozens of|hundreds of|a group of|] {one} [held a sit-in|blocked the main road|assembled in front of the "
-        "[town hall|prefecture|court|hospital]] {where} [" + CAUSE + "|" + DEMAND + "]"),
+        "[town hall|prefecture|court|hospital]] {where} [" + CAUSE + "|" + DEMAND + "]",
+    ),
     "Protest with intervention": (
         "{one} protested {where} " + CAUSE + ". {two} [fired tear gas|used batons|intervened] [to disperse the "
         "crowd|and made several arrests]",
         "{two} dispersed {one} who had [gathered|assembled] {where} " + DEMAND + ". [{number} people were "
-        "arrested|Some demonstrators were detained]"),
+        "arrested|Some demonstrators were detained]",
+    ),
     "Excessive force against protesters": (
-        "{two} [opened fire on|fired live rounds at] {one} who demonstrated {where} " + CAUSE,),
+        "{two} [opened fire on|fired live rounds at] {one} who demonstrated {where} " + CAUSE,
+    ),
     "Violent demonstration": (
         "{one} [burned tyres|threw stones|set up barricades|looted shops] {where} [" + CAUSE + "|" + DEMAND + "]. "
         "[{two} responded with tear gas|{two} were called to the scene]",
         "a demonstration {where} [" + CAUSE + "] turned violent as {one} [clashed with|threw stones at] {two}. "
-        "[{number} people were wounded|Several vehicles were damaged]"),
+        "[{number} people were wounded|Several vehicles were damaged]",
+    ),
     "Mob violence": (
         "a [mob|crowd of residents|group of young men] [beat|attacked|stoned] [a suspected thief|a man accused of "
         "theft|two suspected robbers] {where}[| before police arrived]",
         "{one} [attacked|set fire to] [a police post|a toll gate|several houses|a market] {where} [after a road "
-        "accident|over a land dispute|following a football match]"),
+        "accident|over a land dispute|following a football match]",
+    ),
     "Armed clash": (
         "{one} [clashed with|fought|exchanged fire with|engaged] {two} {where}[| for several hours| during a patrol| "
         "after an ambush]",
         "{one} [ambushed|attacked] [a convoy|a position|a patrol|a checkpoint|a camp] of {two} {where}. [{number} "
-        "people were wounded|The attackers withdrew|Weapons were taken|Both sides claimed success]"),
+        "people were wounded|The attackers withdrew|Weapons were taken|Both sides claimed success]",
+    ),
     "Non-state actor overtakes territory": (
         "{one} [took control of|seized|captured] the [town|village|outpost] after [fighting|a clash] with {two} "
-        "{where}",),
+        "{where}",
+    ),
     "Government regains territory": (
         "{one} [retook|regained control of|recaptured] the [town|village|area] from {two} {where}[| after two days "
-        "of fighting]",),
+        "of fighting]",
+    ),
     "Attack": (
         "{one} [attacked|raided|opened fire on] [a farm|a bus|farmers|herders|a market|traders] {where}[|, wounding "
         "{number} people| and stole cattle| and burned several houses]",
         "{one} [shot|beat|stabbed] [a farmer|a shopkeeper|a village chief|two traders|a driver] {where} [at night|on "
-        "the way home|for unknown reasons|over a debt]"),
+        "the way home|for unknown reasons|over a debt]",
+    ),
     "Abduction/forced disappearance": (
         "{one} [abducted|kidnapped|took away] [{number} people|a trader|two farmers|a local official|several "
         "travellers] {where}[| and asked for a ransom|. Their whereabouts are unknown|. They were released after "
-        "some days]",),
+        "some days]",
+    ),
     "Sexual violence": ("{one} assaulted [{number}|several] [women|villagers] {where}",),
     "Remote explosive/landmine/IED": (
         "[an IED|a landmine|a roadside bomb] [planted by|attributed to] {one} [exploded|went off|detonated] {where}, "
-        "hitting [a vehicle|a motorcycle|a lorry|a cart] of {two}",),
+        "hitting [a vehicle|a motorcycle|a lorry|a cart] of {two}",
+    ),
     "Shelling/artillery/missile attack": (
         "{one} [shelled|fired mortar rounds at|fired rockets at] [positions|a camp|a settlement] of {two} {where}[|. "
-        "Several houses were damaged]",),
+        "Several houses were damaged]",
+    ),
     "Air/drone strike": (
         "{one} [carried out|conducted] [an airstrike|a drone strike|several airstrikes] against [positions|a base|a "
-        "convoy] of {two} {where}",),
+        "convoy] of {two} {where}",
+    ),
     "Grenade": ("{one} threw a grenade at {two} {where}[|, wounding {number} people]",),
     "Suicide bomb": (
-        "a suicide bomber of {one} [detonated a vest|drove a vehicle] at [a checkpoint|a gate] of {two} {where}",),
+        "a suicide bomber of {one} [detonated a vest|drove a vehicle] at [a checkpoint|a gate] of {two} {where}",
+    ),
     "Looting/property destruction": (
-        "{one} [looted|burned|destroyed|ransacked] [shops|houses|a school|a clinic|a granary|several farms] {where}",),
+        "{one} [looted|burned|destroyed|ransacked] [shops|houses|a school|a clinic|a granary|several farms] {where}",
+    ),
     "Arrests": (
         "{one} arrested [{number} people|several suspects|{number} members of an armed group] {where}[| during a "
-        "search operation]",),
+        "search operation]",
+    ),
     "Disrupted weapons use": (
-        "{one} [seized|found|defused] [a cache of weapons|an IED|{number} rifles|a landmine] {where}",),
+        "{one} [seized|found|defused] [a cache of weapons|an IED|{number} rifles|a landmine] {where}",
+    ),
     "Change to group/activity": (
         "{one} [moved towards|set up a checkpoint near|withdrew from|were seen around] the [village|main "
-        "road|market] {where}",),
+        "road|market] {where}",
+    ),
     "Non-violent transfer of territory": (
-        "{one} [entered|took over] the [village|outpost] without a fight {where}[| after other forces had left]",),
+        "{one} [entered|took over] the [village|outpost] without a fight {where}[| after other forces had left]",
+    ),
     "Agreement": (
-        "{one} and local leaders [signed|agreed on] [a ceasefire|a peace accord|a grazing agreement] {where}",),
+        "{one} and local leaders [signed|agreed on] [a ceasefire|a peace accord|a grazing agreement] {where}",
+    ),
     "Headquarters or base established": ("{one} [opened|established] a [base|camp|headquarters] {where}",),
     "Other": ("{one} [handed out leaflets|imposed a curfew|closed a road] {where}",),
-}  # fmt: skip
+}
 DEATH_TEMPLATES = (
     "[At least {n}|{n}] [people|persons] were [killed|reported killed].",
     "{n} fatalities.",
@@ -178,28 +241,34 @@ CONTEXT_TEMPLATES: dict[str, tuple[str, ...]] = {
         "farmers' cooperative|an opposition party].",
         "Similar [protests|rallies] took place [in other towns of {admin1}|across {country}|the same week].",
         "The [crowd|participants] [carried banners|handed a letter to the authorities|dispersed after {number} "
-        "hours|sang and held placards]."),
+        "hours|sang and held placards].",
+    ),
     "Riots": (
         "The [road to {admin1}|main market] was [closed|blocked] for {number} [hours|days].",
         "[The police arrested {number} people|Calm returned in the evening|The authorities imposed a curfew|{number} "
-        "houses were damaged]."),
+        "houses were damaged].",
+    ),
     "Battles": (
         "[The fighting|The clash] [lasted {number} hours|came after weeks of tension in {admin1}|followed an attack "
         "the week before].",
         "[{number} vehicles were burned|Residents fled to {admin1}|Reinforcements were sent from {admin1}|{number} "
-        "fighters were captured]."),
+        "fighters were captured].",
+    ),
     "Violence against civilians": (
         "[The motive is unknown|The perpetrators fled|The authorities opened an inquiry|The attackers came on "
         "{number} motorcycles].",
         "[Residents fled to {admin1}|Food and money were taken|{number} houses were burned|It was the second such "
-        "case in {admin1} that month]."),
+        "case in {admin1} that month].",
+    ),
     "Explosions/Remote violence": (
         "[{number} people were wounded|The vehicle was destroyed|The road to {admin1} was closed|{number} buildings "
-        "were damaged].",),
+        "were damaged].",
+    ),
     "Strategic developments": (
         "[There was no resistance|Residents of {admin1} were informed|The operation lasted {number} days|The goods "
-        "were worth a large sum].",),
-}  # fmt: skip
+        "were worth a large sum].",
+    ),
+}
 CROWD_SIZES = (("no report", 84), ("hundreds", 4), ("dozens", 4), ("around {round}", 5), ("at least {round}", 3))
 
 COUNTRIES = "Tamoria Keledia Sauvana Ombaria Zerunia Norembe Dagoria Mirundo Paleshia Quillane Ithoria Vashenda".split()
@@ -268,8 +337,10 @@ def _actors(rng: Rng, country: str) -> dict[int, tuple[tuple[str, str], ...]]:
         ),
         REBELS: tuple((name, f"[fighters of the|the|suspected members of the] {name}") for name in groups),
         MILITIA: (
-            (f"Unidentified Armed Group ({country})",
-             "[unidentified armed men|gunmen|unknown assailants|an unidentified armed group]"),
+            (
+                f"Unidentified Armed Group ({country})",
+                "[unidentified armed men|gunmen|unknown assailants|an unidentified armed group]",
+            ),
             (f"{peoples[0]} Youth Militia", f"[members of|men from] the {peoples[0]} Youth Militia"),
         ),
         COMMUNAL: tuple(
@@ -277,15 +348,18 @@ def _actors(rng: Rng, country: str) -> dict[int, tuple[tuple[str, str], ...]]:
         ),
         RIOTERS: ((f"Rioters ({country})", "[rioters|residents|young people|students|supporters of a local party]"),),
         PROTESTERS: (
-            (f"Protesters ({country})", "[protesters|residents|teachers|nurses|students|farmers|traders|miners|taxi "
-             "drivers|villagers|retired workers]"),
+            (
+                f"Protesters ({country})",
+                "[protesters|residents|teachers|nurses|students|farmers|traders|miners|taxi "
+                "drivers|villagers|retired workers]",
+            ),
         ),
         CIVILIANS: ((f"Civilians ({country})", "civilians"),),
         EXTERNAL: (
             (f"Peacekeeping Mission in {country}", "peacekeepers"),
             (f"Private Security Forces ({country})", "private guards"),
         ),
-    }  # fmt: skip
+    }
 
 
 def _country(rng: Rng, index: int) -> Country:

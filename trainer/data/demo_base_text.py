@@ -72,53 +72,143 @@ CODAS = ["", "", "", *"b ck d ff g l ll m mp n nd ng nt p r rk rn s sh ss st t t
 
 # Records: {field: kind of value}, then what is said of them. <field> is replaced by the value above it.
 DOMAINS: tuple[tuple[dict[str, str], tuple[str, ...]], ...] = (
-    ({"Parcel": "code", "Sent": "date", "From": "name", "To": "name", "Weight": "measure", "Content": "thing",
-      "Carrier": "firm"},
-     ("[On <Sent>, |]<Carrier> [took|shipped|sent] parcel <Parcel> [of <Weight> |]from <From> to <To>.",
-      "The parcel holds <Content>.",
-      "Parcel <Parcel> [left|was sent from] <From> on <Sent>[ and weighs <Weight>|].")),
-    ({"Object": "thing", "Acquired": "date", "Found": "name", "Museum": "firm", "Age": "number",
-      "Condition": "adjective"},
-     ("On <Acquired>, <Museum> [acquired|bought|was given] <Object> found [in|near] <Found>.",
-      "<Object> from <Found> is <Age> years old and in <Condition> condition.",
-      "Around <Acquired>, <Object> came to <Museum>.")),
-    ({"Train": "code", "Departs": "time", "Arrives": "time", "From": "name", "To": "name", "Platform": "number"},
-     ("Train <Train> leaves <From> at <Departs> from platform <Platform> and [reaches|arrives in] <To> at <Arrives>.",
-      "The train to <To> is <Train>.")),
-    ({"Match day": "date", "Home": "name", "Guests": "name", "Score": "score", "Ground": "firm",
-      "Spectators": "number"},
-     ("On <Match day>, <Home> [met|played|hosted] <Guests> at <Ground>.",
-      "The score was <Score>.",
-      "<Spectators> people saw <Home> play <Guests>[, which ended <Score>|].")),
-    ({"Station": "name", "Measured": "date", "Temperature": "measure", "Rain": "measure", "Wind": "adjective",
-      "Region": "region"},
-     ("On <Measured>, the station in <Station> (<Region>) measured <Temperature> and <Rain> of rain.",
-      "The wind in <Station> was <Wind>.",
-      "Weather for <Station>, <Measured>: wind <Wind>, rain <Rain>.")),
-    ({"Product": "thing", "Maker": "firm", "Price": "price", "Stock": "number", "Colour": "adjective", "Code": "code"},
-     ("<Maker> sells <Product> for <Price>.",
-      "There are <Stock> left in stock[ (code <Code>)|].",
-      "[The <Colour> one|<Product>] costs <Price> and is made by <Maker>.")),
-    ({"Animal": "name", "Lives in": "region", "Eats": "nouns", "Length": "measure", "First seen": "date",
-      "Seen by": "people"},
-     ("The <Animal> lives in <Lives in> and eats <Eats>.",
-      "On <First seen>, <Seen by> [saw|found|described] the first <Animal> in <Lives in>.",
-      "A <Animal> grows to <Length>.")),
-    ({"Machine": "code", "Site": "name", "Checked": "date", "Checked by": "people", "Fault": "fault",
-      "Hours": "number"},
-     ("On <Checked>, <Checked by> [checked|examined|stopped] machine <Machine> in <Site>: <Fault>.",
-      "[No faults were reported.|The fault was repaired.|]",
-      "<Machine> in <Site> ran for <Hours> hours before <Fault>.")),
-    ({"Town": "name", "Province": "region", "Country": "name", "People": "number", "Known for": "nouns",
-      "Founded": "number"},
-     ("<Town> (<Province>, <Country>) is a town of <People> people, known for <Known for>.",
-      "It was founded in <Founded>.",
-      "<Town> lies in <Province>, in the [north|south|east|west] of <Country>.")),
-    ({"Event": "thing", "Day": "date", "Held in": "name", "Held by": "firm", "Guests": "number", "Report": "firm"},
-     ("On <Day>, <Held by> [held|opened|staged] a show of <Event> in the town of <Held in>.",
-      "At least <Guests> people came.",
-      "<Report> reported on <Day> from <Held in> that <Guests> people [came|were there].")),
-)  # fmt: skip
+    (
+        {
+            "Parcel": "code",
+            "Sent": "date",
+            "From": "name",
+            "To": "name",
+            "Weight": "measure",
+            "Content": "thing",
+            "Carrier": "firm",
+        },
+        (
+            "[On <Sent>, |]<Carrier> [took|shipped|sent] parcel <Parcel> [of <Weight> |]from <From> to <To>.",
+            "The parcel holds <Content>.",
+            "Parcel <Parcel> [left|was sent from] <From> on <Sent>[ and weighs <Weight>|].",
+        ),
+    ),
+    (
+        {
+            "Object": "thing",
+            "Acquired": "date",
+            "Found": "name",
+            "Museum": "firm",
+            "Age": "number",
+            "Condition": "adjective",
+        },
+        (
+            "On <Acquired>, <Museum> [acquired|bought|was given] <Object> found [in|near] <Found>.",
+            "<Object> from <Found> is <Age> years old and in <Condition> condition.",
+            "Around <Acquired>, <Object> came to <Museum>.",
+        ),
+    ),
+    (
+        {"Train": "code", "Departs": "time", "Arrives": "time", "From": "name", "To": "name", "Platform": "number"},
+        (
+            "Train <Train> leaves <From> at <Departs> from platform <Platform> and [reaches|arrives in] <To> at <Arrives>.",  # noqa: E501
+            "The train to <To> is <Train>.",
+        ),
+    ),
+    (
+        {
+            "Match day": "date",
+            "Home": "name",
+            "Guests": "name",
+            "Score": "score",
+            "Ground": "firm",
+            "Spectators": "number",
+        },
+        (
+            "On <Match day>, <Home> [met|played|hosted] <Guests> at <Ground>.",
+            "The score was <Score>.",
+            "<Spectators> people saw <Home> play <Guests>[, which ended <Score>|].",
+        ),
+    ),
+    (
+        {
+            "Station": "name",
+            "Measured": "date",
+            "Temperature": "measure",
+            "Rain": "measure",
+            "Wind": "adjective",
+            "Region": "region",
+        },
+        (
+            "On <Measured>, the station in <Station> (<Region>) measured <Temperature> and <Rain> of rain.",
+            "The wind in <Station> was <Wind>.",
+            "Weather for <Station>, <Measured>: wind <Wind>, rain <Rain>.",
+        ),
+    ),
+    (
+        {
+            "Product": "thing",
+            "Maker": "firm",
+            "Price": "price",
+            "Stock": "number",
+            "Colour": "adjective",
+            "Code": "code",
+        },
+        (
+            "<Maker> sells <Product> for <Price>.",
+            "There are <Stock> left in stock[ (code <Code>)|].",
+            "[The <Colour> one|<Product>] costs <Price> and is made by <Maker>.",
+        ),
+    ),
+    (
+        {
+            "Animal": "name",
+            "Lives in": "region",
+            "Eats": "nouns",
+            "Length": "measure",
+            "First seen": "date",
+            "Seen by": "people",
+        },
+        (
+            "The <Animal> lives in <Lives in> and eats <Eats>.",
+            "On <First seen>, <Seen by> [saw|found|described] the first <Animal> in <Lives in>.",
+            "A <Animal> grows to <Length>.",
+        ),
+    ),
+    (
+        {
+            "Machine": "code",
+            "Site": "name",
+            "Checked": "date",
+            "Checked by": "people",
+            "Fault": "fault",
+            "Hours": "number",
+        },
+        (
+            "On <Checked>, <Checked by> [checked|examined|stopped] machine <Machine> in <Site>: <Fault>.",
+            "[No faults were reported.|The fault was repaired.|]",
+            "<Machine> in <Site> ran for <Hours> hours before <Fault>.",
+        ),
+    ),
+    (
+        {
+            "Town": "name",
+            "Province": "region",
+            "Country": "name",
+            "People": "number",
+            "Known for": "nouns",
+            "Founded": "number",
+        },
+        (
+            "<Town> (<Province>, <Country>) is a town of <People> people, known for <Known for>.",
+            "It was founded in <Founded>.",
+            "<Town> lies in <Province>, in the [north|south|east|west] of <Country>.",
+        ),
+    ),
+    (
+        {"Event": "thing", "Day": "date", "Held in": "name", "Held by": "firm", "Guests": "number", "Report": "firm"},
+        (
+            "On <Day>, <Held by> [held|opened|staged] a show of <Event> in the town of <Held in>.",
+            "At least <Guests> people came.",
+            "<Report> reported on <Day> from <Held in> that <Guests> people [came|were there].",
+        ),
+    ),
+)
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeio])")  # a apple -> an apple
 PLURAL = re.compile(r"(s|x|ch|sh)s\b")  # boxs -> boxes
 
@@ -155,11 +245,17 @@ def make_number(rng: Rng) -> str:
 
 VALUE_GENERATORS: dict[str, Callable[[Rng], str]] = {
     "name": invent_name,
-    "region": lambda rng: rng.expand("[Northern|Southern|Western|Eastern|Upper|Lower|New|] ").lstrip()
-    + invent_name(rng),
-    "firm": lambda rng: invent_name(rng) + fill_template(rng,
-        " [Works|Museum|Transport|Society|School|Stadium|Mills|& Co|Gazette|Radio|Group|Union|Club|Office of {a} "
-        "Things|Front Street House]"),
+    "region": lambda rng: (
+        rng.expand("[Northern|Southern|Western|Eastern|Upper|Lower|New|] ").lstrip() + invent_name(rng)
+    ),
+    "firm": lambda rng: (
+        invent_name(rng)
+        + fill_template(
+            rng,
+            " [Works|Museum|Transport|Society|School|Stadium|Mills|& Co|Gazette|Radio|Group|Union|Club|Office of {a} "
+            "Things|Front Street House]",
+        )
+    ),
     "date": make_date,
     "time": lambda rng: f"{rng.randrange(24):02d}:{rng.randrange(60):02d}",
     "number": make_number,
@@ -170,10 +266,13 @@ VALUE_GENERATORS: dict[str, Callable[[Rng], str]] = {
     "adjective": lambda rng: rng.choice(ADJECTIVES),
     "thing": lambda rng: fill_template(rng, "a [{a} |]{n}[ of {n}|/{n}|]"),
     "nouns": lambda rng: fill_template(rng, "{n} and {n}"),
-    "people": lambda rng: fill_template(rng, "[a {p}|two {p}s|a group of {p}s|the {p}s of ]").replace("of ",
-        "of " + invent_name(rng)) if rng.randrange(2) else fill_template(rng, "{p}s"),
+    "people": lambda rng: (
+        fill_template(rng, "[a {p}|two {p}s|a group of {p}s|the {p}s of ]").replace("of ", "of " + invent_name(rng))
+        if rng.randrange(2)
+        else fill_template(rng, "{p}s")
+    ),
     "fault": lambda rng: fill_template(rng, "[the {n} was broken|the {n} turned {a}|{n} in the {n}|no fault]"),
-}  # fmt: skip
+}
 
 
 def _format_record(rng: Rng, record: dict[str, str]) -> str:
@@ -221,14 +320,21 @@ def make_story(rng: Rng) -> str:
         subject = rng.expand("[The|A|Another|Some|Several|Members of the|A group of|{number}]").replace(
             "{number}", make_number(rng)
         )
-        lines.append(fill_template(rng, rng.choice((
-            f"The {person} [{{d}} |]{{v}} the {thing}[ and {{v}} it|]{'.' if rng.randrange(2) else f' {WHEN}.'}",
-            f"{subject} [{{a}} |][{{p}}s|{{n}}s|people] [were {{v}}|{{v}} the {{n}}|came to {town}|left {town}|were "
-            f"seen {PLACE}] [{WHEN}|to ask for the {thing}|with a {{n}}|without a {{n}}|because of the {{n}}].",
-            f"There [was a|were no] {{n}}[s|] {PLACE}[, and the {thing} was {{a}}|].",
-            f"[It was|The {thing} is|The {{n}} had been] {{a}}[ and {{a}}|, but {{a}}|] [in|near] {town}.",
-            f'"[Where is|Who {{v}}|I {{v}}|We want|Do not touch] the {thing}[?|!]" [said|asked|called] the {person}.',
-        ))))  # fmt: skip
+        lines.append(
+            fill_template(
+                rng,
+                rng.choice(
+                    (
+                        f"The {person} [{{d}} |]{{v}} the {thing}[ and {{v}} it|]{'.' if rng.randrange(2) else f' {WHEN}.'}",  # noqa: E501
+                        f"{subject} [{{a}} |][{{p}}s|{{n}}s|people] [were {{v}}|{{v}} the {{n}}|came to {town}|left {town}|were "  # noqa: E501
+                        f"seen {PLACE}] [{WHEN}|to ask for the {thing}|with a {{n}}|without a {{n}}|because of the {{n}}].",  # noqa: E501
+                        f"There [was a|were no] {{n}}[s|] {PLACE}[, and the {thing} was {{a}}|].",
+                        f"[It was|The {thing} is|The {{n}} had been] {{a}}[ and {{a}}|, but {{a}}|] [in|near] {town}.",
+                        f'"[Where is|Who {{v}}|I {{v}}|We want|Do not touch] the {thing}[?|!]" [said|asked|called] the {person}.',  # noqa: E501
+                    )
+                ),
+            )
+        )
     return " ".join(lines)
 
 
@@ -271,24 +377,37 @@ def make_news(rng: Rng) -> str:
     town, region, day = invent_name(rng), VALUE_GENERATORS["region"](rng), make_date(rng)
     price = VALUE_GENERATORS["price"](rng)
     opening = f"[{town}, {day}: |On {day}, in {town} ({region}), |In the town of {town}, |Around {day}, near {town}, ]"
-    text = rng.expand(opening) + " ".join(fill_template(rng, rng.choice((
-        f"[heavy rain|a storm|snow|fog|a flood|a fire|strong wind] [damaged|closed|covered|reached] [the "
-        f"{{n}}|several {{n}}s|{make_number(rng)} houses|the main road][ {WHEN}|].",
-        f"[workers|{{p}}s|residents|students|members of the {region} {{n}} club] [opened|repaired|{{v}}] [a new|the "
-        f"{{a}}] {{n}} [for {price}|{PLACE}].",
-        f"the price of {{n}}s [rose|fell] to {price}, [because of the {{n}}|according to the {{n}} office|the highest "
-        "of the year].",
-        f"[no injuries|no losses|{make_number(rng)} cases|a loss of {price}] [were|was] reported [in {town}|from "
-        f"{region}|by the {{p}}s].",
-        f"the council of {town} [agreed on|signed|refused|asked for] a {{a}} {{n}} [and|or] {make_number(rng)} {{n}}s.",
-    ))) for _ in range(1 + rng.randrange(4)))  # fmt: skip
+    text = rng.expand(opening) + " ".join(
+        fill_template(
+            rng,
+            rng.choice(
+                (
+                    f"[heavy rain|a storm|snow|fog|a flood|a fire|strong wind] [damaged|closed|covered|reached] [the "
+                    f"{{n}}|several {{n}}s|{make_number(rng)} houses|the main road][ {WHEN}|].",
+                    f"[workers|{{p}}s|residents|students|members of the {region} {{n}} club] [opened|repaired|{{v}}] [a new|the "  # noqa: E501
+                    f"{{a}}] {{n}} [for {price}|{PLACE}].",
+                    f"the price of {{n}}s [rose|fell] to {price}, [because of the {{n}}|according to the {{n}} office|the highest "  # noqa: E501
+                    "of the year].",
+                    f"[no injuries|no losses|{make_number(rng)} cases|a loss of {price}] [were|was] reported [in {town}|from "  # noqa: E501
+                    f"{region}|by the {{p}}s].",
+                    f"the council of {town} [agreed on|signed|refused|asked for] a {{a}} {{n}} [and|or] {make_number(rng)} {{n}}s.",  # noqa: E501
+                )
+            ),
+        )
+        for _ in range(1 + rng.randrange(4))
+    )
     return re.sub(r"(^|\. )([a-z])", lambda match: match[1] + match[2].upper(), text)
 
 
 DOCUMENT_TYPES: tuple[tuple[Callable[[Rng], str], float], ...] = (
-    (make_described_record, 34), (make_table, 14), (make_story, 18), (make_news, 16), (make_recipe, 5), (make_sums, 5),
+    (make_described_record, 34),
+    (make_table, 14),
+    (make_story, 18),
+    (make_news, 16),
+    (make_recipe, 5),
+    (make_sums, 5),
     (make_timetable, 4),
-)  # fmt: skip
+)
 
 
 def documents(seed: int) -> Iterator[str]:

@@ -101,31 +101,53 @@ def parse_token_ids(record: Record) -> list[int]:
 
 FORMATS = (
     RecordFormat(
-        name="input_ids", needs=("input_ids",), columns=("input_ids",), render=parse_token_ids,
-        is_keyed_by_prompt=False, objectives=("blocks",), meaning="token ids as they are",
+        name="input_ids",
+        needs=("input_ids",),
+        columns=("input_ids",),
+        render=parse_token_ids,
+        is_keyed_by_prompt=False,
+        objectives=("blocks",),
+        meaning="token ids as they are",
     ),
     RecordFormat(
-        name="messages", needs=("messages",), render=conversations.from_messages, objectives=("completion",),
+        name="messages",
+        needs=("messages",),
+        render=conversations.from_messages,
+        objectives=("completion",),
         meaning="chat by the model's template, loss on the assistant's turns",
     ),
     RecordFormat(
-        name="conversations", needs=("conversations",), render=conversations.from_sharegpt,
-        objectives=("completion",), meaning="ShareGPT's chat by the model's template, loss on the assistant's turns",
+        name="conversations",
+        needs=("conversations",),
+        render=conversations.from_sharegpt,
+        objectives=("completion",),
+        meaning="ShareGPT's chat by the model's template, loss on the assistant's turns",
     ),
     RecordFormat(
-        name="prompt-completion", needs=("prompt", "completion"), render=_render_prompt_completion,
-        objectives=("completion", "blocks"), meaning="loss on the completion",
+        name="prompt-completion",
+        needs=("prompt", "completion"),
+        render=_render_prompt_completion,
+        objectives=("completion", "blocks"),
+        meaning="loss on the completion",
     ),
     RecordFormat(
-        name="alpaca", needs=("instruction", "output"), render=_render_alpaca, objectives=("completion", "blocks"),
+        name="alpaca",
+        needs=("instruction", "output"),
+        render=_render_alpaca,
+        objectives=("completion", "blocks"),
         meaning="Alpaca's prompt, loss on the output",
     ),
     RecordFormat(name="acled", render=_render_acled, meaning="an ACLED event's fields, then its notes"),
     RecordFormat(
-        name="text", needs=("text",), columns=("text",), render=_render_text,
-        is_keyed_by_prompt=False, objectives=("blocks",), meaning="texts as they are",
+        name="text",
+        needs=("text",),
+        columns=("text",),
+        render=_render_text,
+        is_keyed_by_prompt=False,
+        objectives=("blocks",),
+        meaning="texts as they are",
     ),
-)  # fmt: skip
+)
 
 
 def choose_format(columns: Sequence[str], settings: DataSettings, where: str) -> RecordFormat:
@@ -134,9 +156,12 @@ def choose_format(columns: Sequence[str], settings: DataSettings, where: str) ->
         used_columns, render = compile_templates(columns, settings.prompt or "", settings.completion, where)
         is_keyed_by_prompt = any(piece.is_column for piece in parse_template(settings.prompt or "", "--prompt"))
         return RecordFormat(
-            name="template", columns=used_columns, render=render, is_keyed_by_prompt=is_keyed_by_prompt,
+            name="template",
+            columns=used_columns,
+            render=render,
+            is_keyed_by_prompt=is_keyed_by_prompt,
             meaning="--prompt and --completion",
-        )  # fmt: skip
+        )
     candidates = [f for f in FORMATS if settings.format in (None, f.name) and _fits(f, columns)]
     accepted = [f for f in candidates if settings.objective in (None, *f.objectives)]
     if accepted:

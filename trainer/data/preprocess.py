@@ -52,10 +52,14 @@ class Preprocessor:
         else:
             vocab_size = 1 + max(data_input.max_token_id for data_input in self.inputs)
         writer = RowWriter(
-            folder=folder, objective=self.objective, block_size=self.settings.block_size, tokenizer=self.tokenizer,
+            folder=folder,
+            objective=self.objective,
+            block_size=self.settings.block_size,
+            tokenizer=self.tokenizer,
             chat=ChatTemplate(self.tokenizer, self.chat_template) if self._is_chat() else None,  # type: ignore[arg-type]
-            dtype="<u2" if vocab_size <= 65_536 else "<u4", shared_hashes=self.shared_hashes,
-        )  # fmt: skip
+            dtype="<u2" if vocab_size <= 65_536 else "<u4",
+            shared_hashes=self.shared_hashes,
+        )
         try:
             for data_input in self.inputs:
                 self._tokenize(data_input, writer)

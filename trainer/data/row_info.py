@@ -108,10 +108,15 @@ def write_row_info(folder: Path, split: str, info: RowInfo) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema({
-        "ids": pa.string(), "groups": pa.string(), "targets": pa.int32(), "num_bytes": pa.int32(),
-        "in_train": pa.bool_(),
-    })  # fmt: skip
+    schema = pa.schema(
+        {
+            "ids": pa.string(),
+            "groups": pa.string(),
+            "targets": pa.int32(),
+            "num_bytes": pa.int32(),
+            "in_train": pa.bool_(),
+        }
+    )
     pq.write_table(pa.table(vars(info), schema=schema), row_info_file(folder, split), compression="zstd")
 
 

@@ -51,11 +51,15 @@ class RowWriter:
     def __post_init__(self) -> None:
         self.packers = {
             split: Packer(
-                self.folder, split, objective=self._objective(split), block_size=self.block_size, dtype=self.dtype,
+                self.folder,
+                split,
+                objective=self._objective(split),
+                block_size=self.block_size,
+                dtype=self.dtype,
                 has_mask=self._has_mask(split),
             )
             for split in SPLITS
-        }  # fmt: skip
+        }
 
     def write(self, data_input: DataInput, batch: Sequence[Example], splits: Sequence[str]) -> None:
         """Append a batch of examples, each to its split."""
@@ -158,21 +162,27 @@ class RowWriter:
         """Who the rows of a split are, read back from what was just written."""
         datasets = {
             name: load_token_dataset(
-                self.folder, name, dtype=self.dtype, num_rows=self.packers[name].num_examples,
-                num_tokens=self.packers[name].num_tokens, has_mask=self._has_mask(name),
+                self.folder,
+                name,
+                dtype=self.dtype,
+                num_rows=self.packers[name].num_examples,
+                num_tokens=self.packers[name].num_tokens,
+                has_mask=self._has_mask(name),
             )
             for name in (split, "train")
-        }  # fmt: skip
+        }
         rows = self.rows.get(split, [])
         if self._objective(split) == "blocks":
             is_like_train = self.objective == "blocks" and len(datasets[split])
             train_ids = set(block_ids(datasets["train"])) if is_like_train else set()
             rows = [(row_id, None, row_id in train_ids) for row_id in block_ids(datasets[split])]
         return RowInfo(
-            ids=[row_id for row_id, _, _ in rows], groups=[group for _, group, _ in rows],
+            ids=[row_id for row_id, _, _ in rows],
+            groups=[group for _, group, _ in rows],
             targets=datasets[split].num_target_tokens().tolist(),
-            num_bytes=count_target_bytes(datasets[split], self.tokenizer), in_train=[shared for _, _, shared in rows],
-        )  # fmt: skip
+            num_bytes=count_target_bytes(datasets[split], self.tokenizer),
+            in_train=[shared for _, _, shared in rows],
+        )
 
     def notices(self, unusable_records: UnusableRecords) -> list[str]:
         """One line for everything that was left out or cut; UserError where that is refused, or nothing is left."""

@@ -116,9 +116,12 @@ def collate(dataset: TokenDataset, indices: Int64, index: int, packed_width: int
         if start < width:  # padding attends to itself only
             position_ids[row, start:] -= position_ids[row, start]
     return MicroBatch(
-        input_ids=input_ids, labels=labels, tokens=int(lengths.sum()), index=index,
+        input_ids=input_ids,
+        labels=labels,
+        tokens=int(lengths.sum()),
+        index=index,
         position_ids=position_ids if packed_width else None,
-    )  # fmt: skip
+    )
 
 
 def pack_rows(lengths: Int64, width: int) -> list[list[int]]:
@@ -207,18 +210,25 @@ class TrainBatches:
         order = self._epoch_order(epoch)
         num_tokens, num_target_tokens = step_counts(self.dataset, order, step_in_epoch, global_batch)
         return GlobalBatch(
-            step=step, epoch=epoch, step_in_epoch=step_in_epoch,
+            step=step,
+            epoch=epoch,
+            step_in_epoch=step_in_epoch,
             example_ids=order[step_in_epoch * global_batch :][:global_batch].tolist(),
             micro_batches=step_batches(self.dataset, order, step_in_epoch, self.batch_config, self.rank),
-            num_tokens=num_tokens, num_target_tokens=num_target_tokens,
-        )  # fmt: skip
+            num_tokens=num_tokens,
+            num_target_tokens=num_target_tokens,
+        )
 
     def _epoch_order(self, epoch: int) -> Int64:
         if self._order is None or self._order[0] != epoch:
             order = epoch_order(
-                self.dataset, seed=self.seed, epoch=epoch, global_batch=self.batch_config.global_batch,
-                shuffle=self.shuffle, group_by_length=self.by_length,
-            )  # fmt: skip
+                self.dataset,
+                seed=self.seed,
+                epoch=epoch,
+                global_batch=self.batch_config.global_batch,
+                shuffle=self.shuffle,
+                group_by_length=self.by_length,
+            )
             self._order = epoch, order
         return self._order[1]
 

@@ -13,9 +13,16 @@ from trainer.config.errors import UserError
 from trainer.data import hf_hub, hf_readers
 
 KIND_BY_SUFFIX = {
-    ".csv": "CSV", ".tsv": "TSV", ".json": "JSON", ".jsonl": "JSON", ".ndjson": "JSON",
-    ".parquet": "Parquet", ".arrow": "Arrow", ".txt": "text", ".text": "text",
-}  # fmt: skip
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".json": "JSON",
+    ".jsonl": "JSON",
+    ".ndjson": "JSON",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+    ".txt": "text",
+    ".text": "text",
+}
 COMPRESSIONS = (".gz", ".zst")  # of the kinds that are text
 ACCEPTED_FILES = (
     "a CSV, TSV, JSONL, Parquet, Arrow or text file "
@@ -23,9 +30,17 @@ ACCEPTED_FILES = (
 )
 HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.+-]+))?")  # NAMESPACE/NAME or NAME, and :CONFIGURATION
 SPLIT_BY_WORD = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip  # the words that the hub's layout knows
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}  # the words that the hub's layout knows
 #: The splits that a flag takes, the first that is there; "" stands for files that name none.
 SPLITS_BY_FLAG = {
     "--data": ("train", ""),
@@ -66,7 +81,7 @@ def find_sources(
     for split, name, purpose, flag, spec in (
         ("val", "validation", "validation", "--val-data", val_data),
         ("test", "test", "the test", "--test-data", test_data),
-    ):  # fmt: skip
+    ):
         if spec is not None:
             split_sources.append(replace(_choose_split(_find_splits(spec, flag), spec, flag)[1], split=split))
         elif name in splits:

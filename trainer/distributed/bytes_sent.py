@@ -9,9 +9,14 @@ REUSE_DISTANCE = 10**9  # elements; DeepSpeed's stage3_max_reuse_distance
 
 
 def bytes_sent(
-    *, stage: int, num_trainable: int, num_frozen: int, world_size: int, gradient_accumulation_steps: int = 1,
+    *,
+    stage: int,
+    num_trainable: int,
+    num_frozen: int,
+    world_size: int,
+    gradient_accumulation_steps: int = 1,
     num_persistent: int = 0,
-) -> float:  # fmt: skip
+) -> float:
     """Bytes that one rank sends in a step, float32: gradients of the trained weights, and weights where divided.
 
     Stage 0 reduces and spreads the gradients, 1 and 2 reduce them and spread the weights: the same number. Stage 2

@@ -40,9 +40,14 @@ def decode(
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling else {}
     config = GenerationConfig(
-        do_sample=sampling is not None, **how, num_beams=1, max_new_tokens=max_new_tokens,
-        eos_token_id=list(end_token_ids), pad_token_id=pad_id, use_cache=True,
-    )  # fmt: skip
+        do_sample=sampling is not None,
+        **how,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(end_token_ids),
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
 
     def observe(ids: Tensor, scores: Tensor) -> Tensor:
         on_token()
@@ -56,9 +61,11 @@ def decode(
         if sampling is not None:
             torch.manual_seed(sampling.seed)
         sequences = generator.generate(
-            input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
-            logits_processor=[observe], generation_config=config,
-        )  # fmt: skip
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            logits_processor=[observe],
+            generation_config=config,
+        )
     return [
         list(itertools.takewhile(lambda token_id: token_id not in end_token_ids, row))
         for row in sequences[:, width:].tolist()

@@ -17,14 +17,32 @@ DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"
 MAX_STATE_FRACTION = 0.25  # of a device's memory; model state beyond it is worth dividing further
 
 _KEYS_SET_BY_FLAGS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
-    "fp16", "bf16", "torch_autocast", "gradient_clipping", "managed_gradient_accumulation", "steps_per_print",
-    "wandb", "tensorboard", "csv_monitor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-)  # fmt: skip
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "torch_autocast",
+    "gradient_clipping",
+    "managed_gradient_accumulation",
+    "steps_per_print",
+    "wandb",
+    "tensorboard",
+    "csv_monitor",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)
 _ALLOWED_KEYS = (
-    "zero_optimization", "communication_data_type", "comms_logger", "prescale_gradients", "gradient_predivide_factor",
-    "wall_clock_breakdown", "aio",
-)  # fmt: skip
+    "zero_optimization",
+    "communication_data_type",
+    "comms_logger",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "wall_clock_breakdown",
+    "aio",
+)
 _REFUSED_KEYS = {
     "prescale_gradients": "it scales the gradients, which are already the mean over the global batch",
     "gradient_predivide_factor": "it scales the gradients, which are already the mean over the global batch",

@@ -103,13 +103,21 @@ class Engine:
             self.stepper = DeepSpeedStepper(self.deepspeed_engine, plan.precision)
         else:
             self.stepper = NativeStepper(
-                dist_context, self.deepspeed_engine, self._loss_module, trainable_params,
-                train_settings.max_grad_norm, skips_on_device=plan.finite_check == "device",
-            )  # fmt: skip
+                dist_context,
+                self.deepspeed_engine,
+                self._loss_module,
+                trainable_params,
+                train_settings.max_grad_norm,
+                skips_on_device=plan.finite_check == "device",
+            )
         self.state = EngineState(
-            dist_context, self.deepspeed_engine, self.trainable_params, stage=self._stage, precision=plan.precision,
+            dist_context,
+            self.deepspeed_engine,
+            self.trainable_params,
+            stage=self._stage,
+            precision=plan.precision,
             uses_8bit_optimizer=train_settings.optim in EIGHT_BIT_OPTIMIZERS,
-        )  # fmt: skip
+        )
         casts = plan.frozen_dtype == "bfloat16"
         self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
         self.execution = StepExecution(
@@ -208,9 +216,11 @@ class Engine:
             if not (math.isfinite(grad_norm) or self.plan.precision == "fp16"):
                 raise NonFiniteError(f"gradient norm {grad_norm}")
             return UpdateResult(
-                loss_sum=loss_sum, grad_norm=grad_norm, is_skipped=step_result.is_skipped,
+                loss_sum=loss_sum,
+                grad_norm=grad_norm,
+                is_skipped=step_result.is_skipped,
                 stop_requested=stop_requested,
-            )  # fmt: skip
+            )
 
         return wait
 
@@ -291,7 +301,10 @@ class Engine:
             if self.dist_context.rank != 0:
                 return None
             return decode(
-                self.model.causal, prompts, max_new_tokens, end_token_ids,
+                self.model.causal,
+                prompts,
+                max_new_tokens,
+                end_token_ids,
                 autocast_dtype=torch.bfloat16 if self.plan.precision == "bf16" else None,
                 on_token=self.dist_context.watchdog.heartbeat,
-            )  # fmt: skip
+            )

@@ -102,8 +102,11 @@ def paths_to_time(
 def choose_path(settings: Settings, paths: Sequence[ExecutionPath]) -> ExecutionPath:
     """What `--execution` asks for, among the possible; auto: recorded where that can be."""
     wanted: dict[str, tuple[ExecutionPath, ...]] = {
-        "auto": ("graphs",), "eager": (), "graphs": ("graphs",), "compile": ("compile+graphs", "compile"),
-    }  # fmt: skip
+        "auto": ("graphs",),
+        "eager": (),
+        "graphs": ("graphs",),
+        "compile": ("compile+graphs", "compile"),
+    }
     return next((path for path in wanted[settings.engine.execution] if path in paths), "eager")
 
 
@@ -126,9 +129,7 @@ def make_execution_plan(
     is_gpu = uses_gpu_form(dist_context.device)
     lora, quant = settings.lora, settings.model.quant
     is_native = supports_native_stepper(deepspeed_config, world_size=dist_context.world_size, precision=precision)
-    path = path or choose_path(
-        settings, possible_paths(settings, dist_context, deepspeed_config, precision=precision)
-    )  # fmt: skip
+    path = path or choose_path(settings, possible_paths(settings, dist_context, deepspeed_config, precision=precision))
     is_compiled = "compile" in path
     has_adapters = settings.mode == "lora"
     lora_dropout = lora.dropout if has_adapters else 0.0

@@ -10,8 +10,12 @@ from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
 from trainer.distributed.execution import ExecutionPlan
 
 NUM_TIMED_STEPS = 5
-PATH_NAMES = {"eager": "eager", "graphs": "recorded steps", "compile": "compiled steps",
-              "compile+graphs": "compiled and recorded steps"}  # fmt: skip
+PATH_NAMES = {
+    "eager": "eager",
+    "graphs": "recorded steps",
+    "compile": "compiled steps",
+    "compile+graphs": "compiled and recorded steps",
+}
 
 
 @dataclass(kw_only=True)
@@ -115,9 +119,14 @@ class ExecutionTuner:
         choice = self._settle({"path": best.plan.path, "message": ", ".join(parts)})
         plan = next((c.plan for c in self.candidates if c.plan.path == choice["path"]), best.plan)
         timings = [
-            {"path": candidate.plan.path, "first_step": candidate.first_step,
-             "steps": len(candidate.seconds_per_position), "checked_to": candidate.checked_to,
-             "ms": None if math.isinf(value) else value, "failure": candidate.failure}
+            {
+                "path": candidate.plan.path,
+                "first_step": candidate.first_step,
+                "steps": len(candidate.seconds_per_position),
+                "checked_to": candidate.checked_to,
+                "ms": None if math.isinf(value) else value,
+                "failure": candidate.failure,
+            }
             for candidate, value in zip(self.candidates, milliseconds, strict=True)
-        ]  # fmt: skip
+        ]
         return plan, choice["message"], timings

@@ -44,8 +44,11 @@ _LAUNCHERS = (
     _Variables("deepspeed", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_SIZE",), marker="CROSS_SIZE"),
     _Variables("environment", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     _Variables(
-        "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-        ("OMPI_COMM_WORLD_LOCAL_RANK",), ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        "Open MPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
     _Variables(
         "PMI", "PMI_RANK", "PMI_SIZE", ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")
@@ -53,21 +56,68 @@ _LAUNCHERS = (
     _Variables("SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",)),
     _Variables("Kubeflow Trainer", "PET_NODE_RANK", "PET_NNODES"),
     _Variables("SkyPilot", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
-)  # fmt: skip
+)
 #: Variables that change what a run does, by their beginnings: a run on another machine needs them too.
 FORWARDED_PREFIXES = (
-    "WANDB_", "HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "TRAINER_", "XDG_CACHE_HOME",
-    "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "OMP_", "MKL_", "GOMP_", "CUDA_", "DS_",
-    "LD_LIBRARY_PATH", "UCX_", "FI_", "SSL_CERT_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
-    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
-)  # fmt: skip
+    "WANDB_",
+    "HF_",
+    "HUGGINGFACE_",
+    "HUGGING_FACE_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "TRAINER_",
+    "XDG_CACHE_HOME",
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "PYTORCH_",
+    "TORCHINDUCTOR_",
+    "OMP_",
+    "MKL_",
+    "GOMP_",
+    "CUDA_",
+    "DS_",
+    "LD_LIBRARY_PATH",
+    "UCX_",
+    "FI_",
+    "SSL_CERT_",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "all_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "ALL_PROXY",
+)
 _LAUNCHER_PREFIXES = (
-    "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "PALS_", "MV2_", "FLUX_", "SLURM_", "PET_", "SKYPILOT_",
-)  # fmt: skip
+    "TORCHELASTIC_",
+    "OMPI_",
+    "PMI_",
+    "PMIX_",
+    "MPI_LOCAL",
+    "PALS_",
+    "MV2_",
+    "FLUX_",
+    "SLURM_",
+    "PET_",
+    "SKYPILOT_",
+)
 _LAUNCHER_NAMES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "GROUP_RANK",
-    "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "CROSS_RANK",
+    "CROSS_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
@@ -79,9 +129,13 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
     if variables is None:
         _refuse_unclear(environ)
         return LaunchEnvironment(
-            rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="127.0.0.1",
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            local_world_size=1,
+            master_addr="127.0.0.1",
             master_port=_master_port(environ, 1),
-        )  # fmt: skip
+        )
     rank, world_size = _number(environ, variables.rank), _number(environ, variables.world_size)
     if not 0 <= rank < world_size:
         raise UserError(
@@ -97,10 +151,13 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
         local_rank, local_world_size = 0, 1
     is_one_host = local_world_size == world_size or environ.get("SLURM_STEP_NUM_NODES") == "1"
     return LaunchEnvironment(
-        rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size,
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
         master_addr=_master_address(environ, variables, is_one_host=is_one_host),
         master_port=_master_port(environ, world_size),
-    )  # fmt: skip
+    )
 
 
 def reporting_rank(environ: Mapping[str, str]) -> int:

@@ -27,9 +27,10 @@ class ParamCounts:
         trainable, parameters = model_info["trainable"], model_info["parameters"]
         has_adapters = bool(model_info["lora_targets"])
         return cls(
-            frozen=parameters if has_adapters else parameters - trainable, trainable=trainable,
+            frozen=parameters if has_adapters else parameters - trainable,
+            trainable=trainable,
             quantized_bytes=model_info.get("frozen_bytes"),
-        )  # fmt: skip
+        )
 
     def weight_bytes(self, bytes_per_weight: int) -> int:
         """Of all weights, with `bytes_per_weight` for each that is not packed."""
@@ -141,6 +142,9 @@ def estimate_memory(
     else:
         step_bytes = states.gradients + flat_bytes / world_size
     return MemoryEstimate(
-        model_states=states, activations=passes.saved, gathered=gathered_bytes,
-        forward_backward=gathered_bytes + pass_bytes, optimizer_step=step_bytes,
-    )  # fmt: skip
+        model_states=states,
+        activations=passes.saved,
+        gathered=gathered_bytes,
+        forward_backward=gathered_bytes + pass_bytes,
+        optimizer_step=step_bytes,
+    )

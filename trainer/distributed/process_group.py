@@ -125,18 +125,27 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
     cpu_group = _init_process_groups(launch, store, rank_device)
     board = _create_store(launch.rank, placement, cpu_group) if cpu_group is not None else None
     return DistContext(
-        rank=launch.rank, world_size=launch.world_size, local_rank=local_ranks.index(launch.rank),
-        local_world_size=len(local_ranks), placement=placement, device=rank_device, num_threads=num_threads,
-        cpu_group=cpu_group, watchdog=Watchdog(launch.rank, launch.world_size, board, placement.hosts),
-    )  # fmt: skip
+        rank=launch.rank,
+        world_size=launch.world_size,
+        local_rank=local_ranks.index(launch.rank),
+        local_world_size=len(local_ranks),
+        placement=placement,
+        device=rank_device,
+        num_threads=num_threads,
+        cpu_group=cpu_group,
+        watchdog=Watchdog(launch.rank, launch.world_size, board, placement.hosts),
+    )
 
 
 def _export_launch(launch: LaunchEnvironment, *, local_rank: int) -> None:
     """Say it under torchrun's names, which DeepSpeed reads; `local_rank` is what it takes for the GPU's number."""
     os.environ.update(
-        RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(local_rank),
-        MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port),
-    )  # fmt: skip
+        RANK=str(launch.rank),
+        WORLD_SIZE=str(launch.world_size),
+        LOCAL_RANK=str(local_rank),
+        MASTER_ADDR=launch.master_addr,
+        MASTER_PORT=str(launch.master_port),
+    )
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed asserts that the two agree
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
 
@@ -159,9 +168,13 @@ def _init_process_groups(launch: LaunchEnvironment, store: Any, device: torch.de
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=store, rank=launch.rank, world_size=launch.world_size,
-            timeout=COLLECTIVE_TIMEOUT, device_id=device if on_gpu and launch.world_size > 1 else None,
-        )  # fmt: skip
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if on_gpu and launch.world_size > 1 else None,
+        )
         deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT)
     return dist.new_group(backend="gloo", timeout=PREPARE_TIMEOUT) if launch.world_size > 1 else None
 
@@ -191,10 +204,17 @@ def simulated_context(
     rank_device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     here = Place(host=socket.gethostname(), identity="", address="", interface="")
     return DistContext(
-        rank=0, world_size=world_size, local_rank=0, local_world_size=world_size, device=rank_device,
-        placement=Placement(places=(here,) * world_size), num_threads=_threads_per_rank(world_size), cpu_group=None,
-        watchdog=Watchdog(0, world_size, None), planned_gpu_bytes=gpu_memory_bytes,
-    )  # fmt: skip
+        rank=0,
+        world_size=world_size,
+        local_rank=0,
+        local_world_size=world_size,
+        device=rank_device,
+        placement=Placement(places=(here,) * world_size),
+        num_threads=_threads_per_rank(world_size),
+        cpu_group=None,
+        watchdog=Watchdog(0, world_size, None),
+        planned_gpu_bytes=gpu_memory_bytes,
+    )
 
 
 def forwarded_env_prefixes() -> tuple[str, ...]:

@@ -106,9 +106,15 @@ def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
         )
 
     make_store = functools.partial(
-        dist.TCPStore, launch.master_addr, launch.master_port, launch.world_size, is_server,
-        timedelta(seconds=timeout_seconds), wait_for_workers=False, multi_tenant=True,
-    )  # fmt: skip
+        dist.TCPStore,
+        launch.master_addr,
+        launch.master_port,
+        launch.world_size,
+        is_server,
+        timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
     try:
         # In a thread: torch waits for ever for the answer of whoever else listens there.
         store = make_store() if is_server else call_with_timeout(ANSWER_SECONDS, make_store)

@@ -28,9 +28,15 @@ class EngineState:
     """What a step changes: the trained weights and what the optimizer keeps of them."""
 
     def __init__(
-        self, dist_context: DistContext, deepspeed_engine: Any, trainable_params: Mapping[str, nn.Parameter], *,
-        stage: int, precision: str, uses_8bit_optimizer: bool,
-    ):  # fmt: skip
+        self,
+        dist_context: DistContext,
+        deepspeed_engine: Any,
+        trainable_params: Mapping[str, nn.Parameter],
+        *,
+        stage: int,
+        precision: str,
+        uses_8bit_optimizer: bool,
+    ):
         self.dist_context = dist_context
         self.deepspeed_engine = deepspeed_engine
         self.optimizer = deepspeed_engine.optimizer  # DeepSpeed's around ours, but under stage 0

@@ -55,16 +55,24 @@ class StepExecution:
         self.loss_module.compile_for_shapes(set())
         if plan.compiled_shapes:
             self._compiled = CompiledStepRunner(
-                self.loss_module, self.trainable_params, backward, forward, shapes=set(plan.compiled_shapes),
+                self.loss_module,
+                self.trainable_params,
+                backward,
+                forward,
+                shapes=set(plan.compiled_shapes),
                 precision=plan.precision,
-            )  # fmt: skip
+            )
             backward, forward = self._compiled.backward, self._compiled.forward
         if plan.cuda_graphs:
             assert isinstance(self.stepper, NativeStepper)
             self._graphs = CUDAGraphRunner(
-                self.loss_module, self.trainable_params, backward, forward, precision=plan.precision,
+                self.loss_module,
+                self.trainable_params,
+                backward,
+                forward,
+                precision=plan.precision,
                 static_grads=self.stepper.flat_grads,
-            )  # fmt: skip
+            )
 
     def use_plan(self, plan: ExecutionPlan) -> None:
         """Run by another plan from here on, one that differs in path and compiled shapes alone.

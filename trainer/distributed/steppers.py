@@ -199,9 +199,11 @@ class NativeStepper:
         """Stages 1 and 2: give every rank the weights that this one has updated."""
         zero_optimizer = self.zero_optimizer
         for flat, shards, partition in zip(
-            zero_optimizer.bit16_groups_flat, zero_optimizer.parallel_partitioned_bit16_groups, self._partitions,
+            zero_optimizer.bit16_groups_flat,
+            zero_optimizer.parallel_partitioned_bit16_groups,
+            self._partitions,
             strict=True,
-        ):  # fmt: skip
+        ):
             local_shard = shards[self.dist_context.rank]
             local_shard.copy_(partition)
             if self.dist_context.world_size > 1:

@@ -83,14 +83,22 @@ def export_checkpoint(request: ExportRequest) -> int:
 
     def render_card(verification: VerificationResult) -> str:
         return render_model_card(
-            metadata, run_records, verification, step=source_checkpoint.step, is_merged=merge,
-            loss_change=describe_loss_change(verification.loss), answer=answer,
-        )  # fmt: skip
+            metadata,
+            run_records,
+            verification,
+            step=source_checkpoint.step,
+            is_merged=merge,
+            loss_change=describe_loss_change(verification.loss),
+            answer=answer,
+        )
 
     content = FolderContent(
-        module=module, state_dict=state_dict, base_model=None if merge else base_model_ref(model, run_folder),
-        tokenizer=training_tokenizer(settings.model.model, metadata["data"]), dtype=request.dtype,
-    )  # fmt: skip
+        module=module,
+        state_dict=state_dict,
+        base_model=None if merge else base_model_ref(model, run_folder),
+        tokenizer=training_tokenizer(settings.model.model, metadata["data"]),
+        dtype=request.dtype,
+    )
     verification = export_folder(destination, content, reference_outputs, render_card)
     outcome = f"{verification.summary()}{describe_loss_change(verification.loss)}"
     summary = f"{source_checkpoint.folder.name} of {run_folder} -> {destination}: {outcome}"
@@ -163,9 +171,13 @@ def _resolve_output_dir(request: ExportRequest, source_checkpoint: Checkpoint) -
 
 
 def load_model_at_checkpoint(
-    run_folder: Path, settings: Settings, source_checkpoint: Checkpoint, metadata: dict[str, Any],
-    *, dequantize: bool = False,
-) -> TrainableModel:  # fmt: skip
+    run_folder: Path,
+    settings: Settings,
+    source_checkpoint: Checkpoint,
+    metadata: dict[str, Any],
+    *,
+    dequantize: bool = False,
+) -> TrainableModel:
     """The model as it stood at the checkpoint, on one device, in evaluation mode; `dequantize`: on the float32 base."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base_folder = run_folder / "base"
@@ -200,9 +212,11 @@ def _prepare_data(settings: Settings, metadata: dict[str, Any]) -> tuple[Prepare
     """(the run's prepared data, why they are missing): from the cache, or made again where their source is there."""
     try:
         data = prepare(
-            settings.data, model=settings.model.model, global_batch=settings.train.global_batch,
+            settings.data,
+            model=settings.model.model,
+            global_batch=settings.train.global_batch,
             log=lambda line: print(line, flush=True),
-        )  # fmt: skip
+        )
     except UserError as error:
         print(f"note: the validation loss cannot be evaluated again: {error}", flush=True)
         return None, "the data of the run are not there any more"
@@ -212,9 +226,13 @@ def _prepare_data(settings: Settings, metadata: dict[str, Any]) -> tuple[Prepare
 
 
 def _build_reference_outputs(
-    model: TrainableModel, settings: Settings, metadata: dict[str, Any], data: PreparedDataset | None,
-    loss: float | None, loss_missing_reason: str,
-) -> ReferenceOutputs:  # fmt: skip
+    model: TrainableModel,
+    settings: Settings,
+    metadata: dict[str, Any],
+    data: PreparedDataset | None,
+    loss: float | None,
+    loss_missing_reason: str,
+) -> ReferenceOutputs:
     """The model's answers on validation rows, on made-up ones where the data are gone."""
     device, vocab_size = next(model.module.parameters()).device, model.causal.config.vocab_size
     if data is not None:
@@ -223,12 +241,18 @@ def _build_reference_outputs(
         row_length = min(RANDOM_ROW_LENGTH, get_max_positions(model.causal.config) or RANDOM_ROW_LENGTH)
         input_ids = np.random.default_rng(0).integers(0, vocab_size, (NUM_RANDOM_ROWS, row_length))
     return ReferenceOutputs(
-        input_ids=input_ids, logits=compute_logits(model.module, input_ids, device), is_tied=model.has_tied_embeddings,
-        loss=loss, loss_missing_reason=loss_missing_reason, data_folder=data.folder if data is not None else None,
+        input_ids=input_ids,
+        logits=compute_logits(model.module, input_ids, device),
+        is_tied=model.has_tied_embeddings,
+        loss=loss,
+        loss_missing_reason=loss_missing_reason,
+        data_folder=data.folder if data is not None else None,
         eval_batch=settings.train.eval_batch,
-        device=device.type, precision=metadata["resolved"]["precision"], num_threads=torch.get_num_threads(),
+        device=device.type,
+        precision=metadata["resolved"]["precision"],
+        num_threads=torch.get_num_threads(),
         is_cross_device=metadata["resolved"]["device"] != device.type,
-    )  # fmt: skip
+    )
 
 
 def _read_records(run_folder: Path) -> list[records.Record]:

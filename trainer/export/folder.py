@@ -87,9 +87,13 @@ def save_folder(folder: Path, content: FolderContent) -> None:
         _complete_config(folder / "config.json", torch_dtype)
     else:
         lora.save_adapter(
-            folder, content.module, state_dict, base_model.model.initial_adapter,
-            base_name=base_model.name, base_revision=base_model.revision,
-        )  # fmt: skip
+            folder,
+            content.module,
+            state_dict,
+            base_model.model.initial_adapter,
+            base_name=base_model.name,
+            base_revision=base_model.revision,
+        )
         if quantization_config := base_model.model.quantization_config:
             quantization_info = {
                 "base": base_model.name,

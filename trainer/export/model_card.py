@@ -17,10 +17,17 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
 def render_model_card(
-    metadata: Mapping[str, Any], records: Iterable[Record], verification: VerificationResult, *, step: int,
+    metadata: Mapping[str, Any],
+    records: Iterable[Record],
+    verification: VerificationResult,
+    *,
+    step: int,
     is_merged: bool = False,
-    loss_change: str = "", measurements: Mapping[str, Any] | None = None, choice_reason: str = "", answer: str = "",
-) -> str:  # fmt: skip
+    loss_change: str = "",
+    measurements: Mapping[str, Any] | None = None,
+    choice_reason: str = "",
+    answer: str = "",
+) -> str:
     """The card's Markdown: what the model is, how the folder was checked, settings, training table, comparison.
 
     `metadata`: the content of run.json; `step`: the one after which these weights stood; `is_merged`: adapters folded
@@ -35,26 +42,40 @@ def render_model_card(
     all_records = list(records)
     measured = next((event.facts for event in _events(all_records, "finished")[-1:]), {})
     lines = [
-        *_front_matter(metadata, verification, is_merged), "",
-        f"# {_plain(metadata['name'])}", "",
-        _describe_model(metadata, step, is_merged) + (f" {choice_reason}" if choice_reason else ""), "",
+        *_front_matter(metadata, verification, is_merged),
+        "",
+        f"# {_plain(metadata['name'])}",
+        "",
+        _describe_model(metadata, step, is_merged) + (f" {choice_reason}" if choice_reason else ""),
+        "",
         f"Exported weights: {_plain(verification.summary())}{loss_change}."
-        + _describe_embedding_tying(verification, is_merged), "",
-        "## Training procedure", "",
-        "### Training hyperparameters", "",
-        "| setting | value |", "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _hyperparameters(metadata, measurements or measured)), "",
-        "### Training results", "",
-        "| epoch | step | train loss | validation loss | perplexity |", "|--:|--:|--:|--:|--:|",
-        *_results_table([r for r in all_records if r.step <= step]), "",
+        + _describe_embedding_tying(verification, is_merged),
+        "",
+        "## Training procedure",
+        "",
+        "### Training hyperparameters",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _hyperparameters(metadata, measurements or measured)),
+        "",
+        "### Training results",
+        "",
+        "| epoch | step | train loss | validation loss | perplexity |",
+        "|--:|--:|--:|--:|--:|",
+        *_results_table([r for r in all_records if r.step <= step]),
+        "",
         "Losses are nats per counted token; the train loss is the mean over the epoch while the weights moved."
-        + _describe_early_stop(all_records), "",
+        + _describe_early_stop(all_records),
+        "",
         *_reference_section(metadata),
         *(["### LoRA against full fine-tuning", "", _plain(answer), ""] if answer else []),
         *_diagnostics_section(all_records),
-        "### Framework versions", "",
-        *(f"- {name} {_plain(metadata['versions'][name])}" for name in PACKAGES if metadata["versions"].get(name)), "",
-    ]  # fmt: skip
+        "### Framework versions",
+        "",
+        *(f"- {name} {_plain(metadata['versions'][name])}" for name in PACKAGES if metadata["versions"].get(name)),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -73,14 +94,21 @@ def _front_matter(metadata: Mapping[str, Any], verification: VerificationResult,
     front_matter["tags"] = [architecture, metadata["mode"], "deepspeed", *merged_tags]
     if verification.loss is not None:
         source, loss = public_name(metadata["data"]["source"]), verification.loss
-        front_matter["model-index"] = [{"name": metadata["name"], "results": [{
-            "task": {"type": "text-generation"},
-            "dataset": {"name": source, "type": source, "split": "validation"},
-            "metrics": [
-                {"type": "loss", "name": "validation loss", "value": loss},
-                {"type": "perplexity", "name": "perplexity", "value": perplexity(loss)},
-            ],
-        }]}]  # fmt: skip
+        front_matter["model-index"] = [
+            {
+                "name": metadata["name"],
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": source, "type": source, "split": "validation"},
+                        "metrics": [
+                            {"type": "loss", "name": "validation loss", "value": loss},
+                            {"type": "perplexity", "name": "perplexity", "value": perplexity(loss)},
+                        ],
+                    }
+                ],
+            }
+        ]
     return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front_matter.items()), "---"]
 
 
@@ -101,10 +129,14 @@ def _describe_model(metadata: Mapping[str, Any], step: int, is_merged: bool) -> 
     model, lora, total_steps = metadata["model"], metadata["settings"]["lora"], metadata["resolved"]["total_steps"]
     modules = lora.get("modules_to_save")
     modules_to_save = f", and the base's own {', '.join(modules)}" if modules else ""
-    method = "every weight" if metadata["mode"] == "full" else (
-        f"{_ADAPTER_NAMES[lora.get('adapter', 'lora')]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, "
-        f"on {_plain(', '.join(model['lora_targets']))}{modules_to_save}"
-    )  # fmt: skip
+    method = (
+        "every weight"
+        if metadata["mode"] == "full"
+        else (
+            f"{_ADAPTER_NAMES[lora.get('adapter', 'lora')]} adapters, rank {lora['rank']}, alpha {lora['alpha']:g}, "
+            f"on {_plain(', '.join(model['lora_targets']))}{modules_to_save}"
+        )
+    )
     initialization = "" if model["init"] == "pretrained" else ", from random weights,"
     return (
         f"{_code(public_name(model['name']))}{initialization} fine-tuned on "
@@ -178,9 +210,11 @@ def _hyperparameters(metadata: Mapping[str, Any], measurements: Mapping[str, Any
 
 _MEASUREMENTS = (("optimizer state", "optimizer_bytes"), ("peak memory", "peak_memory_bytes"))
 _OPTIMIZER_NAMES = {
-    "adamw_fused": "AdamW", "adamw": "AdamW", "adamw8bit": "AdamW with moments in 8 bits",
+    "adamw_fused": "AdamW",
+    "adamw": "AdamW",
+    "adamw8bit": "AdamW with moments in 8 bits",
     "paged_adamw8bit": "paged AdamW with moments in 8 bits",
-}  # fmt: skip
+}
 
 
 def _optional_hyperparameters(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -218,10 +252,12 @@ def _reference_section(metadata: Mapping[str, Any]) -> list[str]:
         reasons = reasons.replace(name, public_name(name))
     losses = ", ".join(f"{row.val_loss}" for row in reference.CURVE)
     return [
-        "### Compared with", "",
+        "### Compared with",
+        "",
         f"The card `{reference.NAME}` (validation loss {losses} after its three epochs): not comparable, for these "
-        f"reasons: {_plain(reasons)}.", "",
-    ]  # fmt: skip
+        f"reasons: {_plain(reasons)}.",
+        "",
+    ]
 
 
 def _results_table(records: list[Record]) -> list[str]:

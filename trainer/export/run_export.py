@@ -30,9 +30,13 @@ class RunExport:
 
 
 def export_run(
-    plan: RunPlan, data: PreparedDataset, model: TrainableModel, engine: Engine, state: TrainState,
+    plan: RunPlan,
+    data: PreparedDataset,
+    model: TrainableModel,
+    engine: Engine,
+    state: TrainState,
     metadata: dict[str, Any],
-) -> RunExport:  # fmt: skip
+) -> RunExport:
     """Write `model/` of the run folder on rank 0 and verify it in a fresh process; all ranks must call.
 
     Long: the collectives and what rank 0 does between them, in their order. Parameters: the parts of a run.
@@ -59,23 +63,37 @@ def export_run(
             exported_weights = {name: p.detach().cpu() for name, p in trainable}
             reference_logits = compute_logits(source_model.module, input_ids, context.device)
         reference = ReferenceOutputs(
-            input_ids=input_ids, logits=reference_logits, is_tied=model.has_tied_embeddings, loss=choice["loss"],
-            data_folder=data.folder, eval_batch=settings.train.eval_batch, device=context.device.type,
-            precision=plan.precision, num_threads=context.num_threads,
+            input_ids=input_ids,
+            logits=reference_logits,
+            is_tied=model.has_tied_embeddings,
+            loss=choice["loss"],
+            data_folder=data.folder,
+            eval_batch=settings.train.eval_batch,
+            device=context.device.type,
+            precision=plan.precision,
+            num_threads=context.num_threads,
             is_fp16=plan.precision == "fp16" and best is None,
-        )  # fmt: skip
+        )
         metric_records = list(records.read_records(folder / "metrics.jsonl", with_steps=False))
         content = FolderContent(
-            module=source_model.module, state_dict=exported_weights, base_model=base_model_ref(model, folder),
+            module=source_model.module,
+            state_dict=exported_weights,
+            base_model=base_model_ref(model, folder),
             tokenizer=training_tokenizer(settings.model.model, plan.data_info),
-        )  # fmt: skip
+        )
         return export_folder(
-            folder / "model", content, reference,
+            folder / "model",
+            content,
+            reference,
             lambda verification: render_model_card(
-                metadata, metric_records, verification, step=choice["step"], measurements=measurements,
+                metadata,
+                metric_records,
+                verification,
+                step=choice["step"],
+                measurements=measurements,
                 choice_reason=_describe_choice(choice, state),
             ),
-        )  # fmt: skip
+        )
 
     verification = context.on_rank_zero(write_and_verify)
     return RunExport(verification=verification, measurements=measurements, choice=choice)

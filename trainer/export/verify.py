@@ -20,8 +20,10 @@ from trainer.distributed.launch_environment import without_launcher
 
 #: {dtype: (its name in torch and config.json, its name in a safetensors file)}
 STORED_DTYPES: dict[ExportDtype, tuple[str, str]] = {
-    "fp32": ("float32", "F32"), "bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16"),
-}  # fmt: skip
+    "fp32": ("float32", "F32"),
+    "bf16": ("bfloat16", "BF16"),
+    "fp16": ("float16", "F16"),
+}
 #: Largest difference of the logits, as a share of the largest logit (of 1 where that is smaller). bf16 is autocast over
 #: float32 weights, which answer here in float32; a model that trained in fp16 answers in that, with 11 bits.
 LOGITS_BOUND, FP16_LOGITS_BOUND = 1e-5, 2e-2
@@ -105,13 +107,20 @@ def verify_folder(
     with tempfile.TemporaryDirectory() as scratch:
         logits_file, job_file = Path(scratch) / "logits.npz", Path(scratch) / "job.json"
         np.savez(logits_file, input_ids=reference_outputs.input_ids, logits=reference_outputs.logits)
-        job_file.write_text(json.dumps({
-            "folder": str(folder), "base": base_path, "logits": str(logits_file),
-            "data": str(reference_outputs.data_folder or ""),
-            "eval_batch": reference_outputs.eval_batch, "device": reference_outputs.device,
-            "precision": reference_outputs.precision,
-            "threads": reference_outputs.num_threads,
-        }))  # fmt: skip
+        job_file.write_text(
+            json.dumps(
+                {
+                    "folder": str(folder),
+                    "base": base_path,
+                    "logits": str(logits_file),
+                    "data": str(reference_outputs.data_folder or ""),
+                    "eval_batch": reference_outputs.eval_batch,
+                    "device": reference_outputs.device,
+                    "precision": reference_outputs.precision,
+                    "threads": reference_outputs.num_threads,
+                }
+            )
+        )
         process = run_worker(job_file)
     if process.returncode:
         lines = process.stderr.strip().splitlines() or ["it said nothing"]
@@ -134,8 +143,11 @@ def run_worker(job_file: Path) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(
             [sys.executable, "-m", "trainer.export.verify_worker", str(job_file)],
-            stdin=read_end, capture_output=True, text=True, env=environment,
-        )  # fmt: skip
+            stdin=read_end,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
     finally:
         os.close(read_end)
         os.close(write_end)

@@ -91,9 +91,13 @@ def inspect_tensors(folder: Path, embedding_names: set[str]) -> dict[str, Any]:
 
     config = folder / "config.json"
     tensor_info: dict[str, Any] = {
-        "tensors": 0, "empty": [], "adapters": 0, "adapters_moved": 0, "embedding_copies": 0,
+        "tensors": 0,
+        "empty": [],
+        "adapters": 0,
+        "adapters_moved": 0,
+        "embedding_copies": 0,
         "said_dtype": json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else None,
-    }  # fmt: skip
+    }
     dtypes = set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

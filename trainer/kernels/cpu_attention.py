@@ -80,9 +80,16 @@ def dropout_scale(probability: float) -> float:
 
 
 def blockwise_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-    scaling: float, dropout: float = 0.0, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """The form in which transformers calls an attention: [rows, heads, width, d] -> [rows, width, heads, d].
 
     Parameters: those by which transformers calls an attention.

@@ -115,9 +115,10 @@ class FusedLoRALinear(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             inputs = x.flatten(0, -2).to(compute_dtype)
             down, up, bias = casts or (
-                (lora_a * scaling).to(compute_dtype), lora_b.to(compute_dtype),
+                (lora_a * scaling).to(compute_dtype),
+                lora_b.to(compute_dtype),
                 None if bias is None else bias.to(compute_dtype),
-            )  # fmt: skip
+            )
             base_weight = weight.to(compute_dtype)
             if bias is None or uses_gpu_form(
                 x.device

@@ -105,9 +105,7 @@ class CausalLMLoss(nn.Module):
         inductor_config: Any = import_module("torch._inductor.config")
         inductor_config.fallback_random = True
         self._compiled_base_model = torch.compile(self.causal.base_model.forward, dynamic=False, backend=backend)
-        self._compiled_nll_and_grad = torch.compile(
-            _compilable_nll_and_grad_inplace, dynamic=False, backend=backend
-        )  # fmt: skip
+        self._compiled_nll_and_grad = torch.compile(_compilable_nll_and_grad_inplace, dynamic=False, backend=backend)
 
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -187,9 +185,15 @@ class CausalLMLoss(nn.Module):
         if is_gpu and not weight.requires_grad:  # no piece adds to the weight's gradient
             chunk_size = max(1, chunk_size // FROZEN_CHUNK_DIVISOR)
         nll_sum, nll = LinearCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, head.layer.bias, targets, even_chunk_size(len(targets), chunk_size, is_gpu),
-            nll_and_grad if needs_grad else None, tied_weight_grads, head if head.changes_logits else None,
-        )  # fmt: skip
+            hidden.flatten(0, 1),
+            weight,
+            head.layer.bias,
+            targets,
+            even_chunk_size(len(targets), chunk_size, is_gpu),
+            nll_and_grad if needs_grad else None,
+            tied_weight_grads,
+            head if head.changes_logits else None,
+        )
         return nll_sum, nll
 
 
@@ -271,7 +275,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if grad_weight is not None:
                     accumulate_matmul(
                         grad_weight, words.T, hidden_cast[chunk] * target_mask[chunk], overwrite=not start
-                    )  # fmt: skip
+                    )
                 if grad_bias is not None:
                     grad_bias += (words * target_mask[chunk]).sum(0, dtype=torch.float32)
         ctx.mark_non_differentiable(nll)
@@ -291,9 +295,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 ctx.tied_weight_grads.append(grad_weight)
                 grad_weight = None
         return (
-            grad_hidden.to(ctx.dtype) * grad_output if grad_hidden is not None else None, grad_weight,
-            grad_bias * grad_output if grad_bias is not None else None, *[None] * 5,
-        )  # fmt: skip
+            grad_hidden.to(ctx.dtype) * grad_output if grad_hidden is not None else None,
+            grad_weight,
+            grad_bias * grad_output if grad_bias is not None else None,
+            *[None] * 5,
+        )
 
 
 class TiedEmbedding(torch.autograd.Function):

@@ -22,9 +22,16 @@ from trainer.model import lora, model_files, optimizer, quantization
 DEMO_MODEL_FOLDER = Path(__file__).parent / "demo"
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
 DROPOUT_FIELDS = (
-    "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "embed_dropout", "resid_dropout",
-    "hidden_dropout", "dropout", "activation_dropout",
-)  # fmt: skip
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "attention_dropout",
+    "embed_dropout",
+    "resid_dropout",
+    "hidden_dropout",
+    "dropout",
+    "activation_dropout",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ class TrainableModel:
 
 def build_model(
     settings: Settings, *, on_meta: bool = False, with_fingerprint: bool = True, device: torch.device | None = None
-) -> TrainableModel:  # fmt: skip
+) -> TrainableModel:
     """The model of the settings in float32, with only what the mode trains requiring gradients.
 
     `on_meta`: shapes without memory or weights, for counting; `with_fingerprint`: with the fingerprint of the weights
@@ -92,11 +99,14 @@ def build_model(
         fuse_gelu(causal)
         causal_attention.install(causal)
         metadata = {
-            "name": settings.model.model, "init": settings.model.init, "class": type(causal).__name__,
+            "name": settings.model.model,
+            "init": settings.model.init,
+            "class": type(causal).__name__,
             "parameters": sum(p.numel() for p in causal.parameters()),
             "fingerprint": compute_fingerprint(causal) if with_fingerprint and not on_meta else None,
-            "lora_targets": [], "not_adapted": [],
-        }  # fmt: skip
+            "lora_targets": [],
+            "not_adapted": [],
+        }
         module: Any = causal
         if settings.mode == "lora":
             target_modules = metadata["lora_targets"] = lora.resolve_target_modules(causal, settings.lora)
@@ -110,10 +120,13 @@ def build_model(
     metadata["trainable"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     metadata["share"] = metadata["trainable"] / metadata["parameters"]
     model = TrainableModel(
-        module=module, causal=causal, metadata=metadata,
+        module=module,
+        causal=causal,
+        metadata=metadata,
         initial_adapter={} if on_meta else lora.copy_initial_adapter(module, settings.lora),
-        quant_settings=settings.model if settings.model.quant else None, loraplus_lr_ratio=settings.lora.plus_ratio,
-    )  # fmt: skip
+        quant_settings=settings.model if settings.model.quant else None,
+        loraplus_lr_ratio=settings.lora.plus_ratio,
+    )
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
         metadata["kept_in_32_bits"] = optimizer.count_fp32_state(module.named_parameters(), model.embedding_weights)
     if settings.model.quant and on_meta:
@@ -203,9 +216,14 @@ def _load_pretrained(settings: ModelSettings, config: Any, **options: Any) -> Pr
     model_files.check_weight_files(settings.model, folder)
     try:
         causal, loading_info = AutoModelForCausalLM.from_pretrained(
-            **_from_pretrained_kwargs(settings.model), config=config, dtype=torch.float32, use_safetensors=True,
-            ignore_mismatched_sizes=True, output_loading_info=True, **options,
-        )  # fmt: skip
+            **_from_pretrained_kwargs(settings.model),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
     except Exception as error:
         if isinstance(error, OSError) and not (folder / model_files.WEIGHTS_FILE).exists():
             raise UserError(_not_found_message(settings.model, "weights")) from error

@@ -100,9 +100,11 @@ def _product(name: str, layer: nn.Module, stage: int) -> _Product:
     is_linear = isinstance(layer, nn.Linear)  # a packed weight holds fewer numbers than it is multiplied with
     return _Product(
         num_weights=layer.in_features * layer.out_features if is_linear else int(layer.weight.numel()),
-        is_trained=layer.weight.requires_grad, stage=stage, block=int(match[1]) if match else None,
+        is_trained=layer.weight.requires_grad,
+        stage=stage,
+        block=int(match[1]) if match else None,
         reads_adapter=".lora_B." in name,
-    )  # fmt: skip
+    )
 
 
 def _attention_of(name: str) -> str | None:

@@ -52,11 +52,13 @@ def _check_read_as_layers(causal: PreTrainedModel, layer_names: set[str]) -> Non
 def find_unadapted_weights(causal: PreTrainedModel) -> list[str]:
     """The ends of the names of weights that stack a layer's matrices in one tensor, as experts do: no adapter can be
     put on them, whatever is asked for."""
-    return sorted({
-        ".".join(name.split(".")[-2:])
-        for name, parameter in causal.named_parameters()
-        if parameter.dim() == 3 and "expert" in name
-    })  # fmt: skip
+    return sorted(
+        {
+            ".".join(name.split(".")[-2:])
+            for name, parameter in causal.named_parameters()
+            if parameter.dim() == 3 and "expert" in name
+        }
+    )
 
 
 def _matches(name: str, target: str) -> bool:

@@ -26,9 +26,11 @@ def build_optimizer(
     """The optimizer over parameter groups; `fp32_state_params`: weights whose moments stay in 32 bits under the 8-bit
     forms."""
     adamw_kwargs: dict[str, Any] = {
-        "lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.epsilon,
+        "lr": settings.lr,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
         "weight_decay": settings.weight_decay,
-    }  # fmt: skip
+    }
     if settings.optim not in EIGHT_BIT_OPTIMIZERS:
         return torch.optim.AdamW(param_groups, **adamw_kwargs, fused=settings.optim == "adamw_fused")
     import bitsandbytes as bnb  # takes seconds: only where it is needed
@@ -80,10 +82,11 @@ def count_fp32_state(
     trainable = [p for _, p in named_parameters if p.requires_grad]
     fp32_state_params = [p for p in trainable if id(p) in fp32_state_ids or p.numel() < MIN_8BIT_SIZE]
     return {
-        "tensors": len(trainable), "kept_tensors": len(fp32_state_params),
+        "tensors": len(trainable),
+        "kept_tensors": len(fp32_state_params),
         "kept_parameters": sum(p.numel() for p in fp32_state_params),
         "parameters": sum(p.numel() for p in trainable),
-    }  # fmt: skip
+    }
 
 
 def iter_named_state(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -120,7 +120,8 @@ def bitsandbytes_config_kwargs(settings: ModelSettings, model: nn.Module) -> dic
         return {"load_in_8bit": True, "llm_int8_threshold": INT8_THRESHOLD}
     compute_dtype = next((layer.compute_dtype for layer in _iter_4bit_layers(model)), None) or torch.float32
     return {
-        "load_in_4bit": True, "bnb_4bit_quant_type": settings.quant,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": settings.quant,
         "bnb_4bit_use_double_quant": settings.quant_double,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
-    }  # fmt: skip
+    }

@@ -19,9 +19,19 @@ COMPARABILITY_KEYS = {
 }
 #: facts of run.json that differ between any two runs and say nothing of what was compared
 _IGNORED_METADATA = (
-    "schema_version", "run_id", "name", "mode", "preset", "started", "command", "wandb", "overridden",
-    "settings.overridden", "resumed.settings", "not_comparable_with_card",
-)  # fmt: skip
+    "schema_version",
+    "run_id",
+    "name",
+    "mode",
+    "preset",
+    "started",
+    "command",
+    "wandb",
+    "overridden",
+    "settings.overridden",
+    "resumed.settings",
+    "not_comparable_with_card",
+)
 Item = TypeVar("Item")
 NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 
@@ -132,9 +142,18 @@ class MetadataField:
 
 
 _REFERENCE_TRAIN_SETTINGS = (
-    "lr", "global_batch", "eval_batch", "seed", "beta1", "beta2", "epsilon", "epochs", "warmup_steps", "weight_decay",
+    "lr",
+    "global_batch",
+    "eval_batch",
+    "seed",
+    "beta1",
+    "beta2",
+    "epsilon",
+    "epochs",
+    "warmup_steps",
+    "weight_decay",
     "max_grad_norm",
-)  # fmt: skip
+)
 #: what the card states, by our names for it
 REFERENCE_METADATA = {
     "settings.mode": "full",

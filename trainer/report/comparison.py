@@ -48,17 +48,21 @@ class Comparison:
 
 
 def compare(
-    runs: Sequence[RunData], problems: Sequence[LoadProblem] = (), with_reference: bool = True,
+    runs: Sequence[RunData],
+    problems: Sequence[LoadProblem] = (),
+    with_reference: bool = True,
     options: ComparisonOptions = DEFAULT_OPTIONS,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     """The comparison of `runs` with one another and, with `with_reference`, with the card."""
     return compare_run_groups(group_by_seed(runs), problems, with_reference, options)
 
 
 def compare_run_groups(
-    groups: Sequence[SeedGroup], problems: Sequence[LoadProblem] = (), with_reference: bool = True,
+    groups: Sequence[SeedGroup],
+    problems: Sequence[LoadProblem] = (),
+    with_reference: bool = True,
     options: ComparisonOptions = DEFAULT_OPTIONS,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     """The same of runs whose groups are known."""
     runs = [run for group in groups for run in group.runs]
     differing_settings, shared_settings = build_settings_tables(groups, with_reference)

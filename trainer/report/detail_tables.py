@@ -14,12 +14,19 @@ MAX_TEXT_CHARS = 300  # characters of a text in a cell
 MAX_HASH_CHARS = 12  # of a fingerprint in a cell; comparison.json has it whole
 #: headings of the scores
 SCORE_HEADINGS = {
-    "exact_match": "exact match", "bleu": "BLEU (0-100)", "chrf": "chrF (0-100)", "rouge_l": "ROUGE-L",
-    "date": "date right", "place": "place right", "fatalities": "fatalities right",
-    "invented_deaths": "deaths invented", "reference/invented_deaths": "deaths beyond the record in references",
-    "reference/date": "date in references", "reference/place": "place in references",
+    "exact_match": "exact match",
+    "bleu": "BLEU (0-100)",
+    "chrf": "chrF (0-100)",
+    "rouge_l": "ROUGE-L",
+    "date": "date right",
+    "place": "place right",
+    "fatalities": "fatalities right",
+    "invented_deaths": "deaths invented",
+    "reference/invented_deaths": "deaths beyond the record in references",
+    "reference/date": "date in references",
+    "reference/place": "place in references",
     "reference/fatalities": "fatalities in references",
-}  # fmt: skip
+}
 
 
 def build_generation_table(groups: Sequence[SeedGroup]) -> Table:

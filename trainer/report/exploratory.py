@@ -36,12 +36,14 @@ def _curve(run: RunData) -> Curve:
     memory = None if run.get("resumed") else run.summary.get("peak_memory_bytes")
     return [
         Point(
-            loss=float(loss), tokens=float(tokens), flops=None if step_flops is None else step_flops * float(step),
+            loss=float(loss),
+            tokens=float(tokens),
+            flops=None if step_flops is None else step_flops * float(step),
             peak_memory_bytes=memory,
         )
         for step, tokens, loss in zip(run.evals["step"], run.evals["tokens"], run.evals["loss"], strict=True)
         if step > 0 and np.isfinite(loss)
-    ]  # fmt: skip
+    ]
 
 
 class Tradeoff(NamedTuple):
@@ -96,9 +98,11 @@ def describe_group_capacity(group: SeedGroup) -> list[str]:
     if not len(train_losses) or not np.isfinite(train_losses[-1]):
         return []
     capacity = describe_capacity(
-        run.get("model.trainable"), run.get("data.train.counted_tokens"), float(train_losses[-1]),
+        run.get("model.trainable"),
+        run.get("data.train.counted_tokens"),
+        float(train_losses[-1]),
         run.get("settings.lora.rank"),
-    )  # fmt: skip
+    )
     return [f"{group.label_with_lr}: {capacity}."]
 
 

@@ -10,9 +10,15 @@ from trainer.report.plots import PLOT_SIZE_INCHES, PNG_DPI, TEXT_COLOUR, styled_
 
 
 def plot_lr_range_test(
-    path: Path, *, mode: str, lrs: Sequence[float], losses: Sequence[float], smoothed_losses: Sequence[float],
-    suggested_lr: float | None, name: str,
-) -> None:  # fmt: skip
+    path: Path,
+    *,
+    mode: str,
+    lrs: Sequence[float],
+    losses: Sequence[float],
+    smoothed_losses: Sequence[float],
+    suggested_lr: float | None,
+    name: str,
+) -> None:
     """Write a PNG: losses of the steps as dots, smoothed as a line, the suggested rate as an upright line.
 
     Parameters: what is drawn, each from another source.

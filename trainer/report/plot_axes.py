@@ -69,8 +69,9 @@ def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_re
     if with_reference and plot.reference_curve is not None and is_reference_comparable(groups):
         x, y = plot.reference_curve
         label = f"card: {y[-1]:.4f}" if plot.shows_end_value else "card"
-        axis.plot(x, y, color=COLOURS["card"], linestyle=DASHES["card"], linewidth=1.6, marker="s", markersize=3,
-                  label=label)  # fmt: skip
+        axis.plot(
+            x, y, color=COLOURS["card"], linestyle=DASHES["card"], linewidth=1.6, marker="s", markersize=3, label=label
+        )
     if plot.log_y and _needs_log_scale(axis):
         axis.set_yscale("log")
     if plot.is_scatter:
@@ -130,18 +131,41 @@ def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> N
         group = pair.full if curve.mode == "full" else pair.lora
         steps = f", {curve.num_steps:,} steps" if len(lengths) > 1 else ""
         alpha = (1 + lengths.index(curve.num_steps)) / len(lengths)
-        axis.plot(list(curve.losses), list(curve.losses.values()), color=COLOURS[curve.mode], alpha=alpha,
-                  linestyle=DASHES[curve.mode], linewidth=1.6, marker=MARKERS[curve.mode], markersize=4,
-                  label=MODE_NAMES[curve.mode] + steps)  # fmt: skip
+        axis.plot(
+            list(curve.losses),
+            list(curve.losses.values()),
+            color=COLOURS[curve.mode],
+            alpha=alpha,
+            linestyle=DASHES[curve.mode],
+            linewidth=1.6,
+            marker=MARKERS[curve.mode],
+            markersize=4,
+            label=MODE_NAMES[curve.mode] + steps,
+        )
         chosen[curve.mode] = curve.losses.get(group.lr, best_loss(group))
     for group in (pair.full, pair.lora):
-        axis.plot([group.lr], [chosen[group.mode]], linestyle="none", marker="o", markersize=11, fillstyle="none",
-                  markeredgewidth=1.5, color=COLOURS[group.mode])  # fmt: skip
+        axis.plot(
+            [group.lr],
+            [chosen[group.mode]],
+            linestyle="none",
+            marker="o",
+            markersize=11,
+            fillstyle="none",
+            markeredgewidth=1.5,
+            color=COLOURS[group.mode],
+        )
     if pair.excess is not None:
         low, high = chosen["full"] + pair.excess.low, chosen["full"] + pair.excess.high
         label = f"{100 * pair.excess.level:.3g} % interval of LoRA's loss"
-        axis.plot([pair.lora.lr * 1.3] * 2, [low, high], color=COLOURS["lora"], linewidth=2.4, marker="_",
-                  markersize=9, label=label)  # fmt: skip
+        axis.plot(
+            [pair.lora.lr * 1.3] * 2,
+            [low, high],
+            color=COLOURS["lora"],
+            linewidth=2.4,
+            marker="_",
+            markersize=9,
+            label=label,
+        )
         axis.axhline(chosen["full"], color=COLOURS["full"], linewidth=0.7, alpha=0.7)
     _limit_to_base(axis, [*pair.full.runs, *pair.lora.runs])
     axis.set_xscale("log")
@@ -163,8 +187,15 @@ def draw_lowest(axis: "Axes", groups: Sequence[SeedGroup]) -> None:
                 if len(values) == len(group.runs):
                     lowest[step] = min(float(np.mean(values)), lowest.get(step, np.inf))
         if lowest:
-            axis.plot(sorted(lowest), [lowest[step] for step in sorted(lowest)], color=COLOURS[mode],
-                      linestyle=DASHES[mode], marker=MARKERS[mode], markersize=3, label=mode_name)  # fmt: skip
+            axis.plot(
+                sorted(lowest),
+                [lowest[step] for step in sorted(lowest)],
+                color=COLOURS[mode],
+                linestyle=DASHES[mode],
+                marker=MARKERS[mode],
+                markersize=3,
+                label=mode_name,
+            )
     _format_y_ticks(axis)
 
 
@@ -186,9 +217,13 @@ def add_legend(figure: "Figure", axes: Sequence["Axes"]) -> None:
         longest = max(map(len, entries))
         num_columns = min(len(entries), max(1, int(figure.get_size_inches()[0] / (0.45 + 0.063 * longest))))
         figure.legend(
-            list(entries.values()), list(entries), loc="outside lower left", frameon=False, fontsize=8.5,
+            list(entries.values()),
+            list(entries),
+            loc="outside lower left",
+            frameon=False,
+            fontsize=8.5,
             ncols=num_columns,
-        )  # fmt: skip
+        )
 
 
 def _needs_log_scale(axis: "Axes") -> bool:

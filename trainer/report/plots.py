@@ -67,36 +67,59 @@ def _trainable_and_loss(run: RunData) -> Curve:
 
 
 LOSS_PLOT = PlotSpec(
-    name="val_loss", title="Validation loss by epoch", x_label="epoch", y_label="loss (nats per token)",
-    curve=lambda run: (run.evals["epoch"], run.evals["loss"]), reference_curve=_reference_curve("val_loss"),
-    has_markers=True, shows_end_value=True,
-)  # fmt: skip
+    name="val_loss",
+    title="Validation loss by epoch",
+    x_label="epoch",
+    y_label="loss (nats per token)",
+    curve=lambda run: (run.evals["epoch"], run.evals["loss"]),
+    reference_curve=_reference_curve("val_loss"),
+    has_markers=True,
+    shows_end_value=True,
+)
 PLOTS = (
     LOSS_PLOT,
     PlotSpec(
-        name="train_loss", title="Train loss by epoch", x_label="epoch", y_label="loss (nats per token)",
-        curve=_step_curve("epoch", "loss"), reference_curve=_reference_curve("train_loss"),
+        name="train_loss",
+        title="Train loss by epoch",
+        x_label="epoch",
+        y_label="loss (nats per token)",
+        curve=_step_curve("epoch", "loss"),
+        reference_curve=_reference_curve("train_loss"),
     ),
     PlotSpec(
-        name="train_loss_tokens", title="Train loss by tokens", x_label="tokens seen",
-        y_label="loss (nats per token)", curve=_step_curve("tokens", "loss"),
+        name="train_loss_tokens",
+        title="Train loss by tokens",
+        x_label="tokens seen",
+        y_label="loss (nats per token)",
+        curve=_step_curve("tokens", "loss"),
     ),
     PlotSpec(
         name="lr", title="Learning rate", x_label="epoch", y_label="learning rate", curve=_step_curve("epoch", "lr")
     ),
     PlotSpec(
-        name="grad_norm", title="Gradient norm before clipping", x_label="epoch", y_label="L2 norm of the gradient",
-        curve=_step_curve("epoch", "grad_norm"), log_y=True,
+        name="grad_norm",
+        title="Gradient norm before clipping",
+        x_label="epoch",
+        y_label="L2 norm of the gradient",
+        curve=_step_curve("epoch", "grad_norm"),
+        log_y=True,
     ),
     PlotSpec(
-        name="tokens_per_second", title="Speed", x_label="epoch", y_label="tokens per second",
+        name="tokens_per_second",
+        title="Speed",
+        x_label="epoch",
+        y_label="tokens per second",
         curve=_step_curve("epoch", "tokens_per_second"),
     ),
     PlotSpec(
-        name="parameters", title="Best validation loss by trainable parameters", x_label="trainable parameters",
-        y_label="best loss (nats per token)", curve=_trainable_and_loss, is_scatter=True,
+        name="parameters",
+        title="Best validation loss by trainable parameters",
+        x_label="trainable parameters",
+        y_label="best loss (nats per token)",
+        curve=_trainable_and_loss,
+        is_scatter=True,
     ),
-)  # fmt: skip
+)
 
 
 def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:

@@ -12,14 +12,27 @@ from trainer.report.run_data import RunData
 MODE_NAMES = {"full": "full", "lora": "LoRA"}
 #: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
 _IGNORED_SETTINGS = (
-    "settings.train.seed", "settings.train.micro_batch", "settings.train.eval_batch", "settings.preset",
-    "settings.engine.ds_config", "settings.engine.precision", "settings.data.data", "settings.data.val_data",
+    "settings.train.seed",
+    "settings.train.micro_batch",
+    "settings.train.eval_batch",
+    "settings.preset",
+    "settings.engine.ds_config",
+    "settings.engine.precision",
+    "settings.data.data",
+    "settings.data.val_data",
     "settings.model.model",
-)  # fmt: skip
+)
 _GROUPING_PATHS = (
-    *COMPARABILITY_KEYS.values(), "mode", "model.name", "resolved.lr", "resolved.ranks", "resolved.precision",
-    "resolved.ds_config", "resolved.device", "resolved.micro_batch",
-)  # fmt: skip
+    *COMPARABILITY_KEYS.values(),
+    "mode",
+    "model.name",
+    "resolved.lr",
+    "resolved.ranks",
+    "resolved.precision",
+    "resolved.ds_config",
+    "resolved.device",
+    "resolved.micro_batch",
+)
 #: what a label says of a group when its mode alone does not name it: path and how it reads
 _LABEL_FORMATS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("data.source", lambda value: PurePosixPath(value).name),

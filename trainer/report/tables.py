@@ -67,9 +67,15 @@ class Table:
 def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
     """Step, examples, losses and perplexity at each epoch, and the difference to the card where there may be one."""
     headings = {
-        "epoch": "epoch", "run": "run", "step": "step", "examples": "examples", "train_loss": "train loss",
-        "val_loss": "validation loss", "perplexity": "perplexity", "to_card": "loss − card's",
-    }  # fmt: skip
+        "epoch": "epoch",
+        "run": "run",
+        "step": "step",
+        "examples": "examples",
+        "train_loss": "train loss",
+        "val_loss": "validation loss",
+        "perplexity": "perplexity",
+        "to_card": "loss − card's",
+    }
     if not with_reference:
         del headings["to_card"]
     epochs = {epoch for group in groups for run in group.runs for epoch in _evaluated_epochs(run)}
@@ -142,16 +148,32 @@ def _mean_value(values: Sequence[float]) -> float | MeanStd | None:
 def build_run_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
     """What each run cost and how good it got; in the order given, not by rank."""
     headings = {
-        "run": "run", "run_id": "id", "mode": "mode", "state": "state", "lr": "learning rate",
-        "best_val_loss": "best validation loss", "best_epoch": "best at epoch", "best_step": "best at step",
-        "final_val_loss": "final validation loss", "bits_per_byte": "final bits per byte",
-        "base_val_loss": "validation loss before training", "forgetting": "forgetting (nats per token)",
-        "trainable": "trainable parameters", "share": "share of its parameters",
-        "peak_memory_bytes": "peak memory", "optimizer_bytes": "optimizer state",
-        "tokens_per_second": "tokens/s (median)", "wall_seconds": "wall time", "device_hours": "device-hours",
-        "checkpoint_bytes": "checkpoint size", "export_bytes": "export size", "ds_config": "ZeRO file",
-        "ranks": "ranks", "precision": "precision", "seed": "seed",
-    }  # fmt: skip
+        "run": "run",
+        "run_id": "id",
+        "mode": "mode",
+        "state": "state",
+        "lr": "learning rate",
+        "best_val_loss": "best validation loss",
+        "best_epoch": "best at epoch",
+        "best_step": "best at step",
+        "final_val_loss": "final validation loss",
+        "bits_per_byte": "final bits per byte",
+        "base_val_loss": "validation loss before training",
+        "forgetting": "forgetting (nats per token)",
+        "trainable": "trainable parameters",
+        "share": "share of its parameters",
+        "peak_memory_bytes": "peak memory",
+        "optimizer_bytes": "optimizer state",
+        "tokens_per_second": "tokens/s (median)",
+        "wall_seconds": "wall time",
+        "device_hours": "device-hours",
+        "checkpoint_bytes": "checkpoint size",
+        "export_bytes": "export size",
+        "ds_config": "ZeRO file",
+        "ranks": "ranks",
+        "precision": "precision",
+        "seed": "seed",
+    }
     run_rows = [_run_row(run) for group in groups for run in group.runs]
     headings = {key: name for key, name in headings.items() if any(row[key] is not None for row in run_rows)}
     rows = [_reference_run_row(headings), *run_rows] if with_reference else run_rows
@@ -166,9 +188,12 @@ def build_run_table(groups: Sequence[SeedGroup], with_reference: bool) -> Table:
         "wall_seconds": format_duration,
     }
     return Table(
-        title="By run: quality and cost", headings=headings, rows=rows, formats=formats,
+        title="By run: quality and cost",
+        headings=headings,
+        rows=rows,
+        formats=formats,
         is_transposed=len(rows) <= MAX_SIDE_BY_SIDE,
-    )  # fmt: skip
+    )
 
 
 def _run_row(run: RunData) -> dict[str, Any]:

@@ -106,9 +106,11 @@ def _describe_other_comparisons(others: Sequence[FullVsLora]) -> list[str]:
 
 
 def _describe_set(
-    comparisons: Sequence[FullVsLora], full_groups: Sequence[SeedGroup], lora_groups: Sequence[SeedGroup],
+    comparisons: Sequence[FullVsLora],
+    full_groups: Sequence[SeedGroup],
+    lora_groups: Sequence[SeedGroup],
     study: StudyContext | None,
-) -> str:  # fmt: skip
+) -> str:
     """The sentence on the best LoRA group of a data set against the best full one, or on the one of a study."""
     pair, num_full_groups = comparisons[0], len(full_groups)
     num_loras = len(comparisons) if study is None else 1

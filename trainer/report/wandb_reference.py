@@ -71,10 +71,17 @@ def _log_run(wandb: Any, entity: str | None, project: str, log_dir: Path, mode: 
         mode=mode,
         reinit="create_new",
         settings=wandb.Settings(
-            console="off", silent=True, x_disable_stats=True, x_disable_meta=True, x_save_requirements=False,
-            disable_git=True, disable_code=True, init_timeout=20, finish_timeout=60,
+            console="off",
+            silent=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+            disable_git=True,
+            disable_code=True,
+            init_timeout=20,
+            finish_timeout=60,
         ),
-    )  # fmt: skip
+    )
     for axis in AXES:
         run.define_metric(axis, hidden=True)
     for pattern, axis, summary in METRICS:

@@ -168,16 +168,20 @@ def _rate_grid(wr: Any, curves: Sequence[RateCurve], where: dict[str, str]) -> A
     whole = [curve for curve in curves if curve.num_steps == num_steps]
     runsets = [
         wr.Runset(
-            **where, name=f"{curve.mode}, whole runs of the search", filters=f"Metric('ID') in {list(curve.run_ids)}",
+            **where,
+            name=f"{curve.mode}, whole runs of the search",
+            filters=f"Metric('ID') in {list(curve.run_ids)}",
             run_settings={run_id: wr.RunSettings(color=COLOURS[curve.mode]) for run_id in curve.run_ids},
         )
         for curve in whole
-    ]  # fmt: skip
+    ]
     panel = wr.ScatterPlot(
         title=f"Validation loss against learning rate, runs of {num_steps:,} steps",
-        x=wr.Config("lr"), y=wr.SummaryMetric("val/loss.last"), log_x=True,
+        x=wr.Config("lr"),
+        y=wr.SummaryMetric("val/loss.last"),
+        log_x=True,
         layout=wr.Layout(x=0, y=0, w=2 * PANEL_WIDTH, h=PANEL_HEIGHT),
-    )  # fmt: skip
+    )
     return wr.PanelGrid(runsets=runsets, panels=[panel])
 
 

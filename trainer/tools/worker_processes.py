@@ -26,18 +26,24 @@ def run_ranks(argv: Sequence[str], world_size: int, log: Path, *, timeout_second
     from trainer.distributed.process_group import find_free_port  # which needs torch
 
     shared = {
-        **worker_environ(), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()),
-    }  # fmt: skip
+        **worker_environ(),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_port()),
+    }
     deadline = time.monotonic() + timeout_seconds
     with open(log, "wb") as output:
         ranks = [
             subprocess.Popen(
-                [sys.executable, *argv], env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                [sys.executable, *argv],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
             for rank in range(world_size)
-        ]  # fmt: skip
+        ]
     try:
         while time.monotonic() < deadline:
             exit_codes = [rank.poll() for rank in ranks]

@@ -95,10 +95,15 @@ class ProgressBar:
         time_left = self._time_left(record.step, now)
         if self._bar is not None:
             self._bar.update(
-                self._bar.task_ids[0], completed=record.step, epoch=f"{record.epoch:.2f}", loss=f"{record.loss:.4f}",
-                lr=f"{record.lr:.1e}", speed=_format_short(record.tokens_per_second), left=time_left,
+                self._bar.task_ids[0],
+                completed=record.step,
+                epoch=f"{record.epoch:.2f}",
+                loss=f"{record.loss:.4f}",
+                lr=f"{record.lr:.1e}",
+                speed=_format_short(record.tokens_per_second),
+                left=time_left,
                 refresh=record.step >= self._total_steps,
-            )  # fmt: skip
+            )
             return
         line = (
             f"{self._position('step', record)}  loss {record.loss:.4f}  lr {record.lr:.1e}"

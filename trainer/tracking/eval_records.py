@@ -83,9 +83,16 @@ def evaluation_table(rows: Any, *, step: int, split: EvalSplit, nll: Sequence[fl
     `nll`: summed negative log-likelihood of each in nats, in their order."""
     num_rows = len(rows.ids)
     columns = {
-        "step": [step] * num_rows, "split": [split] * num_rows, "id": rows.ids, "occurrence": rows.occurrences,
-        "group": rows.groups, "nll": nll, "targets": rows.targets, "bytes": rows.num_bytes, "in_train": rows.in_train,
-    }  # fmt: skip
+        "step": [step] * num_rows,
+        "split": [split] * num_rows,
+        "id": rows.ids,
+        "occurrence": rows.occurrences,
+        "group": rows.groups,
+        "nll": nll,
+        "targets": rows.targets,
+        "bytes": rows.num_bytes,
+        "in_train": rows.in_train,
+    }
     return pa.table(columns, schema=SCHEMA)
 
 

@@ -111,9 +111,15 @@ class TrackioLogger:
             self._last_logged_step = -1 if last_step is None else int(last_step)
         with contextlib.redirect_stdout(io.StringIO()):  # one voice: what matters is said by us
             self._run = trackio.init(
-                project=project, name=name, group=metadata["wandb"]["group"], config=wandb_config(metadata),
-                embed=False, resume="allow", auto_log_gpu=False, auto_log_cpu=False,
-            )  # fmt: skip
+                project=project,
+                name=name,
+                group=metadata["wandb"]["group"],
+                config=wandb_config(metadata),
+                embed=False,
+                resume="allow",
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
         logger.info(f"Trackio: `trackio show --project {project}`")
 
     def log(self, record: Record) -> None:

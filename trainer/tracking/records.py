@@ -126,9 +126,16 @@ def from_line(line: bytes) -> Record:
     if match := _STEP_LINE.fullmatch(line):
         step, epoch, samples, tokens, loss, lr, grad_norm, tokens_per_second, time = match.groups()
         return StepRecord(
-            step=int(step), epoch=float(epoch), samples=int(samples), tokens=int(tokens), loss=float(loss),
-            lr=float(lr), grad_norm=float(grad_norm), tokens_per_second=float(tokens_per_second), time=float(time),
-        )  # fmt: skip
+            step=int(step),
+            epoch=float(epoch),
+            samples=int(samples),
+            tokens=int(tokens),
+            loss=float(loss),
+            lr=float(lr),
+            grad_norm=float(grad_norm),
+            tokens_per_second=float(tokens_per_second),
+            time=float(time),
+        )
     return to_record(parse_json(line.decode()))
 
 

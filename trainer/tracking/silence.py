@@ -15,8 +15,11 @@ ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # gloo and the process groups, from C++
 }
 NOISY_LOGGERS = (
-    "DeepSpeed", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torch.distributed.run",
-)  # fmt: skip
+    "DeepSpeed",
+    "bitsandbytes.backends.cpu.ops",
+    "bitsandbytes.autograd._functions",
+    "torch.distributed.run",
+)
 IGNORED_WARNINGS = (  # starts of messages, as patterns
     r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated",  # torch 2.13, from within DeepSpeed
     r".*is_gradient_checkpointing.* is deprecated",  # transformers 5, from within peft and DeepSpeed

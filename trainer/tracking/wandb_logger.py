@@ -80,9 +80,14 @@ def start_wandb(
 
 
 def _init(
-    wandb: Any, metadata: Mapping[str, Any], folder: Path, mode: str, *, is_resumed: bool,
+    wandb: Any,
+    metadata: Mapping[str, Any],
+    folder: Path,
+    mode: str,
+    *,
+    is_resumed: bool,
     timeouts: Mapping[str, float],
-) -> Any:  # fmt: skip
+) -> Any:
     """wandb.init for this run; what a variable of W&B's says goes before ours, except where a flag says it."""
     settings: dict[str, Any] = {
         **timeouts,

@@ -21,9 +21,12 @@ def prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
 
     def prepare_folder() -> Path:
         return prepare(
-            settings.data, model=settings.model.model, global_batch=settings.train.global_batch,
-            max_positions=get_max_positions(load_config(settings.model)), log=log,
-        ).folder  # fmt: skip
+            settings.data,
+            model=settings.model.model,
+            global_batch=settings.train.global_batch,
+            max_positions=get_max_positions(load_config(settings.model)),
+            log=log,
+        ).folder
 
     return load(context.on_rank_zero(prepare_folder, per_node=True))
 

@@ -112,15 +112,22 @@ class GenerationEvaluator:
             self.base_completions = texts
         examples = [
             {
-                "prompt": prompt.text, "reference": prompt.references[0], "references": len(prompt.references),
-                "base": base, "completion": text,
+                "prompt": prompt.text,
+                "reference": prompt.references[0],
+                "references": len(prompt.references),
+                "base": base,
+                "completion": text,
             }
             for prompt, text, base in zip_longest(self.prompts, texts, self.base_completions[: len(texts)])
-        ][: self.settings.output.num_samples]  # fmt: skip
+        ][: self.settings.output.num_samples]
         details = {
-            "epoch": record.epoch, "samples": record.samples, "tokens": record.tokens, "seconds": elapsed_seconds,
-            "texts": examples, **({"scored": len(texts), "scores": scores} if scores else {}),
-        }  # fmt: skip
+            "epoch": record.epoch,
+            "samples": record.samples,
+            "tokens": record.tokens,
+            "seconds": elapsed_seconds,
+            "texts": examples,
+            **({"scored": len(texts), "scores": scores} if scores else {}),
+        }
         summary = ", ".join(f"{name} {value:.3g}" for name, value in scores.items() if "/" not in name)
         message = f"{len(texts)} completions after step {record.step}: {summary}" if scores else ""
         return EventRecord(

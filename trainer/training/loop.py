@@ -97,10 +97,13 @@ def _run_due_actions(
         axes = schedule.record_axes(state) | {"time": stopwatch()}
         state = state.after_evaluation(evaluation.loss, epoch=axes["epoch"], min_delta=train_settings.min_delta)
         yield EvalRecord(
-            **axes, loss=evaluation.loss, perplexity=perplexity(evaluation.loss),
-            eval_tokens=evaluation.num_target_tokens, bits_per_byte=evaluation.bits_per_byte,
+            **axes,
+            loss=evaluation.loss,
+            perplexity=perplexity(evaluation.loss),
+            eval_tokens=evaluation.num_target_tokens,
+            bits_per_byte=evaluation.bits_per_byte,
             row_nll=evaluation.row_nll,
-        )  # fmt: skip
+        )
     is_early_stop = schedule.is_stopped_early(state) and state.step < schedule.total_steps
     is_epoch_end = schedule.is_epoch_end(state.step)
     if state.step and (is_epoch_end or is_early_stop or state.step == schedule.total_steps):
@@ -118,9 +121,12 @@ def _step_record(schedule: TrainSchedule, state: TrainState, batch: GlobalBatch,
         message = f"step {state.step}: gradient overflow in fp16, update skipped and loss scale lowered"
         return EventRecord(event="skipped_step", step=state.step, message=message, time=state.elapsed_seconds)
     return StepRecord(
-        **schedule.record_axes(state), loss=result.update.loss_sum / batch.num_target_tokens, lr=result.lr,
-        grad_norm=result.update.grad_norm, tokens_per_second=batch.num_tokens / result.elapsed_seconds,
-    )  # fmt: skip
+        **schedule.record_axes(state),
+        loss=result.update.loss_sum / batch.num_target_tokens,
+        lr=result.lr,
+        grad_norm=result.update.grad_norm,
+        tokens_per_second=batch.num_tokens / result.elapsed_seconds,
+    )
 
 
 def _non_finite_event(state: TrainState, error: NonFiniteError, dump_name: str, elapsed_seconds: float) -> EventRecord:
@@ -139,7 +145,9 @@ def _early_stop_event(schedule: TrainSchedule, state: TrainState, elapsed_second
         f"the validation loss{margin} (best {best.loss:.4f} at step {best.step})"
     )
     facts = {
-        "patience": train_settings.patience, "min_delta": train_settings.min_delta, "stale": num_evals,
+        "patience": train_settings.patience,
+        "min_delta": train_settings.min_delta,
+        "stale": num_evals,
         "best": vars(best),
-    }  # fmt: skip
+    }
     return EventRecord(event="early_stop", step=state.step, message=message, time=elapsed_seconds, facts=facts)

@@ -34,24 +34,36 @@ def estimate_plan(
     micro_batch_size = micro_batch_size or plan.schedule.batch.micro_batch_size
     world_size = plan.dist_context.world_size
     execution = make_execution_plan(
-        plan.settings, plan.dist_context, {**plan.deepspeed_config, **deepspeed_file.content},
-        precision=plan.precision, model_dropout=plan.dropout, micro_batch_size=micro_batch_size,
-    )  # fmt: skip
+        plan.settings,
+        plan.dist_context,
+        {**plan.deepspeed_config, **deepspeed_file.content},
+        precision=plan.precision,
+        model_dropout=plan.dropout,
+        micro_batch_size=micro_batch_size,
+    )
     setup = PassSetup(
-        micro_batch_size=micro_batch_size, sequence_length=row_length, precision=plan.precision,
-        is_gpu=plan.dist_context.device.type == "cuda", is_zero3=deepspeed_file.stage == 3,
-        uses_fused_lora=execution.fused_lora, casts_frozen_weights=execution.frozen_dtype == "bfloat16",
+        micro_batch_size=micro_batch_size,
+        sequence_length=row_length,
+        precision=plan.precision,
+        is_gpu=plan.dist_context.device.type == "cuda",
+        is_zero3=deepspeed_file.stage == 3,
+        uses_fused_lora=execution.fused_lora,
+        casts_frozen_weights=execution.frozen_dtype == "bfloat16",
         accumulates=plan.schedule.batch.global_batch > micro_batch_size * world_size,
-    )  # fmt: skip
+    )
     return estimate_memory(
         ParamCounts.from_model_info(plan.model_info),
         pass_memory(plan.settings, setup),
         Sharding(
-            stage=deepspeed_file.stage, world_size=world_size, offloads_optimizer=deepspeed_file.offloads_optimizer,
+            stage=deepspeed_file.stage,
+            world_size=world_size,
+            offloads_optimizer=deepspeed_file.offloads_optimizer,
             offloads_params=deepspeed_file.offloads_params,
         ),
-        precision=plan.precision, is_gpu=setup.is_gpu, accumulates=setup.accumulates,
-    )  # fmt: skip
+        precision=plan.precision,
+        is_gpu=setup.is_gpu,
+        accumulates=setup.accumulates,
+    )
 
 
 @functools.cache

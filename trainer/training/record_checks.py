@@ -36,9 +36,11 @@ def find_changed_records(run_folder: Path, checkpoint: Checkpoint) -> dict[str, 
     changes = {METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, digests)}
     if checkpoint.evaluations is not None:
         changes[EVAL_RECORDS_FILE] = find_changed_evaluations(
-            run_folder / EVAL_RECORDS_FILE, checkpoint.evaluations, checkpoint.step,
+            run_folder / EVAL_RECORDS_FILE,
+            checkpoint.evaluations,
+            checkpoint.step,
             eval_pending=checkpoint.train_state.eval_pending,
-        )  # fmt: skip
+        )
     return {name: change for name, change in changes.items() if change is not None}
 
 

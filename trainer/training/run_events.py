@@ -20,16 +20,24 @@ def resumed_event(
     message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
     message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
     facts = {
-        "checkpoint": origin, "rows_cut": num_truncated, "changed": changes, "resolved": plan.resolved(),
+        "checkpoint": origin,
+        "rows_cut": num_truncated,
+        "changed": changes,
+        "resolved": plan.resolved(),
         "execution": plan.execution_entry(state.step),
-    }  # fmt: skip
+    }
     return EventRecord(event="resumed", step=state.step, message=message, time=state.elapsed_seconds, facts=facts)
 
 
 def finished_event(
-    plan: RunPlan, state: TrainState, *, elapsed_seconds: float, measurements: Mapping[str, Any],
-    choice: Mapping[str, Any] | None, export_summary: str,
-) -> EventRecord:  # fmt: skip
+    plan: RunPlan,
+    state: TrainState,
+    *,
+    elapsed_seconds: float,
+    measurements: Mapping[str, Any],
+    choice: Mapping[str, Any] | None,
+    export_summary: str,
+) -> EventRecord:
     """The end of a run: what it took, its last and best losses, and what was exported.
 
     `choice`: which weights were exported (`which`, `step`, `loss`), None for none. Parameters: one a fact.

@@ -131,9 +131,12 @@ class RunPlan:
     def execution_entry(self, step: int) -> dict[str, Any]:
         """What run.json keeps of how steps run from `step` on."""
         return {
-            "step": step, "reason": self.execution_reason, **self.execution.as_dict(),
-            "attention_kernel": self.attention_kernel, "timed": [plan.path for plan in self.timed_plans],
-        }  # fmt: skip
+            "step": step,
+            "reason": self.execution_reason,
+            **self.execution.as_dict(),
+            "attention_kernel": self.attention_kernel,
+            "timed": [plan.path for plan in self.timed_plans],
+        }
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
@@ -185,10 +188,13 @@ class RunPlan:
     def incomparable_reasons(self) -> list[str]:
         """Why the losses cannot be held against the card's."""
         return reference.why_not_comparable(
-            data=self.data_info["source"], vocabulary=self.data_info["vocabulary"],
-            block_size=self.settings.data.block_size, objective=self.data_info["objective"],
-            model=self.settings.model.model, examples=self.data_info["train"]["examples"],
-        )  # fmt: skip
+            data=self.data_info["source"],
+            vocabulary=self.data_info["vocabulary"],
+            block_size=self.settings.data.block_size,
+            objective=self.data_info["objective"],
+            model=self.settings.model.model,
+            examples=self.data_info["train"]["examples"],
+        )
 
 
 def _choose_deepspeed_file(
@@ -199,9 +205,11 @@ def _choose_deepspeed_file(
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
         return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
     return choose_deepspeed_file(
-        counts=ParamCounts.from_model_info(model_info), world_size=dist_context.world_size,
-        device_memory_bytes=dist_context.device_memory_bytes(), precision=precision,
-    )  # fmt: skip
+        counts=ParamCounts.from_model_info(model_info),
+        world_size=dist_context.world_size,
+        device_memory_bytes=dist_context.device_memory_bytes(),
+        precision=precision,
+    )
 
 
 def make_plan(
@@ -237,28 +245,53 @@ def make_plan(
     dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
     num_examples = len(data.train)
     schedule = TrainSchedule(
-        settings=settings, batch=batch, num_examples=num_examples,
+        settings=settings,
+        batch=batch,
+        num_examples=num_examples,
         total_steps=settings.train.total_steps(num_examples),
         steps_per_epoch=settings.train.steps_per_epoch(num_examples),
-    )  # fmt: skip
+    )
     padding = describe_padding(data.train, schedule.batches(data.train, dist_context.rank))
     make_execution = functools.partial(
-        make_execution_plan, settings, dist_context, deepspeed_config, precision=precision, model_dropout=dropout,
+        make_execution_plan,
+        settings,
+        dist_context,
+        deepspeed_config,
+        precision=precision,
+        model_dropout=dropout,
         micro_batch_size=batch.micro_batch_size,
-    )  # fmt: skip
+    )
     facts = RunFacts(
-        settings=settings, dist_context=dist_context, deepspeed_config=deepspeed_config, precision=precision,
-        schedule=schedule, model_info=model_info,
-    )  # fmt: skip
+        settings=settings,
+        dist_context=dist_context,
+        deepspeed_config=deepspeed_config,
+        precision=precision,
+        schedule=schedule,
+        model_info=model_info,
+    )
     choice = choose_execution(facts, previous_execution)
     execution = make_execution(path=choice.path)
     return RunPlan(
-        settings=settings, dist_context=dist_context, deepspeed_file=deepspeed_file, schedule=schedule,
-        deepspeed_config=deepspeed_config, execution=execution, execution_reason=choice.reason,
-        timed_plans=tuple(make_execution(path=path) for path in choice.timed_paths), choice_file=choice.file,
+        settings=settings,
+        dist_context=dist_context,
+        deepspeed_file=deepspeed_file,
+        schedule=schedule,
+        deepspeed_config=deepspeed_config,
+        execution=execution,
+        execution_reason=choice.reason,
+        timed_plans=tuple(make_execution(path=path) for path in choice.timed_paths),
+        choice_file=choice.file,
         attention_kernel=attention_kernel(
-            model_config, dist_context.device, rows=batch.micro_batch_size, width=settings.data.block_size,
-            precision=precision, dropout=dropout, is_blockwise=execution.blockwise_attention,
+            model_config,
+            dist_context.device,
+            rows=batch.micro_batch_size,
+            width=settings.data.block_size,
+            precision=precision,
+            dropout=dropout,
+            is_blockwise=execution.blockwise_attention,
         ),
-        model_info=model_info, data_info=data.metadata, dropout=dropout, padding=padding,
-    )  # fmt: skip
+        model_info=model_info,
+        data_info=data.metadata,
+        dropout=dropout,
+        padding=padding,
+    )

@@ -25,9 +25,13 @@ class TrainSchedule:
         """The learning rate of the update after `step` others."""
         train = self.settings.train
         return learning_rate(
-            step, peak_lr=train.lr, warmup_steps=self.num_warmup_steps, total_steps=self.total_steps,
-            schedule=train.schedule, min_lr=train.min_lr,
-        )  # fmt: skip
+            step,
+            peak_lr=train.lr,
+            warmup_steps=self.num_warmup_steps,
+            total_steps=self.total_steps,
+            schedule=train.schedule,
+            min_lr=train.min_lr,
+        )
 
     @property
     def num_warmup_steps(self) -> int:
@@ -37,10 +41,13 @@ class TrainSchedule:
     def batches(self, dataset: TokenDataset, rank: int) -> TrainBatches:
         """The global batches of the run, with this rank's share of each."""
         return TrainBatches(
-            dataset=dataset, batch_config=self.batch, seed=self.settings.train.seed, rank=rank,
+            dataset=dataset,
+            batch_config=self.batch,
+            seed=self.settings.train.seed,
+            rank=rank,
             shuffle=self.settings.data.shuffle,
             by_length=self.settings.data.objective == "completion" and not self.settings.data.packing,
-        )  # fmt: skip
+        )
 
     def next_boundary(self, step: int) -> int:
         """The first step after `step` after which something is due: evaluation, checkpoint, end of an epoch or run."""
@@ -76,9 +83,12 @@ class TrainSchedule:
         epochs, steps = divmod(state.step, self.steps_per_epoch)
         fraction = min(steps * self.batch.global_batch, self.num_examples) / self.num_examples
         return {
-            "step": state.step, "epoch": epochs + fraction, "samples": state.examples_seen,
-            "tokens": state.tokens_seen, "time": state.elapsed_seconds,
-        }  # fmt: skip
+            "step": state.step,
+            "epoch": epochs + fraction,
+            "samples": state.examples_seen,
+            "tokens": state.tokens_seen,
+            "time": state.elapsed_seconds,
+        }
 
     def _stride(self, every: str) -> int:
         return {"epoch": self.steps_per_epoch, "never": self.total_steps}.get(every) or int(every)

@@ -39,9 +39,12 @@ def evaluate_other_split(
     message = f"{_NAMES[split]} {evaluation.loss:.4f} nats per token{bits} over {len(dataset)} rows, with the weights "
     message += f"of step {step}"
     facts = {
-        "step": step, "loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte,
-        "num_target_tokens": evaluation.num_target_tokens, "num_rows": len(dataset),
-    }  # fmt: skip
+        "step": step,
+        "loss": evaluation.loss,
+        "bits_per_byte": evaluation.bits_per_byte,
+        "num_target_tokens": evaluation.num_target_tokens,
+        "num_rows": len(dataset),
+    }
     time = train_state.elapsed_seconds
     return EventRecord(event=f"{split}_evaluation", step=step, message=message, time=time, facts=facts)
 

@@ -13,9 +13,28 @@ from trainer.config.errors import UserError
 from trainer.data.acled import FIELDS
 
 _NUMBER_WORDS = (
-    "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
-)  # fmt: skip
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+)
 _DEATH_PATTERN = re.compile(r"\b(kill(ed|ing|s)?|dead|deaths?|died|fatalit(y|ies))\b", re.IGNORECASE)
 _NEGATION_PATTERN = re.compile(r"\b(no|without|any|zero|0)\b", re.IGNORECASE)
 
@@ -60,9 +79,11 @@ def acled_scores(notes: Sequence[str], prompts: Sequence[str]) -> dict[str, floa
     """
     events = [parse_fields(prompt) for prompt in prompts]
     rules: dict[str, Any] = {
-        "date": _mentions_field("Date"), "place": _mentions_field("Location"), "fatalities": _states_death_toll,
+        "date": _mentions_field("Date"),
+        "place": _mentions_field("Location"),
+        "fatalities": _states_death_toll,
         "invented_deaths": _invents_deaths,
-    }  # fmt: skip
+    }
     shares = {}
     for name, rule in rules.items():
         results = [rule(note, event) for note, event in zip(notes, events, strict=True)]

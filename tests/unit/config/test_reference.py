@@ -8,9 +8,13 @@ from trainer.config import reference
 from trainer.config.reference import CURVE, why_not_comparable
 
 REFERENCE_FACTS = {
-    "data": "export.csv", "vocabulary": 50_257, "block_size": 1024, "objective": "blocks", "model": "gpt2",
+    "data": "export.csv",
+    "vocabulary": 50_257,
+    "block_size": 1024,
+    "objective": "blocks",
+    "model": "gpt2",
     "examples": 13_242,
-}  # fmt: skip
+}
 
 
 def test_the_published_perplexities_are_those_of_the_published_losses() -> None:

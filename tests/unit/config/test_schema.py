@@ -71,10 +71,16 @@ def test_settings_are_frozen():
 @pytest.mark.parametrize(
     ("global_batch", "micro", "ranks", "expected"),
     [
-        (8, None, 1, (8, 1)), (8, None, 2, (4, 1)), (8, 2, 2, (2, 2)), (6, 1, 3, (1, 2)), (2, None, 2, (1, 1)),
-        (2, 1, 1, (1, 2)), (1, None, 1, (1, 1)), (3, None, 3, (1, 1)),
+        (8, None, 1, (8, 1)),
+        (8, None, 2, (4, 1)),
+        (8, 2, 2, (2, 2)),
+        (6, 1, 3, (1, 2)),
+        (2, None, 2, (1, 1)),
+        (2, 1, 1, (1, 2)),
+        (1, None, 1, (1, 1)),
+        (3, None, 3, (1, 1)),
     ],
-)  # fmt: skip
+)
 def test_gradient_accumulation_is_global_batch_over_micro_batch_and_ranks(global_batch, micro, ranks, expected):
     train = resolve("full", "demo", {"train": {"global_batch": global_batch, "micro_batch": micro}}).train
     batch = train.batch(ranks)
@@ -119,17 +125,38 @@ def test_steps_are_counted_as_hugging_faces_trainer_counts_them():
 
 
 OUT_OF_RANGE = {
-    "model.init": ["scratch"], "lora.rank": [0], "lora.alpha": [0.0, math.inf], "lora.dropout": [1.0],
-    "lora.target_modules": [("c_attn", "")], "data.data": [""], "data.val_fraction": [0.0, 1.0],
-    "data.objective": ["chat"], "data.block_size": [1], "data.prompt": ["{x}"],
-    "train.epochs": [0.0, math.inf, math.nan], "train.max_steps": [0], "train.global_batch": [0],
-    "train.micro_batch": [0], "train.eval_batch": [0], "train.lr": [0.0, -1.0, math.nan], "train.warmup_steps": [-1],
-    "train.warmup_ratio": [1.0], "train.schedule": ["polynomial"], "train.min_lr": [-1e-9, 1.0], "train.beta2": [1.0],
-    "train.epsilon": [0.0], "train.weight_decay": [-0.1], "train.max_grad_norm": [-1.0, math.nan],
-    "train.seed": [-1, 2**32], "engine.precision": ["tf32"], "output.eval_every": ["0", "often"],
-    "output.save_every": ["-3"], "output.save_total_limit": [0], "output.wandb": ["on"],
+    "model.init": ["scratch"],
+    "lora.rank": [0],
+    "lora.alpha": [0.0, math.inf],
+    "lora.dropout": [1.0],
+    "lora.target_modules": [("c_attn", "")],
+    "data.data": [""],
+    "data.val_fraction": [0.0, 1.0],
+    "data.objective": ["chat"],
+    "data.block_size": [1],
+    "data.prompt": ["{x}"],
+    "train.epochs": [0.0, math.inf, math.nan],
+    "train.max_steps": [0],
+    "train.global_batch": [0],
+    "train.micro_batch": [0],
+    "train.eval_batch": [0],
+    "train.lr": [0.0, -1.0, math.nan],
+    "train.warmup_steps": [-1],
+    "train.warmup_ratio": [1.0],
+    "train.schedule": ["polynomial"],
+    "train.min_lr": [-1e-9, 1.0],
+    "train.beta2": [1.0],
+    "train.epsilon": [0.0],
+    "train.weight_decay": [-0.1],
+    "train.max_grad_norm": [-1.0, math.nan],
+    "train.seed": [-1, 2**32],
+    "engine.precision": ["tf32"],
+    "output.eval_every": ["0", "often"],
+    "output.save_every": ["-3"],
+    "output.save_total_limit": [0],
+    "output.wandb": ["on"],
     "output.run_name": ["a/b", ""],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]])

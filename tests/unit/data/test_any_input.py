@@ -18,16 +18,64 @@ NAMES = st.sampled_from(
 )
 #: Bytes that mean something to one of the readers, in any order, among any others.
 BYTES = st.lists(
-    st.sampled_from([b'"', b",", b"\t", b"\n", b"\r", b"\r\n", b"{", b"}", b"[", b"]", b":", b"\\u", b"\\ud800",
-        b"text", b"messages",
-        b'"text"', b"1e999", b"9" * 5000, b"[" * 3000, b"\xff", b"\xef\xbb\xbf", b"\0", b"NaN", b"null",
-        b"PAR1", b"ARROW1", b"\x1f\x8b", b"\x1b]0;x\x07"]) | st.binary(max_size=6),
+    st.sampled_from(
+        [
+            b'"',
+            b",",
+            b"\t",
+            b"\n",
+            b"\r",
+            b"\r\n",
+            b"{",
+            b"}",
+            b"[",
+            b"]",
+            b":",
+            b"\\u",
+            b"\\ud800",
+            b"text",
+            b"messages",
+            b'"text"',
+            b"1e999",
+            b"9" * 5000,
+            b"[" * 3000,
+            b"\xff",
+            b"\xef\xbb\xbf",
+            b"\0",
+            b"NaN",
+            b"null",
+            b"PAR1",
+            b"ARROW1",
+            b"\x1f\x8b",
+            b"\x1b]0;x\x07",
+        ]
+    )
+    | st.binary(max_size=6),
     max_size=24,
-).map(b"".join)  # fmt: skip
+).map(b"".join)
 COLUMNS = st.sampled_from(
-    ["text", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "input_ids",
-     "notes", "event_date", "fatalities", "role", "content", "from", "value", "tools", "tool_calls", "system"]
-)  # fmt: skip
+    [
+        "text",
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "input_ids",
+        "notes",
+        "event_date",
+        "fatalities",
+        "role",
+        "content",
+        "from",
+        "value",
+        "tools",
+        "tool_calls",
+        "system",
+    ]
+)
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.just("\ud800"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(COLUMNS | st.text(max_size=4), inner, max_size=4),

@@ -171,14 +171,27 @@ def check_any_facts(facts_file, place, value):
         manifest = store.read_manifest(path)
     except ValueError:
         return
-    assert all(isinstance(getattr(manifest, field.name), type(getattr(store.read_manifest(facts_file), field.name)))
-        for field in dataclasses.fields(manifest))  # fmt: skip
+    assert all(
+        isinstance(getattr(manifest, field.name), type(getattr(store.read_manifest(facts_file), field.name)))
+        for field in dataclasses.fields(manifest)
+    )
 
 
 PLACES = st.sampled_from(
-    [("dtype",), ("pad_id",), ("val_texts",), ("facts",), ("sha256",), ("format",), ("facts", "train"),
-     ("facts", "val", "examples"), ("facts", "fingerprint"), ("facts", "test", "tokens"), ("sha256", "train.ids.bin")]
-)  # fmt: skip
+    [
+        ("dtype",),
+        ("pad_id",),
+        ("val_texts",),
+        ("facts",),
+        ("sha256",),
+        ("format",),
+        ("facts", "train"),
+        ("facts", "val", "examples"),
+        ("facts", "fingerprint"),
+        ("facts", "test", "tokens"),
+        ("sha256", "train.ids.bin"),
+    ]
+)
 
 
 @many_inputs(300)

@@ -113,7 +113,7 @@ def test_marks_of_a_template_in_a_message_do_not_move_the_mask(tokenizer):
             "message 2: the chat template writes it otherwise than as the last one",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_mask_that_cannot_be_proven_is_refused_with_its_reason(tokenizer, template, problem):
     with pytest.raises(MaskError, match=problem):
         learnt_texts(tokenizer, template, TURNS)
@@ -267,14 +267,15 @@ def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, p
         ({"prompt": [TURNS[0]], "completion": [TURNS[0]]}, "no message of role assistant"),
         ({"prompt": "x", "completion": ""}, "column 'completion' is null or empty"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_conversation_is_one_line_with_its_place(tmp_path, prepare_chat, record, problem):
     good = {
         "messages": chat_records(),
         "conversations": [{"conversations": [{"from": "gpt", "value": "x"}]}] * 40,
-        "prompt": [{"prompt": [TURNS[0]], "completion": [TURNS[1]]}] * 40 if isinstance(record.get("prompt"), list)
+        "prompt": [{"prompt": [TURNS[0]], "completion": [TURNS[1]]}] * 40
+        if isinstance(record.get("prompt"), list)
         else [{"prompt": "x", "completion": " y"}] * 40,
-    }[next(iter(record))]  # fmt: skip
+    }[next(iter(record))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*good, record]))
     with pytest.raises(UserError) as error_info:
         prepare_chat(tmp_path / "a.jsonl")

@@ -49,10 +49,14 @@ def test_the_demo_rng_uses_no_method_whose_sequence_python_may_change():
 @pytest.mark.parametrize(
     ("event_type", "expected"),
     [
-        ("Protests", 0.305), ("Violence against civilians", 0.237), ("Battles", 0.218),
-        ("Riots", 0.109), ("Explosions/Remote violence", 0.067), ("Strategic developments", 0.065),
+        ("Protests", 0.305),
+        ("Violence against civilians", 0.237),
+        ("Battles", 0.218),
+        ("Riots", 0.109),
+        ("Explosions/Remote violence", 0.067),
+        ("Strategic developments", 0.065),
     ],
-)  # fmt: skip
+)
 def test_event_types_are_as_frequent_as_in_real_exports(rows, event_type, expected):
     assert fraction(rows, lambda row: row["event_type"] == event_type) == pytest.approx(expected, abs=0.017)
 

@@ -12,18 +12,42 @@ from trainer.data import acled
 from trainer.data.formats import RecordError, choose_format, parse_template, parse_token_ids
 
 OLD_EXPORT = {
-    "EVENT_ID_CNTY": "1ALG", "EVENT_DATE": "18-December-2019", "YEAR": 2019, "EVENT_TYPE": "Protests",
-    "SUB_EVENT_TYPE": "Peaceful protest", "ACTOR1": "Protesters (Algeria)", "INTER1": 6, "ACTOR2": None, "INTER2": 0,
-    "COUNTRY": "Algeria", "LOCATION": "Bejaia", "FATALITIES": 0, "SOURCE": "A; B",
+    "EVENT_ID_CNTY": "1ALG",
+    "EVENT_DATE": "18-December-2019",
+    "YEAR": 2019,
+    "EVENT_TYPE": "Protests",
+    "SUB_EVENT_TYPE": "Peaceful protest",
+    "ACTOR1": "Protesters (Algeria)",
+    "INTER1": 6,
+    "ACTOR2": None,
+    "INTER2": 0,
+    "COUNTRY": "Algeria",
+    "LOCATION": "Bejaia",
+    "FATALITIES": 0,
+    "SOURCE": "A; B",
     "NOTES": "On 18 December 2019, students met in Bejaia.",
-}  # fmt: skip
+}
 NEW_EXPORT = {
-    "event_id_cnty": "1ALG", "event_date": "2019-12-18", "year": "2019", "disorder_type": "Demonstrations",
-    "event_type": "Protests", "sub_event_type": "Peaceful protest", "actor1": "Protesters (Algeria)",
-    "assoc_actor_1": "", "inter1": "Protesters", "actor2": "", "inter2": "", "civilian_targeting": "",
-    "country": "Algeria", "location": "Bejaia", "source": "A; B", "fatalities": 0.0, "tags": "crowd size=no report",
-    "notes": "On 18 December 2019, students met in Bejaia.", "timestamp": "1577145600",
-}  # fmt: skip
+    "event_id_cnty": "1ALG",
+    "event_date": "2019-12-18",
+    "year": "2019",
+    "disorder_type": "Demonstrations",
+    "event_type": "Protests",
+    "sub_event_type": "Peaceful protest",
+    "actor1": "Protesters (Algeria)",
+    "assoc_actor_1": "",
+    "inter1": "Protesters",
+    "actor2": "",
+    "inter2": "",
+    "civilian_targeting": "",
+    "country": "Algeria",
+    "location": "Bejaia",
+    "source": "A; B",
+    "fatalities": 0.0,
+    "tags": "crowd size=no report",
+    "notes": "On 18 December 2019, students met in Bejaia.",
+    "timestamp": "1577145600",
+}
 
 
 def format_of(columns, **settings):
@@ -45,10 +69,13 @@ def test_a_stray_brace_is_refused_with_its_place(template):
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (3, "3"), (0.5, "0.5"), (datetime.date(2022, 1, 5), "2022-01-05"),
-        (datetime.datetime(2022, 1, 5), "2022-01-05"), (datetime.datetime(2022, 1, 5, 6), "2022-01-05 06:00:00"),
+        (3, "3"),
+        (0.5, "0.5"),
+        (datetime.date(2022, 1, 5), "2022-01-05"),
+        (datetime.datetime(2022, 1, 5), "2022-01-05"),
+        (datetime.datetime(2022, 1, 5, 6), "2022-01-05 06:00:00"),
     ],
-)  # fmt: skip
+)
 def test_numbers_and_dates_are_written_as_in_a_csv_file(value, text):
     assert format_of(["v"], completion="{v}").render({"v": value}) == ("", text)
 
@@ -56,13 +83,17 @@ def test_numbers_and_dates_are_written_as_in_a_csv_file(value, text):
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ({"v": None, "w": "x"}, "column 'v' is null or empty"), ({"v": float("nan"), "w": "x"}, "column 'v' is null"),
+        ({"v": None, "w": "x"}, "column 'v' is null or empty"),
+        ({"v": float("nan"), "w": "x"}, "column 'v' is null"),
         ({"v": "", "w": "x"}, "column 'v' is null or empty"),  # as in a CSV file, which has no other null
-        ({"v": [1], "w": "x"}, "column 'v' holds a list"), ({"v": {}, "w": "x"}, "column 'v' holds a dict"),
-        ({"v": b"x", "w": "x"}, "column 'v' holds a bytes"), ({"v": "a\ud800", "w": "x"}, "'v' holds half a character"),
-        ({"w": "x"}, "column 'v' is missing"), ({"v": "x", "w": " "}, "--completion is empty"),
+        ({"v": [1], "w": "x"}, "column 'v' holds a list"),
+        ({"v": {}, "w": "x"}, "column 'v' holds a dict"),
+        ({"v": b"x", "w": "x"}, "column 'v' holds a bytes"),
+        ({"v": "a\ud800", "w": "x"}, "'v' holds half a character"),
+        ({"w": "x"}, "column 'v' is missing"),
+        ({"v": "x", "w": " "}, "--completion is empty"),
     ],
-)  # fmt: skip
+)
 def test_a_value_that_is_no_text_is_refused_with_its_column(record, problem):
     with pytest.raises(RecordError, match=problem):
         format_of(["v", "w"], prompt="{v}", completion="{w}").render(record)
@@ -117,11 +148,15 @@ def test_an_unknown_spelling_of_a_date_is_left_unchanged(date):
 @pytest.mark.parametrize(
     ("inter", "name"),
     [
-        ("1", "State Forces"), ("1.0", "State Forces"), ("State forces", "State Forces"),
-        ("Rebel group", "Rebel Groups"), ("0", ""), ("External/Other forces", "External/Other Forces"), 
+        ("1", "State Forces"),
+        ("1.0", "State Forces"),
+        ("State forces", "State Forces"),
+        ("Rebel group", "Rebel Groups"),
+        ("0", ""),
+        ("External/Other forces", "External/Other Forces"),
         ("42", "42"),
     ],
-)  # fmt: skip
+)
 def test_inter_codes_and_names_become_one_spelling(inter, name):
     assert acled.inter_name(inter) == name
 
@@ -150,7 +185,7 @@ def test_templates_go_before_token_ids_before_acled_before_text():
         (["input_ids"], {"objective": "completion"}, "--objective completion needs .*--completion"),
         (["mr", "ref"], {"objective": "completion"}, "--objective completion needs .*--completion"),
     ],
-)  # fmt: skip
+)
 def test_columns_that_make_no_format_are_refused_with_the_flags_that_help(columns, settings, problem):
     with pytest.raises(UserError, match=problem):
         format_of(columns, **settings)
@@ -161,9 +196,7 @@ def test_a_preference_is_refused_by_its_column():
         format_of(["prompt", "completion", "label"]).render({"prompt": "a", "completion": " b", "label": False})
 
 
-@pytest.mark.parametrize(
-    "ids", [None, "1 2", 7, [], [1, None], [1.0, 2.0], [-1], [True], [[1]], [2**31]]
-)  # fmt: skip
+@pytest.mark.parametrize("ids", [None, "1 2", 7, [], [1, None], [1.0, 2.0], [-1], [True], [[1]], [2**31]])
 def test_token_ids_must_be_whole_numbers(ids):
     with pytest.raises(RecordError, match="column 'input_ids'"):
         parse_token_ids({"input_ids": ids})

@@ -58,7 +58,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(refusal_message, tmp_path):
         ("a.json", '[{{"mr": "1", "ref": "2"}}, {{"d": {deep}}}]', "row 2, column 'd': JSON nested more than 500 deep"),
         ("a.json", "{deep}", "row 1: not an object; expected a list of objects"),
     ],
-)  # fmt: skip
+)
 def test_numbers_too_long_and_nesting_too_deep_are_named_by_row_and_column(
     refusal_message, tmp_path, name, content, problem
 ):
@@ -91,9 +91,13 @@ def test_an_empty_optional_field_is_the_same_in_csv_and_jsonl(tmp_path, model, e
             row |= value
         file = samples.write_jsonl(tmp_path / "a.jsonl", [rows[1], *rows[:1], *rows[2:]])
     settings = DataSettings(
-        data=str(file), block_size=64, prompt="Q: {q}\nHint: {hint}\nA:", completion="{a}", objective="completion",
+        data=str(file),
+        block_size=64,
+        prompt="Q: {q}\nHint: {hint}\nA:",
+        completion="{a}",
+        objective="completion",
         val_fraction=0.3,
-    )  # fmt: skip
+    )
     prepared = prepare(settings, model=model, global_batch=2, cache=tmp_path / "cache")
     prompts = sorted(prompt for prompt, _ in prepared.val_texts)
     assert all(("Hint: see" in prompt) == bool(int(prompt.split()[3].rstrip("?")) % 2) for prompt in prompts)

@@ -110,7 +110,7 @@ def test_an_empty_file_is_refused(refusal_message, tmp_path, name):
         ("a.json", '[{"mr": "1", "ref": "2"}, 3]', "a.json, row 2: not an object"),
         ("a.parquet", "no parquet at all", "a.parquet: not a whole Parquet file"),
     ],
-)  # fmt: skip
+)
 def test_bad_content_is_named_by_file_and_row(refusal_message, tmp_path, name, content, problem):
     (tmp_path / name).write_text(content)
     assert problem in refusal_message(name)

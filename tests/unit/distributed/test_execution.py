@@ -20,6 +20,13 @@ def test_adapters_are_fused_where_their_formula_is_plain_loras():
     assert plan_execution().fused_lora
     for flags in ("--adapter dora", "--lora-dropout 0.1", "--quant nf4", "--ds-config zero3"):
         assert not plan_execution(*flags.split()).fused_lora, flags
-    for flags in ("--adapter rslora", "--adapter pissa", "--precision bf16", "--activation-checkpointing",
-                  "--ds-config zero2", "--modules-to-save bias,wte", "--execution compile"):  # fmt: skip
+    for flags in (
+        "--adapter rslora",
+        "--adapter pissa",
+        "--precision bf16",
+        "--activation-checkpointing",
+        "--ds-config zero2",
+        "--modules-to-save bias,wte",
+        "--execution compile",
+    ):
         assert plan_execution(*flags.split()).fused_lora, flags

@@ -17,47 +17,79 @@ from trainer.distributed.launch_environment import (
 MASTER = {"MASTER_ADDR": "h1", "MASTER_PORT": "1234"}
 #: docs.pytorch.org/docs/stable/elastic/run.html, "Environment Variables"
 TORCHRUN = {
-    "TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-    "GROUP_RANK": "1", **MASTER,
-}  # fmt: skip
+    "TORCHELASTIC_RUN_ID": "none",
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    **MASTER,
+}
 #: deepspeed/launcher/launch.py; the same under pdsh and --no_ssh. One host with one slot, one with two.
 DEEPSPEED = {
-    "CROSS_RANK": "1", "CROSS_SIZE": "2", "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "RANK": "2",
+    "WORLD_SIZE": "3",
+    "LOCAL_RANK": "0",
+    "LOCAL_SIZE": "2",
     **MASTER,
-}  # fmt: skip
+}
 #: slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT VARIABLES"
 SRUN = {
-    "SLURM_JOB_ID": "100", "SLURM_STEP_ID": "1", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8",
-    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST": "gpu[003-005,9]",
-    "SLURM_JOB_NODELIST": "gpu[001-009]", "SLURM_JOB_NUM_NODES": "9",
-}  # fmt: skip
+    "SLURM_JOB_ID": "100",
+    "SLURM_STEP_ID": "1",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "4",
+    "SLURM_STEP_NODELIST": "gpu[003-005,9]",
+    "SLURM_JOB_NODELIST": "gpu[001-009]",
+    "SLURM_JOB_NUM_NODES": "9",
+}
 #: slurm.schedmd.com/sbatch.html, "OUTPUT ENVIRONMENT VARIABLES": the batch script is task 0 and no step
 SBATCH = {"SLURM_JOB_ID": "100", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_NODEID": "0"}
 #: docs.open-mpi.org, "Environment variables set for MPI applications"
 OPENMPI = {
-    "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "PMIX_RANK": "1",
-}  # fmt: skip
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+    "PMIX_RANK": "1",
+}
 #: github.com/pmodels/mpich, src/pm/hydra; Intel MPI has the same
 HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 #: github.com/kubeflow/training-operator 1.7 to 1.9, pkg/controller.v1/pytorch/envvar.go; nprocPerNode is auto where a
 #: job does not say it (pytorch_defaults.go: DefaultNprocPerNode)
 PYTORCHJOB = {
-    "RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456", "PYTHONUNBUFFERED": "1",
-    "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "1", "PET_NNODES": "3", "PET_MASTER_ADDR": "job-master-0",
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "MASTER_ADDR": "job-master-0",
+    "MASTER_PORT": "23456",
+    "PYTHONUNBUFFERED": "1",
+    "PET_NPROC_PER_NODE": "auto",
+    "PET_NODE_RANK": "1",
+    "PET_NNODES": "3",
+    "PET_MASTER_ADDR": "job-master-0",
     "PET_MASTER_PORT": "23456",
-}  # fmt: skip
+}
 #: github.com/kubeflow/trainer, pkg/runtime/framework/plugins/torch/torch.go: the variables of torchrun, for a command
 #: that may not be torchrun; `auto` is turned into a number of processor cores where a pod has no GPU
 TRAINER_V2 = {
-    "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "job-node-0-0.job",
+    "PET_NNODES": "2",
+    "PET_NPROC_PER_NODE": "1",
+    "PET_NODE_RANK": "1",
+    "PET_MASTER_ADDR": "job-node-0-0.job",
     "PET_MASTER_PORT": "29500",
-}  # fmt: skip
+}
 #: docs.skypilot.co/en/stable/running-jobs/distributed-jobs.html
 SKYPILOT = {
-    "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6", "SKYPILOT_NUM_NODES": "2",
+    "SKYPILOT_NODE_RANK": "1",
+    "SKYPILOT_NODE_IPS": "10.0.0.5\n10.0.0.6",
+    "SKYPILOT_NUM_NODES": "2",
     "SKYPILOT_NUM_GPUS_PER_NODE": "1",
-}  # fmt: skip
+}
 #: the lines that clusters' own pages give for a batch script
 SBATCH_LINES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
 
@@ -65,9 +97,13 @@ SBATCH_LINES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
 def place(ranks: tuple[int, int], local: tuple[Any, Any], addr: str = "h1", port: int | None = 1234) -> Any:
     """`ranks` and `local`: (rank, how many there are)."""
     return LaunchEnvironment(
-        rank=ranks[0], world_size=ranks[1], local_rank=local[0], local_world_size=local[1], master_addr=addr,
+        rank=ranks[0],
+        world_size=ranks[1],
+        local_rank=local[0],
+        local_world_size=local[1],
+        master_addr=addr,
         master_port=port,
-    )  # fmt: skip
+    )
 
 
 PALS = {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1"}
@@ -101,11 +137,12 @@ CASES = {
     "SkyPilot": (SKYPILOT, place((1, 2), (None, None), "10.0.0.5", 29500)),
     "RANK and WORLD_SIZE in a batch script": ({**TWO_TASKS, **SBATCH_LINES}, place((1, 2), (0, None))),
     "eight ranks started by hand in each of two tasks": (
-        {**TWO_TASKS, **SBATCH_LINES, "RANK": "9", "WORLD_SIZE": "16"}, place((9, 16), (0, None))
+        {**TWO_TASKS, **SBATCH_LINES, "RANK": "9", "WORLD_SIZE": "16"},
+        place((9, 16), (0, None)),
     ),
     "plain Python": ({"PATH": "/bin"}, ALONE),
     "plain Python in an allocation of one task": ({**SBATCH, "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}, ALONE),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,13 +155,16 @@ def test_each_launcher_says_which_rank_this_is(name):
 REFUSED = {
     "an allocation without srun": (SBATCH, ["SLURM_NTASKS=8", "srun python launch/train.py"]),
     "an allocation of nodes without srun": (
-        {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"}, ["SLURM_JOB_NUM_NODES=2", "srun"]
+        {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"},
+        ["SLURM_JOB_NUM_NODES=2", "srun"],
     ),
     "RANK exported for all tasks": (
-        {**SRUN, **SBATCH_LINES, "RANK": "0", "WORLD_SIZE": "8"}, ["RANK=0", "SLURM_PROCID=5"]
+        {**SRUN, **SBATCH_LINES, "RANK": "0", "WORLD_SIZE": "8"},
+        ["RANK=0", "SLURM_PROCID=5"],
     ),
     "a world of one exported for all tasks": (
-        {**SRUN, "RANK": "0", "WORLD_SIZE": "1"}, ["WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"]
+        {**SRUN, "RANK": "0", "WORLD_SIZE": "1"},
+        ["WORLD_SIZE=1", "SLURM_STEP_NUM_TASKS=8"],
     ),
     "mpirun that says no address": (OPENMPI, ["OMPI_COMM_WORLD_SIZE=2 without MASTER_ADDR", "mpirun -x"]),
     "PMIx alone": ({"PMIX_RANK": "1"}, ["PMIX_RANK=1", "torchrun"]),
@@ -138,16 +178,19 @@ REFUSED = {
     "a port that is none": ({**SBATCH_LINES, "MASTER_PORT": "70000"}, ["MASTER_PORT=70000", "65535"]),
     "ranks without an address": ({"RANK": "1", "WORLD_SIZE": "2"}, ["WORLD_SIZE=2 without MASTER_ADDR"]),
     "PyTorchJob with several GPUs a pod": (
-        {**PYTORCHJOB, "PET_NPROC_PER_NODE": "8", "WORLD_SIZE": "24"}, ["PET_NPROC_PER_NODE=8", "torchrun"]
+        {**PYTORCHJOB, "PET_NPROC_PER_NODE": "8", "WORLD_SIZE": "24"},
+        ["PET_NPROC_PER_NODE=8", "torchrun"],
     ),
     "Trainer v2 with several GPUs a node": (
-        {**TRAINER_V2, "PET_NPROC_PER_NODE": "4"}, ["PET_NPROC_PER_NODE=4", "torchrun"]
+        {**TRAINER_V2, "PET_NPROC_PER_NODE": "4"},
+        ["PET_NPROC_PER_NODE=4", "torchrun"],
     ),
     "an elastic job": ({"PET_NNODES": "1:4"}, ["PET_NNODES=1:4", "torchrun"]),
     "SkyPilot with several GPUs a node": (
-        {**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "8"}, ["SKYPILOT_NUM_GPUS_PER_NODE=8", "torchrun"]
+        {**SKYPILOT, "SKYPILOT_NUM_GPUS_PER_NODE": "8"},
+        ["SKYPILOT_NUM_GPUS_PER_NODE=8", "torchrun"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -162,10 +205,12 @@ def test_processes_that_cannot_tell_their_place_are_refused_in_one_line(name):
 @pytest.mark.parametrize(
     ("nodelist", "expected"),
     [
-        ("gpu003", "gpu003"), ("gpu[003-005,9],login1", "gpu003"), ("login1,gpu[003-005]", "login1"),
+        ("gpu003", "gpu003"),
+        ("gpu[003-005,9],login1", "gpu003"),
+        ("login1,gpu[003-005]", "login1"),
         ("rack[0-1]node[07,9]-ib", "rack0node07-ib"),
     ],
-)  # fmt: skip
+)
 def test_the_first_host_of_a_node_list_is_found(nodelist, expected):
     assert first_host(nodelist) == expected
 

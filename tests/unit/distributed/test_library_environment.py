@@ -26,15 +26,21 @@ except ImportError:
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, "2000 system"), ({"GOMP_SPINCOUNT": "7"}, "7 system"), ({"OMP_WAIT_POLICY": "passive"}, "None system"),
+        ({}, "2000 system"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 system"),
+        ({"OMP_WAIT_POLICY": "passive"}, "None system"),
         ({"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}, "2000 mimalloc"),
     ],
-)  # fmt: skip
+)
 def test_spin_and_arrows_pool_are_set_before_they_are_read_unless_the_user_set_them(script, variables, expected):
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "ARROW_DEFAULT_MEMORY_POOL")
     environ = {k: v for k, v in os.environ.items() if k not in names} | variables
     answer = subprocess.run(
-        [sys.executable, "-c", CODE.format(script=script), str(LAUNCH)], env=environ, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", CODE.format(script=script), str(LAUNCH)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert answer.stdout.split() == [*expected.split(), "False", "False"], answer.stderr

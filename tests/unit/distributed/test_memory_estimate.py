@@ -92,11 +92,14 @@ def test_the_memory_estimate_moves_frozen_weights_in_bf16_to_the_host_of_a_gpu()
 @pytest.mark.parametrize(
     ("stage", "ranks", "expected"),
     [
-        (0, 1, 70), (2, 1, 70),  # every gradient stays where it is made
-        (0, 2, 50 + 4 * 100), (1, 2, 50 + 4 * 100),  # a flat buffer for them is always there
-        (2, 4, 50), (3, 4, 50 + 4 * 100 + 4 * 100 / 4),  # ZeRO-3: gathered weights, and its share's buffer
+        (0, 1, 70),
+        (2, 1, 70),  # every gradient stays where it is made
+        (0, 2, 50 + 4 * 100),
+        (1, 2, 50 + 4 * 100),  # a flat buffer for them is always there
+        (2, 4, 50),
+        (3, 4, 50 + 4 * 100 + 4 * 100 / 4),  # ZeRO-3: gathered weights, and its share's buffer
     ],
-)  # fmt: skip
+)
 def test_a_pass_holds_all_gradients_up_to_zero_1_and_a_share_beyond(stage, ranks, expected):
     passes = PassMemory(saved=30, peak=50, peak_with_gradients=70)
     memory = estimate(ParamCounts(frozen=0, trainable=100), passes, stage, ranks)
@@ -146,9 +149,11 @@ def real_pass_memory(model: TrainableModel, setup: PassSetup) -> PassMemory:
         loss.backward()
         del loss, row_losses
     return PassMemory(
-        saved=saved_bytes, peak=live.peak_bytes, peak_with_gradients=live.peak_bytes_with_gradients,
+        saved=saved_bytes,
+        peak=live.peak_bytes,
+        peak_with_gradients=live.peak_bytes_with_gradients,
         cast_weights=sum(layer.weight.numel() for layer in cast.layers) if cast else 0,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,13 @@ def test_the_front_matter_is_yaml_whatever_the_names(name):
 def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(tmp_path):
     path = tmp_path / "answer.json"
     for content, message in (
-        (None, "no such file"), ("{", "not JSON"), ("[]", "holds a list"), ("{}", "its sentence is None"),
-        ('{"sentence": ""}', "its sentence is ''"), ('{"sentence": [1]}', r"its sentence is \[1\]"),
-    ):  # fmt: skip
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[]", "holds a list"),
+        ("{}", "its sentence is None"),
+        ('{"sentence": ""}', "its sentence is ''"),
+        ('{"sentence": [1]}', r"its sentence is \[1\]"),
+    ):
         if content is not None:
             path.write_text(content)
         with pytest.raises(UserError, match=f"--answer .*answer.json: {message}"):

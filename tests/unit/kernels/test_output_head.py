@@ -17,8 +17,14 @@ from trainer.kernels import linear_cross_entropy
 from trainer.kernels.device_branch import simulate_gpu
 from trainer.kernels.linear_cross_entropy import CausalLMLoss
 
-SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "vocab_size": 97, "max_position_embeddings": 64}  # fmt: skip
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+}
 GROUPED = SMALL | {"num_key_value_heads": 2, "pad_token_id": 5}
 OTHER_MODELS = {
     "llama": transformers.LlamaConfig(**GROUPED),
@@ -28,12 +34,19 @@ OTHER_MODELS = {
     "gemma2": transformers.Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=2.0),
     "phi": transformers.PhiConfig(**GROUPED),
     "gpt_neox": transformers.GPTNeoXConfig(**SMALL, pad_token_id=5),
-    "opt": transformers.OPTConfig(hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
-                                  vocab_size=97, word_embed_proj_dim=8, dropout=0.0),
+    "opt": transformers.OPTConfig(
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=97,
+        word_embed_proj_dim=8,
+        dropout=0.0,
+    ),
     "granite": transformers.GraniteConfig(**GROUPED, logits_scaling=8.0),
     "cohere": transformers.CohereConfig(**GROUPED, logit_scale=0.25, eos_token_id=1),
     "bloom": transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=97, pad_token_id=5),
-}  # fmt: skip
+}
 
 
 def make_other_model(name: str) -> Any:

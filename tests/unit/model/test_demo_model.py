@@ -73,10 +73,13 @@ EVERY_KIND = "".join(chr(code) for code in range(1, 0x110000, 37) if not 0xD800 
 @pytest.mark.parametrize(
     "text",
     [
-        "Hello  world\n\ttab ", "Z\u00fcrich, \u5317\u4eac \u0645\u0631", "\U0001f600 e\u0301 \x00\x07\x7f \u2028", "",
+        "Hello  world\n\ttab ",
+        "Z\u00fcrich, \u5317\u4eac \u0645\u0631",
+        "\U0001f600 e\u0301 \x00\x07\x7f \u2028",
+        "",
         pytest.param(EVERY_KIND, id="every kind"),
     ],
-)  # fmt: skip
+)
 def test_any_text_comes_back_from_the_demo_tokenizer(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids, clean_up_tokenization_spaces=False) == text
 

@@ -274,10 +274,11 @@ def test_modules_to_save_are_exported_with_the_adapter(adapter, of, tmp_path, re
     ("flags", "rtol", "atol"),
     [
         ("", 1e-5, 1e-4),  # float32, logits of 30
-        ("--adapter pissa", 1e-4, 1e-3), ("--adapter rslora", 1e-4, 1e-3),
+        ("--adapter pissa", 1e-4, 1e-3),
+        ("--adapter rslora", 1e-4, 1e-3),
         ("--adapter dora --modules-to-save wte,bias", 1e-4, 1e-3),
     ],
-)  # fmt: skip
+)
 def test_merged_adapters_leave_the_logits_unchanged_and_the_embeddings_tied(tiny_model, flags, rtol, atol):
     built = build_perturbed(*flags.split(), model_dir=tiny_model)
     expected = compute_logits(built)
@@ -321,14 +322,17 @@ def test_an_exported_adapter_names_its_quantized_base(tiny_model, tmp_path):
         ("lora", "--quant int8 --adapter dora", "--quant int8: dora takes the norms of its layers"),
         ("lora", "--quant int8 --quant-double", "--quant-double: expected with --quant nf4 or fp4"),
         ("lora", "--quant-double", "--quant-double: expected with --quant nf4 or fp4"),
-        ("lora", "--quant nf4 --modules-to-save bias",
-         "--modules-to-save bias: bitsandbytes rounds the biases of nf4 layers"),
+        (
+            "lora",
+            "--quant nf4 --modules-to-save bias",
+            "--modules-to-save bias: bitsandbytes rounds the biases of nf4 layers",
+        ),
         ("lora", "--quant fp4 --precision fp16", "--precision fp16: rounds the packed weights of --quant fp4"),
         ("full", "--optim adamw8bit --precision fp16", "--optim adamw8bit: not with --precision fp16"),
         ("lora", "--modules-to-save wpe", "--modules-to-save wpe: expected wte, lm_head, layernorm or bias"),
         ("lora", "--lora-plus-ratio 0", "--lora-plus-ratio 0.0: expected a number above 0"),
     ],
-)  # fmt: skip
+)
 def test_adapter_flags_that_exclude_each_other_are_refused(mode, argv, message):
     with pytest.raises(UserError) as caught:
         gpt2_settings(mode, *argv.split())
@@ -356,8 +360,11 @@ def test_the_plan_says_where_an_8_bit_optimizer_saves_nothing():
     settings = gpt2_settings("lora", "--optim", "adamw8bit", "--lora-rank", "4", "--lora-target-modules", "c_attn")
     facts = build_model(settings, on_meta=True).metadata
     assert facts["kept_in_32_bits"] == {  # A [4, 768] has 3,072 elements, B [2304, 4] 9,216
-        "tensors": 24, "kept_tensors": 12, "kept_parameters": 12 * 3072, "parameters": 12 * (3072 + 9216),
-    }  # fmt: skip
+        "tensors": 24,
+        "kept_tensors": 12,
+        "kept_parameters": 12 * 3072,
+        "parameters": 12 * (3072 + 9216),
+    }
     (note,) = collect_notes(settings, facts)
     assert note.startswith("adamw8bit: 12 of 24 trained tensors (25% of the parameters) are embeddings or under 4,096")
     full = build_model(gpt2_settings("full", "--optim", "adamw8bit"), on_meta=True).metadata["kept_in_32_bits"]
@@ -396,9 +403,11 @@ def test_runs_are_named_by_what_they_train(flags, name):
 def test_settings_of_an_older_run_are_still_read():
     values = gpt2_settings("lora").as_dict()
     newer = {
-        "lora": ("adapter", "plus_ratio", "modules_to_save"), "model": ("quant", "quant_double"), "train": ("optim",),
+        "lora": ("adapter", "plus_ratio", "modules_to_save"),
+        "model": ("quant", "quant_double"),
+        "train": ("optim",),
         "engine": ("activation_checkpointing",),
-    }  # fmt: skip
+    }
     for group, fields in newer.items():
         for field in fields:
             del values[group][field]

@@ -134,7 +134,7 @@ def test_every_call_that_reads_a_model_refuses_its_code():
         (T5Config(vocab_size=97, d_model=16, num_layers=1, num_heads=2), "t5 is not a causal language model"),
         (BartConfig(vocab_size=97, d_model=16), "bart is not a causal language model"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_is_not_causal_is_refused_by_name_before_its_weights(tmp_path, config, message, on_meta):
     config.save_pretrained(tmp_path / "model")
     assert message in refusal(tmp_path / "model", on_meta=on_meta)
@@ -165,7 +165,7 @@ def test_an_adapter_folder_is_not_taken_for_a_model(folder):
         ({"n_positions": 64}, "transformer.wpe.weight has shape [32, 16] in the file and [64, 16]"),
         ({"tie_word_embeddings": False}, "the weights lack lm_head.weight"),
     ],
-)  # fmt: skip
+)
 def test_weights_that_do_not_fit_the_configuration_are_refused_by_name(folder, changes, message):
     change_config(folder, **changes)
     for on_meta in (True, False):
@@ -202,10 +202,15 @@ def test_weights_in_several_files_load(folder):
 
 
 DAMAGES = {
-    "empty": lambda _: b"", "zeros": lambda _: b"\0" * 7, "an endless header": lambda _: struct.pack("<Q", 2**60),
-    "a list": lambda _: struct.pack("<Q", 2) + b"[]", "no weights": lambda _: struct.pack("<Q", 2) + b"{}x",
-    "a byte short": lambda b: b[:-1], "a page short": lambda b: b[:-4096], "a byte long": lambda b: b + b"x",
-}  # fmt: skip
+    "empty": lambda _: b"",
+    "zeros": lambda _: b"\0" * 7,
+    "an endless header": lambda _: struct.pack("<Q", 2**60),
+    "a list": lambda _: struct.pack("<Q", 2) + b"[]",
+    "no weights": lambda _: struct.pack("<Q", 2) + b"{}x",
+    "a byte short": lambda b: b[:-1],
+    "a page short": lambda b: b[:-4096],
+    "a byte long": lambda b: b + b"x",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -252,13 +257,25 @@ def test_a_damaged_index_is_refused(folder, content):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("vocab_size", -5), ("vocab_size", 10**12), ("n_layer", 0), ("n_layer", 10**9), ("n_embd", "sixteen"),
-        ("n_embd", True), ("n_head", 0), ("n_head", 3), ("activation_function", "exec"), ("activation_function", None),
-        ("n_positions", -1), ("model_type", ["gpt2"]), ("model_type", "../x"), ("dtype", "x"),
-        ("transformers_weights", "other.safetensors"), ("quantization_config", {"quant_method": "x"}),
+        ("vocab_size", -5),
+        ("vocab_size", 10**12),
+        ("n_layer", 0),
+        ("n_layer", 10**9),
+        ("n_embd", "sixteen"),
+        ("n_embd", True),
+        ("n_head", 0),
+        ("n_head", 3),
+        ("activation_function", "exec"),
+        ("activation_function", None),
+        ("n_positions", -1),
+        ("model_type", ["gpt2"]),
+        ("model_type", "../x"),
+        ("dtype", "x"),
+        ("transformers_weights", "other.safetensors"),
+        ("quantization_config", {"quant_method": "x"}),
         ("attn_implementation", "someone/attention-kernel"),
     ],
-)  # fmt: skip
+)
 def test_a_configuration_that_no_model_has_is_refused_in_one_line(folder, key, value):
     change_config(folder, **{key: value})
     shutil.copy(folder / WEIGHTS, folder / "other.safetensors")
@@ -281,10 +298,26 @@ JSON_VALUES = st.recursive(
     max_leaves=5,
 )
 CONFIG_KEYS = (
-    "vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon", "model_type",
-    "architectures", "tie_word_embeddings", "initializer_range", "attn_pdrop", "torch_dtype", "auto_map",
-    "attn_implementation", "is_decoder", "is_encoder_decoder", "scale_attn_weights", "pad_token_id",
-)  # fmt: skip
+    "vocab_size",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_inner",
+    "activation_function",
+    "layer_norm_epsilon",
+    "model_type",
+    "architectures",
+    "tie_word_embeddings",
+    "initializer_range",
+    "attn_pdrop",
+    "torch_dtype",
+    "auto_map",
+    "attn_implementation",
+    "is_decoder",
+    "is_encoder_decoder",
+    "scale_attn_weights",
+    "pad_token_id",
+)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -15,9 +15,11 @@ from trainer.report.load import load_runs
 from trainer.tracking.records import EventRecord, to_line
 
 SAMPLES = {
-    "epoch": 1.0, "scored": 3, "scores": {"date": 0.5},
+    "epoch": 1.0,
+    "scored": 3,
+    "scores": {"date": 0.5},
     "texts": [{"prompt": "a", "completion": "b", "reference": "c"}],
-}  # fmt: skip
+}
 METADATA = make_metadata("lora")
 ROWS = [json.loads(to_line(row)) for row in make_records(METADATA)][-60:]
 for name, facts in (("samples", SAMPLES), ("retain_evaluation", {"loss": 2.0})):

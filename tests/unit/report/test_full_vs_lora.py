@@ -38,10 +38,11 @@ def test_forgetting_and_equal_budgets_are_said_beside_the_answer(make_run: MakeR
     runs = [
         make_run(mode, losses, seed=seed, model__step_flops=flops, how={"retained": retained})
         for mode, losses, flops, retained in (
-            ("full", [4.0, 3.0, 2.5, 2.0], 3_000, (1.0, 1.5)), ("lora", [4.0, 3.1, 2.6, 2.1], 1_500, (1.0, 1.1)),
+            ("full", [4.0, 3.0, 2.5, 2.0], 3_000, (1.0, 1.5)),
+            ("lora", [4.0, 3.1, 2.6, 2.1], 1_500, (1.0, 1.1)),
         )
         for seed in (0, 1)
-    ]  # fmt: skip
+    ]
     verdict = judge_runs(*runs)
     assert any("LoRA is ahead at equal FLOPs (1.35e+05): LoRA 2.1000, full 2." in line for line in verdict.details)
     front = next(line for line in verdict.details if line.startswith("Gain for forgetting"))

@@ -154,12 +154,16 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: P
     )
     assert [run.name for run in runs] == ["full-s42"]
     assert all(problem.is_excluded for problem in problems)
-    for problem, text in zip(problems, (
-        f"same run id as {good} (full0042)",
-        "no metrics: cannot read metrics.jsonl",
-        "holds neither run.json and metrics.jsonl nor a W&B run",
-        "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id",
-    ), strict=True):  # fmt: skip
+    for problem, text in zip(
+        problems,
+        (
+            f"same run id as {good} (full0042)",
+            "no metrics: cannot read metrics.jsonl",
+            "holds neither run.json and metrics.jsonl nor a W&B run",
+            "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id",
+        ),
+        strict=True,
+    ):
         assert text in problem.text
 
 
@@ -180,8 +184,11 @@ def test_runs_of_one_name_are_told_apart_by_their_seed_or_id(
 
 
 def test_the_time_of_a_wandb_run_begins_with_its_first_row_that_has_one():
-    rows = [{"_step": 0, "val/loss": 2.0}, {"_step": 1, "val/loss": 1.5, "_timestamp": 107.0},
-            {"_step": 2, "val/loss": 1.0, "_timestamp": 100.0}]  # fmt: skip
+    rows = [
+        {"_step": 0, "val/loss": 2.0},
+        {"_step": 1, "val/loss": 1.5, "_timestamp": 107.0},
+        {"_step": 2, "val/loss": 1.0, "_timestamp": 100.0},
+    ]
     times = wandb_runs.collect_rows(rows).series("eval")["time"]
     assert np.isnan(times[0])
     assert times[1:].tolist() == [7.0, 0.0]

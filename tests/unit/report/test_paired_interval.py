@@ -36,9 +36,14 @@ def student_t(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def simulate(
-    rng: np.random.Generator, draw: Callable[..., np.ndarray], case: tuple[float, float, float], *,
-    num_seeds: int, num_units: int = NUM_UNITS, excess: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    rng: np.random.Generator,
+    draw: Callable[..., np.ndarray],
+    case: tuple[float, float, float],
+    *,
+    num_seeds: int,
+    num_units: int = NUM_UNITS,
+    excess: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Differences (seeds, units) and targets (units,) of one study whose true excess is `excess`."""
     seed_sd, unit_sd, rest_sd = case
     targets = rng.integers(5, 61, num_units).astype(float)

@@ -261,5 +261,10 @@ def test_the_answer_for_machines_holds_the_sentence_the_interval_and_the_runs(ma
 
 def test_percentages_of_the_verdict_have_two_significant_digits() -> None:
     assert [format_percent(share) for share in (0.00953, 0.0095, 0.12345, 0.9999, 1.0, 1.5)] == [
-        "0.95%", "0.95%", "12%", "100%", "100%", "150%",
-    ]  # fmt: skip
+        "0.95%",
+        "0.95%",
+        "12%",
+        "100%",
+        "100%",
+        "150%",
+    ]

@@ -13,11 +13,14 @@ def curve(losses: list[float], *, flops: float, seconds: float | None = None, me
     """Points at 100, 200, ... tokens; `flops` and `seconds` a token."""
     return [
         Point(
-            loss=loss, tokens=100 * i, flops=100 * i * flops, seconds=seconds and 100 * i * seconds,
+            loss=loss,
+            tokens=100 * i,
+            flops=100 * i * flops,
+            seconds=seconds and 100 * i * seconds,
             peak_memory_bytes=memory,
         )
         for i, loss in enumerate(losses, start=1)
-    ]  # fmt: skip
+    ]
 
 
 def test_at_equal_flops_the_dearer_mode_is_read_off_its_curve_where_the_cheaper_ends() -> None:

@@ -32,9 +32,17 @@ make_rule = partial(make_study_rule, 30, rungs=(30,), margin=Margin(kind="nats",
 
 
 def write_run(
-    folder: Path, spec: TrialSpec, *, excess: float = 0.05, noise: float = 0.01, by_unit: float = 0.0,
-    splits: tuple[str, ...] = ("val", "test"), targets: list[int] = TARGETS, num_in_train: int = 0, **overrides: Any,
-) -> None:  # fmt: skip
+    folder: Path,
+    spec: TrialSpec,
+    *,
+    excess: float = 0.05,
+    noise: float = 0.01,
+    by_unit: float = 0.0,
+    splits: tuple[str, ...] = ("val", "test"),
+    targets: list[int] = TARGETS,
+    num_in_train: int = 0,
+    **overrides: Any,
+) -> None:
     """A run of one epoch, base 3 nats and full 2. Parameters: what the tests are about, one or two each."""
     method = spec.candidate.method
     mode = "full" if method == "full" else "lora"
@@ -103,9 +111,10 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
         for method, winner in {**WINNERS, "dora": dora, "pissa": None}.items()
     }
     timing = Timing(
-        step_seconds={"full": [[0.4], [0.4]], "lora": [[0.22], [0.22]]}, machine="a machine",
+        step_seconds={"full": [[0.4], [0.4]], "lora": [[0.22], [0.22]]},
+        machine="a machine",
         peak_memory_bytes={"full": 4, "lora": 3},
-    )  # fmt: skip
+    )
     state = StudyState(needed=(), outcomes=outcomes, answers=tuple(answers))
     comparison = compare_study(tmp_path, rule, state, results, timing, None)
     sentence = comparison.verdict.sentence

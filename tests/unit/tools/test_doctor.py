@@ -102,8 +102,9 @@ def test_doctor_checks_threads_against_the_cores(monkeypatch):
 def make_dataset(texts: list[list[int]], first: int) -> TokenDataset:
     return TokenDataset(
         ids=np.concatenate([np.asarray(text, dtype=np.uint16) for text in texts]),
-        offsets=np.cumsum([0, *map(len, texts)]), first_target=np.full(len(texts), first, dtype=np.int32),
-    )  # fmt: skip
+        offsets=np.cumsum([0, *map(len, texts)]),
+        first_target=np.full(len(texts), first, dtype=np.int32),
+    )
 
 
 def make_data(train: list[list[int]], val: list[list[int]], first: int = 1, num_left_out: int = 0) -> PreparedDataset:
@@ -111,9 +112,11 @@ def make_data(train: list[list[int]], val: list[list[int]], first: int = 1, num_
     datasets = {"train": make_dataset(train, first), "val": make_dataset(val, first)}
     for split, dataset in datasets.items():
         metadata[split] = {
-            "records": len(dataset) + num_left_out * (split == "train"), "examples": len(dataset),
-            "tokens": len(dataset.ids), "counted_tokens": int(dataset.num_target_tokens().sum()),
-        }  # fmt: skip
+            "records": len(dataset) + num_left_out * (split == "train"),
+            "examples": len(dataset),
+            "tokens": len(dataset.ids),
+            "counted_tokens": int(dataset.num_target_tokens().sum()),
+        }
     return PreparedDataset(**datasets, metadata=metadata, val_texts=(), pad_id=0, folder=Path())
 
 
@@ -274,14 +277,23 @@ def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, ti
 
 
 def run_doctor(
-    argv: list[str], capsys: Any, *, ranks: int = 1, gpu_memory_bytes: int | None = None,
-    limit_seconds: float | None = None, as_json: bool = True,
-) -> tuple[int, str]:  # fmt: skip
+    argv: list[str],
+    capsys: Any,
+    *,
+    ranks: int = 1,
+    gpu_memory_bytes: int | None = None,
+    limit_seconds: float | None = None,
+    as_json: bool = True,
+) -> tuple[int, str]:
     """(exit code, what was printed)."""
     code = doctor_cli.run_doctor(
-        cli.parse_args(argv), doctor_cli.planned_context(ranks, gpu_memory_bytes), environ={}, as_json=as_json,
-        limit_seconds=limit_seconds, ranks_of_hosts={},
-    )  # fmt: skip
+        cli.parse_args(argv),
+        doctor_cli.planned_context(ranks, gpu_memory_bytes),
+        environ={},
+        as_json=as_json,
+        limit_seconds=limit_seconds,
+        ranks_of_hosts={},
+    )
     return code, capsys.readouterr().out
 
 

@@ -10,10 +10,14 @@ import pytest
 from trainer.tools.study import finalist_timing
 from trainer.tools.study.finalist_timing import MAX_ROUNDS, MIN_ROUNDS, NUM_STEPS, Timing, time_finalists
 
-WHOLE = json.dumps({
-    "step_seconds": {"full": [[1.0], [1.0], [1.0]], "lora": [[0.5], [0.5], [0.5]]},
-    "peak_memory_bytes": {"full": 4, "lora": 3}, "machine": "a machine", "reason": "",
-})  # fmt: skip
+WHOLE = json.dumps(
+    {
+        "step_seconds": {"full": [[1.0], [1.0], [1.0]], "lora": [[0.5], [0.5], [0.5]]},
+        "peak_memory_bytes": {"full": 4, "lora": 3},
+        "machine": "a machine",
+        "reason": "",
+    }
+)
 
 
 def make_timing(full: list[list[float]], lora: list[list[float]]) -> Timing:
@@ -75,12 +79,19 @@ def test_rounds_are_added_until_none_of_them_decides(monkeypatch, tmp_path, dela
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{", "[]", "null", "{}", '{"step_seconds": 3}',
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"step_seconds": 3}',
         WHOLE.replace("[[1.0], [1.0], [1.0]]", "[[1.0], [1.0, 2.0], []]"),
-        WHOLE.replace("[[1.0], [1.0], [1.0]]", "[[0.0], [0.0], [0.0]]"), WHOLE.replace('"full"', '"fulL"'),
-        WHOLE.replace("[[1.0], [1.0], [1.0]]", "[1.0, 1.0, 1.0]"), WHOLE[:-1] + ', "more": 1}',
+        WHOLE.replace("[[1.0], [1.0], [1.0]]", "[[0.0], [0.0], [0.0]]"),
+        WHOLE.replace('"full"', '"fulL"'),
+        WHOLE.replace("[[1.0], [1.0], [1.0]]", "[1.0, 1.0, 1.0]"),
+        WHOLE[:-1] + ', "more": 1}',
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_of_times_is_timed_again(content, tmp_path):
     (tmp_path / "timing.json").write_text(content)
     assert finalist_timing._read(tmp_path / "timing.json") is None

@@ -34,10 +34,13 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
     save_file({"weight/w": torch.full((4,), float(step))}, target / checkpoint.STATE_FILE)
     content = (target / checkpoint.STATE_FILE).read_bytes()
     metadata = {
-        "format": checkpoint.FORMAT_VERSION, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
-        "progress": TrainState(step=step, eval_pending=False).as_dict(), "records": vars(logger.digest()),
+        "format": checkpoint.FORMAT_VERSION,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "progress": TrainState(step=step, eval_pending=False).as_dict(),
+        "records": vars(logger.digest()),
         "evaluations": vars(digest_evaluations(folder / EVAL_RECORDS_FILE)),
-    }  # fmt: skip
+    }
     metadata["self"] = checkpoint._metadata_digest(metadata)
     (target / checkpoint.METADATA_FILE).write_text(json.dumps(metadata))
 
@@ -105,22 +108,46 @@ def break_row(run: Path) -> None:
     ("damage", "name", "message", "resume"),
     [
         (truncate_state, "step-000006", "has 20 bytes of", "from step-000003"),
-        (lambda run: (run / "checkpoints/step-000006/state.json").write_text("{"), "step-000006", "missing or damaged",
-         "from step-000003"),
+        (
+            lambda run: (run / "checkpoints/step-000006/state.json").write_text("{"),
+            "step-000006",
+            "missing or damaged",
+            "from step-000003",
+        ),
         (break_row, "metrics.jsonl", "line 5: ", "not possible: metrics.jsonl has lines that are no records"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl", "is not there",
-         "from step-000006 with --allow-change records"),
-        (lambda run: (run / "run.json").write_text("[]"), "run.json", "a list",
-         "not possible: run.json cannot be read"),
+        (
+            lambda run: (run / "metrics.jsonl").unlink(),
+            "metrics.jsonl",
+            "is not there",
+            "from step-000006 with --allow-change records",
+        ),
+        (
+            lambda run: (run / "run.json").write_text("[]"),
+            "run.json",
+            "a list",
+            "not possible: run.json cannot be read",
+        ),
         (lambda run: shutil.rmtree(run / "checkpoints"), "", "", "not possible: no whole checkpoint"),
-        (lambda run: (run / "model/model.safetensors").write_bytes(struct.pack("<Q", 2**60)), "model/model.safetensors",
-         "not a whole safetensors file", "from step-000006"),
-        (lambda run: (run / "eval_records.parquet").write_bytes(b"PAR1"), "eval_records.parquet", "",
-         "not possible: eval_records.parquet is damaged"),
-        (lambda run: (run / "eval_records.parquet").unlink(), "rows", "eval_records.parquet: it is gone",
-         "from step-000006 with --allow-change records"),
+        (
+            lambda run: (run / "model/model.safetensors").write_bytes(struct.pack("<Q", 2**60)),
+            "model/model.safetensors",
+            "not a whole safetensors file",
+            "from step-000006",
+        ),
+        (
+            lambda run: (run / "eval_records.parquet").write_bytes(b"PAR1"),
+            "eval_records.parquet",
+            "",
+            "not possible: eval_records.parquet is damaged",
+        ),
+        (
+            lambda run: (run / "eval_records.parquet").unlink(),
+            "rows",
+            "eval_records.parquet: it is gone",
+            "from step-000006 with --allow-change records",
+        ),
     ],
-)  # fmt: skip
+)
 def test_damage_is_named_with_what_is_still_possible(run, damage, name, message, resume):
     damage(run)
     if name:

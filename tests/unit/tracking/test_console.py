@@ -24,9 +24,16 @@ RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluat
 
 def make_step_record(step: int) -> StepRecord:
     return StepRecord(
-        step=step, epoch=step * 3 / 100, samples=step * 8, tokens=step * 2048, loss=2.5, lr=3e-5, grad_norm=1.0,
-        tokens_per_second=12_345.0, time=float(step),
-    )  # fmt: skip
+        step=step,
+        epoch=step * 3 / 100,
+        samples=step * 8,
+        tokens=step * 2048,
+        loss=2.5,
+        lr=3e-5,
+        grad_norm=1.0,
+        tokens_per_second=12_345.0,
+        time=float(step),
+    )
 
 
 def make_eval_record(step: int, epoch: float, loss: float) -> EvalRecord:
@@ -215,9 +222,12 @@ def test_the_summary_says_one_short_line_of_the_card_where_nobody_asked_for_it()
 
 @pytest.mark.parametrize(
     ("preset", "reasons", "is_asked"),
-    [("card", ["other data"], True), ("demo", ["other data", UNKNOWN_REASON], False),
-     ("finetune", [UNKNOWN_REASON], True)],
-)  # fmt: skip
+    [
+        ("card", ["other data"], True),
+        ("demo", ["other data", UNKNOWN_REASON], False),
+        ("finetune", [UNKNOWN_REASON], True),
+    ],
+)
 def test_the_card_is_asked_for_by_its_preset_or_by_data_like_its_own(preset, reasons, is_asked) -> None:
     assert is_asked_for(preset, reasons) is is_asked
 

@@ -40,9 +40,11 @@ from trainer.tracking.records import EvalRecord, EventRecord
 def make_rows(num_rows: int = 5) -> RowInfo:
     return RowInfo(
         ids=["00000000000000aa", *[f"{n:016x}" for n in range(num_rows - 2)], "00000000000000aa"],
-        groups=["g", *[None] * (num_rows - 1)], targets=list(range(1, num_rows + 1)), num_bytes=[7] * num_rows,
+        groups=["g", *[None] * (num_rows - 1)],
+        targets=list(range(1, num_rows + 1)),
+        num_bytes=[7] * num_rows,
         in_train=[False] * (num_rows - 1) + [True],
-    )  # fmt: skip
+    )
 
 
 def make_table(step: int, split: str = "val", *, seed: int = 0, num_rows: int = 5):
@@ -125,10 +127,12 @@ def test_a_row_takes_about_twenty_bytes(tmp_path):
     num_rows = 20_000
     rng = random.Random(3)
     rows = RowInfo(
-        ids=[f"{rng.getrandbits(64):016x}" for _ in range(num_rows)], groups=[None] * num_rows,
-        targets=[rng.randint(10, 60) for _ in range(num_rows)], in_train=[False] * num_rows,
+        ids=[f"{rng.getrandbits(64):016x}" for _ in range(num_rows)],
+        groups=[None] * num_rows,
+        targets=[rng.randint(10, 60) for _ in range(num_rows)],
+        in_train=[False] * num_rows,
         num_bytes=[rng.randint(50, 200) for _ in range(num_rows)],
-    )  # fmt: skip
+    )
     nll = [rng.uniform(10, 99) for _ in range(num_rows)]
     append_evaluation(tmp_path / "x", evaluation_table(rows, step=1, split="val", nll=nll))
     assert (tmp_path / "x").stat().st_size / num_rows < 25

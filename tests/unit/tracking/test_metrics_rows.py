@@ -28,9 +28,16 @@ RUN_INFO = RunInfo.from_metadata(make_metadata("full"))
 
 def step_record(step: int, loss: float = 2.0) -> StepRecord:
     return StepRecord(
-        step=step, epoch=step / 10, samples=4 * step, tokens=64 * step, loss=loss, lr=1e-3, grad_norm=1.0,
-        tokens_per_second=100.0, time=float(step),
-    )  # fmt: skip
+        step=step,
+        epoch=step / 10,
+        samples=4 * step,
+        tokens=64 * step,
+        loss=loss,
+        lr=1e-3,
+        grad_norm=1.0,
+        tokens_per_second=100.0,
+        time=float(step),
+    )
 
 
 def test_each_record_is_on_disk_before_the_next(tmp_path):
@@ -125,7 +132,7 @@ def test_unchanged_rows_are_accepted_also_with_later_ones_behind_them(written):
         (lambda lines: lines.__delitem__(slice(25, None)), "it has 25 of the 30 rows that were written"),
         (lambda lines: lines.clear(), "it has 0 of the 30 rows that were written"),
     ],
-)  # fmt: skip
+)
 def test_a_changed_row_is_found_and_its_place_is_said(written, change, message):
     path, digests = written
     change_lines(path, change)
@@ -224,9 +231,18 @@ def test_a_line_too_long_for_a_row_is_not_read_into_memory(written, monkeypatch)
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("step", "7"), ("step", None), ("step", 7.5), ("step", True), ("loss", "x"), ("loss", None), ("loss", [1]),
-     ("loss", 10**400), ("time", {})],
-)  # fmt: skip
+    [
+        ("step", "7"),
+        ("step", None),
+        ("step", 7.5),
+        ("step", True),
+        ("loss", "x"),
+        ("loss", None),
+        ("loss", [1]),
+        ("loss", 10**400),
+        ("time", {}),
+    ],
+)
 def test_a_row_with_a_value_of_another_type_names_it(field, value):
     row = {**json.loads(to_line(step_record(7))), field: value}
     with pytest.raises(ValueError, match=rf"^{field} = .*: expected a (whole )?number$"):
@@ -246,15 +262,20 @@ def test_an_event_whose_facts_are_no_object_is_refused(tmp_path):
         from_line(line.encode())
 
 
-ROWS = [json.loads(to_line(step_record(1))), json.loads(to_line(EventRecord(event="e", step=1, message="", time=0.0))),
-        json.loads(to_line(EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=2.7, eval_tokens=9,
-                                      time=1.0)))]  # fmt: skip
+ROWS = [
+    json.loads(to_line(step_record(1))),
+    json.loads(to_line(EventRecord(event="e", step=1, message="", time=0.0))),
+    json.loads(
+        to_line(EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=2.7, eval_tokens=9, time=1.0))
+    ),
+]
 
 
 LINES = st.builds(
     lambda row, edits: json.dumps({**row, **{key: edits[key] for key in edits if key in row}}).encode(),
-    st.sampled_from(ROWS), st.dictionaries(st.sampled_from(sorted({*ROWS[0], *ROWS[1], *ROWS[2]})), JSON_VALUES),
-)  # fmt: skip
+    st.sampled_from(ROWS),
+    st.dictionaries(st.sampled_from(sorted({*ROWS[0], *ROWS[1], *ROWS[2]})), JSON_VALUES),
+)
 
 
 @many_inputs(100)

@@ -25,9 +25,16 @@ from trainer.tracking.records import (
 )
 
 STEP = StepRecord(
-    step=7, epoch=0.1, samples=56, tokens=14_336, loss=0.1 + 0.2, lr=3e-5, grad_norm=1e-300, tokens_per_second=1e6,
+    step=7,
+    epoch=0.1,
+    samples=56,
+    tokens=14_336,
+    loss=0.1 + 0.2,
+    lr=3e-5,
+    grad_norm=1e-300,
+    tokens_per_second=1e6,
     time=1.5,
-)  # fmt: skip
+)
 EVAL = EvalRecord(
     step=7, epoch=1 / 3, samples=56, tokens=14_336, loss=2.0, perplexity=math.exp(2), eval_tokens=99, time=2.0
 )
@@ -56,8 +63,17 @@ def test_a_row_of_a_step_is_known_without_parsing_it(value: float) -> None:
 def test_the_fields_of_the_records_are_the_contract() -> None:
     """The names that metrics.jsonl promises to its readers, `kind` first."""
     assert list(json.loads(to_line(STEP))) == [
-        "kind", "step", "epoch", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "time",
-    ]  # fmt: skip
+        "kind",
+        "step",
+        "epoch",
+        "samples",
+        "tokens",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "time",
+    ]
     axes = {"step", "epoch", "samples", "tokens"}
     assert axes | {"loss", "perplexity", "eval_tokens"} <= set(json.loads(to_line(EVAL)))
     assert axes | {"train_loss"} <= set(json.loads(to_line(EPOCH)))

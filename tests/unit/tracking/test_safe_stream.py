@@ -35,8 +35,11 @@ def run_program(folder: Path, redirection: str, **variables: str) -> "subprocess
     (folder / "program.py").write_text(PROGRAM)
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {sys.executable} program.py {redirection}"],
-        cwd=folder, env={**os.environ, **variables}, capture_output=True, timeout=120,
-    )  # fmt: skip
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        timeout=120,
+    )
 
 
 @pytest.mark.parametrize(

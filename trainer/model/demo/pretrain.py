@@ -87,10 +87,19 @@ def build_model(seed: int) -> transformers.GPT2LMHeadModel:
     """About 1.9 million weights in fp32; trained without dropout, as no row comes often, but saved with GPT-2's 0.1."""
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
-        vocab_size=VOCAB_SIZE, n_positions=BLOCK_SIZE, n_embd=160, n_layer=5, n_head=5, bos_token_id=0, eos_token_id=0,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, use_cache=False,
+        vocab_size=VOCAB_SIZE,
+        n_positions=BLOCK_SIZE,
+        n_embd=160,
+        n_layer=5,
+        n_head=5,
+        bos_token_id=0,
+        eos_token_id=0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        use_cache=False,
         activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's gelu_new, in one kernel
-    )  # fmt: skip
+    )
     return transformers.GPT2LMHeadModel(config)
 
 

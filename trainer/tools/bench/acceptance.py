@@ -43,9 +43,15 @@ class Sizes:
 def tiny_sizes(folder: Path) -> Sizes:
     """`--rehearse`: every command with a model and rows of next to nothing."""
     return Sizes(
-        model=save_shape(folder, "tiny"), block_size=32, num_rows=24, vocab_size=SHAPES["tiny"][3], num_steps=4,
-        large_batch=4, against="hf-deepspeed", bench="--window 2 --windows 1 --warmup 1",
-    )  # fmt: skip
+        model=save_shape(folder, "tiny"),
+        block_size=32,
+        num_rows=24,
+        vocab_size=SHAPES["tiny"][3],
+        num_steps=4,
+        large_batch=4,
+        against="hf-deepspeed",
+        bench="--window 2 --windows 1 --warmup 1",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +114,7 @@ def build_parts(folder: Path, sizes: Sizes) -> dict[str, list[str]]:
         "bench-full": f"{bench} --modes full --batches 2 --against {sizes.against} --output-dir {folder}/bench-full",
         "bench-large": f"{bench} --modes full --batches {sizes.large_batch} --output-dir {folder}/bench-large",
         "bench-lora": f"{bench} --modes lora --batches 2 --against plain,hf --output-dir {folder}/bench-lora",
-    }  # fmt: skip
+    }
     return {name: [sys.executable if word == "{python}" else word for word in commands[name].split()] for name in PARTS}
 
 
@@ -121,8 +127,9 @@ def run_parts(parts: Mapping[str, Sequence[str]], folder: Path, limit_seconds: f
         with ThreadPoolExecutor() as pool:
             running = [
                 pool.submit(_run_part, name, parts[name], folder / f"{name}.log", deadline, is_over)
-                for name in stage if name in parts
-            ]  # fmt: skip
+                for name in stage
+                if name in parts
+            ]
             try:
                 for part in as_completed(running):
                     results.append(part.result())
@@ -137,8 +144,11 @@ def run_parts(parts: Mapping[str, Sequence[str]], folder: Path, limit_seconds: f
 
 def _measured(folder: Path) -> str:
     """The tables that the parts left so far, and what the proof said."""
-    texts = [(file.parent.name, file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/*.md"))
-             if file.name in ("bench.md", "card.md")]  # fmt: skip
+    texts = [
+        (file.parent.name, file.read_text(encoding="utf-8"))
+        for file in sorted(folder.glob("*/*.md"))
+        if file.name in ("bench.md", "card.md")
+    ]
     proof_log = folder / "prove.log"
     proof = (
         proof_log.read_text(encoding="utf-8", errors="replace").partition("\nproof, ")[2] if proof_log.exists() else ""
@@ -156,9 +166,14 @@ def _run_part(
         return PartResult(name=name, exit_code=None, elapsed_seconds=0.0, last_line="not begun: the time was used up")
     with open(log_path, "w", encoding="utf-8") as log_file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT,
-            start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         while (exit_code := process.poll()) is None and time.monotonic() < deadline and not is_over.wait(0.1):
             pass
         if exit_code is None:

@@ -58,19 +58,27 @@ def _add_steps_flags(add: Callable[..., Any]) -> None:
     add("--ds-config", type=_names, default=["zero0"], metavar="NAMES", help="ZeRO files of ours (default: zero0)")
     add("--ranks", type=_numbers, default=[1], metavar="N,N", help="ranks of ours (default: 1)")
     add(
-        "--execution", type=_names, default=["auto"], metavar="NAMES",
+        "--execution",
+        type=_names,
+        default=["auto"],
+        metavar="NAMES",
         help="of ours: auto, eager, graphs, compile (default: auto)",
-    )  # fmt: skip
+    )
     add(
-        "--against", type=_names, default=[], metavar="NAMES",
+        "--against",
+        type=_names,
+        default=[],
+        metavar="NAMES",
         help=f"other programs at equal settings, on one rank: {', '.join(PEERS)} (default: none)",
-    )  # fmt: skip
+    )
     add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
     add("--block-size", type=_number, default=1024, metavar="N", help="tokens of a block (default: 1024)")
     add(
-        "--precision", type=_names, metavar="NAMES",
+        "--precision",
+        type=_names,
+        metavar="NAMES",
         help="fp32, bf16, fp16; other programs take the first (default: bf16 on a GPU, fp32 on a CPU)",
-    )  # fmt: skip
+    )
     add("--device", choices=("cpu", "cuda"), help="left out: the GPU where there is one")
     add("--dropout", type=float, metavar="P", help="left out: the model's own")
     add("--windows", type=_number, default=5, metavar="N", help="timed windows of a variant and round (default: 5)")
@@ -88,9 +96,12 @@ def _add_memory_flags(add: Callable[..., Any]) -> None:
     add("--block-size", type=_number, default=64, metavar="N", help="tokens of a row (default: 64)")
     add("--precision", choices=("fp32", "bf16"), help="left out: bf16 on a GPU that has it, else fp32")
     add(
-        "--methods", type=_names, default=list(METHODS), metavar="NAMES",
+        "--methods",
+        type=_names,
+        default=list(METHODS),
+        metavar="NAMES",
         help=f"of {', '.join(METHODS)} (default: all)",
-    )  # fmt: skip
+    )
 
 
 def _add_data_flags(add: Callable[..., Any]) -> None:
@@ -107,9 +118,11 @@ def _add_scaling_flags(add: Callable[..., Any]) -> None:
     add("--rounds", type=_number, default=3, metavar="N", help="times that all run in turn (default: 3)")
     add("--windows", type=_number, default=2, metavar="N", help="timed steps of a round (default: 2)")
     add(
-        "--step-ms", type=float, metavar="MS",
+        "--step-ms",
+        type=float,
+        metavar="MS",
         help="milliseconds of one GPU's step of 2 x 1024 tokens with GPT-2 124M; gives the model of 8 and 64 GPUs",
-    )  # fmt: skip
+    )
     add("--only-model", action="store_true", help="measure nothing, print the model")
 
 
@@ -140,8 +153,11 @@ def _add_card_flags(add: Callable[..., Any]) -> None:
 
 #: {first word: (what --help says, what adds its flags)}
 COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
-    "steps": ("Time optimizer steps, each variant in processes of its own and in alternation; writes bench.json and "
-              "bench.md.", _add_steps_flags),
+    "steps": (
+        "Time optimizer steps, each variant in processes of its own and in alternation; writes bench.json and "
+        "bench.md.",
+        _add_steps_flags,
+    ),
     "memory": ("Train a few steps with each method; prints what it holds, writes and reaches.", _add_memory_flags),
     "data": ("Tokenise and pack text files made from a seed; prints time and memory.", _add_data_flags),
     "scaling": ("Time steps over ranks, block lengths and widths; model more GPUs than are here.", _add_scaling_flags),
@@ -149,7 +165,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "kernels": ("Time each file of trainer/kernels beside the plain form, on one thread.", _add_kernels_flags),
     "packing": ("Train on records of many lengths, packed and not; prints padding and speed.", _add_packing_flags),
     "card": ("Train the card's program whole in both modes; writes card.json and card.md.", _add_card_flags),
-}  # fmt: skip
+}
 
 
 def _names(text: str) -> list[str]:

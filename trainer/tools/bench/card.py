@@ -97,13 +97,18 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
     cells = (
         [
-            row["mode"], row["device"], f"{row['steps']:,}", f"{row['seconds'] / 60:.1f} min",
-            f"{row['device_hours']:.2f}", f"{row['tokens_per_second'] or 0:,.0f}",
-            f"{row['peak_memory_bytes'] / 2**30:.2f}", row["execution"][-1]["path"],
+            row["mode"],
+            row["device"],
+            f"{row['steps']:,}",
+            f"{row['seconds'] / 60:.1f} min",
+            f"{row['device_hours']:.2f}",
+            f"{row['tokens_per_second'] or 0:,.0f}",
+            f"{row['peak_memory_bytes'] / 2**30:.2f}",
+            row["execution"][-1]["path"],
             ", ".join(f"{loss:.4f}" for _, loss in row["losses"]),
         ]
         for row in rows
-    )  # fmt: skip
+    )
     versions = rows[0]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "deepspeed", "peft"))
     return "\n".join([*table_lines(HEADINGS, cells, num_left=2), "", f"The card's preset; {named}."]) + "\n"

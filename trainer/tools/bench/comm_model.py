@@ -64,9 +64,13 @@ def communication(
 ) -> Communication:
     """By a ring whose slowest link has `bandwidth` bytes/s. One queue: a bucket waits for those before it."""
     num_bytes = bytes_sent(
-        stage=stage, num_trainable=workload.num_trainable, num_frozen=workload.num_frozen, world_size=world_size,
-        gradient_accumulation_steps=workload.gradient_accumulation_steps, num_persistent=workload.num_persistent,
-    )  # fmt: skip
+        stage=stage,
+        num_trainable=workload.num_trainable,
+        num_frozen=workload.num_frozen,
+        world_size=world_size,
+        gradient_accumulation_steps=workload.gradient_accumulation_steps,
+        num_persistent=workload.num_persistent,
+    )
     total = num_bytes / bandwidth
     reduction = total if stage == 0 else total / 2 if stage == 1 else 0.0
     tail = workload.tail_share(bucket_bytes)

@@ -82,19 +82,29 @@ def build_configs(args: argparse.Namespace, device: str) -> list[BenchmarkConfig
     configs = []
     for mode, global_batch in itertools.product(args.modes, args.batches):
         fields: dict[str, Any] = {
-            "mode": mode, "global_batch": global_batch, "model": args.model, "block_size": args.block_size,
-            "device": device, "dropout": args.dropout, "num_windows": args.windows, "steps_per_window": args.window,
+            "mode": mode,
+            "global_batch": global_batch,
+            "model": args.model,
+            "block_size": args.block_size,
+            "device": device,
+            "dropout": args.dropout,
+            "num_windows": args.windows,
+            "steps_per_window": args.window,
             "warmup_steps": args.warmup or (10 if is_gpu else 3),
-        }  # fmt: skip
+        }
         configs += [
             BenchmarkConfig(
-                program="ours", precision=precision, world_size=world_size, ds_config=ds_config, execution=execution,
+                program="ours",
+                precision=precision,
+                world_size=world_size,
+                ds_config=ds_config,
+                execution=execution,
                 **fields,
             )
             for precision, world_size, ds_config, execution in itertools.product(
                 precisions, args.ranks, args.ds_config, args.execution
             )
-        ]  # fmt: skip
+        ]
         configs += [
             BenchmarkConfig(program=program, precision=precisions[0], ds_config=ds_config, **fields)
             for program in args.against

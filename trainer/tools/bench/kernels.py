@@ -90,10 +90,10 @@ def _linear_cross_entropy() -> tuple[Form, Form]:
     chunk_size = even_chunk_size(len(targets), 2**27 // (4 * VOCABULARY), is_gpu=False)
     return (
         lambda: functional.cross_entropy(functional.linear(hidden, weight), targets, reduction="sum"),
-        lambda: LinearCrossEntropy.apply(
-            hidden, weight, None, targets, chunk_size, _nll_and_grad_inplace, None, None
-        )[0],
-    )  # fmt: skip
+        lambda: LinearCrossEntropy.apply(hidden, weight, None, targets, chunk_size, _nll_and_grad_inplace, None, None)[
+            0
+        ],
+    )
 
 
 _CASES: list[tuple[str, str, Callable[[], tuple[Form, Form]]]] = [

@@ -13,14 +13,20 @@ def make_blocks(ids: NDArray[np.integer]) -> TokenDataset:
     """Rows of one length, ids [rows, tokens], whose tokens all count in the loss but the first."""
     num_rows, width = ids.shape
     return TokenDataset(
-        ids=ids.reshape(-1).astype(np.uint32), offsets=np.arange(num_rows + 1, dtype=np.int64) * width,
+        ids=ids.reshape(-1).astype(np.uint32),
+        offsets=np.arange(num_rows + 1, dtype=np.int64) * width,
         first_target=np.ones(num_rows, dtype=np.int32),
-    )  # fmt: skip
+    )
 
 
 def wrap_rows(train: TokenDataset, val: TokenDataset, *, vocab_size: int, objective: str = "blocks") -> PreparedDataset:
     """Rows as a run takes them."""
     metadata = {
-        "vocabulary": vocab_size, "objective": objective, "fingerprint": "made", "notices": [], "train": {}, "val": {}
-    }  # fmt: skip
+        "vocabulary": vocab_size,
+        "objective": objective,
+        "fingerprint": "made",
+        "notices": [],
+        "train": {},
+        "val": {},
+    }
     return PreparedDataset(train=train, val=val, metadata=metadata, val_texts=(), pad_id=0, folder=Path())

@@ -79,9 +79,11 @@ class OperationCount(TorchDispatchMode):
         from torch._inductor.decomposition import select_decomp_table
 
         compiler: Any = aot_autograd(
-            fw_compiler=self._compile, bw_compiler=self._compile, decompositions=select_decomp_table,
+            fw_compiler=self._compile,
+            bw_compiler=self._compile,
+            decompositions=select_decomp_table,
             keep_inference_input_mutations=True,  # as inductor has it: the loss is written where the logits were
-        )  # fmt: skip
+        )
         return compiler(graph_module, inputs)
 
     def _compile(self, graph_module: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -148,9 +150,13 @@ def count_step(mode: str, micro_batch_size: int, *, is_compiled: bool = False, m
     argv = ["--mode", mode, "--preset", "card", "--model", model, "--init", "random"]
     is_lora = mode == "lora"
     setup = PassSetup(
-        micro_batch_size=micro_batch_size, sequence_length=1024, precision="bf16", is_gpu=True,
-        uses_fused_lora=is_lora, casts_frozen_weights=is_lora,
-    )  # fmt: skip
+        micro_batch_size=micro_batch_size,
+        sequence_length=1024,
+        precision="bf16",
+        is_gpu=True,
+        uses_fused_lora=is_lora,
+        casts_frozen_weights=is_lora,
+    )
 
     def build() -> TrainableModel:
         return build_model(cli.parse_args(argv).settings, on_meta=True)

@@ -79,8 +79,9 @@ def _make_records(args: argparse.Namespace, vocab_size: int) -> PreparedDataset:
         lengths = np.clip(rng.lognormal(mean, LENGTH_SPREAD, number), 4, args.block_size).astype(np.int64)
         return TokenDataset(
             ids=rng.integers(0, vocab_size, int(lengths.sum()), dtype=np.uint32),
-            offsets=np.concatenate(([0], lengths.cumsum())), first_target=(lengths // 4 + 1).astype(np.int32),
-        )  # fmt: skip
+            offsets=np.concatenate(([0], lengths.cumsum())),
+            first_target=(lengths // 4 + 1).astype(np.int32),
+        )
 
     train_rows, val_rows = make_split(args.batch * 64), make_split(4)  # a window of rows that are sorted by length
     return wrap_rows(train_rows, val_rows, vocab_size=vocab_size, objective="completion")

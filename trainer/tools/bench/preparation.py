@@ -56,9 +56,14 @@ def _measure(megabytes: int, model: str) -> list[str]:
         order_seconds = device_seconds(order, CPU)
     tokens = data.metadata["train"]["tokens"] + data.metadata["val"]["tokens"]
     return [
-        f"{megabytes:,} MB", f"{tokens:,}", f"{elapsed_seconds:.1f} s", f"{megabytes / elapsed_seconds:.2f} MB/s",
-        f"{growth_bytes / 2**20:.0f} MiB", f"{1000 * order_seconds:.1f} ms", f"{reload_seconds:.2f} s",
-    ]  # fmt: skip
+        f"{megabytes:,} MB",
+        f"{tokens:,}",
+        f"{elapsed_seconds:.1f} s",
+        f"{megabytes / elapsed_seconds:.2f} MB/s",
+        f"{growth_bytes / 2**20:.0f} MiB",
+        f"{1000 * order_seconds:.1f} ms",
+        f"{reload_seconds:.2f} s",
+    ]
 
 
 def write_text(path: Path, size: int) -> None:

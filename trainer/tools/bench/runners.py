@@ -90,7 +90,7 @@ def run_plain(setup: BenchmarkSetup) -> Iterator[None]:
     params = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         params, lr=train_settings.lr, eps=train_settings.epsilon, weight_decay=0.0, fused=True
-    )  # fmt: skip
+    )
     for step in range(config.steps):
         rows = range(step * config.global_batch, (step + 1) * config.global_batch)
         ids = torch.from_numpy(np.stack([setup.data.train.row(i) for i in rows])).to(device)
@@ -146,18 +146,33 @@ def _build_trainer(setup: BenchmarkSetup, scratch: str, after_step: Callable[[],
     if config.program == "hf-deepspeed":
         deepspeed_config = {
             **read_deepspeed_file(str(config.ds_config)).content,
-            "train_micro_batch_size_per_gpu": config.global_batch, "gradient_clipping": train_settings.max_grad_norm,
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+            "train_micro_batch_size_per_gpu": config.global_batch,
+            "gradient_clipping": train_settings.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": config.precision == "bf16"},
-        }  # fmt: skip
+        }
     training_args = TrainingArguments(
-        output_dir=scratch, max_steps=config.steps, per_device_train_batch_size=config.global_batch,
-        learning_rate=train_settings.lr, lr_scheduler_type="linear", max_grad_norm=train_settings.max_grad_norm,
-        weight_decay=0.0, bf16=config.precision == "bf16", use_cpu=config.device == "cpu",
-        torch_compile=config.program == "hf-compile", deepspeed=deepspeed_config, logging_strategy="no",
-        save_strategy="no", report_to="none", disable_tqdm=True, dataloader_num_workers=0,
-    )  # fmt: skip
+        output_dir=scratch,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.global_batch,
+        learning_rate=train_settings.lr,
+        lr_scheduler_type="linear",
+        max_grad_norm=train_settings.max_grad_norm,
+        weight_decay=0.0,
+        bf16=config.precision == "bf16",
+        use_cpu=config.device == "cpu",
+        torch_compile=config.program == "hf-compile",
+        deepspeed=deepspeed_config,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+    )
     return Trainer(
-        model=setup.model.module, args=training_args, callbacks=[AfterStep()],
+        model=setup.model.module,
+        args=training_args,
+        callbacks=[AfterStep()],
         train_dataset=[{"input_ids": ids, "labels": ids} for ids in rows],
-    )  # fmt: skip
+    )

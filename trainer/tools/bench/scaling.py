@@ -40,9 +40,12 @@ def _model_workloads(compute_seconds: float) -> dict[str, tuple[int, Workload]]:
         compute_seconds=compute_seconds, num_trainable=ADAPTERS, num_frozen=GPT2, num_persistent=ADAPTERS
     )
     return {
-        "full, zero0": (0, full), "full, zero1": (1, full), "full, zero3": (3, full),
-        "LoRA, zero1": (1, adapters), "LoRA, zero3": (3, adapters),
-    }  # fmt: skip
+        "full, zero0": (0, full),
+        "full, zero1": (1, full),
+        "full, zero3": (3, full),
+        "LoRA, zero1": (1, adapters),
+        "LoRA, zero3": (3, adapters),
+    }
 
 
 def _build_configs(args: argparse.Namespace, scratch: Path) -> list[BenchmarkConfig]:
@@ -52,13 +55,21 @@ def _build_configs(args: argparse.Namespace, scratch: Path) -> list[BenchmarkCon
     combinations += [(width, n, world_size) for n in args.blocks] + [(n, block_size, world_size) for n in args.widths]
     return [
         BenchmarkConfig(
-            program="ours", mode="full", global_batch=max(world_size, args.tokens // block_size), ds_config=None,
-            world_size=world_size, model=save_config(scratch / f"gpt2-width-{width}", n_embd=width),
-            block_size=block_size, device=args.device, dropout=0.1, num_windows=args.windows, steps_per_window=1,
+            program="ours",
+            mode="full",
+            global_batch=max(world_size, args.tokens // block_size),
+            ds_config=None,
+            world_size=world_size,
+            model=save_config(scratch / f"gpt2-width-{width}", n_embd=width),
+            block_size=block_size,
+            device=args.device,
+            dropout=0.1,
+            num_windows=args.windows,
+            steps_per_window=1,
             warmup_steps=1,
         )
         for width, block_size, world_size in dict.fromkeys(combinations)
-    ]  # fmt: skip
+    ]
 
 
 def _format_cells(row: Mapping[str, Any]) -> list[str]:

@@ -25,9 +25,20 @@ from trainer.training.provenance import cpu_name
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 TIMEOUT_SECONDS = 3600.0  # seconds for one variant
 HEADINGS = (
-    "mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "products", "FLOP share", "peak GiB",
-    "device GiB", "input", "eval",
-)  # fmt: skip
+    "mode",
+    "batch",
+    "program",
+    "ms/step",
+    "spread",
+    "tokens/s",
+    "speed",
+    "products",
+    "FLOP share",
+    "peak GiB",
+    "device GiB",
+    "input",
+    "eval",
+)
 
 
 def measure_steps(args: argparse.Namespace) -> int:

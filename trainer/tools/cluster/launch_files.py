@@ -100,9 +100,12 @@ exit $code
 
 
 def ssh_files(
-    command: Sequence[str], settings: Settings, ranks_of_hosts: Mapping[str, int], folder: Path,
+    command: Sequence[str],
+    settings: Settings,
+    ranks_of_hosts: Mapping[str, int],
+    folder: Path,
     environ: Mapping[str, str],
-) -> list[LaunchFile]:  # fmt: skip
+) -> list[LaunchFile]:
     """The host list and the command of `deepspeed --hostfile`, and a file with the variables, for its owner only.
 
     `command`, `settings`: as for `slurm_files`; `folder`: where the files go, under the same path on all hosts.

@@ -38,11 +38,13 @@ def check_counts(data: PreparedDataset) -> Iterator[CheckResult]:
     counts = "{records:,} records, {examples:,} examples, "
     yield ok_result("training", (counts + "{tokens:,} tokens").format(**train))
     yield make_result(
-        val["examples"] < MIN_VAL_EXAMPLES or val["counted_tokens"] < MIN_VAL_TOKENS, WARNING, "validation",
+        val["examples"] < MIN_VAL_EXAMPLES or val["counted_tokens"] < MIN_VAL_TOKENS,
+        WARNING,
+        "validation",
         (counts + "{counted_tokens:,} counted tokens").format(**val),
         f"raise --val-fraction or give --val-data: under {MIN_VAL_EXAMPLES} examples or {MIN_VAL_TOKENS:,} tokens "
         "luck decides",
-    )  # fmt: skip
+    )
 
 
 def check_lengths(settings: Settings, data: PreparedDataset) -> CheckResult:
@@ -78,10 +80,12 @@ def check_duplicates(settings: Settings, data: PreparedDataset) -> Iterator[Chec
     unique_train_texts = set(train_texts)
     num_shared = sum(text in unique_train_texts for text in val_texts)
     yield make_result(
-        num_shared > MAX_SHARED_SHARE * len(val_texts), WARNING, "duplicates",
+        num_shared > MAX_SHARED_SHARE * len(val_texts),
+        WARNING,
+        "duplicates",
         f"{num_shared:,} of {len(val_texts):,} validation texts also stand in the training data",
         "drop them from one side: the validation loss partly measures what was learnt by heart",
-    )  # fmt: skip
+    )
     num_repeated = len(train_texts) - len(unique_train_texts)
     message = f"{num_repeated:,} of {len(train_texts):,} training texts are repeats"
     is_bad = num_repeated > MAX_REPEATED_SHARE * len(train_texts)
@@ -110,10 +114,12 @@ def check_loss_mask(data: PreparedDataset) -> Iterator[CheckResult]:
     target_counts = data.train.num_target_tokens()
     target_share = int(target_counts.sum()) / int(data.train.lengths().sum())
     yield make_result(
-        target_share < MIN_TARGET_SHARE, WARNING, "masked",
+        target_share < MIN_TARGET_SHARE,
+        WARNING,
+        "masked",
         f"{1 - target_share:.1%} of the training tokens are not counted in the loss",
         "shorten the prompt, or train on whole texts with --objective blocks",
-    )  # fmt: skip
+    )
     if num_empty := int((target_counts <= 0).sum()):
         message = f"{num_empty:,} training rows have no token that counts"
         yield CheckResult(ERROR, "masked", message, "drop records with an empty completion")
@@ -127,7 +133,9 @@ def check_vocabulary_coverage(data: PreparedDataset) -> Iterator[CheckResult]:
     unseen_share = float((~is_seen[val_ids]).mean()) if len(val_ids) else 0.0
     yield ok_result("coverage", f"{int(is_seen.sum()):,} of {len(is_seen):,} token ids occur in the training data")
     yield make_result(
-        unseen_share > MAX_UNSEEN_SHARE, WARNING, "coverage",
+        unseen_share > MAX_UNSEEN_SHARE,
+        WARNING,
+        "coverage",
         f"{unseen_share:.2%} of the validation tokens never occur in training",
         "more training data, or a split that holds the same kinds of text on both sides",
-    )  # fmt: skip
+    )

@@ -78,9 +78,12 @@ class DoctorReport:
         yield _check_run_folder(settings.run_folder, is_resumed=self.cli_args.resume is not None)
         model_config = load_config(settings.model)
         self.data = prepare(
-            settings.data, model=settings.model.model, global_batch=settings.train.global_batch,
-            max_positions=get_max_positions(model_config), log=partial(print, file=sys.stderr, flush=True),
-        )  # fmt: skip
+            settings.data,
+            model=settings.model.model,
+            global_batch=settings.train.global_batch,
+            max_positions=get_max_positions(model_config),
+            log=partial(print, file=sys.stderr, flush=True),
+        )
         yield ok_result("data", f"{self.data.metadata['source']}: read and tokenised")
         self.model = build_model(settings, on_meta=True)
         self.plan = make_plan(settings, dist_context, self.data, self.model.metadata, model_config)
@@ -115,9 +118,15 @@ def planned_context(world_size: int | None, gpu_memory_bytes: int | None) -> Dis
 
 
 def run_doctor(
-    cli_args: CliArgs, dist_context: DistContext, *, environ: Mapping[str, str], as_json: bool,
-    limit_seconds: float | None, ranks_of_hosts: Mapping[str, int], proves: bool = False,
-) -> int:  # fmt: skip
+    cli_args: CliArgs,
+    dist_context: DistContext,
+    *,
+    environ: Mapping[str, str],
+    as_json: bool,
+    limit_seconds: float | None,
+    ranks_of_hosts: Mapping[str, int],
+    proves: bool = False,
+) -> int:
     """All sections; 0, or 1 where there was an error. `limit_seconds`: of the rehearsal; None: there is none.
 
     For GPUs that are planned for and not here, what this machine has is not looked at. `ranks_of_hosts`: of the hosts

@@ -93,10 +93,12 @@ def check_devices(world_size: int) -> Iterator[CheckResult]:
         are_gpus_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
         found = "torch sees none though a driver is there" if has_driver else "none"
         yield make_result(
-            has_driver and not are_gpus_hidden, WARNING, "GPUs",
+            has_driver and not are_gpus_hidden,
+            WARNING,
+            "GPUs",
             f"{found}: runs on {len(os.sched_getaffinity(0))} processor cores",
             "install the CUDA build of torch that the driver takes (nvidia-smi names the newest)",
-        )  # fmt: skip
+        )
         return
     gpus = [torch.cuda.get_device_properties(number) for number in range(num_gpus)]
     named = join_names(f"{gpu.name} {format_bytes(gpu.total_memory)}" for gpu in gpus)
@@ -117,10 +119,12 @@ def check_backends(world_size: int) -> CheckResult:
     missing = [name for name, is_available in availability.items() if not is_available]
     message = f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} and gloo" if has_gpu and not missing else "gloo"
     return make_result(
-        bool(missing), ERROR if world_size > 1 or "gloo" in missing else WARNING, "backends",
+        bool(missing),
+        ERROR if world_size > 1 or "gloo" in missing else WARNING,
+        "backends",
         f"this torch has no {', '.join(missing)}" if missing else message,
         "install a torch with it (the official wheels have it)",
-    )  # fmt: skip
+    )
 
 
 def check_op_builds() -> Iterator[CheckResult]:
@@ -184,10 +188,12 @@ def check_threads(world_size: int) -> CheckResult:
     threads_per_rank = int(omp_num_threads) if omp_num_threads.isdigit() else share
     num_threads = threads_per_rank * world_size
     return make_result(
-        num_threads > num_cores, WARNING, "threads",
+        num_threads > num_cores,
+        WARNING,
+        "threads",
         f"{threads_per_rank} a rank x {world_size} = {num_threads} on {num_cores} cores",
         f"OMP_NUM_THREADS={share}" if world_size <= num_cores else f"at most {num_cores} ranks on a processor",
-    )  # fmt: skip
+    )
 
 
 def check_forwarded_variables(environ: Mapping[str, str], is_multi_node: bool) -> CheckResult:

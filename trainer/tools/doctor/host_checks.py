@@ -46,11 +46,13 @@ def check_own_name() -> CheckResult:
     address = _resolve(name)
     is_loopback = address is not None and address.startswith("127.")
     return make_result(
-        address is None or is_loopback, WARNING, "own name",
+        address is None or is_loopback,
+        WARNING,
+        "own name",
         f"{name} is {address or 'unknown'} here" + ": other hosts cannot reach that" * is_loopback,
         f"in /etc/hosts, the address that other hosts know for {name}; or torchrun --local-addr ADDRESS (started "
         "otherwise, the ranks find their interface themselves)",
-    )  # fmt: skip
+    )
 
 
 def measure_links(hosts: Sequence[str]) -> list[LinkSpeed]:
@@ -65,10 +67,12 @@ def measure_links(hosts: Sequence[str]) -> list[LinkSpeed]:
     ranks = [
         subprocess.Popen(
             argv if n == 0 else _ssh_argv(host, f"RANK={n} {variables} {shlex.join(argv)}"),
-            env={**without_launcher(os.environ), **place, "RANK": "0"} if n == 0 else None, text=True, **pipes,
+            env={**without_launcher(os.environ), **place, "RANK": "0"} if n == 0 else None,
+            text=True,
+            **pipes,
         )
         for n, host in enumerate(hosts)
-    ]  # fmt: skip
+    ]
     deadline = time.monotonic() + LINKS_TIMEOUT_SECONDS
     try:
         while ranks[0].poll() is None and not any(rank.poll() for rank in ranks) and time.monotonic() < deadline:
@@ -105,8 +109,11 @@ def _check_host(host: str, address: str, here: dict[str, Any]) -> CheckResult:
     try:
         answer = subprocess.run(
             _ssh_argv(host, shlex.join([sys.executable, "-c", _ASK])),
-            capture_output=True, text=True, timeout=SSH_TIMEOUT_SECONDS, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=SSH_TIMEOUT_SECONDS,
+            stdin=subprocess.DEVNULL,
+        )
         there = json.loads(answer.stdout.strip().splitlines()[-1]) if answer.returncode == 0 else None
         reason = last_line(answer.stderr)
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:

@@ -27,12 +27,18 @@ def _build_row(plan: RunPlan, deepspeed_file: DeepSpeedFile, row_length: int) ->
     device_bytes, host_bytes = required_bytes(plan, estimate)
     states = estimate.model_states
     return {
-        "ds_config": deepspeed_file.name, "chosen": deepspeed_file.name == plan.deepspeed_file.name,
+        "ds_config": deepspeed_file.name,
+        "chosen": deepspeed_file.name == plan.deepspeed_file.name,
         "fits": device_bytes <= available_bytes(plan) and host_bytes <= free_host_bytes(plan),
-        "weights": states.weights, "gradients": states.gradients, "optimizer": states.optimizer,
-        "activations": estimate.activations, "passing": estimate.passing, "gathered": estimate.gathered,
-        "peak": device_bytes, "host": host_bytes,
-    }  # fmt: skip
+        "weights": states.weights,
+        "gradients": states.gradients,
+        "optimizer": states.optimizer,
+        "activations": estimate.activations,
+        "passing": estimate.passing,
+        "gathered": estimate.gathered,
+        "peak": device_bytes,
+        "host": host_bytes,
+    }
 
 
 def check_memory(plan: RunPlan, table: list[dict[str, Any]]) -> Iterator[CheckResult]:
@@ -48,12 +54,17 @@ def check_memory(plan: RunPlan, table: list[dict[str, Any]]) -> Iterator[CheckRe
         yield CheckResult(ERROR, "memory", message, f"{remedy}; --micro-batch 1 needs the least")
         return
     yield make_result(
-        chosen["peak"] > TIGHT_SHARE * limit_bytes, WARNING, "memory", message,
+        chosen["peak"] > TIGHT_SHARE * limit_bytes,
+        WARNING,
+        "memory",
+        message,
         "lower --micro-batch: so close to the limit it may not fit",
-    )  # fmt: skip
+    )
     parts = {
-        "activations": "activations", "passing": "logits, products and gradients in passing", "weights": "weights",
+        "activations": "activations",
+        "passing": "logits, products and gradients in passing",
+        "weights": "weights",
         "optimizer": "optimizer state",
-    }  # fmt: skip
+    }
     largest = max(parts, key=chosen.__getitem__)
     yield ok_result("largest", f"{parts[largest]}, {format_bytes(chosen[largest])}")

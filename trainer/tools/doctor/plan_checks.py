@@ -29,17 +29,21 @@ def check_model(plan: RunPlan, model: TrainableModel) -> Iterator[CheckResult]:
         num_layers, num_conv1d = len(lora_layers), sum(is_transposed for _, is_transposed in lora_layers)
         yield ok_result("LoRA targets", f"{num_layers} layers: {', '.join(model_info['lora_targets'])}")
         yield make_result(
-            0 < num_conv1d < num_layers, WARNING, "Conv1D",
+            0 < num_conv1d < num_layers,
+            WARNING,
+            "Conv1D",
             f"{num_conv1d} of the {num_layers} adapted layers keep their weight as [in, out]"
             + ", as fan_in_fan_out tells peft" * bool(num_conv1d),
             "layers of both kinds: peft takes one setting and corrects it for each, look at its warnings",
-        )  # fmt: skip
+        )
     trainable_share = model_info["trainable"] / model_info["parameters"]
     yield make_result(
-        bool(lora_layers) and trainable_share > 0.5, WARNING, "trainable",
+        bool(lora_layers) and trainable_share > 0.5,
+        WARNING,
+        "trainable",
         f"{model_info['trainable']:,} weights ({trainable_share:.2%})",
         "adapters as large as the model save nothing: lower --lora-rank",
-    )  # fmt: skip
+    )
 
 
 def check_schedule(plan: RunPlan) -> Iterator[CheckResult]:
@@ -47,9 +51,12 @@ def check_schedule(plan: RunPlan) -> Iterator[CheckResult]:
     schedule, settings, batch = plan.schedule, plan.settings, plan.schedule.batch
     total_steps = schedule.total_steps
     yield make_result(
-        batch.micro_batch_size <= 2 and batch.gradient_accumulation_steps >= MANY_ACCUMULATION_STEPS, WARNING, "batch",
-        str(batch), "a larger --micro-batch is faster where it fits: try --find-batch",
-    )  # fmt: skip
+        batch.micro_batch_size <= 2 and batch.gradient_accumulation_steps >= MANY_ACCUMULATION_STEPS,
+        WARNING,
+        "batch",
+        str(batch),
+        "a larger --micro-batch is faster where it fits: try --find-batch",
+    )
     last_batch_size = plan.data_info["train"]["examples"] % batch.global_batch
     tail = f"; the last of an epoch has {last_batch_size} examples" if last_batch_size else ""
     message = f"{schedule.steps_per_epoch:,} an epoch, {total_steps:,} in all{tail}"
@@ -58,9 +65,12 @@ def check_schedule(plan: RunPlan) -> Iterator[CheckResult]:
     warmup_steps = settings.train.num_warmup_steps(total_steps)
     warmup_note = f" after {warmup_steps} warm-up steps of {total_steps}" if warmup_steps else ""
     yield make_result(
-        warmup_steps >= total_steps, WARNING, "learning rate", f"{settings.train.lr:g} at its peak{warmup_note}",
+        warmup_steps >= total_steps,
+        WARNING,
+        "learning rate",
+        f"{settings.train.lr:g} at its peak{warmup_note}",
         "the peak is never reached: lower --warmup-steps or --warmup-ratio",
-    )  # fmt: skip
+    )
     for flag, interval in (("--eval-every", settings.output.eval_every), ("--save-every", settings.output.save_every)):
         if interval.isdigit() and int(interval) > total_steps:
             message = f"{interval}, the run has {total_steps} steps: only at the end"

@@ -68,9 +68,11 @@ def proof_settings(settings: Settings) -> Settings:
     """The settings of a proof: without dropout, by an AdamW that a plain loop has."""
     optim = "adamw_fused" if settings.train.optim in EIGHT_BIT_OPTIMIZERS else settings.train.optim
     return replace(
-        settings, model=replace(settings.model, dropout=0.0), lora=replace(settings.lora, dropout=0.0),
+        settings,
+        model=replace(settings.model, dropout=0.0),
+        lora=replace(settings.lora, dropout=0.0),
         train=replace(settings.train, optim=optim),
-    )  # fmt: skip
+    )
 
 
 def list_rows(plan: RunPlan, world_size: int) -> list[ProofRow]:
@@ -140,12 +142,16 @@ class Proof:
         while rows:
             answer.write_text("")
             job = {
-                "settings": proof_settings(self.plan.settings).as_dict(), "data": str(self.data.folder),
-                "rows": [[row.ds_config, row.execution] for row in rows], "num_steps": self.num_steps,
-                "precision": self.plan.precision, "device": self.plan.dist_context.device.type,
-                "min_gradient": WEIGHT_BOUNDS[self.plan.precision][1], "reference": str(folder / "reference.pt"),
+                "settings": proof_settings(self.plan.settings).as_dict(),
+                "data": str(self.data.folder),
+                "rows": [[row.ds_config, row.execution] for row in rows],
+                "num_steps": self.num_steps,
+                "precision": self.plan.precision,
+                "device": self.plan.dist_context.device.type,
+                "min_gradient": WEIGHT_BOUNDS[self.plan.precision][1],
+                "reference": str(folder / "reference.pt"),
                 "answer": str(answer),
-            }  # fmt: skip
+            }
             (folder / "job.json").write_text(json.dumps(job))
             problem = self._run_processes(folder, world_size)
             lines = answer.read_text().splitlines()
@@ -171,11 +177,14 @@ class Proof:
         """The table as JSON."""
         rows = [{**asdict(row), "verdict": row.verdict(self.plan.precision)} for row in self.rows]
         content: dict[str, Any] = {
-            "format": 1, "precision": self.plan.precision, "steps": self.num_steps,
+            "format": 1,
+            "precision": self.plan.precision,
+            "steps": self.num_steps,
             "bounds": {"loss": MAX_DIFFERENCE[self.plan.precision], "weights": WEIGHT_BOUNDS[self.plan.precision][0]},
-            "settings": proof_settings(self.plan.settings).as_dict(), "data": self.data.metadata["fingerprint"],
+            "settings": proof_settings(self.plan.settings).as_dict(),
+            "data": self.data.metadata["fingerprint"],
             "rows": rows,
-        }  # fmt: skip
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 

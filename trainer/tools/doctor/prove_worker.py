@@ -97,8 +97,10 @@ def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistCont
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         [{"params": [p], "lr": train.lr * model.get_lr_multiplier(name)} for name, p in params.items()],
-        betas=(train.beta1, train.beta2), eps=train.epsilon, weight_decay=train.weight_decay,
-    )  # fmt: skip
+        betas=(train.beta1, train.beta2),
+        eps=train.epsilon,
+        weight_decay=train.weight_decay,
+    )
     counted = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
     losses, norms, seconds = [], [], []
     for batch in plan.schedule.batches(data.train, 0)(0, job["num_steps"]):
@@ -116,10 +118,14 @@ def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistCont
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start_time)
     torch.save(
-        {"losses": losses, "norms": norms, "weights": {name: p.detach().float().cpu() for name, p in params.items()},
-         "counted": {name: mask.cpu() for name, mask in counted.items()}},
+        {
+            "losses": losses,
+            "norms": norms,
+            "weights": {name: p.detach().float().cpu() for name, p in params.items()},
+            "counted": {name: mask.cpu() for name, mask in counted.items()},
+        },
         job["reference"],
-    )  # fmt: skip
+    )
     return {"step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :])}
 
 

@@ -113,20 +113,29 @@ class SmokeTest:
         world_size = self.plan.dist_context.world_size
         launcher_argv = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}"] if world_size > 1 else []
         argv = to_argv(
-            self.cli_args, data=sample,
+            self.cli_args,
+            data=sample,
             train={"max_steps": self.num_steps, "warmup_steps": 0, "warmup_ratio": 0.0},
             output={
-                "output_dir": str(run_folder), "eval_every": "never", "save_every": str(self.save_step),
-                "save_total_limit": 3, "wandb": "disabled", "run_name": "rehearsal",
+                "output_dir": str(run_folder),
+                "eval_every": "never",
+                "save_every": str(self.save_step),
+                "save_total_limit": 3,
+                "wandb": "disabled",
+                "run_name": "rehearsal",
             },
-        )  # fmt: skip
+        )
         start_time = time.monotonic()
         log = run_folder.parent / "output"
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, *launcher_argv, str(TRAIN_SCRIPT), *argv, *extra_argv], stdout=output,
-                stderr=output, stdin=subprocess.DEVNULL, start_new_session=True, env=worker_environ(),
-            )  # fmt: skip
+                [sys.executable, *launcher_argv, str(TRAIN_SCRIPT), *argv, *extra_argv],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=worker_environ(),
+            )
             try:
                 exit_code: int | None = process.wait(max(1.0, self.deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -134,9 +143,11 @@ class SmokeTest:
             finally:
                 _terminate(process)
         return RunOutcome(
-            exit_code=exit_code, records=_read_records(run_folder / "metrics.jsonl"),
-            output=log.read_text(encoding="utf-8", errors="replace"), elapsed_seconds=time.monotonic() - start_time,
-        )  # fmt: skip
+            exit_code=exit_code,
+            records=_read_records(run_folder / "metrics.jsonl"),
+            output=log.read_text(encoding="utf-8", errors="replace"),
+            elapsed_seconds=time.monotonic() - start_time,
+        )
 
     def _check_first_run(self, outcome: RunOutcome, sample_note: str) -> Iterator[CheckResult]:
         losses = outcome.losses("step")
@@ -185,10 +196,12 @@ class SmokeTest:
         # A GPU's attention adds its gradients in any order, and the steps after a resume are eager at first.
         is_gpu = self.plan.dist_context.device.type == "cuda"
         return make_result(
-            max_difference > (MAX_DIFFERENCE[self.plan.precision] if is_gpu else CPU_RESUME_TOLERANCE), ERROR, "resume",
+            max_difference > (MAX_DIFFERENCE[self.plan.precision] if is_gpu else CPU_RESUME_TOLERANCE),
+            ERROR,
+            "resume",
             f"from step {self.save_step}: losses {agreement}",
             "a resumed run would not be the run that was stopped; report this with the flags",
-        )  # fmt: skip
+        )
 
 
 def sample_overrides(plan: RunPlan, data: PreparedDataset, num_steps: int, folder: Path) -> dict[str, str]:
@@ -249,9 +262,10 @@ def _measure_cost(outcome: RunOutcome, num_warmup_steps: int) -> Cost:
         step_seconds=statistics.fmean(step_times[num_warmup_steps:]),
         overhead_seconds=outcome.elapsed_seconds - evals[-1]["time"],
         eval_seconds_per_token=evals[0]["time"] / evals[0]["eval_tokens"],
-        checkpoint_bytes=finished["checkpoint_bytes"], export_bytes=finished["export_bytes"],
+        checkpoint_bytes=finished["checkpoint_bytes"],
+        export_bytes=finished["export_bytes"],
         peak_memory_bytes=finished["peak_memory_bytes"],
-    )  # fmt: skip
+    )
 
 
 def estimate_costs(plan: RunPlan, data: PreparedDataset, cost: Cost, estimated_bytes: float) -> Iterator[CheckResult]:
@@ -261,9 +275,10 @@ def estimate_costs(plan: RunPlan, data: PreparedDataset, cost: Cost, estimated_b
     evaluation_seconds = cost.eval_seconds_per_token * data.metadata["val"]["counted_tokens"]
     total_seconds = total_steps * cost.step_seconds + num_evaluations * evaluation_seconds + cost.overhead_seconds
     yield ok_result(
-        "time", f"about {format_duration(total_seconds)}: {total_steps:,} steps of {cost.step_seconds:.2f} s, "
+        "time",
+        f"about {format_duration(total_seconds)}: {total_steps:,} steps of {cost.step_seconds:.2f} s, "
         f"{num_evaluations} evaluations of {evaluation_seconds:.1f} s, {cost.overhead_seconds:.0f} s around them",
-    )  # fmt: skip
+    )
     measured, counted = format_bytes(cost.peak_memory_bytes), format_bytes(estimated_bytes)
     yield ok_result("memory", f"{measured} at most on a rank in the rehearsal, {counted} as counted")
     yield check_disk_space(Path(plan.settings.run_folder), cost, plan.settings.output.save_total_limit)
@@ -278,7 +293,9 @@ def check_disk_space(folder: Path, cost: Cost, save_total_limit: int) -> CheckRe
     parts = f"{num_checkpoints} checkpoints of {format_bytes(cost.checkpoint_bytes)}, "
     parts += f"export {format_bytes(cost.export_bytes)}"
     return make_result(
-        free_bytes < needed_bytes, ERROR, "disk",
+        free_bytes < needed_bytes,
+        ERROR,
+        "disk",
         f"{format_bytes(needed_bytes)} at most ({parts}), {format_bytes(free_bytes)} free",
         "--save-total-limit fewer, or --output-dir on another disk",
-    )  # fmt: skip
+    )

@@ -122,9 +122,11 @@ def run_trials(plan: RunPlan, data_folder: Path, sizes: Sequence[int]) -> list[T
     with tempfile.TemporaryDirectory(prefix="find-batch-") as scratch:
         folder = Path(scratch)
         job = {
-            "settings": plan.settings.as_dict(), "data": str(data_folder), "sizes": list(sizes),
+            "settings": plan.settings.as_dict(),
+            "data": str(data_folder),
+            "sizes": list(sizes),
             "answer": str(folder / "answer"),
-        }  # fmt: skip
+        }
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         (folder / "answer").touch()
         exit_code, output = _watch_worker(plan, folder, port)
@@ -151,15 +153,20 @@ def run_trials(plan: RunPlan, data_folder: Path, sizes: Sequence[int]) -> list[T
 def _watch_worker(plan: RunPlan, folder: Path, port: int) -> tuple[int | None, str]:
     """(exit code of this rank's process, None where it was ended here; its last line). All ranks return together."""
     environ = {
-        **os.environ, "MASTER_PORT": str(port), "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    }  # fmt: skip
+        **os.environ,
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the processes meet on a port of their own
     log, answer_file = folder / "log", folder / "answer"
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, *WORKER_COMMAND, str(folder / "job.json")],
-            stdin=subprocess.PIPE, stdout=output, stderr=output, env=environ,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=environ,
+        )
     failed_at: float | None = None
     answer_size, last_progress_time = 0, time.monotonic()
     try:
@@ -189,10 +196,13 @@ def _merge_ranks(plan: RunPlan, micro_batch_size: int, answers: Sequence[dict[st
     """One size on all ranks: the slowest one's seconds, the largest one's bytes."""
     step_seconds = max(answer["seconds"] for answer in answers)
     return _make_result(
-        plan, micro_batch_size, fits=True, step_seconds=step_seconds,
+        plan,
+        micro_batch_size,
+        fits=True,
+        step_seconds=step_seconds,
         tokens_per_second=answers[0]["tokens"] / step_seconds,
         peak_memory_bytes=max(answer["peak_memory_bytes"] for answer in answers),
-    )  # fmt: skip
+    )
 
 
 def _make_result(plan: RunPlan, micro_batch_size: int, *, fits: bool = False, **fields: Any) -> TrialResult:
@@ -204,11 +214,17 @@ def _make_result(plan: RunPlan, micro_batch_size: int, *, fits: bool = False, **
 def _report(plan: RunPlan, trials: list[TrialResult], row_length: int, budget: str) -> None:
     best_trial = fastest(trials)
     content = {
-        "format": 1, "mode": plan.settings.mode, "global_batch": plan.schedule.batch.global_batch, "width": row_length,
-        "tried": [vars(trial) for trial in trials], "suggestion": best_trial.micro_batch_size if best_trial else None,
-        "budget": budget, "settings": plan.settings.as_dict(), "resolved": plan.resolved(),
+        "format": 1,
+        "mode": plan.settings.mode,
+        "global_batch": plan.schedule.batch.global_batch,
+        "width": row_length,
+        "tried": [vars(trial) for trial in trials],
+        "suggestion": best_trial.micro_batch_size if best_trial else None,
+        "budget": budget,
+        "settings": plan.settings.as_dict(),
+        "resolved": plan.resolved(),
         "data": plan.data_info["fingerprint"],
-    }  # fmt: skip
+    }
     with output_folder(plan) as folder:
         path = folder / "find-batch.json"
         write_atomically(path, json.dumps(content, indent=1) + "\n")

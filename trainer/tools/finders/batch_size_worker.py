@@ -84,9 +84,10 @@ def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> d
         update_seconds = device_seconds(lambda: engine.launch_update(0.0, loss_sums)(), device)
         step_times.append(passes_seconds / len(micro_batches) * batch.gradient_accumulation_steps + update_seconds)
     return {
-        "seconds": min(step_times[-NUM_TIMED_STEPS:]), "tokens": num_tokens,
+        "seconds": min(step_times[-NUM_TIMED_STEPS:]),
+        "tokens": num_tokens,
         "peak_memory_bytes": peak_memory_bytes(device),
-    }  # fmt: skip
+    }
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -56,19 +56,32 @@ def _report(lr_range: LRRange, plan: RunPlan, lrs: list[float], losses: list[flo
     suggestion = suggest_lr(lrs, losses, lr_range.steps)
     finite_losses = [loss for loss in losses if math.isfinite(loss)]
     content = {
-        "format": 1, "mode": settings.mode, "range": [lr_range.start, lr_range.end], "steps": lr_range.steps, "lr": lrs,
+        "format": 1,
+        "mode": settings.mode,
+        "range": [lr_range.start, lr_range.end],
+        "steps": lr_range.steps,
+        "lr": lrs,
         "loss": [loss if math.isfinite(loss) else None for loss in losses],
         "smoothed": smooth(finite_losses, smoothing_beta(lr_range.steps)),
-        "suggestion": suggestion.lr, "lowest": suggestion.lr_at_lowest_loss, "steepest": suggestion.lr_at_steepest_fall,
-        "warning": suggestion.warning, "settings": settings.as_dict(), "resolved": plan.resolved(),
+        "suggestion": suggestion.lr,
+        "lowest": suggestion.lr_at_lowest_loss,
+        "steepest": suggestion.lr_at_steepest_fall,
+        "warning": suggestion.warning,
+        "settings": settings.as_dict(),
+        "resolved": plan.resolved(),
         "data": plan.data_info["fingerprint"],
-    }  # fmt: skip
+    }
     with output_folder(plan) as folder:
         write_atomically(folder / "find-lr.json", json.dumps(content, indent=1) + "\n")
         plot_lr_range_test(
-            folder / "find-lr.png", mode=settings.mode, lrs=lrs[: len(finite_losses)], losses=finite_losses,
-            smoothed_losses=content["smoothed"], suggested_lr=suggestion.lr, name=settings.run_name,
-        )  # fmt: skip
+            folder / "find-lr.png",
+            mode=settings.mode,
+            lrs=lrs[: len(finite_losses)],
+            losses=finite_losses,
+            smoothed_losses=content["smoothed"],
+            suggested_lr=suggestion.lr,
+            name=settings.run_name,
+        )
     for line in format_lines(suggestion, settings.mode, settings.train.lr):
         print(line, flush=True)
     print(f"plot           {folder / 'find-lr.png'}, numbers in find-lr.json; nothing was trained", flush=True)

@@ -100,9 +100,12 @@ def compare_study(
         },
     )
     options = ComparisonOptions(
-        margin=rule.margin, level=rule.level_per_look, step_time=timing.cost,
-        price_per_hour=price_per_hour, study=study,
-    )  # fmt: skip
+        margin=rule.margin,
+        level=rule.level_per_look,
+        step_time=timing.cost,
+        price_per_hour=price_per_hour,
+        study=study,
+    )
     return compare_run_groups(list(groups.values()), with_reference=False, options=options)
 
 

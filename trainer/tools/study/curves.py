@@ -67,7 +67,9 @@ def _point(run: RunData, method: str, timing: Timing) -> Point:
     end = {name: float(values[-1]) for name, values in run.evals.items()}
     step_flops, step_seconds = run.get("model.step_flops"), timing.mean_step_seconds.get(method)
     return Point(
-        loss=end["loss"], tokens=end["tokens"], flops=None if step_flops is None else step_flops * end["step"],
+        loss=end["loss"],
+        tokens=end["tokens"],
+        flops=None if step_flops is None else step_flops * end["step"],
         seconds=None if step_seconds is None else step_seconds * end["step"],
         peak_memory_bytes=None if timing.reason else timing.peak_memory_bytes[method],
-    )  # fmt: skip
+    )

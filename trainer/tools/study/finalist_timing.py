@@ -77,9 +77,12 @@ class Timing:
         """LoRA's time of a step beside full's."""
         seconds = {method: _mean_of_least(rounds) for method, rounds in self.step_seconds.items() if rounds}
         return CostRatio(
-            ratio=None if self.blocker else self._ratio(), reason=self.blocker, full=seconds.get("full"),
-            lora=seconds.get("lora"), is_of_a_step=True,
-        )  # fmt: skip
+            ratio=None if self.blocker else self._ratio(),
+            reason=self.blocker,
+            full=seconds.get("full"),
+            lora=seconds.get("lora"),
+            is_of_a_step=True,
+        )
 
     def describe(self) -> str:
         """One line for people."""

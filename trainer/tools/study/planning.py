@@ -79,9 +79,11 @@ def resolve_run(methods: Sequence[str], train_argv: Sequence[str], run: RunFn) -
 
 
 def measure_costs(
-    methods: Sequence[str], train_argv: Sequence[str], runs: Sequence[RunFn],
+    methods: Sequence[str],
+    train_argv: Sequence[str],
+    runs: Sequence[RunFn],
     clock: Callable[[], float] = time.monotonic,
-) -> dict[str, TrialCost]:  # fmt: skip
+) -> dict[str, TrialCost]:
     """What a start, a step and an export of each method take here, from three short runs of each.
 
     `runs`: one for each worker; they run side by side, as a study's trials do, and take from each other.
@@ -101,9 +103,10 @@ def measure_costs(
         short, long = (measure(method, num_steps, "none") for num_steps in CALIBRATION_STEPS)
         step_seconds = max(0.0, (long - short) / (CALIBRATION_STEPS[1] - CALIBRATION_STEPS[0]))
         costs[method] = TrialCost(
-            start_seconds=max(0.0, short - CALIBRATION_STEPS[0] * step_seconds), step_seconds=step_seconds,
+            start_seconds=max(0.0, short - CALIBRATION_STEPS[0] * step_seconds),
+            step_seconds=step_seconds,
             export_seconds=max(0.0, exported - short),
-        )  # fmt: skip
+        )
     return costs
 
 

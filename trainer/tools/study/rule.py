@@ -50,9 +50,11 @@ class Rule:
     def __post_init__(self) -> None:
         check_methods(self.methods)
         for flag, values in (
-            ("--methods", self.methods), ("--ranks", self.lora_ranks), ("--search-seeds", self.search_seeds),
+            ("--methods", self.methods),
+            ("--ranks", self.lora_ranks),
+            ("--search-seeds", self.search_seeds),
             ("--seeds", self.answer_seeds),
-        ):  # fmt: skip
+        ):
             if len(set(values)) < len(values):
                 raise UserError(f"{flag} {','.join(map(str, values))}: expected one value or more, none of them twice")
         if shared := set(self.search_seeds) & set(self.answer_seeds):

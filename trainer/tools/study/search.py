@@ -136,10 +136,14 @@ class MethodSearch:
             edge = "lowest" if winner.rate_index == self.bounds[0] else "highest"
         beside = [spec.name for neighbour in self._neighbours(leader) for spec in self.specs_at(neighbour, -1)]
         return SearchOutcome(
-            method=self.method, winner=winner, loss=loss, edge=edge,
+            method=self.method,
+            winner=winner,
+            loss=loss,
+            edge=edge,
             unknown=next((name for name in beside if math.isnan(self._results.get(name, 0.0))), None),
-            num_trials=len(self.trials), num_steps=sum(spec.num_steps for spec in self.trials),
-        )  # fmt: skip
+            num_trials=len(self.trials),
+            num_steps=sum(spec.num_steps for spec in self.trials),
+        )
 
     def _walk(self) -> list[Candidate]:
         """Note what is needed, rung by rung; the candidates of the last one that was reached."""

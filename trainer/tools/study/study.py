@@ -128,9 +128,11 @@ def study_table(study: Study) -> Any:
         last_rung = [t for t in finished if num_steps[t.name] == longest and math.isfinite(t.loss)]
         best = min(last_rung, key=lambda trial: trial.loss, default=None)
         table.add_row(
-            method, f"{len(finished)} of {max(num_expected[method], len(method_trials))}",
+            method,
+            f"{len(finished)} of {max(num_expected[method], len(method_trials))}",
             str(sum(trial.worker is not None for trial in method_trials)),
             str(sum(trial.failure is not None for trial in method_trials)),
-            best.name.split("-lr")[1].split("-t")[0] if best else "", f"{best.loss:.4f}" if best else "",
-        )  # fmt: skip
+            best.name.split("-lr")[1].split("-t")[0] if best else "",
+            f"{best.loss:.4f}" if best else "",
+        )
     return table

@@ -172,9 +172,11 @@ class TrialQueue:
         if self._is_held(trial_id, key, value):
             return None
         claim = Claim(
-            trial_id=trial_id, attempt=attempt + 1, key=f"claim/{attempt + 1}/{self.worker}",
+            trial_id=trial_id,
+            attempt=attempt + 1,
+            key=f"claim/{attempt + 1}/{self.worker}",
             num_failures=sum(value != _STOPPED for _, value in _claims(frozen).values()),
-        )  # fmt: skip
+        )
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._write_lease(claim)
             frozen = self._storage.get_trial(trial_id)
@@ -204,10 +206,13 @@ class TrialQueue:
         is_held = not is_finished and self._is_held(frozen._trial_id, key, value)
         failed_loss = math.inf if attributes.get("has_diverged") else math.nan
         return QueuedTrial(
-            name=attributes["name"], trial_id=frozen._trial_id, is_finished=is_finished,
+            name=attributes["name"],
+            trial_id=frozen._trial_id,
+            is_finished=is_finished,
             loss=failed_loss if frozen.state != TrialState.COMPLETE or frozen.value is None else float(frozen.value),
-            failure=attributes.get("failure"), worker=key.split("/", 2)[2] if is_held else None,
-        )  # fmt: skip
+            failure=attributes.get("failure"),
+            worker=key.split("/", 2)[2] if is_held else None,
+        )
 
 
 def worker_name(number: int) -> str:

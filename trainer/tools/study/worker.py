@@ -29,9 +29,20 @@ LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
 #: What a run of a study has unless the flags that are passed on say otherwise.
 DEFAULT_ARGV = ("--num-samples", "0", "--save-every", "never", "--eval-every", "never", "--test-fraction", "0.1")
 RESERVED_FLAGS = (
-    "--mode", "--adapter", "--quant", "--seed", "--lr", "--lora-rank", "--output-dir",
-    "--run-name", "--resume", "--dry-run", "--find-lr", "--find-batch", "--export",
-)  # fmt: skip
+    "--mode",
+    "--adapter",
+    "--quant",
+    "--seed",
+    "--lr",
+    "--lora-rank",
+    "--output-dir",
+    "--run-name",
+    "--resume",
+    "--dry-run",
+    "--find-lr",
+    "--find-batch",
+    "--export",
+)
 RENEW_SECONDS = LEASE_SECONDS / 4
 MAX_ATTEMPTS = 3  # a trial that was killed so often, or whose workers were, is taken for what killed them
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

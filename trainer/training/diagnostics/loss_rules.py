@@ -95,9 +95,14 @@ class LossRules:
             f"(slope {trend.slope:+.1e} a step, t {trend.t_statistic:+.1f}, mean {trend.mean_y:.4f})",
             cause=f"the learning rate {lr:g} is too {'high' if has_risen else 'low'}",
             remedy=f"--lr {lr / 10 if has_risen else lr * 10:g}",
-            evidence={"steps": n, "slope": trend.slope, "t": _finite_or_none(trend.t_statistic), "mean": trend.mean_y,
-                      "recent": fmean(self._recent_losses())},
-        )  # fmt: skip
+            evidence={
+                "steps": n,
+                "slope": trend.slope,
+                "t": _finite_or_none(trend.t_statistic),
+                "mean": trend.mean_y,
+                "recent": fmean(self._recent_losses()),
+            },
+        )
 
     def check_no_gradient(self) -> Diagnostic | None:
         """The gradient's root mean square is under AdamW's epsilon.
@@ -212,9 +217,12 @@ class LossRules:
     def _diverging(self, seen: str, evidence: dict[str, Any], for_precision: str = "") -> Diagnostic:
         lr = self.run_info.lr
         return Diagnostic(
-            code="diverging", seen=seen, cause=f"the learning rate {lr:g} is too high{for_precision}",
-            remedy=f"--lr {lr / 3:.1g}", evidence=evidence,
-        )  # fmt: skip
+            code="diverging",
+            seen=seen,
+            cause=f"the learning rate {lr:g} is too high{for_precision}",
+            remedy=f"--lr {lr / 3:.1g}",
+            evidence=evidence,
+        )
 
     def check_overfitting(self) -> Diagnostic | None:
         """The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell.
@@ -245,10 +253,17 @@ class LossRules:
             f"{mean_before.value:.4f} -> {mean_after.value:.4f}",
             cause="the model learns the training rows by heart",
             remedy=remedy,
-            evidence={"since_epoch": best_eval.epoch, "since_step": best_eval.step, "epochs": num_epochs,
-                      "evaluations": num_later, "best": best_eval.loss, "now": last_eval.loss,
-                      "train_before": mean_before.value, "train_now": mean_after.value},
-        )  # fmt: skip
+            evidence={
+                "since_epoch": best_eval.epoch,
+                "since_step": best_eval.step,
+                "epochs": num_epochs,
+                "evaluations": num_later,
+                "best": best_eval.loss,
+                "now": last_eval.loss,
+                "train_before": mean_before.value,
+                "train_now": mean_after.value,
+            },
+        )
 
     def on_skipped_step(self, step: int) -> Diagnostic | None:
         """More updates were left out than a loss scale needs to come down: from 2^16, its start, to 1 it is halved 16

@@ -34,23 +34,32 @@ class ThroughputRules:
         max_evaluation_share = MAX_EVALUATION_SHARE if self.num_evaluations > 1 else math.inf
         return [
             self._check_share(
-                "waiting_for_data", "data", MAX_DATA_SHARE, "by waiting for training rows",
+                "waiting_for_data",
+                "data",
+                MAX_DATA_SHARE,
+                "by waiting for training rows",
                 cause="the prepared data are read from a slow disk",
                 remedy="TRAINER_CACHE=FOLDER on a local disk",
             ),
             self._check_share(
-                "slow_logging", "logging", MAX_LOGGING_SHARE, "by writing records",
+                "slow_logging",
+                "logging",
+                MAX_LOGGING_SHARE,
+                "by writing records",
                 cause="the W&B server answers slowly" if is_online else "the disk of the run folder is slow",
                 remedy="--wandb offline" if is_online else "--output-dir FOLDER on a local disk",
             ),
             self._check_share(
-                "much_evaluation", "evaluation", max_evaluation_share, "into evaluations and their samples",
+                "much_evaluation",
+                "evaluation",
+                max_evaluation_share,
+                "into evaluations and their samples",
                 cause=f"they are frequent (--eval-every {self.run_info.eval_every}) or their batches small",
                 remedy=f"--eval-batch {2 * self.run_info.eval_batch_size}" if is_each_epoch else "--eval-every epoch",
             ),
             self._check_python_bound(),
             self._check_unused_ranks(),
-        ]  # fmt: skip
+        ]
 
     def _check_share(
         self, code: str, category: str, max_share: float, spent: str, *, cause: str, remedy: str

@@ -75,13 +75,24 @@ class RunInfo:
         settings = metadata.get("resumed", metadata)["settings"]
         train = settings["train"]
         return cls(
-            mode=metadata["mode"], lr=train["lr"], warmup_steps=resolved["warmup_steps"],
-            max_grad_norm=train["max_grad_norm"], epsilon=train["epsilon"], dropout=resolved["dropout"],
+            mode=metadata["mode"],
+            lr=train["lr"],
+            warmup_steps=resolved["warmup_steps"],
+            max_grad_norm=train["max_grad_norm"],
+            epsilon=train["epsilon"],
+            dropout=resolved["dropout"],
             num_trainable_params=metadata["model"]["trainable"],
-            total_steps=resolved["total_steps"], has_early_stopping=bool(train.get("early_stop")),
-            eval_every=settings["output"]["eval_every"], precision=resolved["precision"], device=resolved["device"],
-            world_size=resolved["ranks"], num_nodes=resolved["nodes"], micro_batch_size=resolved["micro_batch"],
-            eval_batch_size=train["eval_batch"], num_val_examples=data["val"]["examples"],
+            total_steps=resolved["total_steps"],
+            has_early_stopping=bool(train.get("early_stop")),
+            eval_every=settings["output"]["eval_every"],
+            precision=resolved["precision"],
+            device=resolved["device"],
+            world_size=resolved["ranks"],
+            num_nodes=resolved["nodes"],
+            micro_batch_size=resolved["micro_batch"],
+            eval_batch_size=train["eval_batch"],
+            num_val_examples=data["val"]["examples"],
             target_token_share=data["train"]["counted_tokens"] / max(1, data["train"]["tokens"]),
-            wandb_mode=metadata["wandb"]["mode"], num_local_gpus=metadata["hardware"].get("gpus_here") or 0,
-        )  # fmt: skip
+            wandb_mode=metadata["wandb"]["mode"],
+            num_local_gpus=metadata["hardware"].get("gpus_here") or 0,
+        )
