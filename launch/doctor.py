@@ -16,7 +16,7 @@ def build_parser() -> ArgumentParser:
     """The doctor's own flags; all others are those of train.py."""
     parser = ArgumentParser(
         prog="doctor.py",
-        usage="doctor.py --mode full|lora [--ranks N | --hosts NAME:RANKS,...] [--gpu-memory GIB] [--prove] [--json] "
+        usage="doctor.py --mode full|lora [--ranks N] [--gpu-memory GIB] [--prove] [--json] "
         "[--no-rehearsal] [--limit SECONDS] [flags of train.py]\n"
         "       doctor.py --check-run RUN [--move-aside] [--json]",
         description="Check environment, data, model, batch sum and memory of a run before it starts, and rehearse it "
@@ -26,7 +26,6 @@ def build_parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)")
-    add("--hosts", metavar="NAME:RANKS,...", help="the hosts that the run will have: look at each over ssh as well")
     add(
         "--gpu-memory",
         type=float,
@@ -70,8 +69,6 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--prove with {other}: a proof runs here; expected one of them")
         if args.gpu_memory is not None and args.gpu_memory <= 0:
             raise UserError(f"--gpu-memory {args.gpu_memory:g}: expected a number above 0")
-        if args.hosts is not None and args.ranks is not None:
-            raise UserError("--ranks and --hosts: one of them, --hosts says the ranks too")
         environ = dict(os.environ)
         from trainer.distributed.library_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
@@ -79,18 +76,15 @@ def main(argv: list[str] | None = None) -> int:
         if not cli_args.verbose:
             silence_libraries()  # before the libraries it silences are imported
         set_library_environment()
-        from trainer.tools.cluster.launch_files import parse_hosts
         from trainer.tools.doctor.doctor_cli import planned_context, run_doctor
 
-        hosts = {} if args.hosts is None else parse_hosts(args.hosts)
         gpu_memory_bytes = None if args.gpu_memory is None else int(args.gpu_memory * 2**30)
         return run_doctor(
             cli_args,
-            planned_context(args.ranks or sum(hosts.values()) or None, gpu_memory_bytes),
+            planned_context(args.ranks, gpu_memory_bytes),
             environ=environ,
             as_json=args.json,
             limit_seconds=None if args.no_rehearsal else args.limit,
-            ranks_of_hosts=hosts,
             proves=args.prove,
         )
     except UserError as error:

@@ -92,7 +92,6 @@ def run_prove(argv: list[str], ranks: int, capsys: Any) -> tuple[int, dict[str, 
         environ={},
         as_json=True,
         limit_seconds=200.0,
-        ranks_of_hosts={},
         proves=True,
     )
     checks = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["section"].startswith("proof")]

@@ -80,7 +80,6 @@ def test_only_rank_0s_host_needs_the_run_folder(flags, data_files, hosts, privat
     assert run.wait() == [0, 0], run.output
     plan = " ".join(run.logs[0].read_text().split())
     assert "hosts h1: rank 0; h2: rank 1; gloo over eth0 (10.77.0.1)" in plan
-    assert "the slowest link: a step sends 0.0" in plan
     assert "environment W&B disabled; cache " in plan
     assert f"{private}/run of h1 is not seen on h2: only h1 holds the checkpoints" in plan
     assert not h2.exists()

@@ -1,4 +1,4 @@
-"""What the plan of a run on several hosts says of them: the network between them, and what is not the same on all."""
+"""What the plan of a run on several hosts says of them: folders and clocks that are not the same on all."""
 
 import contextlib
 import os
@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer.data.cache import resolve_cache_dir
-from trainer.distributed.memory_estimate import ParamCounts
-from trainer.distributed.network_check import describe_link, measure_ring
 from trainer.distributed.process_group import DistContext
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_environment import wandb_mode
@@ -20,12 +18,9 @@ MAX_CLOCK_SECONDS = 5.0  # of which a busy host may be late itself
 def with_host_lines(plan: RunPlan) -> RunPlan:
     """The plan, with what there is to say of several hosts. All ranks must call, and rank 0 hold the run folder."""
     context = plan.dist_context
-    speed = measure_ring(context)
-    if speed is None:
+    if context.num_nodes == 1:
         return plan
-    counts = ParamCounts.from_model_info(plan.model_info)
-    network = describe_link(speed, counts, stage=plan.deepspeed_file.stage, world_size=context.world_size)
-    lines = [("network", network), ("environment", _describe_environment(plan, context))]
+    lines = [("environment", _describe_environment(plan, context))]
     if note := _describe_clocks(context):
         lines.append(("note", note))
     folder, here = Path(plan.settings.run_folder), context.placement.hosts[0]

@@ -292,7 +292,6 @@ def run_doctor(
         environ={},
         as_json=as_json,
         limit_seconds=limit_seconds,
-        ranks_of_hosts={},
     )
     return code, capsys.readouterr().out
 

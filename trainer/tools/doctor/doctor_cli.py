@@ -13,13 +13,10 @@ from rich.markup import escape
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
 from trainer.data.dataset import PreparedDataset, prepare
-from trainer.distributed.memory_estimate import ParamCounts
-from trainer.distributed.network_check import describe_link
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tools.doctor import data_checks, environment_checks, memory_checks, plan_checks
 from trainer.tools.doctor.check_result import ERROR, LEVELS, CheckResult, format_bytes, make_result, ok_result
-from trainer.tools.doctor.host_checks import check_hosts, describe_links, measure_links
 from trainer.tools.doctor.prove import Proof
 from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
 from trainer.tools.finders.files import FINDER_FILES, PROOF_FILE
@@ -124,25 +121,17 @@ def run_doctor(
     environ: Mapping[str, str],
     as_json: bool,
     limit_seconds: float | None,
-    ranks_of_hosts: Mapping[str, int],
     proves: bool = False,
 ) -> int:
     """All sections; 0, or 1 where there was an error. `limit_seconds`: of the rehearsal; None: there is none.
 
-    For GPUs that are planned for and not here, what this machine has is not looked at. `ranks_of_hosts`: of the hosts
-    that the run will have, this one first; empty where it will have this one only. `proves`: in the place of the
+    For GPUs that are planned for and not here, what this machine has is not looked at. `proves`: in the place of the
     rehearsal every ZeRO stage and way to run steps is held against a plain loop.
-
-    Parameters: what the command line says.
     """
     is_elsewhere = dist_context.planned_gpu_bytes is not None
     report = DoctorReport(cli_args, dist_context, quiet=as_json)
     if not is_elsewhere:
-        ranks_here = next(iter(ranks_of_hosts.values()), dist_context.world_size)
-        checks = environment_checks.check_environment(ranks_here, environ, is_multi_node=bool(ranks_of_hosts))
-        report.add_section("environment", checks)
-        if ranks_of_hosts:
-            report.add_section("hosts", check_hosts(list(ranks_of_hosts)))
+        report.add_section("environment", environment_checks.check_environment(dist_context.world_size, environ))
     report.add_section("run", report.resolve_run())
     measured_cost: dict[str, Any] = {}
     plan, model, data = report.plan, report.model, report.data
@@ -159,9 +148,6 @@ def run_doctor(
                 _run_proof(report, plan, data, limit_seconds)
             elif chosen_row["fits"]:
                 measured_cost = _run_rehearsal(report, plan, data, limit_seconds, chosen_row["peak"])
-        host_levels = {result.level for section, result in report.results if section == "hosts"}
-        if len(ranks_of_hosts) > 1 and ERROR not in host_levels:
-            report.add_section("network", _check_links(plan, list(ranks_of_hosts), measured_cost.get("step_seconds")))
     result = report.as_json(measured_cost)
     if as_json:
         print(json.dumps(result, indent=1))
@@ -181,17 +167,6 @@ def _run_rehearsal(
         return {}
     report.add_section("cost", estimate_costs(plan, data, smoke_test.cost, estimated_bytes))
     return vars(smoke_test.cost)
-
-
-def _check_links(plan: RunPlan, hosts: list[str], step_seconds: float | None) -> Iterable[CheckResult]:
-    """Every pair of hosts, and what a step of the plan waits for the slowest."""
-    speeds = measure_links(hosts)
-    yield ok_result("links", describe_links(speeds))
-    counts, stage = ParamCounts.from_model_info(plan.model_info), plan.deepspeed_file.stage
-    world_size = plan.dist_context.world_size
-    yield ok_result(
-        "step", describe_link(speeds[0], counts, stage=stage, world_size=world_size, step_seconds=step_seconds)
-    )
 
 
 def _run_proof(report: DoctorReport, plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> None:

@@ -34,7 +34,7 @@ MIN_SHM_BYTES = 2**30  # bytes; NCCL's buffers between the GPUs of one machine, 
 HOSTFILE = Path("/job/hostfile")  # DeepSpeed's default: where it is, `deepspeed` starts on several machines
 
 
-def check_environment(world_size: int, environ: Mapping[str, str], *, is_multi_node: bool) -> Iterator[CheckResult]:
+def check_environment(world_size: int, environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """Everything that can be said before data and model are looked at; `environ`: as the user set it.
 
     `world_size`: ranks of this machine.
@@ -48,7 +48,7 @@ def check_environment(world_size: int, environ: Mapping[str, str], *, is_multi_n
     yield check_port()
     yield from check_master_address(environ)
     yield check_threads(world_size)
-    yield check_forwarded_variables(environ, is_multi_node or HOSTFILE.exists())
+    yield check_forwarded_variables(environ, HOSTFILE.exists())
 
 
 def _requirements() -> tuple[str, list[str]] | None:
