@@ -15,7 +15,7 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.config.batch_config import BatchConfig
 from trainer.config.errors import TrainingError
 from trainer.distributed.engine import Engine
-from trainer.kernels.device_branch import simulate_gpu
+from trainer.model.loss import simulate_gpu
 from trainer.tools.finders import batch_finder, batch_size_worker
 from trainer.tools.finders.batch_finder import TrialResult, candidate_sizes, fastest, ladder, next_sizes
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.distributed import cuda_graphs
 from trainer.distributed.cuda_graphs import CUDAGraphRunner
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model.loss import CausalLMLoss
 
 WIDTH = 16
 

@@ -27,7 +27,7 @@ from trainer.distributed.deepspeed_config import (
 from trainer.distributed.device_copy import place_model
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import peak_memory_bytes
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model.loss import CausalLMLoss
 
 GIB = 2**30
 GPT2, ADAPTERS = 124_439_808, 1_179_648  # parameters of the card's model, and of its default adapters

@@ -28,9 +28,8 @@ from trainer.distributed.execution_tuner import PATH_NAMES, ExecutionTuner
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.step_check import MAX_DIFFERENCE, Measured
 from trainer.distributed.step_execution import StepExecution
-from trainer.kernels import linear_cross_entropy
-from trainer.kernels.device_branch import simulate_gpu
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model import loss as model_loss
+from trainer.model.loss import CausalLMLoss, simulate_gpu
 from trainer.training import execution_choice
 
 MILLISECONDS = {"eager": 40.0, "graphs": 9.0, "compile": 20.0, "compile+graphs": 8.0}  # of a position, made up
@@ -130,7 +129,7 @@ def test_the_real_compiler_gives_the_eager_loss_and_gradients(loss_module, monke
     blocks = loss_module.causal.base_model.h
     loss_module.causal.base_model.h = blocks[:1]  # each further one takes the compiler seconds
     loss_module.autocast_dtype = autocast
-    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
+    monkeypatch.setattr(model_loss, "MAX_LOGITS_BYTES", 7 * 4 * 97)
     runner = make_compiled_runner(loss_module, "bf16" if autocast else "fp32")
     expected = seeded_step(None, loss_module, 0)
     gradients = seeded_step(runner.backward, loss_module, 0)

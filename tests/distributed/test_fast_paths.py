@@ -206,8 +206,8 @@ def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(name, ranks,
 
 
 def installed_parts(module: torch.nn.Module) -> tuple[bool, bool]:
-    """(whether adapters are fused with their layers, whether dropout is that of `kernels.cpu_attention`)."""
-    from trainer.kernels import cpu_attention
+    """(whether adapters are fused with their layers, whether dropout is that of `model.cpu_attention`)."""
+    from trainer.model import cpu_attention
 
     fused = any("forward" in vars(layer) for layer in module.modules())
     return fused, any(isinstance(layer, cpu_attention.Dropout) for layer in module.modules())

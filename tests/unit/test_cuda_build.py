@@ -19,7 +19,7 @@ import trainer
 from trainer.config import cli
 from trainer.distributed.memory_count import PassSetup, count_pass_memory, materialize, prepare_loss
 from trainer.distributed.steppers import NativeStepper
-from trainer.kernels import linear_cross_entropy
+from trainer.model import loss as loss_module
 from trainer.model.build import build_model
 
 pytestmark = [
@@ -101,7 +101,7 @@ def test_the_memory_of_a_gpus_products_is_counted(tiny_model):
     settings = cli.parse_args(f"--mode full --preset demo --model {tiny_model} --block-size 16".split()).settings
     setup = PassSetup(micro_batch_size=2, sequence_length=16, precision="bf16", is_gpu=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 16 * 4 * 97)  # pieces, whose products are added
+        patch.setattr(loss_module, "MAX_LOGITS_BYTES", 16 * 4 * 97)  # pieces, whose products are added
         assert count_pass_memory(lambda: build_model(settings, on_meta=True), setup).peak > 0
 
 
@@ -110,8 +110,8 @@ def test_the_compiled_loss_and_slopes_are_the_eager_ones():
     logits = 3 * torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
     logits[:, 97:] = -torch.inf  # of no word
     targets = torch.tensor([0, 96, -100, 4, 4, 7, -100, 1, 2])
-    compiled = torch.compile(linear_cross_entropy._compilable_nll_and_grad_inplace, dynamic=False)
+    compiled = torch.compile(loss_module._compilable_nll_and_grad_inplace, dynamic=False)
     slopes = logits.clone()
-    nll = linear_cross_entropy._nll_and_grad_inplace(slopes, targets)
+    nll = loss_module._nll_and_grad_inplace(slopes, targets)
     torch.testing.assert_close(compiled(logits, targets), nll, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits, slopes, rtol=1e-6, atol=1e-6)

@@ -16,7 +16,6 @@ PACKAGE = ROOT / "trainer"
 ORDER = (
     {"config"},
     {"tracking", "data"},
-    {"kernels"},
     {"model"},
     {"report", "distributed"},
     {"training"},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.distributed.step_check import MAX_DIFFERENCE, Measured, root_cause, unchanged_rng
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model.loss import CausalLMLoss
 
 
 class CompiledStepRunner:

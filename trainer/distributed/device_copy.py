@@ -17,8 +17,8 @@ from torch.nn import functional
 from trainer.data.sampler import IGNORE_INDEX, MicroBatch
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.steppers import NonFiniteError
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model.build import TrainableModel
+from trainer.model.loss import CausalLMLoss
 
 
 def place_model(

@@ -24,11 +24,10 @@ from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.step_execution import StepExecution
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
-from trainer.kernels import cpu_attention, fused_lora
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
-from trainer.model import optimizer, quantization
+from trainer.model import cpu_attention, fused_lora, optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions
 from trainer.model.lora import find_fusable_layers
+from trainer.model.loss import CausalLMLoss
 
 RECORDED_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it, so that shapes come again
 

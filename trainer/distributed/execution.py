@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from trainer.config.settings import Settings, compile_blocker, graph_blocker
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.steppers import supports_native_stepper
-from trainer.kernels.device_branch import uses_gpu_form
+from trainer.model.loss import uses_gpu_form
 
 ExecutionPath = Literal["eager", "graphs", "compile", "compile+graphs"]
 PATHS: tuple[ExecutionPath, ...] = get_args(ExecutionPath)
@@ -27,8 +27,8 @@ class ExecutionPlan:
     stepper: Literal["native", "deepspeed"]  #: whose reduction, norm and update
     cuda_graphs: bool  #: forward and backward of shapes that come again are recorded and replayed
     compiled_shapes: tuple[tuple[int, int], ...]  #: [rows, tokens] of micro-batches that are compiled for; (): none
-    fused_lora: bool  #: a frozen layer and its adapter are one operation (`trainer.kernels.fused_lora`)
-    blockwise_attention: bool  #: dropout, and GPT-2's attention with it, by `trainer.kernels.cpu_attention`
+    fused_lora: bool  #: a frozen layer and its adapter are one operation (`trainer.model.fused_lora`)
+    blockwise_attention: bool  #: dropout, and GPT-2's attention with it, by `trainer.model.cpu_attention`
     packed_rows: bool  #: several examples share a row, which transformers' own attention masks from one another
     frozen_dtype: Literal["float32", "bfloat16"]  #: in which the frozen base is held
     chunked_loss: bool  #: logits are made and dropped in pieces; else all at once, by the model itself

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from trainer.kernels.device_branch import uses_gpu_form
+from trainer.model.loss import uses_gpu_form
 
 # What a message should have at least, so that its latency is nothing beside it: NCCL as in torch's
 # DistributedDataParallel; over gloo's networks (0.1 to 10 Gbit/s, 0.1 to 0.5 ms) one MiB takes 1 to 80 ms.

@@ -21,11 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.distributed.frozen_bf16 import FrozenWeightCast, find_frozen_layers
 from trainer.distributed.memory_estimate import PassMemory
-from trainer.kernels import causal_attention, cpu_attention, fused_lora
-from trainer.kernels.device_branch import simulate_gpu
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model import attention, cpu_attention, fused_lora
 from trainer.model.build import TrainableModel
 from trainer.model.lora import find_fusable_layers
+from trainer.model.loss import CausalLMLoss, simulate_gpu
 
 _CPU_ATTENTION, _GPU_ATTENTION = "memory_count_cpu", "memory_count_gpu"  # among transformers' own
 
@@ -156,7 +155,7 @@ class _UnpackedMatmul(torch.autograd.Function):
 def _install_attention(causal: PreTrainedModel, *, is_gpu: bool) -> None:
     """Attention without a mask: for fake tensors transformers would make one, which a run on whole rows does not."""
     config: Any = causal.config
-    if config._attn_implementation not in ("sdpa", causal_attention.ATTENTION_NAME):
+    if config._attn_implementation not in ("sdpa", attention.ATTENTION_NAME):
         return
     name, forward = (_GPU_ATTENTION, _flash_attention) if is_gpu else (_CPU_ATTENTION, _cpu_attention)
     AttentionInterface.register(name, forward)

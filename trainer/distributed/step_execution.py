@@ -12,7 +12,7 @@ from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.execution_tuner import ExecutionTuner
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model.loss import CausalLMLoss
 
 
 class StepExecution:

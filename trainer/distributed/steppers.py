@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trainer.data.sampler import GlobalBatch
 from trainer.distributed.gradients import GradientBuckets, LocalGradients, all_gather, total_norm
 from trainer.distributed.process_group import DistContext
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model.loss import CausalLMLoss
 
 
 class NonFiniteError(Exception):

@@ -16,8 +16,7 @@ from trainer.config.errors import UserError
 from trainer.config.schema import ModelSettings
 from trainer.config.settings import Settings
 from trainer.data import hf_hub
-from trainer.kernels import causal_attention
-from trainer.model import lora, model_files, optimizer, quantization
+from trainer.model import attention, lora, model_files, optimizer, quantization
 
 DEMO_MODEL_FOLDER = Path(__file__).parent / "demo"
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
@@ -97,7 +96,7 @@ def build_model(
             with torch.device("cpu"):  # a plan is of weights that can be loaded, names and shapes; nothing is read
                 _load_pretrained(settings.model, config, device_map={"": "meta"})
         fuse_gelu(causal)
-        causal_attention.install(causal)
+        attention.install(causal)
         metadata = {
             "name": settings.model.model,
             "init": settings.model.init,

@@ -25,7 +25,7 @@ from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.execution_tuner import ExecutionTuner
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import DistContext
-from trainer.kernels.causal_attention import attention_kernel
+from trainer.model.attention import attention_kernel
 from trainer.model.build import get_dropout_probabilities
 from trainer.training.example_packing import describe_padding, plan_packing
 from trainer.training.execution_choice import AS_PLANNED, RunFacts, choose_execution, settle_choice

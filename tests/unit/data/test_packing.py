@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from trainer.config.batch_config import BatchConfig
 from trainer.data.sampler import IGNORE_INDEX, TrainBatches, collate, pack_rows, padding_share
 from trainer.data.token_dataset import TokenDataset
-from trainer.kernels import causal_attention
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model import attention
+from trainer.model.loss import CausalLMLoss
 from trainer.training.example_packing import PACKABLE_MODELS
 
 VOCABULARY, WIDTH = 97, 40
@@ -121,7 +121,7 @@ def test_packing_changes_rows_and_padding_and_neither_examples_nor_counts():
 
 def test_an_attention_that_does_not_mask_packed_rows_is_refused():
     model = AutoModelForCausalLM.from_config(CONFIGS["gpt2"], attn_implementation="sdpa")
-    causal_attention.install(model)
+    attention.install(model)
     batch = collate(make_dataset([5, 6]), np.arange(2), 0, WIDTH)
     with pytest.raises(ValueError, match="packed rows need an attention that masks"):
         CausalLMLoss(model, None)(*map(torch.from_numpy, (batch.input_ids, batch.labels, batch.position_ids)))

@@ -17,10 +17,10 @@ from trainer.distributed.memory_estimate import (
     estimate_memory,
     estimate_model_states,
 )
-from trainer.kernels import cpu_attention, fused_lora
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model import cpu_attention, fused_lora
 from trainer.model.build import TrainableModel, build_model
 from trainer.model.lora import find_fusable_layers
+from trainer.model.loss import CausalLMLoss
 from trainer.model.quantization import set_compute_dtype
 from trainer.training.memory_check import MAX_COUNTED_TOKENS, pass_memory
 

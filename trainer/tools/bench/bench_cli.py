@@ -162,7 +162,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "data": ("Tokenise and pack text files made from a seed; prints time and memory.", _add_data_flags),
     "scaling": ("Time steps over ranks, block lengths and widths; model more GPUs than are here.", _add_scaling_flags),
     "operations": ("Count a step's ATen operations and bytes as on a GPU, by fake tensors.", lambda add: None),
-    "kernels": ("Time each file of trainer/kernels beside the plain form, on one thread.", _add_kernels_flags),
+    "kernels": ("Time the kernels of trainer/model beside the plain form, on one thread.", _add_kernels_flags),
     "packing": ("Train on records of many lengths, packed and not; prints padding and speed.", _add_packing_flags),
     "card": ("Train the card's program whole in both modes; writes card.json and card.md.", _add_card_flags),
 }

@@ -1,4 +1,4 @@
-"""What each file of `trainer.kernels` gains over the plain form on this processor: CPU seconds of one thread.
+"""What the kernels of `trainer.model` gain over the plain form on this processor: CPU seconds of one thread.
 
 Both forms of GPT-2 124M's shapes, forward and backward, in alternation; CPU time does not count other work here.
 """
@@ -14,10 +14,10 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trainer.config.schema import LoraSettings
-from trainer.kernels.cpu_attention import Dropout, blockwise_attention
-from trainer.kernels.fused_lora import FusedLoRALinear
-from trainer.kernels.linear_cross_entropy import LinearCrossEntropy, _nll_and_grad_inplace, even_chunk_size
+from trainer.model.cpu_attention import Dropout, blockwise_attention
+from trainer.model.fused_lora import FusedLoRALinear
 from trainer.model.lora import add_adapters, find_fusable_layers
+from trainer.model.loss import LinearCrossEntropy, _nll_and_grad_inplace, even_chunk_size
 from trainer.tools.bench.tables import table_lines
 
 WIDTH, NUM_HEADS, VOCABULARY, RANK = 768, 12, 50_257, 8  # of GPT-2, and of an adapter

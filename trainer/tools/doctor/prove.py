@@ -23,7 +23,7 @@ from trainer.distributed.deepspeed_config import build_deepspeed_config, read_de
 from trainer.distributed.execution import possible_paths
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.step_check import MAX_DIFFERENCE
-from trainer.kernels.device_branch import uses_gpu_form
+from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, ok_result
 from trainer.tools.worker_processes import last_line, run_ranks
 from trainer.training.run_plan import RunPlan

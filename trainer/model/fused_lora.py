@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from trainer.kernels.device_branch import uses_gpu_form
-from trainer.kernels.mixed_matmul import matmul_fp32
+from trainer.model.loss import matmul_fp32, uses_gpu_form
 
 
 def install(layers: Sequence[Any], base_model: nn.Module) -> None:

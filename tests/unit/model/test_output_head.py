@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_linear_cross_entropy import (
+from test_loss import (
     compute_gradients,
     hugging_face_gradients,
     losses_by_definition,
@@ -13,9 +13,8 @@ from test_linear_cross_entropy import (
 )
 from transformers import AutoModelForCausalLM
 
-from trainer.kernels import linear_cross_entropy
-from trainer.kernels.device_branch import simulate_gpu
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model import loss as loss_module
+from trainer.model.loss import CausalLMLoss, simulate_gpu
 
 SMALL = {
     "hidden_size": 16,
@@ -66,7 +65,7 @@ def test_the_chunked_loss_of_other_models_is_that_of_their_own_logits(name, is_g
     ids[1, 6:9] = labels[1, 6:9] = 5
     assert module.verify() == ""
     expected = hugging_face_gradients(causal, ids, labels)
-    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 7 * 4 * 97)
     with simulate_gpu(is_gpu):
         sums, grads = compute_gradients(module, ids, labels)
     assert sums.tolist() == pytest.approx(losses_by_definition(causal, ids, labels), rel=1e-5)

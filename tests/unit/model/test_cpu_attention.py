@@ -9,8 +9,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from trainer.config.schema import LoraSettings
-from trainer.kernels import cpu_attention
-from trainer.kernels.cpu_attention import (
+from trainer.model import cpu_attention
+from trainer.model.cpu_attention import (
     BLOCK_SIZE,
     NUM_LEVELS,
     Dropout,
@@ -19,8 +19,8 @@ from trainer.kernels.cpu_attention import (
     install,
     sample_keep_mask,
 )
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
 from trainer.model.lora import add_adapters
+from trainer.model.loss import CausalLMLoss
 
 NUM_ELEMENTS = 4 * 10**6
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from trainer.kernels import causal_attention
+from trainer.model import attention
 
 NUM_LEVELS = 2**16  # a probability is rounded to a multiple of one over it: 0.1 to 0.100006
 BLOCK_SIZE = 64  # queries of one block of the attention: what it makes stays in the cache
@@ -31,10 +31,10 @@ def install(module: nn.Module, causal: PreTrainedModel) -> None:
     if (
         config.model_type == "gpt2"
         and config.attn_pdrop > 0
-        and config._attn_implementation in ("sdpa", causal_attention.ATTENTION_NAME)
+        and config._attn_implementation in ("sdpa", attention.ATTENTION_NAME)
     ):
         AttentionInterface.register(ATTENTION_NAME, blockwise_attention_forward)
-        AttentionMaskInterface.register(ATTENTION_NAME, causal_attention.mask_unless_whole)
+        AttentionMaskInterface.register(ATTENTION_NAME, attention.mask_unless_whole)
         causal.set_attn_implementation(ATTENTION_NAME)
 
 

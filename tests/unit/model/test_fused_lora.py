@@ -10,10 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.config import cli
 from trainer.config.schema import LoraSettings
-from trainer.kernels import fused_lora
-from trainer.kernels.device_branch import simulate_gpu
+from trainer.model import fused_lora
 from trainer.model.build import build_model
 from trainer.model.lora import add_adapters, find_fusable_layers
+from trainer.model.loss import simulate_gpu
 
 
 class TwoLayerModel(nn.Module):

@@ -5,11 +5,10 @@ so the loss does not depend on how rows are spread over micro-batches and ranks.
 
 Gain (`launch/bench.py kernels`, one thread of an AMD EPYC): 1.05 times (1.02 to 1.20) over torch's loss of all logits;
 at most 128 MiB of them at a time, where 2,048 positions of GPT-2 are 393 MiB, and as much again for their gradient.
-
-Long: one loss with the forms that a CPU, a GPU and a compiler want of it.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from importlib import import_module
@@ -17,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from trainer.kernels.device_branch import uses_gpu_form
-from trainer.kernels.mixed_matmul import accumulate_matmul
-from trainer.kernels.output_head import OutputHead, find_output_head
+from trainer.model.output_head import OutputHead, find_output_head
 
 IGNORE_INDEX = -100  # label of a position that is not counted, as in Hugging Face's models
 PACKED_ATTENTIONS = ("sdpa", "eager")  # that mask examples of one row from one another, by transformers' own masks
@@ -37,6 +35,75 @@ VERIFIED_TOKENS = 9  # of each of the two rows by which the head is held against
 MAX_HEAD_DIFFERENCE = {torch.float32: 1e-5}  # relative, of a summed loss; other types: one rounding of bfloat16
 VOCAB_MULTIPLE = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
 CPU_CHUNK_LOGITS = 2**20  # logits that a processor works on at one time: they stay in its cache
+
+_is_gpu_simulated = False
+
+
+def uses_gpu_form(device: torch.device) -> bool:
+    """Whether tensors on `device` are computed as on a GPU."""
+    return device.type != "cpu" or _is_gpu_simulated
+
+
+@contextlib.contextmanager
+def simulate_gpu(is_simulated: bool = True) -> Iterator[None]:
+    """Within it CPU tensors take the GPU form of every kernel (`is_simulated` False: nothing changes)."""
+    global _is_gpu_simulated
+    previous = _is_gpu_simulated
+    _is_gpu_simulated = is_simulated or previous
+    try:
+        yield
+    finally:
+        _is_gpu_simulated = previous
+
+
+def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32."""
+    if left.dtype != torch.float32 and sums_in_fp32(left.device, left.dtype):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right).float()
+
+
+def accumulate_matmul(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
+    """out += left @ right, in the type of `out` (an `overwrite` product takes its place)."""
+    if left.dtype == out.dtype:
+        if overwrite:
+            torch.mm(left, right, out=out)
+        else:
+            out.addmm_(left, right)
+    elif out.dtype == torch.float32 and sums_in_fp32(left.device, left.dtype):
+        # torch 2.11's sum fails for tensors without data, of which nothing is wanted but what it allocates.
+        if overwrite or (isinstance(out, FakeTensor) and torch.__version__ < (2, 13)):
+            torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=out)
+        else:
+            torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
+    elif overwrite:
+        out.copy_(left @ right)
+    else:
+        out.add_(left @ right)
+
+
+@torch.compiler.assume_constant_result
+def sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this device does so with this 16-bit type; tensors without data stand for those of a simulated GPU."""
+    if isinstance(torch.empty(0), FakeTensor):
+        return uses_gpu_form(device)
+    return _device_sums_in_fp32(device, dtype)
+
+
+@functools.cache
+def _device_sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """By a product that is tried: torch has it for some devices only, and a wrong one is worse than none."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(64, 64, generator=generator).to(device, dtype) for _ in range(2))
+    out = torch.ones(64, 64, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
+        mm = torch.mm(left, right, out_dtype=torch.float32)
+    except (NotImplementedError, RuntimeError):
+        return False
+    exact = left.double() @ right.double()
+    error = torch.maximum((out - 1 - exact).abs().max(), (mm - exact).abs().max())
+    return bool(error < 1e-3)  # rounded to bfloat16 it would be 0.1
 
 
 class CausalLMLoss(nn.Module):

@@ -7,8 +7,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from trainer.data.sampler import IGNORE_INDEX
-from trainer.kernels import linear_cross_entropy
-from trainer.kernels.linear_cross_entropy import CausalLMLoss
+from trainer.model import loss as loss_module
+from trainer.model.loss import CausalLMLoss
 
 WIDTH = 20
 
@@ -80,14 +80,10 @@ def test_linear_cross_entropy_in_chunks_of_any_size_gives_the_full_loss_and_grad
     honest = torch.log_softmax if whole_layer else functional.cross_entropy
     spy = lambda *a, **k: calls.append(len(a[0])) or honest(*a, **k)  # noqa: E731
     monkeypatch.setattr(
-        *(
-            (linear_cross_entropy.torch, "log_softmax")
-            if whole_layer
-            else (linear_cross_entropy.functional, "cross_entropy")
-        ),
+        *((loss_module.torch, "log_softmax") if whole_layer else (loss_module.functional, "cross_entropy")),
         spy,
     )
-    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", positions * 4 * 97)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", positions * 4 * 97)
     if not whole_layer:
         causal.lm_head.weight.ds_id = 0
     sums, grads = compute_gradients(module, ids, labels)
@@ -112,7 +108,7 @@ def test_the_loss_gradients_are_those_of_hugging_faces_own_loss(causal, monkeypa
     if not tied:
         causal.config.tie_word_embeddings = False
         causal.lm_head.weight = torch.nn.Parameter(causal.lm_head.weight.detach().clone())
-    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", positions * 4 * 97)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", positions * 4 * 97)
     ids, labels = make_batch()
     ids[0, 3:9] = ids[1, 3:9] = 5  # a token that comes again and again
     module = CausalLMLoss(causal, None)
@@ -142,7 +138,7 @@ def test_linear_cross_entropy_in_chunks_in_bf16_is_as_close_as_the_full_loss(cau
     ids, labels = make_batch()
     _, exact = compute_gradients(CausalLMLoss(causal, None), ids, labels)
     _, whole = compute_gradients(CausalLMLoss(causal, torch.bfloat16), ids, labels)
-    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 7 * 4 * 97)
     _, pieces = compute_gradients(CausalLMLoss(causal, torch.bfloat16), ids, labels)
 
     def error(grads):
@@ -158,7 +154,7 @@ def test_a_frozen_output_layer_gets_no_gradient_and_passes_the_same_one_on(causa
     ids, labels = make_batch()
     actual = []
     for largest in (2**27, 7 * 4 * 97):
-        monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", largest)
+        monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", largest)
         trained.grad = None
         CausalLMLoss(causal, None)(ids, labels)[0].mul(0.25).backward()
         actual.append(trained.grad.clone())
@@ -171,15 +167,15 @@ def test_linear_cross_entropy_in_chunks_without_gradients_gives_the_full_loss(ca
     module = CausalLMLoss(causal, None)
     ids, labels = make_batch()
     sizes = []
-    honest = linear_cross_entropy._nll_without_grad
+    honest = loss_module._nll_without_grad
     monkeypatch.setattr(
-        linear_cross_entropy,
+        loss_module,
         "_nll_without_grad",
         lambda logits, at: sizes.append(tuple(logits.shape)) or honest(logits, at),
     )
     with torch.no_grad():
         _, whole = module(ids, labels)
-        monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_BYTES", 7 * 4 * 97)
+        monkeypatch.setattr(loss_module, "MAX_LOGITS_BYTES", 7 * 4 * 97)
         torch.testing.assert_close(module(ids, labels)[1], whole, rtol=1e-6, atol=0)
     assert sizes == [(60, 128), *[(7, 128)] * 8, (4, 128)], "logits at one time, in rows of 128"
 
@@ -187,9 +183,9 @@ def test_linear_cross_entropy_in_chunks_without_gradients_gives_the_full_loss(ca
 def test_logits_of_a_chunk_lie_in_aligned_rows(causal, monkeypatch):
     """97 words in rows of 128: a processor's product with odd rows takes nearly twice as long."""
     strides = []
-    honest = linear_cross_entropy._nll_and_grad_inplace
+    honest = loss_module._nll_and_grad_inplace
     monkeypatch.setattr(
-        linear_cross_entropy,
+        loss_module,
         "_nll_and_grad_inplace",
         lambda logits, at: strides.append(logits.stride()) or honest(logits, at),
     )
@@ -204,8 +200,8 @@ def test_the_compilable_loss_is_the_same_function():
         torch.tensor([0, 30, IGNORE_INDEX, 4, 4, 7, IGNORE_INDEX, 1, 2]),
     )
     other = logits.clone()
-    sums = linear_cross_entropy._compilable_nll_and_grad_inplace(other, targets)
-    torch.testing.assert_close(linear_cross_entropy._nll_and_grad_inplace(logits, targets), sums, rtol=1e-6, atol=1e-7)
+    sums = loss_module._compilable_nll_and_grad_inplace(other, targets)
+    torch.testing.assert_close(loss_module._nll_and_grad_inplace(logits, targets), sums, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(logits, other, rtol=1e-6, atol=1e-7)
 
 
@@ -219,7 +215,7 @@ def test_a_failed_compilation_is_reported_once_and_steps_are_eager(causal, monke
     def broken(*_, **__):
         raise BackendCompilerFailed(None, RuntimeError("no compiler\nhere"), None)
 
-    monkeypatch.setattr(linear_cross_entropy.torch, "compile", lambda *_, **__: broken)
+    monkeypatch.setattr(loss_module.torch, "compile", lambda *_, **__: broken)
     module.compile_for_shapes({tuple(ids.shape)})
     for _ in range(2):
         assert torch.equal(compute_gradients(module, ids, labels)[0], whole)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from trainer.kernels import causal_attention
+from trainer.model import attention
 
 SMALL = {
     "hidden_size": 16,
@@ -30,7 +30,7 @@ CONFIGS = {
 def build(name: str) -> Any:
     torch.manual_seed(0)
     causal = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
-    causal_attention.install(causal)
+    attention.install(causal)
     return causal
 
 
@@ -96,4 +96,4 @@ def test_logits_are_those_of_transformers_own_attention_also_with_padding_and_sl
 
 def test_the_saved_configuration_does_not_name_the_attention(tmp_path):
     build("gpt2").save_pretrained(tmp_path)
-    assert causal_attention.ATTENTION_NAME not in (tmp_path / "config.json").read_text()
+    assert attention.ATTENTION_NAME not in (tmp_path / "config.json").read_text()

@@ -3,17 +3,15 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trainer.kernels import linear_cross_entropy, mixed_matmul
-from trainer.kernels.device_branch import simulate_gpu
-from trainer.kernels.linear_cross_entropy import even_chunk_size
-from trainer.kernels.mixed_matmul import accumulate_matmul, matmul_fp32
+from trainer.model import loss as loss_module
+from trainer.model.loss import accumulate_matmul, even_chunk_size, matmul_fp32, simulate_gpu
 from trainer.tools.bench.operations import OperationCount
 
 
 def test_products_are_summed_in_float32_where_the_device_shows_that_it_does_and_rounded_elsewhere():
     """torch has it for no processor: the plain form there. A GPU's operations, by their shapes and types alone."""
     left, right = torch.randn(8, 32).bfloat16(), torch.randn(32, 8).bfloat16()
-    assert not mixed_matmul.sums_in_fp32(left.device, left.dtype)
+    assert not loss_module.sums_in_fp32(left.device, left.dtype)
     assert torch.equal(matmul_fp32(left, right), (left @ right).float())
     out = torch.ones(8, 8)
     accumulate_matmul(out, left, right, overwrite=False)
@@ -47,5 +45,5 @@ def test_the_gpu_form_rounds_slopes_of_likely_targets_once():
     exact[0, 3] -= 1
     with simulate_gpu():
         slopes = logits.bfloat16()
-        linear_cross_entropy._nll_and_grad_inplace(slopes, torch.tensor([3]))
+        loss_module._nll_and_grad_inplace(slopes, torch.tensor([3]))
     torch.testing.assert_close(slopes.double(), exact, rtol=2**-8, atol=0)
