@@ -29,10 +29,10 @@ from trainer.model.flops import count_training_flops
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
-from trainer.tracking.extra_loggers import check_loggers
 from trainer.tracking.records import Record
 from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.summary import show_plan
+from trainer.tracking.tensorboard_logger import check_loggers
 from trainer.training import checkpoint, run_folder
 from trainer.training.callbacks import Callbacks
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, CheckpointManager

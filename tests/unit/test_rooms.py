@@ -36,7 +36,6 @@ DOORS = {
     "wandb": {"tracking", "report"},
     "yaml": {"config"},
     "wandb_workspaces": {"report"},
-    "trackio": {"tracking"},
     "matplotlib": {"report"},
     "optuna": {"tools/study/trial_queue"},
     "sacrebleu": {"training/text_metrics"},

@@ -16,7 +16,7 @@ Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Execution = Literal["auto", "eager", "graphs", "compile"]
 WandbMode = Literal["online", "offline", "disabled"]
-ExtraLogger = Literal["tensorboard", "trackio"]  # each behind an extra of its name
+ExtraLogger = Literal["tensorboard"]  # behind an extra of its name
 ExportChoice = Literal["last", "best", "none"]
 ExportDtype = Literal["fp32", "bf16", "fp16"]
 

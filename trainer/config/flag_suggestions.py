@@ -49,7 +49,6 @@ _SPELLINGS = {
     "--precision bf16": "bf16",
     "--precision fp16": "fp16",
     "--hang-timeout": "ddp_timeout",
-    "--execution compile": "torch_compile compile",
     "--activation-checkpointing": "gradient_checkpointing checkpoint_activations",
     "--eval-every": "eval_steps eval_strategy evaluation_strategy eval_interval",
     "--save-every": "save_steps save_strategy",
@@ -78,6 +77,9 @@ _SPELLINGS = {
     "GPUs are used where there are any; expected CUDA_VISIBLE_DEVICES to choose among them": "device",
     "nccl on GPUs, gloo on CPUs; leave it out": "backend",
     "fp32 is full float32 here; expected --precision bf16 for speed": "tf32",
+    "steps are not compiled here: a GPU runs them as CUDA graphs (--execution); leave it out": (
+        "torch_compile compile torch_compile_backend torch_compile_mode"
+    ),
     "completions of like length meet in a micro-batch here; leave it out": "group_by_length",
     "sharding is ZeRO's here; expected --ds-config zero3": "fsdp",
     "expected launch/export.py, after the run": "push_to_hub",

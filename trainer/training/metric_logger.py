@@ -14,11 +14,11 @@ from trainer.tracking.eval_records import (
     digest_evaluations,
     rewind_evaluations,
 )
-from trainer.tracking.extra_loggers import start_extra_loggers
 from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
 from trainer.tracking.profiler import ProfileLogger
 from trainer.tracking.records import Record, RecordLogger
 from trainer.tracking.summary import show_plan, show_summary
+from trainer.tracking.tensorboard_logger import TensorBoardLogger
 from trainer.tracking.wandb_logger import start_wandb
 from trainer.training.run_plan import RunPlan
 from trainer.training.train_state import TrainState
@@ -52,8 +52,9 @@ class MetricLogger:
             JsonlLogger(self.metrics_path, resume=is_resumed),
             progress_bar,
             start_wandb(metadata, folder, is_resumed=is_resumed),
-            *start_extra_loggers(output.report_to, metadata, folder, resume_step=resume_step),
         ]
+        if output.report_to:
+            self.loggers.append(TensorBoardLogger(metadata, folder, resume_step=resume_step))
         if output.profile:
             self.loggers.append(ProfileLogger(folder, output.profile))
 

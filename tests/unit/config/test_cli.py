@@ -72,7 +72,7 @@ VALUES = {
     "--wandb": ("disabled", "disabled"),
     "--wandb-project": ("p", "p"),
     "--run-name": ("n", "n"),
-    "--report-to": ("tensorboard,trackio", ("tensorboard", "trackio")),
+    "--report-to": ("tensorboard", ("tensorboard",)),
     "--profile": ("5", 5),
     "--adapter": ("dora", "dora"),
     "--lora-plus-ratio": ("16", 16.0),

@@ -242,7 +242,7 @@ def test_the_printed_plan_is_aligned() -> None:
 
 
 def test_the_tracking_package_imports_neither_torch_nor_wandb_nor_rich() -> None:
-    modules = "console, eval_records, extra_loggers, jsonl, profiler, summary, wandb_logger"
+    modules = "console, eval_records, tensorboard_logger, jsonl, profiler, summary, wandb_logger"
     code = f"import sys; from trainer.tracking import {modules}; print({{'torch', 'wandb', 'rich'}} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], env=child_env(), capture_output=True, text=True)
     assert process.stdout == "set()\n"

@@ -21,7 +21,7 @@ from trainer.tools.doctor.prove import Proof
 from trainer.tools.doctor.smoke_test import SmokeTest, estimate_costs
 from trainer.tools.finders.files import FINDER_FILES, PROOF_FILE
 from trainer.tracking.console import make_console
-from trainer.tracking.extra_loggers import check_loggers
+from trainer.tracking.tensorboard_logger import check_loggers
 from trainer.training.plan_validation import validate_early
 from trainer.training.run_folder import is_unused
 from trainer.training.run_plan import RunPlan, make_plan
