@@ -51,7 +51,6 @@ def build_parser() -> ArgumentParser:
         help="times to look at the answer, with ever more of --seeds; they share the level (default: 1, at the end)",
     )
     add("--quarter-batch", action="store_true", help="run the finalists with a quarter of the batch too")
-    add("--price-per-hour", type=float, metavar="X", help="of this machine: equal seconds are shown as money too")
     add("--budget", metavar="TIME", help="fit the study into 45m, 2h or 1d, and say what was left out")
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
     add("--dry-run", action="store_true", help="print what the study would run, run nothing")
@@ -66,8 +65,6 @@ def main(argv: list[str] | None = None) -> int:
         for flag, number, least in (("--workers", args.workers, 1), ("--gpus-per-trial", args.gpus_per_trial, 0)):
             if number is not None and number < least:
                 raise UserError(f"{flag} {number}: expected a whole number from {least}")
-        if args.price_per_hour is not None and not 0 < args.price_per_hour < float("inf"):
-            raise UserError(f"--price-per-hour {args.price_per_hour:g}: expected a number above 0")
         if args.wandb_report is not None:
             from trainer.report.wandb_report import parse_target
 
@@ -83,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _refuse_rule_flags(args: Any, train_argv: list[str], parser: ArgumentParser) -> None:
     """UserError for a flag beside --join that would change the study it names."""
-    allowed = ("join", "workers", "gpus_per_trial", "price_per_hour", "wandb_report")
+    allowed = ("join", "workers", "gpus_per_trial", "wandb_report")
     values = {name: value for name, value in vars(args).items() if name not in allowed}
     changed = [f"--{name.replace('_', '-')}" for name, value in values.items() if value != parser.get_default(name)]
     if flags := [*changed, *train_argv]:
@@ -193,7 +190,7 @@ def _answer(args: Any, study: Any, state: Any, results: Any, should_stop: thread
     print("timing the finalists in alternation", flush=True)
     if (timing := time_finalists(study.folder, study.rule, finalists, slot, should_stop)) is None:
         return _stopped()
-    comparison = answer.compare_study(study.folder, study.rule, state, results, timing, args.price_per_hour)
+    comparison = answer.compare_study(study.folder, study.rule, state, results, timing)
     paths = write_report(comparison, study.folder)
     verdict = comparison.verdict
     print()

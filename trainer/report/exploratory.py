@@ -1,10 +1,9 @@
-"""What a comparison shows beside its answer: equal budgets, what was forgotten, and whether adapters can hold the data.
+"""What a comparison shows beside its answer: equal budgets, and what was forgotten.
 
 Curves are the evaluations of the paired runs, so within a budget they stand before the end of their schedules: nothing
 here is a claim with the answer's level.
 """
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -16,9 +15,6 @@ from trainer.report.options import StudyContext
 from trainer.report.run_data import RunData
 from trainer.report.seed_groups import SeedGroup, improvement
 from trainer.report.views import Curve, Point, View, build_views
-
-BITS_PER_PARAMETER = 2.0
-CAPACITY_SOURCE = "rule of thumb: 2 bits a trained weight, arXiv 2404.05405, as in LoRA Without Regret"
 
 
 def build_views_of(pair: FullVsLora, study: StudyContext | None) -> tuple[View, ...]:
@@ -89,44 +85,3 @@ def describe_forgetting(groups: Sequence[SeedGroup]) -> list[str]:
             parts.append(f"{name} gains {max(gains):.4f}" if gains else f"no {name} setting forgets so little")
         lines.append(f"Exploratory: at equal forgetting (at most {budget:+.4f}) {', '.join(parts)}.")
     return lines
-
-
-def describe_group_capacity(group: SeedGroup) -> list[str]:
-    """One line on what a LoRA setting can hold, where its runs were through the training data once."""
-    run = group.finished_runs[0]
-    train_losses = run.epochs["train_loss"][run.epochs["epoch"] == 1]
-    if not len(train_losses) or not np.isfinite(train_losses[-1]):
-        return []
-    capacity = describe_capacity(
-        run.get("model.trainable"),
-        run.get("data.train.counted_tokens"),
-        float(train_losses[-1]),
-        run.get("settings.lora.rank"),
-    )
-    return [f"{group.label_with_lr}: {capacity}."]
-
-
-def describe_capacity(
-    num_trained: int, num_targets: int, first_epoch_loss: float, lora_rank: int, other_rank: int = 32
-) -> str:
-    """`adapters hold 0.2 Mbit, the data 3.1 Mbit: expect a plateau; rank 32 holds 0.8 (rule of thumb: ...)`.
-
-    Trained weights store about two bits of knowledge each (Allen-Zhu and Li, arXiv 2404.05405, measured on synthetic
-    facts in whole models); the training targets carry at most their first-epoch loss (nats per token) in bits, the
-    length of their code while the model learns them. "LoRA Without Regret" (Thinking Machines, 2025) uses the two so:
-    below capacity LoRA keeps up with full fine-tuning, above it its curve falls behind.
-    """
-    weight_bits, data_bits = BITS_PER_PARAMETER * num_trained, first_epoch_loss / math.log(2) * num_targets
-    line = f"adapters hold {_format_mbit(weight_bits)} Mbit, the data {_format_mbit(data_bits)} Mbit: "
-    if weight_bits >= data_bits:
-        line += "no plateau for want of weights is expected"
-    else:
-        line += "expect a plateau"
-        if other_rank > lora_rank:
-            line += f"; rank {other_rank} holds {_format_mbit(weight_bits * other_rank / lora_rank)}"
-    return f"{line} ({CAPACITY_SOURCE})"
-
-
-def _format_mbit(bits: float) -> str:
-    """Millions of bits with one digit behind the point, two significant ones where that would be 0."""
-    return f"{bits / 1e6:,.1f}" if bits >= 1e5 else f"{bits / 1e6:.2g}"

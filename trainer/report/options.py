@@ -49,7 +49,6 @@ class ComparisonOptions:
     margin: Margin = field(default_factory=Margin)
     level: float = LEVEL
     step_time: CostRatio | None = None  #: of a step of each mode, timed in alternation; None where they were not
-    price_per_hour: float | None = None  #: of the machine, in any currency
     study: StudyContext | None = None
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from trainer.config import reference
 from trainer.report.comparability import comparison_blockers
-from trainer.report.exploratory import build_views_of, describe_forgetting, describe_group_capacity
+from trainer.report.exploratory import build_views_of, describe_forgetting
 from trainer.report.formats import capitalize, join_words
 from trainer.report.full_vs_lora import (
     FullVsLora,
@@ -74,9 +74,8 @@ def build_verdict(
     details += _describe_other_comparisons([comparison for members, _, _ in sets for comparison in members[1:]])
     details += [line for members, _, _ in sets for line in describe_costs(members[0])]
     for members, full_groups, lora_groups in sets:
-        details += describe_views(build_views_of(members[0], study), options.price_per_hour)
+        details += describe_views(build_views_of(members[0], study))
         details += describe_forgetting([*full_groups, *lora_groups])
-        details += describe_group_capacity(members[0].lora)
     details += study.lines if study else ()
     if any(comparison.losses for comparison in comparisons):
         details.append(INTERVAL_RULE.format(level=100 * options.level))

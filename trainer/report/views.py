@@ -1,4 +1,4 @@
-"""Full against LoRA at equal tokens, FLOPs, seconds (or money) and peak memory: from what runs had spent for a loss.
+"""Full against LoRA at equal tokens, FLOPs, seconds and peak memory: from what runs had spent for a loss.
 
 A curve is one seed's way of one mode: points of a loss and what was spent until then, from the evaluations of a run or
 from whole runs of several lengths. Within a budget a curve has the loss that it reaches: linear in the logarithm of
@@ -51,15 +51,12 @@ class View:
             return ""
         return "lora" if self.lora_loss < self.full_loss else "full" if self.full_loss < self.lora_loss else ""
 
-    def describe(self, price_per_hour: float | None = None) -> str:
+    def describe(self) -> str:
         """`at equal FLOPs (1.2e+12): LoRA 2.1034, full 2.1423, difference -0.0389 [-0.0500, -0.0278]`."""
         name = RESOURCE_NAMES[self.resource]
         if self.budget is None:
             return f"at equal {name}: not known ({self.reason})"
-        where = f"at equal {name} ({_format_amount(self.resource, self.budget)}"
-        if self.resource == "seconds" and price_per_hour is not None:
-            where += f", {self.budget / 3600 * price_per_hour:.4g} at {price_per_hour:g} an hour"
-        where += "): "
+        where = f"at equal {name} ({_format_amount(self.resource, self.budget)}): "
         if self.full_loss is None or self.lora_loss is None:
             fits, loss = ("LoRA", self.lora_loss) if self.full_loss is None else ("full", self.full_loss)
             return f"{where}only {fits} fits, with loss {loss:.4f}"
@@ -77,13 +74,13 @@ def build_views(full: Sequence[Curve], lora: Sequence[Curve], *, no_seconds: str
     return tuple(_build_view(resource, full, lora, no_seconds) for resource in RESOURCE_NAMES)
 
 
-def describe_views(views: Sequence[View], price_per_hour: float | None = None) -> list[str]:
+def describe_views(views: Sequence[View]) -> list[str]:
     """One line a view beside equal tokens; first a sentence for each that puts another mode ahead than equal tokens."""
     primary = next((view.favours for view in views if view.resource == "tokens"), "")
     names = {"lora": "LoRA is ahead", "full": "full is ahead", "": "neither is ahead for certain"}
     different, others = [], []
     for view in (view for view in views if view.resource != "tokens"):
-        line = view.describe(price_per_hour)
+        line = view.describe()
         if view.budget is not None and view.favours != primary:
             different.append(f"Exploratory: {names[view.favours]} {line}, where at equal tokens {names[primary]}.")
         else:

@@ -116,7 +116,7 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
         peak_memory_bytes={"full": 4, "lora": 3},
     )
     state = StudyState(needed=(), outcomes=outcomes, answers=tuple(answers))
-    comparison = compare_study(tmp_path, rule, state, results, timing, None)
+    comparison = compare_study(tmp_path, rule, state, results, timing)
     sentence = comparison.verdict.sentence
     assert sentence.startswith("LoRA (rank 8, lr 0.001) is worse than full (lr 0.0001) by 0.0")
     assert sentence.endswith(
@@ -166,7 +166,7 @@ def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, messag
     timing = Timing(step_seconds={}, peak_memory_bytes={}, machine="", reason="not timed")
     state = StudyState(needed=(), outcomes={}, answers=tuple(ANSWERS))
     with pytest.raises(AnswerRefusedError, match="not to be compared") as caught:
-        compare_study(tmp_path, make_rule(), state, {}, timing, None)
+        compare_study(tmp_path, make_rule(), state, {}, timing)
     assert message in str(caught.value)
     assert caught.value.exit_code == 3
 

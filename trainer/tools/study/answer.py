@@ -66,9 +66,7 @@ def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
     return pair
 
 
-def compare_study(
-    study_folder: Path, rule: Rule, state: StudyState, results: Results, timing: Timing, price_per_hour: float | None
-) -> Comparison:
+def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Results, timing: Timing) -> Comparison:
     """The answer with all that stands beside it. AnswerRefusedError, UserError as of `judge`.
 
     Parameters: the study, where it stands, and the two things that were measured or said after it.
@@ -103,7 +101,6 @@ def compare_study(
         margin=rule.margin,
         level=rule.level_per_look,
         step_time=timing.cost,
-        price_per_hour=price_per_hour,
         study=study,
     )
     return compare_run_groups(list(groups.values()), with_reference=False, options=options)
