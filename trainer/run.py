@@ -38,7 +38,6 @@ from trainer.training.callbacks import Callbacks
 from trainer.training.checkpoint import MIN_BYTES_PER_TRAINED_WEIGHT, Checkpoint, CheckpointManager
 from trainer.training.checkpoint_loading import load_for_evaluation, load_optimizer, load_weights
 from trainer.training.data_setup import prepare_data, print_examples
-from trainer.training.diagnostics.types import RunInfo
 from trainer.training.generation import GenerationEvaluator, check_prompts_available
 from trainer.training.host_report import with_host_lines
 from trainer.training.loop import train
@@ -178,9 +177,9 @@ class TrainingRun:
             changes = self.metadata["resumed"]["changed"]
             self.metrics.log(resumed_event(plan, self.state, changes, source, self.metrics.num_truncated))
         self.generation_evaluator = GenerationEvaluator(self.engine, data, plan.settings)
-        run_info = RunInfo.from_metadata({**self.metadata, "resolved": plan.resolved()})
+        metadata = {**self.metadata, "resolved": plan.resolved()}
         previous_records = self.metrics.previous_records()
-        self.callbacks = Callbacks(self.engine, run_info, self.generation_evaluator, previous_records)
+        self.callbacks = Callbacks(self.engine, metadata, self.generation_evaluator, previous_records)
 
     def run(self, signal_handler: SignalHandler) -> int:
         """Train and finalize; the exit code. Whatever happens, the loggers are closed with it."""

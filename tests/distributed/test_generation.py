@@ -3,7 +3,6 @@
 Long: the texts, their scores and the runs that they are made in.
 """
 
-import csv
 import itertools
 import json
 from pathlib import Path
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import sacrebleu
 import torch
@@ -22,7 +20,7 @@ from helpers.process_groups import read_events, read_reproducible_records
 from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv, write_records
 
 from trainer.config import cli
-from trainer.config.choices import DEMO_MODEL, MAX_NUM_SAMPLES
+from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, prepare
@@ -36,7 +34,7 @@ from trainer.tracking.wandb_logger import WandbLogger
 from trainer.training import text_metrics
 from trainer.training.generation import GenerationEvaluator, check_prompts_available, make_prompts
 from trainer.training.plan_validation import validate_early
-from trainer.training.text_metrics import acled_scores, parse_fields, text_scores
+from trainer.training.text_metrics import text_scores
 
 
 @pytest.fixture(scope="module")
@@ -94,35 +92,6 @@ def test_validation_records_of_one_prompt_are_its_references(tiny_model, tmp_pat
     prompts = make_prompts(data, load_tokenizer(tiny_model), 32)
     assert len(prompts) == MAX_NUM_SAMPLES
     assert {prompt.references for prompt in prompts} == {(" w20 w21", " w30 w31", " w40 w41")}
-
-
-PROMPT = "Date: 5 January 2022\nLocation: Kanu\nFatalities: {}\nNotes:"
-
-
-@pytest.mark.parametrize(
-    ("number", "note", "right"),
-    [
-        ("3", "On 5 January 2022, gunmen came to Kanu. 3 people were killed.", (1, 1, 1)),
-        ("3", "On 5 january 2022, near kanu, three people died.", (1, 1, 1)),
-        ("3", "On 15 January 2022 in Kanuri. 13 people were killed.", (0, 0, 0)),
-        ("3", "On 5 January 2022, 3 men protested in Kanu. Several people were killed.", (1, 1, 0)),
-        ("3", "On 5 January 2022 in Kanu.", (1, 1, 0)),
-        ("0", "On 5 January 2022 in Kanu. No fatalities were reported.", (1, 1, None)),
-        ("0", "On 5 January 2022 in Kanu.", (1, 1, None)),
-        ("0", "On 5 January 2022 in Kanu. 2 people were killed.", (1, 1, None)),
-        ("1200", "On 5 January 2022 in Kanu. At least 1,200 people died.", (1, 1, 1)),
-        ("1", "On 5 January 2022 in Kanu. 1,200 people died.", (1, 1, 0)),
-    ],
-)
-def test_acled_field_scores_count_the_fields_that_a_note_repeats(number, note, right):
-    scores = acled_scores([note], [PROMPT.format(number)])
-    assert (scores["date"], scores["place"], scores.get("fatalities")) == right
-    assert scores.get("invented_deaths") == (None if int(number) else "killed" in note)
-
-
-def test_an_acled_field_that_no_prompt_has_gives_no_score():
-    assert parse_fields("Location: Kanu\nOdd: x\nNotes:") == {"Location": "Kanu"}
-    assert acled_scores(["in Kanu", "in Oslo"], ["Location: Kanu\nNotes:", "Location: Kanu\nNotes:"]) == {"place": 0.5}
 
 
 def test_text_metrics_without_their_packages_are_refused_before_data_are_read(monkeypatch):
@@ -272,36 +241,22 @@ def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_
         assert "Completions against their references" in (tmp_path / page).read_text()
 
 
-def test_acled_scores_are_reported_beside_those_of_the_references(tmp_path):
-    """A sampler whose model says the reference: everything is right that is right in the references."""
-    path = tmp_path / "events.csv"
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["event_date", "event_type", "actor1", "location", "fatalities", "notes"])
-        for n in range(1, 25):
-            deaths = f"{n} people were killed." if n % 2 else "People were killed."
-            note = f"On {n} January 2022, in Kanu, A came. {deaths}"
-            table.writerow([f"2022-01-{n:02d}", "Battles", "A", "Kanu", n, note])
-    flags = f"--score-samples --model {DEMO_MODEL} --data {path} --block-size 64 --val-fraction 0.4"
-    settings, data = prepare_settings(flags)
-    encode = load_tokenizer(DEMO_MODEL)
+def test_completions_that_repeat_their_references_get_full_marks_and_no_room_for_the_model_gives_a_reason(argv):
+    settings, data = prepare_settings("--score-samples", *argv)
+    encode = load_tokenizer(settings.model.model)
 
-    def perfect(prompts: Any, most: int, ends: Any) -> list[list[int]]:
+    def generate(prompts: Any, max_new_tokens: int, end_ids: Any) -> list[list[int]]:
         return [encode(completion)["input_ids"] for _, completion in data.val_texts]
 
     model = SimpleNamespace(causal=SimpleNamespace(config=load_config(settings.model)))
-    engine: Any = SimpleNamespace(generate=perfect, model=model, state=SimpleNamespace(fits_unsharded=lambda: True))
+    engine: Any = SimpleNamespace(generate=generate, model=model, state=SimpleNamespace(fits_unsharded=lambda: True))
     record = EvalRecord(step=1, epoch=1.0, samples=1, tokens=1, loss=1.0, perplexity=1.0, eval_tokens=1, time=1.0)
-    full: Any = SimpleNamespace(model=model, state=SimpleNamespace(fits_unsharded=lambda: False))
-    assert GenerationEvaluator(full, data, settings).evaluate(record) is None
-    assert "does not fit" in GenerationEvaluator(full, data, settings).disabled_reason
     event = GenerationEvaluator(engine, data, settings).evaluate(record)
     assert event is not None
-    scores = event.facts["scores"]
-    counted = np.mean([" killed" in text and "People" not in text for _, text in data.val_texts])
-    assert (scores["exact_match"], scores["date"], scores["place"]) == (1.0, 1.0, 1.0)
-    assert scores["fatalities"] == scores["reference/fatalities"] == pytest.approx(counted)
-    assert 0 < counted < 1
+    assert event.facts["scores"] == pytest.approx(PERFECT_SCORES)
+    too_large: Any = SimpleNamespace(model=model, state=SimpleNamespace(fits_unsharded=lambda: False))
+    assert GenerationEvaluator(too_large, data, settings).evaluate(record) is None
+    assert "does not fit" in GenerationEvaluator(too_large, data, settings).disabled_reason
 
 
 def test_prepared_data_store_as_many_prompts_as_num_samples_allows(tiny_model, tmp_path):

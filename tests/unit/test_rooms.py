@@ -46,7 +46,7 @@ TORCH_FREE = (
     "config.reference",
     "tracking.records",
     "training.lr_schedule",
-    "training.diagnostics.monitor",
+    "training.diagnostics",
     "distributed.watchdog",
     "distributed.signals",
     "distributed.launch_environment",

@@ -18,14 +18,6 @@ SCORE_HEADINGS = {
     "bleu": "BLEU (0-100)",
     "chrf": "chrF (0-100)",
     "rouge_l": "ROUGE-L",
-    "date": "date right",
-    "place": "place right",
-    "fatalities": "fatalities right",
-    "invented_deaths": "deaths invented",
-    "reference/invented_deaths": "deaths beyond the record in references",
-    "reference/date": "date in references",
-    "reference/place": "place in references",
-    "reference/fatalities": "fatalities in references",
 }
 
 

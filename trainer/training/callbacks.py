@@ -1,11 +1,11 @@
 """What is done beside the loop at each of its records: samples, and what is wrong with the run. All ranks take part."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from trainer.distributed.engine import Engine
 from trainer.tracking.records import EvalRecord, EventRecord, Record
-from trainer.training.diagnostics.monitor import DiagnosticsMonitor
-from trainer.training.diagnostics.types import RunInfo
+from trainer.training.diagnostics import DiagnosticsMonitor
 from trainer.training.generation import GenerationEvaluator
 
 
@@ -15,17 +15,17 @@ class Callbacks:
     def __init__(
         self,
         engine: Engine,
-        run_info: RunInfo,
+        metadata: Mapping[str, Any],
         generation_evaluator: GenerationEvaluator,
         previous_records: Iterable[Record] = (),
     ):
         self.engine = engine
-        self.diagnostics = DiagnosticsMonitor(run_info)
+        self.diagnostics = DiagnosticsMonitor(metadata)
         self.generation_evaluator = generation_evaluator
         #: what a process that was killed did not say
         self.unreported = self.diagnostics.replay(generation_evaluator.replay(previous_records))
         self._lora_b_names = engine.model.lora_b_names
-        self._waited_seconds = {"device": 0.0, "data": 0.0}  # of the engine's counts, up to the record before
+        self._data_wait_seconds = 0.0  # of the engine's, up to the record before
         self._num_graph_checks = 0
         self._num_plan_changes = 0  # of the engine's, that were reported
 
@@ -39,9 +39,8 @@ class Callbacks:
 
     def on_record(self, record: Record) -> list[EventRecord]:
         """What follows a record, in order; only rank 0's is written, but every rank must ask."""
-        for what, seconds in (("device", self.engine.device_wait_seconds), ("data", self.engine.data_wait_seconds)):
-            self.diagnostics.add_time(what, seconds - self._waited_seconds[what])
-            self._waited_seconds[what] = seconds
+        self.diagnostics.add_time("data", self.engine.data_wait_seconds - self._data_wait_seconds)
+        self._data_wait_seconds = self.engine.data_wait_seconds
         diagnostics, events = self.diagnostics.on_record(record), []
         if isinstance(record, EvalRecord):
             if record.step and self._lora_b_names:

@@ -14,7 +14,7 @@ from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.engine import Engine
 from trainer.model.build import get_max_positions
 from trainer.tracking.records import EvalRecord, EventRecord, Record
-from trainer.training.text_metrics import acled_scores, text_scores
+from trainer.training.text_metrics import text_scores
 
 MAX_COMPLETION_TOKENS = 128  # tokens of a completion
 EXTRA_COMPLETION_TOKENS = 8  # tokens that a completion may be longer than the longest reference
@@ -70,7 +70,6 @@ class GenerationEvaluator:
         self.engine, self.settings = engine, settings
         self.elapsed_seconds = 0.0  #: what the samples of the whole run took so far
         self.base_completions: list[str] = []  #: of the model before the first step, where they are known
-        self.is_acled = data.metadata["form"] == "acled"
         self.prompts: list[EvalPrompt] = []
         self.disabled_reason = ""  #: why none are made although they were asked for
         output = settings.output
@@ -105,7 +104,8 @@ class GenerationEvaluator:
         if completions is None:
             return None
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-        scores = self._compute_scores(texts) if self.settings.output.score_samples else {}
+        references = [prompt.references for prompt in self.prompts]
+        scores = text_scores(texts, references) if self.settings.output.score_samples else {}
         elapsed_seconds = time.perf_counter() - start_time
         self.elapsed_seconds += elapsed_seconds
         if record.step == 0:
@@ -128,20 +128,11 @@ class GenerationEvaluator:
             "texts": examples,
             **({"scored": len(texts), "scores": scores} if scores else {}),
         }
-        summary = ", ".join(f"{name} {value:.3g}" for name, value in scores.items() if "/" not in name)
+        summary = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
         message = f"{len(texts)} completions after step {record.step}: {summary}" if scores else ""
         return EventRecord(
             event="samples", step=record.step, message=message, time=record.time + elapsed_seconds, facts=details
         )
-
-    def _compute_scores(self, texts: list[str]) -> dict[str, float]:
-        scores = text_scores(texts, [prompt.references for prompt in self.prompts])
-        if self.is_acled:
-            prompts = [prompt.text for prompt in self.prompts]
-            scores |= acled_scores(texts, prompts)
-            references = [prompt.references[0] for prompt in self.prompts]
-            scores |= {f"reference/{name}": share for name, share in acled_scores(references, prompts).items()}
-        return scores
 
 
 def check_prompts_available(settings: Settings, data: PreparedDataset) -> None:

@@ -18,12 +18,10 @@ from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking import records
 from trainer.tracking.jsonl import JsonlLogger, RowsDigest, find_changed_rows, rewind
 from trainer.tracking.records import EvalRecord, EventRecord, StepRecord, from_line, read_records, to_line
-from trainer.training.diagnostics.monitor import DiagnosticsMonitor
-from trainer.training.diagnostics.types import RunInfo
+from trainer.training.diagnostics import DiagnosticsMonitor
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
 NUM_STEPS = 30
-RUN_INFO = RunInfo.from_metadata(make_metadata("full"))
 
 
 def step_record(step: int, loss: float = 2.0) -> StepRecord:
@@ -194,7 +192,7 @@ READERS = {
     "checked against its checkpoint": lambda path, digest: find_changed_rows(path, [digest]),
     "cut": lambda path, digest: rewind(path, 4_900),
     "gone on with": lambda path, digest: JsonlLogger(path, resume=True).close(0),
-    "replayed": lambda path, digest: DiagnosticsMonitor(RUN_INFO).replay(read_records(path)),
+    "replayed": lambda path, digest: DiagnosticsMonitor(make_metadata("full")).replay(read_records(path)),
     "summed up": lambda path, digest: list(read_records(path, with_steps=False)),
     "looked through by doctor": lambda path, digest: inspect_run(path.parent),
     "compared": lambda path, digest: read_folder(path.parent),
