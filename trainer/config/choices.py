@@ -31,7 +31,7 @@ EIGHT_BIT_OPTIMIZERS: tuple[Optimizer, ...] = ("adamw8bit", "paged_adamw8bit")
 DS_CONFIG_NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")  # or a path of one's own
 
 DEMO_MODEL = "demo-base"  # the small GPT-2 that this project ships, see trainer/model/demo/README.md
-DEMO_DATA = "acled-demo"  # the synthetic events of trainer/data/demo.py
+DEMO_DATA = "acled-demo"  # the synthetic events of trainer/data/demo/acled-demo.csv
 LORA_LR_FACTOR = 10.0  # the best LoRA rate is about 10x the best full rate ("LoRA Without Regret", 2025)
 MAX_HANG_TIMEOUT_SECONDS = 1800  # the process groups that DeepSpeed creates for itself give up then
 MAX_NUM_SAMPLES = 32  # validation texts that prepared data keep, and that --score-samples scores

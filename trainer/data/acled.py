@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trainer.data.demo import MONTHS
-
 #: The fields of a prompt in their order, and the label each one gets.
 FIELDS = {
     "event_date": "Date",
@@ -27,6 +25,8 @@ FIELDS = {
     "source": "Source",
 }
 NOTES = "notes"
+
+MONTHS = "January February March April May June July August September October November December".split()  # noqa: SIM905
 
 #: Old exports hold the code, newer ones a text in one of several spellings.
 INTER_NAMES = {

@@ -1,7 +1,5 @@
 """From `--data` to rows on disk: find, check everything, tokenise once, split, pack, keep."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -180,11 +178,6 @@ def _cache_key(
 def _content_key(data_input: DataInput) -> list[Any]:
     """What stands for the contents of a source in the key; names and places of files do not."""
     source = data_input.source
-    if source.kind == "demo":
-        digest = hashlib.sha256()
-        for _, _, record in readers.records(source):
-            digest.update(json.dumps(record, sort_keys=True).encode())
-        return ["demo", digest.hexdigest()]
     hashes = [fingerprint.sha256 for fingerprint in data_input.file_fingerprints]
     fingerprint = source.dataset._fingerprint if source.dataset is not None else None
     return [source.kind, data_input.record_format.name, hashes or fingerprint, fingerprint, list(source.notices)]

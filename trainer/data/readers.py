@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from trainer.config.choices import DEMO_DATA
 from trainer.config.errors import UserError, first_line
-from trainer.data import demo, demo_base_text, hf_readers
+from trainer.data import hf_readers
 from trainer.data.sources import Source
 
 MAX_LINE_BYTES = 16 * 2**20  # bytes; a line is read as a whole, so this bounds memory
@@ -48,8 +47,6 @@ def open_text(file: Path, errors: str = "strict", newline: str = "\n") -> TextIO
 
 def columns(source: Source) -> tuple[str, ...]:
     """The columns of a source, from the beginning of its first file."""
-    if source.kind == "demo":
-        return tuple(next(records(source)).record)
     if source.dataset is not None:
         return tuple(source.dataset.column_names)
     return file_columns(source, source.files[0])
@@ -79,13 +76,7 @@ def file_columns(source: Source, file: Path) -> tuple[str, ...]:
 
 def records(source: Source, column_names: Sequence[str] | None = None) -> Iterator[SourcedRecord]:
     """Every record in order, a bounded number in memory; `column_names` only, where the kind lets us choose."""
-    if source.kind == "demo":
-        made: Iterator[Mapping[str, Any]] = (
-            demo.events(demo.DEMO_RECORDS) if source.spec == DEMO_DATA else demo_base_text.retained_records()
-        )
-        for number, record in enumerate(made, start=1):
-            yield SourcedRecord(None, f"row {number}", record)
-    elif source.dataset is not None:
+    if source.dataset is not None:
         dataset = source.dataset.select_columns(list(column_names)) if column_names else source.dataset
         tables = dataset.with_format("arrow").iter(batch_size=READ_BATCH_SIZE)
         yield from _iter_checked(source, None, _iter_tables(None, tables))

@@ -23,6 +23,11 @@ KIND_BY_SUFFIX = {
     ".txt": "text",
     ".text": "text",
 }
+#: The embedded events, and text that the embedded base was not trained on.
+DEMO_FILES = {
+    DEMO_DATA: Path(__file__).parent / "demo" / "acled-demo.csv",
+    DEMO_MODEL: Path(__file__).parent / "demo" / "retained.jsonl",
+}
 COMPRESSIONS = (".gz", ".zst")  # of the kinds that are text
 ACCEPTED_FILES = (
     "a CSV, TSV, JSONL, Parquet, Arrow or text file "
@@ -52,7 +57,7 @@ SPLITS_BY_FLAG = {
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Records of one split: their kind ("CSV" ... "text", "hub", "saved", "demo") and the files that hold them."""
+    """Records of one split: their kind ("CSV" ... "text", "hub", "saved") and the files that hold them."""
 
     flag: str
     spec: str
@@ -64,7 +69,7 @@ class Source:
 
     def locate(self, file: Path | None, place: str) -> str:
         """Where a record stands, as a user would look it up."""
-        return f"{file or self.spec}, {place}"
+        return f"{self.spec if file in DEMO_FILES.values() else file or self.spec}, {place}"
 
 
 def find_sources(
@@ -127,7 +132,8 @@ def _choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> tuple[s
 def _find_splits(spec: str, flag: str) -> dict[str, Source]:
     """{split: its source}; "" for what is named for none."""
     if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
-        return {"": Source(flag=flag, spec=spec, kind="demo")}
+        file = DEMO_FILES[spec]
+        return {"": Source(flag=flag, spec=spec, kind=KIND_BY_SUFFIX[file.suffix], files=(file,))}
     path = Path(spec).expanduser()
     if path.is_dir():
         if hf_readers.is_saved_dataset(path):

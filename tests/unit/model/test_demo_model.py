@@ -1,23 +1,17 @@
 """The embedded base model: small, loadable, honest about how it was made, and a stranger to the demo data."""
 
-import argparse
-import itertools
-import json
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from helpers.data_helpers import read_records
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.data.acled import format_completion, format_prompt
-from trainer.data.demo import DEMO_RECORDS, Rng, events, invented_world
-from trainer.data.demo_base_text import DOCUMENT_TYPES, documents
+from trainer.data.sources import DEMO_FILES
 from trainer.model.build import DEMO_MODEL_FOLDER
-from trainer.model.demo import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +24,9 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(DEMO_MODEL_FOLDER)
 
 
-def demo_texts(n: int = DEMO_RECORDS) -> list[str]:
-    text_events = [{name: str(value) for name, value in event.items()} for event in events(n)]
-    return [format_prompt(event) + format_completion(event["notes"]) for event in text_events]
+def demo_texts(n: int = 400) -> list[str]:
+    events = read_records(DEMO_FILES["acled-demo"])[:n]
+    return [format_prompt(event) + format_completion(event["notes"]) for event in events]
 
 
 def mean_loss(model: Any, ids: list[int], block: int = 256) -> float:
@@ -44,7 +38,7 @@ def mean_loss(model: Any, ids: list[int], block: int = 256) -> float:
 
 def test_the_demo_model_is_small_enough_for_the_repository() -> None:
     sizes = {file.name: file.stat().st_size for file in DEMO_MODEL_FOLDER.iterdir() if file.is_file()}
-    assert sum(sizes.values()) <= pretrain.MAX_FOLDER_BYTES == 4_000_000, sizes
+    assert sum(sizes.values()) <= 4_000_000, sizes
 
 
 def test_the_demo_model_has_two_million_tied_weights_and_gpt2s_dropout(model: Any) -> None:
@@ -90,30 +84,10 @@ def test_transformers_reads_the_tokenizer_as_it_was_trained(tokenizer: Any) -> N
         assert tokenizer(text).input_ids == raw.encode(text).ids
 
 
-def test_the_demo_pretraining_text_is_reproducible_and_of_every_kind() -> None:
-    first = list(itertools.islice(documents(3), 50))
-    assert first == list(itertools.islice(documents(3), 50))
-    assert first != list(itertools.islice(documents(4), 50))
-    for kind, _ in DOCUMENT_TYPES:
-        assert len(kind(Rng(1)).split()) > 3
-
-
-def test_the_demo_pretraining_text_shares_no_line_and_no_name_with_the_demo_data() -> None:
-    seen = list(itertools.islice(documents(2_000_001), 20_000))  # the first training shard of seed 1 begins so
-    lines = {line.strip() for text in seen for line in text.splitlines()}
-    demo = {line.strip() for text in demo_texts() for line in text.splitlines()}
-    assert not lines & demo
-    words = {word.strip(".,:;()") for text in seen for word in text.split()}
-    countries, sources = invented_world()
-    places = {place for country in countries for pair in country.places for place in pair}
-    names = {country.name for country in countries} | places | {source.split()[0] for source in sources}
-    assert not words & names
-
-
 def test_the_demo_model_knows_its_pretraining_text_and_has_much_to_learn_on_the_demo_data(
     model: Any, tokenizer: Any
 ) -> None:
-    unseen = [document for _, document in zip(range(60), documents(987_654_321), strict=False)]
+    unseen = [record["text"] for record in read_records(DEMO_FILES["demo-base"])[:60]]
     guess = math.log(2048)  # what a uniform guess costs
     own, demo = (
         mean_loss(model, [token for text in texts for token in [*tokenizer(text).input_ids, 0]][: 16 * 256])
@@ -127,29 +101,3 @@ def test_the_demo_model_card_says_how_the_model_was_trained() -> None:
     card = (DEMO_MODEL_FOLDER / "README.md").read_text(encoding="utf-8")
     command = "python -m trainer.model.demo.pretrain"
     assert all(word in card for word in (command, "--seed", "validation loss", "license: mit", "tokens", "hardware"))
-
-
-def test_the_pretraining_script_saves_a_folder_that_loads(tmp_path: Path) -> None:
-    tokenizer = pretrain.train_tokenizer(seed=1, num_documents=1500)
-    job = (tokenizer.to_str(), 7, 20 * pretrain.BLOCK_SIZE)
-    train, val = pretrain.make_shard(job), pretrain.make_shard((tokenizer.to_str(), 8, 2 * pretrain.BLOCK_SIZE))
-    assert np.array_equal(train, pretrain.make_shard(job))
-    model = pretrain.build_model(seed=1)
-    options = argparse.Namespace(steps=6, batch=2, lr=3e-3, seed=1)
-    before = math.log(pretrain.VOCAB_SIZE)
-    result = pretrain.fit(model, train, val, options, "cpu")
-    assert result["val"] < before
-    pretrain.save(model, tokenizer, tmp_path)
-    assert pretrain.model_card(argparse.Namespace(**vars(options), tokens=5120), result, 1, "cpu")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert json.loads((tmp_path / "config.json").read_text())["resid_pdrop"] == 0.1
-    for name, weight in model.float().state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name]), name
-    assert AutoTokenizer.from_pretrained(tmp_path)("On 5 March").input_ids == tokenizer.encode("On 5 March").ids
-
-
-def test_the_pretraining_learning_rate_warms_up_and_falls_to_zero() -> None:
-    rates = [pretrain.learning_rate(step, 200, 1.0) for step in range(200)]
-    assert rates.index(max(rates)) in (9, 10)  # a twentieth of the steps
-    assert rates[0] == 0.1
-    assert rates[-1] < 1e-3

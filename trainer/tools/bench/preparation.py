@@ -16,8 +16,8 @@ import torch
 
 from trainer.config import cli
 from trainer.data.dataset import load, prepare
-from trainer.data.demo_base_text import documents
 from trainer.data.sampler import epoch_order
+from trainer.data.sources import DEMO_FILES
 from trainer.distributed.process_group import peak_memory_bytes
 from trainer.tools.bench.tables import table_lines
 from trainer.tools.trial_engine import device_seconds, reset_peak_memory
@@ -68,7 +68,7 @@ def _measure(megabytes: int, model: str) -> list[str]:
 
 def write_text(path: Path, size: int) -> None:
     """A text file of about `size` bytes, one record a line, numbered so that none stands there twice."""
-    lines = itertools.cycle(document.replace("\n", " ") for document in itertools.islice(documents(7), 20_000))
+    lines = itertools.cycle(DEMO_FILES["demo-base"].read_text(encoding="utf-8").splitlines())
     with open(path, "w", encoding="utf-8") as file:
         for number in itertools.count():
             file.write(f"{number} {next(lines)}\n")
