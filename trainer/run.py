@@ -99,8 +99,7 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
         activation_checkpointing=settings.engine.activation_checkpointing,
     )
     model_info = {**model.metadata, "step_flops": step_flops}
-    previous_execution = (previous_metadata or {}).get("execution", ())
-    plan = make_plan(settings, context, data, model_info, load_config(settings.model), previous_execution)
+    plan = make_plan(settings, context, data, model_info, load_config(settings.model))
     if (args.dry_run or args.runs_finder) and context.rank == 0:
         show_plan(plan.summary_lines())
     if args.dry_run:
@@ -117,17 +116,15 @@ def run_finder(args: CliArgs, plan: RunPlan, data: PreparedDataset, model: Train
     """Trials instead of the run; the exit code."""
     with plan.dist_context.watchdog.watch_for_hangs(plan.settings.engine.hang_timeout):
         if args.find_lr is not None:
-            return find_lr(args.find_lr, plan, data, build_engine(plan.untimed(), model, None)[0])
-        return find_micro_batch_size(plan.untimed(), data)
+            return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
+        return find_micro_batch_size(plan, data)
 
 
 def build_engine(plan: RunPlan, model: TrainableModel, source: Checkpoint | None) -> tuple[Engine, TrainState]:
     """The engine of a plan and the state of the run: at its start, or where the checkpoint `source` stood."""
     if source is not None:
         load_weights(source, model.module, plan.dist_context)
-    engine = Engine(
-        plan.dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution, plan.make_tuner()
-    )
+    engine = Engine(plan.dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
     if source is None:
         return engine, TrainState()
     load_optimizer(source, engine)

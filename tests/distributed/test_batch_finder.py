@@ -194,12 +194,12 @@ def measure_sizes_with_graphs(argv: list[str], out: str) -> int:
     cuda_graphs.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
     with joined_ranks() as dist_context, simulate_gpu():
         planned = plan_run(argv, dist_context)
-        config, plan = planned.plan.deepspeed_config, planned.plan.untimed().execution
+        config, plan = planned.plan.deepspeed_config, planned.plan.execution
         engine = Engine(dist_context, planned.model, config, planned.settings.train, plan)
         replays = []
         for size in (1, 2, 4, 8):
             del FakeCapturedGraph.instances[:]
-            batch_size_worker.use_plan_for(engine, size, 32)
+            engine.reset_graphs()
             batch = BatchConfig.divide(8, size, 1)
             batch_size_worker.measure_step(engine, planned.data.train, batch)
             replays.append([graph.num_replays for graph in FakeCapturedGraph.instances])

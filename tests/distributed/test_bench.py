@@ -38,12 +38,12 @@ def test_bench_runs_this_trainer_first_and_peers_on_one_rank():
 
 
 def test_bench_runs_this_trainer_in_every_precision_and_peers_in_the_first():
-    configs = list_configs("--precision fp32,bf16 --execution auto,compile --against hf --modes full")
+    configs = list_configs("--precision fp32,bf16 --execution auto,eager --against hf --modes full")
     assert [config.name for config in configs] == [
         "ours zero0 fp32",
-        "ours zero0 fp32 compile",
+        "ours zero0 fp32 eager",
         "ours zero0 bf16",
-        "ours zero0 bf16 compile",
+        "ours zero0 bf16 eager",
         "hf fp32",
     ]
 

@@ -13,7 +13,6 @@ from trainer.config import cli
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.config.settings import compile_blocker
 from trainer.data.sampler import step_batches, step_counts
 from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.process_group import simulated_context
@@ -37,33 +36,15 @@ def test_the_native_stepper_is_chosen_for_zero_files_without_deepspeed_hooks():
     assert not is_native("zero1", 2, zero_optimization=unknown_key)
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("--objective completion --prompt {a} --completion {b}", "expected --objective blocks"),
-        ("--quant nf4", "not with --quant"),
-        ("--activation-checkpointing", "not with --activation-checkpointing"),
-    ],
-)
-def test_settings_that_cannot_be_compiled_are_refused_with_the_flags_or_run_uncompiled(argv, message):
-    with pytest.raises(UserError, match=f"--execution compile: .*{message}"):
-        cli.parse_args(["--mode", "lora", *argv.split(), "--execution", "compile"])
-    assert compile_blocker(cli.parse_args(["--mode", "lora", *argv.split()]).settings)
-
-
-def test_graphs_need_a_gpu_and_settings_that_can_be_recorded():
+def test_graphs_need_a_gpu_zero_0_and_settings_that_can_be_recorded():
     for flags in ("--quant nf4", "--activation-checkpointing"):
         with pytest.raises(UserError, match="--execution graphs: not with"):
             cli.parse_args(["--mode", "lora", *flags.split(), "--execution", "graphs"])
     graphs = cli.parse_args(["--mode", "full", "--execution", "graphs"]).settings
-    with pytest.raises(UserError, match="--execution graphs: CUDA graphs need a GPU; expected auto, eager or compile"):
+    with pytest.raises(UserError, match="--execution graphs: CUDA graphs need a GPU; expected auto or eager"):
         validate_early(graphs, simulated_context(1, "cpu"))
-
-
-def test_compilation_is_refused_under_zero_3():
-    compiled = cli.parse_args(["--mode", "full", "--execution", "compile"]).settings
-    with pytest.raises(UserError, match="--execution compile: not under ZeRO 3"):
-        validate_stage(compiled, read_deepspeed_file("zero3"))
+    with pytest.raises(UserError, match="--execution graphs: steps of ZeRO 1 are eager; expected --ds-config zero0"):
+        validate_stage(graphs, read_deepspeed_file("zero1"))
 
 
 def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:

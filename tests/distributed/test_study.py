@@ -388,9 +388,9 @@ def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir
     ("gpus", "changes", "expected"),
     [
         ((), {}, []),
-        (("0",), {}, ["--execution", "graphs"]),
+        (("0",), {}, []),
         (("0",), {"methods": ("full", "lora", "lora-nf4")}, ["--execution", "eager"]),
-        (("0",), {"train_argv": ("--execution", "compile")}, []),
+        (("0",), {"train_argv": ("--execution", "graphs", "--activation-checkpointing")}, []),
         (("0",), {"train_argv": ("--activation-checkpointing",)}, ["--execution", "eager"]),
     ],
 )

@@ -91,9 +91,7 @@ def plan_execution(*flags: str, device: str = "cpu", ranks: int = 1, model_dropo
         precision=precision,
     )
     context = replace(simulated_context(ranks, "cpu"), device=torch.device(device))
-    return make_execution_plan(
-        settings, context, config, precision=precision, model_dropout=model_dropout, micro_batch_size=2
-    )
+    return make_execution_plan(settings, context, config, precision=precision, model_dropout=model_dropout)
 
 
 def start_engine(job: Mapping[str, Any], dist_context: DistContext, checkpoint: Checkpoint | None = None) -> StartedRun:

@@ -44,9 +44,8 @@ class EngineSettings:
     )
     execution: Execution = option(
         "auto",
-        help="eager: operation by operation; graphs: recorded as CUDA graphs; compile: torch.compile, after a minute "
-        "of compiling; auto: a GPU's long runs time them over their first steps and keep the fastest, short ones are "
-        "recorded, a CPU is eager. What is recorded or compiled is first held against an eager step",
+        help="eager: one operation at a time; graphs: CUDA graphs, each compared once with the eager step; auto: CUDA "
+        "graphs on a GPU under ZeRO 0, eager elsewhere",
     )
     activation_checkpointing: bool = option(
         False, help="keep each block's input only and compute it again in backward: less memory, a third more work"

@@ -105,13 +105,6 @@ def fields_fixed_on_resume(settings: Settings) -> dict[str, Any]:
     return values
 
 
-def compile_blocker(settings: Settings) -> str:
-    """Why steps of these settings cannot be compiled; empty where they can."""
-    if settings.data.objective == "completion":
-        return "rows of many lengths would each be compiled; expected --objective blocks"
-    return graph_blocker(settings)
-
-
 def graph_blocker(settings: Settings) -> str:
     """Why steps of these settings cannot be recorded as CUDA graphs; empty where they can."""
     if settings.model.quant:
@@ -121,10 +114,8 @@ def graph_blocker(settings: Settings) -> str:
 
 def _validate_combinations(settings: Settings) -> None:
     """UserError for the first combination that cannot be trained."""
-    execution = settings.engine.execution
-    blockers = {"compile": compile_blocker, "graphs": graph_blocker}
-    if execution in blockers and (blocker := blockers[execution](settings)):
-        raise UserError(f"--execution {execution}: {blocker}")
+    if settings.engine.execution == "graphs" and (blocker := graph_blocker(settings)):
+        raise UserError(f"--execution graphs: {blocker}")
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS and settings.engine.precision == "fp16":
         raise UserError(f"--optim {settings.train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
     if settings.train.early_stop and settings.output.eval_every == "never":

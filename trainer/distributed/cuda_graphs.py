@@ -2,31 +2,116 @@
 
 At small batches a GPU waits for Python, which launches some two thousand kernels a step. A replay launches them all at
 once: the same kernels on the same addresses, and dropout draws from the seed that the generator has at the replay.
-Before a recording is used it is replayed on the rows at hand and held against the eager call just made.
+Before a recording is used it is replayed on the rows at hand and compared with the eager call just made.
+
+`torch.cuda.make_graphed_callables` does not do: its gradients leave the graph through one AccumulateGrad a weight, an
+eager kernel each for the second micro-batch and for the flat buffers that several ranks reduce; it records nothing
+without gradients, so no evaluation; and after a capture that fails the generator would refuse the next dropout.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain, compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.distributed.step_check import (
-    MAX_DIFFERENCE,
-    Measured,
-    get_rng_state,
-    root_cause,
-    set_rng_state,
-    unchanged_rng,
-)
+from trainer.model import torch_internals
 
 # Eager calls of a shape before it is recorded: libraries choose kernels and make their workspaces in them.
 NUM_WARMUP_CALLS = 3
 NOT_RECORDED = "steps are not recorded as CUDA graphs"
 MAX_GRAPHS = 4  # shapes that are recorded; rows of many lengths would fill the memory with graphs
 
+# Relative differences between a replay and the eager call of the same rows. Replayed kernels are the same, but some add
+# in any order (atomics): float32 rounds sums of some thousand terms to about 1e-6; of bf16 the outputs differ by one of
+# 2**-8, and the gradients' elements from those of fp32 by 4e-3 to 7e-3 (seen on a CPU, GPT-2 of 2 to 12 layers).
+MAX_DIFFERENCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 5e-3}
+NUM_SAMPLES = 64  # elements of each gradient that are compared one by one
+# Of the whole gradient; a smaller one may be nothing but rounding, as that of OPT's key bias, which is 0 by its formula
+# (1e-8 of the whole in bf16): its norm alone is compared.
+MIN_SAMPLED_SHARE = 1e-4
+
 BackwardFn = Callable[[Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a call is compared by: its loss, every gradient's norm, and some elements of each over its mean size."""
+
+    loss: float
+    grad_norm: float
+    grad_norms: tuple[float, ...]
+    samples: tuple[tuple[float, ...], ...] = ()
+
+    @classmethod
+    def of(cls, row_losses: Tensor, grads: Sequence[Tensor | None]) -> "Measured":
+        """Of row losses [rows] and gradients; waits for the device."""
+        present = [gradient for gradient in grads if gradient is not None]
+        norms = [float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) for gradient in present]
+        samples = []
+        for gradient, norm in zip(present, norms, strict=True):
+            root_mean_square = norm / math.sqrt(gradient.numel()) or 1.0
+            elements = gradient.detach().flatten()[:: max(1, gradient.numel() // NUM_SAMPLES)][:NUM_SAMPLES]
+            samples.append(tuple((elements.double() / root_mean_square).tolist()))
+        return cls(float(row_losses.double().sum()), math.hypot(*norms), tuple(norms), tuple(samples))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is anything to compare with."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def relative_difference(self, other: "Measured") -> float:
+        """The largest of three: of the losses, of a gradient's norm over that of all, and of the sampled elements as
+        vectors; NaN where one is, infinity where the other has not the same gradients.
+
+        Of the sampled elements each rounds its own: what counts is how far both are from their middle.
+        """
+        if list(map(len, self.samples)) != list(map(len, other.samples)):
+            return math.inf
+        scale = self.grad_norm or 1.0
+        is_sampled = [norm >= MIN_SAMPLED_SHARE * scale for norm in self.grad_norms]
+        own, others = (list(chain(*compress(measured.samples, is_sampled))) for measured in (self, other))
+        pairs = zip(self.grad_norms, other.grad_norms, strict=True)
+        differences = [
+            abs(self.loss - other.loss) / (abs(self.loss) or 1.0),
+            *(abs(a - b) / scale for a, b in pairs),
+            math.dist(own, others) / 2 / (math.hypot(*own) or 1.0),
+        ]
+        return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.6g} and gradient norm {self.grad_norm:.6g}"
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the operation that failed: what ends after it, as a capture does, complains of it, too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def get_rng_state(device: torch.device) -> Tensor:
+    """Where the device's generator stands."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_rng_state(device: torch.device, state: Tensor) -> None:
+    """Put the device's generator there."""
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
+@contextmanager
+def unchanged_rng(device: torch.device) -> Iterator[None]:
+    """Leave the generator as it was found: what is drawn inside is drawn again afterwards."""
+    state = get_rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(device, state)
 
 
 class CUDAGraphRunner:
@@ -44,20 +129,20 @@ class CUDAGraphRunner:
         *,
         precision: str,
         static_grads: list[Tensor] | None = None,
+        checks: list[str] | None = None,
     ):
         """`eager_backward(ids, labels, loss_weight)` and `eager_forward(ids, labels)`: what is done where nothing is
         recorded; the first adds to the gradients.
 
-        `static_grads`: where both leave them, if several ranks reduce them from one flat buffer.
-        Parameters: what is recorded, what stands in for it, and where both leave their results.
+        `static_grads`: where both leave them, if several ranks reduce them from one flat buffer. `checks`: gets a line
+        for each recording that was compared with its eager call.
         """
         self.loss_fn = loss_fn
         self.trainable_params = list(trainable_params)
         self.eager_backward, self.eager_forward = eager_backward, eager_forward
         self.max_difference = MAX_DIFFERENCE[precision]
         self.capture_error = ""
-        self.checks: list[str] = []  #: one line a recording that was verified
-        self.checked_to = 0.0  #: the largest difference among them
+        self.checks = [] if checks is None else checks
         self._call_counts: dict[Any, int] = {}
         self._captured: dict[Any, CapturedGraph] = {}
         self._pool: Any = None
@@ -157,7 +242,6 @@ class CUDAGraphRunner:
                 f"{difference:.1e} apart, at most {self.max_difference:.0e} is rounding"
             )
             return False
-        self.checked_to = max(self.checked_to, difference)
         self.checks.append(f"{label} recorded, checked to {difference:.0e}")
         self._captured[kind, tuple(ids.shape)] = graph
         self._pool = graph.pool
@@ -183,7 +267,7 @@ class CUDAGraphRunner:
             if old is not None and new is not None
         ]
         static_grads, source_grads = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        (torch._foreach_copy_ if overwrite else torch._foreach_add_)(static_grads, source_grads)
+        (torch_internals.foreach_copy_ if overwrite else torch_internals.foreach_add_)(static_grads, source_grads)
         return row_losses
 
     def _should_capture(self, kind: str, ids: Tensor) -> bool:
@@ -233,7 +317,7 @@ class CapturedGraph:
         self.ids, self.labels = torch.zeros_like(example_ids), torch.zeros_like(example_ids)
         self.loss_weight = torch.ones((), device=example_ids.device)
         # The first use of a kernel loads it: not in a capture.
-        for add_or_copy in (torch._foreach_add_, torch._foreach_copy_):
+        for add_or_copy in (torch_internals.foreach_add_, torch_internals.foreach_copy_):
             add_or_copy([torch.zeros_like(self.loss_weight)], [self.loss_weight])
         self.graph = torch.cuda.CUDAGraph()
         # Of this thread: NCCL's own thread may ask the device how it stands meanwhile.
@@ -271,6 +355,5 @@ def _restored_on_failure(device: torch.device, pool: Any) -> Iterator[None]:
         torch.cuda.set_stream(stream)
         generator.graphsafe_set_state(saved)
         with suppress(RuntimeError):  # a capture that came to its end, as one out of memory does, has let go itself
-            torch._C._cuda_endAllocateToPool(index, pool)
-            torch._C._cuda_releasePool(index, pool)
+            torch_internals.release_capture_pool(index, pool)
         raise

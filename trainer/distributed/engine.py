@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -15,14 +15,13 @@ from torch import Tensor
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.schema import TrainSettings
 from trainer.data.sampler import GlobalBatch, MicroBatch
+from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode
 from trainer.distributed.device_copy import add_sums, all_gather_sums, copy_to_device, copy_to_host, place_model
-from trainer.distributed.execution import ExecutionPlan
-from trainer.distributed.execution_tuner import ExecutionTuner
+from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
-from trainer.distributed.step_execution import StepExecution
 from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
 from trainer.model import cpu_attention, fused_lora, optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions
@@ -75,9 +74,8 @@ class Engine:
         deepspeed_config: Mapping[str, Any],
         train_settings: TrainSettings,
         plan: ExecutionPlan,
-        tuner: ExecutionTuner | None = None,
     ):
-        """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how; `tuner`: what looks for a faster plan."""
+        """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how."""
         self.dist_context = dist_context
         self.model = model
         self.device_wait_seconds = 0.0  #: until the device had done what it was asked for
@@ -85,6 +83,8 @@ class Engine:
         self._seed = train_settings.seed
         self._stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
         self._last_end_time = 0.0
+        self.plan = plan
+        self.plan_changes: list[PlanChange] = []  #: plans that took the place of others, in order
         self._install_kernels(plan)
         autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
         self._loss_module = CausalLMLoss(model.causal, autocast_dtype)
@@ -119,14 +119,45 @@ class Engine:
         )
         casts = plan.frozen_dtype == "bfloat16"
         self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
-        self.execution = StepExecution(
-            dist_context, self._loss_module, self.stepper, trainable_params, plan, tuner, head_problem=head_problem
-        )
+        self._graphs: CUDAGraphRunner | None = None
+        self.graph_checks: list[str] = []  #: one line a recording that was held against its eager step
+        self.reset_graphs()
+        if head_problem:
+            self._change_plan(0, head_problem, chunked_loss=False)
+
+    def reset_graphs(self) -> None:
+        """Drop all recordings and the memory that they hold; where the plan has CUDA graphs, record anew."""
+        if self.dist_context.device.type == "cuda":
+            torch.cuda.synchronize(self.dist_context.device)  # a replay of what is dropped may still be under way
+        self._graphs = None
+        if self.plan.cuda_graphs:
+            assert isinstance(self.stepper, NativeStepper)
+            self._graphs = CUDAGraphRunner(
+                self._loss_module,
+                list(self.trainable_params.values()),
+                self.stepper.backward,
+                self.stepper.forward,
+                precision=self.plan.precision,
+                static_grads=self.stepper.flat_grads,
+                checks=self.graph_checks,
+            )
 
     @property
-    def plan(self) -> ExecutionPlan:
-        """What is in force."""
-        return self.execution.plan
+    def num_warmup_steps(self) -> int:
+        """Steps after which the following ones take as long as all later ones."""
+        return NUM_WARMUP_CALLS + 2 if self.plan.cuda_graphs else 1
+
+    def _change_plan(self, step: int, reason: str, **fields: Any) -> None:
+        self.plan = replace(self.plan, **fields)
+        self.plan_changes.append(PlanChange(step=step, plan=self.plan, reason=reason))
+
+    def fall_back(self, step: int) -> None:
+        """Before a step: where a recording has failed, go on eagerly. Whether gradients are reduced during the backward
+        stays as it is: on another rank the recording may have worked."""
+        if self._graphs is not None and self._graphs.capture_error:
+            reason = self._graphs.capture_error
+            self._change_plan(step, reason, cuda_graphs=False, eager_reason="a recording failed")
+            self.reset_graphs()
 
     def _install_kernels(self, plan: ExecutionPlan) -> None:
         if self.dist_context.device.type == "cpu":
@@ -161,12 +192,12 @@ class Engine:
                 if len(in_flight) < self.plan.steps_in_flight:
                     continue
                 batch, launched = in_flight.popleft()
-                result = self._wait(batch, launched)
+                result = self._wait(launched)
                 yield batch, result
                 if result.update.stop_requested:
                     break
             for batch, launched in in_flight:
-                yield batch, self._wait(batch, launched)
+                yield batch, self._wait(launched)
         except NonFiniteError as error:
             error.batch = batch
             raise
@@ -179,7 +210,8 @@ class Engine:
 
     def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> LaunchedStep:
         """Forward, backward and update of a batch; nothing waits for a device that computes."""
-        self.execution.begin_step(batch.step)
+        if self._graphs is not None:
+            self.fall_back(batch.step)
         launch_time = time.perf_counter()
         loss_sums = []
         for micro_batch in batch.micro_batches:
@@ -223,13 +255,11 @@ class Engine:
 
         return wait
 
-    def _wait(self, batch: GlobalBatch, launched: LaunchedStep) -> StepResult:
+    def _wait(self, launched: LaunchedStep) -> StepResult:
         """What the step did, once it has done it."""
         update = launched.wait()
         start_time, self._last_end_time = max(launched.launch_time, self._last_end_time), time.perf_counter()
-        elapsed_seconds = self._last_end_time - start_time
-        self.execution.end_step(batch.step, sum(m.input_ids.size for m in batch.micro_batches), elapsed_seconds)
-        return StepResult(update=update, lr=launched.lr, elapsed_seconds=elapsed_seconds)
+        return StepResult(update=update, lr=launched.lr, elapsed_seconds=self._last_end_time - start_time)
 
     def forward_backward(self, micro_batch: MicroBatch, *, step: int, num_target_tokens: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its summed loss, float64 on the device.
@@ -245,7 +275,7 @@ class Engine:
         if micro_batch.position_ids is not None:  # several examples a row: ever other shapes, never recorded
             position_ids = torch.from_numpy(micro_batch.position_ids).to(self.dist_context.device)
             return self.stepper.backward(ids, labels, loss_weight, position_ids).double().sum()
-        return self.execution.runner.backward(ids, labels, loss_weight).double().sum()
+        return (self._graphs or self.stepper).backward(ids, labels, loss_weight).double().sum()
 
     def _seed_dropout(self, step: int, index: int) -> None:
         """As `torch.manual_seed`, for the devices in use alone: for each other one that formats the call stack."""
@@ -267,7 +297,7 @@ class Engine:
         """Summed loss of each row, without dropout: float64 on the device."""
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
-        return self.execution.runner.forward(*self._to_device(micro_batch)).double()
+        return (self._graphs or self.stepper).forward(*self._to_device(micro_batch)).double()
 
     def restore_fp32(self) -> None:
         """After the last step: give the frozen base its float32 back, for readers outside autocast.

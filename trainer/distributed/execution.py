@@ -1,22 +1,18 @@
-"""What runs how: one frozen plan, made by one function, passed to the engine, printed and recorded as it is.
+"""How steps are computed: one frozen plan, made by one function, passed to the engine, printed and recorded as it is.
 
 A fallback while running is a new plan (`dataclasses.replace`) at a step boundary, with its reason.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from trainer.config.settings import Settings, compile_blocker, graph_blocker
+from trainer.config.settings import Settings, graph_blocker
 from trainer.distributed.process_group import DistContext
 from trainer.distributed.steppers import supports_native_stepper
 from trainer.model.loss import uses_gpu_form
 
-ExecutionPath = Literal["eager", "graphs", "compile", "compile+graphs"]
-PATHS: tuple[ExecutionPath, ...] = get_args(ExecutionPath)
-# What tuning must be worth: it gives each path about ten steps, and a compiled path a minute to compile.
-MIN_TUNED_STEPS = 200
-MIN_COMPILED_TOKENS = 20_000_000
+AS_PLANNED = "as planned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +22,7 @@ class ExecutionPlan:
     precision: str  #: fp32, or the type that autocast gives to products: bf16, fp16
     stepper: Literal["native", "deepspeed"]  #: whose reduction, norm and update
     cuda_graphs: bool  #: forward and backward of shapes that come again are recorded and replayed
-    compiled_shapes: tuple[tuple[int, int], ...]  #: [rows, tokens] of micro-batches that are compiled for; (): none
+    eager_reason: str  #: why they are not; empty where they are
     fused_lora: bool  #: a frozen layer and its adapter are one operation (`trainer.model.fused_lora`)
     blockwise_attention: bool  #: dropout, and GPT-2's attention with it, by `trainer.model.cpu_attention`
     packed_rows: bool  #: several examples share a row, which transformers' own attention masks from one another
@@ -38,14 +34,14 @@ class ExecutionPlan:
 
     @property
     def path(self) -> str:
-        """One of PATHS."""
-        parts = ["compile"] * bool(self.compiled_shapes) + ["graphs"] * self.cuda_graphs
-        return "+".join(parts) or "eager"
+        """`graphs` or `eager`."""
+        return "graphs" if self.cuda_graphs else "eager"
 
     def describe(self) -> str:
         """One line for people."""
         parts = [
-            f"{self.path}, {self.stepper} stepper",
+            "CUDA graphs" if self.cuda_graphs else f"eager ({self.eager_reason})",
+            f"{self.stepper} stepper",
             "adapters fused with their layers" * self.fused_lora,
             "blockwise attention and dropout" * self.blockwise_attention,
             "packed rows" * self.packed_rows,
@@ -68,46 +64,21 @@ class PlanChange:
     step: int  #: the first step that runs by it
     plan: ExecutionPlan
     reason: str
-    timings: Sequence[Mapping[str, Any]] = ()  #: of the plans that were timed before
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
-        timings = {"timings": list(self.timings)} if self.timings else {}
-        return {"step": self.step, "reason": self.reason, **self.plan.as_dict(), **timings}
+        return {"step": self.step, "reason": self.reason, **self.plan.as_dict()}
 
 
-def possible_paths(
-    settings: Settings, dist_context: DistContext, deepspeed_config: Mapping[str, Any], *, precision: str
-) -> tuple[ExecutionPath, ...]:
-    """The ways in which steps of these settings can run on this device, whatever `--execution` says."""
-    is_native = supports_native_stepper(deepspeed_config, world_size=dist_context.world_size, precision=precision)
-    has_whole_rows = not settings.data.packing  # packed rows are of ever other shapes
-    records = uses_gpu_form(dist_context.device) and is_native and has_whole_rows and not graph_blocker(settings)
-    stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
-    compiles = stage < 3 and has_whole_rows and not compile_blocker(settings)
-    allowed = {"eager": True, "graphs": records, "compile": compiles, "compile+graphs": records and compiles}
-    return tuple(path for path in PATHS if allowed[path])
-
-
-def paths_to_time(
-    settings: Settings, dist_context: DistContext, paths: Sequence[ExecutionPath], *, num_steps: int, num_tokens: int
-) -> tuple[ExecutionPath, ...]:
-    """Those of `paths` that `--execution auto` times in a run so long; () where none is worth it."""
-    if settings.engine.execution != "auto" or not uses_gpu_form(dist_context.device) or num_steps < MIN_TUNED_STEPS:
-        return ()
-    timed = [path for path in paths if "compile" not in path or num_tokens >= MIN_COMPILED_TOKENS]
-    return tuple(timed) if len(timed) > 1 else ()
-
-
-def choose_path(settings: Settings, paths: Sequence[ExecutionPath]) -> ExecutionPath:
-    """What `--execution` asks for, among the possible; auto: recorded where that can be."""
-    wanted: dict[str, tuple[ExecutionPath, ...]] = {
-        "auto": ("graphs",),
-        "eager": (),
-        "graphs": ("graphs",),
-        "compile": ("compile+graphs", "compile"),
-    }
-    return next((path for path in wanted[settings.engine.execution] if path in paths), "eager")
+def find_eager_reason(settings: Settings, *, is_gpu: bool, stage: int) -> str:
+    """Why steps cannot be recorded as CUDA graphs; empty where they can, whatever `--execution` says."""
+    if not is_gpu:
+        return "no GPU"
+    if stage:
+        return f"ZeRO {stage}"
+    if settings.data.packing:
+        return "packed rows have ever other shapes"
+    return graph_blocker(settings)
 
 
 def make_execution_plan(
@@ -117,38 +88,30 @@ def make_execution_plan(
     *,
     precision: str,
     model_dropout: float,
-    micro_batch_size: int,
-    path: ExecutionPath | None = None,
 ) -> ExecutionPlan:
-    """The plan of a run. `model_dropout`: the largest dropout probability of the base model.
-
-    `path`: how steps run, one of `possible_paths`; left out: as `--execution` asks (`choose_path`).
-    Parameters: the facts of a run that it follows from.
-    """
+    """The plan of a run. `model_dropout`: the largest dropout probability of the base model."""
     stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
     is_gpu = uses_gpu_form(dist_context.device)
     lora, quant = settings.lora, settings.model.quant
     is_native = supports_native_stepper(deepspeed_config, world_size=dist_context.world_size, precision=precision)
-    path = path or choose_path(settings, possible_paths(settings, dist_context, deepspeed_config, precision=precision))
-    is_compiled = "compile" in path
+    eager_reason = find_eager_reason(settings, is_gpu=is_gpu, stage=stage)
+    if not eager_reason and settings.engine.execution == "eager":
+        eager_reason = "--execution eager"
     has_adapters = settings.mode == "lora"
     lora_dropout = lora.dropout if has_adapters else 0.0
     is_plain_lora = has_adapters and lora.adapter != "dora" and not lora_dropout and quant is None
     is_fused_adamw = settings.train.optim == "adamw_fused"
-    rows = (micro_batch_size, settings.train.eval_batch)
     return ExecutionPlan(
         precision=precision,
         stepper="native" if is_native else "deepspeed",
-        cuda_graphs="graphs" in path,
-        compiled_shapes=tuple((n, settings.data.block_size) for n in dict.fromkeys(rows)) if is_compiled else (),
+        cuda_graphs=not eager_reason,
+        eager_reason=eager_reason,
         fused_lora=is_plain_lora and stage < 3,
-        blockwise_attention=(
-            not (is_gpu or is_compiled or settings.data.packing) and max(model_dropout, lora_dropout) > 0
-        ),
+        blockwise_attention=not (is_gpu or settings.data.packing) and max(model_dropout, lora_dropout) > 0,
         packed_rows=settings.data.packing,
         frozen_dtype="bfloat16" if precision == "bf16" and stage < 3 and has_adapters and not quant else "float32",
         chunked_loss=True,  # until the model's own logits say otherwise
-        overlaps_reduction=is_native and dist_context.world_size > 1 and "graphs" not in path,
+        overlaps_reduction=is_native and dist_context.world_size > 1 and bool(eager_reason),
         finite_check="device" if is_native and is_fused_adamw else "host",
         steps_in_flight=2 if is_gpu and is_native and is_fused_adamw else 1,
     )

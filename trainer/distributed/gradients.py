@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from trainer.model import torch_internals
 from trainer.model.loss import uses_gpu_form
 
 # What a message should have at least, so that its latency is nothing beside it: NCCL as in torch's
@@ -244,11 +245,11 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     the norm came out 0.27 % low. A GPU's kernel goes by chunks by itself.
     """
     if uses_gpu_form(grads[0].device):
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        return torch.linalg.vector_norm(torch.stack(torch_internals.foreach_norm(grads)))
     large = [grad.flatten() for grad in grads if grad.numel() > NORM_CHUNK]
     pieces = [grad for grad in grads if grad.numel() <= NORM_CHUNK]
     pieces += [tail for flat in large if len(tail := flat[len(flat) // NORM_CHUNK * NORM_CHUNK :])]
-    norms = [torch.stack(torch._foreach_norm(pieces))] if pieces else []
+    norms = [torch.stack(torch_internals.foreach_norm(pieces))] if pieces else []
     norms += [
         torch.linalg.vector_norm(flat[: len(flat) // NORM_CHUNK * NORM_CHUNK].view(-1, NORM_CHUNK), dim=1)
         for flat in large

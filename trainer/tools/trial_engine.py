@@ -23,12 +23,9 @@ from trainer.training.train_state import TrainState
 def start_trial(
     settings: Settings, data: PreparedDataset, dist_context: DistContext, model: TrainableModel | None = None
 ) -> tuple[RunPlan, Engine]:
-    """The plan of a run of these settings and its engine, whose steps are not timed against other ways to take them.
-
-    `model`: where it is built already.
-    """
+    """The plan of a run of these settings and its engine. `model`: where it is built already."""
     model = model or build_model(settings, with_fingerprint=False, device=dist_context.device)
-    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model)).untimed()
+    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
     return plan, Engine(dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
 
 

@@ -50,14 +50,14 @@ class Callbacks:
                 self.diagnostics.add_time("evaluation", samples.facts["seconds"])
                 events.append(samples)
         events += [diagnostic.to_record(record.step, record.time) for diagnostic in diagnostics]
-        execution = self.engine.execution
-        for check in execution.checks[self._num_graph_checks :]:
+        checks, changes = self.engine.graph_checks, self.engine.plan_changes
+        for check in checks[self._num_graph_checks :]:
             events.append(EventRecord(event="checked", step=record.step, message=check, time=record.time))
-        for change in execution.changes[self._num_plan_changes :]:
+        for change in changes[self._num_plan_changes :]:
             events.append(
                 EventRecord(
                     event="execution", step=record.step, message=change.reason, time=record.time, facts=change.as_dict()
                 )
             )
-        self._num_graph_checks, self._num_plan_changes = len(execution.checks), len(execution.changes)
+        self._num_graph_checks, self._num_plan_changes = len(checks), len(changes)
         return events

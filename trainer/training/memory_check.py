@@ -39,7 +39,6 @@ def estimate_plan(
         {**plan.deepspeed_config, **deepspeed_file.content},
         precision=plan.precision,
         model_dropout=plan.dropout,
-        micro_batch_size=micro_batch_size,
     )
     setup = PassSetup(
         micro_batch_size=micro_batch_size,

@@ -20,7 +20,7 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
     if settings.output.score_samples:
         check_installed("--score-samples")
     if settings.engine.execution == "graphs" and dist_context.device.type == "cpu":
-        raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto, eager or compile")
+        raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto or eager")
     if settings.engine.precision == "fp16" and dist_context.device.type == "cpu":
         raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
     if settings.engine.ds_config is not None:
@@ -50,13 +50,13 @@ def _check_writable(folder: Path) -> None:
 def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
     optimizer.check_8bit_supported(settings.train, zero_stage=deepspeed_file.stage, on_cpu=False)
+    if settings.engine.execution == "graphs" and deepspeed_file.stage:
+        raise UserError(
+            f"--execution graphs: steps of ZeRO {deepspeed_file.stage} are eager; expected --ds-config zero0, or "
+            "--execution auto or eager"
+        )
     if deepspeed_file.stage != 3:
         return
-    if settings.engine.execution == "compile":
-        raise UserError(
-            "--execution compile: not under ZeRO 3, which brings each layer's weights together by hooks; expected "
-            "zero0, zero1 or zero2"
-        )
     if settings.model.quant and settings.lora.adapter == "dora":
         raise UserError(
             f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "

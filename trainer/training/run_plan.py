@@ -1,8 +1,6 @@
 """Everything that is decided before the first step: what `--dry-run` prints and run.json keeps."""
 
-import functools
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,14 +19,12 @@ from trainer.distributed.deepspeed_config import (
     choose_deepspeed_file,
     read_deepspeed_file,
 )
-from trainer.distributed.execution import ExecutionPlan, make_execution_plan
-from trainer.distributed.execution_tuner import ExecutionTuner
+from trainer.distributed.execution import AS_PLANNED, ExecutionPlan, make_execution_plan
 from trainer.distributed.memory_estimate import ParamCounts
 from trainer.distributed.process_group import DistContext
 from trainer.model.attention import attention_kernel
 from trainer.model.build import get_dropout_probabilities
 from trainer.training.example_packing import describe_padding, plan_packing
-from trainer.training.execution_choice import AS_PLANNED, RunFacts, choose_execution, settle_choice
 from trainer.training.lr_schedule import describe_schedule
 from trainer.training.plan_notes import collect_notes, describe_targets
 from trainer.training.plan_validation import validate_stage
@@ -46,9 +42,6 @@ class RunPlan:
     deepspeed_file: DeepSpeedFile
     deepspeed_config: dict[str, Any]
     execution: ExecutionPlan
-    execution_reason: str  #: why steps begin by this plan
-    timed_plans: tuple[ExecutionPlan, ...]  #: that are timed over the first steps; (): `execution` is kept
-    choice_file: Path | None  #: keeps what timing them leads to
     attention_kernel: str  #: which torch has for rows of this plan, on this device
     model_info: dict[str, Any]
     data_info: dict[str, Any]
@@ -85,7 +78,7 @@ class RunPlan:
             ("steps", f"{schedule.steps_per_epoch:,} per epoch, {schedule.total_steps:,} in all"),
             ("learning rate", f"{train_settings.lr:g}, {lr_shape}"),
             ("ZeRO file", f"{self.deepspeed_file.name}: {self.deepspeed_file.reason}"),
-            ("execution", self._describe_execution()),
+            ("execution", f"{self.execution.describe()}, attention by {self.attention_kernel}"),
             ("precision", f"{self.precision} on {self.dist_context.world_size} x {device_name(self.dist_context)}"),
             ("output", f"{settings.run_folder}"),
         ]
@@ -103,39 +96,13 @@ class RunPlan:
         groups = "" if counts["units"] == counts["examples"] else f" of {counts['units']:,} groups"
         return f"{counts['examples']:,} {unit}{groups}, {counts['counted_tokens']:,} counted tokens"
 
-    def untimed(self) -> "RunPlan":
-        """The same without timing, by the plan that is the default then: for trials, whose steps are few or unlike."""
-        recorded = (plan for plan in self.timed_plans if plan.path == "graphs")
-        return replace(self, timed_plans=(), execution=next(recorded, self.execution))
-
-    def make_tuner(self) -> ExecutionTuner | None:
-        """What times `timed_plans` over the first steps and keeps what it finds; None where there are none."""
-        batch, file, on_rank_zero = self.schedule.batch, self.choice_file, self.dist_context.on_rank_zero
-        if not self.timed_plans or file is None:
-            return None
-        num_rows = batch.micro_batch_size * batch.gradient_accumulation_steps
-        return ExecutionTuner(
-            self.timed_plans,
-            positions_per_step=num_rows * self.settings.data.block_size,
-            settle=lambda choice: on_rank_zero(lambda: settle_choice(file, choice)),
-        )
-
-    def _describe_execution(self) -> str:
-        parts = [f"{self.execution.describe()}, attention by {self.attention_kernel}"]
-        if self.timed_plans:
-            parts.append(f"the first steps time {', '.join(plan.path for plan in self.timed_plans)}")
-        elif self.execution_reason != AS_PLANNED:
-            parts.append(self.execution_reason)
-        return "; ".join(parts)
-
     def execution_entry(self, step: int) -> dict[str, Any]:
         """What run.json keeps of how steps run from `step` on."""
         return {
             "step": step,
-            "reason": self.execution_reason,
+            "reason": AS_PLANNED,
             **self.execution.as_dict(),
             "attention_kernel": self.attention_kernel,
-            "timed": [plan.path for plan in self.timed_plans],
         }
 
     def to_metadata(self, *, run_id: str, wandb: dict[str, Any]) -> dict[str, Any]:
@@ -218,14 +185,8 @@ def make_plan(
     data: PreparedDataset,
     model_info: dict[str, Any],
     model_config: Any,
-    previous_execution: Sequence[Mapping[str, Any]] = (),
 ) -> RunPlan:
-    """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`).
-
-    `previous_execution`: of the run.json of the run that goes on, whose steps keep their path.
-
-    Long: every part of a plan is made here, each from those before it.
-    """
+    """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
     block_size = settings.data.block_size or data.metadata["block_size"]
     data_settings = replace(settings.data, objective=data.metadata["objective"], block_size=block_size)
     settings = replace(settings, data=data_settings)
@@ -252,25 +213,9 @@ def make_plan(
         steps_per_epoch=settings.train.steps_per_epoch(num_examples),
     )
     padding = describe_padding(data.train, schedule.batches(data.train, dist_context.rank))
-    make_execution = functools.partial(
-        make_execution_plan,
-        settings,
-        dist_context,
-        deepspeed_config,
-        precision=precision,
-        model_dropout=dropout,
-        micro_batch_size=batch.micro_batch_size,
+    execution = make_execution_plan(
+        settings, dist_context, deepspeed_config, precision=precision, model_dropout=dropout
     )
-    facts = RunFacts(
-        settings=settings,
-        dist_context=dist_context,
-        deepspeed_config=deepspeed_config,
-        precision=precision,
-        schedule=schedule,
-        model_info=model_info,
-    )
-    choice = choose_execution(facts, previous_execution)
-    execution = make_execution(path=choice.path)
     return RunPlan(
         settings=settings,
         dist_context=dist_context,
@@ -278,9 +223,6 @@ def make_plan(
         schedule=schedule,
         deepspeed_config=deepspeed_config,
         execution=execution,
-        execution_reason=choice.reason,
-        timed_plans=tuple(make_execution(path=path) for path in choice.timed_paths),
-        choice_file=choice.file,
         attention_kernel=attention_kernel(
             model_config,
             dist_context.device,

@@ -62,7 +62,7 @@ def _add_steps_flags(add: Callable[..., Any]) -> None:
         type=_names,
         default=["auto"],
         metavar="NAMES",
-        help="of ours: auto, eager, graphs, compile (default: auto)",
+        help="of ours: auto, eager, graphs (default: auto)",
     )
     add(
         "--against",

@@ -67,7 +67,7 @@ def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
             next(steps)
         windows, product_seconds, (peak_memory, device_memory) = time_windows(steps, setup, layer_shapes)
         result = {
-            "ran_by": "; ".join([engine.plan.path, *(change.reason for change in engine.execution.changes)])
+            "ran_by": "; ".join([engine.plan.path, *(change.reason for change in engine.plan_changes)])
             if engine is not None
             else "",
             "windows": windows,

@@ -18,11 +18,9 @@ from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
-from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
-from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
-from trainer.distributed.execution import possible_paths
-from trainer.distributed.process_group import simulated_context
-from trainer.distributed.step_check import MAX_DIFFERENCE
+from trainer.distributed.cuda_graphs import MAX_DIFFERENCE, NUM_WARMUP_CALLS
+from trainer.distributed.deepspeed_config import read_deepspeed_file
+from trainer.distributed.execution import find_eager_reason
 from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, ok_result
 from trainer.tools.worker_processes import last_line, run_ranks
@@ -76,23 +74,17 @@ def proof_settings(settings: Settings) -> Settings:
 
 
 def list_rows(plan: RunPlan, world_size: int) -> list[ProofRow]:
-    """All that can run here; compiled under the plan's own ZeRO file alone, which takes a minute each time."""
+    """All that can run here."""
     if plan.schedule.batch.global_batch % world_size:
         return []
     rows = []
     settings = proof_settings(plan.settings)
-    batch, max_grad_norm = settings.train.batch(world_size), settings.train.max_grad_norm
-    context = simulated_context(world_size, plan.dist_context.device.type)
-    wants_compile = uses_gpu_form(context.device) or settings.engine.execution == "compile"
+    is_gpu = uses_gpu_form(plan.dist_context.device)
     for name in dict.fromkeys([*STAGES, settings.engine.ds_config or plan.deepspeed_file.name]):
-        config = build_deepspeed_config(
-            read_deepspeed_file(name), batch=batch, max_grad_norm=max_grad_norm, precision=plan.precision
-        )
-        paths = possible_paths(settings, context, config, precision=plan.precision)
-        executions = ["eager", *["graphs"] * ("graphs" in paths)]
-        if "compile" in paths and name == plan.deepspeed_file.name and wants_compile:
-            executions.append("compile")
-        rows += [ProofRow(ds_config=name, world_size=world_size, execution=way) for way in executions]
+        stage = read_deepspeed_file(name).stage
+        has_graphs = not find_eager_reason(settings, is_gpu=is_gpu, stage=stage)
+        executions = ["eager", "graphs"] if has_graphs else ["eager"]
+        rows += [ProofRow(ds_config=name, world_size=world_size, execution=execution) for execution in executions]
     return rows
 
 

@@ -23,8 +23,7 @@ from typing import Any
 from trainer.config.cli import CliArgs, to_argv
 from trainer.data import readers, sources
 from trainer.data.dataset import PreparedDataset
-from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
-from trainer.distributed.step_check import MAX_DIFFERENCE
+from trainer.distributed.cuda_graphs import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.report.formats import format_duration
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, make_result, ok_result
 from trainer.tools.worker_processes import worker_environ
@@ -86,7 +85,7 @@ class SmokeTest:
     def __init__(
         self, cli_args: CliArgs, plan: RunPlan, data: PreparedDataset, *, limit_seconds: float, parent_folder: Path
     ):
-        self.cli_args, self.plan, self.data = cli_args, plan.untimed(), data
+        self.cli_args, self.plan, self.data = cli_args, plan, data
         # Before a shape is recorded, and the step in which it is.
         self.num_warmup_steps = NUM_WARMUP_CALLS + 1 if self.plan.execution.cuda_graphs else 0
         self.save_step = self.num_warmup_steps + NUM_STEPS

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def main(job_file: str) -> int:
         _, engine = start_trial(settings, data, dist_context)
         with open(job["answer"], "a", encoding="utf-8", buffering=1) as answer_file:
             for micro_batch_size in job["sizes"]:
-                use_plan_for(engine, micro_batch_size, settings.data.block_size)
+                engine.reset_graphs()  # each size is timed as a run of it would take its steps
                 batch = BatchConfig.divide(settings.train.global_batch, micro_batch_size, dist_context.world_size)
                 measurements = measure_step(engine, data.train, batch)
                 answer_file.write(json.dumps(measurements) + "\n")
@@ -51,12 +50,6 @@ def main(job_file: str) -> int:
     finally:
         dist_context.watchdog.close()
         destroy_process_group()
-
-
-def use_plan_for(engine: Engine, micro_batch_size: int, block_size: int) -> None:
-    """Record, and compile where that is planned, anew for a size: each is timed as a run of it would take its steps."""
-    shapes = ((micro_batch_size, block_size),) if engine.plan.compiled_shapes else ()
-    engine.execution.use_plan(replace(engine.plan, compiled_shapes=shapes))
 
 
 def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> dict[str, Any]:
@@ -79,7 +72,7 @@ def measure_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig) -> d
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step_times = []
-    for _ in range(engine.execution.num_warmup_steps + NUM_TIMED_STEPS):
+    for _ in range(engine.num_warmup_steps + NUM_TIMED_STEPS):
         passes_seconds = device_seconds(run_passes, device)
         update_seconds = device_seconds(lambda: engine.launch_update(0.0, loss_sums)(), device)
         step_times.append(passes_seconds / len(micro_batches) * batch.gradient_accumulation_steps + update_seconds)

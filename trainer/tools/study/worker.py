@@ -130,14 +130,14 @@ def start_run(
 
 
 def execution_argv(rule: Rule, slot: Slot) -> list[str]:
-    """One way to run steps for all runs of a study, unless its flags name one: recorded on GPUs, if every method can.
+    """One way to run steps for all runs of a study, unless its flags name one: eager where a method has no CUDA graphs.
 
-    A run alone would time several ways; here that would be a difference between runs beside the one that is studied.
+    Else runs would differ in more than what is studied.
     """
     if not slot.gpus or "--execution" in rule.train_argv:
         return []
     is_blocked = "--activation-checkpointing" in rule.train_argv or any("--quant" in METHODS[m] for m in rule.methods)
-    return ["--execution", "eager" if is_blocked else "graphs"]
+    return ["--execution", "eager"] if is_blocked else []
 
 
 def run_folder(study_folder: Path, spec: TrialSpec) -> Path:
