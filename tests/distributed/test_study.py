@@ -1,14 +1,13 @@
-"""A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered.
-
-Long: one stand-in serves all of them.
-"""
+"""A study whose runs are a stand-in for training: found whole after kills, joined, refused, answered."""
 
 import dataclasses
 import errno
 import json
 import os
 import random
+import re
 import runpy
+import shutil
 import subprocess
 import threading
 import time
@@ -25,11 +24,12 @@ from helpers.study_rules import make_candidate, make_trial
 from helpers.study_rules import make_rule as make_study_rule
 
 from trainer.config.errors import UserError
-from trainer.tools.study import planning, search, trial_process, worker
+from trainer.tools.study import planning, search, trial_process, trials
+from trainer.tools.study import study as study_module
 from trainer.tools.study.rule import read_rule, write_rule
+from trainer.tools.study.search import TrialSpec
 from trainer.tools.study.study import Study, study_table
-from trainer.tools.study.trial_queue import TrialQueue
-from trainer.tools.study.worker import Slot, execution_argv, make_slots
+from trainer.tools.study.trials import Slot, Trial, execution_argv, make_slots, read_results, read_trial
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, read_eval_records
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ if "--dry-run" in sys.argv:
     sys.exit(0)
 from helpers.fake_runs import make_metadata, make_records, write_eval_records
 from trainer.tracking.records import to_line
-out, lr = Path(flags["--output-dir"]), float(flags["--lr"])
+out, lr = Path(flags["--output-dir"]), float(flags.get("--lr", 1e-3))
 steps, seed = int(flags["--max-steps"]), int(flags.get("--seed", 42))
 def note(word):
     with open(os.environ["STUB_LOG"], "a") as file:
@@ -89,7 +89,7 @@ def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None)
     """A folder whose `study` is worked on by the stand-in, on grids of one rate a decade."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(STUB)
-    monkeypatch.setattr(worker, "LAUNCH_FOLDER", tmp_path / "launch")
+    monkeypatch.setattr(trials, "LAUNCH_FOLDER", tmp_path / "launch")
     monkeypatch.setattr(trial_process, "PRELOADED_MODULES", ["helpers.preload"])  # this process has one server for all
     monkeypatch.setattr(search, "RATES_PER_DECADE", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
@@ -128,18 +128,14 @@ def count_log(stub_dir: Path, word: str) -> Counter[str]:
 
 @pytest.mark.slow
 def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, capsys, monkeypatch):
-    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8", "--quarter-batch"]
-    argv += ["--seeds", "101,102,103,104", "--looks", "2"]
+    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8"]
     assert run_study(argv) == 0
     output = capsys.readouterr().out
     assert "\nLoRA (rank 8, lr 0.001) is worse than full (lr 0.0001) by 0.05" in output
-    assert "seeds 101, 102 and 103, 8 steps; rates" in output, "the fourth was not needed"
-    assert "fresh seeds, look 1 of 2, each at 97.5 %." in output
+    assert "seeds 101, 102 and 103, 8 steps; rates" in output
     assert "\nTime: 0.75x (0.3 s a step against 0.4 s, in alternation)\nMemory: 0.75x" in output
     page = (stub_dir / "study" / "report.html").read_text()
     assert "LoRA&#x27;s time of a step: 0.75x full&#x27;s (0.75 to 0.75 without one of 3 rounds, in" in page
-    assert "adapters hold 0.038 Mbit, the data 0.3 Mbit: expect a plateau" in page
-    assert "At a quarter of the batch (2), 4 times the steps and half the rates, LoRA&#x27;s excess is +0.05" in page
     answer = json.loads((stub_dir / "study" / "answer.json").read_text())
     assert answer["answer"] == "worse"
     assert [view["resource"] for view in answer["views"]] == ["tokens", "flops", "seconds", "peak_memory_bytes"]
@@ -157,23 +153,23 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     assert run_study(argv) == 3, "a margin that these records can never show"
     assert "these test blocks tell no less than ±0." in capsys.readouterr().out
     assert run_study([*argv, "--margin", "5%"]) == 2
-    assert "margin is {'kind': 'share', 'value': 0.02} in the study that goes on there" in capsys.readouterr().err
+    assert "margin is {'kind': 'share', 'value': 0.02} in the study there and" in capsys.readouterr().err
     monkeypatch.setenv("STUB_DATA", "e2" * 6)
     assert run_study(argv) == 2
-    changed = "rule.json: data is d1d1d1d1d1d1 in the study that goes on there and e2e2e2e2e2e2 now"
+    changed = "rule.json: data is d1d1d1d1d1d1 in the study there and e2e2e2e2e2e2 now"
     assert changed in capsys.readouterr().err
     text = (stub_dir / "study" / "rule.json").read_text()
     (stub_dir / "study" / "rule.json").write_text(text.replace('"level": 0.95', '"level": 0.9'))
     assert run_study(["--join", "study"]) == 2
-    assert "rule.json: was changed after the fact: its contents have the hash" in capsys.readouterr().err
+    assert "rule.json: was changed after the study began: its hash is" in capsys.readouterr().err
 
 
 DRIVER = """
 import sys
 sys.path.insert(0, {launch!r})
 from pathlib import Path
-from trainer.tools.study import search, trial_process, worker
-worker.LAUNCH_FOLDER = Path({stub!r})
+from trainer.tools.study import search, trial_process, trials
+trials.LAUNCH_FOLDER = Path({stub!r})
 trial_process.PRELOADED_MODULES, search.RATES_PER_DECADE = {preloaded!r}, 1
 import study
 sys.exit(study.main(sys.argv[1:]))
@@ -208,7 +204,7 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
     assert [process.returncode for process in workers] == [0, 0], outputs
     alone = start("--output-dir", "alone", *argv, "--workers", "2")
     assert "LoRA (rank 8, lr 0.001) is worse" in alone.communicate(timeout=300)[0]
-    results = [TrialQueue(stub_dir / name, "reader").results() for name in ("killed", "alone")]
+    results = [read_results(stub_dir / name) for name in ("killed", "alone")]
     assert results[0] == results[1]
     sentences = [json.loads((stub_dir / name / "answer.json").read_text())["sentence"] for name in ("killed", "alone")]
     assert sentences[0] == sentences[1]
@@ -218,30 +214,22 @@ def test_a_study_killed_at_random_and_joined_by_another_worker_equals_one_left_a
 
 def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypatch):
     study = begin_study(stub_dir)
-    queue = TrialQueue(study.folder, "reader")
-    stop_after_3 = stop_after(3, lines := [])
+    slot = make_slots(1, None)[0]
     diverging = make_trial(make_candidate("lora"))
-    queue.enqueue([diverging])
-    runner = worker.TrialRunner(
-        rule=study.rule,
-        study_folder=study.folder,
-        slot=make_slots(1, None)[0],
-        queue=queue,
-        should_stop=stop_after_3["should_stop"],
-    )
-    claim, spec = queue.claim([diverging])
-    assert study_table(study).caption == f"running: {spec.name}"
-    assert runner.run(claim, spec).failure == "step 3: loss nan"
-    assert queue.trials()[spec.name].failure == "step 3: loss nan"
+
+    def run_trial(spec: TrialSpec) -> Trial | None:
+        running = trials.start_trial(study.folder, study.rule, slot, [spec])
+        assert study_table(study).caption == f"running: {spec.name}"
+        running.process.join()
+        trials.finish_trial(study.folder, study.rule, running, is_stopping=False)
+        return read_trial(study.folder, spec.name)
+
+    assert run_trial(diverging).failure == "step 3: loss nan"
     monkeypatch.setenv("STUB_KILLED", "2")
     killed = dataclasses.replace(diverging, seed=2, candidate=diverging.candidate.at(-4))
-    queue.enqueue([killed])
-    for loss in (None, pytest.approx(2 + 0.3 * 4 + 20 / 16 + 2e-3)):
-        claim, spec = queue.claim([killed])
-        result = runner.run(claim, spec)
-        assert (result.loss, result.failure) == (loss, "killed by signal 9" if loss is None else None)
-        assert result.is_final == (loss is not None), "out of memory, or by somebody: it is tried again"
-    study.run(num_workers=1, gpus_per_trial=None, **stop_after_3)
+    assert not run_trial(killed).is_finished, "out of memory, or by somebody: it is tried again"
+    assert run_trial(killed).loss == pytest.approx(2 + 0.3 * 4 + 20 / 16 + 2e-3)
+    study.run([slot], **stop_after(3, lines := []))
     assert len([line for line in lines if ": validation loss " in line]) == 3
     table = study_table(study)
     assert [column.header for column in table.columns][:4] == ["method", "done", "running", "failed"]
@@ -253,12 +241,26 @@ def test_a_machine_that_cannot_run_a_trial_or_has_other_data_leaves_no_result(st
     monkeypatch.setenv("STUB_DATA", "e2" * 8)
     for message in ("its data have the fingerprint e2e2e2e2e2e2, those that the", "s1: --data a.csv: no such file"):
         with pytest.raises(UserError, match=message):
-            study.run(num_workers=1, gpus_per_trial=None, should_stop=threading.Event(), log=print)
-        assert not TrialQueue(study.folder, "reader").results()
+            study.run(make_slots(1, None), threading.Event(), print)
+        assert not read_results(study.folder)
         assert not list((study.folder / "runs").glob("*/run.json")), "or it could not be gone on with"
         script = "import sys; print('error: --data a.csv: no such file', file=sys.stderr); sys.exit(2)"
         (stub_dir / "launch" / "train.py").write_text(script)
-    assert TrialQueue(study.folder, "other").claim(study.state(TrialQueue(study.folder, "reader")).needed), "it is free"
+    free = trials.start_trial(study.folder, study.rule, make_slots(1, None)[0], study.state().needed[:1])
+    assert free.trial.num_failures == 1, "the two before were no failures of the trial"
+
+
+@pytest.mark.slow
+def test_a_study_whose_recorded_state_is_lost_takes_its_runs_up_from_their_folders(stub_dir):
+    argv = ["--output-dir", "study", "--workers", "2", "--max-steps", "8"]
+    assert run_study(argv) == 0
+    sentence = json.loads((stub_dir / "study" / "answer.json").read_text())["sentence"]
+    ended = count_log(stub_dir, "ended")
+    shutil.rmtree(stub_dir / "study" / "trials")
+    (stub_dir / "study" / "answer.json").unlink()
+    assert run_study(argv) == 0
+    assert json.loads((stub_dir / "study" / "answer.json").read_text())["sentence"] == sentence
+    assert count_log(stub_dir, "ended") == ended
 
 
 def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
@@ -266,12 +268,12 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
     assert [slot.gpus for slot in make_slots(2, 2)] == [("4", "5"), ("6", "7")]
     assert [slot.gpus for slot in make_slots(3, None)] == [("4",), ("5",), ("6",)]
     assert [slot.gpus for slot in make_slots(2, 0)] == [(), ()]
-    with pytest.raises(UserError, match="--workers 3 x --gpus-per-trial 2: needs 6 GPUs, here are 4; lower one of"):
+    with pytest.raises(UserError, match="--workers 3 x --gpus-per-trial 2: needs 6 GPUs, there are 4; lower one of"):
         make_slots(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [slot.gpus for slot in make_slots(2, None)] == [(), ()]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    begin_study(stub_dir).run(num_workers=2, gpus_per_trial=1, **stop_after(4, lines=[]))
+    begin_study(stub_dir).run(make_slots(2, 1), **stop_after(4, lines=[]))
     seen = {line.split()[2] for line in (stub_dir / "log").read_text().splitlines() if line.startswith("began")}
     assert seen == {"4", "5"}
 
@@ -285,18 +287,14 @@ def test_each_worker_sees_its_own_gpus_only(stub_dir, monkeypatch):
         (["--lr", "1e-3"], "--lr: the study sets it for each of its runs"),
         (["--margin", "0.02"], "--margin 0.02: expected a number above 0 and its unit, such as 2%"),
         (["--margin", "0%"], "--margin 0%: expected"),
-        (["--seeds", "1,x"], "--seeds 1,x: expected numbers above 0"),
+        (["--seeds", "1,x"], "--seeds 1,x: expected whole numbers above 0"),
         (["--seeds", "1,2,3"], "--seeds 1: also in --search-seeds; the answer needs seeds of its own"),
-        (["--seeds", "7,7"], "--seeds 7,7: expected one value or more, none of them twice"),
-        (["--looks", "0"], "--looks 0: expected a whole number from 1"),
-        (["--looks", "2"], "--looks 2: 3 seeds, of which the first look takes 3, allow 1; give more --seeds"),
+        (["--seeds", "7,7"], "--seeds 7,7: expected one or more values, each only once"),
         (["--wandb-report", "alone"], "--wandb-report alone: expected ENTITY/PROJECT"),
-        (["--quarter-batch", "--global-batch", "6"], "--quarter-batch: --global-batch 6 cannot be divided by 4"),
-        (["--budget", "soon"], "--budget soon: expected a time such as 45m, 2h or 1d"),
         (["--join", "nowhere"], "nowhere: no study there"),
         (["--join", "nowhere", "--block-size", "9"], "--block-size: not with --join"),
         (["--join", "nowhere", "--dry-run"], "--dry-run: not with --join"),
-        (["--warmup-steps", "5"], "--warmup-steps 5: the short runs of a search might never be warm"),
+        (["--warmup-steps", "5"], "--warmup-steps 5: the short runs of a search might end before it"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line_and_exit_code_2(stub_dir, capsys, argv, message):
@@ -311,7 +309,7 @@ def test_a_storage_that_cannot_be_written_any_more_ends_the_study_in_one_line(st
     def fail(*_) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(TrialQueue, "enqueue", fail)
+    monkeypatch.setattr(study_module, "start_trial", fail)
     assert run_study(["--output-dir", "study", "--max-steps", "8"]) == 2
     line = f"error: {stub_dir / 'study'}: cannot be written (No space left on device); make room, and the same command"
     assert capsys.readouterr().err == f"{line} goes on\n"
@@ -368,20 +366,21 @@ def test_a_folder_that_holds_something_else_is_refused(stub_dir):
             read_rule(stub_dir)
 
 
-def test_a_dry_run_prints_the_plan_and_runs_nothing(stub_dir, capsys):
+def test_a_dry_run_prints_trials_steps_and_minutes_and_runs_no_trial(stub_dir, capsys):
     assert run_study(["--dry-run"]) == 0
-    first, *output = capsys.readouterr().out.splitlines()
+    first, full, lora, minutes = capsys.readouterr().out.splitlines()
     assert first == "reading the data and loading full, lora"
-    assert [line.split(":")[0] for line in output] == ["full", "lora"]
-    assert output[0].split(":")[1] == output[1].split(":")[1], "the same budget for both"
-    assert not (stub_dir / "log").exists()
+    assert full.split(":") == ["full", lora.split(":")[1]], "the same budget for both"
+    assert lora.startswith("lora: ")
+    assert re.fullmatch(r"about \d+ minutes: an estimate from 2 timed steps of each method", minutes)
+    assert not count_log(stub_dir, "began"), "but the timed runs"
     assert not (stub_dir / "study").exists()
 
 
 def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir, monkeypatch):
     (stub_dir / "launch" / "train.py").write_text("import sys; sys.exit('error: --quant nf4: no bitsandbytes')")
     with pytest.raises(UserError, match="--quant nf4: no bitsandbytes"):
-        planning.resolve_run(("full", "lora"), (), partial(planning.run_train, make_slots(1, None)[0]))
+        planning.resolve_run(("full", "lora"), (), make_slots(1, None)[0])
 
 
 @pytest.mark.parametrize(
@@ -394,6 +393,6 @@ def test_a_method_that_cannot_be_loaded_is_found_before_the_first_trial(stub_dir
         (("0",), {"train_argv": ("--activation-checkpointing",)}, ["--execution", "eager"]),
     ],
 )
-def test_all_runs_of_a_study_take_their_steps_in_one_way(gpus, changes, expected):
-    slot = Slot(name="x", gpus=gpus, num_threads=1)
+def test_all_runs_of_a_study_are_executed_alike(gpus, changes, expected):
+    slot = Slot(gpus=gpus, num_threads=1)
     assert execution_argv(make_rule(**changes), slot) == expected

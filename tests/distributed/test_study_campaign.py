@@ -17,7 +17,7 @@ from helpers.study_rules import make_rule as make_study_rule
 from trainer.report.paired_interval import paired_interval
 from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, TrialSpec
-from trainer.tools.study.worker import final_loss, make_slots, start_run, trial_argv
+from trainer.tools.study.trials import final_loss, make_slots, start_run, trial_argv
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(7200)]
@@ -33,7 +33,7 @@ def train_all(folder: Path, rule: Rule, argv_by_name: dict[str, list[str]]) -> N
 
     def train(item: tuple[int, tuple[str, list[str]]]) -> None:
         number, (name, argv) = item
-        start_run(slots[number % 2], argv, folder / f"{name}.log").join()
+        start_run(slots[number % 2], argv, folder / "trials" / name).join()
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(train, enumerate(argv_by_name.items())))

@@ -2,19 +2,23 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from helpers.tiny_inputs import tiny_argv
 
+from trainer.tools.study import planning
 from trainer.tools.study.trial_process import start_training
+from trainer.tools.study.trials import Slot
 from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 
 
-def run(script: Path, argv: list[str], log: Path, gpus: str = "") -> int | None:
+def run(script: Path, argv: list[str], folder: Path, gpus: str = "") -> int | None:
+    folder.mkdir()
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "OMP_NUM_THREADS": "1", "WANDB_RUN_GROUP": "study-a"}
-    process = start_training(script, argv, env=env, log=log)
+    process = start_training(script, argv, env=env, folder=folder)
     process.join(200)
     return process.exitcode
 
@@ -22,8 +26,8 @@ def run(script: Path, argv: list[str], log: Path, gpus: str = "") -> int | None:
 def test_a_trial_of_the_search_is_a_whole_run_that_never_sees_the_test_records(tiny_model, data_files, tmp_path):
     text = "--mode full --objective completion --block-size 32 --global-batch 6 --eval-batch 4 --lr 0.003 --max-steps 3"
     argv = tiny_argv(tiny_model, data_files, text, "--test-fraction", "0.2", "--export", "none")
-    assert run(TRAIN_SCRIPT, [*argv, "--output-dir", str(tmp_path / "run")], tmp_path / "log") == 0
-    assert "nothing exported" in (tmp_path / "log").read_text()
+    assert run(TRAIN_SCRIPT, [*argv, "--output-dir", str(tmp_path / "run")], tmp_path / "trial") == 0
+    assert "nothing exported" in (tmp_path / "trial" / "log").read_text()
     assert not (tmp_path / "run" / "model").exists()
     assert set(read_eval_records(tmp_path / "run" / EVAL_RECORDS_FILE)["split"].to_pylist()) == {"val"}
     metadata = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -34,6 +38,14 @@ def test_a_trial_of_the_search_is_a_whole_run_that_never_sees_the_test_records(t
     assert rows[-1]["facts"]["peak_memory_bytes"] > 0
 
 
+def test_a_study_reads_its_length_and_its_data_from_the_plan_of_a_run(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    argv = ["--block-size", "64", "--max-steps", "7"]
+    num_steps, fingerprint = planning.resolve_run(("full", "lora"), argv, Slot(gpus=(), num_threads=1))
+    assert num_steps == 7
+    assert re.fullmatch("[0-9a-f]{12}", fingerprint)
+
+
 def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp_path):
     """A GPU that a fork's parent has looked at cannot be used by the fork."""
     script = tmp_path / "script.py"
@@ -42,9 +54,9 @@ def test_a_trial_with_gpus_starts_anew_sees_only_them_and_has_a_rank_on_each(tmp
         "print(sys.argv[1], os.environ['CUDA_VISIBLE_DEVICES'], os.environ.get('RANK'), 'torch' in sys.modules)\n"
         "sys.exit(3)\n"
     )
-    assert run(script, ["alone"], tmp_path / "alone.log", gpus="5") == 3
-    assert (tmp_path / "alone.log").read_text() == "alone 5 None False\n"
+    assert run(script, ["alone"], tmp_path / "alone", gpus="5") == 3
+    assert (tmp_path / "alone" / "log").read_text() == "alone 5 None False\n"
     script.write_text(script.read_text().replace("sys.exit(3)", ""))
-    assert run(script, ["two"], tmp_path / "two.log", gpus="2,3") == 0
-    lines = (tmp_path / "two.log").read_text().splitlines()
+    assert run(script, ["two"], tmp_path / "two", gpus="2,3") == 0
+    lines = (tmp_path / "two" / "log").read_text().splitlines()
     assert sorted(line for line in lines if line.startswith("two")) == ["two 2,3 0 False", "two 2,3 1 False"]

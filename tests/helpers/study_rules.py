@@ -16,7 +16,6 @@ def make_rule(total_steps: int = 160, **changes: Any) -> Rule:
         "search_seeds": (1,),
         "answer_seeds": (101, 102, 103),
         "margin": Margin(),
-        "looks": 1,
         "train_argv": (),
         "data": "d1" * 6,
     }

@@ -37,7 +37,6 @@ DOORS = {
     "yaml": {"config"},
     "wandb_workspaces": {"report"},
     "matplotlib": {"report"},
-    "optuna": {"tools/study/trial_queue"},
     "sacrebleu": {"training/text_metrics"},
     "rouge_score": {"training/text_metrics"},
 }

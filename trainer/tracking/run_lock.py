@@ -14,6 +14,10 @@ from trainer.config.errors import UserError
 LOCK_FILE = ".run.lock"
 
 
+class FolderInUseError(UserError):
+    """Another process holds the lock; the text says which."""
+
+
 class RunLock:
     """An exclusive lock on a run folder, freed by the end of its process however that comes.
 
@@ -33,7 +37,7 @@ class RunLock:
             while not self._try_to_acquire():
                 pass  # the holder has just ended and removed the file that was opened
         except BlockingIOError:
-            raise UserError(
+            raise FolderInUseError(
                 f"{self.path.parent}: {self._describe_holder()} is writing there; wait until it ends, or pass another "
                 "--output-dir"
             ) from None

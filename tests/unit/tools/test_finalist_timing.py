@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.tools.study import finalist_timing
-from trainer.tools.study.finalist_timing import MAX_ROUNDS, MIN_ROUNDS, NUM_STEPS, Timing, time_finalists
+from trainer.tools.study.finalist_timing import MAX_ROUNDS, MIN_ROUNDS, NUM_STEPS, Timing, read_timing, time_finalists
 
 WHOLE = json.dumps(
     {
@@ -57,23 +57,23 @@ def test_rounds_are_added_until_none_of_them_decides(monkeypatch, tmp_path, dela
     """`delays`: seconds that other work adds to LoRA's steps in each round; a full step takes 1."""
     methods: list[str] = []
 
-    def start(folder, method, *_):
-        methods.append(method)
-        return SimpleNamespace(exitcode=0), folder / "log"
+    def start(slot, argv, folder):
+        methods.append(folder.name)
+        return SimpleNamespace(exitcode=0)
 
     def read(folder):
-        seconds = 1.0 if folder.name == "full" else 0.5 + delays[(len(methods) - 1) // 2]
+        seconds = 1.0 if folder.parent.name == "full" else 0.5 + delays[(len(methods) - 1) // 2]
         times = np.arange(NUM_STEPS) * seconds
         return SimpleNamespace(steps={"time": times}, summary={"peak_memory_bytes": 7}, get=lambda _: "a machine")
 
-    monkeypatch.setattr(finalist_timing, "_start", start)
+    monkeypatch.setattr(finalist_timing, "start_run", start)
     monkeypatch.setattr(finalist_timing, "read_folder", read)
     monkeypatch.setattr(finalist_timing, "method_argv", lambda *_: [])
     timing = time_finalists(tmp_path, None, {"full": None, "lora": None}, None, threading.Event())
     assert timing.num_rounds == num_rounds
     assert methods[:4] == ["full", "lora", "lora", "full"]
     assert timing.cost.ratio == ratio
-    assert finalist_timing._read(tmp_path / "timing.json") == timing
+    assert read_timing(tmp_path) == timing
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,6 @@ def test_rounds_are_added_until_none_of_them_decides(monkeypatch, tmp_path, dela
 )
 def test_a_damaged_file_of_times_is_timed_again(content, tmp_path):
     (tmp_path / "timing.json").write_text(content)
-    assert finalist_timing._read(tmp_path / "timing.json") is None
+    assert read_timing(tmp_path) is None
     (tmp_path / "timing.json").write_text(WHOLE)
-    assert finalist_timing._read(tmp_path / "timing.json").cost.ratio == 0.5
+    assert read_timing(tmp_path).cost.ratio == 0.5

@@ -1,6 +1,5 @@
 """The search on simulated objectives: it finds planted optima, extends grids, or refuses to rank."""
 
-import dataclasses
 import math
 import random
 from collections.abc import Callable
@@ -10,10 +9,9 @@ import pytest
 from helpers.study_rules import make_rule
 
 from trainer.report.margin import Margin
-from trainer.tools.study.planning import expected_trials
 from trainer.tools.study.rule import Rule, plan_rungs
 from trainer.tools.study.search import Candidate, MethodSearch, StudyState, TrialSpec, study_state
-from trainer.tools.study.worker import trial_argv
+from trainer.tools.study.trials import trial_argv
 
 Objective = Callable[[TrialSpec], float]
 
@@ -160,31 +158,6 @@ def test_rungs_are_whole_runs_and_none_is_too_short_to_say_anything(steps, rungs
     assert plan_rungs(steps) == rungs
 
 
-def test_looks_share_the_level_and_each_has_more_seeds_than_the_one_before():
-    seeds = tuple(range(101, 109))
-    assert make_rule(looks=2, answer_seeds=seeds).level_per_look == pytest.approx(0.975)
-    by_look = [len(look) for look in make_rule(answer_seeds=seeds, looks=3).seeds_by_look]
-    assert by_look == [3, 6, 8]
-    assert [len(look) for look in make_rule(answer_seeds=seeds, looks=6).seeds_by_look] == [3, 4, 5, 6, 7, 8]
-    results: dict[str, float] = {}
-    rule = make_rule(answer_seeds=seeds, looks=3)
-    while needed := study_state(rule, results, lambda answers: True).needed:
-        results |= {spec.name: bowl()(spec) for spec in needed}
-    assert {spec.seed for spec in study_state(rule, results, lambda answers: True).answers} == {101, 102, 103}
-    assert {spec.seed for spec in study_state(rule, results).needed} == {104, 105, 106}
-
-
-def test_a_quarter_of_the_batch_has_the_answers_pairs_as_many_examples_and_half_the_rates():
-    rule = make_rule(quarter_batch=2)
-    state, _ = run_study(rule, bowl())
-    assert len(state.quarter) == len(state.answers) == 6
-    for spec, whole in zip(state.quarter, state.answers, strict=True):
-        assert (spec.seed, spec.candidate.method, spec.num_steps) == (whole.seed, whole.candidate.method, 640)
-        assert whole.candidate.lr / spec.candidate.lr == pytest.approx(2, rel=0.12), "as near as the grid has one"
-        assert "--global-batch 2 --output-dir run" in " ".join(trial_argv(rule, spec, Path("run")))
-    assert len(expected_trials(rule)) == len(expected_trials(make_rule())) + 6
-
-
 def test_an_answer_run_that_failed_refuses_the_answer_and_is_named():
     state, _ = run_study(make_rule(), lambda spec: math.inf if spec.seed == 102 else bowl()(spec))
     assert state.refusal == "answer-full-lr0.0001-t160-s102 failed, and each pair of seeds is needed"
@@ -198,9 +171,9 @@ def test_an_answer_run_that_failed_refuses_the_answer_and_is_named():
 
 def test_a_rule_comes_back_from_its_file_as_it_was_and_any_change_changes_its_hash():
     rule = make_rule()
-    assert Rule.from_dict(rule.to_dict()) == rule
+    assert Rule.model_validate_json(rule.model_dump_json()) == rule
     for name, value in (("level", 0.9), ("answer_seeds", (101, 102)), ("margin", Margin(kind="nats", value=0.02))):
-        assert dataclasses.replace(rule, **{name: value}).sha256 != rule.sha256
+        assert make_rule(**{name: value}).sha256 != rule.sha256
 
 
 def test_one_worker_takes_the_methods_in_turn():

@@ -1,29 +1,28 @@
 """The answer of a study: its fresh runs compared on the test split by its rule, as launch/compare.py compares any.
 
-What a study adds: which comparison is the primary one, that nothing but test records may judge, that all runs must have
-computed alike, and what the claim is conditional on.
+What a study adds: which comparison is the primary one, that only test records may judge, that all runs must have been
+computed alike, and what the claim is conditional on. Beside it stand the searches, as loss against rate and against
+cost: those settings were chosen by what the curves show, so nothing there is a claim with the answer's level.
 """
 
+import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.config.json_file import parse_json
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
 from trainer.report.comparison import Comparison, compare_run_groups
-from trainer.report.formats import format_interval
 from trainer.report.full_vs_lora import FullVsLora, compare_groups
-from trainer.report.options import ComparisonOptions, StudyContext
+from trainer.report.options import ComparisonOptions, RateCurve, StudyContext
 from trainer.report.run_data import RunData, RunReadError
 from trainer.report.run_folder import read_folder
 from trainer.report.seed_groups import SeedGroup
-from trainer.tools.study.curves import rate_curves, study_views
+from trainer.report.views import Point, View, build_views
 from trainer.tools.study.finalist_timing import Timing
-from trainer.tools.study.rule import MIN_UNITS, PRIMARY, RULE_FILE, Rule
-from trainer.tools.study.search import Results, SearchOutcome, StudyState, TrialSpec
-from trainer.tools.study.worker import run_folder
+from trainer.tools.study.rule import MIN_TEST_RECORDS, PRIMARY, RULE_FILE, Rule
+from trainer.tools.study.search import MethodSearch, Results, StudyState, TrialSpec
+from trainer.tools.study.trials import run_folder
 
 
 class AnswerRefusedError(UserError):
@@ -37,110 +36,74 @@ def read_groups(study_folder: Path, specs: Sequence[TrialSpec]) -> dict[str, See
     runs: dict[str, list[RunData]] = {method: [] for method in PRIMARY}
     labels: dict[str, str] = {}
     for spec in sorted(specs, key=lambda spec: spec.seed):
-        method, folder = spec.candidate.method, run_folder(study_folder, spec)
+        method = spec.candidate.method
         kind = "" if method == "lora" else f"{method}, "
         labels[method] = "full" if method == "full" else f"LoRA ({kind}rank {spec.candidate.lora_rank})"
-        try:
-            runs.setdefault(method, []).append(read_folder(folder))
-        except RunReadError as error:
-            raise UserError(f"{folder}: {error}") from error
+        runs.setdefault(method, []).append(_read_run(study_folder, spec))
     return {method: SeedGroup(labels[method], members[0].mode, tuple(members)) for method, members in runs.items()}
 
 
 def judge(groups: Mapping[str, SeedGroup], rule: Rule) -> FullVsLora:
     """The primary comparison by the rule; AnswerRefusedError where it may not be drawn, UserError for few records."""
     full, lora = (groups[method] for method in PRIMARY)
-    pair = compare_groups(full, lora, ComparisonOptions(margin=rule.margin, level=rule.level_per_look))
+    pair = compare_groups(full, lora, ComparisonOptions(margin=rule.margin, level=rule.level))
     if pair.blockers:
         raise AnswerRefusedError(f"refused to rank: {'; '.join(pair.blockers)}")
     if pair.losses is None or pair.losses.split != "test":
         raise AnswerRefusedError(f"refused to rank: {pair.no_losses or 'not every run has losses of test records'}")
-    if len(pair.losses.targets) < MIN_UNITS:
+    if len(pair.losses.targets) < MIN_TEST_RECORDS:
         raise UserError(
-            f"{len(pair.losses.targets)} test records that can be told apart: expected {MIN_UNITS} or more; raise "
-            "--test-fraction or give --test-data"
+            f"{len(pair.losses.targets)} test records that can be told apart: expected {MIN_TEST_RECORDS} or more; "
+            "raise --test-fraction or give --test-data"
         )
     if pair.contrast is None:
-        reason = rule.margin.why_not(pair.losses)
-        raise UserError(f"--margin {rule.margin.describe()}: {reason}")
+        raise UserError(f"--margin {rule.margin.describe()}: {rule.margin.why_not(pair.losses)}")
     return pair
 
 
 def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Results, timing: Timing) -> Comparison:
-    """The answer with all that stands beside it. AnswerRefusedError, UserError as of `judge`.
-
-    Parameters: the study, where it stands, and the two things that were measured or said after it.
-    """
+    """The answer with all that stands beside it. AnswerRefusedError, UserError as for `judge`."""
     groups = read_groups(study_folder, state.answers)
     check_one_execution(list(groups.values()))
-    pair = judge(groups, rule)
-    lines = [*(f"search of {outcome.describe()}" for outcome in state.outcomes.values()), timing.describe()]
-    lines += [f"left out: {line}" for line in rule.left_out]
-    lines += [
-        f"{m}: left out, a fresh run failed" for m, o in state.outcomes.items() if not o.problem and m not in groups
-    ]
-    if state.quarter:
-        lines.append(describe_quarter_batch(study_folder, rule, state, pair))
-    seeds = sorted({spec.seed for spec in state.answers})
+    judge(groups, rule)
+    outcomes = state.outcomes
+    notes = [*(f"search of {outcome.describe()}" for outcome in outcomes.values()), timing.describe()]
+    notes += [f"{m}: left out, a fresh run failed" for m, o in outcomes.items() if not o.problem and m not in groups]
+    rule_line = (
+        f"Written before the first trial (rule.json, {rule.sha256[:12]}): LoRA against full is the primary comparison, "
+        f"margin {rule.margin.describe()}, level {100 * rule.level:g} %, runs of {rule.total_steps:,} steps, rungs of "
+        f"{', '.join(map(str, rule.rungs))}; the claim holds for these rates and this budget."
+    )
+    searches = {
+        method: {
+            "method": method,
+            "winner": None if outcome.winner is None else vars(outcome.winner),
+            "lr": None if outcome.winner is None else outcome.winner.lr,
+            "loss": None if outcome.winner is None else outcome.loss,  # JSON has no infinity
+            "edge": outcome.edge,
+            "unknown": outcome.unknown,
+            "num_trials": outcome.num_trials,
+            "num_steps": outcome.num_steps,
+            "problem": outcome.problem,
+        }
+        for method, outcome in outcomes.items()
+    }
+    num_trials = {method: outcomes[method].num_trials for method in PRIMARY}
     study = StudyContext(
-        choice=describe_choice(rule, state, len(seeds)),
-        lines=(*(f"{line[:1].upper()}{line[1:]}." for line in lines), describe_rule(rule)),
+        choice=f"rates chosen on validation ({num_trials['full']} trials of full, {num_trials['lora']} of LoRA), "
+        "fresh seeds",
+        lines=(*(f"{note[:1].upper()}{note[1:]}." for note in notes), rule_line),
         rate_curves=rate_curves(study_folder, rule, results),
         views=study_views(study_folder, rule, results, timing),
-        rule=parse_json((study_folder / RULE_FILE).read_bytes()),
-        facts={
-            "rule_sha256": rule.sha256,
-            "looks": {"taken": rule.look_of(len(seeds)), "planned": rule.looks, "level_of_each": rule.level_per_look},
-            "searches": {method: _search_facts(outcome) for method, outcome in state.outcomes.items()},
-            "left_out": list(rule.left_out),
-            "timing": asdict(timing),
-            "beside": lines,
-        },
+        rule=json.loads((study_folder / RULE_FILE).read_bytes()),
+        facts={"rule_sha256": rule.sha256, "searches": searches, "timing": timing.model_dump(), "notes": notes},
     )
-    options = ComparisonOptions(
-        margin=rule.margin,
-        level=rule.level_per_look,
-        step_time=timing.cost,
-        study=study,
-    )
+    options = ComparisonOptions(margin=rule.margin, level=rule.level, step_time=timing.cost, study=study)
     return compare_run_groups(list(groups.values()), with_reference=False, options=options)
 
 
-def describe_choice(rule: Rule, state: StudyState, num_seeds: int) -> str:
-    """What the claim is conditional on: the search's budget, fresh seeds, looks."""
-    budgets = {method: state.outcomes[method].num_trials for method in PRIMARY}
-    text = f"rates chosen on validation ({budgets['full']} trials of full, {budgets['lora']} of LoRA), fresh seeds"
-    if rule.looks > 1:
-        text += f", look {rule.look_of(num_seeds)} of {rule.looks}, each at {100 * rule.level_per_look:.3g} %"
-    return text
-
-
-def describe_rule(rule: Rule) -> str:
-    """The rule in one line, with its hash."""
-    return (
-        f"Written before the first trial (rule.json, {rule.sha256[:12]}): LoRA against full is the primary comparison, "
-        f"margin {rule.margin.describe()}, level {100 * rule.level:g} % over {rule.looks} look"
-        f"{'s' if rule.looks > 1 else ''}, runs of {rule.total_steps:,} steps, rungs of "
-        f"{', '.join(map(str, rule.rungs))}; the claim holds for these rates and this budget."
-    )
-
-
-def describe_quarter_batch(study_folder: Path, rule: Rule, state: StudyState, whole: FullVsLora) -> str:
-    """What a quarter of the batch changes in LoRA's excess, or why that is not known; no claim, it was not chosen."""
-    where = f"at a quarter of the batch ({rule.quarter_batch}), 4 times the steps and half the rates"
-    try:
-        excess = judge(read_groups(study_folder, state.quarter), rule).excess
-    except UserError as error:
-        return f"{where}: not known ({error})"
-    assert excess is not None, "judged"
-    assert whole.excess is not None, "judged"
-    return (
-        f"{where}, LoRA's excess is {format_interval(excess)} nats per token, at the whole {whole.excess.estimate:+.4f}"
-    )
-
-
 def check_one_execution(groups: Sequence[SeedGroup]) -> None:
-    """AnswerRefusedError where runs did not compute alike: other device, precision, ranks, kind of steps or torch."""
+    """AnswerRefusedError where runs were not computed alike: device, precision, ranks, execution or torch differ."""
     ways: dict[str, RunData] = {}
     for run in (run for group in groups for run in group.runs):
         plans = run.get("execution") or [{}]
@@ -152,13 +115,66 @@ def check_one_execution(groups: Sequence[SeedGroup]) -> None:
     if len(ways) > 1:
         (way, run), (other_way, other_run) = list(ways.items())[:2]
         raise AnswerRefusedError(
-            f"{run.name} ran in {way}, {other_run.name} in {other_way}: not to be compared; let one kind of machine "
-            "run the answer's trials"
+            f"{run.name} ran in {way}, {other_run.name} in {other_way}: these cannot be compared; run the answer's "
+            "trials on one kind of machine"
         )
 
 
-def _search_facts(outcome: SearchOutcome) -> dict[str, Any]:
-    """An outcome as JSON has it: no loss where every trial failed."""
-    winner = outcome.winner
-    facts = {"lr": winner.lr, "loss": outcome.loss} if winner is not None else {"lr": None, "loss": None}
-    return asdict(outcome) | facts | {"problem": outcome.problem}
+def rate_curves(folder: Path, rule: Rule, results: Results) -> tuple[RateCurve, ...]:
+    """Both methods' validation losses by rate, a curve a rung: means over search seeds, of the best LoRA rank."""
+    curves = []
+    for method in PRIMARY:
+        search = MethodSearch(rule, method, results)
+        for rung, num_steps in enumerate(rule.rungs):
+            losses: dict[float, float] = {}
+            run_ids: list[str] = []
+            for candidate in {spec.candidate for spec in search.trials if spec.num_steps == num_steps}:
+                trials = search.specs_at(candidate, rung)
+                loss = sum(results[spec.name] for spec in trials) / len(trials)
+                if math.isfinite(loss):
+                    losses[candidate.lr] = min(loss, losses.get(candidate.lr, loss))
+                    if num_steps == rule.total_steps:
+                        run_ids += [_read_run(folder, spec).run_id for spec in trials]
+            ordered = dict(sorted(losses.items()))
+            curves.append(RateCurve(mode=method, losses=ordered, num_steps=num_steps, run_ids=tuple(sorted(run_ids))))
+    return tuple(curves)
+
+
+def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> tuple[View, ...]:
+    """Full against LoRA at equal tokens, FLOPs, seconds and peak memory, one curve for each search seed.
+
+    A curve has a point for each rung: the run with the lowest validation loss over the rates, a whole run of its own
+    length. Its time and memory are those of the timed runs, taken in alternation and of equal length.
+    """
+
+    def curve(method: str, seed: int) -> list[Point]:
+        specs = [spec for spec in MethodSearch(rule, method, results).trials if spec.seed == seed]
+        step_seconds, points = timing.mean_step_seconds.get(method), []
+        for num_steps in rule.rungs:
+            of_rung = [s for s in specs if s.num_steps == num_steps and math.isfinite(results[s.name])]
+            run = _read_run(folder, min(of_rung, key=lambda spec: results[spec.name]))
+            end, step_flops = (
+                {name: float(values[-1]) for name, values in run.evals.items()},
+                run.get("model.step_flops"),
+            )
+            points.append(
+                Point(
+                    loss=end["loss"],
+                    tokens=end["tokens"],
+                    flops=None if step_flops is None else step_flops * end["step"],
+                    seconds=None if step_seconds is None else step_seconds * end["step"],
+                    peak_memory_bytes=None if timing.reason else timing.peak_memory_bytes[method],
+                )
+            )
+        return points
+
+    full, lora = ([curve(method, seed) for seed in rule.search_seeds] for method in PRIMARY)
+    return build_views(full, lora, no_seconds=timing.blocker)
+
+
+def _read_run(study_folder: Path, spec: TrialSpec) -> RunData:
+    folder = run_folder(study_folder, spec)
+    try:
+        return read_folder(folder)
+    except RunReadError as error:
+        raise UserError(f"{folder}: {error}") from error

@@ -5,27 +5,21 @@ each step the least over the rounds counts: other work only ever makes one longe
 one of them out changes the ratio little; where that does not come the ratio is withheld.
 """
 
-import fcntl
-import json
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import IO, TypedDict
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from trainer.config.files import write_atomically
-from trainer.config.json_file import parse_json
-from trainer.config.run_metadata import find_problem
 from trainer.report.options import CostRatio
-from trainer.report.run_data import RunData
 from trainer.report.run_folder import read_folder
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
-from trainer.tools.study.worker import Slot, last_log_line, method_argv, start_run
+from trainer.tools.study.trials import Slot, last_log_line, method_argv, start_run
+from trainer.tracking.run_lock import FolderInUseError, RunLock
 
 TIMING_FILE = "timing.json"
 MIN_ROUNDS, MAX_ROUNDS = 3, 8
@@ -33,9 +27,10 @@ MAX_SPREAD = 1.1  # of the ratios without one of the rounds, most over least
 NUM_STEPS, NUM_WARMUP_STEPS = 16, 6
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Seconds of each step of each primary method, a list a round, and its peak memory."""
+class Timing(BaseModel):
+    """Seconds of each step of each primary method, a list a round, and its peak memory: the content of timing.json."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     step_seconds: dict[str, list[list[float]]]
     peak_memory_bytes: dict[str, int]
@@ -101,73 +96,64 @@ class Timing:
 def time_finalists(
     folder: Path, rule: Rule, finalists: Mapping[str, Candidate], slot: Slot, should_stop: threading.Event
 ) -> Timing | None:
-    """The timing of a study: read where it was taken before, by another worker too; None where it is to stop."""
-    path = folder / TIMING_FILE
-    with open(folder / f"{TIMING_FILE}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (taken := _read(path)) is not None:
-            return taken
-        timing = Timing(step_seconds={m: [] for m in PRIMARY}, peak_memory_bytes=dict.fromkeys(PRIMARY, 0), machine="")
-        while timing.num_rounds < MIN_ROUNDS or (timing.num_rounds < MAX_ROUNDS and timing.blocker):
-            # full lora lora full full lora: a drift of the machine cancels
-            for method in PRIMARY if timing.num_rounds % 2 == 0 else PRIMARY[::-1]:
-                process, log = _start(folder, method, method_argv(rule, finalists[method]), slot, lock)
-                while process.exitcode is None:
-                    process.join(0.2)
-                    if should_stop.is_set():
-                        process.kill()
-                        return None
-                if process.exitcode:
-                    reason = f"{method} failed: {last_log_line(log, process.exitcode)}"
-                    timing = Timing(step_seconds={}, peak_memory_bytes={}, machine="", reason=reason)
-                    break
-                timing = _add(timing, method, read_folder(folder / "timing" / method))
-            if timing.reason:
-                break
-        shutil.rmtree(folder / "timing", ignore_errors=True)
-        write_atomically(path, json.dumps(asdict(timing), indent=1) + "\n")
-        return timing
-
-
-class _Content(TypedDict):
-    """Of timing.json."""
-
-    step_seconds: dict[str, list[list[float]]]
-    peak_memory_bytes: dict[str, int]
-    machine: str
-    reason: str
-
-
-def _read(path: Path) -> Timing | None:
-    """What was timed before; None where nothing was, or the file is damaged: it is timed again then."""
+    """The timing of a study, read where it was taken before, by another worker too; None where it is to stop."""
+    lock = RunLock(folder / "timing")
+    while not lock.is_held:
+        try:
+            lock.acquire()
+        except FolderInUseError:  # another worker takes the times
+            if should_stop.wait(1.0):
+                return None
     try:
-        content = parse_json(path.read_bytes()) if path.is_file() else None
-        if not isinstance(content, dict) or find_problem(content, _Content, "") is not None:
-            return None
-        timing = Timing(**content)
+        timing = read_timing(folder) or _take_turns(folder / "timing", rule, finalists, slot, should_stop)
+        if timing is not None:
+            write_atomically(folder / TIMING_FILE, timing.model_dump_json(indent=1) + "\n")
+            for method in PRIMARY:
+                shutil.rmtree(folder / "timing" / method, ignore_errors=True)
+        return timing
+    finally:
+        lock.release()
+
+
+def read_timing(folder: Path) -> Timing | None:
+    """The timing that was taken before; None where there is none, or the file is damaged: it is taken again then."""
+    try:
+        timing = Timing.model_validate_json((folder / TIMING_FILE).read_bytes())
         timing.describe()
         return timing if timing.reason or timing.num_rounds >= MIN_ROUNDS else None
-    except (OSError, ValueError, TypeError, KeyError, ArithmeticError):
+    except (OSError, ValueError, KeyError, ArithmeticError):
         return None
 
 
-def _start(folder: Path, method: str, argv: Sequence[str], slot: Slot, lock: IO[str]) -> tuple[ForkServerProcess, Path]:
-    """(a short run of a method in `folder`, its log)."""
-    run_folder, log = folder / "timing" / method, folder / f"timing-{method}.log"
-    shutil.rmtree(run_folder, ignore_errors=True)
-    flags = ["--max-steps", str(NUM_STEPS), "--export", "none", "--wandb", "disabled", "--output-dir", str(run_folder)]
-    return start_run(slot, [*argv, *flags], log, lock=lock), log
-
-
-def _add(timing: Timing, method: str, run: RunData) -> Timing:
-    """With one more run of a method."""
-    seconds = np.diff(run.steps["time"][NUM_WARMUP_STEPS:]).tolist()
-    peak = max(timing.peak_memory_bytes[method], run.summary["peak_memory_bytes"])
-    return Timing(
-        step_seconds=timing.step_seconds | {method: [*timing.step_seconds[method], seconds]},
-        peak_memory_bytes=timing.peak_memory_bytes | {method: peak},
-        machine=run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}",
-    )
+def _take_turns(
+    folder: Path, rule: Rule, finalists: Mapping[str, Candidate], slot: Slot, should_stop: threading.Event
+) -> Timing | None:
+    step_seconds: dict[str, list[list[float]]] = {method: [] for method in PRIMARY}
+    peaks, machine = dict.fromkeys(PRIMARY, 0), ""
+    for num_round in range(MAX_ROUNDS):
+        # full lora lora full full lora: a drift of the machine cancels
+        for method in PRIMARY if num_round % 2 == 0 else PRIMARY[::-1]:
+            run_folder = folder / method
+            shutil.rmtree(run_folder, ignore_errors=True)
+            argv = [*method_argv(rule, finalists[method]), "--max-steps", str(NUM_STEPS), "--export", "none"]
+            argv += ["--wandb", "disabled", "--output-dir", str(run_folder / "run")]
+            process = start_run(slot, argv, run_folder)
+            while process.exitcode is None:
+                process.join(0.2)
+                if should_stop.is_set():
+                    process.kill()
+                    return None
+            if process.exitcode:
+                reason = f"{method} failed: {last_log_line(run_folder / 'log', process.exitcode)}"
+                return Timing(step_seconds={}, peak_memory_bytes={}, machine="", reason=reason)
+            run = read_folder(run_folder / "run")
+            step_seconds[method].append(np.diff(run.steps["time"][NUM_WARMUP_STEPS:]).tolist())
+            peaks[method] = max(peaks[method], run.summary["peak_memory_bytes"])
+            machine = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
+        timing = Timing(step_seconds=step_seconds, peak_memory_bytes=peaks, machine=machine)
+        if timing.num_rounds >= MIN_ROUNDS and not timing.blocker:
+            break
+    return timing
 
 
 def _mean_of_least(rounds: Sequence[Sequence[float]], left_out: int | None = None) -> float:

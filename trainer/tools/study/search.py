@@ -10,7 +10,7 @@ Schulman et al., "LoRA Without Regret", 2025.)
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +54,7 @@ class Candidate:
 class TrialSpec:
     """One run of launch/train.py."""
 
-    phase: Literal["search", "answer", "quarter"]  #: quarter: the answer's with a quarter of the batch
+    phase: Literal["search", "answer"]
     candidate: Candidate
     num_steps: int
     seed: int
@@ -90,7 +90,7 @@ class SearchOutcome:
         if self.unknown is not None:
             return (
                 f"{self.method}: {self.unknown} failed without diverging, and stands beside the best rate, "
-                f"{self.winner.lr:g}: it may be the better one (runs/{self.unknown}.log says what happened)"
+                f"{self.winner.lr:g}: it may be the better one (see trials/{self.unknown}/log)"
             )
         return None
 
@@ -201,17 +201,11 @@ class StudyState:
     needed: tuple[TrialSpec, ...]  #: to be run now; none where the study is over
     outcomes: Mapping[str, SearchOutcome]  #: of the methods whose search is over
     answers: tuple[TrialSpec, ...] = ()  #: the runs that the answer is drawn from, once they are known
-    quarter: tuple[TrialSpec, ...] = ()  #: the answer's runs with a quarter of the batch, where they are asked for
     refusal: str | None = None  #: why the study will not rank its primary methods
 
 
-def study_state(
-    rule: Rule, results: Results, is_decided: Callable[[Sequence[TrialSpec]], bool] = lambda answers: False
-) -> StudyState:
-    """What is next: the searches of all methods side by side, then the answer's runs, then those of a quarter batch.
-
-    `is_decided`: whether the runs of a look tell; else the seeds of the next one are needed too.
-    """
+def study_state(rule: Rule, results: Results) -> StudyState:
+    """What comes next: the searches of all methods side by side, then the answer's runs."""
     searches = [MethodSearch(rule, method, results) for method in rule.methods]
     outcomes = {search.method: search.outcome for search in searches if search.outcome is not None}
     refusal = next((o.problem for o in outcomes.values() if o.problem and o.method in PRIMARY), None)
@@ -224,40 +218,27 @@ def study_state(
             waiting += [(num_results + n, spec) for n, spec in enumerate(search.missing)]
         needed = tuple(spec for _, spec in sorted(waiting, key=lambda item: item[0]))
         return StudyState(needed=needed, outcomes=outcomes)
-    for seeds in rule.seeds_by_look:
-        state = _look_state(rule, results, outcomes, seeds)
-        if state.needed or state.refusal or (seeds != rule.answer_seeds and is_decided(state.answers)):
-            break
-    if state.needed or state.refusal or rule.quarter_batch is None:
-        return state
-    quarter = tuple(_at_quarter_batch(spec) for spec in state.answers if spec.candidate.method in PRIMARY)
-    needed = tuple(spec for spec in quarter if spec.name not in results)
-    return dataclasses.replace(state, quarter=quarter, needed=needed)
-
-
-def _look_state(
-    rule: Rule, results: Results, outcomes: Mapping[str, SearchOutcome], seeds: Sequence[int]
-) -> StudyState:
-    """Where the runs of the answer with these seeds stand."""
-    answers = tuple(
+    answers = [
         TrialSpec(phase="answer", candidate=outcome.winner, num_steps=rule.total_steps, seed=seed)
-        for seed in seeds
+        for seed in rule.answer_seeds
         for outcome in outcomes.values()
         if outcome.winner is not None and outcome.problem is None
-    )
+    ]
     failed = {s.candidate.method: s.name for s in answers if not math.isfinite(results.get(s.name, 0.0))}
     if name := next((failed[method] for method in PRIMARY if method in failed), None):
         return StudyState(needed=(), outcomes=outcomes, refusal=f"{name} failed, and each pair of seeds is needed")
-    answers = tuple(spec for spec in answers if spec.candidate.method not in failed)
+    answers = [spec for spec in answers if spec.candidate.method not in failed]
     needed = tuple(spec for spec in answers if spec.name not in results)
-    return StudyState(needed=needed, outcomes=outcomes, answers=answers)
+    return StudyState(needed=needed, outcomes=outcomes, answers=tuple(answers))
 
 
-def _at_quarter_batch(spec: TrialSpec) -> TrialSpec:
-    """The same with a quarter of the batch and as many examples.
-
-    Adam's best rate goes with the square root of the batch (Malladi et al., arXiv 2205.10287): half of it, on the grid.
-    """
-    candidate = spec.candidate
-    half_rate = candidate.at(candidate.rate_index - round(math.log10(2) * candidate.rates_per_decade))
-    return TrialSpec(phase="quarter", candidate=half_rate, num_steps=4 * spec.num_steps, seed=spec.seed)
+def expected_trials(rule: Rule) -> list[TrialSpec]:
+    """All trials of a study where nothing fails and the best rates lie in the middle of the grids."""
+    results: dict[str, float] = {}
+    specs: list[TrialSpec] = []
+    while needed := study_state(rule, results).needed:
+        for spec in needed:
+            middle = -4.0 if spec.candidate.method == "full" else -3.0
+            results[spec.name] = abs(math.log10(spec.candidate.lr) - middle)
+        specs += needed
+    return specs

@@ -1,28 +1,32 @@
-"""A study from its rule to its last trial: workers that claim, run and note trials until none is needed."""
+"""A study from its rule to its last trial: the workers of this machine run trials until none is needed."""
 
 import math
 import os
+import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.tools.study.answer import judge, read_groups
-from trainer.tools.study.planning import expected_trials
 from trainer.tools.study.rule import Rule, read_rule
-from trainer.tools.study.search import StudyState, TrialSpec, study_state
-from trainer.tools.study.trial_queue import TrialQueue
-from trainer.tools.study.worker import Slot, TrialResult, TrialRunner, make_slots
+from trainer.tools.study.search import StudyState, expected_trials, study_state
+from trainer.tools.study.trials import (
+    STOP_SECONDS,
+    RunningTrial,
+    Slot,
+    finish_trial,
+    locked_trials,
+    read_results,
+    read_trials,
+    start_trial,
+)
 
-POLL_SECONDS = 2.0  # between two looks for a trial, while others run what is needed
-
-LogFn = Callable[[str], None]
+POLL_SECONDS = 1.0  # between two looks at what other machines have done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,8 @@ class Study:
 
     @classmethod
     def open(cls, folder: Path) -> "Study":
-        """The study that `folder` holds; runs relative to where it was started from. UserError where there is none."""
+        """The study in `folder`; its runs are relative to where it was started. UserError where there is none, or where
+        its trials were run by another rule."""
         rule, working_dir = read_rule(folder)
         folder = folder.absolute()
         try:
@@ -44,62 +49,60 @@ class Study:
                 f"{folder}: the study was started in {working_dir}, which is not here ({error.strerror}); join it from "
                 "a machine that has the same folders"
             ) from error
-        TrialQueue(folder, "open").bind(rule.sha256)
+        for name, trial in read_trials(folder).items():
+            if trial.rule_sha256 != rule.sha256:
+                raise UserError(
+                    f"{folder}: {name} was run by the rule {trial.rule_sha256[:12]}, rule.json is {rule.sha256[:12]}: "
+                    "it was changed after the study began; restore it, or start another study"
+                )
         return cls(folder=folder, rule=rule)
 
-    def state(self, queue: TrialQueue) -> StudyState:
-        """Where it stands: a later look's seeds are needed only where the one before could not tell."""
+    def state(self) -> StudyState:
+        """Where it stands by the results so far."""
+        return study_state(self.rule, read_results(self.folder))
 
-        def is_decided(answers: Sequence[TrialSpec]) -> bool:
-            return judge(read_groups(self.folder, answers), self.rule).answer != "cannot tell"
+    def run(self, slots: Sequence[Slot], should_stop: threading.Event, log: Callable[[str], None]) -> None:
+        """Run trials, one in each slot, until none is needed, or until it is to stop; then the runs save and end.
 
-        return study_state(self.rule, queue.results(), is_decided)
-
-    def run(self, *, num_workers: int, gpus_per_trial: int | None, should_stop: threading.Event, log: LogFn) -> None:
-        """Work on the study with so many workers until nothing is needed, or until it is to stop."""
-        slots = make_slots(num_workers, gpus_per_trial)
+        What comes next is a function of the results, so the processes of all workers decide it alike.
+        """
+        running: dict[int, RunningTrial] = {}  # by slot
         try:
-            with ThreadPoolExecutor(num_workers) as pool:
-                for worker in [pool.submit(self._work, slot, should_stop, log) for slot in slots]:
-                    worker.result()
+            while not should_stop.is_set():
+                needed = self.state().needed
+                if not (needed or running):
+                    return
+                for number in set(range(len(slots))) - set(running):
+                    own = {trial.spec for trial in running.values()}
+                    specs = [spec for spec in needed if spec not in own]
+                    if (trial := start_trial(self.folder, self.rule, slots[number], specs)) is not None:
+                        running[number] = trial
+                processes = [trial.process for trial in running.values() if trial.process is not None]
+                if len(processes) == len(running):
+                    wait([process.sentinel for process in processes], POLL_SECONDS)
+                self._finish_ended(running, log, is_stopping=False)
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror}); make room, and the same command goes on"
             ) from error
+        finally:
+            self._stop(running, log)
 
-    def _work(self, slot: Slot, should_stop: threading.Event, log: LogFn) -> None:
-        """One worker; where it fails, the others stop too."""
-        try:
-            self._run_trials(slot, should_stop, log)
-        except BaseException:
-            should_stop.set()
-            raise
+    def _stop(self, running: dict[int, RunningTrial], log: Callable[[str], None]) -> None:
+        processes = [trial.process for trial in running.values() if trial.process is not None]
+        for process in processes:
+            process.terminate()  # it saves where it stands
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        self._finish_ended(running, log, is_stopping=True)
 
-    def _run_trials(self, slot: Slot, should_stop: threading.Event, log: LogFn) -> None:
-        """The decisions are pure functions of the results, so each worker takes them for itself."""
-        queue = TrialQueue(self.folder, slot.name)
-        runner = TrialRunner(rule=self.rule, study_folder=self.folder, slot=slot, queue=queue, should_stop=should_stop)
-        while not should_stop.is_set():
-            needed = self.state(queue).needed
-            if not needed:
-                return
-            queue.enqueue(needed)
-            claimed_trial = queue.claim(needed)
-            if claimed_trial is None:
-                should_stop.wait(POLL_SECONDS)
-                continue
-            claim, spec = claimed_trial
-            start_time = time.monotonic()
-            result = runner.run(claim, spec)
-            log(f"{spec.name}: {_describe(result, time.monotonic() - start_time)}")
-
-
-def _describe(result: TrialResult, elapsed_seconds: float) -> str:
-    if result.loss is not None:
-        return f"validation loss {result.loss:.4f} ({elapsed_seconds:.0f} s)"
-    if result.failure is not None:
-        return f"failed{', and is tried again' if result.is_tried_again else ''}: {result.failure}"
-    return "cut off; the same command goes on with it"
+    def _finish_ended(self, running: dict[int, RunningTrial], log: Callable[[str], None], *, is_stopping: bool) -> None:
+        for number, trial in list(running.items()):
+            if trial.process is None or trial.process.exitcode is not None:
+                log(finish_trial(self.folder, self.rule, running.pop(number), is_stopping=is_stopping))
 
 
 def live_table(study: Study) -> Any:
@@ -113,26 +116,27 @@ def study_table(study: Study) -> Any:
     """Each method's trials: how many are done, run now or failed, its best rate, and below them what runs now."""
     from rich.table import Table
 
-    trials = TrialQueue(study.folder, "reader").trials()
-    num_expected = Counter(spec.candidate.method for spec in expected_trials(study.rule))
-    running = [trial.name for trial in trials.values() if trial.worker is not None]
-    table = Table(caption=f"running: {', '.join(running)}" if running else None, caption_justify="left")
+    trials, running = read_trials(study.folder), locked_trials(study.folder)
+    expected = expected_trials(study.rule)
+    table = Table(caption=f"running: {', '.join(sorted(running))}" if running else None, caption_justify="left")
     for heading in ("method", "done", "running", "failed", "best rate", "validation loss"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method in study.rule.methods:
-        named = (f"{method}-r", f"{method}-lr")
-        method_trials = [trial for name, trial in trials.items() if name.partition("-")[2].startswith(named)]
-        finished = [trial for trial in method_trials if trial.is_finished]
-        num_steps = {trial.name: int(trial.name.rsplit("-t", 1)[1].split("-")[0]) for trial in finished}
-        longest = max(num_steps.values(), default=0)
-        last_rung = [t for t in finished if num_steps[t.name] == longest and math.isfinite(t.loss)]
-        best = min(last_rung, key=lambda trial: trial.loss, default=None)
+        of_method = re.compile(rf"(?:search|answer)-{method}-(?:r\d+-)?lr(?P<lr>[^-]+(?:-\d+)?)-t(?P<num_steps>\d+)-")
+        matches = {name: match for name in {*trials, *running} if (match := of_method.match(name))}
+        finished = [name for name in matches if name in trials and trials[name].is_finished]
+        best = min(  # of the longest runs
+            (name for name in finished if math.isfinite(trials[name].result)),
+            key=lambda name: (-int(matches[name]["num_steps"]), trials[name].result),
+            default=None,
+        )
+        num_expected = sum(spec.candidate.method == method for spec in expected)
         table.add_row(
             method,
-            f"{len(finished)} of {max(num_expected[method], len(method_trials))}",
-            str(sum(trial.worker is not None for trial in method_trials)),
-            str(sum(trial.failure is not None for trial in method_trials)),
-            best.name.split("-lr")[1].split("-t")[0] if best else "",
-            f"{best.loss:.4f}" if best else "",
+            f"{len(finished)} of {max(num_expected, len(matches))}",
+            str(len(matches.keys() & running)),
+            str(sum(trials[name].failure is not None for name in finished)),
+            matches[best]["lr"] if best else "",
+            f"{trials[best].result:.4f}" if best else "",
         )
     return table

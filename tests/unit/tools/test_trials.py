@@ -1,0 +1,132 @@
+"""A trial is run by one worker at a time, taken up where a dead one left it, and its result is written once."""
+
+import math
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.fake_runs import make_run_folder
+from helpers.process_groups import wait_until
+from helpers.study_rules import make_candidate, make_rule, make_trial
+
+from trainer.config.errors import UserError
+from trainer.tools.study import trials
+from trainer.tools.study.rule import write_rule
+from trainer.tools.study.study import Study
+from trainer.tools.study.trials import (
+    MAX_FAILURES,
+    Slot,
+    Trial,
+    finish_trial,
+    read_results,
+    read_trial,
+    run_folder,
+    start_trial,
+    train_environ,
+)
+from trainer.tracking.wandb_environment import RUN_VARIABLES
+
+RULE, SLOT = make_rule(), Slot(gpus=(), num_threads=1)
+SPECS = [make_trial(make_candidate(rate_index=-n)) for n in range(3)]
+
+
+@pytest.fixture
+def exit_codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The runs that were started end with these, the first one first."""
+    codes: list[int] = []
+
+    def start(slot: Slot, argv: Any, folder: Path, *, group: str) -> Any:
+        (folder / "log").write_text("error: out of memory\n")
+        return SimpleNamespace(exitcode=codes.pop(0))
+
+    monkeypatch.setattr(trials, "start_run", start)
+    return codes
+
+
+def run_trial(folder: Path, *, is_stopping: bool = False) -> Trial | None:
+    running = start_trial(folder, RULE, SLOT, SPECS[:1])
+    assert running is not None
+    finish_trial(folder, RULE, running, is_stopping=is_stopping)
+    return read_trial(folder, SPECS[0].name)
+
+
+def hold_trial(folder: str) -> None:
+    trials.start_run = lambda *_, **__: SimpleNamespace(exitcode=None)  # type: ignore[assignment]
+    assert start_trial(Path(folder), RULE, SLOT, SPECS) is not None
+    Path(folder, "held").touch()
+    time.sleep(600)
+
+
+def test_a_live_workers_trial_is_left_to_it_and_a_dead_ones_is_taken_up(tmp_path, exit_codes):
+    worker = multiprocessing.get_context("spawn").Process(target=hold_trial, args=(str(tmp_path),))
+    worker.start()
+    wait_until((tmp_path / "held").exists, 60)
+    assert trials.locked_trials(tmp_path) == {SPECS[0].name}
+    assert start_trial(tmp_path, RULE, SLOT, SPECS[:1]) is None
+    exit_codes += [1, 1]
+    other = start_trial(tmp_path, RULE, SLOT, SPECS)
+    assert other.spec == SPECS[1]
+    worker.kill()
+    worker.join(30)
+    own = start_trial(tmp_path, RULE, SLOT, SPECS[:1])
+    assert (own.spec, own.trial.num_failures) == (SPECS[0], 2), "the attempt whose worker died counts"
+
+
+def test_a_finished_trial_is_not_run_again_and_a_finished_run_is_taken_for_its_result(tmp_path, exit_codes):
+    make_run_folder(run_folder(tmp_path, SPECS[0]), losses={0: 3.0, 3: 1.5})
+    assert run_trial(tmp_path).loss == 1.5, "its worker died between the end of the run and the note of it"
+    assert read_results(tmp_path) == {SPECS[0].name: 1.5}
+    assert start_trial(tmp_path, RULE, SLOT, SPECS[:1]) is None
+    for content in ("", "[]", "{", '{"loss": "x"}', "[" * 100_000, "9" * 5000):
+        (tmp_path / "trials" / SPECS[0].name / "trial.json").write_text(content)
+        assert read_results(tmp_path) == {}
+        assert run_trial(tmp_path).loss == 1.5, "a damaged state is made anew of the run folder"
+
+
+def test_a_trial_that_fails_is_tried_again_and_a_study_that_is_stopped_is_no_failure(tmp_path, exit_codes):
+    make_run_folder(run_folder(tmp_path, SPECS[0]), finished=False)
+    exit_codes += [-9, 143, -15, 1, 1]
+    for is_stopping, num_failures in ((False, 1), (False, 1), (True, 1), (False, 2)):
+        trial = run_trial(tmp_path, is_stopping=is_stopping)
+        assert (trial.num_failures, trial.is_finished) == (num_failures, False)
+    trial = run_trial(tmp_path)
+    assert (trial.num_failures, trial.failure) == (MAX_FAILURES, "out of memory")
+    assert math.isnan(trial.result), "a failure that says nothing about its settings"
+
+
+def test_a_trial_whose_workers_died_is_not_tried_for_ever(tmp_path, exit_codes):
+    (tmp_path / "trials" / SPECS[0].name).mkdir(parents=True)
+    dead = Trial(rule_sha256=RULE.sha256, num_failures=MAX_FAILURES)
+    (tmp_path / "trials" / SPECS[0].name / "trial.json").write_text(dead.model_dump_json())
+    assert run_trial(tmp_path).failure == "failed, or its worker died, 3 times"
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, exit_codes, monkeypatch):
+    monkeypatch.setattr("trainer.tracking.run_lock._lock", lambda file: False)
+    with pytest.raises(UserError, match=r"this file system has no locks; put the study on another one \(--output-dir"):
+        start_trial(tmp_path, RULE, SLOT, SPECS)
+
+
+def test_trials_of_another_rule_are_refused(tmp_path, exit_codes):
+    write_rule(tmp_path, RULE, working_dir=os.getcwd())
+    exit_codes += [-9]
+    run_trial(tmp_path)
+    assert Study.open(tmp_path).rule == RULE
+    (tmp_path / "rule.json").unlink()
+    trial_folder = (tmp_path / "trials").rename(tmp_path.with_name(f"{tmp_path.name}-trials"))
+    write_rule(tmp_path, make_rule(level=0.9), working_dir=os.getcwd())
+    trial_folder.rename(tmp_path / "trials")
+    with pytest.raises(UserError, match=f"was run by the rule {RULE.sha256[:12]}, rule.json is .*: it was changed"):
+        Study.open(tmp_path)
+
+
+def test_variables_that_name_one_wandb_run_do_not_reach_a_studys_trials(monkeypatch):
+    for name in RUN_VARIABLES:
+        monkeypatch.setenv(name, "mine")
+    environ = train_environ(SLOT, "study-f")
+    assert not set(RUN_VARIABLES) & set(environ)
+    assert environ["WANDB_RUN_GROUP"] == "study-f"
