@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 import pytest
 from helpers.launch_ranks import train
 from helpers.tiny_inputs import tiny_argv
@@ -14,7 +13,7 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.config.batch_config import BatchConfig
 from trainer.config.cli import parse_args
 from trainer.config.settings import Settings
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations, token_mean
 from trainer.training.schedule import TrainSchedule
 
 SECRETS = {"WANDB_API_KEY": "f00dfeed" * 5, "HF_TOKEN": "hf_" + "Tq9" * 12, "HUB_PASSWORD": "correct-horse-battery"}
@@ -71,13 +70,12 @@ def test_a_run_is_evaluated_at_the_start_when_due_and_at_the_end(finished_run):
 
 
 def test_the_losses_of_the_records_give_each_reported_loss_to_the_last_bit(finished_run):
-    table = read_eval_records(finished_run["out"] / EVAL_RECORDS_FILE)
+    table = read_evaluations(finished_run["out"] / EVAL_RECORDS_FOLDER)
     for evaluation in records_of_kind(finished_run, "eval"):
-        rows = table.filter(pc.field("step") == evaluation["step"])
+        rows = table[table["step"] == evaluation["step"]]
         assert len(rows) == finished_run["about"]["data"]["val"]["examples"]
         assert token_mean(rows) == evaluation["loss"]
-        num_bytes = sum(rows["bytes"].to_pylist())
-        assert evaluation["bits_per_byte"] == math.fsum(rows["nll"].to_pylist()) / math.log(2) / num_bytes
+        assert evaluation["bits_per_byte"] == math.fsum(rows["nll"]) / math.log(2) / rows["bytes"].sum()
     assert len(table) == len(rows) * len(records_of_kind(finished_run, "eval"))
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pytest
+from helpers.fake_runs import write_eval_records
 from helpers.process_groups import wait_until
 from helpers.study_rules import make_candidate, make_trial
 from helpers.study_rules import make_rule as make_study_rule
@@ -30,7 +30,7 @@ from trainer.tools.study.rule import read_rule, write_rule
 from trainer.tools.study.search import TrialSpec
 from trainer.tools.study.study import Study, study_table
 from trainer.tools.study.trials import Slot, Trial, execution_argv, make_slots, read_results, read_trial
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, read_eval_records
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,10 +146,9 @@ def test_a_study_answers_with_one_sentence_and_goes_on_to_nothing(stub_dir, caps
     assert len((stub_dir / "log").read_text().splitlines()) == num_runs, "nothing is run or timed again"
     for run in (stub_dir / "study" / "runs").glob("answer-lora*/"):  # by record far from full, the same with each seed
         full_run = next(run.parent.glob(f"answer-full*{run.name[-5:]}/"))
-        rows = read_eval_records(full_run / EVAL_RECORDS_FILE).filter(pc.field("step") == 8)
-        nll = rows["nll"].to_numpy() + 3 * np.sin(7 * np.arange(len(rows)))
-        nll_column = rows.schema.get_field_index("nll")
-        append_evaluation(run / EVAL_RECORDS_FILE, rows.set_column(nll_column, rows.schema.field("nll"), [nll]))
+        rows = read_evaluations(full_run / EVAL_RECORDS_FOLDER).query("step == 8")
+        losses = (rows["nll"] + 3 * np.sin(7 * np.arange(len(rows)))) / rows["targets"]
+        write_eval_records(run, {8: list(losses)}, targets=list(rows["targets"]), split="test")
     assert run_study(argv) == 3, "a margin that these records can never show"
     assert "these test blocks tell no less than ±0." in capsys.readouterr().out
     assert run_study([*argv, "--margin", "5%"]) == 2

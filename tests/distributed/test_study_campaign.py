@@ -18,7 +18,7 @@ from trainer.report.paired_interval import paired_interval
 from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, TrialSpec
 from trainer.tools.study.trials import final_loss, make_slots, start_run, trial_argv
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(7200)]
 TRAIN_ARGV = ("--block-size", "64", "--wandb", "disabled")
@@ -75,10 +75,10 @@ def test_studies_of_the_demo_against_itself_seldom_call_a_difference(tmp_path):
     specs = [make_trial(make_candidate("lora", -8), seed=seed) for seed in range(2 * num_seeds * num_studies)]
     losses = measure(tmp_path, rule, specs)
     assert all(map(math.isfinite, losses.values()))
-    tables = [read_eval_records(tmp_path / spec.name / EVAL_RECORDS_FILE) for spec in specs]
-    last = [table.filter(np.asarray(table["step"]) == 16) for table in tables]
-    nll = np.asarray([table["nll"].to_pylist() for table in last])
-    targets = np.asarray(last[0]["targets"].to_pylist(), dtype=np.float64)
+    tables = [read_evaluations(tmp_path / spec.name / EVAL_RECORDS_FOLDER) for spec in specs]
+    last = [table[table["step"] == 16] for table in tables]
+    nll = np.stack([table["nll"] for table in last])
+    targets = last[0]["targets"].to_numpy(np.float64)
     halves = nll.reshape(num_studies, 2, num_seeds, -1)
     called = sum(paired_interval(a - b, targets).excludes_zero for a, b in halves)
     print(f"{called} of {num_studies} studies of the demo against itself call a difference")

@@ -10,7 +10,7 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.tools.study import planning
 from trainer.tools.study.trial_process import start_training
 from trainer.tools.study.trials import Slot
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
 TRAIN_SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 
@@ -29,7 +29,7 @@ def test_a_trial_of_the_search_is_a_whole_run_that_never_sees_the_test_records(t
     assert run(TRAIN_SCRIPT, [*argv, "--output-dir", str(tmp_path / "run")], tmp_path / "trial") == 0
     assert "nothing exported" in (tmp_path / "trial" / "log").read_text()
     assert not (tmp_path / "run" / "model").exists()
-    assert set(read_eval_records(tmp_path / "run" / EVAL_RECORDS_FILE)["split"].to_pylist()) == {"val"}
+    assert set(read_evaluations(tmp_path / "run" / EVAL_RECORDS_FOLDER)["split"]) == {"val"}
     metadata = json.loads((tmp_path / "run" / "run.json").read_text())
     assert metadata["data"]["test"]["examples"] > 0, "held out all the same"
     assert metadata["wandb"]["group"] == "study-a"

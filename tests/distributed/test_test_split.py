@@ -5,13 +5,12 @@ import math
 import shutil
 from pathlib import Path
 
-import pyarrow.compute as pc
 import pytest
 from helpers.launch_ranks import train
 from helpers.tiny_inputs import TEMPLATE_FLAGS
 
 from trainer.report.run_folder import read_folder
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records, token_mean
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations, token_mean
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +28,7 @@ def split_argv(tiny_model, data_files, session_dir) -> list[str]:
 def read_run(folder: Path):
     """(events of test and retained text, {(step, split): rows}, all records)."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    table = read_eval_records(folder / EVAL_RECORDS_FILE)
-    evaluations = {}
-    for step, split in set(zip(table["step"].to_pylist(), table["split"].to_pylist(), strict=True)):
-        evaluations[step, split] = table.filter((pc.field("step") == step) & (pc.field("split") == split))
+    evaluations = dict(iter(read_evaluations(folder / EVAL_RECORDS_FOLDER).groupby(["step", "split"])))
     events = [record for record in records if record.get("event") in ("test_evaluation", "retain_evaluation")]
     return events, evaluations, records
 
@@ -64,10 +60,10 @@ def test_the_test_split_is_evaluated_before_training_and_at_the_exported_weights
         split = event["event"].removesuffix("_evaluation")
         rows = evaluations[event["step"], split]
         assert len(rows) == {"test": 9, "retain": 5}[split]
-        assert event["facts"]["num_target_tokens"] == sum(rows["targets"].to_pylist())
+        assert event["facts"]["num_target_tokens"] == rows["targets"].sum()
         assert token_mean(rows) == event["facts"]["loss"]
-        num_bytes = sum(rows["bytes"].to_pylist())
-        assert event["facts"]["bits_per_byte"] == math.fsum(rows["nll"].to_pylist()) / math.log(2) / num_bytes
+        num_bytes = rows["bytes"].sum()
+        assert event["facts"]["bits_per_byte"] == math.fsum(rows["nll"]) / math.log(2) / num_bytes
     val = [record for record in records if record["kind"] == "eval"]
     best = min(val[1:], key=lambda record: record["loss"])
     assert chosen_step == best["step"] < val[-1]["step"]
@@ -88,8 +84,8 @@ def test_a_test_changes_no_number_of_training_and_its_loss_no_ranks(best_run, sp
         assert mine["facts"]["loss"] == pytest.approx(other["facts"]["loss"], rel=1e-3)
     for key, rows in alone[1].items():
         others = pair[1][key]
-        assert rows["id"].to_pylist() == others["id"].to_pylist()
-        assert rows["nll"].to_pylist() == pytest.approx(others["nll"].to_pylist(), rel=1e-2)
+        assert list(rows["id"]) == list(others["id"])
+        assert list(rows["nll"]) == pytest.approx(list(others["nll"]), rel=1e-2)
 
 
 @pytest.mark.slow

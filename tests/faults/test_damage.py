@@ -96,7 +96,8 @@ def test_a_disk_that_fills_up_while_logging_ends_the_run_with_one_line(argv, tmp
         out = disk / "run"
         full = fault_at(FORWARD, 7, partial(fill_disk, disk, 0))
         error = run_to_error(flags, out=out, fault=full, exit_code=1)
-        written = rf"cannot write {re.escape(str(out))}/(metrics\.jsonl|eval_records\.parquet): No space left on device"
+        name = r"(metrics\.jsonl|eval_records/step-\d+-val\.parquet)"
+        written = rf"cannot write {re.escape(str(out))}/{name}: No space left on device"
         assert re.search(written, error)
         assert (out / "metrics.jsonl").read_bytes().endswith(b"\n"), "no half row"
         assert last_logged_step(out) > 6
@@ -191,20 +192,20 @@ def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_
     argv, finished_run, tmp_path
 ):
     out = copy_until_step_4(finished_run, tmp_path / "run")
-    evaluations = out / "eval_records.parquet"
-    flip_byte(out, evaluations.name, offset=60)
+    evaluations, damaged = out / "eval_records", "step-000000-val.parquet"
+    (evaluations / damaged).write_bytes((evaluations / damaged).read_bytes()[:-20])
     changed = run_to_error([*argv, "--resume"], out=out)
     move_aside(inspect_run(out))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     gone = run_to_error([*argv, "--resume"], out=out)
-    unreadable = f"{evaluations}: not whole records of evaluations"
-    missing = f"{evaluations} is not as it was when step-000004 was saved: it is gone, with the 2 evaluations"
+    unreadable = f"{evaluations}: {damaged}: not whole records of an evaluation"
+    missing = f"{evaluations} is not as it was when step-000004 was saved: it has 1 evaluations where 2 were written"
     for line, reason, remedy in ((changed, unreadable, "--move-aside"), (gone, missing, "--allow-change records")):
         assert reason in line
         assert remedy in line
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert_resumes_like(finished_run, [*argv, "--allow-change", "records"], out)
-    assert "records changed from as written to eval_records.parquet: it is gone" in str(read_events(out, "resumed"))
+    assert "records changed from as written to eval_records: it has 1 evaluations" in str(read_events(out, "resumed"))
 
 
 def test_resuming_from_the_checkpoint_of_another_model_is_refused(

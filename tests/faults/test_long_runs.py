@@ -15,6 +15,7 @@ import pytest
 from helpers.process_groups import FORWARD, RankProcesses, fault_at, kill_self, read_events
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv, write_records
 
+from trainer.config.files import folder_size
 from trainer.training.checkpoint import _metadata_digest
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(7200)]
@@ -48,14 +49,14 @@ def test_200_000_steps_and_1_000_evaluations_take_no_more_at_the_end_than_at_the
     text += f" --eval-every {NUM_STEPS // NUM_EVALUATIONS} --save-every {NUM_STEPS // 10} --ds-config zero0"
     out = tmp_path / "run"
     run = RankProcesses(tiny_argv(model, data, text), out=out, world_size=1)
-    pid, metrics, evaluations = run.processes[0].pid, out / "metrics.jsonl", out / "eval_records.parquet"
+    pid, metrics, evaluations = run.processes[0].pid, out / "metrics.jsonl", out / "eval_records"
     assert pid is not None
     run.wait_until(lambda: metrics.exists() and last_step(metrics) > 0)
     parts = []  # at each twentieth of the run: (step, resident bytes, CPU seconds, bytes of the two files)
     while run.processes[0].is_alive() and len(parts) < NUM_PARTS:
         if (step := last_step(metrics)) >= (len(parts) + 1) * NUM_STEPS // NUM_PARTS:
             parts.append(
-                (step, resident_bytes(pid), cpu_seconds(pid), *(p.stat().st_size for p in (metrics, evaluations)))
+                (step, resident_bytes(pid), cpu_seconds(pid), metrics.stat().st_size, folder_size(evaluations))
             )
             print(*parts[-1], sep="\t", flush=True)
         time.sleep(0.02)

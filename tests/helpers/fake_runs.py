@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.config import presets
 from trainer.config.run_metadata import SCHEMA_VERSION
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalSplit, write_evaluation
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
 from trainer.training.lr_schedule import learning_rate
 
@@ -228,13 +228,13 @@ def write_eval_records(
     losses_by_step: Mapping[int, Sequence[float]],
     *,
     targets: Sequence[int],
-    split: str = "val",
+    split: EvalSplit = "val",
     groups: Sequence[str | None] | None = None,
     ids: Sequence[str] | None = None,
     num_in_train: int = 0,
     bytes_per_target: int = 4,
 ) -> Path:
-    """eval_records.parquet of a run folder: `losses_by_step` in nats per token of each record at each evaluation.
+    """eval_records/ of a run folder: `losses_by_step` in nats per token of each record at each evaluation.
 
     Parameters: those of the file's columns.
     """
@@ -248,8 +248,7 @@ def write_eval_records(
     )
     for step, losses in losses_by_step.items():
         nll = np.asarray(losses, np.float64) * np.asarray(targets)
-        table = evaluation_table(rows, step=step, split=split, nll=nll)  # type: ignore[arg-type]
-        append_evaluation(folder / EVAL_RECORDS_FILE, table)
+        write_evaluation(folder / EVAL_RECORDS_FOLDER, rows, step=step, split=split, nll=nll)  # type: ignore[arg-type]
     return folder
 
 

@@ -50,7 +50,7 @@ WRITE_CALLS = {"write": 60, "fsync": 40, "replace": 20, "rename": 10}
 #: what a kill leaves behind while something is being written, in the folder of all runs
 LEFTOVERS = {
     "a checkpoint": "run-*/checkpoints/.*.tmp",
-    "evaluation records": "run-*/.eval_records.parquet.*.tmp",
+    "evaluation records": "run-*/eval_records/.*.tmp",
     "run.json": "run-*/.run.json.*.tmp",
     "prepared data": "cache-run-*/**/*.unfinished-*",
 }

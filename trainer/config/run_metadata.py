@@ -14,7 +14,7 @@ from trainer.config.json_file import parse_json
 from trainer.config.options import RUN_ID, WANDB_PROJECT, at_least, describe_type, has_type, value_problem, without_none
 from trainer.config.settings import Settings
 
-SCHEMA_VERSION = 2  # 1, under the key `format`: before modules, flags and columns got the field's names
+SCHEMA_VERSION = 3  # 2: evaluation records in one file; 1, under the key `format`: other names
 _MISSING = object()  #: the value of a key that is not there
 
 RunId = Annotated[str, RUN_ID]
@@ -150,8 +150,8 @@ def check_run_metadata(content: object, *, source: str) -> dict[str, Any]:
         version = content.get("schema_version", content.get("format"))
         if isinstance(version, int):
             raise UserError(
-                f"{source}: schema_version is {version}, expected {SCHEMA_VERSION}: the run is of another version of "
-                "this program, which can still read it"
+                f"{source}: schema_version is {version}, expected {SCHEMA_VERSION}; the run was written by another "
+                "version of this program; read it with that version"
             )
     problem = find_problem(content, RunMetadata, "")
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Losses of single records (eval_records.parquet) of runs paired by seed, matched record by record."""
+"""Losses of single records (eval_records/) of runs paired by seed, matched record by record."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from trainer.config.choices import MAX_SHARED_FRACTION
 from trainer.config.errors import UserError
 from trainer.report.paired_interval import Matrix, sum_by_unit
 from trainer.report.run_data import RunData
-from trainer.tracking.eval_records import read_eval_records
+from trainer.tracking.eval_records import read_evaluations
 
 SPLIT_NAMES = {"test": "test", "val": "validation"}
 _KEY = ["id", "occurrence"]
@@ -123,7 +123,8 @@ def _read(run: RunData) -> pd.DataFrame:
     if run.eval_records_path is None:
         raise MatchError(f"{run.name} left no losses of single records")
     try:
-        return read_eval_records(run.eval_records_path).to_pandas()
+        best_step = int(run.best_eval["step"]) if run.best_eval else -1
+        return read_evaluations(run.eval_records_path, val_steps=(0, best_step))
     except UserError as error:  # this pair has no interval, others may
         raise MatchError(f"{run.name}: {error}") from error
 

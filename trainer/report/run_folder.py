@@ -12,7 +12,7 @@ from trainer.config.errors import UserError
 from trainer.config.run_metadata import read_run_metadata
 from trainer.report.run_data import RunData, RunReadError, build_run
 from trainer.report.run_records import COLUMN_NAMES, SERIES_CLASSES, RunRecords, Series, split_rows, to_series
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER
 from trainer.tracking.records import STEP_PREFIX, EventRecord, Record, StepRecord, from_line, iter_lines
 
 
@@ -22,7 +22,7 @@ def read_folder(folder: Path) -> RunData:
         metadata = read_run_metadata(folder / "run.json")
     except UserError as error:
         raise RunReadError(str(error)) from error
-    metrics_path, eval_records_path = folder / "metrics.jsonl", folder / EVAL_RECORDS_FILE
+    metrics_path, eval_records_path = folder / "metrics.jsonl", folder / EVAL_RECORDS_FOLDER
     try:
         age_seconds = time.time() - metrics_path.stat().st_mtime
         records = _read_metrics(metrics_path)

@@ -37,7 +37,7 @@ class EvalRecord:
     """One pass over the whole validation set; `eval_tokens` is the number of tokens the loss is the mean of.
 
     `bits_per_byte`: the same sum over the UTF-8 bytes of the targets, for models with other tokenizers; None where the
-    text is not known. `row_nll`: the rows' sums, in their order, on the way to eval_records.parquet; not in the line.
+    text is not known. `row_nll`: the rows' sums, in their order, on the way to eval_records/; not in the line.
     """
 
     step: int

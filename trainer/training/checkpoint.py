@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-NNNNNN` with `state.safetensors` (of each *trained* weight its float32 value and
 AdamW's two moments: 12 bytes a parameter; with 8-bit moments 6, and a scale for each 256) and `state.json` (where the
-run stood, checksums of the other file, of the rows of metrics.jsonl and the evaluations of eval_records.parquet so far,
+run stood, checksums of the other file, of the rows of metrics.jsonl and the evaluations of eval_records/ so far,
 and one of itself). It is written under another name, flushed and renamed, so a folder with the right name is whole.
 Dropout, data order and learning rate are functions of seed and step, so nothing else has to be kept: a frozen base,
 packed or reduced by pissa, is made again from its own weights.
@@ -84,7 +84,7 @@ class Checkpoint:
 
     @property
     def evaluations(self) -> EvaluationsDigest | None:
-        """Of the evaluations that eval_records.parquet held when it was saved."""
+        """Of the evaluations that eval_records/ held when it was saved."""
         return EvaluationsDigest(**self.metadata["evaluations"]) if "evaluations" in self.metadata else None
 
     def find_damage(self) -> str | None:

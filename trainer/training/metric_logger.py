@@ -9,7 +9,7 @@ from trainer.data.dataset import PreparedDataset
 from trainer.tracking import records
 from trainer.tracking.console import LogLines, ProgressBar
 from trainer.tracking.eval_records import (
-    EVAL_RECORDS_FILE,
+    EVAL_RECORDS_FOLDER,
     EvalRecordsLogger,
     digest_evaluations,
     rewind_evaluations,
@@ -33,7 +33,7 @@ class MetricLogger:
         """`metadata`: the content of run.json; a resumed run's rows after `state` are cut off."""
         folder, output, schedule = Path(plan.settings.run_folder), plan.settings.output, plan.schedule
         self.plan = plan
-        self.metrics_path, self.eval_records_path = folder / METRICS_FILE, folder / EVAL_RECORDS_FILE
+        self.metrics_path, self.eval_records_folder = folder / METRICS_FILE, folder / EVAL_RECORDS_FOLDER
         self.loggers: list[RecordLogger] = []
         self.num_truncated = 0  #: rows that were cut off
         if plan.dist_context.rank != 0:
@@ -43,7 +43,7 @@ class MetricLogger:
             last_step = state.step or -1
             if self.metrics_path.exists():
                 self.num_truncated = rewind(self.metrics_path, last_step, eval_pending=state.eval_pending)
-            rewind_evaluations(self.eval_records_path, last_step, eval_pending=state.eval_pending)
+            rewind_evaluations(self.eval_records_folder, last_step, eval_pending=state.eval_pending)
         progress_bar = ProgressBar(schedule.total_steps, schedule.total_steps / schedule.steps_per_epoch)
         self._log_lines = LogLines(progress_bar)
         resume_step = state.step if is_resumed else -1
@@ -66,7 +66,7 @@ class MetricLogger:
     def record_digests(self) -> dict[str, Any]:
         """What a checkpoint keeps of the rows and the evaluations so far, on rank 0."""
         rows = next(logger.digest() for logger in self.loggers if isinstance(logger, JsonlLogger))
-        return {"records": vars(rows), "evaluations": vars(digest_evaluations(self.eval_records_path))}
+        return {"records": vars(rows), "evaluations": vars(digest_evaluations(self.eval_records_folder))}
 
     def previous_records(self) -> Iterator[Record]:
         """The rows that an earlier process left, on rank 0."""

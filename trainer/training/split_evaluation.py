@@ -10,7 +10,7 @@ from typing import Literal
 from trainer.config.errors import TrainingError
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, evaluation_table
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, write_evaluation
 from trainer.tracking.records import EventRecord
 from trainer.training.evaluation import Evaluation, evaluate
 from trainer.training.run_plan import RunPlan
@@ -54,5 +54,4 @@ def _write_rows(folder: Path, data: PreparedDataset, split: OtherSplit, step: in
         rows = data.row_info(split)
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    table = evaluation_table(rows, step=step, split=split, nll=evaluation.row_nll)
-    append_evaluation(folder / EVAL_RECORDS_FILE, table)
+    write_evaluation(folder / EVAL_RECORDS_FOLDER, rows, step=step, split=split, nll=evaluation.row_nll)

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from helpers.fake_runs import write_eval_records
 from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study
@@ -17,6 +17,7 @@ from trainer.report.headlines import describe_numbers
 from trainer.report.paired_interval import margin_contrast, paired_interval
 from trainer.report.run_folder import read_folder
 from trainer.report.write import to_answer
+from trainer.tracking.eval_records import read_evaluations
 
 
 def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_run: MakeRun) -> None:
@@ -25,7 +26,7 @@ def test_the_interval_of_the_verdict_is_that_of_the_records_paired_by_seed(make_
 
     def losses_of(mode: str, step: int) -> np.ndarray:
         paths = [run.eval_records_path for run in runs if run.mode == mode]
-        frames = [pd.read_parquet(path).query(f"step == {step}").sort_values("id") for path in paths if path]
+        frames = [read_evaluations(path).query(f"step == {step}").sort_values("id") for path in paths if path]
         return np.stack([frame["nll"] for frame in frames])
 
     targets, full, lora, base = (
@@ -113,14 +114,14 @@ def test_records_that_equal_a_training_record_are_left_out_and_counted(make_run:
 def test_other_records_or_damaged_ones_give_no_interval_of_records(make_run: MakeRun) -> None:
     full, lora = make_study(make_run, num_seeds=1, excess=0.2)
     ids = [f"other{i}" for i in range(len(TARGETS))]
-    (Path(lora.source) / "eval_records.parquet").unlink()
+    shutil.rmtree(Path(lora.source) / "eval_records")
     write_eval_records(Path(lora.source), {30: [2.0] * len(TARGETS)}, targets=TARGETS, ids=ids)
     verdict = judge_runs(full, read_folder(Path(lora.source)))
     reason = "other evaluation records (240 are not in both runs), and there is one seed"
     assert f"without an interval ({reason})" in verdict.sentence
-    (Path(lora.source) / "eval_records.parquet").write_bytes(b"PAR1 torn")
+    (Path(lora.source) / "eval_records/step-000030-val.parquet").write_bytes(b"PAR1 torn")
     verdict = judge_runs(full, read_folder(Path(lora.source)))
-    assert "eval_records.parquet: not whole records of evaluations" in verdict.sentence
+    assert "step-000030-val.parquet: not whole records of an evaluation" in verdict.sentence
 
 
 def test_without_records_the_interval_is_over_seeds_and_says_so(make_run: MakeRun) -> None:

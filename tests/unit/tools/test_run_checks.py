@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 from helpers.any_inputs import check_inputs, many_inputs
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from trainer.config.errors import UserError
 from trainer.tools.doctor.check_result import ERROR
 from trainer.tools.doctor.run_checks import inspect_run, judge_uses, run_check
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, append_evaluation, digest_evaluations, evaluation_table
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, digest_evaluations, write_evaluation
 from trainer.tracking.jsonl import JsonlLogger
 from trainer.tracking.records import EventRecord, StepRecord
 from trainer.training import checkpoint
@@ -39,17 +38,17 @@ def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:
         "sha256": hashlib.sha256(content).hexdigest(),
         "progress": TrainState(step=step, eval_pending=False).as_dict(),
         "records": vars(logger.digest()),
-        "evaluations": vars(digest_evaluations(folder / EVAL_RECORDS_FILE)),
+        "evaluations": vars(digest_evaluations(folder / EVAL_RECORDS_FOLDER)),
     }
     metadata["self"] = checkpoint._metadata_digest(metadata)
     (target / checkpoint.METADATA_FILE).write_text(json.dumps(metadata))
 
 
-def make_evaluation(step: int) -> pa.Table:
+def add_evaluation(folder: Path, step: int) -> None:
     rows: Any = SimpleNamespace(
         ids=["a", "b"], occurrences=[0, 0], groups=[None, "g"], targets=[3, 4], num_bytes=[9, 9], in_train=[False, True]
     )
-    return evaluation_table(rows, step=step, split="val", nll=[1.0 * step, 2.0])
+    write_evaluation(folder / EVAL_RECORDS_FOLDER, rows, step=step, split="val", nll=[1.0 * step, 2.0])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def whole_run(tmp_path_factory) -> Path:
             )
         )
         if step % 3 == 0:
-            append_evaluation(folder / EVAL_RECORDS_FILE, make_evaluation(step))
+            add_evaluation(folder, step)
             write_checkpoint(folder, step, logger)
     logger.close(0)
     (folder / "model").mkdir()
@@ -135,15 +134,15 @@ def break_row(run: Path) -> None:
             "from step-000006",
         ),
         (
-            lambda run: (run / "eval_records.parquet").write_bytes(b"PAR1"),
-            "eval_records.parquet",
-            "",
-            "not possible: eval_records.parquet is damaged",
+            lambda run: (run / "eval_records/step-000003-val.parquet").write_bytes(b"PAR1"),
+            "eval_records/step-000003-val.parquet",
+            "not whole records of an evaluation",
+            "not possible: eval_records is damaged",
         ),
         (
-            lambda run: (run / "eval_records.parquet").unlink(),
+            lambda run: shutil.rmtree(run / "eval_records"),
             "rows",
-            "eval_records.parquet: it is gone",
+            "eval_records: it is gone",
             "from step-000006 with --allow-change records",
         ),
     ],

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import UserError, escape_controls, first_line
+from trainer.config.errors import UserError, escape_controls
 from trainer.config.files import replace_atomically, write_all
 from trainer.config.run_metadata import read_run_metadata
 from trainer.model.model_files import weights_file_problem
 from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, make_result, ok_result
-from trainer.tracking.eval_records import EVAL_RECORDS_FILE, read_eval_records
+from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, find_damaged_evaluations
 from trainer.tracking.jsonl import METRICS_FILE
 from trainer.tracking.records import EventRecord, Record, from_line, iter_lines
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
@@ -69,7 +69,9 @@ def inspect_run(folder: Path) -> RunInspection:
     for path in sorted(path for name in ("model", "base") for path in (folder / name).glob("*.safetensors")):
         problem = weights_file_problem(path)
         inspection.add(str(path.relative_to(folder)), problem, "a whole safetensors file", remedy="export again")
-    for path in sorted((*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp"))):
+    for path in sorted(
+        (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp"), *folder.glob("eval_records/.*.tmp"))
+    ):
         if not inspection.is_running:
             inspection.warn(path.name, "left by a process that was killed; the next save or export removes it")
             inspection.damaged.append(path)
@@ -132,14 +134,13 @@ def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:
 
 
 def _check_eval_records(inspection: RunInspection) -> None:
-    path = inspection.folder / EVAL_RECORDS_FILE
-    if not path.exists():
-        return
-    try:
-        inspection.add(EVAL_RECORDS_FILE, None, f"{len(read_eval_records(path))} rows")
-    except (OSError, UserError) as error:
-        inspection.add(EVAL_RECORDS_FILE, f"cannot be read: {first_line(error)}", "", path)
-        inspection.has_whole_evaluations = False
+    folder = inspection.folder / EVAL_RECORDS_FOLDER
+    damaged = find_damaged_evaluations(folder)
+    for path, damage in damaged.items():
+        inspection.add(f"{EVAL_RECORDS_FOLDER}/{path.name}", damage, "", path)
+    inspection.has_whole_evaluations = not damaged
+    if folder.is_dir() and not damaged:
+        inspection.add(EVAL_RECORDS_FOLDER, None, f"{len(list(folder.glob('step-*')))} evaluations")
 
 
 def _check_unchanged(inspection: RunInspection) -> None:
@@ -160,7 +161,7 @@ def judge_uses(inspection: RunInspection) -> list[CheckResult]:
     no_metadata = "run.json cannot be read" * (inspection.metadata is None)
     no_checkpoint = "no whole checkpoint" * (newest is None)
     unreadable = f"{METRICS_FILE} has lines that are no records" * (inspection.num_rows is None)
-    damaged = unreadable or f"{EVAL_RECORDS_FILE} is damaged" * (not inspection.has_whole_evaluations)
+    damaged = unreadable or f"{EVAL_RECORDS_FOLDER} is damaged" * (not inspection.has_whole_evaluations)
     running = "it is running" * inspection.is_running
     blockers = {
         "resume": (no_metadata or running or no_checkpoint or damaged, f"from {source}{rows_note}"),
