@@ -196,7 +196,7 @@ class TrainingRun:
         for event in self.callbacks.on_train_begin(self.state.step, self.state.elapsed_seconds):
             self.metrics.log(event)
         hang_timeout = self.plan.settings.engine.hang_timeout
-        with signal_handler.defer_signals(), context.watchdog.watch_for_hangs(hang_timeout):
+        with signal_handler.defer_signals(), context.watchdog.watch_for_hangs(hang_timeout, self.folder):
             if not self.state.step and self.state.eval_pending:
                 self._evaluate_other_splits(0)
             stream = train(

@@ -21,7 +21,7 @@ def refusal(tmp_path: Path, codes: list[int], fault: Callable[[int], None] | Non
 
 def test_a_rank_that_does_not_come_is_named_once(session_dir, tmp_path):
     line = refusal(tmp_path, [1, 1], WORLD_SIZE="3")
-    assert line.startswith("error: of 3 ranks these have not come to 127.0.0.1:")
+    assert line.startswith("error: of 3 ranks these did not join 127.0.0.1:")
     assert line.endswith("within 5 s (--hang-timeout): 2")
 
 
@@ -50,9 +50,9 @@ def test_a_port_at_which_another_run_has_met_is_named(session_dir, tmp_path):
     import torch.distributed as dist
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    dist.PrefixStore("trainer/0", store).add("came/1", 1)
+    dist.PrefixStore("trainer/0", store).set("rank/1", "another")
     line = refusal(tmp_path, [1], WORLD_SIZE="2", RANK="1", MASTER_PORT=str(store.port))
-    assert f"at 127.0.0.1:{store.port} is not this run's rank 0 (somebody else is rank 1 there)" in line
+    assert f": 127.0.0.1:{store.port} is not this run's rank 0 (it already has a rank 1)" in line
 
 
 def answer_soon(rank: int) -> None:

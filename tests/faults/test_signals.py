@@ -116,7 +116,7 @@ def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, out
     group.wait_until(lambda: last_logged_step(out) >= 1)
     gone.touch()
     assert group.wait() == [143, 143], group.output
-    assert group.error_lines == ["error: the launcher (process 12345) is gone; this run ends with the step in hand"]
+    assert group.error_lines == ["error: the launcher (process 12345) is gone; this run ends after the current step"]
     assert len(read_events(out, "interrupted")) == len(list_checkpoints(out)) == 1
 
 
@@ -129,8 +129,11 @@ def test_a_rank_that_hangs_is_named(rank, argv, out):
     group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, world_size=3, fault=hang)
     assert group.wait() == [1, 1, 1]
     others = "1, 2" if rank == 0 else "0, 2"
-    assert f"no rank has moved for 6 s (--hang-timeout): rank {rank} hangs at engine.py:" in group.error_line
+    assert f"no rank made progress for 6 s (--hang-timeout): rank {rank} hangs at engine.py:" in group.error_line
     assert re.search(rf"ranks {others} waiting at (engine|steppers)\.py:", group.error_line)
+    stacks = {path.name: path.read_text() for path in (out / "stacks").iterdir()}
+    assert sorted(stacks) == [f"rank-{number}.txt" for number in range(3)]
+    assert all("Timeout" in text and "in main" in text for text in stacks.values()), stacks
     assert list_checkpoints(out) == ["step-000002"]
 
 
@@ -156,6 +159,7 @@ def test_a_slow_rank_is_not_reported_as_hanging(argv, finished_run, out):
     group = RankProcesses([*argv, *HANG_TIMEOUT_FLAGS], out=out, fault=slow)
     assert group.wait(120) == [0, 0], group.output
     assert read_reproducible_records(out) == read_reproducible_records(finished_run)
+    assert not (out / "stacks").exists()
 
 
 MORE_FAILURES = ((1, "failure"), (0, "bug"))  # of the sweep

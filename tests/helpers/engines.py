@@ -15,7 +15,6 @@ from trainer.distributed.deepspeed_config import build_deepspeed_config, read_de
 from trainer.distributed.engine import Engine
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, simulated_context
-from trainer.distributed.rendezvous import Place, Placement
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
@@ -57,8 +56,7 @@ def joined_ranks() -> Iterator[DistContext]:
 
 def context_of_hosts(*hosts: str, gather: Callable[[Any], list[Any]]) -> DistContext:
     """Rank 0's context of a run with a rank on each of these; `gather(value)`: what all ranks say when it says that."""
-    places = tuple(Place(host=host, identity=host, address="", interface="") for host in hosts)
-    context = replace(simulated_context(len(hosts), "cpu"), placement=Placement(places=places))
+    context = replace(simulated_context(len(hosts), "cpu"), hosts=hosts)
     object.__setattr__(context, "all_gather_object", gather)
     return context
 

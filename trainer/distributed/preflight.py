@@ -66,7 +66,7 @@ def refuse_full_disk(folder: Path, checkpoint_bytes: float) -> None:
 
 
 def _where(context: DistContext, rank: int) -> str:
-    return f"{context.placement.hosts[rank]} (rank {rank})" if context.num_nodes > 1 else f"rank {rank}"
+    return f"{context.hosts[rank]} (rank {rank})" if context.num_nodes > 1 else f"rank {rank}"
 
 
 def package_version(package: str) -> str | None:

@@ -19,7 +19,16 @@ import torch.distributed as dist
 from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
 from trainer.config.errors import TrainingError, UserError
 from trainer.distributed.launch_environment import LaunchEnvironment, read_launch_environment
-from trainer.distributed.rendezvous import Place, Placement, meet
+from trainer.distributed.rendezvous import (
+    assign_gpus,
+    choose_address,
+    describe_self,
+    exchange,
+    find_interface,
+    is_loopback,
+    name_hosts,
+    open_store,
+)
 from trainer.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -34,14 +43,28 @@ class DistContext:
 
     rank: int
     world_size: int
-    local_rank: int  #: its place among the ranks of its host
-    local_world_size: int
-    placement: Placement  #: which rank is on which host
+    hosts: tuple[str, ...]  #: the name of each rank's host
     device: torch.device
     num_threads: int  #: of the processor, per rank
     cpu_group: Any  #: group for Python objects, patient; None where nobody else has joined
     watchdog: Watchdog  #: what the ranks know of one another while they wait
+    network: str = ""  #: the interface and address over which this rank talks to other hosts
     planned_gpu_bytes: int | None = None  #: memory of the GPU that is planned for, where none is here
+
+    @property
+    def num_nodes(self) -> int:
+        """Hosts taking part."""
+        return len(set(self.hosts))
+
+    @property
+    def local_rank(self) -> int:
+        """Its place among the ranks of its host."""
+        return self.hosts[: self.rank].count(self.hosts[self.rank])
+
+    @property
+    def local_world_size(self) -> int:
+        """The ranks of its host."""
+        return self.hosts.count(self.hosts[self.rank])
 
     def device_memory_bytes(self) -> int | None:
         """Bytes of the GPU's memory; None for a CPU, where state is not what runs out."""
@@ -63,7 +86,7 @@ class DistContext:
 
     def on_rank_zero(self, fn: Callable[[], T], *, per_node: bool = False) -> T:
         """What `fn` returns on rank 0 (on each node's first rank), for everybody; its errors are everybody's too."""
-        leader = self.placement.ranks_beside(self.rank)[0] if per_node else 0
+        leader = self.hosts.index(self.hosts[self.rank]) if per_node else 0
         value, leader_error = None, None
         if self.rank == leader:
             try:
@@ -77,8 +100,8 @@ class DistContext:
         failures = [(rank, failure) for rank, (_, failure) in enumerate(results) if failure is not None]
         if failures:
             rank, failure = failures[0]
-            if per_node and len(failures) < self.num_nodes:  # not what all would say alike
-                raise type(failure)(f"on {self.placement.hosts[rank]} (rank {rank}): {failure}")
+            if per_node and len(failures) < self.num_nodes:  # the others would not say the same
+                raise type(failure)(f"on {self.hosts[rank]} (rank {rank}): {failure}")
             raise failure
         return results[leader][0]  # type: ignore[return-value]
 
@@ -87,64 +110,67 @@ class DistContext:
         if self.cpu_group is not None:
             dist.broadcast(tensor, 0, group=self.cpu_group)
 
-    @property
-    def num_nodes(self) -> int:
-        """Hosts taking part."""
-        return len(set(self.placement.hosts))
-
     def describe_hosts(self) -> str:
         """The hosts, the ranks of each, and what they talk over, for people."""
-        hosts = self.placement.hosts
-        ranks = {host: [str(rank) for rank, other in enumerate(hosts) if other == host] for host in hosts}
+        ranks = {host: [str(rank) for rank, other in enumerate(self.hosts) if other == host] for host in self.hosts}
         hosts_text = "; ".join(f"{host}: rank{'s' * (len(ranks[host]) > 1)} {', '.join(ranks[host])}" for host in ranks)
-        place = self.placement.places[self.rank]
-        network = f" over {place.interface} ({place.address})" * bool(place.interface)
-        return f"{hosts_text}; {'nccl' if self.device.type == 'cuda' else 'gloo'}{network}"
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        return f"{hosts_text}; {backend}" + f" over {self.network}" * bool(self.network)
 
 
 def init_distributed(device: str | None = None, *, join_timeout_seconds: float = 600.0) -> DistContext:
     """Join the other ranks; whatever starts a run comes through here (`launch_environment`).
 
-    Without a launcher there is one rank. GPUs speak NCCL, processors gloo. UserError for what the user can mend.
+    Without a launcher there is one rank. GPUs use NCCL, processors gloo. UserError for what the user can mend.
     """
     launch = read_launch_environment(os.environ)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     gpus = [str(torch.cuda.get_device_properties(n).uuid) for n in range(torch.cuda.device_count())] if on_gpu else []
-    if launch.master_port is None:
-        launch = replace(launch, master_port=find_free_port())
-    store, placement = meet(launch, gpus=gpus, timeout_seconds=join_timeout_seconds)
-    local_ranks = placement.ranks_beside(launch.rank)
-    rank_device = torch.device("cuda", placement.gpu_index(launch.rank)) if on_gpu else torch.device("cpu")
-    _export_launch(launch, local_rank=rank_device.index or 0 if on_gpu else local_ranks.index(launch.rank))
-    if interface := placement.places[launch.rank].interface:  # gloo would look its own name up instead
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    num_threads = _threads_per_rank(len(local_ranks))
-    torch.set_num_threads(num_threads)
+    here = describe_self(launch, gpus)
+    board = None
+    if launch.world_size == 1:
+        store, ranks = dist.HashStore(), [here]
+    else:
+        store = open_store(launch, join_timeout_seconds)
+        if launch.rank == 0:  # a store of its own for the watchdog: torchrun's may go before the ranks do
+            board = dist.TCPStore(here["address"], 0, is_master=True, wait_for_workers=False)
+        ranks = exchange(store, launch, {**here, "board": board.port if board else 0}, join_timeout_seconds)
+        address = choose_address(launch.rank, ranks)
+        interface = find_interface(address)
+        if board is None:
+            host = launch.master_addr if is_loopback(ranks[0]["address"]) else ranks[0]["address"]
+            board = dist.TCPStore(host, ranks[0]["board"], is_master=False, wait_for_workers=False)
+        if interface:  # gloo would look its own name up instead
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    hosts = name_hosts(ranks)
+    rank_device = torch.device("cpu")
     if on_gpu:
+        rank_device = torch.device("cuda", assign_gpus(hosts, [rank["gpus"] for rank in ranks])[launch.rank])
         torch.cuda.set_device(rank_device)
-    cpu_group = _init_process_groups(launch, store, rank_device)
-    board = _create_store(launch.rank, placement, cpu_group) if cpu_group is not None else None
-    return DistContext(
+    num_threads = _threads_per_rank(hosts.count(hosts[launch.rank]))
+    torch.set_num_threads(num_threads)
+    context = DistContext(
         rank=launch.rank,
         world_size=launch.world_size,
-        local_rank=local_ranks.index(launch.rank),
-        local_world_size=len(local_ranks),
-        placement=placement,
+        hosts=hosts,
         device=rank_device,
         num_threads=num_threads,
-        cpu_group=cpu_group,
-        watchdog=Watchdog(launch.rank, launch.world_size, board, placement.hosts),
+        cpu_group=None,
+        watchdog=Watchdog(launch.rank, hosts, board),
+        network=f"{interface} ({address})" if launch.world_size > 1 and interface else "",
     )
+    _export_launch(launch, local_rank=rank_device.index if on_gpu else context.local_rank)
+    return replace(context, cpu_group=_init_process_groups(launch, store, rank_device))
 
 
 def _export_launch(launch: LaunchEnvironment, *, local_rank: int) -> None:
-    """Say it under torchrun's names, which DeepSpeed reads; `local_rank` is what it takes for the GPU's number."""
+    """Set torchrun's variables, which DeepSpeed reads; it takes `local_rank` for the number of the GPU."""
     os.environ.update(
         RANK=str(launch.rank),
         WORLD_SIZE=str(launch.world_size),
         LOCAL_RANK=str(local_rank),
         MASTER_ADDR=launch.master_addr,
-        MASTER_PORT=str(launch.master_port),
+        MASTER_PORT=str(launch.master_port or find_free_port()),
     )
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed asserts that the two agree
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
@@ -201,18 +227,15 @@ def simulated_context(
     on_gpu = gpu_memory_bytes is not None or (torch.cuda.is_available() if device is None else device == "cuda")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    rank_device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    here = Place(host=socket.gethostname(), identity="", address="", interface="")
+    hosts = (socket.gethostname(),) * world_size
     return DistContext(
         rank=0,
         world_size=world_size,
-        local_rank=0,
-        local_world_size=world_size,
-        device=rank_device,
-        placement=Placement(places=(here,) * world_size),
+        hosts=hosts,
+        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
         num_threads=_threads_per_rank(world_size),
         cpu_group=None,
-        watchdog=Watchdog(0, world_size, None),
+        watchdog=Watchdog(0, hosts, None),
         planned_gpu_bytes=gpu_memory_bytes,
     )
 
@@ -222,15 +245,6 @@ def forwarded_env_prefixes() -> tuple[str, ...]:
     runner = import_module("deepspeed.launcher.runner")
     accelerator = import_module("deepspeed.accelerator").get_accelerator()
     return (*runner.EXPORT_ENVS, *accelerator.export_envs())
-
-
-def _create_store(rank: int, placement: Placement, cpu_group: Any) -> dist.TCPStore:
-    """A key-value store on rank 0, apart from the launcher's: that one may go first."""
-    address = placement.places[0].address
-    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
-    port = [store.port if store else 0]
-    dist.broadcast_object_list(port, 0, group=cpu_group)
-    return store or dist.TCPStore(address, port[0], is_master=False, wait_for_workers=False)
 
 
 def is_peer_failure(error: BaseException) -> bool:

@@ -1,20 +1,16 @@
-"""How the ranks find one another: who is on which host, over which network interface they talk, which GPU each takes.
+"""How the ranks find one another: the store in which they meet, who is on which host, and which GPU each takes.
 
-All of it is told through the store at which the ranks meet, before the first collective. Which ranks share a host is
-found by the host's identity, not computed from variables that a launcher may not set.
+torch's own `env://` waits for late ranks without naming them, and for ever where something else listens at the port.
 """
 
 import contextlib
-import functools
 import json
 import os
 import socket
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,139 +20,55 @@ from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.distributed.launch_environment import LaunchEnvironment
 from trainer.distributed.watchdog import call_with_timeout
 
-ANSWER_SECONDS = 15.0  # within which rank 0's store, once it listens, answers
+ANSWER_SECONDS = 15.0  # within which a store that listens answers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a rank runs."""
+def open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
+    """The store of this run: on rank 0, or torchrun's where it keeps one.
 
-    host: str  #: the host's name
-    identity: str  #: the same for the ranks of one host only: its name and the identity of its boot
-    address: str  #: of the interface over which it reaches rank 0
-    interface: str  #: that interface's name; empty where it is not known
-    gpus: tuple[str, ...] = ()  #: identities of the GPUs that it sees, in its own order
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where all ranks run; the same on every rank."""
-
-    places: tuple[Place, ...]
-
-    @cached_property
-    def hosts(self) -> tuple[str, ...]:
-        """The name of each rank's host, with its address where two hosts have one name."""
-        names = {place.identity: place.host for place in self.places}
-        are_unique = len(set(names.values())) == len(names)
-        return tuple(place.host if are_unique else f"{place.host} ({place.address})" for place in self.places)
-
-    def ranks_beside(self, rank: int) -> list[int]:
-        """The ranks on the host of `rank`, itself among them."""
-        return [other for other, place in enumerate(self.places) if place.identity == self.places[rank].identity]
-
-    def gpu_index(self, rank: int) -> int:
-        """The GPU of a rank, in its own numbering: each takes the first that no lower rank of its host has.
-
-        UserError where there is none left, on every rank alike. It holds where all see the same GPUs as where a
-        scheduler shows each rank its own.
-        """
-        for leader in range(len(self.places)):
-            taken_gpus: set[str] = set()
-            for other in self.ranks_beside(leader):
-                gpus = self.places[other].gpus
-                index = next((n for n, gpu in enumerate(gpus) if gpu not in taken_gpus), None)
-                if index is None:
-                    ranks = f"{len(self.ranks_beside(leader))} ranks on {self.hosts[leader]}"
-                    raise UserError(f"{ranks} with {len(taken_gpus)} GPUs: start at most one rank a GPU")
-                taken_gpus.add(gpus[index])
-                if other == rank:
-                    rank_index = index
-        return rank_index
-
-
-def meet(launch: LaunchEnvironment, *, gpus: Sequence[str], timeout_seconds: float) -> tuple[Any, Placement]:
-    """(the store at which all ranks have met, where they run).
-
-    One line, as UserError on rank 0 where its port is taken, as TrainingError where a rank has not come within the
-    time; it names who is missing.
+    UserError where rank 0 cannot listen at its port; the other ranks end here with one line where they do not find it.
     """
-    here = Place(host=socket.gethostname(), identity=_host_identity(), address="", interface="", gpus=tuple(gpus))
-    if launch.world_size == 1:
-        return dist.HashStore(), Placement(places=(here,))
-    store = _open_store(launch, timeout_seconds)
-    address = _address_towards(launch.master_addr)
-    places = _exchange(store, launch, "meet", {**asdict(here), "address": address}, timeout_seconds)
-    address = _routable_address(address, here.identity, places)
-    endpoint = {"address": address, "interface": _interface_of(address)}
-    endpoints = _exchange(store, launch, "endpoint", endpoint, timeout_seconds)
-    for place, endpoint in zip(places, endpoints, strict=True):
-        place.update(endpoint, gpus=tuple(place["gpus"]))
-    return store, Placement(places=tuple(Place(**place) for place in places))
-
-
-def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
-    """The store on rank 0, or torchrun's own where it keeps one, as torch's `env://` does it."""
     is_server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not is_server and not _wait_for_port(launch.master_addr, launch.master_port, timeout_seconds):
+    if not is_server and not _wait_for_port(launch, timeout_seconds):
         _give_up(
             f"rank {launch.rank} on {socket.gethostname()} cannot reach rank 0 at "
-            f"{launch.master_addr}:{launch.master_port} within {timeout_seconds:g} s (--hang-timeout): "
-            "is it started, is that its address, is the port open?"
+            f"{launch.master_addr}:{launch.master_port} within {timeout_seconds:g} s (--hang-timeout): has it started? "
+            "Check MASTER_ADDR and the port"
         )
 
-    make_store = functools.partial(
-        dist.TCPStore,
-        launch.master_addr,
-        launch.master_port,
-        launch.world_size,
-        is_server,
-        timedelta(seconds=timeout_seconds),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    def make_store() -> Any:
+        return dist.TCPStore(
+            launch.master_addr,
+            launch.master_port or 0,
+            is_master=is_server,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,
+        )
+
     try:
-        # In a thread: torch waits for ever for the answer of whoever else listens there.
+        # In a thread: torch waits for ever for the answer of another program that listens there.
         store = make_store() if is_server else call_with_timeout(ANSWER_SECONDS, make_store)
-        if store is None:
-            _other_run(launch, "what listens there does not answer")
     except dist.DistError as error:
         raise UserError(
             f"rank 0 cannot listen at port {launch.master_port} of {socket.gethostname()} "
             f"({str(error).splitlines()[0][:200]}); pass a free one, as --master_port of the launcher or in MASTER_PORT"
         ) from None
-    store = dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    if store.add(f"came/{launch.rank}", 1) > 1:
-        _other_run(launch, f"somebody else is rank {launch.rank} there")
-    return store
+    if store is None:
+        _refuse_other_run(launch, "what listens there does not answer")
+    return dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def _other_run(launch: LaunchEnvironment, reason: str) -> NoReturn:
-    _give_up(
-        f"rank {launch.rank} on {socket.gethostname()}: at {launch.master_addr}:{launch.master_port} is not this run's "
-        f"rank 0 ({reason}); pass a free port, as --master_port of the launcher or in MASTER_PORT"
-    )
+def exchange(store: Any, launch: LaunchEnvironment, value: dict[str, Any], timeout_seconds: float) -> list[Any]:
+    """What each rank says of itself, in the order of ranks: two calls of the store for each.
 
-
-def _wait_for_port(host: str, port: int | None, timeout_seconds: float) -> bool:
-    """Whether somebody listens there within the time. torch's own store says so with a traceback of C++."""
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection((host, port or 0), timeout=2.0):
-            return True
-        time.sleep(0.2)
-    return False
-
-
-def _exchange(
-    store: Any, launch: LaunchEnvironment, topic: str, value: dict[str, Any], timeout_seconds: float
-) -> list[dict[str, Any]]:
-    """What each rank says under a topic, in the order of ranks."""
-    keys = [f"{topic}/{rank}" for rank in range(launch.world_size)]
-    store.set(keys[launch.rank], json.dumps(value))
+    Where ranks are missing after the time, all that are there end; one of them names the missing.
+    """
+    keys = [f"rank/{rank}" for rank in range(launch.world_size)]
+    own_value = json.dumps({**value, "process": uuid.uuid4().hex})
+    if store.compare_set(keys[launch.rank], "", own_value) != own_value.encode():
+        _refuse_other_run(launch, f"it already has a rank {launch.rank}")
     try:
-        store.wait(keys, timedelta(seconds=timeout_seconds))
-        return [json.loads(store.get(key)) for key in keys]
+        return [json.loads(other) for other in store.multi_get(keys)]
     except dist.DistError:
         try:
             present = [rank for rank, key in enumerate(keys) if store.check([key])]
@@ -164,27 +76,86 @@ def _exchange(
             present = [0]
         missing = ", ".join(str(rank) for rank in range(launch.world_size) if rank not in present)
         _give_up(
-            f"of {launch.world_size} ranks these have not come to {launch.master_addr}:{launch.master_port} within "
+            f"of {launch.world_size} ranks these did not join {launch.master_addr}:{launch.master_port} within "
             f"{timeout_seconds:g} s (--hang-timeout): {missing}",
             is_reporting_rank=launch.rank == min(present),
         )
 
 
-def _give_up(message: str, *, is_reporting_rank: bool = True) -> NoReturn:
-    """End here: the ranks that have not met cannot agree on who says why."""
-    error = TrainingError(message)
-    raise SystemExit(report_error(error) if is_reporting_rank else error.exit_code) from None
-
-
-def _host_identity() -> str:
+def describe_self(launch: LaunchEnvironment, gpus: Sequence[str]) -> dict[str, Any]:
+    """What the others need to know of this rank. `identity`: the same for the ranks of one host only."""
+    host = socket.gethostname()
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:  # not Linux
         boot_id = f"{uuid.getnode():x}"
-    return f"{socket.gethostname()}/{boot_id}"
+    address = _local_address(launch.master_addr)
+    return {"host": host, "identity": f"{host}/{boot_id}", "address": address, "gpus": list(gpus)}
 
 
-def _address_towards(host: str) -> str:
+def name_hosts(ranks: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The name of each rank's host, with its address where two hosts have one name."""
+    first_ranks = {rank["identity"]: rank for rank in reversed(ranks)}
+    names = {identity: rank["host"] for identity, rank in first_ranks.items()}
+    if len(set(names.values())) < len(names):
+        names = {identity: f"{rank['host']} ({rank['address']})" for identity, rank in first_ranks.items()}
+    return tuple(names[rank["identity"]] for rank in ranks)
+
+
+def assign_gpus(hosts: Sequence[str], gpus: Sequence[Sequence[str]]) -> list[int]:
+    """The GPU of each rank, in its own numbering: the first that no lower rank of its host has.
+
+    The same where all ranks see the same GPUs and where a scheduler shows each its own. `gpus`: the identities of those
+    that each rank sees. UserError where there are too few.
+    """
+    taken: set[tuple[str, str]] = set()
+    indices = []
+    for host, visible in zip(hosts, gpus, strict=True):
+        index = next((n for n, gpu in enumerate(visible) if (host, gpu) not in taken), None)
+        if index is None:
+            num_gpus = sum(other == host for other, _ in taken)
+            raise UserError(f"{hosts.count(host)} ranks on {host} with {num_gpus} GPUs: start at most one rank a GPU")
+        taken.add((host, visible[index]))
+        indices.append(index)
+    return indices
+
+
+def choose_address(rank: int, ranks: Sequence[dict[str, Any]]) -> str:
+    """The address at which other hosts reach this rank.
+
+    Its own is a loopback where its name leads to one (`127.0.1.1 name` in /etc/hosts, as Debian writes it): then the
+    address from which it reaches another host.
+    """
+    own = ranks[rank]
+    others = [other["address"] for other in ranks if other["identity"] != own["identity"]]
+    reachable = [address for address in others if not is_loopback(address)]
+    return _local_address(reachable[0]) if is_loopback(own["address"]) and reachable else str(own["address"])
+
+
+def is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
+def find_interface(address: str) -> str:
+    """The name of the network interface with this address; empty where it is not known."""
+    import psutil
+
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, entries in interfaces if any(entry.address == address for entry in entries)), "")
+
+
+def _wait_for_port(launch: LaunchEnvironment, timeout_seconds: float) -> bool:
+    """Whether something listens there within the time. torch's own store says so with a traceback of C++."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        address = launch.master_addr, launch.master_port or 0
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=2.0):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _local_address(host: str) -> str:
     """The address of this host from which a packet to `host` would leave; nothing is sent."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
@@ -195,22 +166,14 @@ def _address_towards(host: str) -> str:
         return "127.0.0.1"
 
 
-def _routable_address(address: str, identity: str, places: Sequence[dict[str, Any]]) -> str:
-    """`address`, unless that is a loopback while other hosts take part: then the one from which these are reached.
-
-    Rank 0 gets a loopback where its own name leads to one (`127.0.1.1 name` in /etc/hosts, as Debian writes it).
-    """
-    others = [place["address"] for place in places if place["identity"] != identity]
-    reachable = [other for other in others if not _is_loopback(other)]
-    return _address_towards(reachable[0]) if _is_loopback(address) and reachable else address
+def _refuse_other_run(launch: LaunchEnvironment, reason: str) -> NoReturn:
+    _give_up(
+        f"rank {launch.rank} on {socket.gethostname()}: {launch.master_addr}:{launch.master_port} is not this run's "
+        f"rank 0 ({reason}); pass a free port, as --master_port of the launcher or in MASTER_PORT"
+    )
 
 
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-def _interface_of(address: str) -> str:
-    import psutil
-
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, entries in interfaces if any(entry.address == address for entry in entries)), "")
+def _give_up(message: str, *, is_reporting_rank: bool = True) -> NoReturn:
+    """End this process: ranks that have not met cannot agree on who reports the error."""
+    error = TrainingError(message)
+    raise SystemExit(report_error(error) if is_reporting_rank else error.exit_code) from None

@@ -1,4 +1,4 @@
-"""Signals, and a launcher that is gone: both ask a run to end with the step in hand, within a bounded time.
+"""Signals, and a launcher that is gone: both ask a run to end after the current step, within a bounded time.
 
 The main thread may sit in a collective for ever, and Python runs no signal handler there: a thread looks after these.
 """
@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from functools import partial
 
 from trainer.distributed.launch_environment import reporting_rank
 
@@ -21,16 +21,16 @@ RESUME_HINT = "--resume goes on from the newest checkpoint"
 
 
 def print_error(line: str) -> None:
-    """One line on stderr, whatever became of it."""
+    """One line on stderr, even where nobody reads it any more."""
     with contextlib.suppress(OSError, ValueError):
         print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 class SignalHandler:
     """SIGINT, SIGTERM and SIGUSR1 (the notice of SLURM's `--signal`) end the process at once; within `defer_signals`,
-    after the step in hand. So does a lost launcher.
+    after the current step. So does a lost launcher.
 
-    A run that has not ended `grace_seconds` after the signal is ended, and so it is by a second signal, sent more than
+    A run that has not ended `grace_seconds` after the signal is ended, as it is by a second signal that comes more than
     REPEAT_GRACE_SECONDS after the first.
     """
 
@@ -41,23 +41,23 @@ class SignalHandler:
         self.grace_seconds = grace_seconds
         self.signal_number = 0
         self._signal_time = 0.0
-        self._is_deferred = False
-        self._is_launcher_lost = False
+        self._is_deferred = self._is_launcher_lost = False
         self._lock = threading.Lock()
-        self._is_quiet = reporting_rank(os.environ) != 0
+        self._is_reporting = reporting_rank(os.environ) == 0
         self._launchers = find_launchers(os.environ)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # told at once, wherever the main thread is
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # readable at once, wherever the main thread is
         for signum in self.SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
-        if self._launchers:
-            _request_parent_death_signal()
+        if self._launchers:  # the kernel sends SIGTERM when the launcher ends, also while this process imports
+            with contextlib.suppress(OSError, AttributeError):  # not Linux: the thread sees it within TICK_SECONDS
+                ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     @contextlib.contextmanager
     def defer_signals(self) -> Iterator[None]:
-        """Until the end of the block a signal is only asked for, with `stop_requested`."""
+        """Until the end of the block a signal only sets `stop_requested`."""
         self._is_deferred = True
         for signum in self.SIGNALS:
             signal.signal(signum, lambda *_: None)
@@ -73,7 +73,7 @@ class SignalHandler:
         return bool(self.signal_number)
 
     def check_launcher(self) -> bool:
-        """Whether the launcher is seen to be gone, for the first time: the run is then asked to end, and told why."""
+        """Whether the launcher is found to be gone, for the first time: the run is then asked to end, and told why."""
         with self._lock:
             lost_pid = next((pid for pid, is_attached in self._launchers if not is_attached()), None)
             if self._is_launcher_lost or lost_pid is None:
@@ -82,8 +82,8 @@ class SignalHandler:
             if self.signal_number:  # one that went to all of them
                 return False
             self.signal_number, self._signal_time = signal.SIGTERM, time.monotonic()
-            if not self._is_quiet:
-                print_error(f"the launcher (process {lost_pid}) is gone; this run ends with the step in hand")
+            if self._is_reporting:
+                print_error(f"the launcher (process {lost_pid}) is gone; this run ends after the current step")
             return True
 
     def _watch(self, reader: int) -> None:
@@ -95,21 +95,16 @@ class SignalHandler:
             if self.check_launcher() and not self._is_deferred:
                 os._exit(128 + signal.SIGTERM)
             for signum in os.read(reader, 64) if is_readable else b"":
-                self._handle_signal(signum)
+                if signum in self.SIGNALS and not self.signal_number:
+                    self.signal_number, self._signal_time = signum, time.monotonic()
+                elif signum in self.SIGNALS and time.monotonic() - self._signal_time > self.REPEAT_GRACE_SECONDS:
+                    os._exit(128 + signum)
             if self.signal_number and time.monotonic() - self._signal_time > self.grace_seconds:
-                self._end_after_grace()
-
-    def _handle_signal(self, signum: int) -> None:
-        if signum in self.SIGNALS and not self.signal_number:
-            self.signal_number, self._signal_time = signum, time.monotonic()
-        elif signum in self.SIGNALS and time.monotonic() - self._signal_time > self.REPEAT_GRACE_SECONDS:
-            os._exit(128 + signum)
-
-    def _end_after_grace(self) -> None:
-        if not self._is_quiet:
-            name = signal.Signals(self.signal_number).name
-            print_error(f"the run did not end within {self.grace_seconds:g} s (--grace) of {name}; {RESUME_HINT}")
-        os._exit(128 + self.signal_number)
+                if self._is_reporting:
+                    name = signal.Signals(self.signal_number).name
+                    limit = f"{self.grace_seconds:g} s (--grace) of {name}"
+                    print_error(f"the run did not end within {limit}; {RESUME_HINT}")
+                os._exit(128 + self.signal_number)
 
 
 def find_launchers(environ: Mapping[str, str]) -> list[tuple[int, Callable[[], bool]]]:
@@ -118,40 +113,40 @@ def find_launchers(environ: Mapping[str, str]) -> list[tuple[int, Callable[[], b
     torchrun starts the ranks itself; `deepspeed` starts a second launcher, which outlives it, through ssh where there
     are several hosts. Only what the kernel says of parents and sessions is looked at, which is the same under both.
     """
-    parent_pid = os.getppid()
     if "TORCHELASTIC_RUN_ID" in environ:
-        is_adopted = _is_adopted(os.getpid(), parent_pid) or (parent_pid == 1 and not _is_same_program(1))
-        return [(parent_pid, lambda: not is_adopted and os.getppid() == parent_pid)]
-    if "CROSS_SIZE" not in environ:
+        children = [os.getpid()]
+    elif "CROSS_SIZE" in environ:
+        children = [os.getpid(), os.getppid()]
+    else:
         return []
-    grandparent_pid = _parent_of(parent_pid)
-    is_adopted = _is_adopted(os.getpid(), parent_pid)
-    is_parent_adopted = _is_adopted(parent_pid, grandparent_pid)
-    return [
-        (parent_pid, lambda: not is_adopted and os.getppid() == parent_pid),
-        (grandparent_pid, lambda: not is_parent_adopted and _parent_of(parent_pid) == grandparent_pid),
-    ]
+    launchers: list[tuple[int, Callable[[], bool]]] = []
+    for pid in children:
+        parent_pid = _parent_of(pid)
+        launchers.append((parent_pid, partial(_is_child, pid, parent_pid, _is_adopted(pid, parent_pid))))
+    return launchers
+
+
+def _is_child(pid: int, parent_pid: int, is_adopted: bool) -> bool:
+    return not is_adopted and _parent_of(pid) == parent_pid
 
 
 def _is_adopted(pid: int, parent_pid: int) -> bool:
     """Whether the process that started `pid` is gone, and `parent_pid` is the one that takes in orphans.
 
     A process that does not lead its session was started within it; who takes in orphans (init, a service manager)
-    is of another session. Of a session's leader, as sshd and torchrun start them, nothing can be said.
+    is of another session. Of a session's leader, as sshd and torchrun start them, only this can be said: process 1 is
+    its launcher where it runs the same Python, as in a container.
     """
     try:
         session = os.getsid(pid)
-        return session != pid and (parent_pid == 0 or os.getsid(parent_pid) != session)
+        if session != pid:
+            return parent_pid == 0 or os.getsid(parent_pid) != session
     except OSError:  # it ended in between
         return True
-
-
-def _is_same_program(pid: int) -> bool:
-    """Whether a process runs the Python that this one does: torchrun as process 1 of a container."""
     try:
-        return Path(f"/proc/{pid}/exe").resolve(strict=True) == Path("/proc/self/exe").resolve(strict=True)
+        return parent_pid == 1 and not os.path.samefile("/proc/1/exe", "/proc/self/exe")
     except OSError:  # another user's
-        return False
+        return True
 
 
 def _parent_of(pid: int) -> int:
@@ -162,9 +157,3 @@ def _parent_of(pid: int) -> int:
         return int(psutil.Process(pid).ppid())
     except psutil.Error:
         return -1
-
-
-def _request_parent_death_signal() -> None:
-    """Let the kernel send SIGTERM when the launcher ends, also while this process only imports."""
-    with contextlib.suppress(OSError, AttributeError):  # not Linux: the thread sees it within TICK_SECONDS
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

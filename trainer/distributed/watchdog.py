@@ -1,9 +1,11 @@
-"""What the ranks tell one another beside their collectives: where each stands, and that one has failed.
+"""How the ranks know of one another while their main threads wait: heartbeats, failures, and who hangs.
 
-The main thread may sit in a collective for ever; so threads look after these.
+A main thread may sit in a collective for ever, and a store on a frozen host never answers. So one thread talks to the
+store, and another one watches and ends this process.
 """
 
 import contextlib
+import faulthandler
 import json
 import math
 import os
@@ -11,56 +13,43 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.distributed.signals import RESUME_HINT, print_error
 
-TICK_SECONDS = 1.0  # seconds between two looks
-PEER_FAILURE_GRACE_SECONDS = 5.0  # seconds that a rank gets to end by itself when another has failed
-SILENT_TICKS = 4  # ticks without a word after which a rank counts as lost, once a collective has failed
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankState:
-    """What a rank says of itself in the store, as JSON: its ticks and heartbeats so far, where its main thread is."""
-
-    ticks: int
-    heartbeats: int  #: of evaluations a rank with more rows has more than others
-    step: int  #: the one that it began last
-    is_waiting: bool  #: whether it is in a collective
-    location: str
+TICK_SECONDS = 1.0  # between two looks
+PEER_FAILURE_GRACE_SECONDS = 5.0  # that a rank gets to end by itself when another has failed
+SILENT_TICKS = 4  # ticks without a sign of life after which a rank counts as lost, once a collective has failed
+STACKS_FOLDER = "stacks"  #: in the run folder, while a run on several ranks trains, and after one that hung
 
 
 class Watchdog:
-    """The board on which the ranks tell one another how they stand.
+    """`hosts`: the name of each rank's host; `store`: a torch TCPStore on rank 0, None where nobody is watched."""
 
-    `store`: a torch TCPStore on rank 0, None where there is one rank; `hosts`: of each rank the name of its host.
-    Threads write and read it every TICK_SECONDS, and end this process where its main thread cannot: when another rank
-    has failed and, within `watch_for_hangs`, when all stand still.
-    """
-
-    def __init__(self, rank: int, world_size: int, store: Any, hosts: Sequence[str] = ()) -> None:
-        self.rank, self.world_size, self._store = rank, world_size, store
-        self._hosts = tuple(hosts) if len(set(hosts)) > 1 else ()  # on one host nobody needs its name
-        self._heartbeats = self._ticks = self._step = 0
-        self._closed = threading.Event()
-        self._peer_failure_tick: int | None = None  # the tick at which another rank's failure was learnt of
-        self._is_failure_reported = False  # whether that rank says why
-        self._has_failed = False  # whether this one failed itself
-        self._is_store_lost = False
-        self._hang_timeout_seconds = 0.0  # 0: nobody is watched
-        self._freeze_limit_seconds = math.inf  # the time-out, also once the watching has ended
+    def __init__(self, rank: int, hosts: Sequence[str], store: Any) -> None:
+        self.rank, self.world_size, self._store = rank, len(hosts), store
+        suffixes = [f" on {host}" * (len(set(hosts)) > 1) for host in hosts]
+        self._names = [f"rank {other}{suffix}" for other, suffix in enumerate(suffixes)]
+        # Reports where rank 0, which keeps the store, is gone: on another host if there is one, as a host may go.
+        self._deputy = next((other for other, host in enumerate(hosts) if host != hosts[0]), 1)
+        self._ticks = self._heartbeats = self._step = 0  # of this rank; a suspended process counts no ticks
+        self._states: list[dict[str, Any]] = []  # what each rank said last
+        self._heard_ticks = [0] * self.world_size  # when each was last heard from
+        self._progress_tick = 0  # when any of them last moved
+        self._failure_tick: int | None = None  # when this rank learnt that another has failed
+        self._is_reported = False  # whether that one reports it
+        self._has_failed = self._is_store_lost = False
+        self._hang_timeout_seconds = math.inf
         self._last_tick_time = time.monotonic()
-        self._stopped_tick: int | None = None  # the tick at which this process was found to have been frozen
-        self._rank_states: list[RankState] = []
-        self._last_progress_tick = self._last_exchange_tick = 0
-        self._last_heard_ticks = [0] * world_size  # the tick at which each rank last told anything
-        self._threads: list[threading.Thread] = []
+        self._silent_until_tick = -1.0  # after this process was frozen
+        self._stacks: Any = None  # an open file, while hangs are watched for
+        self._stacks_lock, self._publish_lock = threading.Lock(), threading.Lock()
+        self._is_watching = False
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._watch)]
         if store is not None:
             self._publish()
-            self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._tick)]
             for thread in self._threads:
                 thread.start()
 
@@ -70,38 +59,61 @@ class Watchdog:
         self._step = self._step if step is None else step
 
     @contextlib.contextmanager
-    def watch_for_hangs(self, hang_timeout_seconds: float) -> Iterator[None]:
+    def watch_for_hangs(self, hang_timeout_seconds: float, folder: Path | None = None) -> Iterator[None]:
         """Until the end of the block, end the run where no rank moves for so long; one line names who hangs.
 
-        Ticks of this process are counted, so a run that was suspended (Ctrl-Z, a sleeping laptop) is not ended.
+        The stacks of all threads go to `folder`/stacks/rank-N.txt, where this host has the folder. A run that was
+        suspended (Ctrl-Z, a sleeping laptop) is not ended.
         """
-        self._last_progress_tick, self._hang_timeout_seconds = self._ticks, hang_timeout_seconds
-        self._freeze_limit_seconds = hang_timeout_seconds or math.inf
+        self._hang_timeout_seconds, self._progress_tick, self._is_watching = hang_timeout_seconds, self._ticks, True
+        if self._store is not None and folder is not None and folder.is_dir():
+            with contextlib.suppress(OSError):  # a full disk costs the stacks only
+                path = folder / STACKS_FOLDER / f"rank-{self.rank}.txt"
+                path.parent.mkdir(exist_ok=True)
+                self._stacks = open(path, "w", encoding="utf-8")  # noqa: SIM115
+                faulthandler.dump_traceback_later(hang_timeout_seconds, file=self._stacks)
         try:
             yield
         finally:
-            self._hang_timeout_seconds = 0.0
+            self._is_watching = False
+            with self._stacks_lock:
+                if self._stacks is not None:
+                    faulthandler.cancel_dump_traceback_later()
+                    self._stacks.close()
+                    with contextlib.suppress(OSError):
+                        path = Path(self._stacks.name)
+                        path.unlink()
+                        path.parent.rmdir()  # once the last rank has ended
+                self._stacks = None
 
     def claim_error_report(self) -> bool:
-        """Whether this rank, which has failed, is the one to say why: the first of all to ask."""
+        """Whether this rank, which has failed, reports why: the first to ask does."""
         if self._store is None:
             return True
-        if self._is_failure_reported or self._was_stopped():
+        if self._is_reported or self._was_frozen():
             return False
         self._has_failed = True
-        num_claims = call_with_timeout(2.0, self._announce_failure)
-        if num_claims is not None:
-            return num_claims == 1
+        num_failed = call_with_timeout(2.0, self._announce_failure)
+        if num_failed is not None:
+            return num_failed == 1
         self._is_store_lost = True
-        return self.rank == self._deputy_rank()
+        return self.rank == self._deputy
 
     def describe_lost_peer(self) -> str:
-        """One line for the rank that reports a collective that failed: which ranks are gone, and on which hosts.
+        """One line for the rank that reports a failed collective: which ranks are gone, and on which hosts.
 
-        Waits SILENT_TICKS, by which time those that are alive have been heard from or have said that they fail too.
+        Waits SILENT_TICKS, by which time those that are alive have been heard from.
         """
-        lost_ranks = [0] if self._is_store_lost else self._wait_for_silent_ranks()
-        name = " and ".join(self._name(rank) for rank in lost_ranks) or "another rank"
+        lost_ranks = [0]
+        if not self._is_store_lost:
+            first_tick = self._ticks
+            deadline = time.monotonic() + 2 * SILENT_TICKS * TICK_SECONDS
+            while self._ticks < first_tick + SILENT_TICKS and time.monotonic() < deadline:
+                time.sleep(TICK_SECONDS / 10)
+            # What is heard for the first time at the next tick may have been said before.
+            lost_ranks = [r for r, tick in enumerate(self._heard_ticks) if tick <= first_tick + 1 and r != self.rank]
+            lost_ranks = [r for r in lost_ranks if not self._states or not self._states[r]["has_failed"]]
+        name = " and ".join(self._names[rank] for rank in lost_ranks) or "another rank"
         return f"{name} of this run ended without a word (killed, out of memory, or cut off?); {RESUME_HINT}"
 
     def close(self, *, has_failed: bool = False) -> None:
@@ -109,135 +121,118 @@ class Watchdog:
         if has_failed:
             self._wait_until_all_know()
         self._closed.set()
-        for thread in self._threads:  # one that is in the store when Python ends aborts the process
-            thread.join(2.0)
-
-    def _name(self, rank: int) -> str:
-        return f"rank {rank} on {self._hosts[rank]}" if self._hosts else f"rank {rank}"
-
-    def _was_stopped(self) -> bool:
-        """Whether this process was frozen for longer than the others wait for a rank (SIGSTOP, a host that hung): they
-        have named it and are gone, which is no news when it wakes."""
-        limit = self._freeze_limit_seconds
-        if time.monotonic() - self._last_tick_time > limit:
-            return True
-        return self._stopped_tick is not None and (self._ticks - self._stopped_tick) * TICK_SECONDS <= 2 * limit
-
-    def _deputy_rank(self) -> int:
-        """Who speaks where rank 0, which keeps the store, is gone and nobody can be asked: one rank, on another host
-        if there is one, since a host may go with all its ranks."""
-        return next((rank for rank, host in enumerate(self._hosts) if host != self._hosts[0]), 1)
-
-    def _announce_failure(self) -> int:
-        self._store.set(f"failed/{self.rank}", "1")
-        return int(self._store.add("failed", 1))
-
-    def _wait_for_silent_ranks(self) -> list[int]:
-        def read_failed_ranks() -> list[int]:
-            return [rank for rank in range(self.world_size) if self._store.check([f"failed/{rank}"])]
-
-        first_tick, failed_ranks = self._ticks, {self.rank}
-        deadline = time.monotonic() + 2 * SILENT_TICKS * TICK_SECONDS
-        while self._ticks < first_tick + SILENT_TICKS and time.monotonic() < deadline:
-            # Asked all the time: rank 0 takes the store with it when it leaves.
-            failed_ranks.update(call_with_timeout(1.0, read_failed_ranks) or ())
-            time.sleep(TICK_SECONDS / 10)
-        # What is heard for the first time at the next tick may have been said before.
-        return [r for r, tick in enumerate(self._last_heard_ticks) if tick <= first_tick + 1 and r not in failed_ranks]
-
-    def _wait_until_all_know(self) -> None:
-        if self.rank == 0 and self._store is not None:
-            deadline = time.monotonic() + 3.0
-            while (
-                time.monotonic() < deadline
-                and call_with_timeout(1.0, lambda: self._store.add("failed", 0)) != self.world_size
-            ):
-                time.sleep(0.05)
+        for thread in self._threads if self._store is not None else ():
+            thread.join(2.0)  # one that is in the store when Python ends aborts the process
 
     def _publish(self) -> None:
         location, is_waiting = _main_thread_location()
-        state = RankState(
-            ticks=self._ticks, heartbeats=self._heartbeats, step=self._step, is_waiting=is_waiting, location=location
-        )
-        self._store.set(f"rank/{self.rank}", json.dumps(asdict(state)))
+        with self._publish_lock:  # nothing older overwrites a failure
+            state = {
+                "ticks": self._ticks,
+                "heartbeats": self._heartbeats,  # in an evaluation a rank with more rows has more than others
+                "step": self._step,
+                "location": location,
+                "is_waiting": is_waiting,  # in a collective
+                "has_failed": self._has_failed,
+            }
+            self._store.set(f"rank/{self.rank}", json.dumps(state))
 
-    def _read_states(self) -> list[RankState]:
-        rows = self._store.multi_get([f"rank/{rank}" for rank in range(self.world_size)])
-        return [RankState(**json.loads(row)) for row in rows]
+    def _announce_failure(self) -> int:
+        """How many ranks know of a failure, this one included."""
+        self._publish()
+        return int(self._store.add("failed", 1))
+
+    def _wait_until_all_know(self) -> None:
+        """Rank 0 takes the store with it when it leaves."""
+        deadline = time.monotonic() + 3.0
+        while self.rank == 0 and self._store is not None and time.monotonic() < deadline:
+            if call_with_timeout(1.0, lambda: self._store.add("failed", 0)) == self.world_size:
+                break
+            time.sleep(0.05)
 
     def _exchange(self) -> None:
+        """Tell the others how this rank stands, and hear how they do."""
+        keys = [f"rank/{rank}" for rank in range(self.world_size)]
         try:
-            self._rank_states = self._read_states()  # waits for the last rank to begin
-            while not self._closed.wait(TICK_SECONDS):
+            while not self._closed.wait(TICK_SECONDS if self._states else 0):
                 self._publish()
-                states, previous_states = self._read_states(), self._rank_states
-                self._last_exchange_tick = self._ticks
-                for rank, (state, previous_state) in enumerate(zip(states, previous_states, strict=True)):
-                    if state.ticks != previous_state.ticks:
-                        self._last_heard_ticks[rank] = self._ticks
-                    if state.heartbeats != previous_state.heartbeats:
-                        self._last_progress_tick = self._ticks
-                self._rank_states = states
-                if not self._has_failed and not self._is_failure_reported and self._store.add("failed", 0):
-                    self._peer_failure_tick, self._is_failure_reported = self._ticks, True
-                    self._announce_failure()  # this rank knows
+                states = [json.loads(row) for row in self._store.multi_get(keys)]  # at first: waits for the last rank
+                has_moved = False
+                for rank, (state, previous) in enumerate(zip(states, self._states or states, strict=True)):
+                    if state["ticks"] != previous["ticks"]:
+                        self._heard_ticks[rank] = self._ticks
+                    has_moved = has_moved or state["heartbeats"] != previous["heartbeats"]
+                self._states = states
+                if has_moved:
+                    self._progress_tick = self._ticks
+                    with self._stacks_lock:
+                        if self._stacks is not None:  # its thread also runs where all others wait for Python's lock
+                            faulthandler.dump_traceback_later(self._hang_timeout_seconds, file=self._stacks)
+                if not self._has_failed and not self._is_reported and self._store.add("failed", 0):
+                    self._failure_tick, self._is_reported = self._ticks, True
+                    self._announce_failure()
         except Exception:  # rank 0 is gone, and the store with it
-            self._peer_failure_tick, self._is_store_lost = self._ticks, True
+            self._failure_tick, self._is_store_lost = self._ticks, True
 
-    def _tick(self) -> None:
+    def _watch(self) -> None:
+        """End this process where its main thread cannot: another rank has failed, or all stand still."""
         while not self._closed.wait(TICK_SECONDS):
             self._ticks += 1
-            if time.monotonic() - self._last_tick_time > self._freeze_limit_seconds:
-                self._stopped_tick = self._ticks
+            if time.monotonic() - self._last_tick_time > self._hang_timeout_seconds:
+                self._silent_until_tick = self._ticks + 2 * self._hang_timeout_seconds / TICK_SECONDS
             self._last_tick_time = time.monotonic()
-            if self._peer_failure_tick is not None:
-                if (self._ticks - self._peer_failure_tick) * TICK_SECONDS <= PEER_FAILURE_GRACE_SECONDS:
+            if self._failure_tick is not None:
+                if (self._ticks - self._failure_tick) * TICK_SECONDS <= PEER_FAILURE_GRACE_SECONDS:
                     continue
-                is_told = self._is_failure_reported or self._has_failed or self._was_stopped()
-                if not is_told and self.rank == self._deputy_rank():
+                is_said = self._is_reported or self._has_failed or self._was_frozen()
+                if not is_said and self.rank == self._deputy:
                     print_error(self.describe_lost_peer())
-                os._exit(1)  # the main thread waits for those who have left
-            still_seconds = (self._ticks - self._last_progress_tick) * TICK_SECONDS
-            if self._rank_states and 0 < self._hang_timeout_seconds < still_seconds:
-                self._abort_hung_run()
+                os._exit(1)
+            still_seconds = (self._ticks - self._progress_tick) * TICK_SECONDS
+            if self._is_watching and self._states and still_seconds > self._hang_timeout_seconds:
+                self._end_hung_run()
 
-    def _abort_hung_run(self) -> None:
-        all_ranks = range(self.world_size)
+    def _was_frozen(self) -> bool:
+        """Whether this process stood still for so long (SIGSTOP, a host that hung) that the others have named it."""
+        elapsed_seconds = time.monotonic() - self._last_tick_time
+        return elapsed_seconds > self._hang_timeout_seconds or self._ticks <= self._silent_until_tick
+
+    def _end_hung_run(self) -> None:
+        ranks = range(self.world_size)
         stale_tick = self._ticks - self._hang_timeout_seconds / TICK_SECONDS / 2
-        is_store_frozen = self._last_exchange_tick < stale_tick  # and with it rank 0, which keeps it
-        silent_ranks = [0] if is_store_frozen else [r for r in all_ranks if self._last_heard_ticks[r] < stale_tick]
+        silent_ranks = [rank for rank in ranks if self._heard_ticks[rank] < stale_tick]
+        if is_store_frozen := self.rank in silent_ranks:  # it does not even give back what this rank has said
+            silent_ranks = [0]
         hung_ranks = silent_ranks or self._find_hung_ranks()
-        waiting_ranks = [rank for rank in all_ranks if rank not in hung_ranks]
-        if self.rank == min(waiting_ranks or hung_ranks) and not self._was_stopped():
+        waiting_ranks = [rank for rank in ranks if rank not in hung_ranks]
+        if self.rank == min(waiting_ranks or hung_ranks) and not self._was_frozen():
             self._has_failed = True
             call_with_timeout(2.0, self._announce_failure)
-            message = ", ".join(
-                f"{self._name(rank)} "
-                + ("does not answer" if silent_ranks else f"hangs at {self._rank_states[rank].location}")
-                for rank in hung_ranks
-            )
+            problem = "does not answer" if silent_ranks else "hangs at {location}"
+            message = ", ".join(f"{self._names[rank]} {problem.format(**self._states[rank])}" for rank in hung_ranks)
             if waiting_ranks and not is_store_frozen:
-                plural, location = "s" * (len(waiting_ranks) > 1), self._rank_states[waiting_ranks[0]].location
+                plural, location = "s" * (len(waiting_ranks) > 1), self._states[waiting_ranks[0]]["location"]
                 message += f"; rank{plural} {', '.join(map(str, waiting_ranks))} waiting at {location}"
-            print_error(
-                f"no rank has moved for {self._hang_timeout_seconds:g} s (--hang-timeout): {message}; {RESUME_HINT}"
-            )
+            if self._stacks is not None:
+                message += f"; all stacks are in {Path(self._stacks.name).parent}"
+            seconds = f"{self._hang_timeout_seconds:g} s (--hang-timeout)"
+            print_error(f"no rank made progress for {seconds}: {message}; {RESUME_HINT}")
             self._wait_until_all_know()
         else:
-            time.sleep(3 * TICK_SECONDS)  # the one who speaks goes first: a launcher ends all after one
+            time.sleep(3 * TICK_SECONDS)  # the one that reports ends first: a launcher ends all after one
         os._exit(1)
 
     def _find_hung_ranks(self) -> list[int]:
-        """Who is waited for is a step behind who waits; where all are in one step, who is not in a collective."""
-        all_ranks = range(self.world_size)
-        min_step = min(state.step for state in self._rank_states)
-        ranks_behind = [rank for rank in all_ranks if self._rank_states[rank].step == min_step]
-        computing_ranks = [rank for rank in all_ranks if not self._rank_states[rank].is_waiting]
-        return (ranks_behind if len(ranks_behind) < self.world_size else computing_ranks) or list(all_ranks)
+        """Those a step behind the others; where all are in one step, those that are not in a collective."""
+        steps = [state["step"] for state in self._states]
+        ranks_behind = [rank for rank, step in enumerate(steps) if step == min(steps)]
+        if len(ranks_behind) < self.world_size:
+            return ranks_behind
+        return [rank for rank in ranks_behind if not self._states[rank]["is_waiting"]] or ranks_behind
 
 
 def call_with_timeout(timeout_seconds: float, fn: Callable[[], Any]) -> Any:
-    """What `fn` returns; None where it raises or takes longer (a store on a frozen rank answers never)."""
+    """What `fn` returns; None where it raises or takes longer (a store on a frozen rank never answers)."""
     results: list[Any] = []
 
     def target() -> None:

@@ -23,7 +23,7 @@ def with_host_lines(plan: RunPlan) -> RunPlan:
     lines = [("environment", _describe_environment(plan, context))]
     if note := _describe_clocks(context):
         lines.append(("note", note))
-    folder, here = Path(plan.settings.run_folder), context.placement.hosts[0]
+    folder, here = Path(plan.settings.run_folder), context.hosts[0]
     if without := ", ".join(_hosts_without_run_folder(folder, context)):
         only_here = f"only {here} holds the checkpoints and can be the first to resume"
         lines.append(("note", f"{folder} of {here} is not seen on {without}: {only_here}"))
@@ -34,7 +34,7 @@ def _describe_environment(plan: RunPlan, context: DistContext) -> str:
     """W&B's mode on rank 0, which logs, and the folders of every host: `deepspeed` hands on no variable for them."""
     mode = context.on_rank_zero(lambda: wandb_mode(plan.settings.output.wandb))
     folders = f"cache {resolve_cache_dir()}, HF home {os.environ.get('HF_HOME') or '~/.cache/huggingface'}"
-    by_host = dict(zip(context.placement.hosts, context.all_gather_object(folders), strict=True))
+    by_host = dict(zip(context.hosts, context.all_gather_object(folders), strict=True))
     if len(set(by_host.values())) == 1:
         return f"W&B {mode}; {folders}"
     return f"W&B {mode}; " + "; ".join(f"on {host} {text}" for host, text in by_host.items())
@@ -43,7 +43,7 @@ def _describe_environment(plan: RunPlan, context: DistContext) -> str:
 def _describe_clocks(context: DistContext) -> str | None:
     """Which two hosts say a time that differs by more than their answers do; the rows have rank 0's."""
     context.all_gather_object(None)  # all go on from here at nearly one moment
-    times = dict(zip(context.placement.hosts, context.all_gather_object(time.time()), strict=True))
+    times = dict(zip(context.hosts, context.all_gather_object(time.time()), strict=True))
     early, late = min(times, key=times.__getitem__), max(times, key=times.__getitem__)
     seconds = times[late] - times[early]
     return f"the clock of {late} is {seconds:,.0f} s ahead of that of {early}" if seconds > MAX_CLOCK_SECONDS else None
@@ -55,5 +55,5 @@ def _hosts_without_run_folder(folder: Path, context: DistContext) -> list[str]:
     with contextlib.suppress(OSError):
         probe = (folder / LOCK_FILE).read_text()
     probes = context.all_gather_object(probe)
-    hosts = (host for host, other in zip(context.placement.hosts, probes, strict=True) if other != probes[0])
+    hosts = (host for host, other in zip(context.hosts, probes, strict=True) if other != probes[0])
     return list(dict.fromkeys(hosts))

@@ -84,7 +84,7 @@ def refuse_run_elsewhere(folder: Path, context: DistContext) -> None:
     """UserError where a run stands in this folder on another host only: --resume auto would begin a second one."""
     has_run = context.all_gather_object((folder / METADATA_FILE).exists())
     if any(has_run) and not has_run[0]:
-        hosts = context.placement.hosts
+        hosts = context.hosts
         raise UserError(
             f"--resume auto: the run in {folder} is on {hosts[has_run.index(True)]}, and rank 0 on {hosts[0]} has "
             "none there; name its host first, or another --output-dir"

@@ -1,7 +1,5 @@
 """The place of a process among those started together, from the variables that each launcher's documents name."""
 
-from typing import Any
-
 import pytest
 
 from trainer.config.errors import UserError
@@ -94,51 +92,43 @@ SKYPILOT = {
 SBATCH_LINES = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}
 
 
-def place(ranks: tuple[int, int], local: tuple[Any, Any], addr: str = "h1", port: int | None = 1234) -> Any:
-    """`ranks` and `local`: (rank, how many there are)."""
-    return LaunchEnvironment(
-        rank=ranks[0],
-        world_size=ranks[1],
-        local_rank=local[0],
-        local_world_size=local[1],
-        master_addr=addr,
-        master_port=port,
-    )
+def place(rank: int, world_size: int, addr: str = "h1", port: int | None = 1234) -> LaunchEnvironment:
+    return LaunchEnvironment(rank=rank, world_size=world_size, master_addr=addr, master_port=port)
 
 
 PALS = {"PALS_RANKID": "3", "PALS_LOCAL_RANKID": "1", "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_LOCAL_RANK": "1"}
 TWO_TASKS = {**SRUN, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
-ALONE = place((0, 1), (0, 1), "127.0.0.1", None)
+ALONE = place(0, 1, "127.0.0.1", None)
 CASES = {
-    "torchrun": (TORCHRUN, place((3, 4), (1, 2))),
-    "torchrun in a task of srun": ({**SRUN, **TORCHRUN}, place((3, 4), (1, 2))),
-    "torchrun under PyTorchJob": ({**PYTORCHJOB, **TORCHRUN, "PET_NPROC_PER_NODE": "2"}, place((3, 4), (1, 2))),
-    "deepspeed": (DEEPSPEED, place((2, 3), (0, 2))),
-    "deepspeed --launcher slurm": ({**SRUN, "PYTHONPATH": "/x"}, place((5, 8), (1, None), "gpu003", 15101)),
-    "deepspeed --launcher openmpi": ({**OPENMPI, **MASTER}, place((1, 2), (0, 1))),
-    "deepspeed --launcher mpich": ({**HYDRA, **MASTER, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, place((1, 2), (1, 2))),
-    "mpiexec of PALS with Cray's PMI": ({**PALS, "PMI_LOCAL_SIZE": "2", **MASTER}, place((3, 4), (1, 2))),
+    "torchrun": (TORCHRUN, place(3, 4)),
+    "torchrun in a task of srun": ({**SRUN, **TORCHRUN}, place(3, 4)),
+    "torchrun under PyTorchJob": ({**PYTORCHJOB, **TORCHRUN, "PET_NPROC_PER_NODE": "2"}, place(3, 4)),
+    "deepspeed": (DEEPSPEED, place(2, 3)),
+    "deepspeed --launcher slurm": ({**SRUN, "PYTHONPATH": "/x"}, place(5, 8, "gpu003", 15101)),
+    "deepspeed --launcher openmpi": ({**OPENMPI, **MASTER}, place(1, 2)),
+    "deepspeed --launcher mpich": ({**HYDRA, **MASTER, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, place(1, 2)),
+    "mpiexec of PALS with Cray's PMI": ({**PALS, "PMI_LOCAL_SIZE": "2", **MASTER}, place(3, 4)),
     "mpirun in an allocation": (
         {**SRUN, **OPENMPI, "SLURM_STEP_NUM_TASKS": "2"},  # srun has started its helpers, one a node
-        place((1, 2), (0, 1), "gpu001", 15101),
+        place(1, 2, "gpu001", 15101),
     ),
-    "srun --mpi=pmix": ({**SRUN, "PMIX_RANK": "5"}, place((5, 8), (1, None), "gpu003", 15101)),
-    "srun on one node": ({**SRUN, "SLURM_STEP_NUM_NODES": "1"}, place((5, 8), (1, None), "127.0.0.1", 15101)),
+    "srun --mpi=pmix": ({**SRUN, "PMIX_RANK": "5"}, place(5, 8, "gpu003", 15101)),
+    "srun on one node": ({**SRUN, "SLURM_STEP_NUM_NODES": "1"}, place(5, 8, "127.0.0.1", 15101)),
     "srun of one task": (
         {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "gpu004"},
-        place((0, 1), (0, 1), "127.0.0.1", None),
+        place(0, 1, "127.0.0.1", None),
     ),
     "mpirun on one host": (
         {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-        place((1, 2), (1, 2), "127.0.0.1", 29500),
+        place(1, 2, "127.0.0.1", 29500),
     ),
-    "PyTorchJob": (PYTORCHJOB, place((1, 3), (None, None), "job-master-0", 23456)),
-    "Trainer v2": (TRAINER_V2, place((1, 2), (None, None), "job-node-0-0.job", 29500)),
-    "SkyPilot": (SKYPILOT, place((1, 2), (None, None), "10.0.0.5", 29500)),
-    "RANK and WORLD_SIZE in a batch script": ({**TWO_TASKS, **SBATCH_LINES}, place((1, 2), (0, None))),
+    "PyTorchJob": (PYTORCHJOB, place(1, 3, "job-master-0", 23456)),
+    "Trainer v2": (TRAINER_V2, place(1, 2, "job-node-0-0.job", 29500)),
+    "SkyPilot": (SKYPILOT, place(1, 2, "10.0.0.5", 29500)),
+    "RANK and WORLD_SIZE in a batch script": ({**TWO_TASKS, **SBATCH_LINES}, place(1, 2)),
     "eight ranks started by hand in each of two tasks": (
         {**TWO_TASKS, **SBATCH_LINES, "RANK": "9", "WORLD_SIZE": "16"},
-        place((9, 16), (0, None)),
+        place(9, 16),
     ),
     "plain Python": ({"PATH": "/bin"}, ALONE),
     "plain Python in an allocation of one task": ({**SBATCH, "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}, ALONE),
