@@ -1,4 +1,4 @@
-"""Measure what training costs: `python launch/bench.py steps|memory|data|scaling|packing` (left out: steps)."""
+"""Measure what training costs: `python launch/bench.py steps|memory` (default: steps)."""
 
 import sys
 

@@ -25,7 +25,7 @@ from trainer.distributed.process_group import (
 from trainer.distributed.signals import SignalHandler
 from trainer.export.run_export import RunExport, earlier_checkpoint_to_export, export_run, measure_memory
 from trainer.model.build import TrainableModel, build_model, load_config
-from trainer.model.flops import count_training_flops
+from trainer.model.flops import count_step_flops
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
@@ -92,12 +92,8 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     refuse_differences(
         context, {"the data": data.metadata["fingerprint"], "the base model": model.metadata["fingerprint"]}
     )
-    step_flops = count_training_flops(
-        model,
-        lengths=data.train.lengths(),
-        global_batch=settings.train.global_batch,
-        activation_checkpointing=settings.engine.activation_checkpointing,
-    )
+    lengths, global_batch = data.train.lengths(), settings.train.global_batch
+    step_flops = context.on_rank_zero(lambda: count_step_flops(settings, lengths=lengths, global_batch=global_batch))
     model_info = {**model.metadata, "step_flops": step_flops}
     plan = make_plan(settings, context, data, model_info, load_config(settings.model))
     if (args.dry_run or args.runs_finder) and context.rank == 0:

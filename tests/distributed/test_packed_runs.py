@@ -1,19 +1,15 @@
 """Real ranks: packed rows give the losses, norms and weights of one example a row; what they cost is said."""
 
-import argparse
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.engines import plan_run, prepare_data
-from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import launch_jobs, output_relevant_part, read_job_result
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config.errors import UserError
 from trainer.distributed.process_group import simulated_context
-from trainer.tools.bench.packing import measure_packing
 
 TOLERANCE = 2e-5  # float32 sums in another order, over 8 steps
 
@@ -59,14 +55,3 @@ def test_the_plan_says_the_padding_before_and_after(argv):
     assert by_length <= single
     with pytest.raises(UserError, match="--packing: blocks are full already; expected --objective completion, or chat"):
         plan_run([*argv, "--packing", "--objective", "blocks"], simulated_context(1), on_meta=True)
-
-
-def test_the_benchmark_prints_padding_and_speed_of_every_variant(tmp_path: Path):
-    args = argparse.Namespace(shape="tiny", batch=8, block_size=64, mean_length=24, steps=2, rounds=1)
-    assert run_on_ranks(1, measure_packing, args, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    message = (tmp_path / "log").read_text()
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+)% \| ([\d,]+) \| ([\d.]+) \(", message, re.M)
-    assert [row[0] for row in rows] == ["as they come", "like lengths together", "packed"]
-    paddings = [float(row[1]) for row in rows]
-    assert max(paddings[1:]) < paddings[0]
-    assert all(int(row[2].replace(",", "")) > 0 for row in rows)

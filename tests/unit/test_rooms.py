@@ -149,5 +149,5 @@ def test_what_answers_at_once_loads_none_of_the_heavy_packages():
     command = [sys.executable, "-c", LOOK, *(f"trainer.{name}" for name in TORCH_FREE), *scripts]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     loaded = dict(json.loads(line) for line in process.stdout.splitlines())
-    assert len(loaded) == len(TORCH_FREE) + len(scripts) > 20, process.stderr
+    assert len(loaded) == len(TORCH_FREE) + len(scripts), process.stderr
     assert not any(loaded.values()), loaded

@@ -1,4 +1,4 @@
-"""The formula for a step's operations against torch's own count of the products that a model really makes."""
+"""A step's operations, counted without memory, against torch's count of what a model with weights really computes."""
 
 import numpy as np
 import pytest
@@ -6,34 +6,45 @@ import torch
 from helpers.tiny_inputs import make_tiny_gpt2
 from helpers.tolerances import FLOPS_TOLERANCE
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.config import cli
-from trainer.model.build import TrainableModel, build_model
-from trainer.model.flops import count_step_flops, count_training_flops
+from trainer.model.build import build_model
+from trainer.model.flops import count_step_flops
 
 NUM_ROWS, LENGTH = 3, 24
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.1])
-def model_folder(request, tmp_path_factory) -> str:
+def gpt2_folder(request, tmp_path_factory) -> str:
     return make_tiny_gpt2(tmp_path_factory.mktemp("flops"), dropout=request.param, hidden_size=64)
 
 
-def build(*flags: str) -> TrainableModel:
-    argv = ["--data", "acled-demo", *flags]
-    model = build_model(cli.parse_args(argv).settings)
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    shape = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **shape)).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def assert_count_is_right(*flags: str) -> int:
+    """The count without memory is that of a model with weights; returns it."""
+    settings = cli.parse_args(["--data", "acled-demo", *flags]).settings
+    model = build_model(settings)
     model.causal.set_attn_implementation("eager")  # torch does not count the fused attention of a CPU
-    return model.causal.train() and model
-
-
-def count_with_torch(model: TrainableModel) -> int:
     ids = torch.randint(1, 90, (NUM_ROWS, LENGTH))
     with FlopCounterMode(display=False) as counter:
-        model.causal(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    return counter.get_total_flops()
+        model.causal.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    count = count_step_flops(settings, lengths=np.full(5, LENGTH), global_batch=NUM_ROWS)
+    assert count == pytest.approx(counter.get_total_flops(), rel=FLOPS_TOLERANCE)
+    assert count is not None
+    return count
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [(), ("--activation-checkpointing",)], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize(
     "flags",
     [
@@ -46,41 +57,26 @@ def count_with_torch(model: TrainableModel) -> int:
     ],
     ids=lambda flags: "-".join(flags[1::2]),
 )
-def test_the_formula_is_within_two_percent_of_the_counted_products(model_folder, flags, checkpointing):
-    model = build("--model", model_folder, *flags, *(["--activation-checkpointing"] if checkpointing else []))
-    formula = count_step_flops(model, num_rows=NUM_ROWS, sequence_length=LENGTH, activation_checkpointing=checkpointing)
-    assert formula == pytest.approx(count_with_torch(model), rel=FLOPS_TOLERANCE)
-    lengths = np.array([LENGTH, LENGTH - 5, LENGTH - 9])  # what a run records: of rows as long as they are
-    rows = [
-        count_step_flops(model, num_rows=1, sequence_length=int(n), activation_checkpointing=checkpointing)
-        for n in lengths
-    ]
-    recorded = count_training_flops(model, lengths=lengths, global_batch=2, activation_checkpointing=checkpointing)
-    assert recorded == round(2 * sum(rows) / 3)
+def test_gpt2_is_counted_as_it_computes(gpt2_folder, flags, checkpointing):
+    assert_count_is_right("--model", gpt2_folder, *flags, *checkpointing)
 
 
-def test_full_and_lora_of_the_embedded_model_take_the_operations_that_are_counted():
-    counts = {}
-    for mode in ("full", "lora"):
-        model = build("--model", "demo-base", "--mode", mode)
-        counts[mode] = count_step_flops(model, num_rows=NUM_ROWS, sequence_length=LENGTH)
-        assert counts[mode] == pytest.approx(count_with_torch(model), rel=FLOPS_TOLERANCE)
-    assert 0.6 < counts["lora"] / counts["full"] < 0.8, "adapters save the gradients of the frozen weights"
+def test_full_and_lora_of_the_embedded_model_are_counted_as_they_compute():
+    full, lora = (assert_count_is_right("--model", "demo-base", "--mode", mode) for mode in ("full", "lora"))
+    assert 0.6 < lora / full < 0.8, "adapters save the gradients of the frozen weights"
 
 
-def test_other_models_are_counted_too(tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_llama_is_counted_as_it_computes(llama_folder, mode):
+    assert_count_is_right("--model", llama_folder, "--mode", mode)
 
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    for mode in ("full", "lora"):
-        model = build("--model", str(tmp_path), "--mode", mode)
-        formula = count_step_flops(model, num_rows=NUM_ROWS, sequence_length=LENGTH)
-        assert formula == pytest.approx(count_with_torch(model), rel=FLOPS_TOLERANCE), mode
+
+def test_a_full_step_takes_six_operations_a_weight_and_twelve_a_pair_of_tokens(gpt2_folder):
+    """By formula: 2 forward and 4 backward for each weight in a product; attention 4 and 8 for each pair and channel.
+    An average over rows of several lengths is the mean of their counts."""
+    settings = cli.parse_args(["--mode", "full", "--model", gpt2_folder]).settings
+    config = build_model(settings, on_meta=True).causal.config
+    width, num_layers, lengths = config.n_embd, config.n_layer, np.array([24, 19, 15])
+    weights = num_layers * 12 * width**2 + config.vocab_size * width
+    counts = [6 * weights * n + 12 * num_layers * width * n**2 for n in lengths]
+    assert count_step_flops(settings, lengths=lengths, global_batch=2) == round(2 * sum(counts) / 3)

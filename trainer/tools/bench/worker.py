@@ -1,174 +1,224 @@
-"""One rank of a variant: `python -m trainer.tools.bench.worker JOB`, which writes its result."""
+"""One rank of one measurement: `python -m trainer.tools.bench.worker JOB`, which writes its result.
 
-import fcntl
+The programs share model, token ids, batch, precision, optimizer numbers and clip, so what differs is the program.
+"""
+
 import json
-import os
 import statistics
 import sys
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from trainer.data.sampler import epoch_order, step_batches
-from trainer.distributed.engine import Engine, import_deepspeed
-from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
-from trainer.model.build import TrainableModel
+from trainer.config import cli
+from trainer.config.choices import DEMO_MODEL
+from trainer.config.settings import Settings
+from trainer.data.dataset import PreparedDataset
+from trainer.data.token_dataset import TokenDataset
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.model import cpu_attention, lora, loss
+from trainer.model.build import load_config
 from trainer.model.flops import count_step_flops
-from trainer.tools.bench import runners
-from trainer.tools.bench.configs import BenchmarkConfig
-from trainer.tools.trial_engine import device_seconds
+from trainer.tools.bench.steps import BenchmarkConfig, describe_hardware
+from trainer.tools.trial_engine import device_seconds, start_trial, take_steps
 from trainer.tracking.silence import silence_libraries
-from trainer.training.evaluation import evaluate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_OUTPUT_BYTES = 2**27  # of one product; over more rows it is several
-LayerShapes = Counter[tuple[int, int, bool]]  #: layers by inputs, outputs, and whether they train
+LENGTH_SPREAD = 0.6  # of the logarithm of a ragged row's length, about that of E2E and ACLED records
+MEAN_LENGTH_SHARE = 0.3  # of ragged rows, of the longest
+
+
+class StepClock:
+    """Called after every optimizer step; takes the time at the end of each window, when the device is idle."""
+
+    def __init__(self, config: BenchmarkConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.num_steps = 0
+        self.times: list[float] = []
+
+    def __call__(self) -> None:
+        """One more step was taken."""
+        self.num_steps += 1
+        num_timed_steps = self.num_steps - self.config.warmup_steps
+        if num_timed_steps >= 0 and num_timed_steps % self.config.steps_per_window == 0:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+    def windows(self) -> list[float]:
+        """Seconds of a step in each window."""
+        return (np.diff(self.times) / self.config.steps_per_window).tolist()
 
 
 def main(job_file: str) -> None:
     """Do the job that the file names and write its result beside it."""
     silence_libraries()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    config = BenchmarkConfig(**job["variant"])
-    if config.device == "cuda":
-        import_deepspeed()
-    with open(job["turn"], "ab") as turn:
-        if os.environ.get("RANK", "0") == "0":  # the others wait for it
-            fcntl.flock(turn, fcntl.LOCK_EX)  # all is imported: one variant measures at a time
-        result = measure(config)
-    if result is not None:
-        Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
-
-
-def measure(config: BenchmarkConfig) -> dict[str, Any] | None:
-    """The times of a variant, in seconds, and what else it used; None on the ranks that do not report."""
+    config = BenchmarkConfig(**job["config"])
     dist_context = init_distributed(config.device)
     try:
-        device, start_time = dist_context.device, time.perf_counter()
-        setup = runners.build_setup(config, dist_context)
-        step_flops = count_step_flops(setup.model, num_rows=config.global_batch, sequence_length=config.block_size)
-        layer_shapes = count_layer_shapes(setup.model)
-        steps: Iterator[object]
-        engine: Engine | None = None
-        if config.program == "ours":
-            steps, engine = runners.run_ours(setup)
-        else:
-            steps = (runners.run_plain if config.program == "plain" else runners.run_hf_trainer)(setup)
-        device_seconds(lambda: next(steps), device)
-        first_step_seconds = time.perf_counter() - start_time
-        for _ in range(config.warmup_steps - 1):
-            next(steps)
-        windows, product_seconds, (peak_memory, device_memory) = time_windows(steps, setup, layer_shapes)
-        result = {
-            "ran_by": "; ".join([engine.plan.path, *(change.reason for change in engine.plan_changes)])
-            if engine is not None
-            else "",
-            "windows": windows,
-            "products": product_seconds,
-            "first_step": first_step_seconds,
-            "peak_memory": max(dist_context.all_gather_object(peak_memory)),
-            "device_memory": device_memory,
-            "input": _input_seconds(setup),
-            "eval": _eval_seconds(setup, engine) if engine is not None else None,
-            "threads": dist_context.num_threads,
-            "gpu": torch.cuda.get_device_name() if config.device == "cuda" else None,
-            "flops_per_token": step_flops / config.tokens,
-            "ceiling": measure_ceiling(config, device),
-        }
-        return result if dist_context.rank == 0 else None
+        result = measure(config, dist_context)
+        if dist_context.rank == 0:
+            Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
     finally:
         destroy_process_group()
 
 
-def time_windows(
-    steps: Iterator[object], setup: runners.BenchmarkSetup, layer_shapes: LayerShapes
-) -> tuple[list[float], list[float], tuple[int, int]]:
-    """(seconds of a step in each window, seconds of its bare products after each, bytes without these).
-
-    Bytes: the peak of what is in use, and what is taken of the device, as nvidia-smi says (0: of a CPU).
-    """
-    config, device = setup.config, setup.dist_context.device
-    windows = [device_seconds(lambda: next(steps), device, config.steps_per_window)]
+def measure(config: BenchmarkConfig, dist_context: DistContext) -> dict[str, Any]:
+    """The times of a program, in seconds, and what else it used, in bytes."""
+    settings, device = cli.parse_args(_to_argv(config)).settings, dist_context.device
+    data = _make_data(config, load_config(settings.model).get_text_config().vocab_size)
+    clock = StepClock(config, device)
+    ran_by = ""
+    if config.program == "ours":
+        _turn_off(config.without)
+        plan, engine = start_trial(settings, data, dist_context)
+        for _ in take_steps(plan, engine, data):
+            clock()
+        ran_by = "; ".join([engine.plan.path, *(change.reason for change in engine.plan_changes)])
+    else:
+        run_peer = _run_plain if config.program == "plain" else _run_hf_trainer
+        run_peer(config, settings, data, _build_peer_model(settings), clock)
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
-    memory = peak_memory_bytes(device), total - free
-    products = WeightProducts(layer_shapes, config.tokens // config.world_size, DTYPES[config.precision], device)
-    products.seconds()  # the first time is not that of the others
-    product_seconds = [products.seconds()]
-    for _ in range(config.num_windows - 1):
-        windows.append(device_seconds(lambda: next(steps), device, config.steps_per_window))
-        product_seconds.append(products.seconds())
-    return windows, product_seconds, memory
+    lengths = data.train.lengths()
+    return {
+        "ran_by": ran_by,
+        "windows": clock.windows(),
+        "peak_memory": max(dist_context.all_gather_object(peak_memory_bytes(device))),
+        "device_memory": total - free,
+        "hardware": describe_hardware(device),
+        "threads": dist_context.num_threads,
+        "tokens": config.global_batch * float(lengths.mean()),
+        "flops": count_step_flops(settings, lengths=lengths, global_batch=config.global_batch),
+        "ceiling_flops": _measure_ceiling(config, device),
+    }
 
 
-def count_layer_shapes(model: TrainableModel) -> LayerShapes:
-    """The linear layers of the model, before ZeRO shards them."""
-    shapes: LayerShapes = Counter()
-    for layer in model.causal.modules():
-        if isinstance(layer, (Conv1D, nn.Linear)):
-            num_in, num_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
-            shapes[num_in, num_out, layer.weight.requires_grad] += 1
-    return shapes
+def _to_argv(config: BenchmarkConfig) -> list[str]:
+    flags = f"--mode {config.mode} --preset card --model {config.model} --block-size {config.block_size}"
+    flags += f" --global-batch {config.global_batch} --eval-batch {config.global_batch} --max-steps {config.num_steps}"
+    flags += f" --precision {config.precision} --eval-every never --save-every never"
+    flags += f" --execution {'eager' if config.without == 'graphs' else config.execution}"
+    is_only_shape = config.model == "gpt2" or not list(Path(config.model).glob("*.safetensors"))
+    flags += " --init random" if is_only_shape and config.model != DEMO_MODEL else ""
+    flags += f" --dropout {config.dropout}" if config.dropout is not None else ""
+    flags += f" --ds-config {config.ds_config}" if config.ds_config else ""
+    flags += " --objective completion" if config.is_ragged else ""
+    flags += " --packing" if config.is_ragged and config.without != "packing" else ""
+    return flags.split()
 
 
-class WeightProducts:
-    """The matrix products of a step with the model's weights, bare: the time that the machine itself takes for them.
+def _turn_off(path: str | None) -> None:
+    """Let this process do without a faster path that no flag turns off."""
+    if path == "chunked-loss":
+        loss.find_output_head = lambda causal: None
+    elif path == "cpu-attention":
+        cpu_attention.install = lambda module, causal: None
 
-    For each layer the product forward, the gradient of its input and, where it trains, that of its weight.
-    """
 
-    def __init__(self, layer_shapes: LayerShapes, num_tokens: int, dtype: torch.dtype, device: torch.device):
-        """`num_tokens`: of this rank's step; `dtype`: in which the step's products are computed."""
-        self.device = device
-        self.products: list[tuple[Callable[[], torch.Tensor], float]] = []  # each with how often a step has it
-        for (num_in, num_out, is_trained), num_layers in layer_shapes.items():
-            num_rows = min(num_tokens, max(1, MAX_OUTPUT_BYTES // (4 * max(num_in, num_out))))
-            x, weight, grad = (
-                torch.randn(size, dtype=dtype, device=device)
-                for size in ((num_rows, num_in), (num_in, num_out), (num_rows, num_out))
-            )
-            for left, right in [(x, weight), (grad, weight.T), (x.T, grad)][: 3 if is_trained else 2]:
-                output = torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=device)
-                product = partial(torch.mm, left, right, out=output)
-                self.products.append((product, num_layers * num_tokens / num_rows))
+def _make_data(config: BenchmarkConfig, vocab_size: int) -> PreparedDataset:
+    """Random token ids, so that nothing has to be fetched; ragged rows have lognormal lengths."""
+    rng = np.random.default_rng(0)
+    num_rows = config.num_steps * config.global_batch
+    lengths = np.full(num_rows, config.block_size)
+    if config.is_ragged:
+        mean = np.log(MEAN_LENGTH_SHARE * config.block_size) - LENGTH_SPREAD**2 / 2
+        lengths = np.clip(rng.lognormal(mean, LENGTH_SPREAD, num_rows), 4, config.block_size).astype(np.int64)
+    rows = [rng.integers(0, vocab_size, length) for length in lengths]
+    return wrap_rows(rows, rows[: config.global_batch], vocab_size=vocab_size, is_ragged=config.is_ragged)
 
-    def seconds(self) -> float:
-        """The time of all of them once; each is repeated as often as a step has it."""
-        return sum(
-            times_per_step * device_seconds(product, self.device, max(1, round(times_per_step)))
-            for product, times_per_step in self.products
+
+def wrap_rows(
+    train: Sequence[NDArray[np.int64]], val: Sequence[NDArray[np.int64]], *, vocab_size: int, is_ragged: bool = False
+) -> PreparedDataset:
+    """Rows of token ids as a run takes them; all tokens of a row but the first count in the loss."""
+    train_rows, val_rows = (
+        TokenDataset(
+            ids=np.concatenate(rows).astype(np.uint32),
+            offsets=np.cumsum([0, *map(len, rows)]),
+            first_target=np.ones(len(rows), dtype=np.int32),
         )
-
-
-def _input_seconds(setup: runners.BenchmarkSetup) -> float:
-    """Seconds to draw one step's micro-batches, measured apart."""
-    data, batch, rank = setup.data.train, setup.settings.train.batch(setup.config.world_size), setup.dist_context.rank
-    order = epoch_order(data, seed=42, epoch=0, global_batch=batch.global_batch, shuffle=True, group_by_length=False)
-    return statistics.median(
-        device_seconds(partial(step_batches, data, order, step, batch, rank), torch.device("cpu"))
-        for step in range(min(20, setup.config.steps))
+        for rows in (train, val)
     )
+    objective = "completion" if is_ragged else "blocks"
+    metadata: dict[str, Any] = {"vocabulary": vocab_size, "objective": objective, "fingerprint": "made"}
+    metadata |= {"notices": [], "train": {}, "val": {}}
+    return PreparedDataset(train=train_rows, val=val_rows, metadata=metadata, val_texts=(), pad_id=0, folder=Path())
 
 
-def _eval_seconds(setup: runners.BenchmarkSetup, engine: Engine) -> float:
-    """Seconds per evaluated token, over all ranks; a first pass warms up."""
-    evaluation = partial(evaluate, engine, setup.data.val, setup.config.global_batch)
-    evaluation()
-    return device_seconds(evaluation, setup.dist_context.device) / int(setup.data.val.lengths().sum())
+def _build_peer_model(settings: Settings) -> Any:
+    """The model as transformers and peft make it."""
+    torch.manual_seed(settings.train.seed)
+    causal = AutoModelForCausalLM.from_config(load_config(settings.model), dtype=torch.float32, trust_remote_code=False)
+    if settings.mode == "full":
+        return causal
+    return lora.add_adapters(causal, settings.lora, lora.resolve_target_modules(causal, settings.lora))
 
 
-def measure_ceiling(config: BenchmarkConfig, device: torch.device) -> float:
-    """The rate of one large matrix product in the variant's precision: what arithmetic can reach here, FLOP/s."""
-    matrix_size = 8192 if config.device == "cuda" else 1024
-    a, b = (torch.randn(matrix_size, matrix_size, dtype=DTYPES[config.precision], device=device) for _ in range(2))
-    times = [device_seconds(lambda: a @ b, device) for _ in range(12)]
-    return 2 * matrix_size**3 / statistics.median(times[2:])
+def _run_plain(
+    config: BenchmarkConfig, settings: Settings, data: PreparedDataset, model: Any, after_step: Callable[[], None]
+) -> None:
+    """What one writes by hand: the model's own loss on full logits, clip_grad_norm_, torch's fused AdamW."""
+    device = torch.device(config.device)
+    module = model.to(device).train()
+    params = [p for p in module.parameters() if p.requires_grad]
+    adamw = {"lr": settings.train.lr, "eps": settings.train.epsilon, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(params, **adamw, fused=True)
+    for step in range(config.num_steps):
+        rows = range(step * config.global_batch, (step + 1) * config.global_batch)
+        ids = torch.from_numpy(np.stack([data.train.row(i) for i in rows])).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            batch_loss = module(input_ids=ids, labels=ids, use_cache=False).loss
+        batch_loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, settings.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step()
+
+
+def _run_hf_trainer(
+    config: BenchmarkConfig, settings: Settings, data: PreparedDataset, model: Any, after_step: Callable[[], None]
+) -> None:
+    """`transformers.Trainer` with its defaults and the same numbers."""
+
+    class AfterStep(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            after_step()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        training_args = TrainingArguments(
+            output_dir=scratch,
+            max_steps=config.num_steps,
+            per_device_train_batch_size=config.global_batch,
+            learning_rate=settings.train.lr,
+            lr_scheduler_type="linear",
+            max_grad_norm=settings.train.max_grad_norm,
+            weight_decay=0.0,
+            bf16=config.precision == "bf16",
+            use_cpu=config.device == "cpu",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        rows = [{"input_ids": ids, "labels": ids} for ids in map(data.train.row, range(len(data.train)))]
+        Trainer(model=model, args=training_args, callbacks=[AfterStep()], train_dataset=rows).train()
+
+
+def _measure_ceiling(config: BenchmarkConfig, device: torch.device) -> float:
+    """FLOP/s of one large matrix product in the program's precision: what arithmetic can reach here."""
+    size = 8192 if config.device == "cuda" else 1024
+    a, b = (torch.randn(size, size, dtype=DTYPES[config.precision], device=device) for _ in range(2))
+    times = [device_seconds(partial(torch.mm, a, b), device) for _ in range(12)]
+    return 2 * size**3 / statistics.median(times[2:])
 
 
 if __name__ == "__main__":

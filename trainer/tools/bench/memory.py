@@ -17,26 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GPT2Config
 
 from trainer.config import cli
 from trainer.config.choices import LORA_LR_FACTOR
-from trainer.config.errors import UserError
 from trainer.config.files import folder_size
-from trainer.data.dataset import PreparedDataset
-from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model.build import build_model, load_config
-from trainer.tools.bench.configs import METHODS
-from trainer.tools.bench.made_data import make_blocks, wrap_rows
-from trainer.tools.bench.shapes import save_shape
-from trainer.tools.bench.tables import table_lines
+from trainer.tools.bench.bench_cli import METHODS, SHAPES, markdown_table
+from trainer.tools.bench.steps import describe_hardware
+from trainer.tools.bench.worker import wrap_rows
 from trainer.tools.trial_engine import start_trial
 from trainer.tools.worker_processes import last_line
 from trainer.tracking.records import EvalRecord, StepRecord
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
 from trainer.training.plan_validation import validate_early
-from trainer.training.provenance import cpu_name
 from trainer.training.train_state import TrainState
 
 FULL_LR = 3e-4  # of full training; adapters learn at ten times that, as the program has it
@@ -45,16 +41,13 @@ MAX_TOKEN_ID = 256  # the ids that rows count through
 HEADINGS = ("method", "trainable", "optimizer MiB", "peak MiB", "checkpoint MiB", "tokens/s", "validation loss")
 
 
-def measure_methods(args: argparse.Namespace) -> int:
+def measure_memory(args: argparse.Namespace) -> int:
     """Measure every method and print the table; 1 where one failed."""
-    for method in args.methods:
-        if method not in METHODS:
-            raise UserError(f"--methods {method}: expected some of {', '.join(METHODS)}")
     rows: list[list[str]] = []
     results: list[dict[str, Any]] = []
     for method in args.methods:
         job = json.dumps({**vars(args), "flags": METHODS[method]})
-        command = [sys.executable, "-m", "trainer.tools.bench.methods", job]
+        command = [sys.executable, "-m", "trainer.tools.bench.memory", job]
         process = subprocess.run(command, capture_output=True, text=True)
         if process.returncode:
             reason = last_line(process.stderr)
@@ -64,7 +57,7 @@ def measure_methods(args: argparse.Namespace) -> int:
         results.append(json.loads(process.stdout.strip().splitlines()[-1]))
         rows.append([method, *format_cells(results[-1])])
         print(f"{method}: {results[-1]}", file=sys.stderr, flush=True)
-    print("\n".join(table_lines(HEADINGS, rows)))
+    print(markdown_table(HEADINGS, rows))
     if results:
         model = args.model or f"{args.shape}'s shape with random weights"
         workload = f"{args.steps} steps of {args.micro_batch} rows of {args.block_size} tokens"
@@ -78,41 +71,33 @@ def format_cells(result: Mapping[str, Any]) -> list[str]:
     return [f"{result['trainable']:,}", *sizes, f"{result['tokens_per_second']:,.0f}", f"{result['loss']:.4f}"]
 
 
-def main(job: Mapping[str, Any]) -> None:
-    """Measure the job's method and print one line."""
-    dist_context = init_distributed()
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            print(json.dumps(measure(job, dist_context, Path(scratch))), flush=True)
-    finally:
-        destroy_process_group()
-
-
-def measure(job: Mapping[str, Any], dist_context: DistContext, scratch: Path) -> dict[str, Any]:
+def _measure(job: Mapping[str, Any], dist_context: DistContext, scratch: Path) -> dict[str, Any]:
     """What a method trains, holds, writes and reaches. Bytes; the peak on a CPU is above the start."""
-    is_gpu = dist_context.device.type == "cuda"
     settings = cli.parse_args(_to_argv(job, scratch)).settings
     validate_early(settings, dist_context)
     # Every method imports what adapters need, so that no peak counts it.
     build_model(cli.parse_args(["--mode", "lora", "--model", "demo-base"]).settings, on_meta=True)
-    baseline_bytes = 0 if is_gpu else peak_memory_bytes(dist_context.device)
-    data = _rows_to_learn(job, load_config(settings.model).vocab_size)
+    device = dist_context.device
+    baseline_bytes = 0 if device.type == "cuda" else peak_memory_bytes(device)
+    rng, vocab_size = np.random.default_rng(0), load_config(settings.model).vocab_size
+    rows = [_count_upwards(rng, job["block_size"], vocab_size) for _ in range(job["micro_batch"] * job["steps"])]
+    val_rows = [_count_upwards(rng, job["block_size"], vocab_size) for _ in range(NUM_VAL_ROWS)]
+    data = wrap_rows(rows, val_rows, vocab_size=vocab_size)
     plan, engine = start_trial(settings, data, dist_context)
     checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
     records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
     speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)]
     losses = [record.loss for record in records if isinstance(record, EvalRecord)]
-    threads = f"{dist_context.num_threads} thread{'s' if dist_context.num_threads > 1 else ''}"
     return {
         "trainable": plan.model_info["trainable"],
         "optimizer_bytes": engine.state.optimizer_bytes(),
-        "peak_bytes": peak_memory_bytes(dist_context.device) - baseline_bytes,
+        "peak_bytes": peak_memory_bytes(device) - baseline_bytes,
         "checkpoint_bytes": folder_size(scratch / "checkpoints"),
         "tokens_per_second": statistics.median(speeds[1:] or speeds),
         "loss": losses[-1],
         "loss_before": losses[0],
         "precision": plan.precision,
-        "device": torch.cuda.get_device_name() if is_gpu else f"{cpu_name()} ({threads})",
+        "device": f"{describe_hardware(device)}, {dist_context.num_threads} threads",
         "torch": torch.__version__,
     }
 
@@ -124,23 +109,25 @@ def _to_argv(job: Mapping[str, Any], scratch: Path) -> list[str]:
     flags += f" --save-every never --global-batch {job['micro_batch']} --eval-batch {job['micro_batch']}"
     flags += f" --block-size {job['block_size']}"
     flags += f" --precision {job['precision']}" if job["precision"] else ""
-    flags += "" if job["model"] else " --init random"
-    model = job["model"] or save_shape(scratch, job["shape"])
+    model = job["model"]
+    if not model:
+        flags += " --init random"
+        model = str(scratch / job["shape"])
+        shape: dict[str, Any] = SHAPES[job["shape"]]
+        GPT2Config(**shape, architectures=["GPT2LMHeadModel"]).save_pretrained(model)
     return [*flags.split(), "--model", model, "--output-dir", str(scratch / "run")]
 
 
-def _rows_to_learn(job: Mapping[str, Any], vocab_size: int) -> PreparedDataset:
-    """Training and validation rows whose ids count upwards from a random start, two steps at a time now and then."""
-    rng, width = np.random.default_rng(0), job["block_size"]
-
-    def make_split(num_rows: int) -> TokenDataset:
-        strides = 1 + (rng.random((num_rows, width)) < 0.2)
-        ids = (rng.integers(vocab_size, size=(num_rows, 1)) + strides.cumsum(1)) % min(vocab_size, MAX_TOKEN_ID)
-        return make_blocks(ids)
-
-    train_rows, val_rows = make_split(job["micro_batch"] * job["steps"]), make_split(NUM_VAL_ROWS)
-    return wrap_rows(train_rows, val_rows, vocab_size=vocab_size)
+def _count_upwards(rng: np.random.Generator, width: int, vocab_size: int) -> Any:
+    """A row whose ids count upwards from a random start, two at a time now and then."""
+    strides = 1 + (rng.random(width) < 0.2)
+    return (rng.integers(vocab_size) + strides.cumsum()) % min(vocab_size, MAX_TOKEN_ID)
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    context = init_distributed()
+    try:
+        with tempfile.TemporaryDirectory() as scratch_folder:
+            print(json.dumps(_measure(json.loads(sys.argv[1]), context, Path(scratch_folder))), flush=True)
+    finally:
+        destroy_process_group()
