@@ -110,10 +110,10 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
 
 def run_finder(args: CliArgs, plan: RunPlan, data: PreparedDataset, model: TrainableModel) -> int:
     """Trials instead of the run; the exit code."""
-    with plan.dist_context.watchdog.watch_for_hangs(plan.settings.engine.hang_timeout):
-        if args.find_lr is not None:
-            return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
+    if args.find_lr is None:
         return find_micro_batch_size(plan, data)
+    with plan.dist_context.watchdog.watch_for_hangs(plan.settings.engine.hang_timeout):
+        return find_lr(args.find_lr, plan, data, build_engine(plan, model, None)[0])
 
 
 def build_engine(plan: RunPlan, model: TrainableModel, source: Checkpoint | None) -> tuple[Engine, TrainState]:

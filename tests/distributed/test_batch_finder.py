@@ -3,21 +3,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from helpers.engines import joined_ranks, plan_run, prepare_data
+from helpers.engines import joined_ranks, plan_run
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.tiny_inputs import tiny_argv
 
-from trainer.config.batch_config import BatchConfig
-from trainer.config.errors import TrainingError
-from trainer.distributed.engine import Engine
-from trainer.model.loss import simulate_gpu
-from trainer.tools.finders import batch_finder, batch_size_worker
-from trainer.tools.finders.batch_finder import TrialResult, candidate_sizes, fastest, ladder, next_sizes
+from trainer.config.errors import TrainingError, UserError
+from trainer.tools.finders import batch_finder, batch_worker
+from trainer.tools.finders.batch_finder import TrialResult, candidate_sizes, fastest, next_size
 
 # --- what to try, pure ---
 
@@ -30,23 +25,21 @@ def test_every_micro_batch_size_keeps_the_global_batch(global_batch, ranks, expe
 
 
 def test_the_batch_sizes_to_try_double_and_end_at_the_largest():
-    assert ladder([1, 2, 3, 4, 6, 8, 12, 24]) == [1, 2, 4, 8, 24]
-    assert ladder([1, 7]) == [1, 7]
+    for sizes, expected in (([1, 2, 3, 4, 6, 8, 12, 24], [1, 2, 4, 8, 24]), ([1, 7], [1, 7])):
+        tried: list[int] = []
+        while (size := next_size(sizes, dict.fromkeys(tried, True))) is not None:
+            tried.append(size)
+        assert tried == expected
 
 
 @pytest.mark.parametrize("most", range(13))
 def test_the_batch_search_finds_the_largest_size_that_fits(most):
-    """Whatever fits, in a few groups of processes, each of which ends at its first failure."""
-    sizes, known, groups = candidate_sizes(360, 1), {}, 0
-    while todo := next_sizes(sizes, known):
-        groups += 1
-        for size in todo:
-            known[size] = size <= most
-            if not known[size]:
-                break
+    sizes, known = candidate_sizes(360, 1), {}
+    while (size := next_size(sizes, known)) is not None:
+        known[size] = size <= most
     largest = max((size for size in sizes if size <= most), default=None)
     assert max((size for size, fits in known.items() if fits), default=None) == largest
-    assert groups <= 4
+    assert len(known) <= 9, f"of {len(sizes)} sizes"
 
 
 def make_trial(micro_batch_size: int, tokens_per_second: float) -> TrialResult:
@@ -70,7 +63,7 @@ def make_trial(micro_batch_size: int, tokens_per_second: float) -> TrialResult:
 )
 def test_the_batch_search_suggests_the_fastest_size_not_the_largest(largest, suggestion, comparison):
     trials = [make_trial(1, 100), make_trial(2, 180), make_trial(4, largest)]
-    lines = batch_finder.format_lines(SimpleNamespace(dropout=0.0), trials, fastest(trials), "")
+    lines = batch_finder.format_lines(trials, fastest(trials), "", has_dropout=False)
     assert [line for line in lines if line.startswith("suggestion")] == [f"suggestion     {suggestion}{comparison}"]
 
 
@@ -89,7 +82,7 @@ def test_the_batch_search_suggests_nothing_where_nothing_fits():
     ],
 )
 def test_running_out_of_memory_is_told_from_other_errors(problem, is_one):
-    assert batch_size_worker.is_out_of_memory(problem) == is_one
+    assert batch_worker.is_out_of_memory(problem) == is_one
 
 
 # --- on real ranks ---
@@ -100,66 +93,45 @@ def make_argv(tiny_model: str, data_files: tuple[str, str], *extra_flags: str) -
     return tiny_argv(tiny_model, data_files, text, *extra_flags)
 
 
-def try_fake_sizes(argv: list[str], out: str, scripts: list[str]) -> int:
-    """`try_sizes` with, in place of the real trial, a Python line for each rank; what came out goes to out-rank."""
-    with joined_ranks() as dist_context:
-        planned = plan_run(argv, dist_context, on_meta=True)
-        batch_finder.WORKER_COMMAND = ("-S", "-c", FAKE_TRIAL_CODE + scripts[dist_context.rank])  # type: ignore[assignment]
-        batch_finder.GRACE_SECONDS = 0.5
-        try:
-            result: Any = [
-                vars(trial) for trial in batch_finder.run_trials(planned.plan, planned.data.folder, [1, 2, 4])
-            ]
-        except TrainingError as error:
-            result = str(error)
-        Path(f"{out}-{dist_context.rank}").write_text(json.dumps(result))
-        dist_context.watchdog.close()
-    return 0
-
-
-FAKE_TRIAL_CODE = """
-import json, os, sys, time
-job = json.loads(open(sys.argv[1]).read())
-def report_trial():
-    with open(job["answer"], "a") as file:
-        file.write(json.dumps({"seconds": 0.5, "tokens": 100, "peak_memory_bytes": 7}) + chr(10))
-"""
-WAITS = "report_trial(); report_trial(); time.sleep(600)"  # in a collective with one who is gone
-ENDS = "report_trial(); report_trial(); time.sleep(2); "  # by then the other rank's process has begun, too
-
-
 @pytest.mark.parametrize(
     ("ends", "message"),
     [
         ("os._exit(77)", "out of memory on rank 1"),
-        ("os.kill(os.getpid(), 9)", "killed by the system"),
+        ("os.kill(os.getpid(), 9)", "killed by the system on rank 1"),
         ("print('boom: no such thing', flush=True); os._exit(1)", None),
     ],
 )
-def test_a_batch_trial_whose_rank_ends_is_seen_by_all_ranks(tiny_model, data_files, tmp_path, ends, message):
+def test_a_batch_trial_whose_rank_ends_ends_all(tiny_model, data_files, monkeypatch, ends, message):
+    """The other rank waits, as in a collective with the one that is gone."""
     argv = make_argv(tiny_model, data_files)
-    prepare_data(argv)
-    log = tmp_path / "log"
-    exit_code = run_on_ranks(2, try_fake_sizes, argv, str(tmp_path / "result"), [WAITS, ENDS + ends], log=log)
-    assert exit_code == 0, log.read_text()
-    results = [json.loads((tmp_path / f"result-{rank}").read_text()) for rank in range(2)]
-    assert results[0] == results[1]
+    with joined_ranks() as dist_context:
+        plan = plan_run(argv, replace(dist_context, world_size=2, local_world_size=2), on_meta=True).plan
+    code = f"import os, time\ntime.sleep(600) if os.environ['RANK'] == '0' else time.sleep(0.5)\n{ends}"
+    monkeypatch.setattr(batch_finder, "WORKER_COMMAND", ("-S", "-c", code))
     if message is None:
-        assert "micro-batch 4 failed on rank 1: boom: no such thing" in results[0]
+        with pytest.raises(TrainingError, match="micro-batch 4 failed on rank 1: boom: no such thing"):
+            batch_finder.run_trial(plan, Path("data"), 4)
         return
-    sizes = [(trial["micro_batch_size"], trial["gradient_accumulation_steps"], trial["fits"]) for trial in results[0]]
-    assert sizes == [(1, 4, True), (2, 2, True), (4, 1, False)]
-    assert message in results[0][-1]["failure_reason"]
-    assert results[0][0]["tokens_per_second"] == 200
+    trial = batch_finder.run_trial(plan, Path("data"), 4)
+    assert (trial.fits, trial.gradient_accumulation_steps) == (False, 1)
+    assert message in trial.failure_reason
+
+
+def test_find_batch_is_refused_over_several_hosts(tiny_model, data_files):
+    with joined_ranks() as dist_context:
+        planned = plan_run(make_argv(tiny_model, data_files), dist_context, on_meta=True)
+    plan = replace(planned.plan, dist_context=replace(dist_context, world_size=16, local_world_size=8))
+    with pytest.raises(UserError, match=r"--find-batch: 16 ranks on several hosts; expected one host: try its 8 ranks"):
+        batch_finder.find_micro_batch_size(plan, planned.data)
 
 
 def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_files, tmp_path, fast_python):
     out = tmp_path / "run"
     argv = [*make_argv(tiny_model, data_files), "--find-batch", "--ds-config", "zero2"]
-    output = train(argv, out=out, env={"TEST_PYTHON": fast_python})
+    output = train(argv, out=out, world_size=2, env={"TEST_PYTHON": fast_python})
     content = json.loads((out / "find-batch.json").read_text())
     sizes = [(trial["micro_batch_size"], trial["gradient_accumulation_steps"]) for trial in content["tried"]]
-    assert sizes == [(1, 8), (2, 4), (4, 2), (8, 1)]
+    assert sizes == [(1, 4), (2, 2), (4, 1)]
     assert all(trial["fits"] and trial["tokens_per_second"] > 0 for trial in content["tried"])
     best = max(content["tried"], key=lambda trial: trial["tokens_per_second"])["tokens_per_second"]
     chosen = next(trial for trial in content["tried"] if trial["micro_batch_size"] == content["suggestion"])
@@ -185,51 +157,18 @@ def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(tiny_mode
     assert batch_finder.sizes_within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
 
 
-def measure_sizes_with_graphs(argv: list[str], out: str) -> int:
-    """On the stand-in device: what was recorded for each size, and how often it was replayed."""
-    from test_cuda_graphs import FakeCapturedGraph
-
-    from trainer.distributed import cuda_graphs
-
-    cuda_graphs.CapturedGraph = FakeCapturedGraph  # type: ignore[misc, assignment]
-    with joined_ranks() as dist_context, simulate_gpu():
-        planned = plan_run(argv, dist_context)
-        config, plan = planned.plan.deepspeed_config, planned.plan.execution
-        engine = Engine(dist_context, planned.model, config, planned.settings.train, plan)
-        replays = []
-        for size in (1, 2, 4, 8):
-            del FakeCapturedGraph.instances[:]
-            engine.reset_graphs()
-            batch = BatchConfig.divide(8, size, 1)
-            batch_size_worker.measure_step(engine, planned.data.train, batch)
-            replays.append([graph.num_replays for graph in FakeCapturedGraph.instances])
-    Path(out).write_text(json.dumps(replays))
-    return 0
-
-
-def test_find_batch_times_recorded_steps_of_every_size(tiny_model, data_files, tmp_path):
-    """Each is recorded anew: as many graphs as one run may keep are soon used up."""
-    out, log = tmp_path / "replays", tmp_path / "log"
-    argv = make_argv(tiny_model, data_files)
-    assert run_on_ranks(1, measure_sizes_with_graphs, argv, str(out), log=log) == 0, log.read_text()
-    first, *_, whole = json.loads(out.read_text())
-    for replays in json.loads(out.read_text()):
-        assert min(replays) > batch_size_worker.NUM_TIMED_STEPS
-    assert (len(first), len(whole)) == (2, 1), "the first micro-batch of a step, and those that add to it"
-
-
 OOM_TRIAL_CODE = """
 import sys
 sys.path.insert(0, {tests!r})
 from trainer.distributed.engine import Engine
-from trainer.tools.finders import batch_size_worker
+from trainer.tools.finders import batch_worker
 kept = Engine.forward_backward
 def forward_backward(self, micro, **rest):
     if self.dist_context.rank == 1 and len(micro.input_ids) >= 4:
         raise RuntimeError("CUDA out of memory (made up by the test)")
     return kept(self, micro, **rest)
 Engine.forward_backward = forward_backward
-sys.exit(batch_size_worker.main(sys.argv[1]))
+sys.exit(batch_worker.main(sys.argv[1]))
 """
 
 

@@ -1,6 +1,8 @@
 """Processes that bench, the finders and the doctor start: a group of ranks on this machine, and what they said last."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from trainer.distributed.launch_environment import without_launcher
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
 
 
 def worker_environ() -> dict[str, str]:
@@ -55,6 +58,11 @@ def run_ranks(argv: Sequence[str], world_size: int, log: Path, *, timeout_second
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def end_with_parent() -> None:
+    """Have the system end this process when the one that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def last_line(output: str) -> str:

@@ -5,11 +5,9 @@ starts dozens of runs. What a run leaks or dies of still ends with its own proce
 starts afresh: loading the libraries may have initialised CUDA, which does not survive a fork.
 """
 
-import ctypes
 import multiprocessing
 import os
 import runpy
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.distributed.library_environment import set_library_environment
+from trainer.tools.worker_processes import end_with_parent
 from trainer.tracking.run_lock import FolderInUseError, RunLock
 from trainer.tracking.silence import silence_libraries
 
 #: Loaded once, before the first fork; none of them starts threads while it is imported. W&B's last one is what
 #: `wandb.init` imports (its launcher, 1.1 CPU seconds).
 PRELOADED_MODULES = ["trainer.run", "deepspeed", "peft", "wandb.sdk.launch"]
-_PR_SET_PDEATHSIG = 1
 
 
 def start_training(script: Path, argv: Sequence[str], *, env: Mapping[str, str], folder: Path) -> ForkServerProcess:
@@ -45,7 +43,7 @@ def start_training(script: Path, argv: Sequence[str], *, env: Mapping[str, str],
 
 
 def _train(script: Path, argv: Sequence[str], env: Mapping[str, str], folder: Path) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     lock = RunLock(folder / "process")  # held until this process ends
     while not lock.is_held:
         try:
