@@ -361,7 +361,9 @@ def take_steps(
     zero_file = read_deepspeed_file(settings.engine.ds_config or "zero0")
     batch = settings.train.batch(dist_context.world_size)
     config = build_deepspeed_config(zero_file, batch=batch, max_grad_norm=1.0, precision=precision)
-    plan = make_execution_plan(settings, dist_context, config, precision=precision, model_dropout=dropout)
+    plan = make_execution_plan(
+        settings, dist_context, stage=zero_file.stage, precision=precision, model_dropout=dropout
+    )
     plan = replace(plan, cuda_graphs=recorded)
 
     def make_engine(model: Any) -> Engine:

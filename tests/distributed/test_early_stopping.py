@@ -19,7 +19,7 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings, fields_fixed_on_resume
 from trainer.data.dataset import load
-from trainer.distributed.engine import StepResult, UpdateResult
+from trainer.distributed.engine import StepResult
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import load_config
 from trainer.report.run_folder import read_folder
@@ -53,9 +53,16 @@ class StubEngine:
     def run(self, batches: Any, lr_at: Any, should_stop: Any) -> Any:
         for batch in batches:
             is_skipped = batch.step + 1 == self.skipped_step
-            update = UpdateResult(loss_sum=1.0, grad_norm=1.0, is_skipped=is_skipped, stop_requested=should_stop())
-            yield batch, StepResult(update=update, lr=lr_at(batch.step), elapsed_seconds=1.0)
-            if update.stop_requested:
+            result = StepResult(
+                loss_sum=1.0,
+                grad_norm=1.0,
+                is_skipped=is_skipped,
+                stop_requested=should_stop(),
+                lr=lr_at(batch.step),
+                elapsed_seconds=1.0,
+            )
+            yield batch, result
+            if result.stop_requested:
                 return
 
 

@@ -1,16 +1,14 @@
-"""The ZeRO file and DeepSpeed's dict, as pure functions; and the names inside DeepSpeed that this project relies on."""
+"""The ZeRO file and DeepSpeed's dict, as pure functions; how weights are placed under ZeRO 3."""
 
-import inspect
 import json
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.engines import joined_ranks, plan_run, prepare_data, start_engine
+from helpers.engines import joined_ranks, plan_run, prepare_data
 from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import tiny_argv
 
@@ -24,13 +22,13 @@ from trainer.distributed.deepspeed_config import (
     choose_deepspeed_file,
     read_deepspeed_file,
 )
-from trainer.distributed.device_copy import place_model
-from trainer.distributed.memory_estimate import ParamCounts
+from trainer.distributed.engine import place_model
+from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_model_states
 from trainer.distributed.process_group import peak_memory_bytes
 from trainer.model.loss import CausalLMLoss
 
 GIB = 2**30
-GPT2, ADAPTERS = 124_439_808, 1_179_648  # parameters of the card's model, and of its default adapters
+GPT2 = 124_439_808  # parameters of the card's model
 
 
 def write_config(folder: Path, content: Any) -> Path:
@@ -106,6 +104,7 @@ def test_documented_keys_of_zero_stage_3_are_accepted(tmp_path):
         (zero_config(stage=0) | {"aio": {}}, "aio is without effect under stage 0"),
         (zero_config(stage=2, offload_param={"device": "cpu"}), "offload_param needs stage 3 or more, not 2"),
         (zero_config(stage=3, offload_param={"device": "nvme"}), "offload_param.device nvme: expected cpu or none"),
+        (zero_config(stage=1, overlap_comm=True), "zero_optimization.overlap_comm true needs stage 2 or 3, not 1"),
         (zero_config(stage=1, round_robin_gradients=True), "zero_optimization.round_robin_gradients is refused"),
         (zero_config(stage=1) | {"prescale_gradients": True}, "prescale_gradients is refused"),
     ],
@@ -149,6 +148,7 @@ def test_no_deepspeed_key_comes_from_both_sides_and_the_zero_file_is_unchanged(n
     config = build_deepspeed_config(read, batch=batch, max_grad_norm=0.5, precision=precision)
     ours = set(config) - set(read.content)
     assert ours <= set(zero_file._KEYS_SET_BY_FLAGS) | {"wall_clock_breakdown"}
+    assert config["timers"] == {"throughput": {"enabled": False}}, "it waits for the device twice a step"
     assert {key: config[key] for key in read.content} == read.content
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_accumulation_steps"] == 1, "the loss is divided once, by us"
@@ -162,78 +162,89 @@ def test_no_deepspeed_key_comes_from_both_sides_and_the_zero_file_is_unchanged(n
 # --- the choice where none was named ---
 
 
+GPT2_COUNTS = ParamCounts(frozen=0, trainable=GPT2)
+FULL_1_5B = ParamCounts(frozen=0, trainable=1_540_000_000)
+LORA_7B = ParamCounts(frozen=7_000_000_000, trainable=20_000_000)
+ACTIVATIONS = 2 * GIB  # of a test's rank, beside its state
+
+
+def choose(ranks: int, memory: int | None, counts: ParamCounts, precision: str = "bf16", **options: Any) -> Any:
+    def estimate_bytes(deepspeed_file: Any) -> float:
+        halved = counts.frozen if precision == "bf16" and deepspeed_file.stage < 3 else 0
+        sharding = Sharding(stage=deepspeed_file.stage, world_size=ranks)
+        return ACTIVATIONS + estimate_model_states(counts, sharding, precision=precision).total - 2 * halved
+
+    return choose_deepspeed_file(
+        counts=counts,
+        world_size=ranks,
+        device_memory_bytes=memory,
+        precision=precision,
+        estimate_bytes=estimate_bytes,
+        **options,
+    )
+
+
 @pytest.mark.parametrize(
-    ("ranks", "memory", "trainable", "expected"),
+    ("ranks", "memory", "counts", "precision", "expected"),
     [
-        (1, None, GPT2, "zero0"),
-        (2, None, GPT2, "zero1"),
-        (1, 80 * GIB, GPT2, "zero0"),
-        (1, 6 * GIB, GPT2, "zero2_offload"),  # 16 x 124M bytes = 1.85 GiB is more than a quarter of it
-        (1, 6 * GIB, ADAPTERS, "zero0"),  # 4 x 124M + 16 x 1.2M = 0.48 GiB
-        (8, 24 * GIB, GPT2, "zero1"),
-        (8, 4 * GIB, GPT2, "zero2"),  # (8 + 12/8) x 124M = 1.10 GiB is, (4 + 16/8) x 124M = 0.70 GiB is not more
-        (8, 2 * GIB, GPT2, "zero3"),
+        (1, None, GPT2_COUNTS, "bf16", "zero0"),  # a CPU
+        (1, 24 * GIB, GPT2_COUNTS, "bf16", "zero0"),
+        (1, 4 * GIB, GPT2_COUNTS, "bf16", "zero2_offload"),  # 1.9 GiB of state and 2 of activations, of 3.6
+        (1, 80 * GIB, FULL_1_5B, "bf16", "zero0"),  # 22.9 GiB of state
+        (1, 24 * GIB, FULL_1_5B, "bf16", "zero2_offload"),
+        (1, 80 * GIB, LORA_7B, "bf16", "zero0"),  # 13 GiB of frozen weights in bfloat16
+        (1, 24 * GIB, LORA_7B, "bf16", "zero0"),
+        (1, 24 * GIB, LORA_7B, "fp32", "zero2_offload"),
+        (8, 24 * GIB, GPT2_COUNTS, "bf16", "zero0"),
+        (8, 80 * GIB, FULL_1_5B, "bf16", "zero0"),
+        (8, 24 * GIB, FULL_1_5B, "bf16", "zero2"),  # (4 + 16 / 8) x 1.54 billion bytes = 8.6 GiB
+        (8, 16 * GIB, FULL_1_5B, "bf16", "zero3"),
+        (8, 80 * GIB, LORA_7B, "bf16", "zero0"),
+        (8, 24 * GIB, LORA_7B, "bf16", "zero3"),
+        (2, 24 * GIB, GPT2_COUNTS, "fp16", "zero1"),  # zero0 has no loss scale
+        (8, 24 * GIB, FULL_1_5B, "fp16", "zero1"),
+        (8, 8 * GIB, FULL_1_5B, "fp16", "zero3"),
     ],
 )
-def test_the_default_zero_file_follows_the_state_that_a_rank_would_hold(ranks, memory, trainable, expected):
-    counts = ParamCounts(frozen=GPT2 if trainable == ADAPTERS else GPT2 - trainable, trainable=trainable)
-    chosen = choose_deepspeed_file(counts=counts, world_size=ranks, device_memory_bytes=memory, precision="bf16")
+def test_the_default_zero_file_follows_what_a_rank_would_hold(ranks, memory, counts, precision, expected):
+    chosen = choose(ranks, memory, counts, precision)
     assert chosen.name == expected
-    assert chosen.reason
-    assert chosen.reason != "asked for"
+    assert chosen.reason not in ("", "asked for")
+
+
+def test_the_reason_says_how_much_state_there_is_and_what_shards_it():
+    assert choose(2, 24 * GIB, GPT2_COUNTS).reason == "1.9 GiB of state fit; --ds-config zero1 to zero3 shard it"
+    assert choose(1, 24 * GIB, FULL_1_5B).reason == "zero0 would take 24.9 of 24.0 GiB: the optimizer moves to the host"
+
+
+def test_the_default_zero_file_is_none_that_other_flags_refuse():
+    assert choose(8, 16 * GIB, LORA_7B, stages=(0, 1, 2)).name == "zero2", "int8, and dora on packed weights"
+    assert choose(8, 4 * GIB, FULL_1_5B, stages=(0,)).name == "zero0"
+    assert choose(1, 4 * GIB, FULL_1_5B, stages=(0,)).name == "zero0"
 
 
 def test_the_default_zero_file_counts_a_quantized_base_at_its_own_size():
     whole, packed = (
-        ParamCounts(frozen=1_557_611_200, trainable=9_830_400, quantized_bytes=b) for b in (None, 1_100_000_000)
+        ParamCounts(frozen=7_000_000_000, trainable=9_830_400, quantized_bytes=size) for size in (None, 4_000_000_000)
     )
-    chosen = [
-        choose_deepspeed_file(counts=c, world_size=1, device_memory_bytes=16 * GIB, precision="bf16").name
-        for c in (whole, packed)
-    ]
-    assert chosen == ["zero2_offload", "zero0"]
+    assert [choose(2, 24 * GIB, counts).name for counts in (whole, packed)] == ["zero3", "zero0"]
 
 
-def test_fp16_never_gets_stage_0_which_has_no_loss_scale():
-    counts = ParamCounts(frozen=0, trainable=GPT2)
-    chosen = choose_deepspeed_file(counts=counts, world_size=1, device_memory_bytes=None, precision="fp16")
-    assert chosen.stage == 1
-
-
-# --- what we rely on inside DeepSpeed: an upgrade that moves it shows here ---
-
-
-def test_deepspeed_reads_its_list_of_operators_where_we_empty_it():
-    """An empty list keeps DeepSpeed from compiling collectives at the first run on processors."""
-    assert "deepspeed.ops.__compatible_ops__.get(" in inspect.getsource(import_module("deepspeed.comm.torch"))
-
-
-def check_engines(argv: list[str], data: str) -> int:
-    """On a rank: what is read of DeepSpeed's objects; then an engine's finalizer, which imports nothing."""
+def plan_default_files(jobs: list[tuple[list[str], str]]) -> int:
+    """On a rank: the ZeRO files that are chosen for these flags."""
     with joined_ranks() as context:
-        for name in ("zero0", "zero1", "zero3"):
-            check_engine(name, start_engine({"flags": [*argv, "--ds-config", name], "data": data}, context).engine)
+        for argv, expected in jobs:
+            assert plan_run(argv, context, on_meta=True).plan.deepspeed_file.name == expected, argv
     return 0
 
 
-def check_engine(name: str, engine: Any) -> None:
-    assert engine.deepspeed_engine.skipped_steps == 0
-    assert callable(engine.deepspeed_engine.get_global_grad_norm)
-    first = next(iter(engine.trainable_params.values()))
-    if name == "zero1":
-        mapping = first._hp_mapping
-        for address in (mapping.get_hp_fragment_address(), mapping.lp_fragment_address):
-            assert (address.start, address.numel) == (0, first.numel())
-        assert len(engine.optimizer.bit16_groups) == len(engine.optimizer.single_partition_of_fp32_groups) == 1
-    if name == "zero3":
-        assert first.ds_tensor.ds_numel * engine.dist_context.world_size >= first.ds_numel
-        assert tuple(first.ds_shape) != tuple(first.shape)
-        assert engine.optimizer.fp32_partitioned_groups_flat
-    if name != "zero0":
-        assert isinstance(engine.optimizer.optimizer, torch.optim.AdamW)
-    modules_before = set(sys.modules)
-    engine.deepspeed_engine.__del__()
-    assert set(sys.modules) == modules_before, set(sys.modules) - modules_before
+def test_ranks_on_a_cpu_get_zero_0_and_flags_that_need_it_do_too(tiny_model, data_files, tmp_path):
+    argv = tiny_argv(tiny_model, data_files, "--mode full --block-size 16 --global-batch 2")
+    jobs = [(argv, "zero0"), ([*argv, "--optim", "adamw8bit"], "zero0"), ([*argv, "--ds-config", "zero1"], "zero1")]
+    assert run_on_ranks(2, plan_default_files, jobs, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+
+# --- the engine ---
 
 
 def check_sharded_placement(argv: list[str], data: str) -> int:
@@ -254,13 +265,6 @@ def test_zero_3_places_each_weight_in_parts_before_the_next_one(tiny_model, data
     argv = tiny_argv(tiny_model, data_files, "--mode full --block-size 16 --global-batch 2")
     log = tmp_path / "log"
     assert run_on_ranks(2, check_sharded_placement, argv, str(prepare_data(argv)), log=log) == 0, log.read_text()
-
-
-def test_deepspeed_engines_have_the_attributes_that_we_read_and_end_without_an_import(tiny_model, data_files, tmp_path):
-    """In the middle of another import that would make the other one fail: KeyError in importlib, up to Python 3.12."""
-    argv = tiny_argv(tiny_model, data_files, "--mode full --block-size 16 --global-batch 2")
-    log = tmp_path / "log"
-    assert run_on_ranks(1, check_engines, argv, str(prepare_data(argv)), log=log) == 0, log.read_text()
 
 
 def test_the_peak_of_a_process_is_its_own_and_not_that_of_who_started_it():

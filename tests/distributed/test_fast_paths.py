@@ -27,31 +27,15 @@ ROUNDED = "rounded"  # another order of the sums
 #: name: (flags, of both modes unless they name one; fields of the plan that make it plain; bound; ranks: all on two and
 #: three ranks with small buckets)
 PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
-    "native stepper": ("--ds-config zero1", {"stepper": "deepspeed", "finite_check": "host"}, ROUNDED, (1, 2)),
     "buckets": ("--ds-config zero0", {"overlaps_reduction": False}, EXACT, (2,)),
-    "buckets, another order of three": ("--mode full --ds-config zero0", {"overlaps_reduction": False}, ROUNDED, (3,)),
-    "buckets, sharded": ("--mode full --ds-config zero1", {"overlaps_reduction": False}, EXACT, (3,)),
-    "reductions, sharded": (
-        "--mode full --ds-config zero1 --max-steps 9",
+    "buckets, another order of three": (
+        "--mode full --ds-config zero0 --max-steps 9",
         {"overlaps_reduction": False},
         ROUNDED,
         (3,),
     ),
-    "buckets, sharded, two groups": (
-        "--mode lora --lora-plus-ratio 4 --ds-config zero1",
-        {"overlaps_reduction": False},
-        EXACT,
-        (2,),
-    ),
     "finite check on the device": ("--mode full --ds-config zero0", {"finite_check": "host"}, ROUNDED, (1, 2)),
-    "finite check on the device, sharded": ("--mode lora --ds-config zero1", {"finite_check": "host"}, ROUNDED, (2,)),
     "two steps in flight": ("--mode lora --ds-config zero0", {"steps_in_flight": 2}, EXACT, (1, 2)),
-    "two steps in flight, sharded": (
-        "--mode full --ds-config zero1 --eval-every 1",
-        {"steps_in_flight": 2},
-        EXACT,
-        (2,),
-    ),
     "frozen base in bfloat16": ("--mode lora --precision bf16", {"frozen_dtype": "float32"}, EXACT, (2,)),
     "frozen base in bfloat16, zero2": (
         "--mode lora --precision bf16 --ds-config zero2",
@@ -100,10 +84,10 @@ def run_with_a_failed_recording(jobs: list[dict[str, Any]]) -> int:
 
 def run_with_small_buckets(jobs: list[dict[str, Any]]) -> int:
     """`matrix.run_jobs` with buckets of 2 KiB, of which nearly all must leave while a backward runs."""
-    from trainer.distributed import gradients
+    from trainer.distributed import stepper
 
     launched = {"in the backward": 0, "after it": 0}
-    reduce, launch_next = gradients.GradientBuckets.reduce, gradients.GradientBuckets._launch_next
+    reduce, launch_next = stepper.GradientBuckets.reduce, stepper.GradientBuckets._launch_next
     place = ["in the backward"]
 
     def reduce_after_it(self: Any) -> Any:
@@ -117,27 +101,17 @@ def run_with_small_buckets(jobs: list[dict[str, Any]]) -> int:
         launched[place[0]] += 1
         launch_next(self)
 
-    gradients.MIN_BUCKET_BYTES["gloo"] = 2**11
-    gradients.GradientBuckets.reduce = reduce_after_it  # type: ignore[method-assign]
-    gradients.GradientBuckets._launch_next = count_launch  # type: ignore[method-assign]
+    stepper.MIN_BUCKET_BYTES["gloo"] = 2**11
+    stepper.GradientBuckets.reduce = reduce_after_it  # type: ignore[method-assign]
+    stepper.GradientBuckets._launch_next = count_launch  # type: ignore[method-assign]
     code = run_jobs(jobs)
     print(launched)
     return code or int(not launched["in the backward"] > max(50, 5 * launched["after it"]))
 
 
-def run_with_reductions_to_owners(jobs: list[dict[str, Any]]) -> int:
-    """The same as NCCL has it: every part of a bucket is reduced to the rank whose part it is."""
-    from trainer.distributed import gradients
-
-    sends = property(lambda self: False, lambda self, value: None)
-    gradients.GradientBuckets._sends_directly = sends  # type: ignore[assignment]
-    return run_with_small_buckets(jobs)
-
-
 def target_of(name: str, ranks: int) -> Callable[..., int]:
     """What runs the jobs of a path, on so many ranks."""
     special = {
-        "reductions": run_with_reductions_to_owners,
         "graphs": run_with_stand_in_graphs,
         "a recording that fails on one rank": run_with_a_failed_recording,
     }

@@ -39,7 +39,7 @@ open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins agai
 model, config = build_model(settings, with_fingerprint=False), load_config(settings.model)
 zero, batch = read_deepspeed_file(settings.engine.ds_config), settings.train.batch(1)
 deepspeed_config = build_deepspeed_config(zero, batch=batch, max_grad_norm=1.0, precision="fp32")
-execution = make_execution_plan(settings, world, deepspeed_config, precision="fp32", model_dropout=0.1)
+execution = make_execution_plan(settings, world, stage=zero.stage, precision="fp32", model_dropout=0.1)
 engine = Engine(world, model, deepspeed_config, settings.train, execution)
 width = settings.data.block_size
 for step in range(2):

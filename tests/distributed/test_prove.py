@@ -70,14 +70,14 @@ def test_fp16_is_refused_in_one_line(planned):
 
 BROKEN_WORKER = """
 import sys
-from trainer.distributed.steppers import NativeStepper
+from trainer.distributed.stepper import PlainStepper
 from trainer.tools.doctor import prove_worker
 original = prove_worker.run_row
 def run_row(job, data, dist_context, ds_config, execution):
     is_broken = dist_context.world_size == 2 and ds_config == ("zero0" if {kind!r} == "wrong" else "zero1")
     if is_broken and {kind!r} == "dies":
         raise RuntimeError("boom in zero1")
-    NativeStepper.grad_divisor = 2 if is_broken else 1  # the gradient is the sum over the ranks twice
+    PlainStepper.grad_divisor = 2 if is_broken else 1  # the gradient is the sum over the ranks twice
     return original(job, data, dist_context, ds_config, execution)
 prove_worker.run_row = run_row
 prove_worker.main(sys.argv[1])

@@ -121,7 +121,8 @@ def test_run_json_records_the_resolved_plan(finished_run):
     assert {"--data", "--lr", "--eval-every"} <= set(metadata["overridden"])
     resolved = metadata["resolved"]
     assert (resolved["ranks"], resolved["accumulation"], resolved["total_steps"]) == (2, 2, 14)
-    assert metadata["deepspeed"]["zero_optimization"]["stage"] == 1
+    assert metadata["deepspeed"]["zero_optimization"]["stage"] == 0
+    assert "of state fit; --ds-config zero1 to zero3 shard it" in resolved["ds_reason"]
     assert [entry["path"] for entry in metadata["execution"]] == ["eager"]
     assert metadata["data"]["train"]["records"] == 25
     assert metadata["data"]["val"]["examples"] == 9

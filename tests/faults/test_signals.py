@@ -130,7 +130,7 @@ def test_a_rank_that_hangs_is_named(rank, argv, out):
     assert group.wait() == [1, 1, 1]
     others = "1, 2" if rank == 0 else "0, 2"
     assert f"no rank made progress for 6 s (--hang-timeout): rank {rank} hangs at engine.py:" in group.error_line
-    assert re.search(rf"ranks {others} waiting at (engine|steppers)\.py:", group.error_line)
+    assert re.search(rf"ranks {others} waiting at (engine|stepper)\.py:", group.error_line)
     stacks = {path.name: path.read_text() for path in (out / "stacks").iterdir()}
     assert sorted(stacks) == [f"rank-{number}.txt" for number in range(3)]
     assert all("Timeout" in text and "in main" in text for text in stacks.values()), stacks

@@ -11,7 +11,7 @@ import torch
 from trainer.config import cli
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load, prepare
-from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
+from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.engine import Engine
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, simulated_context
@@ -82,14 +82,9 @@ def plan_execution(*flags: str, device: str = "cpu", ranks: int = 1, model_dropo
     """The execution plan of these flags, without a model or a process group."""
     settings = cli.parse_args(["--mode", "lora", "--preset", "card", *flags]).settings
     precision = settings.engine.precision or "fp32"
-    config = build_deepspeed_config(
-        read_deepspeed_file(settings.engine.ds_config or "zero0"),
-        batch=settings.train.batch(1),
-        max_grad_norm=1.0,
-        precision=precision,
-    )
+    stage = read_deepspeed_file(settings.engine.ds_config or "zero0").stage
     context = replace(simulated_context(ranks, "cpu"), device=torch.device(device))
-    return make_execution_plan(settings, context, config, precision=precision, model_dropout=model_dropout)
+    return make_execution_plan(settings, context, stage=stage, precision=precision, model_dropout=model_dropout)
 
 
 def start_engine(job: Mapping[str, Any], dist_context: DistContext, checkpoint: Checkpoint | None = None) -> StartedRun:

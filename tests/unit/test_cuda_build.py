@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import trainer
 from trainer.config import cli
 from trainer.distributed.memory_count import PassSetup, count_pass_memory, materialize, prepare_loss
-from trainer.distributed.steppers import NativeStepper
+from trainer.distributed.stepper import PlainStepper
 from trainer.model import loss as loss_module
 from trainer.model.build import build_model
 
@@ -81,8 +81,7 @@ def test_forward_and_update_keep_device_and_types(flags, precision, tiny_model, 
         params = [p for p in loss_module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(params, fused=True)
         context: Any = SimpleNamespace(device=torch.device("cuda", 0), world_size=1, rank=0)
-        engine = SimpleNamespace(zero_optimization=lambda: False, optimizer=optimizer)
-        stepper = NativeStepper(context, engine, loss_module, params, 1.0, skips_on_device=True)
+        stepper = PlainStepper(context, optimizer, loss_module, params, 1.0, skips_on_device=True)
         ids = torch.zeros(2, 16, dtype=torch.long, device="cuda")
         loss_sum, row_losses = loss_module(ids, ids)  # its backward would ask the driver for the device
         assert (loss_sum.device.type, loss_sum.requires_grad) == ("cuda", True)

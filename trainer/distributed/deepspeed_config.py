@@ -1,7 +1,7 @@
 """ZeRO file and settings -> DeepSpeed's dict, as pure functions; which file where the user named none."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,8 @@ from trainer.config.json_file import parse_json
 from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_model_states
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"
-MAX_STATE_FRACTION = 0.25  # of a device's memory; model state beyond it is worth dividing further
+MAX_STATE_FRACTION = 0.5  # of a device's memory; model state beyond it is divided over the ranks
+MAX_ESTIMATE_FRACTION = 0.9  # of a device's memory, for all that a single rank is estimated to hold
 
 _KEYS_SET_BY_FLAGS = (
     "train_batch_size",
@@ -28,6 +29,7 @@ _KEYS_SET_BY_FLAGS = (
     "gradient_clipping",
     "managed_gradient_accumulation",
     "steps_per_print",
+    "timers",
     "wandb",
     "tensorboard",
     "csv_monitor",
@@ -140,6 +142,8 @@ def _find_mistakes(content: Any) -> Iterator[str]:
             yield f"zero_optimization.{key}.device {device}: expected cpu or none"
         if device == "cpu" and stage < min_stage:
             yield f"zero_optimization.{key} needs stage {min_stage} or more, not {stage}"
+    if zero.get("overlap_comm") and stage < 2:
+        yield f"zero_optimization.overlap_comm true needs stage 2 or 3, not {stage}; take it out"
 
 
 def _describe_first_error(validation_error: Any) -> str:
@@ -161,26 +165,44 @@ def _walk_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def choose_deepspeed_file(
-    *, counts: ParamCounts, world_size: int, device_memory_bytes: int | None, precision: str
+    *,
+    counts: ParamCounts,
+    world_size: int,
+    device_memory_bytes: float | None,
+    precision: str,
+    estimate_bytes: Callable[[DeepSpeedFile], float],
+    stages: Container[int] = range(4),
 ) -> DeepSpeedFile:
-    """The ZeRO file where the user named none, and why: by `trainer.distributed.memory_estimate`'s state per rank."""
+    """The ZeRO file where the user named none, and why.
+
+    `device_memory_bytes`: of the smallest device; None: not what decides, as for one rank on a CPU. `estimate_bytes`:
+    of all that a rank holds on its device under a file. `stages`: those that the run's other flags allow.
+    """
+    frozen_bytes = counts.frozen * (2 if precision == "bf16" and counts.quantized_bytes is None else 0)
 
     def state_bytes(stage: int) -> float:
-        return estimate_model_states(counts, Sharding(stage=stage, world_size=world_size), precision=precision).total
+        states = estimate_model_states(counts, Sharding(stage=stage, world_size=world_size), precision=precision)
+        return states.total - (frozen_bytes if stage < 3 else 0)  # held in bfloat16, where frozen and not sharded
 
-    def fits(stage: int) -> bool:
-        return device_memory_bytes is None or state_bytes(stage) <= MAX_STATE_FRACTION * device_memory_bytes
-
-    model_state = f"{state_bytes(0) / 2**30:.1f} GiB of model state"
-    if world_size == 1 and precision != "fp16":
-        if fits(0):
-            return read_deepspeed_file("zero0", "one rank: there is nothing to shard")
-        return read_deepspeed_file("zero2_offload", f"one rank, and {model_state}: the optimizer's moves to the host")
-    if fits(1):
-        return read_deepspeed_file("zero1", "the optimizer state is sharded over the ranks")
-    if fits(2):
-        return read_deepspeed_file("zero2", f"{model_state}: gradients and optimizer state are sharded")
-    return read_deepspeed_file("zero3", f"{model_state}: weights are sharded too")
+    first, *sharded = [stage for stage in ((1, 2, 3) if precision == "fp16" else (0, 2, 3)) if stage in stages]
+    state = f"{state_bytes(first) / 2**30:.1f} GiB of state"
+    if world_size == 1:
+        only = read_deepspeed_file(f"zero{first}", "one rank: there is nothing to shard")
+        if device_memory_bytes is None or 2 not in sharded:
+            return only
+        needed_bytes = estimate_bytes(only)
+        if needed_bytes <= MAX_ESTIMATE_FRACTION * device_memory_bytes:
+            return only
+        sizes = f"{needed_bytes / 2**30:.1f} of {device_memory_bytes / 2**30:.1f} GiB"
+        return read_deepspeed_file("zero2_offload", f"zero{first} would take {sizes}: the optimizer moves to the host")
+    if device_memory_bytes is None or state_bytes(first) <= MAX_STATE_FRACTION * device_memory_bytes or not sharded:
+        more = f"; --ds-config zero1 to zero{max(sharded)} shard it" if first == 0 and sharded else ""
+        return read_deepspeed_file(f"zero{first}", f"{state} fit{more}")
+    for stage, parts in ((2, "gradients and optimizer state are sharded"), (3, "weights are sharded too")):
+        fits = state_bytes(stage) <= MAX_STATE_FRACTION * device_memory_bytes
+        if stage in sharded and (fits or stage == max(sharded)):
+            return read_deepspeed_file(f"zero{stage}", f"{state} do not fit in half of a device: {parts}")
+    raise AssertionError("the last stage is taken in any case")
 
 
 def build_deepspeed_config(
@@ -194,6 +216,7 @@ def build_deepspeed_config(
         # Left out means 1.0; stage 0 is clipped where it is measured.
         "gradient_clipping": max_grad_norm if deepspeed_file.stage else 0.0,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at each forward and step
         "wall_clock_breakdown": False,
     }
     if deepspeed_file.stage:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,53 +11,38 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.schema import TrainSettings
-from trainer.data.sampler import GlobalBatch, MicroBatch
+from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode
-from trainer.distributed.device_copy import add_sums, all_gather_sums, copy_to_device, copy_to_host, place_model
 from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.process_group import DistContext, tune_malloc
 from trainer.distributed.state_dict import EngineState
-from trainer.distributed.steppers import DeepSpeedStepper, NativeStepper, NonFiniteError
+from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper
 from trainer.model import cpu_attention, fused_lora, optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions
 from trainer.model.lora import find_fusable_layers
 from trainer.model.loss import CausalLMLoss
 
-RECORDED_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it, so that shapes come again
+GRAPH_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it for CUDA graphs, so that shapes come again
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpdateResult:
-    """What one update did."""
+class StepResult:
+    """What one optimizer step did."""
 
     loss_sum: float  #: summed loss of the global batch, nats
     grad_norm: float  #: of the global gradient before clipping
     is_skipped: bool  #: whether fp16 left the update out
     stop_requested: bool  #: whether any rank wants the run to stop
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """An update, and how the step came to it."""
-
-    update: UpdateResult
     lr: float
     elapsed_seconds: float  #: since it was launched, or since the step before it ended
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchedStep:
-    """A step whose numbers have not been read."""
-
-    lr: float
-    launch_time: float
-    wait: Callable[[], UpdateResult]
 
 
 def import_deepspeed() -> Any:
@@ -78,16 +64,16 @@ class Engine:
         """`deepspeed_config`: DeepSpeed's dict; `plan`: what runs how."""
         self.dist_context = dist_context
         self.model = model
+        self.plan = plan
+        self.plan_changes: list[PlanChange] = []  #: plans that took the place of others, in order
+        self.graph_checks: list[str] = []  #: one line for each CUDA graph that was compared with its eager step
         self.device_wait_seconds = 0.0  #: until the device had done what it was asked for
         self.data_wait_seconds = 0.0  #: until the rows of steps were drawn
         self._seed = train_settings.seed
-        self._stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
-        self._last_end_time = 0.0
-        self.plan = plan
-        self.plan_changes: list[PlanChange] = []  #: plans that took the place of others, in order
-        self._install_kernels(plan)
-        autocast_dtype = torch.bfloat16 if plan.precision == "bf16" else None
-        self._loss_module = CausalLMLoss(model.causal, autocast_dtype)
+        self._launch_time = self._last_end_time = 0.0
+        stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
+        _install_kernels(model, plan, dist_context.device)
+        self._loss_module = CausalLMLoss(model.causal, torch.bfloat16 if plan.precision == "bf16" else None)
         head_problem = place_model(self._loss_module, model, deepspeed_config, dist_context.device)
         self.trainable_params = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         groups = optimizer.group_by_lr(self.trainable_params, train_settings.lr, model.get_lr_multiplier)
@@ -96,80 +82,34 @@ class Engine:
             model=self._loss_module, optimizer=adamw, config=dict(deepspeed_config), dist_init_required=False
         )[:2]
         self.deepspeed_engine.train()
-        trainable_params = list(self.trainable_params.values())
-        self.stepper: NativeStepper | DeepSpeedStepper
-        if plan.stepper == "deepspeed":
-            self.stepper = DeepSpeedStepper(self.deepspeed_engine, plan.precision)
-        else:
-            self.stepper = NativeStepper(
+        self.stepper: PlainStepper | DeepSpeedStepper
+        if stage == 0:
+            self.stepper = PlainStepper(
                 dist_context,
-                self.deepspeed_engine,
+                self.optimizer,
                 self._loss_module,
-                trainable_params,
+                list(self.trainable_params.values()),
                 train_settings.max_grad_norm,
                 skips_on_device=plan.finite_check == "device",
             )
+        else:
+            self.stepper = DeepSpeedStepper(self.deepspeed_engine, plan.precision)
         self.state = EngineState(
             dist_context,
             self.deepspeed_engine,
             self.trainable_params,
-            stage=self._stage,
+            stage=stage,
             precision=plan.precision,
             uses_8bit_optimizer=train_settings.optim in EIGHT_BIT_OPTIMIZERS,
         )
         casts = plan.frozen_dtype == "bfloat16"
         self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
-        self._graphs: CUDAGraphRunner | None = None
-        self.graph_checks: list[str] = []  #: one line a recording that was held against its eager step
-        self.reset_graphs()
         if head_problem:
             self._change_plan(0, head_problem, chunked_loss=False)
+        self._graphs: CUDAGraphRunner | None = None
+        self.reset_graphs()
 
-    def reset_graphs(self) -> None:
-        """Drop all recordings and the memory that they hold; where the plan has CUDA graphs, record anew."""
-        if self.dist_context.device.type == "cuda":
-            torch.cuda.synchronize(self.dist_context.device)  # a replay of what is dropped may still be under way
-        self._graphs = None
-        if self.plan.cuda_graphs:
-            assert isinstance(self.stepper, NativeStepper)
-            self._graphs = CUDAGraphRunner(
-                self._loss_module,
-                list(self.trainable_params.values()),
-                self.stepper.backward,
-                self.stepper.forward,
-                precision=self.plan.precision,
-                static_grads=self.stepper.flat_grads,
-                checks=self.graph_checks,
-            )
-
-    @property
-    def num_warmup_steps(self) -> int:
-        """Steps after which the following ones take as long as all later ones."""
-        return NUM_WARMUP_CALLS + 2 if self.plan.cuda_graphs else 1
-
-    def _change_plan(self, step: int, reason: str, **fields: Any) -> None:
-        self.plan = replace(self.plan, **fields)
-        self.plan_changes.append(PlanChange(step=step, plan=self.plan, reason=reason))
-
-    def fall_back(self, step: int) -> None:
-        """Before a step: where a recording has failed, go on eagerly. Whether gradients are reduced during the backward
-        stays as it is: on another rank the recording may have worked."""
-        if self._graphs is not None and self._graphs.capture_error:
-            reason = self._graphs.capture_error
-            self._change_plan(step, reason, cuda_graphs=False, eager_reason="a recording failed")
-            self.reset_graphs()
-
-    def _install_kernels(self, plan: ExecutionPlan) -> None:
-        if self.dist_context.device.type == "cpu":
-            tune_malloc()
-        if plan.packed_rows:  # ours take rows for whole
-            self.model.causal.set_attn_implementation("sdpa")
-        if plan.blockwise_attention:
-            cpu_attention.install(self.model.module, self.model.causal)
-        if plan.fused_lora:
-            fused_lora.install(find_fusable_layers(self.model.module), self.model.causal.base_model)
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        quantization.set_compute_dtype(self.model.module, dtype)
+    # --- optimizer steps ---
 
     def run(
         self,
@@ -183,36 +123,36 @@ class Engine:
         the weights are then ahead of what was yielded, until the batches end. Raises NonFiniteError, with its batch
         and the weights of the step before it, unless fp16 may skip.
         """
-        in_flight: deque[tuple[GlobalBatch, LaunchedStep]] = deque()
+        in_flight: deque[tuple[GlobalBatch, Callable[[], StepResult]]] = deque()
         iterator = iter(batches)
         batch: GlobalBatch | None
         try:
-            while (batch := self._draw(iterator)) is not None:
+            while (batch := self._next_batch(iterator)) is not None:
                 in_flight.append((batch, self._launch(batch, lr_at(batch.step), should_stop)))
                 if len(in_flight) < self.plan.steps_in_flight:
                     continue
-                batch, launched = in_flight.popleft()
-                result = self._wait(launched)
+                batch, wait = in_flight.popleft()
+                result = wait()
                 yield batch, result
-                if result.update.stop_requested:
+                if result.stop_requested:
                     break
-            for batch, launched in in_flight:
-                yield batch, self._wait(launched)
+            for batch, wait in in_flight:
+                yield batch, wait()
         except NonFiniteError as error:
             error.batch = batch
             raise
 
-    def _draw(self, batches: Iterator[GlobalBatch]) -> GlobalBatch | None:
+    def _next_batch(self, batches: Iterator[GlobalBatch]) -> GlobalBatch | None:
         start_time = time.perf_counter()
         batch = next(batches, None)
         self.data_wait_seconds += time.perf_counter() - start_time
         return batch
 
-    def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> LaunchedStep:
+    def _launch(self, batch: GlobalBatch, lr: float, should_stop: Callable[[], bool]) -> Callable[[], StepResult]:
         """Forward, backward and update of a batch; nothing waits for a device that computes."""
         if self._graphs is not None:
             self.fall_back(batch.step)
-        launch_time = time.perf_counter()
+        self._launch_time = time.perf_counter()
         loss_sums = []
         for micro_batch in batch.micro_batches:
             if self.plan.overlaps_reduction and micro_batch is batch.micro_batches[-1]:
@@ -220,56 +160,21 @@ class Engine:
             loss_sums.append(
                 self.forward_backward(micro_batch, step=batch.step, num_target_tokens=batch.num_target_tokens)
             )
-        wait = self.launch_update(lr, loss_sums, should_stop=should_stop())
-        return LaunchedStep(lr=lr, launch_time=launch_time, wait=wait)
-
-    def launch_update(
-        self, lr: float, loss_sums: Sequence[Tensor], *, should_stop: bool = False
-    ) -> Callable[[], UpdateResult]:
-        """Reduce, measure, clip and update; what is returned waits until it is done. Raises NonFiniteError, with the
-        weights untouched, here or there, unless fp16 may skip.
-
-        `loss_sums`: what `forward_backward` returned for this rank's micro-batches.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        gathered_sums = all_gather_sums(self.dist_context, loss_sums, should_stop=should_stop)
-        totals = None
-        if self.plan.finite_check == "host":
-            totals = add_sums(self._timed(copy_to_host(gathered_sums.flatten())), self.dist_context.world_size)
-        step_result = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
-        norm = torch.as_tensor(step_result.grad_norm, dtype=torch.float64, device=gathered_sums.device)
-        read_numbers = copy_to_host(torch.cat([gathered_sums.flatten(), norm[None]]))
-
-        def wait() -> UpdateResult:
-            *sums, grad_norm = self._timed(read_numbers)
-            loss_sum, stop_requested = totals or add_sums(sums, self.dist_context.world_size)
-            if not (math.isfinite(grad_norm) or self.plan.precision == "fp16"):
-                raise NonFiniteError(f"gradient norm {grad_norm}")
-            return UpdateResult(
-                loss_sum=loss_sum,
-                grad_norm=grad_norm,
-                is_skipped=step_result.is_skipped,
-                stop_requested=stop_requested,
-            )
-
-        return wait
-
-    def _wait(self, launched: LaunchedStep) -> StepResult:
-        """What the step did, once it has done it."""
-        update = launched.wait()
-        start_time, self._last_end_time = max(launched.launch_time, self._last_end_time), time.perf_counter()
-        return StepResult(update=update, lr=launched.lr, elapsed_seconds=self._last_end_time - start_time)
+        return self.launch_update(lr, loss_sums, should_stop=should_stop())
 
     def forward_backward(self, micro_batch: MicroBatch, *, step: int, num_target_tokens: int) -> Tensor:
         """Forward and backward of one micro-batch; returns its summed loss, float64 on the device.
 
-        `num_target_tokens`: targets of the whole global batch. Dropout depends on seed, step and the rows' place in the
-        global batch, not on the rank: a resumed run, or one on other ranks, draws the same masks.
+        `num_target_tokens`: of the whole global batch. Dropout depends on seed, step and the rows' place in the global
+        batch, not on the rank: a resumed run, or one on other ranks, draws the same masks.
         """
         self.dist_context.watchdog.heartbeat(step)
         self._set_training(True)
-        self._seed_dropout(step, micro_batch.index)
+        digest = hashlib.sha256(f"{self._seed}/{step}/{micro_batch.index}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little") >> 1
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` formats the call stack for each absent device
+        if self.dist_context.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         ids, labels = self._to_device(micro_batch)
         loss_weight = self.stepper.grad_divisor / num_target_tokens
         if micro_batch.position_ids is not None:  # several examples a row: ever other shapes, never recorded
@@ -277,13 +182,41 @@ class Engine:
             return self.stepper.backward(ids, labels, loss_weight, position_ids).double().sum()
         return (self._graphs or self.stepper).backward(ids, labels, loss_weight).double().sum()
 
-    def _seed_dropout(self, step: int, index: int) -> None:
-        """As `torch.manual_seed`, for the devices in use alone: for each other one that formats the call stack."""
-        digest = hashlib.sha256(f"{self._seed}/{step}/{index}".encode()).digest()
-        seed = int.from_bytes(digest[:8], "little") >> 1
-        torch.default_generator.manual_seed(seed)
-        if self.dist_context.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+    def launch_update(
+        self, lr: float, loss_sums: Sequence[Tensor], *, should_stop: bool = False
+    ) -> Callable[[], StepResult]:
+        """Reduce, measure, clip and update; what is returned waits until it is done. Raises NonFiniteError, with the
+        weights untouched, here or there, unless fp16 may skip.
+
+        `loss_sums`: what `forward_backward` returned for this rank's micro-batches.
+        """
+        launch_time = self._launch_time
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_ratio"]
+        gathered_sums = all_gather_sums(self.dist_context, loss_sums, should_stop=should_stop)
+        totals = None
+        if self.plan.finite_check == "host":
+            totals = add_sums(self._timed(copy_to_host(gathered_sums.flatten())), self.dist_context.world_size)
+        update = self.stepper.optimizer_step(torch.isfinite(gathered_sums).all())
+        norm = torch.as_tensor(update.grad_norm, dtype=torch.float64, device=gathered_sums.device)
+        read_numbers = copy_to_host(torch.cat([gathered_sums.flatten(), norm[None]]))
+
+        def wait() -> StepResult:
+            *sums, grad_norm = self._timed(read_numbers)
+            loss_sum, stop_requested = totals or add_sums(sums, self.dist_context.world_size)
+            if not (math.isfinite(grad_norm) or self.plan.precision == "fp16"):
+                raise NonFiniteError(f"gradient norm {grad_norm}")
+            start_time, self._last_end_time = max(launch_time, self._last_end_time), time.perf_counter()
+            return StepResult(
+                loss_sum=loss_sum,
+                grad_norm=grad_norm,
+                is_skipped=update.is_skipped,
+                stop_requested=stop_requested,
+                lr=lr,
+                elapsed_seconds=self._last_end_time - start_time,
+            )
+
+        return wait
 
     def _timed(self, read: Callable[[], list[float]]) -> list[float]:
         """Numbers of the device, whose waiting time counts."""
@@ -292,29 +225,52 @@ class Engine:
         self.device_wait_seconds += time.perf_counter() - start_time
         return numbers
 
+    # --- CUDA graphs, and what becomes of the plan where one fails ---
+
+    def reset_graphs(self) -> None:
+        """Drop all CUDA graphs and the memory that they hold; where the plan has any, record anew."""
+        if self.dist_context.device.type == "cuda":
+            torch.cuda.synchronize(self.dist_context.device)  # a replay of what is dropped may still be under way
+        self._graphs = None
+        if self.plan.cuda_graphs:
+            assert isinstance(self.stepper, PlainStepper)
+            self._graphs = CUDAGraphRunner(
+                self._loss_module,
+                list(self.trainable_params.values()),
+                self.stepper.backward,
+                self.stepper.forward,
+                precision=self.plan.precision,
+                static_grads=self.stepper.flat_grads,
+                checks=self.graph_checks,
+            )
+
+    def fall_back(self, step: int) -> None:
+        """Before a step: where recording a CUDA graph has failed, go on eagerly.
+
+        Whether gradients are reduced during the backward stays as it is: on another rank it may have worked.
+        """
+        if self._graphs is not None and self._graphs.capture_error:
+            reason = self._graphs.capture_error
+            self._change_plan(step, reason, cuda_graphs=False, eager_reason="recording failed")
+            self.reset_graphs()
+
+    def _change_plan(self, step: int, reason: str, **fields: Any) -> None:
+        self.plan = replace(self.plan, **fields)
+        self.plan_changes.append(PlanChange(step=step, plan=self.plan, reason=reason))
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps after which the following ones take as long as all later ones."""
+        return NUM_WARMUP_CALLS + 2 if self.plan.cuda_graphs else 1
+
+    # --- evaluation and generation ---
+
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Tensor:
         """Summed loss of each row, without dropout: float64 on the device."""
         self.dist_context.watchdog.heartbeat()
         self._set_training(False)
         return (self._graphs or self.stepper).forward(*self._to_device(micro_batch)).double()
-
-    def restore_fp32(self) -> None:
-        """After the last step: give the frozen base its float32 back, for readers outside autocast.
-
-        On rank 0; the others' is only of that type. Nothing may be trained or evaluated here afterwards.
-        """
-        if self._frozen_cast is not None:
-            self._frozen_cast.restore_fp32()
-
-    def _set_training(self, is_training: bool) -> None:
-        if self._loss_module.training != is_training:  # both walk over all modules
-            self.deepspeed_engine.train(is_training)
-
-    def _to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        width_multiple = RECORDED_WIDTH_MULTIPLE if self.plan.cuda_graphs else 1
-        max_width = get_max_positions(self.model.causal.config)
-        return copy_to_device(micro_batch, self.dist_context.device, width_multiple, max_width)
 
     @torch.no_grad()
     def generate(
@@ -337,3 +293,119 @@ class Engine:
                 autocast_dtype=torch.bfloat16 if self.plan.precision == "bf16" else None,
                 on_token=self.dist_context.watchdog.heartbeat,
             )
+
+    def restore_fp32(self) -> None:
+        """After the last step: give the frozen base its float32 back, for readers outside autocast.
+
+        On rank 0; the others' is only of that type. Nothing may be trained or evaluated here afterwards.
+        """
+        if self._frozen_cast is not None:
+            self._frozen_cast.restore_fp32()
+
+    def _set_training(self, is_training: bool) -> None:
+        if self._loss_module.training != is_training:  # both walk over all modules
+            self.deepspeed_engine.train(is_training)
+
+    def _to_device(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        width_multiple = GRAPH_WIDTH_MULTIPLE if self.plan.cuda_graphs else 1
+        max_width = get_max_positions(self.model.causal.config)
+        return copy_to_device(micro_batch, self.dist_context.device, width_multiple, max_width)
+
+
+# --- the model, before it has an engine ---
+
+
+def _install_kernels(model: TrainableModel, plan: ExecutionPlan, device: torch.device) -> None:
+    if device.type == "cpu":
+        tune_malloc()
+    if plan.packed_rows:  # ours take rows for whole
+        model.causal.set_attn_implementation("sdpa")
+    if plan.blockwise_attention:
+        cpu_attention.install(model.module, model.causal)
+    if plan.fused_lora:
+        fused_lora.install(find_fusable_layers(model.module), model.causal.base_model)
+    quantization.set_compute_dtype(model.module, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+
+
+def place_model(
+    loss_module: CausalLMLoss, model: TrainableModel, deepspeed_config: Mapping[str, Any], device: torch.device
+) -> str:
+    """Move the model there; returns what its loss finds of its head (`CausalLMLoss.verify`). All ranks must call.
+
+    Under ZeRO 3 it goes weight by weight, and of each only this rank's part stays. A packed base is there already.
+    """
+    if int(deepspeed_config["zero_optimization"].get("stage", 0)) < 3 or model.quant_settings is not None:
+        loss_module.to(device)
+        return loss_module.verify()
+    head_problem = loss_module.verify()
+    if "fp16" in deepspeed_config:
+        loss_module.half()
+    import_module("deepspeed").zero.Init(module=loss_module, config_dict_or_path=dict(deepspeed_config))
+    for buffer in loss_module.buffers():
+        buffer.data = buffer.data.to(device)
+    return head_problem
+
+
+# --- rows of tokens to the device, numbers from it: the host waits for nothing but what it reads ---
+
+
+def copy_to_device(
+    micro_batch: MicroBatch, device: torch.device, width_multiple: int = 1, max_width: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(ids, labels) [rows, width], padded to a multiple of `width_multiple` but not beyond `max_width`.
+
+    Rows in which several examples stand have positions of their own and are left as they are.
+    """
+    ids, labels = torch.from_numpy(micro_batch.input_ids), torch.from_numpy(micro_batch.labels)
+    width = ids.shape[1]
+    padding = min(width + -width % width_multiple, max_width or 2**62) - width
+    if padding > 0 and micro_batch.position_ids is None:
+        ids, labels = functional.pad(ids, (0, padding)), functional.pad(labels, (0, padding), value=IGNORE_INDEX)
+    if device.type != "cuda":
+        return ids, labels
+    return ids.pin_memory().to(device, non_blocking=True), labels.pin_memory().to(device, non_blocking=True)
+
+
+def copy_to_host(numbers: Tensor) -> Callable[[], list[float]]:
+    """Queue a copy of a flat tensor now; what is returned waits for that copy alone, and gives the numbers.
+
+    A read at the time they are wanted would be queued behind the next step, which has been launched by then.
+    """
+    if not numbers.is_cuda:
+        return numbers.tolist
+    buffer = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    buffer.copy_(numbers, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        return buffer.tolist()
+
+    return read
+
+
+def all_gather_sums(context: DistContext, loss_sums: Sequence[Tensor], *, should_stop: bool) -> Tensor:
+    """One row a rank on the device, float64 [ranks, micro-batches + 1]: its sums, and whether it wants to stop."""
+    # `full` and not `tensor`: a copy to the device would wait.
+    stop_flag = torch.full((), float(should_stop), dtype=torch.float64, device=context.device)
+    local_sums = torch.stack([*loss_sums, stop_flag])
+    if context.world_size == 1:
+        return local_sums[None]
+    gathered_sums = local_sums.new_empty(context.world_size * len(local_sums))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch is renaming the function
+        dist.all_gather_into_tensor(gathered_sums, local_sums)
+    return gathered_sums.view(context.world_size, -1)
+
+
+def add_sums(sums: Sequence[float], world_size: int) -> tuple[float, bool]:
+    """(exact sum of all micro-batches' sums, whether any rank wants to stop) of `all_gather_sums`, flat.
+
+    Raises NonFiniteError where one is not finite.
+    """
+    width = len(sums) // world_size
+    values = [value for index, value in enumerate(sums) if (index + 1) % width]
+    if not all(map(math.isfinite, values)):
+        raise NonFiniteError("loss nan")
+    return math.fsum(values), any(sums[width - 1 :: width])

@@ -3,13 +3,11 @@
 A fallback while running is a new plan (`dataclasses.replace`) at a step boundary, with its reason.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from trainer.config.settings import Settings, graph_blocker
 from trainer.distributed.process_group import DistContext
-from trainer.distributed.steppers import supports_native_stepper
 from trainer.model.loss import uses_gpu_form
 
 AS_PLANNED = "as planned"
@@ -20,7 +18,6 @@ class ExecutionPlan:
     """How forward, backward and update are computed; none of it changes the numbers beyond rounding."""
 
     precision: str  #: fp32, or the type that autocast gives to products: bf16, fp16
-    stepper: Literal["native", "deepspeed"]  #: whose reduction, norm and update
     cuda_graphs: bool  #: forward and backward of shapes that come again are recorded and replayed
     eager_reason: str  #: why they are not; empty where they are
     fused_lora: bool  #: a frozen layer and its adapter are one operation (`trainer.model.fused_lora`)
@@ -41,7 +38,6 @@ class ExecutionPlan:
         """One line for people."""
         parts = [
             "CUDA graphs" if self.cuda_graphs else f"eager ({self.eager_reason})",
-            f"{self.stepper} stepper",
             "adapters fused with their layers" * self.fused_lora,
             "blockwise attention and dropout" * self.blockwise_attention,
             "packed rows" * self.packed_rows,
@@ -84,26 +80,23 @@ def find_eager_reason(settings: Settings, *, is_gpu: bool, stage: int) -> str:
 def make_execution_plan(
     settings: Settings,
     dist_context: DistContext,
-    deepspeed_config: Mapping[str, Any],
     *,
+    stage: int,
     precision: str,
     model_dropout: float,
 ) -> ExecutionPlan:
-    """The plan of a run. `model_dropout`: the largest dropout probability of the base model."""
-    stage = int(deepspeed_config["zero_optimization"].get("stage", 0))
+    """The plan of a run. `stage`: of ZeRO; `model_dropout`: the largest dropout probability of the base model."""
     is_gpu = uses_gpu_form(dist_context.device)
     lora, quant = settings.lora, settings.model.quant
-    is_native = supports_native_stepper(deepspeed_config, world_size=dist_context.world_size, precision=precision)
     eager_reason = find_eager_reason(settings, is_gpu=is_gpu, stage=stage)
     if not eager_reason and settings.engine.execution == "eager":
         eager_reason = "--execution eager"
     has_adapters = settings.mode == "lora"
     lora_dropout = lora.dropout if has_adapters else 0.0
     is_plain_lora = has_adapters and lora.adapter != "dora" and not lora_dropout and quant is None
-    is_fused_adamw = settings.train.optim == "adamw_fused"
+    is_guarded = stage == 0 and settings.train.optim == "adamw_fused"  # leaves an update out on the device's word
     return ExecutionPlan(
         precision=precision,
-        stepper="native" if is_native else "deepspeed",
         cuda_graphs=not eager_reason,
         eager_reason=eager_reason,
         fused_lora=is_plain_lora and stage < 3,
@@ -111,7 +104,7 @@ def make_execution_plan(
         packed_rows=settings.data.packing,
         frozen_dtype="bfloat16" if precision == "bf16" and stage < 3 and has_adapters and not quant else "float32",
         chunked_loss=True,  # until the model's own logits say otherwise
-        overlaps_reduction=is_native and dist_context.world_size > 1 and bool(eager_reason),
-        finite_check="device" if is_native and is_fused_adamw else "host",
-        steps_in_flight=2 if is_gpu and is_native and is_fused_adamw else 1,
+        overlaps_reduction=stage == 0 and dist_context.world_size > 1 and bool(eager_reason),
+        finite_check="device" if is_guarded else "host",
+        steps_in_flight=2 if is_gpu and is_guarded else 1,
     )

@@ -64,7 +64,10 @@ class Sharding:
 
 
 def estimate_model_states(counts: ParamCounts, sharding: Sharding, *, precision: str = "fp32") -> ModelStates:
-    """State per rank: stage 1 shards the optimizer's, 2 the gradients too, 3 the weights too, frozen ones as well."""
+    """State per rank: stage 1 shards the optimizer's, 2 the gradients too, 3 the weights too, frozen ones as well.
+
+    Frozen weights count in float32, also where bf16 halves most of them (`choose_deepspeed_file`, `estimate_memory`).
+    """
     bytes_per_weight = 2 if precision == "fp16" else 4
     num_trainable, stage, world_size = counts.trainable, sharding.stage, sharding.world_size
     weights = counts.weight_bytes(bytes_per_weight) / (world_size if stage == 3 else 1)
@@ -125,22 +128,18 @@ def estimate_memory(
     gathered_bytes = 0.0
     if stage == 3:
         gathered_bytes = min(counts.weight_bytes(bytes_per_weight), bytes_per_weight * MAX_LIVE_PARAMETERS)
-    if world_size == 1 and stage < 3:  # every gradient stays where the backward left it
+    if stage == 1 or (world_size == 1 and stage < 3):  # every gradient stays where the backward left it
         pass_bytes = passes.peak_with_gradients
-    elif stage < 2:  # each moves to its place in a flat buffer that is always there
+    elif stage == 0:  # each moves to its place in a flat buffer that is always there
         pass_bytes = passes.peak + states.gradients
     else:  # this rank's share of them: of earlier micro-batches, and the buffer that ZeRO-3 keeps
         pass_bytes = passes.peak + (states.gradients if accumulates or stage == 3 else 0.0)
-    # For the flat weights of ZeRO, gradients are laid end to end, up to a bucket under ZeRO 2, 3; processors send each
-    # other their parts of a share apart.
-    flat_bytes = bytes_per_weight * float(counts.trainable if stage < 2 else min(counts.trainable, REDUCE_BUCKET_SIZE))
-    if stage == 0:
-        step_bytes = states.gradients
-    elif stage == 1:
-        copies = 1.0 if world_size == 1 else 1 / world_size + (not is_gpu)
-        step_bytes = states.gradients + copies * flat_bytes
-    else:
-        step_bytes = states.gradients + flat_bytes / world_size
+    # For the flat weights of ZeRO, gradients are laid end to end, up to a bucket: under stage 1 all of them beside the
+    # gradients, when they are reduced; then, and under stages 2 and 3, a rank's share.
+    flat_bytes = bytes_per_weight * float(min(counts.trainable, REDUCE_BUCKET_SIZE))
+    step_bytes = states.gradients
+    if stage:
+        step_bytes += flat_bytes / (1 if stage == 1 else world_size)
     return MemoryEstimate(
         model_states=states,
         activations=passes.saved,

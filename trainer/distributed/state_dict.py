@@ -1,7 +1,6 @@
-"""The state of a run on its ranks: weights and moments read whole, set from a checkpoint, copied and restored.
+"""The state of a run on its ranks: weights and moments read whole, and set from a checkpoint.
 
-The same names and tensors under every ZeRO stage and number of ranks. What DeepSpeed has no public way to tell is
-read where it keeps it; tests/distributed/test_engine.py holds those names.
+The same names and tensors under every ZeRO stage and number of ranks.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.errors import UserError
+from trainer.distributed import deepspeed_internals
 from trainer.distributed.process_group import DistContext
 from trainer.model import optimizer
 
@@ -21,7 +21,6 @@ _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyste
 _OPTIMIZER_MISMATCH = (
     "--resume: the checkpoint holds the moments of another kind of --optim, 8-bit or 32-bit; expected the one it had"
 )
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 class EngineState:
@@ -45,66 +44,9 @@ class EngineState:
         self.uses_8bit_optimizer = uses_8bit_optimizer
         self._stage = stage
         self._torch_optimizer = self.optimizer if stage == 0 else self.optimizer.optimizer
-        self._fragments = import_module("deepspeed.utils.tensor_fragment")
+        self._fragments = import_module("deepspeed.utils")
 
-    # --- a copy of this rank's part of the state ---
-
-    def snapshot(self) -> Callable[[], None]:
-        """Copy to the host all that a step changes; the function returned restores it bit for bit. All ranks call both.
-
-        Between the two only whole steps may be taken: gradients are not kept.
-        """
-        tensor_copies = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in self._local_tensors()]
-        saved_states = {
-            flat: {k: v.to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
-            for flat, state in self._torch_optimizer.state.items()
-        }
-        lrs = [group["lr"] for group in self.optimizer.param_groups]
-        counters = {name: getattr(self.deepspeed_engine, name) for name in _COUNTERS}
-        scaler = getattr(self.optimizer, "loss_scaler", None)
-        scaler_state = dict(vars(scaler)) if hasattr(scaler, "__dict__") else {}
-
-        @torch.no_grad()
-        def restore() -> None:
-            for tensor, saved in tensor_copies:
-                tensor.detach().copy_(saved)
-            states = self._torch_optimizer.state
-            for flat in states.keys() - saved_states.keys():
-                for value in states[flat].values():  # not taken away, DeepSpeed points to them: AdamW begins at 0
-                    value.zero_()
-            for flat, state in saved_states.items():
-                for key, value in state.items():
-                    if isinstance(value, Tensor):
-                        states[flat][key].copy_(value)
-                    else:
-                        states[flat][key] = value
-            for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr
-            for name, count in counters.items():
-                setattr(self.deepspeed_engine, name, count)
-            if scaler_state:
-                vars(scaler).update(scaler_state)
-            if self._stage == 3:
-                self._repartition()
-
-        return restore
-
-    def _local_tensors(self) -> list[Tensor]:
-        """Weights as this rank holds them, and ZeRO's float32 copies of its share."""
-        if self._stage == 3:
-            shares = [p.ds_tensor for p in self.trainable_params.values()]
-            return [*shares, *self.optimizer.fp32_partitioned_groups_flat]
-        weights = [p.data for p in self.trainable_params.values()]
-        return weights if self._stage == 0 else [*weights, *self.optimizer.single_partition_of_fp32_groups]
-
-    def _repartition(self) -> None:
-        """Let go of weights that ZeRO-3 still holds whole, and put together those that it always holds."""
-        gathered = [p for p in self.trainable_params.values() if p.ds_status.name == "AVAILABLE"]
-        if gathered:
-            gathered[0].partition(gathered, has_been_updated=False)
-        persistent = [p for p in self.optimizer.persistent_parameters if p.ds_status.name != "AVAILABLE"]
-        if persistent:
-            persistent[0].all_gather(persistent)
+    # --- without gathering ---
 
     def fits_unsharded(self) -> bool:
         """Whether every rank has room for all weights within half of what is free; all ranks must call."""
@@ -114,12 +56,6 @@ class EngineState:
         total_bytes = sum(p.ds_numel * p.element_size() for p in self.deepspeed_engine.module.parameters())
         return all(self.dist_context.all_gather_object(total_bytes < torch.cuda.mem_get_info(device)[0] / 2))
 
-    def gathered_model(self) -> contextlib.AbstractContextManager[Any]:
-        """While it is open every rank has all weights, which it may read; all ranks must enter."""
-        if self._stage < 3:
-            return contextlib.nullcontext()
-        return import_module("deepspeed.runtime.zero").unwrap_model_for_generation(self.deepspeed_engine)
-
     def max_abs(self, names: Iterable[str]) -> float:
         """The largest entry, by size, of these trained weights over all ranks; all ranks must call."""
         params = [self.trainable_params[name] for name in names]
@@ -127,28 +63,17 @@ class EngineState:
         local_max = max((float(tensor.abs().max()) for tensor in local_tensors if tensor.numel()), default=0.0)
         return max(self.dist_context.all_gather_object(local_max))
 
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state on this rank."""
+        return optimizer.count_state_bytes(self._torch_optimizer)
+
+    def loss_scale(self) -> dict[str, Any] | None:
+        """Where fp16's dynamic loss scale stands; None in other precisions, where nothing is scaled."""
+        if self.precision != "fp16":
+            return None
+        return {name: getattr(self.optimizer.loss_scaler, name) for name in _LOSS_SCALER_FIELDS}
+
     # --- full state, the same under every stage and number of ranks ---
-
-    def iter_state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every trained weight (float32) and its two moments, one at a time; all ranks must iterate.
-
-        The moments are float32, or 8-bit codes followed by their scales.
-        """
-        if self._stage in (1, 2):
-            # DeepSpeed links weights to their state once, after the first group's first step: the state of the other
-            # groups (LoRA+ has two) is not there yet.
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.trainable_params.items():
-            self.dist_context.watchdog.heartbeat()
-            if self._stage == 0:
-                yield f"weight/{name}", parameter.detach()
-                for state_key, tensor in optimizer.iter_named_state(self.optimizer.state[parameter]):
-                    yield f"{state_key}/{name}", tensor
-            else:
-                yield f"weight/{name}", self._fragments.safe_get_full_fp32_param(parameter)
-                for key in optimizer.MOMENTS:
-                    yield f"{key}/{name}", self._fragments.safe_get_full_optimizer_state(parameter, key)
 
     def state_dict_layout(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of all that `iter_state_dict` yields, in its order, without gathering anything."""
@@ -162,15 +87,23 @@ class EngineState:
                 for state_key in optimizer.MOMENTS:
                     yield f"{state_key}/{name}", torch.float32, shape
 
-    def optimizer_bytes(self) -> int:
-        """Bytes of the optimizer's state on this rank."""
-        return optimizer.count_state_bytes(self._torch_optimizer)
+    def iter_state_dict(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every trained weight (float32) and its two moments, one at a time; all ranks must iterate.
 
-    def loss_scale(self) -> dict[str, Any] | None:
-        """Where fp16's dynamic loss scale stands; None in other precisions, where nothing is scaled."""
-        if self.precision != "fp16":
-            return None
-        return {name: getattr(self.optimizer.loss_scaler, name) for name in _LOSS_SCALER_FIELDS}
+        The moments are float32, or 8-bit codes followed by their scales.
+        """
+        if self._stage in (1, 2):
+            deepspeed_internals.link_optimizer_state(self.optimizer)
+        for name, parameter in self.trainable_params.items():
+            self.dist_context.watchdog.heartbeat()
+            if self._stage == 0:
+                yield f"weight/{name}", parameter.detach()
+                for state_key, tensor in optimizer.iter_named_state(self.optimizer.state[parameter]):
+                    yield f"{state_key}/{name}", tensor
+            else:
+                yield f"weight/{name}", self._fragments.safe_get_full_fp32_param(parameter)
+                for key in optimizer.MOMENTS:
+                    yield f"{key}/{name}", self._fragments.safe_get_full_optimizer_state(parameter, key)
 
     def load_state_dict(
         self, read_tensor: Callable[[str], Tensor], num_steps: int, loss_scale: Mapping[str, Any] | None
@@ -183,41 +116,40 @@ class EngineState:
         if self.uses_8bit_optimizer:
             self._load_8bit_states(read_tensor, num_steps)
             return
-        torch_optimizer = self._torch_optimizer
-        flat_params = [flat for group in torch_optimizer.param_groups for flat in group["params"]]
-        if self._stage == 3:  # lends its shares to the optimizer for the length of a step only
-            flat_params = self.optimizer.fp32_partitioned_groups_flat
-        is_fused = bool(torch_optimizer.defaults.get("fused"))  # the others read their counts: on a GPU they would wait
-        for flat in flat_params:
-            if flat not in torch_optimizer.state:
-                torch_optimizer.state[flat] = {key: torch.zeros_like(flat) for key in optimizer.MOMENTS}
-                torch_optimizer.state[flat]["step"] = torch.zeros((), device=flat.device if is_fused else "cpu")
-            torch_optimizer.state[flat]["step"].fill_(num_steps)
+        self._create_states(num_steps)
         for name, parameter in self.trainable_params.items():
             for key in optimizer.MOMENTS:
                 value = read_tensor(f"{key}/{name}")
                 if value.dtype != torch.float32:
                     raise UserError(_OPTIMIZER_MISMATCH)
-                self._set_moment(parameter, key, value)
+                if self._stage == 0:
+                    self.optimizer.state[parameter][key].copy_(value)
+                elif self._stage == 3:  # `safe_set_full_optimizer_state` takes no share of a size that is not even
+                    self._fragments.safe_set_local_optimizer_state(parameter, self._local_share(parameter, value), key)
+                else:
+                    self._fragments.safe_set_full_optimizer_state(parameter, value, key)
             if self.precision == "fp16":  # its float32 copy was made from the weights after they were halved
                 self._fragments.safe_set_full_fp32_param(parameter, read_tensor(f"weight/{name}"))
         for key, value in (loss_scale or {}).items():
             setattr(self.optimizer.loss_scaler, key, value)
 
-    def load_weights(self, read_tensor: Callable[[str], Tensor]) -> None:
-        """Set the trained weights that the model computes with; what the optimizer keeps of them stays as it is."""
-        for name, parameter in self.trainable_params.items():
-            value = read_tensor(f"weight/{name}")
-            if self._stage == 3:
-                parameter.ds_tensor.data.copy_(self._own_share(parameter, value))
-            if self._stage < 3 or parameter.ds_status.name == "AVAILABLE":
-                parameter.data.copy_(value)
+    def _create_states(self, num_steps: int) -> None:
+        """AdamW's state as it is after so many steps, its moments zero where there were none."""
+        flat_params = [flat for group in self._torch_optimizer.param_groups for flat in group["params"]]
+        if self._stage:
+            flat_params = deepspeed_internals.flat_partitions(self.optimizer, self._stage)
+        is_fused = self._torch_optimizer.defaults.get("fused")  # the others read their counts: on a GPU they would wait
+        for flat in flat_params:
+            state = self._torch_optimizer.state[flat]
+            if not state:
+                state.update({key: torch.zeros_like(flat) for key in optimizer.MOMENTS})
+                state["step"] = torch.zeros((), device=flat.device if is_fused else "cpu")
+            state["step"].fill_(num_steps)
+        if self._stage in (1, 2):
+            deepspeed_internals.link_optimizer_state(self.optimizer)
 
-    def _own_share(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """What this rank holds of a weight, or of a moment, under ZeRO-3; the last rank's share is padded."""
-        shard_size, context = parameter.ds_tensor.ds_numel, self.dist_context
-        flat = torch.nn.functional.pad(value.flatten(), (0, shard_size * context.world_size - value.numel()))
-        return flat[shard_size * context.rank : shard_size * (context.rank + 1)]
+    def _local_share(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        return deepspeed_internals.local_share(parameter, value, self.dist_context.rank, self.dist_context.world_size)
 
     def _load_8bit_states(self, read_tensor: Callable[[str], Tensor], num_steps: int) -> None:
         for name, parameter in self.trainable_params.items():
@@ -229,18 +161,22 @@ class EngineState:
                     raise UserError(_OPTIMIZER_MISMATCH)
                 tensor.copy_(value)
 
-    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        if self._stage == 0:
-            self.optimizer.state[parameter][key].copy_(value)
-        elif self._stage == 3:
-            self._fragments.safe_set_local_optimizer_state(parameter, self._own_share(parameter, value), key)
-        elif parameter._hp_mapping is not None:  # None: another rank has all of it
-            full = parameter._hp_mapping.get_hp_fragment_address()
-            local = parameter._hp_mapping.lp_fragment_address
-            groups = zip(self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups, strict=True)
-            flat = next(flat for group, flat in groups if any(member is parameter for member in group))
-            moment = self._torch_optimizer.state[flat][key].narrow(0, full.start, full.numel)
-            moment.copy_(value.flatten().narrow(0, local.start, local.numel))
+    # --- the weights that the model computes with ---
+
+    def load_weights(self, read_tensor: Callable[[str], Tensor]) -> None:
+        """Set the trained weights that the model computes with; what the optimizer keeps of them stays as it is."""
+        for name, parameter in self.trainable_params.items():
+            value = read_tensor(f"weight/{name}")
+            if self._stage == 3:
+                parameter.ds_tensor.data.copy_(self._local_share(parameter, value))
+            if self._stage < 3 or parameter.ds_status.name == "AVAILABLE":
+                parameter.data.copy_(value)
+
+    def gathered_model(self) -> contextlib.AbstractContextManager[Any]:
+        """While it is open every rank has all weights, which it may read; all ranks must enter."""
+        if self._stage < 3:
+            return contextlib.nullcontext()
+        return import_module("deepspeed.runtime.zero").unwrap_model_for_generation(self.deepspeed_engine)
 
     def gather_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor on the CPU) of every trained weight in the names of `model.module`; all ranks must iterate."""

@@ -13,7 +13,7 @@ from trainer.config.errors import TrainingError
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import GlobalBatch
 from trainer.distributed.engine import Engine, StepResult
-from trainer.distributed.steppers import NonFiniteError
+from trainer.distributed.stepper import NonFiniteError
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.evaluation import StopRequested, evaluate
@@ -117,14 +117,14 @@ def _run_due_actions(
 
 
 def _step_record(schedule: TrainSchedule, state: TrainState, batch: GlobalBatch, result: StepResult) -> Record:
-    if result.update.is_skipped:
+    if result.is_skipped:
         message = f"step {state.step}: gradient overflow in fp16, update skipped and loss scale lowered"
         return EventRecord(event="skipped_step", step=state.step, message=message, time=state.elapsed_seconds)
     return StepRecord(
         **schedule.record_axes(state),
-        loss=result.update.loss_sum / batch.num_target_tokens,
+        loss=result.loss_sum / batch.num_target_tokens,
         lr=result.lr,
-        grad_norm=result.update.grad_norm,
+        grad_norm=result.grad_norm,
         tokens_per_second=batch.num_tokens / result.elapsed_seconds,
     )
 

@@ -55,15 +55,20 @@ def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
             f"--execution graphs: steps of ZeRO {deepspeed_file.stage} are eager; expected --ds-config zero0, or "
             "--execution auto or eager"
         )
-    if deepspeed_file.stage != 3:
-        return
+    if deepspeed_file.stage == 3 and (problem := zero_3_problem(settings)):
+        raise UserError(problem)
+
+
+def zero_3_problem(settings: Settings) -> str:
+    """Why these settings cannot be trained under ZeRO 3; empty where they can."""
     if settings.model.quant and settings.lora.adapter == "dora":
-        raise UserError(
+        return (
             f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
             "--ds-config zero0, zero1 or zero2, or another --adapter"
         )
     if settings.model.quant == "int8":
-        raise UserError(
+        return (
             "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "
             "expected --ds-config zero0, zero1 or zero2, or --quant nf4"
         )
+    return ""

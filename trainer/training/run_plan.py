@@ -1,10 +1,13 @@
 """Everything that is decided before the first step: what `--dry-run` prints and run.json keeps."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from trainer.config import reference
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
@@ -20,14 +23,15 @@ from trainer.distributed.deepspeed_config import (
     read_deepspeed_file,
 )
 from trainer.distributed.execution import AS_PLANNED, ExecutionPlan, make_execution_plan
-from trainer.distributed.memory_estimate import ParamCounts
+from trainer.distributed.memory_estimate import CUDA_CONTEXT_BYTES, ParamCounts
 from trainer.distributed.process_group import DistContext
 from trainer.model.attention import attention_kernel
 from trainer.model.build import get_dropout_probabilities
 from trainer.training.example_packing import describe_padding, plan_packing
 from trainer.training.lr_schedule import describe_schedule
+from trainer.training.memory_check import estimate_rank_memory
 from trainer.training.plan_notes import collect_notes, describe_targets
-from trainer.training.plan_validation import validate_stage
+from trainer.training.plan_validation import validate_stage, zero_3_problem
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule
 
@@ -165,17 +169,31 @@ class RunPlan:
 
 
 def _choose_deepspeed_file(
-    settings: Settings, dist_context: DistContext, model_info: dict[str, Any], precision: str
+    settings: Settings,
+    dist_context: DistContext,
+    model_info: dict[str, Any],
+    *,
+    precision: str,
+    estimate_bytes: Callable[[DeepSpeedFile], float],
 ) -> DeepSpeedFile:
     if settings.engine.ds_config:
         return read_deepspeed_file(settings.engine.ds_config)
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS:
         return read_deepspeed_file("zero0", f"--optim {settings.train.optim} is not sharded")
+    if settings.engine.execution == "graphs":
+        return read_deepspeed_file("zero0", "--execution graphs needs it")
+    memory_bytes = dist_context.device_memory_bytes()
+    if memory_bytes is None and dist_context.world_size > 1:
+        memory_bytes = psutil.virtual_memory().total // dist_context.local_world_size
+    if memory_bytes is not None:
+        memory_bytes = min(dist_context.all_gather_object(memory_bytes))
     return choose_deepspeed_file(
         counts=ParamCounts.from_model_info(model_info),
         world_size=dist_context.world_size,
-        device_memory_bytes=dist_context.device_memory_bytes(),
+        device_memory_bytes=memory_bytes,
         precision=precision,
+        estimate_bytes=estimate_bytes,
+        stages=[stage for stage in range(4) if not (stage == 3 and zero_3_problem(settings))],
     )
 
 
@@ -198,12 +216,30 @@ def make_plan(
         )
     batch = plan_packing(settings.data, settings.train.batch(dist_context.world_size), model_config.model_type)
     precision = settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
-    deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision)
+    dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
+    deepspeed_file = _choose_deepspeed_file(
+        settings,
+        dist_context,
+        model_info,
+        precision=precision,
+        estimate_bytes=lambda deepspeed_file: (
+            CUDA_CONTEXT_BYTES
+            + estimate_rank_memory(
+                settings,
+                dist_context,
+                model_info,
+                deepspeed_file,
+                precision=precision,
+                model_dropout=dropout,
+                row_length=int(data.train.lengths().max()),
+                micro_batch_size=batch.micro_batch_size,
+            ).peak
+        ),
+    )
     validate_stage(settings, deepspeed_file)
     deepspeed_config = build_deepspeed_config(
         deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=precision
     )
-    dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
     num_examples = len(data.train)
     schedule = TrainSchedule(
         settings=settings,
@@ -214,7 +250,7 @@ def make_plan(
     )
     padding = describe_padding(data.train, schedule.batches(data.train, dist_context.rank))
     execution = make_execution_plan(
-        settings, dist_context, deepspeed_config, precision=precision, model_dropout=dropout
+        settings, dist_context, stage=deepspeed_file.stage, precision=precision, model_dropout=dropout
     )
     return RunPlan(
         settings=settings,

@@ -43,12 +43,12 @@ class TrainState:
             step=self.step + 1,
             examples_seen=self.examples_seen + len(batch.example_ids),
             tokens_seen=self.tokens_seen + batch.num_tokens,
-            epoch_loss_sum=self.epoch_loss_sum + result.update.loss_sum,
+            epoch_loss_sum=self.epoch_loss_sum + result.loss_sum,
             epoch_target_tokens=self.epoch_target_tokens + batch.num_target_tokens,
             elapsed_seconds=elapsed_seconds,
-            skipped_steps=self.skipped_steps + result.update.is_skipped,
+            skipped_steps=self.skipped_steps + result.is_skipped,
             eval_pending=True,
-            stop_requested=self.stop_requested or result.update.stop_requested,
+            stop_requested=self.stop_requested or result.stop_requested,
         )
 
     def after_evaluation(self, loss: float, *, epoch: float, min_delta: float) -> "TrainState":

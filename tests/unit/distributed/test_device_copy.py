@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.data.sampler import IGNORE_INDEX, MicroBatch
-from trainer.distributed.device_copy import copy_to_device, copy_to_host
+from trainer.distributed.engine import copy_to_device, copy_to_host
 
 
 @pytest.mark.parametrize(("width", "max_width", "expected"), [(20, None, 64), (64, None, 64), (65, 100, 100)])

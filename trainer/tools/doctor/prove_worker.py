@@ -56,8 +56,8 @@ def run_row(
     batches = plan.schedule.batches(data.train, dist_context.rank)(0, job["num_steps"])
     losses, norms, seconds, waits = [], [], [], []
     for batch, result in engine.run(batches, lambda _: settings.train.lr):
-        losses.append(result.update.loss_sum / batch.num_target_tokens)
-        norms.append(result.update.grad_norm)
+        losses.append(result.loss_sum / batch.num_target_tokens)
+        norms.append(result.grad_norm)
         seconds.append(result.elapsed_seconds)
         waits.append(engine.device_wait_seconds)
     reference = torch.load(job["reference"])

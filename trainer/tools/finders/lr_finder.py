@@ -1,4 +1,4 @@
-"""`--find-lr`: raise the learning rate from step to step on a copy of the state, and say where to put it."""
+"""`--find-lr`: raise the learning rate from step to step of an engine that trains nothing else, and suggest one."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from trainer.config.cli import LRRange
 from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
-from trainer.distributed.steppers import NonFiniteError
+from trainer.distributed.stepper import NonFiniteError
 from trainer.report.lr_range_plot import plot_lr_range_test
 from trainer.tools.finders.files import output_folder
 from trainer.tools.finders.lr_curve import LRSuggestion, geometric_lrs, has_diverged, smooth, smoothing_beta, suggest_lr
@@ -18,13 +18,12 @@ NUM_PROGRESS_LINES = 10  # lines while it runs
 
 
 def find_lr(lr_range: LRRange, plan: RunPlan, data: PreparedDataset, engine: Engine) -> int:
-    """Sweep, restore, say, and leave find-lr.json and find-lr.png in the run folder. 0, also without a suggestion."""
-    restore = engine.state.snapshot()
+    """Sweep, and leave find-lr.json and find-lr.png in the run folder; the engine's weights are of no more use.
+
+    0, also without a suggestion.
+    """
     lrs = geometric_lrs(lr_range.start, lr_range.end, lr_range.steps)
-    try:
-        losses = sweep(engine, data, plan.schedule, lrs)
-    finally:
-        restore()
+    losses = sweep(engine, data, plan.schedule, lrs)
     plan.dist_context.on_rank_zero(lambda: _report(lr_range, plan, lrs[: len(losses)], losses))
     return 0
 
@@ -39,7 +38,7 @@ def sweep(engine: Engine, data: PreparedDataset, schedule: TrainSchedule, lrs: l
     for batch in schedule.batches(data.train, engine.dist_context.rank)(0, len(lrs)):
         try:
             _, result = next(engine.run([batch], lrs.__getitem__))
-            losses.append(result.update.loss_sum / batch.num_target_tokens)
+            losses.append(result.loss_sum / batch.num_target_tokens)
         except NonFiniteError:
             losses.append(math.nan)
             engine.stepper.discard_step()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainer.distributed.gradients import GradientBuckets
+from trainer.distributed.stepper import GradientBuckets
 
 OTHER_RANKS_GRADIENT = 100.0
 
@@ -27,13 +27,12 @@ class LateReduction:
 
 @pytest.fixture
 def layer_and_buckets(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Linear, GradientBuckets]:
-    answers: dict[str, Any] = {"get_rank": 0, "get_world_size": 2, "get_backend": "gloo"}
+    answers: dict[str, Any] = {"get_backend": "gloo"}
     for name, answer in answers.items():
         monkeypatch.setattr(dist, name, lambda answer=answer: answer)
     monkeypatch.setattr(dist, "all_reduce", LateReduction)
     layer = nn.Linear(3, 2)
-    params = list(layer.parameters())
-    return layer, GradientBuckets([params], [sum(p.numel() for p in params)], is_sharded=False)
+    return layer, GradientBuckets(list(layer.parameters()))
 
 
 def test_a_discarded_steps_reduction_is_over_before_the_next_gradients_take_its_place(layer_and_buckets):
@@ -43,8 +42,9 @@ def test_a_discarded_steps_reduction_is_over_before_the_next_gradients_take_its_
         buckets.overlap()
         layer(torch.ones(1, 3)).sum().backward()
         if is_refused:
-            buckets.discard()
+            buckets.finish_overlap()
             for parameter in layer.parameters():
                 parameter.grad = None
-    for gradient in buckets.reduce():
-        assert torch.equal(gradient, torch.full_like(gradient, 1 + OTHER_RANKS_GRADIENT))
+    buckets.reduce()
+    for parameter in layer.parameters():
+        assert torch.equal(parameter.grad, torch.full_like(parameter, 1 + OTHER_RANKS_GRADIENT))

@@ -1,0 +1,153 @@
+"""Steps under every ZeRO file: which are recorded, what one that is not finite changes, what stays alive after one."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.engines import StartedRun, joined_ranks, start_engine
+from helpers.matrix import launch_jobs, make_argv
+
+from trainer.config import cli
+from trainer.config.choices import DS_CONFIG_NAMES
+from trainer.config.errors import UserError
+from trainer.data.sampler import step_batches, step_counts
+from trainer.distributed.deepspeed_config import read_deepspeed_file
+from trainer.distributed.process_group import simulated_context
+from trainer.distributed.stepper import NonFiniteError
+from trainer.training.plan_validation import validate_early, validate_stage
+
+
+def test_graphs_need_a_gpu_zero_0_and_settings_that_can_be_recorded():
+    for flags in ("--quant nf4", "--activation-checkpointing"):
+        with pytest.raises(UserError, match="--execution graphs: not with"):
+            cli.parse_args(["--mode", "lora", *flags.split(), "--execution", "graphs"])
+    graphs = cli.parse_args(["--mode", "full", "--execution", "graphs"]).settings
+    with pytest.raises(UserError, match="--execution graphs: CUDA graphs need a GPU; expected auto or eager"):
+        validate_early(graphs, simulated_context(1, "cpu"))
+    with pytest.raises(UserError, match="--execution graphs: steps of ZeRO 1 are eager; expected --ds-config zero0"):
+        validate_stage(graphs, read_deepspeed_file("zero1"))
+
+
+# --- a step that is not finite ---
+
+
+def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
+    """On a rank: a step that is not finite on rank 0 raises everywhere and changes nothing; the next one is taken."""
+    with joined_ranks() as dist_context:
+        for job in jobs:
+            run = start_engine(job, dist_context)
+            for step in range(3):
+                if step == 2 and job["bad"] is not None:
+                    assert take_bad_step(run, step, job["bad"]) == f"{job['says']} True", job["name"]
+                take_step(run, step)
+            state = {name: tensor.numpy().copy() for name, tensor in run.engine.state.iter_state_dict()}
+            if dist_context.rank == 0:
+                np.savez(Path(job["out"]) / f"{job['name']}.npz", **state)
+    return 0
+
+
+def take_step(run: StartedRun, step: int, bad: str | None = None) -> None:
+    """Forward, backward and update; `bad`: what is not finite on rank 0."""
+    engine, train = run.engine, run.data.train
+    rank, order = engine.dist_context.rank, np.arange(len(train))
+    micro_batches = step_batches(train, order, step, run.plan.schedule.batch, rank)
+    num_target_tokens = step_counts(train, order, step, 6)[1]
+    factor = math.inf if bad == "gradient" and rank == 0 else 1.0
+    hook = next(iter(engine.trainable_params.values())).register_hook(lambda gradient: gradient * factor)
+    sums = []
+    for micro_batch in micro_batches:
+        if micro_batch is micro_batches[-1]:
+            engine.stepper.reduce_during_backward()
+        sums.append(engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens))
+    hook.remove()
+    if bad == "loss" and rank == 0:
+        sums[0] = sums[0] * math.nan
+    engine.launch_update(1e-3, sums)()
+
+
+def take_bad_step(run: StartedRun, step: int, bad: str) -> str:
+    """The word for what was not finite, and whether weights and moments are as they were."""
+    state_before = {name: tensor.clone() for name, tensor in run.engine.state.iter_state_dict()}
+    try:
+        take_step(run, step, bad)
+    except NonFiniteError as error:
+        run.engine.stepper.discard_step()
+        state_after = dict(run.engine.state.iter_state_dict())
+        is_unchanged = all(torch.equal(state_after[name], value) for name, value in state_before.items())
+        return f"{str(error).split()[0]} {is_unchanged}"
+    return "taken"
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.sweep), 2])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_is_that_of_a_run_without_it(
+    ranks, tiny_model, data_files, data_dir, tmp_path
+):
+    """A loss that is NaN with finite gradients as well, and a gradient alone."""
+    cases = [("zero0", "device", "gradient"), ("zero0", "device", None)]
+    cases += [(zero, "host", bad) for zero in DS_CONFIG_NAMES for bad in ("gradient", "loss", None)]
+    jobs = [
+        {
+            "name": f"{zero}-{by}-{bad}",
+            "execution": {"finite_check": by},
+            "bad": bad,
+            "says": bad,
+            "data": str(data_dir),
+            "out": str(tmp_path),
+            "flags": [
+                *make_argv(tiny_model, data_files, "full", "completion"),
+                *("--ds-config", zero, "--micro-batch", "1"),
+            ],
+        }
+        for zero, by, bad in cases
+    ]
+    launch_jobs(ranks, jobs, tmp_path / "log", check_non_finite_refused)
+    for zero, by, bad in cases:
+        good, after_bad = (dict(np.load(tmp_path / f"{zero}-{by}-{kind}.npz")) for kind in (None, bad))
+        assert all(np.array_equal(after_bad[name], value) for name, value in good.items()), (zero, by, bad)
+
+
+# --- nothing of a step's graph stays alive ---
+
+
+def check_grad_nodes(jobs: list[dict[str, Any]]) -> int:
+    """On a rank: how many weights keep the node that adds their gradient from one step to the next.
+
+    Such a node belongs to the stream that it was made on. Recording a CUDA graph on another stream fails then.
+    """
+    with joined_ranks() as dist_context:
+        for job in jobs:
+            run = start_engine(job, dist_context)
+            for step in range(2):
+                take_step(run, step)
+            params = list(run.engine.trainable_params.values())
+            for parameter in params:
+                add_node(parameter).metadata["is_kept"] = True
+            num_kept = sum("is_kept" in add_node(parameter).metadata for parameter in params)
+            assert (num_kept > 0) == job["keeps"], (job["name"], num_kept, len(params))
+    return 0
+
+
+def add_node(parameter: torch.Tensor) -> Any:
+    """The node that adds a gradient to a weight: a new one where nothing has kept the last."""
+    grad_fn = parameter.expand_as(parameter).grad_fn
+    assert grad_fn is not None
+    return grad_fn.next_functions[0][0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_node_that_adds_a_gradient_outlives_its_step_under_zero_0(ranks, tiny_model, data_files, data_dir, tmp_path):
+    """DeepSpeed keeps them under ZeRO 1, by which one sees that this can fail."""
+    jobs = [
+        {
+            "name": f"{zero} {mode}",
+            "keeps": keeps,
+            "data": str(data_dir),
+            "flags": [*make_argv(tiny_model, data_files, mode, "completion"), "--ds-config", zero],
+        }
+        for zero, keeps in (("zero0", False), ("zero1", True))
+        for mode in ("full", "lora")
+    ]
+    launch_jobs(ranks, jobs, tmp_path / "log", check_grad_nodes)

@@ -1,0 +1,52 @@
+"""Names inside DeepSpeed, used where it has no public call; checked against DeepSpeed 0.19.8.
+
+`tests/distributed/test_deepspeed_internals.py` fails where an upgrade changes one.
+"""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def drop_gradients(deepspeed_engine: Any) -> None:
+    """Forget the gradients of all backwards since the last step, as DeepSpeed does where fp16 overflows.
+
+    `zero_grad` would leave what ZeRO 2 and 3 have reduced already, and `step` would apply it.
+    """
+    deepspeed_engine._unmanaged_backward_count = 0
+    zero_optimizer = deepspeed_engine.optimizer
+    if deepspeed_engine.zero_optimization_stage() == 3:
+        zero_optimizer._pre_step()
+        zero_optimizer._overflow_clean_up(zero_optimizer.loss_scale)
+        return
+    zero_optimizer.micro_step_id = import_module("deepspeed.runtime.zero.stage_1_and_2").INITIAL_MICRO_STEP_ID
+    zero_optimizer.zero_grad(set_to_none=True)
+    if zero_optimizer.cpu_offload:
+        zero_optimizer._offload_accumulated_param_ids = set()
+        zero_optimizer.reset_cpu_buffers()
+    for group_gradients in (zero_optimizer.averaged_gradients, zero_optimizer.all_grad_tensors):
+        for group in group_gradients:
+            group_gradients[group] = None
+
+
+def flat_partitions(zero_optimizer: Any, stage: int) -> list[Tensor]:
+    """This rank's float32 share of each group of weights, by which the optimizer keeps its state under ZeRO 1 to 3."""
+    return zero_optimizer.fp32_partitioned_groups_flat if stage == 3 else zero_optimizer.single_partition_of_fp32_groups
+
+
+def link_optimizer_state(zero_optimizer: Any) -> None:
+    """Under ZeRO 1 and 2: let `safe_get_full_optimizer_state` and `safe_set_...` find the state of every weight.
+
+    DeepSpeed does so once, after the first step of the first group: not before a step, and not for a second group.
+    """
+    zero_optimizer._hp_optimizer_states_linked = False
+    zero_optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def local_share(parameter: nn.Parameter, value: Tensor, rank: int, world_size: int) -> Tensor:
+    """What a rank holds of a value of a whole weight under ZeRO 3; the last rank's share is padded."""
+    shard_size = parameter.ds_tensor.ds_numel
+    flat = torch.nn.functional.pad(value.flatten(), (0, shard_size * world_size - value.numel()))
+    return flat[shard_size * rank : shard_size * (rank + 1)]
