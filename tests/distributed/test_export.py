@@ -303,7 +303,7 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(full_run, lora_r
     state.write_bytes(state.read_bytes()[:-1])
     for arguments, expected in (
         ([tmp_path / "none"], "no run.json there"),
-        ([tmp_path / "odd"], "schema_version is missing; expected a whole number"),
+        ([tmp_path / "odd"], "schema_version is missing; expected what a run writes"),
         ([full_run, "--merge"], "--merge: "),
         ([full_run, "--checkpoint", "last"], "--checkpoint last: expected step-N, best or latest"),
         ([full_run, "--checkpoint", "step-5"], "whole checkpoints there: step-000002, step-000004, step-000006"),

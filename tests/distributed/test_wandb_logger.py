@@ -24,7 +24,7 @@ from helpers.fake_wandb import API_KEY, FakeWandb, child_env
 
 from trainer.config.errors import UserError
 from trainer.config.reference import CURVE
-from trainer.config.runtime_schema import OutputSettings
+from trainer.config.schema import OutputSettings
 from trainer.tracking import wandb_file, wandb_logger
 from trainer.tracking.records import EvalRecord, EventRecord, Record
 from trainer.tracking.wandb_environment import wandb_block, wandb_mode

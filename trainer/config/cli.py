@@ -13,7 +13,7 @@ from trainer.config.argument_parser import ArgumentParser
 from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
 from trainer.config.config_file import expand_config, flag_to_argv
 from trainer.config.errors import UserError
-from trainer.config.options import choices_of, flag_of, without_none
+from trainer.config.fields import choices_of, flag_of, unwrap
 from trainer.config.presets import PRESET_VALUES, choose_preset, resolve
 from trainer.config.settings import GROUPS, Settings
 
@@ -192,12 +192,12 @@ def _add_run_flags(run_flags: Any) -> None:
 def _add_flag(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
     flag, help_text = flag_of(field), field.metadata["help"]
     common = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
-    if field.type is bool:  # a switch: given, it is the other way round
+    if unwrap(field.type) is bool:  # a switch: given, it is the other way round
         action = "store_false" if field.default else "store_true"
         section.add_argument(flag, action=action, help=help_text, **common)
         return
     choices = choices_of(field.type)
-    parse, metavar = (str, _choice_text(choices)) if choices else _PARSERS.get(without_none(field.type), _NAMES_PARSER)
+    parse, metavar = (str, _choice_text(choices)) if choices else _PARSERS.get(unwrap(field.type), _NAMES_PARSER)
     section.add_argument(flag, type=parse, help=help_text + _default_text(group, field), metavar=metavar, **common)
 
 

@@ -9,9 +9,9 @@ import yaml
 
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.errors import UserError
+from trainer.config.fields import flag_of, unwrap
 from trainer.config.files import read_text_file
 from trainer.config.flag_suggestions import suggest_flag
-from trainer.config.options import flag_of
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings
 
@@ -93,7 +93,7 @@ def _entry_to_argv(path: Path, key: str, value: Any, takes_value: dict[str, bool
 def flag_to_argv(field: dataclasses.Field[Any], value: Any) -> list[str]:
     """A settings field as words of a command line; none where it is left out, or a switch that is not thrown."""
     flag = flag_of(field)
-    if field.type is bool:
+    if unwrap(field.type) is bool:
         return [flag] if value != field.default else []
     if value is None:
         return []

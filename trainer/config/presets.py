@@ -6,8 +6,8 @@ from typing import Any
 
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL, LORA_LR_FACTOR, PRESETS, Preset
 from trainer.config.errors import UserError
-from trainer.config.options import check_range, join_words
 from trainer.config.settings import GROUPS, Settings
+from trainer.config.text import join_words
 
 CARD_MODELS = ("gpt2", "openai-community/gpt2")
 
@@ -50,7 +50,8 @@ def resolve(
 
     The mode changes one number only, the learning rate, and only where the user gave none; a test holds it there.
     """
-    check_range(preset in PRESETS, "--preset", preset, join_words(PRESETS))
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: expected {join_words(PRESETS)}")
     values = copy.deepcopy(PRESET_VALUES[preset])
     if preset == "finetune" and "model" not in overrides.get("model", {}):
         raise UserError("--preset finetune without --model: expected --model HUB_ID or --model FOLDER")

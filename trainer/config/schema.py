@@ -1,142 +1,154 @@
-"""Every number that a loss depends on, once: frozen dataclasses whose fields carry flag, unit and what they accept.
+"""The settings of one run by group: pydantic dataclasses whose fields carry the flag, the help and the unit.
 
-The command line is generated from the fields below (`trainer/config/cli.py`), so a flag cannot drift from its
-field. Nothing here imports torch: a plan can be checked and a report made on a machine without it.
+The command line is generated from these fields (`trainer/config/cli.py`). No loss depends on the last two groups beyond
+rounding. Nothing here imports torch: a plan can be checked and a report made on a machine without it.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from typing import Annotated
 
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import (
+    DS_CONFIG_NAMES,
+    EXTRA_LOGGERS,
+    MAX_HANG_TIMEOUT_SECONDS,
+    MAX_NUM_SAMPLES,
     MODULES_TO_SAVE,
     Adapter,
     DataFormat,
+    Execution,
+    ExportChoice,
+    ExtraLogger,
     Init,
     ModuleToSave,
     Objective,
     Optimizer,
+    Precision,
     Quantization,
     Schedule,
     UnusableRecords,
+    WandbMode,
 )
 from trainer.config.errors import UserError
-from trainer.config.options import (
-    ABOVE_ZERO,
-    FROM_ZERO,
-    NOT_EMPTY,
-    PROBABILITY,
-    SHARE,
-    SHARE_OR_NONE,
-    Accepted,
-    at_least,
-    check_fields,
-    check_range,
+from trainer.config.fields import (
+    MAX_INT,
+    Accepts,
+    Interval,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Share,
+    Switch,
+    Text,
+    WandbProject,
+    is_name,
     option,
+    settings_class,
 )
+from trainer.config.text import join_words
 
 _EARLY_STOP = re.compile(r"([1-9]\d*)(?::(\d+\.?\d*(?:e-?\d+)?))?")
+_RUN_NAME = re.compile(r"(?!\.+$)[\w.+-]{1,128}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class ModelSettings:
     """Which weights training starts from."""
 
-    model: str = option(help="hub id or folder of a causal LM, or the embedded `demo-base`", accepts=NOT_EMPTY)
+    model: Name = option(help="hub id or folder of a causal LM, or the embedded `demo-base`")
     init: Init = option("pretrained", help="start from its weights, or from random ones")
     quant: Quantization | None = option(
-        None, help="with --mode lora: hold the frozen layers in 4 bits (nf4, fp4) or 8 (int8); left out: in float32"
+        None, help="with --mode lora: hold the frozen layers in 4 bits (nf4, fp4) or 8 (int8) (default: in float32)"
     )
-    quant_double: bool = option(False, help="with nf4 and fp4: hold their scales in 8 bits too")
-    dropout: float | None = option(
-        None, help="every dropout of the model (GPT-2 has three); left out: the model's own", accepts=PROBABILITY
+    quant_double: Switch = option(False, help="with nf4 and fp4: hold their scales in 8 bits too")
+    dropout: Probability | None = option(
+        None, help="every dropout of the model (GPT-2 has three) (default: the model's own)"
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if self.quant_double and self.quant not in ("nf4", "fp4"):
             raise UserError("--quant-double: expected with --quant nf4 or fp4, whose scales it is about")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class LoraSettings:
-    """The shape of the adapters; only looked at with --mode lora."""
+    """The shape of the adapters; only used with --mode lora."""
 
-    rank: int = option(8, help="inner dimension of each adapter", flag="--lora-rank", accepts=at_least(1))
-    alpha: float = option(16.0, help="adapters are scaled by alpha / rank", flag="--lora-alpha", accepts=ABOVE_ZERO)
-    dropout: float = option(0.0, help="dropout before each adapter", flag="--lora-dropout", accepts=PROBABILITY)
-    target_modules: tuple[str, ...] = option(
+    rank: PositiveInt = option(8, help="inner dimension of each adapter", flag="--lora-rank")
+    alpha: PositiveFloat = option(16.0, help="adapters are scaled by alpha / rank", flag="--lora-alpha")
+    dropout: Probability = option(0.0, help="dropout before each adapter", flag="--lora-dropout")
+    target_modules: Annotated[tuple[Text, ...], Accepts("layer names separated by commas", all, strict=False)] = option(
         (),
         help="layers to adapt, comma separated: attention, mlp, all, a layer's name or its end, or a pattern "
-        "(*.h.0.*); left out: all, that is every Conv1D and Linear but the output layer",
+        "(*.h.0.*) (default: all, that is every Conv1D and Linear but the output layer)",
         flag="--lora-target-modules",
-        accepts=Accepted(all, "layer names separated by commas"),
     )
     adapter: Adapter = option(
         "lora",
         help="lora; dora: magnitude and direction apart; rslora: scaled by alpha / sqrt(rank); "
         "pissa: begins with the base's largest singular vectors",
     )
-    plus_ratio: float = option(
-        1.0,
-        help="LoRA+: learning rate of the B matrices over that of all else",
-        flag="--lora-plus-ratio",
-        accepts=ABOVE_ZERO,
+    plus_ratio: PositiveFloat = option(
+        1.0, help="LoRA+: learning rate of the B matrices over that of all else", flag="--lora-plus-ratio"
     )
-    modules_to_save: tuple[ModuleToSave, ...] = option(
+    modules_to_save: Annotated[
+        tuple[ModuleToSave, ...], Accepts(f"{join_words(MODULES_TO_SAVE)}, separated by commas", strict=False)
+    ] = option(
         (), help=f"weights of the base to train beside the adapters, comma separated: {', '.join(MODULES_TO_SAVE)}"
     )
 
-    def __post_init__(self) -> None:
-        check_fields(self)
 
-
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class DataSettings:
     """Which records are read and how they become rows of token ids."""
 
-    data: str = option(
-        help="CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo",
-        accepts=Accepted(bool, "a file, folder, glob, hub id or acled-demo"),
+    data: Annotated[str, Accepts("a file, folder, glob, hub id or acled-demo", is_name)] = option(
+        help="CSV, TSV, JSONL, Parquet, Arrow, text (.gz, .zst), folder, glob, hub id (ID:CONFIG) or acled-demo"
     )
-    val_data: str | None = option(None, help="validation records, in the same forms; left out: split off --data")
-    val_fraction: float = option(0.1, help="share split off for validation, by hash of the record", accepts=SHARE)
-    test_data: str | None = option(None, help="test records, evaluated once, at the weights that are exported")
-    test_fraction: float = option(
-        0.0, help="share split off for a test, likewise; it is taken from the training records", accepts=SHARE_OR_NONE
+    val_data: Text | None = option(
+        None, help="validation records, in the same forms (default: a share of --data is split off)"
     )
-    retain_data: str | None = option(
+    val_fraction: Share = option(0.1, help="share split off for validation, by hash of the record")
+    test_data: Text | None = option(None, help="test records, evaluated once, at the weights that are exported")
+    test_fraction: Annotated[float, Accepts("0 (none) or a share between 0 and 1", ge=0, lt=1)] = option(
+        0.0, help="share split off for a test, likewise; it is taken from the training records"
+    )
+    retain_data: Text | None = option(
         None, help="text of the base's kind (`demo-base`: the embedded one's): shows forgetting"
     )
-    split_by: str | None = option(
+    split_by: Text | None = option(
         None, help="column whose equal values stay in one split and count as one in an interval"
     )
-    prompt: str | None = option(None, help="template of a record's prompt, for instance '{mr}'")
-    completion: str | None = option(None, help="template of the text to be learnt, for instance '{ref}'")
+    prompt: Text | None = option(None, help="template of a record's prompt, for instance '{mr}'")
+    completion: Text | None = option(None, help="template of the text to be learnt, for instance '{ref}'")
     format: DataFormat | None = option(
-        None, help="what the columns mean; left out: recognised from them, and the plan says so"
+        None, help="what the columns mean (default: recognised from their names, see --dry-run)"
     )
-    chat_template: str | None = option(None, help="Jinja file that writes conversations; left out: the model's own")
+    chat_template: Text | None = option(None, help="Jinja file that writes conversations (default: the model's own)")
     objective: Objective | None = option(
         None,
-        help="blocks: all texts joined and cut; completion: one record a row, loss on the completion only; left out: "
-        "completion for chat, prompt-completion and alpaca, else blocks",
+        help="blocks: all texts joined and cut; completion: one record a row, loss on the completion only (default: "
+        "completion for chat, prompt-completion and alpaca, else blocks)",
     )
     unusable_records: UnusableRecords = option(
         "refuse",
-        help="conversations whose learnt tokens cannot be proven or lie beyond the block size: refuse, or drop them",
+        help="conversations whose target tokens cannot be proven or lie beyond the block size: refuse, or drop them",
     )
-    block_size: int = option(
+    block_size: Annotated[
+        int,
+        Accepts("2 tokens or more, or 0: from the data", lambda value: value == 0 or value >= 2, le=MAX_INT),
+    ] = option(
         help="length of a block, longest row with --objective completion; 0: from the lengths of the data",
         unit="tokens",
-        accepts=Accepted(lambda value: value == 0 or value >= 2, "2 tokens or more, or 0: from the data"),
     )
-    packing: bool = option(False, help="completion and chat: several examples in a row, hidden from one another")
-    shuffle: bool = option(True, help="take the examples in the order of the data", flag="--no-shuffle")
+    packing: Switch = option(False, help="completion and chat: several examples in a row, hidden from one another")
+    shuffle: Switch = option(True, help="take the examples in the order of the data", flag="--no-shuffle")
 
     def __post_init__(self) -> None:
-        check_fields(self)
         most = 1 - (self.val_fraction if self.val_data is None else 0)
         if self.test_fraction >= most:
             raise UserError(
@@ -151,77 +163,67 @@ class DataSettings:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class TrainSettings:
     """The optimisation: how much, how fast, in which batches."""
 
-    epochs: float = option(3.0, help="passes over the training set", accepts=ABOVE_ZERO)
-    max_steps: int | None = option(
-        None, help="end here instead; the schedule ends here too", unit="steps", accepts=at_least(1)
+    epochs: PositiveFloat = option(3.0, help="passes over the training set")
+    max_steps: PositiveInt | None = option(None, help="end here instead; the schedule ends here too", unit="steps")
+    global_batch: PositiveInt = option(help="examples per optimizer step over all ranks", unit="examples")
+    micro_batch: PositiveInt | None = option(
+        None, help="examples in one forward on one rank (default: global batch / ranks)", unit="examples"
     )
-    global_batch: int = option(help="examples per optimizer step over all ranks", unit="examples", accepts=at_least(1))
-    micro_batch: int | None = option(
-        None,
-        help="examples in one forward on one rank; left out: global batch / ranks",
-        unit="examples",
-        accepts=at_least(1),
+    eval_batch: PositiveInt = option(
+        help="examples in one evaluation forward on one rank; changes no number", unit="examples"
     )
-    eval_batch: int = option(
-        help="examples in one evaluation forward on one rank; changes no number", unit="examples", accepts=at_least(1)
-    )
-    lr: float = option(help="peak learning rate; left out: the preset's, times 10 with --mode lora", accepts=ABOVE_ZERO)
-    warmup_steps: int = option(0, help="linear warm-up before the schedule", unit="steps", accepts=at_least(0))
-    warmup_ratio: float = option(
-        0.0,
-        help="the same as a share of all steps, rounded up",
-        accepts=Accepted(PROBABILITY.check, "a share from 0 up to 1"),
+    lr: PositiveFloat = option(help="peak learning rate; with --mode lora the default is 10 times the preset's")
+    warmup_steps: NonNegativeInt = option(0, help="linear warm-up before the schedule", unit="steps")
+    warmup_ratio: Annotated[float, Accepts("a share from 0 up to 1", ge=0, lt=1)] = option(
+        0.0, help="the same as a share of all steps, rounded up"
     )
     schedule: Schedule = option(
         "linear",
         help="after the warm-up: linear or half a cosine to --min-lr, constant, or wsd: constant, then half a cosine "
         "over the last tenth of the steps",
     )
-    min_lr: float = option(0.0, help="learning rate at which the schedule ends", accepts=FROM_ZERO)
-    weight_decay: float = option(0.0, help="AdamW's decoupled weight decay", accepts=FROM_ZERO)
-    max_grad_norm: float = option(
-        1.0,
-        help="largest norm of the global gradient; 0: no clipping",
-        accepts=Accepted(FROM_ZERO.check, "0 (off) or a number above it"),
+    min_lr: NonNegativeFloat = option(0.0, help="learning rate at which the schedule ends")
+    weight_decay: NonNegativeFloat = option(0.0, help="AdamW's decoupled weight decay")
+    max_grad_norm: Annotated[float, Accepts("0 (off) or a number above it", ge=0, allow_inf_nan=False)] = option(
+        1.0, help="largest norm of the global gradient; 0: no clipping"
     )
-    seed: int = option(
-        42,
-        help="seed of initial weights, data order and dropout",
-        accepts=Accepted(lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295"),
+    seed: Annotated[int, Accepts("a whole number from 0 to 4294967295", ge=0, lt=2**32)] = option(
+        42, help="seed of initial weights, data order and dropout"
     )
     optim: Optimizer = option(
         "adamw_fused",
         help="adamw_fused: torch's AdamW in one kernel; adamw: its plain one, same formula, other rounding; "
         "adamw8bit, paged_adamw8bit: bitsandbytes', moments in 8 bits, not divided by ZeRO",
     )
-    early_stop: str | None = option(
+    early_stop: (
+        Annotated[
+            str,
+            Accepts(
+                "PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
+                _EARLY_STOP.fullmatch,
+            ),
+        ]
+        | None
+    ) = option(
         None,
         help="PATIENCE or PATIENCE:MIN_DELTA: end the run after so many evaluations in a row whose validation loss is "
-        "not more than MIN_DELTA nats below the lowest before them; left out: never",
-        accepts=Accepted(
-            lambda value: _EARLY_STOP.fullmatch(value) is not None,
-            "PATIENCE (evaluations, from 1) or PATIENCE:MIN_DELTA (nats, from 0), for instance 3:0.01",
-        ),
+        "not more than MIN_DELTA nats below the lowest before them (default: never)",
     )
-    beta1: float = option(0.9, help="AdamW's decay of the first moment", flag="--adam-beta1", accepts=PROBABILITY)
-    beta2: float = option(0.999, help="AdamW's decay of the second moment", flag="--adam-beta2", accepts=PROBABILITY)
-    epsilon: float = option(1e-8, help="AdamW's addend of the denominator", flag="--adam-epsilon", accepts=ABOVE_ZERO)
+    beta1: Probability = option(0.9, help="AdamW's decay of the first moment", flag="--adam-beta1")
+    beta2: Probability = option(0.999, help="AdamW's decay of the second moment", flag="--adam-beta2")
+    epsilon: PositiveFloat = option(1e-8, help="AdamW's addend of the denominator", flag="--adam-epsilon")
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if self.warmup_steps and self.warmup_ratio:
             raise UserError(f"--warmup-ratio {self.warmup_ratio}: not with --warmup-steps {self.warmup_steps}")
-        check_range(self.min_lr <= self.lr, "--min-lr", self.min_lr, f"at most --lr {self.lr:g}")
-        check_range(
-            not self.min_lr or self.schedule != "constant",
-            "--min-lr",
-            self.min_lr,
-            "with --schedule linear, cosine or wsd",
-        )
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr}: expected at most --lr {self.lr:g}")
+        if self.min_lr and self.schedule == "constant":
+            raise UserError(f"--min-lr {self.min_lr}: expected with --schedule linear, cosine or wsd")
 
     def num_warmup_steps(self, total_steps: int) -> int:
         """Steps of the warm-up of a run of so many, as transformers counts a share of them."""
@@ -248,3 +250,67 @@ class TrainSettings:
     def steps_per_epoch(self, num_examples: int) -> int:
         """Optimizer steps per pass; the last one of a pass may hold fewer examples."""
         return math.ceil(num_examples / self.global_batch)
+
+
+@settings_class
+class EngineSettings:
+    """How the work is divided over ranks and in which number format it is done."""
+
+    ds_config: Text | None = option(
+        None,
+        help=f"ZeRO file: {', '.join(DS_CONFIG_NAMES)}, or a path (default: chosen automatically, see --dry-run)",
+    )
+    precision: Precision | None = option(
+        None, help="arithmetic of forward and backward (default: bf16 on a GPU that has it, else fp32)"
+    )
+    hang_timeout: Annotated[
+        float, Accepts(f"seconds from 5 to {MAX_HANG_TIMEOUT_SECONDS}", ge=5, le=MAX_HANG_TIMEOUT_SECONDS)
+    ] = option(600.0, help="end the run where no rank moves for so long, and name who hangs", unit="seconds")
+    grace: Annotated[float, Accepts("seconds from 1", ge=1, allow_inf_nan=False)] = option(
+        60.0, help="end the run where it has not saved and ended so long after a signal", unit="seconds"
+    )
+    execution: Execution = option(
+        "auto",
+        help="eager: one operation at a time; graphs: CUDA graphs, each compared once with the eager step; auto: CUDA "
+        "graphs on a GPU under ZeRO 0, eager elsewhere",
+    )
+    activation_checkpointing: Switch = option(
+        False, help="keep each block's input only and compute it again in backward: less memory, a third more work"
+    )
+
+
+@settings_class
+class OutputSettings:
+    """What a run leaves and where."""
+
+    eval_every: Interval = option("epoch", help="evaluate every so many steps, every `epoch`, or `never` in between")
+    save_every: Interval = option(
+        "epoch", help="save a checkpoint every so many steps, every `epoch`, or `never` in between"
+    )
+    save_total_limit: PositiveInt = option(2, help="newest checkpoints to keep, beside the best one")
+    output_dir: Name | None = option(None, help="run folder (default: runs/<run name>)")
+    wandb: WandbMode | None = option(None, help="Weights & Biases (default: online where logged in, else offline)")
+    wandb_project: WandbProject | None = option(
+        None, help="project that runs to be compared share (default: WANDB_PROJECT, or gpt2-full-vs-lora)"
+    )
+    run_name: (
+        Annotated[str, Accepts("up to 128 letters, digits and . _ + -, not dots alone", _RUN_NAME.fullmatch)] | None
+    ) = option(None, help="name of the run (default: <mode or adapter>-<data>)")
+    report_to: Annotated[
+        tuple[ExtraLogger, ...], Accepts(f"{join_words(EXTRA_LOGGERS)}, separated by commas", strict=False)
+    ] = option((), help=f"where the rows go beside metrics.jsonl and W&B, comma separated: {', '.join(EXTRA_LOGGERS)}")
+    profile: PositiveInt | None = option(
+        None, help="profile so many steps of rank 0 into the run folder's profile/", unit="steps"
+    )
+    export: ExportChoice = option(
+        "last",
+        help="weights that go into the exported folder: of the last step, or of the checkpoint with the lowest "
+        "validation loss (then one is saved at each evaluation that is the lowest so far); none: nothing is exported, "
+        "and test records stay unseen",
+    )
+    num_samples: Annotated[int, Accepts(f"a whole number from 0 to {MAX_NUM_SAMPLES}", ge=0, le=MAX_NUM_SAMPLES)] = (
+        option(2, help=f"validation prompts completed at each evaluation, at most {MAX_NUM_SAMPLES}; 0: none")
+    )
+    score_samples: Switch = option(
+        False, help="score completions of validation prompts at each evaluation: exact match, BLEU, chrF, ROUGE-L"
+    )

@@ -7,14 +7,19 @@ import dataclasses
 import glob
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS, Mode, Preset
 from trainer.config.errors import UserError
-from trainer.config.options import check_fields
-from trainer.config.runtime_schema import EngineSettings, OutputSettings
-from trainer.config.schema import DataSettings, LoraSettings, ModelSettings, TrainSettings
+from trainer.config.fields import Text, settings_class
+from trainer.config.schema import (
+    DataSettings,
+    EngineSettings,
+    LoraSettings,
+    ModelSettings,
+    OutputSettings,
+    TrainSettings,
+)
 
 GROUPS: dict[str, Any] = {
     "model": ModelSettings,
@@ -34,7 +39,7 @@ MUTABLE_ON_RESUME = (  # data: by fingerprint
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class
 class Settings:
     """One run, whole."""
 
@@ -46,10 +51,9 @@ class Settings:
     train: TrainSettings
     engine: EngineSettings
     output: OutputSettings
-    overridden: tuple[str, ...] = ()  #: flags that the user gave, which override the preset
+    overridden: tuple[Text, ...] = ()  #: flags that the user gave, which override the preset
 
     def __post_init__(self) -> None:
-        check_fields(self)
         _validate_combinations(self)
 
     @property
@@ -79,11 +83,7 @@ class Settings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that `as_dict` wrote (JSON turns tuples into lists)."""
-        groups = {
-            name: settings_class(**{key: tuple(v) if isinstance(v, list) else v for key, v in values[name].items()})
-            for name, settings_class in GROUPS.items()
-        }
-        return cls(mode=values["mode"], preset=values["preset"], overridden=tuple(values["overridden"]), **groups)
+        return cls(**values)
 
 
 def apply_overrides(

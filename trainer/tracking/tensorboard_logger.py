@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.config.runtime_schema import OutputSettings
+from trainer.config.schema import OutputSettings
 from trainer.tracking.records import Record
 from trainer.tracking.wandb_environment import wandb_mode
 from trainer.tracking.wandb_keys import wandb_config, wandb_row

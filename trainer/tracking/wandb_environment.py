@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from trainer.config.errors import UserError
-from trainer.config.options import RUN_ID, WANDB_PROJECT, check_range
-from trainer.config.runtime_schema import OutputSettings
+from trainer.config.fields import RunId, WandbProject, check_value
+from trainer.config.schema import OutputSettings
 from trainer.tracking.wandb_keys import run_group
 
 #: Old and new names of the public server.
@@ -31,8 +31,8 @@ def wandb_block(output: OutputSettings, source: str, env: Mapping[str, str] = os
     random_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
     run_id = env.get("WANDB_RUN_ID") or random_id
     project = output.wandb_project or env.get("WANDB_PROJECT") or DEFAULT_PROJECT
-    check_range(RUN_ID.check(run_id), "WANDB_RUN_ID", run_id, RUN_ID.description)
-    check_range(WANDB_PROJECT.check(project), "WANDB_PROJECT", project, WANDB_PROJECT.description)
+    check_value(RunId, "WANDB_RUN_ID", run_id)
+    check_value(WandbProject, "WANDB_PROJECT", project)
     return {
         "id": run_id,
         "project": project,

@@ -6,7 +6,7 @@ import pytest
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.options import flag_of
+from trainer.config.fields import flag_of
 from trainer.config.presets import preset_notes
 from trainer.config.settings import GROUPS
 

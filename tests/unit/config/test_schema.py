@@ -9,7 +9,7 @@ import pytest
 from trainer.config import choices, reference
 from trainer.config.choices import LORA_LR_FACTOR, PRESETS
 from trainer.config.errors import UserError
-from trainer.config.options import flag_of
+from trainer.config.fields import flag_of
 from trainer.config.presets import resolve
 from trainer.config.settings import GROUPS, Settings, apply_overrides, fields_fixed_on_resume
 
