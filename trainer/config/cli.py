@@ -1,4 +1,4 @@
-"""The command line, generated from the dataclasses of `settings`: a flag cannot drift from its field."""
+"""The command line of a run, generated from the settings' fields, and `--config FILE`, a command line in a file."""
 
 import argparse
 import dataclasses
@@ -7,14 +7,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.choices import LORA_LR_FACTOR, MODES, PRESETS
-from trainer.config.config_file import expand_config, flag_to_argv
 from trainer.config.errors import UserError
 from trainer.config.fields import choices_of, flag_of, unwrap
+from trainer.config.files import read_text_file
+from trainer.config.flag_suggestions import suggest_flag
 from trainer.config.presets import PRESET_VALUES, choose_preset, resolve
+from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import GROUPS, Settings
 
 TITLES = {name: name for name in GROUPS} | {"lora": "LoRA (with --mode lora)", "train": "training"}
@@ -28,13 +33,6 @@ class LRRange:
     end: float
     steps: int = 100
 
-    def __post_init__(self) -> None:
-        if not (0 < self.start < self.end < math.inf and self.steps >= 20):
-            raise UserError(
-                f"--find-lr {self.start:g}:{self.end:g}:{self.steps}: expected START:END or START:END:STEPS with "
-                "0 < START < END and 20 steps or more"
-            )
-
     @classmethod
     def parse(cls, text: str, mode: str) -> "LRRange":
         """From START:END[:STEPS]; `default`: from far too low to far too high, for LoRA ten times higher."""
@@ -44,9 +42,14 @@ class LRRange:
         try:
             start, end, *rest = text.split(":")
             (steps,) = rest or ["100"]
-            return cls(start=float(start), end=float(end), steps=int(steps))
+            sweep = cls(start=float(start), end=float(end), steps=int(steps))
         except ValueError:
             raise UserError(f"--find-lr {text}: expected START:END or START:END:STEPS, for instance 1e-6:1") from None
+        if not (0 < sweep.start < sweep.end < math.inf and sweep.steps >= 20):
+            raise UserError(
+                f"--find-lr {text}: expected START:END or START:END:STEPS with 0 < START < END and 20 steps or more"
+            )
+        return sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,16 @@ def to_argv(cli_args: CliArgs, **replacements: Mapping[str, Any]) -> list[str]:
     return argv
 
 
+def flag_to_argv(field: dataclasses.Field[Any], value: Any) -> list[str]:
+    """A settings field as words of a command line; none for None, or for a switch with its default value."""
+    flag = flag_of(field)
+    if unwrap(field.type) is bool:
+        return [flag] if value != field.default else []
+    if value is None:
+        return []
+    return [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+
+
 def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
     """The argument parser; a setting not given is absent from its result, so that presets can fill it."""
     parser = ArgumentParser(
@@ -122,16 +135,7 @@ def build_parser(companion: ArgumentParser | None = None) -> ArgumentParser:
         description="Fine-tune GPT-2 or another causal language model: every weight (full) or LoRA adapters (lora).",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
     )
-    _add_run_flags(parser.add_argument_group("run"))
-    for name, group in GROUPS.items():
-        section = parser.add_argument_group(TITLES[name])
-        for field in dataclasses.fields(group):
-            _add_flag(section, name, field)
-    return parser
-
-
-def _add_run_flags(run_flags: Any) -> None:
-    """The flags that are no settings."""
+    run_flags = parser.add_argument_group("run")
     run_flags.add_argument("--mode", metavar=_choice_text(MODES), help="train every weight, or LoRA adapters")
     run_flags.add_argument(
         "--config",
@@ -149,8 +153,8 @@ def _add_run_flags(run_flags: Any) -> None:
         nargs="?",
         const="latest",
         metavar="step-N|best|auto",
-        help="go on from the run folder's newest whole checkpoint, or from the one named; auto: begin where there is "
-        "no run yet",
+        help="go on from the run folder's newest whole checkpoint, or from the one named; auto: start a new run where "
+        "there is none yet",
     )
     run_flags.add_argument(
         "--allow-change",
@@ -165,7 +169,7 @@ def _add_run_flags(run_flags: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="print the tokens of N training examples, those that are learnt coloured, and the plan; train nothing",
+        help="print the tokens of N training examples, target tokens in colour, and the plan; train nothing",
     )
     run_flags.add_argument(
         "--find-lr",
@@ -183,22 +187,43 @@ def _add_run_flags(run_flags: Any) -> None:
     run_flags.add_argument(
         "--verbose",
         action="store_true",
-        help="show what DeepSpeed, transformers and the others log and warn of, too (the launcher's own: deepspeed -q)",
+        help="also show the messages and warnings of DeepSpeed, transformers and other libraries (for the launcher's "
+        "own: deepspeed -q)",
     )
     # the launcher passes it; LOCAL_RANK says the same
     run_flags.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    for name, group in GROUPS.items():
+        section = parser.add_argument_group(TITLES[name])
+        for field in dataclasses.fields(group):
+            _add_flag(section, name, field)
+    return parser
 
 
 def _add_flag(section: Any, group: str, field: dataclasses.Field[Any]) -> None:
     flag, help_text = flag_of(field), field.metadata["help"]
     common = {"dest": f"{group}.{field.name}", "default": argparse.SUPPRESS}
-    if unwrap(field.type) is bool:  # a switch: given, it is the other way round
+    kind = unwrap(field.type)
+    if kind is bool:  # a switch turns its default round
         action = "store_false" if field.default else "store_true"
         section.add_argument(flag, action=action, help=help_text, **common)
         return
-    choices = choices_of(field.type)
-    parse, metavar = (str, _choice_text(choices)) if choices else _PARSERS.get(unwrap(field.type), _NAMES_PARSER)
-    section.add_argument(flag, type=parse, help=help_text + _default_text(group, field), metavar=metavar, **common)
+    unit = field.metadata["unit"] and f" {field.metadata['unit']}"
+    presets = {name: PRESET_VALUES[name].get(group, {}).get(field.name, field.default) for name in PRESETS}
+    if field.default is None or field.default == ():
+        help_text += f" [{unit.strip()}]" if unit else ""
+    elif len(set(presets.values())) == 1:
+        help_text += f" (default: {presets['demo']}{unit})"
+    else:
+        texts = [f"{name} {value}" for name, value in presets.items() if value is not dataclasses.MISSING]
+        help_text += f" (default: {', '.join(texts)}{unit})"
+    choices = choices_of(kind)
+    parse: Any = str
+    metavar = _choice_text(choices) if choices else "TEXT"
+    if kind in (int, float):
+        parse, metavar = partial(_parse_number, kind), "N" if kind is int else "X"
+    elif not choices and kind is not str:
+        parse, metavar = _split_names, "NAMES"
+    section.add_argument(flag, type=parse, help=help_text, metavar=metavar, **common)
 
 
 def _choice_text(choices: tuple[str, ...]) -> str:
@@ -206,7 +231,7 @@ def _choice_text(choices: tuple[str, ...]) -> str:
 
 
 def _parse_number(kind: type, text: str) -> Any:
-    """The number, or the text as it is where it is none: the field's check then says what would be accepted."""
+    """The number, or the text itself where it is none: the field's check then says what is accepted."""
     try:
         return kind(text)
     except ValueError:
@@ -217,21 +242,68 @@ def _split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-_NAMES_PARSER = (_split_names, "NAMES")
-_PARSERS: dict[Any, tuple[Any, str]] = {
-    int: (partial(_parse_number, int), "N"),
-    float: (partial(_parse_number, float), "X"),
-    str: (str, "TEXT"),
-}
+class _Loader(yaml.SafeLoader):
+    """YAML's safe reader, which takes the last of two equal keys in silence; here they are refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-def _default_text(group: str, field: dataclasses.Field[Any]) -> str:
-    """The default as `--help` prints it, with the unit; each preset's where they differ."""
-    unit = field.metadata["unit"] and f" {field.metadata['unit']}"
-    presets = {name: PRESET_VALUES[name].get(group, {}).get(field.name, field.default) for name in PRESETS}
-    if field.default is None or field.default == ():
-        return f" [{unit.strip()}]" if unit else ""
-    if len(set(presets.values())) == 1:
-        return f" (default: {presets['demo']}{unit})"
-    texts = [f"{name} {value}" for name, value in presets.items() if value is not dataclasses.MISSING]
-    return f" (default: {', '.join(texts)}{unit})"
+def expand_config(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """`argv`, behind the flags of its --config FILE where it has one: those given after it win.
+
+    UserError, in one line that names the file, where it cannot be read or holds what is no flag of `parser`.
+    """
+    finder = ArgumentParser(add_help=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(argv)[0].config
+    if path is None:
+        return list(argv)
+    return [*(_run_to_argv(path) if path.suffix == ".json" else _yaml_to_argv(path, parser.flags())), *argv]
+
+
+def _run_to_argv(path: Path) -> list[str]:
+    """Mode, preset and the flags given of the run of a run.json, but not its folder, which is taken."""
+    if not path.exists():
+        raise UserError(f"--config {path}: no such file; expected lines like `lr: 1e-4`, or a run.json")
+    settings = Settings.from_dict(read_run_metadata(path)["settings"])
+    argv = ["--mode", settings.mode, "--preset", settings.preset]
+    for name, group in GROUPS.items():
+        for field in dataclasses.fields(group):
+            if flag_of(field) in settings.overridden and field.name != "output_dir":
+                argv += flag_to_argv(field, getattr(getattr(settings, name), field.name))
+    return argv
+
+
+def _yaml_to_argv(path: Path, takes_value: dict[str, bool]) -> list[str]:
+    text = read_text_file(path, f"--config {path}", "lines like `lr: 1e-4`, or a run.json")
+    try:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f", line {place.line + 1}" if place else ""
+        problem = getattr(error, "problem", None) or "damaged"
+        raise UserError(f"--config {path}{where}: is not YAML ({problem}); expected lines like `lr: 1e-4`") from error
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected lines like `lr: 1e-4`, or a run.json")
+    argv = []
+    for key, value in content.items():
+        flag = f"--{str(key).lstrip('-').replace('_', '-')}"
+        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        if flag not in takes_value or flag in ("--config", "--help"):
+            raise UserError(f"--config {path}: {suggest_flag(f'--{key}', shown, takes_value)}")
+        is_list = isinstance(value, list) and all(isinstance(item, str | int | float) for item in value)
+        if value is None or (isinstance(value, bool) and not takes_value[flag]):
+            argv += [flag] if value else []
+        elif takes_value[flag] and not isinstance(value, bool) and (is_list or isinstance(value, str | int | float)):
+            argv.append(f"{flag}={','.join(map(str, value)) if is_list else value}")
+        else:
+            expected = "a number, a text (in quotes) or a list of them" if takes_value[flag] else "true or false"
+            raise UserError(f"--config {path}: {key} is {shown}: expected {expected}")
+    return argv

@@ -9,8 +9,9 @@ import pytest
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.flag_suggestions import SUGGESTIONS
+from trainer.config.flag_suggestions import read_suggestions
 
+SUGGESTIONS, _ = read_suggestions()
 LAUNCH = Path(__file__).parents[3] / "launch"
 
 
