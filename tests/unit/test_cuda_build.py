@@ -6,7 +6,6 @@ Skipped under a CPU build; `pip install torch` of the registry gives the other o
 
 import importlib
 import pkgutil
-import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,15 +101,3 @@ def test_the_memory_of_a_gpus_products_is_counted(tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "MAX_LOGITS_BYTES", 16 * 4 * 97)  # pieces, whose products are added
         assert count_pass_memory(lambda: build_model(settings, on_meta=True), setup).peak > 0
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a processor needs a C++ compiler")
-def test_the_compiled_loss_and_slopes_are_the_eager_ones():
-    logits = 3 * torch.randn(9, 128, generator=torch.Generator().manual_seed(0))
-    logits[:, 97:] = -torch.inf  # of no word
-    targets = torch.tensor([0, 96, -100, 4, 4, 7, -100, 1, 2])
-    compiled = torch.compile(loss_module._compilable_nll_and_grad_inplace, dynamic=False)
-    slopes = logits.clone()
-    nll = loss_module._nll_and_grad_inplace(slopes, targets)
-    torch.testing.assert_close(compiled(logits, targets), nll, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(logits, slopes, rtol=1e-6, atol=1e-6)

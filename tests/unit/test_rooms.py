@@ -3,6 +3,7 @@
 import ast
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,18 @@ def test_an_outside_package_is_imported_only_where_allowed(package):
     users = [path for path in list_source_files() if package in {name.split(".")[0] for name in imports_of(path)}]
     assert users
     assert not [path for path in users if not DOORS[package] & {room_of(path), str(path.relative_to(PACKAGE))[:-3]}]
+
+
+#: What is private to torch or DeepSpeed is named in one file for each, which says the version.
+PRIVATE_NAME = re.compile(
+    r"\btorch(\.\w+)*\._[a-z]\w|(deepspeed_engine|zero_optimizer|self\.optimizer)\._[a-z]|_hp_mapping|__compatible_ops__"
+)
+INTERNALS = ("trainer/model/torch_internals.py", "trainer/distributed/deepspeed_internals.py")
+
+
+def test_private_names_of_torch_and_deepspeed_are_in_one_file_each():
+    users = {str(path.relative_to(ROOT)) for path in list_source_files() if PRIVATE_NAME.search(path.read_text())}
+    assert users - {"trainer/model/fused_lora.py"} == set(INTERNALS)
 
 
 def test_the_loop_knows_no_logger_no_mode_and_no_file():

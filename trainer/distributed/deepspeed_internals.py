@@ -10,6 +10,15 @@ import torch
 from torch import Tensor, nn
 
 
+def skip_compiled_collectives() -> None:
+    """Before DeepSpeed joins on a CPU: use no collectives over shared memory, which ZeRO never calls.
+
+    They are compiled at first use, need a compiler and leave files in /dev/shm when killed. An empty list of operators
+    switches the attempt off.
+    """
+    vars(import_module("deepspeed.ops"))["__compatible_ops__"] = {}
+
+
 def drop_gradients(deepspeed_engine: Any) -> None:
     """Forget the gradients of all backwards since the last step, as DeepSpeed does where fp16 overflows.
 

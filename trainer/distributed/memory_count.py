@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from trainer.distributed.frozen_bf16 import FrozenWeightCast, find_frozen_layers
 from trainer.distributed.memory_estimate import PassMemory
-from trainer.model import attention, cpu_attention, fused_lora
+from trainer.model import attention, cpu_attention, fused_lora, torch_internals
 from trainer.model.build import TrainableModel
 from trainer.model.lora import find_fusable_layers
 from trainer.model.loss import CausalLMLoss, simulate_gpu
@@ -52,7 +50,7 @@ def simulated_pass(build: Callable[[], TrainableModel], setup: PassSetup) -> Ite
     with torch.random.fork_rng(devices=[]):
         model = build()
     loss_module, num_cast = prepare_loss(model, setup)
-    with FakeTensorMode(allow_non_fake_inputs=True), simulate_gpu(setup.is_gpu):
+    with torch_internals.FakeTensorMode(allow_non_fake_inputs=True), simulate_gpu(setup.is_gpu):
         materialize(loss_module)
         yield loss_module, torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long), num_cast
 
@@ -179,7 +177,7 @@ def _flash_attention(
     num_groups = getattr(module, "num_key_value_groups", 1)
     if num_groups > 1:
         key, value = (tensor.repeat_interleave(num_groups, dim=1) for tensor in (key, value))
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    flash = torch_internals.flash_attention
     dropout, scale = options.get("dropout", 0.0), options.get("scaling")
     return flash(query, key, value, dropout, True, False, scale=scale)[0].transpose(1, 2).contiguous(), None
 
@@ -191,7 +189,7 @@ class _GPUDropout(nn.Dropout):
         return torch.native_dropout(input, self.p, True)[0]
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(torch_internals.TorchDispatchMode):
     """Bytes of the storages that operations made while it was on and that are still referenced."""
 
     def __init__(self, module: nn.Module):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
 from trainer.config.errors import TrainingError, UserError
+from trainer.distributed import deepspeed_internals
 from trainer.distributed.launch_environment import LaunchEnvironment, read_launch_environment
 from trainer.distributed.rendezvous import (
     assign_gpus,
@@ -188,9 +189,7 @@ def _init_process_groups(launch: LaunchEnvironment, store: Any, device: torch.de
         import_module("deepspeed.module_inject.auto_ep_comm")
         import_module("deepspeed.utils.pin_memory")
     if not on_gpu:
-        # Collectives over shared memory are compiled at first use, need a compiler, leave files in /dev/shm when
-        # killed, and ZeRO never calls them: an empty list of operators switches the attempt off.
-        vars(import_module("deepspeed.ops"))["__compatible_ops__"] = {}
+        deepspeed_internals.skip_compiled_collectives()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist.init_process_group(

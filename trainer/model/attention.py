@@ -1,4 +1,4 @@
-"""Causal attention without a mask, in eager, recorded and compiled steps alike.
+"""Causal attention without a mask, in eager steps and in CUDA graphs alike.
 
 While dynamo traces or a CUDA stream is capturing, transformers builds a [rows, 1, width, width] mask for any rows,
 since it cannot look whether they are packed. With a mask flash attention is not eligible and dropout draws other masks
@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from trainer.model import torch_internals
 
 ATTENTION_NAME = "causal_sdpa"  # among transformers' own
 
@@ -68,5 +70,5 @@ def attention_kernel(
     head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     query = torch.empty(rows, num_heads, width, head_size, dtype=dtype, device=device, requires_grad=True)
-    backend = torch._fused_sdp_choice(query, query, query, None, dropout, is_causal=True)
+    backend = torch_internals.choose_attention_kernel(query, query, query, None, dropout, is_causal=True)
     return SDPBackend(backend).name.lower()

@@ -11,17 +11,16 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from trainer.model import torch_internals
 from trainer.model.output_head import OutputHead, find_output_head
 
 IGNORE_INDEX = -100  # label of a position that is not counted, as in Hugging Face's models
@@ -72,7 +71,7 @@ def accumulate_matmul(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bo
             out.addmm_(left, right)
     elif out.dtype == torch.float32 and sums_in_fp32(left.device, left.dtype):
         # torch 2.11's sum fails for tensors without data, of which nothing is wanted but what it allocates.
-        if overwrite or (isinstance(out, FakeTensor) and torch.__version__ < (2, 13)):
+        if overwrite or (isinstance(out, torch_internals.FakeTensor) and torch.__version__ < (2, 13)):
             torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=out)
         else:
             torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
@@ -82,10 +81,9 @@ def accumulate_matmul(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bo
         out.add_(left @ right)
 
 
-@torch.compiler.assume_constant_result
 def sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this device does so with this 16-bit type; tensors without data stand for those of a simulated GPU."""
-    if isinstance(torch.empty(0), FakeTensor):
+    if isinstance(torch.empty(0), torch_internals.FakeTensor):
         return uses_gpu_form(device)
     return _device_sums_in_fp32(device, dtype)
 
@@ -115,11 +113,7 @@ class CausalLMLoss(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.head = find_output_head(causal)  #: None: the model makes all its logits at once
         self.is_head_sharded = False  #: whether ZeRO-3 is to be taken for granted, where its marks are not there
-        self.compile_error = ""  #: one line where compiling failed
         self._packed: dict[str, Tensor] = {}  # the positions of the rows in work, where they hold several examples
-        self._compiled_shapes: set[tuple[int, ...]] = set()
-        self._compiled_base_model: Any = None
-        self._compiled_nll_and_grad: Any = None
 
     def verify(self) -> str:
         """Hold the loss against that of the model's own logits, on a few tokens; before ZeRO shards anything.
@@ -160,48 +154,10 @@ class CausalLMLoss(nn.Module):
         # Inside forward, because DeepSpeed's engine switches off an autocast that stands around it.
         return torch.autocast(device.type, self.autocast_dtype) if self.autocast_dtype else contextlib.nullcontext()
 
-    def compile_for_shapes(self, shapes: set[tuple[int, ...]], backend: Any = "inductor") -> None:
-        """Compile for ids of these shapes, at their first use; all others stay eager, as do ends of an epoch.
-
-        `backend`: torch.compile's.
-        """
-        self._compiled_shapes = shapes
-        if not shapes:
-            return
-        # Dropout by torch's own kernels: the masks are those of eager steps, before and after a fallback or a resume.
-        inductor_config: Any = import_module("torch._inductor.config")
-        inductor_config.fallback_random = True
-        self._compiled_base_model = torch.compile(self.causal.base_model.forward, dynamic=False, backend=backend)
-        self._compiled_nll_and_grad = torch.compile(_compilable_nll_and_grad_inplace, dynamic=False, backend=backend)
-
-    @contextlib.contextmanager
-    def uncompiled(self) -> Iterator[None]:
-        """Within it all is eager."""
-        shapes, self._compiled_shapes = self._compiled_shapes, set()
-        try:
-            yield
-        finally:
-            self._compiled_shapes = shapes
-
-    def _compute_hidden(self, **inputs: Tensor) -> tuple[Tensor, Any]:
-        """(last hidden states, the function for the slopes), compiled where that was asked for this shape."""
-        if (
-            self._compiled_base_model is not None
-            and not self._packed
-            and tuple(next(iter(inputs.values())).shape[:2]) in self._compiled_shapes
-        ):
-            from torch._dynamo.exc import TorchDynamoException  # takes a second: only where it is needed
-
-            for hook in self.causal.base_model._forward_pre_hooks.values():  # which its bare forward does not call
-                hook(self.causal.base_model, ())
-            try:
-                hidden = self._compiled_base_model(**inputs, use_cache=False).last_hidden_state
-                return hidden, self._compiled_nll_and_grad
-            except TorchDynamoException as error:  # no compiler here, or a model that it does not understand
-                self._compiled_base_model = None
-                self.compile_error = f"steps are not compiled: {' '.join(str(error).split())[:200]}"
+    def _compute_hidden(self, **inputs: Tensor) -> Tensor:
+        """Last hidden states [positions, d]."""
         hidden = self.causal.base_model(**inputs, **self._packed, use_cache=False).last_hidden_state
-        return hidden, _nll_and_grad_inplace
+        return hidden.flatten(0, 1)
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids and labels [rows, width] (labels not shifted, -100 where not counted) -> (sum [], sums of rows [rows]).
@@ -230,7 +186,7 @@ class CausalLMLoss(nn.Module):
         chunk_size, needs_grad = max(1, MAX_LOGITS_BYTES // (4 * vocab_size)), torch.is_grad_enabled()
         weight: Any = getattr(head.layer, "weight", None)
         if self.is_head_sharded or not head.is_plain_linear or weight.dtype == torch.float16:
-            hidden = self._compute_hidden(input_ids=input_ids)[0].flatten(0, 1)
+            hidden = self._compute_hidden(input_ids=input_ids)
             nll = torch.cat(
                 [
                     checkpoint(_chunk_nll, head, h, t, use_reentrant=False)
@@ -245,19 +201,19 @@ class CausalLMLoss(nn.Module):
         tied_weight_grads: list[Tensor] | None = [] if needs_grad and is_tied else None
         if tied_weight_grads is not None:
             rows = TiedEmbedding.apply(weight, input_ids, tied_weight_grads, embedding.padding_idx)
-            hidden, nll_and_grad = self._compute_hidden(inputs_embeds=rows)
+            hidden = self._compute_hidden(inputs_embeds=rows)
         else:
-            hidden, nll_and_grad = self._compute_hidden(input_ids=input_ids)
+            hidden = self._compute_hidden(input_ids=input_ids)
         is_gpu = uses_gpu_form(targets.device)
         if is_gpu and not weight.requires_grad:  # no piece adds to the weight's gradient
             chunk_size = max(1, chunk_size // FROZEN_CHUNK_DIVISOR)
         nll_sum, nll = LinearCrossEntropy.apply(
-            hidden.flatten(0, 1),
+            hidden,
             weight,
             head.layer.bias,
             targets,
             even_chunk_size(len(targets), chunk_size, is_gpu),
-            nll_and_grad if needs_grad else None,
+            _nll_and_grad_inplace if needs_grad else None,
             tied_weight_grads,
             head if head.changes_logits else None,
         )
@@ -458,17 +414,6 @@ def _log_softmax(logits: Tensor) -> Tensor:
 def _gather_nll(log_probs: Tensor, targets: Tensor) -> Tensor:
     """Minus what stands at the targets, 0 where not counted."""
     return -log_probs.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets != IGNORE_INDEX)
-
-
-def _compilable_nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same for a compiler, which joins log-sum-exp, slope and target, and writes them where the logits were."""
-    target_index = targets.clamp(min=0)[:, None]
-    log_probs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-    one_hot = torch.arange(logits.shape[1], device=logits.device)[None] == target_index
-    # A sum over the row, not a gather: what looks elsewhere in logits that are overwritten is a kernel of its own.
-    nll = -torch.where(one_hot, log_probs, 0).sum(1) * (targets != IGNORE_INDEX)
-    logits.copy_(log_probs.exp() - one_hot.float())
-    return nll
 
 
 def _chunk_nll(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -65,22 +65,6 @@ def test_transformers_itself_would_build_a_mask_while_a_stream_is_capturing(call
     assert calls == [(True, False)] * 2
 
 
-def test_a_compiled_model_has_no_mask_in_its_graph():
-    causal, masks = build("gpt2"), []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        for node in graph.graph.nodes:
-            if "scaled_dot_product_attention" in str(node.target):
-                masks.append((node.kwargs.get("attn_mask"), node.kwargs.get("is_causal")))
-        return graph.forward
-
-    torch.compile(causal.base_model.forward, backend=backend, dynamic=False)(
-        input_ids=torch.arange(12)[None], use_cache=False
-    )
-    assert masks == [(None, True)] * 2
-    torch._dynamo.reset()
-
-
 def test_logits_are_those_of_transformers_own_attention_also_with_padding_and_sliding_windows():
     for name in CONFIGS:
         torch.manual_seed(0)

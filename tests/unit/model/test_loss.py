@@ -193,37 +193,6 @@ def test_logits_of_a_chunk_lie_in_aligned_rows(causal, monkeypatch):
     assert strides == [(128, 1)]
 
 
-def test_the_compilable_loss_is_the_same_function():
-    dice = torch.Generator().manual_seed(0)
-    logits, targets = (
-        4 * torch.randn(9, 31, generator=dice),
-        torch.tensor([0, 30, IGNORE_INDEX, 4, 4, 7, IGNORE_INDEX, 1, 2]),
-    )
-    other = logits.clone()
-    sums = loss_module._compilable_nll_and_grad_inplace(other, targets)
-    torch.testing.assert_close(loss_module._nll_and_grad_inplace(logits, targets), sums, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(logits, other, rtol=1e-6, atol=1e-7)
-
-
-def test_a_failed_compilation_is_reported_once_and_steps_are_eager(causal, monkeypatch):
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    module = CausalLMLoss(causal, None)
-    ids, labels = make_batch()
-    whole, _ = compute_gradients(module, ids, labels)
-
-    def broken(*_, **__):
-        raise BackendCompilerFailed(None, RuntimeError("no compiler\nhere"), None)
-
-    monkeypatch.setattr(loss_module.torch, "compile", lambda *_, **__: broken)
-    module.compile_for_shapes({tuple(ids.shape)})
-    for _ in range(2):
-        assert torch.equal(compute_gradients(module, ids, labels)[0], whole)
-    line = module.compile_error
-    assert line.startswith("steps are not compiled: ")
-    assert "no compiler here" in line
-
-
 def test_padding_changes_no_loss(causal):
     module = CausalLMLoss(causal, None)
     ids, labels = make_batch()

@@ -1,5 +1,7 @@
 """torch's private names are where `trainer.model.torch_internals` takes them; an upgrade that moves one shows here."""
 
+from typing import Any
+
 import torch
 
 from trainer.model import torch_internals
@@ -12,6 +14,25 @@ def test_the_foreach_names_do_what_is_wanted_of_them():
     assert [tensor.tolist() for tensor in target] == [[2.0] * 3, [4.0] * 2]
     norms = torch_internals.foreach_norm(target)
     assert torch.allclose(torch.stack(list(norms)), torch.tensor([12.0, 32.0]).sqrt())
+
+
+def test_the_attention_kernel_can_be_asked_for():
+    query = torch.zeros(1, 2, 8, 16)
+    kernel = torch_internals.choose_attention_kernel(query, query, query, None, 0.0, is_causal=True)
+    assert torch.nn.attention.SDPBackend(kernel).name == "FLASH_ATTENTION"
+
+
+def test_tensors_without_data_and_operations_can_be_seen():
+    names = []
+
+    class Log(torch_internals.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch_internals.FakeTensorMode(), Log():
+        assert isinstance(torch.zeros(3) + 1, torch_internals.FakeTensor)
+    assert "aten.add.Tensor" in names
 
 
 def test_a_failed_captures_pool_can_be_released():
