@@ -16,40 +16,30 @@ def build_parser() -> ArgumentParser:
     """The doctor's own flags; all others are those of train.py."""
     parser = ArgumentParser(
         prog="doctor.py",
-        usage="doctor.py --mode full|lora [--ranks N] [--gpu-memory GIB] [--prove] [--json] "
-        "[--no-rehearsal] [--limit SECONDS] [flags of train.py]\n"
+        usage="doctor.py --mode full|lora [--ranks N] [--gpu-memory GIB] [--prove] [--json] [--no-rehearsal] "
+        "[--limit SECONDS] [flags of train.py]\n"
         "       doctor.py --check-run RUN [--move-aside] [--json]",
-        description="Check environment, data, model, batch sum and memory of a run before it starts, and rehearse it "
-        "in small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
+        description="Check environment, data, model, batch and memory of a run before it starts, and rehearse it in "
+        "small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
         epilog="Exit code: 0 no error, 1 an error was found, 2 a mistake in the flags. "
         "python launch/train.py --help lists the flags of the run.",
     )
     add = parser.add_argument
     add("--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)")
-    add(
-        "--gpu-memory",
-        type=float,
-        metavar="GIB",
-        help="plan for GPUs with so much memory, which this machine need not have; without a rehearsal",
-    )
+    gpu_memory_help = "plan for GPUs with so much memory, which this machine need not have; without a rehearsal"
+    add("--gpu-memory", type=float, metavar="GIB", help=gpu_memory_help)
     add(
         "--prove",
         action="store_true",
-        help="in the place of the rehearsal: hold every ZeRO stage x ranks x way to run steps against a plain PyTorch "
-        "loop on this machine, three steps each, and write prove.json to the run folder",
+        help="instead of the rehearsal: hold every ZeRO stage x ranks x way to run steps against a plain PyTorch loop "
+        "on this machine, three steps each, and write prove.json to the run folder",
     )
     add("--json", action="store_true", help="print one JSON object instead")
     add("--no-rehearsal", action="store_true", help="leave out the rehearsal, and time and disk with it")
-    add(
-        "--limit",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="give the rehearsal up after so long (default: 600)",
-    )
-    add(
-        "--check-run", metavar="RUN", help="instead: read a run folder whole and say what is damaged and still possible"
-    )
+    limit_help = "give the rehearsal or the proof up after so long (default: 600)"
+    add("--limit", type=float, default=600.0, metavar="SECONDS", help=limit_help)
+    check_help = "instead: read a run folder whole and say what is damaged and still possible"
+    add("--check-run", metavar="RUN", help=check_help)
     add("--move-aside", action="store_true", help="with --check-run: move what is damaged to RUN/damaged")
     return parser
 
@@ -59,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     try:
         args, run_argv = parser.parse_known_args(argv)
-        if args.check_run is not None:
-            return check_run(args.check_run, run_argv, as_json=args.json, should_move=args.move_aside)
-        cli_args = parse_args(run_argv, companion=parser)
+        if args.check_run is not None and run_argv:
+            raise UserError(f"{run_argv[0]}: does not go with --check-run; expected --move-aside or --json")
+        cli_args = None if args.check_run is not None else parse_args(run_argv, companion=parser)
         if args.ranks is not None and args.ranks < 1:
             raise UserError(f"--ranks {args.ranks}: expected a whole number from 1")
         if args.prove and (args.no_rehearsal or args.gpu_memory is not None):
@@ -73,10 +63,14 @@ def main(argv: list[str] | None = None) -> int:
         from trainer.distributed.library_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
-        if not cli_args.verbose:
+        if cli_args is None or not cli_args.verbose:
             silence_libraries()  # before the libraries it silences are imported
         set_library_environment()
-        from trainer.tools.doctor.doctor_cli import planned_context, run_doctor
+        if cli_args is None:
+            from trainer.tools.doctor.run_checks import run_check
+
+            return run_check(Path(args.check_run), as_json=args.json, should_move=args.move_aside)
+        from trainer.tools.doctor.doctor import planned_context, run_doctor
 
         gpu_memory_bytes = None if args.gpu_memory is None else int(args.gpu_memory * 2**30)
         return run_doctor(
@@ -89,18 +83,6 @@ def main(argv: list[str] | None = None) -> int:
         )
     except UserError as error:
         return report_error(error)
-
-
-def check_run(folder: str, other_flags: list[str], *, as_json: bool, should_move: bool) -> int:
-    """`--check-run`: 0, or 1 where something is damaged."""
-    if other_flags:
-        raise UserError(f"{other_flags[0]}: does not go with --check-run; expected --move-aside or --json")
-    from trainer.tracking.silence import silence_libraries
-
-    silence_libraries()
-    from trainer.tools.doctor.run_checks import run_check
-
-    return run_check(Path(folder), as_json=as_json, should_move=should_move)
 
 
 if __name__ == "__main__":

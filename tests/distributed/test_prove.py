@@ -13,8 +13,8 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.distributed.process_group import simulated_context
-from trainer.tools.doctor import doctor_cli, prove
-from trainer.tools.doctor.prove import Proof, ProofRow, list_rows
+from trainer.tools.doctor import doctor, prove
+from trainer.tools.doctor.prove import judge_row, list_rows
 
 
 def make_argv(model: str, data_files: tuple[str, str], mode: str, *flags: str) -> list[str]:
@@ -27,11 +27,6 @@ def planned(tiny_model: str, data_files: tuple[str, str]) -> Any:
     return plan_run(make_argv(tiny_model, data_files, "full"), simulated_context(1), on_meta=True)
 
 
-def row(**fields: Any) -> ProofRow:
-    numbers = {"loss_difference": 1e-7, "norm_difference": 1e-6, "weight_difference": 0.001, **fields}
-    return ProofRow(ds_config="zero1", world_size=2, execution="graphs", **numbers)
-
-
 @pytest.mark.parametrize(
     ("fields", "precision", "verdict"),
     [
@@ -40,12 +35,14 @@ def row(**fields: Any) -> ProofRow:
         ({"loss_difference": 1e-4}, "bf16", "equal"),
         ({"norm_difference": float("inf")}, "bf16", "differs"),
         ({"weight_difference": 0.1}, "fp32", "differs"),
-        ({"loss_difference": None}, "fp32", "failed"),
+        (None, "fp32", "failed"),
         ({"problem": "steps are not recorded: why"}, "fp32", "fell back"),
     ],
 )
 def test_a_row_is_judged_by_its_losses_norms_and_weights(fields, precision, verdict):
-    assert row(**fields).verdict(precision) == verdict
+    numbers = {"loss_difference": 1e-7, "norm_difference": 1e-6, "weight_difference": 0.001}
+    row = {} if fields is None else {**numbers, **fields}
+    assert judge_row(row, precision) == verdict
 
 
 def test_the_rows_are_all_that_can_run_on_the_device(planned):
@@ -53,7 +50,7 @@ def test_the_rows_are_all_that_can_run_on_the_device(planned):
         context = replace(planned.plan.dist_context, device=torch.device(device))
         plan = replace(planned.plan, dist_context=context)
         rows = [row for world_size in world_sizes for row in list_rows(plan, world_size)]
-        return [(item.ds_config, item.world_size, item.execution) for item in rows]
+        return [(row["ds_config"], row["world_size"], row["execution"]) for row in rows]
 
     assert names("cpu", [1, 2]) == [(f"zero{stage}", ranks, "eager") for ranks in (1, 2) for stage in range(4)]
     assert names("cpu", [3]) == [], "4 rows are not divided by 3"
@@ -65,30 +62,30 @@ def test_the_rows_are_all_that_can_run_on_the_device(planned):
 def test_fp16_is_refused_in_one_line(planned):
     execution = replace(planned.plan.execution, precision="fp16")
     with pytest.raises(UserError, match="--precision fp16 with --prove"):
-        Proof(replace(planned.plan, execution=execution), planned.data, limit_seconds=1)
+        next(prove.prove(replace(planned.plan, execution=execution), planned.data, 1))
 
 
 BROKEN_WORKER = """
 import sys
 from trainer.distributed.stepper import PlainStepper
-from trainer.tools.doctor import prove_worker
-original = prove_worker.run_row
+from trainer.tools.doctor import prove
+original = prove.run_row
 def run_row(job, data, dist_context, ds_config, execution):
     is_broken = dist_context.world_size == 2 and ds_config == ("zero0" if {kind!r} == "wrong" else "zero1")
     if is_broken and {kind!r} == "dies":
         raise RuntimeError("boom in zero1")
     PlainStepper.grad_divisor = 2 if is_broken else 1  # the gradient is the sum over the ranks twice
     return original(job, data, dist_context, ds_config, execution)
-prove_worker.run_row = run_row
-prove_worker.main(sys.argv[1])
+prove.run_row = run_row
+prove.main(sys.argv[1])
 """
 
 
 def run_prove(argv: list[str], ranks: int, capsys: Any) -> tuple[int, dict[str, str], dict[str, str]]:
     """(exit code, {row: level}, {row: message})."""
-    code = doctor_cli.run_doctor(
+    code = doctor.run_doctor(
         cli.parse_args(argv),
-        doctor_cli.planned_context(ranks, None),
+        doctor.planned_context(ranks, None),
         environ={},
         as_json=True,
         limit_seconds=200.0,
@@ -105,7 +102,8 @@ def test_every_stage_on_one_and_two_ranks_gives_the_plain_loops_numbers(
     argv = make_argv(tiny_model, data_files, "full", "--output-dir", str(tmp_path / "run"))
     code, levels, messages = run_prove(argv, 2, capsys)
     assert code == 0, messages
-    assert list(levels) == [prove.PLAIN, *(f"zero{stage} x {ranks}" for ranks in (1, 2) for stage in range(4))]
+    rows = [f"zero{stage} x {ranks}" for ranks in (1, 2) for stage in range(4)]
+    assert list(levels) == [prove.PLAIN, *rows, "numbers"]
     assert set(levels.values()) == {"ok"}
     content = json.loads((tmp_path / "run" / "prove.json").read_text())
     assert {item["verdict"] for item in content["rows"]} == {"equal"}

@@ -195,7 +195,7 @@ def test_losses_of_records_that_are_gone_or_changed_are_refused_before_anything_
     evaluations, damaged = out / "eval_records", "step-000000-val.parquet"
     (evaluations / damaged).write_bytes((evaluations / damaged).read_bytes()[:-20])
     changed = run_to_error([*argv, "--resume"], out=out)
-    move_aside(inspect_run(out))
+    move_aside(out, inspect_run(out).damaged)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     gone = run_to_error([*argv, "--resume"], out=out)
     unreadable = f"{evaluations}: {damaged}: not whole records of an evaluation"

@@ -11,7 +11,7 @@ LAUNCH = Path(__file__).parents[3] / "launch"
 CODE = """
 import atexit, os, sys
 sys.path.insert(0, sys.argv[1])
-sys.modules["trainer.run"] = sys.modules["trainer.tools.doctor.doctor_cli"] = None  # in place of what takes seconds
+sys.modules["trainer.run"] = sys.modules["trainer.tools.doctor.doctor"] = None  # in place of what takes seconds
 import {script}
 sys.argv = ["{script}.py", "--mode", "full"]
 try:

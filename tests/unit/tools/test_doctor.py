@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 import torch
 from helpers.engines import plan_run
-from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv, write_records
+from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
-from trainer.data.dataset import PreparedDataset, prepare
+from trainer.data.dataset import PreparedDataset
 from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import simulated_context
-from trainer.tools.doctor import data_checks, doctor_cli, environment_checks, memory_checks, plan_checks, smoke_test
-from trainer.tools.doctor.check_result import LEVELS, format_bytes
+from trainer.tools.doctor import checks, doctor, rehearsal
+from trainer.tools.doctor.checks import LEVELS, format_bytes
 
 
-def worst_levels(checks: Any) -> dict[str, str]:
+def worst_levels(results: Any) -> dict[str, str]:
     """{what: level}, the worst of those of one name."""
     levels: dict[str, str] = {}
-    for check in checks:
+    for check in results:
         assert check.level == "ok" or check.remedy, f"{check} without a remedy"
         levels[check.name] = max(levels.get(check.name, "ok"), check.level, key=LEVELS.index)
     return levels
@@ -38,62 +38,65 @@ def worst_levels(checks: Any) -> dict[str, str]:
 
 
 def test_doctor_checks_versions_against_the_supported_ranges():
-    good = environment_checks.check_packages((">=3.11", ["torch>=2", "numpy", "pytest>=99; extra == 'test'"]))
+    good = checks.check_packages(">=3.11", ["torch>=2", "numpy", "pytest>=99; extra == 'test'"])
     assert worst_levels(good) == {"packages": "ok"}
     needs = [f"torch<{torch.__version__.split('+')[0]}", "no-such-package>=1"]
-    bad = list(environment_checks.check_packages((">=3.99", needs)))
+    bad = list(checks.check_packages(">=3.99", needs))
     assert worst_levels(bad) == {"Python": "error", "torch": "error", "no-such-package": "error", "packages": "ok"}
     assert any("pip install 'no-such-package>=1'" in check.remedy for check in bad)
-    assert worst_levels(environment_checks.check_packages(None)) == {"packages": "warning"}
-    assert environment_checks._requirements() is not None, "the ranges come from the installed package"
+
+
+@pytest.mark.parametrize(("name", "level"), [("gpt2-full-vs-lora", "ok"), ("not-installed", "warning")])
+def test_doctor_takes_the_ranges_from_the_installed_package(name, level, monkeypatch):
+    monkeypatch.setattr(checks, "DISTRIBUTION", name)
+    assert worst_levels(checks.check_environment(1, {}))["packages"] == level
 
 
 def test_doctor_names_a_port_in_use_and_offers_a_free_one():
     with socket.socket() as holder:
         holder.bind(("", 0))
         holder.listen()
-        checks = environment_checks.check_port(holder.getsockname()[1])
-    assert checks.level == "warning"
-    assert "--master_port" in checks.remedy
+        check = checks.check_port(holder.getsockname()[1])
+    assert check.level == "warning"
+    assert "--master_port" in check.remedy
 
 
 def test_doctor_names_environment_variables_but_never_shows_values(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     environ = {"HF_TOKEN": "secret", "NCCL_DEBUG": "INFO", "PYTHONPATH": "x", "WANDB_API_KEY": "secret", "EDITOR": "vi"}
-    alone, many = (environment_checks.check_forwarded_variables(environ, several) for several in (False, True))
+    alone, many = (checks.check_forwarded_variables(environ, is_multi_node=several) for several in (False, True))
     assert (alone.level, many.level) == ("ok", "warning")
     assert "HF_TOKEN, NCCL_DEBUG, WANDB_API_KEY" in many.message, "PYTHON is forwarded, EDITOR changes nothing"
     assert "secret" not in many.message
     (tmp_path / ".deepspeed_env").write_text("HF_TOKEN=secret\nNCCL_DEBUG=INFO\nWANDB_API_KEY=secret\n")
-    assert environment_checks.check_forwarded_variables(environ, True).level == "ok"
+    assert checks.check_forwarded_variables(environ, is_multi_node=True).level == "ok"
 
 
 def test_doctor_checks_builds_leftover_buffers_and_addresses(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert worst_levels(environment_checks.check_op_builds()) == {"op builds": "ok"}
+    assert worst_levels(checks.check_op_builds()) == {"op builds": "ok"}
     (tmp_path / "py311" / "cpu_adam").mkdir(parents=True)
     (tmp_path / "py311" / "cpu_adam" / "lock").touch()
-    assert worst_levels(environment_checks.check_op_builds()) == {"op builds": "warning"}
+    assert worst_levels(checks.check_op_builds()) == {"op builds": "warning"}
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
-    assert worst_levels(environment_checks.check_op_builds()) == {"op builds": "warning"}
-    assert not list(environment_checks.check_leftover_buffers(tmp_path))
+    assert worst_levels(checks.check_op_builds()) == {"op builds": "warning"}
+    assert worst_levels(checks.check_shared_memory(2, tmp_path)) == {"/dev/shm": "ok"}
     (tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0").write_bytes(b"1")
-    assert worst_levels(environment_checks.check_leftover_buffers(tmp_path)) == {"/dev/shm": "warning"}
+    assert worst_levels(checks.check_shared_memory(2, tmp_path)) == {"/dev/shm": "warning"}
     for address, level in (("no-such-host.invalid", "error"), ("127.0.0.1", "ok")):
-        checks = environment_checks.check_master_address({"MASTER_ADDR": address})
-        assert worst_levels(checks) == {"MASTER_ADDR": level}
+        assert checks.check_master_address(address).level == level
 
 
 def test_doctor_checks_threads_against_the_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert environment_checks.check_threads(cores).level == "ok"
-    assert environment_checks.check_threads(cores + 1).level == "warning"
+    assert checks.check_threads(cores).level == "ok"
+    assert checks.check_threads(cores + 1).level == "warning"
     monkeypatch.setenv("OMP_NUM_THREADS", str(cores + 1))
-    assert environment_checks.check_threads(1).remedy == f"OMP_NUM_THREADS={cores}"
+    assert checks.check_threads(1).remedy == f"OMP_NUM_THREADS={cores}"
 
 
 # --- data ---
@@ -107,8 +110,11 @@ def make_dataset(texts: list[list[int]], first: int) -> TokenDataset:
     )
 
 
-def make_data(train: list[list[int]], val: list[list[int]], first: int = 1, num_left_out: int = 0) -> PreparedDataset:
+def make_data(
+    train: list[list[int]], val: list[list[int]], first: int = 1, num_left_out: int = 0, num_shared: int = 0
+) -> PreparedDataset:
     metadata: dict[str, Any] = {"vocabulary": 3000, "tokenizer": "x", "notices": ["one notice"]}
+    metadata["equal_to_train"] = {"val": num_shared}
     datasets = {"train": make_dataset(train, first), "val": make_dataset(val, first)}
     for split, dataset in datasets.items():
         metadata[split] = {
@@ -133,16 +139,16 @@ def parse_settings(objective: str, block_size: int = 32) -> Any:
 def test_doctor_finds_no_fault_in_sound_data(block):
     """Whatever room a row has: rows are padded to the longest beside them, not to the block size."""
     data = make_data(make_texts(600, 1), make_texts(200, 2))
-    checks = list(data_checks.check_data(parse_settings("completion", block), data))
-    assert set(worst_levels(checks).values()) == {"ok"}, [check for check in checks if check.level != "ok"]
-    assert any(check.message == "one notice" for check in checks)
+    results = list(checks.check_data(parse_settings("completion", block), data))
+    assert set(worst_levels(results).values()) == {"ok"}, [check for check in results if check.level != "ok"]
+    assert any(check.message == "one notice" for check in results)
 
 
 @pytest.mark.parametrize(
     ("what", "level", "data"),
     [
         ("validation", "warning", make_data(make_texts(600, 1), make_texts(5, 2))),
-        ("duplicates", "warning", make_data(make_texts(300, 1), make_texts(300, 1))),
+        ("duplicates", "warning", make_data(make_texts(300, 1), make_texts(300, 1), num_shared=300)),
         ("repeats", "warning", make_data(make_texts(100, 1) * 2, make_texts(200, 2))),
         ("masked", "warning", make_data(make_texts(600, 1), make_texts(200, 2), first=29)),
         ("masked", "error", make_data(make_texts(600, 1), make_texts(200, 2), first=30)),
@@ -151,16 +157,15 @@ def test_doctor_finds_no_fault_in_sound_data(block):
     ],
 )
 def test_doctor_finds_every_fault_planted_in_the_data(what, level, data):
-    assert worst_levels(data_checks.check_data(parse_settings("completion"), data))[what] == level
+    assert worst_levels(checks.check_data(parse_settings("completion"), data))[what] == level
 
 
-def test_doctor_finds_duplicate_texts_inside_blocks():
+def test_doctor_finds_repeated_texts_inside_blocks():
     """Blocks cut texts anywhere; what stands between two ends of text is compared."""
-    train, val = make_texts(40, 1, 29), make_texts(3, 1, 29) + make_texts(7, 2, 29)
-    flat = [[token for text in texts for token in [*text, 0]] for texts in (train, val)]
-    blocks = [[ids[at : at + 16] for at in range(0, len(ids) - 15, 16)] for ids in flat]
-    checks = list(data_checks.check_duplicates(parse_settings("blocks"), make_data(*blocks)))
-    assert checks[0].message.startswith("3 of 9 "), "the last text is cut off"
+    texts = make_texts(40, 1, 29) + make_texts(3, 1, 29)
+    flat = [token for text in texts for token in [*text, 0]]
+    data = make_data([flat[at : at + 16] for at in range(0, len(flat) - 15, 16)], make_texts(1, 2))
+    assert checks.count_repeated_texts(data, is_blocks=True) == (2, 42), "the last text is cut off"
 
 
 # --- plan and memory ---
@@ -174,34 +179,34 @@ def doctor_inputs(tiny_model: str, data_files: tuple[str, str]) -> dict[str, Any
 
 
 def test_doctor_describes_the_model(doctor_inputs):
-    checks = {check.name: check for check in plan_checks.check_model(doctor_inputs["plan"], doctor_inputs["model"])}
-    assert checks["LoRA targets"].message == "8 layers: c_attn, c_fc, c_proj"
-    assert checks["Conv1D"].message.startswith("8 of the 8")
-    assert checks["tied weights"].level == "ok"
-    assert "are one" in checks["tied weights"].message
-    assert f"{doctor_inputs['model'].metadata['trainable']:,}" in checks["trainable"].message
+    results = {check.name: check for check in checks.check_model(doctor_inputs["plan"], doctor_inputs["model"])}
+    assert results["LoRA targets"].message == "8 layers: c_attn, c_fc, c_proj"
+    assert results["Conv1D"].message.startswith("8 of the 8")
+    assert results["tied weights"].level == "ok"
+    assert "are one" in results["tied weights"].message
+    assert f"{doctor_inputs['model'].metadata['trainable']:,}" in results["trainable"].message
 
 
 def test_doctor_judges_the_training_schedule(doctor_inputs):
     plan = doctor_inputs["plan"]
-    assert worst_levels(plan_checks.check_schedule(plan))["steps"] == "ok"
+    assert worst_levels(checks.check_schedule(plan))["steps"] == "ok"
     train = replace(plan.settings.train, warmup_steps=10**6, max_steps=3)
     settings = replace(plan.settings, train=train, output=replace(plan.settings.output, eval_every="50"))
     late = replace(plan, settings=settings, schedule=replace(plan.schedule, total_steps=3))
-    levels = worst_levels(plan_checks.check_schedule(late))
+    levels = worst_levels(checks.check_schedule(late))
     assert (levels["steps"], levels["learning rate"], levels["--eval-every"]) == ("warning", "warning", "warning")
 
 
 def test_doctor_estimates_memory_for_every_zero_file_and_too_little_is_an_error(doctor_inputs, monkeypatch):
     plan = doctor_inputs["plan"]
-    table = memory_checks.build_memory_table(plan, 32)
+    table = checks.build_memory_table(plan, 32)
     assert [row["ds_config"] for row in table] == list(DS_CONFIG_NAMES)
     assert [row["ds_config"] for row in table if row["chosen"]] == ["zero0"]
-    assert set(worst_levels(memory_checks.check_memory(plan, table)).values()) == {"ok"}
-    monkeypatch.setattr(memory_checks, "available_bytes", lambda plan: 1000.0)
-    small = memory_checks.build_memory_table(plan, 32)
+    assert set(worst_levels(checks.check_memory(plan, table)).values()) == {"ok"}
+    monkeypatch.setattr(checks, "available_bytes", lambda plan: 1000.0)
+    small = checks.build_memory_table(plan, 32)
     assert not any(row["fits"] for row in small)
-    assert worst_levels(memory_checks.check_memory(plan, small)) == {"memory": "error"}
+    assert worst_levels(checks.check_memory(plan, small)) == {"memory": "error"}
 
 
 # --- the rehearsal, with a program that is quickly done in place of train.py ---
@@ -234,43 +239,30 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_smoke_test_of_doctor_says_what_failed(doctor_inputs, fault, tmp_path, monkeypatch):
+def test_a_rehearsal_says_what_failed(doctor_inputs, fault, tmp_path, monkeypatch):
     line, expected = FAULTS[fault]
-    script = tmp_path / "train.py"
+    script, near = tmp_path / "train.py", tmp_path / "near"
     script.write_text(FAKE_TRAIN_SCRIPT.replace("FAULT", line))
-    (tmp_path / "near").mkdir()
-    monkeypatch.setattr(smoke_test, "TRAIN_SCRIPT", script)
+    near.mkdir()
+    monkeypatch.setattr(rehearsal, "TRAIN_SCRIPT", script)
     request, plan, data = (doctor_inputs[name] for name in ("request", "plan", "data"))
-    limit = 1 if fault == "slow" else 60
-    rehearsal = smoke_test.SmokeTest(request, plan, data, limit_seconds=limit, parent_folder=tmp_path / "near")
-    checks = list(rehearsal.run_checks())
-    levels = worst_levels(checks)
-    assert {what: levels[what] for what in expected} == expected, checks
+    output = replace(plan.settings.output, output_dir=str(near / "run"))
+    plan = replace(plan, settings=replace(plan.settings, output=output))
+    measured: dict[str, Any] = {}
+    results = list(rehearsal.rehearse(request, plan, 1 if fault == "slow" else 60, measured))
+    levels = worst_levels(results)
+    assert {what: levels[what] for what in expected} == expected, results
     assert set(levels) <= {"train", "evaluate", "save", "export", "resume", "rehearsal"}
-    assert not list((tmp_path / "near").iterdir()), "nothing is left"
+    assert not list(near.iterdir()), "nothing is left"
     if fault == "crash":
-        assert "--lr: no" in checks[0].message
+        assert "--lr: no" in results[0].message
     if fault == "sound":
-        cost = rehearsal.cost
-        assert cost.step_seconds == pytest.approx(2.0), "10 tokens at 5 a second, the first step left out"
-        costs = {check.name: check for check in smoke_test.estimate_costs(plan, data, cost, 7.0)}
+        assert measured["step_seconds"] == pytest.approx(2.0), "10 tokens at 5 a second, the first step left out"
+        costs = {check.name: check for check in rehearsal.estimate_costs(plan, data, measured, 7.0)}
         assert "steps of 2.00 s" in costs["time"].message
         assert costs["disk"].level == "ok"
-        assert smoke_test.check_disk_space(tmp_path, replace(cost, checkpoint_bytes=2**60), 2).level == "error"
-
-
-def test_doctor_samples_large_data_in_their_own_format(tmp_path, session_dir, tiny_model):
-    path = write_records(tmp_path / "large.jsonl", num_records=4000, seed=3)
-    flags = f"--mode full --model {tiny_model} --data {path} --objective completion --block-size 32 --global-batch 2"
-    argv = [*flags.split(), "--preset", "demo", *TEMPLATE_FLAGS]
-    request, planned = cli.parse_args(argv), plan_run(argv, simulated_context(1), on_meta=True)
-    data_overrides = smoke_test.sample_overrides(planned.plan, planned.data, 4, tmp_path)
-    lines = {side: Path(data_overrides[side]).read_text().splitlines() for side in ("data", "val_data")}
-    assert 8 <= len(lines["data"]) < 400, "4 steps of 2, and not much more"
-    assert 1 <= len(lines["val_data"]) < 400
-    assert not set(lines["data"]) & set(lines["val_data"])
-    again = cli.parse_args(cli.to_argv(request, data=data_overrides)).settings
-    assert prepare(again.data, model=tiny_model, global_batch=2).metadata["train"]["examples"] >= 8
+        costs = worst_levels(rehearsal.estimate_costs(plan, data, {**measured, "checkpoint_bytes": 2**60}, 7.0))
+        assert costs["disk"] == "error"
 
 
 # --- the command ---
@@ -286,9 +278,9 @@ def run_doctor(
     as_json: bool = True,
 ) -> tuple[int, str]:
     """(exit code, what was printed)."""
-    code = doctor_cli.run_doctor(
+    code = doctor.run_doctor(
         cli.parse_args(argv),
-        doctor_cli.planned_context(ranks, gpu_memory_bytes),
+        doctor.planned_context(ranks, gpu_memory_bytes),
         environ={},
         as_json=as_json,
         limit_seconds=limit_seconds,
@@ -369,12 +361,12 @@ def test_argv_of_parsed_arguments_parses_to_the_same_arguments():
 
 @pytest.mark.sweep  # five starts of the program: a minute on one quiet core
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_smoke_test_of_doctor_passes_on_real_ranks(tiny_model, data_files, tmp_path, ranks, capsys):
+def test_a_rehearsal_passes_on_real_ranks(tiny_model, data_files, tmp_path, ranks, capsys):
     text = f"--mode lora --objective completion --block-size 32 --global-batch 4 --output-dir {tmp_path}/run"
     code, printed = run_doctor(tiny_argv(tiny_model, data_files, text), capsys, ranks=ranks, limit_seconds=400.0)
     report = json.loads(printed)
     assert code == 0, [check for check in report["checks"] if check["level"] == "error"]
-    checks = {check["name"]: check["message"] for check in report["checks"] if check["section"] == "rehearsal"}
-    assert set(checks) == {"train", "evaluate", "save", "export", "resume"}
-    assert checks["resume"] == "from step 2: losses bit for bit the same"
+    messages = {check["name"]: check["message"] for check in report["checks"] if check["section"] == "rehearsal"}
+    assert set(messages) == {"train", "evaluate", "save", "export", "resume"}
+    assert messages["resume"] == "from step 2: losses bit for bit the same"
     assert report["measured"]["step_seconds"] > 0

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from trainer.config.errors import UserError
-from trainer.tools.doctor.check_result import ERROR
-from trainer.tools.doctor.run_checks import inspect_run, judge_uses, run_check
+from trainer.tools.doctor.checks import ERROR
+from trainer.tools.doctor.run_checks import inspect_run, run_check
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, digest_evaluations, write_evaluation
 from trainer.tracking.jsonl import JsonlLogger
 from trainer.tracking.records import EventRecord, StepRecord
@@ -79,11 +79,11 @@ def run(whole_run, tmp_path) -> Path:
 
 
 def errors(folder: Path) -> dict[str, str]:
-    return {result.name: result.message for result in inspect_run(folder).results if result.level == ERROR}
+    return {result.name: result.message for result in inspect_run(folder).checks if result.level == ERROR}
 
 
 def uses(folder: Path) -> dict[str, str]:
-    return {result.name: result.message for result in judge_uses(inspect_run(folder))}
+    return {result.name: result.message for result in inspect_run(folder).uses}
 
 
 def test_a_whole_run_can_be_resumed_exported_and_compared(run, capsys):
@@ -113,7 +113,7 @@ def break_row(run: Path) -> None:
             "missing or damaged",
             "from step-000003",
         ),
-        (break_row, "metrics.jsonl", "line 5: ", "not possible: metrics.jsonl has lines that are no records"),
+        (break_row, "metrics.jsonl", "line 5: ", "not possible: metrics.jsonl has lines that are not records"),
         (
             lambda run: (run / "metrics.jsonl").unlink(),
             "metrics.jsonl",

@@ -1,65 +1,100 @@
 """`launch/doctor.py --prove`: the user's model and rows under every ZeRO stage, number of ranks and way to run steps,
-each held against a plain PyTorch loop on this machine.
+each held against a plain PyTorch loop on this machine. `python -m trainer.tools.doctor.prove JOB` is one rank of it.
 
-A group of processes for each number of ranks works its rows off one after the other; where one dies, the row is said
-to have failed and a new group goes on with the next. Dropout is off: its masks depend on the micro-batch.
+A group of processes for each number of ranks takes its rows one after the other; where one dies, its row has failed and
+a new group goes on with the next. Dropout is off: its masks depend on the micro-batch.
 """
 
+import gc
 import json
+import math
+import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
 from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset
+from trainer.data.dataset import PreparedDataset, load
+from trainer.data.sampler import IGNORE_INDEX, GlobalBatch
 from trainer.distributed.cuda_graphs import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.execution import find_eager_reason
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.model.build import build_model, load_config
 from trainer.model.loss import uses_gpu_form
-from trainer.tools.doctor.check_result import ERROR, WARNING, CheckResult, format_bytes, ok_result
+from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes
+from trainer.tools.finders.files import PROOF_FILE
+from trainer.tools.trial_engine import reset_peak_memory, start_trial
 from trainer.tools.worker_processes import last_line, run_ranks
-from trainer.training.run_plan import RunPlan
+from trainer.tracking.silence import silence_libraries
+from trainer.training.run_plan import RunPlan, make_plan
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-NUM_STEPS = 3  # that are compared and timed, after those before which nothing is recorded
+NUM_STEPS = 3  # that are compared and timed, after those before which no CUDA graph is recorded
 #: What a weight may be off, as a share of what its steps may move it (the learning rate each): AdamW divides a gradient
 #: by its own size, so its relative rounding becomes one of the step. Weights whose gradient is nearly nothing in the
 #: plain loop, where the rounding is all of it, are left out: below the second number times the tensor's mean size.
 WEIGHT_BOUNDS = {"fp32": (0.05, 1e-3), "bf16": (0.25, 0.1)}
 PLAIN = "plain PyTorch"
-WORKER_COMMAND = ("-m", "trainer.tools.doctor.prove_worker")
+WORKER_COMMAND = ("-m", "trainer.tools.doctor.prove")
+
+#: One of the table, as it stands in prove.json: `ds_config`, `world_size`, `execution`, and what the worker measured:
+#: `path` (how steps really ran), `loss_difference`, `norm_difference` (relative), `weight_difference` (a share of what
+#: the steps may move them), `step_ms`, `device_wait_share` (of the timed steps, for numbers of the device),
+#: `peak_memory_bytes`, and `problem`: why there are no numbers, or why others ran than were asked for.
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProofRow:
-    """One row of the table; differences are relative, of weights a share of what the steps may move them."""
-
-    ds_config: str
-    world_size: int
-    execution: str
-    path: str = ""  #: what steps really ran by
-    loss_difference: float | None = None
-    norm_difference: float | None = None
-    weight_difference: float | None = None
-    step_ms: float | None = None
-    device_wait_share: float | None = None  #: of the timed steps' time, for numbers of the device
-    peak_memory_bytes: int | None = None
-    problem: str = ""  #: why there are no numbers, or why others ran than were asked for
-
-    def verdict(self, precision: str) -> str:
-        """equal, fell back, differs, or failed."""
-        if self.loss_difference is None or self.norm_difference is None or self.weight_difference is None:
-            return "failed"
-        bound = MAX_DIFFERENCE[precision]
-        is_equal = max(self.loss_difference, self.norm_difference) <= bound
-        is_equal = is_equal and self.weight_difference <= WEIGHT_BOUNDS[precision][0]
-        return ("fell back" if self.problem else "equal") if is_equal else "differs"
+def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterator[Check]:
+    """One check a row, as it is done, and the table in the run folder; `limit_seconds`: for all of them."""
+    if plan.precision not in WEIGHT_BOUNDS:
+        raise UserError(
+            f"--precision {plan.precision} with --prove: its loss scale has no plain counterpart; use fp32 or bf16"
+        )
+    deadline = time.monotonic() + limit_seconds
+    num_first_steps = 0 if plan.dist_context.device.type == "cpu" else NUM_WARMUP_CALLS + 1
+    settings = proof_settings(plan.settings)
+    job = {
+        "settings": settings.as_dict(),
+        "data": str(data.folder),
+        "num_steps": min(num_first_steps + NUM_STEPS, plan.schedule.total_steps),
+        "precision": plan.precision,
+        "device": plan.dist_context.device.type,
+    }
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="prove-") as scratch:
+        plain = {"ds_config": PLAIN, "world_size": 1, "execution": "eager"}
+        (reference,) = _run_rows([plain], job, Path(scratch), deadline)
+        if reference.get("problem"):
+            yield Check(ERROR, PLAIN, reference["problem"], "without it there is nothing to compare with")
+            return
+        yield Check(OK, PLAIN, f"{job['num_steps']} steps, {_describe(reference)}")
+        for world_size in sorted({1, plan.dist_context.world_size}):
+            for row in _run_rows(list_rows(plan, world_size), job, Path(scratch), deadline):
+                rows.append({**row, "verdict": judge_row(row, plan.precision)})
+                yield _check_row(rows[-1])
+    content = {
+        "format": 1,
+        "precision": plan.precision,
+        "steps": job["num_steps"],
+        "bounds": {"loss": MAX_DIFFERENCE[plan.precision], "weights": WEIGHT_BOUNDS[plan.precision][0]},
+        "settings": job["settings"],
+        "data": data.metadata["fingerprint"],
+        "rows": rows,
+    }
+    path = Path(plan.settings.run_folder) / PROOF_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    yield Check(OK, "numbers", str(path))
 
 
 def proof_settings(settings: Settings) -> Settings:
@@ -73,121 +108,198 @@ def proof_settings(settings: Settings) -> Settings:
     )
 
 
-def list_rows(plan: RunPlan, world_size: int) -> list[ProofRow]:
+def list_rows(plan: RunPlan, world_size: int) -> list[Row]:
     """All that can run here."""
     if plan.schedule.batch.global_batch % world_size:
         return []
     rows = []
-    settings = proof_settings(plan.settings)
-    is_gpu = uses_gpu_form(plan.dist_context.device)
+    settings, is_gpu = proof_settings(plan.settings), uses_gpu_form(plan.dist_context.device)
     for name in dict.fromkeys([*STAGES, settings.engine.ds_config or plan.deepspeed_file.name]):
-        stage = read_deepspeed_file(name).stage
-        has_graphs = not find_eager_reason(settings, is_gpu=is_gpu, stage=stage)
-        executions = ["eager", "graphs"] if has_graphs else ["eager"]
-        rows += [ProofRow(ds_config=name, world_size=world_size, execution=execution) for execution in executions]
+        has_graphs = not find_eager_reason(settings, is_gpu=is_gpu, stage=read_deepspeed_file(name).stage)
+        for execution in ("eager", "graphs") if has_graphs else ("eager",):
+            rows.append({"ds_config": name, "world_size": world_size, "execution": execution})
     return rows
 
 
-class Proof:
-    """Works the rows off and judges them; `limit_seconds`: for all of them."""
-
-    def __init__(self, plan: RunPlan, data: PreparedDataset, *, limit_seconds: float):
-        if plan.precision not in WEIGHT_BOUNDS:
-            raise UserError(
-                f"--precision {plan.precision} with --prove: its loss scale has no plain counterpart; use fp32 or bf16"
-            )
-        self.plan, self.data = plan, data
-        self.deadline = time.monotonic() + limit_seconds
-        records = 0 if plan.dist_context.device.type == "cpu" else NUM_WARMUP_CALLS + 1
-        self.num_steps = min(records + NUM_STEPS, plan.schedule.total_steps)
-        self.rows: list[ProofRow] = []
-
-    def run_checks(self, world_sizes: Sequence[int]) -> Iterator[CheckResult]:
-        """One check a row, as it is done."""
-        with tempfile.TemporaryDirectory(prefix="prove-") as scratch:
-            folder = Path(scratch)
-            plain_row = ProofRow(ds_config=PLAIN, world_size=1, execution="eager")
-            reference = next(self._run_group(folder, [plain_row], 1))
-            if reference.problem:
-                yield CheckResult(ERROR, PLAIN, reference.problem, "nothing to compare with: see above")
-                return
-            yield ok_result(PLAIN, _describe(reference))
-            for world_size in world_sizes:
-                for row in self._run_group(folder, list_rows(self.plan, world_size), world_size):
-                    self.rows.append(row)
-                    yield self._judge(row)
-
-    def _judge(self, row: ProofRow) -> CheckResult:
-        name = f"{row.ds_config} x {row.world_size}"
-        verdict = row.verdict(self.plan.precision)
-        message = f"{row.execution:<8} {verdict}: {_describe(row) if verdict != 'failed' else row.problem}"
-        if verdict == "equal":
-            return ok_result(name, message)
-        if verdict == "fell back":
-            return CheckResult(WARNING, name, f"{message}; {row.problem}", "the numbers are right: none")
-        remedy = f"do not train with --ds-config {row.ds_config} --execution {row.execution} here; report this row"
-        return CheckResult(ERROR, name, message, remedy)
-
-    def _run_group(self, folder: Path, rows: list[ProofRow], world_size: int) -> Iterator[ProofRow]:
-        """The rows with their numbers, by as many groups of processes as it takes."""
-        answer = folder / f"answer-{world_size}"
-        while rows:
-            answer.write_text("")
-            job = {
-                "settings": proof_settings(self.plan.settings).as_dict(),
-                "data": str(self.data.folder),
-                "rows": [[row.ds_config, row.execution] for row in rows],
-                "num_steps": self.num_steps,
-                "precision": self.plan.precision,
-                "device": self.plan.dist_context.device.type,
-                "min_gradient": WEIGHT_BOUNDS[self.plan.precision][1],
-                "reference": str(folder / "reference.pt"),
-                "answer": str(answer),
-            }
-            (folder / "job.json").write_text(json.dumps(job))
-            problem = self._run_processes(folder, world_size)
-            lines = answer.read_text().splitlines()
-            for row, line in zip(rows, lines, strict=False):
-                yield replace(row, **json.loads(line))
-            rows = rows[len(lines) :]
-            if rows and problem:  # the one that it died at
-                yield replace(rows[0], problem=problem)
-                rows = rows[1:]
-
-    def _run_processes(self, folder: Path, world_size: int) -> str:
-        """Why the group ended early; empty where it did its work."""
-        timeout_seconds = self.deadline - time.monotonic()
-        if timeout_seconds <= 0:
-            return "not begun: the time was used up (--limit SECONDS)"
-        argv = [*WORKER_COMMAND, str(folder / "job.json")]
-        exit_codes = run_ranks(argv, world_size, folder / "log", timeout_seconds=timeout_seconds)
-        if exit_codes is None:
-            return "given up: the time was used up (--limit SECONDS)"
-        return last_line((folder / "log").read_text(encoding="utf-8", errors="replace")) if any(exit_codes) else ""
-
-    def write(self, path: Path) -> None:
-        """The table as JSON."""
-        rows = [{**asdict(row), "verdict": row.verdict(self.plan.precision)} for row in self.rows]
-        content: dict[str, Any] = {
-            "format": 1,
-            "precision": self.plan.precision,
-            "steps": self.num_steps,
-            "bounds": {"loss": MAX_DIFFERENCE[self.plan.precision], "weights": WEIGHT_BOUNDS[self.plan.precision][0]},
-            "settings": proof_settings(self.plan.settings).as_dict(),
-            "data": self.data.metadata["fingerprint"],
-            "rows": rows,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+def judge_row(row: Row, precision: str) -> str:
+    """equal, fell back, differs, or failed."""
+    if "loss_difference" not in row:
+        return "failed"
+    bound, weight_bound = MAX_DIFFERENCE[precision], WEIGHT_BOUNDS[precision][0]
+    if max(row["loss_difference"], row["norm_difference"]) > bound or row["weight_difference"] > weight_bound:
+        return "differs"
+    return "fell back" if row.get("problem") else "equal"
 
 
-def _describe(row: ProofRow) -> str:
-    parts = [] if row.path in ("", row.execution) else [row.path]
-    if row.loss_difference is not None:
+def _check_row(row: Row) -> Check:
+    name, verdict = f"{row['ds_config']} x {row['world_size']}", row["verdict"]
+    message = f"{row['execution']:<8} {verdict}: {_describe(row) if verdict != 'failed' else row['problem']}"
+    if verdict == "equal":
+        return Check(OK, name, message)
+    if verdict == "fell back":
+        return Check(WARNING, name, f"{message}; {row['problem']}", "none needed: the numbers are right")
+    remedy = f"do not train with --ds-config {row['ds_config']} --execution {row['execution']} here; report this row"
+    return Check(ERROR, name, message, remedy)
+
+
+def _describe(row: Row) -> str:
+    parts = [row["path"]] if row.get("path", row["execution"]) != row["execution"] else []
+    if "loss_difference" in row:
         parts.append(
-            f"loss {row.loss_difference:.0e}, gradient norm {row.norm_difference:.0e}, weights "
-            f"{row.weight_difference:.1%} of their steps"
+            f"loss {row['loss_difference']:.0e}, gradient norm {row['norm_difference']:.0e}, weights "
+            f"{row['weight_difference']:.1%} of their steps"
         )
-    parts.append(f"{row.step_ms:.1f} ms, {row.device_wait_share or 0:.0%} of it waiting for the device")
-    parts.append(f"peak {format_bytes(row.peak_memory_bytes or 0)}")
+    waiting = f"{row.get('device_wait_share', 0):.0%} of it waiting for the device"
+    parts.append(f"{row['step_ms']:.1f} ms, {waiting}, peak {format_bytes(row['peak_memory_bytes'])}")
     return ", ".join(parts)
+
+
+def _run_rows(rows: list[Row], job: dict[str, Any], folder: Path, deadline: float) -> Iterator[Row]:
+    """The rows of one number of ranks with their numbers, by as many groups of processes as it takes."""
+    answer, log, job_file = folder / "answer", folder / "log", folder / "job.json"
+    while rows:
+        answer.write_text("")
+        pairs = [[row["ds_config"], row["execution"]] for row in rows]
+        job_file.write_text(json.dumps({**job, "rows": pairs, "answer": str(answer)}))
+        timeout_seconds = deadline - time.monotonic()
+        problem = "not begun: the time is over (--limit SECONDS)"
+        if timeout_seconds > 0:
+            argv = [*WORKER_COMMAND, str(job_file)]
+            exit_codes = run_ranks(argv, rows[0]["world_size"], log, timeout_seconds=timeout_seconds)
+            problem = "given up: the time is over (--limit SECONDS)" if exit_codes is None else ""
+            if exit_codes and any(exit_codes):
+                problem = last_line(log.read_text(encoding="utf-8", errors="replace"))
+        lines = answer.read_text().splitlines()
+        for row, line in zip(rows, lines, strict=False):
+            yield {**row, **json.loads(line)}
+        rows = rows[len(lines) :]
+        if rows and problem:  # the one at which it ended
+            yield {**rows[0], "problem": problem}
+            rows = rows[1:]
+
+
+# --- one rank ---
+
+
+def main(job_file: str) -> None:
+    """Run the job's rows in order; rank 0 writes one JSON line each."""
+    silence_libraries()
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    dist_context = init_distributed(job["device"])
+    try:
+        data = load(Path(job["data"]))
+        for ds_config, execution in job["rows"]:
+            reset_peak_memory(dist_context.device)
+            run = run_plain if ds_config == PLAIN else run_row
+            numbers = run(job, data, dist_context, ds_config, execution)
+            numbers["peak_memory_bytes"] = max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device)))
+            if dist_context.rank == 0:
+                with open(job["answer"], "a", encoding="utf-8") as answer:
+                    answer.write(json.dumps(numbers) + "\n")
+            gc.collect()
+    finally:
+        dist_context.watchdog.close()
+        destroy_process_group()
+
+
+def run_row(
+    job: dict[str, Any], data: PreparedDataset, dist_context: DistContext, ds_config: str, execution: Any
+) -> dict[str, Any]:
+    """Take the steps as a run does, and hold losses, norms and weights against the plain loop's."""
+    settings = Settings.from_dict(job["settings"])
+    engine_settings = replace(settings.engine, ds_config=ds_config, execution=execution, precision=job["precision"])
+    plan, engine = start_trial(replace(settings, engine=engine_settings), data, dist_context)
+    batches = plan.schedule.batches(data.train, dist_context.rank)(0, job["num_steps"])
+    losses, norms, seconds, waits = [], [], [], []
+    for batch, result in engine.run(batches, lambda _: settings.train.lr):
+        losses.append(result.loss_sum / batch.num_target_tokens)
+        norms.append(result.grad_norm)
+        seconds.append(result.elapsed_seconds)
+        waits.append(engine.device_wait_seconds)
+    reference = torch.load(_reference_file(job))
+    weight_difference = 0.0
+    for name, weight in engine.state.gather_weights():
+        differences = (weight - reference["weights"][name])[reference["counted"][name]].abs().nan_to_num(nan=math.inf)
+        weight_difference = max(weight_difference, float(differences.max()) if len(differences) else 0.0)
+    timed = seconds[-(NUM_STEPS - 1) :]
+    return {
+        "path": engine.plan.path,
+        "problem": "; ".join(change.reason for change in engine.plan_changes),
+        "loss_difference": _relative_difference(losses, reference["losses"]),
+        "norm_difference": _relative_difference(norms, reference["norms"]),
+        "weight_difference": weight_difference / (settings.train.lr * len(losses)),
+        "step_ms": 1000 * statistics.median(timed),
+        "device_wait_share": (waits[-1] - waits[-len(timed) - 1]) / sum(timed),
+    }
+
+
+def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistContext, *_: Any) -> dict[str, Any]:
+    """The same steps as one writes them by hand: the model's own logits, autograd, torch's clip and AdamW.
+
+    Leaves losses, norms, weights, and which weights had a gradient to speak of in every step, beside the answer.
+    """
+    settings, device = Settings.from_dict(job["settings"]), dist_context.device
+    model = build_model(settings, device=device, with_fingerprint=False)
+    plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
+    train, min_gradient = settings.train, WEIGHT_BOUNDS[job["precision"]][1]
+    module = model.module.to(device).train()
+    params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": train.lr * model.get_lr_multiplier(name)} for name, p in params.items()],
+        betas=(train.beta1, train.beta2),
+        eps=train.epsilon,
+        weight_decay=train.weight_decay,
+    )
+    counted = {name: torch.ones_like(p, dtype=torch.bool) for name, p in params.items()}
+    losses, norms, seconds = [], [], []
+    for batch in plan.schedule.batches(data.train, 0)(0, job["num_steps"]):
+        start_time = time.perf_counter()
+        losses.append(_plain_backward(module, batch, device, uses_bf16=job["precision"] == "bf16"))
+        for name, p in params.items():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            root_mean_square = gradient.square().mean().sqrt()
+            counted[name] &= gradient.abs() >= (min_gradient * root_mean_square).clamp(min=1e-30)
+        grads = [p.grad for p in params.values() if p.grad is not None]  # in float32 a sum of many squares is 1e-5 off
+        tensor_norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        norms.append(float(torch.stack(tensor_norms).norm()))
+        torch.nn.utils.clip_grad_norm_(params.values(), train.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start_time)
+    weights = {name: p.detach().float().cpu() for name, p in params.items()}
+    counted = {name: mask.cpu() for name, mask in counted.items()}
+    torch.save({"losses": losses, "norms": norms, "weights": weights, "counted": counted}, _reference_file(job))
+    return {"step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :])}
+
+
+def _reference_file(job: dict[str, Any]) -> Path:
+    return Path(job["answer"]).with_name("reference.pt")
+
+
+def _relative_difference(values: list[float], expected: list[float]) -> float:
+    pairs = zip(values, expected, strict=True)
+    differences = [abs(value - other) / (abs(other) or 1.0) for value, other in pairs]
+    return math.inf if any(map(math.isnan, differences)) else max(differences)
+
+
+def _plain_backward(module: Any, batch: GlobalBatch, device: torch.device, *, uses_bf16: bool) -> float:
+    """Forward and backward of a whole global batch; returns its mean loss."""
+    total = 0.0
+    for micro_batch in batch.micro_batches:
+        arrays = {"input_ids": micro_batch.input_ids, "labels": micro_batch.labels}
+        if micro_batch.position_ids is not None:
+            arrays["position_ids"] = micro_batch.position_ids
+        inputs = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        labels = inputs.pop("labels")
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16):
+            logits = module(**inputs, use_cache=False).logits
+        nll = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        (nll / batch.num_target_tokens).backward()
+        total += nll.item()
+    return total / batch.num_target_tokens
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
