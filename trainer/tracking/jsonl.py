@@ -16,7 +16,6 @@ from trainer.tracking.records import (
     StepRecord,
     from_line,
     iter_lines,
-    step_of_row,
     to_line,
 )
 
@@ -172,8 +171,6 @@ def _is_continued(path: Path, number: int, line: bytes, step: int, eval_pending:
     """Whether a row stays when the run goes on after `step`."""
     if not line.endswith(b"\n"):
         return False  # cut off by a kill
-    if (row_step := step_of_row(line)) is not None:
-        return row_step <= step
     try:
         record = from_line(line)
     except ValueError as error:
