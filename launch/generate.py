@@ -19,7 +19,7 @@ def build_parser() -> ArgumentParser:
         epilog="Without --prompt and --prompts: validation prompts of the first run; on a terminal a dialogue.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may stand repeatedly")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -28,11 +28,17 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--num", type=int, default=4, metavar="N", help="validation prompts to take (default: 4)")
     parser.add_argument("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="left out: a little over the references, or 64")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: greedy (default); else sampled")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="default: slightly more than the references, or 64"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default), above it samples"
+    )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="with --temperature (default: 1)")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="with --temperature (default: 42)")
-    parser.add_argument("--text", action="store_true", help="prompts as they are, of runs trained on conversations too")
+    parser.add_argument(
+        "--text", action="store_true", help="take prompts as they are, even if the runs were trained on conversations"
+    )
     parser.add_argument("--score", action="store_true", help="exact match, BLEU, chrF and ROUGE-L over all references")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there too, as Markdown")
     return parser
@@ -57,12 +63,12 @@ def main(argv: list[str] | None = None) -> int:
 
         silence_libraries()  # before the libraries it silences are imported
         set_library_environment()
-        from trainer.tools.generate import GenerateRequest, generate
+        from trainer.tools.generate import generate
         from trainer.training.text_metrics import check_installed
 
         if args.score:
             check_installed("--score")
-        return generate(GenerateRequest(**vars(args)))
+        return generate(args)
     except (UserError, TrainingError) as error:
         return report_error(error)
 
