@@ -13,14 +13,7 @@ from pathlib import Path
 from trainer.config.argument_parser import ArgumentParser
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
-from trainer.tools.cluster.launch_files import (
-    LaunchFile,
-    forwarded_names,
-    parse_hosts,
-    slurm_files,
-    ssh_files,
-    write_files,
-)
+from trainer.tools.cluster import forwarded_names, parse_hosts, slurm_files, ssh_files, write_files
 
 TRAIN_SCRIPT = Path(__file__).absolute().with_name("train.py")
 
@@ -68,8 +61,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(
                 f"--resume {cli_args.resume}: expected --resume auto, or none: started again, it would go back there"
             )
-        num_ranks = _check_slurm_flags(args) if args.slurm else _check_ssh_flags(args)
-        cli_args.settings.train.batch(num_ranks)
+        ranks_of_hosts = parse_hosts(args.hosts) if args.hosts else {}
+        check_slurm_flags(args)
+        cli_args.settings.train.batch(sum(ranks_of_hosts.values()) or args.nodes * args.ranks_per_node)
         script = os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT)
         is_resumed = any(flag.partition("=")[0] == "--resume" for flag in run_argv)  # else they go on where they were
         command = [script, *run_argv, *([] if is_resumed else ["--resume", "auto"])]
@@ -77,48 +71,35 @@ def main(argv: list[str] | None = None) -> int:
         if args.slurm:
             files = slurm_files(command, settings, args)
         else:
-            files = ssh_files(command, settings, parse_hosts(args.hosts), folder, os.environ)
+            files = ssh_files(command, settings, ranks_of_hosts, folder, os.environ)
         write_files(folder, files)
     except UserError as error:
         return report_error(error)
     except OSError as error:
         return report_error(UserError(f"--folder {args.folder}: cannot write there: {error.strerror}"))
-    _show(folder, files)
-    return 0
-
-
-def _check_slurm_flags(args: argparse.Namespace) -> int:
-    """The number of ranks; UserError for a flag that is missing, or that sbatch would not take."""
-    for name in ("nodes", "ranks_per_node", "cpus_per_task"):
-        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if value is None and name != "cpus_per_task":
-            raise UserError(f"--slurm without {flag}: expected a whole number from 1")
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: expected a whole number from 1")
-    for name in ("time", "partition", "account"):
-        value = getattr(args, name)
-        if value is not None and not re.fullmatch(r"[\w:,.+-]+", value):
-            raise UserError(f"--{name} {value}: expected letters, digits and :,.+-_ only")
-    return int(args.nodes * args.ranks_per_node)
-
-
-def _check_ssh_flags(args: argparse.Namespace) -> int:
-    """The number of ranks; UserError for hosts that are none, and for a flag of --slurm."""
-    for name in ("nodes", "ranks_per_node", "time", "partition", "account", "cpus_per_task"):
-        if (value := getattr(args, name)) is not None:
-            raise UserError(f"--{name.replace('_', '-')} {value}: goes with --slurm")
-    return sum(parse_hosts(args.hosts).values())
-
-
-def _show(folder: Path, files: list[LaunchFile]) -> None:
     for file in files:
         print(f"# {folder / file.name}")
         if file.mode == 0o600:  # its values may be secret
-            print(f"(for you only; sets PATH {' '.join(forwarded_names(os.environ))})\n")
+            print(f"(readable by you only; sets PATH {' '.join(forwarded_names(os.environ))})\n")
         else:
             print(file.content)
-    start = "sbatch" if files[0].name == "job.sbatch" else "bash"
+    start = "sbatch" if args.slurm else "bash"
     print(f"# start it with: {start} {shlex.quote(str(folder / files[-1].name))}")
+    return 0
+
+
+def check_slurm_flags(args: argparse.Namespace) -> None:
+    """UserError for a flag of --slurm that is missing, that sbatch would refuse, or that is given with --hosts."""
+    for name in ("nodes", "ranks_per_node", "cpus_per_task", "time", "partition", "account"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if not args.slurm and value is not None:
+            raise UserError(f"{flag} {value}: goes with --slurm")
+        if args.slurm and value is None and name in ("nodes", "ranks_per_node"):
+            raise UserError(f"--slurm without {flag}: expected a whole number from 1")
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{flag} {value}: expected a whole number from 1")
+        if isinstance(value, str) and not re.fullmatch(r"[\w:,.+-]+", value):
+            raise UserError(f"{flag} {value}: expected letters, digits and :,.+-_ only")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ TORCH_FREE = (
     "distributed.memory_estimate",
     "report.compare_cli",
     "tools.study.study",
-    "tools.cluster.launch_files",
+    "tools.cluster",
 )
 
 

@@ -1,6 +1,7 @@
 """The files that start a run on several machines: a batch script for SLURM, or a host list and a command for ssh.
 
-They carry the variables that a run needs. A key is in no command line and in no file that others can read.
+They carry the variables that a run needs. A key is in no command line, as DeepSpeed's own `.deepspeed_env` would put
+it, and in no file that others can read.
 """
 
 import argparse
@@ -9,8 +10,8 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
@@ -22,27 +23,20 @@ MIN_STRAGGLER_SECONDS = 60  # that a host gets to end by itself when another has
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaunchFile:
-    """A file to be written: its name, what is in it, and who may read it."""
+class LaunchFile(NamedTuple):
+    """A file to be written: its name, its content, and who may read it."""
 
     name: str
     content: str
     mode: int = 0o644
 
 
-def straggler_seconds(settings: Settings) -> int:
-    """Seconds after the end of one host by which the others have ended, or are ended: a frozen rank never does."""
-    return max(MIN_STRAGGLER_SECONDS, round(settings.engine.hang_timeout))
-
-
 def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Namespace) -> list[LaunchFile]:
-    """One batch script: a task a node, torchrun in each, SLURM's notice handed on, and the job queued again after it.
+    """One batch script: a task on each node, torchrun in it, SLURM's notice handed on, and the job queued again after.
 
-    `command`: launch/train.py and its flags, from this folder; `settings`: what they say; `args`: cluster.py's own
-    flags, of which None is left to the cluster's defaults.
-    Options are those of sbatch(1) and srun(1); srun takes no --cpus-per-task of sbatch since 22.05.
-    Long: the script as it is written.
+    `command`: launch/train.py and its flags, from this folder; `settings`: what they mean; `args`: cluster.py's own
+    flags, None where the cluster's default holds.
+    Options are those of sbatch(1) and srun(1); since 22.05 srun does not inherit --cpus-per-task from sbatch.
     """
     options = {
         "job-name": re.sub(r"[^\w.-]", "-", settings.run_name),
@@ -60,9 +54,7 @@ def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Names
         "requeue": "",
     }
     lines = [
-        f"#SBATCH --{name}" + (f"={value}" if value != "" else "")
-        for name, value in options.items()
-        if value is not None
+        f"#SBATCH --{name}{f'={value}' if value != '' else ''}" for name, value in options.items() if value is not None
     ]
     marker = shlex.quote(str(Path(settings.run_folder) / "requeue"))
     torchrun = (
@@ -86,7 +78,7 @@ trap "[ $SLURM_NODEID != 0 ] || echo SIGUSR1 >$NOTICE; pkill -USR1 -P $launcher"
 while kill -0 $launcher 2>/dev/null; do wait $launcher; done; wait $launcher'
 
 cores=${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}
-srun --export=ALL --wait={straggler_seconds(settings)} $cores bash -c "$task" task \\
+srun --export=ALL --wait={_straggler_seconds(settings)} $cores bash -c "$task" task \\
     {shlex.join(command)}
 code=$?
 # The ranks leave the marker when a signal has stopped them (torchrun turns every exit code into 1).
@@ -106,22 +98,24 @@ def ssh_files(
     folder: Path,
     environ: Mapping[str, str],
 ) -> list[LaunchFile]:
-    """The host list and the command of `deepspeed --hostfile`, and a file with the variables, for its owner only.
+    """The host list and the command for `deepspeed --hostfile`, and a file with the variables, for its owner only.
 
     `command`, `settings`: as for `slurm_files`; `folder`: where the files go, under the same path on all hosts.
-    Long: the script as it is written.
     """
     environment, hostfile = (shlex.quote(str(folder / name)) for name in ("environment", "hostfile"))
-    is_over_pdsh = len(ranks_of_hosts) > 1  # deepspeed starts the ranks of one host itself
-    quoted = [_quote_for_pdsh(word) if is_over_pdsh else word for word in command]
-    first_host, quiet = next(iter(ranks_of_hosts)), "" if "--verbose" in command else " --quiet"
+    if len(ranks_of_hosts) > 1:  # the ranks of one host are started by deepspeed itself, without pdsh
+        command = [_quote_for_pdsh(word) for word in command]
+    hosts, quiet = shlex.join(ranks_of_hosts), "" if "--verbose" in command else " --quiet"
+    max_seconds = _straggler_seconds(settings)
+    names = forwarded_names(environ)
+    exports = [_path_export(), *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
     script = f"""#!/bin/bash
 cd {shlex.quote(str(Path.cwd()))} || exit 1
 {_path_export()}
 # Without these deepspeed waits for ever for a host that is gone.
 export PDSH_SSH_ARGS_APPEND="{SSH_OPTIONS}"
 # Hosts that do not share this folder get the variables too.
-for host in {shlex.join(ranks_of_hosts)}; do
+for host in {hosts}; do
     ssh {SSH_OPTIONS} "$host" cmp -s - {environment} <{environment} && continue
     ssh {SSH_OPTIONS} "$host" mkdir -p {shlex.quote(str(folder))} &&
         scp -pq {SSH_OPTIONS} {environment} "$host":{environment} || exit 1
@@ -129,38 +123,43 @@ done
 port=$((20000 + RANDOM % 10000))
 launchers="^[^ ]+ -u -m deepspeed[.]launcher[.]launch .*--master_port=$port "
 signal_ranks() {{  # deepspeed itself reaches none where a script is sourced before its launcher
-    for host in {shlex.join(ranks_of_hosts)}; do
+    for host in {hosts}; do
         ssh -n {SSH_OPTIONS} "$host" \\
             "pkill -$1 -P \\$(pgrep -d, -f '$launchers') || pkill -f '$launchers'" &  # it has no ranks yet
     done
 }}
 set -m  # a signal comes to this script alone
-deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={first_host} \\
-    --master_port=$port {shlex.join(quoted)} </dev/null &
+deepspeed{quiet} --hostfile={hostfile} --venv_script={environment} --master_addr={next(iter(ranks_of_hosts))} \\
+    --master_port=$port {shlex.join(command)} </dev/null &
 launcher=$!
 trap "pgrep -P $launcher >/dev/null && signal_ranks TERM || kill $launcher" INT TERM
 trap "signal_ranks USR1" USR1
-# When one host has ended, the others have {straggler_seconds(settings)} s: deepspeed waits for ever for a frozen rank.
+# When one host has ended, the others have {max_seconds} s: deepspeed waits for ever for a frozen rank.
 seconds=0
 while kill -0 $launcher 2>/dev/null; do
     sleep 5 &
     wait -n $launcher $!
     num_hosts=$(pgrep -c -x ssh -P "$(pgrep pdsh -P $launcher)" 2>/dev/null)
     [ "${{num_hosts:-{len(ranks_of_hosts)}}}" -lt {len(ranks_of_hosts)} ] && seconds=$((seconds + 5)) || seconds=0
-    [ $seconds -lt {straggler_seconds(settings)} ] || signal_ranks KILL
+    [ $seconds -lt {max_seconds} ] || signal_ranks KILL
 done
 kill %sleep 2>/dev/null
 wait $launcher
 """
     return [
         LaunchFile(name="hostfile", content="".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())),
-        LaunchFile(name="environment", content=_environment_script(environ), mode=0o600),
+        LaunchFile(name="environment", content="\n".join(exports) + "\n", mode=0o600),
         LaunchFile(name="run.sh", content=script, mode=0o755),
     ]
 
 
+def _straggler_seconds(settings: Settings) -> int:
+    """Seconds after the end of one host by which the others have ended, or are ended: a frozen rank never does."""
+    return max(MIN_STRAGGLER_SECONDS, round(settings.engine.hang_timeout))
+
+
 def _quote_for_pdsh(text: str) -> str:
-    """As the shells of the hosts read it: deepspeed hands it on unquoted and changes what has a blank, pdsh any %."""
+    """Quoted for the shells of the hosts: deepspeed passes it on unquoted and changes blanks, pdsh changes any %."""
     if re.fullmatch(r"[\w@+=:,./-]+", text, re.ASCII):
         return text
     escape = "\\x{:02x}".format
@@ -182,12 +181,6 @@ def parse_hosts(text: str) -> dict[str, int]:
 def _path_export() -> str:
     """The line of a shell script that puts this virtual environment in front."""
     return f"export PATH={shlex.quote(f'{sys.prefix}/bin')}:$PATH"
-
-
-def _environment_script(environ: Mapping[str, str]) -> str:
-    """A shell script that exports what a run needs of these variables, and the virtual environment."""
-    exports = [f"export {name}={shlex.quote(environ[name])}" for name in forwarded_names(environ)]
-    return "\n".join([_path_export(), *exports]) + "\n"
 
 
 def forwarded_names(environ: Mapping[str, str]) -> list[str]:
