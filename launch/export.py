@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         set_library_environment()
         if args.private and args.push is None:
             raise UserError("--private: goes with --push NAMESPACE/NAME")
-        from trainer.export.export_cli import ExportRequest, export_checkpoint
+        from trainer.export.export_cli import run_export_command
 
-        return export_checkpoint(ExportRequest(**vars(args)))
+        return run_export_command(**vars(args))
     except (UserError, TrainingError) as error:
         return report_error(error)
 

@@ -9,7 +9,7 @@ from helpers.chat_templates import TEMPLATES, make_chat_tokenizer
 from helpers.launch_ranks import train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trainer.export.export_cli import ExportRequest, export_checkpoint
+from trainer.export.export_cli import export_checkpoint
 
 ANSWER = "I am fine."
 
@@ -48,7 +48,7 @@ def test_an_exported_chat_model_answers_in_the_template_it_was_trained_with(run,
     folder = run / "model"
     if form == "merged":
         folder = tmp_path / "merged"
-        assert export_checkpoint(ExportRequest(run_folder=run, merge=True, output_dir=folder)) == 0
+        assert export_checkpoint(run, merge=True, output_dir=folder)["problems"] == []
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == TEMPLATES["chatml"][0]
     model = AutoModelForCausalLM.from_pretrained(folder if form == "merged" else run.parent / "base")

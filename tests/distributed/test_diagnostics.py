@@ -32,11 +32,11 @@ from trainer.report.wandb_runs import WandbRun, collect_rows, to_run_data
 from trainer.report.write import write_report
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_summary
-from trainer.training.callbacks import Callbacks
 from trainer.training.diagnostics import DiagnosticsMonitor
 from trainer.training.generation import GenerationEvaluator
 from trainer.training.loop import train
 from trainer.training.loss_rules import TOPICS, Diagnostic, OnlineLinearRegression, estimate_mean, welch_t
+from trainer.training.recorder import Observer
 
 # --- the statistics --------------------------------------------------------------------------------------------------
 
@@ -295,11 +295,11 @@ def diagnose_jobs(jobs: list[dict[str, Any]]) -> int:
             INJECT.get(job["fault"], lambda _: None)(run.engine)
             manager = run.checkpoint_manager(Path(job["out"]) / f"{job['name']}-checkpoints", save_total_limit=1)
             metadata = run.plan.to_metadata(run_id="x", wandb={"mode": "disabled"})
-            callbacks = Callbacks(run.engine, metadata, GenerationEvaluator(run.engine, run.data, run.settings))
+            observer = Observer(run.engine, metadata, GenerationEvaluator(run.engine, run.data, run.settings))
             diagnostics = []
             with contextlib.suppress(TrainingError):
                 for record in train(run.engine, run.data, run.plan.schedule, run.state, manager, lambda: False):
-                    diagnostics += [event.facts for event in callbacks.on_record(record)]
+                    diagnostics += [event.facts for event in observer.on_record(record)]
             (Path(job["out"]) / f"{job['name']}.json").write_text(json.dumps(diagnostics))
     return 0
 

@@ -2,17 +2,12 @@
 
 A whole run, its export loaded again in a fresh process; the same from the command line with `launch/export.py`; and
 what happens where the folder is not the model that was trained.
-
-Long: the kinds of exports share the runs that they are made of.
 """
 
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +15,38 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.export_helpers import export_jobs, train_counting_gathered, train_with_damaged_export
+from helpers.engines import prepare_data
+from helpers.export_helpers import checkpoint_jobs, train_with_damaged_export
 from helpers.fake_hub import TOKEN, fake_hub
-from helpers.launch_ranks import FRESH_VERIFICATION, run_on_ranks, train, verify_in_this_process
+from helpers.launch_ranks import FRESH_EXPORT, run_on_ranks, train
+from helpers.matrix import launch_jobs, make_job
 from helpers.tiny_inputs import tiny_argv
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from trainer.config import cli
-from trainer.data.dataset import prepare
+from trainer.config.errors import TrainingError
 from trainer.export import verify
-from trainer.export.folder import FolderContent, hub_snapshot, is_hub_id, public_name, save_folder
-from trainer.export.model_card import render_model_card
+from trainer.export.export_cli import export_checkpoint
+from trainer.export.folder import save_plain_model
+from trainer.export.fresh_process import export_in_fresh_process
 from trainer.export.verify import (
-    ReferenceOutputs,
-    VerificationResult,
-    compare_with_reference,
     compute_logits,
     verify_folder,
 )
 
 
-def make_argv(model: str, data_files: tuple[str, str], mode: str, *more: str) -> list[str]:
+def make_argv(model: str, data_files: tuple[str, str], mode: str, flags: str = "") -> list[str]:
     text = f"--mode {mode} --block-size 16 --lr 3e-3 --global-batch 6 --eval-batch 4"
-    return tiny_argv(model, data_files, text, *more)
+    return tiny_argv(model, data_files, f"{text} {flags}")
 
 
 @pytest.fixture(scope="module")
 def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path, fast_python: str) -> Path:
     """A full run with checkpoints at 2, 4 and 6, of which 2 and 6 were not and were evaluated: 3 and 6."""
     flags = "--max-steps 6 --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero0"
-    argv = make_argv(tiny_model, data_files, "full", *flags.split())
-    train(argv, out=session_dir / "full", env={"TEST_PYTHON": fast_python, **FRESH_VERIFICATION})
+    argv = make_argv(tiny_model, data_files, "full", flags)
+    train(argv, out=session_dir / "full", env={"TEST_PYTHON": fast_python, **FRESH_EXPORT})
     return session_dir / "full"
 
 
@@ -60,19 +54,15 @@ def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path, fa
 def lora_run(tiny_model, data_files, strict_zero_files, session_dir: Path, fast_python: str) -> Path:
     """A LoRA run on a random base on two ranks under ZeRO-3."""
     flags = f"--max-steps 4 --init random --ds-config {strict_zero_files['zero3']} --lora-rank 2"
-    argv = [*make_argv(tiny_model, data_files, "lora", *flags.split()), "--output-dir", str(session_dir / "lora")]
-    log = session_dir / "lora.log"
-    env = {"TEST_PYTHON": fast_python, **FRESH_VERIFICATION}
-    exit_code = run_on_ranks(2, train_counting_gathered, argv, str(session_dir), log=log, env=env)
-    assert exit_code == 0, log.read_text()
+    argv = make_argv(tiny_model, data_files, "lora", flags)
+    train(argv, out=session_dir / "lora", world_size=2, env={"TEST_PYTHON": fast_python, **FRESH_EXPORT})
     return session_dir / "lora"
 
 
 @pytest.fixture
-def run_export_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run_export_script(capsys: pytest.CaptureFixture[str]) -> Any:
     """launch/export.py in this process; returns (exit code, what it printed)."""
     main = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "export.py"))["main"]
-    monkeypatch.setattr(verify, "run_worker", verify_in_this_process)
     disable_progress_bar()  # the command's own `quiet` comes too late in this process
 
     def call(*arguments: object) -> tuple[int, str]:
@@ -102,7 +92,7 @@ def max_logits_difference(model: Any, expected_model: Any) -> float:
 def quantized_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> Path:
     """A LoRA run on a base in 4 bits, with moments in 8."""
     flags = "--max-steps 4 --quant nf4 --quant-double --optim adamw8bit"
-    argv = make_argv(tiny_model, data_files, "lora", *flags.split())
+    argv = make_argv(tiny_model, data_files, "lora", flags)
     train(argv, out=session_dir / "packed")
     return session_dir / "packed"
 
@@ -146,7 +136,6 @@ def test_a_lora_run_under_zero3_leaves_an_adapter_that_learnt_something(lora_run
     assert "model reloaded and checked" in read_finished_event(lora_run)["message"]
     stored = load_file(lora_run / "model" / "adapter_model.safetensors")
     assert len(stored) == 2 * 2 * 4  # A and B of two layers' c_attn, c_proj, c_fc, c_proj
-    assert [(lora_run.parent / f"kept-{rank}").read_text() for rank in range(2)] == ["16", "0"], "a copy on rank 0 only"
     assert all(tensor.numel() and tensor.any() and tensor.dtype == torch.float32 for tensor in stored.values())
     base = AutoModelForCausalLM.from_pretrained(lora_run / "base")
     model = load_adapter(lora_run)
@@ -168,56 +157,32 @@ def load_adapter(run: Path) -> Any:
 # --- every ZeRO stage ---
 
 
-def test_every_zero_stage_exports_what_was_trained_with_one_copy_on_rank_0(
-    tiny_model, data_files, strict_zero_files, tmp_path, monkeypatch
+def test_every_zero_stage_exports_what_was_evaluated_and_holds_one_gathered_tensor_at_a_time(
+    tiny_model, data_files, strict_zero_files, tmp_path
 ):
-    monkeypatch.setattr(verify, "run_worker", verify_in_this_process)
-    settings = cli.parse_args(make_argv(tiny_model, data_files, "full")).settings
-    data = prepare(settings.data, model=tiny_model, global_batch=6).folder
+    data = prepare_data(make_argv(tiny_model, data_files, "full"))
     zeros = {"zero1": "zero1", "zero2": "zero2", **strict_zero_files}
+    flags = "--max-steps 2 --save-every never --ds-config"
     jobs = [
-        {
-            "name": f"{mode}-{zero}",
-            "data": str(data),
-            "out": str(tmp_path),
-            "flags": make_argv(
-                tiny_model, data_files, mode, "--max-steps", "2", "--save-every", "never", "--ds-config", path
-            ),
-        }
+        make_job(tmp_path, f"{mode}-{zero}", make_argv(tiny_model, data_files, mode, f"{flags} {path}"), data=data)
         for zero, path in zeros.items()
         for mode in ("full", "lora")
     ]
-    assert run_on_ranks(2, export_jobs, jobs, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-4000:]
+    launch_jobs(2, jobs, target=checkpoint_jobs)
     for job in jobs:
-        known = dict(np.load(tmp_path / f"{job['name']}.npz"))
-        expected = make_reference_outputs(known["ids"], known["logits"], data=data, loss=float(known["loss"]))
-        base = tiny_model if job["name"].startswith("lora") else None
-        assert verify_folder(tmp_path / job["name"], expected, base_path=base).problems == (), job["name"]
-        num_alive, passed = known["alive"]
-        assert num_alive <= known["count"], "rank 0 holds each tensor once"
+        name = job["name"]
+        result = export_checkpoint(tmp_path / name, data_folder=str(data), output_dir=tmp_path / f"{name}-folder")
+        assert result["problems"] == [], name
+        assert "(recorded " in result["summary"], "the loss of the folder is held to the run's"
         # ZeRO 1 and 2 keep all weights on every rank anyway: nothing is gathered, so nothing is copied.
-        assert passed <= 2 or "zero3" not in job["name"], f"{job['name']}: the other rank let go of each"
-
-
-def make_reference_outputs(ids: Any, logits: Any, *, data: Path | None = None, loss: float | None = None) -> Any:
-    return ReferenceOutputs(
-        input_ids=ids,
-        logits=logits,
-        is_tied=True,
-        loss=loss,
-        data_folder=data,
-        eval_batch=4,
-        device="cpu",
-        precision="fp32",
-        num_threads=1,
-    )
+        alive = json.loads((tmp_path / f"{name}.json").read_text())
+        assert max(alive) <= 2 or "zero3" not in name, f"{name}: {alive}"
 
 
 # --- the command ---
 
 
-def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_export_script, monkeypatch):
-    monkeypatch.undo()  # one real fresh process from the command too
+def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_export_script):
     code, output = run_export_script(lora_run, "--merge")
     assert code == 0, output
     folder = lora_run / "merged-step-000004"
@@ -389,9 +354,7 @@ def test_a_checked_export_is_pushed_and_one_that_fails_its_check_is_not(
         files = [path for path in (*tmp_path.rglob("*"), *full_run.rglob("*")) if path.is_file()]
         everything = b"".join(path.read_bytes() for path in files)
         assert TOKEN.encode() not in everything + output.encode()
-        monkeypatch.setattr(
-            verify, "run_worker", lambda job: subprocess.CompletedProcess([], 1, stdout="", stderr="broken")
-        )
+        monkeypatch.setattr(verify, "load_folder", lambda *_: 1 / 0)
         code, output = run_export_script(*arguments, tmp_path / "again")
         assert code == 1
         assert output.rstrip().endswith("nothing is pushed")
@@ -419,7 +382,7 @@ def test_no_exported_file_names_a_place_of_this_machine(full_run, lora_run, quan
     [("full", "transposed", "logits differ by"), ("lora", "zeroed", "every adapter's B is zero: nothing was learnt")],
 )
 def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, message, tiny_model, data_files, tmp_path):
-    flags = make_argv(tiny_model, data_files, mode, "--max-steps", "2", "--output-dir", str(tmp_path / "run"))
+    flags = make_argv(tiny_model, data_files, mode, f"--max-steps 2 --output-dir {tmp_path / 'run'}")
     assert run_on_ranks(1, train_with_damaged_export, flags, how, log=tmp_path / "log") == 1
     errors = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -439,63 +402,39 @@ def test_a_run_with_a_broken_export_ends_with_one_line_and_exit_1(mode, how, mes
     ],
     ids=["doubled", "half", "moved"],
 )
-def test_verification_finds_a_damaged_folder(harm, message, full_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "run_worker", verify_in_this_process)
-    ids = np.arange(1, 17)[None]
+def test_verification_finds_a_damaged_folder(harm, message, full_run, tmp_path):
+    ids, cpu = np.arange(1, 17)[None], torch.device("cpu")
     honest = AutoModelForCausalLM.from_pretrained(full_run / "model")
-    expected = make_reference_outputs(ids, compute_logits(honest, ids, torch.device("cpu")))
+    expected = {"input_ids": ids, "logits": compute_logits(honest, ids, cpu), "is_tied": True, "device": cpu}
     folder = shutil.copytree(full_run / "model", tmp_path / "model")
-    assert verify_folder(folder, expected).problems == ()
+    assert verify_folder(folder, **expected).problems == ()
     weights = load_file(folder / "model.safetensors")
     save_file(harm(weights), folder / "model.safetensors", metadata={"format": "pt"})
-    assert message in " ".join(verify_folder(folder, expected).problems)
-
-
-def test_verification_finds_a_different_validation_loss(full_run):
-    answer = {
-        "tensors": 1,
-        "empty": [],
-        "adapters": 0,
-        "adapters_moved": 0,
-        "stored_dtypes": ["F32"],
-        "dtype": "float32",
-        "said_dtype": "float32",
-        "tied": True,
-        "embedding_copies": 1,
-        "logits_difference": 0.0,
-        "loss": 2.00001,
-    }
-    expected = make_reference_outputs(np.zeros((1, 1)), np.ones((1, 1, 1)), data=full_run, loss=2.0)
-    assert compare_with_reference(answer, expected).problems == ("validation loss 2.000010, recorded 2.000000",)
-    assert compare_with_reference(answer | {"loss": 2.000001}, expected).problems == ()
-    assert compare_with_reference(answer | {"logits_difference": float("nan")}, expected).problems != ()
-
-
-def test_verification_of_a_folder_that_cannot_be_loaded_fails_without_a_crash(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "run_worker", verify_in_this_process)
-    verification = verify_folder(tmp_path, make_reference_outputs(np.zeros((1, 1)), np.ones((1, 1, 1))))
-    assert len(verification.problems) == 1
-    assert verification.summary().startswith("CHECK FAILED: it could not be loaded again (exit code 1): ")
+    assert message in " ".join(verify_folder(folder, **expected).problems)
 
 
 def test_a_half_precision_module_is_still_stored_and_said_as_float32(full_run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(full_run / "model")
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    save_folder(tmp_path, FolderContent(module=model.half(), state_dict=weights, base_model=None))
+    save_plain_model(tmp_path, model.half(), weights)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
     assert load_file(tmp_path / "model.safetensors")["transformer.ln_f.bias"].dtype == torch.float32
 
 
-def test_the_verification_process_ends_when_its_parent_is_gone(tmp_path):
-    """At once: not only when it has imported what it needs, which can take minutes on a busy machine."""
-    (tmp_path / "torch.py").write_text("import time; time.sleep(300)")
-    place = [str(tmp_path), str(Path(__file__).parents[2])]
-    line = [sys.executable, "-m", "trainer.export.verify_worker", str(tmp_path / "job")]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(place)}
-    with subprocess.Popen(line, stdin=subprocess.PIPE, cwd=tmp_path, env=environ) as process:
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(timeout=60) == 1
+def test_a_process_that_cannot_export_is_one_line(full_run, tmp_path):
+    shutil.copytree(full_run, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    request = {
+        "run_folder": str(tmp_path / "run"),
+        "checkpoint": "step-6",
+        "output_dir": str(tmp_path / "run" / "model"),
+    }
+    weights = tmp_path / "run" / "checkpoints" / "step-000006" / "state.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(TrainingError, match=r"state\.safetensors has .* bytes of"):
+        export_in_fresh_process(request)
+    with pytest.raises(TrainingError, match="model not written: the export ended with exit code 1: "):
+        export_in_fresh_process({**request, "odd": 1})
+    assert not (tmp_path / "run" / "model").exists()
 
 
 # --- the model card ---
@@ -514,27 +453,6 @@ def test_the_model_card_has_the_metadata_of_the_hub(full_run, lora_run):
             assert part in card.text
         assert "gpt2-acled-t2s" not in card.text, "nobody asked for that card"
         assert str(Path(folder).parents[1]) not in card.content, "no path of this machine"
-
-
-def test_the_model_card_names_a_base_of_the_hub(full_run):
-    metadata = json.loads((full_run / "run.json").read_text())
-    metadata["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
-    text = render_model_card({**metadata, "preset": "card"}, [], VerificationResult(), step=6)
-    assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
-    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
-    metadata["model"]["init"] = "random"
-    assert "base_model" not in render_model_card(metadata, [], VerificationResult(), step=6)
-
-
-def test_hub_names_and_paths_are_told_apart(tmp_path):
-    assert all(map(is_hub_id, ("gpt2", "openai-community/gpt2")))
-    assert not any(map(is_hub_id, ("demo-base", str(tmp_path), "./models/gpt2")))
-    assert public_name("/data/secret/events.csv") == "events.csv"
-    assert public_name("org/name") == "org/name"
-    commit = "a" * 40
-    assert hub_snapshot(f"/x/hub/models--org--some-name/snapshots/{commit}/") == ("org/some-name", commit)
-    assert hub_snapshot(f"/x/hub/models--gpt2/snapshots/{commit}") == ("gpt2", commit)
-    assert hub_snapshot("/x/models/gpt2") is None
 
 
 # --- a packed base ---

@@ -18,7 +18,7 @@ from helpers.launch_ranks import train
 from helpers.tiny_inputs import tiny_argv
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from trainer.export.export_cli import ExportRequest, export_checkpoint
+from trainer.export.export_cli import export_checkpoint
 
 TEXTS = ["w5 w6 w7 w8", "w9 w10 w12 w13 w14"]
 TASK = """
@@ -49,7 +49,7 @@ def test_lm_evaluation_harness_measures_what_the_exported_model_says(form, tiny_
     argv = tiny_argv(tiny_model, data_files, "--mode lora --block-size 16 --max-steps 5 --eval-every never --lr 1e-2")
     train(argv, out=tmp_path / "run")
     merged = tmp_path / "merged"
-    assert export_checkpoint(ExportRequest(run_folder=tmp_path / "run", merge=True, output_dir=merged)) == 0
+    assert export_checkpoint(tmp_path / "run", merge=True, output_dir=merged)["problems"] == []
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "mine.yaml").write_text(TASK.format(file=tmp_path / "text.jsonl"))
@@ -82,8 +82,7 @@ def test_llama_cpps_converter_takes_the_merged_folder_bit_for_bit(data_files, tm
     GPT2TokenizerFast.from_pretrained(base).save_pretrained(base)
     argv = tiny_argv(str(base), data_files, "--mode lora --block-size 16 --max-steps 3 --eval-every never --lr 1e-2")
     train(argv, out=tmp_path / "run")
-    request = ExportRequest(run_folder=tmp_path / "run", merge=True, dtype="bf16", output_dir=merged)
-    assert export_checkpoint(request) == 0
+    assert export_checkpoint(tmp_path / "run", merge=True, dtype="bf16", output_dir=merged)["problems"] == []
     line = [sys.executable, str(converter), str(merged), "--outfile", str(file), "--outtype", "bf16"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.launch_ranks import FRESH_VERIFICATION, TRAIN_SCRIPT, run_on_ranks, train
+from helpers.launch_ranks import FRESH_EXPORT, TRAIN_SCRIPT, run_on_ranks, train
 from helpers.process_groups import (
     EXIT_TIMEOUT_SECONDS,
     FORWARD,
@@ -163,7 +163,7 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
         (0, "trainer.training.checkpoint:_write_chunks", 40),  # within the tensors of the first save
         pytest.param(1, "trainer.training.checkpoint:CheckpointManager.save", 2, marks=pytest.mark.sweep),
         pytest.param(0, "trainer.training.checkpoint:fsync_path", 3, marks=pytest.mark.sweep),
-        (0, "trainer.export.run_export:export_folder", 1),
+        (0, "trainer.export.verify:verify_folder", 1),
     ],
 )
 def test_a_killed_rank_ends_the_run_and_loses_nothing(rank, place, number, argv, uninterrupted_records, out):
@@ -188,9 +188,9 @@ def test_a_run_whose_ranks_are_all_killed_at_once_resumes(step, argv, uninterrup
 
 
 def test_child_processes_of_a_killed_rank_end_with_the_rank(argv, uninterrupted_records, out):
-    """The process that checks the export, and the W&B service: nobody else would end them."""
-    group = RankProcesses(argv, out=out, env={"WANDB_MODE": "offline"} | FRESH_VERIFICATION)
-    programs = ("trainer.export.verify_worker", "wandb-core")
+    """The process that exports, and the W&B service: nobody else would end them."""
+    group = RankProcesses(argv, out=out, env={"WANDB_MODE": "offline"} | FRESH_EXPORT)
+    programs = ("trainer.export.fresh_process", "wandb-core")
     group.wait_until(lambda: last_logged_step(out) == STEPS and all(has_child_program(out, name) for name in programs))
     group.send_signal(signal.SIGKILL, 0)
     assert group.wait() == [-signal.SIGKILL, 1]
@@ -211,7 +211,7 @@ def has_child_program(out: Path, program: str) -> bool:
 
 def test_a_run_killed_before_its_first_record_can_be_started_again(argv, uninterrupted_records, out, tmp_path):
     """run.json is written and no more; and, one moment earlier, half of run.json."""
-    RankProcesses(argv, out=out, fault=fault_at("trainer.training.metric_logger:show_plan", 1)).wait()
+    RankProcesses(argv, out=out, fault=fault_at("trainer.training.recorder:show_plan", 1)).wait()
     assert sorted(path.name for path in out.iterdir()) == [".run.lock", "run.json"], "the lock died with its process"
     assert_resumes(argv, out, uninterrupted_records)
 

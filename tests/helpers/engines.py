@@ -39,10 +39,10 @@ class StartedRun(PlannedRun):
     engine: Engine
     state: TrainState
 
-    def checkpoint_manager(self, folder: Path, *, save_total_limit: int = 99) -> CheckpointManager:
+    def checkpoint_manager(self, folder: Path, *, save_total_limit: int = 99, base: str = "test") -> CheckpointManager:
         """Of checkpoints of a run of which nothing but its base is known."""
-        context = self.plan.dist_context
-        return CheckpointManager(folder, context, save_total_limit=save_total_limit, identity={"base": "test"})
+        context, identity = self.plan.dist_context, {"base": base}
+        return CheckpointManager(folder, context, save_total_limit=save_total_limit, identity=identity)
 
 
 @contextlib.contextmanager

@@ -1,98 +1,70 @@
-"""What test_export.py does on real ranks: many exports in one group, and runs whose export is broken on purpose."""
+"""What test_export.py does on real ranks: many checkpoints in one group, and runs whose export is broken on purpose."""
 
-import os
+import json
 import weakref
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from helpers import launch_ranks
 from helpers.engines import joined_ranks, start_engine
-from trainer.export import folder, run_export
-from trainer.export.folder import FolderContent, base_model_ref, collect_state_dict, save_folder, training_tokenizer
-from trainer.export.verify import compute_logits, fixed_input_ids
+from trainer.export import export_cli
+from trainer.tracking.wandb_environment import wandb_block
 from trainer.training.loop import train
 
 
-def export_jobs(jobs: list[dict[str, Any]]) -> int:
-    """For each job `{name, flags, data, out}`: train, gather, rank 0 writes the folder out/name and its facts."""
+def checkpoint_jobs(jobs: list[dict[str, Any]]) -> int:
+    """For each job `{name, flags, data, out}`: train, and leave a run folder out/name with a checkpoint.
+
+    out/name.json: of each rank how many gathered tensors were alive at one time while it was saved.
+    """
     with joined_ranks() as dist_context:
         for job in jobs:
-            run = start_engine(job, dist_context)
-            settings, data, model, engine, out = run.settings, run.data, run.model, run.engine, Path(job["out"])
-            manager = run.checkpoint_manager(out / f"{job['name']}-checkpoints", save_total_limit=1)
-            records = list(train(engine, data, run.plan.schedule, run.state, manager, lambda: False))
-            input_ids = fixed_input_ids(data)
-            logits = compute_logits(model.module, input_ids, dist_context.device)
-            live_tensors = LiveTensorCounter()
-            weights = collect_state_dict(
-                live_tensors.track(engine.state.gather_weights()), should_keep=dist_context.rank == 0
-            )
-            peak_counts = dist_context.all_gather_object(live_tensors.peak_count)
+            run, folder = start_engine(job, dist_context), Path(job["out"]) / job["name"]
+            live_tensors = LiveTensorCounter(run.engine.state.iter_state_dict)
+            run.engine.state.iter_state_dict = live_tensors.track  # type: ignore[method-assign]
+            manager = run.checkpoint_manager(folder / "checkpoints", base=run.model.metadata["fingerprint"])
+            for _ in train(run.engine, run.data, run.plan.schedule, run.state, manager, lambda: False):
+                pass
+            counts = dist_context.all_gather_object(live_tensors.peak_count)
             if dist_context.rank == 0:
-                (out / job["name"]).mkdir()
-                content = FolderContent(
-                    module=model.module,
-                    state_dict=weights,
-                    base_model=base_model_ref(model, out),
-                    tokenizer=training_tokenizer(settings.model.model, data.metadata),
-                )
-                save_folder(out / job["name"], content)
-                loss = [r.loss for r in records if hasattr(r, "eval_tokens")][-1]
-                np.savez(
-                    out / f"{job['name']}.npz",
-                    ids=input_ids,
-                    logits=logits,
-                    loss=loss,
-                    alive=peak_counts,
-                    count=len(weights),
-                    tied=model.has_tied_embeddings,
-                )
+                metadata = run.plan.to_metadata(run_id="test", wandb=wandb_block(run.settings.output, "test"))
+                (folder / "run.json").write_text(json.dumps(metadata))
+                folder.with_suffix(".json").write_text(json.dumps(counts))
     return 0
 
 
 class LiveTensorCounter:
     """Counts how many tensors of a stream are alive at one time."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
         self.peak_count = 0
-        self.references: list[Any] = []
 
-    def track(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in stream:
-            self.references.append(weakref.ref(tensor))
+    def track(self) -> Iterator[tuple[str, Tensor]]:
+        references: list[Any] = []
+        for name, tensor in self.stream():
+            references.append(weakref.ref(tensor))
             yield name, tensor
             del tensor
-            self.peak_count = max(self.peak_count, sum(reference() is not None for reference in self.references))
-
-
-def train_counting_gathered(argv: list[str], out_dir: str) -> int:
-    """A whole run of which each rank writes down how many gathered tensors it kept."""
-    original = run_export.collect_state_dict
-
-    def gather_and_count(weights: Iterator[tuple[str, Tensor]], *, should_keep: bool) -> dict[str, Tensor]:
-        tensors = original(weights, should_keep=should_keep)
-        (Path(out_dir) / f"kept-{os.environ['RANK']}").write_text(str(len(tensors)))
-        return tensors
-
-    run_export.collect_state_dict = gather_and_count
-    return launch_ranks.run_train_script(argv)
+            self.peak_count = max(self.peak_count, sum(reference() is not None for reference in references))
 
 
 def train_with_damaged_export(argv: list[str], damage: str) -> int:
     """A whole run whose export goes wrong by `damage`."""
-    original = folder.save_folder
-
-    def save_damaged(out_dir: Path, content: FolderContent) -> None:
-        original(out_dir, replace(content, state_dict=DAMAGE[damage](dict(content.state_dict))))
-
-    folder.save_folder = save_damaged
+    for name in ("save_plain_model", "save_adapter"):
+        setattr(export_cli, name, _damaged(getattr(export_cli, name), damage))
     return launch_ranks.run_train_script(argv)
+
+
+def _damaged(save: Any, damage: str) -> Any:
+    def save_damaged(folder: Path, model: Any, state_dict: Mapping[str, Tensor], *more: Any) -> None:
+        save(folder, model, DAMAGE[damage](dict(state_dict)), *more)
+
+    return save_damaged
 
 
 def _transpose_weight(weights: dict[str, Tensor]) -> dict[str, Tensor]:

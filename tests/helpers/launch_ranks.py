@@ -5,10 +5,8 @@ under the real `deepspeed` command in distributed/test_launch.py.
 """
 
 import contextlib
-import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,8 +24,8 @@ MP_CONTEXT = multiprocessing.get_context("forkserver")
 MP_CONTEXT.set_forkserver_preload(["helpers.preload"])
 BIN_DIR = Path(sys.executable).parent
 TRAIN_SCRIPT = str(Path(__file__).parents[2] / "launch" / "train.py")
-#: for `env`: the export is loaded in a process of its own, as outside of tests; else here, which saves ten seconds
-FRESH_VERIFICATION = {"TEST_FRESH_VERIFICATION": "1"}
+#: for `env`: the run is exported in a process of its own, as outside of tests; else here, which saves ten seconds
+FRESH_EXPORT = {"TEST_FRESH_EXPORT": "1"}
 TIMEOUT_SECONDS = 240  # seconds; a healthy run takes 2 to 10
 
 
@@ -102,26 +100,15 @@ def run_on_ranks(
     return max(abs(worker.exitcode or 0) for worker in workers)
 
 
-def verify_in_this_process(job_file: Path) -> "subprocess.CompletedProcess[str]":
-    """Stands for `trainer.export.verify.run_worker`: the same verification without ten seconds of imports."""
-    from trainer.export import verify_worker
-
-    try:
-        result = verify_worker.verify(json.loads(job_file.read_text()))
-    except Exception as error:
-        return subprocess.CompletedProcess([], 1, stdout="", stderr=f"Traceback\n{error}")
-    return subprocess.CompletedProcess([], 0, stdout=json.dumps(result), stderr="")
-
-
 def run_train_script(argv: list[str]) -> int:
-    """What launch/train.py does, in this process; the export is verified here unless FRESH_VERIFICATION is set."""
-    from trainer.export import verify
+    """What launch/train.py does, in this process; the run is exported here too unless FRESH_EXPORT is set."""
+    from trainer.export import export_cli, fresh_process
 
     sys.path.insert(0, str(Path(TRAIN_SCRIPT).parent))
     import train as entry
 
-    if not set(FRESH_VERIFICATION) <= set(os.environ):
-        verify.run_worker = verify_in_this_process
+    if not set(FRESH_EXPORT) <= set(os.environ):
+        fresh_process.export_in_fresh_process = lambda request: export_cli.export_checkpoint(**request)
     sys.argv = ["train.py", *argv]
     return entry.main()
 

@@ -10,9 +10,8 @@ import pytest
 from helpers.engines import joined_ranks, start_engine
 from helpers.matrix import assert_resumed_bitwise, read_job_result, run_job
 from trainer.config import cli
-from trainer.export import verify_worker
-from trainer.export.folder import FolderContent, base_model_ref, collect_state_dict, save_folder
-from trainer.export.verify import LOGITS_BOUND, compute_logits, fixed_input_ids
+from trainer.export.folder import base_model_ref, save_adapter, save_plain_model
+from trainer.export.verify import LOGITS_BOUND, compute_logits, examine_folder, fixed_input_ids
 from trainer.model.build import merge_adapters
 from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.evaluation import evaluate
@@ -41,26 +40,21 @@ def _export_and_verify(job: dict[str, Any], dist_context: Any) -> dict[str, Any]
     loss = evaluate(engine, data.val, settings.train.eval_batch).loss
     input_ids = fixed_input_ids(data)
     logits = compute_logits(model.module, input_ids, dist_context.device)
-    weights = collect_state_dict(engine.state.gather_weights(), should_keep=dist_context.rank == 0)
+    weights = {name: tensor.detach().clone() for name, tensor in engine.state.gather_weights()}
     optimizer_bytes = engine.state.optimizer_bytes()
     if dist_context.rank:
         return {}
     folder = out / f"{job['name']}-folder"
     folder.mkdir()
-    base_model = base_model_ref(model, out)
-    save_folder(folder, FolderContent(module=model.module, state_dict=weights, base_model=base_model))
-    np.savez(out / f"{job['name']}-logits.npz", input_ids=input_ids, logits=logits)
-    result = verify_worker.verify(
-        {
-            "folder": str(folder),
-            "base": base_model and base_model.path,
-            "logits": str(out / f"{job['name']}-logits.npz"),
-            "data": job["data"],
-            "eval_batch": settings.train.eval_batch,
-            "device": "cpu",
-            "precision": "fp32",
-        }
-    )
+    base_path = None
+    if model.is_adapter:
+        base = base_model_ref(settings.model.model, out)
+        base_path = base.path
+        save_adapter(folder, model, weights, base)
+    else:
+        save_plain_model(folder, model.module, weights)
+    eval_batch = settings.train.eval_batch
+    result = examine_folder(folder, base_path, input_ids, logits, data.val, eval_batch, "fp32", dist_context.device)
     if job.get("merge"):
         merged = compute_logits(merge_adapters(model), input_ids, dist_context.device)
         result["merge_difference"] = float(np.abs(merged - logits).max())

@@ -10,7 +10,7 @@ if not path:
 
 MODULES = [
     "trainer.run",
-    "trainer.export.verify_worker",
+    "trainer.export.export_cli",
     "deepspeed.module_inject.auto_ep",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "peft.utils.transformers_weight_conversion",

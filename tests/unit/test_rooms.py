@@ -29,7 +29,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 #: Where an outside package may be imported.
 DOORS = {
     "deepspeed": {"distributed"},
-    "peft": {"model", "export/verify_worker"},  # the worker loads a folder as its user would
+    "peft": {"model", "export/verify"},  # the worker loads a folder as its user would
     "bitsandbytes": {"model"},
     "datasets": {"data"},
     "huggingface_hub": {"data", "export"},

@@ -1,5 +1,6 @@
 """The model on its ranks: run optimizer steps, evaluate, generate."""
 
+import contextlib
 import hashlib
 import math
 import time
@@ -22,7 +23,7 @@ from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode
 from trainer.distributed.execution import ExecutionPlan, PlanChange
 from trainer.distributed.frozen_bf16 import FrozenWeightCast
-from trainer.distributed.process_group import DistContext, tune_malloc
+from trainer.distributed.process_group import DistContext, peak_memory_bytes, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper
 from trainer.model import cpu_attention, fused_lora, optimizer, quantization
@@ -272,6 +273,25 @@ class Engine:
         self._set_training(False)
         return (self._graphs or self.stepper).forward(*self._to_device(micro_batch)).double()
 
+    def measure_memory(self) -> dict[str, int]:
+        """peak_memory_bytes and optimizer_bytes, the largest of the ranks; all must call."""
+        context = self.dist_context
+        return {
+            "peak_memory_bytes": max(context.all_gather_object(peak_memory_bytes(context.device))),
+            "optimizer_bytes": max(context.all_gather_object(self.state.optimizer_bytes())),
+        }
+
+    def release_memory(self) -> None:
+        """Give back what weights, gradients and optimizer state took; nothing may be asked of this engine any more."""
+        parameters = [*self.model.module.parameters(), *(p for g in self.optimizer.param_groups for p in g["params"])]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        for tensor in [*parameters, *(p.grad for p in parameters), *states]:
+            if isinstance(tensor, Tensor):
+                with contextlib.suppress(RuntimeError):  # mapped from a file
+                    tensor.untyped_storage().resize_(0)
+        if self.dist_context.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_token_ids: Sequence[int]
@@ -293,14 +313,6 @@ class Engine:
                 autocast_dtype=torch.bfloat16 if self.plan.precision == "bf16" else None,
                 on_token=self.dist_context.watchdog.heartbeat,
             )
-
-    def restore_fp32(self) -> None:
-        """After the last step: give the frozen base its float32 back, for readers outside autocast.
-
-        On rank 0; the others' is only of that type. Nothing may be trained or evaluated here afterwards.
-        """
-        if self._frozen_cast is not None:
-            self._frozen_cast.restore_fp32()
 
     def _set_training(self, is_training: bool) -> None:
         if self._loss_module.training != is_training:  # both walk over all modules

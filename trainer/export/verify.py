@@ -1,10 +1,11 @@
-"""An exported folder is loaded in a process of its own and held against the trained model."""
+"""An exported folder is loaded as its user would load it, and its answers are compared with the trained model's.
+
+Runs in a process that has trained nothing (`trainer.export.fresh_process`, `launch/export.py`) and uses no model code
+of the training: the folder is loaded by plain transformers or peft.
+"""
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,43 +15,26 @@ import numpy as np
 import torch
 
 from trainer.config.choices import ExportDtype
+from trainer.config.errors import first_line
 from trainer.data.dataset import PreparedDataset
 from trainer.data.sampler import eval_batches
-from trainer.distributed.launch_environment import without_launcher
+from trainer.data.token_dataset import TokenDataset
+from trainer.model import quantization
 
+QUANTIZATION_FILE = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how
 #: {dtype: (its name in torch and config.json, its name in a safetensors file)}
 STORED_DTYPES: dict[ExportDtype, tuple[str, str]] = {
     "fp32": ("float32", "F32"),
     "bf16": ("bfloat16", "BF16"),
     "fp16": ("float16", "F16"),
 }
-#: Largest difference of the logits, as a share of the largest logit (of 1 where that is smaller). bf16 is autocast over
-#: float32 weights, which answer here in float32; a model that trained in fp16 answers in that, with 11 bits.
-LOGITS_BOUND, FP16_LOGITS_BOUND = 1e-5, 2e-2
+#: Largest difference of the logits, as a share of the largest logit (of 1 where that is smaller).
+LOGITS_BOUND = 1e-5
 #: Relative: another process may choose other kernels, which add in another order.
 LOSS_BOUND = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 2e-3}
-CROSS_DEVICE_FACTOR = 10  # times that, where a run on a GPU is checked on a processor
+CROSS_DEVICE_FACTOR = 10  # times that, where the loss was recorded on another kind of device
 #: Of a row, whose logits are compared: more are hundreds of megabytes, and the loss sees them all.
 MAX_COMPARED_TOKENS = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceOutputs:
-    """What the trained model is and answered, for the folder to be held against."""
-
-    input_ids: np.ndarray  #: int64 [rows, width], fixed rows
-    logits: np.ndarray  #: float32 [rows, width, vocabulary], of the trained model on them
-    is_tied: bool  #: whether its input and output embeddings are one tensor
-    loss: float | None  #: validation loss that was recorded of these weights; None where they were not evaluated
-    data_folder: Path | None  #: prepared data whose validation rows are evaluated again; None where it is gone
-    loss_missing_reason: str = "none was recorded"  #: why no loss is compared; "" where it is said elsewhere
-    eval_batch: int
-    device: str  #: `cpu` or `cuda`, of the fresh process
-    precision: str  #: of the recorded loss
-    num_threads: int
-    is_fp16: bool = False  #: whether the trained model answered in float16
-    is_cross_device: bool = False  #: whether the loss was recorded on another kind of device
-    stored_dtype: ExportDtype = "fp32"  #: of the folder's weights; the answers above are of weights rounded to it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +43,7 @@ class VerificationResult:
 
     max_logits_difference: float | None = None  #: largest, absolute; None where the folder could not be loaded
     max_abs_logit: float = 0.0  #: of the trained model, absolute
-    loss: float | None = None  #: validation loss of the folder, nats per counted token
+    loss: float | None = None  #: validation loss of the folder, nats per target token
     recorded_loss: float | None = None
     loss_missing_reason: str = ""  #: why there is no loss to compare
     is_tied: bool | None = None
@@ -72,16 +56,11 @@ class VerificationResult:
         if self.max_logits_difference is None:
             return verdict
         scale = f" (the largest is {self.max_abs_logit:.1f})" if self.max_logits_difference > LOGITS_BOUND else ""
-        return (
-            f"{verdict}: logits differ by at most {self.max_logits_difference:.1e}{scale}, "
-            f"{self._describe_losses()}, {self.dtype}"
-        )
-
-    def _describe_losses(self) -> str:
-        if self.loss is None:
-            return f"validation loss not evaluated again ({self.loss_missing_reason})"
-        remark = self.loss_missing_reason if self.recorded_loss is None else f"recorded {self.recorded_loss:.6f}"
-        return f"validation loss {self.loss:.6f}" + (f" ({remark})" if remark else "")
+        losses = f"validation loss not evaluated again ({self.loss_missing_reason})"
+        if self.loss is not None:
+            remark = self.loss_missing_reason if self.recorded_loss is None else f"recorded {self.recorded_loss:.6f}"
+            losses = f"validation loss {self.loss:.6f}" + (f" ({remark})" if remark else "")
+        return f"{verdict}: logits differ by at most {self.max_logits_difference:.1e}{scale}, {losses}, {self.dtype}"
 
 
 def fixed_input_ids(data: PreparedDataset) -> np.ndarray:
@@ -89,107 +68,183 @@ def fixed_input_ids(data: PreparedDataset) -> np.ndarray:
     return next(eval_batches(data.val, 2, 0, 1)).input_ids[:, :MAX_COMPARED_TOKENS]
 
 
+@torch.no_grad()
 def compute_logits(module: Any, input_ids: np.ndarray, device: torch.device) -> np.ndarray:
     """Float32 logits [rows, width, vocabulary] of a model on fixed rows; all ranks must call under ZeRO-3."""
     was_training = module.training
     module.eval()
-    with torch.no_grad():
-        logits = module(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False).logits.float().cpu().numpy()
+    logits = module(input_ids=torch.from_numpy(input_ids).to(device), use_cache=False).logits.float().cpu().numpy()
     module.train(was_training)
     return logits
 
 
 def verify_folder(
-    folder: Path, reference_outputs: ReferenceOutputs, *, base_path: str | None = None
+    folder: Path,
+    *,
+    input_ids: np.ndarray,
+    logits: np.ndarray,
+    is_tied: bool,
+    device: torch.device,
+    base_path: str | None = None,
+    dtype: ExportDtype = "fp32",
+    val: TokenDataset | None = None,
+    eval_batch: int = 1,
+    precision: str = "fp32",
+    recorded_loss: float | None = None,
+    loss_missing_reason: str = "none was recorded",
+    is_cross_device: bool = False,
 ) -> VerificationResult:
-    """Load the folder in a fresh process (`trainer.export.verify_worker`) and judge its answers; never raises for a
-    bad folder. `base_path`: where the base of an adapter is."""
-    with tempfile.TemporaryDirectory() as scratch:
-        logits_file, job_file = Path(scratch) / "logits.npz", Path(scratch) / "job.json"
-        np.savez(logits_file, input_ids=reference_outputs.input_ids, logits=reference_outputs.logits)
-        job_file.write_text(
-            json.dumps(
-                {
-                    "folder": str(folder),
-                    "base": base_path,
-                    "logits": str(logits_file),
-                    "data": str(reference_outputs.data_folder or ""),
-                    "eval_batch": reference_outputs.eval_batch,
-                    "device": reference_outputs.device,
-                    "precision": reference_outputs.precision,
-                    "threads": reference_outputs.num_threads,
-                }
-            )
-        )
-        process = run_worker(job_file)
-    if process.returncode:
-        lines = process.stderr.strip().splitlines() or ["it said nothing"]
-        return VerificationResult(
-            problems=(f"it could not be loaded again (exit code {process.returncode}): {lines[-1][:300]}",)
-        )
-    return compare_with_reference(json.loads(process.stdout.strip().splitlines()[-1]), reference_outputs)
+    """Load the folder and judge its answers; never raises for a bad folder.
 
-
-def run_worker(job_file: Path) -> "subprocess.CompletedProcess[str]":
-    """Run the verification, as nobody's rank; it ends with us: it reads from a pipe of which we hold the other end."""
-    environment = {name: value for name, value in without_launcher(os.environ).items() if not name.startswith("WANDB_")}
-    root = str(Path(__file__).parents[2])
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")])),
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_OFFLINE": "1",  # a base of the hub is in its local cache: this process's parent has just used it
-    }
-    read_end, write_end = os.pipe()
+    `logits`: float32 [rows, width, vocabulary] of the trained model on `input_ids`; `is_tied`: whether its input and
+    output embeddings are one tensor; `base_path`: where the base of an adapter is; `dtype`: in which the weights must
+    be stored; `val`: rows to evaluate, None where they are gone; `precision`: of the recorded loss;
+    `loss_missing_reason`: why there is none to compare; `is_cross_device`: it was recorded on another kind of device.
+    """
     try:
-        return subprocess.run(
-            [sys.executable, "-m", "trainer.export.verify_worker", str(job_file)],
-            stdin=read_end,
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-    finally:
-        os.close(read_end)
-        os.close(write_end)
-
-
-def compare_with_reference(answer: Mapping[str, Any], reference_outputs: ReferenceOutputs) -> VerificationResult:
-    """Hold the answers of `trainer.export.verify_worker` against the trained model."""
+        answer = examine_folder(folder, base_path, input_ids, logits, val, eval_batch, precision, device)
+    except Exception as error:  # as many kinds as there are ways to damage a folder
+        return VerificationResult(problems=(f"it could not be loaded again: {first_line(error)}",))
+    max_abs_logit = float(np.abs(logits).max())
+    loss_bound = LOSS_BOUND[precision] * (CROSS_DEVICE_FACTOR if is_cross_device else 1)
+    problems = find_problems(
+        answer,
+        is_tied=is_tied,
+        dtype=dtype,
+        logits_bound=LOGITS_BOUND * max(1.0, max_abs_logit),
+        recorded_loss=recorded_loss,
+        loss_bound=loss_bound,
+    )
     return VerificationResult(
         max_logits_difference=answer["logits_difference"],
-        max_abs_logit=float(np.abs(reference_outputs.logits).max()),
+        max_abs_logit=max_abs_logit,
         loss=answer["loss"],
-        recorded_loss=reference_outputs.loss,
-        loss_missing_reason=reference_outputs.loss_missing_reason,
+        recorded_loss=recorded_loss,
+        loss_missing_reason=loss_missing_reason,
         is_tied=answer["tied"],
-        dtype=STORED_DTYPES[reference_outputs.stored_dtype][0],
-        problems=tuple(_find_problems(answer, reference_outputs)),
+        dtype=STORED_DTYPES[dtype][0],
+        problems=tuple(problems),
     )
 
 
-def _find_problems(answer: Mapping[str, Any], expected: ReferenceOutputs) -> Iterator[str]:
-    """What is wrong with the folder, each a half sentence; the first ones explain the later ones."""
+def find_problems(
+    answer: Mapping[str, Any],
+    *,
+    is_tied: bool,
+    dtype: ExportDtype,
+    logits_bound: float,
+    recorded_loss: float | None,
+    loss_bound: float,
+) -> Iterator[str]:
+    """What is wrong with the folder, each a half sentence; the first ones explain the later ones.
+
+    `logits_bound`: absolute; `loss_bound`: relative.
+    """
     if not answer["tensors"]:
         yield "it holds no tensors"
     if answer["empty"]:
         yield f"{answer['empty'][0]} is empty"
     if answer["adapters"] and not answer["adapters_moved"]:
         yield "every adapter's B is zero: nothing was learnt"
-    torch_dtype, safetensors_dtype = STORED_DTYPES[expected.stored_dtype]
-    config_dtype = answer["said_dtype"]  # an adapter's config says nothing
+    torch_dtype, safetensors_dtype = STORED_DTYPES[dtype]
+    config_dtype = answer["config_dtype"]  # an adapter's config has none
     if answer["stored_dtypes"] != [safetensors_dtype] or config_dtype not in (None, torch_dtype):
         stored = ", ".join(answer["stored_dtypes"])
         yield f"stored as {stored}, its config says {config_dtype}, expected {torch_dtype}"
-    if answer["tied"] != expected.is_tied:
-        yield f"input and output embeddings are {'no longer' if expected.is_tied else 'now'} tied"
-    if expected.is_tied and answer["embedding_copies"] > 1:
+    if answer["tied"] != is_tied:
+        yield f"input and output embeddings are {'no longer' if is_tied else 'now'} tied"
+    if is_tied and answer["embedding_copies"] > 1:
         yield f"the tied embedding is stored {answer['embedding_copies']} times"
-    bound = FP16_LOGITS_BOUND if expected.is_fp16 else LOGITS_BOUND
-    bound *= max(1.0, float(np.abs(expected.logits).max()))
-    if not answer["logits_difference"] <= bound:
-        yield f"logits differ by {answer['logits_difference']:.1e}, more than {bound:.1e}"
-    if expected.loss is not None and answer["loss"] is not None:
-        bound = LOSS_BOUND[expected.precision] * expected.loss
-        bound *= CROSS_DEVICE_FACTOR if expected.is_cross_device else 1
-        if not abs(answer["loss"] - expected.loss) <= bound:
-            yield f"validation loss {answer['loss']:.6f}, recorded {expected.loss:.6f}"
+    if not answer["logits_difference"] <= logits_bound:
+        yield f"logits differ by {answer['logits_difference']:.1e}, more than {logits_bound:.1e}"
+    loss = answer["loss"]
+    if recorded_loss is not None and loss is not None and not abs(loss - recorded_loss) <= loss_bound * recorded_loss:
+        yield f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}"
+
+
+def examine_folder(
+    folder: Path,
+    base_path: str | None,
+    input_ids: np.ndarray,
+    logits: np.ndarray,
+    val: TokenDataset | None,
+    eval_batch: int,
+    precision: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Facts about the stored tensors, read one at a time, and about what the model in the folder answers."""
+    from safetensors import safe_open
+
+    model = load_folder(folder, base_path, device)
+    embedding = model.get_input_embeddings().weight
+    embedding_names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
+    config = folder / "config.json"
+    answer: dict[str, Any] = {
+        "tensors": 0,
+        "empty": [],
+        "adapters": 0,
+        "adapters_moved": 0,
+        "embedding_copies": 0,
+        "config_dtype": json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else None,
+        "tied": embedding is model.get_output_embeddings().weight,
+        "logits_difference": float(np.abs(compute_logits(model, input_ids, device) - logits).max()),
+        "loss": None if val is None else compute_validation_loss(model, val, eval_batch, precision, device),
+    }
+    dtypes = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                tensor_slice = file.get_slice(name)
+                dtypes.add(tensor_slice.get_dtype())
+                answer["tensors"] += 1
+                answer["embedding_copies"] += name in embedding_names
+                if 0 in tensor_slice.get_shape():
+                    answer["empty"].append(name)
+                if ".lora_B." in name:
+                    answer["adapters"] += 1
+                    answer["adapters_moved"] += bool(file.get_tensor(name).any())
+    return answer | {"stored_dtypes": sorted(dtypes)}
+
+
+def load_folder(folder: Path, base_path: str | None, device: torch.device) -> Any:
+    """The model of an exported folder: an adapter on its base in float32 or packed, or a plain one; in float32.
+
+    A packed base is packed again by transformers from the untouched weights, on the device it computes on. `base_path`:
+    where the weights of an adapter's base are, which the folder names without their place.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "local_files_only": True}
+    if base_path is None:
+        return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).eval()
+    from peft import PeftConfig, PeftModel
+
+    quantization_file = folder / QUANTIZATION_FILE
+    is_packed = quantization_file.exists()
+    if is_packed:
+        from transformers import BitsAndBytesConfig
+
+        config = json.loads(quantization_file.read_text(encoding="utf-8"))["quantization_config"]
+        options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": device}}
+    revision = PeftConfig.from_pretrained(folder).revision or "main"
+    causal = AutoModelForCausalLM.from_pretrained(base_path, revision=revision, **options)
+    model = PeftModel.from_pretrained(causal if is_packed else causal.to(device), folder)
+    if is_packed:
+        quantization.disable_avx512_repacking(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def compute_validation_loss(
+    model: Any, val: TokenDataset, eval_batch: int, precision: str, device: torch.device
+) -> float:
+    """Token mean of the loss over the prepared validation rows, nats."""
+    loss_sums = []
+    for micro_batch in eval_batches(val, eval_batch, 0, 1):
+        labels = torch.from_numpy(micro_batch.labels)[:, 1:].flatten().to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(torch.from_numpy(micro_batch.input_ids).to(device), use_cache=False).logits[:, :-1]
+        # Vocabulary last: over another dimension torch sums the softmax less exactly, 1e-6 of the loss.
+        nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels, reduction="none")
+        loss_sums.append(nll.double().sum().item())
+    return math.fsum(loss_sums) / int(val.num_target_tokens().sum())

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,11 +32,13 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import fsync_path, write_atomically
 from trainer.config.json_file import read_json_object
 from trainer.data.sampler import MicroBatch
-from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import DistContext
 from trainer.tracking.eval_records import EvaluationsDigest
 from trainer.tracking.jsonl import RowsDigest
 from trainer.training.train_state import TrainState
+
+if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import DistContext
 
 FORMAT_VERSION = 2
 STATE_FILE, METADATA_FILE = "state.safetensors", "state.json"
@@ -189,7 +191,7 @@ class CheckpointManager:
     def __init__(
         self,
         folder: Path,
-        dist_context: DistContext,
+        dist_context: "DistContext",
         *,
         save_total_limit: int,
         identity: Mapping[str, Any],
@@ -201,7 +203,7 @@ class CheckpointManager:
         self.save_total_limit = save_total_limit
         self.identity = dict(identity)  # of which run and model this is the state, written into each
 
-    def save(self, engine: Engine, state: TrainState) -> None:
+    def save(self, engine: "Engine", state: TrainState) -> None:
         """Write a checkpoint; all ranks must call. TrainingError on every rank where it cannot be written."""
         target, error_message = self.folder / f"step-{state.step:06d}", None
         if self.dist_context.rank == 0:
@@ -227,7 +229,7 @@ class CheckpointManager:
         if error_message is not None:
             raise TrainingError(f"{name} not written: {error_message}; {intact}")
 
-    def _write_checkpoint(self, engine: Engine, state: TrainState, target: Path) -> str | None:
+    def _write_checkpoint(self, engine: "Engine", state: TrainState, target: Path) -> str | None:
         temp_folder = self.folder / f".{target.name}.{os.getpid()}.tmp"
         tensors = engine.state.iter_state_dict()
         try:
@@ -281,7 +283,7 @@ class CheckpointManager:
         return name
 
 
-def _write_safetensors(path: Path, engine: Engine, tensors: Any) -> tuple[int, str]:
+def _write_safetensors(path: Path, engine: "Engine", tensors: Any) -> tuple[int, str]:
     """Stream the safetensors file, one gathered tensor at a time; returns (bytes, sha256)."""
     header, offset = {}, 0
     for name, dtype, shape in engine.state.state_dict_layout():

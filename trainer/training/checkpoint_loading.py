@@ -5,17 +5,20 @@ see its folder, and what may lie under that name on their disks is not looked at
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config.errors import UserError
-from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import DistContext
 from trainer.training.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from trainer.distributed.engine import Engine
+    from trainer.distributed.process_group import DistContext
 
-def load_weights(checkpoint: Checkpoint, module: nn.Module, context: DistContext | None = None) -> None:
+
+def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContext | None" = None) -> None:
     """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another's.
 
     `context`: of the ranks, which must all call; None: of one process that is nobody's rank.
@@ -39,19 +42,19 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module, context: DistContext
             parameter.copy_(read_tensor(f"weight/{name}"))
 
 
-def load_optimizer(checkpoint: Checkpoint, engine: Engine) -> None:
+def load_optimizer(checkpoint: Checkpoint, engine: "Engine") -> None:
     """Put a checkpoint's moments and counts into an engine that was built around its weights; all ranks must call."""
     state = checkpoint.train_state
     reader = _shared_reader(checkpoint, engine.dist_context, engine.dist_context.device)
     engine.state.load_state_dict(reader, state.step - state.skipped_steps, checkpoint.metadata.get("loss_scale"))
 
 
-def load_for_evaluation(checkpoint: Checkpoint, engine: Engine) -> None:
+def load_for_evaluation(checkpoint: Checkpoint, engine: "Engine") -> None:
     """Put a checkpoint's weights into an engine that trains no more; all ranks must call."""
     engine.state.load_weights(_shared_reader(checkpoint, engine.dist_context, engine.dist_context.device))
 
 
-def _shared_reader(checkpoint: Checkpoint, context: DistContext, device: torch.device) -> Callable[[str], Tensor]:
+def _shared_reader(checkpoint: Checkpoint, context: "DistContext", device: torch.device) -> Callable[[str], Tensor]:
     """As `Checkpoint.tensor_reader`; all ranks must ask for the same names in one order."""
     if context.num_nodes == 1:
         return checkpoint.tensor_reader(device)

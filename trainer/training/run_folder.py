@@ -13,8 +13,9 @@ from trainer.config.errors import UserError
 from trainer.config.files import remove_leftovers, require_utf8_path, write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
+from trainer.distributed.preflight import refuse_full_disk
 from trainer.distributed.process_group import DistContext
-from trainer.model.build import TrainableModel, save_base_model
+from trainer.model.build import save_base_model
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_environment import wandb_block
 from trainer.training import checkpoint
@@ -66,20 +67,6 @@ def _resume_settings(args: CliArgs, folder: Path) -> tuple[Settings, dict[str, A
     return apply_overrides(saved, {**args.overrides, "output": output}, args.settings.overridden), previous
 
 
-def select_checkpoint(folder: Path, which: str | None, model: TrainableModel) -> Checkpoint | None:
-    """The checkpoint to go on from; None where the run ended before its first one and may begin again."""
-    which = "latest" if which in (None, "auto") else which
-    if which == "latest" and not any((folder / "checkpoints").glob("step-*")):
-        return None
-    selected = checkpoint.resolve_checkpoint(folder / "checkpoints", which)
-    if selected.metadata["base"] != model.metadata["fingerprint"]:
-        raise UserError(
-            f"checkpoint {selected.folder} is of a run on another base model ({selected.metadata['base']}, "
-            f"here {model.metadata['fingerprint']})"
-        )
-    return selected
-
-
 def refuse_run_elsewhere(folder: Path, context: DistContext) -> None:
     """UserError where a run stands in this folder on another host only: --resume auto would begin a second one."""
     has_run = context.all_gather_object((folder / METADATA_FILE).exists())
@@ -91,14 +78,29 @@ def refuse_run_elsewhere(folder: Path, context: DistContext) -> None:
         )
 
 
-def write_metadata(
-    folder: Path,
+def begin_run(
     plan: RunPlan,
+    model_metadata: Mapping[str, Any],
     previous: Mapping[str, Any] | None,
-    source: Checkpoint | None,
+    resume: str | None,
     allowed_changes: tuple[str, ...],
-) -> dict[str, Any]:
-    """Check what a resume, from the checkpoint `source`, may not change, and write run.json; returns its content."""
+) -> tuple[Checkpoint | None, dict[str, Any]]:
+    """(the checkpoint to go on from, the content of run.json, which is written); on rank 0.
+
+    None for a new run, and where the run ended before its first checkpoint. `previous`: run.json of the run that goes
+    on; `resume`, `allowed_changes`: the flags. UserError for what a resume may not change, or where the disk is full.
+    """
+    folder, source = Path(plan.settings.run_folder), None
+    if previous is not None:
+        which = "latest" if resume in (None, "auto") else resume
+        if which != "latest" or any((folder / "checkpoints").glob("step-*")):
+            source = checkpoint.resolve_checkpoint(folder / "checkpoints", which)
+            if source.metadata["base"] != model_metadata["fingerprint"]:
+                raise UserError(
+                    f"checkpoint {source.folder} is of a run on another base model ({source.metadata['base']}, "
+                    f"here {model_metadata['fingerprint']})"
+                )
+    refuse_full_disk(folder, checkpoint.MIN_BYTES_PER_TRAINED_WEIGHT * model_metadata["trainable"])
     if previous is None:
         wandb = wandb_block(plan.settings.output, plan.data_info["source"])
         metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)
@@ -118,7 +120,7 @@ def write_metadata(
     except OSError as error:
         message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
         raise UserError(message) from error
-    return metadata
+    return source, metadata
 
 
 def write_requeue_marker(folder: Path, signal_numbers: Collection[int]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
 from trainer.export.export_cli import read_answer_sentence
+from trainer.export.folder import hub_snapshot, is_hub_id, public_name
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import VerificationResult
 from trainer.tracking.records import EventRecord
@@ -69,3 +70,24 @@ def test_the_sentence_of_an_answer_is_read_for_the_card_or_refused_in_one_line(t
             read_answer_sentence(path)
     path.write_text('{"sentence": "LoRA is good enough."}')
     assert read_answer_sentence(path) == "LoRA is good enough."
+
+
+def test_the_model_card_names_a_base_of_the_hub():
+    metadata: dict[str, Any] = make_metadata(not_comparable_with_card=["data: another"])
+    metadata["model"] |= {"name": "openai-community/gpt2", "init": "pretrained"}
+    text = render_model_card({**metadata, "preset": "card"}, [], VerificationResult(), step=6)
+    assert "The card `gpt2-acled-t2s` (validation loss 1.2262, 1.0048, 0.9414 after its three epochs)" in text
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "openai-community/gpt2"
+    metadata["model"]["init"] = "random"
+    assert "base_model" not in render_model_card(metadata, [], VerificationResult(), step=6)
+
+
+def test_hub_names_and_paths_are_told_apart(tmp_path):
+    assert all(map(is_hub_id, ("gpt2", "openai-community/gpt2")))
+    assert not any(map(is_hub_id, ("demo-base", str(tmp_path), "./models/gpt2")))
+    assert public_name("/data/secret/events.csv") == "events.csv"
+    assert public_name("org/name") == "org/name"
+    commit = "a" * 40
+    assert hub_snapshot(f"/x/hub/models--org--some-name/snapshots/{commit}/") == ("org/some-name", commit)
+    assert hub_snapshot(f"/x/hub/models--gpt2/snapshots/{commit}") == ("gpt2", commit)
+    assert hub_snapshot("/x/models/gpt2") is None

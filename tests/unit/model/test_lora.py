@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from trainer.config.errors import UserError
 from trainer.config.schema import LoraSettings
 from trainer.config.settings import Settings
-from trainer.export import verify_worker
-from trainer.export.folder import FolderContent, base_model_ref, save_folder
+from trainer.export.folder import base_model_ref, save_adapter
+from trainer.export.verify import load_folder
 from trainer.model import lora, optimizer, quantization
 from trainer.model.build import build_model, fuse_gelu, merge_adapters
 from trainer.training.plan_notes import collect_notes
@@ -247,10 +247,9 @@ def export_and_reload(model: Any, folder: Path) -> Any:
     """The model of the exported folder, loaded as its user would."""
     folder.mkdir(exist_ok=True)
     weights = {n: p.detach() for n, p in model.module.named_parameters() if p.requires_grad}
-    base_model = base_model_ref(model, folder)
-    assert base_model is not None
-    save_folder(folder, FolderContent(module=model.module, state_dict=weights, base_model=base_model))
-    return SimpleNamespace(module=verify_worker.load_folder(folder, base_model.path, "cpu"), causal=None)
+    base_model = base_model_ref(model.metadata["name"], folder)
+    save_adapter(folder, model, weights, base_model)
+    return SimpleNamespace(module=load_folder(folder, base_model.path, torch.device("cpu")), causal=None)
 
 
 @pytest.mark.parametrize("of", ["tiny_model", "llama"])

@@ -1,11 +1,12 @@
-"""The loggers of one run behind one door."""
+"""What becomes of the records of a run: logged on rank 0, and looked at on all ranks for what else is to be said."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.config import reference
 from trainer.data.dataset import PreparedDataset
+from trainer.distributed.engine import Engine
 from trainer.tracking import records
 from trainer.tracking.console import LogLines, ProgressBar
 from trainer.tracking.eval_records import (
@@ -16,15 +17,17 @@ from trainer.tracking.eval_records import (
 )
 from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
 from trainer.tracking.profiler import ProfileLogger
-from trainer.tracking.records import Record, RecordLogger
+from trainer.tracking.records import EvalRecord, EventRecord, Record, RecordLogger
 from trainer.tracking.summary import show_plan, show_summary
 from trainer.tracking.tensorboard_logger import TensorBoardLogger
 from trainer.tracking.wandb_logger import start_wandb
+from trainer.training.diagnostics import DiagnosticsMonitor
+from trainer.training.generation import GenerationEvaluator
 from trainer.training.run_plan import RunPlan
 from trainer.training.train_state import TrainState
 
 
-class MetricLogger:
+class Recorder:
     """Where the records go: on rank 0 to metrics.jsonl, the terminal and W&B; nowhere on the others."""
 
     def __init__(
@@ -85,3 +88,57 @@ class MetricLogger:
             with_reference = reference.is_asked_for(self.plan.settings.preset, reasons)
             rows = records.read_records(self.metrics_path, with_steps=False)
             show_summary(rows, reasons, with_reference=with_reference)
+
+
+class Observer:
+    """Looks at each record of the loop and adds events. Changes no number: it draws nothing and trains nothing."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        metadata: Mapping[str, Any],
+        generation_evaluator: GenerationEvaluator,
+        previous_records: Iterable[Record] = (),
+    ):
+        self.engine = engine
+        self.diagnostics = DiagnosticsMonitor(metadata)
+        self.generation_evaluator = generation_evaluator
+        #: what a process that was killed did not say
+        self.unreported = self.diagnostics.replay(generation_evaluator.replay(previous_records))
+        self._lora_b_names = engine.model.lora_b_names
+        self._data_wait_seconds = 0.0  # of the engine's, up to the record before
+        self._num_graph_checks = 0
+        self._num_plan_changes = 0  # of the engine's, that were reported
+
+    def on_train_begin(self, step: int, elapsed_seconds: float) -> list[EventRecord]:
+        """What is to be said before the first record."""
+        events = [diagnostic.to_record(step, elapsed_seconds) for diagnostic in self.unreported]
+        if self.generation_evaluator.disabled_reason:
+            message = f"no samples: {self.generation_evaluator.disabled_reason}"
+            events.append(EventRecord(event="samples_off", step=step, message=message, time=elapsed_seconds))
+        return events
+
+    def on_record(self, record: Record) -> list[EventRecord]:
+        """What follows a record, in order; only rank 0's is written, but every rank must ask."""
+        self.diagnostics.add_time("data", self.engine.data_wait_seconds - self._data_wait_seconds)
+        self._data_wait_seconds = self.engine.data_wait_seconds
+        diagnostics, events = self.diagnostics.on_record(record), []
+        if isinstance(record, EvalRecord):
+            if record.step and self._lora_b_names:
+                diagnostics += self.diagnostics.check_adapter(self.engine.state.max_abs(self._lora_b_names))
+                self._lora_b_names = ()  # what has moved once is not zero again
+            if samples := self.generation_evaluator.evaluate(record):
+                self.diagnostics.add_time("evaluation", samples.facts["seconds"])
+                events.append(samples)
+        events += [diagnostic.to_record(record.step, record.time) for diagnostic in diagnostics]
+        checks, changes = self.engine.graph_checks, self.engine.plan_changes
+        for check in checks[self._num_graph_checks :]:
+            events.append(EventRecord(event="checked", step=record.step, message=check, time=record.time))
+        for change in changes[self._num_plan_changes :]:
+            events.append(
+                EventRecord(
+                    event="execution", step=record.step, message=change.reason, time=record.time, facts=change.as_dict()
+                )
+            )
+        self._num_graph_checks, self._num_plan_changes = len(checks), len(changes)
+        return events

@@ -1,0 +1,54 @@
+"""What the check of an exported folder finds, and that its process ends with the run's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.export.verify import LOGITS_BOUND, LOSS_BOUND, find_problems, verify_folder
+
+
+def test_verification_finds_a_different_validation_loss():
+    answer = {
+        "tensors": 1,
+        "empty": [],
+        "adapters": 0,
+        "adapters_moved": 0,
+        "stored_dtypes": ["F32"],
+        "config_dtype": "float32",
+        "tied": True,
+        "embedding_copies": 1,
+        "logits_difference": 0.0,
+        "loss": 2.00001,
+    }
+
+    def find(**changes: Any) -> list[str]:
+        bounds = {"logits_bound": LOGITS_BOUND, "recorded_loss": 2.0, "loss_bound": LOSS_BOUND["fp32"]}
+        return list(find_problems(answer | changes, is_tied=True, dtype="fp32", **bounds))
+
+    assert find() == ["validation loss 2.000010, recorded 2.000000"]
+    assert find(loss=2.000001) == []
+    assert find(loss=2.000001, logits_difference=float("nan")) != []
+
+
+def test_verification_of_a_folder_that_cannot_be_loaded_fails_without_a_crash(tmp_path):
+    logits, cpu = np.ones((1, 1, 1)), torch.device("cpu")
+    verification = verify_folder(tmp_path, input_ids=np.zeros((1, 1)), logits=logits, is_tied=True, device=cpu)
+    assert len(verification.problems) == 1
+    assert verification.summary().startswith("CHECK FAILED: it could not be loaded again: ")
+
+
+def test_the_exporting_process_ends_when_its_parent_is_gone(tmp_path):
+    """At once: not only when it has imported what it needs, which can take minutes on a busy machine."""
+    (tmp_path / "torch.py").write_text("import time; time.sleep(300)")
+    place = [str(tmp_path), str(Path(__file__).parents[3])]
+    line = [sys.executable, "-m", "trainer.export.fresh_process", "{}"]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(place)}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, cwd=tmp_path, env=environ) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=60) == 1

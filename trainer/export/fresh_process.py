@@ -1,0 +1,80 @@
+"""The export of a run at its end, in a process that has trained nothing: `python -m trainer.export.fresh_process`.
+
+It exports the run's checkpoint with the code of `launch/export.py`, so the folder is what that command would write.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from trainer.config.errors import TrainingError, UserError
+from trainer.distributed.launch_environment import without_launcher
+
+TIMEOUT_SECONDS = 20 * 3600  # less than the other ranks wait for rank 0
+
+
+def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
+    """{"summary", "problems"} of `export_checkpoint(**request)`, run as nobody's rank. TrainingError where it fails.
+
+    The process ends with this one: it reads from a pipe of which we hold the other end.
+    """
+    environment = {name: value for name, value in without_launcher(os.environ).items() if not name.startswith("WANDB_")}
+    root = str(Path(__file__).parents[2])
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")])),
+        "HF_HUB_OFFLINE": "1",  # a base of the hub is in its local cache: this process has just used it
+    }
+    read_end, write_end = os.pipe()
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "trainer.export.fresh_process", json.dumps(request)],
+            stdin=read_end,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=TIMEOUT_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TrainingError(f"{request['output_dir']} not written: no end within {error.timeout:g} s") from None
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    lines = process.stdout.strip().splitlines()
+    if process.returncode or not lines:
+        reason = (process.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
+        raise TrainingError(
+            f"{request['output_dir']} not written: the export ended with exit code {process.returncode}: {reason}"
+        )
+    result: dict[str, Any] = json.loads(lines[-1])
+    if "error" in result:
+        raise TrainingError(result["error"])
+    return result
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # nobody writes to our input: it ends when the process that asked has ended
+    os._exit(1)
+
+
+def main(request: dict[str, Any]) -> None:
+    """Export, and print one line of JSON."""
+    from trainer.distributed.library_environment import set_library_environment
+    from trainer.tracking.silence import silence_libraries
+
+    silence_libraries()  # before the libraries it silences are imported
+    set_library_environment()
+    from trainer.export.export_cli import export_checkpoint
+
+    try:
+        print(json.dumps(export_checkpoint(**request)))
+    except (UserError, TrainingError) as error:
+        print(json.dumps({"error": str(error)}))
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()  # before the imports that take seconds
+    main(json.loads(sys.argv[1]))
