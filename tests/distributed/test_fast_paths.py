@@ -43,7 +43,6 @@ PATHS: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...]]] = {
         EXACT,
         (2,),
     ),
-    "fused adapters": ("--mode lora --lora-plus-ratio 4", {"fused_lora": False}, ROUNDED, (1, 2)),
     "graphs, by a stand-in": (
         "--ds-config zero0 --max-steps 9",
         {"cuda_graphs": True, "overlaps_reduction": False},
@@ -179,12 +178,11 @@ def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(name, ranks,
         assert difference.is_rounding(lr_ratio=4), difference  # LoRA+'s rate of B
 
 
-def installed_parts(module: torch.nn.Module) -> tuple[bool, bool]:
-    """(whether adapters are fused with their layers, whether dropout is that of `model.cpu_attention`)."""
+def has_own_dropout(module: torch.nn.Module) -> bool:
+    """Whether dropout is that of `model.cpu_attention`."""
     from trainer.model import cpu_attention
 
-    fused = any("forward" in vars(layer) for layer in module.modules())
-    return fused, any(isinstance(layer, cpu_attention.Dropout) for layer in module.modules())
+    return any(isinstance(layer, cpu_attention.Dropout) for layer in module.modules())
 
 
 def check_engines(jobs: list[dict[str, Any]]) -> int:
@@ -200,9 +198,8 @@ def check_engines(jobs: list[dict[str, Any]]) -> int:
         engine, _ = build_engine(plan, model, None)
         assert engine.plan == plan.execution
         assert plan.to_metadata(run_id="x", wandb={})["execution"][0]["path"] == engine.plan.path
-        expected = (plan.execution.fused_lora, plan.execution.blockwise_attention)
-        assert expected == job["expected"], job
-        assert installed_parts(model.module) == expected, job
+        assert plan.execution.blockwise_attention == job["expected"], job
+        assert has_own_dropout(model.module) == job["expected"], job
         has_bf16 = torch.bfloat16 in {p.dtype for p in model.module.parameters()}
         assert has_bf16 == (plan.execution.frozen_dtype == "bfloat16"), job
     destroy_process_group()
@@ -213,20 +210,19 @@ def test_an_engine_runs_what_its_plan_records(tiny_model, data_files, data_dir, 
     """Also where only the adapters have a dropout (`--dropout 0 --lora-dropout 0.1`)."""
     dropout_model = ["--dropout", "0.1"]
 
-    def job(mode: str, *flags: str, fused: bool, blockwise: bool = False) -> dict[str, Any]:
+    def job(mode: str, *flags: str, blockwise: bool = False) -> dict[str, Any]:
         argv = [*make_argv(tiny_model, data_files, mode, "completion"), *flags]
-        return {"flags": argv, "data": str(data_dir), "expected": (fused, blockwise)}
+        return {"flags": argv, "data": str(data_dir), "expected": blockwise}
 
     jobs = [
-        job("full", fused=False),
-        job("full", *dropout_model, fused=False, blockwise=True),
-        job("lora", *dropout_model, fused=True, blockwise=True),
-        job("lora", "--dropout", "0", "--lora-dropout", "0.1", fused=False, blockwise=True),
-        *(job("lora", "--ds-config", f"zero{stage}", fused=stage < 3) for stage in (1, 2, 3)),
-        *(job("lora", "--adapter", adapter, fused=adapter != "dora") for adapter in ("rslora", "pissa", "dora")),
-        job("lora", "--quant", "nf4", fused=False),
-        job("lora", "--precision", "bf16", fused=True),
-        job("lora", "--activation-checkpointing", fused=True),
+        job("full"),
+        job("full", *dropout_model, blockwise=True),
+        job("lora", *dropout_model, blockwise=True),
+        job("lora", "--dropout", "0", "--lora-dropout", "0.1", blockwise=True),
+        *(job("lora", "--ds-config", f"zero{stage}") for stage in (1, 2, 3)),
+        *(job("lora", "--adapter", adapter) for adapter in ("rslora", "pissa", "dora")),
+        job("lora", "--quant", "nf4"),
+        job("lora", "--precision", "bf16"),
     ]
     launch_jobs(1, jobs, tmp_path / "log", check_engines)
 

@@ -53,7 +53,7 @@ grown = resident("VmHWM") - before - libraries
 accumulates = batch.gradient_accumulation_steps > 1
 setup = PassSetup(
     micro_batch_size=batch.micro_batch_size, sequence_length=width, precision="fp32", is_gpu=False,
-    is_zero3=zero.stage == 3, uses_fused_lora=settings.mode == "lora" and zero.stage < 3, accumulates=accumulates,
+    is_zero3=zero.stage == 3, accumulates=accumulates,
 )
 estimate = estimate_memory(
     ParamCounts.from_model_info(model.metadata), pass_memory(settings, setup),

@@ -65,13 +65,11 @@ def test_forward_and_update_keep_device_and_types(flags, precision, tiny_model, 
     ):
         monkeypatch.setattr(module, name, lambda answer=answer, **_: answer)
     settings = cli.parse_args(f"{flags} --preset demo --model {tiny_model} --block-size 16".split()).settings
-    is_plain_lora = "lora" in flags and "dora" not in flags
     setup = PassSetup(
         micro_batch_size=2,
         sequence_length=16,
         precision=precision,
         is_gpu=True,
-        uses_fused_lora=is_plain_lora,
         casts_frozen_weights="lora" in flags and precision == "bf16",
     )
     loss_module, _ = prepare_loss(build_model(settings, on_meta=True), setup)

@@ -26,9 +26,8 @@ from trainer.distributed.frozen_bf16 import FrozenWeightCast
 from trainer.distributed.process_group import DistContext, peak_memory_bytes, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper
-from trainer.model import cpu_attention, fused_lora, optimizer, quantization
+from trainer.model import cpu_attention, optimizer, quantization
 from trainer.model.build import TrainableModel, get_max_positions
-from trainer.model.lora import find_fusable_layers
 from trainer.model.loss import CausalLMLoss
 
 GRAPH_WIDTH_MULTIPLE = 64  # tokens; rows of other lengths are padded to it for CUDA graphs, so that shapes come again
@@ -334,8 +333,6 @@ def _install_kernels(model: TrainableModel, plan: ExecutionPlan, device: torch.d
         model.causal.set_attn_implementation("sdpa")
     if plan.blockwise_attention:
         cpu_attention.install(model.module, model.causal)
-    if plan.fused_lora:
-        fused_lora.install(find_fusable_layers(model.module), model.causal.base_model)
     quantization.set_compute_dtype(model.module, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
 
 

@@ -20,7 +20,6 @@ class ExecutionPlan:
     precision: str  #: fp32, or the type that autocast gives to products: bf16, fp16
     cuda_graphs: bool  #: forward and backward of shapes that come again are recorded and replayed
     eager_reason: str  #: why they are not; empty where they are
-    fused_lora: bool  #: a frozen layer and its adapter are one operation (`trainer.model.fused_lora`)
     blockwise_attention: bool  #: dropout, and GPT-2's attention with it, by `trainer.model.cpu_attention`
     packed_rows: bool  #: several examples share a row, which transformers' own attention masks from one another
     frozen_dtype: Literal["float32", "bfloat16"]  #: in which the frozen base is held
@@ -38,7 +37,6 @@ class ExecutionPlan:
         """One line for people."""
         parts = [
             "CUDA graphs" if self.cuda_graphs else f"eager ({self.eager_reason})",
-            "adapters fused with their layers" * self.fused_lora,
             "blockwise attention and dropout" * self.blockwise_attention,
             "packed rows" * self.packed_rows,
             "frozen weights in bfloat16" * (self.frozen_dtype == "bfloat16"),
@@ -93,13 +91,11 @@ def make_execution_plan(
         eager_reason = "--execution eager"
     has_adapters = settings.mode == "lora"
     lora_dropout = lora.dropout if has_adapters else 0.0
-    is_plain_lora = has_adapters and lora.adapter != "dora" and not lora_dropout and quant is None
     is_guarded = stage == 0 and settings.train.optim == "adamw_fused"  # leaves an update out on the device's word
     return ExecutionPlan(
         precision=precision,
         cuda_graphs=not eager_reason,
         eager_reason=eager_reason,
-        fused_lora=is_plain_lora and stage < 3,
         blockwise_attention=not (is_gpu or settings.data.packing) and max(model_dropout, lora_dropout) > 0,
         packed_rows=settings.data.packing,
         frozen_dtype="bfloat16" if precision == "bf16" and stage < 3 and has_adapters and not quant else "float32",

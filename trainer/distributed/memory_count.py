@@ -19,9 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trainer.distributed.frozen_bf16 import FrozenWeightCast, find_frozen_layers
 from trainer.distributed.memory_estimate import PassMemory
-from trainer.model import attention, cpu_attention, fused_lora, torch_internals
+from trainer.model import attention, cpu_attention, torch_internals
 from trainer.model.build import TrainableModel
-from trainer.model.lora import find_fusable_layers
 from trainer.model.loss import CausalLMLoss, simulate_gpu
 
 _CPU_ATTENTION, _GPU_ATTENTION = "memory_count_cpu", "memory_count_gpu"  # among transformers' own
@@ -36,7 +35,6 @@ class PassSetup:
     precision: str
     is_gpu: bool
     is_zero3: bool = False  #: whether the output layer's weight is sharded, and its loss not fused with it
-    uses_fused_lora: bool = False  #: whether an adapter is one operation with its layer
     casts_frozen_weights: bool = False  #: whether a frozen base is held in bfloat16
     accumulates: bool = False  #: whether gradients of an earlier micro-batch are there already
 
@@ -85,8 +83,6 @@ def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss,
         _pack(model, autocast_dtype or torch.float32)
     _install_attention(model.causal, is_gpu=setup.is_gpu)
     cpu_attention.install_dropout(model.module, _GPUDropout if setup.is_gpu else None)
-    if setup.uses_fused_lora:
-        fused_lora.install(find_fusable_layers(model.module), model.causal.base_model)
     loss_module = CausalLMLoss(model.causal, autocast_dtype).train()
     loss_module.is_head_sharded = setup.is_zero3
     return loss_module, num_cast

@@ -144,21 +144,6 @@ def _iter_group_parameters(causal: PreTrainedModel, group: str) -> Iterator[nn.P
         yield from (p for name, p in causal.named_parameters() if name.endswith(".bias") and ".lora_" not in name)
 
 
-def find_fusable_layers(module: Any) -> list[Any]:
-    """The adapted layers of a peft model that are a frozen matrix product and a low-rank one, and nothing else."""
-    from peft.tuners.lora import Linear
-
-    return [
-        layer
-        for layer in module.modules()
-        if type(layer) is Linear  # also around a Conv1D; packed bases have classes of their own
-        and not layer.lora_variant  # dora
-        and type(layer.base_layer) in (Conv1D, nn.Linear)
-        and not layer.base_layer.weight.requires_grad
-        and all(type(dropout) is nn.Identity for dropout in layer.lora_dropout.values())
-    ]
-
-
 def copy_initial_adapter(module: Any, settings: LoraSettings) -> dict[str, Tensor]:
     """{name: copy on the CPU} of pissa's adapters before the first step; {} for the others, which begin at nothing.
 

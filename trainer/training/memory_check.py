@@ -69,7 +69,6 @@ def estimate_rank_memory(
         precision=precision,
         is_gpu=dist_context.device.type == "cuda",
         is_zero3=deepspeed_file.stage == 3,
-        uses_fused_lora=execution.fused_lora,
         casts_frozen_weights=execution.frozen_dtype == "bfloat16",
         accumulates=settings.train.global_batch > micro_batch_size * world_size,
     )

@@ -19,18 +19,3 @@ def test_a_gpu_records_graphs_and_keeps_two_steps_in_flight_and_a_cpu_does_neith
         assert (plan.path, plan.eager_reason) == ("eager", reason)
         assert f"eager ({reason})" in plan.describe()
     assert plan_execution("--optim", "adamw", device="cuda").steps_in_flight == 1, "its updates wait for the numbers"
-
-
-def test_adapters_are_fused_where_their_formula_is_plain_loras():
-    assert plan_execution().fused_lora
-    for flags in ("--adapter dora", "--lora-dropout 0.1", "--quant nf4", "--ds-config zero3"):
-        assert not plan_execution(*flags.split()).fused_lora, flags
-    for flags in (
-        "--adapter rslora",
-        "--adapter pissa",
-        "--precision bf16",
-        "--activation-checkpointing",
-        "--ds-config zero2",
-        "--modules-to-save bias,wte",
-    ):
-        assert plan_execution(*flags.split()).fused_lora, flags
