@@ -184,25 +184,32 @@ def choose_deepspeed_file(
         states = estimate_model_states(counts, Sharding(stage=stage, world_size=world_size), precision=precision)
         return states.total - (frozen_bytes if stage < 3 else 0)  # held in bfloat16, where frozen and not sharded
 
-    first, *sharded = [stage for stage in ((1, 2, 3) if precision == "fp16" else (0, 2, 3)) if stage in stages]
-    state = f"{state_bytes(first) / 2**30:.1f} GiB of state"
+    candidates = [stage for stage in ((1, 2, 3) if precision == "fp16" else (0, 2, 3)) if stage in stages]
+    first = candidates[0]
     if world_size == 1:
-        only = read_deepspeed_file(f"zero{first}", "one rank: there is nothing to shard")
-        if device_memory_bytes is None or 2 not in sharded:
-            return only
-        needed_bytes = estimate_bytes(only)
+        unsharded = read_deepspeed_file(f"zero{first}", "one rank: there is nothing to shard")
+        if device_memory_bytes is None or 2 not in candidates:
+            return unsharded
+        needed_bytes = estimate_bytes(unsharded)
         if needed_bytes <= MAX_ESTIMATE_FRACTION * device_memory_bytes:
-            return only
+            return unsharded
         sizes = f"{needed_bytes / 2**30:.1f} of {device_memory_bytes / 2**30:.1f} GiB"
         return read_deepspeed_file("zero2_offload", f"zero{first} would take {sizes}: the optimizer moves to the host")
-    if device_memory_bytes is None or state_bytes(first) <= MAX_STATE_FRACTION * device_memory_bytes or not sharded:
-        more = f"; --ds-config zero1 to zero{max(sharded)} shard it" if first == 0 and sharded else ""
-        return read_deepspeed_file(f"zero{first}", f"{state} fit{more}")
-    for stage, parts in ((2, "gradients and optimizer state are sharded"), (3, "weights are sharded too")):
-        fits = state_bytes(stage) <= MAX_STATE_FRACTION * device_memory_bytes
-        if stage in sharded and (fits or stage == max(sharded)):
-            return read_deepspeed_file(f"zero{stage}", f"{state} do not fit in half of a device: {parts}")
-    raise AssertionError("the last stage is taken in any case")
+    fitting = [
+        stage
+        for stage in candidates
+        if device_memory_bytes is None or state_bytes(stage) <= MAX_STATE_FRACTION * device_memory_bytes
+    ]
+    stage = (fitting or candidates[-1:])[0]
+    size = state_bytes(first)
+    state = f"{size / 2**30:.1f} GiB of state" if size >= 2**29 else f"{size / 2**20:.0f} MiB of state"
+    if stage == first:
+        more = f"; --ds-config zero1 to zero{candidates[-1]} shard it" if stage == 0 and len(candidates) > 1 else ""
+        return read_deepspeed_file(
+            f"zero{stage}", f"{state} {'fit' if fitting else 'do not fit in half of a device'}{more}"
+        )
+    parts = "weights are sharded too" if stage == 3 else "gradients and optimizer state are sharded"
+    return read_deepspeed_file(f"zero{stage}", f"{state} do not fit in half of a device: {parts}")
 
 
 def build_deepspeed_config(

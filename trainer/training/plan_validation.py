@@ -24,10 +24,7 @@ def validate_early(settings: Settings, dist_context: DistContext) -> None:
     if settings.engine.precision == "fp16" and dist_context.device.type == "cpu":
         raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
     if settings.engine.ds_config is not None:
-        deepspeed_file = read_deepspeed_file(settings.engine.ds_config)
-        validate_stage(settings, deepspeed_file)
-        if deepspeed_file.stage == 0 and settings.engine.precision == "fp16":
-            raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
+        validate_stage(settings, read_deepspeed_file(settings.engine.ds_config))
     max_positions = get_max_positions(load_config(settings.model))
     if max_positions is not None and settings.data.block_size > max_positions:
         raise UserError(
@@ -50,6 +47,8 @@ def _check_writable(folder: Path) -> None:
 def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
     """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
     optimizer.check_8bit_supported(settings.train, zero_stage=deepspeed_file.stage, on_cpu=False)
+    if deepspeed_file.stage == 0 and settings.engine.precision == "fp16":
+        raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
     if settings.engine.execution == "graphs" and deepspeed_file.stage:
         raise UserError(
             f"--execution graphs: steps of ZeRO {deepspeed_file.stage} are eager; expected --ds-config zero0, or "
