@@ -27,8 +27,8 @@ from trainer.model.flops import count_step_flops
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
+from trainer.tracking.console import show_plan
 from trainer.tracking.run_lock import hold_run_folder
-from trainer.tracking.summary import show_plan
 from trainer.tracking.tensorboard_logger import check_loggers
 from trainer.training import run_folder
 from trainer.training.checkpoint import Checkpoint, CheckpointManager, delete_checkpoints_after, resolve_checkpoint

@@ -25,7 +25,7 @@ from trainer.distributed.decoding import Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint, select_run_checkpoint
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.report.markdown import escape
-from trainer.tracking.summary import show_plan
+from trainer.tracking.console import show_plan
 from trainer.training.generation import EvalPrompt, completion_length, make_prompts
 from trainer.training.text_metrics import text_scores
 

@@ -1,13 +1,16 @@
-"""Progress of a run in one voice: a bar on a terminal, a plain line a minute where there is none."""
+"""What a run prints: the plan, its progress (a bar on a terminal, else a plain line a minute), the table at the end."""
 
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from trainer.config import reference
 from trainer.config.credentials import mask_credentials
+from trainer.config.errors import escape_controls
+from trainer.config.text import format_clock
 from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 from trainer.tracking.safe_stream import SafeStream, escape_lines
 
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_INTERVAL_SECONDS = 60.0
+HEADINGS = ("epoch", "train loss", "validation loss", "perplexity", "card train", "card val")
+EPOCH_TOLERANCE = 1e-6  # an epoch this close to a whole number is one: fractions of steps are floats
 FINAL_EVENTS = ("early_stop", "interrupted", "not_finite", "finished")  # events after which no step follows
 
 
@@ -122,7 +127,7 @@ class ProgressBar:
         first_step, start_time = self._start
         if step <= first_step:
             return "0:00" if step >= self._total_steps else "?"
-        return format_duration((now - start_time) / (step - first_step) * max(0, self._total_steps - step))
+        return format_clock((now - start_time) / (step - first_step) * max(0, self._total_steps - step))
 
     def _position(self, label: str, record: StepRecord | EvalRecord | EpochRecord) -> str:
         """Where the run is: 'step  12/926  epoch 0.04/3'."""
@@ -177,13 +182,6 @@ def _make_bar(stream: Any, total: int, epochs: str) -> Any:
     return bar
 
 
-def format_duration(seconds: float) -> str:
-    """0:07, 12:30 or 5:42:10."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{second:02d}" if hours else f"{minutes}:{second:02d}"
-
-
 def _format_short(value: float) -> str:
     """At most five characters for a count or a perplexity: 3.41, 24.9, 950, 12.3k, 1.2M."""
     if value < 10:
@@ -196,3 +194,97 @@ def _format_short(value: float) -> str:
         if value < size * 1e3:
             return f"{value / size:.1f}{unit}"
     return f"{value:.0e}" if value < float("inf") else "inf"
+
+
+def summarize_epochs(records: Iterable[Record]) -> dict[float, tuple[float | None, ...]]:
+    """{epoch: training loss, validation loss, perplexity, and the two losses of the reference}; None: no such number.
+
+    Whole epochs, the start (the base model) and the last evaluation. Other evaluations within an epoch are left out;
+    where a resumed run has evaluated twice the later one counts.
+    """
+    train_losses: dict[float, float] = {}
+    evals: dict[float, EvalRecord] = {}
+    for record in records:
+        if isinstance(record, EpochRecord):
+            train_losses[_snap_to_whole(record.epoch)] = record.train_loss
+        elif isinstance(record, EvalRecord):
+            evals[_snap_to_whole(record.epoch)] = record
+    references = {float(row.epoch): (row.train_loss, row.val_loss) for row in reference.CURVE}
+    values = {epoch: (record.loss, record.perplexity) for epoch, record in evals.items()}
+    last_epoch = max(evals, default=None)
+    return {
+        epoch: (train_losses.get(epoch), *values.get(epoch, (None, None)), *references.get(epoch, (None, None)))
+        for epoch in sorted({*train_losses, *evals})
+        if epoch in train_losses or epoch == round(epoch) or epoch == last_epoch
+    }
+
+
+def show_summary(
+    records: Iterable[Record], reasons: Sequence[str], *, with_reference: bool, stream: TextIO | None = None
+) -> None:
+    """Print the table, then the best evaluation. `with_reference`: beside the card's curve and with the reasons why it
+    is not comparable; else one short line stands for them."""
+    stream = stream or sys.stdout
+    loss_records = [record for record in records if isinstance(record, EpochRecord | EvalRecord)]
+    evals = [record for record in loss_records if isinstance(record, EvalRecord)]
+    best_eval = min(evals, key=lambda record: (record.loss, record.step), default=None)
+    best_epoch = _format_epoch(best_eval.epoch) if best_eval else None
+    headings = HEADINGS if with_reference else HEADINGS[:-2]
+    rows = []
+    for epoch, values in summarize_epochs(loss_records).items():
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        if values[2] is not None:
+            cells[2] = f"{values[2]:.{3 if values[2] < 1e5 else 0}f}"
+        rows.append([_format_epoch(epoch), *cells][: len(headings)])
+    if is_terminal(stream):
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True, style="dim" if heading.startswith("card") else "")
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] == best_epoch else "")
+        make_console(stream).print(table)
+    else:
+        import pandas as pd
+
+        table = pd.DataFrame(rows, columns=headings)
+        print(table.to_markdown(index=False, stralign="right", disable_numparse=True), file=stream)
+    lines = []
+    if best_eval is not None:
+        best = f"{best_eval.loss:.4f} at epoch {_format_epoch(best_eval.epoch)} (step {best_eval.step})"
+        lines.append(f"best validation loss {best}")
+    if reasons and with_reference:
+        lines.append("not comparable with the card: " + escape_controls("; ".join(reasons)))
+    elif reasons:
+        lines.append(f"not comparable with the card {reference.NAME}; launch/compare.py says why")
+    print("\n".join(lines), file=stream, flush=True)
+
+
+def show_plan(lines: Sequence[tuple[str, str]], *, stream: TextIO | None = None) -> None:
+    """Print `key  value` lines, the values aligned; on a terminal long values go on under themselves."""
+    stream = stream or sys.stdout
+    lines = [(key, escape_controls(value)) for key, value in lines]
+    if not is_terminal(stream):
+        width = max((len(key) for key, _ in lines), default=0)
+        print("\n".join(f"{key:<{width}}  {value}" for key, value in lines), file=stream, flush=True)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for key, value in lines:
+        grid.add_row(Text(key), Text(value))
+    make_console(stream).print(grid)
+
+
+def _snap_to_whole(epoch: float) -> float:
+    """The epoch, made whole where only rounding keeps it from being whole."""
+    return float(round(epoch)) if abs(epoch - round(epoch)) < EPOCH_TOLERANCE else epoch
+
+
+def _format_epoch(epoch: float) -> str:
+    return f"{_snap_to_whole(epoch):.2f}".rstrip("0").rstrip(".")

@@ -8,7 +8,7 @@ from trainer.config import reference
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.tracking import records
-from trainer.tracking.console import LogLines, ProgressBar
+from trainer.tracking.console import LogLines, ProgressBar, show_plan, show_summary
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
     EvalRecordsLogger,
@@ -18,7 +18,6 @@ from trainer.tracking.eval_records import (
 from trainer.tracking.jsonl import METRICS_FILE, JsonlLogger, rewind
 from trainer.tracking.profiler import ProfileLogger
 from trainer.tracking.records import EvalRecord, EventRecord, Record, RecordLogger
-from trainer.tracking.summary import show_plan, show_summary
 from trainer.tracking.tensorboard_logger import TensorBoardLogger
 from trainer.tracking.wandb_logger import start_wandb
 from trainer.training.diagnostics import DiagnosticsMonitor

@@ -15,9 +15,9 @@ from helpers.fake_runs import make_metadata, make_records
 from helpers.fake_wandb import child_env
 
 from trainer.config.reference import CURVE, UNKNOWN_REASON, is_asked_for
-from trainer.tracking.console import ProgressBar, format_duration
+from trainer.config.text import format_clock
+from trainer.tracking.console import ProgressBar, show_plan, show_summary, summarize_epochs
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
-from trainer.tracking.summary import show_plan, show_summary, summarize_epochs
 
 RECORDS = make_records(make_metadata("lora"))  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
 
@@ -102,7 +102,7 @@ def test_evaluations_means_and_events_are_always_shown() -> None:
 
 
 def test_durations_are_printed_as_clock_times() -> None:
-    assert [format_duration(s) for s in (0, 7.4, 59.6, 750, 20_530)] == ["0:00", "0:07", "1:00", "12:30", "5:42:10"]
+    assert [format_clock(s) for s in (0, 7.4, 59.6, 750, 20_530)] == ["0:00", "0:07", "1:00", "12:30", "5:42:10"]
 
 
 def run_on_terminal(code: str, **variables: str) -> str:
@@ -127,13 +127,13 @@ def run_on_terminal(code: str, **variables: str) -> str:
 
 PROGRESS_BAR_CODE = """
 from helpers.fake_runs import make_metadata, make_records
-from trainer.tracking import console, summary
+from trainer.tracking import console
 progress = console.ProgressBar(19863, 3.0)
 progress.print_line("a line [in brackets]")
 for record in make_records(make_metadata()):
     progress.log(record)
 progress.close(0)
-summary.show_summary(make_records(make_metadata()), ["other data"], with_reference=True)
+console.show_summary(make_records(make_metadata()), ["other data"], with_reference=True)
 """
 
 
@@ -163,34 +163,33 @@ def test_a_dumb_terminal_gets_plain_progress_lines() -> None:
 
 def test_the_summary_table_pairs_epochs_with_the_reference() -> None:
     table = summarize_epochs(RECORDS)
-    assert [row.epoch for row in table] == [0, 1, 2, 3]
-    assert table[0].train_loss is None
-    assert table[0].val_loss is not None
-    assert table[0].reference_val_loss is None
-    assert [row.reference_val_loss for row in table[1:]] == [row.val_loss for row in CURVE]
-    assert [row.reference_train_loss for row in table[1:]] == [row.train_loss for row in CURVE]
-    assert all(row.train_loss is not None and row.perplexity == perplexity(row.val_loss or 0) for row in table[1:])
+    (epoch_0, start), *rest = table.items()
+    assert epoch_0 == 0
+    assert start[1] is not None
+    assert (start[0], *start[3:]) == (None, None, None)
+    assert [(epoch, *row[3:]) for epoch, row in rest] == [(row.epoch, row.train_loss, row.val_loss) for row in CURVE]
+    assert all(row[0] is not None and row[2] == perplexity(row[1] or 0) for _, row in rest)
 
 
 def test_the_summary_table_has_the_last_evaluation_of_each_epoch_only() -> None:
     evals = [make_eval_record(step, step / 10, 3.0 - step / 10) for step in (0, 4, 8, 12, 16)]
     means = [make_epoch_record(10, 0.1 + 0.2 + 0.7, 2.0)]  # a whole epoch but for rounding
     table = summarize_epochs([*evals, *means])
-    losses = [(row.epoch, row.train_loss, row.val_loss) for row in table]
+    losses = [(epoch, *row[:2]) for epoch, row in table.items()]
     assert losses == [(0, None, 3.0), (1, 2.0, None), (1.6, None, 1.4)]
-    assert table[1].reference_val_loss == CURVE[0].val_loss
-    assert table[2].reference_val_loss is None
+    assert table[1.0][4] == CURVE[0].val_loss
+    assert table[1.6][4] is None
 
 
 def test_the_later_of_two_evaluations_of_an_epoch_is_in_the_summary_table() -> None:
     table = summarize_epochs([make_eval_record(10, 1.0, 2.0), make_eval_record(10, 1.0, 1.5)])
-    assert [row.val_loss for row in table] == [1.5]
+    assert [row[1] for row in table.values()] == [1.5]
 
 
 def test_no_records_give_an_empty_summary_table_and_no_error() -> None:
     stream = io.StringIO()
     show_summary([], [], with_reference=True, stream=stream)
-    assert summarize_epochs([]) == []
+    assert summarize_epochs([]) == {}
     assert "epoch" in stream.getvalue()
 
 
@@ -199,10 +198,10 @@ def test_the_summary_is_shown_in_plain_characters_without_a_terminal() -> None:
     records = [make_eval_record(0, 0.0, 3.0), make_eval_record(10, 1.0, 2.0), make_epoch_record(10, 1.0, 2.5)]
     show_summary(records, ["other data", "unknown"], with_reference=True, stream=stream)
     assert stream.getvalue() == (
-        "| epoch | train loss | validation loss | perplexity | card train | card val |\n"
-        "|------:|-----------:|----------------:|-----------:|-----------:|---------:|\n"
-        "|     0 |          - |          3.0000 |     20.086 |          - |        - |\n"
-        "|     1 |     2.5000 |          2.0000 |      7.389 |     1.2978 |   1.2262 |\n"
+        "|   epoch |   train loss |   validation loss |   perplexity |   card train |   card val |\n"
+        "|--------:|-------------:|------------------:|-------------:|-------------:|-----------:|\n"
+        "|       0 |            - |            3.0000 |       20.086 |            - |          - |\n"
+        "|       1 |       2.5000 |            2.0000 |        7.389 |       1.2978 |     1.2262 |\n"
         "best validation loss 2.0000 at epoch 1 (step 10)\n"
         "not comparable with the card: other data; unknown\n"
     )
@@ -212,9 +211,9 @@ def test_the_summary_says_one_short_line_of_the_card_where_nobody_asked_for_it()
     stream = io.StringIO()
     show_summary([make_eval_record(10, 1.0, 2.0)], ["other data", "unknown"], with_reference=False, stream=stream)
     assert stream.getvalue() == (
-        "| epoch | train loss | validation loss | perplexity |\n"
-        "|------:|-----------:|----------------:|-----------:|\n"
-        "|     1 |          - |          2.0000 |      7.389 |\n"
+        "|   epoch |   train loss |   validation loss |   perplexity |\n"
+        "|--------:|-------------:|------------------:|-------------:|\n"
+        "|       1 |            - |            2.0000 |        7.389 |\n"
         "best validation loss 2.0000 at epoch 1 (step 10)\n"
         "not comparable with the card gpt2-acled-t2s; launch/compare.py says why\n"
     )
@@ -242,7 +241,7 @@ def test_the_printed_plan_is_aligned() -> None:
 
 
 def test_the_tracking_package_imports_neither_torch_nor_wandb_nor_rich() -> None:
-    modules = "console, eval_records, tensorboard_logger, jsonl, profiler, summary, wandb_logger"
+    modules = "console, eval_records, tensorboard_logger, jsonl, profiler, wandb_logger"
     code = f"import sys; from trainer.tracking import {modules}; print({{'torch', 'wandb', 'rich'}} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], env=child_env(), capture_output=True, text=True)
     assert process.stdout == "set()\n"

@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 
 from trainer.config.errors import UserError, escape_controls
-from trainer.tracking.console import ProgressBar
+from trainer.tracking.console import ProgressBar, show_plan
 from trainer.tracking.records import EventRecord
 from trainer.tracking.safe_stream import SafeStream, escape_lines
-from trainer.tracking.summary import show_plan
 
 PROGRAM = r"""
 import os, sys
 from trainer.tracking.safe_stream import protect_standard_streams
 protect_standard_streams()
-from trainer.tracking.console import ProgressBar
-from trainer.tracking.summary import show_plan
+from trainer.tracking.console import ProgressBar, show_plan
 own = os.open("own", os.O_WRONLY | os.O_CREAT)  # must not get the number of a stream that was closed
 show_plan([("data", "\u6f22\u5b57 \udcff")])
 progress = ProgressBar(10, 1.0)
