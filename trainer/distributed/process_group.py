@@ -20,16 +20,7 @@ from trainer.config.choices import MAX_HANG_TIMEOUT_SECONDS
 from trainer.config.errors import TrainingError, UserError
 from trainer.distributed import deepspeed_internals
 from trainer.distributed.launch_environment import LaunchEnvironment, read_launch_environment
-from trainer.distributed.rendezvous import (
-    assign_gpus,
-    choose_address,
-    describe_self,
-    exchange,
-    find_interface,
-    is_loopback,
-    name_hosts,
-    open_store,
-)
+from trainer.distributed.rendezvous import assign_gpus, meet, name_hosts
 from trainer.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -127,22 +118,7 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
     launch = read_launch_environment(os.environ)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     gpus = [str(torch.cuda.get_device_properties(n).uuid) for n in range(torch.cuda.device_count())] if on_gpu else []
-    here = describe_self(launch, gpus)
-    board = None
-    if launch.world_size == 1:
-        store, ranks = dist.HashStore(), [here]
-    else:
-        store = open_store(launch, join_timeout_seconds)
-        if launch.rank == 0:  # a store of its own for the watchdog: torchrun's may go before the ranks do
-            board = dist.TCPStore(here["address"], 0, is_master=True, wait_for_workers=False)
-        ranks = exchange(store, launch, {**here, "board": board.port if board else 0}, join_timeout_seconds)
-        address = choose_address(launch.rank, ranks)
-        interface = find_interface(address)
-        if board is None:
-            host = launch.master_addr if is_loopback(ranks[0]["address"]) else ranks[0]["address"]
-            board = dist.TCPStore(host, ranks[0]["board"], is_master=False, wait_for_workers=False)
-        if interface:  # gloo would look its own name up instead
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    store, board, ranks, network = meet(launch, gpus, join_timeout_seconds)
     hosts = name_hosts(ranks)
     rank_device = torch.device("cpu")
     if on_gpu:
@@ -158,23 +134,15 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
         num_threads=num_threads,
         cpu_group=None,
         watchdog=Watchdog(launch.rank, hosts, board),
-        network=f"{interface} ({address})" if launch.world_size > 1 and interface else "",
+        network=network,
     )
-    _export_launch(launch, local_rank=rank_device.index if on_gpu else context.local_rank)
-    return replace(context, cpu_group=_init_process_groups(launch, store, rank_device))
-
-
-def _export_launch(launch: LaunchEnvironment, *, local_rank: int) -> None:
-    """Set torchrun's variables, which DeepSpeed reads; it takes `local_rank` for the number of the GPU."""
-    os.environ.update(
-        RANK=str(launch.rank),
-        WORLD_SIZE=str(launch.world_size),
-        LOCAL_RANK=str(local_rank),
-        MASTER_ADDR=launch.master_addr,
-        MASTER_PORT=str(launch.master_port or find_free_port()),
-    )
+    # torchrun's variables, which DeepSpeed reads; it takes LOCAL_RANK for the number of the GPU.
+    local_rank = str(rank_device.index if on_gpu else context.local_rank)
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=local_rank)
+    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port or find_free_port()))
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed asserts that the two agree
-        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(local_rank)
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
+    return replace(context, cpu_group=_init_process_groups(launch, store, rank_device))
 
 
 def _init_process_groups(launch: LaunchEnvironment, store: Any, device: torch.device) -> Any:

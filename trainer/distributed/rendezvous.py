@@ -23,11 +23,70 @@ from trainer.distributed.watchdog import call_with_timeout
 ANSWER_SECONDS = 15.0  # within which a store that listens answers
 
 
-def open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
-    """The store of this run: on rank 0, or torchrun's where it keeps one.
-
-    UserError where rank 0 cannot listen at its port; the other ranks end here with one line where they do not find it.
+def meet(launch: LaunchEnvironment, gpus: Sequence[str], timeout_seconds: float) -> tuple[Any, Any, list[Any], str]:
+    """(the store in which all ranks have met, one of their own for the watchdog, what each rank says of itself, the
+    network interface of this one). UserError where rank 0 cannot listen at its port; otherwise ranks that do not meet
+    end here, with one line.
     """
+    host, address = socket.gethostname(), _local_address(launch.master_addr)
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:  # not Linux
+        boot_id = f"{uuid.getnode():x}"
+    here = {"host": host, "identity": f"{host}/{boot_id}", "address": address, "gpus": list(gpus), "board": 0}
+    if launch.world_size == 1:
+        return dist.HashStore(), None, [here], ""
+    store, board = _open_store(launch, timeout_seconds), None
+    if launch.rank == 0:  # torchrun's store may go before the ranks do
+        board = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        here["board"] = board.port
+    ranks = _exchange(store, launch, here, timeout_seconds)
+    other_addresses = [rank["address"] for rank in ranks if rank["identity"] != here["identity"]]
+    reachable = [other for other in other_addresses if not _is_loopback(other)]
+    if _is_loopback(address) and reachable:  # its own name leads to one (127.0.1.1 in /etc/hosts, as Debian writes it)
+        address = _local_address(reachable[0])
+    if board is None:
+        first = ranks[0]["address"]
+        board_host = launch.master_addr if _is_loopback(first) else first
+        board = dist.TCPStore(board_host, ranks[0]["board"], is_master=False, wait_for_workers=False)
+    import psutil
+
+    interfaces = psutil.net_if_addrs().items()
+    interface = next((name for name, entries in interfaces if any(entry.address == address for entry in entries)), "")
+    if interface:  # gloo would look its own name up instead
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return store, board, ranks, f"{interface} ({address})" if interface else ""
+
+
+def name_hosts(ranks: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The name of each rank's host, with its address where two hosts have one name."""
+    first_ranks = {rank["identity"]: rank for rank in reversed(ranks)}
+    names = {identity: rank["host"] for identity, rank in first_ranks.items()}
+    if len(set(names.values())) < len(names):
+        names = {identity: f"{rank['host']} ({rank['address']})" for identity, rank in first_ranks.items()}
+    return tuple(names[rank["identity"]] for rank in ranks)
+
+
+def assign_gpus(hosts: Sequence[str], gpus: Sequence[Sequence[str]]) -> list[int]:
+    """The GPU of each rank, in its own numbering: the first that no lower rank of its host has.
+
+    The same where all ranks see the same GPUs and where a scheduler shows each its own. `gpus`: the identities of those
+    that each rank sees. UserError where there are too few.
+    """
+    taken: set[tuple[str, str]] = set()
+    indices = []
+    for host, visible in zip(hosts, gpus, strict=True):
+        index = next((n for n, gpu in enumerate(visible) if (host, gpu) not in taken), None)
+        if index is None:
+            num_gpus = sum(other == host for other, _ in taken)
+            raise UserError(f"{hosts.count(host)} ranks on {host} with {num_gpus} GPUs: start at most one rank a GPU")
+        taken.add((host, visible[index]))
+        indices.append(index)
+    return indices
+
+
+def _open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
+    """The store of this run: on rank 0, or torchrun's where it keeps one."""
     is_server = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not is_server and not _wait_for_port(launch, timeout_seconds):
         _give_up(
@@ -58,7 +117,7 @@ def open_store(launch: LaunchEnvironment, timeout_seconds: float) -> Any:
     return dist.PrefixStore(f"trainer/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def exchange(store: Any, launch: LaunchEnvironment, value: dict[str, Any], timeout_seconds: float) -> list[Any]:
+def _exchange(store: Any, launch: LaunchEnvironment, value: dict[str, Any], timeout_seconds: float) -> list[Any]:
     """What each rank says of itself, in the order of ranks: two calls of the store for each.
 
     Where ranks are missing after the time, all that are there end; one of them names the missing.
@@ -82,68 +141,6 @@ def exchange(store: Any, launch: LaunchEnvironment, value: dict[str, Any], timeo
         )
 
 
-def describe_self(launch: LaunchEnvironment, gpus: Sequence[str]) -> dict[str, Any]:
-    """What the others need to know of this rank. `identity`: the same for the ranks of one host only."""
-    host = socket.gethostname()
-    try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:  # not Linux
-        boot_id = f"{uuid.getnode():x}"
-    address = _local_address(launch.master_addr)
-    return {"host": host, "identity": f"{host}/{boot_id}", "address": address, "gpus": list(gpus)}
-
-
-def name_hosts(ranks: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """The name of each rank's host, with its address where two hosts have one name."""
-    first_ranks = {rank["identity"]: rank for rank in reversed(ranks)}
-    names = {identity: rank["host"] for identity, rank in first_ranks.items()}
-    if len(set(names.values())) < len(names):
-        names = {identity: f"{rank['host']} ({rank['address']})" for identity, rank in first_ranks.items()}
-    return tuple(names[rank["identity"]] for rank in ranks)
-
-
-def assign_gpus(hosts: Sequence[str], gpus: Sequence[Sequence[str]]) -> list[int]:
-    """The GPU of each rank, in its own numbering: the first that no lower rank of its host has.
-
-    The same where all ranks see the same GPUs and where a scheduler shows each its own. `gpus`: the identities of those
-    that each rank sees. UserError where there are too few.
-    """
-    taken: set[tuple[str, str]] = set()
-    indices = []
-    for host, visible in zip(hosts, gpus, strict=True):
-        index = next((n for n, gpu in enumerate(visible) if (host, gpu) not in taken), None)
-        if index is None:
-            num_gpus = sum(other == host for other, _ in taken)
-            raise UserError(f"{hosts.count(host)} ranks on {host} with {num_gpus} GPUs: start at most one rank a GPU")
-        taken.add((host, visible[index]))
-        indices.append(index)
-    return indices
-
-
-def choose_address(rank: int, ranks: Sequence[dict[str, Any]]) -> str:
-    """The address at which other hosts reach this rank.
-
-    Its own is a loopback where its name leads to one (`127.0.1.1 name` in /etc/hosts, as Debian writes it): then the
-    address from which it reaches another host.
-    """
-    own = ranks[rank]
-    others = [other["address"] for other in ranks if other["identity"] != own["identity"]]
-    reachable = [address for address in others if not is_loopback(address)]
-    return _local_address(reachable[0]) if is_loopback(own["address"]) and reachable else str(own["address"])
-
-
-def is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-def find_interface(address: str) -> str:
-    """The name of the network interface with this address; empty where it is not known."""
-    import psutil
-
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, entries in interfaces if any(entry.address == address for entry in entries)), "")
-
-
 def _wait_for_port(launch: LaunchEnvironment, timeout_seconds: float) -> bool:
     """Whether something listens there within the time. torch's own store says so with a traceback of C++."""
     deadline = time.monotonic() + timeout_seconds
@@ -164,6 +161,10 @@ def _local_address(host: str) -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return "127.0.0.1"
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
 
 
 def _refuse_other_run(launch: LaunchEnvironment, reason: str) -> NoReturn:
