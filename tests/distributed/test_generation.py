@@ -23,7 +23,8 @@ from trainer.config import cli
 from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset, prepare
+from trainer.data.dataset import PreparedDataset
+from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer
 from trainer.model.build import build_model, load_config
 from trainer.report.comparison import compare

@@ -80,7 +80,8 @@ def test_the_losses_of_the_records_give_each_reported_loss_to_the_last_bit(finis
 
 
 def test_the_epoch_record_is_the_token_mean_of_its_steps(finished_run, tiny_model):
-    from trainer.data.dataset import load, prepare
+    from trainer.data.dataset import load
+    from trainer.data.prepare import prepare
     from trainer.data.sampler import epoch_order, step_counts
 
     epochs = records_of_kind(finished_run, "epoch")

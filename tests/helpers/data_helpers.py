@@ -72,6 +72,6 @@ def write_parquet(path: Path, records: Sequence[dict[str, Any]]) -> Path:
 
 def read_records(path: Path) -> list[Any]:
     """The records of a file or folder, as `--data` reads them."""
-    from trainer.data import readers, sources
+    from trainer.data import sources
 
-    return [record for _, _, record in readers.records(sources.find(str(path)))]
+    return [record for _, _, record in sources.records(sources.find(str(path)))]

@@ -10,7 +10,8 @@ import torch
 
 from trainer.config import cli
 from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset, load, prepare
+from trainer.data.dataset import PreparedDataset, load
+from trainer.data.prepare import prepare
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.engine import Engine
 from trainer.distributed.execution import ExecutionPlan, make_execution_plan

@@ -15,9 +15,8 @@ from helpers.process_groups import reproducible_records
 from helpers.tiny_inputs import tiny_argv
 from helpers.tolerances import LOSS_TOLERANCE, NORM_TOLERANCE, WEIGHT_TOLERANCE
 from trainer.config import cli
-from trainer.data.dataset import load
+from trainer.data.dataset import TokenDataset, load
 from trainer.data.sampler import epoch_order
-from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model
 from trainer.tracking.records import to_line

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +65,25 @@ def write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill: it is named `folder` once all of its files are on the disk, or on an error removed.
+
+    OSError where a folder of that name that is not empty is there by then.
+    """
+    temporary_folder = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    temporary_folder.mkdir(parents=True)
+    try:
+        yield temporary_folder
+        for path in (*temporary_folder.rglob("*"), temporary_folder):
+            fsync_path(path)
+        os.rename(temporary_folder, folder)
+    except BaseException:
+        shutil.rmtree(temporary_folder, ignore_errors=True)
+        raise
+    fsync_path(folder.parent)
 
 
 def open_for_append(path: Path) -> int:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from trainer.data.templates import is_missing, to_text
+
 #: The fields of a prompt in their order, and the label each one gets.
 FIELDS = {
     "event_date": "Date",
@@ -79,6 +81,13 @@ def format_date(text: str) -> str | None:
     except ValueError:
         return None
     return f"{date.day} {MONTHS[date.month - 1]} {date.year}"
+
+
+def find_unknown_date(record: Mapping[str, Any]) -> str | None:
+    """The date of a record where it is in no known spelling."""
+    value = record.get(column_names(tuple(record)).get("event_date", ""))
+    is_known = is_missing(value) or format_date(to_text(value, "event_date").strip()) is not None
+    return None if is_known else str(value)
 
 
 def _strip_decimal(text: str) -> str:

@@ -1,45 +1,64 @@
-"""A folder of prepared data by its key: written under another name, made durable, and only then renamed."""
+"""A folder of prepared data by its key: every file covered by a hash, and named only when all of it is on the disk."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from trainer.config.errors import UserError
-from trainer.config.files import fsync_path, require_utf8_path
+from trainer.config.files import new_folder, require_utf8_path, write_atomically
 from trainer.config.json_file import read_json_object
-from trainer.data.token_dataset import SPLITS, TokenDataset, array_files, load_token_dataset
-from trainer.data.validate_files import remembered_fingerprint, sha256
+from trainer.data.readers import open_bytes
+from trainer.data.sources import READ_ERRORS, Source, read_error
 
-FORMAT_VERSION = 6  # of the folder and of the texts; a change of either makes every earlier folder another one
+FORMAT_VERSION: Literal[7] = 7  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
-REQUIRED_ARRAYS = ("ids", "offsets", "first")
-#: What every reader of the `data` block of run.json may count on.
-FACT_TYPES = {"source": str, "form": str, "fingerprint": str, "objective": str, "vocabulary": int, "notices": list}
-ABANDONED_AFTER_SECONDS = 24 * 3600.0  # seconds after which an unfinished folder is taken for that of a killed run
+ABANDONED_AFTER_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
+SETTLE_SECONDS = 2.0  # a file younger than that may change again without its time stamp showing it
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class _SplitCounts(BaseModel):
+    model_config = ConfigDict(strict=True)
+    records: NonNegativeInt
+    examples: NonNegativeInt
+    tokens: NonNegativeInt
+
+
+class _Facts(BaseModel):
+    """What every reader of the `data` block of run.json may count on; there is more in it."""
+
+    model_config = ConfigDict(strict=True)
+    source: str
+    form: str
+    fingerprint: str
+    objective: str
+    vocabulary: NonNegativeInt
+    notices: list[str]
+    train: _SplitCounts
+    val: _SplitCounts
+    test: _SplitCounts
+    retain: _SplitCounts
+
+
+class Manifest(BaseModel):
     """What facts.json says of a folder of prepared data."""
 
-    dtype: str  #: numpy's name of the type of the ids
-    pad_id: int
+    model_config = ConfigDict(strict=True, extra="forbid")
+    format: Literal[7] = FORMAT_VERSION
+    dtype: Literal["<u2", "<u4"]  #: numpy's name of the type of the ids
+    pad_id: NonNegativeInt
     val_texts: list[tuple[str, str]]  #: the first validation records as (prompt, completion)
     facts: dict[str, Any]  #: the `data` block of run.json
     sha256: dict[str, str]  #: {file name: hash of its bytes, in hex}
-
-    def to_json(self) -> str:
-        """The text of facts.json, which carries its own hash; `read_manifest` reads it back."""
-        content = {"format": FORMAT_VERSION, **asdict(self)}
-        return json.dumps({**content, "checksum": content_checksum(content)}, indent=1)
 
 
 def content_checksum(content: dict[str, Any]) -> str:
@@ -47,38 +66,24 @@ def content_checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(path: Path) -> Manifest:
-    """What facts.json holds; ValueError, naming it, where anything is missing, of another type or changed."""
+def read_manifest(folder: Path) -> Manifest:
+    """What facts.json holds; ValueError, naming the folder, where anything is missing, of another type or changed."""
     try:
-        content = read_json_object(path)
-        checksum = content.pop("checksum")
-        if content.get("format") != FORMAT_VERSION or checksum != content_checksum(content):
-            raise ValueError("another format, or changed since it was written")
-        del content["format"]
-        _check_manifest(content)
-        content["val_texts"] = [(str(prompt), str(completion)) for prompt, completion in content["val_texts"]]
-        return Manifest(**content)
-    except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path.parent} is not prepared data ({type(error).__name__}: {error})") from error
-
-
-def _check_manifest(content: dict[str, Any]) -> None:
-    """ValueError, KeyError or TypeError for what a builder of prepared data does not write."""
-    kinds = {"dtype": str, "pad_id": int, "val_texts": list, "facts": dict, "sha256": dict}
-    expected: dict[tuple[str, ...], type] = {(name,): kind for name, kind in kinds.items()}
-    expected |= {("facts", name): kind for name, kind in FACT_TYPES.items()}
-    expected |= {("facts", split, name): int for split in SPLITS for name in ("records", "examples", "tokens")}
-    expected |= {("sha256", array_files(Path(), split)[name].name): str for split in SPLITS for name in REQUIRED_ARRAYS}
-    for place, kind in expected.items():
-        value: Any = content
-        for key in place:
-            value = value[key]
-        if type(value) is not kind or (isinstance(value, int) and value < 0):
-            raise ValueError(f"{'.'.join(place)} is {value!r:.80}, expected {kind.__name__}")
-    if content["dtype"] not in ("<u2", "<u4"):
-        raise ValueError(f"dtype is {content['dtype']!r:.80}, expected <u2 or <u4")
-    if any("/" in name for name in content["sha256"]):
-        raise ValueError("sha256 names a file outside the folder")
+        content = read_json_object(folder / MANIFEST_FILE)
+        if content.pop("checksum", None) != content_checksum(content):
+            raise ValueError("changed since it was written")
+        text = json.dumps(content)
+        manifest = Manifest.model_validate_json(text)
+        _Facts.model_validate_json(json.dumps(content["facts"]))
+        if any("/" in name for name in manifest.sha256):
+            raise ValueError("sha256 names a file outside the folder")
+        return manifest
+    except ValidationError as error:
+        problem = error.errors()[0]
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        raise ValueError(f"{folder} is not prepared data ({reason})") from None
+    except (UserError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder} is not prepared data ({error})") from None
 
 
 def resolve_cache_dir(override: Path | None = None) -> Path:
@@ -99,87 +104,49 @@ def cache_key(key_parts: dict[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def read(folder: Path) -> tuple[Manifest, dict[str, TokenDataset]]:
-    """(manifest, {split: data set}), mapped; ValueError where the folder is not whole."""
-    manifest = read_manifest(folder / MANIFEST_FILE)
-    return manifest, {
-        split: load_token_dataset(
-            folder,
-            split,
-            dtype=manifest.dtype,
-            num_rows=manifest.facts[split]["examples"],
-            num_tokens=manifest.facts[split]["tokens"],
-            has_mask=f"{split}.mask.bin" in manifest.sha256,
-        )
-        for split in SPLITS
-    }
-
-
-def verify(folder: Path, cache_root: Path | None) -> None:
+def verify(folder: Path, cache_root: Path) -> None:
     """ValueError where a file of the folder is not what was written there.
 
-    Hashes are remembered in `cache_root` while a file's size, times and inode do not change; None: read them again.
+    Hashes are remembered in `cache_root` while a file's size, times and inode do not change.
     """
-    manifest, _ = read(folder)
-    for name, expected in manifest.sha256.items():
+    for name, expected in read_manifest(folder).sha256.items():
         file = folder / name
         if not file.is_file():  # a named pipe would be waited for
             raise ValueError(f"{file} is not a regular file")
         try:
-            actual = remembered_fingerprint(file, cache_root, "prepared", sha256).sha256 if cache_root else sha256(file)
+            actual = fingerprint_of(file, cache_root).sha256
         except OSError as error:
             raise ValueError(f"{file} cannot be read ({error.strerror})") from None
         if actual != expected:
             raise ValueError(f"{file} is not what was written there")
 
 
-def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]]) -> None:
+def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]], load_whole: Callable[[Path], object]) -> None:
     """Have `write_contents` fill a new folder and return its manifest; the folder is named once all is on the disk.
 
-    Several may build the same folder at once: the first to finish names it, the others throw theirs away.
+    Several may build the same folder at once: the first to finish names it, the others throw theirs away. What is there
+    of that name, and which `load_whole` refuses by ValueError, makes way.
     """
-    _remove_abandoned(folder)
-    temp_folder = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        temp_folder.mkdir(parents=True)
-        contents = write_contents(temp_folder)
-        hashes = {file.name: sha256(file) for file in sorted(temp_folder.iterdir()) if file.name != MANIFEST_FILE}
-        manifest = Manifest(**{**contents, "sha256": hashes})
-        (temp_folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        for path in (*temp_folder.iterdir(), temp_folder):
-            fsync_path(path)
-        _rename_into_place(temp_folder, folder)
-        fsync_path(folder.parent)
-    except OSError as error:
-        raise _write_error(folder.parent, error) from error
-    finally:
-        shutil.rmtree(temp_folder, ignore_errors=True)
-
-
-def _rename_into_place(temp_folder: Path, folder: Path) -> None:
-    for _ in range(3):
-        try:
-            return os.rename(temp_folder, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-        with contextlib.suppress(ValueError):
-            verify(folder, None)
-            return None  # another run was first
-        broken_folder = folder.with_name(f"{folder.name}.broken-{uuid.uuid4().hex[:8]}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder, broken_folder)
-        shutil.rmtree(broken_folder, ignore_errors=True)
-    raise OSError(f"{folder} is rewritten by another program")
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed runs left of this folder; a young one may still be written."""
-    for leftover in folder.parent.glob(f"{folder.name}.*-*"):
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of killed runs; a young one may still be written
         with contextlib.suppress(OSError):
             newest_mtime = max(file.stat().st_mtime for file in (leftover, *leftover.iterdir()))
             if time.time() - newest_mtime > ABANDONED_AFTER_SECONDS:
                 shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        if folder.exists():
+            try:
+                load_whole(folder)
+            except ValueError:
+                shutil.rmtree(folder)
+        with new_folder(folder) as temp_folder:
+            contents = write_contents(temp_folder)
+            hashes = {file.name: sha256(file) for file in sorted(temp_folder.iterdir())}
+            manifest = Manifest(**contents, sha256=hashes).model_dump(mode="json")
+            manifest["checksum"] = content_checksum(manifest)
+            (temp_folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was first
+            raise _write_error(folder.parent, error) from error
 
 
 def _write_error(folder: Path, error: OSError) -> UserError:
@@ -187,3 +154,70 @@ def _write_error(folder: Path, error: OSError) -> UserError:
         f"{folder}: prepared data cannot be written ({error.strerror or error}); make room, or name another folder "
         "by the environment variable TRAINER_CACHE"
     )
+
+
+# --- the contents of files, remembered while they do not change ---
+
+
+@dataclass(frozen=True)
+class FileFingerprint:
+    """A file as it was when it was read: what the file system says of it, and the hash of its bytes in hex.
+
+    Of a compressed file the bytes are those that it holds.
+    """
+
+    stamp: tuple[int, ...]  #: size, modified, changed, inode: differs after any write
+    sha256: str
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file's bytes, in hex."""
+    with open_bytes(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def stamp(file: Path) -> tuple[int, ...]:
+    """What the file system says of a file; its change time cannot be set back by a user."""
+    stat = os.stat(file)
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+def fingerprint_of(file: Path, cache_root: Path) -> FileFingerprint:
+    """The fingerprint of a file, computed again only where its stamp is not the one remembered in `cache_root`."""
+    current_stamp = stamp(file)
+    record_file = cache_root / "files" / hashlib.sha256(os.fsencode(f"3 {file.absolute()}")).hexdigest()
+    with contextlib.suppress(UserError, ValueError, KeyError, TypeError):
+        record = read_json_object(record_file)
+        if tuple(record["stamp"]) == current_stamp and len(bytes.fromhex(record["sha256"])) == 32:
+            return FileFingerprint(current_stamp, record["sha256"])
+    fingerprint = FileFingerprint(current_stamp, sha256(file))
+    if time.time_ns() - max(current_stamp[1], current_stamp[2]) > SETTLE_SECONDS * 1e9:
+        with contextlib.suppress(OSError):  # it only saves time
+            record_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(record_file, json.dumps(asdict(fingerprint)))
+    return fingerprint
+
+
+def fingerprint_files(source: Source, cache_root: Path) -> tuple[FileFingerprint, ...]:
+    """The fingerprints of the files of a source; UserError for one that cannot be read or decompressed."""
+    fingerprints = []
+    for file in source.files:
+        try:
+            fingerprints.append(fingerprint_of(file, cache_root))
+        except READ_ERRORS as error:
+            raise read_error(source, file, "the beginning", error) from None
+    return tuple(fingerprints)
+
+
+def find_change(source: Source, fingerprints: tuple[FileFingerprint, ...]) -> UserError | None:
+    """The error to raise when a file is no longer what it was when it was hashed."""
+    for file, fingerprint in zip(source.files, fingerprints, strict=True):
+        try:
+            is_same = stamp(file) == fingerprint.stamp or sha256(file) == fingerprint.sha256
+        except READ_ERRORS:
+            is_same = False
+        if not is_same:
+            return UserError(
+                f"{source.flag} {file}: the file changed while it was read; start again when it is complete"
+            )
+    return None

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from trainer.config.errors import UserError, first_line
 from trainer.config.files import read_text_file
 from trainer.data.conversations import Conversation
+from trainer.data.dataset import TokenIds
 from trainer.data.templates import RecordError, require_valid_unicode
-from trainer.data.token_dataset import TokenIds
 from trainer.data.tokenizer import encode
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -1,29 +1,247 @@
-"""From `--data` to rows on disk: find, check everything, tokenise once, split, pack, keep."""
+"""Rows of token ids on disk, as they are written and mapped: flat arrays, cut by offsets; and who the rows are."""
 
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from trainer.config.choices import Objective
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.config.choices import MAX_NUM_SAMPLES, UnusableRecords
 from trainer.config.errors import UserError
-from trainer.config.schema import DataSettings
-from trainer.data import cache as store
-from trainer.data import readers, sources
-from trainer.data.block_size import choose_block_size
-from trainer.data.chat import load_template
-from trainer.data.examples import DataInput
-from trainer.data.formats import choose_format
-from trainer.data.preprocess import LogFn, Preprocessor
-from trainer.data.row_info import RowInfo, read_row_info
-from trainer.data.sources import Source
-from trainer.data.templates import list_columns
-from trainer.data.token_dataset import TokenDataset
-from trainer.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from trainer.data.validate_files import scan
+from trainer.data.cache import read_manifest
 
-#: Settings that decide which rows there are, beside the sources, the tokenizer and what follows from them.
-KEY_SETTINGS = ("test_fraction", "split_by", "prompt", "completion", "block_size", "unusable_records")
-CHAT_FORMATS = ("messages", "conversations", "prompt-completion")  # the last may hold messages or text
+Int64 = NDArray[np.int64]
+TokenIds = NDArray[np.uint32]
+MAX_SAMPLE_CHARACTERS = 4000  # length of a validation pair that is kept for samples
+MAX_REFERENCES = 16  # of one prompt that are kept
+SPLITS = ("train", "val", "test", "retain")  # the last: text of the base model's own kind, in blocks
+
+#: What makes no whole row, and what is said of it.
+PROBLEMS = {
+    "too long": "records are longer than --block-size {} tokens and are left out",
+    "cut": "conversations are cut at --block-size {} tokens",
+    "tools": "conversations have tools, which the chat template does not write",
+    "unusable": "conversations cannot be learnt from and are left out",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset:
+    """The examples of one split (training, validation, test or retain); row i is ids[offsets[i]:offsets[i + 1]].
+
+    ids: [tokens] uint16 or uint32, memory-mapped; offsets: int64 [n + 1]; first_target: int32 [n], the first position
+    whose token may count in the loss, at least 1 because nothing stands before position 0 to predict it from.
+    target_mask: uint8 [tokens], 1 for the target tokens, 0 before first_target; None: all from first_target count.
+    """
+
+    ids: NDArray[np.unsignedinteger]
+    offsets: Int64
+    first_target: NDArray[np.int32]
+    target_mask: NDArray[np.uint8] | None = None
+
+    @classmethod
+    def empty(cls) -> "TokenDataset":
+        """No row at all."""
+        ids, first_target = np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.int32)
+        return cls(ids=ids, offsets=np.zeros(1, dtype=np.int64), first_target=first_target)
+
+    def __len__(self) -> int:
+        return len(self.first_target)
+
+    def lengths(self) -> Int64:
+        """Tokens of each row, int64 [n]."""
+        return np.diff(self.offsets)
+
+    def num_target_tokens(self, rows: Int64 | None = None) -> Int64:
+        """Target tokens of each of `rows`, all where it is None; int64 [rows]."""
+        rows = np.arange(len(self), dtype=np.int64) if rows is None else rows
+        if self.target_mask is not None:
+            return self._num_masked_targets[rows]
+        return self.offsets[rows + 1] - self.offsets[rows] - self.first_target[rows]
+
+    @cached_property
+    def _num_masked_targets(self) -> Int64:
+        assert self.target_mask is not None
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        return np.add.reduceat(self.target_mask, self.offsets[:-1], dtype=np.int64)
+
+    def row(self, i: int) -> Int64:
+        """The token ids of row i, int64 [length]."""
+        return np.asarray(self.ids[self.offsets[i] : self.offsets[i + 1]], dtype=np.int64)
+
+    def is_target(self, i: int) -> NDArray[np.bool_]:
+        """Whether each token of row i counts in the loss, bool [length]."""
+        if self.target_mask is not None:
+            return np.asarray(self.target_mask[self.offsets[i] : self.offsets[i + 1]], dtype=bool)
+        return np.arange(self.offsets[i + 1] - self.offsets[i]) >= self.first_target[i]
+
+
+class SplitWriter:
+    """Appends the rows of one split to its files and hashes what it appends; memory does not grow with them.
+
+    Counts: `num_records` read, `num_examples` (rows) written, their `num_tokens` and `num_target_tokens`, and
+    `num_dropped`: tokens left over at the end of the blocks. `problems` counts the records that made no whole row.
+    """
+
+    def __init__(self, folder: Path, split: str, *, is_blocks: bool, block_size: int, dtype: str, has_mask: bool):
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.is_blocks, self.block_size, self.has_mask = is_blocks, block_size, has_mask
+        self.num_records = self.num_examples = self.num_tokens = self.num_target_tokens = self.num_dropped = 0
+        self.problems: Counter[str] = Counter()
+        self.first_problems: dict[str, str] = {}
+        self.example = ""  # the first row, with its target tokens marked
+        self.texts: list[tuple[str, str]] = []  # the first validation records as (prompt, completion)
+        self.num_references: Counter[str] = Counter()  # of each prompt in `texts`
+        self.row_ids: list[tuple[str, str | None, bool]] = []  # (id, group, whether it equals a training record)
+        self._files: dict[str, BinaryIO] = {
+            name: open(path, "wb")  # noqa: SIM115
+            for name, path in _array_files(folder, split).items()
+            if name != "mask" or has_mask
+        }
+        self._remainder: TokenIds = np.empty(0, dtype=np.uint32)
+        self._hash = hashlib.sha256(f"blocks {block_size}\n".encode() if is_blocks else b"completion \n")
+        self._write("offsets", np.zeros(1, dtype="<i8"))
+
+    def add_texts(self, texts: list[TokenIds]) -> None:
+        """Append records to the stream that is cut into blocks; each must already end as it should."""
+        self.num_records += len(texts)
+        stream = np.concatenate([self._remainder, *texts])
+        full_length = len(stream) - len(stream) % self.block_size
+        self._remainder = stream[full_length:].copy()
+        self._append(stream[:full_length].reshape(-1, self.block_size), 1)
+
+    def add_row(self, ids: TokenIds, first_target: int) -> None:
+        """Append one record, of at most a block, as a row of its own; what stands before `first_target` is a prompt."""
+        first_target = max(first_target, 1)  # nothing stands before position 0 to predict it from
+        # the lengths go into the hash, or rows cut elsewhere would have the same one
+        self._hash.update(np.asarray([len(ids), first_target], dtype="<u4").tobytes())
+        self._append(ids[None], first_target)
+
+    def add_masked_row(self, ids: TokenIds, is_target: NDArray[np.bool_]) -> None:
+        """Append one record, of at most a block, whose tokens count where `is_target` [length] says so."""
+        mask = is_target.astype(np.uint8)
+        mask[0] = 0  # nothing stands before position 0 to predict it from
+        self._hash.update(np.asarray([len(ids)], dtype="<u4").tobytes() + mask.tobytes())
+        self._write("mask", mask)
+        first_target = int(mask.argmax())
+        self._append(ids[None], first_target)
+        self.num_target_tokens -= len(ids) - first_target - int(mask.sum())
+
+    def add_problem(self, kind: str, where: str) -> None:
+        """Count a record that made no whole row, and keep where the first of each kind stands."""
+        self.problems[kind] += 1
+        self.first_problems.setdefault(kind, where)
+
+    def keep_text(self, prompt: str, completion: str) -> None:
+        """Keep the first validation prompts for samples, each with all that follows it: references of one prompt."""
+        if self.split != "val" or len(prompt) + len(completion) > MAX_SAMPLE_CHARACTERS:
+            return
+        num_prompts = len(self.num_references) + self.num_references[""] - ("" in self.num_references)
+        is_known = prompt != "" and prompt in self.num_references
+        if self.num_references[prompt] < MAX_REFERENCES if is_known else num_prompts < MAX_NUM_SAMPLES:
+            self.texts.append((prompt, completion))
+            self.num_references[prompt] += 1
+
+    def _append(self, rows: TokenIds, first_target: int) -> None:
+        num_rows, row_length = rows.shape
+        self._hash.update(rows.astype("<u4").tobytes())
+        self._write("ids", rows.astype(self.dtype))
+        self._write("offsets", self.num_tokens + row_length * np.arange(1, num_rows + 1, dtype="<i8"))
+        self._write("first", np.full(num_rows, first_target, dtype="<i4"))
+        self.num_examples += num_rows
+        self.num_tokens += num_rows * row_length
+        self.num_target_tokens += num_rows * (row_length - first_target)
+
+    def _write(self, name: str, values: NDArray[Any]) -> None:
+        self._files[name].write(values.tobytes())
+
+    def close(self) -> str:
+        """Leave the tail out, close the files, and return the fingerprint of the rows, in hex."""
+        self.num_dropped = len(self._remainder)
+        for file in self._files.values():
+            file.close()
+        return self._hash.hexdigest()
+
+    def counts(self) -> dict[str, int]:
+        """What run.json says of this split."""
+        return {
+            "records": self.num_records,
+            "examples": self.num_examples,
+            "tokens": self.num_tokens,
+            "counted_tokens": self.num_target_tokens,
+        }
+
+    def notices(self, unusable_records: UnusableRecords) -> list[str]:
+        """One line for everything that was left out or cut; UserError where that is refused, or nothing is left."""
+        lines, num_records = [], self.num_records + self.problems["unusable"]
+        if self.is_blocks and self.num_dropped:
+            lines.append(f"{self.split}: the last {self.num_dropped} tokens do not fill a block and are left out")
+        for kind in [kind for kind in PROBLEMS if self.problems[kind]]:
+            number = self.problems[kind]
+            count, first = f"{number} of {num_records}", f"(first: {self.first_problems[kind]})"
+            lines.append(f"{self.split}: {count} {PROBLEMS[kind].format(self.block_size)} {first}")
+            if kind == "too long" and number == num_records:
+                raise UserError(
+                    f"--block-size {self.block_size}: all {number} {self.split} records are longer {first}; raise "
+                    "--block-size"
+                )
+            if kind == "unusable" and (unusable_records == "refuse" or number == num_records):
+                is_some = number < num_records
+                remedy = "leave them out with --unusable-records drop" if is_some else "pass another --chat-template"
+                raise UserError(f"{lines[-1].replace(' and are left out', '')}; correct them, or {remedy}")
+        return lines
+
+    def read_back(self) -> TokenDataset:
+        """The rows, once the writer is closed."""
+        return _map_rows(self.folder, self.split, self.dtype, self.num_examples, self.num_tokens, self.has_mask)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowInfo:
+    """Who the rows of an evaluation split are, by which a comparison pairs the losses of two runs: an entry a row.
+
+    ids: 16 hex digits, a hash of the record's text, of the token ids where rows are blocks; groups: hash of what keeps
+    rows together (--split-by, else the prompt), None where a row is a unit by itself; targets: target tokens;
+    num_bytes: UTF-8 bytes of their text, 0 where there is no tokenizer; in_train: whether the row equals a training
+    record (or block).
+    """
+
+    ids: Sequence[str]
+    groups: Sequence[str | None]
+    targets: Sequence[int]
+    num_bytes: Sequence[int]
+    in_train: Sequence[bool]
+
+    @property
+    def num_units(self) -> int:
+        """Groups, or rows that share none, that an interval can tell apart: those that equal no training record."""
+        rows = zip(self.groups, self.ids, self.in_train, strict=True)
+        return len({group or row_id for group, row_id, is_in_train in rows if not is_in_train})
+
+    @property
+    def occurrences(self) -> list[int]:
+        """For each row the number of equal rows before it."""
+        counts: Counter[str] = Counter()
+        occurrences = []
+        for row_id in self.ids:
+            occurrences.append(counts[row_id])
+            counts[row_id] += 1
+        return occurrences
+
+    def write(self, folder: Path, split: str) -> None:
+        """Write the columns beside the rows."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        types = {"ids": pa.string(), "groups": pa.string(), "targets": pa.int32(), "num_bytes": pa.int32()}
+        table = pa.table(vars(self), schema=pa.schema({**types, "in_train": pa.bool_()}))
+        pq.write_table(table, folder / f"{split}.rows.parquet", compression="zstd")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,49 +261,17 @@ class PreparedDataset:
 
     def row_info(self, split: str) -> RowInfo:
         """Who the rows of a split other than "train" are; read from the folder. ValueError where that is not whole."""
-        return read_row_info(self.folder, split)
+        import pyarrow.parquet as pq
+
+        file = self.folder / f"{split}.rows.parquet"
+        try:
+            return RowInfo(**pq.read_table(file).to_pydict())
+        except (OSError, TypeError) as error:
+            raise ValueError(f"{file} is not whole ({error})") from error
 
     def num_target_bytes(self, split: str) -> int:
         """UTF-8 bytes of the targets of a split other than "train", 0 where the text is not known."""
         return int(self.metadata[split].get("target_bytes", 0))
-
-
-def prepare(
-    settings: DataSettings,
-    *,
-    model: str,
-    global_batch: int,
-    max_positions: int | None = None,
-    cache: Path | None = None,
-    log: LogFn = lambda line: None,
-) -> PreparedDataset:
-    """The rows of `settings`, from the cache or made now. One process per node calls it; the others `load`.
-
-    UserError for whatever the user can mend, before anything slow; also where there are fewer training examples
-    than one global batch, or no validation example. `max_positions` bounds a block size that is left to the data;
-    the one that was taken stands in `metadata`.
-
-    Parameters: the settings, two of the model, the batch, and where and how to work.
-    """
-    cache_root = store.resolve_cache_dir(cache)
-    split_sources = sources.find_sources(settings.data, settings.val_data, settings.test_data, settings.retain_data)
-    inputs = [_find_input(source, settings) for source in split_sources]
-    _refuse_mixed_formats(inputs)
-    objective = settings.objective or inputs[0].record_format.objectives[0]
-    tokenizer = None if inputs[0].record_format.name == "input_ids" else load_tokenizer(model)
-    chat_template = _find_chat_template(settings, inputs, tokenizer, model)
-    for data_input in inputs:
-        data_input.file_fingerprints = scan(data_input.source, cache_root)
-    if not settings.block_size:
-        block_size = choose_block_size(inputs[0], objective, tokenizer, chat_template, max_positions)
-        settings = replace(settings, block_size=block_size)
-    folder = cache_root / "prepared" / _cache_key(settings, objective, inputs, tokenizer, chat_template)
-    if not _is_whole(folder, cache_root, log):
-        preprocessor = Preprocessor(settings, objective, inputs, tokenizer, chat_template, log)
-        store.build(folder, preprocessor.write_dataset)
-    dataset = load(folder, source=settings.data)
-    _check_sizes(dataset, settings, objective, global_batch)
-    return dataset
 
 
 def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
@@ -93,113 +279,34 @@ def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
 
     `source`: what the user typed this time; equal contents under another name share a folder.
     """
-    manifest, datasets = store.read(folder)
+    manifest = read_manifest(folder)
+    rows = {}
+    for split in SPLITS:
+        counts, has_mask = manifest.facts[split], f"{split}.mask.bin" in manifest.sha256
+        rows[split] = _map_rows(folder, split, manifest.dtype, counts["examples"], counts["tokens"], has_mask)
     metadata = {**manifest.facts, **({"source": source} if source is not None else {})}
     texts = tuple(manifest.val_texts)
-    return PreparedDataset(**datasets, metadata=metadata, val_texts=texts, pad_id=manifest.pad_id, folder=folder)
+    return PreparedDataset(**rows, metadata=metadata, val_texts=texts, pad_id=manifest.pad_id, folder=folder)
 
 
-def _is_whole(folder: Path, cache_root: Path, log: LogFn) -> bool:
-    """Whether the folder holds what was written into it; one line where it is there and does not."""
-    try:
-        store.verify(folder, cache_root)
-    except ValueError as error:
-        if folder.exists():
-            log(f"prepared data are damaged and are made anew ({error})")
-        return False
-    return True
+def _array_files(folder: Path, split: str) -> dict[str, Path]:
+    """Where the arrays of `split` lie; `mask` is there for chat only."""
+    return {name: folder / f"{split}.{name}.bin" for name in ("ids", "offsets", "first", "mask")}
 
 
-def _find_input(source: Source, settings: DataSettings) -> DataInput:
-    where, columns = f"{source.flag} {source.spec}", readers.columns(source)
-    if source.split == "retain":  # plain text, whatever the training records are
-        settings = replace(
-            settings, prompt=None, completion=None, format=None, split_by=None, objective="blocks", packing=False
-        )
-    if settings.split_by is not None and settings.split_by not in columns:
-        raise UserError(
-            f"--split-by {settings.split_by}: {where} has no such column; expected one of {list_columns(columns)}"
-        )
-    record_format = choose_format(columns, settings, where)
-    for file in source.files[1:] if source.dataset is None else ():
-        columns = readers.file_columns(source, file)
-        if not set(record_format.needs) <= set(columns):
-            raise UserError(
-                f"{source.flag} {file}: another format than {source.files[0].name}, whose records are "
-                f"{record_format.name} (columns: {list_columns(columns)}); give files of one format"
-            )
-    return DataInput(source, record_format)
-
-
-def _refuse_mixed_formats(inputs: list[DataInput]) -> None:
-    """The loss of one format says nothing of another; what is retained is plain text, whatever is trained on."""
-    first = inputs[0]
-    for other in inputs[1:]:
-        names = {first.record_format.name, other.record_format.name}
-        is_apart = "input_ids" in names if other.source.split == "retain" else not names <= set(CHAT_FORMATS)
-        if len(names) > 1 and is_apart:
-            where = " and ".join(f"{i.source.flag} {i.source.spec} ({i.source.split})" for i in (first, other))
-            raise UserError(
-                f"{where}: one holds {first.record_format.name}, the other {other.record_format.name}; give both in "
-                "one format"
-            )
-
-
-def _find_chat_template(settings: DataSettings, inputs: list[DataInput], tokenizer: Any, model: str) -> str | None:
-    """The chat template, None where no record can be a conversation."""
-    inputs = [data_input for data_input in inputs if data_input.source.split != "retain"]
-    names = {data_input.record_format.name for data_input in inputs}
-    if "prompt-completion" in names and settings.chat_template is None:
-        values = (
-            record.get("completion") for data_input in inputs for _, _, record in readers.records(data_input.source)
-        )
-        if not isinstance(next(values, None), list):
-            return None
-    return load_template(tokenizer, settings.chat_template, model) if names & set(CHAT_FORMATS) else None
-
-
-def _cache_key(
-    settings: DataSettings, objective: Objective, inputs: list[DataInput], tokenizer: Any, chat_template: str | None
-) -> str:
-    has_val = any(data_input.source.split == "val" for data_input in inputs)
-    return store.cache_key(
-        {
-            "sources": [_content_key(data_input) for data_input in inputs],
-            "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
-            "splits": [data_input.source.split for data_input in inputs],
-            "val_fraction": None if has_val else settings.val_fraction,
-            "objective": objective,
-            "chat_template": chat_template,
-            **{name: getattr(settings, name) for name in KEY_SETTINGS},
-        }
+def _map_rows(folder: Path, split: str, dtype: str, num_rows: int, num_tokens: int, has_mask: bool) -> TokenDataset:
+    """The arrays of a split; ValueError where a file is missing or not of the size it must have."""
+    layout = {"ids": (dtype, num_tokens), "offsets": ("<i8", num_rows + 1), "first": ("<i4", num_rows)}
+    if has_mask:
+        layout["mask"] = ("|u1", num_tokens)
+    arrays = {}
+    for name, (array_dtype, length) in layout.items():
+        path = _array_files(folder, split)[name]
+        num_bytes = length * np.dtype(array_dtype).itemsize
+        if not path.is_file() or path.stat().st_size != num_bytes:
+            raise ValueError(f"{path} is not a file of {num_bytes} bytes")
+        # an empty file cannot be mapped
+        arrays[name] = np.memmap(path, dtype=array_dtype, mode="r") if length else np.empty(0, dtype=array_dtype)
+    return TokenDataset(
+        ids=arrays["ids"], offsets=arrays["offsets"], first_target=arrays["first"], target_mask=arrays.get("mask")
     )
-
-
-def _content_key(data_input: DataInput) -> list[Any]:
-    """What stands for the contents of a source in the key; names and places of files do not."""
-    source = data_input.source
-    hashes = [fingerprint.sha256 for fingerprint in data_input.file_fingerprints]
-    fingerprint = source.dataset._fingerprint if source.dataset is not None else None
-    return [source.kind, data_input.record_format.name, hashes or fingerprint, fingerprint, list(source.notices)]
-
-
-def _check_sizes(dataset: PreparedDataset, settings: DataSettings, objective: Objective, global_batch: int) -> None:
-    is_blocks = objective == "blocks"
-    unit, hint = (f"blocks of {settings.block_size} tokens", ", lower --block-size") if is_blocks else ("examples", "")
-    train = dataset.metadata["train"]
-    if train["examples"] < global_batch:
-        raise UserError(
-            f"--data {settings.data}: {train['records']} training records make {train['examples']} {unit}, fewer than "
-            f"one global batch of {global_batch}; lower --global-batch{hint}, or give more data"
-        )
-    more_val = "give more of it" if settings.val_data is not None else "raise --val-fraction, give --val-data"
-    for split, name, spec, remedy in (
-        ("test", "test ", settings.test_data, f"give more of them{hint}"),
-        ("retain", "", settings.retain_data, "give more of them, or lower --block-size"),
-        ("val", "validation ", settings.val_data, more_val + (hint or ", or raise --block-size")),
-    ):
-        is_wanted = split == "val" or spec is not None or (split == "test" and settings.test_fraction)
-        if is_wanted and dataset.metadata[split]["examples"] == 0:
-            source = f"--{split}-data {spec}" if spec is not None else f"--data {settings.data}"
-            rows = f"blocks of {settings.block_size} tokens" if split == "retain" else unit
-            raise UserError(f"{source}: {dataset.metadata[split]['records']} {name}records make 0 {rows}; {remedy}")

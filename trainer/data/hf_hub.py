@@ -1,16 +1,25 @@
-"""Data sets of the hub, and whether it answers."""
+"""The door to `datasets`: data sets of the hub, saved ones, and whether the hub answers."""
 
 import contextlib
 import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.config.choices import DEMO_DATA
 from trainer.config.errors import UserError, first_line
-from trainer.data.hf_readers import import_datasets
+
+
+def import_datasets() -> Any:
+    """`datasets`, without its progress bars and log lines: we say what there is to say."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
 
 
 def is_reachable(timeout_seconds: float = 3.0) -> bool:
@@ -70,3 +79,25 @@ def load_hub_dataset(flag: str, repo_id: str, config_name: str | None = None) ->
             f"{flag} {repo_id}: no such file or folder here, and the hub says: {reason:.400}; give {flag} a file, a "
             f"folder, or the id of a data set that can be read, with its configuration as {repo_id}:NAME"
         ) from None
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def load_saved_dataset(folder: Path, flag: str) -> Mapping[str, Any]:
+    """{split: data set} of such a folder, "" for one without splits; UserError where it is not whole."""
+    try:
+        loaded = import_datasets().load_from_disk(str(folder))
+    except IndexError:
+        raise UserError(f"{flag} {folder}: a saved data set, or a split of it, is empty; expected records") from None
+    except Exception as error:  # damaged files raise many kinds, from several packages
+        raise UserError(f"{flag} {folder}: not a whole saved data set ({first_line(error)}); save it again") from None
+    splits: Mapping[str, Any] = loaded if isinstance(loaded, dict) else {"": loaded}
+    for name in (cache_file["filename"] for dataset in splits.values() for cache_file in dataset.cache_files):
+        if not Path(os.path.abspath(name)).is_relative_to(os.path.abspath(folder)):
+            raise UserError(f"{flag} {folder}: its state.json names {name}, outside of the folder; save it again")
+    return splits

@@ -1,199 +1,193 @@
-"""Files of every kind -> records, one after the other; what cannot be read is one line with file and place."""
+"""CSV, TSV, JSON and text files -> records, as strictly as the formats are defined and with every cell as text.
 
+Each record comes with its place: `line 3`, or `row 2 (line 3)`, both from 1. What a format does not allow is one line
+with file, row and column; `where` is how it names the file.
+"""
+
+import codecs
 import csv
 import gzip
 import io
 import json
+import math
 import re
 import sys
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
-from trainer.config.errors import UserError, first_line
-from trainer.data import hf_readers
-from trainer.data.sources import Source
+from trainer.config.errors import UserError
 
-MAX_LINE_BYTES = 16 * 2**20  # bytes; a line is read as a whole, so this bounds memory
+MAX_LINE_BYTES = 16 * 2**20  # a line is read as a whole, so this bounds memory
 MAX_JSON_DEPTH = 500  # levels named in messages; Python's reader gives up at about twice as many
-READ_BATCH_SIZE = 1000  # records read at a time
-READ_ERRORS = (ValueError, OSError, EOFError, TypeError, NotImplementedError, zlib.error)  # Arrow's are ValueErrors
-_SEPARATOR = re.compile(r"[\s,]*")
+CHUNK_SIZE = 2**20  # characters of a JSON list that are read at a time
+PlacedRecord = tuple[str, Mapping[str, Any]]
+_SPACE = re.compile(r"\s*")
 _JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[\[{]|[\]}]|\d+')
-
-
-class SourcedRecord(NamedTuple):
-    """A record, and where a user finds it: its file, and in it `line 3` or `row 2 (line 3)`, both from 1."""
-
-    file: Path | None
-    place: str
-    record: Mapping[str, Any]
 
 
 def open_bytes(file: Path) -> BinaryIO:
     """The bytes of a file, decompressed where its name says that it is compressed."""
     if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
+        return cast(BinaryIO, gzip.open(file, "rb"))
     if file.suffix.lower() == ".zst":
-        return hf_readers.open_zstd(file)
+        import pyarrow
+
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd")))
     return open(file, "rb")
 
 
-def open_text(file: Path, errors: str = "strict", newline: str = "\n") -> TextIO:
+def open_text(file: Path, newline: str = "\n") -> TextIO:
     """The text of a file, untranslated; `newline` is where a line ends, "" for every kind of line end (CSV)."""
-    return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", errors=errors, newline=newline)
+    return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline=newline)
 
 
-def columns(source: Source) -> tuple[str, ...]:
-    """The columns of a source, from the beginning of its first file."""
-    if source.dataset is not None:
-        return tuple(source.dataset.column_names)
-    return file_columns(source, source.files[0])
+def _iter_lines(stream: TextIO, kind: str, where: str) -> Iterator[str]:
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), ""), start=1):
+        if len(line) == MAX_LINE_BYTES:
+            raise UserError(
+                f"{where}, line {number}: longer than {MAX_LINE_BYTES // 2**20} MB; a {kind} file is read line "
+                "by line: break it into lines"
+            )
+        yield line
 
 
-def file_columns(source: Source, file: Path) -> tuple[str, ...]:
-    """The columns of one file, read from its beginning; a nameless CSV column is called by its place."""
-    if source.kind == "text":
-        return ("text",)
-    if source.kind in ("Parquet", "Arrow"):
-        return hf_readers.arrow_columns(file, source.kind, f"{source.flag} {file}")
-    try:
-        if source.kind == "JSON":
-            return tuple(next(_iter_json(source, file, errors="replace")).record)
-        with open_text(file, errors="replace", newline="") as stream:
-            lines = iter(lambda: stream.readline(MAX_LINE_BYTES), "")
-            header: list[str] = next((row for row in _csv_reader(lines, source.kind) if row), [])
-    except StopIteration:
-        raise UserError(f"{source.flag} {file}: holds no record; expected one JSON object a line") from None
-    except (*READ_ERRORS, csv.Error) as error:
-        raise _read_error(source, file, "line 1", error) from None
-    names = tuple(name or f"column {column_number}" for column_number, name in enumerate(header, start=1))
-    if duplicates := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{source.flag} {file}, line 1: the header names column {duplicates[0]!r} twice; rename one")
-    return names
-
-
-def records(source: Source, column_names: Sequence[str] | None = None) -> Iterator[SourcedRecord]:
-    """Every record in order, a bounded number in memory; `column_names` only, where the kind lets us choose."""
-    if source.dataset is not None:
-        dataset = source.dataset.select_columns(list(column_names)) if column_names else source.dataset
-        tables = dataset.with_format("arrow").iter(batch_size=READ_BATCH_SIZE)
-        yield from _iter_checked(source, None, _iter_tables(None, tables))
-    else:
-        for file in source.files:
-            if source.kind in ("Parquet", "Arrow"):
-                names = [name for name in file_columns(source, file) if column_names is None or name in column_names]
-                file_records = _iter_tables(file, hf_readers.iter_arrow(file, source.kind, names, READ_BATCH_SIZE))
-            else:
-                file_records = {"JSON": _iter_json, "text": _iter_text}.get(source.kind, _iter_csv)(source, file)
-            yield from _iter_checked(source, file, file_records)
-
-
-def _iter_checked(source: Source, file: Path | None, file_records: Iterator[SourcedRecord]) -> Iterator[SourcedRecord]:
-    """The same records; what the reader cannot read becomes one line."""
-    place = "the beginning"
-    try:
-        for sourced_record in file_records:
-            place = f"after {sourced_record.place}"
-            yield sourced_record
-    except READ_ERRORS as error:
-        raise _read_error(source, file, place, error) from error
-
-
-def _iter_tables(file: Path | None, tables: Iterator[Any]) -> Iterator[SourcedRecord]:
-    """The rows of Arrow tables, numbered from 1."""
-    rows = (record for table in tables for record in table.to_pylist())
-    for number, record in enumerate(rows, start=1):
-        yield SourcedRecord(file, f"row {number}", record)
-
-
-def _read_error(source: Source, file: Path | None, place: str, error: Exception) -> UserError:
-    return UserError(
-        f"{source.flag} {file or source.spec}, {place}: cannot be read as {source.kind} ({first_line(error)}); "
-        "mend the file, or give it in another format"
-    )
-
-
-def _iter_text(source: Source, file: Path) -> Iterator[SourcedRecord]:
+def iter_text(file: Path, where: str) -> Iterator[PlacedRecord]:
     with open_text(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            yield SourcedRecord(file, f"line {number}", {"text": line.rstrip("\r\n")})
+        for number, line in enumerate(_iter_lines(stream, "text", where), start=1):
+            yield f"line {number}", {"text": line.rstrip("\r\n")}
 
 
-def _csv_reader(lines: Iterator[str], kind: str) -> Any:
+def iter_csv_rows(file: Path, kind: str, where: str) -> Iterator[tuple[str, list[str]]]:
+    """(place, cells) of the header, which is row 0, and of every row that is not blank."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    return csv.reader(lines, delimiter="\t" if kind == "TSV" else ",")
-
-
-def _iter_csv(source: Source, file: Path) -> Iterator[SourcedRecord]:
-    """Every cell as text (`NA` may be Namibia, `007` is no number), an empty one as None."""
-    names = file_columns(source, file)
-    row, line, has_ended = -1, 1, False
-
-    def lines() -> Iterator[str]:
-        nonlocal has_ended
-        yield from stream
-        has_ended = True
-
-    try:
-        with open_text(file, newline="") as stream:
-            for cells in (reader := _csv_reader(lines(), source.kind)):
-                if has_ended:  # the reader asked for another line in the middle of a row
-                    raise csv.Error("the file ends within quotation marks")
+    row, line = 0, 1
+    with open_text(file, newline="") as stream:
+        delimiter = "\t" if kind == "TSV" else ","
+        reader = csv.reader(_iter_lines(stream, kind, where), delimiter=delimiter, strict=True)
+        try:
+            for cells in reader:
                 if cells:
+                    yield f"row {row} (line {line})", cells
                     row += 1
-                    place = f"row {row} (line {line})"
-                    if len(cells) != len(names):
-                        raise UserError(
-                            f"{source.flag} {file}, {place}: {len(cells)} fields where the header has {len(names)}; "
-                            "quote fields that hold a separator or a line break"
-                        )
-                    if row:
-                        yield SourcedRecord(file, place, {n: c or None for n, c in zip(names, cells, strict=True)})
                 line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"{source.flag} {file}, row {row + 1} (line {line}): not {source.kind} ({error}); look for a quotation "
-            "mark that is never closed"
-        ) from None
-    if row < 1:
-        raise UserError(f"{source.flag} {file}: has a header but no row; expected at least one record")
+        except csv.Error as error:
+            raise UserError(
+                f"{where}, row {row} (line {line}): not {kind} ({error}); look for a quotation mark that is never "
+                "closed, or not doubled within quotation marks"
+            ) from None
 
 
-def is_json_list(file: Path) -> bool:
-    """Whether a JSON file is one list rather than one object a line."""
-    with open_bytes(file) as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+def csv_columns(file: Path, kind: str, where: str) -> list[str]:
+    """The names in the header, a nameless column called by its place; empty where there is no line."""
+    _, header = next(iter_csv_rows(file, kind, where), ("", []))
+    return [name or f"column {number}" for number, name in enumerate(header, start=1)]
 
 
-def _iter_json(source: Source, file: Path, errors: str = "strict") -> Iterator[SourcedRecord]:
-    if is_json_list(file):
-        yield from _iter_json_list(source, file)
-        return
-    with open_text(file, errors) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), ""), start=1):
-            if line.strip():
-                yield SourcedRecord(file, f"line {number}", _parse_json_object(source, file, number, line))
+def iter_csv(file: Path, kind: str, where: str, names: list[str]) -> Iterator[PlacedRecord]:
+    """Every cell as text (`NA` may be Namibia, `007` is no number), an empty one as None."""
+    num_rows = -1
+    for num_rows, (place, cells) in enumerate(iter_csv_rows(file, kind, where)):
+        if len(cells) != len(names):
+            raise UserError(
+                f"{where}, {place}: {len(cells)} fields where the header has {len(names)}; quote fields that hold a "
+                "separator or a line break"
+            )
+        if num_rows:
+            yield place, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+    if num_rows < 1:
+        raise UserError(f"{where}: has a header but no row; expected at least one record")
 
 
-def _parse_json_object(source: Source, file: Path, number: int, line: str) -> dict[str, Any]:
-    where = f"{source.flag} {file}, line {number}"
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}, character {error.pos + 1}: not JSON ({error.msg}); expected one object a line"
-        ) from None
-    except (RecursionError, ValueError):
-        raise UserError(f"{where}{_oversized_json(line)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: holds a {type(value).__name__}; expected one JSON object a line")
+class _StrictnessError(ValueError):
+    """What Python's reader would pass over."""
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _StrictnessError(
+            f"the key {next(n for n in names if names.count(n) > 1)!r:.80} stands twice in an object"
+        )
     return value
 
 
-def _oversized_json(text: str) -> str:
-    """What of a JSON text is too long or too deep to be read, and in which column of its first object."""
+def _make_number(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise _StrictnessError(f"the number {text:.40} is larger than any float")
+    return value
+
+
+#: Of one value without duplicate keys and infinite numbers; NaN is taken, by which pandas spells null.
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object, parse_float=_make_number, parse_constant=_make_number)
+
+
+def iter_json(file: Path, where: str) -> Iterator[PlacedRecord]:
+    """The objects of a file with one a line, or with one list of them."""
+    with open_bytes(file) as stream:
+        is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    with open_text(file) as stream:
+        if is_list:
+            yield from _iter_json_list(stream, where)
+            return
+        for number, line in enumerate(_iter_lines(stream, "JSON", where), start=1):
+            if not line.strip():
+                continue
+            place = f"line {number}"
+            try:
+                value = JSON_DECODER.decode(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where}, {place}, character {error.pos + 1}: not JSON ({error.msg}); expected one object a line"
+                ) from None
+            except (RecursionError, ValueError) as error:
+                raise UserError(f"{where}, {place}{_describe_json(line, error)}") from None
+            if not isinstance(value, dict):
+                raise UserError(f"{where}, {place}: holds a {type(value).__name__}; expected one JSON object a line")
+            yield place, value
+
+
+def _iter_json_list(stream: TextIO, where: str) -> Iterator[PlacedRecord]:
+    """The objects of one JSON list, decoded one at a time so that the file need not fit in memory."""
+    text, number, expected = stream.read(CHUNK_SIZE), 0, "{]"
+    position = text.index("[") + 1
+    while True:
+        position = cast(re.Match[str], _SPACE.match(text, position)).end()
+        place, reason = f"{where}, row {number + 1}", "the list is not closed"
+        character = text[position : position + 1]
+        if character and character not in expected:
+            problem = "not JSON (a comma is missing)" if "," in expected else "not an object"
+            raise UserError(f"{place}: {problem}; expected a list of objects")
+        if character == "]":
+            if not number:
+                raise UserError(f"{where}: the list is empty; expected at least one record")
+            if text[position + 1 :].strip() or any(rest.strip() for rest in iter(lambda: stream.read(CHUNK_SIZE), "")):
+                raise UserError(f"{place}: not JSON (text follows the end of the list); expected one list of objects")
+            return
+        if character == ",":
+            position, expected = position + 1, "{"
+            continue
+        if character == "{":
+            try:
+                value, position = JSON_DECODER.raw_decode(text, position)
+                number, expected = number + 1, ",]"
+                yield f"row {number}", value
+                continue
+            except json.JSONDecodeError as error:
+                reason = error.msg
+            except (RecursionError, ValueError) as error:
+                raise UserError(place + _describe_json(text[position:], error)) from None
+        chunk = stream.read(max(CHUNK_SIZE, len(text) - position)) if len(text) - position < MAX_LINE_BYTES else ""
+        if not chunk:
+            raise UserError(f"{place}: not JSON ({reason}); expected a list of objects")
+        text, position = text[position:] + chunk, 0
+
+
+def _describe_json(text: str, error: Exception) -> str:
+    """What is wrong with JSON that can be parsed in principle; too long or too deep is said with its column."""
+    if isinstance(error, _StrictnessError):
+        return f": {error}; expected each key once, and numbers that a float can hold"
     depth, column, max_digits = 0, "", sys.get_int_max_str_digits()
     for match in _JSON_TOKEN.finditer(text):
         token = match[0]
@@ -208,34 +202,3 @@ def _oversized_json(text: str) -> str:
         elif token.isdigit() and len(token) > max_digits:
             return f"{column}: a number of {len(token):,} digits; expected at most {max_digits:,}, or text in quotes"
     return ": JSON too deep or too long to be read; expected one flat object"
-
-
-def _iter_json_list(source: Source, file: Path) -> Iterator[SourcedRecord]:
-    """The objects of a file that is one JSON list, decoded one at a time so that the file need not fit in memory."""
-    decoder, number = json.JSONDecoder(), 0
-    with open_text(file, errors="replace") as stream:
-        text = stream.read(2**20)
-        position = text.index("[") + 1
-        while True:
-            position = _SEPARATOR.match(text, position).end()  # type: ignore[union-attr]  # it also matches nothing
-            where, reason = f"{source.flag} {file}, row {number + 1}", "the list is not closed"
-            if text.startswith("]", position):
-                if not number:
-                    raise UserError(f"{source.flag} {file}: the list is empty; expected at least one record")
-                return
-            if text.startswith("{", position):
-                try:
-                    value, position = decoder.raw_decode(text, position)
-                    number += 1
-                    yield SourcedRecord(file, f"row {number}", value)
-                    continue
-                except json.JSONDecodeError as error:
-                    reason = error.msg
-                except (RecursionError, ValueError):
-                    raise UserError(f"{where}{_oversized_json(text[position:])}") from None
-            elif position < len(text):
-                raise UserError(f"{where}: not an object; expected a list of objects")
-            chunk = stream.read(max(2**20, len(text) - position)) if len(text) - position < MAX_LINE_BYTES else ""
-            if not chunk:
-                raise UserError(f"{where}: not JSON ({reason}); expected a list of objects")
-            text, position = text[position:] + chunk, 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from trainer.config.batch_config import BatchConfig
-from trainer.data.token_dataset import Int64, TokenDataset
+from trainer.data.dataset import Int64, TokenDataset
 
 IGNORE_INDEX = -100  # the label that Hugging Face models and torch's cross-entropy leave out
 PAD_ID = 0  # any id will do: padded positions are neither counted nor attended to

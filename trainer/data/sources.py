@@ -1,17 +1,27 @@
-"""What `--data` and `--val-data` name: files, folders with splits, saved data sets, data sets of the hub, the demo."""
+"""What `--data` and its relatives name (files, folders, data sets of the hub or saved ones, the demo) -> records.
 
+What cannot be read is one line with the flag, the file and the place in it.
+"""
+
+import codecs
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.config.choices import DEMO_DATA, DEMO_MODEL
-from trainer.config.errors import UserError
-from trainer.data import hf_hub, hf_readers
+from trainer.config.errors import UserError, first_line
+from trainer.data import hf_hub, readers
 
+#: The embedded events, and text that the embedded base was not trained on.
+DEMO_FILES = {
+    DEMO_DATA: Path(__file__).parent / "demo" / "acled-demo.csv",
+    DEMO_MODEL: Path(__file__).parent / "demo" / "retained.jsonl",
+}
 KIND_BY_SUFFIX = {
     ".csv": "CSV",
     ".tsv": "TSV",
@@ -23,29 +33,18 @@ KIND_BY_SUFFIX = {
     ".txt": "text",
     ".text": "text",
 }
-#: The embedded events, and text that the embedded base was not trained on.
-DEMO_FILES = {
-    DEMO_DATA: Path(__file__).parent / "demo" / "acled-demo.csv",
-    DEMO_MODEL: Path(__file__).parent / "demo" / "retained.jsonl",
-}
 COMPRESSIONS = (".gz", ".zst")  # of the kinds that are text
 ACCEPTED_FILES = (
     "a CSV, TSV, JSONL, Parquet, Arrow or text file "
     "(.csv .tsv .jsonl .json .parquet .arrow .txt; text also .gz or .zst)"
 )
 HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::([\w.+-]+))?")  # NAMESPACE/NAME or NAME, and :CONFIGURATION
+#: The words that the hub's layout knows.
 SPLIT_BY_WORD = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
-}  # the words that the hub's layout knows
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 #: The splits that a flag takes, the first that is there; "" stands for files that name none.
 SPLITS_BY_FLAG = {
     "--data": ("train", ""),
@@ -53,6 +52,16 @@ SPLITS_BY_FLAG = {
     "--test-data": ("test", "", "validation", "train"),
     "--retain-data": ("test", "", "validation", "train"),
 }
+BATCH_RECORDS = 1000  # records of an Arrow table that are in memory at a time
+READ_ERRORS = (ValueError, OSError, EOFError, TypeError, NotImplementedError, zlib.error)  # Arrow's are ValueErrors
+
+
+class SourcedRecord(NamedTuple):
+    """A record, and where a user finds it: its file, and in it `line 3` or `row 2 (line 3)`, both from 1."""
+
+    file: Path | None
+    place: str
+    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +81,9 @@ class Source:
         return f"{self.spec if file in DEMO_FILES.values() else file or self.spec}, {place}"
 
 
+# --- from a flag to sources ---
+
+
 def find_sources(
     data: str, val_data: str | None, test_data: str | None, retain_data: str | None = None
 ) -> list[Source]:
@@ -81,86 +93,79 @@ def find_sources(
     data, or more than one kind.
     """
     splits = _find_splits(data, "--data")
-    first_name, train = _choose_split(splits, data, "--data")
-    split_sources, taken = [train], {first_name: "training"}
-    for split, name, purpose, flag, spec in (
+    train = find(data, "--data")
+    split_sources, uses = [train], {next(name for name in SPLITS_BY_FLAG["--data"] if name in splits): "training"}
+    for split, name, use, flag, spec in (
         ("val", "validation", "validation", "--val-data", val_data),
         ("test", "test", "the test", "--test-data", test_data),
     ):
         if spec is not None:
-            split_sources.append(replace(_choose_split(_find_splits(spec, flag), spec, flag)[1], split=split))
+            split_sources.append(replace(find(spec, flag), split=split))
         elif name in splits:
             split_sources.append(replace(splits[name], split=split))
-            taken[name] = purpose
+            uses[name] = use
     notices = []
     if set(splits) != {""}:
-        notices.append(f"{data}: " + ", ".join(f"{_what(splits[name], name)} for {taken[name]}" for name in taken))
+        notices.append(f"{data}: " + ", ".join(f"{_describe(splits[name], name)} for {uses[name]}" for name in uses))
     notices += [
-        f"{data}: {_what(source, name)} left out: named for {name or 'no split'}"
+        f"{data}: {_describe(source, name)} left out: named for {name or 'no split'}"
         for name, source in splits.items()
-        if name not in taken
+        if name not in uses
     ]
     if retain_data is not None:
         split_sources.append(replace(find(retain_data, "--retain-data"), split="retain"))
     return [replace(train, notices=tuple(notices)), *split_sources[1:]]
 
 
-def _what(source: Source, name: str) -> str:
-    """The files of a split, or the split of a data set."""
+def find(spec: str, flag: str = "--data") -> Source:
+    """The source that one flag names by itself."""
+    splits = _find_splits(spec, flag)
+    name = next((name for name in SPLITS_BY_FLAG[flag] if name in splits), None)
+    if name is None:
+        raise UserError(
+            f"{flag} {spec}: holds no split `train`, only {', '.join(sorted(splits))}; name the file itself to train "
+            "on it"
+        )
+    return splits[name]
+
+
+def _describe(source: Source, split: str) -> str:
     if source.dataset is not None:
-        return f"split {name}"
+        return f"split {split}"
     root = Path(source.spec).expanduser()
     names = [str(file.relative_to(root) if root.is_dir() else file) for file in source.files[:3]]
     return ", ".join(names) + (" (and more)" if len(source.files) > 3 else "")
 
 
-def find(spec: str, flag: str = "--data") -> Source:
-    """The source that one flag names by itself."""
-    return _choose_split(_find_splits(spec, flag), spec, flag)[1]
-
-
-def _choose_split(splits: Mapping[str, Source], spec: str, flag: str) -> tuple[str, Source]:
-    """(the name of the split that a flag takes, its source)."""
-    for name in SPLITS_BY_FLAG[flag]:
-        if name in splits:
-            return name, splits[name]
-    raise UserError(
-        f"{flag} {spec}: holds no split `train`, only {', '.join(sorted(splits))}; name the file itself to train on it"
-    )
-
-
 def _find_splits(spec: str, flag: str) -> dict[str, Source]:
     """{split: its source}; "" for what is named for none."""
-    if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
-        file = DEMO_FILES[spec]
-        return {"": Source(flag=flag, spec=spec, kind=KIND_BY_SUFFIX[file.suffix], files=(file,))}
     path = Path(spec).expanduser()
+    if spec == DEMO_DATA or (spec == DEMO_MODEL and flag == "--retain-data"):
+        return _split_files(flag, spec, [DEMO_FILES[spec]], "file", DEMO_FILES[spec])
     if path.is_dir():
-        if hf_readers.is_saved_dataset(path):
-            return _dataset_splits(hf_readers.load_saved_dataset(path, flag), spec, flag, "saved")
-        visible_files = (
-            p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)
-        )
-        return _file_splits(flag, spec, sorted(p for p in visible_files if p.is_file()), "folder", path)
+        if hf_hub.is_saved_dataset(path):
+            return _split_dataset(hf_hub.load_saved_dataset(path, flag), spec, flag, "saved")
+        files = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        return _split_files(flag, spec, sorted(p for p in files if p.is_file()), "folder", path)
     if path.exists():
         if not path.is_file():
             raise UserError(f"{flag} {spec}: not a regular file (a pipe or a device); write it to a file first")
         if file_kind(path) is None:
             raise UserError(f"{flag} {spec}: the ending {path.suffix!r} is not known; expected {ACCEPTED_FILES}")
-        return {"": _source_from_files(flag, spec, [path], f"{flag} {spec}: it")}
+        return _split_files(flag, spec, [path], "file", path)
     if glob.has_magic(spec):
         matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         if not matches:
             raise UserError(f"{flag} {spec}: no file matches; expected a pattern that matches {ACCEPTED_FILES}")
-        files = [p for p in matches if p.is_file()]
-        root = Path(os.path.commonpath([p.parent for p in files])) if files else path
-        return _file_splits(flag, spec, files, "pattern", root)
+        matched_files = [p for p in matches if p.is_file()]
+        root = Path(os.path.commonpath([p.parent for p in matched_files])) if matched_files else path
+        return _split_files(flag, spec, matched_files, "pattern", root)
     hub_id = HUB_ID.fullmatch(spec)
     if file_kind(path) is not None or hub_id is None:
         raise UserError(
             f"{flag} {spec}: no such file or folder; expected {ACCEPTED_FILES}, a folder or glob of them, or a hub id"
         )
-    return _dataset_splits(hf_hub.load_hub_dataset(flag, *hub_id.groups()), spec, flag, "hub")
+    return _split_dataset(hf_hub.load_hub_dataset(flag, *hub_id.groups()), spec, flag, "hub")
 
 
 def file_kind(file: Path) -> str | None:
@@ -169,17 +174,6 @@ def file_kind(file: Path) -> str | None:
         kind = KIND_BY_SUFFIX.get(file.with_suffix("").suffix.lower())
         return None if kind in ("Parquet", "Arrow") else kind
     return KIND_BY_SUFFIX.get(file.suffix.lower())
-
-
-def _dataset_splits(datasets: Mapping[str, Any], spec: str, flag: str, kind: str) -> dict[str, Source]:
-    splits = {}
-    for name, dataset in datasets.items():
-        if not len(dataset):
-            raise UserError(f"{flag} {spec}: the split {name!r} is empty; expected at least one record")
-        files = tuple(sorted({Path(cache_file["filename"]) for cache_file in dataset.cache_files}))
-        split = SPLIT_BY_WORD.get(name, name)
-        splits[split] = Source(flag=flag, spec=spec, kind=kind, files=files, dataset=dataset)
-    return splits
 
 
 def split_of(file: Path, root: Path) -> str:
@@ -195,30 +189,149 @@ def split_of(file: Path, root: Path) -> str:
     return ""
 
 
-def _file_splits(flag: str, spec: str, files: Sequence[Path], noun: str, root: Path) -> dict[str, Source]:
-    description = f"{flag} {spec}: the {noun}"
-    data_files = [file for file in files if file_kind(file)]
-    if not data_files:
-        raise UserError(f"{description} holds no data file; expected {ACCEPTED_FILES}")
+def _split_dataset(datasets: Mapping[str, Any], spec: str, flag: str, kind: str) -> dict[str, Source]:
+    splits = {}
+    for name, dataset in datasets.items():
+        if not len(dataset):
+            raise UserError(f"{flag} {spec}: the split {name!r} is empty; expected at least one record")
+        files = tuple(sorted({Path(cache_file["filename"]) for cache_file in dataset.cache_files}))
+        split = SPLIT_BY_WORD.get(name, name)
+        splits[split] = Source(flag=flag, spec=spec, kind=kind, files=files, dataset=dataset)
+    return splits
+
+
+def _split_files(flag: str, spec: str, files: Sequence[Path], noun: str, root: Path) -> dict[str, Source]:
     by_split: dict[str, list[Path]] = {}
-    for file in data_files:
-        by_split.setdefault(split_of(file, root), []).append(file)
-    return {name: _source_from_files(flag, spec, group, description) for name, group in by_split.items()}
-
-
-def _source_from_files(flag: str, spec: str, files: Sequence[Path], description: str) -> Source:
-    first_files = {file_kind(file): file for file in reversed(files)}  # kind -> its first file
-    if len(first_files) > 1:
-        kind_list = ", ".join(f"{kind} ({file.name})" for kind, file in sorted(first_files.items(), key=str))
-        raise UserError(
-            f"{description} holds several kinds of data: {kind_list}; give files of one kind, for instance by a glob"
-        )
     for file in files:
+        if file_kind(file):
+            by_split.setdefault(split_of(file, root), []).append(file)
+    if not by_split:
+        raise UserError(f"{flag} {spec}: the {noun} holds no data file; expected {ACCEPTED_FILES}")
+    splits = {}
+    for split, group in by_split.items():
+        first_files = {file_kind(file): file for file in reversed(group)}  # kind -> its first file
+        if len(first_files) > 1:
+            kind_list = ", ".join(f"{kind} ({file.name})" for kind, file in sorted(first_files.items(), key=str))
+            raise UserError(
+                f"{flag} {spec}: the {noun} holds several kinds of data: {kind_list}; give files of one kind, for "
+                "instance by a glob"
+            )
+        for file in group:
+            try:
+                with open(file, "rb") as stream:
+                    is_empty = not stream.read(1)
+            except OSError as error:
+                raise UserError(f"{flag} {file}: cannot be read ({error.strerror}); check its permissions") from None
+            if is_empty:
+                raise UserError(f"{flag} {file}: the file is empty; expected at least one record")
+        splits[split] = Source(flag=flag, spec=spec, kind=str(file_kind(group[0])), files=tuple(group))
+    return splits
+
+
+# --- from a source to records ---
+
+
+def columns(source: Source, file: Path | None = None) -> tuple[str, ...]:
+    """The columns of a file of the source, by default the first, read from its beginning.
+
+    UserError where it holds no record, or a name twice.
+    """
+    if source.dataset is not None:
+        return tuple(source.dataset.column_names)
+    file = file or source.files[0]
+    where = f"{source.flag} {file}"
+    try:
+        if source.kind in ("Parquet", "Arrow"):
+            names, batches = _open_arrow(file, source.kind)
+            has_records = any(batch.num_rows for batch in batches)
+        elif source.kind == "JSON":
+            first = next(readers.iter_json(file, where), None)
+            names, has_records = list(first[1]) if first else [], first is not None
+        else:
+            names = ["text"] if source.kind == "text" else readers.csv_columns(file, source.kind, where)
+            has_records = bool(names)
+    except READ_ERRORS as error:
+        raise read_error(source, file, "the beginning", error) from None
+    if not has_records:
+        raise UserError(f"{where}: holds no record; expected at least one")
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}: names column {duplicates[0]!r} twice; rename one")
+    return tuple(names)
+
+
+def records(source: Source, column_names: Sequence[str] | None = None) -> Iterator[SourcedRecord]:
+    """Every record in order, a bounded number in memory; `column_names` only, where the kind lets us choose."""
+    for file in source.files if source.dataset is None else (None,):
+        where, placed_records = f"{source.flag} {file}", None
+        place = "the beginning"
         try:
-            with open(file, "rb") as stream:
-                is_empty = not stream.read(1)
-        except OSError as error:
-            raise UserError(f"{flag} {file}: cannot be read ({error.strerror}); check its permissions") from None
-        if is_empty:
-            raise UserError(f"{flag} {file}: the file is empty; expected at least one record")
-    return Source(flag=flag, spec=spec, kind=str(file_kind(files[0])), files=tuple(files))
+            if file is None:
+                dataset = source.dataset.select_columns(list(column_names)) if column_names else source.dataset
+                placed_records = _iter_batches(dataset.with_format("arrow").iter(batch_size=BATCH_RECORDS))
+            elif source.kind in ("Parquet", "Arrow"):
+                names = [name for name in columns(source, file) if column_names is None or name in column_names]
+                placed_records = _iter_batches(_open_arrow(file, source.kind, names)[1])
+            elif source.kind == "JSON":
+                placed_records = readers.iter_json(file, where)
+            elif source.kind == "text":
+                placed_records = readers.iter_text(file, where)
+            else:
+                names = list(columns(source, file))
+                placed_records = readers.iter_csv(file, source.kind, where, names)
+            for place, record in placed_records:
+                yield SourcedRecord(file, place, record)
+                place = f"after {place}"
+        except READ_ERRORS as error:
+            raise read_error(source, file, place, error) from error
+
+
+def read_error(source: Source, file: Path | None, place: str, error: Exception) -> UserError:
+    """What a library says of a file that it cannot read, as one line with the remedy."""
+    where, reason = f"{source.flag} {file or source.spec}", first_line(error)
+    if isinstance(error, UnicodeDecodeError) and file is not None:
+        line, byte = _find_bad_byte(file)
+        return UserError(f"{where}, line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8")
+    if file is not None and (file.suffix.lower() in COMPRESSIONS or source.kind in ("Parquet", "Arrow")):
+        kind = file.suffix if file.suffix.lower() in COMPRESSIONS else source.kind
+        return UserError(f"{where}: not a whole {kind} file ({reason}); write it again")
+    return UserError(
+        f"{where}, {place}: cannot be read as {source.kind} ({reason}); correct the file, or give it in another format"
+    )
+
+
+def _find_bad_byte(file: Path) -> tuple[int, int]:
+    """(the line of the first byte that is not UTF-8, that byte)."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with readers.open_bytes(file) as stream:
+        while True:
+            chunk = stream.readline(readers.CHUNK_SIZE)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return line, error.object[error.start]
+            line += chunk.endswith(b"\n")
+
+
+def _open_arrow(file: Path, kind: str, names: Sequence[str] | None = None) -> tuple[list[str], Iterable[Any]]:
+    """(the columns, the record batches with the columns `names`) of a Parquet or Arrow file."""
+    import pyarrow.ipc
+    import pyarrow.parquet
+
+    if kind == "Parquet":
+        parquet_file = pyarrow.parquet.ParquetFile(file)
+        return parquet_file.schema_arrow.names, parquet_file.iter_batches(BATCH_RECORDS, columns=names)
+    try:  # Arrow's file format, which Feather is, or a stream, which `datasets` writes
+        reader = pyarrow.ipc.open_file(pyarrow.OSFile(str(file)))
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+    except pyarrow.ArrowInvalid:
+        batches = reader = pyarrow.ipc.open_stream(pyarrow.OSFile(str(file)))
+    return reader.schema.names, (batch if names is None else batch.select(names) for batch in batches)
+
+
+def _iter_batches(batches: Iterable[Any]) -> Iterator[readers.PlacedRecord]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_RECORDS):
+            for record in batch.slice(start, BATCH_RECORDS).to_pylist():
+                number += 1
+                yield f"row {number}", record

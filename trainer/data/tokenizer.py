@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config.choices import DEMO_MODEL
-from trainer.config.errors import UserError, first_line
+from trainer.config.errors import UserError, escape_controls, first_line
 from trainer.data import hf_hub
-from trainer.data.token_dataset import TokenIds
+from trainer.data.dataset import TokenDataset, TokenIds
 
 MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text
+MAX_MARKED_CHARACTERS = 400  # of a row in the plan; its middle is left out
 MAX_CALL_CHARACTERS = 2**20  # characters handed to the tokenizer at a time
 
 
@@ -166,3 +168,61 @@ def split_long(text: str) -> list[str]:
         pieces.append(text[start:space_index])
         start = space_index
     return [*pieces, text[start:]]
+
+
+def count_target_bytes(tokenizer: Any, dataset: TokenDataset) -> list[int]:
+    """UTF-8 bytes of the targets of each row; the token that ends a text has none; all are 0 without a tokenizer."""
+    if tokenizer is None:
+        return [0] * len(dataset)
+    bytes_by_id = _byte_level_lengths(tokenizer)
+    counts = []
+    for i in range(len(dataset)):
+        ids, is_target = dataset.row(i), dataset.is_target(i)
+        if bytes_by_id is not None:
+            counts.append(int(bytes_by_id[ids[is_target]].sum()))
+            continue
+        count = 0
+        for start in np.flatnonzero(np.diff(np.append(is_target.astype(np.int8), 0))):  # the last before each edge
+            prefix = tokenizer.decode(ids[: start + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            count += len(prefix.encode()) * (1 if is_target[start] else -1)
+        counts.append(count)
+    return counts
+
+
+def _byte_level_lengths(tokenizer: Any) -> NDArray[np.int64] | None:
+    """int64 [vocabulary]: bytes of each token, where tokens are runs of bytes (GPT-2, Llama 3, Qwen); else None."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if type(decoder).__name__ != "ByteLevel":
+        return None
+    vocabulary, added_tokens = tokenizer.get_vocab(), set(tokenizer.get_added_vocab())
+    lengths = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)
+    special_tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token, token_id in vocabulary.items():
+        if token not in special_tokens:  # each character of a token stands for one byte; added tokens are plain text
+            lengths[token_id] = len(token.encode()) if token in added_tokens else len(token)
+    return lengths
+
+
+def mark_targets(tokenizer: Any, ids: NDArray[Any], is_target: NDArray[np.bool_]) -> str:
+    """The text of a row on one line, `⟦targets⟧` from the rest; long runs are shortened in their middle."""
+    text, start = "", 0
+    edges = [*(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(ids)]
+    for end in edges:
+        part = escape_controls(tokenizer.decode(ids[start:end].tolist()))
+        limit = MAX_MARKED_CHARACTERS // len(edges) + 20
+        part = part if len(part) <= limit else f"{part[: limit // 2]} … {part[-limit // 2 :]}"
+        text += f"⟦{part}⟧" if is_target[start] else part
+        start = end
+    return text
+
+
+def show_examples(dataset: TokenDataset, tokenizer: Any, number: int, is_coloured: bool) -> Iterator[str]:
+    """Lines that show the tokens of the first rows: the targets are coloured, or in brackets without colour."""
+    before, after = ("\033[1;32m", "\033[0m") if is_coloured else ("⟦", "⟧")
+    for i in range(min(number, len(dataset))):
+        ids, is_target = dataset.row(i), dataset.is_target(i)
+        yield f"example {i + 1}: {len(ids)} tokens, {int(is_target.sum())} of them learnt"
+        pieces = [escape_controls(tokenizer.decode([token_id])) for token_id in ids.tolist()]
+        yield "|".join(
+            f"{before}{piece}{after}" if learnt else piece for piece, learnt in zip(pieces, is_target, strict=True)
+        )

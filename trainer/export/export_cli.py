@@ -18,7 +18,8 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.config.json_file import read_json_object
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset, load, prepare
+from trainer.data.dataset import PreparedDataset, load
+from trainer.data.prepare import prepare
 from trainer.export import verify
 from trainer.export.folder import (
     MODEL_CARD_FILE,

@@ -16,9 +16,8 @@ import torch
 
 from trainer.config.choices import ExportDtype
 from trainer.config.errors import first_line
-from trainer.data.dataset import PreparedDataset
+from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.sampler import eval_batches
-from trainer.data.token_dataset import TokenDataset
 from trainer.model import quantization
 
 QUANTIZATION_FILE = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how

@@ -18,7 +18,7 @@ from trainer.config.schema import LoraSettings
 from trainer.config.settings import Settings
 from trainer.data.chat import ChatTemplate, end_token_ids
 from trainer.data.conversations import Conversation, from_messages
-from trainer.data.dataset import prepare
+from trainer.data.prepare import prepare
 from trainer.data.templates import RecordError
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.decoding import Sampling, decode

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset, load, prepare
-from trainer.data.show import show_examples
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.dataset import PreparedDataset, load
+from trainer.data.prepare import prepare
+from trainer.data.tokenizer import load_tokenizer, show_examples
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import get_max_positions, load_config
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.config.errors import TrainingError
-from trainer.data.dataset import PreparedDataset
+from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.sampler import eval_batches, eval_order
-from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, write_evaluation
 from trainer.tracking.records import EventRecord, bits_per_byte

@@ -5,8 +5,8 @@ from dataclasses import replace
 from trainer.config.batch_config import BatchConfig
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
+from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import TrainBatches, padding_share
-from trainer.data.token_dataset import TokenDataset
 
 #: Families whose packed rows are proven equal to single ones, in loss and gradient (tests/unit/data/test_packing.py).
 PACKABLE_MODELS = ("gpt2", "llama", "qwen2", "qwen3")

@@ -5,8 +5,8 @@ from typing import Any
 
 from trainer.config.batch_config import BatchConfig
 from trainer.config.settings import Settings
+from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import TrainBatches
-from trainer.data.token_dataset import TokenDataset
 from trainer.training.lr_schedule import learning_rate
 from trainer.training.train_state import TrainState
 

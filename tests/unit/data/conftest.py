@@ -5,7 +5,7 @@ from helpers import data_helpers as samples
 
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
-from trainer.data.dataset import prepare
+from trainer.data.prepare import prepare
 
 
 @pytest.fixture(scope="package")

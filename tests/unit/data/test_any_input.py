@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
-from trainer.data import readers, sources, validate_files
-from trainer.data.examples import DataInput, content_of, iter_examples
-from trainer.data.formats import choose_format
+from trainer.data import cache, sources
+from trainer.data.formats import DataInput, choose_format
 
 NAMES = st.sampled_from(
     ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.arrow", "a.csv.gz", "a.txt.zst"]
@@ -98,12 +97,13 @@ def read_or_refuse(name, content, options):
         try:
             source = sources.find(str(path))
             record_format = choose_format(
-                readers.columns(source), DataSettings(data=str(path), block_size=8, **options), str(path)
+                sources.columns(source), DataSettings(data=str(path), block_size=8, **options), str(path)
             )
-            data_input = DataInput(source, record_format, validate_files.scan(source, Path(folder)))
-            for example in iter_examples(data_input, None):
+            cache.fingerprint_files(source, Path(folder))
+            data_input = DataInput(source=source, record_format=record_format, split_by=None, fractions=(0.1, 0.0))
+            for example in data_input.examples():
                 if example is not None:
-                    assert content_of(example) or example.ids
+                    assert example.content() or example.ids
                     data_input.count(example, "train")
         except UserError as error:
             refusal = str(error)

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from trainer.config import cli
-from trainer.data.block_size import NUM_SAMPLED_RECORDS, block_size_for
-from trainer.data.dataset import prepare
+from trainer.data.prepare import NUM_SAMPLED_RECORDS, block_size_for, prepare
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Prepared data are what was written, or are made anew: every byte is covered by a hash, facts.json by its own."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -15,8 +14,8 @@ from hypothesis import strategies as st
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import cache as store
-from trainer.data import validate_files
-from trainer.data.dataset import load, prepare
+from trainer.data.dataset import load
+from trainer.data.prepare import prepare
 
 PAIRS = [{"mr": f"Town {i}:", "ref": f" On {i} January people met."} for i in range(60)]
 
@@ -60,7 +59,7 @@ def test_a_flipped_byte_of_any_file_is_noticed_and_the_data_are_made_anew(prepar
 
 
 def test_hashes_are_remembered_while_a_file_does_not_change(prepare_pairs, monkeypatch):
-    monkeypatch.setattr(validate_files, "SETTLE_SECONDS", -1.0)
+    monkeypatch.setattr(store, "SETTLE_SECONDS", -1.0)
     folder = prepare_pairs()[0].folder
     hashed = []
     whole = store.sha256
@@ -144,20 +143,16 @@ def test_a_folder_whose_path_is_not_utf8_is_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def facts_file(tmp_path_factory):
-    hashes = {f"{split}.{name}.bin": "0" * 64 for split in store.SPLITS for name in store.REQUIRED_ARRAYS}
-    counts = {split: {"records": 0, "examples": 0, "tokens": 0} for split in store.SPLITS}
-    facts = {name: kind() for name, kind in store.FACT_TYPES.items()} | counts
-    manifest = store.Manifest(dtype="<u2", pad_id=0, val_texts=[("a", "b")], sha256=hashes, facts=facts)
-    path = tmp_path_factory.mktemp("facts") / "facts.json"
-    path.write_text(manifest.to_json())
-    assert store.read_manifest(path) == manifest
-    return path
+def facts_folder(tmp_path_factory, model):
+    """facts.json of the demo, in the folder where tests write others."""
+    data = DataSettings(data="acled-demo", block_size=64)
+    folder = prepare(data, model=model, global_batch=2, cache=tmp_path_factory.mktemp("facts")).folder
+    return folder
 
 
-def check_any_facts(facts_file, place, value):
+def check_any_facts(facts_folder, place, value):
     """facts.json with one value in another's place is read or refused by ValueError, never anything else."""
-    content = json.loads(facts_file.read_text())
+    content = json.loads((facts_folder / "facts.json").read_text())
     target = content
     *parents, last = place
     for key in parents:
@@ -165,16 +160,14 @@ def check_any_facts(facts_file, place, value):
     target[last] = value
     content.pop("checksum", None)
     content["checksum"] = store.content_checksum(content)
-    path = facts_file.with_name("changed.json")
-    path.write_text(json.dumps(content))
+    (facts_folder / "changed").mkdir(exist_ok=True)
+    (facts_folder / "changed" / "facts.json").write_text(json.dumps(content))
     try:
-        manifest = store.read_manifest(path)
+        manifest = store.read_manifest(facts_folder / "changed")
     except ValueError:
         return
-    assert all(
-        isinstance(getattr(manifest, field.name), type(getattr(store.read_manifest(facts_file), field.name)))
-        for field in dataclasses.fields(manifest)
-    )
+    expected = store.read_manifest(facts_folder)
+    assert all(isinstance(value, type(getattr(expected, name))) for name, value in manifest)
 
 
 PLACES = st.sampled_from(
@@ -195,17 +188,16 @@ PLACES = st.sampled_from(
 
 
 @many_inputs(300)
-def test_any_value_in_the_facts_is_read_or_refused(facts_file, num_inputs):
-    check_inputs(num_inputs, lambda place, value: check_any_facts(facts_file, place, value), PLACES, JSON_VALUES)
+def test_any_value_in_the_facts_is_read_or_refused(facts_folder, num_inputs):
+    check_inputs(num_inputs, lambda place, value: check_any_facts(facts_folder, place, value), PLACES, JSON_VALUES)
 
 
 @many_inputs(200)
-def test_any_bytes_for_the_facts_are_refused(facts_file, num_inputs):
+def test_any_bytes_for_the_facts_are_refused(tmp_path, num_inputs):
     def check(content):
-        path = facts_file.with_name("bytes.json")
-        path.write_bytes(content)
+        (tmp_path / "facts.json").write_bytes(content)
         with pytest.raises(ValueError, match="is not prepared data"):
-            store.read_manifest(path)
+            store.read_manifest(tmp_path)
 
     check_inputs(num_inputs, check, st.binary(max_size=200))
 
@@ -218,7 +210,7 @@ def test_what_checking_a_gigabyte_costs(tmp_path, capsys):
         for _ in range(64):
             file.write(block)
     start = time.process_time()
-    validate_files.sha256(path)
+    store.sha256(path)
     with capsys.disabled():
         print(f"\n1 GiB hashed in {time.process_time() - start:.2f} s of CPU")
     shutil.rmtree(tmp_path)

@@ -18,10 +18,9 @@ from trainer.config.schema import DataSettings
 from trainer.data import chat
 from trainer.data.chat import ChatTemplate, MaskError
 from trainer.data.conversations import Conversation, from_messages, from_sharegpt
-from trainer.data.dataset import prepare
+from trainer.data.prepare import prepare
 from trainer.data.sampler import IGNORE_INDEX, collate
-from trainer.data.show import show_examples
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer import load_tokenizer, show_examples
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [

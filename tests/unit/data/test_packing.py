@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from trainer.config.batch_config import BatchConfig
+from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import IGNORE_INDEX, TrainBatches, collate, pack_rows, padding_share
-from trainer.data.token_dataset import TokenDataset
 from trainer.model import attention
 from trainer.model.loss import CausalLMLoss
 from trainer.training.example_packing import PACKABLE_MODELS

@@ -3,7 +3,6 @@
 Long: what preparing promises, over small files.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -22,8 +21,9 @@ from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import cache as store
-from trainer.data.dataset import load, prepare
-from trainer.data.preprocess import split_of
+from trainer.data.dataset import load
+from trainer.data.formats import split_of
+from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer
 
 EOS_ID = 0  # <|endoftext|> of the tokenizer that the samples train
@@ -220,7 +220,7 @@ def test_a_mistake_in_the_last_row_is_found_before_anything_is_tokenised(tmp_pat
 
 def test_the_same_contents_are_prepared_once_whatever_they_are_called(pairs_csv, tmp_path, prepare_file, monkeypatch):
     first = prepare_file(pairs_csv, **TEMPLATES)
-    monkeypatch.setattr("trainer.data.dataset.Preprocessor", None)  # making them again would fail
+    monkeypatch.setattr("trainer.data.prepare.write_rows", None)  # making them again would fail
     shutil.copy(pairs_csv, tmp_path / "b.csv")
     again = prepare_file(tmp_path / "b.csv", **TEMPLATES)
     assert again.folder == first.folder
@@ -249,14 +249,14 @@ SLOW_PREPARE_CODE = """
 import sys, time
 from pathlib import Path
 from trainer.config.schema import DataSettings
-from trainer.data.dataset import prepare
-from trainer.data.packing import Packer
-whole = Packer.close
+from trainer.data.prepare import prepare
+from trainer.data.dataset import SplitWriter
+whole = SplitWriter.close
 def close(self):
     print("writing", flush=True)
     time.sleep(60)
     return whole(self)
-Packer.close = close
+SplitWriter.close = close
 data, model, cache = sys.argv[1:]
 settings = DataSettings(data=data, block_size=32, prompt="{mr}:", completion=" {ref}")
 prepare(settings, model=model, global_batch=2, cache=Path(cache))
@@ -269,7 +269,8 @@ def test_a_killed_preparation_is_never_taken_for_whole_nor_in_the_way(pairs_csv,
         assert killed.stdout.readline() == "writing\n"
         killed.send_signal(signal.SIGKILL)
     (left,) = (tmp_path / "cache" / "prepared").iterdir()
-    assert ".unfinished-" in left.name
+    assert left.name.startswith(".")
+    assert left.name.endswith(".tmp")
     with pytest.raises(ValueError, match="is not prepared data"):
         load(left)
     prepared = prepare_file(pairs_csv, **TEMPLATES)
@@ -289,11 +290,13 @@ def test_several_processes_may_prepare_the_same_data_at_once(pairs_csv, tmp_path
 
     def fill(folder, **changes):
         shutil.copytree(copy, folder, dirs_exist_ok=True)
+        (folder / "facts.json").unlink()
         if not changes:  # another one finishes while this one is still writing
-            store.build(first.folder, lambda other: fill(other, pad_id=7))
-        return {**dataclasses.asdict(store.read_manifest(copy / "facts.json")), **changes}
+            store.build(first.folder, lambda other: fill(other, pad_id=7), load)
+        contents = store.read_manifest(copy).model_dump()
+        return {**{name: contents[name] for name in ("dtype", "val_texts", "facts")}, "pad_id": 0, **changes}
 
-    store.build(first.folder, fill)
+    store.build(first.folder, fill, load)
     assert load(first.folder).pad_id == 7  # the first to finish named the folder
     assert os.listdir(first.folder.parent) == [first.folder.name]
 
@@ -420,6 +423,9 @@ def test_evaluation_records_equal_to_a_training_record_are_marked_and_many_refus
     assert list(prepared.row_info("test").in_train) == [False] * 40 + [True] * 2
     assert list(prepared.row_info("test").occurrences)[-2:] == [0, 1]
     assert prepared.metadata["equal_to_train"] == {"val": 0, "test": 2, "retain": 0}
+    assert prepared.metadata["repeated_in_train"] == 0
+    doubled = prepare_file(samples.write_csv(tmp_path / "twice.csv", [*PAIRS, *PAIRS[:7]]), **options)
+    assert doubled.metadata["repeated_in_train"] == 7
     assert "2 of 42 test records also stand in the training data" in prepared.metadata["notices"]
     many = samples.write_csv(tmp_path / "many.csv", [*fresh, *PAIRS[:3]])
     with pytest.raises(UserError, match="3 of 43 test records also stand in the training data; expected at most 5%"):

@@ -10,8 +10,8 @@ from helpers import data_helpers as samples
 from helpers.data_helpers import NO_TEMPLATES, PAIRS
 
 from trainer.config.schema import DataSettings
-from trainer.data import readers, sources, validate_files
-from trainer.data.dataset import prepare
+from trainer.data import cache, sources
+from trainer.data.prepare import prepare
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
@@ -28,7 +28,8 @@ def test_a_compressed_text_file_gives_the_records_of_the_plain_one(tmp_path, nam
     (tmp_path / f"{name}{suffix}").write_bytes(pack(content))
     assert samples.read_records(tmp_path / f"{name}{suffix}") == samples.read_records(tmp_path / name)
     plain, packed = (
-        validate_files.scan(sources.find(str(tmp_path / file)), tmp_path / "cache")[0] for file in (name, name + suffix)
+        cache.fingerprint_files(sources.find(str(tmp_path / file)), tmp_path / "cache")[0]
+        for file in (name, name + suffix)
     )
     assert plain.sha256 == packed.sha256  # of what it holds: prepared once
 
@@ -75,8 +76,8 @@ def test_a_path_that_is_not_utf8_can_be_read(tmp_path):
     path = tmp_path / os.fsdecode(b"\xff\xfe.csv")
     samples.write_csv(path, PAIRS)
     source = sources.find(str(path))
-    assert len(validate_files.scan(source, tmp_path / "cache")) == 1
-    assert len(list(readers.records(source))) == len(PAIRS)
+    assert len(cache.fingerprint_files(source, tmp_path / "cache")) == 1
+    assert len(list(sources.records(source))) == len(PAIRS)
 
 
 @pytest.mark.parametrize("empty", ["csv", "jsonl-empty", "jsonl-null", "jsonl-missing"])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from trainer.config.batch_config import BatchConfig
+from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import (
     IGNORE_INDEX,
     PAD_ID,
@@ -14,7 +15,6 @@ from trainer.data.sampler import (
     step_batches,
     step_counts,
 )
-from trainer.data.token_dataset import TokenDataset
 
 EOS = PAD_ID  # these rows end with the id that pads them, as with GPT-2
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import data_helpers as samples
 from helpers.data_helpers import NO_TEMPLATES, PAIRS
 
-from trainer.data import hf_hub, hf_readers, readers, sources, validate_files
+from trainer.data import cache, hf_hub, readers, sources
 
 
 def test_every_file_format_gives_the_same_records(tmp_path):
@@ -93,11 +93,15 @@ def test_an_empty_file_is_refused(refusal_message, tmp_path, name):
         ("a.csv", "mr,ref\n", "a.csv: has a header but no row"),
         ("a.jsonl", "\n\n", "a.jsonl: holds no record"),
         ("a.json", "[ ]", "a.json: the list is empty"),
-        ("a.csv", "mr,mr\n1,2\n", "a.csv, line 1: the header names column 'mr' twice"),
+        ("a.csv", "mr,mr\n1,2\n", "a.csv: names column 'mr' twice"),
         ("a.csv", "mr,ref\n1,2\n1,2,3\n", "a.csv, row 2 (line 3): 3 fields where the header has 2"),
         ("a.csv", 'mr,ref\n1,"2\n2"\n1\n', "a.csv, row 2 (line 4): 1 fields where the header has 2"),
         ("a.tsv", "mr\tref\n1\t2\n1,2\n", "a.tsv, row 2 (line 3): 1 fields where the header has 2"),
-        ("a.csv", 'mr,ref\n1,2\n3,"4\n', "a.csv, row 2 (line 3): not CSV (the file ends within quotation marks)"),
+        (
+            "a.csv",
+            'mr,ref\n1,2\n3,"4\n',
+            "a.csv, row 2 (line 3): not CSV (unexpected end of data); look for a quotation mark",
+        ),
         ("a.csv", "mr,ref\n1,2\n3,\n", "a.csv, row 2 (line 3): column 'ref' is null or empty: fill it, drop the row"),
         ("a.csv", 'mr,ref\n"1\n1",2\n,4\n', "a.csv, row 2 (line 4): column 'mr' is null or empty"),
         ("a.jsonl", '{"mr": "1", "ref": "2"}\n{"mr": "1", "ref": null}\n', "a.jsonl, line 2: column 'ref' is null"),
@@ -108,6 +112,23 @@ def test_an_empty_file_is_refused(refusal_message, tmp_path, name):
         ("a.json", '[{"mr": "1", "ref": "2"}, {"mr": 1', "a.json, row 2: not JSON"),
         ("a.json", '[{"mr": "1", "ref": "2"}', "a.json, row 2: not JSON (the list is not closed)"),
         ("a.json", '[{"mr": "1", "ref": "2"}, 3]', "a.json, row 2: not an object"),
+        (
+            "a.json",
+            '[{"mr": "1", "ref": "2"}][{"mr": "3", "ref": "4"}]',
+            "row 2: not JSON (text follows the end of the",
+        ),
+        ("a.json", '[{"mr": "1", "ref": "2"} {"mr": "3", "ref": "4"}]', "a.json, row 2: not JSON (a comma is missing)"),
+        ("a.json", '[{"mr": "1", "ref": "2"},]', "a.json, row 2: not an object"),
+        ("a.json", '[{"mr": "1", "ref": "2"}, {"mr": "1", "mr": "2"}]', "a.json, row 2: the key 'mr' stands twice"),
+        (
+            "a.jsonl",
+            '{"mr": "1", "ref": "2"} {"mr": "3", "ref": "4"}\n',
+            "a.jsonl, line 1, character 25: not JSON (Extra",
+        ),
+        ("a.jsonl", '{"mr": "1", "ref": {"a": 1, "a": 2}}\n', "a.jsonl, line 1: the key 'a' stands twice in an object"),
+        ("a.jsonl", '{"mr": "1", "ref": 1e999}\n', "a.jsonl, line 1: the number 1e999 is larger than any float"),
+        ("a.jsonl", '{"mr": "1", "ref": -Infinity}\n', "a.jsonl, line 1: the number -Infinity is larger than any"),
+        ("a.csv", 'mr,ref\n1,"2"x\n', "a.csv, row 1 (line 2): not CSV (',' expected after '\"')"),
         ("a.parquet", "no parquet at all", "a.parquet: not a whole Parquet file"),
     ],
 )
@@ -120,9 +141,9 @@ def test_a_null_or_a_list_in_parquet_is_named_by_row(refusal_message, tmp_path):
     samples.write_parquet(tmp_path / "a.parquet", [*PAIRS, {"mr": "x", "ref": None}])
     assert "a.parquet, row 41: column 'ref' is null" in refusal_message("a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"mr": [], "ref": []}), tmp_path / "c.parquet")
-    assert "c.parquet: has columns but no row" in refusal_message("c.parquet")
+    assert "c.parquet: holds no record" in refusal_message("c.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays([[1], [2]], ["mr", "mr"]), tmp_path / "d.parquet")
-    assert "d.parquet: has column 'mr' twice; rename one" in refusal_message("d.parquet")
+    assert "d.parquet: names column 'mr' twice; rename one" in refusal_message("d.parquet")
     samples.write_parquet(tmp_path / "b.parquet", [{"mr": "x", "ref": [1]}])
     assert "b.parquet, row 1: column 'ref' holds a list" in refusal_message("b.parquet")
 
@@ -152,7 +173,7 @@ def test_a_character_cut_off_at_the_end_is_named(refusal_message, tmp_path):
 
 
 def test_a_line_too_long_to_hold_is_refused(refusal_message, tmp_path, monkeypatch):
-    monkeypatch.setattr(validate_files, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "a.txt").write_text("short\n" + "x" * (3 * 2**20))
     assert "a.txt, line 2: longer than 1 MB" in refusal_message("a.txt", **NO_TEMPLATES)
 
@@ -164,40 +185,40 @@ def test_blank_texts_only_are_refused(refusal_message, tmp_path):
 
 def test_a_file_that_changes_while_it_is_read_is_refused(refusal_message, tmp_path, monkeypatch):
     file = samples.write_csv(tmp_path / "a.csv", PAIRS)
-    whole = readers.records
+    whole = sources.records
 
     def growing(*args, **options):
         yield from whole(*args, **options)
         with open(file, "a") as opened:
             opened.write("more,rows\n")
 
-    monkeypatch.setattr(readers, "records", growing)
+    monkeypatch.setattr(sources, "records", growing)
     assert "--data a.csv: the file changed while it was read" in refusal_message("a.csv")
 
 
 def test_a_file_that_is_only_touched_is_not_refused(tmp_path):
     source = sources.find(str(samples.write_csv(tmp_path / "a.csv", PAIRS)))
-    facts = validate_files.scan(source, tmp_path)
+    facts = cache.fingerprint_files(source, tmp_path)
     os.utime(tmp_path / "a.csv", (1, 1))
-    assert validate_files.find_change(source, facts) is None
+    assert cache.find_change(source, facts) is None
     (tmp_path / "a.csv").unlink()
-    assert "changed while it was read" in str(validate_files.find_change(source, facts))
+    assert "changed while it was read" in str(cache.find_change(source, facts))
 
 
 def test_a_cached_file_hash_never_stands_for_other_contents(tmp_path, monkeypatch):
-    monkeypatch.setattr(validate_files, "SETTLE_SECONDS", -1.0)
+    monkeypatch.setattr(cache, "SETTLE_SECONDS", -1.0)
     path = samples.write_csv(tmp_path / "a.csv", PAIRS)
     source = sources.find(str(path))
-    before, stat = validate_files.scan(source, tmp_path / "cache"), path.stat()
-    assert validate_files.scan(source, tmp_path / "cache") == before
+    before, stat = cache.fingerprint_files(source, tmp_path / "cache"), path.stat()
+    assert cache.fingerprint_files(source, tmp_path / "cache") == before
     path.write_bytes(path.read_bytes().replace(b"name[7]", b"name[8]"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time
-    assert validate_files.scan(source, tmp_path / "cache")[0].sha256 != before[0].sha256
+    assert cache.fingerprint_files(source, tmp_path / "cache")[0].sha256 != before[0].sha256
 
 
 def test_the_hash_of_a_recently_changed_file_is_not_cached(tmp_path):
     source = sources.find(str(samples.write_csv(tmp_path / "a.csv", PAIRS)))
-    validate_files.scan(source, tmp_path / "cache")
+    cache.fingerprint_files(source, tmp_path / "cache")
     assert not list(tmp_path.glob("cache/files/*"))
 
 
@@ -229,12 +250,12 @@ def test_a_hub_data_set_gives_the_split_of_the_flag(monkeypatch, flag, split):
     stand_in = SimpleNamespace(load_dataset=lambda name, config_name: splits, config=config)
     monkeypatch.setattr(hf_hub, "import_datasets", lambda: stand_in)  # the hub itself cannot be asked in a test
     source = sources.find("some/name", flag)
-    assert [record["text"] for _, _, record in readers.records(source)] == [f"{split} {i}" for i in range(3)]
+    assert [record["text"] for _, _, record in sources.records(source)] == [f"{split} {i}" for i in range(3)]
     assert source.locate(None, "row 2") == "some/name, row 2"
 
 
 def test_reading_from_the_hub_prints_nothing(tmp_path, capfd):
     (tmp_path / "a.csv").write_text("a\n1\n")
     assert samples.read_records(tmp_path / "a.csv") == [{"a": "1"}]
-    assert hf_readers.import_datasets().logging.get_verbosity() > 40
+    assert hf_hub.import_datasets().logging.get_verbosity() > 40
     assert capfd.readouterr() == ("", "")

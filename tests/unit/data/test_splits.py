@@ -6,7 +6,7 @@ from helpers import data_helpers as samples
 from helpers.data_helpers import NO_TEMPLATES, PAIRS
 
 from trainer.config.errors import UserError
-from trainer.data import readers, sources
+from trainer.data import sources
 
 
 def find_splits(spec, val_data=None, test_data=None):
@@ -27,7 +27,7 @@ def test_a_folder_with_splits_takes_each_file_for_what_it_is_named(tmp_path, nam
         (tmp_path / name).parent.mkdir(exist_ok=True)
         samples.write_csv(tmp_path / name, [{"text": name}])
     splits = find_splits(tmp_path)
-    assert [[row["text"] for _, _, row in readers.records(splits[split])] for split in ("train", "val", "test")] == [
+    assert [[row["text"] for _, _, row in sources.records(splits[split])] for split in ("train", "val", "test")] == [
         [name] for name in names
     ]
     assert splits["train"].notices == (
@@ -83,7 +83,7 @@ def test_folders_of_save_to_disk_and_arrow_files_are_read(tmp_path):
     assert samples.read_records(tmp_path / "file.arrow") == PAIRS
     datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(str(tmp_path / "two"))
     splits = find_splits(tmp_path / "two")
-    assert {split: len(list(readers.records(source))) for split, source in splits.items()} == {"train": 40, "test": 1}
+    assert {split: len(list(sources.records(source))) for split, source in splits.items()} == {"train": 40, "test": 1}
     (tmp_path / "broken.arrow").write_bytes(b"no arrow")
     with pytest.raises(UserError, match=r"broken\.arrow: not a whole Arrow file"):
         samples.read_records(tmp_path / "broken.arrow")

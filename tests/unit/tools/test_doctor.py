@@ -18,8 +18,7 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
-from trainer.data.dataset import PreparedDataset
-from trainer.data.token_dataset import TokenDataset
+from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.distributed.process_group import simulated_context
 from trainer.tools.doctor import checks, doctor, rehearsal
 from trainer.tools.doctor.checks import LEVELS, format_bytes
@@ -115,6 +114,7 @@ def make_data(
 ) -> PreparedDataset:
     metadata: dict[str, Any] = {"vocabulary": 3000, "tokenizer": "x", "notices": ["one notice"]}
     metadata["equal_to_train"] = {"val": num_shared}
+    metadata["repeated_in_train"] = len(train) - len(set(map(tuple, train)))
     datasets = {"train": make_dataset(train, first), "val": make_dataset(val, first)}
     for split, dataset in datasets.items():
         metadata[split] = {
@@ -158,14 +158,6 @@ def test_doctor_finds_no_fault_in_sound_data(block):
 )
 def test_doctor_finds_every_fault_planted_in_the_data(what, level, data):
     assert worst_levels(checks.check_data(parse_settings("completion"), data))[what] == level
-
-
-def test_doctor_finds_repeated_texts_inside_blocks():
-    """Blocks cut texts anywhere; what stands between two ends of text is compared."""
-    texts = make_texts(40, 1, 29) + make_texts(3, 1, 29)
-    flat = [token for text in texts for token in [*text, 0]]
-    data = make_data([flat[at : at + 16] for at in range(0, len(flat) - 15, 16)], make_texts(1, 2))
-    assert checks.count_repeated_texts(data, is_blocks=True) == (2, 42), "the last text is cut off"
 
 
 # --- plan and memory ---

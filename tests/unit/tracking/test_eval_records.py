@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import folder_size
-from trainer.data.row_info import RowInfo
+from trainer.data.dataset import RowInfo
 from trainer.tracking.eval_records import (
     EVAL_RECORDS_FOLDER,
     EvalRecordsLogger,

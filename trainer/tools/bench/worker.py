@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from trainer.config import cli
 from trainer.config.choices import DEMO_MODEL
 from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset
-from trainer.data.token_dataset import TokenDataset
+from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model import cpu_attention, lora, loss
 from trainer.model.build import load_config

@@ -8,7 +8,6 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,23 +265,13 @@ def check_data(settings: Settings, data: PreparedDataset) -> Iterator[Check]:
         f"{num_shared:,} of {val['records']:,} validation records also stand in the training data",
         "drop them from one side: the validation loss partly measures memorization",
     )
-    if not is_blocks or data.metadata["tokenizer"] is not None:  # else nothing says where a text ends
-        num_repeated, num_texts = count_repeated_texts(data, is_blocks=is_blocks)
-        message = f"{num_repeated:,} of {num_texts:,} training texts are repeats"
-        is_bad = num_repeated > MAX_REPEATED_SHARE * num_texts
-        yield judge(is_bad, WARNING, "repeats", message, "drop them, unless their weight is meant")
+    num_repeated, num_records = data.metadata["repeated_in_train"], data.metadata["train"]["records"]
+    message = f"{num_repeated:,} of {num_records:,} training records are repeats"
+    is_bad = num_repeated > MAX_REPEATED_SHARE * num_records
+    yield judge(is_bad, WARNING, "repeats", message, "drop them, unless their weight is meant")
     yield from check_targets(data)
     for notice in data.metadata.get("notices", []):
         yield Check(OK, "note", notice)
-
-
-def count_repeated_texts(data: PreparedDataset, *, is_blocks: bool) -> tuple[int, int]:
-    """(training texts that stand there once more, all texts), by their token ids; blocks cut texts anywhere, so what
-    stands between two ends of text is one."""
-    ids = data.train.ids[:MAX_TOKENS_SCANNED]
-    ends = np.flatnonzero(ids == data.pad_id) + 1 if is_blocks else data.train.offsets[1:]
-    texts = [hash(ids[start:end].tobytes()) for start, end in pairwise([0, *ends[ends <= len(ids)]])]
-    return len(texts) - len(set(texts)), len(texts)
 
 
 def check_targets(data: PreparedDataset) -> Iterator[Check]:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
-from trainer.data.dataset import prepare
+from trainer.data.prepare import prepare
 from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.model.build import build_model, get_max_positions, load_config
 from trainer.tools.doctor import checks

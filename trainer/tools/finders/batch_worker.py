@@ -12,9 +12,8 @@ import torch
 
 from trainer.config.batch_config import BatchConfig
 from trainer.config.settings import Settings
-from trainer.data.dataset import load
+from trainer.data.dataset import TokenDataset, load
 from trainer.data.sampler import GlobalBatch, step_batches, step_counts
-from trainer.data.token_dataset import TokenDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.tools.trial_engine import start_trial
