@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def plan(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser) -> None:
     """Print the plan; write the rule of the study, or check that it is that of the one that goes on."""
-    from trainer.report.margin import parse_margin
+    from trainer.report.judge import parse_margin
     from trainer.tools.study import planning, rule, trials
 
     slots = trials.make_slots(args.workers, args.gpus_per_trial)
@@ -134,7 +134,7 @@ def plan(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser
 def run(args: argparse.Namespace) -> int:
     """Work on the study, then answer."""
     from trainer.report.compare_cli import REFUSED_EXIT_CODE, print_verdict
-    from trainer.report.write import write_report
+    from trainer.report.page import write_report
     from trainer.tools.study import answer
     from trainer.tools.study.finalist_timing import time_finalists
     from trainer.tools.study.study import Study, live_table

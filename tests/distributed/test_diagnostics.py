@@ -26,10 +26,9 @@ from helpers.tiny_inputs import tiny_argv, write_records
 from trainer.config.errors import TrainingError
 from trainer.export.model_card import render_model_card
 from trainer.export.verify import VerificationResult
-from trainer.report.comparison import compare
-from trainer.report.load import load_runs
-from trainer.report.wandb_runs import WandbRun, collect_rows, to_run_data
-from trainer.report.write import write_report
+from trainer.report.load import build_wandb_run, collect_wandb_rows, load_runs
+from trainer.report.page import write_report
+from trainer.report.tables import compare
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_summary
 from trainer.training.diagnostics import DiagnosticsMonitor
@@ -416,8 +415,7 @@ def test_the_comparison_and_the_model_card_show_the_diagnostics_of_runs(tmp_path
     history = [{"_step": 0, "val/loss": 2.0, "epoch": 0.0}]
     config = wandb_config(make_run_metadata("full"))
     summary = {**summary, "wall_seconds": 1.0}
-    wandb_run = WandbRun(config=config, summary=summary, exit_code=0)
-    run = to_run_data("w", wandb_run, collect_rows(history))
+    run = build_wandb_run("w", config, summary, 0, collect_wandb_rows(history))
     assert run.diagnostics == ((0, event.message),), "from W&B, too, where the summary keeps no step"
     metadata = make_run_metadata("full", model__init="pretrained", not_comparable_with_card=[])
     card = render_model_card(metadata, [event], VerificationResult(), step=720)

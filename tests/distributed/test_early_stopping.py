@@ -22,7 +22,7 @@ from trainer.data.dataset import load
 from trainer.distributed.engine import StepResult
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import load_config
-from trainer.report.run_folder import read_folder
+from trainer.report.run_data import read_folder
 from trainer.tracking.jsonl import rewind
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepRecord, to_line
 from trainer.training import checkpoint, loop

@@ -27,9 +27,9 @@ from trainer.data.dataset import PreparedDataset
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer
 from trainer.model.build import build_model, load_config
-from trainer.report.comparison import compare
 from trainer.report.load import load_runs
-from trainer.report.write import write_report
+from trainer.report.page import write_report
+from trainer.report.tables import compare
 from trainer.tracking.records import EvalRecord, EventRecord
 from trainer.tracking.wandb_logger import WandbLogger
 from trainer.training import text_metrics

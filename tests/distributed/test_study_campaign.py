@@ -14,7 +14,7 @@ import pytest
 from helpers.study_rules import make_candidate, make_trial
 from helpers.study_rules import make_rule as make_study_rule
 
-from trainer.report.paired_interval import paired_interval
+from trainer.report.interval import paired_interval
 from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, TrialSpec
 from trainer.tools.study.trials import final_loss, make_slots, start_run, trial_argv

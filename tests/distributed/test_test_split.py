@@ -9,7 +9,7 @@ import pytest
 from helpers.launch_ranks import train
 from helpers.tiny_inputs import TEMPLATE_FLAGS
 
-from trainer.report.run_folder import read_folder
+from trainer.report.run_data import read_folder
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations, token_mean
 
 

@@ -23,12 +23,11 @@ from helpers.fake_wandb import ENTITY, FakeWandb, child_env
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import reference
-from trainer.report import comparability, run_records
-from trainer.report.load import load_runs
-from trainer.report.run_data import RunData, RunReadError
-from trainer.report.run_folder import read_folder
-from trainer.report.wandb_reference import REFERENCE_RUN_ID
-from trainer.report.wandb_runs import is_wandb_path, metadata_from_config, read_offline
+from trainer.report import run_data
+from trainer.report.comparable import comparison_blockers, reference_blockers
+from trainer.report.load import is_wandb_path, load_runs, metadata_from_config, read_offline
+from trainer.report.run_data import RunData, RunReadError, read_folder
+from trainer.report.wandb_report import REFERENCE_RUN_ID
 from trainer.tracking.records import EventRecord, to_line
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "compare.py"
@@ -99,9 +98,9 @@ def test_an_offline_wandb_folder_reads_as_the_run_folder_does(offline_run_dir: P
     assert (theirs.run_id, theirs.name, theirs.mode, theirs.state) == (ours.run_id, ours.name, ours.mode, "finished")
     assert theirs.summary == ours.summary
     assert theirs.forgetting == ours.forgetting == 0.25
-    assert comparability.comparison_blockers(ours, theirs) == []
+    assert comparison_blockers(ours, theirs) == []
     assert {**theirs.metadata, "wandb": None} == {**ours.metadata, "wandb": None}
-    assert comparability.reference_blockers(theirs) == comparability.reference_blockers(ours)
+    assert reference_blockers(theirs) == reference_blockers(ours)
 
 
 def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: Path, monkeypatch) -> None:
@@ -116,8 +115,8 @@ def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: P
     run = read_offline("x", [file])
     assert dict(zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True)) == theirs
     assert len(run.steps["step"]) == sum("train/loss" in item for item in items) == 90
-    monkeypatch.setattr(run_records, "MAX_STEP_ROWS", 25)  # of a long run it keeps as much as of a short one
-    monkeypatch.setattr(run_records, "PORTION_BYTES", 8_000)
+    monkeypatch.setattr(run_data, "MAX_STEP_ROWS", 25)  # of a long run it keeps as much as of a short one
+    monkeypatch.setattr(run_data, "PORTION_BYTES", 8_000)
     assert len(read_offline("x", [file]).steps["step"]) <= 30
 
 
@@ -215,7 +214,8 @@ def test_reading_from_wandb_without_a_login_is_refused_without_a_prompt(run_comp
 SAVE_REPORT_CODE = """
 import sys
 from pathlib import Path
-from trainer.report.comparison import compare
+from trainer.report.tables import compare
+from trainer.report.comparable import comparison_blockers, reference_blockers
 from trainer.report.load import load_runs
 from trainer.report.wandb_report import save_report
 found = compare(*load_runs(["full", "lora"]))

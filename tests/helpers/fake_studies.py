@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder, write_eval_records
-from trainer.report.margin import Margin
-from trainer.report.options import ComparisonOptions
-from trainer.report.run_data import RunData
-from trainer.report.run_folder import read_folder
-from trainer.report.seed_groups import group_by_seed
-from trainer.report.verdict import Verdict, build_verdict
+from trainer.report.comparable import group_by_seed
+from trainer.report.judge import ComparisonOptions, Margin
+from trainer.report.run_data import RunData, read_folder
+from trainer.report.sentence import Verdict, build_verdict
 
 TARGETS = np.random.default_rng(1).integers(5, 60, 120)
 GPU = {"resolved__device": "cuda", "hardware__gpu": "H100", "hardware__gpus": 1}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.report.margin import Margin
+from trainer.report.judge import Margin
 from trainer.tools.study.rule import Rule, plan_rungs
 from trainer.tools.study.search import Candidate, TrialSpec
 

@@ -38,6 +38,7 @@ DOORS = {
     "yaml": {"config"},
     "wandb_workspaces": {"report"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "sacrebleu": {"training/text_metrics"},
     "rouge_score": {"training/text_metrics"},
 }

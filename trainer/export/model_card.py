@@ -8,9 +8,9 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import escape_controls
+from trainer.config.text import escape_markdown
 from trainer.export.folder import is_hub_id, public_name
 from trainer.export.verify import QUANTIZATION_FILE, VerificationResult
-from trainer.report.markdown import escape
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, perplexity
 from trainer.training.lr_schedule import describe_schedule
 
@@ -112,7 +112,7 @@ def render_model_card(
 
 def _plain(text: str) -> str:
     """Text as Markdown shows it unchanged."""
-    return escape(escape_controls(text))
+    return escape_markdown(escape_controls(text))
 
 
 def _code(text: str) -> str:

@@ -1,16 +1,41 @@
-"""The runs that a command line names, each read from where it lies; what cannot be read is said, not raised."""
+"""The runs that a command line names, each read from its folder, an offline W&B folder or the W&B server.
+
+What cannot be read is one line (`LoadProblem`), not an exception. wandb is imported only when a run there is named.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.report.run_data import RunData, RunReadError, escape_control
-from trainer.report.run_folder import read_folder
-from trainer.report.wandb_runs import is_wandb_path, offline_files, read_offline, read_online
+from trainer.config.errors import UserError
+from trainer.config.run_metadata import check_run_metadata
+from trainer.report.run_data import (
+    ROW_CLASSES,
+    RunData,
+    RunReadError,
+    RunRows,
+    build_run,
+    escape_control,
+    read_folder,
+    split_rows,
+    to_float,
+    to_series,
+)
+from trainer.tracking.records import EventRecord
+from trainer.tracking.wandb_file import WandbFile
+from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
+
+WANDB_ROW_BYTES = 800  # of a row of W&B in memory, about
+API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class LoadProblem:
     """One line on a run that is not, or not wholly, in the comparison."""
 
@@ -28,44 +53,171 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
     problems: list[LoadProblem] = []
     for source in sources:
         try:
-            run = load_run(source)
-            duplicate = next((loaded_run for loaded_run in runs if loaded_run.run_id == run.run_id), None)
-            if duplicate is not None:
-                raise RunReadError(f"same run id as {duplicate.source} ({run.run_id}): the same run, or a copy of it")
+            path = Path(source)
+            if (path / "run.json").exists() or (path / "metrics.jsonl").exists():
+                run = read_folder(path)
+            elif path.exists():
+                run = read_offline(source, offline_files(path))
+            elif is_wandb_path(source):
+                run = read_online(source)
+            else:
+                raise RunReadError(
+                    "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id"
+                )
+            for other in runs:
+                if other.run_id == run.run_id:
+                    raise RunReadError(f"same run id as {other.source} ({run.run_id}): the same run, or a copy of it")
         except RunReadError as error:
             problems.append(LoadProblem(source, f"{error}; left out", is_excluded=True))
             continue
         runs.append(run)
         problems += [LoadProblem(source, note, is_excluded=False) for note in run.notes]
-    return disambiguate_names(runs), problems
-
-
-def load_run(source: str) -> RunData:
-    """The run of a run folder, a W&B file or folder, or a path on the W&B server; RunReadError where there is none."""
-    path = Path(source)
-    if (path / "run.json").exists() or (path / "metrics.jsonl").exists():
-        return read_folder(path)
-    if path.exists():
-        files = offline_files(path)
-        if not files:
-            raise RunReadError("holds neither run.json and metrics.jsonl nor a W&B run")
-        return read_offline(source, files)
-    if not is_wandb_path(source):
-        raise RunReadError("no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id")
-    return read_online(source)
-
-
-def disambiguate_names(runs: list[RunData]) -> list[RunData]:
-    """The runs, those that share a name told apart by their seed, or by their id where a seed is there twice."""
     seeds: dict[str, list[Any]] = {}
     for run in runs:
         seeds.setdefault(run.name, []).append(run.get("settings.train.seed"))
+    for index, run in enumerate(runs):  # runs of one name are told apart by their seed, or by their id
+        if len(seeds[run.name]) > 1:
+            has_own_seed = len(set(seeds[run.name])) == len(seeds[run.name])
+            suffix = f"seed {run.get('settings.train.seed')}" if has_own_seed else run.run_id
+            runs[index] = dataclasses.replace(run, name=f"{run.name} ({suffix})")
+    return runs, problems
 
-    def unique_name(run: RunData) -> str:
-        seeds_of_name = seeds[run.name]
-        if len(seeds_of_name) == 1:
-            return run.name
-        are_distinct = len(set(seeds_of_name)) == len(seeds_of_name)
-        return f"{run.name} (seed {run.get('settings.train.seed')})" if are_distinct else f"{run.name} ({run.run_id})"
 
-    return [dataclasses.replace(run, name=unique_name(run)) for run in runs]
+# --- Weights & Biases ---
+
+
+def is_wandb_path(text: str) -> bool:
+    """Whether `text` reads as entity/project/run_id."""
+    return re.fullmatch(r"[\w.-]+/[\w. -]+/[\w.-]+", text) is not None and not text.startswith(".")
+
+
+def offline_files(path: Path) -> list[Path]:
+    """The .wandb files that `path` stands for, oldest first: itself, one offline folder, or a folder of such."""
+    if path.is_file():
+        return [path] if path.suffix == ".wandb" else []
+    return sorted(path.glob("run-*.wandb")) or sorted(
+        path.glob("*run-*/run-*.wandb"), key=lambda file: file.parent.name
+    )
+
+
+def read_offline(source: str, files: list[Path]) -> RunData:
+    """The run of `files`, parts of one run in order of time; RunReadError where they hold several runs or none."""
+    if not files:
+        raise RunReadError("holds neither run.json and metrics.jsonl nor a W&B run")
+    ids = list(dict.fromkeys(file.stem.removeprefix("run-") for file in files))
+    if len(ids) > 1:
+        raise RunReadError(f"holds {len(ids)} W&B runs ({', '.join(ids[:5])}); name one of their folders")
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    exit_code: int | None = None
+    is_truncated = False
+
+    def iter_history() -> Iterator[dict[str, Any]]:
+        nonlocal exit_code, is_truncated
+        for path in files:
+            file, exit_code = WandbFile(path), None
+            for record in file:
+                content = record.get(record["type"], {})
+                if record["type"] == "history":  # numbers that JSON does not know come as texts
+                    yield {
+                        key: float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+                        for key, value in content["item"].items()
+                    }
+                elif record["type"] == "run":
+                    config.update(content.get("config", {}).get("update", {}))
+                elif record["type"] == "config":
+                    config.update(content.get("update", {}))
+                elif record["type"] == "summary":
+                    summary.update(content.get("update", {}))
+                elif record["type"] == "exit":
+                    exit_code = content.get("exit_code", 0)
+            is_truncated |= file.is_truncated
+
+    try:
+        rows = collect_wandb_rows(iter_history())
+    except ValueError as error:
+        raise RunReadError(str(error)) from error
+    if not config:
+        raise RunReadError("the .wandb file holds no run (a killed process leaves it empty)")
+    if is_truncated:
+        rows.notes.append("the end of its .wandb file was cut off and is left out")
+    age_seconds = time.time() - max(file.stat().st_mtime for file in files)
+    return build_wandb_run(source, config, summary, exit_code, rows, age_seconds)
+
+
+def read_online(path: str) -> RunData:
+    """The run at entity/project/run_id on the server; RunReadError where it cannot be had. Asks for no login."""
+    from trainer.tracking.wandb_environment import is_logged_in
+
+    if not is_logged_in():
+        raise RunReadError("no such folder; and to read it from W&B, run `wandb login` or set WANDB_API_KEY first")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    try:
+        run = wandb.Api(timeout=API_TIMEOUT_SECONDS).run(path)
+        rows = collect_wandb_rows(run.scan_history())
+        summary = dict(run.summary_metrics)
+    except Exception as error:  # whatever the client raises: this run cannot be had, others may
+        raise RunReadError(f"W&B does not give it: {' '.join(str(error).split())[:200]}") from error
+    exit_code = {"finished": 0, "running": None}.get(run.state, 1)
+    return build_wandb_run(path, run.config, summary, exit_code, rows)
+
+
+def collect_wandb_rows(history: Iterable[Mapping[str, Any]]) -> RunRows:
+    """Rows of W&B by kind; `train/*` and `val/*` of one step may share a row or have their own."""
+    rows, start_time = RunRows(), math.nan
+    for portion in split_rows(history, lambda row: WANDB_ROW_BYTES):
+        if math.isnan(start_time):
+            times = (to_float(row.get("_timestamp")) for row in portion)
+            start_time = min(filter(math.isfinite, times), default=math.nan)
+        for kind, row_class in ROW_CLASSES.items():
+            keys = COLUMNS[row_class]
+            shared_keys = {"_step": "step", "_timestamp": "time"} | {axis: axis for axis in AXES}
+            series = to_series(
+                (
+                    {column: row.get(key) for key, column in (shared_keys | keys).items()}
+                    for row in portion
+                    if any(row.get(key) is not None for key in keys)
+                ),
+                kind,
+            )
+            series["time"] -= start_time
+            rows.add(kind, series)
+    return rows
+
+
+def build_wandb_run(
+    source: str,
+    config: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    exit_code: int | None,  #: None while it goes on
+    rows: RunRows,
+    age_seconds: float = 0.0,
+) -> RunData:
+    """The run as the report sees it; RunReadError where another program logged it, or it has no row."""
+    for key, value in summary.items():
+        if key.startswith("event/diagnosis/"):  # of which the summary keeps no step
+            rows.events.append(EventRecord(event="diagnosis", step=0, message=str(value), time=0.0))
+    for key in RETAIN_KEYS:
+        if key in summary:
+            loss = {"loss": summary[key]}
+            rows.events.append(EventRecord(event="retain_evaluation", step=0, message="", time=0.0, facts=loss))
+    if exit_code == 0:
+        facts = {key: value for key, value in summary.items() if not re.search("^_|/", key) and key not in AXES}
+        rows.events.append(EventRecord(event="finished", step=0, message="", time=0.0, facts=facts))
+    return build_run(source, metadata_from_config(config), rows, math.inf if exit_code else age_seconds)
+
+
+def metadata_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """run.json again, from the W&B config that carries it; RunReadError where another program logged the run."""
+    metadata = config.get("run")
+    if isinstance(metadata, Mapping):
+        try:
+            return check_run_metadata(dict(metadata), source="`run` of its W&B config")
+        except UserError as error:
+            raise RunReadError(str(error)) from error
+    if config.get("mode") == "card":
+        raise RunReadError("is the card itself, which every comparison holds already")
+    raise RunReadError("was logged by another program: its W&B config has no `run`")

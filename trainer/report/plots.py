@@ -9,117 +9,88 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.config import reference
 from trainer.config.files import write_atomically
-from trainer.report.comparability import comparison_blockers
-from trainer.report.options import RateCurve
-from trainer.report.plot_axes import (
-    COLOURS,
-    LOWEST_TITLE,
-    RATES_TITLE,
-    Curve,
-    PlotSpec,
-    add_legend,
-    draw_lowest,
-    draw_plot,
-    draw_rates,
-    rate_curves,
-)
+from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers, reference_blockers
+from trainer.report.judge import FullVsLora, RateCurve
 from trainer.report.run_data import RunData
-from trainer.report.seed_groups import MODE_NAMES, SeedGroup
-from trainer.report.verdict import Verdict
+from trainer.report.sentence import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: every colour a figure may hold, and the CSS variable that takes its place in the HTML
+COLOURS = {"full": "#0072b2", "lora": "#d55e00", "card": "#767676"}  # light ground
+DASHES: dict[str, Any] = {"full": "-", "lora": (0, (5, 2)), "card": (0, (2, 1.6))}
+MORE_DASHES: tuple[Any, ...] = ((0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = {"full": "o", "lora": "D", "card": "s"}
 TEXT_COLOUR, GRID_COLOUR = "#222223", "#dadadb"
-CSS_VARIABLES = {
-    **{colour: f"--{name}" for name, colour in COLOURS.items()},
-    TEXT_COLOUR: "--ink",
-    GRID_COLOUR: "--faint",
-}
+#: every colour a figure may hold, and the CSS variable that takes its place in the HTML
+CSS_VARIABLES = {**{colour: f"--{name}" for name, colour in COLOURS.items()}}
+CSS_VARIABLES |= {TEXT_COLOUR: "--ink", GRID_COLOUR: "--faint"}
 PNG_DPI = 120
 PLOT_SIZE_INCHES = (4.5, 3.4)  # of one plot, so that its text is still legible on a phone
 PICTURE_SIZE_INCHES = (4.8, 3.6)  # of the first one
+MAX_LINES_NAMED = 4  # groups of a mode that the legend names one by one
+MAX_POINTS_PER_LINE = 300  # of one line
+MAX_POINTS_PER_PLOT = 4_000  # of one plot
+LOSS_LABEL = "loss (nats per token)"
+RATES_TITLE = "Loss by learning rate"
+LOWEST_TITLE = "Lowest validation loss of any setting, by step"
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
-def _step_curve(x: str, y: str) -> Callable[[RunData], Curve]:
-    return lambda run: (run.steps[x], run.steps[y])
+class PlotSpec(NamedTuple):
+    """One plot: which columns of which rows are drawn against one another, and how the axes read."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: str  #: rows of a run: steps or evals; "" for one point a run on a logarithmic x axis
+    x: str
+    y: str
+    reference_column: str = ""  #: of the card's curve, which lies by epoch
+
+    def curve(self, run: RunData) -> Curve:
+        """What is drawn of a run."""
+        if not self.series:
+            loss = run.best_eval["loss"] if run.best_eval else np.nan
+            return np.array([float(run.get("model.trainable") or np.nan)]), np.array([loss])
+        rows = getattr(run, self.series)
+        return rows[self.x], rows[self.y]
 
 
-def _reference_curve(column: str) -> Curve:
-    epochs = np.array([float(row.epoch) for row in reference.CURVE])
-    return epochs, np.array([getattr(row, column) for row in reference.CURVE])
-
-
-def _trainable_and_loss(run: RunData) -> Curve:
-    loss = run.best_eval["loss"] if run.best_eval else np.nan
-    return np.array([float(run.get("model.trainable") or np.nan)]), np.array([loss])
-
-
-LOSS_PLOT = PlotSpec(
-    name="val_loss",
-    title="Validation loss by epoch",
-    x_label="epoch",
-    y_label="loss (nats per token)",
-    curve=lambda run: (run.evals["epoch"], run.evals["loss"]),
-    reference_curve=_reference_curve("val_loss"),
-    has_markers=True,
-    shows_end_value=True,
-)
+LOSS_PLOT = PlotSpec("val_loss", "Validation loss by epoch", "epoch", LOSS_LABEL, "evals", "epoch", "loss", "val_loss")
 PLOTS = (
     LOSS_PLOT,
+    PlotSpec("train_loss", "Train loss by epoch", "epoch", LOSS_LABEL, "steps", "epoch", "loss", "train_loss"),
+    PlotSpec("train_loss_tokens", "Train loss by tokens", "tokens seen", LOSS_LABEL, "steps", "tokens", "loss"),
+    PlotSpec("lr", "Learning rate", "epoch", "learning rate", "steps", "epoch", "lr"),
     PlotSpec(
-        name="train_loss",
-        title="Train loss by epoch",
-        x_label="epoch",
-        y_label="loss (nats per token)",
-        curve=_step_curve("epoch", "loss"),
-        reference_curve=_reference_curve("train_loss"),
+        "grad_norm", "Gradient norm before clipping", "epoch", "L2 norm of the gradient", "steps", "epoch", "grad_norm"
     ),
+    PlotSpec("tokens_per_second", "Speed", "epoch", "tokens per second", "steps", "epoch", "tokens_per_second"),
     PlotSpec(
-        name="train_loss_tokens",
-        title="Train loss by tokens",
-        x_label="tokens seen",
-        y_label="loss (nats per token)",
-        curve=_step_curve("tokens", "loss"),
-    ),
-    PlotSpec(
-        name="lr", title="Learning rate", x_label="epoch", y_label="learning rate", curve=_step_curve("epoch", "lr")
-    ),
-    PlotSpec(
-        name="grad_norm",
-        title="Gradient norm before clipping",
-        x_label="epoch",
-        y_label="L2 norm of the gradient",
-        curve=_step_curve("epoch", "grad_norm"),
-        log_y=True,
-    ),
-    PlotSpec(
-        name="tokens_per_second",
-        title="Speed",
-        x_label="epoch",
-        y_label="tokens per second",
-        curve=_step_curve("epoch", "tokens_per_second"),
-    ),
-    PlotSpec(
-        name="parameters",
-        title="Best validation loss by trainable parameters",
-        x_label="trainable parameters",
-        y_label="best loss (nats per token)",
-        curve=_trainable_and_loss,
-        is_scatter=True,
+        "parameters",
+        "Best validation loss by trainable parameters",
+        "trainable parameters",
+        "best loss (nats per token)",
+        "",
+        "",
+        "",
     ),
 )
+
+
+# --- files, and SVG for the page ---
 
 
 def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: Path) -> None:
@@ -147,24 +118,32 @@ def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference
         full_run = pair.full.runs[0]
         curves = rate_curves([group for group in groups if not comparison_blockers(group.runs[0], full_run)])
     if pair is None or max((len(curve.losses) for curve in curves), default=0) < 2:
-        plot = partial(draw_plot, plot=LOSS_PLOT, groups=groups, with_reference=with_reference)
-        return LOSS_PLOT.title, _render_svg(plot, "picture", LOSS_PLOT.title, PICTURE_SIZE_INCHES)
-    picture = partial(draw_rates, curves=curves, pair=pair)
-    return RATES_TITLE, _render_svg(picture, "picture", RATES_TITLE, PICTURE_SIZE_INCHES)
+        title = LOSS_PLOT.title
+        svg = _render_svg(
+            lambda axis: draw_plot(axis, LOSS_PLOT, groups, with_reference), "picture", title, PICTURE_SIZE_INCHES
+        )
+        return title, svg
+    svg = _render_svg(lambda axis: draw_rates(axis, curves, pair), "picture", RATES_TITLE, PICTURE_SIZE_INCHES)
+    return RATES_TITLE, svg
 
 
 def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple[str, str]]:
     """(title, SVG) of each plot for one HTML page: its colours are CSS variables, its ids its own."""
-    pictures: list[tuple[str, str, Callable[[Axes], None]]] = [
-        (plot.name, plot.title, partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference))
-        for plot in PLOTS
-    ]
+    svgs = []
     if any(len({group.lr for group in groups if group.mode == mode}) > 1 for mode in MODE_NAMES):
-        pictures.insert(0, ("lowest", LOWEST_TITLE, partial(draw_lowest, groups=groups)))
-    return [(title, _render_svg(draw, name, title, PLOT_SIZE_INCHES)) for name, title, draw in pictures]
+        svg = _render_svg(lambda axis: draw_lowest(axis, groups), "lowest", LOWEST_TITLE, PLOT_SIZE_INCHES)
+        svgs.append((LOWEST_TITLE, svg))
+    for plot in PLOTS:
+
+        def draw(axis: "Axes", plot: PlotSpec = plot) -> None:
+            draw_plot(axis, plot, groups, with_reference)
+
+        svgs.append((plot.title, _render_svg(draw, plot.name, plot.title, PLOT_SIZE_INCHES)))
+    return svgs
 
 
 def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tuple[float, float]) -> str:
+    """The <svg> element alone, scaled by its container, with CSS variables for colours and ids that no other has."""
     with styled_figure(size, facecolor="none") as figure:
         axis = figure.subplots()
         draw(axis)
@@ -172,7 +151,48 @@ def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tup
         add_legend(figure, [axis])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _adapt_svg_for_html(buffer.getvalue(), name, title)
+    svg = buffer.getvalue()
+    opening, rest = svg[svg.index("<svg") :].split(">", 1)
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    svg = opening.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1) + ">" + rest
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
+    for colour, variable in CSS_VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def plot_lr_range_test(
+    path: Path,
+    *,
+    mode: str,
+    lrs: Sequence[float],
+    losses: Sequence[float],
+    smoothed_losses: Sequence[float],
+    suggested_lr: float | None,
+    name: str,
+) -> None:
+    """Write a PNG: losses of the steps as dots, smoothed as a line, the suggested rate as an upright line."""
+    with styled_figure((1.4 * PLOT_SIZE_INCHES[0], 1.2 * PLOT_SIZE_INCHES[1])) as figure:
+        axis = figure.subplots()
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the page's style draws no formulas
+        axis.plot(lrs, losses, ".", color=TEXT_COLOUR, alpha=0.3, markersize=4)
+        axis.plot(lrs, smoothed_losses, "-", color=COLOURS[mode], linewidth=2)
+        if smoothed_losses:
+            min_loss, first_loss = min(*smoothed_losses, *losses), smoothed_losses[0]
+            loss_range = max(first_loss - min_loss, 0.1 * first_loss)
+            # what diverges leaves the picture
+            axis.set_ylim(min_loss - 0.1 * loss_range, first_loss + 0.8 * loss_range)
+        if suggested_lr is not None:
+            axis.axvline(suggested_lr, color=TEXT_COLOUR, linestyle="--", linewidth=1)
+            axis.text(suggested_lr, 0.02, f" {suggested_lr:g}", transform=axis.get_xaxis_transform(), va="bottom")
+        title = f"Learning-rate range test: {name}"
+        axis.set(title=title, xlabel="learning rate", ylabel="train loss (nats per token)")
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=PNG_DPI)
+    write_atomically(path, png.getvalue())
 
 
 @contextlib.contextmanager
@@ -208,15 +228,209 @@ def styled_figure(size: tuple[float, float], facecolor: str = "white") -> "Itera
         yield Figure(figsize=size, facecolor=facecolor, layout="constrained")
 
 
-def _adapt_svg_for_html(svg: str, name: str, title: str) -> str:
-    """The <svg> element alone, scaled by its container, with CSS variables for colours and ids that no other has."""
-    svg = svg[svg.index("<svg") :]
-    opening, rest = svg.split(">", 1)
-    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    svg = opening.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1) + ">" + rest
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
-    for colour, variable in CSS_VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg
+# --- one plot ---
+
+
+def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_reference: bool) -> None:
+    """Draw `plot` of all groups on `axis`, and the card where a group is comparable with it; lines have names.
+
+    Groups of a mode differ by their dashes; many of them share one name in the legend, at the first.
+    """
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    is_scatter, is_loss_plot = not plot.series, plot.name == LOSS_PLOT.name
+    axis.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
+    num_runs = sum(len(group.runs) for group in groups)
+    for mode in MODE_NAMES:
+        members = [group for group in groups if group.mode == mode]
+        dashes = [DASHES[mode], *MORE_DASHES] if len(members) <= MAX_LINES_NAMED else [DASHES[mode]]
+        for number, group in enumerate(members):
+            curves = [downsample(*plot.curve(run), _max_points(num_runs)) for run in group.runs]
+            curves = [(x, y) for x, y in curves if len(x)]
+            if len(members) > MAX_LINES_NAMED:
+                num_mode_runs = sum(len(group.runs) for group in members)
+                name = f"{MODE_NAMES[mode]}, {num_mode_runs} runs" if number == 0 else None
+            else:
+                name = group.label + (f", n = {len(curves)}" if len(curves) > 1 else "")
+                if is_loss_plot and len({round(float(x[-1]), 6) for x, _ in curves}) == 1:  # all end at one place
+                    name += f": {np.mean([y[-1] for _, y in curves]):.4f}"
+            for i, (x, y) in enumerate(curves):
+                axis.plot(
+                    x,
+                    y,
+                    color=COLOURS[mode],
+                    linestyle="none" if is_scatter else dashes[number % len(dashes)],
+                    linewidth=1.6 if num_runs <= 6 else 0.8,
+                    alpha=1.0 if num_runs <= 6 else 0.6,
+                    marker=MARKERS[mode] if is_scatter or (is_loss_plot and len(x) <= 30) else None,
+                    markersize=6 if is_scatter else 3,
+                    label=name if i == 0 else None,
+                )
+    if with_reference and plot.reference_column and is_reference_comparable(groups):
+        losses = [getattr(row, plot.reference_column) for row in reference.CURVE]
+        axis.plot(
+            [float(row.epoch) for row in reference.CURVE],
+            losses,
+            color=COLOURS["card"],
+            linestyle=DASHES["card"],
+            linewidth=1.6,
+            marker="s",
+            markersize=3,
+            label=f"card: {losses[-1]:.4f}" if is_loss_plot else "card",
+        )
+    if plot.name == "grad_norm" and _needs_log_scale(axis):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    if is_scatter:
+        axis.set_xscale("log")
+        axis.margins(x=0.15, y=0.15)
+    # few ticks, whole epochs where there are several, and plain numbers without an offset
+    is_count = is_scatter or plot.x == "tokens"
+    if not is_scatter:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=not is_count and axis.get_xlim()[1] > 1.5))
+    if is_count:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    _format_y_ticks(axis)
+
+
+def is_reference_comparable(groups: Sequence[SeedGroup]) -> bool:
+    """Whether a run may be held against the card: else its axes would squeeze the curves for nothing."""
+    return any(not reference_blockers(run) for group in groups for run in group.runs)
+
+
+def rate_curves(groups: Sequence[SeedGroup]) -> tuple[RateCurve, ...]:
+    """Each mode's lowest validation loss at each rate, of runs of any settings."""
+    curves = []
+    for mode in MODE_NAMES:
+        lowest: dict[float, float] = {}
+        for group in (group for group in groups if group.mode == mode and group.finished_runs):
+            lowest[group.lr] = min(group.best_loss, lowest.get(group.lr, np.inf))
+        curves += [RateCurve(mode=mode, losses=dict(sorted(lowest.items())))] if lowest else []
+    return tuple(curves)
+
+
+def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> None:
+    """Validation loss against learning rate, a line a mode and length of run; the chosen points ringed.
+
+    The interval stands at LoRA's chosen rate: full's loss there and the interval of the difference.
+    """
+    axis.set(title=RATES_TITLE, xlabel="learning rate", ylabel="validation loss (nats per token)")
+    lengths = sorted({curve.num_steps for curve in curves})
+    chosen: dict[str, float] = {}
+    for curve in sorted(curves, key=lambda curve: curve.num_steps):  # the longest last: it is the one chosen by
+        group = pair.full if curve.mode == "full" else pair.lora
+        axis.plot(
+            list(curve.losses),
+            list(curve.losses.values()),
+            color=COLOURS[curve.mode],
+            alpha=(1 + lengths.index(curve.num_steps)) / len(lengths),
+            linestyle=DASHES[curve.mode],
+            linewidth=1.6,
+            marker=MARKERS[curve.mode],
+            markersize=4,
+            label=MODE_NAMES[curve.mode] + (f", {curve.num_steps:,} steps" if len(lengths) > 1 else ""),
+        )
+        chosen[curve.mode] = curve.losses.get(group.lr, group.best_loss)
+    for group in (pair.full, pair.lora):
+        ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 1.5}
+        axis.plot([group.lr], [chosen[group.mode]], linestyle="none", color=COLOURS[group.mode], **ring)
+    if pair.excess is not None:
+        axis.plot(
+            [pair.lora.lr * 1.3] * 2,
+            [chosen["full"] + pair.excess.low, chosen["full"] + pair.excess.high],
+            color=COLOURS["lora"],
+            linewidth=2.4,
+            marker="_",
+            markersize=9,
+            label=f"{100 * pair.excess.level:.3g} % interval of LoRA's loss",
+        )
+        axis.axhline(chosen["full"], color=COLOURS["full"], linewidth=0.7, alpha=0.7)
+    # leave out what ended above the loss before training: diverged runs would flatten the rest
+    base = [run.initial_loss for run in (*pair.full.runs, *pair.lora.runs) if run.initial_loss is not None]
+    low, high = axis.get_ylim()
+    if base and low < max(base) < high:
+        axis.set_ylim(low, max(base))
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _format_y_ticks(axis)
+
+
+def draw_lowest(axis: "Axes", groups: Sequence[SeedGroup]) -> None:
+    """The lowest validation loss that any setting of a mode has, evaluation by evaluation (means over seeds)."""
+    axis.set(title=LOWEST_TITLE, xlabel="step", ylabel=LOSS_LABEL)
+    for mode, mode_name in MODE_NAMES.items():
+        lowest: dict[float, float] = {}
+        for group in (group for group in groups if group.mode == mode):
+            losses: dict[float, list[float]] = {}
+            for run in group.runs:
+                for step, loss in zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True):
+                    losses.setdefault(step, []).append(loss)
+            for step, values in losses.items():
+                if len(values) == len(group.runs):
+                    lowest[step] = min(float(np.mean(values)), lowest.get(step, np.inf))
+        if lowest:
+            steps = sorted(lowest)
+            style: dict[str, Any] = {"color": COLOURS[mode], "linestyle": DASHES[mode], "marker": MARKERS[mode]}
+            axis.plot(steps, [lowest[step] for step in steps], markersize=3, label=mode_name, **style)
+    _format_y_ticks(axis)
+
+
+def add_legend(figure: "Figure", axes: Sequence["Axes"]) -> None:
+    """One legend under the plots, of every name once; constrained layout keeps it off axes and edges."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        longest = max(map(len, entries))
+        num_columns = min(len(entries), max(1, int(figure.get_size_inches()[0] / (0.45 + 0.063 * longest))))
+        style: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 8.5, "ncols": num_columns}
+        figure.legend(list(entries.values()), list(entries), **style)
+
+
+def _needs_log_scale(axis: "Axes") -> bool:
+    """Whether the lines are all above zero and span so much that a linear scale would flatten most of them."""
+    values = [np.asarray(line.get_ydata(), dtype=np.float64) for line in axis.get_lines()]
+    low = min((float(np.min(value)) for value in values if len(value)), default=0.0)
+    high = max((float(np.max(value)) for value in values if len(value)), default=0.0)
+    return low > 0 and high / low > 20
+
+
+def _format_y_ticks(axis: "Axes") -> None:
+    """Numbers as people write them: 2.5, 425k, and 3e-4 where all are small."""
+    is_small = max(map(abs, axis.get_ylim())) < 0.01
+
+    def format_tick(value: float, _: object) -> str:
+        if is_small and value:
+            digits, exponent = f"{value:.2e}".split("e")
+            return f"{float(digits):g}e{int(exponent)}"
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:,.6g}k"
+
+    axis.yaxis.set_major_formatter(format_tick)
+
+
+def _max_points(num_runs: int) -> int:
+    return max(40, min(MAX_POINTS_PER_LINE, MAX_POINTS_PER_PLOT // max(1, num_runs)))
+
+
+def downsample(x: NDArray[np.float64], y: NDArray[np.float64], max_points: int) -> Curve:
+    """At most `max_points` points of a curve: means of equal bins; values that are not finite are left out."""
+    is_finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[is_finite], y[is_finite]
+    if len(x) <= max_points:
+        return x, y
+    bin_starts = np.linspace(0, len(x), max_points, endpoint=False).astype(int)
+    bin_sizes = np.diff(np.append(bin_starts, len(x)))
+    return np.add.reduceat(x, bin_starts) / bin_sizes, np.add.reduceat(y, bin_starts) / bin_sizes
+
+
+def bin_note(groups: Sequence[SeedGroup]) -> str:
+    """What to say under plots whose lines are bin means, "" where every step is drawn."""
+    max_points = _max_points(sum(len(group.runs) for group in groups))
+    max_steps = max((int(run.steps["step"][-1]) for g in groups for run in g.runs if len(run.steps["step"])), default=0)
+    if max_steps <= max_points:
+        return ""
+    bin_steps = -(-max_steps // max_points)
+    return f"Each point of a line with more than {max_points} steps is the mean of a bin (up to {bin_steps} steps)."

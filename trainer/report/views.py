@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.report.paired_interval import PairedInterval, seeds_interval
+from trainer.report.interval import PairedInterval, seeds_interval
 
 RESOURCE_NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds", "peak_memory_bytes": "peak memory"}
 MEMORY_SLACK = 0.05  # peaks of a processor's process differ by so much from run to run: 1 % decided a study's view

@@ -1,4 +1,4 @@
-"""The comparison as a W&B Report: the same verdict and tables as Markdown, and live panels; needs wandb-workspaces."""
+"""The comparison as a W&B Report (needs wandb-workspaces), and the card as a W&B run of its own, under a fixed id."""
 
 import contextlib
 import io
@@ -8,16 +8,50 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config import reference
 from trainer.config.errors import UserError
-from trainer.report import markdown
-from trainer.report.comparison import Comparison
-from trainer.report.options import RateCurve
-from trainer.report.plot_axes import COLOURS
-from trainer.report.wandb_reference import REFERENCE_RUN_ID
+from trainer.report.judge import RateCurve
+from trainer.report.page import markdown_list, markdown_section, markdown_verdict
+from trainer.report.plots import COLOURS, LOSS_LABEL
+from trainer.report.tables import Comparison
 
+REFERENCE_RUN_ID = f"card-{reference.NAME}"
 SAVED_REPORT_FILE = "wandb-report.json"  # in the output folder: which report this comparison was saved as
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8  # of a panel; a page is 24 wide
 MAX_RUNS_PER_PANEL = 100  # lines that a panel shows; W&B's own limit is 10
+#: title, x, metric, label of x, label of y
+LINE_PANELS = (
+    ("Validation loss by epoch", "epoch", "val/loss", "epoch", LOSS_LABEL),
+    ("Train loss by epoch", "epoch", "train/loss", "epoch", LOSS_LABEL),
+    ("Train loss by epoch, mean of each", "epoch", "train/loss_epoch", "epoch", LOSS_LABEL),
+    ("Train loss by tokens", "tokens", "train/loss", "tokens", LOSS_LABEL),
+    ("Validation loss by time", "_runtime", "val/loss", "seconds", LOSS_LABEL),
+    ("Learning rate", "epoch", "train/lr", "epoch", "learning rate"),
+    ("Gradient norm before clipping", "epoch", "train/grad_norm", "epoch", "L2 norm"),
+    ("Speed", "epoch", "train/tokens_per_second", "epoch", "tokens per second"),
+)
+BAR_PANELS = (("Peak memory (bytes)", "peak_memory_bytes"), ("Best validation loss", "val/loss.min"))
+
+
+# --- the report ---
+
+
+def parse_target(text: str) -> tuple[str, str]:
+    """(entity, project) of --wandb-report; UserError where it is none, or nothing could be sent, before slow work."""
+    from trainer.tracking.wandb_environment import is_logged_in
+
+    entity, _, project = text.strip("/").partition("/")
+    if not entity or not project or "/" in project:
+        raise UserError(f"--wandb-report {text}: expected ENTITY/PROJECT")
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        raise UserError(
+            f"--wandb-report: WANDB_MODE is {os.environ['WANDB_MODE']}; unset it, or use --wandb-report-json FILE"
+        )
+    if not is_logged_in():
+        raise UserError(
+            "--wandb-report: not logged in; run `wandb login` or set WANDB_API_KEY, or use --wandb-report-json FILE"
+        )
+    return entity, project
 
 
 def to_spec_json(comparison: Comparison) -> str:
@@ -42,33 +76,22 @@ def save_report(comparison: Comparison, entity: str, project: str, output_dir: P
             if project not in (existing_project.name for existing_project in api.projects(entity)):
                 api.create_project(project, entity)  # a run set asks the server for it
             report = _build_report(comparison, entity, project, own_project=False)
-            report.id = _find_saved_report_id(api, entity, project, report.title, output_dir)
+            target = {"entity": entity, "project": project, "title": report.title}
+            saved: dict[str, Any] = {}  # the one that this replaces: noted in the output folder, else found by title
+            with contextlib.suppress(OSError, ValueError):
+                saved = json.loads((output_dir / SAVED_REPORT_FILE).read_text(encoding="utf-8"))
+            if isinstance(saved, dict) and saved.items() >= target.items() and "id" in saved:
+                report.id = str(saved["id"])
+            else:
+                reports = api.reports(f"{entity}/{project}")
+                report.id = next((str(other.id) for other in reports if other.display_name == report.title), "")
             report.save()
     except Exception as error:
         raise UserError(
             f"--wandb-report {entity}/{project}: W&B did not take it ({' '.join(str(error).split())[:200]})"
         ) from error
-    saved = {"entity": entity, "project": project, "title": report.title, "id": report.id}
-    (output_dir / SAVED_REPORT_FILE).write_text(json.dumps(saved) + "\n", encoding="utf-8")
+    (output_dir / SAVED_REPORT_FILE).write_text(json.dumps(target | {"id": report.id}) + "\n", encoding="utf-8")
     return str(report.url)
-
-
-def parse_target(text: str) -> tuple[str, str]:
-    """(entity, project) of --wandb-report; UserError where it is none, or nothing could be sent, before slow work."""
-    from trainer.tracking.wandb_environment import is_logged_in
-
-    entity, _, project = text.strip("/").partition("/")
-    if not entity or not project or "/" in project:
-        raise UserError(f"--wandb-report {text}: expected ENTITY/PROJECT")
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        raise UserError(
-            f"--wandb-report: WANDB_MODE is {os.environ['WANDB_MODE']}; unset it, or use --wandb-report-json FILE"
-        )
-    if not is_logged_in():
-        raise UserError(
-            "--wandb-report: not logged in; run `wandb login` or set WANDB_API_KEY, or use --wandb-report-json FILE"
-        )
-    return entity, project
 
 
 def _import_workspaces() -> Any:
@@ -81,17 +104,6 @@ def _import_workspaces() -> Any:
     return workspaces
 
 
-def _find_saved_report_id(api: Any, entity: str, project: str, title: str, output_dir: Path) -> str:
-    """The id of the report that this one replaces: noted in the output folder, else found by its title; "" if none."""
-    target = {"entity": entity, "project": project, "title": title}
-    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
-        saved = json.loads((output_dir / SAVED_REPORT_FILE).read_text(encoding="utf-8"))
-        if saved.items() >= target.items():
-            return str(saved["id"])
-    reports = api.reports(f"{entity}/{project}")
-    return next((str(report.id) for report in reports if report.display_name == title), "")
-
-
 def report_title(comparison: Comparison) -> str:
     """The title, which is the same each time the same data are compared."""
     from trainer.tracking.wandb_keys import data_name
@@ -101,79 +113,66 @@ def report_title(comparison: Comparison) -> str:
     return (kind + (f", {sources.pop()}" if len(sources) == 1 else ""))[:128]
 
 
-def _modes(comparison: Comparison) -> list[str]:
+def _list_modes(comparison: Comparison) -> list[str]:
     return ["full", "lora", "card"] if comparison.with_reference else ["full", "lora"]
 
 
 def run_filter(comparison: Comparison) -> str:
     """Which runs of the project the panels show: both modes, new ones too; of a study, those that it answers from."""
     if comparison.verdict.study is None:
-        return f"Config('mode') in {_modes(comparison)}"
+        return f"Config('mode') in {_list_modes(comparison)}"
     return f"Metric('ID') in {[run.run_id for run in comparison.runs]}"
 
 
 def _build_report(comparison: Comparison, entity: str, project: str, *, own_project: bool) -> Any:
     """The report; with `own_project` its run set names no project, so that no server is asked."""
     wr = _import_workspaces()
+    verdict = comparison.verdict
     colours = {run.run_id: COLOURS[run.mode] for run in comparison.runs}
     if comparison.with_reference:
         colours[REFERENCE_RUN_ID] = COLOURS["card"]
-    where = {} if own_project else {"entity": entity, "project": project}
+    place = {} if own_project else {"entity": entity, "project": project}
     runset = wr.Runset(
-        **where,
-        name=" / ".join(_modes(comparison)),
+        **place,
+        name=" / ".join(_list_modes(comparison)),
         filters=run_filter(comparison),
         run_settings={run_id: wr.RunSettings(color=colour) for run_id, colour in colours.items()},
     )
-    notes = markdown.render_list(comparison.comparability_notes)
-    sections = {table.title: markdown.render_table(table) for table in (comparison.by_epoch, comparison.by_run)}
-    sections["Same and different"] = f"{notes}\n\n{markdown.render_table(comparison.differing_settings)}"
-    sections |= {table.title: markdown.render_table(table) for table in comparison.optional_tables}
-    blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown.render_verdict(comparison))]
-    if comparison.verdict.study is not None:
-        blocks.append(_rate_grid(wr, comparison.verdict.study.rate_curves, where))
+    blocks = [wr.H1("Verdict"), wr.MarkdownBlock(markdown_verdict(comparison))]
+    if verdict.study is not None:
+        blocks.append(_build_rate_grid(wr, verdict.study.rate_curves, place))
     if comparison.problems:
-        blocks.append(wr.MarkdownBlock(markdown.render_list(map(str, comparison.problems))))
-    for heading, text in sections.items():
-        blocks += [wr.H1(heading), wr.MarkdownBlock(text)]
-    blocks += [wr.H1("Curves"), wr.PanelGrid(runsets=[runset], panels=_panels(wr, comparison))]
+        blocks.append(wr.MarkdownBlock(markdown_list(map(str, comparison.problems))))
+    for table in (comparison.by_epoch, comparison.by_run):
+        blocks += [wr.H1(table.title), wr.MarkdownBlock(markdown_section(table))]
+    notes = markdown_list(comparison.comparability_notes)
+    differing = markdown_section(comparison.differing_settings)
+    blocks += [wr.H1("Same and different"), wr.MarkdownBlock(f"{notes}\n\n{differing}")]
+    for table in comparison.optional_tables:
+        blocks += [wr.H1(table.title), wr.MarkdownBlock(markdown_section(table))]
+    blocks += [wr.H1("Curves"), wr.PanelGrid(runsets=[runset], panels=_build_panels(wr, comparison))]
     return wr.Report(
         entity=entity,
         project=project,
         title=report_title(comparison),
         width="fluid",
-        description=comparison.verdict.sentence[:500],
+        description=verdict.sentence[:500],
         blocks=blocks,
     )
 
 
-LOSS_LABEL = "loss (nats per token)"
-#: title, x, metric, label of x, label of y
-LINE_PANELS = (
-    ("Validation loss by epoch", "epoch", "val/loss", "epoch", LOSS_LABEL),
-    ("Train loss by epoch", "epoch", "train/loss", "epoch", LOSS_LABEL),
-    ("Train loss by epoch, mean of each", "epoch", "train/loss_epoch", "epoch", LOSS_LABEL),
-    ("Train loss by tokens", "tokens", "train/loss", "tokens", LOSS_LABEL),
-    ("Validation loss by time", "_runtime", "val/loss", "seconds", LOSS_LABEL),
-    ("Learning rate", "epoch", "train/lr", "epoch", "learning rate"),
-    ("Gradient norm before clipping", "epoch", "train/grad_norm", "epoch", "L2 norm"),
-    ("Speed", "epoch", "train/tokens_per_second", "epoch", "tokens per second"),
-)
-BAR_PANELS = (("Peak memory (bytes)", "peak_memory_bytes"), ("Best validation loss", "val/loss.min"))
-
-
-def _rate_grid(wr: Any, curves: Sequence[RateCurve], where: dict[str, str]) -> Any:
+def _build_rate_grid(wr: Any, curves: Sequence[RateCurve], place: dict[str, str]) -> Any:
     """Loss against rate of each mode's searches: of their whole runs, whatever else the project holds."""
     num_steps = max(curve.num_steps for curve in curves)
-    whole = [curve for curve in curves if curve.num_steps == num_steps]
     runsets = [
         wr.Runset(
-            **where,
+            **place,
             name=f"{curve.mode}, whole runs of the search",
             filters=f"Metric('ID') in {list(curve.run_ids)}",
             run_settings={run_id: wr.RunSettings(color=COLOURS[curve.mode]) for run_id in curve.run_ids},
         )
-        for curve in whole
+        for curve in curves
+        if curve.num_steps == num_steps
     ]
     panel = wr.ScatterPlot(
         title=f"Validation loss against learning rate, runs of {num_steps:,} steps",
@@ -185,7 +184,7 @@ def _rate_grid(wr: Any, curves: Sequence[RateCurve], where: dict[str, str]) -> A
     return wr.PanelGrid(runsets=runsets, panels=[panel])
 
 
-def _panels(wr: Any, comparison: Comparison) -> list[Any]:
+def _build_panels(wr: Any, comparison: Comparison) -> list[Any]:
     """The panels two abreast, the comparison of configs below them; LoRA and the card are dashed."""
     reference_ids = [REFERENCE_RUN_ID] if comparison.with_reference else []
     dashed_ids = [run.run_id for run in comparison.runs if run.mode == "lora"] + reference_ids
@@ -221,3 +220,88 @@ def _panels(wr: Any, comparison: Comparison) -> list[Any]:
         panel.layout = wr.Layout(x=PANEL_WIDTH * (i % 2), y=PANEL_HEIGHT * (i // 2), w=PANEL_WIDTH, h=PANEL_HEIGHT)
     bottom_row = PANEL_HEIGHT * ((len(panels) + 1) // 2)
     return [*panels, wr.RunComparer(diff_only="split", layout=wr.Layout(x=0, y=bottom_row, w=2 * PANEL_WIDTH, h=12))]
+
+
+# --- the card as a run ---
+
+
+def log_reference(target: str) -> str:
+    """Log the card to PROJECT or ENTITY/PROJECT, online where logged in, else offline; what was done, in one line.
+
+    It lies in the user's cache folder, one place for every folder that is worked in. A card that is there already,
+    or on the server, is left as it is: `wandb sync` from two places would double its rows.
+    """
+    from trainer.data import cache
+    from trainer.tracking.wandb_environment import wandb_mode
+    from trainer.tracking.wandb_logger import prepare_environment
+
+    entity, _, project = target.rpartition("/")
+    log_dir = cache.resolve_cache_dir() / "card" / target.replace("/", "-")
+    existing_runs = sorted((log_dir / "wandb").glob(f"*run-*-{REFERENCE_RUN_ID}"))
+    if existing_runs:
+        return f"the card is already logged for {target}: {existing_runs[0]}"
+    mode = wandb_mode(None)
+    if mode == "disabled":
+        raise UserError("--log-card: WANDB_MODE is disabled; unset it or set it to offline")
+    log_dir.mkdir(parents=True, exist_ok=True)
+    prepare_environment(log_dir, mode)
+    import wandb
+
+    if mode == "online":
+        with contextlib.suppress(Exception):  # the client says "not found" in several ways; logging shows what else
+            wandb.Api(timeout=30).run("/".join(part for part in (entity, project, REFERENCE_RUN_ID) if part))
+            return f"the card is already logged in {target}, under the id {REFERENCE_RUN_ID}"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            sync_dir = _log_reference_run(wandb, entity or None, project, log_dir, mode)
+    except Exception as error:
+        raise UserError(f"--log-card {target}: W&B did not take it ({' '.join(str(error).split())[:200]})") from error
+    if mode == "online":
+        return f"the card is logged in {target}"
+    return f"the card is logged offline, send it with `wandb sync {sync_dir}`"
+
+
+def _log_reference_run(wandb: Any, entity: str | None, project: str, log_dir: Path, mode: str) -> str:
+    """The folder of the run that has the card's curve, and as its config what the card states and leaves unsaid."""
+    from trainer.tracking.wandb_keys import AXES, METRICS, reference_row
+
+    run = wandb.init(
+        entity=entity,
+        project=project,
+        id=REFERENCE_RUN_ID,
+        name=f"card {reference.NAME}",
+        job_type="reference",
+        tags=["card", "gpt2"],
+        config={
+            **reference.SETTINGS,
+            **reference.KNOWN_DATA,
+            "mode": "card",
+            "source": f"model card {reference.NAME}",
+            "steps_per_epoch": reference.STEPS_PER_EPOCH,
+            "from_its_program": list(reference.PROGRAM_DEFAULTS),
+            "unknown": list(reference.UNKNOWN_DATA),
+        },
+        dir=str(log_dir),
+        mode=mode,
+        reinit="create_new",
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_save_requirements=False,
+            disable_git=True,
+            disable_code=True,
+            init_timeout=20,
+            finish_timeout=60,
+        ),
+    )
+    for axis in AXES:
+        run.define_metric(axis, hidden=True)
+    for pattern, axis, summary in METRICS:
+        run.define_metric(pattern, step_metric=axis, summary=summary)
+    for row in reference.CURVE:
+        run.log(reference_row(row), step=row.step)
+    sync_dir = str(run.settings.sync_dir)
+    run.finish(exit_code=0)
+    return sync_dir

@@ -16,6 +16,7 @@ from trainer.config.files import read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.schema import LoraSettings
 from trainer.config.settings import Settings
+from trainer.config.text import escape_markdown
 from trainer.data.chat import ChatTemplate, end_token_ids
 from trainer.data.conversations import Conversation, from_messages
 from trainer.data.prepare import prepare
@@ -24,7 +25,6 @@ from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.decoding import Sampling, decode
 from trainer.export.export_cli import load_model_at_checkpoint, select_run_checkpoint
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
-from trainer.report.markdown import escape
 from trainer.tracking.console import show_plan
 from trainer.training.generation import EvalPrompt, completion_length, make_prompts
 from trainer.training.text_metrics import text_scores
@@ -68,7 +68,7 @@ def generate(args: argparse.Namespace) -> int:
         rows: list[list[str]] = [["prompt", "references", *texts]]
         for i, prompt in enumerate(prompts):
             rows.append([prompt.text, " / ".join(prompt.references), *(texts[label][i] for label in texts)])
-        table = [f"| {' | '.join(escape(cell) for cell in row)} |\n" for row in rows]
+        table = [f"| {' | '.join(escape_markdown(cell) for cell in row)} |\n" for row in rows]
         table.insert(1, "|" + "---|" * len(rows[0]) + "\n")
         args.output.write_text("".join([*table, *(f"\n{line}\n" for line in scores)]), "utf-8")
     return 0

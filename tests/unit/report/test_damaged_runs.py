@@ -9,9 +9,9 @@ from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, write_run_folder
 from hypothesis import strategies as st
 
-from trainer.report import markdown
-from trainer.report.comparison import compare
 from trainer.report.load import load_runs
+from trainer.report.page import render_markdown
+from trainer.report.tables import compare
 from trainer.tracking.records import EventRecord, to_line
 
 SAMPLES = {
@@ -62,7 +62,7 @@ def check_comparison(whole_run, metadata_edits, row_edits):
     assert len(runs) == 2 or any(problem.is_excluded for problem in problems)
     assert all("\n" not in str(problem) for problem in problems)
     comparison = compare(runs, problems)
-    assert markdown.render(comparison)
+    assert render_markdown(comparison)
 
 
 EDITS = [
@@ -80,5 +80,5 @@ def test_the_samples_of_a_whole_run_are_shown(whole_run):
     folder = write_run_folder(whole_run.with_name("samples"), METADATA, [])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     comparison = compare(*load_runs([str(folder)]))
-    assert re.search(r"\| a +\| c +\| b +\|", markdown.render(comparison))
+    assert re.search(r"\| a +\| c +\| b +\|", render_markdown(comparison))
     assert len(comparison.scores) == 1

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, synthetic_val_loss, write_run_folder
 
-from trainer.report import run_records, wandb_runs
-from trainer.report.load import load_runs
-from trainer.report.run_data import RunReadError
-from trainer.report.run_folder import read_folder
+from trainer.report import run_data as run_data_module
+from trainer.report.load import collect_wandb_rows, load_runs
+from trainer.report.run_data import RunReadError, read_folder
 from trainer.tracking.records import EventRecord, StepRecord
 
 
@@ -33,8 +32,8 @@ def test_records_and_metadata_of_a_run_folder_come_back_as_written(tmp_path: Pat
 def test_steps_of_a_very_long_run_are_means_of_several_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run_folder(tmp_path / "run")
     whole = read_folder(folder)
-    monkeypatch.setattr(run_records, "MAX_STEP_ROWS", 25)
-    monkeypatch.setattr(run_records, "PORTION_BYTES", 2000)
+    monkeypatch.setattr(run_data_module, "MAX_STEP_ROWS", 25)
+    monkeypatch.setattr(run_data_module, "PORTION_BYTES", 2000)
     thinned = read_folder(folder)
     assert thinned.notes == ("its steps are read as means of 8 each",)
     assert len(thinned.steps["step"]) <= 30
@@ -189,6 +188,6 @@ def test_the_time_of_a_wandb_run_begins_with_its_first_row_that_has_one():
         {"_step": 1, "val/loss": 1.5, "_timestamp": 107.0},
         {"_step": 2, "val/loss": 1.0, "_timestamp": 100.0},
     ]
-    times = wandb_runs.collect_rows(rows).series("eval")["time"]
+    times = collect_wandb_rows(rows).series("eval")["time"]
     assert np.isnan(times[0])
     assert times[1:].tolist() == [7.0, 0.0]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trainer.report.paired_interval import holm
+from trainer.report.interval import holm
 from trainer.report.views import Point, build_views, describe_views
 
 

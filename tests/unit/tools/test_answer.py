@@ -14,10 +14,9 @@ from helpers.study_rules import make_candidate
 from helpers.study_rules import make_rule as make_study_rule
 
 from trainer.config.errors import UserError
-from trainer.report.full_vs_lora import FullVsLora
-from trainer.report.margin import Margin
+from trainer.report.judge import FullVsLora, Margin
+from trainer.report.page import write_report
 from trainer.report.wandb_report import report_title, run_filter, to_spec_json
-from trainer.report.write import write_report
 from trainer.tools.study.answer import AnswerRefusedError, compare_study, judge, read_groups
 from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import Rule, write_rule

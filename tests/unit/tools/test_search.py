@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.study_rules import make_rule
 
-from trainer.report.margin import Margin
+from trainer.report.judge import Margin
 from trainer.tools.study.rule import Rule, plan_rungs
 from trainer.tools.study.search import Candidate, MethodSearch, StudyState, TrialSpec, study_state
 from trainer.tools.study.trials import trial_argv

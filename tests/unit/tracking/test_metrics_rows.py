@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.report import run_records
-from trainer.report.run_folder import read_folder
+from trainer.report import run_data
+from trainer.report.run_data import read_folder
 from trainer.tools.doctor.run_checks import inspect_run
 from trainer.tracking import records
 from trainer.tracking.jsonl import JsonlLogger, RowsDigest, find_changed_rows, rewind
@@ -202,8 +202,8 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_a_long_file_takes_a_bounded_memory_when_it_is(reader, long_file, tmp_path, monkeypatch):
     """A resume reads it in the first five ways."""
-    monkeypatch.setattr(run_records, "PORTION_BYTES", 20_000)
-    monkeypatch.setattr(run_records, "MAX_STEP_ROWS", 1_000)
+    monkeypatch.setattr(run_data, "PORTION_BYTES", 20_000)
+    monkeypatch.setattr(run_data, "MAX_STEP_ROWS", 1_000)
     source, digest = long_file
     (tmp_path / "metrics.jsonl").write_bytes(source.read_bytes())
     (tmp_path / "run.json").write_text(json.dumps(make_metadata("full")))

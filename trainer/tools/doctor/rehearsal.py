@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.cli import CliArgs, to_argv
+from trainer.config.text import format_duration
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.cuda_graphs import MAX_DIFFERENCE, NUM_WARMUP_CALLS
-from trainer.report.formats import format_duration
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes, judge
 from trainer.tools.worker_processes import worker_environ
 from trainer.training.run_plan import RunPlan

@@ -8,7 +8,7 @@ from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
 from trainer.distributed.stepper import NonFiniteError
-from trainer.report.lr_range_plot import plot_lr_range_test
+from trainer.report.plots import plot_lr_range_test
 from trainer.tools.finders.files import output_folder
 from trainer.tools.finders.lr_curve import LRSuggestion, geometric_lrs, has_diverged, smooth, smoothing_beta, suggest_lr
 from trainer.training.run_plan import RunPlan

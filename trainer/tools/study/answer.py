@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.config.errors import UserError
+from trainer.report.comparable import SeedGroup
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
-from trainer.report.comparison import Comparison, compare_run_groups
-from trainer.report.full_vs_lora import FullVsLora, compare_groups
-from trainer.report.options import ComparisonOptions, RateCurve, StudyContext
-from trainer.report.run_data import RunData, RunReadError
-from trainer.report.run_folder import read_folder
-from trainer.report.seed_groups import SeedGroup
+from trainer.report.judge import ComparisonOptions, FullVsLora, RateCurve, StudyContext, compare_groups
+from trainer.report.run_data import RunData, RunReadError, read_folder
+from trainer.report.tables import Comparison, compare_run_groups
 from trainer.report.views import Point, View, build_views
 from trainer.tools.study.finalist_timing import Timing
 from trainer.tools.study.rule import MIN_TEST_RECORDS, PRIMARY, RULE_FILE, Rule

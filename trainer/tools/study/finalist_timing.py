@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from trainer.config.files import write_atomically
-from trainer.report.options import CostRatio
-from trainer.report.run_folder import read_folder
+from trainer.report.judge import CostRatio
+from trainer.report.run_data import read_folder
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
 from trainer.tools.study.trials import Slot, last_log_line, method_argv, start_run

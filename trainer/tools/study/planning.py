@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.report.run_folder import read_folder
+from trainer.report.run_data import read_folder
 from trainer.tools.study.rule import METHODS, MIN_TEST_RECORDS, Rule
 from trainer.tools.study.search import expected_trials
 from trainer.tools.study.trials import DEFAULT_ARGV, Slot, last_log_line, start_run

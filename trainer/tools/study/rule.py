@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
-from trainer.report.margin import Margin
+from trainer.report.judge import Margin
 
 RULE_FILE = "rule.json"
 METHODS = {

@@ -11,12 +11,12 @@ import pytest
 from helpers.fake_runs import write_eval_records
 from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study
 
-from trainer.report.formats import format_percent
-from trainer.report.full_vs_lora import Margin
-from trainer.report.headlines import describe_numbers
-from trainer.report.paired_interval import margin_contrast, paired_interval
-from trainer.report.run_folder import read_folder
-from trainer.report.write import to_answer
+from trainer.config.text import format_percent
+from trainer.report.interval import margin_contrast, paired_interval
+from trainer.report.judge import Margin
+from trainer.report.page import to_answer
+from trainer.report.run_data import read_folder
+from trainer.report.sentence import describe_numbers
 from trainer.tracking.eval_records import read_evaluations
 
 
@@ -61,16 +61,16 @@ def test_three_seeds_answer_with_rates_seeds_steps_records_and_interval(
         assert "within the margin of 2 % of what full gained (0.0" in verdict.sentence
 
 
-def test_what_cannot_be_told_says_what_would_tell(make_run: MakeRun) -> None:
+def test_what_cannot_be_told_says_how_many_seeds_or_records_are_needed(make_run: MakeRun) -> None:
     by_seeds = judge_runs(*make_study(make_run, num_seeds=3, excess=0.05, unit_sd=0.01, seed_sd=0.06))
     start = "Cannot tell yet whether LoRA (lr 0.005) is good enough beside full (lr 0.0005)"
     assert by_seeds.sentence.startswith(start)
-    assert "seeds would tell" in by_seeds.sentence
+    assert "seeds are needed" in by_seeds.sentence
     by_records = judge_runs(
         *make_study(make_run, num_seeds=3, excess=0.01, unit_sd=0.6, seed_sd=0.0),
         margin=Margin(kind="nats", value=1e-4),
     )
-    assert "these validation blocks tell no less than ±0." in by_records.sentence
+    assert "with these validation blocks no number of seeds resolves less than ±0." in by_records.sentence
 
 
 def test_one_seed_speaks_of_two_models_and_two_seeds_are_provisional(make_run: MakeRun) -> None:
@@ -93,10 +93,10 @@ def test_test_records_are_judged_where_all_runs_have_them(make_run: MakeRun) -> 
     assert any("the base's losses of these records are not there" in line for line in verdict.details)
 
 
-def test_records_of_one_group_are_one_unit(make_run: MakeRun) -> None:
+def test_records_of_one_meaning_are_one_cluster(make_run: MakeRun) -> None:
     options = {"groups": [f"meaning{i // 4}" for i in range(len(TARGETS))]}
     verdict = judge_runs(*make_study(make_run, num_seeds=3, excess=0.2, record_options=options))
-    assert "on 30 validation groups" in verdict.sentence
+    assert "on 30 clusters of validation records" in verdict.sentence
     assert verdict.primary.excess.num_units == 30
 
 

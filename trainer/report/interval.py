@@ -27,7 +27,7 @@ from scipy.special import poch, stdtr, stdtrit
 
 LEVEL = 0.95
 MIN_SEEDS = 3  #: below it nothing is said of a method
-MAX_PLANNED_SEEDS = 64  #: `what_would_tell` plans no study of more
+MAX_PLANNED_SEEDS = 64  #: `plan_sample_size` plans no study of more
 
 Matrix = NDArray[np.float64]
 
@@ -54,6 +54,9 @@ class PairedInterval:
     num_seeds: int
     num_units: int
     components: VarianceComponents
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
     @property
     def excludes_zero(self) -> bool:
@@ -191,7 +194,7 @@ def predict_half_width(
 
 
 @dataclass(frozen=True, kw_only=True)
-class WhatWouldTell:
+class SampleSize:
     """What resolves a distance: seeds with today's units, units with today's seeds; None where no number does."""
 
     num_seeds: int | None
@@ -199,13 +202,14 @@ class WhatWouldTell:
     floor: float  #: half width (nats per token) that today's units allow with any number of seeds
 
 
-def what_would_tell(
+def plan_sample_size(
     interval: PairedInterval, distance: float, *, level: float = LEVEL, is_one_sided: bool = False
-) -> WhatWouldTell:
-    """What makes the half width smaller than `distance` (nats per token): to 0 (two-sided) or the margin (one-sided).
+) -> SampleSize:
+    """The seeds or units that make the half width smaller than `distance` (nats per token).
 
-    `unit / N` of the variance is a floor that no number of seeds lowers. One seed knows no variance between seeds, so
-    from one the answer is the smallest number of seeds of which a method can be judged, at least.
+    That is the distance to 0 (two-sided) or to the margin (one-sided). `unit / N` of the variance is a floor that no
+    number of seeds lowers. One seed knows no variance between seeds, so from one the answer is the smallest number of
+    seeds by which a method can be judged.
     """
     distance, seeds, units = abs(distance), interval.num_seeds, interval.num_units
 
@@ -222,7 +226,7 @@ def what_would_tell(
     if units and seeds > 1:
         sizes = [math.ceil(units * 1.25**k) for k in range(1, 25)]  # up to 200 times as many
         enough_units = next((n for n in sizes if half_width(seeds, n) < distance), None)
-    return WhatWouldTell(num_seeds=enough_seeds, num_units=enough_units, floor=floor)
+    return SampleSize(num_seeds=enough_seeds, num_units=enough_units, floor=floor)
 
 
 def _mean_squares(residuals: Matrix) -> _MeanSquares:

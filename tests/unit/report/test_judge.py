@@ -8,11 +8,10 @@ from helpers.fake_runs import make_metadata
 from helpers.fake_studies import GPU, MakeRun, judge_runs, make_study
 
 from trainer.config.errors import UserError
-from trainer.report.margin import Margin, parse_margin
-from trainer.report.options import ComparisonOptions, CostRatio
-from trainer.report.run_folder import read_folder
-from trainer.report.seed_groups import group_by_seed
-from trainer.report.verdict import Verdict, build_verdict
+from trainer.report.comparable import group_by_seed
+from trainer.report.judge import ComparisonOptions, CostRatio, Margin, parse_margin
+from trainer.report.run_data import read_folder
+from trainer.report.sentence import Verdict, build_verdict
 
 
 def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRun) -> None:

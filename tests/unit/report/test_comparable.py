@@ -7,14 +7,14 @@ from helpers.fake_runs import make_metadata
 from helpers.fake_studies import MakeRun
 
 from trainer.config import reference
-from trainer.report.comparability import (
+from trainer.report.comparable import (
     COMPARABILITY_KEYS,
     comparable_sets,
     compare_metadata,
     comparison_blockers,
+    group_by_seed,
     reference_blockers,
 )
-from trainer.report.seed_groups import group_by_seed
 
 
 def test_full_and_lora_on_the_same_data_are_comparable(make_run: MakeRun) -> None:

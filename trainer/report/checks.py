@@ -4,12 +4,11 @@ import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trainer.config import reference
 from trainer.config.errors import UserError
-from trainer.report.comparability import reference_blockers
+from trainer.report.comparable import reference_blockers
 from trainer.report.run_data import RunData, Series
 
 PASSED, FAILED, NOT_COMPARABLE = "passed", "failed", "not comparable"
@@ -49,8 +48,7 @@ class Condition(NamedTuple):
     axis_value: float
 
 
-@dataclass(frozen=True)
-class AssertionResult:
+class CheckResult(NamedTuple):
     """What a check found for one run."""
 
     check: str
@@ -67,34 +65,31 @@ def parse_condition(text: str) -> Condition | None:
     if text.strip() == "card":
         return None
     match = _CONDITION_PATTERN.fullmatch(text)
-    expected_format = (
-        "expected METRIC OP NUMBER, for instance 'val_loss<=1.0048@epoch 2' (@epoch N or @step N), or card"
-    )
     if match is None:
-        raise UserError(f"--check {text!r}: {expected_format}")
-    metric = match["metric"]
+        raise UserError(
+            f"--check {text!r}: expected METRIC OP NUMBER, for instance 'val_loss<=1.0048@epoch 2' "
+            "(@epoch N or @step N), or card"
+        )
+    metric, axis = match["metric"], match["axis"]
     if metric not in SERIES_METRICS and metric not in RUN_METRICS:
         raise UserError(f"--check {text!r}: no metric {metric}; there are {', '.join([*SERIES_METRICS, *RUN_METRICS])}")
-    if match["axis"] and metric in RUN_METRICS:
-        raise UserError(f"--check {text!r}: {metric} is of a whole run and takes no @{match['axis']}")
-    limit = _parse_number(match["limit"], text)
-    axis_value = _parse_number(match["axis_value"], text) if match["axis"] else 0.0
+    if axis and metric in RUN_METRICS:
+        raise UserError(f"--check {text!r}: {metric} is of a whole run and takes no @{axis}")
+    numbers = []
+    for number in (match["limit"], match["axis_value"] or "0"):
+        try:
+            numbers.append(float(number))
+        except ValueError:
+            raise UserError(f"--check {text!r}: {number} is no number") from None
+        if not math.isfinite(numbers[-1]):
+            raise UserError(f"--check {text!r}: {number} is not finite")
+    limit, axis_value = numbers
     if axis_value < 0:
-        raise UserError(f"--check {text!r}: expected an {match['axis']} from 0")
-    return Condition(metric, match["op"], limit, match["axis"], axis_value)
+        raise UserError(f"--check {text!r}: expected an {axis} from 0")
+    return Condition(metric, match["op"], limit, axis, axis_value)
 
 
-def _parse_number(text: str, check: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise UserError(f"--check {check!r}: {text} is no number") from None
-    if not math.isfinite(number):
-        raise UserError(f"--check {check!r}: {text} is not finite")
-    return number
-
-
-def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) -> list[AssertionResult]:
+def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) -> list[CheckResult]:
     """Each condition on each run; `tolerance` widens a limit, in the unit of its metric."""
     results = []
     for text in texts:
@@ -104,11 +99,11 @@ def check_runs(texts: Sequence[str], runs: Sequence[RunData], tolerance: float) 
                 outcome, reason = _check_against_reference(run, tolerance)
             else:
                 outcome, reason = _check_condition(condition, run, tolerance)
-            results.append(AssertionResult(text.strip(), run.name, outcome, reason))
+            results.append(CheckResult(text.strip(), run.name, outcome, reason))
     return results
 
 
-def exit_code(results: Sequence[AssertionResult]) -> int:
+def exit_code(results: Sequence[CheckResult]) -> int:
     """0 where all passed, 1 where one failed, 3 where none failed and one was not comparable."""
     outcomes = {result.outcome for result in results}
     return 1 if FAILED in outcomes else 3 if NOT_COMPARABLE in outcomes else 0
@@ -129,31 +124,28 @@ def _check_condition(condition: Condition, run: RunData, tolerance: float) -> tu
 
 def _find_value(condition: Condition, run: RunData) -> tuple[float | None, str]:
     """The value and where it was found, or None and why there is none."""
-    if condition.axis is None and not run.is_finished:
+    metric, axis = condition.metric, condition.axis
+    if axis is None and not run.is_finished:
         return None, f"the run is not finished ({run.state}), so it has no final value"
-    if condition.metric in RUN_METRICS:
-        value = RUN_METRICS[condition.metric](run)
+    if metric in RUN_METRICS:
+        value = RUN_METRICS[metric](run)
         if value is None:
-            return None, f"the run does not tell its {condition.metric}"
+            return None, f"the run does not tell its {metric}"
         return float(value), "over the run"
-    series_name, column = SERIES_METRICS[condition.metric]
-    if condition.metric == "train_loss" and condition.axis == "step":
+    series_name, column = SERIES_METRICS[metric]
+    if metric == "train_loss" and axis == "step":
         series_name, column = "steps", "loss"  # the mean of an epoch has no step of its own
     series: Series = getattr(run, series_name)
-    index = _find_row_index(condition, run, series)
+    if axis == "epoch":
+        index = run.index_at_epoch(series, condition.axis_value)
+    elif axis == "step":
+        index = next(iter((series["step"] == condition.axis_value).nonzero()[0]), None)
+    else:
+        index = len(series["step"]) - 1 if len(series["step"]) else None
     if index is None or series[column][index] != series[column][index]:
-        location = f"at {condition.axis} {condition.axis_value:g}" if condition.axis else "at the end"
-        return None, f"no {condition.metric} {location}"
+        location = f"at {axis} {condition.axis_value:g}" if axis else "at the end"
+        return None, f"no {metric} {location}"
     return float(series[column][index]), f"at epoch {series['epoch'][index]:g}, step {series['step'][index]:.0f}"
-
-
-def _find_row_index(condition: Condition, run: RunData, series: Series) -> int | None:
-    if condition.axis == "epoch":
-        return run.index_at_epoch(series, condition.axis_value)
-    if condition.axis == "step":
-        matches = (series["step"] == condition.axis_value).nonzero()[0]
-        return int(matches[0]) if len(matches) else None
-    return len(series["step"]) - 1 if len(series["step"]) else None
 
 
 def _check_against_reference(run: RunData, tolerance: float) -> tuple[str, str]:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trainer.report.paired_interval import (
+from trainer.report.interval import (
     VarianceComponents,
     margin_contrast,
     paired_interval,
+    plan_sample_size,
     predict_half_width,
     seeds_interval,
     sum_by_unit,
-    what_would_tell,
 )
 
 FAST_STUDIES, SWEEP_STUDIES = 1000, 3000
@@ -239,15 +239,15 @@ def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies
     assert ratios == pytest.approx([1.0] * len(CASES), abs=0.15)
 
 
-def test_what_would_tell_counts_the_seeds_or_says_that_records_are_the_floor():
+def test_plan_sample_size_counts_the_seeds_or_says_that_records_are_the_floor():
     rng = np.random.default_rng(11)
     by_seeds = paired_interval(*simulate(rng, normal, (0.05, 0.01, 0.01), num_seeds=3))
-    advice = what_would_tell(by_seeds, 0.03)
+    advice = plan_sample_size(by_seeds, 0.03)
     assert advice.floor < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds, NUM_UNITS) < 0.03
     assert predict_half_width(by_seeds.components, advice.num_seeds - 1, NUM_UNITS) >= 0.03
     by_records = paired_interval(*simulate(rng, normal, (0.0, 0.5, 0.05), num_seeds=5))
-    advice = what_would_tell(by_records, 0.02)
+    advice = plan_sample_size(by_records, 0.02)
     assert advice.floor >= 0.02
     assert advice.num_seeds is None
     assert predict_half_width(by_records.components, 5, advice.num_units) < 0.02

@@ -16,12 +16,11 @@ import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
 
 from trainer.config import reference
-from trainer.report import html as html_page
-from trainer.report import markdown, plot_axes, plots
-from trainer.report.comparison import Comparison, compare
-from trainer.report.formats import format_bytes, format_duration
+from trainer.config.text import escape_markdown, format_bytes, format_duration
+from trainer.report import plots
 from trainer.report.load import load_runs
-from trainer.report.write import to_json, write_report
+from trainer.report.page import render_html, render_markdown, to_json, write_report
+from trainer.report.tables import Comparison, compare
 
 Plain = tuple[Comparison, dict[str, str]]
 
@@ -100,7 +99,7 @@ def test_every_report_format_has_the_same_numbers(card_like: Comparison, tmp_pat
     html, page = files["report.html"].read_text(), files["report.md"].read_text()
     for text in card_like.by_epoch.to_text().to_numpy().ravel():
         assert f">{text}<" in html
-        assert f" {markdown.escape(text)} " in page
+        assert f" {escape_markdown(text)} " in page
     assert [row["val_loss"] for row in data["by_epoch"] if row["run"] == "LoRA"] == [4.0, 1.3, 1.1, 1.0]
     assert data["by_run"][1]["trainable"] == 124_439_808
     assert len(data["facts"]) == len(card_like.shared_settings) + len(card_like.differing_settings)
@@ -204,7 +203,7 @@ def test_several_rates_are_drawn_as_loss_against_rate_with_the_chosen_points(tmp
     assert plots.render_picture(comparison.groups, comparison.verdict, True)[0] == "Loss by learning rate"
     pair = comparison.verdict.primary
     axis = Figure().subplots()
-    plot_axes.draw_rates(axis, plot_axes.rate_curves(comparison.groups), pair)
+    plots.draw_rates(axis, plots.rate_curves(comparison.groups), pair)
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert list(lines["LoRA"].get_xdata()) == [1e-3, 5e-3, 2e-2]
     rings = [line for line in axis.get_lines() if line.get_fillstyle() == "none"]
@@ -239,7 +238,7 @@ def test_the_html_report_on_a_phone_shows_the_validation_loss_beside_the_names(
 def test_a_fingerprint_is_short_in_the_report_pages_and_whole_in_the_json(tmp_path: Path) -> None:
     content = make_metadata("full", data__fingerprint="0123456789ab" + "cdef" * 13)
     comparison = make_comparison(tmp_path, content)
-    page = markdown.render(comparison)
+    page = render_markdown(comparison)
     assert "cdef" * 13 in json.dumps(to_json(comparison))
     assert "0123456789ab" in page
     assert "0123456789ab" + "cdef" not in page
@@ -249,7 +248,7 @@ def test_a_fingerprint_is_short_in_the_report_pages_and_whole_in_the_json(tmp_pa
 def test_unfinished_and_unreadable_runs_are_listed_in_every_report_format(tmp_path: Path) -> None:
     good, going = make_run_folder(tmp_path / "good"), make_run_folder(tmp_path / "going", "lora", finished=False)
     comparison = compare(*load_runs([str(good), str(going), str(tmp_path / "no where")]))
-    for text in (html_page.render(comparison), markdown.render(comparison), json.dumps(to_json(comparison))):
+    for text in (render_html(comparison), render_markdown(comparison), json.dumps(to_json(comparison))):
         assert "still going" in text
         assert "no such run folder" in text
 
@@ -259,21 +258,21 @@ def test_a_mode_has_one_colour_and_dash_everywhere(card_like: Comparison) -> Non
 
     for plot in plots.PLOTS:
         axis = Figure().subplots()
-        plot_axes.draw_plot(axis, plot, card_like.groups, with_reference=True)
+        plots.draw_plot(axis, plot, card_like.groups, with_reference=True)
         line_styles = [(line.get_color(), line.get_linestyle()) for line in axis.get_lines()]
-        dashes = ["None", "None"] if plot.is_scatter else ["-", "--"]
-        card = [("#767676", "--")] if plot.reference_curve is not None else []
+        dashes = ["None", "None"] if not plot.series else ["-", "--"]
+        card = [("#767676", "--")] if plot.reference_column else []
         assert line_styles == [*zip(("#0072b2", "#d55e00"), dashes, strict=True), *card], plot.name
         assert "(" in axis.get_ylabel() or plot.name in ("lr", "grad_norm", "tokens_per_second")
         assert axis.get_xlabel() in ("epoch", "tokens seen", "trainable parameters")
 
 
-def draw_with_legend(comparison: Comparison, plot: plot_axes.PlotSpec) -> tuple[Any, Any, Any]:
+def draw_with_legend(comparison: Comparison, plot: plots.PlotSpec) -> tuple[Any, Any, Any]:
     """(figure, axis, legend) of one plot as the page has it, drawn."""
     with plots.styled_figure(plots.PLOT_SIZE_INCHES) as figure:
         axis = figure.subplots()
-        plot_axes.draw_plot(axis, plot, comparison.groups, comparison.with_reference)
-        plot_axes.add_legend(figure, [axis])
+        plots.draw_plot(axis, plot, comparison.groups, comparison.with_reference)
+        plots.add_legend(figure, [axis])
         figure.draw_without_rendering()
     return figure, axis, figure.legends[0]
 
@@ -317,19 +316,19 @@ def test_the_validation_loss_says_its_last_value_and_has_the_card_only_where_it_
 
 def test_thinning_a_curve_keeps_the_mean_and_leaves_short_curves_alone() -> None:
     x = np.arange(20_000.0)
-    few_x, few_y = plot_axes.downsample(x, np.sin(x) + 1, 300)
+    few_x, few_y = plots.downsample(x, np.sin(x) + 1, 300)
     assert len(few_x) == 300
     assert few_y.mean() == pytest.approx((np.sin(x) + 1).mean(), abs=1e-2)
     assert np.all(np.diff(few_x) > 0)
-    np.testing.assert_array_equal(plot_axes.downsample(x[:200], x[:200], 300)[1], x[:200])
-    assert len(plot_axes.downsample(x[:3], np.array([1.0, np.nan, 2.0]), 300)[0]) == 2
+    np.testing.assert_array_equal(plots.downsample(x[:200], x[:200], 300)[1], x[:200])
+    assert len(plots.downsample(x[:3], np.array([1.0, np.nan, 2.0]), 300)[0]) == 2
 
 
 def test_a_run_without_evaluations_is_still_in_the_report(tmp_path: Path) -> None:
     comparison = make_comparison(tmp_path, make_metadata("full"), make_metadata("lora"), losses={})
     data = to_json(comparison)
     assert data["verdict"]["sentence"] == "No run is finished and evaluated, so there is nothing to compare yet."
-    assert "nothing to compare yet" in html_page.render(comparison)
+    assert "nothing to compare yet" in render_html(comparison)
 
 
 @pytest.mark.usefixtures("few_plots")

@@ -6,9 +6,8 @@ import pytest
 from helpers.fake_runs import make_reference_like_metadata, make_run_folder
 
 from trainer.config.errors import UserError
-from trainer.report.assertions import check_runs, exit_code, parse_condition
-from trainer.report.run_data import RunData
-from trainer.report.run_folder import read_folder
+from trainer.report.checks import check_runs, exit_code, parse_condition
+from trainer.report.run_data import RunData, read_folder
 
 REFERENCE_LOSSES = {0: 4.0, 1: 1.2262, 2: 1.0048, 3: 0.9414}
 

@@ -1,0 +1,349 @@
+"""Which runs may be held against one another and against the card, what differs between them, and groups of seeds."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple, TypeVar
+
+from trainer.config import reference
+from trainer.report.run_data import RunData
+
+#: what must agree before two losses may be held against one another, by its name for people
+COMPARABILITY_KEYS = {
+    "data": "data.fingerprint",
+    "split": "data.split",
+    "tokenizer": "data.tokenizer",
+    "block length": "data.block_size",
+    "objective": "data.objective",
+    "validation set": "data.val_fingerprint",
+}
+MODE_NAMES = {"full": "full", "lora": "LoRA"}
+NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
+#: facts of run.json that differ between any two runs and say nothing of what was compared
+_IGNORED_METADATA = (
+    "schema_version",
+    "run_id",
+    "name",
+    "mode",
+    "preset",
+    "started",
+    "command",
+    "wandb",
+    "overridden",
+    "settings.overridden",
+    "resumed.settings",
+    "not_comparable_with_card",
+)
+#: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
+_IGNORED_SETTINGS = (
+    "settings.train.seed",
+    "settings.train.micro_batch",
+    "settings.train.eval_batch",
+    "settings.preset",
+    "settings.engine.ds_config",
+    "settings.engine.precision",
+    "settings.data.data",
+    "settings.data.val_data",
+    "settings.model.model",
+)
+_GROUPING_PATHS = (
+    *COMPARABILITY_KEYS.values(),
+    "mode",
+    "model.name",
+    "resolved.lr",
+    "resolved.ranks",
+    "resolved.precision",
+    "resolved.ds_config",
+    "resolved.device",
+    "resolved.micro_batch",
+)
+#: what a label says of a group when its mode alone does not name it: path and how it reads
+_LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
+    "data.source": lambda value: PurePosixPath(value).name,
+    "model.name": lambda value: PurePosixPath(value).name,
+    "settings.lora.adapter": str,
+    "settings.model.quant": str,
+    "settings.train.optim": str,
+    "resolved.lr": lambda value: f"lr {value:.3g}",
+    "settings.lora.rank": lambda value: f"rank {value}",
+    "settings.lora.alpha": lambda value: f"alpha {value:g}",
+    "settings.lora.plus_ratio": lambda value: f"LoRA+ {value:g}",
+    "settings.lora.target_modules": lambda value: f"on {'+'.join(value) or 'all'}",
+    "settings.lora.modules_to_save": lambda value: f"and {'+'.join(value)}" if value else "adapters only",
+    "settings.train.global_batch": lambda value: f"batch {value}",
+    "settings.train.epochs": lambda value: f"{value:g} epochs",
+    "settings.train.max_steps": lambda value: f"{value} steps",
+    "data.block_size": lambda value: f"block {value}",
+    "data.objective": str,
+    "resolved.ranks": lambda value: f"{value} ranks",
+    "resolved.precision": str,
+    "resolved.ds_config": str,
+}
+_REFERENCE_TRAIN_SETTINGS = (
+    "lr",
+    "global_batch",
+    "eval_batch",
+    "seed",
+    "beta1",
+    "beta2",
+    "epsilon",
+    "epochs",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+)
+#: what the card states, by our names for it
+REFERENCE_METADATA = {
+    "settings.mode": "full",
+    "settings.model.init": "pretrained",
+    "model.name": "gpt2",
+    "model.parameters": 124_439_808,
+    "model.trainable": 124_439_808,
+    "model.share": 1.0,
+    "data.vocabulary": reference.KNOWN_DATA["vocabulary"],
+    "data.objective": reference.KNOWN_DATA["objective"],
+    "data.block_size": reference.KNOWN_DATA["block_size"],
+    "resolved.steps_per_epoch": reference.STEPS_PER_EPOCH,
+    "resolved.total_steps": 3 * reference.STEPS_PER_EPOCH,
+    "resolved.lr": reference.SETTINGS["lr"],
+    "resolved.dropout": reference.SETTINGS["dropout"],
+    "resolved.global_batch": 2,
+    "settings.data.objective": "blocks",
+    "settings.data.block_size": 1024,
+    **{f"settings.train.{name}": reference.SETTINGS[name] for name in _REFERENCE_TRAIN_SETTINGS},
+}
+_SECTIONS = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
+Item = TypeVar("Item")
+
+
+# --- what may be compared ---
+
+
+def comparison_blockers(a: RunData, b: RunData) -> list[str]:
+    """The reasons by which the losses of two runs cannot be compared; empty where they can."""
+    reasons = [f"data of {run.name} changed on resume" for run in (a, b) if "data" in run.changed_on_resume]
+    for name, path in COMPARABILITY_KEYS.items():
+        values = a.get(path), b.get(path)
+        if None in values and values != (None, None):  # rows that came as token ids have no tokenizer
+            reasons.append(f"other {name} (one came as token ids)")
+        elif values[0] != values[1]:
+            reasons.append(f"other {name} ({_shorten(values[0])} against {_shorten(values[1])})")
+    return reasons
+
+
+def ranking_blockers(full: RunData, lora: RunData) -> list[str]:
+    """Why two runs on the same data may not be ranked: other base weights, init, tokens seen or data order.
+
+    What a run does not tell is no agreement.
+    """
+    facts, other_facts = _ranking_facts(full), _ranking_facts(lora)
+    is_early_stop_of_one_plan = bool(full.summary.get("early_stop") or lora.summary.get("early_stop")) and (
+        full.get("resolved.total_steps") == lora.get("resolved.total_steps") is not None
+    )
+    reasons = []
+    for name, value in facts.items():
+        if value is None or other_facts[name] is None:
+            reasons.append(f"{name} unknown")
+        elif value != other_facts[name] and not (name == "tokens seen" and is_early_stop_of_one_plan):
+            reasons.append(f"other {name} ({_shorten(other_facts[name])} against {_shorten(value)})")
+    return reasons
+
+
+def _ranking_facts(run: RunData) -> dict[str, Any]:
+    """What two runs must have in common to be ranked, by its name for people; None where the run does not tell."""
+    seed, init = run.get("settings.train.seed"), run.get("settings.model.init")
+    ends = [float(series["tokens"][-1]) for series in (run.steps, run.evals) if len(series["tokens"])]
+    tokens = max((end for end in ends if end == end), default=None)
+    order = f"seed {seed}" if run.get("settings.data.shuffle") is not False else "as in the data"
+    return {
+        "base model": PurePosixPath(run.get("model.name")).name,
+        "init": init,
+        "base weights": f"random, seed {seed}" if init == "random" else run.get("model.fingerprint"),
+        "tokens seen": None if tokens is None else f"{tokens:,.0f}",
+        "batch": run.get("resolved.global_batch"),
+        "data order": order + (", packed" if run.get("settings.data.packing") else ""),
+    }
+
+
+def reference_blockers(run: RunData) -> list[str]:
+    """The known reasons by which a run cannot be held against the card; what is unknown is `reference.UNKNOWN`."""
+    if "data" in run.changed_on_resume:
+        return ["data changed on resume"]
+    return reference.disagreements(
+        data=run.get("data.source"),
+        vocabulary=run.get("data.vocabulary"),
+        block_size=run.get("data.block_size"),
+        objective=run.get("data.objective"),
+        model=run.get("model.name"),
+        examples=run.get("data.train.examples"),
+        init=run.get("settings.model.init"),
+        parameters=run.get("model.parameters"),
+    )
+
+
+def comparable_sets(items: Sequence[Item], get_run: Callable[[Item], RunData]) -> list[list[Item]]:
+    """The items in sets within which each one's run is comparable with each, in the order of their first."""
+    sets: list[list[Item]] = []
+    for item in items:
+        for members in sets:
+            if not comparison_blockers(get_run(item), get_run(members[0])):
+                members.append(item)
+                break
+        else:
+            sets.append([item])
+    return sets
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."
+
+
+# --- what differs ---
+
+
+class MetadataField(NamedTuple):
+    """One setting or fact and its value by column: none where unknown, a tuple where a column's runs differ."""
+
+    name: str
+    values: Mapping[int, Any]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether all columns that know it agree."""
+        known = list(self.values.values())
+        return all(value == known[0] and not isinstance(value, tuple) for value in known)
+
+
+def compare_metadata(columns: Sequence[Sequence[RunData]], with_reference: bool) -> list[MetadataField]:
+    """Every setting and data fact: one value a column of runs (a tuple of them where they differ), the card's first.
+
+    LoRA settings, which run.json always has, count only where they were used.
+    """
+    columns_of_facts = [
+        [
+            {
+                name: NOT_USED if run.mode == "full" and _is_lora_field(name) else value
+                for name, value in flatten(run.metadata)
+            }
+            for run in runs
+        ]
+        for runs in columns
+    ]
+    # settings first, then what they came to, the data, the model, the machine, and where the output went last
+    names = sorted(
+        dict.fromkeys(name for facts_of_runs in columns_of_facts for facts in facts_of_runs for name in facts),
+        key=lambda name: (
+            len(_SECTIONS) + 1
+            if name.startswith("settings.output.")
+            else [*_SECTIONS, name.split(".", 1)[0]].index(name.split(".", 1)[0])
+        ),
+    )
+    if with_reference:
+        columns_of_facts.insert(0, [{**REFERENCE_METADATA, **dict.fromkeys(filter(_is_lora_field, names), NOT_USED)}])
+    compared = []
+    for name in names:
+        values: dict[int, Any] = {}
+        for column, facts_of_runs in enumerate(columns_of_facts):
+            run_values = [facts[name] for facts in facts_of_runs if name in facts]
+            if run_values:
+                is_uniform = all(value == run_values[0] for value in run_values)
+                values[column] = run_values[0] if is_uniform else tuple(run_values)
+        compared.append(MetadataField(name, values))
+    return compared
+
+
+def _is_lora_field(name: str) -> bool:
+    lora_paths = ("model.lora_targets", "resolved.adapters_fused", "resolved.base_in_bf16")
+    return name.startswith("settings.lora.") or name in lora_paths
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested facts as (dotted path, value); lists are one value."""
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if path in _IGNORED_METADATA:
+            continue
+        if isinstance(value, Mapping):
+            yield from flatten(value, path + ".")
+        else:
+            yield path, value
+
+
+# --- groups of seeds ---
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """Runs of one mode that differ in nothing but the seed."""
+
+    label: str
+    mode: str
+    runs: tuple[RunData, ...]
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return float(self.runs[0].get("resolved.lr"))
+
+    @property
+    def label_with_lr(self) -> str:
+        """The label, its learning rate in it whether or not other groups share it."""
+        lr = f"lr {self.lr:.3g}"
+        if lr in self.label:
+            return self.label
+        return f"{self.label[:-1]}, {lr})" if self.label.endswith(")") else f"{self.label} ({lr})"
+
+    @property
+    def finished_runs(self) -> tuple[RunData, ...]:
+        """The runs that came to their own end and were evaluated: those that a verdict may count."""
+        return tuple(run for run in self.runs if run.is_finished and run.best_eval is not None)
+
+    @property
+    def best_loss(self) -> float:
+        """Mean of the lowest validation losses of the finished runs, of which there must be one."""
+        return statistics.fmean(run.best_eval["loss"] for run in self.finished_runs if run.best_eval)
+
+    @property
+    def improvement(self) -> float | None:
+        """Mean improvement of the finished runs on the base; None where one was not evaluated at step 0."""
+        gains = [
+            run.initial_loss - run.best_eval["loss"]
+            for run in self.finished_runs
+            if run.best_eval and run.initial_loss is not None
+        ]
+        return statistics.fmean(gains) if len(gains) == len(self.finished_runs) else None
+
+
+def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
+    """The runs by what they have in common, full ones first, in the order they were given."""
+    runs_by_key: dict[tuple[Any, ...], list[RunData]] = {}
+    for run in runs:
+        settings = [
+            (name, repr(value))
+            for name, value in sorted(flatten(run.get("settings"), "settings."))
+            if name not in _IGNORED_SETTINGS and not name.startswith("settings.output.")
+        ]
+        key = (*settings, *(repr(run.get(path)) for path in _GROUPING_PATHS))
+        runs_by_key.setdefault(key, []).append(run)
+    groups = sorted(runs_by_key.values(), key=lambda group: group[0].mode)
+    labels = [_make_label(group[0], [other[0] for other in groups]) for group in groups]
+    return [
+        SeedGroup(label if labels.count(label) == 1 else f"{label}: {group[0].name}", group[0].mode, tuple(group))
+        for label, group in zip(labels, groups, strict=True)
+    ]
+
+
+def _make_label(run: RunData, first_runs: Sequence[RunData]) -> str:
+    """The mode of a run with what tells it apart from those of its mode among the first runs of each group."""
+    peers = [other for other in first_runs if other.mode == run.mode]
+    parts = []
+    for path, format_value in _LABEL_FORMATS.items():
+        sources = {peer.get("data.source") for peer in peers}
+        pairs = {(peer.get("data.source"), repr(peer.get(path))) for peer in peers}
+        # the name of the data, which a label has before it, may tell it already
+        is_implied = path in ("data.objective", "data.block_size") and 1 < len(sources) == len(pairs)
+        if run.get(path) is not None and len({value for _, value in pairs}) > 1 and not is_implied:
+            parts.append(format_value(run.get(path)))
+    return MODE_NAMES[run.mode] + (f" ({', '.join(parts[:4])})" if parts else "")

@@ -1,0 +1,466 @@
+"""A LoRA group held against a full one, run by run of the same seed: excess loss with its interval, and what it cost.
+
+Runs are paired by seed. What may not be ranked gets no number; a ratio of time or memory is given only where both were
+measured under the same conditions, and is withheld with the reason where they were not.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from trainer.config import reference
+from trainer.config.choices import MAX_SHARED_FRACTION
+from trainer.config.errors import UserError
+from trainer.report.comparable import (
+    MODE_NAMES,
+    SeedGroup,
+    comparable_sets,
+    comparison_blockers,
+    ranking_blockers,
+    reference_blockers,
+)
+from trainer.report.interval import (
+    LEVEL,
+    Matrix,
+    PairedInterval,
+    margin_contrast,
+    paired_interval,
+    plan_sample_size,
+    seeds_interval,
+    sum_by_unit,
+)
+from trainer.report.run_data import RunData
+from trainer.report.views import Point, View, build_views
+from trainer.tracking.eval_records import read_evaluations
+
+SPLIT_NAMES = {"test": "test", "val": "validation"}
+_RECORD_KEY = ["id", "occurrence"]
+MarginKind = Literal["share", "nats", "bits_per_byte"]
+Pairs = Sequence[tuple[RunData, RunData]]  # (full, LoRA) of one seed each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Margin:
+    """How much worse than full is still good enough: a share of what full gained, nats per token, or bits per byte."""
+
+    kind: MarginKind = "share"
+    value: float = 0.02
+
+    def describe(self, gained: float | None = None) -> str:
+        """`2 % of what full gained (0.0400)`; `gained` in nats per token, None where unknown."""
+        if self.kind == "share":
+            amount = "" if gained is None else f" ({self.value * gained:.4f})"
+            return f"{100 * self.value:g} % of what full gained{amount}"
+        return f"{self.value:g} {'nats per token' if self.kind == 'nats' else 'bits per byte'}"
+
+    def why_not(self, losses: "MatchedLosses") -> str:
+        """Why these losses cannot be held against it, "" where they can."""
+        if self.kind == "share" and losses.base is None:
+            return "the base's losses of these records are not there"
+        if self.kind == "bits_per_byte" and not losses.num_bytes.all():
+            return "the bytes of these records are not known; give the margin in nats"
+        return ""
+
+    def contrast(self, losses: "MatchedLosses") -> Matrix:
+        """LoRA's excess beyond the margin in nats, (seeds, units): below 0 is inside. `why_not` must have no reason."""
+        if self.kind == "share":  # what full gained is an estimate too: its error is part of the contrast
+            assert losses.base is not None
+            return margin_contrast(losses.lora, losses.full, losses.base, self.value)
+        allowed = self.value * (losses.targets if self.kind == "nats" else np.log(2) * losses.num_bytes)
+        return np.asarray(losses.lora - losses.full - allowed, dtype=np.float64)
+
+
+def parse_margin(text: str) -> Margin:
+    """A number above 0 with its unit, as `2%`, `0.01nats` or `0.005bpb`; UserError otherwise."""
+    kinds: dict[str, tuple[MarginKind, float, float]] = {  # by suffix: kind, factor, and what a number must stay under
+        "%": ("share", 0.01, 100),
+        "nats": ("nats", 1.0, math.inf),
+        "bpb": ("bits_per_byte", 1.0, math.inf),
+    }
+    for suffix, (kind, factor, limit) in kinds.items():
+        number = text.removesuffix(suffix).rstrip()
+        if number != text and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number) and 0 < float(number) < limit:
+            return Margin(kind=kind, value=float(number) * factor)
+    raise UserError(f"--margin {text}: expected a number above 0 and its unit, such as 2%, 0.01nats or 0.005bpb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRatio:
+    """LoRA's cost over full's, None with the reason where they may not be divided; the costs themselves beside it."""
+
+    ratio: float | None
+    reason: str
+    full: float | None  #: mean over runs, in seconds or bytes
+    lora: float | None
+    is_of_a_step: bool = False  #: whether the costs are those of a step instead of a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateCurve:
+    """Validation losses (nats per token) of one mode by learning rate, of runs of one length."""
+
+    mode: str
+    losses: Mapping[float, float]
+    num_steps: int = 0
+    run_ids: tuple[str, ...] = ()  #: of whole runs, as W&B knows them
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyContext:
+    """How the compared settings were chosen, by whom and on what: what a study knows and its answer's runs do not."""
+
+    choice: str  #: the end of the sentence
+    lines: tuple[str, ...]  #: for people: rule, searches, timing
+    rate_curves: tuple[RateCurve, ...]  #: of its searches, the whole runs last
+    views: tuple[View, ...]  #: both modes at equal cost, on the searches' curves
+    rule: Mapping[str, Any]  #: the content of its rule.json
+    facts: Mapping[str, Any]  #: further content of answer.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonOptions:
+    """How full and LoRA are judged; with `study` by its rule: the first LoRA group is the one that it is about."""
+
+    margin: Margin = field(default_factory=Margin)
+    level: float = LEVEL
+    step_time: CostRatio | None = None  #: of a step of each mode, timed in alternation; None where they were not
+    study: StudyContext | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullVsLora:
+    """A LoRA group against a full one on the same data; None where a number cannot be had."""
+
+    full: SeedGroup
+    lora: SeedGroup
+    pairs: tuple[tuple[RunData, RunData], ...]  #: (full, LoRA) of one seed each
+    blockers: tuple[str, ...]  #: why they may not be ranked
+    margin: Margin
+    full_loss: float  #: mean over seeds of what is judged, nats per token
+    lora_loss: float
+    losses: "MatchedLosses | None" = None
+    no_losses: str = ""  #: why single records could not be paired
+    excess: PairedInterval | None = None
+    contrast: PairedInterval | None = None  #: excess beyond the margin
+    parameters: float  #: trainable ones, LoRA's / full's
+    time: CostRatio
+    memory: CostRatio
+
+    @property
+    def answer(self) -> str:
+        """not ranked, better, good enough, worse (by more than the margin, where it is known) or cannot tell."""
+        if self.blockers:
+            return "not ranked"
+        if self.excess is None:
+            return "cannot tell"
+        if self.excess.high < 0:
+            return "better"
+        if self.contrast is not None and self.contrast.upper < 0:
+            return "good enough"
+        return "worse" if (self.contrast or self.excess).low > 0 else "cannot tell"
+
+    @property
+    def is_margin_under_floor(self) -> bool:
+        """Whether it cannot be told, and no number of seeds resolves the margin with these records."""
+        if self.answer != "cannot tell" or self.excess is None or self.contrast is None or not self.contrast.num_units:
+            return False
+        needed = plan_sample_size(self.contrast, self.contrast.estimate, level=self.contrast.level, is_one_sided=True)
+        return needed.floor >= self.excess.estimate - self.contrast.estimate
+
+
+def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions) -> FullVsLora:
+    """The comparison of two groups on the same data, of which each has a finished run."""
+    pairs = pair_by_seed(full, lora)
+    reasons = [reason for pair in pairs for reason in ranking_blockers(*pair)]
+    reasons += [reason for pair in pairs for run in pair for reason in comparison_blockers(pairs[0][0], run)]
+    if not pairs:
+        seeds = [
+            ", ".join(sorted({str(run.get("settings.train.seed")) for run in group.finished_runs}))
+            for group in (lora, full)
+        ]
+        reasons = [f"other data order (seeds {seeds[0]} against {seeds[1]})"]
+    own_clocks = _cost(full, lora, "wall_seconds")  # they hold whatever else the machine did: of the very same runs
+    reason = own_clocks.reason or "not timed in alternation on one machine"  # 0.98 and 1.14 were said
+    comparison = FullVsLora(
+        full=full,
+        lora=lora,
+        pairs=tuple(pairs),
+        blockers=tuple(dict.fromkeys(reasons)),
+        margin=options.margin,
+        full_loss=full.best_loss,
+        lora_loss=lora.best_loss,
+        parameters=lora.runs[0].get("model.trainable") / full.runs[0].get("model.trainable"),
+        time=options.step_time or replace(own_clocks, ratio=None, reason=reason),
+        memory=_cost(full, lora, "peak_memory_bytes"),
+    )
+    if reasons:
+        return comparison
+    try:
+        losses = match_losses(pairs)
+    except SharedRecordsError as error:
+        return replace(comparison, blockers=(str(error),))
+    except MatchError as error:
+        return replace(comparison, no_losses=str(error), **_judge_whole_losses(pairs, options))
+    contrast = None
+    if not options.margin.why_not(losses):
+        contrast = paired_interval(options.margin.contrast(losses), losses.targets, options.level)
+    return replace(
+        comparison,
+        full_loss=losses.mean_loss(losses.full),
+        lora_loss=losses.mean_loss(losses.lora),
+        losses=losses,
+        excess=paired_interval(losses.lora - losses.full, losses.targets, options.level),
+        contrast=contrast,
+    )
+
+
+def _judge_whole_losses(pairs: Pairs, options: ComparisonOptions) -> dict[str, Any]:
+    """Losses, and intervals over seeds alone, of runs whose records cannot be paired."""
+    best = [tuple(run.best_eval["loss"] for run in pair if run.best_eval) for pair in pairs]
+    judged: dict[str, Any] = {
+        name: sum(losses[i] for losses in best) / len(best) for i, name in enumerate(("full_loss", "lora_loss"))
+    }
+    if len(pairs) > 1:
+        judged["excess"] = seeds_interval([lora - full for full, lora in best], options.level)
+        if options.margin.kind == "nats":
+            beyond = [lora - full - options.margin.value for full, lora in best]
+            judged["contrast"] = seeds_interval(beyond, options.level)
+    return judged
+
+
+def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> list[tuple[RunData, RunData]]:
+    """(full, LoRA) of each seed that both groups have; a seed twice in a group counts once, by its first run."""
+    full_runs, lora_runs = (
+        {run.get("settings.train.seed"): run for run in reversed(group.finished_runs)} for group in (full, lora)
+    )
+    return [(full_runs[seed], lora_runs[seed]) for seed in sorted(full_runs.keys() & lora_runs.keys(), key=str)]
+
+
+def compare_sets(
+    groups: Sequence[SeedGroup], options: ComparisonOptions
+) -> list[tuple[list[FullVsLora], list[SeedGroup], list[SeedGroup]]]:
+    """For each set of finished groups on the same data that has both modes: its comparisons, full and LoRA groups.
+
+    Each LoRA group is held against the best full group that it may be ranked with. The first comparison is the best
+    pair ranked, of a study the one that it is about.
+    """
+
+    def may_be_ranked(full: SeedGroup, lora: SeedGroup) -> bool:
+        pairs = pair_by_seed(full, lora)
+        return bool(pairs) and not any(ranking_blockers(*pair) for pair in pairs)
+
+    sets = []
+    for members in comparable_sets(groups, lambda group: group.runs[0]):
+        full_groups, lora_groups = ([group for group in members if group.mode == mode] for mode in MODE_NAMES)
+        if not full_groups or not lora_groups:
+            continue
+        if options.study is None:
+            full_groups.sort(key=lambda group: group.best_loss)
+            lora_groups.sort(key=lambda group: group.best_loss)
+        comparisons = []
+        for lora in lora_groups:
+            full = next((full for full in full_groups if may_be_ranked(full, lora)), full_groups[0])
+            comparisons.append(compare_groups(full, lora, options))
+        if options.study is None:
+            comparisons.sort(key=lambda comparison: bool(comparison.blockers))
+        sets.append((comparisons, full_groups, lora_groups))
+    return sets
+
+
+def list_views(pair: FullVsLora, study: StudyContext | None) -> tuple[View, ...]:
+    """Both modes at equal tokens, FLOPs, seconds and peak memory; none where they may not be ranked.
+
+    The curves are the evaluations of the paired runs, so within a budget they stand before the end of their schedules.
+    """
+    if pair.blockers or study is not None:
+        return study.views if study is not None else ()
+    curves: tuple[list[list[Point]], list[list[Point]]] = ([], [])
+    for runs in pair.pairs:
+        for run, curves_of_mode in zip(runs, curves, strict=True):
+            step_flops = run.get("model.step_flops")
+            points = [
+                Point(
+                    loss=float(loss),
+                    tokens=float(tokens),
+                    flops=None if step_flops is None else step_flops * float(step),
+                    peak_memory_bytes=None if run.get("resumed") else run.summary.get("peak_memory_bytes"),
+                )
+                for step, tokens, loss in zip(run.evals["step"], run.evals["tokens"], run.evals["loss"], strict=True)
+                if step > 0 and np.isfinite(loss)
+            ]
+            curves_of_mode.append(points)
+    if not all(map(all, curves)):
+        return ()
+    return build_views(*curves, no_seconds=pair.time.reason)
+
+
+def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
+    """Mean validation loss minus the card's at `epoch`; None where either is missing or a run is not comparable."""
+    row = next((row for row in reference.CURVE if row.epoch == epoch), None)
+    if row is None or any(reference_blockers(run) for run in group.runs):
+        return None
+    run_indices = [(run, run.index_at_epoch(run.evals, epoch)) for run in group.runs]
+    losses = [float(run.evals["loss"][index]) for run, index in run_indices if index is not None]
+    return sum(losses) / len(losses) - row.val_loss if losses else None
+
+
+# --- the losses of single records ---
+
+
+class MatchError(Exception):
+    """The records of these runs cannot be paired; its text is the reason."""
+
+
+class SharedRecordsError(Exception):
+    """So many of the records equal a training record that no answer can be drawn from them; its text says it."""
+
+    def __init__(self, split: str, number: int, total: int):
+        super().__init__(
+            f"{number:,} of {total:,} {SPLIT_NAMES[split]} records also stand in the training data, over "
+            f"{MAX_SHARED_FRACTION:.0%}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedLosses:
+    """Summed negative log-likelihoods (nats) a seed and unit, of both modes and of the base where it was evaluated.
+
+    A unit is a record, a block, or a cluster of records that share a meaning.
+    """
+
+    split: str  #: test or val
+    lora: Matrix  #: (seeds, units)
+    full: Matrix  #: (seeds, units)
+    base: Matrix | None  #: (seeds, units), of full's base before the first step
+    targets: NDArray[np.float64]  #: (units,)
+    num_bytes: NDArray[np.float64]  #: (units,), UTF-8 bytes of the targets, 0 where the text is not known
+    num_records: int
+    num_in_train: int  #: further records, left out because they equal a training record
+    has_clusters: bool  #: whether units are clusters of records that share a meaning
+    are_blocks: bool  #: whether a row is a block of joined texts, not a record
+
+    @property
+    def unit_name(self) -> str:
+        """What the sentence calls the units."""
+        split_name = SPLIT_NAMES[self.split]
+        if self.has_clusters:
+            return f"clusters of {split_name} records"
+        return f"{split_name} {'blocks' if self.are_blocks else 'records'}"
+
+    def to_bits_per_byte(self, nats_per_token: float) -> float | None:
+        """The same summed loss over these records' bytes; None where they are not known."""
+        if not self.num_bytes.all():
+            return None
+        return nats_per_token * math.fsum(self.targets) / (math.log(2) * math.fsum(self.num_bytes))
+
+    def mean_loss(self, values: Matrix) -> float:
+        """Nats per token over all seeds and units."""
+        return math.fsum(values.ravel()) / (len(values) * math.fsum(self.targets))
+
+
+def match_losses(pairs: Pairs) -> MatchedLosses:
+    """The losses of (full, LoRA) pairs at each run's chosen checkpoint: on test records where all have them, else val.
+
+    MatchError where a run left no losses, or records or their targets differ; SharedRecordsError.
+    """
+    runs = [run for pair in pairs for run in pair]  # full and LoRA by turns
+    for run in runs:  # run.json counts whole records even where rows are blocks
+        for split in ("val", "test"):
+            number, total = run.get(f"data.equal_to_train.{split}"), run.get(f"data.{split}.records")
+            if isinstance(number, int) and isinstance(total, int) and number > MAX_SHARED_FRACTION * total:
+                raise SharedRecordsError(split, number, total)
+    frames = []
+    for run in runs:
+        if run.eval_records_path is None:
+            raise MatchError(f"{run.name} left no losses of single records")
+        try:
+            best_step = int(run.best_eval["step"]) if run.best_eval else -1
+            frames.append(read_evaluations(run.eval_records_path, val_steps=(0, best_step)))
+        except UserError as error:  # this pair has no interval, others may
+            raise MatchError(f"{run.name}: {error}") from error
+    split = "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
+    trained = [_select(frame, split, _chosen_step(frame, run, split)) for frame, run in zip(frames, runs, strict=True)]
+    base = [_select(frame, split, 0) for frame in frames[::2]]
+    num_in_train, num_all = int(trained[0]["in_train"].sum()), len(trained[0])
+    if num_in_train > MAX_SHARED_FRACTION * num_all:
+        raise SharedRecordsError(split, num_in_train, num_all)
+    trained, base = ([frame[~frame["in_train"]] for frame in members] for members in (trained, base))
+    first = trained[0]
+    if not len(first):
+        raise MatchError(f"{runs[0].name} left no losses of {SPLIT_NAMES[split]} records at its chosen step")
+    has_group = first["group"].notna()
+    units = first["group"].where(has_group, first.index.get_level_values("id")).to_numpy(dtype=str)
+    if len(set(units)) < 2:
+        raise MatchError(f"the {SPLIT_NAMES[split]} records are one, or share one meaning")
+
+    def stack(frames: Sequence[pd.DataFrame]) -> Matrix:
+        for frame in frames:
+            num_unshared = len(first.index.symmetric_difference(frame.index))
+            if num_unshared:
+                raise MatchError(f"other evaluation records ({num_unshared:,} are not in both runs)")
+            if not np.array_equal(first["targets"].to_numpy(), frame["targets"].to_numpy()):
+                raise MatchError("other targets in the same records")
+            if not np.isfinite(frame["nll"].to_numpy()).all():
+                raise MatchError("a record's loss is not finite")
+        return sum_by_unit(np.stack([frame["nll"].to_numpy(np.float64) for frame in frames]), units)
+
+    return MatchedLosses(
+        split=split,
+        full=stack(trained[::2]),
+        lora=stack(trained[1::2]),
+        base=stack(base) if all(map(len, base)) else None,
+        targets=sum_by_unit(first["targets"].to_numpy(np.float64), units),
+        num_bytes=sum_by_unit(first["bytes"].to_numpy(np.float64), units),
+        num_records=len(first),
+        num_in_train=num_in_train,
+        has_clusters=bool(has_group.any()),
+        are_blocks=runs[0].get("data.objective") == "blocks",
+    )
+
+
+def _chosen_step(frame: pd.DataFrame, run: RunData, split: str) -> int:
+    """The step of the run's chosen checkpoint: the best of validation; test records are evaluated at it alone."""
+    if split == "test":
+        steps = frame.loc[(frame["split"] == "test") & (frame["step"] > 0), "step"]
+        return int(steps.max()) if len(steps) else -1
+    return int(run.best_eval["step"]) if run.best_eval else -1
+
+
+def _select(frame: pd.DataFrame, split: str, step: int) -> pd.DataFrame:
+    """Rows of one evaluation by (id, occurrence); where a resume wrote them twice the last stand."""
+    rows = frame[(frame["split"] == split) & (frame["step"] == step) & (frame["targets"] > 0)]
+    return rows.drop_duplicates(_RECORD_KEY, keep="last").set_index(_RECORD_KEY).sort_index()
+
+
+# --- cost ---
+
+
+def _cost(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
+    """Means over finished runs, divided where both groups were measured under the same conditions."""
+    costs: list[float | None] = []
+    for group in (full, lora):
+        values = [run.summary[key] for run in group.finished_runs if key in run.summary]
+        costs.append(sum(values) / len(values) if len(values) == len(group.finished_runs) else None)
+    full_cost, lora_cost = costs
+    resumed = [run.name for run in (*full.finished_runs, *lora.finished_runs) if run.get("resumed")]
+    reason = f"{resumed[0]} was resumed and measured in parts" if resumed else ""
+    conditions = {
+        "hardware": ("hardware.cpu", "hardware.cores", "hardware.gpu", "hardware.gpus", "resolved.device"),
+        "number of ranks": ("resolved.ranks", "resolved.nodes"),
+    }
+    for name, paths in conditions.items():
+        values = [[group.finished_runs[0].get(path) for path in paths] for group in (full, lora)]
+        if values[0] != values[1]:
+            reason = reason or f"other {name}"
+        elif set(values[0]) == {None}:
+            reason = reason or f"{name} unknown"
+    if not lora_cost or not full_cost:
+        reason = reason or "not measured"
+    ratio = lora_cost / full_cost if lora_cost and full_cost and not reason else None
+    return CostRatio(ratio=ratio, reason=reason, lora=lora_cost, full=full_cost)

@@ -1,0 +1,425 @@
+"""What the comparison comes to: one sentence with its interval, three numbers, and what explains them line by line."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from trainer.config import reference
+from trainer.config.text import (
+    capitalize,
+    format_bytes,
+    format_duration,
+    format_percent,
+    join_words,
+)
+from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
+from trainer.report.interval import MIN_SEEDS, PairedInterval, holm, plan_sample_size
+from trainer.report.judge import (
+    ComparisonOptions,
+    CostRatio,
+    FullVsLora,
+    StudyContext,
+    compare_sets,
+    difference_to_reference,
+    list_views,
+)
+from trainer.report.views import describe_views
+
+UNIT = "nats per token"
+INTERVAL_RULE = (
+    "[a, b] is a {level:.3g} % interval over seeds and evaluation records taken as crossed random effects, from the "
+    "losses of single records of runs paired by seed; it holds for the compared rates, not for others."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """One of the three numbers of the first screen."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The sentence, three numbers, what explains them, and the comparisons behind (the primary one first)."""
+
+    sentence: str
+    headlines: tuple[Headline, ...] = ()
+    details: tuple[str, ...] = ()
+    comparisons: tuple[FullVsLora, ...] = ()
+    num_not_counted: int = 0
+    study: StudyContext | None = None  #: where the settings were chosen by one
+
+    @property
+    def primary(self) -> FullVsLora | None:
+        """The comparison that the sentence and the numbers are of."""
+        return self.comparisons[0] if self.comparisons else None
+
+
+def build_verdict(
+    groups: Sequence[SeedGroup], with_reference: bool, options: ComparisonOptions | None = None
+) -> Verdict:
+    """The verdict over all groups; only finished runs count. One sentence for each data set that has both modes."""
+    options = options or ComparisonOptions()
+    study = options.study
+    finished = [group for group in groups if group.finished_runs]
+    num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
+    if not finished:
+        return Verdict(
+            sentence="No run is finished and evaluated, so there is nothing to compare yet.",
+            num_not_counted=num_left_out,
+        )
+    sets = compare_sets(finished, options)
+    sentences = [_describe_set(*members, study) for members in sets] or [_describe_unpaired(finished)]
+    if num_left_out:
+        plural = "s" if num_left_out > 1 else ""
+        sentences.append(f"{num_left_out} run{plural} without an end or an evaluation not counted.")
+    comparisons = [comparison for members, _, _ in sets for comparison in members]
+    details = [line for comparison in comparisons for line in describe_numbers(comparison)]
+    others = [
+        (pair.lora.label_with_lr, pair.excess.p_value) for members, _, _ in sets for pair in members[1:] if pair.excess
+    ]
+    if others:
+        adjusted = holm([p_value for _, p_value in others])
+        parts = [f"{label} p = {p_value:.2g}" for (label, _), p_value in zip(others, adjusted, strict=True)]
+        details.append(
+            f"Exploratory: all comparisons but the first; that their loss differs, after Holm: {', '.join(parts)}."
+        )
+    details += [line for members, _, _ in sets for line in describe_costs(members[0])]
+    for members, full_groups, lora_groups in sets:
+        details += describe_views(list_views(members[0], study))
+        details += describe_forgetting([*full_groups, *lora_groups])
+    details += study.lines if study else ()
+    if any(comparison.losses for comparison in comparisons):
+        details.append(INTERVAL_RULE.format(level=100 * options.level))
+    last_row = reference.CURVE[-1]
+    for group in finished if with_reference else ():
+        gap = difference_to_reference(group, last_row.epoch)
+        if gap is not None:
+            position = f"{abs(gap):.4f} {'above' if gap > 0 else 'below'}" if round(gap, 4) else "exactly at"
+            details.append(
+                f"{group.label} ended {position} the card's {last_row.val_loss:.4f} at epoch {last_row.epoch}."
+            )
+    return Verdict(
+        sentence=" ".join(sentences),
+        headlines=build_headlines(comparisons[0]) if comparisons else (),
+        details=tuple(details),
+        comparisons=tuple(comparisons),
+        num_not_counted=num_left_out,
+        study=study,
+    )
+
+
+# --- the sentence ---
+
+
+def _describe_set(
+    comparisons: Sequence[FullVsLora],
+    full_groups: Sequence[SeedGroup],
+    lora_groups: Sequence[SeedGroup],
+    study: StudyContext | None,
+) -> str:
+    """The sentence on the best LoRA group of a data set against the best full one, or on the one of a study."""
+    pair, excess = comparisons[0], comparisons[0].excess
+    names = []
+    for group, num_groups in ((pair.lora, 1 if study else len(comparisons)), (pair.full, len(full_groups))):
+        mode_name, name = MODE_NAMES[group.mode], group.label_with_lr
+        if num_groups > 1:
+            name = f"the best of {num_groups} {mode_name} settings{name.removeprefix(mode_name)}"
+        names.append(name)
+    lora, full = names
+    if pair.blockers:
+        return f"{capitalize(lora)} and {full} are not ranked: {'; '.join(pair.blockers)}."
+    if excess is None:
+        return (
+            f"Cannot tell whether {lora} is as good as {full}: validation loss {pair.lora_loss:.4f} against "
+            f"{pair.full_loss:.4f}, a difference without an interval ({pair.no_losses}, and there is one seed)."
+        )
+    sentence = ""
+    if excess.num_seeds == 1:
+        sentence = "of these two models, "
+    elif excess.num_seeds < MIN_SEEDS:
+        sentence = f"provisionally, with {excess.num_seeds} seeds, "
+    sentence += f"{_describe_answer(pair, excess, lora, full)}, {_describe_basis(pair)}"
+    if excess.num_seeds == 1:
+        sentence += "; one seed says nothing of the methods"
+    if pair.answer == "cannot tell":
+        sentence += f"; {_describe_needed_records(pair, excess)}"
+    if study is not None:
+        return capitalize(sentence) + f"; {study.choice}."
+    if (len(comparisons) > 1 or len(full_groups) > 1) and not (pair.losses and pair.losses.split == "test"):
+        sentence += "; exploratory, for the settings were chosen on these records"
+    sentence += _describe_rates(pair, {"full": full_groups, "lora": lora_groups})
+    return capitalize(sentence) + "."
+
+
+def _describe_answer(pair: FullVsLora, excess: PairedInterval, lora: str, full: str) -> str:
+    interval = f"{UNIT} [{excess.low:+.4f}, {excess.high:+.4f}]"
+    amount = f"{abs(excess.estimate):.4f} {interval}"
+    if pair.answer == "better":
+        return f"{lora} is better than {full} by {amount}"
+    if pair.answer == "good enough":
+        side = "worse" if excess.estimate > 0 else "better"
+        return f"{lora} is good enough beside {full}: {side} by {amount}, within the margin of {describe_margin(pair)}"
+    if pair.answer == "worse":
+        more = "" if pair.contrast is None else f", more than the margin of {describe_margin(pair)}"
+        return f"{lora} is worse than {full} by {amount}{more}"
+    beside = "" if pair.contrast is None else f", beside a margin of {describe_margin(pair)}"
+    return (
+        f"cannot tell yet whether {lora} is good enough beside {full}: loss differs by {excess.estimate:+.4f} "
+        f"{interval}{beside}"
+    )
+
+
+def _describe_basis(pair: FullVsLora) -> str:
+    """`on 200 test records, seeds 1, 2 and 3, 90 steps`."""
+    records = "on this validation set alone"
+    if pair.losses:
+        num_units = len(pair.losses.targets) if pair.losses.has_clusters else pair.losses.num_records
+        records = f"on {num_units:,} {pair.losses.unit_name}"
+    seeds = [str(full.get("settings.train.seed")) for full, _ in pair.pairs]
+    steps = sorted({int(run.final_eval["step"]) for runs in pair.pairs for run in runs if run.final_eval})
+    steps_text = " and ".join(f"{step:,}" for step in steps)
+    return f"{records}, seed{'s' if len(seeds) > 1 else ''} {join_words(seeds, 'and')}, {steps_text} steps"
+
+
+def _describe_needed_records(pair: FullVsLora, excess: PairedInterval) -> str:
+    """The seeds or records that would decide: on which side of the margin, or of 0 where that is nearer."""
+    unit_name = pair.losses.unit_name if pair.losses else "validation records"
+    options = [plan_sample_size(excess, excess.estimate, level=excess.level)]
+    if (gap := pair.contrast) is not None:
+        options = options if excess.estimate < 0 else []
+        options.append(plan_sample_size(gap, gap.estimate, level=gap.level, is_one_sided=gap.estimate < 0))
+    seeds = min((option.num_seeds for option in options if option.num_seeds), default=None)
+    units = min((option.num_units for option in options if option.num_units), default=None)
+    if seeds is not None:
+        return f"at least {seeds} seeds are needed"
+    floor = f"with these {unit_name} no number of seeds resolves less than ±{options[-1].floor:.4f}"
+    if units is not None:
+        return f"{floor}: at least {units:,} {unit_name} are needed"
+    return f"{floor}, and the difference is too close to the margin for 200 times as many"
+
+
+def _describe_rates(pair: FullVsLora, groups_by_mode: Mapping[str, Sequence[SeedGroup]]) -> str:
+    """A clause where a mode may be under-tuned: one rate, or the best at the edge of those that were tried."""
+    rates = {mode: sorted({group.lr for group in groups}) for mode, groups in groups_by_mode.items()}
+    if all(len(tried) == 1 for tried in rates.values()):
+        return "; one rate each was tried"
+    clauses = []
+    for chosen in (pair.full, pair.lora):
+        name, tried = MODE_NAMES[chosen.mode], rates[chosen.mode]
+        if len(tried) == 1:
+            clauses.append(f"; one rate of {name} was tried")
+        elif chosen.lr in (tried[0], tried[-1]):
+            side = "smallest" if chosen.lr == tried[0] else "largest"
+            clauses.append(f"; {name}'s best rate is the {side} of {len(tried)}, so a better one may lie beyond")
+    return "".join(clauses)
+
+
+def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
+    """What can be said where no LoRA group is on the data of a full one."""
+    parts = []
+    for group in groups[:4]:
+        best, gain = group.best_loss, group.improvement
+        if gain is None:
+            parts.append(f"{group.label} reached a best validation loss of {best:.4f} (its base was not evaluated)")
+        else:
+            verb = "improved" if gain > 0 else "did not improve"
+            parts.append(f"{group.label} {verb} on its base ({best + gain:.4f} -> {best:.4f} at best)")
+    descriptions = "; ".join(parts)
+    full_groups, lora_groups = ([group for group in groups if group.mode == mode] for mode in ("full", "lora"))
+    if full_groups and lora_groups:
+        reasons = comparison_blockers(lora_groups[0].finished_runs[0], full_groups[0].finished_runs[0])
+        short_reasons = ", ".join(dict.fromkeys(reason.split(" (", 1)[0] for reason in reasons))
+        return f"LoRA and full are not comparable with one another ({short_reasons}): {descriptions}."
+    missing_mode = "LoRA" if full_groups else "full"
+    return f"{capitalize(descriptions)}; there is no finished {missing_mode} run to compare with."
+
+
+# --- the three numbers, and what explains them ---
+
+
+def build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
+    """Loss, time and memory, each with its interval or the reason why there is none."""
+    if pair.excess is None:
+        loss = Headline(label="Loss", value="-", note="; ".join(pair.blockers) or "no interval: " + pair.no_losses)
+    else:
+        interval = f"[{pair.excess.low:+.4f}, {pair.excess.high:+.4f}]"
+        note = f"{interval} {UNIT}{_bits_per_byte(pair)}, LoRA − full"
+        loss = Headline(label="Loss", value=f"{pair.excess.estimate:+.4f}", note=note)
+    return (
+        loss,
+        _cost_headline("Time", pair.time, format_duration),
+        _cost_headline("Memory", pair.memory, format_bytes),
+    )
+
+
+def _bits_per_byte(pair: FullVsLora) -> str:
+    """` = +0.0100 bits per byte` of the excess, "" where the bytes of the records are not known."""
+    bits = pair.losses.to_bits_per_byte(pair.excess.estimate) if pair.losses and pair.excess else None
+    return "" if bits is None else f" = {bits:+.4f} bits per byte"
+
+
+def _cost_headline(label: str, cost: CostRatio, format_value: Callable[[float | None], str]) -> Headline:
+    is_measured = cost.lora is not None and cost.full is not None
+    values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
+    if cost.is_of_a_step and is_measured:
+        values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
+    if cost.ratio is not None:
+        return Headline(label=label, value=f"{cost.ratio:.2f}x", note=values)
+    note = f"not compared: {cost.reason}" + (f" ({values})" if is_measured else "")
+    return Headline(label=label, value="-", note=note)
+
+
+def describe_numbers(pair: FullVsLora) -> list[str]:
+    """The losses behind a comparison, what cannot be had, and what the costs depend on."""
+    names = f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}"
+    if pair.blockers:
+        return [f"{names}: not ranked ({'; '.join(pair.blockers)})."]
+    line = f"{names}: {pair.answer}; loss {pair.lora_loss:.4f} against {pair.full_loss:.4f}"
+    line += f", {UNIT}" if pair.excess is None else f", difference {pair.excess} {UNIT}"
+    line += _bits_per_byte(pair)
+    if pair.contrast is not None:
+        line += f"; beyond the margin of {describe_margin(pair)}: at most {pair.contrast.upper:+.4f} "
+        line += f"(one-sided {100 * pair.contrast.level:.3g} %)"
+    elif pair.excess is not None:
+        reason = pair.margin.why_not(pair.losses) if pair.losses else "that needs the losses of single records"
+        line += f"; whether it is within the margin is not known: {reason}"
+    lines = [line + "."]
+    if pair.losses and pair.losses.num_in_train:
+        lines.append(f"{names}: {pair.losses.num_in_train:,} records that equal a training record are left out.")
+    if pair.losses and pair.losses.are_blocks and (column := pair.full.runs[0].get("data.split_by")):
+        lines.append(
+            f"{names}: records of one {column} may stand in several blocks, which the interval takes for independent; "
+            "it may be too narrow, and --objective completion keeps records apart."
+        )
+    if pair.no_losses:
+        lines.append(f"{names}: {pair.no_losses}; an interval over seeds alone holds for this validation set only.")
+    return lines
+
+
+def describe_margin(pair: FullVsLora) -> str:
+    """The margin, with what it comes to where the gain is known."""
+    if pair.losses is None or pair.losses.base is None:
+        return pair.margin.describe()
+    return pair.margin.describe(pair.losses.mean_loss(pair.losses.base - pair.losses.full))
+
+
+def describe_costs(pair: FullVsLora) -> list[str]:
+    """`LoRA against full: 0.95% of its trainable parameters, 0.43x its memory; time not compared (other hardware).`
+
+    And what time and memory depend on and was not the same.
+    """
+    parts = [f"{format_percent(pair.parameters)} of its trainable parameters"]
+    withheld: dict[str, list[str]] = {}
+    for name, cost in (("time", pair.time), ("memory", pair.memory)):
+        if cost.ratio is None:
+            withheld.setdefault(cost.reason, []).append(name)
+        else:
+            parts.append(f"{cost.ratio:.2f}x its {name}")
+    text = join_words(parts, "and")
+    text += "".join(f"; {join_words(names, 'and')} not compared ({why})" for why, names in withheld.items())
+    lines = [f"{pair.lora.label_with_lr} against {pair.full.label_with_lr}: {text}."]
+    lora, full = pair.lora.finished_runs[0], pair.full.finished_runs[0]
+    paths = {
+        "micro-batch": "resolved.micro_batch",
+        "precision": "resolved.precision",
+        "ZeRO file": "resolved.ds_config",
+        "block length": "data.block_size",
+        "threads per rank": "resolved.threads_per_rank",
+    }
+    differences = [
+        f"{name} {lora.get(path)} against {full.get(path)}"
+        for name, path in paths.items()
+        if lora.get(path) != full.get(path)
+    ]
+    if differences and (pair.time.ratio is not None or pair.memory.ratio is not None):
+        lines.append(
+            f"Time and memory of {pair.lora.label} and {pair.full.label} were measured with different settings: "
+            f"{', '.join(differences)}."
+        )
+    return lines
+
+
+def describe_forgetting(groups: Sequence[SeedGroup]) -> list[str]:
+    """The settings that none beats in both gain and forgetting, and both modes at equal forgetting.
+
+    Of the settings whose runs measured both (--retain-data), in nats per token over seeds.
+    """
+    tradeoffs: list[tuple[SeedGroup, float, float]] = []  # (setting, gain on validation, forgetting)
+    for group in groups:
+        gain, forgetting = group.improvement, [run.forgetting for run in group.finished_runs]
+        known = [value for value in forgetting if value is not None]
+        if gain is not None and known == forgetting:
+            tradeoffs.append((group, gain, fmean(known)))
+    if not tradeoffs:
+        return []
+    front = [
+        f"{group.label_with_lr} {gain:.4f} for {forgetting:+.4f}"
+        for group, gain, forgetting in tradeoffs
+        if not any(
+            other_gain >= gain and other_forgetting <= forgetting
+            for _, other_gain, other_forgetting in tradeoffs
+            if (other_gain, other_forgetting) != (gain, forgetting)
+        )
+    ]
+    lines = [
+        f"Gain for forgetting (nats per token), of {len(tradeoffs)} settings those that none beats: {'; '.join(front)}."
+    ]
+    by_mode = {mode: [t for t in tradeoffs if t[0].mode == mode] for mode in ("lora", "full")}
+    if all(by_mode.values()):
+        budget = min(max(forgetting for _, _, forgetting in members) for members in by_mode.values())
+        parts = []
+        for mode, members in by_mode.items():
+            gains = [gain for _, gain, forgetting in members if forgetting <= budget]
+            name = MODE_NAMES[mode]
+            parts.append(f"{name} gains {max(gains):.4f}" if gains else f"no {name} setting forgets so little")
+        lines.append(f"Exploratory: at equal forgetting (at most {budget:+.4f}) {', '.join(parts)}.")
+    return lines
+
+
+# --- for machines ---
+
+
+def to_answer(verdict: Verdict) -> dict[str, Any]:
+    """The content of answer.json: the sentence, the three numbers, and each comparison with its interval."""
+    views = list_views(verdict.primary, verdict.study) if verdict.primary else ()
+    return {
+        "format": 1,
+        "sentence": verdict.sentence,
+        "answer": verdict.primary.answer if verdict.primary else None,
+        "numbers": [asdict(headline) for headline in verdict.headlines],
+        "comparisons": [
+            {
+                "answer": pair.answer,
+                "not_ranked_because": list(pair.blockers),
+                **{
+                    mode: {
+                        "label": group.label_with_lr,
+                        "lr": group.lr,
+                        "runs": [run.run_id for run in group.finished_runs],
+                        "loss": loss,
+                    }
+                    for mode, group, loss in (("full", pair.full, pair.full_loss), ("lora", pair.lora, pair.lora_loss))
+                },
+                "seeds": [full.get("settings.train.seed") for full, _ in pair.pairs],
+                "split": pair.losses.split if pair.losses else None,
+                "records": pair.losses.num_records if pair.losses else None,
+                "no_records_because": pair.no_losses,
+                "excess": asdict(pair.excess) if pair.excess else None,
+                "beyond_margin": asdict(pair.contrast) if pair.contrast else None,
+                "margin": asdict(pair.margin),
+                "is_margin_under_floor": pair.is_margin_under_floor,
+                "parameters": pair.parameters,
+                "time": asdict(pair.time),
+                "memory": asdict(pair.memory),
+            }
+            for pair in verdict.comparisons
+        ],
+        "views": [asdict(view) | {"favours": view.favours} for view in views],
+        "not_counted": verdict.num_not_counted,
+        **({"study": dict(verdict.study.facts)} if verdict.study else {}),
+    }
