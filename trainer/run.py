@@ -31,8 +31,15 @@ from trainer.tracking.console import show_plan
 from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.tensorboard_logger import check_loggers
 from trainer.training import run_folder
-from trainer.training.checkpoint import Checkpoint, CheckpointManager, delete_checkpoints_after, resolve_checkpoint
-from trainer.training.checkpoint_loading import load_for_evaluation, load_optimizer, load_weights
+from trainer.training.checkpoint import (
+    Checkpoint,
+    CheckpointManager,
+    delete_checkpoints_after,
+    load_for_evaluation,
+    load_optimizer,
+    load_weights,
+    resolve_checkpoint,
+)
 from trainer.training.data_setup import prepare_data, print_examples
 from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits
 from trainer.training.generation import GenerationEvaluator, check_prompts_available
@@ -40,7 +47,6 @@ from trainer.training.host_report import with_host_lines
 from trainer.training.loop import train
 from trainer.training.plan_validation import validate_early
 from trainer.training.recorder import Observer, Recorder
-from trainer.training.run_events import finished_event, resumed_event
 from trainer.training.run_plan import RunPlan, make_plan
 from trainer.training.train_state import TrainState
 
@@ -152,7 +158,7 @@ def _train_and_export(
         )
         if is_resumed:
             changes = metadata["resumed"]["changed"]
-            recorder.log(resumed_event(plan, state, changes, source, recorder.num_truncated))
+            recorder.log(run_folder.resumed_event(plan, state, changes, source, recorder.num_truncated))
         samples = GenerationEvaluator(engine, data, settings)
         observed = {**metadata, "resolved": plan.resolved()}
         observer = Observer(engine, observed, samples, recorder.previous_records())
@@ -229,7 +235,7 @@ def _finish(
             "measurements": measurements,
         }
         result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request))
-    event = finished_event(
+    event = run_folder.finished_event(
         plan,
         state,
         export_summary=result["summary"],

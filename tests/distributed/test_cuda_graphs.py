@@ -352,8 +352,7 @@ def take_steps(
     from trainer.distributed.execution import make_execution_plan
     from trainer.model.build import build_model
     from trainer.training import checkpoint
-    from trainer.training.checkpoint import CheckpointManager
-    from trainer.training.checkpoint_loading import load_optimizer, load_weights
+    from trainer.training.checkpoint import CheckpointManager, load_optimizer, load_weights
     from trainer.training.train_state import TrainState
 
     settings = cli.parse_args(f"--preset demo --model {folder} --data unused --global-batch 4 {words}".split()).settings

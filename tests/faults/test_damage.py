@@ -37,8 +37,7 @@ from transformers import AutoModelForCausalLM
 
 from trainer.config.errors import UserError
 from trainer.tools.doctor.run_checks import inspect_run, move_aside
-from trainer.training.checkpoint import resolve_checkpoint
-from trainer.training.checkpoint_loading import load_weights
+from trainer.training.checkpoint import load_weights, resolve_checkpoint
 
 
 def copy_until_step_4(finished_run: Path, out: Path) -> Path:

@@ -35,8 +35,7 @@ from trainer.model import quantization
 from trainer.model.build import TrainableModel, build_model, get_max_positions, merge_adapters, resolve_model_path
 from trainer.tracking import records
 from trainer.training import checkpoint as checkpoints
-from trainer.training.checkpoint import Checkpoint
-from trainer.training.checkpoint_loading import load_weights
+from trainer.training.checkpoint import Checkpoint, load_weights
 
 NUM_RANDOM_ROWS, RANDOM_ROW_LENGTH = 2, 64  # of made-up token ids, where the run's data are gone
 

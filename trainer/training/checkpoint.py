@@ -6,8 +6,6 @@ run stood, checksums of the other file, of the rows of metrics.jsonl and the eva
 and one of itself). It is written under another name, flushed and renamed, so a folder with the right name is whole.
 Dropout, data order and learning rate are functions of seed and step, so nothing else has to be kept: a frozen base,
 packed or reduced by pissa, is made again from its own weights.
-
-Long: the reader, the choice and the writer of one format belong together.
 """
 
 import contextlib
@@ -26,14 +24,12 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import fsync_path, write_atomically
 from trainer.config.json_file import read_json_object
 from trainer.data.sampler import MicroBatch
-from trainer.tracking.eval_records import EvaluationsDigest
-from trainer.tracking.jsonl import RowsDigest
 from trainer.training.train_state import TrainState
 
 if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
@@ -78,16 +74,6 @@ class Checkpoint:
             return bool(self.metadata.get("self") == _metadata_digest(self.metadata))
         except RecursionError:
             return False
-
-    @property
-    def records(self) -> RowsDigest | None:
-        """Of the rows that metrics.jsonl held when it was saved."""
-        return RowsDigest(**self.metadata["records"]) if "records" in self.metadata else None
-
-    @property
-    def evaluations(self) -> EvaluationsDigest | None:
-        """Of the evaluations that eval_records/ held when it was saved."""
-        return EvaluationsDigest(**self.metadata["evaluations"]) if "evaluations" in self.metadata else None
 
     def find_damage(self) -> str | None:
         """Which of its files is missing, cut off or changed since it was written; None where it is whole."""
@@ -145,10 +131,16 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
 
     `latest` falls back to the newest one that is whole; the ones named are taken or refused.
     """
+    if which == "latest":
+        reasons: list[str] = []
+        for _, checkpoint, damage in iter_checked_checkpoints(folder):
+            if damage is None and checkpoint is not None:
+                return replace(checkpoint, skipped_reasons=tuple(reasons))
+            reasons.append(damage or "")
+        detail = f" ({reasons[0]})" if reasons else ""
+        raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
     checkpoints = list_checkpoints(folder)
     available = ", ".join(c.folder.name for c in checkpoints) or "none"
-    if which == "latest":
-        return _newest_intact(folder, flag)
     if which == "best":
         selected = best_checkpoint(checkpoints)
     else:
@@ -170,16 +162,6 @@ def iter_checked_checkpoints(folder: Path) -> Iterator[tuple[Path, Checkpoint | 
             yield path, readable[path], readable[path].find_damage()
         else:
             yield path, None, f"checkpoint {path}: {METADATA_FILE} is missing or damaged"
-
-
-def _newest_intact(folder: Path, flag: str) -> Checkpoint:
-    reasons: list[str] = []
-    for _, checkpoint, damage in iter_checked_checkpoints(folder):
-        if damage is None and checkpoint is not None:
-            return replace(checkpoint, skipped_reasons=tuple(reasons))
-        reasons.append(damage or "")
-    detail = f" ({reasons[0]})" if reasons else ""
-    raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
 
 
 class CheckpointManager:
@@ -245,7 +227,11 @@ class CheckpointManager:
                 _delete_folder(target)
             temp_folder.rename(target)
             fsync_path(self.folder)
-            self._delete_old()
+            checkpoints = list_checkpoints(self.folder)
+            best = best_checkpoint(checkpoints)
+            for checkpoint in checkpoints[: -self.save_total_limit]:
+                if best is None or checkpoint.step != best.step:
+                    _delete_folder(checkpoint.folder)
             return None
         except OSError as error:
             for _ in tensors:  # the other ranks are still gathering
@@ -256,13 +242,6 @@ class CheckpointManager:
     def _format_metadata(self, metadata: Mapping[str, Any], state: TrainState) -> str:
         metadata = {**metadata, "progress": state.as_dict(), **self.record_digests()}
         return json.dumps({**metadata, "self": _metadata_digest(metadata)}, indent=1)
-
-    def _delete_old(self) -> None:
-        checkpoints = list_checkpoints(self.folder)
-        best = best_checkpoint(checkpoints)
-        for checkpoint in checkpoints[: -self.save_total_limit]:
-            if best is None or checkpoint.step != best.step:
-                _delete_folder(checkpoint.folder)
 
     def dump_batch(self, step: int, micro_batches: list[MicroBatch]) -> str:
         """Keep this rank's rows of a step whose numbers were not finite, to reproduce it; returns the files' name.
@@ -339,3 +318,59 @@ def delete_checkpoints_after(folder: Path, step: int) -> None:
 def _remove_temporary(folder: Path) -> None:
     for path in folder.glob(".step-*.tmp"):  # of a save or a deletion that was killed
         shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContext | None" = None) -> None:
+    """Put a checkpoint's weights into the model, before the engine divides it. UserError where they are another's.
+
+    `context`: of the ranks, which must all call; None: of one process that is nobody's rank.
+    """
+    trainable_params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    layout = checkpoint.layout() if context is None else context.on_rank_zero(checkpoint.layout)
+    saved_shapes = {
+        name.removeprefix("weight/"): shape for name, (shape, _) in layout.items() if name.startswith("weight/")
+    }
+    if {name: tuple(p.shape) for name, p in trainable_params.items()} != saved_shapes:
+        mismatched = sorted(set(trainable_params) ^ set(saved_shapes)) or [
+            n for n, p in trainable_params.items() if tuple(p.shape) != saved_shapes[n]
+        ]
+        raise UserError(
+            f"checkpoint {checkpoint.folder} is of another model: {mismatched[0]} and {len(mismatched) - 1} more differ"
+        )
+    cpu = torch.device("cpu")
+    read_tensor = checkpoint.tensor_reader(cpu) if context is None else _shared_reader(checkpoint, context, cpu)
+    with torch.no_grad():
+        for name, parameter in trainable_params.items():
+            parameter.copy_(read_tensor(f"weight/{name}"))
+
+
+def load_optimizer(checkpoint: Checkpoint, engine: "Engine") -> None:
+    """Put a checkpoint's moments and counts into an engine that was built around its weights; all ranks must call."""
+    state = checkpoint.train_state
+    reader = _shared_reader(checkpoint, engine.dist_context, engine.dist_context.device)
+    engine.state.load_state_dict(reader, state.step - state.skipped_steps, checkpoint.metadata.get("loss_scale"))
+
+
+def load_for_evaluation(checkpoint: Checkpoint, engine: "Engine") -> None:
+    """Put a checkpoint's weights into an engine that trains no more; all ranks must call."""
+    engine.state.load_weights(_shared_reader(checkpoint, engine.dist_context, engine.dist_context.device))
+
+
+def _shared_reader(checkpoint: Checkpoint, context: "DistContext", device: torch.device) -> Callable[[str], Tensor]:
+    """As `Checkpoint.tensor_reader`; all ranks must ask for the same names in one order.
+
+    On one host each rank opens the file. On several rank 0 alone does, and sends one tensor at a time: the others need
+    not see its folder, and what may lie under that name on their disks is not looked at.
+    """
+    if context.num_nodes == 1:
+        return checkpoint.tensor_reader(device)
+    layout = context.on_rank_zero(checkpoint.layout)
+    read_from_disk = checkpoint.tensor_reader(torch.device("cpu")) if context.rank == 0 else None
+
+    def read(name: str) -> Tensor:
+        shape, dtype = layout[name]
+        tensor = torch.empty(shape, dtype=dtype) if read_from_disk is None else read_from_disk(name)
+        context.broadcast(tensor)
+        return tensor.to(device)
+
+    return read

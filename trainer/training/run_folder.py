@@ -1,4 +1,5 @@
-"""The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
+"""The run folder: what may be in it before a run, its run.json, what a resume may not change, and the events that say
+where a run went on and how it ended."""
 
 import contextlib
 import json
@@ -10,18 +11,26 @@ from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
-from trainer.config.files import remove_leftovers, require_utf8_path, write_atomically
+from trainer.config.files import folder_size, remove_leftovers, require_utf8_path, write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
 from trainer.distributed.preflight import refuse_full_disk
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import save_base_model
+from trainer.tracking.eval_records import (
+    EVAL_RECORDS_FOLDER,
+    EvaluationsDigest,
+    find_changed_evaluations,
+    find_damaged_evaluations,
+)
+from trainer.tracking.jsonl import METRICS_FILE, RowsDigest, find_changed_rows
+from trainer.tracking.records import EventRecord, read_records
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_environment import wandb_block
 from trainer.training import checkpoint
-from trainer.training.checkpoint import Checkpoint
-from trainer.training.record_checks import validate_rows
+from trainer.training.checkpoint import Checkpoint, list_checkpoints
 from trainer.training.run_plan import RunPlan
+from trainer.training.train_state import TrainState
 
 METADATA_FILE = "run.json"
 REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
@@ -106,7 +115,7 @@ def begin_run(
         metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)
     else:  # `settings` stay those it began with; the next resume takes these
         changes = validate_resume_overrides(previous, plan, allowed_changes)
-        changes |= validate_rows(folder, source, allowed_changes) if source is not None else {}
+        changes |= _validate_rows(folder, source, allowed_changes) if source is not None else {}
         resumed = {"settings": plan.settings.as_dict(), "changed": changes}
         entry = plan.execution_entry(source.step if source is not None else 0)
         is_new = entry["path"] != previous["execution"][-1]["path"]
@@ -161,6 +170,105 @@ def validate_resume_overrides(
         if current[name] != before[name] and name not in allowed_names:
             raise UserError(
                 f"--resume: {name} is {current[name]} and was {before[name]} in this run; "
-                f"put it back, or say --allow-change {name} as well"
+                f"restore it, or pass --allow-change {name} as well"
             )
     return {name: [initial[name], current[name]] for name in current if current[name] != initial[name]}
+
+
+def _validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ...]) -> dict[str, list[Any]]:
+    """{"records": [as written, how they differ]} where rows of metrics.jsonl or evaluations were changed
+    since the checkpoint was saved and that is allowed; UserError where it is not."""
+    changes = find_changed_records(folder, source)
+    for name, damage in changes.items():
+        if unreadable := _find_unreadable(folder / name):
+            raise UserError(
+                f"--resume: {folder / name}: {unreadable}; restore it, or have `python launch/doctor.py --check-run "
+                f"{folder} --move-aside` put aside what cannot be read"
+            )
+        if "records" not in allowed_names:
+            raise UserError(
+                f"--resume: {folder / name} is not as it was when {source.folder.name} was saved: {damage}; "
+                "restore it, or pass --allow-change records to go on with the rows that are there"
+            )
+    differences = "; ".join(f"{name}: {damage}" for name, damage in changes.items())
+    return {"records": ["as written", differences]} if changes else {}
+
+
+def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]:
+    """{name: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records/."""
+    until = [c for c in list_checkpoints(source.folder.parent) if c.step <= source.step]
+    digests = [RowsDigest(**c.metadata["records"]) for c in until if c.has_valid_metadata and "records" in c.metadata]
+    changes = {METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, digests)}
+    if "evaluations" in source.metadata:
+        changes[EVAL_RECORDS_FOLDER] = find_changed_evaluations(
+            run_folder / EVAL_RECORDS_FOLDER,
+            EvaluationsDigest(**source.metadata["evaluations"]),
+            source.step,
+            eval_pending=source.train_state.eval_pending,
+        )
+    return {name: change for name, change in changes.items() if change is not None}
+
+
+def _find_unreadable(path: Path) -> str | None:
+    """What in metrics.jsonl or eval_records/ no resume can go on with; None where it can be read, or is gone."""
+    try:
+        if path.name == METRICS_FILE and path.exists():
+            for _ in read_records(path):
+                pass
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(f"{path}").lstrip(":, ")
+    if path.name == EVAL_RECORDS_FOLDER:
+        for file, damage in find_damaged_evaluations(path).items():
+            return f"{file.name}: {damage}"
+    return None
+
+
+def resumed_event(
+    plan: RunPlan, state: TrainState, changes: Mapping[str, Any], source: Checkpoint | None, num_truncated: int
+) -> EventRecord:
+    """From where a run goes on, how many rows after it were cut off, and what changed: {name: [old, new]}."""
+    origin = source.folder.name if source else "the start: the run had no checkpoint"
+    message = f"resumed from {origin}" + (f", {num_truncated} rows after it cut off" if num_truncated else "")
+    message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
+    message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
+    facts = {
+        "checkpoint": origin,
+        "rows_cut": num_truncated,
+        "changed": changes,
+        "resolved": plan.resolved(),
+        "execution": plan.execution_entry(state.step),
+    }
+    return EventRecord(event="resumed", step=state.step, message=message, time=state.elapsed_seconds, facts=facts)
+
+
+def finished_event(
+    plan: RunPlan,
+    state: TrainState,
+    *,
+    elapsed_seconds: float,
+    measurements: Mapping[str, Any],
+    choice: Mapping[str, Any] | None,
+    export_summary: str,
+) -> EventRecord:
+    """The end of a run: what it took, its last and best losses, and what was exported.
+
+    `choice`: which weights were exported (`which`, `step`, `loss`), None for none. Parameters: one a fact.
+    """
+    folder, schedule = Path(plan.settings.run_folder), plan.schedule
+    facts = {
+        "wall_seconds": elapsed_seconds,
+        "device_hours": elapsed_seconds * plan.dist_context.world_size / 3600,
+        **measurements,
+        "checkpoint_bytes": folder_size(max((folder / "checkpoints").glob("step-*"), default=None)),
+        "export_bytes": folder_size(folder / "model"),
+        "best": vars(state.best) if state.best else None,
+        "final": {"step": state.step, "epoch": schedule.record_axes(state)["epoch"], "loss": state.val_loss},
+        "early_stop": schedule.is_stopped_early(state) and state.step < schedule.total_steps,
+        "exported": choice,
+        "export": export_summary,
+    }
+    where = f"{folder / 'model'} " if choice else ""
+    if choice and choice["step"] != state.step:
+        where += f"holds step {choice['step']}, the best, "
+    message = f"finished after {state.step} steps; {where}{export_summary}"
+    return EventRecord(event="finished", step=state.step, message=message, time=elapsed_seconds, facts=facts)

@@ -17,7 +17,7 @@ from trainer.tracking.jsonl import METRICS_FILE
 from trainer.tracking.records import EventRecord, from_line, iter_lines
 from trainer.tracking.run_lock import LOCK_FILE, RunLock
 from trainer.training.checkpoint import iter_checked_checkpoints
-from trainer.training.record_checks import find_changed_records
+from trainer.training.run_folder import find_changed_records
 
 DAMAGED_FOLDER = "damaged"  #: in the run folder: what was moved aside
 LEFTOVERS = (".*.tmp", "checkpoints/.*.tmp", "eval_records/.*.tmp")
