@@ -260,7 +260,7 @@ def test_an_allowed_change_on_resume_is_recorded_and_stays(finished_run, folder)
 @pytest.mark.parametrize(
     ("flag_words", "expected"),
     [
-        (["--lr", "1"], "lr is 1.0 and was 0.003 in this run; put it back, or say --allow-change lr as well"),
+        (["--lr", "1"], "lr is 1.0 and was 0.003 in this run; restore it, or pass --allow-change lr as well"),
         pytest.param(["--global-batch", "3"], "global_batch is 3 and was 6", marks=pytest.mark.sweep),
         pytest.param(["--max-steps", "9"], "max_steps is 9 and was 7", marks=pytest.mark.sweep),
         (["--seed", "1", "--allow-change", "lr"], "seed is 1 and was 42"),

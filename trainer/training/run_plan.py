@@ -25,12 +25,12 @@ from trainer.distributed.deepspeed_config import (
 from trainer.distributed.execution import AS_PLANNED, ExecutionPlan, make_execution_plan
 from trainer.distributed.memory_estimate import CUDA_CONTEXT_BYTES, ParamCounts
 from trainer.distributed.process_group import DistContext
+from trainer.model import optimizer
 from trainer.model.attention import attention_kernel
 from trainer.model.build import get_dropout_probabilities
 from trainer.training.example_packing import describe_padding, plan_packing
 from trainer.training.lr_schedule import describe_schedule
 from trainer.training.memory_check import estimate_rank_memory
-from trainer.training.plan_notes import collect_notes, describe_targets
 from trainer.training.plan_validation import validate_stage, zero_3_problem
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule
@@ -66,13 +66,17 @@ class RunPlan:
         lr_shape = describe_schedule(
             train_settings.schedule, min_lr=train_settings.min_lr, warmup_steps=schedule.num_warmup_steps
         )
-        trainable = f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%)"
+        trained = "every weight"
+        if model_info["lora_targets"]:
+            adapter = "" if settings.lora.adapter == "lora" else f"{settings.lora.adapter} "
+            trained = f"{adapter}adapters on {', '.join(model_info['lora_targets'])}"
+            trained += f", and {', '.join(settings.lora.modules_to_save)}" if settings.lora.modules_to_save else ""
         rows = f"{train['examples']:,} {unit} of at most {settings.data.block_size} tokens, {train['tokens']:,} tokens"
         lines = [
             ("run", f"{settings.run_name} (--mode {settings.mode}, --preset {settings.preset})"),
             ("overridden", " ".join(settings.overridden) or "nothing"),
             ("model", f"{model_info['name']}, {model_info['init']}: {model_info['parameters']:,} parameters"),
-            ("trainable", trainable + describe_targets(settings, model_info)),
+            ("trainable", f"{model_info['trainable']:,} ({100 * model_info['share']:.2f}%), {trained}"),
             ("data", f"{data_info['source']}: {rows}, fingerprint {data_info['fingerprint'][:12]}"),
             ("validation", f"{self._describe_split('val', unit)} ({data_info['split']})"),
             ("format", f"{data_info['form']}: {data_info['form_meaning']}"),
@@ -273,3 +277,30 @@ def make_plan(
         dropout=dropout,
         padding=padding,
     )
+
+
+def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:
+    """What the adapters, the packing and the optimizer mean for this model, where that is worth a line."""
+    notes = []
+    lora_flags = [flag for flag in settings.overridden if flag.startswith("--lora-")]
+    if lora_flags and settings.mode == "full":
+        notes.append(f"{', '.join(lora_flags)}: of no effect with --mode full")
+    if settings.mode == "lora" and settings.lora.plus_ratio != 1:
+        notes.append(f"LoRA+: B matrices learn at {settings.lora.plus_ratio:g} times the learning rate")
+    if not_adapted := model_info.get("not_adapted"):
+        notes.append(f"{', '.join(not_adapted)}: the experts' matrices are one tensor and get no adapter")
+    if settings.model.quant:
+        double_quant = ", scales in 8 bits" if settings.model.quant_double else ""
+        notes.append(
+            f"base in {settings.model.quant}{double_quant}: {model_info['frozen_bytes'] / 2**20:,.1f} MiB of frozen "
+            f"weights; in float32 {model_info['parameters'] / 2**18:,.1f} MiB"
+        )
+    fp32_moments = model_info.get("kept_in_32_bits")
+    if fp32_moments and fp32_moments["kept_tensors"]:
+        fraction = fp32_moments["kept_parameters"] / fp32_moments["parameters"]
+        notes.append(
+            f"{settings.train.optim}: {fp32_moments['kept_tensors']} of {fp32_moments['tensors']} trained tensors "
+            f"({fraction:.0%} of the parameters) are embeddings or under {optimizer.MIN_8BIT_SIZE:,} elements: their "
+            "moments stay in 32 bits and nothing is saved"
+        )
+    return notes
