@@ -112,7 +112,7 @@ INTERNALS = ("trainer/model/torch_internals.py", "trainer/distributed/deepspeed_
 
 def test_private_names_of_torch_and_deepspeed_are_in_one_file_each():
     users = {str(path.relative_to(ROOT)) for path in list_source_files() if PRIVATE_NAME.search(path.read_text())}
-    assert users - {"trainer/model/fused_lora.py"} == set(INTERNALS)
+    assert users == set(INTERNALS)
 
 
 def test_the_loop_knows_no_logger_no_mode_and_no_file():

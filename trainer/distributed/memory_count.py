@@ -6,9 +6,8 @@ not in it; `trainer.distributed.memory_estimate` adds them.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,9 +38,8 @@ class PassSetup:
     accumulates: bool = False  #: whether gradients of an earlier micro-batch are there already
 
 
-@contextmanager
-def simulated_pass(build: Callable[[], TrainableModel], setup: PassSetup) -> Iterator[tuple[CausalLMLoss, Tensor, int]]:
-    """(the loss as the engine would run it, ids [rows, tokens], frozen weights held in bfloat16), all fake.
+def count_pass_memory(build: Callable[[], TrainableModel], setup: PassSetup) -> PassMemory:
+    """The bytes of one forward and backward; takes a second or two for GPT-2 124M.
 
     `build` makes the model on the meta device. The random state is afterwards what it was before.
     """
@@ -50,25 +48,20 @@ def simulated_pass(build: Callable[[], TrainableModel], setup: PassSetup) -> Ite
     loss_module, num_cast = prepare_loss(model, setup)
     with torch_internals.FakeTensorMode(allow_non_fake_inputs=True), simulate_gpu(setup.is_gpu):
         materialize(loss_module)
-        yield loss_module, torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long), num_cast
-
-
-def count_pass_memory(build: Callable[[], TrainableModel], setup: PassSetup) -> PassMemory:
-    """The bytes of one forward and backward; takes a second or two for GPT-2 124M."""
-    with simulated_pass(build, setup) as (loss_module, ids, num_cast):
-        return replace(measure_pass(loss_module, ids, accumulates=setup.accumulates), cast_weights=num_cast)
-
-
-def measure_pass(loss_module: CausalLMLoss, ids: Tensor, *, accumulates: bool = False) -> PassMemory:
-    """The bytes of one forward and backward of tensors, with data or without; afterwards the module is of no use."""
-    with LiveBytes(loss_module) as live:
-        for parameter in live.trained_params if accumulates else ():
-            parameter.grad = torch.zeros_like(parameter)
-            live.mark_gradient(parameter)
-        loss_sum, _ = loss_module(ids, ids)
-        saved_bytes = live.bytes
-        loss_sum.backward()
-    return PassMemory(saved=saved_bytes, peak=live.peak_bytes, peak_with_gradients=live.peak_bytes_with_gradients)
+        ids = torch.zeros(setup.micro_batch_size, setup.sequence_length, dtype=torch.long)
+        with LiveBytes(loss_module) as live:
+            for parameter in live.trained_params if setup.accumulates else ():
+                parameter.grad = torch.zeros_like(parameter)
+                live.mark_gradient(parameter)
+            loss_sum, _ = loss_module(ids, ids)
+            saved_bytes = live.bytes
+            loss_sum.backward()
+    return PassMemory(
+        saved=saved_bytes,
+        peak=live.peak_bytes,
+        peak_with_gradients=live.peak_bytes_with_gradients,
+        cast_weights=num_cast,
+    )
 
 
 def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss, int]:
@@ -186,7 +179,11 @@ class _GPUDropout(nn.Dropout):
 
 
 class LiveBytes(torch_internals.TorchDispatchMode):
-    """Bytes of the storages that operations made while it was on and that are still referenced."""
+    """Bytes of the storages that operations made while it was on and that are still referenced.
+
+    torch's own MemTracker knows one peak, of all categories together; under ZeRO 2 and 3 the peak without the gradients
+    that have arrived at their weight is another moment.
+    """
 
     def __init__(self, module: nn.Module):
         """What `module` holds already is not counted; what a backward leaves at its trained weights is a gradient."""

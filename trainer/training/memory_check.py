@@ -98,16 +98,8 @@ def pass_memory(settings: Settings, setup: PassSetup) -> PassMemory:
         for size in (small_size, 2 * small_size)
     )
     factor = (setup.micro_batch_size - small_size) / small_size
-
-    def extrapolate(small_bytes: float, large_bytes: float) -> float:
-        return small_bytes + factor * (large_bytes - small_bytes)
-
-    return PassMemory(
-        saved=extrapolate(small.saved, large.saved),
-        peak=extrapolate(small.peak, large.peak),
-        peak_with_gradients=extrapolate(small.peak_with_gradients, large.peak_with_gradients),
-        cast_weights=small.cast_weights,
-    )
+    pairs = {name: (value, getattr(large, name)) for name, value in dataclasses.asdict(small).items()}
+    return PassMemory(**{name: value + factor * (other - value) for name, (value, other) in pairs.items()})
 
 
 def required_bytes(plan: "RunPlan", estimate: MemoryEstimate) -> tuple[float, float]:
