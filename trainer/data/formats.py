@@ -164,7 +164,7 @@ def choose_format(columns: Sequence[str], settings: DataSettings, where: str) ->
     """The format of a table with these columns; UserError, naming `where`, when there is none or it does not fit."""
     if settings.completion is not None:
         used_columns, render = compile_templates(columns, settings.prompt or "", settings.completion, where)
-        is_keyed_by_prompt = any(piece.is_column for piece in parse_template(settings.prompt or "", "--prompt"))
+        is_keyed_by_prompt = any(is_column for is_column, _ in parse_template(settings.prompt or "", "--prompt"))
         return RecordFormat(
             name="template",
             columns=used_columns,

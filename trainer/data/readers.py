@@ -4,7 +4,6 @@ Each record comes with its place: `line 3`, or `row 2 (line 3)`, both from 1. Wh
 with file, row and column; `where` is how it names the file.
 """
 
-import codecs
 import csv
 import gzip
 import io
@@ -12,6 +11,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -42,19 +42,17 @@ def open_text(file: Path, newline: str = "\n") -> TextIO:
     return io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", newline=newline)
 
 
-def _iter_lines(stream: TextIO, kind: str, where: str) -> Iterator[str]:
+def _iter_lines(stream: TextIO, where: str) -> Iterator[str]:
     for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES), ""), start=1):
         if len(line) == MAX_LINE_BYTES:
-            raise UserError(
-                f"{where}, line {number}: longer than {MAX_LINE_BYTES // 2**20} MB; a {kind} file is read line "
-                "by line: break it into lines"
-            )
+            limit = f"{MAX_LINE_BYTES // 2**20} MB"
+            raise UserError(f"{where}, line {number}: longer than {limit}, and read line by line: break it into lines")
         yield line
 
 
 def iter_text(file: Path, where: str) -> Iterator[PlacedRecord]:
     with open_text(file) as stream:
-        for number, line in enumerate(_iter_lines(stream, "text", where), start=1):
+        for number, line in enumerate(_iter_lines(stream, where), start=1):
             yield f"line {number}", {"text": line.rstrip("\r\n")}
 
 
@@ -64,7 +62,7 @@ def iter_csv_rows(file: Path, kind: str, where: str) -> Iterator[tuple[str, list
     row, line = 0, 1
     with open_text(file, newline="") as stream:
         delimiter = "\t" if kind == "TSV" else ","
-        reader = csv.reader(_iter_lines(stream, kind, where), delimiter=delimiter, strict=True)
+        reader = csv.reader(_iter_lines(stream, where), delimiter=delimiter, strict=True)
         try:
             for cells in reader:
                 if cells:
@@ -106,10 +104,8 @@ class _StrictnessError(ValueError):
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _StrictnessError(
-            f"the key {next(n for n in names if names.count(n) > 1)!r:.80} stands twice in an object"
-        )
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise _StrictnessError(f"the key {key!r:.80} stands twice in an object")
     return value
 
 
@@ -126,12 +122,12 @@ JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object, parse_float=_mak
 def iter_json(file: Path, where: str) -> Iterator[PlacedRecord]:
     """The objects of a file with one a line, or with one list of them."""
     with open_bytes(file) as stream:
-        is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        is_list = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
     with open_text(file) as stream:
         if is_list:
             yield from _iter_json_list(stream, where)
             return
-        for number, line in enumerate(_iter_lines(stream, "JSON", where), start=1):
+        for number, line in enumerate(_iter_lines(stream, where), start=1):
             if not line.strip():
                 continue
             place = f"line {number}"

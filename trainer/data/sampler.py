@@ -198,39 +198,35 @@ class TrainBatches:
 
     def __call__(self, start_step: int, stop_step: int) -> Iterator[GlobalBatch]:
         """The batches after `start_step` steps, up to and without `stop_step`; each is drawn when it is asked for."""
+        global_batch = self.batch_config.global_batch
         for step in range(start_step, stop_step):
             start_time = time.perf_counter()
-            batch = self._draw(step)
+            epoch, step_in_epoch = divmod(step, math.ceil(len(self.dataset) / global_batch))
+            if self._order is None or self._order[0] != epoch:
+                self._order = (
+                    epoch,
+                    epoch_order(
+                        self.dataset,
+                        seed=self.seed,
+                        epoch=epoch,
+                        global_batch=global_batch,
+                        shuffle=self.shuffle,
+                        group_by_length=self.by_length,
+                    ),
+                )
+            order = self._order[1]
+            num_tokens, num_target_tokens = step_counts(self.dataset, order, step_in_epoch, global_batch)
+            batch = GlobalBatch(
+                step=step,
+                epoch=epoch,
+                step_in_epoch=step_in_epoch,
+                example_ids=order[step_in_epoch * global_batch :][:global_batch].tolist(),
+                micro_batches=step_batches(self.dataset, order, step_in_epoch, self.batch_config, self.rank),
+                num_tokens=num_tokens,
+                num_target_tokens=num_target_tokens,
+            )
             self.wait_seconds += time.perf_counter() - start_time
             yield batch
-
-    def _draw(self, step: int) -> GlobalBatch:
-        global_batch = self.batch_config.global_batch
-        epoch, step_in_epoch = divmod(step, math.ceil(len(self.dataset) / global_batch))
-        order = self._epoch_order(epoch)
-        num_tokens, num_target_tokens = step_counts(self.dataset, order, step_in_epoch, global_batch)
-        return GlobalBatch(
-            step=step,
-            epoch=epoch,
-            step_in_epoch=step_in_epoch,
-            example_ids=order[step_in_epoch * global_batch :][:global_batch].tolist(),
-            micro_batches=step_batches(self.dataset, order, step_in_epoch, self.batch_config, self.rank),
-            num_tokens=num_tokens,
-            num_target_tokens=num_target_tokens,
-        )
-
-    def _epoch_order(self, epoch: int) -> Int64:
-        if self._order is None or self._order[0] != epoch:
-            order = epoch_order(
-                self.dataset,
-                seed=self.seed,
-                epoch=epoch,
-                global_batch=self.batch_config.global_batch,
-                shuffle=self.shuffle,
-                group_by_length=self.by_length,
-            )
-            self._order = epoch, order
-        return self._order[1]
 
 
 def eval_order(dataset: TokenDataset) -> Int64:

@@ -6,26 +6,18 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from trainer.config.errors import UserError
 
 Record = Mapping[str, Any]
 Pair = tuple[str, str]  # prompt and completion
+Piece = tuple[bool, str]  # (whether it is a column of the record, its name or the text that stands as it is)
 MAX_COLUMNS_NAMED = 40
 
 
 class RecordError(Exception):
     """What is wrong with a record: its column and the remedy; who reads the file adds file and row."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A column of a record, or a text that stands as it is."""
-
-    is_column: bool
-    text: str
 
 
 def list_columns(columns: Sequence[str]) -> str:
@@ -36,19 +28,16 @@ def list_columns(columns: Sequence[str]) -> str:
 
 def parse_template(template: str, flag: str) -> list[Piece]:
     """The parts of a template; `{{` and `}}` are literal braces; UserError for a stray one."""
-    parts: list[Piece] = []
+    pieces = []
     for match in re.finditer(r"\{\{|\}\}|\{([^{}]+)\}|[{}]|[^{}]+", template):
-        piece = match[0]
-        if match[1] is not None:
-            parts.append(Piece(True, match[1]))
-        elif piece in "{}":
+        text = match[0]
+        if text in ("{", "}"):
             raise UserError(
                 f"{flag} {template!r}: a brace stands alone at character {match.start() + 1}; "
                 "write {column}, or double a brace that is meant literally"
             )
-        else:
-            parts.append(Piece(False, piece[0] if piece in ("{{", "}}") else piece))
-    return parts
+        pieces.append((True, match[1]) if match[1] else (False, text[0] if text in ("{{", "}}") else text))
+    return pieces
 
 
 def compile_templates(
@@ -60,53 +49,40 @@ def compile_templates(
     optional part leaves nothing behind; not all of them may be.
     """
     prompt_pieces, completion_pieces = parse_template(prompt, "--prompt"), parse_template(completion, "--completion")
-    for flag, pieces in (("--prompt", prompt_pieces), ("--completion", completion_pieces)):
-        for piece in pieces:
-            if piece.is_column and piece.text not in columns:
-                raise UserError(
-                    f"{flag}: {where} has no column {piece.text!r}; its columns are {list_columns(columns)}"
-                )
-    if not any(piece.is_column for piece in completion_pieces):
+    prompt_columns, completion_columns = (
+        [text for is_column, text in pieces if is_column] for pieces in (prompt_pieces, completion_pieces)
+    )
+    for flag, names in (("--prompt", prompt_columns), ("--completion", completion_columns)):
+        if unknown := next((name for name in names if name not in columns), None):
+            raise UserError(f"{flag}: {where} has no column {unknown!r}; its columns are {list_columns(columns)}")
+    if not completion_columns:
         raise UserError(
             f"--completion {completion!r}: names no column; write one in braces, of {list_columns(columns)}"
         )
-    prompt_lines, prompt_columns = _split_lines(prompt_pieces), _columns_of(prompt_pieces)
+    lines: list[list[Piece]] = [[]]  # the pieces of each line of the prompt, with its line break
+    for is_column, text in prompt_pieces:
+        for part in [text] if is_column else text.splitlines(keepends=True):
+            lines[-1].append((is_column, part))
+            if not is_column and part.endswith("\n"):
+                lines.append([])
 
     def render(record: Record) -> Pair:
         completion_text = "".join(
-            value_text(record, piece.text, "--completion") if piece.is_column else piece.text
-            for piece in completion_pieces
+            value_text(record, text, "--completion") if is_column else text for is_column, text in completion_pieces
         )
         if not completion_text.strip():
             raise RecordError("the text of --completion is empty: fill its columns or drop the row")
-        if prompt_columns and all(is_missing(record.get(column)) for column in prompt_columns):
-            value_text(record, prompt_columns[0], "--prompt")
-        return "".join(_render_line(line, record) for line in prompt_lines), completion_text
+        values = {name: "" if is_missing(record.get(name)) else to_text(record[name], name) for name in prompt_columns}
+        if values and not any(values.values()):
+            value_text(record, prompt_columns[0], "--prompt")  # which raises
+        prompt_text = ""
+        for line in lines:
+            line_columns = [text for is_column, text in line if is_column]
+            if not line_columns or any(values[name] for name in line_columns):
+                prompt_text += "".join(values[text] if is_column else text for is_column, text in line)
+        return prompt_text, completion_text
 
-    return tuple(dict.fromkeys(prompt_columns + _columns_of(completion_pieces))), render
-
-
-def _columns_of(pieces: Sequence[Piece]) -> list[str]:
-    return [piece.text for piece in pieces if piece.is_column]
-
-
-def _split_lines(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """The pieces of each line, with its line break."""
-    lines: list[list[Piece]] = [[]]
-    for piece in pieces:
-        for text in [piece.text] if piece.is_column else piece.text.splitlines(keepends=True):
-            lines[-1].append(Piece(piece.is_column, text))
-            if not piece.is_column and text.endswith("\n"):
-                lines.append([])
-    return lines
-
-
-def _render_line(pieces: Sequence[Piece], record: Record) -> str:
-    columns = _columns_of(pieces)
-    if columns and all(is_missing(record.get(column)) for column in columns):
-        return ""
-    values = {column: "" if is_missing(record.get(column)) else to_text(record[column], column) for column in columns}
-    return "".join(values[piece.text] if piece.is_column else piece.text for piece in pieces)
+    return tuple(dict.fromkeys(prompt_columns + completion_columns)), render
 
 
 def value_text(record: Record, column: str, flag: str) -> str:

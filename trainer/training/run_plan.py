@@ -28,7 +28,7 @@ from trainer.distributed.process_group import DistContext
 from trainer.model import optimizer
 from trainer.model.attention import attention_kernel
 from trainer.model.build import get_dropout_probabilities
-from trainer.training.example_packing import describe_padding, plan_packing
+from trainer.training.data_setup import describe_padding, plan_packing
 from trainer.training.lr_schedule import describe_schedule
 from trainer.training.memory_check import estimate_rank_memory
 from trainer.training.plan_validation import validate_stage, zero_3_problem
