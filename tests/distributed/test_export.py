@@ -26,14 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from trainer.config.errors import TrainingError
-from trainer.export import verify
-from trainer.export.export_cli import export_checkpoint
+from trainer.data.dataset import load
+from trainer.export import export_cli, verify
 from trainer.export.folder import save_plain_model
 from trainer.export.fresh_process import export_in_fresh_process
-from trainer.export.verify import (
-    compute_logits,
-    verify_folder,
-)
+from trainer.export.verify import compute_logits, fixed_input_ids, verify_folder
 
 
 def make_argv(model: str, data_files: tuple[str, str], mode: str, flags: str = "") -> list[str]:
@@ -45,8 +42,11 @@ def make_argv(model: str, data_files: tuple[str, str], mode: str, flags: str = "
 def full_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path, fast_python: str) -> Path:
     """A full run with checkpoints at 2, 4 and 6, of which 2 and 6 were not and were evaluated: 3 and 6."""
     flags = "--max-steps 6 --eval-every 3 --save-every 2 --save-total-limit 9 --ds-config zero0"
-    argv = make_argv(tiny_model, data_files, "full", flags)
-    train(argv, out=session_dir / "full", env={"TEST_PYTHON": fast_python, **FRESH_EXPORT})
+    train(
+        make_argv(tiny_model, data_files, "full", flags),
+        out=session_dir / "full",
+        env={"TEST_PYTHON": fast_python, **FRESH_EXPORT},
+    )
     return session_dir / "full"
 
 
@@ -92,8 +92,7 @@ def max_logits_difference(model: Any, expected_model: Any) -> float:
 def quantized_run(tiny_model: str, data_files: tuple[str, str], session_dir: Path) -> Path:
     """A LoRA run on a base in 4 bits, with moments in 8."""
     flags = "--max-steps 4 --quant nf4 --quant-double --optim adamw8bit"
-    argv = make_argv(tiny_model, data_files, "lora", flags)
-    train(argv, out=session_dir / "packed")
+    train(make_argv(tiny_model, data_files, "lora", flags), out=session_dir / "packed")
     return session_dir / "packed"
 
 
@@ -154,9 +153,6 @@ def load_adapter(run: Path) -> Any:
     return eval(line[1], {**names, "BASE": run / "base", "ADAPTER": run / "model"})
 
 
-# --- every ZeRO stage ---
-
-
 def test_every_zero_stage_exports_what_was_evaluated_and_holds_one_gathered_tensor_at_a_time(
     tiny_model, data_files, strict_zero_files, tmp_path
 ):
@@ -171,15 +167,14 @@ def test_every_zero_stage_exports_what_was_evaluated_and_holds_one_gathered_tens
     launch_jobs(2, jobs, target=checkpoint_jobs)
     for job in jobs:
         name = job["name"]
-        result = export_checkpoint(tmp_path / name, data_folder=str(data), output_dir=tmp_path / f"{name}-folder")
+        result = export_cli.export_checkpoint(
+            tmp_path / name, data_folder=str(data), output_dir=tmp_path / f"{name}-folder"
+        )
         assert result["problems"] == [], name
         assert "(recorded " in result["summary"], "the loss of the folder is held to the run's"
         # ZeRO 1 and 2 keep all weights on every rank anyway: nothing is gathered, so nothing is copied.
         alive = json.loads((tmp_path / f"{name}.json").read_text())
         assert max(alive) <= 2 or "zero3" not in name, f"{name}: {alive}"
-
-
-# --- the command ---
 
 
 def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_export_script):
@@ -202,15 +197,13 @@ def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_e
 
 
 def test_a_merge_that_unties_the_embeddings_is_reported(lora_run, run_export_script, monkeypatch, tmp_path):
-    from trainer.export import export_cli as room
-
     def untie(model: Any) -> Any:
         merged = model.module.merge_and_unload()
         merged.config.tie_word_embeddings = False
         merged.lm_head.weight = torch.nn.Parameter(merged.lm_head.weight.detach().clone())
         return merged
 
-    monkeypatch.setattr(room, "merge_adapters", untie)
+    monkeypatch.setattr(export_cli, "merge_adapters", untie)
     code, output = run_export_script(lora_run, "--merge", "--output-dir", tmp_path / "untied")
     assert code == 1
     assert "input and output embeddings are no longer tied" in output
@@ -266,7 +259,11 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(full_run, lora_r
     shutil.copytree(full_run, broken)
     state = broken / "checkpoints" / "step-000006" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
+    stored = load_file(shutil.copytree(lora_run, tmp_path / "rebased") / "base" / "model.safetensors")
+    stored["transformer.wpe.weight"] += 1
+    save_file(stored, tmp_path / "rebased" / "base" / "model.safetensors", metadata={"format": "pt"})
     for arguments, expected in (
+        ([tmp_path / "rebased"], "its adapters were trained on another base model"),
         ([tmp_path / "none"], "no run.json there"),
         ([tmp_path / "odd"], "schema_version is missing; expected what a run writes"),
         ([full_run, "--merge"], "--merge: "),
@@ -284,17 +281,6 @@ def test_mistakes_in_the_export_command_are_one_line_and_exit_2(full_run, lora_r
     assert (tmp_path / "mine" / "thesis.txt").exists()
     line = "error: the following arguments are required: RUN (--help lists the flags)\n"
     assert run_export_script("--merge") == (2, line)
-
-
-def test_exporting_adapters_on_a_different_base_is_refused(lora_run, run_export_script, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(lora_run, run)
-    stored = load_file(run / "base" / "model.safetensors")
-    stored["transformer.wpe.weight"] += 1
-    save_file(stored, run / "base" / "model.safetensors", metadata={"format": "pt"})
-    code, output = run_export_script(run)
-    assert (code, output.count("\n")) == (2, 1), output
-    assert "trained on another base model" in output
 
 
 @pytest.mark.parametrize(("run", "flags"), [("full_run", []), ("lora_run", ["--merge"]), ("lora_run", [])])
@@ -320,16 +306,14 @@ def test_rounded_weights_are_stored_in_their_dtype_with_the_loss_after_rounding(
 
 
 def test_weights_that_fp16_cannot_hold_are_refused(full_run, run_export_script, monkeypatch, tmp_path):
-    from trainer.export import export_cli as room
-
     def load_large(*args: Any, **options: Any) -> Any:
         model = original(*args, **options)
         with torch.no_grad():
             model.module.transformer.wpe.weight[-1] = 1e5
         return model
 
-    original = room.load_model_at_checkpoint
-    monkeypatch.setattr(room, "load_model_at_checkpoint", load_large)
+    original = export_cli.load_model_at_checkpoint
+    monkeypatch.setattr(export_cli, "load_model_at_checkpoint", load_large)
     code, output = run_export_script(full_run, "--dtype", "fp16", "--output-dir", tmp_path / "out")
     assert (code, output) == (2, "error: --dtype fp16: transformer.wpe.weight holds 1e+05; expected bf16 or fp32\n")
 
@@ -374,9 +358,6 @@ def test_no_exported_file_names_a_place_of_this_machine(full_run, lora_run, quan
         assert not (run / "model" / "chat_template.jinja").exists(), "trained on bare prompts"
 
 
-# --- what is caught ---
-
-
 @pytest.mark.parametrize(
     ("mode", "how", "message"),
     [("full", "transposed", "logits differ by"), ("lora", "zeroed", "every adapter's B is zero: nothing was learnt")],
@@ -411,6 +392,22 @@ def test_verification_finds_a_damaged_folder(harm, message, full_run, tmp_path):
     weights = load_file(folder / "model.safetensors")
     save_file(harm(weights), folder / "model.safetensors", metadata={"format": "pt"})
     assert message in " ".join(verify_folder(folder, **expected).problems)
+
+
+def test_verification_finds_a_loss_that_is_further_from_the_recorded_one_than_rounding(
+    full_run, tiny_model, data_files
+):
+    data = load(prepare_data(make_argv(tiny_model, data_files, "full")))
+    ids, cpu = fixed_input_ids(data), torch.device("cpu")
+    logits = compute_logits(AutoModelForCausalLM.from_pretrained(full_run / "model"), ids, cpu)
+    expected = {"input_ids": ids, "logits": logits, "is_tied": True, "device": cpu, "val": data.val, "eval_batch": 4}
+    recorded = read_finished_event(full_run)["facts"]["final"]["loss"]
+    assert verify_folder(full_run / "model", recorded_loss=recorded, **expected).problems == ()
+    for factor in (1 - 3e-6, 1 + 3e-6):
+        (problem,) = verify_folder(full_run / "model", recorded_loss=recorded * factor, **expected).problems
+        assert problem.startswith("validation loss ")
+    (problem,) = verify_folder(full_run / "model", **{**expected, "logits": logits * np.nan}).problems
+    assert problem.startswith("logits differ by nan")
 
 
 def test_a_half_precision_module_is_still_stored_and_said_as_float32(full_run, tmp_path):
@@ -453,9 +450,6 @@ def test_the_model_card_has_the_metadata_of_the_hub(full_run, lora_run):
             assert part in card.text
         assert "gpt2-acled-t2s" not in card.text, "nobody asked for that card"
         assert str(Path(folder).parents[1]) not in card.content, "no path of this machine"
-
-
-# --- a packed base ---
 
 
 def test_an_export_on_a_quantized_base_says_so_everywhere(quantized_run: Path):

@@ -6,7 +6,7 @@ of the training: the folder is loaded by plain transformers or peft.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,108 +101,68 @@ def verify_folder(
     `loss_missing_reason`: why there is none to compare; `is_cross_device`: it was recorded on another kind of device.
     """
     try:
-        answer = examine_folder(folder, base_path, input_ids, logits, val, eval_batch, precision, device)
+        model = load_folder(folder, base_path, device)
+        embedding = model.get_input_embeddings().weight
+        embedding_names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
+        is_tied_now = embedding is model.get_output_embeddings().weight
+        difference = float(np.abs(compute_logits(model, input_ids, device) - logits).max())
+        loss = None if val is None else compute_validation_loss(model, val, eval_batch, precision, device)
+        problems = list(_find_storage_problems(folder, dtype, embedding_names if is_tied else set()))
     except Exception as error:  # as many kinds as there are ways to damage a folder
         return VerificationResult(problems=(f"it could not be loaded again: {first_line(error)}",))
+    if is_tied_now != is_tied:
+        problems.append(f"input and output embeddings are {'no longer' if is_tied else 'now'} tied")
     max_abs_logit = float(np.abs(logits).max())
-    loss_bound = LOSS_BOUND[precision] * (CROSS_DEVICE_FACTOR if is_cross_device else 1)
-    problems = find_problems(
-        answer,
-        is_tied=is_tied,
-        dtype=dtype,
-        logits_bound=LOGITS_BOUND * max(1.0, max_abs_logit),
-        recorded_loss=recorded_loss,
-        loss_bound=loss_bound,
-    )
+    bound = LOGITS_BOUND * max(1.0, max_abs_logit)
+    if not difference <= bound:
+        problems.append(f"logits differ by {difference:.1e}, more than {bound:.1e}")
+    if recorded_loss is not None and loss is not None:
+        bound = LOSS_BOUND[precision] * recorded_loss * (CROSS_DEVICE_FACTOR if is_cross_device else 1)
+        if not abs(loss - recorded_loss) <= bound:
+            problems.append(f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}")
     return VerificationResult(
-        max_logits_difference=answer["logits_difference"],
+        max_logits_difference=difference,
         max_abs_logit=max_abs_logit,
-        loss=answer["loss"],
+        loss=loss,
         recorded_loss=recorded_loss,
         loss_missing_reason=loss_missing_reason,
-        is_tied=answer["tied"],
+        is_tied=is_tied_now,
         dtype=STORED_DTYPES[dtype][0],
         problems=tuple(problems),
     )
 
 
-def find_problems(
-    answer: Mapping[str, Any],
-    *,
-    is_tied: bool,
-    dtype: ExportDtype,
-    logits_bound: float,
-    recorded_loss: float | None,
-    loss_bound: float,
-) -> Iterator[str]:
-    """What is wrong with the folder, each a half sentence; the first ones explain the later ones.
+def _find_storage_problems(folder: Path, dtype: ExportDtype, tied_names: Set[str]) -> Iterator[str]:
+    """What is wrong with the stored tensors, read one at a time; the first problems explain the later ones.
 
-    `logits_bound`: absolute; `loss_bound`: relative.
+    `tied_names`: all that a tied embedding could be stored under.
     """
-    if not answer["tensors"]:
-        yield "it holds no tensors"
-    if answer["empty"]:
-        yield f"{answer['empty'][0]} is empty"
-    if answer["adapters"] and not answer["adapters_moved"]:
-        yield "every adapter's B is zero: nothing was learnt"
-    torch_dtype, safetensors_dtype = STORED_DTYPES[dtype]
-    config_dtype = answer["config_dtype"]  # an adapter's config has none
-    if answer["stored_dtypes"] != [safetensors_dtype] or config_dtype not in (None, torch_dtype):
-        stored = ", ".join(answer["stored_dtypes"])
-        yield f"stored as {stored}, its config says {config_dtype}, expected {torch_dtype}"
-    if answer["tied"] != is_tied:
-        yield f"input and output embeddings are {'no longer' if is_tied else 'now'} tied"
-    if is_tied and answer["embedding_copies"] > 1:
-        yield f"the tied embedding is stored {answer['embedding_copies']} times"
-    if not answer["logits_difference"] <= logits_bound:
-        yield f"logits differ by {answer['logits_difference']:.1e}, more than {logits_bound:.1e}"
-    loss = answer["loss"]
-    if recorded_loss is not None and loss is not None and not abs(loss - recorded_loss) <= loss_bound * recorded_loss:
-        yield f"validation loss {loss:.6f}, recorded {recorded_loss:.6f}"
-
-
-def examine_folder(
-    folder: Path,
-    base_path: str | None,
-    input_ids: np.ndarray,
-    logits: np.ndarray,
-    val: TokenDataset | None,
-    eval_batch: int,
-    precision: str,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Facts about the stored tensors, read one at a time, and about what the model in the folder answers."""
     from safetensors import safe_open
 
-    model = load_folder(folder, base_path, device)
-    embedding = model.get_input_embeddings().weight
-    embedding_names = {name for name, p in model.named_parameters(remove_duplicate=False) if p is embedding}
-    config = folder / "config.json"
-    answer: dict[str, Any] = {
-        "tensors": 0,
-        "empty": [],
-        "adapters": 0,
-        "adapters_moved": 0,
-        "embedding_copies": 0,
-        "config_dtype": json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else None,
-        "tied": embedding is model.get_output_embeddings().weight,
-        "logits_difference": float(np.abs(compute_logits(model, input_ids, device) - logits).max()),
-        "loss": None if val is None else compute_validation_loss(model, val, eval_batch, precision, device),
-    }
-    dtypes = set()
+    names, empty_names, moved, dtypes = [], [], [], set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a mapping
+                names.append(name)
                 tensor_slice = file.get_slice(name)
                 dtypes.add(tensor_slice.get_dtype())
-                answer["tensors"] += 1
-                answer["embedding_copies"] += name in embedding_names
                 if 0 in tensor_slice.get_shape():
-                    answer["empty"].append(name)
+                    empty_names.append(name)
                 if ".lora_B." in name:
-                    answer["adapters"] += 1
-                    answer["adapters_moved"] += bool(file.get_tensor(name).any())
-    return answer | {"stored_dtypes": sorted(dtypes)}
+                    moved.append(bool(file.get_tensor(name).any()))
+    if not names:
+        yield "it holds no tensors"
+    if empty_names:
+        yield f"{empty_names[0]} is empty"
+    if moved and not any(moved):
+        yield "every adapter's B is zero: nothing was learnt"
+    torch_dtype, safetensors_dtype = STORED_DTYPES[dtype]
+    config = folder / "config.json"  # an adapter's config names no dtype
+    config_dtype = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.exists() else torch_dtype
+    if dtypes != {safetensors_dtype} or config_dtype != torch_dtype:
+        yield f"stored as {', '.join(sorted(dtypes))}, its config says {config_dtype}, expected {torch_dtype}"
+    if (num_copies := sum(name in tied_names for name in names)) > 1:
+        yield f"the tied embedding is stored {num_copies} times"
 
 
 def load_folder(folder: Path, base_path: str | None, device: torch.device) -> Any:
