@@ -6,7 +6,6 @@ FOLDER` adds workers. Exit code: 0 answered, 1 something failed, 2 a mistake, 3 
 """
 
 import argparse
-import contextlib
 import signal
 import sys
 import threading
@@ -20,19 +19,8 @@ from trainer.tracking.safe_stream import protect_standard_streams
 
 #: Flags of launch/train.py that the study sets for each of its runs.
 RESERVED_FLAGS = (
-    "--mode",
-    "--adapter",
-    "--quant",
-    "--seed",
-    "--lr",
-    "--lora-rank",
-    "--output-dir",
-    "--run-name",
-    "--resume",
-    "--dry-run",
-    "--find-lr",
-    "--find-batch",
-    "--export",
+    *("--mode", "--adapter", "--quant", "--seed", "--lr", "--lora-rank", "--output-dir", "--run-name", "--export"),
+    *("--resume", "--dry-run", "--find-lr", "--find-batch"),
 )
 JOIN_FLAGS = ("join", "workers", "gpus_per_trial", "wandb_report")  # all others would change the study that is joined
 
@@ -109,6 +97,8 @@ def plan(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser
         )
     methods = tuple(args.methods.split(","))
     rule.check_methods(methods)
+    max_steps_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    max_steps_parser.add_argument("--max-steps")
     print(f"reading the data and loading {', '.join(methods)}", flush=True)
     total_steps, data = planning.resolve_run(methods, train_argv, slots[0])
     study_rule = rule.Rule(
@@ -119,7 +109,7 @@ def plan(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser
         search_seeds=parse_numbers("--search-seeds", args.search_seeds),
         answer_seeds=parse_numbers("--seeds", args.seeds),
         margin=parse_margin(args.margin),
-        train_argv=tuple(without_flag(train_argv, "--max-steps")),  # each run has its own
+        train_argv=tuple(max_steps_parser.parse_known_args(train_argv)[1]),  # each run has its own --max-steps
         data=data,
     )
     print("\n".join(planning.describe_plan(study_rule)), flush=True)
@@ -137,16 +127,14 @@ def run(args: argparse.Namespace) -> int:
     from trainer.report.page import write_report
     from trainer.tools.study import answer
     from trainer.tools.study.finalist_timing import time_finalists
-    from trainer.tools.study.study import Study, live_table
+    from trainer.tools.study.study import Study
     from trainer.tools.study.trials import make_slots, read_results, read_trials
-    from trainer.tracking.console import is_terminal
 
     study, slots = Study.open(args.join or args.output_dir), make_slots(args.workers, args.gpus_per_trial)
-    should_stop, has_table = threading.Event(), is_terminal(sys.stdout)
+    should_stop = threading.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, lambda *_: should_stop.set())
-    with live_table(study) if has_table else contextlib.nullcontext():
-        study.run(slots, should_stop, (lambda line: None) if has_table else partial(print, flush=True))
+    study.run(slots, should_stop, partial(print, flush=True))
     state = study.state()
     if state.needed or should_stop.is_set():
         return stopped()
@@ -181,17 +169,6 @@ def stopped() -> int:
     """Say so; the exit code of an interrupted study."""
     print("stopped; the same command goes on", file=sys.stderr)
     return 130
-
-
-def without_flag(argv: list[str], flag: str) -> list[str]:
-    """The arguments without a flag and its value."""
-    rest, is_value = [], False
-    for argument in argv:
-        if is_value or argument.partition("=")[0] == flag:
-            is_value = argument == flag and not is_value
-        else:
-            rest.append(argument)
-    return rest
 
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from helpers.study_rules import make_rule as make_study_rule
 from trainer.report.interval import paired_interval
 from trainer.tools.study.rule import Rule
 from trainer.tools.study.search import MethodSearch, TrialSpec
-from trainer.tools.study.trials import final_loss, make_slots, start_run, trial_argv
+from trainer.tools.study.trials import make_slots, run_outcome, start_run, trial_argv
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
 pytestmark = [pytest.mark.sweep, pytest.mark.timeout(7200)]
@@ -42,7 +42,7 @@ def train_all(folder: Path, rule: Rule, argv_by_name: dict[str, list[str]]) -> N
 def measure(folder: Path, rule: Rule, specs: list[TrialSpec]) -> dict[str, float]:
     """The final validation loss of each trial, infinity where it failed."""
     train_all(folder, rule, {spec.name: trial_argv(rule, spec, folder / spec.name) for spec in specs})
-    losses = {spec.name: final_loss(folder / spec.name) for spec in specs}
+    losses = {spec.name: run_outcome(folder / spec.name)[0] for spec in specs}
     return {name: math.inf if loss is None else loss for name, loss in losses.items()}
 
 

@@ -73,15 +73,11 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         f"{', '.join(map(str, rule.rungs))}; the claim holds for these rates and this budget."
     )
     searches = {
-        method: {
-            "method": method,
+        method: vars(outcome)
+        | {
             "winner": None if outcome.winner is None else vars(outcome.winner),
             "lr": None if outcome.winner is None else outcome.winner.lr,
             "loss": None if outcome.winner is None else outcome.loss,  # JSON has no infinity
-            "edge": outcome.edge,
-            "unknown": outcome.unknown,
-            "num_trials": outcome.num_trials,
-            "num_steps": outcome.num_steps,
             "problem": outcome.problem,
         }
         for method, outcome in outcomes.items()

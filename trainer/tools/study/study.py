@@ -1,16 +1,12 @@
 """A study from its rule to its last trial: the workers of this machine run trials until none is needed."""
 
-import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.tools.study.rule import Rule, read_rule
@@ -20,7 +16,6 @@ from trainer.tools.study.trials import (
     RunningTrial,
     Slot,
     finish_trial,
-    locked_trials,
     read_results,
     read_trials,
     start_trial,
@@ -67,6 +62,16 @@ class Study:
         What comes next is a function of the results, so the processes of all workers decide it alike.
         """
         running: dict[int, RunningTrial] = {}  # by slot
+
+        def finish_ended(*, is_stopping: bool) -> None:
+            for number, trial in list(running.items()):
+                if trial.process is None or trial.process.exitcode is not None:
+                    del running[number]
+                    line = finish_trial(self.folder, self.rule, trial, is_stopping=is_stopping)
+                    num_finished = len(read_results(self.folder))
+                    log(f"{num_finished} of {max(num_finished, num_expected)} trials: {line}")
+
+        num_expected = len(expected_trials(self.rule))
         try:
             while not should_stop.is_set():
                 needed = self.state().needed
@@ -80,63 +85,18 @@ class Study:
                 processes = [trial.process for trial in running.values() if trial.process is not None]
                 if len(processes) == len(running):
                     wait([process.sentinel for process in processes], POLL_SECONDS)
-                self._finish_ended(running, log, is_stopping=False)
+                finish_ended(is_stopping=should_stop.is_set())
         except OSError as error:
             raise UserError(
                 f"{self.folder}: cannot be written ({error.strerror}); make room, and the same command goes on"
             ) from error
         finally:
-            self._stop(running, log)
-
-    def _stop(self, running: dict[int, RunningTrial], log: Callable[[str], None]) -> None:
-        processes = [trial.process for trial in running.values() if trial.process is not None]
-        for process in processes:
-            process.terminate()  # it saves where it stands
-        deadline = time.monotonic() + STOP_SECONDS
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.join()
-        self._finish_ended(running, log, is_stopping=True)
-
-    def _finish_ended(self, running: dict[int, RunningTrial], log: Callable[[str], None], *, is_stopping: bool) -> None:
-        for number, trial in list(running.items()):
-            if trial.process is None or trial.process.exitcode is not None:
-                log(finish_trial(self.folder, self.rule, running.pop(number), is_stopping=is_stopping))
-
-
-def live_table(study: Study) -> Any:
-    """A context in which a terminal shows the study's table."""
-    from rich.live import Live
-
-    return Live(get_renderable=partial(study_table, study), refresh_per_second=0.5)
-
-
-def study_table(study: Study) -> Any:
-    """Each method's trials: how many are done, run now or failed, its best rate, and below them what runs now."""
-    from rich.table import Table
-
-    trials, running = read_trials(study.folder), locked_trials(study.folder)
-    expected = expected_trials(study.rule)
-    table = Table(caption=f"running: {', '.join(sorted(running))}" if running else None, caption_justify="left")
-    for heading in ("method", "done", "running", "failed", "best rate", "validation loss"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for method in study.rule.methods:
-        of_method = re.compile(rf"(?:search|answer)-{method}-(?:r\d+-)?lr(?P<lr>[^-]+(?:-\d+)?)-t(?P<num_steps>\d+)-")
-        matches = {name: match for name in {*trials, *running} if (match := of_method.match(name))}
-        finished = [name for name in matches if name in trials and trials[name].is_finished]
-        best = min(  # of the longest runs
-            (name for name in finished if math.isfinite(trials[name].result)),
-            key=lambda name: (-int(matches[name]["num_steps"]), trials[name].result),
-            default=None,
-        )
-        num_expected = sum(spec.candidate.method == method for spec in expected)
-        table.add_row(
-            method,
-            f"{len(finished)} of {max(num_expected, len(matches))}",
-            str(len(matches.keys() & running)),
-            str(sum(trials[name].failure is not None for name in finished)),
-            matches[best]["lr"] if best else "",
-            f"{trials[best].result:.4f}" if best else "",
-        )
-    return table
+            processes = [trial.process for trial in running.values() if trial.process is not None]
+            for process in processes:
+                process.terminate()  # it saves where it stands
+            deadline = time.monotonic() + STOP_SECONDS
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+                process.kill()
+                process.join()
+            finish_ended(is_stopping=True)

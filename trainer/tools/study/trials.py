@@ -26,8 +26,8 @@ from trainer.distributed.launch_environment import without_launcher
 from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tools.study.trial_process import start_training
-from trainer.tracking.records import EvalRecord, EventRecord, Record, read_records
-from trainer.tracking.run_lock import LOCK_FILE, FolderInUseError, RunLock
+from trainer.tracking.records import EvalRecord, EventRecord, read_records
+from trainer.tracking.run_lock import FolderInUseError, RunLock
 from trainer.tracking.wandb_environment import RUN_VARIABLES
 
 LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
@@ -154,11 +154,6 @@ def read_results(study_folder: Path) -> dict[str, float]:
     return {name: trial.result for name, trial in read_trials(study_folder).items() if trial.is_finished}
 
 
-def locked_trials(study_folder: Path) -> set[str]:
-    """The names of the trials that a worker runs now, here or elsewhere, or left when it was killed."""
-    return {path.parent.name for path in (study_folder / "trials").glob(f"*/{LOCK_FILE}")}
-
-
 def run_folder(study_folder: Path, spec: TrialSpec) -> Path:
     """Where the run of a trial lies."""
     return study_folder / "runs" / spec.name
@@ -194,7 +189,7 @@ def start_trial(study_folder: Path, rule: Rule, slot: Slot, specs: Sequence[Tria
             lock.release()
             continue
         process = None
-        if final_loss(run) is None and trial.num_failures < MAX_FAILURES:
+        if run_outcome(run)[0] is None and trial.num_failures < MAX_FAILURES:
             trial.num_failures += 1
             _write_trial(folder, trial)
             argv = [*trial_argv(rule, spec, run), *execution_argv(rule, slot)]
@@ -211,7 +206,8 @@ def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_st
     """
     spec, trial, folder = running.spec, running.trial, study_folder / "trials" / running.spec.name
     run, exit_code = run_folder(study_folder, spec), (running.process.exitcode or 0) if running.process else 0
-    loss, text, user_error = final_loss(run), "cut off; the same command goes on with it", _data_problem(run, rule)
+    (loss, has_diverged), user_error = run_outcome(run), _data_problem(run, rule)
+    text = "cut off; the same command goes on with it"
     if user_error:
         shutil.rmtree(run)
     elif exit_code == 0 and loss is not None:
@@ -220,14 +216,14 @@ def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_st
         trial.failure = text = f"failed, or its worker died, {MAX_FAILURES} times"
     elif not is_stopping and exit_code not in STOP_EXIT_CODES:
         failure = last_log_line(folder / "log", exit_code)
-        trial.has_diverged = "not_finite" in run_events(run)
+        trial.has_diverged = has_diverged
         if exit_code == UserError.exit_code or (exit_code > 0 and not (run / "run.json").exists()):
             user_error = failure
         elif trial.has_diverged or trial.num_failures >= MAX_FAILURES:
             trial.failure, text = failure, f"failed: {failure}"
         else:  # out of memory, or killed by somebody
             text = f"failed, and is tried again: {failure}"
-    if not (trial.is_finished or text.startswith("failed")):
+    if running.process and not (trial.is_finished or text.startswith("failed")):
         trial.num_failures -= 1
     _write_trial(folder, trial)
     running.lock.release()
@@ -256,22 +252,16 @@ def _data_problem(run: Path, rule: Rule) -> str:
     )
 
 
-def final_loss(run: Path) -> float | None:
-    """The last validation loss of a run that came to its end; None for any other."""
-    losses = [record.loss for record in _read_events(run) if isinstance(record, EvalRecord)]
-    return losses[-1] if "finished" in run_events(run) and losses and math.isfinite(losses[-1]) else None
-
-
-def run_events(run: Path) -> set[str]:
-    """The kinds of events that a run has recorded."""
-    return {record.event for record in _read_events(run) if isinstance(record, EventRecord)}
-
-
-def _read_events(run: Path) -> list[Record]:
+def run_outcome(run: Path) -> tuple[float | None, bool]:
+    """(the last validation loss of a run that came to its end, None for any other; whether it diverged)."""
     try:
-        return list(read_records(run / "metrics.jsonl", with_steps=False))
+        records = list(read_records(run / "metrics.jsonl", with_steps=False))
     except (OSError, ValueError):
-        return []
+        return None, False
+    events = {record.event for record in records if isinstance(record, EventRecord)}
+    losses = [record.loss for record in records if isinstance(record, EvalRecord)]
+    has_loss = "finished" in events and losses and math.isfinite(losses[-1])
+    return losses[-1] if has_loss else None, "not_finite" in events
 
 
 def last_log_line(log: Path, exit_code: int) -> str:
