@@ -194,24 +194,6 @@ class Hosts:
         """Packets from and to the host vanish, and nobody is told."""
         self._in_switch(f"ip link set c{name[1:]} down")
 
-    def shape_links(self, megabits_per_second: int | None) -> None:
-        """Let every host send no more than so much, headers included; None: as fast as it can.
-
-        Skipped where the kernel has no token buckets.
-        """
-        for pid in self.pids.values():
-            enter = ["nsenter", "-t", str(pid), "-n", "tc", "qdisc"]
-            run_tool(*enter, "del", "dev", "eth0", "root", check=False)
-            if megabits_per_second is not None:
-                # Bytes: 32 ms at the rate. Less, and a busy machine's late timers let tokens go; more, and they are a
-                # share of what a step sends.
-                burst = 4000 * megabits_per_second
-                queue = max(500_000, 50_000 * megabits_per_second)  # bytes: 400 ms, or what a step of LoRA sends
-                bucket = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", str(burst), "limit", str(queue)]
-                process = run_tool(*enter, "add", "dev", "eth0", "root", *bucket, check=False)
-                if process.returncode:
-                    pytest.skip(f"links cannot be shaped here: {process.stderr.strip()}")
-
     def close(self) -> None:
         """End what was started here, and nothing else."""
         for rank in (process for run in self.runs for process in run.processes):

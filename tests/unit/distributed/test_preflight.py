@@ -65,6 +65,6 @@ def test_what_one_host_alone_cannot_do_is_said_with_its_name(failing, message):
 
 def test_clocks_that_differ_are_a_note(monkeypatch):
     context = context_of_hosts("h1", "h2", gather=lambda value: [value, value and value + 90.4])
-    assert host_report._describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
+    assert host_report.describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
     monkeypatch.setattr(host_report, "MAX_CLOCK_SECONDS", 91)
-    assert host_report._describe_clocks(context) is None
+    assert host_report.describe_clocks(context) is None

@@ -132,13 +132,10 @@ def check_devices(world_size: int) -> Iterator[Check]:
     else:
         has_driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
         problem = "torch sees none though a driver is there" if has_driver else "none"
-        yield judge(
-            has_driver and os.environ.get("CUDA_VISIBLE_DEVICES") != "",
-            WARNING,
-            "GPUs",
-            f"{problem}: runs on {len(os.sched_getaffinity(0))} processor cores",
-            "install the CUDA build of torch that the driver takes (nvidia-smi names the newest)",
-        )
+        is_bad = has_driver and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+        message = f"{problem}: runs on {len(os.sched_getaffinity(0))} processor cores"
+        remedy = "install the CUDA build of torch that the driver takes (nvidia-smi names the newest)"
+        yield judge(is_bad, WARNING, "GPUs", message, remedy)
     has_backend = {"nccl": dist.is_nccl_available() or not num_gpus, "gloo": dist.is_gloo_available()}
     missing = [name for name, is_available in has_backend.items() if not is_available]
     nccl = f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))} and " if num_gpus and not missing else ""
@@ -203,13 +200,9 @@ def check_threads(world_size: int) -> Check:
     share = max(1, num_cores // world_size)
     threads_per_rank = int(omp_num_threads) if omp_num_threads.isdigit() else share
     num_threads = threads_per_rank * world_size
-    return judge(
-        num_threads > num_cores,
-        WARNING,
-        "threads",
-        f"{threads_per_rank} a rank x {world_size} = {num_threads} on {num_cores} cores",
-        f"OMP_NUM_THREADS={share}" if world_size <= num_cores else f"at most {num_cores} ranks on a processor",
-    )
+    message = f"{threads_per_rank} a rank x {world_size} = {num_threads} on {num_cores} cores"
+    remedy = f"OMP_NUM_THREADS={share}" if world_size <= num_cores else f"at most {num_cores} ranks on a processor"
+    return judge(num_threads > num_cores, WARNING, "threads", message, remedy)
 
 
 def check_forwarded_variables(environ: Mapping[str, str], *, is_multi_node: bool) -> Check:
@@ -238,14 +231,10 @@ def check_data(settings: Settings, data: PreparedDataset) -> Iterator[Check]:
     train, val, is_blocks = data.metadata["train"], data.metadata["val"], settings.data.objective == "blocks"
     counts = "{records:,} records, {examples:,} examples, "
     yield Check(OK, "training", (counts + "{tokens:,} tokens").format(**train))
-    yield judge(
-        val["examples"] < MIN_VAL_EXAMPLES or val["counted_tokens"] < MIN_VAL_TOKENS,
-        WARNING,
-        "validation",
-        (counts + "{counted_tokens:,} target tokens").format(**val),
-        f"raise --val-fraction or give --val-data: with under {MIN_VAL_EXAMPLES} examples or {MIN_VAL_TOKENS:,} tokens "
-        "chance decides",
-    )
+    is_small = val["examples"] < MIN_VAL_EXAMPLES or val["counted_tokens"] < MIN_VAL_TOKENS
+    message = (counts + "{counted_tokens:,} target tokens").format(**val)
+    remedy = f"under {MIN_VAL_EXAMPLES} examples or {MIN_VAL_TOKENS:,} tokens chance decides: "
+    yield judge(is_small, WARNING, "validation", message, remedy + "raise --val-fraction or give --val-data")
     if is_blocks:
         yield Check(OK, "lengths", f"every block has {settings.data.block_size} tokens")
     else:
@@ -258,13 +247,9 @@ def check_data(settings: Settings, data: PreparedDataset) -> Iterator[Check]:
                 message += f"{settings.data.block_size} tokens and left out"
                 yield judge(share > MAX_DROPPED_SHARE, WARNING, "too long", message, "raise --block-size")
     num_shared = data.metadata["equal_to_train"]["val"]
-    yield judge(
-        num_shared > MAX_SHARED_SHARE * val["records"],
-        WARNING,
-        "duplicates",
-        f"{num_shared:,} of {val['records']:,} validation records also stand in the training data",
-        "drop them from one side: the validation loss partly measures memorization",
-    )
+    message = f"{num_shared:,} of {val['records']:,} validation records also stand in the training data"
+    remedy = "drop them from one side: the validation loss partly measures memorization"
+    yield judge(num_shared > MAX_SHARED_SHARE * val["records"], WARNING, "duplicates", message, remedy)
     num_repeated, num_records = data.metadata["repeated_in_train"], data.metadata["train"]["records"]
     message = f"{num_repeated:,} of {num_records:,} training records are repeats"
     is_bad = num_repeated > MAX_REPEATED_SHARE * num_records
@@ -278,13 +263,9 @@ def check_targets(data: PreparedDataset) -> Iterator[Check]:
     """The share of tokens that count in the loss, rows in which none does, and token ids that training never shows."""
     target_counts = data.train.num_target_tokens()
     target_share = int(target_counts.sum()) / int(data.train.lengths().sum())
-    yield judge(
-        target_share < MIN_TARGET_SHARE,
-        WARNING,
-        "masked",
-        f"{1 - target_share:.1%} of the training tokens are not counted in the loss",
-        "shorten the prompt, or train on whole texts with --objective blocks",
-    )
+    message = f"{1 - target_share:.1%} of the training tokens are not counted in the loss"
+    remedy = "shorten the prompt, or train on whole texts with --objective blocks"
+    yield judge(target_share < MIN_TARGET_SHARE, WARNING, "masked", message, remedy)
     if num_empty := int((target_counts <= 0).sum()):
         message = f"{num_empty:,} training rows have no target token"
         yield Check(ERROR, "masked", message, "drop records with an empty completion")
@@ -293,13 +274,9 @@ def check_targets(data: PreparedDataset) -> Iterator[Check]:
     val_ids = data.val.ids[:MAX_TOKENS_SCANNED]
     unseen_share = float((~is_seen[val_ids]).mean()) if len(val_ids) else 0.0
     yield Check(OK, "coverage", f"{int(is_seen.sum()):,} of {len(is_seen):,} token ids occur in the training data")
-    yield judge(
-        unseen_share > MAX_UNSEEN_SHARE,
-        WARNING,
-        "coverage",
-        f"{unseen_share:.2%} of the validation tokens never occur in training",
-        "more training data, or a split that holds the same kinds of text on both sides",
-    )
+    message = f"{unseen_share:.2%} of the validation tokens never occur in training"
+    remedy = "more training data, or a split that holds the same kinds of text on both sides"
+    yield judge(unseen_share > MAX_UNSEEN_SHARE, WARNING, "coverage", message, remedy)
 
 
 # --- plan and memory ---
@@ -322,35 +299,23 @@ def check_model(plan: RunPlan, model: TrainableModel) -> Iterator[Check]:
     if lora_layers:
         num_layers, num_conv1d = len(lora_layers), sum(is_transposed for _, is_transposed in lora_layers)
         yield Check(OK, "LoRA targets", f"{num_layers} layers: {', '.join(model_info['lora_targets'])}")
-        yield judge(
-            0 < num_conv1d < num_layers,
-            WARNING,
-            "Conv1D",
-            f"{num_conv1d} of the {num_layers} adapted layers keep their weight as [in, out]"
-            + ", as fan_in_fan_out tells peft" * bool(num_conv1d),
-            "layers of both kinds: peft takes one setting and corrects it for each, look at its warnings",
-        )
+        message = f"{num_conv1d} of the {num_layers} adapted layers keep their weight as [in, out]"
+        message += ", as fan_in_fan_out tells peft" * bool(num_conv1d)
+        remedy = "layers of both kinds: peft takes one setting and corrects it for each, look at its warnings"
+        yield judge(0 < num_conv1d < num_layers, WARNING, "Conv1D", message, remedy)
     share = model_info["trainable"] / model_info["parameters"]
-    yield judge(
-        bool(lora_layers) and share > 0.5,
-        WARNING,
-        "trainable",
-        f"{model_info['trainable']:,} weights ({share:.2%})",
-        "adapters as large as the model save nothing: lower --lora-rank",
-    )
+    message = f"{model_info['trainable']:,} weights ({share:.2%})"
+    remedy = "adapters as large as the model save nothing: lower --lora-rank"
+    yield judge(bool(lora_layers) and share > 0.5, WARNING, "trainable", message, remedy)
 
 
 def check_schedule(plan: RunPlan) -> Iterator[Check]:
     """The global batch, the number of steps, warm-up, and how often is evaluated and saved."""
     schedule, settings, batch = plan.schedule, plan.settings, plan.schedule.batch
     total_steps = schedule.total_steps
-    yield judge(
-        batch.micro_batch_size <= 2 and batch.gradient_accumulation_steps >= MANY_ACCUMULATION_STEPS,
-        WARNING,
-        "batch",
-        str(batch),
-        "a larger --micro-batch is faster where it fits: try --find-batch",
-    )
+    is_slow = batch.micro_batch_size <= 2 and batch.gradient_accumulation_steps >= MANY_ACCUMULATION_STEPS
+    remedy = "a larger --micro-batch is faster where it fits: try --find-batch"
+    yield judge(is_slow, WARNING, "batch", str(batch), remedy)
     last_batch_size = plan.data_info["train"]["examples"] % batch.global_batch
     tail = f"; the last of an epoch has {last_batch_size} examples" if last_batch_size else ""
     message = f"{schedule.steps_per_epoch:,} an epoch, {total_steps:,} in all{tail}"
