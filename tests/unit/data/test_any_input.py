@@ -10,71 +10,19 @@ from hypothesis import strategies as st
 from trainer.config.errors import UserError
 from trainer.config.schema import DataSettings
 from trainer.data import cache, sources
-from trainer.data.formats import DataInput, choose_format
+from trainer.data.formats import FORMATS, DataInput, choose_format
 
 NAMES = st.sampled_from(
     ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.arrow", "a.csv.gz", "a.txt.zst"]
 )
 #: Bytes that mean something to one of the readers, in any order, among any others.
-BYTES = st.lists(
-    st.sampled_from(
-        [
-            b'"',
-            b",",
-            b"\t",
-            b"\n",
-            b"\r",
-            b"\r\n",
-            b"{",
-            b"}",
-            b"[",
-            b"]",
-            b":",
-            b"\\u",
-            b"\\ud800",
-            b"text",
-            b"messages",
-            b'"text"',
-            b"1e999",
-            b"9" * 5000,
-            b"[" * 3000,
-            b"\xff",
-            b"\xef\xbb\xbf",
-            b"\0",
-            b"NaN",
-            b"null",
-            b"PAR1",
-            b"ARROW1",
-            b"\x1f\x8b",
-            b"\x1b]0;x\x07",
-        ]
-    )
-    | st.binary(max_size=6),
-    max_size=24,
-).map(b"".join)
-COLUMNS = st.sampled_from(
-    [
-        "text",
-        "messages",
-        "conversations",
-        "prompt",
-        "completion",
-        "instruction",
-        "input",
-        "output",
-        "input_ids",
-        "notes",
-        "event_date",
-        "fatalities",
-        "role",
-        "content",
-        "from",
-        "value",
-        "tools",
-        "tool_calls",
-        "system",
-    ]
-)
+WORDS = [b"\\u", b"\\ud800", b"text", b"messages", b'"text"', b"1e999", b"NaN", b"null", b"PAR1", b"ARROW1"]
+OTHERS = [b"9" * 5000, b"[" * 3000, b"\r\n", b"\xef\xbb\xbf", b"\x1f\x8b", b"\x1b]0;x\x07"]
+CHARACTERS = [bytes([character]) for character in b'",\t\n\r{}[]:\xff\0']
+BYTES = st.lists(st.sampled_from([*WORDS, *OTHERS, *CHARACTERS]) | st.binary(max_size=6), max_size=24).map(b"".join)
+KEYS = ["role", "content", "from", "value", "tool_calls"]
+OTHER_COLUMNS = ["input", "notes", "event_date", "fatalities", "tools", "system"]
+COLUMNS = st.sampled_from([*(name for known in FORMATS for name in known.needs), *OTHER_COLUMNS, *KEYS])
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.just("\ud800"),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(COLUMNS | st.text(max_size=4), inner, max_size=4),

@@ -1,7 +1,4 @@
-"""A conversation's learnt tokens are the assistant's, by the templates of eight families; each mask is proven.
-
-Long: one format with its templates, masks and refusals.
-"""
+"""A conversation's learnt tokens are the assistant's, by the templates of eight families; each mask is proven."""
 
 import itertools
 import json

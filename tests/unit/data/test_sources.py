@@ -1,5 +1,6 @@
 """What --data may name, and one line with file, row, column and remedy for whatever cannot be used."""
 
+import gzip
 import json
 import os
 import time
@@ -11,7 +12,10 @@ import pytest
 from helpers import data_helpers as samples
 from helpers.data_helpers import NO_TEMPLATES, PAIRS
 
+from trainer.config.errors import UserError
+from trainer.config.schema import DataSettings
 from trainer.data import cache, hf_hub, readers, sources
+from trainer.data.prepare import prepare
 
 
 def test_every_file_format_gives_the_same_records(tmp_path):
@@ -259,3 +263,202 @@ def test_reading_from_the_hub_prints_nothing(tmp_path, capfd):
     assert samples.read_records(tmp_path / "a.csv") == [{"a": "1"}]
     assert hf_hub.import_datasets().logging.get_verbosity() > 40
     assert capfd.readouterr() == ("", "")
+
+
+# --- files are taken for the split that they are named ---
+
+
+def find_splits(spec, val_data=None, test_data=None):
+    return {source.split: source for source in sources.find_sources(str(spec), val_data, test_data)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.csv", "validation.csv", "test.csv"),
+        ("data/train-00000-of-00001.csv", "data/validation-00000-of-00001.csv", "data/test-00000-of-00001.csv"),
+        ("training/a.csv", "dev/a.csv", "eval/a.csv"),
+        ("my_train_set.csv", "my_valid_set.csv", "my_testing_set.csv"),
+    ],
+)
+def test_a_folder_with_splits_takes_each_file_for_what_it_is_named(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        samples.write_csv(tmp_path / name, [{"text": name}])
+    splits = find_splits(tmp_path)
+    assert [[row["text"] for _, _, row in sources.records(splits[split])] for split in ("train", "val", "test")] == [
+        [name] for name in names
+    ]
+    assert splits["train"].notices == (
+        f"{tmp_path}: {names[0]} for training, {names[1]} for validation, {names[2]} for the test",
+    )
+    splits = find_splits(tmp_path / "**" / "*.csv")
+    assert [len(splits[split].files) for split in ("train", "val", "test")] == [1, 1, 1]
+
+
+def test_a_test_file_is_never_trained_on(refusal_message, tmp_path):
+    (tmp_path / "folder").mkdir()
+    samples.write_csv(tmp_path / "folder" / "test.csv", PAIRS)
+    assert "--data folder: holds no split `train`, only test" in refusal_message("folder")
+    samples.write_csv(tmp_path / "folder" / "train_test.csv", PAIRS)
+    assert "--data folder: holds no split `train`, only test" in refusal_message("folder")
+    (tmp_path / "folder" / "train_test.csv").unlink()
+    samples.write_csv(tmp_path / "folder" / "contest_latest.csv", PAIRS)  # the word alone counts
+    splits = find_splits(tmp_path / "folder")
+    assert [file.name for file in splits["train"].files] == ["contest_latest.csv"]
+    assert [file.name for file in splits["test"].files] == ["test.csv"]
+
+
+def test_what_is_named_for_no_split_beside_a_training_file_is_left_out_with_a_notice(tmp_path):
+    for name in ("train.csv", "extra.csv", "validation.csv"):
+        samples.write_csv(tmp_path / name, [{"text": name}])
+    other = samples.write_csv(tmp_path.parent / f"{tmp_path.name}-other.csv", [{"text": "other"}])
+    splits = find_splits(tmp_path, val_data=str(other))
+    assert [source.files[0].name for source in splits.values()] == ["train.csv", other.name]
+    assert splits["train"].notices == (
+        f"{tmp_path}: train.csv for training",
+        f"{tmp_path}: extra.csv left out: named for no split",
+        f"{tmp_path}: validation.csv left out: named for validation",
+    )
+
+
+def test_validation_data_of_a_folder_are_its_validation_split(tmp_path):
+    for name in ("train.csv", "validation.csv", "test.csv"):
+        samples.write_csv(tmp_path / name, [{"text": name}])
+    assert sources.find(str(tmp_path), "--val-data").files[0].name == "validation.csv"
+    assert sources.find(str(tmp_path), "--test-data").files[0].name == "test.csv"
+
+
+def test_folders_of_save_to_disk_and_arrow_files_are_read(tmp_path):
+    import datasets
+
+    whole = datasets.Dataset.from_list(PAIRS)
+    whole.save_to_disk(str(tmp_path / "one"))
+    assert samples.read_records(tmp_path / "one") == PAIRS
+    assert samples.read_records(next((tmp_path / "one").glob("*.arrow"))) == PAIRS  # a stream
+    table = pyarrow.Table.from_pylist(PAIRS)
+    with pyarrow.ipc.new_file(str(tmp_path / "file.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert samples.read_records(tmp_path / "file.arrow") == PAIRS
+    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(str(tmp_path / "two"))
+    splits = find_splits(tmp_path / "two")
+    assert {split: len(list(sources.records(source))) for split, source in splits.items()} == {"train": 40, "test": 1}
+    (tmp_path / "broken.arrow").write_bytes(b"no arrow")
+    with pytest.raises(UserError, match=r"broken\.arrow: not a whole Arrow file"):
+        samples.read_records(tmp_path / "broken.arrow")
+    state = tmp_path / "one" / "state.json"
+    state.write_text(state.read_text().replace("data-00000", "../two/train/data-00000"))
+    with pytest.raises(UserError, match=r"one: its state\.json names .*, outside of the folder"):
+        samples.read_records(tmp_path / "one")
+    state.write_text("{")
+    with pytest.raises(UserError, match=r"one: not a whole saved data set"):
+        samples.read_records(tmp_path / "one")
+
+
+def test_files_of_two_formats_in_one_folder_are_refused_by_name(refusal_message, tmp_path):
+    (tmp_path / "mix").mkdir()
+    samples.write_jsonl(tmp_path / "mix" / "a.jsonl", [{"messages": [{"role": "assistant", "content": "x"}]}])
+    samples.write_jsonl(tmp_path / "mix" / "b.jsonl", [{"text": "x"}])
+    assert "mix/b.jsonl: another format than a.jsonl, whose records are messages" in refusal_message(
+        "mix", **NO_TEMPLATES
+    )
+    (tmp_path / "two").mkdir()
+    samples.write_jsonl(tmp_path / "two" / "train.jsonl", [{"prompt": "x", "completion": "y"}])
+    for content, other in (({"text": "x"}, "text"), ({"instruction": "x", "output": "y"}, "alpaca")):
+        samples.write_jsonl(tmp_path / "two" / "val.jsonl", [content])
+        line = refusal_message("two", **NO_TEMPLATES)
+        assert f"one holds prompt-completion, the other {other}; give both in one format" in line
+
+
+# --- compressed files, pipes, numbers and nesting beyond measure ---
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_text_file_gives_the_records_of_the_plain_one(tmp_path, name, suffix):
+    if name == "a.csv":
+        samples.write_csv(tmp_path / name, PAIRS)
+    else:
+        (tmp_path / name).write_text(
+            json.dumps(PAIRS) if name == "a.json" else "".join(f"{json.dumps(p)}\n" for p in PAIRS)
+        )
+    content = (tmp_path / name).read_bytes()
+    pack = gzip.compress if suffix == ".gz" else lambda data: pyarrow.Codec("zstd").compress(data, asbytes=True)
+    (tmp_path / f"{name}{suffix}").write_bytes(pack(content))
+    assert samples.read_records(tmp_path / f"{name}{suffix}") == samples.read_records(tmp_path / name)
+    plain, packed = (
+        cache.fingerprint_files(sources.find(str(tmp_path / file)), tmp_path / "cache")[0]
+        for file in (name, name + suffix)
+    )
+    assert plain.sha256 == packed.sha256  # of what it holds: prepared once
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_is_cut_off_is_refused(refusal_message, tmp_path, suffix):
+    content = os.urandom(3000).hex().encode()
+    pack = gzip.compress if suffix == ".gz" else lambda data: pyarrow.Codec("zstd").compress(data, asbytes=True)
+    (tmp_path / f"a.txt{suffix}").write_bytes(pack(content)[:-100])
+    assert f"a.txt{suffix}: not a whole {suffix} file (" in refusal_message(f"a.txt{suffix}", **NO_TEMPLATES)
+    (tmp_path / f"b.parquet{suffix}").write_bytes(pack(content))
+    assert f"the ending '{suffix}' is not known" in refusal_message(f"b.parquet{suffix}")
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(refusal_message, tmp_path):
+    os.mkfifo(tmp_path / "a.csv")
+    assert "--data a.csv: not a regular file (a pipe or a device)" in refusal_message("a.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl", '{{"mr": "1", "ref": "2"}}\n{{"n": {big}}}\n', "line 2, column 'n': a number of 5,000 digits"),
+        ("a.jsonl", '{{"n": {big}}}\n', "line 1, column 'n': a number of 5,000 digits; expected at most 4,300"),
+        ("a.json", '[{{"mr": "1", "ref": "2"}}, {{"n": {big}}}]', "row 2, column 'n': a number of 5,000 digits"),
+        ("a.jsonl", '{{"\\u001b[": {deep}}}\n', "line 1, column '\\\\u001b[': JSON nested more than 500 deep"),
+        ("a.json", '[{{"mr": "1", "ref": "2"}}, {{"d": {deep}}}]', "row 2, column 'd': JSON nested more than 500 deep"),
+        ("a.json", "{deep}", "row 1: not an object; expected a list of objects"),
+    ],
+)
+def test_numbers_too_long_and_nesting_too_deep_are_named_by_row_and_column(
+    refusal_message, tmp_path, name, content, problem
+):
+    (tmp_path / name).write_text(content.format(big="1" * 5000, deep="[" * 200_000 + "]" * 200_000))
+    assert f"--data {name}, {problem}" in refusal_message(name)
+
+
+def test_a_line_break_in_a_column_name_is_shown_escaped(refusal_message, tmp_path):
+    samples.write_csv(tmp_path / "a.csv", [{"mr\n\x1b[2J": "1", "b": "2"}])
+    assert "its columns are 'mr\\n\\x1b[2J', b" in refusal_message("a.csv")
+
+
+def test_a_path_that_is_not_utf8_can_be_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff\xfe.csv")
+    samples.write_csv(path, PAIRS)
+    source = sources.find(str(path))
+    assert len(cache.fingerprint_files(source, tmp_path / "cache")) == 1
+    assert len(list(sources.records(source))) == len(PAIRS)
+
+
+@pytest.mark.parametrize("empty", ["csv", "jsonl-empty", "jsonl-null", "jsonl-missing"])
+def test_an_empty_optional_field_is_the_same_in_csv_and_jsonl(tmp_path, model, empty):
+    rows = [{"q": f"What is {i}?", "hint": f"see {i}" if i % 2 else "", "a": f" {i}"} for i in range(40)]
+    if empty == "csv":
+        file = samples.write_csv(tmp_path / "a.csv", rows)
+    else:
+        value = {"jsonl-null": {"hint": None}, "jsonl-missing": {}, "jsonl-empty": {"hint": ""}}[empty]
+        for row in rows[::2]:
+            del row["hint"]
+            row |= value
+        file = samples.write_jsonl(tmp_path / "a.jsonl", [rows[1], *rows[:1], *rows[2:]])
+    settings = DataSettings(
+        data=str(file),
+        block_size=64,
+        prompt="Q: {q}\nHint: {hint}\nA:",
+        completion="{a}",
+        objective="completion",
+        val_fraction=0.3,
+    )
+    prepared = prepare(settings, model=model, global_batch=2, cache=tmp_path / "cache")
+    prompts = sorted(prompt for prompt, _ in prepared.val_texts)
+    assert all(("Hint: see" in prompt) == bool(int(prompt.split()[3].rstrip("?")) % 2) for prompt in prompts)
+    assert all("Hint: \n" not in prompt for prompt in prompts)
