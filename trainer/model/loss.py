@@ -1,16 +1,17 @@
 """Summed negative log-likelihood, without a full logits tensor where it would be large.
 
-Sums and counts are kept apart everywhere and divided once, by the number of counted tokens of the *global* batch:
+Sums and counts are kept apart everywhere and divided once, by the number of target tokens of the *global* batch:
 so the loss does not depend on how rows are spread over micro-batches and ranks.
 
-Gain (`launch/bench.py kernels`, one thread of an AMD EPYC): 1.05 times (1.02 to 1.20) over torch's loss of all logits;
-at most 128 MiB of them at a time, where 2,048 positions of GPT-2 are 393 MiB, and as much again for their gradient.
+With all logits at once a whole step takes 1.25 times as long (6 layers, 512 wide, 256 tokens, one thread of an AMD
+EPYC; `launch/bench.py steps --without chunked-loss`). At most 128 MiB of them are made at a time, where 2,048 positions
+of GPT-2 are 393 MiB, and as much again for their gradient.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,16 +21,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from trainer.model import torch_internals
-from trainer.model.output_head import OutputHead, find_output_head
+from trainer.data.sampler import IGNORE_INDEX
 
-IGNORE_INDEX = -100  # label of a position that is not counted, as in Hugging Face's models
 PACKED_ATTENTIONS = ("sdpa", "eager")  # that mask examples of one row from one another, by transformers' own masks
-MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in pieces
-FROZEN_CHUNK_DIVISOR = (
-    2  # times smaller are the pieces before an output layer that does not train, on a GPU, where it costs little
-)
-ROW_MULTIPLE = 128  # of a piece's rows on a GPU, whose matrix units work on tiles of so many
+MAX_LOGITS_BYTES = 2**27  # bytes of float32 logits at one time; above it they are made and dropped in chunks
+FROZEN_CHUNK_DIVISOR = 2  # chunks are so many times smaller where no gradient of the output layer is added up
 VERIFIED_TOKENS = 9  # of each of the two rows by which the head is held against the model's own logits
 MAX_HEAD_DIFFERENCE = {torch.float32: 1e-5}  # relative, of a summed loss; other types: one rounding of bfloat16
 VOCAB_MULTIPLE = 64  # logits lie in rows of a multiple of it: matrix units and vector registers want them aligned
@@ -55,53 +51,56 @@ def simulate_gpu(is_simulated: bool = True) -> Iterator[None]:
         _is_gpu_simulated = previous
 
 
-def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32."""
-    if left.dtype != torch.float32 and sums_in_fp32(left.device, left.dtype):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right).float()
+@dataclass(frozen=True)
+class OutputHead:
+    """Logits are soft_cap * tanh(scale * layer(hidden) / soft_cap), without the tanh where `soft_cap` is None."""
+
+    layer: nn.Module
+    scale: float = 1.0  #: Cohere's `logit_scale`, 1 / `logits_scaling` of Granite
+    soft_cap: float | None = None  #: Gemma 2 (arXiv 2408.00118, section 2)
+
+    @property
+    def is_plain_linear(self) -> bool:
+        """Whether the layer is a matrix product with its weight at hand: not an adapter's, nor under ZeRO-3."""
+        weight = getattr(self.layer, "weight", None)
+        return type(self.layer) is nn.Linear and not hasattr(weight, "ds_id")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything comes after the layer."""
+        return self.scale != 1.0 or self.soft_cap is not None
+
+    def transform_(self, logits: Tensor) -> Tensor | None:
+        """Scale and cap the layer's output in its own place; returns the derivative where it is no constant."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.soft_cap is None:
+            return None
+        logits.div_(self.soft_cap).tanh_()
+        derivative = 1 - logits.square()
+        logits.mul_(self.soft_cap)
+        return derivative
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden [..., d] -> logits [..., vocabulary]."""
+        logits = self.layer(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
-def accumulate_matmul(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
-    """out += left @ right, in the type of `out` (an `overwrite` product takes its place)."""
-    if left.dtype == out.dtype:
-        if overwrite:
-            torch.mm(left, right, out=out)
-        else:
-            out.addmm_(left, right)
-    elif out.dtype == torch.float32 and sums_in_fp32(left.device, left.dtype):
-        # torch 2.11's sum fails for tensors without data, of which nothing is wanted but what it allocates.
-        if overwrite or (isinstance(out, torch_internals.FakeTensor) and torch.__version__ < (2, 13)):
-            torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=out)
-        else:
-            torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
-    elif overwrite:
-        out.copy_(left @ right)
-    else:
-        out.add_(left @ right)
+def find_output_head(causal: PreTrainedModel) -> OutputHead | None:
+    """The head that the model's structure and configuration name; None where logits come in another way."""
+    layer, config = causal.get_output_embeddings(), causal.config.get_text_config()
+    if layer is None or causal.base_model is causal:
+        return None
+    scale = _number(config, "logit_scale") or 1 / (_number(config, "logits_scaling") or 1.0)
+    return OutputHead(layer, scale, _number(config, "final_logit_softcapping"))
 
 
-def sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device does so with this 16-bit type; tensors without data stand for those of a simulated GPU."""
-    if isinstance(torch.empty(0), torch_internals.FakeTensor):
-        return uses_gpu_form(device)
-    return _device_sums_in_fp32(device, dtype)
-
-
-@functools.cache
-def _device_sums_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """By a product that is tried: torch has it for some devices only, and a wrong one is worse than none."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(64, 64, generator=generator).to(device, dtype) for _ in range(2))
-    out = torch.ones(64, 64, device=device)
-    try:
-        torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
-        mm = torch.mm(left, right, out_dtype=torch.float32)
-    except (NotImplementedError, RuntimeError):
-        return False
-    exact = left.double() @ right.double()
-    error = torch.maximum((out - 1 - exact).abs().max(), (mm - exact).abs().max())
-    return bool(error < 1e-3)  # rounded to bfloat16 it would be 0.1
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 class CausalLMLoss(nn.Module):
@@ -183,16 +182,16 @@ class CausalLMLoss(nn.Module):
     def _chunked_loss(self, head: OutputHead, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Ids [rows, width], targets [positions] -> (sum [], nll [positions]); 0 where not counted."""
         vocab_size = self.causal.config.get_text_config().vocab_size
-        chunk_size, needs_grad = max(1, MAX_LOGITS_BYTES // (4 * vocab_size)), torch.is_grad_enabled()
+        max_rows, needs_grad = MAX_LOGITS_BYTES // (4 * vocab_size), torch.is_grad_enabled()
         weight: Any = getattr(head.layer, "weight", None)
         if self.is_head_sharded or not head.is_plain_linear or weight.dtype == torch.float16:
             hidden = self._compute_hidden(input_ids=input_ids)
+            makes_twice = needs_grad and len(targets) > max_rows
+            chunks = zip(hidden.split(max(1, max_rows)), targets.split(max(1, max_rows)), strict=True)
             nll = torch.cat(
                 [
-                    checkpoint(_chunk_nll, head, h, t, use_reentrant=False)
-                    if needs_grad and len(targets) > chunk_size
-                    else _chunk_nll(head, h, t)
-                    for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+                    checkpoint(_chunk_nll, head, h, t, use_reentrant=False) if makes_twice else _chunk_nll(head, h, t)
+                    for h, t in chunks
                 ]
             )
             return nll.sum(), nll
@@ -204,30 +203,18 @@ class CausalLMLoss(nn.Module):
             hidden = self._compute_hidden(inputs_embeds=rows)
         else:
             hidden = self._compute_hidden(input_ids=input_ids)
-        is_gpu = uses_gpu_form(targets.device)
-        if is_gpu and not weight.requires_grad:  # no piece adds to the weight's gradient
-            chunk_size = max(1, chunk_size // FROZEN_CHUNK_DIVISOR)
+        if not weight.requires_grad:
+            max_rows //= FROZEN_CHUNK_DIVISOR
+        num_chunks = math.ceil(len(targets) / max(1, max_rows))
+        chunk_size = math.ceil(len(targets) / num_chunks)  # all alike: a small last one costs as much
         nll_sum, nll = LinearCrossEntropy.apply(
-            hidden,
-            weight,
-            head.layer.bias,
-            targets,
-            even_chunk_size(len(targets), chunk_size, is_gpu),
-            _nll_and_grad_inplace if needs_grad else None,
-            tied_weight_grads,
-            head if head.changes_logits else None,
+            hidden, weight, head.layer.bias, targets, head, chunk_size, needs_grad, tied_weight_grads
         )
         return nll_sum, nll
 
 
-def even_chunk_size(num_rows: int, max_rows: int, is_gpu: bool) -> int:
-    """Rows of a piece, all alike: a small last one costs as much. On a GPU whole tiles, and what remains."""
-    chunk_size = math.ceil(num_rows / math.ceil(num_rows / max_rows))
-    return chunk_size + -chunk_size % ROW_MULTIPLE if is_gpu else chunk_size
-
-
 class LinearCrossEntropy(torch.autograd.Function):
-    """The summed loss over the output layer's logits, piece by piece, each with its gradients while it is there.
+    """The summed loss over the output layer's logits, chunk by chunk, each with its gradients while it is there.
 
     The gradient of the sum to the logits is softmax - one-hot, whatever comes after: so no logits have to be kept or
     made a second time, which would be a quarter of the layer's work. It holds one float32 gradient of the layer's
@@ -241,64 +228,49 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        head: OutputHead,
         chunk_size: int,
-        nll_and_grad: Any,
+        needs_grad: bool,
         tied_weight_grads: list[Tensor] | None,
-        head: OutputHead | None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden [positions, d], weight [vocabulary, d], bias [vocabulary], targets [positions] -> (sum [], nll
-        [positions]).
-
-        `nll_and_grad`: what puts their gradients in the place of logits; None: none are wanted. `tied_weight_grads`:
-        where the weight's gradient is left for `TiedEmbedding`; None: it is returned. `head`: what is done to the
-        logits beyond the layer, if anything is.
-
-        Long: one pass over the logits; cut up it would hide which buffer is overwritten when.
-        Parameters: as autograd takes them.
-        """
+        [positions]). `tied_weight_grads`: where the weight's gradient is left for `TiedEmbedding`; None: returned."""
         device_type, vocab_size = hidden.device.type, len(weight)
-        compute_dtype = (
-            torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
-        )
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+        wants_hidden, wants_weight, wants_bias = (needs_grad and wants for wants in ctx.needs_input_grad[:3])
         with torch.autocast(device_type, enabled=False):
-            hidden_cast, weight_cast = (
-                hidden.to(compute_dtype),
-                _pad_vocab(weight, compute_dtype) if uses_gpu_form(hidden.device) else weight.to(compute_dtype),
-            )
-            target_mask = (targets != IGNORE_INDEX).to(compute_dtype)[:, None]
-            grad_hidden = torch.empty_like(hidden_cast) if nll_and_grad and ctx.needs_input_grad[0] else None
-            grad_weight = (
-                torch.empty_like(weight, dtype=torch.float32) if nll_and_grad and ctx.needs_input_grad[1] else None
-            )
-            grad_bias = (
-                torch.zeros_like(bias, dtype=torch.float32)
-                if nll_and_grad and bias is not None and ctx.needs_input_grad[2]
-                else None
-            )
-            nll = hidden.new_zeros(len(targets), dtype=torch.float32)
-            logits_buffer = hidden_cast.new_empty(
-                min(chunk_size, len(targets)), vocab_size + -vocab_size % VOCAB_MULTIPLE
-            )
+            hidden_cast, weight_cast = hidden.to(dtype), weight if weight.dtype == dtype else _pad_vocab(weight, dtype)
+            target_mask = (targets != IGNORE_INDEX).to(dtype)[:, None]
+            nll = hidden.new_empty(len(targets), dtype=torch.float32)
+            grad_hidden = torch.empty_like(hidden_cast) if wants_hidden else None
+            grad_weight: Tensor | None = None
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
+            buffer = hidden_cast.new_empty(min(chunk_size, len(targets)), vocab_size + -vocab_size % VOCAB_MULTIPLE)
             for start in range(0, len(targets), chunk_size):
                 chunk = slice(start, start + chunk_size)
-                logits = logits_buffer[: len(targets[chunk])]
+                logits = buffer[: len(targets[chunk])]
                 torch.mm(hidden_cast[chunk], weight_cast.T, out=logits[:, : len(weight_cast)])
                 words = logits[:, :vocab_size]
                 if bias is not None:
                     words.add_(bias)
-                derivative = head.shape_(words) if head else None
-                logits[:, vocab_size:] = -torch.inf  # of no word: their chances and slopes are 0
-                nll[chunk] = (nll_and_grad or _nll_without_grad)(logits, targets[chunk])
-                if nll_and_grad and head:
+                derivative = head.transform_(words)
+                logits[:, vocab_size:] = -torch.inf  # of no word: their probabilities and gradients are 0
+                if not needs_grad:
+                    nll[chunk] = _nll_without_grad(logits, targets[chunk])
+                    continue
+                nll[chunk] = _nll_and_grad_inplace(logits, targets[chunk])
+                if head.changes_logits:
                     words.mul_(head.scale if derivative is None else derivative.mul_(head.scale))
                 if grad_hidden is not None:
-                    torch.mm(logits[:, : len(weight_cast)], weight_cast, out=grad_hidden[chunk]).mul_(
-                        target_mask[chunk]
-                    )
-                if grad_weight is not None:
-                    accumulate_matmul(
-                        grad_weight, words.T, hidden_cast[chunk] * target_mask[chunk], overwrite=not start
-                    )
+                    torch.mm(logits[:, : len(weight_cast)], weight_cast, out=grad_hidden[chunk])
+                    grad_hidden[chunk].mul_(target_mask[chunk])
+                counted_hidden = hidden_cast[chunk] * target_mask[chunk]
+                if wants_weight and grad_weight is None:
+                    grad_weight = torch.mm(words.T, counted_hidden).float()
+                elif grad_weight is not None and dtype == torch.float32:
+                    grad_weight.addmm_(words.T, counted_hidden)
+                elif grad_weight is not None:
+                    grad_weight += torch.mm(words.T, counted_hidden)
                 if grad_bias is not None:
                     grad_bias += (words * target_mask[chunk]).sum(0, dtype=torch.float32)
         ctx.mark_non_differentiable(nll)
@@ -348,13 +320,12 @@ class TiedEmbedding(torch.autograd.Function):
         ids, grad_rows = ctx.saved_tensors[0].flatten(), grad_output.flatten(0, 1).to(grad_weight.dtype)
         if ctx.padding_idx is not None:
             grad_rows = grad_rows.masked_fill((ids == ctx.padding_idx)[:, None], 0)
-        if not uses_gpu_form(grad_weight.device):  # in order there; a GPU's index_add_ adds in any
-            return grad_weight.index_add_(0, ids, grad_rows), None, None, None
+        # In the order of the ids, which index_add_ does not keep on a GPU.
         return grad_weight.index_put_((ids,), grad_rows, accumulate=True), None, None, None
 
 
 def _pad_vocab(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy with rows of nothing below: a GPU's products want an even width, beyond the words logits are then 0."""
+    """A copy with rows of zeros below: a GPU's 16-bit products want an even width."""
     padded = weight.new_empty((len(weight) + -len(weight) % VOCAB_MULTIPLE, weight.shape[1]), dtype=dtype)
     padded[: len(weight)].copy_(weight)
     padded[len(weight) :] = 0
@@ -364,56 +335,40 @@ def _pad_vocab(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits [n, vocabulary], targets [n] -> nll [n] in float32, 0 where not counted.
 
-    In the place of the logits stands then the gradient of each row's nll as if it were counted: softmax - one-hot.
+    In the place of the logits stands then the gradient of each row's nll as if it were counted: softmax - one-hot,
+    whose entry of the target is made apart, since it would lose its digits in bfloat16: p - 1 = expm1(log p).
     """
-    if uses_gpu_form(logits.device):
-        return _gpu_nll_and_grad_inplace(logits, targets)
     nll = []
     for chunk, chunk_targets in _iter_chunks(logits, targets):
         log_probs = _log_softmax(chunk)
-        nll.append(_gather_nll(log_probs, chunk_targets))
         target_index = chunk_targets.clamp(min=0)[:, None]
-        grad = chunk if chunk.dtype == torch.float32 else log_probs
-        torch.exp(log_probs, out=grad).scatter_add_(1, target_index, -torch.ones_like(log_probs[:, :1]))
-        if grad is not chunk:
-            chunk.copy_(grad)
+        target_log_probs = log_probs.gather(1, target_index)
+        nll.append(-target_log_probs[:, 0] * (chunk_targets != IGNORE_INDEX))
+        torch.exp(log_probs, out=chunk).scatter_(1, target_index, torch.expm1(target_log_probs).to(chunk.dtype))
     return torch.cat(nll)
-
-
-def _gpu_nll_and_grad_inplace(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same in two passes: softmax is rounded to the logits' type as it is written, and only the targets' entries,
-    which would lose their digits there, are made apart: p - 1 = expm1(log p)."""
-    log_probs = _log_softmax(logits)
-    target_index = targets.clamp(min=0)[:, None]
-    target_log_probs = log_probs.gather(1, target_index)
-    torch.exp(log_probs, out=logits).scatter_(1, target_index, torch.expm1(target_log_probs).to(logits.dtype))
-    return -target_log_probs[:, 0] * (targets != IGNORE_INDEX)
 
 
 def _nll_without_grad(logits: Tensor, targets: Tensor) -> Tensor:
     """The same numbers without gradients; what stands in the place of the logits is then of no use."""
     return torch.cat(
-        [_gather_nll(_log_softmax(chunk), chunk_targets) for chunk, chunk_targets in _iter_chunks(logits, targets)]
+        [
+            -_log_softmax(chunk).gather(1, at.clamp(min=0)[:, None])[:, 0] * (at != IGNORE_INDEX)
+            for chunk, at in _iter_chunks(logits, targets)
+        ]
     )
 
 
 def _iter_chunks(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """So many of them at a time that a processor keeps them in its cache from one operation to the next."""
-    rows_per_chunk = max(1, CPU_CHUNK_LOGITS // logits.shape[1]) if not uses_gpu_form(logits.device) else len(logits)
+    rows_per_chunk = len(logits) if uses_gpu_form(logits.device) else max(1, CPU_CHUNK_LOGITS // logits.shape[1])
     return zip(logits.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """In float32; on a processor in the place of logits that are of that type."""
-    if uses_gpu_form(logits.device):  # one kernel that reads other types itself
-        return torch.log_softmax(logits, dim=1, dtype=torch.float32)
-    log_probs = logits.float()
-    return torch.log_softmax(log_probs, dim=1, out=log_probs)
-
-
-def _gather_nll(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Minus what stands at the targets, 0 where not counted."""
-    return -log_probs.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets != IGNORE_INDEX)
+    """In float32, in the place of logits that are of that type."""
+    if logits.dtype == torch.float32:
+        return torch.log_softmax(logits, dim=1, out=logits)
+    return torch.log_softmax(logits, dim=1, dtype=torch.float32)
 
 
 def _chunk_nll(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -230,10 +230,9 @@ def gpu_peak_gib(model: str, flags: str, micro_batch_size: int, **fields: Any) -
 
 
 def test_the_count_for_a_gpu_meets_the_targets():
-    """GiB; at most 2.8, 1.3 and 9 are wanted. Live storages on the CUDA build of torch 2.11 were 2.69, 1.21 and 7.6
-    while the loss took pieces of any number of rows; pieces in multiples of 128 hold more logits."""
+    """GiB; at most 2.8, 1.3 and 9 are wanted. Live storages on the CUDA build of torch 2.11 were 2.69, 1.21 and 7.6."""
     assert gpu_peak_gib("gpt2", "--mode full", 2) == pytest.approx(2.70, abs=0.01)
-    assert gpu_peak_gib("gpt2", "--mode lora", 2, casts_frozen_weights=True) == pytest.approx(1.29, abs=0.01)
+    assert gpu_peak_gib("gpt2", "--mode lora", 2, casts_frozen_weights=True) == pytest.approx(1.25, abs=0.01)
     assert gpu_peak_gib("gpt2", "--mode full", 16) == pytest.approx(7.68, abs=0.01)
 
 
