@@ -22,7 +22,7 @@ from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode
 from trainer.distributed.execution import ExecutionPlan, PlanChange
-from trainer.distributed.frozen_bf16 import FrozenWeightCast
+from trainer.distributed.frozen_bf16 import cast_frozen_weights
 from trainer.distributed.process_group import DistContext, peak_memory_bytes, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper
@@ -102,8 +102,8 @@ class Engine:
             precision=plan.precision,
             uses_8bit_optimizer=train_settings.optim in EIGHT_BIT_OPTIMIZERS,
         )
-        casts = plan.frozen_dtype == "bfloat16"
-        self._frozen_cast = FrozenWeightCast(model, keep_fp32_copy=dist_context.rank == 0) if casts else None
+        if plan.frozen_dtype == "bfloat16":
+            cast_frozen_weights(model)
         if head_problem:
             self._change_plan(0, head_problem, chunked_loss=False)
         self._graphs: CUDAGraphRunner | None = None

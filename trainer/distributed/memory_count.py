@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
-from trainer.distributed.frozen_bf16 import FrozenWeightCast, find_frozen_layers
+from trainer.distributed.frozen_bf16 import cast_frozen_weights, find_frozen_layers
 from trainer.distributed.memory_estimate import PassMemory
 from trainer.model import attention, cpu_attention, torch_internals
 from trainer.model.build import TrainableModel
@@ -71,7 +71,7 @@ def prepare_loss(model: TrainableModel, setup: PassSetup) -> tuple[CausalLMLoss,
     if setup.precision == "fp16":
         model.module.half()
     if setup.casts_frozen_weights:
-        num_cast = sum(layer.weight.numel() for layer in FrozenWeightCast(model, keep_fp32_copy=False).layers)
+        num_cast = sum(layer.weight.numel() for layer in cast_frozen_weights(model))
     if model.quant_settings is not None:
         _pack(model, autocast_dtype or torch.float32)
     _install_attention(model.causal, is_gpu=setup.is_gpu)

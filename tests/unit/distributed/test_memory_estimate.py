@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.config import cli
-from trainer.distributed.frozen_bf16 import FrozenWeightCast
+from trainer.distributed.frozen_bf16 import cast_frozen_weights
 from trainer.distributed.memory_count import LiveBytes, PassSetup, count_pass_memory
 from trainer.distributed.memory_estimate import (
     MemoryEstimate,
@@ -134,7 +134,7 @@ def cpu_setup(**fields: Any) -> PassSetup:
 def real_pass_memory(model: TrainableModel, setup: PassSetup) -> PassMemory:
     """What the same pass holds in real tensors, run as the engine runs it on a CPU."""
     is_bf16 = setup.precision == "bf16"
-    cast = FrozenWeightCast(model, keep_fp32_copy=False) if setup.casts_frozen_weights else None
+    cast_layers = cast_frozen_weights(model) if setup.casts_frozen_weights else []
     cpu_attention.install(model.module, model.causal)
     set_compute_dtype(model.module, torch.bfloat16 if is_bf16 else torch.float32)
     loss_module = CausalLMLoss(model.causal, torch.bfloat16 if is_bf16 else None).train()
@@ -148,7 +148,7 @@ def real_pass_memory(model: TrainableModel, setup: PassSetup) -> PassMemory:
         saved=saved_bytes,
         peak=live.peak_bytes,
         peak_with_gradients=live.peak_bytes_with_gradients,
-        cast_weights=sum(layer.weight.numel() for layer in cast.layers) if cast else 0,
+        cast_weights=sum(layer.weight.numel() for layer in cast_layers),
     )
 
 
