@@ -1,7 +1,7 @@
 """Words, numbers and tables in messages, plans and Markdown."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -10,13 +10,25 @@ def join_words(words: Sequence[str], last: str = "or") -> str:
     return f" {last} ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
 
 
-def flatten(values: Mapping[str, Any], separator: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values as (a/b/c, value) pairs, with `separator` between the keys."""
+def list_some(names: Iterable[str], max_shown: int) -> str:
+    """Names with commas, the first few of many: `a, b and 7 more`."""
+    shown = list(names)
+    more = f" and {len(shown) - max_shown} more" if len(shown) > max_shown else ""
+    return ", ".join(shown[:max_shown]) + more
+
+
+def flatten(
+    values: Mapping[str, Any], separator: str, prefix: str = "", ignored: Container[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """Nested values as (path, value), `separator` between the keys, without the paths in `ignored`."""
     for name, value in values.items():
+        path = f"{prefix}{name}"
+        if path in ignored:
+            continue
         if isinstance(value, Mapping):
-            yield from flatten(value, separator, f"{prefix}{name}{separator}")
+            yield from flatten(value, separator, path + separator, ignored)
         else:
-            yield prefix + name, value
+            yield path, value
 
 
 def format_clock(seconds: float) -> str:

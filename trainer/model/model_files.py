@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 
 from trainer.config.errors import UserError
 from trainer.config.json_file import read_json_object
+from trainer.config.text import list_some
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
@@ -140,16 +141,11 @@ def _find_loading_mistakes(loading_info: Mapping[str, Any]) -> Iterator[str]:
             "weights of this configuration"
         )
     if missing := sorted(loading_info["missing_keys"]):
-        yield f"the weights lack {_shorten(missing)}, which config.json asks for; copy the model again"
+        yield f"the weights lack {list_some(missing, NUM_SHOWN)}, which config.json asks for; copy the model again"
     if unexpected := sorted(key for key in loading_info["unexpected_keys"] if not OBSOLETE_BUFFERS.search(key)):
-        yield f"the weights hold {_shorten(unexpected)}, for which config.json has no place"
+        yield f"the weights hold {list_some(unexpected, NUM_SHOWN)}, for which config.json has no place"
     if errors := list(loading_info["error_msgs"]):
         yield f"weights cannot be loaded ({errors[0]})"
-
-
-def _shorten(names: list[str]) -> str:
-    shown = ", ".join(names[:NUM_SHOWN])
-    return shown + (f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else "")
 
 
 @torch.no_grad()

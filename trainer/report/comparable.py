@@ -1,12 +1,13 @@
 """Which runs may be held against one another and against the card, what differs between them, and groups of seeds."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from trainer.config import reference
+from trainer.config.text import flatten
 from trainer.report.run_data import RunData
 
 #: what must agree before two losses may be held against one another, by its name for people
@@ -225,7 +226,7 @@ def compare_metadata(columns: Sequence[Sequence[RunData]], with_reference: bool)
         [
             {
                 name: NOT_USED if run.mode == "full" and _is_lora_field(name) else value
-                for name, value in flatten(run.metadata)
+                for name, value in flatten(run.metadata, ".", ignored=_IGNORED_METADATA)
             }
             for run in runs
         ]
@@ -257,18 +258,6 @@ def compare_metadata(columns: Sequence[Sequence[RunData]], with_reference: bool)
 def _is_lora_field(name: str) -> bool:
     lora_paths = ("model.lora_targets", "resolved.adapters_fused", "resolved.base_in_bf16")
     return name.startswith("settings.lora.") or name in lora_paths
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested facts as (dotted path, value); lists are one value."""
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if path in _IGNORED_METADATA:
-            continue
-        if isinstance(value, Mapping):
-            yield from flatten(value, path + ".")
-        else:
-            yield path, value
 
 
 # --- groups of seeds ---
@@ -322,7 +311,7 @@ def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
     for run in runs:
         settings = [
             (name, repr(value))
-            for name, value in sorted(flatten(run.get("settings"), "settings."))
+            for name, value in sorted(flatten(run.get("settings"), ".", "settings.", _IGNORED_METADATA))
             if name not in _IGNORED_SETTINGS and not name.startswith("settings.output.")
         ]
         key = (*settings, *(repr(run.get(path)) for path in _GROUPING_PATHS))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from trainer.config import reference
 from trainer.config.credentials import mask_credentials
 from trainer.config.errors import escape_controls
-from trainer.config.text import format_clock
+from trainer.config.text import format_clock, markdown_table
 from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 from trainer.tracking.safe_stream import SafeStream, escape_lines
 
@@ -247,10 +247,7 @@ def show_summary(
             table.add_row(*row, style="bold" if row[0] == best_epoch else "")
         make_console(stream).print(table)
     else:
-        import pandas as pd
-
-        table = pd.DataFrame(rows, columns=headings)
-        print(table.to_markdown(index=False, stralign="right", disable_numparse=True), file=stream)
+        print(markdown_table(headings, rows), file=stream)
     lines = []
     if best_eval is not None:
         best = f"{best_eval.loss:.4f} at epoch {_format_epoch(best_eval.epoch)} (step {best_eval.step})"

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, first_line
 from trainer.config.schema import OutputSettings
 from trainer.tracking.records import Record
 from trainer.tracking.wandb_environment import wandb_mode
@@ -66,5 +66,6 @@ class TensorBoardLogger:
             yield
         except Exception as error:
             self._writer = None
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            logger.warning(f"tensorboard stopped working ({reason}); going on without it, metrics.jsonl has every row")
+            logger.warning(
+                f"tensorboard stopped working ({first_line(error)}); going on without it, metrics.jsonl has every row"
+            )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config.reference import ReferenceRow
+from trainer.config.text import flatten
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord
 
 AXES = ("epoch", "samples", "tokens")
@@ -61,7 +62,7 @@ def reference_row(row: ReferenceRow) -> dict[str, float]:
 def wandb_summary(record: EventRecord) -> dict[str, Any]:
     """What an event adds to the summary: the facts of the end of the run, else the event's own message."""
     if record.event == "finished":
-        return dict(_flatten(record.facts))
+        return dict(flatten(record.facts, "/"))
     if record.event == "diagnosis":  # several of them may be true
         return {f"event/diagnosis/{record.facts['code']}": record.message}
     if record.event == "test_evaluation" and record.step:
@@ -120,11 +121,3 @@ def run_group(source: str) -> str:
 def run_tags(mode: str, model: str, source: str) -> list[str]:
     """Mode, model and data as tags, cut to the length that W&B takes."""
     return list(dict.fromkeys(tag[:TAG_LENGTH] for tag in (mode, data_name(model), data_name(source))))
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested facts as (a/b/c, value) pairs."""
-    pairs: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        pairs += _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(prefix + name, value)]
-    return pairs

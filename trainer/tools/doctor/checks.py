@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.settings import Settings
+from trainer.config.text import list_some
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.launch_environment import FORWARDED_PREFIXES
@@ -68,13 +69,6 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
-def _shorten(names: Iterable[str], max_shown: int = 6) -> str:
-    """Names with commas, the first few of many."""
-    shown = list(names)
-    more = f" and {len(shown) - max_shown} more" if len(shown) > max_shown else ""
-    return ", ".join(shown[:max_shown]) + more
-
-
 # --- environment ---
 
 
@@ -112,7 +106,7 @@ def check_packages(python_range: str, requirements: Iterable[str]) -> Iterator[C
         else:
             message = f"{version or 'missing'}, supported is {specifier or 'any'}"
             yield Check(ERROR, name, message, f"pip install '{name}{specifier}'")
-    yield Check(OK, "packages", f"{_shorten(satisfied, 20)}: in the supported ranges")
+    yield Check(OK, "packages", f"{list_some(satisfied, 20)}: in the supported ranges")
 
 
 def check_devices(world_size: int) -> Iterator[Check]:
@@ -120,7 +114,7 @@ def check_devices(world_size: int) -> Iterator[Check]:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if num_gpus:
         gpus = [torch.cuda.get_device_properties(number) for number in range(num_gpus)]
-        names = _shorten(f"{gpu.name} {format_bytes(gpu.total_memory)}" for gpu in gpus)
+        names = list_some((f"{gpu.name} {format_bytes(gpu.total_memory)}" for gpu in gpus), 6)
         remedy = f"start at most {num_gpus}: deepspeed --num_gpus {num_gpus}"
         yield judge(world_size > num_gpus, ERROR, "GPUs", f"{names} for {world_size} ranks", remedy)
         if len({(gpu.name, gpu.total_memory) for gpu in gpus[:world_size]}) > 1:
@@ -150,7 +144,7 @@ def check_op_builds() -> Iterator[Check]:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     if locks := sorted(root.glob("**/lock")):
         message = f"{len(locks)} unfinished or running builds ({locks[0].parent})"
-        remedy = f"if none runs, delete {_shorten(map(str, locks), 2)}: programs that want these ops wait for ever"
+        remedy = f"if none runs, delete {list_some(map(str, locks), 2)}: programs that want these ops wait for ever"
         yield Check(WARNING, "op builds", message, remedy)
     if re.search(r"[A-Za-z]([ ;]|$)", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
         message = "TORCH_CUDA_ARCH_LIST has a letter: DeepSpeed's builder refuses it"
@@ -216,11 +210,11 @@ def check_forwarded_variables(environ: Mapping[str, str], *, is_multi_node: bool
     names = [name for name in needed if not name.startswith(forwarded) and name not in in_files]
     if not names:
         return Check(OK, "variables", "none is set that other machines would miss")
-    message = f"not forwarded to other machines: {_shorten(names)}"
+    message = f"not forwarded to other machines: {list_some(names, 6)}"
     if not is_multi_node:
         return Check(OK, "variables", f"{message} (irrelevant on one)")
     remedy = "start with what launch/cluster.py --hosts writes, or put such lines into ~/.deepspeed_env: "
-    return Check(WARNING, "variables", message, remedy + _shorten((f"{name}=..." for name in names), 20))
+    return Check(WARNING, "variables", message, remedy + list_some((f"{name}=..." for name in names), 20))
 
 
 # --- data ---
