@@ -7,7 +7,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -126,23 +126,22 @@ def init_distributed(device: str | None = None, *, join_timeout_seconds: float =
         torch.cuda.set_device(rank_device)
     num_threads = _threads_per_rank(hosts.count(hosts[launch.rank]))
     torch.set_num_threads(num_threads)
-    context = DistContext(
+    # torchrun's variables, which DeepSpeed reads; it takes LOCAL_RANK for the number of the GPU.
+    local_rank = str(rank_device.index if on_gpu else hosts[: launch.rank].count(hosts[launch.rank]))
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=local_rank)
+    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port or find_free_port()))
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed asserts that the two agree
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
+    return DistContext(
         rank=launch.rank,
         world_size=launch.world_size,
         hosts=hosts,
         device=rank_device,
         num_threads=num_threads,
-        cpu_group=None,
+        cpu_group=_init_process_groups(launch, store, rank_device),
         watchdog=Watchdog(launch.rank, hosts, board),
         network=network,
     )
-    # torchrun's variables, which DeepSpeed reads; it takes LOCAL_RANK for the number of the GPU.
-    local_rank = str(rank_device.index if on_gpu else context.local_rank)
-    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=local_rank)
-    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port or find_free_port()))
-    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed asserts that the two agree
-        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
-    return replace(context, cpu_group=_init_process_groups(launch, store, rank_device))
 
 
 def _init_process_groups(launch: LaunchEnvironment, store: Any, device: torch.device) -> Any:
