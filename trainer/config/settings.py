@@ -106,16 +106,16 @@ def fields_fixed_on_resume(settings: Settings) -> dict[str, Any]:
 
 
 def graph_blocker(settings: Settings) -> str:
-    """Why steps of these settings cannot be recorded as CUDA graphs; empty where they can."""
+    """The flag with which steps cannot be recorded as CUDA graphs; empty where they can."""
     if settings.model.quant:
-        return "not with --quant"
-    return "not with --activation-checkpointing" if settings.engine.activation_checkpointing else ""
+        return "--quant"
+    return "--activation-checkpointing" if settings.engine.activation_checkpointing else ""
 
 
 def _validate_combinations(settings: Settings) -> None:
     """UserError for the first combination that cannot be trained."""
     if settings.engine.execution == "graphs" and (blocker := graph_blocker(settings)):
-        raise UserError(f"--execution graphs: {blocker}")
+        raise UserError(f"--execution graphs: not with {blocker}; expected auto or eager")
     if settings.train.optim in EIGHT_BIT_OPTIMIZERS and settings.engine.precision == "fp16":
         raise UserError(f"--optim {settings.train.optim}: not with --precision fp16, which needs ZeRO 1 or more")
     if settings.train.early_stop and settings.output.eval_every == "never":
