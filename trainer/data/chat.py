@@ -1,8 +1,8 @@
-"""A conversation -> token ids and which of them are learnt, by a chat template; each mask is proven or refused.
+"""A conversation -> token ids and which of them are targets, by a chat template; each mask is proven or refused.
 
-Where the learnt parts stand comes from the template's own `{% generation %}` marks, or from comparing prefixes: what
+Where the target tokens stand comes from the template's own `{% generation %}` marks, or from comparing prefixes: what
 the template makes of the messages before a turn, with its generation prompt, must begin the whole text. Then the token
-ids of the text up to either end of the part must begin the ids of the whole text: so a learnt turn follows exactly
+ids of the text up to either end of the part must begin the ids of the whole text: so a target turn follows exactly
 the ids that a model is given when it is to write that turn.
 """
 
@@ -31,12 +31,12 @@ Span = tuple[int, int]  # from and to, in characters
 
 
 class MaskError(RecordError):
-    """Why it cannot be proven which tokens of a record are learnt, or that none are."""
+    """Why it cannot be proven which tokens of a record are targets, or that none are."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChatRow:
-    """A conversation as tokens; `prompt` and `completion` are the texts before and of its last learnt turn."""
+    """A conversation as tokens; `prompt` and `completion` are the texts before and of its last target turn."""
 
     ids: TokenIds  #: [length]
     is_target: NDArray[np.bool_]  #: [length]
@@ -84,17 +84,17 @@ class ChatTemplate:
         return self._render(conversation.messages, conversation.tools, add_generation_prompt=True)[0]
 
     def _locate(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """(the whole text, where each learnt turn stands in it)."""
-        messages, turns = conversation.messages, conversation.learnt_turns()
+        """(the whole text, where each target turn stands in it)."""
+        messages, turns = conversation.messages, conversation.target_turns()
         if self.has_generation_marks:
             text, spans = self._render(messages, conversation.tools, return_assistant_tokens_mask=True)
             all_turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             if len(spans) != len(all_turns):
                 raise MaskError(f"the template marks {len(spans)} of {len(all_turns)} assistant turns as generated")
-            learnt = [(a, b) for i, (a, b) in zip(all_turns, spans, strict=True) if i in turns and a < b]
-            if not learnt:
+            targets = [(a, b) for i, (a, b) in zip(all_turns, spans, strict=True) if i in turns and a < b]
+            if not targets:
                 raise MaskError("the template marks no character of the assistant's turns as generated")
-            return text, learnt
+            return text, targets
         text, _ = self._render(messages, conversation.tools)
         return text, [self._locate_turn(text, conversation, i) for i in turns]
 

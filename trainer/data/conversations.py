@@ -30,10 +30,10 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
-    num_context: int = 0  #: messages at the beginning whose assistant turns are not learnt
+    num_context: int = 0  #: messages at the beginning whose assistant turns are context
 
-    def learnt_turns(self) -> list[int]:
-        """The places of the assistant's turns that are learnt: by OpenAI's form all but those of weight 0."""
+    def target_turns(self) -> list[int]:
+        """The places of the assistant's turns to train on: by OpenAI's form all but those of weight 0."""
         return [
             i
             for i, message in enumerate(self.messages)
@@ -41,8 +41,8 @@ class Conversation:
         ]
 
     def first_prompt(self) -> str:
-        """What stands before the first learnt turn, as text: conversations with the same one share a split."""
-        return json.dumps(self.messages[: self.learnt_turns()[0]], sort_keys=True, ensure_ascii=True)
+        """What stands before the first of these turns, as text: conversations with the same one share a split."""
+        return json.dumps(self.messages[: self.target_turns()[0]], sort_keys=True, ensure_ascii=True)
 
 
 def from_messages(record: Record) -> Conversation:
@@ -78,8 +78,8 @@ def from_prompt_completion(record: Record) -> Conversation:
 def _conversation(messages: list[dict[str, Any]], record: Record, num_context: int = 0) -> Conversation:
     tools = [] if is_missing(record.get("tools")) else _read_list(record["tools"], "tools", "tools")
     conversation = Conversation(messages=messages, tools=_without_null(tools) or None, num_context=num_context)
-    if not conversation.learnt_turns():
-        raise RecordError("no message of role assistant, or of weight 0 only: nothing is to be learnt; drop the record")
+    if not conversation.target_turns():
+        raise RecordError("no message of role assistant whose weight is not 0: nothing to train on; drop the record")
     return conversation
 
 
@@ -120,7 +120,7 @@ def _check_message(message: Any, number: int, column: str) -> dict[str, Any]:
     if not isinstance(message.get("tool_calls") or [], list):
         raise RecordError(f"{where} has {shorten(message['tool_calls'])} as tool_calls, expected a list")
     if message.get("weight") not in (None, 0, 1):
-        raise RecordError(f"{where} has weight {shorten(message['weight'])}, expected 0 (not learnt) or 1")
+        raise RecordError(f"{where} has weight {shorten(message['weight'])}, expected 0 (context) or 1")
     has_calls = role == "assistant" and bool(message.get("tool_calls"))
     if is_missing(content) and not has_calls:
         raise RecordError(f"{where} ({role}) has no content; fill it or drop the record")
@@ -128,7 +128,7 @@ def _check_message(message: Any, number: int, column: str) -> dict[str, Any]:
 
 
 def _join_parts(parts: Sequence[Any], where: str) -> str:
-    """The text of a content that is a list of parts; only text can be learnt from."""
+    """The text of a content that is a list of parts; only text can be trained on."""
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise RecordError(f"{where} has the part {shorten(part)}, expected parts of type text")

@@ -26,7 +26,7 @@ PROBLEMS = {
     "too long": "records are longer than --block-size {} tokens and are left out",
     "cut": "conversations are cut at --block-size {} tokens",
     "tools": "conversations have tools, which the chat template does not write",
-    "unusable": "conversations cannot be learnt from and are left out",
+    "unusable": "conversations cannot be trained on and are left out",
 }
 
 

@@ -189,11 +189,11 @@ def choose_format(columns: Sequence[str], settings: DataSettings, where: str) ->
             f"or --objective {candidates[0].objectives[0]}"
         )
     if settings.objective == "completion":
-        raise UserError(f"{where}: --objective completion needs a text to be learnt: {templates}")
+        raise UserError(f"{where}: --objective completion needs a completion: {templates}")
     if {"chosen", "rejected"} <= set(columns):
         raise UserError(
-            f"{where}: preferences (columns chosen, rejected), which are for DPO; one answer a prompt is learnt here: "
-            "expected records of prompt and completion, or messages, made of the chosen ones"
+            f"{where}: preferences (columns chosen, rejected), which are for DPO; this program trains on one answer "
+            "per prompt: expected records of prompt and completion, or messages, made of the chosen ones"
         )
     raise UserError(
         f"{where}: no column `text`, `messages`, `conversations`, `prompt` and `completion`, `instruction` and "

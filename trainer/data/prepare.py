@@ -54,7 +54,7 @@ def prepare(
 ) -> PreparedDataset:
     """The rows of `settings`, from the cache or made now. One process per node calls it; the others `load`.
 
-    UserError for whatever the user can mend, before anything slow; also where there are fewer training examples
+    UserError for a mistake of the user's, before anything slow; also where there are fewer training examples
     than one global batch, or no validation example. `max_positions` bounds a block size that is left to the data;
     the one that was taken stands in `metadata`.
     """
@@ -152,6 +152,8 @@ def _find_chat_template(settings: DataSettings, inputs: list[DataInput], tokeniz
     """The chat template, None where no record can be a conversation."""
     inputs = [data_input for data_input in inputs if data_input.source.split != "retain"]
     names = {data_input.record_format.name for data_input in inputs}
+    if settings.chat_template is not None and not names & set(CHAT_FORMATS):
+        load_template(tokenizer, settings.chat_template, model)  # a file that cannot be read is refused though unused
     if "prompt-completion" in names and settings.chat_template is None:
         values = (record.get("completion") for i in inputs for _, _, record in sources.records(i.source))
         if not isinstance(next(values, None), list):
@@ -185,7 +187,7 @@ def block_size_for(lengths: Sequence[int], objective: Objective, max_positions: 
 
 
 def _iter_lengths(data_input: DataInput, tokenizer: Any, chat_template: str | None) -> Iterator[int]:
-    """Tokens of each record, with the end of its text; conversations that cannot be learnt from are left out."""
+    """Tokens of each record, with the end of its text; conversations that cannot be trained on are left out."""
     chat = ChatTemplate(tokenizer, chat_template) if chat_template is not None else None
     examples = (example for example in data_input.examples() if example is not None)
     while batch := list(islice(examples, BATCH_RECORDS)):
@@ -235,7 +237,9 @@ def check_records(
             )
     _refuse_empty_splits(settings, inputs[0])
     if inputs[0].num_conversations and objective == "blocks":
-        raise UserError("--objective blocks: conversations are learnt turn by turn; expected --objective completion")
+        raise UserError(
+            "--objective blocks: conversations are trained on turn by turn; expected --objective completion"
+        )
     num_shared, shared_hashes = {}, set()
     for split in ("val", "test", "retain"):
         train = hashes["joined train" if split == "retain" else "train"]
@@ -418,7 +422,7 @@ def _write_conversations(
     chat: ChatTemplate,
     shared_hashes: set[int],
 ) -> None:
-    """One conversation a row, cut at the block size; what cannot be learnt from is counted."""
+    """One conversation a row, cut at the block size; what cannot be trained on is counted."""
     for example in batch:
         assert example.conversation is not None
         writer, place = writers[data_input.split_of(example)], data_input.locate(example)

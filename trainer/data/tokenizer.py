@@ -78,7 +78,7 @@ def _from_folder(model: str, folder: Path) -> Any:
         ) from None
     if len(tokenizer) < num_expected:
         raise UserError(
-            f"--model {model}: {len(tokenizer)} of the {num_expected} entries of vocab.json were read; mend the folder"
+            f"--model {model}: {len(tokenizer)} of the {num_expected} entries of vocab.json were read; save it again"
         )
     return tokenizer
 
@@ -221,8 +221,9 @@ def show_examples(dataset: TokenDataset, tokenizer: Any, number: int, is_coloure
     before, after = ("\033[1;32m", "\033[0m") if is_coloured else ("⟦", "⟧")
     for i in range(min(number, len(dataset))):
         ids, is_target = dataset.row(i), dataset.is_target(i)
-        yield f"example {i + 1}: {len(ids)} tokens, {int(is_target.sum())} of them learnt"
+        yield f"example {i + 1}: {len(ids)} tokens, {int(is_target.sum())} of them target tokens"
         pieces = [escape_controls(tokenizer.decode([token_id])) for token_id in ids.tolist()]
         yield "|".join(
-            f"{before}{piece}{after}" if learnt else piece for piece, learnt in zip(pieces, is_target, strict=True)
+            f"{before}{piece}{after}" if is_counted else piece
+            for piece, is_counted in zip(pieces, is_target, strict=True)
         )

@@ -175,7 +175,7 @@ def test_the_tokens_of_an_example_are_shown_with_the_learnt_ones_marked(tmp_path
     data = prepare_chat(samples.write_jsonl(tmp_path / "a.jsonl", chat_records()))
     headline, line = show_examples(data.train, tokenizer, 1, is_coloured=False)
     is_target = data.train.is_target(0)
-    assert headline == f"example 1: {len(is_target)} tokens, {is_target.sum()} of them learnt"
+    assert headline == f"example 1: {len(is_target)} tokens, {is_target.sum()} of them target tokens"
     pieces = line.split("|")
     text = line.replace("⟧|⟦", "").split("⟦")[1].partition("⟧")[0]
     assert text == tokenizer.decode(data.train.row(0)[is_target])
@@ -209,9 +209,7 @@ def test_a_long_conversation_is_cut_and_counted_and_one_without_a_turn_left_is_r
     assert max(data.train.lengths().max(), data.val.lengths().max()) == 64
     gone = {"messages": [{"role": "user", "content": "Hello there. " * 60}, TURNS[1]]}
     file = samples.write_jsonl(tmp_path / "b.jsonl", [*chat_records(), gone, gone])
-    problem = (
-        r"train: 2 of \d+ conversations cannot be learnt from \(first.*, line 41: its ass.*--unusable-records drop"
-    )
+    problem = r"train: 2 of \d+ conversations cannot be trained on \(first.*, line 41: its ass.*--unusable-records drop"
     with pytest.raises(UserError, match=problem):
         prepare_chat(file)
     data = prepare_chat(file, unusable_records="drop")
@@ -254,8 +252,8 @@ def test_a_model_without_a_template_needs_one_and_a_file_may_give_it(tmp_path, p
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has the part {'type': 'image'}"),
         ({"messages": [{"role": "user", "content": 7}]}, "has 7 as content, expected text"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": "\ud800"}]}, "half a character"),
-        ({"messages": [{**TURNS[1], "weight": 2}]}, "has weight 2, expected 0 (not learnt) or 1"),
-        ({"messages": [{**TURNS[1], "weight": 0}]}, "or of weight 0 only"),
+        ({"messages": [{**TURNS[1], "weight": 2}]}, "has weight 2, expected 0 (context) or 1"),
+        ({"messages": [{**TURNS[1], "weight": 0}]}, "whose weight is not 0"),
         ({"messages": [{**TURNS[1], "tool_calls": "x"}]}, "has 'x' as tool_calls, expected a list"),
         ({"messages": TURNS, "tools": "{"}, "column 'tools' holds '{'"),
         ({"messages": TURNS, "tools": 3}, "column 'tools' holds 3, expected a list of tools"),

@@ -196,8 +196,9 @@ def test_validation_prompts_are_stored_for_generation(pairs_csv, prepare_file):
     assert list(prepared.val_texts) == expected[:MAX_NUM_SAMPLES]
 
 
-def test_too_little_data_is_refused_with_a_remedy(pairs_csv, prepare_file):
+def test_too_little_data_or_a_missing_template_is_refused_with_a_remedy(pairs_csv, prepare_file):
     for settings, problem in (
+        ({"chat_template": "no.jinja"}, r"--chat-template no\.jinja: cannot be read"),
         ({"global_batch": 5000}, r"\d+ blocks of 32 tokens, fewer than one global batch of 5000; lower --global-batch"),
         ({"block_size": 150, "val_fraction": 0.05}, "validation records make 0 blocks of 150 tokens; raise --val-frac"),
         ({"val_fraction": 1e-6}, r"split by hash leaves 0 of 60 records for validation.*raise --val-fraction"),
