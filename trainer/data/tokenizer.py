@@ -15,14 +15,15 @@ from trainer.config.errors import UserError, escape_controls, first_line
 from trainer.data import hf_hub
 from trainer.data.dataset import TokenDataset, TokenIds
 
+DEMO_MODEL_FOLDER = Path(__file__).resolve().parents[1] / "model" / "demo"
 MAX_TEXT_CHARACTERS = 2**18  # characters; a tokenizer needs some hundred bytes of memory for each token of one text
 MAX_MARKED_CHARACTERS = 400  # of a row in the plan; its middle is left out
 MAX_CALL_CHARACTERS = 2**20  # characters handed to the tokenizer at a time
 
 
-def model_folder(model: str) -> str:
-    """The folder of `demo-base`, and every other name as it is."""
-    return str(Path(__file__).resolve().parents[1] / "model" / "demo") if model == DEMO_MODEL else model
+def resolve_model_path(model: str) -> str:
+    """The folder or hub id behind a model's name."""
+    return str(DEMO_MODEL_FOLDER) if model == DEMO_MODEL else model
 
 
 def load_tokenizer(model: str) -> Any:
@@ -30,7 +31,7 @@ def load_tokenizer(model: str) -> Any:
 
     UserError where there is none, where it is broken, or where it has no end-of-text token.
     """
-    name_or_path = model_folder(model)
+    name_or_path = resolve_model_path(model)
     tokenizer = _from_folder(model, Path(name_or_path).expanduser()) if _is_path(name_or_path) else _from_hub(model)
     if tokenizer.eos_token_id is None:
         raise UserError(

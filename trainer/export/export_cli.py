@@ -20,6 +20,7 @@ from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.prepare import prepare
+from trainer.data.tokenizer import resolve_model_path
 from trainer.export import verify
 from trainer.export.folder import (
     MODEL_CARD_FILE,
@@ -32,7 +33,7 @@ from trainer.export.folder import (
 from trainer.export.model_card import render_model_card
 from trainer.export.push import check_push, push_folder
 from trainer.model import quantization
-from trainer.model.build import TrainableModel, build_model, get_max_positions, merge_adapters, resolve_model_path
+from trainer.model.build import TrainableModel, build_model, get_max_positions, merge_adapters
 from trainer.tracking import records
 from trainer.training import checkpoint as checkpoints
 from trainer.training.checkpoint import Checkpoint, load_weights

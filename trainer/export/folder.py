@@ -18,10 +18,10 @@ from torch import Tensor
 from trainer.config.choices import DEMO_MODEL, ExportDtype
 from trainer.config.errors import TrainingError, escape_controls
 from trainer.data.chat import end_token_ids
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer import load_tokenizer, resolve_model_path
 from trainer.export.verify import QUANTIZATION_FILE, STORED_DTYPES
 from trainer.model import lora
-from trainer.model.build import TrainableModel, resolve_model_path
+from trainer.model.build import TrainableModel
 
 MODEL_CARD_FILE = "README.md"
 

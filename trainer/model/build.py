@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTraine
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from trainer.config.choices import DEMO_MODEL, EIGHT_BIT_OPTIMIZERS
+from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
 from trainer.config.schema import ModelSettings
 from trainer.config.settings import Settings
 from trainer.data import hf_hub
+from trainer.data.tokenizer import resolve_model_path
 from trainer.model import attention, lora, model_files, optimizer, quantization
 
-DEMO_MODEL_FOLDER = Path(__file__).parent / "demo"
 #: The names under which causal models of transformers keep the dropouts of a block; GPT-2 has the first three.
 DROPOUT_FIELDS = (
     "attn_pdrop",
@@ -181,11 +181,6 @@ def load_config(settings: ModelSettings) -> Any:
 def get_dropout_probabilities(config: Any) -> dict[str, float]:
     """{field: probability} of the dropouts that a model's config has while it is trained as a language model."""
     return {name: float(getattr(config, name)) for name in DROPOUT_FIELDS if getattr(config, name, None) is not None}
-
-
-def resolve_model_path(model: str) -> str:
-    """The folder or hub id behind a model's name."""
-    return str(DEMO_MODEL_FOLDER) if model == DEMO_MODEL else model
 
 
 def _from_pretrained_kwargs(model: str) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def test_an_unknown_hub_id_without_a_network_is_one_line_that_names_the_folder_f
 
 
 def test_the_embedded_model_is_a_folder_of_the_package():
-    assert tokenizer.model_folder("demo-base").endswith("trainer/model/demo")
-    assert tokenizer.model_folder("gpt2") == "gpt2"
+    assert tokenizer.resolve_model_path("demo-base").endswith("trainer/model/demo")
+    assert tokenizer.resolve_model_path("gpt2") == "gpt2"
 
 
 def test_the_fingerprint_follows_contents_and_not_place_or_use(tokenizer_dir, tmp_path):

@@ -233,7 +233,7 @@ def test_the_count_for_a_gpu_meets_the_targets():
     """GiB; at most 2.8, 1.3 and 9 are wanted. Live storages on the CUDA build of torch 2.11 were 2.69, 1.21 and 7.6."""
     assert gpu_peak_gib("gpt2", "--mode full", 2) == pytest.approx(2.70, abs=0.01)
     assert gpu_peak_gib("gpt2", "--mode lora", 2, casts_frozen_weights=True) == pytest.approx(1.25, abs=0.01)
-    assert gpu_peak_gib("gpt2", "--mode full", 16) == pytest.approx(7.68, abs=0.01)
+    assert gpu_peak_gib("gpt2", "--mode full", 16) == pytest.approx(7.63, abs=0.01)
 
 
 def test_activation_checkpointing_saves_block_inputs_only(small_model):

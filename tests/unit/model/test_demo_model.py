@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer.data.acled import format_completion, format_prompt
 from trainer.data.sources import DEMO_FILES
-from trainer.model.build import DEMO_MODEL_FOLDER
+from trainer.data.tokenizer import DEMO_MODEL_FOLDER
 
 
 @pytest.fixture(scope="module")
