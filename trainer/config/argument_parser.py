@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trainer.config.credentials import mask_credentials
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, mask_credentials
 from trainer.config.flag_suggestions import suggest_flag
 
 TEXT_FLAGS = ("--prompt", "--completion")  # what they hold is no name

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError
 from trainer.config.choices import Mode, Precision, Preset, WandbMode
 from trainer.config.errors import UserError
 from trainer.config.fields import Float, Int, PositiveInt, RunId, Text, WandbProject, first_problem
-from trainer.config.json_file import parse_json
+from trainer.config.files import parse_json
 from trainer.config.settings import Settings
 
 SCHEMA_VERSION = 3  # 2: evaluation records in one file; 1, under the key `format`: other names

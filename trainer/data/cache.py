@@ -15,8 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from trainer.config.errors import UserError
-from trainer.config.files import new_folder, require_utf8_path, write_atomically
-from trainer.config.json_file import read_json_object
+from trainer.config.files import new_folder, read_json_object, require_utf8_path, write_atomically
 from trainer.data.readers import open_bytes
 from trainer.data.sources import READ_ERRORS, Source, read_error
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.json_file import parse_json
+from trainer.config.files import parse_json
 from trainer.data.templates import Record, RecordError, is_missing, require_valid_unicode, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

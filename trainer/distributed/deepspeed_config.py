@@ -10,7 +10,7 @@ from typing import Any
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
-from trainer.config.json_file import parse_json
+from trainer.config.files import parse_json
 from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_model_states
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"

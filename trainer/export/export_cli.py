@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.config.choices import ExportDtype
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.json_file import read_json_object
+from trainer.config.files import read_json_object
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from trainer.config.errors import UserError
-from trainer.config.json_file import read_json_object
+from trainer.config.files import read_json_object
 from trainer.config.text import list_some
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

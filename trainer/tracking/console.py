@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainer.config import reference
-from trainer.config.credentials import mask_credentials
-from trainer.config.errors import escape_controls
+from trainer.config.errors import escape_controls, mask_credentials
 from trainer.config.text import format_clock, markdown_table
 from trainer.tracking.records import EpochRecord, EvalRecord, Record, StepRecord
 from trainer.tracking.safe_stream import SafeStream, escape_lines

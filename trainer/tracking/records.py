@@ -15,7 +15,7 @@ from typing import Annotated, Any, Protocol, TypeGuard
 from pydantic import SkipValidation, TypeAdapter, ValidationError
 
 from trainer.config.fields import Accepts, Float, Int, first_problem
-from trainer.config.json_file import parse_json
+from trainer.config.files import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.files import fsync_path, write_atomically
-from trainer.config.json_file import read_json_object
+from trainer.config.files import fsync_path, read_json_object, write_atomically
 from trainer.data.sampler import MicroBatch
 from trainer.training.train_state import TrainState
 

@@ -3,8 +3,7 @@
 import pytest
 
 from trainer.config.cli import parse_args
-from trainer.config.credentials import mask_credentials
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, mask_credentials
 
 HUB_TOKEN = "hf_" + "aB3" * 12
 
