@@ -41,7 +41,7 @@ from pathlib import Path
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 if "--dry-run" in sys.argv:
     print("steps          20 per epoch,", flags.get("--max-steps", "160"), "in all")
-    print("test           " + os.environ.get("STUB_TEST", "40 blocks") + ", 800 counted tokens")
+    print("test           " + os.environ.get("STUB_TEST", "40 blocks") + ", 800 target tokens")
     print("data           a.csv: 90 blocks, 900 tokens, fingerprint " + os.environ.get("STUB_DATA", "d1" * 6))
     sys.exit(0)
 from helpers.fake_runs import make_metadata, make_records, write_eval_records

@@ -37,7 +37,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Nats per counted token: the exact sum of all rows (`math.fsum`), divided once."""
+        """Nats per target token: the exact sum of all rows (`math.fsum`), divided once."""
         return math.fsum(self.row_nll) / self.num_target_tokens
 
     @property

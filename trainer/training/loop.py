@@ -57,9 +57,11 @@ def train(
             dump_name = checkpoints.dump_batch(state.step + 1, error.batch.micro_batches if error.batch else [])
             if state.step > last_saved_step:
                 checkpoints.save(engine, state)
-            event = _non_finite_event(state, error, dump_name, stopwatch())
-            yield event
-            raise TrainingError(f"{event.message}; {_NON_FINITE_HINT}") from error
+            message = f"step {state.step + 1}: {error}; the weights are those after step {state.step}, the rows are in "
+            message += dump_name
+            facts = {"rows": error.batch.example_ids if error.batch else []}
+            yield EventRecord(event="not_finite", step=state.step + 1, message=message, time=stopwatch(), facts=facts)
+            raise TrainingError(f"{message}; {_NON_FINITE_HINT}") from error
         if not state.stop_requested:
             state = yield from _run_due_actions(engine, data, schedule, state, stopwatch, should_stop)
         if schedule.is_save_due(state):
@@ -127,12 +129,6 @@ def _step_record(schedule: TrainSchedule, state: TrainState, batch: GlobalBatch,
         grad_norm=result.grad_norm,
         tokens_per_second=batch.num_tokens / result.elapsed_seconds,
     )
-
-
-def _non_finite_event(state: TrainState, error: NonFiniteError, dump_name: str, elapsed_seconds: float) -> EventRecord:
-    step, facts = state.step + 1, {"rows": error.batch.example_ids if error.batch else []}
-    message = f"step {step}: {error}; the weights are those after step {state.step}, the rows are in {dump_name}"
-    return EventRecord(event="not_finite", step=step, message=message, time=elapsed_seconds, facts=facts)
 
 
 def _early_stop_event(schedule: TrainSchedule, state: TrainState, elapsed_seconds: float) -> EventRecord:

@@ -146,7 +146,7 @@ class LossRules:
         if self.masked_share >= MAX_MASKED_SHARE:
             yield Diagnostic(
                 code="masked_labels",
-                seen=f"{self.masked_share:.1%} of the training tokens do not count in the loss",
+                seen=f"{self.masked_share:.1%} of the training tokens are not target tokens: the loss ignores them",
                 cause="prompts are long and completions short",
                 remedy="--objective blocks, or a shorter --prompt",
                 evidence={"masked_share": self.masked_share},

@@ -102,7 +102,7 @@ class RunPlan:
     def _describe_split(self, split: str, unit: str) -> str:
         counts = self.data_info[split]
         groups = "" if counts["units"] == counts["examples"] else f" of {counts['units']:,} groups"
-        return f"{counts['examples']:,} {unit}{groups}, {counts['counted_tokens']:,} counted tokens"
+        return f"{counts['examples']:,} {unit}{groups}, {counts['counted_tokens']:,} target tokens"
 
     def execution_entry(self, step: int) -> dict[str, Any]:
         """What run.json keeps of how steps run from `step` on."""
