@@ -315,7 +315,7 @@ def test_a_storage_that_cannot_be_written_any_more_ends_the_study_in_one_line(st
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("STUB_BF16", "102", "s101 ran in fp32 on 1 x some cpu, None steps of torch 2.13.0, answer-"),
+        ("STUB_BF16", "102", "s101 ran in fp32 on 1 x some cpu, execution None, torch 2.13.0, answer-"),
         ("STUB_DIVERGES", "103", "refused to rank: answer-full-lr0.0001-t8-s103 failed"),
         (
             "STUB_LORA",

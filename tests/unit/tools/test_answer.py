@@ -151,11 +151,11 @@ def test_the_answer_is_drawn_from_the_runs_and_names_what_it_is_conditional_on(t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"resolved__precision": "bf16"}, "in bf16 on 1 x some cpu, None steps"),
-        ({"hardware__gpu": "H100"}, "in fp32 on 1 x H100, None steps"),
-        ({"execution": [{"path": "eager"}, {"path": "eager", "cuda_graphs": True}]}, "eager steps from CUDA graphs"),
+        ({"resolved__precision": "bf16"}, "in bf16 on 1 x some cpu, execution None"),
+        ({"hardware__gpu": "H100"}, "in fp32 on 1 x H100, execution None"),
+        ({"execution": [{"path": "graphs"}, {"path": "eager"}]}, "execution graphs then eager"),
         ({"resolved__ranks": 2}, "in fp32 on 2 x some cpu"),
-        ({"versions__torch": "2.1"}, "None steps of torch 2.1"),
+        ({"versions__torch": "2.1"}, "execution None, torch 2.1"),
     ],
 )
 def test_runs_that_did_not_compute_alike_are_refused(tmp_path, overrides, message):

@@ -100,12 +100,10 @@ def check_one_execution(groups: Sequence[SeedGroup]) -> None:
     """AnswerRefusedError where runs were not computed alike: device, precision, ranks, execution or torch differ."""
     ways: dict[str, RunData] = {}
     for run in (run for group in groups for run in group.runs):
-        plans = run.get("execution") or [{}]
-        kinds = [f"{plan.get('path')} steps" + " from CUDA graphs" * bool(plan.get("cuda_graphs")) for plan in plans]
+        paths = dict.fromkeys(str(plan.get("path")) for plan in run.get("execution") or [{}])
         device = run.get("hardware.gpu") or run.get("hardware.cpu")
         way = f"{run.get('resolved.precision')} on {run.get('resolved.ranks')} x {device}"
-        way += f", {', then '.join(dict.fromkeys(kinds))}"
-        ways.setdefault(f"{way} of torch {run.get('versions.torch')}", run)
+        ways.setdefault(f"{way}, execution {' then '.join(paths)}, torch {run.get('versions.torch')}", run)
     if len(ways) > 1:
         (way, run), (other_way, other_run) = list(ways.items())[:2]
         raise AnswerRefusedError(
