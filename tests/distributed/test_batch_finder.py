@@ -105,7 +105,7 @@ def test_a_batch_trial_whose_rank_ends_ends_all(tiny_model, data_files, monkeypa
     """The other rank waits, as in a collective with the one that is gone."""
     argv = make_argv(tiny_model, data_files)
     with joined_ranks() as dist_context:
-        plan = plan_run(argv, replace(dist_context, world_size=2, local_world_size=2), on_meta=True).plan
+        plan = plan_run(argv, replace(dist_context, world_size=2, hosts=dist_context.hosts * 2), on_meta=True).plan
     code = f"import os, time\ntime.sleep(600) if os.environ['RANK'] == '0' else time.sleep(0.5)\n{ends}"
     monkeypatch.setattr(batch_finder, "WORKER_COMMAND", ("-S", "-c", code))
     if message is None:
@@ -120,7 +120,7 @@ def test_a_batch_trial_whose_rank_ends_ends_all(tiny_model, data_files, monkeypa
 def test_find_batch_is_refused_over_several_hosts(tiny_model, data_files):
     with joined_ranks() as dist_context:
         planned = plan_run(make_argv(tiny_model, data_files), dist_context, on_meta=True)
-    plan = replace(planned.plan, dist_context=replace(dist_context, world_size=16, local_world_size=8))
+    plan = replace(planned.plan, dist_context=replace(dist_context, world_size=16, hosts=("a",) * 8 + ("b",) * 8))
     with pytest.raises(UserError, match=r"--find-batch: 16 ranks on several hosts; expected one host: try its 8 ranks"):
         batch_finder.find_micro_batch_size(plan, planned.data)
 

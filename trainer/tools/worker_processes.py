@@ -1,4 +1,4 @@
-"""Processes that bench, the finders and the doctor start: a group of ranks on this machine, and what they said last."""
+"""Processes that the tools start: a group of ranks on this machine, and why one failed, by what it said last."""
 
 import ctypes
 import os
@@ -66,6 +66,13 @@ def end_with_parent() -> None:
 
 
 def last_line(output: str) -> str:
-    """The last line of a process' output that says something."""
+    """Why a process failed, by its output: its last error message, else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return (lines or ["no output"])[-1][:300]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")[:300]
+
+
+def failure_reason(log: Path, exit_code: int = 1) -> str:
+    """The same of a process with this exit code, whose output went to `log`."""
+    reason = last_line(log.read_text(encoding="utf-8", errors="replace"))
+    return f"killed by signal {-exit_code}, after: {reason}" if exit_code < 0 else reason

@@ -16,7 +16,7 @@ import torch
 
 from trainer.config.errors import TrainingError, UserError
 from trainer.tools.bench.bench_cli import markdown_table
-from trainer.tools.worker_processes import last_line, run_ranks
+from trainer.tools.worker_processes import failure_reason, run_ranks
 from trainer.training.provenance import cpu_name
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
@@ -150,7 +150,7 @@ def _run_ranks(config: BenchmarkConfig) -> dict[str, Any]:
         argv = ["-m", "trainer.tools.bench.worker", str(job_file)]
         exit_codes = run_ranks(argv, config.world_size, log, timeout_seconds=TIMEOUT_SECONDS)
         if exit_codes is None or any(exit_codes) or not result_file.exists():
-            raise TrainingError(f"failed: {last_line(log.read_text(encoding='utf-8', errors='replace'))}")
+            raise TrainingError(f"failed: {failure_reason(log)}")
         return dict(json.loads(result_file.read_text()))
 
 

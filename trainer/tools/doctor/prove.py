@@ -34,7 +34,7 @@ from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes
 from trainer.tools.finders.files import PROOF_FILE
 from trainer.tools.trial_engine import reset_peak_memory, start_trial
-from trainer.tools.worker_processes import last_line, run_ranks
+from trainer.tools.worker_processes import failure_reason, run_ranks
 from trainer.tracking.silence import silence_libraries
 from trainer.training.run_plan import RunPlan, make_plan
 
@@ -168,7 +168,7 @@ def _run_rows(rows: list[Row], job: dict[str, Any], folder: Path, deadline: floa
             exit_codes = run_ranks(argv, rows[0]["world_size"], log, timeout_seconds=timeout_seconds)
             problem = "given up: the time is over (--limit SECONDS)" if exit_codes is None else ""
             if exit_codes and any(exit_codes):
-                problem = last_line(log.read_text(encoding="utf-8", errors="replace"))
+                problem = failure_reason(log)
         lines = answer.read_text().splitlines()
         for row, line in zip(rows, lines, strict=False):
             yield {**row, **json.loads(line)}

@@ -18,7 +18,7 @@ from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
 from trainer.tools.finders.batch_worker import OUT_OF_MEMORY_EXIT_CODE
 from trainer.tools.finders.files import output_folder
-from trainer.tools.worker_processes import last_line, run_ranks
+from trainer.tools.worker_processes import failure_reason, run_ranks
 from trainer.training.memory_check import estimate_plan, free_host_bytes, required_bytes
 from trainer.training.run_plan import RunPlan
 
@@ -138,7 +138,7 @@ def run_trial(plan: RunPlan, data_folder: Path, size: int) -> TrialResult:
         content = {"settings": plan.settings.as_dict(), "data": str(data_folder), "size": size, "answer": str(answer)}
         job.write_text(json.dumps(content), encoding="utf-8")
         exit_codes = run_ranks([*WORKER_COMMAND, str(job)], world_size, log, timeout_seconds=timeout)
-        output = last_line(log.read_text(encoding="utf-8", errors="replace"))
+        output = failure_reason(log)
         if exit_codes is None:
             raise TrainingError(f"--find-batch: micro-batch {size} took over {timeout:g} s (--hang-timeout): {output}")
         for rank, exit_code in enumerate(exit_codes):

@@ -18,7 +18,8 @@ from trainer.report.judge import CostRatio
 from trainer.report.run_data import read_folder
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
-from trainer.tools.study.trials import Slot, last_log_line, method_argv, start_run
+from trainer.tools.study.trials import Slot, method_argv, start_run
+from trainer.tools.worker_processes import failure_reason
 from trainer.tracking.run_lock import FolderInUseError, RunLock
 
 TIMING_FILE = "timing.json"
@@ -144,7 +145,7 @@ def _take_turns(
                     process.kill()
                     return None
             if process.exitcode:
-                reason = f"{method} failed: {last_log_line(run_folder / 'log', process.exitcode)}"
+                reason = f"{method} failed: {failure_reason(run_folder / 'log', process.exitcode)}"
                 return Timing(step_seconds={}, peak_memory_bytes={}, machine="", reason=reason)
             run = read_folder(run_folder / "run")
             step_seconds[method].append(np.diff(run.steps["time"][NUM_WARMUP_STEPS:]).tolist())

@@ -12,7 +12,8 @@ from trainer.config.errors import UserError
 from trainer.report.run_data import read_folder
 from trainer.tools.study.rule import METHODS, MIN_TEST_RECORDS, Rule
 from trainer.tools.study.search import expected_trials
-from trainer.tools.study.trials import DEFAULT_ARGV, Slot, last_log_line, start_run
+from trainer.tools.study.trials import DEFAULT_ARGV, Slot, start_run
+from trainer.tools.worker_processes import failure_reason
 
 NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the time; the first steps are slower
 
@@ -23,7 +24,7 @@ def run_train(slot: Slot, argv: Sequence[str]) -> str:
         process = start_run(slot, argv, Path(folder))
         process.join()
         if process.exitcode:
-            raise UserError(last_log_line(Path(folder, "log"), process.exitcode))
+            raise UserError(failure_reason(Path(folder, "log"), process.exitcode))
         return Path(folder, "log").read_text(encoding="utf-8", errors="replace")
 
 

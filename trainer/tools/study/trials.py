@@ -26,6 +26,7 @@ from trainer.distributed.launch_environment import without_launcher
 from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import Candidate, TrialSpec
 from trainer.tools.study.trial_process import start_training
+from trainer.tools.worker_processes import failure_reason
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
 from trainer.tracking.run_lock import FolderInUseError, RunLock
 from trainer.tracking.wandb_environment import RUN_VARIABLES
@@ -215,7 +216,7 @@ def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_st
     elif not running.process:
         trial.failure = text = f"failed, or its worker died, {MAX_FAILURES} times"
     elif not is_stopping and exit_code not in STOP_EXIT_CODES:
-        failure = last_log_line(folder / "log", exit_code)
+        failure = failure_reason(folder / "log", exit_code)
         trial.has_diverged = has_diverged
         if exit_code == UserError.exit_code or (exit_code > 0 and not (run / "run.json").exists()):
             user_error = failure
@@ -262,13 +263,3 @@ def run_outcome(run: Path) -> tuple[float | None, bool]:
     losses = [record.loss for record in records if isinstance(record, EvalRecord)]
     has_loss = "finished" in events and losses and math.isfinite(losses[-1])
     return losses[-1] if has_loss else None, "not_finite" in events
-
-
-def last_log_line(log: Path, exit_code: int) -> str:
-    """What a failed run said last."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    reason = (errors or [line for line in lines if line] or [""])[-1].removeprefix("error: ")[:300]
-    if exit_code < 0:
-        return f"killed by signal {-exit_code}" + (f" after: {reason}" if reason else "")
-    return reason or f"exit code {exit_code}"
