@@ -116,7 +116,7 @@ def test_our_offline_reader_gives_the_rows_of_wandbs_own_tool(offline_run_dir: P
     assert dict(zip(run.evals["step"].tolist(), run.evals["loss"].tolist(), strict=True)) == theirs
     assert len(run.steps["step"]) == sum("train/loss" in item for item in items) == 90
     monkeypatch.setattr(run_data, "MAX_STEP_ROWS", 25)  # of a long run it keeps as much as of a short one
-    monkeypatch.setattr(run_data, "PORTION_BYTES", 8_000)
+    monkeypatch.setattr(run_data, "PORTION_ROWS", 16)
     assert len(read_offline("x", [file]).steps["step"]) <= 30
 
 

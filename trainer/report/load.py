@@ -16,22 +16,19 @@ from typing import Any
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import check_run_metadata
 from trainer.report.run_data import (
-    ROW_CLASSES,
+    KINDS,
     RunData,
     RunReadError,
     RunRows,
     build_run,
     escape_control,
     read_folder,
-    split_rows,
     to_float,
-    to_series,
 )
 from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 
-WANDB_ROW_BYTES = 800  # of a row of W&B in memory, about
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
 
@@ -167,24 +164,16 @@ def read_online(path: str) -> RunData:
 
 def collect_wandb_rows(history: Iterable[Mapping[str, Any]]) -> RunRows:
     """Rows of W&B by kind; `train/*` and `val/*` of one step may share a row or have their own."""
-    rows, start_time = RunRows(), math.nan
-    for portion in split_rows(history, lambda row: WANDB_ROW_BYTES):
-        if math.isnan(start_time):
-            times = (to_float(row.get("_timestamp")) for row in portion)
-            start_time = min(filter(math.isfinite, times), default=math.nan)
-        for kind, row_class in ROW_CLASSES.items():
-            keys = COLUMNS[row_class]
-            shared_keys = {"_step": "step", "_timestamp": "time"} | {axis: axis for axis in AXES}
-            series = to_series(
-                (
-                    {column: row.get(key) for key, column in (shared_keys | keys).items()}
-                    for row in portion
-                    if any(row.get(key) is not None for key in keys)
-                ),
-                kind,
-            )
-            series["time"] -= start_time
-            rows.add(kind, series)
+    rows, start_time = RunRows(), math.inf
+    axes = {"_step": "step", "_timestamp": "time"} | {axis: axis for axis in AXES}
+    for row in history:
+        timestamp = to_float(row.get("_timestamp"))
+        start_time = min(start_time, timestamp) if math.isfinite(timestamp) else start_time
+        for row_class, kind in KINDS.items():
+            columns = COLUMNS[row_class]
+            if any(row.get(key) is not None for key in columns):
+                rows.add(kind, {column: row.get(key) for key, column in (axes | columns).items()})
+    rows.start_time = start_time
     return rows
 
 

@@ -1,29 +1,25 @@
 """One run as the report sees it, read back from its folder.
 
-The rows of a run are read portion by portion, in bounded memory: of a long run the steps are kept as means of several.
+The rows of a run are read one by one, in bounded memory: of a long run the steps are kept as means of several each.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.json as pa_json
 from numpy.typing import NDArray
 
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import read_run_metadata
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER
 from trainer.tracking.records import (
-    STEP_PREFIX,
     EpochRecord,
     EvalRecord,
     EventRecord,
-    Record,
     StepRecord,
     from_line,
     is_number,
@@ -33,16 +29,16 @@ from trainer.tracking.records import (
 #: columns of one kind of row, each an array of float64 of the same length; NaN where a row lacks the value
 Series = dict[str, NDArray[np.float64]]
 ROW_CLASSES: dict[str, type] = {"step": StepRecord, "eval": EvalRecord, "epoch": EpochRecord}
+KINDS = {row_class: kind for kind, row_class in ROW_CLASSES.items()}
 COLUMN_NAMES = {
     kind: tuple(column.name for column in fields(row_class) if column.name != "row_nll")
     for kind, row_class in ROW_CLASSES.items()
 }
-PORTION_BYTES = 8_000_000  # of rows at a time
+PORTION_ROWS = 2**13  # of steps that wait to become columns
 MAX_STEP_ROWS = 2**18  # of a run in memory (19 MB); of more, so many means of 2, 4, 8 ... steps each
 MEAN_COLUMNS = ("loss", "lr", "grad_norm", "tokens_per_second")  # of the others the last of the steps stands
 STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on only when it is resumed
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
-Row = TypeVar("Row")
 
 
 class RunReadError(Exception):
@@ -123,71 +119,64 @@ class RunData:
         return index if abs(series["epoch"][index] - epoch) <= max_distance else None
 
 
-# --- rows, portion by portion ---
+# --- rows ---
 
 
 class RunRows:
-    """The rows of a run by kind, added in their order."""
+    """The rows of a run by kind, added one by one; of a long run the means of several steps each."""
 
     def __init__(self) -> None:
         self.events: list[EventRecord] = []
         self.notes: list[str] = []  #: what could not be read
+        self.start_time = 0.0  #: what the times of the rows begin with
         self.steps_per_row = 1
-        self._portions: dict[str, list[Series]] = {kind: [] for kind in COLUMN_NAMES}
+        self._pending: dict[str, list[list[float]]] = {kind: [] for kind in COLUMN_NAMES}
+        self._steps = np.empty((0, len(COLUMN_NAMES["step"])))
 
-    def add(self, kind: str, rows: Series) -> None:
-        """Take the next rows of a kind."""
-        portions = self._portions[kind]
-        portions.append(_average(rows, self.steps_per_row) if kind == "step" else rows)
-        if kind == "step" and sum(len(portion["step"]) for portion in portions) > MAX_STEP_ROWS:
-            portions[:] = [_average(self.series("step"), 2)]
-            self.steps_per_row *= 2
+    def add(self, kind: str, row: Mapping[str, Any]) -> None:
+        """Take the next row of a kind; what it lacks, or is no number, becomes NaN."""
+        self._pending[kind].append([to_float(row.get(name)) for name in COLUMN_NAMES[kind]])
+        if kind == "step" and len(self._pending["step"]) >= PORTION_ROWS:
+            self._take_pending_steps()
+            if len(self._steps) > MAX_STEP_ROWS:
+                self._steps = _average(_drop_superseded("step", self._steps), 2)
+                self.steps_per_row *= 2
+
+    def _take_pending_steps(self) -> None:
+        rows = np.array(self._pending["step"]).reshape(-1, self._steps.shape[1])
+        self._steps = np.concatenate([self._steps, _average(rows, self.steps_per_row)])
+        self._pending["step"].clear()
 
     def series(self, kind: str) -> Series:
-        """The rows that stand; one that a later row steps back behind was done again after a resume and is left out."""
-        columns = {
-            name: np.concatenate([[], *(portion[name] for portion in self._portions[kind])])
-            for name in COLUMN_NAMES[kind]
-        }
-        columns = {name: column[np.isfinite(columns["step"])] for name, column in columns.items()}
-        step = columns["step"]
-        min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)[: len(step)]
-        return {name: column[step < min_later_step] for name, column in columns.items()}
+        """The columns of the rows that stand."""
+        if kind == "step":
+            self._take_pending_steps()
+        names = COLUMN_NAMES[kind]
+        rows = self._steps if kind == "step" else np.array(self._pending[kind]).reshape(-1, len(names))
+        rows = _drop_superseded(kind, rows)
+        series = {name: np.ascontiguousarray(column) for name, column in zip(names, rows.T, strict=True)}
+        series["time"] -= self.start_time
+        return series
 
 
-def _average(steps: Series, steps_per_row: int) -> Series:
+def _drop_superseded(kind: str, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Without the rows that a later row steps back behind: they were done again after a resume."""
+    step = rows[:, COLUMN_NAMES[kind].index("step")]
+    rows, step = rows[np.isfinite(step)], step[np.isfinite(step)]
+    min_later_step = np.append(np.minimum.accumulate(step[::-1])[::-1][1:], np.inf)[: len(step)]
+    return rows[step < min_later_step]
+
+
+def _average(steps: NDArray[np.float64], steps_per_row: int) -> NDArray[np.float64]:
     """A row for so many steps, and one for the rest at the end."""
-    num_rows = len(steps["step"])
-    if steps_per_row == 1 or not num_rows:
+    if steps_per_row == 1 or not len(steps):
         return steps
-    starts = np.arange(0, num_rows, steps_per_row)
-    ends = np.minimum(starts + steps_per_row, num_rows)
-    return {
-        name: np.add.reduceat(column, starts) / (ends - starts) if name in MEAN_COLUMNS else column[ends - 1]
-        for name, column in steps.items()
-    }
-
-
-def split_rows(rows: Iterable[Row], get_size: Callable[[Row], int]) -> Iterator[list[Row]]:
-    """The rows, some megabytes at a time."""
-    portion: list[Row] = []
-    num_bytes = 0
-    for row in rows:
-        portion.append(row)
-        num_bytes += get_size(row)
-        if num_bytes > PORTION_BYTES:
-            yield portion
-            portion, num_bytes = [], 0
-    if portion:
-        yield portion
-
-
-def to_series(rows: Iterable[Mapping[str, Any]], kind: str) -> Series:
-    """Columns of `rows`; what a row lacks, or is no number, becomes NaN."""
-    names = COLUMN_NAMES[kind]
-    table = [[to_float(row.get(name)) for name in names] for row in rows]
-    columns = np.array(table, dtype=np.float64).reshape(len(table), len(names)).T
-    return {name: np.ascontiguousarray(column) for name, column in zip(names, columns, strict=True)}
+    starts = np.arange(0, len(steps), steps_per_row)
+    ends = np.minimum(starts + steps_per_row, len(steps))
+    rows = steps[ends - 1]
+    is_mean = [name in MEAN_COLUMNS for name in COLUMN_NAMES["step"]]
+    rows[:, is_mean] = np.add.reduceat(steps[:, is_mean], starts) / (ends - starts)[:, None]
+    return rows
 
 
 def to_float(value: Any) -> float:
@@ -203,28 +192,26 @@ def to_float(value: Any) -> float:
 
 def read_folder(folder: Path) -> RunData:
     """The run of a run folder; RunReadError where settings or rows are missing."""
-    metrics_path, eval_records_path = folder / "metrics.jsonl", folder / EVAL_RECORDS_FOLDER
-    rows, num_bad = RunRows(), 0
+    path, rows, num_bad = folder / "metrics.jsonl", RunRows(), 0
     try:
         metadata = read_run_metadata(folder / "run.json")
     except UserError as error:
         raise RunReadError(str(error)) from error
     try:
-        age_seconds = time.time() - metrics_path.stat().st_mtime
-        for lines in split_rows(iter_lines(metrics_path), len):
-            if not lines[-1].endswith(b"\n"):  # rows are written newline last
-                lines.pop()
+        age_seconds = time.time() - path.stat().st_mtime
+        for line in iter_lines(path):
+            if not line.endswith(b"\n"):  # rows are written newline last
                 rows.notes.append("its last row was cut off and is left out")
-            steps = _read_steps([line for line in lines if line.startswith(STEP_PREFIX)])
-            records, num_bad_here = _parse(line for line in lines if not line.startswith(STEP_PREFIX))
-            if steps is None or any(isinstance(record, StepRecord) for record in records):
-                steps = None  # damaged, or written with other spaces: all one by one, so that their order stands
-                records, num_bad_here = _parse(lines)
-            num_bad += num_bad_here
-            for kind, row_class in ROW_CLASSES.items():
-                series = to_series((vars(record) for record in records if isinstance(record, row_class)), kind)
-                rows.add(kind, steps if steps is not None and kind == "step" else series)
-            rows.events += [record for record in records if isinstance(record, EventRecord)]
+            elif line.strip():
+                try:
+                    record = from_line(line)
+                except ValueError:
+                    num_bad += 1
+                    continue
+                if isinstance(record, EventRecord):
+                    rows.events.append(record)
+                else:
+                    rows.add(KINDS[type(record)], vars(record))
     except OSError as error:
         raise RunReadError(f"no metrics: cannot read metrics.jsonl ({error.strerror})") from error
     except ValueError as error:
@@ -232,31 +219,7 @@ def read_folder(folder: Path) -> RunData:
     if num_bad:
         are = "rows could not be read and are" if num_bad > 1 else "row could not be read and is"
         rows.notes.append(f"{num_bad} {are} left out")
-    return build_run(str(folder), metadata, rows, age_seconds, eval_records_path)
-
-
-def _read_steps(lines: list[bytes]) -> Series | None:
-    """Columns of the step rows, about five times as fast as `json`; None where one of them is no JSON."""
-    schema = pa.schema([(name, pa.float64()) for name in COLUMN_NAMES["step"]])
-    options = pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    try:
-        table = pa_json.read_json(pa.BufferReader(b"".join(lines)), parse_options=options)
-    except pa.ArrowInvalid:
-        return None
-    if len(table) != len(lines):
-        return None
-    return {name: table[name].to_numpy().astype(np.float64, copy=False) for name in COLUMN_NAMES["step"]}
-
-
-def _parse(lines: Iterable[bytes]) -> tuple[list[Record], int]:
-    """The records that can be read, one by one, and the number of lines that cannot."""
-    records, num_bad = [], 0
-    for line in filter(bytes.strip, lines):
-        try:
-            records.append(from_line(line))
-        except ValueError:
-            num_bad += 1
-    return records, num_bad
+    return build_run(str(folder), metadata, rows, age_seconds, folder / EVAL_RECORDS_FOLDER)
 
 
 # --- a run from its metadata and rows ---

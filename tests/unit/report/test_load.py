@@ -33,15 +33,15 @@ def test_steps_of_a_very_long_run_are_means_of_several_each(tmp_path: Path, monk
     folder = make_run_folder(tmp_path / "run")
     whole = read_folder(folder)
     monkeypatch.setattr(run_data_module, "MAX_STEP_ROWS", 25)
-    monkeypatch.setattr(run_data_module, "PORTION_BYTES", 2000)
+    monkeypatch.setattr(run_data_module, "PORTION_ROWS", 16)
     thinned = read_folder(folder)
-    assert thinned.notes == ("its steps are read as means of 8 each",)
+    assert thinned.notes == ("its steps are read as means of 4 each",)
     assert len(thinned.steps["step"]) <= 30
     assert [thinned.steps[name][-1] for name in ("step", "tokens", "time")] == [
         whole.steps[name][-1] for name in ("step", "tokens", "time")
     ]
-    assert thinned.steps["loss"][0] == pytest.approx(whole.steps["loss"][:8].mean())
-    assert thinned.steps["step"][:2].tolist() == [8, 16]
+    assert thinned.steps["loss"][0] == pytest.approx(whole.steps["loss"][:4].mean())
+    assert thinned.steps["step"][:2].tolist() == [4, 8]
     for kind in ("evals", "epochs"):
         np.testing.assert_equal(getattr(thinned, kind), getattr(whole, kind))
 
