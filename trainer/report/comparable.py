@@ -212,7 +212,6 @@ class MetadataField(NamedTuple):
 
     @property
     def is_same(self) -> bool:
-        """Whether all columns that know it agree."""
         known = list(self.values.values())
         return all(value == known[0] and not isinstance(value, tuple) for value in known)
 
@@ -273,7 +272,6 @@ class SeedGroup:
 
     @property
     def lr(self) -> float:
-        """Peak learning rate."""
         return float(self.runs[0].get("resolved.lr"))
 
     @property

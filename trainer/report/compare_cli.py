@@ -80,7 +80,6 @@ def run_comparison(args: argparse.Namespace) -> int:
 
 
 def print_comparison(comparison: Comparison, results: Sequence[CheckResult]) -> None:
-    """Print the short table, the verdict and the checks."""
     console = Console(highlight=False)
     is_plain = not console.is_terminal
     if is_plain:

@@ -60,7 +60,6 @@ class PairedInterval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the two-sided interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
 

@@ -442,7 +442,6 @@ def _select(frame: pd.DataFrame, split: str, step: int) -> pd.DataFrame:
 
 
 def _cost(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
-    """Means over finished runs, divided where both groups were measured under the same conditions."""
     costs: list[float | None] = []
     for group in (full, lora):
         values = [run.summary[key] for run in group.finished_runs if key in run.summary]

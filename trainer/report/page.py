@@ -134,12 +134,10 @@ def markdown_verdict(comparison: Comparison) -> str:
 
 
 def markdown_list(lines: Iterable[str]) -> str:
-    """A bulleted list of texts."""
     return "\n".join(f"- {escape_markdown(line)}" for line in lines)
 
 
 def markdown_section(table: Table) -> str:
-    """A pipe table and its notes."""
     if not len(table):
         return "(nothing)"
     text = table.to_text()
@@ -151,7 +149,6 @@ def markdown_section(table: Table) -> str:
 
 
 def render_html(comparison: Comparison) -> str:
-    """report.html, from page.html.j2."""
     groups, verdict, with_reference = comparison.groups, comparison.verdict, comparison.with_reference
     modes = {run.name: run.mode for run in comparison.runs} | {group.label: group.mode for group in groups}
     modes[REFERENCE_LABEL] = "card"

@@ -60,7 +60,6 @@ class PlotSpec(NamedTuple):
     reference_column: str = ""  #: of the card's curve, which lies by epoch
 
     def curve(self, run: RunData) -> Curve:
-        """What is drawn of a run."""
         if not self.series:
             loss = run.best_eval["loss"] if run.best_eval else np.nan
             return np.array([float(run.get("model.trainable") or np.nan)]), np.array([loss])

@@ -104,7 +104,6 @@ def format_count(value: float | list[int]) -> str:
 
 
 def format_short(value: float) -> str:
-    """Three or four significant digits."""
     return f"{value:.4g}"
 
 
@@ -214,7 +213,6 @@ def build_epoch_table(groups: Sequence[SeedGroup], with_reference: bool) -> Tabl
 
 
 def _mean_value(values: Sequence[float]) -> float | MeanStd | None:
-    """The value of one run, mean and spread of several."""
     if not values or not np.isfinite(values).all():
         return None
     mean = statistics.fmean(values)
@@ -290,7 +288,6 @@ def _run_row(run: RunData) -> dict[str, Any]:
 
 
 def build_diagnostics_table(groups: Sequence[SeedGroup]) -> Table:
-    """What each run noticed of itself while it ran."""
     headings = {"run": "run", "step": "at step", "finding": "what it noticed, the likely cause, and what to try"}
     rows = [
         {"run": run.name, "step": step, "finding": line}
@@ -402,7 +399,6 @@ class Comparison:
 
     @property
     def runs(self) -> list[RunData]:
-        """All runs, by group."""
         return [run for group in self.groups for run in group.runs]
 
 
@@ -442,7 +438,6 @@ def compare_run_groups(
 
 
 def _comparability_notes(runs: Sequence[RunData], with_reference: bool) -> list[str]:
-    """What may be held against what, and why not."""
     lines = []
     first_set, *other_sets = comparable_sets(runs, lambda run: run)
     if not other_sets and len(runs) > 1:

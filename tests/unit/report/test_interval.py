@@ -210,19 +210,6 @@ def test_groups_of_records_are_covered_as_units_and_not_as_records(num_studies):
 
 
 @each_size
-def test_looks_that_share_the_level_keep_the_size_and_looks_that_do_not_lose_it(num_studies):
-    """Three to eight seeds, one added at a time until a difference shows."""
-    rng, shared, unshared = np.random.default_rng(9), [], []
-    for _ in range(num_studies // 2):
-        differences, targets = simulate(rng, normal, CASES[2], num_seeds=8)
-        looks = [differences[:s] for s in range(3, 9)]
-        shared.append(any(paired_interval(d, targets, level=1 - 0.05 / len(looks)).excludes_zero for d in looks))
-        unshared.append(any(paired_interval(d, targets).excludes_zero for d in looks))
-    assert print_share("looks: sharing the level", shared) <= MAX_SIZE
-    assert print_share("not sharing it", unshared) > 0.09
-
-
-@each_size
 @pytest.mark.parametrize(("num_seeds", "num_units"), [(4, 200), (6, 200), (6, 400), (8, 600)])
 def test_predicted_half_widths_are_those_of_later_studies_on_average(num_studies, num_seeds, num_units):
     """Predicted from three seeds and 200 units; the later study has its own draws."""

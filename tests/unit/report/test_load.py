@@ -64,20 +64,6 @@ def test_a_truncated_and_a_broken_record_are_ignored_and_reported(tmp_path: Path
     assert run_data.best_eval is not None
 
 
-@pytest.mark.parametrize("changes", [[('": ', '":'), (', "', ',"')], [("\n", "\n\n")]])
-def test_records_with_other_json_spacing_read_the_same(tmp_path: Path, changes: list[tuple[str, str]]) -> None:
-    folder = make_run_folder(tmp_path / "run")
-    plain = read_folder(folder)
-    text = (folder / "metrics.jsonl").read_text()
-    for old, new in changes:
-        text = text.replace(old, new)
-    (folder / "metrics.jsonl").write_text(text)
-    run_data = read_folder(folder)
-    assert run_data.notes == ()
-    for kind in ("steps", "evals", "epochs"):
-        np.testing.assert_equal(getattr(run_data, kind), getattr(plain, kind))
-
-
 def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_path: Path) -> None:
     run = make_metadata()
     first = [

@@ -16,7 +16,7 @@ import pytest
 from helpers.fake_runs import make_metadata, make_reference_like_metadata, make_run_folder
 
 from trainer.config import reference
-from trainer.config.text import escape_markdown, format_bytes, format_duration
+from trainer.config.text import escape_markdown
 from trainer.report import plots
 from trainer.report.load import load_runs
 from trainer.report.page import render_html, render_markdown, to_json, write_report
@@ -339,9 +339,3 @@ def test_without_the_reference_no_report_format_mentions_it(tmp_path: Path) -> N
         text = (tmp_path / "out" / file).read_text().split("</style>")[-1]
         assert "1.2262" not in text
         assert ">card<" not in text
-
-
-def test_report_sizes_and_durations_are_formatted_for_people() -> None:
-    assert [format_bytes(value) for value in (None, 8_000_000, 1_500_000_000)] == ["-", "8.0 MB", "1.50 GB"]
-    expected = ["-", "4.2 s", "100 s", "10.0 min", "1 h 40 min"]
-    assert [format_duration(value) for value in (None, 4.25, 100, 600, 6_000)] == expected

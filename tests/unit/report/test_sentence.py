@@ -11,7 +11,6 @@ import pytest
 from helpers.fake_runs import write_eval_records
 from helpers.fake_studies import TARGETS, MakeRun, judge_runs, make_study
 
-from trainer.config.text import format_percent
 from trainer.report.interval import margin_contrast, paired_interval
 from trainer.report.judge import Margin
 from trainer.report.page import to_answer
@@ -258,14 +257,3 @@ def test_the_answer_for_machines_holds_the_sentence_the_interval_and_the_runs(ma
     assert comparison["lora"]["lr"] == 0.005
     assert comparison["excess"]["low"] > 0
     assert [number["label"] for number in answer["numbers"]] == ["Loss", "Time", "Memory"]
-
-
-def test_percentages_of_the_verdict_have_two_significant_digits() -> None:
-    assert [format_percent(share) for share in (0.00953, 0.0095, 0.12345, 0.9999, 1.0, 1.5)] == [
-        "0.95%",
-        "0.95%",
-        "12%",
-        "100%",
-        "100%",
-        "150%",
-    ]
