@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from trainer.config import reference
-from trainer.config.text import format_bytes, format_duration, format_percent, shorten
+from trainer.config.text import format_bytes, format_duration, format_percent, list_some, shorten
 from trainer.report.comparable import (
     COMPARABILITY_KEYS,
     MODE_NAMES,
@@ -444,21 +444,17 @@ def _comparability_notes(runs: Sequence[RunData], with_reference: bool) -> list[
         lines.append(f"The losses of all runs are on the same data: {', '.join(COMPARABILITY_KEYS)} agree.")
     for other_set in other_sets:
         reasons = comparison_blockers(other_set[0], first_set[0])
-        lines.append(f"{_join_names(other_set)} and {_join_names(first_set)} are not comparable: {'; '.join(reasons)}.")
+        others, first = (list_some((run.name for run in members), 4) for members in (other_set, first_set))
+        lines.append(f"{others} and {first} are not comparable: {'; '.join(reasons)}.")
     if with_reference:
         by_reason: dict[tuple[str, ...], list[RunData]] = {}
         for run in runs:
             by_reason.setdefault(tuple(reference_blockers(run)), []).append(run)
         for reason, members in by_reason.items():
-            are = f"{_join_names(members)} {'is' if len(members) == 1 else 'are'}"
+            are = f"{list_some((run.name for run in members), 4)} {'is' if len(members) == 1 else 'are'}"
             if reason:
                 lines.append(f"{are} not comparable with the card: {'; '.join(reason)}.")
             else:
                 lines.append(f"{are} comparable with the card as far as it tells: all that is known of it agrees.")
         lines.append(f"U{reference.UNKNOWN_REASON[1:]}.")
     return lines
-
-
-def _join_names(runs: Sequence[RunData]) -> str:
-    names = [run.name for run in runs]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
