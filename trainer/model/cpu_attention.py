@@ -6,7 +6,7 @@ pair of tokens. Here 16 random bits decide on an element, and attention goes by 
 they may see. All bits come from torch's generator: seed and shapes give the masks, however many threads there are.
 
 Gain of a whole step (GPT-2 124M's shape, 2 x 256 tokens, dropout 0.1, fp32, AMD EPYC, in alternation; `launch/bench.py
-steps --without cpu-attention`): full 1.10 times on two threads, 1.05 on one; LoRA 1.03 and 1.08. That is less than a
+steps --without cpu-attention`): full 1.08 to 1.10 times on two threads, 1.05 on one; LoRA 1.03 and 1.08. Less than a
 tenth: what keeps it is that the demo's published losses come from its masks.
 """
 
