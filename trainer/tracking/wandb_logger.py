@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.config.errors import first_line
+from trainer.config.text import shorten
 from trainer.tracking.records import EventRecord, Record
 from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, METRICS, run_tags, sample_row, wandb_config, wandb_row, wandb_summary
@@ -63,7 +63,7 @@ def start_wandb(
         except Exception as error:
             if mode != "online":
                 raise
-            logger.warning(f"W&B: no connection ({first_line(error)}); going on offline")
+            logger.warning(f"W&B: no connection ({_one_line(error)}); going on offline")
             _teardown()  # the failed start still holds the id
             prepare_environment(folder, mode := "offline")
             wandb_run = init(mode)
@@ -76,7 +76,7 @@ def start_wandb(
         last_step = _last_step(_wandb_dir(folder), metadata["run_id"]) if is_resumed else -1
         return WandbLogger(wandb_run, last_logged_step=last_step)
     except Exception as error:  # whatever happens in there, it must not cost the run
-        logger.warning(f"W&B: not available ({first_line(error)}); going on without it, metrics.jsonl has every row")
+        logger.warning(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
         return WandbLogger(None)
 
 
@@ -164,7 +164,7 @@ class WandbLogger:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         _teardown()
-        logger.warning(f"W&B stopped working ({first_line(error)}); going on without it, metrics.jsonl has every row")
+        logger.warning(f"W&B stopped working ({_one_line(error)}); going on without it, metrics.jsonl has every row")
 
 
 def _history_row(record: Record) -> dict[str, Any]:
@@ -202,3 +202,7 @@ def _last_step(folder: Path, run_id: str) -> int:
         except (OSError, ValueError, AttributeError, TypeError):
             continue  # of a foreign file what could be read counts
     return last_step
+
+
+def _one_line(error: Exception) -> str:
+    return shorten(str(error), 120) or type(error).__name__
