@@ -13,7 +13,7 @@ def main() -> int:
     """Parse, run, and turn a mistake into one line: exit code 2 for the user's, 1 for a run that failed."""
     try:
         cli_args = parse_args()
-        from trainer.distributed.signals import SignalHandler
+        from trainer.distributed.watch import SignalHandler
 
         # Before the imports that take seconds, in which a launcher may end.
         signal_handler = SignalHandler(grace_seconds=cli_args.settings.engine.grace)

@@ -20,7 +20,7 @@ from trainer.distributed.process_group import (
     is_peer_failure,
     simulated_context,
 )
-from trainer.distributed.signals import SignalHandler
+from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.model.flops import count_step_flops

@@ -293,7 +293,7 @@ def launched_run(launcher: str, argv: list[str], out: Path, **env: str) -> Itera
 
 def test_a_rank_that_no_launcher_started_ends_with_nobody():
     """A run under nohup outlives its shell."""
-    from trainer.distributed.signals import find_launchers
+    from trainer.distributed.watch import find_launchers
 
     assert find_launchers({}) == []
     assert find_launchers({"RANK": "0", "WORLD_SIZE": "1"}) == []
@@ -302,7 +302,7 @@ def test_a_rank_that_no_launcher_started_ends_with_nobody():
 
 LOOK_AT_LAUNCHERS = """
 import os, sys, time
-from trainer.distributed.signals import find_launchers
+from trainer.distributed.watch import find_launchers
 starter = int(sys.argv[1])
 while sys.argv[2] == "gone" and os.getppid() == starter:
     time.sleep(0.01)

@@ -102,11 +102,11 @@ def test_a_signal_before_the_first_step_ends_the_process_as_always(argv, tmp_pat
 
 def simulate_lost_launcher(rank: int, gone: Path) -> None:
     """A launcher that is gone when the file is there; only rank 1 looks in time."""
-    from trainer.distributed import signals
+    from trainer.distributed import watch
 
-    signals.find_launchers = lambda environ: [(12345, lambda: not gone.exists())]
+    watch.find_launchers = lambda environ: [(12345, lambda: not gone.exists())]
     if rank == 0:
-        signals.TICK_SECONDS = 300.0
+        watch.TICK_SECONDS = 300.0
 
 
 def test_a_lost_launcher_is_reported_once_whichever_rank_sees_it_first(argv, out, tmp_path):

@@ -21,7 +21,7 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.distributed import deepspeed_internals
 from trainer.distributed.launch_environment import LaunchEnvironment, read_launch_environment
 from trainer.distributed.rendezvous import assign_gpus, meet, name_hosts
-from trainer.distributed.watchdog import Watchdog
+from trainer.distributed.watch import Watchdog
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.distributed.launch_environment import LaunchEnvironment
-from trainer.distributed.watchdog import call_with_timeout
+from trainer.distributed.watch import call_with_timeout
 
 ANSWER_SECONDS = 15.0  # within which a store that listens answers
 

@@ -1,31 +1,169 @@
-"""How the ranks know of one another while their main threads wait: heartbeats, failures, and who hangs.
+"""What ends a run from outside of its main thread: signals, a lost launcher, ranks that fail and ranks that hang.
 
-A main thread may sit in a collective for ever, and a store on a frozen host never answers. So one thread talks to the
-store, and another one watches and ends this process.
+The main thread may sit in a collective for ever, where Python runs no signal handler, and a store on a frozen host
+never answers. So each has a thread: signals, what is said through the store, and what ends this process.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import math
 import os
+import select
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed.signals import RESUME_HINT, print_error
+from trainer.distributed.launch_environment import reporting_rank
 
-TICK_SECONDS = 1.0  # between two looks
+TICK_SECONDS = 1.0  # between two looks at the launcher, and at the other ranks
 PEER_FAILURE_GRACE_SECONDS = 5.0  # that a rank gets to end by itself when another has failed
 SILENT_TICKS = 4  # ticks without a sign of life after which a rank counts as lost, once a collective has failed
-STACKS_FOLDER = "stacks"  #: in the run folder, while a run on several ranks trains, and after one that hung
+RESUME_HINT = "--resume goes on from the newest checkpoint"
+
+
+def print_error(line: str) -> None:
+    """One line on stderr, even where nobody reads it any more."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+class SignalHandler:
+    """SIGINT, SIGTERM and SIGUSR1 (the notice of SLURM's `--signal`) end the process at once; within `defer_signals`,
+    after the current step. So does a lost launcher.
+
+    A run that has not ended `grace_seconds` after the signal is ended, as it is by a second signal that comes more than
+    REPEAT_GRACE_SECONDS after the first.
+    """
+
+    REPEAT_GRACE_SECONDS = 2.0  # a launcher passes Ctrl-C on to ranks that the terminal has already signalled
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, *, grace_seconds: float) -> None:
+        self.grace_seconds = grace_seconds
+        self.signal_number = 0
+        self._signal_time = 0.0
+        self._is_deferred = self._is_launcher_lost = False
+        self._lock = threading.Lock()
+        self._is_reporting = reporting_rank(os.environ) == 0
+        self._launchers = find_launchers(os.environ)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # readable at once, wherever the main thread is
+        for signum in self.SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
+        if self._launchers:  # the kernel sends SIGTERM when the launcher ends, also while this process imports
+            with contextlib.suppress(OSError, AttributeError):  # not Linux: the thread sees it within TICK_SECONDS
+                ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    @contextlib.contextmanager
+    def defer_signals(self) -> Iterator[None]:
+        """Until the end of the block a signal only sets `stop_requested`."""
+        self._is_deferred = True
+        for signum in self.SIGNALS:
+            signal.signal(signum, lambda *_: None)
+        try:
+            yield
+        finally:
+            for signum in self.SIGNALS:
+                signal.signal(signum, signal.SIG_DFL)
+            self._is_deferred = False
+
+    def stop_requested(self) -> bool:
+        """Whether a signal came, or the launcher is gone."""
+        return bool(self.signal_number)
+
+    def check_launcher(self) -> bool:
+        """Whether the launcher is found to be gone, for the first time: the run is then asked to end, and told why."""
+        with self._lock:
+            lost_pid = next((pid for pid, is_attached in self._launchers if not is_attached()), None)
+            if self._is_launcher_lost or lost_pid is None:
+                return False
+            self._is_launcher_lost = True
+            if self.signal_number:  # one that went to all of them
+                return False
+            self.signal_number, self._signal_time = signal.SIGTERM, time.monotonic()
+            if self._is_reporting:
+                print_error(f"the launcher (process {lost_pid}) is gone; this run ends after the current step")
+            return True
+
+    def _watch(self, reader: int) -> None:
+        while True:
+            is_readable = bool(select.select([reader], [], [], TICK_SECONDS)[0])
+            if is_readable:  # the parent death signal comes when the launcher's first thread ends: let the others
+                time.sleep(0.05)
+            # Before the signals are read: it says why they came.
+            if self.check_launcher() and not self._is_deferred:
+                os._exit(128 + signal.SIGTERM)
+            for signum in os.read(reader, 64) if is_readable else b"":
+                if signum in self.SIGNALS and not self.signal_number:
+                    self.signal_number, self._signal_time = signum, time.monotonic()
+                elif signum in self.SIGNALS and time.monotonic() - self._signal_time > self.REPEAT_GRACE_SECONDS:
+                    os._exit(128 + signum)
+            if self.signal_number and time.monotonic() - self._signal_time > self.grace_seconds:
+                if self._is_reporting:
+                    name = signal.Signals(self.signal_number).name
+                    limit = f"{self.grace_seconds:g} s (--grace) of {name}"
+                    print_error(f"the run did not end within {limit}; {RESUME_HINT}")
+                os._exit(128 + self.signal_number)
+
+
+def find_launchers(environ: Mapping[str, str]) -> list[tuple[int, Callable[[], bool]]]:
+    """(process id, whether it still is above this process) of the launchers that started this rank; none: [].
+
+    torchrun starts the ranks itself; `deepspeed` starts a second launcher, which outlives it, through ssh where there
+    are several hosts. Only what the kernel says of parents and sessions is looked at, which is the same under both.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return [_launcher_of(os.getpid())]
+    if "CROSS_SIZE" in environ:
+        return [_launcher_of(os.getpid()), _launcher_of(os.getppid())]
+    return []
+
+
+def _launcher_of(pid: int) -> tuple[int, Callable[[], bool]]:
+    parent_pid = _parent_of(pid)
+    is_adopted = _is_adopted(pid, parent_pid)
+    return parent_pid, lambda: not is_adopted and _parent_of(pid) == parent_pid
+
+
+def _is_adopted(pid: int, parent_pid: int) -> bool:
+    """Whether the process that started `pid` is gone, and `parent_pid` is the one that takes in orphans.
+
+    A process that does not lead its session was started within it; who takes in orphans (init, a service manager)
+    is of another session. Of a session's leader, as sshd and torchrun start them, only this can be said: process 1 is
+    its launcher where it runs the same Python, as in a container.
+    """
+    try:
+        session = os.getsid(pid)
+        if session != pid:
+            return parent_pid == 0 or os.getsid(parent_pid) != session
+        return parent_pid == 1 and not os.path.samefile("/proc/1/exe", "/proc/self/exe")
+    except OSError:  # it ended in between, or another user's
+        return True
+
+
+def _parent_of(pid: int) -> int:
+    """The process id of a process's parent; -1 where there is no such process."""
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).ppid())
+    except psutil.Error:
+        return -1
 
 
 class Watchdog:
-    """`hosts`: the name of each rank's host; `store`: a torch TCPStore on rank 0, None where nobody is watched."""
+    """What the ranks know of one another while they wait: heartbeats, failures, and who hangs.
+
+    `hosts`: the name of each rank's host; `store`: a torch TCPStore on rank 0, None where nobody is watched.
+    """
 
     def __init__(self, rank: int, hosts: Sequence[str], store: Any) -> None:
         self.rank, self.world_size, self._store = rank, len(hosts), store
@@ -39,13 +177,12 @@ class Watchdog:
         self._progress_tick = 0  # when any of them last moved
         self._failure_tick: int | None = None  # when this rank learnt that another has failed
         self._is_reported = False  # whether that one reports it
-        self._has_failed = self._is_store_lost = False
+        self._has_failed = self._is_store_lost = self._is_watching = False
         self._hang_timeout_seconds = math.inf
         self._last_tick_time = time.monotonic()
         self._silent_until_tick = -1.0  # after this process was frozen
         self._stacks: Any = None  # an open file, while hangs are watched for
         self._stacks_lock, self._publish_lock = threading.Lock(), threading.Lock()
-        self._is_watching = False
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._watch)]
         if store is not None:
@@ -68,23 +205,27 @@ class Watchdog:
         self._hang_timeout_seconds, self._progress_tick, self._is_watching = hang_timeout_seconds, self._ticks, True
         if self._store is not None and folder is not None and folder.is_dir():
             with contextlib.suppress(OSError):  # a full disk costs the stacks only
-                path = folder / STACKS_FOLDER / f"rank-{self.rank}.txt"
+                path = folder / "stacks" / f"rank-{self.rank}.txt"
                 path.parent.mkdir(exist_ok=True)
                 self._stacks = open(path, "w", encoding="utf-8")  # noqa: SIM115
                 faulthandler.dump_traceback_later(hang_timeout_seconds, file=self._stacks)
+        has_finished = False
         try:
             yield
+            has_finished = True
         finally:
             self._is_watching = False
             with self._stacks_lock:
-                if self._stacks is not None:
+                stacks, self._stacks = self._stacks, None
+                if stacks is not None:
                     faulthandler.cancel_dump_traceback_later()
-                    self._stacks.close()
+                    stacks.close()
+                    path = Path(stacks.name)
                     with contextlib.suppress(OSError):
-                        path = Path(self._stacks.name)
-                        path.unlink()
-                        path.parent.rmdir()  # once the last rank has ended
-                self._stacks = None
+                        # The end of a hung rank fails the collective in which this one waits: what hung is kept.
+                        if has_finished or not path.stat().st_size:
+                            path.unlink()
+                            path.parent.rmdir()  # once the last rank has ended
 
     def claim_error_report(self) -> bool:
         """Whether this rank, which has failed, reports why: the first to ask does."""
@@ -203,7 +344,12 @@ class Watchdog:
         silent_ranks = [rank for rank in ranks if self._heard_ticks[rank] < stale_tick]
         if is_store_frozen := self.rank in silent_ranks:  # it does not even give back what this rank has said
             silent_ranks = [0]
-        hung_ranks = silent_ranks or self._find_hung_ranks()
+        hung_ranks = silent_ranks
+        if not hung_ranks:  # those a step behind the others; where all are in one step, those outside of a collective
+            steps = [state["step"] for state in self._states]
+            hung_ranks = [rank for rank in ranks if steps[rank] == min(steps)]
+            if len(hung_ranks) == self.world_size:
+                hung_ranks = [rank for rank in ranks if not self._states[rank]["is_waiting"]] or hung_ranks
         waiting_ranks = [rank for rank in ranks if rank not in hung_ranks]
         if self.rank == min(waiting_ranks or hung_ranks) and not self._was_frozen():
             self._has_failed = True
@@ -213,22 +359,15 @@ class Watchdog:
             if waiting_ranks and not is_store_frozen:
                 plural, location = "s" * (len(waiting_ranks) > 1), self._states[waiting_ranks[0]]["location"]
                 message += f"; rank{plural} {', '.join(map(str, waiting_ranks))} waiting at {location}"
-            if self._stacks is not None:
-                message += f"; all stacks are in {Path(self._stacks.name).parent}"
+            with self._stacks_lock:
+                if self._stacks is not None:
+                    message += f"; all stacks are in {Path(self._stacks.name).parent}"
             seconds = f"{self._hang_timeout_seconds:g} s (--hang-timeout)"
             print_error(f"no rank made progress for {seconds}: {message}; {RESUME_HINT}")
             self._wait_until_all_know()
         else:
             time.sleep(3 * TICK_SECONDS)  # the one that reports ends first: a launcher ends all after one
         os._exit(1)
-
-    def _find_hung_ranks(self) -> list[int]:
-        """Those a step behind the others; where all are in one step, those that are not in a collective."""
-        steps = [state["step"] for state in self._states]
-        ranks_behind = [rank for rank, step in enumerate(steps) if step == min(steps)]
-        if len(ranks_behind) < self.world_size:
-            return ranks_behind
-        return [rank for rank in ranks_behind if not self._states[rank]["is_waiting"]] or ranks_behind
 
 
 def call_with_timeout(timeout_seconds: float, fn: Callable[[], Any]) -> Any:
