@@ -11,6 +11,7 @@ from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config.errors import TrainingError, UserError
+from trainer.distributed.process_group import DistContext
 from trainer.tools.finders import batch_finder, batch_worker
 from trainer.tools.finders.batch_finder import TrialResult, candidate_sizes, fastest, next_size
 
@@ -144,12 +145,12 @@ def test_find_batch_tries_every_size_and_writes_its_numbers(tiny_model, data_fil
 def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(tiny_model, data_files, monkeypatch):
     with joined_ranks() as dist_context:
         plan = plan_run(make_argv(tiny_model, data_files), dist_context, on_meta=True).plan
-    monkeypatch.setattr(batch_finder, "free_host_bytes", lambda plan: 2**40)
+    monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: 2**40)
     assert batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
-    monkeypatch.setattr(batch_finder, "required_bytes", lambda plan, estimate: (estimate.activations, 0.0))
-    two, four = (batch_finder.estimate_plan(plan, plan.deepspeed_file, 32, size).activations for size in (2, 4))
+    monkeypatch.setattr(batch_finder, "required_bytes", lambda estimate, *_: (estimate.activations, 0.0))
+    two, four = (plan.estimate_memory(plan.deepspeed_file, 32, size).activations for size in (2, 4))
     limit = (two + four) / 2 / batch_finder.MEMORY_BUDGET_SHARE
-    monkeypatch.setattr(batch_finder, "free_host_bytes", lambda plan: limit)
+    monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: limit)
     sizes, notice = batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)
     assert sizes == [1, 2]
     assert "not tried: 4 and above" in notice

@@ -16,14 +16,9 @@ from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
 from trainer.distributed import deepspeed_config as zero_file
-from trainer.distributed.deepspeed_config import (
-    DS_CONFIG_DIR,
-    build_deepspeed_config,
-    choose_deepspeed_file,
-    read_deepspeed_file,
-)
+from trainer.distributed.deepspeed_config import DS_CONFIG_DIR, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.engine import place_model
-from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_model_states
+from trainer.distributed.memory import ParamCounts, choose_deepspeed_file, estimate_model_states
 from trainer.distributed.process_group import peak_memory_bytes
 from trainer.model.loss import CausalLMLoss
 
@@ -171,8 +166,8 @@ ACTIVATIONS = 2 * GIB  # of a test's rank, beside its state
 def choose(ranks: int, memory: int | None, counts: ParamCounts, precision: str = "bf16", **options: Any) -> Any:
     def estimate_bytes(deepspeed_file: Any) -> float:
         halved = counts.frozen if precision == "bf16" and deepspeed_file.stage < 3 else 0
-        sharding = Sharding(stage=deepspeed_file.stage, world_size=ranks)
-        return ACTIVATIONS + estimate_model_states(counts, sharding, precision=precision).total - 2 * halved
+        states = estimate_model_states(counts, deepspeed_file, ranks, precision=precision)
+        return ACTIVATIONS + states.total - 2 * halved
 
     return choose_deepspeed_file(
         counts=counts,

@@ -23,10 +23,8 @@ from trainer.distributed.deepspeed_config import build_deepspeed_config, read_de
 from trainer.distributed.engine import Engine
 from trainer.distributed.execution import make_execution_plan
 from trainer.distributed.process_group import destroy_process_group, init_distributed
-from trainer.distributed.memory_count import PassSetup
-from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_memory
+from trainer.distributed.memory import ParamCounts, PassSetup, estimate_memory, pass_memory
 from trainer.model.build import build_model, load_config
-from trainer.training.memory_check import pass_memory
 
 room.tune_malloc = lambda: None  # what tensors need, not what the C library keeps of it
 def resident(key):
@@ -57,7 +55,7 @@ setup = PassSetup(
 )
 estimate = estimate_memory(
     ParamCounts.from_model_info(model.metadata), pass_memory(settings, setup),
-    Sharding(stage=zero.stage, world_size=1), precision="fp32", is_gpu=False, accumulates=accumulates,
+    zero, 1, precision="fp32", is_gpu=False, accumulates=accumulates,
 )
 print(json.dumps({"grown": grown, "estimate": estimate.peak}))
 world.watchdog.close()

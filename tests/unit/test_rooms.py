@@ -50,7 +50,6 @@ TORCH_FREE = (
     "training.diagnostics",
     "distributed.watch",
     "distributed.launch_environment",
-    "distributed.memory_estimate",
     "report.compare_cli",
     "tools.study.study",
     "tools.cluster",

@@ -1,7 +1,7 @@
-"""ZeRO file and settings -> DeepSpeed's dict, as pure functions; which file where the user named none."""
+"""ZeRO file and settings -> DeepSpeed's dict, as pure functions."""
 
 import json
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -11,11 +11,8 @@ from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import UserError
 from trainer.config.files import parse_json
-from trainer.distributed.memory_estimate import ParamCounts, Sharding, estimate_model_states
 
 DS_CONFIG_DIR = Path(__file__).parent.parent.parent / "ds_configs"
-MAX_STATE_FRACTION = 0.5  # of a device's memory; model state beyond it is divided over the ranks
-MAX_ESTIMATE_FRACTION = 0.9  # of a device's memory, for all that a single rank is estimated to hold
 
 _KEYS_SET_BY_FLAGS = (
     "train_batch_size",
@@ -162,54 +159,6 @@ def _walk_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
             path = f"{prefix}.{key}" if prefix else key
             yield key, path, child
             yield from _walk_keys(child, path)
-
-
-def choose_deepspeed_file(
-    *,
-    counts: ParamCounts,
-    world_size: int,
-    device_memory_bytes: float | None,
-    precision: str,
-    estimate_bytes: Callable[[DeepSpeedFile], float],
-    stages: Container[int] = range(4),
-) -> DeepSpeedFile:
-    """The ZeRO file where the user named none, and why.
-
-    `device_memory_bytes`: of the smallest device; None: not what decides, as for one rank on a CPU. `estimate_bytes`:
-    of all that a rank holds on its device under a file. `stages`: those that the run's other flags allow.
-    """
-    frozen_bytes = counts.frozen * (2 if precision == "bf16" and counts.quantized_bytes is None else 0)
-
-    def state_bytes(stage: int) -> float:
-        states = estimate_model_states(counts, Sharding(stage=stage, world_size=world_size), precision=precision)
-        return states.total - (frozen_bytes if stage < 3 else 0)  # held in bfloat16, where frozen and not sharded
-
-    candidates = [stage for stage in ((1, 2, 3) if precision == "fp16" else (0, 2, 3)) if stage in stages]
-    first = candidates[0]
-    if world_size == 1:
-        unsharded = read_deepspeed_file(f"zero{first}", "one rank: there is nothing to shard")
-        if device_memory_bytes is None or 2 not in candidates:
-            return unsharded
-        needed_bytes = estimate_bytes(unsharded)
-        if needed_bytes <= MAX_ESTIMATE_FRACTION * device_memory_bytes:
-            return unsharded
-        sizes = f"{needed_bytes / 2**30:.1f} of {device_memory_bytes / 2**30:.1f} GiB"
-        return read_deepspeed_file("zero2_offload", f"zero{first} would take {sizes}: the optimizer moves to the host")
-    fitting = [
-        stage
-        for stage in candidates
-        if device_memory_bytes is None or state_bytes(stage) <= MAX_STATE_FRACTION * device_memory_bytes
-    ]
-    stage = (fitting or candidates[-1:])[0]
-    size = state_bytes(first)
-    state = f"{size / 2**30:.1f} GiB of state" if size >= 2**29 else f"{size / 2**20:.0f} MiB of state"
-    if stage == first:
-        more = f"; --ds-config zero1 to zero{candidates[-1]} shard it" if stage == 0 and len(candidates) > 1 else ""
-        return read_deepspeed_file(
-            f"zero{stage}", f"{state} {'fit' if fitting else 'do not fit in half of a device'}{more}"
-        )
-    parts = "weights are sharded too" if stage == 3 else "gradients and optimizer state are sharded"
-    return read_deepspeed_file(f"zero{stage}", f"{state} do not fit in half of a device: {parts}")
 
 
 def build_deepspeed_config(

@@ -21,8 +21,7 @@ from trainer.config.schema import TrainSettings
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch, MicroBatch
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.distributed.decoding import decode
-from trainer.distributed.execution import ExecutionPlan, PlanChange
-from trainer.distributed.frozen_bf16 import cast_frozen_weights
+from trainer.distributed.execution import ExecutionPlan, PlanChange, cast_frozen_weights
 from trainer.distributed.process_group import DistContext, peak_memory_bytes, tune_malloc
 from trainer.distributed.state_dict import EngineState
 from trainer.distributed.stepper import DeepSpeedStepper, NonFiniteError, PlainStepper

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -63,6 +64,15 @@ class DistContext:
         if self.planned_gpu_bytes or self.device.type != "cuda":
             return self.planned_gpu_bytes
         return torch.cuda.get_device_properties(self.device).total_memory
+
+    def free_host_bytes(self) -> float:
+        """Bytes of the host's memory that are free now, for each rank on it."""
+        return float(psutil.virtual_memory().available / self.local_world_size)
+
+    def available_bytes(self) -> float:
+        """Bytes that one rank may use: its GPU's, or its share of the memory that is free now."""
+        device_bytes = self.device_memory_bytes()
+        return self.free_host_bytes() if device_bytes is None else float(device_bytes)
 
     def supports_bf16(self) -> bool:
         """Whether the device computes in bf16 itself; a GPU that is only planned for is taken to."""

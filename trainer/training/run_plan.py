@@ -16,21 +16,21 @@ from trainer.config.presets import preset_notes
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
-from trainer.distributed.deepspeed_config import (
-    DeepSpeedFile,
-    build_deepspeed_config,
-    choose_deepspeed_file,
-    read_deepspeed_file,
-)
+from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import AS_PLANNED, ExecutionPlan, make_execution_plan
-from trainer.distributed.memory_estimate import CUDA_CONTEXT_BYTES, ParamCounts
+from trainer.distributed.memory import (
+    CUDA_CONTEXT_BYTES,
+    MemoryEstimate,
+    ParamCounts,
+    choose_deepspeed_file,
+    estimate_rank_memory,
+)
 from trainer.distributed.process_group import DistContext
 from trainer.model import optimizer
 from trainer.model.attention import attention_kernel
 from trainer.model.build import get_dropout_probabilities
 from trainer.training.data_setup import describe_padding, plan_packing
 from trainer.training.lr_schedule import describe_schedule
-from trainer.training.memory_check import estimate_rank_memory
 from trainer.training.plan_validation import validate_stage, zero_3_problem
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
 from trainer.training.schedule import TrainSchedule
@@ -57,6 +57,24 @@ class RunPlan:
     def precision(self) -> str:
         """fp32, bf16 or fp16."""
         return self.execution.precision
+
+    def estimate_memory(
+        self, deepspeed_file: DeepSpeedFile, row_length: int, micro_batch_size: int | None = None
+    ) -> MemoryEstimate:
+        """The memory of a rank under a ZeRO file, with rows of `row_length` tokens.
+
+        `micro_batch_size`: another than the plan's.
+        """
+        return estimate_rank_memory(
+            self.settings,
+            self.dist_context,
+            self.model_info,
+            deepspeed_file,
+            precision=self.precision,
+            model_dropout=self.dropout,
+            row_length=row_length,
+            micro_batch_size=micro_batch_size or self.schedule.batch.micro_batch_size,
+        )
 
     def summary_lines(self) -> list[tuple[str, str]]:
         """The plan as (what, value) for people."""

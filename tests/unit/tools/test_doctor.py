@@ -19,7 +19,7 @@ from helpers.tiny_inputs import TEMPLATE_FLAGS, tiny_argv
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.data.dataset import PreparedDataset, TokenDataset
-from trainer.distributed.process_group import simulated_context
+from trainer.distributed.process_group import DistContext, simulated_context
 from trainer.tools.doctor import checks, doctor, rehearsal
 from trainer.tools.doctor.checks import LEVELS, format_bytes
 
@@ -195,7 +195,7 @@ def test_doctor_estimates_memory_for_every_zero_file_and_too_little_is_an_error(
     assert [row["ds_config"] for row in table] == list(DS_CONFIG_NAMES)
     assert [row["ds_config"] for row in table if row["chosen"]] == ["zero0"]
     assert set(worst_levels(checks.check_memory(plan, table)).values()) == {"ok"}
-    monkeypatch.setattr(checks, "available_bytes", lambda plan: 1000.0)
+    monkeypatch.setattr(DistContext, "available_bytes", lambda self: 1000.0)
     small = checks.build_memory_table(plan, 32)
     assert not any(row["fits"] for row in small)
     assert worst_levels(checks.check_memory(plan, small)) == {"memory": "error"}

@@ -23,10 +23,10 @@ from trainer.config.text import list_some
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.launch_environment import FORWARDED_PREFIXES
+from trainer.distributed.memory import required_bytes
 from trainer.distributed.preflight import package_version
 from trainer.distributed.process_group import find_free_port, forwarded_env_prefixes, supports_bf16
 from trainer.model.build import TrainableModel, get_max_positions, list_adapted_layers
-from trainer.training.memory_check import available_bytes, estimate_plan, free_host_bytes, required_bytes
 from trainer.training.run_plan import RunPlan
 
 OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")
@@ -335,14 +335,14 @@ def build_memory_table(plan: RunPlan, row_length: int) -> list[dict[str, Any]]:
     """
     files = [read_deepspeed_file(name) for name in DS_CONFIG_NAMES]
     files += [plan.deepspeed_file] if plan.deepspeed_file.name not in DS_CONFIG_NAMES else []
-    table = []
+    table, context = [], plan.dist_context
     for file in files:
-        estimate = estimate_plan(plan, file, row_length)
-        device_bytes, host_bytes = required_bytes(plan, estimate)
+        estimate = plan.estimate_memory(file, row_length)
+        device_bytes, host_bytes = required_bytes(estimate, plan.model_info["parameters"], context.device)
         row = {
             "ds_config": file.name,
             "chosen": file.name == plan.deepspeed_file.name,
-            "fits": device_bytes <= available_bytes(plan) and host_bytes <= free_host_bytes(plan),
+            "fits": device_bytes <= context.available_bytes() and host_bytes <= context.free_host_bytes(),
             "weights": estimate.model_states.weights,
             "gradients": estimate.model_states.gradients,
             "optimizer": estimate.model_states.optimizer,
@@ -359,7 +359,7 @@ def build_memory_table(plan: RunPlan, row_length: int) -> list[dict[str, Any]]:
 def check_memory(plan: RunPlan, table: list[dict[str, Any]]) -> Iterator[Check]:
     """Whether the chosen file fits, and what would, where it does not."""
     chosen = next(row for row in table if row["chosen"])
-    limit_bytes, is_gpu = available_bytes(plan), plan.dist_context.device.type == "cuda"
+    limit_bytes, is_gpu = plan.dist_context.available_bytes(), plan.dist_context.device.type == "cuda"
     capacity = "a GPU" if is_gpu else f"free memory for each of {plan.dist_context.local_world_size}"
     message = f"{chosen['ds_config']}: {format_bytes(chosen['peak'])} at most, {format_bytes(limit_bytes)} {capacity}"
     if not chosen["fits"]:

@@ -16,10 +16,10 @@ from trainer.config.batch_config import BatchConfig
 from trainer.config.errors import TrainingError, UserError
 from trainer.config.files import write_atomically
 from trainer.data.dataset import PreparedDataset
+from trainer.distributed.memory import required_bytes
 from trainer.tools.finders.batch_worker import OUT_OF_MEMORY_EXIT_CODE
 from trainer.tools.finders.files import output_folder
 from trainer.tools.worker_processes import failure_reason, run_ranks
-from trainer.training.memory_check import estimate_plan, free_host_bytes, required_bytes
 from trainer.training.run_plan import RunPlan
 
 #: Of the memory that is free; on a CPU what is beyond it is taken from other programs, not refused.
@@ -118,10 +118,11 @@ def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) ->
     """(ascending sizes that may be tried, what was left out and why): CPU ranks by estimate, GPUs try all."""
     if plan.dist_context.device.type == "cuda":
         return list(sizes), ""
-    limit_bytes = MEMORY_BUDGET_SHARE * free_host_bytes(plan)
+    limit_bytes = MEMORY_BUDGET_SHARE * plan.dist_context.free_host_bytes()
     budget_note = f"budget {limit_bytes / 2**30:.1f} GiB per rank ({MEMORY_BUDGET_SHARE:.0%} of the free memory)"
     for index, size in enumerate(sizes):
-        needed_bytes = required_bytes(plan, estimate_plan(plan, plan.deepspeed_file, row_length, size))[0]
+        estimate = plan.estimate_memory(plan.deepspeed_file, row_length, size)
+        needed_bytes = required_bytes(estimate, plan.model_info["parameters"], plan.dist_context.device)[0]
         if needed_bytes > limit_bytes:
             note = f"not tried: {size} and above, estimated at {needed_bytes / 2**30:.1f} GiB or more"
             return list(sizes[:index]), f"{budget_note}; {note}"

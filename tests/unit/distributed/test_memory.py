@@ -7,29 +7,42 @@ import pytest
 import torch
 
 from trainer.config import cli
-from trainer.distributed.frozen_bf16 import cast_frozen_weights
-from trainer.distributed.memory_count import LiveBytes, PassSetup, count_pass_memory
-from trainer.distributed.memory_estimate import (
+from trainer.distributed.deepspeed_config import DeepSpeedFile
+from trainer.distributed.execution import cast_frozen_weights
+from trainer.distributed.memory import (
+    MAX_COUNTED_TOKENS,
+    LiveBytes,
     MemoryEstimate,
+    ModelStates,
     ParamCounts,
     PassMemory,
-    Sharding,
+    PassSetup,
+    count_pass_memory,
     estimate_memory,
     estimate_model_states,
+    pass_memory,
 )
 from trainer.model import cpu_attention
 from trainer.model.build import TrainableModel, build_model
 from trainer.model.loss import CausalLMLoss
 from trainer.model.quantization import set_compute_dtype
-from trainer.training.memory_check import MAX_COUNTED_TOKENS, pass_memory
 
 GIB = 2**30
 NO_PASS = PassMemory(saved=0, peak=0, peak_with_gradients=0)
+CPU = {"device": "cpu"}
+
+
+def zero_file(stage: int, **offloads: Any) -> DeepSpeedFile:
+    return DeepSpeedFile(name="test", content={"zero_optimization": {"stage": stage, **offloads}}, reason="")
 
 
 def estimate(counts: ParamCounts, passes: PassMemory, stage: int = 0, ranks: int = 1, **fields: Any) -> MemoryEstimate:
     settings = {"precision": "fp32", "is_gpu": True, "accumulates": False, **fields}
-    return estimate_memory(counts, passes, Sharding(stage=stage, world_size=ranks), **settings)
+    return estimate_memory(counts, passes, zero_file(stage), ranks, **settings)
+
+
+def states_of(counts: ParamCounts, stage: int, ranks: int, **offloads: Any) -> ModelStates:
+    return estimate_model_states(counts, zero_file(stage, **offloads), ranks, precision="fp32")
 
 
 # --- state, by hand ---
@@ -40,34 +53,31 @@ def estimate(counts: ParamCounts, passes: PassMemory, stage: int = 0, ranks: int
     [(0, 1, 16), (0, 8, 16), (1, 1, 20), (1, 4, 8 + 12 / 4), (2, 4, 4 + 16 / 4), (3, 4, 20 / 4)],
 )
 def test_state_bytes_per_trained_weight_follow_the_zero_stage(stage, ranks, expected):
-    states = estimate_model_states(ParamCounts(frozen=0, trainable=1000), Sharding(stage=stage, world_size=ranks))
-    assert states.total == pytest.approx(1000 * expected)
+    counts = ParamCounts(frozen=0, trainable=1000)
+    assert states_of(counts, stage, ranks).total == pytest.approx(1000 * expected)
 
 
-def test_frozen_weights_take_no_gradient_and_no_optimizer_state_and_zero3_shards_them():
-    counts = ParamCounts(frozen=1000, trainable=10)
-    for stage in (0, 1, 2):
-        states = estimate_model_states(counts, Sharding(stage=stage, world_size=4))
-        assert states.weights == 4 * 1010
-        assert states.gradients + states.optimizer <= 16 * 10
-    assert estimate_model_states(counts, Sharding(stage=3, world_size=4)).weights == 1010
+@pytest.mark.parametrize(("stage", "expected_weights"), [(0, 4 * 1010), (1, 4 * 1010), (2, 4 * 1010), (3, 1010)])
+def test_frozen_weights_take_no_gradient_and_no_optimizer_state_and_zero3_shards_them(stage, expected_weights):
+    states = states_of(ParamCounts(frozen=1000, trainable=10), stage, 4)
+    assert states.weights == expected_weights
+    assert states.gradients + states.optimizer <= 16 * 10
 
 
 def test_offload_moves_bytes_and_loses_none():
     counts = ParamCounts(frozen=0, trainable=1000)
-    on_device = estimate_model_states(counts, Sharding(stage=2, world_size=2))
-    offloaded = estimate_model_states(counts, Sharding(stage=2, world_size=2, offloads_optimizer=True))
-    assert offloaded.total + offloaded.host == on_device.total
+    offloaded = states_of(counts, 2, 2, offload_optimizer=CPU)
+    assert offloaded.total + offloaded.host == states_of(counts, 2, 2).total
     assert offloaded.total == 4 * 1000, "the weights stay"
-    everything = Sharding(stage=3, world_size=2, offloads_optimizer=True, offloads_params=True)
-    assert estimate_model_states(counts, everything).total == 0
+    assert states_of(counts, 3, 2, offload_optimizer=CPU, offload_param=CPU).total == 0
 
 
-def test_param_counts_add_adapters_to_the_base():
-    lora = ParamCounts.from_model_info({"parameters": 1000, "trainable": 10, "lora_targets": ["c_attn"]})
-    assert (lora.frozen, lora.trainable) == (1000, 10)
-    full = ParamCounts.from_model_info({"parameters": 1000, "trainable": 1000, "lora_targets": []})
-    assert (full.frozen, full.trainable) == (0, 1000)
+@pytest.mark.parametrize(
+    ("trainable", "targets", "expected"), [(10, ["c_attn"], (1000, 10)), (1000, [], (0, 1000)), (400, [], (600, 400))]
+)
+def test_param_counts_add_adapters_to_the_base(trainable, targets, expected):
+    counts = ParamCounts.from_model_info({"parameters": 1000, "trainable": trainable, "lora_targets": targets})
+    assert (counts.frozen, counts.trainable) == expected
 
 
 def test_the_memory_estimate_counts_a_quantized_base_at_its_own_size():
@@ -171,7 +181,7 @@ def test_the_count_without_data_is_what_real_tensors_hold(small_model, flags, fi
     if precision == "bf16" and "lora" in flags:
         fields = {**fields, "casts_frozen_weights": True}
     settings, setup = parse(small_model, flags), cpu_setup(precision=precision, **fields)
-    counted = count_pass_memory(lambda: build_model(settings, on_meta=True), setup)
+    counted = count_pass_memory(settings, setup)
     real = real_pass_memory(build_model(settings, with_fingerprint=False), setup)
     assert counted.cast_weights == real.cast_weights
     for name in ("saved", "peak", "peak_with_gradients"):
@@ -182,7 +192,7 @@ def test_the_count_without_data_is_what_real_tensors_hold(small_model, flags, fi
 def test_the_count_of_a_quantized_base_is_near_what_real_tensors_hold(small_model, kind, precision):
     """bitsandbytes keeps small tensors of its own, which the stand-in for its layers leaves out."""
     settings, setup = parse(small_model, f"--mode lora --quant {kind}"), cpu_setup(precision=precision)
-    counted = count_pass_memory(lambda: build_model(settings, on_meta=True), setup)
+    counted = count_pass_memory(settings, setup)
     real = real_pass_memory(build_model(settings, with_fingerprint=False), setup)
     assert counted.saved == pytest.approx(real.saved, rel=0.01)
     assert counted.peak == pytest.approx(real.peak, rel=0.05), "passing tensors of its own as well"
@@ -198,10 +208,7 @@ def test_gradients_that_have_arrived_at_their_weight_are_counted_apart():
 def test_the_count_changes_no_random_state_and_accumulated_gradients_are_in_it(small_model):
     settings = parse(small_model, "--mode full")
     before = torch.get_rng_state()
-    once, again = (
-        count_pass_memory(lambda: build_model(settings, on_meta=True), cpu_setup(accumulates=accumulates))
-        for accumulates in (False, True)
-    )
+    once, again = (count_pass_memory(settings, cpu_setup(accumulates=accumulates)) for accumulates in (False, True))
     assert torch.equal(torch.get_rng_state(), before)
     gradients = 4 * build_model(settings, on_meta=True).metadata["trainable"]
     assert again.peak_with_gradients >= again.peak + gradients
@@ -212,7 +219,7 @@ def test_a_large_micro_batch_follows_from_two_small_ones(small_model):
     settings = parse(small_model, "--mode lora")
     size = 3 * MAX_COUNTED_TOKENS // 256
     setup = cpu_setup(micro_batch_size=size, sequence_length=256)
-    direct = count_pass_memory(lambda: build_model(settings, on_meta=True), setup)
+    direct = count_pass_memory(settings, setup)
     inferred = pass_memory(settings, setup)
     assert inferred.saved == pytest.approx(direct.saved, rel=1e-3)
     assert inferred.peak == pytest.approx(direct.peak, rel=0.05)
