@@ -25,12 +25,10 @@ from helpers.fake_wandb import API_KEY, FakeWandb, child_env
 from trainer.config.errors import UserError
 from trainer.config.reference import CURVE
 from trainer.config.schema import OutputSettings
-from trainer.tracking import wandb_file, wandb_logger
+from trainer.tracking import wandb_logger
 from trainer.tracking.records import EvalRecord, EventRecord, Record
-from trainer.tracking.wandb_environment import wandb_block, wandb_mode
-from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, reference_row, run_group, run_tags, wandb_config, wandb_row
-from trainer.tracking.wandb_logger import WandbLogger, start_wandb
+from trainer.tracking.wandb_logger import WandbFile, WandbLogger, start_wandb, wandb_block, wandb_mode
 
 METADATA = make_metadata("lora")
 RECORDS = make_records(METADATA)  # 90 steps in 3 epochs, 4 evaluations, 3 means, the end
@@ -89,7 +87,8 @@ def test_the_wandb_mode_is_the_flag_then_the_variable_then_the_login(
     flag: str | None, variables: dict[str, str], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert wandb_mode(flag, {"HOME": str(tmp_path), **variables}) == mode
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path), **variables})
+    assert wandb_mode(flag) == mode
 
 
 @pytest.mark.parametrize(
@@ -102,42 +101,51 @@ def test_the_wandb_mode_is_the_flag_then_the_variable_then_the_login(
         (None, {"WANDB_RUN_ID": "night-7"}, {"id": "night-7"}),
     ],
 )
-def test_the_wandb_run_is_named_by_flags_then_variables_then_by_us(flag, variables, expected, tmp_path) -> None:
-    block = wandb_block(OutputSettings(wandb_project=flag), "events.csv", {"HOME": str(tmp_path), **variables})
+def test_the_wandb_run_is_named_by_flags_then_variables_then_by_us(
+    flag, variables, expected, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path), **variables})
+    block = wandb_block(OutputSettings(wandb_project=flag), "events.csv")
     assert {name: block[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["WANDB_RUN_ID", "WANDB_PROJECT"])
-def test_a_variable_that_names_no_run_or_project_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_variable_that_names_no_run_or_project_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "a/b")
     with pytest.raises(UserError, match=f"{name} a/b: expected "):
-        wandb_block(OutputSettings(), "events.csv", {"HOME": str(tmp_path), name: "a/b"})
+        wandb_block(OutputSettings(), "events.csv")
 
 
-def test_wandb_online_without_a_login_is_one_line_and_not_a_prompt(tmp_path: Path) -> None:
+def test_wandb_online_without_a_login_is_one_line_and_not_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})
     with pytest.raises(UserError, match="--wandb online: not logged in; run `wandb login`"):
-        wandb_mode("online", {"HOME": str(tmp_path)})
+        wandb_mode("online")
 
 
 def test_a_wandb_login_is_found_in_netrc_for_the_server_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    home = {"HOME": str(tmp_path)}
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})
     (tmp_path / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {API_KEY}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert wandb_mode(None, home) == "online"
-    assert wandb_mode(None, {**home, "WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+    assert wandb_mode(None) == "online"
+    os.environ["WANDB_BASE_URL"] = "https://wandb.example.org"
+    assert wandb_mode(None) == "offline"
     (tmp_path / "other").write_text("machine wandb.example.org login user password " + API_KEY)
     (tmp_path / "other").chmod(0o600)
-    other = {**home, "WANDB_BASE_URL": "https://wandb.example.org", "NETRC": str(tmp_path / "other")}
-    assert wandb_mode(None, other) == "online"
-    (tmp_path / ".netrc").write_text("machine\nmachine machine")  # broken: nobody is logged in
-    assert wandb_mode(None, home) == "offline"
+    os.environ["NETRC"] = str(tmp_path / "other")
+    assert wandb_mode(None) == "online"
+    (tmp_path / "other").write_text("machine\nmachine machine")  # broken: nobody is logged in
+    assert wandb_mode(None) == "offline"
 
 
 def test_the_offline_switch_of_wandb_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".config" / "wandb").mkdir(parents=True)
     (tmp_path / ".config" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
-    assert wandb_mode(None, {"HOME": str(tmp_path), "WANDB_API_KEY": API_KEY}) == "offline"
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path), "WANDB_API_KEY": API_KEY})
+    assert wandb_mode(None) == "offline"
 
 
 # Weights & Biases: a failure never stops a run
@@ -207,7 +215,7 @@ def test_the_last_step_is_read_and_no_thread_stays(lines, expected, tmp_path, mo
     file.parent.mkdir(parents=True)
     file.touch()
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(wandb_file.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(wandb_logger.importlib.util, "find_spec", lambda name: spec)
     assert wandb_logger._last_step(tmp_path, "mine") == expected
     timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     assert all(timer.finished.is_set() for timer in timers)
@@ -220,7 +228,9 @@ import logging, os, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from helpers.fake_runs import make_metadata, make_records
-from trainer.tracking.wandb_logger import start_wandb
+from trainer.tracking import wandb_logger
+
+wandb_logger.INIT_TIMEOUT_SECONDS = wandb_logger.FINISH_TIMEOUT_SECONDS = 3
 
 def forbid(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple) and args[1][0] not in ("127.0.0.1", "localhost", "::1"):
@@ -233,7 +243,7 @@ logging.basicConfig(stream=sys.stdout, format="%(message)s")
 logging.getLogger("trainer").setLevel(logging.INFO)
 mode, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 run = make_metadata("lora", wandb__mode=mode)
-sink = start_wandb(run, Path("run"), is_resumed=first > 0, init_seconds=3, finish_seconds=3)
+sink = wandb_logger.start_wandb(run, Path("run"), is_resumed=first > 0)
 for record in make_records(run):
     if first <= record.step <= last and not (first and record.step == first):
         sink.log(record)

@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers import launch_ranks
 from helpers.engines import joined_ranks, start_engine
 from trainer.export import export_cli
-from trainer.tracking.wandb_environment import wandb_block
+from trainer.tracking.wandb_logger import wandb_block
 from trainer.training.loop import train
 
 

@@ -89,11 +89,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
     fsync_path(folder.parent)
 
 
-def open_for_append(path: Path) -> int:
-    """A descriptor that appends to `path`, made where it is not there; OSError for a link."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-
-
 def fsync_path(path: Path) -> None:
     """Hand a file, or the names in a folder, to the disk."""
     file = os.open(path, os.O_RDONLY)

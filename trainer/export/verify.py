@@ -173,9 +173,9 @@ def load_folder(folder: Path, base_path: str | None, device: torch.device) -> An
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
     if base_path is None:
-        return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options).to(device).eval()
     from peft import PeftConfig, PeftModel
 
     quantization_file = folder / QUANTIZATION_FILE
@@ -186,7 +186,7 @@ def load_folder(folder: Path, base_path: str | None, device: torch.device) -> An
         config = json.loads(quantization_file.read_text(encoding="utf-8"))["quantization_config"]
         options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": device}}
     revision = PeftConfig.from_pretrained(folder).revision or "main"
-    causal = AutoModelForCausalLM.from_pretrained(base_path, revision=revision, **options)
+    causal = AutoModelForCausalLM.from_pretrained(base_path, revision=revision, trust_remote_code=False, **options)
     model = PeftModel.from_pretrained(causal if is_packed else causal.to(device), folder)
     if is_packed:
         quantization.disable_avx512_repacking(model)

@@ -26,8 +26,8 @@ from trainer.report.run_data import (
     to_float,
 )
 from trainer.tracking.records import EventRecord
-from trainer.tracking.wandb_file import WandbFile
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
+from trainer.tracking.wandb_logger import WandbFile
 
 API_TIMEOUT_SECONDS = 30  # a server that answers no request in this time is taken for dead
 
@@ -144,7 +144,7 @@ def read_offline(source: str, files: list[Path]) -> RunData:
 
 def read_online(path: str) -> RunData:
     """The run at entity/project/run_id on the server; RunReadError where it cannot be had. Asks for no login."""
-    from trainer.tracking.wandb_environment import is_logged_in
+    from trainer.tracking.wandb_logger import is_logged_in
 
     if not is_logged_in():
         raise RunReadError("no such folder; and to read it from W&B, run `wandb login` or set WANDB_API_KEY first")

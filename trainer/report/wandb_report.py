@@ -38,7 +38,7 @@ BAR_PANELS = (("Peak memory (bytes)", "peak_memory_bytes"), ("Best validation lo
 
 def parse_target(text: str) -> tuple[str, str]:
     """(entity, project) of --wandb-report; UserError where it is none, or nothing could be sent, before slow work."""
-    from trainer.tracking.wandb_environment import is_logged_in
+    from trainer.tracking.wandb_logger import is_logged_in
 
     entity, _, project = text.strip("/").partition("/")
     if not entity or not project or "/" in project:
@@ -232,8 +232,7 @@ def log_reference(target: str) -> str:
     or on the server, is left as it is: `wandb sync` from two places would double its rows.
     """
     from trainer.data import cache
-    from trainer.tracking.wandb_environment import wandb_mode
-    from trainer.tracking.wandb_logger import prepare_environment
+    from trainer.tracking.wandb_logger import prepare_environment, wandb_mode
 
     entity, _, project = target.rpartition("/")
     log_dir = cache.resolve_cache_dir() / "card" / target.replace("/", "-")

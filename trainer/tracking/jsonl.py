@@ -1,13 +1,14 @@
 """metrics.jsonl: one row a line, handed to the system before the next step begins, to the disk at the end."""
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.files import open_for_append, replace_atomically, write_all
+from trainer.config.files import replace_atomically, write_all
 from trainer.tracking.records import (
     EpochRecord,
     EvalRecord,
@@ -41,23 +42,16 @@ class JsonlLogger:
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
-        self._path = path
-        self._hash = hashlib.sha256()
-        self._num_rows = 0
+        self._path, self._hash, self._num_rows = path, hashlib.sha256(), 0
         try:
-            self._file = open_for_append(path)
-            size = os.fstat(self._file).st_size
-            if size and not resume:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
+            if os.fstat(self._file).st_size and not resume:
                 os.close(self._file)
                 raise UserError(
                     f"{path} already holds the rows of a run: pass --resume to go on, or another --output-dir"
                 )
-            whole_size = 0
-            for line in _iter_whole_lines(path) if size else ():
+            for line in iter_lines(path) if resume else ():
                 self._add_to_digest(line)
-                whole_size += len(line)
-            if whole_size < size:  # the rest is a line that a kill cut off
-                os.ftruncate(self._file, whole_size)
         except OSError as error:
             raise _write_error(path, error) from error
 
@@ -66,10 +60,9 @@ class JsonlLogger:
         line = to_line(record).encode() + b"\n"
         try:
             old_size = os.fstat(self._file).st_size
-            num_written = os.write(self._file, line)
-            if num_written < len(line):
+            if os.write(self._file, line) < len(line):
                 os.ftruncate(self._file, old_size)
-                raise OSError(28, "No space left on device")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise _write_error(self._path, error) from error
         self._add_to_digest(line)
@@ -95,52 +88,33 @@ class JsonlLogger:
             os.close(file)
 
 
-def find_changed_rows(path: Path, digests: Sequence[RowsDigest]) -> str | None:
-    """Which rows are not as they were written, in half a sentence; None where all are.
-
-    `digests`: of the checkpoint that is resumed from and, to narrow the place down, of those before it.
-    """
-    if not digests:
-        return None
-    pending = sorted(digests, key=lambda digest: digest.num_rows)
-    num_rows, first_suspect, running_hash = 0, 1, hashlib.sha256()
+def find_changed_rows(path: Path, expected: RowsDigest) -> str | None:
+    """How the rows differ from when a checkpoint was saved, in half a sentence; None where they do not."""
+    num_rows, rows_hash, last_step = 0, hashlib.sha256(), 0
     try:
-        lines = _iter_whole_lines(path)
-        for expected in pending:
-            while num_rows < expected.num_rows and (line := next(lines, None)) is not None:
-                running_hash.update(line)
-                num_rows += 1
-            if num_rows < expected.num_rows or running_hash.hexdigest() != expected.sha256:
-                if place := _find_step_gap(path, expected.num_rows):
-                    return place
-                if num_rows < expected.num_rows:
-                    return f"it has {num_rows} of the {pending[-1].num_rows} rows that were written"
-                return f"one of lines {first_suspect} to {expected.num_rows} was changed"
-            first_suspect = num_rows + 1
+        for line in islice(iter_lines(path), expected.num_rows):
+            rows_hash.update(line)
+            num_rows += line.endswith(b"\n")
+        if num_rows == expected.num_rows and rows_hash.hexdigest() == expected.sha256:
+            return None
+        for number, line in enumerate(islice(iter_lines(path), num_rows), start=1):
+            try:
+                record = from_line(line)
+            except ValueError:
+                return f"line {number} is not a record"
+            if isinstance(record, StepRecord) or (isinstance(record, EventRecord) and record.event == "skipped_step"):
+                if record.step != last_step + 1:
+                    return f"line {number}: step {record.step} follows step {last_step}"
+                last_step = record.step
     except FileNotFoundError:
-        return f"it is gone, with the {pending[-1].num_rows} rows that were written" if pending[-1].num_rows else None
+        return f"it is gone, with the {expected.num_rows} rows that were written" if expected.num_rows else None
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
     except ValueError as error:
         return str(error).removeprefix(f"{path}, ")
-    return None
-
-
-def _find_step_gap(path: Path, num_rows: int) -> str | None:
-    """The first of the rows that is no record, or a step that does not follow the one before it."""
-    last_step = 0
-    for number, line in enumerate(_iter_whole_lines(path), start=1):
-        if number > num_rows:
-            return None
-        try:
-            record = from_line(line)
-        except ValueError:
-            return f"line {number} is not a record"
-        if isinstance(record, StepRecord) or (isinstance(record, EventRecord) and record.event == "skipped_step"):
-            if record.step != last_step + 1:
-                return f"line {number}: step {record.step} follows step {last_step}"
-            last_step = record.step
-    return None
+    if num_rows < expected.num_rows:
+        return f"it has {num_rows} of the {expected.num_rows} rows that were written"
+    return f"one of its first {num_rows} lines was changed"
 
 
 def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
@@ -148,43 +122,32 @@ def rewind(path: Path, step: int, *, eval_pending: bool = False) -> int:
 
     `eval_pending`: what is due after the step is still to come, so its evaluation and epoch rows go too.
 
-    A run killed between two checkpoints leaves rows of steps that will be done again. The file is replaced
-    whole or not at all, and read a line at a time, with a byte of memory for each. A line within it that is no record
-    is a UserError.
+    A run killed between two checkpoints leaves rows of steps that will be done again, and may leave half a row. The
+    file is replaced whole or not at all, and read a line at a time. A line within it that is no record is a UserError.
     """
+    num_dropped = 0
     try:
-        lines = enumerate(iter_lines(path), start=1)
-        keep = bytearray(_is_continued(path, n, line, step, eval_pending) for n, line in lines)
-        if not all(keep):
-            with replace_atomically(path) as file:
-                for is_kept, line in zip(keep, iter_lines(path), strict=True):
-                    if is_kept:
-                        write_all(file, line)
+        with replace_atomically(path) as file:
+            for number, line in enumerate(iter_lines(path), start=1):
+                if not line.endswith(b"\n"):  # the last one, cut off by a kill
+                    num_dropped += 1
+                    break
+                try:
+                    record = from_line(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+                event = record.event if isinstance(record, EventRecord) else None
+                is_run_end = event == "finished" or (event in FINAL_EVALUATIONS and record.step > 0)
+                follows_evaluation = isinstance(record, EvalRecord | EpochRecord) or event in EVALUATION_EVENTS
+                if record.step > step or is_run_end or (eval_pending and record.step == step and follows_evaluation):
+                    num_dropped += 1
+                else:
+                    write_all(file, line)
     except OSError as error:
         raise _write_error(path, error) from error
     except ValueError as error:
         raise UserError(f"{error}; cannot resume from a damaged file") from error
-    return keep.count(0)
-
-
-def _is_continued(path: Path, number: int, line: bytes, step: int, eval_pending: bool) -> bool:
-    """Whether a row stays when the run goes on after `step`."""
-    if not line.endswith(b"\n"):
-        return False  # cut off by a kill
-    try:
-        record = from_line(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from error
-    event = record.event if isinstance(record, EventRecord) else None
-    is_run_end = event == "finished" or (event in FINAL_EVALUATIONS and record.step > 0)
-    follows_evaluation = isinstance(record, EvalRecord | EpochRecord) or event in EVALUATION_EVENTS
-    is_repeated = eval_pending and record.step == step and follows_evaluation
-    return not (record.step > step or is_run_end or is_repeated)
-
-
-def _iter_whole_lines(path: Path) -> Iterator[bytes]:
-    """The lines that end in a newline: one that a kill cut off can only be the last."""
-    return (line for line in iter_lines(path) if line.endswith(b"\n"))
+    return num_dropped
 
 
 def _write_error(path: Path, error: OSError) -> TrainingError:

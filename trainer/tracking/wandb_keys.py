@@ -41,13 +41,6 @@ def wandb_row(record: Record) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def sample_row(record: EventRecord) -> dict[str, float]:
-    """The history row of the scores of an evaluation's samples; {} where none were asked for."""
-    scores = record.facts.get("scores") or {}
-    axes = {axis: record.facts[axis] for axis in AXES}
-    return {**axes, **{f"sample/{name}": score for name, score in scores.items()}}
-
-
 def reference_row(row: ReferenceRow) -> dict[str, float]:
     """The same names for one line of the card's table; its samples and tokens are not known and left out."""
     return {
@@ -87,17 +80,18 @@ def wandb_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         config |= {f"lora_{name}": value for name, value in settings["lora"].items() if name != "target_modules"}
         config["lora_targets"] = model["lora_targets"]
     config |= metadata["resolved"]
-    config |= {f"data_{name}": data.get(name) for name in _DATA_NAMES}
+    config |= {
+        f"data_{name}": data.get(name) for name in ("fingerprint", "train_fingerprint", "val_fingerprint", "split")
+    }
     for side in ("train", "val"):
         config |= {f"{side}_{name}": count for name, count in data[side].items()}
-    config |= {name: data.get(name) for name in ("tokenizer", "vocabulary")}
+    config |= {name: data[name] for name in ("tokenizer", "vocabulary")}
     config |= {name: model[key] for name, key in _MODEL_NAMES.items()}
     config |= {name: metadata[name] for name in ("deepspeed", "versions", "hardware")}
     config["git_commit"] = (metadata.get("git") or {}).get("commit")
     return config | {"run": dict(metadata)}
 
 
-_DATA_NAMES = ("fingerprint", "train_fingerprint", "val_fingerprint", "split")
 _MODEL_NAMES = {  # {name on W&B: key of run.json's model}
     "model_class": "class",
     "model_fingerprint": "fingerprint",

@@ -1,21 +1,94 @@
-"""One run on Weights & Biases: never a prompt, never a hang, and never the reason why training stops."""
+"""One run on Weights & Biases: never a prompt, never a hang, and never the reason why training stops.
 
+What W&B's variables and files say of a run is read here too, and a .wandb file is read back.
+"""
+
+import configparser
 import contextlib
+import importlib.util
+import json
 import logging
+import netrc
 import os
-from collections.abc import Mapping
-from functools import partial
+import secrets
+import string
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from trainer.config.errors import UserError
+from trainer.config.fields import RunId, WandbProject, check_value
+from trainer.config.schema import OutputSettings
 from trainer.config.text import shorten
 from trainer.tracking.records import EventRecord, Record
-from trainer.tracking.wandb_file import WandbFile
-from trainer.tracking.wandb_keys import AXES, METRICS, run_tags, sample_row, wandb_config, wandb_row, wandb_summary
+from trainer.tracking.wandb_keys import AXES, METRICS, run_group, run_tags, wandb_config, wandb_row, wandb_summary
 
 logger = logging.getLogger(__name__)
 INIT_TIMEOUT_SECONDS = 20.0  # a server that does not answer in this time is taken for dead
 FINISH_TIMEOUT_SECONDS = 60.0  # the last upload may take this long; the rest stays on disk for `wandb sync`
+READ_TIMEOUT_SECONDS = 600.0  # reading one .wandb file back may take this long
+PUBLIC_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com", "forge.coreweave.com")  # old and new names of the server
+DEFAULT_PROJECT = "gpt2-full-vs-lora"
+#: W&B's variables that name one run: a program that starts many must not hand them on.
+RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME")
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
+
+def wandb_block(output: OutputSettings, source: str) -> dict[str, str]:
+    """The `wandb` block of run.json for a new run: flags, then W&B's own variables, then what we choose.
+
+    UserError where a variable holds what is no id or no project.
+    """
+    random_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+    run_id = os.environ.get("WANDB_RUN_ID") or random_id
+    project = output.wandb_project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    check_value(RunId, "WANDB_RUN_ID", run_id)
+    check_value(WandbProject, "WANDB_PROJECT", project)
+    group = os.environ.get("WANDB_RUN_GROUP") or run_group(source)
+    return {"id": run_id, "project": project, "group": group, "mode": wandb_mode(output.wandb)}
+
+
+def wandb_mode(flag: str | None) -> str:
+    """online, offline or disabled: the flag, else WANDB_MODE, else online where logged in, else offline.
+
+    `--wandb online` without a login is a UserError, as wandb would ask for a key.
+    """
+    if flag == "online" and not is_logged_in():
+        raise UserError("--wandb online: not logged in; run `wandb login`, set WANDB_API_KEY, or pass --wandb offline")
+    if flag is not None:
+        return flag
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):  # transformers' Trainer, up to 4
+        return "disabled"
+    names = (os.environ.get("WANDB_MODE", ""), _settings_entry("mode"), "online")
+    mode = next(WANDB_MODES[name.lower()] for name in names if name.lower() in WANDB_MODES)
+    return "offline" if mode == "online" and not is_logged_in() else mode
+
+
+def is_logged_in() -> bool:
+    """Whether wandb would find a key without asking: in the environment or in the netrc file. Opens no connection."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or _settings_entry("base_url")).netloc
+    for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
+        try:
+            logins = netrc.netrc(os.path.expanduser(name)).hosts
+        except (OSError, netrc.NetrcParseError):
+            continue
+        return any(logins.get(name, ("", "", ""))[2] for name in ([host] if host else PUBLIC_HOSTS))
+    return False
+
+
+def _settings_entry(name: str) -> str:
+    """An entry of wandb's settings files (`wandb offline` and `wandb login --host` write them), '' without one."""
+    config_dir = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    parser = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError):  # what was read before that counts
+        parser.read([config_dir / "settings", Path("wandb") / "settings"])
+    return parser.get("default", name, fallback="")
 
 
 def prepare_environment(folder: Path, mode: str) -> None:
@@ -26,7 +99,7 @@ def prepare_environment(folder: Path, mode: str) -> None:
     home = folder.resolve() / "wandb" / "home"
     os.environ["WANDB_MODE"] = mode
     os.environ.pop("WANDB_SERVICE", None)  # the service of a parent process would keep our rows to itself
-    os.environ.setdefault("WANDB_SILENT", "true")  # one voice: what matters is said by us
+    os.environ.setdefault("WANDB_SILENT", "true")  # what matters is logged here
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_CACHE_DIR", str(home / "cache"))
     os.environ.setdefault("WANDB_DATA_DIR", str(home / "data"))
@@ -34,97 +107,72 @@ def prepare_environment(folder: Path, mode: str) -> None:
         os.environ.setdefault("WANDB_CONFIG_DIR", str(home / "config"))
 
 
-def start_wandb(
-    metadata: Mapping[str, Any],
-    folder: Path,
-    *,
-    is_resumed: bool = False,
-    init_seconds: float = INIT_TIMEOUT_SECONDS,
-    finish_seconds: float = FINISH_TIMEOUT_SECONDS,
-) -> "WandbLogger":
+def start_wandb(metadata: Mapping[str, Any], folder: Path, *, is_resumed: bool = False) -> "WandbLogger":
     """The logger of the run that `metadata` (run.json) describes, in the mode that it names.
 
     A server that does not answer makes the run an offline one; any other trouble is logged once and leaves a
-    logger that takes records and does nothing.
+    logger that takes records and does nothing. W&B's variables count, except where a flag says otherwise.
     """
-    mode = metadata["wandb"]["mode"]
+    mode, run_id = metadata["wandb"]["mode"], metadata["run_id"]
     if mode == "disabled":
         return WandbLogger(None)
-    timeouts = {"init_timeout": init_seconds, "finish_timeout": finish_seconds, "finish_timeout_raises": True}
-    try:
-        prepare_environment(folder, mode)
-        import wandb
-
-        init = partial(_init, wandb, metadata, folder, is_resumed=is_resumed, timeouts=timeouts)
-        if is_resumed:
-            _say_what_a_resume_overrides(metadata["run_id"])
-        try:
-            wandb_run = init(mode)
-        except Exception as error:
-            if mode != "online":
-                raise
-            logger.warning(f"W&B: no connection ({_one_line(error)}); going on offline")
-            _teardown()  # the failed start still holds the id
-            prepare_environment(folder, mode := "offline")
-            wandb_run = init(mode)
-        for axis in AXES:
-            wandb_run.define_metric(axis, hidden=True)
-        for pattern, axis, summary in METRICS:
-            wandb_run.define_metric(pattern, step_metric=axis, summary=summary)
-        place = wandb_run.url if mode == "online" else f"offline, send it later with {_sync_command(wandb_run)}"
-        logger.info(f"W&B: {place}")
-        last_step = _last_step(_wandb_dir(folder), metadata["run_id"]) if is_resumed else -1
-        return WandbLogger(wandb_run, last_logged_step=last_step)
-    except Exception as error:  # whatever happens in there, it must not cost the run
-        logger.warning(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
-        return WandbLogger(None)
-
-
-def _init(
-    wandb: Any,
-    metadata: Mapping[str, Any],
-    folder: Path,
-    mode: str,
-    *,
-    is_resumed: bool,
-    timeouts: Mapping[str, float],
-) -> Any:
-    """wandb.init for this run; what a variable of W&B's says goes before ours, except where a flag says it."""
-    settings: dict[str, Any] = {
-        **timeouts,
+    wandb_dir = Path(os.environ.get("WANDB_DIR") or folder).resolve()
+    name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
+    tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    settings = {
+        "init_timeout": INIT_TIMEOUT_SECONDS,
+        "finish_timeout": FINISH_TIMEOUT_SECONDS,
+        "finish_timeout_raises": True,
         "console": "off",
         "disable_git": True,  # a remote's URL may hold a token, which it would send; run.json has the commit
         **({} if os.environ.get("WANDB_SAVE_CODE") else {"disable_code": True}),
         "x_transaction_log_flush_interval": 1.0,  # seconds: what a killed run loses at most
     }
     settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in os.environ}
-    name = None if "--run-name" in metadata["overridden"] else os.environ.get("WANDB_NAME")
-    tags = [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
-    return wandb.init(
-        project=metadata["wandb"]["project"],
-        id=metadata["run_id"],
-        resume="allow" if is_resumed else None,
-        name=name or metadata["name"],
-        group=metadata["wandb"]["group"],
-        job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
-        tags=[*run_tags(metadata["mode"], metadata["model"]["name"], metadata["data"]["source"]), *tags],
-        config=wandb_config(metadata),
-        dir=str(_wandb_dir(folder)),
-        mode=mode,
-        settings=wandb.Settings(**settings),
-    )
 
+    def init() -> Any:
+        prepare_environment(folder, mode)
+        import wandb
 
-def _wandb_dir(folder: Path) -> Path:
-    """Where wandb's own files go: into the run folder, unless WANDB_DIR says otherwise."""
-    return Path(os.environ.get("WANDB_DIR") or folder).resolve()
+        return wandb.init(
+            project=metadata["wandb"]["project"],
+            id=run_id,
+            resume="allow" if is_resumed else None,
+            name=name or metadata["name"],
+            group=metadata["wandb"]["group"],
+            job_type=os.environ.get("WANDB_JOB_TYPE") or "train",
+            tags=[*run_tags(metadata["mode"], metadata["model"]["name"], metadata["data"]["source"]), *tags],
+            config=wandb_config(metadata),
+            dir=str(wandb_dir),
+            mode=mode,
+            settings=wandb.Settings(**settings),
+        )
 
-
-def _say_what_a_resume_overrides(run_id: str) -> None:
-    """A run that goes on is the run that it was, whatever the variables say."""
-    for name, kept in (("WANDB_RUN_ID", run_id), ("WANDB_RESUME", "allow")):
-        if (value := os.environ.get(name)) and value != kept:
-            logger.warning(f"W&B: {name} is {value}, of no effect: --resume goes on with {kept}")
+    try:
+        for variable, value in (("WANDB_RUN_ID", run_id), ("WANDB_RESUME", "allow")) if is_resumed else ():
+            if (ignored := os.environ.get(variable)) and ignored != value:
+                logger.warning(f"W&B: {variable} is {ignored}, of no effect: --resume goes on with {value}")
+        try:
+            wandb_run = init()
+        except ImportError:
+            raise
+        except Exception as error:
+            if mode != "online":
+                raise
+            logger.warning(f"W&B: no connection ({_one_line(error)}); going on offline")
+            _teardown()  # the failed start still holds the id
+            mode = "offline"
+            wandb_run = init()
+        for axis in AXES:
+            wandb_run.define_metric(axis, hidden=True)
+        for pattern, axis, summary in METRICS:
+            wandb_run.define_metric(pattern, step_metric=axis, summary=summary)
+        place = wandb_run.url if mode == "online" else f"offline, send it later with {_sync_command(wandb_run)}"
+        logger.info(f"W&B: {place}")
+        return WandbLogger(wandb_run, last_logged_step=_last_step(wandb_dir, run_id) if is_resumed else -1)
+    except Exception as error:  # whatever happens in there, it must not cost the run
+        logger.warning(f"W&B: not available ({_one_line(error)}); going on without it, metrics.jsonl has every row")
+        return WandbLogger(None)
 
 
 class WandbLogger:
@@ -138,19 +186,19 @@ class WandbLogger:
         self._run, self._last_logged_step = run, last_logged_step
 
     def log(self, record: Record) -> None:
-        """Log one record; never raises."""
         if self._run is None:
             return
         try:
             if isinstance(record, EventRecord) and record.event != "samples":
                 self._run.summary.update(wandb_summary(record))
             elif record.step > self._last_logged_step:
-                self._run.log(_history_row(record), step=record.step)
+                row = _samples_row(record) if isinstance(record, EventRecord) else wandb_row(record)
+                self._run.log(row, step=record.step)
         except Exception as error:
             self._give_up(error)
 
     def close(self, exit_code: int) -> None:
-        """Finish the run within the finish timeout; never raises, a second call does nothing."""
+        """Finish the run within the finish timeout; a second call does nothing."""
         run, self._run = self._run, None
         if run is None:
             return
@@ -167,16 +215,18 @@ class WandbLogger:
         logger.warning(f"W&B stopped working ({_one_line(error)}); going on without it, metrics.jsonl has every row")
 
 
-def _history_row(record: Record) -> dict[str, Any]:
-    """The row of a record; of an evaluation's samples their scores, and the texts as a table of W&B."""
-    if not isinstance(record, EventRecord):
-        return wandb_row(record)
+def _samples_row(record: EventRecord) -> dict[str, Any]:
+    """The scores of an evaluation's samples, and their texts as a table of W&B."""
     import wandb
 
+    facts = record.facts
     columns = ["prompt", "reference", "base", "completion"]
-    place = [record.step, record.facts["epoch"]]
-    rows = [place + [text.get(name) for name in columns] for text in record.facts["texts"]]
-    return {**sample_row(record), "sample/texts": wandb.Table(columns=["step", "epoch", *columns], data=rows)}
+    rows = [[record.step, facts["epoch"], *map(text.get, columns)] for text in facts["texts"]]
+    return {
+        **{axis: facts[axis] for axis in AXES},
+        **{f"sample/{name}": score for name, score in (facts.get("scores") or {}).items()},
+        "sample/texts": wandb.Table(columns=["step", "epoch", *columns], data=rows),
+    }
 
 
 def _teardown() -> None:
@@ -188,8 +238,11 @@ def _teardown() -> None:
 
 
 def _sync_command(run: Any) -> str:
-    """The command that sends what lies on disk."""
     return f"`wandb sync {os.path.relpath(run.settings.sync_dir)}`"
+
+
+def _one_line(error: Exception) -> str:
+    return shorten(str(error), 120) or type(error).__name__
 
 
 def _last_step(folder: Path, run_id: str) -> int:
@@ -204,5 +257,34 @@ def _last_step(folder: Path, run_id: str) -> int:
     return last_step
 
 
-def _one_line(error: Exception) -> str:
-    return shorten(str(error), 120) or type(error).__name__
+class WandbFile:
+    """The records of a file, in the order of writing; each iteration reads it once, and in bounded memory.
+
+    An iteration ends in a ValueError where it is no such file, or a record is not JSON.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_truncated = False  #: after an iteration: whether the file ends within a record
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        core = Path(importlib.util.find_spec("wandb").submodule_search_locations[0]) / "bin" / "wandb-core"  # type: ignore[union-attr,index]
+        command = [str(core), "leet", "inspect", "--no-observability", "--json", "--run-file", str(self.path)]
+        with (
+            tempfile.TemporaryFile() as stderr,
+            subprocess.Popen([*command, str(self.path.parent)], stdout=subprocess.PIPE, stderr=stderr) as process,
+        ):
+            timer = threading.Timer(READ_TIMEOUT_SECONDS, process.kill)
+            timer.start()
+            assert process.stdout is not None
+            try:
+                yield from map(json.loads, process.stdout)
+            finally:  # also where a line cannot be read: the thread would hold this process at its end
+                timer.cancel()
+                process.stdout.close()
+            exit_code = process.wait()
+            stderr.seek(0)
+            message = stderr.read(4096).decode(errors="replace")
+        self.is_truncated = "incomplete" in message
+        if exit_code:
+            raise ValueError(f"{self.path.name} is not a W&B run file ({' '.join(message.split())[:120]})")

@@ -9,7 +9,7 @@ from pathlib import Path
 from trainer.data.cache import resolve_cache_dir
 from trainer.distributed.process_group import DistContext
 from trainer.tracking.run_lock import LOCK_FILE
-from trainer.tracking.wandb_environment import wandb_mode
+from trainer.tracking.wandb_logger import wandb_mode
 from trainer.training.run_plan import RunPlan
 
 MAX_CLOCK_SECONDS = 5.0  # of which a busy host may be late itself

@@ -26,9 +26,9 @@ from trainer.tracking.eval_records import (
 from trainer.tracking.jsonl import METRICS_FILE, RowsDigest, find_changed_rows
 from trainer.tracking.records import EventRecord, read_records
 from trainer.tracking.run_lock import LOCK_FILE
-from trainer.tracking.wandb_environment import wandb_block
+from trainer.tracking.wandb_logger import wandb_block
 from trainer.training import checkpoint
-from trainer.training.checkpoint import Checkpoint, list_checkpoints
+from trainer.training.checkpoint import Checkpoint
 from trainer.training.run_plan import RunPlan
 from trainer.training.train_state import TrainState
 
@@ -196,9 +196,10 @@ def _validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, .
 
 def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]:
     """{name: how it differs from when the checkpoint was saved} of metrics.jsonl and eval_records/."""
-    until = [c for c in list_checkpoints(source.folder.parent) if c.step <= source.step]
-    digests = [RowsDigest(**c.metadata["records"]) for c in until if c.has_valid_metadata and "records" in c.metadata]
-    changes = {METRICS_FILE: find_changed_rows(run_folder / METRICS_FILE, digests)}
+    changes = {}
+    if "records" in source.metadata:
+        digest = RowsDigest(**source.metadata["records"])
+        changes[METRICS_FILE] = find_changed_rows(run_folder / METRICS_FILE, digest)
     if "evaluations" in source.metadata:
         changes[EVAL_RECORDS_FOLDER] = find_changed_evaluations(
             run_folder / EVAL_RECORDS_FOLDER,

@@ -28,7 +28,7 @@ from trainer.tools.study.trials import (
     start_trial,
     train_environ,
 )
-from trainer.tracking.wandb_environment import RUN_VARIABLES
+from trainer.tracking.wandb_logger import RUN_VARIABLES
 
 RULE, SLOT = make_rule(), Slot(gpus=(), num_threads=1)
 SPECS = [make_trial(make_candidate(rate_index=-n)) for n in range(3)]

@@ -29,7 +29,7 @@ from trainer.tools.study.trial_process import start_training
 from trainer.tools.worker_processes import failure_reason
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
 from trainer.tracking.run_lock import FolderInUseError, RunLock
-from trainer.tracking.wandb_environment import RUN_VARIABLES
+from trainer.tracking.wandb_logger import RUN_VARIABLES
 
 LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
 TRIAL_FILE = "trial.json"
