@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.gpu_memory is not None and args.gpu_memory <= 0:
             raise UserError(f"--gpu-memory {args.gpu_memory:g}: expected a number above 0")
         environ = dict(os.environ)
-        from trainer.distributed.library_environment import set_library_environment
+        from trainer.distributed.launch_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
         if cli_args is None or not cli_args.verbose:

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse and do what was asked; a mistake is one line on stderr."""
     try:
         args = build_parser().parse_args(argv)
-        from trainer.distributed.library_environment import set_library_environment
+        from trainer.distributed.launch_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
         silence_libraries()  # before the libraries it silences are imported

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"{flag} {value}: expected {accepted}")
         if args.prompt and args.prompts:
             raise UserError("--prompt and --prompts: expected one of them")
-        from trainer.distributed.library_environment import set_library_environment
+        from trainer.distributed.launch_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
         silence_libraries()  # before the libraries it silences are imported

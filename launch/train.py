@@ -5,7 +5,7 @@ import sys
 
 from trainer.config.cli import parse_args
 from trainer.config.errors import TrainingError, UserError, report_error
-from trainer.distributed.launch_environment import is_first_of_host
+from trainer.distributed.launch_environment import is_first_of_host, set_library_environment
 from trainer.tracking.safe_stream import protect_standard_streams
 
 
@@ -17,7 +17,6 @@ def main() -> int:
 
         # Before the imports that take seconds, in which a launcher may end.
         signal_handler = SignalHandler(grace_seconds=cli_args.settings.engine.grace)
-        from trainer.distributed.library_environment import set_library_environment
         from trainer.tracking.silence import silence_libraries
 
         if not cli_args.verbose:

@@ -9,13 +9,11 @@ import pytest
 from helpers.gpu_visibility import hide_gpus
 
 hide_gpus()  # before anything is imported that counts them, and before the server that ranks are forked from
-from trainer.distributed.library_environment import set_library_environment  # noqa: E402
+from trainer.distributed.launch_environment import set_library_environment, without_launcher  # noqa: E402
 
 set_library_environment()  # as each program does
 from helpers.fast_python import serve_interpreter  # noqa: E402
 from helpers.tiny_inputs import make_tiny_gpt2, write_records  # noqa: E402
-
-from trainer.distributed.launch_environment import without_launcher  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")

@@ -56,9 +56,9 @@ def test_a_port_at_which_another_run_has_met_is_named(session_dir, tmp_path):
 
 
 def answer_soon(rank: int) -> None:
-    from trainer.distributed import rendezvous
+    from trainer.distributed import process_group
 
-    rendezvous.ANSWER_SECONDS = 0.5
+    process_group.ANSWER_SECONDS = 0.5
 
 
 def test_a_port_where_somebody_listens_and_says_nothing_is_named(session_dir, tmp_path):

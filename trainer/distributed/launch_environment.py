@@ -1,5 +1,6 @@
 """Which rank of how many this process is, from the variables that its launcher set; needs no torch."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ _LAUNCHERS = (
     _Launcher("Kubeflow Trainer", "PET_NODE_RANK", "PET_NNODES"),
     _Launcher("SkyPilot", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES"),
 )
+_MAY_RUN_INSIDE = ("Open MPI", "PMI", "SLURM")  #: whose tasks a script may give RANK and WORLD_SIZE
 #: Each of these says that there are other processes, but not how many.
 _RANKS_OF_UNKNOWN_NUMBER = ("PMIX_RANK", "PALS_RANKID", "PMI_RANK", "MV2_COMM_WORLD_RANK", "FLUX_TASK_RANK")
 
@@ -73,6 +75,20 @@ _LAUNCHER_NAMES = (
 )
 
 
+def set_library_environment() -> None:
+    """Before torch and Arrow are imported: let waiting threads give their core away soon, and Arrow its memory back,
+    unless the user has said otherwise.
+
+    By default GNU's OpenMP, which torch links on Linux, spins for ever where it sees a core for each thread: beside
+    one busy process a step then takes several times as long. Arrow's own pool keeps what passes through it: a run of
+    1,000 evaluations, whose file is read and written each time, grew by 28 MiB with it and by 8 with the system's
+    (tests/faults/test_long_runs.py).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # turns; launch/README.md has their price and their gain
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
+
 def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
     """The place of this process; UserError where the variables contradict one another or something is missing.
 
@@ -81,18 +97,14 @@ def read_launch_environment(environ: Mapping[str, str]) -> LaunchEnvironment:
     launcher = _find_launcher(environ)
     if launcher is None:
         _refuse_unknown_place(environ)
-        return LaunchEnvironment(
-            rank=0, world_size=1, master_addr="127.0.0.1", master_port=_master_port(environ, world_size=1)
-        )
+        port = _master_port(environ, world_size=1)
+        return LaunchEnvironment(rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
     rank, world_size = _number(environ, launcher.rank), _number(environ, launcher.world_size)
-    if not 0 <= rank < world_size:
+    if rank >= world_size:
         raise UserError(
             f"{launcher.rank}={rank}: expected a whole number from 0 to {launcher.world_size} - 1 = {world_size - 1}"
         )
-    if launcher.name == "environment":
-        _refuse_contradiction(environ, rank, world_size)
-    if launcher.name in ("environment", "Kubeflow Trainer", "SkyPilot") and world_size > 1:
-        _refuse_several_per_node(environ, launcher)
+    _refuse_wrong_place(environ, launcher, rank, world_size)
     return LaunchEnvironment(
         rank=rank,
         world_size=world_size,
@@ -134,50 +146,40 @@ def first_host(nodelist: str) -> str:
 
 
 def _find_launcher(environ: Mapping[str, str]) -> _Launcher | None:
-    for launcher in _LAUNCHERS:
-        if {launcher.rank, launcher.world_size, launcher.marker or launcher.rank} <= set(environ):
-            return launcher
-    return None
+    names = set(environ)
+    return next((other for other in _LAUNCHERS if {other.rank, other.world_size, other.marker} - {""} <= names), None)
 
 
 def _refuse_unknown_place(environ: Mapping[str, str]) -> None:
     """UserError for one of several processes that cannot tell which one it is."""
-    for name, missing, alone in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
-        if missing not in environ and environ.get(name, alone) != alone:
-            raise UserError(f"{name}={environ[name]} without {missing}: expected both, as torchrun sets them")
-    for name in _RANKS_OF_UNKNOWN_NUMBER:
-        if name in environ:
-            raise UserError(
-                f"{name}={environ[name]}: the number of ranks is unknown; set RANK, WORLD_SIZE, MASTER_ADDR and "
-                "MASTER_PORT too, or start with torchrun"
-            )
-    if environ.get("PET_NNODES", "1") != "1":
-        raise UserError(f"PET_NNODES={environ['PET_NNODES']}: start it as `torchrun launch/train.py ...`")
-    for name in ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES"):
-        if "SLURM_JOB_ID" in environ and environ.get(name, "1") != "1":
-            raise UserError(
-                f"{name}={environ[name]}: this process is not a task of its SLURM allocation; start it as "
-                "`srun python launch/train.py ...`, or with torchrun in one task per node"
-            )
+    names_of_steps = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES") if "SLURM_JOB_ID" in environ else ()
+    as_task = "this process is not a task of its SLURM allocation; start it as `srun python launch/train.py ...`"
+    unknown_number = "the number of ranks is unknown; set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT too"
+    problems = (
+        ("RANK", "0", "without WORLD_SIZE: expected both, as torchrun sets them"),
+        ("WORLD_SIZE", "1", "without RANK: expected both, as torchrun sets them"),
+        *((name, None, f": {unknown_number}, or start with torchrun") for name in _RANKS_OF_UNKNOWN_NUMBER),
+        ("PET_NNODES", "1", ": start it as `torchrun launch/train.py ...`"),
+        *((name, "1", f": {as_task}, or with torchrun in one task per node") for name in names_of_steps),
+    )
+    for name, value_alone, problem in problems:
+        if name in environ and environ[name] != value_alone:
+            raise UserError(f"{name}={environ[name]}{' ' * (problem[0] != ':')}{problem}")
 
 
-def _refuse_contradiction(environ: Mapping[str, str], rank: int, world_size: int) -> None:
-    """UserError where RANK and WORLD_SIZE are not this process's own, but exported for all tasks of a step."""
-    for launcher in _LAUNCHERS:
-        if launcher.name not in ("Open MPI", "PMI", "SLURM") or not {launcher.rank, launcher.world_size} <= set(
-            environ
-        ):
-            continue
-        task, num_tasks = _number(environ, launcher.rank), _number(environ, launcher.world_size)
-        if world_size < num_tasks or (world_size == num_tasks and rank != task):
-            raise UserError(
-                f"RANK={rank} of WORLD_SIZE={world_size}, but {launcher.rank}={task} of "
-                f"{launcher.world_size}={num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
-            )
-
-
-def _refuse_several_per_node(environ: Mapping[str, str], launcher: _Launcher) -> None:
-    """UserError where one process was started on a node that should have several: the run would wait for the rest."""
+def _refuse_wrong_place(environ: Mapping[str, str], launcher: _Launcher, rank: int, world_size: int) -> None:
+    """UserError where the rank is not this process's own, or its node lacks processes, for which all would wait."""
+    outer = [other for other in _LAUNCHERS if launcher.name == "environment" and other.name in _MAY_RUN_INSIDE]
+    for other in outer:  # RANK and WORLD_SIZE may have been exported for all tasks of a step
+        if {other.rank, other.world_size} <= set(environ):
+            task, num_tasks = _number(environ, other.rank), _number(environ, other.world_size)
+            if world_size < num_tasks or (world_size == num_tasks and rank != task):
+                raise UserError(
+                    f"RANK={rank} of WORLD_SIZE={world_size}, but {other.rank}={task} of {other.world_size}="
+                    f"{num_tasks}; unset RANK and WORLD_SIZE, or set them in each task"
+                )
+    if launcher.name not in ("environment", "Kubeflow Trainer", "SkyPilot") or world_size == 1:
+        return
     name = "SKYPILOT_NUM_GPUS_PER_NODE" if launcher.name == "SkyPilot" else "PET_NPROC_PER_NODE"
     num_processes = environ.get(name, "1")
     # PyTorchJob's default is auto: WORLD_SIZE then counts pods, with one process each.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.distributed.launch_environment import without_launcher
+from trainer.distributed.launch_environment import set_library_environment, without_launcher
 
 TIMEOUT_SECONDS = 20 * 3600  # less than the other ranks wait for rank 0
 
@@ -62,7 +62,6 @@ def _end_with_parent() -> None:
 
 def main(request: dict[str, Any]) -> None:
     """Export, and print one line of JSON."""
-    from trainer.distributed.library_environment import set_library_environment
     from trainer.tracking.silence import silence_libraries
 
     silence_libraries()  # before the libraries it silences are imported

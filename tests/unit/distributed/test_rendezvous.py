@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.distributed.rendezvous import assign_gpus, name_hosts
+from trainer.distributed.process_group import assign_gpus, name_hosts
 
 
 def describe(host: str, boot: str, address: str) -> dict[str, Any]:

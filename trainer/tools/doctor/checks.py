@@ -25,7 +25,7 @@ from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.launch_environment import FORWARDED_PREFIXES
 from trainer.distributed.memory import required_bytes
 from trainer.distributed.preflight import package_version
-from trainer.distributed.process_group import find_free_port, forwarded_env_prefixes, supports_bf16
+from trainer.distributed.process_group import find_free_port, forwarded_env_prefixes
 from trainer.model.build import TrainableModel, get_max_positions, list_adapted_layers
 from trainer.training.run_plan import RunPlan
 
@@ -120,7 +120,7 @@ def check_devices(world_size: int) -> Iterator[Check]:
         if len({(gpu.name, gpu.total_memory) for gpu in gpus[:world_size]}) > 1:
             message = "they are not alike: each step waits for the slowest"
             yield Check(WARNING, "GPUs", message, "choose equal ones with CUDA_VISIBLE_DEVICES")
-        has_bf16 = supports_bf16(torch.device("cuda", 0))
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         message = f"{gpus[0].name} {'supports it' if has_bf16 else 'does not support it: fp32, much slower'}"
         yield judge(not has_bf16, WARNING, "bf16", message, "--precision fp16 --ds-config zero1, or a newer GPU")
     else:

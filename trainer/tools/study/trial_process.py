@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from trainer.distributed.library_environment import set_library_environment
+from trainer.distributed.launch_environment import set_library_environment
 from trainer.tools.worker_processes import end_with_parent
 from trainer.tracking.run_lock import FolderInUseError, RunLock
 from trainer.tracking.silence import silence_libraries
