@@ -8,44 +8,39 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.config.errors import UserError
+from trainer.config.fields import NonNegativeInt, Text
 from trainer.config.files import new_folder, read_json_object, require_utf8_path, write_atomically
+from trainer.config.run_metadata import DataBlock, SplitBlock
 from trainer.data.readers import open_bytes
 from trainer.data.sources import READ_ERRORS, Source, read_error
 
+T = TypeVar("T")
 FORMAT_VERSION: Literal[7] = 7  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 SETTLE_SECONDS = 2.0  # a file younger than that may change again without its time stamp showing it
 
 
-class _SplitCounts(BaseModel):
-    model_config = ConfigDict(strict=True)
-    records: NonNegativeInt
+class _Counts(SplitBlock):
     examples: NonNegativeInt
     tokens: NonNegativeInt
 
 
-class _Facts(BaseModel):
+class _Facts(DataBlock):
     """What every reader of the `data` block of run.json may count on; there is more in it."""
 
-    model_config = ConfigDict(strict=True)
-    source: str
-    form: str
-    fingerprint: str
-    objective: str
-    vocabulary: NonNegativeInt
-    notices: list[str]
-    train: _SplitCounts
-    val: _SplitCounts
-    test: _SplitCounts
-    retain: _SplitCounts
+    form: Text
+    notices: list[Text]
+    train: _Counts
+    val: _Counts
+    test: _Counts
+    retain: _Counts
 
 
 class Manifest(BaseModel):
@@ -71,9 +66,8 @@ def read_manifest(folder: Path) -> Manifest:
         content = read_json_object(folder / MANIFEST_FILE)
         if content.pop("checksum", None) != content_checksum(content):
             raise ValueError("changed since it was written")
-        text = json.dumps(content)
-        manifest = Manifest.model_validate_json(text)
-        _Facts.model_validate_json(json.dumps(content["facts"]))
+        manifest = Manifest.model_validate_json(json.dumps(content))
+        _Facts.model_validate(manifest.facts)
         if any("/" in name for name in manifest.sha256):
             raise ValueError("sha256 names a file outside the folder")
         return manifest
@@ -97,35 +91,23 @@ def resolve_cache_dir(override: Path | None = None) -> Path:
     return cache_dir.absolute()
 
 
-def cache_key(key_parts: dict[str, Any]) -> str:
-    """The name of the folder for what decides its contents."""
-    content = json.dumps({"format": FORMAT_VERSION, **key_parts}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+def load_or_build(
+    folder: Path,
+    cache_root: Path,
+    load: Callable[[Path], T],
+    write_contents: Callable[[Path], dict[str, Any]],
+    log: Callable[[str], None] = lambda line: None,
+) -> T:
+    """What `load` makes of the folder, made anew where a file of it is missing or is not what was written there.
 
-
-def verify(folder: Path, cache_root: Path) -> None:
-    """ValueError where a file of the folder is not what was written there.
-
-    Hashes are remembered in `cache_root` while a file's size, times and inode do not change.
+    `write_contents` fills a new folder and returns its manifest; the folder is named once all is on the disk. Several
+    may make the same folder at once: the first to finish names it, the others throw theirs away.
     """
-    for name, expected in read_manifest(folder).sha256.items():
-        file = folder / name
-        if not file.is_file():  # a named pipe would be waited for
-            raise ValueError(f"{file} is not a regular file")
-        try:
-            actual = fingerprint_of(file, cache_root).sha256
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read ({error.strerror})") from None
-        if actual != expected:
-            raise ValueError(f"{file} is not what was written there")
-
-
-def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]], load_whole: Callable[[Path], object]) -> None:
-    """Have `write_contents` fill a new folder and return its manifest; the folder is named once all is on the disk.
-
-    Several may build the same folder at once: the first to finish names it, the others throw theirs away. What is there
-    of that name, and which `load_whole` refuses by ValueError, makes way.
-    """
+    try:
+        _verify(folder, cache_root)
+        return load(folder)
+    except ValueError as error:
+        problem = error
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of killed runs; a young one may still be written
         with contextlib.suppress(OSError):
             newest_mtime = max(file.stat().st_mtime for file in (leftover, *leftover.iterdir()))
@@ -133,10 +115,8 @@ def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]], load_w
                 shutil.rmtree(leftover, ignore_errors=True)
     try:
         if folder.exists():
-            try:
-                load_whole(folder)
-            except ValueError:
-                shutil.rmtree(folder)
+            log(f"prepared data are damaged and are made anew ({problem})")
+            shutil.rmtree(folder)
         with new_folder(folder) as temp_folder:
             contents = write_contents(temp_folder)
             hashes = {file.name: sha256(file) for file in sorted(temp_folder.iterdir())}
@@ -146,6 +126,22 @@ def build(folder: Path, write_contents: Callable[[Path], dict[str, Any]], load_w
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was first
             raise _write_error(folder.parent, error) from error
+    return load(folder)
+
+
+def _verify(folder: Path, cache_root: Path) -> None:
+    """ValueError where a file of the folder is not what was written there.
+
+    Hashes are remembered in `cache_root` while a file's size, times and inode do not change.
+    """
+    for name, expected in read_manifest(folder).sha256.items():
+        file = folder / name
+        try:
+            is_same = file.is_file() and fingerprint_of(file, cache_root).sha256 == expected  # a pipe is waited for
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read ({error.strerror})") from None
+        if not is_same:
+            raise ValueError(f"{file} is not what was written there")
 
 
 def _write_error(folder: Path, error: OSError) -> UserError:
@@ -158,8 +154,7 @@ def _write_error(folder: Path, error: OSError) -> UserError:
 # --- the contents of files, remembered while they do not change ---
 
 
-@dataclass(frozen=True)
-class FileFingerprint:
+class FileFingerprint(NamedTuple):
     """A file as it was when it was read: what the file system says of it, and the hash of its bytes in hex.
 
     Of a compressed file the bytes are those that it holds.
@@ -193,7 +188,7 @@ def fingerprint_of(file: Path, cache_root: Path) -> FileFingerprint:
     if time.time_ns() - max(current_stamp[1], current_stamp[2]) > SETTLE_SECONDS * 1e9:
         with contextlib.suppress(OSError):  # it only saves time
             record_file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(record_file, json.dumps(asdict(fingerprint)))
+            write_atomically(record_file, json.dumps(fingerprint._asdict()))
     return fingerprint
 
 

@@ -11,17 +11,15 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainer.config.errors import UserError, first_line
 from trainer.config.files import read_text_file
 from trainer.data.conversations import Conversation
-from trainer.data.dataset import TokenIds
+from trainer.data.dataset import Row
 from trainer.data.templates import RecordError, require_valid_unicode
 from trainer.data.tokenizer import encode
 
@@ -32,16 +30,6 @@ Span = tuple[int, int]  # from and to, in characters
 
 class MaskError(RecordError):
     """Why it cannot be proven which tokens of a record are targets, or that none are."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ChatRow:
-    """A conversation as tokens; `prompt` and `completion` are the texts before and of its last target turn."""
-
-    ids: TokenIds  #: [length]
-    is_target: NDArray[np.bool_]  #: [length]
-    prompt: str
-    completion: str
 
 
 def load_template(tokenizer: Any, template_file: str | None, model: str) -> str:
@@ -63,21 +51,21 @@ class ChatTemplate:
         self.tokenizer, self.template = tokenizer, template
         self.has_generation_marks = bool(_GENERATION_MARK.search(template))
 
-    def encode(self, conversation: Conversation) -> ChatRow:
+    def encode(self, conversation: Conversation) -> Row:
         """Ids and mask of a conversation; MaskError where the mask cannot be proven."""
         text, spans = self._locate(conversation)
         ends = [end for span in spans for end in span]
         ids, *prefixes = encode(self.tokenizer, [text, *(text[:end] for end in ends)])
         is_target = np.zeros(len(ids), dtype=bool)
         for number, (before, through) in enumerate(zip(prefixes[::2], prefixes[1::2], strict=True), start=1):
-            if not (_begins(ids, before) and _begins(ids, through)):
+            if not all(np.array_equal(ids[: len(prefix)], prefix) for prefix in (before, through)):
                 raise MaskError(
                     f"assistant turn {number}: a token reaches over its edge, so the mask cannot be proven; pass a "
                     "--chat-template that sets turns apart by special tokens"
                 )
             is_target[len(before) : len(through)] = True
         start, end = spans[-1]
-        return ChatRow(ids=ids, is_target=is_target, prompt=text[:start], completion=text[start:end])
+        return Row(ids=ids, is_target=is_target, prompt=text[:start], completion=text[start:end])
 
     def prompt_text(self, conversation: Conversation) -> str:
         """What a model is given when it is to write the next turn; MaskError where the template refuses it."""
@@ -189,7 +177,3 @@ def end_token_ids(tokenizer: Any, template: str | None) -> tuple[int, ...]:
             if last not in ids and last in tokenizer.get_added_vocab().values():
                 ids.append(last)
     return tuple(ids)
-
-
-def _begins(ids: TokenIds, prefix: TokenIds) -> bool:
-    return len(prefix) <= len(ids) and bool((ids[: len(prefix)] == prefix).all())

@@ -59,16 +59,12 @@ class TokenDataset:
 
     def num_target_tokens(self, rows: Int64 | None = None) -> Int64:
         """Target tokens of each of `rows`, all where it is None; int64 [rows]."""
-        rows = np.arange(len(self), dtype=np.int64) if rows is None else rows
-        if self.target_mask is not None:
-            return self._num_masked_targets[rows]
-        return self.offsets[rows + 1] - self.offsets[rows] - self.first_target[rows]
+        return self._num_targets if rows is None else self._num_targets[rows]
 
     @cached_property
-    def _num_masked_targets(self) -> Int64:
-        assert self.target_mask is not None
-        if not len(self):
-            return np.zeros(0, dtype=np.int64)
+    def _num_targets(self) -> Int64:
+        if self.target_mask is None or not len(self):
+            return self.lengths() - self.first_target
         return np.add.reduceat(self.target_mask, self.offsets[:-1], dtype=np.int64)
 
     def row(self, i: int) -> Int64:
@@ -82,61 +78,65 @@ class TokenDataset:
         return np.arange(self.offsets[i + 1] - self.offsets[i]) >= self.first_target[i]
 
 
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One record as tokens; `prompt` and `completion` are the texts before and of its last target tokens."""
+
+    ids: TokenIds  #: [length]
+    is_target: NDArray[np.bool_]  #: [length]
+    prompt: str
+    completion: str
+
+
 class SplitWriter:
     """Appends the rows of one split to its files and hashes what it appends; memory does not grow with them.
 
-    Counts: `num_records` read, `num_examples` (rows) written, their `num_tokens` and `num_target_tokens`, and
-    `num_dropped`: tokens left over at the end of the blocks. `problems` counts the records that made no whole row.
+    counts: what run.json says of the split; problems: {what made no whole row: (how many records, where the first is)}.
     """
 
     def __init__(self, folder: Path, split: str, *, is_blocks: bool, block_size: int, dtype: str, has_mask: bool):
         self.folder, self.split, self.dtype = folder, split, dtype
         self.is_blocks, self.block_size, self.has_mask = is_blocks, block_size, has_mask
-        self.num_records = self.num_examples = self.num_tokens = self.num_target_tokens = self.num_dropped = 0
-        self.problems: Counter[str] = Counter()
-        self.first_problems: dict[str, str] = {}
+        self.counts = {"records": 0, "examples": 0, "tokens": 0, "counted_tokens": 0}
+        self.problems: dict[str, tuple[int, str]] = {}
         self.example = ""  # the first row, with its target tokens marked
         self.texts: list[tuple[str, str]] = []  # the first validation records as (prompt, completion)
         self.num_references: Counter[str] = Counter()  # of each prompt in `texts`
         self.row_ids: list[tuple[str, str | None, bool]] = []  # (id, group, whether it equals a training record)
         self._files: dict[str, BinaryIO] = {
-            name: open(path, "wb")  # noqa: SIM115
-            for name, path in _array_files(folder, split).items()
-            if name != "mask" or has_mask
+            name: open(folder / f"{split}.{name}.bin", "wb")  # noqa: SIM115
+            for name in ("ids", "offsets", "first", "mask")[: 4 if has_mask else 3]
         }
-        self._remainder: TokenIds = np.empty(0, dtype=np.uint32)
+        self._remainder: TokenIds = np.empty(0, dtype=np.uint32)  # the tail of the texts, which fills no block yet
         self._hash = hashlib.sha256(f"blocks {block_size}\n".encode() if is_blocks else b"completion \n")
-        self._write("offsets", np.zeros(1, dtype="<i8"))
+        self._files["offsets"].write(bytes(8))
 
     def add_texts(self, texts: list[TokenIds]) -> None:
         """Append records to the stream that is cut into blocks; each must already end as it should."""
-        self.num_records += len(texts)
+        self.counts["records"] += len(texts)
         stream = np.concatenate([self._remainder, *texts])
         full_length = len(stream) - len(stream) % self.block_size
         self._remainder = stream[full_length:].copy()
         self._append(stream[:full_length].reshape(-1, self.block_size), 1)
 
-    def add_row(self, ids: TokenIds, first_target: int) -> None:
-        """Append one record, of at most a block, as a row of its own; what stands before `first_target` is a prompt."""
-        first_target = max(first_target, 1)  # nothing stands before position 0 to predict it from
-        # the lengths go into the hash, or rows cut elsewhere would have the same one
-        self._hash.update(np.asarray([len(ids), first_target], dtype="<u4").tobytes())
-        self._append(ids[None], first_target)
-
-    def add_masked_row(self, ids: TokenIds, is_target: NDArray[np.bool_]) -> None:
-        """Append one record, of at most a block, whose tokens count where `is_target` [length] says so."""
+    def add_row(self, ids: TokenIds, is_target: NDArray[np.bool_]) -> None:
+        """Append one record, of at most a block, as a row whose tokens count where `is_target` [length] says so."""
         mask = is_target.astype(np.uint8)
         mask[0] = 0  # nothing stands before position 0 to predict it from
-        self._hash.update(np.asarray([len(ids)], dtype="<u4").tobytes() + mask.tobytes())
-        self._write("mask", mask)
-        first_target = int(mask.argmax())
+        first_target = int(mask.argmax()) or 1
+        # the lengths go into the hash, or rows cut elsewhere would have the same one
+        if self.has_mask:
+            self._hash.update(np.asarray([len(ids)], dtype="<u4").tobytes() + mask.tobytes())
+            self._files["mask"].write(mask.tobytes())
+            self.counts["counted_tokens"] -= len(ids) - first_target - int(mask.sum())
+        else:
+            self._hash.update(np.asarray([len(ids), first_target], dtype="<u4").tobytes())
         self._append(ids[None], first_target)
-        self.num_target_tokens -= len(ids) - first_target - int(mask.sum())
 
     def add_problem(self, kind: str, where: str) -> None:
         """Count a record that made no whole row, and keep where the first of each kind stands."""
-        self.problems[kind] += 1
-        self.first_problems.setdefault(kind, where)
+        number, first = self.problems.get(kind, (0, where))
+        self.problems[kind] = (number + 1, first)
 
     def keep_text(self, prompt: str, completion: str) -> None:
         """Keep the first validation prompts for samples, each with all that follows it: references of one prompt."""
@@ -151,45 +151,33 @@ class SplitWriter:
     def _append(self, rows: TokenIds, first_target: int) -> None:
         num_rows, row_length = rows.shape
         self._hash.update(rows.astype("<u4").tobytes())
-        self._write("ids", rows.astype(self.dtype))
-        self._write("offsets", self.num_tokens + row_length * np.arange(1, num_rows + 1, dtype="<i8"))
-        self._write("first", np.full(num_rows, first_target, dtype="<i4"))
-        self.num_examples += num_rows
-        self.num_tokens += num_rows * row_length
-        self.num_target_tokens += num_rows * (row_length - first_target)
-
-    def _write(self, name: str, values: NDArray[Any]) -> None:
-        self._files[name].write(values.tobytes())
+        self._files["ids"].write(rows.astype(self.dtype).tobytes())
+        ends = self.counts["tokens"] + row_length * np.arange(1, num_rows + 1, dtype="<i8")
+        self._files["offsets"].write(ends.tobytes())
+        self._files["first"].write(np.full(num_rows, first_target, dtype="<i4").tobytes())
+        self.counts["examples"] += num_rows
+        self.counts["tokens"] += num_rows * row_length
+        self.counts["counted_tokens"] += num_rows * (row_length - first_target)
 
     def close(self) -> str:
-        """Leave the tail out, close the files, and return the fingerprint of the rows, in hex."""
-        self.num_dropped = len(self._remainder)
+        """Close the files, and return the fingerprint of the rows, in hex."""
         for file in self._files.values():
             file.close()
         return self._hash.hexdigest()
 
-    def counts(self) -> dict[str, int]:
-        """What run.json says of this split."""
-        return {
-            "records": self.num_records,
-            "examples": self.num_examples,
-            "tokens": self.num_tokens,
-            "counted_tokens": self.num_target_tokens,
-        }
-
     def notices(self, unusable_records: UnusableRecords) -> list[str]:
         """One line for everything that was left out or cut; UserError where that is refused, or nothing is left."""
-        lines, num_records = [], self.num_records + self.problems["unusable"]
-        if self.is_blocks and self.num_dropped:
-            lines.append(f"{self.split}: the last {self.num_dropped} tokens do not fill a block and are left out")
-        for kind in [kind for kind in PROBLEMS if self.problems[kind]]:
-            number = self.problems[kind]
-            count, first = f"{number} of {num_records}", f"(first: {self.first_problems[kind]})"
-            lines.append(f"{self.split}: {count} {PROBLEMS[kind].format(self.block_size)} {first}")
+        lines, num_records = [], self.counts["records"] + self.problems.get("unusable", (0, ""))[0]
+        if len(self._remainder):
+            lines.append(f"{self.split}: the last {len(self._remainder)} tokens do not fill a block and are left out")
+        for kind in [kind for kind in PROBLEMS if kind in self.problems]:
+            number, first = self.problems[kind]
+            problem = f"{number} of {num_records} {PROBLEMS[kind].format(self.block_size)} (first: {first})"
+            lines.append(f"{self.split}: {problem}")
             if kind == "too long" and number == num_records:
                 raise UserError(
-                    f"--block-size {self.block_size}: all {number} {self.split} records are longer {first}; raise "
-                    "--block-size"
+                    f"--block-size {self.block_size}: all {number} {self.split} records are longer (first: {first}); "
+                    "raise --block-size"
                 )
             if kind == "unusable" and (unusable_records == "refuse" or number == num_records):
                 is_some = number < num_records
@@ -199,7 +187,7 @@ class SplitWriter:
 
     def read_back(self) -> TokenDataset:
         """The rows, once the writer is closed."""
-        return _map_rows(self.folder, self.split, self.dtype, self.num_examples, self.num_tokens, self.has_mask)
+        return _map_rows(self.folder, self.split, self.dtype, self.counts, self.has_mask)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -217,12 +205,6 @@ class RowInfo:
     targets: Sequence[int]
     num_bytes: Sequence[int]
     in_train: Sequence[bool]
-
-    @property
-    def num_units(self) -> int:
-        """Groups, or rows that share none, that an interval can tell apart: those that equal no training record."""
-        rows = zip(self.groups, self.ids, self.in_train, strict=True)
-        return len({group or row_id for group, row_id, is_in_train in rows if not is_in_train})
 
     @property
     def occurrences(self) -> list[int]:
@@ -280,28 +262,25 @@ def load(folder: Path, *, source: str | None = None) -> PreparedDataset:
     `source`: what the user typed this time; equal contents under another name share a folder.
     """
     manifest = read_manifest(folder)
-    rows = {}
-    for split in SPLITS:
-        counts, has_mask = manifest.facts[split], f"{split}.mask.bin" in manifest.sha256
-        rows[split] = _map_rows(folder, split, manifest.dtype, counts["examples"], counts["tokens"], has_mask)
+    rows = {
+        split: _map_rows(folder, split, manifest.dtype, manifest.facts[split], f"{split}.mask.bin" in manifest.sha256)
+        for split in SPLITS
+    }
     metadata = {**manifest.facts, **({"source": source} if source is not None else {})}
-    texts = tuple(manifest.val_texts)
-    return PreparedDataset(**rows, metadata=metadata, val_texts=texts, pad_id=manifest.pad_id, folder=folder)
+    return PreparedDataset(
+        **rows, metadata=metadata, val_texts=tuple(manifest.val_texts), pad_id=manifest.pad_id, folder=folder
+    )
 
 
-def _array_files(folder: Path, split: str) -> dict[str, Path]:
-    """Where the arrays of `split` lie; `mask` is there for chat only."""
-    return {name: folder / f"{split}.{name}.bin" for name in ("ids", "offsets", "first", "mask")}
-
-
-def _map_rows(folder: Path, split: str, dtype: str, num_rows: int, num_tokens: int, has_mask: bool) -> TokenDataset:
+def _map_rows(folder: Path, split: str, dtype: str, counts: dict[str, int], has_mask: bool) -> TokenDataset:
     """The arrays of a split; ValueError where a file is missing or not of the size it must have."""
+    num_rows, num_tokens = counts["examples"], counts["tokens"]
     layout = {"ids": (dtype, num_tokens), "offsets": ("<i8", num_rows + 1), "first": ("<i4", num_rows)}
     if has_mask:
         layout["mask"] = ("|u1", num_tokens)
     arrays = {}
     for name, (array_dtype, length) in layout.items():
-        path = _array_files(folder, split)[name]
+        path = folder / f"{split}.{name}.bin"
         num_bytes = length * np.dtype(array_dtype).itemsize
         if not path.is_file() or path.stat().st_size != num_bytes:
             raise ValueError(f"{path} is not a file of {num_bytes} bytes")

@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from trainer.data.templates import (
     is_missing,
     list_columns,
     parse_template,
+    require,
     require_text,
     shorten,
     to_text,
@@ -45,7 +45,7 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RecordFormat:
     """How the records of a source become text.
 
@@ -55,11 +55,11 @@ class RecordFormat:
 
     name: str  #: as --format has it, or "template"
     render: Callable[[Record], Pair | Conversation | list[int]]
+    meaning: str  #: what the plan says of it
     needs: tuple[str, ...] = ()  #: columns by which it is known
+    objectives: tuple[Objective, ...] = ("blocks", "completion")  #: the first is taken where none is asked for
     columns: tuple[str, ...] | None = None  #: the ones that are read, None for all
     is_keyed_by_prompt: bool = True  #: whether the prompt tells records apart: the validation split goes by it
-    objectives: tuple[Objective, ...] = ("blocks", "completion")  #: the first is taken where none is asked for
-    meaning: str = ""  #: what the plan says of it
 
 
 def _render_acled(record: Record) -> Pair:
@@ -94,9 +94,7 @@ def _render_text(record: Record) -> Pair:
 
 def parse_token_ids(record: Record) -> list[int]:
     """The `input_ids` of a record; RecordError where they are not a list of whole numbers from 0."""
-    ids = record.get("input_ids")
-    if is_missing(ids):
-        raise RecordError("column 'input_ids' is null: fill it or drop the row")
+    ids = require(record, "input_ids")
     if not isinstance(ids, list):
         raise RecordError(f"column 'input_ids' holds a {type(ids).__name__}, expected a list of whole numbers")
     if not ids:
@@ -109,54 +107,31 @@ def parse_token_ids(record: Record) -> list[int]:
     return ids
 
 
+CHAT_MEANING = "chat by the model's template, loss on the assistant's turns"
 FORMATS = (
     RecordFormat(
-        name="input_ids",
-        needs=("input_ids",),
-        columns=("input_ids",),
-        render=parse_token_ids,
-        is_keyed_by_prompt=False,
-        objectives=("blocks",),
-        meaning="token ids as they are",
+        "input_ids", parse_token_ids, "token ids as they are", ("input_ids",), ("blocks",), ("input_ids",), False
+    ),
+    RecordFormat("messages", conversations.from_messages, CHAT_MEANING, ("messages",), ("completion",)),
+    RecordFormat(
+        "conversations", conversations.from_sharegpt, f"ShareGPT's {CHAT_MEANING}", ("conversations",), ("completion",)
     ),
     RecordFormat(
-        name="messages",
-        needs=("messages",),
-        render=conversations.from_messages,
-        objectives=("completion",),
-        meaning="chat by the model's template, loss on the assistant's turns",
+        "prompt-completion",
+        _render_prompt_completion,
+        "loss on the completion",
+        ("prompt", "completion"),
+        ("completion", "blocks"),
     ),
     RecordFormat(
-        name="conversations",
-        needs=("conversations",),
-        render=conversations.from_sharegpt,
-        objectives=("completion",),
-        meaning="ShareGPT's chat by the model's template, loss on the assistant's turns",
+        "alpaca",
+        _render_alpaca,
+        "Alpaca's prompt, loss on the output",
+        ("instruction", "output"),
+        ("completion", "blocks"),
     ),
-    RecordFormat(
-        name="prompt-completion",
-        needs=("prompt", "completion"),
-        render=_render_prompt_completion,
-        objectives=("completion", "blocks"),
-        meaning="loss on the completion",
-    ),
-    RecordFormat(
-        name="alpaca",
-        needs=("instruction", "output"),
-        render=_render_alpaca,
-        objectives=("completion", "blocks"),
-        meaning="Alpaca's prompt, loss on the output",
-    ),
-    RecordFormat(name="acled", render=_render_acled, meaning="an ACLED event's fields, then its notes"),
-    RecordFormat(
-        name="text",
-        needs=("text",),
-        columns=("text",),
-        render=_render_text,
-        is_keyed_by_prompt=False,
-        objectives=("blocks",),
-        meaning="texts as they are",
-    ),
+    RecordFormat("acled", _render_acled, "an ACLED event's fields, then its notes"),
+    RecordFormat("text", _render_text, "texts as they are", ("text",), ("blocks",), ("text",), False),
 )
 
 
@@ -165,14 +140,14 @@ def choose_format(columns: Sequence[str], settings: DataSettings, where: str) ->
     if settings.completion is not None:
         used_columns, render = compile_templates(columns, settings.prompt or "", settings.completion, where)
         is_keyed_by_prompt = any(is_column for is_column, _ in parse_template(settings.prompt or "", "--prompt"))
-        return RecordFormat(
-            name="template",
-            columns=used_columns,
-            render=render,
-            is_keyed_by_prompt=is_keyed_by_prompt,
-            meaning="--prompt and --completion",
-        )
-    candidates = [f for f in FORMATS if settings.format in (None, f.name) and _fits(f, columns)]
+        meaning = "--prompt and --completion"
+        return RecordFormat("template", render, meaning, columns=used_columns, is_keyed_by_prompt=is_keyed_by_prompt)
+    candidates = [
+        f
+        for f in FORMATS
+        if settings.format in (None, f.name)
+        and (acled.is_acled(columns) if f.name == "acled" else set(f.needs) <= set(columns))
+    ]
     accepted = [f for f in candidates if settings.objective in (None, *f.objectives)]
     if accepted:
         return accepted[0]
@@ -201,15 +176,10 @@ def choose_format(columns: Sequence[str], settings: DataSettings, where: str) ->
     )
 
 
-def _fits(record_format: RecordFormat, columns: Sequence[str]) -> bool:
-    return acled.is_acled(columns) if record_format.name == "acled" else set(record_format.needs) <= set(columns)
-
-
 class Example(NamedTuple):
-    """One record as text, as ids where it came as ids, or as a conversation; file and place say where it stands."""
+    """One record as text, as ids where it came as ids, or as a conversation."""
 
-    file: Path | None
-    place: str
+    where: str  #: its file and place, for a user
     prompt: str
     completion: str
     ids: list[int] | None = None
@@ -224,39 +194,6 @@ class Example(NamedTuple):
         if self.conversation is not None:
             return json.dumps(self.conversation.messages, sort_keys=True)
         return f"{self.prompt}{separator}{self.completion}"
-
-
-def iter_examples(source: Source, record_format: RecordFormat, split_by: str | None = None) -> Iterator[Example | None]:
-    """The records of a source, None for a blank one; UserError names file, row and column.
-
-    `split_by`: the column that says which records stay in one split, the prompt where it is None.
-    """
-    columns = record_format.columns
-    if split_by is not None and columns is not None:
-        columns = tuple(dict.fromkeys((*columns, split_by)))
-    for file, place, record in sources.records(source, columns):
-        try:
-            example = _make_example(file, place, record, record_format)
-            if split_by is not None and example is not None:
-                example = example._replace(group=value_text(record, split_by, "--split-by"))
-        except (RecordError, RecursionError) as error:
-            problem = error if isinstance(error, RecordError) else "nested too deeply; expected flat records"
-            raise UserError(f"{source.flag} {source.locate(file, place)}: {problem}") from None
-        yield example
-
-
-def _make_example(file: Path | None, place: str, record: Record, record_format: RecordFormat) -> Example | None:
-    rendered = record_format.render(record)
-    if isinstance(rendered, list):
-        return Example(file, place, "", "", ids=rendered)
-    if isinstance(rendered, Conversation):
-        return Example(file, place, "", "", conversation=rendered, group=rendered.first_prompt())
-    prompt, completion = rendered
-    if not completion.strip():
-        return None
-    group = prompt if record_format.is_keyed_by_prompt else None
-    unknown_date = acled.find_unknown_date(record) if record_format.name == "acled" else None
-    return Example(file, place, prompt, completion, group=group, unknown_date=unknown_date)
 
 
 @dataclass(kw_only=True)
@@ -278,12 +215,33 @@ class DataInput:
     split_sizes: Counter[str] = field(default_factory=Counter)
 
     def examples(self) -> Iterator[Example | None]:
-        """Its records, None for a blank one."""
-        return iter_examples(self.source, self.record_format, self.split_by)
+        """Its records, None for a blank one; UserError names file, row and column."""
+        columns = self.record_format.columns
+        if self.split_by is not None and columns is not None:
+            columns = tuple(dict.fromkeys((*columns, self.split_by)))
+        for file, place, record in sources.records(self.source, columns):
+            where = self.source.locate(file, place)
+            try:
+                example = self._make_example(where, record)
+                if self.split_by is not None and example is not None:
+                    example = example._replace(group=value_text(record, self.split_by, "--split-by"))
+            except (RecordError, RecursionError) as error:
+                problem = error if isinstance(error, RecordError) else "nested too deeply; expected flat records"
+                raise UserError(f"{self.source.flag} {where}: {problem}") from None
+            yield example
 
-    def locate(self, example: Example) -> str:
-        """Where an example stands, for a user."""
-        return self.source.locate(example.file, example.place)
+    def _make_example(self, where: str, record: Record) -> Example | None:
+        rendered = self.record_format.render(record)
+        if isinstance(rendered, list):
+            return Example(where, "", "", ids=rendered)
+        if isinstance(rendered, Conversation):
+            return Example(where, "", "", conversation=rendered, group=rendered.first_prompt())
+        prompt, completion = rendered
+        if not completion.strip():
+            return None
+        group = prompt if self.record_format.is_keyed_by_prompt else None
+        unknown_date = acled.find_unknown_date(record) if self.record_format.name == "acled" else None
+        return Example(where, prompt, completion, group=group, unknown_date=unknown_date)
 
     def split_of(self, example: Example) -> str:
         """The split of an example of the training source goes by its content alone, whatever stands beside it."""
@@ -298,7 +256,7 @@ class DataInput:
         self.num_conversations += example.conversation is not None
         if self.num_conversations not in (0, self.num_records):
             raise UserError(
-                f"{self.source.flag} {self.locate(example)}: text and messages in one column; expected one of them"
+                f"{self.source.flag} {example.where}: text and messages in one column; expected one of them"
             )
         if example.ids is not None:
             self.max_token_id = max(self.max_token_id, *example.ids)
@@ -306,7 +264,7 @@ class DataInput:
             self.num_unseparated += 1
         if example.unknown_date is not None:
             self.num_unknown_dates += 1
-            self.first_unknown_date = self.first_unknown_date or f"{self.locate(example)}: {example.unknown_date}"
+            self.first_unknown_date = self.first_unknown_date or f"{example.where}: {example.unknown_date}"
 
     def notices(self) -> list[str]:
         """One line for everything in it that a user should know of."""

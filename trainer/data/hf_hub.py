@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,9 +24,8 @@ def import_datasets() -> Any:
 
 def is_reachable(timeout_seconds: float = 3.0) -> bool:
     """Whether the hub answers; asked first because its libraries try for half a minute before they give up."""
-    # as huggingface_hub does
     offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    if offline.upper() in ("1", "ON", "YES", "TRUE"):
+    if offline.upper() in ("1", "ON", "YES", "TRUE"):  # as huggingface_hub does
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the proxy knows
@@ -44,30 +43,19 @@ def is_reachable(timeout_seconds: float = 3.0) -> bool:
     return bool(successes)
 
 
-@contextlib.contextmanager
-def _offline_mode(is_offline: bool) -> Iterator[None]:
-    """Have the hub's libraries look at local copies only."""
-    import huggingface_hub.constants as hub
-
-    config = import_datasets().config
-    previous = hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = previous[0] or is_offline, previous[1] or is_offline
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = previous
-
-
 def load_hub_dataset(flag: str, repo_id: str, config_name: str | None = None) -> Mapping[str, Any]:
     """{split: data set} of the hub; a local copy does where it cannot be reached. UserError where there is neither.
 
     `config_name`: which of the repository's configurations (subsets); None where it has one alone, or names a default.
     """
-    datasets = import_datasets()
-    is_online = is_reachable()
+    import huggingface_hub.constants as hub
+
+    datasets, is_online = import_datasets(), is_reachable()
+    previous = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = (value or not is_online for value in previous)
     try:
-        with _offline_mode(not is_online):
-            return datasets.load_dataset(repo_id, config_name)
+        loaded: Mapping[str, Any] = datasets.load_dataset(repo_id, config_name)
+        return loaded
     except Exception as error:  # the hub's libraries raise many kinds, some of them from other packages
         if not is_online:
             raise UserError(
@@ -79,6 +67,8 @@ def load_hub_dataset(flag: str, repo_id: str, config_name: str | None = None) ->
             f"{flag} {repo_id}: no such file or folder here, and the hub says: {reason:.400}; give {flag} a file, a "
             f"folder, or the id of a data set that can be read, with its configuration as {repo_id}:NAME"
         ) from None
+    finally:
+        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = previous
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -1,12 +1,12 @@
 """From `--data` to rows on disk: find the records, check all of them, then tokenise, split, pack and keep."""
 
 import hashlib
+import json
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from trainer.config.schema import DataSettings
 from trainer.data import cache as store
 from trainer.data import sources
 from trainer.data.chat import ChatTemplate, MaskError, load_template
-from trainer.data.dataset import SPLITS, PreparedDataset, RowInfo, SplitWriter, load
+from trainer.data.dataset import SPLITS, PreparedDataset, Row, RowInfo, SplitWriter, load
 from trainer.data.formats import DataInput, Example, choose_format, content_hash
 from trainer.data.sources import Source
 from trainer.data.templates import list_columns
@@ -33,7 +33,7 @@ from trainer.data.tokenizer import (
 
 LogFn = Callable[[str], None]
 #: Settings that decide which rows there are, beside the sources, the tokenizer and what follows from them.
-KEY_SETTINGS = ("test_fraction", "split_by", "prompt", "completion", "block_size", "unusable_records")
+KEY_SETTINGS = ("objective", "split_by", "prompt", "completion", "block_size", "unusable_records")
 CHAT_FORMATS = ("messages", "conversations", "prompt-completion")  # the last may hold messages or text
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "retain": "retained"}
 BATCH_RECORDS, BATCH_CHARACTERS = 1000, 2**19  # what is tokenised at a time
@@ -64,49 +64,44 @@ def prepare(
     fractions = (0.0 if has_val else settings.val_fraction, settings.test_fraction)
     inputs = [_open_input(source, settings, fractions) for source in split_sources]
     _refuse_mixed_formats(inputs)
-    objective = settings.objective or inputs[0].record_format.objectives[0]
+    settings = replace(settings, objective=settings.objective or inputs[0].record_format.objectives[0])
     tokenizer = None if inputs[0].record_format.name == "input_ids" else load_tokenizer(model)
-    chat_template = _find_chat_template(settings, inputs, tokenizer, model)
+    chat = _find_chat_template(settings, inputs, tokenizer, model)
     for data_input in inputs:
         data_input.fingerprints = store.fingerprint_files(data_input.source, cache_root)
     try:
         if not settings.block_size:
-            lengths = islice(_iter_lengths(inputs[0], tokenizer, chat_template), NUM_SAMPLED_RECORDS)
-            settings = replace(settings, block_size=block_size_for(list(lengths), objective, max_positions))
-        key = {
-            "sources": [_content_key(data_input) for data_input in inputs],
+            lengths = list(islice(_iter_lengths(inputs[0], tokenizer, chat), NUM_SAMPLED_RECORDS))
+            settings = replace(settings, block_size=block_size_for(lengths, settings.objective, max_positions))
+        key = {  # contents and settings: names and places of files do not decide which rows there are
+            "version": store.FORMAT_VERSION,
+            "sources": [
+                (
+                    data_input.source.split,
+                    data_input.source.kind,
+                    data_input.record_format.name,
+                    [fingerprint.sha256 for fingerprint in data_input.fingerprints],
+                    getattr(data_input.source.dataset, "_fingerprint", None),
+                    data_input.source.notices,
+                )
+                for data_input in inputs
+            ],
             "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
             "fractions": fractions,
-            "objective": objective,
-            "chat_template": chat_template,
+            "chat_template": chat.template if chat is not None else None,
             **{name: getattr(settings, name) for name in KEY_SETTINGS},
         }
-        folder = cache_root / "prepared" / store.cache_key(key)
-
-        def load_whole(folder: Path) -> PreparedDataset:
-            store.verify(folder, cache_root)
-            return load(folder, source=settings.data)
-
-        try:
-            dataset = load_whole(folder)
-        except ValueError as error:
-            if folder.exists():
-                log(f"prepared data are damaged and are made anew ({error})")
-            write = partial(
-                write_rows,
-                settings=settings,
-                objective=objective,
-                inputs=inputs,
-                tokenizer=tokenizer,
-                chat_template=chat_template,
-                log=log,
-            )
-            store.build(folder, write, load_whole)
-            dataset = load(folder, source=settings.data)
+        dataset = store.load_or_build(
+            cache_root / "prepared" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
+            cache_root,
+            lambda folder: load(folder, source=settings.data),
+            lambda folder: write_rows(folder, settings, inputs, tokenizer, chat, log),
+            log,
+        )
     except UserError as error:
         changes = (store.find_change(data_input.source, data_input.fingerprints) for data_input in inputs)
         raise next(filter(None, changes), error) from None  # a file that changed is the cause
-    _check_sizes(dataset, settings, objective, global_batch)
+    _check_sizes(dataset, settings, global_batch)
     return dataset
 
 
@@ -148,31 +143,26 @@ def _refuse_mixed_formats(inputs: list[DataInput]) -> None:
             )
 
 
-def _find_chat_template(settings: DataSettings, inputs: list[DataInput], tokenizer: Any, model: str) -> str | None:
+def _find_chat_template(
+    settings: DataSettings, inputs: list[DataInput], tokenizer: Any, model: str
+) -> ChatTemplate | None:
     """The chat template, None where no record can be a conversation."""
     inputs = [data_input for data_input in inputs if data_input.source.split != "retain"]
     names = {data_input.record_format.name for data_input in inputs}
-    if settings.chat_template is not None and not names & set(CHAT_FORMATS):
-        load_template(tokenizer, settings.chat_template, model)  # a file that cannot be read is refused though unused
+    is_chat = bool(names & set(CHAT_FORMATS))
     if "prompt-completion" in names and settings.chat_template is None:
         values = (record.get("completion") for i in inputs for _, _, record in sources.records(i.source))
-        if not isinstance(next(values, None), list):
-            return None
-    return load_template(tokenizer, settings.chat_template, model) if names & set(CHAT_FORMATS) else None
-
-
-def _content_key(data_input: DataInput) -> list[Any]:
-    """What stands for the contents of a source in the key; names and places of files do not."""
-    source = data_input.source
-    hashes = [fingerprint.sha256 for fingerprint in data_input.fingerprints]
-    fingerprint = source.dataset._fingerprint if source.dataset is not None else None
-    return [source.split, source.kind, data_input.record_format.name, hashes, fingerprint, list(source.notices)]
+        is_chat = isinstance(next(values, None), list)
+    if not is_chat and settings.chat_template is None:
+        return None
+    template = load_template(tokenizer, settings.chat_template, model)  # refused where it cannot be read, though unused
+    return ChatTemplate(tokenizer, template) if is_chat else None
 
 
 # --- the block size that the lengths of the records ask for, where none is given ---
 
 
-def block_size_for(lengths: Sequence[int], objective: Objective, max_positions: int | None) -> int:
+def block_size_for(lengths: Sequence[int], objective: Objective | None, max_positions: int | None) -> int:
     """For rows of their own the least of BLOCK_SIZES that holds every sampled record; for joined texts
     MAX_JOINED_BLOCK, or less where the texts would fill fewer than MIN_BLOCKS of them. Never more than the model's
     positions. `lengths`: tokens of the sampled records; as many as NUM_SAMPLED_RECORDS stand for more."""
@@ -186,30 +176,19 @@ def block_size_for(lengths: Sequence[int], objective: Objective, max_positions: 
     return min(size, max_positions or size)
 
 
-def _iter_lengths(data_input: DataInput, tokenizer: Any, chat_template: str | None) -> Iterator[int]:
+def _iter_lengths(data_input: DataInput, tokenizer: Any, chat: ChatTemplate | None) -> Iterator[int]:
     """Tokens of each record, with the end of its text; conversations that cannot be trained on are left out."""
-    chat = ChatTemplate(tokenizer, chat_template) if chat_template is not None else None
-    examples = (example for example in data_input.examples() if example is not None)
-    while batch := list(islice(examples, BATCH_RECORDS)):
-        texts = [example for example in batch if example.ids is None and example.conversation is None]
-        prompts = encode(tokenizer, [example.prompt for example in texts])
-        completions = encode(tokenizer, [example.completion for example in texts])
-        yield from (len(prompt) + len(text) + 1 for prompt, text in zip(prompts, completions, strict=True))
+    for batch in _iter_batches(data_input):
         yield from (len(example.ids) for example in batch if example.ids is not None)
-        for conversation in (example.conversation for example in batch):
-            if conversation is not None and chat is not None:
-                try:
-                    yield len(chat.encode(conversation).ids)
-                except MaskError:
-                    continue
+        if tokenizer is not None:
+            rows = (row for _, row in _encode_rows(batch, tokenizer, chat))
+            yield from (len(row.ids) for row in rows if isinstance(row, Row))
 
 
 # --- the first reading: every record is checked before one is tokenised ---
 
 
-def check_records(
-    settings: DataSettings, objective: Objective, inputs: list[DataInput]
-) -> tuple[dict[str, int], set[int], int]:
+def check_records(settings: DataSettings, inputs: list[DataInput]) -> tuple[dict[str, int], set[int], int]:
     """Render and count every record, so that a mistake in the last row is found before the first one is tokenised.
 
     Returns ({split: its records that equal a training record}, their hashes, training records that equal another).
@@ -225,25 +204,21 @@ def check_records(
             hashes[split].append(content_hash(example.content("" if split == "retain" else "\0")))
             if split == "train" and settings.retain_data is not None:  # a text that is a pair's, joined
                 hashes["joined train"].append(content_hash(example.content("")))
-        source = data_input.source
+        where, has_chat = f"{data_input.source.flag} {data_input.source.spec}", data_input.num_conversations > 0
         if not data_input.num_records:
-            raise UserError(f"{source.flag} {source.spec}: holds blank lines only; expected at least one record")
-        has_chat = data_input.num_conversations > 0
-        if source.split == "retain" and has_chat:
-            raise UserError(f"{source.flag} {source.spec}: holds conversations; expected text")
-        if source.split != "retain" and has_chat != (inputs[0].num_conversations > 0):
-            raise UserError(
-                f"{source.flag} {source.spec}: one of the splits holds conversations and another text; expected one"
-            )
-    _refuse_empty_splits(settings, inputs[0])
-    if inputs[0].num_conversations and objective == "blocks":
+            raise UserError(f"{where}: holds blank lines only; expected at least one record")
+        if data_input.source.split == "retain" and has_chat:
+            raise UserError(f"{where}: holds conversations; expected text")
+        if data_input.source.split != "retain" and has_chat != (inputs[0].num_conversations > 0):
+            raise UserError(f"{where}: one of the splits holds conversations and another text; expected one")
+    if inputs[0].num_conversations and settings.objective == "blocks":
         raise UserError(
             "--objective blocks: conversations are trained on turn by turn; expected --objective completion"
         )
+    _refuse_empty_splits(settings, inputs[0], hashes)
     num_shared, shared_hashes = {}, set()
     for split in ("val", "test", "retain"):
-        train = hashes["joined train" if split == "retain" else "train"]
-        is_shared = np.isin(hashes[split], train)
+        is_shared = np.isin(hashes[split], hashes["joined train" if split == "retain" else "train"])
         num_shared[split], num_records = int(is_shared.sum()), len(hashes[split])
         shared_hashes |= set(np.asarray(hashes[split])[is_shared].tolist())
         if (len(hashes["test"]) or split == "retain") and num_shared[split] > MAX_SHARED_FRACTION * num_records:
@@ -258,17 +233,22 @@ def check_records(
     return num_shared, shared_hashes, len(hashes["train"]) - len(np.unique(hashes["train"]))
 
 
-def _refuse_empty_splits(settings: DataSettings, train_input: DataInput) -> None:
+def _refuse_empty_splits(settings: DataSettings, train_input: DataInput, hashes: Mapping[str, Sequence[int]]) -> None:
     """What is certain before tokenising: an empty split, for records; more is known when they are packed."""
     fractions = dict(zip(("val", "test"), train_input.fractions, strict=True))
     split_off = [split for split, fraction in fractions.items() if fraction]
     empty_split = next((split for split in ("train", *split_off) if not train_input.split_sizes[split]), None)
     if not split_off or empty_split is None:
         return
+    number = train_input.num_records
+    if number > 1 and len({record for split in ("train", *split_off) for record in hashes[split]}) == 1:
+        raise UserError(
+            f"--data {settings.data}: all {number} records are equal, so none can be split off; give others"
+        )
     flag, remedy = (split_off[0], "lower") if empty_split == "train" else (empty_split, "raise")
     name = {"train": "training", "val": "validation", "test": "the test"}[empty_split]
     raise UserError(
-        f"--data {settings.data}: the split by hash leaves 0 of {train_input.num_records} records for {name} at "
+        f"--data {settings.data}: the split by hash leaves 0 of {number} records for {name} at "
         f"--{flag}-fraction {fractions[flag]:g}; {remedy} --{flag}-fraction or give --{flag}-data"
     )
 
@@ -278,24 +258,21 @@ def _refuse_empty_splits(settings: DataSettings, train_input: DataInput) -> None
 
 def write_rows(
     folder: Path,
-    *,
     settings: DataSettings,
-    objective: Objective,
     inputs: list[DataInput],
     tokenizer: Any,
-    chat_template: str | None,
+    chat: ChatTemplate | None,
     log: LogFn,
 ) -> dict[str, Any]:
     """Write the rows of all splits into `folder` and return what facts.json holds of them."""
-    num_shared, shared_hashes, num_repeated = check_records(settings, objective, inputs)
-    chat = None
-    if chat_template is not None and inputs[0].num_conversations:
-        chat = ChatTemplate(tokenizer, chat_template)
+    num_shared, shared_hashes, num_repeated = check_records(settings, inputs)
+    if not inputs[0].num_conversations:
+        chat = None
     vocabulary = len(tokenizer) if tokenizer is not None else 1 + max(i.max_token_id for i in inputs)
     dtype = "<u2" if vocabulary <= 65_536 else "<u4"
     writers = {}
     for split in SPLITS:
-        has_rows = objective == "completion" and split != "retain"
+        has_rows = settings.objective == "completion" and split != "retain"
         writers[split] = SplitWriter(
             folder,
             split,
@@ -307,23 +284,21 @@ def write_rows(
     try:
         for data_input in inputs:
             for batch in _iter_batches(data_input, log):
-                if objective == "blocks" or data_input.source.split == "retain":
+                if settings.objective == "blocks" or data_input.source.split == "retain":
                     _write_texts(data_input, batch, writers, tokenizer)
-                elif chat is None:
-                    _write_pairs(data_input, batch, writers, tokenizer, shared_hashes)
                 else:
-                    _write_conversations(data_input, batch, writers, chat, shared_hashes)
+                    _write_rows(data_input, batch, writers, shared_hashes, tokenizer, chat)
     finally:
         fingerprints = {split: writer.close() for split, writer in writers.items()}
     for data_input in inputs:
         if change := store.find_change(data_input.source, data_input.fingerprints):
             raise change
-    used_splits = [split for split in SPLITS if split in ("train", "val") or writers[split].num_records]
+    used_splits = [split for split in SPLITS if split in ("train", "val") or writers[split].counts["records"]]
     row_infos = {split: _write_row_info(writers, split, tokenizer) for split in SPLITS if split != "train"}
     notices = [line for writer in writers.values() for line in writer.notices(settings.unusable_records)]
     notices += [line for data_input in inputs for line in data_input.notices()]
     notices += [
-        f"{number} of {writers[split].num_records} {SPLIT_NAMES[split]} records also stand in the training data"
+        f"{number} of {writers[split].counts['records']} {SPLIT_NAMES[split]} records also stand in the training data"
         for split, number in num_shared.items()
         if number
     ]
@@ -333,7 +308,7 @@ def write_rows(
         "form": inputs[0].record_format.name,
         "form_meaning": inputs[0].record_format.meaning,
         "example": writers["train"].example,
-        "chat_template": chat_template if chat is not None else None,
+        "chat_template": chat.template if chat is not None else None,
         "fingerprint": hashlib.sha256(trained_on.encode()).hexdigest(),
         **{f"{split}_fingerprint": fingerprints[split] if split in used_splits else None for split in SPLITS},
         "split": f"hash {settings.val_fraction:g}" if inputs[0].fractions[0] else "given",
@@ -342,20 +317,17 @@ def write_rows(
         "repeated_in_train": num_repeated,
         "tokenizer": tokenizer_fingerprint(tokenizer) if tokenizer is not None else None,
         "vocabulary": vocabulary,
-        "objective": objective,
+        "objective": settings.objective,
         "block_size": settings.block_size,
-        "train": writers["train"].counts(),
-        **{
-            split: writers[split].counts() | {"target_bytes": sum(info.num_bytes), "units": info.num_units}
-            for split, info in row_infos.items()
-        },
+        "train": writers["train"].counts,
+        **{split: writers[split].counts | info for split, info in row_infos.items()},
         "notices": notices,
     }
     pad_id = tokenizer.eos_token_id if tokenizer is not None else 0
     return {"dtype": dtype, "pad_id": pad_id, "facts": facts, "val_texts": writers["val"].texts}
 
 
-def _iter_batches(data_input: DataInput, log: LogFn) -> Iterator[list[Example]]:
+def _iter_batches(data_input: DataInput, log: LogFn = lambda line: None) -> Iterator[list[Example]]:
     batch: list[Example] = []
     num_tokenized, num_characters, last_log_seconds = 0, 0, time.monotonic()
     for example in data_input.examples():
@@ -372,6 +344,24 @@ def _iter_batches(data_input: DataInput, log: LogFn) -> Iterator[list[Example]]:
                 log(f"tokenising {data_input.source.spec}: {num_tokenized:,} of {data_input.num_records:,} records")
     if batch:
         yield batch
+
+
+def _encode_rows(
+    batch: list[Example], tokenizer: Any, chat: ChatTemplate | None
+) -> Iterator[tuple[Example, Row | MaskError]]:
+    """Each text or conversation as tokens; prompt and completion are encoded apart, so that the boundary is exact."""
+    texts = [example for example in batch if example.ids is None and example.conversation is None]
+    prompts = encode(tokenizer, [example.prompt for example in texts])
+    completions = encode(tokenizer, [example.completion for example in texts])
+    for example, prompt_ids, completion_ids in zip(texts, prompts, completions, strict=True):
+        ids = np.concatenate([prompt_ids, completion_ids, np.asarray([tokenizer.eos_token_id], dtype=np.uint32)])
+        yield example, Row(ids, np.arange(len(ids)) >= len(prompt_ids), example.prompt, example.completion)
+    for example in batch:
+        if example.conversation is not None and chat is not None:
+            try:
+                yield example, chat.encode(example.conversation)
+            except MaskError as error:
+                yield example, error
 
 
 def _write_texts(data_input: DataInput, batch: list[Example], writers: dict[str, SplitWriter], tokenizer: Any) -> None:
@@ -392,70 +382,45 @@ def _write_texts(data_input: DataInput, batch: list[Example], writers: dict[str,
             writers[split].keep_text(example.prompt, example.completion)
 
 
-def _write_pairs(
+def _write_rows(
     data_input: DataInput,
     batch: list[Example],
     writers: dict[str, SplitWriter],
+    shared_hashes: set[int],
     tokenizer: Any,
-    shared_hashes: set[int],
+    chat: ChatTemplate | None,
 ) -> None:
-    """One record a row; prompt and completion are encoded apart, so that the boundary is exact."""
-    prompts = encode(tokenizer, [example.prompt for example in batch])
-    completions = encode(tokenizer, [example.completion for example in batch])
-    for example, prompt_ids, completion_ids in zip(batch, prompts, completions, strict=True):
+    """One record a row. A text that is longer than a block is left out, a conversation is cut; what cannot be trained
+    on is counted."""
+    has_tools = chat is not None and "tools" in chat.template
+    for example, row in _encode_rows(batch, tokenizer, chat):
         writer = writers[data_input.split_of(example)]
-        ids = np.concatenate([prompt_ids, completion_ids, np.asarray([tokenizer.eos_token_id], dtype=np.uint32)])
-        writer.num_records += 1
-        writer.keep_text(example.prompt, example.completion)
-        if len(ids) > writer.block_size:
-            writer.add_problem("too long", f"{data_input.locate(example)}, {len(ids)} tokens")
+        if isinstance(row, MaskError):
+            writer.add_problem("unusable", f"{example.where}: {row}")
             continue
-        writer.add_row(ids, len(prompt_ids))
-        writer.row_ids.append(_identify(example, shared_hashes))
-        writer.example = writer.example or mark_targets(tokenizer, ids, np.arange(len(ids)) >= len(prompt_ids))
-
-
-def _write_conversations(
-    data_input: DataInput,
-    batch: list[Example],
-    writers: dict[str, SplitWriter],
-    chat: ChatTemplate,
-    shared_hashes: set[int],
-) -> None:
-    """One conversation a row, cut at the block size; what cannot be trained on is counted."""
-    for example in batch:
-        assert example.conversation is not None
-        writer, place = writers[data_input.split_of(example)], data_input.locate(example)
-        try:
-            row = chat.encode(example.conversation)
-            ids, is_target = row.ids[: writer.block_size], row.is_target[: writer.block_size]
-            if not is_target[1:].any():
-                raise MaskError(
-                    f"its assistant turns lie beyond --block-size {writer.block_size} ({len(row.ids)} tokens)"
-                )
-        except MaskError as error:
-            writer.add_problem("unusable", f"{place}: {error}")
+        num_tokens, size = len(row.ids), writer.block_size
+        ids, is_target = row.ids[:size], row.is_target[:size]
+        if chat is not None and not is_target[1:].any():
+            problem = f"its assistant turns lie beyond --block-size {size} ({num_tokens} tokens)"
+            writer.add_problem("unusable", f"{example.where}: {problem}")
             continue
-        writer.num_records += 1
-        if example.conversation.tools and "tools" not in chat.template:
-            writer.add_problem("tools", place)
-        if len(row.ids) > writer.block_size:
-            writer.add_problem("cut", f"{place}, {len(row.ids)} tokens")
-        writer.add_masked_row(ids, is_target)
+        writer.counts["records"] += 1
         writer.keep_text(row.prompt, row.completion)
-        writer.row_ids.append(_identify(example, shared_hashes))
-        writer.example = writer.example or mark_targets(chat.tokenizer, ids, is_target)
+        if num_tokens > size:
+            writer.add_problem("cut" if chat is not None else "too long", f"{example.where}, {num_tokens} tokens")
+            if chat is None:
+                continue
+        if example.conversation is not None and example.conversation.tools and not has_tools:
+            writer.add_problem("tools", example.where)
+        writer.add_row(ids, is_target)
+        record_hash = content_hash(example.content())
+        group = None if example.group is None else f"{content_hash(example.group):016x}"
+        writer.row_ids.append((f"{record_hash:016x}", group, record_hash in shared_hashes))
+        writer.example = writer.example or mark_targets(tokenizer, ids, is_target)
 
 
-def _identify(example: Example, shared_hashes: set[int]) -> tuple[str, str | None, bool]:
-    """(id of a record, that of its group, whether it equals a training record)."""
-    row_id = content_hash(example.content())
-    group = None if example.group is None else f"{content_hash(example.group):016x}"
-    return f"{row_id:016x}", group, row_id in shared_hashes
-
-
-def _write_row_info(writers: dict[str, SplitWriter], split: str, tokenizer: Any) -> RowInfo:
-    """Who the rows of a split are, read back from what was just written."""
+def _write_row_info(writers: dict[str, SplitWriter], split: str, tokenizer: Any) -> dict[str, int]:
+    """Write who the rows of a split are, read back from what was just written; returns the sums of it."""
     writer, dataset = writers[split], writers[split].read_back()
     rows = writer.row_ids
     if writer.is_blocks:  # no single record: a hash of their token ids
@@ -474,11 +439,12 @@ def _write_row_info(writers: dict[str, SplitWriter], split: str, tokenizer: Any)
         in_train=[is_shared for _, _, is_shared in rows],
     )
     info.write(writer.folder, split)
-    return info
+    units = {group or row_id for row_id, group, is_shared in rows if not is_shared}  # which an interval can tell apart
+    return {"target_bytes": sum(info.num_bytes), "units": len(units)}
 
 
-def _check_sizes(dataset: PreparedDataset, settings: DataSettings, objective: Objective, global_batch: int) -> None:
-    is_blocks = objective == "blocks"
+def _check_sizes(dataset: PreparedDataset, settings: DataSettings, global_batch: int) -> None:
+    is_blocks = settings.objective == "blocks"
     unit, hint = (f"blocks of {settings.block_size} tokens", ", lower --block-size") if is_blocks else ("examples", "")
     train = dataset.metadata["train"]
     if train["examples"] < global_batch:

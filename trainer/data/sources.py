@@ -94,16 +94,17 @@ def find_sources(
     """
     splits = _find_splits(data, "--data")
     train = find(data, "--data")
-    split_sources, uses = [train], {next(name for name in SPLITS_BY_FLAG["--data"] if name in splits): "training"}
-    for split, name, use, flag, spec in (
-        ("val", "validation", "validation", "--val-data", val_data),
-        ("test", "test", "the test", "--test-data", test_data),
+    found, uses = [], {next(name for name in SPLITS_BY_FLAG["--data"] if name in splits): "training"}
+    for split, name, flag, spec in (
+        ("val", "validation", "--val-data", val_data),
+        ("test", "test", "--test-data", test_data),
+        ("retain", None, "--retain-data", retain_data),
     ):
         if spec is not None:
-            split_sources.append(replace(find(spec, flag), split=split))
+            found.append(replace(find(spec, flag), split=split))
         elif name in splits:
-            split_sources.append(replace(splits[name], split=split))
-            uses[name] = use
+            found.append(replace(splits[name], split=split))
+            uses[name] = "the test" if name == "test" else name
     notices = []
     if set(splits) != {""}:
         notices.append(f"{data}: " + ", ".join(f"{_describe(splits[name], name)} for {uses[name]}" for name in uses))
@@ -112,9 +113,7 @@ def find_sources(
         for name, source in splits.items()
         if name not in uses
     ]
-    if retain_data is not None:
-        split_sources.append(replace(find(retain_data, "--retain-data"), split="retain"))
-    return [replace(train, notices=tuple(notices)), *split_sources[1:]]
+    return [replace(train, notices=tuple(notices)), *found]
 
 
 def find(spec: str, flag: str = "--data") -> Source:
@@ -216,14 +215,6 @@ def _split_files(flag: str, spec: str, files: Sequence[Path], noun: str, root: P
                 f"{flag} {spec}: the {noun} holds several kinds of data: {kind_list}; give files of one kind, for "
                 "instance by a glob"
             )
-        for file in group:
-            try:
-                with open(file, "rb") as stream:
-                    is_empty = not stream.read(1)
-            except OSError as error:
-                raise UserError(f"{flag} {file}: cannot be read ({error.strerror}); check its permissions") from None
-            if is_empty:
-                raise UserError(f"{flag} {file}: the file is empty; expected at least one record")
         splits[split] = Source(flag=flag, spec=spec, kind=str(file_kind(group[0])), files=tuple(group))
     return splits
 
@@ -239,50 +230,44 @@ def columns(source: Source, file: Path | None = None) -> tuple[str, ...]:
     if source.dataset is not None:
         return tuple(source.dataset.column_names)
     file = file or source.files[0]
-    where = f"{source.flag} {file}"
     try:
-        if source.kind in ("Parquet", "Arrow"):
-            names, batches = _open_arrow(file, source.kind)
-            has_records = any(batch.num_rows for batch in batches)
-        elif source.kind == "JSON":
-            first = next(readers.iter_json(file, where), None)
-            names, has_records = list(first[1]) if first else [], first is not None
-        else:
-            names = ["text"] if source.kind == "text" else readers.csv_columns(file, source.kind, where)
-            has_records = bool(names)
+        names, placed_records = _open_table(source, file)
+        if next(placed_records, None) is None:
+            raise UserError(f"{source.flag} {file}: holds no record; expected at least one")
+        return tuple(names)
     except READ_ERRORS as error:
         raise read_error(source, file, "the beginning", error) from None
-    if not has_records:
-        raise UserError(f"{where}: holds no record; expected at least one")
-    if duplicates := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{where}: names column {duplicates[0]!r} twice; rename one")
-    return tuple(names)
 
 
 def records(source: Source, column_names: Sequence[str] | None = None) -> Iterator[SourcedRecord]:
     """Every record in order, a bounded number in memory; `column_names` only, where the kind lets us choose."""
     for file in source.files if source.dataset is None else (None,):
-        where, placed_records = f"{source.flag} {file}", None
         place = "the beginning"
         try:
-            if file is None:
-                dataset = source.dataset.select_columns(list(column_names)) if column_names else source.dataset
-                placed_records = _iter_batches(dataset.with_format("arrow").iter(batch_size=BATCH_RECORDS))
-            elif source.kind in ("Parquet", "Arrow"):
-                names = [name for name in columns(source, file) if column_names is None or name in column_names]
-                placed_records = _iter_batches(_open_arrow(file, source.kind, names)[1])
-            elif source.kind == "JSON":
-                placed_records = readers.iter_json(file, where)
-            elif source.kind == "text":
-                placed_records = readers.iter_text(file, where)
-            else:
-                names = list(columns(source, file))
-                placed_records = readers.iter_csv(file, source.kind, where, names)
-            for place, record in placed_records:
+            for place, record in _open_table(source, file, column_names)[1]:
                 yield SourcedRecord(file, place, record)
                 place = f"after {place}"
         except READ_ERRORS as error:
             raise read_error(source, file, place, error) from error
+
+
+def _open_table(source: Source, file: Path | None, wanted: Sequence[str] | None = None) -> readers.Table:
+    where = f"{source.flag} {file}"
+    if file is None:
+        dataset = source.dataset.select_columns(list(wanted)) if wanted else source.dataset
+        batches = dataset.with_format("arrow").iter(batch_size=BATCH_RECORDS)
+        names, placed_records = dataset.column_names, _iter_batches(batches)
+    elif source.kind in ("Parquet", "Arrow"):
+        names, placed_records = _open_arrow(file, source.kind, wanted)
+    elif source.kind == "JSON":
+        names, placed_records = readers.read_json(file, where)
+    elif source.kind == "text":
+        names, placed_records = ["text"], readers.read_text(file, where)
+    else:
+        names, placed_records = readers.read_csv(file, source.kind, where)
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}: names column {duplicates[0]!r} twice; rename one")
+    return names, placed_records
 
 
 def read_error(source: Source, file: Path | None, place: str, error: Exception) -> UserError:
@@ -291,6 +276,8 @@ def read_error(source: Source, file: Path | None, place: str, error: Exception) 
     if isinstance(error, UnicodeDecodeError) and file is not None:
         line, byte = _find_bad_byte(file)
         return UserError(f"{where}, line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8")
+    if isinstance(error, PermissionError):
+        return UserError(f"{where}: cannot be read ({error.strerror}); check its permissions")
     if file is not None and (file.suffix.lower() in COMPRESSIONS or source.kind in ("Parquet", "Arrow")):
         kind = file.suffix if file.suffix.lower() in COMPRESSIONS else source.kind
         return UserError(f"{where}: not a whole {kind} file ({reason}); write it again")
@@ -312,20 +299,23 @@ def _find_bad_byte(file: Path) -> tuple[int, int]:
             line += chunk.endswith(b"\n")
 
 
-def _open_arrow(file: Path, kind: str, names: Sequence[str] | None = None) -> tuple[list[str], Iterable[Any]]:
-    """(the columns, the record batches with the columns `names`) of a Parquet or Arrow file."""
+def _open_arrow(file: Path, kind: str, wanted: Sequence[str] | None) -> readers.Table:
     import pyarrow.ipc
     import pyarrow.parquet
 
     if kind == "Parquet":
         parquet_file = pyarrow.parquet.ParquetFile(file)
-        return parquet_file.schema_arrow.names, parquet_file.iter_batches(BATCH_RECORDS, columns=names)
+        names = parquet_file.schema_arrow.names
+        selected = [name for name in names if wanted is None or name in wanted]
+        return names, _iter_batches(parquet_file.iter_batches(BATCH_RECORDS, columns=selected))
     try:  # Arrow's file format, which Feather is, or a stream, which `datasets` writes
         reader = pyarrow.ipc.open_file(pyarrow.OSFile(str(file)))
         batches = map(reader.get_batch, range(reader.num_record_batches))
     except pyarrow.ArrowInvalid:
         batches = reader = pyarrow.ipc.open_stream(pyarrow.OSFile(str(file)))
-    return reader.schema.names, (batch if names is None else batch.select(names) for batch in batches)
+    names = reader.schema.names
+    selected = [name for name in names if wanted is None or name in wanted]
+    return names, _iter_batches(batch.select(selected) for batch in batches)
 
 
 def _iter_batches(batches: Iterable[Any]) -> Iterator[readers.PlacedRecord]:

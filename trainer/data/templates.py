@@ -49,9 +49,8 @@ def compile_templates(
     optional part leaves nothing behind; not all of them may be.
     """
     prompt_pieces, completion_pieces = parse_template(prompt, "--prompt"), parse_template(completion, "--completion")
-    prompt_columns, completion_columns = (
-        [text for is_column, text in pieces if is_column] for pieces in (prompt_pieces, completion_pieces)
-    )
+    prompt_columns = [text for is_column, text in prompt_pieces if is_column]
+    completion_columns = [text for is_column, text in completion_pieces if is_column]
     for flag, names in (("--prompt", prompt_columns), ("--completion", completion_columns)):
         if unknown := next((name for name in names if name not in columns), None):
             raise UserError(f"{flag}: {where} has no column {unknown!r}; its columns are {list_columns(columns)}")
@@ -87,13 +86,15 @@ def compile_templates(
 
 def value_text(record: Record, column: str, flag: str) -> str:
     """The value of a column as text; RecordError where it is missing, empty, or neither text, number nor date."""
+    return to_text(require(record, column, f"fill it, drop the row, or leave {{{column}}} out of {flag}"), column)
+
+
+def require(record: Record, column: str, remedy: str = "fill it or drop the row") -> Any:
+    """The value of a column; RecordError where it is missing or empty."""
     value = record.get(column)
     if is_missing(value):
-        raise RecordError(
-            f"column {column!r} is {'null or empty' if column in record else 'missing'}: fill it, drop the row, "
-            f"or leave {{{column}}} out of {flag}"
-        )
-    return to_text(value, column)
+        raise RecordError(f"column {column!r} is {'null or empty' if column in record else 'missing'}: {remedy}")
+    return value
 
 
 def is_missing(value: Any) -> bool:
@@ -114,9 +115,7 @@ def to_text(value: Any, column: str) -> str:
 
 def require_text(record: Record, column: str) -> str:
     """The text of a column; RecordError where it is missing, empty or of another type."""
-    value = record.get(column)
-    if is_missing(value):
-        raise RecordError(f"column {column!r} is null or empty: fill it or drop the row")
+    value = require(record, column)
     if not isinstance(value, str):
         raise RecordError(f"column {column!r} holds a {type(value).__name__}, expected text")
     return require_valid_unicode(value, column)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,8 +32,10 @@ def load_tokenizer(model: str) -> Any:
 
     UserError where there is none, where it is broken, or where it has no end-of-text token.
     """
-    name_or_path = resolve_model_path(model)
-    tokenizer = _from_folder(model, Path(name_or_path).expanduser()) if _is_path(name_or_path) else _from_hub(model)
+    path = resolve_model_path(model)
+    folder = Path(path).expanduser()
+    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists()
+    tokenizer = _from_folder(model, folder) if is_path else _from_hub(model)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"--model {model}: its tokenizer has no end-of-text token, which ends every text; add an eos_token"
@@ -47,31 +50,20 @@ def _is_empty(tokenizer: Any) -> bool:
     return not tokenizer("a", add_special_tokens=False)["input_ids"]
 
 
-def _is_path(name_or_path: str) -> bool:
-    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    return looks_like_path or Path(name_or_path).expanduser().exists()
-
-
 def _from_folder(model: str, folder: Path) -> Any:
+    from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined, unused-ignore]
+
     if not folder.is_dir():
         raise UserError(
             f"--model {model}: no such folder; expected a folder with a model and its tokenizer, or a hub id"
         )
-    vocab_file = folder / "vocab.json"
-    has_bare_vocabulary = (
-        vocab_file.is_file() and (folder / "merges.txt").is_file() and not (folder / "tokenizer.json").is_file()
-    )
+    # GPT-2's two files alone say nothing of their class; given by name to its constructor they are dropped
+    is_bare = not (folder / "tokenizer.json").is_file() and (folder / "merges.txt").is_file()
+    is_bare = is_bare and (folder / "vocab.json").is_file()
     try:
-        if has_bare_vocabulary:
-            # GPT-2's two files alone say nothing of their class; given by name to its constructor they are dropped
-            from transformers import GPT2TokenizerFast  # type: ignore[attr-defined, unused-ignore]
-
-            tokenizer = GPT2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        num_expected = len(json.loads(vocab_file.read_text(encoding="utf-8"))) if has_bare_vocabulary else 0
+        kind = GPT2TokenizerFast if is_bare else AutoTokenizer
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        num_expected = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8"))) if is_bare else 0
     except Exception as error:  # broken files raise many kinds, down to those of the Rust library
         raise UserError(
             f"--model {model}: no usable tokenizer in the folder ({first_line(error)}); expected tokenizer.json, or "
@@ -91,18 +83,15 @@ def _from_hub(model: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
         if not _is_empty(tokenizer):  # it is where the configuration is here already and nothing else
             return tokenizer
-    if not hf_hub.is_reachable():
-        raise UserError(
-            f"--model {model}: no such folder, no local copy, and the hub cannot be reached; pass --model FOLDER, "
-            "a folder with the model and its tokenizer"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"--model {model}: no such folder, and the hub has no tokenizer of that name ({first_line(error)}); "
-            "pass --model FOLDER or another hub id"
-        ) from None
+    problem = "no local copy, and the hub cannot be reached"
+    if hf_hub.is_reachable():
+        try:
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except Exception as error:
+            problem = f"and the hub has no tokenizer of that name ({first_line(error)})"
+    raise UserError(
+        f"--model {model}: no such folder, {problem}; pass --model FOLDER, a folder with the model and its tokenizer"
+    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -125,8 +114,11 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[TokenIds]:
     """
     pieces_by_text = [split_long(text) for text in texts]
     pieces = [piece for parts in pieces_by_text for piece in parts]
-    batches = (_encode_batch(tokenizer, batch) for batch in _iter_batches(pieces))
-    encoded = (np.asarray(ids, dtype=np.uint32) for batch in batches for ids in batch)
+    ends = np.cumsum([len(piece) for piece in pieces]) // MAX_CALL_CHARACTERS  # the number of the call of each piece
+    batches = (
+        [piece for _, piece in group] for _, group in itertools.groupby(zip(ends, pieces, strict=True), lambda p: p[0])
+    )
+    encoded = (np.asarray(ids, dtype=np.uint32) for batch in batches for ids in _encode_batch(tokenizer, batch))
     return [
         np.concatenate([next(encoded) for _ in parts]) if len(parts) > 1 else next(encoded) for parts in pieces_by_text
     ]
@@ -140,19 +132,6 @@ def _encode_batch(tokenizer: Any, texts: list[str]) -> Iterable[list[int]]:
     # what the call above comes to, without the lists that we do not use: they take a third of its time
     backend.no_truncation(), backend.no_padding()
     return (encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-
-
-def _iter_batches(pieces: Sequence[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
-    for piece in pieces:
-        if batch and num_characters + len(piece) > MAX_CALL_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-        batch.append(piece)
-        num_characters += len(piece)
-    if batch:
-        yield batch
 
 
 def split_long(text: str) -> list[str]:

@@ -291,11 +291,11 @@ def test_several_processes_may_prepare_the_same_data_at_once(pairs_csv, tmp_path
         shutil.copytree(copy, folder, dirs_exist_ok=True)
         (folder / "facts.json").unlink()
         if not changes:  # another one finishes while this one is still writing
-            store.build(first.folder, lambda other: fill(other, pad_id=7), load)
+            store.load_or_build(first.folder, tmp_path, load, lambda other: fill(other, pad_id=7))
         contents = store.read_manifest(copy).model_dump()
         return {**{name: contents[name] for name in ("dtype", "val_texts", "facts")}, "pad_id": 0, **changes}
 
-    store.build(first.folder, fill, load)
+    store.load_or_build(first.folder, tmp_path, load, fill)
     assert load(first.folder).pad_id == 7  # the first to finish named the folder
     assert os.listdir(first.folder.parent) == [first.folder.name]
 

@@ -85,18 +85,16 @@ def test_unknown_file_extensions_and_mixed_formats_are_refused(refusal_message, 
     assert "several kinds of data: CSV (a.csv), JSON (b.jsonl)" in line
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.txt"])
-def test_an_empty_file_is_refused(refusal_message, tmp_path, name):
-    (tmp_path / name).touch()
-    assert f"--data {name}: the file is empty" in refusal_message(name)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.csv", "mr,ref\n", "a.csv: has a header but no row"),
+        ("a.csv", "", "a.csv: holds no record"),
+        ("a.json", "", "a.json: holds no record"),
+        ("a.txt", "", "a.txt: holds no record"),
+        ("a.parquet", "", "a.parquet: not a whole Parquet file"),
+        ("a.tsv", "mr\tref\n", "a.tsv: holds no record"),
         ("a.jsonl", "\n\n", "a.jsonl: holds no record"),
-        ("a.json", "[ ]", "a.json: the list is empty"),
+        ("a.json", "[ ]", "a.json: holds no record"),
         ("a.csv", "mr,mr\n1,2\n", "a.csv: names column 'mr' twice"),
         ("a.csv", "mr,ref\n1,2\n1,2,3\n", "a.csv, row 2 (line 3): 3 fields where the header has 2"),
         ("a.csv", 'mr,ref\n1,"2\n2"\n1\n', "a.csv, row 2 (line 4): 1 fields where the header has 2"),
@@ -123,15 +121,31 @@ def test_an_empty_file_is_refused(refusal_message, tmp_path, name):
         ),
         ("a.json", '[{"mr": "1", "ref": "2"} {"mr": "3", "ref": "4"}]', "a.json, row 2: not JSON (a comma is missing)"),
         ("a.json", '[{"mr": "1", "ref": "2"},]', "a.json, row 2: not an object"),
-        ("a.json", '[{"mr": "1", "ref": "2"}, {"mr": "1", "mr": "2"}]', "a.json, row 2: the key 'mr' stands twice"),
+        (
+            "a.json",
+            '[{"mr": "1", "ref": "2"}, {"mr": "1", "mr": "2"}]',
+            "a.json, row 2: not JSON (the key 'mr' stands twice",
+        ),
         (
             "a.jsonl",
             '{"mr": "1", "ref": "2"} {"mr": "3", "ref": "4"}\n',
             "a.jsonl, line 1, character 25: not JSON (Extra",
         ),
-        ("a.jsonl", '{"mr": "1", "ref": {"a": 1, "a": 2}}\n', "a.jsonl, line 1: the key 'a' stands twice in an object"),
-        ("a.jsonl", '{"mr": "1", "ref": 1e999}\n', "a.jsonl, line 1: the number 1e999 is larger than any float"),
-        ("a.jsonl", '{"mr": "1", "ref": -Infinity}\n', "a.jsonl, line 1: the number -Infinity is larger than any"),
+        (
+            "a.jsonl",
+            '{"mr": "1", "ref": {"a": 1, "a": 2}}\n',
+            "a.jsonl, line 1: not JSON (the key 'a' stands twice in an object",
+        ),
+        (
+            "a.jsonl",
+            '{"mr": "1", "ref": 1e999}\n',
+            "a.jsonl, line 1: not JSON (the number 1e999 is larger than any float",
+        ),
+        (
+            "a.jsonl",
+            '{"mr": "1", "ref": -Infinity}\n',
+            "a.jsonl, line 1: not JSON (the number -Infinity is larger than any",
+        ),
         ("a.csv", 'mr,ref\n1,"2"x\n', "a.csv, row 1 (line 2): not CSV (',' expected after '\"')"),
         ("a.parquet", "no parquet at all", "a.parquet: not a whole Parquet file"),
     ],
@@ -411,17 +425,14 @@ def test_a_named_pipe_is_refused_and_not_waited_for(refusal_message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.jsonl", '{{"mr": "1", "ref": "2"}}\n{{"n": {big}}}\n', "line 2, column 'n': a number of 5,000 digits"),
-        ("a.jsonl", '{{"n": {big}}}\n', "line 1, column 'n': a number of 5,000 digits; expected at most 4,300"),
-        ("a.json", '[{{"mr": "1", "ref": "2"}}, {{"n": {big}}}]', "row 2, column 'n': a number of 5,000 digits"),
-        ("a.jsonl", '{{"\\u001b[": {deep}}}\n', "line 1, column '\\\\u001b[': JSON nested more than 500 deep"),
-        ("a.json", '[{{"mr": "1", "ref": "2"}}, {{"d": {deep}}}]', "row 2, column 'd': JSON nested more than 500 deep"),
+        ("a.jsonl", '{{"mr": "1", "ref": "2"}}\n{{"n": {big}}}\n', "line 2: not JSON (Exceeds the limit (4300 digits)"),
+        ("a.json", '[{{"mr": "1", "ref": "2"}}, {{"n": {big}}}]', "row 2: not JSON (Exceeds the limit (4300 digits)"),
+        ("a.jsonl", '{{"n": {deep}}}\n', "line 1: not JSON (nested too deeply)"),
+        ("a.json", '[{{"mr": "1", "ref": "2"}}, {{"d": {deep}}}]', "row 2: not JSON (nested too deeply)"),
         ("a.json", "{deep}", "row 1: not an object; expected a list of objects"),
     ],
 )
-def test_numbers_too_long_and_nesting_too_deep_are_named_by_row_and_column(
-    refusal_message, tmp_path, name, content, problem
-):
+def test_numbers_too_long_and_nesting_too_deep_are_named_by_row(refusal_message, tmp_path, name, content, problem):
     (tmp_path / name).write_text(content.format(big="1" * 5000, deep="[" * 200_000 + "]" * 200_000))
     assert f"--data {name}, {problem}" in refusal_message(name)
 
