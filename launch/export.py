@@ -66,8 +66,6 @@ def main(argv: list[str] | None = None) -> int:
 
         silence_libraries()  # before the libraries it silences are imported
         set_library_environment()
-        if args.private and args.push is None:
-            raise UserError("--private: goes with --push NAMESPACE/NAME")
         from trainer.export.export_cli import run_export_command
 
         return run_export_command(**vars(args))

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         silence_libraries()  # before the libraries it silences are imported
         set_library_environment()
         from trainer.tools.generate import generate
-        from trainer.training.text_metrics import check_installed
+        from trainer.training.generation import check_installed
 
         if args.score:
             check_installed("--score")

@@ -1,15 +1,22 @@
 """One run, top to bottom: the only file that knows all the others."""
 
+import contextlib
 import os
+import signal
+import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import TrainingError, UserError, report_error
+from trainer.config.files import folder_size, write_atomically
 from trainer.config.settings import Settings
-from trainer.data.dataset import PreparedDataset
+from trainer.data.dataset import PreparedDataset, load
+from trainer.data.prepare import prepare
+from trainer.data.tokenizer import load_tokenizer, show_examples
 from trainer.distributed.engine import Engine
 from trainer.distributed.launch_environment import read_launch_environment
 from trainer.distributed.preflight import program_facts, refuse_differences
@@ -22,12 +29,13 @@ from trainer.distributed.process_group import (
 )
 from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
-from trainer.model.build import TrainableModel, build_model, load_config
+from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.model.flops import count_step_flops
 from trainer.tools.finders.batch_finder import find_micro_batch_size
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tools.finders.lr_finder import find_lr
 from trainer.tracking.console import show_plan
+from trainer.tracking.records import EventRecord
 from trainer.tracking.run_lock import hold_run_folder
 from trainer.tracking.tensorboard_logger import check_loggers
 from trainer.training import run_folder
@@ -40,15 +48,13 @@ from trainer.training.checkpoint import (
     load_weights,
     resolve_checkpoint,
 )
-from trainer.training.data_setup import prepare_data, print_examples
 from trainer.training.evaluation import OTHER_SPLITS, evaluate_other_splits
 from trainer.training.generation import GenerationEvaluator, check_prompts_available
-from trainer.training.host_report import with_host_lines
 from trainer.training.loop import train
-from trainer.training.plan_validation import validate_early
+from trainer.training.provenance import describe_hosts
 from trainer.training.recorder import Observer, Recorder
-from trainer.training.run_plan import RunPlan, make_plan
-from trainer.training.train_state import TrainState
+from trainer.training.run_plan import RunPlan, make_plan, validate_early
+from trainer.training.schedule import TrainState
 
 
 def run(args: CliArgs, signal_handler: SignalHandler) -> int:
@@ -90,9 +96,13 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     settings, previous = context.on_rank_zero(check_request)
     if args.resume == "auto" and previous is None:
         run_folder.refuse_run_elsewhere(Path(settings.run_folder), context)
-    data = prepare_data(settings, context)
+    data = _prepare_data(settings, context)
     if args.show_example and context.rank == 0:
-        print_examples(settings, data, args.show_example)
+        if data.metadata["tokenizer"] is None:
+            raise UserError("--show-example: the data are token ids; expected data with text")
+        tokenizer = load_tokenizer(settings.model.model)
+        for line in show_examples(data.train, tokenizer, args.show_example, is_coloured=sys.stdout.isatty()):
+            print(line)
     check_prompts_available(settings, data)
     on_meta = args.dry_run or args.find_batch
     model = build_model(settings, on_meta=on_meta, with_fingerprint=context.local_rank == 0, device=context.device)
@@ -115,7 +125,23 @@ def _run(args: CliArgs, context: DistContext, signal_handler: SignalHandler) -> 
     with hold_run_folder(Path(settings.run_folder), context.on_rank_zero):
         # Once more, now that nobody else writes there: another run may have come or gone on meanwhile.
         _, previous = context.on_rank_zero(lambda: run_folder.resolve_output_dir(args, FINDER_FILES))
-        return _train_and_export(args, with_host_lines(plan), data, model, previous, signal_handler)
+        plan = replace(plan, host_lines=tuple(describe_hosts(settings, context)))
+        return _train_and_export(args, plan, data, model, previous, signal_handler)
+
+
+def _prepare_data(settings: Settings, context: DistContext) -> PreparedDataset:
+    """Tokenised once by one rank of each node, then mapped by all."""
+
+    def prepare_folder() -> Path:
+        return prepare(
+            settings.data,
+            model=settings.model.model,
+            global_batch=settings.train.global_batch,
+            max_positions=get_max_positions(load_config(settings.model)),
+            log=lambda line: print(line, flush=True) if context.rank == 0 else None,
+        ).folder
+
+    return load(context.on_rank_zero(prepare_folder, per_node=True))
 
 
 def build_engine(plan: RunPlan, model: TrainableModel, source: Checkpoint | None) -> tuple[Engine, TrainState]:
@@ -157,8 +183,7 @@ def _train_and_export(
             record_digests=recorder.record_digests,
         )
         if is_resumed:
-            changes = metadata["resumed"]["changed"]
-            recorder.log(run_folder.resumed_event(plan, state, changes, source, recorder.num_truncated))
+            recorder.log(_resumed_event(plan, state, metadata["resumed"]["changed"], source, recorder.num_truncated))
         samples = GenerationEvaluator(engine, data, settings)
         observed = {**metadata, "resolved": plan.resolved()}
         observer = Observer(engine, observed, samples, recorder.previous_records())
@@ -188,7 +213,9 @@ def _train_and_export(
         signal_numbers = context.all_gather_object(signal_handler.signal_number)
         if any(signal_numbers):
             if context.rank == 0:
-                run_folder.write_requeue_marker(folder, signal_numbers)
+                names = [signal.Signals(number).name for number in sorted(set(signal_numbers) - {0})]
+                with contextlib.suppress(OSError):  # a disk that takes none is left at that
+                    write_atomically(folder / run_folder.REQUEUE_FILE, " ".join(names) + "\n")
             exit_code = 128 + max(signal_numbers)
         else:
             _finish(plan, data, engine, state, recorder, samples.elapsed_seconds)
@@ -196,6 +223,24 @@ def _train_and_export(
         return exit_code
     finally:
         recorder.close(exit_code)
+
+
+def _resumed_event(
+    plan: RunPlan, state: TrainState, changes: Mapping[str, Any], source: Checkpoint | None, num_truncated: int
+) -> EventRecord:
+    """From where a run goes on, how many rows after it were cut off, and what changed: {name: [old, new]}."""
+    origin = source.folder.name if source else "the start: the run had no checkpoint"
+    message = f"resumed from {origin}" + (f", {num_truncated} rows after it cut off" if num_truncated else "")
+    message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
+    message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
+    facts = {
+        "checkpoint": origin,
+        "rows_cut": num_truncated,
+        "changed": changes,
+        "resolved": plan.resolved(),
+        "execution": plan.execution_entry(state.step),
+    }
+    return EventRecord(event="resumed", step=state.step, message=message, time=state.elapsed_seconds, facts=facts)
 
 
 def _finish(
@@ -235,14 +280,24 @@ def _finish(
             "measurements": measurements,
         }
         result = context.on_rank_zero(lambda: fresh_process.export_in_fresh_process(request))
-    event = run_folder.finished_event(
-        plan,
-        state,
-        export_summary=result["summary"],
-        choice=choice,
-        elapsed_seconds=state.elapsed_seconds + time.perf_counter() - start_time,
-        measurements={"sample_seconds": sample_seconds, **measurements},
-    )
-    recorder.log(event)
+    elapsed_seconds = state.elapsed_seconds + time.perf_counter() - start_time
+    facts = {
+        "wall_seconds": elapsed_seconds,
+        "device_hours": elapsed_seconds * context.world_size / 3600,
+        "sample_seconds": sample_seconds,
+        **measurements,
+        "checkpoint_bytes": folder_size(max((folder / "checkpoints").glob("step-*"), default=None)),
+        "export_bytes": folder_size(folder / "model"),
+        "best": vars(state.best) if state.best else None,
+        "final": {"step": state.step, "epoch": plan.schedule.record_axes(state)["epoch"], "loss": state.val_loss},
+        "early_stop": plan.schedule.is_stopped_early(state) and state.step < plan.schedule.total_steps,
+        "exported": choice,
+        "export": result["summary"],
+    }
+    where = f"{folder / 'model'} " if choice else ""
+    if choice and choice["step"] != state.step:
+        where += f"holds step {choice['step']}, the best, "
+    message = f"finished after {state.step} steps; {where}{result['summary']}"
+    recorder.log(EventRecord(event="finished", step=state.step, message=message, time=elapsed_seconds, facts=facts))
     if result["problems"]:
         raise TrainingError(f"{folder / 'model'}: {result['summary']}; checkpoints and records are whole")

@@ -353,7 +353,7 @@ def take_steps(
     from trainer.model.build import build_model
     from trainer.training import checkpoint
     from trainer.training.checkpoint import CheckpointManager, load_optimizer, load_weights
-    from trainer.training.train_state import TrainState
+    from trainer.training.schedule import TrainState
 
     settings = cli.parse_args(f"--preset demo --model {folder} --data unused --global-batch 4 {words}".split()).settings
     precision = settings.engine.precision or "fp32"

@@ -31,10 +31,16 @@ from trainer.report.page import write_report
 from trainer.report.tables import compare
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
 from trainer.tracking.wandb_keys import wandb_config, wandb_summary
-from trainer.training.diagnostics import DiagnosticsMonitor
+from trainer.training.diagnostics import (
+    TOPICS,
+    Diagnostic,
+    DiagnosticsMonitor,
+    OnlineLinearRegression,
+    estimate_mean,
+    welch_t,
+)
 from trainer.training.generation import GenerationEvaluator
 from trainer.training.loop import train
-from trainer.training.loss_rules import TOPICS, Diagnostic, OnlineLinearRegression, estimate_mean, welch_t
 from trainer.training.recorder import Observer
 
 # --- the statistics --------------------------------------------------------------------------------------------------
@@ -174,7 +180,7 @@ FAULTS = {
     "flat and worse": make_fault("flat_loss", "--lr 0.01", flat_loss_run(val_rise=0.01), settings__train__lr=0.1),
     "no gradient": make_fault("no_gradient", "--objective blocks", make_run_records(norm=1e-6)),
     "underflow": make_fault("no_gradient", "--precision bf16", make_run_records(norm=0.0), **FP16),
-    "masked": make_fault("masked_labels", "--prompt", data__train__counted_tokens=2_000),
+    "masked": make_fault("masked_labels", "--prompt", data__train__num_target_tokens=2_000),
     "rising": make_fault("diverging", "--lr 0.0002", make_run_records(loss=exploding_loss)),
     "worse than before": make_fault("diverging", "--lr 0.0002", worse_run(), settings__train__lr=5e-4),
     "not finite": make_fault("diverging", "--lr 0.0002", nan_loss_run(), resolved__precision="bf16"),

@@ -29,8 +29,7 @@ from trainer.training import checkpoint, loop
 from trainer.training.evaluation import Evaluation
 from trainer.training.run_folder import resolve_output_dir
 from trainer.training.run_plan import make_plan
-from trainer.training.schedule import TrainSchedule
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainSchedule, TrainState
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.distributed.process_group import simulated_context
 from trainer.model.build import TrainableModel, build_model
-from trainer.training.plan_validation import validate_early
+from trainer.training.run_plan import validate_early
 
 SHAPE = {
     "vocab_size": 97,

@@ -32,10 +32,9 @@ from trainer.report.page import write_report
 from trainer.report.tables import compare
 from trainer.tracking.records import EvalRecord, EventRecord
 from trainer.tracking.wandb_logger import WandbLogger
-from trainer.training import text_metrics
-from trainer.training.generation import GenerationEvaluator, check_prompts_available, make_prompts
-from trainer.training.plan_validation import validate_early
-from trainer.training.text_metrics import text_scores
+from trainer.training import generation
+from trainer.training.generation import GenerationEvaluator, check_prompts_available, make_prompts, text_scores
+from trainer.training.run_plan import validate_early
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +95,7 @@ def test_validation_records_of_one_prompt_are_its_references(tiny_model, tmp_pat
 
 
 def test_text_metrics_without_their_packages_are_refused_before_data_are_read(monkeypatch):
-    monkeypatch.setattr(text_metrics, "find_spec", lambda name: None if name == "rouge_score" else object())
+    monkeypatch.setattr(generation, "find_spec", lambda name: None if name == "rouge_score" else object())
     settings = cli.parse_args(["--mode", "full", "--score-samples", "--data", "nowhere.csv"]).settings
     world: Any = SimpleNamespace(world_size=1, device=SimpleNamespace(type="cpu"))
     with pytest.raises(UserError, match=r"--score-samples: needs rouge_score, which is not installed; pip install"):

@@ -45,7 +45,7 @@ from trainer.config.errors import TrainingError, UserError
 from trainer.training import checkpoint, run_plan
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.run_folder import resolve_output_dir
-from trainer.training.train_state import BestCheckpoint, TrainState
+from trainer.training.schedule import BestCheckpoint, TrainState
 
 STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
 MODES = ("full", "lora")

@@ -65,7 +65,7 @@ def test_a_run_is_evaluated_at_the_start_when_due_and_at_the_end(finished_run):
     assert [row["step"] for row in evals] == [0, 3, 6, 9, 12, 14]
     assert all(set(row) == columns for row in evals)
     assert all(row["perplexity"] == pytest.approx(math.exp(row["loss"])) for row in evals)
-    assert {row["eval_tokens"] for row in evals} == {finished_run["about"]["data"]["val"]["counted_tokens"]}
+    assert {row["eval_tokens"] for row in evals} == {finished_run["about"]["data"]["val"]["num_target_tokens"]}
     assert evals[-1]["loss"] < evals[0]["loss"], "it learns"
 
 

@@ -17,7 +17,7 @@ from trainer.data.sampler import step_batches, step_counts
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.process_group import simulated_context
 from trainer.distributed.stepper import NonFiniteError
-from trainer.training.plan_validation import validate_early, validate_stage
+from trainer.training.run_plan import validate_early, validate_stage
 
 
 def test_graphs_need_a_gpu_zero_0_and_settings_that_can_be_recorded():

@@ -39,7 +39,7 @@ from helpers.process_groups import (
 )
 
 from trainer.training.checkpoint import CheckpointManager, delete_checkpoints_after, resolve_checkpoint
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainState
 
 STEPS = 8
 # a call of `Engine.forward_backward` inside a window: each step has three on each rank, this is the second of step 3
@@ -72,13 +72,14 @@ def assert_resumes(argv: list[str], out: Path, uninterrupted_records: list[dict[
 
 # --- one save, killed at every line ------------------------------------------------------------------------------
 
+SAVE_MODULES = ("trainer.training.checkpoint", "trainer.config.files")
 SAVE_FUNCTIONS = (
     "_write_checkpoint",
     "_write_safetensors",
     "_write_chunks",
     "_format_metadata",
-    "_delete_old",
     "_delete_folder",
+    "new_folder",
 )
 
 
@@ -95,12 +96,12 @@ def make_stub_engine(value: float) -> Any:
 
 
 def save_and_kill_at_line(folder: Path, line: int) -> None:
-    """Save step 3 into a folder that has 1 and 2; at the `line`-th line of checkpoint.py that a save executes, die."""
+    """Save step 3 into a folder that has 1 and 2; at the `line`-th line that a save executes, die."""
     num_lines = 0
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal num_lines
-        if Path(frame.f_code.co_filename).name != "checkpoint.py" or frame.f_code.co_name not in SAVE_FUNCTIONS:
+        if frame.f_globals["__name__"] not in SAVE_MODULES or frame.f_code.co_name not in SAVE_FUNCTIONS:
             return None
         if event == "line":
             num_lines += 1
@@ -162,7 +163,7 @@ def test_a_save_killed_at_any_line_leaves_the_previous_checkpoint_in_force(tmp_p
         pytest.param(1, "trainer.distributed.engine:Engine.evaluate", 3, marks=pytest.mark.sweep),
         (0, "trainer.training.checkpoint:_write_chunks", 40),  # within the tensors of the first save
         pytest.param(1, "trainer.training.checkpoint:CheckpointManager.save", 2, marks=pytest.mark.sweep),
-        pytest.param(0, "trainer.training.checkpoint:fsync_path", 3, marks=pytest.mark.sweep),
+        pytest.param(0, "trainer.training.checkpoint:best_checkpoint", 3, marks=pytest.mark.sweep),
         (0, "trainer.export.verify:verify_folder", 1),
     ],
 )

@@ -92,7 +92,7 @@ def test_a_run_that_does_not_end_within_the_grace_time_is_ended(argv, out):
 
 
 def test_a_signal_before_the_first_step_ends_the_process_as_always(argv, tmp_path):
-    slow = fault_at("trainer.training.data_setup:prepare", 1, partial(time.sleep, 60))
+    slow = fault_at("trainer.run:prepare", 1, partial(time.sleep, 60))
     group = RankProcesses(argv, out=tmp_path / "run", fault=slow)
     time.sleep(4)
     group.send_signal(signal.SIGTERM)

@@ -20,7 +20,7 @@ from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
 from trainer.training.run_plan import RunPlan, make_plan
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainState
 
 
 @dataclass(frozen=True)

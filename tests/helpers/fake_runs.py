@@ -14,7 +14,7 @@ from trainer.config import presets
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, EvalSplit, write_evaluation
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity, to_line
-from trainer.training.lr_schedule import learning_rate
+from trainer.training.schedule import learning_rate
 
 NUM_EXAMPLES = 240
 NUM_PARAMS = 2_000_000
@@ -30,7 +30,7 @@ def count_split(num_records: int, num_examples: int) -> dict[str, int]:
         "records": num_records,
         "examples": num_examples,
         "tokens": num_examples * BLOCK_SIZE,
-        "counted_tokens": num_examples * (BLOCK_SIZE - 1),
+        "num_target_tokens": num_examples * (BLOCK_SIZE - 1),
     }
 
 
@@ -175,7 +175,7 @@ def make_records(
         return synthetic_val_loss(epoch, floor, base)
 
     def make_evals(step: int) -> list[Record]:
-        epoch, num_targets = step / steps_per_epoch, metadata["data"]["val"]["counted_tokens"]
+        epoch, num_targets = step / steps_per_epoch, metadata["data"]["val"]["num_target_tokens"]
         if losses is not None and epoch not in losses:
             return []
         loss = loss_at(epoch) if losses is None else losses[epoch]

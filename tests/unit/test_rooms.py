@@ -39,14 +39,14 @@ DOORS = {
     "wandb_workspaces": {"report"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "sacrebleu": {"training/text_metrics"},
-    "rouge_score": {"training/text_metrics"},
+    "sacrebleu": {"training/generation"},
+    "rouge_score": {"training/generation"},
 }
 TORCH_FREE = (
     "config.cli",
     "config.reference",
     "tracking.records",
-    "training.lr_schedule",
+    "training.schedule",
     "training.diagnostics",
     "distributed.watch",
     "distributed.launch_environment",

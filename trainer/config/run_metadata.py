@@ -21,7 +21,7 @@ class SplitBlock(BaseModel):
     records: Int
     examples: Int
     tokens: Int
-    counted_tokens: Int
+    num_target_tokens: Int
 
 
 class DataBlock(BaseModel):

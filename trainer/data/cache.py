@@ -21,7 +21,7 @@ from trainer.data.readers import open_bytes
 from trainer.data.sources import READ_ERRORS, Source, read_error
 
 T = TypeVar("T")
-FORMAT_VERSION: Literal[7] = 7  # of folder and texts; another one makes every earlier folder another
+FORMAT_VERSION: Literal[8] = 8  # of folder and texts; another one makes every earlier folder another
 MANIFEST_FILE = "facts.json"
 ABANDONED_AFTER_SECONDS = 24 * 3600.0  # after which an unfinished folder is taken for that of a killed run
 SETTLE_SECONDS = 2.0  # a file younger than that may change again without its time stamp showing it
@@ -47,7 +47,7 @@ class Manifest(BaseModel):
     """What facts.json says of a folder of prepared data."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    format: Literal[7] = FORMAT_VERSION
+    format: Literal[8] = FORMAT_VERSION
     dtype: Literal["<u2", "<u4"]  #: numpy's name of the type of the ids
     pad_id: NonNegativeInt
     val_texts: list[tuple[str, str]]  #: the first validation records as (prompt, completion)

@@ -97,7 +97,7 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, *, is_blocks: bool, block_size: int, dtype: str, has_mask: bool):
         self.folder, self.split, self.dtype = folder, split, dtype
         self.is_blocks, self.block_size, self.has_mask = is_blocks, block_size, has_mask
-        self.counts = {"records": 0, "examples": 0, "tokens": 0, "counted_tokens": 0}
+        self.counts = {"records": 0, "examples": 0, "tokens": 0, "num_target_tokens": 0}
         self.problems: dict[str, tuple[int, str]] = {}
         self.example = ""  # the first row, with its target tokens marked
         self.texts: list[tuple[str, str]] = []  # the first validation records as (prompt, completion)
@@ -128,7 +128,7 @@ class SplitWriter:
         if self.has_mask:
             self._hash.update(np.asarray([len(ids)], dtype="<u4").tobytes() + mask.tobytes())
             self._files["mask"].write(mask.tobytes())
-            self.counts["counted_tokens"] -= len(ids) - first_target - int(mask.sum())
+            self.counts["num_target_tokens"] -= len(ids) - first_target - int(mask.sum())
         else:
             self._hash.update(np.asarray([len(ids), first_target], dtype="<u4").tobytes())
         self._append(ids[None], first_target)
@@ -157,7 +157,7 @@ class SplitWriter:
         self._files["first"].write(np.full(num_rows, first_target, dtype="<i4").tobytes())
         self.counts["examples"] += num_rows
         self.counts["tokens"] += num_rows * row_length
-        self.counts["counted_tokens"] += num_rows * (row_length - first_target)
+        self.counts["num_target_tokens"] += num_rows * (row_length - first_target)
 
     def close(self) -> str:
         """Close the files, and return the fingerprint of the rows, in hex."""

@@ -4,7 +4,6 @@ A run takes it at its end (`trainer.export.fresh_process`), `launch/export.py` w
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,25 +24,31 @@ from trainer.export import verify
 from trainer.export.folder import (
     MODEL_CARD_FILE,
     base_model_ref,
+    check_push,
+    push_folder,
     save_adapter,
     save_plain_model,
     save_tokenizer,
     whole_folder,
 )
 from trainer.export.model_card import render_model_card
-from trainer.export.push import check_push, push_folder
 from trainer.model import quantization
-from trainer.model.build import TrainableModel, build_model, get_max_positions, merge_adapters
+from trainer.model.build import TrainableModel, build_model, merge_adapters
 from trainer.tracking import records
-from trainer.training import checkpoint as checkpoints
-from trainer.training.checkpoint import Checkpoint, load_weights
-
-NUM_RANDOM_ROWS, RANDOM_ROW_LENGTH = 2, 64  # of made-up token ids, where the run's data are gone
+from trainer.training.checkpoint import (
+    Checkpoint,
+    best_checkpoint,
+    list_checkpoints,
+    load_weights,
+    resolve_checkpoint,
+)
 
 
 def run_export_command(*, push: str | None, private: bool, **options: Any) -> int:
     """What `launch/export.py` does with its flags: export, say where and how it went, push; 0, or TrainingError where
     the folder is not the model that was trained: then nothing is pushed."""
+    if push is None and private:
+        raise UserError("--private: goes with --push NAMESPACE/NAME")
     if push is not None:
         check_push(push)
     result = export_checkpoint(**options)
@@ -80,18 +85,20 @@ def export_checkpoint(
     """
     run_folder = Path(run_folder)
     metadata = read_run_metadata(run_folder / "run.json")
-    settings, changed = current_settings(metadata)
+    # Of a run that was resumed: the settings by which it last went on, and what was allowed to change.
+    resumed = metadata.get("resumed", {"settings": metadata["settings"], "changed": {}})
+    settings, changed = Settings.from_dict(resumed["settings"]), resumed["changed"]
     if merge and settings.mode != "lora":
         raise UserError(f"--merge: {run_folder} is a run of --mode {settings.mode}; it has no adapters to merge")
     answer_sentence = read_answer_sentence(answer) if answer else ""
     if dtype != "fp32" and settings.mode == "lora" and settings.lora.adapter == "pissa" and not merge:
         raise UserError(f"--dtype {dtype}: a pissa adapter holds its start twice, rounded apart; add --merge")
-    source = select_run_checkpoint(run_folder, checkpoint)
-    destination = Path(output_dir).absolute() if output_dir is not None else None
-    if destination is None:
-        suffix = "" if dtype == "fp32" else f"-{dtype}"
-        destination = run_folder / f"{'merged' if merge else 'export'}-{source.folder.name}{suffix}"
-    elif not is_own_export and destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    source = resolve_checkpoint(run_folder / "checkpoints", checkpoint, flag="--checkpoint")
+    suffix = "" if dtype == "fp32" else f"-{dtype}"
+    default_name = f"{'merged' if merge else 'export'}-{source.folder.name}{suffix}"
+    destination = Path(output_dir).absolute() if output_dir is not None else run_folder / default_name
+    is_free = is_own_export or not destination.exists() or (destination.is_dir() and not any(destination.iterdir()))
+    if output_dir is not None and not is_free:
         raise UserError(f"--output-dir {output_dir}: is there already and not empty; pass another folder")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -99,29 +106,18 @@ def export_checkpoint(
     data, loss_missing_reason = load(Path(data_folder)) if data_folder else None, ""
     if data is None:
         data, loss_missing_reason = _prepare_data(settings, metadata, changed)
-    causes = [  # of another validation loss than that of the trained weights, beyond rounding of its sums
-        *(["merged onto the float32 base instead of the quantised one"] if merge and settings.model.quant else []),
-        *([f"rounded to {dtype}"] if dtype != "fp32" else []),
-    ]
+    input_ids = verify.fixed_input_ids(data, model.causal.config)
     model_device = next(model.module.parameters()).device
-    expected: dict[str, Any] = {
-        "input_ids": verify.fixed_input_ids(data) if data is not None else _make_input_ids(model),
-        "is_tied": model.has_tied_embeddings,
-        "device": model_device,
-        "dtype": dtype,
-        "val": data.val if data is not None else None,
-        "eval_batch": settings.train.eval_batch,
-        "precision": changed.get("precision", [metadata["resolved"]["precision"]])[-1],
-        "recorded_loss": None if causes else source.val_loss,
-        "loss_missing_reason": loss_missing_reason or ("" if causes else "none was recorded"),
-        "is_cross_device": metadata["resolved"]["device"] != model_device.type,
-    }
-    logits = verify.compute_logits(model.module, expected["input_ids"], model_device)
+    logits = verify.compute_logits(model.module, input_ids, model_device)
     base = base_model_ref(metadata["model"]["name"], run_folder) if model.is_adapter and not merge else None
-    module = merge_adapters(model) if merge else model.module
+    is_tied, module = model.has_tied_embeddings, merge_adapters(model) if merge else model.module
     state_dict = {n: p.detach() for n, p in module.named_parameters() if merge or p.requires_grad}
+    causes = []  # of another validation loss than that of the trained weights, beyond rounding of its sums
+    if merge and settings.model.quant:
+        causes.append("merged onto the float32 base instead of the quantised one")
     if dtype != "fp32":
-        logits = _round_weights(module, state_dict, dtype, expected["input_ids"], logits)
+        causes.append(f"rounded to {dtype}")
+        logits = _round_weights(module, state_dict, dtype, input_ids, logits)
     with whole_folder(destination) as folder:
         if base is None:
             save_plain_model(folder, module, state_dict, dtype)
@@ -132,7 +128,21 @@ def export_checkpoint(
             chat_template = data_metadata.get("chat_template")
             save_tokenizer(folder, settings.model.model, chat_template, module.generation_config)
         del model, module, state_dict  # their memory is for the one that is loaded now
-        result = verify.verify_folder(folder, logits=logits, base_path=base.path if base else None, **expected)
+        result = verify.verify_folder(
+            folder,
+            input_ids=input_ids,
+            logits=logits,
+            is_tied=is_tied,
+            device=model_device,
+            base_path=base.path if base else None,
+            dtype=dtype,
+            val=data.val if data is not None else None,
+            eval_batch=settings.train.eval_batch,
+            precision=changed.get("precision", [metadata["resolved"]["precision"]])[-1],
+            recorded_loss=None if causes else source.val_loss,
+            loss_missing_reason=loss_missing_reason or ("" if causes else "none was recorded"),
+            is_cross_device=metadata["resolved"]["device"] != model_device.type,
+        )
         loss_change = _describe_loss_change(causes, source.val_loss, result.loss)
         card = render_model_card(
             metadata,
@@ -146,18 +156,9 @@ def export_checkpoint(
             answer=answer_sentence,
         )
         (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
-    return {
-        "checkpoint": source.folder.name,
-        "folder": str(destination),
-        "summary": f"{result.summary()}{loss_change}",
-        "problems": list(result.problems),
-    }
-
-
-def current_settings(metadata: Mapping[str, Any]) -> tuple[Settings, Mapping[str, Any]]:
-    """The settings by which a run last went on, and {name: [at its start, now]} of what was allowed to change."""
-    resumed = metadata.get("resumed", {"settings": metadata["settings"], "changed": {}})
-    return Settings.from_dict(resumed["settings"]), resumed["changed"]
+    summary = f"{result.summary()}{loss_change}"
+    problems = list(result.problems)
+    return {"checkpoint": source.folder.name, "folder": str(destination), "summary": summary, "problems": problems}
 
 
 def read_answer_sentence(path: Path) -> str:
@@ -166,13 +167,6 @@ def read_answer_sentence(path: Path) -> str:
     if not isinstance(sentence, str) or not sentence:
         raise UserError(f"--answer {path}: its sentence is {sentence!r:.40}; expected answer.json of a study")
     return sentence
-
-
-def select_run_checkpoint(run_folder: Path, checkpoint_name: str) -> Checkpoint:
-    """The checkpoint that was asked for, verified."""
-    if checkpoint_name not in ("latest", "best") and not re.fullmatch(r"step-\d+", checkpoint_name):
-        raise UserError(f"--checkpoint {checkpoint_name}: expected step-N, best or latest")
-    return checkpoints.resolve_checkpoint(run_folder / "checkpoints", checkpoint_name, flag="--checkpoint")
 
 
 def load_model_at_checkpoint(
@@ -231,13 +225,6 @@ def _prepare_data(
     return data, ""
 
 
-def _make_input_ids(model: TrainableModel) -> np.ndarray:
-    """Rows of made-up token ids, where those of the data are gone."""
-    config = model.causal.config
-    row_length = min(RANDOM_ROW_LENGTH, get_max_positions(config) or RANDOM_ROW_LENGTH)
-    return np.random.default_rng(0).integers(0, config.vocab_size, (NUM_RANDOM_ROWS, row_length))
-
-
 def _round_weights(
     module: Any, state_dict: Mapping[str, Tensor], dtype: ExportDtype, input_ids: np.ndarray, logits: np.ndarray
 ) -> np.ndarray:
@@ -271,8 +258,8 @@ def _describe_loss_change(causes: list[str], recorded: float | None, exported: f
 
 def _describe_choice(run_folder: Path, source: Checkpoint) -> str:
     """What the card of a run with --export best says of the choice of its weights; "" for others than the best."""
-    whole = checkpoints.list_checkpoints(run_folder / "checkpoints")
-    best = checkpoints.best_checkpoint(whole)
+    whole = list_checkpoints(run_folder / "checkpoints")
+    best = best_checkpoint(whole)
     if best is None or best.step != source.step:
         return ""
     return (

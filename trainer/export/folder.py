@@ -1,9 +1,12 @@
-"""Weights and tokenizer as a folder of Hugging Face's form, which gets its name only when it is whole."""
+"""Weights and tokenizer as a folder of Hugging Face's form, which gets its name only when it is whole; and on the Hub.
+
+The token of a push is huggingface_hub's business: it reads HF_TOKEN or what `hf auth login` kept, and nothing here
+prints or writes it.
+"""
 
 import contextlib
 import copy
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer.config.choices import DEMO_MODEL, ExportDtype
-from trainer.config.errors import TrainingError, escape_controls
+from trainer.config.errors import TrainingError, UserError, escape_controls, first_line
+from trainer.config.files import new_folder
 from trainer.data.chat import end_token_ids
 from trainer.data.tokenizer import load_tokenizer, resolve_model_path
 from trainer.export.verify import QUANTIZATION_FILE, STORED_DTYPES
@@ -41,23 +45,19 @@ def whole_folder(destination: Path) -> Iterator[Path]:
 
     TrainingError where it cannot be written; an earlier folder of that name then stays.
     """
-    temporary = destination.parent / f".{destination.name}.{os.getpid()}.tmp"
+    for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    previous_folder = destination.with_name(f".{destination.name}.old.tmp")
     try:
-        for leftover in destination.parent.glob(f".{destination.name}.*.tmp"):  # of an export that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in temporary.iterdir():
-            shutil.copymode(temporary / MODEL_CARD_FILE, path)  # safetensors makes its files for their owner only
-        previous_folder = destination.parent / f".{destination.name}.old.tmp"
-        if destination.exists():
-            destination.rename(previous_folder)
-        temporary.rename(destination)
+        with new_folder(destination) as folder:
+            yield folder
+            for path in folder.iterdir():
+                shutil.copymode(folder / MODEL_CARD_FILE, path)  # safetensors makes its files for their owner only
+            if destination.exists():
+                destination.rename(previous_folder)
         shutil.rmtree(previous_folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{destination} not written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_plain_model(folder: Path, module: Any, state_dict: Mapping[str, Tensor], dtype: ExportDtype = "fp32") -> None:
@@ -135,3 +135,41 @@ def is_hub_id(name: str) -> bool:
 def public_name(name: str) -> str:
     """A hub id as it is, a path by its last part: where files lay on the machine of the run is nobody's business."""
     return escape_controls(name if is_hub_id(name) else Path(name).name or name)
+
+
+def check_push(repo_id: str) -> None:
+    """UserError where a push cannot work, found before anything slow: the name, the login, the hub."""
+    import huggingface_hub
+
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id, re.ASCII) or len(repo_id) > 96:
+        raise UserError(f"--push {repo_id}: expected NAMESPACE/NAME of letters, digits and . _ -")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise UserError(f"--push {repo_id}: HF_HUB_OFFLINE is set; unset it to reach the hub")
+    if huggingface_hub.get_token() is None:
+        raise UserError(f"--push {repo_id}: not logged in; expected HF_TOKEN, or `hf auth login` before")
+    try:
+        huggingface_hub.HfApi().whoami()
+    except Exception as error:  # of the hub, of httpx, of the network below it
+        raise UserError(f"--push {repo_id}: the hub refuses the login ({_reason(error)})") from None
+
+
+def push_folder(folder: Path, repo_id: str, *, is_private: bool) -> str:
+    """Upload a folder, in one commit, to a repository that is made where there is none; returns its address.
+
+    `is_private` counts for a new repository only. TrainingError where the hub does not take it; the folder stays.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        address = str(api.create_repo(repo_id, private=is_private or None, exist_ok=True))
+        api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload of a checked export")
+    except Exception as error:
+        raise TrainingError(f"--push {repo_id}: {_reason(error)}; the checked folder is {folder}") from None
+    return address
+
+
+def _reason(error: Exception) -> str:
+    """Kind and first line of an error or of its cause."""
+    error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return f"{type(error).__name__}: {first_line(error)}"

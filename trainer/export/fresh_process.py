@@ -55,11 +55,6 @@ def export_in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _end_with_parent() -> None:
-    os.read(0, 1)  # nobody writes to our input: it ends when the process that asked has ended
-    os._exit(1)
-
-
 def main(request: dict[str, Any]) -> None:
     """Export, and print one line of JSON."""
     from trainer.tracking.silence import silence_libraries
@@ -75,5 +70,6 @@ def main(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()  # before the imports that take seconds
+    # Our input ends, written by nobody, when the process that asked has ended: watched before slow imports.
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     main(json.loads(sys.argv[1]))

@@ -19,6 +19,7 @@ from trainer.config.errors import first_line
 from trainer.data.dataset import PreparedDataset, TokenDataset
 from trainer.data.sampler import eval_batches
 from trainer.model import quantization
+from trainer.model.build import get_max_positions
 
 QUANTIZATION_FILE = "base_quantization.json"  # of the base that an adapter was trained on: which, and packed how
 #: {dtype: (its name in torch and config.json, its name in a safetensors file)}
@@ -34,6 +35,7 @@ LOSS_BOUND = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 2e-3}
 CROSS_DEVICE_FACTOR = 10  # times that, where the loss was recorded on another kind of device
 #: Of a row, whose logits are compared: more are hundreds of megabytes, and the loss sees them all.
 MAX_COMPARED_TOKENS = 128
+NUM_RANDOM_TOKENS = 64  # of a row, where the run's data are gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,13 @@ class VerificationResult:
         return f"{verdict}: logits differ by at most {self.max_logits_difference:.1e}{scale}, {losses}, {self.dtype}"
 
 
-def fixed_input_ids(data: PreparedDataset) -> np.ndarray:
-    """int64 [1 or 2, width up to MAX_COMPARED_TOKENS]: the beginnings of the longest validation rows."""
-    return next(eval_batches(data.val, 2, 0, 1)).input_ids[:, :MAX_COMPARED_TOKENS]
+def fixed_input_ids(data: PreparedDataset | None, config: Any = None) -> np.ndarray:
+    """int64 [1 or 2, width up to MAX_COMPARED_TOKENS]: the beginnings of the longest validation rows; without data
+    made-up token ids of the model's `config`."""
+    if data is not None:
+        return next(eval_batches(data.val, 2, 0, 1)).input_ids[:, :MAX_COMPARED_TOKENS]
+    width = min(NUM_RANDOM_TOKENS, get_max_positions(config) or NUM_RANDOM_TOKENS)
+    return np.random.default_rng(0).integers(0, config.vocab_size, (2, width))
 
 
 @torch.no_grad()
@@ -171,23 +177,21 @@ def load_folder(folder: Path, base_path: str | None, device: torch.device) -> An
     A packed base is packed again by transformers from the untouched weights, on the device it computes on. `base_path`:
     where the weights of an adapter's base are, which the folder names without their place.
     """
-    from transformers import AutoModelForCausalLM
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
-    if base_path is None:
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options).to(device).eval()
-    from peft import PeftConfig, PeftModel
-
     quantization_file = folder / QUANTIZATION_FILE
-    is_packed = quantization_file.exists()
-    if is_packed:
-        from transformers import BitsAndBytesConfig
-
+    if base_path is not None:
+        options["revision"] = PeftConfig.from_pretrained(folder).revision or "main"
+    if is_packed := quantization_file.exists():
         config = json.loads(quantization_file.read_text(encoding="utf-8"))["quantization_config"]
         options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": device}}
-    revision = PeftConfig.from_pretrained(folder).revision or "main"
-    causal = AutoModelForCausalLM.from_pretrained(base_path, revision=revision, trust_remote_code=False, **options)
-    model = PeftModel.from_pretrained(causal if is_packed else causal.to(device), folder)
+    model = AutoModelForCausalLM.from_pretrained(base_path or folder, trust_remote_code=False, **options)
+    if not is_packed:
+        model = model.to(device)
+    if base_path is not None:
+        model = PeftModel.from_pretrained(model, folder)
     if is_packed:
         quantization.disable_avx512_repacking(model)
     return model.eval()

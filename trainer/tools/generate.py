@@ -23,11 +23,11 @@ from trainer.data.prepare import prepare
 from trainer.data.templates import RecordError
 from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.decoding import Sampling, decode
-from trainer.export.export_cli import load_model_at_checkpoint, select_run_checkpoint
+from trainer.export.export_cli import load_model_at_checkpoint
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.tracking.console import show_plan
-from trainer.training.generation import EvalPrompt, completion_length, make_prompts
-from trainer.training.text_metrics import text_scores
+from trainer.training.checkpoint import resolve_checkpoint
+from trainer.training.generation import EvalPrompt, completion_length, make_prompts, text_scores
 
 BATCH_SIZE = 16  # prompts in one batch
 EXPECTED_LINE = "JSON lines with `prompt` or `messages`"
@@ -98,7 +98,7 @@ def _list_models(runs: Sequence[_Run], checkpoint_name: str) -> dict[str, Callab
             fingerprints.add(base["fingerprint"])
             loaders[f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"] = partial(_load_base, run)
         label = name if names.count(name) == 1 else str(run.folder)
-        checkpoint = select_run_checkpoint(run.folder, checkpoint_name)
+        checkpoint = resolve_checkpoint(run.folder / "checkpoints", checkpoint_name, flag="--checkpoint")
         loaders[label] = partial(load_model_at_checkpoint, run.folder, run.settings, checkpoint, run.metadata)
     return loaders
 

@@ -17,7 +17,7 @@ from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.tracking.records import StepRecord
 from trainer.training.loop import train
 from trainer.training.run_plan import RunPlan, make_plan
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainState
 
 
 def start_trial(

@@ -11,12 +11,14 @@ packed or reduced by pissa, is made again from its own weights.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -27,9 +29,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.config.files import fsync_path, read_json_object, write_atomically
+from trainer.config.files import new_folder, read_json_object, write_atomically
 from trainer.data.sampler import MicroBatch
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainState
 
 if TYPE_CHECKING:  # an export reads checkpoints without DeepSpeed
     from trainer.distributed.engine import Engine
@@ -130,12 +132,14 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
 
     `latest` falls back to the newest one that is whole; the ones named are taken or refused.
     """
+    if not re.fullmatch(r"latest|best|step-\d+", which, re.ASCII):
+        raise UserError(f"{flag} {which}: expected step-N, best or latest")
     if which == "latest":
         reasons: list[str] = []
         for _, checkpoint, damage in iter_checked_checkpoints(folder):
             if damage is None and checkpoint is not None:
                 return replace(checkpoint, skipped_reasons=tuple(reasons))
-            reasons.append(damage or "")
+            reasons.append(str(damage))
         detail = f" ({reasons[0]})" if reasons else ""
         raise UserError(f"{flag}: no whole checkpoint in {folder}{detail}; train anew, with another --output-dir")
     checkpoints = list_checkpoints(folder)
@@ -143,8 +147,7 @@ def resolve_checkpoint(folder: Path, which: str, *, flag: str = "--resume") -> C
     if which == "best":
         selected = best_checkpoint(checkpoints)
     else:
-        match = re.fullmatch(r"step-(\d+)", which)
-        selected = next((c for c in checkpoints if match and c.step == int(match[1])), None)
+        selected = next((c for c in checkpoints if c.step == int(which.removeprefix("step-"))), None)
     if selected is None:
         status = "damaged" if (folder / which).is_dir() else "not"
         raise UserError(f"{flag} {which}: {status} in {folder}; whole checkpoints there: {available}")
@@ -187,12 +190,15 @@ class CheckpointManager:
     def save(self, engine: "Engine", state: TrainState) -> None:
         """Write a checkpoint; all ranks must call. TrainingError on every rank where it cannot be written."""
         target, error_message = self.folder / f"step-{state.step:06d}", None
+        tensors = engine.state.iter_state_dict()
         if self.dist_context.rank == 0:
-            error_message = self._write_checkpoint(engine, state, target)
-        else:
-            for _ in engine.state.iter_state_dict():  # the gathering needs everybody
-                pass
-        self._require_written(f"checkpoint {target}", error_message, "the checkpoints before it are whole")
+            try:
+                self._write_checkpoint(engine, tensors, state, target)
+            except OSError as error:
+                error_message = f"checkpoint {target} not written: {error.strerror or error}"
+        for _ in tensors:  # the gathering needs everybody, to its end
+            pass
+        self._require_written(error_message, "the checkpoints before it are whole")
 
     def update_train_state(self, state: TrainState) -> None:
         """Let the checkpoint of this step, which holds the same weights, say where the run stands; all must call."""
@@ -201,42 +207,31 @@ class CheckpointManager:
             try:
                 write_atomically(path, self._format_metadata(read_json_object(path), state))
             except OSError as error:
-                error_message = str(error.strerror or error)
-        self._require_written(str(path), error_message, "the checkpoint is whole as it was")
+                error_message = f"{path} not written: {error.strerror or error}"
+        self._require_written(error_message, "the checkpoint is whole as it was")
 
-    def _require_written(self, name: str, error_message: str | None, intact: str) -> None:
+    def _require_written(self, error_message: str | None, intact: str) -> None:
         """TrainingError on all ranks where rank 0 has an error message."""
-        error_message = self.dist_context.all_gather_object(error_message)[0]
-        if error_message is not None:
-            raise TrainingError(f"{name} not written: {error_message}; {intact}")
+        if error_message := self.dist_context.all_gather_object(error_message)[0]:
+            raise TrainingError(f"{error_message}; {intact}")
 
-    def _write_checkpoint(self, engine: "Engine", state: TrainState, target: Path) -> str | None:
-        temp_folder = self.folder / f".{target.name}.{os.getpid()}.tmp"
-        tensors = engine.state.iter_state_dict()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_temporary(self.folder)
-            temp_folder.mkdir()
-            size, digest = _write_safetensors(temp_folder / STATE_FILE, engine, tensors)
+    def _write_checkpoint(
+        self, engine: "Engine", tensors: Iterable[tuple[str, Tensor]], state: TrainState, target: Path
+    ) -> None:
+        _remove_temporary(self.folder)
+        with new_folder(target) as folder:
+            size, digest = _write_safetensors(folder / STATE_FILE, engine, tensors)
             metadata = {"format": FORMAT_VERSION, **self.identity, "bytes": size, "sha256": digest}
             if (loss_scale := engine.state.loss_scale()) is not None:
                 metadata["loss_scale"] = loss_scale
-            write_atomically(temp_folder / METADATA_FILE, self._format_metadata(metadata, state))
+            write_atomically(folder / METADATA_FILE, self._format_metadata(metadata, state))
             if target.exists():
                 _delete_folder(target)
-            temp_folder.rename(target)
-            fsync_path(self.folder)
-            checkpoints = list_checkpoints(self.folder)
-            best = best_checkpoint(checkpoints)
-            for checkpoint in checkpoints[: -self.save_total_limit]:
-                if best is None or checkpoint.step != best.step:
-                    _delete_folder(checkpoint.folder)
-            return None
-        except OSError as error:
-            for _ in tensors:  # the other ranks are still gathering
-                pass
-            shutil.rmtree(temp_folder, ignore_errors=True)
-            return str(error.strerror or error)
+        checkpoints = list_checkpoints(self.folder)
+        best = best_checkpoint(checkpoints)
+        for checkpoint in checkpoints[: -self.save_total_limit]:
+            if best is None or checkpoint.step != best.step:
+                _delete_folder(checkpoint.folder)
 
     def _format_metadata(self, metadata: Mapping[str, Any], state: TrainState) -> str:
         metadata = {**metadata, "progress": state.as_dict(), **self.record_digests()}
@@ -248,26 +243,24 @@ class CheckpointManager:
         Of micro-batch n `input_ids_n`, `labels_n`, and the `index_n` that with seed and step draws its dropout masks.
         """
         name = f"not-finite-step-{step}-rank-*.npz"
-        path = self.folder.parent / name.replace("*", str(self.dist_context.rank))
-        arrays: dict[str, Any] = {}
-        for n, micro_batch in enumerate(micro_batches):
-            arrays |= {f"{field}_{n}": getattr(micro_batch, field) for field in ("input_ids", "labels", "index")}
+        buffer = io.BytesIO()
+        fields = itertools.product(enumerate(micro_batches), ("input_ids", "labels", "index"))
+        np.savez_compressed(buffer, **{f"{field}_{n}": getattr(batch, field) for (n, batch), field in fields})
         try:
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **arrays)
+            path = self.folder.parent / name.replace("*", str(self.dist_context.rank))
             write_atomically(path, buffer.getvalue())
         except OSError:  # a full disk must not hide the loss that was not finite
             return "no file, the disk is full"
         return name
 
 
-def _write_safetensors(path: Path, engine: "Engine", tensors: Any) -> tuple[int, str]:
+def _write_safetensors(path: Path, engine: "Engine", tensors: Iterable[tuple[str, Tensor]]) -> tuple[int, str]:
     """Stream the safetensors file, one gathered tensor at a time; returns (bytes, sha256)."""
     header, offset = {}, 0
     for name, dtype, shape in engine.state.state_dict_layout():
-        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
+        end = offset + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -277,8 +270,6 @@ def _write_safetensors(path: Path, engine: "Engine", tensors: Any) -> tuple[int,
             assert header[name]["dtype"] == DTYPES[tensor.dtype], name
             data = tensor.detach().cpu().contiguous().view(-1).numpy()
             _write_chunks(file, digest, memoryview(data).cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
         return file.tell(), digest.hexdigest()
 
 
@@ -324,45 +315,41 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module, context: "DistContex
 
     `context`: of the ranks, which must all call; None: of one process that is nobody's rank.
     """
-    trainable_params = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    layout = checkpoint.layout() if context is None else context.on_rank_zero(checkpoint.layout)
-    saved_shapes = {
-        name.removeprefix("weight/"): shape for name, (shape, _) in layout.items() if name.startswith("weight/")
-    }
-    if {name: tuple(p.shape) for name, p in trainable_params.items()} != saved_shapes:
-        mismatched = sorted(set(trainable_params) ^ set(saved_shapes)) or [
-            n for n, p in trainable_params.items() if tuple(p.shape) != saved_shapes[n]
-        ]
+    layout, read_tensor = _open_tensors(checkpoint, torch.device("cpu"), context)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    saved_shapes = {name[7:]: shape for name, (shape, _) in layout.items() if name.startswith("weight/")}
+    if different := sorted(n for n in shapes | saved_shapes if shapes.get(n) != saved_shapes.get(n)):
         raise UserError(
-            f"checkpoint {checkpoint.folder} is of another model: {mismatched[0]} and {len(mismatched) - 1} more differ"
+            f"checkpoint {checkpoint.folder} is of another model: {different[0]} and {len(different) - 1} more differ"
         )
-    cpu = torch.device("cpu")
-    read_tensor = checkpoint.tensor_reader(cpu) if context is None else _shared_reader(checkpoint, context, cpu)
     with torch.no_grad():
-        for name, parameter in trainable_params.items():
-            parameter.copy_(read_tensor(f"weight/{name}"))
+        for name, parameter in module.named_parameters():
+            if name in shapes:
+                parameter.copy_(read_tensor(f"weight/{name}"))
 
 
 def load_optimizer(checkpoint: Checkpoint, engine: "Engine") -> None:
     """Put a checkpoint's moments and counts into an engine that was built around its weights; all ranks must call."""
     state = checkpoint.train_state
-    reader = _shared_reader(checkpoint, engine.dist_context, engine.dist_context.device)
+    _, reader = _open_tensors(checkpoint, engine.dist_context.device, engine.dist_context)
     engine.state.load_state_dict(reader, state.step - state.skipped_steps, checkpoint.metadata.get("loss_scale"))
 
 
 def load_for_evaluation(checkpoint: Checkpoint, engine: "Engine") -> None:
     """Put a checkpoint's weights into an engine that trains no more; all ranks must call."""
-    engine.state.load_weights(_shared_reader(checkpoint, engine.dist_context, engine.dist_context.device))
+    engine.state.load_weights(_open_tensors(checkpoint, engine.dist_context.device, engine.dist_context)[1])
 
 
-def _shared_reader(checkpoint: Checkpoint, context: "DistContext", device: torch.device) -> Callable[[str], Tensor]:
-    """As `Checkpoint.tensor_reader`; all ranks must ask for the same names in one order.
+def _open_tensors(
+    checkpoint: Checkpoint, device: torch.device, context: "DistContext | None"
+) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], Tensor]]:
+    """`Checkpoint.layout` and `tensor_reader`; all ranks must read the same names in one order.
 
     On one host each rank opens the file. On several rank 0 alone does, and sends one tensor at a time: the others need
     not see its folder, and what may lie under that name on their disks is not looked at.
     """
-    if context.num_nodes == 1:
-        return checkpoint.tensor_reader(device)
+    if context is None or context.num_nodes == 1:
+        return checkpoint.layout(), checkpoint.tensor_reader(device)
     layout = context.on_rank_zero(checkpoint.layout)
     read_from_disk = checkpoint.tensor_reader(torch.device("cpu")) if context.rank == 0 else None
 
@@ -372,4 +359,4 @@ def _shared_reader(checkpoint: Checkpoint, context: "DistContext", device: torch
         context.broadcast(tensor)
         return tensor.to(device)
 
-    return read
+    return layout, read

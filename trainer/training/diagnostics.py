@@ -1,34 +1,153 @@
-"""What is wrong with a run while it runs: records and a few times in, findings out. Pure: no torch, no file, no clock.
+"""What is wrong with a run while it runs: records and seconds in, findings out. Pure: no torch, no file, no clock.
 
 A finding is made once a run and kept as an event record, so a resumed run takes the rows it left (`replay`) and says
-nothing twice.
+nothing twice. The rules on losses, gradients and adapters say the same on every machine; those on time do not.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean, median
 from typing import Any
 
 from trainer.tracking.records import EvalRecord, EventRecord, Record, StepRecord
-from trainer.training.loss_rules import Diagnostic, LossRules
 
-MIN_RUN_SECONDS = 60.0  # seconds of a run; what is shorter need not be faster
+WINDOW_STEPS = 20  # steps whose mean stands for the loss "now"
+FLAT_STEPS, FLAT_SHARE = 50, 0.1  # a trend is looked for after so many steps, and this share of the run
+FLAT_MAX_T = -2.0  # one-sided 2.3%: a slope that is no further below zero is not told from noise
+MIN_VAL_DROP = 0.01  # a validation loss that fell by this share shows that the run learns
+TINY_STEPS = 10  # steps over which the gradient must be next to nothing
+MAX_MASKED_SHARE = 0.9
+MIN_RISE, RISE_STD_ERRORS = 0.1, 6.0
+GENERALISATION_LOSS, FALL_STD_ERRORS = 0.01, 2.0
+NUM_HALVINGS, OVERFLOW_STEPS = 17, 100
+MIN_RUN_SECONDS = 60.0  # a shorter run need not be faster
 MAX_DATA_SHARE, MAX_LOGGING_SHARE, MAX_EVALUATION_SHARE = 0.2, 0.1, 0.4
+#: every code and what it means for the user; codes of one meaning are different ways to see it
+TOPICS = {
+    "flat_loss": "not learning",
+    "no_gradient": "not learning",
+    "adapter_still_zero": "not learning",
+    "masked_labels": "not learning",
+    "diverging": "diverging",
+    "overfitting": "overfitting",
+    "overflow": "overflow",
+    "waiting_for_data": "too slow",
+    "slow_logging": "too slow",
+    "much_evaluation": "too slow",
+}
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """Something that is wrong with a run: how it was seen, what it likely comes from, and the flag that may help."""
+
+    code: str
+    seen: str  #: the evidence in words
+    cause: str
+    remedy: str  #: a flag with a value, as it would be typed
+    evidence: dict[str, Any] = field(default_factory=dict)  #: the numbers
+
+    def to_record(self, step: int, time: float) -> EventRecord:
+        """The event that keeps it; its message is the one line for the console."""
+        topic = TOPICS[self.code]
+        message = f"{topic}: {self.seen}; likely cause: {self.cause}; try {self.remedy}"
+        facts = {"code": self.code, "topic": topic, **vars(self)}
+        return EventRecord(event="diagnosis", step=step, message=message, time=time, facts=facts)
+
+
+@dataclass
+class OnlineLinearRegression:
+    """A straight line through (x, y) by least squares, from running sums: a run of any length costs the same."""
+
+    n: int = 0
+    mean_x: float = 0.0
+    mean_y: float = 0.0
+    sum_xx: float = 0.0  #: sums of products of deviations from the means
+    sum_yy: float = 0.0
+    sum_xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """Take one more point; the update of mean and deviations is Welford's (Technometrics 4, 1962)."""
+        self.n += 1
+        delta_x, delta_y = x - self.mean_x, y - self.mean_y
+        self.mean_x += delta_x / self.n
+        self.mean_y += delta_y / self.n
+        self.sum_xx += delta_x * (x - self.mean_x)
+        self.sum_yy += delta_y * (y - self.mean_y)
+        self.sum_xy += delta_x * (y - self.mean_y)
+
+    @property
+    def slope(self) -> float:
+        """Change of y for one x; 0 where it is not determined."""
+        return self.sum_xy / self.sum_xx if self.sum_xx else 0.0
+
+    @property
+    def residual_variance(self) -> float:
+        """The variance of y around the line."""
+        return max(0.0, self.sum_yy - self.slope * self.sum_xy) / max(1, self.n - 2)
+
+    @property
+    def t_statistic(self) -> float:
+        """The slope over its own standard error, sqrt(noise / sum of squares of x): how far it stands out of the noise.
+
+        Draper and Smith, Applied Regression Analysis, chapter 1. 0 for too few points, infinite without noise.
+        """
+        if self.n < 3 or not self.sum_xx:
+            return 0.0
+        return _in_std_errors(self.slope, self.residual_variance / self.sum_xx)
+
+
+@dataclass(frozen=True)
+class MeanEstimate:
+    """The mean of some values and the variance of that mean."""
+
+    value: float
+    variance: float
+
+
+def estimate_mean(values: Sequence[float]) -> MeanEstimate:
+    """Of two values or more. In floats: statistics.variance takes fractions, 100 us for the 20 values of every step."""
+    mean = fmean(values)
+    return MeanEstimate(mean, math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def welch_t(a: MeanEstimate, b: MeanEstimate) -> float:
+    """By how many standard errors `a` lies above `b`, each with its own variance (Welch, Biometrika 34, 1947)."""
+    return _in_std_errors(a.value - b.value, a.variance + b.variance)
+
+
+def _in_std_errors(value: float, variance: float) -> float:
+    if not value or not variance:
+        return math.copysign(math.inf, value) if value else 0.0
+    return value / math.sqrt(variance)
 
 
 class DiagnosticsMonitor:
-    """Takes the records of a run in order and gives back what is new to say."""
+    """Takes the records of a run in order and gives back what is new to say.
+
+    Remembers the same amount for each length of run, evaluations aside.
+    """
 
     def __init__(self, metadata: Mapping[str, Any]):
         """`metadata`: the content of the run's run.json."""
-        settings = metadata.get("resumed", metadata)["settings"]
-        self.eval_every, self.eval_batch_size = settings["output"]["eval_every"], settings["train"]["eval_batch"]
-        self.is_online = metadata["wandb"]["mode"] == "online"
-        self.loss_rules = LossRules(metadata)
+        settings, data = metadata.get("resumed", metadata)["settings"], metadata["data"]["train"]
+        self.metadata, self.train_settings = metadata, settings["train"]
+        self.lr, self.eval_every = settings["train"]["lr"], settings["output"]["eval_every"]
+        self.precision = metadata["resolved"]["precision"]
+        self.masked_share = 1 - data["num_target_tokens"] / max(1, data["tokens"])
         self.reported_codes: set[str] = set()
-        self._seconds: defaultdict[str, float] = defaultdict(float)  # by what they were spent on
+        self.loss_trend = OnlineLinearRegression()
+        self.recent_steps: deque[StepRecord] = deque(maxlen=WINDOW_STEPS)
+        self.lowest_window: MeanEstimate | None = None  # of the windows so far
+        self.evals: list[EvalRecord] = []
+        self.trend_since_eval = OnlineLinearRegression()
+        self.train_loss_means: list[MeanEstimate] = []  # training loss between two evaluations
+        self.skipped_steps: deque[int] = deque(maxlen=NUM_HALVINGS + 1)
+        self._seconds: Counter[str] = Counter()  # by what they were spent on
         self._start_time: float | None = None  # time of the first row of this process
-        self._previous_time: float | None = None  # time of the row before
+        self._previous_time = 0.0  # time of the row before
         self._num_evaluations = 0  # after the one before the first step
 
     def replay(self, records: Iterable[Record]) -> list[Diagnostic]:
@@ -37,86 +156,242 @@ class DiagnosticsMonitor:
         for record in records:
             if isinstance(record, EventRecord) and record.event == "diagnosis":
                 self.reported_codes.add(record.facts["code"])
-            else:
-                for diagnostic in self._apply_loss_rules(record):
-                    first_of_code.setdefault(diagnostic.code, diagnostic)
+            for diagnostic in filter(None, self._apply_rules(record)):
+                first_of_code.setdefault(diagnostic.code, diagnostic)
         return self._select_new(first_of_code.values())
 
     def on_record(self, record: Record) -> list[Diagnostic]:
         """What one more record of the loop shows."""
-        diagnostics = self._apply_loss_rules(record)
-        if isinstance(record, EvalRecord) and self._previous_time is not None:
+        if self._start_time is None:
+            self._start_time = record.time
+        elif isinstance(record, EvalRecord):
             self.add_time("evaluation", record.time - self._previous_time)
             self._num_evaluations += 1
         self._previous_time = record.time
-        if self._start_time is None:
-            self._start_time = record.time
-        if record.time - self._start_time >= MIN_RUN_SECONDS:
-            diagnostics += self._find_slow_parts(record.time - self._start_time)
-        return self._select_new(diagnostics)
+        return self._select_new([*self._apply_rules(record), *self._find_slow_parts(record.time - self._start_time)])
 
     def check_adapter(self, max_abs_b: float) -> list[Diagnostic]:
-        """What the largest entry of the adapters' B by size, measured after a step, shows."""
-        return self._select_new(self.loss_rules.find_zero_adapter(max_abs_b))
+        """What the largest entry of the adapters' B by size, measured after a step, shows.
+
+        AdamW moves each weight with a gradient by about the rate from its first step, so it is never zero by chance.
+        """
+        seen = "every B of the LoRA adapters is still zero: the model is the base model"
+        cause = "no gradient reaches the adapters, or no update was applied"
+        remedy = "--lora-target-modules with layers that the model uses"
+        finding = Diagnostic("adapter_still_zero", seen, cause, remedy, {"largest_b": max_abs_b})
+        return self._select_new([finding] if not max_abs_b else [])
 
     def add_time(self, category: str, seconds: float) -> None:
         """Count seconds that were spent on `data`, `logging` or `evaluation`."""
-        self._seconds[category] += seconds
+        self._seconds[category] += seconds  # type: ignore[assignment]  # a Counter of floats
 
-    def _apply_loss_rules(self, record: Record) -> list[Diagnostic]:
+    def _select_new(self, diagnostics: Iterable[Diagnostic | None]) -> list[Diagnostic]:
+        new_ones = {d.code: d for d in diagnostics if d is not None and d.code not in self.reported_codes}
+        self.reported_codes |= set(new_ones)
+        return list(new_ones.values())
+
+    def _apply_rules(self, record: Record) -> Iterator[Diagnostic | None]:
+        """Remember the record and ask each rule that it concerns."""
         if isinstance(record, StepRecord):
-            return list(self.loss_rules.on_step(record))
-        if isinstance(record, EvalRecord):
-            return list(self.loss_rules.on_eval(record))
-        if isinstance(record, EventRecord) and record.event == "skipped_step":
-            return list(self.loss_rules.on_skipped_step(record.step))
-        if isinstance(record, EventRecord) and record.event == "not_finite":
-            return [self.loss_rules.on_non_finite(record.step, record.message)]
-        return []
+            self.loss_trend.add(record.step, record.loss)
+            self.trend_since_eval.add(record.step, record.loss)
+            self.recent_steps.append(record)
+            recent_losses = [row.loss for row in self.recent_steps]
+            yield self._find_masked_labels()
+            yield self._find_no_gradient()
+            yield self._find_rise(recent_losses)
+            yield self._find_flat_loss(recent_losses)
+            if self.loss_trend.n % WINDOW_STEPS == 0:
+                window = estimate_mean(recent_losses)
+                if self.lowest_window is None or window.value < self.lowest_window.value:
+                    self.lowest_window = window
+        elif isinstance(record, EvalRecord):
+            trend = self.trend_since_eval
+            if self.evals and trend.n:
+                variance = trend.sum_yy / (trend.n - 1) / trend.n if trend.n > 1 else self.loss_trend.residual_variance
+                self.train_loss_means.append(MeanEstimate(trend.mean_y, variance))
+            self.trend_since_eval = OnlineLinearRegression()
+            self.evals.append(replace(record, row_nll=None))
+            yield self._find_worse_than_start()
+            yield self._find_overfitting()
+        elif isinstance(record, EventRecord) and record.event == "skipped_step":
+            yield self._find_overflow(record.step)
+        elif isinstance(record, EventRecord) and record.event == "not_finite":
+            for_precision = f" for {self.precision}" if self.precision != "fp32" else ""
+            yield self._diverging(record.message.split(";", 1)[0], {"step": record.step}, for_precision)
 
-    def _find_slow_parts(self, elapsed_seconds: float) -> list[Diagnostic]:
-        """Where the time goes: functions of times, so they hold for the machine they were taken on."""
-        is_each_epoch = self.eval_every == "epoch"
-        rules = (
-            (
-                "waiting_for_data",
-                "data",
-                MAX_DATA_SHARE,
-                "by waiting for training rows",
-                "the prepared data are read from a slow disk",
-                "TRAINER_CACHE=FOLDER on a local disk",
-            ),
-            (
-                "slow_logging",
-                "logging",
-                MAX_LOGGING_SHARE,
-                "by writing records",
-                "the W&B server answers slowly" if self.is_online else "the disk of the run folder is slow",
-                "--wandb offline" if self.is_online else "--output-dir FOLDER on a local disk",
-            ),
-            (
-                "much_evaluation",
-                "evaluation",
-                # one evaluation is that of the last step, which every run has
-                MAX_EVALUATION_SHARE if self._num_evaluations > 1 else math.inf,
-                "into evaluations and their samples",
-                f"they are frequent (--eval-every {self.eval_every}) or their batches small",
-                f"--eval-batch {2 * self.eval_batch_size}" if is_each_epoch else "--eval-every epoch",
-            ),
+    def _find_masked_labels(self) -> Diagnostic | None:
+        if self.masked_share < MAX_MASKED_SHARE:
+            return None
+        seen = f"{self.masked_share:.1%} of the training tokens are not target tokens: the loss ignores them"
+        cause, remedy = "prompts are long and completions short", "--objective blocks, or a shorter --prompt"
+        return Diagnostic("masked_labels", seen, cause, remedy, {"masked_share": self.masked_share})
+
+    def _find_no_gradient(self) -> Diagnostic | None:
+        """The gradient's root mean square is under AdamW's epsilon.
+
+        Adam moves a weight by lr g / (|g| + epsilon) (Kingma and Ba 2015, algorithm 1): under epsilon less than half
+        of the rate is left of it. The norm over the square root of the number of weights is that mean.
+        """
+        norms = [row.grad_norm for row in self.recent_steps][-TINY_STEPS:]
+        num_weights, epsilon = self.metadata["model"]["trainable"], self.train_settings["epsilon"]
+        norm = median(norms)
+        rms = norm / math.sqrt(num_weights)
+        if len(norms) < TINY_STEPS or rms >= epsilon:
+            return None
+        cause, remedy = "the loss hardly depends on what is trained", "--objective blocks, where every token counts"
+        if self.precision == "fp16":
+            cause, remedy = "gradients underflow in fp16", "--precision bf16"
+        elif self.metadata["mode"] == "lora":
+            remedy = "--lora-target-modules with layers that matter"
+        seen = (
+            f"the gradient of the last {TINY_STEPS} steps is next to nothing (norm {norm:.1e} over {num_weights:,} "
+            f"weights: below AdamW's epsilon {epsilon:g})"
         )
-        diagnostics = []
-        for code, category, max_share, spent, cause, remedy in rules:
+        return Diagnostic("no_gradient", seen, cause, remedy, {"grad_norm": norm, "rms": rms, "epsilon": epsilon})
+
+    def _find_flat_loss(self, recent_losses: Sequence[float]) -> Diagnostic | None:
+        """The loss does not fall: its slope over all steps so far is not told from noise.
+
+        Looked at when enough steps are done, at every doubling of that, and at the last step. The fall that this can
+        tell in n steps is about 2 sd sqrt(12 / n): 0.05 nats at the card's 10% of 19,863 steps with sd 0.3.
+        """
+        trend, n, total_steps = self.loss_trend, self.loss_trend.n, self.metadata["resolved"]["total_steps"]
+        num_checks, remainder = divmod(n, max(FLAT_STEPS, math.ceil(FLAT_SHARE * total_steps)))
+        is_doubled = not remainder and num_checks.bit_count() == 1
+        is_end = self.recent_steps[-1].step >= total_steps and n >= WINDOW_STEPS
+        if not (is_doubled or is_end) or trend.t_statistic <= FLAT_MAX_T:
+            return None
+        first_loss, *later_losses = [row.loss for row in self.evals] or [math.inf]
+        if later_losses and min(later_losses) < first_loss * (1 - MIN_VAL_DROP):
+            return None
+        has_risen = bool(later_losses) and later_losses[-1] > first_loss * (1 + MIN_VAL_DROP)
+        return Diagnostic(
+            "flat_loss",
+            f"in {n} steps the training loss has no fall that stands out of its noise (slope {trend.slope:+.1e} a "
+            f"step, t {trend.t_statistic:+.1f}, mean {trend.mean_y:.4f})",
+            f"the learning rate {self.lr:g} is too {'high' if has_risen else 'low'}",
+            f"--lr {self.lr / 10 if has_risen else self.lr * 10:g}",
+            {
+                "steps": n,
+                "slope": trend.slope,
+                "t": _finite_or_none(trend.t_statistic),
+                "mean": trend.mean_y,
+                "recent": fmean(recent_losses),
+            },
+        )
+
+    def _diverging(self, seen: str, evidence: dict[str, Any], for_precision: str = "") -> Diagnostic:
+        cause = f"the learning rate {self.lr:g} is too high{for_precision}"
+        return Diagnostic("diverging", seen, cause, f"--lr {self.lr / 3:.1g}", evidence)
+
+    def _find_rise(self, recent_losses: Sequence[float]) -> Diagnostic | None:
+        """The loss has risen: the mean of the last window lies a tenth and six standard errors above the lowest one.
+
+        Six, because of many windows the lowest is low by luck: two normal means differ by more once in 10^9 times.
+        """
+        lowest = self.lowest_window
+        if lowest is None or self.loss_trend.n < 2 * WINDOW_STEPS:
+            return None
+        window = estimate_mean(recent_losses)
+        std_errors = welch_t(window, lowest)
+        if window.value < lowest.value * (1 + MIN_RISE) or std_errors < RISE_STD_ERRORS:
+            return None
+        return self._diverging(
+            f"the training loss rose to {window.value:.4f}, a mean of {WINDOW_STEPS} steps, from {lowest.value:.4f} "
+            f"at its lowest ({min(std_errors, 999):.0f} standard errors)",
+            {"now": window.value, "lowest": lowest.value, "errors": _finite_or_none(std_errors)},
+        )
+
+    def _find_worse_than_start(self) -> Diagnostic | None:
+        """The model is worse than before it was trained, on the validation and on the training rows, by a tenth."""
+        first, last = self.evals[0], self.evals[-1]
+        if first.step or not self.train_loss_means:
+            return None
+        train_loss = self.train_loss_means[-1].value
+        if min(last.loss, train_loss) < first.loss * (1 + MIN_RISE):
+            return None
+        return self._diverging(
+            f"the model is worse than before training: validation loss {first.loss:.4f} -> {last.loss:.4f}, training "
+            f"loss {train_loss:.4f}",
+            {"before": first.loss, "now": last.loss, "train": train_loss},
+        )
+
+    def _find_overfitting(self) -> Diagnostic | None:
+        """The validation loss lies over its lowest by 1%, for an epoch or two evaluations, and the training loss fell.
+
+        Fell: by two standard errors, from the stretch before the lowest evaluation to the last one.
+        The first is the generalisation loss GL of Prechelt, "Early stopping - but when?" (1998), equation 1, with
+        his smallest threshold; the second tells it from diverging.
+        """
+        best_index, best = min(enumerate(self.evals), key=lambda pair: pair[1].loss)
+        last, num_later = self.evals[-1], len(self.evals) - best_index - 1
+        num_epochs = last.epoch - best.epoch
+        is_sustained = num_later >= 2 or num_epochs >= 1 - 1e-6
+        if last.loss / best.loss - 1 < GENERALISATION_LOSS or not is_sustained or len(self.train_loss_means) < 2:
+            return None
+        before, after = self.train_loss_means[max(0, best_index - 1)], self.train_loss_means[-1]
+        if welch_t(before, after) < FALL_STD_ERRORS or after.value > self.evals[0].loss:
+            return None
+        remedy = f"--early-stop {max(1, num_later - 1)} --export best"
+        if self.train_settings.get("early_stop"):
+            remedy = f"--dropout {min(0.5, self.metadata['resolved']['dropout'] + 0.1):.2g}"
+        return Diagnostic(
+            "overfitting",
+            f"the validation loss rose for {num_epochs:.3g} epochs, since epoch {best.epoch:.4g} (step {best.step}): "
+            f"{best.loss:.4f} -> {last.loss:.4f}, while the training loss fell: {before.value:.4f} -> "
+            f"{after.value:.4f}",
+            "the model learns the training rows by heart",
+            remedy,
+            {
+                "since_epoch": best.epoch,
+                "since_step": best.step,
+                "epochs": num_epochs,
+                "evaluations": num_later,
+                "best": best.loss,
+                "now": last.loss,
+                "train_before": before.value,
+                "train_now": after.value,
+            },
+        )
+
+    def _find_overflow(self, step: int) -> Diagnostic | None:
+        """More updates were left out than a loss scale needs to come down: from 2^16, its start, to 1 it is halved 16
+        times, the first overflow only counts (DeepSpeed's hysteresis of 2), and it grows once in 1,000 good steps.
+        """
+        self.skipped_steps.append(step)
+        num_skipped, num_steps = len(self.skipped_steps), step - self.skipped_steps[0] + 1
+        if num_skipped <= NUM_HALVINGS or num_steps > OVERFLOW_STEPS:
+            return None
+        seen = f"{num_skipped} updates of the last {num_steps} steps were left out"
+        cause = "gradients overflow in fp16 at every loss scale"
+        evidence = {"skipped": num_skipped, "steps": num_steps}
+        return Diagnostic("overflow", seen, cause, "--precision bf16", evidence)
+
+    def _find_slow_parts(self, elapsed_seconds: float) -> Iterator[Diagnostic]:
+        """Where the time goes."""
+        if elapsed_seconds < MIN_RUN_SECONDS:
+            return
+        slow_disk, save_locally = "the disk of the run folder is slow", "--output-dir FOLDER on a local disk"
+        if self.metadata["wandb"]["mode"] == "online":
+            slow_disk, save_locally = "the W&B server answers slowly", "--wandb offline"
+        frequent = f"they are frequent (--eval-every {self.eval_every}) or their batches small"
+        rarer = "--eval-every epoch"
+        if self.eval_every == "epoch":
+            rarer = f"--eval-batch {2 * self.train_settings['eval_batch']}"
+        waiting, disk = "the prepared data are read from a slow disk", "TRAINER_CACHE=FOLDER on a local disk"
+        # one evaluation is that of the last step, which every run has
+        max_evaluation = MAX_EVALUATION_SHARE if self._num_evaluations > 1 else math.inf
+        for code, category, max_share, spent, cause, remedy in (
+            ("waiting_for_data", "data", MAX_DATA_SHARE, "by waiting for training rows", waiting, disk),
+            ("slow_logging", "logging", MAX_LOGGING_SHARE, "by writing records", slow_disk, save_locally),
+            ("much_evaluation", "evaluation", max_evaluation, "into evaluations and their samples", frequent, rarer),
+        ):
             share = self._seconds[category] / elapsed_seconds
             if share >= max_share:
                 seen = f"{share:.0%} of {elapsed_seconds:.0f} s went {spent}"
-                evidence = {"share": share, "seconds": elapsed_seconds}
-                diagnostics.append(Diagnostic(code=code, seen=seen, cause=cause, remedy=remedy, evidence=evidence))
-        return diagnostics
+                yield Diagnostic(code, seen, cause, remedy, {"share": share, "seconds": elapsed_seconds})
 
-    def _select_new(self, diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
-        new_diagnostics = []
-        for diagnostic in diagnostics:
-            if diagnostic.code not in self.reported_codes:
-                self.reported_codes.add(diagnostic.code)
-                new_diagnostics.append(diagnostic)
-        return new_diagnostics
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

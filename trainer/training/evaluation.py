@@ -17,7 +17,7 @@ from trainer.distributed.engine import Engine
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, write_evaluation
 from trainer.tracking.records import EventRecord, bits_per_byte
 from trainer.training.run_plan import RunPlan
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainState
 
 OtherSplit = Literal["test", "retain"]
 OTHER_SPLITS: dict[OtherSplit, str] = {"test": "test loss", "retain": "loss of retained text"}  # beside validation

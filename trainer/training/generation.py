@@ -1,8 +1,9 @@
-"""A few fixed validation prompts, completed greedily at every evaluation: what the numbers look like as text."""
+"""Fixed validation prompts, completed greedily at every evaluation, and how like their references the texts are."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import zip_longest
 from typing import Any
 
@@ -14,7 +15,6 @@ from trainer.data.tokenizer import encode, load_tokenizer
 from trainer.distributed.engine import Engine
 from trainer.model.build import get_max_positions
 from trainer.tracking.records import EvalRecord, EventRecord, Record
-from trainer.training.text_metrics import text_scores
 
 MAX_COMPLETION_TOKENS = 128  # tokens of a completion
 EXTRA_COMPLETION_TOKENS = 8  # tokens that a completion may be longer than the longest reference
@@ -142,3 +142,36 @@ def check_prompts_available(settings: Settings, data: PreparedDataset) -> None:
             f"--score-samples: {settings.data.data} has no prompts to complete; pass --prompt and --completion, or "
             "leave --score-samples out"
         )
+
+
+def check_installed(flag: str) -> None:
+    """UserError in one line where what the scores of `flag` need is not installed; imports nothing."""
+    for package in ("sacrebleu", "rouge_score"):
+        if find_spec(package) is None:
+            raise UserError(f"{flag}: needs {package}, which is not installed; pip install '.[metrics]'")
+
+
+def text_scores(completions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """exact_match and rouge_l (F-measure, mean over the texts) from 0 to 1; bleu and chrf from 0 to 100,
+    sacrebleu's over the whole set with its default settings.
+
+    `references`: one or more of each completion. A match with any of them counts; BLEU and chrF take several as they
+    are defined, of ROUGE-L the highest counts (Lin, 2004).
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU, CHRF
+
+    predictions = [text.strip() for text in completions]
+    targets = [[text.strip() for text in texts] for texts in references]
+    scorer = RougeScorer(["rougeL"])
+    rouge = [
+        max(scorer.score(target, text)["rougeL"].fmeasure for target in texts)
+        for text, texts in zip(predictions, targets, strict=True)
+    ]
+    streams = [list(stream) for stream in zip_longest(*targets)]  # None where a text has fewer references
+    return {
+        "exact_match": sum(text in texts for text, texts in zip(predictions, targets, strict=True)) / len(predictions),
+        "bleu": BLEU().corpus_score(predictions, streams).score,
+        "chrf": CHRF().corpus_score(predictions, streams).score,
+        "rouge_l": sum(rouge) / len(rouge),
+    }

@@ -17,8 +17,7 @@ from trainer.distributed.stepper import NonFiniteError
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, Record, StepRecord, perplexity
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.evaluation import StopRequested, evaluate
-from trainer.training.schedule import TrainSchedule
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainSchedule, TrainState
 
 _NON_FINITE_HINT = "a lower --lr or --precision fp32 may help"
 

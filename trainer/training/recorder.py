@@ -23,7 +23,7 @@ from trainer.tracking.wandb_logger import start_wandb
 from trainer.training.diagnostics import DiagnosticsMonitor
 from trainer.training.generation import GenerationEvaluator
 from trainer.training.run_plan import RunPlan
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainState
 
 
 class Recorder:

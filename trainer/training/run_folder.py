@@ -1,17 +1,15 @@
-"""The run folder: what may be in it before a run, its run.json, what a resume may not change, and the events that say
-where a run went on and how it ended."""
+"""The run folder: what may be in it before a run, its run.json, and what a resume may not change."""
 
-import contextlib
 import json
 import re
-import signal
+from collections import deque
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.config.cli import CliArgs
 from trainer.config.errors import UserError
-from trainer.config.files import folder_size, remove_leftovers, require_utf8_path, write_atomically
+from trainer.config.files import remove_leftovers, require_utf8_path, write_atomically
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.settings import Settings, apply_overrides, fields_fixed_on_resume
 from trainer.distributed.preflight import refuse_full_disk
@@ -24,13 +22,15 @@ from trainer.tracking.eval_records import (
     find_damaged_evaluations,
 )
 from trainer.tracking.jsonl import METRICS_FILE, RowsDigest, find_changed_rows
-from trainer.tracking.records import EventRecord, read_records
+from trainer.tracking.records import read_records
 from trainer.tracking.run_lock import LOCK_FILE
 from trainer.tracking.wandb_logger import wandb_block
-from trainer.training import checkpoint
-from trainer.training.checkpoint import Checkpoint
+from trainer.training.checkpoint import (
+    MIN_BYTES_PER_TRAINED_WEIGHT,
+    Checkpoint,
+    resolve_checkpoint,
+)
 from trainer.training.run_plan import RunPlan
-from trainer.training.train_state import TrainState
 
 METADATA_FILE = "run.json"
 REQUEUE_FILE = "requeue"  # says by which signals the run was stopped; there while it may go on
@@ -44,15 +44,24 @@ def resolve_output_dir(args: CliArgs, ignored_files: Collection[str] = ()) -> tu
     settings = args.settings
     folder = Path(settings.run_folder)
     require_utf8_path(folder, f"--output-dir {folder}")
-    if args.resume is not None and not (args.resume == "auto" and is_unused(folder, ignored_files)):
-        return _resume_settings(args, folder)
-    if args.allow_change and args.resume is None:
-        raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
-    if args.runs_finder:  # they only put their own files beside whatever is there
+    if args.resume is None:
+        if args.allow_change:
+            raise UserError(f"--allow-change {args.allow_change[0]}: goes with --resume; a new run may have any")
+        if not args.runs_finder and not is_unused(folder, ignored_files):  # finders only put their own files there
+            raise UserError(f"{folder} is not empty: pass --resume to go on with that run, or another --output-dir")
         return settings, None
-    if not is_unused(folder, ignored_files):
-        raise UserError(f"{folder} is not empty: pass --resume to go on with that run, or another --output-dir")
-    return settings, None
+    if args.resume == "auto" and is_unused(folder, ignored_files):
+        return settings, None
+    if not (folder / METADATA_FILE).exists():
+        raise UserError(f"--resume: no run in {folder} (no run.json there); name its folder with --output-dir")
+    previous = read_run_metadata(folder / METADATA_FILE)
+    saved = Settings.from_dict(previous.get("resumed", previous)["settings"])
+    if saved.mode != settings.mode:
+        raise UserError(
+            f"--mode {settings.mode}: the run in {folder} is --mode {saved.mode}; a mode cannot change on resume"
+        )
+    overrides = {**args.overrides, "output": {**args.overrides["output"], "output_dir": settings.run_folder}}
+    return apply_overrides(saved, overrides, settings.overridden), previous
 
 
 def is_unused(folder: Path, ignored_files: Collection[str] = ()) -> bool:
@@ -61,19 +70,6 @@ def is_unused(folder: Path, ignored_files: Collection[str] = ()) -> bool:
         return not folder.exists()
     leftover = re.compile(rf"{re.escape(LOCK_FILE)}|\.{re.escape(METADATA_FILE)}\..*tmp")
     return all(path.name in ignored_files or leftover.fullmatch(path.name) for path in folder.iterdir())
-
-
-def _resume_settings(args: CliArgs, folder: Path) -> tuple[Settings, dict[str, Any]]:
-    if not (folder / METADATA_FILE).exists():
-        raise UserError(f"--resume: no run in {folder} (no run.json there); name its folder with --output-dir")
-    previous = read_run_metadata(folder / METADATA_FILE)
-    saved = Settings.from_dict(previous.get("resumed", previous)["settings"])
-    if saved.mode != args.settings.mode:
-        raise UserError(
-            f"--mode {args.settings.mode}: the run in {folder} is --mode {saved.mode}; a mode cannot change on resume"
-        )
-    output = {**args.overrides["output"], "output_dir": args.settings.run_folder}
-    return apply_overrides(saved, {**args.overrides, "output": output}, args.settings.overridden), previous
 
 
 def refuse_run_elsewhere(folder: Path, context: DistContext) -> None:
@@ -103,18 +99,18 @@ def begin_run(
     if previous is not None:
         which = "latest" if resume in (None, "auto") else resume
         if which != "latest" or any((folder / "checkpoints").glob("step-*")):
-            source = checkpoint.resolve_checkpoint(folder / "checkpoints", which)
+            source = resolve_checkpoint(folder / "checkpoints", which)
             if source.metadata["base"] != model_metadata["fingerprint"]:
                 raise UserError(
                     f"checkpoint {source.folder} is of a run on another base model ({source.metadata['base']}, "
                     f"here {model_metadata['fingerprint']})"
                 )
-    refuse_full_disk(folder, checkpoint.MIN_BYTES_PER_TRAINED_WEIGHT * model_metadata["trainable"])
+    refuse_full_disk(folder, MIN_BYTES_PER_TRAINED_WEIGHT * model_metadata["trainable"])
     if previous is None:
         wandb = wandb_block(plan.settings.output, plan.data_info["source"])
         metadata = plan.to_metadata(run_id=wandb["id"], wandb=wandb)
     else:  # `settings` stay those it began with; the next resume takes these
-        changes = validate_resume_overrides(previous, plan, allowed_changes)
+        changes = _validate_overrides(previous, plan, allowed_changes)
         changes |= _validate_rows(folder, source, allowed_changes) if source is not None else {}
         resumed = {"settings": plan.settings.as_dict(), "changed": changes}
         entry = plan.execution_entry(source.step if source is not None else 0)
@@ -132,23 +128,13 @@ def begin_run(
     return source, metadata
 
 
-def write_requeue_marker(folder: Path, signal_numbers: Collection[int]) -> None:
-    """Say that the run was stopped by these signals and may go on: on SIGUSR1, SLURM's notice, a job requeues itself.
-
-    A file, because torchrun turns every exit code into 1. A disk that takes none is left at that.
-    """
-    names = [signal.Signals(number).name for number in sorted(set(signal_numbers) - {0})]
-    with contextlib.suppress(OSError):
-        write_atomically(folder / REQUEUE_FILE, " ".join(names) + "\n")
-
-
 def write_run_json(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Put run.json there, whole or not at all. OSError where it cannot be written."""
     remove_leftovers(folder)
     write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1) + "\n")
 
 
-def validate_resume_overrides(
+def _validate_overrides(
     previous: Mapping[str, Any], plan: RunPlan, allowed_names: tuple[str, ...]
 ) -> dict[str, list[Any]]:
     """{name: [when the run began, now]} of what was allowed to change, also by an earlier resume.
@@ -177,10 +163,19 @@ def validate_resume_overrides(
 
 def _validate_rows(folder: Path, source: Checkpoint, allowed_names: tuple[str, ...]) -> dict[str, list[Any]]:
     """{"records": [as written, how they differ]} where rows of metrics.jsonl or evaluations were changed
-    since the checkpoint was saved and that is allowed; UserError where it is not."""
+    since the checkpoint was saved and that is allowed; UserError where it is not, or they cannot be read."""
     changes = find_changed_records(folder, source)
     for name, damage in changes.items():
-        if unreadable := _find_unreadable(folder / name):
+        unreadable = None
+        try:
+            if name == EVAL_RECORDS_FOLDER:
+                damaged = find_damaged_evaluations(folder / name)
+                unreadable = next((f"{file.name}: {what}" for file, what in damaged.items()), None)
+            elif (folder / name).exists():
+                deque(read_records(folder / name), maxlen=0)
+        except (OSError, ValueError) as error:
+            unreadable = str(error).removeprefix(f"{folder / name}").lstrip(":, ")
+        if unreadable:
             raise UserError(
                 f"--resume: {folder / name}: {unreadable}; restore it, or have `python launch/doctor.py --check-run "
                 f"{folder} --move-aside` put aside what cannot be read"
@@ -208,68 +203,3 @@ def find_changed_records(run_folder: Path, source: Checkpoint) -> dict[str, str]
             eval_pending=source.train_state.eval_pending,
         )
     return {name: change for name, change in changes.items() if change is not None}
-
-
-def _find_unreadable(path: Path) -> str | None:
-    """What in metrics.jsonl or eval_records/ no resume can go on with; None where it can be read, or is gone."""
-    try:
-        if path.name == METRICS_FILE and path.exists():
-            for _ in read_records(path):
-                pass
-    except (OSError, ValueError) as error:
-        return str(error).removeprefix(f"{path}").lstrip(":, ")
-    if path.name == EVAL_RECORDS_FOLDER:
-        for file, damage in find_damaged_evaluations(path).items():
-            return f"{file.name}: {damage}"
-    return None
-
-
-def resumed_event(
-    plan: RunPlan, state: TrainState, changes: Mapping[str, Any], source: Checkpoint | None, num_truncated: int
-) -> EventRecord:
-    """From where a run goes on, how many rows after it were cut off, and what changed: {name: [old, new]}."""
-    origin = source.folder.name if source else "the start: the run had no checkpoint"
-    message = f"resumed from {origin}" + (f", {num_truncated} rows after it cut off" if num_truncated else "")
-    message += "".join(f"; passed over: {reason}" for reason in (source.skipped_reasons if source else ()))
-    message += "".join(f"; {name} changed from {old} to {new}" for name, (old, new) in changes.items())
-    facts = {
-        "checkpoint": origin,
-        "rows_cut": num_truncated,
-        "changed": changes,
-        "resolved": plan.resolved(),
-        "execution": plan.execution_entry(state.step),
-    }
-    return EventRecord(event="resumed", step=state.step, message=message, time=state.elapsed_seconds, facts=facts)
-
-
-def finished_event(
-    plan: RunPlan,
-    state: TrainState,
-    *,
-    elapsed_seconds: float,
-    measurements: Mapping[str, Any],
-    choice: Mapping[str, Any] | None,
-    export_summary: str,
-) -> EventRecord:
-    """The end of a run: what it took, its last and best losses, and what was exported.
-
-    `choice`: which weights were exported (`which`, `step`, `loss`), None for none. Parameters: one a fact.
-    """
-    folder, schedule = Path(plan.settings.run_folder), plan.schedule
-    facts = {
-        "wall_seconds": elapsed_seconds,
-        "device_hours": elapsed_seconds * plan.dist_context.world_size / 3600,
-        **measurements,
-        "checkpoint_bytes": folder_size(max((folder / "checkpoints").glob("step-*"), default=None)),
-        "export_bytes": folder_size(folder / "model"),
-        "best": vars(state.best) if state.best else None,
-        "final": {"step": state.step, "epoch": schedule.record_axes(state)["epoch"], "loss": state.val_loss},
-        "early_stop": schedule.is_stopped_early(state) and state.step < schedule.total_steps,
-        "exported": choice,
-        "export": export_summary,
-    }
-    where = f"{folder / 'model'} " if choice else ""
-    if choice and choice["step"] != state.step:
-        where += f"holds step {choice['step']}, the best, "
-    message = f"finished after {state.step} steps; {where}{export_summary}"
-    return EventRecord(event="finished", step=state.step, message=message, time=elapsed_seconds, facts=facts)

@@ -1,6 +1,7 @@
-"""Everything that is decided before the first step: what `--dry-run` prints and run.json keeps."""
+"""Everything that is decided or refused before the first step: what `--dry-run` prints and run.json keeps."""
 
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from trainer.config.presets import preset_notes
 from trainer.config.run_metadata import SCHEMA_VERSION
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
+from trainer.data.sampler import TrainBatches, padding_share
 from trainer.distributed.deepspeed_config import DeepSpeedFile, build_deepspeed_config, read_deepspeed_file
 from trainer.distributed.execution import AS_PLANNED, ExecutionPlan, make_execution_plan
 from trainer.distributed.memory import (
@@ -28,12 +30,14 @@ from trainer.distributed.memory import (
 from trainer.distributed.process_group import DistContext
 from trainer.model import optimizer
 from trainer.model.attention import attention_kernel
-from trainer.model.build import get_dropout_probabilities
-from trainer.training.data_setup import describe_padding, plan_packing
-from trainer.training.lr_schedule import describe_schedule
-from trainer.training.plan_validation import validate_stage, zero_3_problem
+from trainer.model.build import build_model, get_dropout_probabilities, get_max_positions, load_config
+from trainer.training.generation import check_installed
 from trainer.training.provenance import describe_hardware, device_name, git_state, package_versions
-from trainer.training.schedule import TrainSchedule
+from trainer.training.schedule import TrainSchedule, describe_schedule
+
+#: Families whose packed rows are proven equal to single ones, in loss and gradient (tests/unit/data/test_packing.py).
+PACKABLE_MODELS = ("gpt2", "llama", "qwen2", "qwen3")
+NUM_STEPS_COUNTED = 50  # of an epoch, for the share of padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,7 @@ class RunPlan:
     def _describe_split(self, split: str, unit: str) -> str:
         counts = self.data_info[split]
         groups = "" if counts["units"] == counts["examples"] else f" of {counts['units']:,} groups"
-        return f"{counts['examples']:,} {unit}{groups}, {counts['counted_tokens']:,} target tokens"
+        return f"{counts['examples']:,} {unit}{groups}, {counts['num_target_tokens']:,} target tokens"
 
     def execution_entry(self, step: int) -> dict[str, Any]:
         """What run.json keeps of how steps run from `step` on."""
@@ -190,11 +194,146 @@ class RunPlan:
         )
 
 
+def validate_early(settings: Settings, dist_context: DistContext) -> None:
+    """Refuse what is wrong with batch sum, ZeRO file, device, targets or output before data and weights are touched."""
+    on_cpu = dist_context.device.type == "cpu"
+    settings.train.batch(dist_context.world_size)
+    folder = Path(settings.run_folder)
+    existing_folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".writable-", dir=existing_folder).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        ) from error
+    optimizer.check_8bit_supported(settings.train, zero_stage=None, on_cpu=on_cpu)
+    if settings.output.score_samples:
+        check_installed("--score-samples")
+    if settings.engine.execution == "graphs" and on_cpu:
+        raise UserError("--execution graphs: CUDA graphs need a GPU; expected auto or eager")
+    if settings.engine.precision == "fp16" and on_cpu:
+        raise UserError("--precision fp16: processors do not compute in it; use fp32 or bf16")
+    if settings.engine.ds_config is not None:
+        validate_stage(settings, read_deepspeed_file(settings.engine.ds_config))
+    max_positions = get_max_positions(load_config(settings.model))
+    if max_positions is not None and settings.data.block_size > max_positions:
+        raise UserError(
+            f"--block-size {settings.data.block_size}: {settings.model.model} takes at most {max_positions} tokens"
+        )
+    build_model(settings, on_meta=True)  # what cannot be built, and targets and ranks, without reading weights
+
+
+def validate_stage(settings: Settings, deepspeed_file: DeepSpeedFile) -> None:
+    """UserError where what is trained gives wrong numbers, or none, under this ZeRO stage."""
+    optimizer.check_8bit_supported(settings.train, zero_stage=deepspeed_file.stage, on_cpu=False)
+    if deepspeed_file.stage == 0 and settings.engine.precision == "fp16":
+        raise UserError("--precision fp16 needs ZeRO 1 or more for its loss scale; use --ds-config zero1, or bf16")
+    if settings.engine.execution == "graphs" and deepspeed_file.stage:
+        raise UserError(
+            f"--execution graphs: steps of ZeRO {deepspeed_file.stage} are eager; expected --ds-config zero0, or "
+            "--execution auto or eager"
+        )
+    if deepspeed_file.stage == 3 and (problem := _zero_3_problem(settings)):
+        raise UserError(problem)
+
+
+def _zero_3_problem(settings: Settings) -> str:
+    """Why these settings cannot be trained under ZeRO 3; empty where they can."""
+    if settings.model.quant and settings.lora.adapter == "dora":
+        return (
+            f"--quant {settings.model.quant}: dora reads whole packed weights, which ZeRO 3 has divided; expected "
+            "--ds-config zero0, zero1 or zero2, or another --adapter"
+        )
+    if settings.model.quant == "int8":
+        return (
+            "--quant int8: not under ZeRO 3: bitsandbytes keeps a whole copy of each weight beside what ZeRO divides; "
+            "expected --ds-config zero0, zero1 or zero2, or --quant nf4"
+        )
+    return ""
+
+
+def make_plan(
+    settings: Settings,
+    dist_context: DistContext,
+    data: PreparedDataset,
+    model_info: dict[str, Any],
+    model_config: Any,
+) -> RunPlan:
+    """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
+    block_size = settings.data.block_size or data.metadata["block_size"]
+    data_settings = replace(settings.data, objective=data.metadata["objective"], block_size=block_size)
+    settings = replace(settings, data=data_settings)
+    vocab_size = data.metadata["vocabulary"]
+    if vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"--model {settings.model.model}: it has {model_config.vocab_size:,} token ids, the data uses up to "
+            f"{vocab_size:,}; pass a model that goes with the tokenizer"
+        )
+    batch = settings.train.batch(dist_context.world_size)
+    if settings.data.packing:
+        if data_settings.objective != "completion":
+            raise UserError("--packing: blocks are full already; expected --objective completion, or chat")
+        if (model_type := model_config.model_type) not in PACKABLE_MODELS:
+            expected = ", ".join(PACKABLE_MODELS)
+            raise UserError(f"--packing: not proven for models of type {model_type}; expected {expected}")
+        batch = replace(batch, packed_width=block_size)
+    precision = settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
+    dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
+
+    def estimate_bytes(candidate: DeepSpeedFile) -> float:
+        estimate = estimate_rank_memory(
+            settings,
+            dist_context,
+            model_info,
+            candidate,
+            precision=precision,
+            model_dropout=dropout,
+            row_length=int(data.train.lengths().max()),
+            micro_batch_size=batch.micro_batch_size,
+        )
+        return CUDA_CONTEXT_BYTES + estimate.peak
+
+    deepspeed_file = _choose_deepspeed_file(settings, dist_context, model_info, precision, estimate_bytes)
+    validate_stage(settings, deepspeed_file)
+    schedule = TrainSchedule(
+        settings=settings,
+        batch=batch,
+        num_examples=len(data.train),
+        total_steps=settings.train.total_steps(len(data.train)),
+        steps_per_epoch=settings.train.steps_per_epoch(len(data.train)),
+    )
+    execution = make_execution_plan(
+        settings, dist_context, stage=deepspeed_file.stage, precision=precision, model_dropout=dropout
+    )
+    return RunPlan(
+        settings=settings,
+        dist_context=dist_context,
+        deepspeed_file=deepspeed_file,
+        schedule=schedule,
+        deepspeed_config=build_deepspeed_config(
+            deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=precision
+        ),
+        execution=execution,
+        attention_kernel=attention_kernel(
+            model_config,
+            dist_context.device,
+            rows=batch.micro_batch_size,
+            width=block_size,
+            precision=precision,
+            dropout=dropout,
+            is_blockwise=execution.blockwise_attention,
+        ),
+        model_info=model_info,
+        data_info=data.metadata,
+        dropout=dropout,
+        padding=_describe_padding(schedule.batches(data.train, dist_context.rank)),
+    )
+
+
 def _choose_deepspeed_file(
     settings: Settings,
     dist_context: DistContext,
     model_info: dict[str, Any],
-    *,
     precision: str,
     estimate_bytes: Callable[[DeepSpeedFile], float],
 ) -> DeepSpeedFile:
@@ -215,86 +354,21 @@ def _choose_deepspeed_file(
         device_memory_bytes=memory_bytes,
         precision=precision,
         estimate_bytes=estimate_bytes,
-        stages=[stage for stage in range(4) if not (stage == 3 and zero_3_problem(settings))],
+        stages=range(3 if _zero_3_problem(settings) else 4),
     )
 
 
-def make_plan(
-    settings: Settings,
-    dist_context: DistContext,
-    data: PreparedDataset,
-    model_info: dict[str, Any],
-    model_config: Any,
-) -> RunPlan:
-    """The plan of a run, from its settings, its data and its model's facts (`trainer.model.build`)."""
-    block_size = settings.data.block_size or data.metadata["block_size"]
-    data_settings = replace(settings.data, objective=data.metadata["objective"], block_size=block_size)
-    settings = replace(settings, data=data_settings)
-    vocab_size = data.metadata["vocabulary"]
-    if vocab_size > model_config.vocab_size:
-        raise UserError(
-            f"--model {settings.model.model}: it has {model_config.vocab_size:,} token ids, the data uses up to "
-            f"{vocab_size:,}; pass a model that goes with the tokenizer"
-        )
-    batch = plan_packing(settings.data, settings.train.batch(dist_context.world_size), model_config.model_type)
-    precision = settings.engine.precision or ("bf16" if dist_context.supports_bf16() else "fp32")
-    dropout = max(get_dropout_probabilities(model_config).values(), default=0.0)
-    deepspeed_file = _choose_deepspeed_file(
-        settings,
-        dist_context,
-        model_info,
-        precision=precision,
-        estimate_bytes=lambda deepspeed_file: (
-            CUDA_CONTEXT_BYTES
-            + estimate_rank_memory(
-                settings,
-                dist_context,
-                model_info,
-                deepspeed_file,
-                precision=precision,
-                model_dropout=dropout,
-                row_length=int(data.train.lengths().max()),
-                micro_batch_size=batch.micro_batch_size,
-            ).peak
-        ),
-    )
-    validate_stage(settings, deepspeed_file)
-    deepspeed_config = build_deepspeed_config(
-        deepspeed_file, batch=batch, max_grad_norm=settings.train.max_grad_norm, precision=precision
-    )
-    num_examples = len(data.train)
-    schedule = TrainSchedule(
-        settings=settings,
-        batch=batch,
-        num_examples=num_examples,
-        total_steps=settings.train.total_steps(num_examples),
-        steps_per_epoch=settings.train.steps_per_epoch(num_examples),
-    )
-    padding = describe_padding(data.train, schedule.batches(data.train, dist_context.rank))
-    execution = make_execution_plan(
-        settings, dist_context, stage=deepspeed_file.stage, precision=precision, model_dropout=dropout
-    )
-    return RunPlan(
-        settings=settings,
-        dist_context=dist_context,
-        deepspeed_file=deepspeed_file,
-        schedule=schedule,
-        deepspeed_config=deepspeed_config,
-        execution=execution,
-        attention_kernel=attention_kernel(
-            model_config,
-            dist_context.device,
-            rows=batch.micro_batch_size,
-            width=settings.data.block_size,
-            precision=precision,
-            dropout=dropout,
-            is_blockwise=execution.blockwise_attention,
-        ),
-        model_info=model_info,
-        data_info=data.metadata,
-        dropout=dropout,
-        padding=padding,
-    )
+def _describe_padding(batches: TrainBatches) -> str:
+    """The share of padding in the first steps; of packed rows also what it would be one example a row."""
+    config = batches.batch_config
+    num_steps = min(NUM_STEPS_COUNTED, -(-len(batches.dataset) // config.global_batch))
+    text = f"{padding_share(batches, num_steps):.1%} of the positions"
+    if config.packed_width:
+        plain = replace(batches, batch_config=replace(config, packed_width=None))
+        text += f"; one example a row: {padding_share(plain, num_steps):.1%}, "
+        by_length = replace(plain, by_length=True)
+        text += f"rows of like length together: {padding_share(by_length, num_steps):.1%}"
+    return text
 
 
 def collect_notes(settings: Settings, model_info: dict[str, Any]) -> list[str]:

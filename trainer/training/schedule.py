@@ -1,14 +1,88 @@
-"""How far a run goes, and what is due after which step."""
+"""How far a run goes, what is due after which step at which learning rate, and where it stands."""
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.batch_config import BatchConfig
+from trainer.config.choices import Schedule
 from trainer.config.settings import Settings
 from trainer.data.dataset import TokenDataset
-from trainer.data.sampler import TrainBatches
-from trainer.training.lr_schedule import learning_rate
-from trainer.training.train_state import TrainState
+from trainer.data.sampler import GlobalBatch, TrainBatches
+
+if TYPE_CHECKING:
+    from trainer.distributed.engine import StepResult
+
+WSD_DECAY_SHARE = 0.1  # of the steps after the warm-up; MiniCPM (arXiv 2404.06395) finds a tenth enough
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestCheckpoint:
+    """The lowest validation loss so far and where it was."""
+
+    step: int
+    epoch: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a checkpoint keeps of the run beside weights and optimizer state: what no setting and no step decides."""
+
+    step: int = 0  #: optimizer steps done
+    examples_seen: int = 0
+    tokens_seen: int = 0  #: padding left out
+    epoch_loss_sum: float = 0.0  #: summed training loss of the epoch so far, nats
+    epoch_target_tokens: int = 0  #: target tokens it is the sum over
+    elapsed_seconds: float = 0.0  #: since the run began, pauses between stop and resume left out
+    skipped_steps: int = 0  #: steps whose update fp16 left out; AdamW has not counted them
+    eval_pending: bool = True  #: the evaluation and the epoch's row that may be due after this step are still to come
+    val_loss: float | None = None  #: of the newest evaluation
+    val_step: int = -1  #: the step of that evaluation
+    best: BestCheckpoint | None = None
+    best_for_patience: float | None = None  #: validation loss to beat, by --early-stop's MIN_DELTA
+    evals_without_improvement: int = 0  #: evaluations in a row that did not
+    stop_requested: bool = False  #: a rank wants the run to stop; of this process only, not kept
+
+    def after(self, batch: GlobalBatch, result: "StepResult", elapsed_seconds: float) -> "TrainState":
+        """The state after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            examples_seen=self.examples_seen + len(batch.example_ids),
+            tokens_seen=self.tokens_seen + batch.num_tokens,
+            epoch_loss_sum=self.epoch_loss_sum + result.loss_sum,
+            epoch_target_tokens=self.epoch_target_tokens + batch.num_target_tokens,
+            elapsed_seconds=elapsed_seconds,
+            skipped_steps=self.skipped_steps + result.is_skipped,
+            eval_pending=True,
+            stop_requested=self.stop_requested or result.stop_requested,
+        )
+
+    def after_evaluation(self, loss: float, *, epoch: float, min_delta: float) -> "TrainState":
+        """The state with one more validation loss; `min_delta`: nats by which it must fall to count as lower."""
+        best = self.best
+        if best is None or loss < best.loss:
+            best = BestCheckpoint(step=self.step, epoch=epoch, loss=loss)
+        has_improved = self.best_for_patience is None or loss < self.best_for_patience - min_delta
+        return replace(
+            self,
+            val_loss=loss,
+            val_step=self.step,
+            best=best,
+            best_for_patience=loss if has_improved else self.best_for_patience,
+            evals_without_improvement=0 if has_improved else self.evals_without_improvement + 1,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a checkpoint; `from_dict` reads it back."""
+        return {name: value for name, value in asdict(self).items() if name != "stop_requested"}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainState":
+        """The state that `as_dict` wrote."""
+        best = values["best"]
+        return cls(**{**values, "best": BestCheckpoint(**best) if best else None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +97,8 @@ class TrainSchedule:
 
     def lr(self, step: int) -> float:
         """The learning rate of the update after `step` others."""
-        train = self.settings.train
-        return learning_rate(
-            step,
-            peak_lr=train.lr,
-            warmup_steps=self.num_warmup_steps,
-            total_steps=self.total_steps,
-            schedule=train.schedule,
-            min_lr=train.min_lr,
-        )
+        train, steps = self.settings.train, {"warmup_steps": self.num_warmup_steps, "total_steps": self.total_steps}
+        return learning_rate(step, peak_lr=train.lr, schedule=train.schedule, min_lr=train.min_lr, **steps)
 
     @property
     def num_warmup_steps(self) -> int:
@@ -52,7 +119,7 @@ class TrainSchedule:
     def next_boundary(self, step: int) -> int:
         """The first step after `step` after which something is due: evaluation, checkpoint, end of an epoch or run."""
         output = self.settings.output
-        strides = [self.steps_per_epoch, *map(self._stride, (output.eval_every, output.save_every))]
+        strides = [self.steps_per_epoch, self._stride(output.eval_every), self._stride(output.save_every)]
         return min([self.total_steps, *((step // stride + 1) * stride for stride in strides)])
 
     def is_epoch_end(self, step: int) -> bool:
@@ -61,13 +128,14 @@ class TrainSchedule:
 
     def is_eval_due(self, step: int) -> bool:
         """Whether the validation set is evaluated after `step`; always at the end."""
-        return self._is_due(self.settings.output.eval_every, step)
+        return step == self.total_steps or step % self._stride(self.settings.output.eval_every) == 0
 
     def is_save_due(self, state: TrainState) -> bool:
         """Whether a checkpoint is saved: asked for, a new best where that is exported, the end, or a stop."""
         output = self.settings.output
         is_best = output.export == "best" and state.best is not None and state.best.step == state.step
-        return state.stop_requested or is_best or self.is_done(state) or self._is_due(output.save_every, state.step)
+        is_asked_for = state.step == self.total_steps or state.step % self._stride(output.save_every) == 0
+        return state.stop_requested or is_best or self.is_done(state) or is_asked_for
 
     def is_stopped_early(self, state: TrainState) -> bool:
         """Whether the validation loss has not fallen for as many evaluations as --early-stop allows."""
@@ -93,5 +161,54 @@ class TrainSchedule:
     def _stride(self, every: str) -> int:
         return {"epoch": self.steps_per_epoch, "never": self.total_steps}.get(every) or int(every)
 
-    def _is_due(self, every: str, step: int) -> bool:
-        return step == self.total_steps or step % self._stride(every) == 0
+
+def learning_rate(
+    step: int,
+    *,
+    peak_lr: float,
+    warmup_steps: int,
+    total_steps: int,
+    schedule: Schedule = "linear",
+    min_lr: float = 0.0,
+) -> float:
+    """The rate of the update number `step` (counted from 0): linear from 0 over `warmup_steps`, then by the schedule.
+
+    The formulas of transformers' `get_linear_schedule_with_warmup`, `get_cosine_with_min_lr_schedule_with_warmup`,
+    `get_constant_schedule_with_warmup` and `get_wsd_schedule` (linear warm-up, cosine decay): the first update without
+    warm-up has the full rate, and the rate after the last one would be `min_lr`. A function of the step alone: a run
+    resumed in the middle goes on with the rates it would have had.
+    """
+    min_ratio = min_lr / peak_lr
+    if step < warmup_steps:
+        factor = step / warmup_steps
+        return peak_lr * (_raise_floor(factor, min_ratio) if schedule == "wsd" else factor)
+    decay_start = total_steps - num_decay_steps(warmup_steps, total_steps) if schedule == "wsd" else warmup_steps
+    if schedule == "constant" or step < decay_start:
+        return peak_lr
+    if step >= total_steps:
+        return min_lr
+    if schedule == "linear":
+        factor = (total_steps - step) / (total_steps - decay_start)
+    else:
+        factor = 0.5 * (1.0 + math.cos(math.pi * ((step - decay_start) / (total_steps - decay_start))))
+    return peak_lr * _raise_floor(factor, min_ratio)
+
+
+def _raise_floor(factor: float, min_ratio: float) -> float:
+    return factor * (1.0 - min_ratio) + min_ratio
+
+
+def num_decay_steps(warmup_steps: int, total_steps: int) -> int:
+    """Steps at the end over which the schedule `wsd` falls."""
+    return math.ceil(WSD_DECAY_SHARE * max(0, total_steps - warmup_steps))
+
+
+def describe_schedule(schedule: Schedule, *, min_lr: float, warmup_steps: int) -> str:
+    """A schedule in words, for the plan and the model card."""
+    shape = {
+        "linear": f"linear to {min_lr:g}",
+        "cosine": f"half a cosine to {min_lr:g}",
+        "constant": "constant",
+        "wsd": f"constant, in the last tenth a cosine to {min_lr:g}",
+    }[schedule]
+    return f"{shape}, {f'{warmup_steps:,} warm-up steps' if warmup_steps else 'no warm-up'}"

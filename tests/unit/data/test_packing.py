@@ -14,7 +14,7 @@ from trainer.data.dataset import TokenDataset
 from trainer.data.sampler import IGNORE_INDEX, TrainBatches, collate, pack_rows, padding_share
 from trainer.model import attention
 from trainer.model.loss import CausalLMLoss
-from trainer.training.data_setup import PACKABLE_MODELS
+from trainer.training.run_plan import PACKABLE_MODELS
 
 VOCABULARY, WIDTH = 97, 40
 SMALL = {

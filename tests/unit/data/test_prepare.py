@@ -67,7 +67,7 @@ def test_blocks_are_the_joined_texts_cut_with_the_tail_counted(tmp_path, prepare
         assert set(rows.first_target) == {1}
         facts = made_of.metadata[side]
         blocks = whole // 32
-        counts = {"records": len(mine), "examples": blocks, "tokens": whole, "counted_tokens": blocks * 31}
+        counts = {"records": len(mine), "examples": blocks, "tokens": whole, "num_target_tokens": blocks * 31}
         assert {name: facts[name] for name in counts} == counts
         notice = f"{side}: the last {len(stream) - whole} tokens do not fill a block and are left out"
         assert notice in made_of.metadata["notices"]
@@ -334,7 +334,7 @@ def test_data_metadata_have_the_fields_that_run_json_promises(pairs_csv, prepare
     promised = "source fingerprint train_fingerprint val_fingerprint split tokenizer vocabulary objective block_size "
     promised += "train val notices"
     assert set(promised.split()) <= set(facts)
-    assert set(facts["train"]) == {"records", "examples", "tokens", "counted_tokens"}
+    assert set(facts["train"]) == {"records", "examples", "tokens", "num_target_tokens"}
     assert set(facts["val"]) == set(facts["test"]) == {*facts["train"], "target_bytes", "units"}
     assert facts["split"] == "hash 0.1"
     assert facts["vocabulary"] == 400

@@ -8,7 +8,7 @@ from helpers.engines import context_of_hosts
 
 from trainer.config.errors import UserError
 from trainer.distributed import preflight
-from trainer.training import host_report
+from trainer.training import provenance
 
 
 def compare(*facts_of_ranks: dict[str, Any], hosts: tuple[str, ...] = ("h1", "h2", "h2")) -> None:
@@ -65,6 +65,6 @@ def test_what_one_host_alone_cannot_do_is_said_with_its_name(failing, message):
 
 def test_clocks_that_differ_are_a_note(monkeypatch):
     context = context_of_hosts("h1", "h2", gather=lambda value: [value, value and value + 90.4])
-    assert host_report.describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
-    monkeypatch.setattr(host_report, "MAX_CLOCK_SECONDS", 91)
-    assert host_report.describe_clocks(context) is None
+    assert provenance.describe_clocks(context) == "the clock of h2 is 90 s ahead of that of h1"
+    monkeypatch.setattr(provenance, "MAX_CLOCK_SECONDS", 91)
+    assert provenance.describe_clocks(context) is None

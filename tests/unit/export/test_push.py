@@ -5,7 +5,7 @@ import pytest
 from helpers.fake_hub import TOKEN, fake_hub
 
 from trainer.config.errors import TrainingError, UserError
-from trainer.export.push import check_push, push_folder
+from trainer.export.folder import check_push, push_folder
 
 
 @pytest.fixture

@@ -26,8 +26,7 @@ from trainer.export.folder import base_model_ref, save_adapter
 from trainer.export.verify import load_folder
 from trainer.model import lora, optimizer, quantization
 from trainer.model.build import build_model, fuse_gelu, merge_adapters
-from trainer.training.plan_validation import validate_stage
-from trainer.training.run_plan import collect_notes
+from trainer.training.run_plan import collect_notes, validate_stage
 
 LORA = LAYERS * 8 * ((D + 3 * D) + (D + D) + (D + 4 * D) + (4 * D + D))
 OUTPUTS = LAYERS * (3 * D + D + 4 * D + D)

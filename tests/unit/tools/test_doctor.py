@@ -121,7 +121,7 @@ def make_data(
             "records": len(dataset) + num_left_out * (split == "train"),
             "examples": len(dataset),
             "tokens": len(dataset.ids),
-            "counted_tokens": int(dataset.num_target_tokens().sum()),
+            "num_target_tokens": int(dataset.num_target_tokens().sum()),
         }
     return PreparedDataset(**datasets, metadata=metadata, val_texts=(), pad_id=0, folder=Path())
 

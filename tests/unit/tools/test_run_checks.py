@@ -24,7 +24,7 @@ from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, digest_evaluation
 from trainer.tracking.jsonl import JsonlLogger
 from trainer.tracking.records import EventRecord, StepRecord
 from trainer.training import checkpoint
-from trainer.training.train_state import TrainState
+from trainer.training.schedule import TrainState
 
 
 def write_checkpoint(folder: Path, step: int, logger: JsonlLogger) -> None:

@@ -32,8 +32,8 @@ from trainer.tools.worker_processes import last_line
 from trainer.tracking.records import EvalRecord, StepRecord
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
-from trainer.training.plan_validation import validate_early
-from trainer.training.train_state import TrainState
+from trainer.training.run_plan import validate_early
+from trainer.training.schedule import TrainState
 
 FULL_LR = 3e-4  # of full training; adapters learn at ten times that, as the program has it
 NUM_VAL_ROWS = 4

@@ -225,8 +225,8 @@ def check_data(settings: Settings, data: PreparedDataset) -> Iterator[Check]:
     train, val, is_blocks = data.metadata["train"], data.metadata["val"], settings.data.objective == "blocks"
     counts = "{records:,} records, {examples:,} examples, "
     yield Check(OK, "training", (counts + "{tokens:,} tokens").format(**train))
-    is_small = val["examples"] < MIN_VAL_EXAMPLES or val["counted_tokens"] < MIN_VAL_TOKENS
-    message = (counts + "{counted_tokens:,} target tokens").format(**val)
+    is_small = val["examples"] < MIN_VAL_EXAMPLES or val["num_target_tokens"] < MIN_VAL_TOKENS
+    message = (counts + "{num_target_tokens:,} target tokens").format(**val)
     remedy = f"under {MIN_VAL_EXAMPLES} examples or {MIN_VAL_TOKENS:,} tokens chance decides: "
     yield judge(is_small, WARNING, "validation", message, remedy + "raise --val-fraction or give --val-data")
     if is_blocks:

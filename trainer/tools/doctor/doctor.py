@@ -22,9 +22,8 @@ from trainer.tools.doctor.rehearsal import estimate_costs, rehearse
 from trainer.tools.finders.files import FINDER_FILES
 from trainer.tracking.console import make_console
 from trainer.tracking.tensorboard_logger import check_loggers
-from trainer.training.plan_validation import validate_early
 from trainer.training.run_folder import is_unused
-from trainer.training.run_plan import make_plan
+from trainer.training.run_plan import make_plan, validate_early
 
 COLOURS = dict(zip(LEVELS, ("green", "yellow", "red bold"), strict=True))
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "passing", "peak")

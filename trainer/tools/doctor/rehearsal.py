@@ -108,7 +108,7 @@ def estimate_costs(
     """Time and disk of the whole run, from what the rehearsal took; its memory beside `estimated_bytes`."""
     total_steps, settings = plan.schedule.total_steps, plan.settings
     num_evaluations = sum(plan.schedule.is_eval_due(step) for step in range(total_steps + 1))
-    eval_seconds = measured["eval_seconds_per_token"] * data.metadata["val"]["counted_tokens"]
+    eval_seconds = measured["eval_seconds_per_token"] * data.metadata["val"]["num_target_tokens"]
     step_seconds, overhead_seconds = measured["step_seconds"], measured["overhead_seconds"]
     seconds = total_steps * step_seconds + num_evaluations * eval_seconds + overhead_seconds
     message = f"about {format_duration(seconds)}: {total_steps:,} steps of {step_seconds:.2f} s, {num_evaluations} "
