@@ -2,8 +2,6 @@
 
 Without a GPU a recording is stood in for by one that runs the recorded work at each replay, into the same addresses.
 The last tests need a GPU and hold replays against eager steps there.
-
-Long: the stand-in, what it shows on a CPU, and the same on a GPU.
 """
 
 from dataclasses import replace
@@ -342,8 +340,6 @@ def take_steps(
     """(losses and gradient norms, final weights) of so many steps of a small GPT-2.
 
     `resumed_after`: a step after which another engine goes on from a checkpoint.
-
-    Long: a whole run of an engine with a resume in it. Parameters: the cases.
     """
     from trainer.config import cli
     from trainer.data.sampler import MicroBatch

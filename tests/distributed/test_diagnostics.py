@@ -1,8 +1,6 @@
 """What a run notices of itself: each finding fires when it should, made by a fault, and none on healthy runs.
 
 The faults are real where a small model can have them; what needs a GPU or minutes of time is made of rows.
-
-Long: one case a rule, found and not found.
 """
 
 import contextlib
@@ -93,10 +91,7 @@ def make_run_records(
     eval_every: int = 50,
     eval_seconds: float = 1.0,
 ) -> Iterator[Record]:
-    """Steps with noise of this standard deviation, of so many seconds; evaluations in between; 50 steps an epoch.
-
-    Parameters: the shape of a made-up run.
-    """
+    """Steps with noise of this standard deviation, of so many seconds; evaluations in between; 50 steps an epoch."""
     rng, clock = random.Random(seed), 0.0
 
     def record_axes(step: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import json
 import re
 import runpy
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.engines import prepare_data
-from helpers.export_helpers import checkpoint_jobs, train_with_damaged_export
+from helpers.engines import joined_ranks, prepare_data
 from helpers.fake_hub import TOKEN, fake_hub
-from helpers.launch_ranks import FRESH_EXPORT, run_on_ranks, train
-from helpers.matrix import launch_jobs, make_job
+from helpers.launch_ranks import FRESH_EXPORT, run_on_ranks, run_train_script, train
+from helpers.matrix import launch_jobs, make_job, run_job
 from helpers.tiny_inputs import tiny_argv
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from trainer.config.errors import TrainingError
 from trainer.data.dataset import load
+from trainer.distributed.state_dict import EngineState
 from trainer.export import export_cli, verify
 from trainer.export.folder import save_plain_model
 from trainer.export.fresh_process import export_in_fresh_process
@@ -153,28 +155,46 @@ def load_adapter(run: Path) -> Any:
     return eval(line[1], {**names, "BASE": run / "base", "ADAPTER": run / "model"})
 
 
+def run_jobs_counting_tensors(jobs: list[dict[str, Any]]) -> int:
+    """`run_jobs`; out/count-RANK.json: how many tensors that were gathered for a checkpoint were alive at one time."""
+    original, counts, peak_counts = EngineState.iter_state_dict, {}, {}
+
+    def track(self: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        references = counts.setdefault(job["name"], [])
+        for name, tensor in original(self):
+            references.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            alive = sum(reference() is not None for reference in references)
+            peak_counts[job["name"]] = max(peak_counts.get(job["name"], 0), alive)
+
+    EngineState.iter_state_dict = track  # type: ignore[method-assign]
+    with joined_ranks() as dist_context:
+        for job in jobs:
+            run_job(dist_context, job)
+    (Path(jobs[0]["out"]) / f"count-{dist_context.rank}.json").write_text(json.dumps(peak_counts))
+    return 0
+
+
 def test_every_zero_stage_exports_what_was_evaluated_and_holds_one_gathered_tensor_at_a_time(
     tiny_model, data_files, strict_zero_files, tmp_path
 ):
-    data = prepare_data(make_argv(tiny_model, data_files, "full"))
     zeros = {"zero1": "zero1", "zero2": "zero2", **strict_zero_files}
     flags = "--max-steps 2 --save-every never --ds-config"
     jobs = [
-        make_job(tmp_path, f"{mode}-{zero}", make_argv(tiny_model, data_files, mode, f"{flags} {path}"), data=data)
+        make_job(tmp_path, f"{mode}-{zero}", make_argv(tiny_model, data_files, mode, f"{flags} {path}"))
         for zero, path in zeros.items()
         for mode in ("full", "lora")
     ]
-    launch_jobs(2, jobs, target=checkpoint_jobs)
+    launch_jobs(2, jobs, target=run_jobs_counting_tensors)
+    counts = [json.loads((tmp_path / f"count-{rank}.json").read_text()) for rank in range(2)]
     for job in jobs:
         name = job["name"]
-        result = export_cli.export_checkpoint(
-            tmp_path / name, data_folder=str(data), output_dir=tmp_path / f"{name}-folder"
-        )
+        result = export_cli.export_checkpoint(tmp_path / name, data_folder=job["data"])
         assert result["problems"] == [], name
         assert "(recorded " in result["summary"], "the loss of the folder is held to the run's"
         # ZeRO 1 and 2 keep all weights on every rank anyway: nothing is gathered, so nothing is copied.
-        alive = json.loads((tmp_path / f"{name}.json").read_text())
-        assert max(alive) <= 2 or "zero3" not in name, f"{name}: {alive}"
+        assert all(count[name] <= 2 for count in counts) or "zero3" not in name, (name, counts)
 
 
 def test_merged_adapters_are_a_plain_model_with_the_same_answers(lora_run, run_export_script):
@@ -356,6 +376,24 @@ def test_no_exported_file_names_a_place_of_this_machine(full_run, lora_run, quan
         generation = json.loads((run / "model" / "generation_config.json").read_text())
         assert (generation["eos_token_id"], generation["pad_token_id"]) == (0, 0)
         assert not (run / "model" / "chat_template.jinja").exists(), "trained on bare prompts"
+
+
+def train_with_damaged_export(argv: list[str], damage: str) -> int:
+    """A whole run that exports other weights than it trained."""
+    for save in ("save_plain_model", "save_adapter"):
+        original = getattr(export_cli, save)
+
+        def save_damaged(folder: Path, model: Any, weights: Any, *more: Any, original: Any = original) -> None:
+            original(folder, model, {name: DAMAGE[damage](name, w) for name, w in weights.items()}, *more)
+
+        setattr(export_cli, save, save_damaged)
+    return run_train_script(argv)
+
+
+DAMAGE = {
+    "transposed": lambda name, w: w.T.contiguous() if name.endswith("h.0.attn.c_proj.weight") else w,
+    "zeroed": lambda name, w: torch.zeros_like(w) if ".lora_B." in name else w,
+}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""Samples and scores: greedy completions at each evaluation that change no number of the run.
-
-Long: the texts, their scores and the runs that they are made in.
-"""
+"""Samples and scores: greedy completions at each evaluation that change no number of the run."""
 
 import itertools
 import json

@@ -92,7 +92,7 @@ def test_the_gradient_norm_is_reported_before_clipping_under_every_zero_stage(ti
     for zero in DS_CONFIG_NAMES:
         (step,) = [row for row in read_job_result(tmp_path, zero)[0] if row["kind"] == "step"]
         assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=NORM_TOLERANCE), zero
-        state = load_file(tmp_path / f"{zero}-checkpoints/step-000001/state.safetensors")
+        state = load_file(tmp_path / f"{zero}/checkpoints/step-000001/state.safetensors")
         moments = [value.astype(np.float64) for name, value in state.items() if name.startswith("exp_avg/")]
         left = sum((value**2).sum() for value in moments) ** 0.5 / (1 - 0.9)
         assert left == pytest.approx(clip, rel=1e-5), zero

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from helpers.launch_ranks import run_on_ranks
 from helpers.matrix import launch_jobs, make_job, read_job_result, run_jobs
-from helpers.method_matrix import STOP_STEP, assert_promises, run_resume_and_export
+from helpers.method_matrix import STOP_STEP, assert_promises, launch_whole_and_resumed
 from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from helpers.tolerances import INT8_TOLERANCE, LOSS_TOLERANCE
 
 from trainer.config.choices import DS_CONFIG_NAMES
 
 STEPS = 4
-JOBS_PER_LAUNCH = 4  # jobs of one group of ranks: each runs, resumes and is exported
 ADAPTERS = ("lora", "dora", "rslora", "pissa")
 QUANTS = (None, "nf4", "fp4", "int8")
 OPTIMS = ("adamw_fused", "adamw", "adamw8bit", "paged_adamw8bit")
@@ -49,9 +48,9 @@ def method_flags(adapter: str, quant: str | None, optim: str) -> list[str]:
 
 def assert_all_promises(out: Path, argv: list[str], methods: list[tuple[str, str | None, str]]) -> None:
     jobs = [make_job(out, "-".join(map(str, m)), [*argv, *method_flags(*m)]) for m in methods]
-    launch_jobs(1, jobs, target=run_resume_and_export, jobs_per_launch=JOBS_PER_LAUNCH)
+    launch_whole_and_resumed(1, jobs)
     for job in jobs:
-        assert assert_promises(out, job["name"])["tied"]
+        assert_promises(job)
 
 
 def test_each_method_learns_resumes_bitwise_and_exports_what_was_trained(argv, tmp_path):
@@ -87,14 +86,13 @@ def assert_methods_agree(
         zero_flags = ["--micro-batch", "1", "--ds-config", strict_zero_files["zero3"] if zero == "strict" else zero]
         flags = [*argv, *METHOD_FLAGS[method].split(), *zero_flags]
         jobs.append(make_job(out, f"{method}-{zero}", flags))
-    launch_jobs(2, jobs, target=run_resume_and_export, jobs_per_launch=JOBS_PER_LAUNCH)
+    launch_whole_and_resumed(2, jobs)
     first_losses: dict[str, list[float]] = {}
-    for method, zero in cases:
-        name = f"{method}-{zero}"
-        assert assert_promises(out, name)["tied"]
-        losses = [row["loss"] for row in read_job_result(out, name)[0] if "loss" in row]
+    for (method, _), job in zip(cases, jobs, strict=True):
+        assert_promises(job)
+        losses = [row["loss"] for row in read_job_result(out, job["name"])[0] if "loss" in row]
         tolerance = INT8_TOLERANCE if method == "int8" else LOSS_TOLERANCE
-        assert losses == pytest.approx(first_losses.setdefault(method, losses), rel=tolerance), name
+        assert losses == pytest.approx(first_losses.setdefault(method, losses), rel=tolerance), job["name"]
 
 
 def test_methods_on_two_ranks_learn_resume_and_export_under_zero(argv, strict_zero_files, tmp_path):

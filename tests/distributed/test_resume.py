@@ -7,8 +7,6 @@ order: there the bounds of test_invariance.py hold.
 
 `pytest tests/distributed/test_resume.py -m sweep -n 0 -s -k every` prints every resume and every move with its largest
 differences.
-
-Long: every way to go on, over one set of runs.
 """
 
 import itertools
@@ -64,7 +62,6 @@ def argv(dropout_model: str, data_files: tuple[str, str]) -> list[str]:
 
 
 def make_resume_job(out: Path, argv: list[str], name: str, mode: str, zero: str, **options: Any) -> Any:
-    """Parameters: those of a job, and what it is of."""
     lora_flags = ["--lora-dropout", "0.1"] if mode == "lora" else []
     flags = ["--mode", mode, *argv, *lora_flags, "--micro-batch", "1", "--ds-config", zero]
     return make_job(out, name, flags, **options)
@@ -343,8 +340,8 @@ def test_a_checkpoint_holds_twelve_bytes_per_trained_weight(finished_run, uninte
     model = read_metadata(finished_run)["model"]
     for folder, trainable in (
         (finished_run / "checkpoints/step-000003", model["trainable"]),
-        (uninterrupted_runs / "2-zero3_offload-lora-checkpoints/step-000003", model["trainable"]),
-        (uninterrupted_runs / "2-zero3_offload-full-checkpoints/step-000003", model["parameters"]),
+        (uninterrupted_runs / "2-zero3_offload-lora/checkpoints/step-000003", model["trainable"]),
+        (uninterrupted_runs / "2-zero3_offload-full/checkpoints/step-000003", model["parameters"]),
     ):
         state = folder / "state.safetensors"
         with open(state, "rb") as file:

@@ -70,7 +70,7 @@ def make_completion_job(tiny_model: str, data_files: tuple[str, str], tmp_path: 
 
 
 def checkpoint_folder(job: dict[str, Any]) -> Path:
-    return Path(job["out"]) / f"{job['name']}-checkpoints"
+    return Path(job["out"]) / job["name"] / "checkpoints"
 
 
 def train_in_flight(job: dict[str, Any], dist_context: Any, should_stop: Callable[[], bool]) -> Iterator[Record]:

@@ -1,7 +1,4 @@
-"""The comparison and Weights & Biases: runs read back, the Report and the card, by the real client in processes.
-
-Long: from runs to the report over one server.
-"""
+"""The comparison and Weights & Biases: runs read back, the Report and the card, by the real client in processes."""
 
 import json
 import re

@@ -2,8 +2,6 @@
 
 Full and read-only file systems, damaged checkpoints, numbers that are not finite. test_kills.py has the kills,
 test_signals.py the signals and the ranks that hang.
-
-Long: one damage after another.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """Runs on several hosts: what differs between them is refused by name, a host that is gone is named, the rest go on.
 
 The hosts are network namespaces (`helpers/hosts.py`); one set of three serves all tests.
-Long: for that reason.
 """
 
 import os

@@ -3,8 +3,6 @@
 Real processes, really killed. After each: nothing of the run is left running, every rank that was not killed has ended
 with a non-zero code within 60 s, metrics.jsonl is whole rows, and the run that goes on leaves the rows of a run that
 was never killed. `helpers/fault_campaign.py` does the same at hundreds of random moments.
-
-Long: one kill after another.
 """
 
 import contextlib

@@ -35,10 +35,7 @@ def count_split(num_records: int, num_examples: int) -> dict[str, int]:
 
 
 def make_metadata(mode: str = "full", *, seed: int = 42, preset: str = "demo", **overrides: Any) -> dict[str, Any]:
-    """The content of a run.json of `mode`; `overrides` replace nested values, with dots as `__`: data__vocabulary=9.
-
-    Long: a whole run.json.
-    """
+    """The content of a run.json of `mode`; `overrides` replace nested values, with dots as `__`: data__vocabulary=9."""
     settings = presets.resolve(mode, preset, {"train": {"seed": seed}}, overridden=("--seed",))
     steps_per_epoch = math.ceil(NUM_EXAMPLES / settings.train.global_batch)
     num_trainable = NUM_PARAMS if mode == "full" else 19_000
@@ -153,10 +150,7 @@ def make_records(
     peak_memory_bytes: int = 1_000_000_000,
     retained: Sequence[float] = (),
 ) -> list[Record]:
-    """Records of such a run: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`).
-
-    Parameters: the shape of a made-up run. Long: all that a run writes.
-    """
+    """Records of such a run: a step row every `every` steps, evaluations at step 0 and each epoch (`losses`)."""
     steps_per_epoch, global_batch = metadata["resolved"]["steps_per_epoch"], metadata["resolved"]["global_batch"]
     floor = LOSS_FLOOR[metadata["mode"]] if floor is None else floor
     total_steps = steps_per_epoch * epochs
@@ -234,10 +228,7 @@ def write_eval_records(
     num_in_train: int = 0,
     bytes_per_target: int = 4,
 ) -> Path:
-    """eval_records/ of a run folder: `losses_by_step` in nats per token of each record at each evaluation.
-
-    Parameters: those of the file's columns.
-    """
+    """eval_records/ of a run folder: `losses_by_step` in nats per token of each record at each evaluation."""
     rows = SimpleNamespace(
         ids=ids or [f"record{i:04d}" for i in range(len(targets))],
         occurrences=[0] * len(targets),

@@ -31,10 +31,7 @@ def run_maker(folder: Path) -> MakeRun:
         how: Mapping[str, Any] | None = None,
         **overrides: Any,
     ) -> RunData:
-        """A run with these validation losses at epoch 0, 1, ...; `record_losses` of each record by step.
-
-        Parameters: each test names the one or two that it is about.
-        """
+        """A run with these validation losses at epoch 0, 1, ...; `record_losses` of each record by step."""
         content = (make_reference_like_metadata if like_card else make_metadata)(mode, **overrides)
         content["resolved"]["total_steps"] = content["resolved"]["steps_per_epoch"] * (len(losses) - 1)
         run_folder = make_run_folder(

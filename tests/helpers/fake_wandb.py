@@ -8,8 +8,6 @@ at; it answers no more than the client needs to go on. It knows nothing of the r
         subprocess.run([...], env=child_env(**server.env(tmp_path)))
         assert server.runs["abcd1234"].history[-1]["val/loss"] == 1.0
         assert not server.unknown_requests
-
-Long: the part of W&B's server that the client needs.
 """
 
 import gzip

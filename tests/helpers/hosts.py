@@ -2,7 +2,6 @@
 
 Nothing of the real network is touched, and no address outside is reached. Where the kernel allows no namespaces, or
 `ip` is missing, the tests are skipped with the reason.
-Long: hosts and the ranks on them.
 """
 
 import contextlib

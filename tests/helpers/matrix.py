@@ -20,6 +20,7 @@ from trainer.data.sampler import epoch_order
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model
 from trainer.tracking.records import to_line
+from trainer.tracking.wandb_environment import wandb_block
 from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.evaluation import evaluate
 from trainer.training.loop import train
@@ -100,7 +101,7 @@ def launch_by_ranks(jobs: list[dict[str, Any]], target: Callable[..., int] | Non
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> int:
-    """Run each job: its records go to out/name.jsonl, its final weights to out/name.npz.
+    """Run each job: its records go to out/name.jsonl, its final weights to out/name.npz, out/name can be exported.
 
     With `resume: [name, step]` it goes on from that step's checkpoint of that job, which ran earlier or on other ranks;
     its `execution` names fields of the execution plan that are other than planned.
@@ -115,14 +116,18 @@ def run_job(dist_context: DistContext, job: dict[str, Any]) -> None:
     """One job of `run_jobs`."""
     out = Path(job["out"])
     name, step = job.get("resume", (None, None))
-    checkpoint = resolve_checkpoint(out / f"{name}-checkpoints", f"step-{step}") if name else None
+    checkpoint = resolve_checkpoint(out / name / "checkpoints", f"step-{step}") if name else None
     run = start_engine(job, dist_context, checkpoint)
-    manager = run.checkpoint_manager(out / f"{job['name']}-checkpoints")
+    folder = out / job["name"]
+    manager = run.checkpoint_manager(folder / "checkpoints", base=run.model.metadata["fingerprint"])
     records = list(train(run.engine, run.data, run.plan.schedule, run.state, manager, lambda: False))
     weights = {name: tensor.numpy().copy() for name, tensor in run.engine.state.gather_weights()}
     if dist_context.rank == 0:
         (out / f"{job['name']}.jsonl").write_text("".join(to_line(r) + "\n" for r in records))
         np.savez(out / f"{job['name']}.npz", **weights)
+        metadata = run.plan.to_metadata(run_id="test", wandb=wandb_block(run.settings.output, "test"))
+        folder.mkdir(exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(metadata))
 
 
 def evaluate_jobs(jobs: list[dict[str, Any]]) -> int:
@@ -173,8 +178,6 @@ def train_plain_loop(argv: list[str]) -> tuple[list[dict[str, float]], dict[str,
 
     Each step feeds the whole global batch as one padded batch through the model's own logits. Returns
     (rows of step and evaluation losses and gradient norms, final weights).
-
-    Long: the whole of a training loop, on purpose without our helpers.
     """
     settings = cli.parse_args(argv).settings
     data = load(prepare_data(argv))
