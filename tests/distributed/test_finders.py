@@ -16,6 +16,7 @@ from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import cli
 from trainer.config.errors import TrainingError, UserError
+from trainer.distributed.process_group import DistContext
 from trainer.tools.finders import batch_finder, batch_worker
 from trainer.tools.finders.batch_finder import TrialResult, candidate_sizes, fastest, next_size
 from trainer.tools.finders.files import FINDER_FILES
@@ -285,12 +286,12 @@ def test_find_batch_is_refused_over_several_hosts(planned):
 
 def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(planned, monkeypatch):
     plan = planned.plan
-    monkeypatch.setattr(batch_finder, "free_host_bytes", lambda plan: 2**40)
+    monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: 2**40)
     assert batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
-    monkeypatch.setattr(batch_finder, "required_bytes", lambda plan, estimate: (estimate.activations, 0.0))
-    two, four = (batch_finder.estimate_plan(plan, plan.deepspeed_file, 32, size).activations for size in (2, 4))
+    monkeypatch.setattr(batch_finder, "required_bytes", lambda estimate, *_: (estimate.activations, 0.0))
+    two, four = (plan.estimate_memory(plan.deepspeed_file, 32, size).activations for size in (2, 4))
     limit = (two + four) / 2 / batch_finder.MEMORY_BUDGET_SHARE
-    monkeypatch.setattr(batch_finder, "free_host_bytes", lambda plan: limit)
+    monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: limit)
     sizes, notice = batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)
     assert sizes == [1, 2]
     assert "not tried: 4 and above" in notice
