@@ -1,11 +1,14 @@
 """What the runs on real ranks share."""
 
 import json
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.engines import prepare_data
 from helpers.matrix import make_argv
+from transformers.utils.logging import disable_progress_bar
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +33,18 @@ def strict_zero_files(session_dir: Path) -> dict[str, str]:
     for name, content in files.items():
         (session_dir / f"strict_{name}.json").write_text(json.dumps({"zero_optimization": content}))
     return {name: str(session_dir / f"strict_{name}.json") for name in files}
+
+
+@pytest.fixture
+def run_export_script(capsys: pytest.CaptureFixture[str]) -> Any:
+    """launch/export.py in this process; returns (exit code, what it printed)."""
+    main = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "export.py"))["main"]
+    disable_progress_bar()  # the command's own `quiet` comes too late in this process
+
+    def call(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        exit_code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit_code, captured.out + captured.err
+
+    return call

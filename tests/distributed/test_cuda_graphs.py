@@ -4,20 +4,21 @@ Without a GPU a recording is stood in for by one that runs the recorded work at 
 The last tests need a GPU and hold replays against eager steps there.
 """
 
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from helpers.engines import joined_ranks
 from helpers.gpu_visibility import GPU_MARKS, TWO_GPU_MARKS
-from helpers.launch_ranks import run_on_ranks
-from helpers.tiny_inputs import make_tiny_gpt2
+from helpers.matrix import assert_resumed_bitwise, launch_jobs, make_job, read_job_result, run_job
+from helpers.tiny_inputs import make_tiny_gpt2, tiny_argv
 from transformers import AutoModelForCausalLM
 
 from trainer.distributed import cuda_graphs
-from trainer.distributed.cuda_graphs import CUDAGraphRunner
+from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS, CUDAGraphRunner
 from trainer.model import torch_internals
 from trainer.model.loss import CausalLMLoss
 
@@ -34,11 +35,8 @@ class FakeCapturedGraph:
         if FakeCapturedGraph.fails_to_capture:
             raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
         self.fn, self.pool, self.num_replays = fn, "pool", 0
-        self.ids, self.labels, self.loss_weight = (
-            torch.zeros_like(example_ids),
-            torch.zeros_like(example_ids),
-            torch.ones(()),
-        )
+        self.ids, self.labels = torch.zeros_like(example_ids), torch.zeros_like(example_ids)
+        self.loss_weight = torch.ones(())
         with pytest.MonkeyPatch.context() as patch:  # a recording runs the Python once, and changes nothing yet
             patch.setattr(torch_internals, "foreach_add_", lambda *_: None)
             patch.setattr(torch_internals, "foreach_copy_", lambda *_: None)
@@ -61,85 +59,71 @@ def loss_module(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> CausalLMLos
     return CausalLMLoss(AutoModelForCausalLM.from_pretrained(tiny_model), None)
 
 
-def eager_calls(loss_module: CausalLMLoss) -> tuple[Any, Any]:
-    """Backward and forward, as a stepper has them."""
+@pytest.fixture
+def dropout_loss_module(loss_module: CausalLMLoss, tmp_path: Path) -> CausalLMLoss:
+    folder = make_tiny_gpt2(tmp_path / "dropout", dropout=0.1)
+    return CausalLMLoss(AutoModelForCausalLM.from_pretrained(folder), None).train()
+
+
+def make_runner(loss_module: CausalLMLoss) -> CUDAGraphRunner:
+    """With backward and forward as a stepper has them."""
 
     def backward(ids: torch.Tensor, labels: torch.Tensor, loss_weight: float) -> torch.Tensor:
         loss_sum, row_losses = loss_module(ids, labels)
         (loss_sum * loss_weight).backward()
         return row_losses
 
-    return backward, lambda ids, labels: loss_module(ids, labels)[1]
-
-
-def make_runner(loss_module: CausalLMLoss) -> CUDAGraphRunner:
     params = list(loss_module.parameters())
-    return CUDAGraphRunner(loss_module, params, *eager_calls(loss_module), precision="fp32")
+    return CUDAGraphRunner(
+        loss_module, params, backward, lambda ids, labels: loss_module(ids, labels)[1], precision="fp32"
+    )
 
 
 def make_micro_batch(rows: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(1, 97, (rows, WIDTH)))
 
 
-def step_gradients(backward: Any, loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The gradients of a step of these micro-batches."""
-    for parameter in loss_module.parameters():
-        parameter.grad = None
-    for ids in micro_batches:
-        backward(ids, ids, 0.5)
-    return [p.grad.clone() for p in loss_module.parameters() if p.grad is not None]
+def check_steps(runner: CUDAGraphRunner, steps: Iterable[list[int]], eager: Any = None) -> None:
+    """Each step, of micro-batches of so many rows, has the gradients of eager calls with the same dropout masks."""
+    eager = eager or runner.eager_backward
+    for number, shape in enumerate(steps):
+        gradients: list[list[torch.Tensor]] = []
+        for backward in (eager, runner.backward):
+            for parameter in runner.trainable_params:
+                parameter.grad = None
+            torch.manual_seed(number)
+            for n, rows in enumerate(shape):
+                ids = make_micro_batch(rows, 100 * number + n)
+                backward(ids, ids, 0.5)
+            gradients.append(
+                [parameter.grad.clone() for parameter in runner.trainable_params if parameter.grad is not None]
+            )
+        for expected, actual in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def eager_gradients(loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
-    return step_gradients(eager_calls(loss_module)[0], loss_module, micro_batches)
-
-
-def graph_gradients(
-    graph_runner: CUDAGraphRunner, loss_module: CausalLMLoss, micro_batches: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """The same through the graphs, eager where they do not take a micro-batch."""
-    return step_gradients(graph_runner.backward, loss_module, micro_batches)
-
-
-def assert_all_close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for gradient, expected_gradient in zip(actual, expected, strict=True):
-        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-6, atol=1e-7)
-
-
-def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradients(loss_module):
+@pytest.mark.parametrize("ragged", [[2, 2], [2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
+def test_a_shape_is_captured_after_its_warmup_and_every_step_has_its_own_gradients(loss_module, ragged):
+    """Those of a ragged step between captured ones, and of the next, as well."""
     runner = make_runner(loss_module)
-    for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
-        micros = [make_micro_batch(2, 10 * number), make_micro_batch(2, 10 * number + 1)]
-        assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
+    check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 2) + [ragged] + [[2, 2]] * 2)
     first, more = FakeCapturedGraph.instances
-    assert first.num_replays == 3
-    assert more.num_replays == 3, "the second micro-batch of a step adds to the first"
+    if ragged == [2, 2]:
+        assert first.num_replays == 5
+        assert more.num_replays == 5, "the second micro-batch of a step adds to the first"
     assert runner.capture_error == ""
-
-
-@pytest.mark.parametrize("ragged", [[2, 2, 1], [2, 1, 2], [1, 2, 2], [1, 1]])
-def test_a_ragged_step_between_captured_ones_and_the_next_have_the_eager_gradients(loss_module, ragged):
-    runner = make_runner(loss_module)
-    for number, shape in enumerate([[2, 2]] * (cuda_graphs.NUM_WARMUP_CALLS + 2) + [ragged] + [[2, 2]] * 2):
-        micros = [make_micro_batch(rows, 100 * number + n) for n, rows in enumerate(shape)]
-        assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
-    assert len(FakeCapturedGraph.instances) == 2
 
 
 def test_at_most_max_graphs_shapes_are_captured(loss_module, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
-    runner = make_runner(loss_module)
-    for rows in range(1, cuda_graphs.MAX_GRAPHS + 3):
-        for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
-            micros = [make_micro_batch(rows, number)]
-            assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
-    assert len(FakeCapturedGraph.instances) == cuda_graphs.MAX_GRAPHS
+    check_steps(make_runner(loss_module), [[rows] for rows in range(1, 5) for _ in range(NUM_WARMUP_CALLS + 2)])
+    assert len(FakeCapturedGraph.instances) == 2
 
 
 def test_evaluations_have_captured_graphs_of_their_own(loss_module):
     runner = make_runner(loss_module)
     with torch.no_grad():
-        for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
+        for seed in range(NUM_WARMUP_CALLS + 2):
             ids = make_micro_batch(3, seed)
             assert torch.equal(runner.forward(ids, ids), loss_module(ids, ids)[1])
     (graph,) = FakeCapturedGraph.instances
@@ -170,37 +154,16 @@ def test_a_recording_with_a_stale_weight_is_found_at_its_first_replay_and_not_us
     StaleGraph.number = int(kind == "accumulate")
     monkeypatch.setattr(cuda_graphs, "CapturedGraph", StaleGraph)
     runner = make_runner(loss_module)
-    for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
-        micro_batches = [make_micro_batch(2, 2 * seed), make_micro_batch(2, 2 * seed + 1)]
-        assert_all_close(
-            graph_gradients(runner, loss_module, micro_batches), eager_gradients(loss_module, micro_batches)
-        )
+    check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 3))
     assert FakeCapturedGraph.instances[StaleGraph.number].num_replays == 1
     assert f"the recording of {kind} 2x16 gives loss" in runner.capture_error
     assert "the eager step loss" in runner.capture_error
     assert len(runner.checks) == StaleGraph.number
 
 
-@pytest.fixture
-def dropout_loss_module(loss_module: CausalLMLoss, tmp_path: Path) -> CausalLMLoss:
-    folder = make_tiny_gpt2(tmp_path / "dropout", dropout=0.1)
-    return CausalLMLoss(AutoModelForCausalLM.from_pretrained(folder), None).train()
-
-
-def seeded_gradients(runner: Any, loss_module: CausalLMLoss, seed: int) -> list[torch.Tensor]:
-    """The gradients of a step whose dropout masks are those of the seed."""
-    torch.manual_seed(seed)
-    micro_batches = [make_micro_batch(2, seed)]
-    if runner is None:
-        return eager_gradients(loss_module, micro_batches)
-    return graph_gradients(runner, loss_module, micro_batches)
-
-
 def test_a_recording_is_verified_with_the_dropout_masks_of_the_eager_call(dropout_loss_module):
     runner = make_runner(dropout_loss_module)
-    for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
-        expected = seeded_gradients(None, dropout_loss_module, seed)
-        assert_all_close(seeded_gradients(runner, dropout_loss_module, seed), expected)
+    check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 3))
     assert runner.capture_error == ""
     assert len(runner.checks) == 1
 
@@ -217,38 +180,26 @@ def test_a_capture_that_fails_inside_dropout_leaves_the_masks_of_all_later_steps
 
     monkeypatch.setattr(cuda_graphs, "CapturedGraph", fail_after_drawing)
     runner = make_runner(dropout_loss_module)
-    for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 1):
-        expected = seeded_gradients(None, dropout_loss_module, seed)
-        assert_all_close(seeded_gradients(runner, dropout_loss_module, seed), expected)
+    check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
     following = torch.rand(3)
-    seeded_gradients(None, dropout_loss_module, cuda_graphs.NUM_WARMUP_CALLS)
+    check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
     assert torch.equal(torch.rand(3), following), "the generator stands where an eager step leaves it"
     assert runner.capture_error.endswith("operation not permitted when stream is capturing"), "the cause, not its echo"
 
 
-def test_a_failed_capture_is_reported_once_and_steps_go_on_eagerly(loss_module, monkeypatch):
-    monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", True)
-    runner = make_runner(loss_module)
-    for number in range(cuda_graphs.NUM_WARMUP_CALLS + 3):
-        micros = [make_micro_batch(2, number)]
-        assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
-    assert runner.capture_error == (
-        "steps are not recorded as CUDA graphs: operation not permitted when stream is capturing"
-    )
-
-
-def test_after_a_failure_what_was_recorded_before_is_not_replayed_within_the_step_either(loss_module, monkeypatch):
+def test_after_a_failed_capture_steps_go_on_eagerly_and_what_was_recorded_before_is_not_replayed(
+    loss_module, monkeypatch
+):
     """Its generator's state is no longer the one that is seeded: dropout would draw other masks, or raise."""
     runner = make_runner(loss_module)
-    for number in range(cuda_graphs.NUM_WARMUP_CALLS + 1):
-        graph_gradients(runner, loss_module, [make_micro_batch(2, number), make_micro_batch(2, number)])
+    check_steps(runner, [[2, 2]] * (NUM_WARMUP_CALLS + 1))
     replays = [graph.num_replays for graph in FakeCapturedGraph.instances]
     monkeypatch.setattr(FakeCapturedGraph, "fails_to_capture", True)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_CALLS", 0)
-    shapes = [1, 2]  # the first one's recording fails
-    micros = [make_micro_batch(rows, rows) for rows in shapes]
-    assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
-    assert "stream is capturing" in runner.capture_error
+    check_steps(runner, [[1, 2]] * 2)  # the first one's recording fails
+    assert runner.capture_error == (
+        "steps are not recorded as CUDA graphs: operation not permitted when stream is capturing"
+    )
     assert [graph.num_replays for graph in FakeCapturedGraph.instances] == replays
 
 
@@ -260,20 +211,17 @@ def test_a_recording_for_whose_verification_there_is_no_memory_costs_the_recordi
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     runner = make_runner(loss_module)
-    for number in range(cuda_graphs.NUM_WARMUP_CALLS + 2):
-        if number == cuda_graphs.NUM_WARMUP_CALLS:
-            owner = {"clone": cuda_graphs, "of": cuda_graphs.Measured, "replay": FakeCapturedGraph}[part]
-            monkeypatch.setattr(owner, "_clone_all" if part == "clone" else part, fail)
-        micros = [make_micro_batch(2, number), make_micro_batch(2, number + 1)]
-        assert_all_close(graph_gradients(runner, loss_module, micros), eager_gradients(loss_module, micros))
+    check_steps(runner, [[2, 2]] * NUM_WARMUP_CALLS)
+    owner = {"clone": cuda_graphs, "of": cuda_graphs.Measured, "replay": FakeCapturedGraph}[part]
+    monkeypatch.setattr(owner, "_clone_all" if part == "clone" else part, fail)
+    check_steps(runner, [[2, 2]] * 2)
     assert runner.capture_error == "steps are not recorded as CUDA graphs: CUDA out of memory"
 
 
 def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(dropout_loss_module):
     """A ragged step, after its forward has drawn its masks, or an evaluation."""
     runner = make_runner(dropout_loss_module)
-    for seed in range(cuda_graphs.NUM_WARMUP_CALLS + 1):
-        seeded_gradients(runner, dropout_loss_module, seed)
+    check_steps(runner, [[2]] * (NUM_WARMUP_CALLS + 1))
     eager_backward = runner.eager_backward
 
     def fits_alone(*inputs: Any) -> torch.Tensor:
@@ -283,164 +231,97 @@ def test_recordings_give_way_where_an_eager_step_has_no_memory_beside_them(dropo
         return eager_backward(*inputs)
 
     runner.eager_backward = fits_alone
-    ids = make_micro_batch(1, 7)
-    torch.manual_seed(7)
-    expected = eager_gradients(dropout_loss_module, [ids])
-    torch.manual_seed(7)
-    assert_all_close(graph_gradients(runner, dropout_loss_module, [ids]), expected)
+    check_steps(runner, [[1]], eager_backward)
     assert runner.capture_error == "steps are not recorded as CUDA graphs: beside the recordings CUDA out of memory"
     runner.eager_backward = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
-        graph_gradients(runner, dropout_loss_module, [ids])
+        check_steps(runner, [[1]], eager_backward)
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------------
+# --- whole runs ------------------------------------------------------------------------------------------------------
 
-gpu = GPU_MARKS
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}  # of losses and gradient norms over fifty steps
-Steps = tuple[list[float], dict[str, torch.Tensor]]
 
 
-def take_steps_in_a_process(
-    session_dir: Path, jobs: list[dict[str, Any]], *, device: str, ranks: int = 1
-) -> list[Steps]:
-    """What `take_steps` returns for each job, all in one group of processes: a GPU wants fresh ones."""
-    for job in jobs:
-        job["folder"] = make_tiny_gpt2(
-            session_dir / f"gpu-{job.get('dropout', 0.0)}", dropout=job.get("dropout", 0.0), hidden_size=64
-        )
-    out = session_dir / f"{len(list(session_dir.glob('*.steps')))}.steps"
-    log, on_gpu = out.with_suffix(".log"), device == "cuda"
-    exit_code = run_on_ranks(ranks, save_steps, str(out), jobs, device, log=log, on_gpu=on_gpu)
-    assert exit_code == 0, log.read_text()[-3000:]
-    return torch.load(out)
+def run_recorded_jobs(jobs: list[dict[str, Any]]) -> int:
+    """`run_jobs`; asserts that steps are recorded where the job says so, and that nothing falls back."""
+    with joined_ranks() as dist_context:
+        for job in jobs:
+            engine = run_job(dist_context, job).engine
+            engine.fall_back(job["steps"])
+            assert engine.plan_changes == [], job["name"]
+            assert bool(engine.graph_checks) == job["execution"]["cuda_graphs"], job["name"]
+    return 0
 
 
-def save_steps(out: str, jobs: list[dict[str, Any]], device: str) -> None:
-    from trainer.distributed.process_group import destroy_process_group, init_distributed
+@pytest.fixture
+def make_recorded_job(session_dir: Path, data_files: tuple[str, str], tmp_path: Path) -> Any:
+    """A function: a run of a small GPT-2, whose steps are recorded or not."""
 
-    dist_context = init_distributed(device)
-    results = [take_steps(dist_context, Path(f"{out}-{n}"), **job) for n, job in enumerate(jobs)]
-    if dist_context.rank == 0:
-        torch.save(results, out)
-    destroy_process_group()
+    def make(name: str, words: str, *, recorded: bool, dropout: float = 0.0, steps: int = 50, **options: Any) -> Any:
+        folder = session_dir / f"recorded-{dropout}"
+        model = str(folder) if folder.exists() else make_tiny_gpt2(folder, dropout=dropout, hidden_size=64)
+        text = f"--block-size 16 --global-batch 4 --lr 1e-3 --eval-every never --max-steps {steps} --ds-config zero0"
+        argv = tiny_argv(model, data_files, f"{text} --save-every {steps // 2 + 1} {words}")
+        return make_job(tmp_path, name, argv, steps=steps, execution={"cuda_graphs": recorded}, **options)
+
+    return make
 
 
-def take_steps(
-    dist_context: Any,
-    out: Path,
-    *,
-    folder: str,
-    words: str,
-    recorded: bool,
-    steps: int = 50,
-    dropout: float = 0.0,
-    resumed_after: int | None = None,
-) -> Steps:
-    """(losses and gradient norms, final weights) of so many steps of a small GPT-2.
+def read_numbers(out: Path, name: str, after: int = 0) -> list[float]:
+    """Losses and gradient norms of the steps after one."""
+    steps = [row for row in read_job_result(out, name)[0] if row["kind"] == "step" and row["step"] > after]
+    return [row[key] for row in steps for key in ("loss", "grad_norm")]
 
-    `resumed_after`: a step after which another engine goes on from a checkpoint.
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batches"),
+    [pytest.param(1, ("", "--micro-batch 2"), marks=GPU_MARKS), pytest.param(2, ("",), marks=TWO_GPU_MARKS)],
+)
+def test_fifty_replayed_steps_are_the_eager_ones(ranks, micro_batches, make_recorded_job, tmp_path):
+    """With dropout as well: a replay draws the masks of the seed that the generator has.
+
+    Two ranks: over NCCL, whose own thread asks the device how it stands while a step is recorded.
     """
-    from trainer.config import cli
-    from trainer.data.sampler import MicroBatch
-    from trainer.distributed.deepspeed_config import build_deepspeed_config, read_deepspeed_file
-    from trainer.distributed.engine import Engine
-    from trainer.distributed.execution import make_execution_plan
-    from trainer.model.build import build_model
-    from trainer.training import checkpoint
-    from trainer.training.checkpoint import CheckpointManager, load_optimizer, load_weights
-    from trainer.training.schedule import TrainState
-
-    settings = cli.parse_args(f"--preset demo --model {folder} --data unused --global-batch 4 {words}".split()).settings
-    precision = settings.engine.precision or "fp32"
-    zero_file = read_deepspeed_file(settings.engine.ds_config or "zero0")
-    batch = settings.train.batch(dist_context.world_size)
-    config = build_deepspeed_config(zero_file, batch=batch, max_grad_norm=1.0, precision=precision)
-    plan = make_execution_plan(
-        settings, dist_context, stage=zero_file.stage, precision=precision, model_dropout=dropout
-    )
-    plan = replace(plan, cuda_graphs=recorded)
-
-    def make_engine(model: Any) -> Engine:
-        return Engine(dist_context, model, config, settings.train, plan)
-
-    engine, losses_and_norms = make_engine(build_model(settings, device=dist_context.device)), []
-    num_rows = batch.micro_batch_size
-    for step in range(steps):
-        micro_batches = []
-        for n in range(batch.gradient_accumulation_steps):
-            place = num_rows * (n * dist_context.world_size + dist_context.rank)
-            ids = make_micro_batch(num_rows, 100 * step + place).numpy()
-            micro_batches.append(MicroBatch(input_ids=ids, labels=ids, tokens=ids.size, index=4 * step + place))
-        num_target_tokens = 4 * (WIDTH - 1)
-        sums = [
-            engine.forward_backward(micro_batch, step=step, num_target_tokens=num_target_tokens)
-            for micro_batch in micro_batches
-        ]
-        step_result = engine.launch_update(1e-3, sums)()
-        losses_and_norms += [step_result.loss_sum / num_target_tokens, step_result.grad_norm]
-        if step + 1 == resumed_after:
-            checkpoint_dir = out.with_suffix(".checkpoints")
-            manager = CheckpointManager(checkpoint_dir, dist_context, save_total_limit=1, identity={"base": "test"})
-            manager.save(engine, TrainState(step=resumed_after))
-            saved = checkpoint.resolve_checkpoint(checkpoint_dir, "latest")
-            model = build_model(settings, device=dist_context.device)
-            load_weights(saved, model.module, dist_context)
-            engine = make_engine(model)
-            load_optimizer(saved, engine)
-    engine.fall_back(steps)
-    assert engine.plan_changes == [], "nothing fell back"
-    assert bool(engine.graph_checks) == recorded
-    return losses_and_norms, {name: tensor.clone() for name, tensor in engine.state.gather_weights()}
-
-
-def assert_faster_steps_are_the_eager_ones(session_dir: Path, cases: list[dict[str, Any]], *, ranks: int = 1) -> None:
-    """Each case eagerly and as it is, on GPUs, within the bound of its precision."""
-    jobs = [{**case, **fields} for case in cases for fields in ({"recorded": False}, {})]
-    results = take_steps_in_a_process(session_dir, jobs, device="cuda", ranks=ranks)
-    for job, (eager, _), (faster, _) in zip(cases, results[::2], results[1::2], strict=True):
-        assert faster == pytest.approx(eager, rel=BOUNDS["bf16" if "bf16" in job["words"] else "fp32"]), job
-
-
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=gpu)])
-def test_fifty_replayed_steps_are_the_eager_ones(session_dir, mark):
-    """With dropout as well: a replay draws the masks of the seed that the generator has."""
-    cases = [
-        {"words": f"{mode} --precision {precision} --ds-config zero0", "recorded": True, "dropout": dropout}
-        for mode in ("--mode full", "--mode lora", "--mode full --micro-batch 2")
+    cases = {
+        f"{mode}-{precision}-{dropout}{micro_batch}": (f"--mode {mode} --precision {precision} {micro_batch}", dropout)
+        for mode in ("full", "lora")
         for precision in BOUNDS
         for dropout in (0.0, 0.1)
+        for micro_batch in micro_batches
+    }
+    jobs = [
+        make_recorded_job(f"{name}-{recorded}", words, recorded=recorded, dropout=dropout)
+        for name, (words, dropout) in cases.items()
+        for recorded in (False, True)
     ]
-    assert_faster_steps_are_the_eager_ones(session_dir, cases)
+    launch_jobs(ranks, jobs, target=run_recorded_jobs, on_gpu=True)
+    for name in cases:
+        eager, recorded = (read_numbers(tmp_path, f"{name}-{recorded}") for recorded in (False, True))
+        assert recorded == pytest.approx(eager, rel=BOUNDS["bf16" if "bf16" in name else "fp32"]), name
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=TWO_GPU_MARKS)])
-def test_fifty_replayed_steps_of_two_ranks_are_the_eager_ones(session_dir, mark):
-    """Over NCCL, whose own thread asks the device how it stands while a step is recorded."""
-    cases = [
-        {"words": f"--mode {mode} --precision bf16 --ds-config zero0", "recorded": True, "dropout": 0.1}
-        for mode in ("full", "lora")
-    ]
-    assert_faster_steps_are_the_eager_ones(session_dir, cases, ranks=2)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-def test_a_resume_with_captured_steps_gives_the_numbers_of_the_uninterrupted_run(session_dir, device):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU_MARKS)])
+def test_a_resume_with_captured_steps_gives_the_numbers_of_the_uninterrupted_run(device, make_recorded_job, tmp_path):
     """The steps after it are eager until they are recorded anew; without recording there is not even a last bit."""
-    cases = [
-        {
-            "words": f"--mode {mode} --precision {precision} --ds-config zero0",
-            "recorded": device == "cuda",
-            "dropout": 0.1,
-            "steps": 20 if device == "cuda" else 8,
-        }
-        for mode in ("full", "lora")
-        for precision in BOUNDS
+    on_gpu, steps = device == "cuda", 20 if device == "cuda" else 8
+    cases = [(mode, precision) for mode in ("full", "lora") for precision in BOUNDS]
+    jobs = [
+        make_recorded_job(
+            f"{mode}-{precision}{'-again' if resume else ''}",
+            f"--mode {mode} --precision {precision}",
+            recorded=on_gpu,
+            dropout=0.1,
+            steps=steps,
+            **({"resume": [f"{mode}-{precision}", steps // 2 + 1]} if resume else {}),
+        )
+        for mode, precision in cases
+        for resume in (False, True)
     ]
-    jobs = [{**case, **fields} for case in cases for fields in ({}, {"resumed_after": case["steps"] // 2 + 1})]
-    results = take_steps_in_a_process(session_dir, jobs, device=device)
-    for job, (straight, weights), (resumed, actual) in zip(cases, results[::2], results[1::2], strict=True):
-        bound = BOUNDS["bf16" if "bf16" in job["words"] else "fp32"]
-        assert resumed == pytest.approx(straight, rel=bound if device == "cuda" else 0), job
-        if device == "cpu":
-            assert all(torch.equal(actual[name], weight) for name, weight in weights.items()), job
+    launch_jobs(1, jobs, target=run_recorded_jobs, on_gpu=on_gpu)
+    for mode, precision in cases:
+        name = f"{mode}-{precision}"
+        whole, again = read_numbers(tmp_path, name, steps // 2 + 1), read_numbers(tmp_path, f"{name}-again")
+        assert again == pytest.approx(whole, rel=BOUNDS[precision] if on_gpu else 0), name
+        if not on_gpu:
+            assert_resumed_bitwise(tmp_path, name, f"{name}-again", steps // 2 + 1)

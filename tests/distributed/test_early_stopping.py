@@ -1,6 +1,5 @@
 """Early stopping, dropout and the choice of the exported weights: when a run ends, and with which weights."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig
 
 from trainer.config import cli
 from trainer.config.errors import UserError
-from trainer.config.settings import Settings, fields_fixed_on_resume
+from trainer.config.settings import fields_fixed_on_resume
 from trainer.data.dataset import load
 from trainer.distributed.engine import StepResult
 from trainer.distributed.process_group import simulated_context
@@ -27,7 +26,6 @@ from trainer.tracking.jsonl import rewind
 from trainer.tracking.records import EpochRecord, EvalRecord, EventRecord, StepRecord, to_line
 from trainer.training import checkpoint, loop
 from trainer.training.evaluation import Evaluation
-from trainer.training.run_folder import resolve_output_dir
 from trainer.training.run_plan import make_plan
 from trainer.training.schedule import TrainSchedule, TrainState
 
@@ -206,7 +204,7 @@ def overfitted_run(argv: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-def test_an_early_stop_is_a_good_end_and_the_record_says_so(overfitted_run):
+def test_an_early_stop_is_a_good_end_that_exports_the_best_weights_and_all_records_say_so(overfitted_run):
     (stop,) = read_events(overfitted_run, "early_stop")
     (end,) = read_events(overfitted_run, "finished")
     assert end["facts"]["early_stop"] is True
@@ -215,10 +213,6 @@ def test_an_early_stop_is_a_good_end_and_the_record_says_so(overfitted_run):
     assert run.is_finished
     assert not run.notes
     assert checkpoint.list_checkpoints(overfitted_run / "checkpoints")[-1].step == stop["step"]
-
-
-def test_export_best_exports_the_best_checkpoint_and_all_records_say_which(overfitted_run):
-    (end,) = read_events(overfitted_run, "finished")
     best = min((row for row in read_records(overfitted_run) if row["kind"] == "eval"), key=lambda row: row["loss"])
     assert best["step"] < end["step"]
     assert end["facts"]["exported"] == {"which": "best", "step": best["step"], "loss": best["loss"]}
@@ -230,7 +224,6 @@ def test_export_best_exports_the_best_checkpoint_and_all_records_say_which(overf
     assert f"after step {best['step']:,} of" in card
     assert f"training went on to step {end['step']}." in card
     assert f"The run stopped early after step {end['step']} of" in card
-    assert json.loads((overfitted_run / "run.json").read_text())["settings"]["output"]["export"] == "best"
 
 
 @pytest.mark.sweep
@@ -258,36 +251,36 @@ def test_a_run_resumed_at_its_early_stop_ends_there_and_a_change_of_the_rule_is_
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["0", "-1", "x", "2:", "2:-1", "2:x", "1.5", "2:nan"])
-def test_an_invalid_early_stop_rule_is_refused(rule):
-    with pytest.raises(UserError, match=r"--early-stop .*: expected PATIENCE"):
-        cli.parse_args(["--mode", "full", f"--early-stop={rule}"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *(
+            (f"--early-stop={rule}", "--early-stop .*: expected PATIENCE")
+            for rule in ["0", "-1", "x", "2:", "2:-1", "2:x", "1.5", "2:nan"]
+        ),
+        ("--early-stop 2 --eval-every never", "--eval-every never: there is no evaluation to stop at"),
+    ],
+)
+def test_an_invalid_early_stop_rule_and_one_without_evaluations_are_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        cli.parse_args(["--mode", "full", *flags.split()])
 
 
-def test_an_early_stop_rule_without_evaluations_is_refused():
-    with pytest.raises(UserError, match="--eval-every never: there is no evaluation to stop at"):
-        cli.parse_args(["--mode", "full", "--early-stop", "2", "--eval-every", "never"])
-
-
-def test_dropout_sets_all_three_of_gpt2_and_the_plan_says_so(argv, data_dir):
-    settings = cli.parse_args(["--mode", "full", *argv, "--dropout", "0.25"]).settings
-    config = load_config(settings.model)
-    assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (0.25, 0.25, 0.25)
+def test_dropout_goes_where_the_models_config_has_it_or_is_refused_and_the_plan_says_so(argv, data_dir, tmp_path):
     world = simulated_context(1, "cpu")
     model = {"trainable": 1, "parameters": 1, "name": "x", "lora_targets": []}
-    plan = make_plan(settings, world, load(data_dir), model, config)
-    assert plan.resolved()["dropout"] == 0.25, "the fact by which the comparison tells runs apart"
-    own = cli.parse_args(["--mode", "full", *argv]).settings
-    assert make_plan(own, world, load(data_dir), model, load_config(own.model)).resolved()["dropout"] == 0.0
-
-
-def test_dropout_of_other_models_goes_where_their_config_has_it_or_is_refused(tmp_path):
-    flags = ["--mode", "full", "--dropout", "0.1", "--model", str(tmp_path)]
+    for flags, expected in ((["--dropout", "0.25"], 0.25), ([], 0.0)):
+        settings = cli.parse_args(["--mode", "full", *argv, *flags]).settings
+        config = load_config(settings.model)
+        assert (config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) == (expected,) * 3
+        plan = make_plan(settings, world, load(data_dir), model, config)
+        assert plan.resolved()["dropout"] == expected, "the fact by which the comparison tells runs apart"
+    other = cli.parse_args(["--mode", "full", "--dropout", "0.1", "--model", str(tmp_path)]).settings.model
     LlamaConfig().save_pretrained(tmp_path)
-    assert load_config(cli.parse_args(flags).settings.model).attention_dropout == 0.1
+    assert load_config(other).attention_dropout == 0.1
     MambaConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"--dropout 0.1: .*\(mamba\) has no dropout to set"):
-        load_config(cli.parse_args(flags).settings.model)
+        load_config(other)
     assert GPT2Config().resid_pdrop == 0.1, "the class is left alone"
 
 
@@ -295,11 +288,3 @@ def test_a_change_of_dropout_is_refused_on_resume_apart_from_that_of_the_adapter
     settings = cli.parse_args(["--mode", "lora", "--dropout", "0.2", "--lora-dropout", "0.3"]).settings
     fixed_fields = fields_fixed_on_resume(settings)
     assert (fixed_fields["dropout"], fixed_fields["lora_dropout"]) == (0.2, 0.3)
-
-
-def test_a_run_from_before_early_stopping_is_still_read(overfitted_run):
-    values = json.loads((overfitted_run / "run.json").read_text())["settings"]
-    del values["model"]["dropout"], values["train"]["early_stop"], values["output"]["export"]
-    old = Settings.from_dict(values)
-    assert (old.model.dropout, old.train.patience, old.output.export) == (None, None, "last")
-    assert resolve_output_dir(cli.parse_args(["--mode", "full", "--resume", "--output-dir", str(overfitted_run)]))[1]

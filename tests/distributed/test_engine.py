@@ -1,6 +1,7 @@
 """The ZeRO file and DeepSpeed's dict, as pure functions; how weights are placed under ZeRO 3."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.any_inputs import JSON_VALUES, check_inputs, many_inputs
 from helpers.engines import joined_ranks, plan_run, prepare_data
 from helpers.launch_ranks import run_on_ranks
 from helpers.tiny_inputs import tiny_argv
+from hypothesis import strategies as st
 
 from trainer.config.batch_config import BatchConfig
 from trainer.config.choices import DS_CONFIG_NAMES
@@ -36,7 +39,7 @@ def zero_config(**keys: Any) -> dict[str, Any]:
     return {"zero_optimization": keys}
 
 
-# --- the files of this project ---
+# --- the files that are taken ---
 
 
 @pytest.mark.parametrize("name", DS_CONFIG_NAMES)
@@ -46,26 +49,21 @@ def test_every_shipped_zero_file_is_accepted_and_holds_zero_only(name):
     assert read.name == name
     assert read.stage == int(name.removeprefix("zero")[0])
     assert read.offloads_optimizer == name.endswith("_offload")
-
-
-def test_the_names_of_ds_config_are_the_shipped_files():
     assert {path.stem for path in DS_CONFIG_DIR.glob("*.json")} == set(DS_CONFIG_NAMES)
-
-
-# --- a file of the user's ---
 
 
 def test_a_zero_file_may_be_a_path_and_is_named_by_its_stem(tmp_path):
     path = write_config(tmp_path, zero_config(stage=2, reduce_bucket_size=1000) | {"communication_data_type": "fp32"})
     read = read_deepspeed_file(str(path))
     assert (read.name, read.stage, read.offloads_optimizer, read.reason) == ("mine", 2, False, "asked for")
-
-
-def test_documented_keys_of_zero_stage_3_are_accepted(tmp_path):
-    """DeepSpeed's fields are called otherwise inside."""
+    path = write_config(tmp_path, zero_config(stage=2, offload_optimizer=None))
+    assert not read_deepspeed_file(str(path)).offloads_optimizer
     documented = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")
     path = write_config(tmp_path, zero_config(stage=3, **{f"stage3_{name}": 0 for name in documented}))
-    assert read_deepspeed_file(str(path)).stage == 3
+    assert read_deepspeed_file(str(path)).stage == 3, "DeepSpeed's fields are called otherwise inside"
+
+
+# --- the files that are refused ---
 
 
 @pytest.mark.parametrize(
@@ -122,14 +120,52 @@ def test_a_zero_file_key_that_the_settings_decide_is_refused_by_name(key, tmp_pa
         read_deepspeed_file(str(path))
 
 
-def test_a_missing_zero_file_is_refused_with_the_shipped_names(tmp_path):
-    with pytest.raises(UserError, match=r"no such file; pass zero0, zero1, .* or a path to a JSON file"):
-        read_deepspeed_file(str(tmp_path / "none.json"))
+def test_a_missing_zero_file_is_refused_with_the_shipped_names_and_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for name in ("none.json", "pipe.json"):
+        with pytest.raises(UserError, match=r"no such file; pass zero0, zero1, .* or a path to a JSON file"):
+            read_deepspeed_file(str(tmp_path / name))
 
 
-def test_an_offload_that_is_null_is_no_offload(tmp_path):
-    path = write_config(tmp_path, zero_config(stage=2, offload_optimizer=None))
-    assert not read_deepspeed_file(str(path)).offloads_optimizer
+KEYS = st.sampled_from(
+    [
+        "stage",
+        "offload_optimizer",
+        "offload_param",
+        "device",
+        "reduce_bucket_size",
+        "overlap_comm",
+        "sub_group_size",
+        "zero_optimization",
+        "communication_data_type",
+        "train_batch_size",
+        "gradient_clipping",
+        "pin_memory",
+    ]
+)
+OBJECTS = st.dictionaries(KEYS, JSON_VALUES | st.dictionaries(KEYS, JSON_VALUES, max_size=3), max_size=4)
+CONTENTS = (
+    st.binary(max_size=40)
+    | st.builds(lambda zero, rest: json.dumps({**rest, "zero_optimization": zero}).encode(), OBJECTS, OBJECTS)
+    | st.integers(1, 3000).map(lambda depth: b'{"zero_optimization":' * depth + b"{}" + b"}" * depth)
+)
+
+
+@many_inputs(150)
+def test_any_content_of_a_zero_file_is_taken_or_refused_in_one_line(num_inputs, tmp_path):
+    path = tmp_path / "any.json"
+
+    def check(content):
+        path.write_bytes(content)
+        message = f"--ds-config {path}: "
+        try:
+            read_deepspeed_file(str(path))
+        except UserError as error:
+            message = str(error)
+        assert message.startswith(f"--ds-config {path}: ")
+        assert "\n" not in message
+
+    check_inputs(num_inputs, check, CONTENTS)
 
 
 # --- DeepSpeed's dict ---

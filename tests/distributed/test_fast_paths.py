@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.engines import joined_ranks, start_engine
 from helpers.launch_ranks import run_on_ranks
-from helpers.matrix import NUM_STEPS, RunDifference, launch_jobs, make_argv, read_job_result, run_jobs
+from helpers.matrix import NUM_STEPS, RunDifference, launch_jobs, make_argv, make_job, read_job_result, run_jobs
 from helpers.process_groups import reproducible_records
 
-from trainer.config import cli
-from trainer.data.dataset import load
 from trainer.distributed.cuda_graphs import NUM_WARMUP_CALLS
-from trainer.model.build import build_model, load_config
-from trainer.training.run_plan import make_plan
+from trainer.model.cpu_attention import Dropout
 
 EXACT = "exact"  # the same operations in the same order
 ROUNDED = "rounded"  # another order of the sums
@@ -137,13 +135,7 @@ def results(tiny_model: str, data_files: tuple[str, str], data_dir: Path, tmp_pa
                     for mode, changed in itertools.product(modes_of(flags), ({}, fields)):
                         argv = [*make_argv(tiny_model, data_files, mode, "completion"), "--micro-batch", "1"]
                         job = job_name(flags, mode, changed)
-                        jobs[job] = {
-                            "name": job,
-                            "data": str(data_dir),
-                            "out": str(out),
-                            "flags": [*argv, *flags.split()],
-                            "execution": changed,
-                        }
+                        jobs[job] = make_job(out, job, [*argv, *flags.split()], data=data_dir, execution=changed)
             launch_jobs(ranks, list(jobs.values()), out / "log", target)
         return folders[key]
 
@@ -178,52 +170,30 @@ def test_a_fast_path_gives_the_records_and_weights_of_the_plain_one(name, ranks,
         assert difference.is_rounding(lr_ratio=4), difference  # LoRA+'s rate of B
 
 
-def has_own_dropout(module: torch.nn.Module) -> bool:
-    """Whether dropout is that of `model.cpu_attention`."""
-    from trainer.model import cpu_attention
-
-    return any(isinstance(layer, cpu_attention.Dropout) for layer in module.modules())
-
-
 def check_engines(jobs: list[dict[str, Any]]) -> int:
     """On a rank: an engine has installed what its plan says, and nothing else."""
-    from trainer.distributed.process_group import destroy_process_group, init_distributed
-    from trainer.run import build_engine
-
-    context = init_distributed()
-    for job in jobs:
-        settings, data = cli.parse_args(job["flags"]).settings, load(Path(job["data"]))
-        model = build_model(settings)
-        plan = make_plan(settings, context, data, model.metadata, load_config(settings.model))
-        engine, _ = build_engine(plan, model, None)
-        assert engine.plan == plan.execution
-        assert plan.to_metadata(run_id="x", wandb={})["execution"][0]["path"] == engine.plan.path
-        assert plan.execution.blockwise_attention == job["expected"], job
-        assert has_own_dropout(model.module) == job["expected"], job
-        has_bf16 = torch.bfloat16 in {p.dtype for p in model.module.parameters()}
-        assert has_bf16 == (plan.execution.frozen_dtype == "bfloat16"), job
-    destroy_process_group()
+    with joined_ranks() as context:
+        for job in jobs:
+            run = start_engine(job, context)
+            plan, module = run.plan, run.model.module
+            assert run.engine.plan == plan.execution
+            assert plan.to_metadata(run_id="x", wandb={})["execution"][0]["path"] == plan.execution.path
+            assert plan.execution.blockwise_attention == job["expected"], job
+            assert any(isinstance(layer, Dropout) for layer in module.modules()) == job["expected"], job
+            has_bf16 = torch.bfloat16 in {p.dtype for p in module.parameters()}
+            assert has_bf16 == (plan.execution.frozen_dtype == "bfloat16"), job
     return 0
 
 
 def test_an_engine_runs_what_its_plan_records(tiny_model, data_files, data_dir, tmp_path):
     """Also where only the adapters have a dropout (`--dropout 0 --lora-dropout 0.1`)."""
-    dropout_model = ["--dropout", "0.1"]
-
-    def job(mode: str, *flags: str, blockwise: bool = False) -> dict[str, Any]:
-        argv = [*make_argv(tiny_model, data_files, mode, "completion"), *flags]
-        return {"flags": argv, "data": str(data_dir), "expected": blockwise}
-
-    jobs = [
-        job("full"),
-        job("full", *dropout_model, blockwise=True),
-        job("lora", *dropout_model, blockwise=True),
-        job("lora", "--dropout", "0", "--lora-dropout", "0.1", blockwise=True),
-        *(job("lora", "--ds-config", f"zero{stage}") for stage in (1, 2, 3)),
-        *(job("lora", "--adapter", adapter) for adapter in ("rslora", "pissa", "dora")),
-        job("lora", "--quant", "nf4"),
-        job("lora", "--precision", "bf16"),
-    ]
+    blockwise = ("--mode full --dropout 0.1", "--mode lora --dropout 0.1", "--mode lora --dropout 0 --lora-dropout 0.1")
+    others = ("--ds-config zero1", "--ds-config zero2", "--ds-config zero3", "--adapter rslora", "--adapter pissa")
+    others += ("--adapter dora", "--quant nf4", "--precision bf16")
+    jobs = []
+    for flags in (*blockwise, "--mode full", *(f"--mode lora {other}" for other in others)):
+        argv = [*make_argv(tiny_model, data_files, "full", "completion"), *flags.split()]
+        jobs.append(make_job(tmp_path, "engine", argv, data=data_dir, expected=flags in blockwise))
     launch_jobs(1, jobs, tmp_path / "log", check_engines)
 
 

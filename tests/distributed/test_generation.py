@@ -1,5 +1,6 @@
 """Samples and scores: greedy completions at each evaluation that change no number of the run."""
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -61,8 +62,7 @@ def test_text_metrics_of_identical_and_of_disjoint_texts():
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
     """`police killed the gunman` and `police kill the gunman`: 3 of 4 words on either side (Lin 2004, section 3.2)."""
     scores = text_scores(["police kill the gunman", "x"], [["police killed the gunman"], ["x"]])
-    assert scores["rouge_l"] == pytest.approx((0.75 + 1) / 2)
-    assert scores["exact_match"] == 0.5
+    assert (scores["rouge_l"], scores["exact_match"]) == (pytest.approx((0.75 + 1) / 2), 0.5)
 
 
 def test_several_references_of_a_prompt_count_as_the_measures_define_them():
@@ -119,10 +119,6 @@ PROMPTS = [[5, 6, 7], [40], [3, 9, 27, 81, 50, 53, 60, 8]]
 MAX_NEW_TOKENS = 7
 
 
-def count_calls(owner: Any, name: str) -> Any:
-    return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
-
-
 def generate_jobs(jobs: list[dict[str, Any]]) -> int:
     """Complete each job's prompts by the engine and token by token; out/name.json has both and the gatherings."""
     from deepspeed.runtime.zero import stage3
@@ -136,14 +132,15 @@ def generate_jobs(jobs: list[dict[str, Any]]) -> int:
                 with stage3.GatheredParameters([parameter], modifier_rank=0) if is_zero3 else torch.no_grad():
                     torch.manual_seed(parameter.ds_numel if is_zero3 else parameter.numel())
                     parameter.data += 0.1 * torch.randn(parameter.shape)
-            with (
-                count_calls(stage3.GatheredParameters, "__enter__") as gather,
-                count_calls(PartitionedParameterCoordinator, "fetch_sub_module") as fetch,
-            ):
+            calls = [(stage3.GatheredParameters, "__enter__"), (PartitionedParameterCoordinator, "fetch_sub_module")]
+            with contextlib.ExitStack() as stack:
+                counted = [
+                    stack.enter_context(mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name)))
+                    for owner, name in calls
+                ]
                 completions = run.engine.generate(PROMPTS, MAX_NEW_TOKENS, [0])
-            counts = [gather.call_count, fetch.call_count]
-            repeated_completions = run.engine.generate(PROMPTS, MAX_NEW_TOKENS, [0])
-            assert completions == repeated_completions
+            counts = [mocked.call_count for mocked in counted]
+            assert completions == run.engine.generate(PROMPTS, MAX_NEW_TOKENS, [0])
             weights = dict(run.engine.state.gather_weights())
             if dist_context.rank:
                 assert completions is None

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from helpers.engines import plan_run, prepare_data
-from helpers.matrix import launch_jobs, output_relevant_part, read_job_result
+from helpers.matrix import launch_jobs, make_job, output_relevant_part, read_job_result
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config.errors import UserError
@@ -21,15 +21,9 @@ def argv(tiny_model: str, data_files: tuple[str, str]) -> list[str]:
 
 
 def test_a_packed_run_follows_the_run_of_single_rows_step_by_step(argv, tmp_path):
-    data = str(prepare_data(argv))
-    launch_jobs(
-        2,
-        [
-            {"name": name, "flags": [*argv, *extra], "data": data, "out": str(tmp_path)}
-            for name, extra in (("single", []), ("packed", ["--packing"]))
-        ],
-        tmp_path / "log",
-    )
+    data = prepare_data(argv)
+    cases = {"single": [], "packed": ["--packing"]}
+    launch_jobs(2, [make_job(tmp_path, name, [*argv, *more], data=data) for name, more in cases.items()])
     (single_records, single_weights), (packed_records, packed_weights) = (
         read_job_result(tmp_path, name) for name in ("single", "packed")
     )

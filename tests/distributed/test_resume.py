@@ -15,12 +15,12 @@ import os
 import shutil
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers.engines import save_stub_checkpoint
 from helpers.launch_ranks import run_on_ranks, run_train_script, train
 from helpers.matrix import (
     GLOBAL_BATCH,
@@ -41,9 +41,7 @@ from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
 from trainer.config.errors import TrainingError, UserError
 from trainer.training import checkpoint, run_plan
-from trainer.training.checkpoint import CheckpointManager
 from trainer.training.run_folder import resolve_output_dir
-from trainer.training.schedule import BestCheckpoint, TrainState
 
 STEPS = 7  # of 4 an epoch (21 blocks in batches of 6, the fourth has 3): step 2 is inside, 4 at the end, 5 after it
 MODES = ("full", "lora")
@@ -353,74 +351,42 @@ def test_a_checkpoint_holds_twelve_bytes_per_trained_weight(finished_run, uninte
     assert model["trainable"] < model["parameters"] / 2
 
 
-class StubEngine:
-    """One weight on one rank, and its own state; each step's value is its number."""
-
-    def __init__(self, step: int):
-        self.trainable_params = {"w": torch.full((3,), float(step))}
-        self.state = self
-
-    def loss_scale(self):
-        return None
-
-    def state_dict_layout(self):
-        return [(f"{kind}/w", torch.float32, (3,)) for kind in ("weight", "exp_avg", "exp_avg_sq")]
-
-    def iter_state_dict(self):
-        for kind in ("weight", "exp_avg", "exp_avg_sq"):
-            yield f"{kind}/w", self.trainable_params["w"]
-
-
-SINGLE_RANK: Any = SimpleNamespace(rank=0, world_size=1, all_gather_object=lambda value: [value])
-
-
-def make_manager(tmp_path: Path, save_total_limit: int) -> CheckpointManager:
-    return CheckpointManager(tmp_path / "checkpoints", SINGLE_RANK, save_total_limit=save_total_limit, identity={})
-
-
-def save_checkpoint(checkpoint_manager: CheckpointManager, step: int, loss: float | None) -> None:
-    best = BestCheckpoint(step=step, epoch=0.0, loss=loss) if loss is not None else None
-    evaluated = {"val_loss": loss, "val_step": step} if loss is not None else {}
-    engine: Any = StubEngine(step)
-    checkpoint_manager.save(engine, TrainState(step=step, best=best, **evaluated))
-
-
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
-    manager = make_manager(tmp_path, save_total_limit=2)
+    folder = tmp_path / "checkpoints"
     names_by_limit = {}
     for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.5, 1.0], start=1):
-        save_checkpoint(manager, step, loss)
+        save_stub_checkpoint(folder, step, limit=2, loss=loss)
         names_by_limit[step] = list_checkpoint_steps(tmp_path)
     assert names_by_limit == {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [2, 5, 6]}
-    assert checkpoint.resolve_checkpoint(manager.folder, "best").step == 2, "the earlier of equals"
-    assert checkpoint.resolve_checkpoint(manager.folder, "latest").step == 6
+    assert checkpoint.resolve_checkpoint(folder, "best").step == 2, "the earlier of equals"
+    assert checkpoint.resolve_checkpoint(folder, "latest").step == 6
 
 
 def test_old_checkpoints_are_deleted_after_everything_else_of_a_save(tmp_path, monkeypatch):
-    manager = make_manager(tmp_path, save_total_limit=1)
-    save_checkpoint(manager, 1, None)
+    folder = tmp_path / "checkpoints"
+    save_stub_checkpoint(folder, 1, limit=1)
     there = []
     delete = checkpoint._delete_folder
     monkeypatch.setattr(
         checkpoint, "_delete_folder", lambda folder: (there.append(list_checkpoint_steps(tmp_path)), delete(folder))
     )
-    save_checkpoint(manager, 2, None)
+    save_stub_checkpoint(folder, 2, limit=1)
     assert there == [[1, 2]], "the new one was whole under its name when the old one went"
     assert list_checkpoint_steps(tmp_path) == [2]
 
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left")))
     message = "step-000003 not written: No space left; the checkpoints before it are whole"
     with pytest.raises(TrainingError, match=message):
-        save_checkpoint(manager, 3, None)
+        save_stub_checkpoint(folder, 3, limit=1)
     assert list_checkpoint_steps(tmp_path) == [2]
-    assert checkpoint.resolve_checkpoint(manager.folder, "latest").step == 2
+    assert checkpoint.resolve_checkpoint(folder, "latest").step == 2
 
 
 def test_resuming_from_an_earlier_checkpoint_drops_the_later_ones(tmp_path):
     """Else they would count as the newest: the run's own would be deleted, the next resume take the wrong course."""
-    manager = make_manager(tmp_path, save_total_limit=9)
+    folder = tmp_path / "checkpoints"
     for step in (1, 2, 8, 9):
-        save_checkpoint(manager, step, None)
-    (manager.folder / "step-000009" / "state.json").write_text("cut off")
-    checkpoint.delete_checkpoints_after(manager.folder, 2)
-    assert sorted(path.name for path in manager.folder.iterdir()) == ["step-000001", "step-000002"]
+        save_stub_checkpoint(folder, step, limit=9)
+    (folder / "step-000009" / "state.json").write_text("cut off")
+    checkpoint.delete_checkpoints_after(folder, 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000001", "step-000002"]

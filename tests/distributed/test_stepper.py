@@ -1,5 +1,6 @@
 """Steps under every ZeRO file: which are recorded, what one that is not finite changes, what stays alive after one."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.engines import StartedRun, joined_ranks, start_engine
-from helpers.matrix import launch_jobs, make_argv
+from helpers.matrix import launch_jobs, make_argv, make_job
 
 from trainer.config import cli
 from trainer.config.choices import DS_CONFIG_NAMES
@@ -41,7 +42,7 @@ def check_non_finite_refused(jobs: list[dict[str, Any]]) -> int:
             run = start_engine(job, dist_context)
             for step in range(3):
                 if step == 2 and job["bad"] is not None:
-                    assert take_bad_step(run, step, job["bad"]) == f"{job['says']} True", job["name"]
+                    assert take_bad_step(run, step, job["bad"]) == f"{job['bad']} True", job["name"]
                 take_step(run, step)
             state = {name: tensor.numpy().copy() for name, tensor in run.engine.state.iter_state_dict()}
             if dist_context.rank == 0:
@@ -88,21 +89,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_is_that_of_a_run
     """A loss that is NaN with finite gradients as well, and a gradient alone."""
     cases = [("zero0", "device", "gradient"), ("zero0", "device", None)]
     cases += [(zero, "host", bad) for zero in DS_CONFIG_NAMES for bad in ("gradient", "loss", None)]
-    jobs = [
-        {
-            "name": f"{zero}-{by}-{bad}",
-            "execution": {"finite_check": by},
-            "bad": bad,
-            "says": bad,
-            "data": str(data_dir),
-            "out": str(tmp_path),
-            "flags": [
-                *make_argv(tiny_model, data_files, "full", "completion"),
-                *("--ds-config", zero, "--micro-batch", "1"),
-            ],
-        }
-        for zero, by, bad in cases
-    ]
+    jobs = []
+    for zero, by, bad in cases:
+        flags = [*make_argv(tiny_model, data_files, "full", "completion"), "--ds-config", zero, "--micro-batch", "1"]
+        execution = {"finite_check": by}
+        jobs.append(make_job(tmp_path, f"{zero}-{by}-{bad}", flags, data=data_dir, execution=execution, bad=bad))
     launch_jobs(ranks, jobs, tmp_path / "log", check_non_finite_refused)
     for zero, by, bad in cases:
         good, after_bad = (dict(np.load(tmp_path / f"{zero}-{by}-{kind}.npz")) for kind in (None, bad))
@@ -140,14 +131,8 @@ def add_node(parameter: torch.Tensor) -> Any:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_no_node_that_adds_a_gradient_outlives_its_step_under_zero_0(ranks, tiny_model, data_files, data_dir, tmp_path):
     """DeepSpeed keeps them under ZeRO 1, by which one sees that this can fail."""
-    jobs = [
-        {
-            "name": f"{zero} {mode}",
-            "keeps": keeps,
-            "data": str(data_dir),
-            "flags": [*make_argv(tiny_model, data_files, mode, "completion"), "--ds-config", zero],
-        }
-        for zero, keeps in (("zero0", False), ("zero1", True))
-        for mode in ("full", "lora")
-    ]
+    jobs = []
+    for zero, mode in itertools.product(("zero0", "zero1"), ("full", "lora")):
+        flags = [*make_argv(tiny_model, data_files, mode, "completion"), "--ds-config", zero]
+        jobs.append(make_job(tmp_path, f"{zero} {mode}", flags, data=data_dir, keeps=zero == "zero1"))
     launch_jobs(ranks, jobs, tmp_path / "log", check_grad_nodes)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from trainer.model.build import TrainableModel, build_model, load_config
 from trainer.run import build_engine
 from trainer.training.checkpoint import Checkpoint, CheckpointManager
 from trainer.training.run_plan import RunPlan, make_plan
-from trainer.training.schedule import TrainState
+from trainer.training.schedule import BestCheckpoint, TrainState
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,19 @@ def start_engine(job: Mapping[str, Any], dist_context: DistContext, checkpoint: 
     plan = replace(planned.plan, execution=replace(planned.plan.execution, **job.get("execution", {})))
     engine, state = build_engine(plan, planned.model, checkpoint)
     return StartedRun(planned.settings, planned.data, planned.model, plan, engine, state)
+
+
+def save_stub_checkpoint(folder: Path, step: int, *, limit: int = 2, loss: float | None = None) -> None:
+    """The checkpoint of one weight, which has the number of its step as its value; `loss`: of its evaluation."""
+    weight = torch.full((3,), float(step))
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    state = SimpleNamespace(
+        iter_state_dict=lambda: ((f"{kind}/w", weight) for kind in kinds),
+        state_dict_layout=lambda: [(f"{kind}/w", torch.float32, (3,)) for kind in kinds],
+        loss_scale=lambda: None,
+    )
+    engine: Any = SimpleNamespace(trainable_params={"w": weight}, state=state)
+    best = BestCheckpoint(step=step, epoch=0.0, loss=loss) if loss is not None else None
+    evaluated = {"val_loss": loss, "val_step": step} if loss is not None else {}
+    manager = CheckpointManager(folder, simulated_context(1), save_total_limit=limit, identity={"base": "test"})
+    manager.save(engine, TrainState(step=step, best=best, **evaluated))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from helpers.engines import joined_ranks, prepare_data, start_engine
+from helpers.engines import StartedRun, joined_ranks, prepare_data, start_engine
 from helpers.launch_ranks import run_on_ranks
 from helpers.process_groups import reproducible_records
 from helpers.tiny_inputs import tiny_argv
@@ -86,11 +86,13 @@ def launch_jobs(
     target: Callable[..., int] | None = None,
     *,
     jobs_per_launch: int = JOBS_PER_LAUNCH,
+    on_gpu: bool = False,
 ) -> None:
     """Do the jobs in groups of ranks, each small enough to tell a slow machine from a rank that hangs."""
     log = log or Path(jobs[0]["out"]) / f"{world_size}.log"
     for start in range(0, len(jobs), jobs_per_launch):
-        exit_code = run_on_ranks(world_size, target or run_jobs, jobs[start : start + jobs_per_launch], log=log)
+        part = jobs[start : start + jobs_per_launch]
+        exit_code = run_on_ranks(world_size, target or run_jobs, part, log=log, on_gpu=on_gpu)
         assert exit_code == 0, log.read_text()[-4000:]
 
 
@@ -112,8 +114,8 @@ def run_jobs(jobs: list[dict[str, Any]]) -> int:
     return 0
 
 
-def run_job(dist_context: DistContext, job: dict[str, Any]) -> None:
-    """One job of `run_jobs`."""
+def run_job(dist_context: DistContext, job: dict[str, Any]) -> StartedRun:
+    """One job of `run_jobs`, at its end."""
     out = Path(job["out"])
     name, step = job.get("resume", (None, None))
     checkpoint = resolve_checkpoint(out / name / "checkpoints", f"step-{step}") if name else None
@@ -128,6 +130,7 @@ def run_job(dist_context: DistContext, job: dict[str, Any]) -> None:
         metadata = run.plan.to_metadata(run_id="test", wandb=wandb_block(run.settings.output, "test"))
         folder.mkdir(exist_ok=True)
         (folder / "run.json").write_text(json.dumps(metadata))
+    return run
 
 
 def evaluate_jobs(jobs: list[dict[str, Any]]) -> int:
