@@ -20,7 +20,7 @@ from trainer.data.sampler import epoch_order
 from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model
 from trainer.tracking.records import to_line
-from trainer.tracking.wandb_environment import wandb_block
+from trainer.tracking.wandb_logger import wandb_block
 from trainer.training.checkpoint import resolve_checkpoint
 from trainer.training.evaluation import evaluate
 from trainer.training.loop import train
