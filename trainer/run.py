@@ -31,9 +31,9 @@ from trainer.distributed.watch import SignalHandler
 from trainer.export import fresh_process
 from trainer.model.build import TrainableModel, build_model, get_max_positions, load_config
 from trainer.model.flops import count_step_flops
-from trainer.tools.finders.batch_finder import find_micro_batch_size
-from trainer.tools.finders.files import FINDER_FILES
-from trainer.tools.finders.lr_finder import find_lr
+from trainer.tools.find_batch import find_micro_batch_size
+from trainer.tools.find_lr import find_lr
+from trainer.tools.trial_engine import FINDER_FILES
 from trainer.tracking.console import show_plan
 from trainer.tracking.records import EventRecord
 from trainer.tracking.run_lock import hold_run_folder

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.engines import joined_ranks, plan_run, start_engine
@@ -17,15 +18,14 @@ from helpers.tiny_inputs import tiny_argv
 from trainer.config import cli
 from trainer.config.errors import TrainingError, UserError
 from trainer.distributed.process_group import DistContext
-from trainer.tools.finders import batch_finder, batch_worker
-from trainer.tools.finders.batch_finder import TrialResult, candidate_sizes, fastest, next_size
-from trainer.tools.finders.files import FINDER_FILES
-from trainer.tools.finders.lr_curve import geometric_lrs, has_diverged, smooth, suggest_lr
-from trainer.tools.finders.lr_finder import sweep
+from trainer.tools import find_batch
+from trainer.tools.find_batch import candidate_sizes, fastest, next_size
+from trainer.tools.find_lr import has_diverged, smooth, suggest_lr, sweep
+from trainer.tools.trial_engine import FINDER_FILES
 from trainer.training.run_folder import is_unused
 
 STEPS = 100
-LRS = geometric_lrs(1e-7, 1.0, STEPS)
+LRS = np.geomspace(1e-7, 1.0, STEPS).tolist()
 
 
 def make_argv(model: str, data_files: tuple[str, str], flags: str) -> list[str]:
@@ -38,9 +38,8 @@ def make_argv(model: str, data_files: tuple[str, str], flags: str) -> list[str]:
 
 def test_the_smoothing_of_the_curve_is_fastais_formula():
     """avg_n = beta avg + (1 - beta) loss, divided by 1 - beta^n: of a constant it is the constant from the start."""
-    assert geometric_lrs(1e-6, 1.0, 7) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0])
-    assert smooth([3.0] * 5, beta=0.9) == pytest.approx([3.0] * 5)
-    assert smooth([1.0, 2.0], beta=0.5) == pytest.approx([1.0, (0.5 * 0.5 + 0.5 * 2.0) / 0.75])
+    assert smooth([3.0] * 5, STEPS) == pytest.approx([3.0] * 5)
+    assert smooth([1.0, 2.0], 20) == pytest.approx([1.0, (0.5 * 0.5 + 0.5 * 2.0) / 0.75])
 
 
 def make_sweep(best_lr: float, *, noise: float, seed: int) -> tuple[list[float], list[float]]:
@@ -141,7 +140,7 @@ def run_sweeps(jobs: list[dict[str, Any]]) -> int:
     with joined_ranks() as dist_context:
         for job in jobs:
             run = start_engine(job, dist_context)
-            losses = sweep(run.engine, run.data, run.plan.schedule, [*geometric_lrs(1e-3, 1e5, 20), *[1e30] * 4])
+            losses = sweep(run.engine, run.data, run.plan.schedule, [*np.geomspace(1e-3, 1e5, 20), *[1e30] * 4])
             all_losses = {json.dumps(rank_losses) for rank_losses in dist_context.all_gather_object(losses)}
             assert len(all_losses) == 1, "every rank sees the loss of the global batch"
             if dist_context.rank == 0:
@@ -218,12 +217,17 @@ def test_the_batch_search_finds_the_largest_size_that_fits(most):
     ],
 )
 def test_the_batch_search_suggests_the_fastest_size_not_the_largest(largest, suggestion):
-    numbers: dict[str, Any] = {"gradient_accumulation_steps": 1, "fits": True, "step_seconds": 1.0}
+    numbers: dict[str, Any] = {
+        "gradient_accumulation_steps": 1,
+        "fits": True,
+        "step_seconds": 1.0,
+        "peak_memory_bytes": 1,
+    }
     speeds = {1: 100, 2: 180, 4: largest}
-    trials = [TrialResult(micro_batch_size=n, tokens_per_second=speed, **numbers) for n, speed in speeds.items()]
-    lines = batch_finder.format_lines(trials, fastest(trials), "", has_dropout=False)
+    trials = [{"micro_batch_size": n, "tokens_per_second": speed, **numbers} for n, speed in speeds.items()]
+    lines = find_batch.format_lines(trials, fastest(trials))
     assert [line for line in lines if line.startswith("suggestion")] == [f"suggestion     {suggestion}"]
-    assert fastest([replace(trials[0], fits=False)]) is None, "nothing fits"
+    assert fastest([{**trials[0], "fits": False}]) is None, "nothing fits"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +241,7 @@ def test_the_batch_search_suggests_the_fastest_size_not_the_largest(largest, sug
     ],
 )
 def test_running_out_of_memory_is_told_from_other_errors(problem, is_one):
-    assert batch_worker.is_out_of_memory(problem) == is_one
+    assert find_batch.is_out_of_memory(problem) == is_one
 
 
 # --- batch sizes on real ranks ---
@@ -266,55 +270,55 @@ def test_a_batch_trial_whose_rank_ends_ends_all(planned, monkeypatch, ends, mess
     """The other rank waits, as in a collective with the one that is gone."""
     context = replace(planned.plan.dist_context, world_size=2, hosts=("h1", "h1"))
     code = f"import os, time\ntime.sleep(600) if os.environ['RANK'] == '0' else time.sleep(0.5)\n{ends}"
-    monkeypatch.setattr(batch_finder, "WORKER_COMMAND", ("-S", "-c", code))
+    monkeypatch.setattr(find_batch, "WORKER_COMMAND", ("-S", "-c", code))
     plan = replace(planned.plan, dist_context=context)
     if message is None:
         with pytest.raises(TrainingError, match="micro-batch 4 failed on rank 1: boom: no such thing"):
-            batch_finder.run_trial(plan, Path("data"), 4)
+            find_batch.run_trial(plan, Path("data"), 4)
         return
-    trial = batch_finder.run_trial(plan, Path("data"), 4)
-    assert (trial.fits, trial.gradient_accumulation_steps) == (False, 1)
-    assert message in trial.failure_reason
+    trial = find_batch.run_trial(plan, Path("data"), 4)
+    assert (trial["fits"], trial["gradient_accumulation_steps"]) == (False, 1)
+    assert message in trial["failure_reason"]
 
 
 def test_find_batch_is_refused_over_several_hosts(planned):
     hosts = ("h1",) * 8 + ("h2",) * 8
     plan = replace(planned.plan, dist_context=replace(planned.plan.dist_context, world_size=16, hosts=hosts))
     with pytest.raises(UserError, match=r"--find-batch: 16 ranks on several hosts; expected one host: try its 8 ranks"):
-        batch_finder.find_micro_batch_size(plan, planned.data)
+        find_batch.find_micro_batch_size(plan, planned.data)
 
 
 def test_find_batch_skips_sizes_that_the_estimate_puts_over_the_budget(planned, monkeypatch):
     plan = planned.plan
     monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: 2**40)
-    assert batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
-    monkeypatch.setattr(batch_finder, "required_bytes", lambda estimate, *_: (estimate.activations, 0.0))
+    assert find_batch.sizes_within_budget(plan, [1, 2, 4, 8], 32)[0] == [1, 2, 4, 8]
+    monkeypatch.setattr(find_batch, "required_bytes", lambda estimate, *_: (estimate.activations, 0.0))
     two, four = (plan.estimate_memory(plan.deepspeed_file, 32, size).activations for size in (2, 4))
-    limit = (two + four) / 2 / batch_finder.MEMORY_BUDGET_SHARE
+    limit = (two + four) / 2 / find_batch.MEMORY_BUDGET_SHARE
     monkeypatch.setattr(DistContext, "free_host_bytes", lambda self: limit)
-    sizes, notice = batch_finder.sizes_within_budget(plan, [1, 2, 4, 8], 32)
+    sizes, notice = find_batch.sizes_within_budget(plan, [1, 2, 4, 8], 32)
     assert sizes == [1, 2]
     assert "not tried: 4 and above" in notice
     gpu = replace(plan, dist_context=replace(plan.dist_context, device=torch.device("cuda", 0)))
-    assert batch_finder.sizes_within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
+    assert find_batch.sizes_within_budget(gpu, [1, 2, 4, 8], 32) == ([1, 2, 4, 8], ""), "a GPU says itself what fits"
 
 
 OOM_TRIAL_CODE = """
 import sys
 from trainer.distributed.engine import Engine
-from trainer.tools.finders import batch_worker
+from trainer.tools import find_batch
 kept = Engine.forward_backward
 def forward_backward(self, micro, **rest):
     if self.dist_context.rank == 1 and len(micro.input_ids) >= 4:
         raise RuntimeError("CUDA out of memory (made up by the test)")
     return kept(self, micro, **rest)
 Engine.forward_backward = forward_backward
-sys.exit(batch_worker.main(sys.argv[1]))
+sys.exit(find_batch.main(sys.argv[1]))
 """
 
 
 def train_with_oom(argv: list[str]) -> int:
-    batch_finder.WORKER_COMMAND = ("-c", OOM_TRIAL_CODE)  # type: ignore[assignment]
+    find_batch.WORKER_COMMAND = ("-c", OOM_TRIAL_CODE)  # type: ignore[assignment]
     return run_train_script(argv)
 
 

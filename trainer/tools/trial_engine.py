@@ -1,30 +1,54 @@
-"""The engine of a few steps beside a run: what bench, `--find-batch` and `doctor.py --prove` measure."""
+"""A few steps beside a run: what `--find-lr`, `--find-batch`, `doctor.py --prove` and bench share."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
+from trainer.config.errors import UserError
+from trainer.config.files import write_atomically
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.engine import Engine
-from trainer.distributed.process_group import DistContext
-from trainer.model.build import TrainableModel, build_model, load_config
+from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.model.build import build_model, load_config
+from trainer.tools.worker_processes import end_with_parent
 from trainer.tracking.records import StepRecord
+from trainer.tracking.silence import silence_libraries
 from trainer.training.loop import train
 from trainer.training.run_plan import RunPlan, make_plan
 from trainer.training.schedule import TrainState
 
+FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", "prove.json")  # a run may begin beside them
 
-def start_trial(
-    settings: Settings, data: PreparedDataset, dist_context: DistContext, model: TrainableModel | None = None
-) -> tuple[RunPlan, Engine]:
-    """The plan of a run of these settings and its engine. `model`: where it is built already."""
-    model = model or build_model(settings, with_fingerprint=False, device=dist_context.device)
+
+@contextlib.contextmanager
+def join_job(job_file: str) -> Iterator[tuple[dict[str, Any], DistContext]]:
+    """A job that `run_job` has started, on one of its ranks, which have joined."""
+    end_with_parent()
+    silence_libraries()
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+    dist_context = init_distributed(job.get("device"))
+    try:
+        yield job, dist_context
+    finally:
+        dist_context.watchdog.close()
+        destroy_process_group()
+
+
+def write_answer(job: Mapping[str, Any], dist_context: DistContext, numbers: Mapping[str, Any]) -> None:
+    """Append rank 0's numbers to the job's answers, with the peak memory of the rank that needs most; all must call."""
+    peak = max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device)))
+    if dist_context.rank == 0:
+        with open(job["answer"], "a", encoding="utf-8") as file:
+            file.write(json.dumps({**numbers, "peak_memory_bytes": peak}) + "\n")
+
+
+def start_trial(settings: Settings, data: PreparedDataset, dist_context: DistContext) -> tuple[RunPlan, Engine]:
+    """The plan of a run of these settings and its engine."""
+    model = build_model(settings, with_fingerprint=False, device=dist_context.device)
     plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
     return plan, Engine(dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
 
@@ -38,22 +62,27 @@ def take_steps(plan: RunPlan, engine: Engine, data: PreparedDataset) -> Iterator
             yield record
 
 
-def device_seconds(work: Callable[[], object], device: torch.device, num_times: int = 1) -> float:
-    """How long the device takes for a piece of work, which finds it idle: the mean of so many in a row."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start_time = time.perf_counter()
-    for _ in range(num_times):
-        work()
-    synchronize()
-    return (time.perf_counter() - start_time) / num_times
+@contextlib.contextmanager
+def output_folder(plan: RunPlan) -> Iterator[Path]:
+    """The run folder, for a block that writes there; UserError where it cannot."""
+    folder = Path(plan.settings.run_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        message = f"{folder}: cannot write there: {error.strerror}; name another folder with --output-dir"
+        raise UserError(message) from error
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_bytes` begin anew: the allocator's peak, or the one that Linux counts of this process."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+def write_result(folder: Path, name: str, plan: RunPlan, content: Mapping[str, Any]) -> Path:
+    """Write what was measured as JSON, with the settings and data that it was measured for."""
+    facts = {
+        "format": 1,
+        "mode": plan.settings.mode,
+        "settings": plan.settings.as_dict(),
+        "resolved": plan.resolved(),
+        "data": plan.data_info["fingerprint"],
+        **content,
+    }
+    write_atomically(folder / name, json.dumps(facts, indent=1) + "\n")
+    return folder / name

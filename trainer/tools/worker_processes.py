@@ -1,13 +1,16 @@
-"""Processes that the tools start: a group of ranks on this machine, and why one failed, by what it said last."""
+"""Processes that the tools start: a job on a group of ranks of this machine, and why a process failed."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from trainer.distributed.launch_environment import without_launcher
 
@@ -16,13 +19,23 @@ POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
+class JobResult(NamedTuple):
+    """How a job ended."""
+
+    answers: list[dict[str, Any]]  #: what rank 0 wrote, by `trial_engine.write_answer`
+    exit_codes: list[int] | None  #: of the ranks; None where the time was over
+    reason: str  #: why it failed, "" where it did not
+
+
 def worker_environ() -> dict[str, str]:
     """The environment for a process that is nobody's rank and imports this package, wherever it is started."""
     return {**without_launcher(os.environ), "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
-def run_ranks(argv: Sequence[str], world_size: int, log: Path, *, timeout_seconds: float) -> list[int] | None:
-    """Run `python *argv` as so many ranks, their output in `log`; the exit codes, None where the time was not enough.
+def run_job(
+    command: Sequence[str], job: Mapping[str, Any], world_size: int, *, timeout_seconds: float | None = None
+) -> JobResult:
+    """Run `python *command JOB` as so many ranks; they read the job with `trial_engine.join_job`.
 
     A rank that fails ends the others, which would wait for it; all have ended on return.
     """
@@ -35,29 +48,32 @@ def run_ranks(argv: Sequence[str], world_size: int, log: Path, *, timeout_second
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(find_free_port()),
     }
-    deadline = time.monotonic() + timeout_seconds
-    with open(log, "wb") as output:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, *argv],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-            for rank in range(world_size)
-        ]
-    try:
-        while time.monotonic() < deadline:
-            exit_codes = [rank.poll() for rank in ranks]
-            if any(exit_codes) or None not in exit_codes:
-                return [code or 0 for code in exit_codes]
-            time.sleep(POLL_SECONDS)
-        return None
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    deadline = time.monotonic() + (timeout_seconds or float("inf"))
+    with tempfile.TemporaryDirectory(prefix="job-") as scratch:
+        job_file, answer_file, log = (Path(scratch, name) for name in ("job.json", "answers", "log"))
+        job_file.write_text(json.dumps({**job, "answer": str(answer_file)}), encoding="utf-8")
+        answer_file.touch()
+        ranks, exit_codes = [], None
+        try:
+            with open(log, "wb") as output:
+                for rank in range(world_size):
+                    argv, own = [sys.executable, *command, str(job_file)], {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    ranks.append(
+                        subprocess.Popen(argv, env=shared | own, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                    )
+            while time.monotonic() < deadline:
+                codes = [rank.poll() for rank in ranks]
+                if any(codes) or None not in codes:
+                    exit_codes = [code or 0 for code in codes]
+                    break
+                time.sleep(POLL_SECONDS)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        answers = [json.loads(line) for line in answer_file.read_text(encoding="utf-8").splitlines()]
+        has_failed = exit_codes is None or any(exit_codes)
+        return JobResult(answers, exit_codes, failure_reason(log) if has_failed else "")
 
 
 def end_with_parent() -> None:
@@ -68,7 +84,7 @@ def end_with_parent() -> None:
 def last_line(output: str) -> str:
     """Why a process failed, by its output: its last error message, else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
+    errors = [line for line in lines if line.startswith("error: ")] or [line for line in lines if "Error" in line]
     return (errors or lines or ["no output"])[-1].removeprefix("error: ")[:300]
 
 

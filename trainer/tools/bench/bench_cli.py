@@ -37,26 +37,22 @@ def run(argv: Sequence[str]) -> int:
     if name not in ("steps", "memory"):
         raise UserError(f"{name}: expected steps or memory")
     args = build_parser(name).parse_args(flags)
-    measure: Callable[[argparse.Namespace], int]
     if name == "steps":
-        from trainer.tools.bench.steps import measure_steps as measure
-    else:
-        from trainer.tools.bench.memory import measure_memory as measure
-    return measure(args)
+        from trainer.tools.bench.steps import measure_steps
+
+        return measure_steps(args)
+    from trainer.tools.bench.memory import measure_memory
+
+    return measure_memory(args)
 
 
 def build_parser(name: str) -> ArgumentParser:
     """The flags of a measurement."""
-    descriptions = {
-        "steps": "Time optimizer steps of several programs in alternation; writes bench.json and bench.md. "
-        "The other measurement: bench.py memory.",
-        "memory": "Train a few steps with each method; prints its memory, checkpoint size, speed and loss. "
-        "The other measurement: bench.py steps.",
-    }
-    parser = ArgumentParser(prog=f"bench.py {name}", description=descriptions[name])
-    add = parser.add_argument
-    add("--model", default=None if name == "memory" else "gpt2", help=MODEL_HELP[name])
     if name == "memory":
+        description = "Train a few steps with each method; prints its memory, checkpoint size, speed and loss."
+        parser = ArgumentParser(prog="bench.py memory", description=f"{description} The other: bench.py steps.")
+        add = parser.add_argument
+        add("--model", help="folder of a causal LM with its weights, in place of --shape")
         add("--shape", choices=SHAPES, default="tiny", help="size of a random GPT-2 (default: tiny)")
         add("--methods", type=_names(METHODS), default=list(METHODS), metavar="NAMES", help="default: all")
         add("--steps", type=_number, default=5, metavar="N", help="optimizer steps (default: 5)")
@@ -64,15 +60,22 @@ def build_parser(name: str) -> ArgumentParser:
         add("--block-size", type=_number, default=64, metavar="N", help="tokens of a row (default: 64)")
         add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it, else fp32")
         return parser
+    description = "Time optimizer steps of several programs in alternation; writes bench.json and bench.md."
+    parser = ArgumentParser(prog="bench.py steps", description=f"{description} The other: bench.py memory.")
+    add = parser.add_argument
+    against = "other programs at equal settings, on one rank: plain (a PyTorch loop), hf (Trainer) (default: none)"
+    without = f"also ours without one of {', '.join(FAST_PATHS)}, to see what it gains (default: none)"
+    precision = "fp32, bf16, fp16; other programs take the first (default: bf16 on a GPU, fp32 on a CPU)"
+    add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
     add("--modes", type=_names(MODES), default=list(MODES), metavar="NAMES", help="full, lora (default: both)")
     add("--batches", type=_numbers, default=[2], metavar="N,N", help="examples per step over all ranks (default: 2)")
     add("--ds-config", type=_names(DS_CONFIG_NAMES), default=["zero0"], metavar="NAMES", help="default: zero0")
     add("--ranks", type=_numbers, default=[1], metavar="N,N", help="ranks of ours (default: 1)")
     add("--execution", type=_names(EXECUTIONS), default=["auto"], metavar="NAMES", help="of ours (default: auto)")
-    add("--against", type=_names(PEERS), default=[], metavar="NAMES", help=AGAINST_HELP)
-    add("--without", type=_names(FAST_PATHS), default=[], metavar="NAMES", help=WITHOUT_HELP)
+    add("--against", type=_names(PEERS), default=[], metavar="NAMES", help=against)
+    add("--without", type=_names(FAST_PATHS), default=[], metavar="NAMES", help=without)
     add("--block-size", type=_number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
-    add("--precision", type=_names(PRECISIONS), metavar="NAMES", help=PRECISION_HELP)
+    add("--precision", type=_names(PRECISIONS), metavar="NAMES", help=precision)
     add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     add("--dropout", type=float, metavar="P", help="default: the model's own")
     add("--windows", type=_number, default=5, metavar="N", help="timed windows per program and round (default: 5)")
@@ -81,21 +84,6 @@ def build_parser(name: str) -> ArgumentParser:
     add("--rounds", type=_number, default=3, metavar="N", help="times that all programs run in turn (default: 3)")
     add("--output-dir", type=Path, default=Path("bench"), metavar="DIR", help="where the table goes (default: bench)")
     return parser
-
-
-MODEL_HELP = {
-    "steps": "hub id or folder; gpt2: its shape with random weights (default: gpt2)",
-    "memory": "folder of a causal LM with its weights, in place of --shape",
-}
-AGAINST_HELP = "other programs at equal settings, on one rank: plain (a PyTorch loop), hf (Trainer) (default: none)"
-WITHOUT_HELP = f"also ours without one of {', '.join(FAST_PATHS)}, to see what it gains (default: none)"
-PRECISION_HELP = "fp32, bf16, fp16; other programs take the first (default: bf16 on a GPU, fp32 on a CPU)"
-
-
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, num_left: int = 1) -> str:
-    """A Markdown table whose first `num_left` columns are aligned to the left, the others to the right."""
-    rule = ["---"] * num_left + ["--:"] * (len(headings) - num_left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
 
 
 def _names(allowed: Iterable[str]) -> Callable[[str], list[str]]:

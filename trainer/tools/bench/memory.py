@@ -6,9 +6,7 @@ learns, not how good it is.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,13 +20,14 @@ from transformers import GPT2Config
 from trainer.config import cli
 from trainer.config.choices import LORA_LR_FACTOR
 from trainer.config.files import folder_size
-from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.config.text import markdown_table
+from trainer.distributed.process_group import peak_memory_bytes
 from trainer.model.build import build_model, load_config
-from trainer.tools.bench.bench_cli import METHODS, SHAPES, markdown_table
+from trainer.tools.bench.bench_cli import METHODS, SHAPES
 from trainer.tools.bench.steps import describe_hardware
 from trainer.tools.bench.worker import wrap_rows
-from trainer.tools.trial_engine import start_trial
-from trainer.tools.worker_processes import last_line
+from trainer.tools.trial_engine import join_job, start_trial, write_answer
+from trainer.tools.worker_processes import run_job
 from trainer.tracking.records import EvalRecord, StepRecord
 from trainer.training.checkpoint import CheckpointManager
 from trainer.training.loop import train
@@ -46,17 +45,14 @@ def measure_memory(args: argparse.Namespace) -> int:
     rows: list[list[str]] = []
     results: list[dict[str, Any]] = []
     for method in args.methods:
-        job = json.dumps({**vars(args), "flags": METHODS[method]})
-        command = [sys.executable, "-m", "trainer.tools.bench.memory", job]
-        process = subprocess.run(command, capture_output=True, text=True)
-        if process.returncode:
-            reason = last_line(process.stderr)
+        job = {**vars(args), "flags": METHODS[method]}
+        answers, _, reason = run_job(("-m", "trainer.tools.bench.memory"), job, 1)
+        if answers:
+            results += answers
+            rows.append([method, *format_cells(results[-1])])
+        else:
             rows.append([method, *["-"] * (len(HEADINGS) - 2), reason])
-            print(f"{method}: failed: {reason}", file=sys.stderr, flush=True)
-            continue
-        results.append(json.loads(process.stdout.strip().splitlines()[-1]))
-        rows.append([method, *format_cells(results[-1])])
-        print(f"{method}: {results[-1]}", file=sys.stderr, flush=True)
+        print(f"{method}: {results[-1] if answers else f'failed: {reason}'}", file=sys.stderr, flush=True)
     print(markdown_table(HEADINGS, rows))
     if results:
         model = args.model or f"{args.shape}'s shape with random weights"
@@ -71,35 +67,37 @@ def format_cells(result: Mapping[str, Any]) -> list[str]:
     return [f"{result['trainable']:,}", *sizes, f"{result['tokens_per_second']:,.0f}", f"{result['loss']:.4f}"]
 
 
-def _measure(job: Mapping[str, Any], dist_context: DistContext, scratch: Path) -> dict[str, Any]:
-    """What a method trains, holds, writes and reaches. Bytes; the peak on a CPU is above the start."""
-    settings = cli.parse_args(_to_argv(job, scratch)).settings
-    validate_early(settings, dist_context)
-    # Every method imports what adapters need, so that no peak counts it.
-    build_model(cli.parse_args(["--mode", "lora", "--model", "demo-base"]).settings, on_meta=True)
-    device = dist_context.device
-    baseline_bytes = 0 if device.type == "cuda" else peak_memory_bytes(device)
-    rng, vocab_size = np.random.default_rng(0), load_config(settings.model).vocab_size
-    rows = [_count_upwards(rng, job["block_size"], vocab_size) for _ in range(job["micro_batch"] * job["steps"])]
-    val_rows = [_count_upwards(rng, job["block_size"], vocab_size) for _ in range(NUM_VAL_ROWS)]
-    data = wrap_rows(rows, val_rows, vocab_size=vocab_size)
-    plan, engine = start_trial(settings, data, dist_context)
-    checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
-    records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
-    speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)]
-    losses = [record.loss for record in records if isinstance(record, EvalRecord)]
-    return {
-        "trainable": plan.model_info["trainable"],
-        "optimizer_bytes": engine.state.optimizer_bytes(),
-        "peak_bytes": peak_memory_bytes(device) - baseline_bytes,
-        "checkpoint_bytes": folder_size(scratch / "checkpoints"),
-        "tokens_per_second": statistics.median(speeds[1:] or speeds),
-        "loss": losses[-1],
-        "loss_before": losses[0],
-        "precision": plan.precision,
-        "device": f"{describe_hardware(device)}, {dist_context.num_threads} threads",
-        "torch": torch.__version__,
-    }
+def main(job_file: str) -> None:
+    """Answer what a method trains, holds, writes and reaches. Bytes; the peak on a CPU is above the start."""
+    with join_job(job_file) as (job, dist_context), tempfile.TemporaryDirectory() as folder:
+        scratch, device = Path(folder), dist_context.device
+        settings = cli.parse_args(_to_argv(job, scratch)).settings
+        validate_early(settings, dist_context)
+        # Every method imports what adapters need, so that no peak counts it.
+        build_model(cli.parse_args(["--mode", "lora", "--model", "demo-base"]).settings, on_meta=True)
+        baseline_bytes = 0 if device.type == "cuda" else peak_memory_bytes(device)
+        rng, vocab_size = np.random.default_rng(0), load_config(settings.model).vocab_size
+        num_rows = job["micro_batch"] * job["steps"]
+        rows = [_count_upwards(rng, job["block_size"], vocab_size) for _ in range(num_rows + NUM_VAL_ROWS)]
+        data = wrap_rows(rows[:num_rows], rows[num_rows:], vocab_size=vocab_size)
+        plan, engine = start_trial(settings, data, dist_context)
+        checkpoints = CheckpointManager(scratch / "checkpoints", dist_context, save_total_limit=1, identity={})
+        records = list(train(engine, data, plan.schedule, TrainState(), checkpoints, lambda: False))
+        speeds = [record.tokens_per_second for record in records if isinstance(record, StepRecord)]
+        losses = [record.loss for record in records if isinstance(record, EvalRecord)]
+        numbers = {
+            "trainable": plan.model_info["trainable"],
+            "optimizer_bytes": engine.state.optimizer_bytes(),
+            "peak_bytes": peak_memory_bytes(device) - baseline_bytes,
+            "checkpoint_bytes": folder_size(scratch / "checkpoints"),
+            "tokens_per_second": statistics.median(speeds[1:] or speeds),
+            "loss": losses[-1],
+            "loss_before": losses[0],
+            "precision": plan.precision,
+            "device": f"{describe_hardware(device)}, {dist_context.num_threads} threads",
+            "torch": torch.__version__,
+        }
+        write_answer(job, dist_context, numbers)
 
 
 def _to_argv(job: Mapping[str, Any], scratch: Path) -> list[str]:
@@ -125,9 +123,4 @@ def _count_upwards(rng: np.random.Generator, width: int, vocab_size: int) -> Any
 
 
 if __name__ == "__main__":
-    context = init_distributed()
-    try:
-        with tempfile.TemporaryDirectory() as scratch_folder:
-            print(json.dumps(_measure(json.loads(sys.argv[1]), context, Path(scratch_folder))), flush=True)
-    finally:
-        destroy_process_group()
+    main(sys.argv[1])

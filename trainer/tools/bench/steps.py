@@ -5,21 +5,17 @@ import itertools
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer.config.errors import TrainingError, UserError
-from trainer.tools.bench.bench_cli import markdown_table
-from trainer.tools.worker_processes import failure_reason, run_ranks
+from trainer.config.errors import UserError
+from trainer.config.text import markdown_table
+from trainer.tools.worker_processes import run_job
 from trainer.training.provenance import cpu_name
 
-PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 TIMEOUT_SECONDS = 3600.0  # for one program in one round
 HEADINGS = ("mode", "batch", "program", "ms/step", "spread", "tokens/s", "speed", "FLOP share", "peak GiB", "GPU GiB")
 EXPLANATION = (
@@ -29,6 +25,9 @@ EXPLANATION = (
     "TFLOP/s, one large {} matrix product in the same process; peak GiB: in use at most; GPU GiB: taken of the GPU, as "
     "nvidia-smi says."
 )
+
+#: A line of the table: the fields of its configuration, `name`, `problem`, `results` (one a round) and their summary.
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def measure_steps(args: argparse.Namespace) -> int:
     configs = build_configs(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    def write(rows: Sequence[Mapping[str, Any]]) -> str:
+    def write(rows: Sequence[Row]) -> str:
         text = format_markdown(rows, args.rounds)
         (args.output_dir / "bench.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
         (args.output_dir / "bench.md").write_text(text, encoding="utf-8")
@@ -120,70 +119,55 @@ def measure_steps(args: argparse.Namespace) -> int:
 
 
 def run_rounds(
-    configs: Sequence[BenchmarkConfig], *, rounds: int, after_each: Callable[[list[dict[str, Any]]], object]
-) -> list[dict[str, Any]]:
+    configs: Sequence[BenchmarkConfig], *, rounds: int, after_each: Callable[[list[Row]], object]
+) -> list[Row]:
     """A row for each configuration. `after_each` gets the rows after each measurement, so that none is lost; what
     failed is not tried again."""
-    results: dict[BenchmarkConfig, list[dict[str, Any]]] = {config: [] for config in configs}
-    errors: dict[BenchmarkConfig, str] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = [
+        {**asdict(config), "name": config.name, "problem": "not measured", "results": []} for config in configs
+    ]
     for round_number in range(1, rounds + 1):
-        for config in [config for config in configs if config not in errors]:
-            try:
-                results[config].append(_run_ranks(config))
-                outcome = f"{1000 * statistics.median(results[config][-1]['windows']):.1f} ms/step"
-            except TrainingError as error:
-                outcome = errors[config] = str(error)
+        for config, row in zip(configs, rows, strict=True):
+            if row["problem"].startswith("failed"):
+                continue
+            answers, _, reason = run_job(
+                ("-m", "trainer.tools.bench.worker"),
+                {"config": asdict(config), "device": config.device},
+                config.world_size,
+                timeout_seconds=TIMEOUT_SECONDS,
+            )
+            row["problem"] = "" if answers else f"failed: {reason}"
+            row["results"] += answers
+            if answers:
+                row |= _summarize(row["results"])
+            outcome = row["problem"] or f"{1000 * row['rounds'][-1]:.1f} ms/step"
             label = f"{config.mode}, batch {config.global_batch}, {config.name}"
             print(f"round {round_number}/{rounds}  {label}: {outcome}", flush=True)
-            rows = [_table_row(config, results[config], errors.get(config)) for config in configs]
             add_relative_speeds(rows)
             after_each(rows)
     return rows
 
 
-def _run_ranks(config: BenchmarkConfig) -> dict[str, Any]:
-    """The result of one measurement, by processes that begin anew; TrainingError with the last line of their output."""
-    with tempfile.TemporaryDirectory() as scratch:
-        job_file, result_file, log = (Path(scratch) / name for name in ("job.json", "result.json", "log"))
-        job_file.write_text(json.dumps({"config": asdict(config), "result": str(result_file)}))
-        argv = ["-m", "trainer.tools.bench.worker", str(job_file)]
-        exit_codes = run_ranks(argv, config.world_size, log, timeout_seconds=TIMEOUT_SECONDS)
-        if exit_codes is None or any(exit_codes) or not result_file.exists():
-            raise TrainingError(f"failed: {failure_reason(log)}")
-        return dict(json.loads(result_file.read_text()))
-
-
-def _table_row(config: BenchmarkConfig, results: Sequence[Mapping[str, Any]], error: str | None) -> dict[str, Any]:
-    """The configuration, and medians over all windows of all rounds."""
-    row: dict[str, Any] = {
-        **asdict(config),
-        "name": config.name,
-        "problem": error or ("" if results else "not measured"),
-    }
-    if row["problem"]:
-        return row
-    last = results[-1]
-    windows = [result["windows"] for result in results]
+def _summarize(results: Sequence[Mapping[str, Any]]) -> Row:
+    """Medians over all windows of all rounds."""
+    last, windows = results[-1], [result["windows"] for result in results]
     step_seconds = statistics.median(itertools.chain(*windows))
     ceiling_flops = statistics.median(result["ceiling_flops"] for result in results)
-    return row | {
-        **{key: last[key] for key in ("ran_by", "hardware", "threads", "tokens")},
-        "versions": {name: version(name) for name in PACKAGES},
-        "windows": windows,
+    return {
+        **{key: last[key] for key in ("ran_by", "hardware", "threads", "tokens", "versions")},
         "step": step_seconds,
         "rounds": [statistics.median(times) for times in windows],
         "tokens_per_second": last["tokens"] / step_seconds,
         "flop_share": last["flops"] / step_seconds / ceiling_flops,
         "ceiling_flops": ceiling_flops,
-        "peak_memory": max(result["peak_memory"] for result in results),
+        "peak_memory": max(result["peak_memory_bytes"] for result in results),
         "device_memory": max(result["device_memory"] for result in results),
     }
 
 
-def add_relative_speeds(rows: list[dict[str, Any]]) -> None:
+def add_relative_speeds(rows: list[Row]) -> None:
     """Give each row its rate over the first of the same mode and batch, round by round: median, smallest, largest."""
-    baselines: dict[tuple[str, int], dict[str, Any]] = {}
+    baselines: dict[tuple[str, int], Row] = {}
     for row in rows:
         baseline = baselines.setdefault((row["mode"], row["global_batch"]), row)
         if "rounds" in row and "rounds" in baseline:
@@ -192,12 +176,33 @@ def add_relative_speeds(rows: list[dict[str, Any]]) -> None:
             row["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def format_markdown(rows: Sequence[Mapping[str, Any]], rounds: int) -> str:
+def format_markdown(rows: Sequence[Row], rounds: int) -> str:
     """The table and where it was measured, in Markdown."""
-    table = markdown_table(HEADINGS, map(_format_cells, rows), num_left=3) + "\n"
-    row = next((row for row in rows if "step" in row), None)
-    if row is None:
+    cells = []
+    for row in rows:
+        first_cells = [row["mode"], str(row["global_batch"])]
+        if "step" not in row:
+            cells.append([*first_cells, row["name"], row["problem"], *[""] * (len(HEADINGS) - 4)])
+            continue
+        spread = row["rounds"] if len(row["rounds"]) > 1 else row["results"][0]["windows"]
+        cells.append(
+            [
+                *first_cells,
+                f"{row['name']} ({row['ran_by']})" if row["ran_by"] else row["name"],
+                f"{1000 * row['step']:.1f}",
+                f"{1000 * min(spread):.1f}-{1000 * max(spread):.1f}",
+                f"{row['tokens_per_second']:,.0f}",
+                "{:.2f} ({:.2f}-{:.2f})".format(*row["speed"]) if "speed" in row else "",
+                f"{100 * row['flop_share']:.0f}%",
+                f"{row['peak_memory'] / 2**30:.2f}",
+                f"{row['device_memory'] / 2**30:.2f}" if row["device_memory"] else "",
+            ]
+        )
+    table = markdown_table(HEADINGS, cells) + "\n"
+    measured = [row for row in rows if "step" in row]
+    if not measured:
         return table
+    row = measured[0]
     packages = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
     where = (
         f"{row['model']}, rows of {row['block_size']} tokens, {row['hardware']}, {row['threads']} threads; {packages}; "
@@ -205,24 +210,6 @@ def format_markdown(rows: Sequence[Mapping[str, Any]], rounds: int) -> str:
         f"{row['warmup_steps']}."
     )
     return f"{where}\n\n{table}\n{EXPLANATION.format(row['ceiling_flops'] / 1e12, row['precision'])}\n"
-
-
-def _format_cells(row: Mapping[str, Any]) -> list[str]:
-    first_cells = [row["mode"], str(row["global_batch"])]
-    if "step" not in row:
-        return [*first_cells, row["name"], row["problem"], *[""] * (len(HEADINGS) - 4)]
-    spread = row["rounds"] if len(row["rounds"]) > 1 else row["windows"][0]
-    return [
-        *first_cells,
-        f"{row['name']} ({row['ran_by']})" if row["ran_by"] else row["name"],
-        f"{1000 * row['step']:.1f}",
-        f"{1000 * min(spread):.1f}-{1000 * max(spread):.1f}",
-        f"{row['tokens_per_second']:,.0f}",
-        "{:.2f} ({:.2f}-{:.2f})".format(*row["speed"]) if "speed" in row else "",
-        f"{100 * row['flop_share']:.0f}%",
-        f"{row['peak_memory'] / 2**30:.2f}",
-        f"{row['device_memory'] / 2**30:.2f}" if row["device_memory"] else "",
-    ]
 
 
 def describe_hardware(device: torch.device) -> str:

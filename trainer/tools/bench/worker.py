@@ -3,13 +3,12 @@
 The programs share model, token ids, batch, precision, optimizer numbers and clip, so what differs is the program.
 """
 
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,83 +21,67 @@ from trainer.config import cli
 from trainer.config.choices import DEMO_MODEL
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, TokenDataset
-from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model import cpu_attention, lora, loss
 from trainer.model.build import load_config
 from trainer.model.flops import count_step_flops
 from trainer.tools.bench.steps import BenchmarkConfig, describe_hardware
-from trainer.tools.trial_engine import device_seconds, start_trial, take_steps
-from trainer.tracking.silence import silence_libraries
+from trainer.tools.trial_engine import join_job, start_trial, take_steps, write_answer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTH_SPREAD = 0.6  # of the logarithm of a ragged row's length, about that of E2E and ACLED records
 MEAN_LENGTH_SHARE = 0.3  # of ragged rows, of the longest
 
 
-class StepClock:
-    """Called after every optimizer step; takes the time at the end of each window, when the device is idle."""
-
-    def __init__(self, config: BenchmarkConfig, device: torch.device):
-        self.config, self.device = config, device
-        self.num_steps = 0
-        self.times: list[float] = []
-
-    def __call__(self) -> None:
-        """One more step was taken."""
-        self.num_steps += 1
-        num_timed_steps = self.num_steps - self.config.warmup_steps
-        if num_timed_steps >= 0 and num_timed_steps % self.config.steps_per_window == 0:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
-
-    def windows(self) -> list[float]:
-        """Seconds of a step in each window."""
-        return (np.diff(self.times) / self.config.steps_per_window).tolist()
-
-
 def main(job_file: str) -> None:
-    """Do the job that the file names and write its result beside it."""
-    silence_libraries()
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    config = BenchmarkConfig(**job["config"])
-    dist_context = init_distributed(config.device)
-    try:
-        result = measure(config, dist_context)
-        if dist_context.rank == 0:
-            Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
-    finally:
-        destroy_process_group()
+    """Do the job and answer with the times of its program, in seconds, and what else it used, in bytes."""
+    with join_job(job_file) as (job, dist_context):
+        config, device = BenchmarkConfig(**job["config"]), dist_context.device
+        settings = cli.parse_args(_to_argv(config)).settings
+        data = _make_data(config, load_config(settings.model).get_text_config().vocab_size)
+        times: list[float] = []  # at the end of each step; the device is idle at the end of a window
 
+        def after_step() -> None:
+            num_timed_steps = len(times) + 1 - config.warmup_steps
+            if device.type == "cuda" and num_timed_steps >= 0 and num_timed_steps % config.steps_per_window == 0:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
 
-def measure(config: BenchmarkConfig, dist_context: DistContext) -> dict[str, Any]:
-    """The times of a program, in seconds, and what else it used, in bytes."""
-    settings, device = cli.parse_args(_to_argv(config)).settings, dist_context.device
-    data = _make_data(config, load_config(settings.model).get_text_config().vocab_size)
-    clock = StepClock(config, device)
-    ran_by = ""
-    if config.program == "ours":
-        _turn_off(config.without)
-        plan, engine = start_trial(settings, data, dist_context)
-        for _ in take_steps(plan, engine, data):
-            clock()
-        ran_by = "; ".join([engine.plan.path, *(change.reason for change in engine.plan_changes)])
-    else:
-        run_peer = _run_plain if config.program == "plain" else _run_hf_trainer
-        run_peer(config, settings, data, _build_peer_model(settings), clock)
-    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
-    lengths = data.train.lengths()
-    return {
-        "ran_by": ran_by,
-        "windows": clock.windows(),
-        "peak_memory": max(dist_context.all_gather_object(peak_memory_bytes(device))),
-        "device_memory": total - free,
-        "hardware": describe_hardware(device),
-        "threads": dist_context.num_threads,
-        "tokens": config.global_batch * float(lengths.mean()),
-        "flops": count_step_flops(settings, lengths=lengths, global_batch=config.global_batch),
-        "ceiling_flops": _measure_ceiling(config, device),
-    }
+        ran_by = ""
+        if config.program == "ours":
+            if config.without == "chunked-loss":  # what no flag turns off
+                loss.find_output_head = lambda causal: None
+            elif config.without == "cpu-attention":
+                cpu_attention.install = lambda module, causal: None
+            plan, engine = start_trial(settings, data, dist_context)
+            for _ in take_steps(plan, engine, data):
+                after_step()
+            ran_by = "; ".join([engine.plan.path, *(change.reason for change in engine.plan_changes)])
+        else:  # the model as transformers and peft make it
+            torch.manual_seed(settings.train.seed)
+            model_config = load_config(settings.model)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, trust_remote_code=False)
+            if settings.mode == "lora":
+                model = lora.add_adapters(model, settings.lora, lora.resolve_target_modules(model, settings.lora))
+            run_peer = _run_plain if config.program == "plain" else _run_hf_trainer
+            run_peer(config, settings, data, model, after_step)
+        window_ends = times[config.warmup_steps - 1 :: config.steps_per_window]
+        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+        lengths = data.train.lengths()
+        write_answer(
+            job,
+            dist_context,
+            {
+                "ran_by": ran_by,
+                "windows": (np.diff(window_ends) / config.steps_per_window).tolist(),
+                "device_memory": total - free,
+                "hardware": describe_hardware(device),
+                "threads": dist_context.num_threads,
+                "versions": {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
+                "tokens": config.global_batch * float(lengths.mean()),
+                "flops": count_step_flops(settings, lengths=lengths, global_batch=config.global_batch),
+                "ceiling_flops": _measure_ceiling(config, device),
+            },
+        )
 
 
 def _to_argv(config: BenchmarkConfig) -> list[str]:
@@ -113,14 +96,6 @@ def _to_argv(config: BenchmarkConfig) -> list[str]:
     flags += " --objective completion" if config.is_ragged else ""
     flags += " --packing" if config.is_ragged and config.without != "packing" else ""
     return flags.split()
-
-
-def _turn_off(path: str | None) -> None:
-    """Let this process do without a faster path that no flag turns off."""
-    if path == "chunked-loss":
-        loss.find_output_head = lambda causal: None
-    elif path == "cpu-attention":
-        cpu_attention.install = lambda module, causal: None
 
 
 def _make_data(config: BenchmarkConfig, vocab_size: int) -> PreparedDataset:
@@ -151,15 +126,6 @@ def wrap_rows(
     metadata: dict[str, Any] = {"vocabulary": vocab_size, "objective": objective, "fingerprint": "made"}
     metadata |= {"notices": [], "train": {}, "val": {}}
     return PreparedDataset(train=train_rows, val=val_rows, metadata=metadata, val_texts=(), pad_id=0, folder=Path())
-
-
-def _build_peer_model(settings: Settings) -> Any:
-    """The model as transformers and peft make it."""
-    torch.manual_seed(settings.train.seed)
-    causal = AutoModelForCausalLM.from_config(load_config(settings.model), dtype=torch.float32, trust_remote_code=False)
-    if settings.mode == "full":
-        return causal
-    return lora.add_adapters(causal, settings.lora, lora.resolve_target_modules(causal, settings.lora))
 
 
 def _run_plain(
@@ -214,9 +180,15 @@ def _run_hf_trainer(
 
 def _measure_ceiling(config: BenchmarkConfig, device: torch.device) -> float:
     """FLOP/s of one large matrix product in the program's precision: what arithmetic can reach here."""
-    size = 8192 if config.device == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, dtype=DTYPES[config.precision], device=device) for _ in range(2))
-    times = [device_seconds(partial(torch.mm, a, b), device) for _ in range(12)]
+    times = []
+    for _ in range(12):
+        start_time = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start_time)
     return 2 * size**3 / statistics.median(times[2:])
 
 

@@ -19,7 +19,7 @@ from trainer.tools.doctor import checks
 from trainer.tools.doctor.checks import ERROR, LEVELS, OK, Check, format_bytes, judge
 from trainer.tools.doctor.prove import prove
 from trainer.tools.doctor.rehearsal import estimate_costs, rehearse
-from trainer.tools.finders.files import FINDER_FILES
+from trainer.tools.trial_engine import FINDER_FILES
 from trainer.tracking.console import make_console
 from trainer.tracking.tensorboard_logger import check_loggers
 from trainer.training.run_folder import is_unused

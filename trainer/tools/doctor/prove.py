@@ -5,8 +5,8 @@ A group of processes for each number of ranks takes its rows one after the other
 a new group goes on with the next. Dropout is off: its masks depend on the micro-batch.
 """
 
+import contextlib
 import gc
-import json
 import math
 import statistics
 import sys
@@ -21,21 +21,18 @@ import torch
 
 from trainer.config.choices import EIGHT_BIT_OPTIMIZERS
 from trainer.config.errors import UserError
-from trainer.config.files import write_atomically
 from trainer.config.settings import Settings
 from trainer.data.dataset import PreparedDataset, load
 from trainer.data.sampler import IGNORE_INDEX, GlobalBatch
 from trainer.distributed.cuda_graphs import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.distributed.deepspeed_config import read_deepspeed_file
 from trainer.distributed.execution import find_eager_reason
-from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
+from trainer.distributed.process_group import DistContext
 from trainer.model.build import build_model, load_config
 from trainer.model.loss import uses_gpu_form
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes
-from trainer.tools.finders.files import PROOF_FILE
-from trainer.tools.trial_engine import reset_peak_memory, start_trial
-from trainer.tools.worker_processes import failure_reason, run_ranks
-from trainer.tracking.silence import silence_libraries
+from trainer.tools.trial_engine import join_job, output_folder, start_trial, write_answer, write_result
+from trainer.tools.worker_processes import run_job
 from trainer.training.run_plan import RunPlan, make_plan
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -62,39 +59,40 @@ def prove(plan: RunPlan, data: PreparedDataset, limit_seconds: float) -> Iterato
         )
     deadline = time.monotonic() + limit_seconds
     num_first_steps = 0 if plan.dist_context.device.type == "cpu" else NUM_WARMUP_CALLS + 1
-    settings = proof_settings(plan.settings)
-    job = {
-        "settings": settings.as_dict(),
-        "data": str(data.folder),
-        "num_steps": min(num_first_steps + NUM_STEPS, plan.schedule.total_steps),
-        "precision": plan.precision,
-        "device": plan.dist_context.device.type,
-    }
-    rows: list[Row] = []
+    settings, rows = proof_settings(plan.settings).as_dict(), []
     with tempfile.TemporaryDirectory(prefix="prove-") as scratch:
+        job = {
+            "settings": settings,
+            "data": str(data.folder),
+            "num_steps": min(num_first_steps + NUM_STEPS, plan.schedule.total_steps),
+            "precision": plan.precision,
+            "device": plan.dist_context.device.type,
+            "reference": f"{scratch}/reference.pt",
+        }
         plain = {"ds_config": PLAIN, "world_size": 1, "execution": "eager"}
-        (reference,) = _run_rows([plain], job, Path(scratch), deadline)
+        (reference,) = _run_rows([plain], job, deadline)
         if reference.get("problem"):
             yield Check(ERROR, PLAIN, reference["problem"], "without it there is nothing to compare with")
             return
         yield Check(OK, PLAIN, f"{job['num_steps']} steps, {_describe(reference)}")
         for world_size in sorted({1, plan.dist_context.world_size}):
-            for row in _run_rows(list_rows(plan, world_size), job, Path(scratch), deadline):
-                rows.append({**row, "verdict": judge_row(row, plan.precision)})
-                yield _check_row(rows[-1])
-    content = {
-        "format": 1,
-        "precision": plan.precision,
-        "steps": job["num_steps"],
-        "bounds": {"loss": MAX_DIFFERENCE[plan.precision], "weights": WEIGHT_BOUNDS[plan.precision][0]},
-        "settings": job["settings"],
-        "data": data.metadata["fingerprint"],
-        "rows": rows,
-    }
-    path = Path(plan.settings.run_folder) / PROOF_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
-    yield Check(OK, "numbers", str(path))
+            for row in _run_rows(list_rows(plan, world_size), job, deadline):
+                verdict = judge_row(row, plan.precision)
+                rows.append({**row, "verdict": verdict})
+                name, way = f"{row['ds_config']} x {row['world_size']}", f"{row['execution']:<8} {verdict}"
+                if verdict == "equal":
+                    yield Check(OK, name, f"{way}: {_describe(row)}")
+                elif verdict == "fell back":
+                    message = f"{way}: {_describe(row)}; {row['problem']}"
+                    yield Check(WARNING, name, message, "none needed: the numbers are right")
+                else:
+                    message = f"{way}: {row['problem'] if verdict == 'failed' else _describe(row)}"
+                    flags = f"--ds-config {row['ds_config']} --execution {row['execution']}"
+                    yield Check(ERROR, name, message, f"do not train with {flags} here; report this row")
+    bounds = {"loss": MAX_DIFFERENCE[plan.precision], "weights": WEIGHT_BOUNDS[plan.precision][0]}
+    content = {"precision": plan.precision, "steps": job["num_steps"], "bounds": bounds, "settings": settings}
+    with output_folder(plan) as folder:
+        yield Check(OK, "numbers", str(write_result(folder, "prove.json", plan, {**content, "rows": rows})))
 
 
 def proof_settings(settings: Settings) -> Settings:
@@ -131,17 +129,6 @@ def judge_row(row: Row, precision: str) -> str:
     return "fell back" if row.get("problem") else "equal"
 
 
-def _check_row(row: Row) -> Check:
-    name, verdict = f"{row['ds_config']} x {row['world_size']}", row["verdict"]
-    message = f"{row['execution']:<8} {verdict}: {_describe(row) if verdict != 'failed' else row['problem']}"
-    if verdict == "equal":
-        return Check(OK, name, message)
-    if verdict == "fell back":
-        return Check(WARNING, name, f"{message}; {row['problem']}", "none needed: the numbers are right")
-    remedy = f"do not train with --ds-config {row['ds_config']} --execution {row['execution']} here; report this row"
-    return Check(ERROR, name, message, remedy)
-
-
 def _describe(row: Row) -> str:
     parts = [row["path"]] if row.get("path", row["execution"]) != row["execution"] else []
     if "loss_difference" in row:
@@ -154,52 +141,42 @@ def _describe(row: Row) -> str:
     return ", ".join(parts)
 
 
-def _run_rows(rows: list[Row], job: dict[str, Any], folder: Path, deadline: float) -> Iterator[Row]:
+def _run_rows(rows: list[Row], job: dict[str, Any], deadline: float) -> Iterator[Row]:
     """The rows of one number of ranks with their numbers, by as many groups of processes as it takes."""
-    answer, log, job_file = folder / "answer", folder / "log", folder / "job.json"
     while rows:
-        answer.write_text("")
-        pairs = [[row["ds_config"], row["execution"]] for row in rows]
-        job_file.write_text(json.dumps({**job, "rows": pairs, "answer": str(answer)}))
         timeout_seconds = deadline - time.monotonic()
-        problem = "not begun: the time is over (--limit SECONDS)"
-        if timeout_seconds > 0:
-            argv = [*WORKER_COMMAND, str(job_file)]
-            exit_codes = run_ranks(argv, rows[0]["world_size"], log, timeout_seconds=timeout_seconds)
-            problem = "given up: the time is over (--limit SECONDS)" if exit_codes is None else ""
-            if exit_codes and any(exit_codes):
-                problem = failure_reason(log)
-        lines = answer.read_text().splitlines()
-        for row, line in zip(rows, lines, strict=False):
-            yield {**row, **json.loads(line)}
-        rows = rows[len(lines) :]
-        if rows and problem:  # the one at which it ended
-            yield {**rows[0], "problem": problem}
-            rows = rows[1:]
+        if timeout_seconds <= 0:
+            yield {**rows.pop(0), "problem": "not begun: the time is over (--limit SECONDS)"}
+            continue
+        pairs = [[row["ds_config"], row["execution"]] for row in rows]
+        job = {**job, "rows": pairs}
+        answers, exit_codes, reason = run_job(
+            WORKER_COMMAND, job, rows[0]["world_size"], timeout_seconds=timeout_seconds
+        )
+        for answer in answers:
+            yield {**rows.pop(0), **answer}
+        if rows and reason:  # the one at which it ended
+            over = "given up: the time is over (--limit SECONDS)"
+            yield {**rows.pop(0), "problem": reason if exit_codes else over}
 
 
 # --- one rank ---
 
 
 def main(job_file: str) -> None:
-    """Run the job's rows in order; rank 0 writes one JSON line each."""
-    silence_libraries()
-    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    dist_context = init_distributed(job["device"])
-    try:
-        data = load(Path(job["data"]))
+    """Run the job's rows in order; rank 0 answers each."""
+    with join_job(job_file) as (job, dist_context):
+        data, device = load(Path(job["data"])), dist_context.device
         for ds_config, execution in job["rows"]:
-            reset_peak_memory(dist_context.device)
+            if device.type == "cuda":  # peak memory begins anew
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
+            else:
+                with contextlib.suppress(OSError):
+                    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             run = run_plain if ds_config == PLAIN else run_row
-            numbers = run(job, data, dist_context, ds_config, execution)
-            numbers["peak_memory_bytes"] = max(dist_context.all_gather_object(peak_memory_bytes(dist_context.device)))
-            if dist_context.rank == 0:
-                with open(job["answer"], "a", encoding="utf-8") as answer:
-                    answer.write(json.dumps(numbers) + "\n")
+            write_answer(job, dist_context, run(job, data, dist_context, ds_config, execution))
             gc.collect()
-    finally:
-        dist_context.watchdog.close()
-        destroy_process_group()
 
 
 def run_row(
@@ -216,7 +193,7 @@ def run_row(
         norms.append(result.grad_norm)
         seconds.append(result.elapsed_seconds)
         waits.append(engine.device_wait_seconds)
-    reference = torch.load(_reference_file(job))
+    reference = torch.load(job["reference"])
     weight_difference = 0.0
     for name, weight in engine.state.gather_weights():
         differences = (weight - reference["weights"][name])[reference["counted"][name]].abs().nan_to_num(nan=math.inf)
@@ -236,7 +213,7 @@ def run_row(
 def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistContext, *_: Any) -> dict[str, Any]:
     """The same steps as one writes them by hand: the model's own logits, autograd, torch's clip and AdamW.
 
-    Leaves losses, norms, weights, and which weights had a gradient to speak of in every step, beside the answer.
+    The job's reference file gets losses, norms, weights, and which weights had a gradient to speak of in every step.
     """
     settings, device = Settings.from_dict(job["settings"]), dist_context.device
     model = build_model(settings, device=device, with_fingerprint=False)
@@ -268,12 +245,8 @@ def run_plain(job: dict[str, Any], data: PreparedDataset, dist_context: DistCont
         seconds.append(time.perf_counter() - start_time)
     weights = {name: p.detach().float().cpu() for name, p in params.items()}
     counted = {name: mask.cpu() for name, mask in counted.items()}
-    torch.save({"losses": losses, "norms": norms, "weights": weights, "counted": counted}, _reference_file(job))
+    torch.save({"losses": losses, "norms": norms, "weights": weights, "counted": counted}, job["reference"])
     return {"step_ms": 1000 * statistics.median(seconds[-(NUM_STEPS - 1) :])}
-
-
-def _reference_file(job: dict[str, Any]) -> Path:
-    return Path(job["answer"]).with_name("reference.pt")
 
 
 def _relative_difference(values: list[float], expected: list[float]) -> float:

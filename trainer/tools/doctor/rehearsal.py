@@ -4,6 +4,7 @@
 resumed part records must be what the first part did.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from trainer.config.text import format_duration
 from trainer.data.dataset import PreparedDataset
 from trainer.distributed.cuda_graphs import MAX_DIFFERENCE, NUM_WARMUP_CALLS
 from trainer.tools.doctor.checks import ERROR, OK, WARNING, Check, format_bytes, judge
-from trainer.tools.worker_processes import worker_environ
+from trainer.tools.worker_processes import failure_reason, worker_environ
 from trainer.training.run_plan import RunPlan
 
 TRAIN_SCRIPT = Path(__file__).parents[3] / "launch" / "train.py"
@@ -41,63 +42,74 @@ def rehearse(cli_args: CliArgs, plan: RunPlan, limit_seconds: float, measured: d
     with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=next(path for path in parents if path.exists())) as temp:
         run_folder = Path(temp) / "run"
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={world_size}"] if world_size > 1 else []
-        flags = to_argv(
-            cli_args,
-            train={"max_steps": num_steps, "warmup_steps": 0, "warmup_ratio": 0.0},
-            output={
-                "output_dir": str(run_folder),
-                "eval_every": "never",
-                "save_every": str(save_step),
-                "save_total_limit": 3,
-                "wandb": "disabled",
-                "run_name": "rehearsal",
-            },
-        )
+        output_flags = {
+            "output_dir": str(run_folder),
+            "eval_every": "never",
+            "save_every": str(save_step),
+            "save_total_limit": 3,
+            "wandb": "disabled",
+            "run_name": "rehearsal",
+        }
+        train_flags = {"max_steps": num_steps, "warmup_steps": 0, "warmup_ratio": 0.0}
+        flags = to_argv(cli_args, train=train_flags, output=output_flags)
         argv = [sys.executable, *launcher, str(TRAIN_SCRIPT), *flags]
         start_time = time.monotonic()
-        exit_code, output = _run_program(argv, Path(temp) / "output", deadline)
+        exit_code, reason = _run_program(argv, Path(temp) / "output", deadline)
         elapsed_seconds = time.monotonic() - start_time
-        rows = _read_rows(run_folder)
-        losses, val_losses = ([row["loss"] for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
+        steps, evals, events = _read_rows(run_folder)
         if exit_code is None:
-            message = f"{len(losses)} of {num_steps} steps in {limit_seconds:.0f} s, given up"
+            message = f"{len(steps)} of {num_steps} steps in {limit_seconds:.0f} s, given up"
             remedy = "allow more time with --limit SECONDS, or leave it out with --no-rehearsal"
             yield Check(WARNING, "rehearsal", message, remedy)
             return
         if exit_code != 0:
-            message = f"failed after {len(losses)} steps: {_find_reason(output)}"
+            message = f"failed after {len(steps)} steps: {reason}"
             yield Check(ERROR, "rehearsal", message, "the run itself would fail like this")
             return
+        losses, val_losses = ([row["loss"] for row in rows] for rows in (steps, evals))
         message = f"{num_steps} steps in {elapsed_seconds:.0f} s, loss {losses[0]:.4f} to {losses[-1]:.4f}"
         yield Check(OK, "train", message)
-        if plan.execution.path != "eager":
-            yield _check_execution(plan, rows)
+        fallbacks = [row for row in events if row["event"] == "execution"]
+        path = fallbacks[-1]["path"] if fallbacks else plan.execution.path
+        if plan.execution.path != "eager":  # how steps really ran, what was verified, and why something was not
+            verified = [row["message"] for row in events if row["event"] == "checked"]
+            message = "; ".join([f"{path}, attention by {plan.attention_kernel}", *verified])
+            message += f"; {fallbacks[-1]['message']}" if fallbacks else ""
+            remedy = (
+                f"the numbers are right; --execution {'eager' if path == 'eager' else 'auto'} asks for nothing else"
+            )
+            yield judge(bool(fallbacks), WARNING, "execution", message, remedy)
         yield Check(OK, "evaluate", f"validation loss {val_losses[0]:.4f} before, {val_losses[-1]:.4f} after")
-        (finished,) = _select_events(rows, "finished")
+        (finished,) = (row for row in events if row["event"] == "finished")
         yield Check(OK, "save", f"checkpoint of {format_bytes(finished['checkpoint_bytes'])}")
         yield Check(OK, "export", f"{format_bytes(finished['export_bytes'])}, {finished['export']}")
-        measured.update(_measure(rows, elapsed_seconds, num_warmup_steps))
-
-        exit_code, output = _run_program([*argv, "--resume", f"step-{save_step}"], Path(temp) / "output", deadline)
+        # The first step warms up, too; the time of the first evaluation is all that was before it.
+        step_times = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in itertools.pairwise(steps)]
+        measured |= {
+            "step_seconds": statistics.fmean(step_times[num_warmup_steps:]),
+            "overhead_seconds": elapsed_seconds - evals[-1]["time"],
+            "eval_seconds_per_token": evals[0]["time"] / evals[0]["eval_tokens"],
+            **{name: finished[name] for name in ("checkpoint_bytes", "export_bytes", "peak_memory_bytes")},
+        }
+        exit_code, reason = _run_program([*argv, "--resume", f"step-{save_step}"], Path(temp) / "output", deadline)
         if exit_code is None:
             yield Check(WARNING, "resume", f"not done within {limit_seconds:.0f} s", "--limit SECONDS")
             return
         if exit_code != 0:
-            yield Check(ERROR, "resume", f"failed: {_find_reason(output)}", "a stopped run could not go on")
+            yield Check(ERROR, "resume", f"failed: {reason}", "a stopped run could not go on")
             return
-        again = _read_rows(run_folder)
-        resumed = [row["loss"] for row in again if row["kind"] == "step"][save_step:]
-        resumed += [row["loss"] for row in again if row["kind"] == "eval"][-1:]
-        expected = [*losses[save_step:], *val_losses[-1:]]
+        steps, evals, _ = _read_rows(run_folder)
+        resumed = [*(row["loss"] for row in steps[save_step:]), evals[-1]["loss"]]
+        expected = [*losses[save_step:], val_losses[-1]]
         difference = max(abs(a / b - 1) for a, b in zip(resumed, expected, strict=True))
         # A GPU's attention adds its gradients in any order, and the steps after a resume are eager at first.
         is_gpu = plan.dist_context.device.type == "cuda"
+        same = "bit for bit the same" if expected == resumed else f"the same within {difference:.0e}"
         yield judge(
             difference > (MAX_DIFFERENCE[plan.precision] if is_gpu else CPU_RESUME_TOLERANCE),
             ERROR,
             "resume",
-            f"from step {save_step}: losses "
-            + ("bit for bit the same" if expected == resumed else f"the same within {difference:.0e}"),
+            f"from step {save_step}: losses {same}",
             "a resumed run would not be the run that was stopped; report this with the flags",
         )
 
@@ -133,7 +145,7 @@ def estimate_costs(
 
 
 def _run_program(argv: list[str], log: Path, deadline: float) -> tuple[int | None, str]:
-    """(exit code, None where the time is over; output) of a program, which has ended with all its ranks."""
+    """(exit code, None where the time is over; why it failed) of a program, which has ended with all its ranks."""
     with open(log, "wb") as output:
         process = subprocess.Popen(
             argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True, env=worker_environ()
@@ -145,56 +157,16 @@ def _run_program(argv: list[str], log: Path, deadline: float) -> tuple[int | Non
         pass
     finally:  # asked first, so that launchers take their ranks with them
         for signal_number, timeout_seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
-            try:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal_number)
                 process.wait(timeout_seconds)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
-    return exit_code, log.read_text(encoding="utf-8", errors="replace")
+    return exit_code, failure_reason(log)
 
 
-def _find_reason(output: str) -> str:
-    """The line that says why it failed, the last one where none does."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    error_lines = [line for line in lines if line.startswith("error: ") or "Error" in line]
-    return (error_lines or lines or ["no output"])[-1].removeprefix("error: ")[:300]
-
-
-def _read_rows(run_folder: Path) -> list[dict[str, Any]]:
-    """The whole rows of metrics.jsonl, the facts of events among their other fields."""
+def _read_rows(run_folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The whole rows of metrics.jsonl: steps, evaluations, and events with their facts among the other fields."""
     path = run_folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    return [{**row, **(row.get("facts") or {})} for row in rows]
-
-
-def _select_events(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["kind"] == "event" and row["event"] == name]
-
-
-def _check_execution(plan: RunPlan, rows: list[dict[str, Any]]) -> Check:
-    """How steps really ran, what was verified, and why something was not."""
-    fallbacks = _select_events(rows, "execution")
-    path = fallbacks[-1]["path"] if fallbacks else plan.execution.path
-    verified = [row["message"] for row in _select_events(rows, "checked")]
-    message = "; ".join([f"{path}, attention by {plan.attention_kernel}", *verified])
-    if not fallbacks:
-        return Check(OK, "execution", message)
-    remedy = f"the numbers are right; --execution {'eager' if path == 'eager' else 'auto'} asks for nothing else"
-    return Check(WARNING, "execution", f"{message}; {fallbacks[-1]['message']}", remedy)
-
-
-def _measure(rows: list[dict[str, Any]], elapsed_seconds: float, num_warmup_steps: int) -> dict[str, Any]:
-    """Seconds of a step, of the evaluation of one target token, and of all that is around them; bytes."""
-    steps, evals = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
-    (finished,) = _select_events(rows, "finished")
-    # The first step warms up, too; the time of the first evaluation is all that was before it.
-    step_times = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in itertools.pairwise(steps)]
-    return {
-        "step_seconds": statistics.fmean(step_times[num_warmup_steps:]),
-        "overhead_seconds": elapsed_seconds - evals[-1]["time"],
-        "eval_seconds_per_token": evals[0]["time"] / evals[0]["eval_tokens"],
-        **{name: finished[name] for name in ("checkpoint_bytes", "export_bytes", "peak_memory_bytes")},
-    }
+    steps, evals, events = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval", "event"))
+    return steps, evals, [{**row, **(row.get("facts") or {})} for row in events]

@@ -21,7 +21,6 @@ from trainer.training.run_folder import find_changed_records
 
 DAMAGED_FOLDER = "damaged"  #: in the run folder: what was moved aside
 LEFTOVERS = (".*.tmp", "checkpoints/.*.tmp", "eval_records/.*.tmp")
-MISSING = "is not there"
 
 
 @dataclass
@@ -66,18 +65,28 @@ def inspect_run(folder: Path) -> Inspection:
         found.add(path.name, damage, "whole", path)
         newest = newest or (checkpoint if damage is None else None)
 
-    num_rows, problem, last_line = _read_rows(folder / METRICS_FILE)
-    if problem == MISSING and newest is None:
-        problem = None
-    if last_line is not None:
+    path, num_rows, last_line, problem, num_problems = folder / METRICS_FILE, 0, b"", "", 0
+    try:
+        for num_rows, line, line_problem in _parse_rows(path):
+            if line_problem:
+                problem, num_problems = problem or f"line {num_rows}: {line_problem}", num_problems + 1
+            else:
+                last_line = line
+    except FileNotFoundError:
+        problem = "is not there" if newest else ""
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except ValueError as error:
+        problem = problem or str(error).removeprefix(f"{path}, ")
+    problem += f" and {num_problems - 1} lines more" if num_problems > 1 else ""
+    if last_line:
         last = from_line(last_line)
         if isinstance(last, EventRecord) and last.event == "finished":
             found.add("end", None, f"finished after step {last.step}")
         elif not running:  # where a launcher was killed its exit code does not tell
             found.checks.append(Check(WARNING, "end", f"not finished: its last row is of step {last.step}"))
-    has_file = (folder / METRICS_FILE).exists()
-    found.add(METRICS_FILE, problem, f"{num_rows} rows", folder / METRICS_FILE if has_file else None)
-    unreadable = f"{METRICS_FILE} has lines that are not records" if problem and has_file else ""
+    found.add(METRICS_FILE, problem or None, f"{num_rows} rows", path if path.exists() else None)
+    unreadable = f"{METRICS_FILE} has lines that are not records" if problem and path.exists() else ""
 
     damaged_evaluations = find_damaged_evaluations(folder / EVAL_RECORDS_FOLDER)
     for path, damage in damaged_evaluations.items():
@@ -87,11 +96,11 @@ def inspect_run(folder: Path) -> Inspection:
         found.add(EVAL_RECORDS_FOLDER, None, f"{num_evaluations} evaluations")
     changes = find_changed_records(folder, newest) if newest else {}
     if newest:
-        problem = "; ".join(f"{name}: {change}" for name, change in changes.items()) or None
-        found.add("rows", problem, f"as they were when {newest.folder.name} was saved")
+        changed = "; ".join(f"{name}: {change}" for name, change in changes.items()) or None
+        found.add("rows", changed, f"as they were when {newest.folder.name} was saved")
     for path in sorted(path for name in ("model", "base") for path in (folder / name).glob("*.safetensors")):
-        problem = weights_file_problem(path)
-        found.add(str(path.relative_to(folder)), problem, "a whole safetensors file", remedy="export again")
+        weights_problem = weights_file_problem(path)
+        found.add(str(path.relative_to(folder)), weights_problem, "a whole safetensors file", remedy="export again")
     for path in sorted(path for pattern in LEFTOVERS for path in folder.glob(pattern)) if not running else ():
         message = "left by a process that was killed; the next save or export removes it"
         found.checks.append(Check(WARNING, path.name, message))
@@ -109,25 +118,6 @@ def inspect_run(folder: Path) -> Inspection:
         message += " with --allow-change records" if use == "resume" and changes else ""
         found.uses.append(Check(ERROR, use, f"not possible: {blocker}") if blocker else Check(OK, use, message))
     return found
-
-
-def _read_rows(path: Path) -> tuple[int, str | None, bytes | None]:
-    """(number of whole lines, what is wrong with them or with the file, the last line that is a record)."""
-    problems, num_problems, num_rows, last_line = "", 0, 0, None
-    try:
-        for num_rows, line, problem in _parse_rows(path):
-            if problem:
-                problems, num_problems = problems or f"line {num_rows}: {problem}", num_problems + 1
-            else:
-                last_line = line
-    except FileNotFoundError:
-        return 0, MISSING, None
-    except OSError as error:
-        return num_rows, f"cannot be read: {error.strerror}", last_line
-    except ValueError as error:
-        return num_rows, problems or str(error).removeprefix(f"{path}, "), last_line
-    more = f" and {num_problems - 1} lines more" if num_problems > 1 else ""
-    return num_rows, problems + more or None, last_line
 
 
 def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, str]]:

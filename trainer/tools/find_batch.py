@@ -1,0 +1,236 @@
+"""`--find-batch`: the fastest micro-batch that fits, for the same global batch, on one host.
+
+Rank 0 starts a group of processes for each size (`python -m trainer.tools.find_batch JOB`), which take steps of the
+longest rows: a rank that runs out of memory leaves the others waiting in a collective, so all of a group are ended.
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.config.batch_config import BatchConfig
+from trainer.config.errors import TrainingError, UserError
+from trainer.config.settings import Settings
+from trainer.data.dataset import PreparedDataset, TokenDataset, load
+from trainer.data.sampler import GlobalBatch, step_batches, step_counts
+from trainer.distributed.engine import Engine
+from trainer.distributed.memory import required_bytes
+from trainer.tools.trial_engine import join_job, output_folder, start_trial, write_answer, write_result
+from trainer.tools.worker_processes import run_job
+from trainer.training.run_plan import RunPlan
+
+#: Of the memory that is free; on a CPU what is beyond it is taken from other programs, not refused.
+MEMORY_BUDGET_SHARE = 0.8
+WORKER_COMMAND = ("-m", "trainer.tools.find_batch")
+OUT_OF_MEMORY_EXIT_CODE = 77
+OOM_KILL_EXIT_CODES = (-9, 137)  # killed by the system, which is how a host's memory runs out
+EQUAL_SPEED_SHARE = 0.03  # of the speed; within it two sizes are as fast, and the smaller one needs less memory
+MAX_MICRO_BATCHES = 4  # that are run in a step; the time of more is extrapolated
+NUM_TIMED_STEPS = 2  # after those that warm up and show whether it fits
+
+#: One micro-batch as it ran: `micro_batch_size`, `gradient_accumulation_steps`, `fits`, and either `failure_reason` or
+#: `step_seconds` (of the global batch), `tokens_per_second` and `peak_memory_bytes` (of the rank that needs most).
+Trial = dict[str, Any]
+
+
+def find_micro_batch_size(plan: RunPlan, data: PreparedDataset) -> int:
+    """Try, print, and leave find-batch.json in the run folder; returns 0. UserError on several hosts, TrainingError
+    where no micro-batch fits."""
+    context = plan.dist_context
+    if context.local_world_size != context.world_size:
+        raise UserError(
+            f"--find-batch: {context.world_size} ranks on several hosts; expected one host: try its "
+            f"{context.local_world_size} ranks there, with as many times smaller a --global-batch"
+        )
+    if context.rank > 0:
+        return 0
+    row_length, global_batch = int(data.train.lengths().max()), plan.schedule.batch.global_batch
+    sizes, budget = sizes_within_budget(plan, candidate_sizes(global_batch, context.world_size), row_length)
+    trials: dict[int, Trial] = {}
+    while (size := next_size(sizes, {size: trial["fits"] for size, trial in trials.items()})) is not None:
+        print(f"trying micro-batch {size} ...", flush=True)
+        trials[size] = run_trial(plan, data.folder, size)
+    sorted_trials = [trials[size] for size in sorted(trials)]
+    best = fastest(sorted_trials)
+    content = {
+        "global_batch": global_batch,
+        "width": row_length,
+        "tried": sorted_trials,
+        "suggestion": best["micro_batch_size"] if best else None,
+        "budget": budget,
+    }
+    with output_folder(plan) as folder:
+        path = write_result(folder, "find-batch.json", plan, content)
+    print("\n".join([*format_lines(sorted_trials, best), *([budget] if budget else [])]), flush=True)
+    if best is None:
+        raise TrainingError(
+            "--find-batch: not even the smallest micro-batch fits; --ds-config zero3 or zero2_offload, --mode lora "
+            "or a shorter --block-size need less"
+        )
+    if plan.dropout > 0:
+        print("note           another micro-batch draws other dropout masks; all else stays the same run", flush=True)
+    print(f"numbers        {path}; nothing was trained", flush=True)
+    return 0
+
+
+def candidate_sizes(global_batch: int, world_size: int) -> list[int]:
+    """Every micro-batch that leaves the global batch as it is: the divisors of a rank's share, ascending."""
+    examples_per_rank = global_batch // world_size
+    return [size for size in range(1, examples_per_rank + 1) if examples_per_rank % size == 0]
+
+
+def next_size(sizes: Sequence[int], fits_by_size: Mapping[int, bool]) -> int | None:
+    """What to try next: at least twice the largest that fits until one does not, then the middle of the gap."""
+    largest_fitting = max((size for size, fits in fits_by_size.items() if fits), default=0)
+    smallest_failing = min((size for size, fits in fits_by_size.items() if not fits), default=math.inf)
+    between = [size for size in sizes if largest_fitting < size < smallest_failing]
+    if not between:
+        return None
+    if smallest_failing == math.inf:
+        return next((size for size in between if size >= 2 * largest_fitting), between[-1])
+    return between[len(between) // 2]
+
+
+def fastest(trials: Sequence[Trial]) -> Trial | None:
+    """The smallest micro-batch among those that are as fast as the fastest; None where none fits."""
+    speeds = {trial["micro_batch_size"]: trial["tokens_per_second"] for trial in trials if trial["fits"]}
+    min_speed = (1 - EQUAL_SPEED_SHARE) * max(speeds.values(), default=0.0)
+    fast = [trial for trial in trials if speeds.get(trial["micro_batch_size"], -1) >= min_speed]
+    return min(fast, key=lambda trial: trial["micro_batch_size"], default=None)
+
+
+def sizes_within_budget(plan: RunPlan, sizes: Sequence[int], row_length: int) -> tuple[list[int], str]:
+    """(ascending sizes that may be tried, what was left out and why): CPU ranks by estimate, GPUs try all."""
+    if plan.dist_context.device.type == "cuda":
+        return list(sizes), ""
+    limit_bytes = MEMORY_BUDGET_SHARE * plan.dist_context.free_host_bytes()
+    budget_note = f"budget {limit_bytes / 2**30:.1f} GiB per rank ({MEMORY_BUDGET_SHARE:.0%} of the free memory)"
+    for index, size in enumerate(sizes):
+        estimate = plan.estimate_memory(plan.deepspeed_file, row_length, size)
+        needed_bytes = required_bytes(estimate, plan.model_info["parameters"], plan.dist_context.device)[0]
+        if needed_bytes > limit_bytes:
+            note = f"not tried: {size} and above, estimated at {needed_bytes / 2**30:.1f} GiB or more"
+            return list(sizes[:index]), f"{budget_note}; {note}"
+    return list(sizes), budget_note
+
+
+def run_trial(plan: RunPlan, data_folder: Path, size: int) -> Trial:
+    """A micro-batch on processes of its own. TrainingError where they end for another reason than memory."""
+    world_size, timeout = plan.dist_context.world_size, plan.settings.engine.hang_timeout
+    accumulation = BatchConfig.divide(plan.schedule.batch.global_batch, size, world_size).gradient_accumulation_steps
+    job = {"settings": plan.settings.as_dict(), "data": str(data_folder), "size": size}
+    answers, exit_codes, reason = run_job(WORKER_COMMAND, job, world_size, timeout_seconds=timeout)
+    trial = {"micro_batch_size": size, "gradient_accumulation_steps": accumulation, "fits": True}
+    if exit_codes is None:
+        raise TrainingError(f"--find-batch: micro-batch {size} took over {timeout:g} s (--hang-timeout): {reason}")
+    for rank, exit_code in enumerate(exit_codes):
+        if exit_code == OUT_OF_MEMORY_EXIT_CODE:
+            return trial | {"fits": False, "failure_reason": f"out of memory on rank {rank}"}
+        if exit_code in OOM_KILL_EXIT_CODES:
+            killed = f"killed by the system on rank {rank}, most likely for its memory"
+            return trial | {"fits": False, "failure_reason": killed}
+    if any(exit_codes):
+        rank = next(rank for rank, exit_code in enumerate(exit_codes) if exit_code)
+        raise TrainingError(f"--find-batch: micro-batch {size} failed on rank {rank}: {reason}")
+    (numbers,) = answers
+    return trial | numbers
+
+
+def format_lines(trials: Sequence[Trial], best: Trial | None) -> list[str]:
+    """The table and the suggestion for people."""
+    lines = ["", "micro-batch  accumulation  ms per step    tokens/s  memory of a rank"]
+    for trial in trials:
+        outcome = (
+            "{:>11,.0f}  {tokens_per_second:>10,.0f}  {:.2f} GiB".format(
+                1000 * trial["step_seconds"], trial["peak_memory_bytes"] / 2**30, **trial
+            )
+            if trial["fits"]
+            else f"does not fit: {trial['failure_reason']}"
+        )
+        lines.append(f"{trial['micro_batch_size']:>11}  {trial['gradient_accumulation_steps']:>12}  {outcome}")
+    if best is not None:
+        largest = [trial for trial in trials if trial["fits"]][-1]
+        gain = best["tokens_per_second"] / largest["tokens_per_second"] - 1
+        comparison = f"{gain:+.0%} against" if abs(gain) > EQUAL_SPEED_SHARE else "in less memory and as fast as"
+        note = f", {comparison} {largest['micro_batch_size']}, the largest that fits" * (largest is not best)
+        speed = f"{best['tokens_per_second']:,.0f} tokens/s"
+        lines.append(f"suggestion     --micro-batch {best['micro_batch_size']}: {speed}{note}")
+    return lines
+
+
+# --- one rank ---
+
+
+def main(job_file: str) -> int:
+    """Try the job's size by real steps."""
+    with join_job(job_file) as (job, context):
+        settings = Settings.from_dict(job["settings"])
+        settings = replace(settings, train=replace(settings.train, micro_batch=job["size"]))
+        try:
+            data = load(Path(job["data"]))
+            _, engine = start_trial(settings, data, context)
+            batch = BatchConfig.divide(settings.train.global_batch, job["size"], context.world_size)
+            # A step of the longest rows. Of many micro-batches only a few are run; those left out take what one more
+            # of these takes.
+            num_micro_batches = min(batch.gradient_accumulation_steps, MAX_MICRO_BATCHES)
+            step_seconds = time_step(engine, data.train, batch, num_micro_batches)
+            if num_left := batch.gradient_accumulation_steps - num_micro_batches:
+                one = time_step(engine, data.train, batch, 1)
+                step_seconds += num_left * max(0.0, step_seconds - one) / (num_micro_batches - 1)
+            tokens = step_counts(data.train, longest_rows(data.train), 0, batch.global_batch)[0]
+            step_seconds = max(context.all_gather_object(step_seconds))
+            write_answer(job, context, {"step_seconds": step_seconds, "tokens_per_second": tokens / step_seconds})
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"out of memory: {error}", flush=True)
+            os._exit(OUT_OF_MEMORY_EXIT_CODE)  # at once: leaving a group waits for the others
+    return 0
+
+
+def time_step(engine: Engine, dataset: TokenDataset, batch: BatchConfig, num_micro_batches: int) -> float:
+    """Seconds of a step of so many micro-batches of the longest rows on each rank, the least of two."""
+    part = replace(batch, gradient_accumulation_steps=num_micro_batches)
+    order = longest_rows(dataset)
+    num_tokens, num_target_tokens = step_counts(dataset, order, 0, part.global_batch)
+    step_batch = GlobalBatch(
+        step=0,
+        epoch=0,
+        step_in_epoch=0,
+        example_ids=order[: part.global_batch].tolist(),
+        micro_batches=step_batches(dataset, order, 0, part, engine.dist_context.rank),
+        num_tokens=num_tokens,
+        num_target_tokens=num_target_tokens,
+    )
+    times = []
+    for _ in range(engine.num_warmup_steps + NUM_TIMED_STEPS):
+        start_time = time.perf_counter()
+        list(engine.run([step_batch], lambda _: 0.0))
+        if engine.dist_context.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start_time)
+    return min(times[-NUM_TIMED_STEPS:])
+
+
+def longest_rows(dataset: TokenDataset) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """All rows, the longest first, int64 [n]."""
+    return np.argsort(-dataset.lengths(), kind="stable").astype(np.int64)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that memory ran out, as torch's allocators and libraries put it."""
+    messages = ("out of memory", "can't allocate memory", "cannot allocate memory", "ALLOC_FAILED")
+    is_allocators_own = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return is_allocators_own or any(message in str(error) for message in messages)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
