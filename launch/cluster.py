@@ -77,14 +77,14 @@ def main(argv: list[str] | None = None) -> int:
         return report_error(error)
     except OSError as error:
         return report_error(UserError(f"--folder {args.folder}: cannot write there: {error.strerror}"))
-    for file in files:
-        print(f"# {folder / file.name}")
-        if file.mode == 0o600:  # its values may be secret
+    for name, (content, mode) in files.items():
+        print(f"# {folder / name}")
+        if mode == 0o600:  # its values may be secret
             print(f"(readable by you only; sets PATH {' '.join(forwarded_names(os.environ))})\n")
         else:
-            print(file.content)
+            print(content)
     start = "sbatch" if args.slurm else "bash"
-    print(f"# start it with: {start} {shlex.quote(str(folder / files[-1].name))}")
+    print(f"# start it with: {start} {shlex.quote(str(folder / name))}")
     return 0
 
 

@@ -79,9 +79,12 @@ def main(argv: list[str] | None = None) -> int:
 def plan(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser) -> None:
     """Print the plan; write the rule of the study, or check that it is that of the one that goes on."""
     from trainer.report.judge import parse_margin
-    from trainer.tools.study import planning, rule, trials
+    from trainer.tools.study import planning, rule
+    from trainer.tools.study.search import expected_trials
+    from trainer.tools.study.trial_process import make_slots
+    from trainer.tools.study.trials import DEFAULT_ARGV
 
-    slots = trials.make_slots(args.workers, args.gpus_per_trial)
+    slots = make_slots(args.workers, args.gpus_per_trial)
     for argument in train_argv:
         if argument.partition("=")[0] in RESERVED_FLAGS:
             raise UserError(
@@ -89,7 +92,7 @@ def plan(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser
             )
     has_test_data = any(argument.partition("=")[0] == "--test-data" for argument in train_argv)
     train_argv = [*(["--test-fraction", "0"] if has_test_data else []), *train_argv]
-    settings = parse_args(["--mode", "full", *trials.DEFAULT_ARGV, *train_argv], companion=parser).settings
+    settings = parse_args(["--mode", "full", *DEFAULT_ARGV, *train_argv], companion=parser).settings
     if settings.train.warmup_steps:
         raise UserError(
             f"--warmup-steps {settings.train.warmup_steps}: the short runs of a search might end before it; give "
@@ -112,7 +115,9 @@ def plan(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser
         train_argv=tuple(max_steps_parser.parse_known_args(train_argv)[1]),  # each run has its own --max-steps
         data=data,
     )
-    print("\n".join(planning.describe_plan(study_rule)), flush=True)
+    for method in methods:
+        num_steps = [spec.num_steps for spec in expected_trials(study_rule) if spec.candidate.method == method]
+        print(f"{method}: {len(num_steps)} trials, {sum(num_steps):,} steps", flush=True)
     if args.dry_run:
         minutes = planning.estimate_minutes(study_rule, slots)
         print(f"about {minutes:,.0f} minutes: an estimate from {planning.NUM_TIMED_STEPS} timed steps of each method")
@@ -128,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
     from trainer.tools.study import answer
     from trainer.tools.study.finalist_timing import time_finalists
     from trainer.tools.study.study import Study
-    from trainer.tools.study.trials import make_slots, read_results, read_trials
+    from trainer.tools.study.trial_process import make_slots
+    from trainer.tools.study.trials import read_results, read_trials
 
     study, slots = Study.open(args.join or args.output_dir), make_slots(args.workers, args.gpus_per_trial)
     should_stop = threading.Event()

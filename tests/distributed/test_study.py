@@ -30,7 +30,8 @@ from trainer.tools.study import study as study_module
 from trainer.tools.study.rule import read_rule, write_rule
 from trainer.tools.study.search import TrialSpec
 from trainer.tools.study.study import Study
-from trainer.tools.study.trials import Slot, Trial, execution_argv, make_slots, read_results, read_trial
+from trainer.tools.study.trial_process import Slot, make_slots
+from trainer.tools.study.trials import Trial, execution_argv, read_results, read_trials
 from trainer.tracking.eval_records import EVAL_RECORDS_FOLDER, read_evaluations
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +91,7 @@ def stub_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_pictures: None)
     """A folder whose `study` is worked on by the stand-in, on grids of one rate a decade."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(STUB)
-    monkeypatch.setattr(trials, "LAUNCH_FOLDER", tmp_path / "launch")
+    monkeypatch.setattr(trial_process, "TRAIN_SCRIPT", tmp_path / "launch" / "train.py")
     monkeypatch.setattr(trial_process, "PRELOADED_MODULES", ["helpers.preload"])  # this process has one server for all
     monkeypatch.setattr(search, "RATES_PER_DECADE", 1)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
@@ -168,8 +169,8 @@ DRIVER = """
 import sys
 sys.path.insert(0, {launch!r})
 from pathlib import Path
-from trainer.tools.study import search, trial_process, trials
-trials.LAUNCH_FOLDER = Path({stub!r})
+from trainer.tools.study import search, trial_process
+trial_process.TRAIN_SCRIPT = Path({stub!r}) / "train.py"
 trial_process.PRELOADED_MODULES, search.RATES_PER_DECADE = {preloaded!r}, 1
 import study
 sys.exit(study.main(sys.argv[1:]))
@@ -217,11 +218,11 @@ def test_a_trial_that_fails_is_a_result_and_the_study_goes_on(stub_dir, monkeypa
     slot = make_slots(1, None)[0]
     diverging = make_trial(make_candidate("lora"))
 
-    def run_trial(spec: TrialSpec) -> Trial | None:
+    def run_trial(spec: TrialSpec) -> Trial:
         running = trials.start_trial(study.folder, study.rule, slot, [spec])
         running.process.join()
         trials.finish_trial(study.folder, study.rule, running, is_stopping=False)
-        return read_trial(study.folder, spec.name)
+        return read_trials(study.folder)[spec.name]
 
     assert run_trial(diverging).failure == "step 3: loss nan"
     monkeypatch.setenv("STUB_KILLED", "2")

@@ -9,9 +9,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
@@ -21,17 +20,13 @@ NOTICE_MARGIN_SECONDS = 30  # between a run's --grace and the end of the job: to
 MAX_NOTICE_SECONDS = 65535  # sbatch(1)
 MIN_STRAGGLER_SECONDS = 60  # that a host gets to end by itself when another has ended: to close W&B, to upload
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
+#: The line of a shell script that puts this virtual environment in front.
+PATH_EXPORT = f"export PATH={shlex.quote(f'{sys.prefix}/bin')}:$PATH"
+#: {name: (content, mode)} of files to be written; the last one starts the run.
+LaunchFiles = dict[str, tuple[str, int]]
 
 
-class LaunchFile(NamedTuple):
-    """A file to be written: its name, its content, and who may read it."""
-
-    name: str
-    content: str
-    mode: int = 0o644
-
-
-def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Namespace) -> list[LaunchFile]:
+def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Namespace) -> LaunchFiles:
     """One batch script: a task on each node, torchrun in it, SLURM's notice handed on, and the job queued again after.
 
     `command`: launch/train.py and its flags, from this folder; `settings`: what they mean; `args`: cluster.py's own
@@ -63,7 +58,7 @@ def slurm_files(command: Sequence[str], settings: Settings, args: argparse.Names
     )
     body = f"""
 cd {shlex.quote(str(Path.cwd()))} || exit 1
-{_path_export()}
+{PATH_EXPORT}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((15000 + SLURM_JOB_ID % 20000))
 NOTICE=$(mktemp) || exit 1
@@ -88,7 +83,7 @@ fi
 rm -f "$NOTICE"
 exit $code
 """
-    return [LaunchFile(name="job.sbatch", content="\n".join(["#!/bin/bash", *lines]) + "\n" + body)]
+    return {"job.sbatch": ("\n".join(["#!/bin/bash", *lines]) + "\n" + body, 0o644)}
 
 
 def ssh_files(
@@ -97,21 +92,28 @@ def ssh_files(
     ranks_of_hosts: Mapping[str, int],
     folder: Path,
     environ: Mapping[str, str],
-) -> list[LaunchFile]:
+) -> LaunchFiles:
     """The host list and the command for `deepspeed --hostfile`, and a file with the variables, for its owner only.
 
     `command`, `settings`: as for `slurm_files`; `folder`: where the files go, under the same path on all hosts.
     """
     environment, hostfile = (shlex.quote(str(folder / name)) for name in ("environment", "hostfile"))
-    if len(ranks_of_hosts) > 1:  # the ranks of one host are started by deepspeed itself, without pdsh
-        command = [_quote_for_pdsh(word) for word in command]
+
+    def quote(word: str) -> str:
+        if re.fullmatch(r"[\w@+=:,./-]+", word, re.ASCII):
+            return word
+        escaped = re.sub(rb"[^A-Za-z0-9]", lambda match: b"\\x%02x" % match[0][0], os.fsencode(word))
+        return f"$'{escaped.decode()}'"
+
+    if len(ranks_of_hosts) > 1:  # deepspeed passes flags on unquoted and changes blanks, pdsh changes any %;
+        command = [quote(word) for word in command]  # the ranks of one host are started without pdsh
     hosts, quiet = shlex.join(ranks_of_hosts), "" if "--verbose" in command else " --quiet"
     max_seconds = _straggler_seconds(settings)
     names = forwarded_names(environ)
-    exports = [_path_export(), *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
+    exports = [PATH_EXPORT, *(f"export {name}={shlex.quote(environ[name])}" for name in names)]
     script = f"""#!/bin/bash
 cd {shlex.quote(str(Path.cwd()))} || exit 1
-{_path_export()}
+{PATH_EXPORT}
 # Without these deepspeed waits for ever for a host that is gone.
 export PDSH_SSH_ARGS_APPEND="{SSH_OPTIONS}"
 # Hosts that do not share this folder get the variables too.
@@ -146,25 +148,17 @@ done
 kill %sleep 2>/dev/null
 wait $launcher
 """
-    return [
-        LaunchFile(name="hostfile", content="".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())),
-        LaunchFile(name="environment", content="\n".join(exports) + "\n", mode=0o600),
-        LaunchFile(name="run.sh", content=script, mode=0o755),
-    ]
+    hostfile_content = "".join(f"{host} slots={n}\n" for host, n in ranks_of_hosts.items())
+    return {
+        "hostfile": (hostfile_content, 0o644),
+        "environment": ("\n".join(exports) + "\n", 0o600),
+        "run.sh": (script, 0o755),
+    }
 
 
 def _straggler_seconds(settings: Settings) -> int:
     """Seconds after the end of one host by which the others have ended, or are ended: a frozen rank never does."""
     return max(MIN_STRAGGLER_SECONDS, round(settings.engine.hang_timeout))
-
-
-def _quote_for_pdsh(text: str) -> str:
-    """Quoted for the shells of the hosts: deepspeed passes it on unquoted and changes blanks, pdsh changes any %."""
-    if re.fullmatch(r"[\w@+=:,./-]+", text, re.ASCII):
-        return text
-    escape = "\\x{:02x}".format
-    escaped = re.sub(r"[^A-Za-z0-9]", lambda match: "".join(map(escape, os.fsencode(match[0]))), text)
-    return f"$'{escaped}'"
 
 
 def parse_hosts(text: str) -> dict[str, int]:
@@ -178,22 +172,17 @@ def parse_hosts(text: str) -> dict[str, int]:
     return ranks_of_hosts
 
 
-def _path_export() -> str:
-    """The line of a shell script that puts this virtual environment in front."""
-    return f"export PATH={shlex.quote(f'{sys.prefix}/bin')}:$PATH"
-
-
 def forwarded_names(environ: Mapping[str, str]) -> list[str]:
     """The names of the variables that a run on another machine needs."""
     return sorted(name for name in environ if name.startswith(FORWARDED_PREFIXES) and name.isidentifier())
 
 
-def write_files(folder: Path, files: Iterable[LaunchFile]) -> None:
+def write_files(folder: Path, files: LaunchFiles) -> None:
     """Write them; each is made with its mode, so that a key is never readable for a moment. OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        path = folder / file.name
+    for name, (content, mode) in files.items():
+        path = folder / name
         path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, file.mode)
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(file.content)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from trainer.config.files import read_text_file
 from trainer.config.run_metadata import read_run_metadata
 from trainer.config.schema import LoraSettings
 from trainer.config.settings import Settings
-from trainer.config.text import escape_markdown
+from trainer.config.text import markdown_table
 from trainer.data.chat import ChatTemplate, end_token_ids
 from trainer.data.conversations import Conversation, from_messages
 from trainer.data.prepare import prepare
@@ -48,8 +48,24 @@ def generate(args: argparse.Namespace) -> int:
     for folder in args.runs:
         metadata = read_run_metadata(folder / "run.json")
         runs.append(_Run(folder, metadata, Settings.from_dict(metadata["settings"])))
-    _check_one_tokenizer(runs)
-    loaders = _list_models(runs, args.checkpoint)
+    first_data = runs[0].metadata["data"]
+    for folder, metadata, _ in runs:
+        if metadata["data"]["tokenizer"] is None:
+            raise UserError(f"{folder}: trained on token ids; expected a run on text")
+        if any(metadata["data"].get(name) != first_data.get(name) for name in ("tokenizer", "chat_template")):
+            raise UserError(
+                f"{folder}: has another tokenizer or chat template than {args.runs[0]}; expected runs with the same"
+            )
+    loaders: dict[str, Callable[[], TrainableModel]] = {}  # each base once, before the first run on it
+    fingerprints, names = set(), [run.metadata["name"] for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        base = run.metadata["model"]
+        if base["fingerprint"] not in fingerprints:
+            fingerprints.add(base["fingerprint"])
+            loaders[f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"] = partial(_load_base, run)
+        checkpoint = resolve_checkpoint(run.folder / "checkpoints", args.checkpoint, flag="--checkpoint")
+        load = partial(load_model_at_checkpoint, run.folder, run.settings, checkpoint, run.metadata)
+        loaders[name if names.count(name) == 1 else str(run.folder)] = load
     completer = _Completer(args, runs[0])
     if not args.prompt and args.prompts is None and sys.stdin.isatty() and sys.stdout.isatty():
         return _talk({label: load().causal for label, load in loaders.items()}, completer)
@@ -61,46 +77,21 @@ def generate(args: argparse.Namespace) -> int:
             lines.append(("reference" if len(prompt.references) == 1 else f"reference {number}", reference))
         show_plan([*lines, *((label, completions[i]) for label, completions in texts.items())])
         print(flush=True)
-    scores = [_describe_scores(label, completions, prompts) for label, completions in texts.items() if args.score]
-    for line in scores:
-        print(line, flush=True)
+    score_lines = []
+    scored = [i for i, prompt in enumerate(prompts) if prompt.references]
+    if args.score and not scored:
+        raise UserError("--score: no prompt has a reference; expected --prompts FILE with `reference`")
+    for label, completions in texts.items() if args.score else ():
+        scores = text_scores([completions[i] for i in scored], [prompts[i].references for i in scored])
+        values = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+        score_lines.append(f"{label}: {values} over {len(scored)} prompts")
+        print(score_lines[-1], flush=True)
     if args.output is not None:
-        rows: list[list[str]] = [["prompt", "references", *texts]]
-        for i, prompt in enumerate(prompts):
-            rows.append([prompt.text, " / ".join(prompt.references), *(texts[label][i] for label in texts)])
-        table = [f"| {' | '.join(escape_markdown(cell) for cell in row)} |\n" for row in rows]
-        table.insert(1, "|" + "---|" * len(rows[0]) + "\n")
-        args.output.write_text("".join([*table, *(f"\n{line}\n" for line in scores)]), "utf-8")
+        rows = [[prompt.text, " / ".join(prompt.references)] for prompt in prompts]
+        rows = [[*row, *(texts[label][i] for label in texts)] for i, row in enumerate(rows)]
+        table = markdown_table(["prompt", "references", *texts], rows)
+        args.output.write_text("\n\n".join([table, *score_lines]) + "\n", "utf-8")
     return 0
-
-
-def _check_one_tokenizer(runs: Sequence[_Run]) -> None:
-    """UserError where the runs cannot be given the same prompts."""
-    first = runs[0]
-    for run in runs:
-        data, first_data = run.metadata["data"], first.metadata["data"]
-        if data["tokenizer"] is None:
-            raise UserError(f"{run.folder}: trained on token ids; expected a run on text")
-        if any(data.get(name) != first_data.get(name) for name in ("tokenizer", "chat_template")):
-            raise UserError(
-                f"{run.folder}: has another tokenizer or chat template than {first.folder}; expected runs with the same"
-            )
-
-
-def _list_models(runs: Sequence[_Run], checkpoint_name: str) -> dict[str, Callable[[], TrainableModel]]:
-    """{label: what loads it}: each base once, before the first run on it, then the run."""
-    loaders: dict[str, Callable[[], TrainableModel]] = {}
-    fingerprints = set()
-    names = [run.metadata["name"] for run in runs]
-    for run, name in zip(runs, names, strict=True):
-        base = run.metadata["model"]
-        if base["fingerprint"] not in fingerprints:
-            fingerprints.add(base["fingerprint"])
-            loaders[f"base ({base['name'].rstrip('/').rsplit('/', 1)[-1]})"] = partial(_load_base, run)
-        label = name if names.count(name) == 1 else str(run.folder)
-        checkpoint = resolve_checkpoint(run.folder / "checkpoints", checkpoint_name, flag="--checkpoint")
-        loaders[label] = partial(load_model_at_checkpoint, run.folder, run.settings, checkpoint, run.metadata)
-    return loaders
 
 
 def _load_base(run: _Run) -> TrainableModel:
@@ -134,7 +125,16 @@ class _Completer:
         if args.prompt:
             return [self.make_prompt(text) for text in args.prompt]
         if args.prompts is not None:
-            return list(self._read_file(args.prompts))
+            prompts, name = [], f"--prompts {args.prompts}"
+            for number, line in enumerate(read_text_file(args.prompts, name, EXPECTED_LINE).splitlines(), start=1):
+                try:
+                    if line.strip():
+                        prompts.append(self._parse(json.loads(line)))
+                except (ValueError, RecursionError, RecordError) as error:
+                    raise UserError(f"{name}, line {number}: {error}") from None
+            if not prompts:
+                raise UserError(f"{name}: is empty; expected {EXPECTED_LINE}")
+            return prompts
         data = prepare(settings.data, model=settings.model.model, global_batch=settings.train.global_batch)
         prompts = make_prompts(data, self.tokenizer, self.max_positions)[: args.num]
         if not prompts:
@@ -155,17 +155,6 @@ class _Completer:
             )
         length = max(map(len, reference_ids), default=0)
         return EvalPrompt(text=text, ids=tuple(ids.tolist()), references=tuple(references), reference_length=length)
-
-    def _read_file(self, path: Path) -> Iterator[EvalPrompt]:
-        lines = read_text_file(path, f"--prompts {path}", EXPECTED_LINE).splitlines()
-        records = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        if not records:
-            raise UserError(f"--prompts {path}: is empty; expected {EXPECTED_LINE}")
-        for number, line in records:
-            try:
-                yield self._parse(json.loads(line))
-            except (ValueError, RecursionError, RecordError) as error:
-                raise UserError(f"--prompts {path}, line {number}: {error}") from None
 
     def _parse(self, record: Any) -> EvalPrompt:
         """One line of a file; ValueError or RecordError for anything that is no prompt."""
@@ -212,12 +201,3 @@ def _talk(models: Mapping[str, Any], completer: _Completer) -> int:
             print(f"error: {error}", flush=True)
         else:
             show_plan([(label, completer.complete(causal, prompts)[0]) for label, causal in models.items()])
-
-
-def _describe_scores(label: str, completions: Sequence[str], prompts: Sequence[EvalPrompt]) -> str:
-    """One line of scores over the prompts that have references; UserError where none has."""
-    pairs = [(text, prompt.references) for text, prompt in zip(completions, prompts, strict=True) if prompt.references]
-    if not pairs:
-        raise UserError("--score: no prompt has a reference; expected --prompts FILE with `reference`")
-    scores = text_scores([text for text, _ in pairs], [references for _, references in pairs])
-    return f"{label}: {', '.join(f'{name} {value:.3g}' for name, value in scores.items())} over {len(pairs)} prompts"

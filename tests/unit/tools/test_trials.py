@@ -17,16 +17,15 @@ from trainer.config.errors import UserError
 from trainer.tools.study import trials
 from trainer.tools.study.rule import write_rule
 from trainer.tools.study.study import Study
+from trainer.tools.study.trial_process import Slot, train_environ
 from trainer.tools.study.trials import (
     MAX_FAILURES,
-    Slot,
     Trial,
     finish_trial,
     read_results,
-    read_trial,
+    read_trials,
     run_folder,
     start_trial,
-    train_environ,
 )
 from trainer.tracking.wandb_logger import RUN_VARIABLES
 
@@ -47,11 +46,11 @@ def exit_codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return codes
 
 
-def run_trial(folder: Path, *, is_stopping: bool = False) -> Trial | None:
+def run_trial(folder: Path, *, is_stopping: bool = False) -> Trial:
     running = start_trial(folder, RULE, SLOT, SPECS[:1])
     assert running is not None
     finish_trial(folder, RULE, running, is_stopping=is_stopping)
-    return read_trial(folder, SPECS[0].name)
+    return read_trials(folder)[SPECS[0].name]
 
 
 def hold_trial(folder: str) -> None:

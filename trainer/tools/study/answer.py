@@ -161,7 +161,7 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
         return points
 
     full, lora = ([curve(method, seed) for seed in rule.search_seeds] for method in PRIMARY)
-    return build_views(full, lora, no_seconds=timing.blocker)
+    return build_views(full, lora, no_seconds=timing.cost.reason)
 
 
 def _read_run(study_folder: Path, spec: TrialSpec) -> RunData:

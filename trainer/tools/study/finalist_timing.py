@@ -7,7 +7,7 @@ one of them out changes the ratio little; where that does not come the ratio is 
 
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from trainer.report.judge import CostRatio
 from trainer.report.run_data import read_folder
 from trainer.tools.study.rule import PRIMARY, Rule
 from trainer.tools.study.search import Candidate
-from trainer.tools.study.trials import Slot, method_argv, start_run
+from trainer.tools.study.trial_process import Slot, start_run
+from trainer.tools.study.trials import method_argv
 from trainer.tools.worker_processes import failure_reason
 from trainer.tracking.run_lock import FolderInUseError, RunLock
 
@@ -43,53 +44,45 @@ class Timing(BaseModel):
         """Of both methods."""
         return min(len(self.step_seconds.get(method, [])) for method in PRIMARY)
 
-    def _ratio(self, left_out: int | None = None) -> float:
-        """LoRA's seconds over full's, by all rounds but one."""
-        full, lora = (_mean_of_least(self.step_seconds[method], left_out) for method in PRIMARY)
-        return lora / full
+    def _mean_seconds(self, method: str, left_out: int | None = None) -> float:
+        """Seconds of a step: of each step the least over the rounds but one, the mean over the steps."""
+        rounds = [seconds for n, seconds in enumerate(self.step_seconds[method]) if n != left_out]
+        return float(np.mean(np.min(rounds, axis=0)))
 
     @property
     def ratios(self) -> list[float]:
         """LoRA's seconds over full's without one of the rounds, least first."""
-        return sorted(self._ratio(n) for n in range(self.num_rounds)) if self.num_rounds > 1 else []
+        num_rounds = self.num_rounds if self.num_rounds > 1 else 0
+        return sorted(self._mean_seconds("lora", n) / self._mean_seconds("full", n) for n in range(num_rounds))
 
     @property
-    def blocker(self) -> str:
-        """Why the times are not divided, "" where they may be: not taken, or on a machine that did other work."""
-        if self.reason or (self.ratios and self.ratios[-1] <= MAX_SPREAD * self.ratios[0]):
-            return self.reason
-        return (
-            f"the machine was busy: LoRA's steps took {self.ratios[0]:.2f}x to {self.ratios[-1]:.2f}x full's, by which "
-            f"of {self.num_rounds} rounds is left out; without {TIMING_FILE} they are timed again"
-        )
+    def cost(self) -> CostRatio:
+        """LoRA's time of a step beside full's; no ratio where none was taken, or on a machine that did other work."""
+        full, lora = (self._mean_seconds(method) if self.step_seconds.get(method) else None for method in PRIMARY)
+        reason, ratios = self.reason, self.ratios
+        if not reason and not (ratios and ratios[-1] <= MAX_SPREAD * ratios[0]):
+            reason = (
+                f"the machine was busy: LoRA's steps took {ratios[0]:.2f}x to {ratios[-1]:.2f}x full's, by which "
+                f"of {self.num_rounds} rounds is left out; without {TIMING_FILE} they are timed again"
+            )
+        ratio = lora / full if full and lora and not reason else None
+        return CostRatio(ratio=ratio, reason=reason, full=full, lora=lora, is_of_a_step=True)
 
     @property
     def mean_step_seconds(self) -> dict[str, float]:
         """Of each primary method; none where they may not be compared."""
-        return {} if self.blocker else {method: _mean_of_least(self.step_seconds[method]) for method in PRIMARY}
-
-    @property
-    def cost(self) -> CostRatio:
-        """LoRA's time of a step beside full's."""
-        seconds = {method: _mean_of_least(rounds) for method, rounds in self.step_seconds.items() if rounds}
-        return CostRatio(
-            ratio=None if self.blocker else self._ratio(),
-            reason=self.blocker,
-            full=seconds.get("full"),
-            lora=seconds.get("lora"),
-            is_of_a_step=True,
-        )
+        return {} if self.cost.reason else {method: self._mean_seconds(method) for method in PRIMARY}
 
     def describe(self) -> str:
         """One line for people."""
         if self.reason:
             return f"time and memory: not compared ({self.reason})"
-        memory = self.peak_memory_bytes["lora"] / self.peak_memory_bytes["full"]
-        time = f"not compared ({self.blocker})"
-        if not self.blocker:
+        memory, cost, ratios = self.peak_memory_bytes["lora"] / self.peak_memory_bytes["full"], self.cost, self.ratios
+        time = f"not compared ({cost.reason})"
+        if cost.ratio is not None:
             time = (
-                f"{self._ratio():.2f}x full's ({self.ratios[0]:.2f} to {self.ratios[-1]:.2f} without one of "
-                f"{self.num_rounds} rounds, in alternation on {self.machine})"
+                f"{cost.ratio:.2f}x full's ({ratios[0]:.2f} to {ratios[-1]:.2f} without one of {self.num_rounds} "
+                f"rounds, in alternation on {self.machine})"
             )
         return f"LoRA's time of a step: {time}; its peak memory: {memory:.2f}x full's"
 
@@ -152,12 +145,6 @@ def _take_turns(
             peaks[method] = max(peaks[method], run.summary["peak_memory_bytes"])
             machine = run.get("hardware.gpu") or f"{run.get('hardware.cores')} cores of {run.get('hardware.cpu')}"
         timing = Timing(step_seconds=step_seconds, peak_memory_bytes=peaks, machine=machine)
-        if timing.num_rounds >= MIN_ROUNDS and not timing.blocker:
+        if timing.num_rounds >= MIN_ROUNDS and not timing.cost.reason:
             break
     return timing
-
-
-def _mean_of_least(rounds: Sequence[Sequence[float]], left_out: int | None = None) -> float:
-    """Seconds of a step: of each step the least over the rounds, the mean over the steps."""
-    kept = [seconds for n, seconds in enumerate(rounds) if n != left_out]
-    return float(np.mean(np.min(kept, axis=0)))

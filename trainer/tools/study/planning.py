@@ -1,9 +1,10 @@
 """What a study will take, before its first trial: its length, its data, and its time by two timed steps."""
 
+import contextlib
 import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,24 @@ from trainer.config.errors import UserError
 from trainer.report.run_data import read_folder
 from trainer.tools.study.rule import METHODS, MIN_TEST_RECORDS, Rule
 from trainer.tools.study.search import expected_trials
-from trainer.tools.study.trials import DEFAULT_ARGV, Slot, start_run
+from trainer.tools.study.trial_process import Slot, start_run
+from trainer.tools.study.trials import DEFAULT_ARGV
 from trainer.tools.worker_processes import failure_reason
 
 NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the time; the first steps are slower
 
 
-def run_train(slot: Slot, argv: Sequence[str]) -> str:
-    """The output of launch/train.py, run as a trial is; UserError with its last line where it fails."""
-    with tempfile.TemporaryDirectory(prefix="study-") as folder:
-        process = start_run(slot, argv, Path(folder))
+@contextlib.contextmanager
+def try_run(method: str, argv: Sequence[str], slot: Slot) -> Iterator[Path]:
+    """A folder with the `log` and the `run` of launch/train.py, as a trial runs it; UserError where it fails."""
+    with tempfile.TemporaryDirectory(prefix="study-") as temp:
+        folder = Path(temp)
+        argv = [*METHODS[method], *DEFAULT_ARGV, *argv, "--output-dir", str(folder / "run")]
+        process = start_run(slot, argv, folder)
         process.join()
         if process.exitcode:
-            raise UserError(failure_reason(Path(folder, "log"), process.exitcode))
-        return Path(folder, "log").read_text(encoding="utf-8", errors="replace")
+            raise UserError(failure_reason(folder / "log", process.exitcode))
+        yield folder
 
 
 def resolve_run(methods: Sequence[str], train_argv: Sequence[str], slot: Slot) -> tuple[int, str]:
@@ -35,9 +40,8 @@ def resolve_run(methods: Sequence[str], train_argv: Sequence[str], slot: Slot) -
     """
     runs = set()
     for method in methods:
-        with tempfile.TemporaryDirectory(prefix="study-") as folder:
-            argv = [*METHODS[method], *DEFAULT_ARGV, *train_argv, "--output-dir", f"{folder}/run", "--dry-run"]
-            plan = run_train(slot, argv)
+        with try_run(method, [*train_argv, "--dry-run"], slot) as folder:
+            plan = (folder / "log").read_text(encoding="utf-8", errors="replace")
         steps = re.search(r"^steps\s.*?([\d,]+) in all", plan, re.MULTILINE)
         data = re.search(r"^data\s.*fingerprint ([0-9a-f]+)$", plan, re.MULTILINE)
         assert steps, "the plan says how many steps a run has"
@@ -54,15 +58,6 @@ def resolve_run(methods: Sequence[str], train_argv: Sequence[str], slot: Slot) -
     return runs.pop()
 
 
-def describe_plan(rule: Rule) -> list[str]:
-    """The trials and steps of each method, a line each."""
-    lines = []
-    for method in rule.methods:
-        num_steps = [spec.num_steps for spec in expected_trials(rule) if spec.candidate.method == method]
-        lines.append(f"{method}: {len(num_steps)} trials, {sum(num_steps):,} steps")
-    return lines
-
-
 def estimate_minutes(rule: Rule, slots: Sequence[Slot]) -> float:
     """What all trials take on these slots, by a run of a few steps of each method on the first one.
 
@@ -70,13 +65,11 @@ def estimate_minutes(rule: Rule, slots: Sequence[Slot]) -> float:
     """
     seconds = 0.0
     for method in rule.methods:
-        with tempfile.TemporaryDirectory(prefix="study-") as folder:
-            argv = [*METHODS[method], *DEFAULT_ARGV, *rule.train_argv, "--max-steps", str(NUM_STEPS)]
-            start_time = time.monotonic()
-            run_train(slots[0], [*argv, "--export", "none", "--wandb", "disabled", "--output-dir", f"{folder}/timed"])
+        start_time = time.monotonic()
+        argv = [*rule.train_argv, "--max-steps", str(NUM_STEPS), "--export", "none", "--wandb", "disabled"]
+        with try_run(method, argv, slots[0]) as folder:
             run_seconds = time.monotonic() - start_time
-            step_times = read_folder(Path(folder, "timed")).steps["time"]
-        step_seconds = float(np.mean(np.diff(step_times)[-NUM_TIMED_STEPS:]))
+            step_seconds = float(np.mean(np.diff(read_folder(folder / "run").steps["time"])[-NUM_TIMED_STEPS:]))
         start_seconds = max(0.0, run_seconds - NUM_STEPS * step_seconds)
         trials = [spec for spec in expected_trials(rule) if spec.candidate.method == method]
         seconds += sum(start_seconds + spec.num_steps * step_seconds for spec in trials)

@@ -11,10 +11,10 @@ from pathlib import Path
 from trainer.config.errors import UserError
 from trainer.tools.study.rule import Rule, read_rule
 from trainer.tools.study.search import StudyState, expected_trials, study_state
+from trainer.tools.study.trial_process import Slot
 from trainer.tools.study.trials import (
     STOP_SECONDS,
     RunningTrial,
-    Slot,
     finish_trial,
     read_results,
     read_trials,

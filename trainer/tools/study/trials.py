@@ -8,10 +8,8 @@ another, so whoever finds it free takes the trial up where it was.
 import contextlib
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,55 +20,19 @@ from pydantic import BaseModel, ConfigDict
 
 from trainer.config.errors import UserError
 from trainer.config.files import write_atomically
-from trainer.distributed.launch_environment import without_launcher
 from trainer.tools.study.rule import METHODS, Rule
 from trainer.tools.study.search import Candidate, TrialSpec
-from trainer.tools.study.trial_process import start_training
+from trainer.tools.study.trial_process import Slot, start_run
 from trainer.tools.worker_processes import failure_reason
 from trainer.tracking.records import EvalRecord, EventRecord, read_records
 from trainer.tracking.run_lock import FolderInUseError, RunLock
-from trainer.tracking.wandb_logger import RUN_VARIABLES
 
-LAUNCH_FOLDER = Path(__file__).parents[3] / "launch"
 TRIAL_FILE = "trial.json"
 #: What a run of a study has unless the flags that are passed on say otherwise.
 DEFAULT_ARGV = ("--num-samples", "0", "--save-every", "never", "--eval-every", "never", "--test-fraction", "0.1")
 MAX_FAILURES = 3  # a trial that failed so often, or whose workers died, is not tried again
 STOP_SECONDS = 60.0  # that runs get to save where they stand
 STOP_EXIT_CODES = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slot:
-    """What one worker of this machine may use."""
-
-    gpus: tuple[str, ...]  #: as CUDA_VISIBLE_DEVICES has them; () on a CPU
-    num_threads: int
-
-
-def make_slots(num_workers: int, gpus_per_trial: int | None) -> list[Slot]:
-    """Each worker's own GPUs, `gpus_per_trial` of them (None: one where there are any); UserError for too many."""
-    gpus = visible_gpus()
-    per_trial = gpus_per_trial if gpus_per_trial is not None else min(1, len(gpus))
-    if num_workers * per_trial > len(gpus):
-        raise UserError(
-            f"--workers {num_workers} x --gpus-per-trial {per_trial}: needs {num_workers * per_trial} GPUs, there are "
-            f"{len(gpus)}; lower one of them"
-        )
-    num_threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
-    return [
-        Slot(gpus=tuple(gpus[n * per_trial : (n + 1) * per_trial]), num_threads=num_threads) for n in range(num_workers)
-    ]
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs of this machine that this process may use, without asking torch."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu.strip()]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True)
-        return [str(n) for n, line in enumerate(listing.stdout.splitlines()) if line.startswith("GPU ")]
-    return []
 
 
 def method_argv(rule: Rule, candidate: Candidate) -> list[str]:
@@ -98,20 +60,6 @@ def execution_argv(rule: Rule, slot: Slot) -> list[str]:
     return ["--execution", "eager"] if is_blocked else []
 
 
-def train_environ(slot: Slot, group: str = "") -> dict[str, str]:
-    """All variables of a run that uses a slot, in this group on W&B."""
-    inherited = {name: value for name, value in without_launcher(os.environ).items() if name not in RUN_VARIABLES}
-    env = {"OMP_NUM_THREADS": str(slot.num_threads), **inherited}
-    env.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")  # run.json has the versions; listing them takes 0.8 s a trial
-    return env | {"WANDB_RUN_GROUP": group, "CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)}
-
-
-def start_run(slot: Slot, argv: Sequence[str], folder: Path, *, group: str = "") -> ForkServerProcess:
-    """launch/train.py with what a slot may use; its output goes to `folder`/log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return start_training(LAUNCH_FOLDER / "train.py", argv, env=train_environ(slot, group), folder=folder)
-
-
 class Trial(BaseModel):
     """The state of a trial: the content of trial.json."""
 
@@ -122,6 +70,10 @@ class Trial(BaseModel):
     loss: float | None = None  #: final validation loss
     failure: str | None = None  #: why there is none
     has_diverged: bool = False  #: a failure that says something about its settings
+
+    def write(self, folder: Path) -> None:
+        """As the state of the trial of this folder."""
+        write_atomically(folder / TRIAL_FILE, self.model_dump_json() + "\n")
 
     @property
     def is_finished(self) -> bool:
@@ -136,18 +88,13 @@ class Trial(BaseModel):
         return math.inf if self.has_diverged else math.nan
 
 
-def read_trial(study_folder: Path, name: str) -> Trial | None:
-    """The state of a trial; None where none was written, or it is damaged: its run folder says how far it came."""
-    try:
-        return Trial.model_validate_json((study_folder / "trials" / name / TRIAL_FILE).read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def read_trials(study_folder: Path) -> dict[str, Trial]:
-    """{name: state} of all trials that were begun."""
-    names = sorted(path.parent.name for path in (study_folder / "trials").glob(f"*/{TRIAL_FILE}"))
-    return {name: trial for name in names if (trial := read_trial(study_folder, name)) is not None}
+def read_trials(study_folder: Path, name: str = "*") -> dict[str, Trial]:
+    """{name: state} of the trials that were begun; of one that is damaged the run folder says how far it came."""
+    trials = {}
+    for path in sorted((study_folder / "trials").glob(f"{name}/{TRIAL_FILE}")):
+        with contextlib.suppress(OSError, ValueError):
+            trials[path.parent.name] = Trial.model_validate_json(path.read_bytes())
+    return trials
 
 
 def read_results(study_folder: Path) -> dict[str, float]:
@@ -185,14 +132,14 @@ def start_trial(study_folder: Path, rule: Rule, slot: Slot, specs: Sequence[Tria
             continue
         if not lock.is_held:
             raise UserError(f"{folder}: this file system has no locks; put the study on another one (--output-dir)")
-        trial = read_trial(study_folder, spec.name) or Trial(rule_sha256=rule.sha256)
+        trial = read_trials(study_folder, spec.name).get(spec.name) or Trial(rule_sha256=rule.sha256)
         if trial.is_finished:  # by another worker, meanwhile
             lock.release()
             continue
         process = None
         if run_outcome(run)[0] is None and trial.num_failures < MAX_FAILURES:
             trial.num_failures += 1
-            _write_trial(folder, trial)
+            trial.write(folder)
             argv = [*trial_argv(rule, spec, run), *execution_argv(rule, slot)]
             argv += ["--resume"] if (run / "run.json").exists() else []
             process = start_run(slot, argv, folder, group=f"study-{study_folder.name}-{rule.sha256[:12]}")
@@ -207,7 +154,14 @@ def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_st
     """
     spec, trial, folder = running.spec, running.trial, study_folder / "trials" / running.spec.name
     run, exit_code = run_folder(study_folder, spec), (running.process.exitcode or 0) if running.process else 0
-    (loss, has_diverged), user_error = run_outcome(run), _data_problem(run, rule)
+    (loss, has_diverged), user_error = run_outcome(run), ""
+    with contextlib.suppress(OSError, ValueError):  # it may not have come so far
+        data = json.loads((run / "run.json").read_bytes())["data"]["fingerprint"]
+        if not data.startswith(rule.data):
+            user_error = (
+                f"its data have the fingerprint {data[:12]}, those that the study began with {rule.data}; restore "
+                "them, and the same command goes on"
+            )
     text = "cut off; the same command goes on with it"
     if user_error:
         shutil.rmtree(run)
@@ -226,31 +180,13 @@ def finish_trial(study_folder: Path, rule: Rule, running: RunningTrial, *, is_st
             text = f"failed, and is tried again: {failure}"
     if running.process and not (trial.is_finished or text.startswith("failed")):
         trial.num_failures -= 1
-    _write_trial(folder, trial)
+    trial.write(folder)
     running.lock.release()
     if user_error:
         raise UserError(f"{spec.name}: {user_error}")
     if trial.is_finished and spec.phase == "search":  # its losses are all that is needed of it
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return f"{spec.name}: {text}"
-
-
-def _write_trial(folder: Path, trial: Trial) -> None:
-    write_atomically(folder / TRIAL_FILE, trial.model_dump_json() + "\n")
-
-
-def _data_problem(run: Path, rule: Rule) -> str:
-    """What is wrong with the data that a run was trained on, "" where they are the study's."""
-    try:
-        fingerprint = json.loads((run / "run.json").read_bytes())["data"]["fingerprint"]
-    except (OSError, ValueError):  # it did not come so far
-        return ""
-    if fingerprint.startswith(rule.data):
-        return ""
-    return (
-        f"its data have the fingerprint {fingerprint[:12]}, those that the study began with {rule.data}; restore them, "
-        "and the same command goes on"
-    )
 
 
 def run_outcome(run: Path) -> tuple[float | None, bool]:
