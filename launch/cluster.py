@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser
+from trainer.config.argument_parser import ArgumentParser, whole_number
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
 from trainer.tools.cluster import forwarded_names, parse_hosts, slurm_files, ssh_files, write_files
@@ -18,32 +18,37 @@ from trainer.tools.cluster import forwarded_names, parse_hosts, slurm_files, ssh
 TRAIN_SCRIPT = Path(__file__).absolute().with_name("train.py")
 
 
+def slurm_word(text: str) -> str:
+    """The `type` of a flag whose value stands in the batch script."""
+    if not re.fullmatch(r"[\w:,.+-]+", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected letters, digits and :,.+-_ only")
+    return text
+
+
 def build_parser() -> ArgumentParser:
     """Its own flags; all others are those of train.py."""
     parser = ArgumentParser(
         prog="cluster.py",
-        usage="cluster.py --slurm --nodes N --ranks-per-node N [--time T] [--partition P] [--account A] "
-        "[--cpus-per-task N] [--cpu] [--folder DIR] [flags of train.py]\n"
+        usage="cluster.py --slurm --nodes N --ranks-per-node N [its other flags] [flags of train.py]\n"
         "       cluster.py --hosts NAME:RANKS,NAME:RANKS... [--folder DIR] [flags of train.py]",
         description="Write a batch script for SLURM, or host list and command for `deepspeed --hostfile`, complete "
         "for the flags given, and print them; submits nothing. Takes every flag of train.py beside its own.",
         epilog="python launch/train.py --help lists the flags of the run.",
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--slurm", action="store_true", help="a batch script for sbatch: torchrun in one task a node")
-    where.add_argument(
-        "--hosts", metavar="NAME:RANKS,...", help="hosts reached by ssh, the first is this one, and the ranks of each"
-    )
-    parser.add_argument("--nodes", type=int, metavar="N", help="with --slurm: nodes")
-    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="with --slurm: ranks, and GPUs, of each node")
-    parser.add_argument("--time", metavar="T", help="with --slurm: time limit, as sbatch takes it (2:00:00, 1-12)")
-    parser.add_argument("--partition", metavar="P", help="with --slurm: partition")
-    parser.add_argument("--account", metavar="A", help="with --slurm: account")
-    parser.add_argument("--cpus-per-task", type=int, metavar="N", help="with --slurm: processor cores of each node")
-    parser.add_argument("--cpu", action="store_true", help="with --slurm: ask for no GPUs")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("cluster"), metavar="DIR", help="where the files go (default: cluster)"
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--slurm", action="store_true", help="a batch script for sbatch: torchrun in one task a node")
+    hosts_help = "hosts reached by ssh, the first is this one, and the ranks of each"
+    add("--hosts", metavar="NAME:RANKS,...", help=hosts_help)
+    add = parser.add_argument_group("with --slurm").add_argument
+    add("--nodes", type=whole_number, metavar="N", help="nodes")
+    add("--ranks-per-node", type=whole_number, metavar="N", help="ranks, and GPUs, of each node")
+    add("--time", type=slurm_word, metavar="T", help="time limit, as sbatch takes it (2:00:00, 1-12)")
+    add("--partition", type=slurm_word, metavar="P", help="partition")
+    add("--account", type=slurm_word, metavar="A", help="account")
+    add("--cpus-per-task", type=whole_number, metavar="N", help="processor cores of each node")
+    add("--cpu", action="store_true", help="ask for no GPUs")
+    folder_help = "where the files go (default: cluster)"
+    parser.add_argument("--folder", type=Path, default=Path("cluster"), metavar="DIR", help=folder_help)
     return parser
 
 
@@ -62,7 +67,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"--resume {cli_args.resume}: expected --resume auto, or none: started again, it would go back there"
             )
         ranks_of_hosts = parse_hosts(args.hosts) if args.hosts else {}
-        check_slurm_flags(args)
+        for name in ("nodes", "ranks_per_node", "cpus_per_task", "time", "partition", "account"):
+            flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+            if args.hosts and value is not None:
+                raise UserError(f"{flag} {value}: goes with --slurm")
+            if args.slurm and value is None and name in ("nodes", "ranks_per_node"):
+                raise UserError(f"--slurm without {flag}: expected a whole number from 1")
         cli_args.settings.train.batch(sum(ranks_of_hosts.values()) or args.nodes * args.ranks_per_node)
         script = os.path.relpath(TRAIN_SCRIPT) if Path.cwd() in TRAIN_SCRIPT.parents else str(TRAIN_SCRIPT)
         is_resumed = any(flag.partition("=")[0] == "--resume" for flag in run_argv)  # else they go on where they were
@@ -86,20 +96,6 @@ def main(argv: list[str] | None = None) -> int:
     start = "sbatch" if args.slurm else "bash"
     print(f"# start it with: {start} {shlex.quote(str(folder / name))}")
     return 0
-
-
-def check_slurm_flags(args: argparse.Namespace) -> None:
-    """UserError for a flag of --slurm that is missing, that sbatch would refuse, or that is given with --hosts."""
-    for name in ("nodes", "ranks_per_node", "cpus_per_task", "time", "partition", "account"):
-        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
-        if not args.slurm and value is not None:
-            raise UserError(f"{flag} {value}: goes with --slurm")
-        if args.slurm and value is None and name in ("nodes", "ranks_per_node"):
-            raise UserError(f"--slurm without {flag}: expected a whole number from 1")
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"{flag} {value}: expected a whole number from 1")
-        if isinstance(value, str) and not re.fullmatch(r"[\w:,.+-]+", value):
-            raise UserError(f"{flag} {value}: expected letters, digits and :,.+-_ only")
 
 
 if __name__ == "__main__":

@@ -17,41 +17,18 @@ def build_parser() -> ArgumentParser:
         "3 refused: not to be ranked, or no check could be made because the run is not comparable.",
     )
     add = parser.add_argument
-    add(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help="a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B",
-    )
-    add(
-        "--output-dir",
-        type=Path,
-        default=Path("comparison"),
-        metavar="DIR",
-        help="where the report goes (default: comparison)",
-    )
+    runs_help = "a run folder, an offline W&B folder or .wandb file, or entity/project/run_id on W&B"
+    margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)"
+    check_help = "'val_loss<=1.0048@epoch 2' (every run must hold it), or `card`: each epoch at or under the card's; "
+    check_help += "may be given more than once"
+    tolerance_help = "widens the limit of each check, in its unit (default: 0)"
+    output_help = "where the report goes (default: comparison)"
+    add("runs", nargs="*", metavar="RUN", help=runs_help)
+    add("--output-dir", type=Path, default=Path("comparison"), metavar="DIR", help=output_help)
     add("--no-card", action="store_true", help="leave the card out")
-    add(
-        "--margin",
-        default="2%",
-        metavar="X",
-        help="how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)",
-    )
-    add(
-        "--check",
-        action="append",
-        default=[],
-        metavar="CONDITION",
-        help="'val_loss<=1.0048@epoch 2' (every run must hold it), or `card`: each epoch at or under the card's; "
-        "may be given more than once",
-    )
-    add(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="widens the limit of each check, in its unit (default: 0)",
-    )
+    add("--margin", default="2%", metavar="X", help=margin_help)
+    add("--check", action="append", default=[], metavar="CONDITION", help=check_help)
+    add("--tolerance", type=float, default=0.0, metavar="X", help=tolerance_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the comparison as a W&B Report; again: update it")
     add("--wandb-report-json", type=Path, metavar="FILE", help="write that report's spec to FILE, without any network")
     add("--log-card", metavar="[ENTITY/]PROJECT", help="log the card as a W&B run of its own, once per project")

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser
+from trainer.config.argument_parser import ArgumentParser, whole_number
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
 
@@ -16,8 +16,7 @@ def build_parser() -> ArgumentParser:
     """The doctor's own flags; all others are those of train.py."""
     parser = ArgumentParser(
         prog="doctor.py",
-        usage="doctor.py --mode full|lora [--ranks N] [--gpu-memory GIB] [--prove] [--json] [--no-rehearsal] "
-        "[--limit SECONDS] [flags of train.py]\n"
+        usage="doctor.py --mode full|lora [its other flags] [flags of train.py]\n"
         "       doctor.py --check-run RUN [--move-aside] [--json]",
         description="Check environment, data, model, batch and memory of a run before it starts, and rehearse it in "
         "small: steps, save, resume, evaluation, export. Takes every flag of train.py beside its own.",
@@ -25,7 +24,12 @@ def build_parser() -> ArgumentParser:
         "python launch/train.py --help lists the flags of the run.",
     )
     add = parser.add_argument
-    add("--ranks", type=int, metavar="N", help="ranks that the run will have (default: one for each GPU, else 1)")
+    add(
+        "--ranks",
+        type=whole_number,
+        metavar="N",
+        help="ranks that the run will have (default: one for each GPU, else 1)",
+    )
     gpu_memory_help = "plan for GPUs with so much memory, which this machine need not have; without a rehearsal"
     add("--gpu-memory", type=float, metavar="GIB", help=gpu_memory_help)
     add(
@@ -52,8 +56,6 @@ def main(argv: list[str] | None = None) -> int:
         if args.check_run is not None and run_argv:
             raise UserError(f"{run_argv[0]}: does not go with --check-run; expected --move-aside or --json")
         cli_args = None if args.check_run is not None else parse_args(run_argv, companion=parser)
-        if args.ranks is not None and args.ranks < 1:
-            raise UserError(f"--ranks {args.ranks}: expected a whole number from 1")
         if args.prove and (args.no_rehearsal or args.gpu_memory is not None):
             other = "--no-rehearsal" if args.no_rehearsal else "--gpu-memory"
             raise UserError(f"--prove with {other}: a proof runs here; expected one of them")

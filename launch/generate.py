@@ -6,7 +6,7 @@ Without prompts: the runs' own validation prompts, or a dialogue on a terminal.
 import sys
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser
+from trainer.config.argument_parser import ArgumentParser, whole_number
 from trainer.config.errors import TrainingError, UserError, report_error
 from trainer.tracking.safe_stream import protect_standard_streams
 
@@ -18,29 +18,22 @@ def build_parser() -> ArgumentParser:
         description="Complete the same prompts by the base and by each run, and show the texts side by side.",
         epilog="Without --prompt and --prompts: validation prompts of the first run; on a terminal a dialogue.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with `prompt` or `messages`, and `reference`: a text, or a list of several",
-    )
-    parser.add_argument("--num", type=int, default=4, metavar="N", help="validation prompts to take (default: 4)")
-    parser.add_argument("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
-    parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="default: slightly more than the references, or 64"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default), above it samples"
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="with --temperature (default: 1)")
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="with --temperature (default: 42)")
-    parser.add_argument(
-        "--text", action="store_true", help="take prompts as they are, even if the runs were trained on conversations"
-    )
-    parser.add_argument("--score", action="store_true", help="exact match, BLEU, chrF and ROUGE-L over all references")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there too, as Markdown")
+    add = parser.add_argument
+    prompts_help = "JSON lines with `prompt` or `messages`, and `reference`: a text, or a list of several"
+    length_help = "default: slightly more than the references, or 64"
+    text_help = "take prompts as they are, even if the runs were trained on conversations"
+    add("runs", type=Path, nargs="+", metavar="RUN", help="run folders with one tokenizer")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    add("--prompts", type=Path, metavar="FILE", help=prompts_help)
+    add("--num", type=int, default=4, metavar="N", help="validation prompts to take (default: 4)")
+    add("--checkpoint", default="latest", metavar="step-N|best|latest", help="of each run")
+    add("--max-new-tokens", type=whole_number, metavar="N", help=length_help)
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default), above it samples")
+    add("--top-p", type=float, default=1.0, metavar="X", help="with --temperature (default: 1)")
+    add("--seed", type=int, default=42, metavar="N", help="with --temperature (default: 42)")
+    add("--text", action="store_true", help=text_help)
+    add("--score", action="store_true", help="exact match, BLEU, chrF and ROUGE-L over all references")
+    add("--output", type=Path, metavar="FILE", help="write the table there too, as Markdown")
     return parser
 
 
@@ -50,7 +43,6 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         for flag, value, is_accepted, accepted in (
             ("--num", args.num, 1 <= args.num <= 32, "a whole number from 1 to 32"),
-            ("--max-new-tokens", args.max_new_tokens, (args.max_new_tokens or 1) > 0, "a whole number from 1"),
             ("--temperature", args.temperature, 0 <= args.temperature < 100, "0 (greedy) or a number above it"),
             ("--top-p", args.top_p, 0 < args.top_p <= 1, "a share above 0, at most 1"),
         ):

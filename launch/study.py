@@ -12,7 +12,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser
+from trainer.config.argument_parser import ArgumentParser, whole_number, whole_numbers
 from trainer.config.cli import parse_args
 from trainer.config.errors import UserError, report_error
 from trainer.tracking.safe_stream import protect_standard_streams
@@ -29,25 +29,21 @@ def build_parser() -> ArgumentParser:
     """The command line; what it does not know is for launch/train.py."""
     parser = ArgumentParser(prog="study.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
+    per_trial = partial(whole_number, least=0)
+    methods_help = "full, lora and, for exploration, dora, rslora, pissa, lora-nf4, lora-int8 (default: full,lora)"
+    ranks_help = "LoRA ranks to try; full tries as many more rates (default: 8)"
+    seeds_help = "of the answer's runs (default: 101,102,103)"
+    search_help = "of the search's runs, none of --seeds (default: 1)"
+    margin_help = "how much worse is good enough: 2%% of what full gained, 0.01nats a token, or 0.005bpb (default: 2%%)"
     add("--output-dir", type=Path, default=Path("study"), metavar="DIR", help="folder of the study (default: study)")
     add("--join", type=Path, metavar="DIR", help="work on the study of this folder, from here or another machine")
-    add("--workers", type=int, default=1, metavar="N", help="trials side by side on this machine (default: 1)")
-    add("--gpus-per-trial", type=int, metavar="G", help="each trial's own GPUs (default: 1 where there are any)")
-    add(
-        "--methods",
-        default="full,lora",
-        metavar="NAMES",
-        help="full, lora and, for exploration, dora, rslora, pissa, lora-nf4, lora-int8 (default: full,lora)",
-    )
-    add("--ranks", default="8", metavar="N,N", help="LoRA ranks to try; full tries as many more rates (default: 8)")
-    add("--seeds", default="101,102,103", metavar="N,N", help="of the answer's runs (default: 101,102,103)")
-    add("--search-seeds", default="1", metavar="N,N", help="of the search's runs, none of --seeds (default: 1)")
-    add(
-        "--margin",
-        default="2%",
-        metavar="X",
-        help="how much worse is good enough: 2%% of what full gained, 0.01nats per token, or 0.005bpb (default: 2%%)",
-    )
+    add("--workers", type=whole_number, default=1, metavar="N", help="trials at a time on this machine (default: 1)")
+    add("--gpus-per-trial", type=per_trial, metavar="G", help="each trial's own GPUs (default: 1 where there are any)")
+    add("--methods", default="full,lora", metavar="NAMES", help=methods_help)
+    add("--ranks", type=whole_numbers, default=(8,), metavar="N,N", help=ranks_help)
+    add("--seeds", type=whole_numbers, default=(101, 102, 103), metavar="N,N", help=seeds_help)
+    add("--search-seeds", type=whole_numbers, default=(1,), metavar="N,N", help=search_help)
+    add("--margin", default="2%", metavar="X", help=margin_help)
     add("--wandb-report", metavar="ENTITY/PROJECT", help="save the answer's page as a W&B Report too")
     add("--dry-run", action="store_true", help="print trials, steps and an estimate of the time; run no trial")
     return parser
@@ -58,9 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     try:
         args, train_argv = parser.parse_known_args(argv)
-        for flag, number, least in (("--workers", args.workers, 1), ("--gpus-per-trial", args.gpus_per_trial, 0)):
-            if number is not None and number < least:
-                raise UserError(f"{flag} {number}: expected a whole number from {least}")
         if args.wandb_report is not None:
             from trainer.report.wandb_report import parse_target
 
@@ -106,11 +99,11 @@ def plan(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser
     total_steps, data = planning.resolve_run(methods, train_argv, slots[0])
     study_rule = rule.Rule(
         methods=methods,
-        lora_ranks=parse_numbers("--ranks", args.ranks),
+        lora_ranks=args.ranks,
         total_steps=total_steps,
         rungs=rule.plan_rungs(total_steps),
-        search_seeds=parse_numbers("--search-seeds", args.search_seeds),
-        answer_seeds=parse_numbers("--seeds", args.seeds),
+        search_seeds=args.search_seeds,
+        answer_seeds=args.seeds,
         margin=parse_margin(args.margin),
         train_argv=tuple(max_steps_parser.parse_known_args(train_argv)[1]),  # each run has its own --max-steps
         data=data,
@@ -175,17 +168,6 @@ def stopped() -> int:
     """Say so; the exit code of an interrupted study."""
     print("stopped; the same command goes on", file=sys.stderr)
     return 130
-
-
-def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """The whole numbers of a comma-separated list; UserError where one is none, or not above 0."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) <= 0:
-        raise UserError(f"{flag} {text}: expected whole numbers above 0, separated by commas")
-    return numbers
 
 
 if __name__ == "__main__":

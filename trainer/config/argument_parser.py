@@ -26,6 +26,18 @@ def _refuse_impossible_name(flag: str, value: str) -> None:
         raise UserError(f"{flag} {value}: holds a null byte, which no name can")
 
 
+def whole_number(text: str, least: int = 1) -> int:
+    """The `type` of a flag that takes a whole number."""
+    if not (text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least}")
+    return int(text)
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """The `type` of a flag that takes whole numbers from 1, separated by commas."""
+    return tuple(whole_number(part.strip()) for part in text.split(","))
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """Raises UserError in place of printing the usage; the caller prints one line, once."""
 

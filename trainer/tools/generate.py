@@ -70,6 +70,9 @@ def generate(args: argparse.Namespace) -> int:
     if not args.prompt and args.prompts is None and sys.stdin.isatty() and sys.stdout.isatty():
         return _talk({label: load().causal for label, load in loaders.items()}, completer)
     prompts = completer.read_prompts()
+    scored = [i for i, prompt in enumerate(prompts) if prompt.references]
+    if args.score and not scored:
+        raise UserError("--score: no prompt has a reference; expected --prompts FILE with `reference`")
     texts = {label: completer.complete(load().causal, prompts) for label, load in loaders.items()}
     for i, prompt in enumerate(prompts):
         lines = [("prompt", prompt.text)]
@@ -78,9 +81,6 @@ def generate(args: argparse.Namespace) -> int:
         show_plan([*lines, *((label, completions[i]) for label, completions in texts.items())])
         print(flush=True)
     score_lines = []
-    scored = [i for i, prompt in enumerate(prompts) if prompt.references]
-    if args.score and not scored:
-        raise UserError("--score: no prompt has a reference; expected --prompts FILE with `reference`")
     for label, completions in texts.items() if args.score else ():
         scores = text_scores([completions[i] for i in scored], [prompts[i].references for i in scored])
         values = ", ".join(f"{name} {value:.3g}" for name, value in scores.items())

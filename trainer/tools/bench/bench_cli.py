@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from trainer.config.argument_parser import ArgumentParser
+from trainer.config.argument_parser import ArgumentParser, whole_number, whole_numbers
 from trainer.config.choices import DS_CONFIG_NAMES, EXECUTIONS, MODES, PRECISIONS
 from trainer.config.errors import UserError
 
@@ -55,9 +55,9 @@ def build_parser(name: str) -> ArgumentParser:
         add("--model", help="folder of a causal LM with its weights, in place of --shape")
         add("--shape", choices=SHAPES, default="tiny", help="size of a random GPT-2 (default: tiny)")
         add("--methods", type=_names(METHODS), default=list(METHODS), metavar="NAMES", help="default: all")
-        add("--steps", type=_number, default=5, metavar="N", help="optimizer steps (default: 5)")
-        add("--micro-batch", type=_number, default=2, metavar="N", help="rows of a step (default: 2)")
-        add("--block-size", type=_number, default=64, metavar="N", help="tokens of a row (default: 64)")
+        add("--steps", type=whole_number, default=5, metavar="N", help="optimizer steps (default: 5)")
+        add("--micro-batch", type=whole_number, default=2, metavar="N", help="rows of a step (default: 2)")
+        add("--block-size", type=whole_number, default=64, metavar="N", help="tokens of a row (default: 64)")
         add("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it, else fp32")
         return parser
     description = "Time optimizer steps of several programs in alternation; writes bench.json and bench.md."
@@ -68,20 +68,26 @@ def build_parser(name: str) -> ArgumentParser:
     precision = "fp32, bf16, fp16; other programs take the first (default: bf16 on a GPU, fp32 on a CPU)"
     add("--model", default="gpt2", help="hub id or folder; gpt2: its shape with random weights (default: gpt2)")
     add("--modes", type=_names(MODES), default=list(MODES), metavar="NAMES", help="full, lora (default: both)")
-    add("--batches", type=_numbers, default=[2], metavar="N,N", help="examples per step over all ranks (default: 2)")
+    add(
+        "--batches",
+        type=whole_numbers,
+        default=(2,),
+        metavar="N,N",
+        help="examples a step, over all ranks (default: 2)",
+    )
     add("--ds-config", type=_names(DS_CONFIG_NAMES), default=["zero0"], metavar="NAMES", help="default: zero0")
-    add("--ranks", type=_numbers, default=[1], metavar="N,N", help="ranks of ours (default: 1)")
+    add("--ranks", type=whole_numbers, default=(1,), metavar="N,N", help="ranks of ours (default: 1)")
     add("--execution", type=_names(EXECUTIONS), default=["auto"], metavar="NAMES", help="of ours (default: auto)")
     add("--against", type=_names(PEERS), default=[], metavar="NAMES", help=against)
     add("--without", type=_names(FAST_PATHS), default=[], metavar="NAMES", help=without)
-    add("--block-size", type=_number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
+    add("--block-size", type=whole_number, default=1024, metavar="N", help="tokens of a row (default: 1024)")
     add("--precision", type=_names(PRECISIONS), metavar="NAMES", help=precision)
     add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     add("--dropout", type=float, metavar="P", help="default: the model's own")
-    add("--windows", type=_number, default=5, metavar="N", help="timed windows per program and round (default: 5)")
-    add("--window", type=_number, default=4, metavar="N", help="steps of a window (default: 4)")
-    add("--warmup", type=_number, metavar="N", help="steps before the first window (default: 3, on a GPU 10)")
-    add("--rounds", type=_number, default=3, metavar="N", help="times that all programs run in turn (default: 3)")
+    add("--windows", type=whole_number, default=5, metavar="N", help="timed windows per program and round (default: 5)")
+    add("--window", type=whole_number, default=4, metavar="N", help="steps of a window (default: 4)")
+    add("--warmup", type=whole_number, metavar="N", help="steps before the first window (default: 3, on a GPU 10)")
+    add("--rounds", type=whole_number, default=3, metavar="N", help="times that all programs run in turn (default: 3)")
     add("--output-dir", type=Path, default=Path("bench"), metavar="DIR", help="where the table goes (default: bench)")
     return parser
 
@@ -95,13 +101,3 @@ def _names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
         return names
 
     return parse
-
-
-def _number(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
-    return int(text)
-
-
-def _numbers(text: str) -> list[int]:
-    return [_number(part.strip()) for part in text.split(",")]
