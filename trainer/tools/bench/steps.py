@@ -203,7 +203,7 @@ def format_markdown(rows: Sequence[Row], rounds: int) -> str:
     if not measured:
         return table
     row = measured[0]
-    packages = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    packages = ", ".join(f"{name} {number}" for name, number in row["versions"].items() if number)
     where = (
         f"{row['model']}, rows of {row['block_size']} tokens, {row['hardware']}, {row['threads']} threads; {packages}; "
         f"{rounds} round(s) in alternation, {row['num_windows']} windows of {row['steps_per_window']} steps after "

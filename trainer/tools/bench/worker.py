@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from trainer.model.build import load_config
 from trainer.model.flops import count_step_flops
 from trainer.tools.bench.steps import BenchmarkConfig, describe_hardware
 from trainer.tools.trial_engine import join_job, start_trial, take_steps, write_answer
+from trainer.training.provenance import package_versions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTH_SPREAD = 0.6  # of the logarithm of a ragged row's length, about that of E2E and ACLED records
@@ -76,7 +76,7 @@ def main(job_file: str) -> None:
                 "device_memory": total - free,
                 "hardware": describe_hardware(device),
                 "threads": dist_context.num_threads,
-                "versions": {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")},
+                "versions": package_versions(),
                 "tokens": config.global_batch * float(lengths.mean()),
                 "flops": count_step_flops(settings, lengths=lengths, global_batch=config.global_batch),
                 "ceiling_flops": _measure_ceiling(config, device),

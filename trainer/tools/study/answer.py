@@ -9,8 +9,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from trainer.config.errors import UserError
+from trainer.config.text import capitalize
 from trainer.report.comparable import SeedGroup
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
 from trainer.report.judge import ComparisonOptions, FullVsLora, RateCurve, StudyContext, compare_groups
@@ -72,21 +74,16 @@ def compare_study(study_folder: Path, rule: Rule, state: StudyState, results: Re
         f"margin {rule.margin.describe()}, level {100 * rule.level:g} %, runs of {rule.total_steps:,} steps, rungs of "
         f"{', '.join(map(str, rule.rungs))}; the claim holds for these rates and this budget."
     )
-    searches = {
-        method: vars(outcome)
-        | {
-            "winner": None if outcome.winner is None else vars(outcome.winner),
-            "lr": None if outcome.winner is None else outcome.winner.lr,
-            "loss": None if outcome.winner is None else outcome.loss,  # JSON has no infinity
-            "problem": outcome.problem,
-        }
-        for method, outcome in outcomes.items()
-    }
-    num_trials = {method: outcomes[method].num_trials for method in PRIMARY}
+    searches = {}
+    for method, outcome in outcomes.items():
+        facts: dict[str, Any] = {"winner": None, "lr": None, "loss": None}  # JSON has no infinity
+        if outcome.winner is not None:
+            facts = {"winner": vars(outcome.winner), "lr": outcome.winner.lr, "loss": outcome.loss}
+        searches[method] = vars(outcome) | facts
+    num_full, num_lora = (outcomes[method].num_trials for method in PRIMARY)
     study = StudyContext(
-        choice=f"rates chosen on validation ({num_trials['full']} trials of full, {num_trials['lora']} of LoRA), "
-        "fresh seeds",
-        lines=(*(f"{note[:1].upper()}{note[1:]}." for note in notes), rule_line),
+        choice=f"rates chosen on validation ({num_full} trials of full, {num_lora} of LoRA), fresh seeds",
+        lines=(*(f"{capitalize(note)}." for note in notes), rule_line),
         rate_curves=rate_curves(study_folder, rule, results),
         views=study_views(study_folder, rule, results, timing),
         rule=json.loads((study_folder / RULE_FILE).read_bytes()),
@@ -145,10 +142,8 @@ def study_views(folder: Path, rule: Rule, results: Results, timing: Timing) -> t
         for num_steps in rule.rungs:
             of_rung = [s for s in specs if s.num_steps == num_steps and math.isfinite(results[s.name])]
             run = _read_run(folder, min(of_rung, key=lambda spec: results[spec.name]))
-            end, step_flops = (
-                {name: float(values[-1]) for name, values in run.evals.items()},
-                run.get("model.step_flops"),
-            )
+            end = {name: float(values[-1]) for name, values in run.evals.items()}
+            step_flops = run.get("model.step_flops")
             points.append(
                 Point(
                     loss=end["loss"],

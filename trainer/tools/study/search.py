@@ -72,31 +72,13 @@ class SearchOutcome:
     method: str
     winner: Candidate | None  #: None where every trial of a rung failed
     loss: float
-    edge: Literal["lowest", "highest"] | None  #: which bound of its rates the winner stands at: under-tuned
-    unknown: str | None = None  #: the trial beside the winner that failed, and not for its rate
+    problem: str | None = None  #: why the method cannot be ranked
     num_trials: int
     num_steps: int
 
-    @property
-    def problem(self) -> str | None:
-        """Why the method cannot be ranked."""
-        if self.winner is None:
-            return f"{self.method}: every trial failed"
-        if self.edge is not None:
-            return (
-                f"{self.method} is under-tuned: its best rate {self.winner.lr:g} is the {self.edge} that the study may "
-                "try, and a better one may lie beyond it"
-            )
-        if self.unknown is not None:
-            return (
-                f"{self.method}: {self.unknown} failed without diverging, and stands beside the best rate, "
-                f"{self.winner.lr:g}: it may be the better one (see trials/{self.unknown}/log)"
-            )
-        return None
-
     def describe(self) -> str:
         """One line for people."""
-        if self.problem is not None or self.winner is None:
+        if self.winner is None or self.problem is not None:
             return str(self.problem)
         rank = f", rank {self.winner.lora_rank}" if self.winner.lora_rank else ""
         return (
@@ -129,18 +111,27 @@ class MethodSearch:
         """What the search came to; None where it is not over."""
         if self.missing:
             return None
-        leader, loss = self._leader(self._last_rung, -1)
-        winner = None if math.isinf(loss) else leader
-        edge: Literal["lowest", "highest"] | None = None
-        if winner is not None and winner.rate_index in self.bounds:
-            edge = "lowest" if winner.rate_index == self.bounds[0] else "highest"
+        (leader, loss), problem = self._leader(self._last_rung, -1), None
         beside = [spec.name for neighbour in self._neighbours(leader) for spec in self.specs_at(neighbour, -1)]
+        unknown = [name for name in beside if math.isnan(self._results.get(name, 0.0))]
+        if math.isinf(loss):
+            problem = f"{self.method}: every trial failed"
+        elif leader.rate_index in self.bounds:
+            side = "lowest" if leader.rate_index == self.bounds[0] else "highest"
+            problem = (
+                f"{self.method} is under-tuned: its best rate {leader.lr:g} is the {side} that the study may try, and "
+                "a better one may lie beyond it"
+            )
+        elif unknown:
+            problem = (
+                f"{self.method}: {unknown[0]} failed without diverging, and stands beside the best rate, "
+                f"{leader.lr:g}: it may be the better one (see trials/{unknown[0]}/log)"
+            )
         return SearchOutcome(
             method=self.method,
-            winner=winner,
+            winner=None if math.isinf(loss) else leader,
             loss=loss,
-            edge=edge,
-            unknown=next((name for name in beside if math.isnan(self._results.get(name, 0.0))), None),
+            problem=problem,
             num_trials=len(self.trials),
             num_steps=sum(spec.num_steps for spec in self.trials),
         )
@@ -162,16 +153,12 @@ class MethodSearch:
                 pending = [neighbour for neighbour in self._neighbours(leader) if neighbour not in candidates]
                 candidates = [*candidates, *pending]
             if rung < len(self.rule.rungs) - 1:
-                candidates = self._survivors(candidates, rung)
+                # The best, a fourth of the grid at most, and the leader's neighbours; before the last rung those alone.
+                num_best = 1 if rung == len(self.rule.rungs) - 2 else len(self.grid) // RUNG_FACTOR
+                ranked = sorted((self._loss(candidate, rung), candidate) for candidate in candidates)
+                best = [candidate for loss, candidate in ranked[:num_best] if not math.isinf(loss)]
+                candidates = list(dict.fromkeys([*best, *self._neighbours(ranked[0][1])]))
         return candidates
-
-    def _survivors(self, candidates: list[Candidate], rung: int) -> list[Candidate]:
-        """The best, a fourth of the grid at most, and the leader's neighbours; of the last rung, the leader's only."""
-        is_before_last = rung == len(self.rule.rungs) - 2
-        num_best = 1 if is_before_last else len(self.grid) // RUNG_FACTOR
-        ranked = sorted(candidates, key=lambda candidate: (self._loss(candidate, rung), candidate))
-        best = [candidate for candidate in ranked[:num_best] if not math.isinf(self._loss(candidate, rung))]
-        return list(dict.fromkeys([*best, *self._neighbours(ranked[0])]))
 
     def _neighbours(self, leader: Candidate) -> list[Candidate]:
         low, high = self.bounds
