@@ -72,21 +72,9 @@ def test_doctor_names_environment_variables_but_never_shows_values(monkeypatch, 
     assert checks.check_forwarded_variables(environ, is_multi_node=True).level == "ok"
 
 
-def test_doctor_checks_builds_leftover_buffers_and_addresses(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert worst_levels(checks.check_op_builds()) == {"op builds": "ok"}
-    (tmp_path / "py311" / "cpu_adam").mkdir(parents=True)
-    (tmp_path / "py311" / "cpu_adam" / "lock").touch()
-    assert worst_levels(checks.check_op_builds()) == {"op builds": "warning"}
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
-    assert worst_levels(checks.check_op_builds()) == {"op builds": "warning"}
-    assert worst_levels(checks.check_shared_memory(2, tmp_path)) == {"/dev/shm": "ok"}
-    (tmp_path / "deepspeed_allreduce_buffer_0_127.0.0.1_29500_0").write_bytes(b"1")
-    assert worst_levels(checks.check_shared_memory(2, tmp_path)) == {"/dev/shm": "warning"}
-    for address, level in (("no-such-host.invalid", "error"), ("127.0.0.1", "ok")):
-        assert checks.check_master_address(address).level == level
+@pytest.mark.parametrize(("address", "level"), [("no-such-host.invalid", "error"), ("127.0.0.1", "ok")])
+def test_doctor_checks_whether_the_first_machine_has_an_address(address, level):
+    assert checks.check_master_address(address).level == level
 
 
 def test_doctor_checks_threads_against_the_cores(monkeypatch):

@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,8 +80,11 @@ def check_environment(world_size: int, environ: Mapping[str, str]) -> Iterator[C
         message = f"{DISTRIBUTION} is not installed, so its supported versions are unknown"
         yield Check(WARNING, "packages", message, "pip install -e . in its folder")
     yield from check_devices(world_size)
-    yield from check_op_builds()
-    yield from check_shared_memory(world_size, SHARED_MEMORY)
+    if SHARED_MEMORY.is_dir():  # through which NCCL's ranks of one machine talk
+        free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+        is_short = world_size > 1 and torch.cuda.is_available() and free_bytes < MIN_SHM_BYTES
+        remedy = "docker run --shm-size=2g (or --ipc=host)"
+        yield judge(is_short, WARNING, "/dev/shm", f"{format_bytes(free_bytes)} free", remedy)
     yield check_port(LAUNCHER_PORT)
     if host := environ.get("MASTER_ADDR"):
         yield check_master_address(host)
@@ -136,35 +138,6 @@ def check_devices(world_size: int) -> Iterator[Check]:
     level = ERROR if world_size > 1 or "gloo" in missing else WARNING
     message = f"this torch has no {', '.join(missing)}" if missing else f"{nccl}gloo"
     yield judge(bool(missing), level, "backends", message, "install a torch with it (the official wheels have it)")
-
-
-def check_op_builds() -> Iterator[Check]:
-    """Compiled operators: this program needs none, but a build that was killed can hold up others for ever."""
-    yield Check(OK, "op builds", "none needed: the optimizer is torch's, also with offload")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    if locks := sorted(root.glob("**/lock")):
-        message = f"{len(locks)} unfinished or running builds ({locks[0].parent})"
-        remedy = f"if none runs, delete {list_some(map(str, locks), 2)}: programs that want these ops wait for ever"
-        yield Check(WARNING, "op builds", message, remedy)
-    if re.search(r"[A-Za-z]([ ;]|$)", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
-        message = "TORCH_CUDA_ARCH_LIST has a letter: DeepSpeed's builder refuses it"
-        yield Check(WARNING, "op builds", message, "write 9.0 for 9.0a, or unset it")
-
-
-def check_shared_memory(world_size: int, folder: Path) -> Iterator[Check]:
-    """/dev/shm, through which NCCL's ranks of one machine talk, and what earlier DeepSpeed runs left there."""
-    if not folder.is_dir():
-        yield Check(OK, "/dev/shm", "not there")
-        return
-    free_bytes = shutil.disk_usage(folder).free
-    is_short = world_size > 1 and torch.cuda.is_available() and free_bytes < MIN_SHM_BYTES
-    remedy = "docker run --shm-size=2g (or --ipc=host)"
-    yield judge(is_short, WARNING, "/dev/shm", f"{format_bytes(free_bytes)} free", remedy)
-    if buffers := sorted(folder.glob("deepspeed_allreduce_buffer_*")):
-        size = format_bytes(sum(path.stat().st_size for path in buffers))
-        message = f"{len(buffers)} buffers of earlier runs of other DeepSpeed programs, {size}"
-        remedy = f"when none of them runs: rm {folder}/deepspeed_allreduce_buffer_*"
-        yield Check(WARNING, "/dev/shm", message, remedy)
 
 
 def check_port(port: int) -> Check:
