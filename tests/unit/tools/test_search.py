@@ -68,43 +68,52 @@ def test_the_order_in_which_trials_finish_changes_nothing(batch):
     assert results == other_results
 
 
-@pytest.mark.parametrize(("method", "optimum", "side"), [("full", 3.0, "highest"), ("lora", -9.0, "lowest")])
-def test_a_best_rate_at_the_bound_is_refused_and_names_the_method_that_is_under_tuned(method, optimum, side):
-    def objective(spec: TrialSpec) -> float:
-        at = optimum if spec.candidate.method == method else -3.0
-        return 2 + 0.1 * abs(exponent(spec.candidate) - at)
+def valley(method: str, exponent_of_best: float) -> Objective:
+    """Of this method the best rate lies there, of the others in the middle of their grids."""
+    return lambda spec: (
+        2 + abs(exponent(spec.candidate) - (exponent_of_best if spec.candidate.method == method else -3))
+    )
 
+
+def failing(name: str, loss: float) -> Objective:
+    """One trial, or all of a method, ends with this."""
+    return lambda spec: loss if name in (spec.name, spec.candidate.method) else bowl()(spec)
+
+
+ANSWER = "answer-full-lr0.0001-t160-s102"
+NEIGHBOUR = "search-lora-r8-lr0.00178-t160-s1"
+
+
+@pytest.mark.parametrize(
+    ("objective", "refusal"),
+    [
+        (valley("full", 3), "full is under-tuned: its best rate 1 is the highest that the study may try, and a better"),
+        (valley("lora", -9), "lora is under-tuned: its best rate 1e-07 is the lowest that the study may try, and a"),
+        (failing("lora", math.inf), "lora: every trial failed"),
+        (failing(NEIGHBOUR, math.nan), f"lora: {NEIGHBOUR} failed without diverging, and stands beside the best rate"),
+        (failing(NEIGHBOUR, math.inf), ""),  # it diverged, which brackets the best rate
+        (failing(ANSWER, math.inf), f"{ANSWER} failed, and each pair of seeds is needed"),
+    ],
+)
+def test_a_study_that_cannot_be_answered_is_refused_and_names_the_method_or_the_trial(objective, refusal):
     state, results = run_study(make_rule(), objective)
-    assert state.refusal is not None
-    assert state.refusal.startswith(f"{method} is under-tuned: its best rate")
-    assert f"the {side} that the study may try" in state.refusal
-    assert not state.answers
-    assert not any(name.startswith("answer") for name in results)
+    assert (state.refusal or "").startswith(refusal)
+    assert bool(state.answers) == (not refusal)
+    assert any(name.startswith("answer") for name in results) == (not refusal or refusal.startswith(ANSWER))
 
 
-def test_an_under_tuned_method_beside_the_primary_ones_is_left_out_and_refuses_nothing():
-    def objective(spec: TrialSpec) -> float:
-        return 2 + abs(exponent(spec.candidate) - (9 if spec.candidate.method == "dora" else -3))
-
+@pytest.mark.parametrize(
+    ("objective", "problem"),
+    [
+        (valley("dora", 9), "dora is under-tuned"),
+        (lambda spec: math.inf if (spec.candidate.method, spec.seed) == ("dora", 102) else bowl()(spec), "None"),
+    ],
+)
+def test_a_method_beside_the_primary_ones_that_fails_is_left_out_and_refuses_nothing(objective, problem):
     state, _ = run_study(make_rule(methods=("full", "lora", "dora")), objective)
     assert state.refusal is None
     assert {spec.candidate.method for spec in state.answers} == {"full", "lora"}
-    assert "dora is under-tuned" in str(state.outcomes["dora"].problem)
-
-
-def test_a_method_whose_every_trial_fails_is_refused():
-    state, _ = run_study(make_rule(), lambda spec: math.inf if spec.candidate.method == "lora" else 2.0)
-    assert state.refusal == "lora: every trial failed"
-    assert state.outcomes["lora"].winner is None
-
-
-def test_a_trial_beside_the_winner_that_failed_and_not_for_its_rate_is_no_bracket():
-    """Seen of a machine without memory: its failures stood for bad rates, and the rate beside them won."""
-    for failure, refused in ((math.inf, False), (math.nan, True)):
-        failing = "search-lora-r8-lr0.00178-t160-s1"
-        state, _ = run_study(make_rule(), lambda spec: failure if spec.name == failing else bowl()(spec))  # noqa: B023
-        assert (state.refusal or "").startswith(f"lora: {failing} failed without diverging") == refused, state.refusal
-        assert bool(state.answers) != refused
+    assert str(state.outcomes["dora"].problem).startswith(problem)
 
 
 def test_both_methods_get_the_same_budget_with_one_rank_and_with_several():
@@ -156,17 +165,6 @@ def test_the_answers_runs_have_fresh_seeds_in_pairs_and_full_length_and_they_alo
 )
 def test_rungs_are_whole_runs_and_none_is_too_short_to_say_anything(steps, rungs):
     assert plan_rungs(steps) == rungs
-
-
-def test_an_answer_run_that_failed_refuses_the_answer_and_is_named():
-    state, _ = run_study(make_rule(), lambda spec: math.inf if spec.seed == 102 else bowl()(spec))
-    assert state.refusal == "answer-full-lr0.0001-t160-s102 failed, and each pair of seeds is needed"
-    state, _ = run_study(
-        make_rule(methods=("full", "lora", "dora")),
-        lambda spec: math.inf if (spec.candidate.method, spec.seed) == ("dora", 102) else bowl()(spec),
-    )
-    assert state.refusal is None, "what is exploratory refuses nothing"
-    assert {spec.candidate.method for spec in state.answers} == {"full", "lora"}
 
 
 def test_a_rule_comes_back_from_its_file_as_it_was_and_any_change_changes_its_hash():
