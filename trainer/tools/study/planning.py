@@ -1,5 +1,6 @@
 """What a study will take, before its first trial: its length, its data, and its time by two timed steps."""
 
+import argparse
 import contextlib
 import re
 import tempfile
@@ -9,15 +10,77 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.config.argument_parser import ArgumentParser
+from trainer.config.cli import parse_args
 from trainer.config.errors import UserError
+from trainer.report.judge import parse_margin
 from trainer.report.run_data import read_folder
-from trainer.tools.study.rule import METHODS, MIN_TEST_RECORDS, Rule
+from trainer.tools.study.rule import (
+    METHODS,
+    MIN_TEST_RECORDS,
+    RULE_FILE,
+    Rule,
+    check_methods,
+    plan_rungs,
+    write_rule,
+)
 from trainer.tools.study.search import expected_trials
-from trainer.tools.study.trial_process import Slot, start_run
+from trainer.tools.study.trial_process import Slot, make_slots, start_run
 from trainer.tools.study.trials import DEFAULT_ARGV
 from trainer.tools.worker_processes import failure_reason
 
 NUM_STEPS, NUM_TIMED_STEPS = 4, 2  # of the run by which a dry run estimates the time; the first steps are slower
+#: Flags of launch/train.py that the study sets for each of its runs.
+RESERVED_FLAGS = (
+    *("--mode", "--adapter", "--quant", "--seed", "--lr", "--lora-rank", "--output-dir", "--run-name", "--export"),
+    *("--resume", "--dry-run", "--find-lr", "--find-batch"),
+)
+
+
+def plan_study(args: argparse.Namespace, train_argv: list[str], parser: ArgumentParser) -> None:
+    """Print the plan; write the rule of the study, or check that it is that of the one that goes on.
+
+    `args`: the flags of launch/study.py, `train_argv`: those of launch/train.py. UserError.
+    """
+    slots, names = make_slots(args.workers, args.gpus_per_trial), [flag.partition("=")[0] for flag in train_argv]
+    for name, argument in zip(names, train_argv, strict=True):
+        if name in RESERVED_FLAGS:
+            raise UserError(
+                f"{argument}: the study sets it for each of its runs; expected other flags of launch/train.py"
+            )
+    train_argv = [*(["--test-fraction", "0"] if "--test-data" in names else []), *train_argv]
+    settings = parse_args(["--mode", "full", *DEFAULT_ARGV, *train_argv], companion=parser).settings
+    if settings.train.warmup_steps:
+        raise UserError(
+            f"--warmup-steps {settings.train.warmup_steps}: the short runs of a search might end before it; give "
+            "--warmup-ratio, which is the same for all"
+        )
+    methods = tuple(args.methods.split(","))
+    check_methods(methods)
+    max_steps_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    max_steps_parser.add_argument("--max-steps")
+    print(f"reading the data and loading {', '.join(methods)}", flush=True)
+    total_steps, data = resolve_run(methods, train_argv, slots[0])
+    rule = Rule(
+        methods=methods,
+        lora_ranks=args.ranks,
+        total_steps=total_steps,
+        rungs=plan_rungs(total_steps),
+        search_seeds=args.search_seeds,
+        answer_seeds=args.seeds,
+        margin=parse_margin(args.margin),
+        train_argv=tuple(max_steps_parser.parse_known_args(train_argv)[1]),  # each run has its own --max-steps
+        data=data,
+    )
+    for method in methods:
+        num_steps = [spec.num_steps for spec in expected_trials(rule) if spec.candidate.method == method]
+        print(f"{method}: {len(num_steps)} trials, {sum(num_steps):,} steps", flush=True)
+    if args.dry_run:
+        minutes = estimate_minutes(rule, slots)
+        print(f"about {minutes:,.0f} minutes: an estimate from {NUM_TIMED_STEPS} timed steps of each method")
+    else:
+        write_rule(args.output_dir, rule, working_dir=str(Path.cwd()))
+        print(f"rule {rule.sha256[:12]} in {args.output_dir / RULE_FILE}", flush=True)
 
 
 @contextlib.contextmanager

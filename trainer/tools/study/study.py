@@ -1,17 +1,26 @@
 """A study from its rule to its last trial: the workers of this machine run trials until none is needed."""
 
+import argparse
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from trainer.config.errors import UserError
+from trainer.report.compare_cli import REFUSED_EXIT_CODE, print_verdict
+from trainer.report.page import write_report
+from trainer.report.wandb_report import save_report
+from trainer.tools.study import answer
+from trainer.tools.study.finalist_timing import time_finalists
 from trainer.tools.study.rule import Rule, read_rule
 from trainer.tools.study.search import StudyState, expected_trials, study_state
-from trainer.tools.study.trial_process import Slot
+from trainer.tools.study.trial_process import Slot, make_slots
 from trainer.tools.study.trials import (
     STOP_SECONDS,
     RunningTrial,
@@ -100,3 +109,39 @@ class Study:
                 process.kill()
                 process.join()
             finish_ended(is_stopping=True)
+
+
+def run_study(args: argparse.Namespace) -> int:
+    """Work on the study of launch/study.py's flags, then answer; returns the exit code."""
+    study, slots = Study.open(args.join or args.output_dir), make_slots(args.workers, args.gpus_per_trial)
+    should_stop = threading.Event()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda *_: should_stop.set())
+    study.run(slots, should_stop, partial(print, flush=True))
+    state, timing = study.state(), None
+    if not (state.needed or should_stop.is_set()):
+        for outcome in state.outcomes.values():
+            if outcome.problem is None or outcome.problem != state.refusal:
+                print(outcome.describe())
+        failures = [f"{name}: {trial.failure}" for name, trial in read_trials(study.folder).items() if trial.failure]
+        if failures:
+            print(f"{len(failures)} trials failed, the first was {failures[0]}")
+        if state.refusal is not None:
+            raise answer.AnswerRefusedError(f"refused to rank: {state.refusal}")
+        answer.judge(answer.read_groups(study.folder, state.answers), study.rule)  # refused before anything is timed
+        finalists = {m: outcome.winner for m, outcome in state.outcomes.items() if outcome.winner is not None}
+        print("timing the finalists in alternation", flush=True)
+        timing = time_finalists(study.folder, study.rule, finalists, slots[0], should_stop)
+    if timing is None:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    comparison = answer.compare_study(study.folder, study.rule, state, read_results(study.folder), timing)
+    paths = write_report(comparison, study.folder)
+    verdict = comparison.verdict
+    print()
+    exploratory = [line for line in verdict.details if line.startswith("Exploratory: ")]
+    print_verdict(verdict, [*exploratory, f"a page to send: {paths[0]} (for machines: answer.json beside it)"])
+    if args.wandb_report is not None:
+        entity, project = args.wandb_report
+        print(f"W&B Report: {save_report(comparison, entity, project, study.folder)}")
+    return REFUSED_EXIT_CODE if verdict.comparisons[0].is_margin_under_floor else 0
