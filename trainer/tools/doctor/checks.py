@@ -25,7 +25,7 @@ from trainer.distributed.launch_environment import FORWARDED_PREFIXES
 from trainer.distributed.memory import required_bytes
 from trainer.distributed.preflight import package_version
 from trainer.distributed.process_group import find_free_port, forwarded_env_prefixes
-from trainer.model.build import TrainableModel, get_max_positions, list_adapted_layers
+from trainer.model.build import TrainableModel, list_adapted_layers
 from trainer.training.run_plan import RunPlan
 
 OK, WARNING, ERROR = LEVELS = ("ok", "warning", "error")
@@ -194,17 +194,13 @@ def check_forwarded_variables(environ: Mapping[str, str], *, is_multi_node: bool
 
 
 def check_data(settings: Settings, data: PreparedDataset) -> Iterator[Check]:
-    """Counts, lengths, what was left out, what stands on both sides, what is masked."""
-    train, val, is_blocks = data.metadata["train"], data.metadata["val"], settings.data.objective == "blocks"
-    counts = "{records:,} records, {examples:,} examples, "
-    yield Check(OK, "training", (counts + "{tokens:,} tokens").format(**train))
+    """Counts, lengths, what was left out, what stands on both sides, what is masked, what training never shows."""
+    train, val = data.metadata["train"], data.metadata["val"]
     is_small = val["examples"] < MIN_VAL_EXAMPLES or val["num_target_tokens"] < MIN_VAL_TOKENS
-    message = (counts + "{num_target_tokens:,} target tokens").format(**val)
+    message = "{records:,} records, {examples:,} examples, {num_target_tokens:,} target tokens".format(**val)
     remedy = f"under {MIN_VAL_EXAMPLES} examples or {MIN_VAL_TOKENS:,} tokens chance decides: "
     yield judge(is_small, WARNING, "validation", message, remedy + "raise --val-fraction or give --val-data")
-    if is_blocks:
-        yield Check(OK, "lengths", f"every block has {settings.data.block_size} tokens")
-    else:
+    if settings.data.objective != "blocks":
         quantiles = np.quantile(data.train.lengths(), [0, 0.5, 0.95, 1], method="nearest")
         yield Check(OK, "lengths", "shortest {}, median {}, 95% within {}, longest {} tokens".format(*quantiles))
         for split, info in (("train", train), ("val", val)):
@@ -217,17 +213,10 @@ def check_data(settings: Settings, data: PreparedDataset) -> Iterator[Check]:
     message = f"{num_shared:,} of {val['records']:,} validation records also stand in the training data"
     remedy = "drop them from one side: the validation loss partly measures memorization"
     yield judge(num_shared > MAX_SHARED_SHARE * val["records"], WARNING, "duplicates", message, remedy)
-    num_repeated, num_records = data.metadata["repeated_in_train"], data.metadata["train"]["records"]
-    message = f"{num_repeated:,} of {num_records:,} training records are repeats"
-    is_bad = num_repeated > MAX_REPEATED_SHARE * num_records
+    num_repeated = data.metadata["repeated_in_train"]
+    message = f"{num_repeated:,} of {train['records']:,} training records are repeats"
+    is_bad = num_repeated > MAX_REPEATED_SHARE * train["records"]
     yield judge(is_bad, WARNING, "repeats", message, "drop them, unless their weight is meant")
-    yield from check_targets(data)
-    for notice in data.metadata.get("notices", []):
-        yield Check(OK, "note", notice)
-
-
-def check_targets(data: PreparedDataset) -> Iterator[Check]:
-    """The share of tokens that count in the loss, rows in which none does, and token ids that training never shows."""
     target_counts = data.train.num_target_tokens()
     target_share = int(target_counts.sum()) / int(data.train.lengths().sum())
     message = f"{1 - target_share:.1%} of the training tokens are not counted in the loss"
@@ -240,8 +229,8 @@ def check_targets(data: PreparedDataset) -> Iterator[Check]:
     is_seen[data.train.ids[:MAX_TOKENS_SCANNED]] = True
     val_ids = data.val.ids[:MAX_TOKENS_SCANNED]
     unseen_share = float((~is_seen[val_ids]).mean()) if len(val_ids) else 0.0
-    yield Check(OK, "coverage", f"{int(is_seen.sum()):,} of {len(is_seen):,} token ids occur in the training data")
-    message = f"{unseen_share:.2%} of the validation tokens never occur in training"
+    message = f"{unseen_share:.2%} of the validation tokens never occur in training, which shows "
+    message += f"{int(is_seen.sum()):,} of {len(is_seen):,} token ids"
     remedy = "more training data, or a split that holds the same kinds of text on both sides"
     yield judge(unseen_share > MAX_UNSEEN_SHARE, WARNING, "coverage", message, remedy)
 
@@ -252,28 +241,21 @@ def check_targets(data: PreparedDataset) -> Iterator[Check]:
 def check_model(plan: RunPlan, model: TrainableModel) -> Iterator[Check]:
     """Tied weights, LoRA's layers, the share that trains."""
     model_info, config = plan.model_info, model.causal.config
-    yield Check(OK, "model", f"{model_info['class']}, {model_info['parameters']:,} parameters")
-    max_length = get_max_positions(config)
-    limit = f"{max_length:,}" if max_length else "any number"
-    yield Check(OK, "positions", f"rows of at most {plan.settings.data.block_size} tokens, the model takes {limit}")
     is_tied, should_be_tied = model.has_tied_embeddings, bool(getattr(config, "tie_word_embeddings", False))
     message = f"input and output embeddings are {'one' if is_tied else 'two'}"
     if is_tied != should_be_tied:
         message += f", its configuration says {'one' if should_be_tied else 'two'}"
     remedy = "check that its weights were saved as its configuration says"
     yield judge(is_tied != should_be_tied, WARNING, "tied weights", message, remedy)
-    lora_layers = list_adapted_layers(model)
-    if lora_layers:
+    if lora_layers := list_adapted_layers(model):
         num_layers, num_conv1d = len(lora_layers), sum(is_transposed for _, is_transposed in lora_layers)
-        yield Check(OK, "LoRA targets", f"{num_layers} layers: {', '.join(model_info['lora_targets'])}")
         message = f"{num_conv1d} of the {num_layers} adapted layers keep their weight as [in, out]"
         message += ", as fan_in_fan_out tells peft" * bool(num_conv1d)
         remedy = "layers of both kinds: peft takes one setting and corrects it for each, look at its warnings"
         yield judge(0 < num_conv1d < num_layers, WARNING, "Conv1D", message, remedy)
-    share = model_info["trainable"] / model_info["parameters"]
-    message = f"{model_info['trainable']:,} weights ({share:.2%})"
-    remedy = "adapters as large as the model save nothing: lower --lora-rank"
-    yield judge(bool(lora_layers) and share > 0.5, WARNING, "trainable", message, remedy)
+        share = model_info["trainable"] / model_info["parameters"]
+        remedy = "adapters as large as the model save nothing: lower --lora-rank"
+        yield judge(share > 0.5, WARNING, "adapters", f"{share:.2%} of the weights train", remedy)
 
 
 def check_schedule(plan: RunPlan) -> Iterator[Check]:
@@ -297,8 +279,6 @@ def check_schedule(plan: RunPlan) -> Iterator[Check]:
         if interval.isdigit() and int(interval) > total_steps:
             message = f"{interval}, the run has {total_steps} steps: only at the end"
             yield Check(WARNING, flag, message, f"{flag} {math.ceil(total_steps / 4)}, or epoch")
-    yield Check(OK, "ZeRO file", f"{plan.deepspeed_file.name}: {plan.deepspeed_file.reason}")
-    yield Check(OK, "precision", plan.precision)
 
 
 def build_memory_table(plan: RunPlan, row_length: int) -> list[dict[str, Any]]:

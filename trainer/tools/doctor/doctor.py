@@ -118,10 +118,9 @@ def run_doctor(
 
 def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, Any]) -> Iterator[Check]:
     """Settings, data and model of the run, as train.py would resolve them; they are left in `run`."""
-    settings, world_size = cli_args.settings, dist_context.world_size
+    settings = cli_args.settings
     validate_early(settings, dist_context)
     check_loggers(settings.output)
-    yield Check(OK, "settings", " ".join(settings.overridden) or "nothing overridden")
     is_used = cli_args.resume is None and not is_unused(Path(settings.run_folder), FINDER_FILES)
     message = settings.run_folder + " is not empty" * is_used
     yield judge(is_used, ERROR, "run folder", message, "another --output-dir, or --resume to go on with that run")
@@ -133,8 +132,8 @@ def _resolve_run(cli_args: CliArgs, dist_context: DistContext, run: dict[str, An
         max_positions=get_max_positions(model_config),
         log=partial(print, file=sys.stderr, flush=True),
     )
-    yield Check(OK, "data", f"{data.metadata['source']}: read and tokenized")
     model = build_model(settings, on_meta=True)
     plan = make_plan(settings, dist_context, data, model.metadata, model_config)
     run.update(plan=plan, data=data, model=model)
-    yield Check(OK, "plan", f"{plan.settings.run_name} on {world_size} rank{'s' * (world_size > 1)}")
+    for name, text in plan.summary_lines():
+        yield Check(OK, name, text)
