@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from trainer.config import cli
 from trainer.config.errors import UserError
 from trainer.tools.bench import bench_cli, steps
 from trainer.tools.bench.memory import HEADINGS, format_cells
-from trainer.tools.bench.steps import BenchmarkConfig, add_relative_speeds, build_configs, format_markdown
+from trainer.tools.bench.steps import BenchmarkConfig, build_configs, format_markdown
 
 
 def list_names(flags: str) -> list[str]:
@@ -64,32 +63,20 @@ def test_a_wrong_bench_argument_is_one_line(argv, message):
     assert str(caught.value).startswith(message)
 
 
-def test_bench_speedup_is_the_ratio_round_by_round():
-    rows: list[dict[str, Any]] = [
-        {"mode": "full", "global_batch": 2, "rounds": [1.0, 2.0, 3.0]},
-        {"mode": "full", "global_batch": 2, "rounds": [2.0, 2.0, 12.0]},
-        {"mode": "lora", "global_batch": 2, "rounds": [5.0]},
-        {"mode": "lora", "global_batch": 2, "problem": "failed"},
-    ]
-    add_relative_speeds(rows)
-    assert rows[0]["speed"] == [1.0, 1.0, 1.0]
-    assert rows[1]["speed"] == [0.5, 0.25, 1.0], "a machine that slows down for a round slows both"
-    assert rows[2]["speed"] == [1.0, 1.0, 1.0]
-    assert "speed" not in rows[3]
-
-
 CONFIGS = [BenchmarkConfig(program=program, mode="full", global_batch=2) for program in ("ours", "hf")]
 
 
-def test_a_bench_of_several_rounds_compares_what_is_there_after_each_program(monkeypatch):
+def test_a_bench_of_several_rounds_compares_round_by_round_what_is_there_after_each_program(monkeypatch):
+    """A machine that slows down for a round slows both."""
     facts = {"ran_by": "eager", "hardware": "h", "threads": 1, "tokens": 4.0, "flops": 1, "ceiling_flops": 1e9}
     facts |= {"peak_memory_bytes": 1, "device_memory": 0, "versions": {}}
-    seconds = iter([1.0, 2.0, 3.0, 12.0])
+    seconds = iter([1.0, 2.0, 7.0, 3.0, 12.0, 9.0])
     monkeypatch.setattr(steps, "run_job", lambda *_, **__: ([{**facts, "windows": [next(seconds)]}], [0], ""))
-    speeds: list[Any] = []
-    ours, hf = steps.run_rounds(CONFIGS, rounds=2, after_each=lambda rows: speeds.append(rows[1].get("speed")))
+    configs, speeds = [*CONFIGS, BenchmarkConfig(program="ours", mode="lora", global_batch=2)], []
+    ours, hf, lora = steps.run_rounds(configs, rounds=2, after_each=lambda rows: speeds.append(rows[1].get("speed")))
     assert (ours["rounds"], hf["rounds"]) == ([1.0, 3.0], [2.0, 12.0])
-    assert speeds == [None, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0.375, 0.25, 0.5]]
+    assert speeds == [None, *[[0.5, 0.5, 0.5]] * 3, *[[0.375, 0.25, 0.5]] * 2]
+    assert ours["speed"] == lora["speed"] == [1.0, 1.0, 1.0], "each mode has a baseline of its own"
 
 
 def test_a_program_that_failed_says_so_in_its_line_and_is_not_tried_again(monkeypatch):

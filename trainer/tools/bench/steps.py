@@ -143,7 +143,13 @@ def run_rounds(
             outcome = row["problem"] or f"{1000 * row['rounds'][-1]:.1f} ms/step"
             label = f"{config.mode}, batch {config.global_batch}, {config.name}"
             print(f"round {round_number}/{rounds}  {label}: {outcome}", flush=True)
-            add_relative_speeds(rows)
+            # The rate over the first of the same mode and batch, round by round; within a round the first is one ahead.
+            baselines: dict[tuple[str, int], Row] = {}
+            for other in rows:
+                baseline = baselines.setdefault((other["mode"], other["global_batch"]), other)
+                pairs = zip(baseline.get("rounds", ()), other.get("rounds", ()), strict=False)
+                if ratios := [base / seconds for base, seconds in pairs]:
+                    other["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
             after_each(rows)
     return rows
 
@@ -163,17 +169,6 @@ def _summarize(results: Sequence[Mapping[str, Any]]) -> Row:
         "peak_memory": max(result["peak_memory_bytes"] for result in results),
         "device_memory": max(result["device_memory"] for result in results),
     }
-
-
-def add_relative_speeds(rows: list[Row]) -> None:
-    """Give each row its rate over the first of the same mode and batch, round by round: median, smallest, largest."""
-    baselines: dict[tuple[str, int], Row] = {}
-    for row in rows:
-        baseline = baselines.setdefault((row["mode"], row["global_batch"]), row)
-        if "rounds" in row and "rounds" in baseline:
-            pairs = zip(baseline["rounds"], row["rounds"], strict=False)  # within a round the first is one ahead
-            ratios = [base / seconds for base, seconds in pairs]
-            row["speed"] = [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def format_markdown(rows: Sequence[Row], rounds: int) -> str:
