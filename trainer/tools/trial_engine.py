@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from trainer.config.errors import UserError
@@ -15,11 +14,8 @@ from trainer.distributed.engine import Engine
 from trainer.distributed.process_group import DistContext, destroy_process_group, init_distributed, peak_memory_bytes
 from trainer.model.build import build_model, load_config
 from trainer.tools.worker_processes import end_with_parent
-from trainer.tracking.records import StepRecord
 from trainer.tracking.silence import silence_libraries
-from trainer.training.loop import train
 from trainer.training.run_plan import RunPlan, make_plan
-from trainer.training.schedule import TrainState
 
 FINDER_FILES = ("find-lr.json", "find-lr.png", "find-batch.json", "prove.json")  # a run may begin beside them
 
@@ -51,15 +47,6 @@ def start_trial(settings: Settings, data: PreparedDataset, dist_context: DistCon
     model = build_model(settings, with_fingerprint=False, device=dist_context.device)
     plan = make_plan(settings, dist_context, data, model.metadata, load_config(settings.model))
     return plan, Engine(dist_context, model, plan.deepspeed_config, plan.settings.train, plan.execution)
-
-
-def take_steps(plan: RunPlan, engine: Engine, data: PreparedDataset) -> Iterator[StepRecord]:
-    """The run's own loop, step by step; nothing is saved, nor evaluated before the first step."""
-    nothing_saved: Any = SimpleNamespace(save=lambda *_: None)
-    state = TrainState(eval_pending=False)
-    for record in train(engine, data, plan.schedule, state, nothing_saved, lambda: False):
-        if isinstance(record, StepRecord):
-            yield record
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,11 @@ from trainer.model import cpu_attention, lora, loss
 from trainer.model.build import load_config
 from trainer.model.flops import count_step_flops
 from trainer.tools.bench.steps import BenchmarkConfig, describe_hardware
-from trainer.tools.trial_engine import join_job, start_trial, take_steps, write_answer
+from trainer.tools.trial_engine import join_job, start_trial, write_answer
+from trainer.tracking.records import StepRecord
+from trainer.training.loop import train
 from trainer.training.provenance import package_versions
+from trainer.training.schedule import TrainState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTH_SPREAD = 0.6  # of the logarithm of a ragged row's length, about that of E2E and ACLED records
@@ -53,8 +57,11 @@ def main(job_file: str) -> None:
             elif config.without == "cpu-attention":
                 cpu_attention.install = lambda module, causal: None
             plan, engine = start_trial(settings, data, dist_context)
-            for _ in take_steps(plan, engine, data):
-                after_step()
+            nothing_saved: Any = SimpleNamespace(save=lambda *_: None)
+            state = TrainState(eval_pending=False)  # nothing is evaluated before the first step
+            for record in train(engine, data, plan.schedule, state, nothing_saved, lambda: False):
+                if isinstance(record, StepRecord):
+                    after_step()
             ran_by = "; ".join([engine.plan.path, *(change.reason for change in engine.plan_changes)])
         else:  # the model as transformers and peft make it
             torch.manual_seed(settings.train.seed)
