@@ -20,7 +20,6 @@ from trainer.tools.study.rule import (
     MIN_TEST_RECORDS,
     RULE_FILE,
     Rule,
-    check_methods,
     plan_rungs,
     write_rule,
 )
@@ -55,24 +54,23 @@ def plan_study(args: argparse.Namespace, train_argv: list[str], parser: Argument
             f"--warmup-steps {settings.train.warmup_steps}: the short runs of a search might end before it; give "
             "--warmup-ratio, which is the same for all"
         )
-    methods = tuple(args.methods.split(","))
-    check_methods(methods)
     max_steps_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     max_steps_parser.add_argument("--max-steps")
-    print(f"reading the data and loading {', '.join(methods)}", flush=True)
-    total_steps, data = resolve_run(methods, train_argv, slots[0])
-    rule = Rule(
-        methods=methods,
+    rule = Rule(  # without what the data decide: a mistake is found before they are read
+        methods=tuple(args.methods.split(",")),
         lora_ranks=args.ranks,
-        total_steps=total_steps,
-        rungs=plan_rungs(total_steps),
+        total_steps=1,
+        rungs=(1,),
         search_seeds=args.search_seeds,
         answer_seeds=args.seeds,
         margin=parse_margin(args.margin),
         train_argv=tuple(max_steps_parser.parse_known_args(train_argv)[1]),  # each run has its own --max-steps
-        data=data,
+        data="",
     )
-    for method in methods:
+    print(f"reading the data and loading {', '.join(rule.methods)}", flush=True)
+    total_steps, data = resolve_run(rule.methods, train_argv, slots[0])
+    rule = rule.model_copy(update={"total_steps": total_steps, "rungs": plan_rungs(total_steps), "data": data})
+    for method in rule.methods:
         num_steps = [spec.num_steps for spec in expected_trials(rule) if spec.candidate.method == method]
         print(f"{method}: {len(num_steps)} trials, {sum(num_steps):,} steps", flush=True)
     if args.dry_run:

@@ -43,8 +43,12 @@ class Rule(BaseModel):
     level: float = 0.95  #: of the answer's intervals
 
     @model_validator(mode="after")
-    def _check(self) -> "Rule":
-        check_methods(self.methods)
+    def _refuse_impossible(self) -> "Rule":
+        for method in self.methods:
+            if method not in METHODS:
+                raise UserError(f"--methods {method}: expected some of {', '.join(METHODS)}")
+        if missing := [method for method in PRIMARY if method not in self.methods]:
+            raise UserError(f"--methods {','.join(self.methods)}: expected {missing[0]} among them")
         for flag, values in (
             ("--methods", self.methods),
             ("--ranks", self.lora_ranks),
@@ -69,15 +73,6 @@ class _RuleFile(BaseModel):
     rule: Rule
     sha256: str
     working_dir: str
-
-
-def check_methods(methods: tuple[str, ...]) -> None:
-    """UserError for an unknown method, and where one of the primary ones is missing."""
-    for method in methods:
-        if method not in METHODS:
-            raise UserError(f"--methods {method}: expected some of {', '.join(METHODS)}")
-    if missing := [method for method in PRIMARY if method not in methods]:
-        raise UserError(f"--methods {','.join(methods)}: expected {missing[0]} among them")
 
 
 def plan_rungs(total_steps: int) -> tuple[int, ...]:
