@@ -12,7 +12,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="compare.py",
         description="Compare runs with one another and with the card; "
-        "writes report.html, report.md, curves.png, curves.svg, answer.json and comparison.json.",
+        "writes report.html, report.md, curves.png, curves.svg and answer.json.",
         epilog="Exit code: 0 done, 1 a check failed, 2 a mistake in what was asked, "
         "3 refused: not to be ranked, or no check could be made because the run is not comparable.",
     )

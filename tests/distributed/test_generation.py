@@ -21,6 +21,7 @@ from trainer.config import cli
 from trainer.config.choices import MAX_NUM_SAMPLES
 from trainer.config.errors import UserError
 from trainer.config.settings import Settings
+from trainer.config.text import shorten
 from trainer.data.dataset import PreparedDataset
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer
@@ -216,21 +217,17 @@ def test_every_evaluation_leaves_samples_scores_and_the_time_they_took(sampled_a
 @pytest.mark.usefixtures("no_pictures")
 def test_the_report_shows_the_last_samples_beside_those_of_the_base(sampled_and_plain_runs, tmp_path):
     runs, _ = load_runs([str(run) for run in sampled_and_plain_runs])
-    write_report(compare(runs), tmp_path)
-    shown = json.loads((tmp_path / "comparison.json").read_text())
+    comparison = compare(runs)
+    write_report(comparison, tmp_path)
+    scores, samples = comparison.optional_tables[-2:]
     events = read_events(sampled_and_plain_runs[0], "samples")
     first, last = events[0]["facts"]["texts"], events[-1]["facts"]["texts"]
-    base = f"base {runs[0].metadata['model']['fingerprint']}"
-    assert shown["samples"] == [
-        {
-            "prompt": text["prompt"],
-            "reference": text["reference"],
-            base: begun["completion"],
-            "run 0": text["completion"],
-        }
+    assert samples.rows == [
+        [shorten(cell, 300) for cell in (text["prompt"], text["reference"], begun["completion"], text["completion"])]
         for begun, text in zip(first, last, strict=True)
     ]
-    assert shown["scores"][0]["chrf"] == events[-1]["facts"]["scores"]["chrf"]
+    chrf = scores.headings.index("chrF (0-100)")
+    assert scores.rows[0][chrf] == f"{events[-1]['facts']['scores']['chrf']:.4f}"
     for page in ("report.html", "report.md"):
         assert "Completions against their references" in (tmp_path / page).read_text()
 

@@ -20,10 +20,11 @@ from helpers.fake_wandb import ENTITY, FakeWandb, child_env
 from helpers.tiny_inputs import tiny_argv
 
 from trainer.config import reference
+from trainer.config.errors import UserError
 from trainer.report import run_data
 from trainer.report.comparable import comparison_blockers, reference_blockers
 from trainer.report.load import is_wandb_path, load_runs, metadata_from_config, read_offline
-from trainer.report.run_data import RunData, RunReadError, read_folder
+from trainer.report.run_data import RunData, read_folder
 from trainer.report.wandb_report import REFERENCE_RUN_ID
 from trainer.tracking.records import EventRecord, to_line
 
@@ -133,12 +134,12 @@ def test_a_truncated_or_foreign_wandb_file_is_reported(offline_run_dir: Path, tm
     assert "cut off" in run.notes[0]
     assert 0 < len(run.steps["step"]) < 90
     torn.write_bytes(b"something else")
-    with pytest.raises(RunReadError, match="is not a W&B run file"):
+    with pytest.raises(UserError, match="is not a W&B run file"):
         read_offline("x", [torn])
     torn.write_bytes(whole[:7])
-    with pytest.raises(RunReadError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         read_offline("x", [torn])
-    with pytest.raises(RunReadError, match="holds 2 W&B runs"):
+    with pytest.raises(UserError, match="holds 2 W&B runs"):
         read_offline("x", [tmp_path / "run-a.wandb", tmp_path / "run-b.wandb"])
 
 
@@ -149,9 +150,9 @@ def test_run_json_comes_back_whole_from_the_wandb_config() -> None:
     config = json.loads(json.dumps(wandb_config(content)))
     assert metadata_from_config(config) == content
     assert config["lr"] == content["resolved"]["lr"], "and flat, for W&B's columns"
-    with pytest.raises(RunReadError, match="another program"):
+    with pytest.raises(UserError, match="another program"):
         metadata_from_config({"lr": 1e-3})
-    with pytest.raises(RunReadError, match="the card itself"):
+    with pytest.raises(UserError, match="the card itself"):
         metadata_from_config({"mode": "card"})
 
 
@@ -309,7 +310,6 @@ def check_spec(spec: dict[str, Any]) -> None:
     assert lines == {
         ("epoch", "val/loss"),
         ("epoch", "train/loss"),
-        ("epoch", "train/loss_epoch"),
         ("tokens", "train/loss"),
         ("_runtime", "val/loss"),
         ("epoch", "train/lr"),
@@ -317,7 +317,7 @@ def check_spec(spec: dict[str, Any]) -> None:
         ("epoch", "train/tokens_per_second"),
     }
     view_types = Counter(panel["viewType"] for panel in panels)
-    assert (view_types["Bar Chart"], view_types["Scatter Plot"], view_types["Run Comparer"]) == (2, 1, 1)
+    assert (view_types["Scatter Plot"], view_types["Run Comparer"]) == (1, 1)
     first_plot = next(panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot")
     assert first_plot["overrideMarks"] == {"lora0042:val/loss": "dashed", f"{REFERENCE_RUN_ID}:val/loss": "dashed"}
     assert first_plot["overrideColors"][f"{REFERENCE_RUN_ID}:val/loss"]["color"] == "#767676"

@@ -25,9 +25,7 @@ SERIES_METRICS = {
 #: metrics of a whole run
 RUN_METRICS: dict[str, Callable[[RunData], Any]] = {
     "best_val_loss": lambda run: run.best_eval and run.best_eval["loss"],
-    "improvement": lambda run: (
-        run.initial_loss - run.best_eval["loss"] if run.best_eval and run.initial_loss is not None else None
-    ),
+    "improvement": lambda run: run.improvement,
     "wall_seconds": lambda run: run.summary.get("wall_seconds"),
     "peak_memory_bytes": lambda run: run.summary.get("peak_memory_bytes"),
     "trainable_parameters": lambda run: run.get("model.trainable"),
@@ -80,9 +78,9 @@ def parse_condition(text: str) -> Condition | None:
         try:
             numbers.append(float(number))
         except ValueError:
-            raise UserError(f"--check {text!r}: {number} is no number") from None
+            numbers.append(math.nan)
         if not math.isfinite(numbers[-1]):
-            raise UserError(f"--check {text!r}: {number} is not finite")
+            raise UserError(f"--check {text!r}: {number} is not a finite number")
     limit, axis_value = numbers
     if axis_value < 0:
         raise UserError(f"--check {text!r}: expected an {axis} from 0")
@@ -129,9 +127,7 @@ def _find_value(condition: Condition, run: RunData) -> tuple[float | None, str]:
         return None, f"the run is not finished ({run.state}), so it has no final value"
     if metric in RUN_METRICS:
         value = RUN_METRICS[metric](run)
-        if value is None:
-            return None, f"the run does not tell its {metric}"
-        return float(value), "over the run"
+        return (None, f"the run does not tell its {metric}") if value is None else (float(value), "over the run")
     series_name, column = SERIES_METRICS[metric]
     if metric == "train_loss" and axis == "step":
         series_name, column = "steps", "loss"  # the mean of an epoch has no step of its own
@@ -142,16 +138,14 @@ def _find_value(condition: Condition, run: RunData) -> tuple[float | None, str]:
         index = next(iter((series["step"] == condition.axis_value).nonzero()[0]), None)
     else:
         index = len(series["step"]) - 1 if len(series["step"]) else None
-    if index is None or series[column][index] != series[column][index]:
-        location = f"at {axis} {condition.axis_value:g}" if axis else "at the end"
-        return None, f"no {metric} {location}"
+    if index is None or math.isnan(series[column][index]):
+        return None, f"no {metric} " + (f"at {axis} {condition.axis_value:g}" if axis else "at the end")
     return float(series[column][index]), f"at epoch {series['epoch'][index]:g}, step {series['step'][index]:.0f}"
 
 
 def _check_against_reference(run: RunData, tolerance: float) -> tuple[str, str]:
     """Whether each epoch's validation loss is at or under the card's."""
-    reasons = reference_blockers(run)
-    if reasons:
+    if reasons := reference_blockers(run):
         return NOT_COMPARABLE, "; ".join(reasons)
     failed_epochs, comparisons = [], []
     for row in reference.CURVE:
@@ -161,6 +155,6 @@ def _check_against_reference(run: RunData, tolerance: float) -> tuple[str, str]:
         value = float(run.evals["loss"][index])
         comparisons.append(f"epoch {row.epoch}: {value:.4f} against {row.val_loss:.4f}")
         if not value <= row.val_loss + tolerance:
-            failed_epochs.append(row.epoch)
+            failed_epochs.append(str(row.epoch))
     text = ", ".join(comparisons) + f", tolerance {tolerance:g}; {reference.UNKNOWN_REASON}"
-    return (FAILED, f"over at epoch {', '.join(map(str, failed_epochs))}: {text}") if failed_epochs else (PASSED, text)
+    return (FAILED, f"over at epoch {', '.join(failed_epochs)}: {text}") if failed_epochs else (PASSED, text)

@@ -1,10 +1,10 @@
-"""Which runs may be held against one another and against the card, what differs between them, and groups of seeds."""
+"""Which runs may be held against one another and against the card, and groups of runs that differ in the seed alone."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from trainer.config import reference
 from trainer.config.text import flatten
@@ -20,44 +20,41 @@ COMPARABILITY_KEYS = {
     "validation set": "data.val_fingerprint",
 }
 MODE_NAMES = {"full": "full", "lora": "LoRA"}
-NOT_USED = "not used"  # the value of a LoRA setting where every weight is trained
 #: facts of run.json that differ between any two runs and say nothing of what was compared
-_IGNORED_METADATA = (
-    "schema_version",
-    "run_id",
-    "name",
-    "mode",
-    "preset",
-    "started",
-    "command",
-    "wandb",
-    "overridden",
-    "settings.overridden",
-    "resumed.settings",
-    "not_comparable_with_card",
+IGNORED_METADATA = frozenset(
+    [
+        "schema_version",
+        "run_id",
+        "name",
+        "mode",
+        "preset",
+        "started",
+        "command",
+        "wandb",
+        "overridden",
+        "settings.overridden",
+        "resumed.settings",
+        "not_comparable_with_card",
+    ]
 )
 #: settings that do not make two runs different experiments: seed, places, and how the same sum is divided
-_IGNORED_SETTINGS = (
-    "settings.train.seed",
-    "settings.train.micro_batch",
-    "settings.train.eval_batch",
-    "settings.preset",
-    "settings.engine.ds_config",
-    "settings.engine.precision",
-    "settings.data.data",
-    "settings.data.val_data",
-    "settings.model.model",
+_IGNORED_SETTINGS = frozenset(
+    [
+        "settings.train.seed",
+        "settings.train.micro_batch",
+        "settings.train.eval_batch",
+        "settings.preset",
+        "settings.engine.ds_config",
+        "settings.engine.precision",
+        "settings.data.data",
+        "settings.data.val_data",
+        "settings.model.model",
+    ]
 )
 _GROUPING_PATHS = (
     *COMPARABILITY_KEYS.values(),
-    "mode",
-    "model.name",
-    "resolved.lr",
-    "resolved.ranks",
-    "resolved.precision",
-    "resolved.ds_config",
-    "resolved.device",
-    "resolved.micro_batch",
+    *("mode", "model.name", "resolved.lr", "resolved.ranks", "resolved.precision", "resolved.ds_config"),
+    *("resolved.device", "resolved.micro_batch"),
 )
 #: what a label says of a group when its mode alone does not name it: path and how it reads
 _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
@@ -66,55 +63,22 @@ _LABEL_FORMATS: dict[str, Callable[[Any], str]] = {
     "settings.lora.adapter": str,
     "settings.model.quant": str,
     "settings.train.optim": str,
-    "resolved.lr": lambda value: f"lr {value:.3g}",
-    "settings.lora.rank": lambda value: f"rank {value}",
-    "settings.lora.alpha": lambda value: f"alpha {value:g}",
-    "settings.lora.plus_ratio": lambda value: f"LoRA+ {value:g}",
+    "resolved.lr": "lr {:.3g}".format,
+    "settings.lora.rank": "rank {}".format,
+    "settings.lora.alpha": "alpha {:g}".format,
+    "settings.lora.plus_ratio": "LoRA+ {:g}".format,
     "settings.lora.target_modules": lambda value: f"on {'+'.join(value) or 'all'}",
     "settings.lora.modules_to_save": lambda value: f"and {'+'.join(value)}" if value else "adapters only",
-    "settings.train.global_batch": lambda value: f"batch {value}",
-    "settings.train.epochs": lambda value: f"{value:g} epochs",
-    "settings.train.max_steps": lambda value: f"{value} steps",
-    "data.block_size": lambda value: f"block {value}",
+    "settings.train.global_batch": "batch {}".format,
+    "settings.train.epochs": "{:g} epochs".format,
+    "settings.train.max_steps": "{} steps".format,
+    "data.block_size": "block {}".format,
     "data.objective": str,
-    "resolved.ranks": lambda value: f"{value} ranks",
+    "resolved.ranks": "{} ranks".format,
     "resolved.precision": str,
     "resolved.ds_config": str,
 }
-_REFERENCE_TRAIN_SETTINGS = (
-    "lr",
-    "global_batch",
-    "eval_batch",
-    "seed",
-    "beta1",
-    "beta2",
-    "epsilon",
-    "epochs",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-)
-#: what the card states, by our names for it
-REFERENCE_METADATA = {
-    "settings.mode": "full",
-    "settings.model.init": "pretrained",
-    "model.name": "gpt2",
-    "model.parameters": 124_439_808,
-    "model.trainable": 124_439_808,
-    "model.share": 1.0,
-    "data.vocabulary": reference.KNOWN_DATA["vocabulary"],
-    "data.objective": reference.KNOWN_DATA["objective"],
-    "data.block_size": reference.KNOWN_DATA["block_size"],
-    "resolved.steps_per_epoch": reference.STEPS_PER_EPOCH,
-    "resolved.total_steps": 3 * reference.STEPS_PER_EPOCH,
-    "resolved.lr": reference.SETTINGS["lr"],
-    "resolved.dropout": reference.SETTINGS["dropout"],
-    "resolved.global_batch": 2,
-    "settings.data.objective": "blocks",
-    "settings.data.block_size": 1024,
-    **{f"settings.train.{name}": reference.SETTINGS[name] for name in _REFERENCE_TRAIN_SETTINGS},
-}
-_SECTIONS = ("settings", "resolved", "data", "model", "deepspeed", "hardware", "versions", "git")
+MAX_LABEL_PARTS = 4
 Item = TypeVar("Item")
 
 
@@ -201,64 +165,6 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 24 else text[:12] + "..."
 
 
-# --- what differs ---
-
-
-class MetadataField(NamedTuple):
-    """One setting or fact and its value by column: none where unknown, a tuple where a column's runs differ."""
-
-    name: str
-    values: Mapping[int, Any]
-
-    @property
-    def is_same(self) -> bool:
-        known = list(self.values.values())
-        return all(value == known[0] and not isinstance(value, tuple) for value in known)
-
-
-def compare_metadata(columns: Sequence[Sequence[RunData]], with_reference: bool) -> list[MetadataField]:
-    """Every setting and data fact: one value a column of runs (a tuple of them where they differ), the card's first.
-
-    LoRA settings, which run.json always has, count only where they were used.
-    """
-    columns_of_facts = [
-        [
-            {
-                name: NOT_USED if run.mode == "full" and _is_lora_field(name) else value
-                for name, value in flatten(run.metadata, ".", ignored=_IGNORED_METADATA)
-            }
-            for run in runs
-        ]
-        for runs in columns
-    ]
-    # settings first, then what they came to, the data, the model, the machine, and where the output went last
-    names = sorted(
-        dict.fromkeys(name for facts_of_runs in columns_of_facts for facts in facts_of_runs for name in facts),
-        key=lambda name: (
-            len(_SECTIONS) + 1
-            if name.startswith("settings.output.")
-            else [*_SECTIONS, name.split(".", 1)[0]].index(name.split(".", 1)[0])
-        ),
-    )
-    if with_reference:
-        columns_of_facts.insert(0, [{**REFERENCE_METADATA, **dict.fromkeys(filter(_is_lora_field, names), NOT_USED)}])
-    compared = []
-    for name in names:
-        values: dict[int, Any] = {}
-        for column, facts_of_runs in enumerate(columns_of_facts):
-            run_values = [facts[name] for facts in facts_of_runs if name in facts]
-            if run_values:
-                is_uniform = all(value == run_values[0] for value in run_values)
-                values[column] = run_values[0] if is_uniform else tuple(run_values)
-        compared.append(MetadataField(name, values))
-    return compared
-
-
-def _is_lora_field(name: str) -> bool:
-    lora_paths = ("model.lora_targets", "resolved.adapters_fused", "resolved.base_in_bf16")
-    return name.startswith("settings.lora.") or name in lora_paths
-
-
 # --- groups of seeds ---
 
 
@@ -295,12 +201,8 @@ class SeedGroup:
     @property
     def improvement(self) -> float | None:
         """Mean improvement of the finished runs on the base; None where one was not evaluated at step 0."""
-        gains = [
-            run.initial_loss - run.best_eval["loss"]
-            for run in self.finished_runs
-            if run.best_eval and run.initial_loss is not None
-        ]
-        return statistics.fmean(gains) if len(gains) == len(self.finished_runs) else None
+        gains = [run.improvement for run in self.finished_runs]
+        return None if None in gains else statistics.fmean(gain for gain in gains if gain is not None)
 
 
 def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
@@ -309,7 +211,7 @@ def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
     for run in runs:
         settings = [
             (name, repr(value))
-            for name, value in sorted(flatten(run.get("settings"), ".", "settings.", _IGNORED_METADATA))
+            for name, value in sorted(flatten(run.get("settings"), ".", "settings.", IGNORED_METADATA))
             if name not in _IGNORED_SETTINGS and not name.startswith("settings.output.")
         ]
         key = (*settings, *(repr(run.get(path)) for path in _GROUPING_PATHS))
@@ -325,12 +227,11 @@ def group_by_seed(runs: Sequence[RunData]) -> list[SeedGroup]:
 def _make_label(run: RunData, first_runs: Sequence[RunData]) -> str:
     """The mode of a run with what tells it apart from those of its mode among the first runs of each group."""
     peers = [other for other in first_runs if other.mode == run.mode]
-    parts = []
+    sources, parts = {peer.get("data.source") for peer in peers}, []
     for path, format_value in _LABEL_FORMATS.items():
-        sources = {peer.get("data.source") for peer in peers}
         pairs = {(peer.get("data.source"), repr(peer.get(path))) for peer in peers}
         # the name of the data, which a label has before it, may tell it already
         is_implied = path in ("data.objective", "data.block_size") and 1 < len(sources) == len(pairs)
         if run.get(path) is not None and len({value for _, value in pairs}) > 1 and not is_implied:
             parts.append(format_value(run.get(path)))
-    return MODE_NAMES[run.mode] + (f" ({', '.join(parts[:4])})" if parts else "")
+    return MODE_NAMES[run.mode] + (f" ({', '.join(parts[:MAX_LABEL_PARTS])})" if parts else "")

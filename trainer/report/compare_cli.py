@@ -20,16 +20,6 @@ from trainer.report.tables import REFERENCE_LABEL, Comparison, compare
 
 REFUSED_EXIT_CODE = 3
 MAX_CONSOLE_ROWS = 40
-#: the columns of the short table, and their short headings
-CONSOLE_COLUMNS = {
-    "epoch": "epoch",
-    "run": "run",
-    "step": "step",
-    "train_loss": "train loss",
-    "val_loss": "val loss",
-    "perplexity": "perplexity",
-    "to_card": "to card",
-}
 
 
 def run_comparison(args: argparse.Namespace) -> int:
@@ -65,7 +55,7 @@ def run_comparison(args: argparse.Namespace) -> int:
         for problem in problems
         if problem.is_excluded
     ]
-    paths = write_report(comparison, args.output_dir, [result._asdict() for result in results])
+    paths = write_report(comparison, args.output_dir)
     print_comparison(comparison, results)
     if args.wandb_report_json:
         args.wandb_report_json.parent.mkdir(parents=True, exist_ok=True)
@@ -75,39 +65,35 @@ def run_comparison(args: argparse.Namespace) -> int:
         print(f"W&B Report: {wandb_report.save_report(comparison, *report_target, args.output_dir)}")
     print(f"report: {paths[0]} (and {', '.join(path.name for path in paths[1:])})")
     primary = comparison.verdict.primary
-    is_refused = primary is not None and bool(primary.blockers)
-    return exit_code(results) or (REFUSED_EXIT_CODE if is_refused else 0)
+    return exit_code(results) or (REFUSED_EXIT_CODE if primary is not None and primary.blockers else 0)
 
 
 def print_comparison(comparison: Comparison, results: Sequence[CheckResult]) -> None:
-    console = Console(highlight=False)
+    console, by_epoch = Console(highlight=False), comparison.by_epoch
     is_plain = not console.is_terminal
     if is_plain:
         console.width = 160  # nobody to fit: whole columns are better
-    by_epoch = comparison.by_epoch.to_text()
-    columns = {i: CONSOLE_COLUMNS[key] for i, key in enumerate(comparison.by_epoch.headings) if key in CONSOLE_COLUMNS}
+    short_headings = {"validation loss": "val loss", "loss − card's": "to card"}
+    columns = {i: short_headings.get(name, name) for i, name in enumerate(by_epoch.headings) if name != "examples"}
     table = RichTable(box=box.MARKDOWN if is_plain else box.SIMPLE_HEAD)
     for heading in columns.values():
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
-    for row in by_epoch.itertuples(index=False):
-        cells = [Text(row[i]) for i in columns]  # names are text, not rich's markup
-        table.add_row(*cells, style="dim" if row[1] == REFERENCE_LABEL else None)
-    if len(by_epoch) > MAX_CONSOLE_ROWS:
-        console.print(f"{len(by_epoch)} rows by epoch: see the report")
+    for row in by_epoch.rows:  # names are text, not rich's markup
+        table.add_row(*(Text(row[i]) for i in columns), style="dim" if row[1] == REFERENCE_LABEL else None)
+    if len(by_epoch.rows) > MAX_CONSOLE_ROWS:
+        console.print(f"{len(by_epoch.rows)} rows by epoch: see the report")
     elif is_plain:
         with console.capture() as capture:
             console.print(table, markup=False)
         print(capture.get().strip(" \n") + "\n")
     else:
         console.print(table, markup=False)
-    notes = [f"- {line}" for line in comparison.comparability_notes]
-    print_verdict(comparison.verdict, [*notes, *map(str, results)])
+    print_verdict(comparison.verdict, [*(f"- {line}" for line in comparison.comparability_notes), *map(str, results)])
 
 
 def print_verdict(verdict: Verdict, lines: Sequence[str]) -> None:
     """Print the sentence, the three numbers and what follows them: broken at words on a terminal, else a line each."""
     console = Console(highlight=False)
-    numbers = [f"{headline.label}: {headline.value} ({headline.note})" for headline in verdict.headlines]
-    for n, line in enumerate([verdict.sentence, *numbers, *lines]):
+    for n, line in enumerate([verdict.sentence, *map(str, verdict.headlines), *lines]):
         style = "bold" if console.is_terminal and not n else None
         console.print(line, markup=False, soft_wrap=not console.is_terminal, style=style)

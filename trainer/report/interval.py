@@ -73,38 +73,38 @@ class _MeanSquares:
     num_seeds: int
     num_units: int
 
-    @property
-    def degrees_of_freedom(self) -> float:
-        s, n = self.num_seeds, self.num_units
-        if s == 1:
-            return n - 1
-        units = max(n - 1, 1)  # of seeds alone, without units, the other mean squares are 0
-        denominator = self.seed**2 / (s - 1) + self.unit**2 / units + self.rest**2 / ((s - 1) * units)
-        total = self.seed + self.unit - self.rest
-        return max(s - 1, total**2 / denominator) if denominator > 0 else s - 1
-
     def errors(self) -> list[tuple[float, float]]:
         """(standard error, degrees of freedom) of the estimate, and after it of the seeds' means alone."""
         s, n = self.num_seeds, self.num_units
         if s == 1:
             return [(math.sqrt(self.unit / n), n - 1)]
-        variance = max(self.seed + self.unit - self.rest, self.seed) / (s * n)
-        return [(math.sqrt(variance), self.degrees_of_freedom), (math.sqrt(self.seed / (s * n)), s - 1)]
+        units = max(n - 1, 1)  # of seeds alone, without units, the other mean squares are 0
+        denominator = self.seed**2 / (s - 1) + self.unit**2 / units + self.rest**2 / ((s - 1) * units)
+        total = self.seed + self.unit - self.rest
+        freedom = max(s - 1, total**2 / denominator) if denominator > 0 else s - 1
+        error = math.sqrt(max(total, self.seed) / (s * n))
+        return [(error, freedom), (math.sqrt(self.seed / (s * n)), s - 1)]
 
-    def half_width(self, quantile: float) -> float:
-        """t * sqrt(V) at this quantile, not below that of the seeds' means alone."""
-        return max(float(stdtrit(freedom, quantile)) * error for error, freedom in self.errors())
-
-    def p_value(self, estimate: float) -> float:
-        """The two-sided level at which the interval around `estimate` would just reach 0."""
-        return max(_two_sided_p(estimate, error, freedom) for error, freedom in self.errors())
-
-    def components(self) -> VarianceComponents:
+    def interval(self, estimate: float, level: float) -> PairedInterval:
+        """Half widths t * sqrt(V), not below that of the seeds' means alone; p: the level at which one reaches 0."""
         s, n = self.num_seeds, self.num_units
-        if s == 1:
-            return VarianceComponents(seed=0.0, unit=self.unit, rest=0.0)
-        return VarianceComponents(
-            seed=max(0.0, self.seed - self.rest) / n, unit=max(0.0, self.unit - self.rest) / s, rest=self.rest
+        width, upper = (max(float(stdtrit(f, q)) * e for e, f in self.errors()) for q in ((1 + level) / 2, level))
+        components = VarianceComponents(seed=0.0, unit=self.unit, rest=0.0)
+        if s > 1:
+            seed, unit = max(0.0, self.seed - self.rest) / n, max(0.0, self.unit - self.rest) / s
+            components = VarianceComponents(seed=seed, unit=unit, rest=self.rest)
+        return PairedInterval(
+            estimate=estimate,
+            low=estimate - width,
+            high=estimate + width,
+            upper=estimate + upper,
+            p_value=max(
+                2 * float(stdtr(f, -abs(estimate) / e)) if e > 0 else float(estimate == 0) for e, f in self.errors()
+            ),
+            level=level,
+            num_seeds=s,
+            num_units=n,
+            components=components,
         )
 
 
@@ -120,7 +120,14 @@ def paired_interval(differences: Matrix, targets: NDArray[np.float64], level: fl
     if not (np.isfinite(differences).all() and (targets > 0).all()):
         raise ValueError("differences must be finite and every unit must have a target")
     estimate = math.fsum(differences.ravel()) / (len(differences) * math.fsum(targets))
-    return _interval(estimate, _mean_squares((differences - estimate * targets) / targets.mean()), level)
+    residuals = (differences - estimate * targets) / targets.mean()
+    s, n = residuals.shape
+    unit_means, seed_means = residuals.mean(axis=0), residuals.mean(axis=1)
+    seed, rest, unit = 0.0, 0.0, s * float(unit_means.var(ddof=1))
+    if s > 1:
+        rests = residuals - unit_means - seed_means[:, None] + residuals.mean()
+        seed, rest = n * float(seed_means.var(ddof=1)), float((rests**2).sum()) / ((s - 1) * (n - 1))
+    return _MeanSquares(seed=seed, unit=unit, rest=rest, num_seeds=s, num_units=n).interval(estimate, level)
 
 
 def seeds_interval(differences: Sequence[float], level: float = LEVEL) -> PairedInterval:
@@ -133,22 +140,7 @@ def seeds_interval(differences: Sequence[float], level: float = LEVEL) -> Paired
         raise ValueError("expected the differences of two seeds or more")
     variance = float(values.var(ddof=1))
     squares = _MeanSquares(seed=variance, unit=0.0, rest=0.0, num_seeds=len(values), num_units=1)
-    return replace(_interval(float(values.mean()), squares, level), num_units=0)
-
-
-def _interval(estimate: float, squares: _MeanSquares, level: float) -> PairedInterval:
-    width = squares.half_width((1 + level) / 2)
-    return PairedInterval(
-        estimate=estimate,
-        low=estimate - width,
-        high=estimate + width,
-        upper=estimate + squares.half_width(level),
-        p_value=squares.p_value(estimate),
-        level=level,
-        num_seeds=squares.num_seeds,
-        num_units=squares.num_units,
-        components=squares.components(),
-    )
+    return replace(squares.interval(float(values.mean()), level), num_units=0)
 
 
 def margin_contrast(lora: Matrix, full: Matrix, base: Matrix, share: float) -> Matrix:
@@ -226,21 +218,3 @@ def plan_sample_size(
         sizes = [math.ceil(units * 1.25**k) for k in range(1, 25)]  # up to 200 times as many
         enough_units = next((n for n in sizes if half_width(seeds, n) < distance), None)
     return SampleSize(num_seeds=enough_seeds, num_units=enough_units, floor=floor)
-
-
-def _mean_squares(residuals: Matrix) -> _MeanSquares:
-    s, n = residuals.shape
-    unit_means, seed_means = residuals.mean(axis=0), residuals.mean(axis=1)
-    unit = s * float(unit_means.var(ddof=1))
-    if s == 1:
-        return _MeanSquares(seed=0.0, unit=unit, rest=0.0, num_seeds=s, num_units=n)
-    rest = residuals - unit_means - seed_means[:, None] + residuals.mean()
-    mean_square = float((rest**2).sum()) / ((s - 1) * (n - 1))
-    seed = n * float(seed_means.var(ddof=1))
-    return _MeanSquares(seed=seed, unit=unit, rest=mean_square, num_seeds=s, num_units=n)
-
-
-def _two_sided_p(estimate: float, standard_error: float, degrees_of_freedom: float) -> float:
-    if standard_error <= 0:
-        return float(estimate == 0)
-    return 2 * float(stdtr(degrees_of_freedom, -abs(estimate) / standard_error))

@@ -201,13 +201,27 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions)
     )
     if reasons:
         return comparison
+    excess, contrast = None, None
     try:
         losses = match_losses(pairs)
-    except SharedRecordsError as error:
-        return replace(comparison, blockers=(str(error),))
     except MatchError as error:
-        return replace(comparison, no_losses=str(error), **_judge_whole_losses(pairs, options))
-    contrast = None
+        if error.is_refusal:
+            return replace(comparison, blockers=(str(error),))
+        # without single records: whole losses, and intervals over seeds alone
+        best = [tuple(run.best_eval["loss"] for run in pair if run.best_eval) for pair in pairs]
+        full_loss, lora_loss = (sum(losses[i] for losses in best) / len(best) for i in (0, 1))
+        if len(pairs) > 1:
+            excess = seeds_interval([lora - full for full, lora in best], options.level)
+            if options.margin.kind == "nats":
+                contrast = seeds_interval([lora - full - options.margin.value for full, lora in best], options.level)
+        return replace(
+            comparison,
+            no_losses=str(error),
+            full_loss=full_loss,
+            lora_loss=lora_loss,
+            excess=excess,
+            contrast=contrast,
+        )
     if not options.margin.why_not(losses):
         contrast = paired_interval(options.margin.contrast(losses), losses.targets, options.level)
     return replace(
@@ -218,20 +232,6 @@ def compare_groups(full: SeedGroup, lora: SeedGroup, options: ComparisonOptions)
         excess=paired_interval(losses.lora - losses.full, losses.targets, options.level),
         contrast=contrast,
     )
-
-
-def _judge_whole_losses(pairs: Pairs, options: ComparisonOptions) -> dict[str, Any]:
-    """Losses, and intervals over seeds alone, of runs whose records cannot be paired."""
-    best = [tuple(run.best_eval["loss"] for run in pair if run.best_eval) for pair in pairs]
-    judged: dict[str, Any] = {
-        name: sum(losses[i] for losses in best) / len(best) for i, name in enumerate(("full_loss", "lora_loss"))
-    }
-    if len(pairs) > 1:
-        judged["excess"] = seeds_interval([lora - full for full, lora in best], options.level)
-        if options.margin.kind == "nats":
-            beyond = [lora - full - options.margin.value for full, lora in best]
-            judged["contrast"] = seeds_interval(beyond, options.level)
-    return judged
 
 
 def pair_by_seed(full: SeedGroup, lora: SeedGroup) -> list[tuple[RunData, RunData]]:
@@ -251,10 +251,6 @@ def compare_sets(
     pair ranked, of a study the one that it is about.
     """
 
-    def may_be_ranked(full: SeedGroup, lora: SeedGroup) -> bool:
-        pairs = pair_by_seed(full, lora)
-        return bool(pairs) and not any(ranking_blockers(*pair) for pair in pairs)
-
     sets = []
     for members in comparable_sets(groups, lambda group: group.runs[0]):
         full_groups, lora_groups = ([group for group in members if group.mode == mode] for mode in MODE_NAMES)
@@ -265,8 +261,11 @@ def compare_sets(
             lora_groups.sort(key=lambda group: group.best_loss)
         comparisons = []
         for lora in lora_groups:
-            full = next((full for full in full_groups if may_be_ranked(full, lora)), full_groups[0])
-            comparisons.append(compare_groups(full, lora, options))
+            pairs_by_full = [(full, pair_by_seed(full, lora)) for full in full_groups]
+            may_be_ranked = [
+                full for full, pairs in pairs_by_full if pairs and not any(ranking_blockers(*pair) for pair in pairs)
+            ]
+            comparisons.append(compare_groups((may_be_ranked or full_groups)[0], lora, options))
         if options.study is None:
             comparisons.sort(key=lambda comparison: bool(comparison.blockers))
         sets.append((comparisons, full_groups, lora_groups))
@@ -278,26 +277,26 @@ def list_views(pair: FullVsLora, study: StudyContext | None) -> tuple[View, ...]
 
     The curves are the evaluations of the paired runs, so within a budget they stand before the end of their schedules.
     """
-    if pair.blockers or study is not None:
-        return study.views if study is not None else ()
-    curves: tuple[list[list[Point]], list[list[Point]]] = ([], [])
-    for runs in pair.pairs:
-        for run, curves_of_mode in zip(runs, curves, strict=True):
-            step_flops = run.get("model.step_flops")
-            points = [
-                Point(
-                    loss=float(loss),
-                    tokens=float(tokens),
-                    flops=None if step_flops is None else step_flops * float(step),
-                    peak_memory_bytes=None if run.get("resumed") else run.summary.get("peak_memory_bytes"),
-                )
-                for step, tokens, loss in zip(run.evals["step"], run.evals["tokens"], run.evals["loss"], strict=True)
-                if step > 0 and np.isfinite(loss)
-            ]
-            curves_of_mode.append(points)
-    if not all(map(all, curves)):
+    if study is not None:
+        return study.views
+    if pair.blockers:
         return ()
-    return build_views(*curves, no_seconds=pair.time.reason)
+
+    def curve(run: RunData) -> list[Point]:
+        step_flops = run.get("model.step_flops")
+        return [
+            Point(
+                loss=float(loss),
+                tokens=float(tokens),
+                flops=None if step_flops is None else step_flops * float(step),
+                peak_memory_bytes=None if run.get("resumed") else run.summary.get("peak_memory_bytes"),
+            )
+            for step, tokens, loss in zip(run.evals["step"], run.evals["tokens"], run.evals["loss"], strict=True)
+            if step > 0 and np.isfinite(loss)
+        ]
+
+    full, lora = ([curve(run) for run in runs] for runs in zip(*pair.pairs, strict=True))
+    return build_views(full, lora, no_seconds=pair.time.reason) if all((*full, *lora)) else ()
 
 
 def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
@@ -314,17 +313,20 @@ def difference_to_reference(group: SeedGroup, epoch: float) -> float | None:
 
 
 class MatchError(Exception):
-    """The records of these runs cannot be paired; its text is the reason."""
+    """The records of these runs cannot be paired; its text is the reason.
+
+    `is_refusal`: so many of them equal a training record that no answer at all can be drawn.
+    """
+
+    is_refusal = False
 
 
-class SharedRecordsError(Exception):
-    """So many of the records equal a training record that no answer can be drawn from them; its text says it."""
-
-    def __init__(self, split: str, number: int, total: int):
-        super().__init__(
-            f"{number:,} of {total:,} {SPLIT_NAMES[split]} records also stand in the training data, over "
-            f"{MAX_SHARED_FRACTION:.0%}"
-        )
+def _check_shared(split: str, number: int, total: int) -> None:
+    if number > MAX_SHARED_FRACTION * total:
+        records = f"{number:,} of {total:,} {SPLIT_NAMES[split]} records"
+        error = MatchError(f"{records} also stand in the training data, over {MAX_SHARED_FRACTION:.0%}")
+        error.is_refusal = True
+        raise error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,29 +369,27 @@ class MatchedLosses:
 def match_losses(pairs: Pairs) -> MatchedLosses:
     """The losses of (full, LoRA) pairs at each run's chosen checkpoint: on test records where all have them, else val.
 
-    MatchError where a run left no losses, or records or their targets differ; SharedRecordsError.
+    MatchError where a run left no losses, records or their targets differ, or too many were trained on.
     """
     runs = [run for pair in pairs for run in pair]  # full and LoRA by turns
     for run in runs:  # run.json counts whole records even where rows are blocks
         for split in ("val", "test"):
             number, total = run.get(f"data.equal_to_train.{split}"), run.get(f"data.{split}.records")
-            if isinstance(number, int) and isinstance(total, int) and number > MAX_SHARED_FRACTION * total:
-                raise SharedRecordsError(split, number, total)
+            if isinstance(number, int) and isinstance(total, int):
+                _check_shared(split, number, total)
     frames = []
     for run in runs:
         if run.eval_records_path is None:
             raise MatchError(f"{run.name} left no losses of single records")
         try:
-            best_step = int(run.best_eval["step"]) if run.best_eval else -1
-            frames.append(read_evaluations(run.eval_records_path, val_steps=(0, best_step)))
+            frames.append(read_evaluations(run.eval_records_path, val_steps=(0, _best_step(run))))
         except UserError as error:  # this pair has no interval, others may
             raise MatchError(f"{run.name}: {error}") from error
     split = "test" if all((frame["split"] == "test").any() for frame in frames) else "val"
-    trained = [_select(frame, split, _chosen_step(frame, run, split)) for frame, run in zip(frames, runs, strict=True)]
-    base = [_select(frame, split, 0) for frame in frames[::2]]
+    trained = [_select(frame, split, run) for frame, run in zip(frames, runs, strict=True)]
+    base = [_select(frame, split) for frame in frames[::2]]
     num_in_train, num_all = int(trained[0]["in_train"].sum()), len(trained[0])
-    if num_in_train > MAX_SHARED_FRACTION * num_all:
-        raise SharedRecordsError(split, num_in_train, num_all)
+    _check_shared(split, num_in_train, num_all)
     trained, base = ([frame[~frame["in_train"]] for frame in members] for members in (trained, base))
     first = trained[0]
     if not len(first):
@@ -424,17 +424,20 @@ def match_losses(pairs: Pairs) -> MatchedLosses:
     )
 
 
-def _chosen_step(frame: pd.DataFrame, run: RunData, split: str) -> int:
-    """The step of the run's chosen checkpoint: the best of validation; test records are evaluated at it alone."""
-    if split == "test":
-        steps = frame.loc[(frame["split"] == "test") & (frame["step"] > 0), "step"]
-        return int(steps.max()) if len(steps) else -1
+def _best_step(run: RunData) -> int:
     return int(run.best_eval["step"]) if run.best_eval else -1
 
 
-def _select(frame: pd.DataFrame, split: str, step: int) -> pd.DataFrame:
-    """Rows of one evaluation by (id, occurrence); where a resume wrote them twice the last stand."""
-    rows = frame[(frame["split"] == split) & (frame["step"] == step) & (frame["targets"] > 0)]
+def _select(frame: pd.DataFrame, split: str, run: RunData | None = None) -> pd.DataFrame:
+    """The records of the run's chosen checkpoint, of its base where `run` is None, by (id, occurrence).
+
+    The chosen one is the best of validation; test records are evaluated at it alone. Of rows that a resume wrote twice
+    the last stand.
+    """
+    rows = frame[(frame["split"] == split) & (frame["targets"] > 0)]
+    trained_steps = rows.loc[rows["step"] > 0, "step"]
+    step = 0 if run is None else _best_step(run) if split == "val" else trained_steps.max()
+    rows = rows[rows["step"] == step]
     return rows.drop_duplicates(_RECORD_KEY, keep="last").set_index(_RECORD_KEY).sort_index()
 
 
@@ -442,24 +445,25 @@ def _select(frame: pd.DataFrame, split: str, step: int) -> pd.DataFrame:
 
 
 def _cost(full: SeedGroup, lora: SeedGroup, key: str) -> CostRatio:
+    """Means over finished runs, divided where both groups were measured under the same conditions."""
     costs: list[float | None] = []
     for group in (full, lora):
         values = [run.summary[key] for run in group.finished_runs if key in run.summary]
         costs.append(sum(values) / len(values) if len(values) == len(group.finished_runs) else None)
     full_cost, lora_cost = costs
     resumed = [run.name for run in (*full.finished_runs, *lora.finished_runs) if run.get("resumed")]
-    reason = f"{resumed[0]} was resumed and measured in parts" if resumed else ""
+    reasons = [f"{resumed[0]} was resumed and measured in parts"] if resumed else []
     conditions = {
         "hardware": ("hardware.cpu", "hardware.cores", "hardware.gpu", "hardware.gpus", "resolved.device"),
         "number of ranks": ("resolved.ranks", "resolved.nodes"),
     }
     for name, paths in conditions.items():
-        values = [[group.finished_runs[0].get(path) for path in paths] for group in (full, lora)]
-        if values[0] != values[1]:
-            reason = reason or f"other {name}"
-        elif set(values[0]) == {None}:
-            reason = reason or f"{name} unknown"
+        full_facts, lora_facts = ([group.finished_runs[0].get(path) for path in paths] for group in (full, lora))
+        if full_facts != lora_facts:
+            reasons.append(f"other {name}")
+        elif set(full_facts) == {None}:
+            reasons.append(f"{name} unknown")
     if not lora_cost or not full_cost:
-        reason = reason or "not measured"
-    ratio = lora_cost / full_cost if lora_cost and full_cost and not reason else None
-    return CostRatio(ratio=ratio, reason=reason, lora=lora_cost, full=full_cost)
+        reasons.append("not measured")
+    ratio = lora_cost / full_cost if lora_cost and full_cost and not reasons else None
+    return CostRatio(ratio=ratio, reason=next(iter(reasons), ""), lora=lora_cost, full=full_cost)

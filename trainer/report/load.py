@@ -15,16 +15,8 @@ from typing import Any
 
 from trainer.config.errors import UserError
 from trainer.config.run_metadata import check_run_metadata
-from trainer.report.run_data import (
-    KINDS,
-    RunData,
-    RunReadError,
-    RunRows,
-    build_run,
-    escape_control,
-    read_folder,
-    to_float,
-)
+from trainer.config.text import shorten
+from trainer.report.run_data import KINDS, RunData, RunRows, build_run, escape_control, read_folder, to_float
 from trainer.tracking.records import EventRecord
 from trainer.tracking.wandb_keys import AXES, COLUMNS, RETAIN_KEYS
 from trainer.tracking.wandb_logger import WandbFile
@@ -58,13 +50,13 @@ def load_runs(sources: Sequence[str]) -> tuple[list[RunData], list[LoadProblem]]
             elif is_wandb_path(source):
                 run = read_online(source)
             else:
-                raise RunReadError(
+                raise UserError(
                     "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id"
                 )
             for other in runs:
                 if other.run_id == run.run_id:
-                    raise RunReadError(f"same run id as {other.source} ({run.run_id}): the same run, or a copy of it")
-        except RunReadError as error:
+                    raise UserError(f"same run id as {other.source} ({run.run_id}): the same run, or a copy of it")
+        except UserError as error:
             problems.append(LoadProblem(source, f"{error}; left out", is_excluded=True))
             continue
         runs.append(run)
@@ -98,12 +90,12 @@ def offline_files(path: Path) -> list[Path]:
 
 
 def read_offline(source: str, files: list[Path]) -> RunData:
-    """The run of `files`, parts of one run in order of time; RunReadError where they hold several runs or none."""
+    """The run of `files`, parts of one run in order of time; UserError where they hold several runs or none."""
     if not files:
-        raise RunReadError("holds neither run.json and metrics.jsonl nor a W&B run")
+        raise UserError("holds neither run.json and metrics.jsonl nor a W&B run")
     ids = list(dict.fromkeys(file.stem.removeprefix("run-") for file in files))
     if len(ids) > 1:
-        raise RunReadError(f"holds {len(ids)} W&B runs ({', '.join(ids[:5])}); name one of their folders")
+        raise UserError(f"holds {len(ids)} W&B runs ({', '.join(ids[:5])}); name one of their folders")
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     exit_code: int | None = None
@@ -133,9 +125,9 @@ def read_offline(source: str, files: list[Path]) -> RunData:
     try:
         rows = collect_wandb_rows(iter_history())
     except ValueError as error:
-        raise RunReadError(str(error)) from error
+        raise UserError(str(error)) from error
     if not config:
-        raise RunReadError("the .wandb file holds no run (a killed process leaves it empty)")
+        raise UserError("the .wandb file holds no run (a killed process leaves it empty)")
     if is_truncated:
         rows.notes.append("the end of its .wandb file was cut off and is left out")
     age_seconds = time.time() - max(file.stat().st_mtime for file in files)
@@ -143,11 +135,11 @@ def read_offline(source: str, files: list[Path]) -> RunData:
 
 
 def read_online(path: str) -> RunData:
-    """The run at entity/project/run_id on the server; RunReadError where it cannot be had. Asks for no login."""
+    """The run at entity/project/run_id on the server; UserError where it cannot be had. Asks for no login."""
     from trainer.tracking.wandb_logger import is_logged_in
 
     if not is_logged_in():
-        raise RunReadError("no such folder; and to read it from W&B, run `wandb login` or set WANDB_API_KEY first")
+        raise UserError("no such folder; and to read it from W&B, run `wandb login` or set WANDB_API_KEY first")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -157,7 +149,7 @@ def read_online(path: str) -> RunData:
         rows = collect_wandb_rows(run.scan_history())
         summary = dict(run.summary_metrics)
     except Exception as error:  # whatever the client raises: this run cannot be had, others may
-        raise RunReadError(f"W&B does not give it: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"W&B does not give it: {shorten(str(error), 200)}") from error
     exit_code = {"finished": 0, "running": None}.get(run.state, 1)
     return build_wandb_run(path, run.config, summary, exit_code, rows)
 
@@ -185,7 +177,7 @@ def build_wandb_run(
     rows: RunRows,
     age_seconds: float = 0.0,
 ) -> RunData:
-    """The run as the report sees it; RunReadError where another program logged it, or it has no row."""
+    """The run as the report sees it; UserError where another program logged it, or it has no row."""
     for key, value in summary.items():
         if key.startswith("event/diagnosis/"):  # of which the summary keeps no step
             rows.events.append(EventRecord(event="diagnosis", step=0, message=str(value), time=0.0))
@@ -200,13 +192,10 @@ def build_wandb_run(
 
 
 def metadata_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """run.json again, from the W&B config that carries it; RunReadError where another program logged the run."""
+    """run.json again, from the W&B config that carries it; UserError where another program logged the run."""
     metadata = config.get("run")
     if isinstance(metadata, Mapping):
-        try:
-            return check_run_metadata(dict(metadata), source="`run` of its W&B config")
-        except UserError as error:
-            raise RunReadError(str(error)) from error
+        return check_run_metadata(dict(metadata), source="`run` of its W&B config")
     if config.get("mode") == "card":
-        raise RunReadError("is the card itself, which every comparison holds already")
-    raise RunReadError("was logged by another program: its W&B config has no `run`")
+        raise UserError("is the card itself, which every comparison holds already")
+    raise UserError("was logged by another program: its W&B config has no `run`")

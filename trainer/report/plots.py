@@ -8,7 +8,8 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ MORE_DASHES: tuple[Any, ...] = ((0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)
 MARKERS = {"full": "o", "lora": "D", "card": "s"}
 TEXT_COLOUR, GRID_COLOUR = "#222223", "#dadadb"
 #: every colour a figure may hold, and the CSS variable that takes its place in the HTML
-CSS_VARIABLES = {**{colour: f"--{name}" for name, colour in COLOURS.items()}}
+CSS_VARIABLES = {colour: f"--{name}" for name, colour in COLOURS.items()}
 CSS_VARIABLES |= {TEXT_COLOUR: "--ink", GRID_COLOUR: "--faint"}
 PNG_DPI = 120
 PLOT_SIZE_INCHES = (4.5, 3.4)  # of one plot, so that its text is still legible on a phone
@@ -52,11 +53,11 @@ class PlotSpec(NamedTuple):
 
     name: str
     title: str
-    x_label: str
     y_label: str
     series: str  #: rows of a run: steps or evals; "" for one point a run on a logarithmic x axis
-    x: str
     y: str
+    x: str = "epoch"
+    x_label: str = "epoch"
     reference_column: str = ""  #: of the card's curve, which lies by epoch
 
     def curve(self, run: RunData) -> Curve:
@@ -67,24 +68,22 @@ class PlotSpec(NamedTuple):
         return rows[self.x], rows[self.y]
 
 
-LOSS_PLOT = PlotSpec("val_loss", "Validation loss by epoch", "epoch", LOSS_LABEL, "evals", "epoch", "loss", "val_loss")
+LOSS_PLOT = PlotSpec("val_loss", "Validation loss by epoch", LOSS_LABEL, "evals", "loss", reference_column="val_loss")
 PLOTS = (
     LOSS_PLOT,
-    PlotSpec("train_loss", "Train loss by epoch", "epoch", LOSS_LABEL, "steps", "epoch", "loss", "train_loss"),
-    PlotSpec("train_loss_tokens", "Train loss by tokens", "tokens seen", LOSS_LABEL, "steps", "tokens", "loss"),
-    PlotSpec("lr", "Learning rate", "epoch", "learning rate", "steps", "epoch", "lr"),
-    PlotSpec(
-        "grad_norm", "Gradient norm before clipping", "epoch", "L2 norm of the gradient", "steps", "epoch", "grad_norm"
-    ),
-    PlotSpec("tokens_per_second", "Speed", "epoch", "tokens per second", "steps", "epoch", "tokens_per_second"),
+    PlotSpec("train_loss", "Train loss by epoch", LOSS_LABEL, "steps", "loss", reference_column="train_loss"),
+    PlotSpec("train_loss_tokens", "Train loss by tokens", LOSS_LABEL, "steps", "loss", "tokens", "tokens seen"),
+    PlotSpec("lr", "Learning rate", "learning rate", "steps", "lr"),
+    PlotSpec("grad_norm", "Gradient norm before clipping", "L2 norm of the gradient", "steps", "grad_norm"),
+    PlotSpec("tokens_per_second", "Speed", "tokens per second", "steps", "tokens_per_second"),
     PlotSpec(
         "parameters",
         "Best validation loss by trainable parameters",
-        "trainable parameters",
         "best loss (nats per token)",
-        "",
-        "",
-        "",
+        series="",
+        y="",
+        x="",
+        x_label="trainable parameters",
     ),
 )
 
@@ -102,11 +101,8 @@ def save_figure(groups: Sequence[SeedGroup], with_reference: bool, output_dir: P
         for axis in axes[len(PLOTS) :]:
             axis.set_axis_off()
         add_legend(figure, axes)
-        svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.savefig(png, format="png", dpi=PNG_DPI)
-    write_atomically(output_dir / "curves.svg", svg.getvalue())
-    write_atomically(output_dir / "curves.png", png.getvalue())
+        write_atomically(output_dir / "curves.svg", render(figure, "svg"))
+        write_atomically(output_dir / "curves.png", render(figure, "png"))
 
 
 def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference: bool) -> tuple[str, str]:
@@ -116,29 +112,22 @@ def render_picture(groups: Sequence[SeedGroup], verdict: Verdict, with_reference
     if pair is not None and not curves:
         full_run = pair.full.runs[0]
         curves = rate_curves([group for group in groups if not comparison_blockers(group.runs[0], full_run)])
-    if pair is None or max((len(curve.losses) for curve in curves), default=0) < 2:
-        title = LOSS_PLOT.title
-        svg = _render_svg(
-            lambda axis: draw_plot(axis, LOSS_PLOT, groups, with_reference), "picture", title, PICTURE_SIZE_INCHES
-        )
-        return title, svg
-    svg = _render_svg(lambda axis: draw_rates(axis, curves, pair), "picture", RATES_TITLE, PICTURE_SIZE_INCHES)
-    return RATES_TITLE, svg
+    if pair is not None and max((len(curve.losses) for curve in curves), default=0) > 1:
+        draw = partial(draw_rates, curves=curves, pair=pair)
+        return RATES_TITLE, _render_svg(draw, "picture", RATES_TITLE, PICTURE_SIZE_INCHES)
+    draw = partial(draw_plot, plot=LOSS_PLOT, groups=groups, with_reference=with_reference)
+    return LOSS_PLOT.title, _render_svg(draw, "picture", LOSS_PLOT.title, PICTURE_SIZE_INCHES)
 
 
 def render_svgs(groups: Sequence[SeedGroup], with_reference: bool) -> list[tuple[str, str]]:
     """(title, SVG) of each plot for one HTML page: its colours are CSS variables, its ids its own."""
-    svgs = []
+    drawings: list[tuple[str, str, partial[None]]] = []
     if any(len({group.lr for group in groups if group.mode == mode}) > 1 for mode in MODE_NAMES):
-        svg = _render_svg(lambda axis: draw_lowest(axis, groups), "lowest", LOWEST_TITLE, PLOT_SIZE_INCHES)
-        svgs.append((LOWEST_TITLE, svg))
+        drawings.append(("lowest", LOWEST_TITLE, partial(draw_lowest, groups=groups)))
     for plot in PLOTS:
-
-        def draw(axis: "Axes", plot: PlotSpec = plot) -> None:
-            draw_plot(axis, plot, groups, with_reference)
-
-        svgs.append((plot.title, _render_svg(draw, plot.name, plot.title, PLOT_SIZE_INCHES)))
-    return svgs
+        draw = partial(draw_plot, plot=plot, groups=groups, with_reference=with_reference)
+        drawings.append((plot.name, plot.title, draw))
+    return [(title, _render_svg(draw, name, title, PLOT_SIZE_INCHES)) for name, title, draw in drawings]
 
 
 def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tuple[float, float]) -> str:
@@ -148,9 +137,7 @@ def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tup
         draw(axis)
         axis.set_title("")  # the page has it as a heading
         add_legend(figure, [axis])
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
+        svg = render(figure, "svg").decode()
     opening, rest = svg[svg.index("<svg") :].split(">", 1)
     opening = re.sub(r' (width|height)="[^"]*"', "", opening)
     svg = opening.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1) + ">" + rest
@@ -160,6 +147,14 @@ def _render_svg(draw: "Callable[[Axes], None]", name: str, title: str, size: tup
     for colour, variable in CSS_VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg
+
+
+def render(figure: "Figure", file_format: str) -> bytes:
+    """The figure as a file; an SVG of the same runs has the same bytes."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if file_format == "svg" else {}
+    figure.savefig(buffer, format=file_format, dpi=PNG_DPI, metadata=metadata)
+    return buffer.getvalue()
 
 
 def plot_lr_range_test(
@@ -189,9 +184,7 @@ def plot_lr_range_test(
             axis.text(suggested_lr, 0.02, f" {suggested_lr:g}", transform=axis.get_xaxis_transform(), va="bottom")
         title = f"Learning-rate range test: {name}"
         axis.set(title=title, xlabel="learning rate", ylabel="train loss (nats per token)")
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=PNG_DPI)
-    write_atomically(path, png.getvalue())
+        write_atomically(path, render(figure, "png"))
 
 
 @contextlib.contextmanager
@@ -238,21 +231,20 @@ def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_re
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     is_scatter, is_loss_plot = not plot.series, plot.name == LOSS_PLOT.name
-    axis.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
     num_runs = sum(len(group.runs) for group in groups)
     for mode in MODE_NAMES:
         members = [group for group in groups if group.mode == mode]
-        dashes = [DASHES[mode], *MORE_DASHES] if len(members) <= MAX_LINES_NAMED else [DASHES[mode]]
+        are_named = len(members) <= MAX_LINES_NAMED
+        dashes = [DASHES[mode], *MORE_DASHES] if are_named else [DASHES[mode]]
         for number, group in enumerate(members):
             curves = [downsample(*plot.curve(run), _max_points(num_runs)) for run in group.runs]
             curves = [(x, y) for x, y in curves if len(x)]
-            if len(members) > MAX_LINES_NAMED:
+            name: str | None = group.label + (f", n = {len(curves)}" if len(curves) > 1 else "")
+            if not are_named:
                 num_mode_runs = sum(len(group.runs) for group in members)
                 name = f"{MODE_NAMES[mode]}, {num_mode_runs} runs" if number == 0 else None
-            else:
-                name = group.label + (f", n = {len(curves)}" if len(curves) > 1 else "")
-                if is_loss_plot and len({round(float(x[-1]), 6) for x, _ in curves}) == 1:  # all end at one place
-                    name += f": {np.mean([y[-1] for _, y in curves]):.4f}"
+            elif is_loss_plot and len({round(float(x[-1]), 6) for x, _ in curves}) == 1:  # all end at one place
+                name = f"{name}: {np.mean([y[-1] for _, y in curves]):.4f}"
             for i, (x, y) in enumerate(curves):
                 axis.plot(
                     x,
@@ -267,31 +259,25 @@ def draw_plot(axis: "Axes", plot: PlotSpec, groups: Sequence[SeedGroup], with_re
                 )
     if with_reference and plot.reference_column and is_reference_comparable(groups):
         losses = [getattr(row, plot.reference_column) for row in reference.CURVE]
-        axis.plot(
-            [float(row.epoch) for row in reference.CURVE],
-            losses,
-            color=COLOURS["card"],
-            linestyle=DASHES["card"],
-            linewidth=1.6,
-            marker="s",
-            markersize=3,
-            label=f"card: {losses[-1]:.4f}" if is_loss_plot else "card",
-        )
-    if plot.name == "grad_norm" and _needs_log_scale(axis):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        label = f"card: {losses[-1]:.4f}" if is_loss_plot else "card"
+        _draw_line(axis, "card", [float(row.epoch) for row in reference.CURVE], losses, label=label)
+    if plot.name == "grad_norm":
+        values = np.concatenate([np.zeros(0), *(np.asarray(line.get_ydata(), float) for line in axis.get_lines())])
+        if len(values) and 0 < values.min() < values.max() / 20:  # a linear scale would flatten most of them
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+    # few ticks, whole epochs where there are several, and plain numbers without an offset
+    is_count = is_scatter or plot.x == "tokens"
     if is_scatter:
         axis.set_xscale("log")
         axis.margins(x=0.15, y=0.15)
-    # few ticks, whole epochs where there are several, and plain numbers without an offset
-    is_count = is_scatter or plot.x == "tokens"
-    if not is_scatter:
+    else:
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=not is_count and axis.get_xlim()[1] > 1.5))
     if is_count:
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    _format_y_ticks(axis)
+    _label_axes(axis, plot.title, plot.x_label, plot.y_label)
 
 
 def is_reference_comparable(groups: Sequence[SeedGroup]) -> bool:
@@ -315,35 +301,21 @@ def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> N
 
     The interval stands at LoRA's chosen rate: full's loss there and the interval of the difference.
     """
-    axis.set(title=RATES_TITLE, xlabel="learning rate", ylabel="validation loss (nats per token)")
     lengths = sorted({curve.num_steps for curve in curves})
-    chosen: dict[str, float] = {}
+    groups, chosen = {"full": pair.full, "lora": pair.lora}, dict[str, float]()
     for curve in sorted(curves, key=lambda curve: curve.num_steps):  # the longest last: it is the one chosen by
-        group = pair.full if curve.mode == "full" else pair.lora
-        axis.plot(
-            list(curve.losses),
-            list(curve.losses.values()),
-            color=COLOURS[curve.mode],
-            alpha=(1 + lengths.index(curve.num_steps)) / len(lengths),
-            linestyle=DASHES[curve.mode],
-            linewidth=1.6,
-            marker=MARKERS[curve.mode],
-            markersize=4,
-            label=MODE_NAMES[curve.mode] + (f", {curve.num_steps:,} steps" if len(lengths) > 1 else ""),
-        )
-        chosen[curve.mode] = curve.losses.get(group.lr, group.best_loss)
-    for group in (pair.full, pair.lora):
+        label = MODE_NAMES[curve.mode] + (f", {curve.num_steps:,} steps" if len(lengths) > 1 else "")
+        alpha = (1 + lengths.index(curve.num_steps)) / len(lengths)
+        _draw_line(axis, curve.mode, curve.losses, curve.losses.values(), label=label, alpha=alpha, markersize=4)
+        chosen[curve.mode] = curve.losses.get(groups[curve.mode].lr, groups[curve.mode].best_loss)
+    for mode, group in groups.items():
         ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 1.5}
-        axis.plot([group.lr], [chosen[group.mode]], linestyle="none", color=COLOURS[group.mode], **ring)
+        axis.plot([group.lr], [chosen[mode]], linestyle="none", color=COLOURS[mode], **ring)
     if pair.excess is not None:
+        ends = [chosen["full"] + pair.excess.low, chosen["full"] + pair.excess.high]
+        bar: dict[str, Any] = {"color": COLOURS["lora"], "linewidth": 2.4, "marker": "_", "markersize": 9}
         axis.plot(
-            [pair.lora.lr * 1.3] * 2,
-            [chosen["full"] + pair.excess.low, chosen["full"] + pair.excess.high],
-            color=COLOURS["lora"],
-            linewidth=2.4,
-            marker="_",
-            markersize=9,
-            label=f"{100 * pair.excess.level:.3g} % interval of LoRA's loss",
+            [pair.lora.lr * 1.3] * 2, ends, label=f"{100 * pair.excess.level:.3g} % interval of LoRA's loss", **bar
         )
         axis.axhline(chosen["full"], color=COLOURS["full"], linewidth=0.7, alpha=0.7)
     # leave out what ended above the loss before training: diverged runs would flatten the rest
@@ -353,12 +325,11 @@ def draw_rates(axis: "Axes", curves: Sequence[RateCurve], pair: FullVsLora) -> N
         axis.set_ylim(low, max(base))
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    _format_y_ticks(axis)
+    _label_axes(axis, RATES_TITLE, "learning rate", "validation loss (nats per token)")
 
 
 def draw_lowest(axis: "Axes", groups: Sequence[SeedGroup]) -> None:
     """The lowest validation loss that any setting of a mode has, evaluation by evaluation (means over seeds)."""
-    axis.set(title=LOWEST_TITLE, xlabel="step", ylabel=LOSS_LABEL)
     for mode, mode_name in MODE_NAMES.items():
         lowest: dict[float, float] = {}
         for group in (group for group in groups if group.mode == mode):
@@ -371,9 +342,27 @@ def draw_lowest(axis: "Axes", groups: Sequence[SeedGroup]) -> None:
                     lowest[step] = min(float(np.mean(values)), lowest.get(step, np.inf))
         if lowest:
             steps = sorted(lowest)
-            style: dict[str, Any] = {"color": COLOURS[mode], "linestyle": DASHES[mode], "marker": MARKERS[mode]}
-            axis.plot(steps, [lowest[step] for step in steps], markersize=3, label=mode_name, **style)
-    _format_y_ticks(axis)
+            _draw_line(axis, mode, steps, [lowest[step] for step in steps], label=mode_name, linewidth=1.5)
+    _label_axes(axis, LOWEST_TITLE, "step", LOSS_LABEL)
+
+
+def _draw_line(axis: "Axes", mode: str, x: Iterable[float], y: Iterable[float], **style: Any) -> None:
+    style = {"linewidth": 1.6, "markersize": 3, **style}
+    axis.plot(list(x), list(y), color=COLOURS[mode], linestyle=DASHES[mode], marker=MARKERS[mode], **style)
+
+
+def _label_axes(axis: "Axes", title: str, x_label: str, y_label: str) -> None:
+    """Titles, and losses, rates and speeds as people write them: 2.5, 425k, and 3e-4 where all are small."""
+    is_small = max(map(abs, axis.get_ylim())) < 0.01
+
+    def format_tick(value: float, _: object) -> str:
+        if is_small and value:
+            digits, exponent = f"{value:.2e}".split("e")
+            return f"{float(digits):g}e{int(exponent)}"
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:,.6g}k"
+
+    axis.yaxis.set_major_formatter(format_tick)
+    axis.set(title=title, xlabel=x_label, ylabel=y_label)
 
 
 def add_legend(figure: "Figure", axes: Sequence["Axes"]) -> None:
@@ -387,27 +376,6 @@ def add_legend(figure: "Figure", axes: Sequence["Axes"]) -> None:
         num_columns = min(len(entries), max(1, int(figure.get_size_inches()[0] / (0.45 + 0.063 * longest))))
         style: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": 8.5, "ncols": num_columns}
         figure.legend(list(entries.values()), list(entries), **style)
-
-
-def _needs_log_scale(axis: "Axes") -> bool:
-    """Whether the lines are all above zero and span so much that a linear scale would flatten most of them."""
-    values = [np.asarray(line.get_ydata(), dtype=np.float64) for line in axis.get_lines()]
-    low = min((float(np.min(value)) for value in values if len(value)), default=0.0)
-    high = max((float(np.max(value)) for value in values if len(value)), default=0.0)
-    return low > 0 and high / low > 20
-
-
-def _format_y_ticks(axis: "Axes") -> None:
-    """Numbers as people write them: 2.5, 425k, and 3e-4 where all are small."""
-    is_small = max(map(abs, axis.get_ylim())) < 0.01
-
-    def format_tick(value: float, _: object) -> str:
-        if is_small and value:
-            digits, exponent = f"{value:.2e}".split("e")
-            return f"{float(digits):g}e{int(exponent)}"
-        return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:,.6g}k"
-
-    axis.yaxis.set_major_formatter(format_tick)
 
 
 def _max_points(num_runs: int) -> int:

@@ -41,10 +41,6 @@ STOP_EVENTS = ("interrupted", "not_finite")  # events after which a run goes on 
 RUNNING_TIMEOUT_SECONDS = 600.0  # an unfinished run whose last row is younger than this may still be going
 
 
-class RunReadError(Exception):
-    """This run cannot be read; its text says why in one line."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunData:
     """One run: what it was (`metadata`, the content of run.json), what it left, and what is wrong with it (`notes`)."""
@@ -100,6 +96,12 @@ class RunData:
         return {name: float(self.evals[name][index]) for name in ("step", "epoch", "loss")}
 
     @property
+    def improvement(self) -> float | None:
+        """By how much the best evaluation is below the one before the first step; None where either is missing."""
+        best, initial = self.best_eval, self.initial_loss
+        return None if best is None or initial is None else initial - best["loss"]
+
+    @property
     def changed_on_resume(self) -> Mapping[str, Any]:
         """{setting or `data`: [when the run began, now]} of what a resume was allowed to change."""
         return self.get("resumed.changed") or {}
@@ -130,31 +132,27 @@ class RunRows:
         self.notes: list[str] = []  #: what could not be read
         self.start_time = 0.0  #: what the times of the rows begin with
         self.steps_per_row = 1
-        self._pending: dict[str, list[list[float]]] = {kind: [] for kind in COLUMN_NAMES}
-        self._steps = np.empty((0, len(COLUMN_NAMES["step"])))
+        self._rows: dict[str, list[list[float]]] = {kind: [] for kind in COLUMN_NAMES}
+        self._thinned = np.empty((0, len(COLUMN_NAMES["step"])))  # the steps before those in `_rows`
 
     def add(self, kind: str, row: Mapping[str, Any]) -> None:
         """Take the next row of a kind; what it lacks, or is no number, becomes NaN."""
-        self._pending[kind].append([to_float(row.get(name)) for name in COLUMN_NAMES[kind]])
-        if kind == "step" and len(self._pending["step"]) >= PORTION_ROWS:
-            self._take_pending_steps()
-            if len(self._steps) > MAX_STEP_ROWS:
-                self._steps = _average(_drop_superseded("step", self._steps), 2)
+        self._rows[kind].append([to_float(row.get(name)) for name in COLUMN_NAMES[kind]])
+        if kind == "step" and len(self._rows["step"]) >= PORTION_ROWS:
+            self._thinned = self._all_rows("step")
+            self._rows["step"].clear()
+            if len(self._thinned) > MAX_STEP_ROWS:
+                self._thinned = _average(_drop_superseded("step", self._thinned), 2)
                 self.steps_per_row *= 2
 
-    def _take_pending_steps(self) -> None:
-        rows = np.array(self._pending["step"]).reshape(-1, self._steps.shape[1])
-        self._steps = np.concatenate([self._steps, _average(rows, self.steps_per_row)])
-        self._pending["step"].clear()
+    def _all_rows(self, kind: str) -> NDArray[np.float64]:
+        rows = np.array(self._rows[kind]).reshape(-1, len(COLUMN_NAMES[kind]))
+        return np.concatenate([self._thinned, _average(rows, self.steps_per_row)]) if kind == "step" else rows
 
     def series(self, kind: str) -> Series:
         """The columns of the rows that stand."""
-        if kind == "step":
-            self._take_pending_steps()
-        names = COLUMN_NAMES[kind]
-        rows = self._steps if kind == "step" else np.array(self._pending[kind]).reshape(-1, len(names))
-        rows = _drop_superseded(kind, rows)
-        series = {name: np.ascontiguousarray(column) for name, column in zip(names, rows.T, strict=True)}
+        rows = _drop_superseded(kind, self._all_rows(kind))
+        series = dict(zip(COLUMN_NAMES[kind], np.ascontiguousarray(rows.T), strict=True))
         series["time"] -= self.start_time
         return series
 
@@ -191,12 +189,9 @@ def to_float(value: Any) -> float:
 
 
 def read_folder(folder: Path) -> RunData:
-    """The run of a run folder; RunReadError where settings or rows are missing."""
+    """The run of a run folder; UserError where settings or rows are missing."""
     path, rows, num_bad = folder / "metrics.jsonl", RunRows(), 0
-    try:
-        metadata = read_run_metadata(folder / "run.json")
-    except UserError as error:
-        raise RunReadError(str(error)) from error
+    metadata = read_run_metadata(folder / "run.json")
     try:
         age_seconds = time.time() - path.stat().st_mtime
         for line in iter_lines(path):
@@ -213,26 +208,23 @@ def read_folder(folder: Path) -> RunData:
                 else:
                     rows.add(KINDS[type(record)], vars(record))
     except OSError as error:
-        raise RunReadError(f"no metrics: cannot read metrics.jsonl ({error.strerror})") from error
+        raise UserError(f"no metrics: cannot read metrics.jsonl ({error.strerror})") from error
     except ValueError as error:
-        raise RunReadError(f"no metrics: {error}") from error
+        raise UserError(f"no metrics: {error}") from error
     if num_bad:
         are = "rows could not be read and are" if num_bad > 1 else "row could not be read and is"
         rows.notes.append(f"{num_bad} {are} left out")
     return build_run(str(folder), metadata, rows, age_seconds, folder / EVAL_RECORDS_FOLDER)
 
 
-# --- a run from its metadata and rows ---
-
-
 def build_run(
     source: str, metadata: Mapping[str, Any], rows: RunRows, age_seconds: float, eval_records_path: Path | None = None
 ) -> RunData:
-    """A run of valid metadata, with what is missing said in its notes; RunReadError where there is no row at all."""
+    """A run of valid metadata, with what is missing said in its notes; UserError where there is no row at all."""
     metadata = escape_control(metadata)
     steps, evals, epochs = (rows.series(kind) for kind in ROW_CLASSES)
     if not len(steps["step"]) and not len(evals["step"]):
-        raise RunReadError("no metrics: neither a step nor an evaluation was written")
+        raise UserError("no metrics: neither a step nor an evaluation was written")
     events = [EventRecord(**escape_control(vars(event))) for event in rows.events]
     facts: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
@@ -250,22 +242,17 @@ def build_run(
         summary={name: value for name, value in end_facts.items() if is_number(value) or isinstance(value, bool)},
         diagnostics=tuple((event.step, event.message) for event in events if event.event == "diagnosis"),
         generations=tuple(map(_read_generations, facts.get("samples", ()))),
-        retained=tuple(
-            float(fact["loss"]) for fact in facts.get("retain_evaluation", ()) if is_number(fact.get("loss"))
-        ),
+        retained=tuple(float(f["loss"]) for f in facts.get("retain_evaluation", ()) if is_number(f.get("loss"))),
         eval_records_path=eval_records_path if eval_records_path and eval_records_path.exists() else None,
     )
-    total_steps, final_eval = run.get("resolved.total_steps"), run.final_eval
-    was_stopped = bool(events) and events[-1].event in STOP_EVENTS
-    is_evaluated_to_end = final_eval is not None and final_eval["step"] == total_steps
-    if is_evaluated_to_end or "finished" in facts:  # whatever came after its last evaluation
-        state = "finished"
-    else:
-        state = "stopped" if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS else "going"
-    notes = list(rows.notes)
+    total_steps, final_eval, notes = run.get("resolved.total_steps"), run.final_eval, list(rows.notes)
     if rows.steps_per_row > 1:
         notes.append(f"its steps are read as means of {rows.steps_per_row} each")
-    if state != "finished":
+    state = "finished"
+    is_evaluated_to_end = final_eval is not None and final_eval["step"] == total_steps
+    if not is_evaluated_to_end and "finished" not in facts:  # whatever came after its last evaluation
+        was_stopped = bool(events) and events[-1].event in STOP_EVENTS
+        state = "stopped" if was_stopped or age_seconds > RUNNING_TIMEOUT_SECONDS else "going"
         last_step = max(float(series["step"][-1]) for series in (steps, evals) if len(series["step"]))
         progress = f"step {last_step:,.0f}" + (f" of {total_steps:,}" if total_steps else "")
         reason = f": {events[-1].message}" if was_stopped else ""

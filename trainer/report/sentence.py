@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.config import reference
 from trainer.config.text import (
@@ -33,13 +33,15 @@ INTERVAL_RULE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Headline:
+class Headline(NamedTuple):
     """One of the three numbers of the first screen."""
 
     label: str
     value: str
     note: str
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.value} ({self.note})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,8 @@ class Verdict:
         return self.comparisons[0] if self.comparisons else None
 
 
-def build_verdict(
-    groups: Sequence[SeedGroup], with_reference: bool, options: ComparisonOptions | None = None
-) -> Verdict:
+def build_verdict(groups: Sequence[SeedGroup], with_reference: bool, options: ComparisonOptions) -> Verdict:
     """The verdict over all groups; only finished runs count. One sentence for each data set that has both modes."""
-    options = options or ComparisonOptions()
     study = options.study
     finished = [group for group in groups if group.finished_runs]
     num_left_out = sum(len(group.runs) - len(group.finished_runs) for group in groups)
@@ -391,7 +390,7 @@ def to_answer(verdict: Verdict) -> dict[str, Any]:
         "format": 1,
         "sentence": verdict.sentence,
         "answer": verdict.primary.answer if verdict.primary else None,
-        "numbers": [asdict(headline) for headline in verdict.headlines],
+        "numbers": [headline._asdict() for headline in verdict.headlines],
         "comparisons": [
             {
                 "answer": pair.answer,

@@ -7,13 +7,19 @@ Views are exploratory: the primary comparison is the one at equal tokens that th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from trainer.report.interval import PairedInterval, seeds_interval
 
-RESOURCE_NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds", "peak_memory_bytes": "peak memory"}
+#: of each resource its name, and how an amount reads
+RESOURCES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "tokens": ("tokens", "{:,.0f}".format),
+    "flops": ("FLOPs", "{:.3g}".format),
+    "seconds": ("seconds", "{:.4g} s".format),
+    "peak_memory_bytes": ("peak memory", lambda amount: f"{amount / 1e9:.2f} GB"),
+}
 MEMORY_SLACK = 0.05  # peaks of a processor's process differ by so much from run to run: 1 % decided a study's view
 
 
@@ -45,18 +51,17 @@ class View:
     @property
     def favours(self) -> Literal["lora", "full", ""]:
         """The mode ahead: the one that fits, or by the interval where there is one; "" where that is not known."""
-        if self.full_loss is None or self.lora_loss is None:
-            return "lora" if self.lora_loss is not None else "full" if self.full_loss is not None else ""
         if self.difference is not None and not self.difference.excludes_zero:
             return ""
-        return "lora" if self.lora_loss < self.full_loss else "full" if self.full_loss < self.lora_loss else ""
+        full, lora = (math.inf if loss is None else loss for loss in (self.full_loss, self.lora_loss))
+        return "lora" if lora < full else "full" if full < lora else ""
 
     def describe(self) -> str:
         """`at equal FLOPs (1.2e+12): LoRA 2.1034, full 2.1423, difference -0.0389 [-0.0500, -0.0278]`."""
-        name = RESOURCE_NAMES[self.resource]
+        name, format_amount = RESOURCES[self.resource]
         if self.budget is None:
             return f"at equal {name}: not known ({self.reason})"
-        where = f"at equal {name} ({_format_amount(self.resource, self.budget)}): "
+        where = f"at equal {name} ({format_amount(self.budget)}): "
         if self.full_loss is None or self.lora_loss is None:
             fits, loss = ("LoRA", self.lora_loss) if self.full_loss is None else ("full", self.full_loss)
             return f"{where}only {fits} fits, with loss {loss:.4f}"
@@ -71,7 +76,7 @@ def build_views(full: Sequence[Curve], lora: Sequence[Curve], *, no_seconds: str
     """One view a resource, of curves paired by seed; `no_seconds`: why there are none. ValueError without a pair."""
     if not full or len(full) != len(lora):
         raise ValueError(f"{len(full)} curves of full and {len(lora)} of LoRA: expected pairs")
-    return tuple(_build_view(resource, full, lora, no_seconds) for resource in RESOURCE_NAMES)
+    return tuple(_build_view(resource, full, lora, no_seconds) for resource in RESOURCES)
 
 
 def describe_views(views: Sequence[View]) -> list[str]:
@@ -92,38 +97,28 @@ def _build_view(resource: str, full: Sequence[Curve], lora: Sequence[Curve], no_
     spent = [[getattr(point, resource) for point in curve] for curve in (*full, *lora)]
     if any(value is None for values in spent for value in values) or not all(spent):
         return View(resource=resource, reason=no_seconds if resource == "seconds" else "not recorded by every run")
-    is_memory = resource == "peak_memory_bytes"
-    # memory is held, not used up: the budget is what the thriftier mode needs, and a mode fits or does not
-    needs = [max(min(values) for values in half) for half in (spent[: len(full)], spent[len(full) :])]
-    budget = min(needs) if is_memory else min(map(max, spent))
+    if resource == "peak_memory_bytes":
+        # memory is held, not used up: the budget is what the thriftier mode needs, and a mode fits or does not
+        budget = min(max(map(min, spent[: len(full)])), max(map(min, spent[len(full) :])))
+    else:
+        budget = min(map(max, spent))
     losses = [[_loss_within(curve, resource, budget) for curve in curves] for curves in (full, lora)]
-    means = [
-        None if None in values else math.fsum(v for v in values if v is not None) / len(values) for values in losses
-    ]
+    known = [[loss for loss in values if loss is not None] for values in losses]
+    means = [math.fsum(a) / len(a) if len(a) == len(b) else None for a, b in zip(known, losses, strict=True)]
     difference = None
     if len(full) > 1 and None not in means:
-        pairs = zip(*losses, strict=True)
-        difference = seeds_interval([b - a for a, b in pairs if a is not None and b is not None])
+        difference = seeds_interval([b - a for a, b in zip(*known, strict=True)])
     return View(resource=resource, budget=budget, full_loss=means[0], lora_loss=means[1], difference=difference)
 
 
 def _loss_within(curve: Curve, resource: str, budget: float) -> float | None:
     """The lowest loss that a curve reaches within a budget; None where its first point is beyond it."""
     points = sorted((getattr(point, resource), point.loss) for point in curve)
-    slack = 1 + MEMORY_SLACK if resource == "peak_memory_bytes" else 1
-    within = [loss for spent, loss in points if spent <= budget * slack]
-    if not within:
-        return None
-    if resource != "peak_memory_bytes" and len(within) < len(points):
+    if resource == "peak_memory_bytes":
+        return min((loss for spent, loss in points if spent <= budget * (1 + MEMORY_SLACK)), default=None)
+    within = [loss for spent, loss in points if spent <= budget]
+    if within and len(within) < len(points):
         (a, loss_a), (b, loss_b) = points[len(within) - 1], points[len(within)]
         if 0 < a < b:
             within.append(loss_a + (loss_b - loss_a) * math.log(budget / a) / math.log(b / a))
-    return min(within)
-
-
-def _format_amount(resource: str, amount: float) -> str:
-    if resource == "peak_memory_bytes":
-        return f"{amount / 1e9:.2f} GB"
-    if resource == "flops":
-        return f"{amount:.3g}"
-    return f"{amount:,.0f}" if resource == "tokens" else f"{amount:.4g} s"
+    return min(within, default=None)

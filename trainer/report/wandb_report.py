@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.config import reference
 from trainer.config.errors import UserError
+from trainer.config.text import shorten
 from trainer.report.judge import RateCurve
 from trainer.report.page import markdown_list, markdown_section, markdown_verdict
 from trainer.report.plots import COLOURS, LOSS_LABEL
@@ -19,18 +20,16 @@ REFERENCE_RUN_ID = f"card-{reference.NAME}"
 SAVED_REPORT_FILE = "wandb-report.json"  # in the output folder: which report this comparison was saved as
 PANEL_WIDTH, PANEL_HEIGHT = 12, 8  # of a panel; a page is 24 wide
 MAX_RUNS_PER_PANEL = 100  # lines that a panel shows; W&B's own limit is 10
-#: title, x, metric, label of x, label of y
+#: title, x, metric, label of y
 LINE_PANELS = (
-    ("Validation loss by epoch", "epoch", "val/loss", "epoch", LOSS_LABEL),
-    ("Train loss by epoch", "epoch", "train/loss", "epoch", LOSS_LABEL),
-    ("Train loss by epoch, mean of each", "epoch", "train/loss_epoch", "epoch", LOSS_LABEL),
-    ("Train loss by tokens", "tokens", "train/loss", "tokens", LOSS_LABEL),
-    ("Validation loss by time", "_runtime", "val/loss", "seconds", LOSS_LABEL),
-    ("Learning rate", "epoch", "train/lr", "epoch", "learning rate"),
-    ("Gradient norm before clipping", "epoch", "train/grad_norm", "epoch", "L2 norm"),
-    ("Speed", "epoch", "train/tokens_per_second", "epoch", "tokens per second"),
+    ("Validation loss by epoch", "epoch", "val/loss", LOSS_LABEL),
+    ("Train loss by epoch", "epoch", "train/loss", LOSS_LABEL),
+    ("Train loss by tokens", "tokens", "train/loss", LOSS_LABEL),
+    ("Validation loss by time", "_runtime", "val/loss", LOSS_LABEL),
+    ("Learning rate", "epoch", "train/lr", "learning rate"),
+    ("Gradient norm before clipping", "epoch", "train/grad_norm", "L2 norm"),
+    ("Speed", "epoch", "train/tokens_per_second", "tokens per second"),
 )
-BAR_PANELS = (("Peak memory (bytes)", "peak_memory_bytes"), ("Best validation loss", "val/loss.min"))
 
 
 # --- the report ---
@@ -87,9 +86,8 @@ def save_report(comparison: Comparison, entity: str, project: str, output_dir: P
                 report.id = next((str(other.id) for other in reports if other.display_name == report.title), "")
             report.save()
     except Exception as error:
-        raise UserError(
-            f"--wandb-report {entity}/{project}: W&B did not take it ({' '.join(str(error).split())[:200]})"
-        ) from error
+        reason = shorten(str(error), 200)
+        raise UserError(f"--wandb-report {entity}/{project}: W&B did not take it ({reason})") from error
     (output_dir / SAVED_REPORT_FILE).write_text(json.dumps(target | {"id": report.id}) + "\n", encoding="utf-8")
     return str(report.url)
 
@@ -113,28 +111,24 @@ def report_title(comparison: Comparison) -> str:
     return (kind + (f", {sources.pop()}" if len(sources) == 1 else ""))[:128]
 
 
-def _list_modes(comparison: Comparison) -> list[str]:
-    return ["full", "lora", "card"] if comparison.with_reference else ["full", "lora"]
-
-
 def run_filter(comparison: Comparison) -> str:
     """Which runs of the project the panels show: both modes, new ones too; of a study, those that it answers from."""
-    if comparison.verdict.study is None:
-        return f"Config('mode') in {_list_modes(comparison)}"
-    return f"Metric('ID') in {[run.run_id for run in comparison.runs]}"
+    if comparison.verdict.study is not None:
+        return f"Metric('ID') in {[run.run_id for run in comparison.runs]}"
+    return f"Config('mode') in {['full', 'lora'] + ['card'] * comparison.with_reference}"
 
 
 def _build_report(comparison: Comparison, entity: str, project: str, *, own_project: bool) -> Any:
     """The report; with `own_project` its run set names no project, so that no server is asked."""
     wr = _import_workspaces()
     verdict = comparison.verdict
+    place = {} if own_project else {"entity": entity, "project": project}
     colours = {run.run_id: COLOURS[run.mode] for run in comparison.runs}
     if comparison.with_reference:
         colours[REFERENCE_RUN_ID] = COLOURS["card"]
-    place = {} if own_project else {"entity": entity, "project": project}
     runset = wr.Runset(
         **place,
-        name=" / ".join(_list_modes(comparison)),
+        name="full / lora" + " / card" * comparison.with_reference,
         filters=run_filter(comparison),
         run_settings={run_id: wr.RunSettings(color=colour) for run_id, colour in colours.items()},
     )
@@ -143,13 +137,12 @@ def _build_report(comparison: Comparison, entity: str, project: str, *, own_proj
         blocks.append(_build_rate_grid(wr, verdict.study.rate_curves, place))
     if comparison.problems:
         blocks.append(wr.MarkdownBlock(markdown_list(map(str, comparison.problems))))
-    for table in (comparison.by_epoch, comparison.by_run):
-        blocks += [wr.H1(table.title), wr.MarkdownBlock(markdown_section(table))]
-    notes = markdown_list(comparison.comparability_notes)
-    differing = markdown_section(comparison.differing_settings)
-    blocks += [wr.H1("Same and different"), wr.MarkdownBlock(f"{notes}\n\n{differing}")]
-    for table in comparison.optional_tables:
-        blocks += [wr.H1(table.title), wr.MarkdownBlock(markdown_section(table))]
+    notes, differing = markdown_list(comparison.comparability_notes), markdown_section(comparison.differing_settings)
+    sections = [(table.title, markdown_section(table)) for table in (comparison.by_epoch, comparison.by_run)]
+    sections.append(("Same and different", f"{notes}\n\n{differing}"))
+    sections += [(table.title, markdown_section(table)) for table in comparison.optional_tables]
+    for title, text in sections:
+        blocks += [wr.H1(title), wr.MarkdownBlock(text)]
     blocks += [wr.H1("Curves"), wr.PanelGrid(runsets=[runset], panels=_build_panels(wr, comparison))]
     return wr.Report(
         entity=entity,
@@ -193,7 +186,7 @@ def _build_panels(wr: Any, comparison: Comparison) -> list[Any]:
             title=title,
             x=x if x.startswith("_") else wr.Metric(x),
             y=[wr.Metric(metric)],
-            title_x=x_label,
+            title_x="seconds" if x == "_runtime" else x,
             title_y=y_label,
             log_y=metric == "train/grad_norm",
             smoothing_type="none",
@@ -202,11 +195,7 @@ def _build_panels(wr: Any, comparison: Comparison) -> list[Any]:
             line_marks={f"{run_id}:{metric}": "dashed" for run_id in dashed_ids},
             line_colors={f"{run_id}:{metric}": COLOURS["card"] for run_id in reference_ids},
         )
-        for title, x, metric, x_label, y_label in LINE_PANELS
-    ]
-    panels += [
-        wr.BarPlot(title=title, metrics=[wr.SummaryMetric(metric)], max_runs_to_show=MAX_RUNS_PER_PANEL)
-        for title, metric in BAR_PANELS
+        for title, x, metric, y_label in LINE_PANELS
     ]
     panels.append(
         wr.ScatterPlot(
@@ -218,8 +207,8 @@ def _build_panels(wr: Any, comparison: Comparison) -> list[Any]:
     )
     for i, panel in enumerate(panels):
         panel.layout = wr.Layout(x=PANEL_WIDTH * (i % 2), y=PANEL_HEIGHT * (i // 2), w=PANEL_WIDTH, h=PANEL_HEIGHT)
-    bottom_row = PANEL_HEIGHT * ((len(panels) + 1) // 2)
-    return [*panels, wr.RunComparer(diff_only="split", layout=wr.Layout(x=0, y=bottom_row, w=2 * PANEL_WIDTH, h=12))]
+    bottom = wr.Layout(x=0, y=PANEL_HEIGHT * ((len(panels) + 1) // 2), w=2 * PANEL_WIDTH, h=12)
+    return [*panels, wr.RunComparer(diff_only="split", layout=bottom)]
 
 
 # --- the card as a run ---
@@ -250,23 +239,25 @@ def log_reference(target: str) -> str:
         with contextlib.suppress(Exception):  # the client says "not found" in several ways; logging shows what else
             wandb.Api(timeout=30).run("/".join(part for part in (entity, project, REFERENCE_RUN_ID) if part))
             return f"the card is already logged in {target}, under the id {REFERENCE_RUN_ID}"
+    place = {"entity": entity or None, "project": project, "dir": str(log_dir), "mode": mode}
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            sync_dir = _log_reference_run(wandb, entity or None, project, log_dir, mode)
+            sync_dir = _log_reference_run(wandb, place)
     except Exception as error:
-        raise UserError(f"--log-card {target}: W&B did not take it ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"--log-card {target}: W&B did not take it ({shorten(str(error), 200)})") from error
     if mode == "online":
         return f"the card is logged in {target}"
     return f"the card is logged offline, send it with `wandb sync {sync_dir}`"
 
 
-def _log_reference_run(wandb: Any, entity: str | None, project: str, log_dir: Path, mode: str) -> str:
+def _log_reference_run(wandb: Any, place: dict[str, Any]) -> str:
     """The folder of the run that has the card's curve, and as its config what the card states and leaves unsaid."""
     from trainer.tracking.wandb_keys import AXES, METRICS, reference_row
 
+    quiet = dict.fromkeys(("silent", "x_disable_stats", "x_disable_meta", "disable_git", "disable_code"), True)
+    settings = wandb.Settings(console="off", x_save_requirements=False, init_timeout=20, finish_timeout=60, **quiet)
     run = wandb.init(
-        entity=entity,
-        project=project,
+        **place,
         id=REFERENCE_RUN_ID,
         name=f"card {reference.NAME}",
         job_type="reference",
@@ -280,20 +271,8 @@ def _log_reference_run(wandb: Any, entity: str | None, project: str, log_dir: Pa
             "from_its_program": list(reference.PROGRAM_DEFAULTS),
             "unknown": list(reference.UNKNOWN_DATA),
         },
-        dir=str(log_dir),
-        mode=mode,
         reinit="create_new",
-        settings=wandb.Settings(
-            console="off",
-            silent=True,
-            x_disable_stats=True,
-            x_disable_meta=True,
-            x_save_requirements=False,
-            disable_git=True,
-            disable_code=True,
-            init_timeout=20,
-            finish_timeout=60,
-        ),
+        settings=settings,
     )
     for axis in AXES:
         run.define_metric(axis, hidden=True)

@@ -53,15 +53,14 @@ def test_an_assertion_on_a_run_passes_or_fails(run_data: RunData, check: str, pa
 
 
 def test_the_tolerance_widens_the_limit_of_an_assertion_on_its_own_side(run_data: RunData) -> None:
-    assert check_outcome(run_data, "val_loss<=0.99@epoch 2", 0.02) == "passed"
-    assert check_outcome(run_data, "val_loss<=0.97@epoch 2", 0.02) == "failed"
-    assert check_outcome(run_data, "val_loss>=1.01@epoch 2", 0.02) == "passed"
-    assert check_outcome(run_data, "val_loss==1.01@epoch 2", 0.02) == "passed"
+    for check, outcome in (("<=0.99", "passed"), ("<=0.97", "failed"), (">=1.01", "passed"), ("==1.01", "passed")):
+        assert check_outcome(run_data, f"val_loss{check}@epoch 2", 0.02) == outcome
 
 
 @pytest.mark.parametrize(
     "text",
     [
+        "",
         "val_los<=1",
         "val_loss=1",
         "val_loss<=",
@@ -69,10 +68,9 @@ def test_the_tolerance_widens_the_limit_of_an_assertion_on_its_own_side(run_data
         "val_loss<=nan",
         "val_loss<=1@epoch",
         "val_loss<=1@epok 2",
+        "cards",
         "val_loss<=1@epoch two",
         "best_val_loss<=1@epoch 2",
-        "cards",
-        "",
         "val_loss<=1@epoch -1",
         "val_loss<=1 val_loss<=2",
     ],
@@ -84,9 +82,8 @@ def test_a_typo_in_an_assertion_is_an_error_and_not_a_pass(text: str) -> None:
 
 def test_an_unfinished_run_has_no_final_value_but_its_epochs_stand(tmp_path: Path) -> None:
     going = read_folder(make_run_folder(tmp_path / "going", finished=False))
-    assert check_outcome(going, "val_loss<=9") == "failed"
-    assert check_outcome(going, "best_val_loss<=9") == "failed"
-    assert check_outcome(going, "val_loss<=9@epoch 1") == "passed"
+    outcomes = [check_outcome(going, check) for check in ("val_loss<=9", "best_val_loss<=9", "val_loss<=9@epoch 1")]
+    assert outcomes == ["failed", "failed", "passed"]
 
 
 @pytest.mark.parametrize(
@@ -114,9 +111,7 @@ def test_a_run_on_other_data_is_not_comparable_with_the_reference_however_low_it
     assert check_outcome(low, "card") == "not comparable"
 
 
-def test_assertions_decide_the_exit_code(tmp_path: Path, run_data: RunData) -> None:
-    assert exit_code(check_runs(["val_loss<9"], [run_data], 0)) == 0
-    assert exit_code(check_runs(["val_loss<9", "val_loss<0"], [run_data], 0)) == 1
-    assert exit_code(check_runs(["card", "val_loss<9"], [run_data], 0)) == 3
-    assert exit_code(check_runs(["card", "val_loss<0"], [run_data], 0)) == 1
-    assert exit_code([]) == 0
+def test_assertions_decide_the_exit_code(run_data: RunData) -> None:
+    good, bad = "val_loss<9", "val_loss<0"
+    for checks, code in ([], 0), ([good], 0), ([good, bad], 1), (["card", good], 3), (["card", bad], 1):
+        assert exit_code(check_runs(checks, [run_data], 0)) == code

@@ -10,11 +10,11 @@ from trainer.config import reference
 from trainer.report.comparable import (
     COMPARABILITY_KEYS,
     comparable_sets,
-    compare_metadata,
     comparison_blockers,
     group_by_seed,
     reference_blockers,
 )
+from trainer.report.tables import build_settings_tables
 
 
 def test_full_and_lora_on_the_same_data_are_comparable(make_run: MakeRun) -> None:
@@ -67,26 +67,23 @@ def test_unknown_facts_of_the_reference_are_always_listed() -> None:
     assert all(name in reference.UNKNOWN_REASON for name in reference.UNKNOWN_DATA)
 
 
-def test_every_setting_and_data_fact_is_in_the_table_and_only_the_different_are_marked(make_run: MakeRun) -> None:
-    columns = [[make_run(seed=1), make_run(seed=2)], [make_run("lora")]]
-    actual = {fact.name: fact for fact in compare_metadata(columns, with_reference=True)}
+def test_every_setting_and_data_fact_is_in_a_table_and_only_the_different_are_marked(make_run: MakeRun) -> None:
+    runs = [make_run(seed=1), make_run(seed=2), make_run("lora")]
+    differing, shared = build_settings_tables(group_by_seed(runs), with_reference=True)
+    assert differing.headings == ["setting or fact", "card", "full", "LoRA"]
+    rows = {name: cells for name, *cells in (*differing.rows, *shared.rows)}
+    assert len(rows) == len(differing.rows) + len(shared.rows)
     content = make_metadata("full")
     for group, values in content["settings"].items():
         for name in values if isinstance(values, dict) else ():
-            assert f"settings.{group}.{name}" in actual
-    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(actual)
-    assert not actual["settings.train.lr"].is_same
-    assert actual["settings.train.lr"].values == {0: 3e-5, 1: 5e-4, 2: 5e-3}
-    assert actual["settings.train.seed"].values == {0: 42, 1: (1, 2), 2: 42}
-    assert not actual["settings.train.seed"].is_same
-    assert actual["data.fingerprint"].is_same
-    assert actual["data.fingerprint"].values.keys() == {1, 2}  # nobody knows the card's
-    assert actual["settings.lora.rank"].values == {
-        0: "not used",
-        1: "not used",
-        2: 8,
-    }  # run.json of a full run has it, too
-    assert actual["resolved.adapters_fused"].values == {0: "not used", 1: "not used", 2: True}
+            assert f"settings.{group}.{name}" in rows
+    assert {f"data.{name}" for name in content["data"] if name not in ("train", "val")} <= set(rows)
+    assert rows["settings.train.lr"] == ["3e-05", "0.0005", "0.005"]
+    assert rows["settings.train.seed"] == ["42", "1 | 2", "42"]
+    assert len(rows["data.fingerprint"]) == 1, "nobody knows the card's"
+    # run.json of a full run has it, too
+    assert rows["settings.lora.rank"] == ["not used", "not used", "8"]
+    assert rows["resolved.adapters_fused"] == ["not used", "not used", "yes"]
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_group(make_run: MakeRun) -> None:

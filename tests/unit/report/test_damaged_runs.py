@@ -81,4 +81,4 @@ def test_the_samples_of_a_whole_run_are_shown(whole_run):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     comparison = compare(*load_runs([str(folder)]))
     assert re.search(r"\| a +\| c +\| b +\|", render_markdown(comparison))
-    assert len(comparison.scores) == 1
+    assert [len(table.rows) for table in comparison.optional_tables] == [1, 1]

@@ -26,8 +26,7 @@ def test_time_is_divided_only_where_it_was_taken_in_alternation(make_run: MakeRu
         "-",
         "not compared: not timed in alternation on one machine (8.0 s against 3.3 min)",
     )
-    step_time = CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True)
-    options = ComparisonOptions(step_time=step_time)
+    options = ComparisonOptions(step_time=CostRatio(ratio=0.5, reason="", full=0.8, lora=0.4, is_of_a_step=True))
     timed = build_verdict(group_by_seed([full, lora]), with_reference=False, options=options).headlines[1]
     assert (timed.value, timed.note) == ("0.50x", "0.4 s a step against 0.8 s, in alternation")
 
@@ -74,32 +73,23 @@ RESUMED = {"settings": make_metadata("lora")["settings"], "changed": {}}
 
 
 @pytest.mark.parametrize(
-    ("overrides", "reason"),
+    ("overrides", "said", "is_withheld"),
     [
-        ({"hardware__gpu": "H100"}, "other hardware"),
-        ({"resolved__ranks": 2}, "other number of ranks"),
+        ({"hardware__gpu": "H100"}, "time and memory not compared (other hardware)", True),
+        ({"resolved__ranks": 2}, "time and memory not compared (other number of ranks)", True),
         # the recorded peak is the last process's: 1.23x was said where 0.52x was true
-        ({"resumed": RESUMED}, "lora-s42 was resumed and measured in parts"),
+        ({"resumed": RESUMED}, "time and memory not compared (lora-s42 was resumed and measured in parts)", True),
+        ({"resolved__ds_config": "zero2"}, "measured with different settings: ZeRO file zero2 against zero0", False),
+        ({"resolved__threads_per_rank": 1}, "different settings: threads per rank 1 against 2", False),
     ],
 )
-def test_costs_that_were_not_measured_alike_are_withheld(
-    make_run: MakeRun, overrides: dict[str, Any], reason: str
+def test_costs_that_were_not_measured_alike_are_withheld_and_what_they_depend_on_is_said(
+    make_run: MakeRun, overrides: dict[str, Any], said: str, is_withheld: bool
 ) -> None:
     verdict = judge_runs(make_run("full"), make_run("lora", **overrides))
-    assert any(f"time and memory not compared ({reason})" in line for line in verdict.details)
-    assert (verdict.primary.time.ratio, verdict.primary.memory.ratio) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "difference"),
-    [
-        ({"resolved__ds_config": "zero2"}, "ZeRO file zero2 against zero0"),
-        ({"resolved__threads_per_rank": 1}, "threads per rank 1 against 2"),
-    ],
-)
-def test_what_costs_depend_on_is_said(make_run: MakeRun, overrides: dict[str, Any], difference: str) -> None:
-    verdict = judge_runs(make_run("full"), make_run("lora", **overrides))
-    assert any(f"measured with different settings: {difference}" in line for line in verdict.details)
+    assert any(said in line for line in verdict.details)
+    assert verdict.primary.time.ratio is None
+    assert (verdict.primary.memory.ratio is None) == is_withheld
 
 
 def test_a_run_killed_after_its_last_evaluation_counts_and_has_no_cost(make_run: MakeRun) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from helpers.fake_runs import make_metadata, make_records, make_run_folder, synthetic_val_loss, write_run_folder
 
+from trainer.config.errors import UserError
 from trainer.report import run_data as run_data_module
 from trainer.report.load import collect_wandb_rows, load_runs
-from trainer.report.run_data import RunReadError, read_folder
+from trainer.report.run_data import read_folder
 from trainer.tracking.records import EventRecord, StepRecord
 
 
@@ -125,7 +126,7 @@ def test_a_run_that_cannot_be_read_is_refused_with_the_reason(
     (folder / file).unlink()
     if content is not None:
         (folder / file).write_text(content)
-    with pytest.raises(RunReadError, match=message):
+    with pytest.raises(UserError, match=message):
         read_folder(folder)
 
 

@@ -16,7 +16,7 @@ from trainer.config.text import capitalize
 from trainer.report.comparable import SeedGroup
 from trainer.report.compare_cli import REFUSED_EXIT_CODE
 from trainer.report.judge import ComparisonOptions, FullVsLora, RateCurve, StudyContext, compare_groups
-from trainer.report.run_data import RunData, RunReadError, read_folder
+from trainer.report.run_data import RunData, read_folder
 from trainer.report.tables import Comparison, compare_run_groups
 from trainer.report.views import Point, View, build_views
 from trainer.tools.study.finalist_timing import Timing
@@ -163,5 +163,5 @@ def _read_run(study_folder: Path, spec: TrialSpec) -> RunData:
     folder = run_folder(study_folder, spec)
     try:
         return read_folder(folder)
-    except RunReadError as error:
+    except UserError as error:
         raise UserError(f"{folder}: {error}") from error
