@@ -355,12 +355,6 @@ class MatchedLosses:
             return f"clusters of {split_name} records"
         return f"{split_name} {'blocks' if self.are_blocks else 'records'}"
 
-    def to_bits_per_byte(self, nats_per_token: float) -> float | None:
-        """The same summed loss over these records' bytes; None where they are not known."""
-        if not self.num_bytes.all():
-            return None
-        return nats_per_token * math.fsum(self.targets) / (math.log(2) * math.fsum(self.num_bytes))
-
     def mean_loss(self, values: Matrix) -> float:
         """Nats per token over all seeds and units."""
         return math.fsum(values.ravel()) / (len(values) * math.fsum(self.targets))

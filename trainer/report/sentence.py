@@ -1,7 +1,8 @@
 """What the comparison comes to: one sentence with its interval, three numbers, and what explains them line by line."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import fsum, log
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from trainer.report.comparable import MODE_NAMES, SeedGroup, comparison_blockers
 from trainer.report.interval import MIN_SEEDS, PairedInterval, holm, plan_sample_size
 from trainer.report.judge import (
     ComparisonOptions,
-    CostRatio,
     FullVsLora,
     StudyContext,
     compare_sets,
@@ -142,7 +142,14 @@ def _describe_set(
         sentence = "of these two models, "
     elif excess.num_seeds < MIN_SEEDS:
         sentence = f"provisionally, with {excess.num_seeds} seeds, "
-    sentence += f"{_describe_answer(pair, excess, lora, full)}, {_describe_basis(pair)}"
+    records = "on this validation set alone"
+    if pair.losses:
+        num_units = len(pair.losses.targets) if pair.losses.has_clusters else pair.losses.num_records
+        records = f"on {num_units:,} {pair.losses.unit_name}"
+    seeds = [str(full_run.get("settings.train.seed")) for full_run, _ in pair.pairs]
+    steps = sorted({int(run.final_eval["step"]) for runs in pair.pairs for run in runs if run.final_eval})
+    sentence += f"{_describe_answer(pair, excess, lora, full)}, {records}, seed{'s' if len(seeds) > 1 else ''} "
+    sentence += f"{join_words(seeds, 'and')}, {' and '.join(f'{step:,}' for step in steps)} steps"
     if excess.num_seeds == 1:
         sentence += "; one seed says nothing of the methods"
     if pair.answer == "cannot tell":
@@ -171,18 +178,6 @@ def _describe_answer(pair: FullVsLora, excess: PairedInterval, lora: str, full: 
         f"cannot tell yet whether {lora} is good enough beside {full}: loss differs by {excess.estimate:+.4f} "
         f"{interval}{beside}"
     )
-
-
-def _describe_basis(pair: FullVsLora) -> str:
-    """`on 200 test records, seeds 1, 2 and 3, 90 steps`."""
-    records = "on this validation set alone"
-    if pair.losses:
-        num_units = len(pair.losses.targets) if pair.losses.has_clusters else pair.losses.num_records
-        records = f"on {num_units:,} {pair.losses.unit_name}"
-    seeds = [str(full.get("settings.train.seed")) for full, _ in pair.pairs]
-    steps = sorted({int(run.final_eval["step"]) for runs in pair.pairs for run in runs if run.final_eval})
-    steps_text = " and ".join(f"{step:,}" for step in steps)
-    return f"{records}, seed{'s' if len(seeds) > 1 else ''} {join_words(seeds, 'and')}, {steps_text} steps"
 
 
 def _describe_needed_records(pair: FullVsLora, excess: PairedInterval) -> str:
@@ -243,34 +238,30 @@ def _describe_unpaired(groups: Sequence[SeedGroup]) -> str:
 
 def build_headlines(pair: FullVsLora) -> tuple[Headline, ...]:
     """Loss, time and memory, each with its interval or the reason why there is none."""
-    if pair.excess is None:
-        loss = Headline(label="Loss", value="-", note="; ".join(pair.blockers) or "no interval: " + pair.no_losses)
-    else:
+    loss = Headline("Loss", "-", "; ".join(pair.blockers) or "no interval: " + pair.no_losses)
+    if pair.excess is not None:
         interval = f"[{pair.excess.low:+.4f}, {pair.excess.high:+.4f}]"
         note = f"{interval} {UNIT}{_bits_per_byte(pair)}, LoRA − full"
-        loss = Headline(label="Loss", value=f"{pair.excess.estimate:+.4f}", note=note)
-    return (
-        loss,
-        _cost_headline("Time", pair.time, format_duration),
-        _cost_headline("Memory", pair.memory, format_bytes),
-    )
+        loss = Headline("Loss", f"{pair.excess.estimate:+.4f}", note)
+    headlines = [loss]
+    for label, cost, format_value in (("Time", pair.time, format_duration), ("Memory", pair.memory, format_bytes)):
+        values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
+        is_measured = cost.lora is not None and cost.full is not None
+        if cost.is_of_a_step and is_measured:
+            values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
+        if cost.ratio is not None:
+            headlines.append(Headline(label, f"{cost.ratio:.2f}x", values))
+        else:
+            headlines.append(Headline(label, "-", f"not compared: {cost.reason}" + f" ({values})" * is_measured))
+    return tuple(headlines)
 
 
 def _bits_per_byte(pair: FullVsLora) -> str:
     """` = +0.0100 bits per byte` of the excess, "" where the bytes of the records are not known."""
-    bits = pair.losses.to_bits_per_byte(pair.excess.estimate) if pair.losses and pair.excess else None
-    return "" if bits is None else f" = {bits:+.4f} bits per byte"
-
-
-def _cost_headline(label: str, cost: CostRatio, format_value: Callable[[float | None], str]) -> Headline:
-    is_measured = cost.lora is not None and cost.full is not None
-    values = f"{format_value(cost.lora)} against {format_value(cost.full)}"
-    if cost.is_of_a_step and is_measured:
-        values = f"{cost.lora:.3g} s a step against {cost.full:.3g} s, in alternation"
-    if cost.ratio is not None:
-        return Headline(label=label, value=f"{cost.ratio:.2f}x", note=values)
-    note = f"not compared: {cost.reason}" + (f" ({values})" if is_measured else "")
-    return Headline(label=label, value="-", note=note)
+    if pair.losses is None or pair.excess is None or not pair.losses.num_bytes.all():
+        return ""
+    nats = pair.excess.estimate * fsum(pair.losses.targets)  # the same summed loss over these records' bytes
+    return f" = {nats / (log(2) * fsum(pair.losses.num_bytes)):+.4f} bits per byte"
 
 
 def describe_numbers(pair: FullVsLora) -> list[str]:
@@ -356,15 +347,11 @@ def describe_forgetting(groups: Sequence[SeedGroup]) -> list[str]:
             tradeoffs.append((group, gain, fmean(known)))
     if not tradeoffs:
         return []
-    front = [
-        f"{group.label_with_lr} {gain:.4f} for {forgetting:+.4f}"
-        for group, gain, forgetting in tradeoffs
-        if not any(
-            other_gain >= gain and other_forgetting <= forgetting
-            for _, other_gain, other_forgetting in tradeoffs
-            if (other_gain, other_forgetting) != (gain, forgetting)
-        )
-    ]
+
+    def is_beaten(gain: float, forgetting: float) -> bool:
+        return any(g >= gain and f <= forgetting and (g, f) != (gain, forgetting) for _, g, f in tradeoffs)
+
+    front = [f"{group.label_with_lr} {g:.4f} for {f:+.4f}" for group, g, f in tradeoffs if not is_beaten(g, f)]
     lines = [
         f"Gain for forgetting (nats per token), of {len(tradeoffs)} settings those that none beats: {'; '.join(front)}."
     ]

@@ -197,14 +197,16 @@ def _build_panels(wr: Any, comparison: Comparison) -> list[Any]:
         )
         for title, x, metric, y_label in LINE_PANELS
     ]
-    panels.append(
+    memory = [wr.SummaryMetric("peak_memory_bytes")]
+    panels += [
+        wr.BarPlot(title="Peak memory (bytes)", metrics=memory, max_runs_to_show=MAX_RUNS_PER_PANEL),
         wr.ScatterPlot(
             title="Best validation loss by trainable parameters",
             x=wr.Config("trainable_parameters"),
             y=wr.SummaryMetric("val/loss.min"),
             log_x=True,
-        )
-    )
+        ),
+    ]
     for i, panel in enumerate(panels):
         panel.layout = wr.Layout(x=PANEL_WIDTH * (i % 2), y=PANEL_HEIGHT * (i // 2), w=PANEL_WIDTH, h=PANEL_HEIGHT)
     bottom = wr.Layout(x=0, y=PANEL_HEIGHT * ((len(panels) + 1) // 2), w=2 * PANEL_WIDTH, h=12)

@@ -53,23 +53,21 @@ def test_the_best_evaluation_is_the_lowest_after_step_0_and_need_not_be_the_last
     assert run_data.final_eval == {"step": 90.0, "epoch": 3.0, "loss": 2.5}
 
 
-def test_a_truncated_and_a_broken_record_are_ignored_and_reported(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text(
-        "".join([*lines[:5], '{"kind": "step", "step"\n', "no JSON\n", *lines[5:], '{"kind": "eval", "st'])
-    )
-    run_data = read_folder(folder)
-    assert run_data.notes == ("its last row was cut off and is left out", "2 rows could not be read and are left out")
-    assert len(run_data.steps["step"]) == 90
+def test_truncated_and_broken_records_are_ignored_and_reported(tmp_path: Path) -> None:
+    path = make_run_folder(tmp_path / "run") / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    broken = ['{"kind": "step", "step"\n', "no JSON\n", '{"kind": "step", "loss": 1.0}\n']
+    path.write_text("".join([*lines[:5], *broken, *lines[5:], '{"kind": "eval", "st']))
+    run_data = read_folder(path.parent)
+    assert run_data.notes == ("its last row was cut off and is left out", "3 rows could not be read and are left out")
+    assert run_data.steps["step"].tolist() == list(range(1, 91))
     assert run_data.best_eval is not None
 
 
 def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_path: Path) -> None:
     run = make_metadata()
-    first = [
-        record for record in make_records(run, floor=9.0, finished=False) if record.step <= 40
-    ]  # killed at 40, saved at 30
+    # killed at 40, saved at 30
+    first = [record for record in make_records(run, floor=9.0, finished=False) if record.step <= 40]
     again = [record for record in make_records(run) if record.step > 30]
     run_data = read_folder(write_run_folder(tmp_path / "run", run, [*first, *again]))
     assert run_data.steps["step"].tolist() == list(range(1, 91))
@@ -77,29 +75,19 @@ def test_records_repeated_after_a_resume_count_once_with_their_last_values(tmp_p
     assert run_data.evals["step"].tolist() == [0, 30, 60, 90]
 
 
-def test_an_unfinished_run_is_running_while_its_records_are_fresh_and_stopped_after(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_running_while_its_records_are_fresh_and_says_no_end(tmp_path: Path) -> None:
     folder = make_run_folder(tmp_path / "run", finished=False)
     assert read_folder(folder).notes == ("still going (step 89 of 90); left out of the verdict",)
     os.utime(folder / "metrics.jsonl", (0, 0))
     run_data = read_folder(folder)
     assert run_data.state == "stopped"
     assert run_data.notes == ("stopped before its end (step 89 of 90); left out of the verdict",)
-
-
-@pytest.mark.parametrize("event", ["interrupted", "not_finite"])
-def test_a_run_with_an_end_record_is_not_running(tmp_path: Path, event: str) -> None:
-    run = make_metadata()
-    before = [record for record in make_records(run, finished=False) if record.step <= 40]
-    last = EventRecord(event=event, step=40, message="what happened", time=40.0)
-    run_data = read_folder(write_run_folder(tmp_path / "run", run, [*before, last]))
-    assert run_data.notes == ("stopped before its end (step 40 of 90): what happened; left out of the verdict",)
-
-
-def test_a_record_without_its_step_drops_no_other_record(tmp_path: Path) -> None:
-    folder = make_run_folder(tmp_path / "run")
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "step", "loss": 1.0}\n')
-    assert read_folder(folder).steps["step"].tolist() == list(range(1, 91))
+    for event in ("interrupted", "not_finite"):
+        run = make_metadata()
+        before = [record for record in make_records(run, finished=False) if record.step <= 40]
+        last = EventRecord(event=event, step=40, message="what happened", time=40.0)
+        notes = read_folder(write_run_folder(tmp_path / event, run, [*before, last])).notes
+        assert notes == ("stopped before its end (step 40 of 90): what happened; left out of the verdict",)
 
 
 def test_a_run_without_evaluations_is_reported(tmp_path: Path) -> None:
@@ -135,22 +123,16 @@ def test_broken_runs_are_reported_one_by_one_and_the_others_are_read(tmp_path: P
     empty = make_run_folder(tmp_path / "empty", "lora")
     (empty / "metrics.jsonl").unlink()
     (tmp_path / "nothing").mkdir()
-    runs, problems = load_runs(
-        [str(good), str(copy), str(empty), str(tmp_path / "nothing"), str(tmp_path / "a b" / "gone")]
-    )
+    runs, problems = load_runs(list(map(str, (good, copy, empty, tmp_path / "nothing", tmp_path / "a b" / "gone"))))
     assert [run.name for run in runs] == ["full-s42"]
     assert all(problem.is_excluded for problem in problems)
-    for problem, text in zip(
-        problems,
-        (
-            f"same run id as {good} (full0042)",
-            "no metrics: cannot read metrics.jsonl",
-            "holds neither run.json and metrics.jsonl nor a W&B run",
-            "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id",
-        ),
-        strict=True,
-    ):
-        assert text in problem.text
+    texts = (
+        f"same run id as {good} (full0042)",
+        "no metrics: cannot read metrics.jsonl",
+        "holds neither run.json and metrics.jsonl nor a W&B run",
+        "no such run folder: expected a run folder, an offline W&B folder, or entity/project/run_id",
+    )
+    assert [text in problem.text for problem, text in zip(problems, texts, strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize(
